@@ -1,0 +1,8 @@
+"""Approximate unlearning of what the frozen base already knew.
+
+Rules: this room may import `sisa`; `sisa` never imports it. Whatever it produces is an estimate with
+a report, never called exact.
+
+Not covered yet: every method. The package is empty so far; deletion of trained records is exact and
+lives in `sisa`.
+"""

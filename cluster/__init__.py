@@ -1,0 +1,1 @@
+"""The running system: the command line and the Ray executor over `sisa`."""

@@ -1,0 +1,41 @@
+"""What a plan costs: record-epochs, and seconds estimated from what this model's stages took.
+
+Rules: pure. A record-epoch is one presentation of one record to the trainer; it is the unit in which
+layouts and deletions are compared, since it does not depend on the machine. Seconds are an estimate
+from the ledger's own measurements and None before there are any.
+
+Not covered: closed forms for streams of deletions.
+
+>>> from sisa.domain import HeldCheckpoint
+>>> old = HeldCheckpoint("k", 0, 0, 1, "f", "m", "a", 10, seconds=4.0, record_epochs=8)
+>>> estimate_seconds(6, [old])
+3.0
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from sisa.domain import HeldCheckpoint, record_epochs
+from sisa.plan import Recipe, ShardPlan, ShardView, jobs
+
+
+def full_record_epochs(views: Iterable[ShardView], recipe: Recipe) -> int:
+    """Record-epochs of training every shard from scratch."""
+    return sum(
+        record_epochs(job) for view in views for job in jobs(view.shard, view.slices, recipe, "")
+    )
+
+
+def plan_record_epochs(plans: Iterable[ShardPlan]) -> int:
+    """Record-epochs that the plans will train."""
+    return sum(plan.record_epochs for plan in plans)
+
+
+def estimate_seconds(epochs: int, measured: Iterable[HeldCheckpoint]) -> float | None:
+    """Seconds of one worker for `epochs` record-epochs, by the mean rate of measured stages."""
+    stages = [each for each in measured if each.record_epochs and each.seconds]
+    total = sum(each.record_epochs for each in stages)
+    if not total:
+        return None
+    return epochs * sum(each.seconds for each in stages) / total

@@ -1,0 +1,80 @@
+"""Canonical bytes and digests: one way to turn an object into a name.
+
+Rules: `canonical_json` is the only serialisation that is ever hashed (sorted keys, no spaces, UTF-8,
+no NaN). Plain digests name weights, files and jobs. Whatever is derived from a record (its id, its
+subject, its content) is hashed with the model's secret, so that neither can be found by guessing.
+Each purpose has its own derived key; parts are length-prefixed, so ("ab", "c") is not ("a", "bc").
+
+Not covered: Merkle trees and signatures.
+
+>>> canonical_json({"b": 1, "a": [2.5, None]})
+b'{"a":[2.5,null],"b":1}'
+>>> keyed = Keyed(b"0" * 32)
+>>> keyed.digest("id", "r1") == keyed.digest("subject", "r1")
+False
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+from pathlib import Path
+from typing import Any
+
+KEY_BYTES = 32
+
+
+def canonical_json(value: Any) -> bytes:
+    """The one byte string of a JSON value. Raises ValueError for NaN and infinities."""
+    text = json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    )
+    return text.encode("utf-8")
+
+
+def sha256_hex(data: bytes) -> str:
+    """Hex SHA-256 of bytes."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def digest_of(value: Any) -> str:
+    """Hex SHA-256 of a JSON value's canonical bytes."""
+    return sha256_hex(canonical_json(value))
+
+
+def file_sha256(path: Path) -> str:
+    """Hex SHA-256 of a file, read in blocks. Raises OSError as `open` does."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Keyed:
+    """Keyed digests (HMAC-SHA256) under one secret, a derived key for each purpose."""
+
+    def __init__(self, secret: bytes) -> None:
+        if len(secret) != KEY_BYTES:
+            raise ValueError(f"the secret has {len(secret)} bytes, expected {KEY_BYTES}")
+        self._secret = secret
+        self._derived: dict[str, hmac.HMAC] = {}
+
+    def digest(self, purpose: str, *parts: str) -> str:
+        """Hex HMAC of the length-prefixed parts under the key of `purpose`."""
+        base = self._derived.get(purpose)
+        if base is None:
+            key = hmac.digest(self._secret, b"sisa/" + purpose.encode(), "sha256")
+            base = self._derived[purpose] = hmac.new(key, digestmod="sha256")
+        mac = base.copy()
+        for part in parts:
+            data = part.encode("utf-8")
+            mac.update(len(data).to_bytes(8, "big") + data)
+        return mac.hexdigest()
+
+    def number(self, purpose: str, bound: int, *parts: str) -> int:
+        """A number in [0, bound), uniform up to a bias below bound / 2**256."""
+        return int(self.digest(purpose, *parts), 16) % bound
+
+    @property
+    def name(self) -> str:
+        """A public name of the secret that does not reveal it."""
+        return self.digest("name")

@@ -1,0 +1,212 @@
+"""The nouns: frozen values that every room shares.
+
+Rules: nothing here does I/O, and nothing knows how it is stored. A `Record` holds personal data and
+its `repr` hides it. Shards and slices are numbered from 0; a *depth* d means that slices 0..d-1 are
+in a model. A checkpoint is named by the digest of the `SliceJob` that makes it (SISA, Bourtoule et
+al. 2021, section IV: a constituent model per shard, a stored parameter state per slice).
+
+Not covered: who decides (`plan.py`) and who obeys (`ports.py`).
+
+>>> record = Record("r1", "ada", "completion", (Part("prompt", "Who?"), Part("completion", "Ada.")))
+>>> record.text
+'Who?\\nAda.'
+>>> "Ada" in repr(record)
+False
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+from sisa.digest import canonical_json, digest_of
+
+Kind = Literal["text", "completion", "chat"]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One stretch of a record: its role (text, prompt, completion, user, assistant ...) and text."""
+
+    role: str
+    text: str = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One training record as the user gave it."""
+
+    id: str = field(repr=False)
+    subject_id: str | None = field(repr=False)
+    kind: Kind
+    parts: tuple[Part, ...] = field(repr=False)
+
+    @property
+    def text(self) -> str:
+        """What the index embeds: all parts, one a line."""
+        return "\n".join(part.text for part in self.parts)
+
+    def canonical(self) -> str:
+        """The content that the record's digest covers, id and subject included."""
+        body = [[part.role, part.text] for part in self.parts]
+        return canonical_json([self.id, self.subject_id, self.kind, body]).decode()
+
+
+@dataclass(frozen=True, slots=True)
+class RecordRow:
+    """What the ledger knows about a held record: digests, place and size; never text or id."""
+
+    id_digest: str
+    subject_digest: str | None
+    record_digest: str
+    kind: Kind
+    shard: int
+    slice: int
+    vector_id: int
+    num_tokens: int
+    seq: int = 0  # ledger sequence number of the commit that added it
+
+
+@dataclass(frozen=True, slots=True)
+class Tombstone:
+    """What stays of a deleted record: a keyed digest, its former place, and the request."""
+
+    id_digest: str
+    subject_digest: str | None
+    shard: int
+    slice: int
+    request_id: str
+    deleted_at: str
+    checkpoints_erased: int
+
+
+@dataclass(frozen=True, slots=True)
+class SliceFile:
+    """The Parquet file of one (shard, slice), named by its content."""
+
+    shard: int
+    slice: int
+    root: str
+    num_records: int
+    sha256: str
+    num_bytes: int
+
+    @property
+    def name(self) -> str:
+        return f"shard-{self.shard:05d}-slice-{self.slice:05d}-{self.root}.parquet"
+
+
+@dataclass(frozen=True, slots=True)
+class IndexFile:
+    """The FAISS file of one shard, named by its bytes; `root` names the vectors it should hold."""
+
+    shard: int
+    root: str
+    num_vectors: int
+    sha256: str
+    num_bytes: int
+
+    @property
+    def name(self) -> str:
+        return f"shard-{self.shard:05d}-{self.sha256}.faiss"
+
+
+@dataclass(frozen=True)
+class SliceJob:
+    """All that one stage of a shard's training depends on; its digest is the checkpoint's key.
+
+    `slices` are the roots of the slices whose records the stage sees, `passes` the exact fraction of
+    passes over them, `training` the hyper-parameters that reach the bits.
+    """
+
+    shard: int
+    slice: int
+    parent: str | None
+    slices: tuple[tuple[int, str], ...]
+    num_records: int
+    passes: tuple[int, int]
+    training: Mapping[str, Any]
+    base: str
+    fingerprint: str
+
+    @cached_property
+    def key(self) -> str:
+        return digest_of(asdict(self))
+
+
+@dataclass(frozen=True, slots=True)
+class HeldCheckpoint:
+    """A checkpoint that the ledger knows: where it belongs and what its bytes must be."""
+
+    key: str
+    shard: int
+    slice: int
+    seq: int  # ledger sequence number of the state that it was trained on
+    fingerprint: str
+    manifest_sha256: str
+    adapter_sha256: str
+    num_bytes: int
+    seconds: float
+    record_epochs: int
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What a shard serves (`key`), and what it should serve once trained (`target`)."""
+
+    shard: int
+    key: str | None
+    depth: int
+    target: str | None
+
+    @property
+    def converged(self) -> bool:
+        return self.key == self.target
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """The stages of one shard that must be trained, in order, from a held parent or the base."""
+
+    shard: int
+    jobs: tuple[SliceJob, ...]
+    parent: HeldCheckpoint | None
+    slices: tuple[SliceFile, ...]
+
+    @property
+    def record_epochs(self) -> int:
+        return sum(record_epochs(job) for job in self.jobs)
+
+
+def record_epochs(job: SliceJob) -> int:
+    """Record presentations of a stage: whole passes, then a prefix of one more."""
+    whole, rest = divmod(job.passes[0] * job.num_records, job.passes[1])
+    return whole if rest == 0 else whole + 1
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One accepted deletion and its outcome."""
+
+    request_id: str
+    created_at: str
+    num_records: int
+    shards: tuple[tuple[int, int, int], ...]  # shard, first slice, slices to retrain
+    record_epochs_retrained: int
+    record_epochs_full: int
+    model_digest_before: str
+    state: Literal["committed", "completed"] = "committed"
+    seconds: float = 0.0
+    model_digest_after: str = ""
+    stale_exports: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """A candidate of the index: the vector's id, its inner product with the query, its shard."""
+
+    vector_id: int
+    score: float
+    shard: int

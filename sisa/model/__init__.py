@@ -1,0 +1,1 @@
+"""Where torch lives: base models, embedders, training, answering."""

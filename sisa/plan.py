@@ -1,0 +1,172 @@
+"""(remaining slices, held checkpoints, config) -> what to serve, what to train, what to retire.
+
+    target  = per shard, the last of the jobs of the records that remain
+    tainted = held checkpoints that a removed record touched
+    head    = target if held, else the deepest clean one held, else the base (None)
+    train   = the path from the target's deepest held ancestor to the target
+    retired = clean, but neither on the target's path nor heading
+
+Rules: pure; the planner is not told what happened, it sees what remains and what is held, one shard
+at a time. An empty slice is no stage. A shard keeps the fingerprint that it was trained under while
+its target is held; a shard that must train again takes the present one, whole. A checkpoint was
+touched by every record of its slices 0..s that was in the ledger at its sequence number, whatever
+the schedule: a sequential stage starts from its parent's weights.
+
+`schedule: cumulative` (Bourtoule et al. 2021, section V): stage r of R (from 1) makes
+2 E / (R + 1) passes over slices 1..r, so that equal slices cost E epochs in total. `sequential`
+makes E passes over slice r alone.
+
+Not covered: prices (`cost.py`); several orders per shard.
+
+>>> passes("cumulative", num_epochs=6, num_slices=3), passes("sequential", 6, 3)
+((3, 1), (6, 1))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, Literal
+
+from sisa.domain import Chain, Head, HeldCheckpoint, RecordRow, SliceFile, SliceJob
+
+Schedule = Literal["cumulative", "sequential"]
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What all jobs of a model share: the part of the config that reaches the bits."""
+
+    num_slices: int
+    schedule: Schedule
+    num_epochs: int
+    training: Mapping[str, Any]
+    base: str
+
+
+@dataclass(frozen=True, slots=True)
+class ShardView:
+    """One shard as the ledger sees it: its non-empty slice files and its clean held checkpoints."""
+
+    shard: int
+    slices: tuple[SliceFile, ...]
+    held: tuple[HeldCheckpoint, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ShardPlan:
+    """What the reconciliation of one shard comes to. `chain` is None when nothing must train."""
+
+    shard: int
+    path: tuple[SliceJob, ...]
+    head: Head
+    chain: Chain | None
+    retired: tuple[str, ...]
+
+    @property
+    def record_epochs(self) -> int:
+        return self.chain.record_epochs if self.chain else 0
+
+
+def passes(schedule: Schedule, num_epochs: int, num_slices: int) -> tuple[int, int]:
+    """Passes of one stage over its slices, as an exact fraction."""
+    if schedule == "sequential":
+        return num_epochs, 1
+    fraction = Fraction(2 * num_epochs, num_slices + 1)
+    return fraction.numerator, fraction.denominator
+
+
+def jobs(
+    shard: int, slices: Sequence[SliceFile], recipe: Recipe, fingerprint: str
+) -> tuple[SliceJob, ...]:
+    """The stages of a shard, first to last; one for each slice that holds records."""
+    path: list[SliceJob] = []
+    seen: list[SliceFile] = []
+    for file in sorted(slices, key=lambda each: each.slice):
+        seen.append(file)
+        stage = [file] if recipe.schedule == "sequential" else seen
+        path.append(
+            SliceJob(
+                shard=shard,
+                slice=file.slice,
+                parent=path[-1].key if path else None,
+                slices=tuple((each.slice, each.root) for each in stage),
+                num_records=sum(each.num_records for each in stage),
+                passes=passes(recipe.schedule, recipe.num_epochs, recipe.num_slices),
+                training=recipe.training,
+                base=recipe.base,
+                fingerprint=fingerprint,
+            )
+        )
+    return tuple(path)
+
+
+def tainted(held: Iterable[HeldCheckpoint], removed: Collection[RecordRow]) -> tuple[str, ...]:
+    """Keys of the checkpoints that any of the removed records touched."""
+    return tuple(
+        checkpoint.key
+        for checkpoint in held
+        if any(touched(checkpoint, row) for row in removed)
+    )
+
+
+def touched(checkpoint: HeldCheckpoint, row: RecordRow) -> bool:
+    """Whether a held record is in the lineage of a checkpoint."""
+    return (
+        row.shard == checkpoint.shard
+        and row.slice <= checkpoint.slice
+        and row.seq <= checkpoint.seq
+    )
+
+
+def plan_shard(view: ShardView, recipe: Recipe, fingerprint: str) -> ShardPlan:
+    """Reconcile one shard. `fingerprint` is the present environment's."""
+    held = {checkpoint.key: checkpoint for checkpoint in view.held}
+    path = _path_to_serve(view, recipe, fingerprint, held)
+    target = path[-1].key if path else None
+    head = _head(view, recipe, path, held)
+    missing = 0
+    for position, job in enumerate(path):
+        if job.key in held:
+            missing = position + 1  # everything up to the deepest held stage is there to build on
+    chain = None
+    if missing < len(path):
+        parent = held[path[missing - 1].key] if missing else None
+        chain = Chain(view.shard, path[missing:], parent, view.slices)
+    keep = {job.key for job in path} | {head.key, target}
+    retired = tuple(key for key in held if key not in keep)
+    return ShardPlan(view.shard, path, head, chain, retired)
+
+
+def _path_to_serve(
+    view: ShardView, recipe: Recipe, fingerprint: str, held: Mapping[str, HeldCheckpoint]
+) -> tuple[SliceJob, ...]:
+    others = sorted({each.fingerprint for each in view.held} - {fingerprint})
+    paths = [jobs(view.shard, view.slices, recipe, each) for each in (fingerprint, *others)]
+    for path in paths:
+        if path and path[-1].key in held:
+            return path
+    return paths[0]
+
+
+def _head(
+    view: ShardView,
+    recipe: Recipe,
+    path: Sequence[SliceJob],
+    held: Mapping[str, HeldCheckpoint],
+) -> Head:
+    if not path:
+        return Head(view.shard, None, 0, None)
+    target = path[-1].key
+    if target in held:
+        return Head(view.shard, target, recipe.num_slices, target)
+    on_path = {job.key for job in path}
+    deepest = max(
+        held.values(),
+        key=lambda each: (each.slice, each.key in on_path, each.seq, each.key),
+        default=None,
+    )
+    if deepest is None:
+        return Head(view.shard, None, 0, target)
+    return Head(view.shard, deepest.key, deepest.slice + 1, target)

@@ -1,0 +1,249 @@
+"""The effects, each behind a small Protocol: what pure code may ask of the world.
+
+Rules: every port has a fake (`tests/fakes.py`), a real part, and one contract suite that runs over
+both (`tests/contract/`). Stores name files by content, so that writing twice is writing once, and
+nothing half-written is ever visible. All raise `IntegrityError` for bytes that are not the recorded
+ones and `EnvironmentFault` for a disk or network that fails.
+
+Not covered: signatures; remote object stores.
+
+>>> isinstance(SliceProgress(0, 1, 10, 40), SliceProgress)
+True
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sisa.domain import (
+    Chain,
+    Head,
+    HeldCheckpoint,
+    Hit,
+    IndexFile,
+    Record,
+    RecordRow,
+    Request,
+    SliceFile,
+    SliceJob,
+    Tombstone,
+)
+
+Vectors = NDArray[np.float32]  # [num_texts, dimension], rows of unit length
+
+
+@dataclass(frozen=True, slots=True)
+class SliceStarted:
+    """A worker began a stage of `total_tokens` tokens."""
+
+    shard: int
+    slice: int
+    total_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class SliceProgress:
+    """Tokens done so far of a stage."""
+
+    shard: int
+    slice: int
+    tokens: int
+    total_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class SliceTrained:
+    """A stage's checkpoint rests in the store."""
+
+    job: SliceJob
+    saved: SavedCheckpoint
+    seconds: float
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """A line for the person who waits, such as a retried worker."""
+
+    text: str
+
+
+Event = SliceStarted | SliceProgress | SliceTrained | Notice
+Report = Callable[[Event], None]
+
+
+@dataclass(frozen=True, slots=True)
+class SavedCheckpoint:
+    """What a store says of a checkpoint at rest."""
+
+    key: str
+    manifest_sha256: str
+    adapter_sha256: str
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoredRecord:
+    """A record at rest with the keyed digest that orders it."""
+
+    id_digest: str
+    record: Record
+
+
+class Trainer(Protocol):
+    """One stage of training: a pure function of its arguments, to the byte."""
+
+    def train(
+        self,
+        job: SliceJob,
+        parent: Mapping[str, bytes] | None,
+        records: Sequence[StoredRecord],
+        progress: Callable[[int, int], None],
+    ) -> dict[str, bytes]:
+        """Files of the stage's checkpoint (`adapter_model.safetensors` among them).
+
+        `parent` holds the files of the stage before, None for the base; `records` come in canonical
+        order; `progress` is called with (tokens done, tokens in all).
+        """
+
+
+class Executor(Protocol):
+    """Runs chains, each in order, any number side by side; resumes from what the store holds."""
+
+    def run(self, chains: Sequence[Chain], report: Report) -> None:
+        """Returns when every job's checkpoint is in the store; `report` is called in this process."""
+
+
+class CheckpointStore(Protocol):
+    def held(self) -> frozenset[str]:
+        """Keys of all complete checkpoints."""
+
+    def save(self, job: SliceJob, files: Mapping[str, bytes]) -> SavedCheckpoint:
+        """Store a stage's files under its key, whole or not at all."""
+
+    def describe(self, key: str) -> SavedCheckpoint:
+        """Re-reads and checks every byte against the checkpoint's own manifest."""
+
+    def load(self, key: str, manifest_sha256: str) -> dict[str, bytes]:
+        """The files, after checking the manifest against the ledger's digest and them against it."""
+
+    def erase(self, keys: Collection[str]) -> None:
+        """Remove; absent keys are no error."""
+
+    def location(self, key: str) -> str:
+        """Where the adapter file rests, relative to the model directory."""
+
+
+class RecordStore(Protocol):
+    def write(
+        self, shard: int, slice_: int, root: str, records: Sequence[StoredRecord]
+    ) -> SliceFile:
+        """Store a slice's records (canonical order); never changes another file."""
+
+    def read(self, file: SliceFile) -> tuple[StoredRecord, ...]:
+        """The records, after checking the file's bytes against `file.sha256`."""
+
+    def held(self) -> frozenset[str]:
+        """Names of all files."""
+
+    def erase(self, names: Collection[str]) -> None:
+        """Remove; absent names are no error."""
+
+
+class Embedder(Protocol):
+    @property
+    def digest(self) -> str:
+        """Names the embedder and its weights."""
+
+    @property
+    def dimension(self) -> int:
+        """Length of a vector."""
+
+    def embed(self, texts: Sequence[str]) -> Vectors:
+        """Unit vectors; row i depends on text i alone, to the bit."""
+
+
+class RecordIndex(Protocol):
+    def build(
+        self, shard: int, root: str, base: IndexFile | None, vectors: Mapping[int, Any]
+    ) -> IndexFile:
+        """The index of exactly the ids in `vectors`; a value of None is taken from `base`."""
+
+    def search(self, file: IndexFile, query: Vectors, top_k: int) -> list[list[Hit]]:
+        """For each query row the best `top_k`, best first."""
+
+    def vectors(self, file: IndexFile, vector_ids: Sequence[int]) -> Vectors:
+        """The stored vectors of some ids."""
+
+    def held(self) -> frozenset[str]:
+        """Names of all files."""
+
+    def erase(self, names: Collection[str]) -> None:
+        """Remove; absent names are no error."""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One transaction of the ledger. Fields left empty change nothing."""
+
+    added: Sequence[RecordRow] = ()
+    removed: Sequence[RecordRow] = ()
+    tombstones: Sequence[Tombstone] = ()
+    slices: Sequence[SliceFile] = ()
+    emptied: Sequence[tuple[int, int]] = ()
+    indexes: Sequence[IndexFile] = ()
+    unindexed: Sequence[int] = ()
+    heads: Sequence[Head] = ()
+    checkpoints: Sequence[HeldCheckpoint] = ()
+    dropped: Collection[str] = ()
+    request: Request | None = None
+    meta: Mapping[str, str] = field(default_factory=dict)
+
+
+class Ledger(Protocol):
+    """The only authority on where records are. Every `commit` is one transaction."""
+
+    def seq(self) -> int:
+        """The number of the last commit; 0 before the first."""
+
+    def meta(self) -> dict[str, str]: ...
+
+    def commit(self, change: Change) -> int:
+        """Apply all of a change or nothing; returns its sequence number (given to added rows)."""
+
+    def scrub(self) -> None:
+        """Leave no byte of removed rows behind (free pages, write-ahead log)."""
+
+    def lookup(self, id_digests: Iterable[str]) -> dict[str, RecordRow | Tombstone]: ...
+
+    def by_subject(self, subject_digest: str) -> tuple[list[RecordRow], list[Tombstone]]: ...
+
+    def by_vector(self, shard: int, vector_ids: Collection[int]) -> dict[int, RecordRow]: ...
+
+    def rows(self, shard: int, slice_: int | None = None) -> list[RecordRow]:
+        """Rows of a shard (or one slice), by keyed id."""
+
+    def counts(self) -> dict[int, int]:
+        """Records per shard, shards without any left out."""
+
+    def kinds(self) -> dict[str, int]:
+        """Records per kind."""
+
+    def slices(self, shard: int | None = None) -> list[SliceFile]: ...
+
+    def indexes(self, shard: int | None = None) -> list[IndexFile]: ...
+
+    def heads(self) -> list[Head]:
+        """In shard order, one for every shard of the layout."""
+
+    def checkpoints(self, shard: int | None = None) -> list[HeldCheckpoint]: ...
+
+    def requests(self) -> list[Request]:
+        """Oldest first."""
+
+    def num_tombstones(self) -> int: ...
