@@ -22,9 +22,7 @@ from sisa.plan import Recipe, ShardPlan, ShardView, jobs
 
 def full_record_epochs(views: Iterable[ShardView], recipe: Recipe) -> int:
     """Record-epochs of training every shard from scratch."""
-    return sum(
-        record_epochs(job) for view in views for job in jobs(view.shard, view.slices, recipe, "")
-    )
+    return sum(record_epochs(job) for view in views for job in jobs(view.shard, view.slices, recipe, ""))
 
 
 def plan_record_epochs(plans: Iterable[ShardPlan]) -> int:

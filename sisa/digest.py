@@ -27,9 +27,7 @@ KEY_BYTES = 32
 
 def canonical_json(value: Any) -> bytes:
     """The one byte string of a JSON value. Raises ValueError for NaN and infinities."""
-    text = json.dumps(
-        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
-    )
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return text.encode("utf-8")
 
 

@@ -83,13 +83,19 @@ class Tombstone:
 
 
 @dataclass(frozen=True, slots=True)
-class SliceFile:
-    """The Parquet file of one (shard, slice), named by its content."""
+class SliceState:
+    """The records of one (shard, slice), named by the digest of their content; never empty."""
 
     shard: int
     slice: int
     root: str
     num_records: int
+
+
+@dataclass(frozen=True, slots=True)
+class SliceFile(SliceState):
+    """The Parquet file that holds a slice."""
+
     sha256: str
     num_bytes: int
 

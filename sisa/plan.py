@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Literal
 
-from sisa.domain import Chain, Head, HeldCheckpoint, RecordRow, SliceFile, SliceJob
+from sisa.domain import Head, HeldCheckpoint, RecordRow, SliceJob, SliceState, record_epochs
 
 Schedule = Literal["cumulative", "sequential"]
 
@@ -47,26 +47,27 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True)
 class ShardView:
-    """One shard as the ledger sees it: its non-empty slice files and its clean held checkpoints."""
+    """One shard as the ledger sees it: its non-empty slices and its clean held checkpoints."""
 
     shard: int
-    slices: tuple[SliceFile, ...]
+    slices: tuple[SliceState, ...]
     held: tuple[HeldCheckpoint, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class ShardPlan:
-    """What the reconciliation of one shard comes to. `chain` is None when nothing must train."""
+    """What the reconciliation of one shard comes to: `train` starts from `parent` (None: the base)."""
 
     shard: int
     path: tuple[SliceJob, ...]
     head: Head
-    chain: Chain | None
+    train: tuple[SliceJob, ...]
+    parent: HeldCheckpoint | None
     retired: tuple[str, ...]
 
     @property
     def record_epochs(self) -> int:
-        return self.chain.record_epochs if self.chain else 0
+        return sum(record_epochs(job) for job in self.train)
 
 
 def passes(schedule: Schedule, num_epochs: int, num_slices: int) -> tuple[int, int]:
@@ -78,18 +79,18 @@ def passes(schedule: Schedule, num_epochs: int, num_slices: int) -> tuple[int, i
 
 
 def jobs(
-    shard: int, slices: Sequence[SliceFile], recipe: Recipe, fingerprint: str
+    shard: int, slices: Sequence[SliceState], recipe: Recipe, fingerprint: str
 ) -> tuple[SliceJob, ...]:
     """The stages of a shard, first to last; one for each slice that holds records."""
     path: list[SliceJob] = []
-    seen: list[SliceFile] = []
-    for file in sorted(slices, key=lambda each: each.slice):
-        seen.append(file)
-        stage = [file] if recipe.schedule == "sequential" else seen
+    seen: list[SliceState] = []
+    for state in sorted(slices, key=lambda each: each.slice):
+        seen.append(state)
+        stage = [state] if recipe.schedule == "sequential" else seen
         path.append(
             SliceJob(
                 shard=shard,
-                slice=file.slice,
+                slice=state.slice,
                 parent=path[-1].key if path else None,
                 slices=tuple((each.slice, each.root) for each in stage),
                 num_records=sum(each.num_records for each in stage),
@@ -105,19 +106,13 @@ def jobs(
 def tainted(held: Iterable[HeldCheckpoint], removed: Collection[RecordRow]) -> tuple[str, ...]:
     """Keys of the checkpoints that any of the removed records touched."""
     return tuple(
-        checkpoint.key
-        for checkpoint in held
-        if any(touched(checkpoint, row) for row in removed)
+        checkpoint.key for checkpoint in held if any(touched(checkpoint, row) for row in removed)
     )
 
 
 def touched(checkpoint: HeldCheckpoint, row: RecordRow) -> bool:
     """Whether a held record is in the lineage of a checkpoint."""
-    return (
-        row.shard == checkpoint.shard
-        and row.slice <= checkpoint.slice
-        and row.seq <= checkpoint.seq
-    )
+    return row.shard == checkpoint.shard and row.slice <= checkpoint.slice and row.seq <= checkpoint.seq
 
 
 def plan_shard(view: ShardView, recipe: Recipe, fingerprint: str) -> ShardPlan:
@@ -130,13 +125,10 @@ def plan_shard(view: ShardView, recipe: Recipe, fingerprint: str) -> ShardPlan:
     for position, job in enumerate(path):
         if job.key in held:
             missing = position + 1  # everything up to the deepest held stage is there to build on
-    chain = None
-    if missing < len(path):
-        parent = held[path[missing - 1].key] if missing else None
-        chain = Chain(view.shard, path[missing:], parent, view.slices)
+    parent = held[path[missing - 1].key] if 0 < missing < len(path) else None
     keep = {job.key for job in path} | {head.key, target}
     retired = tuple(key for key in held if key not in keep)
-    return ShardPlan(view.shard, path, head, chain, retired)
+    return ShardPlan(view.shard, path, head, path[missing:], parent, retired)
 
 
 def _path_to_serve(

@@ -140,9 +140,7 @@ class CheckpointStore(Protocol):
 
 
 class RecordStore(Protocol):
-    def write(
-        self, shard: int, slice_: int, root: str, records: Sequence[StoredRecord]
-    ) -> SliceFile:
+    def write(self, shard: int, slice_: int, root: str, records: Sequence[StoredRecord]) -> SliceFile:
         """Store a slice's records (canonical order); never changes another file."""
 
     def read(self, file: SliceFile) -> tuple[StoredRecord, ...]:

@@ -128,9 +128,7 @@ class _Meter:
 class SerialExecutor:
     """Trains one chain after another in this process."""
 
-    def __init__(
-        self, trainer: Trainer, records: RecordStore, checkpoints: CheckpointStore
-    ) -> None:
+    def __init__(self, trainer: Trainer, records: RecordStore, checkpoints: CheckpointStore) -> None:
         self._trainer = trainer
         self._records = records
         self._checkpoints = checkpoints

@@ -1,0 +1,167 @@
+"""The one reconciliation: whatever happened before, bring the held state to its target.
+
+    adopt    stages that a cut-short run stored for the present targets
+    sweep    every file that the ledger does not know: tainted, retired, half-written
+    train    what the targets miss; each finished stage moves its shard's head
+    retire   clean checkpoints that are neither on a target's path nor heading
+    close    requests whose shards have arrived
+    scrub    the ledger's own pages
+
+Rules: idempotent, and safe to cut anywhere: every step looks at what is there, not at what was done.
+
+Not covered: what remains (decided by `run.py` before).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+
+from sisa.domain import Chain, HeldCheckpoint, record_epochs
+from sisa.errors import IntegrityError, SisaError
+from sisa.plan import ShardPlan, plan_shard
+from sisa.ports import Change, Event, SavedCheckpoint, SliceTrained
+from sisa.world import World, model_digest, view_shard
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a reconciliation did."""
+
+    record_epochs_trained: int
+    slices_trained: int
+    shards_trained: tuple[int, ...]
+
+
+def reconcile(world: World) -> Trained:
+    """Bring every shard that is not there yet to its target; finish what a crash left open."""
+    adopt(world)
+    sweep(world)
+    world.ledger.scrub()
+    plans = [plan for plan in open_plans(world) if plan.train]
+    if plans:
+        _train(world, plans)
+    _retire(world)
+    _complete_requests(world)
+    sweep(world)
+    world.ledger.scrub()
+    return Trained(
+        sum(plan.record_epochs for plan in plans),
+        sum(len(plan.train) for plan in plans),
+        tuple(plan.shard for plan in plans),
+    )
+
+
+def open_plans(world: World) -> list[ShardPlan]:
+    """Plans of the shards whose head is not their target, under the present fingerprint."""
+    return [
+        plan_shard(view_shard(world, head.shard), world.recipe, world.fingerprint)
+        for head in world.ledger.heads()
+        if not head.converged
+    ]
+
+
+def adopt(world: World) -> None:
+    """Take over stages that were stored for the present targets when a run was cut short."""
+    on_disk = world.checkpoints.held()
+    seq = world.ledger.seq()
+    for plan in open_plans(world):
+        known = {each.key for each in world.ledger.checkpoints(plan.shard)}
+        for job in plan.path:
+            if job.key not in on_disk or job.key in known:
+                continue
+            try:
+                saved = world.checkpoints.describe(job.key)
+            except IntegrityError:
+                continue  # never recorded, so nothing relies on it: the sweep takes it
+            found = _held(job.shard, job.slice, seq, job.fingerprint, saved, 0.0, 0)
+            _record_checkpoint(world, found)
+
+
+def _held(
+    shard: int,
+    slice_: int,
+    seq: int,
+    fingerprint: str,
+    saved: SavedCheckpoint,
+    seconds: float,
+    epochs: int,
+) -> HeldCheckpoint:
+    return HeldCheckpoint(
+        key=saved.key,
+        shard=shard,
+        slice=slice_,
+        seq=seq,
+        fingerprint=fingerprint,
+        manifest_sha256=saved.manifest_sha256,
+        adapter_sha256=saved.adapter_sha256,
+        num_bytes=saved.num_bytes,
+        seconds=seconds,
+        record_epochs=epochs,
+    )
+
+
+def _record_checkpoint(world: World, found: HeldCheckpoint) -> None:
+    """Record a stage and move its shard's head to the deepest clean one, in one transaction."""
+    view = view_shard(world, found.shard)
+    plan = plan_shard(replace(view, held=(*view.held, found)), world.recipe, world.fingerprint)
+    world.ledger.commit(Change(checkpoints=[found], heads=[plan.head]))
+
+
+def _train(world: World, plans: Sequence[ShardPlan]) -> None:
+    seq = world.ledger.seq()
+    recorded: set[str] = set()
+    chains = [
+        Chain(plan.shard, plan.train, plan.parent, tuple(world.ledger.slices(plan.shard)))
+        for plan in plans
+    ]
+
+    def on_event(event: Event) -> None:
+        if isinstance(event, SliceTrained) and event.job.key not in recorded:
+            recorded.add(event.job.key)
+            job, epochs = event.job, record_epochs(event.job)
+            found = _held(job.shard, job.slice, seq, job.fingerprint, event.saved, event.seconds, epochs)
+            _record_checkpoint(world, found)
+        world.report(event)
+
+    world.executor_for(world.checkpoints).run(chains, on_event)
+    missing = {job.key for plan in plans for job in plan.train} - recorded
+    if missing:
+        raise SisaError(f"the executor returned without {len(missing)} of its stages")
+
+
+def _retire(world: World) -> None:
+    dropped: list[str] = []
+    for head in world.ledger.heads():
+        if head.converged:
+            view = view_shard(world, head.shard)
+            dropped.extend(plan_shard(view, world.recipe, world.fingerprint).retired)
+    if dropped:
+        world.ledger.commit(Change(dropped=dropped))
+
+
+def _complete_requests(world: World) -> None:
+    open_ = [request for request in world.ledger.requests() if request.state == "committed"]
+    if not open_ or not all(head.converged for head in world.ledger.heads()):
+        return
+    after = model_digest(world.ledger)
+    for request in open_:
+        seconds = _seconds_between(request.created_at, world.now())
+        done = replace(request, state="completed", model_digest_after=after, seconds=seconds)
+        world.ledger.commit(Change(request=done))
+
+
+def _seconds_between(start: str, end: str) -> float:
+    passed = datetime.fromisoformat(end) - datetime.fromisoformat(start)
+    return max(0.0, round(passed.total_seconds(), 3))
+
+
+def sweep(world: World) -> None:
+    """Erase every file that the ledger does not know: tainted, retired, half-written."""
+    slices = {file.name for file in world.ledger.slices()}
+    world.records.erase(sorted(world.records.held() - slices))
+    indexes = {file.name for file in world.ledger.indexes()}
+    world.index.erase(sorted(world.index.held() - indexes))
+    known = {each.key for each in world.ledger.checkpoints()}
+    world.checkpoints.erase(sorted(world.checkpoints.held() - known))

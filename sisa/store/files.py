@@ -1,0 +1,169 @@
+"""Files that are whole or absent: atomic writes, checked reads, one writer.
+
+Rules: bytes go to a temporary name in the same directory, are flushed to the disk, and take their
+name by one rename; readers never see half a file. Names are made from digests and numbers, never
+from a record id. `erase` overwrites nothing: on copy-on-write disks, snapshots and object stores an
+unlinked file may live on, which no program above them can mend.
+
+Not covered: encryption at rest.
+
+>>> import tempfile
+>>> with tempfile.TemporaryDirectory() as folder:
+...     write_atomic(Path(folder) / "a.bin", b"abc")
+...     (Path(folder) / "a.bin").read_bytes()
+b'abc'
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from sisa.digest import sha256_hex
+from sisa.errors import Busy, EnvironmentFault, IntegrityError
+
+TEMPORARY_PREFIX = ".tmp-"
+_NEXT_STEPS = {
+    errno.ENOSPC: "free disk space, then run the same command again",
+    errno.EDQUOT: "raise the disk quota, then run the same command again",
+    errno.EROFS: "make the file system writable, then run the same command again",
+    errno.EACCES: "give this user access, then run the same command again",
+}
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn an operating-system error into an EnvironmentFault that names the path."""
+    try:
+        yield
+    except OSError as error:
+        raise EnvironmentFault(
+            f"the disk refused: {error.strerror or error}",
+            where=str(path),
+            next_step=_NEXT_STEPS.get(error.errno or 0, "mend the disk, then run the command again"),
+        ) from error
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames inside a directory durable."""
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_atomic(path: Path, data: bytes, mode: int = 0o644) -> None:
+    """Write a whole file or nothing."""
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=TEMPORARY_PREFIX, dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fchmod(file.fileno(), mode)
+                os.fsync(file.fileno())
+            os.replace(name, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(name)
+            raise
+        sync_directory(path.parent)
+
+
+def write_directory(path: Path, files: dict[str, bytes]) -> None:
+    """Write a directory of flat files, whole or not at all; an existing one is kept."""
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=path.parent))
+        try:
+            for name, data in files.items():
+                with (temporary / name).open("wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+            temporary.chmod(0o755)
+            sync_directory(temporary)
+            try:
+                os.rename(temporary, path)
+            except OSError as error:
+                # Another worker stored the same content first: its bytes are as good.
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        sync_directory(path.parent)
+
+
+def read_checked(path: Path, sha256: str, what: str) -> bytes:
+    """A file's bytes, after checking them against the recorded digest."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError as error:
+        raise IntegrityError(
+            f"a {what} is missing",
+            where=str(path),
+            expected=f"sha256 {sha256}",
+            got="no file",
+            next_step="restore the model directory from a backup, or train it anew",
+        ) from error
+    except OSError as error:
+        raise EnvironmentFault(f"the disk refused: {error.strerror}", where=str(path)) from error
+    found = sha256_hex(data)
+    if found != sha256:
+        raise tampered(path, what, sha256, found)
+    return data
+
+
+def tampered(path: Path, what: str, expected: str, got: str) -> IntegrityError:
+    """The error for bytes that are not the recorded ones."""
+    return IntegrityError(
+        f"a {what} is not the one that was recorded",
+        where=str(path),
+        expected=f"sha256 {expected}",
+        got=f"sha256 {got}",
+        next_step="run `sisa verify`; restore the file from a backup, or train the model anew",
+    )
+
+
+def held_names(folder: Path) -> frozenset[str]:
+    """All names in a folder, left-over temporaries among them."""
+    try:
+        return frozenset(os.listdir(folder))
+    except FileNotFoundError:
+        return frozenset()
+
+
+def erase(path: Path) -> None:
+    """Remove a file or a directory; absence is no error."""
+    with disk_errors(path):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writer_lock(path: Path) -> Iterator[None]:
+    """Hold the model's one writer lock. Raises Busy when another process has it."""
+    with disk_errors(path):
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise Busy(
+                "another process is writing to this model",
+                where=str(path.parent),
+                next_step="wait until it has finished, then run the same command again",
+            ) from error
+        yield
+    finally:
+        os.close(handle)

@@ -1,0 +1,96 @@
+"""The index at rest: one FAISS file per shard, named by its bytes.
+
+Rules: `IndexIDMap2` over a flat inner-product index; nothing is fitted on the data, and nothing is
+remembered. Vectors stand in the order of their ids, so a file equals that of an index that never held
+a deleted record. A file's digest is checked before FAISS parses it. Every build starts from bytes on
+disk: FAISS leaves removed vectors in the memory of the index object they were removed from.
+
+Not covered: where a candidate record is (only the ledger says so); compressed indexes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sisa.digest import sha256_hex
+from sisa.domain import Hit, IndexFile
+from sisa.errors import IntegrityError
+from sisa.ports import Vectors
+from sisa.store import files
+
+
+class FaissIndex:
+    """A RecordIndex in a directory."""
+
+    def __init__(self, root: Path, dimension: int) -> None:
+        self.root = root
+        self.dimension = dimension
+
+    def build(
+        self, shard: int, root: str, base: IndexFile | None, vectors: Mapping[int, Any]
+    ) -> IndexFile:
+        import faiss
+
+        ids = np.array(sorted(vectors), dtype=np.int64)
+        kept = [int(each) for each in ids if vectors[int(each)] is None]
+        old = dict(zip(kept, self._held_vectors(base, kept), strict=True))
+        matrix = np.zeros((len(ids), self.dimension), dtype=np.float32)
+        for row, each in enumerate(ids.tolist()):
+            matrix[row] = old[each] if vectors[each] is None else vectors[each]
+        index = faiss.IndexIDMap2(faiss.IndexFlatIP(self.dimension))
+        if len(ids):
+            index.add_with_ids(matrix, ids)
+        data = faiss.serialize_index(index).tobytes()
+        file = IndexFile(shard, root, len(ids), sha256_hex(data), len(data))
+        files.write_atomic(self.root / file.name, data, mode=0o600)
+        return file
+
+    def _held_vectors(self, base: IndexFile | None, vector_ids: Sequence[int]) -> Vectors:
+        if not vector_ids:
+            return np.zeros((0, self.dimension), dtype=np.float32)
+        if base is None:
+            raise IntegrityError("vectors are expected of an index that does not exist")
+        return self.vectors(base, vector_ids)
+
+    def search(self, file: IndexFile, query: Vectors, top_k: int) -> list[list[Hit]]:
+        if file.num_vectors == 0:
+            return [[] for _ in query]
+        index = self._read(file)
+        scores, ids = index.search(query, min(top_k, file.num_vectors))
+        return [
+            [
+                Hit(int(each), float(score), file.shard)
+                for each, score in zip(row_ids, row_scores, strict=True)
+                if each >= 0
+            ]
+            for row_ids, row_scores in zip(ids, scores, strict=True)
+        ]
+
+    def vectors(self, file: IndexFile, vector_ids: Sequence[int]) -> Vectors:
+        index = self._read(file)
+        try:
+            rows = [index.reconstruct(int(each)) for each in vector_ids]
+        except RuntimeError as error:
+            raise IntegrityError(
+                "the index lacks a vector that the ledger counts on",
+                where=str(self.root / file.name),
+                next_step="run `sisa train` with the same run file to rebuild the index",
+            ) from error
+        return np.stack(rows).astype(np.float32)
+
+    def _read(self, file: IndexFile) -> Any:
+        import faiss
+
+        data = files.read_checked(self.root / file.name, file.sha256, "index file")
+        return faiss.deserialize_index(np.frombuffer(data, dtype=np.uint8))
+
+    def held(self) -> frozenset[str]:
+        return files.held_names(self.root)
+
+    def erase(self, names: Collection[str]) -> None:
+        for name in names:
+            files.erase(self.root / name)

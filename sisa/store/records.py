@@ -1,0 +1,104 @@
+"""Records at rest: one Parquet file per (shard, slice), named by its content.
+
+Rules: a file is never changed; deleting a record writes one small new file and erases the old one.
+Rows stand in canonical order (by keyed id), so a file's bytes equal those of a file that never held
+the deleted record. Plain ids and text rest here and nowhere else.
+
+Not covered: encryption at rest; who decides which file is current (the ledger).
+
+Columns: id_digest, id, subject_id, kind, roles (list), texts (list).
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+from sisa.digest import sha256_hex
+from sisa.domain import Part, Record, SliceFile
+from sisa.errors import IntegrityError
+from sisa.ports import StoredRecord
+from sisa.store import files
+
+
+class FileRecords:
+    """A RecordStore in a directory."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def write(self, shard: int, slice_: int, root: str, records: Sequence[StoredRecord]) -> SliceFile:
+        data = _encode(records)
+        file = SliceFile(shard, slice_, root, len(records), sha256_hex(data), len(data))
+        files.write_atomic(self.root / file.name, data, mode=0o600)
+        return file
+
+    def read(self, file: SliceFile) -> tuple[StoredRecord, ...]:
+        path = self.root / file.name
+        data = files.read_checked(path, file.sha256, "slice file")
+        return _decode(data, path)
+
+    def held(self) -> frozenset[str]:
+        return files.held_names(self.root)
+
+    def erase(self, names: Collection[str]) -> None:
+        for name in names:
+            files.erase(self.root / name)
+
+
+def _encode(records: Sequence[StoredRecord]) -> bytes:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns: dict[str, list[Any]] = {
+        "id_digest": [each.id_digest for each in records],
+        "id": [each.record.id for each in records],
+        "subject_id": [each.record.subject_id for each in records],
+        "kind": [each.record.kind for each in records],
+        "roles": [[part.role for part in each.record.parts] for each in records],
+        "texts": [[part.text for part in each.record.parts] for each in records],
+    }
+    schema = pa.schema(
+        [
+            ("id_digest", pa.string()),
+            ("id", pa.string()),
+            ("subject_id", pa.string()),
+            ("kind", pa.string()),
+            ("roles", pa.list_(pa.string())),
+            ("texts", pa.list_(pa.string())),
+        ]
+    )
+    buffer = io.BytesIO()
+    pq.write_table(pa.table(columns, schema=schema), buffer, compression="zstd")
+    return buffer.getvalue()
+
+
+def _decode(data: bytes, path: Path) -> tuple[StoredRecord, ...]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        rows = pq.read_table(io.BytesIO(data)).to_pylist()
+        return tuple(
+            StoredRecord(
+                row["id_digest"],
+                Record(
+                    row["id"],
+                    row["subject_id"],
+                    row["kind"],
+                    tuple(
+                        Part(role, text) for role, text in zip(row["roles"], row["texts"], strict=True)
+                    ),
+                ),
+            )
+            for row in rows
+        )
+    except (pa.ArrowException, KeyError, ValueError) as error:
+        raise IntegrityError(
+            "a slice file can't be parsed",
+            where=str(path),
+            expected="the columns that this version writes",
+            got=type(error).__name__,
+        ) from error

@@ -1,0 +1,90 @@
+"""The world: the ports in a bundle, and the few reads and writes that several flows share.
+
+Rules: no decision is made here. New slice files get new names; nothing is overwritten or erased.
+
+Not covered: the order of effects (`run.py`, `reconcile.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from sisa.assign import Assigner, slice_root
+from sisa.digest import digest_of
+from sisa.domain import IndexFile, Record, RecordRow, SliceFile, SliceState
+from sisa.plan import Recipe, ShardView
+from sisa.ports import (
+    CheckpointStore,
+    Executor,
+    Ledger,
+    RecordIndex,
+    RecordStore,
+    Report,
+    StoredRecord,
+    Vectors,
+)
+
+Place = tuple[int, int]  # shard, slice
+
+
+@dataclass(frozen=True)
+class World:
+    """The ports and the few facts that the flows need, in a bundle."""
+
+    ledger: Ledger
+    records: RecordStore
+    checkpoints: CheckpointStore
+    index: RecordIndex
+    embed: Callable[[Sequence[str]], Vectors]
+    count_tokens: Callable[[Sequence[Record]], Sequence[int]]
+    executor_for: Callable[[CheckpointStore], Executor]
+    assigner: Assigner
+    recipe: Recipe
+    fingerprint: str
+    now: Callable[[], str]
+    report: Report
+
+
+def model_digest(ledger: Ledger) -> str:
+    """The digest of all heads' adapters in shard order."""
+    adapters = {each.key: each.adapter_sha256 for each in ledger.checkpoints()}
+    return digest_of([adapters.get(head.key) if head.key else None for head in ledger.heads()])
+
+
+def only(files: Sequence[IndexFile]) -> IndexFile | None:
+    return files[0] if files else None
+
+
+def write_slice(
+    world: World,
+    shard: int,
+    slice_: int,
+    rows: Sequence[RecordRow],
+    fresh: Iterable[StoredRecord] = (),
+) -> SliceFile:
+    """Write the slice that holds exactly `rows`, their records taken from disk and from `fresh`."""
+    by_digest = {each.id_digest: each for each in fresh}
+    for file in world.ledger.slices(shard):
+        if file.slice == slice_:
+            by_digest.update({each.id_digest: each for each in world.records.read(file)})
+    records = [by_digest[digest] for digest in sorted(row.id_digest for row in rows)]
+    return world.records.write(shard, slice_, slice_root(rows), records)
+
+
+def view_shard(
+    world: World,
+    shard: int,
+    replaced: Iterable[SliceState] = (),
+    emptied: Iterable[Place] = (),
+    dropped: Iterable[str] = (),
+) -> ShardView:
+    slices: dict[int, SliceState] = {file.slice: file for file in world.ledger.slices(shard)}
+    slices.update({state.slice: state for state in replaced})
+    gone = {slice_ for where, slice_ in emptied if where == shard}
+    without = set(dropped)
+    return ShardView(
+        shard,
+        tuple(state for slice_, state in sorted(slices.items()) if slice_ not in gone),
+        tuple(each for each in world.ledger.checkpoints(shard) if each.key not in without),
+    )

@@ -1,0 +1,362 @@
+"""In-memory fakes of every port, and a world built of them.
+
+Rules: a fake implements its port whole and passes the same contract suite as the real part. The
+`FakeTrainer` returns weights that confess: the job's key and every record id that ever touched them,
+so that thousands of random histories can be checked for residue without torch.
+
+Not covered: concurrency, disks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from sisa.assign import Assigner, Layout
+from sisa.digest import Keyed, canonical_json, sha256_hex
+from sisa.domain import (
+    Chain,
+    Head,
+    HeldCheckpoint,
+    Hit,
+    IndexFile,
+    Part,
+    Record,
+    RecordRow,
+    Request,
+    SliceFile,
+    SliceJob,
+    Tombstone,
+)
+from sisa.errors import IntegrityError
+from sisa.plan import Recipe, Schedule
+from sisa.ports import (
+    Change,
+    CheckpointStore,
+    Executor,
+    Report,
+    SavedCheckpoint,
+    SliceTrained,
+    StoredRecord,
+    Vectors,
+)
+from sisa.serial import SerialExecutor
+from sisa.world import World
+
+ADAPTER = "adapter_model.safetensors"
+SECRET = b"k" * 32
+DIMENSION = 4
+
+
+class FakeTrainer:
+    """Weights that confess which records touched them."""
+
+    def train(
+        self,
+        job: SliceJob,
+        parent: Mapping[str, bytes] | None,
+        records: Sequence[StoredRecord],
+        progress: Callable[[int, int], None],
+    ) -> dict[str, bytes]:
+        before = json.loads(parent[ADAPTER])["touched"] if parent else []
+        touched = sorted({*before, *(each.record.id for each in records)})
+        progress(len(records), len(records))
+        return {
+            ADAPTER: canonical_json({"job": job.key, "touched": touched}),
+            "optimizer.safetensors": canonical_json({"steps": len(records), "touched": touched}),
+        }
+
+
+class FakeCheckpoints:
+    def __init__(self) -> None:
+        self.stored: dict[str, dict[str, bytes]] = {}
+
+    def held(self) -> frozenset[str]:
+        return frozenset(self.stored)
+
+    def save(self, job: SliceJob, files: Mapping[str, bytes]) -> SavedCheckpoint:
+        self.stored.setdefault(job.key, dict(files))
+        return self.describe(job.key)
+
+    def describe(self, key: str) -> SavedCheckpoint:
+        if key not in self.stored:
+            raise IntegrityError("a checkpoint has no manifest")
+        files = self.stored[key]
+        manifest = canonical_json({name: sha256_hex(data) for name, data in files.items()})
+        size = sum(len(data) for data in files.values())
+        return SavedCheckpoint(key, sha256_hex(manifest), sha256_hex(files[ADAPTER]), size)
+
+    def load(self, key: str, manifest_sha256: str) -> dict[str, bytes]:
+        if self.describe(key).manifest_sha256 != manifest_sha256:
+            raise IntegrityError("a checkpoint is not the one that was recorded")
+        return dict(self.stored[key])
+
+    def erase(self, keys: Collection[str]) -> None:
+        for key in keys:
+            self.stored.pop(key, None)
+
+    def location(self, key: str) -> str:
+        return f"checkpoints/{key}/{ADAPTER}"
+
+
+class FakeRecords:
+    def __init__(self) -> None:
+        self.stored: dict[str, tuple[StoredRecord, ...]] = {}
+
+    def write(self, shard: int, slice_: int, root: str, records: Sequence[StoredRecord]) -> SliceFile:
+        data = canonical_json([each.record.canonical() for each in records])
+        file = SliceFile(shard, slice_, root, len(records), sha256_hex(data), len(data))
+        self.stored[file.name] = tuple(records)
+        return file
+
+    def read(self, file: SliceFile) -> tuple[StoredRecord, ...]:
+        if file.name not in self.stored:
+            raise IntegrityError("a slice file is missing")
+        return self.stored[file.name]
+
+    def held(self) -> frozenset[str]:
+        return frozenset(self.stored)
+
+    def erase(self, names: Collection[str]) -> None:
+        for name in names:
+            self.stored.pop(name, None)
+
+
+class FakeIndex:
+    def __init__(self) -> None:
+        self.stored: dict[str, dict[int, tuple[float, ...]]] = {}
+
+    def build(
+        self, shard: int, root: str, base: IndexFile | None, vectors: Mapping[int, Any]
+    ) -> IndexFile:
+        held = self.stored[base.name] if base else {}
+        rows: dict[int, tuple[float, ...]] = {}
+        for each in sorted(vectors):
+            vector = vectors[each]
+            if vector is None and each not in held:
+                raise IntegrityError("the index lacks a vector")
+            rows[each] = held[each] if vector is None else tuple(float(x) for x in vector)
+        data = canonical_json([[each, *rows[each]] for each in rows])
+        file = IndexFile(shard, root, len(rows), sha256_hex(data), len(data))
+        self.stored[file.name] = rows
+        return file
+
+    def search(self, file: IndexFile, query: Vectors, top_k: int) -> list[list[Hit]]:
+        rows = self.stored[file.name]
+        found = []
+        for vector in query.tolist():
+            scored = [
+                Hit(each, float(np.dot(np.float32(vector), np.float32(held))), file.shard)
+                for each, held in rows.items()
+            ]
+            found.append(sorted(scored, key=lambda hit: -hit.score)[:top_k])
+        return found
+
+    def vectors(self, file: IndexFile, vector_ids: Sequence[int]) -> Vectors:
+        rows = self.stored[file.name]
+        if any(each not in rows for each in vector_ids):
+            raise IntegrityError("the index lacks a vector")
+        return np.array([rows[each] for each in vector_ids], dtype=np.float32)
+
+    def held(self) -> frozenset[str]:
+        return frozenset(self.stored)
+
+    def erase(self, names: Collection[str]) -> None:
+        for name in names:
+            self.stored.pop(name, None)
+
+
+@dataclass
+class _Tables:
+    seq: int = 0
+    meta: dict[str, str] = field(default_factory=dict)
+    records: dict[str, RecordRow] = field(default_factory=dict)
+    tombstones: dict[str, Tombstone] = field(default_factory=dict)
+    slices: dict[tuple[int, int], SliceFile] = field(default_factory=dict)
+    indexes: dict[int, IndexFile] = field(default_factory=dict)
+    heads: dict[int, Head] = field(default_factory=dict)
+    checkpoints: dict[str, HeldCheckpoint] = field(default_factory=dict)
+    requests: dict[str, Request] = field(default_factory=dict)
+
+
+class FakeLedger:
+    def __init__(self) -> None:
+        self.tables = _Tables()
+
+    def seq(self) -> int:
+        return self.tables.seq
+
+    def meta(self) -> dict[str, str]:
+        seq = {"seq": str(self.tables.seq)} if self.tables.seq else {}
+        return {**self.tables.meta, **seq}
+
+    def commit(self, change: Change) -> int:
+        t = self.tables
+        t.seq += 1
+        for row in change.removed:
+            t.records.pop(row.id_digest, None)
+        for key in change.dropped:
+            t.checkpoints.pop(key, None)
+        for shard in change.unindexed:
+            t.indexes.pop(shard, None)
+        for place in change.emptied:
+            t.slices.pop(place, None)
+        t.records.update({row.id_digest: replace(row, seq=t.seq) for row in change.added})
+        t.tombstones.update({each.id_digest: each for each in change.tombstones})
+        t.slices.update({(each.shard, each.slice): each for each in change.slices})
+        t.indexes.update({each.shard: each for each in change.indexes})
+        t.heads.update({each.shard: each for each in change.heads})
+        t.checkpoints.update({each.key: each for each in change.checkpoints})
+        t.meta.update(change.meta)
+        if change.request is not None:
+            t.requests[change.request.request_id] = change.request
+        return t.seq
+
+    def scrub(self) -> None:
+        """Memory keeps no removed rows."""
+
+    def lookup(self, id_digests: Iterable[str]) -> dict[str, RecordRow | Tombstone]:
+        found: dict[str, RecordRow | Tombstone] = {}
+        for digest in id_digests:
+            held = self.tables.records.get(digest) or self.tables.tombstones.get(digest)
+            if held is not None:
+                found[digest] = held
+        return found
+
+    def by_subject(self, subject_digest: str) -> tuple[list[RecordRow], list[Tombstone]]:
+        t = self.tables
+        live = [row for row in t.records.values() if row.subject_digest == subject_digest]
+        dead = [each for each in t.tombstones.values() if each.subject_digest == subject_digest]
+        return _ordered(live), sorted(dead, key=lambda each: each.id_digest)
+
+    def by_vector(self, shard: int, vector_ids: Collection[int]) -> dict[int, RecordRow]:
+        rows = [row for row in self.tables.records.values() if row.shard == shard]
+        return {row.vector_id: row for row in rows if row.vector_id in vector_ids}
+
+    def rows(self, shard: int, slice_: int | None = None) -> list[RecordRow]:
+        return _ordered(
+            row
+            for row in self.tables.records.values()
+            if row.shard == shard and slice_ in (None, row.slice)
+        )
+
+    def counts(self) -> dict[int, int]:
+        counts: dict[int, int] = {}
+        for file in self.tables.slices.values():
+            counts[file.shard] = counts.get(file.shard, 0) + file.num_records
+        return counts
+
+    def kinds(self) -> dict[str, int]:
+        kinds: dict[str, int] = {}
+        for row in self.tables.records.values():
+            kinds[row.kind] = kinds.get(row.kind, 0) + 1
+        return kinds
+
+    def slices(self, shard: int | None = None) -> list[SliceFile]:
+        return [f for _, f in sorted(self.tables.slices.items()) if shard in (None, f.shard)]
+
+    def indexes(self, shard: int | None = None) -> list[IndexFile]:
+        return [f for _, f in sorted(self.tables.indexes.items()) if shard in (None, f.shard)]
+
+    def heads(self) -> list[Head]:
+        return [head for _, head in sorted(self.tables.heads.items())]
+
+    def checkpoints(self, shard: int | None = None) -> list[HeldCheckpoint]:
+        held = [each for each in self.tables.checkpoints.values() if shard in (None, each.shard)]
+        return sorted(held, key=lambda each: (each.shard, each.slice, each.key))
+
+    def requests(self) -> list[Request]:
+        return list(self.tables.requests.values())
+
+    def num_tombstones(self) -> int:
+        return len(self.tables.tombstones)
+
+
+def _ordered(rows: Iterable[RecordRow]) -> list[RecordRow]:
+    return sorted(rows, key=lambda row: row.id_digest)
+
+
+class CountingExecutor:
+    """The serial executor, noting the stages that it really trained; `before_run` may look around."""
+
+    def __init__(self, records: FakeRecords, checkpoints: CheckpointStore) -> None:
+        self._inner = SerialExecutor(FakeTrainer(), records, checkpoints)
+        self.trained: list[SliceJob] = []
+        self.before_run: list[Callable[[], None]] = []
+
+    def run(self, chains: Sequence[Chain], report: Report) -> None:
+        for look in self.before_run:
+            look()
+
+        def on_event(event: Any) -> None:
+            if isinstance(event, SliceTrained):
+                self.trained.append(event.job)
+            report(event)
+
+        self._inner.run(chains, on_event)
+
+
+def fake_embed(texts: Sequence[str]) -> Vectors:
+    rows = [[byte - 127.5 for byte in hashlib.sha256(t.encode()).digest()[:DIMENSION]] for t in texts]
+    matrix = np.array(rows, dtype=np.float32).reshape(len(texts), DIMENSION)
+    norms = np.linalg.norm(matrix, axis=1, keepdims=True)
+    return (matrix / np.where(norms == 0, 1, norms)).astype(np.float32)
+
+
+@dataclass
+class FakeModel:
+    """A world of fakes with its parts at hand."""
+
+    world: World
+    ledger: FakeLedger
+    records: FakeRecords
+    checkpoints: FakeCheckpoints
+    index: FakeIndex
+    trained: list[SliceJob]
+    before_run: list[Callable[[], None]]
+
+
+def fake_recipe(num_slices: int = 3, schedule: Schedule = "cumulative", epochs: int = 2) -> Recipe:
+    return Recipe(num_slices, schedule, epochs, {"learning_rate": 0.1}, "base-digest")
+
+
+def fake_model(
+    num_shards: int = 3, recipe: Recipe | None = None, fingerprint: str = "fingerprint"
+) -> FakeModel:
+    recipe = recipe or fake_recipe()
+    ledger, records = FakeLedger(), FakeRecords()
+    checkpoints, index = FakeCheckpoints(), FakeIndex()
+    trained: list[SliceJob] = []
+    before_run: list[Callable[[], None]] = []
+
+    def executor_for(store: CheckpointStore) -> Executor:
+        executor = CountingExecutor(records, store)
+        executor.trained = trained
+        executor.before_run = before_run
+        return executor
+
+    world = World(
+        ledger=ledger,
+        records=records,
+        checkpoints=checkpoints,
+        index=index,
+        embed=fake_embed,
+        count_tokens=lambda some: [len(record.text.split()) for record in some],
+        executor_for=executor_for,
+        assigner=Assigner(Keyed(SECRET), Layout(num_shards, recipe.num_slices)),
+        recipe=recipe,
+        fingerprint=fingerprint,
+        now=lambda: "2026-01-01T00:00:00+00:00",
+        report=lambda _event: None,
+    )
+    return FakeModel(world, ledger, records, checkpoints, index, trained, before_run)
+
+
+def fake_record(number: int, subject: str | None = None) -> Record:
+    body = (Part("prompt", f"question {number}"), Part("completion", f"answer {number}"))
+    return Record(f"id-{number:04d}", subject, "completion", body)

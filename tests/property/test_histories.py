@@ -1,0 +1,228 @@
+"""The law of exactness over random histories, with fakes.
+
+Each history is a first training, then adds and deletions (single, batch, by subject) in any order and
+batching. After each step: no deleted record is reachable in any held object, no untouched shard was
+retrained, nothing but suffixes of affected shards was. At the end: all held bytes equal those of a
+world that was trained from scratch on what remains.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from sisa.domain import Record, RecordRow
+from sisa.plan import Schedule
+from sisa.reconcile import reconcile
+from sisa.run import add, forget, plan_forget, train
+from sisa.world import model_digest
+from tests.fakes import ADAPTER, FakeModel, fake_model, fake_recipe, fake_record
+
+NUM_HISTORIES = 2_000
+SUBJECTS = (None, None, "ada", "bob", "eve")
+
+
+@dataclass(frozen=True)
+class History:
+    num_shards: int
+    num_slices: int
+    schedule: Schedule
+    first: tuple[int, ...]
+    steps: tuple[tuple[str, tuple[int, ...]], ...]
+
+
+def subject_of(number: int) -> str | None:
+    return SUBJECTS[number % len(SUBJECTS)]
+
+
+def record(number: int) -> Record:
+    return fake_record(number, subject_of(number))
+
+
+@st.composite
+def histories(draw: st.DrawFn) -> History:
+    numbers = st.lists(st.integers(0, 40), unique=True, max_size=12).map(tuple)
+    step = st.tuples(st.sampled_from(["add", "forget", "subject"]), numbers)
+    return History(
+        num_shards=draw(st.integers(1, 4)),
+        num_slices=draw(st.integers(1, 4)),
+        schedule=draw(st.sampled_from(["cumulative", "sequential"])),
+        first=draw(numbers),
+        steps=tuple(draw(st.lists(step, max_size=5))),
+    )
+
+
+class Model:
+    """The system under test beside the plain set of what should remain."""
+
+    def __init__(self, history: History) -> None:
+        recipe = fake_recipe(history.num_slices, history.schedule)
+        self.fake: FakeModel = fake_model(history.num_shards, recipe)
+        self.remaining: set[int] = set(history.first)
+        self.deleted: set[int] = set()
+        self.fake.before_run.append(self.check_nothing_unheld_is_reachable)
+        train(self.fake.world, [record(number) for number in history.first])
+
+    def rows(self, numbers: set[int]) -> list[RecordRow]:
+        digests = [self.fake.world.assigner.id_digest(record(n).id) for n in sorted(numbers)]
+        return [r for r in self.fake.ledger.lookup(digests).values() if isinstance(r, RecordRow)]
+
+    def step(self, kind: str, numbers: tuple[int, ...]) -> None:
+        self.fake.trained.clear()
+        if kind == "add":
+            fresh = set(numbers) - self.deleted
+            before = set(self.remaining)
+            add(self.fake.world, [record(number) for number in sorted(fresh)])
+            self.remaining |= fresh
+            touched = self.rows(fresh - before)
+        else:
+            gone = set(numbers) & self.remaining
+            if kind == "subject":
+                subjects = {subject_of(number) for number in gone} - {None}
+                gone = {n for n in self.remaining if subject_of(n) in subjects}
+            touched = self.rows(gone)
+            if gone:
+                forget(self.fake.world, plan_forget(self.fake.world, touched), f"r{len(self.deleted)}")
+            self.remaining -= gone
+            self.deleted |= gone
+        self.check_only_suffixes(touched)
+        self.check_no_residue()
+
+    def resume(self, kind: str, numbers: tuple[int, ...]) -> None:
+        """Ask again after a crash: what was committed is done, the rest is done now."""
+        done = {n for n in self.deleted | set(numbers) | self.remaining if not self.rows({n})}
+        self.deleted |= self.remaining & done
+        self.remaining -= done
+        self.fake.trained.clear()
+        self.step(kind, numbers)
+
+    def check_only_suffixes(self, touched: list[RecordRow]) -> None:
+        first: dict[int, int] = {}
+        for row in touched:
+            first[row.shard] = min(row.slice, first.get(row.shard, row.slice))
+        for job in self.fake.trained:
+            assert job.shard in first, "an untouched shard was retrained"
+            assert job.slice >= first[job.shard], "a slice before the touched one was retrained"
+        keys = [job.key for job in self.fake.trained]
+        assert len(keys) == len(set(keys)), "a stage was trained twice"
+
+    def check_heads_are_clean(self) -> None:
+        """From the commit on, what is served knows only records that the ledger holds."""
+        held = {record(number).id for number in range(41) if self.rows({number})}
+        for head in self.fake.ledger.heads():
+            if head.key is not None:
+                adapter = self.fake.checkpoints.stored[head.key][ADAPTER]
+                assert set(json.loads(adapter)["touched"]) <= held
+
+    def check_nothing_unheld_is_reachable(self) -> None:
+        """Before anything is trained, every trace of what the ledger does not hold is erased."""
+        self.check_no_residue({number for number in range(41) if self.rows({number})})
+
+    def check_no_residue(self, numbers: set[int] | None = None) -> None:
+        remaining = self.remaining if numbers is None else numbers
+        held = {record(number).id for number in remaining}
+        for files in self.fake.checkpoints.stored.values():
+            for data in files.values():
+                assert set(json.loads(data)["touched"]) <= held
+        for stored in self.fake.records.stored.values():
+            assert {each.record.id for each in stored} <= held
+        vectors = {row.vector_id for row in self.rows(remaining)}
+        for index in self.fake.index.stored.values():
+            assert set(index) <= vectors
+        ledger = repr(self.fake.ledger.tables)
+        assert not any(record(number).id in ledger for number in range(41))
+
+
+def assert_equal(one: FakeModel, other: FakeModel) -> None:
+    assert one.checkpoints.stored == other.checkpoints.stored
+    assert one.records.stored == other.records.stored
+    assert one.index.stored == other.index.stored
+    assert one.ledger.heads() == other.ledger.heads()
+    assert model_digest(one.ledger) == model_digest(other.ledger)
+
+
+@settings(max_examples=NUM_HISTORIES, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(histories())
+def test_any_history_equals_training_from_scratch(history: History) -> None:
+    model = Model(history)
+    model.check_no_residue()
+    for kind, numbers in history.steps:
+        model.step(kind, numbers)
+    scratch = fake_model(history.num_shards, fake_recipe(history.num_slices, history.schedule))
+    train(scratch.world, [record(number) for number in sorted(model.remaining, reverse=True)])
+    assert_equal(model.fake, scratch)
+    adapters = [json.loads(files[ADAPTER])["touched"] for files in scratch.checkpoints.stored.values()]
+    assert {each for touched in adapters for each in touched} == {
+        record(number).id for number in model.remaining
+    }
+
+
+class Crash(BaseException):
+    """A process that dies: nothing may catch it."""
+
+
+class Fuse:
+    """Counts the effects of a world and dies at the chosen one, before or after it happened."""
+
+    def __init__(self, at: int, after: bool) -> None:
+        self.left = at
+        self.after = after
+        self.blown = False
+
+    def guard(self, effect: Callable[..., Any]) -> Callable[..., Any]:
+        def guarded(*args: Any, **options: Any) -> Any:
+            self.left -= 1
+            if self.left == 0 and not self.blown:
+                self.blown = True
+                if self.after:
+                    effect(*args, **options)
+                raise Crash
+            return effect(*args, **options)
+
+        return guarded
+
+
+EFFECTS = {
+    "ledger": ("commit", "scrub"),
+    "records": ("write", "erase"),
+    "checkpoints": ("save", "erase"),
+    "index": ("build", "erase"),
+}
+
+
+def wire(fake: FakeModel, fuse: Fuse) -> None:
+    for part, names in EFFECTS.items():
+        for name in names:
+            port = getattr(fake, part)
+            setattr(port, name, fuse.guard(getattr(type(port), name).__get__(port)))
+
+
+def attempt(effect: Callable[[], None]) -> bool:
+    try:
+        effect()
+    except Crash:
+        return False
+    return True
+
+
+@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(histories(), st.integers(1, 60), st.booleans())
+def test_a_crash_at_any_effect_changes_no_byte(history: History, at: int, after: bool) -> None:
+    model = Model(dataclasses.replace(history, first=()))
+    wire(model.fake, Fuse(at, after))
+    for kind, numbers in (("add", history.first), *history.steps):
+        if not attempt(lambda kind=kind, numbers=numbers: model.step(kind, numbers)):
+            model.check_heads_are_clean()
+            reconcile(model.fake.world)
+            model.resume(kind, numbers)
+    model.check_no_residue()
+    scratch = fake_model(history.num_shards, fake_recipe(history.num_slices, history.schedule))
+    train(scratch.world, [record(number) for number in sorted(model.remaining)])
+    assert_equal(model.fake, scratch)
+    assert all(request.state == "completed" for request in model.fake.ledger.requests())
