@@ -1,0 +1,52 @@
+"""Train language models from which records can be deleted exactly.
+
+    import sisa
+    model, taken = sisa.train_model("run.yaml")
+    model.where(["p001-q1"])
+    model.forget(["p001-q1"])
+    assert model.verify(replay="all").ok
+
+Rules: this is the whole public API; everything else may change. Heavy libraries are imported by the
+calls that need them.
+
+Not covered: the command line (`cluster`), approximate unlearning (`approx`).
+"""
+
+from sisa.api import Answer, ForgetOutcome, ForgetPlan, Model, Status, open_model
+from sisa.config import RunConfig, load_run_file
+from sisa.domain import Part, Record
+from sisa.errors import (
+    Busy,
+    ConfigConflict,
+    EnvironmentFault,
+    IntegrityError,
+    InvalidInput,
+    RejectedRequest,
+    SisaError,
+    TransientError,
+    UnknownRecord,
+)
+from sisa.training import train_model
+
+__all__ = [
+    "Answer",
+    "Busy",
+    "ConfigConflict",
+    "EnvironmentFault",
+    "ForgetOutcome",
+    "ForgetPlan",
+    "IntegrityError",
+    "InvalidInput",
+    "Model",
+    "Part",
+    "Record",
+    "RejectedRequest",
+    "RunConfig",
+    "SisaError",
+    "Status",
+    "TransientError",
+    "UnknownRecord",
+    "load_run_file",
+    "open_model",
+    "train_model",
+]

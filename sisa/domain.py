@@ -206,7 +206,6 @@ class Request:
     state: Literal["committed", "completed"] = "committed"
     seconds: float = 0.0
     model_digest_after: str = ""
-    stale_exports: int = 0
 
 
 @dataclass(frozen=True, slots=True)

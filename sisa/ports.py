@@ -197,6 +197,7 @@ class Change:
     indexes: Sequence[IndexFile] = ()
     unindexed: Sequence[int] = ()
     heads: Sequence[Head] = ()
+    headless: Sequence[int] = ()  # shards that no longer exist
     checkpoints: Sequence[HeldCheckpoint] = ()
     dropped: Collection[str] = ()
     request: Request | None = None

@@ -59,8 +59,9 @@ class Forgetting:
         return min(row.slice for row in self.removed if row.shard == shard)
 
 
-def train(world: World, records: Sequence[Record]) -> Taken:
-    """Train what is missing. Takes records at the first training only; later ones need `add`.
+def train(world: World, records: Sequence[Record], meta: Mapping[str, str] | None = None) -> Taken:
+    """Train what is missing. Takes records at the first training only (with the model's `meta`);
+    later ones need `add`.
 
     Raises InvalidInput when a record of the source differs from the held one of the same id.
     """
@@ -76,7 +77,7 @@ def train(world: World, records: Sequence[Record]) -> Taken:
         )
     if first:
         heads = [Head(shard, None, 0, None) for shard in range(world.assigner.layout.num_shards)]
-        _commit_added(world, records, rows, heads)
+        _commit_added(world, records, rows, heads, meta or {})
     done = reconcile(world)
     held = sum(isinstance(each, RecordRow) for each in found.values())
     deleted = len(found) - held
@@ -128,7 +129,7 @@ def add(world: World, records: Sequence[Record]) -> Taken:
         )
     rows = _rows(world, fresh)
     if rows:
-        _commit_added(world, fresh, rows, [])
+        _commit_added(world, fresh, rows)
     done = reconcile(world)
     return Taken(
         records=sum(world.ledger.counts().values()),
@@ -148,7 +149,11 @@ def _rows(world: World, records: Sequence[Record]) -> list[RecordRow]:
 
 
 def _commit_added(
-    world: World, records: Sequence[Record], rows: Sequence[RecordRow], heads: Sequence[Head]
+    world: World,
+    records: Sequence[Record],
+    rows: Sequence[RecordRow],
+    heads: Sequence[Head] = (),
+    meta: Mapping[str, str] | None = None,
 ) -> None:
     vectors = world.embed([record.text for record in records])
     stored: dict[Place, list[StoredRecord]] = {}
@@ -184,7 +189,7 @@ def _commit_added(
     ]
     planned = {plan.shard: plan.head for plan in plans}
     moved = [planned.pop(head.shard, head) for head in heads] + list(planned.values())
-    world.ledger.commit(Change(added=rows, slices=slices, indexes=indexes, heads=moved))
+    world.ledger.commit(Change(added=rows, slices=slices, indexes=indexes, heads=moved, meta=meta or {}))
 
 
 def plan_forget(

@@ -204,6 +204,8 @@ class FakeLedger:
             t.checkpoints.pop(key, None)
         for shard in change.unindexed:
             t.indexes.pop(shard, None)
+        for shard in change.headless:
+            t.heads.pop(shard, None)
         for place in change.emptied:
             t.slices.pop(place, None)
         t.records.update({row.id_digest: replace(row, seq=t.seq) for row in change.added})

