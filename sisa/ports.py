@@ -38,6 +38,13 @@ Vectors = NDArray[np.float32]  # [num_texts, dimension], rows of unit length
 
 
 @dataclass(frozen=True, slots=True)
+class TrainingStarted:
+    """Stages that will be trained: (shard, slice, record-epochs) each."""
+
+    stages: tuple[tuple[int, int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class SliceStarted:
     """A worker began a stage of `total_tokens` tokens."""
 
@@ -73,7 +80,7 @@ class Notice:
     text: str
 
 
-Event = SliceStarted | SliceProgress | SliceTrained | Notice
+Event = TrainingStarted | SliceStarted | SliceProgress | SliceTrained | Notice
 Report = Callable[[Event], None]
 
 

@@ -21,7 +21,7 @@ from datetime import datetime
 from sisa.domain import Chain, HeldCheckpoint, record_epochs
 from sisa.errors import IntegrityError, SisaError
 from sisa.plan import ShardPlan, plan_shard
-from sisa.ports import Change, Event, SavedCheckpoint, SliceTrained
+from sisa.ports import Change, Event, SavedCheckpoint, SliceTrained, TrainingStarted
 from sisa.world import World, model_digest, view_shard
 
 
@@ -125,10 +125,17 @@ def _train(world: World, plans: Sequence[ShardPlan]) -> None:
             _record_checkpoint(world, found)
         world.report(event)
 
+    world.report(training_started(chains))
     world.executor_for(world.checkpoints).run(chains, on_event)
     missing = {job.key for plan in plans for job in plan.train} - recorded
     if missing:
         raise SisaError(f"the executor returned without {len(missing)} of its stages")
+
+
+def training_started(chains: Sequence[Chain]) -> TrainingStarted:
+    """The event that tells a waiting person how much there is to do."""
+    jobs = [job for chain in chains for job in chain.jobs]
+    return TrainingStarted(tuple((job.shard, job.slice, record_epochs(job)) for job in jobs))
 
 
 def _retire(world: World) -> None:

@@ -20,6 +20,7 @@ from sisa.domain import Chain, Head, IndexFile, SliceFile, SliceJob
 from sisa.errors import IntegrityError, Problem
 from sisa.plan import jobs
 from sisa.ports import CheckpointStore
+from sisa.reconcile import training_started
 from sisa.world import World
 
 
@@ -83,7 +84,9 @@ def replay(world: World, head: Head, scratch: CheckpointStore) -> ShardProof:
         return ShardProof(head.shard, head.key, False, None, 0, reason)
     files = tuple(world.ledger.slices(head.shard))
     path = jobs(head.shard, files, world.recipe, world.fingerprint)
-    world.executor_for(scratch).run([Chain(head.shard, path, None, files)], world.report)
+    chain = Chain(head.shard, path, None, files)
+    world.report(training_started([chain]))
+    world.executor_for(scratch).run([chain], world.report)
     equal = all(_same(world, scratch, job) for job in path)
     return ShardProof(head.shard, head.key, True, equal, len(path))
 

@@ -1,0 +1,330 @@
+"""The console command `sisa`: arguments in, one result out.
+
+Rules: every command takes `--json` and then prints one JSON object on standard output, for failures
+too; everything else goes to standard error. Exit codes: 0 done, 1 internal fault, 2 bad usage or
+input, 3 unknown record, 4 integrity failure, 5 busy, 6 environment. Record text is printed only where
+it is the answer; control characters never reach a terminal. Torch and Ray are imported by the
+commands that need them.
+
+Not covered: what the commands do (`sisa.api`); how results read (`render.py`).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cluster import render
+from cluster.render import Result
+from sisa.errors import InvalidInput, SisaError
+
+if TYPE_CHECKING:
+    from sisa.api import Model
+
+EXIT_INTERNAL, EXIT_USAGE, EXIT_ENVIRONMENT, EXIT_INTERRUPTED = 1, 2, 6, 130
+
+
+class _Command(click.Command):
+    """A command whose help ends with an example, set out as it is typed."""
+
+    def __init__(self, *args: Any, example: str = "", **options: Any) -> None:
+        options["epilog"] = f"\b\nExample:\n  {example}"
+        super().__init__(*args, **options)
+
+
+@click.group(help="Train a language model from which records can be deleted exactly.")
+@click.version_option(package_name="deletion-ready-model", prog_name="sisa")
+def cli() -> None:
+    """The root command."""
+
+
+def command(
+    name: str, example: str, group: click.Group = cli
+) -> Callable[[Callable[..., Result]], click.Command]:
+    """Register a function that returns a Result; adds `--json` and prints it."""
+
+    def register(function: Callable[..., Result]) -> click.Command:
+        @functools.wraps(function)
+        def invoke(as_json: bool, **arguments: Any) -> int:
+            result = function(**arguments)
+            click.echo(json.dumps(result.json, indent=2) if as_json else result.text)
+            return result.exit_code
+
+        option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+        decorate = group.command(name, cls=_Command, example=example)
+        registered: click.Command = decorate(option(invoke))
+        return registered
+
+    return register
+
+
+model_option = click.option(
+    "-m", "--model", "directory", required=True, type=click.Path(path_type=Path), help="Model directory."
+)
+executor_option = click.option(
+    "--executor",
+    default="ray",
+    show_default=True,
+    help="ray, or serial: the same bytes without Ray.",
+)
+ids_argument = click.argument("ids", nargs=-1, metavar="[ID]...")
+ids_file_option = click.option(
+    "--ids-file", type=click.Path(path_type=Path), help="File with one id a line."
+)
+
+
+@contextmanager
+def opened(directory: Path, executor: str = "ray") -> Iterator[Model]:
+    """The model in a directory, reporting progress on standard error."""
+    from cluster.progress import progress
+    from sisa import open_model
+
+    with progress() as report:
+        yield open_model(directory, executor=executor, report=report)
+
+
+def _ids(ids: Sequence[str], ids_file: Path | None) -> list[str]:
+    from sisa.reader import read_ids
+
+    return [*ids, *(read_ids(ids_file) if ids_file else [])]
+
+
+@command("quickstart", "sisa quickstart my-first-model")
+@click.argument("directory", default="sisa-quickstart", type=click.Path(path_type=Path))
+@click.option("--people", "num_people", default=20, show_default=True, help="Fictitious people.")
+@click.option("--epochs", "num_epochs", type=int, help="Passes over each record.")
+@executor_option
+def quickstart(directory: Path, num_people: int, num_epochs: int | None, executor: str) -> Result:
+    """Train, find, delete and prove, on a real language model, in minutes."""
+    from cluster.quickstart import tell
+
+    return render.quickstart(tell(directory, num_people, num_epochs, executor))
+
+
+@command("init", "sisa init my-model && sisa train my-model/run.yaml")
+@click.argument("directory", type=click.Path(path_type=Path))
+def init(directory: Path) -> Result:
+    """Write a commented run.yaml and a small data file to start from."""
+    from cluster.quickstart import write_start
+
+    return render.init(write_start(directory))
+
+
+@command("train", "sisa train run.yaml")
+@click.argument("run_file", type=click.Path(path_type=Path))
+@click.option("--reconfigure", is_flag=True, help="Move an existing model to a changed run file.")
+@executor_option
+def train(run_file: Path, reconfigure: bool, executor: str) -> Result:
+    """Train the model of a run file, or what is missing of it."""
+    from cluster.progress import progress
+    from sisa import train_model
+
+    with progress() as report:
+        model, taken = train_model(
+            run_file, executor=executor, report=report, accept_differences=reconfigure
+        )
+    return render.taken(taken, model.directory)
+
+
+@command("add", "sisa add -m model new-people.jsonl")
+@model_option
+@click.argument("file", type=click.Path(path_type=Path))
+@executor_option
+def add(directory: Path, file: Path, executor: str) -> Result:
+    """Take new records in; the result equals training on all of them from scratch."""
+    with opened(directory, executor) as model:
+        return render.taken(model.add(file), directory)
+
+
+@command("where", "sisa where -m model p001-q1 p002-q3")
+@model_option
+@ids_argument
+@ids_file_option
+def where(directory: Path, ids: tuple[str, ...], ids_file: Path | None) -> Result:
+    """Show which shard, slice, checkpoints and heads each record touched."""
+    named = _ids(ids, ids_file)
+    if not named:
+        raise click.UsageError("give at least one ID or --ids-file")
+    with opened(directory) as model:
+        return render.where(model.where(named))
+
+
+@command("find", 'sisa find -m model --text "Where was Mara born?" --top 5')
+@model_option
+@click.option("--text", help="Content to look for.")
+@click.option("--file", type=click.Path(path_type=Path), help="File with the content to look for.")
+@click.option("--subject", help="A subject's records, and others' that lie near them.")
+@click.option("--like", metavar="ID", help="Near-duplicates of a record.")
+@click.option("--top", "top_k", default=10, show_default=True, type=click.IntRange(1, 10_000))
+def find(
+    directory: Path,
+    text: str | None,
+    file: Path | None,
+    subject: str | None,
+    like: str | None,
+    top_k: int,
+) -> Result:
+    """Find candidate records by content, with scores, shard and slice."""
+    if sum(each is not None for each in (text, file, subject, like)) != 1:
+        raise click.UsageError("give exactly one of --text, --file, --subject and --like")
+    if file is not None:
+        text = _read_text(file)
+    with opened(directory) as model:
+        return render.found(model.find(text=text, subject=subject, like=like, top_k=top_k))
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        got = error.strerror if isinstance(error, OSError) else "bytes that are not UTF-8"
+        raise InvalidInput("the file can't be read", where=str(file), got=str(got)) from None
+
+
+@command("forget", "sisa forget -m model --subject p001 --dry-run")
+@model_option
+@ids_argument
+@ids_file_option
+@click.option("--subject", help="Delete all records of a subject.")
+@click.option("--dry-run", is_flag=True, help="Show what would happen; change nothing.")
+@executor_option
+def forget(
+    directory: Path,
+    ids: tuple[str, ...],
+    ids_file: Path | None,
+    subject: str | None,
+    dry_run: bool,
+    executor: str,
+) -> Result:
+    """Delete records exactly, and retrain what they touched."""
+    named = _ids(ids, ids_file)
+    if bool(named) == (subject is not None):
+        raise click.UsageError("give IDs (or --ids-file), or --subject")
+    with opened(directory, executor) as model:
+        if dry_run:
+            return render.forget_plan(model.plan_forget(named, subject=subject))
+        before = model.status().model_digest
+        return render.forgotten(model.forget(named, subject=subject), before)
+
+
+@command("status", "sisa status -m model")
+@model_option
+def status(directory: Path) -> Result:
+    """Show shards, slices, records, heads, requests and sizes."""
+    with opened(directory) as model:
+        return render.status(model.status())
+
+
+@command("verify", "sisa verify -m model --replay all")
+@model_option
+@click.option(
+    "--replay",
+    type=click.Choice(["none", "sample", "all"]),
+    default="none",
+    show_default=True,
+    help="Shards to train from scratch and compare byte for byte.",
+)
+@click.option("--shard", type=click.IntRange(0), help="Replay this shard alone.")
+@executor_option
+def verify(directory: Path, replay: str, shard: int | None, executor: str) -> Result:
+    """Check every held byte; prove by replay."""
+    if shard is not None and replay == "none":
+        replay = "sample"
+    with opened(directory, executor) as model:
+        return render.verified(model.verify(replay, shard))  # type: ignore[arg-type]
+
+
+@command("generate", 'sisa generate -m model --prompt "Question: Where was Mara born?"')
+@model_option
+@click.option("--prompt", required=True, help="What to answer.")
+@click.option("--max-new-tokens", default=48, show_default=True, type=click.IntRange(1, 100_000))
+def generate(directory: Path, prompt: str, max_new_tokens: int) -> Result:
+    """Answer with the aggregated constituent models."""
+    with opened(directory) as model:
+        return render.answer(model.generate(prompt, max_new_tokens=max_new_tokens))
+
+
+@command("export", "sisa export -m model --to adapters")
+@model_option
+@click.option("--to", "target", required=True, type=click.Path(path_type=Path), help="Empty directory.")
+def export(directory: Path, target: Path) -> Result:
+    """Write one standard PEFT directory per shard."""
+    with opened(directory) as model:
+        return render.exported(model.export(target))
+
+
+@cli.group(help="About the run file.")
+def config() -> None:
+    """The group of run file commands."""
+
+
+@command("schema", "sisa config schema > run.schema.json", group=config)
+def schema() -> Result:
+    """Print the JSON Schema of the run file."""
+    from sisa.config import json_schema
+
+    found = json_schema()
+    return Result(found, json.dumps(found, indent=2))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Carry out a command line and return its exit code; prints the result or the failure."""
+    as_json = "--json" in arguments
+    try:
+        code = cli.main(args=list(arguments), prog_name="sisa", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except click.exceptions.Exit as exit_:
+        return exit_.exit_code
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        return EXIT_USAGE
+    except click.ClickException as error:
+        usage = error.ctx.get_usage() if isinstance(error, click.UsageError) and error.ctx else ""
+        fault = InvalidInput(error.format_message(), next_step=usage.replace("Usage:", "usage:"))
+        return _fail(fault.to_json() | {"type": "UsageError"}, str(fault), EXIT_USAGE, as_json)
+    except SisaError as error:
+        return _fail(error.to_json(), str(error), error.exit_code, as_json)
+    except (KeyboardInterrupt, click.Abort):
+        message = "interrupted; run the same command again to go on"
+        return _fail({"type": "Interrupted", "message": message}, message, EXIT_INTERRUPTED, as_json)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        message = f"the operating system refused: {error.strerror or type(error).__name__}"
+        return _fail(
+            {"type": "EnvironmentFault", "message": message}, message, EXIT_ENVIRONMENT, as_json
+        )
+    except Exception as error:  # the last resort: a message may hold anything, so only places are shown
+        return _internal(error, as_json)
+
+
+def _internal(error: Exception, as_json: bool) -> int:
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    message = f"internal fault: {type(error).__name__} in {Path(frame.filename).name}:{frame.lineno}"
+    if os.environ.get("SISA_DEBUG"):
+        traceback.print_exc()
+    next_step = "report it; SISA_DEBUG=1 prints the whole traceback, which may hold record text"
+    body = {"type": "InternalFault", "message": message, "next_step": next_step}
+    return _fail(body, f"{message}\n  next step: {next_step}", EXIT_INTERNAL, as_json)
+
+
+def _fail(body: dict[str, Any], text: str, code: int, as_json: bool) -> int:
+    if as_json:
+        click.echo(json.dumps({"error": body}, indent=2))
+    click.echo(f"error: {render.printable(text)}", err=True)
+    return code
+
+
+def main() -> None:
+    """The console script."""
+    sys.exit(run(sys.argv[1:]))

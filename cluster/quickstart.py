@@ -1,0 +1,181 @@
+"""The whole promise in minutes: train, ask, find, delete, ask again, prove.
+
+Rules: it uses the public API as any caller would, on the embedded base model and on made-up people. A
+step that fails to show what it should is reported as it is found, never smoothed over: `answered`
+says whether the trained model knew the answer, `leaked` whether it still does after the deletion.
+
+Not covered: tuning; data of your own (`sisa init`).
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cluster.progress import progress
+from sisa import Model, open_model, train_model
+from sisa.config import commented_run_file, load_run_file
+from sisa.errors import InvalidInput
+from sisa.samples import distinctive_word, make_people, to_jsonl
+from sisa.store.files import write_atomic
+
+RECORDS_PER_PERSON = 5
+SAMPLE_PEOPLE = 20
+
+
+@dataclass(frozen=True)
+class Start:
+    """What `sisa init` wrote."""
+
+    run_file: Path
+    data_file: Path
+    records: int
+
+
+@dataclass
+class Story:
+    """What happened, step by step; seconds of wall time."""
+
+    directory: str = ""
+    records: int = 0
+    question: str = ""
+    answer_before: str = ""
+    answer_after: str = ""
+    answered: bool = False
+    leaked: bool = False
+    subject: str = ""
+    shard: int = 0
+    slice: int = 0
+    deleted_records: int = 0
+    slices_retrained: int = 0
+    record_epochs_retrained: int = 0
+    record_epochs_full: int = 0
+    equal: bool = False
+    stages_replayed: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def step(self, name: str, told: str) -> Iterator[None]:
+        print(f"\n== {told}", file=sys.stderr, flush=True)
+        started = time.monotonic()
+        yield
+        self.seconds[name] = round(time.monotonic() - started, 1)
+
+    def to_json(self) -> dict[str, Any]:
+        share = self.record_epochs_retrained / max(1, self.record_epochs_full)
+        return asdict(self) | {"share_of_full_training": round(share, 4)}
+
+    def summary(self) -> str:
+        """The end of the story in words."""
+        share = 100 * self.record_epochs_retrained / max(1, self.record_epochs_full)
+        knew = "yes" if self.answered else "NO"
+        gone = "STILL KNOWN" if self.leaked else "gone"
+        proof = "equal, byte for byte" if self.equal else "DIFFERENT"
+        return "\n".join(
+            [
+                f"trained      {self.records} records, 4 shards x 3 slices, in {self.directory}",
+                f"asked        {self.question}",
+                f"  before     {self.answer_before}   (knows the fact: {knew})",
+                f"  after      {self.answer_after}   (the fact is {gone})",
+                f"deleted      {self.deleted_records} records of {self.subject}, "
+                f"shard {self.shard}, slice {self.slice}",
+                f"retrained    {self.slices_retrained} slices, {self.record_epochs_retrained} of "
+                f"{self.record_epochs_full} record-epochs ({share:.1f}% of training it all again)",
+                f"proof        {self.stages_replayed} stages of shard {self.shard} trained from scratch "
+                f"without the records: {proof}",
+                "seconds      " + ", ".join(f"{name} {took}" for name, took in self.seconds.items()),
+            ]
+        )
+
+
+def write_start(directory: Path, num_people: int = SAMPLE_PEOPLE) -> Start:
+    """Write a run file and sample data. Raises InvalidInput where the directory holds anything."""
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise InvalidInput(
+            "the directory is not empty",
+            where=str(directory),
+            next_step="name another directory, or remove this one",
+        )
+    rows = make_people(num_people, RECORDS_PER_PERSON)
+    start = Start(directory / "run.yaml", directory / "people.jsonl", len(rows))
+    write_atomic(start.data_file, to_jsonl(rows).encode())
+    write_atomic(start.run_file, commented_run_file("people.jsonl", "model").encode())
+    return start
+
+
+def tell(directory: Path, num_people: int, num_epochs: int | None, executor: str) -> Story:
+    """Run the whole story in a new directory."""
+    story = Story(directory=str(directory))
+    with story.step("base", "fetching the base model (once; kept in your cache)"):
+        start = write_start(directory, num_people)
+        config = load_run_file(start.run_file)
+        if num_epochs is not None:
+            config = config.model_copy(update={"num_epochs": num_epochs})
+        _fetch(config.base_model)
+    with progress() as report:
+        with story.step("train", f"training on {start.records} records of {num_people} invented people"):
+            model, taken = train_model(config, executor=executor, report=report)
+            story.records = taken.records
+        _ask(story, model, num_people)
+        _delete(story, open_model(model.directory, executor=executor, report=report))
+    return story
+
+
+def _fetch(base_model: str) -> None:
+    from sisa.model.base import resolve_base
+
+    resolve_base(base_model)
+
+
+def _ask(story: Story, model: Model, num_people: int) -> None:
+    """Ask about one person until the model answers rightly, and look up where that person is."""
+    rows = make_people(num_people, RECORDS_PER_PERSON)
+    subject = rows[0]["subject_id"]
+    about = [row for row in rows if row["subject_id"] == subject]
+    with story.step("ask", "asking the model about one of them"):
+        answers = model.generate_all([row["prompt"] for row in about], max_new_tokens=16)
+        known = [
+            distinctive_word(row["completion"]) in answer.text
+            for row, answer in zip(about, answers, strict=True)
+        ]
+        chosen = known.index(True) if any(known) else 0
+        story.question = _one_line(about[chosen]["prompt"])
+        story.answer_before = _one_line(answers[chosen].text)
+        story.answered = known[chosen]
+        story.subject = subject
+    with story.step("where", "looking up where that person's records live"):
+        located = model.where([row["id"] for row in about])
+        story.shard, story.slice = located[0].shard, located[0].slice
+        print(
+            f"shard {story.shard}, slice {story.slice}, in {len(located[0].checkpoints)} checkpoints",
+            file=sys.stderr,
+        )
+
+
+def _delete(story: Story, model: Model) -> None:
+    rows = make_people(1, RECORDS_PER_PERSON)
+    row = next(each for each in rows if _one_line(each["prompt"]) == story.question)
+    with story.step("forget", "deleting that person and retraining what they touched"):
+        request = model.forget(subject=story.subject).request
+        if request is not None:
+            story.deleted_records = request.num_records
+            story.slices_retrained = sum(retrained for _, _, retrained in request.shards)
+            story.record_epochs_retrained = request.record_epochs_retrained
+            story.record_epochs_full = request.record_epochs_full
+    with story.step("ask again", "asking again"):
+        story.answer_after = _one_line(model.generate(row["prompt"], max_new_tokens=16).text)
+        story.leaked = distinctive_word(row["completion"]) in story.answer_after
+    with story.step("replay", "training that shard from scratch without them, to compare the bytes"):
+        proof = model.verify("sample", shard=story.shard)
+        mine = next(each for each in proof.shards if each.shard == story.shard)
+        story.equal = proof.ok and mine.equal is not False
+        story.stages_replayed = mine.stages
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

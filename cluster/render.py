@@ -1,0 +1,218 @@
+"""How results read: the JSON contract, and the same in words.
+
+Rules: pure. Keys of the JSON are a contract (README, "The JSON contract"): they are added to, never
+renamed. Text from records or models passes `printable` before it reaches a terminal.
+
+Not covered: progress (`progress.py`), errors (`cli.py`).
+
+>>> printable("a\\x1b[31mb\\n")
+'a[31mb\\n'
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cluster.quickstart import Start, Story
+    from sisa.api import Answer, ForgetOutcome, ForgetPlan, Status
+    from sisa.query import Found, Location
+    from sisa.run import Taken
+    from sisa.verify import Verification
+
+EXIT_INTEGRITY = 4
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command prints, for machines and for people, and its exit code."""
+
+    json: dict[str, Any]
+    text: str
+    exit_code: int = 0
+
+
+def printable(text: str) -> str:
+    """Text without control characters, line breaks and tabs kept."""
+    return "".join(c for c in text if c in "\n\t" or not unicodedata.category(c).startswith("C"))
+
+
+def share(part: int, whole: int) -> str:
+    """A part of a whole in percent."""
+    return f"{100 * part / whole:.1f}%" if whole else "0%"
+
+
+def taken(found: Taken, directory: Path) -> Result:
+    lines = [
+        f"{found.records} records held in {directory} ({found.added} added now)",
+        f"{found.slices_trained} slices trained, {found.record_epochs_trained} record-epochs",
+        f"model digest {found.model_digest}",
+    ]
+    if found.deleted_not_taken:
+        lines.append(f"{found.deleted_not_taken} records of the source were deleted before: not taken")
+    if found.new_not_taken:
+        lines.append(f"{found.new_not_taken} records are new: take them in with `sisa add`")
+    return Result(asdict(found), "\n".join(lines))
+
+
+def where(locations: Sequence[Location]) -> Result:
+    lines = []
+    for each in locations:
+        place = f"shard {each.shard}, slice {each.slice}"
+        if each.state == "deleted":
+            lines.append(
+                f"{each.id}: deleted at {each.deleted_at} by {each.request_id} "
+                f"(was in {place}; {each.checkpoints_erased} checkpoints erased)"
+            )
+            continue
+        lines.append(f"{each.id}: {each.state}, {place}, in {len(each.checkpoints)} checkpoints")
+        lines += [
+            f"    slice {touch.slice}  {touch.key}{'  <- served head' if touch.is_head else ''}"
+            for touch in each.checkpoints
+        ]
+    return Result({"records": [asdict(each) for each in locations]}, printable("\n".join(lines)))
+
+
+def found(hits: Sequence[Found]) -> Result:
+    rows = [f"{h.score:8.4f}  shard {h.shard}  slice {h.slice}  {h.match:8}{h.id}" for h in hits]
+    text = printable("\n".join(rows)) if rows else "no record is held that could match"
+    return Result({"hits": [asdict(each) for each in hits]}, text)
+
+
+def _shards(rows: Sequence[tuple[int, int, int]]) -> list[dict[str, int]]:
+    return [{"shard": s, "first_slice": first, "slices_retrained": n} for s, first, n in rows]
+
+
+def forget_plan(planned: ForgetPlan) -> Result:
+    forgetting = planned.forgetting
+    rows = [
+        (plan.shard, forgetting.first_slice(plan.shard), len(plan.train)) for plan in forgetting.plans
+    ]
+    erased = {
+        "checkpoints": len(forgetting.tainted),
+        "slice_files": planned.slice_files_erased,
+        "index_rows": planned.index_rows_erased,
+    }
+    body = {
+        "dry_run": True,
+        "records": len(forgetting.removed),
+        "already_deleted": len(forgetting.already_deleted),
+        "shards": _shards(rows),
+        "record_epochs_retrained": forgetting.record_epochs_retrained,
+        "record_epochs_full": forgetting.record_epochs_full,
+        "estimated_seconds": planned.estimated_seconds,
+        "would_erase": erased,
+    }
+    seconds = planned.estimated_seconds
+    estimate = "unknown" if seconds is None else f"{seconds:.1f} s of one worker"
+    lines = [
+        f"would delete {len(forgetting.removed)} records; nothing was changed",
+        *(f"  shard {s}: retrain {n} slices from slice {first} on" for s, first, n in rows),
+        f"  record-epochs: {forgetting.record_epochs_retrained} of {forgetting.record_epochs_full} "
+        f"({share(forgetting.record_epochs_retrained, forgetting.record_epochs_full)}); "
+        f"estimated time {estimate}",
+        f"  would erase {erased['checkpoints']} checkpoints, {erased['slice_files']} slice files "
+        f"and {erased['index_rows']} index rows",
+        *_already(len(forgetting.already_deleted)),
+    ]
+    return Result(body, "\n".join(lines))
+
+
+def _already(count: int) -> list[str]:
+    return [f"{count} of the named records were deleted before"] if count else []
+
+
+def forgotten(outcome: ForgetOutcome, before: str) -> Result:
+    request, already = outcome.request, outcome.already_deleted
+    body: dict[str, Any] = {
+        "request_id": None,
+        "records": 0,
+        "shards": [],
+        "record_epochs_retrained": 0,
+        "record_epochs_full": 0,
+        "seconds": 0.0,
+        "model_digest_before": before,
+        "model_digest_after": outcome.model_digest,
+        "already_deleted": len(already),
+        "already_deleted_by": sorted({each.request_id for each in already}),
+    }
+    lines = _already(len(already))
+    if request is not None:
+        fields = asdict(request)
+        body |= {key: fields[key] for key in body if key in fields}
+        body["records"] = request.num_records
+        body["shards"] = _shards(request.shards)
+        lines = [
+            f"deleted {request.num_records} records exactly; request {request.request_id}",
+            *(f"  shard {s}: {n} slices retrained from slice {f} on" for s, f, n in request.shards),
+            f"  record-epochs: {request.record_epochs_retrained} of {request.record_epochs_full} "
+            f"({share(request.record_epochs_retrained, request.record_epochs_full)}) "
+            f"in {request.seconds:.1f} s",
+            f"  model digest {before[:16]}... -> {outcome.model_digest[:16]}...",
+            *lines,
+        ]
+    return Result(body, "\n".join(lines))
+
+
+def status(found: Status) -> Result:
+    lines = [
+        f"{found.directory}: {found.records} records, {found.deleted_records} deleted, "
+        f"schedule {found.schedule}",
+        f"base {found.base_model} ({found.base_digest[:16]}...), embedder {found.embedder}",
+        f"model digest {found.model_digest}",
+        "shard  records  per slice            depth  head",
+    ]
+    for each in found.shards:
+        per_slice = " ".join(map(str, each.slice_records))
+        head = each.head[:16] + "..." if each.head else "none (the base)"
+        waiting = "" if each.converged else "  (waiting to be trained)"
+        depth = f"{each.depth}/{each.num_slices}"
+        lines.append(f"{each.shard:5}  {each.records:7}  {per_slice:20} {depth:>5}  {head}{waiting}")
+    lines += [
+        f"request {each.request_id}: {each.num_records} records at {each.created_at}, {each.state}"
+        for each in found.requests
+    ]
+    lines.append(", ".join(f"{name} {size:,} bytes" for name, size in found.sizes_bytes.items()))
+    return Result(asdict(found), "\n".join(lines))
+
+
+def verified(found: Verification) -> Result:
+    lines = [f"{found.files_checked} files checked, {len(found.findings)} findings"]
+    lines += [f"  - {each.where}: {each.what}" for each in found.findings]
+    for each in found.shards:
+        if each.replayed:
+            outcome = "equal, byte for byte" if each.equal else "DIFFERENT"
+            lines.append(f"shard {each.shard}: {each.stages} stages trained from scratch: {outcome}")
+        else:
+            lines.append(f"shard {each.shard}: not replayed ({each.reason})")
+    lines.append("ok" if found.ok else "NOT OK")
+    return Result(asdict(found), "\n".join(lines), 0 if found.ok else EXIT_INTEGRITY)
+
+
+def answer(found: Answer) -> Result:
+    return Result({"answer": found.text, "shards": list(found.shards)}, printable(found.text))
+
+
+def exported(made: Sequence[Path]) -> Result:
+    paths = [str(each) for each in made]
+    return Result({"adapters": paths}, "\n".join(paths) or "no shard serves an adapter")
+
+
+def init(start: Start) -> Result:
+    lines = [
+        f"wrote {start.run_file} and {start.data_file} ({start.records} records)",
+        f"next: sisa train {start.run_file}",
+    ]
+    return Result(asdict(start) | _paths(start), "\n".join(lines))
+
+
+def _paths(start: Start) -> dict[str, str]:
+    return {"run_file": str(start.run_file), "data_file": str(start.data_file)}
+
+
+def quickstart(story: Story) -> Result:
+    return Result(story.to_json(), printable(story.summary()), 0 if story.equal else EXIT_INTEGRITY)
