@@ -19,10 +19,11 @@ from typing import Any
 
 from cluster.progress import progress
 from sisa import Model, open_model, train_model
-from sisa.config import commented_run_file, load_run_file
 from sisa.errors import InvalidInput
+from sisa.runfile import load_run_file
 from sisa.samples import distinctive_word, make_people, to_jsonl
 from sisa.store.files import write_atomic
+from sisa.template import commented_run_file
 
 RECORDS_PER_PERSON = 5
 SAMPLE_PEOPLE = 20

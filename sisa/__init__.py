@@ -13,7 +13,7 @@ Not covered: the command line (`cluster`), approximate unlearning (`approx`).
 """
 
 from sisa.api import Answer, ForgetOutcome, ForgetPlan, Model, Status, open_model
-from sisa.config import RunConfig, load_run_file
+from sisa.config import RunConfig
 from sisa.domain import Part, Record
 from sisa.errors import (
     Busy,
@@ -26,6 +26,7 @@ from sisa.errors import (
     TransientError,
     UnknownRecord,
 )
+from sisa.runfile import load_run_file
 from sisa.training import train_model
 
 __all__ = [

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from sisa import opening, reconfigure
 from sisa.api import Model, silent
-from sisa.config import RunConfig, differences, load_run_file
+from sisa.config import RunConfig, differences
 from sisa.digest import Keyed
 from sisa.domain import Record
 from sisa.errors import ConfigConflict, IntegrityError, InvalidInput
@@ -21,6 +21,7 @@ from sisa.opening import CHECKPOINTS, INDEX, KEY, LEDGER, LOCK, RECORDS, SCRATCH
 from sisa.ports import Change, Report
 from sisa.reader import read_records
 from sisa.run import Taken, train
+from sisa.runfile import load_run_file
 from sisa.store import files
 from sisa.store.ledger import SqlLedger
 

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sisa import reader
+from sisa import dataset_export
 from sisa.config import DatasetSource
 from sisa.domain import Part, Record
 from sisa.errors import EnvironmentFault, InvalidInput
@@ -271,7 +271,7 @@ def test_the_childs_caches_are_scratch_and_its_token_is_the_users(
     monkeypatch.delenv("HF_TOKEN_PATH", raising=False)
     monkeypatch.setenv("HF_HOME", "/users/home")
     monkeypatch.setenv("HF_HUB_CACHE", "/users/cache")
-    environ = reader._scratch_environment(tmp_path)
+    environ = dataset_export._scratch_environment(tmp_path)
     assert environ["HF_TOKEN_PATH"] == os.path.join("/users/home", "token")
     assert environ["HF_HOME"].startswith(str(tmp_path))
     assert "/users/cache" not in environ.values()
