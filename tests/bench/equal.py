@@ -1,0 +1,92 @@
+"""Records that fill every (shard, slice) equally, and a model trained on them.
+
+Rules: records come from TOFU where it lies beside the checkout, else from `sisa.samples`; ids are tried
+until the cell that they hash to has room.
+
+Not covered: unequal shards, whose longest chain bounds any number of workers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from sisa.assign import Assigner, Layout
+from sisa.config import DatasetSource, RunConfig, SisaBlock
+from sisa.digest import Keyed
+from sisa.domain import Part, Record
+from sisa.samples import make_people
+
+TOFU = Path(__file__).resolve().parents[3] / "shared" / "data" / "tofu" / "full.jsonl"
+KEY = bytes(range(32))
+PEOPLE = 200
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where and on what a benchmark runs."""
+
+    folder: Path
+    base_model: str
+    shards: int = 4
+    slices: int = 3
+    per_cell: int = 4
+    epochs: int = 4
+
+    def config(self, name: str) -> RunConfig:
+        """A run file for equal cells; `name` is the model's directory."""
+        key = self.folder / "partition.key"
+        key.write_text(KEY.hex())
+        data = self.folder / f"{name}.jsonl"
+        records = self.records()
+        data.write_text("".join(json.dumps(row(record)) + "\n" for record in records))
+        return RunConfig(
+            base_model=self.base_model,
+            datasets=(DatasetSource(path=str(data)),),
+            output_dir=self.folder / name,
+            num_epochs=self.epochs,
+            sisa=SisaBlock(shards=self.shards, slices=self.slices, partition_key_file=key),
+        )
+
+    def records(self) -> list[Record]:
+        """`per_cell` records for every (shard, slice)."""
+        assigner = Assigner(Keyed(KEY), layout(self))
+        room = Counter({(s, r): self.per_cell for s in range(self.shards) for r in range(self.slices)})
+        chosen: list[Record] = []
+        pairs = questions()
+        number = 0
+        while len(chosen) < self.per_cell * self.shards * self.slices:
+            prompt, completion = pairs[len(chosen) % len(pairs)]
+            number += 1
+            body = (Part("prompt", prompt), Part("completion", completion))
+            record = Record(f"r{number:06d}", None, "completion", body)
+            place = assigner.place(record)
+            if room[place]:
+                room[place] -= 1
+                chosen.append(record)
+        return chosen
+
+
+def layout(bench: Bench) -> Layout:
+
+    return Layout(bench.shards, bench.slices)
+
+
+def row(record: Record) -> dict[str, str]:
+    """A record as a JSON line holds it."""
+    return {"id": record.id, **{part.role: part.text for part in record.parts}}
+
+
+def source() -> str:
+    """Which data the benchmarks use here."""
+    return "TOFU (full)" if TOFU.exists() else "made-up people"
+
+
+def questions() -> list[tuple[str, str]]:
+    """(prompt, completion) pairs."""
+    if TOFU.exists():
+        lines = [json.loads(line) for line in TOFU.read_text().splitlines()[:400]]
+        return [(f"Question: {each['question']}\nAnswer:", f" {each['answer']}") for each in lines]
+    return [(each["prompt"], each["completion"]) for each in make_people(PEOPLE, 5)]

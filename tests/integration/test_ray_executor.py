@@ -1,0 +1,457 @@
+"""The Ray executor against the serial one, with a trainer that a directory scripts; no torch.
+
+The scripted trainer stands in for LoRA: its bytes are a hash of parent, job and records, and files in
+the site's base directory make it die, fail or wait at a given slice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+
+from cluster import ray_session
+from cluster.ray_executor import RayExecutor, open_executor
+from cluster.ray_worker import Mailbox
+from sisa.digest import sha256_hex
+from sisa.domain import Chain, Part, Record, SliceFile, SliceJob
+from sisa.errors import EnvironmentFault, IntegrityError, InvalidInput, SisaError
+from sisa.model.numerics import fingerprint
+from sisa.ports import (
+    CheckpointStore,
+    Event,
+    Notice,
+    RecordStore,
+    SliceProgress,
+    SliceStarted,
+    SliceTrained,
+    StoredRecord,
+    Trainer,
+)
+from sisa.serial import SerialExecutor, Site
+from sisa.store.checkpoints import FileCheckpoints
+from sisa.store.records import FileRecords
+
+pytestmark = pytest.mark.ray
+
+NUM_SHARDS = 3
+NUM_SLICES = 3
+SECRET_TEXT = "Ada Quillfeather kept bees in Marrowdale"
+
+
+class ScriptedTrainer:
+    """Hashes what it is given; `kill`, `fail`, `break` and `wait` files name the slice that suffers."""
+
+    def __init__(self, script: Path) -> None:
+        self._script = script
+
+    def train(
+        self,
+        job: SliceJob,
+        parent: Mapping[str, bytes] | None,
+        records: Sequence[StoredRecord],
+        progress: Callable[[int, int], None],
+    ) -> dict[str, bytes]:
+        with (self._script / "trained.log").open("a") as log:
+            log.write(f"{job.shard}.{job.slice} {os.getpid()}\n")
+        progress(1, 2)
+        self._suffer(f"{job.shard}.{job.slice}", records)
+        progress(2, 2)
+        before = parent["adapter_model.safetensors"] if parent else b""
+        text = "".join(each.record.canonical() for each in records)
+        weights = sha256_hex(before + job.key.encode() + text.encode())
+        return {"adapter_model.safetensors": weights.encode(), "state.json": b"{}"}
+
+    def _suffer(self, place: str, records: Sequence[StoredRecord]) -> None:
+        if (self._script / f"kill-{place}").exists():
+            if not (self._script / "kill-always").exists():
+                (self._script / f"kill-{place}").unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+        if (self._script / f"fail-{place}").exists():
+            raise IntegrityError("a slice file is wrong", where=place, next_step="run verify")
+        if (self._script / f"break-{place}").exists():
+            raise ValueError(records[0].record.text)
+        if (self._script / f"full-{place}").exists():
+            raise OSError(28, "No space left on device", "/data/x")
+        while (self._script / f"wait-{place}").exists():
+            time.sleep(0.05)
+
+
+def open_scripted(site: Site) -> tuple[Trainer, RecordStore, CheckpointStore]:
+    stores = FileRecords(site.records_dir), FileCheckpoints(site.checkpoints_dir)
+    return ScriptedTrainer(site.base_dir), *stores
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    (tmp_path / "script").mkdir()
+    folders = tmp_path / "records", tmp_path / "checkpoints", tmp_path / "script"
+    return Site(*folders, base_digest="b1", threads=1)
+
+
+@pytest.fixture
+def chains(site: Site) -> list[Chain]:
+    records = FileRecords(site.records_dir)
+    return [make_chain(records, shard) for shard in range(NUM_SHARDS)]
+
+
+def make_chain(records: FileRecords, shard: int, numerics: str = "f1") -> Chain:
+    files: list[SliceFile] = []
+    jobs: list[SliceJob] = []
+    for slice_ in range(NUM_SLICES):
+        part = Part("text", f"{SECRET_TEXT} {shard} {slice_}")
+        record = Record(f"secret-{shard}-{slice_}", None, "text", (part,))
+        digest = sha256_hex(record.id.encode())
+        files.append(records.write(shard, slice_, digest, [StoredRecord(digest, record)]))
+        jobs.append(
+            SliceJob(
+                shard=shard,
+                slice=slice_,
+                parent=jobs[-1].key if jobs else None,
+                slices=tuple((file.slice, file.root) for file in files),
+                num_records=len(files),
+                passes=(shard + 1, 1),
+                training={"learning_rate": 0.1},
+                base="b1",
+                fingerprint=numerics,
+            )
+        )
+    return Chain(shard, tuple(jobs), None, tuple(files))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ray_ends() -> Iterator[None]:
+    yield
+    ray_session.disconnect()
+
+
+def bytes_of(directory: Path) -> dict[str, bytes]:
+    found = (path for path in directory.rglob("*") if path.is_file())
+    return {path.relative_to(directory).as_posix(): path.read_bytes() for path in found}
+
+
+def serial_bytes(site: Site, chains: Sequence[Chain]) -> dict[str, bytes]:
+    scratch = replace(site, checkpoints_dir=site.checkpoints_dir.with_name("serial"))
+    SerialExecutor(*open_scripted(scratch)).run(chains, ignore)
+    (site.base_dir / "trained.log").unlink()
+    return bytes_of(scratch.checkpoints_dir)
+
+
+def ignore(_: Event) -> None:
+    """A report that nobody reads."""
+
+
+def executor(site: Site, num_workers: int = 2, max_retries: int = 3) -> RayExecutor:
+    return RayExecutor(site, None, num_workers, max_retries, open_scripted)
+
+
+def trained_places(site: Site) -> list[str]:
+    return [line.split()[0] for line in (site.base_dir / "trained.log").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_same_bytes_as_serial(site: Site, chains: list[Chain], num_workers: int) -> None:
+    expected = serial_bytes(site, chains)
+    events: list[Event] = []
+    executor(site, num_workers).run(chains, events.append)
+    assert bytes_of(site.checkpoints_dir) == expected
+    trained = [event.job.key for event in events if isinstance(event, SliceTrained)]
+    assert sorted(trained) == sorted(job.key for chain in chains for job in chain.jobs)
+
+
+def test_one_worker_trains_the_longest_chain_first(site: Site, chains: list[Chain]) -> None:
+    executor(site, num_workers=1).run(chains, ignore)
+    assert [place[0] for place in trained_places(site)] == ["2"] * 3 + ["1"] * 3 + ["0"] * 3
+
+
+def test_a_killed_worker_costs_its_slice(site: Site, chains: list[Chain]) -> None:
+    expected = serial_bytes(site, chains)
+    (site.base_dir / "kill-1.1").touch()
+    events: list[Event] = []
+    executor(site).run(chains, events.append)
+    assert bytes_of(site.checkpoints_dir) == expected
+    places = trained_places(site)
+    assert places.count("1.1") == 2
+    assert len(places) == NUM_SHARDS * NUM_SLICES + 1
+    assert len([event for event in events if isinstance(event, SliceTrained)]) == 9
+    assert ["shard 1" in event.text for event in events if isinstance(event, Notice)] == [True]
+
+
+def test_a_worker_that_always_dies_is_given_up(site: Site, chains: list[Chain]) -> None:
+    (site.base_dir / "kill-1.1").touch()
+    (site.base_dir / "kill-always").touch()
+    with pytest.raises(EnvironmentFault) as caught:
+        executor(site, max_retries=1).run(chains, ignore)
+    assert caught.value.where == "shard 1"
+    assert trained_places(site).count("1.1") == 2
+    (site.base_dir / "kill-1.1").unlink()
+    executor(site).run(chains, ignore)
+    assert bytes_of(site.checkpoints_dir) == serial_bytes(site, chains)
+
+
+def test_a_typed_error_arrives_as_itself(site: Site, chains: list[Chain]) -> None:
+    (site.base_dir / "fail-0.1").touch()
+    with pytest.raises(IntegrityError) as caught:
+        executor(site).run(chains, ignore)
+    assert type(caught.value) is IntegrityError
+    assert (caught.value.where, caught.value.next_step) == ("0.1", "run verify")
+
+
+def test_another_error_arrives_without_its_message(site: Site, chains: list[Chain]) -> None:
+    (site.base_dir / "break-0.1").touch()
+    with pytest.raises(SisaError) as caught:
+        executor(site).run(chains, ignore)
+    assert caught.value.exit_code == 1
+    assert "ValueError" in caught.value.what
+    assert "in _suffer" in caught.value.where
+    assert SECRET_TEXT not in str(caught.value)
+
+
+def test_a_full_disk_is_the_environments_fault(site: Site, chains: list[Chain]) -> None:
+    (site.base_dir / "full-0.0").touch()
+    with pytest.raises(EnvironmentFault) as caught:
+        executor(site).run(chains, ignore)
+    assert caught.value.got == "No space left on device"
+
+
+def test_events_come_while_others_train(site: Site, chains: list[Chain]) -> None:
+    wait = site.base_dir / "wait-2.2"
+    wait.touch()
+    events: list[Event] = []
+    threads: set[int] = set()
+
+    def report(event: Event) -> None:
+        events.append(event)
+        threads.add(threading.get_ident())
+        trained = [each for each in events if isinstance(each, SliceTrained)]
+        if len(trained) == 8:  # all but the waiting slice
+            wait.unlink(missing_ok=True)
+
+    executor(site).run(chains, report)
+    assert threads == {threading.get_ident()}
+    assert len([each for each in events if isinstance(each, SliceStarted)]) == 9
+    last = [each for each in events if isinstance(each, SliceProgress) and each.tokens == 2]
+    assert len(last) == 9
+    seconds = [each.seconds for each in events if isinstance(each, SliceTrained)]
+    assert all(second > 0 for second in seconds)
+
+
+def test_nothing_is_lost_with_the_mailbox(site: Site, chains: list[Chain]) -> None:
+    wait = site.base_dir / "wait-2.2"
+    wait.touch()
+    events: list[Event] = []
+
+    def report(event: Event) -> None:
+        events.append(event)
+        session = ray_session._session
+        if session is not None and wait.exists():
+            ray.kill(session.mailbox)
+            wait.unlink()
+
+    executor(site).run(chains, report)
+    assert len({each.job.key for each in events if isinstance(each, SliceTrained)}) == 9
+    assert len([each for each in events if isinstance(each, SliceTrained)]) == 9
+    ray_session.disconnect()
+
+
+def test_an_error_in_the_driver_ends_the_workers(site: Site, chains: list[Chain]) -> None:
+    (site.base_dir / "wait-2.0").touch()
+    (site.base_dir / "wait-1.0").touch()
+    started: list[Event] = []
+
+    def report(event: Event) -> None:
+        started.append(event)
+        if len([each for each in started if isinstance(each, SliceStarted)]) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        executor(site).run(chains, report)
+    (site.base_dir / "wait-2.0").unlink()
+    (site.base_dir / "wait-1.0").unlink()
+    pids = [int(line.split()[1]) for line in (site.base_dir / "trained.log").read_text().splitlines()]
+    assert len(pids) == 2
+    deadline = time.monotonic() + 2
+    while any(psutil.pid_exists(pid) for pid in pids):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert bytes_of(site.checkpoints_dir) == {}
+
+
+def test_workers_are_kept_between_runs(site: Site, chains: list[Chain]) -> None:
+    executor(site, num_workers=1).run(chains[:1], ignore)
+    session = ray_session._session
+    time.sleep(1.5)  # Ray reaps idle workers after a second when it has too many
+    executor(site, num_workers=1).run(chains[1:], ignore)
+    assert ray_session._session is session
+    log = (site.base_dir / "trained.log").read_text().splitlines()
+    assert len({line.split()[1] for line in log}) == 1
+
+
+def test_no_text_in_rays_directory_and_no_directory_after_close(site: Site, chains: list[Chain]) -> None:
+    (site.base_dir / "break-0.2").touch()
+    with executor(site) as running:
+        with pytest.raises(SisaError):
+            running.run(chains, ignore)
+        session = ray_session._session
+        assert session is not None
+        assert session.private_dir is not None
+        assert session.private_dir.stat().st_mode & 0o777 == 0o700
+        logs = bytes_of(session.private_dir)
+        assert logs
+        assert not any(b"Quillfeather" in data or b"secret-0" in data for data in logs.values())
+    assert not session.private_dir.exists()
+    assert not ray.is_initialized()
+
+
+def test_no_node_is_large_enough(site: Site, chains: list[Chain]) -> None:
+    ray_session.disconnect()
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="error")
+    try:
+        with pytest.raises(EnvironmentFault) as caught:
+            executor(replace(site, threads=2)).run(chains, ignore)
+        assert caught.value.expected == "2 CPUs"
+        with executor(site) as running:
+            running.run(chains, ignore)
+        assert ray.is_initialized()  # it is the caller's
+    finally:
+        ray.shutdown()
+
+
+def test_an_unreachable_address(site: Site, chains: list[Chain]) -> None:
+    ray_session.disconnect()
+    for address in ("127.0.0.1:9", "nowhere"):
+        with pytest.raises(EnvironmentFault) as caught:
+            RayExecutor(site, address, 1, 0, open_scripted).run(chains, ignore)
+        assert caught.value.where == address
+        assert caught.value.next_step
+
+
+@pytest.mark.usefixtures("site")
+def test_a_process_prints_nothing_and_leaves_nothing(tmp_path: Path) -> None:
+    scratch = Path(tempfile.mkdtemp(dir="/tmp"))  # short: Ray's sockets lie below it
+    try:
+        program = (
+            "import sys; from pathlib import Path; from tests.integration import test_ray_executor as t;"
+            "p = Path(sys.argv[1]);"
+            "site = t.Site(p / 'records', p / 'checkpoints', p / 'script', 'b1', 1);"
+            "chains = [t.make_chain(t.FileRecords(site.records_dir), shard) for shard in range(3)];"
+            "t.executor(site, 1).run(chains, t.ignore)"
+        )
+        done = subprocess.run(
+            [sys.executable, "-W", "error", "-c", program, str(tmp_path)],
+            capture_output=True,
+            cwd=Path(__file__).parents[2],
+            env={**os.environ, "TMPDIR": str(scratch)},
+            timeout=120,
+        )
+        assert (done.returncode, done.stdout) == (0, b""), done.stderr.decode()
+        assert done.stderr == b""
+        assert len(bytes_of(tmp_path / "checkpoints")) == 27
+        assert list(scratch.iterdir()) == []
+    finally:
+        scratch.rmdir()
+
+
+@pytest.fixture
+def two_nodes(tmp_path: Path) -> Iterator[str]:
+    """The address of a head without CPUs and a node with one, started as an operator would."""
+    ray_session.disconnect()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    scratch = tempfile.mkdtemp(dir="/tmp")  # short: Ray's sockets lie below it
+    head = ["--head", f"--port={address.rpartition(':')[2]}", "--num-cpus=0", f"--temp-dir={scratch}"]
+    node = [f"--address={address}", "--num-cpus=1", "--node-ip-address=127.0.0.2"]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+        "RAY_AUTH_MODE": "token",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "SISA_CACHE": str(tmp_path / "cache"),
+    }
+    ray_command = str(Path(sys.executable).with_name("ray"))
+    make_token = [ray_command, "get-auth-token", "--generate"]  # keeps one that is there
+    subprocess.run(make_token, env=environment, check=True, capture_output=True)
+    nodes: list[subprocess.Popen[bytes]] = []
+    try:
+        for arguments in ([*head, "--include-dashboard=false"], node):
+            command = [ray_command, "start", "--block", *arguments]
+            quiet = subprocess.DEVNULL
+            nodes.append(subprocess.Popen(command, cwd="/", env=environment, stdout=quiet, stderr=quiet))
+            wait_for_port(address)
+        yield address
+    finally:
+        ray_session.disconnect()
+        for process in reversed(nodes):
+            process.terminate()
+            process.wait(30)
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def wait_for_port(address: str) -> None:
+    host, _, port = address.rpartition(":")
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError):
+            socket.create_connection((host, int(port)), timeout=1).close()
+            return
+        time.sleep(0.1)
+
+
+def wait_for_nodes(address: str, num_nodes: int) -> None:
+    ray_session.connect(address, 1)
+    deadline = time.monotonic() + 30
+    while len([node for node in ray.nodes() if node["Alive"]]) < num_nodes:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_the_base_is_carried_to_a_node_that_lacks_it(
+    site: Site, two_nodes: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = FileRecords(site.records_dir)
+    chains = [make_chain(records, shard, fingerprint(threads=1)) for shard in range(NUM_SHARDS)]
+    expected = serial_bytes(site, chains)
+    (site.base_dir / "model.safetensors").write_bytes(b"w" * 5000)
+    monkeypatch.chdir(site.base_dir)
+    here = replace(site, base_dir=Path("/proc/self/cwd"))  # a directory that only this process has
+    wait_for_nodes(two_nodes, 2)
+    events: list[Event] = []
+    RayExecutor(here, two_nodes, 1, 0, open_scripted).run(chains, events.append)
+    assert bytes_of(site.checkpoints_dir) == expected
+    assert bytes_of(tmp_path / "cache" / "base" / "b1")["model.safetensors"] == b"w" * 5000
+    assert len([event for event in events if isinstance(event, Notice)]) == 1
+    with pytest.raises(EnvironmentFault, match="other bits"):
+        RayExecutor(here, two_nodes, 1, 0, open_scripted).run([make_chain(records, 9)], ignore)
+
+
+def test_the_mailbox_keeps_runs_apart() -> None:
+    mailbox = Mailbox()
+    mailbox.put("a", Notice("1"))
+    mailbox.put("b", Notice("2"))
+    mailbox.put("a", Notice("3"))
+    assert mailbox.take("a") == [Notice("1"), Notice("3")]
+    assert mailbox.take("a") == []
+    assert mailbox.take("b") == [Notice("2")]
+
+
+def test_options_of_the_run_file(site: Site) -> None:
+    options = {"num_workers": 0, "max_retries": -1, "address": "ray://h:1", "cpus": 2}
+    with pytest.raises(InvalidInput) as caught:
+        open_executor(site, options)
+    assert len(caught.value.problems) == 4
+    open_executor(site, {"address": None, "num_workers": None, "max_retries": 3})
