@@ -243,7 +243,7 @@ def verify(directory: Path, replay: str, shard: int | None, executor: str) -> Re
         return render.verified(model.verify(replay, shard))  # type: ignore[arg-type]
 
 
-@command("generate", 'sisa generate -m model --prompt "Question: Where was Mara born?"')
+@command("generate", 'sisa generate -m model --prompt "Where was Mara born?"')
 @model_option
 @click.option("--prompt", required=True, help="What to answer.")
 @click.option("--max-new-tokens", default=48, show_default=True, type=click.IntRange(1, 100_000))

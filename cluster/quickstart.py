@@ -23,7 +23,7 @@ from sisa.errors import InvalidInput
 from sisa.runfile import load_run_file
 from sisa.samples import distinctive_word, make_people, to_jsonl
 from sisa.store.files import write_atomic
-from sisa.template import commented_run_file
+from sisa.template import FEW_RECORDS, commented_run_file
 
 RECORDS_PER_PERSON = 5
 SAMPLE_PEOPLE = 20
@@ -105,7 +105,7 @@ def write_start(directory: Path, num_people: int = SAMPLE_PEOPLE) -> Start:
     rows = make_people(num_people, RECORDS_PER_PERSON)
     start = Start(directory / "run.yaml", directory / "people.jsonl", len(rows))
     write_atomic(start.data_file, to_jsonl(rows).encode())
-    write_atomic(start.run_file, commented_run_file("people.jsonl", "model").encode())
+    write_atomic(start.run_file, commented_run_file("people.jsonl", "model", **FEW_RECORDS).encode())
     return start
 
 

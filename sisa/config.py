@@ -200,7 +200,7 @@ class RunConfig(_Block):
     )
     lora_dropout: Float = _key(0.0, "retrain", "Probability of dropout in the adapters.", ge=0, lt=1)
     lora_target_modules: Annotated[tuple[Name, ...], Field(min_length=1)] | Literal["all-linear"] = _key(
-        ("q_proj", "v_proj"), "retrain", "Modules that get an adapter: names, or all-linear."
+        "all-linear", "retrain", "Modules that get an adapter: names, or all-linear."
     )
     sequence_len: Int = _key(512, "retrain", "Longest record, in tokens.", ge=2, le=1 << 20)
     overlength: Literal["refuse", "truncate"] = _key(

