@@ -25,7 +25,7 @@ import click
 
 from cluster import render
 from cluster.render import Result
-from sisa.errors import InvalidInput, SisaError
+from sisa.errors import InvalidInput, Problem, SisaError
 
 if TYPE_CHECKING:
     from sisa.api import Model
@@ -54,10 +54,9 @@ def command(
 
     def register(function: Callable[..., Result]) -> click.Command:
         @functools.wraps(function)
-        def invoke(as_json: bool, **arguments: Any) -> int:
+        def invoke(as_json: bool, **arguments: Any) -> tuple[int, str]:
             result = function(**arguments)
-            click.echo(json.dumps(result.json, indent=2) if as_json else result.text)
-            return result.exit_code
+            return result.exit_code, json.dumps(result.json, indent=2) if as_json else result.text
 
         option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
         decorate = group.command(name, cls=_Command, example=example)
@@ -280,8 +279,13 @@ def run(arguments: Sequence[str]) -> int:
     """Carry out a command line and return its exit code; prints the result or the failure."""
     as_json = "--json" in arguments
     try:
-        code = cli.main(args=list(arguments), prog_name="sisa", standalone_mode=False)
-        return code if isinstance(code, int) else 0
+        _refuse_bad_encoding(arguments)
+        done = cli.main(args=list(arguments), prog_name="sisa", standalone_mode=False)
+        if not isinstance(done, tuple):
+            return done if isinstance(done, int) else 0
+        # Printed here and not inside click, which ends the process on a closed pipe.
+        print(done[1], flush=True)
+        return int(done[0])
     except click.exceptions.Exit as exit_:
         return exit_.exit_code
     except click.exceptions.NoArgsIsHelpError as error:
@@ -306,6 +310,15 @@ def run(arguments: Sequence[str]) -> int:
         )
     except Exception as error:  # the last resort: a message may hold anything, so only places are shown
         return _internal(error, as_json)
+
+
+def _refuse_bad_encoding(arguments: Sequence[str]) -> None:
+    bad = [
+        n for n, each in enumerate(arguments, start=1) if any("\ud800" <= c <= "\udfff" for c in each)
+    ]
+    if bad:
+        problems = [Problem(f"argument {n}", "bytes that are not UTF-8") for n in bad]
+        raise InvalidInput("the command line is not valid UTF-8", problems=problems)
 
 
 def _internal(error: Exception, as_json: bool) -> int:

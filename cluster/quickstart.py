@@ -57,6 +57,7 @@ class Story:
     record_epochs_retrained: int = 0
     record_epochs_full: int = 0
     equal: bool = False
+    reason: str = ""
     stages_replayed: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -76,7 +77,7 @@ class Story:
         share = 100 * self.record_epochs_retrained / max(1, self.record_epochs_full)
         knew = "yes" if self.answered else "NO"
         gone = "STILL KNOWN" if self.leaked else "gone"
-        proof = "equal, byte for byte" if self.equal else "DIFFERENT"
+        proof = "equal, byte for byte" if self.equal else self.reason or "DIFFERENT"
         return "\n".join(
             [
                 f"trained      {self.records} records, 4 shards x 3 slices, in {self.directory}",
@@ -174,7 +175,8 @@ def _delete(story: Story, model: Model) -> None:
     with story.step("replay", "training that shard from scratch without them, to compare the bytes"):
         proof = model.verify("sample", shard=story.shard)
         mine = next(each for each in proof.shards if each.shard == story.shard)
-        story.equal = proof.ok and mine.equal is not False
+        story.equal = proof.ok and mine.equal is True
+        story.reason = mine.reason
         story.stages_replayed = mine.stages
 
 

@@ -122,13 +122,24 @@ def _move(model: Model, config: RunConfig, *, accept_differences: bool) -> Model
 
 
 def _committed(directory: Path) -> bool:
-    if not (directory / LEDGER).is_file():
-        return False
-    ledger = SqlLedger(directory / LEDGER)
-    try:
-        return "config" in ledger.meta()
-    finally:
-        ledger.close()
+    """Whether a first training got as far as its commit. Raises IntegrityError for a lost ledger."""
+    if (directory / LEDGER).is_file():
+        ledger = SqlLedger(directory / LEDGER, create=True)  # a file cut short while it was made
+        try:
+            if "config" in ledger.meta():
+                return True
+        finally:
+            ledger.close()
+    if files.held_names(directory / CHECKPOINTS):
+        # Checkpoints are first written after the first commit, so this was a model once.
+        raise IntegrityError(
+            "the ledger is missing, but checkpoints are held",
+            where=str(directory),
+            expected=LEDGER,
+            next_step="restore the ledger from a backup: it knows what was deleted; or start in "
+            "another directory",
+        )
+    return False
 
 
 def _refuse_foreign(directory: Path) -> None:

@@ -149,9 +149,13 @@ class FakeIndex:
     def search(self, file: IndexFile, query: Vectors, top_k: int) -> list[list[Hit]]:
         rows = self.stored[file.name]
         found = []
-        for vector in query.tolist():
+        for vector in query:
             scored = [
-                Hit(each, float(np.dot(np.float32(vector), np.float32(held))), file.shard)
+                Hit(
+                    each,
+                    float(np.dot(np.asarray(vector, np.float32), np.asarray(held, np.float32))),
+                    file.shard,
+                )
                 for each, held in rows.items()
             ]
             found.append(sorted(scored, key=lambda hit: -hit.score)[:top_k])
@@ -161,7 +165,8 @@ class FakeIndex:
         rows = self.stored[file.name]
         if any(each not in rows for each in vector_ids):
             raise IntegrityError("the index lacks a vector")
-        return np.array([rows[each] for each in vector_ids], dtype=np.float32)
+        found = np.array([rows[each] for each in vector_ids], dtype=np.float32)
+        return found.reshape(len(vector_ids), DIMENSION)
 
     def held(self) -> frozenset[str]:
         return frozenset(self.stored)

@@ -50,9 +50,9 @@ class FaissIndex:
         return file
 
     def _held_vectors(self, base: IndexFile | None, vector_ids: Sequence[int]) -> Vectors:
-        if not vector_ids:
-            return np.zeros((0, self.dimension), dtype=np.float32)
         if base is None:
+            if not vector_ids:
+                return np.zeros((0, self.dimension), dtype=np.float32)
             raise IntegrityError("vectors are expected of an index that does not exist")
         return self.vectors(base, vector_ids)
 
@@ -71,6 +71,8 @@ class FaissIndex:
         ]
 
     def vectors(self, file: IndexFile, vector_ids: Sequence[int]) -> Vectors:
+        if not vector_ids:
+            return np.zeros((0, self.dimension), dtype=np.float32)
         index = self._read(file)
         try:
             rows = [index.reconstruct(int(each)) for each in vector_ids]

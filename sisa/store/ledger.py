@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, fields
@@ -32,9 +33,11 @@ from sisa.domain import (
 )
 from sisa.errors import Busy, EnvironmentFault, IntegrityError
 from sisa.ports import Change
+from sisa.store.files import disk_errors
 
 SCHEMA_VERSION = 1
 SCRUB_PATIENCE_S = 10.0
+SIGNS_OF_DAMAGE = ("malformed", "corrupt", "no such table", "no such column")
 _IN_CHUNK = 500  # SQLite's limit of bound parameters is far above, on every build
 
 _schema = sa.MetaData()
@@ -133,23 +136,35 @@ class SqlLedger:
 
     def __init__(self, path: Path, *, create: bool = False) -> None:
         self._path = path
-        if not create and not path.exists():
+        if create:
+            # SQLite gives this mode to the write-ahead log and the shared memory beside it, too.
+            with disk_errors(path):
+                os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+        elif not path.exists():
             raise IntegrityError("the ledger is missing", where=str(path))
         url = sa.URL.create("sqlite", database=str(path))
         self._engine = sa.create_engine(url, connect_args={"timeout": 10.0})
         sa.event.listen(self._engine, "connect", _set_pragmas)
-        with self._guard():
-            if create:
-                _schema.create_all(self._engine)
-                path.chmod(0o600)
-            version = self.meta().setdefault("schema", str(SCHEMA_VERSION))
-        if version != str(SCHEMA_VERSION):
+        try:
+            self._open(create)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, create: bool) -> None:
+        with self._guard(), self._engine.begin() as connection:
+            version = int(connection.exec_driver_sql("PRAGMA user_version").scalar_one())
+            if create and version == 0:
+                _schema.create_all(connection)
+                connection.exec_driver_sql(f"PRAGMA user_version = {SCHEMA_VERSION}")
+                version = SCHEMA_VERSION
+        if version != SCHEMA_VERSION:
             raise IntegrityError(
-                "the ledger was written by another version",
-                where=str(path),
+                "the ledger is empty or was written by another version",
+                where=str(self._path),
                 expected=f"schema {SCHEMA_VERSION}",
                 got=f"schema {version}",
-                next_step="use the version that wrote it",
+                next_step="restore it from a backup, or use the version that wrote it",
             )
 
     def close(self) -> None:
@@ -161,7 +176,9 @@ class SqlLedger:
             yield
         except OperationalError as error:
             cause = str(error.orig)
-            if "malformed" in cause or "corrupt" in cause:
+            if any(
+                sign in cause for sign in ("malformed", "corrupt", "no such table", "no such column")
+            ):
                 raise self._corrupt(cause) from error
             kind = Busy if "locked" in cause else EnvironmentFault
             raise kind(

@@ -12,6 +12,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from hypothesis import HealthCheck, given, settings
@@ -217,7 +218,7 @@ def test_a_crash_at_any_effect_changes_no_byte(history: History, at: int, after:
     model = Model(dataclasses.replace(history, first=()))
     wire(model.fake, Fuse(at, after))
     for kind, numbers in (("add", history.first), *history.steps):
-        if not attempt(lambda kind=kind, numbers=numbers: model.step(kind, numbers)):
+        if not attempt(partial(model.step, kind, numbers)):
             model.check_heads_are_clean()
             reconcile(model.fake.world)
             model.resume(kind, numbers)

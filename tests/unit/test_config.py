@@ -194,7 +194,7 @@ OTHER: dict[str, Any] = {
     "lora_r": 4,
     "lora_alpha": 4,
     "lora_dropout": 0.5,
-    "lora_target_modules": "all-linear",
+    "lora_target_modules": ["q_proj", "v_proj"],
     "sequence_len": 8,
     "overlength": "truncate",
     "micro_batch_size": 7,

@@ -1,0 +1,30 @@
+"""How the whole suite runs: fast tests first, hypothesis the same on every machine.
+
+Tests run in random order, but those without torch or sockets come before those with a tiny model, and
+Ray and the real model come last, so that most failures show within seconds.
+
+A failure must be repeatable from the log alone, so examples are derived from the test, no database is
+kept beside the tree, and the blob that reproduces a failure is printed.
+"""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import settings
+
+COST = ("torch", "ray", "slow")  # markers, cheapest first
+
+settings.register_profile(
+    "deterministic", derandomize=True, deadline=None, database=None, print_blob=True
+)
+settings.load_profile("deterministic")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Stable sort by the dearest marker, after the plugin that shuffles."""
+    items.sort(
+        key=lambda item: max(
+            (COST.index(m.name) + 1 for m in item.iter_markers() if m.name in COST), default=0
+        )
+    )

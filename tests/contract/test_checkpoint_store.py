@@ -1,0 +1,199 @@
+"""What every CheckpointStore promises, over the fake and over directories.
+
+A checkpoint is whole or absent, is never changed, and is refused when a single byte of it is not the
+recorded one: a deletion is only proved if the bytes that are served are the bytes that were proved.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sisa.digest import canonical_json, sha256_hex
+from sisa.domain import SliceJob
+from sisa.errors import EnvironmentFault, IntegrityError
+from sisa.ports import CheckpointStore
+from sisa.store.checkpoints import MANIFEST, FileCheckpoints
+from tests.fakes import ADAPTER, FakeCheckpoints
+
+FILES = {ADAPTER: b"adapter", "optimizer.safetensors": b"optimizer", "state.json": b"{}"}
+
+
+def job(slice_: int = 0, fingerprint: str = "f") -> SliceJob:
+    return SliceJob(0, slice_, None, ((slice_, "root"),), 4, (2, 1), {"seed": 1}, "base", fingerprint)
+
+
+@pytest.fixture(params=["fake", "files"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> CheckpointStore:
+    return FakeCheckpoints() if request.param == "fake" else FileCheckpoints(tmp_path / "checkpoints")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> FileCheckpoints:
+    return FileCheckpoints(tmp_path / "checkpoints")
+
+
+def test_what_is_saved_is_loaded(store: CheckpointStore) -> None:
+    saved = store.save(job(), FILES)
+    assert saved.key == job().key
+    assert saved.adapter_sha256 == sha256_hex(FILES[ADAPTER])
+    assert saved.num_bytes >= sum(map(len, FILES.values()))
+    assert store.load(saved.key, saved.manifest_sha256) == FILES
+    assert store.describe(saved.key) == saved
+    assert store.held() == {saved.key}
+
+
+def test_equal_files_have_equal_descriptions(store: CheckpointStore, tmp_path: Path) -> None:
+    saved = store.save(job(), FILES)
+    other = FakeCheckpoints() if isinstance(store, FakeCheckpoints) else FileCheckpoints(tmp_path / "b")
+    assert other.save(job(), dict(reversed(FILES.items()))) == saved
+    assert store.save(job(1), {**FILES, "state.json": b"[]"}).manifest_sha256 != saved.manifest_sha256
+
+
+def test_a_second_save_of_a_key_keeps_the_first_bytes(store: CheckpointStore) -> None:
+    saved = store.save(job(), FILES)
+    assert store.save(job(), {**FILES, ADAPTER: b"other"}) == saved
+    assert store.load(saved.key, saved.manifest_sha256) == FILES
+
+
+def test_what_is_loaded_is_a_copy(store: CheckpointStore) -> None:
+    saved = store.save(job(), FILES)
+    store.load(saved.key, saved.manifest_sha256).clear()
+    assert store.load(saved.key, saved.manifest_sha256) == FILES
+
+
+def test_a_wrong_manifest_digest_is_refused(store: CheckpointStore) -> None:
+    saved = store.save(job(), FILES)
+    with pytest.raises(IntegrityError):
+        store.load(saved.key, "0" * 64)
+
+
+def test_an_absent_key_is_an_integrity_error(store: CheckpointStore) -> None:
+    assert store.held() == frozenset()
+    for read in (store.describe, lambda key: store.load(key, "0" * 64)):
+        with pytest.raises(IntegrityError):
+            read("f" * 64)
+
+
+def test_erased_is_gone_and_absence_is_no_error(store: CheckpointStore) -> None:
+    first, second = store.save(job(), FILES), store.save(job(1), FILES)
+    store.erase([first.key, "never held"])
+    assert store.held() == {second.key}
+    with pytest.raises(IntegrityError):
+        store.describe(first.key)
+    store.erase([first.key])
+    assert store.load(second.key, second.manifest_sha256) == FILES
+
+
+def test_the_location_names_the_adapter(store: CheckpointStore) -> None:
+    assert store.location(job().key) == f"checkpoints/{job().key}/{ADAPTER}"
+
+
+def test_the_location_is_where_the_bytes_are(folder: FileCheckpoints, tmp_path: Path) -> None:
+    saved = folder.save(job(), FILES)
+    assert (tmp_path / folder.location(saved.key)).read_bytes() == FILES[ADAPTER]
+
+
+def appended(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b" ")
+
+
+def flipped(path: Path) -> None:
+    path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
+
+
+@pytest.mark.parametrize("name", [*FILES, MANIFEST])
+@pytest.mark.parametrize("tamper", [appended, flipped, Path.unlink])
+def test_tampering_with_any_file_is_noticed(
+    folder: FileCheckpoints, name: str, tamper: Callable[[Path], None]
+) -> None:
+    saved = folder.save(job(), FILES)
+    tamper(folder.root / saved.key / name)
+    with pytest.raises(IntegrityError):
+        folder.load(saved.key, saved.manifest_sha256)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_describe_reads_every_byte(folder: FileCheckpoints, name: str) -> None:
+    saved = folder.save(job(), FILES)
+    appended(folder.root / saved.key / name)
+    with pytest.raises(IntegrityError):
+        folder.describe(saved.key)
+
+
+def test_a_foreign_file_is_refused(folder: FileCheckpoints) -> None:
+    saved = folder.save(job(), FILES)
+    (folder.root / saved.key / "notes.txt").write_text("a leak")
+    with pytest.raises(IntegrityError, match="does not name"):
+        folder.load(saved.key, saved.manifest_sha256)
+    with pytest.raises(IntegrityError, match="does not name"):
+        folder.describe(saved.key)
+
+
+@pytest.mark.parametrize(
+    "name", ["../outside", "a/b", "/etc/hostname", "..", ".", MANIFEST, "../../outside"]
+)
+def test_a_manifest_can_name_no_file_outside(folder: FileCheckpoints, tmp_path: Path, name: str) -> None:
+    """Even a manifest whose digests are all right is refused when a name leaves the directory."""
+    saved = folder.save(job(), FILES)
+    (tmp_path / "outside").write_bytes(b"secret")
+    (folder.root / "outside").write_bytes(b"secret")
+    path = folder.root / saved.key / MANIFEST
+    parsed = json.loads(path.read_bytes())
+    parsed["files"][name] = sha256_hex(b"secret")
+    path.write_bytes(canonical_json(parsed))
+    with pytest.raises(IntegrityError, match="can't be parsed"):
+        folder.describe(saved.key)
+    with pytest.raises(IntegrityError, match="can't be parsed"):
+        folder.load(saved.key, sha256_hex(path.read_bytes()))
+
+
+@pytest.mark.parametrize(
+    "manifest", [b"", b"[]", b"{", b"null", b'{"files":{}}', b'{"files":[],"job":{}}', b"\xff", b'"x"']
+)
+def test_a_manifest_of_another_form_is_refused(folder: FileCheckpoints, manifest: bytes) -> None:
+    saved = folder.save(job(), FILES)
+    (folder.root / saved.key / MANIFEST).write_bytes(manifest)
+    with pytest.raises(IntegrityError):
+        folder.describe(saved.key)
+    with pytest.raises(IntegrityError):
+        folder.load(saved.key, sha256_hex(manifest))
+
+
+def test_a_checkpoint_under_another_key_is_refused(folder: FileCheckpoints) -> None:
+    """A whole and valid checkpoint must not pass for another job's."""
+    saved = folder.save(job(), FILES)
+    os.rename(folder.root / saved.key, folder.root / job(1).key)
+    with pytest.raises(IntegrityError):
+        folder.describe(job(1).key)
+    with pytest.raises(IntegrityError):
+        folder.load(job(1).key, saved.manifest_sha256)
+
+
+def test_a_cut_short_save_leaves_nothing(
+    folder: FileCheckpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "rename", refuse)
+    with pytest.raises(EnvironmentFault, match="No space left"):
+        folder.save(job(), FILES)
+    assert folder.held() == frozenset()
+
+
+def test_a_half_written_directory_is_never_a_checkpoint(folder: FileCheckpoints) -> None:
+    """What a killed worker leaves is listed, so that it can be swept, and can't be read."""
+    saved = folder.save(job(), FILES)
+    left = folder.root / ".tmp-killed"
+    left.mkdir()
+    (left / ADAPTER).write_bytes(b"half")
+    assert folder.held() == {saved.key, ".tmp-killed"}
+    with pytest.raises(IntegrityError):
+        folder.describe(".tmp-killed")
+    folder.erase([".tmp-killed"])
+    assert folder.held() == {saved.key}

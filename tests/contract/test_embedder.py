@@ -1,0 +1,61 @@
+"""What every Embedder promises, over the fake and over feature hashing.
+
+A row depends on its own text alone, to the bit: otherwise a deleted record would live on in the
+vectors of those that were embedded beside it. (The transformer embedder is tested where torch is.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sisa.model.hashing import HashingEmbedder
+from sisa.ports import Embedder, Vectors
+from tests.fakes import DIMENSION, fake_embed
+
+Embed = Callable[[Sequence[str]], Vectors]
+texts = st.lists(st.text(max_size=40), max_size=6)
+
+
+@pytest.fixture(scope="module", params=["fake", "hashing"])
+def embed(request: pytest.FixtureRequest) -> Embed:
+    return fake_embed if request.param == "fake" else HashingEmbedder().embed
+
+
+@given(mates=texts, text=st.text(max_size=40), place=st.integers(0, 6))
+def test_a_row_does_not_know_its_batch_mates(
+    embed: Embed, mates: list[str], text: str, place: int
+) -> None:
+    place = min(place, len(mates))
+    together = embed([*mates[:place], text, *mates[place:]])
+    assert together[place].tobytes() == embed([text])[0].tobytes()
+
+
+@given(texts)
+def test_rows_have_unit_length(embed: Embed, some: list[str]) -> None:
+    vectors = embed(some)
+    assert vectors.dtype == np.float32
+    assert vectors.shape == (len(some), embed(["x"]).shape[1])
+    assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
+
+
+def test_no_texts_no_rows(embed: Embed) -> None:
+    assert len(embed([])) == 0
+
+
+def test_different_texts_have_different_rows(embed: Embed) -> None:
+    vectors = embed([f"question number {number}" for number in range(50)])
+    assert len({row.tobytes() for row in vectors}) == 50
+
+
+def test_digest_and_dimension_are_stable() -> None:
+    one: Embedder = HashingEmbedder()
+    other: Embedder = HashingEmbedder()
+    assert one.digest == other.digest
+    assert len(one.digest) == 64
+    assert one.embed(["a"]).shape == (1, one.dimension)
+    assert fake_embed(["a"]).shape == (1, DIMENSION)

@@ -1,0 +1,187 @@
+"""What every RecordIndex promises, over the fake and over FAISS files.
+
+An index is a function of the vectors it holds, whatever the order and the history in which they came:
+then an index after a deletion is, byte for byte, one that never held the record.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sisa.domain import IndexFile
+from sisa.errors import IntegrityError
+from sisa.ports import RecordIndex, Vectors
+from sisa.store.index import FaissIndex
+from tests.fakes import DIMENSION, FakeIndex, fake_embed
+
+OpenIndex = Callable[[], RecordIndex]
+ids = st.integers(0, 2**63 - 1)
+
+
+def vector(number: int) -> Vectors:
+    row: Vectors = fake_embed([f"text {number}"])[0]
+    return row
+
+
+def vectors(numbers: Any) -> dict[int, Vectors]:
+    return {number: vector(number) for number in numbers}
+
+
+@pytest.fixture(scope="module", params=["fake", "faiss"])
+def fresh(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> OpenIndex:
+    """Opens another empty index of the same sort at each call."""
+    if request.param == "fake":
+        return FakeIndex
+    return lambda: FaissIndex(tmp_path_factory.mktemp("index"), DIMENSION)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> FaissIndex:
+    return FaissIndex(tmp_path / "index", DIMENSION)
+
+
+def contents(index: RecordIndex, file: IndexFile) -> Any:
+    if isinstance(index, FaissIndex):
+        return (index.root / file.name).read_bytes()
+    assert isinstance(index, FakeIndex)
+    return index.stored[file.name]
+
+
+@given(held=st.lists(ids, unique=True, max_size=12), order=st.randoms(use_true_random=False))
+def test_the_order_of_building_does_not_matter(fresh: OpenIndex, held: list[int], order: Any) -> None:
+    one, other = fresh(), fresh()
+    shuffled = list(held)
+    order.shuffle(shuffled)
+    assert one.build(0, "root", None, vectors(held)) == other.build(0, "root", None, vectors(shuffled))
+
+
+@given(
+    first=st.sets(ids, max_size=10),
+    steps=st.lists(st.tuples(st.sets(ids, max_size=4), st.integers(0, 5)), max_size=4),
+    order=st.randoms(use_true_random=False),
+)
+def test_any_history_gives_the_bytes_of_never_having_held_the_rest(
+    fresh: OpenIndex, first: set[int], steps: list[tuple[set[int], int]], order: Any
+) -> None:
+    index, held = fresh(), set(first)
+    file = index.build(0, "root", None, vectors(first))
+    for added, num_removed in steps:
+        kept = held - set(order.sample(sorted(held), min(num_removed, len(held))))
+        wanted = {**vectors(added - held), **dict.fromkeys(kept)}
+        file = index.build(0, "root", file, wanted)
+        held = kept | (added - held)
+    scratch = fresh()
+    again = scratch.build(0, "root", None, vectors(held))
+    assert again == file
+    assert contents(scratch, again) == contents(index, file)
+
+
+def test_a_removed_vector_is_not_in_the_file(folder: FaissIndex) -> None:
+    before = folder.build(0, "root", None, vectors([1, 2, 3]))
+    after = folder.build(0, "root", before, {1: None, 3: None})
+    assert vector(2).tobytes() in contents(folder, before)
+    assert vector(2).tobytes() not in contents(folder, after)
+
+
+def test_search_gives_the_best_first(fresh: OpenIndex) -> None:
+    index = fresh()
+    file = index.build(3, "root", None, vectors(range(20)))
+    (hits,) = index.search(file, np.stack([vector(7)]), 5)
+    expected = sorted(range(20), key=lambda n: -float(vector(n) @ vector(7)))[:5]
+    assert [hit.vector_id for hit in hits] == expected
+    assert expected[0] == 7
+    assert [hit.score for hit in hits] == pytest.approx([float(vector(n) @ vector(7)) for n in expected])
+    assert {hit.shard for hit in hits} == {3}
+
+
+def test_every_query_row_has_its_answer(fresh: OpenIndex) -> None:
+    index = fresh()
+    file = index.build(0, "root", None, vectors(range(6)))
+    found = index.search(file, np.stack([vector(4), vector(2)]), 1)
+    assert [[hit.vector_id for hit in hits] for hits in found] == [[4], [2]]
+    assert index.search(file, np.zeros((0, DIMENSION), dtype=np.float32), 3) == []
+
+
+def test_no_more_hits_than_vectors(fresh: OpenIndex) -> None:
+    index = fresh()
+    file = index.build(0, "root", None, vectors([1, 2]))
+    (hits,) = index.search(file, np.stack([vector(1)]), 50)
+    assert {hit.vector_id for hit in hits} == {1, 2}
+
+
+def test_an_empty_index_finds_nothing(fresh: OpenIndex) -> None:
+    index = fresh()
+    file = index.build(0, "root", None, {})
+    assert file.num_vectors == 0
+    assert index.search(file, np.stack([vector(1), vector(2)]), 3) == [[], []]
+    assert index.held() == {file.name}
+
+
+def test_stored_vectors_come_back_to_the_bit(fresh: OpenIndex) -> None:
+    index = fresh()
+    file = index.build(0, "root", None, vectors([5, 1, 9]))
+    found = index.vectors(file, [9, 5])
+    assert found.dtype == np.float32
+    assert found.tobytes() == np.stack([vector(9), vector(5)]).tobytes()
+
+
+def test_a_missing_vector_is_an_integrity_error(fresh: OpenIndex) -> None:
+    index = fresh()
+    file = index.build(0, "root", None, vectors([1]))
+    with pytest.raises(IntegrityError):
+        index.vectors(file, [1, 2])
+    with pytest.raises(IntegrityError):
+        index.build(0, "root", file, {2: None})
+    with pytest.raises(IntegrityError):
+        index.build(0, "root", None, {1: None})
+
+
+def test_no_ids_no_vectors(folder: FaissIndex) -> None:
+    file = folder.build(0, "root", None, vectors([1]))
+    assert folder.vectors(file, []).shape == (0, DIMENSION)
+
+
+def test_a_build_changes_no_other_file_and_erased_is_gone(fresh: OpenIndex) -> None:
+    index = fresh()
+    assert index.held() == frozenset()
+    first = index.build(0, "root", None, vectors([1, 2]))
+    second = index.build(1, "root", None, vectors([3]))
+    assert index.held() == {first.name, second.name}
+    index.erase([first.name, "never-held.faiss"])
+    assert index.held() == {second.name}
+    assert index.vectors(second, [3]).shape == (1, DIMENSION)
+
+
+@pytest.mark.parametrize("place", [0, 30, -1])
+def test_a_tampered_file_is_refused_before_faiss_parses_it(
+    folder: FaissIndex, monkeypatch: pytest.MonkeyPatch, place: int
+) -> None:
+    import faiss
+
+    file = folder.build(0, "root", None, vectors([1, 2]))
+    path = folder.root / file.name
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+    monkeypatch.setattr(faiss, "deserialize_index", lambda _: pytest.fail("FAISS parsed it"))
+    for read in (
+        lambda: folder.search(file, np.stack([vector(1)]), 1),
+        lambda: folder.vectors(file, [1]),
+        lambda: folder.build(0, "root", file, {1: None}),
+    ):
+        with pytest.raises(IntegrityError, match="not the one that was recorded"):
+            read()
+
+
+def test_a_missing_file_is_refused(folder: FaissIndex) -> None:
+    file = folder.build(0, "root", None, vectors([1]))
+    folder.erase([file.name])
+    with pytest.raises(IntegrityError, match="missing"):
+        folder.vectors(file, [1])

@@ -1,0 +1,127 @@
+"""What every RecordStore promises, over the fake and over Parquet files.
+
+Records come back as they went in, a slice's file depends on its records alone (so that a file after a
+deletion equals one that never held the record), and a changed file is refused before it is parsed.
+"""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sisa.digest import sha256_hex
+from sisa.domain import Part, Record, SliceFile
+from sisa.errors import IntegrityError
+from sisa.ports import RecordStore, StoredRecord
+from sisa.store.records import FileRecords
+from tests.fakes import FakeRecords, fake_record
+
+SECRET_TEXT = "the only copy of this text"
+texts = st.text(st.characters(codec="utf-8"), max_size=30)
+parts = st.builds(Part, st.sampled_from(["text", "prompt", "completion", "user"]), texts)
+records = st.builds(
+    Record,
+    st.uuids().map(str),
+    st.none() | texts,
+    st.sampled_from(["text", "completion", "chat"]),
+    st.lists(parts, max_size=3).map(tuple),
+)
+slices = st.lists(records, max_size=6, unique_by=lambda record: record.id)
+
+
+def stored(found: list[Record]) -> list[StoredRecord]:
+    return [StoredRecord(f"{place:064x}", record) for place, record in enumerate(found)]
+
+
+def several(*numbers: int) -> list[StoredRecord]:
+    return stored([fake_record(number, "ada") for number in numbers])
+
+
+@pytest.fixture(params=["fake", "files"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> RecordStore:
+    return FakeRecords() if request.param == "fake" else FileRecords(tmp_path / "records")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> FileRecords:
+    return FileRecords(tmp_path / "records")
+
+
+def test_what_is_written_is_read(store: RecordStore) -> None:
+    file = store.write(2, 1, "root", several(1, 2, 3))
+    assert store.read(file) == tuple(several(1, 2, 3))
+    assert (file.shard, file.slice, file.root, file.num_records) == (2, 1, "root", 3)
+    assert store.held() == {file.name}
+
+
+@given(slices)
+def test_any_records_survive_parquet(
+    tmp_path_factory: pytest.TempPathFactory, found: list[Record]
+) -> None:
+    store = FileRecords(tmp_path_factory.mktemp("records"))
+    file = store.write(0, 0, "root", stored(found))
+    assert store.read(file) == tuple(stored(found))
+    assert file.num_bytes == (store.root / file.name).stat().st_size
+
+
+def test_a_file_depends_on_its_records_alone(store: RecordStore, tmp_path: Path) -> None:
+    """Writing again, elsewhere, after other slices: the same bytes."""
+    store.write(0, 0, "before", several(1, 2, 3, 4))
+    after = store.write(0, 0, "after", several(1, 3))
+    fresh = FakeRecords() if isinstance(store, FakeRecords) else FileRecords(tmp_path / "fresh")
+    assert fresh.write(0, 0, "after", several(1, 3)) == after
+
+
+def test_a_write_changes_no_other_file(store: RecordStore) -> None:
+    first = store.write(0, 0, "one", several(1, 2))
+    second = store.write(0, 0, "two", several(1))
+    assert store.held() == {first.name, second.name}
+    assert store.read(first) == tuple(several(1, 2))
+
+
+def test_erased_is_gone_and_absence_is_no_error(store: RecordStore) -> None:
+    first = store.write(0, 0, "one", several(1, 2))
+    second = store.write(0, 0, "two", several(1))
+    store.erase([first.name, "never-held.parquet"])
+    assert store.held() == {second.name}
+    with pytest.raises(IntegrityError):
+        store.read(first)
+
+
+def test_nothing_is_held_at_first(store: RecordStore) -> None:
+    assert store.held() == frozenset()
+
+
+@pytest.mark.parametrize("cut", [0, 10, -1])
+def test_a_truncated_file_is_refused(folder: FileRecords, cut: int) -> None:
+    file = folder.write(0, 0, "root", several(1, 2))
+    path = folder.root / file.name
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(IntegrityError, match="not the one that was recorded"):
+        folder.read(file)
+
+
+def test_a_file_of_another_form_is_refused(folder: FileRecords) -> None:
+    """Even one whose digest the ledger names."""
+    folder.root.mkdir()
+    for data in (b"", b"PAR1 not really PAR1"):
+        file = SliceFile(0, 0, "root", 1, sha256_hex(data), len(data))
+        (folder.root / file.name).write_bytes(data)
+        with pytest.raises(IntegrityError, match="can't be parsed"):
+            folder.read(file)
+
+
+def test_only_the_owner_may_read_text(folder: FileRecords) -> None:
+    file = folder.write(0, 0, "root", several(1))
+    assert stat.S_IMODE((folder.root / file.name).stat().st_mode) == 0o600
+
+
+def test_a_files_name_tells_nothing_of_its_records(folder: FileRecords) -> None:
+    record = Record("sam@example.org", "Sam Doe", "text", (Part("text", SECRET_TEXT),))
+    file = folder.write(0, 0, "0" * 64, [StoredRecord("a" * 64, record)])
+    assert file.name == f"shard-00000-slice-00000-{'0' * 64}.parquet"
+    assert SECRET_TEXT not in repr(file)

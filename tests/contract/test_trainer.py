@@ -1,0 +1,60 @@
+"""What every Trainer promises, over the fake (the real one is tested where torch is).
+
+A stage is a pure function of its arguments: the same job, parent and records give the same bytes, and
+each of the three reaches them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from sisa.domain import SliceJob
+from sisa.ports import StoredRecord, Trainer
+from tests.fakes import ADAPTER, FakeTrainer, fake_record
+
+JOB = SliceJob(0, 1, "parent", ((1, "root"),), 2, (1, 1), {"seed": 1}, "base", "f")
+RECORDS = [StoredRecord(f"{number}", fake_record(number)) for number in range(3)]
+
+
+def trained(
+    job: SliceJob = JOB,
+    parent: dict[str, bytes] | None = None,
+    records: Sequence[StoredRecord] = RECORDS,
+    ticks: list[tuple[int, int]] | None = None,
+) -> dict[str, bytes]:
+    trainer: Trainer = FakeTrainer()
+    seen: list[tuple[int, int]] = [] if ticks is None else ticks
+    return trainer.train(job, parent, records, lambda done, total: seen.append((done, total)))
+
+
+def test_the_same_arguments_give_the_same_bytes() -> None:
+    parent = trained(records=RECORDS[:1])
+    assert trained(parent=parent) == trained(parent=dict(parent))
+    assert ADAPTER in trained()
+
+
+def test_every_argument_reaches_the_bytes() -> None:
+    parent = trained(records=[StoredRecord("9", fake_record(9))])
+    found = [
+        trained(),
+        trained(replace(JOB, base="other")),
+        trained(parent=parent),
+        trained(records=RECORDS[:2]),
+    ]
+    assert len({files[ADAPTER] for files in found}) == len(found)
+
+
+def test_the_arguments_are_left_as_they_were() -> None:
+    parent = trained(records=RECORDS[:1])
+    kept, records = dict(parent), list(RECORDS)
+    trained(parent=parent, records=records)
+    assert (parent, records) == (kept, RECORDS)
+
+
+def test_progress_grows_up_to_its_total() -> None:
+    ticks: list[tuple[int, int]] = []
+    trained(ticks=ticks)
+    assert len({total for _, total in ticks}) == 1
+    assert [done for done, _ in ticks] == sorted(done for done, _ in ticks)
+    assert ticks[-1][0] == ticks[-1][1]

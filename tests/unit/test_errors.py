@@ -1,0 +1,93 @@
+"""The error tree: exit codes are a contract, and an error says all it knows wherever it arrives."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+
+import pytest
+
+from sisa import errors
+from sisa.errors import Problem, SisaError
+
+EXIT_CODES = {
+    "SisaError": 1,
+    "RejectedRequest": 2,
+    "InvalidInput": 2,
+    "ConfigConflict": 2,
+    "UnknownRecord": 3,
+    "IntegrityError": 4,
+    "Busy": 5,
+    "TransientError": 6,
+    "EnvironmentFault": 6,
+}
+
+
+def subclasses(kind: type[SisaError]) -> list[type[SisaError]]:
+    return [kind, *(found for each in kind.__subclasses__() for found in subclasses(each))]
+
+
+KINDS = [each for each in subclasses(SisaError) if each.__module__ == errors.__name__]
+
+
+def full(kind: type[SisaError]) -> SisaError:
+    return kind(
+        "2 bad records",
+        where="people.jsonl",
+        expected="an id",
+        got="none",
+        next_step="mend the file",
+        problems=[Problem("line 3", "no id"), Problem("line 9", "empty text")],
+    )
+
+
+def test_exit_codes() -> None:
+    assert {kind.__name__: kind.exit_code for kind in KINDS} == EXIT_CODES
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_error_survives_the_way_from_a_worker(kind: type[SisaError]) -> None:
+    error = full(kind)
+    arrived = pickle.loads(pickle.dumps(error))  # noqa: S301 - as Ray does
+    for again in (arrived, copy.copy(error)):
+        assert type(again) is kind
+        assert again.to_json() == error.to_json()
+        assert str(again) == str(error)
+        assert again.problems == error.problems
+
+
+def test_the_text_tells_everything() -> None:
+    assert str(full(errors.InvalidInput)).splitlines() == [
+        "2 bad records",
+        "  where: people.jsonl",
+        "  expected: an id",
+        "  got: none",
+        "  - line 3: no id",
+        "  - line 9: empty text",
+        "  next step: mend the file",
+    ]
+
+
+def test_what_is_not_known_is_not_told() -> None:
+    assert str(errors.Busy("another writer")) == "another writer"
+
+
+def test_the_json_form_is_a_contract() -> None:
+    found = json.loads(json.dumps(full(errors.UnknownRecord).to_json()))
+    assert found == {
+        "type": "UnknownRecord",
+        "message": "2 bad records",
+        "where": "people.jsonl",
+        "expected": "an id",
+        "got": "none",
+        "next_step": "mend the file",
+        "problems": [{"where": "line 3", "what": "no id"}, {"where": "line 9", "what": "empty text"}],
+    }
+
+
+def test_a_list_of_problems_is_taken_as_it_is_then() -> None:
+    problems = [Problem("line 1", "no id")]
+    error = errors.InvalidInput("bad", problems=problems)
+    problems.clear()
+    assert len(error.problems) == 1

@@ -1,0 +1,224 @@
+"""Files that are whole or absent, whenever the process dies; and one writer at a time."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sisa.digest import sha256_hex
+from sisa.errors import Busy, EnvironmentFault, IntegrityError
+from sisa.store import files
+from sisa.store.files import (
+    TEMPORARY_PREFIX,
+    erase,
+    held_names,
+    read_checked,
+    write_atomic,
+    write_directory,
+    writer_lock,
+)
+
+
+class Died(BaseException):
+    """A process that is killed: nothing may catch it."""
+
+
+def dies(*_: Any, **__: Any) -> None:
+    raise Died
+
+
+def full_disk(*_: Any, **__: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_file_is_written_whole_with_its_mode(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "deep" / "file"
+    write_atomic(path, b"abc", mode=0o600)
+    assert path.read_bytes() == b"abc"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    write_atomic(path, b"")
+    assert path.read_bytes() == b""
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+    assert held_names(path.parent) == {"file"}
+
+
+@pytest.mark.parametrize("step", ["replace", "fsync", "fchmod"])
+@pytest.mark.parametrize("end", [Died, OSError(errno.ENOSPC, "No space left on device")])
+def test_what_stops_before_the_rename_leaves_the_old_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, end: Any
+) -> None:
+    def stops(*_: Any) -> None:
+        raise end
+
+    path = tmp_path / "file"
+    write_atomic(path, b"old")
+    monkeypatch.setattr(os, step, stops)
+    with pytest.raises(Died if end is Died else EnvironmentFault):
+        write_atomic(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert held_names(tmp_path) == {"file"}
+
+
+def test_a_killed_writer_leaves_a_temporary_name_only(tmp_path: Path) -> None:
+    """No clean-up runs in a killed process: readers still see the old file."""
+    code = (
+        "import os, sys\nfrom pathlib import Path\nfrom sisa.store.files import write_atomic\n"
+        "os.replace = lambda *_: os._exit(9)\nwrite_atomic(Path(sys.argv[1]), b'new')"
+    )
+    path = tmp_path / "file"
+    write_atomic(path, b"old")
+    assert subprocess.run([sys.executable, "-c", code, str(path)], check=False).returncode == 9
+    assert path.read_bytes() == b"old"
+    (left,) = held_names(tmp_path) - {"file"}
+    assert left.startswith(TEMPORARY_PREFIX)
+
+
+def test_a_full_disk_names_the_file_and_the_next_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(EnvironmentFault, match="No space left") as caught:
+        write_atomic(tmp_path / "file", b"x")
+    assert caught.value.where == str(tmp_path / "file")
+    assert "free disk space" in caught.value.next_step
+    assert held_names(tmp_path) == frozenset()
+
+
+def test_the_bytes_are_flushed_before_the_name_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a power cut a renamed file with unwritten bytes would be half a file."""
+    steps: list[str] = []
+
+    def noting(name: str) -> None:
+        real: Callable[..., Any] = getattr(os, name)
+
+        def noted(*arguments: Any) -> Any:
+            steps.append(name)
+            return real(*arguments)
+
+        monkeypatch.setattr(os, name, noted)
+
+    for name in ("fsync", "replace", "rename"):
+        noting(name)
+    write_atomic(tmp_path / "file", b"x")
+    assert steps == ["fsync", "replace", "fsync"]
+    steps.clear()
+    write_directory(tmp_path / "folder", {"a": b"1", "b": b"2"})
+    assert steps == ["fsync", "fsync", "fsync", "rename", "fsync"]
+
+
+@pytest.mark.parametrize("stops", [dies, full_disk])
+@pytest.mark.parametrize("step", ["rename", "fsync"])
+def test_a_directory_is_whole_or_absent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, stops: Callable[..., None]
+) -> None:
+    monkeypatch.setattr(os, step, stops)
+    with pytest.raises(Died if stops is dies else EnvironmentFault):
+        write_directory(tmp_path / "folder", {"a": b"1"})
+    assert held_names(tmp_path) == frozenset()
+
+
+def test_of_two_that_write_a_directory_the_first_wins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two workers store the same content: the later one arrives just before its rename."""
+    path = tmp_path / "folder"
+    rename = os.rename
+
+    def overtaken(source: Path, target: Path) -> None:
+        monkeypatch.setattr(os, "rename", rename)
+        write_directory(path, {"a": b"first"})
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", overtaken)
+    write_directory(path, {"a": b"second", "b": b"2"})
+    assert {each.name: each.read_bytes() for each in path.iterdir()} == {"a": b"first"}
+    assert held_names(tmp_path) == {"folder"}
+
+
+def test_a_file_in_the_way_of_a_directory_is_no_success(tmp_path: Path) -> None:
+    (tmp_path / "folder").write_bytes(b"a file")
+    with pytest.raises(EnvironmentFault):
+        write_directory(tmp_path / "folder", {"a": b"1"})
+    assert held_names(tmp_path) == {"folder"}
+
+
+def test_checked_reads(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"abc")
+    assert read_checked(path, sha256_hex(b"abc"), "slice file") == b"abc"
+    with pytest.raises(IntegrityError, match="slice file") as caught:
+        read_checked(path, sha256_hex(b"abd"), "slice file")
+    assert (caught.value.expected, caught.value.got) == (
+        f"sha256 {sha256_hex(b'abd')}",
+        f"sha256 {sha256_hex(b'abc')}",
+    )
+    with pytest.raises(IntegrityError, match="missing"):
+        read_checked(tmp_path / "none", "0" * 64, "slice file")
+    with pytest.raises(EnvironmentFault):
+        read_checked(tmp_path, "0" * 64, "slice file")
+
+
+def test_erase_takes_files_directories_and_nothing_else(tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    write_directory(outside, {"kept": b"1"})
+    folder = tmp_path / "model"
+    write_directory(folder / "checkpoint", {"a": b"1"})
+    write_atomic(folder / "file", b"1")
+    (folder / "link").symlink_to(outside)
+    for name in ("checkpoint", "file", "link", "never-there"):
+        erase(folder / name)
+    assert held_names(folder) == frozenset()
+    assert held_names(outside) == {"kept"}
+
+
+def test_an_absent_folder_holds_nothing(tmp_path: Path) -> None:
+    assert held_names(tmp_path / "none") == frozenset()
+
+
+def test_a_second_writer_is_busy_until_the_first_has_finished(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom sisa.store.files import writer_lock\n"
+        "with writer_lock(Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, str(lock)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(Busy) as caught, writer_lock(lock):
+            pytest.fail("two writers")
+        assert caught.value.exit_code == 5
+        other.kill()
+    with writer_lock(lock):
+        pass
+
+
+def test_the_lock_is_free_again_after_a_failure(tmp_path: Path) -> None:
+    for _ in range(2):
+        with pytest.raises(Died), writer_lock(tmp_path / "lock"):
+            raise Died
+
+
+def test_a_lock_that_cannot_be_made_is_an_environment_fault(tmp_path: Path) -> None:
+    with pytest.raises(EnvironmentFault), writer_lock(tmp_path / "none" / "lock"):
+        pytest.fail("no lock")
+
+
+def test_every_known_disk_error_has_its_next_step(tmp_path: Path) -> None:
+    steps = set()
+    for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO):
+        with pytest.raises(EnvironmentFault) as caught, files.disk_errors(tmp_path):
+            raise OSError(code, os.strerror(code))
+        steps.add(caught.value.next_step)
+        assert os.strerror(code) in caught.value.what
+    assert len(steps) == 5

@@ -1,0 +1,231 @@
+"""The JSON contract, key by key, and the same results in words that are safe for a terminal."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster import render
+from cluster.quickstart import Start, Story
+from cluster.render import Result, printable
+from sisa.api import Answer, ForgetOutcome, ForgetPlan, Status
+from sisa.domain import RecordRow, Request, Tombstone
+from sisa.errors import Problem
+from sisa.query import Found, Location, ShardStatus, Touch
+from sisa.run import Forgetting, Taken, plan_forget, train
+from sisa.verify import ShardProof, Verification
+from tests.fakes import fake_model, fake_record
+
+ESCAPES = "\x1b[31mred\x1b[0m \x07\x9b31m \u202egnp.exe\u202c"
+REQUEST = Request(
+    "req-1", "2026-01-01", 2, ((0, 1, 2), (3, 0, 3)), 18, 90, "before", "completed", 1.5, "after"
+)
+TOMBSTONE = Tombstone("i", None, 0, 1, "req-0", "2025-12-31", 4)
+
+
+def read(result: Result) -> dict[str, Any]:
+    """What a script would read: only JSON's own types survive."""
+    found: dict[str, Any] = json.loads(json.dumps(result.json))
+    return found
+
+
+def shard(number: int, head: str | None) -> ShardStatus:
+    path = f"checkpoints/{head}/adapter_model.safetensors" if head else None
+    return ShardStatus(
+        number, head, 3 if head else 0, 3, 4, (1, 3, 0), True, path, "a" if head else None
+    )
+
+
+STATUS = Status(
+    "model", 8, 2, "digest", "base", "b" * 64, "hashing", "cumulative",
+    (shard(0, "k" * 64), shard(1, None)), (REQUEST,), {"records": 2048},
+)  # fmt: skip
+
+
+def forgetting() -> Forgetting:
+    model = fake_model()
+    train(model.world, [fake_record(number) for number in range(12)])
+    rows = [row for head in model.ledger.heads() for row in model.ledger.rows(head.shard)]
+    return plan_forget(model.world, rows[:2], [TOMBSTONE])
+
+
+def test_status() -> None:
+    found = read(render.status(STATUS))
+    assert found.keys() >= {"records", "model_digest", "shards", "requests", "sizes_bytes"}
+    assert (found["records"], found["model_digest"]) == (8, "digest")
+    served, empty = found["shards"]
+    assert served.keys() >= {
+        *("shard", "head", "depth", "num_slices", "records", "adapter_path", "adapter_sha256")
+    }
+    assert served["adapter_path"] == f"checkpoints/{'k' * 64}/adapter_model.safetensors"
+    assert (empty["head"], empty["adapter_path"], empty["adapter_sha256"]) == (None, None, None)
+
+
+def test_status_in_words_tells_what_waits() -> None:
+    assert "waiting" not in render.status(STATUS).text
+    waiting = replace(STATUS, shards=(replace(shard(0, "k"), converged=False),))
+    assert "(waiting to be trained)" in render.status(waiting).text
+    assert "req-1" in render.status(STATUS).text
+
+
+def test_where() -> None:
+    held = Location("r1", "trained", 2, 1, (Touch("k1", 1, False), Touch("k2", 2, True)))
+    gone = Location("r2", "deleted", 0, 1, (), "2026-01-01", "req-1", 3)
+    result = render.where([held, gone])
+    one, other = read(result)["records"]
+    assert one.keys() >= {"id", "state", "shard", "slice", "checkpoints"}
+    assert (one["id"], one["state"], one["shard"], one["slice"]) == ("r1", "trained", 2, 1)
+    assert one["checkpoints"][1] == {"key": "k2", "slice": 2, "is_head": True}
+    assert (other["state"], other["deleted_at"], other["request_id"]) == (
+        "deleted",
+        "2026-01-01",
+        "req-1",
+    )
+    assert result.text.count("<- served head") == 1
+    assert "r2: deleted at 2026-01-01 by req-1" in result.text
+
+
+def test_find() -> None:
+    result = render.found([Found("r1", 0.91234, 2, 1, "content"), Found("r2", 1.0, 0, 0, "subject")])
+    assert read(result)["hits"][0] == {
+        "id": "r1", "score": 0.91234, "shard": 2, "slice": 1, "match": "content"
+    }  # fmt: skip
+    assert [line.split()[0] for line in result.text.splitlines()] == ["0.9123", "1.0000"]
+    assert read(render.found([])) == {"hits": []}
+    assert render.found([]).text
+
+
+FORGET_KEYS = {
+    *("request_id", "records", "shards", "record_epochs_retrained", "record_epochs_full", "seconds"),
+    *("model_digest_before", "model_digest_after"),
+}
+
+
+def test_forget() -> None:
+    found = read(render.forgotten(ForgetOutcome(REQUEST, (TOMBSTONE,), "after"), "before"))
+    assert found.keys() >= FORGET_KEYS
+    assert found["request_id"] == "req-1"
+    assert found["records"] == 2
+    assert found["shards"] == [
+        {"shard": 0, "first_slice": 1, "slices_retrained": 2},
+        {"shard": 3, "first_slice": 0, "slices_retrained": 3},
+    ]
+    assert (found["record_epochs_retrained"], found["record_epochs_full"]) == (18, 90)
+    assert (found["seconds"], found["already_deleted"]) == (1.5, 1)
+    assert (found["model_digest_before"], found["model_digest_after"]) == ("before", "after")
+
+
+def test_forget_of_what_is_gone_says_so_under_the_same_keys() -> None:
+    result = render.forgotten(ForgetOutcome(None, (TOMBSTONE, TOMBSTONE), "same"), "same")
+    found = read(result)
+    done = read(render.forgotten(ForgetOutcome(REQUEST, (), "after"), "before"))
+    assert found.keys() == done.keys()
+    assert (found["request_id"], found["records"], found["shards"]) == (None, 0, [])
+    assert (found["already_deleted"], found["already_deleted_by"]) == (2, ["req-0"])
+    assert (found["model_digest_before"], found["model_digest_after"]) == ("same", "same")
+    assert (result.exit_code, result.text) == (0, "2 of the named records were deleted before")
+
+
+def test_a_dry_run() -> None:
+    planned = forgetting()
+    result = render.forget_plan(ForgetPlan(planned, 1.25, 2, 2, 2))
+    found = read(result)
+    assert found["dry_run"] is True
+    assert (found["records"], found["already_deleted"]) == (2, 1)
+    assert found["record_epochs_retrained"] == sum(plan.record_epochs for plan in planned.plans) > 0
+    assert found["record_epochs_full"] >= found["record_epochs_retrained"]
+    assert found["would_erase"] == {
+        "checkpoints": len(planned.tainted), "slice_files": 2, "index_rows": 2
+    }  # fmt: skip
+    assert [each["slices_retrained"] for each in found["shards"]] == [
+        len(plan.train) for plan in planned.plans
+    ]
+    assert "nothing was changed" in result.text
+    unknown = render.forget_plan(ForgetPlan(planned, None, 2, 2, 2))
+    assert (read(unknown)["estimated_seconds"], "unknown" in unknown.text) == (None, True)
+
+
+@pytest.mark.parametrize(("ok", "code"), [(True, 0), (False, 4)])
+def test_verify(ok: bool, code: int) -> None:
+    proofs = (
+        ShardProof(0, "k", True, ok, 3),
+        ShardProof(1, None, False, None, 0, "the shard holds no records"),
+    )
+    findings = () if ok else (Problem("shard 0", "the replay's bytes differ"),)
+    result = render.verified(Verification(ok, 9, findings, proofs))
+    found = read(result)
+    assert found["ok"] is ok
+    assert [(each["shard"], each["replayed"], each["equal"]) for each in found["shards"]] == [
+        (0, True, ok),
+        (1, False, None),
+    ]
+    assert result.exit_code == code
+    assert result.text.splitlines()[-1] == ("ok" if ok else "NOT OK")
+    assert ("DIFFERENT" in result.text) is not ok
+    assert "not replayed (the shard holds no records)" in result.text
+
+
+def test_train_tells_what_was_not_taken() -> None:
+    result = render.taken(Taken(10, 0, 7, 2, 1, 0, 0, "digest"), Path("model"))
+    assert read(result) == {
+        "records": 10, "added": 0, "already_held": 7, "deleted_not_taken": 2, "new_not_taken": 1,
+        "record_epochs_trained": 0, "slices_trained": 0, "model_digest": "digest",
+    }  # fmt: skip
+    assert "2 records of the source were deleted before: not taken" in result.text
+    assert "`sisa add`" in result.text
+
+
+def test_the_small_results() -> None:
+    assert read(render.answer(Answer("In Tessaly.", (2,)))) == {"answer": "In Tessaly.", "shards": [2]}
+    assert read(render.exported([Path("out/shard-00000")])) == {"adapters": ["out/shard-00000"]}
+    assert render.exported([]).text
+    start = read(render.init(Start(Path("m/run.yaml"), Path("m/people.jsonl"), 100)))
+    assert start == {"run_file": "m/run.yaml", "data_file": "m/people.jsonl", "records": 100}
+
+
+def test_a_quickstart_that_proves_nothing_fails() -> None:
+    story = Story(equal=True, record_epochs_retrained=10, record_epochs_full=40)
+    assert read(render.quickstart(story))["share_of_full_training"] == 0.25
+    assert render.quickstart(story).exit_code == 0
+    assert render.quickstart(Story(equal=False)).exit_code == 4
+
+
+def test_share() -> None:
+    assert (render.share(1, 3), render.share(0, 5), render.share(0, 0)) == ("33.3%", "0.0%", "0%")
+
+
+@given(st.text())
+def test_printable_text_moves_no_cursor(text: str) -> None:
+    shown = printable(text)
+    assert all(ord(c) >= 0x20 and not 0x7F <= ord(c) < 0xA0 for c in shown if c not in "\n\t")
+    assert not set(shown) & set("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u200b")
+    assert printable(shown) == shown
+
+
+def test_printable_text_is_still_text() -> None:
+    assert printable("Zoë\tsaid:\n“¿Qué?” 日本 🙂") == "Zoë\tsaid:\n“¿Qué?” 日本 🙂"
+
+
+def test_text_of_records_reaches_no_terminal_raw() -> None:
+    shown = [
+        render.where([Location(ESCAPES, "trained", 0, 0, ())]),
+        render.found([Found(ESCAPES, 1.0, 0, 0, "content")]),
+        render.answer(Answer(ESCAPES, ())),
+        render.quickstart(Story(question=ESCAPES, answer_before=ESCAPES, answer_after=ESCAPES)),
+    ]
+    for result in shown:
+        assert not set(result.text) & set("\x1b\x07\x9b\u202e\u202c")
+
+
+def test_no_row_is_printed_by_a_dry_run() -> None:
+    planned = forgetting()
+    text = render.forget_plan(ForgetPlan(planned, None, 1, 1, 1))
+    for row in planned.removed:
+        assert isinstance(row, RecordRow)
+        assert row.id_digest not in text.text + json.dumps(text.json)
