@@ -34,6 +34,7 @@ from sisa.errors import IntegrityError, InvalidInput
 from sisa.opening import CHECKPOINTS, INDEX, KEY, LEDGER, LOCK, RECORDS, SCRATCH, OpenExecutor, Parts
 from sisa.ports import Event, Report
 from sisa.reader import read_records
+from sisa.reconcile import reconcile
 from sisa.run import Forgetting, Taken, add, forget, plan_forget, train
 from sisa.store import files
 from sisa.store.checkpoints import FileCheckpoints
@@ -145,6 +146,7 @@ class Model:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[World]:
+        opening.find_executor(self.executor)  # an unknown one is refused before anything is written
         with files.writer_lock(self.directory / LOCK):
             files.erase(self.directory / SCRATCH)
             with self._world() as world:
@@ -162,6 +164,7 @@ class Model:
     def resume(self, source: Sequence[Record] = ()) -> Taken:
         """Train what is missing; records of `source` are only compared with the held ones."""
         with self._writing() as world:
+            _ = self.parts.base  # refuses a changed base
             return train(world, source)
 
     def where(self, ids: Sequence[str]) -> list[query.Location]:
@@ -216,6 +219,8 @@ class Model:
                 if any(plan.train for plan in planned.plans):
                     _ = self.parts.base  # refuses a changed base before anything is erased
                 request = forget(world, planned, f"req-{uuid.uuid4()}")
+            else:
+                reconcile(world)  # finishes a deletion that a crash cut short
             return ForgetOutcome(request, planned.already_deleted, model_digest(world.ledger))
 
     def status(self) -> Status:

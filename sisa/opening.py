@@ -113,6 +113,13 @@ class Parts:
             self._counted = (asked, counts)
         return self._counted[1]
 
+    def check_modules(self) -> None:
+        """Raises InvalidInput when the base lacks the modules that are to get an adapter."""
+        from sisa.model.adapter import lora_config
+        from sisa.model.base import load_skeleton
+
+        lora_config(self.config.training(), load_skeleton(self.base.directory))
+
     def meta(self) -> dict[str, str]:
         """What the ledger keeps of these parts."""
         named = {"name": self.config.base_model, "digest": self.base.digest}
@@ -242,7 +249,16 @@ def named(ledger_meta: Mapping[str, str], key: str) -> Named:
 
 
 def stored_secret(directory: Path, config: RunConfig) -> bytes:
-    return read_secret(config.sisa.partition_key_file or directory / KEY)
+    """The secret of a model. Raises IntegrityError when the model's own key file is missing."""
+    if config.sisa.partition_key_file is not None:
+        return read_secret(config.sisa.partition_key_file)
+    if not (directory / KEY).is_file():
+        raise IntegrityError(
+            "the model's partition key is missing",
+            where=str(directory / KEY),
+            next_step="restore it from a backup: without it no record can be found",
+        )
+    return read_secret(directory / KEY)
 
 
 def close(world: World) -> None:

@@ -14,10 +14,11 @@ Not covered: which effect a key has (`config.py` says so beside the key).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from sisa.assign import index_root, slice_root
-from sisa.config import Difference
+from sisa.config import Difference, Effect
+from sisa.domain import Head, IndexFile
 from sisa.errors import ConfigConflict, Problem
 from sisa.plan import ShardView, plan_shard
 from sisa.ports import Change, StoredRecord
@@ -46,18 +47,16 @@ def all_records(world: World) -> list[StoredRecord]:
     return sorted(held, key=lambda each: each.id_digest)
 
 
-def retarget(world: World, meta: dict[str, str]) -> None:
-    """New hyper-parameters: give every shard its new target; heads stay until it is trained."""
-    world.count_tokens([each.record for each in all_records(world)])  # refuses what no longer fits
-    heads = [
+def retargeted(world: World) -> list[Head]:
+    """New hyper-parameters: every shard's new target; heads stay until it is trained."""
+    return [
         plan_shard(view_shard(world, head.shard), world.recipe, world.fingerprint).head
         for head in world.ledger.heads()
     ]
-    world.ledger.commit(Change(heads=heads, meta=meta))
 
 
-def reindex(world: World, meta: dict[str, str]) -> None:
-    """Another embedder: build every shard's index anew."""
+def reindexed(world: World) -> list[IndexFile]:
+    """Another embedder: every shard's index, built anew."""
     indexes = []
     for file in world.ledger.indexes():
         rows = world.ledger.rows(file.shard)
@@ -69,7 +68,18 @@ def reindex(world: World, meta: dict[str, str]) -> None:
         vectors = world.embed([texts[row.id_digest] for row in rows])
         wanted = dict(zip((row.vector_id for row in rows), vectors, strict=True))
         indexes.append(world.index.build(file.shard, index_root(rows), None, wanted))
-    world.ledger.commit(Change(indexes=indexes, meta=meta))
+    return indexes
+
+
+def move(world: World, effects: Collection[Effect], meta: dict[str, str]) -> None:
+    """Move the model by all of its effects in one transaction, after all of them were found possible."""
+    world.count_tokens([each.record for each in all_records(world)])  # refuses what no longer fits
+    if "reset" in effects:
+        reset(world, meta)
+        return
+    heads = retargeted(world) if "retrain" in effects else []
+    indexes = reindexed(world) if "reindex" in effects else []
+    world.ledger.commit(Change(heads=heads, indexes=indexes, meta=meta))
 
 
 def reset(world: World, meta: dict[str, str]) -> None:

@@ -68,13 +68,8 @@ def train(world: World, records: Sequence[Record], meta: Mapping[str, str] | Non
     first = not world.ledger.heads()
     found = world.ledger.lookup(world.assigner.id_digest(record.id) for record in records)
     rows = _rows(world, records) if first else []
-    changed = [] if first else _changed(world, records, found)
-    if changed:
-        raise InvalidInput(
-            f"{len(changed)} records differ from the held ones of the same id; nothing was changed",
-            next_step="`sisa forget` the held ones, then `sisa add` the new text under new ids",
-            problems=changed,
-        )
+    if not first:
+        refuse_changed(world, records)
     if first:
         heads = [Head(shard, None, 0, None) for shard in range(world.assigner.layout.num_shards)]
         _commit_added(world, records, rows, heads, meta or {})
@@ -91,6 +86,18 @@ def train(world: World, records: Sequence[Record], meta: Mapping[str, str] | Non
         slices_trained=done.slices_trained,
         model_digest=model_digest(world.ledger),
     )
+
+
+def refuse_changed(world: World, records: Sequence[Record]) -> None:
+    """Raises InvalidInput when a record of a source differs from the held one of the same id."""
+    found = world.ledger.lookup(world.assigner.id_digest(record.id) for record in records)
+    changed = _changed(world, records, found)
+    if changed:
+        raise InvalidInput(
+            f"{len(changed)} records differ from the held ones of the same id; nothing was changed",
+            next_step="`sisa forget` the held ones, then `sisa add` the new text under new ids",
+            problems=changed,
+        )
 
 
 def _changed(
@@ -161,11 +168,23 @@ def _commit_added(
     for record, row, vector in zip(records, rows, vectors, strict=True):
         stored.setdefault((row.shard, row.slice), []).append(StoredRecord(row.id_digest, record))
         embedded.setdefault(row.shard, {})[row.vector_id] = vector
-    slices = []
-    for (shard, slice_), fresh in sorted(stored.items()):
-        held = world.ledger.rows(shard, slice_)
-        merged = held + [row for row in rows if (row.shard, row.slice) == (shard, slice_)]
-        slices.append(write_slice(world, shard, slice_, merged, fresh))
+    merged_rows = {
+        place: world.ledger.rows(*place) + [row for row in rows if (row.shard, row.slice) == place]
+        for place in sorted(stored)
+    }
+    states = [
+        SliceState(*place, slice_root(merged), len(merged)) for place, merged in merged_rows.items()
+    ]
+    plans = [
+        plan_shard(
+            view_shard(world, shard, [each for each in states if each.shard == shard]),
+            world.recipe,
+            world.fingerprint,
+        )
+        for shard in sorted(embedded)
+    ]
+    check_sources(world, plans)
+    slices = [write_slice(world, *place, merged, stored[place]) for place, merged in merged_rows.items()]
     indexes = []
     for shard, fresh_vectors in sorted(embedded.items()):
         held = world.ledger.rows(shard)
@@ -179,17 +198,23 @@ def _commit_added(
             )
         base = only(world.ledger.indexes(shard))
         indexes.append(world.index.build(shard, index_root(merged), base, wanted))
-    plans = [
-        plan_shard(
-            view_shard(world, shard, [each for each in slices if each.shard == shard]),
-            world.recipe,
-            world.fingerprint,
-        )
-        for shard in sorted(embedded)
-    ]
     planned = {plan.shard: plan.head for plan in plans}
     moved = [planned.pop(head.shard, head) for head in heads] + list(planned.values())
     world.ledger.commit(Change(added=rows, slices=slices, indexes=indexes, heads=moved, meta=meta or {}))
+
+
+def check_sources(world: World, plans: Sequence[ShardPlan]) -> None:
+    """Raises IntegrityError, before anything is written, when a file to build on is damaged."""
+    for plan in plans:
+        seen = {slice_ for job in plan.train for slice_, _ in job.slices}
+        for file in world.ledger.slices(plan.shard):
+            if file.slice in seen:
+                world.records.read(file)
+        index = only(world.ledger.indexes(plan.shard))
+        if index is not None and plan.path:
+            world.index.vectors(index, [row.vector_id for row in world.ledger.rows(plan.shard)])
+        if plan.parent is not None:
+            world.checkpoints.load(plan.parent.key, plan.parent.manifest_sha256)
 
 
 def plan_forget(
@@ -259,6 +284,7 @@ def forget(world: World, planned: Forgetting, request_id: str) -> Request:
 
 
 def _commit_removed(world: World, planned: Forgetting, request: Request) -> None:
+    check_sources(world, planned.plans)
     gone = {row.id_digest for row in planned.removed}
     slices = []
     for state in planned.remaining:

@@ -16,11 +16,11 @@ from sisa.api import Model, silent
 from sisa.config import RunConfig, differences
 from sisa.digest import Keyed
 from sisa.domain import Record
-from sisa.errors import ConfigConflict, IntegrityError, InvalidInput
+from sisa.errors import Busy, ConfigConflict, IntegrityError, InvalidInput
 from sisa.opening import CHECKPOINTS, INDEX, KEY, LEDGER, LOCK, RECORDS, SCRATCH, OpenExecutor, Parts
 from sisa.ports import Change, Report
 from sisa.reader import read_records
-from sisa.run import Taken, train
+from sisa.run import Taken, refuse_changed, train
 from sisa.runfile import load_run_file
 from sisa.store import files
 from sisa.store.ledger import SqlLedger
@@ -40,14 +40,15 @@ def train_model(
     """
     config = run_file if isinstance(run_file, RunConfig) else load_run_file(Path(run_file))
     directory = config.output_dir
+    opening.find_executor(executor)  # an unknown one is refused before anything is written
     records = read_records(config.datasets, config.sisa.group_by)
     if not _committed(directory):
         _refuse_foreign(directory)
         return _first_training(config, records, executor, report)
     model = Model(directory, executor=executor, report=report)
     found = differences(model.config, config)
-    if found:
-        model = _move(model, config, accept_differences=accept_differences)
+    if found or accept_differences:
+        model = _move(model, config, records, accept_differences=accept_differences)
     return model, model.resume(records)
 
 
@@ -57,11 +58,18 @@ def _first_training(
     """Nothing is written before every record and every part has been found good."""
     parts = Parts(config, None, None)
     parts.count_tokens(records)
+    parts.check_modules()
     meta = parts.meta()
     directory = config.output_dir
     with files.disk_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
     with files.writer_lock(directory / LOCK):
+        if _committed(directory):
+            raise Busy(
+                "another process has trained this model meanwhile",
+                where=str(directory),
+                next_step="run the same command again",
+            )
         secret = opening.new_secret(config)
         if config.sisa.partition_key_file is None:
             opening.write_secret(directory / KEY, secret)
@@ -76,7 +84,7 @@ def _first_training(
     return Model(directory, executor=executor, report=report), taken
 
 
-def _move(model: Model, config: RunConfig, *, accept_differences: bool) -> Model:
+def _move(model: Model, config: RunConfig, records: list[Record], *, accept_differences: bool) -> Model:
     """Bring an existing model's ledger to a changed run file, by the gravest effect among them."""
     found = differences(model.config, config)
     key_file = config.sisa.partition_key_file
@@ -92,11 +100,24 @@ def _move(model: Model, config: RunConfig, *, accept_differences: bool) -> Model
     graver = [each for each in found if each.key != "sisa.partition_key_file"]
     if not accept_differences:
         reconfigure.refuse_differences(graver, str(config.output_dir))
-    effects = {each.effect for each in graver}
-    parts = Parts(config, None, None)
-    if not effects - {"none"}:
-        parts = Parts(config, model.base, model.embedder)
-    moves = {"reset": reconfigure.reset, "reindex": reconfigure.reindex, "retrain": reconfigure.retarget}
+    if any(each.key == "sisa.group_by" for each in graver):
+        raise ConfigConflict(
+            "the column that names the subject can't change: the held records do not have another",
+            where="sisa.group_by",
+            next_step="restore it, or train a new model",
+        )
+    effects = {each.effect for each in graver} - {"none"}
+    parts = Parts(config, model.base, model.embedder)
+    if accept_differences:
+        parts = Parts(config, None, None)
+        if parts.base.digest != model.base.digest:
+            effects.add("reset")
+        if parts.embedder.digest != model.embedder.digest:
+            effects.add("reindex")
+    if not effects and not found:
+        return model
+    if effects:
+        parts.check_modules()
     with files.writer_lock(model.directory / LOCK):
         world = opening.open_world(
             model.directory,
@@ -107,14 +128,10 @@ def _move(model: Model, config: RunConfig, *, accept_differences: bool) -> Model
             base_digest=parts.base.digest,
         )
         try:
-            if "reset" not in effects and parts.base.digest != model.base.digest:
-                raise IntegrityError("the base model changed", where=config.base_model)
-            for effect, move in moves.items():
-                if effect in effects:
-                    move(world, parts.meta())
-                    if effect == "reset":
-                        break
-            if not effects - {"none"}:
+            refuse_changed(world, records)
+            if effects:
+                reconfigure.move(world, effects, parts.meta())
+            else:
                 world.ledger.commit(Change(meta={"config": config.to_canonical()}))
         finally:
             opening.close(world)

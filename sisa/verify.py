@@ -18,10 +18,10 @@ from functools import partial
 
 from sisa.domain import Chain, Head, IndexFile, SliceFile, SliceJob
 from sisa.errors import IntegrityError, Problem
-from sisa.plan import jobs
+from sisa.plan import jobs, plan_shard
 from sisa.ports import CheckpointStore
 from sisa.reconcile import training_started
-from sisa.world import World
+from sisa.world import World, view_shard
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,18 @@ def check_files(world: World) -> tuple[int, list[Problem]]:
     for held in world.ledger.checkpoints():
         load = partial(world.checkpoints.load, held.key, held.manifest_sha256)
         check(f"checkpoints/{held.key}", load)
-    return count, findings + _unknown_files(world)
+    return count, findings + _wrong_heads(world) + _unknown_files(world)
+
+
+def _wrong_heads(world: World) -> list[Problem]:
+    """Heads that claim to be at their target and are not the last stage of the held records."""
+    what = "serves another model than that of its records"
+    wrong = []
+    for head in world.ledger.heads():
+        plan = plan_shard(view_shard(world, head.shard), world.recipe, world.fingerprint)
+        if head.converged and head.key != plan.head.target:
+            wrong.append(Problem(f"shard {head.shard}", what))
+    return wrong
 
 
 def _check_slice(world: World, file: SliceFile) -> None:

@@ -258,6 +258,16 @@ def load_frozen(auto: Any, directory: Path) -> Any:
     return model.eval().requires_grad_(False)
 
 
+def load_skeleton(directory: Path) -> Any:
+    """A base's modules without weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = _from_pretrained(AutoConfig, directory, trust_remote_code=False)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
 def _own_modules(model: Any) -> Any:
     shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
     return copy.deepcopy(model, shared)

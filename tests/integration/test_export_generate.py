@@ -1,0 +1,209 @@
+"""What leaves a model: exported adapters and answers.
+
+Shown: exported directories are standard ones, loaded by peft as they are, with the logits of the
+constituent models; answers are a function of the remaining records alone, whichever way they came.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import sisa
+from sisa.api import Answer
+from sisa.opening import CHECKPOINTS
+from tests.integration.tiny_model import (
+    PEOPLE,
+    Tiny,
+    all_files,
+    change_run,
+    command,
+    ids_of,
+    of_people,
+    without,
+    write_run,
+)
+
+pytestmark = pytest.mark.torch
+
+PROMPT = PEOPLE[0]["prompt"]
+
+
+def answerer_of(model: sisa.Model) -> Any:
+    from sisa.model.answer import Answerer
+
+    adapters = {}
+    for each in model.status().shards:
+        if each.head is not None:
+            folder = model.directory / CHECKPOINTS / each.head
+            adapters[each.shard] = {path.name: path.read_bytes() for path in folder.iterdir()}
+    base = model.parts.base
+    return Answerer(base.directory, base.digest, adapters, threads=1)
+
+
+def probabilities(model: Any, ids: list[int]) -> Any:
+    import torch
+
+    with torch.inference_mode():
+        return model.eval()(input_ids=torch.tensor([ids])).logits[0, -1].softmax(-1)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_peft_loads_every_exported_adapter_with_the_shards_logits(tiny: Tiny) -> None:
+    import torch
+    from peft import AutoPeftModelForCausalLM, PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from sisa.model.tokens import encode_prompt
+
+    model = tiny.open()
+    made = model.export(tiny.folder / "export")
+    answerer = answerer_of(model)
+    ids = encode_prompt(PROMPT, answerer.tokenizer, "completion")
+    base = AutoModelForCausalLM.from_pretrained(tiny.base, dtype=torch.float32)
+    plain = probabilities(base, ids)
+    assert [path.name for path in made] == ["shard-00000", "shard-00001", "shard-00002"]
+    seen = []
+    for shard, path in enumerate(made):
+        expected = answerer.next_token_probabilities(ids, (shard,))
+        base = AutoModelForCausalLM.from_pretrained(tiny.base, dtype=torch.float32)
+        as_it_is = probabilities(PeftModel.from_pretrained(base, path), ids)
+        by_its_config = probabilities(AutoPeftModelForCausalLM.from_pretrained(path), ids)
+        torch.testing.assert_close(as_it_is, expected, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(by_its_config, expected, rtol=1e-5, atol=1e-7)
+        assert not torch.allclose(expected, plain, rtol=1e-3, atol=1e-6), "the adapter does something"
+        seen.append(expected)
+    assert not torch.allclose(seen[0], seen[1], rtol=1e-3, atol=1e-6)
+
+
+def test_an_export_holds_two_files_a_shard_and_no_trace_of_training(tiny: Tiny) -> None:
+    made = tiny.open().export(tiny.folder / "export")
+    for path in made:
+        names = sorted(each.name for each in path.iterdir())
+        assert names == ["adapter_config.json", "adapter_model.safetensors"]
+        config = json.loads((path / "adapter_config.json").read_text())
+        assert (config["peft_type"], config["r"]) == ("LORA", 4)
+        assert Path(config["base_model_name_or_path"]).samefile(tiny.base)
+    assert tiny.open().verify().ok
+
+
+def test_an_emptied_shard_exports_nothing(tiny: Tiny) -> None:
+    model = tiny.open()
+    model.forget(ids_of(of_people("p004", "p006", "p010")))
+    made = model.export(tiny.folder / "export")
+    assert [path.name for path in made] == ["shard-00000", "shard-00002"]
+
+
+def test_export_refuses_a_directory_that_holds_anything(
+    tiny: Tiny, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tiny.folder / "export"
+    target.mkdir()
+    (target / "mine.txt").write_text("mine")
+    done = command(capsys, "export", "-m", tiny.directory, "--to", target)
+    assert (done.code, done.error["type"]) == (2, "InvalidInput")
+    assert list(all_files(target)) == ["mine.txt"]
+    (target / "mine.txt").unlink()
+    done = command(capsys, "export", "-m", tiny.directory, "--to", target)
+    assert (done.code, len(done.json["adapters"])) == (0, 3)
+
+
+def test_answers_are_those_of_a_model_that_never_held_the_deleted(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    """With enough training for the answers to differ; both aggregations of the same two models."""
+    learning: dict[str, Any] = {
+        "num_epochs": 12,
+        "lora_r": 8,
+        "lora_alpha": 32,
+        "lora_target_modules": "all-linear",
+    }
+    gone = of_people("p001", "p005", "p006")
+    lived, scratch = (Tiny(tmp_path / name, tiny_base) for name in ("lived", "scratch"))
+    write_run(lived.folder, tiny_base, **learning)
+    write_run(scratch.folder, tiny_base, without(PEOPLE, ids_of(gone)), **learning)
+    lived.train()
+    before = answers_of(lived)
+    lived.open().forget(ids_of(gone))
+    scratch.train()
+    after = answers_of(lived)
+    assert after == answers_of(scratch)
+    assert [each != other for each, other in zip(after, before, strict=True)] == [True, True]
+    assert any(each.text for answers in after for each in answers)
+
+
+def answers_of(model: Tiny) -> list[list[Answer]]:
+    """Answers to a few prompts, deleted ones among them: routed, then as the mean of all shards."""
+    prompts = [row["prompt"] for row in of_people("p001", "p005", "p010")]
+    found = []
+    for method in ("routed", "mean_prob"):
+        change_run(model.run_file, sisa__aggregation=method)
+        assert model.train().slices_trained == 0
+        found.append(model.open().generate_all(prompts, max_new_tokens=6))
+    return found
+
+
+def test_a_prompt_is_routed_to_the_shard_of_the_nearest_record(tiny: Tiny) -> None:
+    model = tiny.open()
+    places = {each.id: each.shard for each in model.where(ids_of(PEOPLE))}
+    answers = model.generate_all([row["prompt"] for row in PEOPLE], max_new_tokens=1)
+    assert [each.shards for each in answers] == [(places[row["id"]],) for row in PEOPLE]
+    assert len({each.shards for each in answers}) == 3
+
+
+def test_routing_to_two_shards_asks_the_two_nearest(tiny: Tiny) -> None:
+    change_run(tiny.run_file, sisa__aggregation={"method": "routed", "top_k": 2})
+    tiny.train()
+    model = tiny.open()
+    answer = model.generate(PROMPT, max_new_tokens=1)
+    nearest = list(dict.fromkeys(each.shard for each in model.find(text=PROMPT, top_k=8)))
+    assert answer.shards == tuple(nearest[:2])
+    assert len(answer.shards) == 2
+
+
+def test_mean_prob_averages_the_probabilities_of_all_shards(tiny: Tiny) -> None:
+    import torch
+
+    from sisa.model.tokens import encode_prompt
+
+    change_run(tiny.run_file, sisa__aggregation="mean_prob")
+    tiny.train()
+    model = tiny.open()
+    answer = model.generate(PROMPT, max_new_tokens=1)
+    assert answer.shards == (0, 1, 2)
+    answerer = answerer_of(model)
+    ids = encode_prompt(PROMPT, answerer.tokenizer, "completion")
+    each = torch.stack([answerer.next_token_probabilities(ids, (shard,)) for shard in range(3)])
+    expected = answerer.tokenizer.decode([int(each.mean(0).argmax())], skip_special_tokens=True)
+    assert answer.text == expected.strip()
+
+
+def test_an_empty_model_answers_with_the_base(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+    from sisa.model.answer import Answerer
+    from sisa.model.tokens import encode_prompt
+
+    model = tiny.open()
+    model.forget(ids_of(PEOPLE))
+    base = model.parts.base
+    plain = Answerer(base.directory, base.digest, {}, threads=1)
+    expected = plain.generate(encode_prompt(PROMPT, plain.tokenizer, "text"), (), 6).strip()
+    for kind in ("text", "completion"):
+        answer = model.generate(PROMPT, max_new_tokens=6, kind=kind)
+        assert (answer.text, answer.shards) == (expected, ())
+    done = command(capsys, "generate", "-m", tiny.directory, "--prompt", PROMPT, "--max-new-tokens", 6)
+    assert (done.code, done.json["shards"]) == (0, [])
+
+
+def test_the_last_records_form_does_not_outlive_them(tiny: Tiny) -> None:
+    """The form that a prompt takes by default comes from the remaining records alone."""
+    model = tiny.open()
+    model.forget(ids_of(PEOPLE))
+    fresh = [{"id": "t1", "text": "A plain text."}, {"id": "t2", "text": "Another plain text."}]
+    model.add(tiny.file("texts.jsonl", fresh))
+    assert model.generate(PROMPT, max_new_tokens=2) == model.generate(
+        PROMPT, max_new_tokens=2, kind="text"
+    )
+    assert model.verify(replay="all").ok
