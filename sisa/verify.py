@@ -12,7 +12,7 @@ section III (equality of the model with one that was trained without the record)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -47,19 +47,23 @@ class Verification:
 
 
 def verify(world: World, replayed: Sequence[int], scratch: CheckpointStore | None) -> Verification:
-    """Check all held bytes; replay the shards named in `replayed` into `scratch`."""
+    """Check all held bytes; replay the shards named in `replayed` into `scratch`, side by side."""
     count, findings = check_files(world)
-    damaged = bool(findings)
-    proofs = []
-    for head in world.ledger.heads():
-        if head.shard not in replayed or scratch is None:
-            reason = "not asked for"
-            proofs.append(ShardProof(head.shard, head.key, False, None, 0, reason))
-        elif damaged:
-            reason = "held files are damaged"
-            proofs.append(ShardProof(head.shard, head.key, False, None, 0, reason))
+    chains: dict[int, Chain] = {}
+    reasons: dict[int, str] = {}
+    heads = world.ledger.heads()
+    for head in heads:
+        found = _chain(world, head) if head.shard in replayed and not findings else None
+        if isinstance(found, Chain):
+            chains[head.shard] = found
+        elif head.shard not in replayed:
+            reasons[head.shard] = "not asked for"
         else:
-            proofs.append(replay(world, head, scratch))
+            reasons[head.shard] = found or "held files are damaged"
+    if chains and scratch is not None:
+        world.report(training_started(list(chains.values())))
+        world.executor_for(scratch).run(list(chains.values()), world.report)
+    proofs = [_proof(world, head, chains.get(head.shard), scratch, reasons) for head in heads]
     findings += [
         Problem(f"shard {proof.shard}", "the replay's bytes differ from the held ones")
         for proof in proofs
@@ -68,27 +72,33 @@ def verify(world: World, replayed: Sequence[int], scratch: CheckpointStore | Non
     return Verification(not findings, count, tuple(findings), tuple(proofs))
 
 
-def replay(world: World, head: Head, scratch: CheckpointStore) -> ShardProof:
-    """Train one shard from scratch and compare every stage's bytes with the held ones."""
+def _chain(world: World, head: Head) -> Chain | str:
+    """The chain that trains a shard from the base, or why that would prove nothing."""
     if not head.converged:
-        reason = "the shard is not at its target yet: run `sisa train` with its run file"
-        return ShardProof(head.shard, head.key, False, None, 0, reason)
+        return "the shard is not at its target yet: run `sisa train` with its run file"
     if head.key is None:
-        return ShardProof(head.shard, None, False, None, 0, "the shard holds no records")
+        return "the shard holds no records"
     held = {each.key: each for each in world.ledger.checkpoints(head.shard)}
     if held[head.key].fingerprint != world.fingerprint:
-        reason = (
+        return (
             f"trained under numerics fingerprint {held[head.key].fingerprint[:12]}, "
             f"this environment is {world.fingerprint[:12]}: bytes can't be compared"
         )
-        return ShardProof(head.shard, head.key, False, None, 0, reason)
     files = tuple(world.ledger.slices(head.shard))
-    path = jobs(head.shard, files, world.recipe, world.fingerprint)
-    chain = Chain(head.shard, path, None, files)
-    world.report(training_started([chain]))
-    world.executor_for(scratch).run([chain], world.report)
-    equal = all(_same(world, scratch, job) for job in path)
-    return ShardProof(head.shard, head.key, True, equal, len(path))
+    return Chain(head.shard, jobs(head.shard, files, world.recipe, world.fingerprint), None, files)
+
+
+def _proof(
+    world: World,
+    head: Head,
+    chain: Chain | None,
+    scratch: CheckpointStore | None,
+    reasons: Mapping[int, str],
+) -> ShardProof:
+    if chain is None or scratch is None:
+        return ShardProof(head.shard, head.key, False, None, 0, reasons.get(head.shard, ""))
+    equal = all(_same(world, scratch, job) for job in chain.jobs)
+    return ShardProof(head.shard, head.key, True, equal, len(chain.jobs))
 
 
 def _same(world: World, scratch: CheckpointStore, job: SliceJob) -> bool:
