@@ -143,7 +143,7 @@ class CheckpointStore(Protocol):
         """Remove; absent keys are no error."""
 
     def location(self, key: str) -> str:
-        """Where the adapter file rests, relative to the model directory."""
+        """Where the adapter file rests: a path that opens as it is."""
 
 
 class RecordStore(Protocol):

@@ -24,7 +24,7 @@ from sisa.domain import Head, Record, RecordRow, Request, SliceState, Tombstone
 from sisa.errors import InvalidInput, Problem
 from sisa.plan import ShardPlan, ShardView, plan_shard, tainted
 from sisa.ports import Change, StoredRecord
-from sisa.reconcile import reconcile
+from sisa.reconcile import Trained, reconcile
 from sisa.world import Place, World, model_digest, only, view_shard, write_slice
 
 
@@ -65,23 +65,32 @@ def train(world: World, records: Sequence[Record], meta: Mapping[str, str] | Non
 
     Raises InvalidInput when a record of the source differs from the held one of the same id.
     """
-    first = not world.ledger.heads()
-    found = world.ledger.lookup(world.assigner.id_digest(record.id) for record in records)
-    rows = _rows(world, records) if first else []
-    if not first:
-        refuse_changed(world, records)
-    if first:
-        heads = [Head(shard, None, 0, None) for shard in range(world.assigner.layout.num_shards)]
-        _commit_added(world, records, rows, heads, meta or {})
-    done = reconcile(world)
+    found = _lookup(world, records)
     held = sum(isinstance(each, RecordRow) for each in found.values())
-    deleted = len(found) - held
+    if world.ledger.heads():
+        _refuse(_changed(world, records, found))
+        done = reconcile(world)
+        new = len(records) - len(found)
+        return _taken(world, done, held=held, deleted=len(found) - held, new=new)
+    rows = _rows(world, records)
+    heads = [Head(shard, None, 0, None) for shard in range(world.assigner.layout.num_shards)]
+    _commit_added(world, records, rows, heads, meta or {})
+    return _taken(world, reconcile(world), added=len(rows))
+
+
+def _lookup(world: World, records: Sequence[Record]) -> dict[str, RecordRow | Tombstone]:
+    return world.ledger.lookup(world.assigner.id_digest(record.id) for record in records)
+
+
+def _taken(
+    world: World, done: Trained, *, added: int = 0, held: int = 0, deleted: int = 0, new: int = 0
+) -> Taken:
     return Taken(
         records=sum(world.ledger.counts().values()),
-        added=len(rows),
+        added=added,
         already_held=held,
         deleted_not_taken=deleted,
-        new_not_taken=0 if first else len(records) - held - deleted,
+        new_not_taken=new,
         record_epochs_trained=done.record_epochs_trained,
         slices_trained=done.slices_trained,
         model_digest=model_digest(world.ledger),
@@ -90,8 +99,10 @@ def train(world: World, records: Sequence[Record], meta: Mapping[str, str] | Non
 
 def refuse_changed(world: World, records: Sequence[Record]) -> None:
     """Raises InvalidInput when a record of a source differs from the held one of the same id."""
-    found = world.ledger.lookup(world.assigner.id_digest(record.id) for record in records)
-    changed = _changed(world, records, found)
+    _refuse(_changed(world, records, _lookup(world, records)))
+
+
+def _refuse(changed: Sequence[Problem]) -> None:
     if changed:
         raise InvalidInput(
             f"{len(changed)} records differ from the held ones of the same id; nothing was changed",
@@ -118,7 +129,7 @@ def add(world: World, records: Sequence[Record]) -> Taken:
     The result equals training on all records from scratch. A record that is held already, unchanged,
     is counted and skipped. Raises InvalidInput for changed or deleted ids, all of them listed.
     """
-    found = world.ledger.lookup(world.assigner.id_digest(record.id) for record in records)
+    found = _lookup(world, records)
     problems = _changed(world, records, found)
     fresh = []
     for position, record in enumerate(records):
@@ -137,17 +148,7 @@ def add(world: World, records: Sequence[Record]) -> Taken:
     rows = _rows(world, fresh)
     if rows:
         _commit_added(world, fresh, rows)
-    done = reconcile(world)
-    return Taken(
-        records=sum(world.ledger.counts().values()),
-        added=len(rows),
-        already_held=len(found),
-        deleted_not_taken=0,
-        new_not_taken=0,
-        record_epochs_trained=done.record_epochs_trained,
-        slices_trained=done.slices_trained,
-        model_digest=model_digest(world.ledger),
-    )
+    return _taken(world, reconcile(world), added=len(rows), held=len(found))
 
 
 def _rows(world: World, records: Sequence[Record]) -> list[RecordRow]:

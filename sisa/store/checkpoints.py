@@ -85,7 +85,7 @@ class FileCheckpoints:
             files.erase(self.root / key)
 
     def location(self, key: str) -> str:
-        return f"{self.root.name}/{key}/{ADAPTER}"
+        return str(self.root.absolute() / key / ADAPTER)
 
 
 def _parse(path: Path, manifest: bytes) -> tuple[dict[str, str], dict[str, Any]]:
