@@ -6,95 +6,41 @@ input, 3 unknown record, 4 integrity failure, 5 busy, 6 environment. Record text
 it is the answer; control characters never reach a terminal. Torch and Ray are imported by the
 commands that need them.
 
-Not covered: what the commands do (`sisa.api`); how results read (`render.py`).
+Not covered: requests (`request_cli.py`); what the commands do (`sisa.api`), how they read (`render.py`).
 """
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from cluster import render
+from cluster import render, request_cli
+from cluster.command import (
+    cli,
+    command,
+    executor_option,
+    ids_argument,
+    ids_file_option,
+    model_option,
+    named_ids,
+    opened,
+)
 from cluster.render import Result
 from sisa.errors import InvalidInput, Problem, SisaError
 
 if TYPE_CHECKING:
-    from sisa.api import Model
+    pass
+
+__all__ = ["cli", "main", "request_cli", "run"]
 
 EXIT_INTERNAL, EXIT_USAGE, EXIT_ENVIRONMENT, EXIT_INTERRUPTED = 1, 2, 6, 130
-
-
-class _Command(click.Command):
-    """A command whose help ends with an example, set out as it is typed."""
-
-    def __init__(self, *args: Any, example: str = "", **options: Any) -> None:
-        options["epilog"] = f"\b\nExample:\n  {example}"
-        super().__init__(*args, **options)
-
-
-@click.group(help="Train a language model from which records can be deleted exactly.")
-@click.version_option(package_name="deletion-ready-model", prog_name="sisa")
-def cli() -> None:
-    """The root command."""
-
-
-def command(
-    name: str, example: str, group: click.Group = cli
-) -> Callable[[Callable[..., Result]], click.Command]:
-    """Register a function that returns a Result; adds `--json` and prints it."""
-
-    def register(function: Callable[..., Result]) -> click.Command:
-        @functools.wraps(function)
-        def invoke(as_json: bool, **arguments: Any) -> tuple[int, str]:
-            result = function(**arguments)
-            return result.exit_code, json.dumps(result.json, indent=2) if as_json else result.text
-
-        option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-        decorate = group.command(name, cls=_Command, example=example)
-        registered: click.Command = decorate(option(invoke))
-        return registered
-
-    return register
-
-
-model_option = click.option(
-    "-m", "--model", "directory", required=True, type=click.Path(path_type=Path), help="Model directory."
-)
-executor_option = click.option(
-    "--executor",
-    default="ray",
-    show_default=True,
-    help="ray, or serial: the same bytes without Ray.",
-)
-ids_argument = click.argument("ids", nargs=-1, metavar="[ID]...")
-ids_file_option = click.option(
-    "--ids-file", type=click.Path(path_type=Path), help="File with one id a line."
-)
-
-
-@contextmanager
-def opened(directory: Path, executor: str = "ray") -> Iterator[Model]:
-    """The model in a directory, reporting progress on standard error."""
-    from cluster.progress import progress
-    from sisa import open_model
-
-    with progress() as report:
-        yield open_model(directory, executor=executor, report=report)
-
-
-def _ids(ids: Sequence[str], ids_file: Path | None) -> list[str]:
-    from sisa.reader import read_ids
-
-    return [*ids, *(read_ids(ids_file) if ids_file else [])]
 
 
 @command("quickstart", "sisa quickstart my-first-model")
@@ -137,11 +83,12 @@ def train(run_file: Path, reconfigure: bool, executor: str) -> Result:
 @command("add", "sisa add -m model new-people.jsonl")
 @model_option
 @click.argument("file", type=click.Path(path_type=Path))
+@click.option("--allow-deleted", is_flag=True, help="Take deleted ids and texts in again.")
 @executor_option
-def add(directory: Path, file: Path, executor: str) -> Result:
+def add(directory: Path, file: Path, allow_deleted: bool, executor: str) -> Result:
     """Take new records in; the result equals training on all of them from scratch."""
     with opened(directory, executor) as model:
-        return render.taken(model.add(file), directory)
+        return render.taken(model.add(file, allow_deleted=allow_deleted), directory)
 
 
 @command("where", "sisa where -m model p001-q1 p002-q3")
@@ -150,7 +97,7 @@ def add(directory: Path, file: Path, executor: str) -> Result:
 @ids_file_option
 def where(directory: Path, ids: tuple[str, ...], ids_file: Path | None) -> Result:
     """Show which shard, slice, checkpoints and heads each record touched."""
-    named = _ids(ids, ids_file)
+    named = named_ids(ids, ids_file)
     if not named:
         raise click.UsageError("give at least one ID or --ids-file")
     with opened(directory) as model:
@@ -205,7 +152,7 @@ def forget(
     executor: str,
 ) -> Result:
     """Delete records exactly, and retrain what they touched."""
-    named = _ids(ids, ids_file)
+    named = named_ids(ids, ids_file)
     if bool(named) == (subject is not None):
         raise click.UsageError("give IDs (or --ids-file), or --subject")
     with opened(directory, executor) as model:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -124,7 +125,7 @@ def tell(directory: Path, num_people: int, num_epochs: int | None, executor: str
             model, taken = train_model(config, executor=executor, report=report)
             story.records = taken.records
         _ask(story, model, num_people)
-        _delete(story, open_model(model.directory, executor=executor, report=report))
+        _delete(story, open_model(model.directory, executor=executor, report=report), num_people)
     return story
 
 
@@ -137,7 +138,7 @@ def _fetch(base_model: str) -> None:
 def _ask(story: Story, model: Model, num_people: int) -> None:
     """Ask about one person until the model answers rightly, and look up where that person is."""
     rows = make_people(num_people, RECORDS_PER_PERSON)
-    subject = rows[0]["subject_id"]
+    subject = _with_company(model, rows)
     about = [row for row in rows if row["subject_id"] == subject]
     with story.step("ask", "asking the model about one of them"):
         answers = model.generate_all([row["prompt"] for row in about], max_new_tokens=16)
@@ -159,8 +160,16 @@ def _ask(story: Story, model: Model, num_people: int) -> None:
         )
 
 
-def _delete(story: Story, model: Model) -> None:
-    rows = make_people(1, RECORDS_PER_PERSON)
+def _with_company(model: Model, rows: Sequence[Mapping[str, str]]) -> str:
+    """The first person whose shard holds others, too, so that there is something to retrain."""
+    located = {each.id: each.shard for each in model.where([row["id"] for row in rows])}
+    places = {row["subject_id"]: located[row["id"]] for row in rows}
+    taken = Counter(places.values())
+    return next((who for who, shard in places.items() if taken[shard] > 1), rows[0]["subject_id"])
+
+
+def _delete(story: Story, model: Model, num_people: int) -> None:
+    rows = make_people(num_people, RECORDS_PER_PERSON)
     row = next(each for each in rows if _one_line(each["prompt"]) == story.question)
     with story.step("forget", "deleting that person and retraining what they touched"):
         request = model.forget(subject=story.subject).request

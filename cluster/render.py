@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cluster.quickstart import Start, Story
-    from sisa.api import Answer, ForgetOutcome, ForgetPlan, Status
+    from sisa.api import ForgetOutcome, ForgetPlan, Status
+    from sisa.ask import Answer
     from sisa.query import Found, Location
     from sisa.run import Taken
     from sisa.verify import Verification

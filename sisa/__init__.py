@@ -12,7 +12,8 @@ calls that need them.
 Not covered: the command line (`cluster`), approximate unlearning (`approx`).
 """
 
-from sisa.api import Answer, ForgetOutcome, ForgetPlan, Model, Status, open_model
+from sisa.api import ForgetOutcome, ForgetPlan, Model, Status, open_model
+from sisa.ask import Answer
 from sisa.config import RunConfig
 from sisa.domain import Part, Record
 from sisa.errors import (
@@ -26,6 +27,7 @@ from sisa.errors import (
     TransientError,
     UnknownRecord,
 )
+from sisa.lifecycle import Terms
 from sisa.runfile import load_run_file
 from sisa.training import train_model
 
@@ -45,6 +47,7 @@ __all__ = [
     "RunConfig",
     "SisaError",
     "Status",
+    "Terms",
     "TransientError",
     "UnknownRecord",
     "load_run_file",

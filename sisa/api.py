@@ -16,26 +16,36 @@ requests that wait, legal holds, certificates.
 from __future__ import annotations
 
 import contextlib
-import json
 import secrets
 import shutil
 import tempfile
-import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from sisa import opening, query
+from sisa import lifecycle, opening, query
+from sisa.ask import Answer, ask
 from sisa.cost import estimate_seconds
-from sisa.digest import Keyed, canonical_json
-from sisa.domain import Kind, Record, RecordRow, Request, Tombstone
+from sisa.deletion import Forgetting, forget_at_once, plan_forget
+from sisa.digest import Keyed
+from sisa.domain import (
+    Kind,
+    Record,
+    RecordRow,
+    Request,
+    RequestState,
+    Tombstone,
+)
 from sisa.errors import IntegrityError, InvalidInput
+from sisa.export import export_adapters
+from sisa.lifecycle import Terms
 from sisa.opening import CHECKPOINTS, INDEX, KEY, LEDGER, LOCK, RECORDS, SCRATCH, OpenExecutor, Parts
 from sisa.ports import Event, Report
 from sisa.reader import read_records
 from sisa.reconcile import reconcile
-from sisa.run import Forgetting, Taken, add, forget, plan_forget, train
+from sisa.run import Taken, add, train
+from sisa.schedule import RunPlan
 from sisa.store import files
 from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.ledger import SqlLedger
@@ -43,7 +53,8 @@ from sisa.verify import Verification, verify
 from sisa.world import World, model_digest
 
 Replay = Literal["none", "sample", "all"]
-NUM_ROUTING_HITS = 8
+DIRECT = "sisa forget"  # approves the requests of a direct deletion
+NEAR_DUPLICATE = 0.95  # inner product of unit vectors from which a record is proposed as a copy
 
 
 def silent(_event: Event) -> None:
@@ -152,14 +163,17 @@ class Model:
             with self._world() as world:
                 yield world
 
-    def add(self, source: Path | str | Sequence[Record]) -> Taken:
-        """Take new records in; the result equals training on all of them from scratch."""
+    def add(self, source: Path | str | Sequence[Record], *, allow_deleted: bool = False) -> Taken:
+        """Take new records in; the result equals training on all of them from scratch.
+
+        Ids and texts that were deleted are refused unless `allow_deleted`.
+        """
         if isinstance(source, str | Path):
             source = read_records([source], self.config.sisa.group_by)
         with self._writing() as world:
             self.parts.count_tokens(source)
             _ = self.parts.base  # refuses a changed base before anything is written
-            return add(world, source)
+            return add(world, source, allow_deleted=allow_deleted)
 
     def resume(self, source: Sequence[Record] = ()) -> Taken:
         """Train what is missing; records of `source` are only compared with the held ones."""
@@ -218,10 +232,58 @@ class Model:
             if planned.removed:
                 if any(plan.train for plan in planned.plans):
                     _ = self.parts.base  # refuses a changed base before anything is erased
-                request = forget(world, planned, f"req-{uuid.uuid4()}")
+                terms = Terms(approver=DIRECT, reason=DIRECT)
+                arrived = lifecycle.arrive(world, planned.removed, (), terms)
+                request = forget_at_once(world, arrived)
             else:
                 reconcile(world)  # finishes a deletion that a crash cut short
             return ForgetOutcome(request, planned.already_deleted, model_digest(world.ledger))
+
+    def submit(
+        self, ids: Sequence[str] = (), *, subject: str | None = None, terms: Terms | None = None
+    ) -> lifecycle.Submitted:
+        """Take in a request that waits to be approved and run. Raises UnknownRecord, ConfigConflict."""
+        with self._writing() as world:
+            live, dead = _named(world, ids, subject)
+            found = lifecycle.copies(world, live)
+            near = query.near(world, live, NEAR_DUPLICATE) if live else []
+            request = lifecycle.submit(world, live, dead, terms or Terms())
+            return lifecycle.Submitted(request, tuple(query.ids_of(world, found)), tuple(near))
+
+    def requests(self) -> list[lifecycle.RequestView]:
+        """All requests, oldest first, with the days left to each."""
+        with self._world() as world:
+            return [lifecycle.viewed(world, request) for request in world.ledger.requests()]
+
+    def request(self, request_id: str) -> lifecycle.RequestView:
+        """One request by its id or external id, with its history. Raises UnknownRecord."""
+        with self._world() as world:
+            return lifecycle.viewed(world, lifecycle.find(world, request_id))
+
+    def decide(self, request_id: str, state: RequestState, note: str = "") -> lifecycle.RequestView:
+        """Move a request to approved, held, denied or cancelled. Raises ConfigConflict."""
+        with self._writing() as world:
+            return lifecycle.viewed(world, lifecycle.decide(world, request_id, state, note))
+
+    def extend(self, request_id: str, reason: str) -> lifecycle.RequestView:
+        """Extend a request's due date once, with a reason. Raises ConfigConflict."""
+        with self._writing() as world:
+            return lifecycle.viewed(world, lifecycle.extend(world, request_id, reason))
+
+    def plan_run(self) -> RunPlan:
+        """Whether to carry the approved requests out now or later, and why. Changes nothing."""
+        with self._world() as world:
+            return lifecycle.plan_run(world)
+
+    def run(self) -> tuple[Request, ...]:
+        """Carry out all approved requests as one batch; finish what was cut short before."""
+        with self._writing() as world:
+            waiting = lifecycle.approved(world)
+            if waiting:
+                _ = self.parts.base  # refuses a changed base before anything is erased
+                return lifecycle.carry_out(world, waiting)
+            reconcile(world)
+            return ()
 
     def status(self) -> Status:
         """Shards, slices, heads, requests and sizes."""
@@ -262,66 +324,14 @@ class Model:
         self, prompts: Sequence[str], *, max_new_tokens: int = 48, kind: Kind | None = None
     ) -> list[Answer]:
         """Answers to several prompts; the models are loaded once."""
-        from sisa.model.answer import Answerer
-        from sisa.model.route import choose_shards
-        from sisa.model.tokens import encode_prompt
-
         with self._world() as world:
-            live = {h.shard: h.key for h in world.ledger.heads() if h.key is not None}
-            how = self.config.sisa.aggregation
-            routes = []
-            for prompt in prompts:
-                hits = []
-                if how.method == "routed":
-                    hits = query.search(world, world.embed([prompt]), NUM_ROUTING_HITS)
-                routes.append(choose_shards(hits, how.method, how.top_k, live))
-            manifests = {each.key: each.manifest_sha256 for each in world.ledger.checkpoints()}
-            adapters = {
-                shard: world.checkpoints.load(str(live[shard]), manifests[str(live[shard])])
-                for shard in sorted({shard for route in routes for shard in route})
-            }
-            kind = kind or _usual_kind(world)
-        base = self.parts.base
-        answerer = Answerer(base.directory, base.digest, adapters, self.config.sisa.threads_per_shard)
-        answers = []
-        for prompt, route in zip(prompts, routes, strict=True):
-            ids = encode_prompt(prompt, answerer.tokenizer, kind)
-            answers.append(Answer(answerer.generate(ids, route, max_new_tokens).strip(), route))
-        return answers
+            return ask(world, self.parts, prompts, max_new_tokens, kind)
 
     def export(self, to: Path | str) -> list[Path]:
         """One standard PEFT directory per shard that serves a head. Raises InvalidInput if `to` holds
         anything."""
-        target = Path(to)
-        if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise InvalidInput("the target is not an empty directory", where=str(target))
-        made = []
         with self._world() as world:
-            manifests = {each.key: each.manifest_sha256 for each in world.ledger.checkpoints()}
-            for head in world.ledger.heads():
-                if head.key is None:
-                    continue
-                held = world.checkpoints.load(head.key, manifests[head.key])
-                config = json.loads(held["adapter_config.json"])
-                config["base_model_name_or_path"] = str(self.parts.base.directory)
-                path = target / f"shard-{head.shard:05d}"
-                files.write_directory(
-                    path,
-                    {
-                        "adapter_model.safetensors": held["adapter_model.safetensors"],
-                        "adapter_config.json": canonical_json(config),
-                    },
-                )
-                made.append(path)
-        return made
-
-
-@dataclass(frozen=True)
-class Answer:
-    """An answer and the shards whose models gave it; none means the base alone."""
-
-    text: str
-    shards: tuple[int, ...]
+            return export_adapters(world, self.parts, Path(to))
 
 
 def open_model(
@@ -343,15 +353,21 @@ def _size(path: Path) -> int:
     return sum(each.stat().st_size for each in path.rglob("*") if each.is_file())
 
 
-def _planned(world: World, ids: Sequence[str], subject: str | None) -> Forgetting:
+def _named(
+    world: World, ids: Sequence[str], subject: str | None
+) -> tuple[list[RecordRow], list[Tombstone]]:
     if (subject is None) == (not ids):
         raise InvalidInput("give record ids or a subject, not both and not neither")
     if subject is not None:
-        live, dead = query.of_subject(world, subject)
-        return plan_forget(world, live, dead)
+        return query.of_subject(world, subject)
     held = [each for _, each in query.lookup(world, list(dict.fromkeys(ids)))]
-    rows = [each for each in held if isinstance(each, RecordRow)]
-    return plan_forget(world, rows, [each for each in held if isinstance(each, Tombstone)])
+    live = [each for each in held if isinstance(each, RecordRow)]
+    return live, [each for each in held if isinstance(each, Tombstone)]
+
+
+def _planned(world: World, ids: Sequence[str], subject: str | None) -> Forgetting:
+    live, dead = _named(world, ids, subject)
+    return plan_forget(world, live, dead)
 
 
 def _replayed(world: World, replay: Replay, shard: int | None) -> list[int]:
@@ -364,10 +380,3 @@ def _replayed(world: World, replay: Replay, shard: int | None) -> list[int]:
         return [head.shard for head in heads]
     held = [head.shard for head in heads if head.key is not None]
     return [secrets.choice(held)] if held else []
-
-
-def _usual_kind(world: World) -> Kind:
-    """How a prompt is put to the model: as most of the remaining records are written."""
-    kinds = world.ledger.kinds()
-    choices: tuple[Kind, ...] = ("chat", "completion", "text")
-    return max(choices, key=lambda kind: kinds.get(kind, 0))

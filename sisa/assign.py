@@ -16,6 +16,7 @@ Not covered: churn bands (a record's own deletion risk choosing its slice).
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -64,12 +65,22 @@ class Assigner:
             id_digest=id_digest,
             subject_digest=None if subject is None else self.subject_digest(subject),
             record_digest=self._keyed.digest("record", record.canonical()),
+            text_digest=self._keyed.digest("text", normalised(record.text)),
             kind=record.kind,
             shard=shard,
             slice=slice_,
             vector_id=int(id_digest[:16], 16) >> (64 - VECTOR_ID_BITS),
             num_tokens=num_tokens,
         )
+
+
+def normalised(text: str) -> str:
+    """Text as copies are compared: compatibility forms, case and white space folded.
+
+    >>> normalised("  Ada\\u00a0 WROTE\\n it.") == normalised("ada wrote it.")
+    True
+    """
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def slice_root(rows: Iterable[RecordRow]) -> str:

@@ -61,6 +61,7 @@ class RecordRow:
     id_digest: str
     subject_digest: str | None
     record_digest: str
+    text_digest: str
     kind: Kind
     shard: int
     slice: int
@@ -75,6 +76,7 @@ class Tombstone:
 
     id_digest: str
     subject_digest: str | None
+    text_digest: str
     shard: int
     slice: int
     request_id: str
@@ -192,20 +194,61 @@ def record_epochs(job: SliceJob) -> int:
     return whole if rest == 0 else whole + 1
 
 
+RequestState = Literal[
+    "received",
+    "approved",
+    "held",
+    "denied",
+    "cancelled",
+    "committed",
+    "rolled_back",
+    "erased",
+    "erasure_failed",
+    "retrained",
+    "completed",
+    "failed",
+]
+Regime = Literal["gdpr", "delete-act"]
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One accepted deletion and its outcome."""
+    """One request for deletion, from its receipt to its outcome. Times are ISO 8601 in UTC.
+
+    `external_id`, `reason`, `approver` and `extension` are kept as given.
+    """
 
     request_id: str
     created_at: str
+    due: str
     num_records: int
-    shards: tuple[tuple[int, int, int], ...]  # shard, first slice, slices to retrain
-    record_epochs_retrained: int
-    record_epochs_full: int
-    model_digest_before: str
-    state: Literal["committed", "completed"] = "committed"
+    regime: Regime = "gdpr"
+    state: RequestState = "received"
+    external_id: str | None = None
+    reason: str = ""
+    approver: str | None = None
+    extension: str = ""
+    num_copies: int = 0  # exact copies found under other ids
+    copies_included: bool = False
+    committed_at: str = ""
+    shards: tuple[tuple[int, int, int], ...] = ()  # shard, first slice, slices to retrain
+    record_epochs_retrained: int = 0
+    record_epochs_full: int = 0
+    model_digest_before: str = ""
     seconds: float = 0.0
     model_digest_after: str = ""
+    cause: str = ""  # of a failure: the kind of error, never its text
+
+
+@dataclass(frozen=True, slots=True)
+class RequestEvent:
+    """A state that a request entered. `link` chains all events of a ledger."""
+
+    request_id: str
+    state: RequestState
+    at: str
+    note: str = ""
+    link: str = ""
 
 
 @dataclass(frozen=True, slots=True)

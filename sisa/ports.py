@@ -29,6 +29,7 @@ from sisa.domain import (
     Record,
     RecordRow,
     Request,
+    RequestEvent,
     SliceFile,
     SliceJob,
     Tombstone,
@@ -207,7 +208,9 @@ class Change:
     headless: Sequence[int] = ()  # shards that no longer exist
     checkpoints: Sequence[HeldCheckpoint] = ()
     dropped: Collection[str] = ()
-    request: Request | None = None
+    requests: Sequence[Request] = ()
+    named: Sequence[tuple[str, str]] = ()  # (request id, keyed id of a record that it names)
+    events: Sequence[RequestEvent] = ()
     meta: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -249,7 +252,16 @@ class Ledger(Protocol):
 
     def checkpoints(self, shard: int | None = None) -> list[HeldCheckpoint]: ...
 
+    def by_text(self, text_digests: Collection[str]) -> tuple[list[RecordRow], list[Tombstone]]:
+        """Held and deleted records with one of these normalised texts."""
+
     def requests(self) -> list[Request]:
         """Oldest first."""
+
+    def named_by(self, request_id: str) -> list[str]:
+        """Keyed ids of the records that a request names."""
+
+    def events(self) -> list[RequestEvent]:
+        """Oldest first, each linked to the one before."""
 
     def num_tombstones(self) -> int: ...

@@ -19,6 +19,8 @@ from sisa.plan import touched
 from sisa.ports import StoredRecord, Vectors
 from sisa.world import World
 
+NUM_NEAR = 50  # near-duplicates that are proposed at most
+
 
 @dataclass(frozen=True)
 class Touch:
@@ -165,6 +167,19 @@ def find_subject(world: World, subject_id: str, top_k: int) -> list[Found]:
     hits = search(world, _vectors(world, live), top_k + len(live))
     near = [hit for hit in hits if (hit.shard, hit.vector_id) not in places]
     return own + _found(world, near, top_k)
+
+
+def near(world: World, rows: Sequence[RecordRow], threshold: float) -> list[Found]:
+    """Records that lie at least `threshold` near one of `rows`: possible copies."""
+    places = {(row.shard, row.vector_id) for row in rows}
+    hits = search(world, _vectors(world, rows), NUM_NEAR + len(rows))
+    close = [h for h in hits if h.score >= threshold and (h.shard, h.vector_id) not in places]
+    return _found(world, close, NUM_NEAR)
+
+
+def ids_of(world: World, rows: Sequence[RecordRow]) -> list[str]:
+    """Plain ids of rows, sorted."""
+    return sorted(each for each, _ in _names(world, rows))
 
 
 def _vectors(world: World, rows: Sequence[RecordRow]) -> Vectors:

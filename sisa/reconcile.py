@@ -14,14 +14,16 @@ Not covered: what remains (decided by `run.py` before).
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 
-from sisa.domain import Chain, HeldCheckpoint, record_epochs
+from sisa.domain import Chain, HeldCheckpoint, Request, RequestState, record_epochs
 from sisa.errors import IntegrityError, SisaError
 from sisa.plan import ShardPlan, plan_shard
 from sisa.ports import Change, Event, SavedCheckpoint, SliceTrained, TrainingStarted
+from sisa.requests import event, under_way
 from sisa.world import World, model_digest, view_shard
 
 
@@ -37,11 +39,14 @@ class Trained:
 def reconcile(world: World) -> Trained:
     """Bring every shard that is not there yet to its target; finish what a crash left open."""
     adopt(world)
-    sweep(world)
-    world.ledger.scrub()
+    _erase(world)
     plans = [plan for plan in open_plans(world) if plan.train]
     if plans:
-        _train(world, plans)
+        try:
+            _train(world, plans)
+        except SisaError as error:
+            note_failure(world, _under_way(world), error)
+            raise
     _retire(world)
     _complete_requests(world)
     sweep(world)
@@ -51,6 +56,38 @@ def reconcile(world: World) -> Trained:
         sum(len(plan.train) for plan in plans),
         tuple(plan.shard for plan in plans),
     )
+
+
+def _under_way(world: World) -> list[Request]:
+    return [request for request in world.ledger.requests() if under_way(request)]
+
+
+def _erase(world: World) -> None:
+    """Erase what the ledger does not know and note it with the requests that wait for it."""
+    try:
+        sweep(world)
+        world.ledger.scrub()
+    except SisaError as error:
+        note_failure(world, _under_way(world), error, "erasure_failed")
+        raise
+    waiting = [request for request in _under_way(world) if request.state != "erased"]
+    _move(world, [replace(request, state="erased", cause="") for request in waiting])
+
+
+def _move(world: World, requests: Sequence[Request], note: str = "") -> None:
+    if requests:
+        now = world.now()
+        events = [event(request, now, note) for request in requests]
+        world.ledger.commit(Change(requests=requests, events=events))
+
+
+def note_failure(
+    world: World, requests: Sequence[Request], error: SisaError, state: RequestState = "failed"
+) -> None:
+    """Write the kind of an error beside the requests that it stopped; its text stays out."""
+    cause = type(error).__name__
+    with contextlib.suppress(SisaError):  # a ledger that can't be written is the error being raised
+        _move(world, [replace(request, state=state, cause=cause) for request in requests], cause)
 
 
 def open_plans(world: World) -> list[ShardPlan]:
@@ -149,14 +186,26 @@ def _retire(world: World) -> None:
 
 
 def _complete_requests(world: World) -> None:
-    open_ = [request for request in world.ledger.requests() if request.state == "committed"]
-    if not open_ or not all(head.converged for head in world.ledger.heads()):
+    """Close the requests whose shards have all arrived."""
+    arrived = {head.shard for head in world.ledger.heads() if head.converged}
+    done = [
+        request for request in _under_way(world) if {shard for shard, _, _ in request.shards} <= arrived
+    ]
+    if not done:
         return
-    after = model_digest(world.ledger)
-    for request in open_:
-        seconds = _seconds_between(request.created_at, world.now())
-        done = replace(request, state="completed", model_digest_after=after, seconds=seconds)
-        world.ledger.commit(Change(request=done))
+    after, now = model_digest(world.ledger), world.now()
+    _move(world, [replace(request, state="retrained") for request in done])
+    completed = [
+        replace(
+            request,
+            state="completed",
+            cause="",
+            model_digest_after=after,
+            seconds=_seconds_between(request.committed_at, now),
+        )
+        for request in done
+    ]
+    _move(world, completed)
 
 
 def _seconds_between(start: str, end: str) -> float:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from sisa.assign import Assigner, slice_root
 from sisa.digest import digest_of
 from sisa.domain import IndexFile, Record, RecordRow, SliceFile, SliceState
-from sisa.plan import Recipe, ShardView
+from sisa.plan import Recipe, ShardPlan, ShardView
 from sisa.ports import (
     CheckpointStore,
     Executor,
@@ -88,3 +88,17 @@ def view_shard(
         tuple(state for slice_, state in sorted(slices.items()) if slice_ not in gone),
         tuple(each for each in world.ledger.checkpoints(shard) if each.key not in without),
     )
+
+
+def check_sources(world: World, plans: Sequence[ShardPlan]) -> None:
+    """Raises IntegrityError, before anything is written, when a file to build on is damaged."""
+    for plan in plans:
+        seen = {slice_ for job in plan.train for slice_, _ in job.slices}
+        for file in world.ledger.slices(plan.shard):
+            if file.slice in seen:
+                world.records.read(file)
+        index = only(world.ledger.indexes(plan.shard))
+        if index is not None and plan.path:
+            world.index.vectors(index, [row.vector_id for row in world.ledger.rows(plan.shard)])
+        if plan.parent is not None:
+            world.checkpoints.load(plan.parent.key, plan.parent.manifest_sha256)

@@ -29,6 +29,7 @@ from sisa.domain import (
     Record,
     RecordRow,
     Request,
+    RequestEvent,
     SliceFile,
     SliceJob,
     Tombstone,
@@ -45,6 +46,7 @@ from sisa.ports import (
     StoredRecord,
     Vectors,
 )
+from sisa.requests import chained
 from sisa.serial import SerialExecutor
 from sisa.world import World
 
@@ -186,7 +188,9 @@ class _Tables:
     indexes: dict[int, IndexFile] = field(default_factory=dict)
     heads: dict[int, Head] = field(default_factory=dict)
     checkpoints: dict[str, HeldCheckpoint] = field(default_factory=dict)
-    requests: dict[str, Request] = field(default_factory=dict)
+    requests: dict[str, tuple[int, Request]] = field(default_factory=dict)
+    named: set[tuple[str, str]] = field(default_factory=set)
+    events: list[RequestEvent] = field(default_factory=list)
 
 
 class FakeLedger:
@@ -220,8 +224,13 @@ class FakeLedger:
         t.heads.update({each.shard: each for each in change.heads})
         t.checkpoints.update({each.key: each for each in change.checkpoints})
         t.meta.update(change.meta)
-        if change.request is not None:
-            t.requests[change.request.request_id] = change.request
+        for request in change.requests:
+            first, _ = t.requests.get(request.request_id, (t.seq, request))
+            t.requests[request.request_id] = (first, request)
+        t.named |= set(change.named)
+        for event in change.events:
+            link = t.events[-1].link if t.events else ""
+            t.events.append(replace(event, link=chained(link, event)))
         return t.seq
 
     def scrub(self) -> None:
@@ -277,8 +286,21 @@ class FakeLedger:
         held = [each for each in self.tables.checkpoints.values() if shard in (None, each.shard)]
         return sorted(held, key=lambda each: (each.shard, each.slice, each.key))
 
+    def by_text(self, text_digests: Collection[str]) -> tuple[list[RecordRow], list[Tombstone]]:
+        t = self.tables
+        live = [row for row in t.records.values() if row.text_digest in text_digests]
+        dead = [each for each in t.tombstones.values() if each.text_digest in text_digests]
+        return _ordered(live), sorted(dead, key=lambda each: each.id_digest)
+
+    def named_by(self, request_id: str) -> list[str]:
+        return sorted(record for request, record in self.tables.named if request == request_id)
+
+    def events(self) -> list[RequestEvent]:
+        return list(self.tables.events)
+
     def requests(self) -> list[Request]:
-        return list(self.tables.requests.values())
+        found = sorted(self.tables.requests.values(), key=lambda each: (each[0], each[1].request_id))
+        return [request for _, request in found]
 
     def num_tombstones(self) -> int:
         return len(self.tables.tombstones)

@@ -16,6 +16,7 @@ import os
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, fields
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,105 +29,32 @@ from sisa.domain import (
     IndexFile,
     RecordRow,
     Request,
+    RequestEvent,
     SliceFile,
     Tombstone,
 )
 from sisa.errors import Busy, EnvironmentFault, IntegrityError
 from sisa.ports import Change
+from sisa.requests import chained
 from sisa.store.files import disk_errors
+from sisa.store.schema import (
+    CHECKPOINTS,
+    EVENTS,
+    HEADS,
+    INDEXES,
+    META,
+    NAMED,
+    RECORDS,
+    REQUESTS,
+    SCHEMA_VERSION,
+    SLICES,
+    TOMBSTONES,
+    schema,
+)
 
-SCHEMA_VERSION = 1
 SCRUB_PATIENCE_S = 10.0
 SIGNS_OF_DAMAGE = ("malformed", "corrupt", "no such table", "no such column")
 _IN_CHUNK = 500  # SQLite's limit of bound parameters is far above, on every build
-
-_schema = sa.MetaData()
-
-
-def _text(name: str, **options: Any) -> sa.Column[Any]:
-    return sa.Column(name, sa.Text, **options)
-
-
-def _integer(name: str, **options: Any) -> sa.Column[Any]:
-    return sa.Column(name, sa.Integer, **options)
-
-
-_meta = sa.Table("meta", _schema, _text("key", primary_key=True), _text("value", nullable=False))
-_records = sa.Table(
-    "records",
-    _schema,
-    _text("id_digest", primary_key=True),
-    _text("subject_digest", index=True),
-    _text("record_digest", nullable=False),
-    _text("kind", nullable=False),
-    _integer("shard", nullable=False),
-    _integer("slice", nullable=False),
-    _integer("vector_id", nullable=False),
-    _integer("num_tokens", nullable=False),
-    _integer("seq", nullable=False),
-    sa.Index("records_by_place", "shard", "slice"),
-    sa.UniqueConstraint("shard", "vector_id"),
-)
-_tombstones = sa.Table(
-    "tombstones",
-    _schema,
-    _text("id_digest", primary_key=True),
-    _text("subject_digest", index=True),
-    _integer("shard", nullable=False),
-    _integer("slice", nullable=False),
-    _text("request_id", nullable=False),
-    _text("deleted_at", nullable=False),
-    _integer("checkpoints_erased", nullable=False),
-)
-_slices = sa.Table(
-    "slices",
-    _schema,
-    _integer("shard", primary_key=True),
-    _integer("slice", primary_key=True),
-    _text("root", nullable=False),
-    _integer("num_records", nullable=False),
-    _text("sha256", nullable=False),
-    _integer("num_bytes", nullable=False),
-)
-_indexes = sa.Table(
-    "indexes",
-    _schema,
-    _integer("shard", primary_key=True),
-    _text("root", nullable=False),
-    _integer("num_vectors", nullable=False),
-    _text("sha256", nullable=False),
-    _integer("num_bytes", nullable=False),
-)
-_heads = sa.Table(
-    "heads",
-    _schema,
-    _integer("shard", primary_key=True),
-    _text("key"),
-    _integer("depth", nullable=False),
-    _text("target"),
-)
-_checkpoints = sa.Table(
-    "checkpoints",
-    _schema,
-    _text("key", primary_key=True),
-    _integer("shard", nullable=False, index=True),
-    _integer("slice", nullable=False),
-    _integer("seq", nullable=False),
-    _text("fingerprint", nullable=False),
-    _text("manifest_sha256", nullable=False),
-    _text("adapter_sha256", nullable=False),
-    _integer("num_bytes", nullable=False),
-    sa.Column("seconds", sa.Float, nullable=False),
-    _integer("record_epochs", nullable=False),
-)
-_requests = sa.Table(
-    "requests",
-    _schema,
-    _text("request_id", primary_key=True),
-    _integer("seq", nullable=False),
-    _text("state", nullable=False),
-    _text("body", nullable=False),
-)
 
 T = TypeVar("T")
 
@@ -155,7 +83,7 @@ class SqlLedger:
         with self._guard(), self._engine.begin() as connection:
             version = int(connection.exec_driver_sql("PRAGMA user_version").scalar_one())
             if create and version == 0:
-                _schema.create_all(connection)
+                schema.create_all(connection)
                 connection.exec_driver_sql(f"PRAGMA user_version = {SCHEMA_VERSION}")
                 version = SCHEMA_VERSION
         if version != SCHEMA_VERSION:
@@ -215,14 +143,14 @@ class SqlLedger:
 
     def meta(self) -> dict[str, str]:
         with self._reading() as connection:
-            return {row.key: row.value for row in connection.execute(sa.select(_meta))}
+            return {row.key: row.value for row in connection.execute(sa.select(META))}
 
     def commit(self, change: Change) -> int:
         with self._guard(), self._engine.begin() as connection:
-            row = connection.execute(sa.select(_meta.c.value).where(_meta.c.key == "seq")).scalar()
+            row = connection.execute(sa.select(META.c.value).where(META.c.key == "seq")).scalar()
             seq = int(row or 0) + 1
             _apply(connection, change, seq)
-            _upsert(connection, _meta, [{"key": "seq", "value": str(seq)}])
+            _upsert(connection, META, [{"key": "seq", "value": str(seq)}])
         return seq
 
     def scrub(self) -> None:
@@ -243,62 +171,81 @@ class SqlLedger:
     def lookup(self, id_digests: Iterable[str]) -> dict[str, RecordRow | Tombstone]:
         found: dict[str, RecordRow | Tombstone] = {}
         for chunk in _chunks(list(id_digests)):
-            query = sa.select(_tombstones).where(_tombstones.c.id_digest.in_(chunk))
+            query = sa.select(TOMBSTONES).where(TOMBSTONES.c.id_digest.in_(chunk))
             found.update({each.id_digest: each for each in self._all(Tombstone, query)})
-            query = sa.select(_records).where(_records.c.id_digest.in_(chunk))
+            query = sa.select(RECORDS).where(RECORDS.c.id_digest.in_(chunk))
             found.update({each.id_digest: each for each in self._all(RecordRow, query)})
         return found
 
     def by_subject(self, subject_digest: str) -> tuple[list[RecordRow], list[Tombstone]]:
-        live = sa.select(_records).where(_records.c.subject_digest == subject_digest)
-        dead = sa.select(_tombstones).where(_tombstones.c.subject_digest == subject_digest)
+        live = sa.select(RECORDS).where(RECORDS.c.subject_digest == subject_digest)
+        dead = sa.select(TOMBSTONES).where(TOMBSTONES.c.subject_digest == subject_digest)
         return (
-            self._all(RecordRow, live.order_by(_records.c.id_digest)),
-            self._all(Tombstone, dead.order_by(_tombstones.c.id_digest)),
+            self._all(RecordRow, live.order_by(RECORDS.c.id_digest)),
+            self._all(Tombstone, dead.order_by(TOMBSTONES.c.id_digest)),
         )
 
     def by_vector(self, shard: int, vector_ids: Collection[int]) -> dict[int, RecordRow]:
         found: dict[int, RecordRow] = {}
         for chunk in _chunks(list(vector_ids)):
-            query = sa.select(_records).where(_records.c.shard == shard, _records.c.vector_id.in_(chunk))
+            query = sa.select(RECORDS).where(RECORDS.c.shard == shard, RECORDS.c.vector_id.in_(chunk))
             found.update({each.vector_id: each for each in self._all(RecordRow, query)})
         return found
 
     def rows(self, shard: int, slice_: int | None = None) -> list[RecordRow]:
-        query = sa.select(_records).where(_records.c.shard == shard)
+        query = sa.select(RECORDS).where(RECORDS.c.shard == shard)
         if slice_ is not None:
-            query = query.where(_records.c.slice == slice_)
-        return self._all(RecordRow, query.order_by(_records.c.id_digest))
+            query = query.where(RECORDS.c.slice == slice_)
+        return self._all(RecordRow, query.order_by(RECORDS.c.id_digest))
 
     def counts(self) -> dict[int, int]:
-        query = sa.select(_slices.c.shard, sa.func.sum(_slices.c.num_records))
+        query = sa.select(SLICES.c.shard, sa.func.sum(SLICES.c.num_records))
         with self._reading() as connection:
-            found = connection.execute(query.group_by(_slices.c.shard))
+            found = connection.execute(query.group_by(SLICES.c.shard))
             return {int(shard): int(count) for shard, count in found}
 
     def kinds(self) -> dict[str, int]:
-        query = sa.select(_records.c.kind, sa.func.count()).group_by(_records.c.kind)
+        query = sa.select(RECORDS.c.kind, sa.func.count()).group_by(RECORDS.c.kind)
         with self._reading() as connection:
             return {str(kind): int(count) for kind, count in connection.execute(query)}
 
     def slices(self, shard: int | None = None) -> list[SliceFile]:
-        query = sa.select(_slices).order_by(_slices.c.shard, _slices.c.slice)
-        return self._all(SliceFile, _of_shard(query, _slices, shard))
+        query = sa.select(SLICES).order_by(SLICES.c.shard, SLICES.c.slice)
+        return self._all(SliceFile, _of_shard(query, SLICES, shard))
 
     def indexes(self, shard: int | None = None) -> list[IndexFile]:
-        query = sa.select(_indexes).order_by(_indexes.c.shard)
-        return self._all(IndexFile, _of_shard(query, _indexes, shard))
+        query = sa.select(INDEXES).order_by(INDEXES.c.shard)
+        return self._all(IndexFile, _of_shard(query, INDEXES, shard))
 
     def heads(self) -> list[Head]:
-        return self._all(Head, sa.select(_heads).order_by(_heads.c.shard))
+        return self._all(Head, sa.select(HEADS).order_by(HEADS.c.shard))
 
     def checkpoints(self, shard: int | None = None) -> list[HeldCheckpoint]:
-        order = (_checkpoints.c.shard, _checkpoints.c.slice, _checkpoints.c.key)
-        query = sa.select(_checkpoints).order_by(*order)
-        return self._all(HeldCheckpoint, _of_shard(query, _checkpoints, shard))
+        order = (CHECKPOINTS.c.shard, CHECKPOINTS.c.slice, CHECKPOINTS.c.key)
+        query = sa.select(CHECKPOINTS).order_by(*order)
+        return self._all(HeldCheckpoint, _of_shard(query, CHECKPOINTS, shard))
+
+    def by_text(self, text_digests: Collection[str]) -> tuple[list[RecordRow], list[Tombstone]]:
+        live: list[RecordRow] = []
+        dead: list[Tombstone] = []
+        for chunk in _chunks(sorted(text_digests)):
+            held = sa.select(RECORDS).where(RECORDS.c.text_digest.in_(chunk))
+            live += self._all(RecordRow, held)
+            gone = sa.select(TOMBSTONES).where(TOMBSTONES.c.text_digest.in_(chunk))
+            dead += self._all(Tombstone, gone)
+        key = attrgetter("id_digest")
+        return sorted(live, key=key), sorted(dead, key=key)
+
+    def named_by(self, request_id: str) -> list[str]:
+        query = sa.select(NAMED.c.id_digest).where(NAMED.c.request_id == request_id)
+        with self._reading() as connection:
+            return list(connection.execute(query.order_by(NAMED.c.id_digest)).scalars())
+
+    def events(self) -> list[RequestEvent]:
+        return self._all(RequestEvent, sa.select(EVENTS).order_by(EVENTS.c.position))
 
     def requests(self) -> list[Request]:
-        query = sa.select(_requests.c.body).order_by(_requests.c.seq)
+        query = sa.select(REQUESTS.c.body).order_by(REQUESTS.c.seq, REQUESTS.c.request_id)
         with self._reading() as connection:
             bodies = [json.loads(body) for body in connection.execute(query).scalars()]
         for body in bodies:
@@ -307,7 +254,7 @@ class SqlLedger:
 
     def num_tombstones(self) -> int:
         with self._reading() as connection:
-            query = sa.select(sa.func.count()).select_from(_tombstones)
+            query = sa.select(sa.func.count()).select_from(TOMBSTONES)
             return int(connection.execute(query).scalar_one())
 
 
@@ -337,33 +284,42 @@ def _remove(connection: sa.Connection, column: sa.Column[Any], values: Sequence[
 
 
 def _apply(connection: sa.Connection, change: Change, seq: int) -> None:
-    _remove(connection, _records.c.id_digest, [each.id_digest for each in change.removed])
-    _remove(connection, _checkpoints.c.key, list(change.dropped))
-    _remove(connection, _indexes.c.shard, change.unindexed)
-    _remove(connection, _heads.c.shard, change.headless)
+    _remove(connection, RECORDS.c.id_digest, [each.id_digest for each in change.removed])
+    _remove(connection, CHECKPOINTS.c.key, list(change.dropped))
+    _remove(connection, INDEXES.c.shard, change.unindexed)
+    _remove(connection, HEADS.c.shard, change.headless)
     for shard, slice_ in change.emptied:
-        place = (_slices.c.shard == shard, _slices.c.slice == slice_)
-        connection.execute(sa.delete(_slices).where(*place))
+        place = (SLICES.c.shard == shard, SLICES.c.slice == slice_)
+        connection.execute(sa.delete(SLICES).where(*place))
     added = [{**asdict(row), "seq": seq} for row in change.added]
     if added:
-        connection.execute(sa.insert(_records), added)
+        connection.execute(sa.insert(RECORDS), added)
     for table, values in (
-        (_tombstones, change.tombstones),
-        (_slices, change.slices),
-        (_indexes, change.indexes),
-        (_heads, change.heads),
-        (_checkpoints, change.checkpoints),
+        (TOMBSTONES, change.tombstones),
+        (SLICES, change.slices),
+        (INDEXES, change.indexes),
+        (HEADS, change.heads),
+        (CHECKPOINTS, change.checkpoints),
     ):
         _upsert(connection, table, [asdict(each) for each in values])
-    _upsert(connection, _meta, [{"key": k, "value": v} for k, v in change.meta.items()])
-    if change.request is not None:
-        request = change.request
-        known = sa.select(_requests.c.seq).where(_requests.c.request_id == request.request_id)
+    _upsert(connection, META, [{"key": k, "value": v} for k, v in change.meta.items()])
+    for request in change.requests:
+        known = sa.select(REQUESTS.c.seq).where(REQUESTS.c.request_id == request.request_id)
         first = connection.execute(known).scalar()
         row = {
             "request_id": request.request_id,
             "seq": seq if first is None else first,
-            "state": request.state,
             "body": json.dumps(asdict(request), sort_keys=True),
         }
-        _upsert(connection, _requests, [row])
+        _upsert(connection, REQUESTS, [row])
+    named = [{"request_id": request, "id_digest": record} for request, record in change.named]
+    _upsert(connection, NAMED, named)
+    _append_events(connection, change.events)
+
+
+def _append_events(connection: sa.Connection, events: Sequence[RequestEvent]) -> None:
+    last = sa.select(EVENTS.c.link).order_by(EVENTS.c.position.desc()).limit(1)
+    link = connection.execute(last).scalar() or ""
+    for event in events:
+        link = chained(link, event)
+        connection.execute(sa.insert(EVENTS), [{**asdict(event), "link": link}])

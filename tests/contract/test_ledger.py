@@ -28,13 +28,15 @@ from sisa.domain import (
     IndexFile,
     RecordRow,
     Request,
+    RequestEvent,
     SliceFile,
     Tombstone,
 )
 from sisa.errors import Busy, IntegrityError, SisaError
 from sisa.ports import Change, Ledger
 from sisa.store import ledger as ledger_module
-from sisa.store.ledger import SCHEMA_VERSION, SqlLedger
+from sisa.store.ledger import SqlLedger
+from sisa.store.schema import SCHEMA_VERSION
 from tests.fakes import FakeLedger
 
 T = TypeVar("T")
@@ -49,14 +51,17 @@ def named(sort: str, number: int) -> str:
 def row(number: int, subject: int | None = None) -> RecordRow:
     who = None if subject is None else named("subject", subject)
     vector_id = int(named("record id", number)[:15], 16)
-    digests = named("record id", number), who, named("content", number)
+    digests = named("record id", number), who, named("content", number), named("text", number % 4)
     return RecordRow(*digests, "completion", number % 3, number % 2, vector_id, number + 1)
 
 
 def tombstone(number: int, subject: int | None = None) -> Tombstone:
     who = None if subject is None else named("subject", subject)
     place = number % 3, number % 2
-    return Tombstone(named("record id", number), who, *place, f"req-{number}", "2026-01-01", number)
+    text = named("text", number % 4)
+    return Tombstone(
+        named("record id", number), who, text, *place, f"req-{number}", "2026-01-01", number
+    )
 
 
 def some(values: st.SearchStrategy[T], key: Callable[[T], Any]) -> st.SearchStrategy[list[T]]:
@@ -69,17 +74,27 @@ sizes = st.integers(1, 2**40)
 digests = st.builds(named, st.just("bytes"), st.integers(0, 9))
 places = st.tuples(shards, st.integers(0, 1))
 requests = st.builds(
-    Request,
-    numbers.map("req-{}".format),
-    st.just("2026-01-01T00:00:00+00:00"),
+    lambda number, records, state, shards, seconds: Request(
+        f"req-{number}",
+        "2026-01-01T00:00:00+00:00",
+        "2026-02-01",
+        records,
+        state=state,
+        shards=shards,
+        seconds=seconds,
+    ),
+    numbers,
     sizes,
+    st.sampled_from(["received", "completed"]),
     st.lists(st.tuples(shards, shards, shards), max_size=2).map(tuple),
-    sizes,
-    sizes,
-    digests,
-    st.sampled_from(["committed", "completed"]),
     st.floats(0, 1e6),
-    digests,
+)
+events = st.builds(
+    RequestEvent,
+    numbers.map("req-{}".format),
+    st.sampled_from(["received", "completed"]),
+    st.just("2026-01-01T00:00:00+00:00"),
+    st.text("ab'\";-- ", max_size=5),
 )
 checkpoints = st.builds(
     lambda number, seconds, size: HeldCheckpoint(
@@ -106,7 +121,9 @@ changes = st.builds(
     headless=some(shards, lambda each: each),
     checkpoints=some(checkpoints, lambda each: each.key),
     dropped=some(numbers.map(lambda number: named("job", number)), lambda each: each),
-    request=st.none() | requests,
+    requests=some(requests, lambda each: each.request_id),
+    named=some(st.tuples(st.sampled_from(["r0", "r1"]), numbers.map(str)), lambda each: each),
+    events=st.lists(events, max_size=2),
     meta=st.dictionaries(st.sampled_from(["config", "base"]), st.text("ab'\";-- ", max_size=5)),
 )
 
@@ -131,6 +148,9 @@ def answers(ledger: Ledger) -> dict[str, Any]:
         "heads": ledger.heads(),
         "checkpoints": [ledger.checkpoints(shard) for shard in each_shard],
         "requests": ledger.requests(),
+        "events": ledger.events(),
+        "named_by": [ledger.named_by(each) for each in ("r0", "r1", "r2")],
+        "by_text": ledger.by_text({named("text", 0), named("text", 3), "none"}),
         "num_tombstones": ledger.num_tombstones(),
     }
 
@@ -214,11 +234,11 @@ def test_a_row_can_move_in_one_change(ledger: Ledger) -> None:
 
 def test_requests_stay_in_the_order_of_their_coming(ledger: Ledger) -> None:
     def request(name: str, state: Any = "committed") -> Request:
-        return Request(name, "2026-01-01", 1, ((0, 0, 1),), 1, 2, "d", state)
+        return Request(name, "2026-01-01", "2026-02-01", 1, state=state, shards=((0, 0, 1),))
 
     for name in ("b", "a", "c"):
-        ledger.commit(Change(request=request(name)))
-    ledger.commit(Change(request=request("b", "completed")))
+        ledger.commit(Change(requests=[request(name)]))
+    ledger.commit(Change(requests=[request("b", "completed")]))
     assert [(each.request_id, each.state) for each in ledger.requests()] == [
         ("b", "completed"),
         ("a", "committed"),
@@ -242,7 +262,7 @@ def test_more_ids_than_one_query_takes(ledger: Ledger) -> None:
         pytest.param([row(1), row(1)], id="the same id twice"),
         pytest.param([row(2), row(0)], id="an id that is held"),
         pytest.param(
-            [row(2), RecordRow("x", None, "y", "text", 2, 0, row(2).vector_id, 1)],
+            [row(2), RecordRow("x", None, "y", "z", "text", 2, 0, row(2).vector_id, 1)],
             id="the same vector id in one shard",
         ),
     ],
@@ -256,7 +276,8 @@ def test_a_failing_commit_changes_nothing(sql: SqlLedger, double: list[RecordRow
         tombstones=[tombstone(0)],
         heads=[Head(0, None, 0, None)],
         headless=[0],
-        request=Request("r", "2026", 1, (), 1, 1, "d"),
+        requests=[Request("r", "2026", "2027", 1)],
+        events=[RequestEvent("r", "received", "2026")],
         meta={"config": "new"},
     )
     with pytest.raises(SisaError):

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import sisa
-from sisa.api import Answer
+from sisa.ask import Answer
 from sisa.opening import CHECKPOINTS
 from tests.integration.tiny_model import (
     PEOPLE,

@@ -81,7 +81,7 @@ def make_chain(store: FileRecords, shard: int, site: Site) -> Chain:
                 parent=jobs[-1].key if jobs else None,
                 slices=tuple((file.slice, file.root) for file in files),
                 num_records=sum(file.num_records for file in files),
-                passes=(16, 3),
+                passes=(80, 3),  # seconds a stage, so that the kill falls into one
                 training=TRAINING,
                 base=site.base_digest,
                 fingerprint="any",
@@ -131,7 +131,8 @@ def test_a_killed_worker_changes_no_byte(site: Site, chains: list[Chain], num_wo
     def report(event: Event) -> None:
         events.append(event)
         middle = isinstance(event, SliceProgress) and 0 < event.tokens < event.total_tokens
-        if isinstance(event, SliceProgress) and middle and event.slice == 1 and not killed:
+        announced = any(isinstance(each, Notice) for each in events)
+        if isinstance(event, SliceProgress) and middle and event.slice == 1 and not announced:
             killed.append((event.shard, event.slice))
             for worker in training_workers():
                 os.kill(worker.pid, signal.SIGKILL)

@@ -104,7 +104,7 @@ def test_a_deletion_that_was_cut_is_finished_by_train(
     gone = ["p001-q1", "p003-q1"]
     with pytest.raises(Cut):
         tiny.open(cut_short(1, recorded=recorded)).forget(gone)
-    assert [each.state for each in tiny.open().status().requests] == ["committed"]
+    assert [each.state for each in tiny.open().status().requests] == ["erased"]
     assert tiny.train().slices_trained == 3
     assert [each.state for each in tiny.open().status().requests] == ["completed"]
     assert held_files(tiny.directory) == scratch_of(tmp_path, tiny_base, without(PEOPLE, gone))

@@ -19,9 +19,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sisa.domain import Record, RecordRow
+from sisa.lifecycle import Terms, carry_out, submit
 from sisa.plan import Schedule
 from sisa.reconcile import reconcile
-from sisa.run import add, forget, plan_forget, train
+from sisa.run import add, train
 from sisa.world import model_digest
 from tests.fakes import ADAPTER, FakeModel, fake_model, fake_recipe, fake_record
 
@@ -89,7 +90,8 @@ class Model:
                 gone = {n for n in self.remaining if subject_of(n) in subjects}
             touched = self.rows(gone)
             if gone:
-                forget(self.fake.world, plan_forget(self.fake.world, touched), f"r{len(self.deleted)}")
+                terms = Terms(external_id=f"r{len(self.deleted)}", approver="a person")
+                carry_out(self.fake.world, [submit(self.fake.world, touched, (), terms)])
             self.remaining -= gone
             self.deleted |= gone
         self.check_only_suffixes(touched)

@@ -288,7 +288,7 @@ def test_carrying_out_a_plan_converges(old: set[int], new: set[int], grown: bool
 
 
 def row(shard: int, slice_: int, seq: int) -> RecordRow:
-    return RecordRow("i", None, "r", "text", shard, slice_, 1, 1, seq)
+    return RecordRow("i", None, "r", "t", "text", shard, slice_, 1, 1, seq)
 
 
 @pytest.mark.parametrize(

@@ -14,19 +14,31 @@ from hypothesis import strategies as st
 from cluster import render
 from cluster.quickstart import Start, Story
 from cluster.render import Result, printable
-from sisa.api import Answer, ForgetOutcome, ForgetPlan, Status
+from sisa.api import ForgetOutcome, ForgetPlan, Status
+from sisa.ask import Answer
+from sisa.deletion import Forgetting, plan_forget
 from sisa.domain import RecordRow, Request, Tombstone
 from sisa.errors import Problem
 from sisa.query import Found, Location, ShardStatus, Touch
-from sisa.run import Forgetting, Taken, plan_forget, train
+from sisa.run import Taken, train
 from sisa.verify import ShardProof, Verification
 from tests.fakes import fake_model, fake_record
 
 ESCAPES = "\x1b[31mred\x1b[0m \x07\x9b31m \u202egnp.exe\u202c"
 REQUEST = Request(
-    "req-1", "2026-01-01", 2, ((0, 1, 2), (3, 0, 3)), 18, 90, "before", "completed", 1.5, "after"
+    request_id="req-1",
+    created_at="2026-01-01",
+    due="2026-02-01",
+    num_records=2,
+    state="completed",
+    shards=((0, 1, 2), (3, 0, 3)),
+    record_epochs_retrained=18,
+    record_epochs_full=90,
+    model_digest_before="before",
+    seconds=1.5,
+    model_digest_after="after",
 )
-TOMBSTONE = Tombstone("i", None, 0, 1, "req-0", "2025-12-31", 4)
+TOMBSTONE = Tombstone("i", None, "t", 0, 1, "req-0", "2025-12-31", 4)
 
 
 def read(result: Result) -> dict[str, Any]:

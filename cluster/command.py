@@ -1,0 +1,87 @@
+"""What all commands share: the root group, `--json`, and the options that recur.
+
+Rules: a command is a function that returns a `Result`; printing it is `cli.run`'s business alone.
+
+Not covered: the commands themselves.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cluster.render import Result
+
+if TYPE_CHECKING:
+    from sisa.api import Model
+
+
+class _Command(click.Command):
+    """A command whose help ends with an example, set out as it is typed."""
+
+    def __init__(self, *args: Any, example: str = "", **options: Any) -> None:
+        options["epilog"] = f"\b\nExample:\n  {example}"
+        super().__init__(*args, **options)
+
+
+@click.group(help="Train a language model from which records can be deleted exactly.")
+@click.version_option(package_name="deletion-ready-model", prog_name="sisa")
+def cli() -> None:
+    """The root command."""
+
+
+def command(
+    name: str, example: str, group: click.Group = cli
+) -> Callable[[Callable[..., Result]], click.Command]:
+    """Register a function that returns a Result; adds `--json` and prints it."""
+
+    def register(function: Callable[..., Result]) -> click.Command:
+        @functools.wraps(function)
+        def invoke(as_json: bool, **arguments: Any) -> tuple[int, str]:
+            result = function(**arguments)
+            return result.exit_code, json.dumps(result.json, indent=2) if as_json else result.text
+
+        option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+        decorate = group.command(name, cls=_Command, example=example)
+        registered: click.Command = decorate(option(invoke))
+        return registered
+
+    return register
+
+
+model_option = click.option(
+    "-m", "--model", "directory", required=True, type=click.Path(path_type=Path), help="Model directory."
+)
+executor_option = click.option(
+    "--executor",
+    default="ray",
+    show_default=True,
+    help="ray, or serial: the same bytes without Ray.",
+)
+ids_argument = click.argument("ids", nargs=-1, metavar="[ID]...")
+ids_file_option = click.option(
+    "--ids-file", type=click.Path(path_type=Path), help="File with one id a line."
+)
+
+
+@contextmanager
+def opened(directory: Path, executor: str = "ray") -> Iterator[Model]:
+    """The model in a directory, reporting progress on standard error."""
+    from cluster.progress import progress
+    from sisa import open_model
+
+    with progress() as report:
+        yield open_model(directory, executor=executor, report=report)
+
+
+def named_ids(ids: Sequence[str], ids_file: Path | None) -> list[str]:
+    """Ids of the command line and of a file of them."""
+    from sisa.reader import read_ids
+
+    return [*ids, *(read_ids(ids_file) if ids_file else [])]

@@ -1,0 +1,76 @@
+"""How requests read, as JSON and as words.
+
+Rules: as `render.py`. Ids of copies are shown to whoever submits, since they are to be decided on.
+
+Not covered: the commands (`request_cli.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from cluster.render import Result, printable, share
+
+if TYPE_CHECKING:
+    from sisa.domain import Request
+    from sisa.lifecycle import RequestView, Submitted
+    from sisa.schedule import RunPlan
+
+
+def _line(view: RequestView) -> str:
+    request = view.request
+    name = f" ({request.external_id})" if request.external_id else ""
+    closed = request.state in ("completed", "denied", "cancelled")
+    left = "" if closed else f", due {request.due}, {view.days_left} days left"
+    return f"{request.request_id}{name}: {request.state}, {request.num_records} records{left}"
+
+
+def _body(view: RequestView) -> dict[str, Any]:
+    return asdict(view.request) | {"days_left": view.days_left}
+
+
+def listed(views: Sequence[RequestView]) -> Result:
+    text = "\n".join(_line(view) for view in views) or "no requests"
+    return Result({"requests": [_body(view) for view in views]}, printable(text))
+
+
+def shown(view: RequestView) -> Result:
+    events = [asdict(each) for each in view.events]
+    lines = [_line(view)]
+    lines += [f"  {each.at}  {each.state}  {each.note}".rstrip() for each in view.events]
+    return Result(_body(view) | {"events": events}, printable("\n".join(lines)))
+
+
+def submitted(found: Submitted, view: RequestView) -> Result:
+    lines = [_line(view)]
+    if found.copies:
+        fate = "included" if found.request.copies_included else "NOT included (--include-duplicates)"
+        lines.append(f"{len(found.copies)} exact copies under other ids, {fate}:")
+        lines += [f"  {each}" for each in found.copies]
+    if found.near:
+        lines.append(f"{len(found.near)} near-duplicates, not included; name them to delete them:")
+        lines += [f"  {each.score:.4f}  {each.id}" for each in found.near]
+    body = _body(view) | {"copies": list(found.copies), "near": [asdict(each) for each in found.near]}
+    return Result(body, printable("\n".join(lines)))
+
+
+def planned(found: RunPlan) -> Result:
+    lines = [
+        f"{found.choice}: {found.why}",
+        f"  {len(found.requests)} approved requests wait; {found.expected_arrivals:.1f} more expected",
+        f"  expected record-epochs: {found.cost_now:.1f} running now and then, "
+        f"{found.cost_waiting:.1f} waiting",
+    ]
+    return Result(asdict(found), "\n".join(lines))
+
+
+def ran(done: Sequence[Request]) -> Result:
+    lines = [
+        f"{each.request_id}: {each.state}, {each.num_records} records, batch of "
+        f"{each.record_epochs_retrained} record-epochs "
+        f"({share(each.record_epochs_retrained, each.record_epochs_full)}) in {each.seconds:.1f} s"
+        for each in done
+    ]
+    return Result({"requests": [asdict(each) for each in done]}, "\n".join(lines) or "nothing waits")

@@ -1,0 +1,235 @@
+"""Exact deletion: what it would do, and doing it, for any number of requests at once.
+
+    forget = commit what remains (heads roll back in the same transaction) -> reconcile
+
+Rules: planning reads only the shards concerned and changes nothing. The commit removes the rows, leaves
+tombstones, moves the heads to their deepest clean checkpoints, and makes the rewritten slices and
+indexes current, all in one transaction. A file to build on that is damaged stops the deletion before it.
+
+Not covered: who may ask and when (`requests.py`, `lifecycle.py`); training and erasing (`reconcile.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from sisa.assign import index_root, slice_root
+from sisa.cost import full_record_epochs, plan_record_epochs
+from sisa.domain import RecordRow, Request, RequestEvent, SliceState, Tombstone
+from sisa.errors import SisaError
+from sisa.plan import ShardPlan, ShardView, plan_shard, tainted
+from sisa.ports import Change
+from sisa.reconcile import note_failure, reconcile
+from sisa.requests import event
+from sisa.world import Place, World, check_sources, model_digest, only, view_shard, write_slice
+
+
+@dataclass(frozen=True)
+class Forgetting:
+    """A deletion before it is carried out: pure numbers and keys."""
+
+    removed: tuple[RecordRow, ...]
+    already_deleted: tuple[Tombstone, ...]
+    plans: tuple[ShardPlan, ...]
+    remaining: tuple[SliceState, ...]  # of the slices that lose records
+    emptied: tuple[Place, ...]
+    tainted: tuple[str, ...]
+    record_epochs_retrained: int
+    record_epochs_full: int
+
+    def first_slice(self, shard: int) -> int:
+        return min(row.slice for row in self.removed if row.shard == shard)
+
+
+def plan_forget(
+    world: World, rows: Sequence[RecordRow], already: Sequence[Tombstone] = ()
+) -> Forgetting:
+    """What deleting these rows would do. Reads only the shards concerned, changes nothing."""
+    gone = {row.id_digest for row in rows}
+    remaining: list[SliceState] = []
+    emptied: list[Place] = []
+    for shard, slice_ in sorted({(row.shard, row.slice) for row in rows}):
+        left = [row for row in world.ledger.rows(shard, slice_) if row.id_digest not in gone]
+        if left:
+            remaining.append(SliceState(shard, slice_, slice_root(left), len(left)))
+        else:
+            emptied.append((shard, slice_))
+    plans: list[ShardPlan] = []
+    dropped: list[str] = []
+    for shard in sorted({row.shard for row in rows}):
+        lost = tainted(world.ledger.checkpoints(shard), rows)
+        dropped.extend(lost)
+        here = [state for state in remaining if state.shard == shard]
+        view = view_shard(world, shard, here, emptied, lost)
+        plans.append(plan_shard(view, world.recipe, world.fingerprint))
+    return Forgetting(
+        removed=tuple(rows),
+        already_deleted=tuple(already),
+        plans=tuple(plans),
+        remaining=tuple(remaining),
+        emptied=tuple(emptied),
+        tainted=tuple(dropped),
+        record_epochs_retrained=plan_record_epochs(plans),
+        record_epochs_full=full_record_epochs(_all_views(world, remaining, emptied), world.recipe),
+    )
+
+
+def _all_views(
+    world: World, replaced: Sequence[SliceState], emptied: Sequence[Place]
+) -> list[ShardView]:
+    slices: dict[Place, SliceState] = {(f.shard, f.slice): f for f in world.ledger.slices()}
+    slices.update({(state.shard, state.slice): state for state in replaced})
+    by_shard: dict[int, list[SliceState]] = {}
+    for place, state in sorted(slices.items()):
+        if place not in set(emptied):
+            by_shard.setdefault(state.shard, []).append(state)
+    return [ShardView(shard, tuple(states), ()) for shard, states in by_shard.items()]
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A request that is not in the ledger yet: the keyed ids that it names, and its first events."""
+
+    request: Request
+    named: tuple[str, ...]
+    events: tuple[RequestEvent, ...]
+
+    def change(self) -> Change:
+        """The transaction that takes it in."""
+        pairs = [(self.request.request_id, each) for each in self.named]
+        return Change(requests=[self.request], named=pairs, events=self.events)
+
+
+def forget(world: World, requests: Sequence[Request]) -> tuple[Request, ...]:
+    """Carry out approved requests as one batch, exactly: the served model is clean at the commit; the
+    bytes are gone and the affected suffixes are retrained when this returns.
+
+    A request whose records were all deleted before is completed as it is. Raises what the effects
+    raise; a failure before the commit leaves the requests failed, with the kind of error as cause.
+    """
+    if not requests:
+        return ()
+    named = {request.request_id: rows_named(world, request) for request in requests}
+    try:
+        _commit_removed(world, requests, named, Change())
+    except SisaError as error:
+        note_failure(world, requests, error)
+        raise
+    reconcile(world)
+    done = {each.request_id: each for each in world.ledger.requests()}
+    return tuple(done[request.request_id] for request in requests)
+
+
+def forget_at_once(world: World, arrival: Arrival) -> Request:
+    """Take an approved request in and carry it out in the same commit: a failure before it changes
+    nothing, a crash after it is finished by the next command."""
+    rows = _held(world, arrival.named)
+    request = arrival.request
+    _commit_removed(world, [request], {request.request_id: rows}, arrival.change())
+    reconcile(world)
+    return next(each for each in world.ledger.requests() if each.request_id == request.request_id)
+
+
+def rows_named(world: World, request: Request) -> list[RecordRow]:
+    """The held records that a request names."""
+    return _held(world, world.ledger.named_by(request.request_id))
+
+
+def _held(world: World, named: Sequence[str]) -> list[RecordRow]:
+    return [each for each in world.ledger.lookup(named).values() if isinstance(each, RecordRow)]
+
+
+def _commit_removed(
+    world: World,
+    requests: Sequence[Request],
+    named: Mapping[str, Sequence[RecordRow]],
+    arriving: Change,
+) -> None:
+    planned = plan_forget(
+        world, list({r.id_digest: r for rows in named.values() for r in rows}.values())
+    )
+    if planned.removed:
+        check_sources(world, planned.plans)
+    gone = {row.id_digest for row in planned.removed}
+    slices = []
+    for state in planned.remaining:
+        rows = [r for r in world.ledger.rows(state.shard, state.slice) if r.id_digest not in gone]
+        slices.append(write_slice(world, state.shard, state.slice, rows))
+    indexes, unindexed = [], []
+    for plan in planned.plans:
+        rows = [row for row in world.ledger.rows(plan.shard) if row.id_digest not in gone]
+        base = only(world.ledger.indexes(plan.shard))
+        if rows:
+            kept = {row.vector_id: None for row in rows}
+            indexes.append(world.index.build(plan.shard, index_root(rows), base, kept))
+        else:
+            unindexed.append(plan.shard)
+    now = world.now()
+    accepted = [
+        _accepted(world, request, planned, named[request.request_id], now) for request in requests
+    ]
+    world.ledger.commit(
+        Change(
+            removed=planned.removed,
+            tombstones=_tombstones(world, planned, named, now),
+            slices=slices,
+            emptied=planned.emptied,
+            indexes=indexes,
+            unindexed=unindexed,
+            heads=[plan.head for plan in planned.plans],
+            dropped=planned.tainted,
+            requests=accepted,
+            named=arriving.named,
+            events=[
+                *arriving.events,
+                *(
+                    event(replace(request, state=state), now)
+                    for request in accepted
+                    for state in ("committed", "rolled_back")
+                ),
+            ],
+        )
+    )
+
+
+def _accepted(
+    world: World, request: Request, planned: Forgetting, rows: Sequence[RecordRow], now: str
+) -> Request:
+    """A request at its commit; record-epochs are those of the batch that it runs in."""
+    first = {shard: min(r.slice for r in rows if r.shard == shard) for shard in {r.shard for r in rows}}
+    return replace(
+        request,
+        state="rolled_back",
+        cause="",
+        committed_at=now,
+        num_records=len(rows),
+        shards=tuple(
+            (plan.shard, first[plan.shard], len(plan.train))
+            for plan in planned.plans
+            if plan.shard in first
+        ),
+        record_epochs_retrained=planned.record_epochs_retrained,
+        record_epochs_full=planned.record_epochs_full,
+        model_digest_before=model_digest(world.ledger),
+    )
+
+
+def _tombstones(
+    world: World, planned: Forgetting, named: Mapping[str, Sequence[RecordRow]], now: str
+) -> list[Tombstone]:
+    by_record = {row.id_digest: request for request, rows in named.items() for row in rows}
+    held = world.ledger.checkpoints()
+    return [
+        Tombstone(
+            id_digest=row.id_digest,
+            subject_digest=row.subject_digest,
+            text_digest=row.text_digest,
+            shard=row.shard,
+            slice=row.slice,
+            request_id=by_record[row.id_digest],
+            deleted_at=now,
+            checkpoints_erased=len(tainted(held, [row])),
+        )
+        for row in planned.removed
+    ]

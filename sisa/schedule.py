@@ -1,0 +1,100 @@
+"""When to carry requests out: now, or together with those that are still to come.
+
+Rules: pure. Costs are expected record-epochs. Arrivals are taken to be as frequent as in the past and
+spread over records evenly; of several in one shard the one in the earliest slice counts, since a
+batch costs the union of suffixes once. Waiting never passes a due date: what is due within the margin
+runs now. A saving below `WORTH_WAITING` of the cost is no reason to keep a person's data longer.
+
+Not covered: hours of cheap electricity; deadlines of single approvers.
+
+>>> shard = ShardCosts(pending=30.0, suffixes=((30.0, 0.5), (10.0, 0.5)))
+>>> price([shard], arrivals=0.0)
+(30.0, 30.0)
+>>> now, waiting = price([shard], arrivals=2.0)
+>>> now > waiting
+True
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date, timedelta
+from typing import Literal
+
+MARGIN_DAYS = 3  # a run, its repetition after a fault, and a weekend's worth of nobody looking
+WORTH_WAITING = 0.1
+
+Choice = Literal["run now", "wait", "nothing to do"]
+
+
+@dataclass(frozen=True, slots=True)
+class ShardCosts:
+    """One shard: what the waiting requests cost in it, and (cost, share of all records) of deleting one
+    record of each slice, first slice first."""
+
+    pending: float
+    suffixes: tuple[tuple[float, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RunPlan:
+    """What was chosen and why; costs in expected record-epochs."""
+
+    requests: tuple[str, ...]
+    choice: Choice
+    why: str
+    run_by: str | None  # the day on which waiting ends
+    expected_arrivals: float
+    cost_now: float
+    cost_waiting: float
+
+
+def price(shards: Sequence[ShardCosts], arrivals: float) -> tuple[float, float]:
+    """Expected cost of running what waits now and the arrivals later, and of running all together."""
+    now = waiting = 0.0
+    for shard in shards:
+        now += shard.pending
+        for cost, chance in _earliest(shard.suffixes, arrivals):
+            now += cost * chance
+            waiting += max(shard.pending, cost) * chance
+        nobody = 1.0 - sum(chance for _, chance in _earliest(shard.suffixes, arrivals))
+        waiting += shard.pending * nobody
+    return now, waiting
+
+
+def _earliest(suffixes: Sequence[tuple[float, float]], arrivals: float) -> list[tuple[float, float]]:
+    """(cost, probability) that a slice is the earliest one hit by the arrivals."""
+    found = []
+    missed, before = 1.0, 0.0
+    for cost, share in suffixes:
+        before += share
+        still = max(0.0, 1.0 - before) ** arrivals
+        found.append((cost, missed - still))
+        missed = still
+    return found
+
+
+def choose(
+    requests: Sequence[tuple[str, int]],
+    shards: Sequence[ShardCosts],
+    arrivals_per_day: float,
+    day: str,
+) -> RunPlan:
+    """Decide for (request id, days left) pairs, the most urgent first, on an ISO date."""
+    names = tuple(name for name, _ in requests)
+    if not requests:
+        return RunPlan((), "nothing to do", "no approved request waits", None, 0.0, 0.0, 0.0)
+    patience = min(left for _, left in requests) - MARGIN_DAYS
+    arrivals = arrivals_per_day * max(0, patience)
+    now, waiting = price(shards, arrivals)
+    run_by = (date.fromisoformat(day) + timedelta(days=max(0, patience))).isoformat()
+    saving = (now - waiting) / now if now else 0.0
+    choice: Choice = "run now"
+    why = f"waiting would save {100 * saving:.0f}% of the expected cost"
+    if patience <= 0:
+        why = f"a request is due within {MARGIN_DAYS} days"
+    elif saving >= WORTH_WAITING:
+        choice = "wait"
+        why = f"waiting until {run_by} saves {100 * saving:.0f}% of the expected cost"
+    return RunPlan(names, choice, why, run_by, arrivals, now, waiting)
