@@ -157,10 +157,16 @@ def extend(directory: Path, request_id: str, reason: str) -> Result:
 )
 @click.option("--once", is_flag=True, help="Run what is approved now (the default).")
 @click.option("--watch", is_flag=True, help="Go on: run when the plan says so, until interrupted.")
-@click.option("--every", default=60.0, show_default=True, help="Seconds between looks with --watch.")
+@click.option(
+    "--every",
+    default=60,
+    show_default=True,
+    type=click.IntRange(1, 86_400),
+    help="Seconds between looks with --watch.",
+)
 @executor_option
 def run(
-    directory: Path, only_plan: bool, once: bool, watch: bool, every: float, executor: str
+    directory: Path, only_plan: bool, once: bool, watch: bool, every: int, executor: str
 ) -> Result:
     """Carry out approved requests as one batch."""
     if only_plan + once + watch > 1:

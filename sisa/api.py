@@ -157,7 +157,7 @@ class Model:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[World]:
-        opening.find_executor(self.executor)  # an unknown one is refused before anything is written
+        opening.check_executor(self.executor)  # an unknown one is refused before anything is written
         with files.writer_lock(self.directory / LOCK):
             files.erase(self.directory / SCRATCH)
             with self._world() as world:
@@ -246,7 +246,7 @@ class Model:
         with self._writing() as world:
             live, dead = _named(world, ids, subject)
             found = lifecycle.copies(world, live)
-            near = query.near(world, live, NEAR_DUPLICATE) if live else []
+            near = query.near(world, live, NEAR_DUPLICATE, found) if live else []
             request = lifecycle.submit(world, live, dead, terms or Terms())
             return lifecycle.Submitted(request, tuple(query.ids_of(world, found)), tuple(near))
 

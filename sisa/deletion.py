@@ -11,13 +11,13 @@ Not covered: who may ask and when (`requests.py`, `lifecycle.py`); training and 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from sisa.assign import index_root, slice_root
 from sisa.cost import full_record_epochs, plan_record_epochs
 from sisa.domain import RecordRow, Request, RequestEvent, SliceState, Tombstone
-from sisa.errors import SisaError
+from sisa.errors import ConfigConflict, Problem, SisaError
 from sisa.plan import ShardPlan, ShardView, plan_shard, tainted
 from sisa.ports import Change
 from sisa.reconcile import note_failure, reconcile
@@ -146,9 +146,9 @@ def _commit_removed(
     named: Mapping[str, Sequence[RecordRow]],
     arriving: Change,
 ) -> None:
-    planned = plan_forget(
-        world, list({r.id_digest: r for rows in named.values() for r in rows}.values())
-    )
+    union = {row.id_digest: row for rows in named.values() for row in rows}
+    _refuse_held(world, union)
+    planned = plan_forget(world, list(union.values()))
     if planned.removed:
         check_sources(world, planned.plans)
     gone = {row.id_digest for row in planned.removed}
@@ -191,6 +191,25 @@ def _commit_removed(
             ],
         )
     )
+
+
+def under_hold(world: World, named: Collection[str]) -> list[str]:
+    """Ids of the requests whose legal hold covers one of these records."""
+    return [
+        request.request_id
+        for request in world.ledger.requests()
+        if request.state == "held"
+        and not set(named).isdisjoint(world.ledger.named_by(request.request_id))
+    ]
+
+
+def _refuse_held(world: World, named: Collection[str]) -> None:
+    if holds := under_hold(world, named):
+        raise ConfigConflict(
+            "some of these records are under a legal hold; nothing was changed",
+            next_step="`sisa request approve` or `sisa request cancel` ends a hold",
+            problems=[Problem(request_id, "holds records that were named") for request_id in holds],
+        )
 
 
 def _accepted(

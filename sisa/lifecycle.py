@@ -15,7 +15,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime
 
-from sisa.deletion import Arrival, forget, plan_forget, rows_named
+from sisa.deletion import Arrival, forget, plan_forget, rows_named, under_hold
 from sisa.domain import (
     RecordRow,
     Regime,
@@ -29,7 +29,7 @@ from sisa.errors import ConfigConflict, InvalidInput, UnknownRecord
 from sisa.plan import jobs
 from sisa.ports import Change
 from sisa.query import Found
-from sisa.requests import days_left, due_date, event, extended, moved
+from sisa.requests import days_left, due_date, event, extended, moved, under_way
 from sisa.schedule import RunPlan, ShardCosts, choose
 from sisa.world import World
 
@@ -78,7 +78,8 @@ def submit(
 ) -> Request:
     """Take a request in. Raises ConfigConflict for an external id that stands for other records."""
     arrived = arrive(world, rows, deleted, terms)
-    known = _known(world, terms, arrived.named)
+    asked = {row.id_digest for row in rows} | {each.id_digest for each in deleted}
+    known = _known(world, terms, asked, arrived.named)
     if known is None:
         world.ledger.commit(arrived.change())
     return known or arrived.request
@@ -110,12 +111,18 @@ def arrive(
     return Arrival(states[-1], tuple(sorted(named)), events)
 
 
-def _known(world: World, terms: Terms, named: Collection[str]) -> Request | None:
+def _known(world: World, terms: Terms, asked: Collection[str], named: Collection[str]) -> Request | None:
     if terms.external_id is None:
         return None
     for request in world.ledger.requests():
+        if terms.external_id == request.request_id:
+            raise ConfigConflict(
+                "this external id is the id of another request",
+                where=request.request_id,
+                next_step="give the new request an external id of its own",
+            )
         if request.external_id == terms.external_id:
-            if set(world.ledger.named_by(request.request_id)) == set(named):
+            if _same(world, request, terms, set(asked), set(named)):
                 return request
             raise ConfigConflict(
                 "this external id already stands for a request with other records",
@@ -123,6 +130,16 @@ def _known(world: World, terms: Terms, named: Collection[str]) -> Request | None
                 next_step="give the new request an external id of its own",
             )
     return None
+
+
+def _same(world: World, request: Request, terms: Terms, asked: set[str], named: set[str]) -> bool:
+    """Whether a request stands for these records; copies come and go after its receipt."""
+    known = set(world.ledger.named_by(request.request_id))
+    if not (request.copies_included and terms.include_copies):
+        return known == named
+    texts = {each.text_digest for each in world.ledger.lookup(asked).values()}
+    extra = world.ledger.lookup(known - asked).values()
+    return asked <= known and all(each.text_digest in texts for each in extra)
 
 
 def _checked(due: str, now: str) -> str:
@@ -169,19 +186,20 @@ def extend(world: World, request_id: str, reason: str) -> Request:
 
 
 def approved(world: World) -> list[Request]:
-    """Requests that wait to be carried out, the most urgent first."""
+    """Requests that wait to be carried out and are under nobody's hold, the most urgent first."""
     waiting = [
         request
         for request in world.ledger.requests()
-        if request.state == "approved" or (request.state == "failed" and not request.committed_at)
+        if (request.state == "approved" or (request.state == "failed" and not request.committed_at))
+        and not under_hold(world, world.ledger.named_by(request.request_id))
     ]
     return sorted(waiting, key=lambda each: (each.due, each.created_at, each.request_id))
 
 
 def carry_out(world: World, requests: Sequence[Request]) -> tuple[Request, ...]:
     """Delete what these requests name, as one batch; those that are not approved stay as they are."""
-    waiting = {request.request_id for request in approved(world)}
-    done = forget(world, [each for each in requests if each.request_id in waiting])
+    named = {request.request_id for request in requests}
+    done = forget(world, [each for each in approved(world) if each.request_id in named])
     after = {request.request_id: request for request in done}
     return tuple(after.get(request.request_id, request) for request in requests)
 
@@ -203,15 +221,23 @@ def plan_run(world: World) -> RunPlan:
         )
         shards.append(ShardCosts(pending.get(head.shard, 0.0), suffixes))
     left = [(request.request_id, days_left(request.due, now)) for request in waiting]
-    return choose(left, shards, _arrivals_per_day(world, now), now[:10])
+    cut_short = [each.request_id for each in world.ledger.requests() if under_way(each)]
+    if cut_short:
+        names = (*cut_short, *(name for name, _ in left))
+        cost = sum(shard.pending for shard in shards)
+        return RunPlan(names, "run now", "a deletion was cut short", now[:10], 0.0, cost, cost)
+    return choose(left, shards, _arrivals_per_day(world, now, waiting), now[:10])
 
 
-def _arrivals_per_day(world: World, now: str) -> float:
-    """Requests per day over the last PAST_DAYS days; a young model is not taken for a busy one."""
+def _arrivals_per_day(world: World, now: str, waiting: Sequence[Request]) -> float:
+    """Past requests per day over the last PAST_DAYS days, those that wait left out; a young model is
+    not taken for a busy one."""
     today = datetime.fromisoformat(now)
+    here = {request.request_id for request in waiting}
     ages = [
         (today - datetime.fromisoformat(each.created_at)).total_seconds() / 86_400
         for each in world.ledger.requests()
+        if each.request_id not in here
     ]
     recent = [age for age in ages if 0 <= age <= PAST_DAYS]
     return len(recent) / max(YOUNG_DAYS, *recent) if recent else 0.0

@@ -193,17 +193,23 @@ def open_serial(site: Site, _options: Mapping[str, Any]) -> Executor:
     return SerialExecutor(trainer, FileRecords(site.records_dir), FileCheckpoints(site.checkpoints_dir))
 
 
+def check_executor(executor: str | OpenExecutor) -> None:
+    """Raises InvalidInput for a name that no executor has; loads none, since Ray takes seconds."""
+    names = ["serial", *(point.name for point in entry_points(group="sisa.executors"))]
+    if isinstance(executor, str) and executor not in names:
+        raise InvalidInput("unknown executor", expected=" or ".join(names), got=executor)
+
+
 def find_executor(executor: str | OpenExecutor) -> OpenExecutor:
     """An executor by name (`serial`, or an entry point of `sisa.executors`), or the one given."""
+    check_executor(executor)
     if not isinstance(executor, str):
         return executor
     if executor == "serial":
         return open_serial
-    for point in entry_points(group="sisa.executors", name=executor):
-        found: OpenExecutor = point.load()
-        return found
-    names = ["serial", *(point.name for point in entry_points(group="sisa.executors"))]
-    raise InvalidInput("unknown executor", expected=" or ".join(names), got=executor)
+    (point, *_) = entry_points(group="sisa.executors", name=executor)
+    found: OpenExecutor = point.load()
+    return found
 
 
 def new_secret(config: RunConfig) -> bytes:

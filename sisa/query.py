@@ -169,10 +169,12 @@ def find_subject(world: World, subject_id: str, top_k: int) -> list[Found]:
     return own + _found(world, near, top_k)
 
 
-def near(world: World, rows: Sequence[RecordRow], threshold: float) -> list[Found]:
-    """Records that lie at least `threshold` near one of `rows`: possible copies."""
-    places = {(row.shard, row.vector_id) for row in rows}
-    hits = search(world, _vectors(world, rows), NUM_NEAR + len(rows))
+def near(
+    world: World, rows: Sequence[RecordRow], threshold: float, known: Sequence[RecordRow] = ()
+) -> list[Found]:
+    """Records that lie at least `threshold` near one of `rows`, `known` copies left out."""
+    places = {(row.shard, row.vector_id) for row in (*rows, *known)}
+    hits = search(world, _vectors(world, rows), NUM_NEAR + len(places))
     close = [h for h in hits if h.score >= threshold and (h.shard, h.vector_id) not in places]
     return _found(world, close, NUM_NEAR)
 

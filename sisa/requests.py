@@ -73,12 +73,12 @@ def under_way(request: Request) -> bool:
 
 def moved(request: Request, state: RequestState, note: str = "") -> Request:
     """A request after a person's decision. Raises ConfigConflict when it can't be taken any more."""
-    allowed = BY_HAND[state]
+    allowed = BY_HAND.get(state, frozenset())
     if request.state not in allowed or under_way(request):
         raise ConfigConflict(
             f"a request that is {request.state} can't become {state}",
             where=request.request_id,
-            expected=" or ".join(sorted(allowed)),
+            expected=" or ".join(sorted(allowed)) or "a state that people decide",
             got=request.state,
             next_step="`sisa request show` tells its history",
         )

@@ -32,7 +32,7 @@ MACHINE_PATHS = ("/wo" + "rk/", "/tm" + "p/w/")
 PUBLIC_API = [
     *("Answer", "Busy", "ConfigConflict", "EnvironmentFault", "ForgetOutcome", "ForgetPlan"),
     *("IntegrityError", "InvalidInput", "Model", "Part", "Record", "RejectedRequest", "RunConfig"),
-    *("SisaError", "Status", "TransientError", "UnknownRecord", "load_run_file", "open_model"),
+    *("SisaError", "Status", "Terms", "TransientError", "UnknownRecord", "load_run_file", "open_model"),
     "train_model",
 ]
 
