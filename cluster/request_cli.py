@@ -165,9 +165,7 @@ def extend(directory: Path, request_id: str, reason: str) -> Result:
     help="Seconds between looks with --watch.",
 )
 @executor_option
-def run(
-    directory: Path, only_plan: bool, once: bool, watch: bool, every: int, executor: str
-) -> Result:
+def run(directory: Path, only_plan: bool, once: bool, watch: bool, every: int, executor: str) -> Result:
     """Carry out approved requests as one batch."""
     if only_plan + once + watch > 1:
         raise click.UsageError("give one of --plan, --once and --watch")

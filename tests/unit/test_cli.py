@@ -124,9 +124,10 @@ def raising(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
 
 def test_the_commands_are_those_of_the_readme() -> None:
     assert sorted(" ".join(each) for each in commands()) == [
-        *("add", "config schema", "export", "find", "forget", "generate", "init", "quickstart"),
+        *("add", "config schema", "doctor", "export", "find", "forget", "gc", "generate", "init"),
+        "quickstart",
         *(f"request {each}" for each in ("approve", "cancel", "deny", "extend", "hold", "list")),
-        *("request show", "request submit", "run", "status", "train", "verify", "where"),
+        *("request show", "request submit", "run", "status", "sweep", "train", "verify", "where"),
     ]
 
 

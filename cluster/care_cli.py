@@ -1,0 +1,92 @@
+"""`sisa gc`, `sisa sweep` and `sisa doctor`: what lies around, what is left, what is wrong.
+
+Rules: as `cli.py`. Residue, and an error that stays, end with exit code 4. The strings that `sweep`
+looks for are never repeated.
+
+Not covered: what the commands do (`sisa.garbage`, `sisa.residue`, `sisa.doctor`, `sisa.repair`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from cluster import care_render as render
+from cluster.command import (
+    command,
+    executor_option,
+    ids_argument,
+    ids_file_option,
+    model_option,
+    named_ids,
+    opened,
+)
+from cluster.render import Result
+from sisa.errors import InvalidInput
+
+
+@command("gc", "sisa gc -m model --dry-run")
+@model_option
+@click.option("--dry-run", is_flag=True, help="List it; change nothing.")
+def gc(directory: Path, dry_run: bool) -> Result:
+    """Remove what is retired or unknown to the ledger."""
+    from sisa.garbage import collect_garbage
+
+    with opened(directory) as model:
+        return render.collected(collect_garbage(model, dry_run=dry_run))
+
+
+@command("sweep", "sisa sweep -m model p001-q1 --also exported-adapters")
+@model_option
+@ids_argument
+@ids_file_option
+@click.option(
+    "--text-file", type=click.Path(path_type=Path), help="File with one text a line to look for."
+)
+@click.option(
+    "--also", multiple=True, type=click.Path(path_type=Path), help="Another place, such as an export."
+)
+def sweep(
+    directory: Path,
+    ids: tuple[str, ...],
+    ids_file: Path | None,
+    text_file: Path | None,
+    also: tuple[Path, ...],
+) -> Result:
+    """Prove that nothing is left of the deleted records, or list what is."""
+    from sisa.residue import sweep_model
+
+    named = list(dict.fromkeys(named_ids(ids, ids_file)))
+    texts = _lines(text_file) if text_file else []
+    with opened(directory) as model:
+        return render.scanned(sweep_model(model, also=also, ids=named, texts=texts))
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        got = error.strerror if isinstance(error, OSError) else "bytes that are not UTF-8"
+        raise InvalidInput("the file can't be read", where=str(file), got=str(got)) from None
+    found = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    if not found:
+        raise InvalidInput("the file holds no text", where=str(file))
+    return found
+
+
+@command("doctor", "sisa doctor -m model")
+@model_option
+@click.option("--repair", is_flag=True, help="Mend what can be derived again.")
+@executor_option
+def doctor(directory: Path, repair: bool, executor: str) -> Result:
+    """Diagnose a model directory; with --repair mend it."""
+    from sisa.doctor import diagnose
+
+    found = diagnose(directory)
+    if not repair or found.unopenable:
+        return render.diagnosed(found)
+    from sisa.repair import repair as mend
+
+    with opened(directory, executor) as model:
+        return render.repaired(mend(model))

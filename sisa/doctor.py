@@ -1,0 +1,221 @@
+"""What is wrong with a model directory, how grave it is, and whether it can be made good.
+
+    surroundings   a writer at work, a disk that is full or read-only, a clock that ran backwards
+    ledger, key    there, whole, of this version, fitting together: nothing here can be derived again
+    slice files    there and as recorded: not derivable either, since only they hold the text
+    index files    derivable from slice files                                       (repair: reindex)
+    checkpoints    derivable by training                                            (repair: retrain)
+    heads          derivable from what is held                                      (repair: heads)
+    unknown files  swept (repair: sweep);  file modes (repair: mode);  a full log (repair: scrub)
+
+Rules: nothing is changed and no torch is imported. A healthy model has no finding at all. Findings name
+files, shards and digests, never a record. An `error` is something that a command would stumble over, a
+`warning` is not.
+
+Not covered: mending (`repair.py`); whether trained bytes are the right ones (`verify --replay`).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sqlite3
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from sisa import opening
+from sisa.api import silent
+from sisa.config import RunConfig
+from sisa.digest import KEY_BYTES, Keyed
+from sisa.errors import InvalidInput, SisaError
+from sisa.examine import Finding, examine, finding
+from sisa.garbage import ROOMS, num_bytes, undisturbed
+from sisa.needles import open_readonly
+from sisa.opening import CHECKPOINTS, KEY, LEDGER, Parts
+from sisa.store.schema import SCHEMA_VERSION
+
+LEAST_FREE_BYTES = 64 * 2**20
+CLOCK_TOLERANCE_S = 1.0
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """All findings; `ok` without errors, `healthy` without any."""
+
+    directory: str
+    ok: bool
+    healthy: bool
+    findings: tuple[Finding, ...]
+
+    @property
+    def unopenable(self) -> bool:
+        """Whether the ledger or the key keeps the model from being opened, and so from being mended."""
+        return any(
+            each.severity == "error" and each.kind.partition("_")[0] in ("key", "ledger")
+            for each in self.findings
+        )
+
+
+def diagnosis(directory: Path, findings: list[Finding]) -> Diagnosis:
+    ok = all(each.severity != "error" for each in findings)
+    return Diagnosis(str(directory), ok, not findings, tuple(findings))
+
+
+def diagnose(directory: Path, now: datetime | None = None) -> Diagnosis:
+    """Examine the model in a directory. Raises InvalidInput where there never was one."""
+    rooms = [each for each in (LEDGER, KEY, *ROOMS) if (directory / each).exists()]
+    if not rooms:
+        raise InvalidInput(
+            "there is no model in this directory",
+            where=str(directory),
+            expected=f"a directory with {LEDGER}",
+            next_step="train one with `sisa train RUN.yaml`",
+        )
+    with undisturbed(directory) as free:
+        if not free:
+            what = "another process is writing to this model: what it writes can't be judged now"
+            step = "wait until it has finished, then run the same command again"
+            return diagnosis(directory, [Finding("writer", "warning", str(directory), what, "", step)])
+        found = [*surroundings(directory), *_ledger(directory)]
+        if diagnosis(directory, found).unopenable:
+            return diagnosis(directory, found)
+        found += clock(directory, now or datetime.now(UTC))
+        meta = dict(_query(directory / LEDGER, "SELECT key, value FROM meta"))
+        found += _opened(directory, meta)
+    return diagnosis(directory, found)
+
+
+def surroundings(directory: Path) -> list[Finding]:
+    """The disk, and a write-ahead log that a killed process left."""
+    found = []
+    for path in (directory, *(directory / room for room in ROOMS)):
+        if path.is_dir() and not _writable(path):
+            step = "make it writable; questions are answered all the same"
+            what = "can't be written, so that nothing can be trained, added or deleted"
+            found.append(Finding("read_only", "error", str(path), what, "", step))
+    free = shutil.disk_usage(directory).free
+    needed = LEAST_FREE_BYTES + _largest_checkpoint(directory / CHECKPOINTS)
+    if free < needed:
+        step = "free disk space before the next train, add or forget"
+        what = f"{free:,} bytes are free, {needed:,} should be"
+        found.append(Finding("disk", "warning", str(directory), what, "", step))
+    log = directory / f"{LEDGER}-wal"
+    if log.is_file() and log.stat().st_size:
+        what = f"holds {log.stat().st_size:,} bytes: a process was killed, or one reads just now"
+        found.append(finding("log", "warning", log.name, what, "scrub"))
+    return found
+
+
+def _writable(path: Path) -> bool:
+    """Asked of the disk itself, since permissions do not bind every user; the file has no name."""
+    try:
+        with tempfile.TemporaryFile(dir=path):
+            return True
+    except OSError:
+        return False
+
+
+def _largest_checkpoint(folder: Path) -> int:
+    if not folder.is_dir():
+        return 0
+    return max((num_bytes(each) for each in folder.iterdir()), default=0)
+
+
+def _query(path: Path, statement: str) -> list[Any]:
+    with closing(open_readonly(path)) as connection:
+        return connection.execute(statement).fetchall()
+
+
+def _ledger(directory: Path) -> Iterator[Finding]:
+    """Whether the ledger file is there, whole, and of this version."""
+    path = directory / LEDGER
+    if not path.is_file():
+        yield finding("ledger_missing", "error", LEDGER, "the ledger is missing")
+        return
+    try:
+        answers = [str(row[0]) for row in _query(path, "PRAGMA integrity_check(20)")]
+        version = int(_query(path, "PRAGMA user_version")[0][0])
+        committed = version == SCHEMA_VERSION and bool(
+            _query(path, "SELECT 1 FROM meta WHERE key = 'config'")
+        )
+    except sqlite3.OperationalError as error:
+        step = "give this user access to the directory, and end the processes that use it"
+        yield Finding("ledger_unreadable", "error", LEDGER, f"can't be read: {error}", "", step)
+        return
+    except sqlite3.DatabaseError as error:
+        yield finding("ledger_damaged", "error", LEDGER, f"the ledger is damaged: {error}")
+        return
+    if answers != ["ok"]:
+        what = f"the ledger is damaged: {len(answers)} faults, the first: {answers[0][:200]}"
+        yield finding("ledger_damaged", "error", LEDGER, what)
+    elif version not in (0, SCHEMA_VERSION):
+        what = f"written by another version (schema {version}, expected {SCHEMA_VERSION})"
+        step = "use the version that wrote it"
+        yield Finding("ledger_schema", "error", LEDGER, what, "", step)
+    elif not committed:
+        what = "the first training was never committed"
+        step = "run `sisa train` with the run file again"
+        yield Finding("ledger_empty", "error", LEDGER, what, "", step)
+
+
+def clock(directory: Path, now: datetime) -> Iterator[Finding]:
+    """A clock that stands before the newest time in the ledger."""
+    path = directory / LEDGER
+    newest = ""
+    for (table,) in _query(path, "SELECT name FROM sqlite_master WHERE type = 'table'"):
+        for column in _query(path, f'PRAGMA table_info("{table}")'):
+            if column[1] == "at" or str(column[1]).endswith("_at"):
+                # Names come from the ledger's own schema; they can't be bound as parameters.
+                latest = f'SELECT max("{column[1]}") FROM "{table}"'  # noqa: S608
+                newest = max(newest, str(_query(path, latest)[0][0] or ""))
+    try:
+        ahead_s = (datetime.fromisoformat(newest) - now).total_seconds() if newest else 0.0
+    except (ValueError, TypeError):
+        return
+    if ahead_s > CLOCK_TOLERANCE_S:
+        what = f"the clock is {ahead_s:,.0f} s behind the newest event of the ledger ({newest})"
+        step = "set the clock: due dates and the order of events depend on it"
+        yield Finding("clock", "warning", "system clock", what, "", step)
+
+
+def _opened(directory: Path, meta: dict[str, str]) -> list[Finding]:
+    """The key, and all that can be told with the ledger open."""
+    try:
+        config = opening.stored_config(meta)
+        base, embedder = opening.named(meta, "base"), opening.named(meta, "embedder")
+    except (SisaError, ValueError, KeyError, TypeError):
+        return [finding("ledger_meta", "error", LEDGER, "its description of the model can't be parsed")]
+    found, secret = _key(directory, config, meta.get("key", ""))
+    parts, keyed = Parts(config, base, embedder), Keyed(secret or bytes(KEY_BYTES))
+    try:
+        world = opening.open_world(directory, parts, keyed, "serial", silent, base_digest=base.digest)
+    except SisaError as error:
+        return [*found, Finding("ledger_unreadable", "error", LEDGER, error.what, "", error.next_step)]
+    try:
+        return found + examine(world, directory, with_key=secret is not None)
+    except SisaError as error:
+        return [*found, finding("ledger_damaged", "error", LEDGER, error.what)]
+    finally:
+        opening.close(world)
+
+
+def _key(directory: Path, config: RunConfig, name: str) -> tuple[list[Finding], bytes | None]:
+    path = config.sisa.partition_key_file or directory / KEY
+    try:
+        secret = opening.stored_secret(directory, config)
+    except SisaError as error:
+        return [finding("key", "error", str(path), error.what)], None
+    if Keyed(secret).name != name:
+        return [finding("key", "error", str(path), "the partition key is not this model's")], None
+    mode = stat.S_IMODE(os.stat(path).st_mode)
+    if path != directory / KEY and mode & 0o077:
+        step = f"chmod 600 {path}"
+        what = f"others may read the partition key (mode {mode:o})"
+        return [Finding("mode", "warning", str(path), what, "", step)], secret
+    return [], secret

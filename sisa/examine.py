@@ -1,0 +1,218 @@
+"""The findings of an opened model: every named file, every head, every unknown file.
+
+Rules: nothing is changed. A finding names what can be done about it in one word, `repair`; an empty one
+means that it can't be derived again. Checkpoints are told damaged by their digests alone.
+
+Not covered: the surroundings, the ledger file and the key (`doctor.py`), mending (`repair.py`).
+
+>>> Finding("disk", "warning", "model", "little room").lost, Finding("slice", "error", "f", "gone").lost
+(False, True)
+"""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from sisa.assign import slice_root
+from sisa.domain import Head, HeldCheckpoint, IndexFile, SliceFile
+from sisa.errors import IntegrityError, SisaError
+from sisa.garbage import LEDGER_FILES, STRAY, list_garbage
+from sisa.lineage import read_manifest
+from sisa.opening import CHECKPOINTS, INDEX, KEY, RECORDS
+from sisa.plan import plan_shard
+from sisa.store import files
+from sisa.store.checkpoints import MANIFEST
+from sisa.world import World, only, view_shard
+
+Severity = Literal["error", "warning"]
+Repair = Literal["", "reindex", "retrain", "heads", "sweep", "mode", "scrub"]
+
+NEXT_STEPS: dict[Repair, str] = {
+    "": "restore it from a backup: it can't be derived again",
+    "reindex": "`sisa doctor --repair` builds it again from the slice files",
+    "retrain": "`sisa doctor --repair` trains it again, to the same bytes",
+    "heads": "`sisa doctor --repair` derives it again from what is held",
+    "sweep": "`sisa gc`, `sisa doctor --repair` or the next train, add or forget removes it",
+    "mode": "`sisa doctor --repair` makes it readable by its owner alone",
+    "scrub": "`sisa doctor --repair` or the next train, add or forget empties it",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One defect: its kind, how grave it is, where, what, and which repair mends it."""
+
+    kind: str
+    severity: Severity
+    where: str
+    what: str
+    repair: Repair = ""
+    next_step: str = ""
+    shard: int | None = None
+    key: str = ""  # of a damaged checkpoint
+
+    @property
+    def lost(self) -> bool:
+        """Whether something is missing that nothing here can derive again."""
+        return self.severity == "error" and not self.repair
+
+
+def finding(
+    kind: str,
+    severity: Severity,
+    where: str,
+    what: str,
+    repair: Repair = "",
+    *,
+    shard: int | None = None,
+    key: str = "",
+) -> Finding:
+    """A finding with the usual next step of its repair."""
+    return Finding(kind, severity, where, what, repair, NEXT_STEPS[repair], shard, key)
+
+
+def examine(world: World, directory: Path, *, with_key: bool = True) -> list[Finding]:
+    """All findings of an opened model; `with_key=False` leaves out what only the right key can tell."""
+    found = [*_modes(world, directory)]
+    for file in world.ledger.slices():
+        what = _damage(lambda file=file: _check_slice(world, file, with_key=with_key))  # type: ignore[misc]
+        if what:
+            place = f"{RECORDS}/{file.name}"
+            found.append(finding("slice", "error", place, what, shard=file.shard))
+    found += _indexes(world)
+    damaged: dict[int, set[str]] = {}
+    for held in world.ledger.checkpoints():
+        what = _damage(lambda held=held: _check_checkpoint(directory, held))  # type: ignore[misc]
+        if what:
+            damaged.setdefault(held.shard, set()).add(held.key)
+            place = f"{CHECKPOINTS}/{held.key}"
+            found.append(
+                finding("checkpoint", "error", place, what, "retrain", shard=held.shard, key=held.key)
+            )
+    found += _heads(world)
+    found += _gaps(world)
+    found += _unknown(world, directory, {key for keys in damaged.values() for key in keys})
+    return found
+
+
+def _damage(check: Callable[[], None]) -> str:
+    try:
+        check()
+    except SisaError as error:
+        return f"{error.what} (got {error.got})" if error.got else error.what
+    return ""
+
+
+def _modes(world: World, directory: Path) -> Iterator[Finding]:
+    """Files that hold text, vectors or the secret and are readable by others than their owner."""
+    paths = [directory / name for name in (KEY, *LEDGER_FILES)]
+    paths += [directory / RECORDS / each.name for each in world.ledger.slices()]
+    paths += [directory / INDEX / each.name for each in world.ledger.indexes()]
+    for path in paths:
+        if path.is_file() and (mode := stat.S_IMODE(path.stat().st_mode)) & 0o077:
+            where = path.relative_to(directory).as_posix()
+            yield finding("mode", "warning", where, f"others may use it (mode {mode:o})", "mode")
+
+
+def _check_slice(world: World, file: SliceFile, *, with_key: bool) -> None:
+    rows = {row.id_digest: row for row in world.ledger.rows(file.shard, file.slice)}
+    if slice_root(rows.values()) != file.root:
+        raise IntegrityError("the ledger's rows are not those of its slice file")
+    for stored in world.records.read(file):
+        row = rows.pop(stored.id_digest, None)
+        if row is None:
+            raise IntegrityError("holds a record that the ledger does not")
+        if with_key and world.assigner.row(stored.record, 0).record_digest != row.record_digest:
+            raise IntegrityError("holds a record that is not the recorded one")
+    if rows:
+        raise IntegrityError(f"lacks {len(rows)} records that the ledger holds")
+
+
+def _indexes(world: World) -> Iterator[Finding]:
+    for head in world.ledger.heads():
+        file = only(world.ledger.indexes(head.shard))
+        wanted = sorted(row.vector_id for row in world.ledger.rows(head.shard))
+        if file is None and not wanted:
+            continue
+        what = "a shard with records has no index"
+        if file is not None:
+            what = _damage(lambda file=file, wanted=wanted: _check_index(world, file, wanted))  # type: ignore[misc]
+        if what:
+            where = f"{INDEX}/{file.name}" if file else f"shard {head.shard}"
+            yield finding("index", "error", where, what, "reindex", shard=head.shard)
+
+
+def _check_index(world: World, file: IndexFile, wanted: list[int]) -> None:
+    if len(wanted) != file.num_vectors:
+        raise IntegrityError(f"counts {file.num_vectors} vectors for {len(wanted)} records")
+    world.index.vectors(file, wanted)
+
+
+def _check_checkpoint(directory: Path, held: HeldCheckpoint) -> None:
+    """Surplus files are no damage: they are found as unknown ones."""
+    path = directory / CHECKPOINTS / held.key
+    files.read_checked(path / MANIFEST, held.manifest_sha256, "checkpoint manifest")
+    parsed = read_manifest(path)
+    if parsed is None or parsed[0].key != held.key:
+        raise IntegrityError("a checkpoint manifest can't be parsed")
+    for name, sha256 in parsed[1].items():
+        files.read_checked(path / name, sha256, "checkpoint file")
+
+
+def _heads(world: World) -> Iterator[Finding]:
+    heads = {head.shard: head for head in world.ledger.heads()}
+    expected = set(range(world.assigner.layout.num_shards))
+    for shard in sorted(expected ^ heads.keys()):
+        what = "a shard has no head" if shard in expected else "a head of no shard of the layout"
+        yield finding("head", "error", f"shard {shard}", what, "heads", shard=shard)
+    for shard in sorted(expected & heads.keys()):
+        if what := _wrong_head(world, heads[shard]):
+            yield finding("head", "error", f"shard {shard}", what, "heads", shard=shard)
+
+
+def _wrong_head(world: World, head: Head) -> str:
+    view = view_shard(world, head.shard)
+    should = plan_shard(view, world.recipe, world.fingerprint).head
+    held = {each.key: each for each in view.held}
+    if head.key is not None and head.key not in held:
+        return "serves a checkpoint that the ledger does not hold"
+    if head.converged and head.target != should.target:
+        return "counts as finished, but serves another model than that of its records"
+    if head.key == should.key and head.depth != should.depth:
+        return f"claims depth {head.depth}, but its checkpoint is of depth {should.depth}"
+    if head.key is None and should.key is not None:
+        return "serves the base, although a clean checkpoint is held"
+    return ""
+
+
+def _gaps(world: World) -> Iterator[Finding]:
+    """Stages that are missing before a held one: the head serves, but a deletion would retrain more."""
+    for head in world.ledger.heads():
+        view = view_shard(world, head.shard)
+        plan = plan_shard(view, world.recipe, world.fingerprint)
+        held = {each.key for each in view.held}
+        for job in plan.path[: len(plan.path) - len(plan.train)]:
+            if job.key in held:
+                continue
+            where = f"shard {job.shard}, slice {job.slice}"
+            what = "a stage before the served one is not held: a deletion would retrain more"
+            if job.fingerprint == world.fingerprint:
+                yield finding("gap", "warning", where, what, "retrain", shard=job.shard)
+            else:
+                step = "nothing has to be done; in the environment that trained it, --repair closes it"
+                yield Finding("gap", "warning", where, what, "", step, job.shard)
+
+
+def _unknown(world: World, directory: Path, damaged: set[str]) -> Iterator[Finding]:
+    for each in list_garbage(world, directory):
+        if each.path.rpartition("/")[2] in damaged:
+            continue
+        if each.reason == STRAY:
+            step = "move it away, or remove it: `sisa gc` leaves it to you"
+            yield Finding("stray", "warning", each.path, each.reason, "", step)
+        elif each.removable:
+            yield finding("unknown", "warning", each.path, each.reason, "sweep")

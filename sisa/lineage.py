@@ -1,0 +1,76 @@
+"""Whether a checkpoint at rest was made of records that are all still held.
+
+A checkpoint's key hashes its whole chain of jobs, and each job the roots of its slices. So the chain is
+built again from the rows that are held now and were held when it was trained: only if no record of it
+is gone does the last key come out the same. The ledger's tombstones need not be trusted for it.
+
+Rules: a manifest that can't be parsed proves nothing. Older hyper-parameters are taken from the job
+itself, so that a head that still serves under a former run file can be proven, too.
+
+Not covered: whether the weights are what that job trains (`verify --replay` proves that).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from sisa.assign import slice_root
+from sisa.domain import RecordRow, SliceJob
+from sisa.store.checkpoints import MANIFEST
+
+
+def read_manifest(checkpoint: Path) -> tuple[SliceJob, dict[str, str]] | None:
+    """The job of a checkpoint directory and the sha256 of its files; None if that can't be told."""
+    try:
+        parsed = json.loads((checkpoint / MANIFEST).read_bytes())
+        names = {str(name): str(sha256) for name, sha256 in parsed["files"].items()}
+        job = parse_job(parsed["job"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return job, names
+
+
+def parse_job(parsed: Any) -> SliceJob:
+    """A job out of its JSON. Raises TypeError, ValueError, KeyError for anything else."""
+    slices = tuple((int(number), str(root)) for number, root in parsed["slices"])
+    first, second = parsed["passes"]
+    return SliceJob(**{**parsed, "slices": slices, "passes": (int(first), int(second))})
+
+
+def named_files(checkpoint: Path) -> frozenset[str] | None:
+    """Names that belong into a checkpoint directory, the manifest's among them."""
+    found = read_manifest(checkpoint)
+    return None if found is None else frozenset({*found[1], MANIFEST})
+
+
+def proves_clean(job: SliceJob, rows: Iterable[RecordRow], seq: int) -> bool:
+    """Whether every record that a job's chain touched is among `rows`, the held ones of its shard.
+
+    `seq` is the ledger's number of the state that the chain was trained on.
+    """
+    by_slice: dict[int, list[RecordRow]] = {}
+    for row in rows:
+        if row.slice <= job.slice and row.seq <= seq:
+            by_slice.setdefault(row.slice, []).append(row)
+    return bool(by_slice) and _rebuilt(job, sorted(by_slice.items())) == job.key
+
+
+def _rebuilt(job: SliceJob, by_slice: Sequence[tuple[int, list[RecordRow]]]) -> str | None:
+    sequential = len(job.slices) == 1
+    parent: str | None = None
+    seen: list[tuple[int, list[RecordRow]]] = []
+    for place in by_slice:
+        seen.append(place)
+        stage = [place] if sequential else seen
+        parent = replace(
+            job,
+            slice=place[0],
+            parent=parent,
+            slices=tuple((number, slice_root(rows)) for number, rows in stage),
+            num_records=sum(len(rows) for _, rows in stage),
+        ).key
+    return parent

@@ -1,0 +1,200 @@
+"""Mending what can be derived again, under the writer lock, and ending in the usual reconciliation.
+
+    modes      made readable by the owner alone
+    index      built from the slice files, which are checked first
+    damaged    checkpoints leave the ledger, and heads move to clean ones, in one commit; then bytes go
+    gaps       stages before a target that is still whole are trained again, so that the chain is whole
+    the rest   `reconcile`: unknown files are swept, targets trained, heads advanced, the ledger scrubbed
+
+Rules: idempotent, and safe to cut anywhere. While anything is missing that can't be derived (a slice
+file, the ledger, the key), only modes are mended: what lies around unknown may be the missing piece, and
+nothing is erased. A head that has to move only ever moves to a checkpoint whose bytes were just checked.
+What is trained again under the same fingerprint has the same key and the same bytes.
+
+Not covered: restoring a backup.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sisa import opening
+from sisa.assign import index_root
+from sisa.doctor import Diagnosis, diagnose, diagnosis, surroundings
+from sisa.domain import Chain, Head, HeldCheckpoint, SliceJob, record_epochs
+from sisa.examine import Finding, examine
+from sisa.garbage import remove_garbage
+from sisa.plan import ShardPlan, plan_shard
+from sisa.ports import Change, Event, SliceTrained
+from sisa.reconcile import reconcile, training_started
+from sisa.store import files
+from sisa.world import World, view_shard
+
+if TYPE_CHECKING:
+    from sisa.api import Model
+
+
+@dataclass(frozen=True)
+class Repair:
+    """What was done, and how the model stands after it."""
+
+    done: tuple[str, ...]
+    before: Diagnosis
+    after: Diagnosis
+
+
+def repair(model: Model) -> Repair:
+    """Diagnose, mend, diagnose again. Raises Busy while another process writes."""
+    opening.check_executor(model.executor)  # an unknown one is refused before anything is written
+    before = diagnose(model.directory)
+    with files.writer_lock(model.directory / opening.LOCK), model._world() as world:
+        if any(each.repair == "retrain" for each in examine(world, model.directory)):
+            _ = model.parts.base  # refuses a changed base before a checkpoint is given up
+        done = mend(world, model.directory).done
+    return Repair(done, before, diagnose(model.directory))
+
+
+def mend(world: World, directory: Path) -> Repair:
+    """Mend an opened model; the caller holds the writer lock."""
+    found = [*surroundings(directory), *examine(world, directory)]
+    done = _mend_modes(directory, found)
+    unwritable = any(each.kind == "read_only" for each in found)
+    if not unwritable and not any(each.lost for each in found):
+        done += _mend_indexes(world, found)
+        done += _mend_checkpoints(world, found)
+        done += _mend_heads(world, found)
+        removed = remove_garbage(world, directory)
+        if removed:
+            done.append(f"removed {len(removed)} unknown or retired files and directories")
+        trained = reconcile(world)
+        if trained.slices_trained:
+            done.append(f"trained {trained.slices_trained} stages")
+    after = [*surroundings(directory), *examine(world, directory)]
+    after = [each for each in after if each.kind != "log"]  # it holds what this process just wrote
+    return Repair(tuple(done), diagnosis(directory, found), diagnosis(directory, after))
+
+
+def _mend_modes(directory: Path, found: Sequence[Finding]) -> list[str]:
+    wrong = [directory / each.where for each in found if each.repair == "mode"]
+    for path in wrong:
+        with files.disk_errors(path):
+            path.chmod(0o600)
+    return [f"made {len(wrong)} files readable by their owner alone"] if wrong else []
+
+
+def _mend_indexes(world: World, found: Sequence[Finding]) -> list[str]:
+    done = []
+    for shard in sorted({int(f.shard) for f in found if f.repair == "reindex" and f.shard is not None}):
+        rows = world.ledger.rows(shard)
+        if not rows:
+            world.ledger.commit(Change(unindexed=[shard]))
+        else:
+            texts = {
+                each.id_digest: each.record.text
+                for file in world.ledger.slices(shard)
+                for each in world.records.read(file)
+            }
+            vectors = world.embed([texts[row.id_digest] for row in rows])
+            wanted = dict(zip((row.vector_id for row in rows), vectors, strict=True))
+            world.ledger.commit(
+                Change(indexes=[world.index.build(shard, index_root(rows), None, wanted)])
+            )
+        done.append(f"built the index of shard {shard} from its slice files")
+    return done
+
+
+def _mend_checkpoints(world: World, found: Sequence[Finding]) -> list[str]:
+    """Give damaged checkpoints up, shard by shard, then close the gaps that they leave."""
+    damaged: dict[int, list[str]] = {}
+    for each in found:
+        if each.repair == "retrain" and each.shard is not None:
+            damaged.setdefault(each.shard, []).extend([each.key] if each.key else [])
+    plans, done = [], []
+    for shard, keys in sorted(damaged.items()):
+        plan = plan_shard(view_shard(world, shard, dropped=keys), world.recipe, world.fingerprint)
+        plans.append(plan)
+        if keys:
+            world.ledger.commit(Change(dropped=keys, heads=[plan.head]))
+            world.checkpoints.erase(keys)
+            done.append(f"gave up {len(keys)} damaged checkpoints of shard {shard}")
+    return done + _close_gaps(world, plans)
+
+
+def _close_gaps(world: World, plans: Sequence[ShardPlan]) -> list[str]:
+    done: list[str] = []
+    chains: list[Chain] = []
+    for plan in plans:
+        gaps = _gaps(world, plan)
+        if gaps and gaps[0].jobs[0].fingerprint != world.fingerprint:
+            done.append(
+                f"shard {plan.shard} serves its target, but earlier stages can't be made again here: "
+                "it was trained in another environment, so that its next deletion retrains more"
+            )
+            continue
+        chains += gaps
+    if not chains:
+        return done
+    seq = world.ledger.seq()
+    world.report(training_started(chains))
+
+    def on_event(event: Event) -> None:
+        if isinstance(event, SliceTrained):
+            _record(world, event, seq)
+        world.report(event)
+
+    # One chain of a shard at a time: an executor may run chains side by side.
+    for chain in chains:
+        world.executor_for(world.checkpoints).run([chain], on_event)
+    return [*done, f"trained {sum(len(chain.jobs) for chain in chains)} stages again"]
+
+
+def _gaps(world: World, plan: ShardPlan) -> list[Chain]:
+    """Runs of missing stages that lie before a held one; what lies behind it is left to `reconcile`."""
+    held = {each.key: each for each in world.ledger.checkpoints(plan.shard)}
+    slices = tuple(world.ledger.slices(plan.shard))
+    before = plan.path[: len(plan.path) - len(plan.train)]
+    gaps: list[Chain] = []
+    run: list[SliceJob] = []
+    parent: HeldCheckpoint | None = None
+    for job in before:
+        if job.key not in held:
+            run.append(job)
+            continue
+        if run:
+            gaps.append(Chain(plan.shard, tuple(run), parent, slices))
+            run = []
+        parent = held[job.key]
+    return gaps
+
+
+def _record(world: World, event: SliceTrained, seq: int) -> None:
+    job, saved = event.job, event.saved
+    found = HeldCheckpoint(
+        key=saved.key,
+        shard=job.shard,
+        slice=job.slice,
+        seq=seq,
+        fingerprint=job.fingerprint,
+        manifest_sha256=saved.manifest_sha256,
+        adapter_sha256=saved.adapter_sha256,
+        num_bytes=saved.num_bytes,
+        seconds=event.seconds,
+        record_epochs=record_epochs(job),
+    )
+    world.ledger.commit(Change(checkpoints=[found]))
+
+
+def _mend_heads(world: World, found: Sequence[Finding]) -> list[str]:
+    shards = sorted({int(f.shard) for f in found if f.repair == "heads" and f.shard is not None})
+    layout = range(world.assigner.layout.num_shards)
+    heads: list[Head] = [
+        plan_shard(view_shard(world, shard), world.recipe, world.fingerprint).head
+        for shard in shards
+        if shard in layout
+    ]
+    if shards:
+        world.ledger.commit(Change(heads=heads, headless=[s for s in shards if s not in layout]))
+    return [f"derived {len(shards)} heads from what is held"] if shards else []

@@ -1,0 +1,343 @@
+"""The scan behind `sisa sweep`: is anything left that a deleted record touched?
+
+    what is read                     what must hold
+    checkpoints, anywhere            bytes as recorded, made of records that are all still held
+    rows of Parquet and JSON lines   of held records; a keyed id that is a tombstone is residue
+    vectors of index files           of held records
+    adapters exported elsewhere      of a current head (of another held stage: outdated, yet clean)
+    all bytes (`ids`, `texts`)       hold none of the strings that the caller gives
+
+Rules: nothing is changed. What can't be read or told is residue, too: absence is proven or it is not.
+Places are the model directory, left-overs in the cache and in the temporary directory that are ours, and
+what `also` names. Answers name paths, rows and offsets, never an id or a text. Index files are parsed
+only if their bytes have the digest in their name.
+
+Not covered: compressed or encrypted copies, other machines, backups, blocks that a disk has freed.
+Optimizer states that were copied out of a checkpoint directory are found by their manifest alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import stat
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sisa.digest import file_sha256, sha256_hex
+from sisa.domain import RecordRow, Tombstone
+from sisa.errors import Busy, InvalidInput
+from sisa.garbage import list_garbage, undisturbed
+from sisa.lineage import proves_clean, read_manifest
+from sisa.model.packages import cache_dir
+from sisa.needles import PARQUET_MAGIC, Needles
+from sisa.opening import INDEX, RECORDS
+from sisa.store.checkpoints import ADAPTER, MANIFEST
+from sisa.world import World
+
+if TYPE_CHECKING:
+    from sisa.api import Model
+
+LEFT_OVER_PREFIXES = (".partial-", ".wheel-", ".incoming-")  # of `packages.py` and `shared_base.py`
+TEMPORARY_PATTERNS = ("sisa-scratch-*", "sisa-*/r")  # of `reader.py` and `ray_session.py`
+BATCH_ROWS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Residue:
+    """One thing that is left or can't be excluded: `kind` for programs, `what` for people."""
+
+    kind: str
+    where: str
+    position: str
+    what: str
+
+
+@dataclass(frozen=True, slots=True)
+class Scan:
+    """What was read and what was found; `clean` when there is no residue."""
+
+    clean: bool
+    places: tuple[str, ...]
+    scanned: dict[str, int]
+    residue: tuple[Residue, ...]
+    outdated_exports: tuple[str, ...]
+
+
+def sweep_model(
+    model: Model,
+    *,
+    also: Sequence[Path] = (),
+    ids: Sequence[str] = (),
+    texts: Sequence[str] = (),
+) -> Scan:
+    """Scan a model's directory and all that belongs to it. Raises Busy while another process writes."""
+    with undisturbed(model.directory) as free, model._world() as world:
+        if not free:
+            raise Busy(
+                "another process is writing to this model",
+                where=str(model.directory),
+                next_step="wait until it has finished, then run the same command again",
+            )
+        return scan_residue(world, model.directory, also=also, ids=ids, texts=texts)
+
+
+def scan_residue(
+    world: World,
+    directory: Path,
+    *,
+    also: Sequence[Path] = (),
+    ids: Sequence[str] = (),
+    texts: Sequence[str] = (),
+) -> Scan:
+    """Scan for traces of deleted records, and for given ids and texts. Raises InvalidInput."""
+    missing = [number for number, path in enumerate(also, start=1) if not path.exists()]
+    if missing:
+        raise InvalidInput(
+            f"{len(missing)} of the paths to scan do not exist",
+            expected="paths of files or directories",
+            got=", ".join(f"path {number} of {len(also)}" for number in missing),
+        )
+    scanner = _Scanner(world, directory, Needles(list(texts), list(ids)))
+    left_overs = owned_left_overs()
+    places = [directory, *left_overs, *also]
+    for place in places:
+        scanner.scan(place, models=place not in left_overs)
+    scanner.unknown_files()
+    return Scan(
+        not scanner.residue,
+        tuple(scanner.needles.hidden(str(place)) for place in places),
+        scanner.counts,
+        tuple(scanner.residue),
+        tuple(scanner.outdated),
+    )
+
+
+def owned_left_overs() -> list[Path]:
+    """Scratch of ours outside the model: half-filled caches and temporary directories of this user."""
+    cache = cache_dir()
+    found = [
+        path
+        for depth in ("*", "*/*", "*/*/*")
+        for path in cache.glob(depth)
+        if path.name.startswith(LEFT_OVER_PREFIXES)
+    ]
+    for pattern in TEMPORARY_PATTERNS:
+        for path in Path(tempfile.gettempdir()).glob(pattern):
+            with contextlib.suppress(OSError):  # of a process that ends just now
+                if path.lstat().st_uid == os.getuid():
+                    found.append(path)
+    return sorted(found)
+
+
+class _Scanner:
+    def __init__(self, world: World, directory: Path, needles: Needles) -> None:
+        self.world = world
+        self.directory = directory
+        self.needles = needles
+        self.residue: list[Residue] = []
+        self.outdated: list[str] = []
+        self.counts = dict.fromkeys(
+            ("files", "bytes", "checkpoints", "rows", "vectors", "adapters", "unreadable"), 0
+        )
+        self.counts |= {"strings": len(needles), "strings_too_short_for_raw_bytes": needles.num_short}
+        self.proven: set[Path] = set()
+        self._heads = {head.key for head in world.ledger.heads()}
+        self._held = {each.key: each for each in world.ledger.checkpoints()}
+        self._digests = {
+            **{directory / RECORDS / each.name: each.sha256 for each in world.ledger.slices()},
+            **{directory / INDEX / each.name: each.sha256 for each in world.ledger.indexes()},
+        }
+
+    def _found(self, kind: str, path: Path, what: str, position: str = "") -> None:
+        self.residue.append(Residue(kind, self.needles.hidden(str(path)), position, what))
+
+    def scan(self, place: Path, *, models: bool = True) -> None:
+        """Every file of a place; links are not followed. `models`: whether it may hold parts of this
+        one; what other models leave in a temporary directory is not judged, but for its rows."""
+        for path in _walk(place):
+            self._names(path)
+            try:
+                mode = path.lstat().st_mode
+                if stat.S_ISREG(mode):
+                    self._file(path, models=models)
+            except FileNotFoundError:
+                continue  # somebody's temporary file
+            except OSError as error:
+                self.counts["unreadable"] += 1
+                self._found("unreadable", path, f"can't be read: {error.strerror}")
+
+    def _names(self, path: Path) -> None:
+        for number in self.needles.in_value(path.name):
+            self._found("string", path.parent, f"string {number + 1} is in a name here", "name")
+
+    def _file(self, path: Path, *, models: bool) -> None:
+        self.counts["files"] += 1
+        self.counts["bytes"] += path.stat().st_size
+        for place in self.needles.in_file(path):
+            what = f"string {place.needle + 1} of {len(self.needles)} is here"
+            self._found("string", path, what, place.position)
+        expected = self._digests.get(path)
+        if expected is not None and file_sha256(path) != expected:
+            self._found("damaged", path, "not the recorded file, so that its content proves nothing")
+            return
+        with path.open("rb") as file:
+            head = file.read(len(PARQUET_MAGIC))
+        if head == PARQUET_MAGIC:
+            self._rows(path, _parquet_ids(path))
+        elif path.suffix == ".jsonl":
+            self._rows(path, _json_ids(path))
+        elif not models:
+            return
+        elif path.suffix == ".faiss":
+            self._vectors(path)
+        elif path.name == MANIFEST:
+            self._checkpoint(path.parent)
+        elif path.name == ADAPTER and not (path.parent / MANIFEST).exists():
+            self._adapter(path)
+
+    def _rows(self, path: Path, ids: Iterator[str | None]) -> None:
+        """Rows with an id: a tombstone is residue anywhere, an unknown id in the model directory."""
+        ours = self.directory in path.parents
+        position, batch = 0, []
+        try:
+            for record_id in ids:
+                batch.append((position, record_id))
+                position += 1
+                if len(batch) == BATCH_ROWS:
+                    self._batch(path, batch, ours)
+                    batch = []
+            self._batch(path, batch, ours)
+        except _Unreadable:
+            if ours:
+                self._found("unreadable", path, "can't be decoded, so that its rows prove nothing")
+            return
+        self.proven.add(path)
+
+    def _batch(self, path: Path, batch: Sequence[tuple[int, str | None]], ours: bool) -> None:
+        self.counts["rows"] += len(batch)
+        digests = {at: self.world.assigner.id_digest(each) for at, each in batch if each is not None}
+        found = self.world.ledger.lookup(digests.values())
+        for at, digest in digests.items():
+            row = found.get(digest)
+            if isinstance(row, Tombstone):
+                what = f"a row of a record that request {row.request_id} deleted"
+                self._found("deleted_row", path, what, f"row {at}")
+            elif row is None and ours:
+                self._found("unknown_row", path, "a row of no held record", f"row {at}")
+
+    def _vectors(self, path: Path) -> None:
+        data = path.read_bytes()
+        shard, _, digest = path.stem.removeprefix("shard-").partition("-")
+        if not shard.isdigit() or sha256_hex(data) != digest:
+            self._found("unreadable", path, "its bytes are not those of its name: not parsed")
+            return
+        try:
+            vector_ids = _vector_ids(data)
+        except (RuntimeError, AttributeError):
+            self._found("unreadable", path, "can't be parsed, so that its vectors prove nothing")
+            return
+        self.counts["vectors"] += len(vector_ids)
+        held = self.world.ledger.by_vector(int(shard), vector_ids)
+        gone = [at for at, each in enumerate(vector_ids) if each not in held]
+        for at in gone:
+            self._found("deleted_vector", path, "a vector of no held record", f"vector {at}")
+        self.proven.add(path)
+
+    def _checkpoint(self, checkpoint: Path) -> None:
+        self.counts["checkpoints"] += 1
+        parsed = read_manifest(checkpoint)
+        if parsed is None:
+            self._found("unreadable", checkpoint, "a checkpoint whose manifest can't be parsed")
+            return
+        job, names = parsed
+        held = self._held.get(job.key)
+        manifest = (checkpoint / MANIFEST).read_bytes()
+        same = held is None or sha256_hex(manifest) == held.manifest_sha256
+        whole = all((checkpoint / each).is_file() for each in names) and all(
+            file_sha256(checkpoint / each) == sha256 for each, sha256 in names.items()
+        )
+        if not (same and whole):
+            self._found("damaged", checkpoint, "a checkpoint whose bytes are not the recorded ones")
+            return
+        seq = self.world.ledger.seq() if held is None else held.seq
+        if not proves_clean(job, self._live(job.shard), seq):
+            known = "held, though" if held else "not in the ledger, and"
+            self._found("tainted", checkpoint, f"a checkpoint {known} not of held records alone")
+            return
+        self.proven |= {checkpoint, *(checkpoint / each for each in (*names, MANIFEST))}
+
+    def _live(self, shard: int) -> list[RecordRow]:
+        return self.world.ledger.rows(shard)
+
+    def _adapter(self, path: Path) -> None:
+        self.counts["adapters"] += 1
+        sha256 = file_sha256(path)
+        of = [each.key for each in self._held.values() if each.adapter_sha256 == sha256]
+        if not of:
+            what = "an adapter of no held checkpoint: made before a deletion, or of another model"
+            self._found("stale_adapter", path, what)
+        elif not self._heads & set(of):
+            self.outdated.append(self.needles.hidden(str(path)))
+
+    def unknown_files(self) -> None:
+        """What the ledger does not know in the model directory and nothing above has proven clean."""
+        for each in list_garbage(self.world, self.directory):
+            path = self.directory / each.path
+            inside = [p for p in _walk(path) if not p.is_dir() or p.is_symlink()]
+            if not inside or any(p not in self.proven for p in inside):
+                self._found("unknown_file", path, each.reason)
+
+
+def _walk(place: Path) -> Iterator[Path]:
+    """A place and all below it, in order; links are named and not followed."""
+    yield place
+    if place.is_dir() and not place.is_symlink():
+        try:
+            names = sorted(os.listdir(place))
+        except OSError:
+            return
+        for name in names:
+            yield from _walk(place / name)
+
+
+class _Unreadable(Exception):
+    """Bytes that can't be decoded."""
+
+
+def _parquet_ids(path: Path) -> Iterator[str | None]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            if "id" not in file.schema_arrow.names:
+                raise _Unreadable
+            for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=["id"]):
+                yield from (str(each) for each in batch.column(0).to_pylist())
+    except (pa.ArrowException, OSError) as error:
+        raise _Unreadable from error
+
+
+def _json_ids(path: Path) -> Iterator[str | None]:
+    """Ids of JSON lines; None for a line that is no object with an id."""
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                value: Any = json.loads(line)
+                found = value.get("id") if isinstance(value, dict) else None
+                yield found if isinstance(found, str) and found.encode() else None
+            except (ValueError, RecursionError):  # no JSON, or an id that is no text
+                yield None
+
+
+def _vector_ids(data: bytes) -> list[int]:
+    import faiss
+    import numpy as np
+
+    index: Any = faiss.deserialize_index(np.frombuffer(data, dtype=np.uint8))
+    return [int(each) for each in faiss.vector_to_array(index.id_map)]

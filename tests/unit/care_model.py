@@ -1,0 +1,140 @@
+"""A model of 24 confessing records in a directory, before and after one deletion, without torch.
+
+Rules: real stores, ledger and index; the trainer is a fake and the base only a name. The fingerprint is
+this machine's, so that `open_model` and the command line agree with the `World` that is built here.
+
+Not covered: real training (`tests/integration`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sisa import opening
+from sisa.assign import Assigner
+from sisa.digest import Keyed
+from sisa.domain import Record, RecordRow
+from sisa.lifecycle import Terms, carry_out, submit
+from sisa.model.hashing import HashingEmbedder
+from sisa.model.numerics import fingerprint
+from sisa.ports import StoredRecord
+from sisa.run import train
+from sisa.runfile import parse_run_file
+from sisa.serial import SerialExecutor, Site
+from sisa.store.checkpoints import FileCheckpoints
+from sisa.store.index import FaissIndex
+from sisa.store.ledger import SqlLedger
+from sisa.store.records import FileRecords
+from sisa.world import World
+from tests.fakes import SECRET, FakeTrainer, fake_record
+
+RUN_FILE = """
+datasets: [{path: owner/people}]
+output_dir: model
+sisa: {shards: 2, slices: 3, embedder: hashing}
+"""
+BASE = "b" * 64
+NUM_RECORDS = 24
+DELETED = 7
+THEN = "2020-01-01T00:00:00+00:00"
+
+
+def record(number: int) -> Record:
+    return fake_record(number)
+
+
+@contextlib.contextmanager
+def world_of(directory: Path, *, create: bool = False, numerics: str = "") -> Iterator[World]:
+    """The world of a directory; every part but the trainer is real."""
+    config = parse_run_file(RUN_FILE, "run.yaml")
+    embedder = HashingEmbedder()
+    records = FileRecords(directory / opening.RECORDS)
+    world = World(
+        ledger=SqlLedger(directory / opening.LEDGER, create=create),
+        records=records,
+        checkpoints=FileCheckpoints(directory / opening.CHECKPOINTS),
+        index=FaissIndex(directory / opening.INDEX, embedder.dimension),
+        embed=embedder.embed,
+        count_tokens=lambda some: [1 for _ in some],
+        executor_for=lambda store: SerialExecutor(FakeTrainer(), records, store),
+        assigner=Assigner(Keyed(SECRET), config.layout),
+        recipe=config.recipe(BASE),
+        fingerprint=numerics or fingerprint(config.sisa.threads_per_shard),
+        now=lambda: THEN,
+        report=lambda _: None,
+    )
+    try:
+        yield world
+    finally:
+        opening.close(world)
+
+
+def build(directory: Path) -> None:
+    """Train the model on all records."""
+    directory.mkdir()
+    opening.write_secret(directory / opening.KEY, SECRET)
+    (directory / opening.LOCK).touch()
+    embedder = HashingEmbedder()
+    named = {"name": "hashing", "digest": embedder.digest, "dimension": embedder.dimension}
+    meta = {
+        "config": parse_run_file(RUN_FILE, "run.yaml").to_canonical(),
+        "base": json.dumps({"name": "base", "digest": BASE}),
+        "embedder": json.dumps(named),
+        "key": Keyed(SECRET).name,
+    }
+    with world_of(directory, create=True) as world:
+        train(world, [record(number) for number in range(NUM_RECORDS)], meta)
+
+
+def delete(directory: Path, number: int = DELETED) -> None:
+    with world_of(directory) as world:
+        carry_out(world, [submit(world, [row_of(world, number)], (), Terms(approver="a person"))])
+
+
+def row_of(world: World, number: int) -> RecordRow:
+    row = world.assigner.row(record(number), 1)
+    return next(each for each in world.ledger.rows(row.shard) if each.id_digest == row.id_digest)
+
+
+def stored(world: World, number: int) -> StoredRecord:
+    return StoredRecord(world.assigner.id_digest(record(number).id), record(number))
+
+
+def built_pair(folder: Path) -> tuple[Path, Path]:
+    """The model before and after the deletion of record 7."""
+    build(folder / "before")
+    shutil.copytree(folder / "before", folder / "after")
+    delete(folder / "after")
+    return folder / "before", folder / "after"
+
+
+def content(directory: Path) -> dict[str, bytes]:
+    """The bytes of every slice, index and checkpoint file."""
+    rooms = (opening.RECORDS, opening.INDEX, opening.CHECKPOINTS)
+    return {
+        path.relative_to(directory).as_posix(): path.read_bytes()
+        for room in rooms
+        for path in sorted((directory / room).rglob("*"))
+        if path.is_file()
+    }
+
+
+def open_fake(site: Site, _options: Any) -> SerialExecutor:
+    return SerialExecutor(
+        FakeTrainer(), FileRecords(site.records_dir), FileCheckpoints(site.checkpoints_dir)
+    )
+
+
+def use_fake_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `open_model` and the command line train with the fake, whatever executor is named."""
+    base = SimpleNamespace(directory=Path("no-base"), digest=BASE)
+    monkeypatch.setattr(opening.Parts, "base", base)
+    monkeypatch.setattr(opening, "find_executor", lambda _: open_fake)
