@@ -16,13 +16,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from sisa.domain import HeldCheckpoint, record_epochs
-from sisa.plan import Recipe, ShardPlan, ShardView, jobs
+from sisa.domain import HeldCheckpoint, presentations
+from sisa.plan import Recipe, ShardPlan, ShardView, passes, stage_sizes
 
 
 def full_record_epochs(views: Iterable[ShardView], recipe: Recipe) -> int:
     """Record-epochs of training every shard from scratch."""
-    return sum(record_epochs(job) for view in views for job in jobs(view.shard, view.slices, recipe, ""))
+    share = passes(recipe.schedule, recipe.num_epochs, recipe.num_slices)
+    sizes = (size for view in views for size in stage_sizes(view.slices, recipe.schedule))
+    return sum(presentations(share, size) for size in sizes)
 
 
 def plan_record_epochs(plans: Iterable[ShardPlan]) -> int:

@@ -152,13 +152,13 @@ def _commit_removed(
     if planned.removed:
         check_sources(world, planned.plans)
     gone = {row.id_digest for row in planned.removed}
-    slices = []
-    for state in planned.remaining:
-        rows = [r for r in world.ledger.rows(state.shard, state.slice) if r.id_digest not in gone]
-        slices.append(write_slice(world, state.shard, state.slice, rows))
-    indexes, unindexed = [], []
+    slices, indexes, unindexed = [], [], []
     for plan in planned.plans:
         rows = [row for row in world.ledger.rows(plan.shard) if row.id_digest not in gone]
+        for state in planned.remaining:
+            if state.shard == plan.shard:
+                here = [row for row in rows if row.slice == state.slice]
+                slices.append(write_slice(world, state.shard, state.slice, here))
         base = only(world.ledger.indexes(plan.shard))
         if rows:
             kept = {row.vector_id: None for row in rows}

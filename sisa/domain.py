@@ -190,8 +190,12 @@ class Chain:
 
 def record_epochs(job: SliceJob) -> int:
     """Record presentations of a stage: whole passes, then a prefix of one more."""
-    whole, rest = divmod(job.passes[0] * job.num_records, job.passes[1])
-    return whole if rest == 0 else whole + 1
+    return presentations(job.passes, job.num_records)
+
+
+def presentations(passes: tuple[int, int], num_records: int) -> int:
+    """Record-epochs of an exact fraction of passes over some records, rounded up."""
+    return -(-passes[0] * num_records // passes[1])
 
 
 RequestState = Literal[

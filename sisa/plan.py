@@ -27,6 +27,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import accumulate
 from typing import Any, Literal
 
 from sisa.domain import Head, HeldCheckpoint, RecordRow, SliceJob, SliceState, record_epochs
@@ -76,6 +77,12 @@ def passes(schedule: Schedule, num_epochs: int, num_slices: int) -> tuple[int, i
         return num_epochs, 1
     fraction = Fraction(2 * num_epochs, num_slices + 1)
     return fraction.numerator, fraction.denominator
+
+
+def stage_sizes(slices: Sequence[SliceState], schedule: Schedule) -> list[int]:
+    """Records that each stage of a shard sees, first to last."""
+    sizes = [state.num_records for state in sorted(slices, key=lambda each: each.slice)]
+    return sizes if schedule == "sequential" else list(accumulate(sizes))
 
 
 def jobs(

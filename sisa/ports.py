@@ -154,6 +154,9 @@ class RecordStore(Protocol):
     def read(self, file: SliceFile) -> tuple[StoredRecord, ...]:
         """The records, after checking the file's bytes against `file.sha256`."""
 
+    def check(self, file: SliceFile) -> None:
+        """Checks the file's bytes against `file.sha256` without parsing them."""
+
     def held(self) -> frozenset[str]:
         """Names of all files."""
 
@@ -185,6 +188,9 @@ class RecordIndex(Protocol):
 
     def vectors(self, file: IndexFile, vector_ids: Sequence[int]) -> Vectors:
         """The stored vectors of some ids."""
+
+    def check(self, file: IndexFile) -> None:
+        """Checks the file's bytes against `file.sha256` without parsing them."""
 
     def held(self) -> frozenset[str]:
         """Names of all files."""

@@ -96,9 +96,9 @@ def check_sources(world: World, plans: Sequence[ShardPlan]) -> None:
         seen = {slice_ for job in plan.train for slice_, _ in job.slices}
         for file in world.ledger.slices(plan.shard):
             if file.slice in seen:
-                world.records.read(file)
+                world.records.check(file)
         index = only(world.ledger.indexes(plan.shard))
         if index is not None and plan.path:
-            world.index.vectors(index, [row.vector_id for row in world.ledger.rows(plan.shard)])
+            world.index.check(index)
         if plan.parent is not None:
             world.checkpoints.load(plan.parent.key, plan.parent.manifest_sha256)

@@ -121,6 +121,9 @@ class FakeRecords:
             raise IntegrityError("a slice file is missing")
         return self.stored[file.name]
 
+    def check(self, file: SliceFile) -> None:
+        self.read(file)
+
     def held(self) -> frozenset[str]:
         return frozenset(self.stored)
 
@@ -169,6 +172,10 @@ class FakeIndex:
             raise IntegrityError("the index lacks a vector")
         found = np.array([rows[each] for each in vector_ids], dtype=np.float32)
         return found.reshape(len(vector_ids), DIMENSION)
+
+    def check(self, file: IndexFile) -> None:
+        if file.name not in self.stored:
+            raise IntegrityError("an index file is missing")
 
     def held(self) -> frozenset[str]:
         return frozenset(self.stored)

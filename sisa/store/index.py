@@ -36,11 +36,11 @@ class FaissIndex:
         import faiss
 
         ids = np.array(sorted(vectors), dtype=np.int64)
-        kept = [int(each) for each in ids if vectors[int(each)] is None]
-        old = dict(zip(kept, self._held_vectors(base, kept), strict=True))
+        kept = np.array([vectors[each] is None for each in ids.tolist()], dtype=bool)
         matrix = np.zeros((len(ids), self.dimension), dtype=np.float32)
-        for row, each in enumerate(ids.tolist()):
-            matrix[row] = old[each] if vectors[each] is None else vectors[each]
+        matrix[kept] = self._held_vectors(base, ids[kept].tolist())
+        for row in np.flatnonzero(~kept).tolist():
+            matrix[row] = vectors[int(ids[row])]
         index = faiss.IndexIDMap2(faiss.IndexFlatIP(self.dimension))
         if len(ids):
             index.add_with_ids(matrix, ids)
@@ -73,16 +73,23 @@ class FaissIndex:
     def vectors(self, file: IndexFile, vector_ids: Sequence[int]) -> Vectors:
         if not vector_ids:
             return np.zeros((0, self.dimension), dtype=np.float32)
+        import faiss
+
         index = self._read(file)
-        try:
-            rows = [index.reconstruct(int(each)) for each in vector_ids]
-        except RuntimeError as error:
+        held = faiss.vector_to_array(index.id_map)  # in the order of ids, as `build` wrote them
+        wanted = np.asarray(vector_ids, dtype=np.int64)
+        places = np.searchsorted(held, wanted)
+        if len(held) == 0 or (held[np.minimum(places, len(held) - 1)] != wanted).any():
             raise IntegrityError(
                 "the index lacks a vector that the ledger counts on",
                 where=str(self.root / file.name),
                 next_step="run `sisa train` with the same run file to rebuild the index",
-            ) from error
-        return np.stack(rows).astype(np.float32)
+            )
+        rows: Vectors = index.index.reconstruct_n(0, index.ntotal)[places]
+        return rows
+
+    def check(self, file: IndexFile) -> None:
+        files.read_checked(self.root / file.name, file.sha256, "index file")
 
     def _read(self, file: IndexFile) -> Any:
         import faiss

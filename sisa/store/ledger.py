@@ -16,7 +16,7 @@ import os
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, fields
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -133,10 +133,10 @@ class SqlLedger:
     def _all(self, kind: type[T], query: sa.Select[Any]) -> list[T]:
         names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
         with self._reading() as connection:
-            return [
-                kind(**{name: row[name] for name in names})
-                for row in connection.execute(query).mappings()
-            ]
+            found = connection.execute(query)
+            keys = list(found.keys())
+            pick = itemgetter(*(keys.index(name) for name in names))
+            return [kind(*pick(row)) for row in found]
 
     def seq(self) -> int:
         return int(self.meta().get("seq", "0"))

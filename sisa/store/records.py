@@ -40,6 +40,9 @@ class FileRecords:
         data = files.read_checked(path, file.sha256, "slice file")
         return _decode(data, path)
 
+    def check(self, file: SliceFile) -> None:
+        files.read_checked(self.root / file.name, file.sha256, "slice file")
+
     def held(self) -> frozenset[str]:
         return files.held_names(self.root)
 

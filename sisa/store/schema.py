@@ -29,18 +29,19 @@ META = sa.Table("meta", schema, _text("key", primary_key=True), _text("value", n
 RECORDS = sa.Table(
     "records",
     schema,
+    _integer("shard", primary_key=True),
+    _integer("slice", primary_key=True),
     _text("id_digest", primary_key=True),
     _text("subject_digest", index=True),
     _text("record_digest", nullable=False),
     _text("text_digest", nullable=False, index=True),
     _text("kind", nullable=False),
-    _integer("shard", nullable=False),
-    _integer("slice", nullable=False),
     _integer("vector_id", nullable=False),
     _integer("num_tokens", nullable=False),
     _integer("seq", nullable=False),
-    sa.Index("records_by_place", "shard", "slice"),
+    sa.UniqueConstraint("id_digest"),
     sa.UniqueConstraint("shard", "vector_id"),
+    sqlite_with_rowid=False,  # rows rest by place: a shard's lie side by side
 )
 TOMBSTONES = sa.Table(
     "tombstones",

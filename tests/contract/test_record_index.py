@@ -132,6 +132,11 @@ def test_stored_vectors_come_back_to_the_bit(fresh: OpenIndex) -> None:
     assert found.tobytes() == np.stack([vector(9), vector(5)]).tobytes()
 
 
+def test_a_whole_file_passes_its_check(fresh: OpenIndex) -> None:
+    index = fresh()
+    index.check(index.build(0, "root", None, vectors([1, 2])))
+
+
 def test_a_missing_vector_is_an_integrity_error(fresh: OpenIndex) -> None:
     index = fresh()
     file = index.build(0, "root", None, vectors([1]))
@@ -175,6 +180,7 @@ def test_a_tampered_file_is_refused_before_faiss_parses_it(
         lambda: folder.search(file, np.stack([vector(1)]), 1),
         lambda: folder.vectors(file, [1]),
         lambda: folder.build(0, "root", file, {1: None}),
+        lambda: folder.check(file),
     ):
         with pytest.raises(IntegrityError, match="not the one that was recorded"):
             read()
@@ -185,3 +191,5 @@ def test_a_missing_file_is_refused(folder: FaissIndex) -> None:
     folder.erase([file.name])
     with pytest.raises(IntegrityError, match="missing"):
         folder.vectors(file, [1])
+    with pytest.raises(IntegrityError, match="missing"):
+        folder.check(file)

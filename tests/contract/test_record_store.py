@@ -54,6 +54,7 @@ def folder(tmp_path: Path) -> FileRecords:
 def test_what_is_written_is_read(store: RecordStore) -> None:
     file = store.write(2, 1, "root", several(1, 2, 3))
     assert store.read(file) == tuple(several(1, 2, 3))
+    store.check(file)
     assert (file.shard, file.slice, file.root, file.num_records) == (2, 1, "root", 3)
     assert store.held() == {file.name}
 
@@ -83,6 +84,13 @@ def test_a_write_changes_no_other_file(store: RecordStore) -> None:
     assert store.read(first) == tuple(several(1, 2))
 
 
+def test_an_absent_file_fails_its_check(store: RecordStore) -> None:
+    file = store.write(0, 0, "root", several(1))
+    store.erase([file.name])
+    with pytest.raises(IntegrityError):
+        store.check(file)
+
+
 def test_erased_is_gone_and_absence_is_no_error(store: RecordStore) -> None:
     first = store.write(0, 0, "one", several(1, 2))
     second = store.write(0, 0, "two", several(1))
@@ -101,8 +109,9 @@ def test_a_truncated_file_is_refused(folder: FileRecords, cut: int) -> None:
     file = folder.write(0, 0, "root", several(1, 2))
     path = folder.root / file.name
     path.write_bytes(path.read_bytes()[:cut])
-    with pytest.raises(IntegrityError, match="not the one that was recorded"):
-        folder.read(file)
+    for look in (folder.read, folder.check):
+        with pytest.raises(IntegrityError, match="not the one that was recorded"):
+            look(file)
 
 
 def test_a_file_of_another_form_is_refused(folder: FileRecords) -> None:
