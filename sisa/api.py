@@ -133,7 +133,7 @@ class Model:
         self.report = report
         self.parts = Parts(self.config, self.base, self.embedder)
         self.secret = opening.stored_secret(self.directory, self.config)
-        if Keyed(self.secret).name != meta["key"]:
+        if Keyed(self.secret).name != meta.get("key"):
             raise IntegrityError(
                 "the partition key is not this model's",
                 where=str(self.directory / KEY),

@@ -251,7 +251,14 @@ def stored_config(ledger_meta: Mapping[str, str]) -> RunConfig:
 
 def named(ledger_meta: Mapping[str, str], key: str) -> Named:
     """The base or the embedder that a model was made with."""
-    return Named(**json.loads(ledger_meta[key]))
+    try:
+        return Named(**json.loads(ledger_meta[key]))
+    except (KeyError, ValueError, TypeError) as error:
+        raise IntegrityError(
+            f"the ledger does not name the model's {key}",
+            got=type(error).__name__,
+            next_step="restore the model directory from a backup",
+        ) from None
 
 
 def stored_secret(directory: Path, config: RunConfig) -> bytes:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sisa.domain import Hit, RecordRow, Tombstone
-from sisa.errors import Problem, UnknownRecord
+from sisa.errors import IntegrityError, Problem, UnknownRecord
 from sisa.plan import touched
 from sisa.ports import StoredRecord, Vectors
 from sisa.world import World
@@ -190,6 +190,8 @@ def _vectors(world: World, rows: Sequence[RecordRow]) -> Vectors:
         wanted = [row.vector_id for row in rows if row.shard == file.shard]
         if wanted:
             found.append(world.index.vectors(file, wanted))
+    if sum(map(len, found)) < len(rows):
+        raise _contradiction("vectors of records that it holds")
     return np.concatenate(found)
 
 
@@ -211,6 +213,8 @@ def _found(world: World, hits: Iterable[Hit], top_k: int) -> list[Found]:
 def _names(world: World, rows: Sequence[RecordRow]) -> list[tuple[str, RecordRow]]:
     """Plain ids of rows, read from their slice files."""
     names = {record.id_digest: record.record.id for record in stored(world, rows)}
+    if not names.keys() >= {row.id_digest for row in rows}:
+        raise _contradiction("slices of records that it holds")
     return [(names[row.id_digest], row) for row in rows]
 
 
@@ -228,6 +232,13 @@ def stored(world: World, rows: Sequence[RecordRow]) -> list[StoredRecord]:
     ]
 
 
+def _contradiction(what: str) -> IntegrityError:
+    return IntegrityError(
+        f"the ledger lacks {what}",
+        next_step="run `sisa verify`; restore the model directory from a backup",
+    )
+
+
 def shards(world: World) -> list[ShardStatus]:
     """The state of every shard, in order."""
     counts: dict[int, dict[int, int]] = {}
@@ -235,6 +246,8 @@ def shards(world: World) -> list[ShardStatus]:
         counts.setdefault(file.shard, {})[file.slice] = file.num_records
     held = {each.key: each for each in world.ledger.checkpoints()}
     num_slices = world.recipe.num_slices
+    if any(head.key not in held for head in world.ledger.heads() if head.key is not None):
+        raise _contradiction("a checkpoint that it serves")
     return [
         ShardStatus(
             shard=head.shard,

@@ -228,7 +228,7 @@ def _parquet_rows(path: Path, label: str, columns: Sequence[str]) -> Rows:
                 for row in _batch_rows(batch):
                     number += 1
                     yield f"{label}, row {number}", row
-    except pa.ArrowException:
+    except (pa.ArrowException, UnicodeDecodeError):  # of a row, or of a column's name
         raise Broken(f"no readable Parquet after row {number}; corrupt or truncated") from None
 
 

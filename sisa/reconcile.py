@@ -38,6 +38,7 @@ class Trained:
 
 def reconcile(world: World) -> Trained:
     """Bring every shard that is not there yet to its target; finish what a crash left open."""
+    refuse_contradictions(world)
     adopt(world)
     _erase(world)
     plans = [plan for plan in open_plans(world) if plan.train]
@@ -56,6 +57,25 @@ def reconcile(world: World) -> Trained:
         sum(len(plan.train) for plan in plans),
         tuple(plan.shard for plan in plans),
     )
+
+
+def refuse_contradictions(world: World) -> None:
+    """Raises IntegrityError for a ledger that lost rows: the sweep would erase their files."""
+    ledger = world.ledger
+    heads, slices = ledger.heads(), ledger.slices()
+    known = {each.key for each in ledger.checkpoints()}
+    lost = {
+        "heads": len(heads) != world.assigner.layout.num_shards,
+        "records or slices": sum(ledger.kinds().values()) != sum(f.num_records for f in slices),
+        "indexes": {f.shard for f in slices} != {f.shard for f in ledger.indexes()},
+        "checkpoints": any(head.key not in known for head in heads if head.key is not None),
+    }
+    if any(lost.values()):
+        raise IntegrityError(
+            "the ledger contradicts itself; nothing was changed",
+            got=", ".join(name for name, each in lost.items() if each) + " are missing",
+            next_step="restore the model directory from a backup",
+        )
 
 
 def _under_way(world: World) -> list[Request]:

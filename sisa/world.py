@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from sisa.assign import Assigner, slice_root
 from sisa.digest import digest_of
 from sisa.domain import IndexFile, Record, RecordRow, SliceFile, SliceState
+from sisa.errors import IntegrityError
 from sisa.plan import Recipe, ShardPlan, ShardView
 from sisa.ports import (
     CheckpointStore,
@@ -68,7 +69,14 @@ def write_slice(
     for file in world.ledger.slices(shard):
         if file.slice == slice_:
             by_digest.update({each.id_digest: each for each in world.records.read(file)})
-    records = [by_digest[digest] for digest in sorted(row.id_digest for row in rows)]
+    wanted = sorted(row.id_digest for row in rows)
+    if not by_digest.keys() >= set(wanted):
+        raise IntegrityError(
+            "the ledger holds records that its slice file does not",
+            where=f"shard {shard}, slice {slice_}",
+            next_step="run `sisa verify`; restore the model directory from a backup",
+        )
+    records = [by_digest[digest] for digest in wanted]
     return world.records.write(shard, slice_, slice_root(rows), records)
 
 

@@ -70,6 +70,8 @@ class SqlLedger:
                 os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
         elif not path.exists():
             raise IntegrityError("the ledger is missing", where=str(path))
+        elif path.is_file() and path.stat().st_size == 0:
+            raise self._corrupt("an empty file")  # SQLite would write a header into it
         url = sa.URL.create("sqlite", database=str(path))
         self._engine = sa.create_engine(url, connect_args={"timeout": 10.0})
         sa.event.listen(self._engine, "connect", _set_pragmas)
@@ -116,6 +118,8 @@ class SqlLedger:
             ) from error
         except DatabaseError as error:
             raise self._corrupt(str(error.orig)) from error
+        except UnicodeDecodeError as error:
+            raise self._corrupt("text that is not UTF-8") from error
 
     def _corrupt(self, cause: str) -> IntegrityError:
         return IntegrityError(
@@ -136,7 +140,13 @@ class SqlLedger:
             found = connection.execute(query)
             keys = list(found.keys())
             pick = itemgetter(*(keys.index(name) for name in names))
-            return [kind(*pick(row)) for row in found]
+            rows = [pick(row) for row in found]
+        for name, values in zip(names, zip(*rows, strict=True), strict=False):
+            column = query.selected_columns[name]
+            allowed = {column.type.python_type, *([type(None)] if column.nullable else [])}
+            if not set(map(type, values)) <= allowed:
+                raise self._corrupt(f"a value of another type in {column}")
+        return [kind(*row) for row in rows]
 
     def seq(self) -> int:
         return int(self.meta().get("seq", "0"))
@@ -247,15 +257,20 @@ class SqlLedger:
     def requests(self) -> list[Request]:
         query = sa.select(REQUESTS.c.body).order_by(REQUESTS.c.seq, REQUESTS.c.request_id)
         with self._reading() as connection:
-            bodies = [json.loads(body) for body in connection.execute(query).scalars()]
-        for body in bodies:
-            body["shards"] = tuple(tuple(each) for each in body["shards"])
-        return [Request(**body) for body in bodies]
+            bodies = list(connection.execute(query).scalars())
+        try:
+            return [_request(json.loads(body)) for body in bodies]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise self._corrupt("a request that can't be read") from error
 
     def num_tombstones(self) -> int:
         with self._reading() as connection:
             query = sa.select(sa.func.count()).select_from(TOMBSTONES)
             return int(connection.execute(query).scalar_one())
+
+
+def _request(body: dict[str, Any]) -> Request:
+    return Request(**{**body, "shards": tuple(tuple(each) for each in body["shards"])})
 
 
 def _of_shard(query: sa.Select[Any], table: sa.Table, shard: int | None) -> sa.Select[Any]:

@@ -1,0 +1,121 @@
+"""A model without torch: the real stores, ledger and index around a base that is only a name.
+
+Rules: training confesses (`tests.fakes.FakeTrainer`): an adapter lists every record id that touched it.
+Everything else is the product itself; only what would load torch or ask a hub is replaced, and only
+between `with cheap_parts():` and its end.
+
+Not covered: lengths in tokens, the adapter's modules.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from sisa import opening
+from sisa.digest import digest_of
+from sisa.domain import Record, SliceJob
+from sisa.errors import EnvironmentFault, InvalidInput
+from sisa.model.hashing import HashingEmbedder
+from sisa.opening import Named, Parts
+from sisa.ports import Executor, StoredRecord
+from sisa.serial import SerialExecutor, Site
+from sisa.store.checkpoints import FileCheckpoints
+from sisa.store.records import FileRecords
+from tests.fakes import FakeTrainer
+
+
+@dataclass(frozen=True)
+class NamedBase:
+    """A base that nobody loads."""
+
+    name: str
+    directory: Path
+    digest: str
+
+
+class CheapParts(Parts):
+    """The parts of a model, with words as tokens and any name as a base."""
+
+    @cached_property
+    def base(self) -> Any:
+        found = NamedBase(self.config.base_model, Path("no-base"), digest_of(self.config.base_model))
+        known: Named | None = self._base
+        if known is not None:
+            opening._refuse_change("base model", known, found.digest)
+        return found
+
+    @cached_property
+    def embedder(self) -> Any:
+        if self.config.sisa.embedder != "hashing":
+            raise InvalidInput("no such embedder here", where="sisa.embedder")
+        return HashingEmbedder()
+
+    def count_tokens(self, records: Sequence[Record]) -> list[int]:
+        return [len(record.text.split()) + 1 for record in records]
+
+    def check_modules(self) -> None:
+        """Any module will do."""
+
+
+class SlowTrainer:
+    """The confessing trainer, taking its time: half of the ticks, a pause, the rest."""
+
+    def __init__(self, pause_s: float = 0.0) -> None:
+        self._pause_s = pause_s
+
+    def train(
+        self,
+        job: SliceJob,
+        parent: Mapping[str, bytes] | None,
+        records: Sequence[StoredRecord],
+        progress: Callable[[int, int], None],
+    ) -> dict[str, bytes]:
+        progress(len(records) // 2, len(records))
+        time.sleep(self._pause_s)
+        files = FakeTrainer().train(job, parent, records, progress)
+        return {**files, "adapter_config.json": b"{}"}
+
+
+def open_cheap(site: Site, _options: Mapping[str, Any]) -> Executor:
+    """The serial executor with the confessing trainer."""
+    records, checkpoints = FileRecords(site.records_dir), FileCheckpoints(site.checkpoints_dir)
+    return SerialExecutor(SlowTrainer(), records, checkpoints)
+
+
+def _no_hub(*_: Any) -> Any:
+    raise EnvironmentFault("the hub can't be reached", where="datasets")
+
+
+@contextlib.contextmanager
+def cheap_parts() -> Iterator[None]:
+    """Let the whole product use cheap parts: base, tokens, executors; hub names find no network."""
+    find = opening.find_executor
+
+    def find_cheap(executor: Any) -> Any:
+        return open_cheap if executor in ("serial", "ray") else find(executor)
+
+    swaps = {Parts: CheapParts, find: find_cheap}
+    done: list[tuple[Any, str, Any]] = []
+    reader = sys.modules.get("sisa.reader")
+    for name, module in list(sys.modules.items()):
+        if name.startswith("sisa.") and module is not None:
+            for key, value in list(vars(module).items()):
+                for old, new in swaps.items():
+                    if value is old and not name.startswith("sisa.model"):
+                        done.append((module, key, value))
+                        setattr(module, key, new)
+    if reader is not None and hasattr(reader, "export_rows"):
+        done.append((reader, "export_rows", vars(reader)["export_rows"]))
+        vars(reader)["export_rows"] = _no_hub
+    try:
+        yield
+    finally:
+        for module, key, value in done:
+            setattr(module, key, value)

@@ -1,0 +1,335 @@
+"""The ground that endurance tests stand on: a folder with a model, its source files and its home.
+
+Rules: all models share one partition key, so that any of them can be compared with one that was trained
+from scratch. Whatever a step may change lies inside `site`, the user's state directory too: a snapshot
+of the site is the whole world. Commands run in processes of their own (`child.py`); what is asked here
+is read from the disk between them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sisa.assign import Assigner, Layout
+from sisa.digest import Keyed, digest_of, file_sha256
+from sisa.domain import RecordRow, Tombstone
+from sisa.errors import SisaError
+from sisa.model.numerics import describe_fingerprint
+from sisa.opening import CHECKPOINTS, INDEX, LEDGER, RECORDS
+from sisa.samples import to_jsonl
+from sisa.store.checkpoints import FileCheckpoints
+from sisa.store.files import held_names
+from sisa.store.ledger import SqlLedger
+from sisa.world import model_digest
+from tests.endurance.child import FAILED
+from tests.fakes import ADAPTER
+
+ROOT = Path(os.path.abspath(__file__)).parents[2]
+KEY = "3ada92f28b4ceda38562ebf047c6ff05400d4c572352a1142eedfef67d21e662"
+LAYOUT = Layout(num_shards=3, num_slices=2)
+SETTINGS: dict[str, Any] = {
+    "num_epochs": 2,
+    "lora_r": 4,
+    "lora_dropout": 0.1,
+    "warmup_ratio": 0.2,
+    "learning_rate": 0.01,
+    "sequence_len": 128,
+}
+LIBRARIES = ("torch", "peft", "faiss-cpu", "pyarrow", "sqlalchemy", "numpy")
+Row = Mapping[str, Any]
+
+
+class Broken(AssertionError):
+    """A promise that did not hold."""
+
+
+def expect(holds: bool, what: str) -> None:
+    if not holds:
+        raise Broken(what)
+
+
+class Zygote:
+    """A process that has imported everything and forks a child for each order."""
+
+    def __init__(self, trainer: str) -> None:
+        threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        self.trainer = trainer
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.endurance.child", "--serve", trainer],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, **threads, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"},
+        )
+
+    def __call__(self, order: Mapping[str, Any]) -> int:
+        """The child's exit status: 0, FAILED plus an exit code, or -9."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps({"trainer": self.trainer, **order}) + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        expect(bool(answer), "the process that forks children has died")
+        return int(answer)
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A model at rest: digests of its files, its heads, what it holds and what it deleted."""
+
+    files: dict[str, str]
+    heads: tuple[tuple[int, str | None, str | None], ...]
+    digest: str
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What a killed process left behind."""
+
+    state: str
+    held: frozenset[str]
+    deleted: frozenset[str]
+
+
+class Ground:
+    """A site, its snapshots, and the commands on it."""
+
+    def __init__(self, folder: Path, zygote: Zygote, base: str) -> None:
+        self.folder = folder
+        self.zygote = zygote
+        self.base = base
+        self.site = folder / "site"
+        self.model = self.site / "model"
+        self.assigner = Assigner(Keyed(bytes.fromhex(KEY)), LAYOUT)
+
+    def prepare(self, rows: Sequence[Row], name: str = "run.yaml", **settings: Any) -> Path:
+        """Write a run file and its records."""
+        self.site.mkdir(parents=True, exist_ok=True)
+        source = self.file(f"{Path(name).stem}.jsonl", rows)
+        (self.site / "shared.key").write_text(KEY)
+        content = {
+            "base_model": self.base,
+            "datasets": [{"path": source.name}],
+            "output_dir": "model",
+            **SETTINGS,
+            **settings,
+            "sisa": {
+                "shards": LAYOUT.num_shards,
+                "slices": LAYOUT.num_slices,
+                "partition_key_file": "shared.key",
+            },
+        }
+        path = self.site / name
+        path.write_text(yaml.safe_dump(content))
+        return path
+
+    def file(self, name: str, rows: Sequence[Row]) -> Path:
+        path = self.site / name
+        path.write_text(to_jsonl(rows), encoding="utf-8")
+        return path
+
+    def order(self, order: Mapping[str, Any], **options: Any) -> int:
+        """Carry out a step in a process of its own; its exit status."""
+        errors = self.folder / "errors.txt"
+        errors.unlink(missing_ok=True)
+        full = {"model": str(self.model), "home": str(self.site / "home"), "errors": str(errors)}
+        return self.zygote({**full, **order, **options})
+
+    def must(self, order: Mapping[str, Any], **options: Any) -> None:
+        """Carry out a step that has to succeed."""
+        status = self.order(order, **options)
+        errors = self.folder / "errors.txt"
+        said = errors.read_text() if errors.exists() else ""
+        expect(status == 0, f"`{order['do']}` ended with {status}: {said}")
+
+    def snapshot(self, name: str) -> None:
+        shutil.copytree(self.site, self.folder / "snapshots" / name)
+
+    def restore(self, name: str) -> None:
+        shutil.rmtree(self.site, ignore_errors=True)
+        shutil.copytree(self.folder / "snapshots" / name, self.site)
+
+    def picture(self) -> Picture:
+        """The model at rest."""
+        files = {
+            path.relative_to(self.model).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+            for folder in (RECORDS, INDEX, CHECKPOINTS)
+            for path in sorted((self.model / folder).rglob("*"))
+            if path.is_file()
+        }
+        ledger = SqlLedger(self.model / LEDGER)
+        try:
+            heads = tuple((each.shard, each.key, each.target) for each in ledger.heads())
+            return Picture(files, heads, model_digest(ledger))
+        finally:
+            ledger.close()
+
+    def lookup(self, ids: Iterable[str]) -> dict[str, RecordRow | Tombstone]:
+        """What the ledger says of some records, by id."""
+        digests = {self.assigner.id_digest(each): each for each in ids}
+        ledger = SqlLedger(self.model / LEDGER)
+        try:
+            return {digests[digest]: found for digest, found in ledger.lookup(digests).items()}
+        finally:
+            ledger.close()
+
+    def tainted(self, ids: Iterable[str]) -> set[str]:
+        """Checkpoints that the held ones of these records touched."""
+        from sisa.plan import tainted
+
+        rows = [each for each in self.lookup(ids).values() if isinstance(each, RecordRow)]
+        ledger = SqlLedger(self.model / LEDGER)
+        try:
+            return set(tainted(ledger.checkpoints(), rows))
+        finally:
+            ledger.close()
+
+    def moment(
+        self, ids: Sequence[str], named: Sequence[str], tainted: Iterable[str], *, confessing: bool
+    ) -> Moment:
+        """What a killed command left, read from a copy. Raises Broken if a served head is not clean.
+
+        `ids` are all that there ever were, `named` those that the command was to delete, and `tainted`
+        the checkpoints that these had touched.
+        """
+        probe = Ground(self.folder / "probe", self.zygote, self.base)
+        shutil.rmtree(probe.folder, ignore_errors=True)
+        shutil.copytree(self.site, probe.site)
+        try:
+            return probe._moment(ids, set(named), set(tainted), confessing)
+        finally:
+            shutil.rmtree(probe.folder)
+
+    def _moment(
+        self, ids: Sequence[str], named: set[str], tainted: set[str], confessing: bool
+    ) -> Moment:
+        try:
+            ledger = SqlLedger(self.model / LEDGER)
+        except SisaError:
+            return Moment("no ledger", frozenset(), frozenset())
+        try:
+            heads = ledger.heads()
+            if not heads:
+                return Moment("nothing committed", frozenset(), frozenset())
+            checkpoints = {each.key: each for each in ledger.checkpoints()}
+            names = held_names(self.model / CHECKPOINTS)
+            open_ = [head for head in heads if not head.converged]
+            requests = sorted({each.state for each in ledger.requests()} - {"completed"})
+            left = "left-overs" if names - checkpoints.keys() else "tidy"
+        finally:
+            ledger.close()
+        found = self.lookup(ids)
+        held = frozenset(each for each, row in found.items() if isinstance(row, RecordRow))
+        store = FileCheckpoints(self.model / CHECKPOINTS)
+        for key in [head.key for head in heads if head.key is not None]:
+            expect(key in checkpoints, "a head serves a checkpoint that the ledger does not know")
+            files = store.load(key, checkpoints[key].manifest_sha256)
+            if confessing:
+                touched = set(json.loads(files[ADAPTER])["touched"])
+                expect(touched <= held, f"a head knows {len(touched - held)} records not held")
+            if key in tainted:
+                gone = named & (found.keys() - held)
+                expect(not gone, "a head is a checkpoint that a deleted record touched")
+        state = f"{len(open_)} shards open, {left}" + "".join(f", {each}" for each in requests)
+        return Moment(state, held, frozenset(found) - held)
+
+    def request_problems(self, deletions: Sequence[Sequence[str]], num_waiting: int = 0) -> list[str]:
+        """Requests that were lost or done twice, given the ids of every deletion so far and the number
+        of requests that were approved and not yet run."""
+        ledger = SqlLedger(self.model / LEDGER)
+        try:
+            requests = {each.request_id: each for each in ledger.requests()}
+        finally:
+            ledger.close()
+        states = Counter[str](each.state for each in requests.values())
+        wanted = Counter(completed=len(deletions), approved=num_waiting)
+        problems = [] if +wanted == states else [f"requests: {dict(states)}, expected {dict(wanted)}"]
+        seen: list[str] = []
+        for ids in deletions:
+            found = self.lookup(ids)
+            by = {each.request_id for each in found.values() if isinstance(each, Tombstone)}
+            if len(found) != len(ids) or len(by) != 1 or not by <= requests.keys():
+                problems.append(f"{len(ids)} deleted records belong to {len(by)} known requests")
+            seen += by
+        if len(set(seen)) != len(deletions):
+            problems.append("two deletions share a request")
+        return problems
+
+
+def scratch_picture(
+    folder: Path, zygote: Zygote, base: str, rows: Sequence[Row], **settings: Any
+) -> Picture:
+    """A model that never held anything else."""
+    shutil.rmtree(folder, ignore_errors=True)
+    ground = Ground(folder, zygote, base)
+    ground.must({"do": "train", "run": str(ground.prepare(rows, **settings))})
+    try:
+        return ground.picture()
+    finally:
+        shutil.rmtree(folder)
+
+
+def compare(found: Picture, wanted: Picture, what: str) -> None:
+    """Raises Broken that names the files in which two models differ."""
+    names = found.files.keys() | wanted.files.keys()
+    differing = sorted(name for name in names if found.files.get(name) != wanted.files.get(name))
+    expect(not differing, f"{what}: {len(differing)} files differ: {differing[:3]}")
+    expect(found.heads == wanted.heads, f"{what}: the heads differ")
+    expect(found.digest == wanted.digest, f"{what}: the model digests differ")
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, for the JSON beside the counts."""
+    processor = describe_fingerprint(1)["processor"]
+    packages = ("sisa", "approx", "cluster")
+    sources = sorted(path for each in packages for path in (ROOT / each).rglob("*.py"))
+    named = [[path.relative_to(ROOT).as_posix(), file_sha256(path)] for path in sources]
+    return {
+        "version": metadata.version("deletion-ready-model"),
+        "source_sha256": digest_of(named),
+        "python": sys.version.split()[0],
+        "libraries": {name: metadata.version(name) for name in LIBRARIES},
+        "cpus": len(os.sched_getaffinity(0)),
+        "processor": processor["model"],
+    }
+
+
+def write_json(path: Path, found: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(found, indent=2, sort_keys=False) + "\n", encoding="utf-8")
+
+
+def table(title: str, counts: Mapping[str, int]) -> str:
+    """Counts by state, set out in lines."""
+    width = max([len(name) for name in counts], default=0)
+    lines = [f"  {name:<{width}}  {count:>6}" for name, count in sorted(counts.items())]
+    return "\n".join([title, *lines])
+
+
+def killed(status: int) -> bool:
+    return status == -signal.SIGKILL
+
+
+def failed(status: int) -> bool:
+    return status >= FAILED

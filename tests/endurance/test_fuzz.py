@@ -1,0 +1,87 @@
+"""A seeded handful of mutated inputs of every kind, and the mutations that once broke something.
+
+The full run is `python -m tests.endurance.fuzz --inputs 10000 --out tests/endurance/fuzz.json`.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+
+import pytest
+
+from tests.endurance import fuzz
+from tests.endurance.fuzz import Box, invoke, product, words
+
+SEED, NUM_INPUTS = 3, 150
+
+
+@pytest.mark.slow
+def test_mutated_inputs_bring_no_traceback_no_hang_and_no_damage() -> None:
+    found = fuzz.run(SEED, NUM_INPUTS)
+    assert found["failures"] == []
+    assert len(found["by_kind_and_exit_code"]) == 10
+    assert sum(sum(each.values()) for each in found["by_kind_and_exit_code"].values()) == NUM_INPUTS
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Box:
+    box = Box(tmp_path_factory.mktemp("box"))
+    with pytest.MonkeyPatch.context() as patch, product():
+        patch.chdir(box.folder)
+        box.make()
+    return box
+
+
+@pytest.fixture
+def box(made: Box, monkeypatch: pytest.MonkeyPatch) -> Iterator[Box]:
+    """A model of 22 records in the working directory, as it was made."""
+    monkeypatch.chdir(made.folder)
+    with product():
+        made.reset()
+        yield made
+
+
+def test_a_reading_command_leaves_an_empty_ledger_as_it_is(box: Box) -> None:
+    ledger = box.model / "ledger.sqlite"
+    ledger.write_bytes(b"")
+    assert invoke(words(("status", "-m", "model"))).code == 4
+    assert ledger.read_bytes() == b""
+
+
+TRAIN = ("train", "run.yaml", "--executor", "serial")
+LOST = [
+    ("DELETE FROM heads", TRAIN),
+    ("DELETE FROM slices", TRAIN),
+    ("DELETE FROM records", TRAIN),
+    ("DELETE FROM indexes", TRAIN),
+    ("DELETE FROM checkpoints", TRAIN),
+    ("DELETE FROM meta WHERE key = 'base'", ("status", "-m", "model")),
+    ("DELETE FROM meta WHERE key = 'key'", ("status", "-m", "model")),
+    ("UPDATE meta SET value = '0.5' WHERE key = 'base'", ("status", "-m", "model")),
+    ("UPDATE meta SET value = 'x' WHERE key = 'embedder'", ("status", "-m", "model")),
+    ("DELETE FROM slices", ("find", "-m", "model", "--subject", "p002")),
+    ("DELETE FROM slices", ("forget", "-m", "model", "p005-q1", "--executor", "serial")),
+    ("DELETE FROM checkpoints", ("status", "-m", "model")),
+    ("DELETE FROM indexes", ("find", "-m", "model", "--like", "p003-q2")),
+    ("UPDATE requests SET body = 'x'", ("status", "-m", "model")),
+    ("UPDATE requests SET body = '{}'", ("request list", "-m", "model")),
+    ("UPDATE heads SET target = x'ff'", ("status", "-m", "model")),
+    ("UPDATE checkpoints SET record_epochs = 'x'", ("forget", "-m", "model", "p005-q1", "--dry-run")),
+    ("UPDATE slices SET num_records = 'x'", ("status", "-m", "model")),
+    ("UPDATE records SET slice = 'x'", ("where", "-m", "model", "p005-q1")),
+]
+
+
+@pytest.mark.parametrize(("statement", "line"), LOST)
+def test_a_ledger_that_contradicts_itself_is_an_integrity_error(
+    box: Box, statement: str, line: tuple[str, ...]
+) -> None:
+    connection = sqlite3.connect(box.model / "ledger.sqlite")
+    with connection:
+        connection.execute(statement)
+    connection.close()
+    before = box.digest()
+    done = invoke(words(line))
+    assert done.code == 4, done.out + done.err
+    assert box.digest() == before
