@@ -161,11 +161,13 @@ def _ask(story: Story, model: Model, num_people: int) -> None:
 
 
 def _with_company(model: Model, rows: Sequence[Mapping[str, str]]) -> str:
-    """The first person whose shard holds others, too, so that there is something to retrain."""
+    """The first person of the smallest shard that holds others, too: something to retrain, in little
+    time however unevenly so few people fell."""
     located = {each.id: each.shard for each in model.where([row["id"] for row in rows])}
     places = {row["subject_id"]: located[row["id"]] for row in rows}
     taken = Counter(places.values())
-    return next((who for who, shard in places.items() if taken[shard] > 1), rows[0]["subject_id"])
+    with_company = [who for who, shard in places.items() if taken[shard] > 1]
+    return min(with_company, key=lambda who: taken[places[who]], default=rows[0]["subject_id"])
 
 
 def _delete(story: Story, model: Model, num_people: int) -> None:
