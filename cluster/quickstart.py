@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -138,7 +137,7 @@ def _fetch(base_model: str) -> None:
 def _ask(story: Story, model: Model, num_people: int) -> None:
     """Ask about one person until the model answers rightly, and look up where that person is."""
     rows = make_people(num_people, RECORDS_PER_PERSON)
-    subject = _with_company(model, rows)
+    subject = _typical(model, rows)
     about = [row for row in rows if row["subject_id"] == subject]
     with story.step("ask", "asking the model about one of them"):
         answers = model.generate_all([row["prompt"] for row in about], max_new_tokens=16)
@@ -160,14 +159,14 @@ def _ask(story: Story, model: Model, num_people: int) -> None:
         )
 
 
-def _with_company(model: Model, rows: Sequence[Mapping[str, str]]) -> str:
-    """The first person of the smallest shard that holds others, too: something to retrain, in little
-    time however unevenly so few people fell."""
-    located = {each.id: each.shard for each in model.where([row["id"] for row in rows])}
-    places = {row["subject_id"]: located[row["id"]] for row in rows}
-    taken = Counter(places.values())
-    with_company = [who for who, shard in places.items() if taken[shard] > 1]
-    return min(with_company, key=lambda who: taken[places[who]], default=rows[0]["subject_id"])
+def _typical(model: Model, rows: Sequence[Mapping[str, str]]) -> str:
+    """The person whose deletion costs the median of those that retrain anything (who was alone in a
+    last slice leaves nothing to retrain)."""
+    people = list(dict.fromkeys(row["subject_id"] for row in rows))
+    plans = {who: model.plan_forget(subject=who).forgetting for who in people}
+    costs = {who: plan.record_epochs_retrained for who, plan in plans.items()}
+    ranked = sorted((who for who in people if costs[who]), key=lambda who: costs[who])
+    return ranked[len(ranked) // 2] if ranked else people[0]
 
 
 def _delete(story: Story, model: Model, num_people: int) -> None:
