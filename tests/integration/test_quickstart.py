@@ -24,7 +24,7 @@ def test_quickstart_ends_in_equal_bytes(tmp_path: Path, capsys: pytest.CaptureFi
         assert story["equal"]
         assert not story["leaked"]
         assert 0 < story["record_epochs_retrained"] < story["record_epochs_full"]
-        assert story["answer_before"] != story["answer_after"]
+        assert not story["answered"] or story["answer_before"] != story["answer_after"]
         assert run(["verify", "-m", str(target / "model"), "--replay", "all", "--json"]) == 0
         proof = json.loads(capsys.readouterr().out)
         assert proof["ok"]
