@@ -165,9 +165,9 @@ def _commit_removed(
             indexes.append(world.index.build(plan.shard, index_root(rows), base, kept))
         else:
             unindexed.append(plan.shard)
-    now = world.now()
+    now, before = world.now(), model_digest(world.ledger)
     accepted = [
-        _accepted(world, request, planned, named[request.request_id], now) for request in requests
+        _accepted(request, planned, named[request.request_id], now, before) for request in requests
     ]
     world.ledger.commit(
         Change(
@@ -213,7 +213,7 @@ def _refuse_held(world: World, named: Collection[str]) -> None:
 
 
 def _accepted(
-    world: World, request: Request, planned: Forgetting, rows: Sequence[RecordRow], now: str
+    request: Request, planned: Forgetting, rows: Sequence[RecordRow], now: str, before: str
 ) -> Request:
     """A request at its commit; record-epochs are those of the batch that it runs in."""
     first = {shard: min(r.slice for r in rows if r.shard == shard) for shard in {r.shard for r in rows}}
@@ -230,7 +230,7 @@ def _accepted(
         ),
         record_epochs_retrained=planned.record_epochs_retrained,
         record_epochs_full=planned.record_epochs_full,
-        model_digest_before=model_digest(world.ledger),
+        model_digest_before=before,
     )
 
 
@@ -238,7 +238,7 @@ def _tombstones(
     world: World, planned: Forgetting, named: Mapping[str, Sequence[RecordRow]], now: str
 ) -> list[Tombstone]:
     by_record = {row.id_digest: request for request, rows in named.items() for row in rows}
-    held = world.ledger.checkpoints()
+    held = {plan.shard: world.ledger.checkpoints(plan.shard) for plan in planned.plans}
     return [
         Tombstone(
             id_digest=row.id_digest,
@@ -248,7 +248,7 @@ def _tombstones(
             slice=row.slice,
             request_id=by_record[row.id_digest],
             deleted_at=now,
-            checkpoints_erased=len(tainted(held, [row])),
+            checkpoints_erased=len(tainted(held[row.shard], [row])),
         )
         for row in planned.removed
     ]
