@@ -126,6 +126,7 @@ class Model:
                 where=str(self.directory),
                 next_step="run `sisa train RUN.yaml` again",
             )
+        self.id = opening.model_id(meta)
         self.config = opening.stored_config(meta)
         self.base = opening.named(meta, "base")
         self.embedder = opening.named(meta, "embedder")

@@ -15,7 +15,10 @@ this package never imports the one that uses Ray.
 from __future__ import annotations
 
 import json
+import os
+import re
 import secrets
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -272,6 +275,29 @@ def stored_secret(directory: Path, config: RunConfig) -> bytes:
             next_step="restore it from a backup: without it no record can be found",
         )
     return read_secret(directory / KEY)
+
+
+def new_model_id() -> str:
+    """The name of a new model, which its copies share: what is kept outside its directory bears it."""
+    return uuid.uuid4().hex
+
+
+def model_id(ledger_meta: Mapping[str, str]) -> str:
+    """The model's name. Raises IntegrityError for one that is none: paths are made of it."""
+    found = ledger_meta.get("model", "")
+    if not re.fullmatch(r"[0-9a-f]{32}", found):
+        raise IntegrityError(
+            "the ledger does not name its model",
+            got="another name" if found else "no name",
+            next_step="restore the model directory from a backup",
+        )
+    return found
+
+
+def state_dir() -> Path:
+    """Where this user's programs keep state: `$XDG_STATE_HOME/sisa`, else `~/.local/state/sisa`."""
+    home = os.environ.get("XDG_STATE_HOME", "")
+    return (Path(home) if os.path.isabs(home) else Path.home() / ".local" / "state") / "sisa"
 
 
 def close(world: World) -> None:

@@ -78,7 +78,8 @@ def _first_training(
             directory, parts, keyed, executor, report, base_digest=parts.base.digest, create=True
         )
         try:
-            taken = train(world, records, {**meta, "key": keyed.name})
+            named = {"key": keyed.name, "model": opening.new_model_id()}
+            taken = train(world, records, {**meta, **named})
         finally:
             opening.close(world)
     return Model(directory, executor=executor, report=report), taken

@@ -3,11 +3,15 @@
 Tests run in random order, but those without torch or sockets come before those with a tiny model, and
 Ray and the real model come last, so that most failures show within seconds.
 
+What a model keeps outside its directory goes to a state directory of the test's own.
+
 A failure must be repeatable from the log alone, so examples are derived from the test, no database is
 kept beside the tree, and the blob that reproduces a failure is printed.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
@@ -28,3 +32,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             (COST.index(m.name) + 1 for m in item.iter_markers() if m.name in COST), default=0
         )
     )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _shared_state_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """For models that several tests share; no test reaches the state directory of the person at work."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("shared-state")))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _state_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies of one model bear one name: what a test does to its copy must not reach the next test's."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))

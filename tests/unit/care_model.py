@@ -89,6 +89,7 @@ def build(directory: Path) -> None:
         "base": json.dumps({"name": "base", "digest": BASE}),
         "embedder": json.dumps(named),
         "key": Keyed(SECRET).name,
+        "model": "0" * 32,
     }
     with world_of(directory, create=True) as world:
         train(world, [record(number) for number in range(NUM_RECORDS)], meta)

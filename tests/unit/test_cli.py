@@ -85,6 +85,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "base": json.dumps({"name": "base", "digest": "b" * 64}),
         "embedder": json.dumps(named),
         "key": keyed.name,
+        "model": "0" * 32,
     }
     train(world, [record(number) for number in range(20)], meta)
     row = world.assigner.row(record(19), 1)

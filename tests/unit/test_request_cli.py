@@ -93,6 +93,7 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "base": json.dumps({"name": "base", "digest": BASE.digest}),
         "embedder": json.dumps(named),
         "key": keyed.name,
+        "model": "0" * 32,
     }
     train(world, [record(number) for number in range(NUM_RECORDS)], meta)
     opening.close(world)
