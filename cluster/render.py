@@ -170,7 +170,8 @@ def status(found: Status) -> Result:
     for each in found.shards:
         per_slice = " ".join(map(str, each.slice_records))
         head = each.head[:16] + "..." if each.head else "none (the base)"
-        waiting = "" if each.converged else "  (waiting to be trained)"
+        target = "the base" if each.target is None else f"{each.target[:16]}..."
+        waiting = "" if each.converged else f"  (clean; {target} is to be trained)"
         depth = f"{each.depth}/{each.num_slices}"
         lines.append(f"{each.shard:5}  {each.records:7}  {per_slice:20} {depth:>5}  {head}{waiting}")
     lines += [
@@ -178,7 +179,9 @@ def status(found: Status) -> Result:
         for each in found.requests
     ]
     lines.append(", ".join(f"{name} {size:,} bytes" for name, size in found.sizes_bytes.items()))
-    return Result(asdict(found), "\n".join(lines))
+    path, standing = found.witness
+    lines.append(f"witness {path}: {standing}")
+    return Result(asdict(found) | {"witness": {"path": path, "standing": standing}}, "\n".join(lines))
 
 
 def verified(found: Verification) -> Result:

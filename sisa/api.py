@@ -50,6 +50,7 @@ from sisa.store import files
 from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.ledger import SqlLedger
 from sisa.verify import Verification, verify
+from sisa.witness import Standing, is_behind, settle, standing
 from sisa.world import World, model_digest
 
 Replay = Literal["none", "sample", "all"]
@@ -76,6 +77,7 @@ class Status:
     shards: tuple[query.ShardStatus, ...]
     requests: tuple[Request, ...]
     sizes_bytes: dict[str, int]
+    witness: tuple[str, Standing] = ("", "absent")  # where it rests, and how it stands to the ledger
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,8 @@ class Model:
             )
 
     @contextlib.contextmanager
-    def _world(self) -> Iterator[World]:
+    def _world(self, *, locked: bool = False) -> Iterator[World]:
+        """The model's parts, after it has caught up with its witness. `locked`: the caller writes."""
         world = opening.open_world(
             self.directory,
             self.parts,
@@ -150,8 +153,14 @@ class Model:
             self.executor,
             self.report,
             base_digest=self.base.digest,
+            model=self.id,
         )
         try:
+            if locked:
+                settle(world)
+            elif is_behind(world):
+                with files.writer_lock(self.directory / LOCK):
+                    settle(world)
             yield world
         finally:
             opening.close(world)
@@ -161,7 +170,7 @@ class Model:
         opening.check_executor(self.executor)  # an unknown one is refused before anything is written
         with files.writer_lock(self.directory / LOCK):
             files.erase(self.directory / SCRATCH)
-            with self._world() as world:
+            with self._world(locked=True) as world:
                 yield world
 
     def add(self, source: Path | str | Sequence[Record], *, allow_deleted: bool = False) -> Taken:
@@ -303,6 +312,7 @@ class Model:
                 sizes_bytes={
                     name: _size(self.directory / name) for name in (LEDGER, RECORDS, INDEX, CHECKPOINTS)
                 },
+                witness=(world.witness.location(), standing(world)),
             )
 
     def verify(self, replay: Replay = "none", shard: int | None = None) -> Verification:

@@ -193,6 +193,9 @@ class RunConfig(_Block):
     output_dir: LocalPath = _key(
         ..., "none", "Directory of the model: adapters, records, index, ledger."
     )
+    witness: LocalPath | None = _key(
+        None, "none", "Directory that remembers deletions outside the model; null: your state directory."
+    )
     adapter: Literal["lora"] = _key("lora", "retrain", "Kind of adapter.")
     lora_r: Int = _key(8, "retrain", "Rank of the adapters.", ge=1, le=4096)
     lora_alpha: Int = _key(

@@ -22,7 +22,7 @@ from sisa.plan import ShardPlan, ShardView, plan_shard, tainted
 from sisa.ports import Change
 from sisa.reconcile import note_failure, reconcile
 from sisa.requests import event
-from sisa.world import Place, World, check_sources, model_digest, only, view_shard, write_slice
+from sisa.world import Place, World, check_sources, commit, model_digest, only, view_shard, write_slice
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def forget(world: World, requests: Sequence[Request]) -> tuple[Request, ...]:
         return ()
     named = {request.request_id: rows_named(world, request) for request in requests}
     try:
-        _commit_removed(world, requests, named, Change())
+        commit_removed(world, requests, named, Change())
     except SisaError as error:
         note_failure(world, requests, error)
         raise
@@ -126,7 +126,7 @@ def forget_at_once(world: World, arrival: Arrival) -> Request:
     nothing, a crash after it is finished by the next command."""
     rows = _held(world, arrival.named)
     request = arrival.request
-    _commit_removed(world, [request], {request.request_id: rows}, arrival.change())
+    commit_removed(world, [request], {request.request_id: rows}, arrival.change())
     reconcile(world)
     return next(each for each in world.ledger.requests() if each.request_id == request.request_id)
 
@@ -140,14 +140,22 @@ def _held(world: World, named: Sequence[str]) -> list[RecordRow]:
     return [each for each in world.ledger.lookup(named).values() if isinstance(each, RecordRow)]
 
 
-def _commit_removed(
+def commit_removed(
     world: World,
     requests: Sequence[Request],
     named: Mapping[str, Sequence[RecordRow]],
     arriving: Change,
+    *,
+    held_too: bool = False,
 ) -> None:
+    """The commit that fixes what remains: rows go, heads roll back, requests are `rolled_back`.
+
+    `arriving` is taken in by the same transaction (names, events, tombstones); `held_too` deletes what
+    is under a legal hold. Raises ConfigConflict for a hold, IntegrityError for damaged files.
+    """
     union = {row.id_digest: row for rows in named.values() for row in rows}
-    _refuse_held(world, union)
+    if not held_too:
+        _refuse_held(world, union)
     planned = plan_forget(world, list(union.values()))
     if planned.removed:
         check_sources(world, planned.plans)
@@ -169,10 +177,11 @@ def _commit_removed(
     accepted = [
         _accepted(request, planned, named[request.request_id], now, before) for request in requests
     ]
-    world.ledger.commit(
+    commit(
+        world,
         Change(
             removed=planned.removed,
-            tombstones=_tombstones(world, planned, named, now),
+            tombstones=[*arriving.tombstones, *_tombstones(world, planned, named, now)],
             slices=slices,
             emptied=planned.emptied,
             indexes=indexes,
@@ -189,7 +198,7 @@ def _commit_removed(
                     for state in ("committed", "rolled_back")
                 ),
             ],
-        )
+        ),
     )
 
 

@@ -1,6 +1,7 @@
 """What is wrong with a model directory, how grave it is, and whether it can be made good.
 
     surroundings   a writer at work, a disk that is full or read-only, a clock that ran backwards
+    witness        whole, and not ahead of the ledger: a backup was restored (repair: deletes again)
     ledger, key    there, whole, of this version, fitting together: nothing here can be derived again
     slice files    there and as recorded: not derivable either, since only they hold the text
     index files    derivable from slice files                                       (repair: reindex)
@@ -33,12 +34,15 @@ from sisa import opening
 from sisa.api import silent
 from sisa.config import RunConfig
 from sisa.digest import KEY_BYTES, Keyed
+from sisa.domain import RecordRow
 from sisa.errors import InvalidInput, SisaError
 from sisa.examine import Finding, examine, finding
 from sisa.garbage import ROOMS, num_bytes, undisturbed
 from sisa.needles import open_readonly
 from sisa.opening import CHECKPOINTS, KEY, LEDGER, Parts
 from sisa.store.schema import SCHEMA_VERSION
+from sisa.witness import is_behind
+from sisa.world import World
 
 LEAST_FREE_BYTES = 64 * 2**20
 CLOCK_TOLERANCE_S = 1.0
@@ -189,20 +193,38 @@ def _opened(directory: Path, meta: dict[str, str]) -> list[Finding]:
     try:
         config = opening.stored_config(meta)
         base, embedder = opening.named(meta, "base"), opening.named(meta, "embedder")
+        model = opening.model_id(meta)
     except (SisaError, ValueError, KeyError, TypeError):
         return [finding("ledger_meta", "error", LEDGER, "its description of the model can't be parsed")]
     found, secret = _key(directory, config, meta.get("key", ""))
     parts, keyed = Parts(config, base, embedder), Keyed(secret or bytes(KEY_BYTES))
     try:
-        world = opening.open_world(directory, parts, keyed, "serial", silent, base_digest=base.digest)
+        world = opening.open_world(
+            directory, parts, keyed, "serial", silent, base_digest=base.digest, model=model
+        )
     except SisaError as error:
         return [*found, Finding("ledger_unreadable", "error", LEDGER, error.what, "", error.next_step)]
     try:
-        return found + examine(world, directory, with_key=secret is not None)
+        return found + _witness(world) + examine(world, directory, with_key=secret is not None)
     except SisaError as error:
         return [*found, finding("ledger_damaged", "error", LEDGER, error.what)]
     finally:
         opening.close(world)
+
+
+def _witness(world: World) -> list[Finding]:
+    """Whether deletions that were carried out are missing here: this ledger came from a backup."""
+    where = world.witness.location()
+    try:
+        told = world.witness.read()
+        if not is_behind(world):
+            return []
+    except SisaError as error:
+        return [Finding("witness", "error", where, error.what, "", error.next_step)]
+    found = world.ledger.lookup(told.tombstones).values()
+    live = sum(isinstance(each, RecordRow) for each in found)
+    what = f"the ledger is behind its witness: {live} records that were deleted are held again"
+    return [Finding("behind", "error", where, what, "sweep", "any other command deletes them again")]
 
 
 def _key(directory: Path, config: RunConfig, name: str) -> tuple[list[Finding], bytes | None]:

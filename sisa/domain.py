@@ -256,6 +256,22 @@ class RequestEvent:
 
 
 @dataclass(frozen=True, slots=True)
+class WitnessHead:
+    """The head of an event log as its witness saw it: the last event's link and the number of events."""
+
+    link: str
+    num_events: int
+
+
+@dataclass(frozen=True, slots=True)
+class Testimony:
+    """What a witness says: the newest head, None of an absent one, and the tombstones that stand."""
+
+    head: WitnessHead | None
+    tombstones: Mapping[str, Tombstone]  # by keyed id
+
+
+@dataclass(frozen=True, slots=True)
 class Hit:
     """A candidate of the index: the vector's id, its inner product with the query, its shard."""
 

@@ -27,7 +27,7 @@ from sisa.opening import CHECKPOINTS, INDEX, KEY, LEDGER, LOCK, RECORDS, SCRATCH
 from sisa.plan import plan_shard
 from sisa.ports import Change
 from sisa.store import files
-from sisa.world import World, view_shard
+from sisa.world import World, commit, view_shard
 
 if TYPE_CHECKING:
     from sisa.api import Model
@@ -155,7 +155,7 @@ def remove_garbage(world: World, directory: Path) -> tuple[Garbage, ...]:
     found = tuple(each for each in list_garbage(world, directory) if each.removable)
     retired = [each.path.rpartition("/")[2] for each in found if each.reason == RETIRED]
     if retired:
-        world.ledger.commit(Change(dropped=retired))
+        commit(world, Change(dropped=retired))
     for each in found:
         files.erase(directory / each.path)
     return found
@@ -166,7 +166,7 @@ def collect_garbage(model: Model, *, dry_run: bool) -> Collected:
     if dry_run:
         with model._world() as world:
             return Collected(True, list_garbage(world, model.directory), 0, 0)
-    with files.writer_lock(model.directory / LOCK), model._world() as world:
+    with files.writer_lock(model.directory / LOCK), model._world(locked=True) as world:
         items = list_garbage(world, model.directory)
         removed = remove_garbage(world, model.directory)
     return Collected(False, items, len(removed), sum(each.num_bytes for each in removed))

@@ -31,7 +31,7 @@ from sisa.ports import Change
 from sisa.query import Found
 from sisa.requests import days_left, due_date, event, extended, moved, under_way
 from sisa.schedule import RunPlan, ShardCosts, choose
-from sisa.world import World
+from sisa.world import World, commit
 
 PAST_DAYS, YOUNG_DAYS = 90, 30.0
 
@@ -81,7 +81,7 @@ def submit(
     asked = {row.id_digest for row in rows} | {each.id_digest for each in deleted}
     known = _known(world, terms, asked, arrived.named)
     if known is None:
-        world.ledger.commit(arrived.change())
+        commit(world, arrived.change())
     return known or arrived.request
 
 
@@ -173,7 +173,7 @@ def decide(world: World, request_id: str, state: RequestState, note: str) -> Req
     if state == "approved" and not note.strip():
         raise InvalidInput("an approval names its approver", next_step="give --approver")
     request = moved(find(world, request_id), state, note)
-    world.ledger.commit(Change(requests=[request], events=[event(request, world.now(), note)]))
+    commit(world, Change(requests=[request], events=[event(request, world.now(), note)]))
     return request
 
 
@@ -181,7 +181,7 @@ def extend(world: World, request_id: str, reason: str) -> Request:
     """Move the due date by what the regime allows. Raises ConfigConflict and InvalidInput."""
     request = extended(find(world, request_id), reason)
     note = f"extended to {request.due}: {reason}"
-    world.ledger.commit(Change(requests=[request], events=[event(request, world.now(), note)]))
+    commit(world, Change(requests=[request], events=[event(request, world.now(), note)]))
     return request
 
 

@@ -40,6 +40,7 @@ from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.index import FaissIndex
 from sisa.store.ledger import SqlLedger
 from sisa.store.records import FileRecords
+from sisa.store.witness import FileWitness
 from sisa.world import World
 
 LEDGER, KEY, LOCK = "ledger.sqlite", "partition.key", "lock"
@@ -158,6 +159,7 @@ def open_world(
     report: Report,
     *,
     base_digest: str,
+    model: str,
     create: bool = False,
 ) -> World:
     """The real parts in a bundle. Raises IntegrityError for a ledger that is missing or damaged."""
@@ -174,6 +176,7 @@ def open_world(
 
     return World(
         ledger=SqlLedger(directory / LEDGER, create=create),
+        witness=FileWitness((config.witness or state_dir() / "witness") / f"{model}.jsonl"),
         records=records,
         checkpoints=FileCheckpoints(directory / CHECKPOINTS),
         index=FaissIndex(directory / INDEX, parts.dimension),

@@ -32,7 +32,9 @@ from sisa.domain import (
     RequestEvent,
     SliceFile,
     SliceJob,
+    Testimony,
     Tombstone,
+    WitnessHead,
 )
 
 Vectors = NDArray[np.float32]  # [num_texts, dimension], rows of unit length
@@ -271,3 +273,30 @@ class Ledger(Protocol):
         """Oldest first, each linked to the one before."""
 
     def num_tombstones(self) -> int: ...
+
+    def tombstones(self) -> list[Tombstone]:
+        """By keyed id."""
+
+    def event_head(self) -> WitnessHead:
+        """The last event's link ("" before the first) and the number of events."""
+
+    def has_event(self, link: str) -> bool:
+        """Whether an event of this ledger has that link."""
+
+
+class Witness(Protocol):
+    """What was deleted, told outside the model directory."""
+
+    def head(self) -> WitnessHead | None:
+        """The newest head; None where nothing was ever told. Cheap."""
+
+    def read(self) -> Testimony:
+        """All that was told."""
+
+    def append(
+        self, head: WitnessHead, tombstones: Sequence[Tombstone], readmitted: Sequence[str]
+    ) -> None:
+        """Tell of deletions and of keyed ids allowed in again, whole or not at all; then of the head."""
+
+    def location(self) -> str:
+        """Where it rests, for people."""

@@ -69,6 +69,7 @@ class ShardStatus:
     converged: bool
     adapter_path: str | None
     adapter_sha256: str | None
+    target: str | None = None  # what it serves once trained
 
 
 def lookup(world: World, ids: Sequence[str]) -> list[tuple[str, RecordRow | Tombstone]]:
@@ -259,6 +260,7 @@ def shards(world: World) -> list[ShardStatus]:
             converged=head.converged,
             adapter_path=world.checkpoints.location(head.key) if head.key else None,
             adapter_sha256=held[head.key].adapter_sha256 if head.key else None,
+            target=head.target,
         )
         for head in world.ledger.heads()
     ]

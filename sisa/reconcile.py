@@ -24,7 +24,7 @@ from sisa.errors import IntegrityError, SisaError
 from sisa.plan import ShardPlan, plan_shard
 from sisa.ports import Change, Event, SavedCheckpoint, SliceTrained, TrainingStarted
 from sisa.requests import event, under_way
-from sisa.world import World, model_digest, view_shard
+from sisa.world import World, commit, model_digest, view_shard
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,7 @@ class Trained:
 
 def reconcile(world: World) -> Trained:
     """Bring every shard that is not there yet to its target; finish what a crash left open."""
-    refuse_contradictions(world)
-    adopt(world)
-    _erase(world)
+    erase_unknown(world)
     plans = [plan for plan in open_plans(world) if plan.train]
     if plans:
         try:
@@ -78,6 +76,13 @@ def refuse_contradictions(world: World) -> None:
         )
 
 
+def erase_unknown(world: World) -> None:
+    """The part before training: take over what was stored for a target, erase what no commit knows."""
+    refuse_contradictions(world)
+    adopt(world)
+    _erase(world)
+
+
 def _under_way(world: World) -> list[Request]:
     return [request for request in world.ledger.requests() if under_way(request)]
 
@@ -98,7 +103,7 @@ def _move(world: World, requests: Sequence[Request], note: str = "") -> None:
     if requests:
         now = world.now()
         events = [event(request, now, note) for request in requests]
-        world.ledger.commit(Change(requests=requests, events=events))
+        commit(world, Change(requests=requests, events=events))
 
 
 def note_failure(
@@ -163,7 +168,7 @@ def _record_checkpoint(world: World, found: HeldCheckpoint) -> None:
     """Record a stage and move its shard's head to the deepest clean one, in one transaction."""
     view = view_shard(world, found.shard)
     plan = plan_shard(replace(view, held=(*view.held, found)), world.recipe, world.fingerprint)
-    world.ledger.commit(Change(checkpoints=[found], heads=[plan.head]))
+    commit(world, Change(checkpoints=[found], heads=[plan.head]))
 
 
 def _train(world: World, plans: Sequence[ShardPlan]) -> None:
@@ -202,7 +207,7 @@ def _retire(world: World) -> None:
             view = view_shard(world, head.shard)
             dropped.extend(plan_shard(view, world.recipe, world.fingerprint).retired)
     if dropped:
-        world.ledger.commit(Change(dropped=dropped))
+        commit(world, Change(dropped=dropped))
 
 
 def _complete_requests(world: World) -> None:

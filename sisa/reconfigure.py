@@ -22,7 +22,7 @@ from sisa.domain import Head, IndexFile
 from sisa.errors import ConfigConflict, Problem
 from sisa.plan import ShardView, plan_shard
 from sisa.ports import Change, StoredRecord
-from sisa.world import World, view_shard
+from sisa.world import World, commit, view_shard
 
 
 def refuse_differences(found: Sequence[Difference], where: str) -> None:
@@ -79,7 +79,7 @@ def move(world: World, effects: Collection[Effect], meta: dict[str, str]) -> Non
         return
     heads = retargeted(world) if "retrain" in effects else []
     indexes = reindexed(world) if "reindex" in effects else []
-    world.ledger.commit(Change(heads=heads, indexes=indexes, meta=meta))
+    commit(world, Change(heads=heads, indexes=indexes, meta=meta))
 
 
 def reset(world: World, meta: dict[str, str]) -> None:
@@ -117,7 +117,8 @@ def reset(world: World, meta: dict[str, str]) -> None:
         ).head
         for shard in range(world.assigner.layout.num_shards)
     }
-    old.commit(
+    commit(
+        world,
         Change(
             removed=[row for head in old.heads() for row in old.rows(head.shard)],
             added=rows,
@@ -129,5 +130,5 @@ def reset(world: World, meta: dict[str, str]) -> None:
             headless=[head.shard for head in old.heads() if head.shard not in targets],
             dropped=[each.key for each in old.checkpoints()],
             meta=meta,
-        )
+        ),
     )

@@ -31,7 +31,7 @@ from sisa.plan import ShardPlan, plan_shard
 from sisa.ports import Change, Event, SliceTrained
 from sisa.reconcile import reconcile, training_started
 from sisa.store import files
-from sisa.world import World, view_shard
+from sisa.world import World, commit, view_shard
 
 if TYPE_CHECKING:
     from sisa.api import Model
@@ -50,7 +50,7 @@ def repair(model: Model) -> Repair:
     """Diagnose, mend, diagnose again. Raises Busy while another process writes."""
     opening.check_executor(model.executor)  # an unknown one is refused before anything is written
     before = diagnose(model.directory)
-    with files.writer_lock(model.directory / opening.LOCK), model._world() as world:
+    with files.writer_lock(model.directory / opening.LOCK), model._world(locked=True) as world:
         if any(each.repair == "retrain" for each in examine(world, model.directory)):
             _ = model.parts.base  # refuses a changed base before a checkpoint is given up
         done = mend(world, model.directory).done
@@ -90,7 +90,7 @@ def _mend_indexes(world: World, found: Sequence[Finding]) -> list[str]:
     for shard in sorted({int(f.shard) for f in found if f.repair == "reindex" and f.shard is not None}):
         rows = world.ledger.rows(shard)
         if not rows:
-            world.ledger.commit(Change(unindexed=[shard]))
+            commit(world, Change(unindexed=[shard]))
         else:
             texts = {
                 each.id_digest: each.record.text
@@ -99,9 +99,7 @@ def _mend_indexes(world: World, found: Sequence[Finding]) -> list[str]:
             }
             vectors = world.embed([texts[row.id_digest] for row in rows])
             wanted = dict(zip((row.vector_id for row in rows), vectors, strict=True))
-            world.ledger.commit(
-                Change(indexes=[world.index.build(shard, index_root(rows), None, wanted)])
-            )
+            commit(world, Change(indexes=[world.index.build(shard, index_root(rows), None, wanted)]))
         done.append(f"built the index of shard {shard} from its slice files")
     return done
 
@@ -117,7 +115,7 @@ def _mend_checkpoints(world: World, found: Sequence[Finding]) -> list[str]:
         plan = plan_shard(view_shard(world, shard, dropped=keys), world.recipe, world.fingerprint)
         plans.append(plan)
         if keys:
-            world.ledger.commit(Change(dropped=keys, heads=[plan.head]))
+            commit(world, Change(dropped=keys, heads=[plan.head]))
             world.checkpoints.erase(keys)
             done.append(f"gave up {len(keys)} damaged checkpoints of shard {shard}")
     return done + _close_gaps(world, plans)
@@ -184,7 +182,7 @@ def _record(world: World, event: SliceTrained, seq: int) -> None:
         seconds=event.seconds,
         record_epochs=record_epochs(job),
     )
-    world.ledger.commit(Change(checkpoints=[found]))
+    commit(world, Change(checkpoints=[found]))
 
 
 def _mend_heads(world: World, found: Sequence[Finding]) -> list[str]:
@@ -196,5 +194,5 @@ def _mend_heads(world: World, found: Sequence[Finding]) -> list[str]:
         if shard in layout
     ]
     if shards:
-        world.ledger.commit(Change(heads=heads, headless=[s for s in shards if s not in layout]))
+        commit(world, Change(heads=heads, headless=[s for s in shards if s not in layout]))
     return [f"derived {len(shards)} heads from what is held"] if shards else []

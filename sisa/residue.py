@@ -76,14 +76,15 @@ def sweep_model(
     texts: Sequence[str] = (),
 ) -> Scan:
     """Scan a model's directory and all that belongs to it. Raises Busy while another process writes."""
-    with undisturbed(model.directory) as free, model._world() as world:
+    with undisturbed(model.directory) as free:
         if not free:
             raise Busy(
                 "another process is writing to this model",
                 where=str(model.directory),
                 next_step="wait until it has finished, then run the same command again",
             )
-        return scan_residue(world, model.directory, also=also, ids=ids, texts=texts)
+        with model._world(locked=True) as world:
+            return scan_residue(world, model.directory, also=also, ids=ids, texts=texts)
 
 
 def scan_residue(

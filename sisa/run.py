@@ -24,7 +24,7 @@ from sisa.errors import InvalidInput, Problem
 from sisa.plan import plan_shard
 from sisa.ports import Change, StoredRecord
 from sisa.reconcile import Trained, reconcile
-from sisa.world import Place, World, check_sources, model_digest, only, view_shard, write_slice
+from sisa.world import Place, World, check_sources, commit, model_digest, only, view_shard, write_slice
 
 
 @dataclass(frozen=True)
@@ -191,4 +191,4 @@ def _commit_added(
         indexes.append(world.index.build(shard, index_root(merged), base, wanted))
     planned = {plan.shard: plan.head for plan in plans}
     moved = [planned.pop(head.shard, head) for head in heads] + list(planned.values())
-    world.ledger.commit(Change(added=rows, slices=slices, indexes=indexes, heads=moved, meta=meta or {}))
+    commit(world, Change(added=rows, slices=slices, indexes=indexes, heads=moved, meta=meta or {}))

@@ -287,12 +287,21 @@ def _resolve(data: dict[str, Any], tree: _Tree, directory: Path) -> None:
     block, sources = data.get("sisa"), data.get("datasets")
     put(data, "base_model", ("base_model",), "hub")
     put(data, "output_dir", ("output_dir",), "new")
+    put(data, "witness", ("witness",), "new")
+    _keep_outside(data, "witness", tree)
     put(block, "partition_key_file", ("sisa", "partition_key_file"), "file")
     if isinstance(block, dict) and block.get("embedder") != "hashing":
         put(block, "embedder", ("sisa", "embedder"), "hub")
     for index, source in enumerate(sources if isinstance(sources, list) else []):
         put(source, "path", ("datasets", index, "path"), "hub")
         _keep_apart(source, data.get("output_dir"), tree, index)
+
+
+def _keep_outside(data: dict[str, Any], key: str, tree: _Tree) -> None:
+    """What is kept outside the model directory must not come back with a backup of it."""
+    path, output_dir = data.get(key), data.get("output_dir")
+    if isinstance(path, str) and isinstance(output_dir, str) and Path(path).is_relative_to(output_dir):
+        tree.add((key,), "conflict: it lies inside output_dir")
 
 
 def _keep_apart(source: Any, output_dir: Any, tree: _Tree, index: int) -> None:

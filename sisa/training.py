@@ -24,6 +24,7 @@ from sisa.run import Taken, refuse_changed, train
 from sisa.runfile import load_run_file
 from sisa.store import files
 from sisa.store.ledger import SqlLedger
+from sisa.world import commit
 
 
 def train_model(
@@ -74,11 +75,18 @@ def _first_training(
         if config.sisa.partition_key_file is None:
             opening.write_secret(directory / KEY, secret)
         keyed = Keyed(secret)
+        named = {"key": keyed.name, "model": opening.new_model_id()}
         world = opening.open_world(
-            directory, parts, keyed, executor, report, base_digest=parts.base.digest, create=True
+            directory,
+            parts,
+            keyed,
+            executor,
+            report,
+            base_digest=parts.base.digest,
+            model=named["model"],
+            create=True,
         )
         try:
-            named = {"key": keyed.name, "model": opening.new_model_id()}
             taken = train(world, records, {**meta, **named})
         finally:
             opening.close(world)
@@ -120,6 +128,8 @@ def _move(model: Model, config: RunConfig, records: list[Record], *, accept_diff
     if effects:
         parts.check_modules()
     with files.writer_lock(model.directory / LOCK):
+        with model._world(locked=True):
+            pass  # a restored backup first deletes again what its witness remembers
         world = opening.open_world(
             model.directory,
             parts,
@@ -127,13 +137,14 @@ def _move(model: Model, config: RunConfig, records: list[Record], *, accept_diff
             model.executor,
             model.report,
             base_digest=parts.base.digest,
+            model=model.id,
         )
         try:
             refuse_changed(world, records)
             if effects:
                 reconfigure.move(world, effects, parts.meta())
             else:
-                world.ledger.commit(Change(meta={"config": config.to_canonical()}))
+                commit(world, Change(meta={"config": config.to_canonical()}))
         finally:
             opening.close(world)
     return Model(model.directory, executor=model.executor, report=model.report)

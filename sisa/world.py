@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 from sisa.assign import Assigner, slice_root
 from sisa.digest import digest_of
-from sisa.domain import IndexFile, Record, RecordRow, SliceFile, SliceState
+from sisa.domain import IndexFile, Record, RecordRow, SliceFile, SliceState, Tombstone
 from sisa.errors import IntegrityError
 from sisa.plan import Recipe, ShardPlan, ShardView
 from sisa.ports import (
+    Change,
     CheckpointStore,
     Executor,
     Ledger,
@@ -24,6 +25,7 @@ from sisa.ports import (
     Report,
     StoredRecord,
     Vectors,
+    Witness,
 )
 
 Place = tuple[int, int]  # shard, slice
@@ -34,6 +36,7 @@ class World:
     """The ports and the few facts that the flows need, in a bundle."""
 
     ledger: Ledger
+    witness: Witness
     records: RecordStore
     checkpoints: CheckpointStore
     index: RecordIndex
@@ -45,6 +48,19 @@ class World:
     fingerprint: str
     now: Callable[[], str]
     report: Report
+
+
+def commit(world: World, change: Change) -> int:
+    """The one way into the ledger: a transaction, and its testimony where it tells of requests or
+    deletions. A crash between the two is made good by the next writer (`witness.py`)."""
+    readmitted: list[str] = []
+    if change.added and world.ledger.num_tombstones():
+        known = world.ledger.lookup(row.id_digest for row in change.added)
+        readmitted = [key for key, each in known.items() if isinstance(each, Tombstone)]
+    seq = world.ledger.commit(change)
+    if seq == 1 or change.events or change.tombstones or readmitted:
+        world.witness.append(world.ledger.event_head(), change.tombstones, readmitted)
+    return seq
 
 
 def model_digest(ledger: Ledger) -> str:

@@ -32,7 +32,9 @@ from sisa.domain import (
     RequestEvent,
     SliceFile,
     SliceJob,
+    Testimony,
     Tombstone,
+    WitnessHead,
 )
 from sisa.errors import IntegrityError
 from sisa.plan import Recipe, Schedule
@@ -312,6 +314,38 @@ class FakeLedger:
     def num_tombstones(self) -> int:
         return len(self.tables.tombstones)
 
+    def tombstones(self) -> list[Tombstone]:
+        return [each for _, each in sorted(self.tables.tombstones.items())]
+
+    def event_head(self) -> WitnessHead:
+        events = self.tables.events
+        return WitnessHead(events[-1].link if events else "", len(events))
+
+    def has_event(self, link: str) -> bool:
+        return any(event.link == link for event in self.tables.events)
+
+
+class FakeWitness:
+    def __init__(self) -> None:
+        self.told = Testimony(None, {})
+
+    def head(self) -> WitnessHead | None:
+        return self.told.head
+
+    def read(self) -> Testimony:
+        return self.told
+
+    def append(
+        self, head: WitnessHead, tombstones: Sequence[Tombstone], readmitted: Sequence[str]
+    ) -> None:
+        standing = {**self.told.tombstones, **{each.id_digest: each for each in tombstones}}
+        for each in readmitted:
+            standing.pop(each, None)
+        self.told = Testimony(head, standing)
+
+    def location(self) -> str:
+        return "memory"
+
 
 def _ordered(rows: Iterable[RecordRow]) -> list[RecordRow]:
     return sorted(rows, key=lambda row: row.id_digest)
@@ -350,6 +384,7 @@ class FakeModel:
 
     world: World
     ledger: FakeLedger
+    witness: FakeWitness
     records: FakeRecords
     checkpoints: FakeCheckpoints
     index: FakeIndex
@@ -365,7 +400,7 @@ def fake_model(
     num_shards: int = 3, recipe: Recipe | None = None, fingerprint: str = "fingerprint"
 ) -> FakeModel:
     recipe = recipe or fake_recipe()
-    ledger, records = FakeLedger(), FakeRecords()
+    ledger, witness, records = FakeLedger(), FakeWitness(), FakeRecords()
     checkpoints, index = FakeCheckpoints(), FakeIndex()
     trained: list[SliceJob] = []
     before_run: list[Callable[[], None]] = []
@@ -378,6 +413,7 @@ def fake_model(
 
     world = World(
         ledger=ledger,
+        witness=witness,
         records=records,
         checkpoints=checkpoints,
         index=index,
@@ -390,7 +426,7 @@ def fake_model(
         now=lambda: "2026-01-01T00:00:00+00:00",
         report=lambda _event: None,
     )
-    return FakeModel(world, ledger, records, checkpoints, index, trained, before_run)
+    return FakeModel(world, ledger, witness, records, checkpoints, index, trained, before_run)
 
 
 def fake_record(number: int, subject: str | None = None) -> Record:

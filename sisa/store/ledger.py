@@ -32,6 +32,7 @@ from sisa.domain import (
     RequestEvent,
     SliceFile,
     Tombstone,
+    WitnessHead,
 )
 from sisa.errors import Busy, EnvironmentFault, IntegrityError
 from sisa.ports import Change
@@ -267,6 +268,20 @@ class SqlLedger:
         with self._reading() as connection:
             query = sa.select(sa.func.count()).select_from(TOMBSTONES)
             return int(connection.execute(query).scalar_one())
+
+    def tombstones(self) -> list[Tombstone]:
+        return self._all(Tombstone, sa.select(TOMBSTONES).order_by(TOMBSTONES.c.id_digest))
+
+    def event_head(self) -> WitnessHead:
+        last = sa.select(EVENTS.c.link, EVENTS.c.position).order_by(EVENTS.c.position.desc()).limit(1)
+        with self._reading() as connection:
+            found = connection.execute(last).first()
+        return WitnessHead("", 0) if found is None else WitnessHead(found.link, found.position)
+
+    def has_event(self, link: str) -> bool:
+        query = sa.select(EVENTS.c.position).where(EVENTS.c.link == link)
+        with self._reading() as connection:
+            return connection.execute(query).first() is not None
 
 
 def _request(body: dict[str, Any]) -> Request:

@@ -117,5 +117,5 @@ EVENTS = sa.Table(
     _text("state", nullable=False),
     _text("at", nullable=False),
     _text("note", nullable=False),
-    _text("link", nullable=False),
+    _text("link", nullable=False, index=True),
 )

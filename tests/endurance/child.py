@@ -40,7 +40,7 @@ from typing import Any, NoReturn
 LIGHT = ("sisa.api", "sisa.training", "pyarrow.parquet", "faiss", "sisa.model.hashing")
 HEAVY = ("torch", "transformers", "peft", "safetensors.torch", "sisa.model.lora", "sisa.model.embedder")
 FAILED = 100  # plus the exit code of the error
-FOLDERS = ("records", "index", "checkpoints", "scratch", "home")
+FOLDERS = ("records", "index", "checkpoints", "scratch", "witness", "home")
 
 
 def die() -> NoReturn:

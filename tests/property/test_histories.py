@@ -23,6 +23,7 @@ from sisa.lifecycle import Terms, carry_out, submit
 from sisa.plan import Schedule
 from sisa.reconcile import reconcile
 from sisa.run import add, train
+from sisa.witness import settle
 from sisa.world import model_digest
 from tests.fakes import ADAPTER, FakeModel, fake_model, fake_recipe, fake_record
 
@@ -193,6 +194,7 @@ class Fuse:
 
 EFFECTS = {
     "ledger": ("commit", "scrub"),
+    "witness": ("append",),
     "records": ("write", "erase"),
     "checkpoints": ("save", "erase"),
     "index": ("build", "erase"),
@@ -222,6 +224,7 @@ def test_a_crash_at_any_effect_changes_no_byte(history: History, at: int, after:
     for kind, numbers in (("add", history.first), *history.steps):
         if not attempt(partial(model.step, kind, numbers)):
             model.check_heads_are_clean()
+            settle(model.fake.world)
             reconcile(model.fake.world)
             model.resume(kind, numbers)
     model.check_no_residue()
@@ -229,3 +232,6 @@ def test_a_crash_at_any_effect_changes_no_byte(history: History, at: int, after:
     train(scratch.world, [record(number) for number in sorted(model.remaining)])
     assert_equal(model.fake, scratch)
     assert all(request.state == "completed" for request in model.fake.ledger.requests())
+    told = model.fake.witness.told
+    assert told.head == model.fake.ledger.event_head()
+    assert told.tombstones == model.fake.ledger.tables.tombstones

@@ -34,7 +34,7 @@ from sisa.store.index import FaissIndex
 from sisa.store.ledger import SqlLedger
 from sisa.store.records import FileRecords
 from sisa.world import World
-from tests.fakes import SECRET, FakeTrainer, fake_record
+from tests.fakes import SECRET, FakeTrainer, FakeWitness, fake_record
 
 RUN_FILE = """
 datasets: [{path: owner/people}]
@@ -58,6 +58,7 @@ def world_of(directory: Path, *, create: bool = False, numerics: str = "") -> It
     embedder = HashingEmbedder()
     records = FileRecords(directory / opening.RECORDS)
     world = World(
+        witness=FakeWitness(),
         ledger=SqlLedger(directory / opening.LEDGER, create=create),
         records=records,
         checkpoints=FileCheckpoints(directory / opening.CHECKPOINTS),

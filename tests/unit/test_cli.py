@@ -33,7 +33,7 @@ from sisa.store.index import FaissIndex
 from sisa.store.ledger import SqlLedger
 from sisa.store.records import FileRecords
 from sisa.world import World
-from tests.fakes import SECRET, FakeTrainer, fake_record
+from tests.fakes import SECRET, FakeTrainer, FakeWitness, fake_record
 
 RUN_FILE = """
 datasets: [{path: owner/people}]
@@ -66,6 +66,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     records, keyed = FileRecords(directory / opening.RECORDS), Keyed(SECRET)
     opening.write_secret(directory / opening.KEY, SECRET)
     world = World(
+        witness=FakeWitness(),
         ledger=SqlLedger(directory / opening.LEDGER, create=True),
         records=records,
         checkpoints=FileCheckpoints(directory / opening.CHECKPOINTS),

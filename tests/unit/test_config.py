@@ -212,6 +212,7 @@ OTHER: dict[str, Any] = {
     "sisa.slices": 7,
     "sisa.schedule": "sequential",
     "sisa.group_by": "author",
+    "witness": "elsewhere",
     "sisa.partition_key_file": "key",
     "sisa.threads_per_shard": 7,
     "sisa.embedder": "other",
@@ -241,7 +242,7 @@ def test_each_key_has_one_effect() -> None:
         effects.setdefault(found.effect, set()).add(key)
     where = {"base_model", "sisa.shards", "sisa.slices", "sisa.group_by", "sisa.partition_key_file"}
     cluster = {key for key in OTHER if key.startswith("cluster.")}
-    assert effects["none"] == cluster | {"output_dir", "datasets", "sisa.aggregation"}
+    assert effects["none"] == cluster | {"output_dir", "datasets", "witness", "sisa.aggregation"}
     assert effects["reset"] == where
     assert effects["reindex"] == {"sisa.embedder"}
     assert effects["retrain"] == {

@@ -80,9 +80,9 @@ def test_status() -> None:
 
 
 def test_status_in_words_tells_what_waits() -> None:
-    assert "waiting" not in render.status(STATUS).text
+    assert "to be trained" not in render.status(STATUS).text
     waiting = replace(STATUS, shards=(replace(shard(0, "k"), converged=False),))
-    assert "(waiting to be trained)" in render.status(waiting).text
+    assert "(clean; the base is to be trained)" in render.status(waiting).text
     assert "req-1" in render.status(STATUS).text
 
 

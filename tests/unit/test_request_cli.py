@@ -34,7 +34,7 @@ from sisa.store.index import FaissIndex
 from sisa.store.ledger import SqlLedger
 from sisa.store.records import FileRecords
 from sisa.world import World
-from tests.fakes import SECRET, FakeTrainer, fake_record
+from tests.fakes import SECRET, FakeTrainer, FakeWitness, fake_record
 
 RUN_FILE = """
 datasets: [{path: owner/people}]
@@ -74,6 +74,7 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     records = FileRecords(directory / opening.RECORDS)
     opening.write_secret(directory / opening.KEY, SECRET)
     world = World(
+        witness=FakeWitness(),
         ledger=SqlLedger(directory / opening.LEDGER, create=True),
         records=records,
         checkpoints=FileCheckpoints(directory / opening.CHECKPOINTS),

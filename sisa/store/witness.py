@@ -1,0 +1,168 @@
+"""The witness at rest: an append-only file outside the model directory, so that no backup sets it back.
+
+    {"tombstone": [...]}    a deletion
+    {"readmitted": "..."}   a deleted id that was allowed in again
+    {"head": ..., "num_events": ..., "chain": ...}    closes a batch: the head of the event log
+
+Rules: a batch counts when its closing line is whole; a torn one is dropped by the next append. `chain`
+hashes all lines so far, so that a line that was changed or taken out is evident. Only keyed digests,
+places and times are in it. Appends are flushed to the disk and hold the file's own lock, for copies of a
+model share one witness.
+
+Not covered: when a ledger is behind it (`witness.py`); a witness that is itself set back.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import astuple, fields
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from sisa.digest import canonical_json, digest_of
+from sisa.domain import Testimony, Tombstone, WitnessHead
+from sisa.errors import EnvironmentFault, IntegrityError
+from sisa.store import files
+
+TAIL_BYTES = 4096  # a closing line is far shorter
+_FIELDS = tuple(field.name for field in fields(Tombstone))
+
+
+class FileWitness:
+    """A Witness in one file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def head(self) -> WitnessHead | None:
+        try:
+            with self.path.open("rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                file.seek(max(0, size - TAIL_BYTES))
+                tail = file.read()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise self._unreadable(error) from error
+        last = [line for line in tail.split(b"\n")[:-1] if line.startswith(b'{"chain"')]
+        if last:
+            return _head(self._parsed(last[-1]))
+        return self.read().head  # a long torn batch stands behind the last closed one
+
+    def read(self) -> Testimony:
+        try:
+            data = self.path.read_bytes()
+        except FileNotFoundError:
+            return Testimony(None, {})
+        except OSError as error:
+            raise self._unreadable(error) from error
+        return self._testimony(data)[0]
+
+    def append(
+        self, head: WitnessHead, tombstones: Sequence[Tombstone], readmitted: Sequence[str]
+    ) -> None:
+        with self._locked() as file:
+            chain, end = self._end(file)
+            bodies: list[dict[str, Any]] = [{"tombstone": list(astuple(each))} for each in tombstones]
+            bodies += [{"readmitted": each} for each in readmitted]
+            for body in bodies:
+                chain = digest_of([chain, body])
+            closing = {"head": head.link, "num_events": head.num_events}
+            bodies.append({**closing, "chain": digest_of([chain, closing])})
+            file.truncate(end)
+            file.seek(end)
+            file.write(b"".join(canonical_json(body) + b"\n" for body in bodies))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def location(self) -> str:
+        return str(self.path)
+
+    def _end(self, file: BinaryIO) -> tuple[str, int]:
+        """The chain of the last closed batch, and where it ends."""
+        size = file.seek(0, os.SEEK_END)
+        start = max(0, size - TAIL_BYTES)
+        file.seek(start)
+        tail = file.read()
+        whole = tail[: tail.rfind(b"\n") + 1]
+        line = whole[whole.rfind(b"\n", 0, -1) + 1 :]
+        if line.startswith(b'{"chain"') and (start == 0 or len(line) < len(whole)):
+            return str(self._parsed(line)["chain"]), start + len(whole)
+        file.seek(0)
+        return self._testimony(file.read())[1:]
+
+    @contextmanager
+    def _locked(self) -> Iterator[BinaryIO]:
+        with files.disk_errors(self.path):
+            new = not self.path.exists()
+            self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            with os.fdopen(handle, "r+b") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                yield file
+            if new:
+                files.sync_directory(self.path.parent)
+
+    def _testimony(self, data: bytes) -> tuple[Testimony, str, int]:
+        """What the closed batches say, the chain of the last one, and where it ends."""
+        found: dict[str, Tombstone] = {}
+        batch: list[dict[str, Any]] = []
+        head: WitnessHead | None = None
+        chain, closed, at, end = "", "", 0, 0
+        for line in data.split(b"\n")[:-1]:
+            at += len(line) + 1
+            body = self._parsed(line)
+            if "chain" not in body:
+                chain = digest_of([chain, body])
+                batch.append(body)
+                continue
+            claimed = body.pop("chain")
+            chain = digest_of([chain, body])
+            if claimed != chain:
+                raise self._damaged("lines that were changed or taken out")
+            for each in batch:
+                self._take(each, found)
+            head, batch, closed, end = _head(body), [], chain, at
+        return Testimony(head, found), closed, end
+
+    def _take(self, body: dict[str, Any], found: dict[str, Tombstone]) -> None:
+        try:
+            if "readmitted" in body:
+                found.pop(str(body["readmitted"]), None)
+            else:
+                tombstone = Tombstone(**dict(zip(_FIELDS, body["tombstone"], strict=True)))
+                found[tombstone.id_digest] = tombstone
+        except (KeyError, TypeError, ValueError) as error:
+            raise self._damaged("a line of another form") from error
+
+    def _parsed(self, line: bytes) -> dict[str, Any]:
+        try:
+            body = json.loads(line)
+            kinds = {"chain": str, "head": str, "num_events": int} if "chain" in body else {}
+            if not isinstance(body, dict) or any(
+                not isinstance(body.get(key), kind) for key, kind in kinds.items()
+            ):
+                raise ValueError
+        except (ValueError, TypeError) as error:
+            raise self._damaged("a line that can't be parsed") from error
+        return body
+
+    def _unreadable(self, error: OSError) -> EnvironmentFault:
+        return EnvironmentFault(f"the witness can't be read: {error.strerror}", where=str(self.path))
+
+    def _damaged(self, got: str) -> IntegrityError:
+        return IntegrityError(
+            "the witness of this model is damaged: it can't say what was deleted",
+            where=str(self.path),
+            got=got,
+            next_step="if this model was not restored from a backup, move the witness away: the next "
+            "train, add or forget begins a new one; else restore the witness from a backup, too",
+        )
+
+
+def _head(body: dict[str, Any]) -> WitnessHead:
+    return WitnessHead(body["head"], body["num_events"])

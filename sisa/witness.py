@@ -1,0 +1,123 @@
+"""The witness of a ledger: what was deleted stays deleted, even when a backup is restored.
+
+A restored model directory brings its own, older ledger back. The witness lies outside it and holds the
+head of the event log and the tombstones. A ledger that does not know the witness's head is behind it.
+
+    behind    replay: what the witness calls deleted is removed in one commit, as ever, under the
+              requests that deleted it; tombstones that the ledger lacks are put back; bytes are erased
+    ahead     (a crash fell between a commit and its testimony) the witness is told what it missed
+    absent    (another machine, or a new place for it) the same: it is told all
+
+Rules: replaying comes before anything else that a command does, reading ones too; what it leaves to
+train is trained by the next writing command. A legal hold of the older ledger does not stop it: the
+deletion was carried out once. An id that was allowed in again is not deleted. Requests that came in
+after the backup and were not carried out are lost with it; how many events are lost is said.
+
+Not covered: a witness that is set back with the model; which file it is (`opening.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
+
+from sisa.deletion import Arrival, commit_removed
+from sisa.domain import RecordRow, Request, Testimony, Tombstone
+from sisa.ports import Change, Notice
+from sisa.reconcile import erase_unknown
+from sisa.requests import due_date, event
+from sisa.world import World, commit
+
+Standing = Literal["absent", "ahead of the ledger", "to be caught up", "current"]
+REPLAYED = "replayed from the witness"
+
+
+def is_behind(world: World) -> bool:
+    """Whether the ledger does not know the witness's head. The witness is read first: a ledger that is
+    written meanwhile may only be ahead of it."""
+    head = world.witness.head()
+    return head is not None and head.link != "" and not world.ledger.has_event(head.link)
+
+
+def standing(world: World) -> Standing:
+    """How the witness stands to the ledger."""
+    head = world.witness.head()
+    if head is None:
+        return "absent"
+    if is_behind(world):
+        return "ahead of the ledger"
+    return "current" if head == world.ledger.event_head() else "to be caught up"
+
+
+def settle(world: World) -> None:
+    """Bring ledger and witness together. The caller holds the writer lock. Raises what effects raise."""
+    head = world.witness.head()
+    if is_behind(world):
+        replay(world)
+    elif head != world.ledger.event_head():
+        told = world.witness.read().tombstones
+        missing = [each for each in _standing(world) if told.get(each.id_digest) != each]
+        world.witness.append(world.ledger.event_head(), missing, ())
+
+
+def _standing(world: World) -> list[Tombstone]:
+    """Tombstones of ids that were not allowed in again."""
+    dead = {each.id_digest: each for each in world.ledger.tombstones()}
+    live = world.ledger.lookup(dead)
+    return [each for key, each in dead.items() if not isinstance(live[key], RecordRow)]
+
+
+def replay(world: World) -> None:
+    """Delete again what the witness calls deleted, and erase it; training is left to `reconcile`."""
+    told = world.witness.read()
+    found = world.ledger.lookup(told.tombstones)
+    live = [each for each in found.values() if isinstance(each, RecordRow)]
+    absent = [each for key, each in told.tombstones.items() if key not in found]
+    _announce(world, told, len(live))
+    if live:
+        named, arrivals = _requests(world, told, live)
+        requests = [each.request for each in arrivals]
+        commit_removed(world, requests, named, _arriving(arrivals, absent), held_too=True)
+    elif absent:
+        commit(world, Change(tombstones=absent))
+    world.witness.append(world.ledger.event_head(), (), ())
+    erase_unknown(world)
+
+
+def _announce(world: World, told: Testimony, num_live: int) -> None:
+    lost = (told.head.num_events if told.head else 0) - world.ledger.event_head().num_events
+    text = f"a backup was restored: {num_live} records that were deleted since are deleted again"
+    if lost > 0:
+        text += f"; {lost} events are lost: submit requests that came in since once more"
+    world.report(Notice(text))
+
+
+def _requests(
+    world: World, told: Testimony, live: Sequence[RecordRow]
+) -> tuple[dict[str, list[RecordRow]], list[Arrival]]:
+    """The requests that deleted the live records, as they are in the ledger or made anew."""
+    named: dict[str, list[RecordRow]] = {}
+    for row in live:
+        named.setdefault(told.tombstones[row.id_digest].request_id, []).append(row)
+    known = {each.request_id: each for each in world.ledger.requests()}
+    now = world.now()
+    arrivals = []
+    for request_id, rows in named.items():
+        digests = tuple(row.id_digest for row in rows)
+        request = known.get(request_id) or Request(
+            request_id, now, due_date(now, "gdpr"), len(rows), reason=REPLAYED
+        )
+        approved = replace(request, state="approved", approver=request.approver or REPLAYED, cause="")
+        states = [approved] if request_id in known else [request, approved]
+        arrivals.append(Arrival(approved, digests, tuple(event(each, now, REPLAYED) for each in states)))
+    return named, arrivals
+
+
+def _arriving(arrivals: Sequence[Arrival], absent: Sequence[Tombstone]) -> Change:
+    changes = [each.change() for each in arrivals]
+    return Change(
+        named=[pair for each in changes for pair in each.named],
+        events=[passed for each in changes for passed in each.events],
+        tombstones=absent,
+    )

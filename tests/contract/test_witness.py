@@ -1,0 +1,155 @@
+"""What every Witness promises, over the fake and over a file.
+
+What was told is told: deletions add up, an id that was allowed in again is taken out, the newest head
+stands. The file survives a torn write, refuses lines that were changed, and never shrinks otherwise.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sisa import domain
+from sisa.domain import Tombstone, WitnessHead
+from sisa.errors import EnvironmentFault, IntegrityError
+from sisa.ports import Witness
+from sisa.store.witness import TAIL_BYTES, FileWitness
+from tests.fakes import FakeWitness
+
+
+def tombstone(number: int) -> Tombstone:
+    return Tombstone(f"{number:064x}", None, f"{number:063x}t", 1, 2, "req-1", "2026-01-01", 3)
+
+
+def head(number: int) -> WitnessHead:
+    return WitnessHead(f"{number:064x}", number)
+
+
+@pytest.fixture(params=["fake", "file"])
+def witness(request: pytest.FixtureRequest, tmp_path: Path) -> Witness:
+    return FakeWitness() if request.param == "fake" else FileWitness(tmp_path / "w" / "m.jsonl")
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> FileWitness:
+    found = FileWitness(tmp_path / "state" / "witness" / "model.jsonl")
+    for number in range(3):
+        found.append(head(number), [tombstone(number)], ())
+    return found
+
+
+def test_nothing_told_is_nothing_known(witness: Witness) -> None:
+    assert witness.head() is None
+    assert witness.read() == domain.Testimony(None, {})
+
+
+def test_what_is_told_adds_up(witness: Witness) -> None:
+    witness.append(WitnessHead("", 0), (), ())
+    assert witness.head() == WitnessHead("", 0)
+    witness.append(head(1), [tombstone(1), tombstone(2)], ())
+    witness.append(head(2), (), [tombstone(1).id_digest])
+    witness.append(head(3), [tombstone(3)], ["never told"])
+    assert witness.head() == head(3)
+    expected = {each.id_digest: each for each in (tombstone(2), tombstone(3))}
+    assert witness.read() == domain.Testimony(head(3), expected)
+    again = replace(tombstone(2), request_id="req-2")
+    witness.append(head(4), [again], ())
+    assert witness.read().tombstones[again.id_digest] == again
+
+
+steps = st.lists(st.tuples(st.sets(st.integers(0, 9)), st.sets(st.integers(0, 9))), max_size=8)
+
+
+@given(steps, st.data())
+def test_a_torn_write_loses_that_write_alone(
+    tmp_path_factory: pytest.TempPathFactory, told: list[tuple[set[int], set[int]]], data: st.DataObject
+) -> None:
+    """Cut anywhere in its last batch, the file says what it said before it, and goes on from there."""
+    found, fake = FileWitness(tmp_path_factory.mktemp("w") / "m.jsonl"), FakeWitness()
+    closed = 0
+    for number, (dead, back) in enumerate(told):
+        batch = ([tombstone(n) for n in sorted(dead)], [tombstone(n).id_digest for n in sorted(back)])
+        found.append(head(number), *batch)
+        size = found.path.stat().st_size
+        if data.draw(st.booleans()):
+            os.truncate(found.path, data.draw(st.integers(closed, size - 1)))
+        else:
+            closed = size
+            fake.append(head(number), *batch)
+        assert found.head() == fake.head()
+        assert found.read() == fake.read()
+
+
+def test_a_long_torn_batch_is_passed_over(file: FileWitness) -> None:
+    known = file.read()
+    file.append(head(9), [tombstone(n) for n in range(100)], ())
+    lines = file.path.read_bytes().splitlines(keepends=True)
+    file.path.write_bytes(b"".join(lines[:-1]))
+    assert file.path.stat().st_size > 2 * TAIL_BYTES
+    assert file.head() == known.head
+    assert file.read() == known
+    file.append(head(4), (), ())
+    assert file.read() == domain.Testimony(head(4), known.tombstones)
+
+
+@pytest.mark.parametrize("line", range(6))
+def test_a_line_that_is_changed_or_missing_is_found(file: FileWitness, line: int) -> None:
+    lines = file.path.read_bytes().splitlines(keepends=True)
+    assert len(lines) == 6
+    body = json.loads(lines[line])
+    if "head" in body:
+        body["num_events"] += 1
+    else:
+        body["tombstone"][3] = 9
+    without = lines[:line] + lines[line + 1 :]
+    other = json.dumps(body, sort_keys=True, separators=(",", ":")).encode() + b"\n"
+    for changed in (without, [*lines[:line], other, *lines[line + 1 :]]):
+        file.path.write_bytes(b"".join(changed))
+        if line == 5 and changed is without:
+            assert file.read().head == head(1)  # a torn write looks the same
+            continue
+        with pytest.raises(IntegrityError):
+            file.read()
+
+
+@pytest.mark.parametrize(
+    "line", [b"{}", b"[]", b"\xff", b'{"chain": 1, "head": "", "num_events": 0}', b'{"tombstone": [1]}']
+)
+def test_a_line_of_another_form_is_damage(file: FileWitness, line: bytes) -> None:
+    closing = b'{"chain":"","head":"","num_events":0}\n'
+    file.path.write_bytes(line + b"\n" + closing)
+    with pytest.raises(IntegrityError) as refused:
+        file.read()
+    assert "move the witness away" in refused.value.next_step
+
+
+def test_only_its_owner_may_read_it(file: FileWitness) -> None:
+    assert stat.S_IMODE(file.path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(file.path.parent.stat().st_mode) == 0o700
+
+
+def test_a_place_that_cannot_be_written_is_a_fault_of_the_machine(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(EnvironmentFault):
+        FileWitness(tmp_path / "file" / "m.jsonl").append(head(1), (), ())
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(EnvironmentFault):
+        FileWitness(tmp_path / "folder").read()
+    with pytest.raises(EnvironmentFault):
+        FileWitness(tmp_path / "folder").head()
+
+
+def test_two_that_tell_at_once_are_both_heard(file: FileWitness) -> None:
+    """Copies of a model share a witness."""
+    other = FileWitness(file.path)
+    file.append(head(5), [tombstone(5)], ())
+    other.append(head(6), [tombstone(6)], ())
+    file.append(head(7), [tombstone(7)], ())
+    assert {tombstone(n).id_digest for n in (5, 6, 7)} <= set(other.read().tombstones)

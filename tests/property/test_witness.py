@@ -1,0 +1,201 @@
+"""The law of the witness over random histories with backups: what was deleted stays deleted.
+
+Each history adds, deletes, allows in again, saves the whole model and brings an older save back, in any
+order, with a crash at any effect. After the next command the model holds exactly what the save held
+less what stands deleted, its bytes equal training from scratch on that, and no other trace is left.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from sisa.deletion import forget_at_once
+from sisa.domain import RecordRow
+from sisa.errors import InvalidInput
+from sisa.lifecycle import Terms, arrive
+from sisa.plan import Schedule
+from sisa.reconcile import reconcile
+from sisa.run import add, train
+from sisa.witness import is_behind, settle
+from tests.fakes import FakeModel, fake_model, fake_recipe
+from tests.property.test_histories import Crash, Fuse, Model, assert_equal, record, wire
+
+NUM_HISTORIES, NUM_CRASHES = 300, 300
+STORES = ("records", "checkpoints", "index")
+Step = tuple[str, tuple[int, ...]]
+KINDS = ("add", "forget", "readmit", "save", "restore", "restore")
+
+
+@st.composite
+def histories(draw: st.DrawFn) -> list[Step]:
+    numbers = st.lists(st.integers(0, 25), unique=True, min_size=1, max_size=8).map(tuple)
+    steps = st.lists(st.tuples(st.sampled_from(KINDS), numbers), min_size=2, max_size=9)
+    return [("add", draw(numbers)), ("save", (0,)), *draw(steps)]
+
+
+class Saved:
+    """A backup of the model directory: ledger and files, not the witness."""
+
+    def __init__(self, fake: FakeModel) -> None:
+        self.tables = copy.deepcopy(fake.ledger.tables)
+        self.stored = {name: copy.deepcopy(getattr(fake, name).stored) for name in STORES}
+
+    def restore(self, fake: FakeModel) -> None:
+        fake.ledger.tables = copy.deepcopy(self.tables)
+        for name in STORES:
+            getattr(fake, name).stored = copy.deepcopy(self.stored[name])
+
+
+class History:
+    """The system under test beside plain sets: what each save held, and what stands deleted."""
+
+    def __init__(self, num_shards: int, num_slices: int, schedule: Schedule) -> None:
+        self.recipe, self.num_shards = fake_recipe(num_slices, schedule), num_shards
+        self.fake = fake_model(num_shards, self.recipe)
+        train(self.fake.world, [])
+        self.saves: list[Saved] = []
+        self.saved: list[set[int]] = []
+        self.deleted: set[int] = set()
+
+    def live(self) -> set[int]:
+        digest = self.fake.world.assigner.id_digest
+        found = self.fake.ledger.lookup(digest(record(n).id) for n in range(26))
+        return {n for n in range(26) if isinstance(found.get(digest(record(n).id)), RecordRow)}
+
+    def rows(self, numbers: set[int]) -> list[RecordRow]:
+        digests = [self.fake.world.assigner.id_digest(record(n).id) for n in numbers]
+        return [r for r in self.fake.ledger.lookup(digests).values() if isinstance(r, RecordRow)]
+
+    def next_command(self) -> None:
+        settle(self.fake.world)
+        reconcile(self.fake.world)
+
+    def step(self, kind: str, numbers: tuple[int, ...]) -> None:
+        world, asked = self.fake.world, set(numbers)
+        if kind == "save":
+            self.saves.append(Saved(self.fake))
+            self.saved.append(self.live())
+            return
+        if kind == "restore":
+            self.saves[min(numbers) % len(self.saves)].restore(self.fake)
+        settle(world)
+        if kind == "restore":  # a reading command stops here
+            self.check_clean(self.live())
+            reconcile(world)
+        elif kind == "add":
+            add(world, [record(n) for n in sorted(asked - self.deleted)])
+        elif kind == "readmit":
+            add(world, [record(n) for n in sorted(asked)], allow_deleted=True)
+            self.deleted -= asked
+        elif gone := self.rows(asked):
+            forget_at_once(world, arrive(world, gone, (), Terms(approver="a person")))
+
+    def expected(self, kind: str, numbers: tuple[int, ...], before: set[int]) -> set[int]:
+        """What is held after a step that was not cut short."""
+        if kind == "restore":
+            return self.saved[min(numbers) % len(self.saved)] - self.deleted
+        if kind == "forget":
+            return before - set(numbers)
+        return before if kind == "save" else before | (set(numbers) - self.deleted)
+
+    def check_clean(self, expected: set[int]) -> None:
+        model = Model.__new__(Model)
+        model.fake, model.remaining = self.fake, expected
+        model.check_no_residue()
+        model.check_heads_are_clean()
+
+    def check(self, expected: set[int]) -> None:
+        assert self.live() == expected
+        assert not is_behind(self.fake.world)
+        told = self.fake.witness.told
+        assert told.head == self.fake.ledger.event_head()
+        digest = self.fake.world.assigner.id_digest
+        assert set(told.tombstones) == {digest(record(n).id) for n in self.deleted}
+        self.check_clean(expected)
+        scratch = fake_model(self.num_shards, self.recipe)
+        train(scratch.world, [record(n) for n in sorted(expected)])
+        assert_equal(self.fake, scratch)
+        assert all(each.state == "completed" for each in self.fake.ledger.requests())
+
+
+SHAPES = (st.integers(1, 3), st.integers(1, 3), st.sampled_from(["cumulative", "sequential"]))
+
+
+@settings(max_examples=NUM_HISTORIES, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(histories(), *SHAPES)
+def test_what_was_deleted_stays_deleted(
+    steps: list[Step], num_shards: int, num_slices: int, schedule: Schedule
+) -> None:
+    history = History(num_shards, num_slices, schedule)
+    for kind, numbers in steps:
+        before = history.live()
+        history.step(kind, numbers)
+        expected = history.expected(kind, numbers, before)
+        if kind == "forget":
+            history.deleted |= before - expected
+        history.check(expected)
+
+
+@settings(max_examples=NUM_CRASHES, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(histories(), *SHAPES, st.integers(1, 40), st.booleans())
+def test_a_crash_at_any_effect_forgets_no_deletion(
+    steps: list[Step], num_shards: int, num_slices: int, schedule: Schedule, at: int, after: bool
+) -> None:
+    history = History(num_shards, num_slices, schedule)
+    wire(history.fake, Fuse(at, after))
+    for kind, numbers in steps:
+        before, deleted = history.live(), set(history.deleted)
+        expected = history.expected(kind, numbers, before)
+        try:
+            history.step(kind, numbers)
+            if kind == "readmit":
+                expected = before | set(numbers)
+        except Crash:
+            history.next_command()
+            done = before | set(numbers) if kind == "readmit" else expected
+            expected = done if kind == "restore" or history.live() == done else before
+            history.deleted = deleted - (expected if kind == "readmit" else set())
+        if kind == "forget":
+            history.deleted |= before - expected
+        history.check(expected)
+
+
+@given(st.lists(st.integers(0, 25), unique=True, min_size=2, max_size=8), st.data())
+def test_a_restored_model_refuses_what_was_deleted(numbers: list[int], data: st.DataObject) -> None:
+    """Deleted after the backup, or added and deleted after it: neither comes in again unnoticed."""
+    early = set(data.draw(st.sets(st.sampled_from(numbers))))
+    history = History(2, 2, "cumulative")
+    history.step("add", tuple(early))
+    history.step("save", ())
+    history.step("add", tuple(numbers))
+    history.step("forget", tuple(numbers))
+    history.step("restore", (0,))
+    assert history.live() == set()
+    for number in numbers:
+        with pytest.raises(InvalidInput) as refused:
+            add(history.fake.world, [record(number)])
+        assert "was deleted" in refused.value.problems[0].what
+    taken = add(history.fake.world, [record(n) for n in numbers], allow_deleted=True)
+    assert taken.added == len(numbers)
+
+
+def test_catching_up_does_not_call_deleted_what_was_allowed_in_again() -> None:
+    history = History(2, 2, "cumulative")
+    for kind, numbers in (("add", (1, 2)), ("forget", (1,)), ("readmit", (1,))):
+        history.step(kind, numbers)
+    telling = history.fake.witness.append
+    history.fake.witness.append = _die  # type: ignore[assignment,method-assign]
+    with pytest.raises(Crash):
+        history.step("forget", (2,))
+    history.fake.witness.append = telling  # type: ignore[method-assign]
+    history.next_command()
+    history.deleted = {2}
+    history.check({1})
+
+
+def _die(*_: object) -> None:
+    raise Crash
