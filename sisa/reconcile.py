@@ -15,11 +15,11 @@ Not covered: what remains (decided by `run.py` before).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 
-from sisa.domain import Chain, HeldCheckpoint, Request, RequestState, record_epochs
+from sisa.domain import Chain, HeldCheckpoint, Request, RequestState, SliceFile, record_epochs
 from sisa.errors import IntegrityError, SisaError
 from sisa.plan import ShardPlan, plan_shard
 from sisa.ports import Change, Event, SavedCheckpoint, SliceTrained, TrainingStarted
@@ -189,7 +189,34 @@ def _train(world: World, plans: Sequence[ShardPlan]) -> None:
 
     world.report(training_started(chains))
     world.executor_for(world.checkpoints).run(chains, on_event)
-    missing = {job.key for plan in plans for job in plan.train} - recorded
+    _refuse_missing(plans, recorded)
+
+
+def train_unrecorded(
+    world: World, plans: Sequence[ShardPlan], slices: Sequence[SliceFile], seq: int
+) -> list[HeldCheckpoint]:
+    """Train plans whose slices no commit knows yet, and leave recording them to the commit `seq`."""
+    files = {plan.shard: tuple(f for f in slices if f.shard == plan.shard) for plan in plans}
+    chains = [Chain(p.shard, p.train, None, files[p.shard]) for p in plans if p.train]
+    found: dict[str, HeldCheckpoint] = {}
+
+    def on_event(event: Event) -> None:
+        if isinstance(event, SliceTrained):
+            job, epochs = event.job, record_epochs(event.job)
+            found[job.key] = _held(
+                job.shard, job.slice, seq, job.fingerprint, event.saved, event.seconds, epochs
+            )
+        world.report(event)
+
+    if chains:
+        world.report(training_started(chains))
+        world.executor_for(world.checkpoints).run(chains, on_event)
+    _refuse_missing(plans, found)
+    return list(found.values())
+
+
+def _refuse_missing(plans: Sequence[ShardPlan], trained: Collection[str]) -> None:
+    missing = {job.key for plan in plans for job in plan.train} - set(trained)
     if missing:
         raise SisaError(f"the executor returned without {len(missing)} of its stages")
 
@@ -212,10 +239,8 @@ def _retire(world: World) -> None:
 
 def _complete_requests(world: World) -> None:
     """Close the requests whose shards have all arrived."""
-    arrived = {head.shard for head in world.ledger.heads() if head.converged}
-    done = [
-        request for request in _under_way(world) if {shard for shard, _, _ in request.shards} <= arrived
-    ]
+    open_ = {head.shard for head in world.ledger.heads() if not head.converged}
+    done = [r for r in _under_way(world) if open_.isdisjoint(shard for shard, _, _ in r.shards)]
     if not done:
         return
     after, now = model_digest(world.ledger), world.now()

@@ -4,7 +4,8 @@
     none                        the new value is noted
     retrain                     new targets; each head serves until its successor is ready
     reindex                     the index is built anew
-    reset                       records move to other shards or meet another base: all is trained anew
+    reset                       records move to other shards or meet another base: all is trained anew,
+                                and the old heads serve until it is
 
 Rules: without `--reconfigure` any difference but `none` is refused, all of them listed. The secret
 never changes, since tombstones are kept under it.
@@ -15,14 +16,24 @@ Not covered: which effect a key has (`config.py` says so beside the key).
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 from sisa.assign import index_root, slice_root
 from sisa.config import Difference, Effect
-from sisa.domain import Head, IndexFile
+from sisa.domain import (
+    Head,
+    HeldCheckpoint,
+    IndexFile,
+    Record,
+    RecordRow,
+    SliceFile,
+    record_epochs,
+)
 from sisa.errors import ConfigConflict, Problem
 from sisa.plan import ShardView, plan_shard
-from sisa.ports import Change, StoredRecord
-from sisa.world import World, commit, view_shard
+from sisa.ports import Change, Ledger, StoredRecord
+from sisa.reconcile import Trained, train_unrecorded
+from sisa.world import Place, World, commit, view_shard
 
 
 def refuse_differences(found: Sequence[Difference], where: str) -> None:
@@ -71,64 +82,85 @@ def reindexed(world: World) -> list[IndexFile]:
     return indexes
 
 
-def move(world: World, effects: Collection[Effect], meta: dict[str, str]) -> None:
+def move(world: World, effects: Collection[Effect], meta: dict[str, str]) -> Trained:
     """Move the model by all of its effects in one transaction, after all of them were found possible."""
     world.count_tokens([each.record for each in all_records(world)])  # refuses what no longer fits
     if "reset" in effects:
-        reset(world, meta)
-        return
+        return reset(world, meta)
     heads = retargeted(world) if "retrain" in effects else []
     indexes = reindexed(world) if "reindex" in effects else []
     commit(world, Change(heads=heads, indexes=indexes, meta=meta))
+    return Trained(0, 0, ())
 
 
-def reset(world: World, meta: dict[str, str]) -> None:
-    """Another layout or base: place every record anew and start from the base.
+def reset(world: World, meta: dict[str, str]) -> Trained:
+    """Another layout or base: place every record anew, train from the base, then move all at once.
 
-    `world` has the new assigner, recipe and embedder; the ledger still has the old places.
+    `world` has the new assigner, recipe and embedder; the ledger still has the old places, and the old
+    heads serve until the commit. A run that is cut short leaves files that no commit knows; the same
+    command goes on from them.
     """
     held = all_records(world)
     records = [each.record for each in held]
     counts = world.count_tokens(records)
     rows = [world.assigner.row(r, n) for r, n in zip(records, counts, strict=True)]
+    slices = _placed(world, held, rows)
+    indexes = _indexed(world, records, rows)
+    shards = range(world.assigner.layout.num_shards)
+    views = [ShardView(n, tuple(f for f in slices if f.shard == n), ()) for n in shards]
+    plans = [plan_shard(view, world.recipe, world.fingerprint) for view in views]
+    seq = world.ledger.seq() + 1  # of the commit below: the rows are of it, too
+    trained = train_unrecorded(world, plans, slices, seq)
+    views = [replace(v, held=tuple(e for e in trained if e.shard == v.shard)) for v in views]
+    heads = [plan_shard(view, world.recipe, world.fingerprint).head for view in views]
+    commit(world, _moved(world.ledger, rows, slices, indexes, heads, trained, meta))
+    jobs = [job for plan in plans for job in plan.train]
+    moved = tuple(plan.shard for plan in plans if plan.train)
+    return Trained(sum(record_epochs(job) for job in jobs), len(jobs), moved)
+
+
+def _placed(world: World, held: Sequence[StoredRecord], rows: Sequence[RecordRow]) -> list[SliceFile]:
+    by_digest = {each.id_digest: each for each in held}
+    places: dict[Place, list[RecordRow]] = {}
+    for row in rows:
+        places.setdefault((row.shard, row.slice), []).append(row)
+    return [
+        world.records.write(*place, slice_root(here), [by_digest[each.id_digest] for each in here])
+        for place, here in sorted(places.items())
+    ]
+
+
+def _indexed(world: World, records: Sequence[Record], rows: Sequence[RecordRow]) -> list[IndexFile]:
     vectors = world.embed([record.text for record in records])
-    slices, indexes = [], []
-    for shard, slice_ in sorted({(row.shard, row.slice) for row in rows}):
-        here = [row for row in rows if (row.shard, row.slice) == (shard, slice_)]
-        digests = {row.id_digest for row in here}
-        members = [each for each in held if each.id_digest in digests]
-        slices.append(world.records.write(shard, slice_, slice_root(here), members))
+    indexes = []
     for shard in sorted({row.shard for row in rows}):
-        wanted = {
-            row.vector_id: vector
-            for row, vector in zip(rows, vectors, strict=True)
-            if row.shard == shard
-        }
         here = [row for row in rows if row.shard == shard]
+        wanted = {r.vector_id: v for r, v in zip(rows, vectors, strict=True) if r.shard == shard}
         indexes.append(world.index.build(shard, index_root(here), None, wanted))
+    return indexes
+
+
+def _moved(
+    old: Ledger,
+    rows: Sequence[RecordRow],
+    slices: Sequence[SliceFile],
+    indexes: Sequence[IndexFile],
+    heads: Sequence[Head],
+    trained: Sequence[HeldCheckpoint],
+    meta: dict[str, str],
+) -> Change:
     places = {(file.shard, file.slice) for file in slices}
-    shards = {row.shard for row in rows}
-    old = world.ledger
-    targets = {
-        shard: plan_shard(
-            ShardView(shard, tuple(f for f in slices if f.shard == shard), ()),
-            world.recipe,
-            world.fingerprint,
-        ).head
-        for shard in range(world.assigner.layout.num_shards)
-    }
-    commit(
-        world,
-        Change(
-            removed=[row for head in old.heads() for row in old.rows(head.shard)],
-            added=rows,
-            slices=slices,
-            emptied=[(f.shard, f.slice) for f in old.slices() if (f.shard, f.slice) not in places],
-            indexes=indexes,
-            unindexed=[file.shard for file in old.indexes() if file.shard not in shards],
-            heads=list(targets.values()),
-            headless=[head.shard for head in old.heads() if head.shard not in targets],
-            dropped=[each.key for each in old.checkpoints()],
-            meta=meta,
-        ),
+    indexed = {file.shard for file in indexes}
+    return Change(
+        removed=[row for head in old.heads() for row in old.rows(head.shard)],
+        added=rows,
+        slices=slices,
+        emptied=[(f.shard, f.slice) for f in old.slices() if (f.shard, f.slice) not in places],
+        indexes=indexes,
+        unindexed=[file.shard for file in old.indexes() if file.shard not in indexed],
+        heads=heads,
+        headless=[head.shard for head in old.heads() if head.shard >= len(heads)],
+        checkpoints=trained,
+        dropped=[each.key for each in old.checkpoints()],
+        meta=meta,
     )

@@ -9,6 +9,7 @@ Not covered: what reconfiguring does (`reconfigure.py`).
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from sisa import opening, reconfigure
@@ -20,6 +21,8 @@ from sisa.errors import Busy, ConfigConflict, IntegrityError, InvalidInput
 from sisa.opening import CHECKPOINTS, INDEX, KEY, LEDGER, LOCK, RECORDS, SCRATCH, OpenExecutor, Parts
 from sisa.ports import Change, Report
 from sisa.reader import read_records
+from sisa.reconcile import Trained, erase_unknown
+from sisa.requests import under_way
 from sisa.run import Taken, refuse_changed, train
 from sisa.runfile import load_run_file
 from sisa.store import files
@@ -49,7 +52,13 @@ def train_model(
     model = Model(directory, executor=executor, report=report)
     found = differences(model.config, config)
     if found or accept_differences:
-        model = _move(model, config, records, accept_differences=accept_differences)
+        model, moved = _move(model, config, records, accept_differences=accept_differences)
+        taken = model.resume(records)
+        return model, replace(
+            taken,
+            record_epochs_trained=taken.record_epochs_trained + moved.record_epochs_trained,
+            slices_trained=taken.slices_trained + moved.slices_trained,
+        )
     return model, model.resume(records)
 
 
@@ -93,7 +102,9 @@ def _first_training(
     return Model(directory, executor=executor, report=report), taken
 
 
-def _move(model: Model, config: RunConfig, records: list[Record], *, accept_differences: bool) -> Model:
+def _move(
+    model: Model, config: RunConfig, records: list[Record], *, accept_differences: bool
+) -> tuple[Model, Trained]:
     """Bring an existing model's ledger to a changed run file, by the gravest effect among them."""
     found = differences(model.config, config)
     key_file = config.sisa.partition_key_file
@@ -123,13 +134,15 @@ def _move(model: Model, config: RunConfig, records: list[Record], *, accept_diff
             effects.add("reset")
         if parts.embedder.digest != model.embedder.digest:
             effects.add("reindex")
+    trained = Trained(0, 0, ())
     if not effects and not found:
-        return model
+        return model, trained
     if effects:
         parts.check_modules()
     with files.writer_lock(model.directory / LOCK):
-        with model._world(locked=True):
-            pass  # a restored backup first deletes again what its witness remembers
+        with model._world(locked=True) as old:
+            if any(under_way(request) for request in old.ledger.requests()):
+                erase_unknown(old)  # what a cut-short deletion left goes before anything is trained
         world = opening.open_world(
             model.directory,
             parts,
@@ -142,12 +155,12 @@ def _move(model: Model, config: RunConfig, records: list[Record], *, accept_diff
         try:
             refuse_changed(world, records)
             if effects:
-                reconfigure.move(world, effects, parts.meta())
+                trained = reconfigure.move(world, effects, parts.meta())
             else:
                 commit(world, Change(meta={"config": config.to_canonical()}))
         finally:
             opening.close(world)
-    return Model(model.directory, executor=model.executor, report=model.report)
+    return Model(model.directory, executor=model.executor, report=model.report), trained
 
 
 def _committed(directory: Path) -> bool:
