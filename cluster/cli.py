@@ -68,15 +68,22 @@ def init(directory: Path) -> Result:
 @command("train", "sisa train run.yaml")
 @click.argument("run_file", type=click.Path(path_type=Path))
 @click.option("--reconfigure", is_flag=True, help="Move an existing model to a changed run file.")
+@click.option(
+    "--allow-deleted", is_flag=True, help="First training: take what was deleted under this key."
+)
 @executor_option
-def train(run_file: Path, reconfigure: bool, executor: str) -> Result:
+def train(run_file: Path, reconfigure: bool, allow_deleted: bool, executor: str) -> Result:
     """Train the model of a run file, or what is missing of it."""
     from cluster.progress import progress
     from sisa import train_model
 
     with progress() as report:
         model, taken = train_model(
-            run_file, executor=executor, report=report, accept_differences=reconfigure
+            run_file,
+            executor=executor,
+            report=report,
+            accept_differences=reconfigure,
+            allow_deleted=allow_deleted,
         )
     return render.taken(taken, model.directory)
 

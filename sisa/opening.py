@@ -30,7 +30,7 @@ from typing import Any
 from sisa.assign import Assigner
 from sisa.config import RunConfig
 from sisa.digest import KEY_BYTES, Keyed
-from sisa.domain import Record
+from sisa.domain import Record, Tombstone
 from sisa.errors import IntegrityError, InvalidInput
 from sisa.model.numerics import fingerprint
 from sisa.ports import CheckpointStore, Embedder, Executor, Report, Vectors
@@ -176,7 +176,7 @@ def open_world(
 
     return World(
         ledger=SqlLedger(directory / LEDGER, create=create),
-        witness=FileWitness((config.witness or state_dir() / "witness") / f"{model}.jsonl"),
+        witness=FileWitness(witness_dir(config) / f"{_witness_prefix(keyed)}{model}.jsonl"),
         records=records,
         checkpoints=FileCheckpoints(directory / CHECKPOINTS),
         index=FaissIndex(directory / INDEX, parts.dimension),
@@ -301,6 +301,21 @@ def state_dir() -> Path:
     """Where this user's programs keep state: `$XDG_STATE_HOME/sisa`, else `~/.local/state/sisa`."""
     home = os.environ.get("XDG_STATE_HOME", "")
     return (Path(home) if os.path.isabs(home) else Path.home() / ".local" / "state") / "sisa"
+
+
+def witness_dir(config: RunConfig) -> Path:
+    """Where witnesses rest: as the run file says, else in the user's state directory."""
+    return config.witness or state_dir() / "witness"
+
+
+def _witness_prefix(keyed: Keyed) -> str:
+    return f"{keyed.name[:16]}-"
+
+
+def deleted_under(config: RunConfig, keyed: Keyed) -> list[Tombstone]:
+    """What any model under this partition key deleted, as far as witnesses here know."""
+    paths = sorted(witness_dir(config).glob(f"{_witness_prefix(keyed)}*.jsonl"))
+    return [each for path in paths for each in FileWitness(path).read().tombstones.values()]
 
 
 def close(world: World) -> None:

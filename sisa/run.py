@@ -15,10 +15,10 @@ Not covered: reading sources and opening a model (`api.py`), questions (`query.p
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from sisa.assign import index_root, slice_root
+from sisa.assign import Assigner, index_root, slice_root
 from sisa.domain import Head, Record, RecordRow, SliceState, Tombstone
 from sisa.errors import InvalidInput, Problem
 from sisa.plan import plan_shard
@@ -114,31 +114,49 @@ def add(world: World, records: Sequence[Record], *, allow_deleted: bool = False)
     """
     found = _lookup(world, records)
     problems = _changed(world, records, found)
-    _, deleted = world.ledger.by_text({world.assigner.row(each, 0).text_digest for each in records})
+    fresh = [
+        (position, record)
+        for position, record in enumerate(records)
+        if not isinstance(found.get(world.assigner.id_digest(record.id)), RecordRow)
+    ]
+    if not allow_deleted:
+        _, deleted = world.ledger.by_text({world.assigner.row(r, 0).text_digest for _, r in fresh})
+        dead = [each for each in found.values() if isinstance(each, Tombstone)]
+        problems += deleted_before(world.assigner, fresh, [*deleted, *dead])
+    refuse_deleted(problems, "added")
+    fresh_records = [record for _, record in fresh]
+    rows = _rows(world, fresh_records)
+    if rows:
+        _commit_added(world, fresh_records, rows)
+    return _taken(world, reconcile(world), added=len(rows), held=len(records) - len(fresh))
+
+
+def deleted_before(
+    assigner: Assigner, records: Iterable[tuple[int, Record]], deleted: Sequence[Tombstone]
+) -> list[Problem]:
+    """Records (with their positions) whose id or normalised text was deleted, and by which request."""
+    ids = {each.id_digest: each for each in deleted}
     texts = {each.text_digest: each for each in deleted}
-    fresh = []
-    for position, record in enumerate(records):
-        row = world.assigner.row(record, 0)
-        held = found.get(row.id_digest)
-        if isinstance(held, RecordRow):
-            continue
-        gone = held or texts.get(row.text_digest)
-        if gone is None or allow_deleted:
-            fresh.append(record)
-        else:
-            what = "was deleted" if held else "has the text of a record that was deleted"
+    problems = []
+    for position, record in records:
+        row = assigner.row(record, 0)
+        by_id = ids.get(row.id_digest)
+        gone = by_id or texts.get(row.text_digest)
+        if gone is not None:
+            what = "was deleted" if by_id else "has the text of a record that was deleted"
             what += f" at {gone.deleted_at} by request {gone.request_id}"
             problems.append(Problem(f"record {position + 1}", what))
+    return problems
+
+
+def refuse_deleted(problems: Sequence[Problem], done: str) -> None:
+    """Raises InvalidInput where there are problems, all of them listed."""
     if problems:
         raise InvalidInput(
-            f"{len(problems)} records can't be added; nothing was changed",
+            f"{len(problems)} records can't be {done}; nothing was changed",
             next_step="leave them out of the file, give new content a new id, or say --allow-deleted",
             problems=problems,
         )
-    rows = _rows(world, fresh)
-    if rows:
-        _commit_added(world, fresh, rows)
-    return _taken(world, reconcile(world), added=len(rows), held=len(records) - len(fresh))
 
 
 def _rows(world: World, records: Sequence[Record]) -> list[RecordRow]:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from sisa import opening, reconfigure
 from sisa.api import Model, silent
+from sisa.assign import Assigner
 from sisa.config import RunConfig, differences
 from sisa.digest import Keyed
 from sisa.domain import Record
@@ -23,7 +24,7 @@ from sisa.ports import Change, Report
 from sisa.reader import read_records
 from sisa.reconcile import Trained, erase_unknown
 from sisa.requests import under_way
-from sisa.run import Taken, refuse_changed, train
+from sisa.run import Taken, deleted_before, refuse_changed, refuse_deleted, train
 from sisa.runfile import load_run_file
 from sisa.store import files
 from sisa.store.ledger import SqlLedger
@@ -36,11 +37,13 @@ def train_model(
     executor: str | OpenExecutor = "ray",
     report: Report = silent,
     accept_differences: bool = False,
+    allow_deleted: bool = False,
 ) -> tuple[Model, Taken]:
     """Train a run file's model, or what is missing of it.
 
     `accept_differences` moves an existing model to a changed run file; without it ConfigConflict lists
-    the differences.
+    the differences. A first training refuses what another model under the same partition key deleted,
+    unless `allow_deleted`; on an existing model deleted records are counted and never taken.
     """
     config = run_file if isinstance(run_file, RunConfig) else load_run_file(Path(run_file))
     directory = config.output_dir
@@ -48,7 +51,7 @@ def train_model(
     records = read_records(config.datasets, config.sisa.group_by)
     if not _committed(directory):
         _refuse_foreign(directory)
-        return _first_training(config, records, executor, report)
+        return _first_training(config, records, executor, report, allow_deleted=allow_deleted)
     model = Model(directory, executor=executor, report=report)
     found = differences(model.config, config)
     if found or accept_differences:
@@ -63,9 +66,20 @@ def train_model(
 
 
 def _first_training(
-    config: RunConfig, records: list[Record], executor: str | OpenExecutor, report: Report
+    config: RunConfig,
+    records: list[Record],
+    executor: str | OpenExecutor,
+    report: Report,
+    *,
+    allow_deleted: bool,
 ) -> tuple[Model, Taken]:
     """Nothing is written before every record and every part has been found good."""
+    secret = opening.new_secret(config)
+    keyed = Keyed(secret)
+    if not allow_deleted:
+        deleted = opening.deleted_under(config, keyed)
+        found = deleted_before(Assigner(keyed, config.layout), enumerate(records), deleted)
+        refuse_deleted(found, "trained")
     parts = Parts(config, None, None)
     parts.count_tokens(records)
     parts.check_modules()
@@ -80,10 +94,8 @@ def _first_training(
                 where=str(directory),
                 next_step="run the same command again",
             )
-        secret = opening.new_secret(config)
         if config.sisa.partition_key_file is None:
             opening.write_secret(directory / KEY, secret)
-        keyed = Keyed(secret)
         named = {"key": keyed.name, "model": opening.new_model_id()}
         world = opening.open_world(
             directory,

@@ -43,6 +43,10 @@ def _shared_state_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
 
 
 @pytest.fixture(autouse=True)
-def _state_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Copies of one model bear one name: what a test does to its copy must not reach the next test's."""
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+def _state_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Copies of one model bear one name: what a test does to its copy must not reach the next test's.
+
+    Not the test's own `monkeypatch`, which it may undo."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        yield

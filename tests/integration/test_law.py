@@ -50,7 +50,7 @@ IN_A_FRESH_PROCESS = (
 
 def live_a_life(run_file: Path, executor: str | OpenExecutor = "serial") -> sisa.Model:
     """Train, add, and forget one record, a batch and a subject."""
-    model, _ = sisa.train_model(run_file, executor=executor)
+    model, _ = sisa.train_model(run_file, executor=executor, allow_deleted=True)
     model.add(write_rows(run_file.parent / "later.jsonl", ADDED))
     model.forget(ONE)
     model.forget(BATCH)

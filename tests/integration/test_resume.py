@@ -353,3 +353,32 @@ def test_reconfigure_moves_to_the_changed_base(rebased: Tiny, tmp_path: Path) ->
     scratch = train_scratch(tmp_path / "scratch", rebased.base, PEOPLE)
     assert held_files(rebased.directory) == held_files(scratch.directory)
     assert rebased.open().verify(replay="all").ok
+
+
+# --- deleted records and a first training --------------------------------------------------------
+
+
+def test_a_first_training_refuses_what_was_deleted_under_its_key(
+    tiny: Tiny, tmp_path: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The model directory is lost, the sources still hold everybody: nobody comes back unnoticed."""
+    tiny.open().forget(["p001-q1", "p003-q2"])
+    copied = {**PEOPLE[0], "id": "another-id"}
+    assert copied["completion"] == next(r for r in PEOPLE if r["id"] == "p001-q1")["completion"]
+    again = write_run(tmp_path / "again", tiny_base, [*PEOPLE, copied])
+    done = command(capsys, "train", again, "--executor", "serial")
+    assert (done.code, done.error["type"]) == (2, "InvalidInput")
+    problems = {each["where"]: each["what"] for each in done.error["problems"]}
+    assert len(problems) == 3
+    assert all("by request req-" in what for what in problems.values())
+    assert "has the text of a record that was deleted" in problems[f"record {len(PEOPLE) + 1}"]
+    assert not (tmp_path / "again" / "model").exists()
+    done = command(capsys, "train", again, "--executor", "serial", "--allow-deleted")
+    assert (done.code, done.json["records"]) == (0, len(PEOPLE) + 1)
+
+
+def test_another_key_knows_of_no_deletion(tiny: Tiny, tmp_path: Path, tiny_base: Path) -> None:
+    tiny.open().forget(["p001-q1"])
+    other = write_run(tmp_path / "other", tiny_base)
+    (tmp_path / "other" / "shared.key").write_text("5" * 64)
+    assert sisa.train_model(other, executor="serial")[1].records == len(PEOPLE)

@@ -101,7 +101,9 @@ def change_run(path: Path, **settings: Any) -> Path:
 
 def train_scratch(folder: Path, base: Path, rows: Sequence[Row], **options: Any) -> sisa.Model:
     """A model that never held anything else."""
-    model, _ = sisa.train_model(write_run(folder, base, rows, **options), executor="serial")
+    model, _ = sisa.train_model(
+        write_run(folder, base, rows, **options), executor="serial", allow_deleted=True
+    )
     return model
 
 

@@ -373,7 +373,7 @@ class Reached(Exception):
 def trains_anew(sisa: Sisa, directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """`sisa train` into a directory, cut off before a first training writes anything."""
 
-    def reached(*_: Any) -> Any:
+    def reached(*_: Any, **__: Any) -> Any:
         raise Reached
 
     monkeypatch.setattr("sisa.training._first_training", reached)

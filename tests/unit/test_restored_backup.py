@@ -59,7 +59,8 @@ def back_up(model: Path) -> Path:
 
 
 def witness_file() -> Path:
-    return opening.state_dir() / "witness" / f"{'0' * 32}.jsonl"
+    (found,) = (opening.state_dir() / "witness").iterdir()
+    return found
 
 
 def test_a_question_to_a_restored_backup_deletes_again_first(model: Path, ask: Ask) -> None:
