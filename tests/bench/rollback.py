@@ -60,6 +60,7 @@ from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.index import FaissIndex
 from sisa.store.ledger import SqlLedger
 from sisa.store.records import FileRecords
+from sisa.store.witness import FileWitness
 from sisa.world import World
 from tests.fakes import ADAPTER, FakeTrainer, fake_model, fake_recipe
 
@@ -306,6 +307,7 @@ def watched_world(store: Store, ledger: SqlLedger, watch: Watch, shards: dict[st
     return replace(
         fake_model(store.scale.num_shards, store.recipe).world,
         ledger=watched("ledger", ledger),
+        witness=watched("witness", FileWitness(store.folder / "witness.jsonl")),
         records=watched("records", store.records),
         checkpoints=watched("checkpoints", store.checkpoints),
         index=watched("index", store.index),

@@ -67,6 +67,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=4)
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
+        os.environ["XDG_STATE_HOME"] = folder  # a benchmark's models leave no witness behind
         options = {"per_cell": chosen.per_cell, "epochs": chosen.epochs}
         found = run(Bench(Path(folder), chosen.base_model, **options))
     chosen.out.write_text(json.dumps(found, indent=2) + "\n")
