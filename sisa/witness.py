@@ -25,7 +25,7 @@ from typing import Literal
 from sisa.deletion import Arrival, commit_removed
 from sisa.domain import RecordRow, Request, Testimony, Tombstone
 from sisa.ports import Change, Notice
-from sisa.reconcile import erase_unknown
+from sisa.reconcile import erase_unknown, refuse_contradictions
 from sisa.requests import due_date, event
 from sisa.world import World, commit
 
@@ -70,6 +70,7 @@ def _standing(world: World) -> list[Tombstone]:
 
 def replay(world: World) -> None:
     """Delete again what the witness calls deleted, and erase it; training is left to `reconcile`."""
+    refuse_contradictions(world)  # a damaged ledger is no older one
     told = world.witness.read()
     found = world.ledger.lookup(told.tombstones)
     live = [each for each in found.values() if isinstance(each, RecordRow)]
@@ -82,7 +83,8 @@ def replay(world: World) -> None:
     elif absent:
         commit(world, Change(tombstones=absent))
     world.witness.append(world.ledger.event_head(), (), ())
-    erase_unknown(world)
+    if live:
+        erase_unknown(world)
 
 
 def _announce(world: World, told: Testimony, num_live: int) -> None:

@@ -3,10 +3,10 @@
     python -m tests.endurance.fuzz --inputs 10000 --seed 1 --out tests/endurance/fuzz.json
 
 Each input takes a small model in a box, mutates one thing (a run file, records, a list of ids, the
-ledger, a held file, the key, or the command line itself) and carries out one command in this process.
-It fails on an internal fault, a traceback, an output that is not one JSON object, more than LIMIT_S
+ledger, a held file, the key, the witness, or the command line) and carries out one command here. It
+fails on an internal fault, a traceback, an output that is not one JSON object, more than LIMIT_S
 seconds, a crash of the interpreter; when a command that only reads, or that refused, changed a byte of
-the model; and when a damaged slice, index or checkpoint gave another answer than the whole one.
+the model; and when a damaged slice, index, checkpoint or witness gave another answer than the whole one.
 Workers run batches, so that a crash costs one input.
 
 What a mutated *ledger* says is believed where it can be read: SQLite keeps no checksums, so other
@@ -236,7 +236,7 @@ def answer_of(done: Result) -> Any:
         body = json.loads(done.out)
     except ValueError:
         return done.out
-    for key in ("sizes_bytes", "seconds", "estimated_seconds", "files_checked"):
+    for key in ("sizes_bytes", "witness", "seconds", "estimated_seconds", "files_checked"):
         if isinstance(body, dict):
             body.pop(key, None)
     return body
@@ -269,6 +269,7 @@ class Fuzz:
             "index file": self._index,
             "checkpoint": self._checkpoint,
             "partition key": self._key,
+            "witness": self._witness,
             "command line": self._command_line,
         }
 
@@ -283,14 +284,15 @@ class Fuzz:
         if rnd.random() < 0.3:
             shutil.rmtree(self.box.model)
         what = mutate.run_file(rnd, self.box.path / "run.yaml")
-        return what, ("train", "run.yaml", *SERIAL, *rnd.choice([[], ["--reconfigure"]])), False
+        extra = rnd.choice([[], ["--reconfigure"], ["--allow-deleted"]])
+        return what, ("train", "run.yaml", *SERIAL, *extra), False
 
     def _jsonl(self, rnd: random.Random) -> tuple[str, Sequence[str], bool]:
         if rnd.random() < 0.3:
             what = mutate.jsonl(rnd, self.box.path / "people.jsonl")
             if rnd.random() < 0.5:
                 shutil.rmtree(self.box.model)
-            return what, ("train", "run.yaml", *SERIAL), False
+            return what, ("train", "run.yaml", *SERIAL, *rnd.choice([[], ["--allow-deleted"]])), False
         what = mutate.jsonl(rnd, self.box.path / "later.jsonl")
         return what, ("add", "-m", "model", "later.jsonl", *SERIAL), False
 
@@ -322,6 +324,9 @@ class Fuzz:
 
     def _checkpoint(self, rnd: random.Random) -> tuple[str, Sequence[str], bool]:
         return self._held_kind(rnd, mutate.held_file, self.box.model / "checkpoints")
+
+    def _witness(self, rnd: random.Random) -> tuple[str, Sequence[str], bool]:
+        return self._held_kind(rnd, mutate.held_file, self.box.path / "home" / "sisa" / "witness")
 
     def _key(self, rnd: random.Random) -> tuple[str, Sequence[str], bool]:
         return self._held_kind(rnd, mutate.file_bytes, self.box.path / "shared.key")
@@ -373,7 +378,7 @@ class Fuzz:
         if after != before and (reading or done.code in (2, 3, 5)):
             changed = sorted(k for k in after.keys() | before.keys() if after.get(k) != before.get(k))
             return f"damage: {len(changed)} files changed ({changed[:2]})"
-        if kind in ("slice file", "index file", "checkpoint") and done.code == 0:
+        if kind in ("slice file", "index file", "checkpoint", "witness") and done.code == 0:
             return self._other_answer(line, reading, done)
         return None
 

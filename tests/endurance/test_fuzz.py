@@ -20,7 +20,7 @@ SEED, NUM_INPUTS = 3, 150
 def test_mutated_inputs_bring_no_traceback_no_hang_and_no_damage() -> None:
     found = fuzz.run(SEED, NUM_INPUTS)
     assert found["failures"] == []
-    assert len(found["by_kind_and_exit_code"]) == 10
+    assert len(found["by_kind_and_exit_code"]) == 11
     assert sum(sum(each.values()) for each in found["by_kind_and_exit_code"].values()) == NUM_INPUTS
 
 
