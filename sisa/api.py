@@ -128,6 +128,7 @@ class Model:
             )
         self.id = opening.model_id(meta)
         self.config = opening.stored_config(meta)
+        self.keyring = opening.open_keyring(self.config, self.id)
         self.base = opening.named(meta, "base")
         self.embedder = opening.named(meta, "embedder")
         self.executor = executor
@@ -150,6 +151,7 @@ class Model:
             self.executor,
             self.report,
             base_digest=self.base.digest,
+            keyring=self.keyring,
         )
         try:
             yield world
@@ -160,9 +162,14 @@ class Model:
     def _writing(self) -> Iterator[World]:
         opening.check_executor(self.executor)  # an unknown one is refused before anything is written
         with files.writer_lock(self.directory / LOCK):
+            self._destroy_scratch_keys()
             files.erase(self.directory / SCRATCH)
             with self._world() as world:
                 yield world
+
+    def _destroy_scratch_keys(self) -> None:
+        """What a replay stored can't be read any more, wherever it is."""
+        self.keyring.destroy(SCRATCH, self.keyring.held(SCRATCH))
 
     def add(self, source: Path | str | Sequence[Record], *, allow_deleted: bool = False) -> Taken:
         """Take new records in; the result equals training on all of them from scratch.
@@ -315,7 +322,8 @@ class Model:
             chosen = _replayed(world, replay, shard)
             scratch = Path(tempfile.mkdtemp(dir=_made(self.directory / SCRATCH)))
             stack.callback(shutil.rmtree, self.directory / SCRATCH, ignore_errors=True)
-            return verify(world, chosen, FileCheckpoints(scratch))
+            stack.callback(self._destroy_scratch_keys)
+            return verify(world, chosen, FileCheckpoints(scratch, self.keyring, SCRATCH))
 
     def generate(self, prompt: str, *, max_new_tokens: int = 48, kind: Kind | None = None) -> Answer:
         """Answer with the constituent models that the run file's aggregation chooses."""

@@ -5,6 +5,7 @@
     retrain                     new targets; each head serves until its successor is ready
     reindex                     the index is built anew
     reset                       records move to other shards or meet another base: all is trained anew
+    reseal                      held files are written anew, encrypted or plain, before the commit
 
 Rules: without `--reconfigure` any difference but `none` is refused, all of them listed. The secret
 never changes, since tombstones are kept under it.
@@ -15,6 +16,7 @@ Not covered: which effect a key has (`config.py` says so beside the key).
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from pathlib import Path
 
 from sisa.assign import index_root, slice_root
 from sisa.config import Difference, Effect
@@ -22,7 +24,8 @@ from sisa.domain import Head, IndexFile
 from sisa.errors import ConfigConflict, Problem
 from sisa.plan import ShardView, plan_shard
 from sisa.ports import Change, StoredRecord
-from sisa.world import World, view_shard
+from sisa.store import keyring
+from sisa.world import World, known_names, view_shard
 
 
 def refuse_differences(found: Sequence[Difference], where: str) -> None:
@@ -80,6 +83,12 @@ def move(world: World, effects: Collection[Effect], meta: dict[str, str]) -> Non
     heads = retargeted(world) if "retrain" in effects else []
     indexes = reindexed(world) if "reindex" in effects else []
     world.ledger.commit(Change(heads=heads, indexes=indexes, meta=meta))
+
+
+def reseal(world: World, directory: Path) -> None:
+    """Bring every held file to the form that the keyring gives. Cut short, both forms are read."""
+    for room, names in known_names(world).items():
+        keyring.reseal(directory / room, room, sorted(names), world.keyring)
 
 
 def reset(world: World, meta: dict[str, str]) -> None:

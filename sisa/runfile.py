@@ -287,6 +287,9 @@ def _resolve(data: dict[str, Any], tree: _Tree, directory: Path) -> None:
     block, sources = data.get("sisa"), data.get("datasets")
     put(data, "base_model", ("base_model",), "hub")
     put(data, "output_dir", ("output_dir",), "new")
+    put(data, "keyring", ("keyring",), "new")
+    if _lies_inside(data.get("keyring"), data.get("output_dir")):
+        tree.add(("keyring",), "conflict: the keys lie inside output_dir")
     put(block, "partition_key_file", ("sisa", "partition_key_file"), "file")
     if isinstance(block, dict) and block.get("embedder") != "hashing":
         put(block, "embedder", ("sisa", "embedder"), "hub")
@@ -297,8 +300,12 @@ def _resolve(data: dict[str, Any], tree: _Tree, directory: Path) -> None:
 
 def _keep_apart(source: Any, output_dir: Any, tree: _Tree, index: int) -> None:
     path = source.get("path") if isinstance(source, dict) else None
-    if not isinstance(path, str) or not isinstance(output_dir, str) or not os.path.isabs(path):
-        return
-    if Path(path).is_relative_to(output_dir):
+    if _lies_inside(path, output_dir):
         # the model directory must hold no text that `forget` doesn't know of
         tree.add(("datasets", index, "path"), "conflict: the data lies inside output_dir")
+
+
+def _lies_inside(path: Any, output_dir: Any) -> bool:
+    if not isinstance(path, str) or not isinstance(output_dir, str) or not os.path.isabs(path):
+        return False
+    return Path(path).is_relative_to(output_dir)

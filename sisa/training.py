@@ -41,6 +41,7 @@ def train_model(
     config = run_file if isinstance(run_file, RunConfig) else load_run_file(Path(run_file))
     directory = config.output_dir
     opening.find_executor(executor)  # an unknown one is refused before anything is written
+    _refuse_keys_inside(config)
     records = read_records(config.datasets, config.sisa.group_by)
     if not _committed(directory):
         _refuse_foreign(directory)
@@ -74,15 +75,56 @@ def _first_training(
         if config.sisa.partition_key_file is None:
             opening.write_secret(directory / KEY, secret)
         keyed = Keyed(secret)
+        name = _new_name(config)
         world = opening.open_world(
-            directory, parts, keyed, executor, report, base_digest=parts.base.digest, create=True
+            directory,
+            parts,
+            keyed,
+            executor,
+            report,
+            base_digest=parts.base.digest,
+            keyring=opening.open_keyring(config, name),
+            create=True,
         )
         try:
-            named = {"key": keyed.name, "model": opening.new_model_id()}
-            taken = train(world, records, {**meta, **named})
+            taken = train(world, records, {**meta, "key": keyed.name, "model": name})
         finally:
             opening.close(world)
     return Model(directory, executor=executor, report=report), taken
+
+
+def _new_name(config: RunConfig) -> str:
+    """A name for a new model. An encrypted one keeps it through attempts that are cut short: its keys
+    bear it, and those of files that were given up must be found again."""
+    ledger = SqlLedger(config.output_dir / LEDGER, create=True)
+    try:
+        name = ledger.meta().get("model") or opening.new_model_id()
+        if config.encrypt:
+            ledger.commit(Change(meta={"model": name}))
+    finally:
+        ledger.close()
+    return name
+
+
+def _refuse_keys_inside(config: RunConfig) -> None:
+    keys = opening.keyrings(config)
+    if config.encrypt and keys.resolve().is_relative_to(config.output_dir.resolve()):
+        raise InvalidInput(
+            "the keys would lie inside output_dir, so that whoever copies the model copies its keys",
+            where=str(keys),
+            next_step="name another directory by `keyring:`",
+        )
+
+
+def _refuse_lost_keys(model: Model, config: RunConfig) -> None:
+    """Raises ConfigConflict when `keyring:` names a place to which the model's keys were not moved."""
+    keys = opening.keyrings(config) / model.id
+    if model.config.encrypt and not keys.is_dir():
+        raise ConfigConflict(
+            "the model's keyring is not where the run file says",
+            where=str(keys),
+            next_step=f"move {opening.keyrings(model.config) / model.id} there first",
+        )
 
 
 def _move(model: Model, config: RunConfig, records: list[Record], *, accept_differences: bool) -> Model:
@@ -107,6 +149,7 @@ def _move(model: Model, config: RunConfig, records: list[Record], *, accept_diff
             where="sisa.group_by",
             next_step="restore it, or train a new model",
         )
+    _refuse_lost_keys(model, config)
     effects = {each.effect for each in graver} - {"none"}
     parts = Parts(config, model.base, model.embedder)
     if accept_differences:
@@ -127,9 +170,12 @@ def _move(model: Model, config: RunConfig, records: list[Record], *, accept_diff
             model.executor,
             model.report,
             base_digest=parts.base.digest,
+            keyring=opening.open_keyring(config, model.id),
         )
         try:
             refuse_changed(world, records)
+            if "reseal" in effects:
+                reconfigure.reseal(world, model.directory)
             if effects:
                 reconfigure.move(world, effects, parts.meta())
             else:

@@ -18,6 +18,7 @@ from sisa.plan import Recipe, ShardPlan, ShardView
 from sisa.ports import (
     CheckpointStore,
     Executor,
+    Keyring,
     Ledger,
     RecordIndex,
     RecordStore,
@@ -37,6 +38,7 @@ class World:
     records: RecordStore
     checkpoints: CheckpointStore
     index: RecordIndex
+    keyring: Keyring
     embed: Callable[[Sequence[str]], Vectors]
     count_tokens: Callable[[Sequence[Record]], Sequence[int]]
     executor_for: Callable[[CheckpointStore], Executor]
@@ -51,6 +53,15 @@ def model_digest(ledger: Ledger) -> str:
     """The digest of all heads' adapters in shard order."""
     adapters = {each.key: each.adapter_sha256 for each in ledger.checkpoints()}
     return digest_of([adapters.get(head.key) if head.key else None for head in ledger.heads()])
+
+
+def known_names(world: World) -> dict[str, frozenset[str]]:
+    """What the ledger knows of each room: names of slice files, index files and checkpoints."""
+    return {
+        "records": frozenset(file.name for file in world.ledger.slices()),
+        "index": frozenset(file.name for file in world.ledger.indexes()),
+        "checkpoints": frozenset(each.key for each in world.ledger.checkpoints()),
+    }
 
 
 def only(files: Sequence[IndexFile]) -> IndexFile | None:

@@ -142,9 +142,8 @@ def executor(fuse: Fuse, trainer: str, pause_s: float) -> Any:
     """The serial executor whose every stage and tick is an effect."""
 
     def open_executor(site: Any, _options: Mapping[str, Any]) -> Any:
+        from sisa.opening import open_stores
         from sisa.serial import SerialExecutor
-        from sisa.store.checkpoints import FileCheckpoints
-        from sisa.store.records import FileRecords
 
         inner: Any
         if trainer == "lora":
@@ -168,8 +167,7 @@ def executor(fuse: Fuse, trainer: str, pause_s: float) -> Any:
                 fuse.leave(number)
                 return files
 
-        records, checkpoints = FileRecords(site.records_dir), FileCheckpoints(site.checkpoints_dir)
-        return SerialExecutor(Watched(), records, checkpoints)
+        return SerialExecutor(Watched(), *open_stores(site))
 
     return open_executor
 

@@ -31,6 +31,7 @@ from sisa.runfile import parse_run_file
 from sisa.serial import SerialExecutor, Site
 from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.index import FaissIndex
+from sisa.store.keyring import PLAIN
 from sisa.store.ledger import SqlLedger
 from sisa.store.records import FileRecords
 from sisa.world import World
@@ -62,6 +63,7 @@ def world_of(directory: Path, *, create: bool = False, numerics: str = "") -> It
         records=records,
         checkpoints=FileCheckpoints(directory / opening.CHECKPOINTS),
         index=FaissIndex(directory / opening.INDEX, embedder.dimension),
+        keyring=PLAIN,
         embed=embedder.embed,
         count_tokens=lambda some: [1 for _ in some],
         executor_for=lambda store: SerialExecutor(FakeTrainer(), records, store),
@@ -129,9 +131,7 @@ def content(directory: Path) -> dict[str, bytes]:
 
 
 def open_fake(site: Site, _options: Any) -> SerialExecutor:
-    return SerialExecutor(
-        FakeTrainer(), FileRecords(site.records_dir), FileCheckpoints(site.checkpoints_dir)
-    )
+    return SerialExecutor(FakeTrainer(), *opening.open_stores(site))
 
 
 def use_fake_parts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -191,6 +191,8 @@ OTHER: dict[str, Any] = {
     "base_model": "other",
     "datasets": [{"path": "other"}],
     "output_dir": "other",
+    "encrypt": True,
+    "keyring": "other",
     "lora_r": 4,
     "lora_alpha": 4,
     "lora_dropout": 0.5,
@@ -241,7 +243,8 @@ def test_each_key_has_one_effect() -> None:
         effects.setdefault(found.effect, set()).add(key)
     where = {"base_model", "sisa.shards", "sisa.slices", "sisa.group_by", "sisa.partition_key_file"}
     cluster = {key for key in OTHER if key.startswith("cluster.")}
-    assert effects["none"] == cluster | {"output_dir", "datasets", "sisa.aggregation"}
+    assert effects["none"] == cluster | {"output_dir", "datasets", "keyring", "sisa.aggregation"}
+    assert effects["reseal"] == {"encrypt"}
     assert effects["reset"] == where
     assert effects["reindex"] == {"sisa.embedder"}
     assert effects["retrain"] == {
