@@ -100,10 +100,7 @@ def list_garbage(world: World, directory: Path) -> tuple[Garbage, ...]:
 
 def _on_disk(directory: Path, room: str) -> frozenset[str]:
     """Names of the files that lie in a room; a replay's lie one folder deeper."""
-    names = files.held_names(directory / room)
-    if room == SCRATCH:
-        return frozenset().union(*(files.held_names(directory / room / each) for each in names))
-    return names
+    return frozenset(path.name for path in (directory / room).glob("*/*" if room == SCRATCH else "*"))
 
 
 def _garbage(directory: Path, path: Path, reason: str, *, removable: bool = True) -> Garbage:
