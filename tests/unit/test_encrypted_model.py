@@ -203,9 +203,10 @@ def test_a_sweep_that_is_cut_short_is_finished_by_the_next(
             raise Cut
         real(path)
 
-    with monkeypatch.context() as patch, pytest.raises(Cut):
+    with monkeypatch.context() as patch:
         patch.setattr(files, "erase", erase)
-        delete(before)
+        with pytest.raises(Cut):
+            delete(before)
     with world_of(before) as world:
         reconcile(world)
     assert keys(before) == known(before)
