@@ -118,12 +118,12 @@ def _refuse_keys_inside(config: RunConfig) -> None:
 
 def _refuse_lost_keys(model: Model, config: RunConfig) -> None:
     """Raises ConfigConflict when `keyring:` names a place to which the model's keys were not moved."""
-    keys = opening.keyrings(config) / model.id
-    if model.config.encrypt and not keys.is_dir():
+    old, new = (opening.keyrings(each) / model.id for each in (model.config, config))
+    if model.config.encrypt and old != new and not new.is_dir():
         raise ConfigConflict(
             "the model's keyring is not where the run file says",
-            where=str(keys),
-            next_step=f"move {opening.keyrings(model.config) / model.id} there first",
+            where=str(new),
+            next_step=f"move {old} there first",
         )
 
 

@@ -91,7 +91,8 @@ def folder_of(path: Any) -> str:
         with contextlib.suppress(OSError):
             path = os.readlink(f"/proc/self/fd/{path}")
     parts = Path(os.fspath(path) if not isinstance(path, int) else "?").parts
-    return next((part for part in reversed(parts) if part in FOLDERS), "model")
+    found = next((part for part in reversed(parts) if part in FOLDERS), "model")
+    return f"keys of {found}" if "keyrings" in parts else found
 
 
 def commit_name(_ledger: Any, change: Any) -> str:
@@ -111,7 +112,8 @@ def wire(fuse: Fuse) -> None:
 
     from sisa.store.ledger import SqlLedger
 
-    for name, which in (("replace", 1), ("rename", 1), ("fsync", 0), ("unlink", 0), ("mkdir", 0)):
+    names = (("replace", 1), ("rename", 1), ("link", 1), ("fsync", 0), ("unlink", 0), ("mkdir", 0))
+    for name, which in names:
         label = _labelled(name, which)
         setattr(os, name, fuse.guard(getattr(os, name), label))
     shutil.rmtree = fuse.guard(shutil.rmtree, _labelled("rmtree", 0))  # type: ignore[assignment]
