@@ -139,12 +139,14 @@ class FileKeyring:
                 aside = folder / f"{files.TEMPORARY_PREFIX}{uuid.uuid4().hex}"
                 with contextlib.suppress(FileNotFoundError):
                     os.rename(folder / name, aside)
-                    doomed.append(aside)
+                    doomed.append((aside, name.startswith(files.TEMPORARY_PREFIX)))
             if not doomed:
                 return
             files.sync_directory(folder)  # no name may come back with zeros as its key
-            for path in doomed:
-                _overwrite(path)
+            for path, temporary in doomed:
+                # A temporary name with a second one may be that of a key in use: its maker was killed.
+                if not temporary or path.lstat().st_nlink == 1:
+                    _overwrite(path)
                 files.erase(path)
             files.sync_directory(folder)
 

@@ -223,6 +223,22 @@ def test_a_second_name_of_a_key_is_overwritten_with_it(folder: FileKeyring) -> N
     assert folder.held("records") == frozenset()
 
 
+def test_a_second_name_of_a_key_in_use_goes_and_the_key_stays(folder: FileKeyring) -> None:
+    sealed = folder.seal(*PLACE, SECRET)
+    left = folder.root / "records" / f"{TEMPORARY_PREFIX}left"
+    os.link(folder.root / "records" / "a.parquet", left)
+    folder.destroy("records", [left.name])
+    assert folder.held("records") == {"a.parquet"}
+    assert folder.unseal(*PLACE, sealed) == SECRET
+    os.link(folder.root / "records" / "a.parquet", left)
+    other = left.with_name(f"{TEMPORARY_PREFIX}other")
+    (folder.root / "records" / "a.parquet").rename(other)  # cut short while it was destroyed
+    looking = left.open("rb")
+    folder.destroy("records", folder.held("records"))
+    with looking:
+        assert looking.read() == bytes(KEY_BYTES)
+
+
 def test_whatever_lies_in_the_keyring_can_be_destroyed(folder: FileKeyring, tmp_path: Path) -> None:
     folder.seal(*PLACE, SECRET)
     (tmp_path / "mine").write_text("not a key")
@@ -275,7 +291,9 @@ def killed_at(root: Path, task: str) -> Iterator[int]:
 def test_a_key_is_whole_or_absent_when_its_maker_is_killed(tmp_path: Path) -> None:
     for step in killed_at(tmp_path / "keyring", "seal"):
         keyring = FileKeyring(tmp_path / "keyring")
-        assert keyring.unseal(*PLACE, keyring.seal(*PLACE, SECRET)) == SECRET, step
+        sealed = keyring.seal(*PLACE, SECRET)
+        keyring.destroy("records", keyring.held("records") - {"a.parquet"})
+        assert keyring.unseal(*PLACE, sealed) == SECRET, step
         keyring.destroy("records", keyring.held("records"))
         assert keyring.held("records") == frozenset()
 

@@ -322,6 +322,21 @@ def test_a_tainted_checkpoint_whose_key_is_held_is_residue(before: Path, backup:
     assert {"deleted_row", "deleted_vector", "tainted"} <= set(found)
 
 
+def test_what_a_replay_left_is_read_with_its_own_keys(model: Path, plain: Path) -> None:
+    """A clean checkpoint in scratch is no residue, a tainted one is."""
+    stages = sorted((plain / opening.CHECKPOINTS).iterdir())
+    clean = [path for path in stages if path.name in known(model)[opening.CHECKPOINTS]]
+    for stage, expected in ((clean[0], []), (min({*stages} - {*clean}), ["tainted", "unknown_file"])):
+        left = model / opening.SCRATCH / "replay" / stage.name
+        left.mkdir(parents=True)
+        for path in stage.iterdir():
+            data = keyring_of(model).seal(opening.SCRATCH, stage.name, path.name, path.read_bytes())
+            (left / path.name).write_bytes(data)
+        found = scan(model)
+        assert kinds(found) == expected
+        assert found.scanned["shredded"] == 0
+
+
 def test_what_the_model_relies_on_and_can_not_open_is_damaged(model: Path) -> None:
     shutil.rmtree(keyring_of(model).root)
     found = scan(model)
