@@ -41,6 +41,8 @@ def scanned(found: Scan) -> Result:
         f"  {counts['checkpoints']} checkpoints, {counts['rows']} rows, {counts['vectors']} vectors, "
         f"{counts['adapters']} exported adapters, {counts['strings']} strings looked for",
     ]
+    if shredded := counts["shredded"]:
+        lines.append(f"  {shredded} encrypted files that no held key opens")
     if short := counts["strings_too_short_for_raw_bytes"]:
         lines.append(f"  {short} of the strings are too short for raw bytes: compared with values alone")
     lines += [

@@ -73,8 +73,8 @@ class Mailbox:
 
 def open_parts(site: Site) -> Parts:
     """The real parts of a site; the trainer, and with it the base, is kept per process."""
-    from sisa.store.checkpoints import FileCheckpoints
-    from sisa.store.records import FileRecords
+    from sisa.opening import open_stores
+    from sisa.store.keyring import FileKeyring
 
     if not site.records_dir.is_dir():
         raise EnvironmentFault(
@@ -82,8 +82,15 @@ def open_parts(site: Site) -> Parts:
             where=str(site.records_dir),
             next_step="put the model directory on a file system that all nodes share",
         )
+    keys = site.keyring
+    if isinstance(keys, FileKeyring) and not keys.root.is_dir():
+        raise EnvironmentFault(
+            "the model's keyring is not visible on a worker's node",
+            where=str(keys.root),
+            next_step="put the keyring on a file system that all nodes share, and name it by `keyring:`",
+        )
     trainer = _open_trainer(site.base_dir, site.base_digest, site.threads)
-    return trainer, FileRecords(site.records_dir), FileCheckpoints(site.checkpoints_dir)
+    return trainer, *open_stores(site)
 
 
 @functools.lru_cache(maxsize=1)

@@ -130,6 +130,7 @@ class Model:
             )
         self.id = opening.model_id(meta)
         self.config = opening.stored_config(meta)
+        self.keyring = opening.open_keyring(self.config, self.id)
         self.base = opening.named(meta, "base")
         self.embedder = opening.named(meta, "embedder")
         self.executor = executor
@@ -154,6 +155,7 @@ class Model:
             self.report,
             base_digest=self.base.digest,
             model=self.id,
+            keyring=self.keyring,
         )
         try:
             if locked:
@@ -169,9 +171,14 @@ class Model:
     def _writing(self) -> Iterator[World]:
         opening.check_executor(self.executor)  # an unknown one is refused before anything is written
         with files.writer_lock(self.directory / LOCK):
+            self._destroy_scratch_keys()
             files.erase(self.directory / SCRATCH)
             with self._world(locked=True) as world:
                 yield world
+
+    def _destroy_scratch_keys(self) -> None:
+        """What a replay stored can't be read any more, wherever it is."""
+        self.keyring.destroy(SCRATCH, self.keyring.held(SCRATCH))
 
     def add(self, source: Path | str | Sequence[Record], *, allow_deleted: bool = False) -> Taken:
         """Take new records in; the result equals training on all of them from scratch.
@@ -223,7 +230,7 @@ class Model:
     def plan_forget(self, ids: Sequence[str] = (), *, subject: str | None = None) -> ForgetPlan:
         """What `forget` would do; changes nothing."""
         with self._world() as world:
-            planned = _planned(world, ids, subject)
+            planned = plan_forget(world, *_named(world, ids, subject))
             measured = world.ledger.checkpoints()
             rewritten = len(planned.remaining)
             return ForgetPlan(
@@ -237,17 +244,14 @@ class Model:
     def forget(self, ids: Sequence[str] = (), *, subject: str | None = None) -> ForgetOutcome:
         """Delete records exactly. Raises UnknownRecord; ids deleted before are reported, not refused."""
         with self._writing() as world:
-            planned = _planned(world, ids, subject)
-            request = None
-            if planned.removed:
-                if any(plan.train for plan in planned.plans):
-                    _ = self.parts.base  # refuses a changed base before anything is erased
-                terms = Terms(approver=DIRECT, reason=DIRECT)
-                arrived = lifecycle.arrive(world, planned.removed, (), terms)
-                request = forget_at_once(world, arrived)
-            else:
+            live, dead = _named(world, ids, subject)
+            if not live:
                 reconcile(world)  # finishes a deletion that a crash cut short
-            return ForgetOutcome(request, planned.already_deleted, model_digest(world.ledger))
+                return ForgetOutcome(None, tuple(dead), model_digest(world.ledger))
+            _ = self.parts.base  # refuses a changed base before anything is erased
+            arrived = lifecycle.arrive(world, live, (), Terms(approver=DIRECT, reason=DIRECT))
+            request = forget_at_once(world, arrived)
+            return ForgetOutcome(request, tuple(dead), model_digest(world.ledger))
 
     def submit(
         self, ids: Sequence[str] = (), *, subject: str | None = None, terms: Terms | None = None
@@ -325,7 +329,8 @@ class Model:
             chosen = _replayed(world, replay, shard)
             scratch = Path(tempfile.mkdtemp(dir=_made(self.directory / SCRATCH)))
             stack.callback(shutil.rmtree, self.directory / SCRATCH, ignore_errors=True)
-            return verify(world, chosen, FileCheckpoints(scratch))
+            stack.callback(self._destroy_scratch_keys)
+            return verify(world, chosen, FileCheckpoints(scratch, self.keyring, SCRATCH))
 
     def generate(self, prompt: str, *, max_new_tokens: int = 48, kind: Kind | None = None) -> Answer:
         """Answer with the constituent models that the run file's aggregation chooses."""
@@ -374,11 +379,6 @@ def _named(
     held = [each for _, each in query.lookup(world, list(dict.fromkeys(ids)))]
     live = [each for each in held if isinstance(each, RecordRow)]
     return live, [each for each in held if isinstance(each, Tombstone)]
-
-
-def _planned(world: World, ids: Sequence[str], subject: str | None) -> Forgetting:
-    live, dead = _named(world, ids, subject)
-    return plan_forget(world, live, dead)
 
 
 def _replayed(world: World, replay: Replay, shard: int | None) -> list[int]:

@@ -1,7 +1,8 @@
 """The run file as a frozen model: every key with its meaning, its bounds and what a change costs.
 
 Rules: numbers are strict (`true` and `'3'` are no integers) and finite. Each key states beside its
-meaning what a change of it costs (`effect`): nothing, retraining, a new index, or a new partition.
+meaning what a change of it costs (`effect`): nothing, retraining, a new index, a new partition, or files
+written anew in another form.
 Names as in Axolotl and TRL.
 
 Not covered: reading YAML (`runfile.py`), what a change does to a model (`reconfigure.py`), and the
@@ -53,7 +54,7 @@ OTHER_SUFFIXES = (".csv", ".tsv", ".txt", ".arrow", ".gz", ".zip", ".zst", ".yam
 
 T = TypeVar("T")
 KeyPath = tuple[Any, ...]  # of keys and positions
-Effect = Literal["none", "retrain", "reset", "reindex"]
+Effect = Literal["none", "retrain", "reset", "reindex", "reseal"]
 Int = Annotated[int, Strict()]
 Float = Annotated[float, Strict()]
 Bool = Annotated[bool, Strict()]
@@ -195,6 +196,12 @@ class RunConfig(_Block):
     )
     witness: LocalPath | None = _key(
         None, "none", "Directory that remembers deletions outside the model; null: your state directory."
+    )
+    encrypt: Bool = _key(
+        False, "reseal", "Whether slices, indexes and checkpoints rest encrypted, a key for each."
+    )
+    keyring: LocalPath | None = _key(
+        None, "none", "Directory of the keys, outside output_dir; null: the user's state directory."
     )
     adapter: Literal["lora"] = _key("lora", "retrain", "Kind of adapter.")
     lora_r: Int = _key(8, "retrain", "Rank of the adapters.", ge=1, le=4096)

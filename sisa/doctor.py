@@ -3,11 +3,14 @@
     surroundings   a writer at work, a disk that is full or read-only, a clock that ran backwards
     witness        whole, and not ahead of the ledger: a backup was restored (repair: deletes again)
     ledger, key    there, whole, of this version, fitting together: nothing here can be derived again
+    keyring        of an encrypted model: there, and for its owner alone; what lacks its key is damaged
     slice files    there and as recorded: not derivable either, since only they hold the text
     index files    derivable from slice files                                       (repair: reindex)
     checkpoints    derivable by training                                            (repair: retrain)
     heads          derivable from what is held                                      (repair: heads)
-    unknown files  swept (repair: sweep);  file modes (repair: mode);  a full log (repair: scrub)
+    unknown files  and keys without a file: swept  (repair: sweep)
+    file modes     (repair: mode);  a full log (repair: scrub)
+    forms          plain files in an encrypted model, or the other way round        (repair: reseal)
 
 Rules: nothing is changed and no torch is imported. A healthy model has no finding at all. Findings name
 files, shards and digests, never a record. An `error` is something that a command would stumble over, a
@@ -194,13 +197,21 @@ def _opened(directory: Path, meta: dict[str, str]) -> list[Finding]:
         config = opening.stored_config(meta)
         base, embedder = opening.named(meta, "base"), opening.named(meta, "embedder")
         model = opening.model_id(meta)
+        keyring = opening.open_keyring(config, model)
     except (SisaError, ValueError, KeyError, TypeError):
         return [finding("ledger_meta", "error", LEDGER, "its description of the model can't be parsed")]
     found, secret = _key(directory, config, meta.get("key", ""))
     parts, keyed = Parts(config, base, embedder), Keyed(secret or bytes(KEY_BYTES))
     try:
         world = opening.open_world(
-            directory, parts, keyed, "serial", silent, base_digest=base.digest, model=model
+            directory,
+            parts,
+            keyed,
+            "serial",
+            silent,
+            base_digest=base.digest,
+            keyring=keyring,
+            model=model,
         )
     except SisaError as error:
         return [*found, Finding("ledger_unreadable", "error", LEDGER, error.what, "", error.next_step)]

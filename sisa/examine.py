@@ -14,6 +14,7 @@ from __future__ import annotations
 import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -22,14 +23,15 @@ from sisa.domain import Head, HeldCheckpoint, IndexFile, SliceFile
 from sisa.errors import IntegrityError, SisaError
 from sisa.garbage import LEDGER_FILES, STRAY, list_garbage
 from sisa.lineage import read_manifest
-from sisa.opening import CHECKPOINTS, INDEX, KEY, RECORDS
+from sisa.opening import CHECKPOINTS, INDEX, KEY, RECORDS, SCRATCH
 from sisa.plan import plan_shard
 from sisa.store import files
 from sisa.store.checkpoints import MANIFEST
-from sisa.world import World, only, view_shard
+from sisa.store.keyring import MAGIC, RESTORE, FileKeyring, is_sealed
+from sisa.world import World, known_names, only, view_shard
 
 Severity = Literal["error", "warning"]
-Repair = Literal["", "reindex", "retrain", "heads", "sweep", "mode", "scrub"]
+Repair = Literal["", "reindex", "retrain", "heads", "sweep", "mode", "scrub", "reseal"]
 
 NEXT_STEPS: dict[Repair, str] = {
     "": "restore it from a backup: it can't be derived again",
@@ -38,6 +40,7 @@ NEXT_STEPS: dict[Repair, str] = {
     "heads": "`sisa doctor --repair` derives it again from what is held",
     "sweep": "`sisa gc`, `sisa doctor --repair` or the next train, add or forget removes it",
     "mode": "`sisa doctor --repair` makes it readable by its owner alone",
+    "reseal": "`sisa doctor --repair` writes it anew, as `encrypt:` of the run file says",
     "scrub": "`sisa doctor --repair` or the next train, add or forget empties it",
 }
 
@@ -77,7 +80,7 @@ def finding(
 
 def examine(world: World, directory: Path, *, with_key: bool = True) -> list[Finding]:
     """All findings of an opened model; `with_key=False` leaves out what only the right key can tell."""
-    found = [*_modes(world, directory)]
+    found = [*_modes(world, directory), *_keyring(world), *_forms(world, directory)]
     for file in world.ledger.slices():
         what = _damage(lambda file=file: _check_slice(world, file, with_key=with_key))  # type: ignore[misc]
         if what:
@@ -86,7 +89,7 @@ def examine(world: World, directory: Path, *, with_key: bool = True) -> list[Fin
     found += _indexes(world)
     damaged: dict[int, set[str]] = {}
     for held in world.ledger.checkpoints():
-        what = _damage(lambda held=held: _check_checkpoint(directory, held))  # type: ignore[misc]
+        what = _damage(lambda held=held: _check_checkpoint(world, directory, held))  # type: ignore[misc]
         if what:
             damaged.setdefault(held.shard, set()).add(held.key)
             place = f"{CHECKPOINTS}/{held.key}"
@@ -116,6 +119,45 @@ def _modes(world: World, directory: Path) -> Iterator[Finding]:
         if path.is_file() and (mode := stat.S_IMODE(path.stat().st_mode)) & 0o077:
             where = path.relative_to(directory).as_posix()
             yield finding("mode", "warning", where, f"others may use it (mode {mode:o})", "mode")
+
+
+def _keyring(world: World) -> Iterator[Finding]:
+    """Whether the keys are there, and for their owner alone."""
+    keyring = world.keyring
+    if not isinstance(keyring, FileKeyring):
+        return
+    if not keyring.root.is_dir() and any(known_names(world).values()):
+        what = "the keyring is missing: nothing of the model can be read"
+        yield Finding("keyring", "error", str(keyring.root), what, "", RESTORE)
+        return
+    rooms = [keyring.root / room for room in (RECORDS, INDEX, CHECKPOINTS, SCRATCH)]
+    keys = [room / name for room in rooms for name in sorted(keyring.held(room.name))]
+    for path in (keyring.root, *rooms, *keys):
+        if path.exists() and (mode := stat.S_IMODE(path.stat().st_mode)) & 0o077:
+            yield finding("mode", "warning", str(path), f"others may use it (mode {mode:o})", "mode")
+
+
+def _forms(world: World, directory: Path) -> Iterator[Finding]:
+    """What is plain in an encrypted model, and what is still encrypted, or has a key, in a plain one."""
+    seals = world.keyring.seals
+    wrong = "not encrypted" if seals else "encrypted, or still with a key,"
+    wrong += f", although the model is{' ' if seals else ' not'}"
+    for room, names in known_names(world).items():
+        keys = frozenset() if seals else world.keyring.held(room)
+        for name in sorted(names):
+            path = directory / room / name
+            inside = [path / each for each in files.held_names(path)] if path.is_dir() else [path]
+            if name in keys or any(_sealed(each, seals) != seals for each in inside):
+                yield finding("form", "warning", f"{room}/{name}", wrong, "reseal")
+
+
+def _sealed(path: Path, unreadable: bool) -> bool:
+    """Whether a file is sealed; `unreadable` is the answer for one that its own check finds damaged."""
+    try:
+        with path.open("rb") as file:
+            return is_sealed(file.read(len(MAGIC)))
+    except OSError:
+        return unreadable
 
 
 def _check_slice(world: World, file: SliceFile, *, with_key: bool) -> None:
@@ -152,15 +194,20 @@ def _check_index(world: World, file: IndexFile, wanted: list[int]) -> None:
     world.index.vectors(file, wanted)
 
 
-def _check_checkpoint(directory: Path, held: HeldCheckpoint) -> None:
+def _check_checkpoint(world: World, directory: Path, held: HeldCheckpoint) -> None:
     """Surplus files are no damage: they are found as unknown ones."""
     path = directory / CHECKPOINTS / held.key
-    files.read_checked(path / MANIFEST, held.manifest_sha256, "checkpoint manifest")
-    parsed = read_manifest(path)
+
+    def check(name: str, sha256: str, what: str) -> None:
+        unseal = partial(world.keyring.unseal, CHECKPOINTS, held.key, name)
+        files.read_checked(path / name, sha256, what, unseal)
+
+    check(MANIFEST, held.manifest_sha256, "checkpoint manifest")
+    parsed = read_manifest(path, world.keyring)
     if parsed is None or parsed[0].key != held.key:
         raise IntegrityError("a checkpoint manifest can't be parsed")
     for name, sha256 in parsed[1].items():
-        files.read_checked(path / name, sha256, "checkpoint file")
+        check(name, sha256, "checkpoint file")
 
 
 def _heads(world: World) -> Iterator[Finding]:

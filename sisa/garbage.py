@@ -6,7 +6,8 @@
 Rules: what the ledger knows is never removed, nor is the ledger, the key or the lock. A retired
 checkpoint leaves the ledger in a commit before its bytes go. What a cut-short run stored for a present
 target is listed and kept: the next command takes it over. A stray file at the top is listed and kept,
-since it may be the user's own. Links are removed as links; what they point to is left alone.
+since it may be the user's own. Links are removed as links; what they point to is left alone. A file's
+key goes before the file, and keys without a file go, too.
 
 Not covered: whether a file was touched by a deleted record (`residue.py`); damage (`doctor.py`).
 """
@@ -27,7 +28,7 @@ from sisa.opening import CHECKPOINTS, INDEX, KEY, LEDGER, LOCK, RECORDS, SCRATCH
 from sisa.plan import plan_shard
 from sisa.ports import Change
 from sisa.store import files
-from sisa.world import World, commit, view_shard
+from sisa.world import World, commit, known_names, view_shard
 
 if TYPE_CHECKING:
     from sisa.api import Model
@@ -43,11 +44,13 @@ WAITING = "stored for a present target, not yet recorded: the next train, add or
 STRAY = "a stray: not of a model, so it is left for you to remove"
 REPLAY = "scratch of a replay"
 SURPLUS = "a file that the checkpoint's manifest does not name"
+ORPHAN = "a key of no file: whoever has a copy of that file can open it"
 
 
 @dataclass(frozen=True, slots=True)
 class Garbage:
-    """A file or directory: its path in the model directory, bytes in all, and whether `gc` takes it."""
+    """A file or directory: its path in the model directory (a key's: in the keyring), bytes in all, and
+    whether `gc` takes it."""
 
     path: str
     num_bytes: int
@@ -68,11 +71,7 @@ class Collected:
 def list_garbage(world: World, directory: Path) -> tuple[Garbage, ...]:
     """Everything in the directory that is retired or unknown to the ledger, in order of path."""
     retired, waiting = _retired(world), _waiting(world)
-    known = {
-        RECORDS: {file.name for file in world.ledger.slices()},
-        INDEX: {file.name for file in world.ledger.indexes()},
-        CHECKPOINTS: {each.key for each in world.ledger.checkpoints()},
-    }
+    known = known_names(world)
     found: list[Garbage] = []
     for name in sorted(files.held_names(directory) - KEPT_FILES):
         path = directory / name
@@ -85,13 +84,23 @@ def list_garbage(world: World, directory: Path) -> tuple[Garbage, ...]:
             for entry in sorted(files.held_names(path)):
                 if entry in known[name] and entry not in retired:
                     if name == CHECKPOINTS:
-                        found += _surplus(directory, path / entry)
+                        found += _surplus(world, directory, path / entry)
                     continue
                 kept = name == CHECKPOINTS and entry in waiting
                 found.append(
                     _garbage(directory, path / entry, _reason(entry, retired, kept), removable=not kept)
                 )
+    for room in (*ROOMS, SCRATCH):
+        needed = known.get(room, frozenset()) | _on_disk(directory, room)
+        for name in sorted(world.keyring.held(room) - needed):
+            path = Path(world.keyring.location(room, name))
+            found.append(Garbage(str(path), num_bytes(path), ORPHAN, True))
     return tuple(found)
+
+
+def _on_disk(directory: Path, room: str) -> frozenset[str]:
+    """Names of the files that lie in a room; a replay's lie one folder deeper."""
+    return frozenset(path.name for path in (directory / room).glob("*/*" if room == SCRATCH else "*"))
 
 
 def _garbage(directory: Path, path: Path, reason: str, *, removable: bool = True) -> Garbage:
@@ -139,9 +148,9 @@ def _waiting(world: World) -> frozenset[str]:
     return frozenset(found)
 
 
-def _surplus(directory: Path, checkpoint: Path) -> list[Garbage]:
+def _surplus(world: World, directory: Path, checkpoint: Path) -> list[Garbage]:
     """Files in a known checkpoint that are not of it; none where the manifest is damaged."""
-    expected = named_files(checkpoint)
+    expected = named_files(checkpoint, world.keyring)
     if expected is None:
         return []
     return [
@@ -156,8 +165,13 @@ def remove_garbage(world: World, directory: Path) -> tuple[Garbage, ...]:
     retired = [each.path.rpartition("/")[2] for each in found if each.reason == RETIRED]
     if retired:
         commit(world, Change(dropped=retired))
+    kept = {**known_names(world), SCRATCH: frozenset[str]()}
+    kept[CHECKPOINTS] |= _waiting(world)
+    for room, names in kept.items():
+        world.keyring.destroy(room, sorted(world.keyring.held(room) - names))
     for each in found:
-        files.erase(directory / each.path)
+        if each.reason != ORPHAN:
+            files.erase(directory / each.path)
     return found
 
 

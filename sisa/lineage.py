@@ -20,16 +20,27 @@ from typing import Any
 
 from sisa.assign import slice_root
 from sisa.domain import RecordRow, SliceJob
-from sisa.store.checkpoints import MANIFEST
+from sisa.errors import IntegrityError
+from sisa.ports import Keyring
+from sisa.store.checkpoints import MANIFEST, ROOM
 
 
-def read_manifest(checkpoint: Path) -> tuple[SliceJob, dict[str, str]] | None:
+def read_manifest(checkpoint: Path, keyring: Keyring) -> tuple[SliceJob, dict[str, str]] | None:
     """The job of a checkpoint directory and the sha256 of its files; None if that can't be told."""
     try:
-        parsed = json.loads((checkpoint / MANIFEST).read_bytes())
+        data = (checkpoint / MANIFEST).read_bytes()
+        return parse_manifest(keyring.unseal(ROOM, checkpoint.name, MANIFEST, data))
+    except (IntegrityError, OSError):
+        return None
+
+
+def parse_manifest(data: bytes) -> tuple[SliceJob, dict[str, str]] | None:
+    """What `read_manifest` says, of a manifest's bytes."""
+    try:
+        parsed = json.loads(data)
         names = {str(name): str(sha256) for name, sha256 in parsed["files"].items()}
         job = parse_job(parsed["job"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None
     return job, names
 
@@ -41,9 +52,9 @@ def parse_job(parsed: Any) -> SliceJob:
     return SliceJob(**{**parsed, "slices": slices, "passes": (int(first), int(second))})
 
 
-def named_files(checkpoint: Path) -> frozenset[str] | None:
+def named_files(checkpoint: Path, keyring: Keyring) -> frozenset[str] | None:
     """Names that belong into a checkpoint directory, the manifest's among them."""
-    found = read_manifest(checkpoint)
+    found = read_manifest(checkpoint, keyring)
     return None if found is None else frozenset({*found[1], MANIFEST})
 
 

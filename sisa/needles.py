@@ -15,6 +15,7 @@ paraphrased.
 
 from __future__ import annotations
 
+import io
 import json
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
@@ -102,18 +103,20 @@ class Needles:
                 path = path.replace(value, "*")
         return path
 
-    def in_file(self, path: Path) -> list[Place]:
-        """The first place of each string in a file's bytes and in what Parquet and SQLite decode."""
+    def in_file(self, path: Path, unsealed: bytes | None = None) -> list[Place]:
+        """The first place of each string in a file's bytes and in what Parquet and SQLite decode;
+        `unsealed` is looked through instead of what lies at the path."""
         if not len(self):
             return []
-        with path.open("rb") as file:
+        with path.open("rb") if unsealed is None else io.BytesIO(unsealed) as file:
             head = file.read(len(SQLITE_MAGIC))
             file.seek(0)
             raw = _firsts(self._in_stream(file))
         decoded: list[Place] = []
         explained: set[int] = set()
         if head.startswith(PARQUET_MAGIC):
-            decoded, explained = self._in_parquet(path)
+            source = path if unsealed is None else io.BytesIO(unsealed)
+            decoded, explained = self._in_parquet(source)
         elif head == SQLITE_MAGIC:
             decoded = self._in_sqlite(path)
         raw = [each for each in raw if each.needle not in explained]
@@ -129,7 +132,7 @@ class Needles:
             offset += len(fresh)
             carried = block[-keep:] if keep else b""
 
-    def _in_parquet(self, path: Path) -> tuple[list[Place], set[int]]:
+    def _in_parquet(self, path: Path | io.BytesIO) -> tuple[list[Place], set[int]]:
         """Places in decoded rows, and the ids whose raw bytes are explained: parts of longer ids."""
         import pyarrow as pa
         import pyarrow.parquet as pq

@@ -4,6 +4,7 @@
     DIR/partition.key    the secret, mode 0600  DIR/index/        FAISS, one file per shard
     DIR/lock             one writer             DIR/checkpoints/  a directory per stage
     DIR/scratch/         replays; erased by the next writer
+    KEYRING/MODEL/       keys of an encrypted model, outside of DIR: `keyring:`, else the state directory
 
 Rules: heavy parts (base, tokenizer, embedder) are resolved on first use, and what is resolved must be
 what the ledger names by digest, or an IntegrityError stops the command. Torch is not imported here.
@@ -33,11 +34,12 @@ from sisa.digest import KEY_BYTES, Keyed
 from sisa.domain import Record, Tombstone
 from sisa.errors import IntegrityError, InvalidInput
 from sisa.model.numerics import fingerprint
-from sisa.ports import CheckpointStore, Embedder, Executor, Report, Vectors
+from sisa.ports import CheckpointStore, Embedder, Executor, Keyring, Report, Vectors
 from sisa.serial import SerialExecutor, Site
 from sisa.store import files
 from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.index import FaissIndex
+from sisa.store.keyring import PLAIN, FileKeyring
 from sisa.store.ledger import SqlLedger
 from sisa.store.records import FileRecords
 from sisa.store.witness import FileWitness
@@ -160,26 +162,29 @@ def open_world(
     *,
     base_digest: str,
     model: str,
+    keyring: Keyring,
     create: bool = False,
 ) -> World:
     """The real parts in a bundle. Raises IntegrityError for a ledger that is missing or damaged."""
     config = parts.config
-    records = FileRecords(directory / RECORDS)
+    records = FileRecords(directory / RECORDS, keyring)
 
     def executor_for(store: CheckpointStore) -> Executor:
         if not isinstance(store, FileCheckpoints):
             raise TypeError("real executors train into directories")
         threads = config.sisa.threads_per_shard
         base = parts.base
-        site = Site(records.root, store.root, base.directory, base.digest, threads)
+        places = (records.root, store.root, base.directory)
+        site = Site(*places, base.digest, threads, keyring=keyring, room=store.room)
         return find_executor(executor)(site, config.cluster.model_dump(mode="json"))
 
     return World(
         ledger=SqlLedger(directory / LEDGER, create=create),
         witness=FileWitness(witness_dir(config) / f"{_witness_prefix(keyed)}{model}.jsonl"),
         records=records,
-        checkpoints=FileCheckpoints(directory / CHECKPOINTS),
-        index=FaissIndex(directory / INDEX, parts.dimension),
+        checkpoints=FileCheckpoints(directory / CHECKPOINTS, keyring),
+        index=FaissIndex(directory / INDEX, parts.dimension, keyring),
+        keyring=keyring,
         embed=parts.embed,
         count_tokens=parts.count_tokens,
         executor_for=executor_for,
@@ -196,7 +201,13 @@ def open_serial(site: Site, _options: Mapping[str, Any]) -> Executor:
     from sisa.model.lora import LoraTrainer
 
     trainer = LoraTrainer(site.base_dir, site.base_digest, site.threads)
-    return SerialExecutor(trainer, FileRecords(site.records_dir), FileCheckpoints(site.checkpoints_dir))
+    return SerialExecutor(trainer, *open_stores(site))
+
+
+def open_stores(site: Site) -> tuple[FileRecords, FileCheckpoints]:
+    """The stores of a site: slices to read, checkpoints to write."""
+    checkpoints = FileCheckpoints(site.checkpoints_dir, site.keyring, site.room)
+    return FileRecords(site.records_dir, site.keyring), checkpoints
 
 
 def check_executor(executor: str | OpenExecutor) -> None:
@@ -316,6 +327,17 @@ def deleted_under(config: RunConfig, keyed: Keyed) -> list[Tombstone]:
     """What any model under this partition key deleted, as far as witnesses here know."""
     paths = sorted(witness_dir(config).glob(f"{_witness_prefix(keyed)}*.jsonl"))
     return [each for path in paths for each in FileWitness(path).read().tombstones.values()]
+
+
+def keyrings(config: RunConfig) -> Path:
+    """Where the keyrings of models with this run file are, each under its model's name."""
+    return (config.keyring or state_dir() / "keyrings").absolute()
+
+
+def open_keyring(config: RunConfig, name: str) -> Keyring:
+    """The keys of a model by its name; one that is no longer encrypted may still have files to open."""
+    root = keyrings(config) / name
+    return FileKeyring(root, config.encrypt) if config.encrypt or root.is_dir() else PLAIN
 
 
 def close(world: World) -> None:

@@ -129,6 +129,29 @@ class Executor(Protocol):
         """Returns when every job's checkpoint is in the store; `report` is called in this process."""
 
 
+class Keyring(Protocol):
+    """A key for each data file, in rooms. Destroying a key erases every copy of what it sealed."""
+
+    @property
+    def seals(self) -> bool:
+        """Whether what is written now is sealed; what is sealed already is opened either way."""
+
+    def location(self, room: str, name: str) -> str:
+        """Where a key rests."""
+
+    def held(self, room: str) -> frozenset[str]:
+        """Names of all keys of a room, left-over temporaries among them."""
+
+    def seal(self, room: str, name: str, part: str, data: bytes) -> bytes:
+        """The bytes to write, under the key of a name (made if there is none); bound to the part."""
+
+    def unseal(self, room: str, name: str, part: str, data: bytes) -> bytes:
+        """The plaintext. Raises IntegrityError without the key, or for bytes that it did not seal."""
+
+    def destroy(self, room: str, names: Collection[str]) -> None:
+        """Destroy keys beyond recovery; absent names are no error."""
+
+
 class CheckpointStore(Protocol):
     def held(self) -> frozenset[str]:
         """Keys of all complete checkpoints."""
@@ -143,10 +166,10 @@ class CheckpointStore(Protocol):
         """The files, after checking the manifest against the ledger's digest and them against it."""
 
     def erase(self, keys: Collection[str]) -> None:
-        """Remove; absent keys are no error."""
+        """Remove, the keyring's keys first; absent keys are no error."""
 
     def location(self, key: str) -> str:
-        """Where the adapter file rests: a path that opens as it is."""
+        """Where the adapter file rests, sealed or not: a path that opens as it is."""
 
 
 class RecordStore(Protocol):
@@ -163,7 +186,7 @@ class RecordStore(Protocol):
         """Names of all files."""
 
     def erase(self, names: Collection[str]) -> None:
-        """Remove; absent names are no error."""
+        """Remove, the keyring's keys first; absent names are no error."""
 
 
 class Embedder(Protocol):
@@ -198,7 +221,7 @@ class RecordIndex(Protocol):
         """Names of all files."""
 
     def erase(self, names: Collection[str]) -> None:
-        """Remove; absent names are no error."""
+        """Remove, the keyring's keys first; absent names are no error."""
 
 
 @dataclass(frozen=True, slots=True)

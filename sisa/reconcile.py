@@ -1,7 +1,7 @@
 """The one reconciliation: whatever happened before, bring the held state to its target.
 
     adopt    stages that a cut-short run stored for the present targets
-    sweep    every file that the ledger does not know: tainted, retired, half-written
+    sweep    every file that the ledger does not know: tainted, retired, half-written; its key first
     train    what the targets miss; each finished stage moves its shard's head
     retire   clean checkpoints that are neither on a target's path nor heading
     close    requests whose shards have arrived
@@ -24,7 +24,7 @@ from sisa.errors import IntegrityError, SisaError
 from sisa.plan import ShardPlan, plan_shard
 from sisa.ports import Change, Event, SavedCheckpoint, SliceTrained, TrainingStarted
 from sisa.requests import event, under_way
-from sisa.world import World, commit, model_digest, view_shard
+from sisa.world import World, commit, known_names, model_digest, view_shard
 
 
 @dataclass(frozen=True)
@@ -264,10 +264,13 @@ def _seconds_between(start: str, end: str) -> float:
 
 
 def sweep(world: World) -> None:
-    """Erase every file that the ledger does not know: tainted, retired, half-written."""
-    slices = {file.name for file in world.ledger.slices()}
-    world.records.erase(sorted(world.records.held() - slices))
-    indexes = {file.name for file in world.ledger.indexes()}
-    world.index.erase(sorted(world.index.held() - indexes))
-    known = {each.key for each in world.ledger.checkpoints()}
-    world.checkpoints.erase(sorted(world.checkpoints.held() - known))
+    """Erase every file that the ledger does not know: tainted, retired, half-written.
+
+    Keys go first, those without a file among them: a file whose key is gone is erased wherever it is.
+    """
+    known = known_names(world)
+    for room, names in known.items():
+        world.keyring.destroy(room, sorted(world.keyring.held(room) - names))
+    world.records.erase(sorted(world.records.held() - known["records"]))
+    world.index.erase(sorted(world.index.held() - known["index"]))
+    world.checkpoints.erase(sorted(world.checkpoints.held() - known["checkpoints"]))

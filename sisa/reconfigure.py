@@ -6,6 +6,7 @@
     reindex                     the index is built anew
     reset                       records move to other shards or meet another base: all is trained anew,
                                 and the old heads serve until it is
+    reseal                      held files are written anew, encrypted or plain, before the commit
 
 Rules: without `--reconfigure` any difference but `none` is refused, all of them listed. The secret
 never changes, since tombstones are kept under it.
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from sisa.assign import index_root, slice_root
 from sisa.config import Difference, Effect
@@ -33,7 +35,8 @@ from sisa.errors import ConfigConflict, Problem
 from sisa.plan import ShardView, plan_shard
 from sisa.ports import Change, Ledger, StoredRecord
 from sisa.reconcile import Trained, train_unrecorded
-from sisa.world import Place, World, commit, view_shard
+from sisa.store import keyring
+from sisa.world import Place, World, commit, known_names, view_shard
 
 
 def refuse_differences(found: Sequence[Difference], where: str) -> None:
@@ -91,6 +94,12 @@ def move(world: World, effects: Collection[Effect], meta: dict[str, str]) -> Tra
     indexes = reindexed(world) if "reindex" in effects else []
     commit(world, Change(heads=heads, indexes=indexes, meta=meta))
     return Trained(0, 0, ())
+
+
+def reseal(world: World, directory: Path) -> None:
+    """Bring every held file to the form that the keyring gives. Cut short, both forms are read."""
+    for room, names in known_names(world).items():
+        keyring.reseal(directory / room, room, sorted(names), world.keyring)
 
 
 def reset(world: World, meta: dict[str, str]) -> Trained:

@@ -1,6 +1,7 @@
 """Mending what can be derived again, under the writer lock, and ending in the usual reconciliation.
 
     modes      made readable by the owner alone
+    forms      files written anew, encrypted or plain, as the model is
     index      built from the slice files, which are checked first
     damaged    checkpoints leave the ledger, and heads move to clean ones, in one commit; then bytes go
     gaps       stages before a target that is still whole are trained again, so that the chain is whole
@@ -30,6 +31,7 @@ from sisa.garbage import remove_garbage
 from sisa.plan import ShardPlan, plan_shard
 from sisa.ports import Change, Event, SliceTrained
 from sisa.reconcile import reconcile, training_started
+from sisa.reconfigure import reseal
 from sisa.store import files
 from sisa.world import World, commit, view_shard
 
@@ -69,6 +71,7 @@ def mend(world: World, directory: Path) -> Repair:
         removed = remove_garbage(world, directory)
         if removed:
             done.append(f"removed {len(removed)} unknown or retired files and directories")
+        done += _mend_forms(world, directory, found)
         trained = reconcile(world)
         if trained.slices_trained:
             done.append(f"trained {trained.slices_trained} stages")
@@ -81,8 +84,16 @@ def _mend_modes(directory: Path, found: Sequence[Finding]) -> list[str]:
     wrong = [directory / each.where for each in found if each.repair == "mode"]
     for path in wrong:
         with files.disk_errors(path):
-            path.chmod(0o600)
+            path.chmod(0o700 if path.is_dir() else 0o600)
     return [f"made {len(wrong)} files readable by their owner alone"] if wrong else []
+
+
+def _mend_forms(world: World, directory: Path, found: Sequence[Finding]) -> list[str]:
+    wrong = [each for each in found if each.repair == "reseal"]
+    if not wrong:
+        return []
+    reseal(world, directory)
+    return [f"brought {len(wrong)} files or checkpoints to the form of the model"]
 
 
 def _mend_indexes(world: World, found: Sequence[Finding]) -> list[str]:

@@ -10,15 +10,19 @@
 Rules: nothing is changed. What can't be read or told is residue, too: absence is proven or it is not.
 Places are the model directory, left-overs in the cache and in the temporary directory that are ours, and
 what `also` names. Answers name paths, rows and offsets, never an id or a text. Index files are parsed
-only if their bytes have the digest in their name.
+only if their bytes have the digest in their name. What this model's keys open is read as plaintext; a
+sealed file that they don't open is *shredded*: counted, and no residue unless the ledger relies on it.
+A key that opens nothing held is residue.
 
-Not covered: compressed or encrypted copies, other machines, backups, blocks that a disk has freed.
+Not covered: compressed copies, what others encrypted, copies of the keyring, other machines, backups,
+blocks that a disk has freed.
 Optimizer states that were copied out of a checkpoint directory are found by their manifest alone.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import stat
@@ -32,11 +36,12 @@ from sisa.digest import file_sha256, sha256_hex
 from sisa.domain import RecordRow, Tombstone
 from sisa.errors import Busy, InvalidInput
 from sisa.garbage import list_garbage, undisturbed
-from sisa.lineage import proves_clean, read_manifest
+from sisa.lineage import parse_manifest, proves_clean
 from sisa.model.packages import cache_dir
 from sisa.needles import PARQUET_MAGIC, Needles
-from sisa.opening import INDEX, RECORDS
+from sisa.opening import CHECKPOINTS, INDEX, RECORDS
 from sisa.store.checkpoints import ADAPTER, MANIFEST
+from sisa.unsealing import SealedFiles, Shredded
 from sisa.world import World
 
 if TYPE_CHECKING:
@@ -145,8 +150,10 @@ class _Scanner:
         self.counts = dict.fromkeys(
             ("files", "bytes", "checkpoints", "rows", "vectors", "adapters", "unreadable"), 0
         )
+        self.counts["shredded"] = 0
         self.counts |= {"strings": len(needles), "strings_too_short_for_raw_bytes": needles.num_short}
         self.proven: set[Path] = set()
+        self._sealed = SealedFiles(world.keyring)
         self._heads = {head.key for head in world.ledger.heads()}
         self._held = {each.key: each for each in world.ledger.checkpoints()}
         self._digests = {
@@ -179,17 +186,22 @@ class _Scanner:
     def _file(self, path: Path, *, models: bool) -> None:
         self.counts["files"] += 1
         self.counts["bytes"] += path.stat().st_size
-        for place in self.needles.in_file(path):
-            what = f"string {place.needle + 1} of {len(self.needles)} is here"
-            self._found("string", path, what, place.position)
+        try:
+            plain = self._sealed.plaintext(path)
+        except Shredded:
+            self._strings(path, None)
+            self._shredded(path)
+            return
+        self._strings(path, plain)
         expected = self._digests.get(path)
-        if expected is not None and file_sha256(path) != expected:
+        found = expected and (file_sha256(path) if plain is None else sha256_hex(plain))
+        if found != expected:
             self._found("damaged", path, "not the recorded file, so that its content proves nothing")
             return
-        with path.open("rb") as file:
+        with path.open("rb") if plain is None else io.BytesIO(plain) as file:
             head = file.read(len(PARQUET_MAGIC))
         if head == PARQUET_MAGIC:
-            self._rows(path, _parquet_ids(path))
+            self._rows(path, _parquet_ids(path if plain is None else io.BytesIO(plain)))
         elif path.suffix == ".jsonl":
             self._rows(path, _json_ids(path))
         elif not models:
@@ -200,6 +212,20 @@ class _Scanner:
             self._checkpoint(path.parent)
         elif path.name == ADAPTER and not (path.parent / MANIFEST).exists():
             self._adapter(path)
+
+    def _strings(self, path: Path, plain: bytes | None) -> None:
+        for place in self.needles.in_file(path, plain):
+            what = f"string {place.needle + 1} of {len(self.needles)} is here"
+            self._found("string", path, what, place.position)
+
+    def _shredded(self, path: Path) -> None:
+        """A sealed file that can't be read any more: as good as erased, unless it should be there."""
+        held = {self.directory / CHECKPOINTS / key for key in self._held}
+        if path in self._digests or path.parent in held:
+            self._found("damaged", path, "encrypted under a key that is not held")
+        else:
+            self.counts["shredded"] += 1
+            self.proven.add(path)
 
     def _rows(self, path: Path, ids: Iterator[str | None]) -> None:
         """Rows with an id: a tombstone is residue anywhere, an unknown id in the model directory."""
@@ -232,7 +258,7 @@ class _Scanner:
                 self._found("unknown_row", path, "a row of no held record", f"row {at}")
 
     def _vectors(self, path: Path) -> None:
-        data = path.read_bytes()
+        data = self._sealed.read(path)
         shard, _, digest = path.stem.removeprefix("shard-").partition("-")
         if not shard.isdigit() or sha256_hex(data) != digest:
             self._found("unreadable", path, "its bytes are not those of its name: not parsed")
@@ -251,18 +277,15 @@ class _Scanner:
 
     def _checkpoint(self, checkpoint: Path) -> None:
         self.counts["checkpoints"] += 1
-        parsed = read_manifest(checkpoint)
+        manifest = self._sealed.read(checkpoint / MANIFEST)
+        parsed = parse_manifest(manifest)
         if parsed is None:
             self._found("unreadable", checkpoint, "a checkpoint whose manifest can't be parsed")
             return
         job, names = parsed
         held = self._held.get(job.key)
-        manifest = (checkpoint / MANIFEST).read_bytes()
         same = held is None or sha256_hex(manifest) == held.manifest_sha256
-        whole = all((checkpoint / each).is_file() for each in names) and all(
-            file_sha256(checkpoint / each) == sha256 for each, sha256 in names.items()
-        )
-        if not (same and whole):
+        if not (same and all(self._is(checkpoint / each, sha256) for each, sha256 in names.items())):
             self._found("damaged", checkpoint, "a checkpoint whose bytes are not the recorded ones")
             return
         seq = self.world.ledger.seq() if held is None else held.seq
@@ -271,6 +294,12 @@ class _Scanner:
             self._found("tainted", checkpoint, f"a checkpoint {known} not of held records alone")
             return
         self.proven |= {checkpoint, *(checkpoint / each for each in (*names, MANIFEST))}
+
+    def _is(self, path: Path, sha256: str) -> bool:
+        try:
+            return path.is_file() and self._sealed.sha256(path) == sha256
+        except Shredded:
+            return False
 
     def _live(self, shard: int) -> list[RecordRow]:
         return self.world.ledger.rows(shard)
@@ -310,12 +339,12 @@ class _Unreadable(Exception):
     """Bytes that can't be decoded."""
 
 
-def _parquet_ids(path: Path) -> Iterator[str | None]:
+def _parquet_ids(source: Path | io.BytesIO) -> Iterator[str | None]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(source) as file:
             if "id" not in file.schema_arrow.names:
                 raise _Unreadable
             for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=["id"]):

@@ -49,7 +49,7 @@ def train(world: World, records: Sequence[Record], meta: Mapping[str, str] | Non
     """
     found = _lookup(world, records)
     held = sum(isinstance(each, RecordRow) for each in found.values())
-    if world.ledger.seq():
+    if "config" in world.ledger.meta() or world.ledger.heads():
         _refuse(_changed(world, records, found))
         done = reconcile(world)
         new = len(records) - len(found)

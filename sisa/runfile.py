@@ -288,7 +288,10 @@ def _resolve(data: dict[str, Any], tree: _Tree, directory: Path) -> None:
     put(data, "base_model", ("base_model",), "hub")
     put(data, "output_dir", ("output_dir",), "new")
     put(data, "witness", ("witness",), "new")
-    _keep_outside(data, "witness", tree)
+    put(data, "keyring", ("keyring",), "new")
+    for key, what in (("witness", "the witness lies"), ("keyring", "the keys lie")):
+        if _lies_inside(data.get(key), data.get("output_dir")):
+            tree.add((key,), f"conflict: {what} inside output_dir")
     put(block, "partition_key_file", ("sisa", "partition_key_file"), "file")
     if isinstance(block, dict) and block.get("embedder") != "hashing":
         put(block, "embedder", ("sisa", "embedder"), "hub")
@@ -297,17 +300,14 @@ def _resolve(data: dict[str, Any], tree: _Tree, directory: Path) -> None:
         _keep_apart(source, data.get("output_dir"), tree, index)
 
 
-def _keep_outside(data: dict[str, Any], key: str, tree: _Tree) -> None:
-    """What is kept outside the model directory must not come back with a backup of it."""
-    path, output_dir = data.get(key), data.get("output_dir")
-    if isinstance(path, str) and isinstance(output_dir, str) and Path(path).is_relative_to(output_dir):
-        tree.add((key,), "conflict: it lies inside output_dir")
-
-
 def _keep_apart(source: Any, output_dir: Any, tree: _Tree, index: int) -> None:
     path = source.get("path") if isinstance(source, dict) else None
-    if not isinstance(path, str) or not isinstance(output_dir, str) or not os.path.isabs(path):
-        return
-    if Path(path).is_relative_to(output_dir):
+    if _lies_inside(path, output_dir):
         # the model directory must hold no text that `forget` doesn't know of
         tree.add(("datasets", index, "path"), "conflict: the data lies inside output_dir")
+
+
+def _lies_inside(path: Any, output_dir: Any) -> bool:
+    if not isinstance(path, str) or not isinstance(output_dir, str) or not os.path.isabs(path):
+        return False
+    return Path(path).is_relative_to(output_dir)

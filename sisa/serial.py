@@ -24,6 +24,7 @@ from sisa.errors import IntegrityError
 from sisa.ports import (
     CheckpointStore,
     Event,
+    Keyring,
     RecordStore,
     Report,
     SliceProgress,
@@ -32,6 +33,7 @@ from sisa.ports import (
     StoredRecord,
     Trainer,
 )
+from sisa.store.keyring import PLAIN
 
 PROGRESS_EVERY_S = 0.25
 
@@ -46,6 +48,8 @@ class Site:
     base_digest: str
     threads: int
     environment: tuple[tuple[str, str], ...] = ()  # what must be set before torch is imported
+    keyring: Keyring = PLAIN  # a directory's name and whether it seals: keys do not travel
+    room: str = "checkpoints"  # of the checkpoints' keys
 
 
 def order_chains(chains: Sequence[Chain]) -> list[Chain]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from sisa import opening, reconfigure
 from sisa.api import Model, silent
 from sisa.assign import Assigner
-from sisa.config import RunConfig, differences
+from sisa.config import Difference, RunConfig, differences
 from sisa.digest import Keyed
 from sisa.domain import Record
 from sisa.errors import Busy, ConfigConflict, IntegrityError, InvalidInput
@@ -48,6 +48,7 @@ def train_model(
     config = run_file if isinstance(run_file, RunConfig) else load_run_file(Path(run_file))
     directory = config.output_dir
     opening.find_executor(executor)  # an unknown one is refused before anything is written
+    _refuse_keys_inside(config)
     records = read_records(config.datasets, config.sisa.group_by)
     if not _committed(directory):
         _refuse_foreign(directory)
@@ -96,7 +97,7 @@ def _first_training(
             )
         if config.sisa.partition_key_file is None:
             opening.write_secret(directory / KEY, secret)
-        named = {"key": keyed.name, "model": opening.new_model_id()}
+        named = {"key": keyed.name, "model": _new_name(config)}
         world = opening.open_world(
             directory,
             parts,
@@ -105,6 +106,7 @@ def _first_training(
             report,
             base_digest=parts.base.digest,
             model=named["model"],
+            keyring=opening.open_keyring(config, named["model"]),
             create=True,
         )
         try:
@@ -114,22 +116,49 @@ def _first_training(
     return Model(directory, executor=executor, report=report), taken
 
 
-def _move(
-    model: Model, config: RunConfig, records: list[Record], *, accept_differences: bool
-) -> tuple[Model, Trained]:
-    """Bring an existing model's ledger to a changed run file, by the gravest effect among them."""
-    found = differences(model.config, config)
-    key_file = config.sisa.partition_key_file
-    secret = (
-        opening.read_secret(key_file) if key_file else opening.stored_secret(model.directory, config)
-    )
+def _new_name(config: RunConfig) -> str:
+    """A name for a new model. An encrypted one keeps it through attempts that are cut short: its keys
+    bear it, and those of files that were given up must be found again."""
+    ledger = SqlLedger(config.output_dir / LEDGER, create=True)
+    try:
+        name = ledger.meta().get("model") or opening.new_model_id()
+        if config.encrypt:
+            ledger.commit(Change(meta={"model": name}))
+    finally:
+        ledger.close()
+    return name
+
+
+def _refuse_keys_inside(config: RunConfig) -> None:
+    keys = opening.keyrings(config)
+    if config.encrypt and keys.resolve().is_relative_to(config.output_dir.resolve()):
+        raise InvalidInput(
+            "the keys would lie inside output_dir, so that whoever copies the model copies its keys",
+            where=str(keys),
+            next_step="name another directory by `keyring:`",
+        )
+
+
+def _refuse_lost_keys(model: Model, config: RunConfig) -> None:
+    """Raises ConfigConflict when `keyring:` names a place to which the model's keys were not moved."""
+    old, new = (opening.keyrings(each) / model.id for each in (model.config, config))
+    if model.config.encrypt and old != new and not new.is_dir():
+        raise ConfigConflict(
+            "the model's keyring is not where the run file says",
+            where=str(new),
+            next_step=f"move {old} there first",
+        )
+
+
+def _refuse_move(model: Model, config: RunConfig, secret: bytes, *, accept_differences: bool) -> None:
+    """Raises ConfigConflict for what can't change, and for differences that were not accepted."""
     if Keyed(secret).name != Keyed(model.secret).name:
         raise ConfigConflict(
             "a model's partition key can't change: its ledger of deleted records is kept under it",
             where="sisa.partition_key_file",
             next_step="give the key that the model was trained with, or train a new model",
         )
-    graver = [each for each in found if each.key != "sisa.partition_key_file"]
+    graver = _graver(model, config)
     if not accept_differences:
         reconfigure.refuse_differences(graver, str(config.output_dir))
     if any(each.key == "sisa.group_by" for each in graver):
@@ -138,7 +167,25 @@ def _move(
             where="sisa.group_by",
             next_step="restore it, or train a new model",
         )
-    effects = {each.effect for each in graver} - {"none"}
+    _refuse_lost_keys(model, config)
+
+
+def _graver(model: Model, config: RunConfig) -> list[Difference]:
+    """Where the key lies is no difference of its own: its content must be the same."""
+    found = differences(model.config, config)
+    return [each for each in found if each.key != "sisa.partition_key_file"]
+
+
+def _move(
+    model: Model, config: RunConfig, records: list[Record], *, accept_differences: bool
+) -> tuple[Model, Trained]:
+    """Bring an existing model's ledger to a changed run file, by the gravest effect among them."""
+    key_file = config.sisa.partition_key_file
+    secret = (
+        opening.read_secret(key_file) if key_file else opening.stored_secret(model.directory, config)
+    )
+    _refuse_move(model, config, secret, accept_differences=accept_differences)
+    effects = {each.effect for each in _graver(model, config)} - {"none"}
     parts = Parts(config, model.base, model.embedder)
     if accept_differences:
         parts = Parts(config, None, None)
@@ -147,7 +194,7 @@ def _move(
         if parts.embedder.digest != model.embedder.digest:
             effects.add("reindex")
     trained = Trained(0, 0, ())
-    if not effects and not found:
+    if not effects and not differences(model.config, config):
         return model, trained
     if effects:
         parts.check_modules()
@@ -163,9 +210,12 @@ def _move(
             model.report,
             base_digest=parts.base.digest,
             model=model.id,
+            keyring=opening.open_keyring(config, model.id),
         )
         try:
             refuse_changed(world, records)
+            if "reseal" in effects:
+                reconfigure.reseal(world, model.directory)
             if effects:
                 trained = reconfigure.move(world, effects, parts.meta())
             else:

@@ -21,7 +21,7 @@ from sisa.errors import IntegrityError, Problem
 from sisa.plan import jobs, plan_shard
 from sisa.ports import CheckpointStore
 from sisa.reconcile import training_started
-from sisa.world import World, view_shard
+from sisa.world import World, known_names, view_shard
 
 
 @dataclass(frozen=True)
@@ -163,14 +163,10 @@ def _check_index(world: World, file: IndexFile) -> None:
 
 
 def _unknown_files(world: World) -> list[Problem]:
-    known = {
-        "records": (world.records.held(), {file.name for file in world.ledger.slices()}),
-        "index": (world.index.held(), {file.name for file in world.ledger.indexes()}),
-        "checkpoints": (world.checkpoints.held(), {e.key for e in world.ledger.checkpoints()}),
-    }
+    stores = (world.records.held(), world.index.held(), world.checkpoints.held())
     what = "a file that the ledger does not know; the next train, add or forget erases it"
     return [
         Problem(f"{folder}/{name}", what)
-        for folder, (held, expected) in known.items()
+        for held, (folder, expected) in zip(stores, known_names(world).items(), strict=True)
         for name in sorted(held - expected)
     ]

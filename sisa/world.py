@@ -19,6 +19,7 @@ from sisa.ports import (
     Change,
     CheckpointStore,
     Executor,
+    Keyring,
     Ledger,
     RecordIndex,
     RecordStore,
@@ -40,6 +41,7 @@ class World:
     records: RecordStore
     checkpoints: CheckpointStore
     index: RecordIndex
+    keyring: Keyring
     embed: Callable[[Sequence[str]], Vectors]
     count_tokens: Callable[[Sequence[Record]], Sequence[int]]
     executor_for: Callable[[CheckpointStore], Executor]
@@ -58,7 +60,7 @@ def commit(world: World, change: Change) -> int:
         known = world.ledger.lookup(row.id_digest for row in change.added)
         readmitted = [key for key, each in known.items() if isinstance(each, Tombstone)]
     seq = world.ledger.commit(change)
-    if seq == 1 or change.events or change.tombstones or readmitted:
+    if "model" in change.meta or change.events or change.tombstones or readmitted:
         world.witness.append(world.ledger.event_head(), change.tombstones, readmitted)
     return seq
 
@@ -67,6 +69,15 @@ def model_digest(ledger: Ledger) -> str:
     """The digest of all heads' adapters in shard order."""
     adapters = {each.key: each.adapter_sha256 for each in ledger.checkpoints()}
     return digest_of([adapters.get(head.key) if head.key else None for head in ledger.heads()])
+
+
+def known_names(world: World) -> dict[str, frozenset[str]]:
+    """What the ledger knows of each room: names of slice files, index files and checkpoints."""
+    return {
+        "records": frozenset(file.name for file in world.ledger.slices()),
+        "index": frozenset(file.name for file in world.ledger.indexes()),
+        "checkpoints": frozenset(each.key for each in world.ledger.checkpoints()),
+    }
 
 
 def only(files: Sequence[IndexFile]) -> IndexFile | None:

@@ -50,6 +50,7 @@ from sisa.ports import (
 )
 from sisa.requests import chained
 from sisa.serial import SerialExecutor
+from sisa.store.keyring import PLAIN
 from sisa.world import World
 
 ADAPTER = "adapter_model.safetensors"
@@ -417,6 +418,7 @@ def fake_model(
         records=records,
         checkpoints=checkpoints,
         index=index,
+        keyring=PLAIN,
         embed=fake_embed,
         count_tokens=lambda some: [len(record.text.split()) for record in some],
         executor_for=executor_for,

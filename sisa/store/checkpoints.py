@@ -2,7 +2,8 @@
 
 Rules: a directory appears whole, by one rename, and is never changed. Its `manifest.json` (canonical)
 holds the job and the sha256 of every other file; the ledger holds the sha256 of the manifest. Bytes
-are checked before anything parses them; only safetensors and JSON are ever stored.
+are checked before anything parses them; only safetensors and JSON are ever stored. Digests and sizes are
+of the plaintext; all files of a directory share one key of the keyring.
 
 Not covered: which checkpoints are clean (`plan.py`) and kept (`run.py`).
 """
@@ -12,24 +13,29 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from sisa.digest import canonical_json, digest_of, sha256_hex
 from sisa.domain import SliceJob
 from sisa.errors import IntegrityError
-from sisa.ports import SavedCheckpoint
+from sisa.ports import Keyring, SavedCheckpoint
 from sisa.store import files
+from sisa.store.keyring import PLAIN
 
+ROOM = "checkpoints"
 MANIFEST = "manifest.json"
 ADAPTER = "adapter_model.safetensors"
 
 
 class FileCheckpoints:
-    """A CheckpointStore in a directory."""
+    """A CheckpointStore in a directory; a replay's has a room of keys to itself."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, keyring: Keyring = PLAIN, room: str = ROOM) -> None:
         self.root = root
+        self.keyring = keyring
+        self.room = room
 
     def held(self) -> frozenset[str]:
         return files.held_names(self.root)
@@ -41,25 +47,33 @@ class FileCheckpoints:
                 "files": {name: sha256_hex(data) for name, data in files_.items()},
             }
         )
-        files.write_directory(self.root / job.key, {**files_, MANIFEST: manifest})
+        sealed = {
+            name: self.keyring.seal(self.room, job.key, name, data)
+            for name, data in {**files_, MANIFEST: manifest}.items()
+        }
+        files.write_directory(self.root / job.key, sealed)
         return self.describe(job.key)
 
     def describe(self, key: str) -> SavedCheckpoint:
         path = self.root / key / MANIFEST
         try:
-            data = path.read_bytes()
+            sealed = path.read_bytes()
         except OSError as error:
             raise IntegrityError(
                 "a checkpoint has no manifest", where=str(path), got=type(error).__name__
             ) from error
+        data = self.keyring.unseal(self.room, key, MANIFEST, sealed)
         held = self._check(key, data)
         sizes = [len(data), *(len(each) for each in held.values())]
         adapter = sha256_hex(held[ADAPTER])
         return SavedCheckpoint(key, sha256_hex(data), adapter, sum(sizes))
 
     def load(self, key: str, manifest_sha256: str) -> dict[str, bytes]:
-        path = self.root / key / MANIFEST
-        return self._check(key, files.read_checked(path, manifest_sha256, "checkpoint manifest"))
+        return self._check(key, self._read(key, MANIFEST, manifest_sha256, "checkpoint manifest"))
+
+    def _read(self, key: str, name: str, sha256: str, what: str) -> bytes:
+        unseal = partial(self.keyring.unseal, self.room, key, name)
+        return files.read_checked(self.root / key / name, sha256, what, unseal)
 
     def _check(self, key: str, manifest: bytes) -> dict[str, bytes]:
         path = self.root / key
@@ -76,11 +90,11 @@ class FileCheckpoints:
                 next_step="remove them, or train the model anew",
             )
         return {
-            name: files.read_checked(path / name, sha256, "checkpoint file")
-            for name, sha256 in expected.items()
+            name: self._read(key, name, sha256, "checkpoint file") for name, sha256 in expected.items()
         }
 
     def erase(self, keys: Collection[str]) -> None:
+        self.keyring.destroy(self.room, keys)
         for key in keys:
             files.erase(self.root / key)
 

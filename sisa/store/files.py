@@ -5,7 +5,7 @@ name by one rename; readers never see half a file. Names are made from digests a
 from a record id. `erase` overwrites nothing: on copy-on-write disks, snapshots and object stores an
 unlinked file may live on, which no program above them can mend.
 
-Not covered: encryption at rest.
+Not covered: encryption at rest (`keyring.py`): what is read here is unsealed by the caller's function.
 
 >>> import tempfile
 >>> with tempfile.TemporaryDirectory() as folder:
@@ -22,7 +22,7 @@ import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from sisa.digest import sha256_hex
@@ -59,11 +59,11 @@ def sync_directory(path: Path) -> None:
         os.close(handle)
 
 
-def write_atomic(path: Path, data: bytes, mode: int = 0o644) -> None:
-    """Write a whole file or nothing."""
+def write_atomic(path: Path, data: bytes, mode: int = 0o644, temporary_in: Path | None = None) -> None:
+    """Write a whole file or nothing; `temporary_in` is where what a killed process leaves may lie."""
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=TEMPORARY_PREFIX, dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=TEMPORARY_PREFIX, dir=temporary_in or path.parent)
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(data)
@@ -102,24 +102,28 @@ def write_directory(path: Path, files: dict[str, bytes]) -> None:
         sync_directory(path.parent)
 
 
-def read_checked(path: Path, sha256: str, what: str) -> bytes:
-    """A file's bytes, after checking them against the recorded digest."""
+def read_checked(path: Path, sha256: str, what: str, unseal: Callable[[bytes], bytes]) -> bytes:
+    """A file's plaintext, after checking it against the recorded digest."""
+    data = unseal(read_whole(path, what))
+    found = sha256_hex(data)
+    if found != sha256:
+        raise tampered(path, what, sha256, found)
+    return data
+
+
+def read_whole(path: Path, what: str) -> bytes:
+    """A file's bytes as they lie there. Raises IntegrityError when the file is missing."""
     try:
-        data = path.read_bytes()
+        return path.read_bytes()
     except FileNotFoundError as error:
         raise IntegrityError(
             f"a {what} is missing",
             where=str(path),
-            expected=f"sha256 {sha256}",
             got="no file",
             next_step="restore the model directory from a backup, or train it anew",
         ) from error
     except OSError as error:
         raise EnvironmentFault(f"the disk refused: {error.strerror}", where=str(path)) from error
-    found = sha256_hex(data)
-    if found != sha256:
-        raise tampered(path, what, sha256, found)
-    return data
 
 
 def tampered(path: Path, what: str, expected: str, got: str) -> IntegrityError:

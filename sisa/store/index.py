@@ -2,8 +2,9 @@
 
 Rules: `IndexIDMap2` over a flat inner-product index; nothing is fitted on the data, and nothing is
 remembered. Vectors stand in the order of their ids, so a file equals that of an index that never held
-a deleted record. A file's digest is checked before FAISS parses it. Every build starts from bytes on
-disk: FAISS leaves removed vectors in the memory of the index object they were removed from.
+a deleted record. A file's digest (of the plaintext) is checked before FAISS parses it. Every build
+starts from bytes on disk: FAISS leaves removed vectors in the memory of the index object they were
+removed from.
 
 Not covered: where a candidate record is (only the ledger says so); compressed indexes.
 """
@@ -11,6 +12,7 @@ Not covered: where a candidate record is (only the ledger says so); compressed i
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +21,20 @@ import numpy as np
 from sisa.digest import sha256_hex
 from sisa.domain import Hit, IndexFile
 from sisa.errors import IntegrityError
-from sisa.ports import Vectors
+from sisa.ports import Keyring, Vectors
 from sisa.store import files
+from sisa.store.keyring import PLAIN
+
+ROOM = "index"
 
 
 class FaissIndex:
     """A RecordIndex in a directory."""
 
-    def __init__(self, root: Path, dimension: int) -> None:
+    def __init__(self, root: Path, dimension: int, keyring: Keyring = PLAIN) -> None:
         self.root = root
         self.dimension = dimension
+        self.keyring = keyring
 
     def build(
         self, shard: int, root: str, base: IndexFile | None, vectors: Mapping[int, Any]
@@ -46,7 +52,8 @@ class FaissIndex:
             index.add_with_ids(matrix, ids)
         data = faiss.serialize_index(index).tobytes()
         file = IndexFile(shard, root, len(ids), sha256_hex(data), len(data))
-        files.write_atomic(self.root / file.name, data, mode=0o600)
+        sealed = self.keyring.seal(ROOM, file.name, "", data)
+        files.write_atomic(self.root / file.name, sealed, mode=0o600)
         return file
 
     def _held_vectors(self, base: IndexFile | None, vector_ids: Sequence[int]) -> Vectors:
@@ -89,17 +96,21 @@ class FaissIndex:
         return rows
 
     def check(self, file: IndexFile) -> None:
-        files.read_checked(self.root / file.name, file.sha256, "index file")
+        self._bytes(file)
+
+    def _bytes(self, file: IndexFile) -> bytes:
+        unseal = partial(self.keyring.unseal, ROOM, file.name, "")
+        return files.read_checked(self.root / file.name, file.sha256, "index file", unseal)
 
     def _read(self, file: IndexFile) -> Any:
         import faiss
 
-        data = files.read_checked(self.root / file.name, file.sha256, "index file")
-        return faiss.deserialize_index(np.frombuffer(data, dtype=np.uint8))
+        return faiss.deserialize_index(np.frombuffer(self._bytes(file), dtype=np.uint8))
 
     def held(self) -> frozenset[str]:
         return files.held_names(self.root)
 
     def erase(self, names: Collection[str]) -> None:
+        self.keyring.destroy(ROOM, names)
         for name in names:
             files.erase(self.root / name)

@@ -2,9 +2,9 @@
 
 Rules: a file is never changed; deleting a record writes one small new file and erases the old one.
 Rows stand in canonical order (by keyed id), so a file's bytes equal those of a file that never held
-the deleted record. Plain ids and text rest here and nowhere else.
+the deleted record. Plain ids and text rest here and nowhere else. Digests and sizes are of plaintext.
 
-Not covered: encryption at rest; who decides which file is current (the ledger).
+Not covered: keys (`keyring.py`); who decides which file is current (the ledger).
 
 Columns: id_digest, id, subject_id, kind, roles (list), texts (list).
 """
@@ -13,40 +13,49 @@ from __future__ import annotations
 
 import io
 from collections.abc import Collection, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from sisa.digest import sha256_hex
 from sisa.domain import Part, Record, SliceFile
 from sisa.errors import IntegrityError
-from sisa.ports import StoredRecord
+from sisa.ports import Keyring, StoredRecord
 from sisa.store import files
+from sisa.store.keyring import PLAIN
+
+ROOM = "records"
 
 
 class FileRecords:
     """A RecordStore in a directory."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, keyring: Keyring = PLAIN) -> None:
         self.root = root
+        self.keyring = keyring
 
     def write(self, shard: int, slice_: int, root: str, records: Sequence[StoredRecord]) -> SliceFile:
         data = _encode(records)
         file = SliceFile(shard, slice_, root, len(records), sha256_hex(data), len(data))
-        files.write_atomic(self.root / file.name, data, mode=0o600)
+        sealed = self.keyring.seal(ROOM, file.name, "", data)
+        files.write_atomic(self.root / file.name, sealed, mode=0o600)
         return file
 
     def read(self, file: SliceFile) -> tuple[StoredRecord, ...]:
-        path = self.root / file.name
-        data = files.read_checked(path, file.sha256, "slice file")
-        return _decode(data, path)
+        return _decode(self._bytes(file), self.root / file.name)
 
     def check(self, file: SliceFile) -> None:
-        files.read_checked(self.root / file.name, file.sha256, "slice file")
+        self._bytes(file)
+
+    def _bytes(self, file: SliceFile) -> bytes:
+        unseal = partial(self.keyring.unseal, ROOM, file.name, "")
+        return files.read_checked(self.root / file.name, file.sha256, "slice file", unseal)
 
     def held(self) -> frozenset[str]:
         return files.held_names(self.root)
 
     def erase(self, names: Collection[str]) -> None:
+        self.keyring.destroy(ROOM, names)
         for name in names:
             files.erase(self.root / name)
 

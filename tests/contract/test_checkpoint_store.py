@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from sisa.domain import SliceJob
 from sisa.errors import EnvironmentFault, IntegrityError
 from sisa.ports import CheckpointStore
 from sisa.store.checkpoints import MANIFEST, FileCheckpoints
+from sisa.store.keyring import FileKeyring, is_sealed
 from tests.fakes import ADAPTER, FakeCheckpoints
 
 FILES = {ADAPTER: b"adapter", "optimizer.safetensors": b"optimizer", "state.json": b"{}"}
@@ -27,14 +29,22 @@ def job(slice_: int = 0, fingerprint: str = "f") -> SliceJob:
     return SliceJob(0, slice_, None, ((slice_, "root"),), 4, (2, 1), {"seed": 1}, "base", fingerprint)
 
 
-@pytest.fixture(params=["fake", "files"])
+@pytest.fixture(params=["fake", "files", "sealed"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> CheckpointStore:
-    return FakeCheckpoints() if request.param == "fake" else FileCheckpoints(tmp_path / "checkpoints")
+    return FakeCheckpoints() if request.param == "fake" else opened(tmp_path, request.param)
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> FileCheckpoints:
-    return FileCheckpoints(tmp_path / "checkpoints")
+@pytest.fixture(params=["files", "sealed"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> FileCheckpoints:
+    return opened(tmp_path, request.param)
+
+
+def opened(folder: Path, form: str) -> FileCheckpoints:
+    return FileCheckpoints(folder / "checkpoints", FileKeyring(folder / "keyring", form == "sealed"))
+
+
+def plaintext(store: FileCheckpoints, path: Path) -> bytes:
+    return store.keyring.unseal(store.room, path.parent.name, path.name, path.read_bytes())
 
 
 def test_what_is_saved_is_loaded(store: CheckpointStore) -> None:
@@ -49,7 +59,7 @@ def test_what_is_saved_is_loaded(store: CheckpointStore) -> None:
 
 def test_equal_files_have_equal_descriptions(store: CheckpointStore, tmp_path: Path) -> None:
     saved = store.save(job(), FILES)
-    other = FakeCheckpoints() if isinstance(store, FakeCheckpoints) else FileCheckpoints(tmp_path / "b")
+    other = FakeCheckpoints() if isinstance(store, FakeCheckpoints) else opened(tmp_path / "b", "files")
     assert other.save(job(), dict(reversed(FILES.items()))) == saved
     assert store.save(job(1), {**FILES, "state.json": b"[]"}).manifest_sha256 != saved.manifest_sha256
 
@@ -95,7 +105,7 @@ def test_the_location_names_the_adapter(store: CheckpointStore) -> None:
 
 def test_the_location_is_where_the_bytes_are(folder: FileCheckpoints, tmp_path: Path) -> None:
     saved = folder.save(job(), FILES)
-    assert (tmp_path / folder.location(saved.key)).read_bytes() == FILES[ADAPTER]
+    assert plaintext(folder, tmp_path / folder.location(saved.key)) == FILES[ADAPTER]
 
 
 def appended(path: Path) -> None:
@@ -143,7 +153,7 @@ def test_a_manifest_can_name_no_file_outside(folder: FileCheckpoints, tmp_path: 
     (tmp_path / "outside").write_bytes(b"secret")
     (folder.root / "outside").write_bytes(b"secret")
     path = folder.root / saved.key / MANIFEST
-    parsed = json.loads(path.read_bytes())
+    parsed = json.loads(plaintext(folder, path))
     parsed["files"][name] = sha256_hex(b"secret")
     path.write_bytes(canonical_json(parsed))
     with pytest.raises(IntegrityError, match="can't be parsed"):
@@ -172,6 +182,26 @@ def test_a_checkpoint_under_another_key_is_refused(folder: FileCheckpoints) -> N
         folder.describe(job(1).key)
     with pytest.raises(IntegrityError):
         folder.load(job(1).key, saved.manifest_sha256)
+
+
+def test_every_file_of_a_sealed_checkpoint_is_sealed_under_one_key(tmp_path: Path) -> None:
+    store = opened(tmp_path, "sealed")
+    saved = store.save(job(), FILES)
+    found = {path.name: path.read_bytes() for path in (store.root / saved.key).iterdir()}
+    assert found.keys() == {*FILES, MANIFEST}
+    assert all(map(is_sealed, found.values()))
+    assert store.keyring.held("checkpoints") == {saved.key}
+
+
+def test_a_sealed_checkpoint_without_its_key_is_refused(tmp_path: Path) -> None:
+    store = opened(tmp_path, "sealed")
+    saved = store.save(job(), FILES)
+    shutil.copytree(store.root, tmp_path / "backup")
+    store.erase([saved.key])
+    shutil.copytree(tmp_path / "backup", store.root, dirs_exist_ok=True)
+    for read in (store.describe, lambda key: store.load(key, saved.manifest_sha256)):
+        with pytest.raises(IntegrityError, match="key is missing from the keyring"):
+            read(saved.key)
 
 
 def test_a_cut_short_save_leaves_nothing(

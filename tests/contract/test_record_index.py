@@ -19,6 +19,7 @@ from sisa.domain import IndexFile
 from sisa.errors import IntegrityError
 from sisa.ports import RecordIndex, Vectors
 from sisa.store.index import FaissIndex
+from sisa.store.keyring import FileKeyring, is_sealed
 from tests.fakes import DIMENSION, FakeIndex, fake_embed
 
 OpenIndex = Callable[[], RecordIndex]
@@ -34,22 +35,28 @@ def vectors(numbers: Any) -> dict[int, Vectors]:
     return {number: vector(number) for number in numbers}
 
 
-@pytest.fixture(scope="module", params=["fake", "faiss"])
+@pytest.fixture(scope="module", params=["fake", "faiss", "sealed"])
 def fresh(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> OpenIndex:
     """Opens another empty index of the same sort at each call."""
     if request.param == "fake":
         return FakeIndex
-    return lambda: FaissIndex(tmp_path_factory.mktemp("index"), DIMENSION)
+    return lambda: opened(tmp_path_factory.mktemp("index"), request.param)
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> FaissIndex:
-    return FaissIndex(tmp_path / "index", DIMENSION)
+@pytest.fixture(params=["faiss", "sealed"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> FaissIndex:
+    return opened(tmp_path, request.param)
+
+
+def opened(folder: Path, form: str) -> FaissIndex:
+    return FaissIndex(folder / "index", DIMENSION, FileKeyring(folder / "keyring", form == "sealed"))
 
 
 def contents(index: RecordIndex, file: IndexFile) -> Any:
     if isinstance(index, FaissIndex):
-        return (index.root / file.name).read_bytes()
+        data = (index.root / file.name).read_bytes()
+        assert is_sealed(data) == index.keyring.seals
+        return index.keyring.unseal("index", file.name, "", data)
     assert isinstance(index, FakeIndex)
     return index.stored[file.name]
 
@@ -183,6 +190,18 @@ def test_a_tampered_file_is_refused_before_faiss_parses_it(
         lambda: folder.check(file),
     ):
         with pytest.raises(IntegrityError, match="not the one that was recorded"):
+            read()
+
+
+def test_a_sealed_index_without_its_key_is_refused(tmp_path: Path) -> None:
+    index = opened(tmp_path, "sealed")
+    file = index.build(0, "root", None, vectors([1]))
+    copy = (index.root / file.name).read_bytes()
+    assert vector(1).tobytes() not in copy
+    index.erase([file.name])
+    (index.root / file.name).write_bytes(copy)
+    for read in (lambda: index.vectors(file, [1]), lambda: index.check(file)):
+        with pytest.raises(IntegrityError, match="key is missing from the keyring"):
             read()
 
 

@@ -17,6 +17,7 @@ from sisa.digest import sha256_hex
 from sisa.domain import Part, Record, SliceFile
 from sisa.errors import IntegrityError
 from sisa.ports import RecordStore, StoredRecord
+from sisa.store.keyring import FileKeyring, is_sealed
 from sisa.store.records import FileRecords
 from tests.fakes import FakeRecords, fake_record
 
@@ -41,14 +42,18 @@ def several(*numbers: int) -> list[StoredRecord]:
     return stored([fake_record(number, "ada") for number in numbers])
 
 
-@pytest.fixture(params=["fake", "files"])
+@pytest.fixture(params=["fake", "files", "sealed"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> RecordStore:
-    return FakeRecords() if request.param == "fake" else FileRecords(tmp_path / "records")
+    return FakeRecords() if request.param == "fake" else opened(tmp_path, request.param)
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> FileRecords:
-    return FileRecords(tmp_path / "records")
+@pytest.fixture(params=["files", "sealed"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> FileRecords:
+    return opened(tmp_path, request.param)
+
+
+def opened(folder: Path, form: str) -> FileRecords:
+    return FileRecords(folder / "records", FileKeyring(folder / "keyring", seals=form == "sealed"))
 
 
 def test_what_is_written_is_read(store: RecordStore) -> None:
@@ -59,14 +64,16 @@ def test_what_is_written_is_read(store: RecordStore) -> None:
     assert store.held() == {file.name}
 
 
-@given(slices)
+@given(slices, st.booleans())
 def test_any_records_survive_parquet(
-    tmp_path_factory: pytest.TempPathFactory, found: list[Record]
+    tmp_path_factory: pytest.TempPathFactory, found: list[Record], sealed: bool
 ) -> None:
-    store = FileRecords(tmp_path_factory.mktemp("records"))
+    store = opened(tmp_path_factory.mktemp("store"), "sealed" if sealed else "files")
     file = store.write(0, 0, "root", stored(found))
     assert store.read(file) == tuple(stored(found))
-    assert file.num_bytes == (store.root / file.name).stat().st_size
+    data = (store.root / file.name).read_bytes()
+    assert is_sealed(data) == sealed
+    assert file.num_bytes == len(store.keyring.unseal("records", file.name, "", data))
 
 
 def test_a_file_depends_on_its_records_alone(store: RecordStore, tmp_path: Path) -> None:
@@ -122,6 +129,25 @@ def test_a_file_of_another_form_is_refused(folder: FileRecords) -> None:
         (folder.root / file.name).write_bytes(data)
         with pytest.raises(IntegrityError, match="can't be parsed"):
             folder.read(file)
+
+
+def test_a_sealed_slice_is_described_as_the_plain_one(tmp_path: Path) -> None:
+    plain, sealed = opened(tmp_path / "one", "files"), opened(tmp_path / "two", "sealed")
+    file = plain.write(0, 0, "root", several(1, 2))
+    assert sealed.write(0, 0, "root", several(1, 2)) == file
+    sealed.erase([file.name])
+    assert sealed.keyring.held("records") == frozenset()
+
+
+def test_a_sealed_slice_without_its_key_is_refused(tmp_path: Path) -> None:
+    store = opened(tmp_path, "sealed")
+    file = store.write(0, 0, "root", several(1))
+    copy = (store.root / file.name).read_bytes()
+    store.erase([file.name])
+    (store.root / file.name).write_bytes(copy)
+    for look in (store.read, store.check):
+        with pytest.raises(IntegrityError, match="key is missing from the keyring"):
+            look(file)
 
 
 def test_only_the_owner_may_read_text(folder: FileRecords) -> None:

@@ -26,8 +26,6 @@ from sisa.model.hashing import HashingEmbedder
 from sisa.opening import Named, Parts
 from sisa.ports import Executor, StoredRecord
 from sisa.serial import SerialExecutor, Site
-from sisa.store.checkpoints import FileCheckpoints
-from sisa.store.records import FileRecords
 from tests.fakes import FakeTrainer
 
 
@@ -85,8 +83,7 @@ class SlowTrainer:
 
 def open_cheap(site: Site, _options: Mapping[str, Any]) -> Executor:
     """The serial executor with the confessing trainer."""
-    records, checkpoints = FileRecords(site.records_dir), FileCheckpoints(site.checkpoints_dir)
-    return SerialExecutor(SlowTrainer(), records, checkpoints)
+    return SerialExecutor(SlowTrainer(), *opening.open_stores(site))
 
 
 def _no_hub(*_: Any) -> Any:

@@ -91,7 +91,8 @@ def folder_of(path: Any) -> str:
         with contextlib.suppress(OSError):
             path = os.readlink(f"/proc/self/fd/{path}")
     parts = Path(os.fspath(path) if not isinstance(path, int) else "?").parts
-    return next((part for part in reversed(parts) if part in FOLDERS), "model")
+    found = next((part for part in reversed(parts) if part in FOLDERS), "model")
+    return f"keys of {found}" if "keyrings" in parts else found
 
 
 def commit_name(_ledger: Any, change: Any) -> str:
@@ -111,7 +112,8 @@ def wire(fuse: Fuse) -> None:
 
     from sisa.store.ledger import SqlLedger
 
-    for name, which in (("replace", 1), ("rename", 1), ("fsync", 0), ("unlink", 0), ("mkdir", 0)):
+    names = (("replace", 1), ("rename", 1), ("link", 1), ("fsync", 0), ("unlink", 0), ("mkdir", 0))
+    for name, which in names:
         label = _labelled(name, which)
         setattr(os, name, fuse.guard(getattr(os, name), label))
     shutil.rmtree = fuse.guard(shutil.rmtree, _labelled("rmtree", 0))  # type: ignore[assignment]
@@ -142,9 +144,8 @@ def executor(fuse: Fuse, trainer: str, pause_s: float) -> Any:
     """The serial executor whose every stage and tick is an effect."""
 
     def open_executor(site: Any, _options: Mapping[str, Any]) -> Any:
+        from sisa.opening import open_stores
         from sisa.serial import SerialExecutor
-        from sisa.store.checkpoints import FileCheckpoints
-        from sisa.store.records import FileRecords
 
         inner: Any
         if trainer == "lora":
@@ -168,8 +169,7 @@ def executor(fuse: Fuse, trainer: str, pause_s: float) -> Any:
                 fuse.leave(number)
                 return files
 
-        records, checkpoints = FileRecords(site.records_dir), FileCheckpoints(site.checkpoints_dir)
-        return SerialExecutor(Watched(), records, checkpoints)
+        return SerialExecutor(Watched(), *open_stores(site))
 
     return open_executor
 

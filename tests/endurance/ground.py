@@ -8,7 +8,6 @@ is read from the disk between them.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -25,14 +24,16 @@ from typing import Any
 import yaml
 
 from sisa.assign import Assigner, Layout
-from sisa.digest import Keyed, digest_of, file_sha256
+from sisa.digest import Keyed, digest_of, file_sha256, sha256_hex
 from sisa.domain import RecordRow, Tombstone
 from sisa.errors import SisaError
 from sisa.model.numerics import describe_fingerprint
-from sisa.opening import CHECKPOINTS, INDEX, LEDGER, RECORDS
+from sisa.opening import CHECKPOINTS, INDEX, LEDGER, RECORDS, SCRATCH
+from sisa.ports import Keyring
 from sisa.samples import to_jsonl
 from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.files import held_names
+from sisa.store.keyring import PLAIN, FileKeyring, is_sealed
 from sisa.store.ledger import SqlLedger
 from sisa.world import model_digest
 from tests.endurance.child import FAILED
@@ -116,8 +117,10 @@ class Moment:
 class Ground:
     """A site, its snapshots, and the commands on it."""
 
-    def __init__(self, folder: Path, zygote: Zygote, base: str) -> None:
+    def __init__(self, folder: Path, zygote: Zygote, base: str, **always: Any) -> None:
+        """`always` are settings of every run file that is written here."""
         self.folder = folder
+        self.always = always
         self.zygote = zygote
         self.base = base
         self.site = folder / "site"
@@ -134,6 +137,7 @@ class Ground:
             "datasets": [{"path": source.name}],
             "output_dir": "model",
             **SETTINGS,
+            **self.always,
             **settings,
             "sisa": {
                 "shards": LAYOUT.num_shards,
@@ -172,19 +176,40 @@ class Ground:
         shutil.copytree(self.folder / "snapshots" / name, self.site)
 
     def picture(self) -> Picture:
-        """The model at rest."""
-        files = {
-            path.relative_to(self.model).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-            for folder in (RECORDS, INDEX, CHECKPOINTS)
-            for path in sorted((self.model / folder).rglob("*"))
-            if path.is_file()
-        }
+        """The model at rest. Raises Broken for a file or a key that should not be there."""
+        keyring = self.keyring()
+        files = {}
+        for room in (RECORDS, INDEX, CHECKPOINTS):
+            expect(
+                not keyring.seals or keyring.held(room) == held_names(self.model / room),
+                f"keys are not those of the files: {room}",
+            )
+            for path in sorted((self.model / room).rglob("*")):
+                if path.is_file():
+                    files[path.relative_to(self.model).as_posix()] = self._digest(keyring, room, path)
+        expect(not keyring.held(SCRATCH), "keys of a replay are left")
         ledger = SqlLedger(self.model / LEDGER)
         try:
             heads = tuple((each.shard, each.key, each.target) for each in ledger.heads())
             return Picture(files, heads, model_digest(ledger))
         finally:
             ledger.close()
+
+    def keyring(self) -> Keyring:
+        """The model's keys, which are in the state directory of the site."""
+        ledger = SqlLedger(self.model / LEDGER)
+        try:
+            name = ledger.meta()["model"]
+        finally:
+            ledger.close()
+        root = self.site / "home" / "state" / "sisa" / "keyrings" / name
+        return FileKeyring(root) if self.always.get("encrypt") else PLAIN
+
+    def _digest(self, keyring: Keyring, room: str, path: Path) -> str:
+        data = path.read_bytes()
+        expect(is_sealed(data) == keyring.seals, f"not sealed as it should be: {room}")
+        name, *part = path.relative_to(self.model / room).parts
+        return sha256_hex(keyring.unseal(room, name, part[0] if part else "", data))
 
     def lookup(self, ids: Iterable[str]) -> dict[str, RecordRow | Tombstone]:
         """What the ledger says of some records, by id."""
@@ -214,7 +239,7 @@ class Ground:
         `ids` are all that there ever were, `named` those that the command was to delete, and `tainted`
         the checkpoints that these had touched.
         """
-        probe = Ground(self.folder / "probe", self.zygote, self.base)
+        probe = Ground(self.folder / "probe", self.zygote, self.base, **self.always)
         shutil.rmtree(probe.folder, ignore_errors=True)
         shutil.copytree(self.site, probe.site)
         try:
@@ -242,7 +267,7 @@ class Ground:
             ledger.close()
         found = self.lookup(ids)
         held = frozenset(each for each, row in found.items() if isinstance(row, RecordRow))
-        store = FileCheckpoints(self.model / CHECKPOINTS)
+        store = FileCheckpoints(self.model / CHECKPOINTS, self.keyring())
         for key in [head.key for head in heads if head.key is not None]:
             expect(key in checkpoints, "a head serves a checkpoint that the ledger does not know")
             files = store.load(key, checkpoints[key].manifest_sha256)

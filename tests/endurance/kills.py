@@ -8,7 +8,9 @@ runs that step in a process that is killed with SIGKILL, and looks at what was l
 clean, whole and known. The next command (the same one again, or `sisa train`; sometimes killed, too)
 must finish, and all bytes and requests must be those of the undisturbed run. One in five kills comes
 from outside, after a random delay; one in ten is of the real LoRA trainer on a tiny base, the others are
-of a trainer that confesses what touched its weights, under the real stores, ledger and index.
+of a trainer that confesses what touched its weights, under the real stores, ledger and index. With
+`--encrypt` the model rests encrypted, and is compared with plain training from scratch: the same bytes
+under the seal, and keys of exactly the files that are held.
 
 Not covered: power cuts that lose flushed data; Ray workers (`tests/integration/test_kill_worker.py`).
 """
@@ -118,7 +120,7 @@ def history(ground: Ground, *, short: bool) -> list[Step]:
 class Trials:
     """A history that is known undisturbed, and trials that kill one of its steps."""
 
-    def __init__(self, folder: Path, trainer: str, seed: int) -> None:
+    def __init__(self, folder: Path, trainer: str, seed: int, *, encrypt: bool = False) -> None:
         self.random = random.Random(f"{seed}/{trainer}")
         self.trainer = trainer
         self.zygote = Zygote(trainer)
@@ -126,7 +128,7 @@ class Trials:
         if trainer == "lora":
             base = str(folder / "base")
             expect(self.zygote({"do": "base", "to": base}) == 0, "no tiny base")
-        self.ground = Ground(folder / trainer, self.zygote, base)
+        self.ground = Ground(folder / trainer, self.zygote, base, encrypt=encrypt)
         self.pause_s = 0.0 if trainer == "lora" else CHEAP_PAUSE_S
         self.steps = history(self.ground, short=trainer == "lora")
         self.ids = ids_of([*PEOPLE, *LATER])
@@ -242,7 +244,15 @@ class Trials:
         return errors.read_text() if errors.exists() else ""
 
 
-def run(folder: Path, seed: int, num_cheap: int, num_lora: int, show: bool = False) -> dict[str, Any]:
+def run(
+    folder: Path,
+    seed: int,
+    num_cheap: int,
+    num_lora: int,
+    *,
+    encrypt: bool = False,
+    show: bool = False,
+) -> dict[str, Any]:
     """So many kills of each trainer; failures are counted, not raised."""
     started = time.monotonic()
     failures: list[str] = []
@@ -250,7 +260,7 @@ def run(folder: Path, seed: int, num_cheap: int, num_lora: int, show: bool = Fal
     for trainer, wanted in (("cheap", num_cheap), ("lora", num_lora)):
         if not wanted:
             continue
-        trials = Trials(folder, trainer, seed)
+        trials = Trials(folder, trainer, seed, encrypt=encrypt)
         num_trials = 0
         try:
             while trials.num_kills < wanted:
@@ -277,7 +287,8 @@ def run(folder: Path, seed: int, num_cheap: int, num_lora: int, show: bool = Fal
         }
     seconds = round(time.monotonic() - started, 1)
     kills = sum(each["kills"] for each in found.values())
-    return {"kills": kills, "failures": failures, "seconds": seconds, "seed": seed, **found}
+    counted = {"kills": kills, "failures": failures, "seconds": seconds, "seed": seed}
+    return {**counted, "encrypted": encrypt, **found}
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -285,12 +296,14 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--lora", type=int, help="of these, kills of the real trainer")
+    parser.add_argument("--encrypt", action="store_true", help="of a model that rests encrypted")
     parser.add_argument("--out", type=Path)
     chosen = parser.parse_args(arguments)
     num_lora = round(chosen.kills * WITH_LORA) if chosen.lora is None else chosen.lora
     folder = Path(tempfile.mkdtemp(prefix="sisa-kills-"))
     try:
-        found = run(folder, chosen.seed, chosen.kills - num_lora, num_lora, show=True)
+        num_cheap = chosen.kills - num_lora
+        found = run(folder, chosen.seed, num_cheap, num_lora, encrypt=chosen.encrypt, show=True)
     finally:
         shutil.rmtree(folder)
     for trainer in ("cheap", "lora"):

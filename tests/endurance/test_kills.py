@@ -23,6 +23,15 @@ def test_killed_processes_end_in_the_bytes_of_never_having_been_killed(tmp_path:
 
 
 @pytest.mark.slow
+def test_killed_processes_of_an_encrypted_model_leave_no_key_and_no_file_too_many(
+    tmp_path: Path,
+) -> None:
+    found = run(tmp_path, SEED, num_cheap=8, num_lora=0, encrypt=True)
+    assert found["failures"] == []
+    assert found["kills"] >= 8
+
+
+@pytest.mark.slow
 @pytest.mark.torch
 def test_killed_training_of_real_adapters_ends_in_the_same_bytes(tmp_path: Path) -> None:
     found = run(tmp_path, SEED, num_cheap=0, num_lora=2)

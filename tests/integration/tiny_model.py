@@ -182,7 +182,7 @@ def residue(directory: Path, needles: Iterable[str]) -> list[tuple[str, str]]:
         if path.is_file():
             data = path.read_bytes()
             hay += b"\n" + data.lower()
-            if path.suffix == ".parquet":
+            if data.startswith(b"PAR1"):
                 rows = pq.read_table(io.BytesIO(data)).to_pylist()
                 hay += b"\n" + json.dumps(rows, ensure_ascii=False).lower().encode()
         for each in wanted:

@@ -233,5 +233,5 @@ def test_a_crash_at_any_effect_changes_no_byte(history: History, at: int, after:
     assert_equal(model.fake, scratch)
     assert all(request.state == "completed" for request in model.fake.ledger.requests())
     told = model.fake.witness.told
-    assert told.head == model.fake.ledger.event_head()
+    assert not model.fake.ledger.events() or told.head == model.fake.ledger.event_head()
     assert told.tombstones == model.fake.ledger.tables.tombstones

@@ -20,6 +20,7 @@ import pytest
 
 from sisa import opening
 from sisa.assign import Assigner
+from sisa.config import RunConfig
 from sisa.digest import Keyed
 from sisa.domain import Record, RecordRow
 from sisa.lifecycle import Terms, carry_out, submit
@@ -44,6 +45,7 @@ sisa: {shards: 2, slices: 3, embedder: hashing}
 BASE = "b" * 64
 NUM_RECORDS = 24
 DELETED = 7
+NAME = "0" * 32
 THEN = "2020-01-01T00:00:00+00:00"
 
 
@@ -52,17 +54,20 @@ def record(number: int) -> Record:
 
 
 @contextlib.contextmanager
-def world_of(directory: Path, *, create: bool = False, numerics: str = "") -> Iterator[World]:
+def world_of(directory: Path, *, create: RunConfig | None = None, numerics: str = "") -> Iterator[World]:
     """The world of a directory; every part but the trainer is real."""
-    config = parse_run_file(RUN_FILE, "run.yaml")
+    ledger = SqlLedger(directory / opening.LEDGER, create=create is not None)
+    config = create or opening.stored_config(ledger.meta())
     embedder = HashingEmbedder()
-    records = FileRecords(directory / opening.RECORDS)
+    keyring = opening.open_keyring(config, NAME)
+    records = FileRecords(directory / opening.RECORDS, keyring)
     world = World(
         witness=FakeWitness(),
-        ledger=SqlLedger(directory / opening.LEDGER, create=create),
+        ledger=ledger,
         records=records,
-        checkpoints=FileCheckpoints(directory / opening.CHECKPOINTS),
-        index=FaissIndex(directory / opening.INDEX, embedder.dimension),
+        checkpoints=FileCheckpoints(directory / opening.CHECKPOINTS, keyring),
+        index=FaissIndex(directory / opening.INDEX, embedder.dimension, keyring),
+        keyring=keyring,
         embed=embedder.embed,
         count_tokens=lambda some: [1 for _ in some],
         executor_for=lambda store: SerialExecutor(FakeTrainer(), records, store),
@@ -78,21 +83,22 @@ def world_of(directory: Path, *, create: bool = False, numerics: str = "") -> It
         opening.close(world)
 
 
-def build(directory: Path) -> None:
-    """Train the model on all records."""
+def build(directory: Path, *, encrypt: bool = False) -> None:
+    """Train the model on all records; keys of an encrypted one go to the state directory."""
+    config = parse_run_file(RUN_FILE, "run.yaml").model_copy(update={"encrypt": encrypt})
     directory.mkdir()
     opening.write_secret(directory / opening.KEY, SECRET)
     (directory / opening.LOCK).touch()
     embedder = HashingEmbedder()
     named = {"name": "hashing", "digest": embedder.digest, "dimension": embedder.dimension}
     meta = {
-        "config": parse_run_file(RUN_FILE, "run.yaml").to_canonical(),
+        "config": config.to_canonical(),
         "base": json.dumps({"name": "base", "digest": BASE}),
         "embedder": json.dumps(named),
         "key": Keyed(SECRET).name,
-        "model": "0" * 32,
+        "model": NAME,
     }
-    with world_of(directory, create=True) as world:
+    with world_of(directory, create=config) as world:
         train(world, [record(number) for number in range(NUM_RECORDS)], meta)
 
 
@@ -130,9 +136,7 @@ def content(directory: Path) -> dict[str, bytes]:
 
 
 def open_fake(site: Site, _options: Any) -> SerialExecutor:
-    return SerialExecutor(
-        FakeTrainer(), FileRecords(site.records_dir), FileCheckpoints(site.checkpoints_dir)
-    )
+    return SerialExecutor(FakeTrainer(), *opening.open_stores(site))
 
 
 def use_fake_parts(monkeypatch: pytest.MonkeyPatch) -> None:

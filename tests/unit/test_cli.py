@@ -30,6 +30,7 @@ from sisa.serial import SerialExecutor
 from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.files import writer_lock
 from sisa.store.index import FaissIndex
+from sisa.store.keyring import PLAIN
 from sisa.store.ledger import SqlLedger
 from sisa.store.records import FileRecords
 from sisa.world import World
@@ -71,6 +72,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
         records=records,
         checkpoints=FileCheckpoints(directory / opening.CHECKPOINTS),
         index=FaissIndex(directory / opening.INDEX, embedder.dimension),
+        keyring=PLAIN,
         embed=embedder.embed,
         count_tokens=lambda some: [1 for _ in some],
         executor_for=lambda store: SerialExecutor(FakeTrainer(), records, store),

@@ -147,11 +147,12 @@ def test_paths_are_resolved_against_the_run_file(tmp_path: Path) -> None:
     run = tmp_path / "run.yaml"
     run.write_text(
         "datasets: [{path: ./people.jsonl}, {path: owner/name}]\noutput_dir: out/../model\n"
-        "base_model: base\nsisa: {partition_key_file: key}\n"
+        "base_model: base\nsisa: {partition_key_file: key}\nkeyring: ../keys\n"
     )
     config = load_run_file(run)
     assert [each.path for each in config.datasets] == [str(tmp_path / "people.jsonl"), "owner/name"]
     assert config.output_dir == tmp_path / "model"
+    assert config.keyring == tmp_path.parent / "keys"
     assert config.base_model == str(tmp_path / "base")
     assert config.sisa.partition_key_file == tmp_path / "key"
 
@@ -162,15 +163,16 @@ def test_absent_paths_are_problems(tmp_path: Path) -> None:
     (tmp_path / "model" / "a.jsonl").touch()
     run.write_text(
         "base_model: ./base\ndatasets:\n- path: people.jsonl\n- path: a/b/c\n- path: model/a.jsonl\n"
-        "- path: ../data\noutput_dir: model\n"
+        "- path: ../data\noutput_dir: model\nkeyring: model/keys\n"
         "sisa:\n  partition_key_file: key\n  embedder: /embedder\nfoo: 1\n"
     )
     with pytest.raises(InvalidInput) as caught:
         load_run_file(run)
     assert [each.where for each in caught.value.problems] == [
         *("line 1: base_model", "line 3: datasets[0].path", "line 4: datasets[1].path"),
-        *("line 5: datasets[2].path", "line 6: datasets[3].path", "line 9: sisa.partition_key_file"),
-        *("line 10: sisa.embedder", "line 11: foo"),
+        *("line 5: datasets[2].path", "line 6: datasets[3].path", "line 8: keyring"),
+        "line 10: sisa.partition_key_file",
+        *("line 11: sisa.embedder", "line 12: foo"),
     ]
 
 
@@ -191,6 +193,8 @@ OTHER: dict[str, Any] = {
     "base_model": "other",
     "datasets": [{"path": "other"}],
     "output_dir": "other",
+    "encrypt": True,
+    "keyring": "other",
     "lora_r": 4,
     "lora_alpha": 4,
     "lora_dropout": 0.5,
@@ -242,7 +246,9 @@ def test_each_key_has_one_effect() -> None:
         effects.setdefault(found.effect, set()).add(key)
     where = {"base_model", "sisa.shards", "sisa.slices", "sisa.group_by", "sisa.partition_key_file"}
     cluster = {key for key in OTHER if key.startswith("cluster.")}
-    assert effects["none"] == cluster | {"output_dir", "datasets", "witness", "sisa.aggregation"}
+    none = {"output_dir", "datasets", "witness", "keyring", "sisa.aggregation"}
+    assert effects["none"] == cluster | none
+    assert effects["reseal"] == {"encrypt"}
     assert effects["reset"] == where
     assert effects["reindex"] == {"sisa.embedder"}
     assert effects["retrain"] == {

@@ -217,7 +217,8 @@ def light_modules() -> list[str]:
     found = [f"sisa.{name}" for name in names if name != "__init__"]
     found += ["cluster.cli", "cluster.progress", "cluster.render", "sisa.model.hashing"]
     return found + [
-        f"sisa.store.{name}" for name in ("checkpoints", "files", "index", "ledger", "records")
+        f"sisa.store.{name}"
+        for name in ("checkpoints", "files", "index", "keyring", "ledger", "records")
     ]
 
 

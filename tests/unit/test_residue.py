@@ -347,7 +347,7 @@ def test_many_strings_in_one_pass() -> None:
 def test_a_chain_is_clean_only_while_all_of_its_records_are_held(model: Path) -> None:
     with world_of(model) as world:
         for held in world.ledger.checkpoints():
-            parsed = read_manifest(model / opening.CHECKPOINTS / held.key)
+            parsed = read_manifest(model / opening.CHECKPOINTS / held.key, world.keyring)
             assert parsed is not None
             rows = world.ledger.rows(held.shard)
             assert proves_clean(parsed[0], rows, held.seq)

@@ -1,0 +1,397 @@
+"""What every Keyring promises, over the fake and over a directory of keys.
+
+What a key sealed opens with that key alone, as that part of that file alone; and when the key has been
+destroyed nothing opens it any more, whatever happens later under the same name.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sisa.digest import sha256_hex
+from sisa.errors import EnvironmentFault, IntegrityError
+from sisa.ports import Keyring
+from sisa.store import files
+from sisa.store.files import TEMPORARY_PREFIX, read_checked
+from sisa.store.keyring import KEY_BYTES, MAGIC, PLAIN, FileKeyring, is_sealed, reseal
+from tests.fake_keyring import FakeKeyring
+
+OpenKeyring = Callable[[], Keyring]
+SECRET = b"the only copy of this text"
+PLACE = ("records", "a.parquet", "")
+rooms = st.sampled_from(["records", "index", "checkpoints", "scratch"])
+names = st.sampled_from(["a.parquet", "b.parquet", "0" * 64])
+parts = st.sampled_from(["", "manifest.json", "adapter_model.safetensors"])
+places = st.tuples(rooms, names, parts)
+
+
+@pytest.fixture(scope="module", params=["fake", "files"])
+def fresh(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> OpenKeyring:
+    """Opens another empty keyring of the same sort at each call."""
+    if request.param == "fake":
+        return FakeKeyring
+    return lambda: FileKeyring(tmp_path_factory.mktemp("state") / "keyring")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> FileKeyring:
+    return FileKeyring(tmp_path / "deep" / "keyring")
+
+
+@given(places, st.binary(max_size=200))
+def test_what_is_sealed_is_unsealed(
+    fresh: OpenKeyring, place: tuple[str, str, str], data: bytes
+) -> None:
+    keyring = fresh()
+    sealed = keyring.seal(*place, data)
+    assert is_sealed(sealed)
+    assert keyring.unseal(*place, sealed) == data
+    assert keyring.held(place[0]) == {place[1]}
+    assert len(data) < 8 or data not in sealed[len(MAGIC) :]
+
+
+@given(places, st.binary(max_size=60), st.data())
+def test_any_flipped_bit_is_refused(
+    fresh: OpenKeyring, place: tuple[str, str, str], data: bytes, draw: st.DataObject
+) -> None:
+    """By the keyring, or (in the magic, which makes plain bytes of it) by the plaintext's digest."""
+    keyring = fresh()
+    sealed = bytearray(keyring.seal(*place, data))
+    at = draw.draw(st.integers(0, 8 * len(sealed) - 1))
+    sealed[at // 8] ^= 1 << at % 8
+    if at // 8 >= len(MAGIC):
+        with pytest.raises(IntegrityError):
+            keyring.unseal(*place, bytes(sealed))
+    else:
+        assert keyring.unseal(*place, bytes(sealed)) == sealed != data
+
+
+@given(places, st.binary(max_size=60), st.data())
+def test_any_cut_is_refused(
+    fresh: OpenKeyring, place: tuple[str, str, str], data: bytes, draw: st.DataObject
+) -> None:
+    keyring = fresh()
+    sealed = keyring.seal(*place, data)
+    cut = sealed[: draw.draw(st.integers(len(MAGIC), len(sealed) - 1))]
+    with pytest.raises(IntegrityError):
+        keyring.unseal(*place, cut)
+
+
+@given(places, places)
+def test_no_sealed_file_passes_for_another(
+    fresh: OpenKeyring, one: tuple[str, str, str], other: tuple[str, str, str]
+) -> None:
+    keyring = fresh()
+    sealed = keyring.seal(*one, SECRET)
+    keyring.seal(*other, b"there is a key for the other one, too")
+    if one == other:
+        assert keyring.unseal(*other, sealed) == SECRET
+    else:
+        with pytest.raises(IntegrityError):
+            keyring.unseal(*other, sealed)
+
+
+def test_equal_plaintexts_have_different_ciphertexts(fresh: OpenKeyring) -> None:
+    keyring = fresh()
+    assert keyring.seal(*PLACE, SECRET) != keyring.seal(*PLACE, SECRET)
+
+
+def test_parts_of_a_name_share_its_key(fresh: OpenKeyring) -> None:
+    keyring = fresh()
+    sealed = {part: keyring.seal("checkpoints", "key", part, part.encode()) for part in ("a", "b")}
+    assert keyring.held("checkpoints") == {"key"}
+    assert all(keyring.unseal("checkpoints", "key", p, s) == p.encode() for p, s in sealed.items())
+
+
+def test_a_destroyed_key_is_gone_for_good(fresh: OpenKeyring) -> None:
+    """Even for the old bytes put back after the name has got another key."""
+    keyring = fresh()
+    old = keyring.seal(*PLACE, SECRET)
+    other = keyring.seal("records", "b.parquet", "", b"other")
+    keyring.destroy("records", ["a.parquet", "never held"])
+    assert keyring.held("records") == {"b.parquet"}
+    with pytest.raises(IntegrityError, match="missing from the keyring"):
+        keyring.unseal(*PLACE, old)
+    again = keyring.seal(*PLACE, SECRET)
+    with pytest.raises(IntegrityError, match="not the one that was recorded"):
+        keyring.unseal(*PLACE, old)
+    assert keyring.unseal(*PLACE, again) == SECRET
+    assert keyring.unseal("records", "b.parquet", "", other) == b"other"
+    keyring.destroy("index", ["a.parquet"])
+    assert keyring.unseal(*PLACE, again) == SECRET
+
+
+def test_plain_bytes_pass_as_they_are(fresh: OpenKeyring) -> None:
+    keyring = fresh()
+    assert keyring.unseal(*PLACE, b"PAR1") == b"PAR1"
+    assert keyring.held("records") == frozenset()
+
+
+def test_a_keyring_that_no_longer_seals_opens_what_is_sealed(folder: FileKeyring) -> None:
+    sealed = folder.seal(*PLACE, SECRET)
+    off = FileKeyring(folder.root, seals=False)
+    assert off.seal(*PLACE, SECRET) == SECRET
+    assert off.unseal(*PLACE, sealed) == SECRET
+    assert FakeKeyring(seals=False).seal(*PLACE, SECRET) == SECRET
+
+
+def test_without_a_keyring_nothing_is_sealed_or_opened(folder: FileKeyring) -> None:
+    assert PLAIN.seal(*PLACE, SECRET) == PLAIN.unseal(*PLACE, SECRET) == SECRET
+    PLAIN.destroy("records", ["a.parquet"])
+    assert PLAIN.held("records") == frozenset()
+    with pytest.raises(IntegrityError, match="there is no keyring"):
+        PLAIN.unseal(*PLACE, folder.seal(*PLACE, SECRET))
+
+
+# --- keys on a disk ------------------------------------------------------------------------------
+
+
+def test_keys_are_for_their_owner_alone(folder: FileKeyring) -> None:
+    folder.seal(*PLACE, SECRET)
+    key = folder.root / "records" / "a.parquet"
+    assert key.stat().st_size == KEY_BYTES
+    assert stat.S_IMODE(key.stat().st_mode) == 0o600
+    for each in (key.parent, folder.root, folder.root.parent):
+        assert stat.S_IMODE(each.stat().st_mode) == 0o700
+
+
+def test_errors_name_the_key_and_never_show_it(folder: FileKeyring) -> None:
+    sealed = folder.seal(*PLACE, SECRET)
+    key = (folder.root / "records" / "a.parquet").read_bytes()
+    told = []
+    for spoilt in (key[:-1], bytes(KEY_BYTES)):
+        (folder.root / "records" / "a.parquet").write_bytes(spoilt)
+        with pytest.raises(IntegrityError, match="damaged") as caught:
+            folder.unseal(*PLACE, sealed)
+        told.append(str(caught.value))
+    (folder.root / "records" / "a.parquet").unlink()
+    with pytest.raises(IntegrityError, match="missing") as caught:
+        folder.unseal(*PLACE, sealed)
+    assert str(folder.root) in str(caught.value)
+    assert not any(key.hex() in each or repr(key) in each for each in [*told, str(caught.value)])
+
+
+def test_a_refusing_disk_is_an_environment_fault(folder: FileKeyring) -> None:
+    folder.root.parent.mkdir(parents=True)
+    folder.root.write_text("a file where the keyring should be")
+    for use in (
+        lambda: folder.seal(*PLACE, SECRET),
+        lambda: folder.held("records"),
+        lambda: folder.destroy("records", ["a.parquet"]),
+    ):
+        with pytest.raises(EnvironmentFault):
+            use()
+
+
+def test_two_that_seal_at_once_agree_on_one_key(
+    folder: FileKeyring, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another worker makes the key after this one has found none."""
+    other = FileKeyring(folder.root)
+    sealed = []
+
+    def link(source: str, target: Path) -> None:
+        monkeypatch.undo()
+        sealed.append(other.seal(*PLACE, b"theirs"))
+        os.link(source, target)
+
+    monkeypatch.setattr(os, "link", link)
+    sealed.append(folder.seal(*PLACE, b"ours"))
+    assert [folder.unseal(*PLACE, each) for each in sealed] == [b"theirs", b"ours"]
+    assert folder.held("records") == {"a.parquet"}
+
+
+def test_a_second_name_of_a_key_is_overwritten_with_it(folder: FileKeyring) -> None:
+    """What a process leaves that dies between linking a key and unlinking its temporary name."""
+    folder.seal(*PLACE, SECRET)
+    left = folder.root / "records" / f"{TEMPORARY_PREFIX}left"
+    os.link(folder.root / "records" / "a.parquet", left)
+    folder.destroy("records", ["a.parquet"])
+    assert left.read_bytes() == bytes(KEY_BYTES)
+    folder.destroy("records", folder.held("records"))
+    assert folder.held("records") == frozenset()
+
+
+def test_a_second_name_of_a_key_in_use_goes_and_the_key_stays(folder: FileKeyring) -> None:
+    sealed = folder.seal(*PLACE, SECRET)
+    left = folder.root / "records" / f"{TEMPORARY_PREFIX}left"
+    os.link(folder.root / "records" / "a.parquet", left)
+    folder.destroy("records", [left.name])
+    assert folder.held("records") == {"a.parquet"}
+    assert folder.unseal(*PLACE, sealed) == SECRET
+    os.link(folder.root / "records" / "a.parquet", left)
+    other = left.with_name(f"{TEMPORARY_PREFIX}other")
+    (folder.root / "records" / "a.parquet").rename(other)  # cut short while it was destroyed
+    looking = left.open("rb")
+    folder.destroy("records", folder.held("records"))
+    with looking:
+        assert looking.read() == bytes(KEY_BYTES)
+
+
+def test_whatever_lies_in_the_keyring_can_be_destroyed(folder: FileKeyring, tmp_path: Path) -> None:
+    folder.seal(*PLACE, SECRET)
+    (tmp_path / "mine").write_text("not a key")
+    (folder.root / "records" / "link").symlink_to(tmp_path / "mine")
+    (folder.root / "records" / "room").mkdir()
+    folder.destroy("records", folder.held("records"))
+    assert folder.held("records") == frozenset()
+    assert (tmp_path / "mine").read_text() == "not a key"
+
+
+# --- killed at every step ------------------------------------------------------------------------
+
+STEPS = ("rename", "link", "unlink", "fsync", "write", "mkdir", "open")
+CHILD = """
+import os, pathlib, sys
+from sisa.store.keyring import FileKeyring
+
+keyring, task, left = FileKeyring(pathlib.Path(sys.argv[1])), sys.argv[2], int(sys.argv[3])
+
+def dying(name, real):
+    def step(*args, **kw):
+        global left
+        left -= 1
+        if left == 0:
+            os._exit(9)
+        return real(*args, **kw)
+    return step
+
+for name in sys.argv[4:]:
+    setattr(os, name, dying(name, getattr(os, name)))
+if task == "seal":
+    pathlib.Path(sys.argv[1] + ".sealed").write_bytes(keyring.seal("records", "a.parquet", "", b"new"))
+else:
+    keyring.destroy("records", ["a.parquet", "b.parquet"])
+"""
+
+
+def killed_at(root: Path, task: str) -> Iterator[int]:
+    """Run a task again and again, each time killed one system call later, until it is not."""
+    for step in range(1, 100):
+        command = [sys.executable, "-c", CHILD, str(root), task, str(step)]
+        done = subprocess.run([*command, *set(STEPS) & set(dir(os))], check=False)
+        assert done.returncode in (0, 9)
+        if done.returncode == 0:
+            assert step > 4, "nothing was cut short"
+            return
+        yield step
+
+
+def test_a_key_is_whole_or_absent_when_its_maker_is_killed(tmp_path: Path) -> None:
+    for step in killed_at(tmp_path / "keyring", "seal"):
+        keyring = FileKeyring(tmp_path / "keyring")
+        sealed = keyring.seal(*PLACE, SECRET)
+        keyring.destroy("records", keyring.held("records") - {"a.parquet"})
+        assert keyring.unseal(*PLACE, sealed) == SECRET, step
+        keyring.destroy("records", keyring.held("records"))
+        assert keyring.held("records") == frozenset()
+
+
+def test_a_half_destroyed_key_is_never_met_again(tmp_path: Path) -> None:
+    """Its name has the key or none, a later file of the name gets another, and the sweep ends it."""
+    root = tmp_path / "keyring"
+    keyring = FileKeyring(root)
+    old = {name: keyring.seal("records", name, "", SECRET) for name in ("a.parquet", "b.parquet")}
+    for step in killed_at(root, "destroy"):
+        names = keyring.held("records")
+        for name, sealed in old.items():
+            if name in names:
+                assert keyring.unseal("records", name, "", sealed) == SECRET, step
+                continue
+            again = keyring.seal("records", name, "", b"new")
+            assert keyring.unseal("records", name, "", again) == b"new"
+            with pytest.raises(IntegrityError, match="not the one that was recorded"):
+                keyring.unseal("records", name, "", sealed)
+        left = keyring.held("records") - old.keys()
+        keyring.destroy("records", left)
+        assert keyring.held("records") == old.keys()
+        old = {name: keyring.seal("records", name, "", SECRET) for name in old}
+    assert keyring.held("records") == frozenset()
+
+
+def test_a_key_is_overwritten_before_it_is_unlinked(
+    folder: FileKeyring, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder.seal(*PLACE, SECRET)
+    seen: list[Any] = []
+
+    def erase(path: Path) -> None:
+        seen.append((path.name.startswith(TEMPORARY_PREFIX), path.read_bytes()))
+        path.unlink()
+
+    monkeypatch.setattr(files, "erase", erase)
+    folder.destroy("records", ["a.parquet"])
+    assert seen == [(True, bytes(KEY_BYTES))]
+
+
+# --- the other form ------------------------------------------------------------------------------
+
+
+def files_of(root: Path) -> dict[str, bytes]:
+    found = sorted(path for path in root.rglob("*") if path.is_file())
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in found}
+
+
+@pytest.mark.parametrize("room", ["records", "checkpoints"])
+def test_files_change_their_form_and_not_their_content(
+    folder: FileKeyring, tmp_path: Path, room: str
+) -> None:
+    root = tmp_path / room
+    names = {"records": ["a"], "checkpoints": ["a/one", "a/two"]}[room]
+    for each in names:
+        (root / each).parent.mkdir(parents=True, exist_ok=True)
+        (root / each).write_bytes(each.encode())
+        (root / each).chmod(0o640)
+    (root / "unknown").write_bytes(b"stays")
+    plain = files_of(root)
+    reseal(root, room, ["a"], folder)
+    sealed = files_of(root)
+    assert {name for name, data in sealed.items() if is_sealed(data)} == set(names)
+    for each in names:
+        unseal = partial(folder.unseal, room, "a", each.partition("/")[2])
+        assert read_checked(root / each, sha256_hex(plain[each]), "", unseal) == plain[each]
+        assert stat.S_IMODE((root / each).stat().st_mode) == 0o640
+    reseal(root, room, ["a"], folder)
+    assert files_of(root) == sealed  # what has the form already is left alone
+    reseal(root, room, ["a"], FileKeyring(folder.root, seals=False))
+    assert files_of(root) == plain
+    assert folder.held(room) == frozenset()
+
+
+def test_a_cut_short_change_leaves_files_of_both_forms_and_no_foreign_file(
+    folder: FileKeyring, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "checkpoints"
+    (root / "a").mkdir(parents=True)
+    for part in ("one", "two"):
+        (root / "a" / part).write_bytes(part.encode())
+    code = (
+        "import os, pathlib, sys\nfrom sisa.store.keyring import FileKeyring, reseal\n"
+        "left, real = int(sys.argv[3]), os.replace\n"
+        "def replace(*a):\n    global left\n    left -= 1\n    left or os._exit(9)\n    real(*a)\n"
+        "os.replace = replace\n"
+        "reseal(pathlib.Path(sys.argv[1]), 'checkpoints', ['a'], FileKeyring(pathlib.Path(sys.argv[2])))"
+    )
+    for step in (1, 2):
+        command = [sys.executable, "-c", code, str(root), str(folder.root), str(step)]
+        assert subprocess.run(command, check=False).returncode == 9
+        assert {path.name for path in (root / "a").iterdir()} == {"one", "two"}
+        for part in ("one", "two"):
+            data = (root / "a" / part).read_bytes()
+            assert folder.unseal("checkpoints", "a", part, data) == part.encode()
+    monkeypatch.undo()
+    reseal(root, "checkpoints", ["a"], folder)
+    assert all(is_sealed(path.read_bytes()) for path in (root / "a").iterdir())
+    with pytest.raises(IntegrityError, match="missing"):
+        reseal(root, "checkpoints", ["gone"], folder)

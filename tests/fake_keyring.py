@@ -1,0 +1,71 @@
+"""The keyring in memory: sealing by a stream of hashes, keys as tokens that can be looked at.
+
+Rules: as the real one, a sealed file is bound to room, name, part and key, and a key is made anew after
+its destruction. `log` notes what was destroyed, in order.
+
+Not covered: secrecy against anyone but a test.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection
+from itertools import count
+
+from sisa.digest import canonical_json
+from sisa.errors import IntegrityError
+from sisa.store.keyring import MAGIC
+
+TAG_BYTES, NONCE_BYTES = 32, 8
+
+
+class FakeKeyring:
+    """A Keyring of tokens."""
+
+    def __init__(self, *, seals: bool = True) -> None:
+        self.seals = seals
+        self.keys: dict[tuple[str, str], int] = {}
+        self.log: list[tuple[str, str]] = []
+        self._fresh = count(1)
+
+    def location(self, room: str, name: str) -> str:
+        return f"keyring/{room}/{name}"
+
+    def held(self, room: str) -> frozenset[str]:
+        return frozenset(name for where, name in self.keys if where == room)
+
+    def seal(self, room: str, name: str, part: str, data: bytes) -> bytes:
+        if not self.seals:
+            return data
+        token = self.keys.setdefault((room, name), next(self._fresh))
+        nonce = next(self._fresh).to_bytes(NONCE_BYTES, "big")
+        hidden = _stream(token, nonce, data)
+        return MAGIC + nonce + _tag(token, nonce, room, name, part, hidden) + hidden
+
+    def unseal(self, room: str, name: str, part: str, data: bytes) -> bytes:
+        if not data.startswith(MAGIC):
+            return data
+        token = self.keys.get((room, name))
+        if token is None:
+            raise IntegrityError("the key is missing from the keyring")
+        body = data[len(MAGIC) :]
+        nonce, tag = body[:NONCE_BYTES], body[NONCE_BYTES : NONCE_BYTES + TAG_BYTES]
+        hidden = body[NONCE_BYTES + TAG_BYTES :]
+        if tag != _tag(token, nonce, room, name, part, hidden):
+            raise IntegrityError("an encrypted file is not the one that was recorded")
+        return _stream(token, nonce, hidden)
+
+    def destroy(self, room: str, names: Collection[str]) -> None:
+        for name in names:
+            if self.keys.pop((room, name), None) is not None:
+                self.log.append((room, name))
+
+
+def _stream(token: int, nonce: bytes, data: bytes) -> bytes:
+    pad = hashlib.shake_256(canonical_json([token, nonce.hex()])).digest(len(data))
+    return bytes(one ^ other for one, other in zip(data, pad, strict=True))
+
+
+def _tag(token: int, nonce: bytes, room: str, name: str, part: str, hidden: bytes) -> bytes:
+    bound = canonical_json([token, nonce.hex(), room, name, part])
+    return hashlib.sha256(bound + hidden).digest()
