@@ -246,7 +246,7 @@ class Model:
         """Take in a request that waits to be approved and run. Raises UnknownRecord, ConfigConflict."""
         with self._writing() as world:
             live, dead = _named(world, ids, subject)
-            found = lifecycle.copies(world, live)
+            found = lifecycle.copies(world, live, sure=True)
             near = query.near(world, live, NEAR_DUPLICATE, found) if live else []
             request = lifecycle.submit(world, live, dead, terms or Terms())
             return lifecycle.Submitted(request, tuple(query.ids_of(world, found)), tuple(near))

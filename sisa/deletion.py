@@ -20,7 +20,7 @@ from sisa.domain import RecordRow, Request, RequestEvent, SliceState, Tombstone
 from sisa.errors import ConfigConflict, Problem, SisaError
 from sisa.plan import ShardPlan, ShardView, plan_shard, tainted
 from sisa.ports import Change
-from sisa.reconcile import note_failure, reconcile
+from sisa.reconcile import note_failure, reconcile, refuse_lost_rows
 from sisa.requests import event
 from sisa.world import Place, World, check_sources, model_digest, only, view_shard, write_slice
 
@@ -146,6 +146,7 @@ def _commit_removed(
     named: Mapping[str, Sequence[RecordRow]],
     arriving: Change,
 ) -> None:
+    refuse_lost_rows(world.ledger)
     union = {row.id_digest: row for rows in named.values() for row in rows}
     _refuse_held(world, union)
     planned = plan_forget(world, list(union.values()))

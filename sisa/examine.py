@@ -22,8 +22,10 @@ from sisa.domain import Head, HeldCheckpoint, IndexFile, SliceFile
 from sisa.errors import IntegrityError, SisaError
 from sisa.garbage import LEDGER_FILES, STRAY, list_garbage
 from sisa.lineage import read_manifest
-from sisa.opening import CHECKPOINTS, INDEX, KEY, RECORDS
+from sisa.opening import CHECKPOINTS, INDEX, KEY, LEDGER, RECORDS
 from sisa.plan import plan_shard
+from sisa.reconcile import refuse_lost_rows
+from sisa.requests import contradicted
 from sisa.store import files
 from sisa.store.checkpoints import MANIFEST
 from sisa.world import World, only, view_shard
@@ -77,7 +79,7 @@ def finding(
 
 def examine(world: World, directory: Path, *, with_key: bool = True) -> list[Finding]:
     """All findings of an opened model; `with_key=False` leaves out what only the right key can tell."""
-    found = [*_modes(world, directory)]
+    found = [*_rows(world), *_modes(world, directory)]
     for file in world.ledger.slices():
         what = _damage(lambda file=file: _check_slice(world, file, with_key=with_key))  # type: ignore[misc]
         if what:
@@ -97,6 +99,14 @@ def examine(world: World, directory: Path, *, with_key: bool = True) -> list[Fin
     found += _gaps(world)
     found += _unknown(world, directory, {key for keys in damaged.values() for key in keys})
     return found
+
+
+def _rows(world: World) -> Iterator[Finding]:
+    if what := _damage(lambda: refuse_lost_rows(world.ledger)):
+        yield finding("ledger_damaged", "error", LEDGER, what)
+    if contradicted(world.ledger.requests(), world.ledger.events()):
+        what = "the events of the requests are not one chain that leads to their states"
+        yield finding("ledger_damaged", "error", LEDGER, what)
 
 
 def _damage(check: Callable[[], None]) -> str:

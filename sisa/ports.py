@@ -221,7 +221,8 @@ class Change:
 
 
 class Ledger(Protocol):
-    """The only authority on where records are. Every `commit` is one transaction."""
+    """The only authority on where records are. Every `commit` is one transaction. A row that is not the
+    one that was written, and an answer from which a row is missing, is an IntegrityError."""
 
     def seq(self) -> int:
         """The number of the last commit; 0 before the first."""
@@ -236,7 +237,8 @@ class Ledger(Protocol):
 
     def lookup(self, id_digests: Iterable[str]) -> dict[str, RecordRow | Tombstone]: ...
 
-    def by_subject(self, subject_digest: str) -> tuple[list[RecordRow], list[Tombstone]]: ...
+    def by_subject(self, subject_digest: str, shard: int) -> tuple[list[RecordRow], list[Tombstone]]:
+        """Held records of a subject, which are all of one shard, and deleted ones."""
 
     def by_vector(self, shard: int, vector_ids: Collection[int]) -> dict[int, RecordRow]: ...
 
@@ -258,8 +260,11 @@ class Ledger(Protocol):
 
     def checkpoints(self, shard: int | None = None) -> list[HeldCheckpoint]: ...
 
-    def by_text(self, text_digests: Collection[str]) -> tuple[list[RecordRow], list[Tombstone]]:
-        """Held and deleted records with one of these normalised texts."""
+    def by_text(
+        self, text_digests: Collection[str], *, sure: bool = False
+    ) -> tuple[list[RecordRow], list[Tombstone]]:
+        """Held and deleted records with one of these normalised texts; `sure` that none is missing even
+        in a damaged ledger, at the cost of a look at every row."""
 
     def requests(self) -> list[Request]:
         """Oldest first."""
@@ -271,3 +276,6 @@ class Ledger(Protocol):
         """Oldest first, each linked to the one before."""
 
     def num_tombstones(self) -> int: ...
+
+    def lost(self) -> list[str]:
+        """Names of the tables that do not hold as many rows as were committed; none when all is well."""

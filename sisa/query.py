@@ -91,7 +91,8 @@ def lookup(world: World, ids: Sequence[str]) -> list[tuple[str, RecordRow | Tomb
 
 def of_subject(world: World, subject_id: str) -> tuple[list[RecordRow], list[Tombstone]]:
     """All records of a subject. Raises UnknownRecord when there never was one."""
-    live, dead = world.ledger.by_subject(world.assigner.subject_digest(subject_id))
+    shard, _ = world.assigner.place_of_subject(subject_id)
+    live, dead = world.ledger.by_subject(world.assigner.subject_digest(subject_id), shard)
     if not live and not dead:
         raise UnknownRecord(
             "this model has never held a record of that subject",

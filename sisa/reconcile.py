@@ -22,8 +22,8 @@ from datetime import datetime
 from sisa.domain import Chain, HeldCheckpoint, Request, RequestState, record_epochs
 from sisa.errors import IntegrityError, SisaError
 from sisa.plan import ShardPlan, plan_shard
-from sisa.ports import Change, Event, SavedCheckpoint, SliceTrained, TrainingStarted
-from sisa.requests import event, under_way
+from sisa.ports import Change, Event, Ledger, SavedCheckpoint, SliceTrained, TrainingStarted
+from sisa.requests import contradicted, event, under_way
 from sisa.world import World, model_digest, view_shard
 
 
@@ -62,6 +62,7 @@ def reconcile(world: World) -> Trained:
 def refuse_contradictions(world: World) -> None:
     """Raises IntegrityError for a ledger that lost rows: the sweep would erase their files."""
     ledger = world.ledger
+    refuse_lost_rows(ledger)
     heads, slices = ledger.heads(), ledger.slices()
     known = {each.key for each in ledger.checkpoints()}
     lost = {
@@ -69,11 +70,21 @@ def refuse_contradictions(world: World) -> None:
         "records or slices": sum(ledger.kinds().values()) != sum(f.num_records for f in slices),
         "indexes": {f.shard for f in slices} != {f.shard for f in ledger.indexes()},
         "checkpoints": any(head.key not in known for head in heads if head.key is not None),
+        "requests or events": contradicted(ledger.requests(), ledger.events()),
     }
-    if any(lost.values()):
+    _refuse([name for name, each in lost.items() if each])
+
+
+def refuse_lost_rows(ledger: Ledger) -> None:
+    """Raises IntegrityError for tables that lost rows; the cheap part, for before a commit."""
+    _refuse(ledger.lost())
+
+
+def _refuse(lost: Sequence[str]) -> None:
+    if lost:
         raise IntegrityError(
             "the ledger contradicts itself; nothing was changed",
-            got=", ".join(name for name, each in lost.items() if each) + " are missing",
+            got=", ".join(lost) + " are missing",
             next_step="restore the model directory from a backup",
         )
 

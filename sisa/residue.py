@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 LEFT_OVER_PREFIXES = (".partial-", ".wheel-", ".incoming-")  # of `packages.py` and `shared_base.py`
 TEMPORARY_PATTERNS = ("sisa-scratch-*", "sisa-*/r")  # of `reader.py` and `ray_session.py`
-BATCH_ROWS = 1024
+BATCH_ROWS = 16_384  # an unknown id costs a look at every row: once a batch
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from sisa.domain import Head, Record, RecordRow, SliceState, Tombstone
 from sisa.errors import InvalidInput, Problem
 from sisa.plan import plan_shard
 from sisa.ports import Change, StoredRecord
-from sisa.reconcile import Trained, reconcile
+from sisa.reconcile import Trained, reconcile, refuse_lost_rows
 from sisa.world import Place, World, check_sources, model_digest, only, view_shard, write_slice
 
 
@@ -114,7 +114,8 @@ def add(world: World, records: Sequence[Record], *, allow_deleted: bool = False)
     """
     found = _lookup(world, records)
     problems = _changed(world, records, found)
-    _, deleted = world.ledger.by_text({world.assigner.row(each, 0).text_digest for each in records})
+    texts_given = {world.assigner.row(each, 0).text_digest for each in records}
+    _, deleted = world.ledger.by_text(texts_given, sure=True)
     texts = {each.text_digest: each for each in deleted}
     fresh = []
     for position, record in enumerate(records):
@@ -153,6 +154,7 @@ def _commit_added(
     heads: Sequence[Head] = (),
     meta: Mapping[str, str] | None = None,
 ) -> None:
+    refuse_lost_rows(world.ledger)
     vectors = world.embed([record.text for record in records])
     stored: dict[Place, list[StoredRecord]] = {}
     embedded: dict[int, dict[int, object]] = {}

@@ -251,9 +251,10 @@ class FakeLedger:
                 found[digest] = held
         return found
 
-    def by_subject(self, subject_digest: str) -> tuple[list[RecordRow], list[Tombstone]]:
+    def by_subject(self, subject_digest: str, shard: int) -> tuple[list[RecordRow], list[Tombstone]]:
         t = self.tables
         live = [row for row in t.records.values() if row.subject_digest == subject_digest]
+        assert {row.shard for row in live} <= {shard}
         dead = [each for each in t.tombstones.values() if each.subject_digest == subject_digest]
         return _ordered(live), sorted(dead, key=lambda each: each.id_digest)
 
@@ -293,7 +294,10 @@ class FakeLedger:
         held = [each for each in self.tables.checkpoints.values() if shard in (None, each.shard)]
         return sorted(held, key=lambda each: (each.shard, each.slice, each.key))
 
-    def by_text(self, text_digests: Collection[str]) -> tuple[list[RecordRow], list[Tombstone]]:
+    def by_text(
+        self, text_digests: Collection[str], *, sure: bool = False
+    ) -> tuple[list[RecordRow], list[Tombstone]]:
+        del sure  # memory loses no rows
         t = self.tables
         live = [row for row in t.records.values() if row.text_digest in text_digests]
         dead = [each for each in t.tombstones.values() if each.text_digest in text_digests]
@@ -311,6 +315,9 @@ class FakeLedger:
 
     def num_tombstones(self) -> int:
         return len(self.tables.tombstones)
+
+    def lost(self) -> list[str]:
+        return []
 
 
 def _ordered(rows: Iterable[RecordRow]) -> list[RecordRow]:
