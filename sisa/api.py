@@ -38,7 +38,7 @@ from sisa.domain import (
     Tombstone,
 )
 from sisa.errors import IntegrityError, InvalidInput
-from sisa.export import export_adapters
+from sisa.export import export_adapters, missing
 from sisa.lifecycle import Terms
 from sisa.opening import CHECKPOINTS, INDEX, KEY, LEDGER, LOCK, RECORDS, SCRATCH, OpenExecutor, Parts
 from sisa.ports import Event, Report
@@ -76,6 +76,7 @@ class Status:
     shards: tuple[query.ShardStatus, ...]
     requests: tuple[Request, ...]
     sizes_bytes: dict[str, int]
+    exports: tuple[query.ExportStatus, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -91,11 +92,12 @@ class ForgetPlan:
 
 @dataclass(frozen=True)
 class ForgetOutcome:
-    """What a deletion did. `request` is None when every named record was deleted already."""
+    """What a deletion did; `request` is None when every named record was deleted already."""
 
     request: Request | None
     already_deleted: tuple[Tombstone, ...]
     model_digest: str
+    exports_missing: tuple[str, ...] = ()  # stale, and not where they were written
 
 
 class Model:
@@ -238,7 +240,8 @@ class Model:
                 request = forget_at_once(world, arrived)
             else:
                 reconcile(world)  # finishes a deletion that a crash cut short
-            return ForgetOutcome(request, planned.already_deleted, model_digest(world.ledger))
+            lost = tuple(each.path for each in missing(world))
+            return ForgetOutcome(request, planned.already_deleted, model_digest(world.ledger), lost)
 
     def submit(
         self, ids: Sequence[str] = (), *, subject: str | None = None, terms: Terms | None = None
@@ -300,6 +303,7 @@ class Model:
                 schedule=self.config.sisa.schedule,
                 shards=tuple(query.shards(world)),
                 requests=tuple(world.ledger.requests()),
+                exports=tuple(query.exports(world)),
                 sizes_bytes={
                     name: _size(self.directory / name) for name in (LEDGER, RECORDS, INDEX, CHECKPOINTS)
                 },
@@ -329,10 +333,15 @@ class Model:
             return ask(world, self.parts, prompts, max_new_tokens, kind)
 
     def export(self, to: Path | str) -> list[Path]:
-        """One standard PEFT directory per shard that serves a head. Raises InvalidInput if `to` holds
-        anything."""
-        with self._world() as world:
+        """One standard PEFT directory per shard that serves a head, kept in the ledger: a deletion that
+        touches it erases it. Raises InvalidInput if `to` holds anything."""
+        with self._writing() as world:
             return export_adapters(world, self.parts, Path(to))
+
+    def exports_missing(self) -> list[str]:
+        """Paths of exports that a deletion could not erase: they were moved, or changed since."""
+        with self._world() as world:
+            return [each.path for each in missing(world)]
 
 
 def open_model(

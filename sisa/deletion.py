@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 
 from sisa.assign import index_root, slice_root
 from sisa.cost import full_record_epochs, plan_record_epochs
-from sisa.domain import RecordRow, Request, RequestEvent, SliceState, Tombstone
+from sisa.domain import Export, RecordRow, Request, RequestEvent, SliceState, Tombstone
 from sisa.errors import ConfigConflict, Problem, SisaError
-from sisa.plan import ShardPlan, ShardView, plan_shard, tainted
+from sisa.plan import ShardPlan, ShardView, marked, plan_shard, tainted
 from sisa.ports import Change
 from sisa.reconcile import note_failure, reconcile, refuse_lost_rows
 from sisa.requests import event
@@ -35,6 +35,7 @@ class Forgetting:
     remaining: tuple[SliceState, ...]  # of the slices that lose records
     emptied: tuple[Place, ...]
     tainted: tuple[str, ...]
+    exports: tuple[Export, ...]  # that these records touched
     record_epochs_retrained: int
     record_epochs_full: int
 
@@ -70,6 +71,7 @@ def plan_forget(
         remaining=tuple(remaining),
         emptied=tuple(emptied),
         tainted=tuple(dropped),
+        exports=tuple(marked(world.ledger.exports(), {"": rows})),
         record_epochs_retrained=plan_record_epochs(plans),
         record_epochs_full=full_record_epochs(_all_views(world, remaining, emptied), world.recipe),
     )
@@ -180,6 +182,7 @@ def _commit_removed(
             unindexed=unindexed,
             heads=[plan.head for plan in planned.plans],
             dropped=planned.tainted,
+            exports=marked(world.ledger.exports(), named),
             requests=accepted,
             named=arriving.named,
             events=[

@@ -20,6 +20,7 @@ from typing import Literal
 from sisa.assign import slice_root
 from sisa.domain import Head, HeldCheckpoint, IndexFile, SliceFile
 from sisa.errors import IntegrityError, SisaError
+from sisa.export import standing
 from sisa.garbage import LEDGER_FILES, STRAY, list_garbage
 from sisa.lineage import read_manifest
 from sisa.opening import CHECKPOINTS, INDEX, KEY, LEDGER, RECORDS
@@ -95,6 +96,7 @@ def examine(world: World, directory: Path, *, with_key: bool = True) -> list[Fin
             found.append(
                 finding("checkpoint", "error", place, what, "retrain", shard=held.shard, key=held.key)
             )
+    found += _exports(world)
     found += _heads(world)
     found += _gaps(world)
     found += _unknown(world, directory, {key for keys in damaged.values() for key in keys})
@@ -171,6 +173,16 @@ def _check_checkpoint(directory: Path, held: HeldCheckpoint) -> None:
         raise IntegrityError("a checkpoint manifest can't be parsed")
     for name, sha256 in parsed[1].items():
         files.read_checked(path / name, sha256, "checkpoint file")
+
+
+def _exports(world: World) -> Iterator[Finding]:
+    for each in world.ledger.exports():
+        found = "" if each.state == "clean" else standing(world, each)
+        if found == "held":
+            yield finding("export", "error", each.path, "stale, and not erased yet", "sweep")
+        elif found:
+            step = "remove what is left of it, or put it back: the next train, add or forget erases it"
+            yield Finding("export", "warning", each.path, f"stale, and {found}", "", step)
 
 
 def _heads(world: World) -> Iterator[Finding]:

@@ -37,6 +37,7 @@ from sisa.ports import CheckpointStore, Embedder, Executor, Report, Vectors
 from sisa.serial import SerialExecutor, Site
 from sisa.store import files
 from sisa.store.checkpoints import FileCheckpoints
+from sisa.store.exports import DirectoryExports
 from sisa.store.index import FaissIndex
 from sisa.store.ledger import SqlLedger
 from sisa.store.records import FileRecords
@@ -177,6 +178,7 @@ def open_world(
         records=records,
         checkpoints=FileCheckpoints(directory / CHECKPOINTS),
         index=FaissIndex(directory / INDEX, parts.dimension),
+        exports=DirectoryExports(),
         embed=parts.embed,
         count_tokens=parts.count_tokens,
         executor_for=executor_for,

@@ -15,13 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sisa.domain import (
     Chain,
+    Export,
     Head,
     HeldCheckpoint,
     Hit,
@@ -164,6 +165,26 @@ class RecordStore(Protocol):
         """Remove; absent names are no error."""
 
 
+Standing = Literal["held", "gone", "changed"]
+
+
+class ExportStore(Protocol):
+    """Adapters in directories that belong to the caller."""
+
+    def write(self, path: str, content: Mapping[str, bytes]) -> None:
+        """Write a directory of flat files, whole or not at all."""
+
+    def state(self, export: Export) -> Standing:
+        """Whether the adapter is where it was written, with the bytes that it had."""
+
+    def erase(self, export: Export) -> bool:
+        """Remove the adapter and its configuration, and their directory if nothing else is in it.
+
+        False, with nothing changed, unless the adapter is held; but where an erasure was begun before
+        (`state` "erasing"), what is gone is erased, and what is left of it is removed.
+        """
+
+
 class Embedder(Protocol):
     @property
     def digest(self) -> str:
@@ -217,6 +238,8 @@ class Change:
     requests: Sequence[Request] = ()
     named: Sequence[tuple[str, str]] = ()  # (request id, keyed id of a record that it names)
     events: Sequence[RequestEvent] = ()
+    exports: Sequence[Export] = ()
+    unexported: Collection[tuple[str, str]] = ()  # names of exports
     meta: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -274,6 +297,9 @@ class Ledger(Protocol):
 
     def events(self) -> list[RequestEvent]:
         """Oldest first, each linked to the one before."""
+
+    def exports(self) -> list[Export]:
+        """By path, then by key."""
 
     def num_tombstones(self) -> int: ...
 

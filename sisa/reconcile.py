@@ -1,7 +1,7 @@
 """The one reconciliation: whatever happened before, bring the held state to its target.
 
     adopt    stages that a cut-short run stored for the present targets
-    sweep    every file that the ledger does not know: tainted, retired, half-written
+    sweep    every file that the ledger does not know: tainted, retired, half-written; stale exports
     train    what the targets miss; each finished stage moves its shard's head
     retire   clean checkpoints that are neither on a target's path nor heading
     close    requests whose shards have arrived
@@ -15,12 +15,15 @@ Not covered: what remains (decided by `run.py` before).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from types import MappingProxyType
 
 from sisa.domain import Chain, HeldCheckpoint, Request, RequestState, record_epochs
 from sisa.errors import IntegrityError, SisaError
+from sisa.export import erase_stale, missing
 from sisa.plan import ShardPlan, plan_shard
 from sisa.ports import Change, Event, Ledger, SavedCheckpoint, SliceTrained, TrainingStarted
 from sisa.requests import contradicted, event, under_way
@@ -97,18 +100,27 @@ def _erase(world: World) -> None:
     """Erase what the ledger does not know and note it with the requests that wait for it."""
     try:
         sweep(world)
+        erase_stale(world)
         world.ledger.scrub()
     except SisaError as error:
         note_failure(world, _under_way(world), error, "erasure_failed")
         raise
     waiting = [request for request in _under_way(world) if request.state != "erased"]
-    _move(world, [replace(request, state="erased", cause="") for request in waiting])
+    lost = Counter(export.request_id for export in missing(world))
+    told = {name: f"{count} exports could not be found" for name, count in lost.items()}
+    _move(world, [replace(request, state="erased", cause="") for request in waiting], told=told)
 
 
-def _move(world: World, requests: Sequence[Request], note: str = "") -> None:
+def _move(
+    world: World,
+    requests: Sequence[Request],
+    note: str = "",
+    told: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """All in one transaction, each with its own word of `told` or else the same note."""
     if requests:
         now = world.now()
-        events = [event(request, now, note) for request in requests]
+        events = [event(each, now, told.get(each.request_id, note)) for each in requests]
         world.ledger.commit(Change(requests=requests, events=events))
 
 

@@ -15,13 +15,14 @@ Not covered: which effect a key has (`config.py` says so beside the key).
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 from sisa.assign import index_root, slice_root
 from sisa.config import Difference, Effect
-from sisa.domain import Head, IndexFile
+from sisa.domain import ANY_SHARD, Export, Head, IndexFile
 from sisa.errors import ConfigConflict, Problem
 from sisa.plan import ShardView, plan_shard
-from sisa.ports import Change, StoredRecord
+from sisa.ports import Change, Ledger, StoredRecord
 from sisa.world import World, view_shard
 
 
@@ -82,6 +83,12 @@ def move(world: World, effects: Collection[Effect], meta: dict[str, str]) -> Non
     world.ledger.commit(Change(heads=heads, indexes=indexes, meta=meta))
 
 
+def _unplaced(ledger: Ledger) -> list[Export]:
+    """Exports of the old places: from now on, every record that was there may be in them."""
+    clean = [each for each in ledger.exports() if each.state == "clean"]
+    return [replace(each, shard=ANY_SHARD, slice=0, seq=ledger.seq() + 1) for each in clean]
+
+
 def reset(world: World, meta: dict[str, str]) -> None:
     """Another layout or base: place every record anew and start from the base.
 
@@ -128,6 +135,7 @@ def reset(world: World, meta: dict[str, str]) -> None:
             heads=list(targets.values()),
             headless=[head.shard for head in old.heads() if head.shard not in targets],
             dropped=[each.key for each in old.checkpoints()],
+            exports=_unplaced(old),
             meta=meta,
         )
     )

@@ -18,6 +18,7 @@ from sisa.plan import Recipe, ShardPlan, ShardView
 from sisa.ports import (
     CheckpointStore,
     Executor,
+    ExportStore,
     Ledger,
     RecordIndex,
     RecordStore,
@@ -37,6 +38,7 @@ class World:
     records: RecordStore
     checkpoints: CheckpointStore
     index: RecordIndex
+    exports: ExportStore
     embed: Callable[[Sequence[str]], Vectors]
     count_tokens: Callable[[Sequence[Record]], Sequence[int]]
     executor_for: Callable[[CheckpointStore], Executor]

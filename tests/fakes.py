@@ -21,6 +21,7 @@ from sisa.assign import Assigner, Layout
 from sisa.digest import Keyed, canonical_json, sha256_hex
 from sisa.domain import (
     Chain,
+    Export,
     Head,
     HeldCheckpoint,
     Hit,
@@ -43,6 +44,7 @@ from sisa.ports import (
     Report,
     SavedCheckpoint,
     SliceTrained,
+    Standing,
     StoredRecord,
     Vectors,
 )
@@ -70,6 +72,7 @@ class FakeTrainer:
         progress(len(records), len(records))
         return {
             ADAPTER: canonical_json({"job": job.key, "touched": touched}),
+            "adapter_config.json": canonical_json({"touched": touched}),
             "optimizer.safetensors": canonical_json({"steps": len(records), "touched": touched}),
         }
 
@@ -185,6 +188,33 @@ class FakeIndex:
             self.stored.pop(name, None)
 
 
+class FakeExports:
+    """Directories by path; a caller may move or change them behind the port's back."""
+
+    def __init__(self) -> None:
+        self.stored: dict[str, dict[str, bytes]] = {}
+
+    def write(self, path: str, content: Mapping[str, bytes]) -> None:
+        self.stored.setdefault(path, dict(content))
+
+    def state(self, export: Export) -> Standing:
+        files = self.stored.get(export.path, {})
+        if ADAPTER not in files:
+            return "gone"
+        return "held" if sha256_hex(files[ADAPTER]) == export.adapter_sha256 else "changed"
+
+    def erase(self, export: Export) -> bool:
+        standing = self.state(export)
+        if standing == "changed" or (standing == "gone" and export.state != "erasing"):
+            return False
+        files = self.stored.get(export.path, {})
+        for name in (ADAPTER, "adapter_config.json"):
+            files.pop(name, None)
+        if not files:
+            self.stored.pop(export.path, None)
+        return True
+
+
 @dataclass
 class _Tables:
     seq: int = 0
@@ -198,6 +228,7 @@ class _Tables:
     requests: dict[str, tuple[int, Request]] = field(default_factory=dict)
     named: set[tuple[str, str]] = field(default_factory=set)
     events: list[RequestEvent] = field(default_factory=list)
+    exports: dict[tuple[str, str], Export] = field(default_factory=dict)
 
 
 class FakeLedger:
@@ -224,6 +255,9 @@ class FakeLedger:
             t.heads.pop(shard, None)
         for place in change.emptied:
             t.slices.pop(place, None)
+        for name in change.unexported:
+            t.exports.pop(name, None)
+        t.exports.update({each.name: each for each in change.exports})
         t.records.update({row.id_digest: replace(row, seq=t.seq) for row in change.added})
         t.tombstones.update({each.id_digest: each for each in change.tombstones})
         t.slices.update({(each.shard, each.slice): each for each in change.slices})
@@ -313,6 +347,9 @@ class FakeLedger:
         found = sorted(self.tables.requests.values(), key=lambda each: (each[0], each[1].request_id))
         return [request for _, request in found]
 
+    def exports(self) -> list[Export]:
+        return [each for _, each in sorted(self.tables.exports.items())]
+
     def num_tombstones(self) -> int:
         return len(self.tables.tombstones)
 
@@ -360,6 +397,7 @@ class FakeModel:
     records: FakeRecords
     checkpoints: FakeCheckpoints
     index: FakeIndex
+    exports: FakeExports
     trained: list[SliceJob]
     before_run: list[Callable[[], None]]
 
@@ -373,7 +411,7 @@ def fake_model(
 ) -> FakeModel:
     recipe = recipe or fake_recipe()
     ledger, records = FakeLedger(), FakeRecords()
-    checkpoints, index = FakeCheckpoints(), FakeIndex()
+    checkpoints, index, exports = FakeCheckpoints(), FakeIndex(), FakeExports()
     trained: list[SliceJob] = []
     before_run: list[Callable[[], None]] = []
 
@@ -388,6 +426,7 @@ def fake_model(
         records=records,
         checkpoints=checkpoints,
         index=index,
+        exports=exports,
         embed=fake_embed,
         count_tokens=lambda some: [len(record.text.split()) for record in some],
         executor_for=executor_for,
@@ -397,7 +436,7 @@ def fake_model(
         now=lambda: "2026-01-01T00:00:00+00:00",
         report=lambda _event: None,
     )
-    return FakeModel(world, ledger, records, checkpoints, index, trained, before_run)
+    return FakeModel(world, ledger, records, checkpoints, index, exports, trained, before_run)
 
 
 def fake_record(number: int, subject: str | None = None) -> Record:

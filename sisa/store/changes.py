@@ -18,10 +18,11 @@ import sqlalchemy as sa
 from sisa.domain import Request, RequestEvent
 from sisa.ports import Change
 from sisa.requests import chained
-from sisa.store.rows import Writing, checked, read, refuse_loss
+from sisa.store.rows import Writing, read, refuse_loss
 from sisa.store.schema import (
     CHECKPOINTS,
     EVENTS,
+    EXPORTS,
     HEADS,
     INDEXES,
     META,
@@ -48,6 +49,7 @@ def apply(connection: sa.Connection, change: Change) -> int:
         (INDEXES, change.indexes),
         (HEADS, change.heads),
         (CHECKPOINTS, change.checkpoints),
+        (EXPORTS, change.exports),
     ):
         writing.put(table, [asdict(each) for each in values])
     meta = {**change.meta, SEQ: str(seq)}
@@ -63,6 +65,8 @@ def _remove(writing: Writing, change: Change) -> None:
     writing.remove_all(CHECKPOINTS.c.key, list(change.dropped))
     writing.remove_all(INDEXES.c.shard, change.unindexed)
     writing.remove_all(HEADS.c.shard, change.headless)
+    for path, key in change.unexported:
+        writing.remove(EXPORTS, EXPORTS.c.path == path, EXPORTS.c.key == key)
     for shard, slice_ in change.emptied:
         writing.remove(SLICES, SLICES.c.shard == shard, SLICES.c.slice == slice_)
 
@@ -89,10 +93,9 @@ def _put_requests(writing: Writing, change: Change, seq: int) -> None:
 
 
 def _append_events(writing: Writing, events: Sequence[RequestEvent]) -> None:
-    query = sa.select(EVENTS).order_by(EVENTS.c.position.desc()).limit(1)
-    last = [row._asdict() for row in writing.connection.execute(query)]
-    checked(EVENTS, [tuple(each.values()) for each in last])
-    position, link = (last[0]["position"], last[0]["link"]) if last else (0, "")
+    latest = sa.select(sa.func.max(EVENTS.c.position)).scalar_subquery()
+    last = read(writing.connection, EVENTS, EVENTS.c.position == latest)
+    position, link = (last[0][0], last[0][-2]) if last else (0, "")
     rows = []
     for event in events:
         position, link = position + 1, chained(link, event)

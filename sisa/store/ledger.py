@@ -26,6 +26,7 @@ import sqlalchemy as sa
 from sqlalchemy.exc import DatabaseError, OperationalError
 
 from sisa.domain import (
+    Export,
     Head,
     HeldCheckpoint,
     IndexFile,
@@ -42,6 +43,7 @@ from sisa.store.files import disk_errors
 from sisa.store.schema import (
     CHECKPOINTS,
     EVENTS,
+    EXPORTS,
     HEADS,
     INDEXES,
     META,
@@ -267,6 +269,9 @@ class SqlLedger:
 
     def events(self) -> list[RequestEvent]:
         return self._whole(RequestEvent, EVENTS, None, EVENTS.c.position)
+
+    def exports(self) -> list[Export]:
+        return self._whole(Export, EXPORTS, None, EXPORTS.c.path, EXPORTS.c.key)
 
     def requests(self) -> list[Request]:
         order = (REQUESTS.c.seq, REQUESTS.c.request_id)

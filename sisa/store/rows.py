@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import zlib
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from operator import itemgetter
 from typing import Any, TypeVar
 
@@ -53,21 +53,26 @@ def checksum(table: str, values: tuple[Any, ...]) -> int:
     return zlib.crc32(ascii(values).encode(), _SEEDS[table])
 
 
-def checked(table: sa.Table, rows: Iterable[Sequence[Any]]) -> list[tuple[Any, ...]]:
+def checked(table: sa.Table, rows: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
     """Whole rows, each compared with its checksum. Raises Damaged."""
     seed, crc32 = _SEEDS[table.name], zlib.crc32
-    found = [tuple(row) for row in rows]
-    for row in found:
+    for row in rows:
         if crc32(ascii(row[:-1]).encode(), seed) != row[-1]:
             raise Damaged(f"a row of {table.name} that is not the one that was written")
-    return found
+    return rows
+
+
+def _plain(result: sa.CursorResult[Any]) -> Any:
+    """The database's own cursor: its rows are tuples already, and there may be many."""
+    return result.cursor
 
 
 def read(
     connection: sa.Connection, table: sa.Table, *where: Any, order: Sequence[Any] = ()
 ) -> list[tuple[Any, ...]]:
     """The checked rows of a table that fulfil all conditions."""
-    return checked(table, connection.execute(sa.select(table).where(*where).order_by(*order)))
+    query = sa.select(table).where(*where).order_by(*order)
+    return checked(table, _plain(connection.execute(query)).fetchall())
 
 
 def refuse_loss(table: sa.Table, expected: int, got: int) -> None:
@@ -134,9 +139,8 @@ def refuse_hidden(
     query = sa.select(table) if shard is None else sa.select(table).where(table.c.shard == shard)
     at, wanted = table.columns.keys().index(column.name), frozenset(values)
     total = seen = 0
-    streamed = connection.execution_options(yield_per=_IN_MEMORY).execute(query)
-    for part in streamed.partitions():
-        rows = checked(table, part)
+    cursor = _plain(connection.execute(query))
+    while rows := checked(table, cursor.fetchmany(_IN_MEMORY)):
         total += len(rows)
         seen += sum(row[at] in wanted for row in rows)
     if shard is None:
@@ -153,7 +157,7 @@ def actual_rows(connection: sa.Connection, table: sa.Table) -> int:
 
 
 def _counted(connection: sa.Connection, query: str, *values: Any) -> Counter[Place]:
-    rows = checked(COUNTS, connection.exec_driver_sql(query, values))
+    rows = checked(COUNTS, _plain(connection.exec_driver_sql(query, values)).fetchall())
     return Counter({(shard, slice_, kind): number for _, shard, slice_, kind, number, _ in rows})
 
 

@@ -118,6 +118,18 @@ NAMED = _table(
     _text("request_id", primary_key=True),
     _text("id_digest", primary_key=True),
 )
+EXPORTS = _table(
+    "exports",
+    _text("path", primary_key=True),
+    _text("key", primary_key=True),
+    _integer("shard", nullable=False),
+    _integer("slice", nullable=False),
+    _integer("seq", nullable=False),
+    _text("adapter_sha256", nullable=False),
+    _text("made_at", nullable=False),
+    _text("state", nullable=False),
+    _text("request_id", nullable=False),
+)
 EVENTS = _table(
     "events",
     _integer("position", primary_key=True),

@@ -24,6 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sisa.domain import (
+    Export,
     Head,
     HeldCheckpoint,
     IndexFile,
@@ -111,6 +112,14 @@ checkpoints = st.builds(
     sizes,
 )
 heads = st.builds(Head, shards, st.none() | digests, shards, st.none() | digests)
+exports = st.builds(
+    lambda number, shard, state: Export(
+        f"/out {number}", shard, number % 2, number, named("job", number % 2), "a", "2026", state, "r"
+    ),
+    numbers,
+    shards,
+    st.sampled_from(["clean", "tainted", "erasing"]),
+)
 changes = st.builds(
     Change,
     added=some(records_of_subjects, lambda each: each.id_digest),
@@ -132,6 +141,8 @@ changes = st.builds(
     requests=some(requests, lambda each: each.request_id),
     named=some(st.tuples(st.sampled_from(["r0", "r1"]), numbers.map(str)), lambda each: each),
     events=st.lists(events, max_size=2),
+    exports=some(exports, lambda each: each.name),
+    unexported=some(exports.map(lambda each: each.name), lambda each: each),
     meta=st.dictionaries(st.sampled_from(["config", "base"]), st.text("ab'\";-- ", max_size=5)),
 )
 
@@ -157,6 +168,7 @@ def answers(ledger: Ledger) -> dict[str, Any]:
         "checkpoints": [ledger.checkpoints(shard) for shard in each_shard],
         "requests": ledger.requests(),
         "events": ledger.events(),
+        "exports": ledger.exports(),
         "named_by": [ledger.named_by(each) for each in ("r0", "r1", "r2")],
         "by_text": ledger.by_text({named("text", 0), named("text", 3), "none"}),
         "surely by_text": ledger.by_text({named("text", 0), named("text", 3), "none"}, sure=True),
@@ -501,6 +513,7 @@ def full(ledger: Ledger) -> None:
             requests=[Request("r0", "2026", "2027", 2)],
             named=[("r0", named("record id", 1)), ("r0", named("record id", 5))],
             events=[RequestEvent("r0", "received", "2026"), RequestEvent("r0", "approved", "2026")],
+            exports=[Export("/out", 1, 1, 1, "k", "a", "2026"), Export("/x", 2, 0, 1, "k", "a", "2026")],
             meta={"config": "x"},
         )
     )
@@ -526,6 +539,7 @@ def replies(ledger: Ledger) -> dict[str, Any]:
         "heads": ledger.heads,
         "requests": ledger.requests,
         "events": ledger.events,
+        "exports": ledger.exports,
         "named_by": lambda: ledger.named_by("r0"),
         "num_tombstones": ledger.num_tombstones,
     }

@@ -153,7 +153,7 @@ def test_a_dry_run() -> None:
     assert found["record_epochs_retrained"] == sum(plan.record_epochs for plan in planned.plans) > 0
     assert found["record_epochs_full"] >= found["record_epochs_retrained"]
     assert found["would_erase"] == {
-        "checkpoints": len(planned.tainted), "slice_files": 2, "index_rows": 2
+        "checkpoints": len(planned.tainted), "slice_files": 2, "index_rows": 2, "exports": 0
     }  # fmt: skip
     assert [each["slices_retrained"] for each in found["shards"]] == [
         len(plan.train) for plan in planned.plans
