@@ -26,7 +26,7 @@ from sisa.errors import InvalidInput
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from sisa.api import Status
+    from sisa.outcome import Status
     from sisa.query import ShardStatus
 
 Place = tuple[int, int]

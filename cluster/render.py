@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cluster.quickstart import Start, Story
-    from sisa.api import ForgetOutcome, ForgetPlan, Status
     from sisa.ask import Answer
+    from sisa.outcome import ForgetOutcome, ForgetPlan, Status
     from sisa.query import Found, Location
     from sisa.run import Taken
     from sisa.verify import Verification
@@ -75,6 +75,7 @@ def where(locations: Sequence[Location]) -> Result:
             f"    slice {touch.slice}  {touch.key}{'  <- served head' if touch.is_head else ''}"
             for touch in each.checkpoints
         ]
+        lines += [f"    exported to {path}" for path in each.exports]
     return Result({"records": [asdict(each) for each in locations]}, printable("\n".join(lines)))
 
 
@@ -97,6 +98,7 @@ def forget_plan(planned: ForgetPlan) -> Result:
         "checkpoints": len(forgetting.tainted),
         "slice_files": planned.slice_files_erased,
         "index_rows": planned.index_rows_erased,
+        "exports": len(forgetting.exports),
     }
     body = {
         "dry_run": True,
@@ -116,8 +118,8 @@ def forget_plan(planned: ForgetPlan) -> Result:
         f"  record-epochs: {forgetting.record_epochs_retrained} of {forgetting.record_epochs_full} "
         f"({share(forgetting.record_epochs_retrained, forgetting.record_epochs_full)}); "
         f"estimated time {estimate}",
-        f"  would erase {erased['checkpoints']} checkpoints, {erased['slice_files']} slice files "
-        f"and {erased['index_rows']} index rows",
+        f"  would erase {erased['checkpoints']} checkpoints, {erased['slice_files']} slice files, "
+        f"{erased['index_rows']} index rows and {erased['exports']} exports",
         *_already(len(forgetting.already_deleted)),
     ]
     return Result(body, "\n".join(lines))
@@ -140,6 +142,8 @@ def forgotten(outcome: ForgetOutcome, before: str) -> Result:
         "model_digest_after": outcome.model_digest,
         "already_deleted": len(already),
         "already_deleted_by": sorted({each.request_id for each in already}),
+        "exports_erased": 0,
+        "exports_missing": list(outcome.exports_missing),
     }
     lines = _already(len(already))
     if request is not None:
@@ -156,7 +160,14 @@ def forgotten(outcome: ForgetOutcome, before: str) -> Result:
             f"  model digest {before[:16]}... -> {outcome.model_digest[:16]}...",
             *lines,
         ]
-    return Result(body, "\n".join(lines))
+        lines += [f"  {request.exports_erased} exports erased"] if request.exports_erased else []
+    lines += missing_exports(outcome.exports_missing)
+    return Result(body, printable("\n".join(lines)))
+
+
+def missing_exports(paths: Sequence[str]) -> list[str]:
+    """A line for each export that could not be erased."""
+    return [f"stale export, moved or changed, to be removed by you: {path}" for path in paths]
 
 
 def status(found: Status) -> Result:
@@ -178,10 +189,15 @@ def status(found: Status) -> Result:
         f"request {each.request_id}: {each.num_records} records at {each.created_at}, {each.state}"
         for each in found.requests
     ]
+    for export in found.exports:
+        fate = f"STALE by {export.request_id}, {export.standing}" if export.standing else export.state
+        lines.append(f"export {export.path}: {fate}")
     lines.append(", ".join(f"{name} {size:,} bytes" for name, size in found.sizes_bytes.items()))
     path, standing = found.witness
     lines.append(f"witness {path}: {standing}")
-    return Result(asdict(found) | {"witness": {"path": path, "standing": standing}}, "\n".join(lines))
+    return Result(
+        asdict(found) | {"witness": {"path": path, "standing": standing}}, printable("\n".join(lines))
+    )
 
 
 def verified(found: Verification) -> Result:

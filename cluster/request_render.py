@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from cluster.render import Result, printable, share
+from cluster.render import Result, missing_exports, printable, share
 
 if TYPE_CHECKING:
     from sisa.domain import Request
@@ -66,11 +66,13 @@ def planned(found: RunPlan) -> Result:
     return Result(asdict(found), "\n".join(lines))
 
 
-def ran(done: Sequence[Request]) -> Result:
+def ran(done: Sequence[Request], missing: Sequence[str] = ()) -> Result:
     lines = [
         f"{each.request_id}: {each.state}, {each.num_records} records, batch of "
         f"{each.record_epochs_retrained} record-epochs "
         f"({share(each.record_epochs_retrained, each.record_epochs_full)}) in {each.seconds:.1f} s"
+        + (f", {each.exports_erased} exports erased" if each.exports_erased else "")
         for each in done
-    ]
-    return Result({"requests": [asdict(each) for each in done]}, "\n".join(lines) or "nothing waits")
+    ] or ["nothing waits"]
+    body = {"requests": [asdict(each) for each in done], "exports_missing": list(missing)}
+    return Result(body, printable("\n".join([*lines, *missing_exports(missing)])))

@@ -12,7 +12,7 @@ calls that need them.
 Not covered: the command line (`cluster`), approximate unlearning (`approx`).
 """
 
-from sisa.api import ForgetOutcome, ForgetPlan, Model, Status, open_model
+from sisa.api import Model, open_model
 from sisa.ask import Answer
 from sisa.config import RunConfig
 from sisa.domain import Part, Record
@@ -28,6 +28,7 @@ from sisa.errors import (
     UnknownRecord,
 )
 from sisa.lifecycle import Terms
+from sisa.outcome import ForgetOutcome, ForgetPlan, Status
 from sisa.runfile import load_run_file
 from sisa.training import train_model
 

@@ -20,14 +20,13 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from sisa import lifecycle, opening, query
 from sisa.ask import Answer, ask
 from sisa.cost import estimate_seconds
-from sisa.deletion import Forgetting, forget_at_once, plan_forget
+from sisa.deletion import forget_at_once, plan_forget
 from sisa.digest import Keyed
 from sisa.domain import (
     Kind,
@@ -38,9 +37,10 @@ from sisa.domain import (
     Tombstone,
 )
 from sisa.errors import IntegrityError, InvalidInput
-from sisa.export import export_adapters
+from sisa.export import export_adapters, missing
 from sisa.lifecycle import Terms
 from sisa.opening import CHECKPOINTS, INDEX, KEY, LEDGER, LOCK, RECORDS, SCRATCH, OpenExecutor, Parts
+from sisa.outcome import ForgetOutcome, ForgetPlan, Status
 from sisa.ports import Event, Report
 from sisa.reader import read_records
 from sisa.reconcile import reconcile
@@ -50,7 +50,7 @@ from sisa.store import files
 from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.ledger import SqlLedger
 from sisa.verify import Verification, verify
-from sisa.witness import Standing, is_behind, settle, standing
+from sisa.witness import is_behind, settle, standing
 from sisa.world import World, model_digest
 
 Replay = Literal["none", "sample", "all"]
@@ -60,44 +60,6 @@ NEAR_DUPLICATE = 0.95  # inner product of unit vectors from which a record is pr
 
 def silent(_event: Event) -> None:
     """The report of callers who asked for none."""
-
-
-@dataclass(frozen=True)
-class Status:
-    """A model at a glance; sizes in bytes."""
-
-    directory: str
-    records: int
-    deleted_records: int
-    model_digest: str
-    base_model: str
-    base_digest: str
-    embedder: str
-    schedule: str
-    shards: tuple[query.ShardStatus, ...]
-    requests: tuple[Request, ...]
-    sizes_bytes: dict[str, int]
-    witness: tuple[str, Standing] = ("", "absent")  # where it rests, and how it stands to the ledger
-
-
-@dataclass(frozen=True)
-class ForgetPlan:
-    """What a deletion would do; `estimated_seconds` is of one worker, None before any measurement."""
-
-    forgetting: Forgetting
-    estimated_seconds: float | None
-    slice_files_rewritten: int
-    slice_files_erased: int
-    index_rows_erased: int
-
-
-@dataclass(frozen=True)
-class ForgetOutcome:
-    """What a deletion did. `request` is None when every named record was deleted already."""
-
-    request: Request | None
-    already_deleted: tuple[Tombstone, ...]
-    model_digest: str
 
 
 class Model:
@@ -247,11 +209,10 @@ class Model:
             live, dead = _named(world, ids, subject)
             if not live:
                 reconcile(world)  # finishes a deletion that a crash cut short
-                return ForgetOutcome(None, tuple(dead), model_digest(world.ledger))
+                return _forgotten(world, None, dead)
             _ = self.parts.base  # refuses a changed base before anything is erased
             arrived = lifecycle.arrive(world, live, (), Terms(approver=DIRECT, reason=DIRECT))
-            request = forget_at_once(world, arrived)
-            return ForgetOutcome(request, tuple(dead), model_digest(world.ledger))
+            return _forgotten(world, forget_at_once(world, arrived), dead)
 
     def submit(
         self, ids: Sequence[str] = (), *, subject: str | None = None, terms: Terms | None = None
@@ -259,7 +220,7 @@ class Model:
         """Take in a request that waits to be approved and run. Raises UnknownRecord, ConfigConflict."""
         with self._writing() as world:
             live, dead = _named(world, ids, subject)
-            found = lifecycle.copies(world, live)
+            found = lifecycle.copies(world, live, sure=True)
             near = query.near(world, live, NEAR_DUPLICATE, found) if live else []
             request = lifecycle.submit(world, live, dead, terms or Terms())
             return lifecycle.Submitted(request, tuple(query.ids_of(world, found)), tuple(near))
@@ -313,6 +274,7 @@ class Model:
                 schedule=self.config.sisa.schedule,
                 shards=tuple(query.shards(world)),
                 requests=tuple(world.ledger.requests()),
+                exports=tuple(query.exports(world)),
                 sizes_bytes={
                     name: _size(self.directory / name) for name in (LEDGER, RECORDS, INDEX, CHECKPOINTS)
                 },
@@ -344,10 +306,15 @@ class Model:
             return ask(world, self.parts, prompts, max_new_tokens, kind)
 
     def export(self, to: Path | str) -> list[Path]:
-        """One standard PEFT directory per shard that serves a head. Raises InvalidInput if `to` holds
-        anything."""
-        with self._world() as world:
+        """One standard PEFT directory per shard that serves a head, kept in the ledger: a deletion that
+        touches it erases it. Raises InvalidInput if `to` holds anything."""
+        with self._writing() as world:
             return export_adapters(world, self.parts, Path(to))
+
+    def exports_missing(self) -> list[str]:
+        """Paths of exports that a deletion could not erase: they were moved, or changed since."""
+        with self._world() as world:
+            return [each.path for each in missing(world)]
 
 
 def open_model(
@@ -379,6 +346,11 @@ def _named(
     held = [each for _, each in query.lookup(world, list(dict.fromkeys(ids)))]
     live = [each for each in held if isinstance(each, RecordRow)]
     return live, [each for each in held if isinstance(each, Tombstone)]
+
+
+def _forgotten(world: World, request: Request | None, dead: Sequence[Tombstone]) -> ForgetOutcome:
+    lost = tuple(each.path for each in missing(world))
+    return ForgetOutcome(request, tuple(dead), model_digest(world.ledger), lost)
 
 
 def _replayed(world: World, replay: Replay, shard: int | None) -> list[int]:

@@ -50,9 +50,14 @@ class Assigner:
     def place(self, record: Record) -> tuple[int, int]:
         """(shard, slice) of a record."""
         if record.subject_id is not None:
-            who = ("subject", record.subject_id)
-        else:
-            who = ("id", record.id)
+            return self.place_of_subject(record.subject_id)
+        return self._place("id", record.id)
+
+    def place_of_subject(self, subject_id: str) -> tuple[int, int]:
+        """(shard, slice) of all records of a subject."""
+        return self._place("subject", subject_id)
+
+    def _place(self, *who: str) -> tuple[int, int]:
         shard = self._keyed.number("shard", self.layout.num_shards, *who)
         return shard, self._keyed.number("slice", self.layout.num_slices, *who)
 

@@ -16,11 +16,20 @@ from dataclasses import dataclass, replace
 
 from sisa.assign import index_root, slice_root
 from sisa.cost import full_record_epochs, plan_record_epochs
-from sisa.domain import RecordRow, Request, RequestEvent, SliceState, Tombstone
+from sisa.domain import (
+    Export,
+    IndexFile,
+    RecordRow,
+    Request,
+    RequestEvent,
+    SliceFile,
+    SliceState,
+    Tombstone,
+)
 from sisa.errors import ConfigConflict, Problem, SisaError
-from sisa.plan import ShardPlan, ShardView, plan_shard, tainted
+from sisa.plan import ShardPlan, ShardView, marked, plan_shard, tainted
 from sisa.ports import Change
-from sisa.reconcile import note_failure, reconcile
+from sisa.reconcile import note_failure, reconcile, refuse_lost_rows
 from sisa.requests import event
 from sisa.world import Place, World, check_sources, commit, model_digest, only, view_shard, write_slice
 
@@ -35,6 +44,7 @@ class Forgetting:
     remaining: tuple[SliceState, ...]  # of the slices that lose records
     emptied: tuple[Place, ...]
     tainted: tuple[str, ...]
+    exports: tuple[Export, ...]  # that these records touched
     record_epochs_retrained: int
     record_epochs_full: int
 
@@ -70,6 +80,7 @@ def plan_forget(
         remaining=tuple(remaining),
         emptied=tuple(emptied),
         tainted=tuple(dropped),
+        exports=tuple(marked(world.ledger.exports(), {"": rows})),
         record_epochs_retrained=plan_record_epochs(plans),
         record_epochs_full=full_record_epochs(_all_views(world, remaining, emptied), world.recipe),
     )
@@ -153,26 +164,14 @@ def commit_removed(
     `arriving` is taken in by the same transaction (names, events, tombstones); `held_too` deletes what
     is under a legal hold. Raises ConfigConflict for a hold, IntegrityError for damaged files.
     """
+    refuse_lost_rows(world.ledger)
     union = {row.id_digest: row for rows in named.values() for row in rows}
     if not held_too:
         _refuse_held(world, union)
     planned = plan_forget(world, list(union.values()))
     if planned.removed:
         check_sources(world, planned.plans)
-    gone = {row.id_digest for row in planned.removed}
-    slices, indexes, unindexed = [], [], []
-    for plan in planned.plans:
-        rows = [row for row in world.ledger.rows(plan.shard) if row.id_digest not in gone]
-        for state in planned.remaining:
-            if state.shard == plan.shard:
-                here = [row for row in rows if row.slice == state.slice]
-                slices.append(write_slice(world, state.shard, state.slice, here))
-        base = only(world.ledger.indexes(plan.shard))
-        if rows:
-            kept = {row.vector_id: None for row in rows}
-            indexes.append(world.index.build(plan.shard, index_root(rows), base, kept))
-        else:
-            unindexed.append(plan.shard)
+    slices, indexes, unindexed = _write_remaining(world, planned)
     now, before = world.now(), model_digest(world.ledger)
     accepted = [
         _accepted(request, planned, named[request.request_id], now, before) for request in requests
@@ -188,6 +187,7 @@ def commit_removed(
             unindexed=unindexed,
             heads=[plan.head for plan in planned.plans],
             dropped=planned.tainted,
+            exports=marked(world.ledger.exports(), named),
             requests=accepted,
             named=arriving.named,
             events=[
@@ -200,6 +200,27 @@ def commit_removed(
             ],
         ),
     )
+
+
+def _write_remaining(
+    world: World, planned: Forgetting
+) -> tuple[list[SliceFile], list[IndexFile], list[int]]:
+    """New slice and index files of what remains, and the shards that have no index any more."""
+    gone = {row.id_digest for row in planned.removed}
+    slices, indexes, unindexed = [], [], []
+    for plan in planned.plans:
+        rows = [row for row in world.ledger.rows(plan.shard) if row.id_digest not in gone]
+        for state in planned.remaining:
+            if state.shard == plan.shard:
+                here = [row for row in rows if row.slice == state.slice]
+                slices.append(write_slice(world, state.shard, state.slice, here))
+        base = only(world.ledger.indexes(plan.shard))
+        if rows:
+            kept = {row.vector_id: None for row in rows}
+            indexes.append(world.index.build(plan.shard, index_root(rows), base, kept))
+        else:
+            unindexed.append(plan.shard)
+    return slices, indexes, unindexed
 
 
 def under_hold(world: World, named: Collection[str]) -> list[str]:

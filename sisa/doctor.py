@@ -43,6 +43,7 @@ from sisa.examine import Finding, examine, finding
 from sisa.garbage import ROOMS, num_bytes, undisturbed
 from sisa.needles import open_readonly
 from sisa.opening import CHECKPOINTS, KEY, LEDGER, Parts
+from sisa.store.ledger import SqlLedger
 from sisa.store.schema import SCHEMA_VERSION
 from sisa.witness import is_behind
 from sisa.world import World
@@ -93,8 +94,7 @@ def diagnose(directory: Path, now: datetime | None = None) -> Diagnosis:
         if diagnosis(directory, found).unopenable:
             return diagnosis(directory, found)
         found += clock(directory, now or datetime.now(UTC))
-        meta = dict(_query(directory / LEDGER, "SELECT key, value FROM meta"))
-        found += _opened(directory, meta)
+        found += _opened(directory)
     return diagnosis(directory, found)
 
 
@@ -191,8 +191,13 @@ def clock(directory: Path, now: datetime) -> Iterator[Finding]:
         yield Finding("clock", "warning", "system clock", what, "", step)
 
 
-def _opened(directory: Path, meta: dict[str, str]) -> list[Finding]:
+def _opened(directory: Path) -> list[Finding]:
     """The key, and all that can be told with the ledger open."""
+    try:
+        with closing(SqlLedger(directory / LEDGER)) as ledger:
+            meta = ledger.meta()
+    except SisaError as error:
+        return [finding("ledger_damaged", "error", LEDGER, error.what)]
     try:
         config = opening.stored_config(meta)
         base, embedder = opening.named(meta, "base"), opening.named(meta, "embedder")

@@ -160,6 +160,34 @@ class HeldCheckpoint:
     record_epochs: int
 
 
+ANY_SHARD = -1  # of an export that was made before the records moved to other shards
+ExportState = Literal["clean", "tainted", "erasing"]
+
+
+@dataclass(frozen=True, slots=True)
+class Export:
+    """A directory that a shard's adapter was exported to, at an absolute path without links.
+
+    `shard`, `slice` and `seq` are those of the checkpoint, so that what a record touched can be told
+    when it is long retired. `request_id` names the deletion that tainted it.
+    """
+
+    path: str
+    shard: int
+    slice: int
+    seq: int
+    key: str
+    adapter_sha256: str
+    made_at: str
+    state: ExportState = "clean"
+    request_id: str = ""
+
+    @property
+    def name(self) -> tuple[str, str]:
+        """What tells it from all others: the same path may have held another export before."""
+        return self.path, self.key
+
+
 @dataclass(frozen=True, slots=True)
 class Head:
     """What a shard serves (`key`), and what it should serve once trained (`target`)."""
@@ -241,6 +269,7 @@ class Request:
     model_digest_before: str = ""
     seconds: float = 0.0
     model_digest_after: str = ""
+    exports_erased: int = 0
     cause: str = ""  # of a failure: the kind of error, never its text
 
 

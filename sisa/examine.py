@@ -21,10 +21,13 @@ from typing import Literal
 from sisa.assign import slice_root
 from sisa.domain import Head, HeldCheckpoint, IndexFile, SliceFile
 from sisa.errors import IntegrityError, SisaError
+from sisa.export import standing
 from sisa.garbage import LEDGER_FILES, STRAY, list_garbage
 from sisa.lineage import read_manifest
-from sisa.opening import CHECKPOINTS, INDEX, KEY, RECORDS, SCRATCH
+from sisa.opening import CHECKPOINTS, INDEX, KEY, LEDGER, RECORDS, SCRATCH
 from sisa.plan import plan_shard
+from sisa.reconcile import refuse_lost_rows
+from sisa.requests import contradicted
 from sisa.store import files
 from sisa.store.checkpoints import MANIFEST
 from sisa.store.keyring import MAGIC, RESTORE, FileKeyring, is_sealed
@@ -80,7 +83,7 @@ def finding(
 
 def examine(world: World, directory: Path, *, with_key: bool = True) -> list[Finding]:
     """All findings of an opened model; `with_key=False` leaves out what only the right key can tell."""
-    found = [*_modes(world, directory), *_keyring(world), *_forms(world, directory)]
+    found = [*_rows(world), *_modes(world, directory), *_keyring(world), *_forms(world, directory)]
     for file in world.ledger.slices():
         what = _damage(lambda file=file: _check_slice(world, file, with_key=with_key))  # type: ignore[misc]
         if what:
@@ -96,10 +99,19 @@ def examine(world: World, directory: Path, *, with_key: bool = True) -> list[Fin
             found.append(
                 finding("checkpoint", "error", place, what, "retrain", shard=held.shard, key=held.key)
             )
+    found += _exports(world)
     found += _heads(world)
     found += _gaps(world)
     found += _unknown(world, directory, {key for keys in damaged.values() for key in keys})
     return found
+
+
+def _rows(world: World) -> Iterator[Finding]:
+    if what := _damage(lambda: refuse_lost_rows(world.ledger)):
+        yield finding("ledger_damaged", "error", LEDGER, what)
+    if contradicted(world.ledger.requests(), world.ledger.events()):
+        what = "the events of the requests are not one chain that leads to their states"
+        yield finding("ledger_damaged", "error", LEDGER, what)
 
 
 def _damage(check: Callable[[], None]) -> str:
@@ -208,6 +220,16 @@ def _check_checkpoint(world: World, directory: Path, held: HeldCheckpoint) -> No
         raise IntegrityError("a checkpoint manifest can't be parsed")
     for name, sha256 in parsed[1].items():
         check(name, sha256, "checkpoint file")
+
+
+def _exports(world: World) -> Iterator[Finding]:
+    for each in world.ledger.exports():
+        found = "" if each.state == "clean" else standing(world, each)
+        if found == "held":
+            yield finding("export", "error", each.path, "stale, and not erased yet", "sweep")
+        elif found:
+            step = "remove what is left of it, or put it back: the next train, add or forget erases it"
+            yield Finding("export", "warning", each.path, f"stale, and {found}", "", step)
 
 
 def _heads(world: World) -> Iterator[Finding]:

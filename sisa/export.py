@@ -1,42 +1,119 @@
-"""Exports: one standard PEFT directory per shard that serves an adapter.
+"""Exports: one standard PEFT directory per shard that serves an adapter, and the end of stale ones.
+
+    export    commit a row for every directory -> write the files
+    deletion  its commit marks the exports that a removed record touched (`plan.touched`)
+    erasing   mark what is still as it was written -> erase the files -> drop the row
 
 Rules: bytes are checked against the ledger; `adapter_config.json` names the base's directory, so that
-`AutoPeftModelForCausalLM` loads it as it is. A target that holds anything is refused.
+`AutoPeftModelForCausalLM` loads it as it is. A target that holds anything is refused. The row comes
+before the files and goes after them, so that no crash leaves an export that nobody knows. A directory
+that was moved or changed is left alone and its row stays, marked: it is erased when it comes back.
 
-Not covered: merged adapters and models; erasing exports after a deletion, which is the caller's to do.
+Not covered: merged adapters and models; copies that somebody made of an export.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sisa.digest import canonical_json
-from sisa.errors import InvalidInput
-from sisa.opening import Parts
-from sisa.store import files
-from sisa.world import World
+from sisa.domain import Export
+from sisa.errors import EnvironmentFault, InvalidInput, SisaError
+from sisa.ports import Change
+from sisa.world import World, commit
+
+if TYPE_CHECKING:
+    from sisa.opening import Parts
 
 
 def export_adapters(world: World, parts: Parts, target: Path) -> list[Path]:
     """The directories that were written. Raises InvalidInput and IntegrityError."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InvalidInput("the target is not an empty directory", where=str(target))
-    made = []
-    manifests = {each.key: each.manifest_sha256 for each in world.ledger.checkpoints()}
+    place = _absolute(target)
+    now, known = world.now(), {each.key: each for each in world.ledger.checkpoints()}
+    made: list[Export] = []
+    content: list[dict[str, bytes]] = []
     for head in world.ledger.heads():
         if head.key is None:
             continue
-        held = world.checkpoints.load(head.key, manifests[head.key])
+        found = known[head.key]
+        held = world.checkpoints.load(head.key, found.manifest_sha256)
         config = json.loads(held["adapter_config.json"])
         config["base_model_name_or_path"] = str(parts.base.directory)
-        path = target / f"shard-{head.shard:05d}"
-        files.write_directory(
-            path,
+        content.append(
             {
                 "adapter_model.safetensors": held["adapter_model.safetensors"],
                 "adapter_config.json": canonical_json(config),
-            },
+            }
         )
-        made.append(path)
-    return made
+        path = f"{place}/shard-{head.shard:05d}"
+        where = (path, head.shard, found.slice, found.seq)
+        made.append(Export(*where, head.key, found.adapter_sha256, now))
+    if made:
+        commit(world, Change(exports=made))
+        try:
+            for export, files in zip(made, content, strict=True):
+                world.exports.write(export.path, files)
+        except SisaError:
+            _forget_unwritten(world, made)
+            raise
+    return [target / Path(export.path).name for export in made]
+
+
+def _absolute(target: Path) -> str:
+    """Without links, so that one that is put there later can be told. Raises InvalidInput."""
+    place = str(target.resolve())
+    try:
+        place.encode()
+    except UnicodeEncodeError:
+        raise InvalidInput("the target's path is not UTF-8", next_step="export elsewhere") from None
+    return place.rstrip("/")
+
+
+def _forget_unwritten(world: World, made: Sequence[Export]) -> None:
+    with contextlib.suppress(SisaError):  # the disk's error is being raised; the rows do no harm
+        absent = [each.name for each in made if world.exports.state(each) == "gone"]
+        commit(world, Change(unexported=absent))
+
+
+def erase_stale(world: World) -> None:
+    """Erase the exports that a deletion marked and that are still what was written."""
+    stale = [each for each in world.ledger.exports() if each.state != "clean"]
+    due = [
+        replace(each, state="erasing")
+        for each in stale
+        if each.state == "erasing" or world.exports.state(each) == "held"
+    ]
+    if not due:
+        return
+    commit(world, Change(exports=due))  # from now on, what is gone was erased by us
+    erased = [each for each in due if world.exports.erase(each)]
+    left = [replace(each, state="tainted") for each in due if each not in erased]
+    counts = Counter(each.request_id for each in erased)
+    told = [
+        replace(request, exports_erased=request.exports_erased + counts[request.request_id])
+        for request in world.ledger.requests()
+        if request.request_id in counts
+    ]
+    names = [each.name for each in erased]
+    commit(world, Change(exports=left, unexported=names, requests=told))
+
+
+def standing(world: World, export: Export) -> str:
+    """ "held", "gone" or "changed"; "unreadable" where the disk does not let it be told."""
+    try:
+        return world.exports.state(export)
+    except EnvironmentFault:
+        return "unreadable"
+
+
+def missing(world: World) -> list[Export]:
+    """Exports that a deletion marked and that could not be found, or are not what was written."""
+    return [each for each in world.ledger.exports() if each.state != "clean"]

@@ -66,10 +66,10 @@ class RequestView:
     events: tuple[RequestEvent, ...]
 
 
-def copies(world: World, rows: Sequence[RecordRow]) -> list[RecordRow]:
-    """Held records with the text of one of `rows`, themselves left out."""
+def copies(world: World, rows: Sequence[RecordRow], *, sure: bool) -> list[RecordRow]:
+    """Held records with the text of one of `rows`, themselves left out; `sure`: as `Ledger.by_text`."""
     named = {row.id_digest for row in rows}
-    held, _ = world.ledger.by_text({row.text_digest for row in rows})
+    held, _ = world.ledger.by_text({row.text_digest for row in rows}, sure=sure)
     return [row for row in held if row.id_digest not in named]
 
 
@@ -77,7 +77,7 @@ def submit(
     world: World, rows: Sequence[RecordRow], deleted: Sequence[Tombstone], terms: Terms
 ) -> Request:
     """Take a request in. Raises ConfigConflict for an external id that stands for other records."""
-    arrived = arrive(world, rows, deleted, terms)
+    arrived = arrive(world, rows, deleted, terms, sure=True)
     asked = {row.id_digest for row in rows} | {each.id_digest for each in deleted}
     known = _known(world, terms, asked, arrived.named)
     if known is None:
@@ -86,10 +86,18 @@ def submit(
 
 
 def arrive(
-    world: World, rows: Sequence[RecordRow], deleted: Sequence[Tombstone], terms: Terms
+    world: World,
+    rows: Sequence[RecordRow],
+    deleted: Sequence[Tombstone],
+    terms: Terms,
+    *,
+    sure: bool = False,
 ) -> Arrival:
-    """A request as it comes in, not yet in the ledger. Raises InvalidInput for a wrong due date."""
-    found = copies(world, rows)
+    """A request as it comes in, not yet in the ledger. Raises InvalidInput for a wrong due date.
+
+    A deletion at once only counts the copies: it need not be `sure` of them, which takes longer.
+    """
+    found = copies(world, rows, sure=sure or terms.include_copies)
     taken = [*rows, *(found if terms.include_copies else [])]
     named = {row.id_digest for row in taken} | {each.id_digest for each in deleted}
     now = world.now()

@@ -38,6 +38,7 @@ from sisa.ports import CheckpointStore, Embedder, Executor, Keyring, Report, Vec
 from sisa.serial import SerialExecutor, Site
 from sisa.store import files
 from sisa.store.checkpoints import FileCheckpoints
+from sisa.store.exports import DirectoryExports
 from sisa.store.index import FaissIndex
 from sisa.store.keyring import PLAIN, FileKeyring
 from sisa.store.ledger import SqlLedger
@@ -185,6 +186,7 @@ def open_world(
         checkpoints=FileCheckpoints(directory / CHECKPOINTS, keyring),
         index=FaissIndex(directory / INDEX, parts.dimension, keyring),
         keyring=keyring,
+        exports=DirectoryExports(),
         embed=parts.embed,
         count_tokens=parts.count_tokens,
         executor_for=executor_for,

@@ -25,12 +25,21 @@ Not covered: prices (`cost.py`); several orders per shard.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import accumulate
 from typing import Any, Literal
 
-from sisa.domain import Head, HeldCheckpoint, RecordRow, SliceJob, SliceState, record_epochs
+from sisa.domain import (
+    ANY_SHARD,
+    Export,
+    Head,
+    HeldCheckpoint,
+    RecordRow,
+    SliceJob,
+    SliceState,
+    record_epochs,
+)
 
 Schedule = Literal["cumulative", "sequential"]
 
@@ -117,9 +126,24 @@ def tainted(held: Iterable[HeldCheckpoint], removed: Collection[RecordRow]) -> t
     )
 
 
-def touched(checkpoint: HeldCheckpoint, row: RecordRow) -> bool:
-    """Whether a held record is in the lineage of a checkpoint."""
-    return row.shard == checkpoint.shard and row.slice <= checkpoint.slice and row.seq <= checkpoint.seq
+def touched(made: HeldCheckpoint | Export, row: RecordRow) -> bool:
+    """Whether a held record is in the lineage of a checkpoint or an export.
+
+    Of an export from before the records moved, only when it was made is known.
+    """
+    if made.shard != ANY_SHARD and (row.shard != made.shard or row.slice > made.slice):
+        return False
+    return row.seq <= made.seq
+
+
+def marked(exports: Iterable[Export], removed: Mapping[str, Collection[RecordRow]]) -> list[Export]:
+    """The clean exports that a removed record touched, each with the first request that removes one."""
+    found = []
+    for export in exports:
+        by = [name for name, rows in removed.items() if any(touched(export, row) for row in rows)]
+        if by and export.state == "clean":
+            found.append(replace(export, state="tainted", request_id=by[0]))
+    return found
 
 
 def plan_shard(view: ShardView, recipe: Recipe, fingerprint: str) -> ShardPlan:

@@ -15,13 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sisa.domain import (
     Chain,
+    Export,
     Head,
     HeldCheckpoint,
     Hit,
@@ -189,6 +190,26 @@ class RecordStore(Protocol):
         """Remove, the keyring's keys first; absent names are no error."""
 
 
+Standing = Literal["held", "gone", "changed"]
+
+
+class ExportStore(Protocol):
+    """Adapters in directories that belong to the caller."""
+
+    def write(self, path: str, content: Mapping[str, bytes]) -> None:
+        """Write a directory of flat files, whole or not at all."""
+
+    def state(self, export: Export) -> Standing:
+        """Whether the adapter is where it was written, with the bytes that it had."""
+
+    def erase(self, export: Export) -> bool:
+        """Remove the adapter and its configuration, and their directory if nothing else is in it.
+
+        False, with nothing changed, unless the adapter is held; but where an erasure was begun before
+        (`state` "erasing"), what is gone is erased, and what is left of it is removed.
+        """
+
+
 class Embedder(Protocol):
     @property
     def digest(self) -> str:
@@ -242,11 +263,14 @@ class Change:
     requests: Sequence[Request] = ()
     named: Sequence[tuple[str, str]] = ()  # (request id, keyed id of a record that it names)
     events: Sequence[RequestEvent] = ()
+    exports: Sequence[Export] = ()
+    unexported: Collection[tuple[str, str]] = ()  # names of exports
     meta: Mapping[str, str] = field(default_factory=dict)
 
 
 class Ledger(Protocol):
-    """The only authority on where records are. Every `commit` is one transaction."""
+    """The only authority on where records are. Every `commit` is one transaction. A row that is not the
+    one that was written, and an answer from which a row is missing, is an IntegrityError."""
 
     def seq(self) -> int:
         """The number of the last commit; 0 before the first."""
@@ -261,7 +285,8 @@ class Ledger(Protocol):
 
     def lookup(self, id_digests: Iterable[str]) -> dict[str, RecordRow | Tombstone]: ...
 
-    def by_subject(self, subject_digest: str) -> tuple[list[RecordRow], list[Tombstone]]: ...
+    def by_subject(self, subject_digest: str, shard: int) -> tuple[list[RecordRow], list[Tombstone]]:
+        """Held records of a subject, which are all of one shard, and deleted ones."""
 
     def by_vector(self, shard: int, vector_ids: Collection[int]) -> dict[int, RecordRow]: ...
 
@@ -283,8 +308,11 @@ class Ledger(Protocol):
 
     def checkpoints(self, shard: int | None = None) -> list[HeldCheckpoint]: ...
 
-    def by_text(self, text_digests: Collection[str]) -> tuple[list[RecordRow], list[Tombstone]]:
-        """Held and deleted records with one of these normalised texts."""
+    def by_text(
+        self, text_digests: Collection[str], *, sure: bool = False
+    ) -> tuple[list[RecordRow], list[Tombstone]]:
+        """Held and deleted records with one of these normalised texts; `sure` that none is missing even
+        in a damaged ledger, at the cost of a look at every row."""
 
     def requests(self) -> list[Request]:
         """Oldest first."""
@@ -294,6 +322,9 @@ class Ledger(Protocol):
 
     def events(self) -> list[RequestEvent]:
         """Oldest first, each linked to the one before."""
+
+    def exports(self) -> list[Export]:
+        """By path, then by key."""
 
     def num_tombstones(self) -> int: ...
 
@@ -305,6 +336,9 @@ class Ledger(Protocol):
 
     def has_event(self, link: str) -> bool:
         """Whether an event of this ledger has that link."""
+
+    def lost(self) -> list[str]:
+        """Names of the tables that do not hold as many rows as were committed; none when all is well."""
 
 
 class Witness(Protocol):

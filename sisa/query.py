@@ -15,6 +15,7 @@ import numpy as np
 
 from sisa.domain import Hit, RecordRow, Tombstone
 from sisa.errors import IntegrityError, Problem, UnknownRecord
+from sisa.export import standing
 from sisa.plan import touched
 from sisa.ports import StoredRecord, Vectors
 from sisa.world import World
@@ -43,6 +44,7 @@ class Location:
     deleted_at: str | None = None
     request_id: str | None = None
     checkpoints_erased: int | None = None
+    exports: tuple[str, ...] = ()  # paths of the adapters that were exported with it
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,20 @@ class Found:
     shard: int
     slice: int
     match: str
+
+
+@dataclass(frozen=True)
+class ExportStatus:
+    """An export; how a stale one stands (`export.standing`), None of a clean one."""
+
+    path: str
+    shard: int  # -1: made before the records moved to other shards
+    key: str
+    adapter_sha256: str
+    made_at: str
+    state: str
+    request_id: str
+    standing: str | None
 
 
 @dataclass(frozen=True)
@@ -92,7 +108,8 @@ def lookup(world: World, ids: Sequence[str]) -> list[tuple[str, RecordRow | Tomb
 
 def of_subject(world: World, subject_id: str) -> tuple[list[RecordRow], list[Tombstone]]:
     """All records of a subject. Raises UnknownRecord when there never was one."""
-    live, dead = world.ledger.by_subject(world.assigner.subject_digest(subject_id))
+    shard, _ = world.assigner.place_of_subject(subject_id)
+    live, dead = world.ledger.by_subject(world.assigner.subject_digest(subject_id), shard)
     if not live and not dead:
         raise UnknownRecord(
             "this model has never held a record of that subject",
@@ -125,7 +142,8 @@ def _location(world: World, record_id: str, held: RecordRow | Tombstone) -> Loca
         if touched(each, held)
     )
     state = "trained" if any(touch.is_head for touch in touches) else "pending"
-    return Location(record_id, state, held.shard, held.slice, touches)
+    exports = tuple(each.path for each in world.ledger.exports() if touched(each, held))
+    return Location(record_id, state, held.shard, held.slice, touches, exports=exports)
 
 
 def search(world: World, queries: Vectors, top_k: int) -> list[Hit]:
@@ -238,6 +256,23 @@ def _contradiction(what: str) -> IntegrityError:
         f"the ledger lacks {what}",
         next_step="run `sisa verify`; restore the model directory from a backup",
     )
+
+
+def exports(world: World) -> list[ExportStatus]:
+    """All exports that the ledger knows; those that a deletion marked are looked for."""
+    return [
+        ExportStatus(
+            path=each.path,
+            shard=each.shard,
+            key=each.key,
+            adapter_sha256=each.adapter_sha256,
+            made_at=each.made_at,
+            state=each.state,
+            request_id=each.request_id,
+            standing=None if each.state == "clean" else standing(world, each),
+        )
+        for each in world.ledger.exports()
+    ]
 
 
 def shards(world: World) -> list[ShardStatus]:

@@ -1,7 +1,8 @@
 """The one reconciliation: whatever happened before, bring the held state to its target.
 
     adopt    stages that a cut-short run stored for the present targets
-    sweep    every file that the ledger does not know: tainted, retired, half-written; its key first
+    sweep    every file that the ledger does not know (tainted, retired, half-written), its key first;
+             stale exports
     train    what the targets miss; each finished stage moves its shard's head
     retire   clean checkpoints that are neither on a target's path nor heading
     close    requests whose shards have arrived
@@ -15,15 +16,18 @@ Not covered: what remains (decided by `run.py` before).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from types import MappingProxyType
 
 from sisa.domain import Chain, HeldCheckpoint, Request, RequestState, SliceFile, record_epochs
 from sisa.errors import IntegrityError, SisaError
+from sisa.export import erase_stale, missing
 from sisa.plan import ShardPlan, plan_shard
-from sisa.ports import Change, Event, SavedCheckpoint, SliceTrained, TrainingStarted
-from sisa.requests import event, under_way
+from sisa.ports import Change, Event, Ledger, SavedCheckpoint, SliceTrained, TrainingStarted
+from sisa.requests import contradicted, event, under_way
 from sisa.world import World, commit, known_names, model_digest, view_shard
 
 
@@ -60,6 +64,7 @@ def reconcile(world: World) -> Trained:
 def refuse_contradictions(world: World) -> None:
     """Raises IntegrityError for a ledger that lost rows: the sweep would erase their files."""
     ledger = world.ledger
+    refuse_lost_rows(ledger)
     heads, slices = ledger.heads(), ledger.slices()
     known = {each.key for each in ledger.checkpoints()}
     lost = {
@@ -67,11 +72,21 @@ def refuse_contradictions(world: World) -> None:
         "records or slices": sum(ledger.kinds().values()) != sum(f.num_records for f in slices),
         "indexes": {f.shard for f in slices} != {f.shard for f in ledger.indexes()},
         "checkpoints": any(head.key not in known for head in heads if head.key is not None),
+        "requests or events": contradicted(ledger.requests(), ledger.events()),
     }
-    if any(lost.values()):
+    _refuse([name for name, each in lost.items() if each])
+
+
+def refuse_lost_rows(ledger: Ledger) -> None:
+    """Raises IntegrityError for tables that lost rows; the cheap part, for before a commit."""
+    _refuse(ledger.lost())
+
+
+def _refuse(lost: Sequence[str]) -> None:
+    if lost:
         raise IntegrityError(
             "the ledger contradicts itself; nothing was changed",
-            got=", ".join(name for name, each in lost.items() if each) + " are missing",
+            got=", ".join(lost) + " are missing",
             next_step="restore the model directory from a backup",
         )
 
@@ -91,18 +106,27 @@ def _erase(world: World) -> None:
     """Erase what the ledger does not know and note it with the requests that wait for it."""
     try:
         sweep(world)
+        erase_stale(world)
         world.ledger.scrub()
     except SisaError as error:
         note_failure(world, _under_way(world), error, "erasure_failed")
         raise
     waiting = [request for request in _under_way(world) if request.state != "erased"]
-    _move(world, [replace(request, state="erased", cause="") for request in waiting])
+    lost = Counter(export.request_id for export in missing(world))
+    told = {name: f"{count} exports could not be found" for name, count in lost.items()}
+    _move(world, [replace(request, state="erased", cause="") for request in waiting], told=told)
 
 
-def _move(world: World, requests: Sequence[Request], note: str = "") -> None:
+def _move(
+    world: World,
+    requests: Sequence[Request],
+    note: str = "",
+    told: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """All in one transaction, each with its own word of `told` or else the same note."""
     if requests:
         now = world.now()
-        events = [event(request, now, note) for request in requests]
+        events = [event(each, now, told.get(each.request_id, note)) for each in requests]
         commit(world, Change(requests=requests, events=events))
 
 

@@ -23,6 +23,8 @@ from pathlib import Path
 from sisa.assign import index_root, slice_root
 from sisa.config import Difference, Effect
 from sisa.domain import (
+    ANY_SHARD,
+    Export,
     Head,
     HeldCheckpoint,
     IndexFile,
@@ -102,6 +104,12 @@ def reseal(world: World, directory: Path) -> None:
         keyring.reseal(directory / room, room, sorted(names), world.keyring)
 
 
+def _unplaced(ledger: Ledger) -> list[Export]:
+    """Exports of the old places: from now on, every record that was there may be in them."""
+    clean = [each for each in ledger.exports() if each.state == "clean"]
+    return [replace(each, shard=ANY_SHARD, slice=0, seq=ledger.seq() + 1) for each in clean]
+
+
 def reset(world: World, meta: dict[str, str]) -> Trained:
     """Another layout or base: place every record anew, train from the base, then move all at once.
 
@@ -171,5 +179,6 @@ def _moved(
         headless=[head.shard for head in old.heads() if head.shard >= len(heads)],
         checkpoints=trained,
         dropped=[each.key for each in old.checkpoints()],
+        exports=_unplaced(old),
         meta=meta,
     )

@@ -20,6 +20,7 @@ Not covered: which records a request names, and carrying it out (`lifecycle.py`)
 from __future__ import annotations
 
 import calendar
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from datetime import date, datetime, timedelta
 
@@ -105,6 +106,17 @@ def extended(request: Request, reason: str) -> Request:
 def event(request: Request, at: str, note: str = "") -> RequestEvent:
     """The event of a request's present state."""
     return RequestEvent(request.request_id, request.state, at, note)
+
+
+def contradicted(requests: Iterable[Request], events: Iterable[RequestEvent]) -> bool:
+    """Whether events are not one chain, or a request is not in the state of its last event."""
+    link, states = "", {}
+    for each in events:
+        link = chained(link, each)
+        if link != each.link:
+            return True
+        states[each.request_id] = each.state
+    return {each.request_id: each.state for each in requests} != states
 
 
 def chained(link: str, found: RequestEvent) -> str:

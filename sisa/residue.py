@@ -4,19 +4,20 @@
     checkpoints, anywhere            bytes as recorded, made of records that are all still held
     rows of Parquet and JSON lines   of held records; a keyed id that is a tombstone is residue
     vectors of index files           of held records
-    adapters exported elsewhere      of a current head (of another held stage: outdated, yet clean)
+    adapters exported elsewhere      of a current head (of another stage or clean export: outdated)
+    exports that a deletion marked   are erased; one that can't be found can't be excluded
     all bytes (`ids`, `texts`)       hold none of the strings that the caller gives
 
 Rules: nothing is changed. What can't be read or told is residue, too: absence is proven or it is not.
-Places are the model directory, left-overs in the cache and in the temporary directory that are ours, and
-what `also` names. Answers name paths, rows and offsets, never an id or a text. Index files are parsed
-only if their bytes have the digest in their name. What this model's keys open is read as plaintext; a
-sealed file that they don't open is *shredded*: counted, and no residue unless the ledger relies on it.
-A key that opens nothing held is residue.
+Places are the model directory, left-overs in the cache and in the temporary directory that are ours,
+exports that the ledger knows, and what `also` names. Answers name paths, rows and offsets, never an id
+or a text. Index files are parsed only if their bytes have the digest in their name. What this model's
+keys open is read as plaintext; a sealed file that they don't open is *shredded*: counted, and no residue
+unless the ledger relies on it. A key that opens nothing held is residue.
 
 Not covered: compressed copies, what others encrypted, copies of the keyring, other machines, backups,
-blocks that a disk has freed.
-Optimizer states that were copied out of a checkpoint directory are found by their manifest alone.
+blocks that a disk has freed. Optimizer states that were copied out of a checkpoint directory are found
+by their manifest alone.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from typing import TYPE_CHECKING, Any
 from sisa.digest import file_sha256, sha256_hex
 from sisa.domain import RecordRow, Tombstone
 from sisa.errors import Busy, InvalidInput
+from sisa.export import standing
 from sisa.garbage import list_garbage, undisturbed
 from sisa.lineage import parse_manifest, proves_clean
 from sisa.model.packages import cache_dir
@@ -49,7 +51,7 @@ if TYPE_CHECKING:
 
 LEFT_OVER_PREFIXES = (".partial-", ".wheel-", ".incoming-")  # of `packages.py` and `shared_base.py`
 TEMPORARY_PATTERNS = ("sisa-scratch-*", "sisa-*/r")  # of `reader.py` and `ray_session.py`
-BATCH_ROWS = 1024
+BATCH_ROWS = 16_384  # an unknown id costs a look at every row: once a batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,10 +112,13 @@ def scan_residue(
         )
     scanner = _Scanner(world, directory, Needles(list(texts), list(ids)))
     left_overs = owned_left_overs()
-    places = [directory, *left_overs, *also]
+    exports = [Path(each.path) for each in world.ledger.exports()]
+    known = [each for each in dict.fromkeys(exports) if each.is_dir() and each not in also]
+    places = [directory, *left_overs, *known, *also]
     for place in places:
         scanner.scan(place, models=place not in left_overs)
     scanner.unknown_files()
+    scanner.missing_exports()
     return Scan(
         not scanner.residue,
         tuple(scanner.needles.hidden(str(place)) for place in places),
@@ -156,6 +161,7 @@ class _Scanner:
         self._sealed = SealedFiles(world.keyring)
         self._heads = {head.key for head in world.ledger.heads()}
         self._held = {each.key: each for each in world.ledger.checkpoints()}
+        self._exports = world.ledger.exports()
         self._digests = {
             **{directory / RECORDS / each.name: each.sha256 for each in world.ledger.slices()},
             **{directory / INDEX / each.name: each.sha256 for each in world.ledger.indexes()},
@@ -307,7 +313,9 @@ class _Scanner:
     def _adapter(self, path: Path) -> None:
         self.counts["adapters"] += 1
         sha256 = file_sha256(path)
+        clean = [each for each in self._exports if each.state == "clean"]
         of = [each.key for each in self._held.values() if each.adapter_sha256 == sha256]
+        of += [each.key for each in clean if each.adapter_sha256 == sha256]
         if not of:
             what = "an adapter of no held checkpoint: made before a deletion, or of another model"
             self._found("stale_adapter", path, what)
@@ -321,6 +329,13 @@ class _Scanner:
             inside = [p for p in _walk(path) if not p.is_dir() or p.is_symlink()]
             if not inside or any(p not in self.proven for p in inside):
                 self._found("unknown_file", path, each.reason)
+
+    def missing_exports(self) -> None:
+        """Exports that a deletion marked; one that is still there is found as a stale adapter."""
+        for each in self._exports:
+            if each.state != "clean" and (found := standing(self.world, each)) != "held":
+                what = f"an export that request {each.request_id} made stale is {found}"
+                self._found("missing_export", Path(each.path), what)
 
 
 def _walk(place: Path) -> Iterator[Path]:

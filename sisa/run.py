@@ -23,7 +23,7 @@ from sisa.domain import Head, Record, RecordRow, SliceState, Tombstone
 from sisa.errors import InvalidInput, Problem
 from sisa.plan import plan_shard
 from sisa.ports import Change, StoredRecord
-from sisa.reconcile import Trained, reconcile
+from sisa.reconcile import Trained, reconcile, refuse_lost_rows
 from sisa.world import Place, World, check_sources, commit, model_digest, only, view_shard, write_slice
 
 
@@ -120,7 +120,8 @@ def add(world: World, records: Sequence[Record], *, allow_deleted: bool = False)
         if not isinstance(found.get(world.assigner.id_digest(record.id)), RecordRow)
     ]
     if not allow_deleted:
-        _, deleted = world.ledger.by_text({world.assigner.row(r, 0).text_digest for _, r in fresh})
+        texts = {world.assigner.row(record, 0).text_digest for _, record in fresh}
+        _, deleted = world.ledger.by_text(texts, sure=True)
         dead = [each for each in found.values() if isinstance(each, Tombstone)]
         problems += deleted_before(world.assigner, fresh, [*deleted, *dead])
     refuse_deleted(problems, "added")
@@ -171,6 +172,7 @@ def _commit_added(
     heads: Sequence[Head] = (),
     meta: Mapping[str, str] | None = None,
 ) -> None:
+    refuse_lost_rows(world.ledger)
     vectors = world.embed([record.text for record in records])
     stored: dict[Place, list[StoredRecord]] = {}
     embedded: dict[int, dict[int, object]] = {}

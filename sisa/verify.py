@@ -20,7 +20,7 @@ from sisa.domain import Chain, Head, IndexFile, SliceFile, SliceJob
 from sisa.errors import IntegrityError, Problem
 from sisa.plan import jobs, plan_shard
 from sisa.ports import CheckpointStore
-from sisa.reconcile import training_started
+from sisa.reconcile import refuse_contradictions, training_started
 from sisa.world import World, known_names, view_shard
 
 
@@ -48,10 +48,14 @@ class Verification:
 
 def verify(world: World, replayed: Sequence[int], scratch: CheckpointStore | None) -> Verification:
     """Check all held bytes; replay the shards named in `replayed` into `scratch`, side by side."""
-    count, findings = check_files(world)
+    try:
+        refuse_contradictions(world)
+        count, findings = check_files(world)
+        heads = world.ledger.heads()
+    except IntegrityError as error:  # of the ledger itself: what it names can't be judged
+        return Verification(False, 0, (Problem("ledger", f"{error.what} (got {error.got})"),), ())
     chains: dict[int, Chain] = {}
     reasons: dict[int, str] = {}
-    heads = world.ledger.heads()
     for head in heads:
         found = _chain(world, head) if head.shard in replayed and not findings else None
         if isinstance(found, Chain):

@@ -19,6 +19,7 @@ from sisa.ports import (
     Change,
     CheckpointStore,
     Executor,
+    ExportStore,
     Keyring,
     Ledger,
     RecordIndex,
@@ -42,6 +43,7 @@ class World:
     checkpoints: CheckpointStore
     index: RecordIndex
     keyring: Keyring
+    exports: ExportStore
     embed: Callable[[Sequence[str]], Vectors]
     count_tokens: Callable[[Sequence[Record]], Sequence[int]]
     executor_for: Callable[[CheckpointStore], Executor]

@@ -21,6 +21,7 @@ from sisa.assign import Assigner, Layout
 from sisa.digest import Keyed, canonical_json, sha256_hex
 from sisa.domain import (
     Chain,
+    Export,
     Head,
     HeldCheckpoint,
     Hit,
@@ -45,6 +46,7 @@ from sisa.ports import (
     Report,
     SavedCheckpoint,
     SliceTrained,
+    Standing,
     StoredRecord,
     Vectors,
 )
@@ -73,6 +75,7 @@ class FakeTrainer:
         progress(len(records), len(records))
         return {
             ADAPTER: canonical_json({"job": job.key, "touched": touched}),
+            "adapter_config.json": canonical_json({"touched": touched}),
             "optimizer.safetensors": canonical_json({"steps": len(records), "touched": touched}),
         }
 
@@ -188,6 +191,33 @@ class FakeIndex:
             self.stored.pop(name, None)
 
 
+class FakeExports:
+    """Directories by path; a caller may move or change them behind the port's back."""
+
+    def __init__(self) -> None:
+        self.stored: dict[str, dict[str, bytes]] = {}
+
+    def write(self, path: str, content: Mapping[str, bytes]) -> None:
+        self.stored.setdefault(path, dict(content))
+
+    def state(self, export: Export) -> Standing:
+        files = self.stored.get(export.path, {})
+        if ADAPTER not in files:
+            return "gone"
+        return "held" if sha256_hex(files[ADAPTER]) == export.adapter_sha256 else "changed"
+
+    def erase(self, export: Export) -> bool:
+        standing = self.state(export)
+        if standing == "changed" or (standing == "gone" and export.state != "erasing"):
+            return False
+        files = self.stored.get(export.path, {})
+        for name in (ADAPTER, "adapter_config.json"):
+            files.pop(name, None)
+        if not files:
+            self.stored.pop(export.path, None)
+        return True
+
+
 @dataclass
 class _Tables:
     seq: int = 0
@@ -201,6 +231,7 @@ class _Tables:
     requests: dict[str, tuple[int, Request]] = field(default_factory=dict)
     named: set[tuple[str, str]] = field(default_factory=set)
     events: list[RequestEvent] = field(default_factory=list)
+    exports: dict[tuple[str, str], Export] = field(default_factory=dict)
 
 
 class FakeLedger:
@@ -227,6 +258,9 @@ class FakeLedger:
             t.heads.pop(shard, None)
         for place in change.emptied:
             t.slices.pop(place, None)
+        for name in change.unexported:
+            t.exports.pop(name, None)
+        t.exports.update({each.name: each for each in change.exports})
         t.records.update({row.id_digest: replace(row, seq=t.seq) for row in change.added})
         t.tombstones.update({each.id_digest: each for each in change.tombstones})
         t.slices.update({(each.shard, each.slice): each for each in change.slices})
@@ -254,9 +288,10 @@ class FakeLedger:
                 found[digest] = held
         return found
 
-    def by_subject(self, subject_digest: str) -> tuple[list[RecordRow], list[Tombstone]]:
+    def by_subject(self, subject_digest: str, shard: int) -> tuple[list[RecordRow], list[Tombstone]]:
         t = self.tables
         live = [row for row in t.records.values() if row.subject_digest == subject_digest]
+        assert {row.shard for row in live} <= {shard}
         dead = [each for each in t.tombstones.values() if each.subject_digest == subject_digest]
         return _ordered(live), sorted(dead, key=lambda each: each.id_digest)
 
@@ -296,7 +331,10 @@ class FakeLedger:
         held = [each for each in self.tables.checkpoints.values() if shard in (None, each.shard)]
         return sorted(held, key=lambda each: (each.shard, each.slice, each.key))
 
-    def by_text(self, text_digests: Collection[str]) -> tuple[list[RecordRow], list[Tombstone]]:
+    def by_text(
+        self, text_digests: Collection[str], *, sure: bool = False
+    ) -> tuple[list[RecordRow], list[Tombstone]]:
+        del sure  # memory loses no rows
         t = self.tables
         live = [row for row in t.records.values() if row.text_digest in text_digests]
         dead = [each for each in t.tombstones.values() if each.text_digest in text_digests]
@@ -312,6 +350,9 @@ class FakeLedger:
         found = sorted(self.tables.requests.values(), key=lambda each: (each[0], each[1].request_id))
         return [request for _, request in found]
 
+    def exports(self) -> list[Export]:
+        return [each for _, each in sorted(self.tables.exports.items())]
+
     def num_tombstones(self) -> int:
         return len(self.tables.tombstones)
 
@@ -324,6 +365,9 @@ class FakeLedger:
 
     def has_event(self, link: str) -> bool:
         return any(event.link == link for event in self.tables.events)
+
+    def lost(self) -> list[str]:
+        return []
 
 
 class FakeWitness:
@@ -389,6 +433,7 @@ class FakeModel:
     records: FakeRecords
     checkpoints: FakeCheckpoints
     index: FakeIndex
+    exports: FakeExports
     trained: list[SliceJob]
     before_run: list[Callable[[], None]]
 
@@ -402,7 +447,7 @@ def fake_model(
 ) -> FakeModel:
     recipe = recipe or fake_recipe()
     ledger, witness, records = FakeLedger(), FakeWitness(), FakeRecords()
-    checkpoints, index = FakeCheckpoints(), FakeIndex()
+    checkpoints, index, exports = FakeCheckpoints(), FakeIndex(), FakeExports()
     trained: list[SliceJob] = []
     before_run: list[Callable[[], None]] = []
 
@@ -419,6 +464,7 @@ def fake_model(
         checkpoints=checkpoints,
         index=index,
         keyring=PLAIN,
+        exports=exports,
         embed=fake_embed,
         count_tokens=lambda some: [len(record.text.split()) for record in some],
         executor_for=executor_for,
@@ -428,7 +474,7 @@ def fake_model(
         now=lambda: "2026-01-01T00:00:00+00:00",
         report=lambda _event: None,
     )
-    return FakeModel(world, ledger, witness, records, checkpoints, index, trained, before_run)
+    return FakeModel(world, ledger, witness, records, checkpoints, index, exports, trained, before_run)
 
 
 def fake_record(number: int, subject: str | None = None) -> Record:

@@ -3,7 +3,9 @@
 Rules: one `commit` is one transaction with one sequence number. Rows hold keyed digests, places,
 counts and digests of files; never an id, a subject or text. WAL keeps readers out of a writer's way;
 `secure_delete` zeroes what is removed, and `scrub` empties the write-ahead log (SQLite reports a busy
-log in a result row and does not raise: the flag is checked). All values are bound parameters.
+log in a result row and does not raise: the flag is checked). All values are bound parameters. Every
+question is answered out of one snapshot, from checked rows, and compared with the number of rows that
+there should be (`rows.py`); that something is not there is confirmed without an index.
 
 Not covered: other databases; the writer lock (`files.writer_lock`).
 """
@@ -15,7 +17,7 @@ import json
 import os
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import asdict, fields
+from dataclasses import fields
 from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +26,7 @@ import sqlalchemy as sa
 from sqlalchemy.exc import DatabaseError, OperationalError
 
 from sisa.domain import (
+    Export,
     Head,
     HeldCheckpoint,
     IndexFile,
@@ -36,11 +39,12 @@ from sisa.domain import (
 )
 from sisa.errors import Busy, EnvironmentFault, IntegrityError
 from sisa.ports import Change
-from sisa.requests import chained
+from sisa.store import changes, rows
 from sisa.store.files import disk_errors
 from sisa.store.schema import (
     CHECKPOINTS,
     EVENTS,
+    EXPORTS,
     HEADS,
     INDEXES,
     META,
@@ -54,8 +58,8 @@ from sisa.store.schema import (
 )
 
 SCRUB_PATIENCE_S = 10.0
-SIGNS_OF_DAMAGE = ("malformed", "corrupt", "no such table", "no such column")
-_IN_CHUNK = 500  # SQLite's limit of bound parameters is far above, on every build
+# SQLite calls these operational errors, too.
+SIGNS_OF_DAMAGE = ("malformed", "corrupt", "no such table", "no such column", "decode")
 
 T = TypeVar("T")
 
@@ -87,6 +91,7 @@ class SqlLedger:
             version = int(connection.exec_driver_sql("PRAGMA user_version").scalar_one())
             if create and version == 0:
                 schema.create_all(connection)
+                rows.begin_counts(connection)
                 connection.exec_driver_sql(f"PRAGMA user_version = {SCHEMA_VERSION}")
                 version = SCHEMA_VERSION
         if version != SCHEMA_VERSION:
@@ -107,9 +112,7 @@ class SqlLedger:
             yield
         except OperationalError as error:
             cause = str(error.orig)
-            if any(
-                sign in cause for sign in ("malformed", "corrupt", "no such table", "no such column")
-            ):
+            if any(sign in cause for sign in SIGNS_OF_DAMAGE):
                 raise self._corrupt(cause) from error
             kind = Busy if "locked" in cause else EnvironmentFault
             raise kind(
@@ -121,6 +124,8 @@ class SqlLedger:
             raise self._corrupt(str(error.orig)) from error
         except UnicodeDecodeError as error:
             raise self._corrupt("text that is not UTF-8") from error
+        except rows.Damaged as error:
+            raise self._corrupt(str(error)) from error
 
     def _corrupt(self, cause: str) -> IntegrityError:
         return IntegrityError(
@@ -133,41 +138,45 @@ class SqlLedger:
     @contextlib.contextmanager
     def _reading(self) -> Iterator[sa.Connection]:
         with self._guard(), self._engine.connect() as connection:
+            connection.exec_driver_sql("BEGIN")  # all that is compared is of one snapshot
             yield connection
 
-    def _all(self, kind: type[T], query: sa.Select[Any]) -> list[T]:
-        names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    def _some(self, kind: type[T], table: sa.Table, *where: Any, order: Sequence[Any] = ()) -> list[T]:
         with self._reading() as connection:
-            found = connection.execute(query)
-            keys = list(found.keys())
-            pick = itemgetter(*(keys.index(name) for name in names))
-            rows = [pick(row) for row in found]
-        for name, values in zip(names, zip(*rows, strict=True), strict=False):
-            column = query.selected_columns[name]
-            allowed = {column.type.python_type, *([type(None)] if column.nullable else [])}
-            if not set(map(type, values)) <= allowed:
-                raise self._corrupt(f"a value of another type in {column}")
-        return [kind(*row) for row in rows]
+            return _made(kind, table, rows.read(connection, table, *where, order=order))
+
+    def _whole(self, kind: type[T], table: sa.Table, shard: int | None, *order: Any) -> list[T]:
+        """All rows of a table, or a shard's."""
+        where = [] if shard is None else [table.c.shard == shard]
+        with self._reading() as connection:
+            found = rows.read(connection, table, *where, order=order)
+            if shard is None:
+                expected = rows.expected_rows(connection, table)
+            else:
+                expected = rows.expected_places(connection, table, shard)
+            rows.refuse_loss(table, expected, len(found))
+        return _made(kind, table, found)
 
     def seq(self) -> int:
-        return int(self.meta().get("seq", "0"))
+        return int(self.meta().get(changes.SEQ, "0"))
 
     def meta(self) -> dict[str, str]:
         with self._reading() as connection:
-            return {row.key: row.value for row in connection.execute(sa.select(META))}
+            found = rows.read(connection, META)
+            rows.refuse_loss(META, rows.expected_rows(connection, META), len(found))
+        return {key: value for key, value, _ in found}
 
     def commit(self, change: Change) -> int:
-        with self._guard(), self._engine.begin() as connection:
-            row = connection.execute(sa.select(META.c.value).where(META.c.key == "seq")).scalar()
-            seq = int(row or 0) + 1
-            _apply(connection, change, seq)
-            _upsert(connection, META, [{"key": "seq", "value": str(seq)}])
+        with self._guard(), self._engine.connect() as connection:
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+            seq = changes.apply(connection, change)
+            connection.commit()
         return seq
 
     def scrub(self) -> None:
         deadline = time.monotonic() + SCRUB_PATIENCE_S
         while True:
-            with self._reading() as connection:
+            with self._guard(), self._engine.connect() as connection:
                 busy = connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").one()[0]
             if not busy:
                 return
@@ -180,176 +189,162 @@ class SqlLedger:
             time.sleep(0.1)
 
     def lookup(self, id_digests: Iterable[str]) -> dict[str, RecordRow | Tombstone]:
-        found: dict[str, RecordRow | Tombstone] = {}
-        for chunk in _chunks(list(id_digests)):
-            query = sa.select(TOMBSTONES).where(TOMBSTONES.c.id_digest.in_(chunk))
-            found.update({each.id_digest: each for each in self._all(Tombstone, query)})
-            query = sa.select(RECORDS).where(RECORDS.c.id_digest.in_(chunk))
-            found.update({each.id_digest: each for each in self._all(RecordRow, query)})
+        asked = list(dict.fromkeys(id_digests))
+        with self._reading() as connection:
+            live = _having(connection, RecordRow, RECORDS.c.id_digest, asked)
+            found: dict[str, RecordRow | Tombstone] = {each.id_digest: each for each in live}
+            asked = [each for each in asked if each not in found]
+            rows.refuse_hidden(connection, RECORDS.c.id_digest, asked, 0)
+            dead = _having(connection, Tombstone, TOMBSTONES.c.id_digest, asked)
+            found |= {each.id_digest: each for each in dead}
+            asked = [each for each in asked if each not in found]
+            rows.refuse_hidden(connection, TOMBSTONES.c.id_digest, asked, 0)
         return found
 
-    def by_subject(self, subject_digest: str) -> tuple[list[RecordRow], list[Tombstone]]:
-        live = sa.select(RECORDS).where(RECORDS.c.subject_digest == subject_digest)
-        dead = sa.select(TOMBSTONES).where(TOMBSTONES.c.subject_digest == subject_digest)
-        return (
-            self._all(RecordRow, live.order_by(RECORDS.c.id_digest)),
-            self._all(Tombstone, dead.order_by(TOMBSTONES.c.id_digest)),
-        )
+    def by_subject(self, subject_digest: str, shard: int) -> tuple[list[RecordRow], list[Tombstone]]:
+        held, gone, asked = RECORDS.c.subject_digest, TOMBSTONES.c.subject_digest, [subject_digest]
+        with self._reading() as connection:
+            live = _having(connection, RecordRow, held, asked)
+            rows.refuse_hidden(connection, held, asked, len(live), shard=shard)
+            dead = _having(connection, Tombstone, gone, asked, sure=True)
+        return sorted(live, key=_BY_ID), sorted(dead, key=_BY_ID)
 
     def by_vector(self, shard: int, vector_ids: Collection[int]) -> dict[int, RecordRow]:
         found: dict[int, RecordRow] = {}
-        for chunk in _chunks(list(vector_ids)):
-            query = sa.select(RECORDS).where(RECORDS.c.shard == shard, RECORDS.c.vector_id.in_(chunk))
-            found.update({each.vector_id: each for each in self._all(RecordRow, query)})
+        for chunk in rows.chunks(list(vector_ids)):
+            here = (RECORDS.c.shard == shard, RECORDS.c.vector_id.in_(chunk))
+            found.update({each.vector_id: each for each in self._some(RecordRow, RECORDS, *here)})
+        missing = set(vector_ids) - found.keys()
+        if missing and any(row.vector_id in missing for row in self.rows(shard)):
+            raise self._corrupt("a record that is not found by its vector")
         return found
 
     def rows(self, shard: int, slice_: int | None = None) -> list[RecordRow]:
-        query = sa.select(RECORDS).where(RECORDS.c.shard == shard)
-        if slice_ is not None:
-            query = query.where(RECORDS.c.slice == slice_)
-        return self._all(RecordRow, query.order_by(RECORDS.c.id_digest))
+        where = [RECORDS.c.shard == shard]
+        where += [] if slice_ is None else [RECORDS.c.slice == slice_]
+        with self._reading() as connection:
+            found = rows.read(connection, RECORDS, *where, order=[RECORDS.c.id_digest])
+            expected = rows.expected_places(connection, RECORDS, shard, slice_)
+            rows.refuse_loss(RECORDS, expected, len(found))
+        return _made(RecordRow, RECORDS, found)
 
     def counts(self) -> dict[int, int]:
-        query = sa.select(SLICES.c.shard, sa.func.sum(SLICES.c.num_records))
-        with self._reading() as connection:
-            found = connection.execute(query.group_by(SLICES.c.shard))
-            return {int(shard): int(count) for shard, count in found}
+        found: dict[int, int] = {}
+        for file in self.slices():
+            found[file.shard] = found.get(file.shard, 0) + file.num_records
+        return found
 
     def kinds(self) -> dict[str, int]:
-        query = sa.select(RECORDS.c.kind, sa.func.count()).group_by(RECORDS.c.kind)
         with self._reading() as connection:
-            return {str(kind): int(count) for kind, count in connection.execute(query)}
+            return {kind: count for kind, count in rows.expected_kinds(connection).items() if count}
 
     def slices(self, shard: int | None = None) -> list[SliceFile]:
-        query = sa.select(SLICES).order_by(SLICES.c.shard, SLICES.c.slice)
-        return self._all(SliceFile, _of_shard(query, SLICES, shard))
+        return self._whole(SliceFile, SLICES, shard, SLICES.c.shard, SLICES.c.slice)
 
     def indexes(self, shard: int | None = None) -> list[IndexFile]:
-        query = sa.select(INDEXES).order_by(INDEXES.c.shard)
-        return self._all(IndexFile, _of_shard(query, INDEXES, shard))
+        return self._whole(IndexFile, INDEXES, shard, INDEXES.c.shard)
 
     def heads(self) -> list[Head]:
-        return self._all(Head, sa.select(HEADS).order_by(HEADS.c.shard))
+        return self._whole(Head, HEADS, None, HEADS.c.shard)
 
     def checkpoints(self, shard: int | None = None) -> list[HeldCheckpoint]:
         order = (CHECKPOINTS.c.shard, CHECKPOINTS.c.slice, CHECKPOINTS.c.key)
-        query = sa.select(CHECKPOINTS).order_by(*order)
-        return self._all(HeldCheckpoint, _of_shard(query, CHECKPOINTS, shard))
+        return self._whole(HeldCheckpoint, CHECKPOINTS, shard, *order)
 
-    def by_text(self, text_digests: Collection[str]) -> tuple[list[RecordRow], list[Tombstone]]:
-        live: list[RecordRow] = []
-        dead: list[Tombstone] = []
-        for chunk in _chunks(sorted(text_digests)):
-            held = sa.select(RECORDS).where(RECORDS.c.text_digest.in_(chunk))
-            live += self._all(RecordRow, held)
-            gone = sa.select(TOMBSTONES).where(TOMBSTONES.c.text_digest.in_(chunk))
-            dead += self._all(Tombstone, gone)
-        key = attrgetter("id_digest")
-        return sorted(live, key=key), sorted(dead, key=key)
+    def by_text(
+        self, text_digests: Collection[str], *, sure: bool = False
+    ) -> tuple[list[RecordRow], list[Tombstone]]:
+        asked = sorted(text_digests)
+        with self._reading() as connection:
+            live = _having(connection, RecordRow, RECORDS.c.text_digest, asked, sure=sure)
+            dead = _having(connection, Tombstone, TOMBSTONES.c.text_digest, asked, sure=sure)
+        return sorted(live, key=_BY_ID), sorted(dead, key=_BY_ID)
 
     def named_by(self, request_id: str) -> list[str]:
-        query = sa.select(NAMED.c.id_digest).where(NAMED.c.request_id == request_id)
         with self._reading() as connection:
-            return list(connection.execute(query.order_by(NAMED.c.id_digest)).scalars())
+            found = rows.read(connection, NAMED, NAMED.c.request_id == request_id)
+            request = rows.read(connection, REQUESTS, REQUESTS.c.request_id == request_id)
+            for _, _, num_named, _, _ in request:
+                rows.refuse_loss(NAMED, num_named, len(found))
+        return sorted(id_digest for _, id_digest, _ in found)
 
     def events(self) -> list[RequestEvent]:
-        return self._all(RequestEvent, sa.select(EVENTS).order_by(EVENTS.c.position))
+        return self._whole(RequestEvent, EVENTS, None, EVENTS.c.position)
+
+    def exports(self) -> list[Export]:
+        return self._whole(Export, EXPORTS, None, EXPORTS.c.path, EXPORTS.c.key)
 
     def requests(self) -> list[Request]:
-        query = sa.select(REQUESTS.c.body).order_by(REQUESTS.c.seq, REQUESTS.c.request_id)
+        order = (REQUESTS.c.seq, REQUESTS.c.request_id)
         with self._reading() as connection:
-            bodies = list(connection.execute(query).scalars())
+            found = rows.read(connection, REQUESTS, order=order)
+            rows.refuse_loss(REQUESTS, rows.expected_rows(connection, REQUESTS), len(found))
         try:
-            return [_request(json.loads(body)) for body in bodies]
+            return [_request(json.loads(body)) for _, _, _, body, _ in found]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise self._corrupt("a request that can't be read") from error
 
     def num_tombstones(self) -> int:
         with self._reading() as connection:
-            query = sa.select(sa.func.count()).select_from(TOMBSTONES)
-            return int(connection.execute(query).scalar_one())
+            found = rows.actual_rows(connection, TOMBSTONES)
+            rows.refuse_loss(TOMBSTONES, rows.expected_rows(connection, TOMBSTONES), found)
+        return found
 
     def tombstones(self) -> list[Tombstone]:
-        return self._all(Tombstone, sa.select(TOMBSTONES).order_by(TOMBSTONES.c.id_digest))
+        return self._whole(Tombstone, TOMBSTONES, None, TOMBSTONES.c.id_digest)
 
     def event_head(self) -> WitnessHead:
-        last = sa.select(EVENTS.c.link, EVENTS.c.position).order_by(EVENTS.c.position.desc()).limit(1)
+        latest = sa.select(sa.func.max(EVENTS.c.position)).scalar_subquery()
         with self._reading() as connection:
-            found = connection.execute(last).first()
-        return WitnessHead("", 0) if found is None else WitnessHead(found.link, found.position)
+            found = rows.read(connection, EVENTS, EVENTS.c.position == latest)
+            position, link = (found[0][0], found[0][-2]) if found else (0, "")
+            rows.refuse_loss(EVENTS, rows.expected_rows(connection, EVENTS), position)
+        return WitnessHead(link, position)
 
     def has_event(self, link: str) -> bool:
-        query = sa.select(EVENTS.c.position).where(EVENTS.c.link == link)
         with self._reading() as connection:
-            return connection.execute(query).first() is not None
+            return bool(rows.read(connection, EVENTS, EVENTS.c.link == link))
+
+    def lost(self) -> list[str]:
+        with self._reading() as connection:
+            return rows.lost_rows(connection)
+
+
+_BY_ID = attrgetter("id_digest")
 
 
 def _request(body: dict[str, Any]) -> Request:
     return Request(**{**body, "shards": tuple(tuple(each) for each in body["shards"])})
 
 
-def _of_shard(query: sa.Select[Any], table: sa.Table, shard: int | None) -> sa.Select[Any]:
-    return query if shard is None else query.where(table.c.shard == shard)
+def _made(kind: type[T], table: sa.Table, found: Sequence[tuple[Any, ...]]) -> list[T]:
+    columns = table.columns.keys()
+    pick = itemgetter(*(columns.index(each.name) for each in fields(kind)))  # type: ignore[arg-type]
+    return [kind(*pick(row)) for row in found]
+
+
+def _having(
+    connection: sa.Connection,
+    kind: type[T],
+    column: sa.Column[Any],
+    values: Sequence[Any],
+    *,
+    sure: bool = False,
+) -> list[T]:
+    """Rows with one of these values in a column, by its index; `sure`: also looked for without it."""
+    table: Any = column.table
+    found = []
+    for chunk in rows.chunks(values):
+        found += _made(kind, table, rows.read(connection, table, column.in_(chunk)))
+    allowed = set(values)
+    if any(getattr(each, column.name) not in allowed for each in found):
+        raise rows.Damaged(f"an index of {table.name} that names another row")
+    if sure:
+        rows.refuse_hidden(connection, column, values, len(found))
+    return found
 
 
 def _set_pragmas(connection: Any, _record: Any) -> None:
     # Pragmas belong to a connection, not to the file: they are set on every connect.
     for pragma in ("journal_mode=WAL", "secure_delete=ON", "synchronous=FULL", "foreign_keys=ON"):
         connection.execute(f"PRAGMA {pragma}").close()
-
-
-def _chunks(values: Sequence[T]) -> Iterator[Sequence[T]]:
-    for start in range(0, len(values), _IN_CHUNK):
-        yield values[start : start + _IN_CHUNK]
-
-
-def _upsert(connection: sa.Connection, table: sa.Table, rows: Sequence[dict[str, Any]]) -> None:
-    if rows:
-        connection.execute(sa.insert(table).prefix_with("OR REPLACE"), rows)
-
-
-def _remove(connection: sa.Connection, column: sa.Column[Any], values: Sequence[Any]) -> None:
-    for chunk in _chunks(values):
-        connection.execute(sa.delete(column.table).where(column.in_(chunk)))
-
-
-def _apply(connection: sa.Connection, change: Change, seq: int) -> None:
-    _remove(connection, RECORDS.c.id_digest, [each.id_digest for each in change.removed])
-    _remove(connection, CHECKPOINTS.c.key, list(change.dropped))
-    _remove(connection, INDEXES.c.shard, change.unindexed)
-    _remove(connection, HEADS.c.shard, change.headless)
-    for shard, slice_ in change.emptied:
-        place = (SLICES.c.shard == shard, SLICES.c.slice == slice_)
-        connection.execute(sa.delete(SLICES).where(*place))
-    added = [{**asdict(row), "seq": seq} for row in change.added]
-    if added:
-        connection.execute(sa.insert(RECORDS), added)
-    for table, values in (
-        (TOMBSTONES, change.tombstones),
-        (SLICES, change.slices),
-        (INDEXES, change.indexes),
-        (HEADS, change.heads),
-        (CHECKPOINTS, change.checkpoints),
-    ):
-        _upsert(connection, table, [asdict(each) for each in values])
-    _upsert(connection, META, [{"key": k, "value": v} for k, v in change.meta.items()])
-    for request in change.requests:
-        known = sa.select(REQUESTS.c.seq).where(REQUESTS.c.request_id == request.request_id)
-        first = connection.execute(known).scalar()
-        row = {
-            "request_id": request.request_id,
-            "seq": seq if first is None else first,
-            "body": json.dumps(asdict(request), sort_keys=True),
-        }
-        _upsert(connection, REQUESTS, [row])
-    named = [{"request_id": request, "id_digest": record} for request, record in change.named]
-    _upsert(connection, NAMED, named)
-    _append_events(connection, change.events)
-
-
-def _append_events(connection: sa.Connection, events: Sequence[RequestEvent]) -> None:
-    last = sa.select(EVENTS.c.link).order_by(EVENTS.c.position.desc()).limit(1)
-    link = connection.execute(last).scalar() or ""
-    for event in events:
-        link = chained(link, event)
-        connection.execute(sa.insert(EVENTS), [{**asdict(event), "link": link}])

@@ -1,7 +1,9 @@
 """The ledger's tables.
 
 Rules: rows hold keyed digests, places, counts and digests of files; never an id, a subject or text. What
-a person writes about a request (reason, approver, external id) is kept as given.
+a person writes about a request (reason, approver, external id) is kept as given, and so are the paths of
+exports. The last column of every table is the checksum of the others; `counts` holds how many rows each
+table should have, those of `records` by place and kind, too (`rows.py`).
 
 Not covered: migrations: a ledger of another version is refused.
 """
@@ -25,10 +27,23 @@ def _integer(name: str, **options: Any) -> sa.Column[Any]:
     return sa.Column(name, sa.Integer, **options)
 
 
-META = sa.Table("meta", schema, _text("key", primary_key=True), _text("value", nullable=False))
-RECORDS = sa.Table(
+def _table(name: str, *parts: Any, **options: Any) -> sa.Table:
+    columns = [each for each in parts if isinstance(each, sa.Column)]
+    constraints = [each for each in parts if not isinstance(each, sa.Column)]
+    return sa.Table(name, schema, *columns, _integer("crc", nullable=False), *constraints, **options)
+
+
+COUNTS = _table(
+    "counts",
+    _text("name", primary_key=True),
+    _integer("shard", primary_key=True),  # or NO_PLACE; likewise the slice and the kind
+    _integer("slice", primary_key=True),
+    _text("kind", primary_key=True),
+    _integer("num_rows", nullable=False),
+)
+META = _table("meta", _text("key", primary_key=True), _text("value", nullable=False))
+RECORDS = _table(
     "records",
-    schema,
     _integer("shard", primary_key=True),
     _integer("slice", primary_key=True),
     _text("id_digest", primary_key=True),
@@ -43,9 +58,8 @@ RECORDS = sa.Table(
     sa.UniqueConstraint("shard", "vector_id"),
     sqlite_with_rowid=False,  # rows rest by place: a shard's lie side by side
 )
-TOMBSTONES = sa.Table(
+TOMBSTONES = _table(
     "tombstones",
-    schema,
     _text("id_digest", primary_key=True),
     _text("subject_digest", index=True),
     _text("text_digest", nullable=False, index=True),
@@ -55,9 +69,8 @@ TOMBSTONES = sa.Table(
     _text("deleted_at", nullable=False),
     _integer("checkpoints_erased", nullable=False),
 )
-SLICES = sa.Table(
+SLICES = _table(
     "slices",
-    schema,
     _integer("shard", primary_key=True),
     _integer("slice", primary_key=True),
     _text("root", nullable=False),
@@ -65,26 +78,23 @@ SLICES = sa.Table(
     _text("sha256", nullable=False),
     _integer("num_bytes", nullable=False),
 )
-INDEXES = sa.Table(
+INDEXES = _table(
     "indexes",
-    schema,
     _integer("shard", primary_key=True),
     _text("root", nullable=False),
     _integer("num_vectors", nullable=False),
     _text("sha256", nullable=False),
     _integer("num_bytes", nullable=False),
 )
-HEADS = sa.Table(
+HEADS = _table(
     "heads",
-    schema,
     _integer("shard", primary_key=True),
     _text("key"),
     _integer("depth", nullable=False),
     _text("target"),
 )
-CHECKPOINTS = sa.Table(
+CHECKPOINTS = _table(
     "checkpoints",
-    schema,
     _text("key", primary_key=True),
     _integer("shard", nullable=False, index=True),
     _integer("slice", nullable=False),
@@ -96,22 +106,32 @@ CHECKPOINTS = sa.Table(
     sa.Column("seconds", sa.Float, nullable=False),
     _integer("record_epochs", nullable=False),
 )
-REQUESTS = sa.Table(
+REQUESTS = _table(
     "requests",
-    schema,
     _text("request_id", primary_key=True),
     _integer("seq", nullable=False),
+    _integer("num_named", nullable=False),
     _text("body", nullable=False),
 )
-NAMED = sa.Table(
+NAMED = _table(
     "named",
-    schema,
     _text("request_id", primary_key=True),
     _text("id_digest", primary_key=True),
 )
-EVENTS = sa.Table(
+EXPORTS = _table(
+    "exports",
+    _text("path", primary_key=True),
+    _text("key", primary_key=True),
+    _integer("shard", nullable=False),
+    _integer("slice", nullable=False),
+    _integer("seq", nullable=False),
+    _text("adapter_sha256", nullable=False),
+    _text("made_at", nullable=False),
+    _text("state", nullable=False),
+    _text("request_id", nullable=False),
+)
+EVENTS = _table(
     "events",
-    schema,
     _integer("position", primary_key=True),
     _text("request_id", nullable=False),
     _text("state", nullable=False),

@@ -154,7 +154,7 @@ class Watched:
         for each in given:
             if isinstance(each, SliceFile | IndexFile):
                 return each.shard
-            if isinstance(each, int):
+            if isinstance(each, int) and not isinstance(each, bool):
                 return each
             if isinstance(each, str) and each in self._shards:
                 return self._shards[each]

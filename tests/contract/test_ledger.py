@@ -14,6 +14,7 @@ import sqlite3
 import stat
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sisa.domain import (
+    Export,
     Head,
     HeldCheckpoint,
     IndexFile,
@@ -34,9 +36,11 @@ from sisa.domain import (
 )
 from sisa.errors import Busy, IntegrityError, SisaError
 from sisa.ports import Change, Ledger
+from sisa.store import changes as changes_module
 from sisa.store import ledger as ledger_module
+from sisa.store import rows as rows_module
 from sisa.store.ledger import SqlLedger
-from sisa.store.schema import SCHEMA_VERSION
+from sisa.store.schema import SCHEMA_VERSION, schema
 from tests.fakes import FakeLedger
 
 T = TypeVar("T")
@@ -49,6 +53,7 @@ def named(sort: str, number: int) -> str:
 
 
 def row(number: int, subject: int | None = None) -> RecordRow:
+    """Record n rests in shard n % 3, and its subject, if it has one, has no record elsewhere."""
     who = None if subject is None else named("subject", subject)
     vector_id = int(named("record id", number)[:15], 16)
     digests = named("record id", number), who, named("content", number), named("text", number % 4)
@@ -69,9 +74,11 @@ def some(values: st.SearchStrategy[T], key: Callable[[T], Any]) -> st.SearchStra
 
 
 numbers, shards = st.sampled_from(NUMBERS), st.sampled_from(SHARDS)
-subjects = st.none() | st.integers(0, 1)
 sizes = st.integers(1, 2**40)
 digests = st.builds(named, st.just("bytes"), st.integers(0, 9))
+records_of_subjects = st.builds(
+    lambda number, alone: row(number, None if alone else number % 3), numbers, st.booleans()
+)
 places = st.tuples(shards, st.integers(0, 1))
 requests = st.builds(
     lambda number, records, state, shards, seconds: Request(
@@ -105,11 +112,21 @@ checkpoints = st.builds(
     sizes,
 )
 heads = st.builds(Head, shards, st.none() | digests, shards, st.none() | digests)
+exports = st.builds(
+    lambda number, shard, state: Export(
+        f"/out {number}", shard, number % 2, number, named("job", number % 2), "a", "2026", state, "r"
+    ),
+    numbers,
+    shards,
+    st.sampled_from(["clean", "tainted", "erasing"]),
+)
 changes = st.builds(
     Change,
-    added=some(st.builds(row, numbers, subjects), lambda each: each.id_digest),
+    added=some(records_of_subjects, lambda each: each.id_digest),
     removed=some(st.builds(row, numbers), lambda each: each.id_digest),
-    tombstones=some(st.builds(tombstone, numbers, subjects), lambda each: each.id_digest),
+    tombstones=some(
+        st.builds(tombstone, numbers, st.none() | st.sampled_from(SHARDS)), lambda each: each.id_digest
+    ),
     slices=some(
         st.builds(SliceFile, shards, st.integers(0, 1), digests, sizes, digests, sizes),
         lambda each: (each.shard, each.slice),
@@ -124,6 +141,8 @@ changes = st.builds(
     requests=some(requests, lambda each: each.request_id),
     named=some(st.tuples(st.sampled_from(["r0", "r1"]), numbers.map(str)), lambda each: each),
     events=st.lists(events, max_size=2),
+    exports=some(exports, lambda each: each.name),
+    unexported=some(exports.map(lambda each: each.name), lambda each: each),
     meta=st.dictionaries(st.sampled_from(["config", "base"]), st.text("ab'\";-- ", max_size=5)),
 )
 
@@ -137,7 +156,7 @@ def answers(ledger: Ledger) -> dict[str, Any]:
         "seq": ledger.seq(),
         "meta": ledger.meta(),
         "lookup": ledger.lookup([*ids, named("record id", 999)]),
-        "by_subject": [ledger.by_subject(named("subject", each)) for each in range(3)],
+        "by_subject": [ledger.by_subject(named("subject", each), each) for each in SHARDS],
         "by_vector": [ledger.by_vector(shard, vectors) for shard in SHARDS],
         "no vectors": ledger.by_vector(0, []),
         "rows": [ledger.rows(shard, slice_) for shard in SHARDS for slice_ in (None, 0, 1)],
@@ -149,9 +168,12 @@ def answers(ledger: Ledger) -> dict[str, Any]:
         "checkpoints": [ledger.checkpoints(shard) for shard in each_shard],
         "requests": ledger.requests(),
         "events": ledger.events(),
+        "exports": ledger.exports(),
         "named_by": [ledger.named_by(each) for each in ("r0", "r1", "r2")],
         "by_text": ledger.by_text({named("text", 0), named("text", 3), "none"}),
+        "surely by_text": ledger.by_text({named("text", 0), named("text", 3), "none"}, sure=True),
         "num_tombstones": ledger.num_tombstones(),
+        "lost": ledger.lost(),
     }
 
 
@@ -290,14 +312,11 @@ def test_a_change_that_dies_halfway_changes_nothing(
 ) -> None:
     sql.commit(Change(added=[row(0)]))
     before = answers(sql)
-    real = ledger_module._upsert
 
-    def dies(connection: sa.Connection, table: sa.Table, rows: Any) -> None:
-        if table.name == "meta":
-            raise KeyboardInterrupt
-        real(connection, table, rows)
+    def dies(*_: Any) -> None:
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(ledger_module, "_upsert", dies)
+    monkeypatch.setattr(changes_module, "_append_events", dies)
     with pytest.raises(KeyboardInterrupt):
         sql.commit(Change(removed=[row(0)], heads=[Head(0, None, 0, None)]))
     monkeypatch.undo()
@@ -306,7 +325,7 @@ def test_a_change_that_dies_halfway_changes_nothing(
 
 def test_reopening_gives_the_same_answers(path: Path) -> None:
     with opened(path, create=True) as ledger:
-        ledger.commit(Change(added=[row(1), row(2, subject=1)], meta={"config": "x"}))
+        ledger.commit(Change(added=[row(1), row(2, subject=2)], meta={"config": "x"}))
         before = answers(ledger)
     with opened(path) as again:
         assert answers(again) == before
@@ -476,3 +495,166 @@ def test_only_the_owner_may_read_the_ledger(sql: SqlLedger, path: Path) -> None:
     sql.commit(Change(added=[row(1)]))
     for each in path.parent.glob(path.name + "*"):
         assert stat.S_IMODE(os.stat(each).st_mode) == 0o600, each.name
+
+
+# --- rows that are not the ones that were written, and rows that are lost
+
+
+def full(ledger: Ledger) -> None:
+    """A row in every table."""
+    ledger.commit(
+        Change(
+            added=[row(1, 1), row(4, 1), row(2)],
+            tombstones=[tombstone(0, 1), tombstone(5)],
+            slices=[SliceFile(1, 1, "r", 1, "s", 1), SliceFile(2, 0, "r", 2, "s", 1)],
+            indexes=[IndexFile(1, "r", 1, "s", 1)],
+            heads=[Head(1, "k", 1, "k"), Head(2, None, 0, "k")],
+            checkpoints=[HeldCheckpoint(named("job", 1), 1, 1, 1, "f", "m", "a", 5, 1, 5)],
+            requests=[Request("r0", "2026", "2027", 2)],
+            named=[("r0", named("record id", 1)), ("r0", named("record id", 5))],
+            events=[RequestEvent("r0", "received", "2026"), RequestEvent("r0", "approved", "2026")],
+            exports=[Export("/out", 1, 1, 1, "k", "a", "2026"), Export("/x", 2, 0, 1, "k", "a", "2026")],
+            meta={"config": "x"},
+        )
+    )
+
+
+TABLES = [table.name for table in rows_module.COUNTED]
+COLUMNS = [(table.name, column.name) for table in schema.sorted_tables for column in table.columns]
+
+
+def execute(path: Path, *statement: Any) -> None:
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute(*statement)
+        connection.commit()
+
+
+def replies(ledger: Ledger) -> dict[str, Any]:
+    """Every question asked alone: its answer, or None where it is refused as damaged."""
+    asked: dict[str, Callable[[], Any]] = {
+        "seq": ledger.seq,
+        "meta": ledger.meta,
+        "kinds": ledger.kinds,
+        "counts": ledger.counts,
+        "heads": ledger.heads,
+        "requests": ledger.requests,
+        "events": ledger.events,
+        "exports": ledger.exports,
+        "named_by": lambda: ledger.named_by("r0"),
+        "num_tombstones": ledger.num_tombstones,
+    }
+    for shard in SHARDS:
+        for name in ("slices", "indexes", "checkpoints", "rows"):
+            asked[f"{name} {shard}"] = partial(getattr(ledger, name), shard)
+        vectors = [row(number).vector_id for number in NUMBERS if number % 3 == shard]
+        asked[f"by_vector {shard}"] = partial(ledger.by_vector, shard, vectors)
+    for number in (*NUMBERS, 99):
+        asked[f"lookup {number}"] = partial(ledger.lookup, [named("record id", number)])
+        who, texts = named("subject", number), {named("text", number)}
+        asked[f"subject {number}"] = partial(ledger.by_subject, who, number % 3)
+        asked[f"text {number}"] = partial(ledger.by_text, texts, sure=True)
+    found: dict[str, Any] = {}
+    for name, question in asked.items():
+        try:
+            found[name] = question()
+        except IntegrityError:
+            found[name] = None
+    return found
+
+
+@pytest.mark.parametrize(("table", "column"), COLUMNS)
+@pytest.mark.parametrize("value", ["y", 7])
+def test_a_changed_value_is_refused_or_does_not_matter(
+    path: Path, table: str, column: str, value: Any
+) -> None:
+    with opened(path, create=True) as ledger:
+        full(ledger)
+        before = replies(ledger)
+    assert None not in before.values()
+    one = f"SELECT {column} FROM {table} LIMIT 1"  # noqa: S608
+    change = f"UPDATE OR REPLACE {table} SET {column} = ? WHERE {column} IS ({one})"  # noqa: S608
+    try:
+        execute(path, change, (value,))
+    except sqlite3.IntegrityError:
+        pytest.skip("SQLite itself refuses such a value")
+    with opened(path) as ledger:
+        after = replies(ledger)
+        assert {name: each for name, each in after.items() if each not in (None, before[name])} == {}
+        if table != "counts" or column == "num_rows":
+            assert None in after.values()
+
+
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("which", ["= (SELECT min(crc)", "= (SELECT max(crc)", "IN (SELECT crc"])
+def test_a_lost_row_is_missed(path: Path, table: str, which: str) -> None:
+    with opened(path, create=True) as ledger:
+        full(ledger)
+        before = replies(ledger)
+    execute(path, f"DELETE FROM {table} WHERE crc {which} FROM {table})")  # noqa: S608
+    with opened(path) as ledger:
+        after = replies(ledger)
+        assert {name: each for name, each in after.items() if each not in (None, before[name])} == {}
+        assert None in after.values()
+        assert ledger.lost() == [table]
+
+
+@pytest.mark.parametrize("sort", ["record id", "text", "subject"])
+def test_a_flipped_bit_in_a_row_or_an_index_is_refused(path: Path, sort: str) -> None:
+    """SQLite itself notices neither: a row that its index does not name is as good as gone."""
+    with opened(path, create=True) as ledger:
+        full(ledger)
+        before = replies(ledger)
+        ledger.scrub()
+    whole, refused, places = path.read_bytes(), 0, 0
+    for number in NUMBERS:
+        digest = named(sort, number).encode()
+        found = [at for at in range(len(whole)) if whole.startswith(digest, at)]
+        places += len(found)
+        for at in found:
+            path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+            with opened(path) as ledger:
+                after = replies(ledger)
+            assert {k: each for k, each in after.items() if each not in (None, before[k])} == {}
+            refused += None in after.values()
+    assert refused > places // 2 > 1
+
+
+def test_a_loss_is_not_mended_by_a_commit(path: Path) -> None:
+    with opened(path, create=True) as ledger:
+        full(ledger)
+    execute(path, "DELETE FROM named WHERE crc = (SELECT min(crc) FROM named)")
+    execute(path, "DELETE FROM tombstones WHERE id_digest = ?", (named("record id", 5),))
+    with opened(path) as ledger:
+        ledger.commit(Change(tombstones=[tombstone(3)], removed=[row(1)]))
+        with contextlib.suppress(IntegrityError):
+            ledger.commit(Change(named=[("r0", named("record id", 1)), ("r0", named("record id", 5))]))
+        assert ledger.lost() == ["named", "tombstones"]
+        for question in (lambda: ledger.named_by("r0"), lambda: ledger.lookup([named("record id", 5)])):
+            with pytest.raises(IntegrityError, match="damaged"):
+                question()
+
+
+def test_what_is_removed_is_checked_first(path: Path) -> None:
+    with opened(path, create=True) as ledger:
+        full(ledger)
+    execute(path, "UPDATE records SET num_tokens = 99")
+    with opened(path) as ledger, pytest.raises(IntegrityError, match="damaged"):
+        ledger.commit(Change(removed=[row(1)]))
+
+
+def test_a_reader_sees_one_state_while_another_process_writes(path: Path) -> None:
+    """Rows and their number are read apart: between them somebody may commit."""
+    with opened(path, create=True) as ledger, opened(path) as reader:
+        read = rows_module.read
+
+        def slow(connection: Any, table: sa.Table, *where: Any, **options: Any) -> Any:
+            found = read(connection, table, *where, **options)
+            if table.name == "heads":
+                with pytest.MonkeyPatch.context() as undone:
+                    undone.setattr(rows_module, "read", read)
+                    ledger.commit(Change(heads=[Head(len(found), None, 0, None)]))
+            return found
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(rows_module, "read", slow)
+            assert [len(reader.heads()) for _ in range(3)] == [0, 1, 2]

@@ -70,6 +70,16 @@ LOST = [
     ("UPDATE checkpoints SET record_epochs = 'x'", ("forget", "-m", "model", "p005-q1", "--dry-run")),
     ("UPDATE slices SET num_records = 'x'", ("status", "-m", "model")),
     ("UPDATE records SET slice = 'x'", ("where", "-m", "model", "p005-q1")),
+    ("UPDATE records SET id_digest = 'x' || id_digest", ("where", "-m", "model", "p005-q1")),
+    ("UPDATE records SET subject_digest = 'x'", ("find", "-m", "model", "--subject", "p002")),
+    ("DELETE FROM tombstones", ("where", "-m", "model", "p001-q1")),
+    ("DELETE FROM tombstones", ("add", "-m", "model", "people.jsonl", "--executor", "serial")),
+    ("DELETE FROM requests", ("request show", "-m", "model", "no-such")),
+    ("DELETE FROM requests", ("forget", "-m", "model", "p005-q1", "--executor", "serial")),
+    ("DELETE FROM named", ("forget", "-m", "model", "p005-q1", "--executor", "serial")),
+    ("DELETE FROM events WHERE position = 3", ("request list", "-m", "model")),
+    ("DELETE FROM meta WHERE key = 'seq'", ("status", "-m", "model")),
+    ("DELETE FROM meta WHERE key = 'config'", ("status", "-m", "model")),
 ]
 
 

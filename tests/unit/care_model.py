@@ -31,6 +31,7 @@ from sisa.run import train
 from sisa.runfile import parse_run_file
 from sisa.serial import SerialExecutor, Site
 from sisa.store.checkpoints import FileCheckpoints
+from sisa.store.exports import DirectoryExports
 from sisa.store.index import FaissIndex
 from sisa.store.ledger import SqlLedger
 from sisa.store.records import FileRecords
@@ -68,6 +69,7 @@ def world_of(directory: Path, *, create: RunConfig | None = None, numerics: str 
         checkpoints=FileCheckpoints(directory / opening.CHECKPOINTS, keyring),
         index=FaissIndex(directory / opening.INDEX, embedder.dimension, keyring),
         keyring=keyring,
+        exports=DirectoryExports(),
         embed=embedder.embed,
         count_tokens=lambda some: [1 for _ in some],
         executor_for=lambda store: SerialExecutor(FakeTrainer(), records, store),

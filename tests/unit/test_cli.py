@@ -28,6 +28,7 @@ from sisa.run import train
 from sisa.runfile import parse_run_file
 from sisa.serial import SerialExecutor
 from sisa.store.checkpoints import FileCheckpoints
+from sisa.store.exports import DirectoryExports
 from sisa.store.files import writer_lock
 from sisa.store.index import FaissIndex
 from sisa.store.keyring import PLAIN
@@ -73,6 +74,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
         checkpoints=FileCheckpoints(directory / opening.CHECKPOINTS),
         index=FaissIndex(directory / opening.INDEX, embedder.dimension),
         keyring=PLAIN,
+        exports=DirectoryExports(),
         embed=embedder.embed,
         count_tokens=lambda some: [1 for _ in some],
         executor_for=lambda store: SerialExecutor(FakeTrainer(), records, store),

@@ -353,7 +353,7 @@ def test_a_gap_that_was_trained_in_another_environment_is_told(model: Path) -> N
 def test_a_left_over_log_is_told_and_emptied(model: Path, healthy: Path) -> None:
     code = (
         "import os, sqlite3, sys\nc = sqlite3.connect(sys.argv[1])\n"
-        "c.execute('PRAGMA journal_mode=WAL')\nc.execute(\"INSERT INTO meta VALUES ('a', 'b')\")\n"
+        "c.execute('PRAGMA journal_mode=WAL')\nc.execute(\"INSERT INTO meta VALUES ('a', 'b', 0)\")\n"
         "c.execute(\"DELETE FROM meta WHERE key = 'a'\")\nc.commit()\nos._exit(9)"
     )
     subprocess.run([sys.executable, "-c", code, str(model / opening.LEDGER)], check=False)
@@ -376,7 +376,23 @@ def tamper_slice(model: Path) -> None:
 
 
 def change_row(model: Path) -> None:
+    """As if the ledger had been told another content; its checksum fits."""
+    with world_of(model) as world:
+        rows = world.ledger.rows(0)
+    changed = [replace(row, record_digest="x") for row in rows[::2]]
+    commit(model, Change(removed=rows[::2], added=changed))
+
+
+def spoil_row(model: Path) -> None:
     execute(model, "UPDATE records SET record_digest = 'x' WHERE vector_id % 2 = 0")
+
+
+def lose_tombstone(model: Path) -> None:
+    execute(model, "DELETE FROM tombstones")
+
+
+def lose_event(model: Path) -> None:
+    execute(model, "DELETE FROM events WHERE position = 2")
 
 
 def lose_key(model: Path) -> None:
@@ -418,6 +434,9 @@ LOST: list[tuple[Defect, str]] = [
     (change_key, "key"),
     (lose_ledger, "ledger_missing"),
     (damage_ledger, "ledger_damaged"),
+    (spoil_row, "ledger_damaged"),
+    (lose_tombstone, "ledger_damaged"),
+    (lose_event, "ledger_damaged"),
     (no_ledger_at_all, "ledger_damaged"),
     (other_schema, "ledger_schema"),
     (empty_ledger, "ledger_empty"),

@@ -348,7 +348,8 @@ def with_copies(fake: FakeModel) -> FakeModel:
 def test_copies_are_counted_and_kept(with_copies: FakeModel) -> None:
     request = asked(with_copies, 3)
     assert (request.num_records, request.num_copies, request.copies_included) == (1, 2, False)
-    found = query.ids_of(with_copies.world, lifecycle.copies(with_copies.world, rows(with_copies, 3)))
+    same = lifecycle.copies(with_copies.world, rows(with_copies, 3), sure=True)
+    found = query.ids_of(with_copies.world, same)
     assert found == ["copy-1", "copy-2"]
     (done,) = run_all(with_copies)
     assert (done.num_records, done.num_copies) == (1, 2)

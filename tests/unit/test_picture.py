@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from cluster.picture import Mark, cell_marks, draw_layout
-from sisa.api import Status
 from sisa.errors import InvalidInput
+from sisa.outcome import Status
 from sisa.query import ShardStatus
 
 

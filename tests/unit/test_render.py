@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from cluster import render
 from cluster.quickstart import Start, Story
 from cluster.render import Result, printable
-from sisa.api import ForgetOutcome, ForgetPlan, Status
 from sisa.ask import Answer
 from sisa.deletion import Forgetting, plan_forget
 from sisa.domain import RecordRow, Request, Tombstone
 from sisa.errors import Problem
+from sisa.outcome import ForgetOutcome, ForgetPlan, Status
 from sisa.query import Found, Location, ShardStatus, Touch
 from sisa.run import Taken, train
 from sisa.verify import ShardProof, Verification
@@ -153,7 +153,7 @@ def test_a_dry_run() -> None:
     assert found["record_epochs_retrained"] == sum(plan.record_epochs for plan in planned.plans) > 0
     assert found["record_epochs_full"] >= found["record_epochs_retrained"]
     assert found["would_erase"] == {
-        "checkpoints": len(planned.tainted), "slice_files": 2, "index_rows": 2
+        "checkpoints": len(planned.tainted), "slice_files": 2, "index_rows": 2, "exports": 0
     }  # fmt: skip
     assert [each["slices_retrained"] for each in found["shards"]] == [
         len(plan.train) for plan in planned.plans

@@ -29,6 +29,7 @@ from sisa.run import train
 from sisa.runfile import parse_run_file
 from sisa.serial import SerialExecutor, Site
 from sisa.store.checkpoints import FileCheckpoints
+from sisa.store.exports import DirectoryExports
 from sisa.store.files import writer_lock
 from sisa.store.index import FaissIndex
 from sisa.store.keyring import PLAIN
@@ -47,7 +48,14 @@ NUM_RECORDS = 20
 WHOLE_LIFE = ["received", "approved", "committed", "rolled_back", "erased", "retrained", "completed"]
 REQUEST_KEYS = {"request_id", "external_id", "state", "regime", "due", "days_left", "num_records"}
 REQUEST_KEYS |= {"created_at", "reason", "approver", "extension", "num_copies", "copies_included"}
-REQUEST_KEYS |= {"committed_at", "shards", "record_epochs_retrained", "record_epochs_full", "cause"}
+REQUEST_KEYS |= {
+    "committed_at",
+    "shards",
+    "record_epochs_retrained",
+    "record_epochs_full",
+    "cause",
+    "exports_erased",
+}
 REQUEST_KEYS |= {"seconds", "model_digest_before", "model_digest_after"}
 
 
@@ -81,6 +89,7 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
         checkpoints=FileCheckpoints(directory / opening.CHECKPOINTS),
         index=FaissIndex(directory / opening.INDEX, embedder.dimension),
         keyring=PLAIN,
+        exports=DirectoryExports(),
         embed=embedder.embed,
         count_tokens=lambda some: [1 for _ in some],
         executor_for=lambda store: SerialExecutor(FakeTrainer(), records, store),

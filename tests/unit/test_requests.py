@@ -21,6 +21,7 @@ from sisa.requests import (
     UNDER_WAY,
     add_months,
     chained,
+    contradicted,
     days_left,
     due_date,
     event,
@@ -246,3 +247,21 @@ def test_leaving_out_or_swapping_events_shows(history: list[RequestEvent]) -> No
 def test_a_link_covers_all_but_itself(found: RequestEvent, link: str, other: str) -> None:
     assert chained(link, found) == chained(link, replace(found, link=other))
     assert (chained(link, found) == chained(other, found)) == (link == other)
+
+
+def test_events_must_be_one_chain_that_leads_to_the_states() -> None:
+    one, other = request(), replace(request(), request_id="req-2")
+    approved, link = moved(one, "approved", "dpo"), ""
+    events: list[RequestEvent] = []
+    for each in (one, other, approved):
+        found = event(each, "2026-01-02T00:00:00+00:00")
+        link = chained(link, found)
+        events.append(replace(found, link=link))
+    assert not contradicted([], [])
+    assert not contradicted([approved, other], events)
+    assert contradicted([one, other], events)
+    assert contradicted([approved], events)
+    for at in range(3):
+        assert contradicted([approved, other], events[:at] + events[at + 1 :])
+    assert contradicted([approved, other], [*events[:2], replace(events[2], note="x")])
+    assert contradicted([approved, other], [events[1], events[0], events[2]])

@@ -1,0 +1,56 @@
+"""What a model says of itself and of a deletion, as plain values.
+
+Rules: nothing here computes; a field that was added later has a default.
+
+Not covered: requests (`domain.py`), locations and candidates (`query.py`), how all of them read
+(`cluster/render.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sisa import query
+from sisa.deletion import Forgetting
+from sisa.domain import Request, Tombstone
+from sisa.witness import Standing
+
+
+@dataclass(frozen=True)
+class Status:
+    """A model at a glance; sizes in bytes."""
+
+    directory: str
+    records: int
+    deleted_records: int
+    model_digest: str
+    base_model: str
+    base_digest: str
+    embedder: str
+    schedule: str
+    shards: tuple[query.ShardStatus, ...]
+    requests: tuple[Request, ...]
+    sizes_bytes: dict[str, int]
+    witness: tuple[str, Standing] = ("", "absent")  # where it rests, and how it stands to the ledger
+    exports: tuple[query.ExportStatus, ...] = ()
+
+
+@dataclass(frozen=True)
+class ForgetPlan:
+    """What a deletion would do; `estimated_seconds` is of one worker, None before any measurement."""
+
+    forgetting: Forgetting
+    estimated_seconds: float | None
+    slice_files_rewritten: int
+    slice_files_erased: int
+    index_rows_erased: int
+
+
+@dataclass(frozen=True)
+class ForgetOutcome:
+    """What a deletion did; `request` is None when every named record was deleted already."""
+
+    request: Request | None
+    already_deleted: tuple[Tombstone, ...]
+    model_digest: str
+    exports_missing: tuple[str, ...] = ()  # stale, and not where they were written

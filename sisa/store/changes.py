@@ -1,0 +1,103 @@
+"""A `Change` as rows: what one transaction of the ledger removes, replaces and adds.
+
+Rules: removals come before additions, so that a row can move in one change. Added records get the
+transaction's number. Events are chained to the last one. A request keeps the place of its first coming,
+and the number of records that it names.
+
+Not covered: the transaction itself (`ledger.py`), checksums and numbers of rows (`rows.py`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import sqlalchemy as sa
+
+from sisa.domain import Request, RequestEvent
+from sisa.ports import Change
+from sisa.requests import chained
+from sisa.store.rows import Writing, read, refuse_loss
+from sisa.store.schema import (
+    CHECKPOINTS,
+    EVENTS,
+    EXPORTS,
+    HEADS,
+    INDEXES,
+    META,
+    NAMED,
+    RECORDS,
+    REQUESTS,
+    SLICES,
+    TOMBSTONES,
+)
+
+SEQ = "seq"
+
+
+def apply(connection: sa.Connection, change: Change) -> int:
+    """Write a change and the number of its transaction, which is returned. Raises rows.Damaged."""
+    before = read(connection, META, META.c.key == SEQ)
+    seq = int(before[0][1]) + 1 if before else 1
+    writing = Writing(connection)
+    _remove(writing, change)
+    writing.insert(RECORDS, [{**asdict(row), "seq": seq} for row in change.added])
+    for table, values in (
+        (TOMBSTONES, change.tombstones),
+        (SLICES, change.slices),
+        (INDEXES, change.indexes),
+        (HEADS, change.heads),
+        (CHECKPOINTS, change.checkpoints),
+        (EXPORTS, change.exports),
+    ):
+        writing.put(table, [asdict(each) for each in values])
+    meta = {**change.meta, SEQ: str(seq)}
+    writing.put(META, [{"key": key, "value": value} for key, value in meta.items()])
+    _put_requests(writing, change, seq)
+    _append_events(writing, change.events)
+    writing.end()
+    return seq
+
+
+def _remove(writing: Writing, change: Change) -> None:
+    writing.remove_all(RECORDS.c.id_digest, [each.id_digest for each in change.removed])
+    writing.remove_all(CHECKPOINTS.c.key, list(change.dropped))
+    writing.remove_all(INDEXES.c.shard, change.unindexed)
+    writing.remove_all(HEADS.c.shard, change.headless)
+    for path, key in change.unexported:
+        writing.remove(EXPORTS, EXPORTS.c.path == path, EXPORTS.c.key == key)
+    for shard, slice_ in change.emptied:
+        writing.remove(SLICES, SLICES.c.shard == shard, SLICES.c.slice == slice_)
+
+
+def _put_requests(writing: Writing, change: Change, seq: int) -> None:
+    arriving: dict[str, list[str]] = {}
+    for request_id, record in change.named:
+        arriving.setdefault(request_id, []).append(record)
+    requests: dict[str, Request | None] = dict.fromkeys(arriving)
+    requests |= {request.request_id: request for request in change.requests}
+    for request_id, request in requests.items():
+        known = read(writing.connection, REQUESTS, REQUESTS.c.request_id == request_id)
+        named = {row[1] for row in read(writing.connection, NAMED, NAMED.c.request_id == request_id)}
+        _, first, num_named, body, _ = known[0] if known else (request_id, seq, len(named), "", 0)
+        refuse_loss(NAMED, num_named, len(named))
+        named |= set(arriving.get(request_id, ()))
+        rows = [{"request_id": request_id, "id_digest": each} for each in arriving.get(request_id, ())]
+        writing.put(NAMED, rows)
+        if request is not None:
+            body = json.dumps(asdict(request), sort_keys=True)
+        if body:
+            row = {"request_id": request_id, SEQ: first, "num_named": len(named), "body": body}
+            writing.put(REQUESTS, [row])
+
+
+def _append_events(writing: Writing, events: Sequence[RequestEvent]) -> None:
+    latest = sa.select(sa.func.max(EVENTS.c.position)).scalar_subquery()
+    last = read(writing.connection, EVENTS, EVENTS.c.position == latest)
+    position, link = (last[0][0], last[0][-2]) if last else (0, "")
+    rows = []
+    for event in events:
+        position, link = position + 1, chained(link, event)
+        rows.append({**asdict(event), "position": position, "link": link})
+    writing.insert(EVENTS, rows)

@@ -1,0 +1,100 @@
+"""Exports at rest: a directory of two files, anywhere that the caller said.
+
+Rules: a path comes out of the ledger and is not trusted: it is walked from the root, part by part,
+without following a link, and nothing is removed but two regular files of known names, the adapter only
+while its bytes are the recorded ones, and then the directory if that is all there was. A checkpoint's
+directory is no export. What is gone or was changed is somebody else's and left alone.
+
+Not covered: other copies and other names (hard links) of the same file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from sisa.domain import Export
+from sisa.ports import Standing
+from sisa.store import files
+from sisa.store.checkpoints import ADAPTER, MANIFEST
+
+CONFIG = "adapter_config.json"
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)  # a link is no directory here, either
+
+
+class DirectoryExports:
+    """An ExportStore of directories."""
+
+    def write(self, path: str, content: Mapping[str, bytes]) -> None:
+        files.write_directory(Path(path), dict(content))
+
+    def state(self, export: Export) -> Standing:
+        with files.disk_errors(Path(export.path)), _opened(export.path) as found:
+            return "gone" if found is None else _standing(found[1], export)
+
+    def erase(self, export: Export) -> bool:
+        with files.disk_errors(Path(export.path)), _opened(export.path) as found:
+            if found is None:
+                return export.state == "erasing"
+            parent, folder = found
+            standing = _standing(folder, export)
+            if standing == "held":
+                os.unlink(ADAPTER, dir_fd=folder)
+            elif standing == "changed" or export.state != "erasing":
+                return False
+            if _is_regular(folder, CONFIG):
+                os.unlink(CONFIG, dir_fd=folder)
+            os.fsync(folder)
+            if not os.listdir(folder):
+                os.rmdir(os.path.basename(export.path), dir_fd=parent)
+                os.fsync(parent)
+            return True
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[tuple[int, int] | None]:
+    """Handles of a directory's parent and of itself; None where no directory is there without a link."""
+    parts = path.split("/")[1:]
+    if not path.startswith("/") or not parts or {"", ".", ".."} & set(parts) or "\0" in path:
+        yield None
+        return
+    with contextlib.ExitStack() as stack:
+        try:
+            handles = [os.open("/", _DIRECTORY)]
+            stack.callback(os.close, handles[0])
+            for part in parts:
+                handles.append(os.open(part, _DIRECTORY, dir_fd=handles[-1]))
+                stack.callback(os.close, handles[-1])
+        except OSError as error:
+            if error.errno not in _ABSENT:
+                raise
+            yield None
+            return
+        yield handles[-2], handles[-1]
+
+
+def _is_regular(folder: int, name: str) -> bool:
+    try:
+        return stat.S_ISREG(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode)
+    except FileNotFoundError:
+        return False
+
+
+def _standing(folder: int, export: Export) -> Standing:
+    names = set(os.listdir(folder))
+    if MANIFEST in names:
+        return "changed"
+    if ADAPTER not in names:
+        return "gone"
+    if not _is_regular(folder, ADAPTER):
+        return "changed"
+    with open(os.open(ADAPTER, _FILE, dir_fd=folder), "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    return "held" if found == export.adapter_sha256 else "changed"
