@@ -237,10 +237,15 @@ def test_a_copy_from_before_a_deletion_can_not_be_opened(sealed: Tiny, plain: Ti
     assert all(lost.values())
     assert not any(lost[room] & keys(sealed)[room] for room in ROOMS)
 
-    proof = copy.open().verify()
-    assert not proof.ok
-    damaged = {each.where.partition("/")[2] for each in proof.findings}
-    assert damaged == frozenset().union(*lost.values())
+    for path in copy.directory.glob("*/**/*"):
+        if path.is_file():
+            room, own, *part = path.relative_to(copy.directory).parts
+            place = (room, own, part[0] if part else "")
+            if own in lost[room]:
+                with pytest.raises(IntegrityError, match="key is missing from the keyring"):
+                    keyring_of(sealed).unseal(*place, path.read_bytes())
+            else:
+                assert keyring_of(sealed).unseal(*place, path.read_bytes())
     with pytest.raises(IntegrityError, match="key is missing from the keyring"):
         copy.open().find(text="Where?")
     assert sweep_model(model, also=[copy.directory], ids=ids_of(GONE), texts=traces(GONE)).clean
