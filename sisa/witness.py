@@ -24,6 +24,7 @@ from typing import Literal
 
 from sisa.deletion import Arrival, commit_removed
 from sisa.domain import RecordRow, Request, Testimony, Tombstone
+from sisa.errors import IntegrityError
 from sisa.ports import Change, Notice
 from sisa.reconcile import erase_unknown, refuse_contradictions
 from sisa.requests import due_date, event
@@ -79,12 +80,26 @@ def replay(world: World) -> None:
     if live:
         named, arrivals = _requests(world, told, live)
         requests = [each.request for each in arrivals]
-        commit_removed(world, requests, named, _arriving(arrivals, absent), held_too=True)
+        try:
+            commit_removed(world, requests, named, _arriving(arrivals, absent), held_too=True)
+        except IntegrityError as error:
+            raise _too_old(error) from error
     elif absent:
         commit(world, Change(tombstones=absent))
     world.witness.append(world.ledger.event_head(), (), ())
     if live:
         erase_unknown(world)
+
+
+def _too_old(error: IntegrityError) -> IntegrityError:
+    """Of an encrypted model: the keys of the slices that the deletion rewrote are destroyed."""
+    return IntegrityError(
+        "a backup was restored, and what was deleted since can't be deleted again",
+        where=error.where,
+        got=error.what,
+        next_step="restore a backup that was made after the last deletion: of an encrypted model an "
+        "older one can't be read where records were deleted, for its keys are destroyed",
+    )
 
 
 def _announce(world: World, told: Testimony, num_live: int) -> None:
