@@ -28,7 +28,7 @@ from sisa.errors import IntegrityError
 from sisa.ports import Change, Notice
 from sisa.reconcile import erase_unknown, refuse_contradictions
 from sisa.requests import due_date, event
-from sisa.world import World, commit
+from sisa.world import World
 
 Standing = Literal["absent", "ahead of the ledger", "to be caught up", "current"]
 REPLAYED = "replayed from the witness"
@@ -74,20 +74,22 @@ def replay(world: World) -> None:
     refuse_contradictions(world)  # a damaged ledger is no older one
     told = world.witness.read()
     found = world.ledger.lookup(told.tombstones)
+    again = [each for key, each in told.tombstones.items() if not isinstance(found.get(key), Tombstone)]
     live = [each for each in found.values() if isinstance(each, RecordRow)]
-    absent = [each for key, each in told.tombstones.items() if key not in found]
     _announce(world, told, len(live))
-    if live:
-        named, arrivals = _requests(world, told, live)
+    if again:
+        named: dict[str, list[RecordRow]] = {each.request_id: [] for each in again}
+        for row in live:
+            named[told.tombstones[row.id_digest].request_id].append(row)
+        arrivals = _arrivals(world, again)
+        absent = [each for each in again if each.id_digest not in found]
         requests = [each.request for each in arrivals]
         try:
             commit_removed(world, requests, named, _arriving(arrivals, absent), held_too=True)
         except IntegrityError as error:
             raise _too_old(error) from error
-    elif absent:
-        commit(world, Change(tombstones=absent))
     world.witness.append(world.ledger.event_head(), (), ())
-    if live:
+    if again:
         erase_unknown(world)
 
 
@@ -110,25 +112,23 @@ def _announce(world: World, told: Testimony, num_live: int) -> None:
     world.report(Notice(text))
 
 
-def _requests(
-    world: World, told: Testimony, live: Sequence[RecordRow]
-) -> tuple[dict[str, list[RecordRow]], list[Arrival]]:
-    """The requests that deleted the live records, as they are in the ledger or made anew."""
-    named: dict[str, list[RecordRow]] = {}
-    for row in live:
-        named.setdefault(told.tombstones[row.id_digest].request_id, []).append(row)
+def _arrivals(world: World, again: Sequence[Tombstone]) -> list[Arrival]:
+    """The requests that deleted these records, as they are in the ledger or made anew."""
+    named: dict[str, list[str]] = {}
+    for each in again:
+        named.setdefault(each.request_id, []).append(each.id_digest)
     known = {each.request_id: each for each in world.ledger.requests()}
     now = world.now()
     arrivals = []
-    for request_id, rows in named.items():
-        digests = tuple(row.id_digest for row in rows)
+    for request_id, digests in named.items():
         request = known.get(request_id) or Request(
-            request_id, now, due_date(now, "gdpr"), len(rows), reason=REPLAYED
+            request_id, now, due_date(now, "gdpr"), len(digests), reason=REPLAYED
         )
         approved = replace(request, state="approved", approver=request.approver or REPLAYED, cause="")
         states = [approved] if request_id in known else [request, approved]
-        arrivals.append(Arrival(approved, digests, tuple(event(each, now, REPLAYED) for each in states)))
-    return named, arrivals
+        events = tuple(event(each, now, REPLAYED) for each in states)
+        arrivals.append(Arrival(approved, tuple(digests), events))
+    return arrivals
 
 
 def _arriving(arrivals: Sequence[Arrival], absent: Sequence[Tombstone]) -> Change:

@@ -2,11 +2,12 @@
 
     python -m tests.endurance.soak --requests 500 --seed 1 --out tests/endurance/soak.json
 
-Every step adds a few new records, deletes a few, or deletes a subject, in a process of its own; one in
-three is killed (at a random effect, or from outside after a random delay), up to three times, and then
-typed again. After each kill the served heads are clean and whole. Every so many steps, and at the end,
-all bytes equal those of a model trained from scratch on what remains, and every deletion is one
-completed request.
+Every step adds a few new records, deletes a few, or deletes a subject, in a process of its own; now and
+then the model directory is backed up, and later the backup is brought back: the next command deletes
+again what was deleted since. One step in three is killed (at a random effect, or from outside after a
+random delay), up to three times, and then typed again. After each kill the served heads are clean and
+whole. Every so many steps, and at the end, all bytes equal those of a model trained from scratch on what
+remains, and every deletion is one completed request.
 
 Not covered: the real trainer (`kills.py` has it); several writers.
 """
@@ -30,6 +31,7 @@ from tests.endurance.ground import Ground, Row, Zygote, expect
 
 FIRST, MOST_KILLS, KILLED = 24, 3, 1 / 3
 KEPT = 60  # records that the model settles around
+RESTORED = 0.08  # one step in so many backs up, or brings the backup back
 EFFECTS = 150  # about as many as a step has
 
 
@@ -48,6 +50,7 @@ class Soak:
         self.steps = Counter[str]()
         self.states = Counter[str]()
         self.kills = self.comparisons = 0
+        self.saved: dict[str, Row] | None = None
         first = self._take(FIRST)
         self.ground.must({"do": "train", "run": str(self.ground.prepare(first))})
 
@@ -59,6 +62,9 @@ class Soak:
 
     def step(self, number: int) -> None:
         """One addition or deletion, through as many kills as it meets."""
+        if self.random.random() < RESTORED:
+            self._back_up() if self.saved is None else self._restore()
+            return
         grow = self.random.random() < (0.65 if len(self.rows) < KEPT else 0.35)
         if (grow and self.fresh) or len(self.rows) < 4:
             rows = self._take(self.random.randint(1, 5))
@@ -76,6 +82,23 @@ class Soak:
         self.steps[kind] += 1
         if ids:
             self._through(kind, order, ids, tainted)
+
+    def _back_up(self) -> None:
+        self.steps["back up"] += 1
+        self.saved = dict(self.rows)
+        shutil.copytree(self.ground.model, self.ground.folder / "backup")
+
+    def _restore(self) -> None:
+        """What came after the backup is lost, what was deleted after it must go again."""
+        assert self.saved is not None
+        self.steps["restore"] += 1
+        revived = tuple(sorted(self.saved.keys() & self.deleted))
+        self.rows = {key: row for key, row in self.saved.items() if key not in self.deleted}
+        self.saved = None
+        shutil.rmtree(self.ground.model)
+        (self.ground.folder / "backup").rename(self.ground.model)
+        order = {"do": "train", "run": str(self.ground.site / "run.yaml")}
+        self._through("restore", order, revived, self.ground.tainted(revived))
 
     def _deletion(self) -> tuple[str, Mapping[str, Any], tuple[str, ...]]:
         if self.random.random() < 0.3:

@@ -124,6 +124,8 @@ def test_what_was_added_and_deleted_after_the_backup_stays_out(
         file.write_text(text + "\n")
         (problem,) = ask("add", file, code=2)["error"]["problems"]
         assert request_id in problem["what"]
+    ask("run")
+    assert ask("request", "show", request_id)["state"] == "completed"
 
 
 def test_requests_that_the_backup_lacks_are_said_to_be_lost(model: Path, ask: Ask) -> None:
