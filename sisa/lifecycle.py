@@ -76,13 +76,19 @@ def copies(world: World, rows: Sequence[RecordRow], *, sure: bool) -> list[Recor
 def submit(
     world: World, rows: Sequence[RecordRow], deleted: Sequence[Tombstone], terms: Terms
 ) -> Request:
-    """Take a request in. Raises ConfigConflict for an external id that stands for other records."""
+    """Take a request in; one that is known and still `received` is approved if an approver comes now.
+
+    Raises ConfigConflict for an external id that stands for other records.
+    """
     arrived = arrive(world, rows, deleted, terms, sure=True)
     asked = {row.id_digest for row in rows} | {each.id_digest for each in deleted}
     known = _known(world, terms, asked, arrived.named)
     if known is None:
         commit(world, arrived.change())
-    return known or arrived.request
+        return arrived.request
+    if terms.approver is not None and known.state == "received":
+        return decide(world, known.request_id, "approved", terms.approver)
+    return known
 
 
 def arrive(

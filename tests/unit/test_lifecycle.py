@@ -151,6 +151,14 @@ def test_the_same_external_id_with_the_same_records_is_the_same_request(fake: Fa
     assert find(fake.world, "T-1") == find(fake.world, first.request_id) == done
 
 
+def test_an_approver_who_comes_later_approves_the_same_request(fake: FakeModel) -> None:
+    first = asked(fake, 3, terms=Terms(external_id="T-1"))
+    again = asked(fake, 3, terms=Terms(external_id="T-1", approver="dpo"))
+    assert (again.request_id, again.state, again.approver) == (first.request_id, "approved", "dpo")
+    assert asked(fake, 3, terms=Terms(external_id="T-1", approver="another")) == again
+    assert states(fake, first) == ["received", "approved"]
+
+
 @pytest.mark.parametrize("others", [(3,), (3, 4, 5), (5, 6)])
 def test_the_same_external_id_with_other_records_is_refused(
     fake: FakeModel, others: tuple[int, ...]
