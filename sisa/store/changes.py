@@ -61,14 +61,12 @@ def apply(connection: sa.Connection, change: Change) -> int:
 
 
 def _remove(writing: Writing, change: Change) -> None:
-    writing.remove_all(RECORDS.c.id_digest, [each.id_digest for each in change.removed])
-    writing.remove_all(CHECKPOINTS.c.key, list(change.dropped))
-    writing.remove_all(INDEXES.c.shard, change.unindexed)
-    writing.remove_all(HEADS.c.shard, change.headless)
-    for path, key in change.unexported:
-        writing.remove(EXPORTS, EXPORTS.c.path == path, EXPORTS.c.key == key)
-    for shard, slice_ in change.emptied:
-        writing.remove(SLICES, SLICES.c.shard == shard, SLICES.c.slice == slice_)
+    writing.remove(RECORDS, [(each.id_digest,) for each in change.removed])
+    writing.remove(CHECKPOINTS, [(key,) for key in change.dropped])
+    writing.remove(INDEXES, [(shard,) for shard in change.unindexed])
+    writing.remove(HEADS, [(shard,) for shard in change.headless])
+    writing.remove(EXPORTS, list(change.unexported))
+    writing.remove(SLICES, list(change.emptied))
 
 
 def _put_requests(writing: Writing, change: Change, seq: int) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import sqlite3
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import fields
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
-from sqlalchemy.exc import DatabaseError, OperationalError
+from sqlalchemy.exc import DatabaseError
 
 from sisa.domain import (
     Export,
@@ -37,7 +38,7 @@ from sisa.domain import (
     Tombstone,
     WitnessHead,
 )
-from sisa.errors import Busy, EnvironmentFault, IntegrityError
+from sisa.errors import Busy, EnvironmentFault, IntegrityError, SisaError
 from sisa.ports import Change
 from sisa.store import changes, rows
 from sisa.store.files import disk_errors
@@ -58,8 +59,11 @@ from sisa.store.schema import (
 )
 
 SCRUB_PATIENCE_S = 10.0
-# SQLite calls these operational errors, too.
-SIGNS_OF_DAMAGE = ("malformed", "corrupt", "no such table", "no such column", "decode")
+_BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
+_SURROUNDINGS = {
+    *(sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN),
+    *(sqlite3.SQLITE_PERM, sqlite3.SQLITE_AUTH, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_INTERRUPT),
+}
 
 T = TypeVar("T")
 
@@ -110,22 +114,24 @@ class SqlLedger:
     def _guard(self) -> Iterator[None]:
         try:
             yield
-        except OperationalError as error:
-            cause = str(error.orig)
-            if any(sign in cause for sign in SIGNS_OF_DAMAGE):
-                raise self._corrupt(cause) from error
-            kind = Busy if "locked" in cause else EnvironmentFault
-            raise kind(
-                f"the ledger can't be used: {cause}",
-                where=str(self._path),
-                next_step="mend the disk or wait for the other process, then run the command again",
-            ) from error
-        except DatabaseError as error:
-            raise self._corrupt(str(error.orig)) from error
+        except (DatabaseError, sqlite3.DatabaseError) as error:
+            raise self._refused(getattr(error, "orig", error)) from error  # of the bare cursor, too
         except UnicodeDecodeError as error:
             raise self._corrupt("text that is not UTF-8") from error
         except rows.Damaged as error:
             raise self._corrupt(str(error)) from error
+
+    def _refused(self, error: Any) -> SisaError:
+        """What SQLite's error means; one that is not known to be of the surroundings is damage."""
+        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
+        if code not in _BUSY | _SURROUNDINGS:
+            return self._corrupt(str(error))
+        kind = Busy if code in _BUSY else EnvironmentFault
+        return kind(
+            f"the ledger can't be used: {error}",
+            where=str(self._path),
+            next_step="mend the disk or wait for the other process, then run the command again",
+        )
 
     def _corrupt(self, cause: str) -> IntegrityError:
         return IntegrityError(

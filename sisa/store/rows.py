@@ -24,11 +24,21 @@ from typing import Any, TypeVar
 
 import sqlalchemy as sa
 
-from sisa.store.schema import CHECKPOINTS, COUNTS, INDEXES, RECORDS, SLICES, schema
+from sisa.store.schema import (
+    CHECKPOINTS,
+    COUNTS,
+    INDEXES,
+    NAMED,
+    RECORDS,
+    SLICES,
+    TOMBSTONES,
+    schema,
+)
 
 NO_PLACE = -1  # shard and slice in `counts` of what is counted over a whole table
 WHOLE = (NO_PLACE, NO_PLACE, "")
 PLACED = (RECORDS, SLICES, INDEXES, CHECKPOINTS)
+GROWING = (TOMBSTONES, NAMED)  # too large to be looked through when rows are added
 COUNTED = tuple(table for table in schema.sorted_tables if table is not COUNTS)
 _IN_CHUNK = 500  # SQLite's limit of bound parameters is far above, on every build
 _COUNTS = "SELECT * FROM counts WHERE name = ?"  # as text: compiling it takes longer than asking it
@@ -133,21 +143,31 @@ def refuse_hidden(
 
     Reads a million records in some 4 s.
     """
-    if not values:
-        return
-    table: Any = column.table
+    if values:
+        table: Any = column.table
+        refuse_loss(table, _seen(connection, table, [column], {(v,) for v in values}, shard), found)
+
+
+def _seen(
+    connection: sa.Connection,
+    table: sa.Table,
+    columns: Sequence[sa.Column[Any]],
+    wanted: Collection[tuple[Any, ...]],
+    shard: int | None = None,
+) -> int:
+    """How many rows have one of the wanted values in some columns, told without any index."""
     query = sa.select(table) if shard is None else sa.select(table).where(table.c.shard == shard)
-    at, wanted = table.columns.keys().index(column.name), frozenset(values)
+    at = [table.columns.keys().index(column.name) for column in columns]
     total = seen = 0
     cursor = _plain(connection.execute(query))
     while rows := checked(table, cursor.fetchmany(_IN_MEMORY)):
         total += len(rows)
-        seen += sum(row[at] in wanted for row in rows)
+        seen += sum(tuple([row[each] for each in at]) in wanted for row in rows)
     if shard is None:
         refuse_loss(table, expected_rows(connection, table), total)
     else:
         refuse_loss(table, expected_places(connection, table, shard), total)
-    refuse_loss(table, seen, found)
+    return seen
 
 
 def actual_rows(connection: sa.Connection, table: sa.Table) -> int:
@@ -216,27 +236,31 @@ class Writing:
 
     def put(self, table: sa.Table, rows: Sequence[Mapping[str, Any]]) -> None:
         """Add rows, in place of those with the same primary key."""
-        keys = [column.name for column in table.primary_key]
-        latest = {tuple(row[key] for key in keys): row for row in rows}
-        for chunk in chunks(list(latest)):
-            if len(keys) == 1:
-                self.remove(table, table.c[keys[0]].in_([value for (value,) in chunk]))
-            else:
-                self.remove(table, sa.tuple_(*table.primary_key).in_(chunk))
+        latest = {tuple(row[column.name] for column in table.primary_key): row for row in rows}
+        self.remove(table, list(latest))
         self.insert(table, list(latest.values()))
 
-    def remove_all(self, column: sa.Column[Any], values: Sequence[Any]) -> None:
-        """Remove the rows with one of these values in a column; absent ones are no error."""
-        for chunk in chunks(values):
-            self.remove(column.table, column.in_(chunk))
-
-    def remove(self, table: Any, *where: Any) -> None:
-        """Remove the rows that fulfil all conditions, after checking them."""
-        rows = read(self.connection, table, *where)
-        if rows:
-            done = self.connection.execute(sa.delete(table).where(*where))
-            refuse_loss(table, len(rows), done.rowcount)
-            self._count(table, [row[:-1] for row in rows], -1)
+    def remove(self, table: sa.Table, keys: Sequence[tuple[Any, ...]]) -> None:
+        """Remove the rows with these primary keys, after checking them; absent ones are no error, but
+        that they are absent is not left to an index to say, which may be damaged."""
+        columns = list(table.primary_key)
+        if table is RECORDS:
+            columns = [RECORDS.c.id_digest]
+        found = 0
+        for chunk in chunks(keys):
+            if len(columns) == 1:
+                where = columns[0].in_([value for (value,) in chunk])
+            else:
+                where = sa.tuple_(*columns).in_(chunk)
+            rows = read(self.connection, table, where)
+            if rows:
+                done = self.connection.execute(sa.delete(table).where(where))
+                refuse_loss(table, len(rows), done.rowcount)
+                self._count(table, [row[:-1] for row in rows], -1)
+                found += len(rows)
+        if found < len(set(keys)) and table not in GROWING:
+            self.end()
+            refuse_loss(table, 0, _seen(self.connection, table, columns, set(keys)))
 
     def _count(self, table: sa.Table, values: Sequence[tuple[Any, ...]], sign: int) -> None:
         deltas = self._deltas[table.name]
@@ -254,3 +278,4 @@ class Writing:
                 _whole(table, before)
                 after = {place: before[place] + delta for place, delta in deltas.items()}
                 _put_counts(self.connection, table, after)
+            self._deltas[table.name].clear()

@@ -658,3 +658,46 @@ def test_a_reader_sees_one_state_while_another_process_writes(path: Path) -> Non
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(rows_module, "read", slow)
             assert [len(reader.heads()) for _ in range(3)] == [0, 1, 2]
+
+
+def index_pages(path: Path) -> dict[str, int]:
+    """Where the root page of each index begins."""
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        (size,) = connection.execute("PRAGMA page_size").fetchone()
+        indexes = "SELECT name, rootpage FROM sqlite_master WHERE type = 'index'"
+        return {name: (page - 1) * size for name, page in connection.execute(indexes)}
+
+
+def test_an_emptied_index_hides_no_row_from_a_commit(path: Path) -> None:
+    """A checkpoint that is not found would stay held: what a commit drops must be gone after it."""
+    with opened(path, create=True) as ledger:
+        full(ledger)
+        ledger.scrub()
+    whole, pages, done = path.read_bytes(), index_pages(path), 0
+    changes_ = [
+        Change(removed=[row(1)]),
+        Change(dropped=[named("job", 1)]),
+        Change(emptied=[(1, 1)]),
+        Change(unexported=[("/out", "k")]),
+        Change(exports=[Export("/out", 1, 1, 1, "k", "a", "2026", "tainted", "r0")]),
+        Change(requests=[Request("r0", "2026", "2027", 3)]),
+        Change(slices=[SliceFile(1, 1, "r", 5, "s", 1)]),
+        Change(meta={"config": "y"}),
+    ]
+    for name, at in pages.items():
+        for change in changes_:
+            fake = FakeLedger()
+            full(fake)
+            fake.commit(change)
+            blank = bytes([10, 0, 0, 0, 0, 16, 0, 0])  # an index leaf without cells
+            path.write_bytes(whole[:at] + blank + whole[at + len(blank) :])
+            with opened(path) as ledger:
+                try:
+                    ledger.commit(change)
+                except IntegrityError:
+                    continue
+            done += 1
+            execute(path, "REINDEX")
+            with opened(path) as ledger:
+                assert answers(ledger) == answers(fake), (name, change)
+    assert done
