@@ -107,8 +107,9 @@ class Model:
             )
 
     @contextlib.contextmanager
-    def _world(self, *, locked: bool = False) -> Iterator[World]:
-        """The model's parts, after it has caught up with its witness. `locked`: the caller writes."""
+    def _world(self, *, locked: bool = False, as_it_is: bool = False) -> Iterator[World]:
+        """The model's parts, after it has caught up with its witness, unless it is opened `as_it_is`.
+        `locked`: the caller holds the writer lock."""
         world = opening.open_world(
             self.directory,
             self.parts,
@@ -122,7 +123,7 @@ class Model:
         try:
             if locked:
                 settle(world)
-            elif is_behind(world):
+            elif not as_it_is and is_behind(world):
                 with files.writer_lock(self.directory / LOCK):
                     settle(world)
             yield world

@@ -33,6 +33,7 @@ from sisa.ports import Change, Event, SliceTrained
 from sisa.reconcile import reconcile, training_started
 from sisa.reconfigure import reseal
 from sisa.store import files
+from sisa.witness import is_behind, settle
 from sisa.world import World, commit, view_shard
 
 if TYPE_CHECKING:
@@ -52,11 +53,22 @@ def repair(model: Model) -> Repair:
     """Diagnose, mend, diagnose again. Raises Busy while another process writes."""
     opening.check_executor(model.executor)  # an unknown one is refused before anything is written
     before = diagnose(model.directory)
-    with files.writer_lock(model.directory / opening.LOCK), model._world(locked=True) as world:
-        if any(each.repair == "retrain" for each in examine(world, model.directory)):
+    with files.writer_lock(model.directory / opening.LOCK), model._world(as_it_is=True) as world:
+        found = examine(world, model.directory)
+        if any(each.repair == "retrain" for each in found):
             _ = model.parts.base  # refuses a changed base before a checkpoint is given up
-        done = mend(world, model.directory).done
-    return Repair(done, before, diagnose(model.directory))
+        done = _mend_sources(world, found) if is_behind(world) else []
+        settle(world)
+        done += mend(world, model.directory).done
+    return Repair(tuple(done), before, diagnose(model.directory))
+
+
+def _mend_sources(world: World, found: Sequence[Finding]) -> list[str]:
+    """What a replay builds on, without training: the records that it deletes are still held."""
+    if any(each.lost for each in found):
+        return []
+    _, done = _give_up(world, found)
+    return _mend_indexes(world, found) + done
 
 
 def mend(world: World, directory: Path) -> Repair:
@@ -116,7 +128,13 @@ def _mend_indexes(world: World, found: Sequence[Finding]) -> list[str]:
 
 
 def _mend_checkpoints(world: World, found: Sequence[Finding]) -> list[str]:
-    """Give damaged checkpoints up, shard by shard, then close the gaps that they leave."""
+    """Give damaged checkpoints up, then close the gaps that they leave."""
+    plans, done = _give_up(world, found)
+    return done + _close_gaps(world, plans)
+
+
+def _give_up(world: World, found: Sequence[Finding]) -> tuple[list[ShardPlan], list[str]]:
+    """Plans of the shards with damaged checkpoints or gaps, after the damaged ones were given up."""
     damaged: dict[int, list[str]] = {}
     for each in found:
         if each.repair == "retrain" and each.shard is not None:
@@ -129,7 +147,7 @@ def _mend_checkpoints(world: World, found: Sequence[Finding]) -> list[str]:
             commit(world, Change(dropped=keys, heads=[plan.head]))
             world.checkpoints.erase(keys)
             done.append(f"gave up {len(keys)} damaged checkpoints of shard {shard}")
-    return done + _close_gaps(world, plans)
+    return plans, done
 
 
 def _close_gaps(world: World, plans: Sequence[ShardPlan]) -> list[str]:

@@ -89,6 +89,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Ground:
     box = Box(tmp_path_factory.mktemp("box"))
     with pytest.MonkeyPatch.context() as patch, product():
         patch.chdir(box.folder)
+        patch.setenv("XDG_STATE_HOME", str(box.path / "home"))  # reset with the rest
         box.make()
     return Ground(box)
 
@@ -96,6 +97,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Ground:
 @pytest.fixture
 def ground(made: Ground, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ground]:
     monkeypatch.chdir(made.box.folder)
+    monkeypatch.setenv("XDG_STATE_HOME", str(made.box.path / "home"))
     with product():
         made.box.reset()
         yield made

@@ -29,6 +29,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Box:
     box = Box(tmp_path_factory.mktemp("box"))
     with pytest.MonkeyPatch.context() as patch, product():
         patch.chdir(box.folder)
+        patch.setenv("XDG_STATE_HOME", str(box.path / "home"))  # reset with the rest
         box.make()
     return box
 
@@ -37,6 +38,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Box:
 def box(made: Box, monkeypatch: pytest.MonkeyPatch) -> Iterator[Box]:
     """A model of 22 records in the working directory, as it was made."""
     monkeypatch.chdir(made.folder)
+    monkeypatch.setenv("XDG_STATE_HOME", str(made.path / "home"))
     with product():
         made.reset()
         yield made

@@ -197,6 +197,20 @@ def test_doctor_tells_and_mends(model: Path, ask: Ask) -> None:
     assert ask("doctor")["healthy"]
 
 
+def test_a_restored_backup_with_a_damaged_checkpoint_is_mended(model: Path, ask: Ask) -> None:
+    """A replay builds on it, and mending trains: what was deleted must be gone before that."""
+    backup = back_up(model)
+    ask("forget", GONE)
+    clean = content(model)
+    for name in sorted(each.name for each in (backup / opening.CHECKPOINTS).iterdir()):
+        restore(backup, model)
+        (model / opening.CHECKPOINTS / name / "manifest.json").unlink()
+        ask("doctor", "--repair")
+        assert content(model) == clean
+        assert ask("where", GONE)["records"][0]["state"] == "deleted"
+        assert ask("doctor")["healthy"]
+
+
 def test_a_damaged_witness_stops_every_command(model: Path, ask: Ask) -> None:
     backup = back_up(model)
     ask("forget", GONE)
