@@ -56,7 +56,6 @@ READING: tuple[tuple[str, ...], ...] = (
     ("verify", "-m", "model"),
     ("forget", "-m", "model", "p005-q1", "--dry-run"),
     ("generate", "-m", "model", "--prompt", "Who?"),
-    ("export", "-m", "model", "--to", "out"),
     ("request list", "-m", "model"),
     ("run", "-m", "model", "--plan"),
     ("gc", "-m", "model", "--dry-run"),
@@ -70,6 +69,7 @@ WRITING: tuple[tuple[str, ...], ...] = (
     ("verify", "-m", "model", "--replay", "all", *SERIAL),
     ("request submit", "-m", "model", "p007-q1", "--external-id", "T-1"),
     ("run", "-m", "model", *SERIAL),
+    ("export", "-m", "model", "--to", "out"),
     ("doctor", "-m", "model", "--repair", *SERIAL),
 )
 HELD = ("ledger", "slice file", "index file", "checkpoint", "witness")

@@ -41,7 +41,7 @@ FORGET: Line = ("forget", *AT, "p005-q1", *SERIAL)
 RUN: Line = ("run", *AT, *SERIAL)
 SUBMIT: Line = ("request submit", *AT, "p005-q1", "--external-id", "T-9", "--approver", "dpo")
 EXPORT: Line = ("export", *AT, "--to", "out")
-READING = [line for line in fuzz.READING if line[0] not in ("export", "doctor")]
+READING = [line for line in fuzz.READING if line[0] != "doctor"]
 
 
 class Ground:
