@@ -36,6 +36,7 @@ from tests.endurance import fuzz
 from tests.endurance.fuzz import PROOF, SERIAL, Box, Result, answer_of, invoke, product, words
 
 Line = tuple[str, ...]
+pytestmark = pytest.mark.slow
 AT = ("-m", "model")
 FORGET: Line = ("forget", *AT, "p005-q1", *SERIAL)
 RUN: Line = ("run", *AT, *SERIAL)
