@@ -29,12 +29,17 @@ from sisa.errors import InvalidInput
 @command("gc", "sisa gc -m model --dry-run")
 @model_option
 @click.option("--dry-run", is_flag=True, help="List it; change nothing.")
-def gc(directory: Path, dry_run: bool) -> Result:
+@click.option(
+    "--lost-exports", is_flag=True, help="Give up stale exports that can't be found: you vouch for them."
+)
+def gc(directory: Path, dry_run: bool, lost_exports: bool) -> Result:
     """Remove what is retired or unknown to the ledger."""
     from sisa.garbage import collect_garbage
 
+    if dry_run and lost_exports:
+        raise click.UsageError("give one of --dry-run and --lost-exports")
     with opened(directory) as model:
-        return render.collected(collect_garbage(model, dry_run=dry_run))
+        return render.collected(collect_garbage(model, dry_run=dry_run, lost_exports=lost_exports))
 
 
 @command("sweep", "sisa sweep -m model p001-q1 --also exported-adapters")

@@ -31,6 +31,7 @@ def collected(found: Collected) -> Result:
         lines.append("nothing was changed")
     else:
         lines.append(f"{found.removed} removed, {found.removed_bytes:,} bytes")
+    lines += [f"given up: the export {path}" for path in found.given_up]
     return Result(asdict(found), printable("\n".join(lines)))
 
 

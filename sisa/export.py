@@ -7,7 +7,8 @@
 Rules: bytes are checked against the ledger; `adapter_config.json` names the base's directory, so that
 `AutoPeftModelForCausalLM` loads it as it is. A target that holds anything is refused. The row comes
 before the files and goes after them, so that no crash leaves an export that nobody knows. A directory
-that was moved or changed is left alone and its row stays, marked: it is erased when it comes back.
+that was moved or changed is left alone and its row stays, marked: it is erased when it comes back, or
+given up on a person's word.
 
 Not covered: merged adapters and models; copies that somebody made of an export.
 """
@@ -26,6 +27,7 @@ from sisa.digest import canonical_json
 from sisa.domain import Export
 from sisa.errors import EnvironmentFault, InvalidInput, SisaError
 from sisa.ports import Change
+from sisa.requests import event
 from sisa.world import World, commit
 
 if TYPE_CHECKING:
@@ -117,3 +119,18 @@ def standing(world: World, export: Export) -> str:
 def missing(world: World) -> list[Export]:
     """Exports that a deletion marked and that could not be found, or are not what was written."""
     return [each for each in world.ledger.exports() if each.state != "clean"]
+
+
+def give_up_lost(world: World) -> tuple[str, ...]:
+    """Drop the rows of stale exports that are not where they were written, on a person's word that no
+    copy is left. Their paths; the requests that marked them are told."""
+    lost = [each for each in missing(world) if standing(world, each) == "gone"]
+    counts = Counter(each.request_id for each in lost)
+    events = [
+        event(request, world.now(), f"{counts[request.request_id]} lost exports were given up")
+        for request in world.ledger.requests()
+        if request.request_id in counts
+    ]
+    if lost:
+        commit(world, Change(unexported=[each.name for each in lost], events=events))
+    return tuple(each.path for each in lost)

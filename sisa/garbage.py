@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sisa.errors import IntegrityError
+from sisa.export import give_up_lost
 from sisa.lineage import named_files
 from sisa.opening import CHECKPOINTS, INDEX, KEY, LEDGER, LOCK, RECORDS, SCRATCH
 from sisa.plan import plan_shard
@@ -66,6 +67,7 @@ class Collected:
     items: tuple[Garbage, ...]
     removed: int
     removed_bytes: int
+    given_up: tuple[str, ...] = ()  # stale exports that were not where they were written
 
 
 def list_garbage(world: World, directory: Path) -> tuple[Garbage, ...]:
@@ -175,15 +177,20 @@ def remove_garbage(world: World, directory: Path) -> tuple[Garbage, ...]:
     return found
 
 
-def collect_garbage(model: Model, *, dry_run: bool) -> Collected:
-    """List, or list and remove. Raises Busy where another process writes and something would go."""
+def collect_garbage(model: Model, *, dry_run: bool, lost_exports: bool = False) -> Collected:
+    """List, or list and remove; `lost_exports` gives up stale exports that can't be found.
+
+    Raises Busy where another process writes and something would go.
+    """
     if dry_run:
         with model._world() as world:
             return Collected(True, list_garbage(world, model.directory), 0, 0)
     with files.writer_lock(model.directory / LOCK), model._world(locked=True) as world:
         items = list_garbage(world, model.directory)
         removed = remove_garbage(world, model.directory)
-    return Collected(False, items, len(removed), sum(each.num_bytes for each in removed))
+        given_up = give_up_lost(world) if lost_exports else ()
+    removed_bytes = sum(each.num_bytes for each in removed)
+    return Collected(False, items, len(removed), removed_bytes, given_up)
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -365,6 +366,23 @@ def test_the_commands_tell_of_a_moved_export(model: Path, tmp_path: Path, sisa: 
     assert (done["exports_missing"], Path(stale).exists()) == ([], False)
     assert sisa("sweep", *at)["clean"]
     assert sisa("doctor", *at)["healthy"]
+
+
+def test_a_lost_export_is_given_up_on_a_persons_word(model: Path, tmp_path: Path, sisa: Sisa) -> None:
+    at, out = ("-m", model), tmp_path / "out"
+    sisa("export", *at, "--to", out)
+    record = care_model.record(care_model.DELETED).id
+    (stale,) = sisa("where", *at, record)["records"][0]["exports"]
+    shutil.rmtree(out)
+    request_id = sisa("forget", *at, record, "--executor", "serial")["request_id"]
+    assert not sisa("sweep", *at, code=4)["clean"]
+    assert sisa("gc", *at)["given_up"] == []
+    assert sisa("gc", *at, "--lost-exports")["given_up"] == [stale]
+    assert sisa("sweep", *at)["clean"]
+    shown = sisa("request", "show", *at, request_id)
+    assert shown["state"] == "completed"
+    assert shown["events"][-1]["note"] == "1 lost exports were given up"
+    assert sisa("gc", *at, "--lost-exports")["given_up"] == []
 
 
 def test_a_clean_export_of_a_retired_checkpoint_is_no_residue(
