@@ -166,8 +166,7 @@ def forget(
     with opened(directory, executor) as model:
         if dry_run:
             return render.forget_plan(model.plan_forget(named, subject=subject))
-        before = model.status().model_digest
-        return render.forgotten(model.forget(named, subject=subject), before)
+        return render.forgotten(model.forget(named, subject=subject))
 
 
 @command("status", "sisa status -m model")

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cluster.quickstart import Start, Story
     from sisa.ask import Answer
+    from sisa.domain import Probed
     from sisa.outcome import ForgetOutcome, ForgetPlan, Status
     from sisa.query import Found, Location
     from sisa.run import Taken
@@ -129,8 +130,9 @@ def _already(count: int) -> list[str]:
     return [f"{count} of the named records were deleted before"] if count else []
 
 
-def forgotten(outcome: ForgetOutcome, before: str) -> Result:
+def forgotten(outcome: ForgetOutcome) -> Result:
     request, already = outcome.request, outcome.already_deleted
+    before = outcome.model_digest if request is None else request.model_digest_before
     body: dict[str, Any] = {
         "request_id": None,
         "records": 0,
@@ -144,6 +146,7 @@ def forgotten(outcome: ForgetOutcome, before: str) -> Result:
         "already_deleted_by": sorted({each.request_id for each in already}),
         "exports_erased": 0,
         "exports_missing": list(outcome.exports_missing),
+        "probed": None,
     }
     lines = _already(len(already))
     if request is not None:
@@ -161,8 +164,23 @@ def forgotten(outcome: ForgetOutcome, before: str) -> Result:
             *lines,
         ]
         lines += [f"  {request.exports_erased} exports erased"] if request.exports_erased else []
+        lines += probed(request.probed)
     lines += missing_exports(outcome.exports_missing)
     return Result(body, printable("\n".join(lines)))
+
+
+def probed(found: Probed | None) -> list[str]:
+    """What the base alone knew, in one line; none where it was not asked."""
+    if found is None:
+        return []
+    if found.failure:
+        return [f"  the base alone could not be asked what it knows ({found.failure})"]
+    return [
+        f"  approximately: the base alone seems to know {found.num_known} of {found.num_probed} probed "
+        f"records (continuation {found.continuation:.2f}, extraction strength "
+        f"{found.extraction_strength:.2f}, exact memorisation {found.exact_memorisation:.2f}, "
+        f"membership margin {found.membership_margin:+.2f})"
+    ]
 
 
 def missing_exports(paths: Sequence[str]) -> list[str]:

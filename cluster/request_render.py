@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from cluster.render import Result, missing_exports, printable, share
+from cluster.render import Result, missing_exports, printable, probed, share
 
 if TYPE_CHECKING:
     from sisa.domain import Request
@@ -40,6 +40,7 @@ def shown(view: RequestView) -> Result:
     events = [asdict(each) for each in view.events]
     lines = [_line(view)]
     lines += [f"  {each.at}  {each.state}  {each.note}".rstrip() for each in view.events]
+    lines += probed(view.request.probed)
     return Result(_body(view) | {"events": events}, printable("\n".join(lines)))
 
 

@@ -203,6 +203,9 @@ class RunConfig(_Block):
     keyring: LocalPath | None = _key(
         None, "none", "Directory of the keys, outside output_dir; null: the user's state directory."
     )
+    probe: Bool = _key(
+        True, "none", "Whether a deletion asks the base alone what it knew of the text, before it goes."
+    )
     adapter: Literal["lora"] = _key("lora", "retrain", "Kind of adapter.")
     lora_r: Int = _key(8, "retrain", "Rank of the adapters.", ge=1, le=4096)
     lora_alpha: Int = _key(

@@ -1,6 +1,6 @@
 """Exact deletion: what it would do, and doing it, for any number of requests at once.
 
-    forget = commit what remains (heads roll back in the same transaction) -> reconcile
+    forget = commit what remains (heads roll back in the same transaction) -> probe the base -> reconcile
 
 Rules: planning reads only the shards concerned and changes nothing. The commit removes the rows, leaves
 tombstones, moves the heads to their deepest clean checkpoints, and makes the rewritten slices and
@@ -29,6 +29,7 @@ from sisa.domain import (
 from sisa.errors import ConfigConflict, Problem, SisaError
 from sisa.plan import ShardPlan, ShardView, marked, plan_shard, tainted
 from sisa.ports import Change
+from sisa.probing import probe_removed
 from sisa.reconcile import note_failure, reconcile, refuse_lost_rows
 from sisa.requests import event
 from sisa.world import Place, World, check_sources, commit, model_digest, only, view_shard, write_slice
@@ -122,11 +123,13 @@ def forget(world: World, requests: Sequence[Request]) -> tuple[Request, ...]:
     if not requests:
         return ()
     named = {request.request_id: rows_named(world, request) for request in requests}
+    held = _slices_of(world, named)
     try:
         commit_removed(world, requests, named, Change())
     except SisaError as error:
         note_failure(world, requests, error)
         raise
+    probe_removed(world, named, held)
     reconcile(world)
     done = {each.request_id: each for each in world.ledger.requests()}
     return tuple(done[request.request_id] for request in requests)
@@ -137,9 +140,19 @@ def forget_at_once(world: World, arrival: Arrival) -> Request:
     nothing, a crash after it is finished by the next command."""
     rows = _held(world, arrival.named)
     request = arrival.request
-    commit_removed(world, [request], {request.request_id: rows}, arrival.change())
+    named = {request.request_id: rows}
+    held = _slices_of(world, named)
+    commit_removed(world, [request], named, arrival.change())
+    probe_removed(world, named, held)
     reconcile(world)
     return next(each for each in world.ledger.requests() if each.request_id == request.request_id)
+
+
+def _slices_of(world: World, named: Mapping[str, Sequence[RecordRow]]) -> list[SliceFile]:
+    """The files that hold records before their deletion: no commit knows them after it."""
+    places = {(row.shard, row.slice) for rows in named.values() for row in rows}
+    shards = sorted({shard for shard, _ in places})
+    return [f for s in shards for f in world.ledger.slices(s) if (f.shard, f.slice) in places]
 
 
 def rows_named(world: World, request: Request) -> list[RecordRow]:

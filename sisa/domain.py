@@ -244,6 +244,24 @@ Regime = Literal["gdpr", "delete-act"]
 
 
 @dataclass(frozen=True, slots=True)
+class Probed:
+    """What the frozen base alone knew of deleted records: numbers, and never called exact.
+
+    Means over the records that were probed (`num_probed` of `num_records`), each in [0, 1] but the
+    margin. `num_known` counts those that the base is taken to know. `failure` is the kind of an error.
+    """
+
+    num_records: int
+    num_probed: int = 0
+    num_known: int = 0
+    extraction_strength: float = 0.0
+    exact_memorisation: float = 0.0
+    membership_margin: float = 0.0  # Min-K%++ above that of the text's own neighbours
+    continuation: float = 0.0  # ROUGE-L recall of the greedy continuation
+    failure: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """One request for deletion, from its receipt to its outcome. Times are ISO 8601 in UTC.
 
@@ -271,6 +289,7 @@ class Request:
     model_digest_after: str = ""
     exports_erased: int = 0
     cause: str = ""  # of a failure: the kind of error, never its text
+    probed: Probed | None = None  # None: not asked, or cut short
 
 
 @dataclass(frozen=True, slots=True)

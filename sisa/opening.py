@@ -9,8 +9,8 @@
 Rules: heavy parts (base, tokenizer, embedder) are resolved on first use, and what is resolved must be
 what the ledger names by digest, or an IntegrityError stops the command. Torch is not imported here.
 
-Not covered: the flows. Executors are found by name among the entry points `sisa.executors`, so that
-this package never imports the one that uses Ray.
+Not covered: the flows. Executors and the probe are found by name among the entry points `sisa.executors`
+and `sisa.probes`, so that this package never imports what uses Ray or is approximate.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from typing import Any
 from sisa.assign import Assigner
 from sisa.config import RunConfig
 from sisa.digest import KEY_BYTES, Keyed
-from sisa.domain import Record, Tombstone
+from sisa.domain import Probed, Record, Tombstone
 from sisa.errors import IntegrityError, InvalidInput
 from sisa.model.numerics import fingerprint
-from sisa.ports import CheckpointStore, Embedder, Executor, Keyring, Report, Vectors
+from sisa.ports import CheckpointStore, Embedder, Executor, Keyring, Probe, Report, Vectors
 from sisa.serial import SerialExecutor, Site
 from sisa.store import files
 from sisa.store.checkpoints import FileCheckpoints
@@ -50,6 +50,7 @@ LEDGER, KEY, LOCK = "ledger.sqlite", "partition.key", "lock"
 RECORDS, INDEX, CHECKPOINTS, SCRATCH = "records", "index", "checkpoints", "scratch"
 
 OpenExecutor = Callable[[Site, Mapping[str, Any]], Executor]
+OpenProbe = Callable[[Path, str, RunConfig], Probe]  # of the base's directory and digest
 
 
 @dataclass(frozen=True)
@@ -195,7 +196,21 @@ def open_world(
         fingerprint=fingerprint(config.sisa.threads_per_shard),
         now=lambda: datetime.now(UTC).isoformat(timespec="milliseconds"),
         report=report,
+        probe=_probe(parts),
     )
+
+
+def _probe(parts: Parts) -> Probe | None:
+    """What asks the base alone, opened at the first question; None where none is wanted or installed."""
+    opened = find_probe() if parts.config.probe else None
+    if opened is None:
+        return None
+    open_it = opened
+
+    def probe(records: Sequence[Record]) -> Probed:
+        return open_it(parts.base.directory, parts.base.digest, parts.config)(records)
+
+    return probe
 
 
 def open_serial(site: Site, _options: Mapping[str, Any]) -> Executor:
@@ -210,6 +225,14 @@ def open_stores(site: Site) -> tuple[FileRecords, FileCheckpoints]:
     """The stores of a site: slices to read, checkpoints to write."""
     checkpoints = FileCheckpoints(site.checkpoints_dir, site.keyring, site.room)
     return FileRecords(site.records_dir, site.keyring), checkpoints
+
+
+def find_probe() -> OpenProbe | None:
+    """The entry point `base` of `sisa.probes`."""
+    for point in entry_points(group="sisa.probes", name="base"):
+        found: OpenProbe = point.load()
+        return found
+    return None
 
 
 def check_executor(executor: str | OpenExecutor) -> None:

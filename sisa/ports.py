@@ -27,6 +27,7 @@ from sisa.domain import (
     HeldCheckpoint,
     Hit,
     IndexFile,
+    Probed,
     Record,
     RecordRow,
     Request,
@@ -339,6 +340,13 @@ class Ledger(Protocol):
 
     def lost(self) -> list[str]:
         """Names of the tables that do not hold as many rows as were committed; none when all is well."""
+
+
+class Probe(Protocol):
+    """Whether the frozen base alone produces given records. Approximate."""
+
+    def __call__(self, records: Sequence[Record]) -> Probed:
+        """Numbers alone, no text; may take as long as some answers."""
 
 
 class Witness(Protocol):

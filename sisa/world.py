@@ -22,6 +22,7 @@ from sisa.ports import (
     ExportStore,
     Keyring,
     Ledger,
+    Probe,
     RecordIndex,
     RecordStore,
     Report,
@@ -52,6 +53,7 @@ class World:
     fingerprint: str
     now: Callable[[], str]
     report: Report
+    probe: Probe | None = None
 
 
 def commit(world: World, change: Change) -> int:

@@ -31,6 +31,7 @@ from sisa.domain import (
     Head,
     HeldCheckpoint,
     IndexFile,
+    Probed,
     RecordRow,
     Request,
     RequestEvent,
@@ -320,7 +321,9 @@ _BY_ID = attrgetter("id_digest")
 
 
 def _request(body: dict[str, Any]) -> Request:
-    return Request(**{**body, "shards": tuple(tuple(each) for each in body["shards"])})
+    shards = tuple(tuple(each) for each in body["shards"])
+    probed = body.get("probed")
+    return Request(**{**body, "shards": shards, "probed": Probed(**probed) if probed else None})
 
 
 def _made(kind: type[T], table: sa.Table, found: Sequence[tuple[Any, ...]]) -> list[T]:

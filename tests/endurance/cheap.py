@@ -20,7 +20,7 @@ from typing import Any
 
 from sisa import opening
 from sisa.digest import digest_of
-from sisa.domain import Record, SliceJob
+from sisa.domain import Probed, Record, SliceJob
 from sisa.errors import EnvironmentFault, InvalidInput
 from sisa.model.hashing import HashingEmbedder
 from sisa.opening import Named, Parts
@@ -85,6 +85,11 @@ def open_cheap(site: Site, _options: Mapping[str, Any]) -> Executor:
     return SerialExecutor(SlowTrainer(), *opening.open_stores(site))
 
 
+def open_cheap_probe(*_: Any) -> Callable[[Sequence[Record]], Probed]:
+    """A base that knows nothing."""
+    return lambda records: Probed(len(records), len(records))
+
+
 def _no_hub(*_: Any) -> Any:
     raise EnvironmentFault("the hub can't be reached", where="datasets")
 
@@ -97,7 +102,7 @@ def cheap_parts() -> Iterator[None]:
     def find_cheap(executor: Any) -> Any:
         return open_cheap if executor in ("serial", "ray") else find(executor)
 
-    swaps = {Parts: CheapParts, find: find_cheap}
+    swaps = {Parts: CheapParts, find: find_cheap, opening.find_probe: lambda: open_cheap_probe}
     done: list[tuple[Any, str, Any]] = []
     reader = sys.modules.get("sisa.reader")
     for name, module in list(sys.modules.items()):

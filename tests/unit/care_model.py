@@ -146,3 +146,4 @@ def use_fake_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     base = SimpleNamespace(directory=Path("no-base"), digest=BASE)
     monkeypatch.setattr(opening.Parts, "base", base)
     monkeypatch.setattr(opening, "find_executor", lambda _: open_fake)
+    monkeypatch.setattr(opening, "find_probe", lambda: None)

@@ -56,7 +56,7 @@ REQUEST_KEYS |= {
     "cause",
     "exports_erased",
 }
-REQUEST_KEYS |= {"seconds", "model_digest_before", "model_digest_after"}
+REQUEST_KEYS |= {"probed", "seconds", "model_digest_before", "model_digest_after"}
 
 
 def record(number: int) -> Record:
@@ -118,6 +118,7 @@ def model(pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     monkeypatch.setattr(opening.Parts, "base", BASE)
     monkeypatch.setattr(opening.Parts, "count_tokens", lambda _, records: [1 for _ in records])
     monkeypatch.setattr(opening, "open_serial", open_fake)
+    monkeypatch.setattr(opening, "find_probe", lambda: None)
     return Path(shutil.copytree(pristine, tmp_path / "model"))
 
 

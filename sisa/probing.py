@@ -1,0 +1,65 @@
+"""What the frozen base alone knew of what is being deleted: asked once, between commit and erasure.
+
+Deleting shards can't reach what the base knew before any record arrived. So, when the served model is
+clean already and the text is not erased yet, the base is asked whether it produces it. The answer,
+numbers alone, is kept with the request.
+
+Rules: a probe that fails, for whatever reason, must not keep the text: the kind of error is kept in its
+place, and the deletion goes on. A deletion that is cut short before its probe is finished without one,
+since the text is erased first. What is read is checked as ever.
+
+Not covered: the measures (`approx/probe.py`), and what is done about knowledge that is found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from sisa.domain import Probed, Record, RecordRow, SliceFile
+from sisa.ports import Change, Notice, Probe
+from sisa.world import World, commit
+
+
+def probe_removed(
+    world: World, named: Mapping[str, Sequence[RecordRow]], held: Sequence[SliceFile]
+) -> None:
+    """Probe the base for the records that each request removed, and keep the outcome with it.
+
+    `held` are the slice files that hold them, from before the commit.
+    """
+    if world.probe is None or not any(named.values()):
+        return
+    world.report(Notice("asking the base alone what it knows of the deleted text"))
+    outcomes = {
+        request_id: _probed(world, world.probe, rows, held) for request_id, rows in named.items() if rows
+    }
+    commit(
+        world,
+        Change(
+            requests=[
+                replace(request, probed=outcomes[request.request_id])
+                for request in world.ledger.requests()
+                if request.request_id in outcomes
+            ]
+        ),
+    )
+
+
+def _probed(world: World, probe: Probe, rows: Sequence[RecordRow], held: Sequence[SliceFile]) -> Probed:
+    try:
+        return probe(_texts(world, rows, held))
+    except Exception as error:  # whatever it is: the text must go
+        return Probed(len(rows), failure=type(error).__name__)
+
+
+def _texts(world: World, rows: Sequence[RecordRow], held: Sequence[SliceFile]) -> list[Record]:
+    wanted = {row.id_digest for row in rows}
+    places = {(row.shard, row.slice) for row in rows}
+    return [
+        stored.record
+        for file in held
+        if (file.shard, file.slice) in places
+        for stored in world.records.read(file)
+        if stored.id_digest in wanted
+    ]
