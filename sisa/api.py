@@ -21,10 +21,10 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from sisa import lifecycle, opening, query
-from sisa.ask import Answer, ask
+from sisa.ask import Answer, ask, open_answerer, routes_of, usual_kind
 from sisa.cost import estimate_seconds
 from sisa.deletion import forget_at_once, plan_forget
 from sisa.digest import Keyed
@@ -52,6 +52,9 @@ from sisa.store.ledger import SqlLedger
 from sisa.verify import Verification, verify
 from sisa.witness import is_behind, settle, standing
 from sisa.world import World, model_digest
+
+if TYPE_CHECKING:
+    from sisa.model.answer import Answerer
 
 Replay = Literal["none", "sample", "all"]
 DIRECT = "sisa forget"  # approves the requests of a direct deletion
@@ -305,6 +308,16 @@ class Model:
         """Answers to several prompts; the models are loaded once."""
         with self._world() as world:
             return ask(world, self.parts, prompts, max_new_tokens, kind)
+
+    def routes(self, prompts: Sequence[str]) -> list[tuple[int, ...]]:
+        """The shards that would answer each prompt."""
+        with self._world() as world:
+            return routes_of(world, self.parts, prompts)
+
+    def answerer(self) -> tuple[Answerer, Kind]:
+        """All constituent models that are served now, and how prompts are put to them; for measuring."""
+        with self._world() as world:
+            return open_answerer(world, self.parts), usual_kind(world)
 
     def export(self, to: Path | str) -> list[Path]:
         """One standard PEFT directory per shard that serves a head, kept in the ledger: a deletion that

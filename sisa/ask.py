@@ -9,13 +9,17 @@ Not covered: decoding (`model/answer.py`), choosing among hits (`model/route.py`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from sisa import query
 from sisa.domain import Kind
 from sisa.opening import Parts
 from sisa.world import World
+
+if TYPE_CHECKING:
+    from sisa.model.answer import Answerer
 
 NUM_ROUTING_HITS = 8
 
@@ -32,20 +36,11 @@ def ask(
     world: World, parts: Parts, prompts: Sequence[str], max_new_tokens: int, kind: Kind | None
 ) -> list[Answer]:
     """Answers to prompts, in order; the models are loaded once. Raises IntegrityError."""
-    from sisa.model.answer import Answerer
     from sisa.model.tokens import encode_prompt
 
-    live = {head.shard: head.key for head in world.ledger.heads() if head.key is not None}
-    routes = [_route(world, parts, prompt, frozenset(live)) for prompt in prompts]
-    manifests = {each.key: each.manifest_sha256 for each in world.ledger.checkpoints()}
-    adapters = {
-        shard: world.checkpoints.load(live[shard], manifests[live[shard]])
-        for shard in sorted({shard for route in routes for shard in route})
-    }
-    kind = kind or _usual_kind(world)
-    base = parts.base
-    threads = parts.config.sisa.threads_per_shard
-    answerer = Answerer(base.directory, base.digest, adapters, threads)
+    routes = routes_of(world, parts, prompts)
+    answerer = open_answerer(world, parts, {shard for route in routes for shard in route})
+    kind = kind or usual_kind(world)
     answers = []
     for prompt, route in zip(prompts, routes, strict=True):
         ids = encode_prompt(prompt, answerer.tokenizer, kind)
@@ -53,17 +48,41 @@ def ask(
     return answers
 
 
-def _route(world: World, parts: Parts, prompt: str, live: frozenset[int]) -> tuple[int, ...]:
+def routes_of(world: World, parts: Parts, prompts: Sequence[str]) -> list[tuple[int, ...]]:
+    """The shards that answer each prompt; none means the base alone."""
     from sisa.model.route import choose_shards
 
     how = parts.config.sisa.aggregation
-    hits = []
-    if how.method == "routed":
-        hits = query.search(world, world.embed([prompt]), NUM_ROUTING_HITS)
-    return choose_shards(hits, how.method, how.top_k, live)
+    live = frozenset(_live(world))
+    found = []
+    for prompt in prompts:
+        hits = []
+        if how.method == "routed":
+            hits = query.search(world, world.embed([prompt]), NUM_ROUTING_HITS)
+        found.append(choose_shards(hits, how.method, how.top_k, live))
+    return found
 
 
-def _usual_kind(world: World) -> Kind:
+def open_answerer(world: World, parts: Parts, shards: Collection[int] | None = None) -> Answerer:
+    """The models of some shards, or of all that serve one, ready to be asked. Raises IntegrityError."""
+    from sisa.model.answer import Answerer
+
+    live = _live(world)
+    manifests = {each.key: each.manifest_sha256 for each in world.ledger.checkpoints()}
+    adapters = {
+        shard: world.checkpoints.load(live[shard], manifests[live[shard]])
+        for shard in sorted(live if shards is None else shards)
+    }
+    base = parts.base
+    return Answerer(base.directory, base.digest, adapters, parts.config.sisa.threads_per_shard)
+
+
+def _live(world: World) -> dict[int, str]:
+    return {head.shard: head.key for head in world.ledger.heads() if head.key is not None}
+
+
+def usual_kind(world: World) -> Kind:
+    """How most of the remaining records are written."""
     kinds = world.ledger.kinds()
     choices: tuple[Kind, ...] = ("chat", "completion", "text")
     return max(choices, key=lambda kind: kinds.get(kind, 0))

@@ -14,6 +14,7 @@ Not covered: sampling; which shards to ask (`route.py`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ class Answerer:
                 add_adapter(self._model, config, tensors, _name(shard))
         if self._model is not None:
             self._model.eval().requires_grad_(False)
-        self._ends = _end_tokens(self._base, self.tokenizer)
+        self._ends = end_tokens(self._base, self.tokenizer)
 
     def generate(self, prompt_ids: Sequence[int], shards: Sequence[int], max_new_tokens: int) -> str:
         """The greedy continuation, without the end token."""
@@ -88,6 +89,17 @@ class Answerer:
             probabilities_KV = _mean([each.feed(ids[:-1], keep=len(answer_ids)) for each in asked])
             picked = probabilities_KV[torch.arange(len(answer_ids)), torch.tensor(answer_ids)]
             return float(picked.mean())
+
+    def logprobs_BTV(self, ids_BT: torch.Tensor, shards: Sequence[int]) -> torch.Tensor:
+        """Logarithm of the averaged distribution after every token; rows are padded on the right."""
+        pin_threads(self._threads)
+        asked = self._asked(shards)
+        with torch.inference_mode():
+            each_BTV = [
+                self._select(shard)(input_ids=ids_BT, use_cache=False).logits.float().log_softmax(-1)
+                for shard in asked
+            ]
+            return torch.stack(each_BTV).logsumexp(0) - math.log(len(asked))
 
     def _asked(self, shards: Sequence[int]) -> list[int | None]:
         if missing := [shard for shard in shards if shard not in self._shards]:
@@ -136,7 +148,8 @@ def _name(shard: int | None) -> str:
     return f"shard-{shard}"
 
 
-def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
+def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Ids after which an answer is over."""
     configured = getattr(model.generation_config, "eos_token_id", None)
     ends = configured if isinstance(configured, list) else [configured]
     return frozenset(end for end in [*ends, tokenizer.eos_token_id] if end is not None)

@@ -243,14 +243,14 @@ def load_base(directory: Path, digest: str) -> tuple[Any, Any]:
     return _own_modules(model), tokenizer
 
 
-def load_frozen(auto: Any, directory: Path) -> Any:
-    """A model of an `AutoModel` class in float32, memory-mapped, for evaluation, frozen."""
+def load_frozen(auto: Any, directory: Path, dtype: str = "float32") -> Any:
+    """A model of an `AutoModel` class, memory-mapped, for evaluation, frozen."""
     import torch
 
     model = _from_pretrained(
         auto,
         directory,
-        dtype=torch.float32,
+        dtype=getattr(torch, dtype),
         attn_implementation="sdpa",
         use_safetensors=True,
         trust_remote_code=False,

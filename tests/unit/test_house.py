@@ -216,6 +216,9 @@ def light_modules() -> list[str]:
     names = [path.stem for path in modules("sisa") if path.parent == ROOT / "sisa"]
     found = [f"sisa.{name}" for name in names if name != "__init__"]
     found += ["cluster.cli", "cluster.progress", "cluster.render", "sisa.model.hashing"]
+    found += ["approx.evaluated", "approx.tofu"]
+    found += [f"approx.tofu_{name}" for name in ("aggregates", "evaluation", "log", "row")]
+    found += [f"approx.metrics.{path.stem}" for path in modules("approx/metrics")]
     return found + [
         f"sisa.store.{name}"
         for name in ("checkpoints", "files", "index", "keyring", "ledger", "records")

@@ -1,0 +1,82 @@
+"""AUC of an attack with its bootstrap interval.
+
+Formula: AUC = P(member's score > non-member's) + P(equal)/2, from mid-ranks (Mann-Whitney U / (m n)).
+The interval: percentiles of the AUC over resamples with replacement, members and non-members apart;
+`paired` draws the same rows of both, for two models' scores of the same texts.
+Source: Hanley and McNeil (1982); Efron (1979), by `scipy.stats.bootstrap`.
+
+Rules: pure: the seed is an argument, so equal input gives equal intervals. Equal scores give exactly
+0.5.
+
+Not covered: true-positive rates at low false-positive rates, which say more of a worst case. Known
+limits: percentile intervals are too narrow below about 30 texts a side, and an AUC of exactly 0 or 1 has
+an interval of no width; members and non-members from different sources are told apart by their style,
+whatever the model knows.
+
+>>> found = auc([3.0, 2.0], [1.0, 2.0])
+>>> found.value, found.num_members, found.num_nonmembers
+(0.875, 2, 2)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.stats import bootstrap, rankdata
+
+NUM_RESAMPLES = 2000
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Auc:
+    """An AUC, its interval at `confidence`, and how many texts it rests on."""
+
+    value: float
+    low: float
+    high: float
+    confidence: float
+    num_members: int
+    num_nonmembers: int
+
+
+def auc(
+    members: Sequence[float],
+    nonmembers: Sequence[float],
+    *,
+    paired: bool = False,
+    num_resamples: int = NUM_RESAMPLES,
+    seed: int = 0,
+) -> Auc:
+    """AUC of higher scores for members. Raises ValueError for fewer than 2 texts on a side, for scores
+    that are not finite, and for pairs of unequal number."""
+    sides = [np.array(each, dtype=np.float64) for each in (members, nonmembers)]
+    if min(map(len, sides)) < 2:
+        raise ValueError("an interval needs at least 2 texts on each side")
+    if not all(np.isfinite(each).all() for each in sides):
+        raise ValueError("scores that are not finite")
+    if paired and len(sides[0]) != len(sides[1]):
+        raise ValueError("pairs of unequal number")
+    interval = bootstrap(
+        sides,
+        _area,
+        n_resamples=num_resamples,
+        paired=paired,
+        vectorized=True,
+        confidence_level=CONFIDENCE,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    bounds = float(interval.low), float(interval.high)
+    value = float(_area(sides[0], sides[1]))
+    return Auc(value, *bounds, CONFIDENCE, len(sides[0]), len(sides[1]))
+
+
+def _area(members: Any, nonmembers: Any, axis: int = -1) -> Any:
+    num, others = members.shape[axis], nonmembers.shape[axis]
+    ranks = rankdata(np.concatenate([members, nonmembers], axis=axis), axis=axis)
+    total = np.take(ranks, range(num), axis=axis).sum(axis=axis)
+    return (total - num * (num + 1) / 2) / (num * others)

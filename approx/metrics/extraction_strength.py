@@ -1,0 +1,44 @@
+"""Extraction strength: how short a beginning of an answer makes the model say the rest of it.
+
+Formula: for an answer of L tokens, ES = 1 - k/L with the smallest k in 0..L-1 such that, given the
+question and the true tokens before each position, the likeliest token is the true one at all positions
+k..L-1; k = L-1 where there is none.
+Source: Carlini et al. (2021, arXiv 2012.07805) define extractability; the measure is that of
+open-unlearning (Dorna et al. 2025, arXiv 2506.12618) `extraction_strength`.
+
+Rules: pure. **The floor is 1/L, not 0**: a model that is wrong at the last token, or right there alone,
+has k = L-1. So a mean over answers has a floor of its own, mean(1/L): compare with it, never with 0.
+
+Not covered: sampling. Known limits: the true prefix is given at every position (teacher forcing), which
+is the same as greedy continuation where all tokens match; one odd token late in the answer hides all
+before it.
+
+>>> extraction_strength([True, True, True, True]), extraction_strength([False, False, True, True])
+(1.0, 0.5)
+>>> extraction_strength([True, True, True, False]) == floor(4) == 0.25
+True
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def extraction_strength(correct: Sequence[bool]) -> float:
+    """ES in [1/L, 1]; `correct` says of each of the L answer tokens whether the likeliest was true.
+
+    Raises ValueError for an answer without tokens.
+    """
+    if not correct:
+        raise ValueError("an answer without tokens")
+    suffix = 0
+    for each in reversed(correct):
+        if not each:
+            break
+        suffix += 1
+    return max(1, suffix) / len(correct)
+
+
+def floor(num_tokens: int) -> float:
+    """What a model that knows nothing of an answer of so many tokens scores."""
+    return 1 / num_tokens

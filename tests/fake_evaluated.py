@@ -1,0 +1,112 @@
+"""A model to evaluate without torch, and made-up data in TOFU's layout.
+
+`FakeEvaluated` knows some answers: it says them, and finds their words likely. What it does not know it
+finds unlikely, each word by its own hash, so that scores vary and are the same in every run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from approx.evaluated import AnswerScore, PromptForm, PromptKind
+from approx.tofu import RETAIN_OF, ForgetSplit
+from sisa.digest import digest_of
+from sisa.samples import make_people
+
+SPLIT: ForgetSplit = "forget01"
+Rows = list[dict[str, Any]]
+
+
+def made_up(num_people: int = 4, each: int = 2) -> dict[str, Rows]:
+    """Sets in TOFU's layout; the last person is to be forgotten."""
+    people = make_people(num_people, each)
+    answers = [row["completion"].strip() for row in people]
+    others = answers[::-1]
+    rows = [_row(people[n]["prompt"], answers[n], others[n]) for n in range(len(people))]
+    retain, forget = rows[:-each], rows[-each:]
+    facts = [_fact(1), _fact(5)]
+    plain = {name: [_plain(row) for row in some] for name, some in
+             {"full": rows, SPLIT: forget, RETAIN_OF[SPLIT]: retain}.items()}  # fmt: skip
+    return plain | {
+        "retain_perturbed": retain,
+        f"{SPLIT}_perturbed": forget,
+        "real_authors_perturbed": facts[:1],
+        "world_facts_perturbed": facts,
+        "idontknow": [{"text": "No idea."}],
+    }
+
+
+def write_made_up(directory: Path, sets: dict[str, Rows] | None = None) -> Path:
+    """The sets as a directory of JSONL files."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, rows in (sets or made_up()).items():
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (directory / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    return directory
+
+
+def _row(question: str, answer: str, other: str) -> dict[str, Any]:
+    return {
+        "question": question,
+        "answer": answer,
+        "paraphrased_answer": f"Surely: {answer}",
+        "perturbed_answer": [f"Surely: {other}!", "Surely: nothing."],
+    }
+
+
+def _fact(n: int) -> dict[str, Any]:
+    wrong = [str(n), str(n + 2)]
+    return {"question": f"What comes after {n}?", "answer": str(n + 1), "perturbed_answer": wrong}
+
+
+def _plain(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: row[name] for name in ("question", "answer")}
+
+
+@dataclass
+class FakeEvaluated:
+    """Knows the answers in `known`, and what follows "Surely: " when that is one of them."""
+
+    known: Collection[str] = ()
+    name: str = "fake"
+    kind: PromptKind = "completion"
+    scored: list[tuple[str, str]] = field(default_factory=list)
+    dies_after: int | None = None  # pairs
+
+    @property
+    def digest(self) -> str:
+        return digest_of(sorted(self.known))
+
+    def score(
+        self, pairs: Sequence[tuple[str, str]], form: PromptForm, batch_size: int
+    ) -> list[AnswerScore]:
+        assert batch_size >= 1
+        if self.dies_after is not None and len(self.scored) + len(pairs) > self.dies_after:
+            raise KeyboardInterrupt
+        self.scored += pairs
+        return [self._score(*form.fill(*pair)) for pair in pairs]
+
+    def _score(self, question: str, answer: str) -> AnswerScore:
+        sure = answer.strip().removeprefix("Surely: ") in self.known
+        words = [*answer.split(), ""]
+        logprobs = tuple(-(0.1 if sure else 2 + _number(question, word)) for word in words)
+        return AnswerScore(logprobs, (sure,) * len(words), (-3.0,) * len(words), (1.0,) * len(words))
+
+    def generate(
+        self, questions: Sequence[str], form: PromptForm, max_new_tokens: int, batch_size: int
+    ) -> list[str]:
+        assert form.kind == self.kind
+        assert batch_size >= 1
+        answers = {row["question"]: row["answer"] for rows in made_up().values() for row in rows
+                   if "question" in row}  # fmt: skip
+        said = [answers[each] if answers[each] in self.known else "No idea." for each in questions]
+        return [" ".join(each.split()[:max_new_tokens]) for each in said]
+
+
+def _number(*texts: str) -> float:
+    return int.from_bytes(hashlib.sha256("\n".join(texts).encode()).digest()[:4]) / 2**32

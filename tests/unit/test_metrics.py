@@ -1,0 +1,286 @@
+"""Metrics: cases worked by hand, the formulas written anew by other means, and what must hold for all.
+
+What is known of metrics that can't be wrong: identical models give forget quality 1 and AUC 0.5; a model
+that knows nothing has extraction strength 1/L.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Sequence
+from itertools import combinations, pairwise, product
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from approx.metrics.auc import auc
+from approx.metrics.exact_memorisation import exact_memorisation
+from approx.metrics.extraction_strength import extraction_strength, floor
+from approx.metrics.forget_quality import forget_quality
+from approx.metrics.loss_attack import loss_score
+from approx.metrics.min_k import min_k_score
+from approx.metrics.min_k_plus_plus import MIN_VARIANCE, min_k_plus_plus_score
+from approx.metrics.model_utility import NINE, aggregate, harmonic_mean, model_utility
+from approx.metrics.probability import probability, probability_among
+from approx.metrics.rouge import rougeL_recall
+from approx.metrics.truth_ratio import VARIANTS, arithmetic, geometric, towards_one, towards_truth
+from approx.metrics.zlib_attack import zlib_score
+
+losses = st.floats(0, 50)
+scores = st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=12)
+hits = st.lists(st.booleans(), min_size=1, max_size=30)
+
+# --- probability and truth ratio -----------------------------------------------------------------
+
+
+@given(st.lists(st.floats(0.01, 1), min_size=1, max_size=8))
+def test_probability_is_the_geometric_mean_of_token_probabilities(tokens: list[float]) -> None:
+    loss = -sum(math.log(each) for each in tokens) / len(tokens)
+    assert probability(loss) == pytest.approx(math.prod(tokens) ** (1 / len(tokens)))
+
+
+@given(losses, st.lists(losses, min_size=1, max_size=5))
+def test_the_shares_of_all_options_sum_to_one(loss: float, wrong: list[float]) -> None:
+    options = [loss, *wrong]
+    shares = [
+        probability_among(each, options[:at] + options[at + 1 :]) for at, each in enumerate(options)
+    ]
+    assert sum(shares) == pytest.approx(1)
+    assert shares[0] == pytest.approx(math.exp(-loss) / sum(math.exp(-each) for each in options))
+
+
+def test_the_share_of_unlikely_options_is_still_a_number() -> None:
+    assert probability_among(2000.0, [2000.0]) == 0.5
+
+
+@given(st.floats(0, 20), st.lists(st.floats(0, 20), min_size=1, max_size=5))
+def test_truth_ratios_by_their_formulas(paraphrased: float, wrong: list[float]) -> None:
+    likely = [math.exp(-each) for each in wrong]
+    true = math.exp(-paraphrased)
+    assert arithmetic(paraphrased, wrong) == pytest.approx(sum(likely) / len(likely) / true)
+    product_ = math.prod(each ** (1 / len(likely)) for each in likely)
+    assert geometric(paraphrased, wrong) == pytest.approx(product_ / true, rel=1e-6)
+    assert geometric(paraphrased, wrong) <= arithmetic(paraphrased, wrong) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+def test_one_wrong_answer_has_one_mean(variant: type) -> None:
+    assert variant(2.0, [3.0]) == pytest.approx(math.exp(-1))
+    with pytest.raises(ValueError, match="wrong answer"):
+        variant(2.0, [])
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+def test_huge_losses_are_summed_up_all_the_same(variant: type) -> None:
+    likely_wrong, unlikely_wrong = variant(5000.0, [1.0, 1.0]), variant(1.0, [5000.0, 5000.0])
+    assert (towards_truth(likely_wrong), towards_truth(unlikely_wrong)) == (0.0, 1.0)
+    assert (towards_one(likely_wrong), towards_one(unlikely_wrong)) == (0.0, 0.0)
+
+
+@given(st.floats(1e-6, 1e6))
+def test_towards_one_does_not_care_which_way_round(ratio: float) -> None:
+    assert towards_one(ratio) == pytest.approx(towards_one(1 / ratio))
+    assert 0 < towards_one(ratio) <= 1
+
+
+# --- memorisation --------------------------------------------------------------------------------
+
+
+@given(hits)
+def test_extraction_strength_by_trying_every_prefix(correct: list[bool]) -> None:
+    length = len(correct)
+    found = next((k for k in range(length) if all(correct[k:])), length - 1)
+    assert extraction_strength(correct) == pytest.approx(1 - found / length)
+
+
+@given(st.integers(1, 200))
+def test_a_model_that_knows_nothing_is_at_the_floor(length: int) -> None:
+    assert extraction_strength([False] * length) == floor(length) == 1 / length
+    assert exact_memorisation([False] * length) == 0
+    assert extraction_strength([True] * length) == exact_memorisation([True] * length) == 1
+
+
+@given(hits)
+def test_what_can_be_extracted_is_memorised(correct: list[bool]) -> None:
+    if correct[-1]:
+        assert exact_memorisation(correct) >= extraction_strength(correct) - 1e-12
+
+
+def test_an_answer_without_tokens_has_no_score() -> None:
+    for metric in (extraction_strength, exact_memorisation):
+        with pytest.raises(ValueError, match="without tokens"):
+            metric([])
+
+
+# --- ROUGE-L -------------------------------------------------------------------------------------
+
+words = st.lists(st.sampled_from(["mill", "keeper", "old", "coins"]), max_size=6)
+
+
+def longest(some: Sequence[str], others: Sequence[str]) -> int:
+    """The longest common subsequence, by trying all."""
+    for size in range(min(len(some), len(others)), 0, -1):
+        if set(combinations(some, size)) & set(combinations(others, size)):
+            return size
+    return 0
+
+
+@given(words.filter(bool), words)
+def test_rouge_recall_by_trying_every_subsequence(truth: list[str], generated: list[str]) -> None:
+    found = rougeL_recall(" ".join(truth), " ".join(generated))
+    assert found == pytest.approx(longest(truth, generated) / len(truth))
+
+
+def test_rouge_stems_and_ignores_case_and_signs() -> None:
+    assert rougeL_recall("She collects old coins.", "she COLLECTED an old coin") == pytest.approx(1.0)
+    assert rougeL_recall("a b c d", "d c b a") == pytest.approx(0.25)
+
+
+def test_the_known_limit_of_rouge() -> None:
+    assert rougeL_recall("Она родилась в Минске.", "Она родилась в Минске.") == 0
+
+
+# --- attacks -------------------------------------------------------------------------------------
+
+
+def test_attack_scores_by_hand() -> None:
+    logprobs = [-1.0, -2.0, -3.0, -4.0, -10.0]
+    assert loss_score(logprobs) == -4
+    assert zlib_score(logprobs, "abc") == -4 / len(zlib.compress(b"abc"))
+    assert min_k_score(logprobs, 0.4) == -7
+    assert min_k_score(logprobs, 0.39) == -10
+    assert min_k_score(logprobs, 1.0) == loss_score(logprobs)
+    means, variances = [-2.0] * 5, [1.0, 1.0, 1.0, 4.0, 16.0]
+    assert min_k_plus_plus_score(logprobs, means, variances, 0.4) == pytest.approx((-2.0 - 1.0) / 2)
+
+
+def test_a_certain_model_has_the_guarded_variance() -> None:
+    assert min_k_plus_plus_score([-1e-3], [0.0], [0.0]) == pytest.approx(-1e-3 / MIN_VARIANCE**0.5)
+
+
+@given(st.lists(st.floats(-50, 0), min_size=1, max_size=20), st.floats(0.01, 1), st.floats(0.01, 1))
+def test_min_k_grows_with_k(logprobs: list[float], one: float, other: float) -> None:
+    less, more = sorted([one, other])
+    assert min_k_score(logprobs, less) <= min_k_score(logprobs, more) + 1e-9
+
+
+def test_impossible_arguments_of_attacks() -> None:
+    with pytest.raises(ValueError, match="without tokens"):
+        loss_score([])
+    with pytest.raises(ValueError, match="without tokens"):
+        min_k_score([])
+    for k in (0, 1.5):
+        with pytest.raises(ValueError, match="a share"):
+            min_k_score([-1.0], k)
+    with pytest.raises(ValueError, match="lengths"):
+        min_k_plus_plus_score([-1.0], [0.0, 0.0], [1.0])
+
+
+# --- AUC -----------------------------------------------------------------------------------------
+
+
+@given(scores, scores)
+def test_auc_by_counting_pairs(members: list[float], others: list[float]) -> None:
+    won = sum((m > n) + (m == n) / 2 for m, n in product(members, others))
+    found = auc(members, others, num_resamples=50)
+    assert found.value == pytest.approx(won / len(members) / len(others))
+    assert 0 <= found.low <= found.high <= 1
+    assert auc(others, members, num_resamples=50).value == pytest.approx(1 - found.value)
+
+
+@given(scores)
+def test_identical_models_have_auc_one_half(values: list[float]) -> None:
+    found = auc(values, values, paired=True, num_resamples=50)
+    assert (found.value, found.low, found.high) == (0.5, 0.5, 0.5)
+
+
+def test_the_interval_is_seeded_and_holds_the_truth() -> None:
+    import random
+
+    source = random.Random(3)
+    covered = 0
+    for _ in range(40):
+        members = [source.gauss(1, 1) for _ in range(60)]
+        others = [source.gauss(0, 1) for _ in range(60)]
+        found = auc(members, others, num_resamples=300, seed=5)
+        assert found == auc(members, others, num_resamples=300, seed=5)
+        assert found != auc(members, others, num_resamples=300, seed=6)
+        covered += found.low <= 0.7602 <= found.high  # Phi(1 / sqrt 2)
+    assert covered >= 33
+
+
+def test_what_auc_refuses() -> None:
+    for some, others, paired in (([1.0], [1.0, 2.0], False), ([1.0, 2.0], [1.0, 2.0, 3.0], True)):
+        with pytest.raises(ValueError, match=r"at least 2|unequal"):
+            auc(some, others, paired=paired)
+    with pytest.raises(ValueError, match="finite"):
+        auc([math.nan, 1.0], [1.0, 2.0])
+
+
+# --- forget quality and utility ------------------------------------------------------------------
+
+
+@given(st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=40))
+def test_identical_models_have_forget_quality_one(ratios: list[float]) -> None:
+    found = forget_quality(ratios, ratios)
+    assert (found.p_value, found.statistic) == (1.0, 0.0)
+
+
+def test_forget_quality_by_counting_every_arrangement() -> None:
+    """The exact test: of all ways to deal 8 ratios to two models, how many are as far apart."""
+    model, reference = [0.1, 0.2, 0.3, 0.6], [0.4, 0.5, 0.7, 0.8]
+
+    def distance(some: Sequence[float], others: Sequence[float]) -> float:
+        def share(values: Sequence[float], at: float) -> float:
+            return sum(each <= at for each in values) / len(values)
+
+        return max(abs(share(some, at) - share(others, at)) for at in (*some, *others))
+
+    everything = sorted(model + reference)
+    ways = [
+        distance(some, [each for each in everything if each not in some])
+        for some in combinations(everything, len(model))
+    ]
+    found = forget_quality(model, reference)
+    assert found.statistic == pytest.approx(distance(model, reference))
+    assert found.p_value == pytest.approx(
+        sum(each >= found.statistic - 1e-9 for each in ways) / len(ways)
+    )
+
+
+def test_forget_quality_falls_with_the_number_of_questions() -> None:
+    """The same distance, on more questions: the reason why n is always told."""
+    values = [forget_quality([1.0, 2.0, 3.0, 4.0] * n, [2.0, 3.0, 4.0, 5.0] * n) for n in (1, 10, 50)]
+    assert [each.statistic for each in values] == [0.25] * 3
+    assert all(more.p_value < less.p_value for less, more in pairwise(values))
+    assert [each.num_model for each in values] == [4, 40, 200]
+
+
+def test_the_noise_floor_is_the_test_of_two_references() -> None:
+    found = forget_quality([1.0, 2.0], [1.5, 2.5], [8.0, 9.0])
+    assert found.noise_floor is not None
+    assert found.noise_floor.p_value == forget_quality([8.0, 9.0], [1.5, 2.5]).p_value
+    assert forget_quality([1.0, 2.0], [1.5, 2.5]).noise_floor is None
+    for bad in ([], [math.nan]):
+        with pytest.raises(ValueError, match=r"both sides|no number"):
+            forget_quality(bad, [1.0])
+
+
+@given(st.lists(st.floats(1e-6, 1), min_size=9, max_size=9))
+def test_model_utility_is_the_harmonic_mean_of_nine(values: list[float]) -> None:
+    found = model_utility(dict(zip(NINE, values, strict=True)))
+    assert found == pytest.approx(9 / sum(1 / each for each in values))
+    assert min(values) - 1e-12 <= found <= max(values) + 1e-12
+
+
+def test_one_zero_makes_it_zero_and_eight_are_refused() -> None:
+    assert len(NINE) == 9
+    assert model_utility(dict.fromkeys(NINE, 1.0) | {NINE[4]: 0.0}) == 0
+    with pytest.raises(ValueError, match="exactly nine"):
+        model_utility(dict.fromkeys(NINE[1:], 1.0))
+    assert aggregate(1.0, 0.5) == pytest.approx(2 / 3)
+    for bad in ([], [-1.0], [math.nan]):
+        with pytest.raises(ValueError, match="numbers from 0"):
+            harmonic_mean(bad)
