@@ -18,9 +18,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import chain
-from typing import ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, cast
 
 from torch import Tensor
 
@@ -76,6 +76,12 @@ class Method(Protocol):
     def loss(self, rows: Mapping[Role, Rows]) -> Losses:
         """Scalar loss over the rows of one batch; `rows` has the roles that `reads` names."""
         ...
+
+
+def hyperparameters(method: Method) -> dict[str, Any]:
+    """All hyper-parameters by name."""
+    fields: dict[str, Any] = asdict(cast(Any, method))
+    return fields
 
 
 def weighted(
