@@ -3,6 +3,6 @@
 Rules: this room may import `sisa`; `sisa` never imports it. Whatever it produces is an estimate with
 a report, never called exact.
 
-Not covered yet: everything that a user could call. Deletion of trained records is exact and lives in
+Not covered yet: a command; localisation and editing. Deletion of trained records is exact and lives in
 `sisa`.
 """

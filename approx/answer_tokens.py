@@ -5,7 +5,8 @@ t + 1; `mask_BT` is true where that token is an answer's (its label is not NO_LO
 
 Rules: rows are padded on the right and no attention mask is passed: under causal attention a real token
 never sees padding, and padded positions are never in the mask. Sums and means are over answer tokens
-alone, never over prompt or padding. Log-probabilities are computed in float32.
+alone, never over prompt or padding. Log-probabilities are computed in float32, or in float64 where the
+logits are.
 
 Not covered: tokenizing (`sisa.model.tokens`), generation, encoder-decoder models.
 
@@ -63,8 +64,9 @@ def collate(examples: Sequence[Tokens], pad_id: int) -> AnswerBatch:
 
 
 def logprobs_BTV(logits_BTV: Tensor) -> Tensor:
-    """Log-probabilities of every word, in float32. The last position may be there or cut off."""
-    return torch.log_softmax(logits_BTV.float(), dim=-1)
+    """Log-probabilities of every word, in float32 at least. The last position may be cut off."""
+    precision = torch.promote_types(logits_BTV.dtype, torch.float32)
+    return torch.log_softmax(logits_BTV, dim=-1, dtype=precision)
 
 
 def answer_logprobs_BT(logits_BTV: Tensor, batch: AnswerBatch) -> Tensor:

@@ -1,0 +1,150 @@
+"""What a method of approximate unlearning is: checked hyper-parameters and a pure loss on logits.
+
+Shapes: B examples, T positions, V words, as in `answer_tokens`.
+
+Rules: a method is a frozen dataclass; whoever makes one with values that its loss is not defined for
+gets all of them named at once. `reads` says which sets its loss looks at, `compares` for which of them
+it needs the logits of the reference, the model as it was before. A loss holds no state, draws no random
+number and never sees a model. The retain term has weight 0 where it is not wanted, and is then not
+computed.
+
+Not covered: how logits come about and what is done with the gradient (`unlearning`).
+
+>>> list(above_zero(beta=0.1, gamma=-1.0))
+[Problem(where='gamma', what='-1.0, expected a number above 0')]
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from itertools import chain
+from typing import Any, ClassVar, Literal, Protocol, cast
+
+from torch import Tensor
+
+from approx.answer_tokens import AnswerBatch
+from approx.token_losses import mean_kl, mean_nll
+from sisa.errors import InvalidInput, Problem
+
+Role = Literal["forget", "retain", "preferred"]
+RetainLoss = Literal["nll", "kl"]
+RETAIN_LOSSES = ("nll", "kl")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Examples of one role, their logits now and, where the method compares, the reference's."""
+
+    batch: AnswerBatch
+    current_BTV: Tensor
+    reference_BTV: Tensor | None = None
+
+    @property
+    def compared_BTV(self) -> Tensor:
+        """The reference's logits. Raises ValueError when the caller left them out."""
+        if self.reference_BTV is None:
+            raise ValueError("this loss compares with a reference, whose logits were not given")
+        return self.reference_BTV
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The scalar to minimise, and its unweighted terms for the log (no gradient flows from these)."""
+
+    total: Tensor
+    forget: Tensor
+    retain: Tensor | None
+
+
+class Method(Protocol):
+    """A frozen dataclass of hyper-parameters with a loss."""
+
+    name: ClassVar[str]
+
+    @property
+    def reads(self) -> frozenset[Role]:
+        """The sets that the loss looks at."""
+        ...
+
+    @property
+    def compares(self) -> frozenset[Role]:
+        """Those of them for which it needs the reference's logits."""
+        ...
+
+    def loss(self, rows: Mapping[Role, Rows]) -> Losses:
+        """Scalar loss over the rows of one batch; `rows` has the roles that `reads` names."""
+        ...
+
+
+def hyperparameters(method: Method) -> dict[str, Any]:
+    """All hyper-parameters by name."""
+    fields: dict[str, Any] = asdict(cast(Any, method))
+    return fields
+
+
+def weighted(
+    forget: Tensor,
+    forget_weight: float,
+    rows: Mapping[Role, Rows],
+    retain_weight: float,
+    retain_loss: RetainLoss,
+) -> Losses:
+    """forget_weight * forget + retain_weight * (NLL or KL of the retain rows)."""
+    total = forget_weight * forget
+    if retain_weight == 0:
+        return Losses(total, forget.detach(), None)
+    kept = rows["retain"]
+    if retain_loss == "nll":
+        retain = mean_nll(kept.current_BTV, kept.batch)
+    else:
+        retain = mean_kl(kept.compared_BTV, kept.current_BTV, kept.batch)
+    return Losses(total + retain_weight * retain, forget.detach(), retain.detach())
+
+
+def reads_retain(retain_weight: float) -> frozenset[Role]:
+    """`reads` of the retain term."""
+    return frozenset({"retain"} if retain_weight > 0 else ())
+
+
+def compares_retain(retain_weight: float, retain_loss: RetainLoss) -> frozenset[Role]:
+    """`compares` of the retain term."""
+    return frozenset({"retain"} if retain_weight > 0 and retain_loss == "kl" else ())
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def above_zero(**values: float) -> Iterator[Problem]:
+    """Values that are not finite numbers above 0."""
+    for name, value in values.items():
+        if not _is_number(value) or value <= 0:
+            yield Problem(name, f"{value!r}, expected a number above 0")
+
+
+def at_least_zero(**values: float) -> Iterator[Problem]:
+    """Values that are not finite numbers of at least 0."""
+    for name, value in values.items():
+        if not _is_number(value) or value < 0:
+            yield Problem(name, f"{value!r}, expected a number of at least 0")
+
+
+def one_of(allowed: tuple[str, ...], **values: str) -> Iterator[Problem]:
+    """Values that are not among the allowed ones."""
+    for name, value in values.items():
+        if value not in allowed:
+            yield Problem(name, f"{value!r}, expected one of {', '.join(allowed)}")
+
+
+def refuse_values(what: str, *found: Iterable[Problem]) -> None:
+    """Raise InvalidInput with all problems, if there are any."""
+    problems = list(chain(*found))
+    if problems:
+        raise InvalidInput(
+            f"{what} can't be used with these values",
+            where=", ".join(each.where for each in problems),
+            next_step="mend the values",
+            problems=problems,
+        )

@@ -1,0 +1,87 @@
+"""DPO and IdkDPO: prefer another answer to the one that is to be forgotten.
+
+    D = mean over examples of -log sigmoid(beta * (ratio(preferred) - ratio(forget)))
+    ratio = log p(answer) - log p_reference(answer), the whole answer
+    L = forget_weight * D + retain_weight * R(retain),   R = NLL or KL(reference || current)
+
+Rules: row i of the preferred answers belongs to row i of the forget answers. D is log 2 at the start.
+IdkDPO is the same loss with refusals as the preferred answers (`approx.refusals` makes them) and a
+retain term by default, without which a model learns to refuse everything.
+
+Not covered: label smoothing; other links than the sigmoid.
+
+Source: Rafailov et al. 2023, "Direct preference optimization", eq. 7; beta 0.1 there and in TOFU (Maini
+et al. 2024). IdkDPO: TOFU's "preference optimization" with the retain term and the scale 2 / beta that
+the code of NPO (Zhang et al. 2024) and open-unlearning put before DPO: hence forget_weight 20.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from approx.method import (
+    RETAIN_LOSSES,
+    Losses,
+    RetainLoss,
+    Role,
+    Rows,
+    above_zero,
+    at_least_zero,
+    compares_retain,
+    one_of,
+    reads_retain,
+    refuse_values,
+    weighted,
+)
+from approx.token_losses import log_ratios_B
+
+
+@dataclass(frozen=True)
+class Dpo:
+    """`beta` is the temperature of the preference; a retain term only if it is given a weight."""
+
+    beta: float = 0.1
+    forget_weight: float = 1.0
+    retain_weight: float = 0.0
+    retain_loss: RetainLoss = "nll"
+    name: ClassVar[str] = "dpo"
+
+    def __post_init__(self) -> None:
+        refuse_values(
+            self.name,
+            above_zero(beta=self.beta, forget_weight=self.forget_weight),
+            at_least_zero(retain_weight=self.retain_weight),
+            one_of(RETAIN_LOSSES, retain_loss=self.retain_loss),
+        )
+
+    @property
+    def reads(self) -> frozenset[Role]:
+        return frozenset[Role]({"forget", "preferred"}) | reads_retain(self.retain_weight)
+
+    @property
+    def compares(self) -> frozenset[Role]:
+        own = frozenset[Role]({"forget", "preferred"})
+        return own | compares_retain(self.retain_weight, self.retain_loss)
+
+    def loss(self, rows: Mapping[Role, Rows]) -> Losses:
+        margins_B = _ratios(rows["preferred"]) - _ratios(rows["forget"])
+        preference = -logsigmoid(self.beta * margins_B).mean()
+        return weighted(preference, self.forget_weight, rows, self.retain_weight, self.retain_loss)
+
+
+@dataclass(frozen=True)
+class IdkDpo(Dpo):
+    """DPO towards refusals, with a retain term."""
+
+    forget_weight: float = 20.0
+    retain_weight: float = 1.0
+    name: ClassVar[str] = "idk_dpo"
+
+
+def _ratios(rows: Rows) -> Tensor:
+    return log_ratios_B(rows.current_BTV, rows.compared_BTV, rows.batch)

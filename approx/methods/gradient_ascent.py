@@ -1,0 +1,41 @@
+"""Gradient ascent: make the forget answers less likely, and nothing else.
+
+    L = -NLL(forget) = mean over answer tokens of log p(token)
+
+Rules: nothing bounds this loss below and nothing holds the rest of the model: it is the baseline that
+others are measured against, and needs a bound on utility or on steps.
+
+Not covered: a retain term (`graddiff`, `kl_minimisation`).
+
+Source: Jang et al. 2023, "Knowledge unlearning for mitigating privacy risks in language models" (a
+sum there; the mean over tokens is that of TOFU, Maini et al. 2024, section 3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from approx.method import Losses, Role, Rows
+from approx.token_losses import mean_nll
+
+
+@dataclass(frozen=True)
+class GradientAscent:
+    """No hyper-parameters of its own."""
+
+    name: ClassVar[str] = "gradient_ascent"
+
+    @property
+    def reads(self) -> frozenset[Role]:
+        return frozenset({"forget"})
+
+    @property
+    def compares(self) -> frozenset[Role]:
+        return frozenset()
+
+    def loss(self, rows: Mapping[Role, Rows]) -> Losses:
+        forget = rows["forget"]
+        total = -mean_nll(forget.current_BTV, forget.batch)
+        return Losses(total, total.detach(), None)

@@ -1,0 +1,71 @@
+"""NPO: DPO with the losing answer alone, so that the push fades where an answer is already unlikely.
+
+    F = mean over examples of -(2 / beta) * log sigmoid(-beta * ratio(forget))
+    ratio = log p(answer) - log p_reference(answer), the whole answer
+    L = forget_weight * F + retain_weight * R(retain),   R = NLL or KL(reference || current)
+
+Rules: F is (2 / beta) * log 2 at the start and bounded below by 0. Its gradient is that of gradient
+ascent on the whole answer times 2 p^beta / (p^beta + p_reference^beta), which is 1 at the start.
+
+Not covered: answers averaged over their length (`simnpo`).
+
+Source: Zhang et al. 2024, "Negative preference optimization"; beta 0.1 and both weights 1 with
+NLL on the retain set (their NPO+RT) are the configuration of their code and of open-unlearning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch.nn.functional import logsigmoid
+
+from approx.method import (
+    RETAIN_LOSSES,
+    Losses,
+    RetainLoss,
+    Role,
+    Rows,
+    above_zero,
+    at_least_zero,
+    compares_retain,
+    one_of,
+    reads_retain,
+    refuse_values,
+    weighted,
+)
+from approx.token_losses import log_ratios_B
+
+
+@dataclass(frozen=True)
+class Npo:
+    """`beta` is the inverse temperature: towards 0 the loss becomes gradient ascent."""
+
+    beta: float = 0.1
+    forget_weight: float = 1.0
+    retain_weight: float = 1.0
+    retain_loss: RetainLoss = "nll"
+    name: ClassVar[str] = "npo"
+
+    def __post_init__(self) -> None:
+        refuse_values(
+            self.name,
+            above_zero(beta=self.beta, forget_weight=self.forget_weight),
+            at_least_zero(retain_weight=self.retain_weight),
+            one_of(RETAIN_LOSSES, retain_loss=self.retain_loss),
+        )
+
+    @property
+    def reads(self) -> frozenset[Role]:
+        return frozenset[Role]({"forget"}) | reads_retain(self.retain_weight)
+
+    @property
+    def compares(self) -> frozenset[Role]:
+        return frozenset[Role]({"forget"}) | compares_retain(self.retain_weight, self.retain_loss)
+
+    def loss(self, rows: Mapping[Role, Rows]) -> Losses:
+        forget = rows["forget"]
+        ratios_B = log_ratios_B(forget.current_BTV, forget.compared_BTV, forget.batch)
+        term = -2 / self.beta * logsigmoid(-self.beta * ratios_B).mean()
+        return weighted(term, self.forget_weight, rows, self.retain_weight, self.retain_loss)

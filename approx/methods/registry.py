@@ -1,0 +1,63 @@
+"""All methods by name.
+
+Rules: a method is made from its name and a mapping of hyper-parameters; an unknown name and unknown
+hyper-parameters are refused with the known ones listed, never ignored.
+
+Not covered: running one (`approx.unlearning`).
+
+>>> make_method("npo", {"beta": 0.2})
+Npo(beta=0.2, forget_weight=1.0, retain_weight=1.0, retain_loss='nll')
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from approx.method import Method
+from approx.methods.dpo import Dpo, IdkDpo
+from approx.methods.graddiff import GradDiff
+from approx.methods.gradient_ascent import GradientAscent
+from approx.methods.kl_minimisation import KlMinimisation
+from approx.methods.npo import Npo
+from approx.methods.simnpo import SimNpo
+from approx.methods.task_arithmetic import TaskArithmetic
+from sisa.errors import InvalidInput, Problem
+
+_CLASSES: tuple[type[Any], ...] = (
+    GradientAscent,
+    GradDiff,
+    KlMinimisation,
+    Dpo,
+    IdkDpo,
+    Npo,
+    SimNpo,
+    TaskArithmetic,
+)
+METHODS: Mapping[str, type[Any]] = {each.name: each for each in _CLASSES}
+
+
+def make_method(name: str, hyperparameters: Mapping[str, Any] | None = None) -> Method:
+    """A method with its own defaults where nothing else is said. Raises InvalidInput."""
+    given = hyperparameters or {}
+    if name not in METHODS:
+        raise InvalidInput(
+            "no such method",
+            where="method",
+            expected="one of " + ", ".join(METHODS),
+            got=name,
+            next_step="choose one of these",
+        )
+    known = [each.name for each in fields(METHODS[name])]
+    unknown = [each for each in given if each not in known]
+    if unknown:
+        raise InvalidInput(
+            f"{name} has no such hyper-parameters",
+            where=name,
+            expected="among " + ", ".join(known) if known else "none",
+            next_step="remove them, or mend their names",
+            problems=[Problem(each, "unknown") for each in unknown],
+        )
+    made: Method = METHODS[name](**given)
+    return made

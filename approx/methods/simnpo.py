@@ -1,0 +1,72 @@
+"""SimNPO: NPO without a reference, on the mean log-probability of an answer's tokens.
+
+    F = mean over examples of -(2 / beta) * log sigmoid(-beta * mean_logprob(forget) - gamma)
+    L = forget_weight * F + retain_weight * R(retain),   R = NLL or KL(reference || current)
+
+Rules: F is bounded below by 0. Long and short answers weigh alike.
+
+Not covered: the margin inside the bracket, which is how the authors' code writes it: its gamma (delta in
+open-unlearning) is this gamma / beta; both are 0 by default.
+
+Source: Fan et al. 2024, "Simplicity prevails: rethinking negative preference optimization for LLM
+unlearning". Defaults are the command that their code gives for TOFU forget10: beta 4.5, weight
+0.125 on the forget term, 1 on NLL of the retain set, gamma 0. For forget05: beta 2.5, weight 0.1375.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch.nn.functional import logsigmoid
+
+from approx.answer_tokens import mean_logprobs_B
+from approx.method import (
+    RETAIN_LOSSES,
+    Losses,
+    RetainLoss,
+    Role,
+    Rows,
+    above_zero,
+    at_least_zero,
+    compares_retain,
+    one_of,
+    reads_retain,
+    refuse_values,
+    weighted,
+)
+
+
+@dataclass(frozen=True)
+class SimNpo:
+    """`beta` is the inverse temperature, `gamma` the margin."""
+
+    beta: float = 4.5
+    gamma: float = 0.0
+    forget_weight: float = 0.125
+    retain_weight: float = 1.0
+    retain_loss: RetainLoss = "nll"
+    name: ClassVar[str] = "simnpo"
+
+    def __post_init__(self) -> None:
+        refuse_values(
+            self.name,
+            above_zero(beta=self.beta, forget_weight=self.forget_weight),
+            at_least_zero(gamma=self.gamma, retain_weight=self.retain_weight),
+            one_of(RETAIN_LOSSES, retain_loss=self.retain_loss),
+        )
+
+    @property
+    def reads(self) -> frozenset[Role]:
+        return frozenset[Role]({"forget"}) | reads_retain(self.retain_weight)
+
+    @property
+    def compares(self) -> frozenset[Role]:
+        return compares_retain(self.retain_weight, self.retain_loss)
+
+    def loss(self, rows: Mapping[Role, Rows]) -> Losses:
+        forget = rows["forget"]
+        means_B = mean_logprobs_B(forget.current_BTV, forget.batch)
+        term = -2 / self.beta * logsigmoid(-self.beta * means_B - self.gamma).mean()
+        return weighted(term, self.forget_weight, rows, self.retain_weight, self.retain_loss)

@@ -1,0 +1,166 @@
+"""Unlearning: a method applied to a model, on a patch or on full weights.
+
+Rules: everything is checked before anything is computed. The model is changed in place, and whatever
+happens it ends holding weights that were checked: see `descent`. Task arithmetic fine-tunes with the
+same loop, without a bound on utility as the tuned model is not the result, and subtracts; its alpha is
+searched under the bound, or given and held to it. A tuning that did not finish gives no task vector:
+the weights are then those from before. Saved runs are erased when the run is over, and kept when it is
+out of time.
+
+Not covered: choosing what to forget, tokenizing, reports (`report`).
+
+    end = unlearn(patched_model, Sets(forget, retain), make_method("npo"), Settings(), Bounds())
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from approx.bounds import Bounds, End, Ending, StepLog
+from approx.descent import Descent
+from approx.method import Method
+from approx.methods.task_arithmetic import (
+    TaskArithmetic,
+    largest_alpha,
+    negate_patch,
+    negate_weights,
+    refuse_used_patch,
+)
+from approx.pace import Settings
+from approx.saved_run import SavedRun
+from approx.sets import Sets, refuse_bad_sets
+from approx.target import Target
+from sisa.errors import InvalidInput
+
+
+def unlearn(
+    model: Any,
+    sets: Sets,
+    method: Method,
+    settings: Settings,
+    bounds: Bounds,
+    *,
+    saved: SavedRun | None = None,
+    progress: Callable[[StepLog], None] = lambda _: None,
+    clock: Callable[[], float] = time.monotonic,
+) -> End:
+    """Apply a method to what requires a gradient in `model`, as it is now: that is the reference.
+
+    A saved run is gone on with, if there is one; the model must again be the one it was started with.
+    Raises InvalidInput (sets, values, a model in which nothing can train), ConfigConflict (another
+    run's saved state), IntegrityError (damage), EnvironmentFault (the disk).
+    """
+    refuse_bad_sets(sets, method)
+    target = Target(model, with_reference=bool(method.compares))
+
+    def descent(bounds: Bounds) -> Descent:
+        return Descent(
+            target, sets, method, settings, bounds, saved=saved, progress=progress, clock=clock
+        )
+
+    if isinstance(method, TaskArithmetic):
+        end = _tune_and_negate(target, method, bounds, descent, clock)
+    else:
+        end = descent(bounds).run()
+    if saved is not None and end.ending != Ending.OUT_OF_TIME:
+        saved.erase()
+    return end
+
+
+def _tune_and_negate(
+    target: Target,
+    method: TaskArithmetic,
+    bounds: Bounds,
+    descent: Callable[[Bounds], Descent],
+    clock: Callable[[], float],
+) -> End:
+    """The model ends as base - alpha * (tuned - base); alpha is 0 where nothing else could be kept."""
+    _refuse_unbounded_search(method, bounds)
+    started, base = clock(), target.snapshot()
+    if target.kind == "patch":
+        refuse_used_patch(base)
+    before = bounds.measured_before(target.model)
+    tuning = replace(bounds, utility=None, max_utility_drop=None)
+    end = replace(descent(tuning).run(), utility_before=before, alpha=0.0)
+    if end.ending != Ending.FINISHED:
+        target.put(base)
+        why = f"fine-tuning: {end.why}; then those from before were put back"
+        return replace(end, why=why, step=0, utility=before)
+    search = _Search(target, base, target.snapshot(), bounds, before, started, clock)
+    alpha = largest_alpha(method.alphas if method.alpha is None else (method.alpha,), search.holds)
+    target.put(search.negated(alpha))
+    return replace(
+        end,
+        ending=search.ending(alpha),
+        why=search.why(alpha),
+        utility=search.utilities[alpha],
+        compute=replace(end.compute, seconds=end.compute.seconds + search.seconds()),
+        alpha=alpha,
+    )
+
+
+@dataclass
+class _Search:
+    """Scales of one task vector, each tried on the model."""
+
+    target: Target
+    base: Mapping[str, Tensor]
+    tuned: Mapping[str, Tensor]
+    bounds: Bounds
+    before: float | None
+    started: float
+    clock: Callable[[], float]
+
+    def __post_init__(self) -> None:
+        self.utilities: dict[float, float | None] = {0.0: self.before}
+        self._began = self.clock()
+        self._late = False
+        self._broke: float | None = None
+
+    def negated(self, alpha: float) -> dict[str, Tensor]:
+        negate = negate_patch if self.target.kind == "patch" else negate_weights
+        return negate(self.base, self.tuned, alpha)
+
+    def holds(self, alpha: float) -> bool:
+        """Whether utility allows this scale; False, too, when there is no time left to try it."""
+        limit = self.bounds.max_seconds
+        self._late = limit is not None and self.clock() - self.started >= limit
+        if self._late:
+            return False
+        self.target.put(self.negated(alpha))
+        self.utilities[alpha] = self.bounds.measured(self.target.model)
+        if self.bounds.allow(self.utilities[alpha], self.before):
+            return True
+        self._broke = alpha
+        return False
+
+    def seconds(self) -> float:
+        return self.clock() - self._began
+
+    def ending(self, alpha: float) -> Ending:
+        if self._late:
+            return Ending.OUT_OF_TIME
+        return Ending.BELOW_UTILITY_BOUND if self._broke and alpha == 0 else Ending.FINISHED
+
+    def why(self, alpha: float) -> str:
+        if self._late:
+            return f"the time was spent while searching; alpha {alpha:g} is the last that held"
+        if self._broke is None:
+            return f"alpha {alpha:g}, the largest asked for"
+        found = self.utilities[self._broke]
+        return f"alpha {alpha:g}: at {self._broke:g} utility was {found}, from {self.before}"
+
+
+def _refuse_unbounded_search(method: TaskArithmetic, bounds: Bounds) -> None:
+    if method.alpha is None and bounds.max_utility_drop is None:
+        raise InvalidInput(
+            "alpha can't be searched without a bound on utility",
+            where=method.name,
+            expected="alpha, or a measure of utility with max_utility_drop",
+            next_step="give one of them",
+        )

@@ -1,0 +1,149 @@
+"""Methods by name, what they need, which values they refuse; the arithmetic on task vectors."""
+
+from __future__ import annotations
+
+import doctest
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from approx import method as method_module
+from approx.methods import registry, task_arithmetic
+from approx.methods.registry import METHODS, make_method
+from approx.methods.task_arithmetic import largest_alpha, negate_patch, negate_weights
+from sisa.errors import InvalidInput
+
+pytestmark = pytest.mark.torch
+
+
+def test_an_unknown_method_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(InvalidInput) as caught:
+        make_method("gradient_descent")
+    assert set(caught.value.expected.removeprefix("one of ").split(", ")) == set(METHODS)
+    assert len(METHODS) == 8
+
+
+def test_unknown_hyperparameters_are_refused_all_at_once() -> None:
+    with pytest.raises(InvalidInput) as caught:
+        make_method("npo", {"beta": 0.1, "bta": 1, "gama": 2})
+    assert [each.where for each in caught.value.problems] == ["bta", "gama"]
+    with pytest.raises(InvalidInput, match="no such hyper-parameters"):
+        make_method("gradient_ascent", {"beta": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "where"),
+    [
+        ("npo", {"beta": 0.0}, ["beta"]),
+        ("npo", {"beta": -1.0, "forget_weight": 0, "retain_weight": -2, "retain_loss": "l2"}, None),
+        ("simnpo", {"gamma": float("nan")}, ["gamma"]),
+        ("dpo", {"beta": float("inf")}, ["beta"]),
+        ("idk_dpo", {"beta": True}, ["beta"]),
+        ("graddiff", {"retain_weight": 0.0}, ["retain_weight"]),
+        ("kl_minimisation", {"beta": "1"}, ["beta"]),
+        ("task_arithmetic", {"alpha": -0.1}, ["alpha"]),
+        ("task_arithmetic", {"alphas": ()}, ["alphas"]),
+        ("task_arithmetic", {"alphas": (0.5, 0.0)}, ["alphas[1]"]),
+    ],
+)
+def test_values_that_a_loss_is_not_defined_for(
+    name: str, values: dict[str, Any], where: list[str] | None
+) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        make_method(name, values)
+    expected = where or ["beta", "forget_weight", "retain_weight", "retain_loss"]
+    assert [each.where for each in caught.value.problems] == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "reads", "compares"),
+    [
+        ("gradient_ascent", {}, {"forget"}, set()),
+        ("graddiff", {}, {"forget", "retain"}, set()),
+        ("graddiff", {"retain_loss": "kl"}, {"forget", "retain"}, {"retain"}),
+        ("kl_minimisation", {}, {"forget", "retain"}, {"retain"}),
+        ("dpo", {}, {"forget", "preferred"}, {"forget", "preferred"}),
+        ("idk_dpo", {}, {"forget", "preferred", "retain"}, {"forget", "preferred"}),
+        ("npo", {}, {"forget", "retain"}, {"forget"}),
+        ("npo", {"retain_weight": 0, "retain_loss": "kl"}, {"forget"}, {"forget"}),
+        ("npo", {"retain_loss": "kl"}, {"forget", "retain"}, {"forget", "retain"}),
+        ("simnpo", {}, {"forget", "retain"}, set()),
+        ("task_arithmetic", {}, {"forget"}, set()),
+    ],
+)
+def test_what_each_method_needs(
+    name: str, values: dict[str, Any], reads: set[str], compares: set[str]
+) -> None:
+    method = make_method(name, values)
+    assert set(method.reads) == reads
+    assert set(method.compares) == compares
+
+
+def tensors(seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(3, 2, generator=generator) for name in ("a.lora_A.x", "b.weight")}
+
+
+@given(st.integers(0, 100))
+def test_alpha_zero_is_the_base_bit_for_bit(seed: int) -> None:
+    base, tuned = tensors(seed), tensors(seed + 1)
+    base["a.lora_A.x"][0, 0] = -0.0
+    found = negate_weights(base, tuned, 0.0)
+    for name, each in base.items():
+        assert torch.equal(found[name].view(torch.int32), each.view(torch.int32))
+        assert found[name].data_ptr() != each.data_ptr()
+
+
+def test_negation_by_hand() -> None:
+    """1 - 0.5 (3 - 1) = 0; alpha 1 mirrors: 1 - (3 - 1) = -1; the base is left as it was."""
+    base, tuned = {"w": torch.tensor([1.0])}, {"w": torch.tensor([3.0])}
+    assert negate_weights(base, tuned, 0.5)["w"].tolist() == [0.0]
+    assert negate_weights(base, tuned, 1.0)["w"].tolist() == [-1.0]
+    assert base["w"].tolist() == [1.0]
+
+
+def patch(seed: int, *, fresh: bool) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    second = torch.zeros(3, 2) if fresh else torch.randn(3, 2, generator=generator)
+    return {"m.lora_A.d": torch.randn(2, 4, generator=generator), "m.lora_B.d": second}
+
+
+@given(st.integers(0, 100), st.floats(0.01, 2.0))
+def test_a_negated_patch_changes_the_weights_by_the_negative(seed: int, alpha: float) -> None:
+    tuned = patch(seed, fresh=False)
+    found = negate_patch(patch(seed + 1, fresh=True), tuned, alpha)
+    expected = -alpha * (tuned["m.lora_B.d"] @ tuned["m.lora_A.d"])
+    torch.testing.assert_close(found["m.lora_B.d"] @ found["m.lora_A.d"], expected)
+
+
+def test_a_patch_with_alpha_zero_is_the_fresh_one_bit_for_bit() -> None:
+    fresh = patch(0, fresh=True)
+    found = negate_patch(fresh, patch(1, fresh=False), 0.0)
+    for name, each in fresh.items():
+        assert torch.equal(found[name].view(torch.int32), each.view(torch.int32))
+
+
+def test_a_used_patch_is_refused() -> None:
+    with pytest.raises(InvalidInput, match="fresh"):
+        negate_patch(patch(0, fresh=False), patch(1, fresh=False), 0.5)
+
+
+def test_the_largest_scale_stops_at_the_first_that_fails() -> None:
+    """Utility that comes back further out does not count: what lies between broke the bound."""
+    tried: list[float] = []
+
+    def holds(alpha: float) -> bool:
+        tried.append(alpha)
+        return alpha < 0.4 or alpha > 0.8
+
+    assert largest_alpha([0.9, 0.3, 0.1, 0.5], holds) == 0.3
+    assert tried == [0.1, 0.3, 0.5]
+    assert largest_alpha([0.5], lambda _: False) == 0.0
+
+
+@pytest.mark.parametrize("module", [method_module, registry, task_arithmetic])
+def test_examples_in_docstrings_hold(module: Any) -> None:
+    assert doctest.testmod(module).failed == 0

@@ -1,0 +1,150 @@
+"""What is refused before anything is computed; order and rate as functions of the settings; refusals."""
+
+from __future__ import annotations
+
+import doctest
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from approx import bounds, compute, pace, refusals
+from approx.bounds import Bounds
+from approx.methods.registry import make_method
+from approx.pace import Settings, learning_rate_at, plan_steps
+from approx.refusals import REFUSALS, refusing
+from approx.sets import Sets, refuse_bad_sets, refuse_same_records
+from sisa.domain import Part, Record
+from sisa.errors import InvalidInput
+from sisa.model.tokens import NO_LOSS, Tokens
+
+pytestmark = pytest.mark.torch
+
+
+def example(*ids: int) -> Tokens:
+    return Tokens(list(ids), [NO_LOSS, *ids[1:]])
+
+
+def problems_of(sets: Sets, name: str, values: dict[str, Any] | None = None) -> list[str]:
+    with pytest.raises(InvalidInput) as caught:
+        refuse_bad_sets(sets, make_method(name, values))
+    return [each.where for each in caught.value.problems]
+
+
+def test_empty_sets() -> None:
+    assert problems_of(Sets([]), "npo") == ["forget", "retain"]
+    assert problems_of(Sets([]), "gradient_ascent") == ["forget"]
+    assert problems_of(Sets([example(1, 2)]), "kl_minimisation") == ["retain"]
+    refuse_bad_sets(Sets([example(1, 2)]), make_method("npo", {"retain_weight": 0.0}))
+
+
+def test_missing_preferred_answers() -> None:
+    two = [example(1, 2), example(1, 3)]
+    assert problems_of(Sets(two), "dpo") == ["preferred"]
+    assert problems_of(Sets(two, preferred=[example(1, 9)]), "dpo") == ["preferred"]
+    refuse_bad_sets(Sets(two, preferred=[example(1, 9), example(1, 8)]), make_method("dpo"))
+
+
+def test_every_problem_is_named_at_once() -> None:
+    sets = Sets(
+        forget=[example(1, 2), Tokens([1, 4], [NO_LOSS, NO_LOSS]), Tokens([1, 5], [5])],
+        retain=[example(3, 3), example(1, 2)],
+        preferred=[example(1, 2), example(1, 7), example(1, 8)],
+    )
+    assert problems_of(sets, "idk_dpo") == [
+        "forget example 2",
+        "forget example 3",
+        "forget example 1",
+        "preferred example 1",
+    ]
+
+
+def record(id_: str, text: str) -> Record:
+    return Record(id_, None, "text", (Part("text", text),))
+
+
+def test_overlapping_records_are_named_by_position_alone() -> None:
+    forget = [record("a", "Ada wrote it."), record("b", "Babbage built it."), record("c", "Curie.")]
+    retain = [
+        record("z", "  ADA\u00a0wrote\nit. "),
+        record("c", "Something else"),
+        record("y", "Noether"),
+    ]
+    with pytest.raises(InvalidInput) as caught:
+        refuse_same_records(forget, retain)
+    found = [(each.where, each.what) for each in caught.value.problems]
+    assert found == [
+        ("forget record 1", "has the text of retain record 1"),
+        ("forget record 3", "has the id of retain record 2"),
+    ]
+    assert not any(word in str(caught.value) for word in ("Ada", "ADA", "Curie"))
+    refuse_same_records(forget[1:2], retain)
+
+
+@given(st.integers(1, 9), st.integers(0, 4), st.integers(1, 4), st.integers(1, 3), st.integers(0, 5))
+def test_each_epoch_is_one_pass_over_the_forget_set(
+    num_forget: int, num_retain: int, size: int, accumulation: int, seed: int
+) -> None:
+    chosen = Settings(num_epochs=3, batch_size=size, gradient_accumulation_steps=accumulation, seed=seed)
+    steps = plan_steps(num_forget, num_retain, chosen)
+    micro = [each for step in steps for each in step]
+    shown = [row for each in micro for row in each.forget]
+    for epoch in range(3):
+        part = shown[epoch * num_forget : (epoch + 1) * num_forget]
+        assert sorted(part) == list(range(num_forget))
+    kept = [row for each in micro for row in each.retain]
+    assert len(kept) == (len(shown) if num_retain else 0)
+    for start in range(0, len(kept) - num_retain + 1, num_retain or 1):
+        if num_retain:
+            assert sorted(kept[start : start + num_retain]) == list(range(num_retain))
+    assert all(len(step) == accumulation for step in steps[:-1])
+    assert plan_steps(num_forget, num_retain, chosen) == steps
+    cut = Settings(
+        num_epochs=3, batch_size=size, gradient_accumulation_steps=accumulation, seed=seed, max_steps=2
+    )
+    assert plan_steps(num_forget, num_retain, cut) == steps[:2]
+
+
+def test_another_seed_is_another_order() -> None:
+    orders = {plan_steps(8, 8, Settings(seed=seed)) for seed in range(4)}
+    assert len(orders) == 4
+
+
+@given(st.integers(1, 30), st.integers(0, 40))
+def test_the_rate_is_never_zero_and_never_above_its_peak(num_steps: int, warmup: int) -> None:
+    chosen = Settings(learning_rate=2.0, warmup_steps=warmup)
+    rates = [learning_rate_at(step, num_steps, chosen) for step in range(num_steps)]
+    assert all(0 < rate <= 2.0 for rate in rates)
+    if warmup < num_steps:
+        assert rates[warmup] == 2.0
+
+
+def test_impossible_settings_and_bounds_are_named_at_once() -> None:
+    with pytest.raises(InvalidInput) as caught:
+        Settings(learning_rate=0.0, batch_size=0, num_epochs=1.5, lr_scheduler="cosine")  # type: ignore[arg-type]
+    names = [each.where for each in caught.value.problems]
+    assert names == ["num_epochs", "learning_rate", "batch_size", "lr_scheduler"]
+    with pytest.raises(InvalidInput) as caught:
+        Bounds(max_seconds=-1.0, max_utility_drop=0.1, check_every=0)
+    names = [each.where for each in caught.value.problems]
+    assert names == ["max_seconds", "check_every", "max_utility_drop"]
+
+
+def test_refusals_stand_behind_the_prompt() -> None:
+    forget = [example(5, n, n) for n in range(6, 46)]
+    made = refusing(forget, [[90], [91, 92]], seed=3)
+    assert {tuple(each.input_ids) for each in made} == {(5, 90), (5, 91, 92)}
+    assert all(each.labels == [NO_LOSS, *each.input_ids[1:]] for each in made)
+    assert (
+        made == refusing(forget, [[90], [91, 92]], seed=3) != refusing(forget, [[90], [91, 92]], seed=4)
+    )
+    with pytest.raises(InvalidInput) as caught:
+        refusing([Tokens([5, 6], [5, 6])], [[]], seed=0)
+    assert [each.where for each in caught.value.problems] == ["forget example 1", "refusals"]
+    assert len(set(REFUSALS)) == len(REFUSALS) >= 10
+
+
+@pytest.mark.parametrize("module", [bounds, compute, pace, refusals])
+def test_examples_in_docstrings_hold(module: Any) -> None:
+    assert doctest.testmod(module).failed == 0
