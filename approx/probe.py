@@ -11,8 +11,8 @@
 
 A record counts as known when the extraction strength is at least KNOWN_STRENGTH, or the greedy
 continuation recalls KNOWN_RECALL of its answer and as many of its tokens are memorised; in either case
-only with a positive margin. Recall alone won't do: a base that knows how such answers are phrased recalls
-all but the names.
+only with a positive margin. Recall alone won't do: a base that knows how such answers are phrased
+recalls all but the names.
 
 Rules: approximate, and said to be so wherever it is shown. The base is read, never changed. Of a plain
 text the second half is the answer. At most MAX_PROBED records are asked, the first by keyed order; how
