@@ -3,6 +3,5 @@
 Rules: this room may import `sisa`; `sisa` never imports it. Whatever it produces is an estimate with
 a report, never called exact.
 
-Not covered yet: a command; localisation and editing. Deletion of trained records is exact and lives in
-`sisa`.
+Not covered: localisation and editing; deletion of trained records, which is exact and lives in `sisa`.
 """

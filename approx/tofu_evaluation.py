@@ -12,9 +12,11 @@ Not covered: aggregates (`tofu_aggregates.py`); answers cut off at stop words.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from approx.evaluated import AnswerScore, EvaluatedModel, PromptForm
 from approx.metrics.exact_memorisation import exact_memorisation
@@ -25,8 +27,10 @@ from approx.metrics.min_k_plus_plus import min_k_plus_plus_score
 from approx.metrics.rouge import MAX_NEW_TOKENS, rougeL_recall
 from approx.metrics.zlib_attack import zlib_score
 from approx.tofu import Question, questions_digest
-from approx.tofu_log import Header, LogWriter
+from approx.tofu_log import Header, LogWriter, read_log
 from approx.tofu_row import LogRow
+from sisa.digest import canonical_json, digest_of
+from sisa.errors import ConfigConflict, InvalidInput
 
 Progress = Callable[[int, int], None]  # questions done, questions in all
 
@@ -37,6 +41,45 @@ class Settings:
 
     form: PromptForm
     max_new_tokens: int = MAX_NEW_TOKENS
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A model's log, finished. `settings` is None for a published log, which does not tell them."""
+
+    name: str
+    digest: str | None
+    log: Path
+    settings: Mapping[str, Any] | None
+    rows: list[LogRow] = field(repr=False)
+
+
+def finished_log(path: Path) -> Evaluated:
+    """A log that was written before: ours, or a published one. Raises InvalidInput, IntegrityError."""
+    header, rows = read_log(path)
+    if not rows:
+        raise InvalidInput("the log holds no question", where=str(path))
+    if header is None:
+        return Evaluated(path.name, None, path, None, rows)
+    return Evaluated(path.name, header.model, path, header.settings, rows)
+
+
+def refuse_other_settings(model: Evaluated, reference: Evaluated) -> None:
+    """Raises ConfigConflict where the two were asked in different ways."""
+    if None not in (model.settings, reference.settings) and model.settings != reference.settings:
+        raise ConfigConflict(
+            "the reference was evaluated under other settings than the model",
+            where=f"{model.name} and {reference.name}",
+            expected=canonical_json(model.settings).decode(),
+            got=canonical_json(reference.settings).decode(),
+            next_step="evaluate both again with one --prompt and one --max-new-tokens",
+        )
+
+
+def log_name(model: EvaluatedModel, split: str, header: Header) -> str:
+    """A file name for people and programs: the same evaluation has the same one."""
+    called = re.sub(r"[^A-Za-z0-9]+", "-", Path(model.name).name).strip("-")[:40] or "model"
+    return f"{split}-{called}-{digest_of([model.name, header.line().decode()])[:16]}.jsonl"
 
 
 def header_of(model: EvaluatedModel, questions: Sequence[Question], settings: Settings) -> Header:

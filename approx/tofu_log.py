@@ -7,7 +7,7 @@ Rules: lines are appended and flushed batch by batch; a torn last line is cut of
 again. A log of another model, of other questions or other settings is refused, and so is one with a
 damaged line in its middle. Published logs (locuslab's) have no header and serve as references.
 
-Not covered: two processes that write one log. A log holds the questions' answers and generated text:
+Not covered: a disk without locks. A log holds the questions' answers and generated text:
 keep it as you keep the data.
 
 >>> header, rows = read_log(Path("full.jsonl"))                               # doctest: +SKIP
@@ -15,6 +15,7 @@ keep it as you keep the data.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,7 +25,7 @@ from typing import Any
 
 from approx.tofu_row import LogRow, parse_row
 from sisa.digest import canonical_json
-from sisa.errors import ConfigConflict, IntegrityError, InvalidInput
+from sisa.errors import Busy, ConfigConflict, IntegrityError, InvalidInput
 from sisa.store.files import disk_errors
 
 KIND, VERSION = "tofu", 1
@@ -83,18 +84,32 @@ class LogWriter:
     """A log that is being written; `rows` are those that it holds."""
 
     def __init__(self, path: Path, header: Header) -> None:
-        """Begins a log, or opens one to continue it. Raises ConfigConflict, IntegrityError."""
+        """Begins a log, or opens one to continue it. Raises Busy, ConfigConflict, IntegrityError."""
         self._path = path
         self.rows: list[LogRow] = []
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            held = path.read_bytes() if path.exists() else b""
+            self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b")
+        try:
+            self._continue(header)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _continue(self, header: Header) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Busy(
+                "another process writes this log", where=str(self._path), next_step="wait for it"
+            ) from None
+        with disk_errors(self._path):
+            held = self._file.read()
         whole = held[: held.rfind(b"\n") + 1]
         if whole:
-            found, self.rows = _parsed(whole, path)
-            _refuse_other(path, found, header)
-        with disk_errors(path):
-            self._file = path.open("r+b" if path.exists() else "w+b")
+            found, self.rows = _parsed(whole, self._path)
+            _refuse_other(self._path, found, header)
+        with disk_errors(self._path):
             self._file.truncate(len(whole))
             self._file.seek(0, os.SEEK_END)
         if not whole:

@@ -6,8 +6,8 @@ input, 3 unknown record, 4 integrity failure, 5 busy, 6 environment. Record text
 it is the answer; control characters never reach a terminal. Torch and Ray are imported by the
 commands that need them.
 
-Not covered: requests (`request_cli.py`), care (`care_cli.py`); what the commands do (`sisa.api`) and
-how their results read (`render.py`).
+Not covered: requests (`request_cli.py`), care (`care_cli.py`), evaluation (`eval_cli.py`), the base
+(`approx_cli.py`); what the commands do (`sisa.api`) and how their results read (`render.py`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cluster import care_cli, render, request_cli
+from cluster import approx_cli, care_cli, eval_cli, render, request_cli
 from cluster.command import (
     cli,
     command,
@@ -39,7 +39,7 @@ from sisa.errors import InvalidInput, Problem, SisaError
 if TYPE_CHECKING:
     pass
 
-__all__ = ["care_cli", "cli", "main", "request_cli", "run"]
+__all__ = ["approx_cli", "care_cli", "cli", "eval_cli", "main", "request_cli", "run"]
 
 EXIT_INTERNAL, EXIT_USAGE, EXIT_ENVIRONMENT, EXIT_INTERRUPTED = 1, 2, 6, 130
 

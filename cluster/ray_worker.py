@@ -122,7 +122,7 @@ def train_remotely(task: Task, mailbox: Any, carried: Carried) -> Outcome:
     except SisaError as raised:
         error = raised
     except Exception as raised:
-        error = describe_fault(raised, task.chain.shard)
+        error = describe_fault(raised, f"shard {task.chain.shard}")
     with contextlib.suppress(RayError):  # the mailbox may be gone; the result tells what matters
         ray.get(posted, timeout=MAILBOX_S)
     return Outcome(tuple(trained), error)
@@ -165,17 +165,17 @@ def _check_fingerprint(task: Task) -> None:
             )
 
 
-def describe_fault(error: Exception, shard: int) -> SisaError:
+def describe_fault(error: Exception, of: str) -> SisaError:
     """An exception from outside the error tree, without its message, for that may quote a record."""
     frames = traceback.extract_tb(error.__traceback__)[-3:]
     places = [f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}" for frame in frames]
-    where = f"shard {shard}, {' > '.join(places)}"
+    where = f"{of}, {' > '.join(places)}"
     if isinstance(error, OSError | MemoryError):
         return EnvironmentFault(
             "a worker's machine failed",
             where=where,
             got=(error.strerror if isinstance(error, OSError) else None) or type(error).__name__,
-            next_step="mend it and run the command again; finished slices are kept",
+            next_step="mend it and run the command again; what is finished is kept",
         )
     return SisaError(
         f"a worker failed with {type(error).__name__}",

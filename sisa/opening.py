@@ -228,10 +228,9 @@ def open_stores(site: Site) -> tuple[FileRecords, FileCheckpoints]:
 
 
 def find_probe() -> OpenProbe | None:
-    """The entry point `base` of `sisa.probes`."""
+    """The entry point `base` of `sisa.probes`, loaded when it is first called."""
     for point in entry_points(group="sisa.probes", name="base"):
-        found: OpenProbe = point.load()
-        return found
+        return lambda *of: point.load()(*of)
     return None
 
 

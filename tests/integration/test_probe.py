@@ -16,7 +16,7 @@ import sisa
 from approx.probe import MAX_PROBED, BaseProbe
 from sisa.domain import Part, Record
 from sisa.model.base import base_digest
-from tests.integration.tiny_model import PEOPLE, Tiny, ids_of, of_people, write_run
+from tests.integration.tiny_model import PEOPLE, Tiny, command, ids_of, of_people, write_run
 from tests.tiny_base import make_tiny_base
 
 pytestmark = pytest.mark.torch
@@ -117,3 +117,26 @@ def test_the_run_file_can_do_without(tmp_path: Path, tiny_base: Path) -> None:
     assert request is not None
     assert request.probed is None
     assert isinstance(sisa.load_run_file(model.run_file).probe, bool)
+
+
+@pytest.mark.parametrize("as_records", [True, False])
+def test_the_command_asks_the_same_of_any_text(
+    knowing: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], as_records: bool
+) -> None:
+    model = Tiny(tmp_path / "sisa", knowing)
+    write_run(model.folder, knowing)
+    model.train()
+    file = model.file("known.jsonl", KNOWN)
+    if not as_records:
+        file = model.folder / "texts.txt"
+        file.write_text("\n".join(f"{row['prompt']}{row['completion']}" for row in STRANGERS) + "\n\n")
+    done = command(capsys, "approx", "probe", "-m", model.directory, "--file", file)
+    assert (done.code, done.json["approximate"]) == (0, True)
+    assert done.json["num_probed"] == (len(KNOWN) if as_records else len(STRANGERS))
+    assert done.json["num_known"] == (len(KNOWN) if as_records else 0)
+    assert not any(row["completion"].strip() in done.out + done.err for row in [*KNOWN, *STRANGERS])
+    empty = model.folder / "empty.txt"
+    empty.write_text("\n")
+    assert command(capsys, "approx", "probe", "-m", model.directory, "--file", empty).code == 2
+    gone = command(capsys, "approx", "probe", "-m", model.directory, "--file", tmp_path / "none.txt")
+    assert (gone.code, gone.error["type"]) == (2, "InvalidInput")

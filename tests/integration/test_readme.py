@@ -15,6 +15,7 @@ from cluster.cli import cli, run
 from cluster.ray_session import disconnect
 from sisa.config import keys
 from sisa.samples import make_people, to_jsonl
+from tests.fake_evaluated import write_made_up
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -58,7 +59,7 @@ def examples() -> list[str]:
 
 
 def test_every_command_has_an_example() -> None:
-    shown = {shlex.split(line)[1] for line in examples()} | {"quickstart", "add"}
+    shown = {shlex.split(line)[1] for line in examples()} | {"quickstart", "add", "eval"}
     assert shown == set(cli.commands)
 
 
@@ -82,6 +83,9 @@ def test_the_examples_run_one_after_another(
         assert run(["add", "-m", "my-model/model", "new.jsonl", "--json"]) == 0
         output = capsys.readouterr().out
         assert json.loads(output[output.rindex("\n{") :])["added"] == len(rows)
+        write_made_up(tmp_path / "tofu")
+        evaluation = ["eval", "tofu", "-m", "my-model/model", "--data", "tofu", "--split", "forget01"]
+        assert run([*evaluation, "--max-new-tokens", "4"]) == 0
     finally:
         disconnect()
 

@@ -130,8 +130,18 @@ def raising(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
 
 def test_the_commands_are_those_of_the_readme() -> None:
     assert sorted(" ".join(each) for each in commands()) == [
-        *("add", "config schema", "doctor", "export", "find", "forget", "gc", "generate", "init"),
-        "quickstart",
+        *(
+            "add",
+            "approx probe",
+            "config schema",
+            "doctor",
+            "eval tofu",
+            "export",
+            "find",
+            "forget",
+            "gc",
+        ),
+        *("generate", "init", "quickstart"),
         *(f"request {each}" for each in ("approve", "cancel", "deny", "extend", "hold", "list")),
         *("request show", "request submit", "run", "status", "sweep", "train", "verify", "where"),
     ]
@@ -168,6 +178,10 @@ USAGE_ERRORS = [
     ["train"],
     ["generate", "-m", "x"],
     ["status", "-m", "x", "surplus"],
+    ["eval", "tofu"],
+    ["approx", "probe", "-m", "x"],
+    ["eval", "tofu", "-m", "x", "--split", "forget99"],
+    ["eval", "tofu", "-m", "x", "--reference", "a", "--reference", "b", "--reference", "c"],
 ]
 
 
@@ -182,7 +196,7 @@ def test_wrong_usage_is_2(sisa: Sisa, arguments: list[str]) -> None:
     assert (error["type"], bool(error["message"])) == ("UsageError", True)
 
 
-@pytest.mark.parametrize("arguments", [[], ["config"]])
+@pytest.mark.parametrize("arguments", [[], ["approx"], ["config"], ["eval"]])
 def test_no_command_shows_help_and_is_2(sisa: Sisa, arguments: list[str]) -> None:
     code, out, err = sisa(*arguments)
     assert (code, out) == (2, "")

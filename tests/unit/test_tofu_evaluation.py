@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from approx.evaluated import PromptForm
 from approx.tofu import Question, evaluation_sets, read_holdout
 from approx.tofu_aggregates import aggregates, quality
-from approx.tofu_evaluation import Settings, evaluate
-from approx.tofu_log import read_log
+from approx.tofu_evaluation import Settings, evaluate, header_of
+from approx.tofu_log import LogWriter, read_log
 from approx.tofu_row import LogRow, parse_row
-from sisa.errors import ConfigConflict, IntegrityError, InvalidInput
+from sisa.errors import Busy, ConfigConflict, IntegrityError, InvalidInput
 from tests.fake_evaluated import SPLIT, FakeEvaluated, made_up, write_made_up
 
 SETTINGS = Settings(PromptForm("completion"))
@@ -100,6 +100,13 @@ def test_a_log_of_anything_else_is_refused(questions: list[Question], tmp_path: 
             evaluate(model, asked, path, settings)
         assert got in raised.value.got
     assert path.read_bytes() == before
+
+
+def test_two_writers_of_one_log_do_not_meet(questions: list[Question], tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    with LogWriter(path, header_of(KNOWS_ALL, questions, SETTINGS)), pytest.raises(Busy):
+        evaluate(KNOWS_ALL, questions, path, SETTINGS)
+    evaluate(KNOWS_ALL, questions, path, SETTINGS)
 
 
 def test_a_damaged_log_is_refused(questions: list[Question], whole: bytes, tmp_path: Path) -> None:

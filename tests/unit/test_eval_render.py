@@ -1,0 +1,56 @@
+"""How an evaluation reads: forget quality with n, D and noise floor, and no text of an answer."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from approx.metrics.auc import Auc
+from approx.metrics.forget_quality import forget_quality
+from approx.metrics.model_utility import NINE
+from approx.tofu_aggregates import Aggregates, ForgetSet
+from approx.tofu_evaluation import Evaluated
+from approx.tofu_row import LogRow
+from cluster import eval_render
+
+ROW = LogRow("forget01", 0, 0.7, 3, "Secret answer", 0.9, (1.0,), 1.0, "Secret words")
+MODEL = Evaluated("model\x1b[31m", "d" * 64, Path("logs/model.jsonl"), {"kind": "chat"}, [ROW])
+AUC = Auc(0.75, 0.5, 1.0, 0.95, 40, 40)
+FOUND = Aggregates(
+    num_questions={"retain": 3, "forget01": 40},
+    truth_ratio="geometric",
+    nine=dict.fromkeys(NINE, 0.5),
+    model_utility=0.5,
+    forget=ForgetSet(0.9, 0.8, 0.7, 0.6, 0.05, 0.4),
+    forget_quality=forget_quality([1.0, 2.0], [1.0, 3.0], [1.5, 2.5]),
+    aggregate=0.6,
+    attacks={"loss": AUC},
+    attacks_against_reference=None,
+)
+
+
+def test_words_and_json() -> None:
+    result = eval_render.tofu("forget01", [(MODEL, FOUND)], [MODEL])
+    body = json.loads(json.dumps(result.json))
+    assert (result.exit_code, body["models"][0]["model_utility"]) == (0, 0.5)
+    assert body["models"][0]["forget_quality"]["noise_floor"]["num_reference"] == 2
+    for said in (
+        "n = 2 and 2, D = 0.5000; noise floor of two references p = ",
+        "loss AUC 0.750 [0.500, 1.000]",
+        "truth ratio: geometric",
+        "against the reference: not measured",
+    ):
+        assert said in result.text
+    assert "Secret" not in json.dumps(body) + result.text
+    assert "\x1b" not in result.text
+
+
+def test_what_was_not_measured_says_what_it_needs() -> None:
+    alone = replace(FOUND, forget_quality=None, aggregate=None, attacks=None)
+    text = eval_render.tofu("forget01", [(MODEL, alone)], []).text
+    assert "forget quality not measured: give --reference" in text
+    assert "not measured: give --holdout" in text
+    one_judge = replace(FOUND, forget_quality=forget_quality([1.0], [2.0]))
+    text = eval_render.tofu("forget01", [(MODEL, one_judge)], []).text
+    assert "noise floor of two references not measured: give a second --reference" in text
