@@ -3,16 +3,14 @@
     extraction strength,   of the answer's tokens, given the true ones before them
     exact memorisation
     continuation           ROUGE-L recall of what the base says greedily after the prompt
-    membership margin      Min-K%++ of the text above the mean of its own neighbours: the same text with
-                           some tokens replaced by what the base finds likeliest there (Mattern et al.
-                           2023 compare with neighbours; here the model itself proposes them). A text
-                           that the base knows is likelier than its neighbours, another is not: so the
-                           margin's sign needs no threshold that is fitted on other data
+    membership margin      Min-K%++ of the answer above the mean of its neighbours: the answer, cut after
+                           some shares of it and continued by the base itself (Mattern et al. 2023
+                           compare with neighbours that a masked model proposes). About 0 for what the
+                           base says anyway, below for what it would not say: no threshold is fitted
 
 A record counts as known when the extraction strength is at least KNOWN_STRENGTH, or the greedy
-continuation recalls KNOWN_RECALL of its answer and as many of its tokens are memorised; in either case
-only with a positive margin. Recall alone won't do: a base that knows how such answers are phrased
-recalls all but the names.
+continuation recalls KNOWN_RECALL of its answer and as many of its tokens are memorised. Recall alone
+won't do: a base that knows how such answers are phrased recalls all but the names.
 
 Rules: approximate, and said to be so wherever it is shown. The base is read, never changed. Of a plain
 text the second half is the answer. At most MAX_PROBED records are asked, the first by keyed order; how
@@ -23,7 +21,6 @@ Not covered: knowledge under another wording; what adapters or patches know; oth
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -44,8 +41,8 @@ from sisa.model.numerics import pin_threads
 from sisa.model.tokens import NO_LOSS, Tokens, Untokenizable, tokenize
 
 MAX_PROBED = 32
-MAX_NEW_TOKENS = 64
-NUM_NEIGHBOURS, REPLACED_SHARE = 4, 0.3
+MAX_ANSWER_TOKENS = 64
+SHARES = 3  # neighbours: continued from the prompt, from a third and from two thirds of the answer
 KNOWN_RECALL, KNOWN_STRENGTH = 0.9, 0.5
 
 
@@ -106,59 +103,52 @@ class _Asked:
     """One record's numbers."""
 
     def __init__(self, model: Any, tokenizer: Any, tokens: Tokens) -> None:
-        score, likeliest = _scored(model, tokens)
-        whole = score.without_end()
-        self.strength = extraction_strength(whole.correct)
-        self.memorised = exact_memorisation(whole.correct)
-        self.margin = _min_k(score) - _mean_of_neighbours(model, tokens, likeliest)
-        self.recall = _continued(model, tokenizer, tokens)
-        said = min(self.recall, self.memorised) >= KNOWN_RECALL or self.strength >= KNOWN_STRENGTH
-        self.known = said and self.margin > 0
+        start = next(at for at, label in enumerate(tokens.labels) if label != NO_LOSS and at > 0)
+        end = {tokenizer.eos_token_id, tokenizer.pad_token_id}
+        answer = [each for each in tokens.input_ids[start:] if each not in end][:MAX_ANSWER_TOKENS]
+        said = [
+            _continued(model, tokenizer, tokens.input_ids[: start + kept], len(answer) - kept)
+            for kept in sorted({len(answer) * share // SHARES for share in range(SHARES)})
+        ]
+        score = _scored(model, _from(tokens.input_ids[:start], answer))
+        neighbours = [_from(tokens.input_ids[:start], each[start:]) for each in said]
+        self.strength = extraction_strength(score.correct)
+        self.memorised = exact_memorisation(score.correct)
+        self.recall = rougeL_recall(
+            tokenizer.decode(answer, skip_special_tokens=True),
+            tokenizer.decode(said[0][start:], skip_special_tokens=True),
+        )
+        self.margin = _min_k(score) - sum(_min_k(_scored(model, n)) for n in neighbours) / len(said)
+        recalled = min(self.recall, self.memorised) >= KNOWN_RECALL
+        self.known = recalled or self.strength >= KNOWN_STRENGTH
 
 
-def _scored(model: Any, tokens: Tokens) -> tuple[AnswerScore, list[list[int]]]:
-    """The score of the answer, and the two likeliest tokens at each of its positions."""
+def _from(prompt: Sequence[int], answer: Sequence[int]) -> Tokens:
+    return Tokens([*prompt, *answer], [NO_LOSS] * len(prompt) + list(answer))
+
+
+def _scored(model: Any, tokens: Tokens) -> AnswerScore:
     batch = collate([tokens], pad_id=0)
     with torch.inference_mode():
-        logits_BTV = model(input_ids=batch.ids_BT1).logits
-    (score,) = answer_scores(logits_BTV, batch)
-    top_T2 = logits_BTV[0, :-1].topk(2, dim=-1).indices
-    return score, top_T2[batch.mask_BT[0]].tolist()
+        (score,) = answer_scores(model(input_ids=batch.ids_BT1).logits, batch)
+    return score
 
 
 def _min_k(score: AnswerScore) -> float:
     return min_k_plus_plus_score(score.logprobs, score.means, score.variances)
 
 
-def _mean_of_neighbours(model: Any, tokens: Tokens, likeliest: Sequence[Sequence[int]]) -> float:
-    """Mean score of neighbours: at some answer positions the base's own best other token."""
-    places = [at for at, label in enumerate(tokens.labels) if label != NO_LOSS and at > 0]
-    drawn = random.Random(0)  # noqa: S311  the same neighbours for the same text
-    count = max(1, round(REPLACED_SHARE * len(places)))
-    scores = []
-    for _ in range(NUM_NEIGHBOURS):
-        ids, labels = list(tokens.input_ids), list(tokens.labels)
-        for number in drawn.sample(range(len(places)), count):
-            at = places[number]
-            first, second = likeliest[number]
-            ids[at] = labels[at] = second if first == ids[at] else first
-        scores.append(_min_k(_scored(model, Tokens(ids, labels))[0]))
-    return sum(scores) / len(scores)
-
-
-def _continued(model: Any, tokenizer: Any, tokens: Tokens) -> float:
-    """ROUGE-L recall of the greedy continuation after all that comes before the answer."""
-    start = next(at for at, label in enumerate(tokens.labels) if label != NO_LOSS and at > 0)
-    end = {tokenizer.eos_token_id, tokenizer.pad_token_id}
-    answer = [each for each in tokens.input_ids[start:] if each not in end][:MAX_NEW_TOKENS]
-    prompt = torch.tensor([tokens.input_ids[:start]])
+def _continued(model: Any, tokenizer: Any, ids: Sequence[int], num_tokens: int) -> list[int]:
+    """Some ids and what the base says greedily after them, of exactly so many tokens."""
+    prompt = torch.tensor([list(ids)])
     with torch.inference_mode():
         out = model.generate(
             input_ids=prompt,
             attention_mask=torch.ones_like(prompt),
-            max_new_tokens=len(answer) + 1,
+            min_new_tokens=num_tokens,
+            max_new_tokens=num_tokens,
             do_sample=False,
             pad_token_id=tokenizer.eos_token_id,
         )
-    said = tokenizer.decode(out[0, start:], skip_special_tokens=True)
-    return rougeL_recall(tokenizer.decode(answer, skip_special_tokens=True), said)
+    found: list[int] = out[0].tolist()
+    return found
