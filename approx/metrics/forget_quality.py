@@ -9,7 +9,8 @@ Rules: pure. A p-value is never told without n, D and the *noise floor*: the sam
 retained references that differ in nothing but their seed. Forgetting can't be expected to look better
 than that.
 
-Not covered: training references. Known limits: a p-value falls with n, so that values for forget01 (40),
+Not covered: training references; a reference of another base or tokenizer than the model, whose ratios
+differ for other reasons. Known limits: a p-value falls with n, so that values for forget01 (40),
 forget05 (200) and forget10 (400; 300 in the published logs) are not comparable; a large one is no proof
 of forgetting: the test may lack power, or the model be broken in a way that this ratio does not show;
 any increasing map of the ratios gives the same value.

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from approx.metrics.rouge import rougeL_recall
+from approx.tofu import evaluation_sets
 from approx.tofu_aggregates import Aggregates, aggregates, quality
 from approx.tofu_log import read_log
 from approx.tofu_row import LogRow
@@ -116,6 +117,14 @@ def test_logs_without_scores_give_no_attacks() -> None:
     found = measured("full")
     assert (found.attacks, found.attacks_against_reference) == (None, None)
     assert found.forget.extraction_strength is None
+
+
+@pytest.mark.skipif(not (GOLDEN.parent / "tofu").is_dir(), reason="no TOFU beside the published logs")
+def test_a_published_log_can_be_a_reference_for_300_questions() -> None:
+    asked = evaluation_sets(str(GOLDEN.parent / "tofu"), "forget10", limit=300)
+    assert {each.place: each.answer for each in asked} == {
+        row.place: row.ground_truth for row in log("retain90")
+    }
 
 
 @pytest.mark.parametrize("model", MODELS)
