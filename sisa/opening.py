@@ -182,7 +182,7 @@ def open_world(
 
     return World(
         ledger=SqlLedger(directory / LEDGER, create=create),
-        witness=FileWitness(witness_dir(config) / f"{_witness_prefix(keyed)}{model}.jsonl"),
+        witness=witness_of(config, keyed, model),
         records=records,
         checkpoints=FileCheckpoints(directory / CHECKPOINTS, keyring),
         index=FaissIndex(directory / INDEX, parts.dimension, keyring),
@@ -341,6 +341,11 @@ def state_dir() -> Path:
 def witness_dir(config: RunConfig) -> Path:
     """Where witnesses rest: as the run file says, else in the user's state directory."""
     return config.witness or state_dir() / "witness"
+
+
+def witness_of(config: RunConfig, keyed: Keyed, model: str) -> FileWitness:
+    """A model's witness, by the names of its key and of itself."""
+    return FileWitness(witness_dir(config) / f"{_witness_prefix(keyed)}{model}.jsonl")
 
 
 def _witness_prefix(keyed: Keyed) -> str:

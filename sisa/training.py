@@ -18,9 +18,9 @@ from sisa.assign import Assigner
 from sisa.config import Difference, RunConfig, differences
 from sisa.digest import Keyed
 from sisa.domain import Record
-from sisa.errors import Busy, ConfigConflict, IntegrityError, InvalidInput
+from sisa.errors import Busy, ConfigConflict, EnvironmentFault, IntegrityError, InvalidInput
 from sisa.opening import CHECKPOINTS, INDEX, KEY, LEDGER, LOCK, RECORDS, SCRATCH, OpenExecutor, Parts
-from sisa.ports import Change, Report
+from sisa.ports import Change, Notice, Report
 from sisa.reader import read_records
 from sisa.reconcile import Trained, erase_unknown
 from sisa.requests import under_way
@@ -28,7 +28,8 @@ from sisa.run import Taken, deleted_before, refuse_changed, refuse_deleted, trai
 from sisa.runfile import load_run_file
 from sisa.store import files
 from sisa.store.ledger import SqlLedger
-from sisa.world import commit
+from sisa.witness import is_behind, settle
+from sisa.world import World, commit
 
 
 def train_model(
@@ -81,6 +82,7 @@ def _first_training(
         deleted = opening.deleted_under(config, keyed)
         found = deleted_before(Assigner(keyed, config.layout), enumerate(records), deleted)
         refuse_deleted(found, "trained")
+    opening.witness_of(config, keyed, opening.new_model_id()).refuse_unwritable()
     parts = Parts(config, None, None)
     parts.count_tokens(records)
     parts.check_modules()
@@ -199,7 +201,8 @@ def _move(
     if effects:
         parts.check_modules()
     with files.writer_lock(model.directory / LOCK):
-        with model._world(locked=True) as old:
+        with model._world(as_it_is=True) as old:
+            _replay_first(old, moving=opening.witness_dir(config) != opening.witness_dir(model.config))
             if any(under_way(request) for request in old.ledger.requests()):
                 erase_unknown(old)  # what a cut-short deletion left goes before anything is trained
         world = opening.open_world(
@@ -223,6 +226,17 @@ def _move(
         finally:
             opening.close(world)
     return Model(model.directory, executor=model.executor, report=model.report), trained
+
+
+def _replay_first(old: World, *, moving: bool) -> None:
+    """A restored backup catches up with the witness that it had, where the run file names another."""
+    try:
+        if is_behind(old):
+            settle(old)
+    except EnvironmentFault as error:
+        if not moving:
+            raise
+        old.report(Notice(f"the former witness is not compared: {error.what} ({error.where})"))
 
 
 def _committed(directory: Path) -> bool:

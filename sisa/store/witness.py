@@ -14,6 +14,7 @@ Not covered: when a ledger is behind it (`witness.py`); a witness that is itself
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -47,7 +48,7 @@ class FileWitness:
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise self._unreadable(error) from error
+            raise self._refused("read", error) from error
         last = [line for line in tail.split(b"\n")[:-1] if line.startswith(b'{"chain"')]
         if last:
             return _head(self._parsed(last[-1]))
@@ -59,7 +60,7 @@ class FileWitness:
         except FileNotFoundError:
             return Testimony(None, {})
         except OSError as error:
-            raise self._unreadable(error) from error
+            raise self._refused("read", error) from error
         return self._testimony(data)[0]
 
     def append(
@@ -97,7 +98,7 @@ class FileWitness:
 
     @contextmanager
     def _locked(self) -> Iterator[BinaryIO]:
-        with files.disk_errors(self.path):
+        try:
             new = not self.path.exists()
             self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -106,6 +107,8 @@ class FileWitness:
                 yield file
             if new:
                 files.sync_directory(self.path.parent)
+        except OSError as error:
+            raise self._refused("written", error) from error
 
     def _testimony(self, data: bytes) -> tuple[Testimony, str, int]:
         """What the closed batches say, the chain of the last one, and where it ends."""
@@ -151,8 +154,19 @@ class FileWitness:
             raise self._damaged("a line that can't be parsed") from error
         return body
 
-    def _unreadable(self, error: OSError) -> EnvironmentFault:
-        return EnvironmentFault(f"the witness can't be read: {error.strerror}", where=str(self.path))
+    def refuse_unwritable(self) -> None:
+        """Raises EnvironmentFault where nothing could be told; writes nothing."""
+        place = next(each for each in (self.path, *self.path.parents) if each.exists())
+        if not os.access(place, os.W_OK) or place.is_file() != (place == self.path):
+            raise self._refused("written", PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
+
+    def _refused(self, done: str, error: OSError) -> EnvironmentFault:
+        return EnvironmentFault(
+            f"the witness can't be {done}: {error.strerror or type(error).__name__}",
+            where=str(self.path),
+            next_step="free disk space or give this user access; or name another directory by "
+            "`witness:` in the run file and run `sisa train RUN.yaml`",
+        )
 
     def _damaged(self, got: str) -> IntegrityError:
         return IntegrityError(

@@ -146,6 +146,17 @@ def test_a_place_that_cannot_be_written_is_a_fault_of_the_machine(tmp_path: Path
         FileWitness(tmp_path / "folder").head()
 
 
+def test_what_could_not_be_told_is_refused_before_anything_is(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "new" / "folder" / "m.jsonl", tmp_path / "m.jsonl"):
+        FileWitness(path).refuse_unwritable()
+    for path in (tmp_path / "file" / "m.jsonl", tmp_path / "file" / "folder" / "m.jsonl", tmp_path):
+        with pytest.raises(EnvironmentFault) as refused:
+            FileWitness(path).refuse_unwritable()
+        assert "`witness:`" in refused.value.next_step
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["file"]
+
+
 def test_two_that_tell_at_once_are_both_heard(file: FileWitness) -> None:
     """Copies of a model share a witness."""
     other = FileWitness(file.path)

@@ -382,3 +382,49 @@ def test_another_key_knows_of_no_deletion(tiny: Tiny, tmp_path: Path, tiny_base:
     other = write_run(tmp_path / "other", tiny_base)
     (tmp_path / "other" / "shared.key").write_text("5" * 64)
     assert sisa.train_model(other, executor="serial")[1].records == len(PEOPLE)
+
+
+# --- the place of the witness --------------------------------------------------------------------
+
+
+def test_a_witness_that_cannot_be_written_stops_a_first_training(
+    tmp_path: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_file = write_run(tmp_path / "a", tiny_base, witness="in-the-way/witness")
+    (tmp_path / "a" / "in-the-way").touch()
+    done = command(capsys, "train", run_file, "--executor", "serial")
+    assert (done.code, done.error["type"]) == (6, "EnvironmentFault")
+    assert not (tmp_path / "a" / "model").exists()
+
+
+def test_a_witness_that_is_lost_is_replaced_by_another(
+    tiny: Tiny, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = tiny.folder / "first", tiny.folder / "second"
+    change_run(tiny.run_file, witness="first")
+    tiny.train()
+    tiny.open().forget(["p001-q1"])
+    assert len(list(first.iterdir())) == 1
+    shutil.rmtree(first)
+    first.touch()  # what was a directory can't be one any more
+    before = held_files(tiny.directory)
+    done = command(capsys, "forget", "-m", tiny.directory, "p002-q1", "--executor", "serial")
+    assert (done.code, done.error["type"]) == (6, "EnvironmentFault")
+    assert "`witness:`" in done.error["next_step"]
+    assert held_files(tiny.directory) == before
+    change_run(tiny.run_file, witness="second")
+    done = command(capsys, "train", tiny.run_file, "--executor", "serial")
+    assert (done.code, "the former witness is not compared" in done.err) == (0, True)
+    assert len(list(second.iterdir())) == 1
+    assert tiny.open().status().witness[1] == "current"
+    assert command(capsys, "forget", "-m", tiny.directory, "p002-q1", "--executor", "serial").code == 0
+
+
+def test_a_restored_backup_with_another_witness_obeys_the_one_it_had(tiny: Tiny) -> None:
+    backup = shutil.copytree(tiny.directory, tiny.folder / "backup")
+    tiny.open().forget(["p001-q1"])
+    shutil.rmtree(tiny.directory)
+    backup.rename(tiny.directory)
+    change_run(tiny.run_file, witness="elsewhere")
+    tiny.train()
+    assert [each.state for each in tiny.open().where(["p001-q1"])] == ["deleted"]
