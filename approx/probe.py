@@ -13,14 +13,15 @@ continuation recalls KNOWN_RECALL of its answer and as many of its tokens are me
 won't do: a base that knows how such answers are phrased recalls all but the names.
 
 Rules: approximate, and said to be so wherever it is shown. The base is read, never changed. Of a plain
-text the second half is the answer. At most MAX_PROBED records are asked, the first by keyed order; how
-many were is told. What is returned holds no text.
+text the second half is the answer. At most MAX_PROBED records are asked, the first in their order, and
+none any more after MAX_SECONDS; how many were is told. What is returned holds no text.
 
 Not covered: knowledge under another wording; what adapters or patches know; other languages' stemming.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ from sisa.model.base import load_base
 from sisa.model.numerics import pin_threads
 from sisa.model.tokens import NO_LOSS, Tokens, Untokenizable, tokenize
 
-MAX_PROBED = 32
+MAX_PROBED, MAX_SECONDS = 32, 60.0  # the text waits for its erasure meanwhile
 MAX_ANSWER_TOKENS = 64
 SHARES = 3  # neighbours: continued from the prompt, from a third and from two thirds of the answer
 KNOWN_RECALL, KNOWN_STRENGTH = 0.9, 0.5
@@ -63,8 +64,11 @@ class BaseProbe:
         """Raises IntegrityError for another base. Records that can't be tokenized are not probed."""
         pin_threads(self._threads)
         model, tokenizer = load_base(*self._base)
-        found = []
+        found: list[_Asked] = []
+        started = time.monotonic()
         for record in records[:MAX_PROBED]:
+            if found and time.monotonic() - started > MAX_SECONDS:
+                break
             tokens = _answered(record, tokenizer, self._sequence_len)
             if tokens is not None:
                 found.append(_Asked(model, tokenizer, tokens))

@@ -88,6 +88,8 @@ def test_only_so_many_are_asked_and_it_is_told(tiny_base: Path, monkeypatch: pyt
     found = probe_of(tiny_base)([record(row) for row in PEOPLE[:5]])
     assert (found.num_records, found.num_probed) == (5, 3)
     assert MAX_PROBED == 32
+    monkeypatch.setattr("approx.probe.MAX_SECONDS", 0.0)
+    assert probe_of(tiny_base)([record(row) for row in PEOPLE[:5]]).num_probed == 1
 
 
 def test_a_deletion_tells_what_the_base_knew(knowing: Path, tmp_path: Path) -> None:
