@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -55,7 +55,9 @@ def record(number: int) -> Record:
 
 
 @contextlib.contextmanager
-def world_of(directory: Path, *, create: RunConfig | None = None, numerics: str = "") -> Iterator[World]:
+def world_of(
+    directory: Path, *, create: RunConfig | None = None, numerics: str = "", now: str = THEN
+) -> Iterator[World]:
     """The world of a directory; every part but the trainer is real."""
     ledger = SqlLedger(directory / opening.LEDGER, create=create is not None)
     config = create or opening.stored_config(ledger.meta())
@@ -76,7 +78,7 @@ def world_of(directory: Path, *, create: RunConfig | None = None, numerics: str 
         assigner=Assigner(Keyed(SECRET), config.layout),
         recipe=config.recipe(BASE),
         fingerprint=numerics or fingerprint(config.sisa.threads_per_shard),
-        now=lambda: THEN,
+        now=lambda: now,
         report=lambda _: None,
     )
     try:
@@ -88,7 +90,19 @@ def world_of(directory: Path, *, create: RunConfig | None = None, numerics: str 
 def build(directory: Path, *, encrypt: bool = False) -> None:
     """Train the model on all records; keys of an encrypted one go to the state directory."""
     config = parse_run_file(RUN_FILE, "run.yaml").model_copy(update={"encrypt": encrypt})
-    directory.mkdir()
+    train_in(directory, config, [record(number) for number in range(NUM_RECORDS)])
+
+
+def train_in(
+    directory: Path,
+    config: RunConfig,
+    records: Sequence[Record],
+    *,
+    numerics: str = "",
+    now: str = THEN,
+) -> None:
+    """Make a model of these records in a directory."""
+    directory.mkdir(exist_ok=True)
     opening.write_secret(directory / opening.KEY, SECRET)
     (directory / opening.LOCK).touch()
     embedder = HashingEmbedder()
@@ -100,8 +114,8 @@ def build(directory: Path, *, encrypt: bool = False) -> None:
         "key": Keyed(SECRET).name,
         "model": NAME,
     }
-    with world_of(directory, create=config) as world:
-        train(world, [record(number) for number in range(NUM_RECORDS)], meta)
+    with world_of(directory, create=config, numerics=numerics, now=now) as world:
+        train(world, records, meta)
 
 
 def delete(directory: Path, number: int = DELETED) -> None:

@@ -19,23 +19,12 @@ import pytest
 
 from cluster import cli
 from sisa import errors, opening
-from sisa.assign import Assigner
-from sisa.digest import Keyed
 from sisa.domain import Record
 from sisa.lifecycle import Terms, carry_out, submit
-from sisa.model.hashing import HashingEmbedder
-from sisa.run import train
 from sisa.runfile import parse_run_file
-from sisa.serial import SerialExecutor
-from sisa.store.checkpoints import FileCheckpoints
-from sisa.store.exports import DirectoryExports
 from sisa.store.files import writer_lock
-from sisa.store.index import FaissIndex
-from sisa.store.keyring import PLAIN
-from sisa.store.ledger import SqlLedger
-from sisa.store.records import FileRecords
-from sisa.world import World
-from tests.fakes import SECRET, FakeTrainer, FakeWitness, fake_record
+from tests.fakes import fake_record
+from tests.unit import care_model
 
 RUN_FILE = """
 datasets: [{path: owner/people}]
@@ -64,40 +53,12 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of 20 records, one of them (number 19) deleted."""
     directory = tmp_path_factory.mktemp("model")
     config = parse_run_file(RUN_FILE, "run.yaml")
-    embedder = HashingEmbedder()
-    records, keyed = FileRecords(directory / opening.RECORDS), Keyed(SECRET)
-    opening.write_secret(directory / opening.KEY, SECRET)
-    world = World(
-        witness=FakeWitness(),
-        ledger=SqlLedger(directory / opening.LEDGER, create=True),
-        records=records,
-        checkpoints=FileCheckpoints(directory / opening.CHECKPOINTS),
-        index=FaissIndex(directory / opening.INDEX, embedder.dimension),
-        keyring=PLAIN,
-        exports=DirectoryExports(),
-        embed=embedder.embed,
-        count_tokens=lambda some: [1 for _ in some],
-        executor_for=lambda store: SerialExecutor(FakeTrainer(), records, store),
-        assigner=Assigner(keyed, config.layout),
-        recipe=config.recipe("b" * 64),
-        fingerprint="f",
-        now=lambda: "2026-01-01T00:00:00+00:00",
-        report=lambda _: None,
-    )
-    named = {"name": embedder.digest, "digest": embedder.digest, "dimension": embedder.dimension}
-    meta = {
-        "config": config.to_canonical(),
-        "base": json.dumps({"name": "base", "digest": "b" * 64}),
-        "embedder": json.dumps(named),
-        "key": keyed.name,
-        "model": "0" * 32,
-    }
-    train(world, [record(number) for number in range(20)], meta)
-    row = world.assigner.row(record(19), 1)
-    held = [each for each in world.ledger.rows(row.shard) if each.id_digest == row.id_digest]
-    terms = Terms(approver="a person")
-    carry_out(world, [submit(world, held, (), terms)])
-    opening.close(world)
+    then = {"numerics": "f", "now": "2026-01-01T00:00:00+00:00"}
+    care_model.train_in(directory, config, [record(number) for number in range(20)], **then)
+    with care_model.world_of(directory, numerics="f", now="2026-01-01T00:00:00+00:00") as world:
+        row = world.assigner.row(record(19), 1)
+        held = [each for each in world.ledger.rows(row.shard) if each.id_digest == row.id_digest]
+        carry_out(world, [submit(world, held, (), Terms(approver="a person"))])
     return directory
 
 

@@ -21,22 +21,14 @@ import pytest
 
 from cluster import cli, request_cli
 from sisa import opening
-from sisa.assign import Assigner
-from sisa.digest import Keyed
 from sisa.domain import Part, Record
-from sisa.model.hashing import HashingEmbedder
-from sisa.run import train
 from sisa.runfile import parse_run_file
 from sisa.serial import SerialExecutor, Site
 from sisa.store.checkpoints import FileCheckpoints
-from sisa.store.exports import DirectoryExports
 from sisa.store.files import writer_lock
-from sisa.store.index import FaissIndex
-from sisa.store.keyring import PLAIN
-from sisa.store.ledger import SqlLedger
 from sisa.store.records import FileRecords
-from sisa.world import World
-from tests.fakes import SECRET, FakeTrainer, FakeWitness, fake_record
+from tests.fakes import FakeTrainer, fake_record
+from tests.unit import care_model
 
 RUN_FILE = """
 datasets: [{path: owner/people}]
@@ -79,36 +71,9 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of 20 records."""
     directory = tmp_path_factory.mktemp("pristine")
     config = parse_run_file(RUN_FILE, "run.yaml")
-    embedder, keyed = HashingEmbedder(), Keyed(SECRET)
-    records = FileRecords(directory / opening.RECORDS)
-    opening.write_secret(directory / opening.KEY, SECRET)
-    world = World(
-        witness=FakeWitness(),
-        ledger=SqlLedger(directory / opening.LEDGER, create=True),
-        records=records,
-        checkpoints=FileCheckpoints(directory / opening.CHECKPOINTS),
-        index=FaissIndex(directory / opening.INDEX, embedder.dimension),
-        keyring=PLAIN,
-        exports=DirectoryExports(),
-        embed=embedder.embed,
-        count_tokens=lambda some: [1 for _ in some],
-        executor_for=lambda store: SerialExecutor(FakeTrainer(), records, store),
-        assigner=Assigner(keyed, config.layout),
-        recipe=config.recipe(BASE.digest),
-        fingerprint="f",
-        now=lambda: "2026-01-01T00:00:00+00:00",
-        report=lambda _: None,
-    )
-    named = {"name": embedder.digest, "digest": embedder.digest, "dimension": embedder.dimension}
-    meta = {
-        "config": config.to_canonical(),
-        "base": json.dumps({"name": "base", "digest": BASE.digest}),
-        "embedder": json.dumps(named),
-        "key": keyed.name,
-        "model": "0" * 32,
-    }
-    train(world, [record(number) for number in range(NUM_RECORDS)], meta)
-    opening.close(world)
+    records = [record(number) for number in range(NUM_RECORDS)]
+    then = {"numerics": "f", "now": "2026-01-01T00:00:00+00:00"}
+    care_model.train_in(directory, config, records, **then)
     return directory
 
 
