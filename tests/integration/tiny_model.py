@@ -126,6 +126,8 @@ class Tiny:
         return sisa.open_model(self.directory, executor=executor)
 
     def train(self, executor: str | OpenExecutor = "serial", **options: Any) -> Taken:
+        """Models share one key: what another one deleted may be trained here."""
+        options = {"allow_deleted": True, **options}
         return sisa.train_model(self.run_file, executor=executor, **options)[1]
 
     def file(self, name: str, rows: Sequence[Row]) -> Path:
