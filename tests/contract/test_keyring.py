@@ -288,6 +288,7 @@ def killed_at(root: Path, task: str) -> Iterator[int]:
         yield step
 
 
+@pytest.mark.slow
 def test_a_key_is_whole_or_absent_when_its_maker_is_killed(tmp_path: Path) -> None:
     for step in killed_at(tmp_path / "keyring", "seal"):
         keyring = FileKeyring(tmp_path / "keyring")
@@ -298,6 +299,7 @@ def test_a_key_is_whole_or_absent_when_its_maker_is_killed(tmp_path: Path) -> No
         assert keyring.held("records") == frozenset()
 
 
+@pytest.mark.slow
 def test_a_half_destroyed_key_is_never_met_again(tmp_path: Path) -> None:
     """Its name has the key or none, a later file of the name gets another, and the sweep ends it."""
     root = tmp_path / "keyring"

@@ -214,6 +214,7 @@ def without_rows_held(ledger: Ledger, change: Change) -> Change:
     return replace(change, added=[each for each in change.added if each.id_digest not in held])
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(history=st.lists(changes, max_size=5))
 def test_any_history_gives_equal_answers(
@@ -668,6 +669,7 @@ def index_pages(path: Path) -> dict[str, int]:
         return {name: (page - 1) * size for name, page in connection.execute(indexes)}
 
 
+@pytest.mark.slow
 def test_an_emptied_index_hides_no_row_from_a_commit(path: Path) -> None:
     """A checkpoint that is not found would stay held: what a commit drops must be gone after it."""
     with opened(path, create=True) as ledger:

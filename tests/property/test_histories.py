@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -151,6 +152,7 @@ def assert_equal(one: FakeModel, other: FakeModel) -> None:
     assert model_digest(one.ledger) == model_digest(other.ledger)
 
 
+@pytest.mark.slow
 @settings(max_examples=NUM_HISTORIES, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(histories())
 def test_any_history_equals_training_from_scratch(history: History) -> None:
@@ -216,6 +218,7 @@ def attempt(effect: Callable[[], None]) -> bool:
     return True
 
 
+@pytest.mark.slow
 @settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(histories(), st.integers(1, 60), st.booleans())
 def test_a_crash_at_any_effect_changes_no_byte(history: History, at: int, after: bool) -> None:

@@ -125,6 +125,7 @@ class History:
 SHAPES = (st.integers(1, 3), st.integers(1, 3), st.sampled_from(["cumulative", "sequential"]))
 
 
+@pytest.mark.slow
 @settings(max_examples=NUM_HISTORIES, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(histories(), *SHAPES)
 def test_what_was_deleted_stays_deleted(
@@ -140,6 +141,7 @@ def test_what_was_deleted_stays_deleted(
         history.check(expected)
 
 
+@pytest.mark.slow
 @settings(max_examples=NUM_CRASHES, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(histories(), *SHAPES, st.integers(1, 40), st.booleans())
 def test_a_crash_at_any_effect_forgets_no_deletion(
