@@ -22,7 +22,15 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from types import MappingProxyType
 
-from sisa.domain import Chain, HeldCheckpoint, Request, RequestState, SliceFile, record_epochs
+from sisa.domain import (
+    Chain,
+    HeldCheckpoint,
+    Request,
+    RequestState,
+    SliceFile,
+    SliceJob,
+    record_epochs,
+)
 from sisa.errors import IntegrityError, SisaError
 from sisa.export import erase_stale, missing
 from sisa.plan import ShardPlan, plan_shard
@@ -161,31 +169,31 @@ def adopt(world: World) -> None:
                 saved = world.checkpoints.describe(job.key)
             except IntegrityError:
                 continue  # never recorded, so nothing relies on it: the sweep takes it
-            found = _held(job.shard, job.slice, seq, job.fingerprint, saved, 0.0, 0)
-            _record_checkpoint(world, found)
+            _record_checkpoint(world, as_held(job, saved, seq))
 
 
-def _held(
-    shard: int,
-    slice_: int,
-    seq: int,
-    fingerprint: str,
-    saved: SavedCheckpoint,
-    seconds: float,
-    epochs: int,
+def as_held(
+    job: SliceJob, saved: SavedCheckpoint, seq: int, *, seconds: float = 0.0, epochs: int = 0
 ) -> HeldCheckpoint:
+    """A stored stage as the ledger keeps it; `seconds` and `epochs` of training it, 0 if adopted."""
     return HeldCheckpoint(
         key=saved.key,
-        shard=shard,
-        slice=slice_,
+        shard=job.shard,
+        slice=job.slice,
         seq=seq,
-        fingerprint=fingerprint,
+        fingerprint=job.fingerprint,
         manifest_sha256=saved.manifest_sha256,
         adapter_sha256=saved.adapter_sha256,
         num_bytes=saved.num_bytes,
         seconds=seconds,
         record_epochs=epochs,
     )
+
+
+def just_trained(event: SliceTrained, seq: int) -> HeldCheckpoint:
+    """A stage that was trained now, on the state of ledger number `seq`."""
+    epochs = record_epochs(event.job)
+    return as_held(event.job, event.saved, seq, seconds=event.seconds, epochs=epochs)
 
 
 def _record_checkpoint(world: World, found: HeldCheckpoint) -> None:
@@ -206,9 +214,7 @@ def _train(world: World, plans: Sequence[ShardPlan]) -> None:
     def on_event(event: Event) -> None:
         if isinstance(event, SliceTrained) and event.job.key not in recorded:
             recorded.add(event.job.key)
-            job, epochs = event.job, record_epochs(event.job)
-            found = _held(job.shard, job.slice, seq, job.fingerprint, event.saved, event.seconds, epochs)
-            _record_checkpoint(world, found)
+            _record_checkpoint(world, just_trained(event, seq))
         world.report(event)
 
     world.report(training_started(chains))
@@ -226,10 +232,7 @@ def train_unrecorded(
 
     def on_event(event: Event) -> None:
         if isinstance(event, SliceTrained):
-            job, epochs = event.job, record_epochs(event.job)
-            found[job.key] = _held(
-                job.shard, job.slice, seq, job.fingerprint, event.saved, event.seconds, epochs
-            )
+            found[event.job.key] = just_trained(event, seq)
         world.report(event)
 
     if chains:

@@ -25,12 +25,12 @@ from typing import TYPE_CHECKING
 from sisa import opening
 from sisa.assign import index_root
 from sisa.doctor import Diagnosis, diagnose, diagnosis, surroundings
-from sisa.domain import Chain, Head, HeldCheckpoint, SliceJob, record_epochs
+from sisa.domain import Chain, Head, HeldCheckpoint, SliceJob
 from sisa.examine import Finding, examine
 from sisa.garbage import remove_garbage
 from sisa.plan import ShardPlan, plan_shard
 from sisa.ports import Change, Event, SliceTrained
-from sisa.reconcile import reconcile, training_started
+from sisa.reconcile import just_trained, reconcile, training_started
 from sisa.reconfigure import reseal
 from sisa.store import files
 from sisa.witness import is_behind, settle
@@ -169,7 +169,7 @@ def _close_gaps(world: World, plans: Sequence[ShardPlan]) -> list[str]:
 
     def on_event(event: Event) -> None:
         if isinstance(event, SliceTrained):
-            _record(world, event, seq)
+            commit(world, Change(checkpoints=[just_trained(event, seq)]))
         world.report(event)
 
     # One chain of a shard at a time: an executor may run chains side by side.
@@ -195,23 +195,6 @@ def _gaps(world: World, plan: ShardPlan) -> list[Chain]:
             run = []
         parent = held[job.key]
     return gaps
-
-
-def _record(world: World, event: SliceTrained, seq: int) -> None:
-    job, saved = event.job, event.saved
-    found = HeldCheckpoint(
-        key=saved.key,
-        shard=job.shard,
-        slice=job.slice,
-        seq=seq,
-        fingerprint=job.fingerprint,
-        manifest_sha256=saved.manifest_sha256,
-        adapter_sha256=saved.adapter_sha256,
-        num_bytes=saved.num_bytes,
-        seconds=event.seconds,
-        record_epochs=record_epochs(job),
-    )
-    commit(world, Change(checkpoints=[found]))
 
 
 def _mend_heads(world: World, found: Sequence[Finding]) -> list[str]:
