@@ -13,10 +13,9 @@ from pathlib import Path
 import click
 
 from cluster import render
-from cluster.command import cli, command, model_option, opened
+from cluster.command import cli, command, model_option, opened, read_lines
 from cluster.render import Result
 from sisa.domain import Part, Record
-from sisa.errors import InvalidInput
 
 
 @cli.group("approx", help="What the frozen base itself knows; never exact.")
@@ -41,20 +40,8 @@ def probe(directory: Path, file: Path) -> Result:
         if file.suffix in (".jsonl", ".json", ".parquet"):
             records = read_records([file], model.config.sisa.group_by)
         else:
-            records = _lines(file)
+            lines = enumerate(read_lines(file))
+            records = [Record(str(n), None, "text", (Part("text", line),)) for n, line in lines]
         base = model.parts.base
         found = open_probe(base.directory, base.digest, model.config)(records)
     return Result({**asdict(found), "approximate": True}, "\n".join(render.probed(found)).strip())
-
-
-def _lines(file: Path) -> list[Record]:
-    try:
-        lines = [each for each in file.read_text(encoding="utf-8").splitlines() if each.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        got = error.strerror if isinstance(error, OSError) else "bytes that are not UTF-8"
-        raise InvalidInput("the file can't be read", where=str(file), got=str(got)) from None
-    if not lines:
-        raise InvalidInput(
-            "the file holds no text", where=str(file), next_step="write a text on each line"
-        )
-    return [Record(str(n), None, "text", (Part("text", each),)) for n, each in enumerate(lines)]

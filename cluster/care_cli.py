@@ -21,9 +21,9 @@ from cluster.command import (
     model_option,
     named_ids,
     opened,
+    read_lines,
 )
 from cluster.render import Result
-from sisa.errors import InvalidInput
 
 
 @command("gc", "sisa gc -m model --dry-run")
@@ -63,21 +63,10 @@ def sweep(
     from sisa.residue import sweep_model
 
     named = list(dict.fromkeys(named_ids(ids, ids_file)))
-    texts = _lines(text_file) if text_file else []
+    lines = read_lines(text_file) if text_file else []
+    texts = list(dict.fromkeys(line.strip() for line in lines))
     with opened(directory) as model:
         return render.scanned(sweep_model(model, also=also, ids=named, texts=texts))
-
-
-def _lines(file: Path) -> list[str]:
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        got = error.strerror if isinstance(error, OSError) else "bytes that are not UTF-8"
-        raise InvalidInput("the file can't be read", where=str(file), got=str(got)) from None
-    found = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
-    if not found:
-        raise InvalidInput("the file holds no text", where=str(file))
-    return found
 
 
 @command("doctor", "sisa doctor -m model")

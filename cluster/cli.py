@@ -32,6 +32,7 @@ from cluster.command import (
     model_option,
     named_ids,
     opened,
+    read_text,
 )
 from cluster.render import Result
 from sisa.errors import InvalidInput, Problem, SisaError
@@ -131,17 +132,9 @@ def find(
     if sum(each is not None for each in (text, file, subject, like)) != 1:
         raise click.UsageError("give exactly one of --text, --file, --subject and --like")
     if file is not None:
-        text = _read_text(file)
+        text = read_text(file)
     with opened(directory) as model:
         return render.found(model.find(text=text, subject=subject, like=like, top_k=top_k))
-
-
-def _read_text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        got = error.strerror if isinstance(error, OSError) else "bytes that are not UTF-8"
-        raise InvalidInput("the file can't be read", where=str(file), got=str(got)) from None
 
 
 @command("forget", "sisa forget -m model --subject p001 --dry-run")

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cluster.render import Result
+from sisa.errors import InvalidInput
 
 if TYPE_CHECKING:
     from sisa.api import Model
@@ -85,3 +86,21 @@ def named_ids(ids: Sequence[str], ids_file: Path | None) -> list[str]:
     from sisa.reader import read_ids
 
     return [*ids, *(read_ids(ids_file) if ids_file else [])]
+
+
+def read_text(file: Path) -> str:
+    """A file of the command line. Raises InvalidInput when it can't be read as UTF-8."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        got = error.strerror if isinstance(error, OSError) else "bytes that are not UTF-8"
+        raise InvalidInput("the file can't be read", where=str(file), got=str(got)) from None
+
+
+def read_lines(file: Path) -> list[str]:
+    """Its lines, without the blank ones. Raises InvalidInput where there are none."""
+    lines = [line for line in read_text(file).splitlines() if line.strip()]
+    if not lines:
+        step = "write a text on each line"
+        raise InvalidInput("the file holds no text", where=str(file), next_step=step)
+    return lines
