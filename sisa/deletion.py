@@ -32,7 +32,17 @@ from sisa.ports import Change
 from sisa.probing import probe_removed
 from sisa.reconcile import note_failure, reconcile, refuse_lost_rows
 from sisa.requests import event
-from sisa.world import Place, World, check_sources, commit, model_digest, only, view_shard, write_slice
+from sisa.world import (
+    Place,
+    World,
+    check_sources,
+    commit,
+    model_digest,
+    only,
+    slices_of,
+    view_shard,
+    write_slice,
+)
 
 
 @dataclass(frozen=True)
@@ -123,7 +133,7 @@ def forget(world: World, requests: Sequence[Request]) -> tuple[Request, ...]:
     if not requests:
         return ()
     named = {request.request_id: rows_named(world, request) for request in requests}
-    held = _slices_of(world, named)
+    held = slices_of(world, [row for rows in named.values() for row in rows])
     try:
         commit_removed(world, requests, named, Change())
     except SisaError as error:
@@ -141,18 +151,11 @@ def forget_at_once(world: World, arrival: Arrival) -> Request:
     rows = _held(world, arrival.named)
     request = arrival.request
     named = {request.request_id: rows}
-    held = _slices_of(world, named)
+    held = slices_of(world, rows)
     commit_removed(world, [request], named, arrival.change())
     probe_removed(world, named, held)
     reconcile(world)
     return next(each for each in world.ledger.requests() if each.request_id == request.request_id)
-
-
-def _slices_of(world: World, named: Mapping[str, Sequence[RecordRow]]) -> list[SliceFile]:
-    """The files that hold records before their deletion: no commit knows them after it."""
-    places = {(row.shard, row.slice) for rows in named.values() for row in rows}
-    shards = sorted({shard for shard, _ in places})
-    return [f for s in shards for f in world.ledger.slices(s) if (f.shard, f.slice) in places]
 
 
 def rows_named(world: World, request: Request) -> list[RecordRow]:

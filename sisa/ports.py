@@ -267,6 +267,7 @@ class Change:
     exports: Sequence[Export] = ()
     unexported: Collection[tuple[str, str]] = ()  # names of exports
     meta: Mapping[str, str] = field(default_factory=dict)
+    readmitted: Sequence[str] = ()  # keyed ids among `added` that were deleted; for the witness alone
 
 
 class Ledger(Protocol):

@@ -16,9 +16,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from sisa.domain import Probed, Record, RecordRow, SliceFile
+from sisa.domain import Probed, RecordRow, SliceFile
 from sisa.ports import Change, Notice, Probe
-from sisa.world import World, commit
+from sisa.world import World, commit, stored_in
 
 
 def probe_removed(
@@ -48,18 +48,6 @@ def probe_removed(
 
 def _probed(world: World, probe: Probe, rows: Sequence[RecordRow], held: Sequence[SliceFile]) -> Probed:
     try:
-        return probe(_texts(world, rows, held))
+        return probe([stored.record for stored in stored_in(world, held, rows)])
     except Exception as error:  # whatever it is: the text must go
         return Probed(len(rows), failure=type(error).__name__)
-
-
-def _texts(world: World, rows: Sequence[RecordRow], held: Sequence[SliceFile]) -> list[Record]:
-    wanted = {row.id_digest for row in rows}
-    places = {(row.shard, row.slice) for row in rows}
-    return [
-        stored.record
-        for file in held
-        if (file.shard, file.slice) in places
-        for stored in world.records.read(file)
-        if stored.id_digest in wanted
-    ]

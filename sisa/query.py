@@ -18,7 +18,7 @@ from sisa.errors import IntegrityError, Problem, UnknownRecord
 from sisa.export import standing
 from sisa.plan import touched
 from sisa.ports import StoredRecord, Vectors
-from sisa.world import World
+from sisa.world import World, slices_of, stored_in
 
 NUM_NEAR = 50  # near-duplicates that are proposed at most
 
@@ -239,16 +239,7 @@ def _names(world: World, rows: Sequence[RecordRow]) -> list[tuple[str, RecordRow
 
 def stored(world: World, rows: Sequence[RecordRow]) -> list[StoredRecord]:
     """The records of rows, read from the slices that hold them."""
-    wanted = {row.id_digest for row in rows}
-    places = {(row.shard, row.slice) for row in rows}
-    return [
-        record
-        for shard in sorted({shard for shard, _ in places})
-        for file in world.ledger.slices(shard)
-        if (shard, file.slice) in places
-        for record in world.records.read(file)
-        if record.id_digest in wanted
-    ]
+    return stored_in(world, slices_of(world, rows), rows)
 
 
 def _contradiction(what: str) -> IntegrityError:

@@ -119,16 +119,17 @@ def add(world: World, records: Sequence[Record], *, allow_deleted: bool = False)
         for position, record in enumerate(records)
         if not isinstance(found.get(world.assigner.id_digest(record.id)), RecordRow)
     ]
+    dead = [each for each in found.values() if isinstance(each, Tombstone)]
     if not allow_deleted:
         texts = {world.assigner.row(record, 0).text_digest for _, record in fresh}
         _, deleted = world.ledger.by_text(texts, sure=True)
-        dead = [each for each in found.values() if isinstance(each, Tombstone)]
         problems += deleted_before(world.assigner, fresh, [*deleted, *dead])
     refuse_deleted(problems, "added")
     fresh_records = [record for _, record in fresh]
     rows = _rows(world, fresh_records)
     if rows:
-        _commit_added(world, fresh_records, rows)
+        readmitted = [each.id_digest for each in dead]
+        _commit_added(world, fresh_records, rows, readmitted=readmitted)
     return _taken(world, reconcile(world), added=len(rows), held=len(records) - len(fresh))
 
 
@@ -171,6 +172,8 @@ def _commit_added(
     rows: Sequence[RecordRow],
     heads: Sequence[Head] = (),
     meta: Mapping[str, str] | None = None,
+    *,
+    readmitted: Sequence[str] = (),
 ) -> None:
     refuse_lost_rows(world.ledger)
     vectors = world.embed([record.text for record in records])
@@ -211,4 +214,14 @@ def _commit_added(
         indexes.append(world.index.build(shard, index_root(merged), base, wanted))
     planned = {plan.shard: plan.head for plan in plans}
     moved = [planned.pop(head.shard, head) for head in heads] + list(planned.values())
-    commit(world, Change(added=rows, slices=slices, indexes=indexes, heads=moved, meta=meta or {}))
+    commit(
+        world,
+        Change(
+            added=rows,
+            slices=slices,
+            indexes=indexes,
+            heads=moved,
+            meta=meta or {},
+            readmitted=readmitted,
+        ),
+    )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from sisa.assign import Assigner, slice_root
 from sisa.digest import digest_of
-from sisa.domain import IndexFile, Record, RecordRow, SliceFile, SliceState, Tombstone
+from sisa.domain import IndexFile, Record, RecordRow, SliceFile, SliceState
 from sisa.errors import IntegrityError
 from sisa.plan import Recipe, ShardPlan, ShardView
 from sisa.ports import (
@@ -59,13 +59,9 @@ class World:
 def commit(world: World, change: Change) -> int:
     """The one way into the ledger: a transaction, and its testimony where it tells of requests or
     deletions. A crash between the two is made good by the next writer (`witness.py`)."""
-    readmitted: list[str] = []
-    if change.added and world.ledger.num_tombstones():
-        known = world.ledger.lookup(row.id_digest for row in change.added)
-        readmitted = [key for key, each in known.items() if isinstance(each, Tombstone)]
     seq = world.ledger.commit(change)
-    if "model" in change.meta or change.events or change.tombstones or readmitted:
-        world.witness.append(world.ledger.event_head(), change.tombstones, readmitted)
+    if "model" in change.meta or change.events or change.tombstones or change.readmitted:
+        world.witness.append(world.ledger.event_head(), change.tombstones, change.readmitted)
     return seq
 
 
@@ -82,6 +78,26 @@ def known_names(world: World) -> dict[str, frozenset[str]]:
         "index": frozenset(file.name for file in world.ledger.indexes()),
         "checkpoints": frozenset(each.key for each in world.ledger.checkpoints()),
     }
+
+
+def slices_of(world: World, rows: Iterable[RecordRow]) -> list[SliceFile]:
+    """The files that hold some records now."""
+    places = {(row.shard, row.slice) for row in rows}
+    shards = sorted({shard for shard, _ in places})
+    return [f for s in shards for f in world.ledger.slices(s) if (f.shard, f.slice) in places]
+
+
+def stored_in(world: World, files: Iterable[SliceFile], rows: Iterable[RecordRow]) -> list[StoredRecord]:
+    """The records of rows, read from those of the files that are of their slices."""
+    wanted = {row.id_digest: (row.shard, row.slice) for row in rows}
+    places = set(wanted.values())
+    return [
+        stored
+        for file in files
+        if (file.shard, file.slice) in places
+        for stored in world.records.read(file)
+        if stored.id_digest in wanted
+    ]
 
 
 def only(files: Sequence[IndexFile]) -> IndexFile | None:
