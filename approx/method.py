@@ -20,7 +20,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import chain
-from typing import Any, ClassVar, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, cast
 
 from torch import Tensor
 
@@ -103,16 +103,6 @@ def weighted(
     return Losses(total + retain_weight * retain, forget.detach(), retain.detach())
 
 
-def reads_retain(retain_weight: float) -> frozenset[Role]:
-    """`reads` of the retain term."""
-    return frozenset({"retain"} if retain_weight > 0 else ())
-
-
-def compares_retain(retain_weight: float, retain_loss: RetainLoss) -> frozenset[Role]:
-    """`compares` of the retain term."""
-    return frozenset({"retain"} if retain_weight > 0 and retain_loss == "kl" else ())
-
-
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
@@ -148,3 +138,52 @@ def refuse_values(what: str, *found: Iterable[Problem]) -> None:
             next_step="mend the values",
             problems=problems,
         )
+
+
+class WithRetainTerm:
+    """Methods of the form forget_weight * F(forget) + retain_weight * R(retain): a method says F.
+
+    No dataclass itself: the weights, and `retain_loss`, are fields of the method, in its own order.
+    `positive` and `not_negative` name the fields that must be so; `looks_at` and `compared` the sets
+    that F reads, and those of them for which it needs the reference.
+    """
+
+    name: ClassVar[str]
+    positive: ClassVar[tuple[str, ...]] = ("beta", "forget_weight")
+    not_negative: ClassVar[tuple[str, ...]] = ("retain_weight",)
+    looks_at: ClassVar[frozenset[Role]] = frozenset({"forget"})
+    compared: ClassVar[frozenset[Role]] = frozenset()
+
+    if TYPE_CHECKING:
+
+        @property
+        def forget_weight(self) -> float: ...
+        @property
+        def retain_weight(self) -> float: ...
+        @property
+        def retain_loss(self) -> RetainLoss: ...
+
+    def __post_init__(self) -> None:
+        refuse_values(
+            self.name,
+            above_zero(**{each: getattr(self, each) for each in self.positive}),
+            at_least_zero(**{each: getattr(self, each) for each in self.not_negative}),
+            one_of(RETAIN_LOSSES, retain_loss=self.retain_loss),
+        )
+
+    @property
+    def reads(self) -> frozenset[Role]:
+        return self.looks_at | frozenset[Role]({"retain"} if self.retain_weight > 0 else ())
+
+    @property
+    def compares(self) -> frozenset[Role]:
+        kept = self.retain_weight > 0 and self.retain_loss == "kl"
+        return self.compared | frozenset[Role]({"retain"} if kept else ())
+
+    def forget_term(self, rows: Mapping[Role, Rows]) -> Tensor:
+        """F, a scalar."""
+        raise NotImplementedError
+
+    def loss(self, rows: Mapping[Role, Rows]) -> Losses:
+        term = self.forget_term(rows)
+        return weighted(term, self.forget_weight, rows, self.retain_weight, self.retain_loss)

@@ -24,25 +24,12 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from approx.method import (
-    RETAIN_LOSSES,
-    Losses,
-    RetainLoss,
-    Role,
-    Rows,
-    above_zero,
-    at_least_zero,
-    compares_retain,
-    one_of,
-    reads_retain,
-    refuse_values,
-    weighted,
-)
+from approx.method import RetainLoss, Role, Rows, WithRetainTerm
 from approx.token_losses import log_ratios_B
 
 
 @dataclass(frozen=True)
-class Dpo:
+class Dpo(WithRetainTerm):
     """`beta` is the temperature of the preference; a retain term only if it is given a weight."""
 
     beta: float = 0.1
@@ -50,28 +37,12 @@ class Dpo:
     retain_weight: float = 0.0
     retain_loss: RetainLoss = "nll"
     name: ClassVar[str] = "dpo"
+    looks_at: ClassVar[frozenset[Role]] = frozenset({"forget", "preferred"})
+    compared: ClassVar[frozenset[Role]] = looks_at
 
-    def __post_init__(self) -> None:
-        refuse_values(
-            self.name,
-            above_zero(beta=self.beta, forget_weight=self.forget_weight),
-            at_least_zero(retain_weight=self.retain_weight),
-            one_of(RETAIN_LOSSES, retain_loss=self.retain_loss),
-        )
-
-    @property
-    def reads(self) -> frozenset[Role]:
-        return frozenset[Role]({"forget", "preferred"}) | reads_retain(self.retain_weight)
-
-    @property
-    def compares(self) -> frozenset[Role]:
-        own = frozenset[Role]({"forget", "preferred"})
-        return own | compares_retain(self.retain_weight, self.retain_loss)
-
-    def loss(self, rows: Mapping[Role, Rows]) -> Losses:
+    def forget_term(self, rows: Mapping[Role, Rows]) -> Tensor:
         margins_B = _ratios(rows["preferred"]) - _ratios(rows["forget"])
-        preference = -logsigmoid(self.beta * margins_B).mean()
-        return weighted(preference, self.forget_weight, rows, self.retain_weight, self.retain_loss)
+        return -logsigmoid(self.beta * margins_B).mean()
 
 
 @dataclass(frozen=True)

@@ -17,45 +17,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from approx.method import (
-    RETAIN_LOSSES,
-    Losses,
-    RetainLoss,
-    Role,
-    Rows,
-    above_zero,
-    compares_retain,
-    one_of,
-    refuse_values,
-    weighted,
-)
+from torch import Tensor
+
+from approx.method import RetainLoss, Role, Rows, WithRetainTerm
 from approx.token_losses import mean_nll
 
 
 @dataclass(frozen=True)
-class GradDiff:
+class GradDiff(WithRetainTerm):
     """Weights of the two terms, and what the retain term is."""
 
     forget_weight: float = 1.0
     retain_weight: float = 1.0
     retain_loss: RetainLoss = "nll"
     name: ClassVar[str] = "graddiff"
+    positive: ClassVar[tuple[str, ...]] = ("forget_weight", "retain_weight")
+    not_negative: ClassVar[tuple[str, ...]] = ()
 
-    def __post_init__(self) -> None:
-        refuse_values(
-            self.name,
-            above_zero(forget_weight=self.forget_weight, retain_weight=self.retain_weight),
-            one_of(RETAIN_LOSSES, retain_loss=self.retain_loss),
-        )
-
-    @property
-    def reads(self) -> frozenset[Role]:
-        return frozenset({"forget", "retain"})
-
-    @property
-    def compares(self) -> frozenset[Role]:
-        return compares_retain(self.retain_weight, self.retain_loss)
-
-    def loss(self, rows: Mapping[Role, Rows]) -> Losses:
-        forget = -mean_nll(rows["forget"].current_BTV, rows["forget"].batch)
-        return weighted(forget, self.forget_weight, rows, self.retain_weight, self.retain_loss)
+    def forget_term(self, rows: Mapping[Role, Rows]) -> Tensor:
+        return -mean_nll(rows["forget"].current_BTV, rows["forget"].batch)

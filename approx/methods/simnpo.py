@@ -19,27 +19,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from approx.answer_tokens import mean_logprobs_B
-from approx.method import (
-    RETAIN_LOSSES,
-    Losses,
-    RetainLoss,
-    Role,
-    Rows,
-    above_zero,
-    at_least_zero,
-    compares_retain,
-    one_of,
-    reads_retain,
-    refuse_values,
-    weighted,
-)
+from approx.method import RetainLoss, Role, Rows, WithRetainTerm
 
 
 @dataclass(frozen=True)
-class SimNpo:
+class SimNpo(WithRetainTerm):
     """`beta` is the inverse temperature, `gamma` the margin."""
 
     beta: float = 4.5
@@ -48,25 +36,9 @@ class SimNpo:
     retain_weight: float = 1.0
     retain_loss: RetainLoss = "nll"
     name: ClassVar[str] = "simnpo"
+    not_negative: ClassVar[tuple[str, ...]] = ("gamma", "retain_weight")
 
-    def __post_init__(self) -> None:
-        refuse_values(
-            self.name,
-            above_zero(beta=self.beta, forget_weight=self.forget_weight),
-            at_least_zero(gamma=self.gamma, retain_weight=self.retain_weight),
-            one_of(RETAIN_LOSSES, retain_loss=self.retain_loss),
-        )
-
-    @property
-    def reads(self) -> frozenset[Role]:
-        return frozenset[Role]({"forget"}) | reads_retain(self.retain_weight)
-
-    @property
-    def compares(self) -> frozenset[Role]:
-        return compares_retain(self.retain_weight, self.retain_loss)
-
-    def loss(self, rows: Mapping[Role, Rows]) -> Losses:
+    def forget_term(self, rows: Mapping[Role, Rows]) -> Tensor:
         forget = rows["forget"]
         means_B = mean_logprobs_B(forget.current_BTV, forget.batch)
-        term = -2 / self.beta * logsigmoid(-self.beta * means_B - self.gamma).mean()
-        return weighted(term, self.forget_weight, rows, self.retain_weight, self.retain_loss)
+        return -2 / self.beta * logsigmoid(-self.beta * means_B - self.gamma).mean()
