@@ -230,8 +230,8 @@ class RecordIndex(Protocol):
     ) -> IndexFile:
         """The index of exactly the ids in `vectors`; a value of None is taken from `base`."""
 
-    def search(self, file: IndexFile, query: Vectors, top_k: int) -> list[list[Hit]]:
-        """For each query row the best `top_k`, best first."""
+    def search(self, found: Sequence[IndexFile], queries: Vectors, top_k: int) -> list[list[Hit]]:
+        """For each query row the best `top_k` over all files, best first; equals by shard and id."""
 
     def vectors(self, file: IndexFile, vector_ids: Sequence[int]) -> Vectors:
         """The stored vectors of some ids."""

@@ -149,12 +149,11 @@ def _location(world: World, record_id: str, held: RecordRow | Tombstone) -> Loca
 def search(world: World, queries: Vectors, top_k: int) -> list[Hit]:
     """The best hits over all shards and queries, one a record, best first."""
     best: dict[tuple[int, int], Hit] = {}
-    for file in world.ledger.indexes():
-        for hits in world.index.search(file, queries, top_k):
-            for hit in hits:
-                place = (hit.shard, hit.vector_id)
-                if place not in best or hit.score > best[place].score:
-                    best[place] = hit
+    for hits in world.index.search(world.ledger.indexes(), queries, top_k):
+        for hit in hits:
+            place = (hit.shard, hit.vector_id)
+            if place not in best or hit.score > best[place].score:
+                best[place] = hit
     return sorted(best.values(), key=lambda hit: (-hit.score, hit.shard, hit.vector_id))
 
 

@@ -157,20 +157,17 @@ class FakeIndex:
         self.stored[file.name] = rows
         return file
 
-    def search(self, file: IndexFile, query: Vectors, top_k: int) -> list[list[Hit]]:
-        rows = self.stored[file.name]
-        found = []
-        for vector in query:
+    def search(self, found: Sequence[IndexFile], queries: Vectors, top_k: int) -> list[list[Hit]]:
+        answers = []
+        for query in queries:
             scored = [
-                Hit(
-                    each,
-                    float(np.dot(np.asarray(vector, np.float32), np.asarray(held, np.float32))),
-                    file.shard,
-                )
-                for each, held in rows.items()
+                Hit(each, float(query @ np.asarray(held, np.float32)), file.shard)
+                for file in found
+                for each, held in self.stored[file.name].items()
             ]
-            found.append(sorted(scored, key=lambda hit: -hit.score)[:top_k])
-        return found
+            scored.sort(key=lambda hit: (-hit.score, hit.shard, hit.vector_id))
+            answers.append(scored[:top_k])
+        return answers
 
     def vectors(self, file: IndexFile, vector_ids: Sequence[int]) -> Vectors:
         rows = self.stored[file.name]

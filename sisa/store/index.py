@@ -1,12 +1,12 @@
 """The index at rest: one FAISS file per shard, named by its bytes.
 
 Rules: `IndexIDMap2` over a flat inner-product index; nothing is fitted on the data, and nothing is
-remembered. Vectors stand in the order of their ids, so a file equals that of an index that never held
-a deleted record. A file's digest (of the plaintext) is checked before FAISS parses it. Every build
-starts from bytes on disk: FAISS leaves removed vectors in the memory of the index object they were
-removed from.
+remembered. What was read for a search is kept for the next, until its file is erased. Vectors stand in
+the order of their ids, so a file equals that of an index that never held a deleted record. A file's
+digest (of the plaintext) is checked before FAISS parses it. Every build starts from bytes on disk: FAISS
+leaves removed vectors in the memory of the index object they were removed from.
 
-Not covered: where a candidate record is (only the ledger says so); compressed indexes.
+Not covered: where a candidate record is (only the ledger says so); how it is searched (`loaded.py`).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from sisa.errors import IntegrityError
 from sisa.ports import Keyring, Vectors
 from sisa.store import files
 from sisa.store.keyring import PLAIN
+from sisa.store.loaded import Loaded, search
 
 ROOM = "index"
 
@@ -35,6 +36,7 @@ class FaissIndex:
         self.root = root
         self.dimension = dimension
         self.keyring = keyring
+        self._loaded: dict[str, Loaded] = {}
 
     def build(
         self, shard: int, root: str, base: IndexFile | None, vectors: Mapping[int, Any]
@@ -63,19 +65,20 @@ class FaissIndex:
             raise IntegrityError("vectors are expected of an index that does not exist")
         return self.vectors(base, vector_ids)
 
-    def search(self, file: IndexFile, query: Vectors, top_k: int) -> list[list[Hit]]:
-        if file.num_vectors == 0:
-            return [[] for _ in query]
+    def search(self, found: Sequence[IndexFile], queries: Vectors, top_k: int) -> list[list[Hit]]:
+        self._loaded = {
+            file.name: self._loaded.get(file.name) or self._load(file)
+            for file in found
+            if file.num_vectors
+        }
+        return search(list(self._loaded.values()), queries, top_k)
+
+    def _load(self, file: IndexFile) -> Loaded:
+        import faiss
+
         index = self._read(file)
-        scores, ids = index.search(query, min(top_k, file.num_vectors))
-        return [
-            [
-                Hit(int(each), float(score), file.shard)
-                for each, score in zip(row_ids, row_scores, strict=True)
-                if each >= 0
-            ]
-            for row_ids, row_scores in zip(ids, scores, strict=True)
-        ]
+        ids = faiss.vector_to_array(index.id_map)
+        return Loaded(file.shard, ids, index.index.reconstruct_n(0, index.ntotal))
 
     def vectors(self, file: IndexFile, vector_ids: Sequence[int]) -> Vectors:
         if not vector_ids:
@@ -112,5 +115,6 @@ class FaissIndex:
 
     def erase(self, names: Collection[str]) -> None:
         self.keyring.destroy(ROOM, names)
+        self._loaded = {name: each for name, each in self._loaded.items() if name not in set(names)}
         for name in names:
             files.erase(self.root / name)

@@ -100,7 +100,7 @@ def test_a_removed_vector_is_not_in_the_file(folder: FaissIndex) -> None:
 def test_search_gives_the_best_first(fresh: OpenIndex) -> None:
     index = fresh()
     file = index.build(3, "root", None, vectors(range(20)))
-    (hits,) = index.search(file, np.stack([vector(7)]), 5)
+    (hits,) = index.search([file], np.stack([vector(7)]), 5)
     expected = sorted(range(20), key=lambda n: -float(vector(n) @ vector(7)))[:5]
     assert [hit.vector_id for hit in hits] == expected
     assert expected[0] == 7
@@ -111,15 +111,15 @@ def test_search_gives_the_best_first(fresh: OpenIndex) -> None:
 def test_every_query_row_has_its_answer(fresh: OpenIndex) -> None:
     index = fresh()
     file = index.build(0, "root", None, vectors(range(6)))
-    found = index.search(file, np.stack([vector(4), vector(2)]), 1)
+    found = index.search([file], np.stack([vector(4), vector(2)]), 1)
     assert [[hit.vector_id for hit in hits] for hits in found] == [[4], [2]]
-    assert index.search(file, np.zeros((0, DIMENSION), dtype=np.float32), 3) == []
+    assert index.search([file], np.zeros((0, DIMENSION), dtype=np.float32), 3) == []
 
 
 def test_no_more_hits_than_vectors(fresh: OpenIndex) -> None:
     index = fresh()
     file = index.build(0, "root", None, vectors([1, 2]))
-    (hits,) = index.search(file, np.stack([vector(1)]), 50)
+    (hits,) = index.search([file], np.stack([vector(1)]), 50)
     assert {hit.vector_id for hit in hits} == {1, 2}
 
 
@@ -127,7 +127,7 @@ def test_an_empty_index_finds_nothing(fresh: OpenIndex) -> None:
     index = fresh()
     file = index.build(0, "root", None, {})
     assert file.num_vectors == 0
-    assert index.search(file, np.stack([vector(1), vector(2)]), 3) == [[], []]
+    assert index.search([file], np.stack([vector(1), vector(2)]), 3) == [[], []]
     assert index.held() == {file.name}
 
 
@@ -153,6 +153,28 @@ def test_a_missing_vector_is_an_integrity_error(fresh: OpenIndex) -> None:
         index.build(0, "root", file, {2: None})
     with pytest.raises(IntegrityError):
         index.build(0, "root", None, {1: None})
+
+
+def test_hits_come_from_all_files_in_one_order(fresh: OpenIndex) -> None:
+    index = fresh()
+    one = index.build(0, "root", None, vectors(range(0, 30, 2)))
+    other = index.build(1, "root", None, vectors(range(1, 30, 2)))
+    none = index.build(2, "root", None, {})
+    (hits,) = index.search([one, none, other], np.stack([vector(7)]), 9)
+    expected = sorted(range(30), key=lambda n: -float(vector(n) @ vector(7)))[:9]
+    assert [(hit.vector_id, hit.shard) for hit in hits] == [(each, each % 2) for each in expected]
+    assert index.search([], np.stack([vector(7)]), 3) == [[]]
+
+
+def test_what_was_searched_is_not_found_when_it_is_erased(folder: FaissIndex) -> None:
+    before = folder.build(0, "root", None, vectors([1, 2]))
+    folder.search([before], np.stack([vector(1)]), 1)
+    after = folder.build(0, "root", before, {2: None})
+    (hits,) = folder.search([after], np.stack([vector(1)]), 2)
+    assert [hit.vector_id for hit in hits] == [2]
+    folder.erase([before.name])
+    with pytest.raises(IntegrityError, match="missing"):
+        folder.search([before], np.stack([vector(1)]), 1)
 
 
 def test_no_ids_no_vectors(folder: FaissIndex) -> None:
@@ -184,7 +206,7 @@ def test_a_tampered_file_is_refused_before_faiss_parses_it(
     path.write_bytes(data)
     monkeypatch.setattr(faiss, "deserialize_index", lambda _: pytest.fail("FAISS parsed it"))
     for read in (
-        lambda: folder.search(file, np.stack([vector(1)]), 1),
+        lambda: folder.search([file], np.stack([vector(1)]), 1),
         lambda: folder.vectors(file, [1]),
         lambda: folder.build(0, "root", file, {1: None}),
         lambda: folder.check(file),

@@ -1,0 +1,93 @@
+"""Index files in memory, and the search over them: candidates by sign codes, then exact scores.
+
+    codes       one bit a dimension: whether the vector is above zero there
+    candidates  the nearest codes by Hamming distance, over all files (`IndexBinaryFlat`)
+    hits        the candidates' inner products with the query, exact, best first
+
+Rules: a code is a function of its vector alone: nothing is fitted on the data, so nothing remembers a
+deleted record. Where all vectors fit among the candidates, all are scored and the search is exact; so
+it is for small models. The candidates of a query depend on the vectors that are held and on nothing
+else. Only what the last search named stays in memory.
+
+Not covered: reading files (`index.py`). Recall of many vectors is measured (`tests/bench/lookup.py`).
+
+>>> codes_of(np.array([[0.5, -0.5, 0.1, 0.0, -1.0, 1.0, 1.0, -1.0]], dtype=np.float32))
+array([[166]], dtype=uint8)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sisa.domain import Hit
+from sisa.ports import Vectors
+
+MIN_CANDIDATES, CANDIDATES_PER_HIT = 1000, 50
+
+
+def codes_of(vectors: Vectors) -> NDArray[np.uint8]:
+    """Sign codes, [num_vectors, ceil(dimension / 8)]."""
+    return np.packbits(vectors > 0, axis=1)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The vectors of a file, in the order of their ids."""
+
+    shard: int
+    ids: NDArray[np.int64]
+    vectors: Vectors
+
+    @cached_property
+    def by_code(self) -> Any:
+        import faiss
+
+        codes = codes_of(self.vectors)
+        index: Any = faiss.IndexBinaryFlat(codes.shape[1] * 8)
+        index.use_heap = False  # counting is faster where many are wanted
+        index.add(codes)
+        return index
+
+
+def search(loaded: Sequence[Loaded], queries: Vectors, top_k: int) -> list[list[Hit]]:
+    """For each query row the best `top_k` over all files, best first."""
+    num_wanted = max(MIN_CANDIDATES, CANDIDATES_PER_HIT * top_k)
+    if sum(len(each.ids) for each in loaded) <= num_wanted:
+        chosen = [[np.arange(len(each.ids)) for each in loaded] for _ in queries]
+    else:
+        chosen = _candidates(loaded, queries, num_wanted)
+    return [_best(loaded, places, query, top_k) for places, query in zip(chosen, queries, strict=True)]
+
+
+def _candidates(
+    loaded: Sequence[Loaded], queries: Vectors, num_wanted: int
+) -> list[list[NDArray[np.intp]]]:
+    """For each query the places, file by file, of the nearest codes over all files."""
+    codes = codes_of(queries)
+    asked = [each.by_code.search(codes, min(num_wanted, len(each.ids))) for each in loaded]
+    found = []
+    for row in range(len(queries)):
+        distances = np.concatenate([each[0][row] for each in asked])
+        farthest = np.partition(distances, num_wanted - 1)[num_wanted - 1]
+        # Whatever is as far as the last candidate counts too, as far as it was found: no tie is drawn.
+        found.append([places[row][far[row] <= farthest] for far, places in asked])
+    return found
+
+
+def _best(
+    loaded: Sequence[Loaded], places: Sequence[NDArray[np.intp]], query: Vectors, top_k: int
+) -> list[Hit]:
+    if not loaded:
+        return []
+    pairs = list(zip(loaded, places, strict=True))
+    scores = np.concatenate([each.vectors[at] @ query for each, at in pairs])
+    ids = np.concatenate([each.ids[at] for each, at in pairs])
+    shards = np.repeat([each.shard for each in loaded], [len(at) for at in places])
+    order = np.lexsort((ids, shards, -scores))[:top_k]
+    return [Hit(int(ids[n]), float(scores[n]), int(shards[n])) for n in order]

@@ -1,0 +1,76 @@
+"""The search over many vectors: who is a candidate, and what the candidates score."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sisa.domain import Hit
+from sisa.ports import Vectors
+from sisa.store import loaded
+from sisa.store.loaded import Loaded, search
+
+DIMENSION = 64
+
+
+def made(num_vectors: int, seed: int) -> Vectors:
+    draw = np.random.default_rng(seed)
+    rows = draw.standard_normal((num_vectors, DIMENSION)).astype(np.float32)
+    found: Vectors = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    return found
+
+
+def split(vectors: Vectors, num_shards: int) -> list[Loaded]:
+    ids = np.arange(len(vectors), dtype=np.int64)
+    return [Loaded(s, ids[s::num_shards], vectors[s::num_shards]) for s in range(num_shards)]
+
+
+@given(st.integers(1, 5), st.integers(1, 900), st.integers(0, 9))
+def test_few_vectors_are_searched_exactly(num_shards: int, num_vectors: int, seed: int) -> None:
+    vectors, query = made(num_vectors, seed), made(1, seed + 100)
+    (hits,) = search(split(vectors, num_shards), query, 10)
+    assert [hit.vector_id for hit in hits] == np.argsort(-(vectors @ query[0]))[:10].tolist()
+
+
+@pytest.mark.parametrize("num_shards", [1, 3, 16])
+def test_many_vectors_are_found_however_they_lie_in_shards(num_shards: int) -> None:
+    vectors = made(20_000, 0)
+    queries = vectors[:50] + 0.1 * made(50, 1)
+    exact = np.argsort(-(queries @ vectors.T), axis=1)[:, :1]
+    found = search(split(vectors, num_shards), queries, 1)
+    assert [hits[0].vector_id for hits in found] == exact[:, 0].tolist()
+    assert found[0][0].score == pytest.approx(float(queries[0] @ vectors[found[0][0].vector_id]))
+    assert found[0][0].shard == found[0][0].vector_id % num_shards
+
+
+def test_a_deleted_vector_leaves_the_choice_of_the_others_as_if_it_had_never_been() -> None:
+    vectors, queries = made(5000, 2), made(8, 3)
+    kept = np.delete(np.arange(5000), [7, 4000])
+    left = [Loaded(0, kept, vectors[kept])]
+    without = [
+        [hit for hit in hits if hit.vector_id not in (7, 4000)]
+        for hits in search(split(vectors, 1), queries, 12)
+    ]
+    again = search(left, queries, 12)
+    assert [[h.vector_id for h in hits[:10]] for hits in again] == [
+        [h.vector_id for h in hits[:10]] for hits in without
+    ]
+
+
+def test_only_candidates_are_scored(monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors, query = made(5000, 4), made(1, 5)
+    places: list[int] = []
+    whole = loaded._best
+
+    def best(files: Sequence[Loaded], chosen: Sequence[Any], query: Vectors, top_k: int) -> list[Hit]:
+        places.extend(map(len, chosen))
+        return whole(files, chosen, query, top_k)
+
+    monkeypatch.setattr(loaded, "_best", best)
+    search(split(vectors, 2), query, 3)
+    assert 1000 <= sum(places) < 2000
