@@ -1,0 +1,176 @@
+"""Many adapters over one base in a single forward: the adapters of all chosen shards, stacked.
+
+    rows      request q asks some constituents; each pair (request, constituent) is a row
+    below     what lies beneath the first adapted layer is the same for all rows of a request: it is
+              computed, and its keys and values are kept, once a request
+    above     base products over all rows at once; LoRA as two batched products over the rows' own
+              matrices: y = x W + (x A[row]) B[row]
+
+Rules: the base's weights are shared and never written to. Ranks are padded with zeros to the largest;
+the scale is folded into B; the base alone is the adapter of zeros. Rows of one forward may ask for
+different constituents. What comes out differs from one constituent at a time by float rounding alone.
+
+Not covered: averaging (`answer.py`); dropout (adapters are served, not trained); adapters on what comes
+before the layers.
+
+Shapes: Q requests, P rows, T positions, I and O features of a module, R rank, N adapters, V words.
+
+    stack = Stacked(base, {0: files, 3: other_files})
+    with stack.asking([[0, 3], [3]]):
+        logits_PTV = base(ids_QT).logits
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sisa.errors import IntegrityError
+from sisa.model.adapter import ADAPTER_FILE, read_config, read_tensors
+
+_PREFIX = "base_model.model."
+_PART = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+_PER_REQUEST = frozenset({"hidden_states", "attention_mask", "position_ids", "position_embeddings"})
+
+
+class StackedLinear(nn.Module):
+    """A linear module of the base with the adapters' matrices beside it."""
+
+    def __init__(self, base: Any, down_NIR: Tensor, up_NRO: Tensor) -> None:
+        super().__init__()
+        self.base = base
+        self._all = (down_NIR, up_NRO)
+        self._rows: tuple[Tensor, Tensor] | None = None
+
+    def choose(self, adapters_P: Tensor | None) -> None:
+        """The adapter of each row; None ends it, and the base alone is left."""
+        if adapters_P is None:
+            self._rows = None
+        else:
+            self._rows = (self._all[0][adapters_P], self._all[1][adapters_P])
+
+    def forward(self, x_PTI: Tensor) -> Tensor:
+        y_PTO: Tensor = self.base(x_PTI)
+        if self._rows is None:
+            return y_PTO
+        down_PIR, up_PRO = self._rows
+        return torch.baddbmm(y_PTO, torch.bmm(x_PTI, down_PIR), up_PRO)
+
+
+class Stacked:
+    """Adapters by name (shards) around a base whose modules are the caller's own; they are replaced."""
+
+    def __init__(self, base: Any, adapters: Mapping[int, Mapping[str, bytes]]) -> None:
+        """`adapters` are files of checkpoints. Raises IntegrityError for one that does not fit."""
+        self._places = {name: number for number, name in enumerate(sorted(adapters))}
+        changes = [_change(adapters[name]) for name in sorted(adapters)]
+        self._linears = [
+            _put_stacked(base, module, [each.get(module) for each in changes])
+            for module in sorted({module for each in changes for module in each})
+        ]
+        self._expand_at = _layers_above(base, {m for each in changes for m in each})
+        self._requests_P: Tensor | None = None
+        for layer in self._expand_at:
+            layer.register_forward_pre_hook(self._expand, with_kwargs=True)
+
+    @contextmanager
+    def asking(self, routes: Sequence[Sequence[int]]) -> Iterator[None]:
+        """Let the base's forwards answer request by request with these adapters; an empty route asks
+        the base alone. Rows come in the order of requests, then of their routes."""
+        rows: list[tuple[int, int | None]] = [
+            (q, name) for q, route in enumerate(routes) for name in (route or (None,))
+        ]
+        self._requests_P = torch.tensor([q for q, _ in rows])
+        self._num_requests = len(routes)
+        none = len(self._places)
+        chosen_P = torch.tensor([none if name is None else self._places[name] for _, name in rows])
+        try:
+            for each in self._linears:
+                each.choose(chosen_P)
+            yield
+        finally:
+            self._requests_P = None
+            for each in self._linears:
+                each.choose(None)
+
+    def _expand(self, _layer: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """What a layer gets, one row a request: made one row a constituent."""
+        rows = self._requests_P
+        if rows is None or len(rows) == self._num_requests:
+            return args, kwargs
+        wide = {
+            name: self._widened(value, rows) if name in _PER_REQUEST else value
+            for name, value in kwargs.items()
+        }
+        return tuple(self._widened(each, rows) for each in args), wide
+
+    def _widened(self, value: Any, rows_P: Tensor) -> Any:
+        if isinstance(value, tuple):
+            return tuple(self._widened(each, rows_P) for each in value)
+        narrow = isinstance(value, Tensor) and value.dim() > 1 and len(value) == self._num_requests
+        return value[rows_P] if narrow else value
+
+
+def _change(files: Mapping[str, bytes]) -> dict[str, tuple[Tensor, Tensor]]:
+    """By module: (A as [I, R], B as [R, O] with the scale in it). Raises IntegrityError."""
+    config, tensors = read_config(files), read_tensors(files, ADAPTER_FILE)
+    sides: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        found = _PART.fullmatch(name.removeprefix(_PREFIX))
+        if found is None:
+            raise _unfit("a tensor that is no part of a LoRA adapter")
+        sides.setdefault(found["module"], {})[found["side"]] = tensor.float()
+    scale = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
+    if any(each.keys() != {"A", "B"} for each in sides.values()):
+        raise _unfit("half of a module's matrices")
+    return {m: (each["A"].T, each["B"].T * scale) for m, each in sides.items()}
+
+
+def _put_stacked(base: Any, module: str, parts: Sequence[tuple[Tensor, Tensor] | None]) -> StackedLinear:
+    """Replace one module of the base. The last adapter is that of zeros: the base alone."""
+    place, _, name = module.rpartition(".")
+    try:
+        parent = base.get_submodule(place)
+        held = parent.get_submodule(name)
+    except AttributeError:
+        raise _unfit("matrices of a module that the base does not have") from None
+    sides = next(each for each in parts if each is not None)
+    rank = max(part[0].shape[1] for part in parts if part is not None)
+    down = torch.zeros(len(parts) + 1, sides[0].shape[0], rank)
+    up = torch.zeros(len(parts) + 1, rank, sides[1].shape[1])
+    for number, part in enumerate(parts):
+        if part is not None:
+            if part[0].shape[0] != down.shape[1] or part[1].shape[1] != up.shape[2]:
+                raise _unfit("matrices of another shape")
+            down[number, :, : part[0].shape[1]] = part[0]
+            up[number, : part[1].shape[0]] = part[1]
+    stacked = StackedLinear(held, down, up)
+    setattr(parent, name, stacked)
+    return stacked
+
+
+def _unfit(got: str) -> IntegrityError:
+    return IntegrityError(
+        "an adapter does not fit the base model",
+        where=ADAPTER_FILE,
+        got=got,
+        next_step="run `sisa verify` on the model",
+    )
+
+
+def _layers_above(base: Any, modules: set[str]) -> list[Any]:
+    """The layers from the first adapted one on; all of them, where a module lies outside (a head)."""
+    lists = {name: each for name, each in base.named_modules() if isinstance(each, nn.ModuleList)}
+    inside = {
+        name: [m.removeprefix(f"{name}.") for m in modules if m.startswith(f"{name}.")] for name in lists
+    }
+    name = max(lists, key=lambda each: (len(inside[each]), -len(each)), default="")
+    if not modules or not lists or not inside[name]:
+        return []
+    first = min(int(module.partition(".")[0]) for module in inside[name])
+    return list(lists[name])[first if len(inside[name]) == len(modules) else 0 :]
