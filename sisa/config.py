@@ -94,13 +94,24 @@ class DatasetSource(_Block):
 
 
 class Aggregation(_Block):
-    """How the shards answer together. `top_k` has no meaning for `mean_prob`."""
+    """How the shards answer together. All but `method` have a meaning for `routed` alone."""
 
-    method: Literal["routed", "mean_prob"] = Field(
-        default="routed", description="Shards nearest to the prompt, or the mean over all shards."
+    method: Literal["routed", "mean_prob", "mean_logit", "vote", "merged"] = Field(
+        default="routed",
+        description="Shards nearest to the prompt; or all: mean of probabilities or of logits, vote, "
+        "or their adapters averaged into one.",
     )
     top_k: Int = Field(
         default=1, ge=1, le=10_000, description="Number of shards that a prompt is routed to."
+    )
+    temperature: Float = Field(
+        default=0.05, gt=0, description="Of the softmax of the shards' nearest scores: their weights."
+    )
+    min_score: Float | None = Field(
+        default=None, ge=-1, le=1, description="Score below which no shard is near enough; null: none is."
+    )
+    below: Literal["base", "mean_prob"] = Field(
+        default="base", description="Who answers where no shard is near enough."
     )
 
     @model_validator(mode="before")
@@ -109,16 +120,20 @@ class Aggregation(_Block):
         return {"method": value} if isinstance(value, str) else value
 
     @model_validator(mode="after")
-    def _no_top_k_of_a_mean(self) -> Aggregation:
-        if self.method == "mean_prob" and "top_k" in self.model_fields_set:
-            raise _conflict("conflict: mean_prob averages over all shards, so top_k can't be given")
+    def _nothing_else_of_all(self) -> Aggregation:
+        given = sorted(self.model_fields_set - {"method"})
+        if self.method != "routed" and given:
+            raise _conflict(f"conflict: {self.method} asks all shards, so {given[0]} can't be given")
         return self
 
     @model_serializer
     def _shortest(self) -> str | dict[str, Any]:
-        if self.method == "mean_prob":
+        if self.method != "routed":
             return self.method
-        return {"method": self.method, "top_k": self.top_k}
+        told = {"temperature": self.temperature, "min_score": self.min_score, "below": self.below}
+        fields = type(self).model_fields
+        changed = {name: value for name, value in told.items() if value != fields[name].default}
+        return {"method": self.method, "top_k": self.top_k, **changed}
 
 
 class SisaBlock(_Block):
@@ -146,7 +161,7 @@ class SisaBlock(_Block):
         "Embedder of the index: hashing, pypi:name==version, hub name or directory.",
     )
     aggregation: Aggregation = _key(
-        Aggregation(), "none", "Answers: routed (to top_k shards) or mean_prob (mean of all shards)."
+        Aggregation(), "none", "Answers: routed (to top_k shards), or of all: mean_prob, mean_logit, vote, merged."
     )
 
     @field_validator("group_by")
