@@ -143,6 +143,7 @@ def find(
 @ids_file_option
 @click.option("--subject", help="Delete all records of a subject.")
 @click.option("--dry-run", is_flag=True, help="Show what would happen; change nothing.")
+@consent_option
 @executor_option
 def forget(
     directory: Path,
@@ -150,6 +151,7 @@ def forget(
     ids_file: Path | None,
     subject: str | None,
     dry_run: bool,
+    consent: str,
     executor: str,
 ) -> Result:
     """Delete records exactly, and retrain what they touched."""
@@ -159,7 +161,7 @@ def forget(
     with opened(directory, executor) as model:
         if dry_run:
             return render.forget_plan(model.plan_forget(named, subject=subject))
-        return render.forgotten(model.forget(named, subject=subject))
+        return render.forgotten(model.forget(named, subject=subject, consent=consent))
 
 
 @command("status", "sisa status -m model")

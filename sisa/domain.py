@@ -290,6 +290,8 @@ class Request:
     exports_erased: int = 0
     cause: str = ""  # of a failure: the kind of error, never its text
     probed: Probed | None = None  # None: not asked, or cut short
+    consent: str = ""  # to keep the text, encrypted, until a patch is made from it
+    vaulted: str = ""  # the vault's set that holds it
 
 
 @dataclass(frozen=True, slots=True)
