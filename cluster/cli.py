@@ -27,6 +27,7 @@ from cluster.command import (
     cli,
     command,
     executor_option,
+    consent_option,
     ids_argument,
     ids_file_option,
     model_option,

@@ -14,6 +14,8 @@ from sisa.assign import Assigner, slice_root
 from sisa.digest import digest_of
 from sisa.domain import IndexFile, Record, RecordRow, SliceFile, SliceState
 from sisa.errors import IntegrityError
+from sisa.patch import PatchMode
+from sisa.patch_ports import Patcher, Vault
 from sisa.plan import Recipe, ShardPlan, ShardView
 from sisa.ports import (
     Change,
@@ -51,6 +53,11 @@ class World:
     assigner: Assigner
     recipe: Recipe
     fingerprint: str
+    base: str  # digest of the frozen base; the recipe's is that of the base that shards are trained over
+    patch_mode: PatchMode
+    patches: CheckpointStore
+    vault: Vault
+    patcher: Callable[[], Patcher]  # opened when a patch is to be made
     now: Callable[[], str]
     report: Report
     probe: Probe | None = None
