@@ -73,7 +73,8 @@ class BaseProbe:
         self._sequence_len = sequence_len
 
     def __call__(self, records: Sequence[Record]) -> Probed:
-        """Raises IntegrityError for another base, or a patch that does not fit. Records that can't be tokenized are not probed."""
+        """Raises IntegrityError for another base, or a patch that does not fit. Records that can't be
+        tokenized are not probed."""
         pin_threads(self._threads)
         model, tokenizer = load_patched(*self._base)
         found: list[_Asked] = []

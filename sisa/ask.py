@@ -71,8 +71,8 @@ def open_answerer(
     shards: Collection[int] | None = None,
     stack: Sequence[Patch] | None = None,
 ) -> Answerer:
-    """The models of some shards, or of all that serve one, ready to be asked; over the active patches, or
-    over those of `stack`. Raises IntegrityError."""
+    """The models of some shards, or of all that serve one, ready to be asked; over the active patches,
+    or over those of `stack`. Raises IntegrityError."""
     from sisa.model.answer import Answerer
 
     live = live_heads(world)

@@ -6,10 +6,10 @@
 
 Rules: bytes are checked against the ledger; `adapter_config.json` names the base's directory, so that
 `AutoPeftModelForCausalLM` loads it as it is. What is served goes out: with active patches, each adapter
-is the sum of the patches and the shard's own, as one adapter on the plain base. A target that holds anything is refused. The row comes
-before the files and goes after them, so that no crash leaves an export that nobody knows. A directory
-that was moved or changed is left alone and its row stays, marked: it is erased when it comes back, or
-given up on a person's word.
+is the sum of the patches and the shard's own, as one adapter on the plain base. A target that holds
+anything is refused. The row comes before the files and goes after them, so that no crash leaves an
+export that nobody knows. A directory that was moved or changed is left alone and its row stays, marked:
+it is erased when it comes back, or given up on a person's word.
 
 Not covered: merged adapters and models; copies that somebody made of an export.
 """
