@@ -58,7 +58,7 @@ def put_patch(model: sisa.Model, files: Files, seed: int = 0) -> Patch:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> list[Files]:
+def made(tiny_base: Path) -> list[Files]:
     """Two adapters, to be patches."""
     return [random_patch(tiny_base, seed, "q_proj", "up_proj", scale=0.1) for seed in (1, 2)]
 
@@ -183,7 +183,7 @@ def test_an_encrypted_model_is_trained_over_patches_too(
     tmp_path: Path, tiny_base: Path, made: list[Files]
 ) -> None:
     rows = PEOPLE[:8]
-    options = {"encrypt": True, "keyring": "keys"}
+    options: dict[str, Any] = {"encrypt": True, "keyring": "keys"}
     for name, settings in (("plain", {}), ("sealed", options)):
         (tmp_path / name).mkdir()
         run_file = write_run(tmp_path / name, tiny_base, rows, **settings)
