@@ -26,6 +26,7 @@ from cluster import approx_cli, care_cli, eval_cli, render, request_cli
 from cluster.command import (
     cli,
     command,
+    consent_option,
     executor_option,
     ids_argument,
     ids_file_option,
@@ -143,6 +144,7 @@ def find(
 @ids_file_option
 @click.option("--subject", help="Delete all records of a subject.")
 @click.option("--dry-run", is_flag=True, help="Show what would happen; change nothing.")
+@consent_option
 @executor_option
 def forget(
     directory: Path,
@@ -150,6 +152,7 @@ def forget(
     ids_file: Path | None,
     subject: str | None,
     dry_run: bool,
+    consent: str,
     executor: str,
 ) -> Result:
     """Delete records exactly, and retrain what they touched."""
@@ -159,7 +162,7 @@ def forget(
     with opened(directory, executor) as model:
         if dry_run:
             return render.forget_plan(model.plan_forget(named, subject=subject))
-        return render.forgotten(model.forget(named, subject=subject))
+        return render.forgotten(model.forget(named, subject=subject, consent=consent))
 
 
 @command("status", "sisa status -m model")

@@ -69,6 +69,11 @@ ids_argument = click.argument("ids", nargs=-1, metavar="[ID]...")
 ids_file_option = click.option(
     "--ids-file", type=click.Path(path_type=Path), help="File with one id a line."
 )
+consent_option = click.option(
+    "--consent",
+    default="",
+    help="Who allowed, or what ground there is, to keep the text encrypted for an approximate patch.",
+)
 
 
 @contextmanager

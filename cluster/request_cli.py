@@ -18,6 +18,7 @@ from cluster import request_render as render
 from cluster.command import (
     cli,
     command,
+    consent_option,
     executor_option,
     ids_file_option,
     model_option,
@@ -50,6 +51,7 @@ request_argument = click.argument("request_id", metavar="REQUEST")
 @click.option("--due", help="YYYY-MM-DD instead of the regime's due date.")
 @click.option("--approver", help="Approve at once, in this name.")
 @click.option("--include-duplicates", is_flag=True, help="Delete exact copies under other ids, too.")
+@consent_option
 def submit(
     directory: Path,
     ids: tuple[str, ...],
@@ -62,6 +64,7 @@ def submit(
     due: str | None,
     approver: str | None,
     include_duplicates: bool,
+    consent: str,
 ) -> Result:
     """Take in a request; it runs once it is approved."""
     from sisa.lifecycle import Terms
@@ -76,6 +79,7 @@ def submit(
         due=due,
         approver=approver,
         include_copies=include_duplicates,
+        consent=consent,
     )
     with opened(directory) as model:
         submitted = model.submit(named, subject=subject, terms=terms)

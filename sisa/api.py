@@ -39,8 +39,9 @@ from sisa.domain import (
 from sisa.errors import IntegrityError, InvalidInput
 from sisa.export import export_adapters, missing
 from sisa.lifecycle import Terms
-from sisa.opening import CHECKPOINTS, INDEX, KEY, LEDGER, LOCK, RECORDS, SCRATCH, OpenExecutor, Parts
+from sisa.opening import CHECKPOINTS, INDEX, KEY, LEDGER, LOCK, RECORDS, SCRATCH, OpenExecutor
 from sisa.outcome import ForgetOutcome, ForgetPlan, Status
+from sisa.parts import Parts
 from sisa.ports import Event, Report
 from sisa.reader import read_records
 from sisa.reconcile import reconcile
@@ -125,10 +126,10 @@ class Model:
         )
         try:
             if locked:
-                settle(world)
+                world = settle(world)
             elif not as_it_is and is_behind(world):
                 with files.writer_lock(self.directory / LOCK):
-                    settle(world)
+                    world = settle(world)
             yield world
         finally:
             opening.close(world)
@@ -207,15 +208,23 @@ class Model:
                 index_rows_erased=len(planned.removed),
             )
 
-    def forget(self, ids: Sequence[str] = (), *, subject: str | None = None) -> ForgetOutcome:
-        """Delete records exactly. Raises UnknownRecord; ids deleted before are reported, not refused."""
+    def forget(
+        self, ids: Sequence[str] = (), *, subject: str | None = None, consent: str = ""
+    ) -> ForgetOutcome:
+        """Delete records exactly. Raises UnknownRecord; ids deleted before are reported, not refused.
+
+        `consent`: whose, or on what ground, to keep the text encrypted if the base alone knows it, for a
+        patch (`unlearn.py`).
+        """
         with self._writing() as world:
             live, dead = _named(world, ids, subject)
             if not live:
                 reconcile(world)  # finishes a deletion that a crash cut short
                 return _forgotten(world, None, dead)
             _ = self.parts.base  # refuses a changed base before anything is erased
-            arrived = lifecycle.arrive(world, live, (), Terms(approver=DIRECT, reason=DIRECT))
+            arrived = lifecycle.arrive(
+                world, live, (), Terms(approver=DIRECT, reason=DIRECT, consent=consent)
+            )
             return _forgotten(world, forget_at_once(world, arrived), dead)
 
     def submit(

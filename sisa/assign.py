@@ -17,7 +17,7 @@ Not covered: churn bands (a record's own deletion risk choosing its slice).
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from sisa.digest import Keyed, digest_of
@@ -46,6 +46,10 @@ class Assigner:
 
     def subject_digest(self, subject_id: str) -> str:
         return self._keyed.digest("subject", subject_id)
+
+    def set_name(self, role: str, records: Sequence[Record]) -> str:
+        """The name of a set of the vault: a keyed digest of its content."""
+        return self._keyed.digest("vault", role, *(each.canonical() for each in records))
 
     def place(self, record: Record) -> tuple[int, int]:
         """(shard, slice) of a record."""

@@ -45,6 +45,7 @@ from pydantic_core import PydanticCustomError
 from sisa.assign import Layout
 from sisa.digest import canonical_json
 from sisa.errors import IntegrityError
+from sisa.patch import PatchMode
 from sisa.plan import Recipe, Schedule
 
 MAX_GOT_CHARS = 60
@@ -220,6 +221,11 @@ class RunConfig(_Block):
     )
     probe: Bool = _key(
         True, "none", "Whether a deletion asks the base alone what it knew of the text, before it goes."
+    )
+    patch_mode: PatchMode = _key(
+        "sequential",
+        "none",
+        "Approximate patches: each upon the last (sequential), or one anew from all kept texts (joint).",
     )
     adapter: Literal["lora"] = _key("lora", "retrain", "Kind of adapter.")
     lora_r: Int = _key(8, "retrain", "Rank of the adapters.", ge=1, le=4096)

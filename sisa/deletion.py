@@ -31,7 +31,9 @@ from sisa.plan import ShardPlan, ShardView, marked, plan_shard, tainted
 from sisa.ports import Change
 from sisa.probing import probe_removed
 from sisa.reconcile import note_failure, reconcile, refuse_lost_rows
+from sisa.rederiving import Touched, make_again, touched_by
 from sisa.requests import event
+from sisa.vaulting import put_removed
 from sisa.world import (
     Place,
     World,
@@ -135,12 +137,13 @@ def forget(world: World, requests: Sequence[Request]) -> tuple[Request, ...]:
     named = {request.request_id: rows_named(world, request) for request in requests}
     held = slices_of(world, [row for rows in named.values() for row in rows])
     try:
-        commit_removed(world, requests, named, Change())
+        world, touched = commit_removed(world, requests, named, Change())
     except SisaError as error:
         note_failure(world, requests, error)
         raise
     probe_removed(world, named, held)
     reconcile(world)
+    make_again(world, touched)
     done = {each.request_id: each for each in world.ledger.requests()}
     return tuple(done[request.request_id] for request in requests)
 
@@ -152,9 +155,10 @@ def forget_at_once(world: World, arrival: Arrival) -> Request:
     request = arrival.request
     named = {request.request_id: rows}
     held = slices_of(world, rows)
-    commit_removed(world, [request], named, arrival.change())
+    world, touched = commit_removed(world, [request], named, arrival.change())
     probe_removed(world, named, held)
     reconcile(world)
+    make_again(world, touched)
     return next(each for each in world.ledger.requests() if each.request_id == request.request_id)
 
 
@@ -174,8 +178,10 @@ def commit_removed(
     arriving: Change,
     *,
     held_too: bool = False,
-) -> None:
-    """The commit that fixes what remains: rows go, heads roll back, requests are `rolled_back`.
+) -> tuple[World, Touched]:
+    """The commit that fixes what remains: rows go, heads roll back, requests are `rolled_back`; texts to
+    keep by consent are in the vault, and patches that a removed record touched are dropped. Returns the
+    world to go on with, and those patches.
 
     `arriving` is taken in by the same transaction (names, events, tombstones); `held_too` deletes what
     is under a legal hold. Raises ConfigConflict for a hold, IntegrityError for damaged files.
@@ -184,13 +190,20 @@ def commit_removed(
     union = {row.id_digest: row for rows in named.values() for row in rows}
     if not held_too:
         _refuse_held(world, union)
+    world, touched = touched_by(world, union, requests[0].request_id if requests else "")
     planned = plan_forget(world, list(union.values()))
     if planned.removed:
         check_sources(world, planned.plans)
+    kept = touched.put + put_removed(world, requests, named)
+    vaulted = {each.request_id: each.name for each in kept.sets if each.role == "forget"}
     slices, indexes, unindexed = _write_remaining(world, planned)
     now, before = world.now(), model_digest(world.ledger)
     accepted = [
-        _accepted(request, planned, named[request.request_id], now, before) for request in requests
+        replace(
+            _accepted(request, planned, named[request.request_id], now, before),
+            vaulted=vaulted.get(request.request_id, ""),
+        )
+        for request in requests
     ]
     commit(
         world,
@@ -203,9 +216,12 @@ def commit_removed(
             unindexed=unindexed,
             heads=[plan.head for plan in planned.plans],
             dropped=planned.tainted,
-            exports=marked(world.ledger.exports(), named),
+            exports=[*touched.exports, *marked(world.ledger.exports(), named)],
             requests=accepted,
             named=arriving.named,
+            patches=[*touched.rederived.changed, *touched.rederived.fresh],
+            vault=kept.sets,
+            vaulted=kept.pairs,
             events=[
                 *arriving.events,
                 *(
@@ -216,6 +232,7 @@ def commit_removed(
             ],
         ),
     )
+    return world, touched
 
 
 def _write_remaining(

@@ -169,7 +169,8 @@ class Export:
     """A directory that a shard's adapter was exported to, at an absolute path without links.
 
     `shard`, `slice` and `seq` are those of the checkpoint, so that what a record touched can be told
-    when it is long retired. `request_id` names the deletion that tainted it.
+    when it is long retired. `request_id` names the deletion that tainted it; `patches` are the keys of
+    the approximate patches whose changes are in it.
     """
 
     path: str
@@ -181,6 +182,7 @@ class Export:
     made_at: str
     state: ExportState = "clean"
     request_id: str = ""
+    patches: tuple[str, ...] = ()
 
     @property
     def name(self) -> tuple[str, str]:
@@ -290,6 +292,8 @@ class Request:
     exports_erased: int = 0
     cause: str = ""  # of a failure: the kind of error, never its text
     probed: Probed | None = None  # None: not asked, or cut short
+    consent: str = ""  # to keep the text, encrypted, until a patch is made from it
+    vaulted: str = ""  # the vault's set that holds it
 
 
 @dataclass(frozen=True, slots=True)

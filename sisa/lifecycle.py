@@ -46,6 +46,7 @@ class Terms:
     due: str | None = None  # an ISO date that replaces the regime's
     approver: str | None = None  # approves at once
     include_copies: bool = False
+    consent: str = ""  # to keep the text, encrypted, for a patch, if the base alone knows it
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,7 @@ def arrive(
         reason=terms.reason,
         num_copies=len(found),
         copies_included=terms.include_copies,
+        consent=terms.consent.strip(),
     )
     states = [request]
     if terms.approver is not None:

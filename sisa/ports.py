@@ -38,6 +38,7 @@ from sisa.domain import (
     Tombstone,
     WitnessHead,
 )
+from sisa.patch import Patch, PatchJob, VaultSet
 
 Vectors = NDArray[np.float32]  # [num_texts, dimension], rows of unit length
 
@@ -158,8 +159,8 @@ class CheckpointStore(Protocol):
     def held(self) -> frozenset[str]:
         """Keys of all complete checkpoints."""
 
-    def save(self, job: SliceJob, files: Mapping[str, bytes]) -> SavedCheckpoint:
-        """Store a stage's files under its key, whole or not at all."""
+    def save(self, job: SliceJob | PatchJob, files: Mapping[str, bytes]) -> SavedCheckpoint:
+        """Store a stage's or a patch's files under its key, whole or not at all."""
 
     def describe(self, key: str) -> SavedCheckpoint:
         """Re-reads and checks every byte against the checkpoint's own manifest."""
@@ -266,6 +267,10 @@ class Change:
     events: Sequence[RequestEvent] = ()
     exports: Sequence[Export] = ()
     unexported: Collection[tuple[str, str]] = ()  # names of exports
+    patches: Sequence[Patch] = ()  # put, by key
+    vault: Sequence[VaultSet] = ()  # put, by name
+    vaulted: Sequence[tuple[str, str]] = ()  # (set, keyed id of a record whose text is in it)
+    unvaulted: Collection[str] = ()  # sets whose rows go, with those of `vaulted`
     meta: Mapping[str, str] = field(default_factory=dict)
     readmitted: Sequence[str] = ()  # keyed ids among `added` that were deleted; for the witness alone
 
@@ -327,6 +332,18 @@ class Ledger(Protocol):
 
     def exports(self) -> list[Export]:
         """By path, then by key."""
+
+    def patches(self) -> list[Patch]:
+        """All that there ever were, by version."""
+
+    def vault(self) -> list[VaultSet]:
+        """By name."""
+
+    def vaulted(self, name: str) -> list[str]:
+        """Keyed ids of the records whose texts are in a set."""
+
+    def sets_with(self, id_digests: Collection[str]) -> dict[str, list[str]]:
+        """For each of these keyed ids that is in any set: the sets' names."""
 
     def num_tombstones(self) -> int: ...
 

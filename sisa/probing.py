@@ -6,7 +6,8 @@ numbers alone, is kept with the request.
 
 Rules: a probe that fails, for whatever reason, must not keep the text: the kind of error is kept in its
 place, and the deletion goes on. A deletion that is cut short before its probe is finished without one,
-since the text is erased first. What is read is checked as ever.
+since the text is erased first. What is read is checked as ever. A text that was kept in the vault by
+consent goes from it when all of it was asked and the base knows none of it.
 
 Not covered: the measures (`approx/probe.py`), and what is done about knowledge that is found.
 """
@@ -34,16 +35,19 @@ def probe_removed(
     outcomes = {
         request_id: _probed(world, world.probe, rows, held) for request_id, rows in named.items() if rows
     }
-    commit(
-        world,
-        Change(
-            requests=[
-                replace(request, probed=outcomes[request.request_id])
-                for request in world.ledger.requests()
-                if request.request_id in outcomes
-            ]
-        ),
-    )
+    asked = [
+        replace(request, probed=outcomes[request.request_id])
+        for request in world.ledger.requests()
+        if request.request_id in outcomes
+    ]
+    unknown = [each.vaulted for each in asked if each.vaulted and _is_unknown(outcomes[each.request_id])]
+    told = [replace(each, vaulted="") if each.vaulted in unknown else each for each in asked]
+    commit(world, Change(requests=told, unvaulted=unknown))
+
+
+def _is_unknown(probed: Probed) -> bool:
+    """Whether all of it was asked, and the base knows none of it: no patch is needed."""
+    return not probed.failure and probed.num_known == 0 and probed.num_probed == probed.num_records
 
 
 def _probed(world: World, probe: Probe, rows: Sequence[RecordRow], held: Sequence[SliceFile]) -> Probed:

@@ -9,13 +9,14 @@ Not covered: answering with the model (`api.py`), proof (`verify.py`).
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from sisa.domain import Hit, RecordRow, Tombstone
 from sisa.errors import IntegrityError, Problem, UnknownRecord
 from sisa.export import standing
+from sisa.patch import PatchState, SetRole, VaultSet
 from sisa.plan import touched
 from sisa.ports import StoredRecord, Vectors
 from sisa.world import World, slices_of, stored_in
@@ -33,11 +34,25 @@ class Touch:
 
 
 @dataclass(frozen=True)
+class PatchTouch:
+    """A patch, served or wanted, that was or will be made from a set with the record's text."""
+
+    version: int
+    key: str
+    state: PatchState
+    role: SetRole
+
+
+@dataclass(frozen=True)
 class Location:
-    """Where one record is, or when and by which request it was deleted."""
+    """Where one record is, or when and by which request it was deleted.
+
+    `state`: "trained"; "pending" (held, its slice is not in the head yet); "deleted"; "patch" (never a
+    record of the model: its text was given for a patch alone, and shard and slice are -1).
+    """
 
     id: str
-    state: str  # "trained" | "pending" (held, its slice is not in the head yet) | "deleted"
+    state: str
     shard: int
     slice: int
     checkpoints: tuple[Touch, ...]
@@ -45,6 +60,8 @@ class Location:
     request_id: str | None = None
     checkpoints_erased: int | None = None
     exports: tuple[str, ...] = ()  # paths of the adapters that were exported with it
+    patches: tuple[PatchTouch, ...] = ()
+    vault: tuple[VaultSet, ...] = ()  # sets that its text is in now
 
 
 @dataclass(frozen=True)
@@ -119,11 +136,37 @@ def of_subject(world: World, subject_id: str) -> tuple[list[RecordRow], list[Tom
 
 
 def where(world: World, ids: Sequence[str]) -> list[Location]:
-    """The shard and slice of each record, and the checkpoints and heads that it influenced."""
-    return [_location(world, each, held) for each, held in lookup(world, ids)]
+    """The shard and slice of each record, and the checkpoints, heads, exports and patches that it
+    influenced; and the sets of the vault that hold its text. Raises UnknownRecord."""
+    digests = {each: world.assigner.id_digest(each) for each in ids}
+    in_sets = world.ledger.sets_with(set(digests.values()))
+    known = [each for each in ids if digests[each] not in in_sets]
+    lookup(world, known)
+    rows = world.ledger.lookup(digests.values())
+    found = []
+    for each in ids:
+        place = _location(world, each, rows.get(digests[each]))
+        found.append(_with_patches(world, place, in_sets.get(digests[each], [])))
+    return found
 
 
-def _location(world: World, record_id: str, held: RecordRow | Tombstone) -> Location:
+def _with_patches(world: World, place: Location, names: Sequence[str]) -> Location:
+    if not names:
+        return place
+    sets = {each.name: each for each in world.ledger.vault()}
+    touches = tuple(
+        PatchTouch(patch.version, patch.key, patch.state, sets[name].role)
+        for patch in world.ledger.patches()
+        if patch.state in ("active", "wanted")
+        for name in patch.job.sets
+        if name in names
+    )
+    return replace(place, patches=touches, vault=tuple(sets[n] for n in names if sets[n].held))
+
+
+def _location(world: World, record_id: str, held: RecordRow | Tombstone | None) -> Location:
+    if held is None:
+        return Location(record_id, "patch", -1, -1, ())
     if isinstance(held, Tombstone):
         return Location(
             record_id,

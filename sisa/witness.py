@@ -51,15 +51,17 @@ def standing(world: World) -> Standing:
     return "current" if head == world.ledger.event_head() else "to be caught up"
 
 
-def settle(world: World) -> None:
-    """Bring ledger and witness together. The caller holds the writer lock. Raises what effects raise."""
+def settle(world: World) -> World:
+    """Bring ledger and witness together; the world to go on with. The caller holds the writer lock.
+    Raises what effects raise."""
     head = world.witness.head()
     if is_behind(world):
-        replay(world)
-    elif head != world.ledger.event_head():
+        return replay(world)
+    if head != world.ledger.event_head():
         told = world.witness.read().tombstones
         missing = [each for each in _standing(world) if told.get(each.id_digest) != each]
         world.witness.append(world.ledger.event_head(), missing, ())
+    return world
 
 
 def _standing(world: World) -> list[Tombstone]:
@@ -69,8 +71,9 @@ def _standing(world: World) -> list[Tombstone]:
     return [each for key, each in dead.items() if not isinstance(live[key], RecordRow)]
 
 
-def replay(world: World) -> None:
-    """Delete again what the witness calls deleted, and erase it; training is left to `reconcile`."""
+def replay(world: World) -> World:
+    """Delete again what the witness calls deleted, and erase it; training is left to `reconcile`.
+    Returns the world to go on with."""
     refuse_contradictions(world)  # a damaged ledger is no older one
     told = world.witness.read()
     found = world.ledger.lookup(told.tombstones)
@@ -85,12 +88,14 @@ def replay(world: World) -> None:
         absent = [each for each in again if each.id_digest not in found]
         requests = [each.request for each in arrivals]
         try:
-            commit_removed(world, requests, named, _arriving(arrivals, absent), held_too=True)
+            arriving = _arriving(arrivals, absent)
+            world, _ = commit_removed(world, requests, named, arriving, held_too=True)
         except IntegrityError as error:
             raise _too_old(error) from error
     world.witness.append(world.ledger.event_head(), (), ())
     if again:
         erase_unknown(world)
+    return world
 
 
 def _too_old(error: IntegrityError) -> IntegrityError:
@@ -124,7 +129,9 @@ def _arrivals(world: World, again: Sequence[Tombstone]) -> list[Arrival]:
         request = known.get(request_id) or Request(
             request_id, now, due_date(now, "gdpr"), len(digests), reason=REPLAYED
         )
-        approved = replace(request, state="approved", approver=request.approver or REPLAYED, cause="")
+        # Consent to keep a text may have ended since: it is not kept again.
+        approver = request.approver or REPLAYED
+        approved = replace(request, state="approved", approver=approver, cause="", consent="")
         states = [approved] if request_id in known else [request, approved]
         events = tuple(event(each, now, REPLAYED) for each in states)
         arrivals.append(Arrival(approved, tuple(digests), events))

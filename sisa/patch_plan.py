@@ -1,0 +1,154 @@
+"""Which patches there should be, and which texts they still need: pure decisions.
+
+    sequential   a new patch lies upon all active ones
+    joint        a new patch is made anew, upon the untouched base, from its own forget sets and those of
+                 every active patch whose texts are still held; it takes their place. A patch whose texts
+                 are gone stays beneath
+    deletion     of a record in a patch's retain set: the patch, and every one that lies upon it, is
+                 dropped at once and derived again without that record, where its texts are held
+
+Rules: a patch that becomes active supersedes the active ones that are not beneath it. A set of texts is
+needed by a patch that is wanted; in joint mode by every active patch; and by an active patch that may
+have to be derived again, since records that the model holds are in its retain set or in that of one
+beneath. A set that no patch was ever made from waits for one. All others are erased.
+
+Not covered: making patches, and the order of effects (`patching.py`).
+
+>>> one = Patch(1, PatchJob("base", (), ("a",), WRITTEN, {}, ""), "active", "now")
+>>> next_job([one], {"a", "b"}, "joint", one.job, ("b",)).forget
+('a', 'b')
+>>> next_job([one], {"b"}, "joint", one.job, ("b",)).beneath == (one.key,)
+True
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from sisa.patch import WRITTEN, Patch, PatchJob, PatchMode, VaultSet
+
+OVER = "over"  # in the ledger's meta: keys of the patches that the shards are trained over
+
+
+def active(patches: Sequence[Patch]) -> list[Patch]:
+    """The stack that is served, lowest first."""
+    return [each for each in patches if each.state == "active"]
+
+
+def wanted(patches: Sequence[Patch]) -> list[Patch]:
+    """Those that are to be made, in the order in which they must be."""
+    return [each for each in patches if each.state == "wanted"]
+
+
+def next_version(patches: Sequence[Patch]) -> int:
+    return max((each.version for each in patches), default=0) + 1
+
+
+def next_job(
+    patches: Sequence[Patch],
+    held: Collection[str],
+    mode: PatchMode,
+    like: PatchJob,
+    forget: Sequence[str],
+) -> PatchJob:
+    """The job of a new patch that is to forget some sets; base, retain set, settings and fingerprint
+    are those of `like`. `held` names the sets whose texts are there."""
+    stack = active(patches)
+    merged = [p for p in stack if mode == "joint" and set(p.job.forget) <= set(held)]
+    beneath = tuple(each.key for each in stack if each not in merged)
+    names = dict.fromkeys([*(name for each in merged for name in each.job.forget), *forget])
+    return replace(like, beneath=beneath, forget=tuple(names))
+
+
+def activated(patches: Sequence[Patch], made: Patch) -> list[Patch]:
+    """The rows that change when a patch that was wanted is made."""
+    kept = {made.key, *made.job.beneath}
+    gone = [each for each in active(patches) if each.key not in kept]
+    return [replace(made, state="active"), *(replace(each, state="superseded") for each in gone)]
+
+
+def needed(
+    patches: Sequence[Patch], mode: PatchMode, sets: Sequence[VaultSet], deletable: Collection[str]
+) -> frozenset[str]:
+    """Names of the sets whose texts must stay. `deletable` names the retain sets that hold records of
+    the model."""
+    found = {each.name for each in sets} - {name for each in patches for name in each.job.sets}
+    kept = set(deletable)
+    risky: set[str] = set()  # keys of active patches that a deletion may drop
+    for patch in active(patches):
+        if patch.job.retain in kept or not risky.isdisjoint(patch.job.beneath):
+            risky.add(patch.key)
+    for patch in patches:
+        by_mode = patch.state == "active" and (mode == "joint" or patch.key in risky)
+        if patch.state == "wanted" or by_mode:
+            found |= set(patch.job.sets)
+    return frozenset(found)
+
+
+def settled(
+    patches: Sequence[Patch], mode: PatchMode, sets: Sequence[VaultSet], deletable: Collection[str]
+) -> tuple[list[VaultSet], list[str]]:
+    """Sets whose texts are to be erased now, as rows without them; and names of rows that may go, since
+    no patch that is there or wanted was made from the set."""
+    keep = needed(patches, mode, sets, deletable)
+    live = {name for p in patches if p.state in ("active", "wanted") for name in p.job.sets}
+    erased = [replace(each, held=False) for each in sets if each.held and each.name not in keep]
+    gone = [each.name for each in sets if each.name not in keep and each.name not in live]
+    return [each for each in erased if each.name not in gone], gone
+
+
+@dataclass(frozen=True)
+class Rederived:
+    """What a deletion does to patches: rows that change, and new ones to be made."""
+
+    changed: tuple[Patch, ...] = ()
+    fresh: tuple[Patch, ...] = ()
+
+    @property
+    def dropped(self) -> frozenset[str]:
+        """Keys of the patches that the deletion touched."""
+        return frozenset(each.key for each in self.changed)
+
+
+def tainted(patches: Sequence[Patch], touched: Collection[str]) -> list[Patch]:
+    """Active and wanted patches with one of these retain sets, or upon one that has."""
+    found: list[Patch] = []
+    for patch in patches:
+        if patch.state in ("active", "wanted"):
+            keys = {each.key for each in found}
+            if patch.job.retain in touched or not keys.isdisjoint(patch.job.beneath):
+                found.append(patch)
+    return found
+
+
+def rederive(
+    patches: Sequence[Patch],
+    without: Mapping[str, str],
+    held: Collection[str],
+    fingerprint: str,
+    now: str,
+    request_id: str,
+) -> Rederived:
+    """Drop what a deletion touched, and want it again without the deleted records.
+
+    `without` maps each touched retain set to the set that takes its place (WRITTEN where nothing is
+    left); `held` names the sets whose texts are there. What can't be made again is dropped, and what lay
+    upon it is made upon what is left.
+    """
+    version = next_version(patches)
+    instead: dict[str, str | None] = {}
+    fresh: list[Patch] = []
+    gone = tainted(patches, without)
+    for patch in gone:
+        job = patch.job
+        retain = without.get(job.retain, job.retain)
+        sets = (*job.forget, *(() if retain == WRITTEN else (retain,)))
+        if not set(sets) <= set(held):
+            instead[patch.key] = None
+            continue
+        beneath = tuple(key for each in job.beneath if (key := instead.get(each, each)) is not None)
+        again = replace(job, beneath=beneath, retain=retain, fingerprint=fingerprint)
+        instead[patch.key] = again.key
+        fresh.append(Patch(version + len(fresh), again, "wanted", now, request_id=request_id))
+    return Rederived(tuple(replace(each, state="dropped") for each in gone), tuple(fresh))

@@ -1,0 +1,106 @@
+"""What a caller can do about knowledge of the frozen base: approximate, always, and never called exact.
+
+    from sisa.unlearn import unlearn, revert
+    done = unlearn(model, Wish(settings, forget=records, consent="the person asked for it"))
+    done.patch.report["metrics_after"]
+
+Rules: as `api.py`. A patch is served as soon as it is made; the shards' own answers are measured with
+and without it. Shards are trained over it only if the caller says so.
+
+Not covered: settings and methods (`approx/`), printing (`cluster/patch_render.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from sisa import lifecycle, patching, vaulting
+from sisa.api import Model
+from sisa.composition import measure
+from sisa.errors import InvalidInput
+from sisa.patch import Patch, VaultSet
+from sisa.patch_plan import active, wanted
+from sisa.patched_shards import shards_over
+from sisa.patching import Unlearnt, Wish
+from sisa.world import over, patch_files
+
+
+def unlearn(
+    model: Model,
+    wish: Wish | None,
+    *,
+    request_ids: Sequence[str] = (),
+    max_seconds: float | None = None,
+    retrain_shards: bool = False,
+) -> Unlearnt:
+    """Make a patch, or without a wish go on with what is wanted.
+
+    Raises as `patching.want` and `patching.make_wanted`; InvalidInput where nothing is wanted.
+    """
+    with model._writing() as world:
+        _ = model.parts.base  # refuses a changed base before anything is written
+        if wish is not None:
+            patch = patching.want(world, wish, [lifecycle.find(world, each) for each in request_ids])
+            if patch.state == "active":
+                return Unlearnt(patch, False, patch.report, 0, 0)
+        elif not wanted(world.ledger.patches()):
+            raise InvalidInput(
+                "no patch is wanted", next_step="say what to forget, by --forget or --request"
+            )
+
+        def effect(before: Sequence[Patch], after: Sequence[Patch]) -> Mapping[str, Any]:
+            return measure(world, model.parts, before, after).to_json()
+
+        done = patching.make_wanted(world, max_seconds, effect)
+    if retrain_shards and not done.unfinished:
+        return replace(done, slices_trained=retrain(model))
+    return done
+
+
+def retrain(model: Model) -> int:
+    """Train all shards over the patches that are served now: exact with respect to that base. Number of
+    slices that were trained. Raises ConfigConflict."""
+    with model._writing() as world:
+        stack = active(world.ledger.patches())
+        if over(world.ledger) != tuple(each.key for each in stack):
+            shards_over(world, stack)
+    return model.resume().slices_trained
+
+
+def revert(model: Model, *, everything: bool = False, retrain_shards: bool = False) -> list[Patch]:
+    """Take the newest patch back, or what is wanted, or all. Raises InvalidInput when there is none."""
+    with model._writing() as world:
+        gone = patching.revert(world, everything=everything)
+    if retrain_shards:
+        retrain(model)
+    return gone
+
+
+def release(
+    model: Model,
+    *,
+    sets: Sequence[str] = (),
+    request_ids: Sequence[str] = (),
+    everything: bool = False,
+) -> list[VaultSet]:
+    """Erase texts from the vault, on withdrawn consent. Raises UnknownRecord listing all unknown."""
+    with model._writing() as world:
+        held = [each for each in world.ledger.vault() if each.held]
+        named = held if everything else vaulting.chosen(world, sets, request_ids)
+        if not named:
+            raise InvalidInput("no text is in the vault", next_step="`sisa approx patches` lists sets")
+        return patching.release(world, named)
+
+
+def patches(model: Model) -> tuple[list[Patch], list[VaultSet], tuple[str, ...]]:
+    """All patches there ever were, the vault's sets, and the patches that shards are trained over."""
+    with model._world() as world:
+        return world.ledger.patches(), world.ledger.vault(), over(world.ledger)
+
+
+def served(model: Model) -> list[dict[str, bytes]]:
+    """The files of the patches that are served now, lowest first. Raises IntegrityError."""
+    with model._world() as world:
+        return patch_files(world, active(world.ledger.patches()))
