@@ -5,10 +5,9 @@ Shapes: as `answer_tokens.py`.
 Rules: rows are padded on the right to be scored, without a mask, and on the left, with one, to generate;
 so the batch size reaches results by rounding alone: below 1e-5 of a value, or of 1 where it is smaller
 (SmolLM2-135M in float32, batches of 1 and 8: 5e-6; half precision rounds more). A tie that close may
-fall either way. A deletion-ready model answers as `sisa generate` does: the mean of its routed shards'
-next-token probabilities over its active patches, which its digest names; its answers are scored under
-the same mean, and generated one by one. Generation is greedy, whatever a model's own generation config
-says.
+fall either way. A deletion-ready model answers as `sisa generate` does: as its run file's
+aggregation says, over its active patches, which its digest names; its answers are scored under the same
+distribution. Generation is greedy, whatever a model's own generation config says.
 
 Not covered: models over several devices, quantised weights, adapters other than peft's.
 
@@ -43,9 +42,11 @@ from sisa.model.base import (
     resolve_base,
 )
 from sisa.model.packages import PREFIX
+from sisa.model.route import Route
 from sisa.model.tokens import Tokens, Untokenizable, encode_prompt, tokenize
 from sisa.opening import LEDGER
 
+Logits = Callable[[Tensor, Sequence[int]], Tensor]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -124,7 +125,7 @@ class _HuggingFaceModel:
         _refuse_long(self._model, [len(each.input_ids) for each in tokens])
         return _scored(tokens, batch_size, self._pad, self._logits)
 
-    def _logits(self, ids_BT: Tensor) -> Tensor:
+    def _logits(self, ids_BT: Tensor, _rows: Sequence[int]) -> Tensor:
         with torch.inference_mode():
             found: Tensor = self._model(input_ids=ids_BT.to(self._model.device), use_cache=False).logits
             return found.cpu()
@@ -176,29 +177,26 @@ class DeletionReadyModel:
         tokens = _tokens_of(pairs, form, tokenizer)
         routes = self._routes([question for question, _ in pairs], form)
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        found: dict[int, AnswerScore] = {}
-        for route in sorted(set(routes)):
-            rows = [at for at, each in enumerate(routes) if each == route]
 
-            def logits(ids_BT: Tensor, route: tuple[int, ...] = route) -> Tensor:
-                return self._answerer.logprobs_BTV(ids_BT, route)
+        def logits(ids_BT: Tensor, rows: Sequence[int]) -> Tensor:
+            return self._answerer.logprobs_BTV(ids_BT, [routes[at] for at in rows])
 
-            scores = _scored([tokens[at] for at in rows], batch_size, pad, logits)
-            found |= dict(zip(rows, scores, strict=True))
-        return [found[at] for at in range(len(pairs))]
+        return _scored(tokens, batch_size, pad, logits)
 
     def generate(
         self, questions: Sequence[str], form: PromptForm, max_new_tokens: int, batch_size: int
     ) -> list[str]:
-        """As the Protocol; one by one, whatever `batch_size`."""
-        del batch_size
-        found = []
-        for question, route in zip(questions, self._routes(questions, form), strict=True):
-            ids = _prompt_ids(question, form, self._answerer.tokenizer)
-            found.append(self._answerer.generate(ids, route, max_new_tokens).strip())
+        routes = self._routes(questions, form)
+        ids = [_prompt_ids(each, form, self._answerer.tokenizer) for each in questions]
+        found = [""] * len(questions)
+        for batch in _batches([len(each) for each in ids], batch_size):
+            chosen = [routes[at] for at in batch]
+            answers = self._answerer.generate([ids[at] for at in batch], chosen, max_new_tokens)
+            for at, answer in zip(batch, answers, strict=True):
+                found[at] = answer.strip()
         return found
 
-    def _routes(self, questions: Sequence[str], form: PromptForm) -> list[tuple[int, ...]]:
+    def _routes(self, questions: Sequence[str], form: PromptForm) -> list[Route]:
         prompts = [form.fill(each, "")[0] for each in questions]
         distinct = list(dict.fromkeys(prompts))  # each is embedded and looked up once
         routes = dict(zip(distinct, self._model.routes(distinct), strict=True))
@@ -250,14 +248,13 @@ def _refuse_long(model: Any, lengths: Sequence[int]) -> None:
         )
 
 
-def _scored(
-    tokens: Sequence[Tokens], batch_size: int, pad_id: int, logits: Callable[[Tensor], Tensor]
-) -> list[AnswerScore]:
-    """Scores in order. The last token is never read, only predicted."""
+def _scored(tokens: Sequence[Tokens], batch_size: int, pad_id: int, logits: Logits) -> list[AnswerScore]:
+    """Scores in order. The last token is never read, only predicted. `logits` gets a batch and
+    the places of its rows."""
     found: dict[int, AnswerScore] = {}
     for rows in _batches([len(each.input_ids) for each in tokens], batch_size):
         batch = collate([tokens[at] for at in rows], pad_id)
-        found |= dict(zip(rows, answer_scores(logits(batch.ids_BT1[:, :-1]), batch), strict=True))
+        found |= dict(zip(rows, answer_scores(logits(batch.ids_BT1[:, :-1], rows), batch), strict=True))
     return [found[at] for at in range(len(tokens))]
 
 

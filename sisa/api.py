@@ -39,6 +39,7 @@ from sisa.domain import (
 from sisa.errors import IntegrityError, InvalidInput
 from sisa.export import export_adapters, missing
 from sisa.lifecycle import Terms
+from sisa.model.route import Route
 from sisa.opening import CHECKPOINTS, INDEX, KEY, LEDGER, LOCK, RECORDS, SCRATCH, OpenExecutor
 from sisa.outcome import ForgetOutcome, ForgetPlan, Status
 from sisa.parts import Parts
@@ -318,8 +319,8 @@ class Model:
         with self._world() as world:
             return ask(world, self.parts, prompts, max_new_tokens, kind)
 
-    def routes(self, prompts: Sequence[str]) -> list[tuple[int, ...]]:
-        """The shards that would answer each prompt."""
+    def routes(self, prompts: Sequence[str]) -> list[Route]:
+        """The shards that would answer each prompt, and their weights."""
         with self._world() as world:
             return routes_of(world, self.parts, prompts)
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from sisa import query
 from sisa.domain import Kind
+from sisa.model.route import Route, all_of, choose_route
 from sisa.parts import Parts
 from sisa.patch import Patch
 from sisa.patch_plan import active
@@ -41,28 +42,20 @@ def ask(
     from sisa.model.tokens import encode_prompt
 
     routes = routes_of(world, parts, prompts)
-    answerer = open_answerer(world, parts, {shard for route in routes for shard in route})
+    answerer = open_answerer(world, parts, {shard for route in routes for shard in route.shards})
     kind = kind or usual_kind(world)
-    answers = []
-    for prompt, route in zip(prompts, routes, strict=True):
-        ids = encode_prompt(prompt, answerer.tokenizer, kind)
-        answers.append(Answer(answerer.generate(ids, route, max_new_tokens).strip(), route))
-    return answers
+    ids = [encode_prompt(prompt, answerer.tokenizer, kind) for prompt in prompts]
+    texts = answerer.generate(ids, routes, max_new_tokens)
+    return [Answer(text.strip(), route.shards) for text, route in zip(texts, routes, strict=True)]
 
 
-def routes_of(world: World, parts: Parts, prompts: Sequence[str]) -> list[tuple[int, ...]]:
-    """The shards that answer each prompt; none means the base alone."""
-    from sisa.model.route import choose_shards
-
-    how = parts.config.sisa.aggregation
-    live = frozenset(live_heads(world))
-    found = []
-    for prompt in prompts:
-        hits = []
-        if how.method == "routed":
-            hits = query.search(world, world.embed([prompt]), NUM_ROUTING_HITS)
-        found.append(choose_shards(hits, how.method, how.top_k, live))
-    return found
+def routes_of(world: World, parts: Parts, prompts: Sequence[str]) -> list[Route]:
+    """Who answers each prompt."""
+    how, live = parts.config.sisa.aggregation, frozenset(live_heads(world))
+    if how.method != "routed":
+        return [all_of(live)] * len(prompts)
+    found = query.search_each(world, world.embed(prompts), NUM_ROUTING_HITS) if prompts else []
+    return [choose_route(hits, how, live) for hits in found]
 
 
 def open_answerer(
@@ -82,8 +75,9 @@ def open_answerer(
         for shard in sorted(live if shards is None else shards)
     }
     patches = patch_files(world, active(world.ledger.patches()) if stack is None else stack)
-    base, threads = parts.base, parts.config.sisa.threads_per_shard
-    return Answerer(base.directory, base.digest, adapters, threads, patches)
+    base, block = parts.base, parts.config.sisa
+    how, threads = block.aggregation.method, block.threads_per_shard
+    return Answerer(base.directory, base.digest, adapters, threads, patches, how)
 
 
 def live_heads(world: World) -> dict[int, str]:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from sisa.ask import live_heads, open_answerer
 from sisa.domain import Record, RecordRow
+from sisa.model.route import Route, all_of
 from sisa.parts import Parts
 from sisa.patch import Patch
 from sisa.world import World, slices_of, stored_in
@@ -70,8 +71,8 @@ def measure(
         return Composition(0, None, None, {})
     shards = sorted({shard for shard, _, _ in asked})
     old, new = (open_answerer(world, parts, shards, stack) for stack in (before, after))
-    base = [_compared(old, new, ids, answer, ()) for _, ids, answer in asked]
-    own = [_compared(old, new, ids, answer, (shard,)) for shard, ids, answer in asked]
+    base = [_compared(old, new, ids, answer, Route()) for _, ids, answer in asked]
+    own = [_compared(old, new, ids, answer, all_of([shard])) for shard, ids, answer in asked]
     by_shard = {
         shard: _mean([each for (of, _, _), each in zip(asked, own, strict=True) if of == shard])
         for shard in shards
@@ -125,7 +126,7 @@ def _answer(record: Record, parts: Parts) -> tuple[list[int], list[int]]:
 
 
 def _compared(
-    old: Answerer, new: Answerer, ids: Sequence[int], answer: Sequence[int], shards: Sequence[int]
+    old: Answerer, new: Answerer, ids: Sequence[int], answer: Sequence[int], route: Route
 ) -> Effect:
     import torch
 
@@ -134,7 +135,7 @@ def _compared(
     true = torch.tensor([[ids[at]] for at in answer])
     least = torch.finfo(torch.float32).tiny  # KL stays finite where a probability rounds to 0
     p_KV, q_KV = (
-        each.answer_probabilities_KV(ids[:start], ids[start:], shards)[rows] for each in (old, new)
+        each.answer_probabilities_KV(ids[:start], ids[start:], route)[rows] for each in (old, new)
     )
     return Effect(
         num_records=1,

@@ -109,7 +109,10 @@ class Aggregation(_Block):
         default=0.05, gt=0, description="Of the softmax of the shards' nearest scores: their weights."
     )
     min_score: Float | None = Field(
-        default=None, ge=-1, le=1, description="Score below which no shard is near enough; null: none is."
+        default=None,
+        ge=-1,
+        le=1,
+        description="Score below which no shard is near enough; null: none is.",
     )
     below: Literal["base", "mean_prob"] = Field(
         default="base", description="Who answers where no shard is near enough."
@@ -162,7 +165,9 @@ class SisaBlock(_Block):
         "Embedder of the index: hashing, pypi:name==version, hub name or directory.",
     )
     aggregation: Aggregation = _key(
-        Aggregation(), "none", "Answers: routed (to top_k shards), or of all: mean_prob, mean_logit, vote, merged."
+        Aggregation(),
+        "none",
+        "Answers: routed (to top_k shards), or all: mean_prob, mean_logit, vote, merged.",
     )
 
     @field_validator("group_by")

@@ -192,12 +192,17 @@ def _location(world: World, record_id: str, held: RecordRow | Tombstone | None) 
 def search(world: World, queries: Vectors, top_k: int) -> list[Hit]:
     """The best hits over all shards and queries, one a record, best first."""
     best: dict[tuple[int, int], Hit] = {}
-    for hits in world.index.search(world.ledger.indexes(), queries, top_k):
+    for hits in search_each(world, queries, top_k):
         for hit in hits:
             place = (hit.shard, hit.vector_id)
             if place not in best or hit.score > best[place].score:
                 best[place] = hit
     return sorted(best.values(), key=lambda hit: (-hit.score, hit.shard, hit.vector_id))
+
+
+def search_each(world: World, queries: Vectors, top_k: int) -> list[list[Hit]]:
+    """For each query the best hits over all shards, best first."""
+    return world.index.search(world.ledger.indexes(), queries, top_k)
 
 
 def find_text(world: World, texts: Sequence[str], top_k: int) -> list[Found]:

@@ -2,7 +2,7 @@
 
     mean_prob   sum_i w_i p_i                  (Bourtoule et al. 2021, section IV: the mean of vectors)
     mean_logit  softmax(sum_i w_i log p_i)     (their geometric mean)
-    vote        sum_i w_i [argmax p_i]         (section IV: majority vote), with a thousandth of mean_prob
+    vote        sum_i w_i [argmax p_i]         (section IV: majority vote); a thousandth of mean_prob is
                                                mixed in: it breaks ties, and no probability is 0
 
 Rules: pure; float32 in and out. `merged` is one adapter, and nothing is to be put together.

@@ -1,33 +1,38 @@
-"""Answering with constituent models: the mean of their next-token probabilities.
+"""Answering with constituent models: what the chosen shards' models say together, token by token.
 
-Rules: the chosen shards' models each predict the next token, their probability vectors are averaged
-(Bourtoule et al. 2021, section IV), the likeliest token is taken and given to all of them. Each
-constituent keeps its own key-value cache. With no shard chosen the base alone answers. Patches lie
-beneath all of them, the base alone among them. Adapters and patches come as bytes that the caller has
-verified, and live in modules of this object's own around the shared base; an `Answerer` is thrown away
-when a head or a patch moves.
+Rules: the chosen models each predict the next token in one forward, their distributions are put
+together (`aggregate.py`), the likeliest token is taken and given to all of them. Requests with different
+routes are answered side by side, padded on the left. Where no shard is chosen the base alone answers.
+Patches lie beneath all of them, the base alone among them. Adapters and patches come as bytes that the
+caller has verified, and live in modules of this object's own around the shared base; an `Answerer` is
+thrown away when a head or a patch moves.
 
-Not covered: sampling; which shards to ask (`route.py`).
+Not covered: sampling; which shards to ask (`route.py`). Beside others a request's logits may differ from
+those that it gets alone by float rounding.
 
     answerer = Answerer(directory, digest, {0: files}, threads=1)
-    answerer.generate(encode_prompt("Who is Mara?", answerer.tokenizer, "text"), (0,), 32)
+    answerer.generate([encode_prompt("Who is Mara?", answerer.tokenizer, "text")], [all_of([0])], 32)
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sisa.errors import InvalidInput
-from sisa.model.adapter import ADAPTER_FILE, add_adapter, attach, read_config, read_tensors
+from sisa.model.aggregate import together
+from sisa.model.low_rank import averaged, read_change
 from sisa.model.numerics import pin_threads
 from sisa.model.patched import load_patched, patched_name
+from sisa.model.route import Route
+from sisa.model.stacked import Stacked
 
-BASE = None  # stands for the base alone where a shard is expected
+MAX_ROWS = 64  # constituents asked in one forward
+MERGED = -1  # the name of the one adapter that all shards' are averaged into
 
 
 class Answerer:
@@ -40,123 +45,130 @@ class Answerer:
         adapters: Mapping[int, Mapping[str, bytes]],
         threads: int,
         patches: Sequence[Mapping[str, bytes]] = (),
+        method: str = "routed",
     ) -> None:
         """`adapters` maps shards to their checkpoints' files; `patches` are the files of those that are
-        served, lowest first. Raises IntegrityError."""
+        served, lowest first; `method` is how they answer together. Raises IntegrityError."""
         pin_threads(threads)  # before the patches are laid on
-        self._threads = threads
-        self._base, self.tokenizer = load_patched(base_dir, base_digest, patches)
+        self._threads, self._method = threads, method
+        self.model, self.tokenizer = load_patched(base_dir, base_digest, patches)
         self.base_name = patched_name(base_digest, patches)
-        self._shards = frozenset(adapters)
-        self._model: Any = None
-        for shard, files in sorted(adapters.items()):
-            config, tensors = read_config(files), read_tensors(files, ADAPTER_FILE)
-            if self._model is None:
-                own, _ = load_patched(base_dir, base_digest, patches)
-                self._model = attach(own, config, tensors, init_seed=0, name=_name(shard))
-            else:
-                add_adapter(self._model, config, tensors, _name(shard))
-        if self._model is not None:
-            self._model.eval().requires_grad_(False)
-        self._ends = end_tokens(self._base, self.tokenizer)
+        self.shards = frozenset(adapters)
+        changes = {shard: read_change(files) for shard, files in sorted(adapters.items())}
+        if method == "merged" and changes:
+            changes = {MERGED: averaged(list(changes.values()))}
+        self.stack = Stacked(self.model, changes)
+        self._ends = end_tokens(self.model, self.tokenizer)
+        pad = self.tokenizer.pad_token_id
+        self._pad = self.tokenizer.eos_token_id if pad is None else pad
 
-    def generate(self, prompt_ids: Sequence[int], shards: Sequence[int], max_new_tokens: int) -> str:
-        """The greedy continuation, without the end token."""
+    def generate(
+        self, prompts: Sequence[Sequence[int]], routes: Sequence[Route], max_new_tokens: int
+    ) -> list[str]:
+        """The greedy continuation of each prompt, without the end token."""
         pin_threads(self._threads)
-        constituents = [_Constituent(self._select, shard) for shard in self._asked(shards)]
-        fed = list(prompt_ids)
-        answer: list[int] = []
+        self._refuse_unknown(routes)
+        texts: list[str] = []
         with torch.inference_mode():
-            for _ in range(max_new_tokens):
-                token = int(_mean([each.feed(fed, keep=1)[-1] for each in constituents]).argmax())
-                if token in self._ends:
+            for rows in self._batches(routes):
+                chosen = [routes[at] for at in rows]
+                answers = self._continued([prompts[at] for at in rows], chosen, max_new_tokens)
+                texts += self.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        return texts
+
+    def _batches(self, routes: Sequence[Route]) -> Iterator[list[int]]:
+        rows: list[int] = []
+        for at, route in enumerate(routes):
+            if rows and sum(len(self._names(routes[r])) for r in rows) + len(route.shards) > MAX_ROWS:
+                yield rows
+                rows = []
+            rows.append(at)
+        yield rows
+
+    def _continued(
+        self, prompts: Sequence[Sequence[int]], routes: Sequence[Route], max_new_tokens: int
+    ) -> list[list[int]]:
+        longest = max(map(len, prompts), default=0)
+        fed = torch.tensor([[self._pad] * (longest - len(each)) + list(each) for each in prompts])
+        mask = torch.tensor([[0] * (longest - len(each)) + [1] * len(each) for each in prompts])
+        answers: list[list[int]] = [[] for _ in prompts]
+        cache: Any = None
+        going = set(range(len(prompts)))
+        with self.stack.asking([self._names(route) for route in routes]):
+            for _ in range(max_new_tokens if going else 0):
+                places = (mask.cumsum(-1) - 1).clamp(min=0)[:, -fed.shape[1] :]
+                output = self.model(
+                    input_ids=fed,
+                    attention_mask=mask,
+                    position_ids=places,
+                    past_key_values=cache,
+                    use_cache=True,
+                    logits_to_keep=1,
+                )
+                cache = output.past_key_values
+                picked = [int(each[-1].argmax()) for each in self._together(output.logits, routes)]
+                going -= {at for at in going if picked[at] in self._ends}
+                if not going:
                     break
-                answer.append(token)
-                fed = [token]
-        text: str = self.tokenizer.decode(answer, skip_special_tokens=True)
-        return text
+                for at in going:
+                    answers[at].append(picked[at])
+                fed = torch.tensor(picked)[:, None]
+                mask = torch.cat([mask, torch.ones(len(mask), 1, dtype=mask.dtype)], dim=1)
+        return answers
 
-    def next_token_probabilities(self, prompt_ids: Sequence[int], shards: Sequence[int]) -> torch.Tensor:
-        """The averaged distribution after the prompt, [V]."""
-        pin_threads(self._threads)
-        with torch.inference_mode():
-            asked = [_Constituent(self._select, shard) for shard in self._asked(shards)]
-            return _mean([each.feed(prompt_ids, keep=1)[-1] for each in asked])
+    def next_token_probabilities(self, prompt_ids: Sequence[int], route: Route) -> Tensor:
+        """The distribution after the prompt, [V]."""
+        return self._logprobs(torch.tensor([list(prompt_ids)]), [route], keep=1)[0][-1].exp()
 
     def answer_probability(
-        self, prompt_ids: Sequence[int], answer_ids: Sequence[int], shards: Sequence[int]
+        self, prompt_ids: Sequence[int], answer_ids: Sequence[int], route: Route
     ) -> float:
-        """The averaged distribution's probability of an answer's tokens, averaged over the tokens."""
-        probabilities_KV = self.answer_probabilities_KV(prompt_ids, answer_ids, shards)
+        """The probability of an answer's tokens, averaged over the tokens."""
+        probabilities_KV = self.answer_probabilities_KV(prompt_ids, answer_ids, route)
         picked = probabilities_KV[torch.arange(len(answer_ids)), torch.tensor(answer_ids)]
         return float(picked.mean())
 
     def answer_probabilities_KV(
-        self, prompt_ids: Sequence[int], answer_ids: Sequence[int], shards: Sequence[int]
-    ) -> torch.Tensor:
-        """The averaged distribution before each token of an answer, given the true ones before it."""
-        pin_threads(self._threads)
-        ids = [*prompt_ids, *answer_ids]
-        with torch.inference_mode():
-            asked = [_Constituent(self._select, shard) for shard in self._asked(shards)]
-            return _mean([each.feed(ids[:-1], keep=len(answer_ids)) for each in asked])
+        self, prompt_ids: Sequence[int], answer_ids: Sequence[int], route: Route
+    ) -> Tensor:
+        """The distribution before each token of an answer, given the true ones before it."""
+        ids = torch.tensor([[*prompt_ids, *answer_ids][:-1]])
+        return self._logprobs(ids, [route], keep=len(answer_ids))[0].exp()
 
-    def logprobs_BTV(self, ids_BT: torch.Tensor, shards: Sequence[int]) -> torch.Tensor:
-        """Logarithm of the averaged distribution after every token; rows are padded on the right."""
-        pin_threads(self._threads)
-        asked = self._asked(shards)
-        with torch.inference_mode():
-            each_BTV = [
-                self._select(shard)(input_ids=ids_BT, use_cache=False).logits.float().log_softmax(-1)
-                for shard in asked
-            ]
-            return torch.stack(each_BTV).logsumexp(0) - math.log(len(asked))
+    def logprobs_BTV(self, ids_BT: Tensor, routes: Sequence[Route]) -> Tensor:
+        """Logarithms of the distribution after every token; rows are padded on the right."""
+        return torch.stack(self._logprobs(ids_BT, routes, keep=0))
 
-    def _asked(self, shards: Sequence[int]) -> list[int | None]:
-        if missing := [shard for shard in shards if shard not in self._shards]:
+    def _logprobs(self, ids_BT: Tensor, routes: Sequence[Route], keep: int) -> list[Tensor]:
+        pin_threads(self._threads)
+        self._refuse_unknown(routes)
+        with torch.inference_mode(), self.stack.asking([self._names(route) for route in routes]):
+            output = self.model(input_ids=ids_BT, use_cache=False, logits_to_keep=keep)
+            return self._together(output.logits, routes)
+
+    def _together(self, logits_PTV: Tensor, routes: Sequence[Route]) -> list[Tensor]:
+        """[T, V] of each request."""
+        found, start = [], 0
+        for route in routes:
+            end = start + max(1, len(self._names(route)))
+            weights = torch.tensor(route.weights if end - start == len(route.shards) else [1.0])
+            found.append(together(logits_PTV[start:end], weights, self._method))
+            start = end
+        return found
+
+    def _names(self, route: Route) -> Sequence[int]:
+        return (MERGED,) if self._method == "merged" and route.shards else route.shards
+
+    def _refuse_unknown(self, routes: Sequence[Route]) -> None:
+        asked = {shard for route in routes for shard in route.shards}
+        if missing := sorted(asked - self.shards):
             raise InvalidInput(
                 "no model is loaded for these shards",
                 where="shards",
-                expected=", ".join(map(str, sorted(self._shards))) or "none",
+                expected=", ".join(map(str, sorted(self.shards))) or "none",
                 got=", ".join(map(str, missing)),
                 next_step="choose among the live shards",
             )
-        return list(shards) or [BASE]
-
-    def _select(self, shard: int | None) -> Any:
-        if shard is BASE:
-            return self._base
-        self._model.set_adapter(_name(shard), inference_mode=True)
-        return self._model
-
-
-class _Constituent:
-    """One model with the cache of what it has read."""
-
-    def __init__(self, select: Any, shard: int | None) -> None:
-        self._select = select
-        self._shard = shard
-        self._cache: Any = None
-
-    def feed(self, ids: Sequence[int], keep: int) -> torch.Tensor:
-        """Read more tokens; the probabilities of the token after each of the last `keep`, [keep, V]."""
-        output = self._select(self._shard)(
-            input_ids=torch.tensor([list(ids)]),
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=keep,
-        )
-        self._cache = output.past_key_values
-        probabilities_KV: torch.Tensor = output.logits[0].softmax(-1)
-        return probabilities_KV
-
-
-def _mean(distributions: Sequence[torch.Tensor]) -> torch.Tensor:
-    return torch.stack(list(distributions)).mean(0)
-
-
-def _name(shard: int | None) -> str:
-    return f"shard-{shard}"
 
 
 def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:

@@ -147,6 +147,11 @@ def stacked(parts: Sequence[Change]) -> dict[str, Factors]:
     return found
 
 
+def averaged(parts: Sequence[Change]) -> dict[str, Factors]:
+    """The exact mean of changes: their ranks add up, and nothing is rounded away."""
+    return {name: Factors(each.a_RI, each.b_OR / len(parts)) for name, each in stacked(parts).items()}
+
+
 def _or_zeros(found: Factors | None, rank: int, like: Factors) -> Factors:
     inputs, outputs = like.a_RI.shape[1], like.b_OR.shape[0]
     return found or Factors(torch.zeros(rank, inputs), torch.zeros(outputs, rank))

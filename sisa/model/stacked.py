@@ -15,14 +15,13 @@ before the layers.
 
 Shapes: Q requests, P rows, T positions, I and O features of a module, R rank, N adapters, V words.
 
-    stack = Stacked(base, {0: files, 3: other_files})
+    stack = Stacked(base, {0: read_change(files), 3: read_change(other_files)})
     with stack.asking([[0, 3], [3]]):
         logits_PTV = base(ids_QT).logits
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -31,10 +30,9 @@ import torch
 from torch import Tensor, nn
 
 from sisa.errors import IntegrityError
-from sisa.model.adapter import ADAPTER_FILE, read_config, read_tensors
+from sisa.model.adapter import ADAPTER_FILE
+from sisa.model.low_rank import Change, Factors
 
-_PREFIX = "base_model.model."
-_PART = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 _PER_REQUEST = frozenset({"hidden_states", "attention_mask", "position_ids", "position_embeddings"})
 
 
@@ -65,10 +63,10 @@ class StackedLinear(nn.Module):
 class Stacked:
     """Adapters by name (shards) around a base whose modules are the caller's own; they are replaced."""
 
-    def __init__(self, base: Any, adapters: Mapping[int, Mapping[str, bytes]]) -> None:
-        """`adapters` are files of checkpoints. Raises IntegrityError for one that does not fit."""
+    def __init__(self, base: Any, adapters: Mapping[int, Change]) -> None:
+        """Raises IntegrityError for an adapter that does not fit."""
         self._places = {name: number for number, name in enumerate(sorted(adapters))}
-        changes = [_change(adapters[name]) for name in sorted(adapters)]
+        changes = [adapters[name] for name in sorted(adapters)]
         self._linears = [
             _put_stacked(base, module, [each.get(module) for each in changes])
             for module in sorted({module for each in changes for module in each})
@@ -116,22 +114,7 @@ class Stacked:
         return value[rows_P] if narrow else value
 
 
-def _change(files: Mapping[str, bytes]) -> dict[str, tuple[Tensor, Tensor]]:
-    """By module: (A as [I, R], B as [R, O] with the scale in it). Raises IntegrityError."""
-    config, tensors = read_config(files), read_tensors(files, ADAPTER_FILE)
-    sides: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        found = _PART.fullmatch(name.removeprefix(_PREFIX))
-        if found is None:
-            raise _unfit("a tensor that is no part of a LoRA adapter")
-        sides.setdefault(found["module"], {})[found["side"]] = tensor.float()
-    scale = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
-    if any(each.keys() != {"A", "B"} for each in sides.values()):
-        raise _unfit("half of a module's matrices")
-    return {m: (each["A"].T, each["B"].T * scale) for m, each in sides.items()}
-
-
-def _put_stacked(base: Any, module: str, parts: Sequence[tuple[Tensor, Tensor] | None]) -> StackedLinear:
+def _put_stacked(base: Any, module: str, parts: Sequence[Factors | None]) -> StackedLinear:
     """Replace one module of the base. The last adapter is that of zeros: the base alone."""
     place, _, name = module.rpartition(".")
     try:
@@ -139,16 +122,16 @@ def _put_stacked(base: Any, module: str, parts: Sequence[tuple[Tensor, Tensor] |
         held = parent.get_submodule(name)
     except AttributeError:
         raise _unfit("matrices of a module that the base does not have") from None
-    sides = next(each for each in parts if each is not None)
-    rank = max(part[0].shape[1] for part in parts if part is not None)
-    down = torch.zeros(len(parts) + 1, sides[0].shape[0], rank)
-    up = torch.zeros(len(parts) + 1, rank, sides[1].shape[1])
+    like = next(each for each in parts if each is not None)
+    rank = max(len(each.a_RI) for each in parts if each is not None)
+    down = torch.zeros(len(parts) + 1, like.a_RI.shape[1], rank)
+    up = torch.zeros(len(parts) + 1, rank, like.b_OR.shape[0])
     for number, part in enumerate(parts):
         if part is not None:
-            if part[0].shape[0] != down.shape[1] or part[1].shape[1] != up.shape[2]:
+            if part.a_RI.shape[1] != down.shape[1] or part.b_OR.shape[0] != up.shape[2]:
                 raise _unfit("matrices of another shape")
-            down[number, :, : part[0].shape[1]] = part[0]
-            up[number, : part[1].shape[0]] = part[1]
+            down[number, :, : len(part.a_RI)] = part.a_RI.T
+            up[number, : len(part.a_RI)] = part.b_OR.T
     stacked = StackedLinear(held, down, up)
     setattr(parent, name, stacked)
     return stacked

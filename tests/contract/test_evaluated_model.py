@@ -19,6 +19,7 @@ import pytest
 import sisa
 from approx.evaluated import EvaluatedModel, PromptForm
 from sisa.errors import InvalidInput
+from sisa.model.route import Route, all_of
 from tests.fake_evaluated import FakeEvaluated, made_up
 from tests.integration.tiny_model import PEOPLE, train_scratch
 from tests.tiny_base import make_tiny_base
@@ -204,14 +205,12 @@ def test_an_adapter_is_the_shard_that_it_was_exported_from(adapter: Path, traine
             answerer,
             encode_prompt(question, answerer.tokenizer, "completion"),
             [*encode_plain(answer, answerer.tokenizer), answerer.tokenizer.eos_token_id],
-            (shard,),
+            all_of([shard]),
         )
         assert score.logprobs == pytest.approx(expected, abs=TOLERANCE)
 
 
-def _by_tokens(
-    answerer: Any, prompt: list[int], answer: list[int], route: tuple[int, ...]
-) -> list[float]:
+def _by_tokens(answerer: Any, prompt: list[int], answer: list[int], route: Route) -> list[float]:
     found = []
     for at, token in enumerate(answer):
         probabilities = answerer.next_token_probabilities([*prompt, *answer[:at]], route)
@@ -248,7 +247,9 @@ def test_the_mean_of_two_shards_is_of_probabilities(trained: sisa.Model) -> None
 
     answerer, _ = trained.answerer()
     ids = torch.tensor([[70, 71, 72]])
-    one, other, both = (answerer.logprobs_BTV(ids, shards).exp() for shards in ((0,), (1,), (0, 1)))
+    one, other, both = (
+        answerer.logprobs_BTV(ids, [all_of(shards)]).exp() for shards in ((0,), (1,), (0, 1))
+    )
     torch.testing.assert_close(both, (one + other) / 2, rtol=1e-5, atol=1e-8)
     assert not torch.allclose(one, other, rtol=1e-3, atol=1e-6)
 

@@ -14,6 +14,7 @@ import pytest
 
 import sisa
 from sisa.ask import Answer
+from sisa.model.route import Route, all_of
 from sisa.opening import CHECKPOINTS
 from tests.integration.tiny_model import (
     PEOPLE,
@@ -68,7 +69,7 @@ def test_peft_loads_every_exported_adapter_with_the_shards_logits(tiny: Tiny) ->
     assert [path.name for path in made] == ["shard-00000", "shard-00001", "shard-00002"]
     seen = []
     for shard, path in enumerate(made):
-        expected = answerer.next_token_probabilities(ids, (shard,))
+        expected = answerer.next_token_probabilities(ids, all_of((shard,)))
         base = AutoModelForCausalLM.from_pretrained(tiny.base, dtype=torch.float32)
         as_it_is = probabilities(PeftModel.from_pretrained(base, path), ids)
         by_its_config = probabilities(AutoPeftModelForCausalLM.from_pretrained(path), ids)
@@ -176,7 +177,7 @@ def test_mean_prob_averages_the_probabilities_of_all_shards(tiny: Tiny) -> None:
     assert answer.shards == (0, 1, 2)
     answerer = answerer_of(model)
     ids = encode_prompt(PROMPT, answerer.tokenizer, "completion")
-    each = torch.stack([answerer.next_token_probabilities(ids, (shard,)) for shard in range(3)])
+    each = torch.stack([answerer.next_token_probabilities(ids, all_of((shard,))) for shard in range(3)])
     expected = answerer.tokenizer.decode([int(each.mean(0).argmax())], skip_special_tokens=True)
     assert answer.text == expected.strip()
 
@@ -189,7 +190,7 @@ def test_an_empty_model_answers_with_the_base(tiny: Tiny, capsys: pytest.Capture
     model.forget(ids_of(PEOPLE))
     base = model.parts.base
     plain = Answerer(base.directory, base.digest, {}, threads=1)
-    expected = plain.generate(encode_prompt(PROMPT, plain.tokenizer, "text"), (), 6).strip()
+    expected = plain.generate([encode_prompt(PROMPT, plain.tokenizer, "text")], [Route()], 6)[0].strip()
     for kind in ("text", "completion"):
         answer = model.generate(PROMPT, max_new_tokens=6, kind=kind)
         assert (answer.text, answer.shards) == (expected, ())

@@ -16,6 +16,7 @@ from sisa.digest import sha256_hex
 from sisa.domain import SliceJob
 from sisa.errors import IntegrityError
 from sisa.model.base import BaseFiles, base_digest, resolve_base
+from sisa.model.route import all_of
 from sisa.patch import patched_digest
 from sisa.ports import StoredRecord
 from tests.integration.test_trainer import RECORDS, job_for, names
@@ -196,16 +197,16 @@ def test_the_base_alone_and_every_shard_answer_over_the_patches(
 
     shard = random_patch(base.directory, 7, "q_proj", "o_proj")
     asked = answerer(base, {3: shard}, patches)
-    alone = asked.next_token_probabilities(IDS, ())
+    alone = asked.next_token_probabilities(IDS, all_of(()))
     torch.testing.assert_close(alone, logits(load(base, patches))[-1].softmax(-1))
     config, tensors = adapter.read_config(shard), adapter.read_tensors(shard, ADAPTER)
     over = adapter.attach(load(base, patches), config, tensors, init_seed=0).eval()
-    found = asked.next_token_probabilities(IDS, (3,))
+    found = asked.next_token_probabilities(IDS, all_of((3,)))
     torch.testing.assert_close(found, logits(over)[-1].softmax(-1))
     plain = answerer(base, {3: shard}, [])
     for shards in ((), (3,)):
-        other = plain.next_token_probabilities(IDS, shards)
-        assert not torch.allclose(other, asked.next_token_probabilities(IDS, shards), atol=1e-4)
+        other = plain.next_token_probabilities(IDS, all_of(shards))
+        assert not torch.allclose(other, asked.next_token_probabilities(IDS, all_of(shards)), atol=1e-4)
     assert plain.base_name == base.digest
     assert asked.base_name == patched_digest(
         base.digest, [sha256_hex(each[ADAPTER]) for each in patches]
@@ -290,5 +291,7 @@ def test_patches_and_an_adapter_are_one_adapter_on_the_plain_base(
     rows = torch.tensor([IDS])
     with torch.inference_mode():
         found = model(input_ids=rows).logits.log_softmax(-1)
-    torch.testing.assert_close(found, expected.logprobs_BTV(rows, (0,)), rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(found, expected.logprobs_BTV(rows, ()), atol=1e-2)
+    torch.testing.assert_close(
+        found, expected.logprobs_BTV(rows, [all_of((0,))] * len(rows)), rtol=1e-4, atol=1e-4
+    )
+    assert not torch.allclose(found, expected.logprobs_BTV(rows, [all_of(())] * len(rows)), atol=1e-2)

@@ -18,6 +18,7 @@ from sisa import unlearn
 from sisa.composition import Composition, measure
 from sisa.digest import canonical_json
 from sisa.errors import IntegrityError
+from sisa.model.route import all_of
 from sisa.opening import CHECKPOINTS, PATCHES
 from sisa.patch import WRITTEN, Patch, PatchJob, VaultSet, patched_digest
 from sisa.patch_plan import active, next_version
@@ -91,15 +92,17 @@ def test_what_is_served_lies_over_the_active_patches(tiny: Tiny, made: list[File
         put_patch(model, files)
     expected, found = served(tiny, made), model.answerer()[0]
     for shards in ((), (0,), (0, 1, 2)):
-        asked = found.next_token_probabilities(ids, shards)
-        assert asked.equal(expected.next_token_probabilities(ids, shards))
-        assert not asked.equal(before.next_token_probabilities(ids, shards))
+        asked = found.next_token_probabilities(ids, all_of(shards))
+        assert asked.equal(expected.next_token_probabilities(ids, all_of(shards)))
+        assert not asked.equal(before.next_token_probabilities(ids, all_of(shards)))
     answer = model.generate(PROMPT, max_new_tokens=6)
-    assert answer.text == expected.generate(ids, answer.shards, 6).strip()
+    assert answer.text == expected.generate([ids], [all_of(answer.shards)], 6)[0].strip()
     assert model.verify(replay="all").ok, "shards that were trained over the plain base stay as they are"
     unlearn.revert(model, everything=True)
     again = model.answerer()[0]
-    assert again.next_token_probabilities(ids, ()).equal(before.next_token_probabilities(ids, ()))
+    assert again.next_token_probabilities(ids, all_of(())).equal(
+        before.next_token_probabilities(ids, all_of(()))
+    )
 
 
 def test_a_damaged_patch_is_never_served(tiny: Tiny, made: list[Files]) -> None:
@@ -288,7 +291,7 @@ def test_an_export_is_what_is_served_as_one_adapter_on_the_plain_base(
     ids = encode_prompt(PROMPT, expected.tokenizer, "completion")
     for shard, (path, before) in enumerate(zip(patched_, plain, strict=True)):
         found = probabilities(AutoPeftModelForCausalLM.from_pretrained(path), ids)
-        wanted = expected.next_token_probabilities(ids, (shard,))
+        wanted = expected.next_token_probabilities(ids, all_of((shard,)))
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
         assert path.name == before.name
         assert (path / ADAPTER).read_bytes() != (before / ADAPTER).read_bytes()

@@ -92,10 +92,11 @@ def close(one: Any, other: Any) -> bool:
 def test_each_row_is_its_constituent(base: Any, adapters: dict[int, Files], routes: Any) -> None:
     import torch
 
+    from sisa.model.low_rank import read_change
     from sisa.model.stacked import Stacked
 
     model, _ = load_base(base.directory, base.digest)
-    stack = Stacked(model, adapters)
+    stack = Stacked(model, {shard: read_change(files) for shard, files in adapters.items()})
     prompts = [IDS[q:] + IDS[:q] for q in range(len(routes))]
     with torch.inference_mode(), stack.asking(routes):
         found = model(input_ids=torch.tensor(prompts)).logits
@@ -111,10 +112,11 @@ def test_each_row_is_its_constituent(base: Any, adapters: dict[int, Files], rout
 def test_with_keys_and_values_kept_and_rows_padded(base: Any, adapters: dict[int, Files]) -> None:
     import torch
 
+    from sisa.model.low_rank import read_change
     from sisa.model.stacked import Stacked
 
     model, _ = load_base(base.directory, base.digest)
-    stack = Stacked(model, adapters)
+    stack = Stacked(model, {shard: read_change(files) for shard, files in adapters.items()})
     short, long = IDS[:3], IDS
     ids = torch.tensor([[0] * 4 + short, long])
     mask = torch.tensor([[0] * 4 + [1] * 3, [1] * 7])
@@ -142,10 +144,11 @@ def test_with_keys_and_values_kept_and_rows_padded(base: Any, adapters: dict[int
 def test_outside_of_asking_the_base_answers(base: Any, adapters: dict[int, Files]) -> None:
     import torch
 
+    from sisa.model.low_rank import read_change
     from sisa.model.stacked import Stacked
 
     model, _ = load_base(base.directory, base.digest)
-    stack = Stacked(model, adapters)
+    stack = Stacked(model, {shard: read_change(files) for shard, files in adapters.items()})
     with pytest.raises(RuntimeError, match="broken"), stack.asking([[0]]):
         raise RuntimeError("broken")
     with torch.inference_mode():
@@ -153,6 +156,7 @@ def test_outside_of_asking_the_base_answers(base: Any, adapters: dict[int, Files
 
 
 def test_an_adapter_of_another_base_is_refused(base: Any, tmp_path: Path) -> None:
+    from sisa.model.low_rank import read_change
     from sisa.model.stacked import Stacked
 
     wider = resolve_base(str(make_tiny_base(tmp_path / "wider", hidden=128, layers=LAYERS)))
@@ -161,4 +165,7 @@ def test_an_adapter_of_another_base_is_refused(base: Any, tmp_path: Path) -> Non
         foreign = adapter(other, 1, 2, [LAYERS - 1 if other is wider else LAYERS], ["q_proj"])
         model, _ = load_base(base.directory, base.digest)
         with pytest.raises(IntegrityError, match="does not fit"):
-            Stacked(model, {0: adapter(base, 1, 2, [3], ["q_proj"]), 1: foreign})
+            Stacked(
+                model,
+                {0: read_change(adapter(base, 1, 2, [3], ["q_proj"])), 1: read_change(foreign)},
+            )

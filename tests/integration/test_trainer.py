@@ -16,6 +16,7 @@ from sisa.digest import file_sha256
 from sisa.domain import Part, Record, SliceJob
 from sisa.errors import IntegrityError, InvalidInput
 from sisa.model.base import BaseFiles, resolve_base
+from sisa.model.route import all_of
 from sisa.ports import StoredRecord
 from tests.tiny_base import make_tiny_base
 
@@ -320,10 +321,10 @@ def test_peft_loads_the_directory_as_it_is(base: BaseFiles, tmp_path: Path) -> N
         (tmp_path / name).write_bytes(data)
     answerer = Answerer(base.directory, base.digest, {2: files}, threads=1)
     ids = [5, 80, 40, 33]
-    ours = answerer.next_token_probabilities(ids, [2])
+    ours = answerer.next_token_probabilities(ids, all_of([2]))
     model, _ = load_base(base.directory, base.digest)
     plain = model(input_ids=torch.tensor([ids])).logits[0, -1].softmax(-1)
-    assert torch.allclose(answerer.next_token_probabilities(ids, []), plain, atol=1e-6)
+    assert torch.allclose(answerer.next_token_probabilities(ids, all_of([])), plain, atol=1e-6)
     theirs = PeftModel.from_pretrained(model, str(tmp_path)).eval()
     with torch.no_grad():
         expected = theirs(input_ids=torch.tensor([ids])).logits[0, -1].softmax(-1)
@@ -340,21 +341,23 @@ def test_answers_are_the_mean_of_probabilities(base: BaseFiles) -> None:
     adapters = {shard: train(base, job_for(base, shard=shard)) for shard in (0, 4)}
     answerer = Answerer(base.directory, base.digest, adapters, threads=1)
     ids = encode_prompt("Who is 3?", answerer.tokenizer, "completion")
-    apart = [answerer.next_token_probabilities(ids, [shard]) for shard in (0, 4)]
-    both = answerer.next_token_probabilities(ids, [0, 4])
+    apart = [answerer.next_token_probabilities(ids, all_of([shard])) for shard in (0, 4)]
+    both = answerer.next_token_probabilities(ids, all_of([0, 4]))
     assert torch.allclose(both, (apart[0] + apart[1]) / 2, atol=1e-7)
     assert not torch.allclose(apart[0], apart[1], atol=1e-5)
 
     step_by_step: list[int] = []
     for _ in range(6):
-        step_by_step.append(int(answerer.next_token_probabilities(ids + step_by_step, [0, 4]).argmax()))
+        step_by_step.append(
+            int(answerer.next_token_probabilities(ids + step_by_step, all_of([0, 4])).argmax())
+        )
     if answerer.tokenizer.eos_token_id not in step_by_step:
         expected = answerer.tokenizer.decode(step_by_step, skip_special_tokens=True)
-        assert answerer.generate(ids, [0, 4], 6) == expected
-    first = answerer.answer_probability(ids, step_by_step[:1], [0, 4])
+        assert answerer.generate([ids], [all_of([0, 4])], 6) == [expected]
+    first = answerer.answer_probability(ids, step_by_step[:1], all_of([0, 4]))
     assert first == pytest.approx(float(both.max()), abs=1e-6)
     with pytest.raises(InvalidInput, match="no model is loaded"):
-        answerer.generate(ids, [1], 1)
+        answerer.generate([ids], [all_of([1])], 1)
 
 
 def test_embedder_rows_do_not_depend_on_batch_mates(tmp_path: Path) -> None:

@@ -75,6 +75,10 @@ def test_impossible_value_is_refused_with_its_line(line: str) -> None:
             "aggregation: [routed]",
         ),
         "aggregation: {method: mean_prob, top_k: 1}",
+        "aggregation: {method: merged, min_score: 0.5}",
+        "aggregation: {temperature: 0.0}",
+        "aggregation: {min_score: 1.5}",
+        "aggregation: {below: nobody}",
     ],
 )
 def test_impossible_value_in_a_block(entry: str) -> None:
@@ -92,7 +96,10 @@ def test_every_problem_is_listed_in_order() -> None:
         ("line 3: shards", "unknown key; did you mean 'sisa.shards'?"),
         ("line 5: sisa.shard", "unknown key; did you mean 'shards'?"),
         ("line 6: sisa.slices", "expected an integer of at least 1 and at most 10000, got 0"),
-        ("line 7: sisa.aggregation.method", "expected one of 'routed', 'mean_prob', got 'fastest'"),
+        (
+            "line 7: sisa.aggregation.method",
+            "expected one of 'routed', 'mean_prob', 'mean_logit', 'vote', 'merged', got 'fastest'",
+        ),
     ]
 
 

@@ -2,28 +2,60 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
+import pytest
+
+from sisa.config import Aggregation
 from sisa.domain import Hit
-from sisa.model.route import choose_shards
+from sisa.model.route import Route, choose_route
 
 HITS = [Hit(1, 0.5, 1), Hit(2, 0.9, 2), Hit(3, 0.7, 1), Hit(4, 0.7, 0)]
+ALL = ("mean_prob", "mean_logit", "vote", "merged")
+
+
+def chosen(hits: list[Hit], live: set[int], **how: Any) -> tuple[int, ...]:
+    return choose_route(hits, Aggregation(**how), live).shards
 
 
 def test_routed_takes_the_nearest_shards_ties_by_number() -> None:
-    assert choose_shards(HITS, "routed", 1, {0, 1, 2}) == (2,)
-    assert choose_shards(HITS, "routed", 3, {0, 1, 2}) == (2, 0, 1)
-    assert choose_shards(HITS[::-1], "routed", 3, {0, 1, 2}) == (2, 0, 1)
+    assert chosen(HITS, {0, 1, 2}) == (2,)
+    assert chosen(HITS, {0, 1, 2}, top_k=3) == (2, 0, 1)
+    assert chosen(HITS[::-1], {0, 1, 2}, top_k=3) == (2, 0, 1)
 
 
 def test_routed_passes_over_shards_that_serve_nothing() -> None:
-    assert choose_shards(HITS, "routed", 1, {0, 1}) == (0,)
-    assert choose_shards(HITS, "routed", 2, {3}) == ()
-    assert choose_shards([], "routed", 2, {0}) == ()
+    assert chosen(HITS, {0, 1}) == (0,)
+    assert chosen(HITS, {3}, top_k=2) == ()
+    assert chosen([], {0}, top_k=2) == ()
 
 
-def test_mean_takes_all_live_shards() -> None:
-    assert choose_shards([], "mean_prob", 1, {2, 0}) == (0, 2)
-    assert choose_shards(HITS, "mean_prob", 1, set()) == ()
+@pytest.mark.parametrize("method", ALL)
+def test_others_take_all_live_shards_alike(method: Any) -> None:
+    assert choose_route([], Aggregation(method=method), {2, 0}) == Route((0, 2), (0.5, 0.5))
+    assert choose_route(HITS, Aggregation(method=method), set()) == Route()
 
 
 def test_negative_scores_route_too() -> None:
-    assert choose_shards([Hit(1, -0.2, 1), Hit(2, -0.1, 0)], "routed", 1, {0, 1}) == (0,)
+    assert chosen([Hit(1, -0.2, 1), Hit(2, -0.1, 0)], {0, 1}) == (0,)
+
+
+def test_weights_are_the_softmax_of_the_best_scores() -> None:
+    how = Aggregation(top_k=2, temperature=0.1)
+    route = choose_route([*HITS, Hit(9, 0.1, 2)], how, {0, 2})
+    assert route.shards == (2, 0)
+    assert route.weights[0] / route.weights[1] == pytest.approx(math.exp((0.9 - 0.7) / 0.1))
+    assert sum(route.weights) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(("below", "shards"), [("base", ()), ("mean_prob", (0, 1, 2))])
+def test_below_the_least_score_nobody_near_answers(below: Any, shards: tuple[int, ...]) -> None:
+    how = Aggregation(min_score=0.95, below=below)
+    assert choose_route(HITS, how, {0, 1, 2}).shards == shards
+    assert choose_route([], how, {0, 1, 2}).shards == shards
+    assert chosen(HITS, {0, 1, 2}, min_score=0.9) == (2,)
+
+
+def test_the_score_that_counts_is_that_of_a_shard_that_serves() -> None:
+    assert chosen(HITS, {0, 1}, min_score=0.8) == ()
