@@ -21,7 +21,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from sisa import lifecycle, opening, query
 from sisa.ask import Answer, ask, open_answerer, routes_of, usual_kind
@@ -56,6 +56,7 @@ from sisa.witness import is_behind, settle, standing
 from sisa.world import World, model_digest
 
 if TYPE_CHECKING:
+    from sisa.model.aggregated import AggregatedModel
     from sisa.model.answer import Answerer
 
 Replay = Literal["none", "sample", "all"]
@@ -328,6 +329,13 @@ class Model:
         """All constituent models that are served now, and how prompts are put to them; for measuring."""
         with self._world() as world:
             return open_answerer(world, self.parts), usual_kind(world)
+
+    def as_transformers(self, **options: Any) -> AggregatedModel:
+        """What is served now as a `PreTrainedModel` with `generate`, for tools that know nothing of
+        shards; `options` as of `sisa.model.aggregated.AggregatedModel`."""
+        from sisa.model.aggregated import AggregatedModel
+
+        return AggregatedModel(self.answerer()[0], self.routes, **options)
 
     def export(self, to: Path | str) -> list[Path]:
         """One standard PEFT directory per shard that serves a head, kept in the ledger: a deletion that

@@ -50,7 +50,7 @@ class Answerer:
         """`adapters` maps shards to their checkpoints' files; `patches` are the files of those that are
         served, lowest first; `method` is how they answer together. Raises IntegrityError."""
         pin_threads(threads)  # before the patches are laid on
-        self._threads, self._method = threads, method
+        self._threads, self.method = threads, method
         self.model, self.tokenizer = load_patched(base_dir, base_digest, patches)
         self.base_name = patched_name(base_digest, patches)
         self.shards = frozenset(adapters)
@@ -118,7 +118,8 @@ class Answerer:
 
     def next_token_probabilities(self, prompt_ids: Sequence[int], route: Route) -> Tensor:
         """The distribution after the prompt, [V]."""
-        return self._logprobs(torch.tensor([list(prompt_ids)]), [route], keep=1)[0][-1].exp()
+        ids = torch.tensor([list(prompt_ids)])
+        return self.logprobs([route], input_ids=ids, use_cache=False, logits_to_keep=1)[0, -1].exp()
 
     def answer_probability(
         self, prompt_ids: Sequence[int], answer_ids: Sequence[int], route: Route
@@ -133,18 +134,19 @@ class Answerer:
     ) -> Tensor:
         """The distribution before each token of an answer, given the true ones before it."""
         ids = torch.tensor([[*prompt_ids, *answer_ids][:-1]])
-        return self._logprobs(ids, [route], keep=len(answer_ids))[0].exp()
+        keep = len(answer_ids)
+        return self.logprobs([route], input_ids=ids, use_cache=False, logits_to_keep=keep)[0].exp()
 
     def logprobs_BTV(self, ids_BT: Tensor, routes: Sequence[Route]) -> Tensor:
         """Logarithms of the distribution after every token; rows are padded on the right."""
-        return torch.stack(self._logprobs(ids_BT, routes, keep=0))
+        return self.logprobs(routes, input_ids=ids_BT, use_cache=False)
 
-    def _logprobs(self, ids_BT: Tensor, routes: Sequence[Route], keep: int) -> list[Tensor]:
+    def logprobs(self, routes: Sequence[Route], **inputs: Any) -> Tensor:
+        """Logarithms of the distributions, [B, T, V], that a forward of the base's `inputs` gives."""
         pin_threads(self._threads)
         self._refuse_unknown(routes)
         with torch.inference_mode(), self.stack.asking([self._names(route) for route in routes]):
-            output = self.model(input_ids=ids_BT, use_cache=False, logits_to_keep=keep)
-            return self._together(output.logits, routes)
+            return torch.stack(self._together(self.model(**inputs).logits, routes))
 
     def _together(self, logits_PTV: Tensor, routes: Sequence[Route]) -> list[Tensor]:
         """[T, V] of each request."""
@@ -152,12 +154,12 @@ class Answerer:
         for route in routes:
             end = start + max(1, len(self._names(route)))
             weights = torch.tensor(route.weights if end - start == len(route.shards) else [1.0])
-            found.append(together(logits_PTV[start:end], weights, self._method))
+            found.append(together(logits_PTV[start:end], weights, self.method))
             start = end
         return found
 
     def _names(self, route: Route) -> Sequence[int]:
-        return (MERGED,) if self._method == "merged" and route.shards else route.shards
+        return (MERGED,) if self.method == "merged" and route.shards else route.shards
 
     def _refuse_unknown(self, routes: Sequence[Route]) -> None:
         asked = {shard for route in routes for shard in route.shards}

@@ -1,0 +1,134 @@
+"""The aggregated model behind the interface of transformers, and an evaluation harness on it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sisa.api import Model
+from sisa.errors import InvalidInput
+from sisa.model.route import Route
+from tests.integration.tiny_model import Tiny
+
+pytestmark = pytest.mark.torch
+
+QUESTIONS = ["Where does Ada live?", "Who is it that keeps bees and plays the organ?", "What?"]
+
+
+@pytest.fixture
+def model(tiny: Tiny) -> Model:
+    return tiny.open()
+
+
+def prompts_of(model: Model, texts: Sequence[str]) -> Any:
+    import torch
+
+    tokenizer = model.answerer()[0].tokenizer
+    rows = [tokenizer.encode(text) for text in texts]
+    longest = max(map(len, rows))
+    ids = [[tokenizer.pad_token_id] * (longest - len(row)) + row for row in rows]
+    mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids), torch.tensor(mask)
+
+
+def test_generate_is_what_the_answerer_says(model: Model) -> None:
+    wrapped = model.as_transformers()
+    ids, mask = prompts_of(model, QUESTIONS)
+    routes = model.routes(QUESTIONS)
+    assert len({route.shards for route in routes}) > 1
+    made = wrapped.generate(input_ids=ids, attention_mask=mask, max_new_tokens=8, do_sample=False)
+    tokenizer = wrapped.tokenizer
+    said = tokenizer.batch_decode(made[:, ids.shape[1] :], skip_special_tokens=True)
+    plain = [tokenizer.encode(text) for text in QUESTIONS]
+    assert said == model.answerer()[0].generate(plain, routes, 8)
+
+
+def test_forward_with_labels_is_a_causal_model(model: Model) -> None:
+    import torch
+
+    seen: list[str] = []
+
+    def router(prompts: Sequence[str]) -> list[Route]:
+        seen.extend(prompts)
+        return model.routes(prompts)
+
+    wrapped = model.as_transformers()
+    wrapped._router = router
+    prompt = wrapped.tokenizer.encode("Where does Ada live?")
+    answer = wrapped.tokenizer.encode(" By the sea.")
+    ids = torch.tensor([prompt + answer])
+    labels = torch.tensor([[-100] * len(prompt) + answer])
+    found = wrapped(input_ids=ids, labels=labels)
+    assert seen == ["Where does Ada live?"], "the router sees the prompt alone"
+    assert found.logits.exp().sum(-1).allclose(torch.ones(1, len(prompt + answer)), atol=1e-5)
+    (route,) = model.routes(seen)
+    probabilities = model.answerer()[0].answer_probabilities_KV(prompt, answer, route)
+    picked = [float(p[token]) for p, token in zip(probabilities, answer, strict=True)]
+    assert float(found.loss) == pytest.approx(-sum(map(math.log, picked)) / len(answer), abs=1e-4)
+
+
+def test_without_labels_the_marked_prompt_is_looked_up(model: Model) -> None:
+    import torch
+
+    seen: list[str] = []
+    wrapped = model.as_transformers(prompt_ends=["Answer:"])
+    wrapped._router = lambda prompts: [seen.append(each) or model.routes([each])[0] for each in prompts]  # type: ignore[func-returns-value]
+    texts = ["Question: Who?\nAnswer: Ada", "Question: Who?\nAnswer: Bob"]
+    ids = torch.tensor([wrapped.tokenizer.encode(text) for text in texts])
+    wrapped(input_ids=ids)
+    assert seen == ["Question: Who?\nAnswer:"]
+    with pytest.raises(InvalidInput, match="where the prompt of a sequence ends"):
+        wrapped(input_ids=ids[:, :5])
+
+
+def test_beams_are_refused(model: Model) -> None:
+    wrapped = model.as_transformers()
+    ids, mask = prompts_of(model, QUESTIONS[:1])
+    with pytest.raises(InvalidInput, match="num_beams"):
+        wrapped.generate(input_ids=ids, attention_mask=mask, num_beams=2)
+
+
+def test_an_evaluation_harness_runs_on_it_unchanged(model: Model, tmp_path: Path) -> None:
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    rows: list[dict[str, Any]] = [
+        {"question": question, "choices": ["by the sea", "in a tower"], "label": number % 2}
+        for number, question in enumerate(QUESTIONS)
+    ]
+    data = tmp_path / "questions.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        "task": "local",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(data)}, "cache_dir": str(tmp_path / "cache")},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "Question: {{question}}\nAnswer:",
+        "doc_to_choice": "choices",
+        "doc_to_target": "label",
+        "metric_list": [{"metric": "acc"}],
+    }
+    wrapped = model.as_transformers()
+    served = HFLM(pretrained=wrapped, tokenizer=wrapped.tokenizer, batch_size=2, max_length=256)
+    found = lm_eval.simple_evaluate(
+        model=served, tasks=[task], task_manager=TaskManager(include_defaults=False), bootstrap_iters=0
+    )
+    sample = found["samples"]["local"]
+    assert len(sample) == len(rows)
+    answerer = wrapped.answerer
+    for row, each in zip(rows, sorted(sample, key=lambda each: each["doc_id"]), strict=True):
+        prompt = f"Question: {row['question']}\nAnswer:"
+        (route,) = model.routes([prompt])
+        context = answerer.tokenizer.encode(prompt)
+        for choice, (said, _) in zip(row["choices"], each["filtered_resps"], strict=True):
+            ids = answerer.tokenizer.encode(f" {choice}")
+            rows_KV = answerer.answer_probabilities_KV(context, ids, route)
+            told = sum(math.log(float(p[token])) for p, token in zip(rows_KV, ids, strict=True))
+            assert float(said) == pytest.approx(told, abs=1e-3)
