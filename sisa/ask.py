@@ -24,7 +24,7 @@ from sisa.world import World, patch_files
 if TYPE_CHECKING:
     from sisa.model.answer import Answerer
 
-NUM_ROUTING_HITS = 8
+NUM_ROUTING_HITS = 32
 
 
 @dataclass(frozen=True)

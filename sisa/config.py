@@ -106,13 +106,12 @@ class Aggregation(_Block):
         default=1, ge=1, le=10_000, description="Number of shards that a prompt is routed to."
     )
     temperature: Float = Field(
-        default=0.05, gt=0, description="Of the softmax of the shards' nearest scores: their weights."
+        default=0.1,
+        gt=0,
+        description="Of the hits' scores: the lower, the more the nearest counts.",
     )
     min_score: Float | None = Field(
-        default=None,
-        ge=-1,
-        le=1,
-        description="Score below which no shard is near enough; null: none is.",
+        default=None, ge=-2, le=2, description="Nearness below which no shard answers; null: none."
     )
     below: Literal["base", "mean_prob"] = Field(
         default="base", description="Who answers where no shard is near enough."

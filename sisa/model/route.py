@@ -1,22 +1,28 @@
 """Which constituent models answer a prompt, and with what weight.
 
-    routed      the `top_k` shards of the nearest records; weights are the softmax of each shard's best
-                score over `temperature`. Below `min_score` nobody's records are near: the base alone
-                answers (or the mean of all), instead of a stranger's shard
+    routed      the `top_k` shards of the nearest records. A shard's strength is the sum of
+                exp(score / temperature) over the hits in it: many near records count for more than one;
+                weights are the strengths' shares
     others      all shards, with equal weights
+
+The nearness of a prompt is the first shard's best score, plus `SHARE_WEIGHT` times its share of all
+strengths: what is held is near, and its neighbours are of one subject; what was deleted finds others'
+records, one here and one there. Where it is below `min_score`, nobody's records are near: the base alone
+answers (or the mean of all), instead of a stranger's shard.
 
 Rules: a choice depends on the remaining records alone: on the index's hits and on which shards serve
 a model. Only the prompt is looked up, never what is to follow it. With no live shard, or for `routed`
-no hit in one, the answer is the base model's alone.
+no hit in one, the answer is the base model's alone. `SHARE_WEIGHT` was chosen on made data
+(`tests/bench/routing.py`), never on deletable records.
 
 Not covered: what the chosen say together (`aggregate.py`).
 
->>> hits = [Hit(7, 0.9, 2), Hit(1, 0.8, 0), Hit(3, 0.7, 2)]
+>>> hits = [Hit(7, 0.9, 2), Hit(1, 0.8, 0), Hit(3, 0.85, 2)]
 >>> choose_route(hits, Aggregation(), live_shards={0, 1}).shards
 (0,)
 >>> choose_route(hits, Aggregation(method="mean_prob"), live_shards={1, 0})
 Route(shards=(0, 1), weights=(0.5, 0.5))
->>> choose_route(hits, Aggregation(min_score=0.95), live_shards={0, 2})
+>>> choose_route(hits, Aggregation(min_score=1.25), live_shards={0, 2})
 Route(shards=(), weights=())
 """
 
@@ -28,6 +34,8 @@ from dataclasses import dataclass
 
 from sisa.config import Aggregation
 from sisa.domain import Hit
+
+SHARE_WEIGHT = 0.3
 
 
 @dataclass(frozen=True)
@@ -44,15 +52,38 @@ def all_of(live_shards: Collection[int]) -> Route:
 
 
 def choose_route(hits: Sequence[Hit], how: Aggregation, live_shards: Collection[int]) -> Route:
-    """Who answers; nearest first where it is routed. `live_shards` are those that serve an adapter."""
+    """Who answers; strongest first where it is routed. `live_shards` are those that serve an adapter."""
     if how.method != "routed":
         return all_of(live_shards)
-    best: dict[int, float] = {}
-    for hit in hits:
-        if hit.shard in live_shards:
-            best[hit.shard] = max(hit.score, best.get(hit.shard, hit.score))
-    chosen = tuple(sorted(best, key=lambda shard: (-best[shard], shard))[: how.top_k])
-    if how.min_score is not None and (not chosen or best[chosen[0]] < how.min_score):
+    strengths = _strengths(hits, how.temperature, live_shards)
+    chosen = tuple(sorted(strengths, key=lambda shard: (-strengths[shard], shard))[: how.top_k])
+    if how.min_score is not None and nearness(hits, how.temperature, live_shards) < how.min_score:
         return all_of(live_shards) if how.below == "mean_prob" else Route()
-    parts = [math.exp((best[each] - best[chosen[0]]) / how.temperature) for each in chosen]
-    return Route(chosen, tuple(part / sum(parts) for part in parts))
+    total = sum(strengths[each] for each in chosen)
+    return Route(chosen, tuple(strengths[each] / total for each in chosen))
+
+
+def nearness(hits: Sequence[Hit], temperature: float, live_shards: Collection[int]) -> float:
+    """How near a prompt is to the records of one shard: at most 1 + `SHARE_WEIGHT`.
+
+    >>> nearness([Hit(7, 0.9, 2), Hit(1, 0.9, 0)], 0.1, {0, 2})
+    1.05
+    """
+    strengths = _strengths(hits, temperature, live_shards)
+    if not strengths:
+        return -math.inf
+    first = min(strengths, key=lambda shard: (-strengths[shard], shard))
+    best = max(hit.score for hit in hits if hit.shard == first)
+    return best + SHARE_WEIGHT * strengths[first] / sum(strengths.values())
+
+
+def _strengths(
+    hits: Sequence[Hit], temperature: float, live_shards: Collection[int]
+) -> dict[int, float]:
+    """By shard, relative to the best hit."""
+    live = [hit for hit in hits if hit.shard in live_shards]
+    top = max((hit.score for hit in live), default=0.0)
+    found: dict[int, float] = {}
+    for hit in live:
+        found[hit.shard] = found.get(hit.shard, 0.0) + math.exp((hit.score - top) / temperature)
+    return found

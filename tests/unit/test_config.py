@@ -76,14 +76,18 @@ def test_impossible_value_is_refused_with_its_line(line: str) -> None:
         ),
         "aggregation: {method: mean_prob, top_k: 1}",
         "aggregation: {method: merged, min_score: 0.5}",
-        "aggregation: {temperature: 0.0}",
-        "aggregation: {min_score: 1.5}",
-        "aggregation: {below: nobody}",
     ],
 )
 def test_impossible_value_in_a_block(entry: str) -> None:
     key = entry.split(":")[0]
     assert places(f"{MINIMAL}sisa:\n  {entry}\n") == [f"line 4: sisa.{key}"]
+
+
+@pytest.mark.parametrize("value", ["temperature: 0.0", "min_score: 2.5", "below: nobody"])
+def test_impossible_value_of_an_aggregation(value: str) -> None:
+    key = value.split(":")[0]
+    text = f"{MINIMAL}sisa:\n  aggregation: {{{value}}}\n"
+    assert places(text) == [f"line 4: sisa.aggregation.{key}"]
 
 
 def test_every_problem_is_listed_in_order() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from sisa.config import Aggregation
 from sisa.domain import Hit
-from sisa.model.route import Route, choose_route
+from sisa.model.route import Route, choose_route, nearness
 
 HITS = [Hit(1, 0.5, 1), Hit(2, 0.9, 2), Hit(3, 0.7, 1), Hit(4, 0.7, 0)]
 ALL = ("mean_prob", "mean_logit", "vote", "merged")
@@ -19,14 +19,15 @@ def chosen(hits: list[Hit], live: set[int], **how: Any) -> tuple[int, ...]:
     return choose_route(hits, Aggregation(**how), live).shards
 
 
-def test_routed_takes_the_nearest_shards_ties_by_number() -> None:
+def test_routed_takes_the_strongest_shards_ties_by_number() -> None:
+    assert chosen([Hit(3, 0.7, 1), Hit(4, 0.7, 0)], {0, 1}, top_k=2) == (0, 1)
     assert chosen(HITS, {0, 1, 2}) == (2,)
-    assert chosen(HITS, {0, 1, 2}, top_k=3) == (2, 0, 1)
-    assert chosen(HITS[::-1], {0, 1, 2}, top_k=3) == (2, 0, 1)
+    assert chosen(HITS, {0, 1, 2}, top_k=3) == (2, 1, 0)
+    assert chosen(HITS[::-1], {0, 1, 2}, top_k=3) == (2, 1, 0)
 
 
 def test_routed_passes_over_shards_that_serve_nothing() -> None:
-    assert chosen(HITS, {0, 1}) == (0,)
+    assert chosen(HITS, {0, 1}) == (1,)
     assert chosen(HITS, {3}, top_k=2) == ()
     assert chosen([], {0}, top_k=2) == ()
 
@@ -41,21 +42,31 @@ def test_negative_scores_route_too() -> None:
     assert chosen([Hit(1, -0.2, 1), Hit(2, -0.1, 0)], {0, 1}) == (0,)
 
 
-def test_weights_are_the_softmax_of_the_best_scores() -> None:
+def test_weights_are_the_shares_of_strengths() -> None:
     how = Aggregation(top_k=2, temperature=0.1)
-    route = choose_route([*HITS, Hit(9, 0.1, 2)], how, {0, 2})
+    route = choose_route([*HITS, Hit(9, 0.8, 2)], how, {0, 2})
     assert route.shards == (2, 0)
-    assert route.weights[0] / route.weights[1] == pytest.approx(math.exp((0.9 - 0.7) / 0.1))
+    strengths = math.exp(9) + math.exp(8), math.exp(7)
+    assert route.weights[0] / route.weights[1] == pytest.approx(strengths[0] / strengths[1])
     assert sum(route.weights) == pytest.approx(1)
+
+
+def test_many_near_records_count_for_more_than_one() -> None:
+    several = [Hit(1, 0.80, 0), *(Hit(n, 0.79, 1) for n in range(2, 6))]
+    assert chosen(several, {0, 1}) == (1,)
+    assert chosen(several, {0, 1}, temperature=0.001) == (0,)
 
 
 @pytest.mark.parametrize(("below", "shards"), [("base", ()), ("mean_prob", (0, 1, 2))])
 def test_below_the_least_score_nobody_near_answers(below: Any, shards: tuple[int, ...]) -> None:
-    how = Aggregation(min_score=0.95, below=below)
+    how = Aggregation(min_score=1.2, below=below)
     assert choose_route(HITS, how, {0, 1, 2}).shards == shards
     assert choose_route([], how, {0, 1, 2}).shards == shards
-    assert chosen(HITS, {0, 1, 2}, min_score=0.9) == (2,)
+    near = nearness(HITS, 0.1, {0, 1, 2})
+    assert near == pytest.approx(0.9 + 0.3 * math.exp(9) / (math.exp(9) + 2 * math.exp(7) + math.exp(5)))
+    assert chosen(HITS, {0, 1, 2}, min_score=near) == (2,)
+    assert chosen(HITS, {0, 1, 2}, min_score=near + 1e-6) == ()
 
 
 def test_the_score_that_counts_is_that_of_a_shard_that_serves() -> None:
-    assert chosen(HITS, {0, 1}, min_score=0.8) == ()
+    assert chosen(HITS, {0, 1}, min_score=1.0) == ()
