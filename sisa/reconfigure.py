@@ -38,7 +38,7 @@ from sisa.plan import ShardView, plan_shard
 from sisa.ports import Change, Ledger, StoredRecord
 from sisa.reconcile import Trained, train_unrecorded
 from sisa.store import keyring
-from sisa.world import Place, World, commit, known_names, view_shard
+from sisa.world import ALWAYS_SEALED, Place, World, commit, known_names, view_shard
 
 
 def refuse_differences(found: Sequence[Difference], where: str) -> None:
@@ -101,6 +101,8 @@ def move(world: World, effects: Collection[Effect], meta: dict[str, str]) -> Tra
 def reseal(world: World, directory: Path) -> None:
     """Bring every held file to the form that the keyring gives. Cut short, both forms are read."""
     for room, names in known_names(world).items():
+        if room in ALWAYS_SEALED:
+            continue
         keyring.reseal(directory / room, room, sorted(names), world.keyring)
 
 
