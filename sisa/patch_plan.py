@@ -23,10 +23,10 @@ True
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from sisa.patch import WRITTEN, Patch, PatchJob, PatchMode, VaultSet
+from sisa.patch import Patch, PatchJob, PatchMode, VaultSet
 
 OVER = "over"  # in the ledger's meta: keys of the patches that the shards are trained over
 
@@ -139,24 +139,47 @@ def rederive(
 
     `without` maps each touched retain set to the set that takes its place (WRITTEN where nothing is
     left); `held` names the sets whose texts are there. What can't be made again is dropped, and what lay
-    upon it is made upon what is left. What comes out like a patch that stands already is that patch.
+    upon it is made upon what is left.
     """
+
+    def renewed(job: PatchJob) -> PatchJob | None:
+        again = replace(job, retain=without.get(job.retain, job.retain), fingerprint=fingerprint)
+        return again if set(again.sets) <= set(held) else None
+
+    gone = tainted(patches, without, damaged)
+    fresh = _again(patches, gone, renewed)
+    fresh = [replace(each, wanted_at=now, request_id=request_id) for each in fresh]
+    return Rederived(tuple(replace(each, state="dropped") for each in gone), tuple(fresh))
+
+
+def unmade(patches: Sequence[Patch], patch: Patch) -> list[Patch]:
+    """The rows that change when nothing good comes of a patch that was wanted: it is dropped, and those
+    that were to lie upon it are made upon what is left."""
+    gone = tainted(patches, (), (patch.key,))
+    fresh = _again(patches, gone, lambda job: None if job == patch.job else job)
+    upon = [each for each in gone if each.key != patch.key]
+    return [replace(patch, state="dropped"), *(replace(e, state="dropped") for e in upon), *fresh]
+
+
+def _again(
+    patches: Sequence[Patch], gone: Sequence[Patch], renewed: Callable[[PatchJob], PatchJob | None]
+) -> list[Patch]:
+    """New wishes in the place of those that go, by their new jobs, None for one that stays away. What
+    comes out like a patch that stands already is that patch."""
     version = next_version(patches)
+    standing = {each.key for each in (*active(patches), *wanted(patches)) if each not in gone}
     instead: dict[str, str | None] = {}
     fresh: list[Patch] = []
-    gone = tainted(patches, without, damaged)
-    standing = {each.key for each in (*active(patches), *wanted(patches)) if each not in gone}
     for patch in gone:
-        job = patch.job
-        retain = without.get(job.retain, job.retain)
-        sets = (*job.forget, *(() if retain == WRITTEN else (retain,)))
-        if not set(sets) <= set(held):
+        job = renewed(patch.job)
+        if job is None:
             instead[patch.key] = None
             continue
         beneath = tuple(key for each in job.beneath if (key := instead.get(each, each)) is not None)
-        again = replace(job, beneath=beneath, retain=retain, fingerprint=fingerprint)
+        again = replace(job, beneath=beneath)
         instead[patch.key] = again.key
         if again.key not in standing:
             standing.add(again.key)
-            fresh.append(Patch(version + len(fresh), again, "wanted", now, request_id=request_id))
-    return Rederived(tuple(replace(each, state="dropped") for each in gone), tuple(fresh))
+            place = version + len(fresh)
+            fresh.append(Patch(place, again, "wanted", patch.wanted_at, request_id=patch.request_id))
+    return fresh

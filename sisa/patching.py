@@ -21,7 +21,7 @@ from sisa import vaulting
 from sisa.domain import Record, RecordRow, Request
 from sisa.errors import ConfigConflict, InvalidInput
 from sisa.patch import WRITTEN, Patch, PatchJob, VaultSet
-from sisa.patch_plan import activated, active, next_job, next_version, wanted
+from sisa.patch_plan import activated, active, next_job, next_version, unmade, wanted
 from sisa.patch_ports import PatchOrder
 from sisa.ports import Change, Notice
 from sisa.reconcile import sweep_patches
@@ -138,7 +138,8 @@ def make_wanted(
         if made.unfinished:
             return Unlearnt(last, True, report, *_settled(world))
         if made.saved is None:
-            commit(world, Change(patches=[replace(patch, state="dropped", report=dict(report))]))
+            told = replace(patch, report=dict(report))
+            commit(world, Change(patches=unmade(world.ledger.patches(), told)))
             continue
         now = replace(
             patch,
