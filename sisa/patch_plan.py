@@ -3,7 +3,7 @@
     sequential   a new patch lies upon all active ones
     joint        a new patch is made anew, upon the untouched base, from its own forget sets and those of
                  every active patch whose texts are still held; it takes their place. A patch whose texts
-                 are gone stays beneath
+                 are gone stays beneath, with those that it was made upon
     deletion     of a record in a patch's retain set: the patch, and every one that lies upon it, is
                  dropped at once and derived again without that record, where its texts are held
 
@@ -55,8 +55,12 @@ def next_job(
     """The job of a new patch that is to forget some sets; base, retain set, settings and fingerprint
     are those of `like`. `held` names the sets whose texts are there."""
     stack = active(patches)
-    merged = [p for p in stack if mode == "joint" and set(p.job.forget) <= set(held)]
-    beneath = tuple(each.key for each in stack if each not in merged)
+    kept: set[str] = set()
+    for patch in stack:
+        if mode == "sequential" or not set(patch.job.forget) <= set(held):
+            kept |= {patch.key, *patch.job.beneath}
+    beneath = tuple(each.key for each in stack if each.key in kept)
+    merged = [each for each in stack if each.key not in kept]
     names = dict.fromkeys([*(name for each in merged for name in each.job.forget), *forget])
     return replace(like, beneath=beneath, forget=tuple(names))
 
@@ -87,12 +91,18 @@ def needed(
 
 
 def settled(
-    patches: Sequence[Patch], mode: PatchMode, sets: Sequence[VaultSet], deletable: Collection[str]
+    patches: Sequence[Patch],
+    mode: PatchMode,
+    sets: Sequence[VaultSet],
+    deletable: Collection[str],
+    elsewhere: Collection[str] = (),
 ) -> tuple[list[VaultSet], list[str]]:
     """Sets whose texts are to be erased now, as rows without them; and names of rows that may go, since
-    no patch that is there or wanted was made from the set."""
+    nothing that is there or wanted was made from the set. `elsewhere` are the keys of patches in what
+    was exported, or beneath trained shards."""
     keep = needed(patches, mode, sets, deletable)
-    live = {name for p in patches if p.state in ("active", "wanted") for name in p.job.sets}
+    there = [p for p in patches if p.state in ("active", "wanted") or p.key in elsewhere]
+    live = {name for p in there for name in p.job.sets}
     erased = [replace(each, held=False) for each in sets if each.held and each.name not in keep]
     gone = [each.name for each in sets if each.name not in keep and each.name not in live]
     return [each for each in erased if each.name not in gone], gone
@@ -111,18 +121,20 @@ class Rederived:
         return frozenset(each.key for each in self.changed)
 
 
+def lineage(
+    patches: Sequence[Patch], touched: Collection[str], damaged: Collection[str] = ()
+) -> list[Patch]:
+    """Patches of any state with one of these retain sets, or of these keys; and those upon them, since
+    a job names all that lies beneath."""
+    keys = {each.key for each in patches if each.job.retain in touched}.union(damaged)
+    return [each for each in patches if not keys.isdisjoint((*each.job.beneath, each.key))]
+
+
 def tainted(
     patches: Sequence[Patch], touched: Collection[str], damaged: Collection[str] = ()
 ) -> list[Patch]:
-    """Active and wanted patches with one of these retain sets, or of these keys; and those upon them."""
-    found: list[Patch] = []
-    for patch in patches:
-        if patch.state in ("active", "wanted"):
-            below = {*patch.job.beneath, patch.key}
-            keys = {each.key for each in found}.union(damaged)
-            if patch.job.retain in touched or not keys.isdisjoint(below):
-                found.append(patch)
-    return found
+    """Of those, the ones that are served or wanted."""
+    return [e for e in lineage(patches, touched, damaged) if e.state in ("active", "wanted")]
 
 
 def rederive(
@@ -148,7 +160,11 @@ def rederive(
 
     gone = tainted(patches, without, damaged)
     fresh = _again(patches, gone, renewed)
-    fresh = [replace(each, wanted_at=now, request_id=request_id) for each in fresh]
+    same = {each.key for each in wanted(patches)} - {each.key for each in gone}
+    fresh = [
+        each if each.key in same else replace(each, wanted_at=now, request_id=request_id)
+        for each in fresh
+    ]
     return Rederived(tuple(replace(each, state="dropped") for each in gone), tuple(fresh))
 
 
@@ -165,21 +181,21 @@ def _again(
     patches: Sequence[Patch], gone: Sequence[Patch], renewed: Callable[[PatchJob], PatchJob | None]
 ) -> list[Patch]:
     """New wishes in the place of those that go, by their new jobs, None for one that stays away. What
-    comes out like a patch that stands already is that patch."""
-    version = next_version(patches)
-    standing = {each.key for each in (*active(patches), *wanted(patches)) if each not in gone}
+    comes out like an active patch is that patch. Wishes keep their order: one that stays as it is and
+    came later than one that goes gets a later version, too."""
+    served = {each.key for each in active(patches) if each not in gone}
     instead: dict[str, str | None] = {}
-    fresh: list[Patch] = []
-    for patch in gone:
-        job = renewed(patch.job)
-        if job is None:
+    jobs: dict[str, Patch] = {}
+    for patch in patches:
+        job = renewed(patch.job) if patch in gone else patch.job
+        if patch in gone and job is None:
             instead[patch.key] = None
-            continue
-        beneath = tuple(key for each in job.beneath if (key := instead.get(each, each)) is not None)
-        again = replace(job, beneath=beneath)
-        instead[patch.key] = again.key
-        if again.key not in standing:
-            standing.add(again.key)
-            place = version + len(fresh)
-            fresh.append(Patch(place, again, "wanted", patch.wanted_at, request_id=patch.request_id))
-    return fresh
+        elif job is not None and (patch in gone or (instead and patch.state == "wanted")):
+            beneath = tuple(key for each in job.beneath if (key := instead.get(each, each)) is not None)
+            again = replace(job, beneath=beneath)
+            instead[patch.key] = again.key
+            if again.key not in served:
+                wish = Patch(0, again, "wanted", patch.wanted_at, request_id=patch.request_id)
+                jobs.setdefault(again.key, wish)
+    version = next_version(patches)
+    return [replace(each, version=version + at) for at, each in enumerate(jobs.values())]
