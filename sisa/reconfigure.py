@@ -5,7 +5,7 @@
     retrain                     new targets; each head serves until its successor is ready
     reindex                     the index is built anew
     reset                       records move to other shards or meet another base: all is trained anew,
-                                and the old heads serve until it is
+                                and the old heads serve until it is; patches of another base are dropped
     reseal                      held files are written anew, encrypted or plain, before the commit
 
 Rules: without `--reconfigure` any difference but `none` is refused, all of them listed. The secret
@@ -34,11 +34,12 @@ from sisa.domain import (
     record_epochs,
 )
 from sisa.errors import ConfigConflict, Problem
+from sisa.patch_plan import OVER
 from sisa.plan import ShardView, plan_shard
 from sisa.ports import Change, Ledger, StoredRecord
 from sisa.reconcile import Trained, train_unrecorded
 from sisa.store import keyring
-from sisa.world import Place, World, commit, known_names, view_shard
+from sisa.world import ALWAYS_SEALED, Place, World, commit, known_names, over, view_shard
 
 
 def refuse_differences(found: Sequence[Difference], where: str) -> None:
@@ -101,6 +102,8 @@ def move(world: World, effects: Collection[Effect], meta: dict[str, str]) -> Tra
 def reseal(world: World, directory: Path) -> None:
     """Bring every held file to the form that the keyring gives. Cut short, both forms are read."""
     for room, names in known_names(world).items():
+        if room in ALWAYS_SEALED:
+            continue
         keyring.reseal(directory / room, room, sorted(names), world.keyring)
 
 
@@ -130,7 +133,7 @@ def reset(world: World, meta: dict[str, str]) -> Trained:
     trained = train_unrecorded(world, plans, slices, seq)
     views = [replace(v, held=tuple(e for e in trained if e.shard == v.shard)) for v in views]
     heads = [plan_shard(view, world.recipe, world.fingerprint).head for view in views]
-    commit(world, _moved(world.ledger, rows, slices, indexes, heads, trained, meta))
+    commit(world, _moved(world, rows, slices, indexes, heads, trained, meta))
     jobs = [job for plan in plans for job in plan.train]
     moved = tuple(plan.shard for plan in plans if plan.train)
     return Trained(sum(record_epochs(job) for job in jobs), len(jobs), moved)
@@ -158,7 +161,7 @@ def _indexed(world: World, records: Sequence[Record], rows: Sequence[RecordRow])
 
 
 def _moved(
-    old: Ledger,
+    world: World,
     rows: Sequence[RecordRow],
     slices: Sequence[SliceFile],
     indexes: Sequence[IndexFile],
@@ -166,6 +169,9 @@ def _moved(
     trained: Sequence[HeldCheckpoint],
     meta: dict[str, str],
 ) -> Change:
+    old = world.ledger
+    former = [each for each in old.patches() if each.job.base != world.base]
+    beneath_all = not {each.key for each in former}.isdisjoint(over(old))
     places = {(file.shard, file.slice) for file in slices}
     indexed = {file.shard for file in indexes}
     return Change(
@@ -179,6 +185,7 @@ def _moved(
         headless=[head.shard for head in old.heads() if head.shard >= len(heads)],
         checkpoints=trained,
         dropped=[each.key for each in old.checkpoints()],
+        patches=[replace(e, state="dropped") for e in former if e.state in ("active", "wanted")],
         exports=_unplaced(old),
-        meta=meta,
+        meta={**meta, OVER: "[]"} if beneath_all else meta,
     )
