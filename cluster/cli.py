@@ -204,11 +204,25 @@ def generate(directory: Path, prompt: str, max_new_tokens: int) -> Result:
 
 @command("export", "sisa export -m model --to adapters")
 @model_option
-@click.option("--to", "target", required=True, type=click.Path(path_type=Path), help="Empty directory.")
-def export(directory: Path, target: Path) -> Result:
-    """Write one standard PEFT directory per shard."""
+@click.option(
+    "--to",
+    "target",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Directory; each export is a new version in it.",
+)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["peft", "merged-adapter", "merged-model"]),
+    default="peft",
+    show_default=True,
+    help="A PEFT directory per shard, or the shards' mean as one adapter or as full weights.",
+)
+def export(directory: Path, target: Path, form: Any) -> Result:
+    """Write out what is served, for other tools."""
     with opened(directory) as model:
-        return render.exported(model.export(target))
+        return render.exported(model.export(target, form))
 
 
 @cli.group(help="About the run file.")

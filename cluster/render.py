@@ -17,6 +17,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sisa.export_files import unload_command
+
 if TYPE_CHECKING:
     from cluster.quickstart import Start, Story
     from sisa.ask import Answer
@@ -184,8 +186,12 @@ def probed(found: Probed | None) -> list[str]:
 
 
 def missing_exports(paths: Sequence[str]) -> list[str]:
-    """A line for each export that could not be erased."""
-    return [f"stale export, moved or changed, to be removed by you: {path}" for path in paths]
+    """Lines for each export that could not be erased."""
+    lines = []
+    for path in paths:
+        lines.append(f"stale export, moved or changed, to be removed by you: {path}")
+        lines.append(f"  if a vLLM server loaded it: {unload_command(path)}")
+    return lines
 
 
 def status(found: Status) -> Result:

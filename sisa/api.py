@@ -29,6 +29,7 @@ from sisa.cost import estimate_seconds
 from sisa.deletion import forget_at_once, plan_forget
 from sisa.digest import Keyed
 from sisa.domain import (
+    ExportForm,
     Kind,
     Record,
     RecordRow,
@@ -37,7 +38,7 @@ from sisa.domain import (
     Tombstone,
 )
 from sisa.errors import IntegrityError, InvalidInput
-from sisa.export import export_adapters, missing
+from sisa.export import export_adapters
 from sisa.lifecycle import Terms
 from sisa.model.route import Route
 from sisa.opening import CHECKPOINTS, INDEX, KEY, LEDGER, LOCK, RECORDS, SCRATCH, OpenExecutor
@@ -48,6 +49,7 @@ from sisa.reader import read_records
 from sisa.reconcile import reconcile
 from sisa.run import Taken, add, train
 from sisa.schedule import RunPlan
+from sisa.stale_exports import missing
 from sisa.store import files
 from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.ledger import SqlLedger
@@ -337,11 +339,11 @@ class Model:
 
         return AggregatedModel(self.answerer()[0], self.routes, **options)
 
-    def export(self, to: Path | str) -> list[Path]:
-        """One standard PEFT directory per shard that serves a head, kept in the ledger: a deletion that
-        touches it erases it. Raises InvalidInput if `to` holds anything."""
+    def export(self, to: Path | str, form: ExportForm = "peft") -> list[Path]:
+        """What is served, for other tools, in a new version under `to`, kept in the ledger: a deletion
+        that touches it erases it. Raises InvalidInput if `to` is no directory."""
         with self._writing() as world:
-            return export_adapters(world, self.parts, Path(to))
+            return export_adapters(world, self.parts, Path(to), form)
 
     def exports_missing(self) -> list[str]:
         """Paths of exports that a deletion could not erase: they were moved, or changed since."""

@@ -63,9 +63,10 @@ def open_answerer(
     parts: Parts,
     shards: Collection[int] | None = None,
     stack: Sequence[Patch] | None = None,
+    how: str | None = None,
 ) -> Answerer:
     """The models of some shards, or of all that serve one, ready to be asked; over the active patches,
-    or over those of `stack`. Raises IntegrityError."""
+    or over those of `stack`; together as the run file says, or as `how`. Raises IntegrityError."""
     from sisa.model.answer import Answerer
 
     live = live_heads(world)
@@ -76,8 +77,8 @@ def open_answerer(
     }
     patches = patch_files(world, active(world.ledger.patches()) if stack is None else stack)
     base, block = parts.base, parts.config.sisa
-    how, threads = block.aggregation.method, block.threads_per_shard
-    return Answerer(base.directory, base.digest, adapters, threads, patches, how)
+    method, threads = how or block.aggregation.method, block.threads_per_shard
+    return Answerer(base.directory, base.digest, adapters, threads, patches, method)
 
 
 def live_heads(world: World) -> dict[int, str]:

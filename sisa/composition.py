@@ -80,6 +80,26 @@ def measure(
     return Composition(len(asked), _mean(base), _mean(own), by_shard)
 
 
+def merged_gap(world: World, parts: Parts, limit: int = MAX_RECORDS) -> tuple[int, float, float]:
+    """Of how many remaining records the mean answer probability is what: asked of their own shards'
+    models, and of the mean of all shards' adapters."""
+    live = sorted(live_heads(world))
+    asked = _tokens(world, parts, _chosen(world, live, limit))
+    sums = []
+    for how in ("routed", "merged"):
+        answerer = open_answerer(world, parts, how=how)
+        sums.append(
+            sum(
+                answerer.answer_probability(
+                    ids[: answer[0]], ids[answer[0] :], all_of([shard] if how == "routed" else live)
+                )
+                for shard, ids, answer in asked
+            )
+        )
+    count = max(1, len(asked))
+    return len(asked), sums[0] / count, sums[1] / count
+
+
 def _chosen(world: World, shards: Sequence[int], limit: int) -> list[RecordRow]:
     """Rows of the records to ask: one of each shard in turn, until there are enough."""
     forgotten = {

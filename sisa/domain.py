@@ -162,6 +162,7 @@ class HeldCheckpoint:
 
 ANY_SHARD = -1  # of an export that was made before the records moved to other shards
 ExportState = Literal["clean", "tainted", "erasing"]
+ExportForm = Literal["peft", "merged-adapter", "merged-model"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +171,8 @@ class Export:
 
     `shard`, `slice` and `seq` are those of the checkpoint, so that what a record touched can be told
     when it is long retired. `request_id` names the deletion that tainted it; `patches` are the keys of
-    the approximate patches whose changes are in it.
+    the approximate patches whose changes are in it. An export in a merged form has a row for each shard
+    that is in it; `adapter_sha256` is that of the file with the weights.
     """
 
     path: str
@@ -183,6 +185,7 @@ class Export:
     state: ExportState = "clean"
     request_id: str = ""
     patches: tuple[str, ...] = ()
+    form: ExportForm = "peft"
 
     @property
     def name(self) -> tuple[str, str]:

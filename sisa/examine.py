@@ -21,13 +21,13 @@ from typing import Literal
 from sisa.assign import slice_root
 from sisa.domain import Head, IndexFile, SliceFile
 from sisa.errors import IntegrityError, SisaError
-from sisa.export import standing
 from sisa.garbage import LEDGER_FILES, STRAY, list_garbage
 from sisa.lineage import parse_manifest, parse_patch_manifest
 from sisa.opening import CHECKPOINTS, INDEX, KEY, LEDGER, PATCHES, RECORDS, VAULT
 from sisa.plan import plan_shard
 from sisa.reconcile import refuse_lost_rows
 from sisa.requests import contradicted
+from sisa.stale_exports import standing
 from sisa.store import files
 from sisa.store.checkpoints import MANIFEST
 from sisa.store.keyring import MAGIC, RESTORE, FileKeyring, is_sealed

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sisa.errors import IntegrityError
-from sisa.export import give_up_lost
 from sisa.lineage import named_files
 from sisa.opening import (
     CHECKPOINTS,
@@ -39,6 +38,7 @@ from sisa.opening import (
 )
 from sisa.plan import plan_shard
 from sisa.ports import Change
+from sisa.stale_exports import give_up_lost
 from sisa.store import files
 from sisa.world import World, commit, known_names, view_shard
 

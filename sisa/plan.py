@@ -138,12 +138,17 @@ def touched(made: HeldCheckpoint | Export, row: RecordRow) -> bool:
 
 def marked(exports: Iterable[Export], removed: Mapping[str, Collection[RecordRow]]) -> list[Export]:
     """The clean exports that a removed record touched, each with the first request that removes one."""
-    found = []
-    for export in exports:
-        by = [name for name, rows in removed.items() if any(touched(export, row) for row in rows)]
-        if by and export.state == "clean":
-            found.append(replace(export, state="tainted", request_id=by[0]))
-    return found
+    by: dict[tuple[str, str], str] = {}  # all shards that were exported together go together
+    clean = [each for each in exports if each.state == "clean"]
+    for export in clean:
+        names = [name for name, rows in removed.items() if any(touched(export, row) for row in rows)]
+        if names:
+            by.setdefault((export.path, export.adapter_sha256), names[0])
+    return [
+        replace(each, state="tainted", request_id=by[each.path, each.adapter_sha256])
+        for each in clean
+        if (each.path, each.adapter_sha256) in by
+    ]
 
 
 def plan_shard(view: ShardView, recipe: Recipe, fingerprint: str) -> ShardPlan:

@@ -15,10 +15,10 @@ import numpy as np
 
 from sisa.domain import Hit, RecordRow, Tombstone
 from sisa.errors import IntegrityError, Problem, UnknownRecord
-from sisa.export import standing
 from sisa.patch import PatchState, SetRole, VaultSet
 from sisa.plan import touched
 from sisa.ports import StoredRecord, Vectors
+from sisa.stale_exports import standing
 from sisa.world import World, slices_of, stored_in
 
 NUM_NEAR = 50  # near-duplicates that are proposed at most

@@ -33,10 +33,10 @@ from sisa.domain import (
     record_epochs,
 )
 from sisa.errors import IntegrityError, SisaError
-from sisa.export import erase_stale, missing
 from sisa.plan import ShardPlan, plan_shard
 from sisa.ports import Change, Event, Ledger, SavedCheckpoint, SliceTrained, TrainingStarted
 from sisa.requests import contradicted, event, under_way
+from sisa.stale_exports import erase_stale, missing
 from sisa.vaulting import settle
 from sisa.world import World, commit, held_names, known_names, model_digest, view_shard
 

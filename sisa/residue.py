@@ -37,13 +37,13 @@ from typing import TYPE_CHECKING
 from sisa.digest import file_sha256, sha256_hex
 from sisa.domain import RecordRow, Tombstone
 from sisa.errors import Busy, InvalidInput, SisaError
-from sisa.export import standing
 from sisa.found_rows import BATCH_ROWS, Unreadable, json_ids, parquet_ids, vector_ids
 from sisa.garbage import list_garbage, undisturbed
 from sisa.lineage import parse_manifest, parse_patch_manifest, proves_clean
 from sisa.model.packages import cache_dir
 from sisa.needles import PARQUET_MAGIC, Needles
 from sisa.opening import CHECKPOINTS, INDEX, PATCHES, RECORDS, RUNS, VAULT
+from sisa.stale_exports import standing
 from sisa.store.checkpoints import ADAPTER, MANIFEST
 from sisa.store.keyring import is_sealed
 from sisa.unsealing import SealedFiles, Shredded

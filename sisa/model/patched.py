@@ -25,7 +25,7 @@ from sisa.digest import canonical_json, sha256_hex
 from sisa.errors import IntegrityError
 from sisa.model.adapter import ADAPTER_FILE, CONFIG_FILE, read_config, tensor_bytes, written_config
 from sisa.model.base import load_base, own_modules
-from sisa.model.low_rank import lay_on, read_change, stacked, tensors_of
+from sisa.model.low_rank import averaged, lay_on, read_change, stacked, tensors_of
 from sisa.patch import patched_digest
 
 Files = Mapping[str, bytes]
@@ -58,13 +58,13 @@ def patched_name(base_digest: str, patches: Sequence[Files]) -> str:
     return patched_digest(base_digest, [sha256_hex(files[ADAPTER_FILE]) for files in patches])
 
 
-def merge_adapters(patches: Sequence[Files], adapter: Files) -> dict[str, bytes]:
-    """One adapter on the plain base that does what an adapter over patches does. Its scale is 1, and it
-    names its modules in full.
+def merge_adapters(patches: Sequence[Files], adapters: Sequence[Files]) -> dict[str, bytes]:
+    """One adapter on the plain base that does what the mean of adapters over patches does. Its scale is
+    1, and it names its modules in full.
 
     Raises IntegrityError: an adapter that is damaged, or none that can be put together.
     """
-    configs = [read_config(files) for files in (*patches, adapter)]
+    configs = [read_config(files) for files in (*patches, *adapters)]
     if len({config.fan_in_fan_out for config in configs}) != 1:
         raise IntegrityError(
             "a patch and an adapter are of different bases",
@@ -72,9 +72,10 @@ def merge_adapters(patches: Sequence[Files], adapter: Files) -> dict[str, bytes]
             expected="one value of fan_in_fan_out",
             next_step="run `sisa verify` on the model",
         )
-    whole = stacked([read_change(files) for files in (*patches, adapter)])
+    mean = averaged([read_change(files) for files in adapters])
+    whole = stacked([*(read_change(files) for files in patches), mean])
     config = configs[-1]
-    config.r = config.lora_alpha = sum(each.r for each in configs)
+    config.r = config.lora_alpha = len(next(iter(whole.values())).a_RI)
     config.target_modules = list(whole)
     config.use_rslora, config.init_lora_weights = False, True
     config.layers_to_transform = config.layers_pattern = config.exclude_modules = None

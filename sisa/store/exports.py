@@ -1,8 +1,8 @@
-"""Exports at rest: a directory of two files, anywhere that the caller said.
+"""Exports at rest: a directory of a few files, anywhere that the caller said.
 
 Rules: a path comes out of the ledger and is not trusted: it is walked from the root, part by part,
-without following a link, and nothing is removed but two regular files of known names, the adapter only
-while its bytes are the recorded ones, and then the directory if that is all there was. A checkpoint's
+without following a link, and nothing is removed but regular files of known names, the weights only while
+their bytes are the recorded ones, and then the directory if that is all there was. A checkpoint's
 directory is no export. What is gone or was changed is somebody else's and left alone.
 
 Not covered: other copies and other names (hard links) of the same file.
@@ -23,7 +23,9 @@ from sisa.ports import Standing
 from sisa.store import files
 from sisa.store.checkpoints import ADAPTER, MANIFEST
 
-CONFIG = "adapter_config.json"
+CONFIG, CARD, MODEL = "adapter_config.json", "README.md", "model.safetensors"
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+_BESIDE = (CONFIG, CARD, "config.json", "generation_config.json", *TOKENIZER)
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)  # a link is no directory here, either
@@ -46,11 +48,12 @@ class DirectoryExports:
             parent, folder = found
             standing = _standing(folder, export)
             if standing == "held":
-                os.unlink(ADAPTER, dir_fd=folder)
+                os.unlink(_weights(export), dir_fd=folder)
             elif standing == "changed" or export.state != "erasing":
                 return False
-            if _is_regular(folder, CONFIG):
-                os.unlink(CONFIG, dir_fd=folder)
+            for name in _BESIDE:
+                if _is_regular(folder, name):
+                    os.unlink(name, dir_fd=folder)
             os.fsync(folder)
             if not os.listdir(folder):
                 os.rmdir(os.path.basename(export.path), dir_fd=parent)
@@ -87,14 +90,19 @@ def _is_regular(folder: int, name: str) -> bool:
         return False
 
 
+def _weights(export: Export) -> str:
+    return MODEL if export.form == "merged-model" else ADAPTER
+
+
 def _standing(folder: int, export: Export) -> Standing:
     names = set(os.listdir(folder))
     if MANIFEST in names:
         return "changed"
-    if ADAPTER not in names:
+    weights = _weights(export)
+    if weights not in names:
         return "gone"
-    if not _is_regular(folder, ADAPTER):
+    if not _is_regular(folder, weights):
         return "changed"
-    with open(os.open(ADAPTER, _FILE, dir_fd=folder), "rb") as file:
+    with open(os.open(weights, _FILE, dir_fd=folder), "rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     return "held" if found == export.adapter_sha256 else "changed"

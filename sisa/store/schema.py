@@ -130,6 +130,7 @@ EXPORTS = _table(
     _text("state", nullable=False),
     _text("request_id", nullable=False),
     _text("patches", nullable=False),  # JSON list of their keys
+    _text("form", nullable=False),
 )
 PATCHES = _table(
     "patches",

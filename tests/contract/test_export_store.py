@@ -79,11 +79,11 @@ def test_the_directory_goes_when_it_is_empty(directories: DirectoryExports, plac
 
 
 def test_other_files_stay(directories: DirectoryExports, place: Path) -> None:
-    directories.write(str(place), {**CONTENT, "README.md": b"mine"})
+    directories.write(str(place), {**CONTENT, "NOTES.md": b"mine"})
     (place / "folder").mkdir()
     (place / "folder" / ADAPTER).write_bytes(CONTENT[ADAPTER])
     assert directories.erase(export(place))
-    assert sorted(os.listdir(place)) == ["README.md", "folder"]
+    assert sorted(os.listdir(place)) == ["NOTES.md", "folder"]
     assert (place / "folder" / ADAPTER).exists()
 
 

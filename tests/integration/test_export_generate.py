@@ -19,7 +19,6 @@ from sisa.opening import CHECKPOINTS
 from tests.integration.tiny_model import (
     PEOPLE,
     Tiny,
-    all_files,
     change_run,
     command,
     ids_of,
@@ -80,11 +79,11 @@ def test_peft_loads_every_exported_adapter_with_the_shards_logits(tiny: Tiny) ->
     assert not torch.allclose(seen[0], seen[1], rtol=1e-3, atol=1e-6)
 
 
-def test_an_export_holds_two_files_a_shard_and_no_trace_of_training(tiny: Tiny) -> None:
+def test_an_export_holds_an_adapter_a_shard_with_its_card_and_no_trace_of_training(tiny: Tiny) -> None:
     made = tiny.open().export(tiny.folder / "export")
     for path in made:
         names = sorted(each.name for each in path.iterdir())
-        assert names == ["adapter_config.json", "adapter_model.safetensors"]
+        assert names == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
         config = json.loads((path / "adapter_config.json").read_text())
         assert (config["peft_type"], config["r"]) == ("LORA", 4)
         assert Path(config["base_model_name_or_path"]).samefile(tiny.base)
@@ -98,18 +97,53 @@ def test_an_emptied_shard_exports_nothing(tiny: Tiny) -> None:
     assert [path.name for path in made] == ["shard-00000", "shard-00002"]
 
 
-def test_export_refuses_a_directory_that_holds_anything(
-    tiny: Tiny, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_export_is_a_version_of_its_own(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
     target = tiny.folder / "export"
     target.mkdir()
     (target / "mine.txt").write_text("mine")
-    done = command(capsys, "export", "-m", tiny.directory, "--to", target)
+    for version in ("v1", "v2"):
+        done = command(capsys, "export", "-m", tiny.directory, "--to", target)
+        assert (done.code, len(done.json["adapters"])) == (0, 3)
+        assert {Path(each).parent for each in done.json["adapters"]} == {target / version}
+    assert (target / "mine.txt").read_text() == "mine"
+    done = command(capsys, "export", "-m", tiny.directory, "--to", target / "mine.txt")
     assert (done.code, done.error["type"]) == (2, "InvalidInput")
-    assert list(all_files(target)) == ["mine.txt"]
-    (target / "mine.txt").unlink()
-    done = command(capsys, "export", "-m", tiny.directory, "--to", target)
-    assert (done.code, len(done.json["adapters"])) == (0, 3)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_merged_forms_are_the_mean_of_the_shards_weights(tiny: Tiny) -> None:
+    """Both load in plain tools and give the logits of our own merged aggregation."""
+    import torch
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoModelForCausalLM
+
+    from sisa.model.tokens import encode_prompt
+
+    change_run(tiny.run_file, sisa__aggregation="merged")
+    tiny.train()
+    model = tiny.open()
+    (adapter,) = model.export(tiny.folder / "export", "merged-adapter")
+    (whole,) = model.export(tiny.folder / "export", "merged-model")
+    answerer, _ = model.answerer()
+    ids = encode_prompt(PROMPT, answerer.tokenizer, "completion")
+    expected = answerer.next_token_probabilities(ids, all_of((0, 1, 2)))
+    assert not torch.allclose(expected, answerer.next_token_probabilities(ids, all_of(())), rtol=1e-3)
+    as_adapter = probabilities(AutoPeftModelForCausalLM.from_pretrained(adapter), ids)
+    as_model = probabilities(AutoModelForCausalLM.from_pretrained(whole, dtype=torch.float32), ids)
+    torch.testing.assert_close(as_adapter, expected, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(as_model, expected, rtol=1e-4, atol=1e-7)
+    for path in (adapter, whole):
+        card = (path / "README.md").read_text()
+        assert "average of the shards' weights" in card
+        assert "mean answer probability" in card
+        assert not any(name in card for name in ids_of(PEOPLE))
+    assert len(model.status().exports) == 2 * 3
+    done = model.forget(ids_of(of_people("p004")))
+    assert done.request is not None
+    assert done.request.exports_erased == 2
+    assert not adapter.exists()
+    assert not whole.exists()
+    assert model.status().exports == ()
 
 
 def test_answers_are_those_of_a_model_that_never_held_the_deleted(

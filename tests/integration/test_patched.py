@@ -273,8 +273,8 @@ def test_patches_and_an_adapter_are_one_adapter_on_the_plain_base(
     from sisa.model.patched import merge_adapters
 
     shard = random_patch(base.directory, 7, "q_proj", "o_proj", rank=3)
-    whole = merge_adapters(patches, shard)
-    assert whole == merge_adapters(patches, shard)
+    whole = merge_adapters(patches, [shard])
+    assert whole == merge_adapters(patches, [shard])
     for name, data in whole.items():
         (tmp_path / name).write_bytes(data)
     plain = AutoModelForCausalLM.from_pretrained(base.directory, dtype=torch.float32)

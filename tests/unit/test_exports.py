@@ -23,21 +23,24 @@ from cluster import cli
 from sisa import lifecycle, opening, query
 from sisa.assign import Assigner, Layout
 from sisa.deletion import forget_at_once, plan_forget
-from sisa.digest import Keyed
+from sisa.digest import Keyed, sha256_hex
 from sisa.domain import ANY_SHARD, Export, RecordRow, Request
 from sisa.errors import EnvironmentFault, InvalidInput
-from sisa.export import export_adapters, missing
+from sisa.export import export_adapters
 from sisa.lifecycle import Terms, find
 from sisa.ports import Change
 from sisa.reconcile import reconcile
 from sisa.reconfigure import reset
 from sisa.run import add, train
+from sisa.stale_exports import missing
 from sisa.store.files import writer_lock
 from tests.fakes import ADAPTER, SECRET, FakeModel, fake_model, fake_record
 from tests.unit import care_model
 
 NUM_RECORDS = 12
-PARTS: Any = SimpleNamespace(base=SimpleNamespace(directory=Path("base")))
+PARTS: Any = SimpleNamespace(
+    base=SimpleNamespace(directory=Path("base")), config=SimpleNamespace(base_model="base")
+)
 
 
 @pytest.fixture
@@ -273,22 +276,49 @@ def test_exports_outlive_a_new_layout_and_are_still_erased(fake: FakeModel) -> N
     assert knows(fake, 3) == set()
 
 
-def test_a_target_that_holds_anything_is_refused_before_anything(
+def test_a_target_that_is_no_directory_is_refused_before_anything(
     fake: FakeModel, tmp_path: Path
 ) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine").touch()
+    (tmp_path / "out").touch()
     seq = fake.ledger.seq()
     with pytest.raises(InvalidInput):
         export(fake, "out", tmp_path)
     assert fake.ledger.seq() == seq
 
 
+def test_no_version_is_used_twice(fake: FakeModel, tmp_path: Path) -> None:
+    first = export(fake, "out", tmp_path)
+    (tmp_path / "out" / "v4").mkdir(parents=True)
+    (tmp_path / "out" / "mine").touch()
+    assert {Path(each.path).parent.name for each in first} == {"v1"}
+    assert {Path(each.path).parent.name for each in export(fake, "out", tmp_path)} == {"v5"}
+    (tmp_path / "out" / "v4").rmdir()
+    assert {Path(each.path).parent.name for each in export(fake, "out", tmp_path)} == {"v6"}
+
+
+def test_shards_that_were_exported_together_go_together(fake: FakeModel) -> None:
+    """As a merged form leaves them: one directory, a row for each shard that is in it."""
+    made = export(fake, "a")
+    content = dict(fake.exports.stored[made[0].path])
+    fake.exports.stored = {"/merged/v1/merged-adapter": content}
+    digest = sha256_hex(content[ADAPTER])
+    rows = [
+        replace(e, path="/merged/v1/merged-adapter", adapter_sha256=digest, form="merged-adapter")
+        for e in made
+    ]
+    fake.ledger.commit(Change(exports=rows, unexported=[each.name for each in made]))
+    planned = plan_forget(fake.world, [row(fake, 3)])
+    assert len(planned.plans) == 1, "one shard is touched"
+    done = forget(fake, 3)
+    assert (fake.exports.stored, fake.ledger.exports()) == ({}, [])
+    assert done.exports_erased == 1
+
+
 def test_the_path_in_the_ledger_has_no_link_in_it(fake: FakeModel, tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
     made = export(fake, "out", tmp_path / "link")
-    assert {Path(each.path).parent for each in made} == {tmp_path.resolve() / "real" / "out"}
+    assert {Path(each.path).parent for each in made} == {tmp_path.resolve() / "real" / "out" / "v1"}
 
 
 def test_a_retired_row_of_an_export_is_only_dropped_with_its_files(fake: FakeModel) -> None:
@@ -326,7 +356,7 @@ def sisa(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 def test_the_commands_tell_of_exports(model: Path, tmp_path: Path, sisa: Sisa) -> None:
     at, out = ("-m", model), tmp_path / "out"
     made = sisa("export", *at, "--to", out)["adapters"]
-    assert [Path(each).parent for each in made] == [out] * 2
+    assert [Path(each).parent for each in made] == [out / "v1"] * 2
     record = care_model.record(care_model.DELETED).id
     (held,) = sisa("where", *at, record)["records"]
     (stale,) = held["exports"]
@@ -336,6 +366,7 @@ def test_the_commands_tell_of_exports(model: Path, tmp_path: Path, sisa: Sisa) -
     assert (told["exports_erased"], told["exports_missing"]) == (1, [])
     assert not Path(stale).exists()
     assert sorted(each.name for each in Path(kept).iterdir()) == [
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
     ]

@@ -1,0 +1,134 @@
+"""What is in an exported directory: adapters, weights, and the card that says what they are.
+
+Rules: torch is loaded only where something is put together. A card holds counts and digests, no id and
+no text. Its root is the digest of the roots of all slices, so that two exports tell whether they were
+made of the same records.
+
+Not covered: where it is written (`export.py`). Full weights are put together in memory.
+
+>>> Card("peft", "base", "b" * 64, "m" * 64, 3, 1, (), 0, "2026-01-01").text("v1-shard-00000", [0])[:16]
+b'---\\nbase_model: '
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sisa.digest import canonical_json, digest_of
+from sisa.domain import ExportForm
+
+if TYPE_CHECKING:
+    from sisa.parts import Parts
+
+ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+MODEL, CARD = "model.safetensors", "README.md"
+
+Files = Mapping[str, bytes]
+
+
+@dataclass(frozen=True)
+class Card:
+    """What all directories of one export say."""
+
+    form: ExportForm
+    base: str
+    base_digest: str
+    model_digest: str
+    num_records: int
+    num_deleted: int
+    roots: tuple[tuple[int, int, str], ...]  # shard, slice, root of its records
+    num_patches: int
+    made_at: str
+
+    def text(
+        self, name: str, shards: Sequence[int], gap: tuple[int, float, float] | None = None
+    ) -> bytes:
+        """The card of the directory that holds some shards; `gap` as of `composition.merged_gap`."""
+        kind = "transformers" if self.form == "merged-model" else "peft"
+        lines = [
+            *("---", f"base_model: {json.dumps(self.base)}", f"library_name: {kind}", "---", ""),
+            f"# {name}",
+            "",
+            f"Exported from a deletion-ready model, form `{self.form}`, at {self.made_at}.",
+            "",
+            f"- base: {self.base}, digest `{self.base_digest}`",
+            f"- model digest: `{self.model_digest}`",
+            f"- shards in it: {', '.join(map(str, shards))}",
+            f"- records it was trained on: {self.num_records}, root `{digest_of(self.roots)}`",
+            f"- deletions so far: {self.num_deleted}",
+            f"- approximate patches in it: {self.num_patches}",
+        ]
+        if gap is not None:
+            count, routed, merged = gap
+            lines += [
+                "",
+                "This is an average of the shards' weights, not what the shards say together: on "
+                f"{count} of the remaining records the mean answer probability is {merged:.3f}, where "
+                f"the record's own shard gives {routed:.3f}.",
+            ]
+        if self.form != "merged-model":
+            loaded = json.dumps({"lora_name": name, "lora_path": "DIRECTORY"})
+            lines += ["", f"On a vLLM server: `POST /v1/load_lora_adapter` with `{loaded}`."]
+        stale = "A deletion makes it stale if the record was in it; `sisa status` of the model tells."
+        return "\n".join([*lines, "", stale, ""]).encode()
+
+
+def of_adapter(parts: Parts, patches: Sequence[Files], adapter: Files) -> dict[str, bytes]:
+    """An adapter, and the patches beneath it, as one on the plain base."""
+    return _named(parts, _merged(patches, [adapter]) if patches else adapter)
+
+
+def of_merged_adapter(
+    parts: Parts, patches: Sequence[Files], adapters: Sequence[Files]
+) -> dict[str, bytes]:
+    """The mean of adapters, and the patches beneath them, as one on the plain base."""
+    return _named(parts, _merged(patches, adapters))
+
+
+def _merged(patches: Sequence[Files], adapters: Sequence[Files]) -> Files:
+    from sisa.model.patched import merge_adapters
+
+    return merge_adapters(patches, adapters)
+
+
+def _named(parts: Parts, files: Files) -> dict[str, bytes]:
+    config = json.loads(files[CONFIG])
+    config["base_model_name_or_path"] = str(parts.base.directory)
+    return {ADAPTER: files[ADAPTER], CONFIG: canonical_json(config)}
+
+
+def of_merged_model(
+    parts: Parts, patches: Sequence[Files], adapters: Sequence[Files]
+) -> dict[str, bytes]:
+    """The base with the patches' and the mean of the adapters' changes in its weights."""
+    from sisa.model.low_rank import averaged, lay_on, read_change
+    from sisa.model.patched import load_patched
+
+    model, tokenizer = load_patched(parts.base.directory, parts.base.digest, patches)
+    lay_on(model, averaged([read_change(each) for each in adapters]))
+    with tempfile.TemporaryDirectory() as scratch:
+        model.save_pretrained(scratch, max_shard_size="1TB")
+        tokenizer.save_pretrained(scratch)
+        return {each.name: each.read_bytes() for each in sorted(Path(scratch).iterdir())}
+
+
+def unload_command(path: str) -> str:
+    """What makes a vLLM server let go of an exported adapter, if it was loaded under its export's name.
+
+    >>> print(unload_command("/out/v1/shard-00003").split()[-1])
+    '{"lora_name":"v1-shard-00003"}'
+    """
+    url = "localhost:8000/v1/unload_lora_adapter"
+    body = shlex.quote(json.dumps({"lora_name": lora_name(path)}, separators=(",", ":")))
+    return f"curl -X POST {url} -H 'Content-Type: application/json' -d {body}"
+
+
+def lora_name(path: str) -> str:
+    """The name under which an exported adapter's card says to load it."""
+    return "-".join(Path(path).parts[-2:])
