@@ -6,8 +6,9 @@ Rules: rows are padded on the right to be scored, without a mask, and on the lef
 so the batch size reaches results by rounding alone: below 1e-5 of a value, or of 1 where it is smaller
 (SmolLM2-135M in float32, batches of 1 and 8: 5e-6; half precision rounds more). A tie that close may
 fall either way. A deletion-ready model answers as `sisa generate` does: the mean of its routed shards'
-next-token probabilities; its answers are scored under the same mean, and generated one by one.
-Generation is greedy, whatever a model's own generation config says.
+next-token probabilities over its active patches, which its digest names; its answers are scored under
+the same mean, and generated one by one. Generation is greedy, whatever a model's own generation config
+says.
 
 Not covered: models over several devices, quantised weights, adapters other than peft's.
 
@@ -162,9 +163,10 @@ class DeletionReadyModel:
         status = model.status()
         how = model.config.sisa.aggregation.model_dump(mode="json")
         self.name = status.directory
-        self.digest = digest_of([status.model_digest, status.base_digest, model.embedder.digest, how])
         self._model = model
         self._answerer, kind = model.answerer()
+        base = self._answerer.base_name
+        self.digest = digest_of([status.model_digest, base, model.embedder.digest, how])
         self.kind: PromptKind = "chat" if kind == "chat" else "completion"
 
     def score(

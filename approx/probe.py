@@ -12,17 +12,19 @@ A record counts as known when the extraction strength is at least KNOWN_STRENGTH
 continuation recalls KNOWN_RECALL of its answer and as many of its tokens are memorised. Recall alone
 won't do: a base that knows how such answers are phrased recalls all but the names.
 
+The base is asked as it is served: under the patches that it is given.
+
 Rules: approximate, and said to be so wherever it is shown. The base is read, never changed. Of a plain
 text the second half is the answer. At most MAX_PROBED records are asked, the first in their order, and
 none any more after MAX_SECONDS; how many were is told. What is returned holds no text.
 
-Not covered: knowledge under another wording; what adapters or patches know; other languages' stemming.
+Not covered: knowledge under another wording; what adapters know; other languages' stemming.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +39,8 @@ from approx.metrics.min_k_plus_plus import min_k_plus_plus_score
 from approx.metrics.rouge import rougeL_recall
 from sisa.config import RunConfig
 from sisa.domain import Probed, Record
-from sisa.model.base import load_base
 from sisa.model.numerics import pin_threads
+from sisa.model.patched import load_patched
 from sisa.model.tokens import NO_LOSS, Tokens, Untokenizable, tokenize
 
 MAX_PROBED, MAX_SECONDS = 32, 60.0  # the text waits for its erasure meanwhile
@@ -47,23 +49,34 @@ SHARES = 3  # neighbours: continued from the prompt, from a third and from two t
 KNOWN_RECALL, KNOWN_STRENGTH = 0.9, 0.5
 
 
-def open_probe(base_dir: Path, base_digest: str, config: RunConfig) -> BaseProbe:
-    """The probe of a model's base."""
-    return BaseProbe(base_dir, base_digest, config.sisa.threads_per_shard, config.sequence_len)
+def open_probe(
+    base_dir: Path, base_digest: str, config: RunConfig, patches: Sequence[Mapping[str, bytes]]
+) -> BaseProbe:
+    """The probe of a model's base under patches, lowest first."""
+    threads = config.sisa.threads_per_shard
+    return BaseProbe(base_dir, base_digest, threads, config.sequence_len, patches)
 
 
 class BaseProbe:
-    """Asks one base; a `sisa.ports.Probe`."""
+    """Asks one base, under patches or not; a `sisa.ports.Probe`."""
 
-    def __init__(self, base_dir: Path, base_digest: str, threads: int, sequence_len: int) -> None:
-        self._base = (base_dir, base_digest)
+    def __init__(
+        self,
+        base_dir: Path,
+        base_digest: str,
+        threads: int,
+        sequence_len: int,
+        patches: Sequence[Mapping[str, bytes]] = (),
+    ) -> None:
+        self._base = (base_dir, base_digest, patches)
         self._threads = threads
         self._sequence_len = sequence_len
 
     def __call__(self, records: Sequence[Record]) -> Probed:
-        """Raises IntegrityError for another base. Records that can't be tokenized are not probed."""
+        """Raises IntegrityError for another base, or a patch that does not fit. Records that can't be
+        tokenized are not probed."""
         pin_threads(self._threads)
-        model, tokenizer = load_base(*self._base)
+        model, tokenizer = load_patched(*self._base)
         found: list[_Asked] = []
         started = time.monotonic()
         for record in records[:MAX_PROBED]:

@@ -31,9 +31,11 @@ def approx() -> None:
     type=click.Path(path_type=Path),
     help="Records (JSONL, Parquet), or a text file: each line is a text.",
 )
-def probe(directory: Path, file: Path) -> Result:
-    """Ask the base alone whether it produces given texts."""
+@click.option("--without-patches", is_flag=True, help="Ask the base as it was before any patch.")
+def probe(directory: Path, file: Path, without_patches: bool) -> Result:
+    """Ask the base alone, as it is served, whether it produces given texts."""
     from approx.probe import open_probe
+    from sisa import unlearn
     from sisa.reader import read_records
 
     with opened(directory) as model:
@@ -43,5 +45,6 @@ def probe(directory: Path, file: Path) -> Result:
             lines = enumerate(read_lines(file))
             records = [Record(str(n), None, "text", (Part("text", line),)) for n, line in lines]
         base = model.parts.base
-        found = open_probe(base.directory, base.digest, model.config)(records)
+        patches = [] if without_patches else unlearn.served(model)
+        found = open_probe(base.directory, base.digest, model.config, patches)(records)
     return Result({**asdict(found), "approximate": True}, "\n".join(render.probed(found)).strip())

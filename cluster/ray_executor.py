@@ -67,6 +67,7 @@ class RayExecutor:
             records_dir=site.records_dir.absolute(),
             checkpoints_dir=site.checkpoints_dir.absolute(),
             base_dir=site.base_dir.absolute(),
+            patches_dir=site.patches_dir.absolute(),
         )
         self._address = address
         self._num_workers = num_workers

@@ -72,8 +72,9 @@ class Mailbox:
 
 
 def open_parts(site: Site) -> Parts:
-    """The real parts of a site; the trainer, and with it the base, is kept per process."""
-    from sisa.opening import open_stores
+    """The real parts of a site; the base is kept per process."""
+    from sisa.model.numerics import pin_threads
+    from sisa.opening import open_stores, open_trainer
     from sisa.store.keyring import FileKeyring
 
     if not site.records_dir.is_dir():
@@ -89,18 +90,8 @@ def open_parts(site: Site) -> Parts:
             where=str(keys.root),
             next_step="put the keyring on a file system that all nodes share, and name it by `keyring:`",
         )
-    trainer = _open_trainer(site.base_dir, site.base_digest, site.threads)
-    return trainer, *open_stores(site)
-
-
-@functools.lru_cache(maxsize=1)
-def _open_trainer(base_dir: Path, base_digest: str, threads: int) -> Trainer:
-    from sisa.model.lora import LoraTrainer
-    from sisa.model.numerics import pin_threads
-
-    pin_threads(threads)
-    trainer: Trainer = LoraTrainer(base_dir, base_digest, threads)
-    return trainer
+    pin_threads(site.threads)
+    return open_trainer(site), *open_stores(site)
 
 
 def train_remotely(task: Task, mailbox: Any, carried: Carried) -> Outcome:

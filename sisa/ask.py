@@ -1,8 +1,8 @@
 """Asking the model: which constituent models answer, and what they say together.
 
-Rules: the choice depends on the remaining records and the served heads alone. Adapters are checked
-against the ledger before anything parses them. A prompt is put to the model as most of the remaining
-records are written.
+Rules: the choice depends on the remaining records and the served heads alone. Active patches lie
+beneath all that answers, the base alone among it. Adapters and patches are checked against the ledger
+before anything parses them. A prompt is put to the model as most of the remaining records are written.
 
 Not covered: decoding (`model/answer.py`), choosing among hits (`model/route.py`).
 """
@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING
 from sisa import query
 from sisa.domain import Kind
 from sisa.opening import Parts
-from sisa.world import World
+from sisa.patch import Patch
+from sisa.patch_plan import active
+from sisa.world import World, patch_files
 
 if TYPE_CHECKING:
     from sisa.model.answer import Answerer
@@ -53,7 +55,7 @@ def routes_of(world: World, parts: Parts, prompts: Sequence[str]) -> list[tuple[
     from sisa.model.route import choose_shards
 
     how = parts.config.sisa.aggregation
-    live = frozenset(_live(world))
+    live = frozenset(live_heads(world))
     found = []
     for prompt in prompts:
         hits = []
@@ -63,21 +65,29 @@ def routes_of(world: World, parts: Parts, prompts: Sequence[str]) -> list[tuple[
     return found
 
 
-def open_answerer(world: World, parts: Parts, shards: Collection[int] | None = None) -> Answerer:
-    """The models of some shards, or of all that serve one, ready to be asked. Raises IntegrityError."""
+def open_answerer(
+    world: World,
+    parts: Parts,
+    shards: Collection[int] | None = None,
+    stack: Sequence[Patch] | None = None,
+) -> Answerer:
+    """The models of some shards, or of all that serve one, ready to be asked; over the active patches,
+    or over those of `stack`. Raises IntegrityError."""
     from sisa.model.answer import Answerer
 
-    live = _live(world)
+    live = live_heads(world)
     manifests = {each.key: each.manifest_sha256 for each in world.ledger.checkpoints()}
     adapters = {
         shard: world.checkpoints.load(live[shard], manifests[live[shard]])
         for shard in sorted(live if shards is None else shards)
     }
-    base = parts.base
-    return Answerer(base.directory, base.digest, adapters, parts.config.sisa.threads_per_shard)
+    patches = patch_files(world, active(world.ledger.patches()) if stack is None else stack)
+    base, threads = parts.base, parts.config.sisa.threads_per_shard
+    return Answerer(base.directory, base.digest, adapters, threads, patches)
 
 
-def _live(world: World) -> dict[int, str]:
+def live_heads(world: World) -> dict[int, str]:
+    """Shards that serve an adapter, and its key."""
     return {head.shard: head.key for head in world.ledger.heads() if head.key is not None}
 
 

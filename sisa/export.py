@@ -5,10 +5,11 @@
     erasing   mark what is still as it was written -> erase the files -> drop the row
 
 Rules: bytes are checked against the ledger; `adapter_config.json` names the base's directory, so that
-`AutoPeftModelForCausalLM` loads it as it is. A target that holds anything is refused. The row comes
-before the files and goes after them, so that no crash leaves an export that nobody knows. A directory
-that was moved or changed is left alone and its row stays, marked: it is erased when it comes back, or
-given up on a person's word.
+`AutoPeftModelForCausalLM` loads it as it is. What is served goes out: with active patches, each adapter
+is the sum of the patches and the shard's own, as one adapter on the plain base. A target that holds
+anything is refused. The row comes before the files and goes after them, so that no crash leaves an
+export that nobody knows. A directory that was moved or changed is left alone and its row stays, marked:
+it is erased when it comes back, or given up on a person's word.
 
 Not covered: merged adapters and models; copies that somebody made of an export.
 """
@@ -18,20 +19,23 @@ from __future__ import annotations
 import contextlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sisa.digest import canonical_json
+from sisa.digest import canonical_json, sha256_hex
 from sisa.domain import Export
 from sisa.errors import EnvironmentFault, InvalidInput, SisaError
+from sisa.patch_plan import active
 from sisa.ports import Change
 from sisa.requests import event
-from sisa.world import World, commit
+from sisa.world import World, commit, patch_files
 
 if TYPE_CHECKING:
     from sisa.opening import Parts
+
+ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 def export_adapters(world: World, parts: Parts, target: Path) -> list[Path]:
@@ -40,6 +44,8 @@ def export_adapters(world: World, parts: Parts, target: Path) -> list[Path]:
         raise InvalidInput("the target is not an empty directory", where=str(target))
     place = _absolute(target)
     now, known = world.now(), {each.key: each for each in world.ledger.checkpoints()}
+    stack = active(world.ledger.patches())
+    patches = patch_files(world, stack)
     made: list[Export] = []
     content: list[dict[str, bytes]] = []
     for head in world.ledger.heads():
@@ -47,17 +53,15 @@ def export_adapters(world: World, parts: Parts, target: Path) -> list[Path]:
             continue
         found = known[head.key]
         held = world.checkpoints.load(head.key, found.manifest_sha256)
-        config = json.loads(held["adapter_config.json"])
+        files = _over(patches, held)
+        config = json.loads(files[CONFIG])
         config["base_model_name_or_path"] = str(parts.base.directory)
-        content.append(
-            {
-                "adapter_model.safetensors": held["adapter_model.safetensors"],
-                "adapter_config.json": canonical_json(config),
-            }
-        )
+        content.append({ADAPTER: files[ADAPTER], CONFIG: canonical_json(config)})
         path = f"{place}/shard-{head.shard:05d}"
         where = (path, head.shard, found.slice, found.seq)
-        made.append(Export(*where, head.key, found.adapter_sha256, now))
+        sha256 = sha256_hex(files[ADAPTER]) if stack else found.adapter_sha256
+        keys = tuple(each.key for each in stack)
+        made.append(Export(*where, head.key, sha256, now, patches=keys))
     if made:
         commit(world, Change(exports=made))
         try:
@@ -67,6 +71,15 @@ def export_adapters(world: World, parts: Parts, target: Path) -> list[Path]:
             _forget_unwritten(world, made)
             raise
     return [target / Path(export.path).name for export in made]
+
+
+def _over(patches: Sequence[Mapping[str, bytes]], adapter: Mapping[str, bytes]) -> Mapping[str, bytes]:
+    """An adapter and the patches beneath it as one."""
+    if not patches:
+        return adapter
+    from sisa.model.patched import merge_adapters
+
+    return merge_adapters(patches, adapter)
 
 
 def _absolute(target: Path) -> str:

@@ -34,7 +34,18 @@ from sisa.digest import KEY_BYTES, Keyed
 from sisa.domain import Probed, Record, Tombstone
 from sisa.errors import IntegrityError, InvalidInput
 from sisa.model.numerics import fingerprint
-from sisa.ports import CheckpointStore, Embedder, Executor, Keyring, Probe, Report, Vectors
+from sisa.patch_plan import OVER, active
+from sisa.ports import (
+    CheckpointStore,
+    Embedder,
+    Executor,
+    Keyring,
+    Ledger,
+    Probe,
+    Report,
+    Trainer,
+    Vectors,
+)
 from sisa.serial import SerialExecutor, Site
 from sisa.store import files
 from sisa.store.checkpoints import FileCheckpoints
@@ -48,9 +59,11 @@ from sisa.world import World
 
 LEDGER, KEY, LOCK = "ledger.sqlite", "partition.key", "lock"
 RECORDS, INDEX, CHECKPOINTS, SCRATCH = "records", "index", "checkpoints", "scratch"
+PATCHES = "patches"
 
 OpenExecutor = Callable[[Site, Mapping[str, Any]], Executor]
-OpenProbe = Callable[[Path, str, RunConfig], Probe]  # of the base's directory and digest
+# of the base's directory and digest, and of the files of the patches on it, lowest first
+OpenProbe = Callable[[Path, str, RunConfig, Sequence[Mapping[str, bytes]]], Probe]
 
 
 @dataclass(frozen=True)
@@ -170,6 +183,8 @@ def open_world(
     """The real parts in a bundle. Raises IntegrityError for a ledger that is missing or damaged."""
     config = parts.config
     records = FileRecords(directory / RECORDS, keyring)
+    ledger = SqlLedger(directory / LEDGER, create=create)
+    patches = FileCheckpoints(directory / PATCHES, keyring, PATCHES)
 
     def executor_for(store: CheckpointStore) -> Executor:
         if not isinstance(store, FileCheckpoints):
@@ -177,14 +192,23 @@ def open_world(
         threads = config.sisa.threads_per_shard
         base = parts.base
         places = (records.root, store.root, base.directory)
-        site = Site(*places, base.digest, threads, keyring=keyring, room=store.room)
+        site = Site(
+            *places,
+            base.digest,
+            threads,
+            keyring=keyring,
+            room=store.room,
+            patches_dir=directory / PATCHES,
+            patches=_trained_over(ledger),
+        )
         return find_executor(executor)(site, config.cluster.model_dump(mode="json"))
 
     return World(
-        ledger=SqlLedger(directory / LEDGER, create=create),
+        ledger=ledger,
         witness=witness_of(config, keyed, model),
         records=records,
         checkpoints=FileCheckpoints(directory / CHECKPOINTS, keyring),
+        patches=patches,
         index=FaissIndex(directory / INDEX, parts.dimension, keyring),
         keyring=keyring,
         exports=DirectoryExports(),
@@ -196,29 +220,50 @@ def open_world(
         fingerprint=fingerprint(config.sisa.threads_per_shard),
         now=lambda: datetime.now(UTC).isoformat(timespec="milliseconds"),
         report=report,
-        probe=_probe(parts),
+        probe=_probe(parts, ledger, patches),
     )
 
 
-def _probe(parts: Parts) -> Probe | None:
-    """What asks the base alone, opened at the first question; None where none is wanted or installed."""
+def _trained_over(ledger: Ledger) -> tuple[tuple[str, str], ...]:
+    """Keys and manifests of the patches that shards are trained over, lowest first."""
+    manifests = {each.key: each.manifest_sha256 for each in ledger.patches()}
+    keys = json.loads(ledger.meta().get(OVER, "[]"))
+    if absent := [key for key in keys if not manifests.get(key)]:
+        raise IntegrityError(
+            "the ledger lacks patches that shards are trained over",
+            got=f"{len(absent)} of {len(keys)}",
+            next_step="restore the model directory from a backup",
+        )
+    return tuple((key, manifests[key]) for key in keys)
+
+
+def _probe(parts: Parts, ledger: Ledger, patches: CheckpointStore) -> Probe | None:
+    """What asks the base alone, under the patches that are served when it is asked; None where none is
+    wanted or installed."""
     opened = find_probe() if parts.config.probe else None
     if opened is None:
         return None
     open_it = opened
 
     def probe(records: Sequence[Record]) -> Probed:
-        return open_it(parts.base.directory, parts.base.digest, parts.config)(records)
+        stack = [patches.load(each.key, each.manifest_sha256) for each in active(ledger.patches())]
+        return open_it(parts.base.directory, parts.base.digest, parts.config, stack)(records)
 
     return probe
 
 
 def open_serial(site: Site, _options: Mapping[str, Any]) -> Executor:
     """Chains one after another in this process."""
+    return SerialExecutor(open_trainer(site), *open_stores(site))
+
+
+def open_trainer(site: Site) -> Trainer:
+    """The trainer on a site's base, under the patches to train over. Raises IntegrityError."""
     from sisa.model.lora import LoraTrainer
 
-    trainer = LoraTrainer(site.base_dir, site.base_digest, site.threads)
-    return SerialExecutor(trainer, *open_stores(site))
+    store = FileCheckpoints(site.patches_dir, site.keyring, PATCHES)
+    patches = [store.load(key, manifest) for key, manifest in site.patches]
+    return LoraTrainer(site.base_dir, site.base_digest, site.threads, patches)
 
 
 def open_stores(site: Site) -> tuple[FileRecords, FileCheckpoints]:

@@ -50,6 +50,8 @@ class Site:
     environment: tuple[tuple[str, str], ...] = ()  # what must be set before torch is imported
     keyring: Keyring = PLAIN  # a directory's name and whether it seals: keys do not travel
     room: str = "checkpoints"  # of the checkpoints' keys
+    patches_dir: Path = Path()
+    patches: tuple[tuple[str, str], ...] = ()  # to train over: (key, manifest's sha256), lowest first
 
 
 def order_chains(chains: Sequence[Chain]) -> list[Chain]:

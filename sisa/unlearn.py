@@ -24,6 +24,7 @@ from sisa.patch import Patch, VaultSet
 from sisa.patch_plan import active, wanted
 from sisa.patched_shards import over, shards_over
 from sisa.patching import Unlearnt, Wish
+from sisa.world import patch_files
 
 
 def unlearn(
@@ -97,3 +98,9 @@ def patches(model: Model) -> tuple[list[Patch], list[VaultSet], tuple[str, ...]]
     """All patches there ever were, the vault's sets, and the patches that shards are trained over."""
     with model._world() as world:
         return world.ledger.patches(), world.ledger.vault(), over(world)
+
+
+def served(model: Model) -> list[dict[str, bytes]]:
+    """The files of the patches that are served now, lowest first. Raises IntegrityError."""
+    with model._world() as world:
+        return patch_files(world, active(world.ledger.patches()))

@@ -14,7 +14,7 @@ from sisa.assign import Assigner, slice_root
 from sisa.digest import digest_of
 from sisa.domain import IndexFile, Record, RecordRow, SliceFile, SliceState
 from sisa.errors import IntegrityError
-from sisa.patch import PatchMode
+from sisa.patch import Patch, PatchMode
 from sisa.patch_ports import Patcher, Vault
 from sisa.plan import Recipe, ShardPlan, ShardView
 from sisa.ports import (
@@ -85,6 +85,11 @@ def known_names(world: World) -> dict[str, frozenset[str]]:
         "index": frozenset(file.name for file in world.ledger.indexes()),
         "checkpoints": frozenset(each.key for each in world.ledger.checkpoints()),
     }
+
+
+def patch_files(world: World, stack: Iterable[Patch]) -> list[dict[str, bytes]]:
+    """The files of patches, checked, in order. Raises IntegrityError."""
+    return [world.patches.load(each.key, each.manifest_sha256) for each in stack]
 
 
 def slices_of(world: World, rows: Iterable[RecordRow]) -> list[SliceFile]:

@@ -145,12 +145,17 @@ def read_tensors(files: Mapping[str, bytes], name: str) -> dict[str, torch.Tenso
 
 def config_bytes(model: Any) -> bytes:
     """The adapter's configuration, canonical, for inference, without a path of this machine."""
-    config = model.peft_config[DEFAULT_NAME].to_dict()
-    for key, value in config.items():
+    return written_config(model.peft_config[DEFAULT_NAME])
+
+
+def written_config(config: LoraConfig) -> bytes:
+    """A configuration as `config_bytes` writes it."""
+    content = config.to_dict()
+    for key, value in content.items():
         if isinstance(value, set | frozenset):
-            config[key] = sorted(value)
-    config |= {"base_model_name_or_path": None, "inference_mode": True}
-    return canonical_json(config)
+            content[key] = sorted(value)
+    content |= {"base_model_name_or_path": None, "inference_mode": True}
+    return canonical_json(content)
 
 
 def read_config(files: Mapping[str, bytes]) -> LoraConfig:

@@ -2,9 +2,10 @@
 
 Rules: the chosen shards' models each predict the next token, their probability vectors are averaged
 (Bourtoule et al. 2021, section IV), the likeliest token is taken and given to all of them. Each
-constituent keeps its own key-value cache. With no shard chosen the base alone answers. Adapters come
-as bytes that the caller has verified, and live in modules of this object's own around the shared
-base; an `Answerer` is thrown away when a head moves.
+constituent keeps its own key-value cache. With no shard chosen the base alone answers. Patches lie
+beneath all of them, the base alone among them. Adapters and patches come as bytes that the caller has
+verified, and live in modules of this object's own around the shared base; an `Answerer` is thrown away
+when a head or a patch moves.
 
 Not covered: sampling; which shards to ask (`route.py`).
 
@@ -23,8 +24,8 @@ import torch
 
 from sisa.errors import InvalidInput
 from sisa.model.adapter import ADAPTER_FILE, add_adapter, attach, read_config, read_tensors
-from sisa.model.base import load_base
 from sisa.model.numerics import pin_threads
+from sisa.model.patched import load_patched, patched_name
 
 BASE = None  # stands for the base alone where a shard is expected
 
@@ -38,16 +39,20 @@ class Answerer:
         base_digest: str,
         adapters: Mapping[int, Mapping[str, bytes]],
         threads: int,
+        patches: Sequence[Mapping[str, bytes]] = (),
     ) -> None:
-        """`adapters` maps shards to their checkpoints' files. Raises IntegrityError."""
+        """`adapters` maps shards to their checkpoints' files; `patches` are the files of those that are
+        served, lowest first. Raises IntegrityError."""
+        pin_threads(threads)  # before the patches are laid on
         self._threads = threads
-        self._base, self.tokenizer = load_base(base_dir, base_digest)
+        self._base, self.tokenizer = load_patched(base_dir, base_digest, patches)
+        self.base_name = patched_name(base_digest, patches)
         self._shards = frozenset(adapters)
         self._model: Any = None
         for shard, files in sorted(adapters.items()):
             config, tensors = read_config(files), read_tensors(files, ADAPTER_FILE)
             if self._model is None:
-                own, _ = load_base(base_dir, base_digest)
+                own, _ = load_patched(base_dir, base_digest, patches)
                 self._model = attach(own, config, tensors, init_seed=0, name=_name(shard))
             else:
                 add_adapter(self._model, config, tensors, _name(shard))
@@ -82,13 +87,19 @@ class Answerer:
         self, prompt_ids: Sequence[int], answer_ids: Sequence[int], shards: Sequence[int]
     ) -> float:
         """The averaged distribution's probability of an answer's tokens, averaged over the tokens."""
+        probabilities_KV = self.answer_probabilities_KV(prompt_ids, answer_ids, shards)
+        picked = probabilities_KV[torch.arange(len(answer_ids)), torch.tensor(answer_ids)]
+        return float(picked.mean())
+
+    def answer_probabilities_KV(
+        self, prompt_ids: Sequence[int], answer_ids: Sequence[int], shards: Sequence[int]
+    ) -> torch.Tensor:
+        """The averaged distribution before each token of an answer, given the true ones before it."""
         pin_threads(self._threads)
         ids = [*prompt_ids, *answer_ids]
         with torch.inference_mode():
             asked = [_Constituent(self._select, shard) for shard in self._asked(shards)]
-            probabilities_KV = _mean([each.feed(ids[:-1], keep=len(answer_ids)) for each in asked])
-            picked = probabilities_KV[torch.arange(len(answer_ids)), torch.tensor(answer_ids)]
-            return float(picked.mean())
+            return _mean([each.feed(ids[:-1], keep=len(answer_ids)) for each in asked])
 
     def logprobs_BTV(self, ids_BT: torch.Tensor, shards: Sequence[int]) -> torch.Tensor:
         """Logarithm of the averaged distribution after every token; rows are padded on the right."""

@@ -240,7 +240,7 @@ def load_base(directory: Path, digest: str) -> tuple[Any, Any]:
         model = load_frozen(AutoModelForCausalLM, directory)
         _loaded[place] = (model, load_tokenizer(directory))
     model, tokenizer = _loaded[place]
-    return _own_modules(model), tokenizer
+    return own_modules(model), tokenizer
 
 
 def load_frozen(auto: Any, directory: Path, dtype: str = "float32") -> Any:
@@ -268,6 +268,7 @@ def load_skeleton(directory: Path) -> Any:
         return AutoModelForCausalLM.from_config(config)
 
 
-def _own_modules(model: Any) -> Any:
+def own_modules(model: Any) -> Any:
+    """Modules of the caller's own around a model's tensors."""
     shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
     return copy.deepcopy(model, shared)

@@ -6,7 +6,8 @@ weights from (seed, shard), dropout from (seed, shard, slice, micro-batch). Sche
 restart with each stage; the optimizer's moments go on. The loss of an optimizer step is the summed
 cross-entropy over the number of label tokens in all of its micro-batches. Rows are padded on the
 right and no attention mask is passed: under causal attention a real token never sees padding. Logits
-are computed only at positions that predict a label. The base is never written to.
+are computed only at positions that predict a label. The base is never written to. A stage over
+patches names the base under them.
 
 Not covered: more than one device; full fine-tuning; encoder-decoder models.
 
@@ -42,9 +43,9 @@ from sisa.model.adapter import (
     read_tensors,
     tensor_bytes,
 )
-from sisa.model.base import load_base
 from sisa.model.batches import stage_batches
 from sisa.model.numerics import pin_threads
+from sisa.model.patched import load_patched, patched_name
 from sisa.model.tokens import NO_LOSS, Tokens, tokenize_all
 from sisa.ports import StoredRecord
 
@@ -65,11 +66,18 @@ def seed_from(*parts: object) -> int:
 
 
 class LoraTrainer:
-    """Trains stages on one base; safe to keep, as no stage leaves anything behind."""
+    """Trains stages on one base, under patches or not. Safe to keep: no stage leaves anything behind."""
 
-    def __init__(self, base_dir: Path, base_digest: str, threads: int) -> None:
-        self._base_dir = base_dir
-        self._base_digest = base_digest
+    def __init__(
+        self,
+        base_dir: Path,
+        base_digest: str,
+        threads: int,
+        patches: Sequence[Mapping[str, bytes]] = (),
+    ) -> None:
+        """`patches` are files of those to train over, lowest first."""
+        self._base = (base_dir, base_digest, patches)
+        self._base_name = patched_name(base_digest, patches)
         self._threads = threads
 
     def train(
@@ -84,9 +92,9 @@ class LoraTrainer:
         Raises IntegrityError (another base, a damaged parent) and InvalidInput (records that do not
         fit, modules that the base lacks, a loss that is not finite).
         """
-        _check_job(job, self._base_digest, records)
+        _check_job(job, self._base_name, records)
         pin_threads(self._threads)
-        base, tokenizer = load_base(self._base_dir, self._base_digest)
+        base, tokenizer = load_patched(*self._base)
         steps = _plan_steps(job, records, tokenizer)
         stage = _Stage(job, base, parent, num_steps=len(steps))
         total = sum(len(each.input_ids) for step in steps for batch in step for each in batch)
@@ -99,13 +107,13 @@ class LoraTrainer:
         return stage.files()
 
 
-def _check_job(job: SliceJob, base_digest: str, records: Sequence[StoredRecord]) -> None:
-    if job.base != base_digest:
+def _check_job(job: SliceJob, base_name: str, records: Sequence[StoredRecord]) -> None:
+    if job.base != base_name:
         raise IntegrityError(
-            "a job was made for another base model",
+            "a job was made for another base model, or for other patches beneath",
             where=f"shard {job.shard}, slice {job.slice}",
             expected=job.base,
-            got=base_digest,
+            got=base_name,
             next_step="restore the base model's files, or fetch them again",
         )
     if job.num_records != len(records):

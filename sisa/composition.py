@@ -1,0 +1,156 @@
+"""What a patch does to the shards' own answers: they were trained over another stack of patches.
+
+Rules: up to `limit` remaining records are asked, the first of each shard by keyed digest, so that the
+choice depends on them alone; none whose text a patch is to forget. Each record is asked of its own
+shard's model and of the base alone, over the patches before and after, given the true tokens. What is
+told are numbers: no text, no id.
+
+    answer probability   mean over the answer's tokens, before and after
+    agreement            share of the answer's tokens before which both find the same token likeliest
+    KL                   KL(before || after) of the next token, mean over the answer's tokens, in nats
+
+Not covered: what the patch was made for (its report); generated answers; records of shards that serve
+no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from sisa.ask import live_heads, open_answerer
+from sisa.domain import Record, RecordRow
+from sisa.opening import Parts
+from sisa.patch import Patch
+from sisa.world import World, slices_of, stored_in
+
+if TYPE_CHECKING:
+    from sisa.model.answer import Answerer
+
+MAX_RECORDS = 32
+
+
+@dataclass(frozen=True)
+class Effect:
+    """Means over records; each record is the mean over its answer's tokens."""
+
+    num_records: int
+    answer_probability_before: float
+    answer_probability_after: float
+    agreement: float
+    kl: float
+
+
+@dataclass(frozen=True)
+class Composition:
+    """None where nothing could be asked; `by_shard` holds the shards of which records were asked."""
+
+    num_records: int
+    base: Effect | None
+    shards: Effect | None
+    by_shard: Mapping[int, Effect]
+
+    def to_json(self) -> dict[str, Any]:
+        """Numbers alone."""
+        return {**asdict(self), "by_shard": {str(k): asdict(v) for k, v in self.by_shard.items()}}
+
+
+def measure(
+    world: World,
+    parts: Parts,
+    before: Sequence[Patch],
+    after: Sequence[Patch],
+    limit: int = MAX_RECORDS,
+) -> Composition:
+    """Ask over both stacks, lowest patch first. Raises IntegrityError."""
+    live = sorted(live_heads(world))
+    asked = _tokens(world, parts, _chosen(world, live, limit))
+    if not asked:
+        return Composition(0, None, None, {})
+    shards = sorted({shard for shard, _, _ in asked})
+    old, new = (open_answerer(world, parts, shards, stack) for stack in (before, after))
+    base = [_compared(old, new, ids, answer, ()) for _, ids, answer in asked]
+    own = [_compared(old, new, ids, answer, (shard,)) for shard, ids, answer in asked]
+    by_shard = {
+        shard: _mean([each for (of, _, _), each in zip(asked, own, strict=True) if of == shard])
+        for shard in shards
+    }
+    return Composition(len(asked), _mean(base), _mean(own), by_shard)
+
+
+def _chosen(world: World, shards: Sequence[int], limit: int) -> list[RecordRow]:
+    """Rows of the records to ask: one of each shard in turn, until there are enough."""
+    forgotten = {
+        id_digest
+        for found in world.ledger.vault()
+        if found.role == "forget"
+        for id_digest in world.ledger.vaulted(found.name)
+    }
+    return _in_turn([_first(world.ledger.rows(shard), forgotten, limit) for shard in shards], limit)
+
+
+def _first(rows: Sequence[RecordRow], without: Collection[str], limit: int) -> list[RecordRow]:
+    found = [row for row in rows if row.id_digest not in without]
+    return sorted(found, key=lambda row: row.id_digest)[:limit]
+
+
+def _in_turn(rows: Sequence[Sequence[RecordRow]], limit: int) -> list[RecordRow]:
+    ranks = range(max(map(len, rows), default=0))
+    return [of[rank] for rank in ranks for of in rows if rank < len(of)][:limit]
+
+
+Asked = tuple[int, list[int], list[int]]  # shard, ids, and where in them the answer's tokens are
+
+
+def _tokens(world: World, parts: Parts, rows: Sequence[RecordRow]) -> list[Asked]:
+    place = {row.id_digest: row.shard for row in rows}
+    stored = stored_in(world, slices_of(world, rows), rows)
+    found = []
+    for each in sorted(stored, key=lambda each: each.id_digest):
+        for ids, answer in _answer(each.record, parts):
+            found.append((place[each.id_digest], ids, answer))
+    return found
+
+
+def _answer(record: Record, parts: Parts) -> Iterator[tuple[list[int], list[int]]]:
+    """Ids and the places of the answer's tokens; nothing where there is none to predict."""
+    from sisa.model.tokens import NO_LOSS, tokenize
+
+    config = parts.config
+    tokens = tokenize(record, parts.tokenizer, train_on_inputs=config.train_on_inputs)
+    ids, labels = tokens.input_ids[: config.sequence_len], tokens.labels[: config.sequence_len]
+    answer = [at for at, label in enumerate(labels) if label != NO_LOSS and at > 0]
+    if answer:
+        yield list(ids), answer
+
+
+def _compared(
+    old: Answerer, new: Answerer, ids: Sequence[int], answer: Sequence[int], shards: Sequence[int]
+) -> Effect:
+    import torch
+
+    start = answer[0]
+    rows = torch.tensor([at - start for at in answer])
+    true = torch.tensor([ids[at] for at in answer]).unsqueeze(-1)
+    p_KV, q_KV = (
+        each.answer_probabilities_KV(ids[:start], ids[start:], shards)[rows] for each in (old, new)
+    )
+    return Effect(
+        num_records=1,
+        answer_probability_before=float(p_KV.gather(-1, true).mean()),
+        answer_probability_after=float(q_KV.gather(-1, true).mean()),
+        agreement=float((p_KV.argmax(-1) == q_KV.argmax(-1)).float().mean()),
+        kl=max(0.0, float((torch.xlogy(p_KV, p_KV) - torch.xlogy(p_KV, q_KV)).sum(-1).mean())),
+    )
+
+
+def _mean(effects: Sequence[Effect]) -> Effect:
+    count = len(effects)
+    return Effect(
+        num_records=count,
+        answer_probability_before=sum(each.answer_probability_before for each in effects) / count,
+        answer_probability_after=sum(each.answer_probability_after for each in effects) / count,
+        agreement=sum(each.agreement for each in effects) / count,
+        kl=sum(each.kl for each in effects) / count,
+    )

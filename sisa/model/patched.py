@@ -1,0 +1,81 @@
+"""The base under patches: what is served, and trained over, beneath the shards' adapters.
+
+    weights under patches = weights + scale * B @ A of each patch, lowest first, in float32
+
+Rules: patches are laid on in memory; the base's files and the tensors that others share are never
+written to. Only the modules that a patch changes get weights of their own in this process, all others
+stay the memory-mapped ones. Without patches it is the base, bit for bit. The bits depend on base,
+patches and number of threads alone; the caller pins the threads. Files come as bytes that the caller
+has verified.
+
+Not covered: which patches there are (`sisa/patch_plan.py`); patches that are not LoRA.
+
+    model, tokenizer = load_patched(directory, digest, [files])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sisa.digest import canonical_json, sha256_hex
+from sisa.errors import IntegrityError
+from sisa.model.adapter import ADAPTER_FILE, CONFIG_FILE, read_config, tensor_bytes, written_config
+from sisa.model.base import load_base, own_modules
+from sisa.model.low_rank import lay_on, read_change, stacked, tensors_of
+from sisa.patch import patched_digest
+
+Files = Mapping[str, bytes]
+_last: dict[tuple[Any, ...], Any] = {}  # the base under the patches that were last asked for
+
+
+def load_patched(base_dir: Path, base_digest: str, patches: Sequence[Files]) -> tuple[Any, Any]:
+    """As `load_base`, under patches, lowest first.
+
+    Raises IntegrityError: another base; a patch that is damaged or does not fit it.
+    """
+    model, tokenizer = load_base(base_dir, base_digest)
+    if not patches:
+        return model, tokenizer
+    made_of = [
+        {name: sha256_hex(files.get(name, b"")) for name in (ADAPTER_FILE, CONFIG_FILE)}
+        for files in patches
+    ]
+    key = (base_dir.resolve(), base_digest, canonical_json(made_of), torch.get_num_threads())
+    if key not in _last:
+        for files in patches:
+            lay_on(model, read_change(files))
+        _last.clear()
+        _last[key] = model
+    return own_modules(_last[key]), tokenizer
+
+
+def patched_name(base_digest: str, patches: Sequence[Files]) -> str:
+    """The name of the base under patches, by their files."""
+    return patched_digest(base_digest, [sha256_hex(files[ADAPTER_FILE]) for files in patches])
+
+
+def merge_adapters(patches: Sequence[Files], adapter: Files) -> dict[str, bytes]:
+    """One adapter on the plain base that does what an adapter over patches does. Its scale is 1, and it
+    names its modules in full.
+
+    Raises IntegrityError: an adapter that is damaged, or none that can be put together.
+    """
+    configs = [read_config(files) for files in (*patches, adapter)]
+    if len({config.fan_in_fan_out for config in configs}) != 1:
+        raise IntegrityError(
+            "a patch and an adapter are of different bases",
+            where=CONFIG_FILE,
+            expected="one value of fan_in_fan_out",
+            next_step="run `sisa verify` on the model",
+        )
+    whole = stacked([read_change(files) for files in (*patches, adapter)])
+    config = configs[-1]
+    config.r = config.lora_alpha = sum(each.r for each in configs)
+    config.target_modules = list(whole)
+    config.use_rslora, config.init_lora_weights = False, True
+    config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
+    return {ADAPTER_FILE: tensor_bytes(tensors_of(whole)), CONFIG_FILE: written_config(config)}
