@@ -26,8 +26,8 @@ from cluster import approx_cli, care_cli, eval_cli, render, request_cli
 from cluster.command import (
     cli,
     command,
-    executor_option,
     consent_option,
+    executor_option,
     ids_argument,
     ids_file_option,
     model_option,

@@ -1,0 +1,106 @@
+"""The vault at rest: one sealed file per set of texts, whatever the model's own `encrypt:` says.
+
+Rules: a file is written whole or not at all, and its name is the set's name, so that nothing of its
+content can be guessed from it. Its key lies outside the model directory and is destroyed before the
+file goes. A file that is not sealed is refused, even with the right bytes. Digests and sizes are of the
+plaintext, which is the canonical JSON of the records in the order they were put.
+
+Not covered: whose consent allows it, and how long (`vaulting.py`).
+
+>>> import tempfile
+>>> from sisa.store.keyring import FileKeyring
+>>> with tempfile.TemporaryDirectory() as folder:
+...     vault = FileVault(Path(folder) / "vault", FileKeyring(Path(folder) / "keys"))
+...     record = Record("r1", None, "text", (Part("text", "Ada wrote it."),))
+...     sha256, num_bytes = vault.put("a" * 64, [record])
+...     vault.read(VaultSet("a" * 64, "forget", 1, "asked", "now", sha256, num_bytes)) == (record,)
+True
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from sisa.digest import canonical_json, sha256_hex
+from sisa.domain import Part, Record
+from sisa.errors import IntegrityError
+from sisa.patch import VaultSet
+from sisa.ports import Keyring
+from sisa.store import files
+from sisa.store.keyring import is_sealed
+
+ROOM = "vault"
+
+
+class FileVault:
+    """A Vault in a directory; its keyring is one that seals."""
+
+    def __init__(self, root: Path, keyring: Keyring) -> None:
+        if not keyring.seals:
+            raise TypeError("a vault is always sealed")
+        self.root = root
+        self.keyring = keyring
+
+    def put(self, name: str, records: Sequence[Record]) -> tuple[str, int]:
+        data = encode(records)
+        sealed = self.keyring.seal(ROOM, name, "", data)
+        files.write_atomic(self.root / name, sealed, mode=0o600)
+        return sha256_hex(data), len(data)
+
+    def read(self, found: VaultSet) -> tuple[Record, ...]:
+        return decode(self._bytes(found), self.root / found.name)
+
+    def check(self, found: VaultSet) -> None:
+        self._bytes(found)
+
+    def _bytes(self, found: VaultSet) -> bytes:
+        path = self.root / found.name
+
+        def unseal(data: bytes) -> bytes:
+            if not is_sealed(data):
+                raise IntegrityError(
+                    "a set of the vault is not encrypted",
+                    where=str(path),
+                    expected="bytes that its key sealed",
+                    got="plain bytes",
+                    next_step="release it by `sisa approx release`, and give the texts again",
+                )
+            return self.keyring.unseal(ROOM, found.name, "", data)
+
+        return files.read_checked(path, found.sha256, "set of the vault", unseal)
+
+    def held(self) -> frozenset[str]:
+        return files.held_names(self.root) | self.keyring.held(ROOM)
+
+    def erase(self, names: Collection[str]) -> None:
+        self.keyring.destroy(ROOM, names)
+        for name in names:
+            files.erase(self.root / name)
+
+
+def encode(records: Sequence[Record]) -> bytes:
+    """Records as the one byte string of their content."""
+    return canonical_json(
+        [
+            [each.id, each.subject_id, each.kind, [[part.role, part.text] for part in each.parts]]
+            for each in records
+        ]
+    )
+
+
+def decode(data: bytes, path: Path) -> tuple[Record, ...]:
+    """What `encode` was given. Raises IntegrityError for anything else; `path` is where it lay."""
+    try:
+        return tuple(
+            Record(id_, subject, kind, tuple(Part(role, text) for role, text in parts))
+            for id_, subject, kind, parts in json.loads(data)
+        )
+    except (ValueError, TypeError) as error:
+        raise IntegrityError(
+            "a set of the vault can't be parsed",
+            where=str(path),
+            expected="records as this version writes them",
+            got=type(error).__name__,
+        ) from error
