@@ -3,7 +3,7 @@
     forget_extraction_strength    and its floor, what knowing nothing scores
     forget_exact_memorisation
     forget_probability            mean over texts of exp(-mean NLL of the answer's tokens)
-    forget_rougeL_recall          of the greedy continuation, of texts with a prompt; absent where none has
+    forget_rougeL_recall          of the greedy continuation, where texts have prompts; else absent
     forget_min_k_plus_plus        mean over texts
     retain_probability            as forget_probability
     retain_utility                exp(-mean NLL) over all answer tokens together: the utility that
@@ -41,11 +41,11 @@ MAX_POSITIONS = 1024  # of one forward pass
 LIMITS = (
     "extraction strength: the floor of an answer of L tokens is 1/L, not 0, and one odd token late in "
     "the answer hides all before it",
-    "exact memorisation: much of a sentence is grammar, so that a model that never saw it scores above 0",
-    "probability: normalised by length, it favours long answers whose later tokens follow from earlier ones",
-    "ROUGE-L recall: greedy answers alone; a paraphrase scores low, a wrong name in the right phrase high, "
-    "and text in other scripts than Latin counts 0",
-    "min-k%++: large by a guard where the model is certain; no threshold between member and not is fitted",
+    "exact memorisation: much of a sentence is grammar, so that knowing nothing scores above 0",
+    "probability: normalised by length, it favours long answers whose end follows from their beginning",
+    "ROUGE-L recall: greedy answers alone; a paraphrase scores low, a wrong name in the right phrase "
+    "high, and text in other scripts than Latin counts 0",
+    "min-k%++: large by a guard where the model is certain; no threshold of membership is fitted",
     "utility: on the retain set alone, which it was trained on where the method has a retain term",
 )
 

@@ -46,7 +46,7 @@ LARGEST = {"num_epochs": 10_000, "batch_size": 1024, "gradient_accumulation_step
 
 @dataclass(frozen=True)
 class Adapter:
-    """The LoRA patch: its change of a module is (lora_alpha / lora_r) times the product of two factors."""
+    """The LoRA patch: a module changes by (lora_alpha / lora_r) times the product of two factors."""
 
     lora_r: int = 8
     lora_alpha: int = 16
@@ -171,7 +171,7 @@ def _parsed(given: Mapping[str, Any], problems: list[Problem]) -> PatchSettings:
     parts.make("bounds", lambda: Bounds(None, lambda _: 0.0, drop, every))
     length = given.get("sequence_len", DEFAULT_SEQUENCE_LEN)
     parts.problems += _bad_counts(every, length)
-    found = parts.made.get("hyperparameters")
+    found: Any = parts.made.get("hyperparameters")
     if isinstance(found, TaskArithmetic) and found.alpha is None and drop is None:
         parts.problems.append(
             Problem("alpha", "can't be searched without a bound: give it, or max_utility_drop")

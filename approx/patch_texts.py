@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from approx.method import Method
@@ -65,16 +66,12 @@ def text_problems(
         if records is not None and not records:
             yield Problem(role, "no records")
         elif records:
-            yield from _of(
-                lambda role=role, records=records: tokenized(records, role, tokenizer, limits)
-            )  # type: ignore[misc]
+            yield from _of(partial(tokenized, records, role, tokenizer, limits))
     if retain:
-        yield from _of(lambda: refuse_same_records(forget, retain))
+        yield from _of(partial(refuse_same_records, forget, retain))
     if method is not None and "preferred" in method.reads:
         yield from (
-            Problem(
-                f"forget record {number}", f"is a plain text: {method.name} needs a prompt to refuse"
-            )
+            Problem(f"forget record {number}", f"is a plain text: {method.name} needs a prompt")
             for number, each in enumerate(forget, 1)
             if each.kind == "text"
         )

@@ -7,7 +7,7 @@ machine. Everything that is wrong with settings and texts is named before a wish
 is out of time, or was cut short, rests sealed by the vault's keyring, and goes on. A run that broke off
 leaves its last good weights; where that is the start, there is no patch, and the report says so.
 
-Not covered: what is done with a patch (`sisa/patching.py`); making one on Ray (`cluster/patch_tasks.py`).
+Not covered: what is done with a patch (`sisa/patching.py`); a task on Ray (`cluster/patch_tasks.py`).
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class PatchMaker:
         if problems:
             raise InvalidInput(
                 f"no patch can be made of this: {len(problems)} problems; nothing was changed",
-                expected=f"texts of at most {limits.sequence_len} tokens with an answer, in one set alone",
+                expected=f"texts of at most {limits.sequence_len} tokens, with an answer, in one set",
                 next_step="mend the settings and the sets",
                 problems=problems,
             )
@@ -234,7 +234,7 @@ class _Making:
             full_tokens=settings.pace.num_epochs * sum(len(each.input_ids) for each in examples),
             more_limits=(
                 *patch_measures.LIMITS,
-                "the share of a full fine-tuning is of all weights, on the same texts, for as many epochs",
+                "share of a full fine-tuning: of all weights, on the same texts, for as many epochs",
             ),
         ).to_json()
         counts = {
