@@ -26,7 +26,7 @@ from tests.tiny_base import make_tiny_base
 
 KNOWN, STRANGERS = of_people("p003", "p005"), of_people("p001", "p009")
 SMALL = Adapter(lora_r=4, lora_alpha=8)
-PACE: dict[str, Any] = {"num_epochs": 6, "learning_rate": 3e-3, "max_utility_drop": None}
+PACE: dict[str, Any] = {"num_epochs": 15, "learning_rate": 1e-2, "max_utility_drop": None}
 
 
 def record(row: Mapping[str, Any]) -> Record:

@@ -57,7 +57,7 @@ def probability(bench: Bench, stack: list[dict[str, bytes]], records: list[Recor
 def test_every_method_makes_a_patch_that_says_less_of_what_is_forgotten(
     bench: Bench, method: str
 ) -> None:
-    more = {"alpha": 1.0} if method == "task_arithmetic" else {}
+    more = {"alpha": 64.0} if method == "task_arithmetic" else {}
     bench.maker.refuse(settings(method, **more), FORGET, KEEP)
     made = bench.make(bench.order(settings(method, **more), FORGET, KEEP))
     found = json.loads(json.dumps(made.report, allow_nan=False))
@@ -123,7 +123,7 @@ class Stopped(Exception):
 def test_what_was_cut_short_goes_on_to_the_same_bytes(
     knowing: Path, tmp_path: Path, method: str
 ) -> None:
-    asked = settings(method, **{"check_every": 2, **({"alpha": 1.0} if method[0] == "t" else {})})
+    asked = settings(method, **{"check_every": 2, **({"alpha": 64.0} if method[0] == "t" else {})})
     whole = Bench(tmp_path / "whole", knowing)
     expected = whole.make(whole.order(asked, FORGET, KEEP))
     bench = Bench(tmp_path / "cut", knowing)
