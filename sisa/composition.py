@@ -15,7 +15,7 @@ no model.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -108,21 +108,20 @@ def _tokens(world: World, parts: Parts, rows: Sequence[RecordRow]) -> list[Asked
     stored = stored_in(world, slices_of(world, rows), rows)
     found = []
     for each in sorted(stored, key=lambda each: each.id_digest):
-        for ids, answer in _answer(each.record, parts):
+        ids, answer = _answer(each.record, parts)
+        if answer:
             found.append((place[each.id_digest], ids, answer))
     return found
 
 
-def _answer(record: Record, parts: Parts) -> Iterator[tuple[list[int], list[int]]]:
-    """Ids and the places of the answer's tokens; nothing where there is none to predict."""
+def _answer(record: Record, parts: Parts) -> tuple[list[int], list[int]]:
+    """Ids, and the places of those that are the answer's; none where there is nothing to predict."""
     from sisa.model.tokens import NO_LOSS, tokenize
 
     config = parts.config
     tokens = tokenize(record, parts.tokenizer, train_on_inputs=config.train_on_inputs)
     ids, labels = tokens.input_ids[: config.sequence_len], tokens.labels[: config.sequence_len]
-    answer = [at for at, label in enumerate(labels) if label != NO_LOSS and at > 0]
-    if answer:
-        yield list(ids), answer
+    return ids, [at for at, label in enumerate(labels) if label != NO_LOSS and at > 0]
 
 
 def _compared(
@@ -132,7 +131,8 @@ def _compared(
 
     start = answer[0]
     rows = torch.tensor([at - start for at in answer])
-    true = torch.tensor([ids[at] for at in answer]).unsqueeze(-1)
+    true = torch.tensor([[ids[at]] for at in answer])
+    least = torch.finfo(torch.float32).tiny  # KL stays finite where a probability rounds to 0
     p_KV, q_KV = (
         each.answer_probabilities_KV(ids[:start], ids[start:], shards)[rows] for each in (old, new)
     )
@@ -141,7 +141,7 @@ def _compared(
         answer_probability_before=float(p_KV.gather(-1, true).mean()),
         answer_probability_after=float(q_KV.gather(-1, true).mean()),
         agreement=float((p_KV.argmax(-1) == q_KV.argmax(-1)).float().mean()),
-        kl=max(0.0, float((torch.xlogy(p_KV, p_KV) - torch.xlogy(p_KV, q_KV)).sum(-1).mean())),
+        kl=float((torch.xlogy(p_KV, p_KV) - torch.xlogy(p_KV, q_KV.clamp_min(least))).sum(-1).mean()),
     )
 
 

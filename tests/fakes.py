@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,15 +22,10 @@ from sisa.digest import Keyed, canonical_json, sha256_hex
 from sisa.domain import (
     Chain,
     Export,
-    Head,
-    HeldCheckpoint,
     Hit,
     IndexFile,
     Part,
     Record,
-    RecordRow,
-    Request,
-    RequestEvent,
     SliceFile,
     SliceJob,
     Testimony,
@@ -40,7 +35,6 @@ from sisa.domain import (
 from sisa.errors import IntegrityError
 from sisa.plan import Recipe, Schedule
 from sisa.ports import (
-    Change,
     CheckpointStore,
     Executor,
     Report,
@@ -50,10 +44,10 @@ from sisa.ports import (
     StoredRecord,
     Vectors,
 )
-from sisa.requests import chained
 from sisa.serial import SerialExecutor
 from sisa.store.keyring import PLAIN
 from sisa.world import World
+from tests.fake_ledger import FakeLedger
 
 ADAPTER = "adapter_model.safetensors"
 SECRET = b"k" * 32
@@ -218,158 +212,6 @@ class FakeExports:
         return True
 
 
-@dataclass
-class _Tables:
-    seq: int = 0
-    meta: dict[str, str] = field(default_factory=dict)
-    records: dict[str, RecordRow] = field(default_factory=dict)
-    tombstones: dict[str, Tombstone] = field(default_factory=dict)
-    slices: dict[tuple[int, int], SliceFile] = field(default_factory=dict)
-    indexes: dict[int, IndexFile] = field(default_factory=dict)
-    heads: dict[int, Head] = field(default_factory=dict)
-    checkpoints: dict[str, HeldCheckpoint] = field(default_factory=dict)
-    requests: dict[str, tuple[int, Request]] = field(default_factory=dict)
-    named: set[tuple[str, str]] = field(default_factory=set)
-    events: list[RequestEvent] = field(default_factory=list)
-    exports: dict[tuple[str, str], Export] = field(default_factory=dict)
-
-
-class FakeLedger:
-    def __init__(self) -> None:
-        self.tables = _Tables()
-
-    def seq(self) -> int:
-        return self.tables.seq
-
-    def meta(self) -> dict[str, str]:
-        seq = {"seq": str(self.tables.seq)} if self.tables.seq else {}
-        return {**self.tables.meta, **seq}
-
-    def commit(self, change: Change) -> int:
-        t = self.tables
-        t.seq += 1
-        for row in change.removed:
-            t.records.pop(row.id_digest, None)
-        for key in change.dropped:
-            t.checkpoints.pop(key, None)
-        for shard in change.unindexed:
-            t.indexes.pop(shard, None)
-        for shard in change.headless:
-            t.heads.pop(shard, None)
-        for place in change.emptied:
-            t.slices.pop(place, None)
-        for name in change.unexported:
-            t.exports.pop(name, None)
-        t.exports.update({each.name: each for each in change.exports})
-        t.records.update({row.id_digest: replace(row, seq=t.seq) for row in change.added})
-        t.tombstones.update({each.id_digest: each for each in change.tombstones})
-        t.slices.update({(each.shard, each.slice): each for each in change.slices})
-        t.indexes.update({each.shard: each for each in change.indexes})
-        t.heads.update({each.shard: each for each in change.heads})
-        t.checkpoints.update({each.key: each for each in change.checkpoints})
-        t.meta.update(change.meta)
-        for request in change.requests:
-            first, _ = t.requests.get(request.request_id, (t.seq, request))
-            t.requests[request.request_id] = (first, request)
-        t.named |= set(change.named)
-        for event in change.events:
-            link = t.events[-1].link if t.events else ""
-            t.events.append(replace(event, link=chained(link, event)))
-        return t.seq
-
-    def scrub(self) -> None:
-        """Memory keeps no removed rows."""
-
-    def lookup(self, id_digests: Iterable[str]) -> dict[str, RecordRow | Tombstone]:
-        found: dict[str, RecordRow | Tombstone] = {}
-        for digest in id_digests:
-            held = self.tables.records.get(digest) or self.tables.tombstones.get(digest)
-            if held is not None:
-                found[digest] = held
-        return found
-
-    def by_subject(self, subject_digest: str, shard: int) -> tuple[list[RecordRow], list[Tombstone]]:
-        t = self.tables
-        live = [row for row in t.records.values() if row.subject_digest == subject_digest]
-        assert {row.shard for row in live} <= {shard}
-        dead = [each for each in t.tombstones.values() if each.subject_digest == subject_digest]
-        return _ordered(live), sorted(dead, key=lambda each: each.id_digest)
-
-    def by_vector(self, shard: int, vector_ids: Collection[int]) -> dict[int, RecordRow]:
-        rows = [row for row in self.tables.records.values() if row.shard == shard]
-        return {row.vector_id: row for row in rows if row.vector_id in vector_ids}
-
-    def rows(self, shard: int, slice_: int | None = None) -> list[RecordRow]:
-        return _ordered(
-            row
-            for row in self.tables.records.values()
-            if row.shard == shard and slice_ in (None, row.slice)
-        )
-
-    def counts(self) -> dict[int, int]:
-        counts: dict[int, int] = {}
-        for file in self.tables.slices.values():
-            counts[file.shard] = counts.get(file.shard, 0) + file.num_records
-        return counts
-
-    def kinds(self) -> dict[str, int]:
-        kinds: dict[str, int] = {}
-        for row in self.tables.records.values():
-            kinds[row.kind] = kinds.get(row.kind, 0) + 1
-        return kinds
-
-    def slices(self, shard: int | None = None) -> list[SliceFile]:
-        return [f for _, f in sorted(self.tables.slices.items()) if shard in (None, f.shard)]
-
-    def indexes(self, shard: int | None = None) -> list[IndexFile]:
-        return [f for _, f in sorted(self.tables.indexes.items()) if shard in (None, f.shard)]
-
-    def heads(self) -> list[Head]:
-        return [head for _, head in sorted(self.tables.heads.items())]
-
-    def checkpoints(self, shard: int | None = None) -> list[HeldCheckpoint]:
-        held = [each for each in self.tables.checkpoints.values() if shard in (None, each.shard)]
-        return sorted(held, key=lambda each: (each.shard, each.slice, each.key))
-
-    def by_text(
-        self, text_digests: Collection[str], *, sure: bool = False
-    ) -> tuple[list[RecordRow], list[Tombstone]]:
-        del sure  # memory loses no rows
-        t = self.tables
-        live = [row for row in t.records.values() if row.text_digest in text_digests]
-        dead = [each for each in t.tombstones.values() if each.text_digest in text_digests]
-        return _ordered(live), sorted(dead, key=lambda each: each.id_digest)
-
-    def named_by(self, request_id: str) -> list[str]:
-        return sorted(record for request, record in self.tables.named if request == request_id)
-
-    def events(self) -> list[RequestEvent]:
-        return list(self.tables.events)
-
-    def requests(self) -> list[Request]:
-        found = sorted(self.tables.requests.values(), key=lambda each: (each[0], each[1].request_id))
-        return [request for _, request in found]
-
-    def exports(self) -> list[Export]:
-        return [each for _, each in sorted(self.tables.exports.items())]
-
-    def num_tombstones(self) -> int:
-        return len(self.tables.tombstones)
-
-    def tombstones(self) -> list[Tombstone]:
-        return [each for _, each in sorted(self.tables.tombstones.items())]
-
-    def event_head(self) -> WitnessHead:
-        events = self.tables.events
-        return WitnessHead(events[-1].link if events else "", len(events))
-
-    def has_event(self, link: str) -> bool:
-        return any(event.link == link for event in self.tables.events)
-
-    def lost(self) -> list[str]:
-        return []
-
-
 class FakeWitness:
     def __init__(self) -> None:
         self.told = Testimony(None, {})
@@ -390,10 +232,6 @@ class FakeWitness:
 
     def location(self) -> str:
         return "memory"
-
-
-def _ordered(rows: Iterable[RecordRow]) -> list[RecordRow]:
-    return sorted(rows, key=lambda row: row.id_digest)
 
 
 class CountingExecutor:

@@ -10,7 +10,7 @@ Not covered: the transaction itself (`ledger.py`), checksums and numbers of rows
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 
 import sqlalchemy as sa
@@ -18,7 +18,8 @@ import sqlalchemy as sa
 from sisa.domain import Request, RequestEvent
 from sisa.ports import Change
 from sisa.requests import chained
-from sisa.store.rows import Writing, read, refuse_loss
+from sisa.store.patch_ledger import patch_row
+from sisa.store.rows import Writing, expected_rows, read, refuse_loss
 from sisa.store.schema import (
     CHECKPOINTS,
     EVENTS,
@@ -27,10 +28,13 @@ from sisa.store.schema import (
     INDEXES,
     META,
     NAMED,
+    PATCHES,
     RECORDS,
     REQUESTS,
     SLICES,
     TOMBSTONES,
+    VAULT,
+    VAULTED,
 )
 
 SEQ = "seq"
@@ -49,9 +53,13 @@ def apply(connection: sa.Connection, change: Change) -> int:
         (INDEXES, change.indexes),
         (HEADS, change.heads),
         (CHECKPOINTS, change.checkpoints),
-        (EXPORTS, change.exports),
     ):
         writing.put(table, [asdict(each) for each in values])
+    writing.put(VAULT, [{**asdict(each), "held": int(each.held)} for each in change.vault])
+    exports = [{**asdict(each), "patches": json.dumps(each.patches)} for each in change.exports]
+    writing.put(EXPORTS, exports)
+    writing.put(PATCHES, [patch_row(each) for each in change.patches])
+    writing.put(VAULTED, [{"name": name, "id_digest": each} for name, each in change.vaulted])
     meta = {**change.meta, SEQ: str(seq)}
     writing.put(META, [{"key": key, "value": value} for key, value in meta.items()])
     _put_requests(writing, change, seq)
@@ -67,6 +75,16 @@ def _remove(writing: Writing, change: Change) -> None:
     writing.remove(HEADS, [(shard,) for shard in change.headless])
     writing.remove(EXPORTS, list(change.unexported))
     writing.remove(SLICES, list(change.emptied))
+    _remove_sets(writing, change.unvaulted)
+
+
+def _remove_sets(writing: Writing, names: Collection[str]) -> None:
+    """Sets of the vault, with the rows of the records in them: told from all rows, not by an index."""
+    if names:
+        pairs = read(writing.connection, VAULTED)
+        refuse_loss(VAULTED, expected_rows(writing.connection, VAULTED), len(pairs))
+        writing.remove(VAULTED, [(name, each) for name, each, _ in pairs if name in set(names)])
+        writing.remove(VAULT, [(name,) for name in names])
 
 
 def _put_requests(writing: Writing, change: Change, seq: int) -> None:

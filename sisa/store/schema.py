@@ -1,9 +1,9 @@
 """The ledger's tables.
 
 Rules: rows hold keyed digests, places, counts and digests of files; never an id, a subject or text. What
-a person writes about a request (reason, approver, external id) is kept as given, and so are the paths of
-exports. The last column of every table is the checksum of the others; `counts` holds how many rows each
-table should have, those of `records` by place and kind, too (`rows.py`).
+a person writes about a request (reason, approver, external id, consent) is kept as given, and so are the
+paths of exports. The last column of every table is the checksum of the others; `counts` holds how many
+rows each table should have, those of `records` by place and kind, too (`rows.py`).
 
 Not covered: migrations: a ledger of another version is refused.
 """
@@ -14,7 +14,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 schema = sa.MetaData()
 
@@ -129,6 +129,38 @@ EXPORTS = _table(
     _text("made_at", nullable=False),
     _text("state", nullable=False),
     _text("request_id", nullable=False),
+    _text("patches", nullable=False),  # JSON list of their keys
+)
+PATCHES = _table(
+    "patches",
+    _text("key", primary_key=True),
+    _integer("version", nullable=False, unique=True),
+    _text("job", nullable=False),  # JSON
+    _text("state", nullable=False),
+    _text("wanted_at", nullable=False),
+    _text("made_at", nullable=False),
+    _text("manifest_sha256", nullable=False),
+    _text("adapter_sha256", nullable=False),
+    _integer("num_bytes", nullable=False),
+    _text("request_id", nullable=False),
+    _text("report", nullable=False),  # JSON
+)
+VAULT = _table(
+    "vault",
+    _text("name", primary_key=True),
+    _text("role", nullable=False),
+    _integer("num_records", nullable=False),
+    _text("consent", nullable=False),
+    _text("put_at", nullable=False),
+    _text("sha256", nullable=False),
+    _integer("num_bytes", nullable=False),
+    _integer("held", nullable=False),  # 0 or 1
+    _text("request_id", nullable=False),
+)
+VAULTED = _table(
+    "vaulted",
+    _text("name", primary_key=True),
+    _text("id_digest", primary_key=True, index=True),
 )
 EVENTS = _table(
     "events",

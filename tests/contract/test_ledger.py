@@ -35,13 +35,14 @@ from sisa.domain import (
     Tombstone,
 )
 from sisa.errors import Busy, IntegrityError, SisaError
+from sisa.patch import WRITTEN, Patch, PatchJob, VaultSet
 from sisa.ports import Change, Ledger
 from sisa.store import changes as changes_module
-from sisa.store import ledger as ledger_module
+from sisa.store import database as database_module
 from sisa.store import rows as rows_module
 from sisa.store.ledger import SqlLedger
 from sisa.store.schema import SCHEMA_VERSION, schema
-from tests.fakes import FakeLedger
+from tests.fake_ledger import FakeLedger
 
 T = TypeVar("T")
 NUMBERS = range(6)
@@ -67,6 +68,12 @@ def tombstone(number: int, subject: int | None = None) -> Tombstone:
     return Tombstone(
         named("record id", number), who, text, *place, f"req-{number}", "2026-01-01", number
     )
+
+
+def patch_job(number: int) -> PatchJob:
+    settings = {"method": "npo", "learning_rate": 1e-4, "stop": None}
+    beneath = (named("patch", number),) if number % 2 else ()
+    return PatchJob("base", beneath, (named("set", number),), WRITTEN, settings, "f")
 
 
 def some(values: st.SearchStrategy[T], key: Callable[[T], Any]) -> st.SearchStrategy[list[T]]:
@@ -113,12 +120,50 @@ checkpoints = st.builds(
 )
 heads = st.builds(Head, shards, st.none() | digests, shards, st.none() | digests)
 exports = st.builds(
-    lambda number, shard, state: Export(
-        f"/out {number}", shard, number % 2, number, named("job", number % 2), "a", "2026", state, "r"
+    lambda number, shard, state, keys: Export(
+        f"/out {number}",
+        shard,
+        number % 2,
+        number,
+        named("job", number % 2),
+        "a",
+        "2026",
+        state,
+        "r",
+        tuple(keys),
     ),
     numbers,
     shards,
     st.sampled_from(["clean", "tainted", "erasing"]),
+    st.lists(digests, max_size=2),
+)
+set_names = numbers.map(lambda number: named("set", number))
+patches = st.builds(
+    lambda number, again, state, size, score: Patch(
+        version=10 * number + again,  # a key may come again, under a new version
+        job=patch_job(number),
+        state=state,
+        wanted_at="2026",
+        num_bytes=size,
+        report={"metrics": [{"score": score}], "note": "'; --"},
+    ),
+    numbers,
+    st.integers(1, 9),
+    st.sampled_from(["wanted", "active", "dropped"]),
+    sizes,
+    st.floats(0, 1),
+)
+vault_sets = st.builds(
+    VaultSet,
+    set_names,
+    st.sampled_from(["forget", "retain"]),
+    sizes,
+    st.text("ab'\";-- ", max_size=5),
+    st.just("2026"),
+    digests,
+    sizes,
+    st.booleans(),
+    numbers.map("req-{}".format),
 )
 changes = st.builds(
     Change,
@@ -143,6 +188,12 @@ changes = st.builds(
     events=st.lists(events, max_size=2),
     exports=some(exports, lambda each: each.name),
     unexported=some(exports.map(lambda each: each.name), lambda each: each),
+    patches=some(patches, lambda each: each.key),
+    vault=some(vault_sets, lambda each: each.name),
+    vaulted=some(
+        st.tuples(set_names, numbers.map(lambda number: named("record id", number))), lambda each: each
+    ),
+    unvaulted=some(set_names, lambda each: each),
     meta=st.dictionaries(st.sampled_from(["config", "base"]), st.text("ab'\";-- ", max_size=5)),
 )
 
@@ -172,6 +223,11 @@ def answers(ledger: Ledger) -> dict[str, Any]:
         "named_by": [ledger.named_by(each) for each in ("r0", "r1", "r2")],
         "by_text": ledger.by_text({named("text", 0), named("text", 3), "none"}),
         "surely by_text": ledger.by_text({named("text", 0), named("text", 3), "none"}, sure=True),
+        "patches": ledger.patches(),
+        "vault": ledger.vault(),
+        "vaulted": [ledger.vaulted(named("set", number)) for number in NUMBERS],
+        "sets_with": ledger.sets_with(ids),
+        "sets_with none": ledger.sets_with([]),
         "num_tombstones": ledger.num_tombstones(),
         "lost": ledger.lost(),
     }
@@ -267,6 +323,28 @@ def test_requests_stay_in_the_order_of_their_coming(ledger: Ledger) -> None:
         ("a", "committed"),
         ("c", "committed"),
     ]
+
+
+def test_a_patch_that_is_wanted_again_is_a_new_version(ledger: Ledger) -> None:
+    first = Patch(1, patch_job(1), "reverted", "2026", report={"steps": 3})
+    ledger.commit(Change(patches=[first, Patch(2, patch_job(2), "active", "2026")]))
+    again = Patch(3, patch_job(1), "wanted", "2027")
+    ledger.commit(Change(patches=[again]))
+    assert [(each.version, each.state) for each in ledger.patches()] == [(2, "active"), (3, "wanted")]
+    assert ledger.patches()[1] == again
+
+
+def test_a_set_goes_with_the_rows_of_its_records(ledger: Ledger) -> None:
+    one, two = (VaultSet(named("set", n), "retain", 1, "asked", "2026", "s", 1) for n in (1, 2))
+    pairs = [(each.name, named("record id", 0)) for each in (one, two)]
+    ledger.commit(Change(vault=[one, two], vaulted=pairs))
+    assert ledger.sets_with([named("record id", 0)]) == {
+        named("record id", 0): sorted([one.name, two.name])
+    }
+    ledger.commit(Change(unvaulted=[one.name], vault=[replace(two, held=False)]))
+    assert ledger.vault() == [replace(two, held=False)]
+    assert ledger.sets_with([named("record id", 0)]) == {named("record id", 0): [two.name]}
+    assert ledger.vaulted(one.name) == []
 
 
 def test_more_ids_than_one_query_takes(ledger: Ledger) -> None:
@@ -411,7 +489,7 @@ def test_scrub_also_takes_replaced_files_and_dropped_checkpoints(path: Path) -> 
 
 def test_scrub_with_an_open_reader_is_busy(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SQLite tells of a busy log in a result row: unread, the deleted bytes would stay unnoticed."""
-    monkeypatch.setattr(ledger_module, "SCRUB_PATIENCE_S", 0.05)
+    monkeypatch.setattr(database_module, "SCRUB_PATIENCE_S", 0.05)
     create_engine = sa.create_engine
     monkeypatch.setattr(
         sa, "create_engine", lambda url, **_: create_engine(url, connect_args={"timeout": 0.05})
@@ -515,6 +593,9 @@ def full(ledger: Ledger) -> None:
             named=[("r0", named("record id", 1)), ("r0", named("record id", 5))],
             events=[RequestEvent("r0", "received", "2026"), RequestEvent("r0", "approved", "2026")],
             exports=[Export("/out", 1, 1, 1, "k", "a", "2026"), Export("/x", 2, 0, 1, "k", "a", "2026")],
+            patches=[Patch(n, patch_job(n), "active", "2026") for n in (1, 2)],
+            vault=[VaultSet(named("set", n), "retain", 2, "asked", "2026", "s", 1) for n in (1, 2)],
+            vaulted=[(named("set", n), named("record id", 4)) for n in (1, 2)],
             meta={"config": "x"},
         )
     )
@@ -543,6 +624,10 @@ def replies(ledger: Ledger) -> dict[str, Any]:
         "exports": ledger.exports,
         "named_by": lambda: ledger.named_by("r0"),
         "num_tombstones": ledger.num_tombstones,
+        "patches": ledger.patches,
+        "vault": ledger.vault,
+        "vaulted": lambda: ledger.vaulted(named("set", 1)),
+        "sets_with": lambda: ledger.sets_with([named("record id", 4)]),
     }
     for shard in SHARDS:
         for name in ("slices", "indexes", "checkpoints", "rows"):

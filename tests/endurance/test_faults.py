@@ -29,7 +29,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from sisa.store import ledger as ledger_module
+from sisa.store import database as database_module
 from sisa.store.ledger import SqlLedger
 from sisa.store.schema import RECORDS
 from tests.endurance import fuzz
@@ -129,14 +129,14 @@ def files_no_larger_than(num_bytes: int) -> Iterator[None]:
 @contextlib.contextmanager
 def ledger_no_larger_than(pages: int) -> Iterator[None]:
     """SQLite answers `database or disk is full` as soon as it needs another page."""
-    set_pragmas = ledger_module._set_pragmas
+    set_pragmas = database_module._set_pragmas
 
     def limited(connection: Any, record: Any) -> None:
         set_pragmas(connection, record)
         connection.execute(f"PRAGMA max_page_count = {pages}").close()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ledger_module, "_set_pragmas", limited)
+        patch.setattr(database_module, "_set_pragmas", limited)
         yield
 
 
@@ -267,7 +267,7 @@ def test_a_read_only_file_system(
     """As above where nothing can be made read-only: SQLite and Python are made to refuse."""
     ground.right(line)
     before = ground.held()
-    set_pragmas = ledger_module._set_pragmas
+    set_pragmas = database_module._set_pragmas
 
     def query_only(connection: Any, record: Any) -> None:
         set_pragmas(connection, record)
@@ -278,7 +278,7 @@ def test_a_read_only_file_system(
 
     with monkeypatch.context() as patch:
         if what == "ledger":
-            patch.setattr(ledger_module, "_set_pragmas", query_only)
+            patch.setattr(database_module, "_set_pragmas", query_only)
         else:
             patch.setattr("sisa.store.files.tempfile.mkstemp", refuses)
             patch.setattr("sisa.store.files.tempfile.mkdtemp", refuses)
@@ -429,7 +429,7 @@ WRITERS: list[Line] = [
 def quick_locks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Patience of a twentieth of a second instead of ten."""
     create_engine = sa.create_engine
-    monkeypatch.setattr(ledger_module, "SCRUB_PATIENCE_S", 0.05)
+    monkeypatch.setattr(database_module, "SCRUB_PATIENCE_S", 0.05)
     monkeypatch.setattr(
         sa, "create_engine", lambda url, **_: create_engine(url, connect_args={"timeout": 0.05})
     )
