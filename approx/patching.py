@@ -49,7 +49,7 @@ from sisa.model.adapter import (
 )
 from sisa.model.base import load_skeleton, load_tokenizer
 from sisa.model.lora import seed_from
-from sisa.model.numerics import pin_threads
+from sisa.model.numerics import fingerprint, pin_threads
 from sisa.model.patched import load_patched
 from sisa.model.tokens import Tokens
 from sisa.patch import PatchJob
@@ -105,6 +105,8 @@ class PatchMaker:
         """As the Protocol. `max_seconds` bounds the steps; reading and measuring come on top."""
         site, job = self._site, order.job
         pin_threads(site.threads)
+        if job.fingerprint != fingerprint(site.threads):
+            report(Notice("the patch was wanted under other numerics: its bits may differ from theirs"))
         parsed = parse_settings(job.settings)
         made = _Making(site, order, parsed, report)
         end = made.run(self._saved(job))

@@ -15,19 +15,22 @@ import functools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 
 from cluster.ray_session import alive_cpus, connect, disconnect
 from cluster.ray_tasks import DEFAULT_RETRIES, Placement, run_tasks
-from cluster.ray_worker import Carried, OpenParts, Task, open_parts, train_remotely
-from cluster.shared_base import list_base, read_blocks
+from cluster.ray_worker import Carried, NeedsBase, OpenParts, Task, open_parts, train_remotely
+from cluster.shared_base import BaseManifest, list_base, read_blocks
 from sisa.domain import Chain
 from sisa.errors import InvalidInput, Problem
 from sisa.ports import Notice, Report
 from sisa.serial import Site, order_chains
+
+T = TypeVar("T", bound=NeedsBase)
 
 
 class RayExecutor:
@@ -60,7 +63,7 @@ class RayExecutor:
             return
         site = self._site
         session = connect(self._address, self._local_workers() * site.threads)
-        manifest = _manifest_of(site.base_dir, site.base_digest) if len(alive_cpus()) > 1 else None
+        manifest = manifest_of(site.base_dir, site.base_digest)
         origin = ray.get_runtime_context().get_node_id()
         run_tasks(
             [Task(each, site, self._open_parts, manifest, origin) for each in order_chains(chains)],
@@ -71,7 +74,7 @@ class RayExecutor:
             label=_label,
             num_workers=self._num_workers,
             max_retries=self._max_retries,
-            mend=_Carrier(report),
+            mend=Carrier(site.base_dir, report),
         )
 
     def close(self) -> None:
@@ -95,28 +98,35 @@ class RayExecutor:
         return max(1, len(os.sched_getaffinity(0)) // self._site.threads)
 
 
-class _Carrier:
+class Carrier:
     """Gives tasks the base to carry to nodes that lack it; it is put into the object store once."""
 
-    def __init__(self, report: Report) -> None:
+    def __init__(self, base_dir: Path, report: Report) -> None:
+        self._base_dir = base_dir
         self._report = report
         self._carried: Carried = {}
 
-    def __call__(self, task: Task) -> Task:
+    def __call__(self, task: T) -> T:
         if not self._carried and task.manifest is not None:
             self._report(Notice("a node lacks the base model: carrying it there"))
             self._carried = {
-                file.name: [ray.put(block) for block in read_blocks(task.site.base_dir / file.name)]
+                file.name: [ray.put(block) for block in read_blocks(self._base_dir / file.name)]
                 for file in task.manifest.files
             }
-        return replace(task, carried=self._carried)
+        mended: Any = task
+        return replace(mended, carried=self._carried)  # type: ignore[no-any-return]
 
 
 def _label(task: Task) -> str:
     return f"shard {task.chain.shard}"
 
 
-_manifest_of = functools.lru_cache(maxsize=1)(list_base)
+def manifest_of(base_dir: Path, base_digest: str) -> BaseManifest | None:
+    """What a base's files are; None where there is only the driver's node, which has them."""
+    return _listed(base_dir, base_digest) if len(alive_cpus()) > 1 else None
+
+
+_listed = functools.lru_cache(maxsize=1)(list_base)
 
 
 def open_executor(site: Site, options: Mapping[str, Any]) -> RayExecutor:

@@ -14,7 +14,7 @@ import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import ray
 
@@ -28,6 +28,19 @@ from sisa.serial import Site, train_chain
 Parts = tuple[Trainer, RecordStore, CheckpointStore]
 OpenParts = Callable[[Site], Parts]
 Carried = Mapping[str, Sequence[Any]]  # a base file's name -> references to its blocks
+
+
+class NeedsBase(Protocol):
+    """A task that needs the base on its node; `manifest` and `origin` as those of `Task`."""
+
+    @property
+    def manifest(self) -> BaseManifest | None: ...
+
+    @property
+    def origin(self) -> str: ...
+
+    @property
+    def carried(self) -> Carried: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,41 +80,49 @@ def open_parts(site: Site) -> Parts:
 
 def train_remotely(task: Task, report: Report) -> None:
     """Train a chain in this worker. Raises Unready on a node to which the base must be carried."""
-    train_chain(task.chain, *task.open_parts(_site_on_this_node(task)), report)
+    site = task.site
+    jobs = {f"shard {job.shard}": job.fingerprint for job in task.chain.jobs}
+    site = replace(site, base_dir=base_on_this_node(task, site.base_dir, site.threads, jobs))
+    train_chain(task.chain, *task.open_parts(site), report)
 
 
-def _site_on_this_node(task: Task) -> Site:
-    """The task's site with the base where this node has it."""
+def base_on_this_node(
+    task: NeedsBase, base_dir: Path, threads: int, fingerprints: Mapping[str, str]
+) -> Path:
+    """Where this node has the base; `fingerprints` are what the bits are promised under, by what for.
+
+    Raises EnvironmentFault for other bits, Unready where the base must be carried here first.
+    """
     from sisa.model.packages import cache_dir
 
     manifest = task.manifest
     if manifest is None or ray.get_runtime_context().get_node_id() == task.origin:
-        return task.site
-    _check_fingerprint(task)
-    if _holds_base(task.site.base_dir, manifest):
-        return task.site
+        return base_dir
+    _check_fingerprint(threads, fingerprints)
+    if _holds_base(base_dir, manifest):
+        return base_dir
     if not task.carried:
         raise Unready
 
     def blocks(name: str) -> Iterable[Block]:
         return (ray.get(reference) for reference in task.carried[name])
 
-    return replace(task.site, base_dir=write_base(cache_dir(), manifest, blocks))
+    return write_base(cache_dir(), manifest, blocks)
 
 
 _holds_base = functools.lru_cache(maxsize=8)(holds_base)
 
 
-def _check_fingerprint(task: Task) -> None:
+def _check_fingerprint(threads: int, fingerprints: Mapping[str, str]) -> None:
     from sisa.model.numerics import fingerprint
 
-    got = fingerprint(task.site.threads)
-    for job in task.chain.jobs:
-        if job.fingerprint != got:
+    got = fingerprint(threads)
+    for where, expected in fingerprints.items():
+        if expected != got:
             raise EnvironmentFault(
                 "a node would train other bits than the driver's",
-                where=f"shard {job.shard}",
-                expected=f"fingerprint {job.fingerprint}",
+                where=where,
+                expected=f"fingerprint {expected}",
                 got=f"fingerprint {got}",
                 next_step="use nodes of one processor model with the same package versions",
             )

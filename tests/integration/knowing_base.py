@@ -15,6 +15,7 @@ from approx.patching import PATCHES, PatchMaker
 from sisa.digest import digest_of
 from sisa.domain import Part, Record
 from sisa.model.base import base_digest
+from sisa.model.numerics import fingerprint
 from sisa.patch import WRITTEN, Patch, PatchJob, VaultSet
 from sisa.patch_ports import PatchMade, PatchOrder, PatchSite
 from sisa.ports import Event
@@ -116,7 +117,7 @@ class Bench:
             (sets[0].name,),
             sets[1].name if retain is not None else WRITTEN,
             dict(asked),
-            "fingerprint",
+            fingerprint(1),
         )
         return PatchOrder(job, tuple(sets), tuple(beneath), max_seconds)
 

@@ -16,7 +16,7 @@ from approx.patching import RUNS
 from approx.written import PROMPTS, write_retain_set
 from sisa.domain import Part, Record
 from sisa.errors import IntegrityError, InvalidInput
-from sisa.model.base import load_base
+from sisa.model.base import load_base, load_tokenizer
 from sisa.model.patched import load_patched
 from sisa.model.tokens import NO_LOSS, tokenize
 from sisa.ports import Notice, PatchProgress
@@ -217,17 +217,13 @@ def test_everything_that_is_wrong_is_named_at_once(bench: Bench) -> None:
 def test_a_tokenizer_that_does_not_match_its_base_is_refused(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from approx import patching
-
-    real = patching.load_tokenizer
-
     def larger(directory: Path) -> Any:
-        tokenizer = real(directory)
+        tokenizer = load_tokenizer(directory)
         tokenizer.add_tokens([f"<more-{n}>" for n in range(2000)])
         return tokenizer
 
     bench.maker.refuse(settings("npo"), FORGET, None)
-    monkeypatch.setattr(patching, "load_tokenizer", larger)
+    monkeypatch.setattr("approx.patching.load_tokenizer", larger)
     with pytest.raises(InvalidInput) as caught:
         bench.maker.refuse(settings("npo"), FORGET, None)
     assert [each.where for each in caught.value.problems] == ["tokenizer"]
