@@ -7,7 +7,8 @@ it is the answer; control characters never reach a terminal. Torch and Ray are i
 commands that need them.
 
 Not covered: requests (`request_cli.py`), care (`care_cli.py`), evaluation (`eval_cli.py`), the base
-(`approx_cli.py`), patches on it (`patch_cli.py`); what the commands do (`sisa.api`) and how their results read (`render.py`).
+(`approx_cli.py`), patches (`patch_cli.py`); what the commands do (`sisa.api`), how results read
+(`render.py`).
 """
 
 from __future__ import annotations

@@ -209,8 +209,8 @@ def base_hint(request: Request, directory: Path | str) -> list[str]:
     if request.vaulted:
         return [f"{start} --request {request.request_id} --method npo"]
     return [
-        f"{start} --forget FILE --method npo --consent WHO, if you may have the text; it rests encrypted "
-        "until a patch is made from it"
+        f"{start} --forget FILE --method npo --consent WHO, if you may have the text; it rests "
+        "encrypted until a patch is made from it"
     ]
 
 
