@@ -36,6 +36,7 @@ from sisa.ports import (
 )
 
 Place = tuple[int, int]  # shard, slice
+ALWAYS_SEALED = ("vault", "runs")  # rooms whose form does not follow `encrypt:`
 
 
 @dataclass(frozen=True)
