@@ -39,8 +39,9 @@ from sisa.domain import (
 from sisa.errors import IntegrityError, InvalidInput
 from sisa.export import export_adapters, missing
 from sisa.lifecycle import Terms
-from sisa.opening import CHECKPOINTS, INDEX, KEY, LEDGER, LOCK, RECORDS, SCRATCH, OpenExecutor, Parts
+from sisa.opening import CHECKPOINTS, INDEX, KEY, LEDGER, LOCK, RECORDS, SCRATCH, OpenExecutor
 from sisa.outcome import ForgetOutcome, ForgetPlan, Status
+from sisa.parts import Parts
 from sisa.ports import Event, Report
 from sisa.reader import read_records
 from sisa.reconcile import reconcile

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from sisa import query
 from sisa.domain import Kind
-from sisa.opening import Parts
+from sisa.parts import Parts
 from sisa.patch import Patch
 from sisa.patch_plan import active
 from sisa.world import World, patch_files

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from sisa.ask import live_heads, open_answerer
 from sisa.domain import Record, RecordRow
-from sisa.opening import Parts
+from sisa.parts import Parts
 from sisa.patch import Patch
 from sisa.world import World, slices_of, stored_in
 

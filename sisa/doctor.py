@@ -42,7 +42,8 @@ from sisa.errors import InvalidInput, SisaError
 from sisa.examine import Finding, examine, finding
 from sisa.garbage import ROOMS, num_bytes, undisturbed
 from sisa.needles import open_readonly
-from sisa.opening import CHECKPOINTS, KEY, LEDGER, Parts
+from sisa.opening import CHECKPOINTS, KEY, LEDGER
+from sisa.parts import Parts
 from sisa.store.ledger import SqlLedger
 from sisa.store.schema import SCHEMA_VERSION
 from sisa.witness import is_behind

@@ -33,7 +33,7 @@ from sisa.requests import event
 from sisa.world import World, commit, patch_files
 
 if TYPE_CHECKING:
-    from sisa.opening import Parts
+    from sisa.parts import Parts
 
 ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 

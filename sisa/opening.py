@@ -3,14 +3,19 @@
     DIR/ledger.sqlite    the ledger             DIR/records/      slices as Parquet
     DIR/partition.key    the secret, mode 0600  DIR/index/        FAISS, one file per shard
     DIR/lock             one writer             DIR/checkpoints/  a directory per stage
-    DIR/scratch/         replays; erased by the next writer
-    KEYRING/MODEL/       keys of an encrypted model, outside of DIR: `keyring:`, else the state directory
+    DIR/scratch/         replays; erased by     DIR/patches/      a directory per patch
+                         the next writer        DIR/vault/        a sealed file per set of texts
+                                                DIR/runs/         unfinished patches, sealed
+    KEYRING/MODEL/       keys of an encrypted model and of every vault, outside of DIR: `keyring:`, else
+                         the state directory
 
-Rules: heavy parts (base, tokenizer, embedder) are resolved on first use, and what is resolved must be
-what the ledger names by digest, or an IntegrityError stops the command. Torch is not imported here.
+Rules: heavy parts (`parts.py`) and whoever makes patches are opened when they are first asked for. The
+recipe's base is that which shards are trained over: under patches, it is named by them, too. Torch is
+not imported here.
 
-Not covered: the flows. Executors and the probe are found by name among the entry points `sisa.executors`
-and `sisa.probes`, so that this package never imports what uses Ray or is approximate.
+Not covered: the flows. Executors, the probe and patchers are found by name among the entry points
+`sisa.executors`, `sisa.probes` and `sisa.patchers`, so that this package never imports what uses Ray or
+is approximate.
 """
 
 from __future__ import annotations
@@ -21,9 +26,7 @@ import re
 import secrets
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cached_property
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -34,138 +37,32 @@ from sisa.digest import KEY_BYTES, Keyed
 from sisa.domain import Probed, Record, Tombstone
 from sisa.errors import IntegrityError, InvalidInput
 from sisa.model.numerics import fingerprint
-from sisa.patch_plan import OVER, active
-from sisa.ports import (
-    CheckpointStore,
-    Embedder,
-    Executor,
-    Keyring,
-    Ledger,
-    Probe,
-    Report,
-    Trainer,
-    Vectors,
-)
+from sisa.parts import Named, Parts
+from sisa.patch import Patch, patched_digest
+from sisa.patch_plan import active
+from sisa.patch_ports import Patcher, PatchSite
+from sisa.ports import CheckpointStore, Executor, Keyring, Ledger, Probe, Report, Trainer
 from sisa.serial import SerialExecutor, Site
 from sisa.store import files
 from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.exports import DirectoryExports
 from sisa.store.index import FaissIndex
-from sisa.store.keyring import PLAIN, FileKeyring
+from sisa.store.keyring import FileKeyring
 from sisa.store.ledger import SqlLedger
 from sisa.store.records import FileRecords
+from sisa.store.runs import FileRuns
+from sisa.store.vault import FileVault
 from sisa.store.witness import FileWitness
-from sisa.world import World
+from sisa.world import World, over
 
 LEDGER, KEY, LOCK = "ledger.sqlite", "partition.key", "lock"
 RECORDS, INDEX, CHECKPOINTS, SCRATCH = "records", "index", "checkpoints", "scratch"
-PATCHES = "patches"
+PATCHES, VAULT, RUNS = "patches", "vault", "runs"
 
 OpenExecutor = Callable[[Site, Mapping[str, Any]], Executor]
 # of the base's directory and digest, and of the files of the patches on it, lowest first
 OpenProbe = Callable[[Path, str, RunConfig, Sequence[Mapping[str, bytes]]], Probe]
-
-
-@dataclass(frozen=True)
-class Named:
-    """A base or an embedder as the ledger names it."""
-
-    name: str
-    digest: str
-    dimension: int = 0
-
-
-class Parts:
-    """The heavy parts of one model, resolved on first use and checked against the ledger's names."""
-
-    def __init__(self, config: RunConfig, base: Named | None, embedder: Named | None) -> None:
-        self.config = config
-        self._base = base
-        self._embedder = embedder
-        self._counted: tuple[tuple[Record, ...], list[int]] | None = None
-
-    @cached_property
-    def base(self) -> Any:
-        """The base's files (`sisa.model.base.BaseFiles`)."""
-        from sisa.model.base import resolve_base
-
-        found = resolve_base(self.config.base_model)
-        if self._base is not None:
-            _refuse_change("base model", self._base, found.digest)
-        return found
-
-    @cached_property
-    def tokenizer(self) -> Any:
-        from sisa.model.base import load_tokenizer
-
-        return load_tokenizer(self.base.directory)
-
-    @cached_property
-    def embedder(self) -> Embedder:
-        from sisa.model.embedder import resolve_embedder
-        from sisa.model.hashing import HashingEmbedder
-
-        name = self.config.sisa.embedder
-        found = HashingEmbedder() if name == "hashing" else resolve_embedder(name)
-        if self._embedder is not None:
-            _refuse_change("embedder", self._embedder, found.digest)
-        return found
-
-    @property
-    def dimension(self) -> int:
-        return self._embedder.dimension if self._embedder else self.embedder.dimension
-
-    def embed(self, texts: Sequence[str]) -> Vectors:
-        return self.embedder.embed(texts)
-
-    def count_tokens(self, records: Sequence[Record]) -> list[int]:
-        """Tokens of each record. Raises InvalidInput listing every record that does not fit."""
-        from sisa.model.tokens import count_tokens
-
-        asked = tuple(records)
-        if self._counted is None or self._counted[0] != asked:
-            counts = count_tokens(
-                asked,
-                self.tokenizer,
-                self.config.sequence_len,
-                self.config.overlength,
-                train_on_inputs=self.config.train_on_inputs,
-            )
-            self._counted = (asked, counts)
-        return self._counted[1]
-
-    def check_modules(self) -> None:
-        """Raises InvalidInput when the base lacks the modules that are to get an adapter."""
-        from sisa.model.adapter import lora_config
-        from sisa.model.base import load_skeleton
-
-        lora_config(self.config.training(), load_skeleton(self.base.directory))
-
-    def meta(self) -> dict[str, str]:
-        """What the ledger keeps of these parts."""
-        named = {"name": self.config.base_model, "digest": self.base.digest}
-        embedder = {
-            "name": self.config.sisa.embedder,
-            "digest": self.embedder.digest,
-            "dimension": self.embedder.dimension,
-        }
-        return {
-            "config": self.config.to_canonical(),
-            "base": json.dumps(named, sort_keys=True),
-            "embedder": json.dumps(embedder, sort_keys=True),
-        }
-
-
-def _refuse_change(what: str, named: Named, found: str) -> None:
-    if found != named.digest:
-        raise IntegrityError(
-            f"the {what} is not the one that this model was trained with",
-            where=named.name,
-            expected=named.digest,
-            got=found,
-            next_step=f"restore the {what}, or move the model to the new one with "
-            "`sisa train RUN.yaml --reconfigure`",
-        )
+OpenPatcher = Callable[[PatchSite, RunConfig], Patcher]
 
 
 def open_world(
@@ -185,6 +82,7 @@ def open_world(
     records = FileRecords(directory / RECORDS, keyring)
     ledger = SqlLedger(directory / LEDGER, create=create)
     patches = FileCheckpoints(directory / PATCHES, keyring, PATCHES)
+    vault = FileVault(directory / VAULT, vault_keyring(config, model))
 
     def executor_for(store: CheckpointStore) -> Executor:
         if not isinstance(store, FileCheckpoints):
@@ -192,6 +90,7 @@ def open_world(
         threads = config.sisa.threads_per_shard
         base = parts.base
         places = (records.root, store.root, base.directory)
+        stack = [(each.key, each.manifest_sha256) for each in _trained_over(ledger, base.digest)]
         site = Site(
             *places,
             base.digest,
@@ -199,7 +98,7 @@ def open_world(
             keyring=keyring,
             room=store.room,
             patches_dir=directory / PATCHES,
-            patches=_trained_over(ledger),
+            patches=tuple(stack),
         )
         return find_executor(executor)(site, config.cluster.model_dump(mode="json"))
 
@@ -209,6 +108,8 @@ def open_world(
         records=records,
         checkpoints=FileCheckpoints(directory / CHECKPOINTS, keyring),
         patches=patches,
+        vault=vault,
+        runs=FileRuns(directory / RUNS, vault.keyring),
         index=FaissIndex(directory / INDEX, parts.dimension, keyring),
         keyring=keyring,
         exports=DirectoryExports(),
@@ -216,7 +117,10 @@ def open_world(
         count_tokens=parts.count_tokens,
         executor_for=executor_for,
         assigner=Assigner(keyed, config.layout),
-        recipe=config.recipe(base_digest),
+        recipe=config.recipe(trained_base(ledger, base_digest)),
+        base=base_digest,
+        patch_mode=config.patch_mode,
+        patcher=lambda: find_patcher(executor)(_patch_site(directory, parts, vault, patches), config),
         fingerprint=fingerprint(config.sisa.threads_per_shard),
         now=lambda: datetime.now(UTC).isoformat(timespec="milliseconds"),
         report=report,
@@ -224,17 +128,37 @@ def open_world(
     )
 
 
-def _trained_over(ledger: Ledger) -> tuple[tuple[str, str], ...]:
-    """Keys and manifests of the patches that shards are trained over, lowest first."""
-    manifests = {each.key: each.manifest_sha256 for each in ledger.patches()}
-    keys = json.loads(ledger.meta().get(OVER, "[]"))
-    if absent := [key for key in keys if not manifests.get(key)]:
+def _trained_over(ledger: Ledger, base: str) -> list[Patch]:
+    """The patches that shards are trained over, lowest first; those of a former base are none."""
+    patches = {each.key: each for each in ledger.patches() if each.manifest_sha256}
+    keys = over(ledger)
+    if absent := [key for key in keys if key not in patches]:
         raise IntegrityError(
             "the ledger lacks patches that shards are trained over",
             got=f"{len(absent)} of {len(keys)}",
             next_step="restore the model directory from a backup",
         )
-    return tuple((key, manifests[key]) for key in keys)
+    found = [patches[key] for key in keys]
+    return found if all(each.job.base == base for each in found) else []
+
+
+def trained_base(ledger: Ledger, base: str) -> str:
+    """The name of what shards are trained over: the base, or the base under patches."""
+    return patched_digest(base, [each.adapter_sha256 for each in _trained_over(ledger, base)])
+
+
+def _patch_site(directory: Path, parts: Parts, vault: FileVault, patches: FileCheckpoints) -> PatchSite:
+    return PatchSite(
+        vault_dir=vault.root.absolute(),
+        patches_dir=patches.root.absolute(),
+        runs_dir=(directory / RUNS).absolute(),
+        base_dir=parts.base.directory.absolute(),
+        base_digest=parts.base.digest,
+        threads=parts.config.sisa.threads_per_shard,
+        sequence_len=parts.config.sequence_len,
+        vault_keyring=vault.keyring,
+        patches_keyring=patches.keyring,
+    )
 
 
 def _probe(parts: Parts, ledger: Ledger, patches: CheckpointStore) -> Probe | None:
@@ -296,6 +220,22 @@ def find_executor(executor: str | OpenExecutor) -> OpenExecutor:
     (point, *_) = entry_points(group="sisa.executors", name=executor)
     found: OpenExecutor = point.load()
     return found
+
+
+def find_patcher(executor: str | OpenExecutor) -> OpenPatcher:
+    """Whoever makes patches where an executor trains, by its name among the entry points of
+    `sisa.patchers`; an executor that was given is taken for one in this process. Raises InvalidInput."""
+    name = executor if isinstance(executor, str) else "serial"
+    for point in entry_points(group="sisa.patchers", name=name):
+        found: OpenPatcher = point.load()
+        return found
+    names = [point.name for point in entry_points(group="sisa.patchers")]
+    raise InvalidInput(
+        "nothing that makes patches is installed under this name",
+        expected=" or ".join(names) or "an entry point of sisa.patchers",
+        got=name,
+        next_step="install the package anew, or name another executor",
+    )
 
 
 def new_secret(config: RunConfig) -> bytes:
@@ -410,8 +350,12 @@ def keyrings(config: RunConfig) -> Path:
 
 def open_keyring(config: RunConfig, name: str) -> Keyring:
     """The keys of a model by its name; one that is no longer encrypted may still have files to open."""
-    root = keyrings(config) / name
-    return FileKeyring(root, config.encrypt) if config.encrypt or root.is_dir() else PLAIN
+    return FileKeyring(keyrings(config) / name, config.encrypt)
+
+
+def vault_keyring(config: RunConfig, name: str) -> Keyring:
+    """The same keys, for what is sealed in any model: the vault, and unfinished patches."""
+    return FileKeyring(keyrings(config) / name, seals=True)
 
 
 def close(world: World) -> None:

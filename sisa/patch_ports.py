@@ -39,6 +39,16 @@ class Vault(Protocol):
         """Remove, the keys first; absent names are no error."""
 
 
+class Runs(Protocol):
+    """What unfinished runs put aside, sealed by the vault's keyring, by the keys of their patches."""
+
+    def held(self) -> frozenset[str]:
+        """Names of all of them and of all keys, left-over temporaries among them."""
+
+    def erase(self, keys: Collection[str]) -> None:
+        """Remove, the keyring's keys first; absent ones are no error."""
+
+
 @dataclass(frozen=True, slots=True)
 class PatchOrder:
     """A patch to make: the sets that its job names, and the patches beneath it, lowest first.
@@ -80,7 +90,8 @@ class PatchSite:
 
 
 class Patcher(Protocol):
-    """Makes patches, approximately; the files go to the patches' store."""
+    """Makes patches, approximately; the files go to the patches' store. What a finished run put aside is
+    erased by the caller."""
 
     def refuse(
         self, settings: Mapping[str, Any], forget: Sequence[Record], retain: Sequence[Record] | None
@@ -90,6 +101,3 @@ class Patcher(Protocol):
 
     def make(self, order: PatchOrder, report: Report) -> PatchMade:
         """Make a patch, or go on with one. Raises what reading and the machine raise."""
-
-    def forget_run(self, keys: Collection[str]) -> None:
-        """Erase what runs of these jobs put aside."""

@@ -23,11 +23,6 @@ from sisa.ports import Change
 from sisa.world import World, commit, view_shard
 
 
-def over(world: World) -> tuple[str, ...]:
-    """Keys of the patches that the shards are trained over."""
-    return tuple(json.loads(world.ledger.meta().get(OVER, "[]")))
-
-
 def shards_over(world: World, stack: Sequence[Patch]) -> World:
     """New targets: every shard over some patches, from now on; heads serve until they are trained.
 

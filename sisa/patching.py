@@ -24,7 +24,7 @@ from sisa.patch import WRITTEN, Patch, PatchJob, VaultSet
 from sisa.patch_plan import activated, active, next_job, next_version, wanted
 from sisa.patch_ports import PatchOrder
 from sisa.ports import Change, Notice
-from sisa.reconcile import sweep
+from sisa.reconcile import sweep_patches
 from sisa.vaulting import Put
 from sisa.world import World, commit
 
@@ -136,7 +136,7 @@ def make_wanted(
         made = patcher.make(_order(world, patch, max_seconds), world.report)
         report = made.report
         if made.unfinished:
-            return Unlearnt(None, True, report, *vaulting.settle(world))
+            return Unlearnt(last, True, report, *_settled(world))
         if made.saved is None:
             commit(world, Change(patches=[replace(patch, state="dropped", report=dict(report))]))
             continue
@@ -158,11 +158,15 @@ def make_wanted(
             changed[0] = replace(now, report={**now.report, "composition": effect})
         commit(world, Change(patches=changed))
         last = changed[0]
-        patcher.forget_run([last.key])
+    return Unlearnt(last, False, report if last is None else last.report, *_settled(world))
+
+
+def _settled(world: World) -> tuple[int, int]:
+    """Texts that no patch needs are erased, and what is unknown of patches: sets erased and kept."""
     counts = vaulting.settle(world)
-    sweep(world)
+    sweep_patches(world)
     world.ledger.scrub()
-    return Unlearnt(last, False, report if last is None else last.report, *counts)
+    return counts
 
 
 def _order(world: World, patch: Patch, max_seconds: float | None) -> PatchOrder:
@@ -192,10 +196,7 @@ def revert(world: World, *, everything: bool = False) -> list[Patch]:
         raise InvalidInput("there is no patch to revert", next_step="`sisa approx patches` lists them")
     gone = [replace(each, state="reverted" if each.state == "active" else "dropped") for each in chosen]
     commit(world, Change(patches=gone))
-    world.patcher().forget_run([each.key for each in gone])
-    vaulting.settle(world)
-    sweep(world)
-    world.ledger.scrub()
+    _settled(world)
     return gone
 
 
@@ -209,9 +210,5 @@ def release(world: World, sets: Sequence[VaultSet]) -> list[VaultSet]:
     ]
     gone = [replace(each, held=False) for each in sets]
     commit(world, Change(vault=gone, patches=given_up))
-    if given_up:
-        world.patcher().forget_run([each.key for each in given_up])
-    vaulting.settle(world)
-    sweep(world)
-    world.ledger.scrub()
+    _settled(world)
     return gone

@@ -3,6 +3,7 @@
     adopt    stages that a cut-short run stored for the present targets
     sweep    every file that the ledger does not know (tainted, retired, half-written), its key first;
              stale exports
+    settle   the vault: texts that no patch needs are erased
     train    what the targets miss; each finished stage moves its shard's head
     retire   clean checkpoints that are neither on a target's path nor heading
     close    requests whose shards have arrived
@@ -36,7 +37,8 @@ from sisa.export import erase_stale, missing
 from sisa.plan import ShardPlan, plan_shard
 from sisa.ports import Change, Event, Ledger, SavedCheckpoint, SliceTrained, TrainingStarted
 from sisa.requests import contradicted, event, under_way
-from sisa.world import World, commit, known_names, model_digest, view_shard
+from sisa.vaulting import settle
+from sisa.world import World, commit, held_names, known_names, model_digest, view_shard
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Trained:
 def reconcile(world: World) -> Trained:
     """Bring every shard that is not there yet to its target; finish what a crash left open."""
     erase_unknown(world)
+    settle(world)
     plans = [plan for plan in open_plans(world) if plan.train]
     if plans:
         try:
@@ -295,9 +298,19 @@ def sweep(world: World) -> None:
 
     Keys go first, those without a file among them: a file whose key is gone is erased wherever it is.
     """
-    known = known_names(world)
+    known, held = known_names(world), held_names(world)
     for room, names in known.items():
         world.keyring.destroy(room, sorted(world.keyring.held(room) - names))
-    world.records.erase(sorted(world.records.held() - known["records"]))
-    world.index.erase(sorted(world.index.held() - known["index"]))
-    world.checkpoints.erase(sorted(world.checkpoints.held() - known["checkpoints"]))
+    world.records.erase(sorted(held["records"] - known["records"]))
+    world.index.erase(sorted(held["index"] - known["index"]))
+    world.checkpoints.erase(sorted(held["checkpoints"] - known["checkpoints"]))
+    sweep_patches(world)
+
+
+def sweep_patches(world: World) -> None:
+    """The part of it that concerns patches: texts, unfinished runs, patches that nobody serves."""
+    known, held = known_names(world), held_names(world)
+    world.vault.erase(sorted(held["vault"] - known["vault"]))
+    world.runs.erase(sorted(held["runs"] - known["runs"]))
+    world.keyring.destroy("patches", sorted(world.keyring.held("patches") - known["patches"]))
+    world.patches.erase(sorted(held["patches"] - known["patches"]))

@@ -19,11 +19,11 @@ from sisa import vaulting
 from sisa.domain import Export, RecordRow
 from sisa.errors import SisaError
 from sisa.patch_plan import Rederived, rederive, tainted
-from sisa.patched_shards import over, shards_off
+from sisa.patched_shards import shards_off
 from sisa.patching import make_wanted
 from sisa.ports import Notice
 from sisa.vaulting import Put
-from sisa.world import World
+from sisa.world import World, over
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def touched_by(world: World, removed: Mapping[str, RecordRow], request_id: str) 
     held = vaulting.held_names(world) - {old for old, new in instead.items() if old == new}
     held |= {each.name for each in put.sets}
     found = rederive(patches, instead, held, world.fingerprint, world.now(), request_id)
-    if found.dropped & set(over(world)):
+    if found.dropped & set(over(world.ledger)):
         world = shards_off(world)
     stale = tuple(
         replace(each, state="tainted", request_id=request_id)

@@ -19,7 +19,8 @@ from sisa.config import Difference, RunConfig, differences
 from sisa.digest import Keyed
 from sisa.domain import Record
 from sisa.errors import Busy, ConfigConflict, EnvironmentFault, IntegrityError, InvalidInput
-from sisa.opening import CHECKPOINTS, INDEX, KEY, LEDGER, LOCK, RECORDS, SCRATCH, OpenExecutor, Parts
+from sisa.opening import CHECKPOINTS, INDEX, KEY, LEDGER, LOCK, RECORDS, SCRATCH, OpenExecutor
+from sisa.parts import Parts
 from sisa.ports import Change, Notice, Report
 from sisa.reader import read_records
 from sisa.reconcile import Trained, erase_unknown

@@ -22,9 +22,9 @@ from sisa.composition import measure
 from sisa.errors import InvalidInput
 from sisa.patch import Patch, VaultSet
 from sisa.patch_plan import active, wanted
-from sisa.patched_shards import over, shards_over
+from sisa.patched_shards import shards_over
 from sisa.patching import Unlearnt, Wish
-from sisa.world import patch_files
+from sisa.world import over, patch_files
 
 
 def unlearn(
@@ -64,7 +64,7 @@ def retrain(model: Model) -> int:
     slices that were trained. Raises ConfigConflict."""
     with model._writing() as world:
         stack = active(world.ledger.patches())
-        if over(world) != tuple(each.key for each in stack):
+        if over(world.ledger) != tuple(each.key for each in stack):
             shards_over(world, stack)
     return model.resume().slices_trained
 
@@ -97,7 +97,7 @@ def release(
 def patches(model: Model) -> tuple[list[Patch], list[VaultSet], tuple[str, ...]]:
     """All patches there ever were, the vault's sets, and the patches that shards are trained over."""
     with model._world() as world:
-        return world.ledger.patches(), world.ledger.vault(), over(world)
+        return world.ledger.patches(), world.ledger.vault(), over(world.ledger)
 
 
 def served(model: Model) -> list[dict[str, bytes]]:

@@ -21,7 +21,7 @@ from sisa.errors import IntegrityError, Problem
 from sisa.plan import jobs, plan_shard
 from sisa.ports import CheckpointStore
 from sisa.reconcile import refuse_contradictions, training_started
-from sisa.world import World, known_names, view_shard
+from sisa.world import World, held_names, known_names, view_shard
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,13 @@ def check_files(world: World) -> tuple[int, list[Problem]]:
     for held in world.ledger.checkpoints():
         load = partial(world.checkpoints.load, held.key, held.manifest_sha256)
         check(f"checkpoints/{held.key}", load)
+    for patch in world.ledger.patches():
+        if patch.key in known_names(world)["patches"]:
+            load = partial(world.patches.load, patch.key, patch.manifest_sha256)
+            check(f"patches/{patch.key}", load)
+    for found in world.ledger.vault():
+        if found.held:
+            check(f"vault/{found.name}", partial(world.vault.check, found))
     return count, findings + _wrong_heads(world) + _unknown_files(world)
 
 
@@ -167,10 +174,10 @@ def _check_index(world: World, file: IndexFile) -> None:
 
 
 def _unknown_files(world: World) -> list[Problem]:
-    stores = (world.records.held(), world.index.held(), world.checkpoints.held())
+    known = known_names(world)
     what = "a file that the ledger does not know; the next train, add or forget erases it"
     return [
         Problem(f"{folder}/{name}", what)
-        for held, (folder, expected) in zip(stores, known_names(world).items(), strict=True)
-        for name in sorted(held - expected)
+        for folder, held in held_names(world).items()
+        for name in sorted(held - known[folder])
     ]

@@ -130,8 +130,8 @@ def _arrivals(world: World, again: Sequence[Tombstone]) -> list[Arrival]:
             request_id, now, due_date(now, "gdpr"), len(digests), reason=REPLAYED
         )
         # Consent to keep a text may have ended since: it is not kept again.
-        now_so = {"approver": request.approver or REPLAYED, "cause": "", "consent": ""}
-        approved = replace(request, state="approved", **now_so)
+        approver = request.approver or REPLAYED
+        approved = replace(request, state="approved", approver=approver, cause="", consent="")
         states = [approved] if request_id in known else [request, approved]
         events = tuple(event(each, now, REPLAYED) for each in states)
         arrivals.append(Arrival(approved, tuple(digests), events))

@@ -7,6 +7,7 @@ Not covered: the order of effects (`run.py`, `reconcile.py`).
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,8 @@ from sisa.digest import digest_of
 from sisa.domain import IndexFile, Record, RecordRow, SliceFile, SliceState
 from sisa.errors import IntegrityError
 from sisa.patch import Patch, PatchMode
-from sisa.patch_ports import Patcher, Vault
+from sisa.patch_plan import OVER, active, wanted
+from sisa.patch_ports import Patcher, Runs, Vault
 from sisa.plan import Recipe, ShardPlan, ShardView
 from sisa.ports import (
     Change,
@@ -57,6 +59,7 @@ class World:
     patch_mode: PatchMode
     patches: CheckpointStore
     vault: Vault
+    runs: Runs
     patcher: Callable[[], Patcher]  # opened when a patch is to be made
     now: Callable[[], str]
     report: Report
@@ -73,17 +76,41 @@ def commit(world: World, change: Change) -> int:
 
 
 def model_digest(ledger: Ledger) -> str:
-    """The digest of all heads' adapters in shard order."""
+    """The digest of all heads' adapters in shard order, and of the active patches if there are any."""
     adapters = {each.key: each.adapter_sha256 for each in ledger.checkpoints()}
-    return digest_of([adapters.get(head.key) if head.key else None for head in ledger.heads()])
+    heads = [adapters.get(head.key) if head.key else None for head in ledger.heads()]
+    stack = [each.adapter_sha256 for each in active(ledger.patches())]
+    return digest_of({"heads": heads, "patches": stack} if stack else heads)
+
+
+def over(ledger: Ledger) -> tuple[str, ...]:
+    """Keys of the patches that the shards are trained over, lowest first."""
+    return tuple(json.loads(ledger.meta().get(OVER, "[]")))
 
 
 def known_names(world: World) -> dict[str, frozenset[str]]:
-    """What the ledger knows of each room: names of slice files, index files and checkpoints."""
+    """What the ledger knows of each room: names of slice files, index files and checkpoints; of patches
+    that are served or trained over, of unfinished ones, and of sets whose texts are there."""
+    patches = world.ledger.patches()
     return {
         "records": frozenset(file.name for file in world.ledger.slices()),
         "index": frozenset(file.name for file in world.ledger.indexes()),
         "checkpoints": frozenset(each.key for each in world.ledger.checkpoints()),
+        "patches": frozenset(each.key for each in active(patches)).union(over(world.ledger)),
+        "vault": frozenset(each.name for each in world.ledger.vault() if each.held),
+        "runs": frozenset(each.key for each in wanted(patches)),
+    }
+
+
+def held_names(world: World) -> dict[str, frozenset[str]]:
+    """What lies in each room, left-over temporaries among it; of the vault and the runs also keys."""
+    return {
+        "records": world.records.held(),
+        "index": world.index.held(),
+        "checkpoints": world.checkpoints.held(),
+        "patches": world.patches.held(),
+        "vault": world.vault.held(),
+        "runs": world.runs.held(),
     }
 
 

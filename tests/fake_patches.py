@@ -8,13 +8,19 @@ Not covered: sealing.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import json
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Literal
 
-from sisa.digest import sha256_hex
+from sisa.digest import canonical_json, sha256_hex
 from sisa.domain import Record
-from sisa.errors import IntegrityError
+from sisa.errors import EnvironmentFault, IntegrityError, InvalidInput
 from sisa.patch import VaultSet
+from sisa.patch_ports import PatchMade, PatchOrder
+from sisa.ports import CheckpointStore, Report
 from sisa.store.vault import encode
+
+ADAPTER = "adapter_model.safetensors"
 
 
 class FakeVault:
@@ -45,3 +51,58 @@ class FakeVault:
     def erase(self, names: Collection[str]) -> None:
         for name in names:
             self.stored.pop(name, None)
+
+
+class FakeRuns:
+    """Runs that were put aside: what the unfinished adapter would confess."""
+
+    def __init__(self) -> None:
+        self.stored: dict[str, bytes] = {}
+
+    def held(self) -> frozenset[str]:
+        return frozenset(self.stored)
+
+    def erase(self, keys: Collection[str]) -> None:
+        for key in keys:
+            self.stored.pop(key, None)
+
+
+class FakePatcher:
+    """A Patcher that ends as `ends` says, in turn, and well when nothing more is said."""
+
+    def __init__(self, vault: FakeVault, patches: CheckpointStore, runs: FakeRuns) -> None:
+        self.vault, self.patches, self.runs = vault, patches, runs
+        self.ends: list[Literal["made", "unfinished", "fails", "nothing"]] = []
+        self.orders: list[PatchOrder] = []
+
+    def refuse(
+        self, settings: Mapping[str, Any], forget: Sequence[Record], retain: Sequence[Record] | None
+    ) -> None:
+        if "method" not in settings or not forget or retain == []:
+            raise InvalidInput("no patch can be made of this")
+
+    def make(self, order: PatchOrder, report: Report) -> PatchMade:
+        del report
+        self.orders.append(order)
+        touched = sorted({each.text for found in order.sets for each in self.vault.read(found)})
+        beneath = [self.patches.load(each.key, each.manifest_sha256)[ADAPTER] for each in order.beneath]
+        for data in beneath:
+            touched += json.loads(data)["touched"]
+        adapter = canonical_json(
+            {
+                "job": order.job.key,
+                "touched": sorted(set(touched)),
+                "beneath": [sha256_hex(data) for data in beneath],
+            }
+        )
+        end = self.ends.pop(0) if self.ends else "made"
+        if end != "nothing":
+            self.runs.stored[order.job.key] = adapter
+        if end == "fails":
+            raise EnvironmentFault("the machine failed")
+        if end == "unfinished":
+            return PatchMade(None, unfinished=True, report={"steps": 1})
+        if end == "nothing":
+            return PatchMade(None, unfinished=False, report={"steps": 0})
+        files = {ADAPTER: adapter, "adapter_config.json": b"{}"}
+        return PatchMade(self.patches.save(order.job, files), unfinished=False, report={"steps": 2})

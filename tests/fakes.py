@@ -33,6 +33,7 @@ from sisa.domain import (
     WitnessHead,
 )
 from sisa.errors import IntegrityError
+from sisa.patch import PatchJob, PatchMode
 from sisa.plan import Recipe, Schedule
 from sisa.ports import (
     CheckpointStore,
@@ -48,6 +49,7 @@ from sisa.serial import SerialExecutor
 from sisa.store.keyring import PLAIN
 from sisa.world import World
 from tests.fake_ledger import FakeLedger
+from tests.fake_patches import FakePatcher, FakeRuns, FakeVault
 
 ADAPTER = "adapter_model.safetensors"
 SECRET = b"k" * 32
@@ -81,7 +83,7 @@ class FakeCheckpoints:
     def held(self) -> frozenset[str]:
         return frozenset(self.stored)
 
-    def save(self, job: SliceJob, files: Mapping[str, bytes]) -> SavedCheckpoint:
+    def save(self, job: SliceJob | PatchJob, files: Mapping[str, bytes]) -> SavedCheckpoint:
         self.stored.setdefault(job.key, dict(files))
         return self.describe(job.key)
 
@@ -272,6 +274,10 @@ class FakeModel:
     checkpoints: FakeCheckpoints
     index: FakeIndex
     exports: FakeExports
+    patches: FakeCheckpoints
+    vault: FakeVault
+    runs: FakeRuns
+    patcher: FakePatcher
     trained: list[SliceJob]
     before_run: list[Callable[[], None]]
 
@@ -281,11 +287,16 @@ def fake_recipe(num_slices: int = 3, schedule: Schedule = "cumulative", epochs: 
 
 
 def fake_model(
-    num_shards: int = 3, recipe: Recipe | None = None, fingerprint: str = "fingerprint"
+    num_shards: int = 3,
+    recipe: Recipe | None = None,
+    fingerprint: str = "fingerprint",
+    patch_mode: PatchMode = "sequential",
 ) -> FakeModel:
     recipe = recipe or fake_recipe()
     ledger, witness, records = FakeLedger(), FakeWitness(), FakeRecords()
     checkpoints, index, exports = FakeCheckpoints(), FakeIndex(), FakeExports()
+    patches, vault, runs = FakeCheckpoints(), FakeVault(), FakeRuns()
+    patcher = FakePatcher(vault, patches, runs)
     trained: list[SliceJob] = []
     before_run: list[Callable[[], None]] = []
 
@@ -309,10 +320,30 @@ def fake_model(
         assigner=Assigner(Keyed(SECRET), Layout(num_shards, recipe.num_slices)),
         recipe=recipe,
         fingerprint=fingerprint,
+        base=recipe.base,
+        patch_mode=patch_mode,
+        patches=patches,
+        vault=vault,
+        runs=runs,
+        patcher=lambda: patcher,
         now=lambda: "2026-01-01T00:00:00+00:00",
         report=lambda _event: None,
     )
-    return FakeModel(world, ledger, witness, records, checkpoints, index, exports, trained, before_run)
+    return FakeModel(
+        world=world,
+        ledger=ledger,
+        witness=witness,
+        records=records,
+        checkpoints=checkpoints,
+        index=index,
+        exports=exports,
+        patches=patches,
+        vault=vault,
+        runs=runs,
+        patcher=patcher,
+        trained=trained,
+        before_run=before_run,
+    )
 
 
 def fake_record(number: int, subject: str | None = None) -> Record:

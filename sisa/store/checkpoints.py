@@ -1,4 +1,4 @@
-"""Checkpoints at rest: one directory per stage, named by the digest of its job.
+"""Checkpoints at rest: one directory per stage, or patch, named by the digest of its job.
 
 Rules: a directory appears whole, by one rename, and is never changed. Its `manifest.json` (canonical)
 holds the job and the sha256 of every other file; the ledger holds the sha256 of the manifest. Bytes
@@ -20,6 +20,7 @@ from typing import Any
 from sisa.digest import canonical_json, digest_of, sha256_hex
 from sisa.domain import SliceJob
 from sisa.errors import IntegrityError
+from sisa.patch import PatchJob
 from sisa.ports import Keyring, SavedCheckpoint
 from sisa.store import files
 from sisa.store.keyring import PLAIN
@@ -30,7 +31,7 @@ ADAPTER = "adapter_model.safetensors"
 
 
 class FileCheckpoints:
-    """A CheckpointStore in a directory; a replay's has a room of keys to itself."""
+    """A CheckpointStore in a directory; a replay's and that of patches have rooms of their own."""
 
     def __init__(self, root: Path, keyring: Keyring = PLAIN, room: str = ROOM) -> None:
         self.root = root
@@ -40,7 +41,7 @@ class FileCheckpoints:
     def held(self) -> frozenset[str]:
         return files.held_names(self.root)
 
-    def save(self, job: SliceJob, files_: Mapping[str, bytes]) -> SavedCheckpoint:
+    def save(self, job: SliceJob | PatchJob, files_: Mapping[str, bytes]) -> SavedCheckpoint:
         manifest = canonical_json(
             {
                 "job": asdict(job),

@@ -23,7 +23,7 @@ from sisa.digest import digest_of
 from sisa.domain import Probed, Record, SliceJob
 from sisa.errors import EnvironmentFault, InvalidInput
 from sisa.model.hashing import HashingEmbedder
-from sisa.opening import Named, Parts
+from sisa.parts import Named, Parts, refuse_change
 from sisa.ports import Executor, StoredRecord
 from sisa.serial import SerialExecutor, Site
 from tests.fakes import FakeTrainer
@@ -46,7 +46,7 @@ class CheapParts(Parts):
         found = NamedBase(self.config.base_model, Path("no-base"), digest_of(self.config.base_model))
         known: Named | None = self._base
         if known is not None:
-            opening._refuse_change("base model", known, found.digest)
+            refuse_change("base model", known, found.digest)
         return found
 
     @cached_property

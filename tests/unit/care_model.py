@@ -26,6 +26,7 @@ from sisa.domain import Record, RecordRow
 from sisa.lifecycle import Terms, carry_out, submit
 from sisa.model.hashing import HashingEmbedder
 from sisa.model.numerics import fingerprint
+from sisa.parts import Parts
 from sisa.ports import StoredRecord
 from sisa.run import train
 from sisa.runfile import parse_run_file
@@ -35,6 +36,8 @@ from sisa.store.exports import DirectoryExports
 from sisa.store.index import FaissIndex
 from sisa.store.ledger import SqlLedger
 from sisa.store.records import FileRecords
+from sisa.store.runs import FileRuns
+from sisa.store.vault import FileVault
 from sisa.world import World
 from tests.fakes import SECRET, FakeTrainer, FakeWitness, fake_record
 
@@ -64,6 +67,7 @@ def world_of(
     embedder = HashingEmbedder()
     keyring = opening.open_keyring(config, NAME)
     records = FileRecords(directory / opening.RECORDS, keyring)
+    vault = FileVault(directory / opening.VAULT, opening.vault_keyring(config, NAME))
     world = World(
         witness=FakeWitness(),
         ledger=ledger,
@@ -76,7 +80,13 @@ def world_of(
         count_tokens=lambda some: [1 for _ in some],
         executor_for=lambda store: SerialExecutor(FakeTrainer(), records, store),
         assigner=Assigner(Keyed(SECRET), config.layout),
-        recipe=config.recipe(BASE),
+        recipe=config.recipe(opening.trained_base(ledger, BASE)),
+        base=BASE,
+        patch_mode=config.patch_mode,
+        patches=FileCheckpoints(directory / opening.PATCHES, keyring, opening.PATCHES),
+        vault=vault,
+        runs=FileRuns(directory / opening.RUNS, vault.keyring),
+        patcher=lambda: pytest.fail("no patch is made here"),
         fingerprint=numerics or fingerprint(config.sisa.threads_per_shard),
         now=lambda: now,
         report=lambda _: None,
@@ -158,6 +168,6 @@ def open_fake(site: Site, _options: Any) -> SerialExecutor:
 def use_fake_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let `open_model` and the command line train with the fake, whatever executor is named."""
     base = SimpleNamespace(directory=Path("no-base"), digest=BASE)
-    monkeypatch.setattr(opening.Parts, "base", base)
+    monkeypatch.setattr(Parts, "base", base)
     monkeypatch.setattr(opening, "find_executor", lambda _: open_fake)
     monkeypatch.setattr(opening, "find_probe", lambda: None)

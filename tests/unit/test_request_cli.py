@@ -22,6 +22,7 @@ import pytest
 from cluster import cli, request_cli
 from sisa import opening
 from sisa.domain import Part, Record
+from sisa.parts import Parts
 from sisa.runfile import parse_run_file
 from sisa.serial import SerialExecutor, Site
 from sisa.store.checkpoints import FileCheckpoints
@@ -80,8 +81,8 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def model(pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The model, to be changed; `--executor serial` trains with the fake trainer."""
-    monkeypatch.setattr(opening.Parts, "base", BASE)
-    monkeypatch.setattr(opening.Parts, "count_tokens", lambda _, records: [1 for _ in records])
+    monkeypatch.setattr(Parts, "base", BASE)
+    monkeypatch.setattr(Parts, "count_tokens", lambda _, records: [1 for _ in records])
     monkeypatch.setattr(opening, "open_serial", open_fake)
     monkeypatch.setattr(opening, "find_probe", lambda: None)
     return Path(shutil.copytree(pristine, tmp_path / "model"))

@@ -19,6 +19,7 @@ import pytest
 from cluster import cli
 from sisa import opening
 from sisa.errors import InvalidInput
+from sisa.parts import Parts
 from sisa.runfile import parse_run_file
 from sisa.store.files import writer_lock
 from tests.unit import care_model
@@ -31,7 +32,7 @@ GONE = record(7).id
 @pytest.fixture
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     use_fake_parts(monkeypatch)
-    monkeypatch.setattr(opening.Parts, "count_tokens", lambda _, records: [1 for _ in records])
+    monkeypatch.setattr(Parts, "count_tokens", lambda _, records: [1 for _ in records])
     care_model.build(tmp_path / "model")
     return tmp_path / "model"
 

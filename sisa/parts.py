@@ -1,0 +1,123 @@
+"""The heavy parts of a model: base, tokenizer, embedder; resolved on first use.
+
+Rules: what is resolved must be what the ledger names by digest, or an IntegrityError stops the command.
+Torch is imported by what is asked for, not by this.
+
+Not covered: the parts that know where records are (`opening.py`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from sisa.config import RunConfig
+from sisa.domain import Record
+from sisa.errors import IntegrityError
+from sisa.ports import Embedder, Vectors
+
+
+@dataclass(frozen=True)
+class Named:
+    """A base or an embedder as the ledger names it."""
+
+    name: str
+    digest: str
+    dimension: int = 0
+
+
+class Parts:
+    """The heavy parts of one model, resolved on first use and checked against the ledger's names."""
+
+    def __init__(self, config: RunConfig, base: Named | None, embedder: Named | None) -> None:
+        self.config = config
+        self._base = base
+        self._embedder = embedder
+        self._counted: tuple[tuple[Record, ...], list[int]] | None = None
+
+    @cached_property
+    def base(self) -> Any:
+        """The base's files (`sisa.model.base.BaseFiles`)."""
+        from sisa.model.base import resolve_base
+
+        found = resolve_base(self.config.base_model)
+        if self._base is not None:
+            refuse_change("base model", self._base, found.digest)
+        return found
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        from sisa.model.base import load_tokenizer
+
+        return load_tokenizer(self.base.directory)
+
+    @cached_property
+    def embedder(self) -> Embedder:
+        from sisa.model.embedder import resolve_embedder
+        from sisa.model.hashing import HashingEmbedder
+
+        name = self.config.sisa.embedder
+        found = HashingEmbedder() if name == "hashing" else resolve_embedder(name)
+        if self._embedder is not None:
+            refuse_change("embedder", self._embedder, found.digest)
+        return found
+
+    @property
+    def dimension(self) -> int:
+        return self._embedder.dimension if self._embedder else self.embedder.dimension
+
+    def embed(self, texts: Sequence[str]) -> Vectors:
+        return self.embedder.embed(texts)
+
+    def count_tokens(self, records: Sequence[Record]) -> list[int]:
+        """Tokens of each record. Raises InvalidInput listing every record that does not fit."""
+        from sisa.model.tokens import count_tokens
+
+        asked = tuple(records)
+        if self._counted is None or self._counted[0] != asked:
+            counts = count_tokens(
+                asked,
+                self.tokenizer,
+                self.config.sequence_len,
+                self.config.overlength,
+                train_on_inputs=self.config.train_on_inputs,
+            )
+            self._counted = (asked, counts)
+        return self._counted[1]
+
+    def check_modules(self) -> None:
+        """Raises InvalidInput when the base lacks the modules that are to get an adapter."""
+        from sisa.model.adapter import lora_config
+        from sisa.model.base import load_skeleton
+
+        lora_config(self.config.training(), load_skeleton(self.base.directory))
+
+    def meta(self) -> dict[str, str]:
+        """What the ledger keeps of these parts."""
+        named = {"name": self.config.base_model, "digest": self.base.digest}
+        embedder = {
+            "name": self.config.sisa.embedder,
+            "digest": self.embedder.digest,
+            "dimension": self.embedder.dimension,
+        }
+        return {
+            "config": self.config.to_canonical(),
+            "base": json.dumps(named, sort_keys=True),
+            "embedder": json.dumps(embedder, sort_keys=True),
+        }
+
+
+def refuse_change(what: str, named: Named, found: str) -> None:
+    """Raises IntegrityError where what was found is not what the ledger names."""
+    if found != named.digest:
+        raise IntegrityError(
+            f"the {what} is not the one that this model was trained with",
+            where=named.name,
+            expected=named.digest,
+            got=found,
+            next_step=f"restore the {what}, or move the model to the new one with "
+            "`sisa train RUN.yaml --reconfigure`",
+        )

@@ -1,0 +1,34 @@
+"""Unfinished patches at rest: what a run put aside, under the key of its patch, sealed as the vault is.
+
+Rules: whoever makes a patch writes there, in a directory of the patch's key, with a key of the room
+`runs`. The key goes before the files.
+
+Not covered: what is in them (`approx/saved_run.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from sisa.ports import Keyring
+from sisa.store import files
+
+ROOM = "runs"
+
+
+@dataclass(frozen=True)
+class FileRuns:
+    """Runs in a directory."""
+
+    root: Path
+    keyring: Keyring
+
+    def held(self) -> frozenset[str]:
+        return files.held_names(self.root) | self.keyring.held(ROOM)
+
+    def erase(self, keys: Collection[str]) -> None:
+        self.keyring.destroy(ROOM, keys)
+        for key in keys:
+            files.erase(self.root / key)
