@@ -5,8 +5,8 @@ happens it ends holding weights that were checked: see `descent`. Task arithmeti
 same loop, without a bound on utility as the tuned model is not the result, and subtracts; its alpha is
 searched under the bound, or given and held to it; a search with nothing left to tune before it is not
 cut short. A tuning that did not finish gives no task vector:
-the weights are then those from before. Saved runs are erased when the run is over, and kept when it is
-out of time.
+the weights are then those from before. Saved runs are erased when the run is over, unless the caller does,
+and kept when it is out of time.
 
 Not covered: choosing what to forget, tokenizing, reports (`report`).
 
@@ -68,7 +68,7 @@ def unlearn(
         end = _tune_and_negate(target, method, bounds, descent, clock)
     else:
         end = descent(bounds).run()
-    if saved is not None and end.ending != Ending.OUT_OF_TIME:
+    if saved is not None and not saved.kept and end.ending != Ending.OUT_OF_TIME:
         saved.erase()
     return end
 
