@@ -5,8 +5,8 @@
 Rules: a patch is made from what its job names, and from nothing else: same job, same bytes on one
 machine. Everything that is wrong with settings and texts is named before a wish is taken in. A run
 rests sealed by the vault's keyring until the caller has what came of it: cut short, or out of time, it
-goes on. A run that broke off
-leaves its last good weights; where that is the start, there is no patch, and the report says so.
+goes on. A run that broke off leaves its last good weights; where that is the start, there is no patch,
+and the report says so.
 
 Not covered: what is done with a patch (`sisa/patching.py`); a task on Ray (`cluster/patch_tasks.py`).
 """

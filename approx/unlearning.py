@@ -4,9 +4,8 @@ Rules: everything is checked before anything is computed. The model is changed i
 happens it ends holding weights that were checked: see `descent`. Task arithmetic fine-tunes with the
 same loop, without a bound on utility as the tuned model is not the result, and subtracts; its alpha is
 searched under the bound, or given and held to it; a search with nothing left to tune before it is not
-cut short. A tuning that did not finish gives no task vector:
-the weights are then those from before. Saved runs are erased when the run is over, unless the caller does,
-and kept when it is out of time.
+cut short. A tuning that did not finish gives no task vector: the weights are then those from before.
+Saved runs are erased when the run is over, unless the caller does, and kept when it is out of time.
 
 Not covered: choosing what to forget, tokenizing, reports (`report`).
 
