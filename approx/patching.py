@@ -176,7 +176,8 @@ class _Making:
             lora_config(_lora(self.settings), self._base),
             None,
             init_seed=seed_from(self.settings.pace.seed, "patch"),
-        ).eval()
+        )
+        self._model.eval()
         self.report(Notice("measuring what the base says of the texts (approximate)"))
         self._before = self._measured()
 
