@@ -101,11 +101,11 @@ def move(world: World, effects: Collection[Effect], meta: dict[str, str]) -> Tra
 
 
 def reseal(world: World, directory: Path) -> None:
-    """Bring every held file to the form that the keyring gives; the vault and unfinished patches stay
-    sealed. Cut short, both forms are read."""
+    """Bring every held file to the form that the keyring gives. Cut short, both forms are read."""
     for room, names in known_names(world).items():
-        if room not in ALWAYS_SEALED:
-            keyring.reseal(directory / room, room, sorted(names), world.keyring)
+        if room in ALWAYS_SEALED:
+            continue
+        keyring.reseal(directory / room, room, sorted(names), world.keyring)
 
 
 def _unplaced(ledger: Ledger) -> list[Export]:

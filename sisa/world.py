@@ -36,7 +36,7 @@ from sisa.ports import (
 )
 
 Place = tuple[int, int]  # shard, slice
-ALWAYS_SEALED = ("vault", "runs")  # rooms whose form does not follow `encrypt:`
+ALWAYS_SEALED = ("vault", "runs")  # rooms that are sealed in a plain model, too
 
 
 @dataclass(frozen=True)
