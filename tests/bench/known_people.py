@@ -8,7 +8,7 @@ what is measured is asked of the base as it is served, under its patches, and of
 
     ground = Ground.laid(folder, base, TINY)
     ground.sisa("forget", "--subject", "p001", "--consent", "asked for")
-    ground.base_answers(ground.rows("p001")).probability
+    ground.asked().served(ground.rows("p001")).probability
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
@@ -25,10 +26,12 @@ from typing import Any
 
 import yaml
 
+from sisa.model.numerics import describe_fingerprint
 from sisa.samples import make_people, to_jsonl
 from tests.knowing_base import record, teach
 
 NUM_KNOWN = 10
+CONSENT = "asked for by the person"
 KEY = "3ada92f28b4ceda38562ebf047c6ff05400d4c572352a1142eedfef67d21e662"
 NEUTRAL = (
     "Water freezes when it gets cold enough, and ice floats on the surface of the lake.",
@@ -77,43 +80,59 @@ class Answers:
 
 
 @dataclass(frozen=True)
+class Way:
+    """How a patch is made. `keep`: its retain set is records of people who are to be kept; else what the
+    base writes itself. Settings that are not given have the command's defaults."""
+
+    method: str = "npo"
+    keep: bool = True
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        retain = "records of the others" if self.keep else "written by the base"
+        return {"method": self.method, "retain": retain, "settings": dict(self.settings)}
+
+
+@dataclass(frozen=True)
 class Ground:
     """The folder of an experiment."""
 
     folder: Path
+    base: Path
     scale: Scale
     taught: Mapping[str, Any]
 
     @classmethod
     def laid(cls, folder: Path, base: Path, scale: Scale, **settings: Any) -> Ground:
         """Teach the base, train the model. `settings` are more keys of the run file."""
-        rows = make_people(2 * NUM_KNOWN, scale.per_person)
-        known = [record(row) for row in rows[: NUM_KNOWN * scale.per_person]]
-        to = folder / "knowing"
-        taught = teach(base, known, to=to, steps=scale.steps, learning_rate=scale.learning_rate)
-        (folder / "people.jsonl").write_text(to_jsonl(rows))
-        (folder / "partition.key").write_text(KEY)
-        block = {
-            "shards": scale.shards,
-            "slices": scale.slices,
-            "partition_key_file": "partition.key",
-        }
+        people = make_people(NUM_KNOWN, scale.per_person)
+        to, rate = folder / "knowing", scale.learning_rate
+        taught = teach(base, list(map(record, people)), to=to, steps=scale.steps, learning_rate=rate)
+        return cls(folder, to, scale, taught).trained(settings)
+
+    def beside(self, folder: Path, **settings: Any) -> Ground:
+        """Another model over the same base."""
+        return replace(self, folder=folder).trained(settings)
+
+    def trained(self, settings: Mapping[str, Any]) -> Ground:
+        """Train its model."""
+        (self.folder / "people.jsonl").write_text(to_jsonl(self.people))
+        (self.folder / "partition.key").write_text(KEY)
+        shape = {"shards": self.scale.shards, "slices": self.scale.slices}
         run = {
-            "base_model": str(to),
+            "base_model": str(self.base),
             "datasets": [{"path": "people.jsonl"}],
             "output_dir": "model",
             "witness": "witness",
             "keyring": "keys",
-            "probe": True,
-            "num_epochs": scale.epochs,
-            **scale.run,
+            "num_epochs": self.scale.epochs,
+            **self.scale.run,
             **settings,
-            "sisa": block,
+            "sisa": {**shape, "partition_key_file": "partition.key"},
         }
-        (folder / "run.yaml").write_text(yaml.safe_dump(run))
-        ground = cls(folder, scale, taught)
-        said("train", folder / "run.yaml", "--executor", "serial")
-        return ground
+        (self.folder / "run.yaml").write_text(yaml.safe_dump(run))
+        said("train", self.folder / "run.yaml", "--executor", "serial")
+        return self
 
     @property
     def model(self) -> Path:
@@ -141,6 +160,21 @@ class Ground:
         """What a command on the model says."""
         at = 2 if arguments[0] in ("approx", "request") else 1
         return said(*arguments[:at], "-m", self.model, *arguments[at:])
+
+    def unlearn(
+        self, way: Way, retained: Sequence[str], *, request: str = "", forget: Sequence[str] = ()
+    ) -> dict[str, Any]:
+        """Make a patch for a request's text, or for people's records; its command's result."""
+        asked = ["--request", request] if request else ["--forget", self.file("forget.jsonl", *forget)]
+        if way.keep:
+            asked += ["--retain", self.file("retain.jsonl", *retained)]
+        if way.keep or not request:
+            asked += ["--consent", CONSENT]
+        values = [("--set", f"{name}={json.dumps(value)}") for name, value in way.settings.items()]
+        return self.sisa(
+            *("approx", "unlearn", *asked, "--method", way.method, "--executor", "serial"),
+            *(each for pair in values for each in pair),
+        )
 
     def probed(self, *subjects: str) -> dict[str, Any]:
         """What the base alone knows, as it is served."""
@@ -217,3 +251,10 @@ def said(*arguments: Any) -> dict[str, Any]:
         raise RuntimeError(f"sisa {arguments[0]} ended with {code}: {out.getvalue()}{err.getvalue()}")
     found: dict[str, Any] = json.loads(out.getvalue())
     return found
+
+
+def here(base_model: str) -> dict[str, Any]:
+    """What numbers were measured on."""
+    fingerprint = describe_fingerprint(threads=1)
+    machine = {"cpus": len(os.sched_getaffinity(0)), **fingerprint["processor"]}
+    return {"machine": machine, "libraries": fingerprint["libraries"], "base_model": base_model}
