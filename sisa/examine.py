@@ -32,7 +32,7 @@ from sisa.store import files
 from sisa.store.checkpoints import MANIFEST
 from sisa.store.keyring import MAGIC, RESTORE, FileKeyring, is_sealed
 from sisa.unsealing import ALONE, INSIDE
-from sisa.world import ALWAYS_SEALED, World, known_names, only, view_shard
+from sisa.world import World, known_names, only, view_shard
 
 Severity = Literal["error", "warning"]
 Repair = Literal["", "reindex", "retrain", "heads", "patches", "sweep", "mode", "scrub", "reseal"]
