@@ -24,7 +24,7 @@ def test_defaults_are_written_out_and_read_back_the_same(method: str) -> None:
     assert again == made == json.loads(json.dumps(made))
     assert made["pace"]["seed"] == 7
     assert made["sequence_len"] == 64
-    assert made["bounds"] == {"max_utility_drop": 0.1, "check_every": 10}
+    assert made["bounds"] == {"max_utility_drop": 0.1, "check_every": 5}
     assert "max_seconds" not in json.dumps(made)
 
 
