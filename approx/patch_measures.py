@@ -10,7 +10,8 @@
                                   `max_utility_drop` bounds, in its own units, from 0 to 1
 
 Rules: the same texts before and after, the first MAX_MEASURED of a set, the first MAX_CONTINUED of them
-continued. Token counts leave the end token out, probabilities do not. Nothing returned holds a text.
+continued. Measures of tokens leave out what closes an answer (end token, line break), probabilities do
+not. Nothing returned holds a text.
 
 Not covered: a retained reference (`sisa eval tofu`); other wordings of the same fact.
 """
@@ -55,7 +56,7 @@ def measured(
 ) -> dict[str, float]:
     """All measures of a model as it is."""
     known = scores(model, forget[:MAX_MEASURED])
-    inner = [each.without_end() for each in known]
+    inner = [_inner(*pair, tokenizer) for pair in zip(known, forget[:MAX_MEASURED], strict=True)]
     kept = scores(model, retain[:MAX_MEASURED])
     found = {
         "forget_extraction_strength": _mean([extraction_strength(each.correct) for each in inner]),
@@ -73,6 +74,16 @@ def measured(
         found["retain_probability"] = _mean([probability(each.loss) for each in kept])
         found["retain_utility"] = _utility(kept)
     return found
+
+
+def _inner(score: AnswerScore, tokens: Tokens, tokenizer: Any) -> AnswerScore:
+    """A score without the tokens that close the answer, down to one."""
+    for label in reversed(tokens.labels[1:]):
+        closes = label != NO_LOSS and not _words(tokenizer, [label]).strip()
+        if not closes or score.num_tokens == 1:
+            break
+        score = score.without_end()
+    return score
 
 
 def utility(model: Any, retain: Sequence[Tokens]) -> float:

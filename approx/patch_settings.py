@@ -13,7 +13,7 @@ settings have one flat space of names. Unknown names and impossible values are n
 Not covered: whether a base has the modules (`patch_checks.py`).
 
 Source of the defaults: a patch wants about ten times the rate of full weights (`pace.py`). Ascent and
-its kin have no floor and are stopped by the bound on utility, so that they take smaller steps.
+its kin have no floor and are stopped by the bound on utility, so that they take fewer steps.
 
 >>> found = parse_settings(settings_of("npo", {"beta": 0.2, "num_epochs": 3}, Adapter(), seed=1))
 >>> found.method, found.pace.num_epochs, found.max_utility_drop
@@ -36,9 +36,19 @@ from sisa.errors import InvalidInput, Problem
 T = TypeVar("T")
 DEFAULT_DROP = 0.1
 DEFAULT_SEQUENCE_LEN = 512
-DEFAULT_PACE = {"batch_size": 4, "gradient_accumulation_steps": 1, "weight_decay": 0.0}
-RATES = {"npo": 3e-4, "simnpo": 3e-4, "dpo": 3e-4, "idk_dpo": 3e-4, "task_arithmetic": 3e-4}
-OTHER_RATE = 1e-4
+DEFAULT_CHECK_EVERY = 5
+DEFAULT_PACE = {
+    "learning_rate": 1e-4,
+    "num_epochs": 20,
+    "batch_size": 4,
+    "gradient_accumulation_steps": 1,
+    "weight_decay": 0.0,
+}
+PACES: Mapping[str, Mapping[str, Any]] = {  # ascent has no floor
+    "gradient_ascent": {"num_epochs": 5},
+    "graddiff": {"num_epochs": 10},
+    "kl_minimisation": {"num_epochs": 10},
+}
 BLOCKS = ("method", "hyperparameters", "adapter", "pace", "bounds", "sequence_len")
 # Wrong values beyond these are slips of the keyboard, and would fill the memory before a step is taken.
 LARGEST = {"num_epochs": 10_000, "batch_size": 1024, "gradient_accumulation_steps": 1024}
@@ -110,8 +120,8 @@ def settings_of(
     blocks: dict[str, dict[str, Any]] = {
         "hyperparameters": {},
         "adapter": asdict(adapter),
-        "pace": {**DEFAULT_PACE, "learning_rate": RATES.get(method, OTHER_RATE), "seed": seed},
-        "bounds": {"max_utility_drop": DEFAULT_DROP},
+        "pace": {**DEFAULT_PACE, **PACES.get(method, {}), "seed": seed},
+        "bounds": {"max_utility_drop": DEFAULT_DROP, "check_every": DEFAULT_CHECK_EVERY},
     }
     for name, value in values.items():
         if name in known:

@@ -3,9 +3,10 @@
     read the sets -> the base with the patches beneath -> measure -> unlearn -> measure -> store
 
 Rules: a patch is made from what its job names, and from nothing else: same job, same bytes on one
-machine. Everything that is wrong with settings and texts is named before a wish is taken in. A run that
-is out of time, or was cut short, rests sealed by the vault's keyring, and goes on. A run that broke off
-leaves its last good weights; where that is the start, there is no patch, and the report says so.
+machine. Everything that is wrong with settings and texts is named before a wish is taken in. A run
+rests sealed by the vault's keyring until the caller has what came of it: cut short, or out of time, it
+goes on. A run that broke off leaves its last good weights; where that is the start, there is no patch,
+and the report says so.
 
 Not covered: what is done with a patch (`sisa/patching.py`); a task on Ray (`cluster/patch_tasks.py`).
 """
@@ -13,7 +14,7 @@ Not covered: what is done with a patch (`sisa/patching.py`); a task on Ray (`clu
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -52,15 +53,14 @@ from sisa.model.lora import seed_from
 from sisa.model.numerics import fingerprint, pin_threads
 from sisa.model.patched import load_patched
 from sisa.model.tokens import Tokens
+from sisa.opening import PATCHES
 from sisa.patch import PatchJob
 from sisa.patch_ports import PatchMade, PatchOrder, PatchSite
 from sisa.ports import Notice, PatchProgress, Report
-from sisa.store import files
+from sisa.store import runs
 from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.vault import FileVault
 
-RUNS = "runs"  # room of the keys of runs that were put aside
-PATCHES = "patches"
 PROGRESS_EVERY_S = 0.25
 
 
@@ -114,25 +114,19 @@ class PatchMaker:
             return PatchMade(None, unfinished=True, report=made.report_of(end, measured=False))
         found = made.report_of(end, measured=True)
         if not _says_anything(end):
-            self.forget_run([job.key])
             return PatchMade(None, unfinished=False, report=found)
         store = FileCheckpoints(site.patches_dir, site.patches_keyring, PATCHES)
         saved = store.save(job, made.files())
         return PatchMade(saved, unfinished=False, report=found)
-
-    def forget_run(self, keys: Collection[str]) -> None:
-        """As the Protocol: the keys first."""
-        self._site.vault_keyring.destroy(RUNS, keys)
-        for key in keys:
-            files.erase(self._site.runs_dir / key)
 
     def _saved(self, job: PatchJob) -> SavedRun:
         keyring = self._site.vault_keyring
         return SavedRun(
             self._site.runs_dir / job.key,
             job.key,
-            partial(keyring.seal, RUNS, job.key),
-            partial(keyring.unseal, RUNS, job.key),
+            partial(keyring.seal, runs.ROOM, job.key),
+            partial(keyring.unseal, runs.ROOM, job.key),
+            kept=True,
         )
 
 
@@ -182,7 +176,8 @@ class _Making:
             lora_config(_lora(self.settings), self._base),
             None,
             init_seed=seed_from(self.settings.pace.seed, "patch"),
-        ).eval()
+        )
+        self._model.eval()
         self.report(Notice("measuring what the base says of the texts (approximate)"))
         self._before = self._measured()
 

@@ -5,7 +5,7 @@ last, names it. Whenever the machine stops, `run.json` and a whole file that it 
 nothing is. Nothing else in the directory is touched. A run goes on only as the very run that it was:
 same method, settings, data and first weights; else ConfigConflict. `identity` names data and model, and
 is the caller's: a keyed digest, as these files must not tell what was to be forgotten. The weights may;
-so `erase` them when the run is over.
+so `erase` them when the run is over, or, where they are `kept`, when what came of it is safe.
 
 Sealed, where the caller says how: each file under its name; digests are of the plaintext.
 
@@ -49,12 +49,13 @@ def _plain(_name: str, data: bytes) -> bytes:
 @dataclass(frozen=True)
 class SavedRun:
     """A directory of its own, and the caller's name for data and model; how files, by name, are sealed
-    and opened again."""
+    and opened again; `kept`: whether the caller erases it when the run is over."""
 
     directory: Path
     identity: str
     seal: Callable[[str, bytes], bytes] = _plain
     unseal: Callable[[str, bytes], bytes] = _plain
+    kept: bool = False
 
     def save(self, job: str, tensors: Mapping[str, Tensor], counts: Mapping[str, Any]) -> None:
         """Replace what is held. Raises EnvironmentFault."""

@@ -2,14 +2,14 @@
 
 Rules: a task carries paths, digests and an order, never text; the worker reads the vault itself, so that
 the vault, its keyring and the patches lie where all nodes see them. A worker that dies is started again,
-and goes on from what its run had put aside. What needs no weights (refusing, erasing) is done here.
+and goes on from what its run had put aside. Refusing needs no weights and is done here.
 
 Not covered: making (`approx/patching.py`), the loop over tasks (`ray_tasks.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -78,10 +78,6 @@ class RayPatcher:
             mend=Carrier(site.base_dir, report),
         )
         return made
-
-    def forget_run(self, keys: Collection[str]) -> None:
-        """As the Protocol."""
-        self._here.forget_run(keys)
 
 
 def make_remotely(task: PatchTask, report: Report) -> PatchMade:

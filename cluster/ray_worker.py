@@ -68,7 +68,7 @@ def open_parts(site: Site) -> Parts:
             next_step="put the model directory on a file system that all nodes share",
         )
     keys = site.keyring
-    if isinstance(keys, FileKeyring) and not keys.root.is_dir():
+    if isinstance(keys, FileKeyring) and keys.seals and not keys.root.is_dir():
         raise EnvironmentFault(
             "the model's keyring is not visible on a worker's node",
             where=str(keys.root),

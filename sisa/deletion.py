@@ -195,15 +195,11 @@ def commit_removed(
     if planned.removed:
         check_sources(world, planned.plans)
     kept = touched.put + put_removed(world, requests, named)
-    vaulted = {each.request_id: each.name for each in kept.sets if each.role == "forget"}
     slices, indexes, unindexed = _write_remaining(world, planned)
     now, before = world.now(), model_digest(world.ledger)
     accepted = [
-        replace(
-            _accepted(request, planned, named[request.request_id], now, before),
-            vaulted=vaulted.get(request.request_id, ""),
-        )
-        for request in requests
+        _accepted(each, planned, named[each.request_id], now, before, kept.of_request(each.request_id))
+        for each in requests
     ]
     commit(
         world,
@@ -276,7 +272,12 @@ def _refuse_held(world: World, named: Collection[str]) -> None:
 
 
 def _accepted(
-    request: Request, planned: Forgetting, rows: Sequence[RecordRow], now: str, before: str
+    request: Request,
+    planned: Forgetting,
+    rows: Sequence[RecordRow],
+    now: str,
+    before: str,
+    vaulted: str,
 ) -> Request:
     """A request at its commit; record-epochs are those of the batch that it runs in."""
     first = {shard: min(r.slice for r in rows if r.shard == shard) for shard in {r.shard for r in rows}}
@@ -294,6 +295,7 @@ def _accepted(
         record_epochs_retrained=planned.record_epochs_retrained,
         record_epochs_full=planned.record_epochs_full,
         model_digest_before=before,
+        vaulted=vaulted,
     )
 
 

@@ -19,28 +19,30 @@ from pathlib import Path
 from typing import Literal
 
 from sisa.assign import slice_root
-from sisa.domain import Head, HeldCheckpoint, IndexFile, SliceFile
+from sisa.domain import Head, IndexFile, SliceFile
 from sisa.errors import IntegrityError, SisaError
 from sisa.export import standing
 from sisa.garbage import LEDGER_FILES, STRAY, list_garbage
-from sisa.lineage import read_manifest
-from sisa.opening import CHECKPOINTS, INDEX, KEY, LEDGER, RECORDS, SCRATCH
+from sisa.lineage import parse_manifest, parse_patch_manifest
+from sisa.opening import CHECKPOINTS, INDEX, KEY, LEDGER, PATCHES, RECORDS, VAULT
 from sisa.plan import plan_shard
 from sisa.reconcile import refuse_lost_rows
 from sisa.requests import contradicted
 from sisa.store import files
 from sisa.store.checkpoints import MANIFEST
 from sisa.store.keyring import MAGIC, RESTORE, FileKeyring, is_sealed
+from sisa.unsealing import ALONE, INSIDE
 from sisa.world import World, known_names, only, view_shard
 
 Severity = Literal["error", "warning"]
-Repair = Literal["", "reindex", "retrain", "heads", "sweep", "mode", "scrub", "reseal"]
+Repair = Literal["", "reindex", "retrain", "heads", "patches", "sweep", "mode", "scrub", "reseal"]
 
 NEXT_STEPS: dict[Repair, str] = {
     "": "restore it from a backup: it can't be derived again",
     "reindex": "`sisa doctor --repair` builds it again from the slice files",
     "retrain": "`sisa doctor --repair` trains it again, to the same bytes",
     "heads": "`sisa doctor --repair` derives it again from what is held",
+    "patches": "`sisa doctor --repair` goes on without it; `sisa approx unlearn` makes it again",
     "sweep": "`sisa gc`, `sisa doctor --repair` or the next train, add or forget removes it",
     "mode": "`sisa doctor --repair` makes it readable by its owner alone",
     "reseal": "`sisa doctor --repair` writes it anew, as `encrypt:` of the run file says",
@@ -59,7 +61,7 @@ class Finding:
     repair: Repair = ""
     next_step: str = ""
     shard: int | None = None
-    key: str = ""  # of a damaged checkpoint
+    key: str = ""  # of a damaged checkpoint, patch or set of texts
 
     @property
     def lost(self) -> bool:
@@ -90,19 +92,11 @@ def examine(world: World, directory: Path, *, with_key: bool = True) -> list[Fin
             place = f"{RECORDS}/{file.name}"
             found.append(finding("slice", "error", place, what, shard=file.shard))
     found += _indexes(world)
-    damaged: dict[int, set[str]] = {}
-    for held in world.ledger.checkpoints():
-        what = _damage(lambda held=held: _check_checkpoint(world, directory, held))  # type: ignore[misc]
-        if what:
-            damaged.setdefault(held.shard, set()).add(held.key)
-            place = f"{CHECKPOINTS}/{held.key}"
-            found.append(
-                finding("checkpoint", "error", place, what, "retrain", shard=held.shard, key=held.key)
-            )
+    found += [*_checkpoints(world, directory), *_patches(world, directory)]
     found += _exports(world)
     found += _heads(world)
     found += _gaps(world)
-    found += _unknown(world, directory, {key for keys in damaged.values() for key in keys})
+    found += _unknown(world, directory, {each.key for each in found if each.key})
     return found
 
 
@@ -114,7 +108,7 @@ def _rows(world: World) -> Iterator[Finding]:
         yield finding("ledger_damaged", "error", LEDGER, what)
 
 
-def _damage(check: Callable[[], None]) -> str:
+def _damage(check: Callable[[], object]) -> str:
     try:
         check()
     except SisaError as error:
@@ -127,6 +121,7 @@ def _modes(world: World, directory: Path) -> Iterator[Finding]:
     paths = [directory / name for name in (KEY, *LEDGER_FILES)]
     paths += [directory / RECORDS / each.name for each in world.ledger.slices()]
     paths += [directory / INDEX / each.name for each in world.ledger.indexes()]
+    paths += [directory / VAULT / each.name for each in world.ledger.vault()]
     for path in paths:
         if path.is_file() and (mode := stat.S_IMODE(path.stat().st_mode)) & 0o077:
             where = path.relative_to(directory).as_posix()
@@ -138,11 +133,12 @@ def _keyring(world: World) -> Iterator[Finding]:
     keyring = world.keyring
     if not isinstance(keyring, FileKeyring):
         return
-    if not keyring.root.is_dir() and any(known_names(world).values()):
-        what = "the keyring is missing: nothing of the model can be read"
+    needed = [names for room, names in known_names(world).items() if keyring.seals or room == VAULT]
+    if not keyring.root.is_dir() and any(needed):
+        what = "the keyring is missing: what it sealed can't be read"
         yield Finding("keyring", "error", str(keyring.root), what, "", RESTORE)
         return
-    rooms = [keyring.root / room for room in (RECORDS, INDEX, CHECKPOINTS, SCRATCH)]
+    rooms = [keyring.root / room for room in (*ALONE, *INSIDE)]
     keys = [room / name for room in rooms for name in sorted(keyring.held(room.name))]
     for path in (keyring.root, *rooms, *keys):
         if path.exists() and (mode := stat.S_IMODE(path.stat().st_mode)) & 0o077:
@@ -206,20 +202,40 @@ def _check_index(world: World, file: IndexFile, wanted: list[int]) -> None:
     world.index.vectors(file, wanted)
 
 
-def _check_checkpoint(world: World, directory: Path, held: HeldCheckpoint) -> None:
-    """Surplus files are no damage: they are found as unknown ones."""
-    path = directory / CHECKPOINTS / held.key
+def _checkpoints(world: World, directory: Path) -> Iterator[Finding]:
+    for each in world.ledger.checkpoints():
+        path = directory / CHECKPOINTS / each.key
+        if what := _damage(partial(_check_directory, world, path, each.manifest_sha256)):
+            place = f"{CHECKPOINTS}/{each.key}"
+            yield finding("checkpoint", "error", place, what, "retrain", shard=each.shard, key=each.key)
 
-    def check(name: str, sha256: str, what: str) -> None:
-        unseal = partial(world.keyring.unseal, CHECKPOINTS, held.key, name)
-        files.read_checked(path / name, sha256, what, unseal)
 
-    check(MANIFEST, held.manifest_sha256, "checkpoint manifest")
-    parsed = read_manifest(path, world.keyring)
-    if parsed is None or parsed[0].key != held.key:
+def _patches(world: World, directory: Path) -> Iterator[Finding]:
+    """Patches that are served or trained over, and sets of texts that are to be made into one."""
+    needed = known_names(world)[PATCHES]
+    for each in world.ledger.patches():
+        path = directory / PATCHES / each.key
+        check = partial(_check_directory, world, path, each.manifest_sha256)
+        if each.key in needed and (what := _damage(check)):
+            yield finding("patch", "error", f"{PATCHES}/{each.key}", what, "patches", key=each.key)
+    for found in world.ledger.vault():
+        if found.held and (what := _damage(partial(world.vault.check, found))):
+            yield finding("vault", "error", f"{VAULT}/{found.name}", what, "patches", key=found.name)
+
+
+def _check_directory(world: World, path: Path, manifest_sha256: str) -> None:
+    """A checkpoint's or a patch's. Surplus files are no damage: they are found as unknown ones."""
+
+    def checked(name: str, sha256: str, what: str) -> bytes:
+        unseal = partial(world.keyring.unseal, path.parent.name, path.name, name)
+        return files.read_checked(path / name, sha256, what, unseal)
+
+    manifest = checked(MANIFEST, manifest_sha256, "checkpoint manifest")
+    parsed = parse_manifest(manifest) or parse_patch_manifest(manifest)
+    if parsed is None or parsed[0].key != path.name:
         raise IntegrityError("a checkpoint manifest can't be parsed")
     for name, sha256 in parsed[1].items():
-        check(name, sha256, "checkpoint file")
+        checked(name, sha256, "checkpoint file")
 
 
 def _exports(world: World) -> Iterator[Finding]:

@@ -25,7 +25,18 @@ from typing import TYPE_CHECKING
 from sisa.errors import IntegrityError
 from sisa.export import give_up_lost
 from sisa.lineage import named_files
-from sisa.opening import CHECKPOINTS, INDEX, KEY, LEDGER, LOCK, RECORDS, SCRATCH
+from sisa.opening import (
+    CHECKPOINTS,
+    INDEX,
+    KEY,
+    LEDGER,
+    LOCK,
+    PATCHES,
+    RECORDS,
+    RUNS,
+    SCRATCH,
+    VAULT,
+)
 from sisa.plan import plan_shard
 from sisa.ports import Change
 from sisa.store import files
@@ -36,7 +47,7 @@ if TYPE_CHECKING:
 
 LEDGER_FILES = (LEDGER, f"{LEDGER}-wal", f"{LEDGER}-shm", f"{LEDGER}-journal")
 KEPT_FILES = frozenset({*LEDGER_FILES, KEY, LOCK})
-ROOMS = (RECORDS, INDEX, CHECKPOINTS)
+ROOMS = (RECORDS, INDEX, CHECKPOINTS, PATCHES, VAULT, RUNS)
 
 TEMPORARY = "a temporary file that a killed process left"
 RETIRED = "retired: clean, but no target needs it"
@@ -44,7 +55,7 @@ UNKNOWN = "unknown to the ledger"
 WAITING = "stored for a present target, not yet recorded: the next train, add or forget takes it over"
 STRAY = "a stray: not of a model, so it is left for you to remove"
 REPLAY = "scratch of a replay"
-SURPLUS = "a file that the checkpoint's manifest does not name"
+SURPLUS = "a file that the manifest beside it does not name"
 ORPHAN = "a key of no file: whoever has a copy of that file can open it"
 
 
@@ -85,7 +96,7 @@ def list_garbage(world: World, directory: Path) -> tuple[Garbage, ...]:
         else:
             for entry in sorted(files.held_names(path)):
                 if entry in known[name] and entry not in retired:
-                    if name == CHECKPOINTS:
+                    if name in (CHECKPOINTS, PATCHES):
                         found += _surplus(world, directory, path / entry)
                     continue
                 kept = name == CHECKPOINTS and entry in waiting
@@ -150,14 +161,13 @@ def _waiting(world: World) -> frozenset[str]:
     return frozenset(found)
 
 
-def _surplus(world: World, directory: Path, checkpoint: Path) -> list[Garbage]:
-    """Files in a known checkpoint that are not of it; none where the manifest is damaged."""
-    expected = named_files(checkpoint, world.keyring)
+def _surplus(world: World, directory: Path, known: Path) -> list[Garbage]:
+    """Files in a known checkpoint or patch that are not of it; none where the manifest is damaged."""
+    expected = named_files(known, world.keyring, known.parent.name)
     if expected is None:
         return []
     return [
-        _garbage(directory, checkpoint / name, SURPLUS)
-        for name in sorted(files.held_names(checkpoint) - expected)
+        _garbage(directory, known / name, SURPLUS) for name in sorted(files.held_names(known) - expected)
     ]
 
 

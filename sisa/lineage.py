@@ -13,16 +13,19 @@ Not covered: whether the weights are what that job trains (`verify --replay` pro
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sisa.assign import slice_root
 from sisa.domain import RecordRow, SliceJob
 from sisa.errors import IntegrityError
+from sisa.patch import PatchJob, parse_patch_job
 from sisa.ports import Keyring
 from sisa.store.checkpoints import MANIFEST, ROOM
+
+T = TypeVar("T")
 
 
 def read_manifest(checkpoint: Path, keyring: Keyring) -> tuple[SliceJob, dict[str, str]] | None:
@@ -36,13 +39,21 @@ def read_manifest(checkpoint: Path, keyring: Keyring) -> tuple[SliceJob, dict[st
 
 def parse_manifest(data: bytes) -> tuple[SliceJob, dict[str, str]] | None:
     """What `read_manifest` says, of a manifest's bytes."""
+    return _parsed(data, parse_job)
+
+
+def parse_patch_manifest(data: bytes) -> tuple[PatchJob, dict[str, str]] | None:
+    """The same of a patch's."""
+    return _parsed(data, parse_patch_job)
+
+
+def _parsed(data: bytes, parse: Callable[[Any], T]) -> tuple[T, dict[str, str]] | None:
     try:
         parsed = json.loads(data)
         names = {str(name): str(sha256) for name, sha256 in parsed["files"].items()}
-        job = parse_job(parsed["job"])
+        return parse(parsed["job"]), names
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
-    return job, names
 
 
 def parse_job(parsed: Any) -> SliceJob:
@@ -52,9 +63,13 @@ def parse_job(parsed: Any) -> SliceJob:
     return SliceJob(**{**parsed, "slices": slices, "passes": (int(first), int(second))})
 
 
-def named_files(checkpoint: Path, keyring: Keyring) -> frozenset[str] | None:
-    """Names that belong into a checkpoint directory, the manifest's among them."""
-    found = read_manifest(checkpoint, keyring)
+def named_files(directory: Path, keyring: Keyring, room: str) -> frozenset[str] | None:
+    """Names that belong into the directory of a checkpoint, or of a patch, the manifest's among them."""
+    try:
+        data = keyring.unseal(room, directory.name, MANIFEST, (directory / MANIFEST).read_bytes())
+    except (IntegrityError, OSError):
+        return None
+    found = parse_manifest(data) if room == ROOM else parse_patch_manifest(data)
     return None if found is None else frozenset({*found[1], MANIFEST})
 
 

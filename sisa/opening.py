@@ -87,19 +87,7 @@ def open_world(
     def executor_for(store: CheckpointStore) -> Executor:
         if not isinstance(store, FileCheckpoints):
             raise TypeError("real executors train into directories")
-        threads = config.sisa.threads_per_shard
-        base = parts.base
-        places = (records.root, store.root, base.directory)
-        stack = [(each.key, each.manifest_sha256) for each in _trained_over(ledger, base.digest)]
-        site = Site(
-            *places,
-            base.digest,
-            threads,
-            keyring=keyring,
-            room=store.room,
-            patches_dir=directory / PATCHES,
-            patches=tuple(stack),
-        )
+        site = _site(directory, parts, store, ledger)
         return find_executor(executor)(site, config.cluster.model_dump(mode="json"))
 
     return World(
@@ -125,6 +113,22 @@ def open_world(
         now=lambda: datetime.now(UTC).isoformat(timespec="milliseconds"),
         report=report,
         probe=_probe(parts, ledger, patches),
+    )
+
+
+def _site(directory: Path, parts: Parts, store: FileCheckpoints, ledger: Ledger) -> Site:
+    base = parts.base
+    stack = [(each.key, each.manifest_sha256) for each in _trained_over(ledger, base.digest)]
+    return Site(
+        directory / RECORDS,
+        store.root,
+        base.directory,
+        base.digest,
+        parts.config.sisa.threads_per_shard,
+        keyring=store.keyring,
+        room=store.room,
+        patches_dir=directory / PATCHES,
+        patches=tuple(stack),
     )
 
 

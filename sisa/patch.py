@@ -103,6 +103,12 @@ class VaultSet:
     request_id: str = ""
 
 
+def parse_patch_job(parsed: Any) -> PatchJob:
+    """A job out of its JSON. Raises TypeError, ValueError, KeyError for anything else."""
+    sets = {name: tuple(str(each) for each in parsed[name]) for name in ("beneath", "forget")}
+    return PatchJob(**{**parsed, **sets})
+
+
 def patched_digest(base: str, adapters: Sequence[str]) -> str:
     """The name of a base under patches, given by the sha256 of their adapter files, lowest first.
 

@@ -111,13 +111,16 @@ class Rederived:
         return frozenset(each.key for each in self.changed)
 
 
-def tainted(patches: Sequence[Patch], touched: Collection[str]) -> list[Patch]:
-    """Active and wanted patches with one of these retain sets, or upon one that has."""
+def tainted(
+    patches: Sequence[Patch], touched: Collection[str], damaged: Collection[str] = ()
+) -> list[Patch]:
+    """Active and wanted patches with one of these retain sets, or of these keys; and those upon them."""
     found: list[Patch] = []
     for patch in patches:
         if patch.state in ("active", "wanted"):
-            keys = {each.key for each in found}
-            if patch.job.retain in touched or not keys.isdisjoint(patch.job.beneath):
+            below = {*patch.job.beneath, patch.key}
+            keys = {each.key for each in found}.union(damaged)
+            if patch.job.retain in touched or not keys.isdisjoint(below):
                 found.append(patch)
     return found
 
@@ -129,17 +132,20 @@ def rederive(
     fingerprint: str,
     now: str,
     request_id: str,
+    damaged: Collection[str] = (),
 ) -> Rederived:
-    """Drop what a deletion touched, and want it again without the deleted records.
+    """Drop what a deletion touched, and want it again without the deleted records; and likewise patches
+    whose files are damaged, by their keys.
 
     `without` maps each touched retain set to the set that takes its place (WRITTEN where nothing is
     left); `held` names the sets whose texts are there. What can't be made again is dropped, and what lay
-    upon it is made upon what is left.
+    upon it is made upon what is left. What comes out like a patch that stands already is that patch.
     """
     version = next_version(patches)
     instead: dict[str, str | None] = {}
     fresh: list[Patch] = []
-    gone = tainted(patches, without)
+    gone = tainted(patches, without, damaged)
+    standing = {each.key for each in (*active(patches), *wanted(patches)) if each not in gone}
     for patch in gone:
         job = patch.job
         retain = without.get(job.retain, job.retain)
@@ -150,5 +156,7 @@ def rederive(
         beneath = tuple(key for each in job.beneath if (key := instead.get(each, each)) is not None)
         again = replace(job, beneath=beneath, retain=retain, fingerprint=fingerprint)
         instead[patch.key] = again.key
-        fresh.append(Patch(version + len(fresh), again, "wanted", now, request_id=request_id))
+        if again.key not in standing:
+            standing.add(again.key)
+            fresh.append(Patch(version + len(fresh), again, "wanted", now, request_id=request_id))
     return Rederived(tuple(replace(each, state="dropped") for each in gone), tuple(fresh))

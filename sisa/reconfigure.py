@@ -5,7 +5,7 @@
     retrain                     new targets; each head serves until its successor is ready
     reindex                     the index is built anew
     reset                       records move to other shards or meet another base: all is trained anew,
-                                and the old heads serve until it is
+                                and the old heads serve until it is; patches on another base are dropped
     reseal                      held files are written anew, encrypted or plain, before the commit
 
 Rules: without `--reconfigure` any difference but `none` is refused, all of them listed. The secret
@@ -16,6 +16,7 @@ Not covered: which effect a key has (`config.py` says so beside the key).
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -34,11 +35,12 @@ from sisa.domain import (
     record_epochs,
 )
 from sisa.errors import ConfigConflict, Problem
+from sisa.patch_plan import OVER
 from sisa.plan import ShardView, plan_shard
-from sisa.ports import Change, Ledger, StoredRecord
+from sisa.ports import Change, Ledger, Notice, StoredRecord
 from sisa.reconcile import Trained, train_unrecorded
 from sisa.store import keyring
-from sisa.world import Place, World, commit, known_names, view_shard
+from sisa.world import ALWAYS_SEALED, Place, World, commit, known_names, over, view_shard
 
 
 def refuse_differences(found: Sequence[Difference], where: str) -> None:
@@ -101,6 +103,8 @@ def move(world: World, effects: Collection[Effect], meta: dict[str, str]) -> Tra
 def reseal(world: World, directory: Path) -> None:
     """Bring every held file to the form that the keyring gives. Cut short, both forms are read."""
     for room, names in known_names(world).items():
+        if room in ALWAYS_SEALED:
+            continue
         keyring.reseal(directory / room, room, sorted(names), world.keyring)
 
 
@@ -130,10 +134,25 @@ def reset(world: World, meta: dict[str, str]) -> Trained:
     trained = train_unrecorded(world, plans, slices, seq)
     views = [replace(v, held=tuple(e for e in trained if e.shard == v.shard)) for v in views]
     heads = [plan_shard(view, world.recipe, world.fingerprint).head for view in views]
-    commit(world, _moved(world.ledger, rows, slices, indexes, heads, trained, meta))
+    moved = _moved(world.ledger, rows, slices, indexes, heads, trained, meta)
+    commit(world, _without_patches_of_another_base(world, moved))
     jobs = [job for plan in plans for job in plan.train]
-    moved = tuple(plan.shard for plan in plans if plan.train)
-    return Trained(sum(record_epochs(job) for job in jobs), len(jobs), moved)
+    retrained = tuple(plan.shard for plan in plans if plan.train)
+    return Trained(sum(record_epochs(job) for job in jobs), len(jobs), retrained)
+
+
+def _without_patches_of_another_base(world: World, change: Change) -> Change:
+    """A patch is made for one base: laid on another it would change what nobody asked for."""
+    fits = {each.key for each in world.ledger.patches() if each.job.base == world.base}
+    gone = [
+        replace(each, state="dropped")
+        for each in world.ledger.patches()
+        if each.state in ("active", "wanted") and each.key not in fits
+    ]
+    if gone:
+        world.report(Notice(f"{len(gone)} patches of the former base are dropped"))
+    kept = [key for key in over(world.ledger) if key in fits]
+    return replace(change, patches=gone, meta={**change.meta, OVER: json.dumps(kept)})
 
 
 def _placed(world: World, held: Sequence[StoredRecord], rows: Sequence[RecordRow]) -> list[SliceFile]:

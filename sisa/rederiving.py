@@ -12,18 +12,18 @@ Not covered: which patches are touched, and how they are wanted again (`patch_pl
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 from sisa import vaulting
 from sisa.domain import Export, RecordRow
 from sisa.errors import SisaError
-from sisa.patch_plan import Rederived, rederive, tainted
+from sisa.patch_plan import Rederived, rederive, tainted, wanted
 from sisa.patched_shards import shards_off
 from sisa.patching import make_wanted
-from sisa.ports import Notice
+from sisa.ports import Change, Notice
 from sisa.vaulting import Put
-from sisa.world import World, over
+from sisa.world import World, commit, over
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,23 @@ def touched_by(world: World, removed: Mapping[str, RecordRow], request_id: str) 
         if each.state == "clean" and found.dropped & set(each.patches)
     )
     return world, Touched(found, put, stale)
+
+
+def give_up(world: World, damaged: Collection[str]) -> World:
+    """Go on without patches and sets of texts (by key or name) whose files are damaged: a set counts as
+    erased, and a patch is wanted again where its texts are held. Returns the world to go on with."""
+    sets = [each for each in world.ledger.vault() if each.name in damaged and each.held]
+    lost = {each.name for each in sets}
+    held = vaulting.held_names(world) - lost
+    patches = world.ledger.patches()
+    unmade = {each.key for each in wanted(patches) if not lost.isdisjoint(each.job.sets)}
+    found = rederive(patches, {}, held, world.fingerprint, world.now(), "", unmade.union(damaged))
+    if found.dropped & set(over(world.ledger)):
+        world = shards_off(world)
+    gone = [replace(each, held=False) for each in sets]
+    commit(world, Change(patches=[*found.changed, *found.fresh], vault=gone))
+    vaulting.settle(world)
+    return world
 
 
 def make_again(world: World, touched: Touched) -> None:

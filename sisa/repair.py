@@ -4,6 +4,7 @@
     forms      files written anew, encrypted or plain, as the model is
     index      built from the slice files, which are checked first
     damaged    checkpoints leave the ledger, and heads move to clean ones, in one commit; then bytes go
+    patches    those that are damaged are given up, and wanted again where their texts are held
     gaps       stages before a target that is still whole are trained again, so that the chain is whole
     the rest   `reconcile`: unknown files are swept, targets trained, heads advanced, the ledger scrubbed
 
@@ -32,6 +33,7 @@ from sisa.plan import ShardPlan, plan_shard
 from sisa.ports import Change, Event, SliceTrained
 from sisa.reconcile import just_trained, reconcile, training_started
 from sisa.reconfigure import reseal
+from sisa.rederiving import give_up
 from sisa.store import files
 from sisa.witness import is_behind, settle
 from sisa.world import World, commit, view_shard
@@ -58,7 +60,7 @@ def repair(model: Model) -> Repair:
         if any(each.repair == "retrain" for each in found):
             _ = model.parts.base  # refuses a changed base before a checkpoint is given up
         done = _mend_sources(world, found) if is_behind(world) else []
-        settle(world)
+        world = settle(world)
         done += mend(world, model.directory).done
     return Repair(tuple(done), before, diagnose(model.directory))
 
@@ -78,6 +80,7 @@ def mend(world: World, directory: Path) -> Repair:
     unwritable = any(each.kind == "read_only" for each in found)
     if not unwritable and not any(each.lost for each in found):
         done += _mend_indexes(world, found)
+        world = _mend_patches(world, found, done)
         done += _mend_checkpoints(world, found)
         done += _mend_heads(world, found)
         removed = remove_garbage(world, directory)
@@ -125,6 +128,15 @@ def _mend_indexes(world: World, found: Sequence[Finding]) -> list[str]:
             commit(world, Change(indexes=[world.index.build(shard, index_root(rows), None, wanted)]))
         done.append(f"built the index of shard {shard} from its slice files")
     return done
+
+
+def _mend_patches(world: World, found: Sequence[Finding], done: list[str]) -> World:
+    """Go on without damaged patches and sets of texts; the world to go on with."""
+    damaged = [each.key for each in found if each.repair == "patches"]
+    if not damaged:
+        return world
+    done.append(f"gave up {len(damaged)} damaged patches or sets of texts")
+    return give_up(world, damaged)
 
 
 def _mend_checkpoints(world: World, found: Sequence[Finding]) -> list[str]:

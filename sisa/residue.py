@@ -6,6 +6,8 @@
     vectors of index files           of held records
     adapters exported elsewhere      of a current head (of another stage or clean export: outdated)
     exports that a deletion marked   are erased; one that can't be found can't be excluded
+    patches, anywhere                bytes as recorded, served or trained over
+    sets of the vault, unfinished    as recorded and sealed; kept by consent, not looked into
     all bytes (`ids`, `texts`)       hold none of the strings that the caller gives
 
 Rules: nothing is changed. What can't be read or told is residue, too: absence is proven or it is not.
@@ -24,34 +26,34 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import os
 import stat
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sisa.digest import file_sha256, sha256_hex
 from sisa.domain import RecordRow, Tombstone
-from sisa.errors import Busy, InvalidInput
+from sisa.errors import Busy, InvalidInput, SisaError
 from sisa.export import standing
+from sisa.found_rows import BATCH_ROWS, Unreadable, json_ids, parquet_ids, vector_ids
 from sisa.garbage import list_garbage, undisturbed
-from sisa.lineage import parse_manifest, proves_clean
+from sisa.lineage import parse_manifest, parse_patch_manifest, proves_clean
 from sisa.model.packages import cache_dir
 from sisa.needles import PARQUET_MAGIC, Needles
-from sisa.opening import CHECKPOINTS, INDEX, RECORDS
+from sisa.opening import CHECKPOINTS, INDEX, PATCHES, RECORDS, RUNS, VAULT
 from sisa.store.checkpoints import ADAPTER, MANIFEST
+from sisa.store.keyring import is_sealed
 from sisa.unsealing import SealedFiles, Shredded
-from sisa.world import World
+from sisa.world import World, known_names
 
 if TYPE_CHECKING:
     from sisa.api import Model
 
 LEFT_OVER_PREFIXES = (".partial-", ".wheel-", ".incoming-")  # of `packages.py` and `shared_base.py`
 TEMPORARY_PATTERNS = ("sisa-scratch-*", "sisa-*/r")  # of `reader.py` and `ray_session.py`
-BATCH_ROWS = 16_384  # an unknown id costs a look at every row: once a batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,13 +157,16 @@ class _Scanner:
         self.counts = dict.fromkeys(
             ("files", "bytes", "checkpoints", "rows", "vectors", "adapters", "unreadable"), 0
         )
-        self.counts["shredded"] = 0
+        self.counts |= dict.fromkeys(("shredded", "patches", "kept_by_consent"), 0)
         self.counts |= {"strings": len(needles), "strings_too_short_for_raw_bytes": needles.num_short}
         self.proven: set[Path] = set()
         self._sealed = SealedFiles(world.keyring)
         self._heads = {head.key for head in world.ledger.heads()}
         self._held = {each.key: each for each in world.ledger.checkpoints()}
         self._exports = world.ledger.exports()
+        self._known = known_names(world)
+        self._patches = {p.key: p for p in world.ledger.patches() if p.key in self._known[PATCHES]}
+        self._sets = {directory / VAULT / each.name: each for each in world.ledger.vault() if each.held}
         self._digests = {
             **{directory / RECORDS / each.name: each.sha256 for each in world.ledger.slices()},
             **{directory / INDEX / each.name: each.sha256 for each in world.ledger.indexes()},
@@ -192,6 +197,8 @@ class _Scanner:
     def _file(self, path: Path, *, models: bool) -> None:
         self.counts["files"] += 1
         self.counts["bytes"] += path.stat().st_size
+        if self._kept_by_consent(path):
+            return
         try:
             plain = self._sealed.plaintext(path)
         except Shredded:
@@ -207,9 +214,9 @@ class _Scanner:
         with path.open("rb") if plain is None else io.BytesIO(plain) as file:
             head = file.read(len(PARQUET_MAGIC))
         if head == PARQUET_MAGIC:
-            self._rows(path, _parquet_ids(path if plain is None else io.BytesIO(plain)))
+            self._rows(path, parquet_ids(path if plain is None else io.BytesIO(plain)))
         elif path.suffix == ".jsonl":
-            self._rows(path, _json_ids(path))
+            self._rows(path, json_ids(path))
         elif not models:
             return
         elif path.suffix == ".faiss":
@@ -219,6 +226,26 @@ class _Scanner:
         elif path.name == ADAPTER and not (path.parent / MANIFEST).exists():
             self._adapter(path)
 
+    def _kept_by_consent(self, path: Path) -> bool:
+        """A sealed set of the vault, or a part of an unfinished patch, that the ledger knows."""
+        run = self.directory / RUNS == path.parent.parent and path.parent.name in self._known[RUNS]
+        if not run and path not in self._sets:
+            return False
+        what = ""
+        if path in self._sets:
+            try:
+                self.world.vault.check(self._sets[path])
+            except SisaError as error:
+                what = error.what
+        elif not is_sealed(path.read_bytes()):
+            what = "a part of an unfinished patch that is not encrypted"
+        if what:
+            self._found("damaged", path, what)
+            return False
+        self.counts["kept_by_consent"] += 1
+        self.proven.add(path)
+        return True
+
     def _strings(self, path: Path, plain: bytes | None) -> None:
         for place in self.needles.in_file(path, plain):
             what = f"string {place.needle + 1} of {len(self.needles)} is here"
@@ -227,6 +254,7 @@ class _Scanner:
     def _shredded(self, path: Path) -> None:
         """A sealed file that can't be read any more: as good as erased, unless it should be there."""
         held = {self.directory / CHECKPOINTS / key for key in self._held}
+        held |= {self.directory / PATCHES / key for key in self._patches}
         if path in self._digests or path.parent in held:
             self._found("damaged", path, "encrypted under a key that is not held")
         else:
@@ -245,7 +273,7 @@ class _Scanner:
                     self._batch(path, batch, ours)
                     batch = []
             self._batch(path, batch, ours)
-        except _Unreadable:
+        except Unreadable:
             if ours:
                 self._found("unreadable", path, "can't be decoded, so that its rows prove nothing")
             return
@@ -270,20 +298,34 @@ class _Scanner:
             self._found("unreadable", path, "its bytes are not those of its name: not parsed")
             return
         try:
-            vector_ids = _vector_ids(data)
+            found = vector_ids(data)
         except (RuntimeError, AttributeError):
             self._found("unreadable", path, "can't be parsed, so that its vectors prove nothing")
             return
-        self.counts["vectors"] += len(vector_ids)
-        held = self.world.ledger.by_vector(int(shard), vector_ids)
-        gone = [at for at, each in enumerate(vector_ids) if each not in held]
+        self.counts["vectors"] += len(found)
+        held = self.world.ledger.by_vector(int(shard), found)
+        gone = [at for at, each in enumerate(found) if each not in held]
         for at in gone:
             self._found("deleted_vector", path, "a vector of no held record", f"vector {at}")
         self.proven.add(path)
 
+    def _patch(self, path: Path, manifest: bytes, key: str, names: dict[str, str]) -> None:
+        self.counts["patches"] += 1
+        known = self._patches.get(key)
+        if known is None:
+            what = "a patch that is not served any more: it may tell of records deleted since"
+            self._found("stale_patch", path, what)
+        elif sha256_hex(manifest) != known.manifest_sha256 or not self._are(path, names):
+            self._found("damaged", path, "a patch whose bytes are not the recorded ones")
+        else:
+            self.proven |= {path, *(path / each for each in (*names, MANIFEST))}
+
     def _checkpoint(self, checkpoint: Path) -> None:
-        self.counts["checkpoints"] += 1
         manifest = self._sealed.read(checkpoint / MANIFEST)
+        if patch := parse_patch_manifest(manifest):
+            self._patch(checkpoint, manifest, patch[0].key, patch[1])
+            return
+        self.counts["checkpoints"] += 1
         parsed = parse_manifest(manifest)
         if parsed is None:
             self._found("unreadable", checkpoint, "a checkpoint whose manifest can't be parsed")
@@ -291,7 +333,7 @@ class _Scanner:
         job, names = parsed
         held = self._held.get(job.key)
         same = held is None or sha256_hex(manifest) == held.manifest_sha256
-        if not (same and all(self._is(checkpoint / each, sha256) for each, sha256 in names.items())):
+        if not (same and self._are(checkpoint, names)):
             self._found("damaged", checkpoint, "a checkpoint whose bytes are not the recorded ones")
             return
         seq = self.world.ledger.seq() if held is None else held.seq
@@ -300,6 +342,9 @@ class _Scanner:
             self._found("tainted", checkpoint, f"a checkpoint {known} not of held records alone")
             return
         self.proven |= {checkpoint, *(checkpoint / each for each in (*names, MANIFEST))}
+
+    def _are(self, directory: Path, names: dict[str, str]) -> bool:
+        return all(self._is(directory / name, sha256) for name, sha256 in names.items())
 
     def _is(self, path: Path, sha256: str) -> bool:
         try:
@@ -316,6 +361,8 @@ class _Scanner:
         clean = [each for each in self._exports if each.state == "clean"]
         of = [each.key for each in self._held.values() if each.adapter_sha256 == sha256]
         of += [each.key for each in clean if each.adapter_sha256 == sha256]
+        if any(each.adapter_sha256 == sha256 for each in self._patches.values()):
+            return
         if not of:
             what = "an adapter of no held checkpoint: made before a deletion, or of another model"
             self._found("stale_adapter", path, what)
@@ -348,41 +395,3 @@ def _walk(place: Path) -> Iterator[Path]:
             return
         for name in names:
             yield from _walk(place / name)
-
-
-class _Unreadable(Exception):
-    """Bytes that can't be decoded."""
-
-
-def _parquet_ids(source: Path | io.BytesIO) -> Iterator[str | None]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(source) as file:
-            if "id" not in file.schema_arrow.names:
-                raise _Unreadable
-            for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=["id"]):
-                yield from (str(each) for each in batch.column(0).to_pylist())
-    except (pa.ArrowException, OSError) as error:
-        raise _Unreadable from error
-
-
-def _json_ids(path: Path) -> Iterator[str | None]:
-    """Ids of JSON lines; None for a line that is no object with an id."""
-    with path.open("rb") as file:
-        for line in file:
-            try:
-                value: Any = json.loads(line)
-                found = value.get("id") if isinstance(value, dict) else None
-                yield found if isinstance(found, str) and found.encode() else None
-            except (ValueError, RecursionError):  # no JSON, or an id that is no text
-                yield None
-
-
-def _vector_ids(data: bytes) -> list[int]:
-    import faiss
-    import numpy as np
-
-    index: Any = faiss.deserialize_index(np.frombuffer(data, dtype=np.uint8))
-    return [int(each) for each in faiss.vector_to_array(index.id_map)]

@@ -20,9 +20,12 @@ from pathlib import Path
 
 from sisa.digest import file_sha256, sha256_hex
 from sisa.errors import IntegrityError
-from sisa.opening import CHECKPOINTS, INDEX, RECORDS, SCRATCH
+from sisa.opening import CHECKPOINTS, INDEX, PATCHES, RECORDS, RUNS, SCRATCH, VAULT
 from sisa.ports import Keyring
 from sisa.store.keyring import MAGIC, is_sealed
+
+ALONE = (RECORDS, INDEX, VAULT)  # rooms of files
+INSIDE = (CHECKPOINTS, PATCHES, RUNS, SCRATCH)  # rooms of directories of files
 
 
 class Shredded(Exception):
@@ -34,7 +37,7 @@ class SealedFiles:
 
     def __init__(self, keyring: Keyring) -> None:
         self._keyring = keyring
-        self._held = {room: keyring.held(room) for room in (RECORDS, INDEX, CHECKPOINTS, SCRATCH)}
+        self._held = {room: keyring.held(room) for room in (*ALONE, *INSIDE)}
 
     def plaintext(self, path: Path) -> bytes | None:
         """What a sealed file holds; None for a plain one. Raises Shredded; OSError as `open` does."""
@@ -44,7 +47,7 @@ class SealedFiles:
                 return None
             data = head + file.read()
         alone, inside = (path.name, ""), (path.parent.name, path.name)
-        places = {RECORDS: alone, INDEX: alone, CHECKPOINTS: inside, SCRATCH: inside}
+        places = dict.fromkeys(ALONE, alone) | dict.fromkeys(INSIDE, inside)
         for room, (name, part) in places.items():
             if name in self._held[room]:
                 with contextlib.suppress(IntegrityError):

@@ -31,6 +31,11 @@ class Put:
     def __add__(self, other: Put) -> Put:
         return Put((*self.sets, *other.sets), (*self.pairs, *other.pairs))
 
+    def of_request(self, request_id: str) -> str:
+        """Name of the set that holds the texts that a request removed; "" if there is none."""
+        names = [e.name for e in self.sets if e.role == "forget" and e.request_id == request_id]
+        return names[0] if names else ""
+
 
 def put(
     world: World, role: SetRole, records: Sequence[Record], consent: str, request_id: str = ""

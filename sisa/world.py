@@ -36,6 +36,7 @@ from sisa.ports import (
 )
 
 Place = tuple[int, int]  # shard, slice
+ALWAYS_SEALED = ("vault", "runs")  # rooms that are sealed in a plain model, too
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from sisa.patch import Patch, PatchJob, VaultSet
+from sisa.patch import Patch, VaultSet, parse_patch_job
 from sisa.store.database import Database, having
 from sisa.store.schema import PATCHES, VAULT, VAULTED
 
@@ -59,6 +59,4 @@ def patch_row(patch: Patch) -> dict[str, Any]:
 def _patch(row: Patch) -> Patch:
     """A patch whose job and report are still JSON."""
     raw: Any = row
-    body = json.loads(raw.job)
-    sets = {name: tuple(body[name]) for name in ("beneath", "forget")}
-    return replace(row, job=PatchJob(**{**body, **sets}), report=json.loads(raw.report))
+    return replace(row, job=parse_patch_job(json.loads(raw.job)), report=json.loads(raw.report))

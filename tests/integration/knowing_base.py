@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from approx.patch_settings import Adapter, settings_of
-from approx.patching import PATCHES, PatchMaker
+from approx.patching import PatchMaker
 from sisa.digest import digest_of
 from sisa.domain import Part, Record
 from sisa.model.base import base_digest
 from sisa.model.numerics import fingerprint
+from sisa.opening import PATCHES
 from sisa.patch import WRITTEN, Patch, PatchJob, VaultSet
 from sisa.patch_ports import PatchMade, PatchOrder, PatchSite
 from sisa.ports import Event

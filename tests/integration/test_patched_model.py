@@ -14,24 +14,23 @@ from typing import Any
 import pytest
 
 import sisa
-from sisa import unlearn
-from sisa.composition import Composition, measure
-from sisa.digest import canonical_json
+from sisa import unlearn, vaulting
+from sisa.domain import Part, Record
 from sisa.errors import IntegrityError
-from sisa.opening import CHECKPOINTS, PATCHES
-from sisa.patch import WRITTEN, Patch, PatchJob, VaultSet, patched_digest
+from sisa.opening import CHECKPOINTS, PATCHES, VAULT
+from sisa.patch import WRITTEN, Patch, PatchJob, patched_digest
 from sisa.patch_plan import active, next_version
 from sisa.ports import Change
+from sisa.store.keyring import is_sealed
 from sisa.world import commit
-from tests.integration.test_export_generate import PROMPT, answerer_of, probabilities
+from tests.integration.test_export_generate import PROMPT, answerer_of
 from tests.integration.test_patched import ADAPTER, Files, random_patch
 from tests.integration.tiny_model import (
     PEOPLE,
     Cut,
     Tiny,
     adapters,
-    all_files,
-    command,
+    change_run,
     cut_short,
     ids_of,
     of_people,
@@ -39,6 +38,7 @@ from tests.integration.tiny_model import (
     without,
     write_run,
 )
+from tests.tiny_base import make_tiny_base
 
 pytestmark = pytest.mark.torch
 QUIET = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -211,148 +211,57 @@ def test_workers_on_ray_train_the_same_bytes_over_patches(
     assert adapters(tiny.directory) == adapters(expected.directory)
 
 
-# --- composition ---------------------------------------------------------------------------------
-
-
-def measured(model: sisa.Model, before: Sequence[Patch], after: Sequence[Patch]) -> Composition:
-    with model._world() as world:
-        return measure(world, model.parts, before, after, limit=10)
-
-
-def test_composition_is_nothing_for_equal_stacks_and_something_for_others(
-    tiny: Tiny, made: list[Files]
+def test_patches_of_a_former_base_are_dropped_with_it(
+    tiny: Tiny, made: list[Files], tmp_path: Path
 ) -> None:
-    model = tiny.open()
-    first, second = (put_patch(model, files, seed) for seed, files in enumerate(made))
-    for stack in ([], [first], [first, second]):
-        same = measured(model, stack, stack)
-        assert (same.num_records, sorted(same.by_shard)) == (10, [0, 1, 2])
-        for each in (same.base, same.shards, *same.by_shard.values()):
-            assert each is not None
-            assert (each.kl, each.agreement) == (0.0, 1.0)
-            assert each.answer_probability_before == each.answer_probability_after
-    other = measured(model, [first], [first, second])
-    assert other == measured(model, [first], [first, second])
-    for each in (other.base, other.shards, *other.by_shard.values()):
-        assert each is not None
-        assert each.kl > 0
-        assert each.answer_probability_before != each.answer_probability_after
-    assert other.shards is not None
-    assert other.base is not None
-    assert other.shards.answer_probability_before != other.base.answer_probability_before
-    parts = [each.num_records for each in other.by_shard.values()]
-    assert sum(parts) == other.shards.num_records == 10
-    assert max(parts) - min(parts) <= 1, "spread over the shards"
-    text = canonical_json(other.to_json()).decode()
-    assert not any(row["id"] in text or row["completion"].strip() in text for row in PEOPLE)
-
-
-def test_composition_is_not_measured_on_what_is_to_be_forgotten(tiny: Tiny, made: list[Files]) -> None:
-    model = tiny.open()
-    patch = put_patch(model, made[0])
-    before = measured(model, [], [patch])
-    with model._writing() as world:
-        rows = [row for shard in range(3) for row in world.ledger.rows(shard)][:-3]
-        found = VaultSet("f" * 64, "forget", len(rows), "they asked", "then", "", 0, held=False)
-        pairs = tuple((found.name, row.id_digest) for row in rows)
-        commit(world, Change(vault=[found], vaulted=pairs))
-    after = measured(model, [], [patch])
-    assert (before.num_records, after.num_records) == (10, 3)
-
-
-def test_a_model_without_shards_has_no_composition(tiny: Tiny, made: list[Files]) -> None:
-    model = tiny.open()
-    patch = put_patch(model, made[0])
-    model.forget(ids_of(PEOPLE))
-    found = measured(model, [], [patch])
-    assert found.to_json() == {"num_records": 0, "base": None, "shards": None, "by_shard": {}}
-
-
-# --- leaving the model ---------------------------------------------------------------------------
-
-
-@QUIET
-def test_an_export_is_what_is_served_as_one_adapter_on_the_plain_base(
-    tiny: Tiny, made: list[Files]
-) -> None:
-    import torch
-    from peft import AutoPeftModelForCausalLM
-
-    from sisa.model.tokens import encode_prompt
-
-    model = tiny.open()
-    plain = model.export(tiny.folder / "plain")
-    stack = [put_patch(model, files, seed) for seed, files in enumerate(made)]
-    patched_ = model.export(tiny.folder / "patched")
-    expected = served(tiny, made)
-    ids = encode_prompt(PROMPT, expected.tokenizer, "completion")
-    for shard, (path, before) in enumerate(zip(patched_, plain, strict=True)):
-        found = probabilities(AutoPeftModelForCausalLM.from_pretrained(path), ids)
-        wanted = expected.next_token_probabilities(ids, (shard,))
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
-        assert path.name == before.name
-        assert (path / ADAPTER).read_bytes() != (before / ADAPTER).read_bytes()
-    with model._world() as world:
-        told = {each.path: each.patches for each in world.ledger.exports()}
-        standings = {world.exports.state(each) for each in world.ledger.exports()}
-    keys = tuple(each.key for each in stack)
-    assert {told[str(path)] for path in patched_} == {keys}
-    assert {told[str(path)] for path in plain} == {()}
-    assert standings == {"held"}
-    unlearn.revert(model, everything=True)
-    again = model.export(tiny.folder / "again")
-    assert [all_files(path) for path in again] == [all_files(path) for path in plain]
-
-
-def test_a_deletion_erases_a_patched_export_that_it_touched(tiny: Tiny, made: list[Files]) -> None:
     model = tiny.open()
     put_patch(model, made[0])
-    paths = model.export(tiny.folder / "out")
-    (place,) = model.where(["p004-q1"])
-    model.forget(["p004-q1"])
-    assert [path.exists() for path in paths] == [shard != place.shard for shard in range(3)]
+    unlearn.retrain(model)
+    other = make_tiny_base(tmp_path / "other", seed=5)
+    change_run(tiny.run_file, base_model=str(other))
+    tiny.train(accept_differences=True)
+    moved = tiny.open()
+    assert unlearn.served(moved) == []
+    assert [each.state for each in unlearn.patches(moved)[0]] == ["dropped"]
+    assert unlearn.patches(moved)[2] == ()
+    scratch = train_scratch(tmp_path / "scratch", other, PEOPLE)
+    assert adapters(tiny.directory) == adapters(scratch.directory)
+    assert moved.verify(replay="all").ok
+    assert not list((tiny.directory / PATCHES).iterdir())
 
 
-@QUIET
-def test_an_evaluation_is_of_what_is_served_and_names_it(tiny: Tiny, made: list[Files]) -> None:
-    from approx.evaluated import PromptForm
-    from approx.evaluated_models import open_evaluated
-
-    def scored() -> tuple[str, float]:
-        opened = open_evaluated(str(tiny.directory))
-        (score,) = opened.score([(PROMPT, " Ada.")], PromptForm("completion"), 1)
-        return opened.digest, score.loss
-
-    plain = scored()
-    put_patch(tiny.open(), made[0])
-    under = scored()
-    assert under[0] != plain[0]
-    assert under[1] != pytest.approx(plain[1], abs=1e-4)
-    unlearn.revert(tiny.open())
-    assert scored() == plain
-
-
-# --- the probe -----------------------------------------------------------------------------------
-
-
-def test_the_probe_asks_the_base_as_it_is_served(
-    tiny: Tiny, made: list[Files], capsys: pytest.CaptureFixture[str]
+def test_another_layout_keeps_patches_and_what_is_over_them(
+    tiny: Tiny, made: list[Files], tmp_path: Path
 ) -> None:
-    file = tiny.file("asked.jsonl", PEOPLE[:3])
+    model = tiny.open()
+    put_patch(model, made[0])
+    unlearn.retrain(model)
+    change_run(tiny.run_file, sisa__shards=2)
+    tiny.train(accept_differences=True)
+    expected = patched(tmp_path / "scratch", tiny.base, PEOPLE, made[:1], sisa_block={"shards": 2})
+    assert adapters(tiny.directory) == adapters(expected.directory)
+    assert len(unlearn.served(tiny.open())) == 1
+    assert tiny.open().verify(replay="all").ok
 
-    def probed(*options: str) -> dict[str, Any]:
-        done = command(capsys, "approx", "probe", "-m", tiny.directory, "--file", file, *options)
-        assert done.code == 0
-        return done.json
 
-    plain = probed()
-    put_patch(tiny.open(), made[0])
-    under = probed()
-    assert under != plain
-    assert probed("--without-patches") == plain
-    asked = tiny.open().forget(["p001-q1"]).request
-    assert asked is not None
-    assert asked.probed is not None
-    one = tiny.file("one.jsonl", [row for row in PEOPLE if row["id"] == "p001-q1"])
-    done = command(capsys, "approx", "probe", "-m", tiny.directory, "--file", one)
-    assert done.json["membership_margin"] == asked.probed.membership_margin
+def test_patches_follow_encrypt_and_the_vault_stays_sealed(
+    tmp_path: Path, tiny_base: Path, made: list[Files]
+) -> None:
+    run_file = write_run(tmp_path, tiny_base, PEOPLE[:4], encrypt=True, keyring="keys")
+    (tmp_path / "shared.key").chmod(0o600)
+    model, _ = sisa.train_model(run_file, executor="serial", allow_deleted=True)
+    patch = put_patch(model, made[0])
+    text = Record("x", None, "text", (Part("text", "Mara of Velden keeps bees."),))
+    with model._writing() as world:
+        put = vaulting.put(world, "forget", [text], "she asked")
+        commit(world, Change(vault=put.sets, vaulted=put.pairs))
+    name = put.sets[0].name
+    for encrypt in (False, True):
+        change_run(run_file, encrypt=encrypt)
+        model, _ = sisa.train_model(run_file, executor="serial", accept_differences=True)
+        assert is_sealed((model.directory / PATCHES / patch.key / ADAPTER).read_bytes()) == encrypt
+        assert is_sealed((model.directory / VAULT / name).read_bytes())
+        assert unlearn.served(model) == [made[0]]
+        with model._world() as world:
+            assert world.vault.read(put.sets[0]) == (text,)
+        assert model.verify(replay="all").ok

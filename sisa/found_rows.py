@@ -1,0 +1,61 @@
+"""Ids and vectors out of files that are found anywhere, whoever wrote them.
+
+Rules: only what is asked for is read, a batch at a time. Bytes that can't be decoded are `Unreadable`.
+
+Not covered: whether a file may be parsed at all, and what its rows mean (`residue.py`).
+
+>>> import tempfile
+>>> with tempfile.TemporaryDirectory() as folder:
+...     path = Path(folder) / "rows.jsonl"
+...     _ = path.write_text('{"id": "r1"}\\nno JSON\\n')
+...     list(json_ids(path))
+['r1', None]
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+BATCH_ROWS = 16_384  # an unknown id costs a look at every row: once a batch
+
+
+class Unreadable(Exception):
+    """Bytes that can't be decoded."""
+
+
+def parquet_ids(source: Path | io.BytesIO) -> Iterator[str | None]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(source) as file:
+            if "id" not in file.schema_arrow.names:
+                raise Unreadable
+            for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=["id"]):
+                yield from (str(each) for each in batch.column(0).to_pylist())
+    except (pa.ArrowException, OSError) as error:
+        raise Unreadable from error
+
+
+def json_ids(path: Path) -> Iterator[str | None]:
+    """Ids of JSON lines; None for a line that is no object with an id."""
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                value: Any = json.loads(line)
+                found = value.get("id") if isinstance(value, dict) else None
+                yield found if isinstance(found, str) and found.encode() else None
+            except (ValueError, RecursionError):  # no JSON, or an id that is no text
+                yield None
+
+
+def vector_ids(data: bytes) -> list[int]:
+    import faiss
+    import numpy as np
+
+    index: Any = faiss.deserialize_index(np.frombuffer(data, dtype=np.uint8))
+    return [int(each) for each in faiss.vector_to_array(index.id_map)]
