@@ -3,7 +3,7 @@
     sequential   a new patch lies upon all active ones
     joint        a new patch is made anew, upon the untouched base, from its own forget sets and those of
                  every active patch whose texts are still held; it takes their place. A patch whose texts
-                 are gone stays beneath
+                 are gone stays beneath, with those that it was made upon
     deletion     of a record in a patch's retain set: the patch, and every one that lies upon it, is
                  dropped at once and derived again without that record, where its texts are held
 
@@ -23,10 +23,10 @@ True
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from sisa.patch import WRITTEN, Patch, PatchJob, PatchMode, VaultSet
+from sisa.patch import Patch, PatchJob, PatchMode, VaultSet
 
 OVER = "over"  # in the ledger's meta: keys of the patches that the shards are trained over
 
@@ -55,8 +55,12 @@ def next_job(
     """The job of a new patch that is to forget some sets; base, retain set, settings and fingerprint
     are those of `like`. `held` names the sets whose texts are there."""
     stack = active(patches)
-    merged = [p for p in stack if mode == "joint" and set(p.job.forget) <= set(held)]
-    beneath = tuple(each.key for each in stack if each not in merged)
+    kept: set[str] = set()
+    for patch in stack:
+        if mode == "sequential" or not set(patch.job.forget) <= set(held):
+            kept |= {patch.key, *patch.job.beneath}
+    beneath = tuple(each.key for each in stack if each.key in kept)
+    merged = [each for each in stack if each.key not in kept]
     names = dict.fromkeys([*(name for each in merged for name in each.job.forget), *forget])
     return replace(like, beneath=beneath, forget=tuple(names))
 
@@ -87,12 +91,18 @@ def needed(
 
 
 def settled(
-    patches: Sequence[Patch], mode: PatchMode, sets: Sequence[VaultSet], deletable: Collection[str]
+    patches: Sequence[Patch],
+    mode: PatchMode,
+    sets: Sequence[VaultSet],
+    deletable: Collection[str],
+    elsewhere: Collection[str] = (),
 ) -> tuple[list[VaultSet], list[str]]:
     """Sets whose texts are to be erased now, as rows without them; and names of rows that may go, since
-    no patch that is there or wanted was made from the set."""
+    nothing that is there or wanted was made from the set. `elsewhere` are the keys of patches in what
+    was exported, or beneath trained shards."""
     keep = needed(patches, mode, sets, deletable)
-    live = {name for p in patches if p.state in ("active", "wanted") for name in p.job.sets}
+    there = [p for p in patches if p.state in ("active", "wanted") or p.key in elsewhere]
+    live = {name for p in there for name in p.job.sets}
     erased = [replace(each, held=False) for each in sets if each.held and each.name not in keep]
     gone = [each.name for each in sets if each.name not in keep and each.name not in live]
     return [each for each in erased if each.name not in gone], gone
@@ -111,18 +121,20 @@ class Rederived:
         return frozenset(each.key for each in self.changed)
 
 
+def lineage(
+    patches: Sequence[Patch], touched: Collection[str], damaged: Collection[str] = ()
+) -> list[Patch]:
+    """Patches of any state with one of these retain sets, or of these keys; and those upon them, since
+    a job names all that lies beneath."""
+    keys = {each.key for each in patches if each.job.retain in touched}.union(damaged)
+    return [each for each in patches if not keys.isdisjoint((*each.job.beneath, each.key))]
+
+
 def tainted(
     patches: Sequence[Patch], touched: Collection[str], damaged: Collection[str] = ()
 ) -> list[Patch]:
-    """Active and wanted patches with one of these retain sets, or of these keys; and those upon them."""
-    found: list[Patch] = []
-    for patch in patches:
-        if patch.state in ("active", "wanted"):
-            below = {*patch.job.beneath, patch.key}
-            keys = {each.key for each in found}.union(damaged)
-            if patch.job.retain in touched or not keys.isdisjoint(below):
-                found.append(patch)
-    return found
+    """Of those, the ones that are served or wanted."""
+    return [e for e in lineage(patches, touched, damaged) if e.state in ("active", "wanted")]
 
 
 def rederive(
@@ -139,24 +151,51 @@ def rederive(
 
     `without` maps each touched retain set to the set that takes its place (WRITTEN where nothing is
     left); `held` names the sets whose texts are there. What can't be made again is dropped, and what lay
-    upon it is made upon what is left. What comes out like a patch that stands already is that patch.
+    upon it is made upon what is left.
     """
-    version = next_version(patches)
-    instead: dict[str, str | None] = {}
-    fresh: list[Patch] = []
+
+    def renewed(job: PatchJob) -> PatchJob | None:
+        again = replace(job, retain=without.get(job.retain, job.retain), fingerprint=fingerprint)
+        return again if set(again.sets) <= set(held) else None
+
     gone = tainted(patches, without, damaged)
-    standing = {each.key for each in (*active(patches), *wanted(patches)) if each not in gone}
-    for patch in gone:
-        job = patch.job
-        retain = without.get(job.retain, job.retain)
-        sets = (*job.forget, *(() if retain == WRITTEN else (retain,)))
-        if not set(sets) <= set(held):
-            instead[patch.key] = None
-            continue
-        beneath = tuple(key for each in job.beneath if (key := instead.get(each, each)) is not None)
-        again = replace(job, beneath=beneath, retain=retain, fingerprint=fingerprint)
-        instead[patch.key] = again.key
-        if again.key not in standing:
-            standing.add(again.key)
-            fresh.append(Patch(version + len(fresh), again, "wanted", now, request_id=request_id))
+    fresh = _again(patches, gone, renewed)
+    same = {each.key for each in wanted(patches)} - {each.key for each in gone}
+    fresh = [
+        each if each.key in same else replace(each, wanted_at=now, request_id=request_id)
+        for each in fresh
+    ]
     return Rederived(tuple(replace(each, state="dropped") for each in gone), tuple(fresh))
+
+
+def unmade(patches: Sequence[Patch], patch: Patch) -> list[Patch]:
+    """The rows that change when nothing good comes of a patch that was wanted: it is dropped, and those
+    that were to lie upon it are made upon what is left."""
+    gone = tainted(patches, (), (patch.key,))
+    fresh = _again(patches, gone, lambda job: None if job == patch.job else job)
+    upon = [each for each in gone if each.key != patch.key]
+    return [replace(patch, state="dropped"), *(replace(e, state="dropped") for e in upon), *fresh]
+
+
+def _again(
+    patches: Sequence[Patch], gone: Sequence[Patch], renewed: Callable[[PatchJob], PatchJob | None]
+) -> list[Patch]:
+    """New wishes in the place of those that go, by their new jobs, None for one that stays away. What
+    comes out like an active patch is that patch. Wishes keep their order: one that stays as it is and
+    came later than one that goes gets a later version, too."""
+    served = {each.key for each in active(patches) if each not in gone}
+    instead: dict[str, str | None] = {}
+    jobs: dict[str, Patch] = {}
+    for patch in patches:
+        job = renewed(patch.job) if patch in gone else patch.job
+        if patch in gone and job is None:
+            instead[patch.key] = None
+        elif job is not None and (patch in gone or (instead and patch.state == "wanted")):
+            beneath = tuple(key for each in job.beneath if (key := instead.get(each, each)) is not None)
+            again = replace(job, beneath=beneath)
+            instead[patch.key] = again.key
+            if again.key not in served:
+                wish = Patch(0, again, "wanted", patch.wanted_at, request_id=patch.request_id)
+                jobs.setdefault(again.key, wish)
+    version = next_version(patches)
+    return [replace(each, version=version + at) for at, each in enumerate(jobs.values())]

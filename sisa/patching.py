@@ -21,7 +21,7 @@ from sisa import vaulting
 from sisa.domain import Record, RecordRow, Request
 from sisa.errors import ConfigConflict, InvalidInput
 from sisa.patch import WRITTEN, Patch, PatchJob, VaultSet
-from sisa.patch_plan import activated, active, next_job, next_version, wanted
+from sisa.patch_plan import activated, active, next_job, next_version, rederive, unmade, wanted
 from sisa.patch_ports import PatchOrder
 from sisa.ports import Change, Notice
 from sisa.reconcile import sweep_patches
@@ -138,7 +138,8 @@ def make_wanted(
         if made.unfinished:
             return Unlearnt(last, True, report, *_settled(world))
         if made.saved is None:
-            commit(world, Change(patches=[replace(patch, state="dropped", report=dict(report))]))
+            told = replace(patch, report=dict(report))
+            commit(world, Change(patches=unmade(world.ledger.patches(), told)))
             continue
         now = replace(
             patch,
@@ -201,14 +202,13 @@ def revert(world: World, *, everything: bool = False) -> list[Patch]:
 
 
 def release(world: World, sets: Sequence[VaultSet]) -> list[VaultSet]:
-    """Erase texts on withdrawn consent; a wish that needs them is given up."""
+    """Erase texts on withdrawn consent; a wish that needs them is given up, and those that were to lie
+    upon it go on without it."""
     names = {each.name for each in sets}
-    given_up = [
-        replace(each, state="dropped")
-        for each in wanted(world.ledger.patches())
-        if not names.isdisjoint(each.job.sets)
-    ]
+    patches, held = world.ledger.patches(), vaulting.held_names(world) - names
+    needing = [each.key for each in wanted(patches) if not names.isdisjoint(each.job.sets)]
+    found = rederive(patches, {}, held, world.fingerprint, world.now(), "", needing)
     gone = [replace(each, held=False) for each in sets]
-    commit(world, Change(vault=gone, patches=given_up))
+    commit(world, Change(vault=gone, patches=[*found.changed, *found.fresh]))
     _settled(world)
     return gone

@@ -5,7 +5,7 @@
     retrain                     new targets; each head serves until its successor is ready
     reindex                     the index is built anew
     reset                       records move to other shards or meet another base: all is trained anew,
-                                and the old heads serve until it is; patches on another base are dropped
+                                and the old heads serve until it is; patches of another base are dropped
     reseal                      held files are written anew, encrypted or plain, before the commit
 
 Rules: without `--reconfigure` any difference but `none` is refused, all of them listed. The secret
@@ -16,7 +16,6 @@ Not covered: which effect a key has (`config.py` says so beside the key).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -37,7 +36,7 @@ from sisa.domain import (
 from sisa.errors import ConfigConflict, Problem
 from sisa.patch_plan import OVER
 from sisa.plan import ShardView, plan_shard
-from sisa.ports import Change, Ledger, Notice, StoredRecord
+from sisa.ports import Change, Ledger, StoredRecord
 from sisa.reconcile import Trained, train_unrecorded
 from sisa.store import keyring
 from sisa.world import ALWAYS_SEALED, Place, World, commit, known_names, over, view_shard
@@ -134,25 +133,10 @@ def reset(world: World, meta: dict[str, str]) -> Trained:
     trained = train_unrecorded(world, plans, slices, seq)
     views = [replace(v, held=tuple(e for e in trained if e.shard == v.shard)) for v in views]
     heads = [plan_shard(view, world.recipe, world.fingerprint).head for view in views]
-    moved = _moved(world.ledger, rows, slices, indexes, heads, trained, meta)
-    commit(world, _without_patches_of_another_base(world, moved))
+    commit(world, _moved(world, rows, slices, indexes, heads, trained, meta))
     jobs = [job for plan in plans for job in plan.train]
-    retrained = tuple(plan.shard for plan in plans if plan.train)
-    return Trained(sum(record_epochs(job) for job in jobs), len(jobs), retrained)
-
-
-def _without_patches_of_another_base(world: World, change: Change) -> Change:
-    """A patch is made for one base: laid on another it would change what nobody asked for."""
-    fits = {each.key for each in world.ledger.patches() if each.job.base == world.base}
-    gone = [
-        replace(each, state="dropped")
-        for each in world.ledger.patches()
-        if each.state in ("active", "wanted") and each.key not in fits
-    ]
-    if gone:
-        world.report(Notice(f"{len(gone)} patches of the former base are dropped"))
-    kept = [key for key in over(world.ledger) if key in fits]
-    return replace(change, patches=gone, meta={**change.meta, OVER: json.dumps(kept)})
+    moved = tuple(plan.shard for plan in plans if plan.train)
+    return Trained(sum(record_epochs(job) for job in jobs), len(jobs), moved)
 
 
 def _placed(world: World, held: Sequence[StoredRecord], rows: Sequence[RecordRow]) -> list[SliceFile]:
@@ -177,7 +161,7 @@ def _indexed(world: World, records: Sequence[Record], rows: Sequence[RecordRow])
 
 
 def _moved(
-    old: Ledger,
+    world: World,
     rows: Sequence[RecordRow],
     slices: Sequence[SliceFile],
     indexes: Sequence[IndexFile],
@@ -185,6 +169,9 @@ def _moved(
     trained: Sequence[HeldCheckpoint],
     meta: dict[str, str],
 ) -> Change:
+    old = world.ledger
+    former = [each for each in old.patches() if each.job.base != world.base]
+    beneath_all = not {each.key for each in former}.isdisjoint(over(old))
     places = {(file.shard, file.slice) for file in slices}
     indexed = {file.shard for file in indexes}
     return Change(
@@ -198,6 +185,7 @@ def _moved(
         headless=[head.shard for head in old.heads() if head.shard >= len(heads)],
         checkpoints=trained,
         dropped=[each.key for each in old.checkpoints()],
+        patches=[replace(e, state="dropped") for e in former if e.state in ("active", "wanted")],
         exports=_unplaced(old),
-        meta=meta,
+        meta={**meta, OVER: "[]"} if beneath_all else meta,
     )

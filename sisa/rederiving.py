@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from sisa import vaulting
 from sisa.domain import Export, RecordRow
 from sisa.errors import SisaError
-from sisa.patch_plan import Rederived, rederive, tainted, wanted
+from sisa.patch_plan import Rederived, lineage, rederive, wanted
 from sisa.patched_shards import shards_off
 from sisa.patching import make_wanted
 from sisa.ports import Change, Notice
@@ -43,20 +43,20 @@ def touched_by(world: World, removed: Mapping[str, RecordRow], request_id: str) 
     written; where shards were trained over a touched patch, all of that is given up now."""
     patches = world.ledger.patches()
     instead, put = vaulting.without_removed(world, removed)
-    gone = tainted(patches, instead)
-    if not gone:
+    touched = {each.key for each in lineage(patches, instead)}
+    if not touched:
         return world, Touched()
     held = vaulting.held_names(world) - {old for old, new in instead.items() if old == new}
     held |= {each.name for each in put.sets}
     found = rederive(patches, instead, held, world.fingerprint, world.now(), request_id)
-    if found.dropped & set(over(world.ledger)):
+    if not touched.isdisjoint(over(world.ledger)):
         world = shards_off(world)
     stale = tuple(
         replace(each, state="tainted", request_id=request_id)
         for each in world.ledger.exports()
-        if each.state == "clean" and found.dropped & set(each.patches)
+        if each.state == "clean" and not touched.isdisjoint(each.patches)
     )
-    return world, Touched(found, put, stale)
+    return world, Touched(found, put.only({each.job.retain for each in found.fresh}), stale)
 
 
 def give_up(world: World, damaged: Collection[str]) -> World:

@@ -19,7 +19,8 @@ from sisa.config import Difference, RunConfig, differences
 from sisa.digest import Keyed
 from sisa.domain import Record
 from sisa.errors import Busy, ConfigConflict, EnvironmentFault, IntegrityError, InvalidInput
-from sisa.opening import CHECKPOINTS, INDEX, KEY, LEDGER, LOCK, RECORDS, SCRATCH, OpenExecutor
+from sisa.garbage import ROOMS
+from sisa.opening import CHECKPOINTS, KEY, LEDGER, LOCK, SCRATCH, VAULT, OpenExecutor
 from sisa.parts import Parts
 from sisa.ports import Change, Notice, Report
 from sisa.reader import read_records
@@ -134,7 +135,7 @@ def _new_name(config: RunConfig) -> str:
 
 def _refuse_keys_inside(config: RunConfig) -> None:
     keys = opening.keyrings(config)
-    if config.encrypt and keys.resolve().is_relative_to(config.output_dir.resolve()):
+    if keys.resolve().is_relative_to(config.output_dir.resolve()):
         raise InvalidInput(
             "the keys would lie inside output_dir, so that whoever copies the model copies its keys",
             where=str(keys),
@@ -145,7 +146,8 @@ def _refuse_keys_inside(config: RunConfig) -> None:
 def _refuse_lost_keys(model: Model, config: RunConfig) -> None:
     """Raises ConfigConflict when `keyring:` names a place to which the model's keys were not moved."""
     old, new = (opening.keyrings(each) / model.id for each in (model.config, config))
-    if model.config.encrypt and old != new and not new.is_dir():
+    needed = model.config.encrypt or model.keyring.held(VAULT)
+    if needed and old != new and not new.is_dir():
         raise ConfigConflict(
             "the model's keyring is not where the run file says",
             where=str(new),
@@ -263,7 +265,7 @@ def _committed(directory: Path) -> bool:
 
 def _refuse_foreign(directory: Path) -> None:
     """Raises InvalidInput where a first training would write among files that are not a model's."""
-    ours = {LEDGER, f"{LEDGER}-wal", f"{LEDGER}-shm", KEY, LOCK, RECORDS, INDEX, CHECKPOINTS, SCRATCH}
+    ours = {LEDGER, f"{LEDGER}-wal", f"{LEDGER}-shm", KEY, LOCK, SCRATCH, *ROOMS}
     if directory.exists() and (not directory.is_dir() or files.held_names(directory) - ours):
         raise InvalidInput(
             "output_dir holds something that is not a model",

@@ -18,7 +18,7 @@ from sisa.errors import ConfigConflict, InvalidInput, Problem, SisaError, Unknow
 from sisa.patch import WRITTEN, SetRole, VaultSet
 from sisa.patch_plan import settled
 from sisa.ports import Change
-from sisa.world import World, commit, slices_of, stored_in
+from sisa.world import World, commit, over, slices_of, stored_in
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,11 @@ class Put:
 
     def __add__(self, other: Put) -> Put:
         return Put((*self.sets, *other.sets), (*self.pairs, *other.pairs))
+
+    def only(self, names: Collection[str]) -> Put:
+        """Of some sets alone; the files of the others are swept."""
+        sets = tuple(each for each in self.sets if each.name in names)
+        return Put(sets, tuple(each for each in self.pairs if each[0] in names))
 
     def of_request(self, request_id: str) -> str:
         """Name of the set that holds the texts that a request removed; "" if there is none."""
@@ -117,10 +122,16 @@ def without_removed(world: World, removed: Mapping[str, RecordRow]) -> tuple[dic
     return instead, written
 
 
+def exported(world: World) -> frozenset[str]:
+    """Keys of the patches that are in exports."""
+    return frozenset(key for each in world.ledger.exports() for key in each.patches)
+
+
 def settle(world: World) -> tuple[int, int]:
     """Erase the texts that no patch needs: numbers of sets erased and kept."""
     sets = world.ledger.vault()
-    erased, gone = settled(world.ledger.patches(), world.patch_mode, sets, deletable(world))
+    elsewhere = {*over(world.ledger), *exported(world)}
+    erased, gone = settled(world.ledger.patches(), world.patch_mode, sets, deletable(world), elsewhere)
     if erased or gone:
         cleared = [
             replace(each, vaulted="") for each in world.ledger.requests() if each.vaulted in set(gone)

@@ -38,12 +38,14 @@ def teach(
     """Save a copy of a base that was trained on records; the steps it took, and the last loss."""
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
     from approx.answer_tokens import collate, mean_logprobs_B
     from sisa.model.base import load_tokenizer
     from sisa.model.numerics import pin_threads
     from sisa.model.tokens import tokenize
 
+    logging.disable_progress_bar()
     pin_threads(1)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     tokenizer = load_tokenizer(base)

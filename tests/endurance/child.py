@@ -144,14 +144,12 @@ def executor(fuse: Fuse, trainer: str, pause_s: float) -> Any:
     """The serial executor whose every stage and tick is an effect."""
 
     def open_executor(site: Any, _options: Mapping[str, Any]) -> Any:
-        from sisa.opening import open_stores
+        from sisa.opening import open_stores, open_trainer
         from sisa.serial import SerialExecutor
 
         inner: Any
         if trainer == "lora":
-            from sisa.model.lora import LoraTrainer
-
-            inner = LoraTrainer(site.base_dir, site.base_digest, site.threads)
+            inner = open_trainer(site)
         else:
             from tests.endurance.cheap import SlowTrainer
 

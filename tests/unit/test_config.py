@@ -218,6 +218,7 @@ OTHER: dict[str, Any] = {
     "sisa.group_by": "author",
     "witness": "elsewhere",
     "probe": False,
+    "patch_mode": "joint",
     "sisa.partition_key_file": "key",
     "sisa.threads_per_shard": 7,
     "sisa.embedder": "other",
@@ -247,7 +248,7 @@ def test_each_key_has_one_effect() -> None:
         effects.setdefault(found.effect, set()).add(key)
     where = {"base_model", "sisa.shards", "sisa.slices", "sisa.group_by", "sisa.partition_key_file"}
     cluster = {key for key in OTHER if key.startswith("cluster.")}
-    none = {"output_dir", "datasets", "witness", "keyring", "probe", "sisa.aggregation"}
+    none = {"output_dir", "datasets", "witness", "keyring", "probe", "patch_mode", "sisa.aggregation"}
     assert effects["none"] == cluster | none
     assert effects["reseal"] == {"encrypt"}
     assert effects["reset"] == where
