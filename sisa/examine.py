@@ -32,7 +32,7 @@ from sisa.store import files
 from sisa.store.checkpoints import MANIFEST
 from sisa.store.keyring import MAGIC, RESTORE, FileKeyring, is_sealed
 from sisa.unsealing import ALONE, INSIDE
-from sisa.world import World, known_names, only, view_shard
+from sisa.world import ALWAYS_SEALED, World, known_names, only, view_shard
 
 Severity = Literal["error", "warning"]
 Repair = Literal["", "reindex", "retrain", "heads", "patches", "sweep", "mode", "scrub", "reseal"]
@@ -151,6 +151,8 @@ def _forms(world: World, directory: Path) -> Iterator[Finding]:
     wrong = "not encrypted" if seals else "encrypted, or still with a key,"
     wrong += f", although the model is{' ' if seals else ' not'}"
     for room, names in known_names(world).items():
+        if room in ALWAYS_SEALED:
+            continue
         keys = frozenset() if seals else world.keyring.held(room)
         for name in sorted(names):
             path = directory / room / name

@@ -78,7 +78,9 @@ def needed(
 ) -> frozenset[str]:
     """Names of the sets whose texts must stay. `deletable` names the retain sets that hold records of
     the model."""
-    found = {each.name for each in sets} - {name for each in patches for name in each.job.sets}
+    found = {each.name for each in sets if each.held} - {
+        name for each in patches for name in each.job.sets
+    }
     kept = set(deletable)
     risky: set[str] = set()  # keys of active patches that a deletion may drop
     for patch in active(patches):
