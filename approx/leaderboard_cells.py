@@ -1,0 +1,324 @@
+"""A cell of the leaderboard, computed: a model is made, asked, and summed up as numbers.
+
+Rules: all models share the base's lower layers, which nothing changes (`leaderboard_model.py`). The
+fine-tuned model is the base with a LoRA patch merged in; a method trains a fresh patch over it, so that
+the model before is the patch disabled. A cell's result is one JSON file of numbers, named by
+`cell_name`; the log beside it holds answers, as every log does. Operations are those of the whole model
+(`compute.py`), as if nothing were remembered and the backward pass went down to the first layer; seconds
+are the machine's. Whatever is held is not computed again.
+
+Not covered: the order of the cells (`leaderboard_plan.py`); more than one process.
+
+    results = compete(design, HeldCells(directory, design, maker.inputs, maker.make))
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from approx.bounds import Bounds, End
+from approx.compute import Compute
+from approx.evaluated import AnswerScore, PromptForm, PromptKind
+from approx.evaluated_models import HuggingFaceModel, tokens_of
+from approx.leaderboard_data import Data, asked_of, kept, to_forget
+from approx.leaderboard_model import SplitModel, load_split
+from approx.leaderboard_plan import Cell, Design, Result, cell_name, nearest_steps, reference_cells
+from approx.method import Losses, Method, Role, Rows
+from approx.methods.registry import make_method
+from approx.pace import Settings, plan_steps
+from approx.refusals import refusing
+from approx.sets import Sets
+from approx.tofu_aggregates import aggregates
+from approx.tofu_evaluation import Settings as Asking
+from approx.tofu_evaluation import evaluate
+from approx.tofu_log import read_log
+from approx.tofu_row import LogRow
+from approx.token_losses import mean_nll
+from approx.unlearning import unlearn
+from sisa.digest import canonical_json
+from sisa.errors import IntegrityError
+from sisa.model.adapter import adapter_tensors, attach, lora_config, read_tensors, tensor_bytes
+from sisa.model.base import BaseFiles, load_tokenizer
+from sisa.model.tokens import Tokens, encode_plain
+from sisa.store.files import held_names, read_whole, write_atomic
+
+FORM = PromptForm("completion", "Question: {question}\nAnswer: {answer}")
+SCORED_AT_ONCE = 16
+MANY_EPOCHS = 200
+Told = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """L = NLL of the examples: what made the model that is to be unlearned from."""
+
+    name: ClassVar[str] = "fine_tuning"
+    reads: ClassVar[frozenset[Role]] = frozenset({"forget"})
+    compares: ClassVar[frozenset[Role]] = frozenset()
+
+    def loss(self, rows: Mapping[Role, Rows]) -> Losses:
+        total = mean_nll(rows["forget"].current_BTV, rows["forget"].batch)
+        return Losses(total, total.detach(), None)
+
+
+class HeldCells:
+    """Results by cell: read where they are held, else made and then held."""
+
+    def __init__(
+        self,
+        directory: Path,
+        design: Design,
+        inputs: Mapping[str, str],
+        make: Callable[[Cell, str], Result],
+        told: Told = lambda _: None,
+    ) -> None:
+        self._directory, self._design, self._inputs = directory / "cells", design, inputs
+        self._make, self._told = make, told
+
+    def __call__(self, cell: Cell) -> Result:
+        """Raises IntegrityError for a result that can't be read, and what making one raises."""
+        name = cell_name(cell, self._design, self._inputs)
+        path = self._directory / f"{name}.json"
+        if path.name in held_names(self._directory):
+            return _read_result(path)
+        started = time.monotonic()
+        result = self._make(cell, name)
+        write_atomic(path, canonical_json(result) + b"\n")
+        self._told(f"{_called(cell)}: {time.monotonic() - started:.0f} s")
+        return result
+
+
+def _called(cell: Cell) -> str:
+    parts = [cell.kind, cell.method, f"seed {cell.seed}", f"{cell.forgotten} forgotten"]
+    return ", ".join(each for each in parts if each)
+
+
+def _read_result(path: Path) -> Result:
+    try:
+        found = json.loads(read_whole(path, "result"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise IntegrityError(
+            "a held result can't be read", where=str(path), next_step="remove it; it is made again"
+        )
+    return found
+
+
+@dataclass
+class _Halves:
+    """An EvaluatedModel whose upper layers score over remembered states; the whole generates."""
+
+    upper: HuggingFaceModel
+    whole: HuggingFaceModel
+    digest: str
+    name: str = "cell"
+    kind: PromptKind = "completion"
+
+    def score(
+        self, pairs: Sequence[tuple[str, str]], form: PromptForm, batch_size: int
+    ) -> list[AnswerScore]:
+        return self.upper.score(pairs, form, batch_size)
+
+    def generate(
+        self, questions: Sequence[str], form: PromptForm, max_new_tokens: int, batch_size: int
+    ) -> list[str]:
+        return self.whole.generate(questions, form, max_new_tokens, batch_size)
+
+
+class CellMaker:
+    """Makes cells over one base and one set of data, in this process."""
+
+    def __init__(self, base: BaseFiles, data: Data, design: Design, directory: Path) -> None:
+        self._base, self._data, self._design, self._directory = base, data, design, directory
+        self.inputs = {"base": base.digest, "data": data.digest}
+        self._tokenizer = load_tokenizer(base.directory)
+        self._plain: SplitModel | None = None
+        self._tuned: SplitModel | None = None
+
+    def make(self, cell: Cell, name: str) -> Result:
+        """A cell's result; `name` names its log. Raises InvalidInput, IntegrityError, EnvironmentFault."""
+        if cell.method is None:
+            return self._fine_tuned(cell, name)
+        if self._tuned is None:
+            self._tuned = self._with_all_authors()
+        return self._unlearned(cell, name, self._tuned)
+
+    def _fine_tuned(self, cell: Cell, name: str) -> Result:
+        self._plain = self._plain or load_split(self._base.directory, self._design.upper_layers)
+        examples = self._tokens(kept(self._data, cell.forgotten))
+        patched = self._patched(self._plain, cell.seed)
+        end = unlearn(patched, Sets(examples), FineTuning(), self._tuning(cell), Bounds(check_every=10**6))
+        if cell.kind == "full":
+            write_atomic(self._adapter(name), tensor_bytes(adapter_tensors(patched)))
+        result = self._measured(cell, name, self._plain, patched, end)
+        patched.unload()
+        return result
+
+    def _unlearned(self, cell: Cell, name: str, tuned: SplitModel) -> Result:
+        method, sets = self._method(cell), self._sets(cell)
+        patched = self._patched(tuned, cell.seed)
+        trained = sum(each.numel() for each in patched.parameters() if each.requires_grad)
+        sizes = (_count(tuned.whole), trained)
+        settings = self._matched(cell, method, sets, sizes)
+        end = unlearn(patched, sets, method, settings, Bounds(check_every=10**6))
+        result = self._measured(cell, name, tuned, patched, end)
+        patched.unload()
+        return result
+
+    def _with_all_authors(self) -> SplitModel:
+        """The fine-tuned model: its patch, as its cell left it, merged into weights of its own."""
+        full = reference_cells(self._design)[2]
+        path = self._adapter(cell_name(full, self._design, self.inputs))
+        tensors = read_tensors({path.name: read_whole(path, "fine-tuned patch")}, path.name)
+        split = load_split(self._base.directory, self._design.upper_layers)
+        attach(split.upper, self._lora(split), tensors, init_seed=0).merge_and_unload()
+        return split
+
+    def _patched(self, split: SplitModel, seed: int) -> Any:
+        return attach(split.upper, self._lora(split), None, init_seed=seed)
+
+    def _lora(self, split: SplitModel) -> Any:
+        wanted = {
+            "lora_target_modules": "all-linear",
+            "lora_r": self._design.lora_r,
+            "lora_alpha": self._design.lora_alpha,
+            "lora_dropout": 0.0,
+        }
+        return lora_config(wanted, split.upper)
+
+    def _tuning(self, cell: Cell) -> Settings:
+        return Settings(
+            learning_rate=cell.learning_rate,
+            num_epochs=self._design.epochs,
+            batch_size=self._design.batch_size,
+            gradient_accumulation_steps=1,
+            warmup_steps=10,
+            weight_decay=0.0,
+            seed=cell.seed,
+        )
+
+    def _matched(self, cell: Cell, method: Method, sets: Sets, sizes: tuple[int, int]) -> Settings:
+        """As many steps as come nearest to the budget."""
+        many = Settings(
+            learning_rate=cell.learning_rate,
+            num_epochs=MANY_EPOCHS,
+            batch_size=self._design.batch_size,
+            gradient_accumulation_steps=1,
+            weight_decay=0.0,
+            seed=cell.seed,
+        )
+        full = self._full_tokens()
+        budget = self._design.budget_share * 6 * sizes[0] * full * cell.forgotten / self._design.forgotten
+        costs, last = step_costs(method, sets, many, sizes)
+        return replace(many, max_steps=nearest_steps(costs, last, budget))
+
+    def _full_tokens(self) -> int:
+        """Positions that the fine-tuning on all authors computes."""
+        sets = Sets(self._tokens(kept(self._data, 0)))
+        settings = self._tuning(reference_cells(self._design)[2])
+        return sum(
+            _positions(sets.forget, micro.forget)
+            for step in plan_steps(len(sets.forget), 0, settings)
+            for micro in step
+        )
+
+    def _method(self, cell: Cell) -> Method:
+        given = {} if cell.alpha is None else {"alpha": cell.alpha}
+        return make_method(cell.method or "", given)
+
+    def _sets(self, cell: Cell) -> Sets:
+        forget = self._tokens(to_forget(self._data, cell.forgotten))
+        ends = [] if self._tokenizer.eos_token_id is None else [self._tokenizer.eos_token_id]
+        said = [encode_plain(f" {each}", self._tokenizer) + ends for each in self._data.refusals]
+        retain = self._tokens(kept(self._data, cell.forgotten))
+        return Sets(forget, retain, refusing(forget, said, cell.seed))
+
+    def _tokens(self, questions: Sequence[Any]) -> list[Tokens]:
+        return tokens_of([(each.question, each.answer) for each in questions], FORM, self._tokenizer)
+
+    def _adapter(self, name: str) -> Path:
+        return self._directory / "models" / f"{name}.safetensors"
+
+    def _log(self, name: str) -> Path:
+        return self._directory / "logs" / f"{name}.jsonl"
+
+    def _measured(self, cell: Cell, name: str, split: SplitModel, patched: Any, end: End) -> Result:
+        started = time.monotonic()
+        model = _Halves(
+            HuggingFaceModel("upper", name, patched, self._tokenizer, "cpu"),
+            HuggingFaceModel("whole", name, split.whole, self._tokenizer, "cpu"),
+            name,
+        )
+        asking = Asking(FORM, self._design.max_new_tokens)
+        questions = asked_of(cell, self._data, self._design)
+        rows = evaluate(model, questions, self._log(name), asking, batch_size=SCORED_AT_ONCE)
+        seconds = time.monotonic() - started
+        counted = replace(end.compute, num_parameters=_count(split.whole))
+        return {
+            "cell": asdict(cell),
+            "ending": end.ending.value,
+            "steps": end.step,
+            "compute": counted.to_json(self._full_tokens()),
+            "seconds_asking": seconds,
+        } | summed_up(rows, self._references(cell))
+
+    def _references(self, cell: Cell) -> list[list[LogRow]]:
+        """Rows of the references that judge a cell: none for another number of forgotten authors."""
+        if cell.kind == "size":
+            return []
+        first, second, _ = reference_cells(self._design)
+        judges = {first: [], second: [first]}.get(cell, [first, second])
+        names = [cell_name(each, self._design, self.inputs) for each in judges]
+        return [read_log(self._log(each))[1] for each in names]
+
+
+def summed_up(rows: Sequence[LogRow], references: Sequence[Sequence[LogRow]]) -> dict[str, Any]:
+    """Numbers alone: no question, no answer."""
+    found = aggregates(rows, references)
+    attacks = found.attacks_against_reference or {}
+    return {
+        "num_questions": found.num_questions,
+        "model_utility": found.model_utility,
+        "aggregate": found.aggregate,
+        "nine": found.nine,
+        "forget": asdict(found.forget),
+        "forget_quality": None if found.forget_quality is None else asdict(found.forget_quality),
+        "attacks_against_reference": {name: each.value for name, each in attacks.items()},
+    }
+
+
+def step_costs(
+    method: Method, sets: Sets, settings: Settings, sizes: tuple[int, int]
+) -> tuple[list[float], list[float]]:
+    """Operations of each step, and of the look at the loss that ends a run after it.
+
+    `sizes`: parameters of the model, and those that are trained.
+    """
+    roles = {"forget": sets.forget, "retain": sets.retain, "preferred": sets.preferred}
+    costs, last = [], []
+    for step in plan_steps(len(sets.forget), len(sets.retain), settings):
+        trained = compared = 0
+        for micro in step:
+            for role in method.reads:
+                rows = micro.retain if role == "retain" else micro.forget
+                count = _positions(roles[role], rows)
+                trained += count
+                compared += count * (role in method.compares)
+        costs.append(float(Compute(*sizes, trained, compared).flops))
+        last.append(float(Compute(*sizes, 0, trained + compared).flops))
+    return costs, last
+
+
+def _positions(examples: Sequence[Tokens], rows: Sequence[int]) -> int:
+    return len(rows) * max(len(examples[row].input_ids) for row in rows)
+
+
+def _count(model: Any) -> int:
+    return sum(each.numel() for each in model.parameters())
+
