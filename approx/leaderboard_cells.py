@@ -2,10 +2,9 @@
 
 Rules: all models share the base's lower layers, which nothing changes (`leaderboard_model.py`). The
 fine-tuned model is the base with a LoRA patch merged in; a method trains a fresh patch over it, so that
-the model before is the patch disabled. A cell's result is one JSON file of numbers, named by
-`cell_name`; the log beside it holds answers, as every log does. Operations are those of the whole model
-(`compute.py`), as if nothing were remembered and the backward pass went down to the first layer; seconds
-are the machine's. Whatever is held is not computed again.
+the model before is the patch disabled. A cell's result is numbers alone; its log, in a file beside,
+holds answers, as every log does. Operations are those of the whole model (`compute.py`), as if nothing were
+remembered and the backward pass went down to the first layer; seconds are the machine's.
 
 Not covered: the order of the cells (`leaderboard_plan.py`); more than one process.
 
@@ -14,9 +13,8 @@ Not covered: the order of the cells (`leaderboard_plan.py`); more than one proce
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -40,17 +38,15 @@ from approx.tofu_log import read_log
 from approx.tofu_row import LogRow
 from approx.token_losses import mean_nll
 from approx.unlearning import unlearn
-from sisa.digest import canonical_json
-from sisa.errors import IntegrityError
 from sisa.model.adapter import adapter_tensors, attach, lora_config, read_tensors, tensor_bytes
 from sisa.model.base import BaseFiles, load_tokenizer
 from sisa.model.tokens import Tokens, encode_plain
-from sisa.store.files import held_names, read_whole, write_atomic
+from sisa.store.files import read_whole, write_atomic
 
 FORM = PromptForm("completion", "Question: {question}\nAnswer: {answer}")
 SCORED_AT_ONCE = 16
 MANY_EPOCHS = 200
-Told = Callable[[str], None]
+AT_THE_END = Bounds(check_every=10**6)
 
 
 @dataclass(frozen=True)
@@ -64,50 +60,6 @@ class FineTuning:
     def loss(self, rows: Mapping[Role, Rows]) -> Losses:
         total = mean_nll(rows["forget"].current_BTV, rows["forget"].batch)
         return Losses(total, total.detach(), None)
-
-
-class HeldCells:
-    """Results by cell: read where they are held, else made and then held."""
-
-    def __init__(
-        self,
-        directory: Path,
-        design: Design,
-        inputs: Mapping[str, str],
-        make: Callable[[Cell, str], Result],
-        told: Told = lambda _: None,
-    ) -> None:
-        self._directory, self._design, self._inputs = directory / "cells", design, inputs
-        self._make, self._told = make, told
-
-    def __call__(self, cell: Cell) -> Result:
-        """Raises IntegrityError for a result that can't be read, and what making one raises."""
-        name = cell_name(cell, self._design, self._inputs)
-        path = self._directory / f"{name}.json"
-        if path.name in held_names(self._directory):
-            return _read_result(path)
-        started = time.monotonic()
-        result = self._make(cell, name)
-        write_atomic(path, canonical_json(result) + b"\n")
-        self._told(f"{_called(cell)}: {time.monotonic() - started:.0f} s")
-        return result
-
-
-def _called(cell: Cell) -> str:
-    parts = [cell.kind, cell.method, f"seed {cell.seed}", f"{cell.forgotten} forgotten"]
-    return ", ".join(each for each in parts if each)
-
-
-def _read_result(path: Path) -> Result:
-    try:
-        found = json.loads(read_whole(path, "result"))
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise IntegrityError(
-            "a held result can't be read", where=str(path), next_step="remove it; it is made again"
-        )
-    return found
 
 
 @dataclass
@@ -142,7 +94,10 @@ class CellMaker:
         self._tuned: SplitModel | None = None
 
     def make(self, cell: Cell, name: str) -> Result:
-        """A cell's result; `name` names its log. Raises InvalidInput, IntegrityError, EnvironmentFault."""
+        """A cell's result; `name` names its log.
+
+        Raises InvalidInput, IntegrityError, EnvironmentFault.
+        """
         if cell.method is None:
             return self._fine_tuned(cell, name)
         if self._tuned is None:
@@ -153,7 +108,7 @@ class CellMaker:
         self._plain = self._plain or load_split(self._base.directory, self._design.upper_layers)
         examples = self._tokens(kept(self._data, cell.forgotten))
         patched = self._patched(self._plain, cell.seed)
-        end = unlearn(patched, Sets(examples), FineTuning(), self._tuning(cell), Bounds(check_every=10**6))
+        end = unlearn(patched, Sets(examples), FineTuning(), self._tuning(cell), AT_THE_END)
         if cell.kind == "full":
             write_atomic(self._adapter(name), tensor_bytes(adapter_tensors(patched)))
         result = self._measured(cell, name, self._plain, patched, end)
@@ -166,7 +121,7 @@ class CellMaker:
         trained = sum(each.numel() for each in patched.parameters() if each.requires_grad)
         sizes = (_count(tuned.whole), trained)
         settings = self._matched(cell, method, sets, sizes)
-        end = unlearn(patched, sets, method, settings, Bounds(check_every=10**6))
+        end = unlearn(patched, sets, method, settings, AT_THE_END)
         result = self._measured(cell, name, tuned, patched, end)
         patched.unload()
         return result
@@ -213,8 +168,8 @@ class CellMaker:
             weight_decay=0.0,
             seed=cell.seed,
         )
-        full = self._full_tokens()
-        budget = self._design.budget_share * 6 * sizes[0] * full * cell.forgotten / self._design.forgotten
+        share = self._design.budget_share * cell.forgotten / self._design.forgotten
+        budget = share * 6 * sizes[0] * self._full_tokens()
         costs, last = step_costs(method, sets, many, sizes)
         return replace(many, max_steps=nearest_steps(costs, last, budget))
 
@@ -321,4 +276,3 @@ def _positions(examples: Sequence[Tokens], rows: Sequence[int]) -> int:
 
 def _count(model: Any) -> int:
     return sum(each.numel() for each in model.parameters())
-

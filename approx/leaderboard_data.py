@@ -1,4 +1,4 @@
-"""TOFU's last twenty authors as a leaderboard needs them: who is forgotten, what is trained on, what asked.
+"""TOFU's last twenty authors as a leaderboard needs them: who is forgotten, what is taught and asked.
 
 Files of the data directory (or hub): forget10 and forget10_perturbed (twenty authors, twenty questions
 each, in order), real_authors_perturbed, world_facts_perturbed, idontknow.
@@ -18,13 +18,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Final
 
 from approx.leaderboard_plan import MOST_AUTHORS, QUESTIONS_EACH, Cell, Design, spread
 from approx.tofu import Question, evaluation_sets, load_refusals, load_set, questions_digest
 from sisa.digest import digest_of
 from sisa.errors import InvalidInput
 
-SPLIT = "forget10"
+SPLIT: Final = "forget10"
 FORGET, RETAIN = "forget", "retain"
 
 

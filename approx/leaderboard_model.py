@@ -4,9 +4,9 @@ Shapes: B texts, T positions, D hidden width.
 
 Rules: only the upper layers ever change, so the hidden states below them depend on the text alone; they
 are kept in memory, a row each. Under causal attention a position depends on those before it only: what
-is held of a row serves shorter and equally padded ones, and a row is held with some padding to spare. The upper model
-scores and trains; the whole one, of the same modules, generates (it needs a cache of keys below, too).
-Nothing is kept on the disk.
+is held of a row serves shorter and equally padded ones, and a row is held with some padding to spare.
+The upper model scores and trains; the whole one, of the same modules, generates (it needs a cache of
+keys below, too). Nothing is kept on the disk.
 
 Not covered: architectures other than Llama's family (`model.embed_tokens`, `model.layers`); LoRA below.
 """
@@ -75,7 +75,7 @@ def load_split(directory: Path, upper_layers: int) -> SplitModel:
     from transformers import AutoModelForCausalLM
 
     whole = load_frozen(AutoModelForCausalLM, directory)
-    inner = getattr(whole, "model", None)
+    inner: Any = getattr(whole, "model", None)
     layers = getattr(inner, "layers", None)
     if layers is None or not hasattr(inner, "embed_tokens") or not 0 < upper_layers < len(layers):
         raise InvalidInput(

@@ -1,4 +1,4 @@
-"""What a leaderboard of unlearning methods computes: its cells, in order, and how they depend on results.
+"""What a leaderboard of unlearning methods computes: its cells, their order, what they depend on.
 
     retained x 2, full        the base fine-tuned on the authors that are kept, and on all of them
     trial                     a method at one of its two settings, under the tuning seed, few questions
@@ -21,6 +21,7 @@ Cell(kind='trial', seed=0, forgotten=0, method='npo', learning_rate=0.002, alpha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
@@ -92,6 +93,8 @@ class Design:
         for name in (*self.methods, *self.size_methods):
             if name not in TRIALS:
                 problems.append(Problem("methods", f"{name!r}, expected some of {known}"))
+        if not 0 < self.budget_share < math.inf:
+            problems.append(Problem("budget_share", f"{self.budget_share}, expected a number above 0"))
         if not self.seeds or self.tuning_seed in self.seeds:
             problems.append(Problem("seeds", "none, or the tuning seed among them"))
         if problems:

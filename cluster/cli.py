@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cluster import approx_cli, care_cli, eval_cli, render, request_cli
+from cluster import approx_cli, care_cli, eval_cli, leaderboard_cli, render, request_cli
 from cluster.command import (
     cli,
     command,
-    executor_option,
     consent_option,
+    executor_option,
     ids_argument,
     ids_file_option,
     model_option,
@@ -41,7 +41,7 @@ from sisa.errors import InvalidInput, Problem, SisaError
 if TYPE_CHECKING:
     pass
 
-__all__ = ["approx_cli", "care_cli", "cli", "eval_cli", "main", "request_cli", "run"]
+__all__ = ["approx_cli", "care_cli", "cli", "eval_cli", "leaderboard_cli", "main", "request_cli", "run"]
 
 EXIT_INTERNAL, EXIT_USAGE, EXIT_ENVIRONMENT, EXIT_INTERRUPTED = 1, 2, 6, 130
 
