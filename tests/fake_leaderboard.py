@@ -1,4 +1,4 @@
-"""Made-up results of cells, a maker of cells that computes nothing, and data in the layout that is read."""
+"""Made-up results of cells, a maker of cells that computes nothing, data in the layout that is read."""
 
 from __future__ import annotations
 
