@@ -58,12 +58,16 @@ class Value:
 
 @dataclass(frozen=True)
 class Row:
-    """One model or method: what it is called, its setting, and its measures by the names in COLUMNS."""
+    """One model or method: what it is called, its setting, and its measures by the names in COLUMNS.
+
+    `steps` and `endings` are of each seed; a run that diverged is measured at its last good weights.
+    """
 
     name: str
     learning_rate: float
     alpha: float | None
     steps: tuple[int, ...]
+    endings: tuple[str, ...]
     num_seeds: int
     values: Mapping[str, Value]
 
@@ -99,6 +103,7 @@ def row_of(name: str, found: Results) -> Row:
         cell.learning_rate,
         cell.alpha,
         tuple(result["steps"] for _, result in found),
+        tuple(result["ending"] for _, result in found),
         len(found),
         {column: Value.of([values[column] for values in each]) for column in COLUMNS},
     )
@@ -195,7 +200,9 @@ def _line(row: Row) -> str:
 
 
 def _steps(row: Row) -> str:
-    return "-".join(str(each) for each in sorted(set(row.steps)))
+    taken = "-".join(str(each) for each in sorted(set(row.steps)))
+    bad = sorted(set(row.endings) - {"finished"})
+    return f"{taken} ({', '.join(bad)})" if bad else taken
 
 
 def _notes(design: Design) -> list[str]:

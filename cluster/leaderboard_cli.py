@@ -49,9 +49,13 @@ def leaderboard(base: str, data: str, out: Path, threads: int, **changes: Any) -
     design = Design(**given)
     results, inputs = _competed(base, data, out, threads, design)
     from approx.leaderboard_claims import claims, words
+    from sisa.model.numerics import describe_fingerprint
 
     found = claims(results)
-    body = to_json(results, design, inputs) | {"claims": [asdict(each) for each in found]}
+    body = to_json(results, design, inputs) | {
+        "claims": [asdict(each) for each in found],
+        "numerics": describe_fingerprint(threads),
+    }
     text = f"{table(results, design)}\n{words(found)}"
     _write(out, body, text)
     return Result(body, printable(text).strip())

@@ -48,6 +48,13 @@ def test_a_row_is_the_mean_and_half_of_the_range() -> None:
     assert (row.num_seeds, row.steps) == (2, (6, 7))
 
 
+def test_a_run_that_did_not_finish_says_so_in_its_row() -> None:
+    found = results(("npo", 1, 0.2, 0.4), ("npo", 2, 0.4, 0.6))
+    assert "diverged" not in table(found, Design())
+    cell, run = found[-1]
+    assert "(diverged)" in table([*found[:-1], (cell, {**run, "ending": "diverged"})], Design())
+
+
 def test_methods_stand_in_the_order_of_their_aggregate() -> None:
     rows = ranking(results(("npo", 1, 0.2, 0.1), ("dpo", 1, 0.2, 0.5), ("graddiff", 1, 0.2, 0.3)))
     assert [row.name for row in rows] == ["dpo", "graddiff", "npo"]
