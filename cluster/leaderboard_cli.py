@@ -37,6 +37,13 @@ LOCK = "lock"
     "--budget", "budget_share", type=click.FloatRange(0, min_open=True), help="[default: 0.05]"
 )
 @click.option("--upper-layers", type=click.IntRange(1), help="Layers that are trained. [default: 10]")
+@click.option(
+    "--forget-questions", type=click.IntRange(2), help="Asked of the forget set. [default: 20]"
+)
+@click.option(
+    "--utility-questions", type=click.IntRange(1), help="Asked of each other set. [default: 8]"
+)
+@click.option("--wrong-answers", type=click.IntRange(1, 5), help="To each question. [default: 2]")
 @click.option("--threads", default=1, show_default=True, type=click.IntRange(1))
 def leaderboard(base: str, data: str, out: Path, threads: int, **changes: Any) -> Result:
     """Compare methods of unlearning at equal cost against a retained reference."""
