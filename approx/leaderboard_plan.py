@@ -166,7 +166,7 @@ def later_cells(chosen: Cell, design: Design) -> Iterator[Cell]:
 
 def size_cells(chosen: Cell, design: Design) -> Iterator[Cell]:
     """The same setting, for other numbers of forgotten authors, under the first of the runs' seeds."""
-    for size in design.sizes:
+    for size in sorted(set(design.sizes) - {design.forgotten}):
         yield replace(chosen, kind="size", seed=design.seeds[0], forgotten=size)
 
 

@@ -75,6 +75,12 @@ def test_a_run_that_was_cut_short_goes_on(tmp_path: Path) -> None:
     assert third.made == []
 
 
+def test_the_methods_own_size_is_not_run_twice(tmp_path: Path) -> None:
+    same = replace(DESIGN, sizes=(4, 2, 1))
+    found = compete(same, held(tmp_path, FakeMaker(), same))
+    assert [cell.forgotten for cell, _ in found if cell.kind == "size"] == [1, 4]
+
+
 def test_another_method_beside_makes_only_its_own_cells(tmp_path: Path) -> None:
     compete(DESIGN, held(tmp_path, FakeMaker()))
     more, maker = replace(DESIGN, methods=("npo", "graddiff", "dpo")), FakeMaker()
