@@ -13,11 +13,14 @@ Not covered: the order of the cells (`leaderboard_plan.py`); more than one proce
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
+
+from torch import Tensor
 
 from approx.bounds import Bounds, End
 from approx.compute import Compute
@@ -25,7 +28,15 @@ from approx.evaluated import AnswerScore, PromptForm, PromptKind
 from approx.evaluated_models import HuggingFaceModel, tokens_of
 from approx.leaderboard_data import Data, asked_of, kept, to_forget
 from approx.leaderboard_model import SplitModel, load_split
-from approx.leaderboard_plan import Cell, Design, Result, cell_name, nearest_steps, reference_cells
+from approx.leaderboard_plan import (
+    Cell,
+    Design,
+    Result,
+    cell_name,
+    nearest_steps,
+    reference_cells,
+    training_name,
+)
 from approx.method import Losses, Method, Role, Rows
 from approx.methods.registry import make_method
 from approx.pace import Settings, plan_steps
@@ -38,10 +49,11 @@ from approx.tofu_log import read_log
 from approx.tofu_row import LogRow
 from approx.token_losses import mean_nll
 from approx.unlearning import unlearn
+from sisa.digest import canonical_json
 from sisa.model.adapter import adapter_tensors, attach, lora_config, read_tensors, tensor_bytes
 from sisa.model.base import BaseFiles, load_tokenizer
 from sisa.model.tokens import Tokens, encode_plain
-from sisa.store.files import read_whole, write_atomic
+from sisa.store.files import held_names, read_whole, write_atomic
 
 FORM = PromptForm("completion", "Question: {question}\nAnswer: {answer}")
 SCORED_AT_ONCE = 16
@@ -60,6 +72,19 @@ class FineTuning:
     def loss(self, rows: Mapping[Role, Rows]) -> Losses:
         total = mean_nll(rows["forget"].current_BTV, rows["forget"].batch)
         return Losses(total, total.detach(), None)
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a training ended, and what it cost."""
+
+    ending: str
+    steps: int
+    compute: Compute
+
+    @staticmethod
+    def of(end: End) -> Done:
+        return Done(end.ending.value, end.step, end.compute)
 
 
 @dataclass
@@ -106,37 +131,43 @@ class CellMaker:
 
     def _fine_tuned(self, cell: Cell, name: str) -> Result:
         self._plain = self._plain or load_split(self._base.directory, self._design.upper_layers)
-        examples = self._tokens(kept(self._data, cell.forgotten))
-        patched = self._patched(self._plain, cell.seed)
-        end = unlearn(patched, Sets(examples), FineTuning(), self._tuning(cell), AT_THE_END)
-        if cell.kind == "full":
-            write_atomic(self._adapter(name), tensor_bytes(adapter_tensors(patched)))
-        result = self._measured(cell, name, self._plain, patched, end)
+        tensors, done = self._taught(cell, self._plain)
+        patched = attach(self._plain.upper, self._lora(self._plain), tensors, init_seed=cell.seed)
+        result = self._measured(cell, name, self._plain, patched, done)
         patched.unload()
         return result
 
+    def _taught(self, cell: Cell, split: SplitModel) -> tuple[dict[str, Tensor], Done]:
+        """What a fine-tuning gives; held, so that other questions can be asked of the same model."""
+        path = self._directory / "models" / training_name(cell, self._design, self.inputs)
+        weights, note = path.with_suffix(".safetensors"), path.with_suffix(".json")
+        if note.name not in held_names(note.parent):
+            examples = self._tokens(kept(self._data, cell.forgotten))
+            patched = attach(split.upper, self._lora(split), None, init_seed=cell.seed)
+            end = unlearn(patched, Sets(examples), FineTuning(), self._tuning(cell), AT_THE_END)
+            write_atomic(weights, tensor_bytes(adapter_tensors(patched)))
+            write_atomic(note, canonical_json(asdict(Done.of(end))))
+            patched.unload()
+        held = json.loads(read_whole(note, "fine-tuning's note"))
+        tensors = read_tensors({weights.name: read_whole(weights, "fine-tuned patch")}, weights.name)
+        return tensors, Done(held["ending"], held["steps"], Compute(**held["compute"]))
+
     def _unlearned(self, cell: Cell, name: str, tuned: SplitModel) -> Result:
         method, sets = self._method(cell), self._sets(cell)
-        patched = self._patched(tuned, cell.seed)
+        patched = attach(tuned.upper, self._lora(tuned), None, init_seed=cell.seed)
         trained = sum(each.numel() for each in patched.parameters() if each.requires_grad)
-        sizes = (_count(tuned.whole), trained)
-        settings = self._matched(cell, method, sets, sizes)
+        settings = self._matched(cell, method, sets, (_count(tuned.whole), trained))
         end = unlearn(patched, sets, method, settings, AT_THE_END)
-        result = self._measured(cell, name, tuned, patched, end)
+        result = self._measured(cell, name, tuned, patched, Done.of(end))
         patched.unload()
         return result
 
     def _with_all_authors(self) -> SplitModel:
-        """The fine-tuned model: its patch, as its cell left it, merged into weights of its own."""
-        full = reference_cells(self._design)[2]
-        path = self._adapter(cell_name(full, self._design, self.inputs))
-        tensors = read_tensors({path.name: read_whole(path, "fine-tuned patch")}, path.name)
+        """The fine-tuned model: its patch merged into weights of its own."""
         split = load_split(self._base.directory, self._design.upper_layers)
+        tensors, _ = self._taught(reference_cells(self._design)[2], split)
         attach(split.upper, self._lora(split), tensors, init_seed=0).merge_and_unload()
         return split
-
-    def _patched(self, split: SplitModel, seed: int) -> Any:
-        return attach(split.upper, self._lora(split), None, init_seed=seed)
 
     def _lora(self, split: SplitModel) -> Any:
         wanted = {
@@ -197,13 +228,10 @@ class CellMaker:
     def _tokens(self, questions: Sequence[Any]) -> list[Tokens]:
         return tokens_of([(each.question, each.answer) for each in questions], FORM, self._tokenizer)
 
-    def _adapter(self, name: str) -> Path:
-        return self._directory / "models" / f"{name}.safetensors"
-
     def _log(self, name: str) -> Path:
         return self._directory / "logs" / f"{name}.jsonl"
 
-    def _measured(self, cell: Cell, name: str, split: SplitModel, patched: Any, end: End) -> Result:
+    def _measured(self, cell: Cell, name: str, split: SplitModel, patched: Any, done: Done) -> Result:
         started = time.monotonic()
         model = _Halves(
             HuggingFaceModel("upper", name, patched, self._tokenizer, "cpu"),
@@ -214,11 +242,11 @@ class CellMaker:
         questions = asked_of(cell, self._data, self._design)
         rows = evaluate(model, questions, self._log(name), asking, batch_size=SCORED_AT_ONCE)
         seconds = time.monotonic() - started
-        counted = replace(end.compute, num_parameters=_count(split.whole))
+        counted = replace(done.compute, num_parameters=_count(split.whole))
         return {
             "cell": asdict(cell),
-            "ending": end.ending.value,
-            "steps": end.step,
+            "ending": done.ending,
+            "steps": done.steps,
             "compute": counted.to_json(self._full_tokens()),
             "seconds_asking": seconds,
         } | summed_up(rows, self._references(cell))

@@ -75,13 +75,13 @@ def to_forget(data: Data, forgotten: int) -> list[Question]:
 
 def asked_of(cell: Cell, data: Data, design: Design) -> list[Question]:
     """The questions that a cell's model is asked, in sets `forget`, `retain`, and those of facts."""
-    few = design.trial_questions if cell.kind == "trial" else design.utility_questions
     forgotten = cell.forgotten or design.forgotten
     stay = len(data.asked) - design.most_forgotten * QUESTIONS_EACH
     gone = data.asked[len(data.asked) - forgotten * QUESTIONS_EACH :]
-    chosen = _some(data.asked[:stay], RETAIN, few)
+    chosen = _some(data.asked[:stay], RETAIN, design.utility_questions)
     for name in dict.fromkeys(each.set for each in data.facts):
-        chosen += _some([each for each in data.facts if each.set == name], name, few)
+        facts = [each for each in data.facts if each.set == name]
+        chosen += _some(facts, name, design.fact_questions)
     chosen += _some(gone, FORGET, design.forget_questions)
     return [replace(each, perturbed=each.perturbed[: design.wrong_answers]) for each in chosen]
 

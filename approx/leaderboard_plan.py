@@ -1,7 +1,7 @@
 """What a leaderboard of unlearning methods computes: its cells, their order, what they depend on.
 
     retained x 2, full        the base fine-tuned on the authors that are kept, and on all of them
-    trial                     a method at one of its two settings, under the tuning seed, few questions
+    trial                     a method at one of its two settings, under the tuning seed
     run                       the method at the better setting, under each of the other seeds
     size                      some methods at that setting, for fewer and for more forgotten authors
 
@@ -74,9 +74,9 @@ class Design:
     upper_layers: int = 10
     lora_r: int = 8
     lora_alpha: int = 16
-    forget_questions: int = 20
+    forget_questions: int = 40
     utility_questions: int = 8
-    trial_questions: int = 6
+    fact_questions: int = 20
     wrong_answers: int = 2
     max_new_tokens: int = 24
 
@@ -137,6 +137,13 @@ def cell_name(cell: Cell, design: Design, inputs: Mapping[str, str]) -> str:
     shape = {name: value for name, value in held.items() if name not in beside}
     shape["most_forgotten"] = design.most_forgotten
     return digest_of({"version": VERSION, "design": shape, "inputs": dict(inputs), "cell": asdict(cell)})
+
+
+def training_name(cell: Cell, design: Design, inputs: Mapping[str, str]) -> str:
+    """The digest that names what a fine-tuning gives: other questions ask the same model."""
+    wanted = ("authors", "epochs", "batch_size", "upper_layers", "lora_r", "lora_alpha")
+    shape = {name: value for name, value in asdict(design).items() if name in wanted}
+    return digest_of({"version": VERSION, "training": shape, "inputs": inputs, "cell": asdict(cell)})
 
 
 def reference_cells(design: Design) -> tuple[Cell, Cell, Cell]:

@@ -208,7 +208,8 @@ def _steps(row: Row) -> str:
 def _notes(design: Design) -> list[str]:
     return [
         f"{design.authors} authors, {design.forgotten} of them forgotten. Asked: "
-        f"{design.forget_questions} forget questions, {design.utility_questions} of each utility set, "
+        f"{design.forget_questions} forget questions, {design.utility_questions} of the retain set, "
+        f"{design.fact_questions} real authors, {design.fact_questions} world facts, "
         f"{design.wrong_answers} wrong answers each, {design.max_new_tokens} new tokens at most.",
         f"Each method: two settings tried under one seed, then {len(design.seeds)} seeds; operations of "
         f"{design.budget_share:.0%} of the fine-tuning, to the nearest step.",

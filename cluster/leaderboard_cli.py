@@ -41,8 +41,9 @@ LOCK = "lock"
     "--forget-questions", type=click.IntRange(2), help="Asked of the forget set. [default: 20]"
 )
 @click.option(
-    "--utility-questions", type=click.IntRange(1), help="Asked of each other set. [default: 8]"
+    "--utility-questions", type=click.IntRange(1), help="Asked of the retain set. [default: 8]"
 )
+@click.option("--fact-questions", type=click.IntRange(1), help="Of each set of facts. [default: 30]")
 @click.option("--wrong-answers", type=click.IntRange(1, 5), help="To each question. [default: 2]")
 @click.option("--threads", default=1, show_default=True, type=click.IntRange(1))
 def leaderboard(base: str, data: str, out: Path, threads: int, **changes: Any) -> Result:
