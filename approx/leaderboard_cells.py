@@ -26,6 +26,7 @@ from approx.bounds import Bounds, End
 from approx.compute import Compute
 from approx.evaluated import AnswerScore, PromptForm, PromptKind
 from approx.evaluated_models import HuggingFaceModel, tokens_of
+from approx.leaderboard_budget import positions_of, tuning, unlearning, within
 from approx.leaderboard_data import Data, asked_of, kept, to_forget
 from approx.leaderboard_model import SplitModel, load_split
 from approx.leaderboard_plan import (
@@ -33,13 +34,12 @@ from approx.leaderboard_plan import (
     Design,
     Result,
     cell_name,
-    nearest_steps,
     reference_cells,
     training_name,
 )
 from approx.method import Losses, Method, Role, Rows
 from approx.methods.registry import make_method
-from approx.pace import Settings, plan_steps
+from approx.pace import Settings
 from approx.refusals import refusing
 from approx.sets import Sets
 from approx.tofu_aggregates import aggregates
@@ -57,7 +57,6 @@ from sisa.store.files import held_names, read_whole, write_atomic
 
 FORM = PromptForm("completion", "Question: {question}\nAnswer: {answer}")
 SCORED_AT_ONCE = 16
-MANY_EPOCHS = 200
 AT_THE_END = Bounds(check_every=10**6)
 
 
@@ -144,7 +143,7 @@ class CellMaker:
         if note.name not in held_names(note.parent):
             examples = self._tokens(kept(self._data, cell.forgotten))
             patched = attach(split.upper, self._lora(split), None, init_seed=cell.seed)
-            end = unlearn(patched, Sets(examples), FineTuning(), self._tuning(cell), AT_THE_END)
+            end = unlearn(patched, Sets(examples), FineTuning(), tuning(cell, self._design), AT_THE_END)
             write_atomic(weights, tensor_bytes(adapter_tensors(patched)))
             write_atomic(note, canonical_json(asdict(Done.of(end))))
             patched.unload()
@@ -178,41 +177,14 @@ class CellMaker:
         }
         return lora_config(wanted, split.upper)
 
-    def _tuning(self, cell: Cell) -> Settings:
-        return Settings(
-            learning_rate=cell.learning_rate,
-            num_epochs=self._design.epochs,
-            batch_size=self._design.batch_size,
-            gradient_accumulation_steps=1,
-            warmup_steps=10,
-            weight_decay=0.0,
-            seed=cell.seed,
-        )
-
     def _matched(self, cell: Cell, method: Method, sets: Sets, sizes: tuple[int, int]) -> Settings:
-        """As many steps as come nearest to the budget."""
-        many = Settings(
-            learning_rate=cell.learning_rate,
-            num_epochs=MANY_EPOCHS,
-            batch_size=self._design.batch_size,
-            gradient_accumulation_steps=1,
-            weight_decay=0.0,
-            seed=cell.seed,
-        )
         share = self._design.budget_share * cell.forgotten / self._design.forgotten
         budget = share * 6 * sizes[0] * self._full_tokens()
-        costs, last = step_costs(method, sets, many, sizes)
-        return replace(many, max_steps=nearest_steps(costs, last, budget))
+        return within(budget, method, sets, unlearning(cell, self._design), sizes)
 
     def _full_tokens(self) -> int:
-        """Positions that the fine-tuning on all authors computes."""
-        sets = Sets(self._tokens(kept(self._data, 0)))
-        settings = self._tuning(reference_cells(self._design)[2])
-        return sum(
-            _positions(sets.forget, micro.forget)
-            for step in plan_steps(len(sets.forget), 0, settings)
-            for micro in step
-        )
+        settings = tuning(reference_cells(self._design)[2], self._design)
+        return positions_of(self._tokens(kept(self._data, 0)), settings)
 
     def _method(self, cell: Cell) -> Method:
         given = {} if cell.alpha is None else {"alpha": cell.alpha}
@@ -274,32 +246,6 @@ def summed_up(rows: Sequence[LogRow], references: Sequence[Sequence[LogRow]]) ->
         "forget_quality": None if found.forget_quality is None else asdict(found.forget_quality),
         "attacks_against_reference": {name: each.value for name, each in attacks.items()},
     }
-
-
-def step_costs(
-    method: Method, sets: Sets, settings: Settings, sizes: tuple[int, int]
-) -> tuple[list[float], list[float]]:
-    """Operations of each step, and of the look at the loss that ends a run after it.
-
-    `sizes`: parameters of the model, and those that are trained.
-    """
-    roles = {"forget": sets.forget, "retain": sets.retain, "preferred": sets.preferred}
-    costs, last = [], []
-    for step in plan_steps(len(sets.forget), len(sets.retain), settings):
-        trained = compared = 0
-        for micro in step:
-            for role in method.reads:
-                rows = micro.retain if role == "retain" else micro.forget
-                count = _positions(roles[role], rows)
-                trained += count
-                compared += count * (role in method.compares)
-        costs.append(float(Compute(*sizes, trained, compared).flops))
-        last.append(float(Compute(*sizes, 0, trained + compared).flops))
-    return costs, last
-
-
-def _positions(examples: Sequence[Tokens], rows: Sequence[int]) -> int:
-    return len(rows) * max(len(examples[row].input_ids) for row in rows)
 
 
 def _count(model: Any) -> int:

@@ -47,10 +47,7 @@ class Trial:
 # budget, one that forgets much.
 PAIR = (Trial(2e-3), Trial(4e-3))
 TRIALS: Mapping[str, tuple[Trial, Trial]] = {
-    "gradient_ascent": (
-        Trial(5e-4),
-        Trial(1e-3),
-    ),  # twice the steps of the others, and nothing to hold it
+    "gradient_ascent": (Trial(5e-4), Trial(1e-3)),  # twice the steps, and nothing that holds it
     "graddiff": PAIR,
     "kl_minimisation": PAIR,
     "dpo": PAIR,

@@ -12,7 +12,8 @@ import torch
 
 from approx.answer_tokens import collate
 from approx.evaluated_models import tokens_of
-from approx.leaderboard_cells import AT_THE_END, FORM, step_costs
+from approx.leaderboard_budget import step_costs
+from approx.leaderboard_cells import AT_THE_END, FORM
 from approx.leaderboard_model import load_split
 from approx.methods.registry import METHODS, make_method
 from approx.pace import Settings
