@@ -23,7 +23,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cluster import approx_cli, care_cli, eval_cli, patch_cli, render, request_cli
+from cluster import (
+    approx_cli,
+    care_cli,
+    eval_cli,
+    leaderboard_cli,
+    patch_cli,
+    render,
+    request_cli,
+)
 from cluster.command import (
     cli,
     command,
@@ -42,7 +50,17 @@ from sisa.errors import InvalidInput, Problem, SisaError
 if TYPE_CHECKING:
     pass
 
-__all__ = ["approx_cli", "care_cli", "cli", "eval_cli", "main", "patch_cli", "request_cli", "run"]
+__all__ = [
+    "approx_cli",
+    "care_cli",
+    "cli",
+    "eval_cli",
+    "leaderboard_cli",
+    "main",
+    "patch_cli",
+    "request_cli",
+    "run",
+]
 
 EXIT_INTERNAL, EXIT_USAGE, EXIT_ENVIRONMENT, EXIT_INTERRUPTED = 1, 2, 6, 130
 
