@@ -93,6 +93,7 @@ def test_the_commands_are_those_of_the_readme() -> None:
     assert sorted(" ".join(each) for each in commands()) == [
         *(
             "add",
+            "approx leaderboard",
             "approx patches",
             "approx probe",
             "approx release",
@@ -145,6 +146,7 @@ USAGE_ERRORS = [
     ["generate", "-m", "x"],
     ["status", "-m", "x", "surplus"],
     ["eval", "tofu"],
+    ["approx", "leaderboard", "--data", "x"],
     ["approx", "probe", "-m", "x"],
     ["approx", "release", "-m", "x"],
     ["approx", "release", "-m", "x", "--all", "--request", "r"],
