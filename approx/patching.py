@@ -48,7 +48,7 @@ from sisa.model.adapter import (
     lora_config,
     tensor_bytes,
 )
-from sisa.model.base import load_skeleton, load_tokenizer
+from sisa.model.base import load_frozen, load_skeleton, load_tokenizer, local_or_hub
 from sisa.model.lora import seed_from
 from sisa.model.numerics import fingerprint, pin_threads
 from sisa.model.patched import load_patched
@@ -76,7 +76,11 @@ class PatchMaker:
         self._site = site
 
     def refuse(
-        self, settings: Mapping[str, Any], forget: Sequence[Record], retain: Sequence[Record] | None
+        self,
+        settings: Mapping[str, Any],
+        forget: Sequence[Record],
+        retain: Sequence[Record] | None,
+        reference: str = "",
     ) -> None:
         """As the Protocol. Reads the base's tokenizer and configuration, not its weights."""
         problems: list[Problem] = []
@@ -93,6 +97,8 @@ class PatchMaker:
             written = _gathered(problems, lambda: prompts_that_fit(tokenizer, limits.sequence_len))
             if written == []:
                 problems.append(Problem("sequence_len", "leaves no room for the base's own answers"))
+        if reference:
+            _gathered(problems, lambda: _refuse_other_tokenizer(reference, tokenizer))
         if problems:
             raise InvalidInput(
                 f"no patch can be made of this: {len(problems)} problems; nothing was changed",
@@ -137,6 +143,18 @@ def _gathered(problems: list[Problem], check: Callable[[], Any]) -> Any:
     except InvalidInput as error:
         problems += error.problems or [Problem(error.where or "settings", f"{error.what}: {error.got}")]
     return None
+
+
+def _refuse_other_tokenizer(reference: str, tokenizer: Any) -> None:
+    """Raises InvalidInput for a reference that is not there, or reads other tokens than the base."""
+    found = load_tokenizer(local_or_hub(reference))
+    if found.get_vocab() != tokenizer.get_vocab():
+        raise InvalidInput(
+            "the reference has another tokenizer than the base",
+            where="reference",
+            expected=f"the base's {len(tokenizer.get_vocab())} tokens",
+            got=f"{len(found.get_vocab())} tokens, or others",
+        )
 
 
 def _lora(settings: PatchSettings) -> dict[str, Any]:
@@ -239,8 +257,17 @@ class _Making:
             "num_retain": len(sets.retain),
             "retain": "written by the base" if self.order.job.retain not in self._names() else "given",
         }
+        if measured and self.order.reference:
+            found["metrics_reference"] = self._of_reference()
         made = measured and _says_anything(end)
         return {**found, "sets": counts, "patch_made": made, "num_beneath": len(self.order.beneath)}
+
+    def _of_reference(self) -> dict[str, float]:
+        from transformers import AutoModelForCausalLM
+
+        self.report(Notice("measuring the reference, which never saw the texts"))
+        model = load_frozen(AutoModelForCausalLM, local_or_hub(self.order.reference))
+        return patch_measures.measured(model, self._tokenizer, self.sets.forget, self.sets.retain)
 
     def _names(self) -> set[str]:
         return {each.name for each in self.order.sets}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +56,11 @@ retrain_option = click.option(
 @click.option(
     "--retain", type=click.Path(path_type=Path), help="Records to keep; else the base's own answers."
 )
+@click.option(
+    "--reference",
+    default="",
+    help="A model with the base's tokenizer that never saw the texts, to be measured beside the patch.",
+)
 @click.option("--method", type=click.Choice(METHODS), help="Needed with --forget and --request.")
 @set_option
 @click.option("--max-seconds", type=click.FloatRange(0), help="Then put the run aside (exit code 6).")
@@ -71,6 +77,7 @@ def unlearn(
     forget: Path | None,
     requests: tuple[str, ...],
     retain: Path | None,
+    reference: str,
     method: str | None,
     assigned: tuple[str, ...],
     max_seconds: float | None,
@@ -88,10 +95,11 @@ def unlearn(
     asked = forget is not None or bool(requests)
     if asked and method is None:
         raise click.UsageError("give --method, one of " + ", ".join(METHODS))
-    if not asked and (method or retain or values or consent):
+    if not asked and (method or retain or reference or values or consent):
         raise click.UsageError("give --forget or --request; to go on with a patch give neither")
     with opened(directory, executor) as model:
         wish = _wish(model, str(method), values, forget, retain, consent) if asked else None
+        wish = replace(wish, reference=reference) if wish else None
         done = unlearn(
             *(model, wish),
             request_ids=requests,

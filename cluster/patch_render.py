@@ -88,6 +88,9 @@ def _measures(report: Mapping[str, Any]) -> Iterator[str]:
         ]
         if found:
             yield f"  {role} set ({told}): " + ", ".join(found)
+    if reference := report.get("metrics_reference"):
+        own = [f"{NAMES[name]} {_number(reference[name])}" for name in NAMES if name in reference]
+        yield "  reference: " + ", ".join(own)
     if "forget_extraction_floor" in before:
         floor = _number(before["forget_extraction_floor"])
         yield f"    (knowing nothing of these texts scores an extraction strength of {floor})"

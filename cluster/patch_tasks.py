@@ -56,10 +56,14 @@ class RayPatcher:
         self._here = PatchMaker(self._site)
 
     def refuse(
-        self, settings: Mapping[str, Any], forget: Sequence[Record], retain: Sequence[Record] | None
+        self,
+        settings: Mapping[str, Any],
+        forget: Sequence[Record],
+        retain: Sequence[Record] | None,
+        reference: str = "",
     ) -> None:
         """As the Protocol."""
-        self._here.refuse(settings, forget, retain)
+        self._here.refuse(settings, forget, retain, reference)
 
     def make(self, order: PatchOrder, report: Report) -> PatchMade:
         """As the Protocol; EnvironmentFault, too, when Ray or a worker's machine fails."""

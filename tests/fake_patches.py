@@ -76,8 +76,13 @@ class FakePatcher:
         self.orders: list[PatchOrder] = []
 
     def refuse(
-        self, settings: Mapping[str, Any], forget: Sequence[Record], retain: Sequence[Record] | None
+        self,
+        settings: Mapping[str, Any],
+        forget: Sequence[Record],
+        retain: Sequence[Record] | None,
+        reference: str = "",
     ) -> None:
+        del reference
         if "method" not in settings or not forget or retain == []:
             raise InvalidInput("no patch can be made of this")
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,18 @@ from sisa import unlearn as flows
 from sisa.errors import ConfigConflict, InvalidInput
 from sisa.patching import Wish
 from tests.integration.patch_bench import KNOWN, make_knowing_base, settings
-from tests.integration.tiny_model import PEOPLE, Done, Tiny, adapters, ids_of, residue, write_run
+from tests.integration.tiny_model import (
+    PEOPLE,
+    Done,
+    Tiny,
+    adapters,
+    all_files,
+    ids_of,
+    residue,
+    write_run,
+)
 from tests.knowing_base import record
+from tests.tiny_base import make_tiny_base
 
 pytestmark = pytest.mark.torch
 FORGET = [row for row in KNOWN if row["subject_id"] == "p003"]
@@ -95,6 +106,31 @@ def test_every_method_makes_a_patch_that_can_be_taken_back(model: Tiny, method: 
     patches, sets, over = flows.patches(opened)
     assert ([each.state for each in patches], sets, over) == (["reverted"], [], ())
     assert opened.verify(replay="sample").ok
+
+
+def test_a_reference_is_measured_beside_the_patch(model: Tiny, tmp_path: Path) -> None:
+    reference = make_tiny_base(tmp_path / "reference", seed=5)
+    asked = replace(wish(), reference=str(reference))
+    before = all_files(model.directory)
+    for wrong in (str(tmp_path / "nothing"), str(odd_tokens(tmp_path / "odd", reference))):
+        with pytest.raises(InvalidInput, match="reference"):
+            flows.unlearn(model.open(), replace(asked, reference=wrong))
+        assert all_files(model.directory) == before
+    report = flows.unlearn(model.open(), asked).report
+    told, known = report["metrics_reference"], report["metrics_before"]
+    assert told.keys() == known.keys()
+    assert told["forget_probability"] < known["forget_probability"] - 0.05, "it never saw the texts"
+
+
+def odd_tokens(folder: Path, like: Path) -> Path:
+    """A copy of a model whose tokenizer has one token more."""
+    from transformers import AutoTokenizer
+
+    shutil.copytree(like, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["another-token"])
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def test_a_patch_put_aside_again_and_again_is_the_same_patch(model: Tiny, tmp_path: Path) -> None:
