@@ -14,6 +14,7 @@ beneath. A set that no patch was ever made from waits for one. All others are er
 
 Not covered: making patches, and the order of effects (`patching.py`).
 
+>>> from sisa.patch import WRITTEN
 >>> one = Patch(1, PatchJob("base", (), ("a",), WRITTEN, {}, ""), "active", "now")
 >>> next_job([one], {"a", "b"}, "joint", one.job, ("b",)).forget
 ('a', 'b')

@@ -80,7 +80,6 @@ def want(world: World, wish: Wish, requests: Sequence[Request] = ()) -> Patch:
     found = Patch(next_version(patches), job, "wanted", world.now(), request_id=asked)
     for each in patches:
         if each.state in ("active", "wanted") and each.job == job:
-            sweep_patches(world)
             return each
     _refuse_second(wanted(patches))
     put = fresh + kept

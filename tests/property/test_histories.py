@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -65,6 +66,8 @@ def histories(draw: st.DrawFn) -> History:
 class Model:
     """The system under test beside the plain set of what should remain."""
 
+    consent = ""  # of deletions, to keep the text for a patch
+
     def __init__(self, history: History) -> None:
         recipe = fake_recipe(history.num_slices, history.schedule)
         self.fake: FakeModel = fake_model(history.num_shards, recipe)
@@ -92,7 +95,8 @@ class Model:
                 gone = {n for n in self.remaining if subject_of(n) in subjects}
             touched = self.rows(gone)
             if gone:
-                terms = Terms(external_id=f"r{len(self.deleted)}", approver="a person")
+                name = f"r{len(self.deleted)}"
+                terms = Terms(external_id=name, approver="a person", consent=self.consent)
                 carry_out(self.fake.world, [submit(self.fake.world, touched, (), terms)])
             self.remaining -= gone
             self.deleted |= gone
@@ -203,8 +207,10 @@ EFFECTS = {
 }
 
 
-def wire(fake: FakeModel, fuse: Fuse) -> None:
-    for part, names in EFFECTS.items():
+def wire(
+    fake: FakeModel, fuse: Fuse, effects: Mapping[str, tuple[str, ...]] = MappingProxyType(EFFECTS)
+) -> None:
+    for part, names in effects.items():
         for name in names:
             port = getattr(fake, part)
             setattr(port, name, fuse.guard(getattr(type(port), name).__get__(port)))

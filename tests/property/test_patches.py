@@ -1,0 +1,274 @@
+"""The laws of patches over random histories, with fakes: adds, deletions with and without consent,
+wishes, reverts, releases, shards over patches; patchers that fail; texts that rot; crashes anywhere.
+
+After each step: what is served is one stack, each patch made upon exactly those below it, all files held
+and no others; the vault holds what `patch_plan.needed` says; no deleted text is anywhere but where a
+consent put it; every byte of the shards equals training from scratch over the same patched base.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from sisa import patching, vaulting
+from sisa.digest import sha256_hex
+from sisa.domain import RecordRow
+from sisa.errors import ConfigConflict, InvalidInput, SisaError
+from sisa.opening import trained_base
+from sisa.patch import Patch, PatchMode, VaultSet
+from sisa.patch_plan import active, needed, wanted
+from sisa.patched_shards import shards_over
+from sisa.patching import Wish, make_wanted, want
+from sisa.reconcile import reconcile
+from sisa.run import train
+from sisa.witness import settle
+from sisa.world import World, over
+from tests.fakes import ADAPTER, fake_model, fake_recipe
+from tests.property.test_histories import EFFECTS, Crash, Fuse, History, Model, record, wire
+
+NUM_HISTORIES, NUM_CRASHES = 500, 400
+ALL_EFFECTS = {**EFFECTS, "patches": ("save", "erase"), "vault": ("put", "erase"), "runs": ("erase",)}
+NUMBERS = range(5)
+KINDS = (
+    *("add", "forget", "consent", "forget", "wish", "wish", "wish", "request"),
+    *("revert", "all", "release", "over", "over", "mode"),
+)
+TROUBLE = ("fails", "nothing", "unfinished", "rot")
+RECORDS = {"add": "add", "forget": "forget", "consent": "forget"}
+TEXTS = {record(number).text: number for number in range(41)}
+
+
+@dataclass(frozen=True)
+class Step:
+    """`numbers` are what it is about; `retain` those of a wish's retain set, None for a written one."""
+
+    kind: str
+    numbers: tuple[int, ...]
+    retain: tuple[int, ...] | None = None
+
+
+@st.composite
+def steps_of(draw: st.DrawFn, kinds: tuple[str, ...]) -> tuple[Step, ...]:
+    numbers = st.lists(st.sampled_from(NUMBERS), unique=True, min_size=1, max_size=3).map(tuple)
+    step = st.builds(Step, st.sampled_from(kinds), numbers, st.none() | numbers)
+    return tuple(draw(st.lists(step, min_size=2, max_size=12)))
+
+
+MODES = st.sampled_from(["sequential", "joint"])
+
+
+class Patched(Model):
+    """A model with patches beside plain sets of what may be where."""
+
+    def __init__(self, first: tuple[int, ...], mode: PatchMode) -> None:
+        self.plain = fake_recipe(2)
+        super().__init__(History(2, 2, "cumulative", (), ()))
+        self.fake.world = replace(self.fake.world, patch_mode=mode)
+        self.trained_over = over(self.fake.ledger)
+        self.given: dict[str, set[int]] = {}  # numbers of the records in each set that there ever was
+        super().step("add", first)
+
+    def note_puts(self) -> None:
+        put = self.fake.vault.put
+
+        def noted(name: str, records: Any) -> tuple[str, int]:
+            self.given[name] = {TEXTS[each.text] for each in records}
+            return put(name, records)
+
+        self.fake.vault.put = noted  # type: ignore[method-assign]
+
+    @property
+    def world(self) -> World:
+        """As a command opens it."""
+        base = trained_base(self.fake.ledger, self.plain.base)
+        self.fake.world = replace(self.fake.world, recipe=replace(self.plain, base=base))
+        return self.fake.world
+
+    def patches(self) -> list[Patch]:
+        return self.fake.ledger.patches()
+
+    def check_only_suffixes(self, touched: list[RecordRow]) -> None:
+        """All shards are retrained where they no longer are over a patch."""
+        if over(self.fake.ledger) == self.trained_over:
+            super().check_only_suffixes(touched)
+
+    def go(self, step: Step) -> None:
+        """Deletions raise nothing, whatever becomes of patches."""
+        world = self.world
+        self.trained_over = over(self.fake.ledger)
+        if step.kind in RECORDS:
+            self.consent = "asked" if step.kind == "consent" else ""
+            super().step(RECORDS[step.kind], step.numbers)
+        elif step.kind in ("wish", "request"):
+            self.wish(world, step)
+        elif step.kind in ("revert", "all"):
+            with contextlib.suppress(InvalidInput):  # nothing to revert
+                patching.revert(world, everything=step.kind == "all")
+        elif step.kind == "release":
+            patching.release(world, self.some_set(step))
+        elif step.kind == "over":
+            with contextlib.suppress(ConfigConflict):  # records of the model in a retain set
+                reconcile(shards_over(world, active(self.patches())))
+        elif step.kind == "mode":
+            mode: PatchMode = "joint" if world.patch_mode == "sequential" else "sequential"
+            self.fake.world = replace(world, patch_mode=mode)
+            reconcile(self.fake.world)
+        elif step.kind == "rot":
+            self.fake.vault.erase([each.name for each in self.some_set(step)])
+        else:
+            self.fake.patcher.ends.append(step.kind)  # type: ignore[arg-type]
+
+    def some_set(self, step: Step) -> list[VaultSet]:
+        held = [each for each in self.fake.ledger.vault() if each.held]
+        return held[step.numbers[0] % len(held) :][:1] if held else []
+
+    def wish(self, world: World, step: Step) -> None:
+        requests = [each for each in world.ledger.requests() if each.vaulted][:1]
+        if step.kind == "request" and not requests:
+            return
+        retain = None
+        if (
+            step.retain is not None
+        ):  # never of what was deleted: that would be a consent to have it again
+            retain = [record(n) for n in step.retain if n not in self.deleted] or None
+        forget = [record(n) for n in step.numbers] if step.kind == "wish" else ()
+        wish = Wish({"method": "npo"}, forget, retain, "asked")
+        with contextlib.suppress(ConfigConflict):  # another is wanted
+            want(world, wish, requests if step.kind == "request" else ())
+        make_wanted(world)
+
+    def standing(self) -> object:
+        """What a step about patches changes at its commit."""
+        sets = [(each.name, each.held) for each in self.fake.ledger.vault()]
+        return [(each.key, each.version, each.state) for each in self.patches()], sets
+
+    def recover(self, step: Step, before: object) -> None:
+        """The next commands after a crash: what was committed is done, the rest is asked for again."""
+        settle(self.world)
+        reconcile(self.world)
+        self.check_stack()
+        self.check_vault(whole=True)
+        if step.kind in RECORDS:
+            super().resume(RECORDS[step.kind], step.numbers)
+        elif step.kind != "mode" and (step.kind == "over" or self.standing() == before):
+            self.go(step)
+        make_wanted(self.world)
+
+    def check(self, *, whole: bool = True) -> None:
+        """All laws; `whole`: nothing rotted, and nothing was cut short by an error."""
+        self.check_no_residue()
+        self.check_stack()
+        self.check_vault(whole=whole)
+        self.check_texts()
+
+    def check_stack(self) -> None:
+        stack = active(self.patches())
+        for place, patch in enumerate(stack):
+            assert patch.job.beneath == tuple(each.key for each in stack[:place])
+            body = json.loads(self.fake.patches.stored[patch.key][ADAPTER])
+            below = [self.fake.patches.stored[key][ADAPTER] for key in patch.job.beneath]
+            assert body["beneath"] == [sha256_hex(data) for data in below]
+            assert body["job"] == patch.key
+        assert self.fake.patches.held() == {each.key for each in stack}.union(over(self.fake.ledger))
+        assert self.fake.runs.held() <= {each.key for each in wanted(self.patches())}
+
+    def check_vault(self, *, whole: bool) -> None:
+        ledger, world = self.fake.ledger, self.world
+        held = {each.name for each in ledger.vault() if each.held}
+        keep = needed(self.patches(), world.patch_mode, ledger.vault(), vaulting.deletable(world))
+        assert held <= keep
+        assert self.fake.vault.held() <= held
+        if whole:
+            assert self.fake.vault.held() == held
+        for request in ledger.requests():
+            assert not request.vaulted or request.vaulted in {each.name for each in ledger.vault()}
+
+    def check_texts(self) -> None:
+        """Of deleted records: in sets to forget, and in patches that forget them, alone."""
+        roles = {each.name: each.role for each in self.fake.ledger.vault()}
+        for name, records in self.fake.vault.stored.items():
+            if roles[name] == "retain":
+                assert self.deleted.isdisjoint(TEXTS[each.text] for each in records)
+        forgets = {each.key: set(each.job.forget) for each in self.patches()}
+        for key, files in self.fake.patches.stored.items():
+            body = json.loads(files[ADAPTER])
+            job = next(each.job for each in self.patches() if each.key == key)
+            names = set().union(*(forgets[each] for each in (key, *job.beneath)))
+            given = set().union(*(self.given[name] for name in names))
+            assert {TEXTS[text] for text in body["touched"]} & self.deleted <= given
+
+    def check_bytes(self) -> None:
+        """Every byte of the shards, over the patches that they are trained over."""
+        scratch = fake_model(2, self.world.recipe)
+        train(scratch.world, [record(number) for number in sorted(self.remaining)])
+        assert self.fake.checkpoints.stored == scratch.checkpoints.stored
+        assert self.fake.records.stored == scratch.records.stored
+        assert self.fake.index.stored == scratch.index.stored
+        assert self.fake.ledger.heads() == scratch.ledger.heads()
+
+
+SETTINGS = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+FIRST = st.sets(st.sampled_from(NUMBERS), max_size=4).map(lambda found: tuple(sorted(found)))
+
+
+@pytest.mark.slow
+@settings(SETTINGS, max_examples=NUM_HISTORIES)
+@given(steps_of(KINDS), MODES, FIRST)
+def test_any_history_keeps_the_laws(
+    steps: tuple[Step, ...], mode: PatchMode, first: tuple[int, ...]
+) -> None:
+    model = Patched(first, mode)
+    model.note_puts()
+    for step in steps:
+        model.go(step)
+        model.check()
+        model.check_bytes()
+        assert not wanted(model.patches())
+
+
+@pytest.mark.slow
+@settings(SETTINGS, max_examples=NUM_HISTORIES)
+@given(steps_of((*KINDS, *TROUBLE)), MODES, FIRST)
+def test_no_trouble_with_patches_stops_a_deletion(
+    steps: tuple[Step, ...], mode: PatchMode, first: tuple[int, ...]
+) -> None:
+    model = Patched(first, mode)
+    model.note_puts()
+    for step in steps:
+        with contextlib.nullcontext() if step.kind in RECORDS else contextlib.suppress(SisaError):
+            model.go(step)
+        reconcile(model.world)
+        model.check(whole=False)
+        model.check_bytes()
+
+
+@pytest.mark.slow
+@settings(SETTINGS, max_examples=NUM_CRASHES)
+@given(steps_of(KINDS), MODES, FIRST, st.integers(1, 60), st.booleans())
+def test_a_crash_at_any_effect_ends_the_same(
+    steps: tuple[Step, ...], mode: PatchMode, first: tuple[int, ...], at: int, after: bool
+) -> None:
+    model, twin = Patched(first, mode), Patched(first, mode)
+    wire(model.fake, Fuse(at, after), ALL_EFFECTS)
+    for each in (model, twin):
+        each.note_puts()
+    for step in steps:
+        before = model.standing()
+        try:
+            model.go(step)
+        except Crash:
+            model.recover(step, before)
+        twin.go(step)
+        model.check()
+    model.check_bytes()
+    assert [each.key for each in active(model.patches())] == [e.key for e in active(twin.patches())]
+    assert model.fake.vault.stored == twin.fake.vault.stored
+    assert model.fake.patches.stored == twin.fake.patches.stored
+    assert model.fake.checkpoints.stored == twin.fake.checkpoints.stored
