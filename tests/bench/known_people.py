@@ -79,14 +79,20 @@ class Answers:
         }
 
 
+PACE = {"learning_rate": 1e-3, "num_epochs": 40, "max_steps": 40, "max_utility_drop": None}
+
+
 @dataclass(frozen=True)
 class Way:
     """How a patch is made. `keep`: its retain set is records of people who are to be kept; else what the
-    base writes itself. Settings that are not given have the command's defaults."""
+    base writes itself. Settings that are not named have the command's defaults.
+
+    PACE has no bound on utility: early steps hurt the retain set, later ones mend it.
+    """
 
     method: str = "npo"
     keep: bool = True
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=lambda: PACE)
 
     def to_json(self) -> dict[str, Any]:
         retain = "records of the others" if self.keep else "written by the base"

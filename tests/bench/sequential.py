@@ -22,7 +22,7 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,11 @@ from tests.bench.fallback import erase
 from tests.bench.known_people import Ground, Scale, Way, here
 
 MODES = ("sequential", "joint")
+SCALE = Scale(per_person=2, epochs=2)
 
 
-def run(ground: Ground, way: Way, people: Sequence[str]) -> list[dict[str, Any]]:
+def run(ground: Ground, way: Way, people: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Forget people one after another; a row after each."""
-    found = []
     for number, subject in enumerate(people, 1):
         request = erase(ground, subject)
         kept = [each for each in ground.known if each not in people[:number]]
@@ -44,19 +44,16 @@ def run(ground: Ground, way: Way, people: Sequence[str]) -> list[dict[str, Any]]
         report = ground.unlearn(last, kept, request=request["request_id"])["report"]
         seconds = round(time.monotonic() - started, 1)
         composition = report["composition"]["shards"] or {}
-        found.append(
-            {
-                "forgotten": number,
-                "known_before": request["probed"]["num_known"],
-                **standing(ground, people[:number], kept),
-                "seconds": seconds,
-                "steps": report["step"],
-                "ending": report["ending"],
-                "num_beneath": report["num_beneath"],
-                "shards": {key: composition.get(key) for key in ("agreement", "kl")},
-            }
-        )
-    return found
+        yield {
+            "forgotten": number,
+            "known_before": request["probed"]["num_known"],
+            **standing(ground, people[:number], kept),
+            "seconds": seconds,
+            "steps": report["step"],
+            "ending": report["ending"],
+            "num_beneath": report["num_beneath"],
+            "shards": {key: composition.get(key) for key in ("agreement", "kl")},
+        }
 
 
 def standing(ground: Ground, forgotten: Sequence[str], kept: Sequence[str]) -> dict[str, Any]:
@@ -84,14 +81,16 @@ def main() -> None:
     way = Way()
     with tempfile.TemporaryDirectory() as folder:
         base = resolve_base(chosen.base_model).directory
-        ground = Ground.laid(Path(folder), base, Scale(), patch_mode=MODES[0])
+        ground = Ground.laid(Path(folder), base, SCALE)  # its own model tells how it is before
         found = {**here(chosen.base_model), "way": way.to_json(), "taught": dict(ground.taught)}
         found["before"], found["modes"] = standing(ground, ground.known, []), {}
         for mode in MODES:
             to = Path(folder) / mode
             to.mkdir()
-            found["modes"][mode] = run(ground.beside(to, patch_mode=mode), way, ground.known)
-            chosen.out.write_text(json.dumps(found, indent=2) + "\n")
+            found["modes"][mode] = rows = []
+            for row in run(ground.beside(to, patch_mode=mode), way, ground.known):
+                rows.append(row)
+                chosen.out.write_text(json.dumps(found, indent=2) + "\n")
     for mode, rows in found["modes"].items():
         print(f"{mode}: {rows[-1]}")
 

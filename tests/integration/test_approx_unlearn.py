@@ -21,8 +21,9 @@ from cluster.cli import run
 from sisa import unlearn as flows
 from sisa.errors import ConfigConflict, InvalidInput
 from sisa.patching import Wish
-from tests.integration.knowing_base import KNOWN, make_knowing_base, record, settings
+from tests.integration.patch_bench import KNOWN, make_knowing_base, settings
 from tests.integration.tiny_model import PEOPLE, Done, Tiny, adapters, ids_of, residue, write_run
+from tests.knowing_base import record
 
 pytestmark = pytest.mark.torch
 FORGET = [row for row in KNOWN if row["subject_id"] == "p003"]
@@ -34,7 +35,7 @@ CONSENT = ["--consent", "the person asked for it"]
 
 @pytest.fixture(scope="module")
 def knowing(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_knowing_base(tmp_path_factory.mktemp("knowing") / "base")
+    return make_knowing_base(tmp_path_factory.mktemp("knowing"))
 
 
 @pytest.fixture(scope="module")

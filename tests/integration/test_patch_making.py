@@ -21,15 +21,15 @@ from sisa.model.tokens import NO_LOSS, tokenize
 from sisa.ports import Notice, PatchProgress
 from sisa.store.keyring import is_sealed
 from sisa.store.runs import ROOM, FileRuns
-from tests.integration.knowing_base import (
+from tests.integration.patch_bench import (
     KNOWN,
     STRANGERS,
     Bench,
     made_patch,
     make_knowing_base,
-    record,
     settings,
 )
+from tests.knowing_base import record
 
 pytestmark = pytest.mark.torch
 FORGET = [record(row) for row in KNOWN if row["subject_id"] == "p003"]
@@ -39,7 +39,7 @@ BOUNDED = {"max_utility_drop": 0.5, "check_every": 1}
 
 @pytest.fixture(scope="module")
 def knowing(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_knowing_base(tmp_path_factory.mktemp("knowing") / "base")
+    return make_knowing_base(tmp_path_factory.mktemp("knowing"))
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from typing import Any
 from approx.patch_settings import Adapter, settings_of
 from approx.patching import PatchMaker
 from sisa.digest import digest_of
-from sisa.domain import Part, Record
+from sisa.domain import Record
 from sisa.model.base import base_digest
 from sisa.model.numerics import fingerprint
 from sisa.opening import PATCHES
@@ -24,6 +24,7 @@ from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.keyring import PLAIN, FileKeyring
 from sisa.store.vault import FileVault
 from tests.integration.tiny_model import of_people
+from tests.knowing_base import record, teach
 from tests.tiny_base import make_tiny_base
 
 KNOWN, STRANGERS = of_people("p003", "p005"), of_people("p001", "p009")
@@ -31,34 +32,11 @@ SMALL = Adapter(lora_r=4, lora_alpha=8)
 PACE: dict[str, Any] = {"num_epochs": 15, "learning_rate": 1e-2, "max_utility_drop": None}
 
 
-def record(row: Mapping[str, Any]) -> Record:
-    body = (Part("prompt", row["prompt"]), Part("completion", row["completion"]))
-    return Record(row["id"], row["subject_id"], "completion", body)
-
-
-def make_knowing_base(directory: Path) -> Path:
+def make_knowing_base(folder: Path) -> Path:
     """A base that knows KNOWN by heart."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from approx.answer_tokens import collate, mean_logprobs_B
-    from sisa.model.numerics import pin_threads
-    from sisa.model.tokens import tokenize
-
-    pin_threads(1)
-    make_tiny_base(directory, hidden=96)
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    batch = collate([tokenize(record(r), tokenizer, train_on_inputs=False) for r in KNOWN], pad_id=0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(120):
-        loss = -mean_logprobs_B(model(input_ids=batch.ids_BT1).logits, batch).mean()
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-    assert loss.item() < 0.05
-    model.save_pretrained(directory)
-    return directory
+    plain, knowing = make_tiny_base(folder / "plain", hidden=96), folder / "base"
+    teach(plain, [record(row) for row in KNOWN], to=knowing, steps=120, learning_rate=3e-3)
+    return knowing
 
 
 def settings(method: str, **values: Any) -> dict[str, Any]:
