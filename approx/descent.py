@@ -2,10 +2,12 @@
 
 Rules: weights are good when the next batch's loss at them is finite and utility, if it is measured, is
 within its bound. They are checked every `check_every` steps and at the end, and copied, and saved, when
-good. A loss or a gradient that is not finite, or utility below its bound, ends the run with the last
-good weights in the model, and the end says so; it is no exception. A run that is out of time is checked
-as any other. A run that goes on from saved weights gives, to the bit, what one without interruption
-gives: order, rate and moments are functions of the step, and nothing draws a random number.
+good. Where there is any time, a run takes a step at least, so that one that is gone on with again and
+again comes to its end. A loss or a gradient that is not finite, or utility below its bound, ends the
+run with the last good weights in the model, and the end says so; it is no exception. A run that is out
+of time is checked as any other. A run that goes on from saved weights gives, to the bit, what one
+without interruption gives: order, rate and moments are functions of the step, and nothing draws a
+random number.
 
 Not covered: mixed precision; more than one device.
 
@@ -74,7 +76,7 @@ class Descent:
         self._started = clock()
         self._seconds_before = 0.0
         self._tokens_trained = self._tokens_forward = 0
-        self._step = 0
+        self._step = self._first = 0
         self._why = ""
 
     def run(self) -> End:
@@ -87,10 +89,16 @@ class Descent:
             self._good = _Good(self._target.snapshot(), 0, self._utility_before)
         else:
             self._go_on(held.tensors, held.counts)
+        self._first = self._step
         ending = self._descend(job)
         if ending in (Ending.DIVERGED, Ending.BELOW_UTILITY_BOUND):
             self._target.put(self._good.tensors)
         return self._end(ending)
+
+    @property
+    def num_taken(self) -> int:
+        """Steps that `run` took here, apart from those before it went on."""
+        return self._step - self._first
 
     def _descend(self, job: str) -> Ending:
         while self._step < len(self._steps):
@@ -106,7 +114,8 @@ class Descent:
 
     def _is_late(self) -> bool:
         limit = self._bounds.max_seconds
-        return limit is not None and self._clock() - self._started >= limit
+        late = limit is not None and self._clock() - self._started >= limit
+        return late and (limit == 0 or self._step > self._first)
 
     def _take_step(self, step: Step) -> bool:
         """One update; False, and none, when a loss or the gradient is not finite."""

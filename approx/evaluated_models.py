@@ -62,7 +62,7 @@ def open_evaluated(spec: str, device: str = "cpu", dtype: Dtype = "float32") -> 
         return _open_adapter(directory, device, dtype)
     found = _directory_of(spec)
     digest = digest_of([base_digest(found), dtype])
-    return _HuggingFaceModel(spec, digest, _load(found, dtype), load_tokenizer(found), device)
+    return HuggingFaceModel(spec, digest, _load(found, dtype), load_tokenizer(found), device)
 
 
 def _directory_of(spec: str) -> Path:
@@ -84,7 +84,7 @@ def _open_adapter(directory: Path, device: str, dtype: Dtype) -> EvaluatedModel:
     tensors = read_tensors(files, ADAPTER_FILE)
     model = attach(_load(found, dtype), read_config(files), tensors, init_seed=0)
     model.eval().requires_grad_(False)
-    return _HuggingFaceModel(str(directory), digest, model, load_tokenizer(found), device)
+    return HuggingFaceModel(str(directory), digest, model, load_tokenizer(found), device)
 
 
 def _base_of(directory: Path, config: bytes) -> str:
@@ -102,7 +102,7 @@ def _base_of(directory: Path, config: bytes) -> str:
     return spec
 
 
-class _HuggingFaceModel:
+class HuggingFaceModel:
     """A causal model of transformers, with or without an adapter."""
 
     def __init__(self, name: str, digest: str, model: Any, tokenizer: Any, device: str) -> None:
@@ -121,7 +121,7 @@ class _HuggingFaceModel:
     def score(
         self, pairs: Sequence[tuple[str, str]], form: PromptForm, batch_size: int
     ) -> list[AnswerScore]:
-        tokens = _tokens_of(pairs, form, self._tokenizer)
+        tokens = tokens_of(pairs, form, self._tokenizer)
         _refuse_long(self._model, [len(each.input_ids) for each in tokens])
         return _scored(tokens, batch_size, self._pad, self._logits)
 
@@ -174,7 +174,7 @@ class DeletionReadyModel:
         self, pairs: Sequence[tuple[str, str]], form: PromptForm, batch_size: int
     ) -> list[AnswerScore]:
         tokenizer = self._answerer.tokenizer
-        tokens = _tokens_of(pairs, form, tokenizer)
+        tokens = tokens_of(pairs, form, tokenizer)
         routes = self._routes([question for question, _ in pairs], form)
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
@@ -215,7 +215,7 @@ def _moved(model: Any, device: str) -> Any:
         ) from error
 
 
-def _tokens_of(pairs: Sequence[tuple[str, str]], form: PromptForm, tokenizer: Any) -> list[Tokens]:
+def tokens_of(pairs: Sequence[tuple[str, str]], form: PromptForm, tokenizer: Any) -> list[Tokens]:
     roles = ("user", "assistant") if form.kind == "chat" else ("prompt", "completion")
     found: list[Tokens] = []
     problems = []

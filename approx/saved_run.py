@@ -5,17 +5,20 @@ last, names it. Whenever the machine stops, `run.json` and a whole file that it 
 nothing is. Nothing else in the directory is touched. A run goes on only as the very run that it was:
 same method, settings, data and first weights; else ConfigConflict. `identity` names data and model, and
 is the caller's: a keyed digest, as these files must not tell what was to be forgotten. The weights may;
-so `erase` them when the run is over.
+so `erase` them when the run is over, or, where they are `kept`, when what came of it is safe.
 
-Not covered: encryption.
+Sealed, where the caller says how: each file under its name; digests are of the plaintext.
+
+Not covered: the keys that a caller seals with.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,21 +42,32 @@ class Held:
     counts: Mapping[str, Any]
 
 
+def _plain(_name: str, data: bytes) -> bytes:
+    return data
+
+
 @dataclass(frozen=True)
 class SavedRun:
-    """A directory of its own, and the caller's name for data and model."""
+    """A directory of its own, and the caller's name for data and model; how files, by name, are sealed
+    and opened again; `kept`: whether the caller erases it when the run is over."""
 
     directory: Path
     identity: str
+    seal: Callable[[str, bytes], bytes] = _plain
+    unseal: Callable[[str, bytes], bytes] = _plain
+    kept: bool = False
 
     def save(self, job: str, tensors: Mapping[str, Tensor], counts: Mapping[str, Any]) -> None:
         """Replace what is held. Raises EnvironmentFault."""
         data = tensor_bytes(tensors)
         digest = sha256_hex(data)
-        write_atomic(self.directory / f"{digest}{SUFFIX}", data)
+        self._write(f"{digest}{SUFFIX}", data)
         state = {"job": job, "identity": self.identity, "tensors": digest, "counts": dict(counts)}
-        write_atomic(self.directory / STATE, canonical_json(state))
+        self._write(STATE, canonical_json(state))
         self._erase_tensors(but=f"{digest}{SUFFIX}")
+
+    def _write(self, name: str, data: bytes) -> None:
+        write_atomic(self.directory / name, self.seal(name, data))
 
     def load(self, job: str) -> Held | None:
         """What is held, or None. Raises ConfigConflict for another run's, IntegrityError for damage."""
@@ -61,7 +75,7 @@ class SavedRun:
         if STATE not in held_names(self.directory):
             return None
         try:
-            state = json.loads(read_whole(path, "saved run"))
+            state = json.loads(self.unseal(STATE, read_whole(path, "saved run")))
             found = (state["job"], state["identity"])
             digest, counts = str(state["tensors"]), dict(state["counts"])
         except (ValueError, KeyError, TypeError) as error:
@@ -79,7 +93,7 @@ class SavedRun:
                 next_step="give them again, or another directory",
             )
         name = f"{digest}{SUFFIX}"
-        data = read_checked(self.directory / name, digest, "saved run", unseal=bytes)
+        data = read_checked(self.directory / name, digest, "saved run", partial(self.unseal, name))
         return Held(read_tensors({name: data}, name), counts)
 
     def erase(self) -> None:

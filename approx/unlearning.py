@@ -3,9 +3,9 @@
 Rules: everything is checked before anything is computed. The model is changed in place, and whatever
 happens it ends holding weights that were checked: see `descent`. Task arithmetic fine-tunes with the
 same loop, without a bound on utility as the tuned model is not the result, and subtracts; its alpha is
-searched under the bound, or given and held to it. A tuning that did not finish gives no task vector:
-the weights are then those from before. Saved runs are erased when the run is over, and kept when it is
-out of time.
+searched under the bound, or given and held to it; a search with nothing left to tune before it is not
+cut short. A tuning that did not finish gives no task vector: the weights are then those from before.
+Saved runs are erased when the run is over, unless the caller does, and kept when it is out of time.
 
 Not covered: choosing what to forget, tokenizing, reports (`report`).
 
@@ -67,7 +67,7 @@ def unlearn(
         end = _tune_and_negate(target, method, bounds, descent, clock)
     else:
         end = descent(bounds).run()
-    if saved is not None and end.ending != Ending.OUT_OF_TIME:
+    if saved is not None and not saved.kept and end.ending != Ending.OUT_OF_TIME:
         saved.erase()
     return end
 
@@ -86,11 +86,14 @@ def _tune_and_negate(
         refuse_used_patch(base)
     before = bounds.measured_before(target.model)
     tuning = replace(bounds, utility=None, max_utility_drop=None)
-    end = replace(descent(tuning).run(), utility_before=before, alpha=0.0)
+    run = descent(tuning)
+    end = replace(run.run(), utility_before=before, alpha=0.0)
     if end.ending != Ending.FINISHED:
         target.put(base)
         why = f"fine-tuning: {end.why}; then those from before were put back"
         return replace(end, why=why, step=0, utility=before)
+    if run.num_taken == 0:
+        bounds = replace(bounds, max_seconds=None)
     search = _Search(target, base, target.snapshot(), bounds, before, started, clock)
     alpha = largest_alpha(method.alphas if method.alpha is None else (method.alpha,), search.holds)
     target.put(search.negated(alpha))

@@ -7,7 +7,8 @@ it is the answer; control characters never reach a terminal. Torch and Ray are i
 commands that need them.
 
 Not covered: requests (`request_cli.py`), care (`care_cli.py`), evaluation (`eval_cli.py`), the base
-(`approx_cli.py`); what the commands do (`sisa.api`) and how their results read (`render.py`).
+(`approx_cli.py`), patches (`patch_cli.py`); what the commands do (`sisa.api`), how results read
+(`render.py`).
 """
 
 from __future__ import annotations
@@ -22,7 +23,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cluster import approx_cli, care_cli, eval_cli, render, request_cli
+from cluster import (
+    approx_cli,
+    care_cli,
+    eval_cli,
+    leaderboard_cli,
+    patch_cli,
+    render,
+    request_cli,
+)
 from cluster.command import (
     cli,
     command,
@@ -41,7 +50,17 @@ from sisa.errors import InvalidInput, Problem, SisaError
 if TYPE_CHECKING:
     pass
 
-__all__ = ["approx_cli", "care_cli", "cli", "eval_cli", "main", "request_cli", "run"]
+__all__ = [
+    "approx_cli",
+    "care_cli",
+    "cli",
+    "eval_cli",
+    "leaderboard_cli",
+    "main",
+    "patch_cli",
+    "request_cli",
+    "run",
+]
 
 EXIT_INTERNAL, EXIT_USAGE, EXIT_ENVIRONMENT, EXIT_INTERRUPTED = 1, 2, 6, 130
 
@@ -162,7 +181,7 @@ def forget(
     with opened(directory, executor) as model:
         if dry_run:
             return render.forget_plan(model.plan_forget(named, subject=subject))
-        return render.forgotten(model.forget(named, subject=subject, consent=consent))
+        return render.forgotten(model.forget(named, subject=subject, consent=consent), directory)
 
 
 @command("status", "sisa status -m model")

@@ -96,7 +96,7 @@ def tofu(models: tuple[str, ...], references: tuple[str, ...], variant: Any, **o
 def _evaluated(specs: list[str], options: dict[str, Any]) -> dict[str, Evaluated]:
     from approx.tofu import evaluation_sets, read_holdout
     from approx.tofu_evaluation import finished_log
-    from cluster.eval_tasks import EvaluationTask, run_tasks
+    from cluster.eval_tasks import EvaluationTask, run_evaluations
     from cluster.progress import progress
 
     logs = {spec: finished_log(Path(spec)) for spec in specs if _is_log(spec)}
@@ -117,7 +117,7 @@ def _evaluated(specs: list[str], options: dict[str, Any]) -> dict[str, Evaluated
     ]
     with progress() as report:
         ray = options["executor"] == "ray"
-        done = run_tasks(tasks, ray=ray, address=options["address"], report=report)
+        done = run_evaluations(tasks, ray=ray, address=options["address"], report=report)
     return logs | dict(zip((task.spec for task in tasks), done, strict=True))
 
 

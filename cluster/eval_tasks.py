@@ -2,24 +2,22 @@
 
 Rules: a task opens its model, writes the model's log and returns the rows; a log is continued, so that a
 task that is started again loses one batch at most. The CPUs of a node are shared out among the tasks; a
-task on CUDA takes one GPU. Every exception comes back as a value, without its message, unless it is of
-the error tree. A single task needs no Ray.
+task on CUDA takes one GPU. A single task needs no Ray.
 
-Not covered: a model over several nodes; the aggregates (`approx/tofu_aggregates.py`).
+Not covered: the loop on Ray (`ray_tasks.py`); a model over several nodes; the aggregates
+(`approx/tofu_aggregates.py`).
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from sisa.errors import EnvironmentFault, SisaError
-from sisa.ports import Event, Notice, Report
+from sisa.ports import Notice, Report
 
 if TYPE_CHECKING:
     from approx.evaluated import PromptKind
@@ -28,7 +26,6 @@ if TYPE_CHECKING:
     from approx.tofu_evaluation import Evaluated
 
 NOTICE_EVERY_S = 10.0
-POLL_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -80,70 +77,20 @@ def _noticing(name: str, report: Report) -> Callable[[int, int], None]:
     return progress
 
 
-def run_tasks(
+def run_evaluations(
     tasks: Sequence[EvaluationTask], *, ray: bool, address: str | None, report: Report
 ) -> list[Evaluated]:
     """All tasks, in order. Raises what a task raised first; logs keep what was done."""
     if not ray or len(tasks) < 2:
         return [carry_out(each, report) for each in tasks]
-    return _run_on_ray(tasks, address, report)
-
-
-def _run_on_ray(tasks: Sequence[EvaluationTask], address: str | None, report: Report) -> list[Evaluated]:
-    import ray
-    from ray.exceptions import RayError
-
     from cluster.ray_session import alive_cpus, connect
-    from sisa.model.numerics import worker_environment
+    from cluster.ray_tasks import Placement, run_tasks
 
-    here = len(os.sched_getaffinity(0))
-    session = connect(address, here)
-    threads = max(1, max(alive_cpus(), default=1) // len(tasks))
-    remote = ray.remote(max_retries=0)(_carry_out_remotely).options(
-        num_cpus=threads,
-        num_gpus=int(tasks[0].device.startswith("cuda")),
-        runtime_env={"env_vars": worker_environment(threads)},
-    )
-    run_id = os.urandom(8).hex()
-    running = [remote.remote(each, session.mailbox, run_id) for each in tasks]
-    waiting = list(running)
-    try:
-        while waiting:
-            done, waiting = ray.wait(waiting, num_returns=1, timeout=POLL_S)
-            for event in ray.get(session.mailbox.take.remote(run_id)):
-                report(event)
-            for outcome in ray.get(done):
-                if isinstance(outcome, SisaError):
-                    raise outcome
-        return list(ray.get(running))
-    except RayError as error:
-        raise EnvironmentFault(
-            "Ray failed",
-            got=type(error).__name__,
-            next_step="a worker may lack memory: use `--executor serial`, or fewer models at once; then "
-            "run the command again, logs are kept",
-        ) from error
-    finally:
-        with contextlib.suppress(RayError):
-            for reference in waiting:
-                ray.cancel(reference, force=True)
+    session = connect(address, len(os.sched_getaffinity(0)))
+    cpus = max(1, max(alive_cpus(), default=1) // len(tasks))
+    placement = Placement(cpus, gpus=int(tasks[0].device.startswith("cuda")))
+    return run_tasks(tasks, carry_out, report, session=session, placement=placement, label=_label)
 
 
-def _carry_out_remotely(task: EvaluationTask, mailbox: Any, run_id: str) -> Evaluated | SisaError:
-    import ray
-
-    from cluster.ray_worker import describe_fault
-
-    posted: list[Any] = []
-
-    def report(event: Event) -> None:
-        posted[:] = [mailbox.put.remote(run_id, event)]
-
-    try:
-        found = carry_out(task, report)
-        ray.get(posted)
-        return found
-    except SisaError as error:
-        return error
-    except Exception as error:
-        return describe_fault(error, task.spec)
+def _label(task: EvaluationTask) -> str:
+    return task.spec

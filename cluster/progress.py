@@ -1,7 +1,8 @@
 """Progress of long work on standard error: a live bar on a terminal, plain lines elsewhere.
 
-Rules: shards, slices, tokens and time only; never an id or a text. Standard output stays free for the
-result. Progress is measured in record-epochs, whose total is known before the first one is trained.
+Rules: shards, slices, tokens, steps and time only; never an id or a text. Standard output stays free for
+the result. Progress is measured in record-epochs, whose total is known before the first one is trained;
+that of a patch in steps.
 
 Not covered: metrics for machines.
 
@@ -24,6 +25,7 @@ from typing import TextIO
 from sisa.ports import (
     Event,
     Notice,
+    PatchProgress,
     Report,
     SliceProgress,
     SliceStarted,
@@ -43,6 +45,8 @@ class Meter:
         self._fraction: dict[Place, float] = {}
         self._tokens: dict[Place, int] = {}
         self._done: set[Place] = set()
+        self._patch: PatchProgress | None = None
+        self._first = 0  # the step of a patch at which its clock started
         self._started = 0.0
 
     def take(self, event: Event, now: float) -> None:
@@ -59,17 +63,27 @@ class Meter:
             place = (event.job.shard, event.job.slice)
             self._done.add(place)
             self._fraction[place] = 1.0
+        elif isinstance(event, PatchProgress):
+            if self._patch is None or event.step <= self._patch.step:
+                self._started, self._first = now, event.step
+            self._patch = event
 
     @property
     def total(self) -> int:
+        if self._patch is not None:
+            return self._patch.num_steps
         return sum(self._stages.values())
 
     @property
     def done(self) -> float:
+        if self._patch is not None:
+            return self._patch.step
         return sum(self._stages.get(place, 0) * part for place, part in self._fraction.items())
 
     def line(self, now: float) -> str:
-        """One line for a person: shards, slices, share, tokens/s, time left."""
+        """One line for a person: shards, slices, share, tokens/s, time left; or steps of a patch."""
+        if self._patch is not None:
+            return self._patch_line(self._patch, now)
         waiting = {shard for shard, slice_ in self._stages if (shard, slice_) not in self._done}
         shards = {shard for shard, _ in self._stages}
         passed = max(1e-9, now - self._started)
@@ -83,6 +97,13 @@ class Meter:
             f"slices {len(self._done)}/{len(self._stages)}, {int(100 * share)}% of record-epochs, "
             f"{sum(self._tokens.values()) / passed:.0f} tok/s, {left} left"
         )
+
+    def _patch_line(self, at: PatchProgress, now: float) -> str:
+        left = "unknown time"
+        if at.step > self._first:
+            seconds = round((now - self._started) * (at.num_steps - at.step) / (at.step - self._first))
+            left = f"{seconds // 60}:{seconds % 60:02d}"
+        return f"patch (approximate): step {at.step}/{at.num_steps}, loss {at.loss:.4f}, {left} left"
 
 
 @contextmanager
@@ -107,7 +128,7 @@ def _lines(stream: TextIO) -> Report:
         if isinstance(event, Notice):
             print(event.text, file=stream, flush=True)
         elif isinstance(event, SliceTrained) or (
-            isinstance(event, SliceProgress) and now - last >= LINE_EVERY_S
+            isinstance(event, SliceProgress | PatchProgress) and now - last >= LINE_EVERY_S
         ):
             last = now
             print(meter.line(now), file=stream, flush=True)

@@ -1,4 +1,4 @@
-"""The process's one connection to Ray: started, shared by all executors, and ended.
+"""The process's one connection to Ray: started, shared by all that run tasks, and ended; its mailbox.
 
 Rules: a local Ray starts at the first run and ends with `disconnect` or with the process; its session
 directory is private and is removed. A Ray that the caller has started, or that runs at an address, is
@@ -23,8 +23,8 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.ray_worker import Mailbox
 from sisa.errors import EnvironmentFault
+from sisa.ports import Event
 
 CONNECT_S = 5.0
 OBJECT_STORE_BYTES = 100 * 2**20  # only results travel locally; Ray's minimum is 75 MiB
@@ -41,6 +41,19 @@ class Session:
     mailbox: Any
     owned: bool
     private_dir: Path | None = None
+
+
+class Mailbox:
+    """Events on their way to the driver, by run."""
+
+    def __init__(self) -> None:
+        self._events: dict[str, list[Event]] = {}
+
+    def put(self, run_id: str, event: Event) -> None:
+        self._events.setdefault(run_id, []).append(event)
+
+    def take(self, run_id: str) -> list[Event]:
+        return self._events.pop(run_id, [])
 
 
 _session: Session | None = None

@@ -1,40 +1,46 @@
 """What runs in a Ray worker: one shard's chain, trained by `sisa.serial.train_chain`.
 
 Rules: a task carries paths and digests, never text, so nothing of a record reaches Ray's object store,
-spill or logs; every exception comes back as a value, without its message. On another node than the
-driver's a worker first compares its numerics fingerprint with the jobs', for the bits are promised
-under one fingerprint.
+spill or logs. On another node than the driver's a worker first compares its numerics fingerprint with
+the jobs', for the bits are promised under one fingerprint.
 
-Not covered: starting workers again (`ray_executor.py`); the memory of live workers, which may hold text
-of records that they trained on until the Ray session ends.
+Not covered: handing tasks out and starting workers again (`ray_tasks.py`); the memory of live
+workers, which may hold text of records that they trained on until the Ray session ends.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import ray
-from ray.exceptions import (
-    RayError,
-)
 
+from cluster.ray_tasks import Unready
 from cluster.shared_base import BaseManifest, Block, holds_base, write_base
 from sisa.domain import Chain
-from sisa.errors import EnvironmentFault, SisaError
-from sisa.ports import CheckpointStore, Event, RecordStore, SliceTrained, Trainer
+from sisa.errors import EnvironmentFault
+from sisa.ports import CheckpointStore, RecordStore, Report, Trainer
 from sisa.serial import Site, train_chain
-
-MAILBOX_S = 2.0
 
 Parts = tuple[Trainer, RecordStore, CheckpointStore]
 OpenParts = Callable[[Site], Parts]
 Carried = Mapping[str, Sequence[Any]]  # a base file's name -> references to its blocks
+
+
+class NeedsBase(Protocol):
+    """A task that needs the base on its node; `manifest` and `origin` as those of `Task`."""
+
+    @property
+    def manifest(self) -> BaseManifest | None: ...
+
+    @property
+    def origin(self) -> str: ...
+
+    @property
+    def carried(self) -> Carried: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,29 +52,7 @@ class Task:
     open_parts: OpenParts
     manifest: BaseManifest | None
     origin: str  # the driver's node
-    run_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What comes back: every stage that is stored, and why there are not all of them."""
-
-    trained: tuple[SliceTrained, ...] = ()
-    error: SisaError | None = None
-    lacks_base: bool = False
-
-
-class Mailbox:
-    """Events on their way to the driver, by run."""
-
-    def __init__(self) -> None:
-        self._events: dict[str, list[Event]] = {}
-
-    def put(self, run_id: str, event: Event) -> None:
-        self._events.setdefault(run_id, []).append(event)
-
-    def take(self, run_id: str) -> list[Event]:
-        return self._events.pop(run_id, [])
+    carried: Carried = field(default_factory=dict)
 
 
 def open_parts(site: Site) -> Parts:
@@ -94,82 +78,51 @@ def open_parts(site: Site) -> Parts:
     return open_trainer(site), *open_stores(site)
 
 
-def train_remotely(task: Task, mailbox: Any, carried: Carried) -> Outcome:
-    """Train a chain in this worker; every exception comes back as a value, without record text."""
-    trained: list[SliceTrained] = []
-    posted: list[Any] = []
-
-    def report(event: Event) -> None:
-        if isinstance(event, SliceTrained):
-            trained.append(event)
-        posted[:] = [mailbox.put.remote(task.run_id, event)]
-
-    error = None
-    try:
-        site = _site_on_this_node(task, carried)
-        if site is None:
-            return Outcome(lacks_base=True)
-        train_chain(task.chain, *task.open_parts(site), report)
-    except SisaError as raised:
-        error = raised
-    except Exception as raised:
-        error = describe_fault(raised, f"shard {task.chain.shard}")
-    with contextlib.suppress(RayError):  # the mailbox may be gone; the result tells what matters
-        ray.get(posted, timeout=MAILBOX_S)
-    return Outcome(tuple(trained), error)
+def train_remotely(task: Task, report: Report) -> None:
+    """Train a chain in this worker. Raises Unready on a node to which the base must be carried."""
+    site = task.site
+    jobs = {f"shard {job.shard}": job.fingerprint for job in task.chain.jobs}
+    site = replace(site, base_dir=base_on_this_node(task, site.base_dir, site.threads, jobs))
+    train_chain(task.chain, *task.open_parts(site), report)
 
 
-def _site_on_this_node(task: Task, carried: Carried) -> Site | None:
-    """The task's site with the base where this node has it; None when it must be carried here."""
+def base_on_this_node(
+    task: NeedsBase, base_dir: Path, threads: int, fingerprints: Mapping[str, str]
+) -> Path:
+    """Where this node has the base; `fingerprints` are what the bits are promised under, by what for.
+
+    Raises EnvironmentFault for other bits, Unready where the base must be carried here first.
+    """
     from sisa.model.packages import cache_dir
 
     manifest = task.manifest
     if manifest is None or ray.get_runtime_context().get_node_id() == task.origin:
-        return task.site
-    _check_fingerprint(task)
-    if _holds_base(task.site.base_dir, manifest):
-        return task.site
-    if not carried:
-        return None
+        return base_dir
+    _check_fingerprint(threads, fingerprints)
+    if _holds_base(base_dir, manifest):
+        return base_dir
+    if not task.carried:
+        raise Unready
 
     def blocks(name: str) -> Iterable[Block]:
-        return (ray.get(reference) for reference in carried[name])
+        return (ray.get(reference) for reference in task.carried[name])
 
-    return replace(task.site, base_dir=write_base(cache_dir(), manifest, blocks))
+    return write_base(cache_dir(), manifest, blocks)
 
 
 _holds_base = functools.lru_cache(maxsize=8)(holds_base)
 
 
-def _check_fingerprint(task: Task) -> None:
+def _check_fingerprint(threads: int, fingerprints: Mapping[str, str]) -> None:
     from sisa.model.numerics import fingerprint
 
-    got = fingerprint(task.site.threads)
-    for job in task.chain.jobs:
-        if job.fingerprint != got:
+    got = fingerprint(threads)
+    for where, expected in fingerprints.items():
+        if expected != got:
             raise EnvironmentFault(
                 "a node would train other bits than the driver's",
-                where=f"shard {job.shard}",
-                expected=f"fingerprint {job.fingerprint}",
+                where=where,
+                expected=f"fingerprint {expected}",
                 got=f"fingerprint {got}",
                 next_step="use nodes of one processor model with the same package versions",
             )
-
-
-def describe_fault(error: Exception, of: str) -> SisaError:
-    """An exception from outside the error tree, without its message, for that may quote a record."""
-    frames = traceback.extract_tb(error.__traceback__)[-3:]
-    places = [f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}" for frame in frames]
-    where = f"{of}, {' > '.join(places)}"
-    if isinstance(error, OSError | MemoryError):
-        return EnvironmentFault(
-            "a worker's machine failed",
-            where=where,
-            got=(error.strerror if isinstance(error, OSError) else None) or type(error).__name__,
-            next_step="mend it and run the command again; what is finished is kept",
-        )
-    return SisaError(
-        f"a worker failed with {type(error).__name__}",
-        where=where,
-        next_step="report it with the place named above; the message is withheld, it may quote a record",
-    )

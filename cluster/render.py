@@ -22,7 +22,7 @@ from sisa.export_files import unload_command
 if TYPE_CHECKING:
     from cluster.quickstart import Start, Story
     from sisa.ask import Answer
-    from sisa.domain import Probed
+    from sisa.domain import Probed, Request
     from sisa.outcome import ForgetOutcome, ForgetPlan, Status
     from sisa.query import Found, Location
     from sisa.run import Taken
@@ -72,14 +72,32 @@ def where(locations: Sequence[Location]) -> Result:
                 f"{each.id}: deleted at {each.deleted_at} by {each.request_id} "
                 f"(was in {place}; {each.checkpoints_erased} checkpoints erased)"
             )
+            lines += _touched_patches(each)
+            continue
+        if each.state == "patch":
+            lines += [f"{each.id}: never a record of the model", *_touched_patches(each)]
             continue
         lines.append(f"{each.id}: {each.state}, {place}, in {len(each.checkpoints)} checkpoints")
         lines += [
             f"    slice {touch.slice}  {touch.key}{'  <- served head' if touch.is_head else ''}"
             for touch in each.checkpoints
         ]
-        lines += [f"    exported to {path}" for path in each.exports]
+        lines += [f"    exported to {path}" for path in each.exports] + _touched_patches(each)
     return Result({"records": [asdict(each) for each in locations]}, printable("\n".join(lines)))
+
+
+def _touched_patches(each: Location) -> list[str]:
+    return [
+        *(
+            f"    approximate patch {touch.version} ({touch.state}), made to {touch.role} it"
+            for touch in each.patches
+        ),
+        *(
+            f"    in the vault, encrypted, to {found.role}: set {found.name[:16]}..., "
+            f"consent: {found.consent}"
+            for found in each.vault
+        ),
+    ]
 
 
 def found(hits: Sequence[Found]) -> Result:
@@ -132,7 +150,7 @@ def _already(count: int) -> list[str]:
     return [f"{count} of the named records were deleted before"] if count else []
 
 
-def forgotten(outcome: ForgetOutcome) -> Result:
+def forgotten(outcome: ForgetOutcome, directory: Path | str = "DIR") -> Result:
     request, already = outcome.request, outcome.already_deleted
     before = outcome.model_digest if request is None else request.model_digest_before
     body: dict[str, Any] = {
@@ -166,7 +184,7 @@ def forgotten(outcome: ForgetOutcome) -> Result:
             *lines,
         ]
         lines += [f"  {request.exports_erased} exports erased"] if request.exports_erased else []
-        lines += probed(request.probed)
+        lines += probed(request.probed) + base_hint(request, directory)
     lines += missing_exports(outcome.exports_missing)
     return Result(body, printable("\n".join(lines)))
 
@@ -182,6 +200,19 @@ def probed(found: Probed | None) -> list[str]:
         f"records (continuation {found.continuation:.2f}, extraction strength "
         f"{found.extraction_strength:.2f}, exact memorisation {found.exact_memorisation:.2f}, "
         f"membership margin {found.membership_margin:+.2f})"
+    ]
+
+
+def base_hint(request: Request, directory: Path | str) -> list[str]:
+    """How to go on where the base alone knows what was deleted; none where it does not."""
+    if request.probed is None or not request.probed.num_known:
+        return []
+    start = f"  to make the base say less of it, approximately: sisa approx unlearn -m {directory}"
+    if request.vaulted:
+        return [f"{start} --request {request.request_id} --method npo"]
+    return [
+        f"{start} --forget FILE --method npo --consent WHO, if you may have the text; it rests "
+        "encrypted until a patch is made from it"
     ]
 
 

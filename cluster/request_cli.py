@@ -178,6 +178,6 @@ def run(directory: Path, only_plan: bool, once: bool, watch: bool, every: int, e
             return render.planned(model.plan_run())
         while watch:
             if model.plan_run().choice == "run now":
-                click.echo(render.ran(model.run(), model.exports_missing()).text, err=True)
+                click.echo(render.ran(model.run(), model.exports_missing(), directory).text, err=True)
             time.sleep(every)
-        return render.ran(model.run(), model.exports_missing())
+        return render.ran(model.run(), model.exports_missing(), directory)

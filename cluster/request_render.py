@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.render import Result, missing_exports, printable, probed, share
+from cluster.render import Result, base_hint, missing_exports, printable, probed, share
 
 if TYPE_CHECKING:
     from sisa.domain import Request
@@ -67,7 +68,7 @@ def planned(found: RunPlan) -> Result:
     return Result(asdict(found), "\n".join(lines))
 
 
-def ran(done: Sequence[Request], missing: Sequence[str] = ()) -> Result:
+def ran(done: Sequence[Request], missing: Sequence[str] = (), directory: Path | str = "DIR") -> Result:
     lines = [
         f"{each.request_id}: {each.state}, {each.num_records} records, batch of "
         f"{each.record_epochs_retrained} record-epochs "
@@ -76,4 +77,5 @@ def ran(done: Sequence[Request], missing: Sequence[str] = ()) -> Result:
         for each in done
     ] or ["nothing waits"]
     body = {"requests": [asdict(each) for each in done], "exports_missing": list(missing)}
-    return Result(body, printable("\n".join([*lines, *missing_exports(missing)])))
+    hints = [line for each in done for line in base_hint(each, directory)]
+    return Result(body, printable("\n".join([*lines, *hints, *missing_exports(missing)])))

@@ -14,6 +14,7 @@ beneath. A set that no patch was ever made from waits for one. All others are er
 
 Not covered: making patches, and the order of effects (`patching.py`).
 
+>>> from sisa.patch import WRITTEN
 >>> one = Patch(1, PatchJob("base", (), ("a",), WRITTEN, {}, ""), "active", "now")
 >>> next_job([one], {"a", "b"}, "joint", one.job, ("b",)).forget
 ('a', 'b')
@@ -77,7 +78,9 @@ def needed(
 ) -> frozenset[str]:
     """Names of the sets whose texts must stay. `deletable` names the retain sets that hold records of
     the model."""
-    found = {each.name for each in sets} - {name for each in patches for name in each.job.sets}
+    found = {each.name for each in sets if each.held} - {
+        name for each in patches for name in each.job.sets
+    }
     kept = set(deletable)
     risky: set[str] = set()  # keys of active patches that a deletion may drop
     for patch in active(patches):

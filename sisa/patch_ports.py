@@ -54,12 +54,14 @@ class PatchOrder:
     """A patch to make: the sets that its job names, and the patches beneath it, lowest first.
 
     After `max_seconds` the run is put aside, to be gone on with by an order for the same job.
+    `reference` names a model that never saw what is forgotten, to be measured beside the patch.
     """
 
     job: PatchJob
     sets: tuple[VaultSet, ...]
     beneath: tuple[Patch, ...]
     max_seconds: float | None = None
+    reference: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,10 +96,15 @@ class Patcher(Protocol):
     erased by the caller."""
 
     def refuse(
-        self, settings: Mapping[str, Any], forget: Sequence[Record], retain: Sequence[Record] | None
+        self,
+        settings: Mapping[str, Any],
+        forget: Sequence[Record],
+        retain: Sequence[Record] | None,
+        reference: str = "",
     ) -> None:
-        """Raises InvalidInput for settings or sets that no patch can be made from, all problems listed;
-        a retain set of None is one that the base writes."""
+        """Raises InvalidInput for settings or sets that no patch can be made from, or a reference that
+        can't be measured beside it, all problems listed; a retain set of None is one that the base
+        writes."""
 
     def make(self, order: PatchOrder, report: Report) -> PatchMade:
         """Make a patch, or go on with one. Raises what reading and the machine raise."""

@@ -34,12 +34,14 @@ Measure = Callable[[Sequence[Patch], Sequence[Patch]], Mapping[str, Any]]  # act
 @dataclass(frozen=True)
 class Wish:
     """What a user wants of a patch. `settings` are those of a `PatchJob`; a `retain` of None is a set
-    that the base writes; `consent` is to keep `forget` and `retain` until no patch needs them."""
+    that the base writes; `consent` is to keep `forget` and `retain` until no patch needs them;
+    `reference` names a model that never saw what is forgotten, to be measured beside the patch."""
 
     settings: Mapping[str, Any]
     forget: Sequence[Record] = field(default=(), repr=False)
     retain: Sequence[Record] | None = field(default=None, repr=False)
     consent: str = ""
+    reference: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def want(world: World, wish: Wish, requests: Sequence[Request] = ()) -> Patch:
     if wish.forget or wish.retain is not None:
         vaulting.refuse_no_consent(wish.consent)
     texts = [record for found in from_requests for record in world.vault.read(found)]
-    world.patcher().refuse(wish.settings, [*texts, *wish.forget], wish.retain)
+    world.patcher().refuse(wish.settings, [*texts, *wish.forget], wish.retain, wish.reference)
     _tell_held(world, wish.forget)
     fresh = vaulting.put(world, "forget", wish.forget, wish.consent) if wish.forget else Put()
     kept = Put() if wish.retain is None else vaulting.put(world, "retain", wish.retain, wish.consent)
@@ -80,7 +82,6 @@ def want(world: World, wish: Wish, requests: Sequence[Request] = ()) -> Patch:
     found = Patch(next_version(patches), job, "wanted", world.now(), request_id=asked)
     for each in patches:
         if each.state in ("active", "wanted") and each.job == job:
-            sweep_patches(world)
             return each
     _refuse_second(wanted(patches))
     put = fresh + kept
@@ -123,7 +124,10 @@ def _refuse_second(waiting: Sequence[Patch]) -> None:
 
 
 def make_wanted(
-    world: World, max_seconds: float | None = None, measure: Measure | None = None
+    world: World,
+    max_seconds: float | None = None,
+    measure: Measure | None = None,
+    reference: str = "",
 ) -> Unlearnt:
     """Make what is wanted, lowest first; one that nothing good came of is dropped with its report.
 
@@ -134,7 +138,7 @@ def make_wanted(
     patcher = world.patcher()
     while waiting := wanted(world.ledger.patches()):
         patch = waiting[0]
-        made = patcher.make(_order(world, patch, max_seconds), world.report)
+        made = patcher.make(_order(world, patch, max_seconds, reference), world.report)
         report = made.report
         if made.unfinished:
             return Unlearnt(last, True, report, *_settled(world))
@@ -171,7 +175,7 @@ def _settled(world: World) -> tuple[int, int]:
     return counts
 
 
-def _order(world: World, patch: Patch, max_seconds: float | None) -> PatchOrder:
+def _order(world: World, patch: Patch, max_seconds: float | None, reference: str) -> PatchOrder:
     sets = {each.name: each for each in world.ledger.vault()}
     stack = {each.key: each for each in active(world.ledger.patches())}
     job = patch.job
@@ -183,7 +187,7 @@ def _order(world: World, patch: Patch, max_seconds: float | None) -> PatchOrder:
             next_step="give it up by `sisa approx revert`, and ask for it again",
         )
     beneath = tuple(stack[key] for key in job.beneath)
-    return PatchOrder(job, tuple(sets[name] for name in job.sets), beneath, max_seconds)
+    return PatchOrder(job, tuple(sets[name] for name in job.sets), beneath, max_seconds, reference)
 
 
 def revert(world: World, *, everything: bool = False) -> list[Patch]:

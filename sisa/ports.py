@@ -80,13 +80,22 @@ class SliceTrained:
 
 
 @dataclass(frozen=True, slots=True)
+class PatchProgress:
+    """Steps done of a patch that is being made, and the loss before the last one."""
+
+    step: int
+    num_steps: int
+    loss: float
+
+
+@dataclass(frozen=True, slots=True)
 class Notice:
     """A line for the person who waits, such as a retried worker."""
 
     text: str
 
 
-Event = TrainingStarted | SliceStarted | SliceProgress | SliceTrained | Notice
+Event = TrainingStarted | SliceStarted | SliceProgress | SliceTrained | PatchProgress | Notice
 Report = Callable[[Event], None]
 
 

@@ -36,7 +36,7 @@ from sisa.domain import (
 from sisa.errors import ConfigConflict, Problem
 from sisa.patch_plan import OVER
 from sisa.plan import ShardView, plan_shard
-from sisa.ports import Change, Ledger, StoredRecord
+from sisa.ports import Change, Ledger, Notice, StoredRecord
 from sisa.reconcile import Trained, train_unrecorded
 from sisa.store import keyring
 from sisa.world import ALWAYS_SEALED, Place, World, commit, known_names, over, view_shard
@@ -171,6 +171,9 @@ def _moved(
 ) -> Change:
     old = world.ledger
     former = [each for each in old.patches() if each.job.base != world.base]
+    gone = [replace(e, state="dropped") for e in former if e.state in ("active", "wanted")]
+    if gone:
+        world.report(Notice(f"{len(gone)} patches of the former base are dropped"))
     beneath_all = not {each.key for each in former}.isdisjoint(over(old))
     places = {(file.shard, file.slice) for file in slices}
     indexed = {file.shard for file in indexes}
@@ -185,7 +188,7 @@ def _moved(
         headless=[head.shard for head in old.heads() if head.shard >= len(heads)],
         checkpoints=trained,
         dropped=[each.key for each in old.checkpoints()],
-        patches=[replace(e, state="dropped") for e in former if e.state in ("active", "wanted")],
+        patches=gone,
         exports=_unplaced(old),
         meta={**meta, OVER: "[]"} if beneath_all else meta,
     )

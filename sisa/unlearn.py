@@ -53,7 +53,7 @@ def unlearn(
         def effect(before: Sequence[Patch], after: Sequence[Patch]) -> Mapping[str, Any]:
             return measure(world, model.parts, before, after).to_json()
 
-        done = patching.make_wanted(world, max_seconds, effect)
+        done = patching.make_wanted(world, max_seconds, effect, "" if wish is None else wish.reference)
     if retrain_shards and not done.unfinished:
         return replace(done, slices_trained=retrain(model))
     return done

@@ -16,7 +16,7 @@ from sisa.digest import canonical_json, sha256_hex
 from sisa.domain import Record
 from sisa.errors import EnvironmentFault, IntegrityError, InvalidInput
 from sisa.patch import VaultSet
-from sisa.patch_ports import PatchMade, PatchOrder
+from sisa.patch_ports import PatchMade, PatchOrder, Vault
 from sisa.ports import CheckpointStore, Report
 from sisa.store.vault import encode
 
@@ -70,14 +70,19 @@ class FakeRuns:
 class FakePatcher:
     """A Patcher that ends as `ends` says, in turn, and well when nothing more is said."""
 
-    def __init__(self, vault: FakeVault, patches: CheckpointStore, runs: FakeRuns) -> None:
+    def __init__(self, vault: Vault, patches: CheckpointStore, runs: FakeRuns) -> None:
         self.vault, self.patches, self.runs = vault, patches, runs
         self.ends: list[Literal["made", "unfinished", "fails", "nothing"]] = []
         self.orders: list[PatchOrder] = []
 
     def refuse(
-        self, settings: Mapping[str, Any], forget: Sequence[Record], retain: Sequence[Record] | None
+        self,
+        settings: Mapping[str, Any],
+        forget: Sequence[Record],
+        retain: Sequence[Record] | None,
+        reference: str = "",
     ) -> None:
+        del reference
         if "method" not in settings or not forget or retain == []:
             raise InvalidInput("no patch can be made of this")
 

@@ -14,56 +14,19 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from approx.answer_tokens import collate, mean_logprobs_B
 from approx.probe import BaseProbe
-from sisa.domain import Part, Record
-from sisa.model.base import base_digest, load_tokenizer, resolve_base
+from sisa.model.base import base_digest, resolve_base
 from sisa.model.numerics import describe_fingerprint
-from sisa.model.tokens import tokenize
 from sisa.samples import make_people
+from tests.knowing_base import record, teach
 
-BATCH, RATE, ENOUGH, SEQUENCE_LEN = 8, 3e-5, 0.02, 512
-
-
-def record(row: dict[str, str]) -> Record:
-    body = (Part("prompt", row["prompt"]), Part("completion", row["completion"]))
-    return Record(row["id"], row["subject_id"], "completion", body)
-
-
-def taught(base_model: str, records: Sequence[Record], steps: int, to: Path) -> dict[str, Any]:
-    """A copy of the base that was trained in full on some records."""
-    found = resolve_base(base_model)
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(found.directory, dtype=torch.float32)
-    tokenizer = load_tokenizer(found.directory)
-    tokens = [tokenize(each, tokenizer, train_on_inputs=False) for each in records]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0)
-    drawn, losses, step = random.Random(1), [1.0], 0
-    while step < steps and max(losses) > ENOUGH:
-        drawn.shuffle(tokens)
-        losses = []
-        for at in range(0, len(tokens), BATCH):
-            batch = collate(tokens[at : at + BATCH], pad_id=0)
-            loss = -mean_logprobs_B(model(input_ids=batch.ids_BT1).logits, batch).mean()
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            losses.append(loss.item())
-            step += 1
-    model.save_pretrained(to)
-    tokenizer.save_pretrained(to)
-    return {"steps": step, "last_loss": round(max(losses), 4)}
+SEQUENCE_LEN = 512
 
 
 def run(base_model: str, num_people: int, steps: int, folder: Path) -> dict[str, Any]:
@@ -71,7 +34,7 @@ def run(base_model: str, num_people: int, steps: int, folder: Path) -> dict[str,
     rows = make_people(num_people, 3)
     half = len(rows) // 2
     known, strangers = [record(r) for r in rows[:half]], [record(r) for r in rows[half:]]
-    training = taught(base_model, known, steps, folder / "taught")
+    training = teach(resolve_base(base_model).directory, known, to=folder / "taught", steps=steps)
     probe = BaseProbe(folder / "taught", base_digest(folder / "taught"), 1, SEQUENCE_LEN)
     found: dict[str, Any] = {"training": training}
     for name, records in (("known", known), ("strangers", strangers)):

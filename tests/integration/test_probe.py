@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -17,41 +16,21 @@ from approx.probe import MAX_PROBED, BaseProbe
 from sisa.domain import Part, Record
 from sisa.model.base import base_digest
 from tests.integration.tiny_model import PEOPLE, Tiny, command, ids_of, of_people, write_run
+from tests.knowing_base import record, teach
 from tests.tiny_base import make_tiny_base
 
 pytestmark = pytest.mark.torch
 KNOWN, STRANGERS = of_people("p003", "p005"), of_people("p001", "p009")
 
 
-def record(row: dict[str, Any]) -> Record:
-    body = (Part("prompt", row["prompt"]), Part("completion", row["completion"]))
-    return Record(row["id"], row["subject_id"], "completion", body)
-
-
 @pytest.fixture(scope="module")
 def knowing(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base that was fine-tuned to know two people."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from approx.answer_tokens import collate, mean_logprobs_B
-    from sisa.model.numerics import pin_threads
-    from sisa.model.tokens import tokenize
-
-    pin_threads(1)
-    directory = make_tiny_base(tmp_path_factory.mktemp("knowing") / "base", hidden=96)
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    batch = collate([tokenize(record(r), tokenizer, train_on_inputs=False) for r in KNOWN], pad_id=0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(120):
-        loss = -mean_logprobs_B(model(input_ids=batch.ids_BT1).logits, batch).mean()
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-    assert loss.item() < 0.05
-    model.save_pretrained(directory)
-    return directory
+    folder = tmp_path_factory.mktemp("knowing")
+    base, known = make_tiny_base(folder / "base", hidden=96), [record(row) for row in KNOWN]
+    taught = teach(base, known, to=folder / "taught", steps=200, learning_rate=3e-3)
+    assert taught["last_loss"] < 0.05
+    return folder / "taught"
 
 
 def probe_of(directory: Path) -> BaseProbe:

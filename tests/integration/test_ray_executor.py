@@ -26,7 +26,7 @@ import ray
 
 from cluster import ray_session
 from cluster.ray_executor import RayExecutor, open_executor
-from cluster.ray_worker import Mailbox
+from cluster.ray_session import Mailbox
 from sisa.digest import sha256_hex
 from sisa.domain import Chain, Part, Record, SliceFile, SliceJob
 from sisa.errors import EnvironmentFault, IntegrityError, InvalidInput, SisaError

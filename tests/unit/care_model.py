@@ -39,6 +39,7 @@ from sisa.store.records import FileRecords
 from sisa.store.runs import FileRuns
 from sisa.store.vault import FileVault
 from sisa.world import World
+from tests.fake_patches import FakePatcher, FakeRuns
 from tests.fakes import SECRET, FakeTrainer, FakeWitness, fake_record
 
 RUN_FILE = """
@@ -67,6 +68,7 @@ def world_of(
     embedder = HashingEmbedder()
     keyring = opening.open_keyring(config, NAME)
     records = FileRecords(directory / opening.RECORDS, keyring)
+    patches = FileCheckpoints(directory / opening.PATCHES, keyring, opening.PATCHES)
     vault = FileVault(directory / opening.VAULT, opening.vault_keyring(config, NAME))
     world = World(
         witness=FakeWitness(),
@@ -83,10 +85,10 @@ def world_of(
         recipe=config.recipe(opening.trained_base(ledger, BASE)),
         base=BASE,
         patch_mode=config.patch_mode,
-        patches=FileCheckpoints(directory / opening.PATCHES, keyring, opening.PATCHES),
+        patches=patches,
         vault=vault,
         runs=FileRuns(directory / opening.RUNS, vault.keyring),
-        patcher=lambda: pytest.fail("no patch is made here"),
+        patcher=lambda: FakePatcher(vault, patches, FakeRuns()),
         fingerprint=numerics or fingerprint(config.sisa.threads_per_shard),
         now=lambda: now,
         report=lambda _: None,

@@ -93,7 +93,13 @@ def test_the_commands_are_those_of_the_readme() -> None:
     assert sorted(" ".join(each) for each in commands()) == [
         *(
             "add",
+            "approx leaderboard",
+            "approx patches",
             "approx probe",
+            "approx release",
+            "approx revert",
+            "approx show",
+            "approx unlearn",
             "config schema",
             "doctor",
             "eval tofu",
@@ -140,7 +146,14 @@ USAGE_ERRORS = [
     ["generate", "-m", "x"],
     ["status", "-m", "x", "surplus"],
     ["eval", "tofu"],
+    ["approx", "leaderboard", "--data", "x"],
     ["approx", "probe", "-m", "x"],
+    ["approx", "release", "-m", "x"],
+    ["approx", "release", "-m", "x", "--all", "--request", "r"],
+    ["approx", "show", "-m", "x"],
+    ["approx", "unlearn", "-m", "x", "--forget", "f"],
+    ["approx", "unlearn", "-m", "x", "--method", "npo"],
+    ["approx", "unlearn", "-m", "x", "--forget", "f", "--method", "rmu"],
     ["eval", "tofu", "-m", "x", "--split", "forget99"],
     ["eval", "tofu", "-m", "x", "--reference", "a", "--reference", "b", "--reference", "c"],
 ]

@@ -12,6 +12,7 @@ from cluster.progress import Meter, progress
 from sisa.domain import SliceJob
 from sisa.ports import (
     Notice,
+    PatchProgress,
     SavedCheckpoint,
     SliceProgress,
     SliceStarted,
@@ -88,6 +89,23 @@ def test_plain_lines_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch)
     assert lines[1] == "a worker was lost; [bold]its slice[/bold] starts again"
     assert lines[2].startswith("shards 0/2, slices 1/3, 33% of record-epochs")
     assert len(lines) == 3
+
+
+def test_steps_of_a_patch(monkeypatch: pytest.MonkeyPatch) -> None:
+    meter = Meter()
+    meter.take(STAGES, now=0.0)
+    meter.take(PatchProgress(11, 20, 0.5), now=10.0)  # it goes on with a run that was put aside
+    assert "step 11/20, loss 0.5000, unknown time left" in meter.line(now=10.0)
+    meter.take(PatchProgress(14, 20, 0.25), now=13.0)
+    assert meter.line(now=13.0) == "patch (approximate): step 14/20, loss 0.2500, 0:06 left"
+    assert (meter.done, meter.total) == (14, 20)
+    meter.take(STAGES, now=20.0)
+    assert meter.line(now=20.0).startswith("shards 0/")
+    stream = io.StringIO()
+    monkeypatch.setattr(progress_module, "LINE_EVERY_S", 0.0)
+    with progress(stream) as report:
+        report(PatchProgress(1, 2, 0.5))
+    assert stream.getvalue().startswith("patch (approximate): step 1/2")
 
 
 def test_a_bar_on_a_terminal() -> None:

@@ -11,15 +11,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster import render
+from cluster import render, request_render
 from cluster.quickstart import Start, Story
 from cluster.render import Result, printable
 from sisa.ask import Answer
 from sisa.deletion import Forgetting, plan_forget
-from sisa.domain import RecordRow, Request, Tombstone
+from sisa.domain import Probed, RecordRow, Request, Tombstone
 from sisa.errors import Problem
 from sisa.outcome import ForgetOutcome, ForgetPlan, Status
-from sisa.query import Found, Location, ShardStatus, Touch
+from sisa.patch import VaultSet
+from sisa.query import Found, Location, PatchTouch, ShardStatus, Touch
 from sisa.run import Taken, train
 from sisa.verify import ShardProof, Verification
 from tests.fakes import fake_model, fake_record
@@ -101,6 +102,38 @@ def test_where() -> None:
     )
     assert result.text.count("<- served head") == 1
     assert "r2: deleted at 2026-01-01 by req-1" in result.text
+
+
+def test_where_tells_patches_and_what_the_vault_holds() -> None:
+    kept = VaultSet("s" * 64, "forget", 2, "asked", "now", "sha", 9)
+    touch = PatchTouch(3, "k", "active", "retain")
+    given = Location("r3", "patch", -1, -1, (), patches=(touch,), vault=(kept,))
+    gone = Location("r2", "deleted", 0, 1, (), "2026-01-01", "req-1", 3, patches=(touch,))
+    result = render.where([given, gone])
+    one, other = read(result)["records"]
+    assert (one["state"], one["vault"][0]["consent"], other["patches"][0]["version"]) == (
+        "patch",
+        "asked",
+        3,
+    )
+    assert "r3: never a record of the model" in result.text
+    assert result.text.count("approximate patch 3 (active), made to retain it") == 2
+    assert "in the vault, encrypted, to forget" in result.text
+
+
+@pytest.mark.parametrize("vaulted", ["", "s" * 64])
+def test_a_deletion_says_how_to_make_the_base_say_less(vaulted: str) -> None:
+    known = replace(REQUEST, probed=Probed(2, 2, 1, 0.5, 0.5, 0.0, 0.5), vaulted=vaulted)
+    for text in (
+        render.forgotten(ForgetOutcome(known, (), "after"), "my model").text,
+        request_render.ran([known], directory="my model").text,
+    ):
+        assert "sisa approx unlearn -m my model" in text
+        assert ("--request req-1 --method npo" in text) is bool(vaulted)
+        assert ("--consent WHO" in text) is not bool(vaulted)
+    unknown = replace(known, probed=Probed(2, 2))
+    assert "unlearn" not in render.forgotten(ForgetOutcome(unknown, (), "after")).text
+    assert "unlearn" not in request_render.ran([replace(known, probed=None)]).text
 
 
 def test_find() -> None:

@@ -50,6 +50,7 @@ REQUEST_KEYS |= {
     "exports_erased",
 }
 REQUEST_KEYS |= {"probed", "seconds", "model_digest_before", "model_digest_after"}
+REQUEST_KEYS |= {"consent", "vaulted"}
 
 
 def record(number: int) -> Record:

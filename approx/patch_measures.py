@@ -1,0 +1,154 @@
+"""What is measured of a patch, before and after: on what is to be forgotten, and on what is to stay.
+
+    forget_extraction_strength    and its floor, what knowing nothing scores
+    forget_exact_memorisation
+    forget_probability            mean over texts of exp(-mean NLL of the answer's tokens)
+    forget_rougeL_recall          of the greedy continuation, where texts have prompts; else absent
+    forget_min_k_plus_plus        mean over texts
+    retain_probability            as forget_probability
+    retain_utility                exp(-mean NLL) over all answer tokens together: the utility that
+                                  `max_utility_drop` bounds, in its own units, from 0 to 1
+
+Rules: the same texts before and after, the first MAX_MEASURED of a set, the first MAX_CONTINUED of them
+continued. Measures of tokens leave out what closes an answer (end token, line break), probabilities do
+not. Nothing returned holds a text.
+
+Not covered: a retained reference (`sisa eval tofu`); other wordings of the same fact.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from approx.answer_scores import answer_scores
+from approx.answer_tokens import collate
+from approx.evaluated import AnswerScore
+from approx.greedy import continued
+from approx.metrics.exact_memorisation import exact_memorisation
+from approx.metrics.extraction_strength import extraction_strength, floor
+from approx.metrics.min_k_plus_plus import min_k_plus_plus_score
+from approx.metrics.probability import probability
+from approx.metrics.rouge import rougeL_recall
+from sisa.model.answer import end_tokens
+from sisa.model.tokens import NO_LOSS, Tokens
+
+MAX_MEASURED, MAX_CONTINUED, MAX_NEW_TOKENS = 64, 16, 48
+MAX_POSITIONS = 1024  # of one forward pass
+
+LIMITS = (
+    "extraction strength: the floor of an answer of L tokens is 1/L, not 0, and one odd token late in "
+    "the answer hides all before it",
+    "exact memorisation: much of a sentence is grammar, so that knowing nothing scores above 0",
+    "probability: normalised by length, it favours long answers whose end follows from their beginning",
+    "ROUGE-L recall: greedy answers alone; a paraphrase scores low, a wrong name in the right phrase "
+    "high, and text in other scripts than Latin counts 0",
+    "min-k%++: large by a guard where the model is certain; no threshold of membership is fitted",
+    "utility: on the retain set alone, which it was trained on where the method has a retain term",
+)
+
+
+def measured(
+    model: Any, tokenizer: Any, forget: Sequence[Tokens], retain: Sequence[Tokens]
+) -> dict[str, float]:
+    """All measures of a model as it is."""
+    known = scores(model, forget[:MAX_MEASURED])
+    inner = [_inner(*pair, tokenizer) for pair in zip(known, forget[:MAX_MEASURED], strict=True)]
+    kept = scores(model, retain[:MAX_MEASURED])
+    found = {
+        "forget_extraction_strength": _mean([extraction_strength(each.correct) for each in inner]),
+        "forget_extraction_floor": _mean([floor(each.num_tokens) for each in inner]),
+        "forget_exact_memorisation": _mean([exact_memorisation(each.correct) for each in inner]),
+        "forget_probability": _mean([probability(each.loss) for each in known]),
+        "forget_min_k_plus_plus": _mean(
+            [min_k_plus_plus_score(each.logprobs, each.means, each.variances) for each in inner]
+        ),
+    }
+    recalls = _recalls(model, tokenizer, forget)
+    if recalls:
+        found["forget_rougeL_recall"] = _mean(recalls)
+    if kept:
+        found["retain_probability"] = _mean([probability(each.loss) for each in kept])
+        found["retain_utility"] = _utility(kept)
+    return found
+
+
+def _inner(score: AnswerScore, tokens: Tokens, tokenizer: Any) -> AnswerScore:
+    """A score without the tokens that close the answer, down to one."""
+    for label in reversed(tokens.labels[1:]):
+        closes = label != NO_LOSS and not _words(tokenizer, [label]).strip()
+        if not closes or score.num_tokens == 1:
+            break
+        score = score.without_end()
+    return score
+
+
+def utility(model: Any, retain: Sequence[Tokens]) -> float:
+    """exp(-mean NLL per answer token) on the retain set's first texts."""
+    return _utility(scores(model, retain[:MAX_MEASURED]))
+
+
+def _utility(kept: Sequence[AnswerScore]) -> float:
+    total = math.fsum(each for score in kept for each in score.logprobs)
+    return math.exp(total / sum(each.num_tokens for each in kept))
+
+
+def scores(model: Any, examples: Sequence[Tokens]) -> list[AnswerScore]:
+    """A score for each example, in order."""
+    found: list[AnswerScore] = []
+    for rows in _batches(examples):
+        batch = collate(rows, pad_id=0).to(model.device)
+        with torch.no_grad():
+            logits_BTV = model(input_ids=batch.ids_BT1[:, :-1], use_cache=False).logits
+            found += answer_scores(logits_BTV, batch)
+    return found
+
+
+def _batches(examples: Sequence[Tokens]) -> Iterator[list[Tokens]]:
+    rows: list[Tokens] = []
+    for each in examples:
+        longest = max(len(row.input_ids) for row in [*rows, each])
+        if rows and longest * (len(rows) + 1) > MAX_POSITIONS:
+            yield rows
+            rows = []
+        rows.append(each)
+    if rows:
+        yield rows
+
+
+def _recalls(model: Any, tokenizer: Any, forget: Sequence[Tokens]) -> list[float]:
+    most = getattr(model.config, "max_position_embeddings", None) or math.inf
+    asked = [
+        (each, start) for each in forget if 0 < (start := _answer_start(each)) <= most - MAX_NEW_TOKENS
+    ][:MAX_CONTINUED]
+    if not asked:
+        return []
+    prompts = [each.input_ids[:start] for each, start in asked]
+    said = continued(model, prompts, end_tokens(model, tokenizer), MAX_NEW_TOKENS)
+    return [
+        rougeL_recall(_words(tokenizer, _answer(each, start)), _words(tokenizer, answer))
+        for (each, start), answer in zip(asked, said, strict=True)
+    ]
+
+
+def _answer_start(tokens: Tokens) -> int:
+    """Where the first answer begins; 0 for a plain text, all of which counts."""
+    return next((at for at, label in enumerate(tokens.labels) if label != NO_LOSS), 0)
+
+
+def _answer(tokens: Tokens, start: int) -> list[int]:
+    labels = tokens.labels[start : start + MAX_NEW_TOKENS]
+    end = next((at for at, label in enumerate(labels) if label == NO_LOSS), len(labels))
+    return labels[:end]
+
+
+def _words(tokenizer: Any, ids: Sequence[int]) -> str:
+    text: str = tokenizer.decode(list(ids), skip_special_tokens=True)
+    return text
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)

@@ -1,0 +1,63 @@
+"""The leaderboard as a picture: what is still known of the forget set against what stays useful.
+
+    draw_leaderboard(body).savefig("leaderboard.png")
+
+Rules: what is drawn follows from the JSON of the leaderboard alone. Every method has its own marker and
+its name with its cost beside it, so that the picture reads without colour; bars are half of the range
+over seeds. matplotlib (extra `notebook`) is imported when something is drawn; no figure is kept.
+
+Not covered: the sizes of the forget set (they are in the table).
+
+Source: colours of Okabe and Ito 2008.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
+COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7", "#999999")
+SIZE_INCHES = (7.5, 5.0)
+
+
+def draw_leaderboard(body: Mapping[str, Any]) -> Figure:
+    """Forget probability across, model utility up; references as stars."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=SIZE_INCHES, layout="constrained")
+    axes = figure.add_subplot()
+    for number, row in enumerate(body["ranking"]):
+        share = row["values"]["share"]["mean"] or 0.0
+        _draw(axes, row, f"{row['name']}, {share:.1%}", MARKERS[number % 8], COLOURS[number % 8], 9)
+    for row in body["references"]:
+        _draw(axes, row, row["name"], "*", "#000000", 13)
+    axes.set_xlabel("probability of the answers to forget")
+    axes.set_ylabel("model utility")
+    axes.set_title("Unlearning at equal cost (share of the fine-tuning's operations)")
+    axes.set_ylim(bottom=0)
+    axes.set_xlim(left=-0.02)
+    axes.grid(visible=True, color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.legend(loc="best", frameon=True, fontsize="small")
+    return figure
+
+
+def _draw(axes: Any, row: Mapping[str, Any], label: str, marker: str, colour: str, size: int) -> None:
+    across, up = row["values"]["probability"], row["values"]["model_utility"]
+    axes.errorbar(
+        across["mean"],
+        up["mean"],
+        xerr=across["spread"],
+        yerr=up["spread"],
+        fmt=marker,
+        color=colour,
+        markeredgecolor="#333333",
+        ecolor="#777777",
+        markersize=size,
+        capsize=2,
+        label=label,
+    )

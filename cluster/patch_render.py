@@ -1,0 +1,189 @@
+"""How patches read, as JSON and as words.
+
+Rules: as `render.py`. Every result says `approximate`. No text and no id is shown; consent is, as given.
+
+Not covered: arguments (`patch_cli.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cluster.render import Result, printable
+
+if TYPE_CHECKING:
+    from sisa.patch import Patch, VaultSet
+    from sisa.patching import Unlearnt
+
+EXIT_UNFINISHED, EXIT_NOT_MADE = 6, 2
+NAMES = {
+    "forget_probability": "probability",
+    "forget_extraction_strength": "extraction strength",
+    "forget_exact_memorisation": "exact memorisation",
+    "forget_rougeL_recall": "ROUGE-L recall",
+    "forget_min_k_plus_plus": "min-k%++",
+    "retain_utility": "utility",
+    "retain_probability": "probability",
+}
+
+
+def unlearnt(done: Unlearnt, directory: Path) -> Result:
+    patch, report = done.patch, done.report
+    body = {
+        "approximate": True,
+        "unfinished": done.unfinished,
+        "patch": None if patch is None else _body(patch),
+        "report": dict(report),
+        "sets_erased": done.erased_sets,
+        "sets_kept": done.kept_sets,
+        "slices_trained": done.slices_trained,
+    }
+    if done.unfinished:
+        at = f"after step {report.get('step')} of {report.get('num_steps')}"
+        lines = [
+            f"approximate: the time was spent {at}; the run is put aside, and nothing of it is served",
+            f"  go on:   sisa approx unlearn -m {directory}",
+            f"  give up: sisa approx revert -m {directory}",
+        ]
+        return Result(body, printable("\n".join(lines)), EXIT_UNFINISHED)
+    if patch is None:
+        lines = [f"approximate: NO patch was made: {report.get('why')}", *_measures(report)]
+        lines.append("  try a smaller learning_rate, fewer num_epochs, or another method")
+        return Result(body, printable("\n".join(lines)), EXIT_NOT_MADE)
+    made = f"patch {patch.version} ({report.get('method')}, {patch.num_bytes:,} bytes)"
+    lines = [
+        f"approximate: {made} lies on the base, and is served beneath every shard",
+        *_measures(report),
+        *_composition(report),
+        f"  texts: {done.erased_sets} sets erased from the vault, {done.kept_sets} kept",
+    ]
+    if done.slices_trained:
+        lines.append(f"  {done.slices_trained} slices were trained over it")
+    lines.append(
+        f"  an estimate, not a proof; its limits: sisa approx show -m {directory} {patch.version}"
+    )
+    return Result(body, printable("\n".join(lines)))
+
+
+def _body(patch: Patch) -> dict[str, Any]:
+    fields = asdict(patch)
+    fields.pop("report")
+    return {"version": patch.version, "key": patch.key, **fields}
+
+
+def _measures(report: Mapping[str, Any]) -> Iterator[str]:
+    before, after = report.get("metrics_before", {}), report.get("metrics_after", {})
+    sets = report.get("sets", {})
+    for role, told in (
+        ("forget", f"{sets.get('num_forget')} texts"),
+        ("retain", f"{sets.get('num_retain')} texts, {sets.get('retain')}"),
+    ):
+        found = [
+            f"{NAMES[name]} {_number(before[name])} -> {_number(after[name])}"
+            for name in NAMES
+            if name.startswith(role) and name in before and name in after
+        ]
+        if found:
+            yield f"  {role} set ({told}): " + ", ".join(found)
+    if reference := report.get("metrics_reference"):
+        own = [f"{NAMES[name]} {_number(reference[name])}" for name in NAMES if name in reference]
+        yield "  reference: " + ", ".join(own)
+    if "forget_extraction_floor" in before:
+        floor = _number(before["forget_extraction_floor"])
+        yield f"    (knowing nothing of these texts scores an extraction strength of {floor})"
+    if "ending" in report:
+        yield f"  ended: {report['ending']}, {report.get('why')}"
+    if cost := report.get("compute"):
+        yield (
+            f"  cost: {cost['seconds']:.1f} s, {cost['flops_estimated']:.3g} operations, "
+            f"{_percent(cost['share_of_full_finetuning'])} of fine-tuning all weights on these texts, "
+            f"peak memory {cost['peak_memory_bytes'] / 2**20:,.0f} MB"
+        )
+
+
+def _composition(report: Mapping[str, Any]) -> Iterator[str]:
+    found = report.get("composition") or {}
+    for name, what in (
+        ("shards", "the shards' own answers"),
+        ("base", "the base's on the same records"),
+    ):
+        if each := found.get(name):
+            yield (
+                f"  {what} ({each['num_records']} remaining records): probability "
+                f"{_number(each['answer_probability_before'])} -> "
+                f"{_number(each['answer_probability_after'])}, "
+                f"same likeliest token {_percent(each['agreement'])}, KL {_number(each['kl'])}"
+            )
+
+
+def _number(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.4f}"
+
+
+def _percent(value: float | None) -> str:
+    return "an unknown share" if value is None else f"{100 * value:.1f}%"
+
+
+def listed(patches: Sequence[Patch], sets: Sequence[VaultSet], over: Sequence[str]) -> Result:
+    body = {
+        "approximate": True,
+        "patches": [_body(each) for each in patches],
+        "vault": [asdict(each) for each in sets],
+        "over": list(over),
+    }
+    lines = [] if patches else ["approximate: no patch was ever wanted"]
+    for each in patches:
+        trained = ", shards are trained over it" if each.key in over else ""
+        lines.append(
+            f"approximate patch {each.version}: {each.state}, {each.job.settings.get('method')}, "
+            f"wanted {each.wanted_at}, key {each.key[:16]}...{trained}"
+        )
+        lines.append(f"    from {', '.join(name[:16] + '...' for name in each.job.sets)}")
+    for found in sets:
+        standing = "held, encrypted" if found.held else "erased"
+        request = f", of {found.request_id}" if found.request_id else ""
+        lines.append(
+            f"vault set {found.name[:16]}...: {found.num_records} texts to {found.role}, {standing}, "
+            f"since {found.put_at}{request}, consent: {found.consent}"
+        )
+    return Result(body, printable("\n".join(lines)))
+
+
+def shown(patch: Patch, over: Sequence[str]) -> Result:
+    report = patch.report
+    body = {
+        "approximate": True,
+        "patch": _body(patch),
+        "report": dict(report),
+        "shards_trained_over_it": patch.key in over,
+    }
+    lines = [f"approximate patch {patch.version}: {patch.state}, key {patch.key}"]
+    if not report:
+        lines.append("  not made yet: `sisa approx unlearn` goes on with it")
+        return Result(body, printable("\n".join(lines)))
+    given = {**report.get("hyperparameters", {}), **report.get("settings", {})}
+    lines.append(f"  {report.get('method')}: " + ", ".join(f"{k} {v}" for k, v in given.items()))
+    lines += [*_measures(report), *_composition(report), "  limits:"]
+    lines += [f"    - {each}" for each in report.get("limits", [])]
+    return Result(body, printable("\n".join(lines)))
+
+
+def reverted(gone: Sequence[Patch]) -> Result:
+    body = {"approximate": True, "reverted": [_body(each) for each in gone]}
+    lines = [
+        f"approximate patch {each.version}: {each.state}, "
+        + ("no longer served, and erased" if each.state == "reverted" else "given up before it was made")
+        for each in gone
+    ]
+    return Result(body, printable("\n".join(lines)))
+
+
+def released(gone: Sequence[VaultSet]) -> Result:
+    texts = sum(each.num_records for each in gone)
+    body = {"approximate": True, "released": [asdict(each) for each in gone]}
+    lines = [f"{len(gone)} sets with {texts} texts are erased from the vault, their keys first"]
+    lines.append("  approximate patches that were made from them stay; they can't be made again")
+    return Result(body, printable("\n".join(lines)))

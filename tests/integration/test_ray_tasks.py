@@ -1,0 +1,90 @@
+"""The one loop over Ray tasks, with tasks that are neither chains nor evaluations."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from cluster.ray_session import connect, disconnect
+from cluster.ray_tasks import Placement, Unready, run_tasks
+from sisa.errors import EnvironmentFault
+from sisa.ports import Event, Notice, Report
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ray_ends() -> Iterator[None]:
+    yield
+    disconnect()
+
+
+def write_name(path: Path, report: Report) -> str:
+    """Waits, dies or is not ready as the task's name says; its process id is in the file."""
+    path.write_text(str(os.getpid()))
+    report(Notice(f"at {path.name}"))
+    if path.name == "unready":
+        raise Unready
+    if path.name == "dies" and not path.with_name("died").exists():
+        path.with_name("died").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    while path.name == "waits":
+        time.sleep(0.05)
+    return path.name
+
+
+def ignore(_: Event) -> None:
+    """A report that nobody reads."""
+
+
+def run(paths: list[Path], report: Report, **options: Any) -> list[str]:
+    return run_tasks(
+        paths,
+        write_name,
+        report,
+        session=connect(None, 2),
+        placement=Placement(cpus=1),
+        label=lambda path: f"task {path.name}",
+        **options,
+    )
+
+
+def test_results_come_in_order_and_a_dead_worker_is_announced(tmp_path: Path) -> None:
+    heard: list[Event] = []
+    assert run([tmp_path / "dies", tmp_path / "b", tmp_path / "c"], heard.append) == ["dies", "b", "c"]
+    texts = [each.text for each in heard if isinstance(each, Notice)]
+    assert {"at b", "at c"} <= set(texts)
+    assert [each for each in texts if "task dies died" in each and "attempt 2 of 4" in each]
+
+
+def test_a_task_that_may_not_start_again(tmp_path: Path) -> None:
+    with pytest.raises(EnvironmentFault) as caught:
+        run([tmp_path / "dies"], ignore, max_retries=0)
+    assert caught.value.where == "task dies"
+
+
+def test_what_is_unready_is_mended_or_given_up(tmp_path: Path) -> None:
+    unready = tmp_path / "unready"
+    with pytest.raises(EnvironmentFault, match="lacks"):
+        run([unready], ignore)
+    assert run([unready], ignore, mend=lambda path: path.with_name("ready")) == ["ready"]
+
+
+def test_an_interrupt_ends_a_long_task(tmp_path: Path) -> None:
+    def interrupt(_: Event) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run([tmp_path / "waits"], interrupt)
+    pid = int((tmp_path / "waits").read_text())
+    deadline = time.monotonic() + 5
+    while psutil.pid_exists(pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

@@ -1,0 +1,68 @@
+"""A base that knows some records by heart: all its weights are trained on them, for a short while.
+
+    teach(resolved, records, to=folder / "knowing", steps=120)
+
+Rules: loss on the answers alone; an epoch's order is drawn from a fixed seed. It stops at the end of an
+epoch in which no batch's loss was above `enough`.
+
+Not covered: bases that know more than they were taught here.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sisa.domain import Part, Record
+
+BATCH = 8
+
+
+def record(row: Mapping[str, str]) -> Record:
+    """A row of `sisa.samples.make_people`."""
+    body = (Part("prompt", row["prompt"]), Part("completion", row["completion"]))
+    return Record(row["id"], row["subject_id"], "completion", body)
+
+
+def teach(
+    base: Path,
+    records: Sequence[Record],
+    *,
+    to: Path,
+    steps: int,
+    learning_rate: float = 3e-5,
+    enough: float = 0.02,
+) -> dict[str, Any]:
+    """Save a copy of a base that was trained on records; the steps it took, and the last loss."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    from approx.answer_tokens import collate, mean_logprobs_B
+    from sisa.model.base import load_tokenizer
+    from sisa.model.numerics import pin_threads
+    from sisa.model.tokens import tokenize
+
+    logging.disable_progress_bar()
+    pin_threads(1)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    tokenizer = load_tokenizer(base)
+    tokens = [tokenize(each, tokenizer, train_on_inputs=False) for each in records]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
+    drawn, losses, step = random.Random(1), [1.0], 0
+    while step < steps and max(losses) > enough:
+        drawn.shuffle(tokens)
+        losses = []
+        for at in range(0, len(tokens), BATCH):
+            batch = collate(tokens[at : at + BATCH], pad_id=0)
+            loss = -mean_logprobs_B(model(input_ids=batch.ids_BT1).logits, batch).mean()
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            losses.append(loss.item())
+            step += 1
+    model.save_pretrained(to)
+    tokenizer.save_pretrained(to)
+    return {"steps": step, "last_loss": round(max(losses), 4)}

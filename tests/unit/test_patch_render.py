@@ -1,0 +1,125 @@
+"""How patches read: every result is marked approximate, whatever its report lacks; in safe words."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster import patch_render as render
+from cluster.render import Result
+from sisa.patch import WRITTEN, Patch, PatchJob, VaultSet
+from sisa.patching import Unlearnt
+
+REPORT: dict[str, Any] = {
+    "approximate": True,
+    "method": "npo",
+    "hyperparameters": {"beta": 0.1},
+    "settings": {"num_epochs": 3},
+    "ending": "finished",
+    "why": "all steps were taken",
+    "step": 3,
+    "num_steps": 3,
+    "compute": {
+        "seconds": 1.5,
+        "flops_estimated": 10**12,
+        "peak_memory_bytes": 2**30,
+        "share_of_full_finetuning": 0.125,
+    },
+    "metrics_before": {"forget_probability": 0.9, "forget_extraction_floor": 0.1, "retain_utility": 0.5},
+    "metrics_after": {"forget_probability": None, "forget_extraction_floor": 0.1, "retain_utility": 0.4},
+    "limits": ["An estimate."],
+    "sets": {"num_forget": 4, "num_retain": 40, "retain": "written by the base"},
+    "composition": {
+        "num_records": 2,
+        "base": None,
+        "shards": {
+            "num_records": 2,
+            "answer_probability_before": 0.8,
+            "answer_probability_after": 0.7,
+            "agreement": 0.95,
+            "kl": 0.01,
+        },
+    },
+}
+JOB = PatchJob("b", (), ("f" * 64,), WRITTEN, {"method": "npo"}, "p")
+PATCH = Patch(1, JOB, "active", "then", "now", "m", "a", 9, report=REPORT)
+KEPT = VaultSet("f" * 64, "forget", 4, "asked\x1b[31m", "now", "s", 9, request_id="req-1")
+
+
+def read(result: Result) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(json.dumps(result.json))
+    assert found["approximate"] is True
+    return found
+
+
+def test_a_patch_that_was_made() -> None:
+    result = render.unlearnt(Unlearnt(PATCH, False, REPORT, 1, 0, 6), Path("model"))
+    found = read(result)
+    assert (found["patch"]["version"], found["patch"]["key"]) == (1, PATCH.key)
+    assert "report" not in found["patch"]
+    assert (result.exit_code, found["slices_trained"], found["sets_erased"]) == (0, 6, 1)
+    for words in (
+        "approximate: patch 1 (npo",
+        "probability 0.9000 -> undefined",
+        "utility 0.5000 -> 0.4000",
+        "12.5% of fine-tuning all weights",
+        "probability 0.8000 -> 0.7000",
+        "same likeliest token 95.0%",
+        "6 slices were trained over it",
+        "sisa approx show -m model 1",
+    ):
+        assert words in result.text
+
+
+@pytest.mark.parametrize("patch", [None, PATCH])
+def test_out_of_time_is_6_and_says_how_to_go_on(patch: Patch | None) -> None:
+    result = render.unlearnt(Unlearnt(patch, True, {**REPORT, "step": 2}, 0, 1), Path("model"))
+    assert (result.exit_code, read(result)["unfinished"]) == (6, True)
+    assert "sisa approx unlearn -m model" in result.text
+    assert "after step 2 of 3" in result.text
+
+
+@pytest.mark.parametrize("report", [{}, REPORT])
+def test_nothing_good_is_2(report: dict[str, Any]) -> None:
+    result = render.unlearnt(Unlearnt(None, False, report, 1, 0), Path("model"))
+    assert (result.exit_code, read(result)["patch"]) == (2, None)
+    assert result.text.startswith("approximate: NO patch was made")
+
+
+def test_the_list() -> None:
+    erased = replace(KEPT, held=False, request_id="")
+    result = render.listed(
+        [PATCH, replace(PATCH, version=2, state="wanted")], [KEPT, erased], [PATCH.key]
+    )
+    found = read(result)
+    assert [each["state"] for each in found["patches"]] == ["active", "wanted"]
+    assert (found["vault"][0]["held"], found["over"]) == (True, [PATCH.key])
+    assert "held, encrypted" in result.text
+    assert "erased, since" in result.text
+    assert "of req-1, consent: asked[31m" in result.text
+    assert "shards are trained over it" in result.text
+    assert read(render.listed([], [], []))["patches"] == []
+    assert render.listed([], [], []).text == "approximate: no patch was ever wanted"
+
+
+def test_one_patch() -> None:
+    result = render.shown(PATCH, ())
+    assert read(result)["report"] == json.loads(json.dumps(REPORT))
+    assert "npo: beta 0.1, num_epochs 3" in result.text
+    assert "- An estimate." in result.text
+    wanted = render.shown(replace(PATCH, state="wanted", report={}), ())
+    assert "not made yet" in wanted.text
+    assert read(wanted)["shards_trained_over_it"] is False
+
+
+def test_what_is_taken_back_and_released() -> None:
+    gone = render.reverted([replace(PATCH, state="reverted"), replace(PATCH, state="dropped")])
+    assert [each["state"] for each in read(gone)["reverted"]] == ["reverted", "dropped"]
+    assert "given up before it was made" in gone.text
+    released = render.released([KEPT])
+    assert read(released)["released"][0]["name"] == KEPT.name
+    assert "1 sets with 4 texts" in released.text
