@@ -235,13 +235,16 @@ class Asked:
     def _base_losses(self, records: Sequence[Any]) -> list[float]:
         from approx.answer_scores import answer_scores
         from approx.answer_tokens import collate
+        from sisa.model.route import Route
         from sisa.model.tokens import tokenize
 
         found = []
         for each in records:
             tokens = tokenize(each, self._answerer.tokenizer, train_on_inputs=False)
             batch = collate([tokens], pad_id=0)
-            (score,) = answer_scores(self._answerer.logprobs_BTV(batch.ids_BT1[:, :-1], ()), batch)
+            (score,) = answer_scores(
+                self._answerer.logprobs_BTV(batch.ids_BT1[:, :-1], [Route()]), batch
+            )
             found.append(score.loss)
         return found
 
