@@ -71,7 +71,7 @@ def run(ground: Ground, ways: Mapping[str, Way]) -> dict[str, Any]:
     for number, (name, way) in enumerate(ways.items()):
         started = time.monotonic()
         if number == 0:
-            made = ground.unlearn(way, others, request=request["request_id"])
+            made = ground.unlearn(way, others, requests=[request["request_id"]])
         else:
             ground.sisa("approx", "revert")
             made = ground.unlearn(way, others, forget=[FORGOTTEN])

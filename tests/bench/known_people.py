@@ -168,13 +168,20 @@ class Ground:
         return said(*arguments[:at], "-m", self.model, *arguments[at:])
 
     def unlearn(
-        self, way: Way, retained: Sequence[str], *, request: str = "", forget: Sequence[str] = ()
+        self,
+        way: Way,
+        retained: Sequence[str],
+        *,
+        requests: Sequence[str] = (),
+        forget: Sequence[str] = (),
     ) -> dict[str, Any]:
-        """Make a patch for a request's text, or for people's records; its command's result."""
-        asked = ["--request", request] if request else ["--forget", self.file("forget.jsonl", *forget)]
+        """Make a patch for requests' texts, or for people's records; its command's result."""
+        asked: list[Any] = [word for each in requests for word in ("--request", each)]
+        if not requests:
+            asked = ["--forget", self.file("forget.jsonl", *forget)]
         if way.keep:
             asked += ["--retain", self.file("retain.jsonl", *retained)]
-        if way.keep or not request:
+        if way.keep or not requests:
             asked += ["--consent", CONSENT]
         values = [("--set", f"{name}={json.dumps(value)}") for name, value in way.settings.items()]
         return self.sisa(

@@ -2,16 +2,18 @@
 
     python -m tests.bench.sequential --out sequential.json
 
-The base knows ten invented people (`known_people.py`); one after another they ask to be forgotten, each
-is deleted exactly, and a patch is made from the texts in the vault, whose retain set is written by the
-base or holds the records of those who are still kept. `patch_mode: sequential` lays each patch upon
-those before and erases its texts; `joint` keeps the texts of all and makes one patch for them anew.
+The base knows ten invented people (`known_people.py`); one after another they ask to be forgotten, are
+deleted exactly, and a patch is made from the texts in the vault, whose retain set holds the records of
+those who are still kept. `patch_mode: sequential` lays each patch upon those before and erases its
+texts; `joint` keeps the texts of all and makes one patch for them anew, from the untouched base. So a
+joint patch does not depend on those before it: it is made after 1, 2, 5 and 10 requests alone.
 
-Told after each request: probability of the answers of all who were forgotten so far and of those still
-kept, asked of the base as it is served; utility on neutral text; seconds of the patch; what it did
-to the shards' own answers (`sisa/composition.py`).
+Told then: probability of the answers of all who were forgotten so far and of those still kept, asked of
+the base as it is served; utility on neutral text; seconds of the patch; what it did to the shards' own
+answers (`sisa/composition.py`).
 
-Rules: no pass or fail. Both modes start from the same base and the same bytes of shards.
+Rules: no pass or fail. Both modes start from the same base and the same bytes of shards, and take
+equally many steps for each patch.
 
 Not covered: other orders of requests; when a joint patch should be made in pieces.
 """
@@ -24,30 +26,31 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from sisa.model.base import resolve_base
 from tests.bench.fallback import erase
 from tests.bench.known_people import Ground, Scale, Way, here
 
-MODES = ("sequential", "joint")
+MODES = {"sequential": tuple(range(1, 11)), "joint": (1, 2, 5, 10)}  # after how many requests
 SCALE = Scale(per_person=2, epochs=2)
 
 
-def run(ground: Ground, way: Way, people: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Forget people one after another; a row after each."""
-    for number, subject in enumerate(people, 1):
-        request = erase(ground, subject)
-        kept = [each for each in ground.known if each not in people[:number]]
+def run(ground: Ground, way: Way, after: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """Forget people one after another; a patch and a row after some of the requests."""
+    for first, upto in zip((0, *after), after, strict=False):
+        requests = [erase(ground, subject) for subject in ground.known[first:upto]]
+        kept = ground.known[upto:]
         started = time.monotonic()
         last = Way(way.method, way.keep and bool(kept), way.settings)
-        report = ground.unlearn(last, kept, request=request["request_id"])["report"]
+        report = ground.unlearn(last, kept, requests=[each["request_id"] for each in requests])["report"]
         seconds = round(time.monotonic() - started, 1)
         composition = report["composition"]["shards"] or {}
         yield {
-            "forgotten": number,
-            "known_before": request["probed"]["num_known"],
-            **standing(ground, people[:number], kept),
+            "forgotten": upto,
+            "known_before": fmean(each["probed"]["num_known"] for each in requests),
+            **standing(ground, ground.known[:upto], kept),
             "seconds": seconds,
             "steps": report["step"],
             "ending": report["ending"],
@@ -84,11 +87,11 @@ def main() -> None:
         ground = Ground.laid(Path(folder), base, SCALE)  # its own model tells how it is before
         found = {**here(chosen.base_model), "way": way.to_json(), "taught": dict(ground.taught)}
         found["before"], found["modes"] = standing(ground, ground.known, []), {}
-        for mode in MODES:
+        for mode, after in MODES.items():
             to = Path(folder) / mode
             to.mkdir()
             found["modes"][mode] = rows = []
-            for row in run(ground.beside(to, patch_mode=mode), way, ground.known):
+            for row in run(ground.beside(to, patch_mode=mode), way, after):
                 rows.append(row)
                 chosen.out.write_text(json.dumps(found, indent=2) + "\n")
     for mode, rows in found["modes"].items():

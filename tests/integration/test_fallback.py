@@ -62,7 +62,7 @@ def test_the_shards_are_exact_beneath_a_patch(ground: Ground) -> None:
 @pytest.mark.parametrize("mode", sequential.MODES)
 def test_two_erasures_one_after_another(ground: Ground, tmp_path: Path, mode: str) -> None:
     again = ground.beside(tmp_path, patch_mode=mode)
-    rows = list(sequential.run(again, Way(settings=PACE), again.known[:2]))
+    rows = list(sequential.run(again, Way(settings=PACE), (1, 2)))
     assert [row["known"] for row in rows] == [0, 0]
     assert rows[-1]["num_beneath"] == (1 if mode == "sequential" else 0)
     assert all(row["forget_probability"] < 0.2 for row in rows)

@@ -62,6 +62,14 @@ def test_a_joint_patch_takes_the_place_of_all_whose_texts_are_held() -> None:
     assert next_job(stack, {"b", "c"}, "joint", job(), ("c",)) == job(stack[0], forget="bc")
 
 
+def test_a_joint_patch_does_not_depend_on_the_joint_patches_before_it() -> None:
+    held = set("abcde")
+    first = patch(1, next_job([], held, "joint", job(), ("a", "b")))
+    second = patch(2, next_job([first], held, "joint", job(), ("c",)))
+    at_once = next_job([], held, "joint", job(), ("a", "b", "c", "d", "e"))
+    assert next_job([second], held, "joint", job(), ("d", "e")).key == at_once.key
+
+
 def test_a_patch_that_stays_keeps_those_that_it_was_made_upon() -> None:
     """Else a record in the lower one's retain set would go on in the upper one, and nobody knew."""
     stack = stack_of("a", "b", "c")
