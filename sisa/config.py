@@ -99,8 +99,7 @@ class Aggregation(_Block):
 
     method: Literal["routed", "mean_prob", "mean_logit", "vote", "merged"] = Field(
         default="routed",
-        description="Shards nearest to the prompt; or all: mean of probabilities or of logits, vote, "
-        "or their adapters averaged into one.",
+        description="Shards near the prompt; or all: means, vote, or one averaged adapter.",
     )
     top_k: Int = Field(
         default=1, ge=1, le=10_000, description="Number of shards that a prompt is routed to."
