@@ -13,7 +13,7 @@ Not covered: a significance of the order: two seeds are too few for one.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from approx.leaderboard_plan import Cell, Design, Result
@@ -113,9 +113,14 @@ def references(results: Results) -> list[Row]:
     """The model before, and the retained references."""
     kinds = {"full": "fine-tuned on all", "retained": "retained reference"}
     found = {kind: [each for each in results if each[0].kind == kind] for kind in kinds}
-    # The first reference can't be judged by itself: its row is that of the second, against the first.
-    found["retained"] = found["retained"][1:] or found["retained"]
-    return [row_of(kinds[kind], some) for kind, some in found.items() if some]
+    rows = [row_of(kinds[kind], some) for kind, some in found.items() if some]
+    if len(found["retained"]) < 2:
+        return rows
+    # The first can't be judged by itself: what only the second has is told of the second alone.
+    second = row_of(kinds["retained"], found["retained"][1:]).values
+    both = rows[-1].values
+    values = {name: each if each.mean is not None else second[name] for name, each in both.items()}
+    return [*rows[:-1], replace(rows[-1], values=values)]
 
 
 def ranking(results: Results) -> list[Row]:

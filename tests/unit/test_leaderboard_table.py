@@ -9,7 +9,16 @@ import pytest
 
 from approx.leaderboard_claims import Claim, claims, words
 from approx.leaderboard_plan import Cell, Design, Result
-from approx.leaderboard_table import Results, Value, noise_floor, ranking, sizes, table, to_json
+from approx.leaderboard_table import (
+    Results,
+    Value,
+    noise_floor,
+    ranking,
+    references,
+    sizes,
+    table,
+    to_json,
+)
 from cluster.leaderboard_picture import draw_leaderboard
 from tests.fake_leaderboard import result
 
@@ -53,6 +62,15 @@ def test_a_run_that_did_not_finish_says_so_in_its_row() -> None:
     assert "diverged" not in table(found, Design())
     cell, run = found[-1]
     assert "(diverged)" in table([*found[:-1], (cell, {**run, "ending": "diverged"})], Design())
+
+
+def test_the_references_row_is_of_both_and_forget_quality_of_the_second() -> None:
+    found = list(results())
+    found[0] = (found[0][0], {**found[0][1], "model_utility": 0.3})
+    row = references(found)[1]
+    assert row.name == "retained reference"
+    assert row.values["model_utility"].mean == pytest.approx((0.3 + found[1][1]["model_utility"]) / 2)
+    assert row.values["p_value"] == Value(found[1][1]["forget_quality"]["p_value"], 0.0)
 
 
 def test_methods_stand_in_the_order_of_their_aggregate() -> None:
