@@ -411,8 +411,8 @@ def product() -> Iterator[None]:
 
         def __init__(self, *_: Any) -> None: ...
 
-        def generate(self, *_: Any) -> str:
-            return "an answer"
+        def generate(self, prompts: Any, *_: Any) -> list[str]:
+            return ["an answer"] * len(prompts)
 
     stub: Any = types.ModuleType("sisa.model.answer")
     stub.Answerer = Answerer
