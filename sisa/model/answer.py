@@ -77,25 +77,30 @@ class Answerer:
         return texts
 
     def _batches(self, routes: Sequence[Route]) -> Iterator[list[int]]:
-        rows: list[int] = []
+        """Places of requests that fit into a forward together; the base alone takes a row, too."""
+        batch: list[int] = []
+        num_rows = 0
         for at, route in enumerate(routes):
-            if rows and sum(len(self._names(routes[r])) for r in rows) + len(route.shards) > MAX_ROWS:
-                yield rows
-                rows = []
-            rows.append(at)
-        yield rows
+            more = max(1, len(self._names(route)))
+            if batch and num_rows + more > MAX_ROWS:
+                yield batch
+                batch, num_rows = [], 0
+            batch.append(at)
+            num_rows += more
+        if batch:
+            yield batch
 
     def _continued(
         self, prompts: Sequence[Sequence[int]], routes: Sequence[Route], max_new_tokens: int
     ) -> list[list[int]]:
-        longest = max(map(len, prompts), default=0)
+        longest = max(map(len, prompts))
         fed = torch.tensor([[self._pad] * (longest - len(each)) + list(each) for each in prompts])
         mask = torch.tensor([[0] * (longest - len(each)) + [1] * len(each) for each in prompts])
         answers: list[list[int]] = [[] for _ in prompts]
         cache: Any = None
         going = set(range(len(prompts)))
         with self.stack.asking([self._names(route) for route in routes]):
-            for _ in range(max_new_tokens if going else 0):
+            for _ in range(max_new_tokens):
                 places = (mask.cumsum(-1) - 1).clamp(min=0)[:, -fed.shape[1] :]
                 output = self.model(
                     input_ids=fed,

@@ -112,7 +112,7 @@ def lay_on(model: Any, change: Change) -> None:
     misfits = [
         Problem(name, "is no linear module of these shapes in the base")
         for name, each in change.items()
-        if _shape(modules.get(name)) != (each.b_OR.shape[0], each.a_RI.shape[1])
+        if shape_of(modules.get(name)) != (each.b_OR.shape[0], each.a_RI.shape[1])
     ]
     if misfits:
         raise _misfit(f"{len(misfits)} of {len(change)} modules that do not", *misfits)
@@ -127,7 +127,7 @@ def _is_transposed(module: Any) -> bool:
     return type(module).__name__ == "Conv1D"
 
 
-def _shape(module: Any) -> tuple[int, ...]:
+def shape_of(module: Any) -> tuple[int, ...]:
     """Outputs and inputs of a linear module; nothing for another, or none."""
     if _is_transposed(module):
         return tuple(reversed(module.weight.shape))

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from sisa.errors import IntegrityError
 from sisa.model.adapter import ADAPTER_FILE
-from sisa.model.low_rank import Change, Factors
+from sisa.model.low_rank import Change, Factors, shape_of
 
 _PER_REQUEST = frozenset({"hidden_states", "attention_mask", "position_ids", "position_embeddings"})
 
@@ -67,8 +67,9 @@ class Stacked:
         """Raises IntegrityError for an adapter that does not fit."""
         self._places = {name: number for number, name in enumerate(sorted(adapters))}
         changes = [adapters[name] for name in sorted(adapters)]
+        modules = dict(base.named_modules())
         self._linears = [
-            _put_stacked(base, module, [each.get(module) for each in changes])
+            _put_stacked(base, module, modules.get(module), [each.get(module) for each in changes])
             for module in sorted({module for each in changes for module in each})
         ]
         self._expand_at = _layers_above(base, {m for each in changes for m in each})
@@ -114,26 +115,23 @@ class Stacked:
         return value[rows_P] if narrow else value
 
 
-def _put_stacked(base: Any, module: str, parts: Sequence[Factors | None]) -> StackedLinear:
+def _put_stacked(base: Any, module: str, held: Any, parts: Sequence[Factors | None]) -> StackedLinear:
     """Replace one module of the base. The last adapter is that of zeros: the base alone."""
-    place, _, name = module.rpartition(".")
-    try:
-        parent = base.get_submodule(place)
-        held = parent.get_submodule(name)
-    except AttributeError:
-        raise _unfit("matrices of a module that the base does not have") from None
-    like = next(each for each in parts if each is not None)
+    shape = shape_of(held)
+    if not shape:
+        raise _unfit("matrices of a module that the base does not have, or that is not linear")
+    num_outputs, num_inputs = shape
     rank = max(len(each.a_RI) for each in parts if each is not None)
-    down = torch.zeros(len(parts) + 1, like.a_RI.shape[1], rank)
-    up = torch.zeros(len(parts) + 1, rank, like.b_OR.shape[0])
+    down = torch.zeros(len(parts) + 1, num_inputs, rank)
+    up = torch.zeros(len(parts) + 1, rank, num_outputs)
     for number, part in enumerate(parts):
         if part is not None:
-            if part.a_RI.shape[1] != down.shape[1] or part.b_OR.shape[0] != up.shape[2]:
+            if (part.b_OR.shape[0], part.a_RI.shape[1]) != shape:
                 raise _unfit("matrices of another shape")
             down[number, :, : len(part.a_RI)] = part.a_RI.T
             up[number, : len(part.a_RI)] = part.b_OR.T
     stacked = StackedLinear(held, down, up)
-    setattr(parent, name, stacked)
+    base.set_submodule(module, stacked)
     return stacked
 
 

@@ -169,3 +169,33 @@ def test_an_adapter_of_another_base_is_refused(base: Any, tmp_path: Path) -> Non
                 model,
                 {0: read_change(adapter(base, 1, 2, [3], ["q_proj"])), 1: read_change(foreign)},
             )
+        with pytest.raises(IntegrityError, match="does not fit"):
+            Stacked(model, {1: read_change(foreign)})
+
+
+@pytest.mark.parametrize("shards", [(), (0,), (0, 2, 5)])
+def test_no_forward_asks_more_rows_than_are_allowed(
+    base: Any,
+    adapters: dict[int, Files],
+    monkeypatch: pytest.MonkeyPatch,
+    shards: tuple[int, ...],
+) -> None:
+    from sisa.model import answer
+    from sisa.model.route import all_of
+
+    monkeypatch.setattr(answer, "MAX_ROWS", 6)
+    answerer = answer.Answerer(base.directory, base.digest, adapters, threads=1)
+    asked: list[int] = []
+    forward = answerer.model.forward
+
+    def counting(*args: Any, **inputs: Any) -> Any:
+        output = forward(*args, **inputs)
+        asked.append(len(output.logits))
+        return output
+
+    monkeypatch.setattr(answerer.model, "forward", counting)
+    prompts = [IDS[at % 3 :] for at in range(10)]
+    together = answerer.generate(prompts, [all_of(shards)] * 10, 1)
+    assert max(asked) == 6
+    assert sum(asked) == 10 * max(1, len(shards))
+    assert together == [answerer.generate([each], [all_of(shards)], 1)[0] for each in prompts]

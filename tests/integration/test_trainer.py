@@ -354,6 +354,7 @@ def test_answers_are_the_mean_of_probabilities(base: BaseFiles) -> None:
     if answerer.tokenizer.eos_token_id not in step_by_step:
         expected = answerer.tokenizer.decode(step_by_step, skip_special_tokens=True)
         assert answerer.generate([ids], [all_of([0, 4])], 6) == [expected]
+    assert answerer.generate([], [], 6) == []
     first = answerer.answer_probability(ids, step_by_step[:1], all_of([0, 4]))
     assert first == pytest.approx(float(both.max()), abs=1e-6)
     with pytest.raises(InvalidInput, match="no model is loaded"):
