@@ -8,14 +8,14 @@ Not covered: answering with the model (`api.py`), proof (`verify.py`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from sisa.domain import Hit, RecordRow, Tombstone
 from sisa.errors import IntegrityError, Problem, UnknownRecord
-from sisa.patch import PatchState, SetRole, VaultSet
+from sisa.patch import Patch, PatchState, SetRole, VaultSet
 from sisa.plan import touched
 from sisa.ports import StoredRecord, Vectors
 from sisa.stale_exports import standing
@@ -107,12 +107,21 @@ class ShardStatus:
 
 def lookup(world: World, ids: Sequence[str]) -> list[tuple[str, RecordRow | Tombstone]]:
     """Rows and tombstones of ids, in the order asked. Raises UnknownRecord listing every unknown."""
+    found = _known(world, ids)
+    return [(each, found[world.assigner.id_digest(each)]) for each in ids]
+
+
+def _known(
+    world: World, ids: Sequence[str], elsewhere: Collection[str] = ()
+) -> dict[str, RecordRow | Tombstone]:
+    """Rows and tombstones by keyed id. Raises UnknownRecord listing every id that has none; those whose
+    keyed ids are known `elsewhere` need none."""
     digests = [world.assigner.id_digest(each) for each in ids]
     found = world.ledger.lookup(digests)
     unknown = [
         Problem(f"id {position + 1} of {len(ids)}", "this model has never held it")
         for position, digest in enumerate(digests)
-        if digest not in found
+        if digest not in found and digest not in elsewhere
     ]
     if unknown:
         raise UnknownRecord(
@@ -120,7 +129,7 @@ def lookup(world: World, ids: Sequence[str]) -> list[tuple[str, RecordRow | Tomb
             next_step="look the records up by content with `sisa find`",
             problems=unknown,
         )
-    return [(each, found[digest]) for each, digest in zip(ids, digests, strict=True)]
+    return found
 
 
 def of_subject(world: World, subject_id: str) -> tuple[list[RecordRow], list[Tombstone]]:
@@ -138,25 +147,26 @@ def of_subject(world: World, subject_id: str) -> tuple[list[RecordRow], list[Tom
 def where(world: World, ids: Sequence[str]) -> list[Location]:
     """The shard and slice of each record, and the checkpoints, heads, exports and patches that it
     influenced; and the sets of the vault that hold its text. Raises UnknownRecord."""
-    digests = {each: world.assigner.id_digest(each) for each in ids}
-    in_sets = world.ledger.sets_with(set(digests.values()))
-    known = [each for each in ids if digests[each] not in in_sets]
-    lookup(world, known)
-    rows = world.ledger.lookup(digests.values())
-    found = []
-    for each in ids:
-        place = _location(world, each, rows.get(digests[each]))
-        found.append(_with_patches(world, place, in_sets.get(digests[each], [])))
-    return found
+    digests = [world.assigner.id_digest(each) for each in ids]
+    in_sets = world.ledger.sets_with(digests)
+    rows = _known(world, ids, in_sets)
+    sets = {each.name: each for each in world.ledger.vault()} if in_sets else {}
+    patches = world.ledger.patches() if in_sets else []
+    return [
+        _with_patches(_location(world, each, rows.get(digest)), in_sets.get(digest, ()), sets, patches)
+        for each, digest in zip(ids, digests, strict=True)
+    ]
 
 
-def _with_patches(world: World, place: Location, names: Sequence[str]) -> Location:
-    if not names:
-        return place
-    sets = {each.name: each for each in world.ledger.vault()}
+def _with_patches(
+    place: Location,
+    names: Sequence[str],
+    sets: Mapping[str, VaultSet],
+    patches: Sequence[Patch],
+) -> Location:
     touches = tuple(
         PatchTouch(patch.version, patch.key, patch.state, sets[name].role)
-        for patch in world.ledger.patches()
+        for patch in patches
         if patch.state in ("active", "wanted")
         for name in patch.job.sets
         if name in names

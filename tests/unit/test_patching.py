@@ -210,6 +210,9 @@ def test_where_knows_a_text_that_was_never_a_record(fake: FakeModel) -> None:
     assert [each.state for each in place.patches] == ["wanted"]
     with pytest.raises(UnknownRecord):
         where(opened(fake), ["never heard of"])
+    with pytest.raises(UnknownRecord) as refused:
+        where(opened(fake), [fake_record(FREE).id, "never heard of", fake_record(0).id])
+    assert [each.where for each in refused.value.problems] == ["id 2 of 3"]
 
 
 def test_a_released_text_is_gone_and_the_wish_with_it(fake: FakeModel) -> None:
