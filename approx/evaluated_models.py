@@ -28,6 +28,7 @@ from torch import Tensor
 from approx.answer_scores import answer_scores
 from approx.answer_tokens import collate
 from approx.evaluated import AnswerScore, EvaluatedModel, PromptForm, PromptKind
+from approx.greedy import continued
 from sisa.api import Model, open_model
 from sisa.digest import digest_of, file_sha256
 from sisa.domain import Part, Record
@@ -110,13 +111,13 @@ class HuggingFaceModel:
 
         self.name, self.digest = name, digest
         self.kind: PromptKind = "chat" if tokenizer.chat_template else "completion"
-        ends = sorted(end_tokens(model, tokenizer))
+        self._ends = end_tokens(model, tokenizer)
         self._tokenizer = tokenizer
-        self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0]
-        self._model = _moved(model, device)
-        self._model.generation_config = GenerationConfig(
-            do_sample=False, eos_token_id=ends or None, pad_token_id=self._pad
+        self._pad = (
+            min(self._ends, default=0) if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         )
+        self._model = _moved(model, device)
+        self._model.generation_config = GenerationConfig(do_sample=False)  # nothing of the model's own
 
     def score(
         self, pairs: Sequence[tuple[str, str]], form: PromptForm, batch_size: int
@@ -137,24 +138,12 @@ class HuggingFaceModel:
         _refuse_long(self._model, [len(each) + max_new_tokens for each in prompts])
         found = [""] * len(prompts)
         for batch in _batches([len(each) for each in prompts], batch_size):
-            answers = self._continued([prompts[at] for at in batch], max_new_tokens)
+            rows = [prompts[at] for at in batch]
+            said = continued(self._model, rows, self._ends, max_new_tokens, batch_rows=batch_size)
+            answers = self._tokenizer.batch_decode(said, skip_special_tokens=True)
             for at, answer in zip(batch, answers, strict=True):
                 found[at] = answer.strip()
         return found
-
-    def _continued(self, prompts: Sequence[list[int]], max_new_tokens: int) -> list[str]:
-        longest = max(map(len, prompts))
-        ids = [[self._pad] * (longest - len(each)) + each for each in prompts]
-        mask = [[0] * (longest - len(each)) + [1] * len(each) for each in prompts]
-        device = self._model.device
-        with torch.inference_mode():
-            made = self._model.generate(
-                input_ids=torch.tensor(ids, device=device),
-                attention_mask=torch.tensor(mask, device=device),
-                max_new_tokens=max_new_tokens,
-            )
-        answers: list[str] = self._tokenizer.batch_decode(made[:, longest:], skip_special_tokens=True)
-        return answers
 
 
 class DeletionReadyModel:

@@ -1,7 +1,7 @@
 """Greedy continuations of token ids, some rows at once.
 
-Rules: rows are padded on the left, with a mask, in batches of a fixed size in the order given, so that
-the same rows give the same tokens. The model's own generation config does not count. A continuation
+Rules: rows are padded on the left, with a mask, in batches of one size in the order given, so that the
+same rows give the same tokens. The model's own generation config does not count. A continuation
 ends with its end token, where it comes to one.
 
 Not covered: sampling; several devices.
@@ -20,7 +20,11 @@ BATCH_ROWS = 8
 
 
 def continued(
-    model: Any, prompts: Sequence[Sequence[int]], ends: Collection[int], max_new_tokens: int
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    ends: Collection[int],
+    max_new_tokens: int,
+    batch_rows: int = BATCH_ROWS,
 ) -> list[list[int]]:
     """What the model says after each prompt: at least one token, at most `max_new_tokens`."""
     from transformers import GenerationConfig
@@ -33,8 +37,8 @@ def continued(
         pad_token_id=pad,
     )
     found = []
-    for start in range(0, len(prompts), BATCH_ROWS):
-        rows = prompts[start : start + BATCH_ROWS]
+    for start in range(0, len(prompts), batch_rows):
+        rows = prompts[start : start + batch_rows]
         longest = max(map(len, rows))
         ids = [[pad] * (longest - len(row)) + list(row) for row in rows]
         mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]

@@ -156,9 +156,7 @@ class _Parts:
         try:
             self.made[name] = build()
         except InvalidInput as error:
-            self.problems += error.problems or [
-                Problem(error.where or name, f"{error.what}: {error.got}")
-            ]
+            self.problems += error.as_problems(name)
         except TypeError:
             self.problems.append(Problem(name, "a value of a wrong kind"))
 

@@ -81,7 +81,7 @@ def _of(check: Any) -> tuple[Problem, ...]:
     try:
         check()
     except InvalidInput as error:
-        return error.problems or (Problem(error.where, error.what),)
+        return error.as_problems("texts")
     return ()
 
 

@@ -54,12 +54,13 @@ from sisa.model.numerics import fingerprint, pin_threads
 from sisa.model.patched import load_patched
 from sisa.model.tokens import Tokens
 from sisa.opening import PATCHES
-from sisa.patch import PatchJob
+from sisa.patch import WRITTEN, PatchJob
 from sisa.patch_ports import PatchMade, PatchOrder, PatchSite
 from sisa.ports import Notice, PatchProgress, Report
 from sisa.store import runs
 from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.vault import FileVault
+from sisa.world import patch_files
 
 PROGRESS_EVERY_S = 0.25
 
@@ -141,7 +142,7 @@ def _gathered(problems: list[Problem], check: Callable[[], Any]) -> Any:
     try:
         return check()
     except InvalidInput as error:
-        problems += error.problems or [Problem(error.where or "settings", f"{error.what}: {error.got}")]
+        problems += error.as_problems("settings")
     return None
 
 
@@ -179,7 +180,7 @@ class _Making:
         site, job = self.site, self.order.job
         vault = FileVault(site.vault_dir, site.vault_keyring)
         store = FileCheckpoints(site.patches_dir, site.patches_keyring, PATCHES)
-        beneath = [store.load(each.key, each.manifest_sha256) for each in self.order.beneath]
+        beneath = patch_files(store, self.order.beneath)
         self._base, self._tokenizer = load_patched(site.base_dir, site.base_digest, beneath)
         limits = limits_of(self._base.config, self.settings.sequence_len)
         texts = {each.name: vault.read(each) for each in self.order.sets}
@@ -255,7 +256,7 @@ class _Making:
         counts = {
             "num_forget": len(sets.forget),
             "num_retain": len(sets.retain),
-            "retain": "written by the base" if self.order.job.retain not in self._names() else "given",
+            "retain": "written by the base" if self.order.job.retain == WRITTEN else "given",
         }
         if measured and self.order.reference:
             found["metrics_reference"] = self._of_reference()
@@ -268,9 +269,6 @@ class _Making:
         self.report(Notice("measuring the reference, which never saw the texts"))
         model = load_frozen(AutoModelForCausalLM, local_or_hub(self.order.reference))
         return patch_measures.measured(model, self._tokenizer, self.sets.forget, self.sets.retain)
-
-    def _names(self) -> set[str]:
-        return {each.name for each in self.order.sets}
 
     def files(self) -> dict[str, bytes]:
         """The patch as PEFT reads it."""

@@ -43,17 +43,10 @@ class RayPatcher:
     """A `sisa.patch_ports.Patcher` whose patches are made in a Ray worker."""
 
     def __init__(self, site: PatchSite, address: str | None, max_retries: int) -> None:
-        # Workers run in another directory.
-        self._site = replace(
-            site,
-            vault_dir=site.vault_dir.absolute(),
-            patches_dir=site.patches_dir.absolute(),
-            runs_dir=site.runs_dir.absolute(),
-            base_dir=site.base_dir.absolute(),
-        )
+        self._site = site
         self._address = address
         self._max_retries = max_retries
-        self._here = PatchMaker(self._site)
+        self._here = PatchMaker(site)
 
     def refuse(
         self,

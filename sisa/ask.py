@@ -75,7 +75,7 @@ def open_answerer(
         shard: world.checkpoints.load(live[shard], manifests[live[shard]])
         for shard in sorted(live if shards is None else shards)
     }
-    patches = patch_files(world, active(world.ledger.patches()) if stack is None else stack)
+    patches = patch_files(world.patches, active(world.ledger.patches()) if stack is None else stack)
     base, block = parts.base, parts.config.sisa
     method, threads = how or block.aggregation.method, block.threads_per_shard
     return Answerer(base.directory, base.digest, adapters, threads, patches, method)

@@ -74,6 +74,11 @@ class SisaError(Exception):
         """Pickle whole, so that a worker's error arrives in the driver as it was raised."""
         return _rebuild, (type(self), self.to_json())
 
+    def as_problems(self, where: str) -> tuple[Problem, ...]:
+        """What is wrong, to be listed with other problems: its own, or itself as one; `where` stands in
+        for a place that it does not name."""
+        return self.problems or (Problem(self.where or where, f"{self.what}: {self.got}"),)
+
     def to_json(self) -> dict[str, Any]:
         """The `error` object that `--json` prints."""
         return {

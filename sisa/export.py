@@ -25,21 +25,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sisa.composition import merged_gap
 from sisa.digest import sha256_hex
 from sisa.domain import Export, ExportForm, HeldCheckpoint
 from sisa.errors import InvalidInput, SisaError
-from sisa.export_files import (
-    ADAPTER,
-    CARD,
-    MODEL,
-    Card,
-    lora_name,
-    of_adapter,
-    of_merged_adapter,
-    of_merged_model,
-)
+from sisa.export_files import Card, lora_name, of_adapter, of_merged_adapter, of_merged_model
 from sisa.patch_plan import active
 from sisa.ports import Change
+from sisa.store.checkpoints import ADAPTER
+from sisa.store.exports import CARD, MODEL
 from sisa.world import World, commit, model_digest, patch_files
 
 if TYPE_CHECKING:
@@ -61,10 +55,10 @@ def export_adapters(world: World, parts: Parts, target: Path, form: ExportForm =
     """The directories that were written, in `target`/vN. Raises InvalidInput and IntegrityError."""
     if target.exists() and not target.is_dir():
         raise InvalidInput("the target is no directory", where=str(target), next_step="name another")
-    version = _next_version(world, _absolute(target))
-    written = _written(world, parts, version, form)
+    place, now = _absolute(target), world.now()
+    written = _written(world, parts, _next_version(world, place), form, now)
     stack = tuple(each.key for each in active(world.ledger.patches()))
-    now, made = world.now(), []
+    made = []
     for each in written:
         digest = sha256_hex(each.files[MODEL if form == "merged-model" else ADAPTER])
         made += [
@@ -79,7 +73,7 @@ def export_adapters(world: World, parts: Parts, target: Path, form: ExportForm =
         except SisaError:
             _forget_unwritten(world, made)
             raise
-    return [target / Path(each.path).relative_to(_absolute(target)) for each in written]
+    return [target / Path(each.path).relative_to(place) for each in written]
 
 
 def _absolute(target: Path) -> str:
@@ -102,17 +96,17 @@ def _next_version(world: World, place: str) -> str:
     return f"{place}/v{max(numbers, default=0) + 1}"
 
 
-def _written(world: World, parts: Parts, version: str, form: ExportForm) -> list[_Written]:
+def _written(world: World, parts: Parts, version: str, form: ExportForm, now: str) -> list[_Written]:
     known = {each.key: each for each in world.ledger.checkpoints()}
     heads = [known[head.key] for head in world.ledger.heads() if head.key is not None]
     adapters = [world.checkpoints.load(each.key, each.manifest_sha256) for each in heads]
-    patches = patch_files(world, active(world.ledger.patches()))
-    card = _card(world, parts, form, len(patches))
+    patches = patch_files(world.patches, active(world.ledger.patches()))
+    card = _card(world, parts, form, len(patches), now)
     if not heads:
         return []
     if form != "peft":
         path = f"{version}/{form}"
-        gap = _gap(world, parts)
+        gap = merged_gap(world, parts)
         told = card.text(lora_name(path), [each.shard for each in heads], gap)
         make = of_merged_model if form == "merged-model" else of_merged_adapter
         return [_Written(path, tuple(heads), {**make(parts, patches, adapters), CARD: told})]
@@ -125,7 +119,7 @@ def _written(world: World, parts: Parts, version: str, form: ExportForm) -> list
     return found
 
 
-def _card(world: World, parts: Parts, form: ExportForm, num_patches: int) -> Card:
+def _card(world: World, parts: Parts, form: ExportForm, num_patches: int, now: str) -> Card:
     return Card(
         form=form,
         base=parts.config.base_model,
@@ -135,14 +129,8 @@ def _card(world: World, parts: Parts, form: ExportForm, num_patches: int) -> Car
         num_deleted=world.ledger.num_tombstones(),
         roots=tuple((each.shard, each.slice, each.root) for each in world.ledger.slices()),
         num_patches=num_patches,
-        made_at=world.now(),
+        made_at=now,
     )
-
-
-def _gap(world: World, parts: Parts) -> tuple[int, float, float]:
-    from sisa.composition import merged_gap
-
-    return merged_gap(world, parts)
 
 
 def _forget_unwritten(world: World, made: Sequence[Export]) -> None:

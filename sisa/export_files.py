@@ -22,12 +22,11 @@ from typing import TYPE_CHECKING
 
 from sisa.digest import canonical_json, digest_of
 from sisa.domain import ExportForm
+from sisa.store.checkpoints import ADAPTER
+from sisa.store.exports import CONFIG
 
 if TYPE_CHECKING:
     from sisa.parts import Parts
-
-ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-MODEL, CARD = "model.safetensors", "README.md"
 
 Files = Mapping[str, bytes]
 

@@ -53,7 +53,7 @@ from sisa.store.records import FileRecords
 from sisa.store.runs import FileRuns
 from sisa.store.vault import FileVault
 from sisa.store.witness import FileWitness
-from sisa.world import World, over
+from sisa.world import World, over, patch_files
 
 LEDGER, KEY, LOCK = "ledger.sqlite", "partition.key", "lock"
 RECORDS, INDEX, CHECKPOINTS, SCRATCH = "records", "index", "checkpoints", "scratch"
@@ -134,8 +134,10 @@ def _site(directory: Path, parts: Parts, store: FileCheckpoints, ledger: Ledger)
 
 def _trained_over(ledger: Ledger, base: str) -> list[Patch]:
     """The patches that shards are trained over, lowest first; those of a former base are none."""
-    patches = {each.key: each for each in ledger.patches() if each.manifest_sha256}
     keys = over(ledger)
+    if not keys:
+        return []
+    patches = {each.key: each for each in ledger.patches() if each.manifest_sha256}
     if absent := [key for key in keys if key not in patches]:
         raise IntegrityError(
             "the ledger lacks patches that shards are trained over",
@@ -174,7 +176,7 @@ def _probe(parts: Parts, ledger: Ledger, patches: CheckpointStore) -> Probe | No
     open_it = opened
 
     def probe(records: Sequence[Record]) -> Probed:
-        stack = [patches.load(each.key, each.manifest_sha256) for each in active(ledger.patches())]
+        stack = patch_files(patches, active(ledger.patches()))
         return open_it(parts.base.directory, parts.base.digest, parts.config, stack)(records)
 
     return probe

@@ -75,7 +75,7 @@ class PatchMade:
 
 @dataclass(frozen=True, slots=True)
 class PatchSite:
-    """Where patches are made: plain paths and names, so that it can travel to another process.
+    """Where patches are made: absolute paths and names, so that it can travel to another process.
 
     `runs_dir` is where unfinished runs are put aside, sealed by the vault's keyring.
     """

@@ -75,7 +75,7 @@ def want(world: World, wish: Wish, requests: Sequence[Request] = ()) -> Patch:
     kept = Put() if wish.retain is None else vaulting.put(world, "retain", wish.retain, wish.consent)
     retain = kept.sets[0].name if kept.sets else WRITTEN
     like = PatchJob(world.base, (), (), retain, dict(wish.settings), world.fingerprint)
-    patches, held = world.ledger.patches(), vaulting.held_names(world)
+    patches, held = world.ledger.patches(), vaulting.held_sets(world)
     forget = [each.name for each in (*from_requests, *fresh.sets)]
     job = next_job(patches, held, world.patch_mode, like, forget)
     asked = requests[-1].request_id if requests else ""
@@ -210,7 +210,7 @@ def release(world: World, sets: Sequence[VaultSet]) -> list[VaultSet]:
     """Erase texts on withdrawn consent; a wish that needs them is given up, and those that were to lie
     upon it go on without it."""
     names = {each.name for each in sets}
-    patches, held = world.ledger.patches(), vaulting.held_names(world) - names
+    patches, held = world.ledger.patches(), vaulting.held_sets(world) - names
     needing = [each.key for each in wanted(patches) if not names.isdisjoint(each.job.sets)]
     found = rederive(patches, {}, held, world.fingerprint, world.now(), "", needing)
     gone = [replace(each, held=False) for each in sets]

@@ -40,6 +40,8 @@ from sisa.stale_exports import erase_stale, missing
 from sisa.vaulting import settle
 from sisa.world import World, commit, held_names, known_names, model_digest, view_shard
 
+Names = Mapping[str, frozenset[str]]  # by room
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -304,13 +306,19 @@ def sweep(world: World) -> None:
     world.records.erase(sorted(held["records"] - known["records"]))
     world.index.erase(sorted(held["index"] - known["index"]))
     world.checkpoints.erase(sorted(held["checkpoints"] - known["checkpoints"]))
-    sweep_patches(world)
+    _sweep_patches(world, known, held)
 
 
 def sweep_patches(world: World) -> None:
     """The part of it that concerns patches: texts, unfinished runs, patches that nobody serves."""
-    known, held = known_names(world), held_names(world)
+    known = known_names(world)
+    world.keyring.destroy("patches", sorted(world.keyring.held("patches") - known["patches"]))
+    _sweep_patches(world, known, held_names(world))
+
+
+def _sweep_patches(
+    world: World, known: Mapping[str, frozenset[str]], held: Mapping[str, frozenset[str]]
+) -> None:
     world.vault.erase(sorted(held["vault"] - known["vault"]))
     world.runs.erase(sorted(held["runs"] - known["runs"]))
-    world.keyring.destroy("patches", sorted(world.keyring.held("patches") - known["patches"]))
     world.patches.erase(sorted(held["patches"] - known["patches"]))

@@ -46,7 +46,7 @@ def touched_by(world: World, removed: Mapping[str, RecordRow], request_id: str) 
     touched = {each.key for each in lineage(patches, instead)}
     if not touched:
         return world, Touched()
-    held = vaulting.held_names(world) - {old for old, new in instead.items() if old == new}
+    held = vaulting.held_sets(world) - {old for old, new in instead.items() if old == new}
     held |= {each.name for each in put.sets}
     found = rederive(patches, instead, held, world.fingerprint, world.now(), request_id)
     if not touched.isdisjoint(over(world.ledger)):
@@ -64,7 +64,7 @@ def give_up(world: World, damaged: Collection[str]) -> World:
     erased, and a patch is wanted again where its texts are held. Returns the world to go on with."""
     sets = [each for each in world.ledger.vault() if each.name in damaged and each.held]
     lost = {each.name for each in sets}
-    held = vaulting.held_names(world) - lost
+    held = vaulting.held_sets(world) - lost
     patches = world.ledger.patches()
     unmade = {each.key for each in wanted(patches) if not lost.isdisjoint(each.job.sets)}
     found = rederive(patches, {}, held, world.fingerprint, world.now(), "", unmade.union(damaged))

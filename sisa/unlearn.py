@@ -103,4 +103,4 @@ def patches(model: Model) -> tuple[list[Patch], list[VaultSet], tuple[str, ...]]
 def served(model: Model) -> list[dict[str, bytes]]:
     """The files of the patches that are served now, lowest first. Raises IntegrityError."""
     with model._world() as world:
-        return patch_files(world, active(world.ledger.patches()))
+        return patch_files(world.patches, active(world.ledger.patches()))

@@ -74,7 +74,7 @@ def put_removed(
     return found
 
 
-def held_names(world: World) -> frozenset[str]:
+def held_sets(world: World) -> frozenset[str]:
     """Names of the sets whose texts are there."""
     return frozenset(each.name for each in world.ledger.vault() if each.held)
 

@@ -130,8 +130,9 @@ def check_files(world: World) -> tuple[int, list[Problem]]:
     for held in world.ledger.checkpoints():
         load = partial(world.checkpoints.load, held.key, held.manifest_sha256)
         check(f"checkpoints/{held.key}", load)
+    needed = known_names(world)["patches"]
     for patch in world.ledger.patches():
-        if patch.key in known_names(world)["patches"]:
+        if patch.key in needed:
             load = partial(world.patches.load, patch.key, patch.manifest_sha256)
             check(f"patches/{patch.key}", load)
     for found in world.ledger.vault():

@@ -115,9 +115,9 @@ def held_names(world: World) -> dict[str, frozenset[str]]:
     }
 
 
-def patch_files(world: World, stack: Iterable[Patch]) -> list[dict[str, bytes]]:
+def patch_files(store: CheckpointStore, stack: Iterable[Patch]) -> list[dict[str, bytes]]:
     """The files of patches, checked, in order. Raises IntegrityError."""
-    return [world.patches.load(each.key, each.manifest_sha256) for each in stack]
+    return [store.load(each.key, each.manifest_sha256) for each in stack]
 
 
 def slices_of(world: World, rows: Iterable[RecordRow]) -> list[SliceFile]:

@@ -91,3 +91,12 @@ def test_a_list_of_problems_is_taken_as_it_is_then() -> None:
     error = errors.InvalidInput("bad", problems=problems)
     problems.clear()
     assert len(error.problems) == 1
+
+
+def test_an_error_is_listed_as_its_problems_or_as_itself() -> None:
+    own = (Problem("line 1", "no id"), Problem("line 2", "no text"))
+    assert SisaError("2 bad records", problems=own).as_problems("texts") == own
+    alone = SisaError("no number", got="x")
+    assert alone.as_problems("texts") == (Problem("texts", "no number: x"),)
+    placed = SisaError("no number", where="alpha", got="x")
+    assert placed.as_problems("texts") == (Problem("alpha", "no number: x"),)
