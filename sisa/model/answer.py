@@ -28,8 +28,9 @@ from sisa.model.aggregate import together
 from sisa.model.low_rank import averaged, read_change
 from sisa.model.numerics import pin_threads
 from sisa.model.patched import load_patched, patched_name
+from sisa.model.prefill import prefill
 from sisa.model.route import Route
-from sisa.model.stacked import Stacked
+from sisa.model.stacked import Rows, Stacked
 
 MAX_ROWS = 64  # constituents asked in one forward
 MERGED = -1  # the name of the one adapter that all shards' are averaged into
@@ -97,28 +98,29 @@ class Answerer:
         fed = torch.tensor([[self._pad] * (longest - len(each)) + list(each) for each in prompts])
         mask = torch.tensor([[0] * (longest - len(each)) + [1] * len(each) for each in prompts])
         answers: list[list[int]] = [[] for _ in prompts]
-        cache: Any = None
         going = set(range(len(prompts)))
-        with self.stack.asking([self._names(route) for route in routes]):
-            for _ in range(max_new_tokens):
-                places = (mask.cumsum(-1) - 1).clamp(min=0)[:, -fed.shape[1] :]
-                output = self.model(
-                    input_ids=fed,
-                    attention_mask=mask,
-                    position_ids=places,
-                    past_key_values=cache,
-                    use_cache=True,
-                    logits_to_keep=1,
-                )
-                cache = output.past_key_values
-                picked = [int(each[-1].argmax()) for each in self._together(output.logits, routes)]
+        names = [self._names(route) for route in routes]
+        logits_PV, cache = prefill(self.model, self.stack, names, fed, mask)
+        with self.stack.asking(names) as rows:
+            for step in range(max_new_tokens):
+                together = self._together(logits_PV[:, None], routes, rows)
+                picked = [int(each[-1].argmax()) for each in together]
                 going -= {at for at in going if picked[at] in self._ends}
                 if not going:
                     break
                 for at in going:
                     answers[at].append(picked[at])
-                fed = torch.tensor(picked)[:, None]
+                if step + 1 == max_new_tokens:
+                    break
                 mask = torch.cat([mask, torch.ones(len(mask), 1, dtype=mask.dtype)], dim=1)
+                output = self.model(
+                    input_ids=torch.tensor(picked)[:, None],
+                    attention_mask=mask,
+                    position_ids=(mask.cumsum(-1) - 1)[:, -1:],
+                    past_key_values=cache,
+                    use_cache=True,
+                )
+                logits_PV = output.logits[:, -1]
         return answers
 
     def next_token_probabilities(self, prompt_ids: Sequence[int], route: Route) -> Tensor:
@@ -150,17 +152,17 @@ class Answerer:
         """Logarithms of the distributions, [B, T, V], that a forward of the base's `inputs` gives."""
         pin_threads(self._threads)
         self._refuse_unknown(routes)
-        with torch.inference_mode(), self.stack.asking([self._names(route) for route in routes]):
-            return torch.stack(self._together(self.model(**inputs).logits, routes))
+        names = [self._names(route) for route in routes]
+        with torch.inference_mode(), self.stack.asking(names) as rows:
+            return torch.stack(self._together(self.model(**inputs).logits, routes, rows))
 
-    def _together(self, logits_PTV: Tensor, routes: Sequence[Route]) -> list[Tensor]:
+    def _together(self, logits_PTV: Tensor, routes: Sequence[Route], rows: Rows) -> list[Tensor]:
         """[T, V] of each request."""
-        found, start = [], 0
-        for route in routes:
-            end = start + max(1, len(self._names(route)))
-            weights = torch.tensor(route.weights if end - start == len(route.shards) else [1.0])
-            found.append(together(logits_PTV[start:end], weights, self.method))
-            start = end
+        found = []
+        for route, own in zip(routes, rows.of, strict=True):
+            logits = logits_PTV[own]
+            weights = torch.tensor(route.weights if len(logits) == len(route.shards) else [1.0])
+            found.append(together(logits, weights, self.method))
         return found
 
     def _names(self, route: Route) -> Sequence[int]:

@@ -4,7 +4,8 @@
     below     what lies beneath the first adapted layer is the same for all rows of a request: it is
               computed, and its keys and values are kept, once a request
     above     base products over all rows at once; LoRA as two batched products over the rows' own
-              matrices: y = x W + (x A[row]) B[row]
+              matrices: y = x W + (x A[row]) B[row]. Where all requests have one route, its adapters'
+              matrices are read once for all requests, not once a row
 
 Rules: the base's weights are shared and never written to. Ranks are padded with zeros to the largest;
 the scale is folded into B; the base alone is the adapter of zeros. Rows of one forward may ask for
@@ -13,17 +14,26 @@ different constituents. What comes out differs from one constituent at a time by
 Not covered: averaging (`answer.py`); dropout (adapters are served, not trained); adapters on what comes
 before the layers.
 
-Shapes: Q requests, P rows, T positions, I and O features of a module, R rank, N adapters, V words.
+Shapes: Q requests, P rows, T positions, I and O features of a module, R rank, N adapters, G groups of
+rows with one adapter, V words.
 
     stack = Stacked(base, {0: read_change(files), 3: read_change(other_files)})
-    with stack.asking([[0, 3], [3]]):
+    with stack.asking([[0, 3], [3]]) as rows:
         logits_PTV = base(ids_QT).logits
+    logits_PTV[rows.of[0]]      # of the first request, constituent by constituent
+
+>>> rows_of([[0, 3], [3]])
+Rows(requests=[0, 0, 1], groups=[0, 3, 3], of=(slice(0, 2, 1), slice(2, 3, 1)))
+>>> rows_of([[0, 3], [0, 3]])
+Rows(requests=[0, 1, 0, 1], groups=[0, 3], of=(slice(0, 4, 2), slice(1, 4, 2)))
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -36,28 +46,59 @@ from sisa.model.low_rank import Change, Factors, shape_of
 _PER_REQUEST = frozenset({"hidden_states", "attention_mask", "position_ids", "position_embeddings"})
 
 
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The rows of a forward: the request of each, the constituents (None: the base alone) of groups of
+    equally many rows, and where each request's rows are, in the order of its route.
+
+    With one route for all, a group is a constituent's rows; else each row is one, request by request.
+    """
+
+    requests: list[int]
+    groups: list[int | None]
+    of: tuple[slice, ...]
+
+
+def rows_of(routes: Sequence[Sequence[int]]) -> Rows:
+    """The rows that routes come to; an empty route is one row of the base alone."""
+    told: list[Sequence[int | None]] = [tuple(route) or (None,) for route in routes]
+    if told and all(route == told[0] for route in told):
+        every = range(len(told))
+        of = tuple(slice(q, len(told) * len(told[0]), len(told)) for q in every)
+        return Rows([*every] * len(told[0]), [*told[0]], of)
+    ends = list(accumulate(map(len, told)))
+    return Rows(
+        [q for q, route in enumerate(told) for _ in route],
+        [name for route in told for name in route],
+        tuple(slice(end - len(route), end, 1) for end, route in zip(ends, told, strict=True)),
+    )
+
+
 class StackedLinear(nn.Module):
     """A linear module of the base with the adapters' matrices beside it."""
 
-    def __init__(self, base: Any, down_NIR: Tensor, up_NRO: Tensor) -> None:
+    def __init__(self, base: Any, down_NRI: Tensor, up_NRO: Tensor) -> None:
         super().__init__()
         self.base = base
-        self._all = (down_NIR, up_NRO)
-        self._rows: tuple[Tensor, Tensor] | None = None
+        self._all = (down_NRI, up_NRO)
+        self._groups: tuple[Tensor, Tensor] | None = None
 
-    def choose(self, adapters_P: Tensor | None) -> None:
-        """The adapter of each row; None ends it, and the base alone is left."""
-        if adapters_P is None:
-            self._rows = None
+    def choose(self, adapters_G: Tensor | None) -> None:
+        """The adapter of each group of rows; None ends it, and the base alone is left."""
+        if adapters_G is None:
+            self._groups = None
         else:
-            self._rows = (self._all[0][adapters_P], self._all[1][adapters_P])
+            self._groups = (self._all[0][adapters_G], self._all[1][adapters_G])
 
     def forward(self, x_PTI: Tensor) -> Tensor:
         y_PTO: Tensor = self.base(x_PTI)
-        if self._rows is None:
+        if self._groups is None:
             return y_PTO
-        down_PIR, up_PRO = self._rows
-        return torch.baddbmm(y_PTO, torch.bmm(x_PTI, down_PIR), up_PRO)
+        down_GRI, up_GRO = self._groups
+        x_GXI, y_GXO = (each.view(len(down_GRI), -1, each.shape[-1]) for each in (x_PTI.contiguous(), y_PTO))
+        low_GRX = torch.bmm(down_GRI, x_GXI.mT)  # thin on the left: quicker than x A
+        y_GXO.baddbmm_(low_GRX.mT, up_GRO)  # in place: the base made it for us alone
+        return y_PTO
 
 
 class Stacked:
@@ -78,20 +119,18 @@ class Stacked:
             layer.register_forward_pre_hook(self._expand, with_kwargs=True)
 
     @contextmanager
-    def asking(self, routes: Sequence[Sequence[int]]) -> Iterator[None]:
-        """Let the base's forwards answer request by request with these adapters; an empty route asks
-        the base alone. Rows come in the order of requests, then of their routes."""
-        rows: list[tuple[int, int | None]] = [
-            (q, name) for q, route in enumerate(routes) for name in (route or (None,))
-        ]
-        self._requests_P = torch.tensor([q for q, _ in rows])
+    def asking(self, routes: Sequence[Sequence[int]]) -> Iterator[Rows]:
+        """Let the base's forwards answer requests with these adapters; an empty route asks the base
+        alone. What comes out has the rows that are told."""
+        rows = rows_of(routes)
+        self._requests_P = torch.tensor(rows.requests)
         self._num_requests = len(routes)
         none = len(self._places)
-        chosen_P = torch.tensor([none if name is None else self._places[name] for _, name in rows])
+        chosen_G = torch.tensor([none if name is None else self._places[name] for name in rows.groups])
         try:
             for each in self._linears:
-                each.choose(chosen_P)
-            yield
+                each.choose(chosen_G)
+            yield rows
         finally:
             self._requests_P = None
             for each in self._linears:
@@ -122,13 +161,13 @@ def _put_stacked(base: Any, module: str, held: Any, parts: Sequence[Factors | No
         raise _unfit("matrices of a module that the base does not have, or that is not linear")
     num_outputs, num_inputs = shape
     rank = max(len(each.a_RI) for each in parts if each is not None)
-    down = torch.zeros(len(parts) + 1, num_inputs, rank)
+    down = torch.zeros(len(parts) + 1, rank, num_inputs)
     up = torch.zeros(len(parts) + 1, rank, num_outputs)
     for number, part in enumerate(parts):
         if part is not None:
             if (part.b_OR.shape[0], part.a_RI.shape[1]) != shape:
                 raise _unfit("matrices of another shape")
-            down[number, :, : len(part.a_RI)] = part.a_RI.T
+            down[number, : len(part.a_RI)] = part.a_RI
             up[number, : len(part.a_RI)] = part.b_OR.T
     stacked = StackedLinear(held, down, up)
     base.set_submodule(module, stacked)

@@ -30,6 +30,7 @@ from peft import LoraConfig
 from sisa.model.adapter import adapter_tensors, add_adapter, attach, put_tensors
 from sisa.model.base import BaseFiles, load_base, resolve_base
 from sisa.model.low_rank import Factors
+from sisa.model.prefill import prefill
 from sisa.model.stacked import Stacked
 
 NUM_SHARDS, RANK, PROMPT_TOKENS, STEPS, TURNS = 8, 8, 48, 8, 5
@@ -81,22 +82,25 @@ def loop(model: Any, shards: Sequence[int]) -> Way:
             model.set_adapter(f"s{shard}", inference_mode=True)
             logits, kept[shard] = forward(model, ids, (caches or {}).get(shard))
             rows.append(logits)
-        return torch.stack(rows, dim=1).flatten(0, 1), kept  # request by request, as ours
+        return torch.cat(rows), kept  # shard by shard, as ours
 
     return way
 
 
 def mixed(model: Any, shards: Sequence[int]) -> Way:
     def way(ids: torch.Tensor, cache: Any) -> tuple[torch.Tensor, Any]:
-        names = [f"s{shard}" for _ in range(len(ids)) for shard in shards]
-        return forward(model, ids.repeat_interleave(len(shards), 0), cache, adapter_names=names)
+        names = [f"s{shard}" for shard in shards for _ in range(len(ids))]
+        return forward(model, ids.repeat(len(shards), 1), cache, adapter_names=names)
 
     return way
 
 
 def ours(base: Any, stack: Stacked, shards: Sequence[int]) -> Way:
     def way(ids: torch.Tensor, cache: Any) -> tuple[torch.Tensor, Any]:
-        with stack.asking([list(shards)] * len(ids)):
+        routes = [list(shards)] * len(ids)
+        if cache is None:
+            return prefill(base, stack, routes, ids, torch.ones_like(ids))
+        with stack.asking(routes):
             return forward(base, ids, cache)
 
     return way

@@ -87,7 +87,11 @@ def close(one: Any, other: Any) -> bool:
 
 
 @pytest.mark.parametrize(
-    "routes", [[[0]], [[]], [[5, 0, 2]], [[0, 2], [5], []], [[2], [2], [0]], [[], [5, 2, 0]]]
+    "routes",
+    [
+        *([[0]], [[]], [[5, 0, 2]], [[0, 2], [5], []], [[2], [2], [0]], [[], [5, 2, 0]]),
+        *([[5, 0], [5, 0], [5, 0]], [[2], [2]], [[], []]),
+    ],
 )
 def test_each_row_is_its_constituent(base: Any, adapters: dict[int, Files], routes: Any) -> None:
     import torch
@@ -98,15 +102,49 @@ def test_each_row_is_its_constituent(base: Any, adapters: dict[int, Files], rout
     model, _ = load_base(base.directory, base.digest)
     stack = Stacked(model, {shard: read_change(files) for shard, files in adapters.items()})
     prompts = [IDS[q:] + IDS[:q] for q in range(len(routes))]
-    with torch.inference_mode(), stack.asking(routes):
+    with torch.inference_mode(), stack.asking(routes) as rows:
         found = model(input_ids=torch.tensor(prompts)).logits
-    wanted = [
-        alone(base, None if name is None else adapters[name], prompt)
-        for prompt, route in zip(prompts, routes, strict=True)
-        for name in (route or [None])
-    ]
-    assert len(found) == len(wanted)
-    assert all(close(one, other) for one, other in zip(found, wanted, strict=True))
+    assert len(found) == sum(max(1, len(route)) for route in routes)
+    for own, prompt, route in zip(rows.of, prompts, routes, strict=True):
+        wanted = [
+            alone(base, None if name is None else adapters[name], prompt) for name in route or [None]
+        ]
+        assert all(close(one, other) for one, other in zip(found[own], wanted, strict=True))
+
+
+@pytest.mark.parametrize("routes", [[[5, 0]] * 4, [[0, 2], [5], [], [2, 0]], [[2], [0], [5], []]])
+def test_prompts_read_in_pieces_are_gone_on_with_as_if_read_together(
+    base: Any, adapters: dict[int, Files], routes: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from sisa.model import prefill
+    from sisa.model.low_rank import read_change
+    from sisa.model.stacked import Stacked
+
+    model, _ = load_base(base.directory, base.digest)
+    stack = Stacked(model, {shard: read_change(files) for shard, files in adapters.items()})
+    prompts = [IDS, IDS[:3], IDS[2:], IDS[::-1]]
+    ids = torch.tensor([[0] * (len(IDS) - len(each)) + each for each in prompts])
+    mask = torch.tensor([[0] * (len(IDS) - len(each)) + [1] * len(each) for each in prompts])
+    monkeypatch.setattr(prefill, "POSITIONS", 3 * len(IDS))
+    with torch.inference_mode():
+        first, cache = prefill.prefill(model, stack, routes, ids, mask)
+        mask = torch.cat([mask, torch.ones(4, 1, dtype=mask.dtype)], dim=1)
+        places = mask.sum(-1, keepdim=True) - 1
+        with stack.asking(routes) as rows:
+            then = model(
+                input_ids=torch.tensor([[7]] * 4),
+                attention_mask=mask,
+                position_ids=places,
+                past_key_values=cache,
+                use_cache=True,
+            ).logits[:, -1]
+    for own, prompt, route in zip(rows.of, prompts, routes, strict=True):
+        for name, one, other in zip(route or [None], first[own], then[own], strict=True):
+            wanted = alone(base, None if name is None else adapters[name], [*prompt, 7])
+            assert close(one, wanted[-2])
+            assert close(other, wanted[-1])
 
 
 def test_with_keys_and_values_kept_and_rows_padded(base: Any, adapters: dict[int, Files]) -> None:
