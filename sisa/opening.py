@@ -98,7 +98,7 @@ def open_world(
         patches=patches,
         vault=vault,
         runs=FileRuns(directory / RUNS, vault.keyring),
-        index=FaissIndex(directory / INDEX, parts.dimension, keyring),
+        index=FaissIndex(directory / INDEX, parts.dimension, keyring, parts.warm),
         keyring=keyring,
         exports=DirectoryExports(),
         embed=parts.embed,

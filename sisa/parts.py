@@ -18,6 +18,7 @@ from sisa.config import RunConfig
 from sisa.domain import Record
 from sisa.errors import IntegrityError
 from sisa.ports import Embedder, Vectors
+from sisa.store.loaded import Warm
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Parts:
         self.config = config
         self._base = base
         self._embedder = embedder
+        self.warm = Warm()
         self._counted: tuple[tuple[Record, ...], list[int]] | None = None
 
     @cached_property

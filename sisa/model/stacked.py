@@ -95,7 +95,8 @@ class StackedLinear(nn.Module):
         if self._groups is None:
             return y_PTO
         down_GRI, up_GRO = self._groups
-        x_GXI, y_GXO = (each.view(len(down_GRI), -1, each.shape[-1]) for each in (x_PTI.contiguous(), y_PTO))
+        x_GXI = x_PTI.reshape(len(down_GRI), -1, x_PTI.shape[-1])
+        y_GXO = y_PTO.view(len(down_GRI), -1, y_PTO.shape[-1])
         low_GRX = torch.bmm(down_GRI, x_GXI.mT)  # thin on the left: quicker than x A
         y_GXO.baddbmm_(low_GRX.mT, up_GRO)  # in place: the base made it for us alone
         return y_PTO

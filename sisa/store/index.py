@@ -24,7 +24,7 @@ from sisa.errors import IntegrityError
 from sisa.ports import Keyring, Vectors
 from sisa.store import files
 from sisa.store.keyring import PLAIN
-from sisa.store.loaded import Loaded, search
+from sisa.store.loaded import Loaded, Warm, search
 
 ROOM = "index"
 
@@ -32,11 +32,14 @@ ROOM = "index"
 class FaissIndex:
     """A RecordIndex in a directory."""
 
-    def __init__(self, root: Path, dimension: int, keyring: Keyring = PLAIN) -> None:
+    def __init__(
+        self, root: Path, dimension: int, keyring: Keyring = PLAIN, warm: Warm | None = None
+    ) -> None:
+        """`warm` outlives the object: what it read, the next object over the directory need not."""
         self.root = root
         self.dimension = dimension
         self.keyring = keyring
-        self._loaded: dict[str, Loaded] = {}
+        self._warm = Warm() if warm is None else warm
 
     def build(
         self, shard: int, root: str, base: IndexFile | None, vectors: Mapping[int, Any]
@@ -66,12 +69,12 @@ class FaissIndex:
         return self.vectors(base, vector_ids)
 
     def search(self, found: Sequence[IndexFile], queries: Vectors, top_k: int) -> list[list[Hit]]:
-        self._loaded = {
-            file.name: self._loaded.get(file.name) or self._load(file)
-            for file in found
-            if file.num_vectors
+        held = self._warm.files
+        loaded = {
+            file.name: held.get(file.name) or self._load(file) for file in found if file.num_vectors
         }
-        return search(list(self._loaded.values()), queries, top_k)
+        self._warm.files = loaded
+        return search(list(loaded.values()), queries, top_k)
 
     def _load(self, file: IndexFile) -> Loaded:
         import faiss
@@ -115,6 +118,7 @@ class FaissIndex:
 
     def erase(self, names: Collection[str]) -> None:
         self.keyring.destroy(ROOM, names)
-        self._loaded = {name: each for name, each in self._loaded.items() if name not in set(names)}
+        gone = set(names)
+        self._warm.files = {name: each for name, each in self._warm.files.items() if name not in gone}
         for name in names:
             files.erase(self.root / name)

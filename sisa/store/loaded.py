@@ -18,7 +18,7 @@ array([[166]], dtype=uint8)
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -53,6 +53,13 @@ class Loaded:
         index.use_heap = False  # counting is faster where many are wanted
         index.add(codes)
         return index
+
+
+@dataclass
+class Warm:
+    """Files by name that the last search read, kept for the next."""
+
+    files: dict[str, Loaded] = field(default_factory=dict)
 
 
 def search(loaded: Sequence[Loaded], queries: Vectors, top_k: int) -> list[list[Hit]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sisa.domain import Hit
+from sisa.api import open_model
+from sisa.domain import Hit, IndexFile
 from sisa.ports import Vectors
 from sisa.store import loaded
+from sisa.store.index import FaissIndex
 from sisa.store.loaded import Loaded, search
+from tests.unit import care_model
 
 DIMENSION = 64
 
@@ -74,3 +78,28 @@ def test_only_candidates_are_scored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loaded, "_best", best)
     search(split(vectors, 2), query, 3)
     assert 1000 <= sum(places) < 2000
+
+
+def test_a_model_that_is_asked_again_reads_no_index_file_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    care_model.use_fake_parts(monkeypatch)
+    directory = tmp_path / "model"
+    care_model.build(directory)
+    read: list[str] = []
+    load = FaissIndex._load
+
+    def counted(own: FaissIndex, file: IndexFile) -> Loaded:
+        read.append(file.name)
+        return load(own, file)
+
+    monkeypatch.setattr(FaissIndex, "_load", counted)
+    model = open_model(directory, executor="serial")
+    first = model.find(text="where")
+    assert read
+    read.clear()
+    assert model.find(text="where") == first
+    assert not read
+    model.forget([first[0].id])
+    assert first[0].id not in [each.id for each in model.find(text="where")]
+    assert len(read) == 1
