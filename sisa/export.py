@@ -29,7 +29,7 @@ from sisa.composition import merged_gap
 from sisa.digest import sha256_hex
 from sisa.domain import Export, ExportForm, HeldCheckpoint
 from sisa.errors import InvalidInput, SisaError
-from sisa.export_files import Card, lora_name, of_adapter, of_merged_adapter, of_merged_model
+from sisa.export_files import Card, lora_name, of_adapter, of_merged_adapter, of_merged_model, rank_of
 from sisa.patch_plan import active
 from sisa.ports import Change
 from sisa.store.checkpoints import ADAPTER
@@ -107,14 +107,15 @@ def _written(world: World, parts: Parts, version: str, form: ExportForm, now: st
     if form != "peft":
         path = f"{version}/{form}"
         gap = merged_gap(world, parts)
-        told = card.text(lora_name(path), [each.shard for each in heads], gap)
         make = of_merged_model if form == "merged-model" else of_merged_adapter
-        return [_Written(path, tuple(heads), {**make(parts, patches, adapters), CARD: told})]
+        files = make(parts, patches, adapters)
+        told = card.text(lora_name(path), [each.shard for each in heads], rank_of(files), gap)
+        return [_Written(path, tuple(heads), {**files, CARD: told})]
     found = []
     for head, adapter in zip(heads, adapters, strict=True):
         path = f"{version}/shard-{head.shard:05d}"
         files = of_adapter(parts, patches, adapter)
-        told = card.text(lora_name(path), [head.shard])
+        told = card.text(lora_name(path), [head.shard], rank_of(files))
         found.append(_Written(path, (head,), {**files, CARD: told}))
     return found
 

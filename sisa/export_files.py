@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from sisa.parts import Parts
 
 Files = Mapping[str, bytes]
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes (vllm/config/lora.py)
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,14 @@ class Card:
     made_at: str
 
     def text(
-        self, name: str, shards: Sequence[int], gap: tuple[int, float, float] | None = None
+        self,
+        name: str,
+        shards: Sequence[int],
+        rank: int = 0,
+        gap: tuple[int, float, float] | None = None,
     ) -> bytes:
-        """The card of the directory that holds some shards; `gap` as of `composition.merged_gap`."""
+        """The card of the directory that holds some shards; `rank` is an adapter's, `gap` as of
+        `composition.merged_gap`."""
         kind = "transformers" if self.form == "merged-model" else "peft"
         lines = [
             *("---", f"base_model: {json.dumps(self.base)}", f"library_name: {kind}", "---", ""),
@@ -72,10 +78,29 @@ class Card:
                 f"the record's own shard gives {routed:.3f}.",
             ]
         if self.form != "merged-model":
-            loaded = json.dumps({"lora_name": name, "lora_path": "DIRECTORY"})
-            lines += ["", f"On a vLLM server: `POST /v1/load_lora_adapter` with `{loaded}`."]
+            lines += ["", _on_vllm(name, rank)]
         stale = "A deletion makes it stale if the record was in it; `sisa status` of the model tells."
         return "\n".join([*lines, "", stale, ""]).encode()
+
+
+def _on_vllm(name: str, rank: int) -> str:
+    """How a server takes an adapter, or that it can't."""
+    room = min((each for each in VLLM_RANKS if each >= rank), default=None)
+    if room is None:
+        return (
+            f"vLLM takes no adapter of rank {rank}: its --max-lora-rank ends at {VLLM_RANKS[-1]}. "
+            "Export the shards (`peft`), or the `merged-model`."
+        )
+    loaded = json.dumps({"lora_name": name, "lora_path": "DIRECTORY"})
+    return (
+        f"On a vLLM server with `--enable-lora --max-lora-rank {room}` (the adapter's rank is {rank}): "
+        f"`POST /v1/load_lora_adapter` with `{loaded}`."
+    )
+
+
+def rank_of(files: Files) -> int:
+    """The rank of an exported adapter; 0 of whole weights."""
+    return int(json.loads(files[CONFIG])["r"]) if ADAPTER in files else 0
 
 
 def of_adapter(parts: Parts, patches: Sequence[Files], adapter: Files) -> dict[str, bytes]:

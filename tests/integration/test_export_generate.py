@@ -136,6 +136,7 @@ def test_merged_forms_are_the_mean_of_the_shards_weights(tiny: Tiny) -> None:
         card = (path / "README.md").read_text()
         assert "average of the shards' weights" in card
         assert "mean answer probability" in card
+        assert ("--max-lora-rank 16" in card) == (path == adapter)  # three shards of rank 4
         assert not any(name in card for name in ids_of(PEOPLE))
     assert len(model.status().exports) == 2 * 3
     done = model.forget(ids_of(of_people("p004")))

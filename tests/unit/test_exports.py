@@ -27,6 +27,7 @@ from sisa.digest import Keyed, sha256_hex
 from sisa.domain import ANY_SHARD, Export, RecordRow, Request
 from sisa.errors import EnvironmentFault, InvalidInput
 from sisa.export import export_adapters
+from sisa.export_files import Card
 from sisa.lifecycle import Terms, find
 from sisa.ports import Change
 from sisa.reconcile import reconcile
@@ -430,3 +431,15 @@ def test_an_export_is_refused_while_somebody_writes(model: Path, tmp_path: Path,
     with writer_lock(model / opening.LOCK):
         sisa("export", "-m", model, "--to", tmp_path / "out", code=5)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("rank", "told"),
+    [(8, "--max-lora-rank 8`"), (24, "--max-lora-rank 32`"), (400, "512`"), (513, "takes no adapter")],
+)
+def test_a_card_tells_the_rank_that_a_vllm_server_must_allow(rank: int, told: str) -> None:
+    card = Card("merged-adapter", "base", "b" * 64, "m" * 64, 3, 1, (), 0, "2026-01-01")
+    text = card.text("v1-merged-adapter", [0, 1], rank).decode()
+    assert told in text
+    assert f"rank is {rank}" in text or f"of rank {rank}" in text
+    assert ("load_lora_adapter" in text) == (rank <= 512)
