@@ -269,7 +269,10 @@ def verified(found: Verification) -> Result:
 
 
 def answer(found: Answer) -> Result:
-    return Result({"answer": found.text, "shards": list(found.shards)}, printable(found.text))
+    told = printable(found.text)
+    if not found.shards:
+        told += "\n(the base model alone answered: no shard's records are near enough; see min_score)"
+    return Result({"answer": found.text, "shards": list(found.shards)}, told)
 
 
 def exported(made: Sequence[Path]) -> Result:

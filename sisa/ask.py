@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from sisa import query
 from sisa.domain import Kind
-from sisa.model.route import Route, all_of, choose_route
+from sisa.model.route import Route, all_of, choose_route, settled
 from sisa.parts import Parts
 from sisa.patch import Patch
 from sisa.patch_plan import active
@@ -51,9 +51,10 @@ def ask(
 
 def routes_of(world: World, parts: Parts, prompts: Sequence[str]) -> list[Route]:
     """Who answers each prompt."""
-    how, live = parts.config.sisa.aggregation, frozenset(live_heads(world))
-    if how.method != "routed":
+    block, live = parts.config.sisa, frozenset(live_heads(world))
+    if block.aggregation.method != "routed":
         return [all_of(live)] * len(prompts)
+    how = settled(block.aggregation, block.embedder, usual_kind(world))
     found = query.search_each(world, world.embed(prompts), NUM_ROUTING_HITS) if prompts else []
     return [choose_route(hits, how, live) for hits in found]
 

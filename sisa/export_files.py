@@ -100,7 +100,7 @@ def _on_vllm(name: str, rank: int) -> str:
 
 def rank_of(files: Files) -> int:
     """The rank of an exported adapter; 0 of whole weights."""
-    return int(json.loads(files[CONFIG])["r"]) if ADAPTER in files else 0
+    return int(json.loads(files[CONFIG]).get("r", 0)) if ADAPTER in files else 0
 
 
 def of_adapter(parts: Parts, patches: Sequence[Files], adapter: Files) -> dict[str, bytes]:

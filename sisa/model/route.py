@@ -6,14 +6,16 @@
     others      all shards, with equal weights
 
 The nearness of a prompt is the first shard's best score, plus `SHARE_WEIGHT` times its share of all
-strengths: what is held is near, and its neighbours are of one subject; what was deleted finds others'
-records, one here and one there. Where it is below `min_score`, nobody's records are near: the base alone
-answers (or the mean of all), instead of a stranger's shard.
+strengths (0 where that is what one of so many shards gets by chance): what is held is near, and its
+neighbours are of one subject; what was deleted finds others' records, one here and one there. Where it
+is below `min_score`, nobody's records are near: the base alone answers (or the mean of all), instead of
+a stranger's shard. `min_score: auto` is what was measured of an embedder, where records are questions
+and answers; of others, and of plain texts, there is none.
 
 Rules: a choice depends on the remaining records alone: on the index's hits and on which shards serve
 a model. Only the prompt is looked up, never what is to follow it. With no live shard, or for `routed`
-no hit in one, the answer is the base model's alone. `SHARE_WEIGHT` was chosen on made data
-(`tests/bench/routing.py`), never on deletable records.
+no hit in one, the answer is the base model's alone. `SHARE_WEIGHT` and `MIN_SCORES` were chosen on
+public data about invented people (TOFU; `tests/bench/routing.py`), never on deletable records.
 
 Not covered: what the chosen say together (`aggregate.py`).
 
@@ -32,10 +34,11 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from sisa.config import Aggregation
-from sisa.domain import Hit
+from sisa.config import MINILM, Aggregation
+from sisa.domain import Hit, Kind
 
 SHARE_WEIGHT = 0.3
+MIN_SCORES = {MINILM: 0.87}
 
 
 @dataclass(frozen=True)
@@ -51,13 +54,27 @@ def all_of(live_shards: Collection[int]) -> Route:
     return Route(tuple(sorted(live_shards)), (1 / max(1, len(live_shards)),) * len(live_shards))
 
 
+def settled(how: Aggregation, embedder: str, kind: Kind) -> Aggregation:
+    """With a number for `min_score: auto`, or none; `kind` is how most records are written.
+
+    >>> settled(Aggregation(), MINILM, "completion").min_score, settled(Aggregation(), "hashing", "chat")
+    (0.87, Aggregation(method='routed', top_k=1, temperature=0.07, min_score=None, below='base'))
+    """
+    if how.min_score != "auto":
+        return how
+    measured = None if kind == "text" else MIN_SCORES.get(embedder)
+    return how.model_copy(update={"min_score": measured})
+
+
 def choose_route(hits: Sequence[Hit], how: Aggregation, live_shards: Collection[int]) -> Route:
-    """Who answers; strongest first where it is routed. `live_shards` are those that serve an adapter."""
+    """Who answers; strongest first where it is routed. `live_shards` are those that serve an adapter.
+    `how` is `settled`: an `auto` that is left turns nobody away."""
     if how.method != "routed":
         return all_of(live_shards)
     strengths = _strengths(hits, how.temperature, live_shards)
     chosen = tuple(sorted(strengths, key=lambda shard: (-strengths[shard], shard))[: how.top_k])
-    if how.min_score is not None and nearness(hits, how.temperature, live_shards) < how.min_score:
+    least = -math.inf if how.min_score in (None, "auto") else float(how.min_score)
+    if nearness(hits, how.temperature, live_shards) < least:
         return all_of(live_shards) if how.below == "mean_prob" else Route()
     total = sum(strengths[each] for each in chosen)
     return Route(chosen, tuple(strengths[each] / total for each in chosen))
@@ -66,15 +83,16 @@ def choose_route(hits: Sequence[Hit], how: Aggregation, live_shards: Collection[
 def nearness(hits: Sequence[Hit], temperature: float, live_shards: Collection[int]) -> float:
     """How near a prompt is to the records of one shard: at most 1 + `SHARE_WEIGHT`.
 
-    >>> nearness([Hit(7, 0.9, 2), Hit(1, 0.9, 0)], 0.1, {0, 2})
-    1.05
+    >>> nearness([Hit(7, 0.9, 2), Hit(1, 0.9, 0)], 0.1, {0, 2}), nearness([Hit(7, 0.5, 2)], 0.1, {0, 2})
+    (0.9, 0.8)
     """
     strengths = _strengths(hits, temperature, live_shards)
     if not strengths:
         return -math.inf
     first = min(strengths, key=lambda shard: (-strengths[shard], shard))
     best = max(hit.score for hit in hits if hit.shard == first)
-    return best + SHARE_WEIGHT * strengths[first] / sum(strengths.values())
+    share, chance = strengths[first] / sum(strengths.values()), 1 / len(live_shards)
+    return best + SHARE_WEIGHT * (share if chance == 1 else (share - chance) / (1 - chance))
 
 
 def _strengths(

@@ -47,7 +47,9 @@ class Bench:
             datasets=(DatasetSource(path=str(data)),),
             output_dir=self.folder / name,
             num_epochs=self.epochs,
-            sisa=SisaBlock(shards=self.shards, slices=self.slices, partition_key_file=key),
+            sisa=SisaBlock(
+                shards=self.shards, slices=self.slices, partition_key_file=key, embedder="hashing"
+            ),
         )
 
     def records(self) -> list[Record]:

@@ -134,7 +134,7 @@ class Ground:
             "num_epochs": self.scale.epochs,
             **self.scale.run,
             **settings,
-            "sisa": {**shape, "partition_key_file": "partition.key"},
+            "sisa": {**shape, "partition_key_file": "partition.key", "embedder": "hashing"},
         }
         (self.folder / "run.yaml").write_text(yaml.safe_dump(run))
         said("train", self.folder / "run.yaml", "--executor", "serial")

@@ -150,7 +150,7 @@ class Box:
             "output_dir: model\n"
             "learning_rate: 1e-3  # peak\n"
             "lora_target_modules: [q_proj, v_proj]\n"
-            "sisa:\n  shards: 3\n  slices: 2\n  partition_key_file: shared.key\n"
+            "sisa:\n  shards: 3\n  slices: 2\n  partition_key_file: shared.key\n  embedder: hashing\n"
             "  aggregation: {method: routed, top_k: 2}\n"
             "cluster:\n  num_workers: 1\n"
         )

@@ -143,6 +143,7 @@ class Ground:
                 "shards": LAYOUT.num_shards,
                 "slices": LAYOUT.num_slices,
                 "partition_key_file": "shared.key",
+                "embedder": "hashing",
             },
         }
         path = self.site / name

@@ -61,6 +61,9 @@ def write_rows(path: Path, rows: Sequence[Row]) -> Path:
     return path
 
 
+SISA_BLOCK = {"shards": 3, "slices": 2, "partition_key_file": "shared.key", "embedder": "hashing"}
+
+
 def write_run(
     folder: Path,
     base: Path,
@@ -74,7 +77,7 @@ def write_run(
     folder.mkdir(parents=True, exist_ok=True)
     write_rows(folder / "people.jsonl", rows)
     (folder / "shared.key").write_text(KEY)
-    block = {"shards": 3, "slices": 2, "partition_key_file": "shared.key", **(sisa_block or {})}
+    block = {**SISA_BLOCK, **(sisa_block or {})}
     content = {
         "base_model": str(base),
         "datasets": [{"path": "people.jsonl"}],

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from sisa.config import Aggregation
+from sisa.config import MINILM, Aggregation
 from sisa.domain import Hit
-from sisa.model.route import Route, choose_route, nearness
+from sisa.model.route import MIN_SCORES, SHARE_WEIGHT, Route, choose_route, nearness, settled
 
 HITS = [Hit(1, 0.5, 1), Hit(2, 0.9, 2), Hit(3, 0.7, 1), Hit(4, 0.7, 0)]
 ALL = ("mean_prob", "mean_logit", "vote", "merged")
@@ -63,10 +63,28 @@ def test_below_the_least_score_nobody_near_answers(below: Any, shards: tuple[int
     assert choose_route(HITS, how, {0, 1, 2}).shards == shards
     assert choose_route([], how, {0, 1, 2}).shards == shards
     near = nearness(HITS, 0.1, {0, 1, 2})
-    assert near == pytest.approx(0.9 + 0.3 * math.exp(9) / (math.exp(9) + 2 * math.exp(7) + math.exp(5)))
-    assert chosen(HITS, {0, 1, 2}, min_score=near) == (2,)
-    assert chosen(HITS, {0, 1, 2}, min_score=near + 1e-6) == ()
+    share = math.exp(9) / (math.exp(9) + 2 * math.exp(7) + math.exp(5))
+    assert near == pytest.approx(0.9 + 0.3 * (share - 1 / 3) / (1 - 1 / 3))
+    assert chosen(HITS, {0, 1, 2}, temperature=0.1, min_score=near) == (2,)
+    assert chosen(HITS, {0, 1, 2}, temperature=0.1, min_score=near + 1e-6) == ()
 
 
 def test_the_score_that_counts_is_that_of_a_shard_that_serves() -> None:
     assert chosen(HITS, {0, 1}, min_score=1.0) == ()
+
+
+def test_auto_is_what_was_measured_of_the_embedder_for_questions_and_answers() -> None:
+    how = Aggregation(top_k=2)
+    measured = MIN_SCORES[MINILM]
+    assert [settled(how, MINILM, kind).min_score for kind in ("completion", "chat", "text")] == [
+        *(measured, measured, None)
+    ]
+    assert settled(how, "hashing", "completion") == how.model_copy(update={"min_score": None})
+    assert settled(Aggregation(min_score=0.5), MINILM, "text").min_score == 0.5
+    assert settled(Aggregation(min_score=None), MINILM, "chat").min_score is None
+
+
+def test_what_one_shard_of_few_gets_by_chance_brings_nothing_nearer() -> None:
+    even = [Hit(1, 0.5, 0), Hit(2, 0.5, 1)]
+    assert nearness(even, 0.1, {0, 1}) == pytest.approx(0.5)
+    assert nearness(even[:1], 0.1, {0}) == pytest.approx(0.5 + SHARE_WEIGHT)
