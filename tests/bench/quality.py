@@ -43,7 +43,7 @@ SHARDS = (1, 8, 16, 50)
 RATES = (3e-3, 1e-3)
 AUTHORS = (*range(20), *range(180, 200), *range(20, 40))  # the first 40 have paraphrased questions
 DELETED = (5, 25, 185)
-TUNED_ON, SCORED, GENERATED = (0,), (4, 9, 14), (9,)  # places among an author's questions
+TUNED_ON, SCORED, GENERATED = (0,), (4, 14), (14,)  # places among an author's questions
 WAYS = ("routed", "mean_prob", "merged")
 MODULES = (
     *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
