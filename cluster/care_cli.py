@@ -70,11 +70,20 @@ def sweep(
 
 
 @command("doctor", "sisa doctor -m model")
-@model_option
+@click.option("-m", "--model", "directory", type=click.Path(path_type=Path), help="Model directory.")
 @click.option("--repair", is_flag=True, help="Mend what can be derived again.")
+@click.option(
+    "--numerics",
+    is_flag=True,
+    help="Test whether this machine trains the same bytes again; no model needed.",
+)
 @executor_option
-def doctor(directory: Path, repair: bool, executor: str) -> Result:
-    """Diagnose a model directory; with --repair mend it."""
+def doctor(directory: Path | None, repair: bool, numerics: bool, executor: str) -> Result:
+    """Diagnose a model directory; with --repair mend it; with --numerics test this machine."""
+    if numerics:
+        return _numerics(directory, repair)
+    if directory is None:
+        raise click.UsageError("Missing option '-m' / '--model'.")
     from sisa.doctor import diagnose
 
     found = diagnose(directory)
@@ -84,3 +93,15 @@ def doctor(directory: Path, repair: bool, executor: str) -> Result:
 
     with opened(directory, executor) as model:
         return render.repaired(mend(model))
+
+
+def _numerics(directory: Path | None, repair: bool) -> Result:
+    """For the threads of a model, or one."""
+    from sisa.model.self_test import check
+
+    if repair:
+        raise click.UsageError("give one of --repair and --numerics")
+    if directory is None:
+        return render.tested(check(threads=1))
+    with opened(directory) as model:
+        return render.tested(check(model.config.sisa.threads_per_shard))

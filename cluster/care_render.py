@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from sisa.doctor import Diagnosis
     from sisa.examine import Finding
     from sisa.garbage import Collected
+    from sisa.model.self_test import Numerics
     from sisa.repair import Repair
     from sisa.residue import Scan
 
@@ -94,3 +95,28 @@ def repaired(found: Repair) -> Result:
     text = [f"found: {_verdict(found.before)}", *(f"  {each}" for each in found.done), "now:"]
     body = after.json | {"done": list(found.done), "findings_before": before}
     return Result(body, printable("\n".join([*text, after.text])), after.exit_code)
+
+
+def tested(found: Numerics) -> Result:
+    """How the machine repeats itself."""
+    body = {
+        "fingerprint": found.fingerprint,
+        "description": dict(found.description),
+        "digests": list(found.digests),
+        "repeats": found.repeats,
+    }
+    said = found.description
+    processor = said["processor"]
+    lines = [
+        f"fingerprint {found.fingerprint}",
+        f"  {said['device']}, {said['dtype']}, threads: {said['threads']}",
+        f"  {processor['machine']}, {processor['model']}",
+        "  " + ", ".join(f"{name} {version}" for name, version in said["libraries"].items()),
+        *(f"  {name}={value}" for name, value in said["settings"].items() if value is not None),
+    ]
+    if found.repeats:
+        lines.append(f"repeats itself: {len(found.digests)} trainings gave {found.digests[0]}")
+    else:
+        lines.append("DOES NOT REPEAT ITSELF: do not train here. The trainings gave")
+        lines += [f"  {each}" for each in found.digests]
+    return Result(body, printable("\n".join(lines)), 0 if found.repeats else EXIT_INTEGRITY)

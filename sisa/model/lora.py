@@ -96,7 +96,7 @@ class LoraTrainer:
         pin_threads(self._threads)
         base, tokenizer = load_patched(*self._base)
         steps = _plan_steps(job, records, tokenizer)
-        stage = _Stage(job, base, parent, num_steps=len(steps))
+        stage = Stage(job, base, parent, num_steps=len(steps))
         total = sum(len(each.input_ids) for step in steps for batch in step for each in batch)
         done = 0
         progress(done, total)
@@ -150,7 +150,7 @@ def _plan_steps(job: SliceJob, records: Sequence[StoredRecord], tokenizer: Any) 
     return [rows[start : start + per_step] for start in range(0, len(rows), per_step)]
 
 
-class _Stage:
+class Stage:
     """Model, optimizer and schedule between the stage's first and last step."""
 
     def __init__(

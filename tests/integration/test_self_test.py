@@ -1,0 +1,56 @@
+"""The numerics' self-test: what repeats is told, what does not, and what can't be run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from dataclasses import replace
+
+import pytest
+
+from cluster.cli import run
+from sisa.errors import EnvironmentFault
+from sisa.model import self_test
+from sisa.model.numerics import describe_fingerprint, fingerprint
+
+FOUND = self_test.Numerics("f" * 64, describe_fingerprint(1), ("a", "a", "a", "a"))
+
+
+@pytest.mark.torch
+def test_this_machine_repeats_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["doctor", "--numerics", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["repeats"]
+    assert len(found["digests"]) == 2 * self_test.NUM_PROCESSES
+    assert found["fingerprint"] == fingerprint(1)
+
+
+@pytest.mark.torch
+def test_what_is_trained_depends_on_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, again = self_test.trained_digests(1)
+    monkeypatch.setitem(self_test.TRAINING, "lora_dropout", 0.2)
+    other, _ = self_test.trained_digests(1)
+    assert one == again != other
+
+
+def test_what_does_not_repeat_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(self_test, "check", lambda **_: replace(FOUND, digests=("a", "a", "a", "b")))
+    assert run(["doctor", "--numerics"]) == 4
+    assert "DOES NOT REPEAT ITSELF" in capsys.readouterr().out
+
+
+def test_a_process_that_fails_is_an_environment_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise subprocess.CalledProcessError(1, "python")
+
+    monkeypatch.setattr(subprocess, "run", fails)
+    with pytest.raises(EnvironmentFault, match="did not end well"):
+        self_test.check(1)
+
+
+@pytest.mark.parametrize("arguments", [["doctor"], ["doctor", "--numerics", "--repair"]])
+def test_wrong_usage_is_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(arguments) == 2
+    assert capsys.readouterr().err
