@@ -28,7 +28,7 @@ from sisa.model.aggregate import together
 from sisa.model.low_rank import averaged, read_change
 from sisa.model.numerics import pin_threads
 from sisa.model.patched import load_patched, patched_name
-from sisa.model.prefill import prefill
+from sisa.model.prefill import pieces, prefill
 from sisa.model.route import Route
 from sisa.model.stacked import Rows, Stacked
 
@@ -153,8 +153,16 @@ class Answerer:
         pin_threads(self._threads)
         self._refuse_unknown(routes)
         names = [self._names(route) for route in routes]
-        with torch.inference_mode(), self.stack.asking(names) as rows:
-            return torch.stack(self._together(self.model(**inputs).logits, routes, rows))
+        whole = [(0, len(routes))]
+        if not inputs.get("use_cache"):  # one cache is of one forward
+            whole = list(pieces(names, inputs["input_ids"].shape[1]))
+        found = []
+        with torch.inference_mode():
+            for start, end in whole:
+                part = {name: _cut(value, start, end, len(routes)) for name, value in inputs.items()}
+                with self.stack.asking(names[start:end]) as rows:
+                    found += self._together(self.model(**part).logits, routes[start:end], rows)
+            return torch.stack(found)
 
     def _together(self, logits_PTV: Tensor, routes: Sequence[Route], rows: Rows) -> list[Tensor]:
         """[T, V] of each request."""
@@ -178,6 +186,13 @@ class Answerer:
                 got=", ".join(map(str, missing)),
                 next_step="choose among the live shards",
             )
+
+
+def _cut(value: Any, start: int, end: int, num_requests: int) -> Any:
+    """The rows of some requests, where a value has a row for each."""
+    if isinstance(value, Tensor) and value.dim() > 1 and len(value) == num_requests:
+        return value[start:end]
+    return value
 
 
 def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:

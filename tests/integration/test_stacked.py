@@ -237,3 +237,34 @@ def test_no_forward_asks_more_rows_than_are_allowed(
     assert max(asked) == 6
     assert sum(asked) == 10 * max(1, len(shards))
     assert together == [answerer.generate([each], [all_of(shards)], 1)[0] for each in prompts]
+
+
+def test_scores_of_many_rows_are_those_of_each_and_come_piece_by_piece(
+    base: Any, adapters: dict[int, Files], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from sisa.model import answer, prefill
+    from sisa.model.route import Route, all_of
+
+    answerer = answer.Answerer(base.directory, base.digest, adapters, threads=1)
+    routes = [all_of((0, 2, 5)), Route(), all_of((2,)), all_of((0, 5))]
+    ids = torch.tensor([IDS, IDS[::-1], [*IDS[3:], *IDS[:3]], [7] * len(IDS)])
+    mask = torch.ones_like(ids)
+    mask[3, :2] = 0
+    whole = answerer.logprobs(routes, input_ids=ids, attention_mask=mask, use_cache=False)
+    asked: list[int] = []
+    forward = answerer.model.forward
+
+    def counting(*args: Any, **inputs: Any) -> Any:
+        output = forward(*args, **inputs)
+        asked.append(len(output.logits))
+        return output
+
+    monkeypatch.setattr(answerer.model, "forward", counting)
+    monkeypatch.setattr(prefill, "POSITIONS", 3 * len(IDS))
+    parts = answerer.logprobs(routes, input_ids=ids, attention_mask=mask, use_cache=False)
+    assert asked == [3, 2, 2]
+    assert close(whole, parts)
+    alone = [answerer.logprobs([r], input_ids=ids[q : q + 1]) for q, r in enumerate(routes[:3])]
+    assert close(whole[:3], torch.cat(alone))
