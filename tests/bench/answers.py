@@ -8,8 +8,10 @@
 
 8 shards are asked by each of 1, 4 and 16 requests, with adapters (rank 8, all linear modules) in all
 layers and in the top third; then routes of one and of two shards are held against one ordinary adapter
-in peft. Prefill reads the prompts, decode gives all of them the next tokens. Each measure is the median
-of several, taken in turns, on one thread; what is told are ratios. The logits of all ways are compared.
+in peft: all requests to the same shard, and each to other ones. Prefill reads prompts of 48 tokens,
+decode gives all of them the next one, an answer is a prefill and ANSWER_TOKENS decodes. Each measure is
+the median of several, taken in turns, on one thread; what is told are ratios. The logits of all ways are
+compared.
 
 Not covered: embedding and looking up the prompt (`lookup.py`), tokenizing.
 """
@@ -34,6 +36,8 @@ from sisa.model.prefill import prefill
 from sisa.model.stacked import Stacked
 
 NUM_SHARDS, RANK, PROMPT_TOKENS, STEPS, TURNS = 8, 8, 48, 8, 5
+ANSWER_TOKENS = 32
+PARTS = ("prefill", "decode", "answer")
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 Way = Callable[[torch.Tensor, Any], tuple[torch.Tensor, Any]]
 
@@ -95,9 +99,11 @@ def mixed(model: Any, shards: Sequence[int]) -> Way:
     return way
 
 
-def ours(base: Any, stack: Stacked, shards: Sequence[int]) -> Way:
+def ours(base: Any, stack: Stacked, route: Callable[[int], Sequence[int]]) -> Way:
+    """`route` tells the shards that answer a request, by its number."""
+
     def way(ids: torch.Tensor, cache: Any) -> tuple[torch.Tensor, Any]:
-        routes = [list(shards)] * len(ids)
+        routes = [route(number) for number in range(len(ids))]
         if cache is None:
             return prefill(base, stack, routes, ids, torch.ones_like(ids))
         with stack.asking(routes):
@@ -106,11 +112,19 @@ def ours(base: Any, stack: Stacked, shards: Sequence[int]) -> Way:
     return way
 
 
+def spread(top_k: int) -> Callable[[int], Sequence[int]]:
+    """Each request to other shards than the one before."""
+    return lambda number: [(number * top_k + k) % NUM_SHARDS for k in range(top_k)]
+
+
 def timed(ways: dict[str, Way], num_requests: int, vocab: int) -> dict[str, Any]:
-    """Median seconds of each way, and the largest difference of logits from the loop's."""
+    """Median seconds of each way, and the largest difference of its logits from the first's, of those
+    that give as many."""
     drawn = torch.Generator().manual_seed(num_requests)
     ids = torch.randint(1000, vocab, (num_requests, PROMPT_TOKENS + STEPS), generator=drawn)
-    seconds: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "decode": []} for name in ways}
+    seconds: dict[str, dict[str, list[float]]] = {
+        name: {part: [] for part in PARTS[:2]} for name in ways
+    }
     last: dict[str, torch.Tensor] = {}
     with torch.inference_mode():
         for _ in range(TURNS):
@@ -123,14 +137,19 @@ def timed(ways: dict[str, Way], num_requests: int, vocab: int) -> dict[str, Any]
                     last[name], cache = way(ids[:, at : at + 1], cache)
                 seconds[name]["decode"].append((time.perf_counter() - began) / STEPS)
     first = last[next(iter(ways))]
+    medians = {
+        name: {part: median(each) for part, each in parts.items()} for name, parts in seconds.items()
+    }
+    for each in medians.values():
+        each["answer"] = each["prefill"] + ANSWER_TOKENS * each["decode"]
     return {
         "requests": num_requests,
-        **{
-            f"{name}_{part}_s": median(each)
-            for name, parts in seconds.items()
-            for part, each in parts.items()
+        **{f"{name}_{part}_s": each for name, parts in medians.items() for part, each in parts.items()},
+        "largest_difference": {
+            name: float((each - first).abs().max())
+            for name, each in last.items()
+            if each.shape == first.shape and each is not first
         },
-        "largest_difference": max(float((each - first).abs().max()) for each in last.values()),
     }
 
 
@@ -145,32 +164,38 @@ def measured(base: BaseFiles, layers: Sequence[int], sizes: Sequence[int]) -> di
         ways = {
             "loop": loop(model, everybody),
             "mixed": mixed(model, everybody),
-            "ours": ours(plain, stack, everybody),
+            "ours": ours(plain, stack, lambda _: everybody),
         }
         row = timed(ways, size, vocab)
-        for part in ("prefill", "decode"):
+        for part in PARTS:
             row[f"loop_over_ours_{part}"] = row[f"loop_{part}_s"] / row[f"ours_{part}_s"]
             best = min(row[f"loop_{part}_s"], row[f"mixed_{part}_s"])
             row[f"faster_of_both_over_ours_{part}"] = best / row[f"ours_{part}_s"]
         rows.append(row)
         print(json.dumps(row), flush=True)
-    routed = []
+    return {"layers": len(layers), "all_shards": rows, "routed": routed(model, plain, stack, sizes)}
+
+
+def routed(model: Any, plain: Any, stack: Stacked, sizes: Sequence[int]) -> list[dict[str, Any]]:
+    """Routes of one and of two shards over one ordinary adapter."""
+    found = []
     for size in sizes:
-        ways = {"one_adapter": loop(model, [0])}
-        ways |= {f"top_{k}": ours(plain, stack, range(k)) for k in (1, 2)}
-        row = timed({"one_adapter": ways["one_adapter"], "top_1": ways["top_1"]}, size, vocab)
-        two = timed({"one_adapter": ways["one_adapter"], "top_2": ways["top_2"]}, size, vocab)
-        told = {"requests": size, "largest_difference_top_1": row["largest_difference"]}
-        for part in ("prefill", "decode"):
-            told[f"top_1_over_one_adapter_{part}"] = (
-                row[f"top_1_{part}_s"] / row[f"one_adapter_{part}_s"]
-            )
-            told[f"top_2_over_one_adapter_{part}"] = (
-                two[f"top_2_{part}_s"] / two[f"one_adapter_{part}_s"]
-            )
-        routed.append(told)
+        ways = {
+            "one_adapter": loop(model, [0]),
+            "top_1_same": ours(plain, stack, lambda _: [0]),
+            "top_1_spread": ours(plain, stack, spread(1)),
+            "top_2_spread": ours(plain, stack, spread(2)),
+        }
+        row = timed(ways, size, int(plain.config.vocab_size))
+        told = {"requests": size, "largest_difference": row["largest_difference"]["top_1_same"]}
+        for part in PARTS:
+            for name in list(ways)[1:]:
+                told[f"{name}_over_one_adapter_{part}"] = (
+                    row[f"{name}_{part}_s"] / row[f"one_adapter_{part}_s"]
+                )
+        found.append(told)
         print(json.dumps(told), flush=True)
-    return {"layers": len(layers), "all_shards": rows, "routed": routed}
+    return found
 
 
 def main() -> None:
