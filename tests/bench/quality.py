@@ -148,7 +148,7 @@ class Work:
 
 def rates(shards: int) -> tuple[float, float]:
     """The learning rates that are tried; a large batch is given larger ones."""
-    return (1e-2, 3e-3) if shards == 1 else (3e-3, 1e-3)
+    return (1e-2, 3e-3) if shards <= 8 else (3e-3, 1e-3)
 
 
 def batch_of(shards: int) -> int:
