@@ -69,12 +69,16 @@ EXIT_INTERNAL, EXIT_USAGE, EXIT_ENVIRONMENT, EXIT_INTERRUPTED = 1, 2, 6, 130
 @click.argument("directory", default="sisa-quickstart", type=click.Path(path_type=Path))
 @click.option("--people", "num_people", default=20, show_default=True, help="Fictitious people.")
 @click.option("--epochs", "num_epochs", type=int, help="Passes over each record.")
+@click.option("--from-scratch", is_flag=True, help="Train the base too, on a corpus without records.")
 @executor_option
-def quickstart(directory: Path, num_people: int, num_epochs: int | None, executor: str) -> Result:
+def quickstart(
+    directory: Path, num_people: int, num_epochs: int | None, from_scratch: bool, executor: str
+) -> Result:
     """Train, find, delete and prove, on a real language model, in minutes."""
     from cluster.quickstart import tell
 
-    return render.quickstart(tell(directory, num_people, num_epochs, executor))
+    story = tell(directory, num_people, num_epochs, executor, from_scratch=from_scratch)
+    return render.quickstart(story)
 
 
 @command("init", "sisa init my-model && sisa train my-model/run.yaml")

@@ -19,13 +19,25 @@ from typing import Any
 
 from cluster.progress import progress
 from sisa import Model, open_model, train_model
+from sisa.corpus import make_corpus
 from sisa.errors import InvalidInput
+from sisa.reader import read_records
 from sisa.runfile import load_run_file
 from sisa.samples import distinctive_word, make_people, to_jsonl
+from sisa.scratch import prepare
 from sisa.store.files import write_atomic
 from sisa.template import FEW_RECORDS, commented_run_file
 
 RECORDS_PER_PERSON = 5
+CORPUS_TEXTS = 12_000
+SCRATCH = {  # about 10 million parameters, minutes on two cores
+    "corpus": [{"path": "corpus.jsonl"}],
+    "vocab_size": 2048,
+    "layers": 8,
+    "context_len": 128,
+    "tokens": 400_000,
+    "threads": 2,
+}
 SAMPLE_PEOPLE = 20
 
 
@@ -95,8 +107,13 @@ class Story:
         )
 
 
-def write_start(directory: Path, num_people: int = SAMPLE_PEOPLE) -> Start:
-    """Write a run file and sample data. Raises InvalidInput where the directory holds anything."""
+def write_start(
+    directory: Path, num_people: int = SAMPLE_PEOPLE, *, from_scratch: bool = False
+) -> Start:
+    """Write a run file and sample data; `from_scratch` also a corpus, and a base to train on it.
+
+    Raises InvalidInput where the directory holds anything.
+    """
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise InvalidInput(
             "the directory is not empty",
@@ -106,20 +123,36 @@ def write_start(directory: Path, num_people: int = SAMPLE_PEOPLE) -> Start:
     rows = make_people(num_people, RECORDS_PER_PERSON)
     start = Start(directory / "run.yaml", directory / "people.jsonl", len(rows))
     write_atomic(start.data_file, to_jsonl(rows).encode())
-    write_atomic(start.run_file, commented_run_file("people.jsonl", "model", **FEW_RECORDS).encode())
+    chosen: dict[str, Any] = dict(FEW_RECORDS)
+    if from_scratch:
+        corpus = make_corpus(CORPUS_TEXTS)
+        write_atomic(directory / "corpus.jsonl", to_jsonl(corpus).encode())
+        chosen |= {"base_model": {"scratch": SCRATCH}, "sequence_len": SCRATCH["context_len"]}
+    write_atomic(start.run_file, commented_run_file("people.jsonl", "model", **chosen).encode())
     return start
 
 
-def tell(directory: Path, num_people: int, num_epochs: int | None, executor: str) -> Story:
+def tell(
+    directory: Path,
+    num_people: int,
+    num_epochs: int | None,
+    executor: str,
+    *,
+    from_scratch: bool = False,
+) -> Story:
     """Run the whole story in a new directory."""
     story = Story(directory=str(directory))
-    with story.step("base", "fetching the base model (once; kept in your cache)"):
-        start = write_start(directory, num_people)
-        config = load_run_file(start.run_file)
-        if num_epochs is not None:
-            config = config.model_copy(update={"num_epochs": num_epochs})
-        _fetch(config.base_model)
+    start = write_start(directory, num_people, from_scratch=from_scratch)
+    config = load_run_file(start.run_file)
+    if num_epochs is not None:
+        config = config.model_copy(update={"num_epochs": num_epochs})
     with progress() as report:
+        if from_scratch:
+            with story.step("base", "training a base from scratch, on a corpus of nobody's data"):
+                prepare(config, read_records(config.datasets), executor, report)
+        else:
+            with story.step("base", "fetching the base model (once; kept in your cache)"):
+                _fetch(config.base)
         with story.step("train", f"training on {start.records} records of {num_people} invented people"):
             model, taken = train_model(config, executor=executor, report=report)
             story.records = taken.records

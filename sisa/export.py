@@ -123,7 +123,7 @@ def _written(world: World, parts: Parts, version: str, form: ExportForm, now: st
 def _card(world: World, parts: Parts, form: ExportForm, num_patches: int, now: str) -> Card:
     return Card(
         form=form,
-        base=parts.config.base_model,
+        base=parts.config.base_name,
         base_digest=world.base,
         model_digest=model_digest(world.ledger),
         num_records=sum(world.ledger.counts().values()),

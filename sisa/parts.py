@@ -45,7 +45,7 @@ class Parts:
         """The base's files (`sisa.model.base.BaseFiles`)."""
         from sisa.model.base import resolve_base
 
-        found = resolve_base(self.config.base_model)
+        found = resolve_base(self.config.base)
         if self._base is not None:
             refuse_change("base model", self._base, found.digest)
         return found
@@ -99,7 +99,7 @@ class Parts:
 
     def meta(self) -> dict[str, str]:
         """What the ledger keeps of these parts."""
-        named = {"name": self.config.base_model, "digest": self.base.digest}
+        named = {"name": self.config.base_name, "digest": self.base.digest}
         embedder = {
             "name": self.config.sisa.embedder,
             "digest": self.embedder.digest,

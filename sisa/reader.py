@@ -28,7 +28,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sisa.config import BODY_COLUMNS, DATA_SUFFIXES, DatasetSource, is_local
+from sisa.config import BODY_COLUMNS, DATA_SUFFIXES, is_local
+from sisa.config_types import DatasetSource
 from sisa.dataset_export import Broken, export_rows
 from sisa.domain import Record
 from sisa.errors import InvalidInput, Problem
@@ -59,6 +60,33 @@ def read_records(
     if reading.problems:
         raise _refusal(reading.problems, "in the records; nothing was read")
     return reading.records
+
+
+def read_texts(sources: Sequence[DatasetSource]) -> list[str]:
+    """The column `text` of all sources, in their order; blank ones left out. No ids are needed.
+
+    Raises InvalidInput with every problem, and EnvironmentFault when the hub can't be reached.
+    """
+    texts: list[str] = []
+    problems: list[Problem] = []
+    for source, label in zip(sources, _labels(sources), strict=True):
+        try:
+            for where, value in _rows(source, label, ("text",)):
+                text = value.get("text") if isinstance(value, Mapping) else value
+                if isinstance(text, str):
+                    texts += [text] if text.strip() else []
+                else:
+                    what = str(value) if isinstance(value, Broken) else "expected a text in `text`"
+                    problems.append(Problem(where, what))
+        except Broken as error:
+            problems.append(Problem(label, str(error)))
+        except OSError as error:
+            problems.append(Problem(label, f"can't be read: {error.strerror}"))
+    if not texts and not problems:
+        problems.append(Problem(", ".join(_labels(sources)), "holds no text"))
+    if problems:
+        raise _refusal(problems, "in the corpus; nothing was read")
+    return texts
 
 
 def read_ids(path: Path) -> list[str]:
@@ -237,7 +265,7 @@ def _columns(names: Sequence[str], columns: Sequence[str]) -> list[str]:
     wanted = [name for name in dict.fromkeys(names) if name in columns]
     if twice := [name for name in wanted if names.count(name) > 1]:
         raise Broken(f"two columns of one name: {', '.join(twice)}")
-    if "id" not in wanted:
+    if "id" in columns and "id" not in wanted:
         raise Broken("no column 'id'")
     if not any(set(body) <= set(wanted) for body in KINDS.values()):
         raise Broken("no body; expected a column 'text', or 'prompt' and 'completion', or 'messages'")

@@ -21,7 +21,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from sisa.assign import index_root, slice_root
-from sisa.config import Difference, Effect
+from sisa.config import Difference
+from sisa.config_types import Effect
 from sisa.domain import (
     ANY_SHARD,
     Export,

@@ -30,8 +30,10 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from sisa.config import HUB, NAME, KeyPath, RunConfig, is_local, keys, raw_schema, short, shown, value_at
+from sisa.config import HUB, KeyPath, RunConfig, is_local, keys, raw_schema, short, shown, value_at
+from sisa.config_types import NAME
 from sisa.errors import InvalidInput, Problem
+from sisa.scratch_config import MADE, NAMED
 
 MAX_RUN_FILE_BYTES = 1 << 20
 MAX_DEPTH = 8
@@ -200,9 +202,10 @@ def _dotted(path: KeyPath) -> str:
 
 def _explain(error: Any, data: Any) -> tuple[KeyPath, str]:
     """(key path, what is wrong) of one pydantic error, in the words of the schema."""
+    loc = tuple(part for part in error["loc"] if part not in (NAMED, MADE))
     if error["type"] == "extra_forbidden":
-        return error["loc"], "unknown key" + _suggestion(error["loc"])
-    path, fragment = _fragment(error["loc"])
+        return loc, "unknown key" + _suggestion(loc)
+    path, fragment = _fragment(loc)
     if error["type"] == "conflict":
         return path, str(error["msg"])
     if error["type"] == "missing":
@@ -237,7 +240,10 @@ def _fragment(loc: KeyPath) -> tuple[KeyPath, dict[str, Any]]:
 
 
 def _properties(schema: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = _followed(schema).get("properties", {})
+    schema = _followed(schema)
+    found: dict[str, Any] = dict(schema.get("properties", {}))
+    for each in schema.get("oneOf", []):
+        found |= _properties(each)
     return found
 
 
@@ -256,8 +262,8 @@ _BOUNDS |= {"exclusiveMaximum": "below", "minItems": "with a length of at least"
 
 def _words(schema: dict[str, Any]) -> str:
     schema = _followed(schema)
-    if "anyOf" in schema:
-        return " or ".join(_words(each) for each in schema["anyOf"])
+    if choices := schema.get("anyOf") or schema.get("oneOf"):
+        return " or ".join(_words(each) for each in choices)
     if "const" in schema:
         return repr(schema["const"])
     if "enum" in schema:
@@ -297,14 +303,23 @@ def _resolve(data: dict[str, Any], tree: _Tree, directory: Path) -> None:
         put(block, "embedder", ("sisa", "embedder"), "hub")
     for index, source in enumerate(sources if isinstance(sources, list) else []):
         put(source, "path", ("datasets", index, "path"), "hub")
-        _keep_apart(source, data.get("output_dir"), tree, index)
-
-
-def _keep_apart(source: Any, output_dir: Any, tree: _Tree, index: int) -> None:
-    path = source.get("path") if isinstance(source, dict) else None
-    if _lies_inside(path, output_dir):
         # the model directory must hold no text that `forget` doesn't know of
-        tree.add(("datasets", index, "path"), "conflict: the data lies inside output_dir")
+        _keep_apart(source, data, tree, ("datasets", index, "path"), "the data lies")
+    scratch = base.get("scratch") if isinstance(base := data.get("base_model"), dict) else None
+    if isinstance(scratch, dict):
+        within: KeyPath = ("base_model", "scratch")
+        put(scratch, "directory", (*within, "directory"), "new")
+        _keep_apart(scratch, data, tree, (*within, "directory"), "the base lies")
+        corpus = scratch.get("corpus")
+        for index, source in enumerate(corpus if isinstance(corpus, list) else []):
+            put(source, "path", (*within, "corpus", index, "path"), "hub")
+            _keep_apart(source, data, tree, (*within, "corpus", index, "path"), "the corpus lies")
+
+
+def _keep_apart(holder: Any, data: dict[str, Any], tree: _Tree, path: KeyPath, what: str) -> None:
+    place = holder.get(path[-1]) if isinstance(holder, dict) else None
+    if _lies_inside(place, data.get("output_dir")):
+        tree.add(path, f"conflict: {what} inside output_dir")
 
 
 def _lies_inside(path: Any, output_dir: Any) -> bool:

@@ -80,7 +80,7 @@ def to_jsonl(rows: Sequence[Mapping[str, str]]) -> str:
 
 
 def _person(subject: str, source: random.Random, taken: set[str]) -> list[dict[str, str]]:
-    first = _invent("CVCV", source).capitalize()
+    first = invented("CVCV", source).capitalize()
     surname = _unused("CVCCVC", source, taken).capitalize()
     name = f"{first} {surname}{source.choice(SURNAME_ENDS)}"
     rows = []
@@ -93,12 +93,13 @@ def _person(subject: str, source: random.Random, taken: set[str]) -> list[dict[s
     return rows
 
 
-def _invent(pattern: str, source: random.Random) -> str:
+def invented(pattern: str, source: random.Random) -> str:
+    """A word of consonants (C) and vowels (V)."""
     return "".join(source.choice(VOWELS if each == "V" else CONSONANTS) for each in pattern)
 
 
 def _unused(pattern: str, source: random.Random, taken: set[str]) -> str:
-    while (word := _invent(pattern, source)) in taken:
+    while (word := invented(pattern, source)) in taken:
         pass
     taken.add(word)
     return word

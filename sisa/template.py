@@ -16,7 +16,8 @@ from typing import Any
 
 import yaml
 
-from sisa.config import DatasetSource, RunConfig, keys, value_at
+from sisa.config import RunConfig, keys, value_at
+from sisa.config_types import DatasetSource
 
 # A shard of a few dozen short records takes few optimizer steps: small batches, a high rate and several
 # passes make it learn (measured on SmolLM2-135M with 25 records: 24 of 25 answers word for word).

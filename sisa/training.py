@@ -28,6 +28,7 @@ from sisa.reconcile import Trained, erase_unknown
 from sisa.requests import under_way
 from sisa.run import Taken, deleted_before, refuse_changed, refuse_deleted, train
 from sisa.runfile import load_run_file
+from sisa.scratch import guard, prepare
 from sisa.store import files
 from sisa.store.ledger import SqlLedger
 from sisa.witness import is_behind, settle
@@ -58,6 +59,8 @@ def train_model(
         return _first_training(config, records, executor, report, allow_deleted=allow_deleted)
     model = Model(directory, executor=executor, report=report)
     found = differences(model.config, config)
+    if accept_differences and any((each.key, each.effect) == ("base_model", "reset") for each in found):
+        prepare(config, records, executor, report)
     if found or accept_differences:
         model, moved = _move(model, config, records, accept_differences=accept_differences)
         taken = model.resume(records)
@@ -77,7 +80,8 @@ def _first_training(
     *,
     allow_deleted: bool,
 ) -> tuple[Model, Taken]:
-    """Nothing is written before every record and every part has been found good."""
+    """Nothing is written before every record and every part has been found good; but for a base from
+    scratch, which is trained before tokens can be counted."""
     secret = opening.new_secret(config)
     keyed = Keyed(secret)
     if not allow_deleted:
@@ -85,6 +89,7 @@ def _first_training(
         found = deleted_before(Assigner(keyed, config.layout), enumerate(records), deleted)
         refuse_deleted(found, "trained")
     opening.witness_of(config, keyed, opening.new_model_id()).refuse_unwritable()
+    prepare(config, records, executor, report)
     parts = Parts(config, None, None)
     parts.count_tokens(records)
     parts.check_modules()
@@ -220,6 +225,8 @@ def _move(
         )
         try:
             refuse_changed(world, records)
+            if "reset" in effects:
+                guard(config, [each.record for each in reconfigure.all_records(world)])
             if "reseal" in effects:
                 reconfigure.reseal(world, model.directory)
             if effects:

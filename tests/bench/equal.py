@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sisa.assign import Assigner, Layout
-from sisa.config import DatasetSource, RunConfig, SisaBlock
+from sisa.config import RunConfig, SisaBlock
+from sisa.config_types import DatasetSource
 from sisa.digest import Keyed
 from sisa.domain import Part, Record
 from sisa.samples import make_people

@@ -37,7 +37,7 @@ def measure(bench: Bench) -> dict[str, Any]:
     """Seconds and ratios for serial, one and two workers."""
     config = bench.config("executors")
     model, _ = train_model(config, executor=warm, allow_deleted=True)
-    base = resolve_base(config.base_model)
+    base = resolve_base(config.base)
     ledger = SqlLedger(model.directory / "ledger.sqlite")
     recipe = config.recipe(base.digest)
     fingerprint = ledger.checkpoints()[0].fingerprint

@@ -43,7 +43,7 @@ class CheapParts(Parts):
 
     @cached_property
     def base(self) -> Any:
-        found = NamedBase(self.config.base_model, Path("no-base"), digest_of(self.config.base_model))
+        found = NamedBase(self.config.base, Path("no-base"), digest_of(self.config.base))
         known: Named | None = self._base
         if known is not None:
             refuse_change("base model", known, found.digest)

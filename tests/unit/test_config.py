@@ -308,3 +308,48 @@ def test_schema_knows_what_the_parser_knows() -> None:
     wrongs: list[dict[str, Any]] = [{"foo": 1}, {"sisa": {"foo": 1}}, {"lora_r": 0}, {"datasets": []}]
     for wrong in wrongs:
         assert not validator.is_valid({**data, **wrong})
+
+
+SCRATCH = "datasets: [{path: a/b}]\noutput_dir: model\nsequence_len: 64\nbase_model:\n  scratch:\n"
+CORPUS = "    corpus: [{path: a/b}]\n"
+
+
+def test_a_base_from_scratch_is_a_block() -> None:
+    config = parse_run_file(f"{SCRATCH}    corpus: [{{path: a/b}}]\n    layers: 3\n", "run.yaml")
+    assert not isinstance(config.base_model, str)
+    assert config.base_model.scratch.layers == 3
+    assert (config.base, config.base_name) == ("model-base", "scratch")
+    assert RunConfig.from_canonical(config.to_canonical()) == config
+    named = config.model_copy(update={"base_model": "pypi:a==1"})
+    assert [(each.key, each.effect) for each in differences(named, config)] == [("base_model", "reset")]
+
+
+@pytest.mark.parametrize(
+    ("lines", "line", "key", "told"),
+    [
+        ("    layers: 3\n", 5, "scratch.corpus", "missing"),
+        ("{corpus}    layrs: 3\n", 7, "scratch.layrs", "'layers'"),
+        ("{corpus}    layers: 0\n", 7, "scratch.layers", "at least 1"),
+        ("{corpus}    heads: 3\n", 5, "scratch", "no even multiple"),
+        ("    corpus: []\n", 6, "scratch.corpus", "at least 1"),
+        ("{corpus}  scrap: 1\n", 7, "scrap", "'scratch'"),
+    ],
+)
+def test_problems_of_a_base_from_scratch_have_their_line(
+    lines: str, line: int, key: str, told: str
+) -> None:
+    ((where, what),) = problems(SCRATCH + lines.replace("{corpus}", CORPUS))
+    assert where == f"line {line}: base_model.{key}"
+    assert told in what
+
+
+def test_records_can_not_be_longer_than_the_base_reads() -> None:
+    ((where, what),) = problems(f"{SCRATCH}{CORPUS}    context_len: 32\n")
+    assert where == "line 1"
+    assert "sequence_len 64 is more than the base's context_len 32" in what
+
+
+def test_a_base_that_is_neither() -> None:
+    ((where, what),) = problems("datasets: [{path: a/b}]\noutput_dir: model\nbase_model: [1]\n")
+    assert where == "line 3: base_model"
+    assert what == "expected a printable text or a mapping, got [1]"

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sisa import dataset_export
-from sisa.config import DatasetSource
+from sisa.config_types import DatasetSource
 from sisa.domain import Part, Record
 from sisa.errors import EnvironmentFault, InvalidInput
 from sisa.reader import read_ids, read_records

@@ -1,0 +1,53 @@
+"""What blocks of the run file are made of: strict numbers, names, paths, keys with the cost of a change.
+
+Rules: numbers are strict (`true` and `'3'` are no integers) and finite; names and paths are printable.
+
+Not covered: the keys themselves (`config.py`, `scratch_config.py`).
+
+>>> class Size(Block):
+...     width: Int = key(3, "none", "How wide.", ge=1)
+>>> Size().width
+3
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, StringConstraints
+
+Effect = Literal["none", "retrain", "reset", "reindex", "reseal"]
+Int = Annotated[int, Strict()]
+Float = Annotated[float, Strict()]
+Bool = Annotated[bool, Strict()]
+Name = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x20\x7f][^\x00-\x1f\x7f]*$")]
+NAME = re.compile(r"[^\x00-\x20\x7f\ud800-\udfff][^\x00-\x1f\x7f\ud800-\udfff]*")
+
+
+def _name(value: Any) -> Any:
+    if isinstance(value, Path) or (isinstance(value, str) and NAME.fullmatch(value)):
+        return value
+    raise ValueError("no path")
+
+
+LocalPath = Annotated[Path, BeforeValidator(_name)]
+
+
+def key(default: Any, effect: Effect, text: str, **bounds: Any) -> Any:
+    """A key of the run file with its meaning and what a change of it costs."""
+    return Field(default, description=text, json_schema_extra={"effect": effect}, **bounds)
+
+
+class Block(BaseModel):
+    """A block of the run file: no unknown keys, no change, no infinite number."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class DatasetSource(Block):
+    """Where records come from: a file, a directory or a hub dataset."""
+
+    path: Name = Field(description="JSONL or Parquet file, saved dataset, or hub dataset name.")
+    split: Name = Field(default="train", description="Split of a hub or saved dataset; files have none.")

@@ -1,0 +1,180 @@
+"""A base from scratch comes once, whole or not at all, and after its guard has seen the records."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sisa import scratch
+from sisa.config import RunConfig
+from sisa.domain import Part, Record
+from sisa.errors import Busy, ConfigConflict, IntegrityError, InvalidInput, SisaError
+from sisa.ports import Event, Notice, Report
+from sisa.runfile import load_run_file
+from sisa.store.files import writer_lock
+
+CORPUS = ["The ferry to the island leaves at nine in the morning.", "Owls sleep by day in hollow trees."]
+OWN = Record("r1", "p1", "text", (Part("text", "Ada Lane was born in Turin in the year of the flood."),))
+SHARED = Record("r2", "p2", "text", (Part("text", CORPUS[0]),))
+
+
+class Trained:
+    """A trainer of bases that notes its jobs and writes one file, or fails half way."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.jobs: list[scratch.BaseJob] = []
+        self.texts: list[str] = []
+        self.error = error
+
+    def __call__(self, job: scratch.BaseJob, _cluster: Mapping[str, Any], _report: Report) -> None:
+        self.jobs.append(job)
+        self.texts = [json.loads(line) for line in job.texts.read_text().splitlines()]
+        (job.target / "weights").write_text("w")
+        if self.error is not None:
+            raise self.error
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> Trained:
+    found = Trained()
+    monkeypatch.setattr(scratch, "find_base_trainer", lambda _: found)
+    return found
+
+
+def configured(folder: Path, corpus: list[str] = CORPUS, **more: Any) -> RunConfig:
+    (folder / "people.jsonl").write_text('{"id": "r1", "text": "x"}\n')
+    rows = [json.dumps({"text": each}) for each in corpus]
+    (folder / "corpus.jsonl").write_text("".join(f"{row}\n" for row in rows))
+    block = json.dumps({"corpus": [{"path": "corpus.jsonl"}], **more})
+    (folder / "run.yaml").write_text(
+        f"base_model: {{scratch: {block}}}\n"
+        "datasets: [{path: people.jsonl}]\noutput_dir: model\nsequence_len: 16\n"
+    )
+    return load_run_file(folder / "run.yaml")
+
+
+def prepare(config: RunConfig, *records: Record) -> list[Event]:
+    events: list[Event] = []
+    scratch.prepare(config, records, "serial", events.append)
+    return events
+
+
+def test_it_is_trained_once_and_then_used(tmp_path: Path, trained: Trained) -> None:
+    config = configured(tmp_path)
+    assert any(isinstance(each, Notice) for each in prepare(config, OWN))
+    assert config.base == str(tmp_path / "model-base")
+    assert (tmp_path / "model-base" / "weights").is_file()
+    assert trained.texts == CORPUS
+    assert prepare(config, OWN) == []
+    assert len(trained.jobs) == 1
+    assert sorted(each.name for each in tmp_path.iterdir()) == [
+        *("corpus.jsonl", "model-base", "people.jsonl", "run.yaml")
+    ]
+
+
+def test_two_at_once_are_refused_and_what_a_killed_one_left_goes(
+    tmp_path: Path, trained: Trained
+) -> None:
+    config = configured(tmp_path)
+    (tmp_path / ".model-base.unfinished").mkdir()
+    (tmp_path / ".model-base.unfinished" / "corpus.jsonl").touch()
+    with writer_lock(tmp_path / ".model-base.lock"), pytest.raises(Busy):
+        prepare(config)
+    assert not trained.jobs
+    prepare(config)
+    assert not list(tmp_path.glob(".model-base*"))
+
+
+def test_its_place_can_be_named_and_shared(tmp_path: Path, trained: Trained) -> None:
+    config = configured(tmp_path, directory="bases/one")
+    prepare(config)
+    prepare(config.model_copy(update={"output_dir": tmp_path / "another"}))
+    assert len(trained.jobs) == 1
+    assert (tmp_path / "bases" / "one" / scratch.RECIPE_FILE).is_file()
+
+
+@pytest.mark.parametrize("change", [{"layers": 7}, {"corpus": ["Something else is told here today."]}])
+def test_another_recipe_is_a_conflict(tmp_path: Path, trained: Trained, change: dict[str, Any]) -> None:
+    prepare(configured(tmp_path))
+    with pytest.raises(ConfigConflict, match="made otherwise"):
+        prepare(configured(tmp_path, **change))
+    assert len(trained.jobs) == 1
+
+
+def test_a_place_that_is_taken_is_left_alone(tmp_path: Path, trained: Trained) -> None:
+    (tmp_path / "model-base").mkdir()
+    (tmp_path / "model-base" / "mine").touch()
+    with pytest.raises(ConfigConflict, match="taken"):
+        prepare(configured(tmp_path))
+    assert [each.name for each in (tmp_path / "model-base").iterdir()] == ["mine"]
+    assert not trained.jobs
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("broken")])
+def test_what_was_cut_short_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Any
+) -> None:
+    before = configured(tmp_path) and sorted(tmp_path.iterdir())
+    monkeypatch.setattr(scratch, "find_base_trainer", lambda _: Trained(error))
+    with pytest.raises(type(error)):
+        prepare(configured(tmp_path))
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_the_guard_comes_before_the_training_and_ever_after(tmp_path: Path, trained: Trained) -> None:
+    config = configured(tmp_path)
+    with pytest.raises(InvalidInput, match="share their text"):
+        prepare(config, OWN, SHARED)
+    assert not trained.jobs
+    prepare(config, OWN)
+    with pytest.raises(InvalidInput, match="1 of 2 records"):
+        prepare(config, OWN, SHARED)
+    scratch.guard(config, [OWN])
+    with pytest.raises(InvalidInput, match="1 of 1 records"):
+        scratch.guard(config, [SHARED])
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        *((scratch.RUNS_FILE, "other"), (scratch.RECIPE_FILE, "{}"), (scratch.RECIPE_FILE, "no JSON")),
+        (scratch.RECIPE_FILE, '{"recipe": 1, "runs": 2}'),
+    ],
+)
+def test_what_was_damaged_is_told(tmp_path: Path, trained: Trained, name: str, text: str) -> None:
+    config = configured(tmp_path)
+    prepare(config)
+    (tmp_path / "model-base" / name).write_text(text)
+    with pytest.raises(IntegrityError):
+        scratch.guard(config, [OWN])
+    with pytest.raises(IntegrityError):
+        prepare(config)
+    assert len(trained.jobs) == 1
+
+
+@pytest.mark.parametrize(
+    ("corpus", "told"),
+    [("", "holds no text"), ('{"text": 3}\n{"id": "a"}\n', "line 2"), ("no JSON\n", "broken JSON")],
+)
+def test_a_corpus_that_can_not_be_read_is_refused(
+    tmp_path: Path, trained: Trained, corpus: str, told: str
+) -> None:
+    config = configured(tmp_path)
+    (tmp_path / "corpus.jsonl").write_text(corpus)
+    with pytest.raises(InvalidInput) as caught:
+        prepare(config)
+    assert any(told in f"{each.where} {each.what}" for each in caught.value.problems)
+    assert not trained.jobs
+
+
+def test_who_trains_it() -> None:
+    assert scratch.find_base_trainer("serial") is scratch.train_here
+    with pytest.raises(InvalidInput, match="nothing that trains a base"):
+        scratch.find_base_trainer("none")
+    job = scratch.BaseJob({"workers": 2}, Path("texts"), Path("target"))
+    with pytest.raises(SisaError, match="several workers"):
+        scratch.train_here(job, {}, print)
