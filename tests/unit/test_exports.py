@@ -40,7 +40,7 @@ from tests.unit import care_model
 
 NUM_RECORDS = 12
 PARTS: Any = SimpleNamespace(
-    base=SimpleNamespace(directory=Path("base")), config=SimpleNamespace(base_model="base")
+    base=SimpleNamespace(directory=Path("base")), config=SimpleNamespace(base_name="base")
 )
 
 
