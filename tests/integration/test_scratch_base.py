@@ -41,7 +41,7 @@ def run_file(folder: Path, **more: Any) -> Path:
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model over a base that was trained in this process."""
     folder = tmp_path_factory.mktemp("made")
-    sisa.train_model(run_file(folder), executor="serial")
+    sisa.train_model(run_file(folder), executor="serial", allow_deleted=True)
     return folder
 
 
