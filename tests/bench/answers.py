@@ -35,7 +35,7 @@ from sisa.model.low_rank import Factors
 from sisa.model.prefill import prefill
 from sisa.model.stacked import Stacked
 
-NUM_SHARDS, RANK, PROMPT_TOKENS, STEPS, TURNS = 8, 8, 48, 8, 5
+NUM_SHARDS, RANK, PROMPT_TOKENS, STEPS, TURNS = 8, 8, 48, 8, 3
 ANSWER_TOKENS = 32
 PARTS = ("prefill", "decode", "answer")
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
