@@ -81,6 +81,11 @@ class Work:
         read: Json = json.loads(file.read_text(encoding="utf-8"))
         return read
 
+    def known(self, name: str) -> Json | None:
+        """What was found under a name; None where nothing was."""
+        file = self.folder / "found" / f"{name}.json"
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
     def lines(self, name: str) -> list[Json]:
         text = (self.tofu / name).read_text(encoding="utf-8")
         return [json.loads(line) for line in text.splitlines()]
@@ -212,27 +217,45 @@ def asked(
 
 def chain(work: Work, shards: int) -> list[Json]:
     """All that is measured of one number of shards: before the deletion, its cost, and after it."""
-    tuning = {rate: trained(work, shards, rate)["tuning"] for rate in rates(shards)}
-    best = {way: max((tuning[rate][way], rate) for rate in rates(shards))[1] for way in ways(shards)}
+    for rate in rates(shards):
+        trained(work, shards, rate)
+    best = rates_of(work, shards)
 
     def measured(way: str, when: str) -> Json:
         name = f"{shards}-{best[way]:g}-{way}-{when}"
         return work.once(name, lambda: asked(work, shards, best[way], way, SCORED, GENERATED))
 
-    before = {way: measured(way, "before") for way in best}
-    cost = {rate: deleted(work, shards, rate) for rate in sorted(set(best.values()))}
+    for way in best:
+        measured(way, "before")
+    for rate in sorted(set(best.values())):
+        deleted(work, shards, rate)
+    for way in best:
+        measured(way, "after")
+    return found_of(work, shards)
+
+
+def rates_of(work: Work, shards: int) -> dict[str, float]:
+    """For each way of answering the learning rate at which it scores best."""
+    tuning = {rate: work.known(f"{shards}-{rate:g}-trained") for rate in rates(shards)}
+    scores = {rate: each["tuning"] for rate, each in tuning.items() if each is not None}
+    return {way: max((scores[rate][way], rate) for rate in scores)[1] for way in ways(shards) if scores}
+
+
+def found_of(work: Work, shards: int) -> list[Json]:
+    """Rows of what has been measured; null where a run was stopped."""
+    tuned = {f"{rate:g}": work.known(f"{shards}-{rate:g}-trained") for rate in rates(shards)}
     return [
         {
             "shards": shards,
             "answers": way if shards > 1 else "ordinary LoRA",
             "batch": batch_of(shards),
-            "learning_rate": best[way],
-            "tuning": {f"{rate:g}": tuning[rate][way] for rate in rates(shards)},
-            "before": before[way],
-            "after": measured(way, "after"),
-            "deletion": cost[best[way]],
+            "learning_rate": rate,
+            "tuning": {name: each and each["tuning"][way] for name, each in tuned.items()},
+            "before": work.known(f"{shards}-{rate:g}-{way}-before"),
+            "after": work.known(f"{shards}-{rate:g}-{way}-after"),
+            "deletion": work.known(f"{shards}-{rate:g}-deleted"),
         }
-        for way in best
+        for way, rate in rates_of(work, shards).items()
     ]
 
 
@@ -256,13 +279,14 @@ def deleted(work: Work, shards: int, rate: float) -> Json:
 
 
 def measure(work: Work, workers: int) -> Json:
-    """Everything, in as many processes."""
+    """Everything, in as many processes; with none, what has been found so far."""
     work.folder.mkdir(parents=True, exist_ok=True)
     work.records()
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        chains = [pool.submit(chain, work, shards) for shards in LONGEST_FIRST]
-        done = dict(zip(LONGEST_FIRST, (each.result() for each in chains), strict=True))
-        rows = [row for shards in SHARDS for row in done[shards]]
+    if workers:
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            for each in [pool.submit(chain, work, shards) for shards in LONGEST_FIRST]:
+                each.result()
+    rows = [row for shards in SHARDS for row in found_of(work, shards)]
     return {
         **here(BASE),
         "authors": len(AUTHORS),
@@ -283,8 +307,13 @@ def table(found: Json) -> Iterator[str]:
     yield "| shards | answers | " + " | ".join(f"{m}, {q}" for q, m in columns) + " |"
     yield "| --- | --- |" + " --- |" * len(columns)
     for row in found["rows"]:
-        cells = [f"{row['before'][q][m]:.3f} / {row['after'][q][m]:.3f}" for q, m in columns]
+        pairs = [[_shown(row[when], q, m) for when in ("before", "after")] for q, m in columns]
+        cells = [" / ".join(pair) for pair in pairs]
         yield f"| {row['shards']} | {row['answers']} | " + " | ".join(cells) + " |"
+
+
+def _shown(found: Json | None, questions: str, measure: str) -> str:
+    return "-" if found is None else f"{found[questions][measure]:.3f}"
 
 
 def main() -> None:
@@ -292,7 +321,7 @@ def main() -> None:
     parser.add_argument("--tofu", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=2, help="0: write what has been found")
     given = parser.parse_args()
     found = measure(Work(given.work.absolute(), given.tofu.absolute()), given.workers)
     print("\n".join(table(found)))
