@@ -120,10 +120,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tofu", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--shards", type=int, nargs="+", default=[each for each in SHARDS if each > 1])
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     work = Work(given.work.absolute(), given.tofu.absolute())
-    sharded = [each for each in SHARDS if each > 1]
+    sharded = given.shards
     found = {
         **here(BASE),
         "deleted_authors": len(DELETED),
