@@ -23,7 +23,7 @@ import ray
 from ray.exceptions import RayError
 
 from cluster.ray_session import connect
-from sisa.errors import EnvironmentFault, InvalidInput
+from sisa.errors import EnvironmentFault, InvalidInput, rebuilt
 from sisa.model.numerics import worker_environment
 from sisa.ports import Notice, Report
 from sisa.scratch import BaseJob
@@ -116,9 +116,7 @@ def _heard(mailbox: Any, run_id: str, report: Report) -> Iterator[None]:
 def _raise_refused(job: BaseJob) -> None:
     file = job.target / REFUSED
     if file.is_file():
-        told = json.loads(file.read_text())
-        places = {name: told[name] for name in ("where", "expected", "got", "next_step")}
-        raise InvalidInput(told["message"], **places)
+        raise rebuilt(InvalidInput, json.loads(file.read_text()))
 
 
 def _failed(job: BaseJob, error: Exception) -> EnvironmentFault:

@@ -72,7 +72,7 @@ class SisaError(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle whole, so that a worker's error arrives in the driver as it was raised."""
-        return _rebuild, (type(self), self.to_json())
+        return rebuilt, (type(self), self.to_json())
 
     def as_problems(self, where: str) -> tuple[Problem, ...]:
         """What is wrong, to be listed with other problems: its own, or itself as one; `where` stands in
@@ -92,7 +92,8 @@ class SisaError(Exception):
         }
 
 
-def _rebuild(kind: type[SisaError], fields: dict[str, Any]) -> SisaError:
+def rebuilt(kind: type[SisaError], fields: dict[str, Any]) -> SisaError:
+    """The error whose `to_json` this is."""
     return kind(
         fields["message"],
         where=fields["where"],

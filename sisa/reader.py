@@ -69,19 +69,17 @@ def read_texts(sources: Sequence[DatasetSource]) -> list[str]:
     """
     texts: list[str] = []
     problems: list[Problem] = []
+
+    def take(where: str, value: Any) -> None:
+        text = value.get("text") if isinstance(value, Mapping) else value
+        if isinstance(text, str):
+            texts.extend([text] if text.strip() else [])
+        else:
+            what = str(value) if isinstance(value, Broken) else "expected a text in `text`"
+            problems.append(Problem(where, what))
+
     for source, label in zip(sources, _labels(sources), strict=True):
-        try:
-            for where, value in _rows(source, label, ("text",)):
-                text = value.get("text") if isinstance(value, Mapping) else value
-                if isinstance(text, str):
-                    texts += [text] if text.strip() else []
-                else:
-                    what = str(value) if isinstance(value, Broken) else "expected a text in `text`"
-                    problems.append(Problem(where, what))
-        except Broken as error:
-            problems.append(Problem(label, str(error)))
-        except OSError as error:
-            problems.append(Problem(label, f"can't be read: {error.strerror}"))
+        problems += _read_each(_rows(source, label, ("text",)), label, take)[1]
     if not texts and not problems:
         problems.append(Problem(", ".join(_labels(sources)), "holds no text"))
     if problems:
@@ -139,19 +137,8 @@ class _Reading:
         self._first: dict[str, str] = {}
 
     def take_all(self, rows: Rows, label: str) -> None:
-        where = None
-        try:
-            for where, value in rows:
-                self._take(where, value)
-        except Broken as error:
-            self.problems.append(Problem(label, str(error)))
-        except OSError as error:
-            self.problems.append(
-                Problem(label, f"can't be read: {error.strerror or 'corrupt or truncated'}")
-            )
-        else:
-            if where is None:
-                self.problems.append(Problem(label, "holds no record"))
+        number, problems = _read_each(rows, label, self._take)
+        self.problems += problems or ([] if number else [Problem(label, "holds no record")])
 
     def _take(self, where: str, value: Any) -> None:
         if isinstance(value, Broken):
@@ -170,6 +157,20 @@ class _Reading:
         self.problems += [Problem(where, what) for what in problems]
         if not problems:
             self.records.append(record_of(value, self.group_by))
+
+
+def _read_each(rows: Rows, label: str, take: Callable[[str, Any], None]) -> tuple[int, list[Problem]]:
+    """Give all rows of a source to `take`: their number, and what is wrong with the whole source."""
+    number = 0
+    try:
+        for where, value in rows:
+            number += 1
+            take(where, value)
+    except Broken as error:
+        return number, [Problem(label, str(error))]
+    except OSError as error:
+        return number, [Problem(label, f"can't be read: {error.strerror or 'corrupt or truncated'}")]
+    return number, []
 
 
 def _rows(source: DatasetSource, label: str, columns: Sequence[str]) -> Rows:

@@ -72,7 +72,7 @@ def prepare(
     if (directory / RECIPE_FILE).is_file():
         held = _held(directory)
         _refuse_other(held["recipe"], recipe, directory)
-        refuse_shared(records, _held_runs(directory))
+        refuse_shared(records, _held_runs(directory, held))
         return
     if directory.exists():
         raise ConfigConflict(
@@ -90,7 +90,8 @@ def prepare(
 def guard(config: RunConfig, records: Sequence[Record]) -> None:
     """Raises InvalidInput for records that share their text with the corpus of the base."""
     if not isinstance(config.base_model, str):
-        refuse_shared(records, _held_runs(Path(config.base)))
+        directory = Path(config.base)
+        refuse_shared(records, _held_runs(directory, _held(directory)))
 
 
 def recipe_of(scratch: Scratch, texts: Sequence[str]) -> dict[str, Any]:
@@ -186,9 +187,9 @@ def _held(directory: Path) -> dict[str, Any]:
     raise _damaged(directory / RECIPE_FILE)
 
 
-def _held_runs(directory: Path) -> Runs:
-    path, sha256 = directory / RUNS_FILE, _held(directory)["runs"]
-    data = files.read_checked(path, sha256, "runs of the corpus", lambda sealed: sealed)
+def _held_runs(directory: Path, held: Mapping[str, Any]) -> Runs:
+    path = directory / RUNS_FILE
+    data = files.read_checked(path, held["runs"], "runs of the corpus", lambda sealed: sealed)
     return np.frombuffer(data, dtype="<u8").astype(np.uint64)
 
 

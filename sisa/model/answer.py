@@ -16,7 +16,7 @@ those that it gets alone by float rounding.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,25 +71,10 @@ class Answerer:
         self._refuse_unknown(routes)
         texts: list[str] = []
         with torch.inference_mode():
-            for rows in self._batches(routes):
-                chosen = [routes[at] for at in rows]
-                answers = self._continued([prompts[at] for at in rows], chosen, max_new_tokens)
+            for start, end in pieces([self._names(route) for route in routes], 1, MAX_ROWS):
+                answers = self._continued(prompts[start:end], routes[start:end], max_new_tokens)
                 texts += self.tokenizer.batch_decode(answers, skip_special_tokens=True)
         return texts
-
-    def _batches(self, routes: Sequence[Route]) -> Iterator[list[int]]:
-        """Places of requests that fit into a forward together; the base alone takes a row, too."""
-        batch: list[int] = []
-        num_rows = 0
-        for at, route in enumerate(routes):
-            more = max(1, len(self._names(route)))
-            if batch and num_rows + more > MAX_ROWS:
-                yield batch
-                batch, num_rows = [], 0
-            batch.append(at)
-            num_rows += more
-        if batch:
-            yield batch
 
     def _continued(
         self, prompts: Sequence[Sequence[int]], routes: Sequence[Route], max_new_tokens: int

@@ -34,7 +34,7 @@ def prefill(
     read = []
     for start, end in pieces(routes, ids_QT.shape[1]):
         mask = mask_QT[start:end]
-        with stack.asking(routes[start:end]):
+        with stack.asking(routes[start:end]) as rows:
             output = base(
                 input_ids=ids_QT[start:end],
                 attention_mask=mask,
@@ -42,7 +42,7 @@ def prefill(
                 use_cache=True,
                 logits_to_keep=1,
             )
-        read.append((output.logits[:, -1], output.past_key_values, rows_of(routes[start:end])))
+        read.append((output.logits[:, -1], output.past_key_values, rows))
     if len(read) == 1:
         return read[0][:2]
     order_P = _order(rows_of(routes), [rows for _, _, rows in read])
@@ -50,16 +50,22 @@ def prefill(
     return logits_PV, _joined([cache for _, cache, _ in read], order_P)
 
 
-def pieces(routes: Sequence[Sequence[int]], num_positions: int) -> Iterator[tuple[int, int]]:
-    """First and last-but-one request of each piece.
+def pieces(
+    routes: Sequence[Sequence[int]], num_positions: int, most: int | None = None
+) -> Iterator[tuple[int, int]]:
+    """Where each piece of the requests starts, and before which request it ends.
+
+    Rows have `num_positions` each, the base alone is a row, too. A piece has at most `most` positions in
+    all (None: `POSITIONS`), or one request.
 
     >>> list(pieces([[0, 1]] * 5, num_positions=300))
     [(0, 2), (2, 4), (4, 5)]
     """
+    most = POSITIONS if most is None else most
     start = held = 0
     for at, route in enumerate(routes):
         more = max(1, len(route)) * num_positions
-        if at > start and held + more > POSITIONS:
+        if at > start and held + more > most:
             yield start, at
             start, held = at, 0
         held += more

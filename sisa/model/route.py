@@ -73,8 +73,8 @@ def choose_route(hits: Sequence[Hit], how: Aggregation, live_shards: Collection[
         return all_of(live_shards)
     strengths = _strengths(hits, how.temperature, live_shards)
     chosen = tuple(sorted(strengths, key=lambda shard: (-strengths[shard], shard))[: how.top_k])
-    least = -math.inf if how.min_score in (None, "auto") else float(how.min_score)
-    if nearness(hits, how.temperature, live_shards) < least:
+    least = how.min_score if isinstance(how.min_score, float) else None
+    if least is not None and nearness(hits, how.temperature, live_shards) < least:
         return all_of(live_shards) if how.below == "mean_prob" else Route()
     total = sum(strengths[each] for each in chosen)
     return Route(chosen, tuple(strengths[each] / total for each in chosen))

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +42,9 @@ def train_base(
 
     logging.disable_progress_bar()
     pin_threads(recipe["threads"])
-    tokenizer = make_tokenizer(list(_read(texts)), recipe["vocab_size"])
-    rows = pack(tokenizer, _read(texts), recipe["context_len"])
+    corpus = [str(json.loads(line)) for line in texts.read_text(encoding="utf-8").splitlines()]
+    tokenizer = make_tokenizer(corpus, recipe["vocab_size"])
+    rows = pack(tokenizer, corpus, recipe["context_len"])
     tell(f"the corpus has {len(rows) * recipe['context_len']:,} tokens of its {len(tokenizer)} words")
     torch.manual_seed(recipe["seed"])
     model = LlamaForCausalLM(_config(recipe, tokenizer))
@@ -82,7 +83,7 @@ def make_tokenizer(texts: Sequence[str], vocab_size: int) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END, pad_token=END)
 
 
-def pack(tokenizer: Any, texts: Iterator[str], context_len: int) -> list[list[int]]:
+def pack(tokenizer: Any, texts: Sequence[str], context_len: int) -> list[list[int]]:
     """Rows of exactly `context_len` ids; the rest that fills none is left out. Raises InvalidInput."""
     ids: list[int] = []
     for text in texts:
@@ -113,12 +114,6 @@ class _Rows(torch.utils.data.Dataset[list[int]]):
 def _collated(rows: list[list[int]]) -> dict[str, torch.Tensor]:
     ids = torch.tensor(rows)
     return {"input_ids": ids, "labels": ids}
-
-
-def _read(texts: Path) -> Iterator[str]:
-    with texts.open(encoding="utf-8") as file:
-        for line in file:
-            yield str(json.loads(line))
 
 
 def _config(recipe: Mapping[str, Any], tokenizer: Any) -> Any:

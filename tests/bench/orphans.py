@@ -36,7 +36,7 @@ from tests.bench.quality import (
     Json,
     Work,
     rates,
-    trained,
+    rates_of,
 )
 
 WORD = re.compile(r"[A-Z][\w'-]{3,}")
@@ -77,8 +77,7 @@ def measured(work: Work, shards: int) -> Json:
     """Shares by `min_score`, at the learning rate of the routed answers."""
     from sisa.training import train_model
 
-    tuning = {rate: trained(work, shards, rate)["tuning"]["routed"] for rate in rates(shards)}
-    rate = max(tuning, key=lambda each: tuning[each])
+    rate = rates_of(work, shards)["routed"]
     words = words_of_survivors(work.lines("full.jsonl"), AUTHORS)
     found: Json = {"shards": shards, "learning_rate": rate}
     for name, least in WAYS.items():

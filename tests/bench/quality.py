@@ -70,16 +70,16 @@ class Work:
 
     def once(self, name: str, make: Callable[[], Json]) -> Json:
         """What `make` found, now or before."""
-        file = self.folder / "found" / f"{name}.json"
-        if not file.is_file():
+        found = self.known(name)
+        if found is None:
             found = make()
+            file = self.folder / "found" / f"{name}.json"
             file.parent.mkdir(parents=True, exist_ok=True)
             partial = file.with_suffix(".part")
             partial.write_text(json.dumps(found), encoding="utf-8")
             partial.replace(file)
             print(name, json.dumps(found), flush=True)
-        read: Json = json.loads(file.read_text(encoding="utf-8"))
-        return read
+        return found
 
     def known(self, name: str) -> Json | None:
         """What was found under a name; None where nothing was."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -30,11 +29,11 @@ SMALL = {
 }
 
 
-def run_file(folder: Path, **more: Any) -> Path:
+def run_file(folder: Path) -> Path:
     """A run file with a corpus beside it."""
     path = write_run(folder, Path("none"), sequence_len=128)
     (folder / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_corpus(300)))
-    return change_run(path, base_model={"scratch": {**SMALL, **more}})
+    return change_run(path, base_model={"scratch": SMALL})
 
 
 @pytest.fixture(scope="module")

@@ -211,6 +211,20 @@ def test_an_adapter_of_another_base_is_refused(base: Any, tmp_path: Path) -> Non
             Stacked(model, {1: read_change(foreign)})
 
 
+def rows_of_forwards(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The numbers of rows of a model's forwards from now on, as they come."""
+    found: list[int] = []
+    forward = model.forward
+
+    def counting(*args: Any, **inputs: Any) -> Any:
+        output = forward(*args, **inputs)
+        found.append(len(output.logits))
+        return output
+
+    monkeypatch.setattr(model, "forward", counting)
+    return found
+
+
 @pytest.mark.parametrize("shards", [(), (0,), (0, 2, 5)])
 def test_no_forward_asks_more_rows_than_are_allowed(
     base: Any,
@@ -223,15 +237,7 @@ def test_no_forward_asks_more_rows_than_are_allowed(
 
     monkeypatch.setattr(answer, "MAX_ROWS", 6)
     answerer = answer.Answerer(base.directory, base.digest, adapters, threads=1)
-    asked: list[int] = []
-    forward = answerer.model.forward
-
-    def counting(*args: Any, **inputs: Any) -> Any:
-        output = forward(*args, **inputs)
-        asked.append(len(output.logits))
-        return output
-
-    monkeypatch.setattr(answerer.model, "forward", counting)
+    asked = rows_of_forwards(answerer.model, monkeypatch)
     prompts = [IDS[at % 3 :] for at in range(10)]
     together = answerer.generate(prompts, [all_of(shards)] * 10, 1)
     assert max(asked) == 6
@@ -253,15 +259,7 @@ def test_scores_of_many_rows_are_those_of_each_and_come_piece_by_piece(
     mask = torch.ones_like(ids)
     mask[3, :2] = 0
     whole = answerer.logprobs(routes, input_ids=ids, attention_mask=mask, use_cache=False)
-    asked: list[int] = []
-    forward = answerer.model.forward
-
-    def counting(*args: Any, **inputs: Any) -> Any:
-        output = forward(*args, **inputs)
-        asked.append(len(output.logits))
-        return output
-
-    monkeypatch.setattr(answerer.model, "forward", counting)
+    asked = rows_of_forwards(answerer.model, monkeypatch)
     monkeypatch.setattr(prefill, "POSITIONS", 3 * len(IDS))
     parts = answerer.logprobs(routes, input_ids=ids, attention_mask=mask, use_cache=False)
     assert asked == [3, 2, 2]
