@@ -39,6 +39,7 @@ from approx.written import prompts_that_fit, write_retain_set
 from sisa.config import RunConfig
 from sisa.domain import Record
 from sisa.errors import InvalidInput, Problem
+from sisa.events import Notice, PatchProgress, Report
 from sisa.model.adapter import (
     ADAPTER_FILE,
     CONFIG_FILE,
@@ -56,7 +57,6 @@ from sisa.model.tokens import Tokens
 from sisa.opening import PATCHES
 from sisa.patch import WRITTEN, PatchJob
 from sisa.patch_ports import PatchMade, PatchOrder, PatchSite
-from sisa.ports import Notice, PatchProgress, Report
 from sisa.store import runs
 from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.vault import FileVault

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sisa.ports import Notice, Report
+from sisa.events import Notice, Report
 
 if TYPE_CHECKING:
     from approx.evaluated import PromptKind

@@ -78,9 +78,9 @@ def _competed(base: str, data: str, out: Path, threads: int, design: Any) -> Any
     from approx.leaderboard_held import HeldCells
     from approx.leaderboard_plan import compete
     from cluster.progress import progress
+    from sisa.events import Notice
     from sisa.model.base import resolve_base
     from sisa.model.numerics import pin_threads
-    from sisa.ports import Notice
     from sisa.store.files import disk_errors, writer_lock
 
     pin_threads(threads)

@@ -24,8 +24,8 @@ from cluster.shared_base import BaseManifest
 from sisa.config import RunConfig
 from sisa.domain import Record
 from sisa.errors import EnvironmentFault
+from sisa.events import Report
 from sisa.patch_ports import PatchMade, PatchOrder, PatchSite
-from sisa.ports import Report
 
 
 @dataclass(frozen=True, slots=True)

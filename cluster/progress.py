@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
-from sisa.ports import (
+from sisa.events import (
     Event,
     Notice,
     PatchProgress,

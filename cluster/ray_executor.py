@@ -27,7 +27,7 @@ from cluster.ray_worker import Carried, NeedsBase, OpenParts, Task, open_parts, 
 from cluster.shared_base import BaseManifest, list_base, read_blocks
 from sisa.domain import Chain
 from sisa.errors import InvalidInput, Problem
-from sisa.ports import Notice, Report
+from sisa.events import Notice, Report
 from sisa.serial import Site, order_chains
 
 T = TypeVar("T", bound=NeedsBase)

@@ -24,7 +24,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from sisa.errors import EnvironmentFault
-from sisa.ports import Event
+from sisa.events import Event
 
 CONNECT_S = 5.0
 OBJECT_STORE_BYTES = 100 * 2**20  # only results travel locally; Ray's minimum is 75 MiB

@@ -45,7 +45,7 @@ from ray.exceptions import (
 
 from cluster.ray_session import Session, alive_cpus
 from sisa.errors import EnvironmentFault, SisaError
-from sisa.ports import Event, Notice, Report, SliceTrained
+from sisa.events import Event, Notice, Report, SliceTrained
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -22,7 +22,8 @@ from cluster.ray_tasks import Unready
 from cluster.shared_base import BaseManifest, Block, holds_base, write_base
 from sisa.domain import Chain
 from sisa.errors import EnvironmentFault
-from sisa.ports import CheckpointStore, RecordStore, Report, Trainer
+from sisa.events import Report
+from sisa.ports import CheckpointStore, RecordStore, Trainer
 from sisa.serial import Site, train_chain
 
 Parts = tuple[Trainer, RecordStore, CheckpointStore]

@@ -24,8 +24,8 @@ from ray.exceptions import RayError
 
 from cluster.ray_session import connect
 from sisa.errors import EnvironmentFault, InvalidInput, rebuilt
+from sisa.events import Notice, Report
 from sisa.model.numerics import worker_environment
-from sisa.ports import Notice, Report
 from sisa.scratch import BaseJob
 
 POLL_S, ANSWER_S = 1.0, 10.0

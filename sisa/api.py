@@ -38,13 +38,13 @@ from sisa.domain import (
     Tombstone,
 )
 from sisa.errors import IntegrityError, InvalidInput
+from sisa.events import Event, Report
 from sisa.export import export_adapters
 from sisa.lifecycle import Terms
 from sisa.model.route import Route
 from sisa.opening import CHECKPOINTS, INDEX, KEY, LEDGER, LOCK, RECORDS, SCRATCH, OpenExecutor
 from sisa.outcome import ForgetOutcome, ForgetPlan, Status
 from sisa.parts import Parts
-from sisa.ports import Event, Report
 from sisa.reader import read_records
 from sisa.reconcile import reconcile
 from sisa.run import Taken, add, train

@@ -145,6 +145,16 @@ class SliceJob:
 
 
 @dataclass(frozen=True, slots=True)
+class SavedCheckpoint:
+    """What a store says of a checkpoint at rest."""
+
+    key: str
+    manifest_sha256: str
+    adapter_sha256: str
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class HeldCheckpoint:
     """A checkpoint that the ledger knows: where it belongs and what its bytes must be."""
 

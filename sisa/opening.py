@@ -36,12 +36,13 @@ from sisa.config import RunConfig
 from sisa.digest import KEY_BYTES, Keyed
 from sisa.domain import Probed, Record, Tombstone
 from sisa.errors import IntegrityError, InvalidInput
+from sisa.events import Report
 from sisa.model.numerics import fingerprint
 from sisa.parts import Named, Parts
 from sisa.patch import Patch, patched_digest
 from sisa.patch_plan import active
 from sisa.patch_ports import Patcher, PatchSite
-from sisa.ports import CheckpointStore, Executor, Keyring, Ledger, Probe, Report, Trainer
+from sisa.ports import CheckpointStore, Executor, Keyring, Ledger, Probe, Trainer
 from sisa.serial import SerialExecutor, Site
 from sisa.store import files
 from sisa.store.checkpoints import FileCheckpoints

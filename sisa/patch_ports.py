@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from sisa.domain import Record
+from sisa.domain import Record, SavedCheckpoint
+from sisa.events import Report
 from sisa.patch import Patch, PatchJob, VaultSet
-from sisa.ports import Keyring, Report, SavedCheckpoint
+from sisa.ports import Keyring
 
 
 class Vault(Protocol):

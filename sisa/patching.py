@@ -20,10 +20,11 @@ from typing import Any
 from sisa import vaulting
 from sisa.domain import Record, RecordRow, Request
 from sisa.errors import ConfigConflict, InvalidInput
+from sisa.events import Notice
 from sisa.patch import WRITTEN, Patch, PatchJob, VaultSet
 from sisa.patch_plan import activated, active, next_job, next_version, rederive, unmade, wanted
 from sisa.patch_ports import PatchOrder
-from sisa.ports import Change, Notice
+from sisa.ports import Change
 from sisa.reconcile import sweep_patches
 from sisa.vaulting import Put
 from sisa.world import World, commit

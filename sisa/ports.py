@@ -7,8 +7,8 @@ ones and `EnvironmentFault` for a disk or network that fails.
 
 Not covered: signatures; remote object stores.
 
->>> isinstance(SliceProgress(0, 1, 10, 40), SliceProgress)
-True
+>>> Change(dropped=["k"]).dropped
+['k']
 """
 
 from __future__ import annotations
@@ -32,81 +32,17 @@ from sisa.domain import (
     RecordRow,
     Request,
     RequestEvent,
+    SavedCheckpoint,
     SliceFile,
     SliceJob,
     Testimony,
     Tombstone,
     WitnessHead,
 )
+from sisa.events import Report
 from sisa.patch import Patch, PatchJob, VaultSet
 
 Vectors = NDArray[np.float32]  # [num_texts, dimension], rows of unit length
-
-
-@dataclass(frozen=True, slots=True)
-class TrainingStarted:
-    """Stages that will be trained: (shard, slice, record-epochs) each."""
-
-    stages: tuple[tuple[int, int, int], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class SliceStarted:
-    """A worker began a stage of `total_tokens` tokens."""
-
-    shard: int
-    slice: int
-    total_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class SliceProgress:
-    """Tokens done so far of a stage."""
-
-    shard: int
-    slice: int
-    tokens: int
-    total_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class SliceTrained:
-    """A stage's checkpoint rests in the store."""
-
-    job: SliceJob
-    saved: SavedCheckpoint
-    seconds: float
-    tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class PatchProgress:
-    """Steps done of a patch that is being made, and the loss before the last one."""
-
-    step: int
-    num_steps: int
-    loss: float
-
-
-@dataclass(frozen=True, slots=True)
-class Notice:
-    """A line for the person who waits, such as a retried worker."""
-
-    text: str
-
-
-Event = TrainingStarted | SliceStarted | SliceProgress | SliceTrained | PatchProgress | Notice
-Report = Callable[[Event], None]
-
-
-@dataclass(frozen=True, slots=True)
-class SavedCheckpoint:
-    """What a store says of a checkpoint at rest."""
-
-    key: str
-    manifest_sha256: str
-    adapter_sha256: str
-    num_bytes: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from sisa.domain import Probed, RecordRow, SliceFile
-from sisa.ports import Change, Notice, Probe
+from sisa.events import Notice
+from sisa.ports import Change, Probe
 from sisa.world import World, commit, stored_in
 
 

@@ -28,13 +28,15 @@ from sisa.domain import (
     HeldCheckpoint,
     Request,
     RequestState,
+    SavedCheckpoint,
     SliceFile,
     SliceJob,
     record_epochs,
 )
 from sisa.errors import IntegrityError, SisaError
+from sisa.events import Event, SliceTrained, TrainingStarted
 from sisa.plan import ShardPlan, plan_shard
-from sisa.ports import Change, Event, Ledger, SavedCheckpoint, SliceTrained, TrainingStarted
+from sisa.ports import Change, Ledger
 from sisa.requests import contradicted, event, under_way
 from sisa.stale_exports import erase_stale, missing
 from sisa.vaulting import settle

@@ -35,9 +35,10 @@ from sisa.domain import (
     record_epochs,
 )
 from sisa.errors import ConfigConflict, Problem
+from sisa.events import Notice
 from sisa.patch_plan import OVER
 from sisa.plan import ShardView, plan_shard
-from sisa.ports import Change, Ledger, Notice, StoredRecord
+from sisa.ports import Change, Ledger, StoredRecord
 from sisa.reconcile import Trained, train_unrecorded
 from sisa.store import keyring
 from sisa.world import ALWAYS_SEALED, Place, World, commit, known_names, over, view_shard

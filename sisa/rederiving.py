@@ -18,10 +18,11 @@ from dataclasses import dataclass, field, replace
 from sisa import vaulting
 from sisa.domain import Export, RecordRow
 from sisa.errors import SisaError
+from sisa.events import Notice
 from sisa.patch_plan import Rederived, lineage, rederive, wanted
 from sisa.patched_shards import shards_off
 from sisa.patching import make_wanted
-from sisa.ports import Change, Notice
+from sisa.ports import Change
 from sisa.vaulting import Put
 from sisa.world import World, commit, over
 

@@ -27,10 +27,11 @@ from sisa import opening
 from sisa.assign import index_root
 from sisa.doctor import Diagnosis, diagnose, diagnosis, surroundings
 from sisa.domain import Chain, Head, HeldCheckpoint, SliceJob
+from sisa.events import Event, SliceTrained
 from sisa.examine import Finding, examine
 from sisa.garbage import remove_garbage
 from sisa.plan import ShardPlan, plan_shard
-from sisa.ports import Change, Event, SliceTrained
+from sisa.ports import Change
 from sisa.reconcile import just_trained, reconcile, training_started
 from sisa.reconfigure import reseal
 from sisa.rederiving import give_up

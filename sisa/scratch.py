@@ -34,10 +34,10 @@ from sisa.config import RunConfig
 from sisa.digest import canonical_json, digest_of, sha256_hex
 from sisa.domain import Record
 from sisa.errors import ConfigConflict, IntegrityError, InvalidInput
+from sisa.events import Notice, Report
 from sisa.model.numerics import fingerprint
 from sisa.opening import OpenExecutor
 from sisa.overlap import Runs, refuse_shared, runs_of
-from sisa.ports import Notice, Report
 from sisa.reader import read_texts
 from sisa.scratch_config import PLACES, Scratch
 from sisa.store import files

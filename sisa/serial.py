@@ -21,18 +21,8 @@ from pathlib import Path
 
 from sisa.domain import Chain, SliceFile, SliceJob
 from sisa.errors import IntegrityError
-from sisa.ports import (
-    CheckpointStore,
-    Event,
-    Keyring,
-    RecordStore,
-    Report,
-    SliceProgress,
-    SliceStarted,
-    SliceTrained,
-    StoredRecord,
-    Trainer,
-)
+from sisa.events import Event, Report, SliceProgress, SliceStarted, SliceTrained
+from sisa.ports import CheckpointStore, Keyring, RecordStore, StoredRecord, Trainer
 from sisa.store.keyring import PLAIN
 
 PROGRESS_EVERY_S = 0.25

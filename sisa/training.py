@@ -19,10 +19,11 @@ from sisa.config import Difference, RunConfig, differences
 from sisa.digest import Keyed
 from sisa.domain import Record
 from sisa.errors import Busy, ConfigConflict, EnvironmentFault, IntegrityError, InvalidInput
+from sisa.events import Notice, Report
 from sisa.garbage import ROOMS
 from sisa.opening import CHECKPOINTS, KEY, LEDGER, LOCK, SCRATCH, VAULT, OpenExecutor
 from sisa.parts import Parts
-from sisa.ports import Change, Notice, Report
+from sisa.ports import Change
 from sisa.reader import read_records
 from sisa.reconcile import Trained, erase_unknown
 from sisa.requests import under_way

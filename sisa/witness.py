@@ -25,7 +25,8 @@ from typing import Literal
 from sisa.deletion import Arrival, commit_removed
 from sisa.domain import RecordRow, Request, Testimony, Tombstone
 from sisa.errors import IntegrityError
-from sisa.ports import Change, Notice
+from sisa.events import Notice
+from sisa.ports import Change
 from sisa.reconcile import erase_unknown, refuse_contradictions
 from sisa.requests import due_date, event
 from sisa.world import World

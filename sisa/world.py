@@ -15,6 +15,7 @@ from sisa.assign import Assigner, slice_root
 from sisa.digest import digest_of
 from sisa.domain import IndexFile, Record, RecordRow, SliceFile, SliceState
 from sisa.errors import IntegrityError
+from sisa.events import Report
 from sisa.patch import Patch, PatchMode
 from sisa.patch_plan import OVER, active, wanted
 from sisa.patch_ports import Patcher, Runs, Vault
@@ -29,7 +30,6 @@ from sisa.ports import (
     Probe,
     RecordIndex,
     RecordStore,
-    Report,
     StoredRecord,
     Vectors,
     Witness,

@@ -15,9 +15,10 @@ from typing import Any, Literal
 from sisa.digest import canonical_json, sha256_hex
 from sisa.domain import Record
 from sisa.errors import EnvironmentFault, IntegrityError, InvalidInput
+from sisa.events import Report
 from sisa.patch import VaultSet
 from sisa.patch_ports import PatchMade, PatchOrder, Vault
-from sisa.ports import CheckpointStore, Report
+from sisa.ports import CheckpointStore
 from sisa.store.vault import encode
 
 ADAPTER = "adapter_model.safetensors"

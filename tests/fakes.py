@@ -26,6 +26,7 @@ from sisa.domain import (
     IndexFile,
     Part,
     Record,
+    SavedCheckpoint,
     SliceFile,
     SliceJob,
     Testimony,
@@ -33,18 +34,10 @@ from sisa.domain import (
     WitnessHead,
 )
 from sisa.errors import IntegrityError
+from sisa.events import Report, SliceTrained
 from sisa.patch import PatchJob, PatchMode
 from sisa.plan import Recipe, Schedule
-from sisa.ports import (
-    CheckpointStore,
-    Executor,
-    Report,
-    SavedCheckpoint,
-    SliceTrained,
-    Standing,
-    StoredRecord,
-    Vectors,
-)
+from sisa.ports import CheckpointStore, Executor, Standing, StoredRecord, Vectors
 from sisa.serial import SerialExecutor
 from sisa.store.keyring import PLAIN
 from sisa.world import World

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from sisa.digest import canonical_json, digest_of, sha256_hex
-from sisa.domain import SliceJob
+from sisa.domain import SavedCheckpoint, SliceJob
 from sisa.errors import IntegrityError
 from sisa.patch import PatchJob
-from sisa.ports import Keyring, SavedCheckpoint
+from sisa.ports import Keyring
 from sisa.store import files
 from sisa.store.keyring import PLAIN
 

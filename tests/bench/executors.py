@@ -19,10 +19,11 @@ import psutil
 from cluster.ray_executor import RayExecutor
 from sisa import train_model
 from sisa.domain import Chain
+from sisa.events import Event
 from sisa.model.base import resolve_base
 from sisa.opening import open_serial
 from sisa.plan import jobs
-from sisa.ports import Event, Executor
+from sisa.ports import Executor
 from sisa.serial import Site
 from sisa.store.ledger import SqlLedger
 from tests.bench.deletion import warm

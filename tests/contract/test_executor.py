@@ -14,8 +14,9 @@ import pytest
 
 from sisa.domain import Chain, HeldCheckpoint, SliceFile, SliceJob
 from sisa.errors import IntegrityError
+from sisa.events import Event, SliceProgress, SliceStarted, SliceTrained
 from sisa.plan import jobs
-from sisa.ports import Event, SliceProgress, SliceStarted, SliceTrained, StoredRecord
+from sisa.ports import StoredRecord
 from sisa.serial import SerialExecutor, order_chains
 from tests.fakes import FakeCheckpoints, FakeRecords, FakeTrainer, fake_recipe, fake_record
 

@@ -14,12 +14,12 @@ from approx.patch_settings import Adapter, settings_of
 from approx.patching import PatchMaker
 from sisa.digest import digest_of
 from sisa.domain import Record
+from sisa.events import Event
 from sisa.model.base import base_digest
 from sisa.model.numerics import fingerprint
 from sisa.opening import PATCHES
 from sisa.patch import WRITTEN, Patch, PatchJob, VaultSet
 from sisa.patch_ports import PatchMade, PatchOrder, PatchSite
-from sisa.ports import Event
 from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.keyring import PLAIN, FileKeyring
 from sisa.store.vault import FileVault

@@ -17,7 +17,8 @@ from cluster import ray_session
 from cluster.ray_executor import open_executor
 from sisa.digest import sha256_hex
 from sisa.domain import Chain, Part, Record, SliceFile, SliceJob
-from sisa.ports import Event, Notice, SliceProgress, SliceTrained, StoredRecord
+from sisa.events import Event, Notice, SliceProgress, SliceTrained
+from sisa.ports import StoredRecord
 from sisa.serial import SerialExecutor, Site
 from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.records import FileRecords

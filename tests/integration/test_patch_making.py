@@ -15,10 +15,10 @@ from approx.patch_measures import LIMITS, measured
 from approx.written import PROMPTS, write_retain_set
 from sisa.domain import Part, Record
 from sisa.errors import IntegrityError, InvalidInput
+from sisa.events import Notice, PatchProgress
 from sisa.model.base import load_base, load_tokenizer
 from sisa.model.patched import load_patched
 from sisa.model.tokens import NO_LOSS, tokenize
-from sisa.ports import Notice, PatchProgress
 from sisa.store.keyring import is_sealed
 from sisa.store.runs import ROOM, FileRuns
 from tests.integration.patch_bench import (

@@ -30,18 +30,9 @@ from cluster.ray_session import Mailbox
 from sisa.digest import sha256_hex
 from sisa.domain import Chain, Part, Record, SliceFile, SliceJob
 from sisa.errors import EnvironmentFault, IntegrityError, InvalidInput, SisaError
+from sisa.events import Event, Notice, SliceProgress, SliceStarted, SliceTrained
 from sisa.model.numerics import fingerprint
-from sisa.ports import (
-    CheckpointStore,
-    Event,
-    Notice,
-    RecordStore,
-    SliceProgress,
-    SliceStarted,
-    SliceTrained,
-    StoredRecord,
-    Trainer,
-)
+from sisa.ports import CheckpointStore, RecordStore, StoredRecord, Trainer
 from sisa.serial import SerialExecutor, Site
 from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.records import FileRecords

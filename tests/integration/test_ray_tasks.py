@@ -15,7 +15,7 @@ import pytest
 from cluster.ray_session import connect, disconnect
 from cluster.ray_tasks import Placement, Unready, run_tasks
 from sisa.errors import EnvironmentFault
-from sisa.ports import Event, Notice, Report
+from sisa.events import Event, Notice, Report
 
 pytestmark = pytest.mark.ray
 

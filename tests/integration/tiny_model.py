@@ -23,8 +23,9 @@ import yaml
 import sisa
 from cluster.cli import run
 from sisa.domain import Chain
+from sisa.events import Event, Report, SliceTrained
 from sisa.opening import CHECKPOINTS, INDEX, RECORDS, OpenExecutor, open_serial
-from sisa.ports import Event, Executor, Report, SliceTrained
+from sisa.ports import Executor
 from sisa.run import Taken
 from sisa.samples import make_people, to_jsonl
 from sisa.serial import Site

@@ -25,7 +25,8 @@ from sisa.digest import Keyed
 from sisa.doctor import Diagnosis, diagnose
 from sisa.domain import Chain, Head
 from sisa.errors import Busy, InvalidInput
-from sisa.ports import Change, Executor, Report
+from sisa.events import Report
+from sisa.ports import Change, Executor
 from sisa.reconcile import reconcile
 from sisa.repair import Repair, mend
 from sisa.store.checkpoints import ADAPTER, MANIFEST

@@ -12,13 +12,14 @@ from sisa import patching, vaulting
 from sisa.deletion import forget_at_once
 from sisa.domain import Export, RecordRow, Request
 from sisa.errors import ConfigConflict, EnvironmentFault, InvalidInput, UnknownRecord
+from sisa.events import Event, Notice
 from sisa.lifecycle import Terms, arrive
 from sisa.opening import trained_base
 from sisa.patch import WRITTEN, Patch
 from sisa.patch_plan import active, wanted
 from sisa.patched_shards import shards_over
 from sisa.patching import Unlearnt, Wish, make_wanted, want
-from sisa.ports import Change, Event, Notice
+from sisa.ports import Change
 from sisa.query import where
 from sisa.reconcile import reconcile
 from sisa.rederiving import give_up

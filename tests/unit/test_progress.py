@@ -9,16 +9,8 @@ import pytest
 
 from cluster import progress as progress_module
 from cluster.progress import Meter, progress
-from sisa.domain import SliceJob
-from sisa.ports import (
-    Notice,
-    PatchProgress,
-    SavedCheckpoint,
-    SliceProgress,
-    SliceStarted,
-    SliceTrained,
-    TrainingStarted,
-)
+from sisa.domain import SavedCheckpoint, SliceJob
+from sisa.events import Notice, PatchProgress, SliceProgress, SliceStarted, SliceTrained, TrainingStarted
 
 STAGES = TrainingStarted(((0, 0, 10), (0, 1, 20), (1, 0, 30)))
 

@@ -13,7 +13,7 @@ from sisa import scratch
 from sisa.config import RunConfig
 from sisa.domain import Part, Record
 from sisa.errors import Busy, ConfigConflict, IntegrityError, InvalidInput, SisaError
-from sisa.ports import Event, Notice, Report
+from sisa.events import Event, Notice, Report
 from sisa.runfile import load_run_file
 from sisa.store.files import writer_lock
 
