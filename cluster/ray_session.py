@@ -24,7 +24,6 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from sisa.errors import EnvironmentFault
-from sisa.events import Event
 
 CONNECT_S = 5.0
 OBJECT_STORE_BYTES = 100 * 2**20  # only results travel locally; Ray's minimum is 75 MiB
@@ -44,16 +43,16 @@ class Session:
 
 
 class Mailbox:
-    """Events on their way to the driver, by run."""
+    """What is told on its way to the driver, by run."""
 
     def __init__(self) -> None:
-        self._events: dict[str, list[Event]] = {}
+        self._told: dict[str, list[Any]] = {}
 
-    def put(self, run_id: str, event: Event) -> None:
-        self._events.setdefault(run_id, []).append(event)
+    def put(self, run_id: str, what: Any) -> None:
+        self._told.setdefault(run_id, []).append(what)
 
-    def take(self, run_id: str) -> list[Event]:
-        return self._events.pop(run_id, [])
+    def take(self, run_id: str) -> list[Any]:
+        return self._told.pop(run_id, [])
 
 
 _session: Session | None = None

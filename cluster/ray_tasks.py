@@ -6,9 +6,9 @@
               mend: Callable[[T], T] = give_up) -> list[R]
 
 Rules: a task can be carried out again anywhere at any time and goes on from what it had stored, for a
-worker may die. The driver starts it again (at most `max_retries` times each, announced as a Notice) and
-never has more than `num_workers` running; None: as many as the nodes have CPUs for. `carry_out` is a
-module's function; it may raise `Unready`, and then `mend` says, in the driver, which task takes that
+worker may die. Which task starts, and which starts again (announced as a Notice), `HandOut` decides;
+`num_workers` run at once, or as many as the nodes have CPUs for. `carry_out` is a module's function; it
+may raise `Unready`, and then `mend` says, in the driver, which task takes that
 one's place. What must be set before torch is imported travels in the task's runtime environment.
 
 Every exception of a worker comes back as a value, without its message unless it is of the error tree.
@@ -28,9 +28,9 @@ from __future__ import annotations
 import contextlib
 import os
 import traceback
-from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -46,6 +46,7 @@ from ray.exceptions import (
 from cluster.ray_session import Session, alive_cpus
 from sisa.errors import EnvironmentFault, SisaError
 from sisa.events import Event, Notice, Report, SliceTrained
+from sisa.handout import HandOut
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -134,18 +135,19 @@ class _Run(Generic[T, R]):
     def __post_init__(self) -> None:
         self._answer: Any = None  # the mailbox's, on its way
         self._run_id = os.urandom(8).hex()
-        self._waiting = deque(range(len(self.tasks)))
-        self._running: dict[Any, int] = {}
-        self._deaths: Counter[int] = Counter()
+        self._hand_out = HandOut(len(self.tasks), self.max_retries)
+        self._attempts = count()
+        self._running: dict[Any, int] = {}  # attempts
+        self._number_of: dict[int, int] = {}  # tasks of the attempts that are under way
         self._reported: set[str] = set()
         self._results: dict[int, Any] = {}
 
     def drive(self, placement: Placement, num_workers: int) -> list[R]:
         self._function = _remote(self.carry_out, placement)
         try:
-            while self._waiting or self._running:
-                while self._waiting and len(self._running) < num_workers:
-                    self._submit(self._waiting.popleft())
+            while not self._hand_out.over:
+                while (number := self._hand_out.next_task(num_workers)) is not None:
+                    self._submit(number)
                 done, _ = ray.wait(list(self._running), num_returns=1, timeout=POLL_S)
                 self._deliver()
                 for reference in done:
@@ -162,11 +164,12 @@ class _Run(Generic[T, R]):
         return [self._results[number] for number in range(len(self.tasks))]
 
     def _submit(self, number: int) -> None:
-        task = self.tasks[number]
+        task, attempt = self.tasks[number], next(self._attempts)
         reference = self._function.remote(
-            self.carry_out, task, self.label(task), self.mailbox, self._run_id
+            self.carry_out, task, self.label(task), self.mailbox, self._run_id, attempt
         )
-        self._running[reference] = number
+        self._running[reference] = attempt
+        self._number_of[attempt] = number
 
     def _deliver(self) -> None:
         # A dead mailbox is started again by Ray; what matters comes with the results. An answer that
@@ -177,11 +180,15 @@ class _Run(Generic[T, R]):
         if not ready:
             return
         answer, self._answer = self._answer, None
-        events: list[Event] = []
+        events: list[tuple[int, Event]] = []
         with contextlib.suppress(RayError):
             events = ray.get(answer)
-        for event in events:
+        for attempt, event in events:
             self._report_once(event)
+            # What was stored before is told again, after no time; what an attempt that is over has
+            # told too late is not heard, so that it does not speak for the next one.
+            if isinstance(event, SliceTrained) and event.seconds and attempt in self._number_of:
+                self._hand_out.progressed(self._number_of[attempt])
 
     def _report_once(self, event: Event) -> None:
         if isinstance(event, SliceTrained):
@@ -191,7 +198,7 @@ class _Run(Generic[T, R]):
         self.report(event)
 
     def _settle(self, reference: Any) -> None:
-        number = self._running.pop(reference)
+        number = self._number_of.pop(self._running.pop(reference))
         try:
             outcome: _Outcome[R] = ray.get(reference)
         except LOST as error:
@@ -203,22 +210,22 @@ class _Run(Generic[T, R]):
             raise outcome.error
         if outcome.unready:
             self.tasks[number] = self.mend(self.tasks[number])
-            self._waiting.appendleft(number)
+            self._hand_out.again(number)
         else:
+            self._hand_out.finished(number)
             self._results[number] = outcome.result
 
     def _start_again(self, number: int, error: RayError) -> None:
-        self._deaths[number] += 1
-        deaths, of = self._deaths[number], self.label(self.tasks[number])
-        if deaths > self.max_retries:
+        again = self._hand_out.died(number)
+        deaths, of = self._hand_out.deaths(number), self.label(self.tasks[number])
+        if not again:
             raise EnvironmentFault(
-                f"a worker died {deaths} times",
+                f"a worker died {deaths} times in a row",
                 where=of,
                 got=type(error).__name__,
                 next_step="it may lack memory: run fewer at once (`num_workers`, or "
                 "`--executor serial`); then run the command again, what is finished is kept",
             )
-        self._waiting.appendleft(number)
         attempt = f"attempt {deaths + 1} of {self.max_retries + 1}"
         self.report(Notice(f"the worker of {of} died; what it was at starts again ({attempt})"))
 
@@ -244,7 +251,7 @@ def _remote(carry_out: Callable[[T, Report], R], placement: Placement) -> Any:
 
 
 def _carry_out_remotely(
-    carry_out: Callable[[T, Report], R], task: T, label: str, mailbox: Any, run_id: str
+    carry_out: Callable[[T, Report], R], task: T, label: str, mailbox: Any, run_id: str, attempt: int
 ) -> _Outcome[R]:
     """Carry a task out in a worker; every exception comes back as a value, without record text."""
     trained: list[SliceTrained] = []
@@ -253,7 +260,7 @@ def _carry_out_remotely(
     def report(event: Event) -> None:
         if isinstance(event, SliceTrained):
             trained.append(event)
-        posted[:] = [mailbox.put.remote(run_id, event)]
+        posted[:] = [mailbox.put.remote(run_id, (attempt, event))]
 
     result, failed, unready = None, None, False
     try:

@@ -154,7 +154,13 @@ class ClusterBlock(Block):
     num_workers: Int | None = key(
         None, "none", "Shards trained at once; null: CPUs // threads_per_shard.", ge=1, le=10_000
     )
-    max_retries: Int = key(3, "none", "Restarts of a shard whose worker died.", ge=0, le=1000)
+    max_retries: Int = key(
+        3,
+        "none",
+        "Restarts in a row of a shard whose worker died, without a slice done.",
+        ge=0,
+        le=1000,
+    )
 
 
 class RunConfig(Block):

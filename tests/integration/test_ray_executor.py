@@ -68,6 +68,8 @@ class ScriptedTrainer:
         return {"adapter_model.safetensors": weights.encode(), "state.json": b"{}"}
 
     def _suffer(self, place: str, records: Sequence[StoredRecord]) -> None:
+        while (self._script / f"wait-{place}").exists():
+            time.sleep(0.05)
         if (self._script / f"kill-{place}").exists():
             if not (self._script / "kill-always").exists():
                 (self._script / f"kill-{place}").unlink()
@@ -78,8 +80,6 @@ class ScriptedTrainer:
             raise ValueError(records[0].record.text)
         if (self._script / f"full-{place}").exists():
             raise OSError(28, "No space left on device", "/data/x")
-        while (self._script / f"wait-{place}").exists():
-            time.sleep(0.05)
 
 
 def open_scripted(site: Site) -> tuple[Trainer, RecordStore, CheckpointStore]:
@@ -191,6 +191,24 @@ def test_a_worker_that_always_dies_is_given_up(site: Site, chains: list[Chain]) 
     assert trained_places(site).count("1.1") == 2
     (site.base_dir / "kill-1.1").unlink()
     executor(site).run(chains, ignore)
+    assert bytes_of(site.checkpoints_dir) == serial_bytes(site, chains)
+
+
+def test_deaths_with_a_finished_slice_between_them_are_not_counted_together(
+    site: Site, chains: list[Chain]
+) -> None:
+    script = site.base_dir
+    (script / "kill-1.0").touch()
+    for place in ("1.1", "1.2"):
+        (script / f"wait-{place}").touch()
+
+    def report(event: Event) -> None:
+        if isinstance(event, SliceTrained) and event.job.shard == 1 and event.job.slice < 2:
+            (script / f"kill-1.{event.job.slice + 1}").touch()  # heard of, so the next one may die
+            (script / f"wait-1.{event.job.slice + 1}").unlink()
+
+    executor(site, max_retries=1).run(chains, report)
+    assert [trained_places(site).count(f"1.{each}") for each in range(NUM_SLICES)] == [2, 2, 2]
     assert bytes_of(site.checkpoints_dir) == serial_bytes(site, chains)
 
 
