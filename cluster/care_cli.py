@@ -9,6 +9,7 @@ Not covered: what the commands do (`sisa.garbage`, `sisa.residue`, `sisa.doctor`
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -24,6 +25,9 @@ from cluster.command import (
     read_lines,
 )
 from cluster.render import Result
+
+if TYPE_CHECKING:
+    from sisa.opening import OpenExecutor
 
 
 @command("gc", "sisa gc -m model --dry-run")
@@ -78,7 +82,7 @@ def sweep(
     help="Test whether this machine trains the same bytes again; no model needed.",
 )
 @executor_option
-def doctor(directory: Path | None, repair: bool, numerics: bool, executor: str) -> Result:
+def doctor(directory: Path | None, repair: bool, numerics: bool, executor: str | OpenExecutor) -> Result:
     """Diagnose a model directory; with --repair mend it; with --numerics test this machine."""
     if numerics:
         return _numerics(directory, repair)

@@ -48,7 +48,7 @@ from cluster.render import Result
 from sisa.errors import InvalidInput, Problem, SisaError
 
 if TYPE_CHECKING:
-    pass
+    from sisa.opening import OpenExecutor
 
 __all__ = [
     "approx_cli",
@@ -72,7 +72,11 @@ EXIT_INTERNAL, EXIT_USAGE, EXIT_ENVIRONMENT, EXIT_INTERRUPTED = 1, 2, 6, 130
 @click.option("--from-scratch", is_flag=True, help="Train the base too, on a corpus without records.")
 @executor_option
 def quickstart(
-    directory: Path, num_people: int, num_epochs: int | None, from_scratch: bool, executor: str
+    directory: Path,
+    num_people: int,
+    num_epochs: int | None,
+    from_scratch: bool,
+    executor: str | OpenExecutor,
 ) -> Result:
     """Train, find, delete and prove, on a real language model, in minutes."""
     from cluster.quickstart import tell
@@ -97,7 +101,9 @@ def init(directory: Path) -> Result:
     "--allow-deleted", is_flag=True, help="First training: take what was deleted under this key."
 )
 @executor_option
-def train(run_file: Path, reconfigure: bool, allow_deleted: bool, executor: str) -> Result:
+def train(
+    run_file: Path, reconfigure: bool, allow_deleted: bool, executor: str | OpenExecutor
+) -> Result:
     """Train the model of a run file, or what is missing of it."""
     from cluster.progress import progress
     from sisa import train_model
@@ -118,7 +124,7 @@ def train(run_file: Path, reconfigure: bool, allow_deleted: bool, executor: str)
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--allow-deleted", is_flag=True, help="Take deleted ids and texts in again.")
 @executor_option
-def add(directory: Path, file: Path, allow_deleted: bool, executor: str) -> Result:
+def add(directory: Path, file: Path, allow_deleted: bool, executor: str | OpenExecutor) -> Result:
     """Take new records in; the result equals training on all of them from scratch."""
     with opened(directory, executor) as model:
         return render.taken(model.add(file, allow_deleted=allow_deleted), directory)
@@ -176,7 +182,7 @@ def forget(
     subject: str | None,
     dry_run: bool,
     consent: str,
-    executor: str,
+    executor: str | OpenExecutor,
 ) -> Result:
     """Delete records exactly, and retrain what they touched."""
     named = named_ids(ids, ids_file)
@@ -207,7 +213,7 @@ def status(directory: Path) -> Result:
 )
 @click.option("--shard", type=click.IntRange(0), help="Replay this shard alone.")
 @executor_option
-def verify(directory: Path, replay: str, shard: int | None, executor: str) -> Result:
+def verify(directory: Path, replay: str, shard: int | None, executor: str | OpenExecutor) -> Result:
     """Check every held byte; prove by replay."""
     if shard is not None and replay == "none":
         replay = "sample"

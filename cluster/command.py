@@ -21,6 +21,7 @@ from sisa.errors import InvalidInput
 
 if TYPE_CHECKING:
     from sisa.api import Model
+    from sisa.opening import OpenExecutor
 
 
 class _Command(click.Command):
@@ -59,12 +60,45 @@ def command(
 model_option = click.option(
     "-m", "--model", "directory", required=True, type=click.Path(path_type=Path), help="Model directory."
 )
-executor_option = click.option(
-    "--executor",
-    default="ray",
-    show_default=True,
-    help="ray, or serial: the same bytes without Ray.",
-)
+
+
+def executor_option(function: Callable[..., Result]) -> Callable[..., Result]:
+    """`--executor` and `--address`, given to the command as one `executor`."""
+
+    @click.option(
+        "--executor",
+        "name",
+        default="ray",
+        show_default=True,
+        help="ray, or serial: the same bytes without Ray.",
+    )
+    @click.option(
+        "--address",
+        metavar="HOST:PORT",
+        help="A running Ray cluster, this time instead of the run file's; `auto`: this machine's.",
+    )
+    @functools.wraps(function)
+    def invoke(name: str, address: str | None, **arguments: Any) -> Result:
+        return function(executor=_placed(name, address), **arguments)
+
+    return invoke
+
+
+def _placed(name: str, address: str | None) -> str | OpenExecutor:
+    if address is None:
+        return name
+    from sisa import OnCluster
+
+    if "://" in address:
+        raise click.UsageError(
+            "--address is HOST:PORT of a cluster that this machine is a node of; "
+            "`sisa cluster submit` takes the http:// address of its dashboard"
+        )
+    if name == "serial":
+        raise click.UsageError("--address is of a cluster: the serial executor has none")
+    return OnCluster(name, address)
+
+
 ids_argument = click.argument("ids", nargs=-1, metavar="[ID]...")
 ids_file_option = click.option(
     "--ids-file", type=click.Path(path_type=Path), help="File with one id a line."
@@ -77,7 +111,7 @@ consent_option = click.option(
 
 
 @contextmanager
-def opened(directory: Path, executor: str = "ray") -> Iterator[Model]:
+def opened(directory: Path, executor: str | OpenExecutor = "ray") -> Iterator[Model]:
     """The model in a directory, reporting progress on standard error."""
     from cluster.progress import progress
     from sisa import open_model

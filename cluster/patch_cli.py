@@ -26,6 +26,7 @@ from sisa.errors import InvalidInput, Problem
 if TYPE_CHECKING:
     from sisa.api import Model
     from sisa.config import RunConfig
+    from sisa.opening import OpenExecutor
     from sisa.patching import Wish
 
 METHODS = (
@@ -84,7 +85,7 @@ def unlearn(
     max_utility_drop: float | None,
     consent: str,
     retrain_shards: bool,
-    executor: str,
+    executor: str | OpenExecutor,
 ) -> Result:
     """Make the base say less of some texts, by a patch; without any, go on with what is wanted."""
     from sisa.unlearn import unlearn
@@ -199,7 +200,9 @@ def show(directory: Path, version: int) -> Result:
 @click.option("--all", "everything", is_flag=True, help="All patches, not the newest alone.")
 @retrain_option
 @executor_option
-def revert(directory: Path, everything: bool, retrain_shards: bool, executor: str) -> Result:
+def revert(
+    directory: Path, everything: bool, retrain_shards: bool, executor: str | OpenExecutor
+) -> Result:
     """Take back what is wanted or, if nothing is, the newest patch; the base is then as it was."""
     from sisa.unlearn import revert
 

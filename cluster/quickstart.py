@@ -21,6 +21,7 @@ from cluster.progress import progress
 from sisa import Model, open_model, train_model
 from sisa.corpus import make_corpus
 from sisa.errors import InvalidInput
+from sisa.opening import OpenExecutor
 from sisa.reader import read_records
 from sisa.runfile import load_run_file
 from sisa.samples import distinctive_word, make_people, to_jsonl
@@ -136,7 +137,7 @@ def tell(
     directory: Path,
     num_people: int,
     num_epochs: int | None,
-    executor: str,
+    executor: str | OpenExecutor,
     *,
     from_scratch: bool = False,
 ) -> Story:

@@ -29,6 +29,7 @@ from cluster.render import Result
 
 if TYPE_CHECKING:
     from sisa.domain import RequestState
+    from sisa.opening import OpenExecutor
 
 
 @cli.group(help="Requests for deletion: submit, decide, look up.")
@@ -169,7 +170,9 @@ def extend(directory: Path, request_id: str, reason: str) -> Result:
     help="Seconds between looks with --watch.",
 )
 @executor_option
-def run(directory: Path, only_plan: bool, once: bool, watch: bool, every: int, executor: str) -> Result:
+def run(
+    directory: Path, only_plan: bool, once: bool, watch: bool, every: int, executor: str | OpenExecutor
+) -> Result:
     """Carry out approved requests as one batch."""
     if only_plan + once + watch > 1:
         raise click.UsageError("give one of --plan, --once and --watch")

@@ -28,6 +28,7 @@ from sisa.errors import (
     UnknownRecord,
 )
 from sisa.lifecycle import Terms
+from sisa.opening import OnCluster
 from sisa.outcome import ForgetOutcome, ForgetPlan, Status
 from sisa.runfile import load_run_file
 from sisa.training import train_model
@@ -42,6 +43,7 @@ __all__ = [
     "IntegrityError",
     "InvalidInput",
     "Model",
+    "OnCluster",
     "Part",
     "Record",
     "RejectedRequest",

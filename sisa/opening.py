@@ -26,6 +26,7 @@ import re
 import secrets
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -210,11 +211,23 @@ def find_probe() -> OpenProbe | None:
     return None
 
 
+@dataclass(frozen=True, slots=True)
+class OnCluster:
+    """An executor by name at another address than the run file's: an OpenExecutor, kept nowhere."""
+
+    name: str
+    address: str
+
+    def __call__(self, site: Site, options: Mapping[str, Any]) -> Executor:
+        return find_executor(self.name)(site, {**options, "address": self.address})
+
+
 def check_executor(executor: str | OpenExecutor) -> None:
     """Raises InvalidInput for a name that no executor has; loads none, since Ray takes seconds."""
     names = ["serial", *(point.name for point in entry_points(group="sisa.executors"))]
-    if isinstance(executor, str) and executor not in names:
-        raise InvalidInput("unknown executor", expected=" or ".join(names), got=executor)
+    name = executor.name if isinstance(executor, OnCluster) else executor
+    if isinstance(name, str) and name not in names:
+        raise InvalidInput("unknown executor", expected=" or ".join(names), got=name)
 
 
 def find_executor(executor: str | OpenExecutor) -> OpenExecutor:
@@ -232,6 +245,11 @@ def find_executor(executor: str | OpenExecutor) -> OpenExecutor:
 def find_patcher(executor: str | OpenExecutor) -> OpenPatcher:
     """Whoever makes patches where an executor trains, by its name among the entry points of
     `sisa.patchers`; an executor that was given is taken for one in this process. Raises InvalidInput."""
+    if isinstance(executor, OnCluster):
+        make, there = find_patcher(executor.name), {"address": executor.address}
+        return lambda site, config: make(
+            site, config.model_copy(update={"cluster": config.cluster.model_copy(update=there)})
+        )
     name = executor if isinstance(executor, str) else "serial"
     for point in entry_points(group="sisa.patchers", name=name):
         found: OpenPatcher = point.load()

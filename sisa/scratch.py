@@ -36,7 +36,7 @@ from sisa.domain import Record
 from sisa.errors import ConfigConflict, IntegrityError, InvalidInput
 from sisa.events import Notice, Report
 from sisa.model.numerics import fingerprint
-from sisa.opening import OpenExecutor
+from sisa.opening import OnCluster, OpenExecutor
 from sisa.overlap import Runs, refuse_shared, runs_of
 from sisa.reader import read_texts
 from sisa.scratch_config import PLACES, Scratch
@@ -147,6 +147,9 @@ def _alone(directory: Path) -> Iterator[Path]:
 def find_base_trainer(executor: str | OpenExecutor) -> TrainBase:
     """Whoever trains a base where an executor trains shards: this process for `serial` and for executors
     that were given, else an entry point of `sisa.bases`. Raises InvalidInput."""
+    if isinstance(executor, OnCluster):
+        train, there = find_base_trainer(executor.name), {"address": executor.address}
+        return lambda job, cluster, report: train(job, {**cluster, **there}, report)
     if executor == "serial" or not isinstance(executor, str):
         return train_here
     points = entry_points(group="sisa.bases")

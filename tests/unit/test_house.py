@@ -31,8 +31,9 @@ REGISTRIES = ("pypi" + ".org", "pythonhosted" + ".org", "npmjs" + ".org", "crate
 MACHINE_PATHS = ("/wo" + "rk/", "/tm" + "p/w/")
 PUBLIC_API = [
     *("Answer", "Busy", "ConfigConflict", "EnvironmentFault", "ForgetOutcome", "ForgetPlan"),
-    *("IntegrityError", "InvalidInput", "Model", "Part", "Record", "RejectedRequest", "RunConfig"),
-    *("SisaError", "Status", "Terms", "TransientError", "UnknownRecord", "load_run_file", "open_model"),
+    *("IntegrityError", "InvalidInput", "Model", "OnCluster", "Part", "Record", "RejectedRequest"),
+    *("RunConfig", "SisaError", "Status", "Terms", "TransientError", "UnknownRecord"),
+    *("load_run_file", "open_model"),
     "train_model",
 ]
 

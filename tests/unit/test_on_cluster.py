@@ -1,0 +1,95 @@
+"""`--address`: another cluster than the run file's, for one call, wherever something is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+from cluster import cli
+from sisa import opening, scratch
+from sisa.errors import InvalidInput
+from sisa.opening import OnCluster
+from sisa.runfile import parse_run_file
+from sisa.serial import Site
+
+RUN_FILE = "{datasets: [{path: owner/people}], output_dir: model, cluster: {address: 'old:1'}}"
+
+
+class Point:
+    """An entry point under the name that Ray has."""
+
+    name = "ray"
+
+    def __init__(self, found: Callable[..., Any]) -> None:
+        self._found = found
+
+    def load(self) -> Callable[..., Any]:
+        return self._found
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What executors, patchers and trainers of bases are opened with."""
+    opened: list[Any] = []
+
+    def points(*, group: str, name: str = "") -> list[Point]:
+        assert name in ("", "ray", "none")
+        found = Point(lambda *arguments: opened.append((group, *arguments)))
+        return [found] if name != "none" else []
+
+    monkeypatch.setattr(opening, "entry_points", points)
+    monkeypatch.setattr(scratch, "entry_points", points)
+    return opened
+
+
+def test_executors_patchers_and_bases_get_the_address(seen: list[Any], tmp_path: Path) -> None:
+    there, site = OnCluster("ray", "new:2"), Site(tmp_path, tmp_path, tmp_path, "b", 1)
+    config = parse_run_file(RUN_FILE, "run.yaml")
+    options: Mapping[str, Any] = config.cluster.model_dump(mode="json")
+    opening.find_executor(there)(site, options)
+    opening.find_patcher(there)(site, config)  # type: ignore[arg-type]
+    scratch.find_base_trainer(there)(None, options, lambda _: None)  # type: ignore[arg-type]
+    executor, patcher, base = seen
+    assert executor[2] == {**options, "address": "new:2"}
+    assert patcher[2].cluster.address == "new:2"
+    assert base[2] == {**options, "address": "new:2"}
+    assert config.cluster.address == options["address"] == "old:1"
+
+
+@pytest.mark.usefixtures("seen")
+def test_an_unknown_name_is_refused_before_anything() -> None:
+    with pytest.raises(InvalidInput, match="unknown executor"):
+        opening.check_executor(OnCluster("none", "new:2"))
+
+
+def taking_executor() -> list[str]:
+    """Commands with `--executor`, with the groups' names."""
+    found = []
+    for name, each in cli.cli.commands.items():
+        inner = each.commands if isinstance(each, click.Group) else {"": each}
+        for one, command in inner.items():
+            if any("--executor" in option.opts for option in command.params):
+                found.append(f"{name} {one}".strip())
+    return found
+
+
+@pytest.mark.parametrize("name", taking_executor())
+def test_every_command_that_trains_takes_an_address(name: str) -> None:
+    group, _, one = name.partition(" ")
+    command = cli.cli.commands[group]
+    command = command.commands[one] if isinstance(command, click.Group) else command
+    assert any("--address" in option.opts for option in command.params)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--address", "http://h:8265"], ["--address", "h:1", "--executor", "serial"]]
+)
+def test_what_is_no_address_of_a_cluster(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(["train", "run.yaml", *arguments]) == 2
+    assert "--address is" in capsys.readouterr().err
