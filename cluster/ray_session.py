@@ -1,8 +1,9 @@
 """The process's one connection to Ray: started, shared by all that run tasks, and ended; its mailbox.
 
-Rules: a local Ray starts at the first run and ends with `disconnect` or with the process; its session
-directory is private and is removed. A Ray that the caller has started, or that runs at an address, is
-used and left as it is. Nothing is printed on standard output.
+Rules: a local Ray starts at the first run and ends with `disconnect` or with the process. It listens on
+loopback alone and answers only who knows its token: a new secret in a file of mode 0600 in the session's
+private directory, which is removed at the end. A Ray that the caller has started, or that runs at an
+address, is used and left as it is. Nothing is printed on standard output, also when a node is lost.
 
 Not covered: Ray Client (`ray://`) and autoscaling; a session directory whose driver was killed with
 SIGKILL (it holds logs without text).
@@ -13,14 +14,18 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import secrets
 import shutil
 import socket
 import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private import worker
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from sisa.errors import EnvironmentFault
@@ -28,18 +33,21 @@ from sisa.errors import EnvironmentFault
 CONNECT_S = 5.0
 OBJECT_STORE_BYTES = 100 * 2**20  # only results travel locally; Ray's minimum is 75 MiB
 MAX_TEMP_LENGTH = 36  # what a unix socket's 103 bytes leave beside Ray's own names
+AUTH_MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """A connection to Ray. `private_dir` is None for one that others have started."""
+    """A connection to Ray. `private_dir` is None for a Ray that others have started; `owned` is a
+    connection that `connect` made, to whichever."""
 
     job_id: str
     address: str | None
     num_cpus: int
     mailbox: Any
     owned: bool
-    private_dir: Path | None = None
+    private_dir: Path | None
+    at_end: ExitStack  # undoes what connecting did
 
 
 class Mailbox:
@@ -70,11 +78,16 @@ def connect(address: str | None, num_cpus: int) -> Session:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     private_dir = None
     owned = not ray.is_initialized()
-    if owned and address is not None:
-        _attach(address)
-    elif owned:
-        private_dir = _start(num_cpus)
-    _session = Session(_job_id(), address, num_cpus, _open_mailbox(), owned, private_dir)
+    with ExitStack() as at_end:
+        if owned:
+            at_end.enter_context(_printing_nothing())
+            if address is None:
+                private_dir = _start(num_cpus, at_end)
+            else:
+                _attach(address)
+            at_end.callback(_shut_down, _job_id())
+        mailbox = _open_mailbox()
+        _session = Session(_job_id(), address, num_cpus, mailbox, owned, private_dir, at_end.pop_all())
     return _session
 
 
@@ -82,10 +95,8 @@ def disconnect() -> None:
     """End the session that `connect` began, with all that it started; others' stay as they are."""
     global _session
     held, _session = _session, None
-    if held is not None and held.owned and ray.is_initialized() and held.job_id == _job_id():
-        ray.shutdown()
-    if held is not None and held.private_dir is not None:
-        shutil.rmtree(held.private_dir, ignore_errors=True)
+    if held is not None:
+        held.at_end.close()
 
 
 atexit.register(disconnect)
@@ -95,8 +106,30 @@ def _job_id() -> str:
     return str(ray.get_runtime_context().get_job_id())
 
 
-def _start(num_cpus: int) -> Path:
+def _shut_down(job_id: str) -> None:
+    if ray.is_initialized() and _job_id() == job_id:
+        ray.shutdown()
+
+
+@contextmanager
+def _printing_nothing() -> Iterator[None]:
+    """Ray prints on standard output when a node is lost, whatever it was told of logging."""
+    printing = worker.print_to_stdstream
+    worker.print_to_stdstream = _print_nothing
+    try:
+        yield
+    finally:
+        worker.print_to_stdstream = printing
+
+
+def _print_nothing(*_: object, **__: object) -> None:
+    """What a lost node logged is in Ray's logs; that it was lost is told as a Notice."""
+
+
+def _start(num_cpus: int, at_end: ExitStack) -> Path:
     private_dir = _private_directory()
+    at_end.callback(shutil.rmtree, private_dir, ignore_errors=True)
+    at_end.enter_context(_token(private_dir / "token"))
     try:
         ray.init(
             num_cpus=num_cpus,
@@ -110,13 +143,36 @@ def _start(num_cpus: int) -> Path:
             _node_ip_address="127.0.0.1",
         )
     except Exception as error:
-        shutil.rmtree(private_dir, ignore_errors=True)
         raise EnvironmentFault(
             "a local Ray can't be started",
             got=_first_line(error),
             next_step="free memory and disk space, or train with `--executor serial`",
         ) from error
     return private_dir
+
+
+@contextmanager
+def _token(path: Path) -> Iterator[None]:
+    """A token of this Ray's own. The environment, which workers inherit, names the file alone."""
+    with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
+        file.write(secrets.token_hex(32))
+    former = {name: os.environ.pop(name, None) for name in (AUTH_MODE, TOKEN, TOKEN_PATH)}
+    os.environ |= {AUTH_MODE: "token", TOKEN_PATH: str(path)}
+    _read_environment()
+    try:
+        yield
+    finally:
+        for name, value in former.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+        _read_environment()
+
+
+def _read_environment() -> None:
+    """Ray reads its environment when it is imported, and a token once."""
+    ray._raylet.Config.initialize("")
+    ray._raylet.AuthenticationTokenLoader.instance().reset_cache()
 
 
 def _private_directory() -> Path:
@@ -128,11 +184,10 @@ def _private_directory() -> Path:
 
 
 def _attach(address: str) -> None:
-    if "RAY_AUTH_MODE" not in os.environ:
-        # `ray start` demands a token by default, but a client with an address sends none unless told,
-        # and Ray reads its environment when it is imported: read it again, as `ray.init` does.
-        os.environ["RAY_AUTH_MODE"] = "token"
-        ray._raylet.Config.initialize("")
+    if AUTH_MODE not in os.environ:
+        # `ray start` demands a token by default, but a client with an address sends none unless told.
+        os.environ[AUTH_MODE] = "token"
+        _read_environment()
     try:
         host, _, port = address.rpartition(":")
         if address != "auto":  # Ray itself waits for a minute and prints on
