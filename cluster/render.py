@@ -113,7 +113,7 @@ def _shards(rows: Sequence[tuple[int, int, int]]) -> list[dict[str, int]]:
 def forget_plan(planned: ForgetPlan) -> Result:
     forgetting = planned.forgetting
     rows = [
-        (plan.shard, forgetting.first_slice(plan.shard), len(plan.train)) for plan in forgetting.plans
+        (plan.shard, forgetting.first_slices[plan.shard], len(plan.train)) for plan in forgetting.plans
     ]
     erased = {
         "checkpoints": len(forgetting.tainted),

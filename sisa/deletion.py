@@ -11,8 +11,10 @@ Not covered: who may ask and when (`requests.py`, `lifecycle.py`); training and 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TypeVar
 
 from sisa.assign import index_root, slice_root
 from sisa.cost import full_record_epochs, plan_record_epochs
@@ -46,6 +48,8 @@ from sisa.world import (
     write_slice,
 )
 
+Placed = TypeVar("Placed", RecordRow, SliceState)
+
 
 @dataclass(frozen=True)
 class Forgetting:
@@ -61,31 +65,33 @@ class Forgetting:
     record_epochs_retrained: int
     record_epochs_full: int
 
-    def first_slice(self, shard: int) -> int:
-        return min(row.slice for row in self.removed if row.shard == shard)
+    @cached_property
+    def stages(self) -> Mapping[int, int]:
+        """How many each shard trains again."""
+        return {plan.shard: len(plan.train) for plan in self.plans}
+
+    @cached_property
+    def first_slices(self) -> Mapping[int, int]:
+        """The earliest slice that each shard loses a record of."""
+        return _first_slices(self.removed)
 
 
 def plan_forget(
     world: World, rows: Sequence[RecordRow], already: Sequence[Tombstone] = ()
 ) -> Forgetting:
     """What deleting these rows would do. Reads only the shards concerned, changes nothing."""
-    gone = {row.id_digest for row in rows}
     remaining: list[SliceState] = []
     emptied: list[Place] = []
-    for shard, slice_ in sorted({(row.shard, row.slice) for row in rows}):
-        left = [row for row in world.ledger.rows(shard, slice_) if row.id_digest not in gone]
-        if left:
-            remaining.append(SliceState(shard, slice_, slice_root(left), len(left)))
-        else:
-            emptied.append((shard, slice_))
     plans: list[ShardPlan] = []
     dropped: list[str] = []
-    for shard in sorted({row.shard for row in rows}):
-        lost = tainted(world.ledger.checkpoints(shard), rows)
-        dropped.extend(lost)
-        here = [state for state in remaining if state.shard == shard]
-        view = view_shard(world, shard, here, emptied, lost)
+    for shard, gone in sorted(_by_shard(rows).items()):
+        states, empty = _left(world, shard, gone)
+        lost = tainted(world.ledger.checkpoints(shard), gone)
+        view = view_shard(world, shard, states, empty, lost)
         plans.append(plan_shard(view, world.recipe, world.fingerprint))
+        remaining += states
+        emptied += empty
+        dropped += lost
     return Forgetting(
         removed=tuple(rows),
         already_deleted=tuple(already),
@@ -99,15 +105,41 @@ def plan_forget(
     )
 
 
+def _first_slices(rows: Iterable[RecordRow]) -> dict[int, int]:
+    return {shard: min(row.slice for row in its) for shard, its in sorted(_by_shard(rows).items())}
+
+
+def _by_shard(rows: Iterable[Placed]) -> dict[int, list[Placed]]:
+    found: dict[int, list[Placed]] = {}
+    for row in rows:
+        found.setdefault(row.shard, []).append(row)
+    return found
+
+
+def _left(
+    world: World, shard: int, removed: Sequence[RecordRow]
+) -> tuple[list[SliceState], list[Place]]:
+    """What a shard's slices hold without the removed records, and those that hold nothing."""
+    gone = {row.id_digest for row in removed}
+    states: list[SliceState] = []
+    empty: list[Place] = []
+    for slice_ in sorted({row.slice for row in removed}):
+        left = [row for row in world.ledger.rows(shard, slice_) if row.id_digest not in gone]
+        if left:
+            states.append(SliceState(shard, slice_, slice_root(left), len(left)))
+        else:
+            empty.append((shard, slice_))
+    return states, empty
+
+
 def _all_views(
     world: World, replaced: Sequence[SliceState], emptied: Sequence[Place]
 ) -> list[ShardView]:
     slices: dict[Place, SliceState] = {(f.shard, f.slice): f for f in world.ledger.slices()}
     slices.update({(state.shard, state.slice): state for state in replaced})
-    by_shard: dict[int, list[SliceState]] = {}
-    for place, state in sorted(slices.items()):
-        if place not in set(emptied):
-            by_shard.setdefault(state.shard, []).append(state)
+    for place in emptied:
+        slices.pop(place, None)
+    by_shard = _by_shard(state for _, state in sorted(slices.items()))
     return [ShardView(shard, tuple(states), ()) for shard, states in by_shard.items()]
 
 
@@ -237,12 +269,12 @@ def _write_remaining(
     """New slice and index files of what remains, and the shards that have no index any more."""
     gone = {row.id_digest for row in planned.removed}
     slices, indexes, unindexed = [], [], []
+    remaining = _by_shard(planned.remaining)
     for plan in planned.plans:
         rows = [row for row in world.ledger.rows(plan.shard) if row.id_digest not in gone]
-        for state in planned.remaining:
-            if state.shard == plan.shard:
-                here = [row for row in rows if row.slice == state.slice]
-                slices.append(write_slice(world, state.shard, state.slice, here))
+        for state in remaining.get(plan.shard, ()):
+            here = [row for row in rows if row.slice == state.slice]
+            slices.append(write_slice(world, state.shard, state.slice, here))
         base = only(world.ledger.indexes(plan.shard))
         if rows:
             kept = {row.vector_id: None for row in rows}
@@ -280,18 +312,14 @@ def _accepted(
     vaulted: str,
 ) -> Request:
     """A request at its commit; record-epochs are those of the batch that it runs in."""
-    first = {shard: min(r.slice for r in rows if r.shard == shard) for shard in {r.shard for r in rows}}
+    first = _first_slices(rows)
     return replace(
         request,
         state="rolled_back",
         cause="",
         committed_at=now,
         num_records=len(rows),
-        shards=tuple(
-            (plan.shard, first[plan.shard], len(plan.train))
-            for plan in planned.plans
-            if plan.shard in first
-        ),
+        shards=tuple((shard, slice_, planned.stages[shard]) for shard, slice_ in first.items()),
         record_epochs_retrained=planned.record_epochs_retrained,
         record_epochs_full=planned.record_epochs_full,
         model_digest_before=before,

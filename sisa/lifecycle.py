@@ -15,7 +15,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime
 
-from sisa.deletion import Arrival, forget, plan_forget, rows_named, under_hold
+from sisa.cost import shard_costs
+from sisa.deletion import Arrival, forget, plan_forget, rows_named
 from sisa.domain import (
     RecordRow,
     Regime,
@@ -23,14 +24,12 @@ from sisa.domain import (
     RequestEvent,
     RequestState,
     Tombstone,
-    record_epochs,
 )
 from sisa.errors import ConfigConflict, InvalidInput, UnknownRecord
-from sisa.plan import jobs
 from sisa.ports import Change
 from sisa.query import Found
 from sisa.requests import days_left, due_date, event, extended, moved, under_way
-from sisa.schedule import RunPlan, ShardCosts, choose
+from sisa.schedule import RunPlan, choose
 from sisa.world import World, commit
 
 PAST_DAYS, YOUNG_DAYS = 90, 30.0
@@ -203,11 +202,18 @@ def extend(world: World, request_id: str, reason: str) -> Request:
 
 def approved(world: World) -> list[Request]:
     """Requests that wait to be carried out and are under nobody's hold, the most urgent first."""
+    requests = world.ledger.requests()
+    held = {
+        each
+        for request in requests
+        if request.state == "held"
+        for each in world.ledger.named_by(request.request_id)
+    }
     waiting = [
         request
-        for request in world.ledger.requests()
+        for request in requests
         if (request.state == "approved" or (request.state == "failed" and not request.committed_at))
-        and not under_hold(world, world.ledger.named_by(request.request_id))
+        and (not held or held.isdisjoint(world.ledger.named_by(request.request_id)))
     ]
     return sorted(waiting, key=lambda each: (each.due, each.created_at, each.request_id))
 
@@ -227,15 +233,12 @@ def plan_run(world: World) -> RunPlan:
     planned = plan_forget(world, list({row.id_digest: row for row in rows}.values()))
     pending = {plan.shard: float(plan.record_epochs) for plan in planned.plans}
     total = sum(world.ledger.counts().values())
-    shards = []
-    for head in world.ledger.heads():
-        files = world.ledger.slices(head.shard)
-        path = jobs(head.shard, files, world.recipe, world.fingerprint)
-        suffixes = tuple(
-            (float(sum(map(record_epochs, path[position:]))), file.num_records / total)
-            for position, file in enumerate(files)
-        )
-        shards.append(ShardCosts(pending.get(head.shard, 0.0), suffixes))
+    sizes: dict[int, list[int]] = {head.shard: [] for head in world.ledger.heads()}
+    for file in world.ledger.slices():
+        sizes[file.shard].append(file.num_records)
+    shards = [
+        shard_costs(pending.get(shard, 0.0), each, total, world.recipe) for shard, each in sizes.items()
+    ]
     left = [(request.request_id, days_left(request.due, now)) for request in waiting]
     cut_short = [each.request_id for each in world.ledger.requests() if under_way(each)]
     if cut_short:

@@ -27,15 +27,13 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from itertools import accumulate
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from sisa.domain import (
     ANY_SHARD,
     Export,
     Head,
     HeldCheckpoint,
-    RecordRow,
     SliceJob,
     SliceState,
     record_epochs,
@@ -88,12 +86,6 @@ def passes(schedule: Schedule, num_epochs: int, num_slices: int) -> tuple[int, i
     return fraction.numerator, fraction.denominator
 
 
-def stage_sizes(slices: Sequence[SliceState], schedule: Schedule) -> list[int]:
-    """Records that each stage of a shard sees, first to last."""
-    sizes = [state.num_records for state in sorted(slices, key=lambda each: each.slice)]
-    return sizes if schedule == "sequential" else list(accumulate(sizes))
-
-
 def jobs(
     shard: int, slices: Sequence[SliceState], recipe: Recipe, fingerprint: str
 ) -> tuple[SliceJob, ...]:
@@ -119,14 +111,25 @@ def jobs(
     return tuple(path)
 
 
-def tainted(held: Iterable[HeldCheckpoint], removed: Collection[RecordRow]) -> tuple[str, ...]:
+class Placed(Protocol):
+    """Where a record is and in which commit it came; a row, or any one of many that are only counted."""
+
+    @property
+    def shard(self) -> int: ...
+    @property
+    def slice(self) -> int: ...
+    @property
+    def seq(self) -> int: ...
+
+
+def tainted(held: Iterable[HeldCheckpoint], removed: Collection[Placed]) -> tuple[str, ...]:
     """Keys of the checkpoints that any of the removed records touched."""
     return tuple(
         checkpoint.key for checkpoint in held if any(touched(checkpoint, row) for row in removed)
     )
 
 
-def touched(made: HeldCheckpoint | Export, row: RecordRow) -> bool:
+def touched(made: HeldCheckpoint | Export, row: Placed) -> bool:
     """Whether a held record is in the lineage of a checkpoint or an export.
 
     Of an export from before the records moved, only when it was made is known.
@@ -136,7 +139,7 @@ def touched(made: HeldCheckpoint | Export, row: RecordRow) -> bool:
     return row.seq <= made.seq
 
 
-def marked(exports: Iterable[Export], removed: Mapping[str, Collection[RecordRow]]) -> list[Export]:
+def marked(exports: Iterable[Export], removed: Mapping[str, Collection[Placed]]) -> list[Export]:
     """The clean exports that a removed record touched, each with the first request that removes one."""
     by: dict[tuple[str, str], str] = {}  # all shards that were exported together go together
     clean = [each for each in exports if each.state == "clean"]

@@ -40,7 +40,7 @@ from sisa.ports import Change, Ledger
 from sisa.requests import contradicted, event, under_way
 from sisa.stale_exports import erase_stale, missing
 from sisa.vaulting import settle
-from sisa.world import World, commit, held_names, known_names, model_digest, view_shard
+from sisa.world import World, commit, held_names, known_names, model_digest, view_shard, view_shards
 
 Names = Mapping[str, frozenset[str]]  # by room
 
@@ -156,19 +156,20 @@ def note_failure(
 
 def open_plans(world: World) -> list[ShardPlan]:
     """Plans of the shards whose head is not their target, under the present fingerprint."""
-    return [
-        plan_shard(view_shard(world, head.shard), world.recipe, world.fingerprint)
-        for head in world.ledger.heads()
-        if not head.converged
-    ]
+    return _plans(world, [head.shard for head in world.ledger.heads() if not head.converged])
+
+
+def _plans(world: World, shards: Sequence[int]) -> list[ShardPlan]:
+    return [plan_shard(v, world.recipe, world.fingerprint) for v in view_shards(world, shards)]
 
 
 def adopt(world: World) -> None:
     """Take over stages that were stored for the present targets when a run was cut short."""
     on_disk = world.checkpoints.held()
     seq = world.ledger.seq()
-    for plan in open_plans(world):
-        known = {each.key for each in world.ledger.checkpoints(plan.shard)}
+    plans = open_plans(world)
+    known = {each.key for each in world.ledger.checkpoints()} if plans else set()
+    for plan in plans:
         for job in plan.path:
             if job.key not in on_disk or job.key in known:
                 continue
@@ -233,8 +234,10 @@ def train_unrecorded(
     world: World, plans: Sequence[ShardPlan], slices: Sequence[SliceFile], seq: int
 ) -> list[HeldCheckpoint]:
     """Train plans whose slices no commit knows yet, and leave recording them to the commit `seq`."""
-    files = {plan.shard: tuple(f for f in slices if f.shard == plan.shard) for plan in plans}
-    chains = [Chain(p.shard, p.train, None, files[p.shard]) for p in plans if p.train]
+    files: dict[int, list[SliceFile]] = {}
+    for file in slices:
+        files.setdefault(file.shard, []).append(file)
+    chains = [Chain(p.shard, p.train, None, tuple(files[p.shard])) for p in plans if p.train]
     found: dict[str, HeldCheckpoint] = {}
 
     def on_event(event: Event) -> None:
@@ -262,11 +265,8 @@ def training_started(chains: Sequence[Chain]) -> TrainingStarted:
 
 
 def _retire(world: World) -> None:
-    dropped: list[str] = []
-    for head in world.ledger.heads():
-        if head.converged:
-            view = view_shard(world, head.shard)
-            dropped.extend(plan_shard(view, world.recipe, world.fingerprint).retired)
+    converged = [head.shard for head in world.ledger.heads() if head.converged]
+    dropped = [key for plan in _plans(world, converged) for key in plan.retired]
     if dropped:
         commit(world, Change(dropped=dropped))
 

@@ -19,12 +19,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from sisa.assign import Assigner, index_root, slice_root
-from sisa.domain import Head, Record, RecordRow, SliceState, Tombstone
+from sisa.domain import Head, IndexFile, Record, RecordRow, SliceFile, SliceState, Tombstone
 from sisa.errors import InvalidInput, Problem
-from sisa.plan import plan_shard
+from sisa.plan import ShardPlan, plan_shard
 from sisa.ports import Change, StoredRecord
 from sisa.reconcile import Trained, reconcile, refuse_lost_rows
-from sisa.world import Place, World, check_sources, commit, model_digest, only, view_shard, write_slice
+from sisa.world import World, check_sources, commit, model_digest, only, view_shard, write_slice
 
 
 @dataclass(frozen=True)
@@ -177,41 +177,16 @@ def _commit_added(
 ) -> None:
     refuse_lost_rows(world.ledger)
     vectors = world.embed([record.text for record in records])
-    stored: dict[Place, list[StoredRecord]] = {}
-    embedded: dict[int, dict[int, object]] = {}
+    arrived: dict[int, list[_Arrived]] = {}
     for record, row, vector in zip(records, rows, vectors, strict=True):
-        stored.setdefault((row.shard, row.slice), []).append(StoredRecord(row.id_digest, record))
-        embedded.setdefault(row.shard, {})[row.vector_id] = vector
-    merged_rows = {
-        place: world.ledger.rows(*place) + [row for row in rows if (row.shard, row.slice) == place]
-        for place in sorted(stored)
-    }
-    states = [
-        SliceState(*place, slice_root(merged), len(merged)) for place, merged in merged_rows.items()
-    ]
-    plans = [
-        plan_shard(
-            view_shard(world, shard, [each for each in states if each.shard == shard]),
-            world.recipe,
-            world.fingerprint,
-        )
-        for shard in sorted(embedded)
-    ]
+        arrived.setdefault(row.shard, []).append(_Arrived(row, record, vector))
+    plans = [_plan_with(world, shard, arrived[shard]) for shard in sorted(arrived)]
     check_sources(world, plans)
-    slices = [write_slice(world, *place, merged, stored[place]) for place, merged in merged_rows.items()]
+    slices: list[SliceFile] = []
     indexes = []
-    for shard, fresh_vectors in sorted(embedded.items()):
-        held = world.ledger.rows(shard)
-        merged = held + [row for row in rows if row.shard == shard]
-        wanted = {row.vector_id: fresh_vectors.get(row.vector_id) for row in merged}
-        if len(wanted) < len(merged):
-            raise InvalidInput(
-                "two record ids share a vector id (chance below 1 in 10^9)",
-                where=f"shard {shard}",
-                next_step="give one of the new records another id",
-            )
-        base = only(world.ledger.indexes(shard))
-        indexes.append(world.index.build(shard, index_root(merged), base, wanted))
+    for shard, fresh in sorted(arrived.items()):  # never the rows of more than one shard in memory
+        slices += _write_slices(world, shard, fresh)
+        indexes.append(_write_index(world, shard, fresh))
     planned = {plan.shard: plan.head for plan in plans}
     moved = [planned.pop(head.shard, head) for head in heads] + list(planned.values())
     commit(
@@ -225,3 +200,52 @@ def _commit_added(
             readmitted=readmitted,
         ),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Arrived:
+    """A new record with its place and its vector."""
+
+    row: RecordRow
+    record: Record
+    vector: object
+
+
+def _merged(world: World, shard: int, fresh: Iterable[_Arrived]) -> dict[int, list[RecordRow]]:
+    """The rows of the slices that new records of a shard come into, those held already among them."""
+    merged: dict[int, list[RecordRow]] = {}
+    for each in fresh:
+        merged.setdefault(each.row.slice, []).append(each.row)
+    return {slice_: world.ledger.rows(shard, slice_) + merged[slice_] for slice_ in sorted(merged)}
+
+
+def _plan_with(world: World, shard: int, fresh: Sequence[_Arrived]) -> ShardPlan:
+    states = [
+        SliceState(shard, slice_, slice_root(rows), len(rows))
+        for slice_, rows in _merged(world, shard, fresh).items()
+    ]
+    return plan_shard(view_shard(world, shard, states), world.recipe, world.fingerprint)
+
+
+def _write_slices(world: World, shard: int, fresh: Sequence[_Arrived]) -> list[SliceFile]:
+    stored: dict[int, list[StoredRecord]] = {}
+    for each in fresh:
+        stored.setdefault(each.row.slice, []).append(StoredRecord(each.row.id_digest, each.record))
+    return [
+        write_slice(world, shard, slice_, rows, stored[slice_])
+        for slice_, rows in _merged(world, shard, fresh).items()
+    ]
+
+
+def _write_index(world: World, shard: int, fresh: Sequence[_Arrived]) -> IndexFile:
+    vectors = {each.row.vector_id: each.vector for each in fresh}
+    merged = world.ledger.rows(shard) + [each.row for each in fresh]
+    wanted = {row.vector_id: vectors.get(row.vector_id) for row in merged}
+    if len(wanted) < len(merged):
+        raise InvalidInput(
+            "two record ids share a vector id (chance below 1 in 10^9)",
+            where=f"shard {shard}",
+            next_step="give one of the new records another id",
+        )
+    base = only(world.ledger.indexes(shard))
+    return world.index.build(shard, index_root(merged), base, wanted)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from sisa.assign import Assigner, slice_root
 from sisa.digest import digest_of
-from sisa.domain import IndexFile, Record, RecordRow, SliceFile, SliceState
+from sisa.domain import HeldCheckpoint, IndexFile, Record, RecordRow, SliceFile, SliceState
 from sisa.errors import IntegrityError
 from sisa.events import Report
 from sisa.patch import Patch, PatchMode
@@ -36,6 +36,7 @@ from sisa.ports import (
 )
 
 Place = tuple[int, int]  # shard, slice
+FEW_SHARDS = 16  # that are asked for one by one
 ALWAYS_SEALED = ("vault", "runs")  # rooms that are sealed in a plain model, too
 
 
@@ -183,6 +184,21 @@ def view_shard(
         tuple(state for slice_, state in sorted(slices.items()) if slice_ not in gone),
         tuple(each for each in world.ledger.checkpoints(shard) if each.key not in without),
     )
+
+
+def view_shards(world: World, shards: Sequence[int]) -> list[ShardView]:
+    """Several shards as they are; of many, all that is in the ledger is read at once."""
+    if len(shards) <= FEW_SHARDS:
+        return [view_shard(world, shard) for shard in shards]
+    slices: dict[int, list[SliceState]] = {shard: [] for shard in shards}
+    held: dict[int, list[HeldCheckpoint]] = {shard: [] for shard in shards}
+    for file in world.ledger.slices():
+        if file.shard in slices:
+            slices[file.shard].append(file)
+    for each in world.ledger.checkpoints():
+        if each.shard in held:
+            held[each.shard].append(each)
+    return [ShardView(shard, tuple(slices[shard]), tuple(held[shard])) for shard in shards]
 
 
 def check_sources(world: World, plans: Sequence[ShardPlan]) -> None:

@@ -43,6 +43,7 @@ COUNTED = tuple(table for table in schema.sorted_tables if table is not COUNTS)
 _IN_CHUNK = 500  # SQLite's limit of bound parameters is far above, on every build
 _COUNTS = "SELECT * FROM counts WHERE name = ?"  # as text: compiling it takes longer than asking it
 _IN_MEMORY = 10_000
+_FEW = 16  # shards that are looked at one by one rather than all at once
 _SEEDS = {table.name: zlib.crc32(table.name.encode()) for table in schema.sorted_tables}
 
 T = TypeVar("T")
@@ -181,6 +182,14 @@ def _counted(connection: sa.Connection, query: str, *values: Any) -> Counter[Pla
     return Counter({(shard, slice_, kind): number for _, shard, slice_, kind, number, _ in rows})
 
 
+def _counts_of(connection: sa.Connection, table: sa.Table, shards: Collection[int]) -> Counter[Place]:
+    """Numbers of rows by place, of some shards at least."""
+    if len(shards) > _IN_CHUNK:
+        return _counted(connection, _COUNTS, table.name)
+    chosen = ", ".join("?" * len(shards))
+    return _counted(connection, f"{_COUNTS} AND shard IN ({chosen})", table.name, *shards)
+
+
 def _whole(table: sa.Table, counts: Mapping[Place, int]) -> int:
     if WHOLE not in counts:
         raise Damaged(f"the number of rows of {table.name} is missing")
@@ -235,14 +244,18 @@ class Writing:
             self.connection.execute(sa.insert(table), [_sealed(table, each) for each in values])
 
     def put(self, table: sa.Table, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Add rows, in place of those with the same primary key."""
+        """Add rows, in place of those with the same primary key; a key belongs to one shard for ever."""
         latest = {tuple(row[column.name] for column in table.primary_key): row for row in rows}
-        self.remove(table, list(latest))
+        shards = {row["shard"] for row in rows} if table in PLACED else set()
+        self.remove(table, list(latest), shards if len(shards) <= _FEW else ())
         self.insert(table, list(latest.values()))
 
-    def remove(self, table: sa.Table, keys: Sequence[tuple[Any, ...]]) -> None:
+    def remove(
+        self, table: sa.Table, keys: Sequence[tuple[Any, ...]], shards: Collection[int] = ()
+    ) -> None:
         """Remove the rows with these primary keys, after checking them; absent ones are no error, but
-        that they are absent is not left to an index to say, which may be damaged."""
+        that they are absent is not left to an index to say, which may be damaged: all rows are looked
+        at, or those of the shards that the keys belong to."""
         columns = list(table.primary_key)
         if table is RECORDS:
             columns = [RECORDS.c.id_digest]
@@ -260,7 +273,9 @@ class Writing:
                 found += len(rows)
         if found < len(set(keys)) and table not in GROWING:
             self.end()
-            refuse_loss(table, 0, _seen(self.connection, table, columns, set(keys)))
+            where_to_look: list[int | None] = [*sorted(shards)] or [None]
+            for shard in where_to_look:
+                refuse_loss(table, 0, _seen(self.connection, table, columns, set(keys), shard))
 
     def _count(self, table: sa.Table, values: Sequence[tuple[Any, ...]], sign: int) -> None:
         deltas = self._deltas[table.name]
@@ -274,7 +289,7 @@ class Writing:
         for table in COUNTED:
             deltas = {place: delta for place, delta in self._deltas[table.name].items() if delta}
             if deltas:
-                before = _counted(self.connection, _COUNTS, table.name)
+                before = _counts_of(self.connection, table, {NO_PLACE, *(each[0] for each in deltas)})
                 _whole(table, before)
                 after = {place: before[place] + delta for place, delta in deltas.items()}
                 _put_counts(self.connection, table, after)
