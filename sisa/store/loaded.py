@@ -1,6 +1,7 @@
 """Index files in memory, and the search over them: candidates by sign codes, then exact scores.
 
-    codes       one bit a dimension: whether the vector is above zero there
+    codes       one bit a dimension: whether the vector is above zero there; of more than CODE_BITS
+                dimensions, those that are CODE_BITS apart are added first
     candidates  the nearest codes by Hamming distance, over all files (`IndexBinaryFlat`)
     hits        the candidates' inner products with the query, exact, best first
 
@@ -29,11 +30,16 @@ from sisa.domain import Hit
 from sisa.ports import Vectors
 
 MIN_CANDIDATES, CANDIDATES_PER_HIT = 1000, 50
+CODE_BITS = 256  # FAISS counts the bits of 32 bytes twice as fast as those of 48, and recall stays
 
 
 def codes_of(vectors: Vectors) -> NDArray[np.uint8]:
-    """Sign codes, [num_vectors, ceil(dimension / 8)]."""
-    return np.packbits(vectors > 0, axis=1)
+    """Sign codes, [num_vectors, ceil(min(dimension, CODE_BITS) / 8)]."""
+    folded = vectors[:, :CODE_BITS]
+    for start in range(CODE_BITS, vectors.shape[1], CODE_BITS):
+        part = vectors[:, start : start + CODE_BITS]
+        folded = folded + np.pad(part, ((0, 0), (0, CODE_BITS - part.shape[1])))
+    return np.packbits(folded > 0, axis=1)
 
 
 @dataclass(frozen=True)

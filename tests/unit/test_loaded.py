@@ -16,7 +16,7 @@ from sisa.domain import Hit, IndexFile
 from sisa.ports import Vectors
 from sisa.store import loaded
 from sisa.store.index import FaissIndex
-from sisa.store.loaded import Loaded, search
+from sisa.store.loaded import CODE_BITS, Loaded, codes_of, search
 from tests.unit import care_model
 
 DIMENSION = 64
@@ -64,6 +64,18 @@ def test_a_deleted_vector_leaves_the_choice_of_the_others_as_if_it_had_never_bee
     assert [[h.vector_id for h in hits[:10]] for hits in again] == [
         [h.vector_id for h in hits[:10]] for hits in without
     ]
+
+
+def test_a_code_of_many_dimensions_is_folded_and_depends_on_its_vector_alone() -> None:
+    draw = np.random.default_rng(6)
+    vectors = draw.standard_normal((50, CODE_BITS + 128)).astype(np.float32)
+    codes = codes_of(vectors)
+    assert codes.shape == (50, CODE_BITS // 8)
+    assert all((codes_of(vectors[n : n + 1]) == codes[n]).all() for n in range(50))
+    bits = np.unpackbits(codes, axis=1).astype(bool)
+    assert (bits[:, 128:] == (vectors[:, 128:CODE_BITS] > 0)).all()
+    assert (bits[:, :128] == (vectors[:, :128] + vectors[:, CODE_BITS:] > 0)).all()
+    assert codes_of(np.zeros((1, 2 * CODE_BITS + 1), dtype=np.float32)).any() == np.False_
 
 
 def test_only_candidates_are_scored(monkeypatch: pytest.MonkeyPatch) -> None:
