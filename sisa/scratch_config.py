@@ -14,9 +14,8 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
-from pydantic_core import PydanticCustomError
 
-from sisa.config_types import Block, DatasetSource, Float, Int, LocalPath, Name
+from sisa.config_types import Block, DatasetSource, Float, Int, LocalPath, Name, conflict
 
 PLACES = ("corpus", "directory")  # of the block, what names places and not the base
 NAMED, MADE = "<name>", "<block>"  # never a key: they stand in the places of errors
@@ -52,7 +51,7 @@ class Scratch(Block):
             message = (
                 f"conflict: hidden_size {self.hidden_size} is no even multiple of heads {self.heads}"
             )
-            raise PydanticCustomError("conflict", "{message}", {"message": message})
+            raise conflict(message)
         return self
 
 

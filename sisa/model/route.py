@@ -34,7 +34,8 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from sisa.config import MINILM, Aggregation
+from sisa.aggregation_config import Aggregation
+from sisa.config import MINILM
 from sisa.domain import Hit, Kind
 
 SHARE_WEIGHT = 0.3

@@ -26,8 +26,9 @@ from typing import Any
 
 import numpy as np
 
+from sisa.aggregation_config import Aggregation
 from sisa.ask import NUM_ROUTING_HITS
-from sisa.config import MINILM, Aggregation
+from sisa.config import MINILM
 from sisa.digest import sha256_hex
 from sisa.domain import Hit
 from sisa.model.embedder import resolve_embedder

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from sisa.config import MINILM, Aggregation
+from sisa.aggregation_config import Aggregation
+from sisa.config import MINILM
 from sisa.domain import Hit
 from sisa.model.route import MIN_SCORES, SHARE_WEIGHT, Route, choose_route, nearness, settled
 
