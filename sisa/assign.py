@@ -3,9 +3,10 @@
 Rules: the place of a record depends on the secret, the number of shards and slices and that record's
 own subject or id; never on other records, on arrival order or on content. All records of a subject
 share one shard and one slice. A subject named like a record id hashes elsewhere (purposes differ).
+With churn bands the record's own deletion risk narrows the slices that it hashes to.
 Source: Bourtoule et al. 2021, section IV (sharding, slicing); keyed as the laws of exactness demand.
 
-Not covered: churn bands (a record's own deletion risk choosing its slice).
+Not covered: which risk has which slices (`bands.py`).
 
 >>> from sisa.domain import Part, Record
 >>> assign = Assigner(Keyed(b"1" * 32), Layout(num_shards=4, num_slices=3))
@@ -18,20 +19,26 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from sisa.bands import Bands
 from sisa.digest import Keyed, digest_of
-from sisa.domain import Record, RecordRow
+from sisa.domain import Record, RecordRow, Risk
 
 VECTOR_ID_BITS = 63  # FAISS ids are signed 64-bit
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How many shards, and slices in each."""
+    """How many shards, and slices in each; and which of them a record's deletion risk allows."""
 
     num_shards: int
     num_slices: int
+    bands: Bands | None = field(default=None, repr=False)
+
+    def slices(self, risk: Risk) -> range:
+        """Those that a record may hash to."""
+        return range(self.num_slices) if self.bands is None else self.bands.slices(risk, self.num_slices)
 
 
 class Assigner:
@@ -53,17 +60,17 @@ class Assigner:
 
     def place(self, record: Record) -> tuple[int, int]:
         """(shard, slice) of a record."""
-        if record.subject_id is not None:
-            return self.place_of_subject(record.subject_id)
-        return self._place("id", record.id)
+        subject = record.subject_id
+        who = ("id", record.id) if subject is None else ("subject", subject)
+        allowed = self.layout.slices(record.deletion_risk)
+        return self._shard(*who), allowed[self._keyed.number("slice", len(allowed), *who)]
 
-    def place_of_subject(self, subject_id: str) -> tuple[int, int]:
-        """(shard, slice) of all records of a subject."""
-        return self._place("subject", subject_id)
+    def shard_of_subject(self, subject_id: str) -> int:
+        """The shard of all records of a subject."""
+        return self._shard("subject", subject_id)
 
-    def _place(self, *who: str) -> tuple[int, int]:
-        shard = self._keyed.number("shard", self.layout.num_shards, *who)
-        return shard, self._keyed.number("slice", self.layout.num_slices, *who)
+    def _shard(self, *who: str) -> int:
+        return self._keyed.number("shard", self.layout.num_shards, *who)
 
     def row(self, record: Record, num_tokens: int) -> RecordRow:
         """The ledger row of a record, not yet committed."""

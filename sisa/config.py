@@ -31,6 +31,7 @@ from pydantic.fields import FieldInfo
 
 from sisa.aggregation_config import Aggregation
 from sisa.assign import Layout
+from sisa.bands import RISK_COLUMN, Bands
 from sisa.cluster_config import ClusterBlock
 from sisa.config_types import (
     Block,
@@ -73,6 +74,11 @@ class SisaBlock(Block):
     schedule: Schedule = key(
         "cumulative", "retrain", "Stage r sees slices 1..r (cumulative) or slice r alone (sequential)."
     )
+    bands: Bands | None = key(
+        None,
+        "reset",
+        "Slices by a record's `deletion_risk`, the likeliest to go last: thresholds, classes, unknown.",
+    )
     group_by: Name = key(
         "subject_id", "reset", "Column that names the subject; its records share one slice."
     )
@@ -91,11 +97,20 @@ class SisaBlock(Block):
         "Answers: routed (to top_k shards), or all: mean_prob, mean_logit, vote, merged.",
     )
 
+    @field_validator("bands")
+    @classmethod
+    def _a_slice_each(cls, value: Bands | None, info: ValidationInfo) -> Bands | None:
+        slices = info.data.get("slices", 10_000)
+        if value is not None and value.num_bands > slices:
+            raise conflict(f"conflict: {value.num_bands} bands, more than the {slices} slices")
+        return value
+
     @field_validator("group_by")
     @classmethod
     def _no_body_column(cls, value: str) -> str:
-        if value in BODY_COLUMNS:
-            raise conflict(f"conflict: '{value}' is the column of a record's text, not of its subject")
+        if value in (*BODY_COLUMNS, RISK_COLUMN):
+            what = "deletion risk" if value == RISK_COLUMN else "text"
+            raise conflict(f"conflict: '{value}' is the column of a record's {what}, not of its subject")
         return value
 
     @field_validator("embedder")
@@ -221,7 +236,7 @@ class RunConfig(Block):
 
     @property
     def layout(self) -> Layout:
-        return Layout(self.sisa.shards, self.sisa.slices)
+        return Layout(self.sisa.shards, self.sisa.slices, self.sisa.bands)
 
     def training(self) -> dict[str, Any]:
         """The hyper-parameters that reach an adapter's bits; epochs and schedule come as passes."""

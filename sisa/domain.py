@@ -24,6 +24,7 @@ from typing import Any, Literal
 from sisa.digest import canonical_json, digest_of
 
 Kind = Literal["text", "completion", "chat"]
+Risk = float | str | None  # of being deleted: a number, the name of a class, or none given
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,7 @@ class Record:
     subject_id: str | None = field(repr=False)
     kind: Kind
     parts: tuple[Part, ...] = field(repr=False)
+    deletion_risk: Risk = field(default=None, repr=False)
 
     @property
     def text(self) -> str:
@@ -49,9 +51,20 @@ class Record:
         return "\n".join(part.text for part in self.parts)
 
     def canonical(self) -> str:
-        """The content that the record's digest covers, id and subject included."""
+        """The content that the record's digest covers, id and subject included, and a risk if given."""
+        return canonical_json(self.to_list()).decode()
+
+    def to_list(self) -> list[Any]:
+        """As JSON values; `from_list` reads them again."""
         body = [[part.role, part.text] for part in self.parts]
-        return canonical_json([self.id, self.subject_id, self.kind, body]).decode()
+        risk = [] if self.deletion_risk is None else [self.deletion_risk]
+        return [self.id, self.subject_id, self.kind, body, *risk]
+
+    @classmethod
+    def from_list(cls, values: list[Any]) -> Record:
+        """Raises ValueError or TypeError for what `to_list` can't have made."""
+        id_, subject, kind, parts, *risk = values
+        return cls(id_, subject, kind, tuple(Part(role, text) for role, text in parts), *risk)
 
 
 @dataclass(frozen=True, slots=True)

@@ -134,7 +134,7 @@ def _known(
 
 def of_subject(world: World, subject_id: str) -> tuple[list[RecordRow], list[Tombstone]]:
     """All records of a subject. Raises UnknownRecord when there never was one."""
-    shard, _ = world.assigner.place_of_subject(subject_id)
+    shard = world.assigner.shard_of_subject(subject_id)
     live, dead = world.ledger.by_subject(world.assigner.subject_digest(subject_id), shard)
     if not live and not dead:
         raise UnknownRecord(

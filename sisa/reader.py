@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sisa.bands import RISK_COLUMN
 from sisa.config import BODY_COLUMNS, DATA_SUFFIXES, is_local
 from sisa.config_types import DatasetSource
 from sisa.dataset_export import Broken, export_rows
@@ -52,9 +53,10 @@ def read_records(
     listed = [
         each if isinstance(each, DatasetSource) else DatasetSource(path=str(each)) for each in sources
     ]
+    columns = (*BODY_COLUMNS, "id", group_by, RISK_COLUMN)
     reading = _Reading(group_by)
     for source, label in zip(listed, _labels(listed), strict=True):
-        reading.take_all(_rows(source, label, (*BODY_COLUMNS, "id", group_by)), label)
+        reading.take_all(_rows(source, label, columns), label)
     if group_by != DEFAULT_GROUP_BY and reading.records and not reading.seen_group_by:
         reading.problems.append(Problem("sisa.group_by", "no record has a column of this name"))
     if reading.problems:

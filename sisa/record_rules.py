@@ -1,8 +1,9 @@
 """What makes a row a record: its columns, their types, and every way to get them wrong.
 
 Rules: pure. A record has an `id` (a string), an optional subject in the column `group_by`, and exactly
-one body, found by its columns: `text`, `prompt` with `completion`, or `messages`. A null counts as
-absent; other columns are ignored. Problems name columns and turns, never a text or an id.
+one body, found by its columns: `text`, `prompt` with `completion`, or `messages`. It may carry a
+`deletion_risk`, a number or the name of a class. A null counts as absent; other columns are ignored.
+Problems name columns and turns, never a text or an id.
 
 Not covered: uniqueness of ids and where a row stands (`reader.py`); lengths in tokens.
 
@@ -15,13 +16,14 @@ Source: the column names of TRL's dataset formats.
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from sisa.bands import RISK_COLUMN
 from sisa.config import BODY_COLUMNS
-from sisa.domain import Part, Record
+from sisa.domain import Kind, Part, Record, Risk
 
-MAX_ID_CHARS = 512
+MAX_ID_CHARS, MAX_RISK = 512, 1e300
 ROLES = ("system", "user", "assistant")
 KINDS = {"text": ("text",), "completion": ("prompt", "completion"), "chat": ("messages",)}
 UNFIT = {
@@ -34,17 +36,22 @@ UNFIT = {
 
 def record_of(value: Mapping[str, Any], group_by: str) -> Record:
     """The record of a row without problems."""
+    risk: Risk = value.get(RISK_COLUMN)
+    risk = float(risk) if isinstance(risk, int) else risk  # 1 and 1.0 would be two digests of one value
+
+    def made(kind: Kind, parts: Iterable[Part]) -> Record:
+        return Record(value["id"], value.get(group_by), kind, tuple(parts), risk)
+
     if value.get("text") is not None:
-        return Record(value["id"], value.get(group_by), "text", (Part("text", value["text"]),))
+        return made("text", [Part("text", value["text"])])
     if value.get("messages") is not None:
-        turns = tuple(Part(turn["role"], turn["content"]) for turn in value["messages"])
-        return Record(value["id"], value.get(group_by), "chat", turns)
-    pair = tuple(Part(column, value[column]) for column in KINDS["completion"])
-    return Record(value["id"], value.get(group_by), "completion", pair)
+        return made("chat", [Part(turn["role"], turn["content"]) for turn in value["messages"]])
+    return made("completion", [Part(column, value[column]) for column in KINDS["completion"]])
 
 
 def record_problems(value: Mapping[str, Any], group_by: str) -> Iterator[str]:
     """All that keeps a row from being a record."""
+    yield from _risk_problems(value.get(RISK_COLUMN))
     if value.get("id") is None:
         yield "no 'id'"
     else:
@@ -65,6 +72,16 @@ def record_problems(value: Mapping[str, Any], group_by: str) -> Iterator[str]:
                 yield f"no '{column}'"
             else:
                 yield from _text_problems(f"'{column}'", value[column], may_be_blank=column == "prompt")
+
+
+def _risk_problems(risk: Any) -> Iterator[str]:
+    """A class is a name of the run file; what it names is checked with the run file at hand."""
+    if isinstance(risk, str):
+        yield from name_problems(f"'{RISK_COLUMN}'", risk)
+    elif isinstance(risk, bool) or not isinstance(risk, int | float | None):
+        yield f"'{RISK_COLUMN}': expected a number or a class, got {kind_of(risk)}"
+    elif risk is not None and not 0 <= risk < MAX_RISK:
+        yield f"'{RISK_COLUMN}': expected a number from 0 on"
 
 
 def name_problems(name: str, value: Any) -> Iterator[str]:

@@ -19,7 +19,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from sisa.assign import Assigner, index_root, slice_root
-from sisa.domain import Head, IndexFile, Record, RecordRow, SliceFile, SliceState, Tombstone
+from sisa.bands import Bands, risk_problems
+from sisa.domain import Head, IndexFile, Record, RecordRow, Risk, SliceFile, SliceState, Tombstone
 from sisa.errors import InvalidInput, Problem
 from sisa.plan import ShardPlan, plan_shard
 from sisa.ports import Change, StoredRecord
@@ -105,13 +106,47 @@ def _changed(
     return problems
 
 
+def refuse_risks(bands: Bands | None, records: Sequence[Record]) -> None:
+    """Raises InvalidInput where a risk is of no class, or one subject carries several."""
+    _refuse_risks(list(risk_problems(bands, records)))
+
+
+def _refuse_risks(problems: Sequence[Problem]) -> None:
+    if problems:
+        raise InvalidInput(
+            f"{len(problems)} records can't be placed by their deletion risk; nothing was changed",
+            next_step="name the class in sisa.bands.classes, and give all records of a subject one risk",
+            problems=problems,
+        )
+
+
+def _other_risks(world: World, fresh: Sequence[tuple[int, Record]]) -> list[Problem]:
+    """New records whose risk is not that of the held ones of their subject."""
+    new = {each.subject_id for _, each in fresh if each.subject_id is not None}
+    named = [(world.assigner.subject_digest(s), world.assigner.shard_of_subject(s)) for s in new]
+    places = {(row.shard, row.slice) for who in named for row in world.ledger.by_subject(*who)[0]}
+    known: dict[str | None, Risk] = {
+        each.record.subject_id: each.record.deletion_risk
+        for file in (f for shard in {n for n, _ in places} for f in world.ledger.slices(shard))
+        if (file.shard, file.slice) in places
+        for each in world.records.read(file)
+        if each.record.subject_id in new
+    }
+    return [
+        Problem(f"record {position + 1}", "its deletion risk is not that of its subject's held records")
+        for position, record in fresh
+        if known.get(record.subject_id, record.deletion_risk) != record.deletion_risk
+    ]
+
+
 def add(world: World, records: Sequence[Record], *, allow_deleted: bool = False) -> Taken:
     """Take new records into the slices that they hash to and retrain from there.
 
     The result equals training on all records from scratch. A record that is held already, unchanged,
-    is counted and skipped. Raises InvalidInput for changed ids and, unless `allow_deleted`, for
-    deleted ids and deleted texts, all of them listed.
+    is counted and skipped. Raises InvalidInput for changed ids, for a second deletion risk of a subject
+    and, unless `allow_deleted`, for deleted ids and deleted texts, all of them listed.
     """
+    refuse_risks(world.assigner.layout.bands, records)
     found = _lookup(world, records)
     problems = _changed(world, records, found)
     fresh = [
@@ -125,6 +160,7 @@ def add(world: World, records: Sequence[Record], *, allow_deleted: bool = False)
         _, deleted = world.ledger.by_text(texts, sure=True)
         problems += deleted_before(world.assigner, fresh, [*deleted, *dead])
     refuse_deleted(problems, "added")
+    _refuse_risks(_other_risks(world, fresh))
     fresh_records = [record for _, record in fresh]
     rows = _rows(world, fresh_records)
     if rows:

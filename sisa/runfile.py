@@ -234,6 +234,8 @@ def _fragment(loc: KeyPath) -> tuple[KeyPath, dict[str, Any]]:
             schema = schema["items"]
         elif part in known:
             schema = known[part]
+        elif isinstance(schema.get("additionalProperties"), dict):  # a mapping by names of the user's
+            schema = schema["additionalProperties"]
         else:
             return loc[:depth], schema
     return loc, schema
@@ -242,7 +244,7 @@ def _fragment(loc: KeyPath) -> tuple[KeyPath, dict[str, Any]]:
 def _properties(schema: dict[str, Any]) -> dict[str, Any]:
     schema = _followed(schema)
     found: dict[str, Any] = dict(schema.get("properties", {}))
-    for each in schema.get("oneOf", []):
+    for each in (*schema.get("oneOf", []), *schema.get("anyOf", [])):
         found |= _properties(each)
     return found
 

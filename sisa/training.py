@@ -27,7 +27,7 @@ from sisa.ports import Change
 from sisa.reader import read_records
 from sisa.reconcile import Trained, erase_unknown
 from sisa.requests import under_way
-from sisa.run import Taken, deleted_before, refuse_changed, refuse_deleted, train
+from sisa.run import Taken, deleted_before, refuse_changed, refuse_deleted, refuse_risks, train
 from sisa.runfile import load_run_file
 from sisa.scratch import guard, prepare
 from sisa.store import files
@@ -55,6 +55,7 @@ def train_model(
     opening.find_executor(executor)  # an unknown one is refused before anything is written
     _refuse_keys_inside(config)
     records = read_records(config.datasets, config.sisa.group_by)
+    refuse_risks(config.sisa.bands, records)
     if not _committed(directory):
         _refuse_foreign(directory)
         return _first_training(config, records, executor, report, allow_deleted=allow_deleted)
@@ -227,7 +228,9 @@ def _move(
         try:
             refuse_changed(world, records)
             if "reset" in effects:
-                guard(config, [each.record for each in reconfigure.all_records(world)])
+                held = [each.record for each in reconfigure.all_records(world)]
+                refuse_risks(config.sisa.bands, held)
+                guard(config, held)
             if "reseal" in effects:
                 reconfigure.reseal(world, model.directory)
             if effects:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from sisa.assign import Assigner, Layout
+from sisa.bands import Bands
 from sisa.digest import Keyed, canonical_json, sha256_hex
 from sisa.domain import (
     Chain,
@@ -281,6 +282,7 @@ def fake_model(
     recipe: Recipe | None = None,
     fingerprint: str = "fingerprint",
     patch_mode: PatchMode = "sequential",
+    bands: Bands | None = None,
 ) -> FakeModel:
     recipe = recipe or fake_recipe()
     ledger, witness, records = FakeLedger(), FakeWitness(), FakeRecords()
@@ -307,7 +309,7 @@ def fake_model(
         embed=fake_embed,
         count_tokens=lambda some: [len(record.text.split()) for record in some],
         executor_for=executor_for,
-        assigner=Assigner(Keyed(SECRET), Layout(num_shards, recipe.num_slices)),
+        assigner=Assigner(Keyed(SECRET), Layout(num_shards, recipe.num_slices, bands)),
         recipe=recipe,
         fingerprint=fingerprint,
         base=recipe.base,

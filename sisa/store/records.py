@@ -6,17 +6,20 @@ the deleted record. Plain ids and text rest here and nowhere else. Digests and s
 
 Not covered: keys (`keyring.py`); who decides which file is current (the ledger).
 
-Columns: id_digest, id, subject_id, kind, roles (list), texts (list).
+Columns: id_digest, id, subject_id, kind, roles (list), texts (list); deletion_risk (JSON) where a record
+of the slice carries one.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Collection, Sequence
+import json
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from sisa.bands import RISK_COLUMN
 from sisa.digest import sha256_hex
 from sisa.domain import Part, Record, SliceFile
 from sisa.errors import IntegrityError
@@ -82,6 +85,10 @@ def _encode(records: Sequence[StoredRecord]) -> bytes:
             ("texts", pa.list_(pa.string())),
         ]
     )
+    risks = [each.record.deletion_risk for each in records]
+    if any(risk is not None for risk in risks):
+        columns[RISK_COLUMN] = [None if risk is None else json.dumps(risk) for risk in risks]
+        schema = schema.append(pa.field(RISK_COLUMN, pa.string()))
     buffer = io.BytesIO()
     pq.write_table(pa.table(columns, schema=schema), buffer, compression="zstd")
     return buffer.getvalue()
@@ -93,20 +100,7 @@ def _decode(data: bytes, path: Path) -> tuple[StoredRecord, ...]:
 
     try:
         rows = pq.read_table(io.BytesIO(data)).to_pylist()
-        return tuple(
-            StoredRecord(
-                row["id_digest"],
-                Record(
-                    row["id"],
-                    row["subject_id"],
-                    row["kind"],
-                    tuple(
-                        Part(role, text) for role, text in zip(row["roles"], row["texts"], strict=True)
-                    ),
-                ),
-            )
-            for row in rows
-        )
+        return tuple(StoredRecord(row["id_digest"], _record(row)) for row in rows)
     except (pa.ArrowException, KeyError, ValueError) as error:
         raise IntegrityError(
             "a slice file can't be parsed",
@@ -114,3 +108,10 @@ def _decode(data: bytes, path: Path) -> tuple[StoredRecord, ...]:
             expected="the columns that this version writes",
             got=type(error).__name__,
         ) from error
+
+
+def _record(row: Mapping[str, Any]) -> Record:
+    parts = tuple(Part(role, text) for role, text in zip(row["roles"], row["texts"], strict=True))
+    risk = row.get(RISK_COLUMN)
+    risk = None if risk is None else json.loads(risk)
+    return Record(row["id"], row["subject_id"], row["kind"], parts, risk)

@@ -24,7 +24,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from sisa.digest import canonical_json, sha256_hex
-from sisa.domain import Part, Record
+from sisa.domain import Record
 from sisa.errors import IntegrityError
 from sisa.patch import VaultSet
 from sisa.ports import Keyring
@@ -82,21 +82,13 @@ class FileVault:
 
 def encode(records: Sequence[Record]) -> bytes:
     """Records as the one byte string of their content."""
-    return canonical_json(
-        [
-            [each.id, each.subject_id, each.kind, [[part.role, part.text] for part in each.parts]]
-            for each in records
-        ]
-    )
+    return canonical_json([each.to_list() for each in records])
 
 
 def decode(data: bytes, path: Path) -> tuple[Record, ...]:
     """What `encode` was given. Raises IntegrityError for anything else; `path` is where it lay."""
     try:
-        return tuple(
-            Record(id_, subject, kind, tuple(Part(role, text) for role, text in parts))
-            for id_, subject, kind, parts in json.loads(data)
-        )
+        return tuple(Record.from_list(each) for each in json.loads(data))
     except (ValueError, TypeError) as error:
         raise IntegrityError(
             "a set of the vault can't be parsed",

@@ -30,6 +30,7 @@ records = st.builds(
     st.none() | texts,
     st.sampled_from(["text", "completion", "chat"]),
     st.lists(parts, max_size=3).map(tuple),
+    st.none() | st.floats(0, 1e3) | st.sampled_from(["trial", "0.5"]),
 )
 slices = st.lists(records, max_size=6, unique_by=lambda record: record.id)
 

@@ -80,6 +80,25 @@ def test_a_history_ends_in_the_bytes_of_training_from_scratch(
     assert [each.equal for each in proof.shards] == [True, True, True]
 
 
+def test_bands_put_the_likeliest_last_and_keep_the_law(tmp_path: Path, tiny_base: Path) -> None:
+    """The subject to delete is a likely one: of three slices only the last is trained again."""
+    bands = {"thresholds": [0.1], "classes": {"trial": 0.5}}
+    rows = [{**row, "deletion_risk": "trial"} if row["subject_id"] == SUBJECT else row for row in PEOPLE]
+    for folder, some in (("a", rows), ("b", [row for row in rows if row["subject_id"] != SUBJECT])):
+        write_run(tmp_path / folder, tiny_base, some, sisa_block={"slices": 3, "bands": bands})
+    model, _ = sisa.train_model(tmp_path / "a" / "run.yaml", executor="serial", allow_deleted=True)
+    places = {each.id: each.slice for each in model.where(ids_of(PEOPLE))}
+    likely = set(ids_of(of_people(SUBJECT)))
+    assert {places[each] == 0 for each in places.keys() - likely} == {True}
+    assert {places[each] > 0 for each in likely} == {True}
+    forgotten = model.forget(subject=SUBJECT).request
+    assert forgotten is not None
+    assert forgotten.record_epochs_retrained == 0  # nobody else is likely to go
+    scratch, _ = sisa.train_model(tmp_path / "b" / "run.yaml", executor="serial", allow_deleted=True)
+    assert held_files(model.directory) == held_files(scratch.directory)
+    assert model.status().model_digest == scratch.status().model_digest
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_history_ends_in_the_bytes_of_a_fresh_process(
     tmp_path: Path, tiny_base: Path, schedule: str

@@ -20,7 +20,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sisa.domain import Record, RecordRow
+from sisa.bands import Bands
+from sisa.domain import Record, RecordRow, Risk
 from sisa.lifecycle import Terms, carry_out, submit
 from sisa.plan import Schedule
 from sisa.reconcile import reconcile
@@ -31,6 +32,12 @@ from tests.fakes import ADAPTER, FakeModel, fake_model, fake_recipe, fake_record
 
 NUM_HISTORIES = 2_000
 SUBJECTS = (None, None, "ada", "bob", "eve")
+RISKS: tuple[Risk, ...] = tuple((None, 0.0, 0.1, 0.9, "trial")[n % 5] for n in range(41))
+BANDS = (
+    None,
+    Bands(thresholds=(0.5,), classes={"trial": 0.7}),
+    Bands(thresholds=(0.05, 0.5), classes={"trial": 0.1}),
+)
 
 
 @dataclass(frozen=True)
@@ -38,8 +45,9 @@ class History:
     num_shards: int
     num_slices: int
     schedule: Schedule
-    first: tuple[int, ...]
-    steps: tuple[tuple[str, tuple[int, ...]], ...]
+    first: tuple[int, ...] = ()
+    steps: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    bands: Bands | None = None
 
 
 def subject_of(number: int) -> str | None:
@@ -47,16 +55,21 @@ def subject_of(number: int) -> str | None:
 
 
 def record(number: int) -> Record:
-    return fake_record(number, subject_of(number))
+    """A record whose risk is its subject's, or its own."""
+    subject = subject_of(number)
+    risk = RISKS[number if subject is None else SUBJECTS.index(subject)]
+    return dataclasses.replace(fake_record(number, subject), deletion_risk=risk)
 
 
 @st.composite
 def histories(draw: st.DrawFn) -> History:
     numbers = st.lists(st.integers(0, 40), unique=True, max_size=12).map(tuple)
     step = st.tuples(st.sampled_from(["add", "forget", "subject"]), numbers)
+    num_slices = draw(st.integers(1, 4))
     return History(
         num_shards=draw(st.integers(1, 4)),
-        num_slices=draw(st.integers(1, 4)),
+        num_slices=num_slices,
+        bands=draw(st.sampled_from([b for b in BANDS if b is None or b.num_bands <= num_slices])),
         schedule=draw(st.sampled_from(["cumulative", "sequential"])),
         first=draw(numbers),
         steps=tuple(draw(st.lists(step, max_size=5))),
@@ -69,8 +82,7 @@ class Model:
     consent = ""  # of deletions, to keep the text for a patch
 
     def __init__(self, history: History) -> None:
-        recipe = fake_recipe(history.num_slices, history.schedule)
-        self.fake: FakeModel = fake_model(history.num_shards, recipe)
+        self.fake: FakeModel = like(history)
         self.remaining: set[int] = set(history.first)
         self.deleted: set[int] = set()
         self.fake.before_run.append(self.check_nothing_unheld_is_reachable)
@@ -148,6 +160,11 @@ class Model:
         assert not any(record(number).id in ledger for number in range(41))
 
 
+def like(history: History) -> FakeModel:
+    recipe = fake_recipe(history.num_slices, history.schedule)
+    return fake_model(history.num_shards, recipe, bands=history.bands)
+
+
 def assert_equal(one: FakeModel, other: FakeModel) -> None:
     assert one.checkpoints.stored == other.checkpoints.stored
     assert one.records.stored == other.records.stored
@@ -164,7 +181,7 @@ def test_any_history_equals_training_from_scratch(history: History) -> None:
     model.check_no_residue()
     for kind, numbers in history.steps:
         model.step(kind, numbers)
-    scratch = fake_model(history.num_shards, fake_recipe(history.num_slices, history.schedule))
+    scratch = like(history)
     train(scratch.world, [record(number) for number in sorted(model.remaining, reverse=True)])
     assert_equal(model.fake, scratch)
     adapters = [json.loads(files[ADAPTER])["touched"] for files in scratch.checkpoints.stored.values()]
@@ -237,7 +254,7 @@ def test_a_crash_at_any_effect_changes_no_byte(history: History, at: int, after:
             reconcile(model.fake.world)
             model.resume(kind, numbers)
     model.check_no_residue()
-    scratch = fake_model(history.num_shards, fake_recipe(history.num_slices, history.schedule))
+    scratch = like(history)
     train(scratch.world, [record(number) for number in sorted(model.remaining)])
     assert_equal(model.fake, scratch)
     assert all(request.state == "completed" for request in model.fake.ledger.requests())

@@ -226,6 +226,7 @@ OTHER: dict[str, Any] = {
     "sisa.shards": 7,
     "sisa.slices": 7,
     "sisa.schedule": "sequential",
+    "sisa.bands": {"thresholds": [0.5], "classes": {"trial": 0.7}, "unknown": 0.1},
     "sisa.group_by": "author",
     "witness": "elsewhere",
     "probe": False,
@@ -257,7 +258,8 @@ def test_each_key_has_one_effect() -> None:
         assert found.key == key
         assert found.old != found.new
         effects.setdefault(found.effect, set()).add(key)
-    where = {"base_model", "sisa.shards", "sisa.slices", "sisa.group_by", "sisa.partition_key_file"}
+    where = {"base_model", "sisa.shards", "sisa.slices", "sisa.bands", "sisa.group_by"}
+    where |= {"sisa.partition_key_file"}
     cluster = {key for key in OTHER if key.startswith("cluster.")}
     none = {"output_dir", "datasets", "witness", "keyring", "probe", "patch_mode", "sisa.aggregation"}
     assert effects["none"] == cluster | none
