@@ -7,8 +7,8 @@ it is the answer; control characters never reach a terminal. Torch and Ray are i
 commands that need them.
 
 Not covered: requests (`request_cli.py`), care (`care_cli.py`), evaluation (`eval_cli.py`), the base
-(`approx_cli.py`), patches (`patch_cli.py`); what the commands do (`sisa.api`), how results read
-(`render.py`).
+(`approx_cli.py`), patches (`patch_cli.py`), prices beforehand (`plan_cli.py`); what the commands do
+(`sisa.api`), how results read (`render.py`).
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from cluster import (
     eval_cli,
     leaderboard_cli,
     patch_cli,
+    plan_cli,
     render,
     request_cli,
 )
@@ -58,6 +59,7 @@ __all__ = [
     "leaderboard_cli",
     "main",
     "patch_cli",
+    "plan_cli",
     "request_cli",
     "run",
 ]

@@ -30,15 +30,20 @@ from sisa.store.files import write_atomic
 from sisa.template import FEW_RECORDS, commented_run_file
 
 RECORDS_PER_PERSON = 5
-CORPUS_TEXTS = 12_000
+# Few texts, often repeated: so small a base, trained for minutes, learns that answers hold names and
+# places, and adapters learn which (measured: 95 of 100 answers; with many texts, each seen once, none).
+CORPUS_TEXTS = 600
 SCRATCH = {  # about 10 million parameters, minutes on two cores
     "corpus": [{"path": "corpus.jsonl"}],
     "vocab_size": 2048,
     "layers": 8,
     "context_len": 128,
-    "tokens": 400_000,
+    "tokens": 200_000,
+    "batch_size": 4,
+    "learning_rate": 1e-3,
     "threads": 2,
 }
+OVER_SCRATCH = {"micro_batch_size": 2, "learning_rate": 3e-3, "num_epochs": 24}
 SAMPLE_PEOPLE = 20
 
 
@@ -128,6 +133,7 @@ def write_start(
     if from_scratch:
         corpus = make_corpus(CORPUS_TEXTS)
         write_atomic(directory / "corpus.jsonl", to_jsonl(corpus).encode())
+        chosen |= OVER_SCRATCH
         chosen |= {"base_model": {"scratch": SCRATCH}, "sequence_len": SCRATCH["context_len"]}
     write_atomic(start.run_file, commented_run_file("people.jsonl", "model", **chosen).encode())
     return start

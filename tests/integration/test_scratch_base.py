@@ -7,11 +7,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 import sisa
 from cluster.ray_session import disconnect
 from sisa.corpus import make_corpus
 from sisa.errors import InvalidInput
+from sisa.reader import read_records
+from sisa.runfile import load_run_file
+from sisa.scratch import prepare
 from tests.integration.tiny_model import change_run, ids_of, of_people, write_rows, write_run
 
 pytestmark = pytest.mark.torch
@@ -80,6 +84,28 @@ def test_on_ray_it_comes_out_the_same(made: Path, tmp_path: Path) -> None:
     assert sorted(each.name for each in tmp_path.iterdir()) == [
         *("corpus.jsonl", "model", "model-base", "people.jsonl", "run.yaml", "shared.key")
     ]
+
+
+@pytest.mark.ray
+def test_two_workers_share_the_batch_and_take_the_steps_of_one(tmp_path: Path) -> None:
+    """Data parallel: as many steps, each of as many rows, split; one worker saves."""
+    path = change_run(run_file(tmp_path), base_model={"scratch": {**SMALL, "workers": 2}})
+    told: list[str] = []
+    config = load_run_file(path)
+    records = read_records(config.datasets)
+    try:
+        prepare(config, records, "ray", lambda event: told.append(str(event)))
+    finally:
+        disconnect()
+    steps = -(-int(str(SMALL["tokens"])) // 1024)  # of 8 rows of 128 tokens
+    assert any(f"step {steps} of {steps}" in each for each in told)
+    saved = load_file(tmp_path / "model-base" / "model.safetensors")
+    assert all(bool(each.isfinite().all()) for each in saved.values())
+    made = json.loads((tmp_path / "model-base" / "scratch.json").read_text())
+    assert made["recipe"]["workers"] == 2
+    model, taken = sisa.train_model(path, executor="serial", allow_deleted=True)
+    assert taken.added > 0
+    assert model.verify(replay="none").ok
 
 
 @pytest.mark.parametrize("executor", ["serial", pytest.param("ray", marks=pytest.mark.ray)])

@@ -110,7 +110,17 @@ def test_the_commands_are_those_of_the_readme() -> None:
         ),
         *("generate", "init", "quickstart"),
         *(f"request {each}" for each in ("approve", "cancel", "deny", "extend", "hold", "list")),
-        *("request show", "request submit", "run", "status", "sweep", "train", "verify", "where"),
+        *(
+            "request show",
+            "request submit",
+            "run",
+            "simulate",
+            "status",
+            "sweep",
+            "train",
+            "verify",
+            "where",
+        ),
     ]
 
 

@@ -1,0 +1,110 @@
+"""Deletion streams by counts: as the planner prices them one by one, and as the closed forms expect."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sisa.cost import suffix_record_epochs
+from sisa.plan import Schedule, passes
+from sisa.stream import (
+    Layouted,
+    batch_share,
+    expected_record_epochs,
+    points_at_once,
+    points_one_by_one,
+    replay,
+    slicing_share,
+)
+
+schedules = st.sampled_from(["cumulative", "sequential"])
+layouts = st.builds(Layouted, st.integers(1, 6), st.integers(1, 5), schedules, st.integers(1, 7))
+
+
+def slowly(layout: Layouted, num_records: int, num_deletions: int, batch: int, seed: int) -> int:
+    """The same stream, a batch at a time, priced as plans are."""
+    draw = np.random.default_rng(seed)
+    cells = layout.num_shards * layout.num_slices
+    flat = draw.multinomial(num_records, np.full(cells, 1 / cells)).astype(np.int64)
+    gone = draw.multivariate_hypergeometric(flat, num_deletions, method="marginals")
+    where = draw.permutation(np.repeat(np.arange(cells), gone))
+    sizes = flat.reshape(layout.num_shards, layout.num_slices).tolist()
+    share = passes(layout.schedule, layout.num_epochs, layout.num_slices)
+    cost = 0
+    for start in range(0, num_deletions, batch):
+        first: dict[int, int] = {}
+        for cell in where[start : start + batch].tolist():
+            shard, slice_ = divmod(cell, layout.num_slices)
+            sizes[shard][slice_] -= 1
+            first[shard] = min(slice_, first.get(shard, slice_))
+        for shard, slice_ in first.items():
+            cost += suffix_record_epochs(sizes[shard], layout.schedule, share)[slice_]
+    return cost
+
+
+@given(layouts, st.integers(0, 60), st.integers(0, 60), st.integers(1, 7), st.integers(0, 99))
+def test_counting_gives_what_the_planner_prices_one_by_one(
+    layout: Layouted, num_records: int, num_deletions: int, batch: int, seed: int
+) -> None:
+    num_deletions = min(num_deletions, num_records)
+    found = replay(layout, num_records, num_deletions, batch=batch, seed=seed)
+    assert found.record_epochs == slowly(layout, num_records, num_deletions, batch, seed)
+    assert found.num_runs <= num_deletions
+
+
+@pytest.mark.parametrize("schedule", ["cumulative", "sequential"])
+@pytest.mark.parametrize(("num_shards", "num_slices"), [(1, 1), (1, 10), (20, 1), (50, 5), (8, 20)])
+@pytest.mark.parametrize("batch", [1, 10, 100])
+def test_closed_forms_agree_with_replayed_streams_within_three_percent(
+    num_shards: int, num_slices: int, schedule: Schedule, batch: int
+) -> None:
+    layout = Layouted(num_shards, num_slices, schedule)
+    found = replay(layout, 200_000, 4_000, batch=batch, seed=5)
+    assert found.record_epochs == pytest.approx(found.expected_record_epochs, rel=0.03)
+
+
+def test_points_of_sharding_alone_are_the_papers() -> None:
+    """Bourtoule et al. 2021, section V: sums written out for small cases."""
+    assert points_one_by_one(100, 10, 1) == pytest.approx(100 / 10 - 1)
+    two = (100 / 10 - 1) + (99 / 10 - 1)  # the second falls into a shard that lost a tenth of one
+    assert points_one_by_one(100, 10, 2) == pytest.approx(two)
+    assert points_at_once(100, 10, 1) == pytest.approx(9)
+    assert points_at_once(100, 1, 7) == 93
+    one_by_one = [replay(Layouted(10, 1, "cumulative", 1), 1000, 50, seed=s) for s in range(40)]
+    mean = float(np.mean([each.record_epochs for each in one_by_one]))
+    in_large_ones = 50 * (1 - 1 / 10)
+    assert mean == pytest.approx(points_one_by_one(1000, 10, 50) + in_large_ones, rel=0.01)
+    at_once = [replay(Layouted(10, 1, "cumulative", 1), 1000, 8, batch=8, seed=s) for s in range(300)]
+    mean = float(np.mean([each.record_epochs for each in at_once]))
+    assert mean == pytest.approx(points_at_once(1000, 10, 8), rel=0.03)
+
+
+@given(st.integers(1, 40), schedules, st.floats(0, 50), st.floats(0, 50))
+def test_a_batchs_share_grows_with_it_from_nothing_to_the_whole_shard(
+    num_slices: int, schedule: Schedule, one: float, other: float
+) -> None:
+    low, high = sorted((one, other))
+    assert 0 <= batch_share(num_slices, schedule, low) <= batch_share(num_slices, schedule, high) + 1e-12
+    assert batch_share(num_slices, schedule, high) <= 1 + 1e-9
+    tiny = batch_share(num_slices, schedule, 1e-6) / 1e-6
+    assert tiny == pytest.approx(slicing_share(num_slices, schedule), rel=1e-3)
+
+
+def test_more_together_cost_less_each() -> None:
+    layout = Layouted(50, 5)
+    costs: Sequence[int] = [
+        replay(layout, 100_000, 2_000, batch=batch).record_epochs for batch in (1, 10, 100, 2_000)
+    ]
+    assert sorted(costs, reverse=True) == list(costs)
+    assert expected_record_epochs(layout, 100_000, 2_000, 100) < expected_record_epochs(
+        layout, 100_000, 2_000
+    )
+
+
+def test_nothing_deleted_costs_nothing() -> None:
+    found = replay(Layouted(3, 3), 30, 0)
+    assert (found.record_epochs, found.num_runs, found.share_per_run) == (0, 0, 0.0)
