@@ -7,8 +7,9 @@ it is the answer; control characters never reach a terminal. Torch and Ray are i
 commands that need them.
 
 Not covered: requests (`request_cli.py`), care (`care_cli.py`), evaluation (`eval_cli.py`), the base
-(`approx_cli.py`), patches (`patch_cli.py`), prices beforehand (`plan_cli.py`); what the commands do
-(`sisa.api`), how results read (`render.py`).
+(`approx_cli.py`), patches (`patch_cli.py`), prices beforehand (`plan_cli.py`), jobs on a cluster
+(`job_cli.py`); what the commands do (`sisa.api`), how results read
+(`render.py`).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from cluster import (
     approx_cli,
     care_cli,
     eval_cli,
+    job_cli,
     leaderboard_cli,
     patch_cli,
     plan_cli,
@@ -56,6 +58,7 @@ __all__ = [
     "care_cli",
     "cli",
     "eval_cli",
+    "job_cli",
     "leaderboard_cli",
     "main",
     "patch_cli",

@@ -158,7 +158,7 @@ def _token(path: Path) -> Iterator[None]:
         file.write(secrets.token_hex(32))
     former = {name: os.environ.pop(name, None) for name in (AUTH_MODE, TOKEN, TOKEN_PATH)}
     os.environ |= {AUTH_MODE: "token", TOKEN_PATH: str(path)}
-    _read_environment()
+    read_environment()
     try:
         yield
     finally:
@@ -166,10 +166,10 @@ def _token(path: Path) -> Iterator[None]:
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
-        _read_environment()
+        read_environment()
 
 
-def _read_environment() -> None:
+def read_environment() -> None:
     """Ray reads its environment when it is imported, and a token once."""
     ray._raylet.Config.initialize("")
     ray._raylet.AuthenticationTokenLoader.instance().reset_cache()
@@ -187,7 +187,7 @@ def _attach(address: str) -> None:
     if AUTH_MODE not in os.environ:
         # `ray start` demands a token by default, but a client with an address sends none unless told.
         os.environ[AUTH_MODE] = "token"
-        _read_environment()
+        read_environment()
     try:
         host, _, port = address.rpartition(":")
         if address != "auto":  # Ray itself waits for a minute and prints on

@@ -2,7 +2,8 @@
 
 Rules: unknown and repeated keys, wrong types, impossible values and conflicts are errors, all of them
 at once. `1e-3` is a number, as in YAML 1.2. Anchors, aliases, tags and a second document are refused.
-Local paths are resolved against the run file's directory and stay absolute.
+Local paths are resolved against the run file's directory and stay absolute; for a machine elsewhere they
+must be so already (`shared_paths.py`).
 
 Not covered: what the keys mean (`config.py`); whether a hub or PyPI name exists.
 
@@ -22,7 +23,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from sisa.config import HUB, KeyPath, RunConfig, is_local, keys, raw_schema, sho
 from sisa.config_types import NAME
 from sisa.errors import InvalidInput, Problem
 from sisa.scratch_config import MADE, NAMED
+from sisa.shared_paths import unshared
 
 MAX_RUN_FILE_BYTES = 1 << 20
 MAX_DEPTH = 8
@@ -42,37 +44,52 @@ _EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 
 def load_run_file(path: Path) -> RunConfig:
     """Read a run file and resolve its local paths. Raises InvalidInput with every problem."""
-    problem = None
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_RUN_FILE_BYTES + 1)
-    except OSError as error:
-        problem = Problem(path.name, f"can't be read: {error.strerror}")
-    else:
-        try:
-            text = data.decode("utf-8")
-        except UnicodeDecodeError as error:
-            line = data.count(b"\n", 0, error.start) + 1
-            problem = Problem(f"line {line}", f"invalid UTF-8 at byte {error.start + 1} of the file")
-        if len(data) > MAX_RUN_FILE_BYTES:
-            problem = Problem(path.name, f"longer than {MAX_RUN_FILE_BYTES} bytes")
-    if problem:
-        raise _refusal([problem], str(path))
-    return _parse(text, str(path), Path(os.path.abspath(path)).parent)
+    directory = Path(os.path.abspath(path)).parent
+    return _parse(_read(path), str(path), lambda data, tree: _resolve(data, tree, directory))
+
+
+def load_elsewhere(path: Path) -> tuple[str, RunConfig]:
+    """A run file for a machine that sees shared paths alone: its text, and what it says, unresolved.
+
+    Raises InvalidInput with every problem, paths that mean another place there among them.
+    """
+    text, directory = _read(path), Path(os.path.abspath(path)).parent
+
+    def refuse(data: dict[str, Any], tree: _Tree) -> None:
+        for place, what in unshared(data, directory):
+            tree.add(place, what)
+
+    return text, _parse(text, str(path), refuse)
 
 
 def parse_run_file(text: str, where: str) -> RunConfig:
     """Parse a run file's text; paths stay as they are. Raises InvalidInput with every problem."""
-    return _parse(text, where, None)
+    return _parse(text, where, lambda _data, _tree: None)
 
 
-def _parse(text: str, where: str, directory: Path | None) -> RunConfig:
+def _read(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_RUN_FILE_BYTES + 1)
+    except OSError as error:
+        raise _refusal([Problem(path.name, f"can't be read: {error.strerror}")], str(path)) from None
+    if len(data) > MAX_RUN_FILE_BYTES:
+        raise _refusal([Problem(path.name, f"longer than {MAX_RUN_FILE_BYTES} bytes")], str(path))
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        problem = Problem(f"line {line}", f"invalid UTF-8 at byte {error.start + 1} of the file")
+        raise _refusal([problem], str(path)) from None
+
+
+def _parse(text: str, where: str, look: Callable[[dict[str, Any], _Tree], None]) -> RunConfig:
+    """`look` is at the paths: it may change the data, and adds to the tree what is wrong with them."""
     tree = _Tree()
     data = tree.read(text)
     if not isinstance(data, dict):
         raise _refusal(tree.problems, where)
-    if directory is not None:
-        _resolve(data, tree, directory)
+    look(data, tree)
     config = None
     try:
         config = RunConfig.model_validate(data)

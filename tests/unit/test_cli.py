@@ -100,6 +100,7 @@ def test_the_commands_are_those_of_the_readme() -> None:
             "approx revert",
             "approx show",
             "approx unlearn",
+            *(f"cluster {each}" for each in ("logs", "manifest", "status", "stop", "submit")),
             "config schema",
             "doctor",
             "eval tofu",

@@ -217,6 +217,7 @@ def light_modules() -> list[str]:
     names = [path.stem for path in modules("sisa") if path.parent == ROOT / "sisa"]
     found = [f"sisa.{name}" for name in names if name != "__init__"]
     found += ["cluster.cli", "cluster.progress", "cluster.render", "sisa.model.hashing"]
+    found += ["cluster.jobs", "cluster.job_cli", "cluster.job_flow", "cluster.kuberay"]
     found += ["approx.evaluated", "approx.tofu"]
     found += [f"approx.tofu_{name}" for name in ("aggregates", "evaluation", "log", "row")]
     found += [f"approx.leaderboard_{name}" for name in ("claims", "data", "held", "plan", "table")]
