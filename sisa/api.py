@@ -16,12 +16,12 @@ requests that wait, legal holds, certificates.
 from __future__ import annotations
 
 import contextlib
-import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from sisa import lifecycle, opening, query
 from sisa.ask import Answer, ask, open_answerer, routes_of, usual_kind
@@ -38,7 +38,7 @@ from sisa.domain import (
     Tombstone,
 )
 from sisa.errors import IntegrityError, InvalidInput
-from sisa.events import Event, Report
+from sisa.events import Event, QueueSeen, Report
 from sisa.export import export_adapters
 from sisa.lifecycle import Terms
 from sisa.model.route import Route
@@ -48,13 +48,14 @@ from sisa.parts import Parts
 from sisa.reader import read_records
 from sisa.reconcile import reconcile
 from sisa.run import Taken, add, train
+from sisa.running import running
 from sisa.schedule import RunPlan
 from sisa.scratch import guard
 from sisa.stale_exports import missing
 from sisa.store import files
 from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.ledger import SqlLedger
-from sisa.verify import Verification, verify
+from sisa.verify import Replay, Verification, shards_to_replay, verify
 from sisa.witness import is_behind, settle, standing
 from sisa.world import World, model_digest
 
@@ -62,7 +63,6 @@ if TYPE_CHECKING:
     from sisa.model.aggregated import AggregatedModel
     from sisa.model.answer import Answerer
 
-Replay = Literal["none", "sample", "all"]
 DIRECT = "sisa forget"  # approves the requests of a direct deletion
 NEAR_DUPLICATE = 0.95  # inner product of unit vectors from which a record is proposed as a copy
 
@@ -142,7 +142,7 @@ class Model:
     @contextlib.contextmanager
     def _writing(self) -> Iterator[World]:
         opening.check_executor(self.executor)  # an unknown one is refused before anything is written
-        with files.writer_lock(self.directory / LOCK):
+        with running(), files.writer_lock(self.directory / LOCK):
             self._destroy_scratch_keys()
             files.erase(self.directory / SCRATCH)
             with self._world(locked=True) as world:
@@ -268,6 +268,12 @@ class Model:
         with self._world() as world:
             return lifecycle.plan_run(world)
 
+    def queue(self) -> QueueSeen:
+        """The requests as they stand, told to the report too."""
+        with running(), self._world() as world:
+            world.report(seen := lifecycle.queue_seen(world))
+            return seen
+
     def run(self) -> tuple[Request, ...]:
         """Carry out all approved requests as one batch; finish what was cut short before."""
         with self._writing() as world:
@@ -306,10 +312,11 @@ class Model:
                 world = stack.enter_context(self._world())
                 return verify(world, [], None)
             world = stack.enter_context(self._writing())
-            chosen = _replayed(world, replay, shard)
+            chosen = shards_to_replay(world, replay, shard)
             scratch = Path(tempfile.mkdtemp(dir=_made(self.directory / SCRATCH)))
             stack.callback(shutil.rmtree, self.directory / SCRATCH, ignore_errors=True)
             stack.callback(self._destroy_scratch_keys)
+            world = replace(world, report=self.report)  # what is trained only to compare is not kept
             return verify(world, chosen, FileCheckpoints(scratch, self.keyring, SCRATCH))
 
     def generate(self, prompt: str, *, max_new_tokens: int = 48, kind: Kind | None = None) -> Answer:
@@ -386,15 +393,3 @@ def _named(
 def _forgotten(world: World, request: Request | None, dead: Sequence[Tombstone]) -> ForgetOutcome:
     lost = tuple(each.path for each in missing(world))
     return ForgetOutcome(request, tuple(dead), model_digest(world.ledger), lost)
-
-
-def _replayed(world: World, replay: Replay, shard: int | None) -> list[int]:
-    heads = world.ledger.heads()
-    if shard is not None:
-        if shard not in {head.shard for head in heads}:
-            raise InvalidInput("no such shard", expected=f"0 to {len(heads) - 1}", got=str(shard))
-        return [shard]
-    if replay == "all":
-        return [head.shard for head in heads]
-    held = [head.shard for head in heads if head.key is not None]
-    return [secrets.choice(held)] if held else []

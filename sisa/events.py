@@ -1,12 +1,13 @@
 """What the flows and the workers tell whoever watches: one small frozen value per happening.
 
 Rules: events are the only way out of a flow for progress, logs and metrics. They carry places, counts,
-seconds and digests; text for people is in `Notice` alone, which is shown and not kept.
+seconds, mean losses and digests; text for people, without records and ids, is in `Notice` alone, which
+is shown or logged and not kept with the model.
 
-Not covered: who listens (`cluster/progress.py`).
+Not covered: what is kept of them (`measured.py`); who listens (`cluster/watched.py`).
 
->>> SliceProgress(0, 1, 10, 40)
-SliceProgress(shard=0, slice=1, tokens=10, total_tokens=40)
+>>> SliceStarted(0, 1, 40)
+SliceStarted(shard=0, slice=1, total_tokens=40)
 """
 
 from __future__ import annotations
@@ -35,12 +36,31 @@ class SliceStarted:
 
 @dataclass(frozen=True, slots=True)
 class SliceProgress:
-    """Tokens done so far of a stage."""
+    """How far a stage is: tokens and steps done and in all, and the pass that it is in, from 1."""
 
     shard: int
     slice: int
     tokens: int
     total_tokens: int
+    step: int = 0
+    num_steps: int = 0
+    epoch: int = 0
+    num_epochs: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class EpochTrained:
+    """A pass of a stage ended: `stage` is the checkpoint's key, `loss` the mean over label tokens."""
+
+    shard: int
+    slice: int
+    stage: str
+    epoch: int
+    num_epochs: int
+    num_records: int
+    tokens: int
+    seconds: float
+    loss: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +83,51 @@ class PatchProgress:
 
 
 @dataclass(frozen=True, slots=True)
+class QueueSeen:
+    """The requests for deletion as they stand: `depth` are approved or cut short and not carried out,
+    `undecided` wait for a decision, `failed_erasures` could not be erased so far. The days are those to
+    the earliest due date among all of these, negative when it has passed; None without any."""
+
+    depth: int
+    undecided: int
+    held: int
+    failed_erasures: int
+    oldest_days_left: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class DeletionCompleted:
+    """A request is carried out: seconds from its commit until the shards it touched had arrived."""
+
+    num_records: int
+    num_shards: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class ErasureFailed:
+    """Bytes could not be erased that `num_requests` wait for; the next command tries again."""
+
+    num_requests: int
+
+
+@dataclass(frozen=True, slots=True)
 class Notice:
     """A line for the person who waits, such as a retried worker."""
 
     text: str
 
 
-Event = TrainingStarted | SliceStarted | SliceProgress | SliceTrained | PatchProgress | Notice
+Event = (
+    TrainingStarted
+    | SliceStarted
+    | SliceProgress
+    | EpochTrained
+    | SliceTrained
+    | PatchProgress
+    | QueueSeen
+    | DeletionCompleted
+    | ErasureFailed
+    | Notice
+)
 Report = Callable[[Event], None]

@@ -30,6 +30,7 @@ from sisa.opening import (
     KEY,
     LEDGER,
     LOCK,
+    METRICS,
     PATCHES,
     RECORDS,
     RUNS,
@@ -40,6 +41,7 @@ from sisa.plan import plan_shard
 from sisa.ports import Change
 from sisa.stale_exports import give_up_lost
 from sisa.store import files
+from sisa.store.metrics import run_files
 from sisa.world import World, commit, known_names, view_shard
 
 if TYPE_CHECKING:
@@ -47,7 +49,7 @@ if TYPE_CHECKING:
 
 LEDGER_FILES = (LEDGER, f"{LEDGER}-wal", f"{LEDGER}-shm", f"{LEDGER}-journal")
 KEPT_FILES = frozenset({*LEDGER_FILES, KEY, LOCK})
-ROOMS = (RECORDS, INDEX, CHECKPOINTS, PATCHES, VAULT, RUNS)
+ROOMS = (RECORDS, INDEX, CHECKPOINTS, PATCHES, VAULT, RUNS, METRICS)
 
 TEMPORARY = "a temporary file that a killed process left"
 RETIRED = "retired: clean, but no target needs it"
@@ -84,7 +86,7 @@ class Collected:
 def list_garbage(world: World, directory: Path) -> tuple[Garbage, ...]:
     """Everything in the directory that is retired or unknown to the ledger, in order of path."""
     retired, waiting = _retired(world), _waiting(world)
-    known = known_names(world)
+    known = {**known_names(world), METRICS: run_files(directory / METRICS)}
     found: list[Garbage] = []
     for name in sorted(files.held_names(directory) - KEPT_FILES):
         path = directory / name

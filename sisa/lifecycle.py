@@ -11,6 +11,7 @@ Not covered: near-duplicates, which the index proposes (`query.py`); reminders.
 from __future__ import annotations
 
 import uuid
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime
@@ -26,6 +27,7 @@ from sisa.domain import (
     Tombstone,
 )
 from sisa.errors import ConfigConflict, InvalidInput, UnknownRecord
+from sisa.events import QueueSeen
 from sisa.ports import Change
 from sisa.query import Found
 from sisa.requests import days_left, due_date, event, extended, moved, under_way
@@ -246,6 +248,23 @@ def plan_run(world: World) -> RunPlan:
         cost = sum(shard.pending for shard in shards)
         return RunPlan(names, "run now", "a deletion was cut short", now[:10], 0.0, cost, cost)
     return choose(left, shards, _arrivals_per_day(world, now, waiting), now[:10])
+
+
+def queue_seen(world: World) -> QueueSeen:
+    """The requests as they stand, in numbers."""
+    requests = world.ledger.requests()
+    states = Counter(each.state for each in requests)
+    names = {each.request_id for each in approved(world)}
+    names |= {each.request_id for each in requests if under_way(each)}
+    waiting = [each for each in requests if each.request_id in names or each.state == "received"]
+    left = [days_left(each.due, world.now()) for each in waiting]
+    return QueueSeen(
+        depth=len(names),
+        undecided=states["received"],
+        held=states["held"],
+        failed_erasures=states["erasure_failed"],
+        oldest_days_left=min(left, default=None),
+    )
 
 
 def _arrivals_per_day(world: World, now: str, waiting: Sequence[Request]) -> float:

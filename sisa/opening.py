@@ -5,7 +5,7 @@
     DIR/lock             one writer             DIR/checkpoints/  a directory per stage
     DIR/scratch/         replays; erased by     DIR/patches/      a directory per patch
                          the next writer        DIR/vault/        a sealed file per set of texts
-                                                DIR/runs/         unfinished patches, sealed
+    DIR/metrics/         numbers, a file a run  DIR/runs/         unfinished patches, sealed
     KEYRING/MODEL/       keys of an encrypted model and of every vault, outside of DIR: `keyring:`, else
                          the state directory
 
@@ -44,6 +44,7 @@ from sisa.patch import Patch, patched_digest
 from sisa.patch_plan import active
 from sisa.patch_ports import Patcher, PatchSite
 from sisa.ports import CheckpointStore, Executor, Keyring, Ledger, Probe, Trainer
+from sisa.recording import recording
 from sisa.serial import SerialExecutor, Site
 from sisa.store import files
 from sisa.store.checkpoints import FileCheckpoints
@@ -51,6 +52,7 @@ from sisa.store.exports import DirectoryExports
 from sisa.store.index import FaissIndex
 from sisa.store.keyring import FileKeyring
 from sisa.store.ledger import SqlLedger
+from sisa.store.metrics import FileMetrics
 from sisa.store.records import FileRecords
 from sisa.store.runs import FileRuns
 from sisa.store.vault import FileVault
@@ -59,7 +61,7 @@ from sisa.world import World, over, patch_files
 
 LEDGER, KEY, LOCK = "ledger.sqlite", "partition.key", "lock"
 RECORDS, INDEX, CHECKPOINTS, SCRATCH = "records", "index", "checkpoints", "scratch"
-PATCHES, VAULT, RUNS = "patches", "vault", "runs"
+PATCHES, VAULT, RUNS, METRICS = "patches", "vault", "runs", "metrics"
 
 OpenExecutor = Callable[[Site, Mapping[str, Any]], Executor]
 # of the base's directory and digest, and of the files of the patches on it, lowest first
@@ -85,6 +87,7 @@ def open_world(
     ledger = SqlLedger(directory / LEDGER, create=create)
     patches = FileCheckpoints(directory / PATCHES, keyring, PATCHES)
     vault = FileVault(directory / VAULT, vault_keyring(config, model))
+    metrics = FileMetrics(directory / METRICS)
 
     def executor_for(store: CheckpointStore) -> Executor:
         if not isinstance(store, FileCheckpoints):
@@ -112,10 +115,15 @@ def open_world(
         patch_mode=config.patch_mode,
         patcher=lambda: find_patcher(executor)(_patch_site(directory, parts, vault, patches), config),
         fingerprint=fingerprint(config.sisa.threads_per_shard),
-        now=lambda: datetime.now(UTC).isoformat(timespec="milliseconds"),
-        report=report,
+        metrics=metrics,
+        now=_now,
+        report=recording(report, metrics, _now),
         probe=_probe(parts, ledger, patches),
     )
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 def _site(directory: Path, parts: Parts, store: FileCheckpoints, ledger: Ledger) -> Site:

@@ -53,6 +53,21 @@ class StoredRecord:
     record: Record
 
 
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """How far a stage is after a step, in tokens, steps and passes; at the end of a pass also how many
+    records it presented, and the mean loss over their label tokens."""
+
+    tokens: int
+    total_tokens: int
+    step: int = 0
+    num_steps: int = 0
+    epoch: int = 0
+    num_epochs: int = 0
+    num_records: int = 0
+    loss: float | None = None
+
+
 class Trainer(Protocol):
     """One stage of training: a pure function of its arguments, to the byte."""
 
@@ -61,12 +76,12 @@ class Trainer(Protocol):
         job: SliceJob,
         parent: Mapping[str, bytes] | None,
         records: Sequence[StoredRecord],
-        progress: Callable[[int, int], None],
+        progress: Callable[[Tick], None],
     ) -> dict[str, bytes]:
         """Files of the stage's checkpoint (`adapter_model.safetensors` among them).
 
         `parent` holds the files of the stage before, None for the base; `records` come in canonical
-        order; `progress` is called with (tokens done, tokens in all).
+        order; `progress` is called before the first step and after each.
         """
 
 
@@ -303,6 +318,22 @@ class Ledger(Protocol):
 
     def lost(self) -> list[str]:
         """Names of the tables that do not hold as many rows as were committed; none when all is well."""
+
+
+class Metrics(Protocol):
+    """Lines of `sisa/measured.py`, of each run those that it appended."""
+
+    def append(self, line: Mapping[str, Any]) -> None:
+        """Add a line to those of its run."""
+
+    def runs(self) -> list[str]:
+        """Names of the runs with lines, oldest first."""
+
+    def read(self, run: str) -> list[dict[str, Any]]:
+        """A run's lines as they were appended, but for losses that are gone. Raises IntegrityError."""
+
+    def keep_losses(self, stages: Collection[str]) -> None:
+        """Erase the losses of all stages but these, given by the first digits of their keys."""
 
 
 class Probe(Protocol):

@@ -34,7 +34,8 @@ from sisa.domain import (
     record_epochs,
 )
 from sisa.errors import IntegrityError, SisaError
-from sisa.events import Event, SliceTrained, TrainingStarted
+from sisa.events import DeletionCompleted, ErasureFailed, Event, SliceTrained, TrainingStarted
+from sisa.measured import STAGE_DIGITS
 from sisa.plan import ShardPlan, plan_shard
 from sisa.ports import Change, Ledger
 from sisa.requests import contradicted, event, under_way
@@ -124,7 +125,9 @@ def _erase(world: World) -> None:
         erase_stale(world)
         world.ledger.scrub()
     except SisaError as error:
-        note_failure(world, _under_way(world), error, "erasure_failed")
+        waiting = _under_way(world)
+        note_failure(world, waiting, error, "erasure_failed")
+        world.report(ErasureFailed(len(waiting)))
         raise
     waiting = [request for request in _under_way(world) if request.state != "erased"]
     lost = Counter(export.request_id for export in missing(world))
@@ -290,6 +293,8 @@ def _complete_requests(world: World) -> None:
         for request in done
     ]
     _move(world, completed)
+    for each in completed:
+        world.report(DeletionCompleted(each.num_records, len(each.shards), each.seconds))
 
 
 def _seconds_between(start: str, end: str) -> float:
@@ -308,6 +313,7 @@ def sweep(world: World) -> None:
     world.records.erase(sorted(held["records"] - known["records"]))
     world.index.erase(sorted(held["index"] - known["index"]))
     world.checkpoints.erase(sorted(held["checkpoints"] - known["checkpoints"]))
+    world.metrics.keep_losses({key[:STAGE_DIGITS] for key in known["checkpoints"]})
     _sweep_patches(world, known, held)
 
 

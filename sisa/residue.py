@@ -7,6 +7,7 @@
     adapters exported elsewhere      of a current head (of another stage or clean export: outdated)
     exports that a deletion marked   are erased; one that can't be found can't be excluded
     patches, anywhere                bytes as recorded, served or trained over
+    files of metrics                 numbers alone, and losses of held checkpoints
     sets of the vault, unfinished    as recorded and sealed; kept by consent, not looked into
     all bytes (`ids`, `texts`)       hold none of the strings that the caller gives
 
@@ -24,11 +25,8 @@ by their manifest alone.
 
 from __future__ import annotations
 
-import contextlib
 import io
-import os
 import stat
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,24 +34,23 @@ from typing import TYPE_CHECKING
 
 from sisa.digest import file_sha256, sha256_hex
 from sisa.domain import RecordRow, Tombstone
-from sisa.errors import Busy, InvalidInput, SisaError
+from sisa.errors import Busy, IntegrityError, InvalidInput, SisaError
 from sisa.found_rows import BATCH_ROWS, Unreadable, json_ids, parquet_ids, vector_ids
 from sisa.garbage import list_garbage, undisturbed
+from sisa.left_overs import owned_left_overs, walk
 from sisa.lineage import parse_manifest, parse_patch_manifest, proves_clean
-from sisa.model.packages import cache_dir
+from sisa.measured import STAGE_DIGITS, without
 from sisa.needles import PARQUET_MAGIC, Needles
-from sisa.opening import CHECKPOINTS, INDEX, PATCHES, RECORDS, RUNS, VAULT
+from sisa.opening import CHECKPOINTS, INDEX, METRICS, PATCHES, RECORDS, RUNS, VAULT
 from sisa.stale_exports import standing
 from sisa.store.checkpoints import ADAPTER, MANIFEST
 from sisa.store.keyring import is_sealed
+from sisa.store.metrics import parsed
 from sisa.unsealing import SealedFiles, Shredded
 from sisa.world import World, known_names
 
 if TYPE_CHECKING:
     from sisa.api import Model
-
-LEFT_OVER_PREFIXES = (".partial-", ".wheel-", ".incoming-")  # of `packages.py` and `shared_base.py`
-TEMPORARY_PATTERNS = ("sisa-scratch-*", "sisa-*/r")  # of `reader.py` and `ray_session.py`
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,23 +127,6 @@ def scan_residue(
     )
 
 
-def owned_left_overs() -> list[Path]:
-    """Scratch of ours outside the model: half-filled caches and temporary directories of this user."""
-    cache = cache_dir()
-    found = [
-        path
-        for depth in ("*", "*/*", "*/*/*")
-        for path in cache.glob(depth)
-        if path.name.startswith(LEFT_OVER_PREFIXES)
-    ]
-    for pattern in TEMPORARY_PATTERNS:
-        for path in Path(tempfile.gettempdir()).glob(pattern):
-            with contextlib.suppress(OSError):  # of a process that ends just now
-                if path.lstat().st_uid == os.getuid():
-                    found.append(path)
-    return sorted(found)
-
-
 class _Scanner:
     def __init__(self, world: World, directory: Path, needles: Needles) -> None:
         self.world = world
@@ -178,7 +158,7 @@ class _Scanner:
     def scan(self, place: Path, *, models: bool = True) -> None:
         """Every file of a place; links are not followed. `models`: whether it may hold parts of this
         one; what other models leave in a temporary directory is not judged, but for its rows."""
-        for path in _walk(place):
+        for path in walk(place):
             self._names(path)
             try:
                 mode = path.lstat().st_mode
@@ -215,6 +195,8 @@ class _Scanner:
             head = file.read(len(PARQUET_MAGIC))
         if head == PARQUET_MAGIC:
             self._rows(path, parquet_ids(path if plain is None else io.BytesIO(plain)))
+        elif path.parent == self.directory / METRICS:
+            self._metrics(path)
         elif path.suffix == ".jsonl":
             self._rows(path, json_ids(path))
         elif not models:
@@ -260,6 +242,18 @@ class _Scanner:
         else:
             self.counts["shredded"] += 1
             self.proven.add(path)
+
+    def _metrics(self, path: Path) -> None:
+        """Lines of numbers alone, with losses of held stages alone."""
+        try:
+            found = parsed(path.read_bytes(), str(path))
+        except IntegrityError as error:
+            self._found("unreadable", path, error.what)
+            return
+        stages = {key[:STAGE_DIGITS] for key in self._held}
+        if any(without(line, stages) != line for line in found):
+            self._found("stale_loss", path, "a loss of a checkpoint that is not held any more")
+        self.proven.add(path)
 
     def _rows(self, path: Path, ids: Iterator[str | None]) -> None:
         """Rows with an id: a tombstone is residue anywhere, an unknown id in the model directory."""
@@ -373,7 +367,7 @@ class _Scanner:
         """What the ledger does not know in the model directory and nothing above has proven clean."""
         for each in list_garbage(self.world, self.directory):
             path = self.directory / each.path
-            inside = [p for p in _walk(path) if not p.is_dir() or p.is_symlink()]
+            inside = [p for p in walk(path) if not p.is_dir() or p.is_symlink()]
             if not inside or any(p not in self.proven for p in inside):
                 self._found("unknown_file", path, each.reason)
 
@@ -383,15 +377,3 @@ class _Scanner:
             if each.state != "clean" and (found := standing(self.world, each)) != "held":
                 what = f"an export that request {each.request_id} made stale is {found}"
                 self._found("missing_export", Path(each.path), what)
-
-
-def _walk(place: Path) -> Iterator[Path]:
-    """A place and all below it, in order; links are named and not followed."""
-    yield place
-    if place.is_dir() and not place.is_symlink():
-        try:
-            names = sorted(os.listdir(place))
-        except OSError:
-            return
-        for name in names:
-            yield from _walk(place / name)

@@ -21,8 +21,8 @@ from pathlib import Path
 
 from sisa.domain import Chain, SliceFile, SliceJob
 from sisa.errors import IntegrityError
-from sisa.events import Event, Report, SliceProgress, SliceStarted, SliceTrained
-from sisa.ports import CheckpointStore, Keyring, RecordStore, StoredRecord, Trainer
+from sisa.events import EpochTrained, Report, SliceProgress, SliceStarted, SliceTrained
+from sisa.ports import CheckpointStore, Keyring, RecordStore, StoredRecord, Tick, Trainer
 from sisa.store.keyring import PLAIN
 
 PROGRESS_EVERY_S = 0.25
@@ -98,27 +98,41 @@ def _stage_records(
 
 
 class _Meter:
-    """Turns the trainer's ticks into events, at most one each PROGRESS_EVERY_S seconds."""
+    """Turns the trainer's ticks into events: the end of each pass, and progress at most each
+    PROGRESS_EVERY_S seconds."""
 
     def __init__(self, job: SliceJob, report: Report) -> None:
         self._job = job
         self._report = report
         self._last = 0.0
-        self._started = False
+        self._since: tuple[float, int] | None = None  # when the pass began, at which token
         self.tokens = 0
 
-    def __call__(self, done: int, total: int) -> None:
-        self.tokens = done
-        event: Event
-        if not self._started:
-            self._started = True
-            event = SliceStarted(self._job.shard, self._job.slice, total)
-            self._report(event)
-        now = time.monotonic()
-        if now - self._last >= PROGRESS_EVERY_S or done == total:
+    def __call__(self, tick: Tick) -> None:
+        place, now = (self._job.shard, self._job.slice), time.monotonic()
+        self.tokens = tick.tokens
+        if self._since is None:
+            self._since = now, tick.tokens
+            self._report(SliceStarted(*place, tick.total_tokens))
+        if tick.loss is not None:
+            began, tokens = self._since
+            self._since = now, tick.tokens
+            self._report(
+                EpochTrained(
+                    *place,
+                    stage=self._job.key,
+                    epoch=tick.epoch,
+                    num_epochs=tick.num_epochs,
+                    num_records=tick.num_records,
+                    tokens=tick.tokens - tokens,
+                    seconds=now - began,
+                    loss=tick.loss,
+                )
+            )
+        if now - self._last >= PROGRESS_EVERY_S or tick.tokens == tick.total_tokens:
             self._last = now
-            event = SliceProgress(self._job.shard, self._job.slice, done, total)
-            self._report(event)
+            done = (tick.tokens, tick.total_tokens, tick.step, tick.num_steps)
+            self._report(SliceProgress(*place, *done, tick.epoch, tick.num_epochs))
 
 
 class SerialExecutor:

@@ -29,6 +29,7 @@ from sisa.reconcile import Trained, erase_unknown
 from sisa.requests import under_way
 from sisa.run import Taken, deleted_before, refuse_changed, refuse_deleted, refuse_risks, train
 from sisa.runfile import load_run_file
+from sisa.running import running
 from sisa.scratch import guard, prepare
 from sisa.store import files
 from sisa.store.ledger import SqlLedger
@@ -36,6 +37,7 @@ from sisa.witness import is_behind, settle
 from sisa.world import World, commit
 
 
+@running()
 def train_model(
     run_file: Path | str | RunConfig,
     *,

@@ -12,16 +12,20 @@ section III (equality of the model with one that was trained without the record)
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 from sisa.domain import Chain, Head, IndexFile, SliceFile, SliceJob
-from sisa.errors import IntegrityError, Problem
+from sisa.errors import IntegrityError, InvalidInput, Problem
 from sisa.plan import jobs, plan_shard
 from sisa.ports import CheckpointStore
 from sisa.reconcile import refuse_contradictions, training_started
 from sisa.world import World, held_names, known_names, view_shard
+
+Replay = Literal["none", "sample", "all"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,19 @@ class Verification:
     files_checked: int
     findings: tuple[Problem, ...]
     shards: tuple[ShardProof, ...]
+
+
+def shards_to_replay(world: World, replay: Replay, shard: int | None) -> list[int]:
+    """The shard that was named, else all, or one by chance. Raises InvalidInput."""
+    heads = world.ledger.heads()
+    if shard is not None:
+        if shard not in {head.shard for head in heads}:
+            raise InvalidInput("no such shard", expected=f"0 to {len(heads) - 1}", got=str(shard))
+        return [shard]
+    if replay == "all":
+        return [head.shard for head in heads]
+    held = [head.shard for head in heads if head.key is not None]
+    return [secrets.choice(held)] if held else []
 
 
 def verify(world: World, replayed: Sequence[int], scratch: CheckpointStore | None) -> Verification:

@@ -27,6 +27,7 @@ from sisa.ports import (
     ExportStore,
     Keyring,
     Ledger,
+    Metrics,
     Probe,
     RecordIndex,
     RecordStore,
@@ -62,6 +63,7 @@ class World:
     patches: CheckpointStore
     vault: Vault
     runs: Runs
+    metrics: Metrics
     patcher: Callable[[], Patcher]  # opened when a patch is to be made
     now: Callable[[], str]
     report: Report

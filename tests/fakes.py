@@ -38,11 +38,12 @@ from sisa.errors import IntegrityError
 from sisa.events import Report, SliceTrained
 from sisa.patch import PatchJob, PatchMode
 from sisa.plan import Recipe, Schedule
-from sisa.ports import CheckpointStore, Executor, Standing, StoredRecord, Vectors
+from sisa.ports import CheckpointStore, Executor, Standing, StoredRecord, Tick, Vectors
 from sisa.serial import SerialExecutor
 from sisa.store.keyring import PLAIN
 from sisa.world import World
 from tests.fake_ledger import FakeLedger
+from tests.fake_metrics import FakeMetrics
 from tests.fake_patches import FakePatcher, FakeRuns, FakeVault
 
 ADAPTER = "adapter_model.safetensors"
@@ -58,11 +59,12 @@ class FakeTrainer:
         job: SliceJob,
         parent: Mapping[str, bytes] | None,
         records: Sequence[StoredRecord],
-        progress: Callable[[int, int], None],
+        progress: Callable[[Tick], None],
     ) -> dict[str, bytes]:
         before = json.loads(parent[ADAPTER])["touched"] if parent else []
         touched = sorted({*before, *(each.record.id for each in records)})
-        progress(len(records), len(records))
+        done = Tick(len(records), len(records), 1, 1, 1, 1, len(records), loss=0.5)
+        progress(done)
         return {
             ADAPTER: canonical_json({"job": job.key, "touched": touched}),
             "adapter_config.json": canonical_json({"touched": touched}),
@@ -288,7 +290,7 @@ def fake_model(
     ledger, witness, records = FakeLedger(), FakeWitness(), FakeRecords()
     checkpoints, index, exports = FakeCheckpoints(), FakeIndex(), FakeExports()
     patches, vault, runs = FakeCheckpoints(), FakeVault(), FakeRuns()
-    patcher = FakePatcher(vault, patches, runs)
+    patcher, metrics = FakePatcher(vault, patches, runs), FakeMetrics()
     trained: list[SliceJob] = []
     before_run: list[Callable[[], None]] = []
 
@@ -317,6 +319,7 @@ def fake_model(
         patches=patches,
         vault=vault,
         runs=runs,
+        metrics=metrics,
         patcher=lambda: patcher,
         now=lambda: "2026-01-01T00:00:00+00:00",
         report=lambda _event: None,

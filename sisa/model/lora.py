@@ -46,8 +46,9 @@ from sisa.model.adapter import (
 from sisa.model.batches import stage_batches
 from sisa.model.numerics import pin_threads
 from sisa.model.patched import load_patched, patched_name
+from sisa.model.ticks import Ticks
 from sisa.model.tokens import NO_LOSS, Tokens, tokenize_all
-from sisa.ports import StoredRecord
+from sisa.ports import StoredRecord, Tick
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "trainer_state.json"
@@ -85,7 +86,7 @@ class LoraTrainer:
         job: SliceJob,
         parent: Mapping[str, bytes] | None,
         records: Sequence[StoredRecord],
-        progress: Callable[[int, int], None],
+        progress: Callable[[Tick], None],
     ) -> dict[str, bytes]:
         """Files of the stage's checkpoint: adapter, its configuration, optimizer, state.
 
@@ -97,14 +98,16 @@ class LoraTrainer:
         base, tokenizer = load_patched(*self._base)
         steps = _plan_steps(job, records, tokenizer)
         stage = Stage(job, base, parent, num_steps=len(steps))
-        total = sum(len(each.input_ids) for step in steps for batch in step for each in batch)
-        done = 0
-        progress(done, total)
+        ticks = Ticks([_size(step) for step in steps], len(records))
+        progress(ticks.before())
         for step in steps:
-            stage.step(step)
-            done += sum(len(each.input_ids) for batch in step for each in batch)
-            progress(done, total)
+            progress(ticks.after(*stage.step(step)))
         return stage.files()
+
+
+def _size(step: Sequence[Batch]) -> tuple[int, int]:
+    """Records and tokens of a step."""
+    return sum(map(len, step)), sum(len(each.input_ids) for batch in step for each in batch)
 
 
 def _check_job(job: SliceJob, base_name: str, records: Sequence[StoredRecord]) -> None:
@@ -181,21 +184,23 @@ class Stage:
         )
         self._micro_batches = 0
 
-    def step(self, batches: Sequence[Batch]) -> None:
-        """One optimizer step over its micro-batches."""
+    def step(self, batches: Sequence[Batch]) -> tuple[float, int]:
+        """One optimizer step over its micro-batches; the loss, summed over how many label tokens."""
         training = self._job.training
         num_labels = sum(count_labels(batch) for batch in batches)
+        mean = 0.0
         for batch in batches:
             name = (training["seed"], self._job.shard, self._job.slice, "dropout", self._micro_batches)
             torch.manual_seed(seed_from(*name))
             loss = summed_loss(self._model, batch) / num_labels
-            _refuse_not_finite(loss, self._job)
+            mean += _finite(loss, self._job)
             loss.backward()  # type: ignore[no-untyped-call]
             self._micro_batches += 1
         torch.nn.utils.clip_grad_norm_(self._trained.values(), training["max_grad_norm"], foreach=False)
         self._optimizer.step()
         self._scheduler.step()
         self._optimizer.zero_grad(set_to_none=True)
+        return mean * num_labels, num_labels
 
     def files(self) -> dict[str, bytes]:
         """The checkpoint as bytes."""
@@ -291,11 +296,13 @@ def summed_loss(model: Any, batch: Batch) -> torch.Tensor:
     )
 
 
-def _refuse_not_finite(loss: torch.Tensor, job: SliceJob) -> None:
-    if not math.isfinite(loss.item()):
+def _finite(loss: torch.Tensor, job: SliceJob) -> float:
+    value = loss.item()
+    if not math.isfinite(value):
         raise InvalidInput(
             "training diverged: the loss is not a finite number",
             where=f"shard {job.shard}, slice {job.slice}",
-            got=str(loss.item()),
+            got=str(value),
             next_step="lower learning_rate in the run file",
         )
+    return value

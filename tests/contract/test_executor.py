@@ -14,9 +14,9 @@ import pytest
 
 from sisa.domain import Chain, HeldCheckpoint, SliceFile, SliceJob
 from sisa.errors import IntegrityError
-from sisa.events import Event, SliceProgress, SliceStarted, SliceTrained
+from sisa.events import EpochTrained, Event, SliceProgress, SliceStarted, SliceTrained
 from sisa.plan import jobs
-from sisa.ports import StoredRecord
+from sisa.ports import StoredRecord, Tick
 from sisa.serial import SerialExecutor, order_chains
 from tests.fakes import FakeCheckpoints, FakeRecords, FakeTrainer, fake_recipe, fake_record
 
@@ -32,7 +32,7 @@ class Seen(FakeTrainer):
         job: SliceJob,
         parent: Mapping[str, bytes] | None,
         records: Sequence[StoredRecord],
-        progress: Callable[[int, int], None],
+        progress: Callable[[Tick], None],
     ) -> dict[str, bytes]:
         self.calls.append((job, parent, [each.id_digest for each in records]))
         return super().train(job, parent, records, progress)
@@ -116,8 +116,9 @@ def test_every_stage_rests_in_the_store_and_is_reported_once(site: Site) -> None
 
 def test_progress_is_told_between_start_and_end(site: Site) -> None:
     site.run(site.chain(0, 3))
-    assert [type(event) for event in site.events] == [SliceStarted, SliceProgress, SliceTrained]
-    assert site.events[1] == SliceProgress(0, 0, 3, 3)
+    told = [SliceStarted, EpochTrained, SliceProgress, SliceTrained]
+    assert [type(event) for event in site.events] == told
+    assert site.events[2] == SliceProgress(0, 0, 3, 3, 1, 1, 1, 1)
 
 
 def test_stored_stages_are_not_trained_again(site: Site) -> None:

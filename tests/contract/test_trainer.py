@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from sisa.domain import SliceJob
-from sisa.ports import StoredRecord, Trainer
+from sisa.ports import StoredRecord, Tick, Trainer
 from tests.fakes import ADAPTER, FakeTrainer, fake_record
 
 JOB = SliceJob(0, 1, "parent", ((1, "root"),), 2, (1, 1), {"seed": 1}, "base", "f")
@@ -21,11 +21,11 @@ def trained(
     job: SliceJob = JOB,
     parent: dict[str, bytes] | None = None,
     records: Sequence[StoredRecord] = RECORDS,
-    ticks: list[tuple[int, int]] | None = None,
+    ticks: list[Tick] | None = None,
 ) -> dict[str, bytes]:
     trainer: Trainer = FakeTrainer()
-    seen: list[tuple[int, int]] = [] if ticks is None else ticks
-    return trainer.train(job, parent, records, lambda done, total: seen.append((done, total)))
+    seen: list[Tick] = [] if ticks is None else ticks
+    return trainer.train(job, parent, records, seen.append)
 
 
 def test_the_same_arguments_give_the_same_bytes() -> None:
@@ -53,8 +53,10 @@ def test_the_arguments_are_left_as_they_were() -> None:
 
 
 def test_progress_grows_up_to_its_total() -> None:
-    ticks: list[tuple[int, int]] = []
+    ticks: list[Tick] = []
     trained(ticks=ticks)
-    assert len({total for _, total in ticks}) == 1
-    assert [done for done, _ in ticks] == sorted(done for done, _ in ticks)
-    assert ticks[-1][0] == ticks[-1][1]
+    assert len({each.total_tokens for each in ticks}) == 1
+    assert [each.tokens for each in ticks] == sorted(each.tokens for each in ticks)
+    assert ticks[-1].tokens == ticks[-1].total_tokens
+    assert (ticks[-1].step, ticks[-1].epoch) == (ticks[-1].num_steps, ticks[-1].num_epochs)
+    assert ticks[-1].loss is not None

@@ -24,7 +24,7 @@ from sisa.domain import Probed, Record, SliceJob
 from sisa.errors import EnvironmentFault, InvalidInput
 from sisa.model.hashing import HashingEmbedder
 from sisa.parts import Named, Parts, refuse_change
-from sisa.ports import Executor, StoredRecord
+from sisa.ports import Executor, StoredRecord, Tick
 from sisa.serial import SerialExecutor, Site
 from tests.fakes import FakeTrainer
 
@@ -73,9 +73,9 @@ class SlowTrainer:
         job: SliceJob,
         parent: Mapping[str, bytes] | None,
         records: Sequence[StoredRecord],
-        progress: Callable[[int, int], None],
+        progress: Callable[[Tick], None],
     ) -> dict[str, bytes]:
-        progress(len(records) // 2, len(records))
+        progress(Tick(len(records) // 2, len(records)))
         time.sleep(self._pause_s)
         return FakeTrainer().train(job, parent, records, progress)
 

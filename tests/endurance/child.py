@@ -157,9 +157,9 @@ def executor(fuse: Fuse, trainer: str, pause_s: float) -> Any:
 
         class Watched:
             def train(self, job: Any, parent: Any, records: Any, progress: Any) -> dict[str, bytes]:
-                def tick(done: int, total: int) -> None:
+                def tick(at: Any) -> None:
                     number = fuse.enter("training tick")
-                    progress(done, total)
+                    progress(at)
                     fuse.leave(number)
 
                 number = fuse.enter("training stage")

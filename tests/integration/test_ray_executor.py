@@ -32,7 +32,7 @@ from sisa.domain import Chain, Part, Record, SliceFile, SliceJob
 from sisa.errors import EnvironmentFault, IntegrityError, InvalidInput, SisaError
 from sisa.events import Event, Notice, SliceProgress, SliceStarted, SliceTrained
 from sisa.model.numerics import fingerprint
-from sisa.ports import CheckpointStore, RecordStore, StoredRecord, Trainer
+from sisa.ports import CheckpointStore, RecordStore, StoredRecord, Tick, Trainer
 from sisa.serial import SerialExecutor, Site
 from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.records import FileRecords
@@ -55,13 +55,13 @@ class ScriptedTrainer:
         job: SliceJob,
         parent: Mapping[str, bytes] | None,
         records: Sequence[StoredRecord],
-        progress: Callable[[int, int], None],
+        progress: Callable[[Tick], None],
     ) -> dict[str, bytes]:
         with (self._script / "trained.log").open("a") as log:
             log.write(f"{job.shard}.{job.slice} {os.getpid()}\n")
-        progress(1, 2)
+        progress(Tick(1, 2))
         self._suffer(f"{job.shard}.{job.slice}", records)
-        progress(2, 2)
+        progress(Tick(2, 2))
         before = parent["adapter_model.safetensors"] if parent else b""
         text = "".join(each.record.canonical() for each in records)
         weights = sha256_hex(before + job.key.encode() + text.encode())

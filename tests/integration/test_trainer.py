@@ -17,7 +17,7 @@ from sisa.domain import Part, Record, SliceJob
 from sisa.errors import IntegrityError, InvalidInput
 from sisa.model.base import BaseFiles, resolve_base
 from sisa.model.route import all_of
-from sisa.ports import StoredRecord
+from sisa.ports import StoredRecord, Tick
 from tests.tiny_base import make_tiny_base
 
 pytestmark = pytest.mark.torch
@@ -71,7 +71,7 @@ def train(
     job: SliceJob,
     parent: Mapping[str, bytes] | None = None,
     records: Sequence[StoredRecord] = RECORDS,
-    progress: Callable[[int, int], None] = lambda *_: None,
+    progress: Callable[[Tick], None] = lambda _: None,
 ) -> Files:
     from sisa.model.lora import LoraTrainer
 
@@ -288,11 +288,16 @@ def test_refusals_are_typed(base: BaseFiles) -> None:
 
 
 def test_progress_counts_every_presented_token(base: BaseFiles) -> None:
-    seen: list[tuple[int, int]] = []
-    train(base, job_for(base), progress=lambda done, total: seen.append((done, total)))
-    assert seen[0][0] == 0
-    assert seen[-1][0] == seen[-1][1] > 0
-    assert seen == sorted(seen)
+    seen: list[Tick] = []
+    train(base, job_for(base), progress=seen.append)
+    assert (seen[0].tokens, seen[0].step) == (0, 0)
+    assert seen[-1].tokens == seen[-1].total_tokens > 0
+    assert [each.tokens for each in seen] == sorted(each.tokens for each in seen)
+    assert [each.step for each in seen] == list(range(seen[-1].num_steps + 1))
+    # One pass and a half over 9 records; the step in which the second pass begins counts to that one.
+    ends = [each for each in seen if each.loss is not None]
+    assert [(each.epoch, each.step, each.num_records) for each in ends] == [(1, 2, 7), (2, 4, 7)]
+    assert all(each.loss and each.loss > 0 for each in ends)
 
 
 def test_written_files_name_no_place_and_are_canonical(base: BaseFiles) -> None:

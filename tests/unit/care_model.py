@@ -35,6 +35,7 @@ from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.exports import DirectoryExports
 from sisa.store.index import FaissIndex
 from sisa.store.ledger import SqlLedger
+from sisa.store.metrics import FileMetrics
 from sisa.store.records import FileRecords
 from sisa.store.runs import FileRuns
 from sisa.store.vault import FileVault
@@ -88,6 +89,7 @@ def world_of(
         patches=patches,
         vault=vault,
         runs=FileRuns(directory / opening.RUNS, vault.keyring),
+        metrics=FileMetrics(directory / opening.METRICS),
         patcher=lambda: FakePatcher(vault, patches, FakeRuns()),
         fingerprint=numerics or fingerprint(config.sisa.threads_per_shard),
         now=lambda: now,

@@ -17,16 +17,19 @@ import pyarrow.parquet as pq
 import pytest
 
 from cluster import care_cli, cli
-from sisa import opening
+from sisa import opening, reconcile
 from sisa.errors import InvalidInput
+from sisa.events import EpochTrained
 from sisa.garbage import Garbage, list_garbage, remove_garbage
 from sisa.lineage import proves_clean, read_manifest
+from sisa.measured import MIN_RECORDS, line
 from sisa.needles import BLOCK_BYTES, MIN_BYTES, Needles
 from sisa.ports import Change
 from sisa.residue import Scan, scan_residue
 from sisa.run import add
 from sisa.store.checkpoints import ADAPTER
 from sisa.store.files import writer_lock
+from sisa.store.metrics import FileMetrics
 from tests.unit.care_model import (
     DELETED,
     NUM_RECORDS,
@@ -518,3 +521,47 @@ def test_the_words_of_both_commands(model: Path, capfd: pytest.CaptureFixture[st
     assert "notes.txt" in capfd.readouterr().out
     assert cli.run(["sweep", "-m", str(model)]) == 4
     assert "RESIDUE: 1 places" in capfd.readouterr().out
+
+
+# --- metrics -------------------------------------------------------------------------------------
+
+
+def metrics_of(model: Path, stage: str, text: str = "") -> Path:
+    """A run's file with a loss of a stage."""
+    event = EpochTrained(0, 0, stage, 1, 1, MIN_RECORDS, 10, 0.5, 1.5)
+    made = line(event, "2026-11-25T21:37:49.123+00:00", "20261125T213749Z-3f9a1c2b")
+    assert made is not None
+    FileMetrics(model / opening.METRICS).append(made)
+    path = next((model / opening.METRICS).iterdir())
+    path.write_text(path.read_text() + text)
+    return path
+
+
+def test_metrics_of_held_stages_are_kept_and_prove_themselves(model: Path) -> None:
+    path = metrics_of(model, min(checkpoints(model)))
+    assert kinds(scan(model)) == []
+    assert listed(model) == {}
+    with world_of(model) as world:
+        remove_garbage(world, model)
+        reconcile.sweep(world)
+    assert '"loss":1.5' in path.read_text()
+
+
+def test_a_loss_of_an_erased_stage_is_residue_until_the_next_sweep(model: Path, before: Path) -> None:
+    path = metrics_of(model, tainted_key(before, model))
+    assert kinds(scan(model)) == ["stale_loss"]
+    with world_of(model) as world:
+        reconcile.sweep(world)
+    assert kinds(scan(model)) == []
+    assert '"loss":null' in path.read_text()
+
+
+def test_what_else_lies_among_metrics_is_found(model: Path) -> None:
+    path = metrics_of(model, min(checkpoints(model)), text='{"id": "p001"}\n')
+    assert kinds(scan(model)) == ["unreadable"]
+    path.write_text("")
+    (path.parent / "other.jsonl").write_text("text")
+    assert list(listed(model)) == [f"{opening.METRICS}/other.jsonl"]
+    with world_of(model) as world:
+        remove_garbage(world, model)
+    assert [each.name for each in path.parent.iterdir()] == [path.name]

@@ -1,0 +1,114 @@
+"""What was measured, at rest: a file of JSON lines for each run, `metrics/RUN.jsonl`, of numbers alone.
+
+Rules: a line is appended whole; one that a killed process left without its end is not read. Lines are
+those of `sisa/measured.py`, and anything else is an IntegrityError. A loss is erased when its stage's
+checkpoint is gone: files are then written anew, whole. They are never sealed: they hold nothing to seal.
+
+Not covered: what may be in a line (`sisa/measured.py`); old runs, which are the user's to remove.
+
+>>> import tempfile
+>>> with tempfile.TemporaryDirectory() as folder:
+...     metrics = FileMetrics(Path(folder) / "metrics")
+...     run = "20261125T213749Z-3f9a1c2b"
+...     metrics.append({"at": "2026-11-25T21:37:49.123+00:00", "run": run, "event": "erasure_failed",
+...                     "num_requests": 2})
+...     metrics.runs() == [run], metrics.read(run)[0]["num_requests"]
+(True, 2)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sisa.digest import canonical_json
+from sisa.errors import IntegrityError
+from sisa.measured import is_line, is_run, without
+from sisa.store import files
+
+SUFFIX = ".jsonl"
+
+
+@dataclass(frozen=True)
+class FileMetrics:
+    """Metrics in a directory; several processes may write there, each in files of its own runs."""
+
+    root: Path
+
+    def append(self, line: Mapping[str, Any]) -> None:
+        path = self._path(str(line["run"]))
+        with files.disk_errors(path):
+            self.root.mkdir(parents=True, exist_ok=True)
+            with _alone(self.root):
+                handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+                with os.fdopen(handle, "wb") as file:
+                    file.write(canonical_json(line) + b"\n")
+
+    def runs(self) -> list[str]:
+        return sorted(name.removesuffix(SUFFIX) for name in run_files(self.root))
+
+    def read(self, run: str) -> list[dict[str, Any]]:
+        path = self._path(run)
+        return parsed(files.read_whole(path, "file of metrics"), str(path))
+
+    def keep_losses(self, stages: Collection[str]) -> None:
+        names = run_files(self.root)
+        if not names:
+            return
+        with files.disk_errors(self.root), _alone(self.root):
+            for path in (self.root / name for name in sorted(names)):
+                data = path.read_bytes()
+                found = parsed(data, str(path))
+                kept = [without(line, stages) for line in found]
+                if kept != found or not data.endswith(b"\n"):
+                    whole = b"".join(canonical_json(line) + b"\n" for line in kept)
+                    files.write_atomic(path, whole, mode=0o600)
+
+    def _path(self, run: str) -> Path:
+        if not is_run(run):  # paths are made of it
+            raise IntegrityError(
+                "that is not the name of a run", expected="as `sisa metrics` lists them"
+            )
+        return self.root / f"{run}{SUFFIX}"
+
+
+def run_files(root: Path) -> frozenset[str]:
+    """Names of the files of runs; others in the directory are none of ours."""
+    names = files.held_names(root)
+    return frozenset(n for n in names if n.endswith(SUFFIX) and is_run(n.removesuffix(SUFFIX)))
+
+
+def parsed(data: bytes, where: str) -> list[dict[str, Any]]:
+    """The lines of a file, but for a last one without its end. Raises IntegrityError."""
+    found = []
+    for number, each in enumerate(data.split(b"\n")[:-1], start=1):
+        try:
+            value = json.loads(each)
+        except (ValueError, RecursionError):
+            value = None
+        if not is_line(value):
+            raise IntegrityError(
+                "a line of metrics is not one that is written here",
+                where=f"{where}, line {number}",
+                expected="a known event with its numbers",
+                next_step="remove the file: nothing else needs it",
+            )
+        found.append(value)
+    return found
+
+
+@contextlib.contextmanager
+def _alone(root: Path) -> Iterator[None]:
+    """Keep a file from being written anew while a line is appended to it."""
+    handle = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)

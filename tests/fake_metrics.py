@@ -1,0 +1,38 @@
+"""Metrics in memory.
+
+Rules: as `fakes.py`.
+
+Not covered: disks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from sisa.errors import IntegrityError
+from sisa.measured import is_line, is_run, without
+
+
+class FakeMetrics:
+    """Lines that can be looked at."""
+
+    def __init__(self) -> None:
+        self.lines: list[dict[str, Any]] = []
+
+    def append(self, line: Mapping[str, Any]) -> None:
+        if not is_run(str(line["run"])):
+            raise IntegrityError("that is not the name of a run")
+        self.lines.append(dict(line))
+
+    def runs(self) -> list[str]:
+        return sorted({each["run"] for each in self.lines})
+
+    def read(self, run: str) -> list[dict[str, Any]]:
+        found = [each for each in self.lines if each["run"] == run]
+        if not found or not all(map(is_line, found)):
+            raise IntegrityError("metrics are missing, or are not what is written here")
+        return found
+
+    def keep_losses(self, stages: Collection[str]) -> None:
+        self.lines = [without(each, stages) for each in self.lines]

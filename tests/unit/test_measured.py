@@ -1,0 +1,145 @@
+"""What is kept of events: numbers alone, no loss of few records, and nothing that was not made here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from sisa.domain import SavedCheckpoint, SliceJob
+from sisa.events import (
+    DeletionCompleted,
+    EpochTrained,
+    ErasureFailed,
+    Event,
+    Notice,
+    PatchProgress,
+    QueueSeen,
+    SliceProgress,
+    SliceStarted,
+    SliceTrained,
+    TrainingStarted,
+)
+from sisa.measured import KEPT, MIN_RECORDS, NAMES, fields, is_line, line, logged, without
+from sisa.recording import recording
+from sisa.running import NAME, Running, new_run, running, under_way
+from tests.fake_metrics import FakeMetrics
+
+AT, RUN = "2026-11-25T21:37:49.123+00:00", "20261125T213749Z-3f9a1c2b"
+JOB = SliceJob(2, 1, None, ((1, "root"),), 9, (3, 2), {"seed": 1}, "base", "f")
+TRAINED = SliceTrained(JOB, SavedCheckpoint(JOB.key, "m", "a", 1), 2.5, 900)
+EPOCH = EpochTrained(2, 1, JOB.key, 1, 2, 9, 600, 1.5, 0.75)
+EVENTS: list[Event] = [
+    TrainingStarted(((0, 0, 10), (0, 1, 20), (1, 0, 30))),
+    SliceStarted(2, 1, 900),
+    SliceProgress(2, 1, 300, 900, 3, 9, 1, 2),
+    EPOCH,
+    TRAINED,
+    PatchProgress(3, 40, 1.5),
+    QueueSeen(2, 1, 0, 1, -3),
+    DeletionCompleted(4, 2, 12.5),
+    ErasureFailed(2),
+    Notice("a line"),
+]
+
+
+def kept(event: Event) -> dict[str, Any]:
+    found = line(event, AT, RUN)
+    assert found is not None
+    return found
+
+
+def test_every_event_has_a_name_and_flat_fields() -> None:
+    assert [type(each) for each in EVENTS] == list(get_args(Event)) == list(NAMES)
+    for event in EVENTS:
+        for name, value in fields(event).items():
+            assert name == "stage" or value is None or type(value) in (int, float)
+
+
+def test_what_lines_say() -> None:
+    assert kept(TRAINED) == {
+        "at": AT,
+        "run": RUN,
+        "event": "slice_trained",
+        "shard": 2,
+        "slice": 1,
+        "stage": JOB.key[:16],
+        "num_records": 9,
+        "record_epochs": 14,
+        "tokens": 900,
+        "seconds": 2.5,
+    }
+    assert kept(EVENTS[0]) | {} == {
+        "at": AT,
+        "run": RUN,
+        "event": "training_started",
+        "num_slices": 3,
+        "num_shards": 2,
+        "record_epochs": 60,
+    }
+    assert fields(PatchProgress(3, 40, 1.5)) == {"step": 3, "num_steps": 40}
+    assert fields(Notice("a line")) == {}
+
+
+def test_only_some_are_kept() -> None:
+    made = [line(event, AT, RUN) is not None for event in EVENTS]
+    assert made == [isinstance(event, KEPT) for event in EVENTS]
+    assert line(SliceTrained(JOB, TRAINED.saved, 0.0, 0), AT, RUN) is None
+    assert line(TrainingStarted(()), AT, RUN) is None
+
+
+def test_a_loss_of_few_records_is_not_told_and_none_is_logged() -> None:
+    few = EpochTrained(2, 1, JOB.key, 1, 2, MIN_RECORDS - 1, 600, 1.5, 0.75)
+    enough = EpochTrained(2, 1, JOB.key, 1, 2, MIN_RECORDS, 600, 1.5, 0.75)
+    assert (fields(few)["loss"], fields(enough)["loss"]) == (None, 0.75)
+    assert not any("loss" in logged(event) for event in EVENTS)
+
+
+def test_a_loss_goes_with_its_stage() -> None:
+    made = kept(EPOCH)
+    assert without(made, {JOB.key[:16]}) == made
+    assert without(made, {"0" * 16}) == {**made, "loss": None}
+    assert is_line(without(made, set()))
+    assert without(kept(TRAINED), set()) == kept(TRAINED)
+
+
+@pytest.mark.parametrize("event", [each for each in EVENTS if isinstance(each, KEPT)])
+def test_a_line_is_told_from_anything_else(event: Event) -> None:
+    made = kept(event)
+    assert is_line(made)
+    bad: list[object] = [{**made, "id": "p001"}, [made], None, {}, {**made, "event": "told"}]
+    bad += [{**made, "at": "Ada"}, {**made, "run": "Ada"}, {**made, "event": ["x"]}]
+    bad += [{k: v for k, v in made.items() if k != name} for name in made]
+    numbers = [name for name in fields(event) if name != "stage"]
+    bad += [{**made, name: wrong} for name in numbers for wrong in ("Ada", True, float("nan"), [1])]
+    if "stage" in made:
+        bad += [{**made, "stage": wrong} for wrong in ("Ada", 1, JOB.key)]
+    assert [each for each in bad if is_line(each)] == []
+
+
+def test_a_report_records_under_the_run_that_is_under_way() -> None:
+    metrics, told = FakeMetrics(), list[Event]()
+    with running(Running(RUN)):
+        report = recording(told.append, metrics, lambda: AT)
+    for event in (*EVENTS, EVENTS[6], QueueSeen(0, 0, 0, 0, None)):
+        report(event)
+    assert told[: len(EVENTS)] == EVENTS
+    assert metrics.runs() == [RUN]
+    names = [each["event"] for each in metrics.read(RUN)]
+    assert names.count("queue_seen") == 2  # the second time it was the same
+    assert all(map(is_line, metrics.lines))
+    recording(told.append, metrics, lambda: AT)(TRAINED)
+    assert len(metrics.runs()) == 2
+
+
+def test_runs_are_nested_and_can_be_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv(NAME, raising=False)
+    assert new_run().run != new_run().run
+    monkeypatch.setenv(NAME, RUN)
+    with running() as outer, running() as inner:
+        assert outer is inner is under_way()
+        assert outer.run == RUN
+    assert under_way() is None
+    monkeypatch.setenv(NAME, str(tmp_path))
+    assert new_run().run != str(tmp_path)
