@@ -48,7 +48,9 @@ from cluster.command import (
     read_text,
 )
 from cluster.render import Result
+from cluster.watched import log_format_of, open_log, watched
 from sisa.errors import InvalidInput, Problem, SisaError
+from sisa.running import new_run, running
 
 if TYPE_CHECKING:
     from sisa.opening import OpenExecutor
@@ -110,10 +112,9 @@ def train(
     run_file: Path, reconfigure: bool, allow_deleted: bool, executor: str | OpenExecutor
 ) -> Result:
     """Train the model of a run file, or what is missing of it."""
-    from cluster.progress import progress
     from sisa import train_model
 
-    with progress() as report:
+    with watched() as report:
         model, taken = train_model(
             run_file,
             executor=executor,
@@ -275,7 +276,11 @@ def schema() -> Result:
 
 def run(arguments: Sequence[str]) -> int:
     """Carry out a command line and return its exit code; prints the result or the failure."""
-    as_json = "--json" in arguments
+    with running(new_run(log_format_of(arguments))):
+        return _carry_out(arguments, as_json="--json" in arguments)
+
+
+def _carry_out(arguments: Sequence[str], *, as_json: bool) -> int:
     try:
         _refuse_bad_encoding(arguments)
         done = cli.main(args=list(arguments), prog_name="sisa", standalone_mode=False)
@@ -332,7 +337,13 @@ def _internal(error: Exception, as_json: bool) -> int:
 def _fail(body: dict[str, Any], text: str, code: int, as_json: bool) -> int:
     if as_json:
         click.echo(json.dumps({"error": body}, indent=2))
-    click.echo(f"error: {render.printable(text)}", err=True)
+    log = open_log()
+    if log is None:
+        click.echo(f"error: {render.printable(text)}", err=True)
+    else:
+        # What a person typed may be an id: a usage error is told by its kind alone.
+        said = "" if body["type"] == "UsageError" else render.printable(body["message"])
+        log.write("run_failed", "error", error=body["type"], exit_code=code, message=said)
     return code
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cluster.render import Result
+from cluster.watched import OPTION, logged_run, watched
 from sisa.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -46,7 +47,8 @@ def command(
     def register(function: Callable[..., Result]) -> click.Command:
         @functools.wraps(function)
         def invoke(as_json: bool, **arguments: Any) -> tuple[int, str]:
-            result = function(**arguments)
+            with logged_run(click.get_current_context().command_path):
+                result = function(**arguments)
             return result.exit_code, json.dumps(result.json, indent=2) if as_json else result.text
 
         option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -62,9 +64,20 @@ model_option = click.option(
 )
 
 
-def executor_option(function: Callable[..., Result]) -> Callable[..., Result]:
-    """`--executor` and `--address`, given to the command as one `executor`."""
+log_format_option = click.option(
+    OPTION,
+    type=click.Choice(["text", "json"]),
+    default="text",
+    show_default=True,
+    expose_value=False,
+    help="What standard error gets: words and progress, or a JSON object a line.",
+)
 
+
+def executor_option(function: Callable[..., Result]) -> Callable[..., Result]:
+    """`--executor` and `--address`, given to the command as one `executor`; and `--log-format`."""
+
+    @log_format_option
     @click.option(
         "--executor",
         "name",
@@ -112,11 +125,10 @@ consent_option = click.option(
 
 @contextmanager
 def opened(directory: Path, executor: str | OpenExecutor = "ray") -> Iterator[Model]:
-    """The model in a directory, reporting progress on standard error."""
-    from cluster.progress import progress
+    """The model in a directory, watched."""
     from sisa import open_model
 
-    with progress() as report:
+    with watched() as report:
         yield open_model(directory, executor=executor, report=report)
 
 

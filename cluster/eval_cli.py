@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cluster import eval_render as render
-from cluster.command import cli, command
+from cluster.command import cli, command, log_format_option
 from cluster.render import Result
+from cluster.watched import watched
 
 if TYPE_CHECKING:
     from approx.tofu_evaluation import Evaluated
@@ -75,6 +76,7 @@ def evaluation() -> None:
 )
 @click.option("--executor", type=click.Choice(["ray", "serial"]), default="ray", show_default=True)
 @click.option("--address", help="HOST:PORT of a Ray cluster; else a local Ray.")
+@log_format_option
 def tofu(models: tuple[str, ...], references: tuple[str, ...], variant: Any, **options: Any) -> Result:
     """Measure TOFU's model utility and forget quality, question by question."""
     if len(references) > MAX_REFERENCES:
@@ -97,7 +99,6 @@ def _evaluated(specs: list[str], options: dict[str, Any]) -> dict[str, Evaluated
     from approx.tofu import evaluation_sets, read_holdout
     from approx.tofu_evaluation import finished_log
     from cluster.eval_tasks import EvaluationTask, run_evaluations
-    from cluster.progress import progress
 
     logs = {spec: finished_log(Path(spec)) for spec in specs if _is_log(spec)}
     questions = evaluation_sets(options["data"], options["split"], options["limit"])
@@ -115,7 +116,7 @@ def _evaluated(specs: list[str], options: dict[str, Any]) -> dict[str, Evaluated
         for spec in specs
         if spec not in logs
     ]
-    with progress() as report:
+    with watched() as report:
         ray = options["executor"] == "ray"
         done = run_evaluations(tasks, ray=ray, address=options["address"], report=report)
     return logs | dict(zip((task.spec for task in tasks), done, strict=True))

@@ -18,8 +18,9 @@ from typing import Any
 import click
 
 from cluster.approx_cli import approx
-from cluster.command import command
+from cluster.command import command, log_format_option
 from cluster.render import Result, printable
+from cluster.watched import watched
 
 LOCK = "lock"
 
@@ -46,6 +47,7 @@ LOCK = "lock"
 @click.option("--fact-questions", type=click.IntRange(1), help="Of each set of facts. [default: 30]")
 @click.option("--wrong-answers", type=click.IntRange(1, 5), help="To each question. [default: 2]")
 @click.option("--threads", default=1, show_default=True, type=click.IntRange(1))
+@log_format_option
 def leaderboard(base: str, data: str, out: Path, threads: int, **changes: Any) -> Result:
     """Compare methods of unlearning at equal cost against a retained reference."""
     from approx.leaderboard_plan import Design
@@ -77,7 +79,6 @@ def _competed(base: str, data: str, out: Path, threads: int, design: Any) -> Any
     from approx.leaderboard_cells import CellMaker
     from approx.leaderboard_held import HeldCells
     from approx.leaderboard_plan import compete
-    from cluster.progress import progress
     from sisa.events import Notice
     from sisa.model.base import resolve_base
     from sisa.model.numerics import pin_threads
@@ -87,7 +88,7 @@ def _competed(base: str, data: str, out: Path, threads: int, design: Any) -> Any
     maker = CellMaker(resolve_base(base), read, design, out)
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-    with writer_lock(out / LOCK), progress() as report:
+    with writer_lock(out / LOCK), watched() as report:
         held = HeldCells(out, design, maker.inputs, maker.make, lambda said: report(Notice(said)))
         return compete(design, held), maker.inputs
 

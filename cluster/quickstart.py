@@ -9,7 +9,6 @@ Not covered: tuning; data of your own (`sisa init`).
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cluster.progress import progress
+from cluster.watched import say, watched
 from sisa import Model, open_model, train_model
 from sisa.corpus import make_corpus
 from sisa.errors import InvalidInput
@@ -81,7 +80,7 @@ class Story:
 
     @contextmanager
     def step(self, name: str, told: str) -> Iterator[None]:
-        print(f"\n== {told}", file=sys.stderr, flush=True)
+        say(f"\n== {told}")
         started = time.monotonic()
         yield
         self.seconds[name] = round(time.monotonic() - started, 1)
@@ -153,7 +152,7 @@ def tell(
     config = load_run_file(start.run_file)
     if num_epochs is not None:
         config = config.model_copy(update={"num_epochs": num_epochs})
-    with progress() as report:
+    with watched() as report:
         if from_scratch:
             with story.step("base", "training a base from scratch, on a corpus of nobody's data"):
                 prepare(config, read_records(config.datasets), executor, report)
@@ -193,10 +192,7 @@ def _ask(story: Story, model: Model, num_people: int) -> None:
     with story.step("where", "looking up where that person's records live"):
         located = model.where([row["id"] for row in about])
         story.shard, story.slice = located[0].shard, located[0].slice
-        print(
-            f"shard {story.shard}, slice {story.slice}, in {len(located[0].checkpoints)} checkpoints",
-            file=sys.stderr,
-        )
+        say(f"shard {story.shard}, slice {story.slice}, in {len(located[0].checkpoints)} checkpoints")
 
 
 def _typical(model: Model, rows: Sequence[Mapping[str, str]]) -> str:

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -43,10 +44,12 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
+from cluster.json_log import worker_log
 from cluster.ray_session import Session, alive_cpus
 from sisa.errors import EnvironmentFault, SisaError
 from sisa.events import Event, Notice, Report, SliceTrained
 from sisa.handout import HandOut
+from sisa.running import Running, under_way
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -135,6 +138,7 @@ class _Run(Generic[T, R]):
     def __post_init__(self) -> None:
         self._answer: Any = None  # the mailbox's, on its way
         self._run_id = os.urandom(8).hex()
+        self._running_in = under_way()
         self._hand_out = HandOut(len(self.tasks), self.max_retries)
         self._attempts = count()
         self._running: dict[Any, int] = {}  # attempts
@@ -166,7 +170,7 @@ class _Run(Generic[T, R]):
     def _submit(self, number: int) -> None:
         task, attempt = self.tasks[number], next(self._attempts)
         reference = self._function.remote(
-            self.carry_out, task, self.label(task), self.mailbox, self._run_id, attempt
+            self.carry_out, task, self.label(task), self.mailbox, self._run_id, attempt, self._running_in
         )
         self._running[reference] = attempt
         self._number_of[attempt] = number
@@ -251,15 +255,24 @@ def _remote(carry_out: Callable[[T, Report], R], placement: Placement) -> Any:
 
 
 def _carry_out_remotely(
-    carry_out: Callable[[T, Report], R], task: T, label: str, mailbox: Any, run_id: str, attempt: int
+    carry_out: Callable[[T, Report], R],
+    task: T,
+    label: str,
+    mailbox: Any,
+    run_id: str,
+    attempt: int,
+    running_in: Running | None,
 ) -> _Outcome[R]:
     """Carry a task out in a worker; every exception comes back as a value, without record text."""
+    log = worker_log(running_in, sys.stderr, ray.get_runtime_context().get_node_id())
     trained: list[SliceTrained] = []
     posted: list[Any] = []
 
     def report(event: Event) -> None:
         if isinstance(event, SliceTrained):
             trained.append(event)
+        if log is not None:
+            log(event)
         posted[:] = [mailbox.put.remote(run_id, (attempt, event))]
 
     result, failed, unready = None, None, False

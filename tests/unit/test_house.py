@@ -216,8 +216,9 @@ def light_modules() -> list[str]:
     """Modules with examples that need no torch and no Ray."""
     names = [path.stem for path in modules("sisa") if path.parent == ROOT / "sisa"]
     found = [f"sisa.{name}" for name in names if name != "__init__"]
-    found += ["cluster.cli", "cluster.progress", "cluster.render", "sisa.model.hashing"]
+    found += [f"cluster.{name}" for name in ("cli", "json_log", "progress", "render", "watched")]
     found += ["cluster.jobs", "cluster.job_cli", "cluster.job_flow", "cluster.kuberay"]
+    found += ["sisa.model.hashing"]
     found += ["approx.evaluated", "approx.tofu"]
     found += [f"approx.tofu_{name}" for name in ("aggregates", "evaluation", "log", "row")]
     found += [f"approx.leaderboard_{name}" for name in ("claims", "data", "held", "plan", "table")]

@@ -119,3 +119,46 @@ def test_standard_output_stays_free(capsys: pytest.CaptureFixture[str]) -> None:
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "a line" in captured.err
+
+
+def test_a_shard_at_work_tells_slice_pass_step_and_time() -> None:
+    meter = Meter()
+    meter.take(STAGES, now=0.0)
+    meter.take(SliceStarted(0, 0, 200), now=10.0)
+    meter.take(SliceStarted(1, 0, 300), now=10.0)
+    meter.take(SliceProgress(0, 0, 100, 200, 5, 10, 1, 2), now=20.0)
+    first, second = meter.at_work()
+    assert first.line(20.0) == "shard 0: slice 1/2, epoch 1/2, step 5/10, 10 tok/s, slice done in 0:10"
+    assert second.line(20.0) == "shard 1: slice 1/1, 0 tok/s, slice done in unknown time"
+    meter.take(trained(0, 0), now=30.0)
+    meter.take(trained(0, 0), now=30.0)
+    meter.take(SliceStarted(0, 1, 200), now=30.0)
+    assert [each.line(30.0)[:18] for each in meter.at_work()] == [
+        "shard 0: slice 2/2",
+        "shard 1: slice 1/1",
+    ]
+    assert meter.numbers(30.0) == {
+        "num_slices": 3,
+        "slices_done": 1,
+        "share": 0.1667,
+        "tokens_per_second": 3.3,
+        "seconds_left": 150.0,
+    }
+
+
+def test_a_bar_for_each_shard_at_work_and_no_more_than_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress_module, "MOST_ROWS", 1)
+    stream = Terminal()
+    with progress(stream) as report:
+        report(STAGES)
+        report(SliceStarted(0, 0, 200))
+        report(SliceProgress(0, 0, 100, 200, 5, 10, 1, 2))
+        report(SliceStarted(1, 0, 300))
+        report(Notice("now"))
+        report(trained(0, 0))
+        report(Notice("then"))
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue())
+    assert "shard 0: slice 1/2, epoch 1/2, step 5/10" in shown
+    before, _, after = shown.rpartition("then")
+    assert "shard 1" not in before[: before.rindex("now")]
+    assert "shard 1: slice 1/1" in after
