@@ -14,7 +14,7 @@ Not covered: logs for machines (`json_log.py`).
 >>> meter.line(now=2.0)
 'shards 0/2, slices 0/2, 12% of record-epochs, 25 tok/s, 0:14 left'
 >>> [row.line(now=2.0) for row in meter.at_work()]
-['shard 0: slice 1/1, epoch 1/2, step 5/10, 50 tok/s, slice done in 0:01']
+['shard 0: slice 1/1, epoch 1/2, step 5/10, 50 tok/s, 0:01 left']
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ class AtWork:
     at: SliceProgress
 
     def line(self, now: float) -> str:
-        """One line for a person."""
+        """One line for a person; the time left is that of this slice."""
         at, passed = self.at, max(1e-9, now - self.since)
         steps = f"epoch {at.epoch}/{at.num_epochs}, step {at.step}/{at.num_steps}, " * bool(at.num_steps)
         left = _clock(passed * (at.total_tokens - at.tokens) / at.tokens) if at.tokens else UNKNOWN
         return (
             f"shard {self.shard}: slice {self.num_done + 1}/{self.num_slices}, {steps}"
-            f"{at.tokens / passed:.0f} tok/s, slice done in {left}"
+            f"{at.tokens / passed:.0f} tok/s, {left} left"
         )
 
 
@@ -221,7 +221,7 @@ def _bars(stream: TextIO) -> Iterator[Report]:
 
     meter = Meter()
     console = Console(file=stream)
-    columns = (BarColumn(bar_width=24), TextColumn("{task.description}", markup=False))
+    columns = (BarColumn(bar_width=10), TextColumn("{task.description}", markup=False))
     with Progress(*columns, console=console, transient=True) as bars:
         whole = bars.add_task("starting", total=None)
         rows: dict[int, Any] = {}  # by shard
@@ -234,6 +234,7 @@ def _bars(stream: TextIO) -> Iterator[Report]:
                 return
             bars.update(whole, total=meter.total, completed=meter.done, description=meter.line(now))
             shown = {each.shard: each for each in meter.at_work()[:MOST_ROWS]}
+            changed = rows.keys() != shown.keys()
             for shard in rows.keys() - shown.keys():
                 bars.remove_task(rows.pop(shard))
             for shard, each in shown.items():
@@ -245,5 +246,7 @@ def _bars(stream: TextIO) -> Iterator[Report]:
                     completed=each.at.tokens,
                     description=each.line(now),
                 )
+            if changed:
+                bars.refresh()
 
         yield report

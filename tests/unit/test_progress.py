@@ -128,8 +128,8 @@ def test_a_shard_at_work_tells_slice_pass_step_and_time() -> None:
     meter.take(SliceStarted(1, 0, 300), now=10.0)
     meter.take(SliceProgress(0, 0, 100, 200, 5, 10, 1, 2), now=20.0)
     first, second = meter.at_work()
-    assert first.line(20.0) == "shard 0: slice 1/2, epoch 1/2, step 5/10, 10 tok/s, slice done in 0:10"
-    assert second.line(20.0) == "shard 1: slice 1/1, 0 tok/s, slice done in unknown time"
+    assert first.line(20.0) == "shard 0: slice 1/2, epoch 1/2, step 5/10, 10 tok/s, 0:10 left"
+    assert second.line(20.0) == "shard 1: slice 1/1, 0 tok/s, unknown time left"
     meter.take(trained(0, 0), now=30.0)
     meter.take(trained(0, 0), now=30.0)
     meter.take(SliceStarted(0, 1, 200), now=30.0)
@@ -154,11 +154,11 @@ def test_a_bar_for_each_shard_at_work_and_no_more_than_fit(monkeypatch: pytest.M
         report(SliceStarted(0, 0, 200))
         report(SliceProgress(0, 0, 100, 200, 5, 10, 1, 2))
         report(SliceStarted(1, 0, 300))
-        report(Notice("now"))
+        report(Notice("FIRST"))
         report(trained(0, 0))
-        report(Notice("then"))
+        report(Notice("SECOND"))
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue())
-    assert "shard 0: slice 1/2, epoch 1/2, step 5/10" in shown
-    before, _, after = shown.rpartition("then")
-    assert "shard 1" not in before[: before.rindex("now")]
+    assert "shard 0: slice 1/2" in shown
+    before, _, after = shown.rpartition("SECOND")
+    assert "shard 1" not in before[: before.rindex("FIRST")]
     assert "shard 1: slice 1/1" in after
