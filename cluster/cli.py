@@ -129,11 +129,14 @@ def train(
 @model_option
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--allow-deleted", is_flag=True, help="Take deleted ids and texts in again.")
+@click.option("--append", is_flag=True, help="As new slices at the end: nothing is trained again.")
 @executor_option
-def add(directory: Path, file: Path, allow_deleted: bool, executor: str | OpenExecutor) -> Result:
+def add(
+    directory: Path, file: Path, allow_deleted: bool, append: bool, executor: str | OpenExecutor
+) -> Result:
     """Take new records in; the result equals training on all of them from scratch."""
     with opened(directory, executor) as model:
-        return render.taken(model.add(file, allow_deleted=allow_deleted), directory)
+        return render.taken(model.add(file, allow_deleted=allow_deleted, append=append), directory)
 
 
 @command("where", "sisa where -m model p001-q1 p002-q3")

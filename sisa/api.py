@@ -152,17 +152,17 @@ class Model:
         """What a replay stored can't be read any more, wherever it is."""
         self.keyring.destroy(SCRATCH, self.keyring.held(SCRATCH))
 
-    def add(self, source: Path | str | Sequence[Record], *, allow_deleted: bool = False) -> Taken:
-        """Take new records in; the result equals training on all of them from scratch.
-
-        Ids and texts that were deleted are refused unless `allow_deleted`.
-        """
+    def add(
+        self, source: Path | str | Sequence[Record], *, allow_deleted: bool = False, append: bool = False
+    ) -> Taken:
+        """Take new records in; the result equals training on all of them from scratch. Deleted ids and
+        texts are refused unless `allow_deleted`. `append` makes new slices at the end instead."""
         if isinstance(source, str | Path):
             source = read_records([source], self.config.sisa.group_by)
         with self._writing() as world:
             guard(self.config, source)
             self.parts.count_tokens(source)  # refuses a changed base, too, before anything is written
-            return add(world, source, allow_deleted=allow_deleted)
+            return add(world, source, allow_deleted=allow_deleted, append=append)
 
     def resume(self, source: Sequence[Record] = ()) -> Taken:
         """Train what is missing; records of `source` are only compared with the held ones."""

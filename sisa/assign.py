@@ -2,8 +2,10 @@
 
 Rules: the place of a record depends on the secret, the number of shards and slices and that record's
 own subject or id; never on other records, on arrival order or on content. All records of a subject
-share one shard and one slice. A subject named like a record id hashes elsewhere (purposes differ).
-With churn bands the record's own deletion risk narrows the slices that it hashes to.
+share one shard, and those of one generation one slice. A subject named like a record id hashes
+elsewhere (purposes differ). With churn bands the record's own deletion risk narrows the slices that it
+hashes to. A record that was appended hashes to the slices of its own generation, which come after those
+of the former ones.
 Source: Bourtoule et al. 2021, section IV (sharding, slicing); keyed as the laws of exactness demand.
 
 Not covered: which risk has which slices (`bands.py`).
@@ -36,8 +38,12 @@ class Layout:
     num_slices: int
     bands: Bands | None = field(default=None, repr=False)
 
+    def generation(self, slice_: int) -> int:
+        """The generation whose slice it is: each has `num_slices` of its own, after the former ones'."""
+        return slice_ // self.num_slices
+
     def slices(self, risk: Risk) -> range:
-        """Those that a record may hash to."""
+        """Those that a record of generation 0 may hash to."""
         return range(self.num_slices) if self.bands is None else self.bands.slices(risk, self.num_slices)
 
 
@@ -63,7 +69,8 @@ class Assigner:
         subject = record.subject_id
         who = ("id", record.id) if subject is None else ("subject", subject)
         allowed = self.layout.slices(record.deletion_risk)
-        return self._shard(*who), allowed[self._keyed.number("slice", len(allowed), *who)]
+        slice_ = allowed[self._keyed.number("slice", len(allowed), *who)]
+        return self._shard(*who), (record.generation or 0) * self.layout.num_slices + slice_
 
     def shard_of_subject(self, subject_id: str) -> int:
         """The shard of all records of a subject."""

@@ -46,6 +46,7 @@ from sisa.config_types import (
     key,
 )
 from sisa.digest import canonical_json
+from sisa.domain import GENERATION_COLUMN
 from sisa.errors import IntegrityError
 from sisa.patch import PatchMode
 from sisa.plan import Recipe, Schedule
@@ -108,8 +109,8 @@ class SisaBlock(Block):
     @field_validator("group_by")
     @classmethod
     def _no_body_column(cls, value: str) -> str:
-        if value in (*BODY_COLUMNS, RISK_COLUMN):
-            what = "deletion risk" if value == RISK_COLUMN else "text"
+        if value in (*BODY_COLUMNS, RISK_COLUMN, GENERATION_COLUMN):
+            what = "text" if value in BODY_COLUMNS else value.replace("_", " ")
             raise conflict(f"conflict: '{value}' is the column of a record's {what}, not of its subject")
         return value
 

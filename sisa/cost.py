@@ -14,45 +14,46 @@ Not covered: closed forms for streams of deletions.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from itertools import accumulate
 
 from sisa.domain import HeldCheckpoint, presentations
-from sisa.plan import Recipe, Schedule, ShardPlan, ShardView, passes
+from sisa.plan import Recipe, ShardPlan, ShardView
 from sisa.schedule import ShardCosts
 
 
 def full_record_epochs(views: Iterable[ShardView], recipe: Recipe) -> int:
     """Record-epochs of training every shard from scratch."""
-    share = passes(recipe.schedule, recipe.num_epochs, recipe.num_slices)
-    sizes = ([each.num_records for each in view.slices] for view in views)
-    return sum(suffix_record_epochs(each, recipe.schedule, share)[0] for each in sizes if each)
+    sizes = ({each.slice: each.num_records for each in view.slices} for view in views)
+    return sum(suffix_record_epochs(each, recipe)[0] for each in sizes if each)
 
 
-def suffix_record_epochs(sizes: Sequence[int], schedule: Schedule, share: tuple[int, int]) -> list[int]:
+def suffix_record_epochs(sizes: Mapping[int, int], recipe: Recipe) -> list[int]:
     """Record-epochs of training a shard from each of its slices on, first slice first.
 
-    `sizes` are the records of the slices, `share` the passes of a stage (`plan.passes`). An empty slice
-    is no stage: from it costs what the next one does.
+    `sizes` are the records of the slices, by the slices' numbers. An empty slice is no stage: from it
+    costs what the next one does.
 
-    >>> suffix_record_epochs([5, 0, 4], "cumulative", (2, 1))
+    >>> suffix_record_epochs({0: 5, 1: 0, 2: 4}, Recipe(3, "cumulative", 4, {}, "base"))
     [28, 18, 18]
     """
     costs, seen = [], 0
-    for size in sizes:
-        seen = seen + size if schedule == "cumulative" else size
-        costs.append(presentations(share, seen) if size else 0)
+    for slice_, size in sorted(sizes.items()):
+        seen = seen + size if recipe.schedule == "cumulative" else size
+        costs.append(presentations(recipe.passes(slice_), seen) if size else 0)
     return list(accumulate(reversed(costs)))[::-1]
 
 
-def shard_costs(pending: float, sizes: Sequence[int], num_records: int, recipe: Recipe) -> ShardCosts:
+def shard_costs(
+    pending: float, sizes: Mapping[int, int], num_records: int, recipe: Recipe
+) -> ShardCosts:
     """What the schedule of requests must know of a shard: the cost of what waits in it, and of each of
     its slices with its share of the model's `num_records`."""
-    share = passes(recipe.schedule, recipe.num_epochs, recipe.num_slices)
-    costs = suffix_record_epochs(sizes, recipe.schedule, share)
+    costs = suffix_record_epochs(sizes, recipe)
+    counts = [size for _, size in sorted(sizes.items())]
     return ShardCosts(
         pending,
-        tuple((float(cost), size / num_records) for cost, size in zip(costs, sizes, strict=True)),
+        tuple((float(cost), size / num_records) for cost, size in zip(costs, counts, strict=True)),
     )
 
 

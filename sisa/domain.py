@@ -24,6 +24,7 @@ from typing import Any, Literal
 from sisa.digest import canonical_json, digest_of
 
 Kind = Literal["text", "completion", "chat"]
+GENERATION_COLUMN = "generation"
 Risk = float | str | None  # of being deleted: a number, the name of a class, or none given
 
 
@@ -37,13 +38,14 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One training record as the user gave it."""
+    """One training record as the user gave it, with what places it."""
 
     id: str = field(repr=False)
     subject_id: str | None = field(repr=False)
     kind: Kind
     parts: tuple[Part, ...] = field(repr=False)
     deletion_risk: Risk = field(default=None, repr=False)
+    generation: int | None = field(default=None, repr=False)  # of appended ones, from 1
 
     @property
     def text(self) -> str:
@@ -51,20 +53,20 @@ class Record:
         return "\n".join(part.text for part in self.parts)
 
     def canonical(self) -> str:
-        """The content that the record's digest covers, id and subject included, and a risk if given."""
+        """The content that the record's digest covers: id, subject, and what places it included."""
         return canonical_json(self.to_list()).decode()
 
     def to_list(self) -> list[Any]:
         """As JSON values; `from_list` reads them again."""
         body = [[part.role, part.text] for part in self.parts]
-        risk = [] if self.deletion_risk is None else [self.deletion_risk]
-        return [self.id, self.subject_id, self.kind, body, *risk]
+        placed = [self.deletion_risk, self.generation] if self.generation else [self.deletion_risk]
+        return [self.id, self.subject_id, self.kind, body, *(placed if placed != [None] else [])]
 
     @classmethod
     def from_list(cls, values: list[Any]) -> Record:
         """Raises ValueError or TypeError for what `to_list` can't have made."""
-        id_, subject, kind, parts, *risk = values
-        return cls(id_, subject, kind, tuple(Part(role, text) for role, text in parts), *risk)
+        id_, subject, kind, parts, *placed = values
+        return cls(id_, subject, kind, tuple(Part(role, text) for role, text in parts), *placed)
 
 
 @dataclass(frozen=True, slots=True)

@@ -235,9 +235,9 @@ def plan_run(world: World) -> RunPlan:
     planned = plan_forget(world, list({row.id_digest: row for row in rows}.values()))
     pending = {plan.shard: float(plan.record_epochs) for plan in planned.plans}
     total = sum(world.ledger.counts().values())
-    sizes: dict[int, list[int]] = {head.shard: [] for head in world.ledger.heads()}
+    sizes: dict[int, dict[int, int]] = {head.shard: {} for head in world.ledger.heads()}
     for file in world.ledger.slices():
-        sizes[file.shard].append(file.num_records)
+        sizes[file.shard][file.slice] = file.num_records
     shards = [
         shard_costs(pending.get(shard, 0.0), each, total, world.recipe) for shard, each in sizes.items()
     ]

@@ -14,7 +14,8 @@ the schedule: a sequential stage starts from its parent's weights.
 
 `schedule: cumulative` (Bourtoule et al. 2021, section V): stage r of R (from 1) makes
 2 E / (R + 1) passes over slices 1..r, so that equal slices cost E epochs in total. `sequential`
-makes E passes over slice r alone.
+makes E passes over slice r alone. Of appended slices (past R) stage r makes 2 E / (r + 1) passes over
+slices 1..r: as many as if there had always been r, and it depends on nothing that comes after.
 
 Not covered: prices (`cost.py`); several orders per shard.
 
@@ -52,6 +53,10 @@ class Recipe:
     training: Mapping[str, Any]
     base: str
 
+    def passes(self, slice_: int) -> tuple[int, int]:
+        """Passes of a slice's stage, as an exact fraction."""
+        return passes(self.schedule, self.num_epochs, self.num_slices, slice_)
+
 
 @dataclass(frozen=True, slots=True)
 class ShardView:
@@ -78,11 +83,14 @@ class ShardPlan:
         return sum(record_epochs(job) for job in self.train)
 
 
-def passes(schedule: Schedule, num_epochs: int, num_slices: int) -> tuple[int, int]:
-    """Passes of one stage over its slices, as an exact fraction."""
+def passes(schedule: Schedule, num_epochs: int, num_slices: int, slice_: int = 0) -> tuple[int, int]:
+    """Passes of one stage over its slices, as an exact fraction.
+
+    Of stages past `num_slices` (appended ones) stage r is taken for the last of r: 2 E / (r + 1).
+    """
     if schedule == "sequential":
         return num_epochs, 1
-    fraction = Fraction(2 * num_epochs, num_slices + 1)
+    fraction = Fraction(2 * num_epochs, max(num_slices, slice_ + 1) + 1)
     return fraction.numerator, fraction.denominator
 
 
@@ -102,7 +110,7 @@ def jobs(
                 parent=path[-1].key if path else None,
                 slices=tuple((each.slice, each.root) for each in stage),
                 num_records=sum(each.num_records for each in stage),
-                passes=passes(recipe.schedule, recipe.num_epochs, recipe.num_slices),
+                passes=recipe.passes(state.slice),
                 training=recipe.training,
                 base=recipe.base,
                 fingerprint=fingerprint,
@@ -191,7 +199,7 @@ def _head(
         return Head(view.shard, None, 0, None)
     target = path[-1].key
     if target in held:
-        return Head(view.shard, target, recipe.num_slices, target)
+        return Head(view.shard, target, max(recipe.num_slices, path[-1].slice + 1), target)
     on_path = {job.key for job in path}
     deepest = max(
         held.values(),

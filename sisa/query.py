@@ -329,7 +329,8 @@ def shards(world: World) -> list[ShardStatus]:
     for file in world.ledger.slices():
         counts.setdefault(file.shard, {})[file.slice] = file.num_records
     held = {each.key: each for each in world.ledger.checkpoints()}
-    num_slices = world.recipe.num_slices
+    appended = max((slice_ + 1 for found in counts.values() for slice_ in found), default=0)
+    num_slices = max(world.recipe.num_slices, appended)
     if any(head.key not in held for head in world.ledger.heads() if head.key is not None):
         raise _contradiction("a checkpoint that it serves")
     return [

@@ -32,7 +32,7 @@ from sisa.bands import RISK_COLUMN
 from sisa.config import BODY_COLUMNS, DATA_SUFFIXES, is_local
 from sisa.config_types import DatasetSource
 from sisa.dataset_export import Broken, export_rows
-from sisa.domain import Record
+from sisa.domain import GENERATION_COLUMN, Record
 from sisa.errors import InvalidInput, Problem
 from sisa.record_rules import KINDS, kind_of, name_problems, record_of, record_problems
 
@@ -53,7 +53,7 @@ def read_records(
     listed = [
         each if isinstance(each, DatasetSource) else DatasetSource(path=str(each)) for each in sources
     ]
-    columns = (*BODY_COLUMNS, "id", group_by, RISK_COLUMN)
+    columns = (*BODY_COLUMNS, "id", group_by, RISK_COLUMN, GENERATION_COLUMN)
     reading = _Reading(group_by)
     for source, label in zip(listed, _labels(listed), strict=True):
         reading.take_all(_rows(source, label, columns), label)

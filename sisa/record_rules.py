@@ -2,7 +2,8 @@
 
 Rules: pure. A record has an `id` (a string), an optional subject in the column `group_by`, and exactly
 one body, found by its columns: `text`, `prompt` with `completion`, or `messages`. It may carry a
-`deletion_risk`, a number or the name of a class. A null counts as absent; other columns are ignored.
+`deletion_risk`, a number or the name of a class, and a `generation`, if it was appended. A null counts
+as absent; other columns are ignored.
 Problems name columns and turns, never a text or an id.
 
 Not covered: uniqueness of ids and where a row stands (`reader.py`); lengths in tokens.
@@ -21,9 +22,9 @@ from typing import Any
 
 from sisa.bands import RISK_COLUMN
 from sisa.config import BODY_COLUMNS
-from sisa.domain import Kind, Part, Record, Risk
+from sisa.domain import GENERATION_COLUMN, Kind, Part, Record, Risk
 
-MAX_ID_CHARS, MAX_RISK = 512, 1e300
+MAX_ID_CHARS, MAX_RISK, MAX_GENERATION = 512, 1e300, 9_999
 ROLES = ("system", "user", "assistant")
 KINDS = {"text": ("text",), "completion": ("prompt", "completion"), "chat": ("messages",)}
 UNFIT = {
@@ -39,8 +40,10 @@ def record_of(value: Mapping[str, Any], group_by: str) -> Record:
     risk: Risk = value.get(RISK_COLUMN)
     risk = float(risk) if isinstance(risk, int) else risk  # 1 and 1.0 would be two digests of one value
 
+    generation = value.get(GENERATION_COLUMN) or None  # 0 is what all have that were not appended
+
     def made(kind: Kind, parts: Iterable[Part]) -> Record:
-        return Record(value["id"], value.get(group_by), kind, tuple(parts), risk)
+        return Record(value["id"], value.get(group_by), kind, tuple(parts), risk, generation)
 
     if value.get("text") is not None:
         return made("text", [Part("text", value["text"])])
@@ -52,6 +55,7 @@ def record_of(value: Mapping[str, Any], group_by: str) -> Record:
 def record_problems(value: Mapping[str, Any], group_by: str) -> Iterator[str]:
     """All that keeps a row from being a record."""
     yield from _risk_problems(value.get(RISK_COLUMN))
+    yield from _generation_problems(value.get(GENERATION_COLUMN))
     if value.get("id") is None:
         yield "no 'id'"
     else:
@@ -82,6 +86,15 @@ def _risk_problems(risk: Any) -> Iterator[str]:
         yield f"'{RISK_COLUMN}': expected a number or a class, got {kind_of(risk)}"
     elif risk is not None and not 0 <= risk < MAX_RISK:
         yield f"'{RISK_COLUMN}': expected a number from 0 on"
+
+
+def _generation_problems(generation: Any) -> Iterator[str]:
+    if generation is None:
+        return
+    if isinstance(generation, bool) or not isinstance(generation, int):
+        yield f"'{GENERATION_COLUMN}': expected a whole number, got {kind_of(generation)}"
+    elif not 0 <= generation <= MAX_GENERATION:
+        yield f"'{GENERATION_COLUMN}': expected a number from 0 to {MAX_GENERATION}"
 
 
 def name_problems(name: str, value: Any) -> Iterator[str]:

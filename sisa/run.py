@@ -16,7 +16,7 @@ Not covered: reading sources and opening a model (`api.py`), questions (`query.p
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sisa.assign import Assigner, index_root, slice_root
 from sisa.bands import Bands, risk_problems
@@ -49,6 +49,7 @@ def train(world: World, records: Sequence[Record], meta: Mapping[str, str] | Non
     Raises InvalidInput when a record of the source differs from the held one of the same id.
     """
     found = _lookup(world, records)
+    records = _as_held(world, records, found)
     held = sum(isinstance(each, RecordRow) for each in found.values())
     if "config" in world.ledger.meta() or world.ledger.heads():
         _refuse(_changed(world, records, found))
@@ -82,7 +83,34 @@ def _taken(
 
 def refuse_changed(world: World, records: Sequence[Record]) -> None:
     """Raises InvalidInput when a record of a source differs from the held one of the same id."""
-    _refuse(_changed(world, records, _lookup(world, records)))
+    found = _lookup(world, records)
+    _refuse(_changed(world, _as_held(world, records, found), found))
+
+
+def _as_held(
+    world: World,
+    records: Sequence[Record],
+    found: Mapping[str, RecordRow | Tombstone],
+    new: int | None = None,
+) -> list[Record]:
+    """Records that say no generation take that of the held one of their id, or else the `new` one."""
+    settled = []
+    for record in records:
+        row = found.get(world.assigner.id_digest(record.id))
+        if isinstance(row, RecordRow):
+            generation = world.assigner.layout.generation(row.slice) or None
+            record = replace(record, generation=record.generation or generation)
+        elif new is not None:
+            record = replace(record, generation=record.generation or new)
+        settled.append(record)
+    return settled
+
+
+def _next_generation(world: World) -> int | None:
+    """That of records to append: one more than the last that holds any; a model of none has no last."""
+    layout = world.assigner.layout
+    last = max((layout.generation(file.slice) for file in world.ledger.slices()), default=-1)
+    return last + 1 or None
 
 
 def _refuse(changed: Sequence[Problem]) -> None:
@@ -139,8 +167,11 @@ def _other_risks(world: World, fresh: Sequence[tuple[int, Record]]) -> list[Prob
     ]
 
 
-def add(world: World, records: Sequence[Record], *, allow_deleted: bool = False) -> Taken:
-    """Take new records into the slices that they hash to and retrain from there.
+def add(
+    world: World, records: Sequence[Record], *, allow_deleted: bool = False, append: bool = False
+) -> Taken:
+    """Take new records into the slices that they hash to and retrain from there; or `append` them as
+    slices of a new generation, so that nothing that is trained is trained again.
 
     The result equals training on all records from scratch. A record that is held already, unchanged,
     is counted and skipped. Raises InvalidInput for changed ids, for a second deletion risk of a subject
@@ -148,6 +179,7 @@ def add(world: World, records: Sequence[Record], *, allow_deleted: bool = False)
     """
     refuse_risks(world.assigner.layout.bands, records)
     found = _lookup(world, records)
+    records = _as_held(world, records, found, _next_generation(world) if append else None)
     problems = _changed(world, records, found)
     fresh = [
         (position, record)

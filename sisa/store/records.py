@@ -7,7 +7,7 @@ the deleted record. Plain ids and text rest here and nowhere else. Digests and s
 Not covered: keys (`keyring.py`); who decides which file is current (the ledger).
 
 Columns: id_digest, id, subject_id, kind, roles (list), texts (list); deletion_risk (JSON) where a record
-of the slice carries one.
+of the slice carries one; generation where it was appended.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 from sisa.bands import RISK_COLUMN
 from sisa.digest import sha256_hex
-from sisa.domain import Part, Record, SliceFile
+from sisa.domain import GENERATION_COLUMN, Part, Record, SliceFile
 from sisa.errors import IntegrityError
 from sisa.ports import Keyring, StoredRecord
 from sisa.store import files
@@ -89,6 +89,9 @@ def _encode(records: Sequence[StoredRecord]) -> bytes:
     if any(risk is not None for risk in risks):
         columns[RISK_COLUMN] = [None if risk is None else json.dumps(risk) for risk in risks]
         schema = schema.append(pa.field(RISK_COLUMN, pa.string()))
+    if any(each.record.generation for each in records):
+        columns[GENERATION_COLUMN] = [each.record.generation for each in records]
+        schema = schema.append(pa.field(GENERATION_COLUMN, pa.int64()))
     buffer = io.BytesIO()
     pq.write_table(pa.table(columns, schema=schema), buffer, compression="zstd")
     return buffer.getvalue()
@@ -114,4 +117,5 @@ def _record(row: Mapping[str, Any]) -> Record:
     parts = tuple(Part(role, text) for role, text in zip(row["roles"], row["texts"], strict=True))
     risk = row.get(RISK_COLUMN)
     risk = None if risk is None else json.loads(risk)
-    return Record(row["id"], row["subject_id"], row["kind"], parts, risk)
+    generation = row.get(GENERATION_COLUMN)
+    return Record(row["id"], row["subject_id"], row["kind"], parts, risk, generation)

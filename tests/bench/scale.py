@@ -248,7 +248,7 @@ class Stream:
         recipe, total = self.world.scale.recipe, int(self.world.sizes.sum())
         for shard in range(self.world.scale.shards):
             if shard not in self.costs:
-                sizes = [int(each) for each in self.world.sizes[shard]]
+                sizes = {n: int(size) for n, size in enumerate(self.world.sizes[shard])}
                 self.costs[shard] = shard_costs(0.0, sizes, total, recipe)
         return [
             ShardCosts(each.suffixes[first[shard]][0], each.suffixes) if shard in first else each

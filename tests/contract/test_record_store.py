@@ -31,6 +31,7 @@ records = st.builds(
     st.sampled_from(["text", "completion", "chat"]),
     st.lists(parts, max_size=3).map(tuple),
     st.none() | st.floats(0, 1e3) | st.sampled_from(["trial", "0.5"]),
+    st.none() | st.integers(1, 9),
 )
 slices = st.lists(records, max_size=6, unique_by=lambda record: record.id)
 

@@ -100,6 +100,32 @@ def test_bands_put_the_likeliest_last_and_keep_the_law(tmp_path: Path, tiny_base
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
+def test_what_is_appended_trains_new_slices_alone_and_keeps_the_law(
+    tmp_path: Path, tiny_base: Path, schedule: str
+) -> None:
+    model, first = sisa.train_model(
+        run_file_of(tmp_path / "a", tiny_base, FIRST, schedule), executor="serial", allow_deleted=True
+    )
+    before = adapters(model.directory)
+    later = write_rows(tmp_path / "later.jsonl", ADDED)
+    taken = model.add(later, append=True)
+    assert 0 < taken.record_epochs_trained < first.record_epochs_trained
+    assert set(before) <= set(adapters(model.directory))
+    assert {each.slice // 3 for each in model.where(LATER)} == {1}
+    assert model.add(later, append=True).already_held == len(ADDED)
+    model.forget(BATCH)
+    appended = [{**row, "generation": 1} if row["id"] in LATER else row for row in PEOPLE]
+    scratch, _ = sisa.train_model(
+        run_file_of(tmp_path / "b", tiny_base, without(appended, BATCH), schedule),
+        executor="serial",
+        allow_deleted=True,
+    )
+    assert held_files(model.directory) == held_files(scratch.directory)
+    assert model.status().model_digest == scratch.status().model_digest
+    assert model.verify(replay="all").ok
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_history_ends_in_the_bytes_of_a_fresh_process(
     tmp_path: Path, tiny_base: Path, schedule: str
 ) -> None:

@@ -1,9 +1,9 @@
 """The law of exactness over random histories, with fakes.
 
-Each history is a first training, then adds and deletions (single, batch, by subject) in any order and
-batching. After each step: no deleted record is reachable in any held object, no untouched shard was
-retrained, nothing but suffixes of affected shards was. At the end: all held bytes equal those of a
-world that was trained from scratch on what remains.
+Each history is a first training, then adds, appendings and deletions (single, batch, by subject) in any
+order and batching. After each step: no deleted record is reachable in any held object, no untouched
+shard was retrained, nothing but suffixes of affected shards was. At the end: all held bytes equal those
+of a world that was trained from scratch on what remains.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def record(number: int) -> Record:
 @st.composite
 def histories(draw: st.DrawFn) -> History:
     numbers = st.lists(st.integers(0, 40), unique=True, max_size=12).map(tuple)
-    step = st.tuples(st.sampled_from(["add", "forget", "subject"]), numbers)
+    step = st.tuples(st.sampled_from(["add", "append", "forget", "subject"]), numbers)
     num_slices = draw(st.integers(1, 4))
     return History(
         num_shards=draw(st.integers(1, 4)),
@@ -84,9 +84,14 @@ class Model:
     def __init__(self, history: History) -> None:
         self.fake: FakeModel = like(history)
         self.remaining: set[int] = set(history.first)
+        self.generations: dict[int, int] = {}
         self.deleted: set[int] = set()
         self.fake.before_run.append(self.check_nothing_unheld_is_reachable)
         train(self.fake.world, [record(number) for number in history.first])
+
+    def record(self, number: int) -> Record:
+        """As it is, with the generation that it was appended in."""
+        return dataclasses.replace(record(number), generation=self.generations.get(number))
 
     def rows(self, numbers: set[int]) -> list[RecordRow]:
         digests = [self.fake.world.assigner.id_digest(record(n).id) for n in sorted(numbers)]
@@ -94,10 +99,13 @@ class Model:
 
     def step(self, kind: str, numbers: tuple[int, ...]) -> None:
         self.fake.trained.clear()
-        if kind == "add":
+        if kind in ("add", "append"):
             fresh = set(numbers) - self.deleted
             before = set(self.remaining)
-            add(self.fake.world, [record(number) for number in sorted(fresh)])
+            add(self.fake.world, [record(n) for n in sorted(fresh)], append=kind == "append")
+            if kind == "append" and before:
+                last = max(self.generations.get(number, 0) for number in before)
+                self.generations |= dict.fromkeys(fresh - before, last + 1)
             self.remaining |= fresh
             touched = self.rows(fresh - before)
         else:
@@ -182,7 +190,7 @@ def test_any_history_equals_training_from_scratch(history: History) -> None:
     for kind, numbers in history.steps:
         model.step(kind, numbers)
     scratch = like(history)
-    train(scratch.world, [record(number) for number in sorted(model.remaining, reverse=True)])
+    train(scratch.world, [model.record(n) for n in sorted(model.remaining, reverse=True)])
     assert_equal(model.fake, scratch)
     adapters = [json.loads(files[ADAPTER])["touched"] for files in scratch.checkpoints.stored.values()]
     assert {each for touched in adapters for each in touched} == {
@@ -255,7 +263,7 @@ def test_a_crash_at_any_effect_changes_no_byte(history: History, at: int, after:
             model.resume(kind, numbers)
     model.check_no_residue()
     scratch = like(history)
-    train(scratch.world, [record(number) for number in sorted(model.remaining)])
+    train(scratch.world, [model.record(number) for number in sorted(model.remaining)])
     assert_equal(model.fake, scratch)
     assert all(request.state == "completed" for request in model.fake.ledger.requests())
     told = model.fake.witness.told

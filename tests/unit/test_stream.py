@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sisa.cost import suffix_record_epochs
-from sisa.plan import Schedule, passes
+from sisa.plan import Recipe, Schedule
 from sisa.stream import (
     Layouted,
     batch_share,
@@ -33,7 +33,7 @@ def slowly(layout: Layouted, num_records: int, num_deletions: int, batch: int, s
     gone = draw.multivariate_hypergeometric(flat, num_deletions, method="marginals")
     where = draw.permutation(np.repeat(np.arange(cells), gone))
     sizes = flat.reshape(layout.num_shards, layout.num_slices).tolist()
-    share = passes(layout.schedule, layout.num_epochs, layout.num_slices)
+    recipe = Recipe(layout.num_slices, layout.schedule, layout.num_epochs, {}, "base")
     cost = 0
     for start in range(0, num_deletions, batch):
         first: dict[int, int] = {}
@@ -42,7 +42,7 @@ def slowly(layout: Layouted, num_records: int, num_deletions: int, batch: int, s
             sizes[shard][slice_] -= 1
             first[shard] = min(slice_, first.get(shard, slice_))
         for shard, slice_ in first.items():
-            cost += suffix_record_epochs(sizes[shard], layout.schedule, share)[slice_]
+            cost += suffix_record_epochs(dict(enumerate(sizes[shard])), recipe)[slice_]
     return cost
 
 
