@@ -83,8 +83,9 @@ def run_evaluations(
     """All tasks, in order. Raises what a task raised first; logs keep what was done."""
     if not ray or len(tasks) < 2:
         return [carry_out(each, report) for each in tasks]
+    from cluster.places import Placement
     from cluster.ray_session import alive_cpus, connect
-    from cluster.ray_tasks import Placement, run_tasks
+    from cluster.ray_tasks import run_tasks
 
     session = connect(address, len(os.sched_getaffinity(0)))
     cpus = max(1, max(alive_cpus(), default=1) // len(tasks))

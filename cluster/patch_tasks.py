@@ -16,9 +16,11 @@ from typing import Any
 import ray
 
 from approx.patching import PatchMaker
+from cluster.places import Placement
+from cluster.proofs import Terms
 from cluster.ray_executor import Carrier, manifest_of
 from cluster.ray_session import connect
-from cluster.ray_tasks import Placement, run_tasks
+from cluster.ray_tasks import run_tasks
 from cluster.ray_worker import Carried, base_on_this_node
 from cluster.shared_base import BaseManifest
 from sisa.config import RunConfig
@@ -63,7 +65,8 @@ class RayPatcher:
         site = self._site
         session = connect(self._address, site.threads)
         origin = ray.get_runtime_context().get_node_id()
-        task = PatchTask(site, order, manifest_of(site.base_dir, site.base_digest), origin)
+        manifest = manifest_of(site.base_dir, site.base_digest, self._address)
+        task = PatchTask(site, order, manifest, origin)
         (made,) = run_tasks(
             [task],
             make_remotely,
@@ -73,13 +76,14 @@ class RayPatcher:
             label=_label,
             max_retries=self._max_retries,
             mend=Carrier(site.base_dir, report),
+            terms=Terms(site.threads, frozenset({order.job.fingerprint}), site.base_dir, manifest),
         )
         return made
 
 
 def make_remotely(task: PatchTask, report: Report) -> PatchMade:
     """Make a patch in this worker. Raises as `PatchMaker.make`, and Unready without the base."""
-    site, job = task.site, task.order.job
+    site = task.site
     if not site.vault_dir.is_dir():
         raise EnvironmentFault(
             "the model directory is not visible on a worker's node",
@@ -87,7 +91,7 @@ def make_remotely(task: PatchTask, report: Report) -> PatchMade:
             next_step="put the model directory and the vault's keyring on a file system that all nodes "
             "share, or use `--executor serial`",
         )
-    base_dir = base_on_this_node(task, site.base_dir, site.threads, {"the patch": job.fingerprint})
+    base_dir = base_on_this_node(task, site.base_dir)
     return PatchMaker(replace(site, base_dir=base_dir)).make(task.order, report)
 
 

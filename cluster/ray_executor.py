@@ -21,8 +21,10 @@ from typing import Any, TypeVar
 
 import ray
 
+from cluster.places import Placement
+from cluster.proofs import Prove, Terms, prove
 from cluster.ray_session import alive_cpus, connect, disconnect
-from cluster.ray_tasks import DEFAULT_RETRIES, Placement, run_tasks
+from cluster.ray_tasks import DEFAULT_RETRIES, run_tasks
 from cluster.ray_worker import Carried, NeedsBase, OpenParts, Task, open_parts, train_remotely
 from cluster.shared_base import BaseManifest, list_base, read_blocks
 from sisa.domain import Chain
@@ -43,6 +45,8 @@ class RayExecutor:
         num_workers: int | None = None,
         max_retries: int = DEFAULT_RETRIES,
         open_parts: OpenParts = open_parts,
+        stall_limit_s: float | None = None,
+        prove: Prove = prove,
     ) -> None:
         # Workers run in another directory.
         self._site = replace(
@@ -56,6 +60,8 @@ class RayExecutor:
         self._num_workers = num_workers
         self._max_retries = max_retries
         self._open_parts = open_parts
+        self._stall_limit_s = stall_limit_s
+        self._prove = prove
 
     def run(self, chains: Sequence[Chain], report: Report) -> None:
         """Raises what a worker raised; EnvironmentFault when Ray or a worker's machine fails."""
@@ -63,7 +69,8 @@ class RayExecutor:
             return
         site = self._site
         session = connect(self._address, self._local_workers() * site.threads)
-        manifest = manifest_of(site.base_dir, site.base_digest)
+        manifest = manifest_of(site.base_dir, site.base_digest, self._address)
+        fingerprints = frozenset(job.fingerprint for chain in chains for job in chain.jobs)
         origin = ray.get_runtime_context().get_node_id()
         run_tasks(
             [Task(each, site, self._open_parts, manifest, origin) for each in order_chains(chains)],
@@ -75,6 +82,8 @@ class RayExecutor:
             num_workers=self._num_workers,
             max_retries=self._max_retries,
             mend=Carrier(site.base_dir, report),
+            terms=Terms(site.threads, fingerprints, site.base_dir, manifest, self._prove),
+            stall_limit_s=self._stall_limit_s,
         )
 
     def close(self) -> None:
@@ -121,9 +130,10 @@ def _label(task: Task) -> str:
     return f"shard {task.chain.shard}"
 
 
-def manifest_of(base_dir: Path, base_digest: str) -> BaseManifest | None:
+def manifest_of(base_dir: Path, base_digest: str, address: str | None) -> BaseManifest | None:
     """What a base's files are; None where there is only the driver's node, which has them."""
-    return _listed(base_dir, base_digest) if len(alive_cpus()) > 1 else None
+    several = address is not None or len(alive_cpus()) > 1
+    return _listed(base_dir, base_digest) if several else None
 
 
 _listed = functools.lru_cache(maxsize=1)(list_base)
@@ -133,12 +143,15 @@ def open_executor(site: Site, options: Mapping[str, Any]) -> RayExecutor:
     """The executor of a run file's `cluster:` block. Raises InvalidInput."""
     num_workers = options.get("num_workers")
     max_retries = options.get("max_retries", DEFAULT_RETRIES)
+    stall_limit_s = options.get("stall_limit_s")
     address = options.get("address")
     problems = [Problem(f"cluster.{key}", "unknown key") for key in sorted(options.keys() - OPTIONS)]
     if num_workers is not None and (not isinstance(num_workers, int) or num_workers < 1):
         problems.append(Problem("cluster.num_workers", "not a number from 1"))
     if not isinstance(max_retries, int) or max_retries < 0:
         problems.append(Problem("cluster.max_retries", "not a number from 0"))
+    if stall_limit_s is not None and (not isinstance(stall_limit_s, int | float) or stall_limit_s <= 0):
+        problems.append(Problem("cluster.stall_limit_s", "not a number above 0"))
     if address is not None and str(address).startswith("ray://"):
         problems.append(Problem("cluster.address", "Ray Client is not supported; give HOST:PORT"))
     if problems:
@@ -147,7 +160,7 @@ def open_executor(site: Site, options: Mapping[str, Any]) -> RayExecutor:
             problems=problems,
             next_step="mend the run file's `cluster:` block",
         )
-    return RayExecutor(site, address, num_workers, max_retries)
+    return RayExecutor(site, address, num_workers, max_retries, stall_limit_s=stall_limit_s)
 
 
-OPTIONS = frozenset({"address", "num_workers", "max_retries"})
+OPTIONS = frozenset({"address", "num_workers", "max_retries", "stall_limit_s"})

@@ -129,7 +129,7 @@ def _print_nothing(*_: object, **__: object) -> None:
 def _start(num_cpus: int, at_end: ExitStack) -> Path:
     private_dir = _private_directory()
     at_end.callback(shutil.rmtree, private_dir, ignore_errors=True)
-    at_end.enter_context(_token(private_dir / "token"))
+    at_end.enter_context(own_token(private_dir / "token"))
     try:
         ray.init(
             num_cpus=num_cpus,
@@ -152,7 +152,7 @@ def _start(num_cpus: int, at_end: ExitStack) -> Path:
 
 
 @contextmanager
-def _token(path: Path) -> Iterator[None]:
+def own_token(path: Path) -> Iterator[None]:
     """A token of this Ray's own. The environment, which workers inherit, names the file alone."""
     with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
         file.write(secrets.token_hex(32))

@@ -3,21 +3,24 @@
     run_tasks(tasks: Sequence[T], carry_out: Callable[[T, Report], R], report: Report, *,
               session: Session, placement: Placement, label: Callable[[T], str],
               num_workers: int | None = None, max_retries: int = DEFAULT_RETRIES,
-              mend: Callable[[T], T] = give_up) -> list[R]
+              mend: Callable[[T], T] = give_up, terms: Terms | None = None,
+              stall_limit_s: float | None = None) -> list[R]
 
 Rules: a task can be carried out again anywhere at any time and goes on from what it had stored, for a
 worker may die. Which task starts, and which starts again (announced as a Notice), `HandOut` decides;
-`num_workers` run at once, or as many as the nodes have CPUs for. `carry_out` is a module's function; it
+`num_workers` run at once, or as many as the nodes have CPUs for. `Nodes` says by `terms` on which nodes;
+a task is pinned to one, and starts again on another if it can. `carry_out` is a module's function; it
 may raise `Unready`, and then `mend` says, in the driver, which task takes that
 one's place. What must be set before torch is imported travels in the task's runtime environment.
+A worker that has begun and is not heard of for `stall_limit_s` seconds is killed, which is a death.
 
-Every exception of a worker comes back as a value, without its message unless it is of the error tree.
 Events come through a mailbox, an actor that needs no CPU. It may die: a task's result lists all of its
 SliceTrained again, and each is reported once. `report` is called in the driver's thread alone. When
 `run_tasks` raises, for whatever reason, an interrupt too, Ray has confirmed that its tasks are
 cancelled; their processes are gone some milliseconds later.
 
-Not covered: the connection to Ray (`ray_session.py`); carrying tasks out in this process: a loop.
+Not covered: the connection to Ray (`ray_session.py`); which nodes may take tasks (`nodes.py`); workers
+that do not begin; carrying tasks out in this process: a loop.
 
     session = connect(None, num_cpus=2)
     run_tasks([1, 2], square, report, session=session, placement=Placement(cpus=1), label=str)  # [1, 4]
@@ -26,30 +29,27 @@ Not covered: the connection to Ray (`ray_session.py`); carrying tasks out in thi
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
-import sys
-import traceback
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import count
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import ray
-from ray.exceptions import (
-    LocalRayletDiedError,
-    NodeDiedError,
-    OutOfMemoryError,
-    RayError,
-    WorkerCrashedError,
-)
+from ray.exceptions import NodeDiedError, ObjectLostError, RayError, TaskUnschedulableError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.json_log import worker_log
-from cluster.ray_session import Session, alive_cpus
-from sisa.errors import EnvironmentFault, SisaError
+from cluster.nodes import Nodes
+from cluster.places import Placement
+from cluster.proofs import LOST, Remote, Terms
+from cluster.ray_attempt import Begun, Outcome, carry_out_remotely, end_worker
+from cluster.ray_session import Session
+from sisa.errors import EnvironmentFault
 from sisa.events import Event, Notice, Report, SliceTrained
 from sisa.handout import HandOut
-from sisa.running import Running, under_way
+from sisa.running import under_way
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -58,30 +58,16 @@ DEFAULT_RETRIES = 3
 POLL_S = 0.2
 MAILBOX_S = 2.0
 CANCEL_S = 30.0
-LOST = (WorkerCrashedError, NodeDiedError, LocalRayletDiedError, OutOfMemoryError)
 
 
-class Unready(Exception):
-    """Raised by a task that this node lacks something for."""
+@dataclass
+class _Attempt:
+    """A task under way: which, on what node, when it was last heard of and by whom."""
 
-
-@dataclass(frozen=True)
-class Placement:
-    """What each task takes of a node: CPUs, which are also its threads, GPUs, environment variables."""
-
-    cpus: int
-    gpus: int = 0
-    environment: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class _Outcome(Generic[R]):
-    """What comes back of a task: its result, or why there is none; every stage that it stored."""
-
-    result: R | None = None
-    error: SisaError | None = None
-    unready: bool = False
-    trained: Sequence[SliceTrained] = ()
+    number: int
+    node: str
+    worker: Begun | None = None
+    heard: float = 0.0
 
 
 def give_up(task: T) -> T:
@@ -104,23 +90,31 @@ def run_tasks(
     num_workers: int | None = None,
     max_retries: int = DEFAULT_RETRIES,
     mend: Callable[[T], T] = give_up,
+    terms: Terms | None = None,
+    stall_limit_s: float | None = None,
 ) -> list[R]:
     """Results in the order of tasks, which start in that order. `label` names a task for people.
 
-    Raises what a task raised first; EnvironmentFault when Ray or a worker's machine fails.
+    Raises what a task raised first; EnvironmentFault when no node may take tasks, or when Ray or a
+    worker's machine fails.
     """
-    cpus = alive_cpus()
-    places = sum(count // placement.cpus for count in cpus)
-    if places == 0:
-        raise EnvironmentFault(
-            "no node of the Ray cluster has enough CPUs for one worker",
-            where=session.address or "the Ray of this process",
-            expected=f"{placement.cpus} CPUs",
-            got=f"at most {max(cpus, default=0)}",
-            next_step="lower `threads_per_shard` or use larger nodes",
-        )
-    run = _Run(list(tasks), carry_out, report, session.mailbox, label, max_retries, mend)
-    return run.drive(placement, places if num_workers is None else num_workers)
+    remote = _remote(placement)
+    nodes = Nodes(session, report, placement, remote, terms)
+    nodes.open()
+    options = _Options(carry_out, label, mend, max_retries, stall_limit_s, num_workers)
+    return _Run(list(tasks), report, session.mailbox, nodes, remote, options).drive()
+
+
+@dataclass(frozen=True)
+class _Options(Generic[T, R]):
+    """What a caller of `run_tasks` wants."""
+
+    carry_out: Callable[[T, Report], R]
+    label: Callable[[T], str]
+    mend: Callable[[T], T]
+    max_retries: int
+    stall_limit_s: float | None
+    num_workers: int | None
 
 
 @dataclass
@@ -128,34 +122,35 @@ class _Run(Generic[T, R]):
     """One call of `run_tasks`: what waits, what runs, what has been reported; tasks by their number."""
 
     tasks: list[T]
-    carry_out: Callable[[T, Report], R]
     report: Report
     mailbox: Any
-    label: Callable[[T], str]
-    max_retries: int
-    mend: Callable[[T], T]
+    nodes: Nodes
+    remote: Remote
+    options: _Options[T, R]
 
     def __post_init__(self) -> None:
         self._answer: Any = None  # the mailbox's, on its way
         self._run_id = os.urandom(8).hex()
         self._running_in = under_way()
-        self._hand_out = HandOut(len(self.tasks), self.max_retries)
-        self._attempts = count()
+        self._hand_out = HandOut(len(self.tasks), self.options.max_retries)
+        self._count = count()
         self._running: dict[Any, int] = {}  # attempts
-        self._number_of: dict[int, int] = {}  # tasks of the attempts that are under way
+        self._attempts: dict[int, _Attempt] = {}  # those under way
+        self._failed_on: dict[int, str] = {}  # the node where a task failed last
         self._reported: set[str] = set()
         self._results: dict[int, Any] = {}
 
-    def drive(self, placement: Placement, num_workers: int) -> list[R]:
-        self._function = _remote(self.carry_out, placement)
+    def drive(self) -> list[R]:
         try:
             while not self._hand_out.over:
-                while (number := self._hand_out.next_task(num_workers)) is not None:
-                    self._submit(number)
-                done, _ = ray.wait(list(self._running), num_returns=1, timeout=POLL_S)
+                self.nodes.look()
+                self._hand_out_tasks()
+                done = self._wait()
                 self._deliver()
                 for reference in done:
                     self._settle(reference)
+                self._end_stalled()
+                self._leave_lost_nodes()
         except RayError as error:
             raise EnvironmentFault(
                 "Ray failed",
@@ -167,13 +162,37 @@ class _Run(Generic[T, R]):
             self._cancel()
         return [self._results[number] for number in range(len(self.tasks))]
 
-    def _submit(self, number: int) -> None:
-        task, attempt = self.tasks[number], next(self._attempts)
-        reference = self._function.remote(
-            self.carry_out, task, self.label(task), self.mailbox, self._run_id, attempt, self._running_in
+    def _wait(self) -> list[Any]:
+        if not self._running:
+            time.sleep(POLL_S)  # for a node to come
+            return []
+        done: list[Any] = ray.wait(list(self._running), num_returns=1, timeout=POLL_S)[0]
+        return done
+
+    def _hand_out_tasks(self) -> None:
+        places, most = self.nodes.places, self.options.num_workers
+        workers = places.total if most is None else min(most, places.total)
+        while (number := self._hand_out.next_task(workers)) is not None:
+            node = places.take(avoid=self._failed_on.get(number))
+            if node is None:
+                self._hand_out.again(number)
+                return
+            self._submit(number, node)
+
+    def _submit(self, number: int, node: str) -> None:
+        task, attempt, carry_out = self.tasks[number], next(self._count), self.options.carry_out
+        there = self.remote(carry_out_remotely, node, name=getattr(carry_out, "__name__", "task"))
+        reference = there.remote(
+            carry_out,
+            task,
+            self.options.label(task),
+            self.mailbox,
+            self._run_id,
+            attempt,
+            self._running_in,
         )
         self._running[reference] = attempt
-        self._number_of[attempt] = number
+        self._attempts[attempt] = _Attempt(number, node)
 
     def _deliver(self) -> None:
         # A dead mailbox is started again by Ray; what matters comes with the results. An answer that
@@ -184,15 +203,22 @@ class _Run(Generic[T, R]):
         if not ready:
             return
         answer, self._answer = self._answer, None
-        events: list[tuple[int, Event]] = []
+        events: list[tuple[int, Event | Begun]] = []
         with contextlib.suppress(RayError):
             events = ray.get(answer)
         for attempt, event in events:
+            # What an attempt that is over has told too late does not speak for the next one.
+            under_way = self._attempts.get(attempt)
+            if under_way is not None:
+                under_way.heard = time.monotonic()
+            if isinstance(event, Begun):
+                if under_way is not None:
+                    under_way.worker = event
+                continue
             self._report_once(event)
-            # What was stored before is told again, after no time; what an attempt that is over has
-            # told too late is not heard, so that it does not speak for the next one.
-            if isinstance(event, SliceTrained) and event.seconds and attempt in self._number_of:
-                self._hand_out.progressed(self._number_of[attempt])
+            # What was stored before is told again, after no time.
+            if isinstance(event, SliceTrained) and event.seconds and under_way is not None:
+                self._hand_out.progressed(under_way.number)
 
     def _report_once(self, event: Event) -> None:
         if isinstance(event, SliceTrained):
@@ -202,18 +228,25 @@ class _Run(Generic[T, R]):
         self.report(event)
 
     def _settle(self, reference: Any) -> None:
-        number = self._number_of.pop(self._running.pop(reference))
+        attempt = self._attempts.pop(self._running.pop(reference))
+        number = attempt.number
+        self.nodes.places.give_back(attempt.node)
         try:
-            outcome: _Outcome[R] = ray.get(reference)
-        except LOST as error:
-            self._start_again(number, error)
+            outcome: Outcome[R] = ray.get(reference)
+        except (*LOST, ObjectLostError) as error:
+            self._failed_on[number] = attempt.node
+            self.nodes.look(at_once=True)
+            if isinstance(error, TaskUnschedulableError):  # the node was lost before it began
+                self._hand_out.again(number)
+            else:
+                self._start_again(number, error)
             return
         for event in outcome.trained:
             self._report_once(event)
         if outcome.error is not None:
             raise outcome.error
         if outcome.unready:
-            self.tasks[number] = self.mend(self.tasks[number])
+            self.tasks[number] = self.options.mend(self.tasks[number])
             self._hand_out.again(number)
         else:
             self._hand_out.finished(number)
@@ -221,17 +254,43 @@ class _Run(Generic[T, R]):
 
     def _start_again(self, number: int, error: RayError) -> None:
         again = self._hand_out.died(number)
-        deaths, of = self._hand_out.deaths(number), self.label(self.tasks[number])
+        deaths, of = self._hand_out.deaths(number), self.options.label(self.tasks[number])
         if not again:
             raise EnvironmentFault(
                 f"a worker died {deaths} times in a row",
                 where=of,
                 got=type(error).__name__,
                 next_step="it may lack memory: run fewer at once (`num_workers`, or "
-                "`--executor serial`); then run the command again, what is finished is kept",
+                "`--executor serial`); or it was silent for longer than `stall_limit_s`; then run the "
+                "command again, what is finished is kept",
             )
-        attempt = f"attempt {deaths + 1} of {self.max_retries + 1}"
+        attempt = f"attempt {deaths + 1} of {self.options.max_retries + 1}"
         self.report(Notice(f"the worker of {of} died; what it was at starts again ({attempt})"))
+
+    def _end_stalled(self) -> None:
+        """Kill workers that say nothing any more; what they were at settles as a death."""
+        limit = self.options.stall_limit_s
+        if limit is None:
+            return
+        for attempt in self._attempts.values():
+            if attempt.worker is None or time.monotonic() - attempt.heard <= limit:
+                continue
+            self.remote(end_worker, attempt.node, num_cpus=0, num_gpus=0).remote(attempt.worker)
+            of = self.options.label(self.tasks[attempt.number])
+            where = self.nodes.name_of(attempt.node)
+            self.report(
+                Notice(f"the worker of {of} on node {where} was silent for {limit:g} s and is killed")
+            )
+            attempt.worker = None  # not twice
+
+    def _leave_lost_nodes(self) -> None:
+        """What is still under way on a node that is lost starts elsewhere, whenever Ray gives it up."""
+        for reference, number in list(self._running.items()):
+            attempt = self._attempts[number]
+            if attempt.node in self.nodes.places or ray.wait([reference], timeout=0)[0]:
+                continue
+            del self._running[reference], self._attempts[number]
+            self._start_again(attempt.number, NodeDiedError("the node is lost"))
 
     def _cancel(self) -> None:
         if not self._running or not ray.is_initialized():
@@ -242,67 +301,20 @@ class _Run(Generic[T, R]):
             ray.wait(list(self._running), num_returns=len(self._running), timeout=CANCEL_S)
 
 
-def _remote(carry_out: Callable[[T, Report], R], placement: Placement) -> Any:
+def _remote(placement: Placement) -> Remote:
+    """Makes tasks of functions, pinned to a node, with what workers need before torch is imported."""
     from sisa.model.numerics import worker_environment
 
     environment = {**worker_environment(placement.cpus), **placement.environment}
-    return ray.remote(max_retries=0, retry_exceptions=False)(_carry_out_remotely).options(
-        name=getattr(carry_out, "__name__", "task"),
-        num_cpus=placement.cpus,
-        num_gpus=placement.gpus,
-        runtime_env={"env_vars": environment},
-    )
+    made = functools.cache(ray.remote(max_retries=0, retry_exceptions=False))
+    every = {
+        "num_cpus": placement.cpus,
+        "num_gpus": placement.gpus,
+        "runtime_env": {"env_vars": environment},
+    }
 
+    def remote(function: Callable[..., Any], node: str, **options: Any) -> Any:
+        here = NodeAffinitySchedulingStrategy(node, soft=False)
+        return made(function).options(**{**every, **options}, scheduling_strategy=here)
 
-def _carry_out_remotely(
-    carry_out: Callable[[T, Report], R],
-    task: T,
-    label: str,
-    mailbox: Any,
-    run_id: str,
-    attempt: int,
-    running_in: Running | None,
-) -> _Outcome[R]:
-    """Carry a task out in a worker; every exception comes back as a value, without record text."""
-    log = worker_log(running_in, sys.stderr, ray.get_runtime_context().get_node_id())
-    trained: list[SliceTrained] = []
-    posted: list[Any] = []
-
-    def report(event: Event) -> None:
-        if isinstance(event, SliceTrained):
-            trained.append(event)
-        if log is not None:
-            log(event)
-        posted[:] = [mailbox.put.remote(run_id, (attempt, event))]
-
-    result, failed, unready = None, None, False
-    try:
-        result = carry_out(task, report)
-    except Unready:
-        unready = True
-    except SisaError as error:
-        failed = error
-    except Exception as error:
-        failed = _describe_fault(error, label)
-    with contextlib.suppress(RayError):  # the mailbox may be gone; the result tells what matters
-        ray.get(posted, timeout=MAILBOX_S)
-    return _Outcome(result, failed, unready, trained)
-
-
-def _describe_fault(error: Exception, of: str) -> SisaError:
-    """An exception from outside the error tree, without its message, for that may quote a record."""
-    frames = traceback.extract_tb(error.__traceback__)[-3:]
-    places = [f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}" for frame in frames]
-    where = f"{of}, {' > '.join(places)}"
-    if isinstance(error, OSError | MemoryError):
-        return EnvironmentFault(
-            "a worker's machine failed",
-            where=where,
-            got=(error.strerror if isinstance(error, OSError) else None) or type(error).__name__,
-            next_step="mend it and run the command again; what is finished is kept",
-        )
-    return SisaError(
-        f"a worker failed with {type(error).__name__}",
-        where=where,
-        next_step="report it with the place named above; the message is withheld, it may quote a record",
-    )
+    return remote

@@ -1,11 +1,11 @@
 """What runs in a Ray worker: one shard's chain, trained by `sisa.serial.train_chain`.
 
 Rules: a task carries paths and digests, never text, so nothing of a record reaches Ray's object store,
-spill or logs. On another node than the driver's a worker first compares its numerics fingerprint with
-the jobs', for the bits are promised under one fingerprint.
+spill or logs.
 
-Not covered: handing tasks out and starting workers again (`ray_tasks.py`); the memory of live
-workers, which may hold text of records that they trained on until the Ray session ends.
+Not covered: which nodes may train (`nodes.py`); handing tasks out and starting workers again
+(`ray_tasks.py`); the memory of live workers, which may hold text of records that they trained on until
+the Ray session ends.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any, Protocol
 
 import ray
 
-from cluster.ray_tasks import Unready
-from cluster.shared_base import BaseManifest, Block, holds_base, write_base
+from cluster.ray_attempt import Unready
+from cluster.shared_base import BaseManifest, Block, find_base, write_base
 from sisa.domain import Chain
 from sisa.errors import EnvironmentFault
 from sisa.events import Report
@@ -82,26 +82,20 @@ def open_parts(site: Site) -> Parts:
 def train_remotely(task: Task, report: Report) -> None:
     """Train a chain in this worker. Raises Unready on a node to which the base must be carried."""
     site = task.site
-    jobs = {f"shard {job.shard}": job.fingerprint for job in task.chain.jobs}
-    site = replace(site, base_dir=base_on_this_node(task, site.base_dir, site.threads, jobs))
+    site = replace(site, base_dir=base_on_this_node(task, site.base_dir))
     train_chain(task.chain, *task.open_parts(site), report)
 
 
-def base_on_this_node(
-    task: NeedsBase, base_dir: Path, threads: int, fingerprints: Mapping[str, str]
-) -> Path:
-    """Where this node has the base; `fingerprints` are what the bits are promised under, by what for.
-
-    Raises EnvironmentFault for other bits, Unready where the base must be carried here first.
-    """
+def base_on_this_node(task: NeedsBase, base_dir: Path) -> Path:
+    """Where this node has the base. Raises Unready where it must be carried here first."""
     from sisa.model.packages import cache_dir
 
     manifest = task.manifest
     if manifest is None or ray.get_runtime_context().get_node_id() == task.origin:
         return base_dir
-    _check_fingerprint(threads, fingerprints)
-    if _holds_base(base_dir, manifest):
-        return base_dir
+    held = _find_base(base_dir, cache_dir(), manifest)
+    if held is not None:
+        return held
     if not task.carried:
         raise Unready
 
@@ -111,19 +105,17 @@ def base_on_this_node(
     return write_base(cache_dir(), manifest, blocks)
 
 
-_holds_base = functools.lru_cache(maxsize=8)(holds_base)
+@functools.lru_cache(maxsize=8)
+def _held(base_dir: Path, cache: Path, manifest: BaseManifest) -> Path:
+    """Kept when found alone: what is not here yet may be carried here."""
+    held = find_base(base_dir, cache, manifest)
+    if held is None:
+        raise FileNotFoundError
+    return held
 
 
-def _check_fingerprint(threads: int, fingerprints: Mapping[str, str]) -> None:
-    from sisa.model.numerics import fingerprint
-
-    got = fingerprint(threads)
-    for where, expected in fingerprints.items():
-        if expected != got:
-            raise EnvironmentFault(
-                "a node would train other bits than the driver's",
-                where=where,
-                expected=f"fingerprint {expected}",
-                got=f"fingerprint {got}",
-                next_step="use nodes of one processor model with the same package versions",
-            )
+def _find_base(base_dir: Path, cache: Path, manifest: BaseManifest) -> Path | None:
+    try:
+        return _held(base_dir, cache, manifest)
+    except FileNotFoundError:
+        return None

@@ -87,6 +87,14 @@ def holds_base(directory: Path, manifest: BaseManifest) -> bool:
     return all(file_sha256(path) == file.sha256 for path, file in paths)
 
 
+def find_base(directory: Path, cache: Path, manifest: BaseManifest) -> Path | None:
+    """Where this node has the base: under the driver's path, or carried here before; None if nowhere."""
+    for each in (directory, cached_base(cache, manifest.digest)):
+        if holds_base(each, manifest):
+            return each
+    return None
+
+
 def read_blocks(path: Path, block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
     """A file's bytes as memory-mapped arrays, so that whoever copies them on reads them once."""
     num_bytes = path.stat().st_size

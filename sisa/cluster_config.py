@@ -10,7 +10,7 @@ Not covered: running on it (the package `cluster`).
 
 from __future__ import annotations
 
-from sisa.config_types import Block, Int, Name, key
+from sisa.config_types import Block, Float, Int, Name, key
 
 
 class ClusterBlock(Block):
@@ -26,4 +26,7 @@ class ClusterBlock(Block):
         "Restarts in a row of a shard whose worker died, without a slice done.",
         ge=0,
         le=1000,
+    )
+    stall_limit_s: Float | None = key(
+        1800.0, "none", "Seconds of silence after which a worker is killed; null: never.", gt=0
     )

@@ -99,8 +99,8 @@ def _elsewhere(threads: int) -> list[str]:
     return found
 
 
-def trained_digests(threads: int) -> list[str]:
-    """Of the same two stages, trained twice in this process."""
+def trained_digests(threads: int, times: int = 2) -> list[str]:
+    """Of the same two stages, trained so many times in this process."""
     import torch
 
     from sisa.model.lora import Stage
@@ -112,7 +112,7 @@ def trained_digests(threads: int) -> list[str]:
     tokens = [Tokens(each, [NO_LOSS, NO_LOSS, *each[2:]]) for each in rows]
     steps = [[tokens[:4], tokens[4:]], [tokens[2:6]], [tokens[::2], tokens[1::2]]]
     digests = []
-    for _ in range(2):
+    for _ in range(times):
         files: dict[str, bytes] | None = None
         for slice_ in range(2):
             job = SliceJob(0, slice_, None, ((0, ""),), len(rows), (1, 1), TRAINING, "", "")

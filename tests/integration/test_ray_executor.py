@@ -1,7 +1,6 @@
 """The Ray executor against the serial one, with a trainer that a directory scripts; no torch.
 
-The scripted trainer stands in for LoRA: its bytes are a hash of parent, job and records, and files in
-the site's base directory make it die, fail or wait at a given slice.
+The scripted trainer (`scripted.py`) stands in for LoRA.
 """
 
 from __future__ import annotations
@@ -9,14 +8,13 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,101 +25,38 @@ import ray
 from cluster import ray_session
 from cluster.ray_executor import RayExecutor, open_executor
 from cluster.ray_session import Mailbox
-from sisa.digest import sha256_hex
-from sisa.domain import Chain, Part, Record, SliceFile, SliceJob
+from sisa.domain import Chain
 from sisa.errors import EnvironmentFault, IntegrityError, InvalidInput, SisaError
 from sisa.events import Event, Notice, SliceProgress, SliceStarted, SliceTrained
-from sisa.model.numerics import fingerprint
-from sisa.ports import CheckpointStore, RecordStore, StoredRecord, Tick, Trainer
-from sisa.serial import SerialExecutor, Site
-from sisa.store.checkpoints import FileCheckpoints
+from sisa.serial import Site
 from sisa.store.records import FileRecords
+from tests.integration.scripted import (
+    NUM_SHARDS,
+    NUM_SLICES,
+    SECRET_TEXT,
+    begun,
+    bytes_of,
+    ignore,
+    make_chain,
+    make_chains,
+    make_site,
+    open_scripted,
+    scripted_proof,
+    serial_bytes,
+    trained_places,
+)
 
 pytestmark = pytest.mark.ray
-
-NUM_SHARDS = 3
-NUM_SLICES = 3
-SECRET_TEXT = "Ada Quillfeather kept bees in Marrowdale"
-
-
-class ScriptedTrainer:
-    """Hashes what it is given; `kill`, `fail`, `break` and `wait` files name the slice that suffers."""
-
-    def __init__(self, script: Path) -> None:
-        self._script = script
-
-    def train(
-        self,
-        job: SliceJob,
-        parent: Mapping[str, bytes] | None,
-        records: Sequence[StoredRecord],
-        progress: Callable[[Tick], None],
-    ) -> dict[str, bytes]:
-        with (self._script / "trained.log").open("a") as log:
-            log.write(f"{job.shard}.{job.slice} {os.getpid()}\n")
-        progress(Tick(1, 2))
-        self._suffer(f"{job.shard}.{job.slice}", records)
-        progress(Tick(2, 2))
-        before = parent["adapter_model.safetensors"] if parent else b""
-        text = "".join(each.record.canonical() for each in records)
-        weights = sha256_hex(before + job.key.encode() + text.encode())
-        return {"adapter_model.safetensors": weights.encode(), "state.json": b"{}"}
-
-    def _suffer(self, place: str, records: Sequence[StoredRecord]) -> None:
-        while (self._script / f"wait-{place}").exists():
-            time.sleep(0.05)
-        if (self._script / f"kill-{place}").exists():
-            if not (self._script / "kill-always").exists():
-                (self._script / f"kill-{place}").unlink()
-            os.kill(os.getpid(), signal.SIGKILL)
-        if (self._script / f"fail-{place}").exists():
-            raise IntegrityError("a slice file is wrong", where=place, next_step="run verify")
-        if (self._script / f"break-{place}").exists():
-            raise ValueError(records[0].record.text)
-        if (self._script / f"full-{place}").exists():
-            raise OSError(28, "No space left on device", "/data/x")
-
-
-def open_scripted(site: Site) -> tuple[Trainer, RecordStore, CheckpointStore]:
-    stores = FileRecords(site.records_dir), FileCheckpoints(site.checkpoints_dir)
-    return ScriptedTrainer(site.base_dir), *stores
 
 
 @pytest.fixture
 def site(tmp_path: Path) -> Site:
-    (tmp_path / "script").mkdir()
-    folders = tmp_path / "records", tmp_path / "checkpoints", tmp_path / "script"
-    return Site(*folders, base_digest="b1", threads=1)
+    return make_site(tmp_path)
 
 
 @pytest.fixture
 def chains(site: Site) -> list[Chain]:
-    records = FileRecords(site.records_dir)
-    return [make_chain(records, shard) for shard in range(NUM_SHARDS)]
-
-
-def make_chain(records: FileRecords, shard: int, numerics: str = "f1") -> Chain:
-    files: list[SliceFile] = []
-    jobs: list[SliceJob] = []
-    for slice_ in range(NUM_SLICES):
-        part = Part("text", f"{SECRET_TEXT} {shard} {slice_}")
-        record = Record(f"secret-{shard}-{slice_}", None, "text", (part,))
-        digest = sha256_hex(record.id.encode())
-        files.append(records.write(shard, slice_, digest, [StoredRecord(digest, record)]))
-        jobs.append(
-            SliceJob(
-                shard=shard,
-                slice=slice_,
-                parent=jobs[-1].key if jobs else None,
-                slices=tuple((file.slice, file.root) for file in files),
-                num_records=len(files),
-                passes=(shard + 1, 1),
-                training={"learning_rate": 0.1},
-                base="b1",
-                fingerprint=numerics,
-            )
-        )
-    return Chain(shard, tuple(jobs), None, tuple(files))
+    return make_chains(site)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -130,28 +65,8 @@ def _ray_ends() -> Iterator[None]:
     ray_session.disconnect()
 
 
-def bytes_of(directory: Path) -> dict[str, bytes]:
-    found = (path for path in directory.rglob("*") if path.is_file())
-    return {path.relative_to(directory).as_posix(): path.read_bytes() for path in found}
-
-
-def serial_bytes(site: Site, chains: Sequence[Chain]) -> dict[str, bytes]:
-    scratch = replace(site, checkpoints_dir=site.checkpoints_dir.with_name("serial"))
-    SerialExecutor(*open_scripted(scratch)).run(chains, ignore)
-    (site.base_dir / "trained.log").unlink()
-    return bytes_of(scratch.checkpoints_dir)
-
-
-def ignore(_: Event) -> None:
-    """A report that nobody reads."""
-
-
 def executor(site: Site, num_workers: int = 2, max_retries: int = 3) -> RayExecutor:
     return RayExecutor(site, None, num_workers, max_retries, open_scripted)
-
-
-def trained_places(site: Site) -> list[str]:
-    return [line.split()[0] for line in (site.base_dir / "trained.log").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
@@ -291,7 +206,7 @@ def test_an_error_in_the_driver_ends_the_workers(site: Site, chains: list[Chain]
         executor(site).run(chains, report)
     (site.base_dir / "wait-2.0").unlink()
     (site.base_dir / "wait-1.0").unlink()
-    pids = [int(line.split()[1]) for line in (site.base_dir / "trained.log").read_text().splitlines()]
+    pids = [pid for _, pid, _ in begun(site)]
     assert len(pids) == 2
     deadline = time.monotonic() + 2
     while any(psutil.pid_exists(pid) for pid in pids):
@@ -306,8 +221,7 @@ def test_workers_are_kept_between_runs(site: Site, chains: list[Chain]) -> None:
     time.sleep(1.5)  # Ray reaps idle workers after a second when it has too many
     executor(site, num_workers=1).run(chains[1:], ignore)
     assert ray_session._session is session
-    log = (site.base_dir / "trained.log").read_text().splitlines()
-    assert len({line.split()[1] for line in log}) == 1
+    assert len({pid for _, pid, _ in begun(site)}) == 1
 
 
 def test_no_text_in_rays_directory_and_no_directory_after_close(site: Site, chains: list[Chain]) -> None:
@@ -332,7 +246,7 @@ def test_no_node_is_large_enough(site: Site, chains: list[Chain]) -> None:
     try:
         with pytest.raises(EnvironmentFault) as caught:
             executor(replace(site, threads=2)).run(chains, ignore)
-        assert caught.value.expected == "2 CPUs"
+        assert caught.value.expected.startswith("2 CPUs")
         with executor(site) as running:
             running.run(chains, ignore)
         assert ray.is_initialized()  # it is the caller's
@@ -349,16 +263,13 @@ def test_an_unreachable_address(site: Site, chains: list[Chain]) -> None:
         assert caught.value.next_step
 
 
-@pytest.mark.usefixtures("site")
 def test_a_process_prints_nothing_and_leaves_nothing(tmp_path: Path) -> None:
     scratch = Path(tempfile.mkdtemp(dir="/tmp"))  # short: Ray's sockets lie below it
     try:
         program = (
             "import sys; from pathlib import Path; from tests.integration import test_ray_executor as t;"
-            "p = Path(sys.argv[1]);"
-            "site = t.Site(p / 'records', p / 'checkpoints', p / 'script', 'b1', 1);"
-            "chains = [t.make_chain(t.FileRecords(site.records_dir), shard) for shard in range(3)];"
-            "t.executor(site, 1).run(chains, t.ignore)"
+            "site = t.make_site(Path(sys.argv[1]) / 'm');"
+            "t.executor(site, 1).run(t.make_chains(site), t.ignore)"
         )
         done = subprocess.run(
             [sys.executable, "-W", "error", "-c", program, str(tmp_path)],
@@ -369,7 +280,7 @@ def test_a_process_prints_nothing_and_leaves_nothing(tmp_path: Path) -> None:
         )
         assert (done.returncode, done.stdout) == (0, b""), done.stderr.decode()
         assert done.stderr == b""
-        assert len(bytes_of(tmp_path / "checkpoints")) == 27
+        assert len(bytes_of(tmp_path / "m" / "checkpoints")) == 27
         assert list(scratch.iterdir()) == []
     finally:
         scratch.rmdir()
@@ -433,19 +344,17 @@ def test_the_base_is_carried_to_a_node_that_lacks_it(
     site: Site, two_nodes: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     records = FileRecords(site.records_dir)
-    chains = [make_chain(records, shard, fingerprint(threads=1)) for shard in range(NUM_SHARDS)]
+    chains = [make_chain(records, shard) for shard in range(NUM_SHARDS)]
     expected = serial_bytes(site, chains)
     (site.base_dir / "model.safetensors").write_bytes(b"w" * 5000)
     monkeypatch.chdir(site.base_dir)
     here = replace(site, base_dir=Path("/proc/self/cwd"))  # a directory that only this process has
     wait_for_nodes(two_nodes, 2)
     events: list[Event] = []
-    RayExecutor(here, two_nodes, 1, 0, open_scripted).run(chains, events.append)
+    RayExecutor(here, two_nodes, 1, 0, open_scripted, prove=scripted_proof).run(chains, events.append)
     assert bytes_of(site.checkpoints_dir) == expected
     assert bytes_of(tmp_path / "cache" / "base" / "b1")["model.safetensors"] == b"w" * 5000
     assert len([event for event in events if isinstance(event, Notice)]) == 1
-    with pytest.raises(EnvironmentFault, match="other bits"):
-        RayExecutor(here, two_nodes, 1, 0, open_scripted).run([make_chain(records, 9)], ignore)
 
 
 def test_the_mailbox_keeps_runs_apart() -> None:

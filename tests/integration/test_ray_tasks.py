@@ -12,8 +12,10 @@ from typing import Any
 import psutil
 import pytest
 
+from cluster.places import Placement
+from cluster.ray_attempt import Unready
 from cluster.ray_session import connect, disconnect
-from cluster.ray_tasks import Placement, Unready, run_tasks
+from cluster.ray_tasks import run_tasks
 from sisa.errors import EnvironmentFault
 from sisa.events import Event, Notice, Report
 

@@ -238,6 +238,7 @@ OTHER: dict[str, Any] = {
     "cluster.address": "auto",
     "cluster.num_workers": 7,
     "cluster.max_retries": 7,
+    "cluster.stall_limit_s": 7.0,
 }
 
 

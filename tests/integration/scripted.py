@@ -1,0 +1,160 @@
+"""A trainer that a directory scripts, and chains for it: no torch, so that nodes and workers are cheap.
+
+Its bytes are a hash of parent, job and records, and files in the script's directory make it die, fail or
+wait at a given slice.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from cluster.proofs import Proof
+from cluster.shared_base import BaseManifest, holds_base
+from sisa.digest import sha256_hex
+from sisa.domain import Chain, Part, Record, SliceFile, SliceJob
+from sisa.errors import IntegrityError
+from sisa.events import Event
+from sisa.ports import CheckpointStore, RecordStore, StoredRecord, Tick, Trainer
+from sisa.serial import SerialExecutor, Site
+from sisa.store.checkpoints import FileCheckpoints
+from sisa.store.records import FileRecords
+
+NODE = "SCRIPTED_NODE"  # an environment variable of a node: its name
+DIGEST = "SCRIPTED_DIGEST"  # one more: fingerprint and self-test digest that it shows
+NUM_SHARDS = 3
+NUM_SLICES = 3
+SECRET_TEXT = "Ada Quillfeather kept bees in Marrowdale"
+
+
+class ScriptedTrainer:
+    """Hashes what it is given; files such as `kill-0.1` name the slice that suffers, and how.
+
+    `trained.log` has a line for each slice begun: which, by what process, on what node."""
+
+    def __init__(self, script: Path) -> None:
+        self._script = script
+
+    def train(
+        self,
+        job: SliceJob,
+        parent: Mapping[str, bytes] | None,
+        records: Sequence[StoredRecord],
+        progress: Callable[[Tick], None],
+    ) -> dict[str, bytes]:
+        with (self._script / "trained.log").open("a") as log:
+            log.write(f"{job.shard}.{job.slice} {os.getpid()} {os.environ.get(NODE, '-')}\n")
+        progress(Tick(1, 2))
+        self._suffer(f"{job.shard}.{job.slice}", records)
+        progress(Tick(2, 2))
+        before = parent["adapter_model.safetensors"] if parent else b""
+        text = "".join(each.record.canonical() for each in records)
+        weights = sha256_hex(before + job.key.encode() + text.encode())
+        return {"adapter_model.safetensors": weights.encode(), "state.json": b"{}"}
+
+    def _suffer(self, place: str, records: Sequence[StoredRecord]) -> None:
+        while (self._script / f"wait-{place}").exists():
+            time.sleep(0.05)
+        if self._once(f"stop-{place}"):
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if self._once(f"hungry-{place}"):
+            eaten = []
+            while True:  # until Ray's memory monitor ends it
+                eaten.append(b"x" * 2**28)
+        if (self._script / f"kill-{place}").exists():
+            if not (self._script / "kill-always").exists():
+                (self._script / f"kill-{place}").unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+        if (self._script / f"fail-{place}").exists():
+            raise IntegrityError("a slice file is wrong", where=place, next_step="run verify")
+        if (self._script / f"break-{place}").exists():
+            raise ValueError(records[0].record.text)
+        if (self._script / f"full-{place}").exists():
+            raise OSError(28, "No space left on device", "/data/x")
+
+    def _once(self, name: str) -> bool:
+        there = (self._script / name).exists()
+        (self._script / name).unlink(missing_ok=True)
+        return there
+
+
+def open_scripted(site: Site) -> tuple[Trainer, RecordStore, CheckpointStore]:
+    stores = FileRecords(site.records_dir), FileCheckpoints(site.checkpoints_dir)
+    return ScriptedTrainer(script_of(site)), *stores
+
+
+def script_of(site: Site) -> Path:
+    return site.records_dir.with_name("script")
+
+
+def make_site(folder: Path) -> Site:
+    (folder / "script").mkdir(parents=True)
+    folders = folder / "records", folder / "checkpoints", folder / "script"
+    return Site(*folders, base_digest="b1", threads=1)
+
+
+def make_chains(site: Site, numerics: str = "f1") -> list[Chain]:
+    records = FileRecords(site.records_dir)
+    return [make_chain(records, shard, numerics) for shard in range(NUM_SHARDS)]
+
+
+def make_chain(records: FileRecords, shard: int, numerics: str = "f1") -> Chain:
+    files: list[SliceFile] = []
+    jobs: list[SliceJob] = []
+    for slice_ in range(NUM_SLICES):
+        part = Part("text", f"{SECRET_TEXT} {shard} {slice_}")
+        record = Record(f"secret-{shard}-{slice_}", None, "text", (part,))
+        digest = sha256_hex(record.id.encode())
+        files.append(records.write(shard, slice_, digest, [StoredRecord(digest, record)]))
+        jobs.append(
+            SliceJob(
+                shard=shard,
+                slice=slice_,
+                parent=jobs[-1].key if jobs else None,
+                slices=tuple((file.slice, file.root) for file in files),
+                num_records=len(files),
+                passes=(shard + 1, 1),
+                training={"learning_rate": 0.1},
+                base="b1",
+                fingerprint=numerics,
+            )
+        )
+    return Chain(shard, tuple(jobs), None, tuple(files))
+
+
+def bytes_of(directory: Path) -> dict[str, bytes]:
+    found = (path for path in directory.rglob("*") if path.is_file())
+    return {path.relative_to(directory).as_posix(): path.read_bytes() for path in found}
+
+
+def serial_bytes(site: Site, chains: Sequence[Chain]) -> dict[str, bytes]:
+    scratch = replace(site, checkpoints_dir=site.checkpoints_dir.with_name("serial"))
+    SerialExecutor(*open_scripted(scratch)).run(chains, ignore)
+    (script_of(site) / "trained.log").unlink()
+    return bytes_of(scratch.checkpoints_dir)
+
+
+def ignore(_: Event) -> None:
+    """A report that nobody reads."""
+
+
+def trained_places(site: Site) -> list[str]:
+    """Slices as they were begun."""
+    return [place for place, *_ in begun(site)]
+
+
+def begun(site: Site) -> list[tuple[str, int, str]]:
+    """(slice, process, node) of each slice begun, in order."""
+    log = script_of(site) / "trained.log"
+    lines = [line.split() for line in log.read_text().splitlines()] if log.exists() else []
+    return [(place, int(pid), node) for place, pid, node in lines]
+
+
+def scripted_proof(_threads: int, base_dir: Path, manifest: BaseManifest) -> Proof:
+    """What the node's environment says; the base is looked for."""
+    fingerprint, _, digest = os.environ.get(DIGEST, "f1 d1").partition(" ")
+    return Proof(fingerprint, digest, holds_base(base_dir, manifest))

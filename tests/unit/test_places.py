@@ -1,0 +1,66 @@
+"""Places of nodes: given evenly, not where a task failed last, gone with the node; who may train."""
+
+from __future__ import annotations
+
+import pytest
+
+from cluster.places import Placement, Places
+from cluster.proofs import Proof, refusal
+
+
+def two() -> Places:
+    places = Places()
+    places.join("a", 2)
+    places.join("b", 1)
+    return places
+
+
+def test_nodes_fill_evenly_and_no_further() -> None:
+    places = two()
+    assert sorted(str(places.take()) for _ in range(4)) == ["None", "a", "a", "b"]
+    places.give_back("b")
+    assert places.take() == "b"
+
+
+def test_a_node_is_avoided_while_another_has_a_place() -> None:
+    places = two()
+    assert places.take(avoid="a") == "b"
+    assert places.take(avoid="a") == "a"
+
+
+def test_a_lost_node_has_no_places() -> None:
+    places = two()
+    assert places.take() == "a"
+    places.leave("a")
+    places.give_back("a")  # what ran there ends later
+    assert places.total == 1
+    assert "a" not in places
+    assert [places.take(), places.take()] == ["b", None]
+
+
+@pytest.mark.parametrize(
+    ("placement", "num_places"),
+    [(Placement(2), 4), (Placement(3), 2), (Placement(1, gpus=1), 2), (Placement(9), 0)],
+)
+def test_places_of_a_node(placement: Placement, num_places: int) -> None:
+    assert placement.num_places({"CPU": 8.0, "GPU": 2.0, "memory": 1e9}) == num_places
+    assert placement.num_places({}) == 0
+
+
+@pytest.mark.parametrize(
+    ("proof", "why"),
+    [
+        (Proof("f1", "d1", has_base=False), ""),
+        (Proof("f2", "d1", has_base=True), "fingerprint is f2, not f1"),
+        (Proof("f1", "d2", has_base=True), "self-test gave d2, and d1"),
+    ],
+)
+def test_who_may_train(proof: Proof, why: str) -> None:
+    found = refusal(proof, Proof("f1", "d1", has_base=True), frozenset({"f1"}))
+    assert why in found
+    assert bool(why) == bool(found)
+
+
+def test_jobs_of_two_fingerprints_are_trained_nowhere_else() -> None:
+    same = Proof("f1", "d1", has_base=True)
+    assert "not f0" in refusal(same, same, frozenset({"f0", "f1"}))
