@@ -1,0 +1,105 @@
+"""What every tool that draws curves promises: a fake, TensorBoard, and MLflow where it is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.curve_sinks import CurveSink, Mlflow, TensorBoard
+from sisa.curves import Point
+from sisa.errors import EnvironmentFault
+
+FIRST, SECOND = "20261125T213749Z-0000000a", "20261126T000000Z-0000000b"
+POINTS = [
+    Point("loss/shard-0/slice-1", 1, 2.5, 1000.0),
+    Point("slices_trained", 1, 1.0, 1001.0),
+    Point("loss/shard-0/slice-1", 2, 1.25, 1002.0),
+]
+Held = Callable[[str], list[Point]]
+
+
+class FakeSink:
+    """Points that can be looked at."""
+
+    def __init__(self) -> None:
+        self.held: dict[str, list[Point]] = {}
+
+    def write(self, run: str, points: Sequence[Point]) -> None:
+        self.held[run] = list(points)
+
+
+def of_tensorboard(folder: Path) -> Held:
+    def held(run: str) -> list[Point]:
+        from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+
+        (path,) = (folder / run).iterdir()
+        events: list[Any] = list(LegacyEventFileLoader(str(path)).Load())
+        return [
+            Point(value.tag, event.step, value.simple_value, event.wall_time)
+            for event in events
+            for value in event.summary.value
+        ]
+
+    return held
+
+
+def of_mlflow(uri: str) -> Held:
+    def held(run: str) -> list[Point]:
+        import mlflow
+
+        client = mlflow.MlflowClient(tracking_uri=uri)
+        experiment = client.get_experiment_by_name("models")
+        (found,) = client.search_runs([experiment.experiment_id], f"tags.`sisa.run` = '{run}'")
+        points = [
+            Point(key, each.step, each.value, each.timestamp / 1000)
+            for key in found.data.metrics
+            for each in client.get_metric_history(found.info.run_id, key)
+        ]
+        return sorted(points, key=lambda each: each.at)
+
+    return held
+
+
+@pytest.fixture(params=["fake", "tensorboard", "mlflow"])
+def sink(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[CurveSink, Held]:
+    if request.param == "fake":
+        fake = FakeSink()
+        return fake, lambda run: fake.held[run]
+    needed = {"tensorboard": ["tensorboard"], "mlflow": ["mlflow", "alembic"]}[request.param]
+    if any(importlib.util.find_spec(name) is None for name in needed):
+        pytest.skip(f"{request.param} is not installed")
+    if request.param == "tensorboard":
+        return TensorBoard(tmp_path), of_tensorboard(tmp_path)
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    return Mlflow(uri, "models"), of_mlflow(uri)
+
+
+def test_points_arrive_under_their_run(sink: tuple[CurveSink, Held]) -> None:
+    tool, held = sink
+    tool.write(FIRST, POINTS)
+    tool.write(SECOND, POINTS[:1])
+    assert (held(FIRST), held(SECOND)) == (POINTS, POINTS[:1])
+
+
+def test_a_run_takes_its_former_place(sink: tuple[CurveSink, Held]) -> None:
+    tool, held = sink
+    tool.write(FIRST, POINTS[:2])
+    tool.write(FIRST, POINTS)
+    tool.write(FIRST, POINTS)
+    assert held(FIRST) == POINTS
+
+
+def test_a_tool_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def missing(name: str) -> Any:
+        raise ModuleNotFoundError(name=name)
+
+    monkeypatch.setattr("cluster.curve_sinks.importlib.import_module", missing)
+    with pytest.raises(EnvironmentFault, match="tensorboard is not installed") as caught:
+        TensorBoard(tmp_path)
+    assert "[tensorboard]" in caught.value.next_step
+    with pytest.raises(EnvironmentFault, match="mlflow is not installed"):
+        Mlflow("http://localhost:1", "models")
