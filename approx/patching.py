@@ -122,7 +122,7 @@ class PatchMaker:
         found = made.report_of(end, measured=True)
         if not _says_anything(end):
             return PatchMade(None, unfinished=False, report=found)
-        store = FileCheckpoints(site.patches_dir, site.patches_keyring, PATCHES)
+        store = FileCheckpoints(site.patches_at, site.patches_keyring, PATCHES)
         saved = store.save(job, made.files())
         return PatchMade(saved, unfinished=False, report=found)
 
@@ -179,7 +179,7 @@ class _Making:
     def __post_init__(self) -> None:
         site, job = self.site, self.order.job
         vault = FileVault(site.vault_dir, site.vault_keyring)
-        store = FileCheckpoints(site.patches_dir, site.patches_keyring, PATCHES)
+        store = FileCheckpoints(site.patches_at, site.patches_keyring, PATCHES)
         beneath = patch_files(store, self.order.beneath)
         self._base, self._tokenizer = load_patched(site.base_dir, site.base_digest, beneath)
         limits = limits_of(self._base.config, self.settings.sequence_len)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from cluster.render import EXIT_INTEGRITY, Result, printable
+from cluster.render import EXIT_INTEGRITY, Result, old_versions, printable
 
 if TYPE_CHECKING:
     from sisa.doctor import Diagnosis
@@ -33,6 +33,10 @@ def collected(found: Collected) -> Result:
     else:
         lines.append(f"{found.removed} removed, {found.removed_bytes:,} bytes")
     lines += [f"given up: the export {path}" for path in found.given_up]
+    if found.dry_run:
+        lines += [f"old versions in the bucket: {each.where} ({each.why})" for each in found.kept]
+    else:
+        lines += old_versions(found.kept)
     return Result(asdict(found), printable("\n".join(lines)))
 
 

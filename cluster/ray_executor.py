@@ -49,13 +49,7 @@ class RayExecutor:
         prove: Prove = prove,
     ) -> None:
         # Workers run in another directory.
-        self._site = replace(
-            site,
-            records_dir=site.records_dir.absolute(),
-            checkpoints_dir=site.checkpoints_dir.absolute(),
-            base_dir=site.base_dir.absolute(),
-            patches_dir=site.patches_dir.absolute(),
-        )
+        self._site = site.absolute()
         self._address = address
         self._num_workers = num_workers
         self._max_retries = max_retries

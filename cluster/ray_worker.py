@@ -1,7 +1,7 @@
 """What runs in a Ray worker: one shard's chain, trained by `sisa.serial.train_chain`.
 
-Rules: a task carries paths and digests, never text, so nothing of a record reaches Ray's object store,
-spill or logs.
+Rules: a task carries places and digests, never text or credentials, so nothing of a record reaches
+Ray's object store, spill or logs.
 
 Not covered: which nodes may train (`nodes.py`); handing tasks out and starting workers again
 (`ray_tasks.py`); the memory of live workers, which may hold text of records that they trained on until
@@ -61,12 +61,15 @@ def open_parts(site: Site) -> Parts:
     from sisa.model.numerics import pin_threads
     from sisa.opening import open_stores, open_trainer
     from sisa.store.keyring import FileKeyring
+    from sisa.store.local_place import LocalPlace
 
-    if not site.records_dir.is_dir():
+    records = site.records_at
+    if isinstance(records, LocalPlace) and not records.root.is_dir():
         raise EnvironmentFault(
-            "the model directory is not visible on a worker's node",
-            where=str(site.records_dir),
-            next_step="put the model directory on a file system that all nodes share",
+            "the model's records are not visible on a worker's node",
+            where=str(records.root),
+            next_step="put the model directory on a file system that all nodes share, or name a "
+            "`storage:` that all of them reach",
         )
     keys = site.keyring
     if isinstance(keys, FileKeyring) and keys.seals and not keys.root.is_dir():

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from sisa.ask import Answer
     from sisa.domain import Probed, Request
     from sisa.outcome import ForgetOutcome, ForgetPlan, Status
+    from sisa.place_ports import Kept
     from sisa.query import Found, Location
     from sisa.run import Taken
     from sisa.verify import Verification
@@ -166,6 +167,7 @@ def forgotten(outcome: ForgetOutcome, directory: Path | str = "DIR") -> Result:
         "already_deleted_by": sorted({each.request_id for each in already}),
         "exports_erased": 0,
         "exports_missing": list(outcome.exports_missing),
+        "old_versions_kept": [asdict(each) for each in outcome.kept],
         "probed": None,
     }
     lines = _already(len(already))
@@ -185,7 +187,7 @@ def forgotten(outcome: ForgetOutcome, directory: Path | str = "DIR") -> Result:
         ]
         lines += [f"  {request.exports_erased} exports erased"] if request.exports_erased else []
         lines += probed(request.probed) + base_hint(request, directory)
-    lines += missing_exports(outcome.exports_missing)
+    lines += missing_exports(outcome.exports_missing) + old_versions(outcome.kept)
     return Result(body, printable("\n".join(lines)))
 
 
@@ -223,6 +225,13 @@ def missing_exports(paths: Sequence[str]) -> list[str]:
         lines.append(f"stale export, moved or changed, to be removed by you: {path}")
         lines.append(f"  if a vLLM server loaded it: {unload_command(path)}")
     return lines
+
+
+def old_versions(found: Sequence[Kept]) -> list[str]:
+    """Lines for each place of which a bucket keeps old versions."""
+    step = "  allow s3:ListBucketVersions and s3:DeleteObjectVersion, or end the lock; then `sisa gc`"
+    lines = [f"NOT PURGED, kept by the bucket: {each.where} ({each.why})" for each in found]
+    return [*lines, step] if lines else []
 
 
 def status(found: Status) -> Result:

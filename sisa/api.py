@@ -16,8 +16,7 @@ requests that wait, legal holds, certificates.
 from __future__ import annotations
 
 import contextlib
-import shutil
-import tempfile
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -55,9 +54,10 @@ from sisa.stale_exports import missing
 from sisa.store import files
 from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.ledger import SqlLedger
+from sisa.store.places import rooms
 from sisa.verify import Replay, Verification, shards_to_replay, verify
 from sisa.witness import is_behind, settle, standing
-from sisa.world import World, model_digest
+from sisa.world import World, model_digest, purge
 
 if TYPE_CHECKING:
     from sisa.model.aggregated import AggregatedModel
@@ -143,14 +143,14 @@ class Model:
     def _writing(self) -> Iterator[World]:
         opening.check_executor(self.executor)  # an unknown one is refused before anything is written
         with running(), files.writer_lock(self.directory / LOCK):
-            self._destroy_scratch_keys()
-            files.erase(self.directory / SCRATCH)
+            self._clear_scratch()
             with self._world(locked=True) as world:
                 yield world
 
-    def _destroy_scratch_keys(self) -> None:
-        """What a replay stored can't be read any more, wherever it is."""
+    def _clear_scratch(self) -> None:
+        """What a replay stored goes, its keys first: it can't be read any more, wherever it is."""
         self.keyring.destroy(SCRATCH, self.keyring.held(SCRATCH))
+        rooms(self.directory, self.config.storage, self.id)[SCRATCH].clear()
 
     def add(
         self, source: Path | str | Sequence[Record], *, allow_deleted: bool = False, append: bool = False
@@ -300,7 +300,8 @@ class Model:
                 requests=tuple(world.ledger.requests()),
                 exports=tuple(query.exports(world)),
                 sizes_bytes={
-                    name: _size(self.directory / name) for name in (LEDGER, RECORDS, INDEX, CHECKPOINTS)
+                    LEDGER: files.num_bytes(self.directory / LEDGER),
+                    **{room: world.places[room].num_bytes("") for room in (RECORDS, INDEX, CHECKPOINTS)},
                 },
                 witness=(world.witness.location(), standing(world)),
             )
@@ -313,9 +314,8 @@ class Model:
                 return verify(world, [], None)
             world = stack.enter_context(self._writing())
             chosen = shards_to_replay(world, replay, shard)
-            scratch = Path(tempfile.mkdtemp(dir=_made(self.directory / SCRATCH)))
-            stack.callback(shutil.rmtree, self.directory / SCRATCH, ignore_errors=True)
-            stack.callback(self._destroy_scratch_keys)
+            scratch = world.places[SCRATCH].below(uuid.uuid4().hex)
+            stack.callback(self._clear_scratch)
             world = replace(world, report=self.report)  # what is trained only to compare is not kept
             return verify(world, chosen, FileCheckpoints(scratch, self.keyring, SCRATCH))
 
@@ -366,18 +366,6 @@ def open_model(
     return Model(directory, executor=executor, report=report)
 
 
-def _made(path: Path) -> Path:
-    with files.disk_errors(path):
-        path.mkdir(parents=True, exist_ok=True)
-    return path
-
-
-def _size(path: Path) -> int:
-    if path.is_file():
-        return path.stat().st_size
-    return sum(each.stat().st_size for each in path.rglob("*") if each.is_file())
-
-
 def _named(
     world: World, ids: Sequence[str], subject: str | None
 ) -> tuple[list[RecordRow], list[Tombstone]]:
@@ -392,4 +380,4 @@ def _named(
 
 def _forgotten(world: World, request: Request | None, dead: Sequence[Tombstone]) -> ForgetOutcome:
     lost = tuple(each.path for each in missing(world))
-    return ForgetOutcome(request, tuple(dead), model_digest(world.ledger), lost)
+    return ForgetOutcome(request, tuple(dead), model_digest(world.ledger), lost, purge(world))

@@ -42,6 +42,7 @@ from sisa.config_types import (
     Int,
     LocalPath,
     Name,
+    Storage,
     conflict,
     key,
 )
@@ -140,6 +141,11 @@ class RunConfig(Block):
         ..., "none", "Sources of the records of the first training.", min_length=1
     )
     output_dir: LocalPath = key(..., "none", "Directory of the model: adapters, records, index, ledger.")
+    storage: Storage | None = key(
+        None,
+        "none",
+        "Where slices and checkpoints rest: a path or s3://BUCKET/PREFIX; null: in output_dir.",
+    )
     witness: LocalPath | None = key(
         None, "none", "Directory that remembers deletions outside the model; null: your state directory."
     )

@@ -33,17 +33,35 @@ def _name(value: Any) -> Any:
     raise ValueError("no path")
 
 
+def conflict(message: str) -> PydanticCustomError:
+    """A value that is well formed and does not go with another."""
+    return PydanticCustomError("conflict", "{message}", {"message": message})
+
+
 LocalPath = Annotated[Path, BeforeValidator(_name)]
+_BUCKET = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9][A-Za-z0-9._=-]*)*/?")
+
+
+def is_uri(value: Any) -> bool:
+    """Whether a storage is no path of this machine."""
+    return isinstance(value, str) and "://" in value
+
+
+def _storage(value: Any) -> Any:
+    if is_uri(value) and not _BUCKET.fullmatch(value):
+        raise conflict(
+            "expected a path or s3://BUCKET/PREFIX, without credentials or options: the machine's own "
+            "AWS configuration gives those"
+        )
+    return str(_name(value)).rstrip("/") or "/"
+
+
+Storage = Annotated[str, BeforeValidator(_storage)]
 
 
 def key(default: Any, effect: Effect, text: str, **bounds: Any) -> Any:
     """A key of the run file with its meaning and what a change of it costs."""
     return Field(default, description=text, json_schema_extra={"effect": effect}, **bounds)
-
-
-def conflict(message: str) -> PydanticCustomError:
-    """A value that is well formed and does not go with another."""
-    return PydanticCustomError("conflict", "{message}", {"message": message})
 
 
 class Block(BaseModel):

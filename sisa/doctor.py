@@ -9,6 +9,7 @@
     checkpoints    derivable by training                                            (repair: retrain)
     heads          derivable from what is held                                      (repair: heads)
     unknown files  and keys without a file: swept  (repair: sweep)
+    storage        reached, and without old versions of what was erased             (repair: purge)
     file modes     (repair: mode);  a full log (repair: scrub)
     forms          plain files in an encrypted model, or the other way round        (repair: reseal)
 
@@ -38,12 +39,13 @@ from sisa.api import silent
 from sisa.config import RunConfig
 from sisa.digest import KEY_BYTES, Keyed
 from sisa.domain import RecordRow
-from sisa.errors import InvalidInput, SisaError
+from sisa.errors import InvalidInput, SisaError, TransientError
 from sisa.examine import Finding, examine, finding
-from sisa.garbage import ROOMS, num_bytes, undisturbed
+from sisa.garbage import ROOMS, undisturbed
 from sisa.needles import open_readonly
 from sisa.opening import CHECKPOINTS, KEY, LEDGER
 from sisa.parts import Parts
+from sisa.store import files
 from sisa.store.ledger import SqlLedger
 from sisa.store.schema import SCHEMA_VERSION
 from sisa.witness import is_behind
@@ -132,7 +134,7 @@ def _writable(path: Path) -> bool:
 def _largest_checkpoint(folder: Path) -> int:
     if not folder.is_dir():
         return 0
-    return max((num_bytes(each) for each in folder.iterdir()), default=0)
+    return max((files.num_bytes(each) for each in folder.iterdir()), default=0)
 
 
 def _query(path: Path, statement: str) -> list[Any]:
@@ -219,10 +221,15 @@ def _opened(directory: Path) -> list[Finding]:
             keyring=keyring,
             model=model,
         )
+    except TransientError as error:
+        return [*found, Finding("storage", "error", error.where, error.what, "", error.next_step)]
     except SisaError as error:
         return [*found, Finding("ledger_unreadable", "error", LEDGER, error.what, "", error.next_step)]
     try:
         return found + _witness(world) + examine(world, directory, with_key=secret is not None)
+    except TransientError as error:
+        what = f"{error.what} (got {error.got})" if error.got else error.what
+        return [*found, Finding("storage", "error", error.where, what, "", error.next_step)]
     except SisaError as error:
         return [*found, finding("ledger_damaged", "error", LEDGER, error.what)]
     finally:

@@ -19,11 +19,13 @@ from pathlib import Path
 from typing import Literal
 
 from sisa.assign import slice_root
+from sisa.config_types import is_uri
 from sisa.domain import Head, IndexFile, SliceFile
-from sisa.errors import IntegrityError, SisaError
-from sisa.garbage import LEDGER_FILES, STRAY, list_garbage
+from sisa.errors import IntegrityError, SisaError, TransientError
+from sisa.garbage import LEDGER_FILES, STRAY, at_hand, list_garbage
 from sisa.lineage import parse_manifest, parse_patch_manifest
 from sisa.opening import CHECKPOINTS, INDEX, KEY, LEDGER, PATCHES, RECORDS, VAULT
+from sisa.place_ports import Place
 from sisa.plan import plan_shard
 from sisa.reconcile import refuse_lost_rows
 from sisa.requests import contradicted
@@ -32,10 +34,12 @@ from sisa.store import files
 from sisa.store.checkpoints import MANIFEST
 from sisa.store.keyring import MAGIC, RESTORE, FileKeyring, is_sealed
 from sisa.unsealing import ALONE, INSIDE
-from sisa.world import ALWAYS_SEALED, World, known_names, only, view_shard
+from sisa.world import ALWAYS_SEALED, World, known_names, only, purge, view_shard
 
 Severity = Literal["error", "warning"]
-Repair = Literal["", "reindex", "retrain", "heads", "patches", "sweep", "mode", "scrub", "reseal"]
+Repair = Literal[
+    "", "reindex", "retrain", "heads", "patches", "sweep", "mode", "scrub", "reseal", "purge"
+]
 
 NEXT_STEPS: dict[Repair, str] = {
     "": "restore it from a backup: it can't be derived again",
@@ -45,6 +49,8 @@ NEXT_STEPS: dict[Repair, str] = {
     "patches": "`sisa doctor --repair` goes on without it; `sisa approx unlearn` makes it again",
     "sweep": "`sisa gc`, `sisa doctor --repair` or the next train, add or forget removes it",
     "mode": "`sisa doctor --repair` makes it readable by its owner alone",
+    "purge": "`sisa gc` purges them; where that is refused, allow s3:ListBucketVersions and "
+    "s3:DeleteObjectVersion, or end the lock",
     "reseal": "`sisa doctor --repair` writes it anew, as `encrypt:` of the run file says",
     "scrub": "`sisa doctor --repair` or the next train, add or forget empties it",
 }
@@ -85,14 +91,14 @@ def finding(
 
 def examine(world: World, directory: Path, *, with_key: bool = True) -> list[Finding]:
     """All findings of an opened model; `with_key=False` leaves out what only the right key can tell."""
-    found = [*_rows(world), *_modes(world, directory), *_keyring(world), *_forms(world, directory)]
+    found = [*_rows(world), *_modes(world, directory), *_keyring(world), *_forms(world), *_kept(world)]
     for file in world.ledger.slices():
         what = _damage(lambda file=file: _check_slice(world, file, with_key=with_key))  # type: ignore[misc]
         if what:
             place = f"{RECORDS}/{file.name}"
             found.append(finding("slice", "error", place, what, shard=file.shard))
     found += _indexes(world)
-    found += [*_checkpoints(world, directory), *_patches(world, directory)]
+    found += [*_checkpoints(world), *_patches(world)]
     found += _exports(world)
     found += _heads(world)
     found += _gaps(world)
@@ -108,10 +114,19 @@ def _rows(world: World) -> Iterator[Finding]:
         yield finding("ledger_damaged", "error", LEDGER, what)
 
 
+def _kept(world: World) -> Iterator[Finding]:
+    """Old versions of what was erased or replaced: deleted text may be in them."""
+    for each in purge(world, dry_run=True):
+        yield finding("old_versions", "warning", each.where, f"kept by the bucket: {each.why}", "purge")
+
+
 def _damage(check: Callable[[], object]) -> str:
+    """What is wrong. A store that can't be asked says nothing of what it holds: its error is raised."""
     try:
         check()
     except SisaError as error:
+        if isinstance(error, TransientError) and is_uri(error.where):
+            raise
         return f"{error.what} (got {error.got})" if error.got else error.what
     return ""
 
@@ -119,12 +134,15 @@ def _damage(check: Callable[[], object]) -> str:
 def _modes(world: World, directory: Path) -> Iterator[Finding]:
     """Files that hold text, vectors or the secret and are readable by others than their owner."""
     paths = [directory / name for name in (KEY, *LEDGER_FILES)]
-    paths += [directory / RECORDS / each.name for each in world.ledger.slices()]
+    if (records := at_hand(world.places[RECORDS])) is not None:
+        paths += [records / each.name for each in world.ledger.slices()]
     paths += [directory / INDEX / each.name for each in world.ledger.indexes()]
     paths += [directory / VAULT / each.name for each in world.ledger.vault()]
     for path in paths:
         if path.is_file() and (mode := stat.S_IMODE(path.stat().st_mode)) & 0o077:
-            where = path.relative_to(directory).as_posix()
+            where = str(path)
+            if path.is_relative_to(directory):
+                where = path.relative_to(directory).as_posix()
             yield finding("mode", "warning", where, f"others may use it (mode {mode:o})", "mode")
 
 
@@ -145,7 +163,7 @@ def _keyring(world: World) -> Iterator[Finding]:
             yield finding("mode", "warning", str(path), f"others may use it (mode {mode:o})", "mode")
 
 
-def _forms(world: World, directory: Path) -> Iterator[Finding]:
+def _forms(world: World) -> Iterator[Finding]:
     """What is plain in an encrypted model, and what is still encrypted, or has a key, in a plain one."""
     seals = world.keyring.seals
     wrong = "not encrypted" if seals else "encrypted, or still with a key,"
@@ -155,18 +173,17 @@ def _forms(world: World, directory: Path) -> Iterator[Finding]:
             continue
         keys = frozenset() if seals else world.keyring.held(room)
         for name in sorted(names):
-            path = directory / room / name
-            inside = [path / each for each in files.held_names(path)] if path.is_dir() else [path]
-            if name in keys or any(_sealed(each, seals) != seals for each in inside):
+            place = world.places[room]
+            inside = [f"{name}/{part}" for part in place.parts(name)] or [name]
+            if name in keys or any(_sealed(place, each, seals) != seals for each in inside):
                 yield finding("form", "warning", f"{room}/{name}", wrong, "reseal")
 
 
-def _sealed(path: Path, unreadable: bool) -> bool:
+def _sealed(place: Place, name: str, unreadable: bool) -> bool:
     """Whether a file is sealed; `unreadable` is the answer for one that its own check finds damaged."""
     try:
-        with path.open("rb") as file:
-            return is_sealed(file.read(len(MAGIC)))
-    except OSError:
+        return is_sealed(place.head(name, len(MAGIC)))
+    except SisaError:
         return unreadable
 
 
@@ -204,20 +221,18 @@ def _check_index(world: World, file: IndexFile, wanted: list[int]) -> None:
     world.index.vectors(file, wanted)
 
 
-def _checkpoints(world: World, directory: Path) -> Iterator[Finding]:
+def _checkpoints(world: World) -> Iterator[Finding]:
     for each in world.ledger.checkpoints():
-        path = directory / CHECKPOINTS / each.key
-        if what := _damage(partial(_check_directory, world, path, each.manifest_sha256)):
+        if what := _damage(partial(_check_group, world, CHECKPOINTS, each.key, each.manifest_sha256)):
             place = f"{CHECKPOINTS}/{each.key}"
             yield finding("checkpoint", "error", place, what, "retrain", shard=each.shard, key=each.key)
 
 
-def _patches(world: World, directory: Path) -> Iterator[Finding]:
+def _patches(world: World) -> Iterator[Finding]:
     """Patches that are served or trained over, and sets of texts that are to be made into one."""
     needed = known_names(world)[PATCHES]
     for each in world.ledger.patches():
-        path = directory / PATCHES / each.key
-        check = partial(_check_directory, world, path, each.manifest_sha256)
+        check = partial(_check_group, world, PATCHES, each.key, each.manifest_sha256)
         if each.key in needed and (what := _damage(check)):
             yield finding("patch", "error", f"{PATCHES}/{each.key}", what, "patches", key=each.key)
     for found in world.ledger.vault():
@@ -225,16 +240,17 @@ def _patches(world: World, directory: Path) -> Iterator[Finding]:
             yield finding("vault", "error", f"{VAULT}/{found.name}", what, "patches", key=found.name)
 
 
-def _check_directory(world: World, path: Path, manifest_sha256: str) -> None:
+def _check_group(world: World, room: str, key: str, manifest_sha256: str) -> None:
     """A checkpoint's or a patch's. Surplus files are no damage: they are found as unknown ones."""
+    place = world.places[room]
 
     def checked(name: str, sha256: str, what: str) -> bytes:
-        unseal = partial(world.keyring.unseal, path.parent.name, path.name, name)
-        return files.read_checked(path / name, sha256, what, unseal)
+        plain = world.keyring.unseal(room, key, name, place.get(f"{key}/{name}", what))
+        return files.checked(plain, sha256, what, place.location(f"{key}/{name}"))
 
     manifest = checked(MANIFEST, manifest_sha256, "checkpoint manifest")
     parsed = parse_manifest(manifest) or parse_patch_manifest(manifest)
-    if parsed is None or parsed[0].key != path.name:
+    if parsed is None or parsed[0].key != key:
         raise IntegrityError("a checkpoint manifest can't be parsed")
     for name, sha256 in parsed[1].items():
         checked(name, sha256, "checkpoint file")

@@ -2,7 +2,8 @@
 
 Rules: only what is asked for is read, a batch at a time. Bytes that can't be decoded are `Unreadable`.
 
-Not covered: whether a file may be parsed at all, and what its rows mean (`residue.py`).
+Not covered: whether a file may be parsed at all, and what its rows mean (`residue.py`,
+`stored_residue.py`).
 
 >>> import tempfile
 >>> with tempfile.TemporaryDirectory() as folder:
@@ -17,10 +18,21 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 BATCH_ROWS = 16_384  # an unknown id costs a look at every row: once a batch
+
+
+@dataclass(frozen=True, slots=True)
+class Residue:
+    """One thing that is left or can't be excluded: `kind` for programs, `what` for people."""
+
+    kind: str
+    where: str
+    position: str
+    what: str
 
 
 class Unreadable(Exception):

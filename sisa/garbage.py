@@ -1,4 +1,4 @@
-"""What lies in a model directory and is retired or unknown to the ledger; and its removal.
+"""What lies in a model directory or its storage and is retired or unknown to the ledger; its removal.
 
     sisa gc -m DIR --dry-run     lists it
     sisa gc -m DIR               removes what is ours and needed by nothing
@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,12 +37,14 @@ from sisa.opening import (
     SCRATCH,
     VAULT,
 )
+from sisa.place_ports import Kept, Place
 from sisa.plan import plan_shard
 from sisa.ports import Change
 from sisa.stale_exports import give_up_lost
 from sisa.store import files
+from sisa.store.local_place import LocalPlace
 from sisa.store.metrics import run_files
-from sisa.world import World, commit, known_names, view_shard
+from sisa.world import World, commit, known_names, purge, view_shard
 
 if TYPE_CHECKING:
     from sisa.api import Model
@@ -63,8 +65,8 @@ ORPHAN = "a key of no file: whoever has a copy of that file can open it"
 
 @dataclass(frozen=True, slots=True)
 class Garbage:
-    """A file or directory: its path in the model directory (a key's: in the keyring), bytes in all, and
-    whether `gc` takes it."""
+    """A file or directory: its path in the model directory (a key's: in the keyring; of a storage:
+    whole, or a URI), bytes in all, and whether `gc` takes it."""
 
     path: str
     num_bytes: int
@@ -81,45 +83,112 @@ class Collected:
     removed: int
     removed_bytes: int
     given_up: tuple[str, ...] = ()  # stale exports that were not where they were written
+    kept: tuple[Kept, ...] = ()  # old versions that a bucket keeps
+
+
+@dataclass(frozen=True, slots=True)
+class _Item:
+    """Garbage and how it goes; a key has gone before."""
+
+    told: Garbage
+    erase: Callable[[], None] = lambda: None
 
 
 def list_garbage(world: World, directory: Path) -> tuple[Garbage, ...]:
-    """Everything in the directory that is retired or unknown to the ledger, in order of path."""
+    """Everything in the directory, and in the model's storage, that is retired or unknown to the ledger;
+    what lies at hand in order of path, then the rest."""
+    return tuple(each.told for each in _listed(world, directory))
+
+
+def _listed(world: World, directory: Path) -> list[_Item]:
     retired, waiting = _retired(world), _waiting(world)
     known = {**known_names(world), METRICS: run_files(directory / METRICS)}
-    found: list[Garbage] = []
+    found: list[_Item] = []
     for name in sorted(files.held_names(directory) - KEPT_FILES):
         path = directory / name
-        if name == SCRATCH:
-            found.append(_garbage(directory, path, REPLAY))
-        elif name not in ROOMS or not path.is_dir():
-            ours = name.startswith(files.TEMPORARY_PREFIX)
-            found.append(_garbage(directory, path, TEMPORARY if ours else STRAY, removable=ours))
+        if name in ROOMS and path.is_dir():
+            place = world.places[name]
+            if path == at_hand(place):
+                found += _room(world, directory, name, known[name], retired, waiting)
+            else:
+                found.append(_at(directory, path, UNKNOWN))
+        elif name == SCRATCH:
+            found.append(_at(directory, path, REPLAY))
         else:
-            for entry in sorted(files.held_names(path)):
-                if entry in known[name] and entry not in retired:
-                    if name in (CHECKPOINTS, PATCHES):
-                        found += _surplus(world, directory, path / entry)
-                    continue
-                kept = name == CHECKPOINTS and entry in waiting
-                found.append(
-                    _garbage(directory, path / entry, _reason(entry, retired, kept), removable=not kept)
-                )
+            ours = name.startswith(files.TEMPORARY_PREFIX)
+            found.append(_at(directory, path, TEMPORARY if ours else STRAY, removable=ours))
+    for room, place in sorted(world.places.items()):
+        root = at_hand(place)
+        if root is not None and root.parent == directory:
+            continue
+        if room != SCRATCH:
+            found += _room(world, directory, room, known[room], retired, waiting)
+        elif place.held():
+            told = Garbage(place.location(), place.num_bytes(""), REPLAY, True)
+            found.append(_Item(told, place.clear))
+    return found + _keys(world, known)
+
+
+def at_hand(place: Place) -> Path | None:
+    """The directory that a place is; None for one in an object store."""
+    return place.root if isinstance(place, LocalPlace) else None
+
+
+def _room(
+    world: World,
+    directory: Path,
+    room: str,
+    known: frozenset[str],
+    retired: frozenset[str],
+    waiting: frozenset[str],
+) -> list[_Item]:
+    place = world.places[room]
+    found: list[_Item] = []
+    for entry in sorted(place.held()):
+        if entry in known and entry not in retired:
+            if room in (CHECKPOINTS, PATCHES):
+                found += [
+                    _in(directory, place, f"{entry}/{name}", SURPLUS)
+                    for name in _surplus(world, place, room, entry)
+                ]
+            continue
+        kept = room == CHECKPOINTS and entry in waiting
+        found.append(_in(directory, place, entry, _reason(entry, retired, kept), removable=not kept))
+    return found
+
+
+def _keys(world: World, known: Mapping[str, frozenset[str]]) -> list[_Item]:
+    """Keys of no file."""
+    found = []
     for room in (*ROOMS, SCRATCH):
-        needed = known.get(room, frozenset()) | _on_disk(directory, room)
+        needed = known.get(room, frozenset()) | _stored(world.places[room], room)
         for name in sorted(world.keyring.held(room) - needed):
             path = Path(world.keyring.location(room, name))
-            found.append(Garbage(str(path), num_bytes(path), ORPHAN, True))
-    return tuple(found)
+            found.append(_Item(Garbage(str(path), files.num_bytes(path), ORPHAN, True)))
+    return found
 
 
-def _on_disk(directory: Path, room: str) -> frozenset[str]:
+def _stored(place: Place, room: str) -> frozenset[str]:
     """Names of the files that lie in a room; a replay's lie one folder deeper."""
-    return frozenset(path.name for path in (directory / room).glob("*/*" if room == SCRATCH else "*"))
+    names = place.held()
+    if room != SCRATCH:
+        return names
+    plain = {each.removeprefix(files.TEMPORARY_PREFIX) for each in names}
+    return frozenset[str]().union(*(place.below(each).held() for each in names | plain))
 
 
-def _garbage(directory: Path, path: Path, reason: str, *, removable: bool = True) -> Garbage:
-    return Garbage(path.relative_to(directory).as_posix(), num_bytes(path), reason, removable)
+def _at(directory: Path, path: Path, reason: str, *, removable: bool = True) -> _Item:
+    told = Garbage(path.relative_to(directory).as_posix(), files.num_bytes(path), reason, removable)
+    return _Item(told, lambda: files.erase(path))
+
+
+def _in(directory: Path, place: Place, name: str, reason: str, *, removable: bool = True) -> _Item:
+    root = at_hand(place)
+    where = place.location(name)
+    if root is not None and root.parent == directory:
+        where = f"{root.name}/{name}"
+    told = Garbage(where, place.num_bytes(name), reason, removable)
+    return _Item(told, lambda: place.erase([name]))
 
 
 def _reason(entry: str, retired: frozenset[str], kept: bool) -> str:
@@ -128,13 +197,6 @@ def _reason(entry: str, retired: frozenset[str], kept: bool) -> str:
     if kept:
         return WAITING
     return TEMPORARY if entry.startswith(files.TEMPORARY_PREFIX) else UNKNOWN
-
-
-def num_bytes(path: Path) -> int:
-    """Bytes of a file, or of all files below a directory; links count as links."""
-    if path.is_dir() and not path.is_symlink():
-        return sum(num_bytes(each) for each in path.iterdir())
-    return path.lstat().st_size
 
 
 def _retired(world: World) -> frozenset[str]:
@@ -163,20 +225,16 @@ def _waiting(world: World) -> frozenset[str]:
     return frozenset(found)
 
 
-def _surplus(world: World, directory: Path, known: Path) -> list[Garbage]:
+def _surplus(world: World, place: Place, room: str, known: str) -> list[str]:
     """Files in a known checkpoint or patch that are not of it; none where the manifest is damaged."""
-    expected = named_files(known, world.keyring, known.parent.name)
-    if expected is None:
-        return []
-    return [
-        _garbage(directory, known / name, SURPLUS) for name in sorted(files.held_names(known) - expected)
-    ]
+    expected = named_files(place, known, world.keyring, room)
+    return [] if expected is None else sorted(place.parts(known) - expected)
 
 
 def remove_garbage(world: World, directory: Path) -> tuple[Garbage, ...]:
     """Remove what is removable and return it. The caller holds the writer lock."""
-    found = tuple(each for each in list_garbage(world, directory) if each.removable)
-    retired = [each.path.rpartition("/")[2] for each in found if each.reason == RETIRED]
+    found = [each for each in _listed(world, directory) if each.told.removable]
+    retired = [each.told.path.rpartition("/")[2] for each in found if each.told.reason == RETIRED]
     if retired:
         commit(world, Change(dropped=retired))
     kept = {**known_names(world), SCRATCH: frozenset[str]()}
@@ -184,9 +242,8 @@ def remove_garbage(world: World, directory: Path) -> tuple[Garbage, ...]:
     for room, names in kept.items():
         world.keyring.destroy(room, sorted(world.keyring.held(room) - names))
     for each in found:
-        if each.reason != ORPHAN:
-            files.erase(directory / each.path)
-    return found
+        each.erase()
+    return tuple(each.told for each in found)
 
 
 def collect_garbage(model: Model, *, dry_run: bool, lost_exports: bool = False) -> Collected:
@@ -196,13 +253,15 @@ def collect_garbage(model: Model, *, dry_run: bool, lost_exports: bool = False) 
     """
     if dry_run:
         with model._world() as world:
-            return Collected(True, list_garbage(world, model.directory), 0, 0)
+            items = list_garbage(world, model.directory)
+            return Collected(True, items, 0, 0, kept=purge(world, dry_run=True))
     with files.writer_lock(model.directory / LOCK), model._world(locked=True) as world:
         items = list_garbage(world, model.directory)
         removed = remove_garbage(world, model.directory)
         given_up = give_up_lost(world) if lost_exports else ()
+        kept = purge(world)
     removed_bytes = sum(each.num_bytes for each in removed)
-    return Collected(False, items, len(removed), removed_bytes, given_up)
+    return Collected(False, items, len(removed), removed_bytes, given_up, kept)
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ from sisa.assign import slice_root
 from sisa.domain import RecordRow, SliceJob
 from sisa.errors import IntegrityError
 from sisa.patch import PatchJob, parse_patch_job
+from sisa.place_ports import Place
 from sisa.ports import Keyring
 from sisa.store.checkpoints import MANIFEST, ROOM
 
@@ -63,11 +64,11 @@ def parse_job(parsed: Any) -> SliceJob:
     return SliceJob(**{**parsed, "slices": slices, "passes": (int(first), int(second))})
 
 
-def named_files(directory: Path, keyring: Keyring, room: str) -> frozenset[str] | None:
-    """Names that belong into the directory of a checkpoint, or of a patch, the manifest's among them."""
+def named_files(place: Place, key: str, keyring: Keyring, room: str) -> frozenset[str] | None:
+    """Names that belong into the group of a checkpoint, or of a patch, the manifest's among them."""
     try:
-        data = keyring.unseal(room, directory.name, MANIFEST, (directory / MANIFEST).read_bytes())
-    except (IntegrityError, OSError):
+        data = keyring.unseal(room, key, MANIFEST, place.get(f"{key}/{MANIFEST}", "manifest"))
+    except IntegrityError:
         return None
     found = parse_manifest(data) if room == ROOM else parse_patch_manifest(data)
     return None if found is None else frozenset({*found[1], MANIFEST})

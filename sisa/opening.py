@@ -6,8 +6,8 @@
     DIR/scratch/         replays; erased by     DIR/patches/      a directory per patch
                          the next writer        DIR/vault/        a sealed file per set of texts
     DIR/metrics/         numbers, a file a run  DIR/runs/         unfinished patches, sealed
-    KEYRING/MODEL/       keys of an encrypted model and of every vault, outside of DIR: `keyring:`, else
-                         the state directory
+    STORAGE/MODEL/       records, checkpoints, patches and scratch, where the run file names a `storage:`
+    KEYRING/MODEL/       keys of an encrypted model and of every vault, outside of DIR
 
 Rules: heavy parts (`parts.py`) and whoever makes patches are opened when they are first asked for. The
 recipe's base is that which shards are trained over: under patches, it is named by them, too. Torch is
@@ -43,6 +43,7 @@ from sisa.parts import Named, Parts
 from sisa.patch import Patch, patched_digest
 from sisa.patch_plan import active
 from sisa.patch_ports import Patcher, PatchSite
+from sisa.place_ports import Place
 from sisa.ports import CheckpointStore, Executor, Keyring, Ledger, Probe, Trainer
 from sisa.recording import recording
 from sisa.serial import SerialExecutor, Site
@@ -52,7 +53,9 @@ from sisa.store.exports import DirectoryExports
 from sisa.store.index import FaissIndex
 from sisa.store.keyring import FileKeyring
 from sisa.store.ledger import SqlLedger
+from sisa.store.local_place import absolute
 from sisa.store.metrics import FileMetrics
+from sisa.store.places import rooms
 from sisa.store.records import FileRecords
 from sisa.store.runs import FileRuns
 from sisa.store.vault import FileVault
@@ -83,23 +86,23 @@ def open_world(
 ) -> World:
     """The real parts in a bundle. Raises IntegrityError for a ledger that is missing or damaged."""
     config = parts.config
-    records = FileRecords(directory / RECORDS, keyring)
+    places = rooms(directory, config.storage, model)
     ledger = SqlLedger(directory / LEDGER, create=create)
-    patches = FileCheckpoints(directory / PATCHES, keyring, PATCHES)
+    patches = FileCheckpoints(places[PATCHES], keyring, PATCHES)
     vault = FileVault(directory / VAULT, vault_keyring(config, model))
     metrics = FileMetrics(directory / METRICS)
 
     def executor_for(store: CheckpointStore) -> Executor:
         if not isinstance(store, FileCheckpoints):
-            raise TypeError("real executors train into directories")
-        site = _site(directory, parts, store, ledger)
+            raise TypeError("real executors train into places")
+        site = _site(places, parts, store, ledger)
         return find_executor(executor)(site, config.cluster.model_dump(mode="json"))
 
     return World(
         ledger=ledger,
         witness=witness_of(config, keyed, model),
-        records=records,
-        checkpoints=FileCheckpoints(directory / CHECKPOINTS, keyring),
+        records=FileRecords(places[RECORDS], keyring),
+        checkpoints=FileCheckpoints(places[CHECKPOINTS], keyring),
         patches=patches,
         vault=vault,
         runs=FileRuns(directory / RUNS, vault.keyring),
@@ -119,6 +122,7 @@ def open_world(
         now=_now,
         report=recording(report, metrics, _now),
         probe=_probe(parts, ledger, patches),
+        places=places,
     )
 
 
@@ -126,18 +130,18 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
-def _site(directory: Path, parts: Parts, store: FileCheckpoints, ledger: Ledger) -> Site:
+def _site(places: Mapping[str, Place], parts: Parts, store: FileCheckpoints, ledger: Ledger) -> Site:
     base = parts.base
     stack = [(each.key, each.manifest_sha256) for each in _trained_over(ledger, base.digest)]
     return Site(
-        directory / RECORDS,
-        store.root,
+        places[RECORDS],
+        store.place,
         base.directory,
         base.digest,
         parts.config.sisa.threads_per_shard,
         keyring=store.keyring,
         room=store.room,
-        patches_dir=directory / PATCHES,
+        patches_at=places[PATCHES],
         patches=tuple(stack),
     )
 
@@ -166,7 +170,7 @@ def trained_base(ledger: Ledger, base: str) -> str:
 def _patch_site(directory: Path, parts: Parts, vault: FileVault, patches: FileCheckpoints) -> PatchSite:
     return PatchSite(
         vault_dir=vault.root.absolute(),
-        patches_dir=patches.root.absolute(),
+        patches_at=absolute(patches.place),
         runs_dir=(directory / RUNS).absolute(),
         base_dir=parts.base.directory.absolute(),
         base_digest=parts.base.digest,
@@ -201,15 +205,15 @@ def open_trainer(site: Site) -> Trainer:
     """The trainer on a site's base, under the patches to train over. Raises IntegrityError."""
     from sisa.model.lora import LoraTrainer
 
-    store = FileCheckpoints(site.patches_dir, site.keyring, PATCHES)
+    store = FileCheckpoints(site.patches_at, site.keyring, PATCHES)
     patches = [store.load(key, manifest) for key, manifest in site.patches]
     return LoraTrainer(site.base_dir, site.base_digest, site.threads, patches)
 
 
 def open_stores(site: Site) -> tuple[FileRecords, FileCheckpoints]:
     """The stores of a site: slices to read, checkpoints to write."""
-    checkpoints = FileCheckpoints(site.checkpoints_dir, site.keyring, site.room)
-    return FileRecords(site.records_dir, site.keyring), checkpoints
+    records = FileRecords(site.records_at, site.keyring)
+    return records, FileCheckpoints(site.checkpoints_at, site.keyring, site.room)
 
 
 def find_probe() -> OpenProbe | None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from sisa import query
 from sisa.deletion import Forgetting
 from sisa.domain import Request, Tombstone
+from sisa.place_ports import Kept
 from sisa.witness import Standing
 
 
@@ -54,3 +55,4 @@ class ForgetOutcome:
     already_deleted: tuple[Tombstone, ...]
     model_digest: str
     exports_missing: tuple[str, ...] = ()  # stale, and not where they were written
+    kept: tuple[Kept, ...] = ()  # old versions of what was erased, which a bucket does not let go

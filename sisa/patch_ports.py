@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from sisa.domain import Record, SavedCheckpoint
 from sisa.events import Report
 from sisa.patch import Patch, PatchJob, VaultSet
+from sisa.place_ports import Place
 from sisa.ports import Keyring
 
 
@@ -82,7 +83,7 @@ class PatchSite:
     """
 
     vault_dir: Path
-    patches_dir: Path
+    patches_at: Place
     runs_dir: Path
     base_dir: Path
     base_digest: str

@@ -5,7 +5,7 @@ both (`tests/contract/`). Stores name files by content, so that writing twice is
 nothing half-written is ever visible. All raise `IntegrityError` for bytes that are not the recorded
 ones and `EnvironmentFault` for a disk or network that fails.
 
-Not covered: signatures; remote object stores.
+Not covered: signatures; where blobs rest (`place_ports.py`), patches (`patch_ports.py`).
 
 >>> Change(dropped=["k"]).dropped
 ['k']
@@ -132,7 +132,7 @@ class CheckpointStore(Protocol):
         """Remove, the keyring's keys first; absent keys are no error."""
 
     def location(self, key: str) -> str:
-        """Where the adapter file rests, sealed or not: a path that opens as it is."""
+        """Where the adapter file rests, sealed or not: a path that opens as it is, or a URI."""
 
 
 class RecordStore(Protocol):

@@ -34,14 +34,23 @@ from sisa.domain import (
     record_epochs,
 )
 from sisa.errors import IntegrityError, SisaError
-from sisa.events import DeletionCompleted, ErasureFailed, Event, SliceTrained, TrainingStarted
+from sisa.events import DeletionCompleted, ErasureFailed, Event, Notice, SliceTrained, TrainingStarted
 from sisa.measured import STAGE_DIGITS
 from sisa.plan import ShardPlan, plan_shard
 from sisa.ports import Change, Ledger
 from sisa.requests import contradicted, event, under_way
 from sisa.stale_exports import erase_stale, missing
 from sisa.vaulting import settle
-from sisa.world import World, commit, held_names, known_names, model_digest, view_shard, view_shards
+from sisa.world import (
+    World,
+    commit,
+    held_names,
+    known_names,
+    model_digest,
+    purge,
+    view_shard,
+    view_shards,
+)
 
 Names = Mapping[str, frozenset[str]]  # by room
 
@@ -69,6 +78,8 @@ def reconcile(world: World) -> Trained:
     _retire(world)
     _complete_requests(world)
     sweep(world)
+    for each in purge(world):
+        world.report(Notice(f"old versions of erased objects are kept at {each.where}: {each.why}"))
     world.ledger.scrub()
     return Trained(
         sum(plan.record_epochs for plan in plans),
@@ -132,6 +143,9 @@ def _erase(world: World) -> None:
     waiting = [request for request in _under_way(world) if request.state != "erased"]
     lost = Counter(export.request_id for export in missing(world))
     told = {name: f"{count} exports could not be found" for name, count in lost.items()}
+    if waiting and (kept := purge(world)):
+        what = f"old versions of erased objects are kept at {len(kept)} places"
+        told = {r.request_id: "; ".join(filter(None, (told.get(r.request_id), what))) for r in waiting}
     _move(world, [replace(request, state="erased", cause="") for request in waiting], told=told)
 
 

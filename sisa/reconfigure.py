@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from sisa.assign import index_root, slice_root
 from sisa.config import Difference
@@ -41,7 +40,7 @@ from sisa.plan import ShardView, plan_shard
 from sisa.ports import Change, Ledger, StoredRecord
 from sisa.reconcile import Trained, train_unrecorded
 from sisa.store import keyring
-from sisa.world import ALWAYS_SEALED, Place, World, commit, known_names, over, view_shard
+from sisa.world import ALWAYS_SEALED, Place, World, commit, known_names, over, purge, view_shard
 
 
 def refuse_differences(found: Sequence[Difference], where: str) -> None:
@@ -101,12 +100,13 @@ def move(world: World, effects: Collection[Effect], meta: dict[str, str]) -> Tra
     return Trained(0, 0, ())
 
 
-def reseal(world: World, directory: Path) -> None:
+def reseal(world: World) -> None:
     """Bring every held file to the form that the keyring gives. Cut short, both forms are read."""
     for room, names in known_names(world).items():
         if room in ALWAYS_SEALED:
             continue
-        keyring.reseal(directory / room, room, sorted(names), world.keyring)
+        keyring.reseal(world.places[room], room, sorted(names), world.keyring)
+    purge(world)
 
 
 def _unplaced(ledger: Ledger) -> list[Export]:

@@ -87,7 +87,7 @@ def mend(world: World, directory: Path) -> Repair:
         removed = remove_garbage(world, directory)
         if removed:
             done.append(f"removed {len(removed)} unknown or retired files and directories")
-        done += _mend_forms(world, directory, found)
+        done += _mend_forms(world, found)
         trained = reconcile(world)
         if trained.slices_trained:
             done.append(f"trained {trained.slices_trained} stages")
@@ -104,11 +104,11 @@ def _mend_modes(directory: Path, found: Sequence[Finding]) -> list[str]:
     return [f"made {len(wrong)} files readable by their owner alone"] if wrong else []
 
 
-def _mend_forms(world: World, directory: Path, found: Sequence[Finding]) -> list[str]:
+def _mend_forms(world: World, found: Sequence[Finding]) -> list[str]:
     wrong = [each for each in found if each.repair == "reseal"]
     if not wrong:
         return []
-    reseal(world, directory)
+    reseal(world)
     return [f"brought {len(wrong)} files or checkpoints to the form of the model"]
 
 

@@ -18,9 +18,9 @@ or a text. Index files are parsed only if their bytes have the digest in their n
 keys open is read as plaintext; a sealed file that they don't open is *shredded*: counted, and no residue
 unless the ledger relies on it. A key that opens nothing held is residue.
 
-Not covered: compressed copies, what others encrypted, copies of the keyring, other machines, backups,
-blocks that a disk has freed. Optimizer states that were copied out of a checkpoint directory are found
-by their manifest alone.
+Not covered: a storage that is no path (`stored_residue.py`); compressed copies, what others encrypted,
+copies of the keyring, other machines, backups, blocks that a disk has freed. Optimizer states that were
+copied out of a checkpoint directory are found by their manifest alone.
 """
 
 from __future__ import annotations
@@ -32,11 +32,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sisa.config_types import is_uri
 from sisa.digest import file_sha256, sha256_hex
 from sisa.domain import RecordRow, Tombstone
 from sisa.errors import Busy, IntegrityError, InvalidInput, SisaError
-from sisa.found_rows import BATCH_ROWS, Unreadable, json_ids, parquet_ids, vector_ids
-from sisa.garbage import list_garbage, undisturbed
+from sisa.found_rows import BATCH_ROWS, Residue, Unreadable, json_ids, parquet_ids, vector_ids
+from sisa.garbage import at_hand, list_garbage, undisturbed
 from sisa.left_overs import owned_left_overs, walk
 from sisa.lineage import parse_manifest, parse_patch_manifest, proves_clean
 from sisa.measured import STAGE_DIGITS, without
@@ -46,21 +47,12 @@ from sisa.stale_exports import standing
 from sisa.store.checkpoints import ADAPTER, MANIFEST
 from sisa.store.keyring import is_sealed
 from sisa.store.metrics import parsed
+from sisa.stored_residue import scan_objects
 from sisa.unsealing import SealedFiles, Shredded
 from sisa.world import World, known_names
 
 if TYPE_CHECKING:
     from sisa.api import Model
-
-
-@dataclass(frozen=True, slots=True)
-class Residue:
-    """One thing that is left or can't be excluded: `kind` for programs, `what` for people."""
-
-    kind: str
-    where: str
-    position: str
-    what: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,14 +105,15 @@ def scan_residue(
     left_overs = owned_left_overs()
     exports = [Path(each.path) for each in world.ledger.exports()]
     known = [each for each in dict.fromkeys(exports) if each.is_dir() and each not in also]
-    places = [directory, *left_overs, *known, *also]
+    places = [*scanner.own, *left_overs, *known, *also]
     for place in places:
         scanner.scan(place, models=place not in left_overs)
+    stores = scan_objects(world, scanner.needles, scanner.residue, scanner.counts)
     scanner.unknown_files()
     scanner.missing_exports()
     return Scan(
         not scanner.residue,
-        tuple(scanner.needles.hidden(str(place)) for place in places),
+        tuple(scanner.needles.hidden(str(place)) for place in (*places, *stores)),
         scanner.counts,
         tuple(scanner.residue),
         tuple(scanner.outdated),
@@ -131,6 +124,9 @@ class _Scanner:
     def __init__(self, world: World, directory: Path, needles: Needles) -> None:
         self.world = world
         self.directory = directory
+        self.roots = {room: at_hand(place) or directory / room for room, place in world.places.items()}
+        beside = {root.parent for root in self.roots.values() if root.parent != directory}
+        self.own = [directory, *sorted(beside)]
         self.needles = needles
         self.residue: list[Residue] = []
         self.outdated: list[str] = []
@@ -148,8 +144,8 @@ class _Scanner:
         self._patches = {p.key: p for p in world.ledger.patches() if p.key in self._known[PATCHES]}
         self._sets = {directory / VAULT / each.name: each for each in world.ledger.vault() if each.held}
         self._digests = {
-            **{directory / RECORDS / each.name: each.sha256 for each in world.ledger.slices()},
-            **{directory / INDEX / each.name: each.sha256 for each in world.ledger.indexes()},
+            **{self.roots[RECORDS] / each.name: each.sha256 for each in world.ledger.slices()},
+            **{self.roots[INDEX] / each.name: each.sha256 for each in world.ledger.indexes()},
         }
 
     def _found(self, kind: str, path: Path, what: str, position: str = "") -> None:
@@ -235,8 +231,8 @@ class _Scanner:
 
     def _shredded(self, path: Path) -> None:
         """A sealed file that can't be read any more: as good as erased, unless it should be there."""
-        held = {self.directory / CHECKPOINTS / key for key in self._held}
-        held |= {self.directory / PATCHES / key for key in self._patches}
+        held = {self.roots[CHECKPOINTS] / key for key in self._held}
+        held |= {self.roots[PATCHES] / key for key in self._patches}
         if path in self._digests or path.parent in held:
             self._found("damaged", path, "encrypted under a key that is not held")
         else:
@@ -257,7 +253,7 @@ class _Scanner:
 
     def _rows(self, path: Path, ids: Iterator[str | None]) -> None:
         """Rows with an id: a tombstone is residue anywhere, an unknown id in the model directory."""
-        ours = self.directory in path.parents
+        ours = any(each in path.parents for each in self.own)
         position, batch = 0, []
         try:
             for record_id in ids:
@@ -366,6 +362,8 @@ class _Scanner:
     def unknown_files(self) -> None:
         """What the ledger does not know in the model directory and nothing above has proven clean."""
         for each in list_garbage(self.world, self.directory):
+            if is_uri(each.path):
+                continue  # told by the scan of its store
             path = self.directory / each.path
             inside = [p for p in walk(path) if not p.is_dir() or p.is_symlink()]
             if not inside or any(p not in self.proven for p in inside):

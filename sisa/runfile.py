@@ -32,7 +32,7 @@ import yaml
 from pydantic import ValidationError
 
 from sisa.config import HUB, KeyPath, RunConfig, is_local, keys, raw_schema, short, shown, value_at
-from sisa.config_types import NAME
+from sisa.config_types import NAME, is_uri
 from sisa.errors import InvalidInput, Problem
 from sisa.scratch_config import MADE, NAMED
 from sisa.shared_paths import unshared
@@ -314,9 +314,13 @@ def _resolve(data: dict[str, Any], tree: _Tree, directory: Path) -> None:
     put(data, "output_dir", ("output_dir",), "new")
     put(data, "witness", ("witness",), "new")
     put(data, "keyring", ("keyring",), "new")
+    if not is_uri(data.get("storage")):
+        put(data, "storage", ("storage",), "new")
     for key, what in (("witness", "the witness lies"), ("keyring", "the keys lie")):
-        if _lies_inside(data.get(key), data.get("output_dir")):
-            tree.add((key,), f"conflict: {what} inside output_dir")
+        _keep_apart(data, data, tree, (key,), what)
+    _keep_apart(data, data, tree, ("storage",), "the storage lies")
+    if _lies_inside(data.get("keyring"), data.get("storage")):
+        tree.add(("keyring",), "conflict: the keys lie inside the storage")
     put(block, "partition_key_file", ("sisa", "partition_key_file"), "file")
     if isinstance(block, dict) and block.get("embedder") != "hashing":
         put(block, "embedder", ("sisa", "embedder"), "hub")

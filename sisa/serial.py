@@ -3,7 +3,7 @@
 Rules: `train_chain` is the only place where stages are trained, whoever calls it (this process, a Ray
 worker, a replay), so all executors give the same bytes. A stage whose checkpoint already rests in the
 store is not trained again: a retried worker loses at most the stage that it was in. Workers read
-slice files by path; no record text travels in a task.
+slice files where they rest; no record text travels in a task, and no key or credential.
 
 Not covered: running chains side by side (`cluster/ray_executor.py`).
 
@@ -16,14 +16,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from sisa.domain import Chain, SliceFile, SliceJob
 from sisa.errors import IntegrityError
 from sisa.events import EpochTrained, Report, SliceProgress, SliceStarted, SliceTrained
+from sisa.place_ports import Place
 from sisa.ports import CheckpointStore, Keyring, RecordStore, StoredRecord, Tick, Trainer
 from sisa.store.keyring import PLAIN
+from sisa.store.local_place import LocalPlace, absolute
 
 PROGRESS_EVERY_S = 0.25
 
@@ -32,16 +34,26 @@ PROGRESS_EVERY_S = 0.25
 class Site:
     """Where a chain is trained: plain paths and names, so that it can travel to another process."""
 
-    records_dir: Path
-    checkpoints_dir: Path
+    records_at: Place
+    checkpoints_at: Place
     base_dir: Path
     base_digest: str
     threads: int
     environment: tuple[tuple[str, str], ...] = ()  # what must be set before torch is imported
     keyring: Keyring = PLAIN  # a directory's name and whether it seals: keys do not travel
     room: str = "checkpoints"  # of the checkpoints' keys
-    patches_dir: Path = Path()
+    patches_at: Place = field(default_factory=lambda: LocalPlace(Path()))
     patches: tuple[tuple[str, str], ...] = ()  # to train over: (key, manifest's sha256), lowest first
+
+    def absolute(self) -> Site:
+        """The same for a process in another working directory."""
+        return replace(
+            self,
+            records_at=absolute(self.records_at),
+            checkpoints_at=absolute(self.checkpoints_at),
+            patches_at=absolute(self.patches_at),
+            base_dir=self.base_dir.absolute(),
+        )
 
 
 def order_chains(chains: Sequence[Chain]) -> list[Chain]:

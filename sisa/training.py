@@ -16,12 +16,13 @@ from sisa import opening, reconfigure
 from sisa.api import Model, silent
 from sisa.assign import Assigner
 from sisa.config import Difference, RunConfig, differences
+from sisa.config_types import is_uri
 from sisa.digest import Keyed
 from sisa.domain import Record
 from sisa.errors import Busy, ConfigConflict, EnvironmentFault, IntegrityError, InvalidInput
 from sisa.events import Notice, Report
 from sisa.garbage import ROOMS
-from sisa.opening import CHECKPOINTS, KEY, LEDGER, LOCK, SCRATCH, VAULT, OpenExecutor
+from sisa.opening import CHECKPOINTS, INDEX, KEY, LEDGER, LOCK, SCRATCH, VAULT, OpenExecutor
 from sisa.parts import Parts
 from sisa.ports import Change
 from sisa.reader import read_records
@@ -33,6 +34,7 @@ from sisa.running import running
 from sisa.scratch import guard, prepare
 from sisa.store import files
 from sisa.store.ledger import SqlLedger
+from sisa.store.places import root_of
 from sisa.witness import is_behind, settle
 from sisa.world import World, commit
 
@@ -93,6 +95,8 @@ def _first_training(
         found = deleted_before(Assigner(keyed, config.layout), enumerate(records), deleted)
         refuse_deleted(found, "trained")
     opening.witness_of(config, keyed, opening.new_model_id()).refuse_unwritable()
+    if config.storage is not None:
+        root_of(config.storage).refuse_unusable()
     prepare(config, records, executor, report)
     parts = Parts(config, None, None)
     parts.count_tokens(records)
@@ -130,12 +134,12 @@ def _first_training(
 
 
 def _new_name(config: RunConfig) -> str:
-    """A name for a new model. An encrypted one keeps it through attempts that are cut short: its keys
-    bear it, and those of files that were given up must be found again."""
+    """A name for a new model. An encrypted one, and one in a storage, keeps it through attempts that are
+    cut short: keys and places bear it, and those of files that were given up must be found again."""
     ledger = SqlLedger(config.output_dir / LEDGER, create=True)
     try:
         name = ledger.meta().get("model") or opening.new_model_id()
-        if config.encrypt:
+        if config.encrypt or config.storage:
             ledger.commit(Change(meta={"model": name}))
     finally:
         ledger.close()
@@ -143,10 +147,11 @@ def _new_name(config: RunConfig) -> str:
 
 
 def _refuse_keys_inside(config: RunConfig) -> None:
-    keys = opening.keyrings(config)
-    if keys.resolve().is_relative_to(config.output_dir.resolve()):
+    keys, within = opening.keyrings(config).resolve(), [config.output_dir]
+    within += [Path(config.storage)] if config.storage and not is_uri(config.storage) else []
+    if any(keys.is_relative_to(each.resolve()) for each in within):
         raise InvalidInput(
-            "the keys would lie inside output_dir, so that whoever copies the model copies its keys",
+            "the keys would lie with the model, so that whoever copies the model copies its keys",
             where=str(keys),
             next_step="name another directory by `keyring:`",
         )
@@ -182,6 +187,14 @@ def _refuse_move(model: Model, config: RunConfig, secret: bytes, *, accept_diffe
             next_step="restore it, or train a new model",
         )
     _refuse_lost_keys(model, config)
+    if model.config.storage != config.storage:
+        raise ConfigConflict(
+            "a model's storage can't change: what is held would have to be moved",
+            where="storage",
+            expected=model.config.storage or "null",
+            got=config.storage or "null",
+            next_step="restore it, or train a new model",
+        )
 
 
 def _graver(model: Model, config: RunConfig) -> list[Difference]:
@@ -234,7 +247,7 @@ def _move(
                 refuse_risks(config.sisa.bands, held)
                 guard(config, held)
             if "reseal" in effects:
-                reconfigure.reseal(world, model.directory)
+                reconfigure.reseal(world)
             if effects:
                 trained = reconfigure.move(world, effects, parts.meta())
             else:
@@ -264,10 +277,11 @@ def _committed(directory: Path) -> bool:
                 return True
         finally:
             ledger.close()
-    if files.held_names(directory / CHECKPOINTS):
-        # Checkpoints are first written after the first commit, so this was a model once.
+    index_alone = files.held_names(directory / INDEX) and not (directory / LEDGER).exists()
+    if files.held_names(directory / CHECKPOINTS) or index_alone:
+        # Checkpoints are first written after the first commit, an index after the ledger's file.
         raise IntegrityError(
-            "the ledger is missing, but checkpoints are held",
+            "the ledger is missing, but other parts of a model are held",
             where=str(directory),
             expected=LEDGER,
             next_step="restore the ledger from a backup: it knows what was deleted; or start in "

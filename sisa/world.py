@@ -8,9 +8,10 @@ Not covered: the order of effects (`run.py`, `reconcile.py`).
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
+from sisa import place_ports
 from sisa.assign import Assigner, slice_root
 from sisa.digest import digest_of
 from sisa.domain import HeldCheckpoint, IndexFile, Record, RecordRow, SliceFile, SliceState
@@ -68,6 +69,7 @@ class World:
     now: Callable[[], str]
     report: Report
     probe: Probe | None = None
+    places: Mapping[str, place_ports.Place] = field(default_factory=dict)  # of the rooms; none of fakes
 
 
 def commit(world: World, change: Change) -> int:
@@ -116,6 +118,12 @@ def held_names(world: World) -> dict[str, frozenset[str]]:
         "vault": world.vault.held(),
         "runs": world.runs.held(),
     }
+
+
+def purge(world: World, *, dry_run: bool = False) -> tuple[place_ports.Kept, ...]:
+    """Remove old versions of what was replaced or erased, wherever a place keeps some; what is left."""
+    rooms = sorted(world.places)
+    return tuple(kept for room in rooms for kept in world.places[room].purge(dry_run=dry_run))
 
 
 def patch_files(store: CheckpointStore, stack: Iterable[Patch]) -> list[dict[str, bytes]]:

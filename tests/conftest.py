@@ -16,6 +16,8 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import settings
 
+from tests.s3_server import Server, environment, running
+
 COST = ("torch", "ray", "slow")  # markers, cheapest first
 
 settings.register_profile(
@@ -32,6 +34,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             (COST.index(m.name) + 1 for m in item.iter_markers() if m.name in COST), default=0
         )
     )
+
+
+@pytest.fixture(scope="session")
+def _s3_server() -> Iterator[Server]:
+    with running() as server:
+        yield server
+
+
+@pytest.fixture
+def s3(_s3_server: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
+    """A real S3 server that the environment names; started by the first test that asks for it."""
+    for name, value in environment(_s3_server).items():
+        monkeypatch.setenv(name, value)
+    return _s3_server
 
 
 @pytest.fixture(scope="session", autouse=True)

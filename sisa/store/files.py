@@ -61,6 +61,32 @@ def sync_directory(path: Path) -> None:
 
 def write_atomic(path: Path, data: bytes, mode: int = 0o644, temporary_in: Path | None = None) -> None:
     """Write a whole file or nothing; `temporary_in` is where what a killed process leaves may lie."""
+    _write(path, data, mode, temporary_in, _replace)
+
+
+def write_new(path: Path, data: bytes, mode: int = 0o644, temporary_in: Path | None = None) -> bool:
+    """Write a whole file unless there is one of that name; whether there was none."""
+    return _write(path, data, mode, temporary_in, _link)
+
+
+def _link(temporary: str, path: Path) -> bool:
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    finally:
+        os.unlink(temporary)
+    return True
+
+
+def _replace(temporary: str, path: Path) -> bool:
+    os.replace(temporary, path)
+    return True
+
+
+def _write(
+    path: Path, data: bytes, mode: int, temporary_in: Path | None, name_it: Callable[[str, Path], bool]
+) -> bool:
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=TEMPORARY_PREFIX, dir=temporary_in or path.parent)
@@ -70,12 +96,13 @@ def write_atomic(path: Path, data: bytes, mode: int = 0o644, temporary_in: Path 
                 file.flush()
                 os.fchmod(file.fileno(), mode)
                 os.fsync(file.fileno())
-            os.replace(name, path)
+            named = name_it(name, path)
         except BaseException:
             with contextlib.suppress(OSError):
                 os.unlink(name)
             raise
         sync_directory(path.parent)
+    return named
 
 
 def write_directory(path: Path, files: dict[str, bytes]) -> None:
@@ -104,18 +131,23 @@ def write_directory(path: Path, files: dict[str, bytes]) -> None:
 
 def read_checked(path: Path, sha256: str, what: str, unseal: Callable[[bytes], bytes]) -> bytes:
     """A file's plaintext, after checking it against the recorded digest."""
-    data = unseal(read_whole(path, what))
+    return checked(unseal(read_whole(path, what)), sha256, what, str(path))
+
+
+def checked(data: bytes, sha256: str, what: str, where: str) -> bytes:
+    """Plaintext that has the recorded digest. Raises IntegrityError for any other."""
     found = sha256_hex(data)
     if found != sha256:
-        raise tampered(path, what, sha256, found)
+        raise tampered(where, what, sha256, found)
     return data
 
 
-def read_whole(path: Path, what: str) -> bytes:
-    """A file's bytes as they lie there. Raises IntegrityError when the file is missing."""
+def read_whole(path: Path, what: str, num_bytes: int = -1) -> bytes:
+    """A file's bytes, or its first ones, as they lie there. Raises IntegrityError when it is missing."""
     try:
-        return path.read_bytes()
-    except FileNotFoundError as error:
+        with path.open("rb") as file:
+            return file.read(num_bytes)
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise IntegrityError(
             f"a {what} is missing",
             where=str(path),
@@ -126,11 +158,11 @@ def read_whole(path: Path, what: str) -> bytes:
         raise EnvironmentFault(f"the disk refused: {error.strerror}", where=str(path)) from error
 
 
-def tampered(path: Path, what: str, expected: str, got: str) -> IntegrityError:
+def tampered(where: str, what: str, expected: str, got: str) -> IntegrityError:
     """The error for bytes that are not the recorded ones."""
     return IntegrityError(
         f"a {what} is not the one that was recorded",
-        where=str(path),
+        where=where,
         expected=f"sha256 {expected}",
         got=f"sha256 {got}",
         next_step="run `sisa verify`; restore the file from a backup, or train the model anew",
@@ -143,6 +175,16 @@ def held_names(folder: Path) -> frozenset[str]:
         return frozenset(os.listdir(folder))
     except FileNotFoundError:
         return frozenset()
+
+
+def num_bytes(path: Path) -> int:
+    """Bytes of a file, or of all files below a directory; links count as links. 0 when it is absent."""
+    try:
+        if path.is_dir() and not path.is_symlink():
+            return sum(num_bytes(each) for each in path.iterdir())
+        return path.lstat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def erase(path: Path) -> None:

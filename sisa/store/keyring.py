@@ -36,6 +36,7 @@ from pathlib import Path
 
 from sisa.digest import canonical_json
 from sisa.errors import IntegrityError
+from sisa.place_ports import Place
 from sisa.ports import Keyring
 from sisa.store import files
 
@@ -207,22 +208,18 @@ def _overwrite(path: Path) -> None:
             os.fsync(file.fileno())
 
 
-def reseal(root: Path, room: str, names: Iterable[str], keyring: Keyring) -> None:
+def reseal(place: Place, room: str, names: Iterable[str], keyring: Keyring) -> None:
     """Bring held files to the form that a keyring gives now, under their names; digests stay.
 
     Cut short, some are sealed and some are plain, and all are read. A key goes when its file is plain.
-    Raises IntegrityError when a file or its key is missing.
+    Raises IntegrityError when a file or its key is missing. Old versions are left to `Place.purge`.
     """
     for name in names:
-        path = root / name
-        inside = path.is_dir()
-        for file in sorted(path.iterdir()) if inside else [path]:
-            part = file.name if inside else ""
-            data = files.read_whole(file, "file of the model")
+        for part in sorted(place.parts(name)) or [""]:
+            file = f"{name}/{part}" if part else name
+            data = place.get(file, "file of the model")
             if is_sealed(data) != keyring.seals:
                 plain = keyring.unseal(room, name, part, data)
-                mode = stat.S_IMODE(file.stat().st_mode)
-                sealed = keyring.seal(room, name, part, plain)
-                files.write_atomic(file, sealed, mode, temporary_in=root)
+                place.put(file, keyring.seal(room, name, part, plain))
         if not keyring.seals:
             keyring.destroy(room, [name])

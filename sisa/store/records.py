@@ -4,7 +4,7 @@ Rules: a file is never changed; deleting a record writes one small new file and 
 Rows stand in canonical order (by keyed id), so a file's bytes equal those of a file that never held
 the deleted record. Plain ids and text rest here and nowhere else. Digests and sizes are of plaintext.
 
-Not covered: keys (`keyring.py`); who decides which file is current (the ledger).
+Not covered: keys (`keyring.py`); where files are (`places.py`); which file is current (the ledger).
 
 Columns: id_digest, id, subject_id, kind, roles (list), texts (list); deletion_risk (JSON) where a record
 of the slice carries one; generation where it was appended.
@@ -15,7 +15,6 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Collection, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,44 +22,45 @@ from sisa.bands import RISK_COLUMN
 from sisa.digest import sha256_hex
 from sisa.domain import GENERATION_COLUMN, Part, Record, SliceFile
 from sisa.errors import IntegrityError
+from sisa.place_ports import Place
 from sisa.ports import Keyring, StoredRecord
 from sisa.store import files
 from sisa.store.keyring import PLAIN
+from sisa.store.local_place import LocalPlace
 
 ROOM = "records"
 
 
 class FileRecords:
-    """A RecordStore in a directory."""
+    """A RecordStore in a place; a path is a directory on this machine's disk."""
 
-    def __init__(self, root: Path, keyring: Keyring = PLAIN) -> None:
-        self.root = root
+    def __init__(self, place: Place | Path, keyring: Keyring = PLAIN) -> None:
+        self.place = LocalPlace(place, mode=0o600) if isinstance(place, Path) else place
         self.keyring = keyring
 
     def write(self, shard: int, slice_: int, root: str, records: Sequence[StoredRecord]) -> SliceFile:
         data = _encode(records)
         file = SliceFile(shard, slice_, root, len(records), sha256_hex(data), len(data))
-        sealed = self.keyring.seal(ROOM, file.name, "", data)
-        files.write_atomic(self.root / file.name, sealed, mode=0o600)
+        self.place.put(file.name, self.keyring.seal(ROOM, file.name, "", data))
         return file
 
     def read(self, file: SliceFile) -> tuple[StoredRecord, ...]:
-        return _decode(self._bytes(file), self.root / file.name)
+        return _decode(self._bytes(file), self.place.location(file.name))
 
     def check(self, file: SliceFile) -> None:
         self._bytes(file)
 
     def _bytes(self, file: SliceFile) -> bytes:
-        unseal = partial(self.keyring.unseal, ROOM, file.name, "")
-        return files.read_checked(self.root / file.name, file.sha256, "slice file", unseal)
+        data = self.place.get(file.name, "slice file")
+        plain = self.keyring.unseal(ROOM, file.name, "", data)
+        return files.checked(plain, file.sha256, "slice file", self.place.location(file.name))
 
     def held(self) -> frozenset[str]:
-        return files.held_names(self.root)
+        return self.place.held()
 
     def erase(self, names: Collection[str]) -> None:
         self.keyring.destroy(ROOM, names)
-        for name in names:
-            files.erase(self.root / name)
+        self.place.erase(names)
 
 
 def _encode(records: Sequence[StoredRecord]) -> bytes:
@@ -97,7 +97,7 @@ def _encode(records: Sequence[StoredRecord]) -> bytes:
     return buffer.getvalue()
 
 
-def _decode(data: bytes, path: Path) -> tuple[StoredRecord, ...]:
+def _decode(data: bytes, where: str) -> tuple[StoredRecord, ...]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -107,7 +107,7 @@ def _decode(data: bytes, path: Path) -> tuple[StoredRecord, ...]:
     except (pa.ArrowException, KeyError, ValueError) as error:
         raise IntegrityError(
             "a slice file can't be parsed",
-            where=str(path),
+            where=where,
             expected="the columns that this version writes",
             got=type(error).__name__,
         ) from error

@@ -26,6 +26,7 @@ from sisa.plan import jobs
 from sisa.ports import Executor
 from sisa.serial import Site
 from sisa.store.ledger import SqlLedger
+from sisa.store.local_place import LocalPlace
 from tests.bench.deletion import warm
 from tests.bench.equal import Bench
 
@@ -51,7 +52,8 @@ def measure(bench: Bench) -> dict[str, Any]:
     def site(name: str) -> Site:
         target = bench.folder / "executors" / name
         shutil.rmtree(target, ignore_errors=True)
-        return Site(model.directory / "records", target, base.directory, base.digest, 1)
+        records = LocalPlace(model.directory / "records")
+        return Site(records, LocalPlace(target), base.directory, base.digest, 1)
 
     serial = _timed(lambda each: open_serial(each, {}), site, chains)
     found: dict[str, Any] = {"serial": serial}

@@ -59,9 +59,9 @@ def test_clean_heads_need_no_file_of_another_shard(store: Store, tmp_path: Path)
     row = store.assigner.row(next(make_records(1)), 0)
     mine = f"shard-{row.shard:05d}-"
     ledger = store.ledger()
-    others = [store.checkpoints.root / c.key for c in ledger.checkpoints() if c.shard != row.shard]
+    others = [store.folder / "checkpoints" / c.key for c in ledger.checkpoints() if c.shard != row.shard]
     ledger.close()
-    for folder in (store.records.root, store.index.root):
+    for folder in (store.folder / "records", store.index.root):
         others += [path for path in folder.iterdir() if not path.name.startswith(mine)]
     assert others
     for path in others:

@@ -1,4 +1,4 @@
-"""What every CheckpointStore promises, over the fake and over directories.
+"""What every CheckpointStore promises, over the fake, over directories and over objects on an S3 server.
 
 A checkpoint is whole or absent, is never changed, and is refused when a single byte of it is not the
 recorded one: a deletion is only proved if the bytes that are served are the bytes that were proved.
@@ -17,10 +17,13 @@ import pytest
 from sisa.digest import canonical_json, sha256_hex
 from sisa.domain import SliceJob
 from sisa.errors import EnvironmentFault, IntegrityError
+from sisa.place_ports import Place
 from sisa.ports import CheckpointStore
 from sisa.store.checkpoints import MANIFEST, FileCheckpoints
 from sisa.store.keyring import FileKeyring, is_sealed
+from sisa.store.local_place import LocalPlace
 from tests.fakes import ADAPTER, FakeCheckpoints
+from tests.s3_server import fresh_place
 
 FILES = {ADAPTER: b"adapter", "optimizer.safetensors": b"optimizer", "state.json": b"{}"}
 
@@ -29,22 +32,37 @@ def job(slice_: int = 0, fingerprint: str = "f") -> SliceJob:
     return SliceJob(0, slice_, None, ((slice_, "root"),), 4, (2, 1), {"seed": 1}, "base", fingerprint)
 
 
-@pytest.fixture(params=["fake", "files", "sealed"])
+@pytest.fixture(params=["fake", "files", "sealed", "objects", "sealed objects"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> CheckpointStore:
-    return FakeCheckpoints() if request.param == "fake" else opened(tmp_path, request.param)
+    return FakeCheckpoints() if request.param == "fake" else stored_as(request, tmp_path)
 
 
-@pytest.fixture(params=["files", "sealed"])
+@pytest.fixture(params=["files", "sealed", "objects"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> FileCheckpoints:
-    return opened(tmp_path, request.param)
+    return stored_as(request, tmp_path)
+
+
+def stored_as(request: pytest.FixtureRequest, folder: Path) -> FileCheckpoints:
+    """A store of the form that a fixture's parameter names; objects are on a real server."""
+    form = request.param
+    if not form.endswith("objects"):
+        return opened(folder, form)
+    keyring = FileKeyring(folder / "keyring", form.startswith("sealed"))
+    return FileCheckpoints(fresh_place(request.getfixturevalue("s3"), "checkpoints"), keyring)
 
 
 def opened(folder: Path, form: str) -> FileCheckpoints:
     return FileCheckpoints(folder / "checkpoints", FileKeyring(folder / "keyring", form == "sealed"))
 
 
-def plaintext(store: FileCheckpoints, path: Path) -> bytes:
-    return store.keyring.unseal(store.room, path.parent.name, path.name, path.read_bytes())
+def path_of(store: FileCheckpoints, name: str) -> Path:
+    """Of a store on a disk."""
+    return Path(store.place.location(name))
+
+
+def plaintext(store: FileCheckpoints, name: str) -> bytes:
+    key, _, part = name.partition("/")
+    return store.keyring.unseal(store.room, key, part, store.place.get(name, "file"))
 
 
 def test_what_is_saved_is_loaded(store: CheckpointStore) -> None:
@@ -103,26 +121,33 @@ def test_the_location_names_the_adapter(store: CheckpointStore) -> None:
     assert store.location(job().key).endswith(f"checkpoints/{job().key}/{ADAPTER}")
 
 
-def test_the_location_is_where_the_bytes_are(folder: FileCheckpoints, tmp_path: Path) -> None:
+def test_the_location_is_where_the_bytes_are(folder: FileCheckpoints) -> None:
     saved = folder.save(job(), FILES)
-    assert plaintext(folder, tmp_path / folder.location(saved.key)) == FILES[ADAPTER]
+    name = f"{saved.key}/{ADAPTER}"
+    assert folder.location(saved.key) == folder.place.location(name)
+    assert plaintext(folder, name) == FILES[ADAPTER]
 
 
-def appended(path: Path) -> None:
-    path.write_bytes(path.read_bytes() + b" ")
+def appended(place: Place, name: str) -> None:
+    place.put(name, place.get(name, "file") + b" ")
 
 
-def flipped(path: Path) -> None:
-    path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
+def flipped(place: Place, name: str) -> None:
+    data = place.get(name, "file")
+    place.put(name, bytes([data[0] ^ 1]) + data[1:])
+
+
+def erased(place: Place, name: str) -> None:
+    place.erase([name])
 
 
 @pytest.mark.parametrize("name", [*FILES, MANIFEST])
-@pytest.mark.parametrize("tamper", [appended, flipped, Path.unlink])
+@pytest.mark.parametrize("tamper", [appended, flipped, erased])
 def test_tampering_with_any_file_is_noticed(
-    folder: FileCheckpoints, name: str, tamper: Callable[[Path], None]
+    folder: FileCheckpoints, name: str, tamper: Callable[[Place, str], None]
 ) -> None:
     saved = folder.save(job(), FILES)
-    tamper(folder.root / saved.key / name)
+    tamper(folder.place, f"{saved.key}/{name}")
     with pytest.raises(IntegrityError):
         folder.load(saved.key, saved.manifest_sha256)
 
@@ -130,14 +155,14 @@ def test_tampering_with_any_file_is_noticed(
 @pytest.mark.parametrize("name", FILES)
 def test_describe_reads_every_byte(folder: FileCheckpoints, name: str) -> None:
     saved = folder.save(job(), FILES)
-    appended(folder.root / saved.key / name)
+    appended(folder.place, f"{saved.key}/{name}")
     with pytest.raises(IntegrityError):
         folder.describe(saved.key)
 
 
 def test_a_foreign_file_is_refused(folder: FileCheckpoints) -> None:
     saved = folder.save(job(), FILES)
-    (folder.root / saved.key / "notes.txt").write_text("a leak")
+    folder.place.put(f"{saved.key}/notes.txt", b"a leak")
     with pytest.raises(IntegrityError, match="does not name"):
         folder.load(saved.key, saved.manifest_sha256)
     with pytest.raises(IntegrityError, match="does not name"):
@@ -151,15 +176,14 @@ def test_a_manifest_can_name_no_file_outside(folder: FileCheckpoints, tmp_path: 
     """Even a manifest whose digests are all right is refused when a name leaves the directory."""
     saved = folder.save(job(), FILES)
     (tmp_path / "outside").write_bytes(b"secret")
-    (folder.root / "outside").write_bytes(b"secret")
-    path = folder.root / saved.key / MANIFEST
-    parsed = json.loads(plaintext(folder, path))
+    folder.place.put("outside", b"secret")
+    parsed = json.loads(plaintext(folder, f"{saved.key}/{MANIFEST}"))
     parsed["files"][name] = sha256_hex(b"secret")
-    path.write_bytes(canonical_json(parsed))
+    folder.place.put(f"{saved.key}/{MANIFEST}", canonical_json(parsed))
     with pytest.raises(IntegrityError, match="can't be parsed"):
         folder.describe(saved.key)
     with pytest.raises(IntegrityError, match="can't be parsed"):
-        folder.load(saved.key, sha256_hex(path.read_bytes()))
+        folder.load(saved.key, sha256_hex(canonical_json(parsed)))
 
 
 @pytest.mark.parametrize(
@@ -167,7 +191,7 @@ def test_a_manifest_can_name_no_file_outside(folder: FileCheckpoints, tmp_path: 
 )
 def test_a_manifest_of_another_form_is_refused(folder: FileCheckpoints, manifest: bytes) -> None:
     saved = folder.save(job(), FILES)
-    (folder.root / saved.key / MANIFEST).write_bytes(manifest)
+    folder.place.put(f"{saved.key}/{MANIFEST}", manifest)
     with pytest.raises(IntegrityError):
         folder.describe(saved.key)
     with pytest.raises(IntegrityError):
@@ -177,7 +201,8 @@ def test_a_manifest_of_another_form_is_refused(folder: FileCheckpoints, manifest
 def test_a_checkpoint_under_another_key_is_refused(folder: FileCheckpoints) -> None:
     """A whole and valid checkpoint must not pass for another job's."""
     saved = folder.save(job(), FILES)
-    os.rename(folder.root / saved.key, folder.root / job(1).key)
+    for name in folder.place.parts(saved.key):
+        folder.place.put(f"{job(1).key}/{name}", folder.place.get(f"{saved.key}/{name}", "file"))
     with pytest.raises(IntegrityError):
         folder.describe(job(1).key)
     with pytest.raises(IntegrityError):
@@ -187,7 +212,7 @@ def test_a_checkpoint_under_another_key_is_refused(folder: FileCheckpoints) -> N
 def test_every_file_of_a_sealed_checkpoint_is_sealed_under_one_key(tmp_path: Path) -> None:
     store = opened(tmp_path, "sealed")
     saved = store.save(job(), FILES)
-    found = {path.name: path.read_bytes() for path in (store.root / saved.key).iterdir()}
+    found = {path.name: path.read_bytes() for path in path_of(store, saved.key).iterdir()}
     assert found.keys() == {*FILES, MANIFEST}
     assert all(map(is_sealed, found.values()))
     assert store.keyring.held("checkpoints") == {saved.key}
@@ -196,34 +221,52 @@ def test_every_file_of_a_sealed_checkpoint_is_sealed_under_one_key(tmp_path: Pat
 def test_a_sealed_checkpoint_without_its_key_is_refused(tmp_path: Path) -> None:
     store = opened(tmp_path, "sealed")
     saved = store.save(job(), FILES)
-    shutil.copytree(store.root, tmp_path / "backup")
+    shutil.copytree(tmp_path / "checkpoints", tmp_path / "backup")
     store.erase([saved.key])
-    shutil.copytree(tmp_path / "backup", store.root, dirs_exist_ok=True)
+    shutil.copytree(tmp_path / "backup", tmp_path / "checkpoints", dirs_exist_ok=True)
     for read in (store.describe, lambda key: store.load(key, saved.manifest_sha256)):
         with pytest.raises(IntegrityError, match="key is missing from the keyring"):
             read(saved.key)
 
 
+@pytest.mark.parametrize("form", ["files", "sealed"])
 def test_a_cut_short_save_leaves_nothing(
-    folder: FileCheckpoints, monkeypatch: pytest.MonkeyPatch
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    store = opened(tmp_path, form)
+
     def refuse(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "rename", refuse)
     with pytest.raises(EnvironmentFault, match="No space left"):
-        folder.save(job(), FILES)
-    assert folder.held() == frozenset()
+        store.save(job(), FILES)
+    assert store.held() == frozenset()
+
+
+def half_written(store: FileCheckpoints) -> str:
+    """What a killed worker leaves: a directory without its name, or objects without the manifest."""
+    if isinstance(store.place, LocalPlace):
+        store.place.put(f".tmp-killed/{ADAPTER}", b"half")
+        return ".tmp-killed"
+    store.place.put(f"{job(1).key}/{ADAPTER}", b"half")
+    return f".tmp-{job(1).key}"
 
 
 def test_a_half_written_directory_is_never_a_checkpoint(folder: FileCheckpoints) -> None:
-    """What a killed worker leaves is listed, so that it can be swept, and can't be read."""
+    """It is listed, so that it can be swept, and can't be read."""
     saved = folder.save(job(), FILES)
-    left = folder.root / ".tmp-killed"
-    left.mkdir()
-    (left / ADAPTER).write_bytes(b"half")
-    assert folder.held() == {saved.key, ".tmp-killed"}
-    with pytest.raises(IntegrityError):
-        folder.describe(".tmp-killed")
-    folder.erase([".tmp-killed"])
+    left = half_written(folder)
+    assert folder.held() == {saved.key, left}
+    for name in (left, job(1).key):
+        with pytest.raises(IntegrityError):
+            folder.describe(name)
+    folder.erase([left])
     assert folder.held() == {saved.key}
+    assert folder.place.parts(job(1).key) == frozenset()
+
+
+def test_a_save_goes_on_where_another_was_cut_short(folder: FileCheckpoints) -> None:
+    half_written(folder)
+    saved = folder.save(job(1), FILES)
+    assert folder.load(saved.key, saved.manifest_sha256) == FILES

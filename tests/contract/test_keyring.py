@@ -25,6 +25,7 @@ from sisa.ports import Keyring
 from sisa.store import files
 from sisa.store.files import TEMPORARY_PREFIX, read_checked
 from sisa.store.keyring import KEY_BYTES, MAGIC, PLAIN, FileKeyring, is_sealed, reseal
+from sisa.store.local_place import LocalPlace
 from tests.fake_keyring import FakeKeyring
 
 OpenKeyring = Callable[[], Keyring]
@@ -357,16 +358,16 @@ def test_files_change_their_form_and_not_their_content(
         (root / each).chmod(0o640)
     (root / "unknown").write_bytes(b"stays")
     plain = files_of(root)
-    reseal(root, room, ["a"], folder)
+    reseal(LocalPlace(root), room, ["a"], folder)
     sealed = files_of(root)
     assert {name for name, data in sealed.items() if is_sealed(data)} == set(names)
     for each in names:
         unseal = partial(folder.unseal, room, "a", each.partition("/")[2])
         assert read_checked(root / each, sha256_hex(plain[each]), "", unseal) == plain[each]
         assert stat.S_IMODE((root / each).stat().st_mode) == 0o640
-    reseal(root, room, ["a"], folder)
+    reseal(LocalPlace(root), room, ["a"], folder)
     assert files_of(root) == sealed  # what has the form already is left alone
-    reseal(root, room, ["a"], FileKeyring(folder.root, seals=False))
+    reseal(LocalPlace(root), room, ["a"], FileKeyring(folder.root, seals=False))
     assert files_of(root) == plain
     assert folder.held(room) == frozenset()
 
@@ -380,10 +381,12 @@ def test_a_cut_short_change_leaves_files_of_both_forms_and_no_foreign_file(
         (root / "a" / part).write_bytes(part.encode())
     code = (
         "import os, pathlib, sys\nfrom sisa.store.keyring import FileKeyring, reseal\n"
+        "from sisa.store.local_place import LocalPlace\n"
         "left, real = int(sys.argv[3]), os.replace\n"
         "def replace(*a):\n    global left\n    left -= 1\n    left or os._exit(9)\n    real(*a)\n"
         "os.replace = replace\n"
-        "reseal(pathlib.Path(sys.argv[1]), 'checkpoints', ['a'], FileKeyring(pathlib.Path(sys.argv[2])))"
+        "place, keys = LocalPlace(pathlib.Path(sys.argv[1])), FileKeyring(pathlib.Path(sys.argv[2]))\n"
+        "reseal(place, 'checkpoints', ['a'], keys)"
     )
     for step in (1, 2):
         command = [sys.executable, "-c", code, str(root), str(folder.root), str(step)]
@@ -393,7 +396,7 @@ def test_a_cut_short_change_leaves_files_of_both_forms_and_no_foreign_file(
             data = (root / "a" / part).read_bytes()
             assert folder.unseal("checkpoints", "a", part, data) == part.encode()
     monkeypatch.undo()
-    reseal(root, "checkpoints", ["a"], folder)
+    reseal(LocalPlace(root), "checkpoints", ["a"], folder)
     assert all(is_sealed(path.read_bytes()) for path in (root / "a").iterdir())
     with pytest.raises(IntegrityError, match="missing"):
-        reseal(root, "checkpoints", ["gone"], folder)
+        reseal(LocalPlace(root), "checkpoints", ["gone"], folder)

@@ -1,4 +1,4 @@
-"""What every RecordStore promises, over the fake and over Parquet files.
+"""What every RecordStore promises, over the fake and over Parquet files on a disk and on an S3 server.
 
 Records come back as they went in, a slice's file depends on its records alone (so that a file after a
 deletion equals one that never held the record), and a changed file is refused before it is parsed.
@@ -20,6 +20,7 @@ from sisa.ports import RecordStore, StoredRecord
 from sisa.store.keyring import FileKeyring, is_sealed
 from sisa.store.records import FileRecords
 from tests.fakes import FakeRecords, fake_record
+from tests.s3_server import fresh_place
 
 SECRET_TEXT = "the only copy of this text"
 texts = st.text(st.characters(codec="utf-8"), max_size=30)
@@ -44,18 +45,31 @@ def several(*numbers: int) -> list[StoredRecord]:
     return stored([fake_record(number, "ada") for number in numbers])
 
 
-@pytest.fixture(params=["fake", "files", "sealed"])
+@pytest.fixture(params=["fake", "files", "sealed", "objects", "sealed objects"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> RecordStore:
-    return FakeRecords() if request.param == "fake" else opened(tmp_path, request.param)
+    return FakeRecords() if request.param == "fake" else stored_as(request, tmp_path)
 
 
-@pytest.fixture(params=["files", "sealed"])
+@pytest.fixture(params=["files", "sealed", "objects"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> FileRecords:
-    return opened(tmp_path, request.param)
+    return stored_as(request, tmp_path)
+
+
+def stored_as(request: pytest.FixtureRequest, folder: Path) -> FileRecords:
+    """A store of the form that a fixture's parameter names; objects are on a real server."""
+    form = request.param
+    if not form.endswith("objects"):
+        return opened(folder, form)
+    keyring = FileKeyring(folder / "keyring", seals=form.startswith("sealed"))
+    return FileRecords(fresh_place(request.getfixturevalue("s3"), "records"), keyring)
 
 
 def opened(folder: Path, form: str) -> FileRecords:
     return FileRecords(folder / "records", FileKeyring(folder / "keyring", seals=form == "sealed"))
+
+
+def bytes_of(store: FileRecords, name: str) -> bytes:
+    return store.place.get(name, "file")
 
 
 def test_what_is_written_is_read(store: RecordStore) -> None:
@@ -73,7 +87,7 @@ def test_any_records_survive_parquet(
     store = opened(tmp_path_factory.mktemp("store"), "sealed" if sealed else "files")
     file = store.write(0, 0, "root", stored(found))
     assert store.read(file) == tuple(stored(found))
-    data = (store.root / file.name).read_bytes()
+    data = bytes_of(store, file.name)
     assert is_sealed(data) == sealed
     assert file.num_bytes == len(store.keyring.unseal("records", file.name, "", data))
 
@@ -116,8 +130,7 @@ def test_nothing_is_held_at_first(store: RecordStore) -> None:
 @pytest.mark.parametrize("cut", [0, 10, -1])
 def test_a_truncated_file_is_refused(folder: FileRecords, cut: int) -> None:
     file = folder.write(0, 0, "root", several(1, 2))
-    path = folder.root / file.name
-    path.write_bytes(path.read_bytes()[:cut])
+    folder.place.put(file.name, bytes_of(folder, file.name)[:cut])
     for look in (folder.read, folder.check):
         with pytest.raises(IntegrityError, match="not the one that was recorded"):
             look(file)
@@ -125,10 +138,9 @@ def test_a_truncated_file_is_refused(folder: FileRecords, cut: int) -> None:
 
 def test_a_file_of_another_form_is_refused(folder: FileRecords) -> None:
     """Even one whose digest the ledger names."""
-    folder.root.mkdir()
     for data in (b"", b"PAR1 not really PAR1"):
         file = SliceFile(0, 0, "root", 1, sha256_hex(data), len(data))
-        (folder.root / file.name).write_bytes(data)
+        folder.place.put(file.name, data)
         with pytest.raises(IntegrityError, match="can't be parsed"):
             folder.read(file)
 
@@ -144,17 +156,19 @@ def test_a_sealed_slice_is_described_as_the_plain_one(tmp_path: Path) -> None:
 def test_a_sealed_slice_without_its_key_is_refused(tmp_path: Path) -> None:
     store = opened(tmp_path, "sealed")
     file = store.write(0, 0, "root", several(1))
-    copy = (store.root / file.name).read_bytes()
+    copy = bytes_of(store, file.name)
     store.erase([file.name])
-    (store.root / file.name).write_bytes(copy)
+    store.place.put(file.name, copy)
     for look in (store.read, store.check):
         with pytest.raises(IntegrityError, match="key is missing from the keyring"):
             look(file)
 
 
-def test_only_the_owner_may_read_text(folder: FileRecords) -> None:
-    file = folder.write(0, 0, "root", several(1))
-    assert stat.S_IMODE((folder.root / file.name).stat().st_mode) == 0o600
+@pytest.mark.parametrize("form", ["files", "sealed"])
+def test_only_the_owner_may_read_text(form: str, tmp_path: Path) -> None:
+    store = opened(tmp_path, form)
+    file = store.write(0, 0, "root", several(1))
+    assert stat.S_IMODE(Path(store.place.location(file.name)).stat().st_mode) == 0o600
 
 
 def test_a_files_name_tells_nothing_of_its_records(folder: FileRecords) -> None:

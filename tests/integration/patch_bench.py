@@ -22,6 +22,7 @@ from sisa.patch import WRITTEN, Patch, PatchJob, VaultSet
 from sisa.patch_ports import PatchMade, PatchOrder, PatchSite
 from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.keyring import PLAIN, FileKeyring
+from sisa.store.local_place import LocalPlace
 from sisa.store.vault import FileVault
 from tests.integration.tiny_model import of_people
 from tests.knowing_base import record, teach
@@ -55,7 +56,7 @@ class Bench:
     def site(self) -> PatchSite:
         return PatchSite(
             vault_dir=self.folder / "vault",
-            patches_dir=self.folder / "patches",
+            patches_at=LocalPlace(self.folder / "patches"),
             runs_dir=self.folder / "runs",
             base_dir=self.base,
             base_digest=base_digest(self.base),
@@ -71,7 +72,7 @@ class Bench:
 
     @property
     def store(self) -> FileCheckpoints:
-        return FileCheckpoints(self.site.patches_dir, PLAIN, PATCHES)
+        return FileCheckpoints(self.site.patches_at, PLAIN, PATCHES)
 
     def put(self, role: Any, records: Sequence[Record]) -> VaultSet:
         name = digest_of([role, [each.id for each in records]])

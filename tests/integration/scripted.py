@@ -19,9 +19,11 @@ from sisa.digest import sha256_hex
 from sisa.domain import Chain, Part, Record, SliceFile, SliceJob
 from sisa.errors import IntegrityError
 from sisa.events import Event
+from sisa.place_ports import Place
 from sisa.ports import CheckpointStore, RecordStore, StoredRecord, Tick, Trainer
 from sisa.serial import SerialExecutor, Site
 from sisa.store.checkpoints import FileCheckpoints
+from sisa.store.local_place import LocalPlace
 from sisa.store.records import FileRecords
 
 NODE = "SCRIPTED_NODE"  # an environment variable of a node: its name
@@ -83,22 +85,27 @@ class ScriptedTrainer:
 
 
 def open_scripted(site: Site) -> tuple[Trainer, RecordStore, CheckpointStore]:
-    stores = FileRecords(site.records_dir), FileCheckpoints(site.checkpoints_dir)
+    stores = FileRecords(site.records_at), FileCheckpoints(site.checkpoints_at)
     return ScriptedTrainer(script_of(site)), *stores
 
 
 def script_of(site: Site) -> Path:
-    return site.records_dir.with_name("script")
+    return folder_of(site) / "script"
+
+
+def folder_of(site: Site) -> Path:
+    """Where everything of a site lies."""
+    return Path(site.records_at.location()).parent
 
 
 def make_site(folder: Path) -> Site:
     (folder / "script").mkdir(parents=True)
-    folders = folder / "records", folder / "checkpoints", folder / "script"
-    return Site(*folders, base_digest="b1", threads=1)
+    places = LocalPlace(folder / "records"), LocalPlace(folder / "checkpoints")
+    return Site(*places, folder / "script", base_digest="b1", threads=1)
 
 
 def make_chains(site: Site, numerics: str = "f1") -> list[Chain]:
-    records = FileRecords(site.records_dir)
+    records = FileRecords(site.records_at)
     return [make_chain(records, shard, numerics) for shard in range(NUM_SHARDS)]
 
 
@@ -126,16 +133,17 @@ def make_chain(records: FileRecords, shard: int, numerics: str = "f1") -> Chain:
     return Chain(shard, tuple(jobs), None, tuple(files))
 
 
-def bytes_of(directory: Path) -> dict[str, bytes]:
+def bytes_of(place: Place | Path) -> dict[str, bytes]:
+    directory = place if isinstance(place, Path) else Path(place.location())
     found = (path for path in directory.rglob("*") if path.is_file())
     return {path.relative_to(directory).as_posix(): path.read_bytes() for path in found}
 
 
 def serial_bytes(site: Site, chains: Sequence[Chain]) -> dict[str, bytes]:
-    scratch = replace(site, checkpoints_dir=site.checkpoints_dir.with_name("serial"))
+    scratch = replace(site, checkpoints_at=LocalPlace(folder_of(site) / "serial"))
     SerialExecutor(*open_scripted(scratch)).run(chains, ignore)
     (script_of(site) / "trained.log").unlink()
-    return bytes_of(scratch.checkpoints_dir)
+    return bytes_of(scratch.checkpoints_at)
 
 
 def ignore(_: Event) -> None:

@@ -175,10 +175,11 @@ def test_a_history_on_ray_is_that_of_the_plain_model(
 def test_a_worker_that_does_not_see_the_keyring_says_so(sealed: Tiny) -> None:
     from cluster.ray_worker import open_parts
     from sisa.serial import Site
+    from sisa.store.local_place import LocalPlace
 
     lost = FileKeyring(sealed.folder / "nowhere")
-    room = sealed.directory / RECORDS
-    site = Site(room, sealed.directory / CHECKPOINTS, sealed.base, "", 1, keyring=lost)
+    places = LocalPlace(sealed.directory / RECORDS), LocalPlace(sealed.directory / CHECKPOINTS)
+    site = Site(*places, sealed.base, "", 1, keyring=lost)
     with pytest.raises(EnvironmentFault, match="keyring is not visible"):
         open_parts(site)
 

@@ -21,6 +21,7 @@ from sisa.events import Event, Notice, SliceProgress, SliceTrained
 from sisa.ports import StoredRecord
 from sisa.serial import SerialExecutor, Site
 from sisa.store.checkpoints import FileCheckpoints
+from sisa.store.local_place import LocalPlace
 from sisa.store.records import FileRecords
 from tests.tiny_base import make_tiny_base
 
@@ -59,13 +60,13 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
 
     directory = tmp_path_factory.mktemp("kill")
     base = make_tiny_base(directory / "base")
-    folders = directory / "records", directory / "checkpoints", base
-    return Site(*folders, base_digest=base_digest(base), threads=1)
+    places = LocalPlace(directory / "records"), LocalPlace(directory / "checkpoints")
+    return Site(*places, base, base_digest=base_digest(base), threads=1)
 
 
 @pytest.fixture(scope="module")
 def chains(site: Site) -> list[Chain]:
-    return [make_chain(FileRecords(site.records_dir), shard, site) for shard in range(NUM_SHARDS)]
+    return [make_chain(FileRecords(site.records_at), shard, site) for shard in range(NUM_SHARDS)]
 
 
 def make_chain(store: FileRecords, shard: int, site: Site) -> Chain:
@@ -113,9 +114,9 @@ def adapters(checkpoints: FileCheckpoints, chains: Sequence[Chain]) -> dict[str,
 def train_serially(site: Site, chains: Sequence[Chain]) -> dict[str, str]:
     from sisa.model.lora import LoraTrainer
 
-    checkpoints = FileCheckpoints(site.checkpoints_dir.with_name("serial"))
+    checkpoints = FileCheckpoints(site.base_dir.with_name("serial"))
     trainer = LoraTrainer(site.base_dir, site.base_digest, site.threads)
-    SerialExecutor(trainer, FileRecords(site.records_dir), checkpoints).run(chains, ignore)
+    SerialExecutor(trainer, FileRecords(site.records_at), checkpoints).run(chains, ignore)
     return adapters(checkpoints, chains)
 
 
@@ -125,7 +126,7 @@ def ignore(_: Event) -> None:
 
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_a_killed_worker_changes_no_byte(site: Site, chains: list[Chain], num_workers: int) -> None:
-    here = replace(site, checkpoints_dir=site.checkpoints_dir.with_name(f"ray-{num_workers}"))
+    here = replace(site, checkpoints_at=LocalPlace(site.base_dir.with_name(f"ray-{num_workers}")))
     events: list[Event] = []
     killed: list[tuple[int, int]] = []
 
@@ -143,4 +144,4 @@ def test_a_killed_worker_changes_no_byte(site: Site, chains: list[Chain], num_wo
     assert [event for event in events if isinstance(event, Notice)]
     trained = [event.job.key for event in events if isinstance(event, SliceTrained)]
     assert len(trained) == len(set(trained)) == NUM_SHARDS * NUM_SLICES
-    assert adapters(FileCheckpoints(here.checkpoints_dir), chains) == train_serially(site, chains)
+    assert adapters(FileCheckpoints(here.checkpoints_at), chains) == train_serially(site, chains)

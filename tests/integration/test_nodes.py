@@ -94,7 +94,7 @@ def test_a_node_is_removed_without_warning(site: Site, chains: list[Chain], clus
             wait.unlink()
 
     executor(site, cluster).run(chains, report)
-    assert bytes_of(site.checkpoints_dir) == expected
+    assert bytes_of(site.checkpoints_at) == expected
     first, second = (node for place, _, node in begun(site) if place == "2.1")
     assert {first, second} == {"a", "b"}
     trained = [event.job.key for event in events if isinstance(event, SliceTrained)]
@@ -110,7 +110,7 @@ def test_a_silent_worker_is_killed_and_its_slice_trained_elsewhere(
     (script_of(site) / "stop-1.1").touch()
     events: list[Event] = []
     executor(site, cluster, stall_limit_s=2).run(chains, events.append)
-    assert bytes_of(site.checkpoints_dir) == expected
+    assert bytes_of(site.checkpoints_at) == expected
     (_, stopped, first), (_, _, second) = (each for each in begun(site) if each[0] == "1.1")
     assert {first, second} == {"a", "b"}
     assert not psutil.pid_exists(stopped)
@@ -126,7 +126,7 @@ def test_a_worker_killed_for_memory(site: Site, chains: list[Chain], cluster: Cl
     (script_of(site) / "hungry-0.1").touch()
     events: list[Event] = []
     executor(site, cluster).run(chains, events.append)
-    assert bytes_of(site.checkpoints_dir) == expected
+    assert bytes_of(site.checkpoints_at) == expected
     assert [place for place, *_ in begun(site)].count("0.1") == 2
     assert any("shard 0 died" in text for text in notices(events))
 
@@ -145,7 +145,7 @@ def test_a_node_that_joins_later_trains(site: Site, chains: list[Chain], cluster
 
     executor(site, cluster).run(chains, report)
     assert {node for _, _, node in begun(site)} == {"a", "b"}
-    assert bytes_of(site.checkpoints_dir) == serial_bytes(site, chains)
+    assert bytes_of(site.checkpoints_at) == serial_bytes(site, chains)
 
 
 def test_a_node_of_other_bits_never_trains(site: Site, chains: list[Chain], cluster: Cluster) -> None:
@@ -159,7 +159,7 @@ def test_a_node_of_other_bits_never_trains(site: Site, chains: list[Chain], clus
     assert len(told) == 2
     assert any("fingerprint is f2, not f1" in text for text in told)
     assert any("self-test gave d2, and d1" in text for text in told)
-    assert bytes_of(site.checkpoints_dir) == serial_bytes(site, chains)
+    assert bytes_of(site.checkpoints_at) == serial_bytes(site, chains)
 
 
 def test_no_node_may_train(site: Site, chains: list[Chain], cluster: Cluster) -> None:

@@ -109,7 +109,7 @@ def test_a_patch_upon_a_patch_is_made_from_what_lies_beneath(bench: Bench) -> No
     assert upper.report["num_beneath"] == 1
     stack = [bench.files(lower), bench.files(upper)]
     assert probability(bench, stack, KEEP) < probability(bench, stack[:1], KEEP) - 0.05
-    (adapter,) = (bench.site.patches_dir / first.job.key).glob("*.safetensors")
+    (adapter,) = (bench.folder / "patches" / first.job.key).glob("*.safetensors")
     adapter.write_bytes(adapter.read_bytes()[:-1] + b"x")
     with pytest.raises(IntegrityError):
         bench.make(second)

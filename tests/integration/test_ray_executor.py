@@ -74,7 +74,7 @@ def test_same_bytes_as_serial(site: Site, chains: list[Chain], num_workers: int)
     expected = serial_bytes(site, chains)
     events: list[Event] = []
     executor(site, num_workers).run(chains, events.append)
-    assert bytes_of(site.checkpoints_dir) == expected
+    assert bytes_of(site.checkpoints_at) == expected
     trained = [event.job.key for event in events if isinstance(event, SliceTrained)]
     assert sorted(trained) == sorted(job.key for chain in chains for job in chain.jobs)
 
@@ -89,7 +89,7 @@ def test_a_killed_worker_costs_its_slice(site: Site, chains: list[Chain]) -> Non
     (site.base_dir / "kill-1.1").touch()
     events: list[Event] = []
     executor(site).run(chains, events.append)
-    assert bytes_of(site.checkpoints_dir) == expected
+    assert bytes_of(site.checkpoints_at) == expected
     places = trained_places(site)
     assert places.count("1.1") == 2
     assert len(places) == NUM_SHARDS * NUM_SLICES + 1
@@ -106,7 +106,7 @@ def test_a_worker_that_always_dies_is_given_up(site: Site, chains: list[Chain]) 
     assert trained_places(site).count("1.1") == 2
     (site.base_dir / "kill-1.1").unlink()
     executor(site).run(chains, ignore)
-    assert bytes_of(site.checkpoints_dir) == serial_bytes(site, chains)
+    assert bytes_of(site.checkpoints_at) == serial_bytes(site, chains)
 
 
 def test_deaths_with_a_finished_slice_between_them_are_not_counted_together(
@@ -124,7 +124,7 @@ def test_deaths_with_a_finished_slice_between_them_are_not_counted_together(
 
     executor(site, max_retries=1).run(chains, report)
     assert [trained_places(site).count(f"1.{each}") for each in range(NUM_SLICES)] == [2, 2, 2]
-    assert bytes_of(site.checkpoints_dir) == serial_bytes(site, chains)
+    assert bytes_of(site.checkpoints_at) == serial_bytes(site, chains)
 
 
 def test_a_typed_error_arrives_as_itself(site: Site, chains: list[Chain]) -> None:
@@ -212,7 +212,7 @@ def test_an_error_in_the_driver_ends_the_workers(site: Site, chains: list[Chain]
     while any(psutil.pid_exists(pid) for pid in pids):
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    assert bytes_of(site.checkpoints_dir) == {}
+    assert bytes_of(site.checkpoints_at) == {}
 
 
 def test_workers_are_kept_between_runs(site: Site, chains: list[Chain]) -> None:
@@ -343,7 +343,7 @@ def wait_for_nodes(address: str, num_nodes: int) -> None:
 def test_the_base_is_carried_to_a_node_that_lacks_it(
     site: Site, two_nodes: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    records = FileRecords(site.records_dir)
+    records = FileRecords(site.records_at)
     chains = [make_chain(records, shard) for shard in range(NUM_SHARDS)]
     expected = serial_bytes(site, chains)
     (site.base_dir / "model.safetensors").write_bytes(b"w" * 5000)
@@ -352,7 +352,7 @@ def test_the_base_is_carried_to_a_node_that_lacks_it(
     wait_for_nodes(two_nodes, 2)
     events: list[Event] = []
     RayExecutor(here, two_nodes, 1, 0, open_scripted, prove=scripted_proof).run(chains, events.append)
-    assert bytes_of(site.checkpoints_dir) == expected
+    assert bytes_of(site.checkpoints_at) == expected
     assert bytes_of(tmp_path / "cache" / "base" / "b1")["model.safetensors"] == b"w" * 5000
     assert len([event for event in events if isinstance(event, Notice)]) == 1
 

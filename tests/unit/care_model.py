@@ -36,6 +36,7 @@ from sisa.store.exports import DirectoryExports
 from sisa.store.index import FaissIndex
 from sisa.store.ledger import SqlLedger
 from sisa.store.metrics import FileMetrics
+from sisa.store.places import rooms
 from sisa.store.records import FileRecords
 from sisa.store.runs import FileRuns
 from sisa.store.vault import FileVault
@@ -68,14 +69,15 @@ def world_of(
     config = create or opening.stored_config(ledger.meta())
     embedder = HashingEmbedder()
     keyring = opening.open_keyring(config, NAME)
-    records = FileRecords(directory / opening.RECORDS, keyring)
-    patches = FileCheckpoints(directory / opening.PATCHES, keyring, opening.PATCHES)
+    places = rooms(directory, config.storage, NAME)
+    records = FileRecords(places[opening.RECORDS], keyring)
+    patches = FileCheckpoints(places[opening.PATCHES], keyring, opening.PATCHES)
     vault = FileVault(directory / opening.VAULT, opening.vault_keyring(config, NAME))
     world = World(
         witness=FakeWitness(),
         ledger=ledger,
         records=records,
-        checkpoints=FileCheckpoints(directory / opening.CHECKPOINTS, keyring),
+        checkpoints=FileCheckpoints(places[opening.CHECKPOINTS], keyring),
         index=FaissIndex(directory / opening.INDEX, embedder.dimension, keyring),
         keyring=keyring,
         exports=DirectoryExports(),
@@ -94,6 +96,7 @@ def world_of(
         fingerprint=numerics or fingerprint(config.sisa.threads_per_shard),
         now=lambda: now,
         report=lambda _: None,
+        places=places,
     )
     try:
         yield world

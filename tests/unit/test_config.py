@@ -204,6 +204,7 @@ OTHER: dict[str, Any] = {
     "base_model": "other",
     "datasets": [{"path": "other"}],
     "output_dir": "other",
+    "storage": "s3://bucket/other",
     "encrypt": True,
     "keyring": "other",
     "lora_r": 4,
@@ -262,7 +263,8 @@ def test_each_key_has_one_effect() -> None:
     where = {"base_model", "sisa.shards", "sisa.slices", "sisa.bands", "sisa.group_by"}
     where |= {"sisa.partition_key_file"}
     cluster = {key for key in OTHER if key.startswith("cluster.")}
-    none = {"output_dir", "datasets", "witness", "keyring", "probe", "patch_mode", "sisa.aggregation"}
+    none = {"output_dir", "datasets", "storage", "witness", "keyring", "probe", "patch_mode"}
+    none |= {"sisa.aggregation"}
     assert effects["none"] == cluster | none
     assert effects["reseal"] == {"encrypt"}
     assert effects["reset"] == where

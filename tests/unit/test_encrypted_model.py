@@ -444,7 +444,7 @@ def test_a_plain_file_in_an_encrypted_model_is_read_told_and_sealed(model: Path)
 def set_form(model: Path, *, seals: bool) -> Callable[[], None]:
     """What `--reconfigure` does: every file in its other form, then the commit."""
     with world_of(model) as world:
-        reseal(replace(world, keyring=FileKeyring(keyring_of(model).root, seals)), model)
+        reseal(replace(world, keyring=FileKeyring(keyring_of(model).root, seals)))
 
     def commit() -> None:
         with world_of(model) as world:

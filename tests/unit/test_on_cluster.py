@@ -15,6 +15,7 @@ from sisa.errors import InvalidInput
 from sisa.opening import OnCluster
 from sisa.runfile import parse_run_file
 from sisa.serial import Site
+from sisa.store.local_place import LocalPlace
 
 RUN_FILE = "{datasets: [{path: owner/people}], output_dir: model, cluster: {address: 'old:1'}}"
 
@@ -47,7 +48,8 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def test_executors_patchers_and_bases_get_the_address(seen: list[Any], tmp_path: Path) -> None:
-    there, site = OnCluster("ray", "new:2"), Site(tmp_path, tmp_path, tmp_path, "b", 1)
+    there, here = OnCluster("ray", "new:2"), LocalPlace(tmp_path)
+    site = Site(here, here, tmp_path, "b", 1)
     config = parse_run_file(RUN_FILE, "run.yaml")
     options: Mapping[str, Any] = config.cluster.model_dump(mode="json")
     opening.find_executor(there)(site, options)

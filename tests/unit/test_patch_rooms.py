@@ -105,7 +105,7 @@ def test_the_vault_of_a_plain_model_is_sealed(model: Path) -> None:
 def test_a_form_follows_the_run_file_and_the_vaults_does_not(model: Path) -> None:
     for seals in (True, False):
         with world_of(model) as world:
-            reseal(replace(world, keyring=FileKeyring(keyring_of(model).root, seals)), model)
+            reseal(replace(world, keyring=FileKeyring(keyring_of(model).root, seals)))
         (patch_dir,) = (model / PATCHES).iterdir()
         assert {is_sealed(path.read_bytes()) for path in patch_dir.iterdir()} == {seals}
         assert all(is_sealed(path.read_bytes()) for path in vault_files(model))

@@ -64,7 +64,7 @@ def record(number: int) -> Record:
 
 
 def open_fake(site: Site, _options: Mapping[str, Any]) -> SerialExecutor:
-    records, checkpoints = FileRecords(site.records_dir), FileCheckpoints(site.checkpoints_dir)
+    records, checkpoints = FileRecords(site.records_at), FileCheckpoints(site.checkpoints_at)
     return SerialExecutor(FakeTrainer(), records, checkpoints)
 
 

@@ -1,0 +1,91 @@
+"""A place on a disk: a directory of files, and of directories that appear by one rename.
+
+Rules: those of `files.py`. A file that is replaced keeps its mode; what is put anew gets the place's. A
+path that several machines share is such a place on each of them.
+
+Not covered: what a disk, a snapshot or a server keeps of unlinked blocks: a path has no versions to
+purge, and those of what is mounted there are out of sight.
+
+>>> import tempfile
+>>> with tempfile.TemporaryDirectory() as folder:
+...     place = LocalPlace(Path(folder) / "records")
+...     place.put("a", b"abc")
+...     place.put_new("a", b"other"), place.get("a", "file"), place.held()
+(False, b'abc', frozenset({'a'}))
+"""
+
+from __future__ import annotations
+
+import contextlib
+import stat
+import tempfile
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from sisa.place_ports import Kept, Place
+from sisa.store import files
+
+
+@dataclass(frozen=True, slots=True)
+class LocalPlace:
+    """A Place in a directory, which is made when something is put there."""
+
+    root: Path
+    mode: int = 0o644
+
+    def below(self, name: str) -> LocalPlace:
+        return replace(self, root=self.root / name)
+
+    def location(self, name: str = "") -> str:
+        return str(self.root.absolute() / name)
+
+    def refuse_unusable(self) -> None:
+        with files.disk_errors(self.root):
+            self.root.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.root):
+                pass
+
+    def held(self) -> frozenset[str]:
+        with contextlib.suppress(NotADirectoryError):
+            return files.held_names(self.root)
+        return frozenset()
+
+    def parts(self, group: str) -> frozenset[str]:
+        return self.below(group).held()
+
+    def get(self, name: str, what: str) -> bytes:
+        return files.read_whole(self.root / name, what)
+
+    def head(self, name: str, num_bytes: int) -> bytes:
+        return files.read_whole(self.root / name, "file of the model", num_bytes)
+
+    def num_bytes(self, name: str) -> int:
+        return files.num_bytes(self.root / name)
+
+    def put(self, name: str, data: bytes) -> None:
+        path = self.root / name
+        with files.disk_errors(path):
+            mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else self.mode
+        files.write_atomic(path, data, mode, temporary_in=self.root)
+
+    def put_new(self, name: str, data: bytes) -> bool:
+        return files.write_new(self.root / name, data, self.mode, temporary_in=self.root)
+
+    def put_group(self, name: str, parts: Mapping[str, bytes]) -> None:
+        files.write_directory(self.root / name, dict(parts))
+
+    def erase(self, names: Collection[str]) -> None:
+        for name in names:
+            files.erase(self.root / name)
+
+    def clear(self) -> None:
+        files.erase(self.root)
+
+    def purge(self, *, dry_run: bool = False) -> tuple[Kept, ...]:  # noqa: ARG002
+        return ()
+
+
+def absolute(place: Place) -> Place:
+    """The same place for a process in another working directory."""
+    return replace(place, root=place.root.absolute()) if isinstance(place, LocalPlace) else place

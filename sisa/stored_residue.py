@@ -1,0 +1,148 @@
+"""The part of the scan for residue that concerns an object store: what `residue.py` asks of a directory.
+
+    slice files          as recorded, and every row of a held record
+    checkpoints          as recorded, and made of records that are all still held
+    patches              as recorded, served or trained over
+    old versions         none; where they can't be listed they can't be excluded
+    all objects          known to the ledger, and without the strings that the caller gives
+
+Rules: nothing is changed, and no byte touches a disk: objects are read into memory one at a time. The
+rest is as in `residue.py`. Places are named by URI.
+
+Not covered: objects outside the model's own prefix, replicas of the bucket, its access logs.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from sisa.digest import sha256_hex
+from sisa.domain import SliceJob, Tombstone
+from sisa.errors import IntegrityError
+from sisa.found_rows import Residue, Unreadable, parquet_ids
+from sisa.lineage import parse_manifest, parse_patch_manifest, proves_clean
+from sisa.needles import Needles
+from sisa.opening import CHECKPOINTS, PATCHES, RECORDS
+from sisa.place_ports import Place
+from sisa.store.checkpoints import MANIFEST
+from sisa.store.keyring import is_sealed
+from sisa.store.local_place import LocalPlace
+from sisa.world import World, known_names
+
+
+def scan_objects(
+    world: World, needles: Needles, residue: list[Residue], counts: dict[str, int]
+) -> tuple[str, ...]:
+    """Scan the rooms that lie in an object store; adds to `residue` and `counts`, and names them."""
+    rooms = {
+        room: place for room, place in sorted(world.places.items()) if not isinstance(place, LocalPlace)
+    }
+    for room, place in rooms.items():
+        residue += _Room(world, room, place, needles, counts).scan()
+    return tuple(place.location() for place in rooms.values())
+
+
+@dataclass
+class _Room:
+    world: World
+    room: str
+    place: Place
+    needles: Needles
+    counts: dict[str, int]
+
+    def scan(self) -> Iterator[Residue]:
+        known = known_names(self.world).get(self.room, frozenset())
+        for name in sorted(self.place.held()):
+            parts = sorted(self.place.parts(name))
+            if name not in known:
+                yield self._found("unknown_file", name, "unknown to the ledger")
+            plain = {part: self._read(f"{name}/{part}" if part else name) for part in parts or [""]}
+            for part, data in plain.items():
+                yield from self._strings(f"{name}/{part}" if part else name, data)
+            if self.room == RECORDS:
+                yield from self._slice(name, plain.get(""))
+            elif MANIFEST in plain and self.room in (CHECKPOINTS, PATCHES):
+                yield from self._group(name, plain)
+        for kept in self.place.purge(dry_run=True):
+            yield Residue("old_versions", kept.where, "", f"kept by the bucket: {kept.why}")
+
+    def _found(self, kind: str, name: str, what: str, position: str = "") -> Residue:
+        return Residue(kind, self.needles.hidden(self.place.location(name)), position, what)
+
+    def _read(self, name: str) -> bytes | None:
+        """An object's plaintext; None for one that no held key opens."""
+        data = self.place.get(name, "object")
+        self.counts["files"] += 1
+        self.counts["bytes"] += len(data)
+        group, _, part = name.partition("/")
+        try:
+            return self.world.keyring.unseal(self.room, group, part, data)
+        except IntegrityError:
+            self.counts["shredded"] += is_sealed(data)
+            return None
+
+    def _strings(self, name: str, data: bytes | None) -> Iterator[Residue]:
+        for number in self.needles.in_value(name):
+            yield self._found("string", "", f"string {number + 1} is in a name here", "name")
+        for found in self.needles.in_file(Path(name), data or b""):
+            what = f"string {found.needle + 1} of {len(self.needles)} is here"
+            yield self._found("string", name, what, found.position)
+
+    def _slice(self, name: str, data: bytes | None) -> Iterator[Residue]:
+        recorded = {each.name: each.sha256 for each in self.world.ledger.slices()}.get(name)
+        if data is None or (recorded and sha256_hex(data) != recorded):
+            if recorded:
+                what = "not the recorded file, so that its content proves nothing"
+                yield self._found("damaged", name, what)
+            return
+        digests: dict[int, str] = {}
+        try:
+            for at, each in enumerate(parquet_ids(io.BytesIO(data))):
+                self.counts["rows"] += 1
+                if each is not None:
+                    digests[at] = self.world.assigner.id_digest(each)
+        except Unreadable:
+            what = "can't be decoded, so that its rows prove nothing"
+            yield self._found("unreadable", name, what)
+        rows = self.world.ledger.lookup(digests.values())
+        for at, digest in digests.items():
+            row = rows.get(digest)
+            if isinstance(row, Tombstone):
+                what = f"a row of a record that request {row.request_id} deleted"
+                yield self._found("deleted_row", name, what, f"row {at}")
+            elif row is None:
+                yield self._found("unknown_row", name, "a row of no held record", f"row {at}")
+
+    def _group(self, key: str, plain: dict[str, bytes | None]) -> Iterator[Residue]:
+        manifest = plain[MANIFEST]
+        if manifest is None:
+            return  # shredded; unknown above, or damaged below
+        parsed, patch = parse_manifest(manifest), parse_patch_manifest(manifest)
+        self.counts["checkpoints" if parsed else "patches"] += 1
+        if parsed is None and patch is None:
+            yield self._found("unreadable", key, "a checkpoint whose manifest can't be parsed")
+            return
+        names = parsed[1] if parsed else patch[1] if patch else {}
+        digests = {part: sha256_hex(data) for part, data in plain.items() if data is not None}
+        recorded = self._recorded(key)
+        if recorded not in (None, digests[MANIFEST]) or names.items() - digests.items():
+            yield self._found("damaged", key, "its bytes are not the recorded ones")
+        for part in sorted(plain.keys() - names.keys() - {MANIFEST}):
+            what = "a file that the manifest beside it does not name"
+            yield self._found("unknown_file", f"{key}/{part}", what)
+        if parsed and not self._clean(parsed[0]):
+            what = "a checkpoint that is not of held records alone"
+            yield self._found("tainted", key, what)
+
+    def _recorded(self, key: str) -> str | None:
+        held = {each.key: each.manifest_sha256 for each in self.world.ledger.checkpoints()}
+        held |= {each.key: each.manifest_sha256 for each in self.world.ledger.patches()}
+        return held.get(key)
+
+    def _clean(self, job: SliceJob) -> bool:
+        seqs = {each.key: each.seq for each in self.world.ledger.checkpoints(job.shard)}
+        seq = seqs.get(job.key, self.world.ledger.seq())
+        return proves_clean(job, self.world.ledger.rows(job.shard), seq)

@@ -1,0 +1,378 @@
+"""What every Place promises, over a directory and over buckets of a real S3 server.
+
+The buckets keep versions, or do not. A blob is whole or absent; a group counts when all of it is there;
+what is erased is gone: no version of it is left, or it is told where and why one is.
+"""
+
+from __future__ import annotations
+
+import http.server
+import importlib
+import pickle
+import stat
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from types import ModuleType
+from typing import Any, ClassVar
+
+import pytest
+
+from sisa.errors import EnvironmentFault, IntegrityError, TransientError
+from sisa.place_ports import Place
+from sisa.store import object_client, object_place
+from sisa.store.local_place import LocalPlace
+from sisa.store.object_place import LAST, ObjectPlace
+from tests.s3_server import Server, fresh_place
+
+GROUP = {"weights": b"w" * 100, "state": b"{}", LAST: b"{}"}
+
+
+@pytest.fixture(params=["disk", "objects", "plain objects"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+    if request.param == "disk":
+        return LocalPlace(tmp_path / "place")
+    return fresh_place(request.getfixturevalue("s3"), versions=request.param == "objects")
+
+
+@pytest.fixture
+def objects(s3: Server) -> ObjectPlace:
+    """In a bucket that keeps versions."""
+    return fresh_place(s3)
+
+
+def versions(server: Server, place: ObjectPlace) -> list[tuple[str, bytes | None]]:
+    """All versions and delete markers below a place, by name."""
+    found = server.versions(place.bucket).items()
+    start = f"{place.prefix}/"
+    return [(key.removeprefix(start), data) for (key, _), data in found if key.startswith(start)]
+
+
+def test_nothing_is_held_at_first(place: Place) -> None:
+    assert place.held() == place.parts("a") == frozenset()
+    assert place.num_bytes("") == place.num_bytes("a") == 0
+    for read in (place.get, lambda name, _what: place.head(name, 1)):
+        with pytest.raises(IntegrityError) as caught:
+            read("a", "slice file")
+        assert caught.value.where == place.location("a")
+    with pytest.raises(IntegrityError, match="a slice file is missing"):
+        place.get("a/b", "slice file")
+    assert place.purge() == ()
+
+
+def test_what_is_put_is_got(place: Place) -> None:
+    place.put("a", b"first")
+    place.put("a", b"second")
+    place.put("g/part", b"x" * 10)
+    assert (place.get("a", "file"), place.head("a", 3), place.num_bytes("a")) == (b"second", b"sec", 6)
+    assert place.num_bytes("") == 16
+    place.put("empty", b"")
+    assert place.get("empty", "file") == b""
+
+
+def test_a_usable_place_is_as_it_was(place: Place) -> None:
+    place.put("a", b"1")
+    place.refuse_unusable()
+    assert place.held() == {"a"}
+    assert place.purge() == ()
+
+
+def test_one_of_many_writers_of_a_name_is_first(place: Place) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        won = list(pool.map(lambda n: place.put_new("a", str(n).encode()), range(4)))
+    assert won.count(True) == 1
+    assert place.get("a", "file") == str(won.index(True)).encode()
+    assert not place.put_new("a", b"late")
+
+
+def test_a_group_is_whole_and_is_kept(place: Place) -> None:
+    place.put_group("g", GROUP)
+    place.put_group("g", {**GROUP, "weights": b"other"})
+    assert place.held() == {"g"}
+    assert place.parts("g") == GROUP.keys()
+    assert place.num_bytes("g") == sum(map(len, GROUP.values()))
+    assert {part: place.get(f"g/{part}", "file") for part in GROUP} == GROUP
+
+
+def test_erased_is_gone_and_its_neighbours_stay(place: Place) -> None:
+    for name in ("a", "ab"):
+        place.put(name, b"1")
+        place.put(name, b"2")
+    place.put_group("g", GROUP)
+    place.put_group("gh", GROUP)
+    place.erase(["a", "g", "never"])
+    assert place.held() == {"ab", "gh"}
+    assert place.parts("g") == frozenset()
+    place.erase(["a", "g"])
+    assert place.purge() == place.purge(dry_run=True) == ()
+
+
+def test_places_below_are_apart(place: Place) -> None:
+    one, other = place.below("one"), place.below("two")
+    one.put("a", b"1")
+    one.put_group("g", GROUP)
+    other.put("a", b"2")
+    one.clear()
+    one.clear()
+    assert not one.held()
+    assert other.held() == {"a"}
+    assert other.location("a") == place.location("two/a")
+    assert one.purge() == ()
+
+
+def test_a_place_travels_without_credentials(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush-hush")
+    place.put("a", b"1")
+    packed = pickle.dumps(place)
+    assert b"hush-hush" not in packed
+    again: Place = pickle.loads(packed)  # noqa: S301
+    assert (again, again.get("a", "file")) == (place, b"1")
+
+
+def test_a_replaced_file_keeps_its_mode(tmp_path: Path) -> None:
+    place = LocalPlace(tmp_path, mode=0o600)
+    place.put("a", b"1")
+    (tmp_path / "a").chmod(0o640)
+    place.put("a", b"2")
+    place.put_new("b", b"1")
+    assert [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in "ab"] == [0o640, 0o600]
+    assert place.held() == {"a", "b"}
+
+
+# --- object stores alone -------------------------------------------------------------------------
+
+
+def test_parts_without_their_manifest_are_no_group(objects: ObjectPlace) -> None:
+    objects.put("g/weights", b"half")
+    (left,) = objects.held()
+    assert left != "g"
+    assert (objects.get(f"{left}/weights", "file"), objects.num_bytes(left)) == (b"half", 4)
+    objects.put_group("g", GROUP)
+    assert objects.held() == {"g"}
+    objects.erase([left])  # finished meanwhile: it stays
+    assert objects.parts("g") == GROUP.keys()
+    objects.put("h/weights", b"half")
+    objects.erase(objects.held() - {"g"})
+    assert objects.held() == {"g"}
+
+
+def test_no_version_is_left(s3: Server, objects: ObjectPlace) -> None:
+    objects.put("a", b"old")
+    objects.put("a", b"new")
+    s3.client().delete_object(Bucket=objects.bucket, Key=f"{objects.prefix}/a")  # a marker over both
+    objects.put("a", b"newest")
+    assert len(versions(s3, objects)) == 4
+    (told,) = objects.purge(dry_run=True)
+    assert (told.where, told.why) == (objects.location("a"), "3 old versions: not purged yet")
+    assert objects.purge() == ()
+    assert versions(s3, objects) == [("a", b"newest")]
+    objects.put("a", b"again")
+    objects.erase(["a"])
+    assert versions(s3, objects) == []
+
+
+def test_what_a_lock_keeps_is_hidden_and_told(s3: Server) -> None:
+    place = ObjectPlace(s3.bucket("locked", lock=True), "m", s3.url, "us-east-1")
+    until = datetime.now(UTC) + timedelta(days=1)
+    locked = {"ObjectLockMode": "COMPLIANCE", "ObjectLockRetainUntilDate": until}
+    s3.client().put_object(Bucket="locked", Key="m/a", Body=b"text", **locked)
+    place.put("b", b"free")
+    place.erase(["a", "b"])
+    for _ in range(2):  # the marker is not purged: it hides the version
+        (kept,) = place.purge()
+        assert kept.where == place.location("a")
+        assert kept.why == "1 old versions: AccessDenied"
+        assert place.held() == frozenset()
+
+
+def test_versions_that_may_not_be_listed_can_not_be_excluded(
+    s3: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = replace(fresh_place(s3), region="eu-west-1")  # a client of its own
+    plain = replace(fresh_place(s3, versions=False), region="eu-west-1")
+    with s3.enforced("reader", ["s3:ListBucketVersions"]) as credentials:
+        for name, value in credentials.items():
+            monkeypatch.setenv(name, value)
+        for each in (place, plain):
+            each.put("a", b"text")
+            each.erase(["a"])
+            assert each.held() == frozenset()
+        (kept,) = place.purge()
+        assert kept.where == place.location()
+        assert "AccessDenied" in kept.why
+        assert plain.purge() == ()  # that bucket never kept any
+    assert len(versions(s3, place)) == 2
+    again = replace(place, region="us-east-1")
+    assert again.purge() == ()
+    assert versions(s3, again) == []
+
+
+def test_a_refusal_is_typed(s3: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = fresh_place(s3)
+    own.put("a", b"text")
+    place = replace(own, region="eu-west-2")  # a client of its own
+    touches = (place.held, lambda: place.put("a", b""), lambda: place.get("a", "file"), place.clear)
+    with s3.enforced("nobody", ["s3:*"]) as credentials:
+        for name, value in credentials.items():
+            monkeypatch.setenv(name, value)
+        for touch in touches:
+            with pytest.raises(EnvironmentFault) as caught:
+                touch()
+            assert caught.value.got in ("AccessDenied", "ACCESS_DENIED")
+            assert "allow" in caught.value.next_step
+
+
+def test_an_unknown_bucket_is_an_environment_fault(s3: Server) -> None:
+    place = ObjectPlace("nowhere", "m", s3.url, "us-east-1")
+    for touch in (place.held, lambda: place.put("a", b""), lambda: place.erase(["a"]), place.clear):
+        with pytest.raises(EnvironmentFault) as caught:
+            touch()
+        assert (caught.value.got, caught.value.exit_code) == ("NoSuchBucket", 6)
+
+
+class Scripted(http.server.BaseHTTPRequestHandler):
+    """Answers with the statuses that it was given, then as a store that has an object `ab`."""
+
+    left: ClassVar[list[int]]
+    seen: ClassVar[list[str]]
+
+    def do_PUT(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self._answer(b"")
+
+    def do_GET(self) -> None:
+        self._answer(b"ab")
+
+    do_HEAD = do_GET
+
+    def _answer(self, body: bytes) -> None:
+        self.seen.append(self.command)
+        status = self.left.pop(0) if self.left else 200
+        self.send_response(status)
+        data = body if status == 200 else b"<Error><Code>SlowDown</Code></Error>"
+        self.send_header("Content-Length", str(len(data)))
+        self.send_header("Last-Modified", "Wed, 01 Jan 2025 00:00:00 GMT")
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+@contextmanager
+def scripted(*statuses: int) -> Iterator[tuple[ObjectPlace, list[str]]]:
+    handler = type("Handler", (Scripted,), {"left": list(statuses), "seen": []})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        yield ObjectPlace("bucket", "m", url, "us-east-1"), handler.seen  # type: ignore[attr-defined]
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.usefixtures("s3")
+def test_what_may_pass_is_tried_again() -> None:
+    with scripted(503) as (place, seen):
+        place.put("a", b"ab")
+        assert seen == ["PUT", "PUT"]
+    with scripted(503) as (place, seen):
+        assert place.get("a", "file") == b"ab"
+        assert len(seen) > 1
+
+
+@pytest.mark.usefixtures("s3")
+def test_what_does_not_pass_is_a_transient_error() -> None:
+    with scripted(*[503] * 99) as (place, seen):
+        with pytest.raises(TransientError) as caught:
+            place.put("a", b"ab")
+        assert (caught.value.exit_code, caught.value.got) == (6, "SlowDown")
+        assert seen == ["PUT", "PUT"]  # AWS_MAX_ATTEMPTS
+        with pytest.raises(TransientError):
+            place.get("a", "file")
+    for touch in (place.held, lambda: place.get("a", "file"), lambda: place.put_new("a", b"")):
+        with pytest.raises(TransientError) as caught:
+            touch()
+        assert caught.value.where.startswith("s3://bucket/m")
+
+
+class Meddling:
+    """A client that meddles with conditional puts; the rest is the real one."""
+
+    def __init__(self, client: Any, *, ignores: bool = False, conflicts: int = 0) -> None:
+        self._client, self._ignores, self.conflicts = client, ignores, conflicts
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._client, name)
+
+    def put_object(self, **arguments: Any) -> Any:
+        if self.conflicts and "IfNoneMatch" in arguments:
+            from botocore.exceptions import ClientError
+
+            self.conflicts -= 1
+            raise ClientError({"Error": {"Code": "ConditionalRequestConflict"}}, "PutObject")
+        if self._ignores:
+            arguments.pop("IfNoneMatch", None)
+        return self._client.put_object(**arguments)
+
+
+def meddle(monkeypatch: pytest.MonkeyPatch, objects: ObjectPlace, **how: Any) -> Meddling:
+    client = Meddling(object_client.boto(objects.endpoint, objects.region), **how)
+    monkeypatch.setattr(object_client, "boto", lambda *_: client)
+    monkeypatch.setattr(object_place, "CONFLICT_PAUSE_S", 0.001)
+    return client
+
+
+def test_a_server_that_ignores_conditions_is_refused(
+    objects: ObjectPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meddle(monkeypatch, objects, ignores=True)
+    with pytest.raises(EnvironmentFault, match="ignores conditional puts"):
+        objects.refuse_unusable()
+    assert objects.held() == frozenset()
+
+
+def test_a_conflict_of_two_puts_is_waited_for(
+    objects: ObjectPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = meddle(monkeypatch, objects, conflicts=2)
+    assert objects.put_new("a", b"1")
+    client.conflicts = 2
+    assert not objects.put_new("a", b"2")
+    client.conflicts = 99
+    with pytest.raises(EnvironmentFault) as caught:
+        objects.put_new("b", b"1")
+    assert caught.value.got == "ConditionalRequestConflict"
+
+
+def test_without_boto3_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.import_module
+
+    def absent(name: str) -> ModuleType:
+        if name == "boto3":
+            raise ImportError
+        return real(name)
+
+    monkeypatch.setattr(importlib, "import_module", absent)
+    with pytest.raises(EnvironmentFault, match="needs boto3") as caught:
+        ObjectPlace("bucket", "m", "http://nowhere", "us-east-1").held()
+    assert "deletion-ready-model[s3]" in caught.value.next_step
+
+
+def test_without_credentials_it_says_where_they_come_from(
+    s3: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    place = replace(fresh_place(s3), region="eu-nobody-1")
+    with pytest.raises(EnvironmentFault) as caught:
+        place.held()
+    assert caught.value.got == "NoCredentialsError"
+    assert "AWS_PROFILE" in caught.value.next_step
