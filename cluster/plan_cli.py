@@ -1,16 +1,19 @@
-"""`sisa simulate`: what a stream of deletions would cost, before there is a model.
+"""`sisa plan` and `sisa simulate`: what deletions would cost, before there is a model.
 
-Rules: as `cli.py`. Nothing is read but the run file, and nothing is trained: counts alone.
+Rules: as `cli.py`. Nothing is trained: closed forms and counts alone. `plan` takes bytes and rates from
+the run file's model where there is one; else they are given, or assumed and said to be.
 
-Not covered: the counting (`sisa/stream.py`).
+Not covered: the forms and the counting (`sisa/advice.py`, `sisa/stream.py`).
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -18,18 +21,41 @@ from cluster.command import command
 from cluster.render import Result
 from sisa.errors import InvalidInput
 
+if TYPE_CHECKING:
+    from sisa.advice import Advice, Limits
+    from sisa.config import RunConfig
+    from sisa.stream import Group
+
+F = TypeVar("F", bound=Callable[..., Any])
+
 MAX_RECORDS = 10**12
+SHOWN = 12  # rows of a table
+WIDTHS = (7, 6, 9, 9, 8, 10)
+# Rank 8 on all linear modules of SmolLM2-135M: 2,442,240 parameters, AdamW's two moments beside them.
+ASSUMED_BYTES_PER_RANK = 2_442_240 * 4 * 3 // 8
+
+records_option = click.option(
+    "--records", type=click.IntRange(1, MAX_RECORDS), required=True, help="Of the model."
+)
+risk_option = click.option(
+    "--risk",
+    "risks",
+    multiple=True,
+    metavar="SHARE:RISK",
+    help="A share of the records and the deletion risk of each; again for every group.",
+)
 
 
 @command("simulate", "sisa simulate run.yaml --records 100000000 --deletions 1000000")
 @click.argument("run_file", type=click.Path(path_type=Path))
-@click.option("--records", type=click.IntRange(1, MAX_RECORDS), required=True, help="Of the model.")
+@records_option
 @click.option("--deletions", type=click.IntRange(1), required=True, help="Records, drawn at random.")
 @click.option(
     "--batch", type=click.IntRange(1), default=1, show_default=True, help="Deletions of one run."
 )
-@click.option("--shards", type=click.IntRange(1), help="Instead of the run file's.")
-@click.option("--slices", type=click.IntRange(1), help="Instead of the run file's.")
+@click.option("--shards", type=click.IntRange(1, 10_000), help="Instead of the run file's.")
+@click.option("--slices", type=click.IntRange(1, 10_000), help="Instead of the run file's.")
+@risk_option
 @click.option("--seed", default=0, show_default=True, help="Of what is drawn.")
 def simulate(
     run_file: Path,
@@ -38,33 +64,28 @@ def simulate(
     batch: int,
     shards: int | None,
     slices: int | None,
+    risks: tuple[str, ...],
     seed: int,
 ) -> Result:
     """Replay a stream of deletions by counts: what it retrains, and what closed forms expect."""
+    from sisa.assign import Layout
     from sisa.runfile import load_run_file
-    from sisa.stream import Layouted, replay
+    from sisa.stream import Stream, replay
 
-    if deletions > records:
-        raise InvalidInput(
-            "more records would be deleted than there are",
-            where="--deletions",
-            expected=f"at most {records}",
-            got=str(deletions),
-        )
     config = load_run_file(run_file)
-    layout = Layouted(
-        shards or config.sisa.shards,
-        slices or config.sisa.slices,
-        config.sisa.schedule,
-        config.num_epochs,
-    )
+    own = config.sisa
+    layout = Layout(shards or own.shards, slices or own.slices, own.bands)
+    if own.bands is not None and own.bands.num_bands > layout.num_slices:
+        raise _unfit("--slices", f"at least {own.bands.num_bands}, a slice for each band", slices)
+    stream = Stream(layout, own.schedule, config.num_epochs, _groups(risks))
+    if deletions > records * sum(group.share for group in stream.groups if group.risk):
+        raise _unfit("--deletions", "no more than records that are ever asked for", deletions)
     began = time.perf_counter()
-    found = replay(layout, records, deletions, batch=batch, seed=seed)
-    seconds = time.perf_counter() - began
+    found = replay(stream, records, deletions, batch=batch, seed=seed)
     body = {
         "shards": layout.num_shards,
         "slices": layout.num_slices,
-        "schedule": layout.schedule,
+        "schedule": own.schedule,
         "records": records,
         "deletions": deletions,
         "batch": batch,
@@ -74,12 +95,12 @@ def simulate(
         "record_epochs_full": found.full_record_epochs,
         "full_trainings": found.record_epochs / found.full_record_epochs,
         "share_per_deletion": found.record_epochs / deletions / found.full_record_epochs,
-        "seconds": round(seconds, 2),
+        "seconds": round(time.perf_counter() - began, 2),
     }
-    return Result(body, _told(body))
+    return Result(body, _replayed(body))
 
 
-def _told(body: Mapping[str, Any]) -> str:
+def _replayed(body: Mapping[str, Any]) -> str:
     retrained, expected = body["record_epochs_retrained"], body["record_epochs_expected"]
     return "\n".join(
         [
@@ -90,4 +111,157 @@ def _told(body: Mapping[str, Any]) -> str:
             f"{100 * body['share_per_deletion']:.6f}% of one for each deletion",
             f"expected    {expected:,} by closed forms for equal shards",
         ]
+    )
+
+
+@command("plan", "sisa plan run.yaml --records 100000 --deletions-per-month 40 --budget-gb 50")
+@click.argument("run_file", type=click.Path(path_type=Path))
+@records_option
+@click.option(
+    "--deletions-per-month", type=click.FloatRange(0, min_open=True), required=True, help="Records."
+)
+@risk_option
+@click.option("--budget-gb", type=click.FloatRange(0, min_open=True), help="Most bytes of checkpoints.")
+@click.option(
+    "--max-hours", type=click.FloatRange(0, min_open=True), help="Of one deletion, on one worker."
+)
+@click.option(
+    "--rate", type=click.FloatRange(0, min_open=True), help="Record-epochs a second of one worker."
+)
+@click.option("--checkpoint-mb", type=click.FloatRange(0, min_open=True), help="Bytes of one stage.")
+@click.option("--plot", type=click.Path(path_type=Path), help="PNG to draw the choices into.")
+def plan(
+    run_file: Path,
+    records: int,
+    deletions_per_month: float,
+    risks: tuple[str, ...],
+    budget_gb: float | None,
+    max_hours: float | None,
+    rate: float | None,
+    checkpoint_mb: float | None,
+    plot: Path | None,
+) -> Result:
+    """Recommend shards, slices and bands for a number of records and deletions."""
+    from sisa.advice import Demand, advise, recommended
+    from sisa.runfile import load_run_file
+
+    config = load_run_file(run_file)
+    groups = _groups(risks)
+    demand = Demand(records, deletions_per_month, config.sisa.schedule, config.num_epochs, groups)
+    limits, source = _limits(config, budget_gb, max_hours, rate, checkpoint_mb)
+    if max_hours is not None and not limits.record_epochs_per_s:
+        raise _unfit("--max-hours", "a rate beside it (--rate), as there is no model yet", max_hours)
+    advised = advise(demand, limits)
+    best = recommended(advised)
+    if plot is not None:
+        from cluster.plan_picture import draw_choices
+
+        draw_choices(advised, best).savefig(plot, dpi=120)
+    body = {
+        "recommended": None if best is None else _plain(best),
+        "bytes_per_checkpoint": limits.bytes_per_checkpoint,
+        "units": source,
+        "choices": [_plain(each) for each in advised],
+    }
+    return Result(body, _planned(advised, best, source), 0 if best else 2)
+
+
+def _limits(
+    config: RunConfig,
+    budget_gb: float | None,
+    max_hours: float | None,
+    rate: float | None,
+    checkpoint_mb: float | None,
+) -> tuple[Limits, str]:
+    """What is given, else what the model's own stages took, else what is assumed; and which it was."""
+    from sisa.advice import Limits
+
+    num_bytes, measured = _measured(config)
+    source = "of the model's own stages" if num_bytes else "assumed"
+    if checkpoint_mb is not None:
+        num_bytes, source = checkpoint_mb * 1e6, "given"
+    found = Limits(
+        round(num_bytes) or ASSUMED_BYTES_PER_RANK * config.lora_r,
+        math.inf if budget_gb is None else budget_gb * 1e9,
+        math.inf if max_hours is None else max_hours,
+        rate or measured,
+    )
+    return found, source
+
+
+def _measured(config: RunConfig) -> tuple[float, float]:
+    """Mean bytes of a stage and record-epochs a second, of a model that there is; else 0 and 0."""
+    from sisa.opening import LEDGER
+    from sisa.store.ledger import SqlLedger
+
+    file = config.output_dir / LEDGER
+    if not file.is_file():
+        return 0.0, 0.0
+    ledger = SqlLedger(file)
+    try:
+        held = ledger.checkpoints()
+    finally:
+        ledger.close()
+    seconds = sum(each.seconds for each in held)
+    work = sum(each.record_epochs for each in held)
+    return sum(each.num_bytes for each in held) / max(1, len(held)), work / seconds if seconds else 0.0
+
+
+def _groups(risks: tuple[str, ...]) -> tuple[Group, ...]:
+    from sisa.stream import Group
+
+    found = []
+    for text in risks:
+        share, _, risk = text.partition(":")
+        try:
+            group = Group(float(share), float(risk))
+        except ValueError:
+            raise _unfit("--risk", "SHARE:RISK, such as 0.1:0.05", text) from None
+        if not (0 < group.share <= 1 and 0 <= group.risk < math.inf):
+            raise _unfit("--risk", "a share above 0 and at most 1, and a risk from 0", text)
+        found.append(group)
+    if not found:
+        return (Group(1.0, 1.0),)
+    if not math.isclose(sum(each.share for each in found), 1.0, abs_tol=1e-6):
+        raise _unfit("--risk", "shares that make 1 together", ", ".join(risks))
+    if not any(each.risk for each in found):
+        raise _unfit("--risk", "a group that is ever asked for", ", ".join(risks))
+    return tuple(found)
+
+
+def _unfit(where: str, expected: str, got: object) -> InvalidInput:
+    return InvalidInput("the numbers do not fit together", where=where, expected=expected, got=str(got))
+
+
+def _plain(advice: Advice) -> dict[str, Any]:
+    """As JSON: what is not known is null."""
+    return {
+        name: None if isinstance(value, float) and math.isnan(value) else value
+        for name, value in asdict(advice).items()
+    }
+
+
+def _planned(advised: list[Advice], best: Advice | None, source: str) -> str:
+    head = (
+        f"{'shards':>7} {'slices':>6} {'alone':>9} {'together':>9} {'GB':>8} {'h/deletion':>10}  bands"
+    )
+    rows = [_row(each) for each in advised[:SHOWN]]
+    if best is None:
+        told = "nothing fits within the limits; the cheapest that do not:"
+    else:
+        bands = f", bands at {list(best.thresholds)}" if best.thresholds else ""
+        told = f"recommended: {best.num_shards} shards x {best.num_slices} slices{bands}"
+    note = (
+        "alone, together: share of a full training that a month's deletions retrain, each by itself or"
+    )
+    return "\n".join([told, "", head, *rows, "", f"{note} as one batch;", f"bytes of a stage: {source}"])
+
+
+def _row(each: Advice) -> str:
+    hours = "-" if math.isnan(each.hours_to_utility) else f"{each.hours_to_utility:.3f}"
+    bands = " ".join(map(str, each.thresholds)) or "-"
+    over = f"  over: {', '.join(each.over)}" if each.over else ""
+    return (
+        f"{each.num_shards:>7} {each.num_slices:>6} {100 * each.one_by_one:>8.2f}% "
+        f"{100 * each.together:>8.2f}% {each.stored_bytes / 1e9:>8.2f} {hours:>10}  {bands}{over}"
     )

@@ -55,10 +55,11 @@ def price(shards: Sequence[ShardCosts], arrivals: float) -> tuple[float, float]:
     now = waiting = 0.0
     for shard in shards:
         now += shard.pending
+        nobody = 1.0
         for cost, chance in _earliest(shard.suffixes, arrivals):
             now += cost * chance
             waiting += max(shard.pending, cost) * chance
-        nobody = 1.0 - sum(chance for _, chance in _earliest(shard.suffixes, arrivals))
+            nobody -= chance
         waiting += shard.pending * nobody
     return now, waiting
 

@@ -1,8 +1,8 @@
 """A stream of deletions replayed by counts: what it retrains, and what the closed forms say it does.
 
-    sizes       records of each slice of each shard, drawn as the hash spreads them
-    deletions   distinct records, all with equal chance, one after another or in batches; a batch costs
-                the union of suffixes once
+    sizes       records of each slice of each shard, drawn as the hash (and bands) spread them
+    deletions   distinct records, one by one or in batches; a batch costs the union of suffixes once
+    groups      a share of the records, and how likely one of them is to go, against those of others
     cost        record-epochs, counted as `plan.py` and `cost.py` count them, a stage at a time
 
 Rules: pure, a seed decides. Shards do not see each other, so that what matters is the order within a
@@ -18,56 +18,134 @@ Closed forms (SISA, Bourtoule et al. 2021, section V, with N records, S shards, 
 The forms take shards to be equal. Hashed ones are not, and a record is likelier to lie in a large one: a
 request costs (1 - 1/S) points more on the mean.
 
-Not covered: time and workers (`simulate.py`); records of unequal risk, and the bands that use it.
+Not covered: time and workers (`simulate.py`); which layout to choose (`advice.py`).
 
 >>> round(points_one_by_one(num_records=1000, num_shards=10, num_deletions=2), 2)
 197.9
->>> slicing_share(3, "cumulative"), slicing_share(3, "sequential")
-(0.7777777777777777, 0.6666666666666666)
+>>> even = Stream(Layout(10, 3), "cumulative")
+>>> round(even.one_share, 3), round(even.batch_share(1e9), 3)
+(0.778, 1.0)
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sisa.assign import Layout
 from sisa.plan import Schedule, passes
 
 Counts = NDArray[np.int64]
+Shares = NDArray[np.float64]
 
 
-def points_one_by_one(num_records: int, num_shards: int, num_deletions: int) -> float:
+def points_one_by_one(num_records: int, num_shards: int, num_deletions: float) -> float:
     """Expected points (records, each once) that K sequential requests retrain, without slices."""
     n, s, k = num_records, num_shards, num_deletions
     return (n / s + 1 / (2 * s) - 1) * k - k * k / (2 * s)
 
 
-def points_at_once(num_records: int, num_shards: int, num_deletions: int) -> float:
+def points_at_once(num_records: int, num_shards: int, num_deletions: float) -> float:
     """Expected points that K requests carried out together retrain, without slices."""
     spared = (1 - 1 / num_shards) ** num_deletions
     return float(num_records * (1 - spared) - num_deletions)
 
 
 def slicing_share(num_slices: int, schedule: Schedule) -> float:
-    """Expected cost of one deletion, as a share of training its whole shard of equal slices."""
+    """Expected cost of one deletion, as a share of training its whole shard of equal slices.
+
+    >>> slicing_share(3, "cumulative"), slicing_share(3, "sequential")
+    (0.7777777777777777, 0.6666666666666666)
+    """
     r = num_slices
     return 2 / 3 + 1 / (3 * r) if schedule == "cumulative" else (r + 1) / (2 * r)
 
 
-def batch_share(num_slices: int, schedule: Schedule, num_deletions: float) -> float:
-    """Expected cost of deleting several records of one shard at once, as a share of training it: that
-    of the suffix from the earliest slice hit. A fractional number is a mean of Poisson arrivals.
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A share of the records, and the risk that each of them carries."""
 
-    >>> batch_share(4, "cumulative", 0.0), batch_share(1, "cumulative", 1e9)
-    (0.0, 1.0)
-    """
-    weights = np.arange(1, num_slices + 1) if schedule == "cumulative" else np.ones(num_slices)
-    suffix = np.cumsum(weights[::-1])[::-1] / weights.sum()
-    missed = np.exp(-num_deletions * np.arange(num_slices + 1) / num_slices)  # no slice before r is hit
-    return float(suffix @ (missed[:-1] - missed[1:]))
+    share: float
+    risk: float
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A layout, how it is trained, and who is in it; without groups all are as likely to go."""
+
+    layout: Layout
+    schedule: Schedule = "cumulative"
+    num_epochs: int = 3
+    groups: tuple[Group, ...] = (Group(1.0, 1.0),)
+
+    @cached_property
+    def _spread(self) -> Shares:
+        """[groups, slices]: the share of all records that is of a group and in a slice."""
+        spread = np.zeros((len(self.groups), self.layout.num_slices))
+        for number, group in enumerate(self.groups):
+            allowed = self.layout.slices(group.risk)
+            spread[number, list(allowed)] = group.share / len(allowed)
+        found: Shares = spread / spread.sum()
+        return found
+
+    @cached_property
+    def held(self) -> Shares:
+        """Of each slice, the share of the records that it holds."""
+        found: Shares = self._spread.sum(axis=0)
+        return found
+
+    @cached_property
+    def asked(self) -> Shares:
+        """Of each slice, the share of the deletions that hit it."""
+        likely = self._spread * np.array([[group.risk] for group in self.groups])
+        found: Shares = likely.sum(axis=0) / likely.sum()
+        return found
+
+    @cached_property
+    def _stages(self) -> Shares:
+        """Of each stage, its cost in passes over all records of a shard."""
+        over, under = passes(self.schedule, self.num_epochs, self.layout.num_slices)
+        seen = np.cumsum(self.held) if self.schedule == "cumulative" else self.held
+        found: Shares = np.where(self.held > 0, seen, 0) * over / under
+        return found
+
+    @property
+    def epochs(self) -> float:
+        """Passes over all records that a training makes in all; `num_epochs` where slices are equal."""
+        return float(self._stages.sum())
+
+    @cached_property
+    def suffixes(self) -> Shares:
+        """Of each slice, the cost of training from it on, as a share of the shard's whole training."""
+        found: Shares = np.cumsum(self._stages[::-1])[::-1] / self.epochs
+        return found
+
+    @property
+    def one_share(self) -> float:
+        """Expected cost of one deletion, as a share of training its whole shard."""
+        return float(self.suffixes @ self.asked)
+
+    def batch_share(self, num_deletions: float) -> float:
+        """Expected cost of deletions from one shard together, as a share of training it: that of the
+        suffix from the earliest slice hit. `num_deletions` is the mean of Poisson arrivals."""
+        before = np.concatenate([[0.0], np.cumsum(self.asked)])
+        missed = np.exp(-num_deletions * before)
+        return float(self.suffixes @ (missed[:-1] - missed[1:]))
+
+    def expected(self, num_records: int, num_deletions: int, batch: int = 1) -> float:
+        """Record-epochs of a stream by closed forms; batches of several are taken to spread over shards
+        as Poisson arrivals do."""
+        shards = self.layout.num_shards
+        if batch == 1:
+            points = points_one_by_one(num_records, shards, num_deletions)
+            return points * self.epochs * self.one_share
+        left = num_records - num_deletions / 2 - batch / 2  # on the mean, after a batch
+        return num_deletions / batch * left * self.epochs * self.batch_share(batch / shards)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,58 +159,50 @@ class Replayed:
     full_record_epochs: int
     expected_record_epochs: float
 
-    @property
-    def share_per_run(self) -> float:
-        """Mean cost of a run of one shard, as a share of training everything."""
-        return self.record_epochs / max(1, self.num_runs) / self.full_record_epochs
-
-
-@dataclass(frozen=True, slots=True)
-class Layouted:
-    """A layout, and how its stages are trained."""
-
-    num_shards: int
-    num_slices: int
-    schedule: Schedule = "cumulative"
-    num_epochs: int = 3
-
-
-def stage_costs(sizes: Counts, layout: Layouted) -> Counts:
-    """Record-epochs of each stage, [shards, slices]; an empty slice is no stage."""
-    over, under = passes(layout.schedule, layout.num_epochs, layout.num_slices)
-    seen = np.cumsum(sizes, axis=1) if layout.schedule == "cumulative" else sizes
-    costs: Counts = np.where(sizes > 0, -(-over * seen // under), 0)
-    return costs
-
 
 def replay(
-    layout: Layouted, num_records: int, num_deletions: int, *, batch: int = 1, seed: int = 0
+    stream: Stream, num_records: int, num_deletions: int, *, batch: int = 1, seed: int = 0
 ) -> Replayed:
-    """Draw a model's slices and delete from them; `batch` deletions are carried out together."""
+    """Draw a model's slices and delete from them; `batch` deletions are carried out together.
+
+    Raises ValueError for more deletions than the groups that are asked for can bear.
+    """
     draw = np.random.default_rng(seed)
+    layout = stream.layout
     cells = layout.num_shards * layout.num_slices
-    sizes = draw.multinomial(num_records, np.full(cells, 1 / cells)).astype(np.int64)
-    gone = draw.multivariate_hypergeometric(sizes, num_deletions, method="marginals")
-    sizes = sizes.reshape(layout.num_shards, layout.num_slices)
-    full = int(stage_costs(sizes, layout).sum())
-    where = draw.permutation(np.repeat(np.arange(cells), gone))
-    runs = _runs(where, batch, layout.num_slices)
-    cost = sum(_run(sizes, layout, *each) for each in _steps(runs))
+    flat = draw.multinomial(num_records, np.tile(stream.held, layout.num_shards) / layout.num_shards)
+    gone = _drawn(draw, flat.astype(np.int64), stream, num_deletions)
+    sizes = flat.astype(np.int64).reshape(layout.num_shards, layout.num_slices)
+    full = int(_stage_costs(sizes, stream).sum())
+    runs = _runs(draw.permutation(np.repeat(np.arange(cells), gone)), batch, layout.num_slices)
+    cost = sum(_run(sizes, stream, *each) for each in _steps(runs))
     num_runs = len(np.unique(runs[:, :2], axis=0))
-    expected = expected_record_epochs(layout, num_records, num_deletions, batch)
+    expected = stream.expected(num_records, num_deletions, batch)
     return Replayed(num_records, num_deletions, num_runs, cost, full, expected)
 
 
-def expected_record_epochs(
-    layout: Layouted, num_records: int, num_deletions: int, batch: int = 1
-) -> float:
-    """By closed forms; batches of several are taken to spread over shards as Poisson arrivals do."""
-    if batch == 1:
-        share = slicing_share(layout.num_slices, layout.schedule) * layout.num_epochs
-        return points_one_by_one(num_records, layout.num_shards, num_deletions) * share
-    left = num_records - num_deletions / 2 - batch / 2  # on the mean, after a batch
-    share = batch_share(layout.num_slices, layout.schedule, batch / layout.num_shards)
-    return num_deletions / batch * left * layout.num_epochs * share
+def _drawn(draw: np.random.Generator, flat: Counts, stream: Stream, num_deletions: int) -> Counts:
+    """Of each cell, how many of its records are deleted; never more than it holds."""
+    if len(stream.groups) == 1:
+        even: Counts = draw.multivariate_hypergeometric(flat, num_deletions, method="marginals")
+        return even
+    gone = np.zeros_like(flat)
+    likely = np.divide(stream.asked, stream.held, out=np.zeros_like(stream.held), where=stream.held > 0)
+    weights = np.tile(likely, stream.layout.num_shards)
+    while (missing := num_deletions - int(gone.sum())) > 0:
+        chances = weights * (flat - gone)
+        if not chances.any():
+            raise ValueError("more deletions than records that are ever asked for")
+        gone = np.minimum(flat, gone + draw.multinomial(missing, chances / chances.sum()))
+    return gone
+
+
+def _stage_costs(sizes: Counts, stream: Stream) -> Counts:
+    """Record-epochs of each stage, [shards, slices]; an empty slice is no stage."""
+    over, under = passes(stream.schedule, stream.num_epochs, stream.layout.num_slices)
+    seen = np.cumsum(sizes, axis=1) if stream.schedule == "cumulative" else sizes
+    costs: Counts = np.where(sizes > 0, -(-over * seen // under), 0)
+    return costs
 
 
 def _runs(where: Counts, batch: int, num_slices: int) -> Counts:
@@ -142,16 +212,15 @@ def _runs(where: Counts, batch: int, num_slices: int) -> Counts:
     return ordered
 
 
-def _steps(runs: Counts) -> list[tuple[Counts, Counts, Counts]]:
+def _steps(runs: Counts) -> Sequence[tuple[Counts, Counts, Counts]]:
     """For k = 0, 1, ...: the shards that have a k-th run, its first slices, and (shard, slice) of its
     deletions."""
     if not len(runs):
-        return []
+        return ()
     new_shard = np.diff(runs[:, 0], prepend=-1) != 0
     new_run = new_shard | (np.diff(runs[:, 1], prepend=-1) != 0)
     number = np.cumsum(new_run)
-    of_shard = np.maximum.accumulate(np.where(new_shard, number, 0))
-    step = number - of_shard
+    step = number - np.maximum.accumulate(np.where(new_shard, number, 0))
     order = np.argsort(step, kind="stable")
     bounds = np.searchsorted(step[order], np.arange(step.max() + 2))
     found = []
@@ -162,8 +231,8 @@ def _steps(runs: Counts) -> list[tuple[Counts, Counts, Counts]]:
     return found
 
 
-def _run(sizes: Counts, layout: Layouted, shards: Counts, first: Counts, gone: Counts) -> int:
+def _run(sizes: Counts, stream: Stream, shards: Counts, first: Counts, gone: Counts) -> int:
     """Carry out one run of each of some shards: take the records out, and price the suffixes."""
     np.subtract.at(sizes, (gone[:, 0], gone[:, 1]), 1)
-    costs = stage_costs(sizes[shards], layout)
-    return int(costs[np.arange(layout.num_slices) >= first[:, None]].sum())
+    costs = _stage_costs(sizes[shards], stream)
+    return int(costs[np.arange(stream.layout.num_slices) >= first[:, None]].sum())

@@ -109,7 +109,7 @@ def test_the_commands_are_those_of_the_readme() -> None:
             "forget",
             "gc",
         ),
-        *("generate", "init", "quickstart"),
+        *("generate", "init", "metrics", "plan", "quickstart"),
         *(f"request {each}" for each in ("approve", "cancel", "deny", "extend", "hold", "list")),
         *(
             "request show",

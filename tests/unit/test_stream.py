@@ -9,31 +9,27 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sisa.assign import Layout
+from sisa.bands import Bands
 from sisa.cost import suffix_record_epochs
 from sisa.plan import Recipe, Schedule
-from sisa.stream import (
-    Layouted,
-    batch_share,
-    expected_record_epochs,
-    points_at_once,
-    points_one_by_one,
-    replay,
-    slicing_share,
-)
+from sisa.stream import Group, Stream, points_at_once, points_one_by_one, replay, slicing_share
 
 schedules = st.sampled_from(["cumulative", "sequential"])
-layouts = st.builds(Layouted, st.integers(1, 6), st.integers(1, 5), schedules, st.integers(1, 7))
+layouts = st.builds(Layout, st.integers(1, 6), st.integers(1, 5))
+streams = st.builds(Stream, layouts, schedules, st.integers(1, 7))
 
 
-def slowly(layout: Layouted, num_records: int, num_deletions: int, batch: int, seed: int) -> int:
+def slowly(stream: Stream, num_records: int, num_deletions: int, batch: int, seed: int) -> int:
     """The same stream, a batch at a time, priced as plans are."""
     draw = np.random.default_rng(seed)
+    layout = stream.layout
     cells = layout.num_shards * layout.num_slices
     flat = draw.multinomial(num_records, np.full(cells, 1 / cells)).astype(np.int64)
     gone = draw.multivariate_hypergeometric(flat, num_deletions, method="marginals")
     where = draw.permutation(np.repeat(np.arange(cells), gone))
     sizes = flat.reshape(layout.num_shards, layout.num_slices).tolist()
-    recipe = Recipe(layout.num_slices, layout.schedule, layout.num_epochs, {}, "base")
+    recipe = Recipe(layout.num_slices, stream.schedule, stream.num_epochs, {}, "base")
     cost = 0
     for start in range(0, num_deletions, batch):
         first: dict[int, int] = {}
@@ -46,13 +42,13 @@ def slowly(layout: Layouted, num_records: int, num_deletions: int, batch: int, s
     return cost
 
 
-@given(layouts, st.integers(0, 60), st.integers(0, 60), st.integers(1, 7), st.integers(0, 99))
+@given(streams, st.integers(0, 60), st.integers(0, 60), st.integers(1, 7), st.integers(0, 99))
 def test_counting_gives_what_the_planner_prices_one_by_one(
-    layout: Layouted, num_records: int, num_deletions: int, batch: int, seed: int
+    stream: Stream, num_records: int, num_deletions: int, batch: int, seed: int
 ) -> None:
     num_deletions = min(num_deletions, num_records)
-    found = replay(layout, num_records, num_deletions, batch=batch, seed=seed)
-    assert found.record_epochs == slowly(layout, num_records, num_deletions, batch, seed)
+    found = replay(stream, num_records, num_deletions, batch=batch, seed=seed)
+    assert found.record_epochs == slowly(stream, num_records, num_deletions, batch, seed)
     assert found.num_runs <= num_deletions
 
 
@@ -62,8 +58,7 @@ def test_counting_gives_what_the_planner_prices_one_by_one(
 def test_closed_forms_agree_with_replayed_streams_within_three_percent(
     num_shards: int, num_slices: int, schedule: Schedule, batch: int
 ) -> None:
-    layout = Layouted(num_shards, num_slices, schedule)
-    found = replay(layout, 200_000, 4_000, batch=batch, seed=5)
+    found = replay(Stream(Layout(num_shards, num_slices), schedule), 200_000, 4_000, batch=batch, seed=5)
     assert found.record_epochs == pytest.approx(found.expected_record_epochs, rel=0.03)
 
 
@@ -74,11 +69,13 @@ def test_points_of_sharding_alone_are_the_papers() -> None:
     assert points_one_by_one(100, 10, 2) == pytest.approx(two)
     assert points_at_once(100, 10, 1) == pytest.approx(9)
     assert points_at_once(100, 1, 7) == 93
-    one_by_one = [replay(Layouted(10, 1, "cumulative", 1), 1000, 50, seed=s) for s in range(40)]
+    one_by_one = [replay(Stream(Layout(10, 1), "cumulative", 1), 1000, 50, seed=s) for s in range(40)]
     mean = float(np.mean([each.record_epochs for each in one_by_one]))
     in_large_ones = 50 * (1 - 1 / 10)
     assert mean == pytest.approx(points_one_by_one(1000, 10, 50) + in_large_ones, rel=0.01)
-    at_once = [replay(Layouted(10, 1, "cumulative", 1), 1000, 8, batch=8, seed=s) for s in range(300)]
+    at_once = [
+        replay(Stream(Layout(10, 1), "cumulative", 1), 1000, 8, batch=8, seed=s) for s in range(300)
+    ]
     mean = float(np.mean([each.record_epochs for each in at_once]))
     assert mean == pytest.approx(points_at_once(1000, 10, 8), rel=0.03)
 
@@ -88,23 +85,52 @@ def test_a_batchs_share_grows_with_it_from_nothing_to_the_whole_shard(
     num_slices: int, schedule: Schedule, one: float, other: float
 ) -> None:
     low, high = sorted((one, other))
-    assert 0 <= batch_share(num_slices, schedule, low) <= batch_share(num_slices, schedule, high) + 1e-12
-    assert batch_share(num_slices, schedule, high) <= 1 + 1e-9
-    tiny = batch_share(num_slices, schedule, 1e-6) / 1e-6
-    assert tiny == pytest.approx(slicing_share(num_slices, schedule), rel=1e-3)
+    stream = Stream(Layout(7, num_slices), schedule)
+    assert 0 <= stream.batch_share(low) <= stream.batch_share(high) + 1e-12
+    assert stream.batch_share(high) <= 1 + 1e-9
+    assert stream.batch_share(1e-6) / 1e-6 == pytest.approx(stream.one_share, rel=1e-3)
+    assert stream.one_share == pytest.approx(slicing_share(num_slices, schedule))
+    assert stream.epochs == pytest.approx(3)
 
 
 def test_more_together_cost_less_each() -> None:
-    layout = Layouted(50, 5)
+    stream = Stream(Layout(50, 5))
     costs: Sequence[int] = [
-        replay(layout, 100_000, 2_000, batch=batch).record_epochs for batch in (1, 10, 100, 2_000)
+        replay(stream, 100_000, 2_000, batch=batch).record_epochs for batch in (1, 10, 100, 2_000)
     ]
     assert sorted(costs, reverse=True) == list(costs)
-    assert expected_record_epochs(layout, 100_000, 2_000, 100) < expected_record_epochs(
-        layout, 100_000, 2_000
-    )
+    assert stream.expected(100_000, 2_000, 100) < stream.expected(100_000, 2_000)
 
 
 def test_nothing_deleted_costs_nothing() -> None:
-    found = replay(Layouted(3, 3), 30, 0)
-    assert (found.record_epochs, found.num_runs, found.share_per_run) == (0, 0, 0.0)
+    found = replay(Stream(Layout(3, 3)), 30, 0)
+    assert (found.record_epochs, found.num_runs, found.expected_record_epochs) == (0, 0, 0.0)
+
+
+GROUPS = (Group(0.8, 0.01), Group(0.15, 0.1), Group(0.05, 1.0))
+BANDED = Layout(200, 6, Bands(thresholds=(0.1, 1.0)))
+
+
+@pytest.mark.parametrize("schedule", ["cumulative", "sequential"])
+@pytest.mark.parametrize("layout", [BANDED, Layout(200, 6)])
+@pytest.mark.parametrize("batch", [1, 200])
+def test_forms_hold_for_unequal_risks_with_and_without_bands(
+    schedule: Schedule, layout: Layout, batch: int
+) -> None:
+    stream = Stream(layout, schedule, 3, GROUPS)
+    found = replay(stream, 100_000_000, 100_000, batch=batch, seed=7)
+    assert found.record_epochs == pytest.approx(found.expected_record_epochs, rel=0.03)
+    assert found.full_record_epochs == pytest.approx(100_000_000 * stream.epochs, rel=0.001)
+
+
+def test_bands_spare_most_of_the_cost_of_likely_deletions() -> None:
+    plain, banded = (Stream(each, "cumulative", 3, GROUPS) for each in (Layout(200, 6), BANDED))
+    assert banded.one_share < 0.65 * plain.one_share
+    assert banded.asked[-2:].sum() > 0.5
+    assert banded.held[:2].sum() == pytest.approx(0.8)
+
+
+def test_more_than_ever_asked_for_can_not_be_deleted() -> None:
+    groups = (Group(0.5, 0.0), Group(0.5, 1.0))
+    with pytest.raises(ValueError, match="more deletions than records"):
+        replay(Stream(Layout(1, 2, Bands(thresholds=(1.0,))), "cumulative", 3, groups), 100, 90)
