@@ -52,7 +52,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 def open_evaluated(spec: str, device: str = "cpu", dtype: Dtype = "float32") -> EvaluatedModel:
-    """The model that `spec` names; a deletion-ready one is always on the CPU, in float32.
+    """The model that `spec` names; a deletion-ready one is where its run file says.
 
     Raises InvalidInput, IntegrityError, EnvironmentFault.
     """

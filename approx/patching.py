@@ -36,6 +36,7 @@ from approx.saved_run import SavedRun
 from approx.sets import Sets
 from approx.unlearning import unlearn
 from approx.written import prompts_that_fit, write_retain_set
+from sisa.arithmetic import Arithmetic
 from sisa.config import RunConfig
 from sisa.domain import Record
 from sisa.errors import InvalidInput, Problem
@@ -84,7 +85,7 @@ class PatchMaker:
         reference: str = "",
     ) -> None:
         """As the Protocol. Reads the base's tokenizer and configuration, not its weights."""
-        problems: list[Problem] = []
+        problems = _usual_alone(self._site.arithmetic)
         parsed = _gathered(problems, lambda: parse_settings(settings))
         tokenizer = load_tokenizer(self._site.base_dir)
         skeleton = load_skeleton(self._site.base_dir)
@@ -135,6 +136,15 @@ class PatchMaker:
             partial(keyring.unseal, runs.ROOM, job.key),
             kept=True,
         )
+
+
+def _usual_alone(arithmetic: Arithmetic) -> list[Problem]:
+    """A patch is laid on the weights themselves: in bfloat16 most of it would round away, and on another
+    device it would not be of the base that it was made on."""
+    found = arithmetic.in_jobs().items()
+    return [
+        Problem(key, f"is {value}: patches are for the CPU in float32 alone") for key, value in found
+    ]
 
 
 def _gathered(problems: list[Problem], check: Callable[[], Any]) -> Any:

@@ -9,7 +9,7 @@ Not covered: what the commands do (`sisa.garbage`, `sisa.residue`, `sisa.doctor`
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import click
 
@@ -25,6 +25,7 @@ from cluster.command import (
     read_lines,
 )
 from cluster.render import Result
+from sisa.arithmetic import Arithmetic, DeviceName, Dtype
 
 if TYPE_CHECKING:
     from sisa.opening import OpenExecutor
@@ -81,11 +82,22 @@ def sweep(
     is_flag=True,
     help="Test whether this machine trains the same bytes again; no model needed.",
 )
+@click.option("--device", type=click.Choice(get_args(DeviceName)), help="What --numerics tests: cpu.")
+@click.option("--dtype", type=click.Choice(get_args(Dtype)), help="Of the base it trains on: float32.")
 @executor_option
-def doctor(directory: Path | None, repair: bool, numerics: bool, executor: str | OpenExecutor) -> Result:
+def doctor(
+    directory: Path | None,
+    repair: bool,
+    numerics: bool,
+    device: DeviceName | None,
+    dtype: Dtype | None,
+    executor: str | OpenExecutor,
+) -> Result:
     """Diagnose a model directory; with --repair mend it; with --numerics test this machine."""
     if numerics:
-        return _numerics(directory, repair)
+        return _numerics(directory, repair, device, dtype)
+    if device or dtype:
+        raise click.UsageError("--device and --dtype are of --numerics")
     if directory is None:
         raise click.UsageError("Missing option '-m' / '--model'.")
     from sisa.doctor import diagnose
@@ -99,13 +111,20 @@ def doctor(directory: Path | None, repair: bool, numerics: bool, executor: str |
         return render.repaired(mend(model))
 
 
-def _numerics(directory: Path | None, repair: bool) -> Result:
-    """For the threads of a model, or one."""
+def _numerics(
+    directory: Path | None, repair: bool, device: DeviceName | None, dtype: Dtype | None
+) -> Result:
+    """For a model's threads, device and dtype; else for one thread and what is named."""
     from sisa.model.self_test import check
 
     if repair:
         raise click.UsageError("give one of --repair and --numerics")
     if directory is None:
-        return render.tested(check(threads=1))
+        return render.tested(
+            check(threads=1, arithmetic=Arithmetic(device or "cpu", dtype or "float32"))
+        )
+    if device or dtype:
+        raise click.UsageError("--model says which device and dtype: leave --device and --dtype out")
     with opened(directory) as model:
-        return render.tested(check(model.config.sisa.threads_per_shard))
+        config = model.config
+        return render.tested(check(threads=config.sisa.threads_per_shard, arithmetic=config.arithmetic))

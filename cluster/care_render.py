@@ -115,6 +115,7 @@ def tested(found: Numerics) -> Result:
         f"fingerprint {found.fingerprint}",
         f"  {said['device']}, {said['dtype']}, threads: {said['threads']}",
         f"  {processor['machine']}, {processor['model']}",
+        *(f"  {name}: {value}" for name, value in (said.get("gpu") or {}).items()),
         "  " + ", ".join(f"{name} {version}" for name, version in said["libraries"].items()),
         *(f"  {name}={value}" for name, value in said["settings"].items() if value is not None),
     ]

@@ -22,16 +22,25 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Placement:
-    """What each task takes of a node: CPUs, which are also its threads, GPUs, environment variables."""
+    """What each task takes of a node: CPUs, which are also its threads, GPUs or a share of one,
+    environment variables.
+
+    >>> Placement(1, gpus=0.5).num_places({"CPU": 8, "GPU": 2}), Placement(4).num_places({"CPU": 9})
+    (4, 2)
+    """
 
     cpus: int
-    gpus: int = 0
+    gpus: float = 0
     environment: Mapping[str, str] = field(default_factory=dict)
 
     def num_places(self, resources: Mapping[str, float]) -> int:
-        """For how many tasks at once a node's resources suffice."""
-        places = int(resources.get("CPU", 0)) // self.cpus
-        return min(places, int(resources.get("GPU", 0)) // self.gpus) if self.gpus else places
+        """For how many tasks at once a node's resources suffice. A share is of one GPU."""
+        places, gpus = int(resources.get("CPU", 0)) // self.cpus, int(resources.get("GPU", 0))
+        if not self.gpus:
+            return places
+        # Binary fractions: 1 // 0.1 is 9.
+        shared = gpus * int(1 / self.gpus + 1e-9) if self.gpus < 1 else gpus // int(self.gpus)
+        return min(places, shared)
 
 
 class Places:

@@ -35,6 +35,7 @@ from ray.exceptions import (
 )
 
 from cluster.shared_base import BaseManifest, find_base
+from sisa.arithmetic import USUAL, Arithmetic
 from sisa.errors import EnvironmentFault
 
 LOST = (
@@ -58,18 +59,19 @@ class Proof:
     has_base: bool
 
 
-def prove(threads: int, base_dir: Path, manifest: BaseManifest) -> Proof:
+def prove(threads: int, base_dir: Path, manifest: BaseManifest, arithmetic: Arithmetic) -> Proof:
     """What this node shows; some seconds of training."""
-    from sisa.model.numerics import fingerprint
+    from sisa.model.numerics import fingerprint, require_device
     from sisa.model.packages import cache_dir
     from sisa.model.self_test import trained_digests
 
-    (digest,) = trained_digests(threads, times=1)
+    require_device(arithmetic)
+    (digest,) = trained_digests(threads, times=1, arithmetic=arithmetic)
     has_base = find_base(base_dir, cache_dir(), manifest) is not None
-    return Proof(fingerprint(threads), digest, has_base)
+    return Proof(fingerprint(threads, arithmetic), digest, has_base)
 
 
-Prove = Callable[[int, Path, BaseManifest], Proof]
+Prove = Callable[[int, Path, BaseManifest, Arithmetic], Proof]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +85,8 @@ class Terms:
     base_dir: Path
     manifest: BaseManifest | None
     prove: Prove = prove
+    arithmetic: Arithmetic = USUAL
+    num_gpus: float = 0  # of the probe, as of a worker
 
 
 def refusal(proof: Proof, reference: Proof, fingerprints: frozenset[str]) -> str:
@@ -162,8 +166,9 @@ class Proofs:
     def _probe(self, node: str) -> Any:
         if (node, self._terms) in _kept:
             return _kept[node, self._terms]
-        probe = self._remote(self._terms.prove, node, num_cpus=0, num_gpus=0)
-        return probe.remote(self._terms.threads, self._terms.base_dir, self._terms.manifest)
+        probe = self._remote(self._terms.prove, node, num_cpus=0, num_gpus=self._terms.num_gpus)
+        terms = self._terms
+        return probe.remote(terms.threads, terms.base_dir, terms.manifest, terms.arithmetic)
 
     def _answer(self, node: str) -> Proof | str | None:
         """What a node showed, or why it did not (empty if it is lost); None while it is at it."""

@@ -30,6 +30,7 @@ from cluster.shared_base import BaseManifest, list_base, read_blocks
 from sisa.domain import Chain
 from sisa.errors import InvalidInput, Problem
 from sisa.events import Notice, Report
+from sisa.model.numerics import require_device, worker_environment
 from sisa.serial import Site, order_chains
 
 T = TypeVar("T", bound=NeedsBase)
@@ -47,6 +48,7 @@ class RayExecutor:
         open_parts: OpenParts = open_parts,
         stall_limit_s: float | None = None,
         prove: Prove = prove,
+        num_gpus: float = 0,
     ) -> None:
         # Workers run in another directory.
         self._site = site.absolute()
@@ -56,12 +58,16 @@ class RayExecutor:
         self._open_parts = open_parts
         self._stall_limit_s = stall_limit_s
         self._prove = prove
+        self._num_gpus = num_gpus
 
     def run(self, chains: Sequence[Chain], report: Report) -> None:
-        """Raises what a worker raised; EnvironmentFault when Ray or a worker's machine fails."""
+        """Raises what a worker raised; EnvironmentFault when Ray or a worker's machine fails, or when
+        this one has no device: the fingerprint that jobs are made under is this machine's."""
         if not chains:
             return
-        site = self._site
+        site, num_gpus = self._site, self._num_gpus
+        require_device(site.arithmetic)
+        environment = {**worker_environment(site.threads, site.arithmetic), **dict(site.environment)}
         session = connect(self._address, self._local_workers() * site.threads)
         manifest = manifest_of(site.base_dir, site.base_digest, self._address)
         fingerprints = frozenset(job.fingerprint for chain in chains for job in chain.jobs)
@@ -71,12 +77,20 @@ class RayExecutor:
             train_remotely,
             report,
             session=session,
-            placement=Placement(site.threads, environment=dict(site.environment)),
+            placement=Placement(site.threads, num_gpus, environment),
             label=_label,
             num_workers=self._num_workers,
             max_retries=self._max_retries,
             mend=Carrier(site.base_dir, report),
-            terms=Terms(site.threads, fingerprints, site.base_dir, manifest, self._prove),
+            terms=Terms(
+                site.threads,
+                fingerprints,
+                site.base_dir,
+                manifest,
+                self._prove,
+                site.arithmetic,
+                num_gpus,
+            ),
             stall_limit_s=self._stall_limit_s,
         )
 
@@ -139,6 +153,8 @@ def open_executor(site: Site, options: Mapping[str, Any]) -> RayExecutor:
     max_retries = options.get("max_retries", DEFAULT_RETRIES)
     stall_limit_s = options.get("stall_limit_s")
     address = options.get("address")
+    num_gpus = options.get("num_gpus")
+    on_gpu = site.arithmetic.device == "cuda"
     problems = [Problem(f"cluster.{key}", "unknown key") for key in sorted(options.keys() - OPTIONS)]
     if num_workers is not None and (not isinstance(num_workers, int) or num_workers < 1):
         problems.append(Problem("cluster.num_workers", "not a number from 1"))
@@ -148,13 +164,20 @@ def open_executor(site: Site, options: Mapping[str, Any]) -> RayExecutor:
         problems.append(Problem("cluster.stall_limit_s", "not a number above 0"))
     if address is not None and str(address).startswith("ray://"):
         problems.append(Problem("cluster.address", "Ray Client is not supported; give HOST:PORT"))
+    if num_gpus is not None and not on_gpu:
+        problems.append(Problem("cluster.num_gpus", "is given, but device is cpu"))
+    elif num_gpus is not None and not (0 < num_gpus < 1 or (num_gpus >= 1 and num_gpus % 1 == 0)):
+        problems.append(Problem("cluster.num_gpus", "neither a share of one GPU nor whole GPUs"))
     if problems:
         raise InvalidInput(
             "the cluster can't be used as it is described",
             problems=problems,
             next_step="mend the run file's `cluster:` block",
         )
-    return RayExecutor(site, address, num_workers, max_retries, stall_limit_s=stall_limit_s)
+    gpus = (1 if num_gpus is None else num_gpus) if on_gpu else 0
+    return RayExecutor(
+        site, address, num_workers, max_retries, stall_limit_s=stall_limit_s, num_gpus=gpus
+    )
 
 
-OPTIONS = frozenset({"address", "num_workers", "max_retries", "stall_limit_s"})
+OPTIONS = frozenset({"address", "num_workers", "num_gpus", "max_retries", "stall_limit_s"})

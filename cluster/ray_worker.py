@@ -78,15 +78,35 @@ def open_parts(site: Site) -> Parts:
             where=str(keys.root),
             next_step="put the keyring on a file system that all nodes share, and name it by `keyring:`",
         )
-    pin_threads(site.threads)
+    pin_threads(site.threads, site.arithmetic)
     return open_trainer(site), *open_stores(site)
 
 
 def train_remotely(task: Task, report: Report) -> None:
     """Train a chain in this worker. Raises Unready on a node to which the base must be carried."""
     site = task.site
+    if site.arithmetic.device == "cuda":  # one node may hold GPUs of several models
+        _check_gpu(task)
     site = replace(site, base_dir=base_on_this_node(task, site.base_dir))
     train_chain(task.chain, *task.open_parts(site), report)
+
+
+def _check_gpu(task: Task) -> None:
+    """Raises EnvironmentFault where this worker's GPU would train other bits, or where it has none."""
+    from sisa.model.numerics import fingerprint, require_device
+
+    site = task.site
+    require_device(site.arithmetic)
+    got = fingerprint(site.threads, site.arithmetic)
+    for job in task.chain.jobs:
+        if job.fingerprint != got:
+            raise EnvironmentFault(
+                "a worker's GPU would train other bits than the driver's",
+                where=f"shard {job.shard}",
+                expected=f"fingerprint {job.fingerprint}",
+                got=f"fingerprint {got}",
+                next_step="use GPUs of one model and driver, as the driver's node has first",
+            )
 
 
 def base_on_this_node(task: NeedsBase, base_dir: Path) -> Path:

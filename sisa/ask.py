@@ -79,7 +79,8 @@ def open_answerer(
     patches = patch_files(world.patches, active(world.ledger.patches()) if stack is None else stack)
     base, block = parts.base, parts.config.sisa
     method, threads = how or block.aggregation.method, block.threads_per_shard
-    return Answerer(base.directory, base.digest, adapters, threads, patches, method)
+    on = parts.config.arithmetic
+    return Answerer(base.directory, base.digest, adapters, threads, patches, method, on)
 
 
 def live_heads(world: World) -> dict[int, str]:

@@ -30,6 +30,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from sisa.aggregation_config import Aggregation
+from sisa.arithmetic import Arithmetic, DeviceName, Dtype
 from sisa.assign import Layout
 from sisa.bands import RISK_COLUMN, Bands
 from sisa.cluster_config import ClusterBlock
@@ -191,6 +192,10 @@ class RunConfig(Block):
     max_grad_norm: Float = key(1.0, "retrain", "Gradients are clipped to this norm.", gt=0, le=1e9)
     train_on_inputs: Bool = key(False, "retrain", "Whether prompts count in the loss, too.")
     seed: Int = key(42, "retrain", "Seed of adapters, dropout and orders.", ge=0, le=(1 << 63) - 1)
+    device: DeviceName = key("cpu", "retrain", "Where shards are trained and asked: cpu or cuda.")
+    dtype: Dtype = key(
+        "float32", "retrain", "Of the base's weights: float32 or bfloat16; adapters are in float32."
+    )
     sisa: SisaBlock = Field(
         default=SisaBlock(), description="The partition and how it is trained and asked."
     )
@@ -228,6 +233,17 @@ class RunConfig(Block):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _gpus_for_cuda(self) -> RunConfig:
+        if self.device == "cpu" and self.cluster.num_gpus is not None:
+            raise conflict("conflict: cluster.num_gpus is given, but device is cpu")
+        return self
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """On what and in what numbers shards are trained and asked."""
+        return Arithmetic(self.device, self.dtype)
+
     @property
     def base(self) -> str:
         """What to resolve the base by: its name, or where one from scratch is kept."""
@@ -248,7 +264,7 @@ class RunConfig(Block):
     def training(self) -> dict[str, Any]:
         """The hyper-parameters that reach an adapter's bits; epochs and schedule come as passes."""
         dump = self.model_dump(mode="json")
-        return {key: dump[key] for key in TRAINING_KEYS}
+        return {key: dump[key] for key in TRAINING_KEYS} | self.arithmetic.in_jobs()
 
     def recipe(self, base_digest: str) -> Recipe:
         """What all jobs of a model with this run file share."""

@@ -131,6 +131,7 @@ def _card(world: World, parts: Parts, form: ExportForm, num_patches: int, now: s
         roots=tuple((each.shard, each.slice, each.root) for each in world.ledger.slices()),
         num_patches=num_patches,
         made_at=now,
+        dtype=parts.config.dtype,
     )
 
 

@@ -12,6 +12,7 @@ b'---\\nbase_model: '
 
 from __future__ import annotations
 
+import copy
 import json
 import shlex
 import tempfile
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sisa.arithmetic import Arithmetic, Dtype
 from sisa.digest import canonical_json, digest_of
 from sisa.domain import ExportForm
 from sisa.store.checkpoints import ADAPTER
@@ -45,6 +47,7 @@ class Card:
     roots: tuple[tuple[int, int, str], ...]  # shard, slice, root of its records
     num_patches: int
     made_at: str
+    dtype: Dtype = "float32"
 
     def text(
         self,
@@ -62,7 +65,7 @@ class Card:
             "",
             f"Exported from a deletion-ready model, form `{self.form}`, at {self.made_at}.",
             "",
-            f"- base: {self.base}, digest `{self.base_digest}`",
+            f"- base: {self.base}, digest `{self.base_digest}`, trained over in {self.dtype}",
             f"- model digest: `{self.model_digest}`",
             f"- shards in it: {', '.join(map(str, shards))}",
             f"- records it was trained on: {self.num_records}, root `{digest_of(self.roots)}`",
@@ -130,11 +133,15 @@ def _named(parts: Parts, files: Files) -> dict[str, bytes]:
 def of_merged_model(
     parts: Parts, patches: Sequence[Files], adapters: Sequence[Files]
 ) -> dict[str, bytes]:
-    """The base with the patches' and the mean of the adapters' changes in its weights."""
+    """The base with the patches' and the mean of the adapters' changes in its weights, in float32: a
+    bfloat16 base's weights as they were trained over, and what is added to them unrounded."""
     from sisa.model.low_rank import averaged, lay_on, read_change
     from sisa.model.patched import load_patched
 
-    model, tokenizer = load_patched(parts.base.directory, parts.base.digest, patches)
+    on = Arithmetic("cpu", parts.config.dtype)
+    model, tokenizer = load_patched(parts.base.directory, parts.base.digest, patches, on)
+    if on.dtype != "float32":
+        model = copy.deepcopy(model).float()  # the tensors themselves are others', too
     lay_on(model, averaged([read_change(each) for each in adapters]))
     with tempfile.TemporaryDirectory() as scratch:
         model.save_pretrained(scratch, max_shard_size="1TB")

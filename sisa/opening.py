@@ -117,7 +117,7 @@ def open_world(
         base=base_digest,
         patch_mode=config.patch_mode,
         patcher=lambda: find_patcher(executor)(_patch_site(directory, parts, vault, patches), config),
-        fingerprint=fingerprint(config.sisa.threads_per_shard),
+        fingerprint=fingerprint(config.sisa.threads_per_shard, config.arithmetic),
         metrics=metrics,
         now=_now,
         report=recording(report, metrics, _now),
@@ -131,18 +131,18 @@ def _now() -> str:
 
 
 def _site(places: Mapping[str, Place], parts: Parts, store: FileCheckpoints, ledger: Ledger) -> Site:
-    base = parts.base
-    stack = [(each.key, each.manifest_sha256) for each in _trained_over(ledger, base.digest)]
+    stack = [(each.key, each.manifest_sha256) for each in _trained_over(ledger, parts.base.digest)]
     return Site(
         places[RECORDS],
         store.place,
-        base.directory,
-        base.digest,
+        parts.base.directory,
+        parts.base.digest,
         parts.config.sisa.threads_per_shard,
         keyring=store.keyring,
         room=store.room,
         patches_at=places[PATCHES],
         patches=tuple(stack),
+        arithmetic=parts.config.arithmetic,
     )
 
 
@@ -178,12 +178,12 @@ def _patch_site(directory: Path, parts: Parts, vault: FileVault, patches: FileCh
         sequence_len=parts.config.sequence_len,
         vault_keyring=vault.keyring,
         patches_keyring=patches.keyring,
+        arithmetic=parts.config.arithmetic,
     )
 
 
 def _probe(parts: Parts, ledger: Ledger, patches: CheckpointStore) -> Probe | None:
-    """What asks the base alone, under the patches that are served when it is asked; None where none is
-    wanted or installed."""
+    """What asks the base alone, under the patches that are served then; None where none is wanted."""
     opened = find_probe() if parts.config.probe else None
     if opened is None:
         return None
@@ -207,7 +207,7 @@ def open_trainer(site: Site) -> Trainer:
 
     store = FileCheckpoints(site.patches_at, site.keyring, PATCHES)
     patches = [store.load(key, manifest) for key, manifest in site.patches]
-    return LoraTrainer(site.base_dir, site.base_digest, site.threads, patches)
+    return LoraTrainer(site.base_dir, site.base_digest, site.threads, patches, site.arithmetic)
 
 
 def open_stores(site: Site) -> tuple[FileRecords, FileCheckpoints]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from sisa.arithmetic import USUAL, Arithmetic
 from sisa.domain import Record, SavedCheckpoint
 from sisa.events import Report
 from sisa.patch import Patch, PatchJob, VaultSet
@@ -91,6 +92,7 @@ class PatchSite:
     sequence_len: int
     vault_keyring: Keyring
     patches_keyring: Keyring
+    arithmetic: Arithmetic = USUAL  # of the shards; patches are made on the CPU in float32 alone
 
 
 class Patcher(Protocol):

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from sisa.arithmetic import USUAL, Arithmetic
 from sisa.domain import Chain, SliceFile, SliceJob
 from sisa.errors import IntegrityError
 from sisa.events import EpochTrained, Report, SliceProgress, SliceStarted, SliceTrained
@@ -44,6 +45,7 @@ class Site:
     room: str = "checkpoints"  # of the checkpoints' keys
     patches_at: Place = field(default_factory=lambda: LocalPlace(Path()))
     patches: tuple[tuple[str, str], ...] = ()  # to train over: (key, manifest's sha256), lowest first
+    arithmetic: Arithmetic = USUAL
 
     def absolute(self) -> Site:
         """The same for a process in another working directory."""

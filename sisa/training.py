@@ -14,6 +14,7 @@ from pathlib import Path
 
 from sisa import opening, reconfigure
 from sisa.api import Model, silent
+from sisa.arithmetic import USUAL
 from sisa.assign import Assigner
 from sisa.config import Difference, RunConfig, differences
 from sisa.config_types import is_uri
@@ -22,8 +23,10 @@ from sisa.domain import Record
 from sisa.errors import Busy, ConfigConflict, EnvironmentFault, IntegrityError, InvalidInput
 from sisa.events import Notice, Report
 from sisa.garbage import ROOMS
+from sisa.model.numerics import require_device
 from sisa.opening import CHECKPOINTS, INDEX, KEY, LEDGER, LOCK, SCRATCH, VAULT, OpenExecutor
 from sisa.parts import Parts
+from sisa.patch_plan import active, wanted
 from sisa.ports import Change
 from sisa.reader import read_records
 from sisa.reconcile import Trained, erase_unknown
@@ -36,7 +39,7 @@ from sisa.store import files
 from sisa.store.ledger import SqlLedger
 from sisa.store.places import root_of
 from sisa.witness import is_behind, settle
-from sisa.world import World, commit
+from sisa.world import World, commit, over
 
 
 @running()
@@ -57,6 +60,7 @@ def train_model(
     config = run_file if isinstance(run_file, RunConfig) else load_run_file(Path(run_file))
     directory = config.output_dir
     opening.find_executor(executor)  # an unknown one is refused before anything is written
+    require_device(config.arithmetic)
     _refuse_keys_inside(config)
     records = read_records(config.datasets, config.sisa.group_by)
     refuse_risks(config.sisa.bands, records)
@@ -227,6 +231,8 @@ def _move(
         parts.check_modules()
     with files.writer_lock(model.directory / LOCK):
         with model._world(as_it_is=True) as old:
+            if config.arithmetic != USUAL:
+                _refuse_patches(old)
             _replay_first(old, moving=opening.witness_dir(config) != opening.witness_dir(model.config))
             if any(under_way(request) for request in old.ledger.requests()):
                 erase_unknown(old)  # what a cut-short deletion left goes before anything is trained
@@ -255,6 +261,16 @@ def _move(
         finally:
             opening.close(world)
     return Model(model.directory, executor=model.executor, report=model.report), trained
+
+
+def _refuse_patches(old: World) -> None:
+    patches = old.ledger.patches()
+    if active(patches) or wanted(patches) or over(old.ledger):
+        raise ConfigConflict(
+            "the model has patches, and those are for the CPU in float32",
+            where="device, dtype",
+            next_step="take them back first (`sisa approx revert --all --retrain-shards`)",
+        )
 
 
 def _replay_first(old: World, *, moving: bool) -> None:

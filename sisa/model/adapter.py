@@ -126,7 +126,7 @@ def adapter_tensors(model: Any, name: str = DEFAULT_NAME) -> dict[str, torch.Ten
 
 def tensor_bytes(tensors: Mapping[str, torch.Tensor]) -> bytes:
     """Safetensors bytes; equal tensors give equal bytes."""
-    plain = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     return save(plain, metadata={"format": "pt"})
 
 

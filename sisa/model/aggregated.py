@@ -104,7 +104,7 @@ class AggregatedModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         )
         loss = None
         if labels is not None:
-            ahead = labels[:, 1:].reshape(-1)
+            ahead = labels[:, 1:].reshape(-1).to(logs.device)
             loss = torch.nn.functional.cross_entropy(
                 logs[:, :-1].reshape(len(ahead), -1), ahead, ignore_index=NO_LOSS
             )

@@ -5,7 +5,8 @@ together (`aggregate.py`), the likeliest token is taken and given to all of them
 routes are answered side by side, padded on the left. Where no shard is chosen the base alone answers.
 Patches lie beneath all of them, the base alone among them. Adapters and patches come as bytes that the
 caller has verified, and live in modules of this object's own around the shared base; an `Answerer` is
-thrown away when a head or a patch moves.
+thrown away when a head or a patch moves. Models are asked on the device and in the dtype that they were
+trained in; what comes out is in float32, of `logprobs` on that device, else on the CPU.
 
 Not covered: sampling; which shards to ask (`route.py`). Beside others a request's logits may differ from
 those that it gets alone by float rounding.
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sisa.arithmetic import USUAL, Arithmetic
 from sisa.errors import InvalidInput
 from sisa.model.aggregate import together
 from sisa.model.low_rank import averaged, read_change
@@ -47,12 +49,14 @@ class Answerer:
         threads: int,
         patches: Sequence[Mapping[str, bytes]] = (),
         method: str = "routed",
+        arithmetic: Arithmetic = USUAL,
     ) -> None:
         """`adapters` maps shards to their checkpoints' files; `patches` are the files of those that are
-        served, lowest first; `method` is how they answer together. Raises IntegrityError."""
-        pin_threads(threads)  # before the patches are laid on
-        self._threads, self.method = threads, method
-        self.model, self.tokenizer = load_patched(base_dir, base_digest, patches)
+        served, lowest first; `method` is how they answer together. Raises IntegrityError, and
+        EnvironmentFault without the device."""
+        pin_threads(threads, arithmetic)  # before the patches are laid on
+        self._pinned, self.method = (threads, arithmetic), method
+        self.model, self.tokenizer = load_patched(base_dir, base_digest, patches, arithmetic)
         self.base_name = patched_name(base_digest, patches)
         self.shards = frozenset(adapters)
         changes = {shard: read_change(files) for shard, files in sorted(adapters.items())}
@@ -67,7 +71,7 @@ class Answerer:
         self, prompts: Sequence[Sequence[int]], routes: Sequence[Route], max_new_tokens: int
     ) -> list[str]:
         """The greedy continuation of each prompt, without the end token."""
-        pin_threads(self._threads)
+        pin_threads(*self._pinned)
         self._refuse_unknown(routes)
         texts: list[str] = []
         with torch.inference_mode():
@@ -79,9 +83,9 @@ class Answerer:
     def _continued(
         self, prompts: Sequence[Sequence[int]], routes: Sequence[Route], max_new_tokens: int
     ) -> list[list[int]]:
-        longest = max(map(len, prompts))
-        fed = torch.tensor([[self._pad] * (longest - len(each)) + list(each) for each in prompts])
-        mask = torch.tensor([[0] * (longest - len(each)) + [1] * len(each) for each in prompts])
+        longest, on = max(map(len, prompts)), self.model.device
+        fed = torch.tensor([[self._pad] * (longest - len(each)) + list(each) for each in prompts]).to(on)
+        mask = torch.tensor([[0] * (longest - len(each)) + [1] * len(each) for each in prompts]).to(on)
         answers: list[list[int]] = [[] for _ in prompts]
         going = set(range(len(prompts)))
         names = [self._names(route) for route in routes]
@@ -97,9 +101,9 @@ class Answerer:
                     answers[at].append(picked[at])
                 if step + 1 == max_new_tokens:
                     break
-                mask = torch.cat([mask, torch.ones(len(mask), 1, dtype=mask.dtype)], dim=1)
+                mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
                 output = self.model(
-                    input_ids=torch.tensor(picked)[:, None],
+                    input_ids=torch.tensor(picked, device=on)[:, None],
                     attention_mask=mask,
                     position_ids=(mask.cumsum(-1) - 1)[:, -1:],
                     past_key_values=cache,
@@ -111,7 +115,8 @@ class Answerer:
     def next_token_probabilities(self, prompt_ids: Sequence[int], route: Route) -> Tensor:
         """The distribution after the prompt, [V]."""
         ids = torch.tensor([list(prompt_ids)])
-        return self.logprobs([route], input_ids=ids, use_cache=False, logits_to_keep=1)[0, -1].exp()
+        logs_1TV = self.logprobs([route], input_ids=ids, use_cache=False, logits_to_keep=1)
+        return logs_1TV[0, -1].exp().cpu()
 
     def answer_probability(
         self, prompt_ids: Sequence[int], answer_ids: Sequence[int], route: Route
@@ -127,17 +132,19 @@ class Answerer:
         """The distribution before each token of an answer, given the true ones before it."""
         ids = torch.tensor([[*prompt_ids, *answer_ids][:-1]])
         keep = len(answer_ids)
-        return self.logprobs([route], input_ids=ids, use_cache=False, logits_to_keep=keep)[0].exp()
+        logs_1TV = self.logprobs([route], input_ids=ids, use_cache=False, logits_to_keep=keep)
+        return logs_1TV[0].exp().cpu()
 
     def logprobs_BTV(self, ids_BT: Tensor, routes: Sequence[Route]) -> Tensor:
         """Logarithms of the distribution after every token; rows are padded on the right."""
-        return self.logprobs(routes, input_ids=ids_BT, use_cache=False)
+        return self.logprobs(routes, input_ids=ids_BT, use_cache=False).cpu()
 
     def logprobs(self, routes: Sequence[Route], **inputs: Any) -> Tensor:
         """Logarithms of the distributions, [B, T, V], that a forward of the base's `inputs` gives."""
-        pin_threads(self._threads)
+        pin_threads(*self._pinned)
         self._refuse_unknown(routes)
         names = [self._names(route) for route in routes]
+        inputs = {name: _on(value, self.model.device) for name, value in inputs.items()}
         whole = [(0, len(routes))]
         if not inputs.get("use_cache"):  # one cache is of one forward
             whole = list(pieces(names, inputs["input_ids"].shape[1]))
@@ -155,6 +162,7 @@ class Answerer:
         for route, own in zip(routes, rows.of, strict=True):
             logits = logits_PTV[own]
             weights = torch.tensor(route.weights if len(logits) == len(route.shards) else [1.0])
+            weights = weights.to(logits.device)
             found.append(together(logits, weights, self.method))
         return found
 
@@ -171,6 +179,10 @@ class Answerer:
                 got=", ".join(map(str, missing)),
                 next_step="choose among the live shards",
             )
+
+
+def _on(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def _cut(value: Any, start: int, end: int, num_requests: int) -> Any:

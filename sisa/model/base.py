@@ -1,11 +1,12 @@
 """The frozen base model: where it comes from, what names it, how it is loaded.
 
 Rules: a base is named by the digest of its weights, tokenizer, chat template and config; where it
-lies and what wrote it do not count. Weights are safetensors only, no code from a hub is run. Training
-is in float32, so a base stored otherwise (half precision, GGUF) is converted once into the user's
-cache. Its file is memory-mapped: the processes of one node share one physical copy. A process loads
-a base once; each caller gets its own modules around the one set of frozen tensors, so that adapters
-of one caller are never seen by another.
+lies and what wrote it do not count. Weights are safetensors only, no code from a hub is run. It rests
+in float32, so a base stored otherwise (half precision, GGUF) is converted once into the user's
+cache. Its file is memory-mapped: the processes of one node share one physical copy. In bfloat16, or on
+a CUDA device, a process has a copy of its own: one that was stored in bfloat16 is the same again. A
+process loads a base once; each caller gets its own modules around the one set of frozen tensors, so
+that adapters of one caller are never seen by another.
 
 Not covered: tensor or pipeline parallelism; bases that don't fit into memory in float32.
 
@@ -24,6 +25,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from sisa.arithmetic import USUAL, Arithmetic
 from sisa.digest import canonical_json, digest_of, file_sha256, sha256_hex
 from sisa.errors import EnvironmentFault, IntegrityError, InvalidInput
 from sisa.model.packages import PREFIX, cached_directory, fetch_package, parse_package
@@ -41,7 +43,7 @@ CONFIG_FILES = ("config.json", "generation_config.json")
 UNNAMED_KEYS = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
 HUB_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
-_loaded: dict[tuple[Path, str], tuple[Any, Any]] = {}
+_loaded: dict[tuple[Path, str, Arithmetic], tuple[Any, Any]] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,12 +221,12 @@ def load_tokenizer(directory: Path, gguf: str | None = None) -> Any:
     return _from_pretrained(AutoTokenizer, directory, trust_remote_code=False, **options)
 
 
-def load_base(directory: Path, digest: str) -> tuple[Any, Any]:
-    """(model, tokenizer), in float32, for evaluation, frozen; the model's modules are the caller's own.
+def load_base(directory: Path, digest: str, arithmetic: Arithmetic = USUAL) -> tuple[Any, Any]:
+    """(model, tokenizer), for evaluation, frozen; the model's modules are the caller's own.
 
     Raises IntegrityError when the files are not the ones that `digest` names.
     """
-    place = (directory.resolve(), digest)
+    place = (directory.resolve(), digest, arithmetic)
     if place not in _loaded:
         got = base_digest(directory)
         if got != digest:
@@ -237,7 +239,9 @@ def load_base(directory: Path, digest: str) -> tuple[Any, Any]:
             )
         from transformers import AutoModelForCausalLM
 
-        model = load_frozen(AutoModelForCausalLM, directory)
+        model = load_frozen(AutoModelForCausalLM, directory, arithmetic.dtype)
+        if arithmetic.device != "cpu":
+            model = model.to(arithmetic.device)
         _loaded[place] = (model, load_tokenizer(directory))
     model, tokenizer = _loaded[place]
     return own_modules(model), tokenizer

@@ -7,9 +7,10 @@ restart with each stage; the optimizer's moments go on. The loss of an optimizer
 cross-entropy over the number of label tokens in all of its micro-batches. Rows are padded on the
 right and no attention mask is passed: under causal attention a real token never sees padding. Logits
 are computed only at positions that predict a label. The base is never written to. A stage over
-patches names the base under them.
+patches names the base under them. The stage runs where the base is. The base may be in bfloat16;
+adapters, gradients, moments and the loss are in float32 always, and so are their files.
 
-Not covered: more than one device; full fine-tuning; encoder-decoder models.
+Not covered: more than one device at once; full fine-tuning; encoder-decoder models.
 
     files = LoraTrainer(directory, digest, threads=1).train(job, None, records, print)
 
@@ -29,6 +30,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import get_scheduler
 
+from sisa.arithmetic import USUAL, Arithmetic
 from sisa.digest import canonical_json
 from sisa.domain import SliceJob
 from sisa.errors import IntegrityError, InvalidInput
@@ -75,11 +77,12 @@ class LoraTrainer:
         base_digest: str,
         threads: int,
         patches: Sequence[Mapping[str, bytes]] = (),
+        arithmetic: Arithmetic = USUAL,
     ) -> None:
         """`patches` are files of those to train over, lowest first."""
-        self._base = (base_dir, base_digest, patches)
+        self._base = (base_dir, base_digest, patches, arithmetic)
         self._base_name = patched_name(base_digest, patches)
-        self._threads = threads
+        self._threads, self._arithmetic = threads, arithmetic
 
     def train(
         self,
@@ -90,11 +93,11 @@ class LoraTrainer:
     ) -> dict[str, bytes]:
         """Files of the stage's checkpoint: adapter, its configuration, optimizer, state.
 
-        Raises IntegrityError (another base, a damaged parent) and InvalidInput (records that do not
-        fit, modules that the base lacks, a loss that is not finite).
+        Raises IntegrityError (another base, a damaged parent), InvalidInput (records that do not
+        fit, modules that the base lacks, a loss that is not finite) and EnvironmentFault (no device).
         """
-        _check_job(job, self._base_name, records)
-        pin_threads(self._threads)
+        _check_job(job, self._base_name, records, self._arithmetic)
+        pin_threads(self._threads, self._arithmetic)
         base, tokenizer = load_patched(*self._base)
         steps = _plan_steps(job, records, tokenizer)
         stage = Stage(job, base, parent, num_steps=len(steps))
@@ -110,7 +113,19 @@ def _size(step: Sequence[Batch]) -> tuple[int, int]:
     return sum(map(len, step)), sum(len(each.input_ids) for batch in step for each in batch)
 
 
-def _check_job(job: SliceJob, base_name: str, records: Sequence[StoredRecord]) -> None:
+def _check_job(
+    job: SliceJob, base_name: str, records: Sequence[StoredRecord], arithmetic: Arithmetic
+) -> None:
+    if not arithmetic.is_of(job.training):
+        raise IntegrityError(
+            "a job was made for another device or dtype",
+            where=f"shard {job.shard}, slice {job.slice}",
+            expected=str(arithmetic.in_jobs() or "none"),
+            got=str(
+                {each: job.training[each] for each in USUAL.names if each in job.training} or "none"
+            ),
+            next_step="run the command again; `sisa train RUN.yaml` names what differs",
+        )
     if job.base != base_name:
         raise IntegrityError(
             "a job was made for another base model, or for other patches beneath",
@@ -234,7 +249,9 @@ class Stage:
             keys = {moment: f"{_without_name(name)}.{moment}" for moment in MOMENTS}
             held = {moment: tensors[key].clone() for moment, key in keys.items() if key in tensors}
             if held:
-                self._optimizer.state[each] = held
+                # The count of steps stays on the CPU, as AdamW has it.
+                on = {moment: held[moment].to(each.device) for moment in held if moment != "step"}
+                self._optimizer.state[each] = held | on
 
 
 def _without_name(parameter: str) -> str:
@@ -268,6 +285,10 @@ class Padded:
     columns_K: torch.Tensor
     labels_BK: torch.Tensor
 
+    def to(self, device: torch.device) -> Padded:
+        """The same on a device."""
+        return Padded(self.ids_BT.to(device), self.columns_K.to(device), self.labels_BK.to(device))
+
 
 def pad(batch: Batch) -> Padded:
     """Pad on the right to the batch's own longest row."""
@@ -289,10 +310,13 @@ def count_labels(batch: Batch) -> int:
 
 def summed_loss(model: Any, batch: Batch) -> torch.Tensor:
     """Cross-entropy summed over a micro-batch's label tokens."""
-    padded = pad(batch)
+    padded = pad(batch).to(model.device)
     logits_BKV = model(input_ids=padded.ids_BT, logits_to_keep=padded.columns_K, use_cache=False).logits
     return cross_entropy(
-        logits_BKV.flatten(0, 1), padded.labels_BK.flatten(), ignore_index=NO_LOSS, reduction="sum"
+        logits_BKV.flatten(0, 1).float(),
+        padded.labels_BK.flatten(),
+        ignore_index=NO_LOSS,
+        reduction="sum",
     )
 
 

@@ -3,9 +3,10 @@
 Rules: two machines with one fingerprint train the same bytes; a checkpoint's key covers it. It holds
 library versions, the version of our training procedure, the device, the processor with its
 instruction sets, the settings by which MKL, oneDNN and ATen choose their kernels, the dtype and the
-number of threads. The settings are read by torch when it is imported: a worker's environment must
-hold `worker_environment` before that. This module does not import torch, so that commands that only
-compare fingerprints stay fast.
+number of threads; of a CUDA device also what `cuda.py` says of it. The settings are read by torch when
+it is imported: a worker's environment must hold `worker_environment` before that. Unless a CUDA device
+is to be described this module does not import torch, so that commands that only compare fingerprints
+stay fast. Where there is none to describe, the fingerprint is one under which nothing was ever trained.
 
 Not covered: equality across processors (`MKL_CBWR` is the candidate, and part of the fingerprint).
 
@@ -23,7 +24,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from sisa.arithmetic import USUAL, Arithmetic
 from sisa.digest import digest_of
+from sisa.model import cuda
 
 PROCEDURE_VERSION = (
     1  # raise it with every change of lora.py, batches.py or tokens.py that reaches the bits
@@ -41,20 +44,24 @@ KERNEL_SETTINGS = (
 _INSTRUCTION_SET = re.compile(r"s?sse|avx|fma|f16c|amx|bmi|asimd|sve|sme|fphp|bf16|i8mm|neon|vfp")
 
 
-def fingerprint(threads: int) -> str:
+def fingerprint(threads: int, arithmetic: Arithmetic = USUAL) -> str:
     """The digest that stands in every job of this environment."""
-    return digest_of(describe_fingerprint(threads))
+    return digest_of(describe_fingerprint(threads, arithmetic))
 
 
-def describe_fingerprint(threads: int) -> dict[str, Any]:
+def describe_fingerprint(threads: int, arithmetic: Arithmetic = USUAL) -> dict[str, Any]:
     """The fingerprint in words, for people who compare two environments."""
+    on_cuda = arithmetic.device == "cuda"
+    gpu = {"gpu": cuda.describe()} if on_cuda else {}
+    settings = (*KERNEL_SETTINGS, *(cuda.SETTINGS if on_cuda else ()))
     return {
         "procedure": PROCEDURE_VERSION,
         "libraries": {name: _version(name) for name in LIBRARIES},
-        "device": "cpu",
+        "device": arithmetic.device,
         "processor": dict(_processor()),
-        "settings": {name: os.environ.get(name) for name in KERNEL_SETTINGS},
-        "dtype": "float32",
+        **gpu,
+        "settings": {name: os.environ.get(name) for name in settings},
+        "dtype": arithmetic.dtype,
         "threads": threads,
     }
 
@@ -90,9 +97,10 @@ def describe_processor(cpuinfo: str, machine: str, processor: str) -> dict[str, 
     return {"machine": machine, "model": model or processor, "instruction_sets": digest_of(sets)}
 
 
-def worker_environment(threads: int) -> dict[str, str]:
+def worker_environment(threads: int, arithmetic: Arithmetic = USUAL) -> dict[str, str]:
     """What a worker's environment must hold before torch is imported."""
-    environment = {
+    environment = cuda.environment() if arithmetic.device == "cuda" else {}
+    environment |= {
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
         "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads on a busy core are 32 times slower
@@ -104,9 +112,21 @@ def worker_environment(threads: int) -> dict[str, str]:
     return environment
 
 
-def pin_threads(threads: int) -> None:
-    """Set torch, in this process, to the number of threads and the arithmetic of the fingerprint."""
+def require_device(arithmetic: Arithmetic) -> None:
+    """Raises EnvironmentFault where this process does not have the device."""
+    if arithmetic.device == "cuda":
+        cuda.require()
+
+
+def pin_threads(threads: int, arithmetic: Arithmetic = USUAL) -> None:
+    """Set torch, in this process, to the number of threads and the kernels of the fingerprint. Raises
+    EnvironmentFault without the device."""
+    if arithmetic.device == "cuda":
+        cuda.pin()
     import torch
+
+    if arithmetic.device == "cpu":
+        cuda.fix_attention(plain=False)
 
     torch.set_num_threads(threads)
     torch.set_flush_denormal(False)

@@ -6,7 +6,7 @@ Rules: patches are laid on in memory; the base's files and the tensors that othe
 written to. Only the modules that a patch changes get weights of their own in this process, all others
 stay the memory-mapped ones. Without patches it is the base, bit for bit. The bits depend on base,
 patches and number of threads alone; the caller pins the threads. Files come as bytes that the caller
-has verified.
+has verified. Patches are for the CPU in float32: in bfloat16 parts of them would round away.
 
 Not covered: which patches there are (`sisa/patch_plan.py`); patches that are not LoRA.
 
@@ -21,8 +21,9 @@ from typing import Any
 
 import torch
 
+from sisa.arithmetic import USUAL, Arithmetic
 from sisa.digest import canonical_json, sha256_hex
-from sisa.errors import IntegrityError
+from sisa.errors import IntegrityError, InvalidInput
 from sisa.model.adapter import ADAPTER_FILE, CONFIG_FILE, read_config, tensor_bytes, written_config
 from sisa.model.base import load_base, own_modules
 from sisa.model.low_rank import averaged, lay_on, read_change, stacked, tensors_of
@@ -32,14 +33,25 @@ Files = Mapping[str, bytes]
 _last: dict[tuple[Any, ...], Any] = {}  # the base under the patches that were last asked for
 
 
-def load_patched(base_dir: Path, base_digest: str, patches: Sequence[Files]) -> tuple[Any, Any]:
+def load_patched(
+    base_dir: Path, base_digest: str, patches: Sequence[Files], arithmetic: Arithmetic = USUAL
+) -> tuple[Any, Any]:
     """As `load_base`, under patches, lowest first.
 
-    Raises IntegrityError: another base; a patch that is damaged or does not fit it.
+    Raises IntegrityError: another base; a patch that is damaged or does not fit it. InvalidInput for
+    patches on another device than the CPU, or in another dtype than float32.
     """
-    model, tokenizer = load_base(base_dir, base_digest)
+    model, tokenizer = load_base(base_dir, base_digest, arithmetic)
     if not patches:
         return model, tokenizer
+    if arithmetic != USUAL:
+        raise InvalidInput(
+            "there are patches beneath, and those are for the CPU in float32",
+            where="device, dtype",
+            expected=f"{USUAL.device}, {USUAL.dtype}",
+            got=f"{arithmetic.device}, {arithmetic.dtype}",
+            next_step="take the patches back (`sisa approx revert --all`), or restore the run file",
+        )
     made_of = [
         {name: sha256_hex(files.get(name, b"")) for name in (ADAPTER_FILE, CONFIG_FILE)}
         for files in patches

@@ -7,11 +7,12 @@ several lengths, dropout, all linear modules, AdamW, gradient accumulation, and 
 on from the first one's bytes.
 
 Rules: nothing is read or fetched, nothing of a user's is involved, nothing is written. Two machines with
-one fingerprint should have one digest; one that has another must not train for the model.
+one fingerprint should have one digest; one that has another must not train for the model. The device and
+the dtype are those of the fingerprint: a device that is not there is an error, never replaced.
 
-Not covered: other devices than the processor; faults that show only in long runs or at other widths.
+Not covered: faults that show only in long runs or at other widths; other GPUs than the first.
 
-    check(threads=1).repeats
+    check(threads=1, arithmetic=Arithmetic("cuda", "bfloat16")).repeats
 """
 
 from __future__ import annotations
@@ -23,12 +24,18 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from sisa.arithmetic import USUAL, Arithmetic, DeviceName, Dtype
 from sisa.digest import digest_of, sha256_hex
 from sisa.domain import SliceJob
 from sisa.errors import EnvironmentFault
-from sisa.model.numerics import describe_fingerprint, pin_threads, worker_environment
+from sisa.model.numerics import (
+    describe_fingerprint,
+    pin_threads,
+    require_device,
+    worker_environment,
+)
 
 NUM_PROCESSES, TIMEOUT_S = 2, 600
 WIDTHS = {
@@ -69,19 +76,22 @@ class Numerics:
         return len(set(self.digests)) == 1
 
 
-def check(threads: int) -> Numerics:
-    """Train in fresh processes. Raises EnvironmentFault when one does not end well."""
-    description = describe_fingerprint(threads)
-    found = [each for _ in range(NUM_PROCESSES) for each in _elsewhere(threads)]
+def check(threads: int, arithmetic: Arithmetic = USUAL) -> Numerics:
+    """Train in fresh processes. Raises EnvironmentFault when one does not end well, or without the
+    device."""
+    require_device(arithmetic)
+    description = describe_fingerprint(threads, arithmetic)
+    found = [each for _ in range(NUM_PROCESSES) for each in _elsewhere(threads, arithmetic)]
     return Numerics(digest_of(description), description, tuple(found))
 
 
-def _elsewhere(threads: int) -> list[str]:
+def _elsewhere(threads: int, arithmetic: Arithmetic) -> list[str]:
     here = str(Path(__file__).resolve().parents[2])
-    environment = {**os.environ, **worker_environment(threads), "PYTHONPATH": here}
+    environment = {**os.environ, **worker_environment(threads, arithmetic), "PYTHONPATH": here}
+    told = [str(threads), arithmetic.device, arithmetic.dtype]
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "sisa.model.self_test", str(threads)],
+            [sys.executable, "-m", "sisa.model.self_test", *told],
             env=environment,
             capture_output=True,
             timeout=TIMEOUT_S,
@@ -99,14 +109,14 @@ def _elsewhere(threads: int) -> list[str]:
     return found
 
 
-def trained_digests(threads: int, times: int = 2) -> list[str]:
+def trained_digests(threads: int, times: int = 2, arithmetic: Arithmetic = USUAL) -> list[str]:
     """Of the same two stages, trained so many times in this process."""
     import torch
 
     from sisa.model.lora import Stage
     from sisa.model.tokens import NO_LOSS, Tokens
 
-    pin_threads(threads)
+    pin_threads(threads, arithmetic)
     drawn = torch.Generator().manual_seed(1)
     rows = [torch.randint(1, 2048, (length,), generator=drawn).tolist() for length in LENGTHS]
     tokens = [Tokens(each, [NO_LOSS, NO_LOSS, *each[2:]]) for each in rows]
@@ -116,7 +126,7 @@ def trained_digests(threads: int, times: int = 2) -> list[str]:
         files: dict[str, bytes] | None = None
         for slice_ in range(2):
             job = SliceJob(0, slice_, None, ((0, ""),), len(rows), (1, 1), TRAINING, "", "")
-            stage = Stage(job, _base(), files, num_steps=len(steps))
+            stage = Stage(job, random_base(arithmetic), files, num_steps=len(steps))
             for step in steps:
                 stage.step(step)
             files = stage.files()
@@ -124,13 +134,30 @@ def trained_digests(threads: int, times: int = 2) -> list[str]:
     return digests
 
 
-def _base() -> Any:
+def random_base(arithmetic: Arithmetic) -> Any:
+    """The same weights whatever the device; in another dtype, rounded, and buffers as they are."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**WIDTHS, tie_word_embeddings=True))
+    base: Any = LlamaForCausalLM(LlamaConfig(**WIDTHS, tie_word_embeddings=True))
+    for each in base.parameters():
+        each.data = each.data.to(getattr(torch, arithmetic.dtype))
+    return base.requires_grad_(False).to(arithmetic.device)
+
+
+def _trained(threads: int, arithmetic: Arithmetic) -> list[str]:
+    return trained_digests(threads, arithmetic=arithmetic)
+
+
+def _told(words: list[str]) -> tuple[int, Arithmetic]:
+    """What `_elsewhere` tells its process."""
+    device: DeviceName
+    dtype: Dtype
+    (device,) = (each for each in get_args(DeviceName) if each == words[1])
+    (dtype,) = (each for each in get_args(Dtype) if each == words[2])
+    return int(words[0]), Arithmetic(device, dtype)
 
 
 if __name__ == "__main__":
-    print(json.dumps(trained_digests(int(sys.argv[1]))))
+    print(json.dumps(_trained(*_told(sys.argv[1:]))))

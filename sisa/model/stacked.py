@@ -10,6 +10,7 @@
 Rules: the base's weights are shared and never written to. Ranks are padded with zeros to the largest;
 the scale is folded into B; the base alone is the adapter of zeros. Rows of one forward may ask for
 different constituents. What comes out differs from one constituent at a time by float rounding alone.
+Adapters are in float32 on the base's device; over a base in another dtype a sum is rounded to it once.
 
 Not covered: averaging (`answer.py`); dropout (adapters are served, not trained); adapters on what comes
 before the layers.
@@ -97,9 +98,12 @@ class StackedLinear(nn.Module):
         down_GRI, up_GRO = self._groups
         x_GXI = x_PTI.reshape(len(down_GRI), -1, x_PTI.shape[-1])
         y_GXO = y_PTO.view(len(down_GRI), -1, y_PTO.shape[-1])
-        low_GRX = torch.bmm(down_GRI, x_GXI.mT)  # thin on the left: quicker than x A
-        y_GXO.baddbmm_(low_GRX.mT, up_GRO)  # in place: the base made it for us alone
-        return y_PTO
+        # thin on the left: quicker than x A
+        low_GRX = torch.bmm(down_GRI, x_GXI.mT.to(down_GRI.dtype))
+        if y_GXO.dtype == low_GRX.dtype:
+            y_GXO.baddbmm_(low_GRX.mT, up_GRO)  # in place: the base made it for us alone
+            return y_PTO
+        return torch.baddbmm(y_GXO.to(low_GRX.dtype), low_GRX.mT, up_GRO).to(y_PTO.dtype).view_as(y_PTO)
 
 
 class Stacked:
@@ -116,6 +120,7 @@ class Stacked:
         ]
         self._expand_at = _layers_above(base, {m for each in changes for m in each})
         self._requests_P: Tensor | None = None
+        self._device = next(base.parameters()).device
         for layer in self._expand_at:
             layer.register_forward_pre_hook(self._expand, with_kwargs=True)
 
@@ -124,10 +129,11 @@ class Stacked:
         """Let the base's forwards answer requests with these adapters; an empty route asks the base
         alone. What comes out has the rows that are told."""
         rows = rows_of(routes)
-        self._requests_P = torch.tensor(rows.requests)
+        self._requests_P = torch.tensor(rows.requests, device=self._device)
         self._num_requests = len(routes)
         none = len(self._places)
         chosen_G = torch.tensor([none if name is None else self._places[name] for name in rows.groups])
+        chosen_G = chosen_G.to(self._device)
         try:
             for each in self._linears:
                 each.choose(chosen_G)
@@ -170,7 +176,8 @@ def _put_stacked(base: Any, module: str, held: Any, parts: Sequence[Factors | No
                 raise _unfit("matrices of another shape")
             down[number, : len(part.a_RI)] = part.a_RI
             up[number, : len(part.a_RI)] = part.b_OR.T
-    stacked = StackedLinear(held, down, up)
+    on = held.weight.device
+    stacked = StackedLinear(held, down.to(on), up.to(on))
     base.set_submodule(module, stacked)
     return stacked
 

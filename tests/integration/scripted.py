@@ -15,6 +15,7 @@ from pathlib import Path
 
 from cluster.proofs import Proof
 from cluster.shared_base import BaseManifest, holds_base
+from sisa.arithmetic import Arithmetic
 from sisa.digest import sha256_hex
 from sisa.domain import Chain, Part, Record, SliceFile, SliceJob
 from sisa.errors import IntegrityError
@@ -162,7 +163,7 @@ def begun(site: Site) -> list[tuple[str, int, str]]:
     return [(place, int(pid), node) for place, pid, node in lines]
 
 
-def scripted_proof(_threads: int, base_dir: Path, manifest: BaseManifest) -> Proof:
+def scripted_proof(_threads: int, base_dir: Path, manifest: BaseManifest, _on: Arithmetic) -> Proof:
     """What the node's environment says; the base is looked for."""
     fingerprint, _, digest = os.environ.get(DIGEST, "f1 d1").partition(" ")
     return Proof(fingerprint, digest, holds_base(base_dir, manifest))

@@ -224,6 +224,8 @@ OTHER: dict[str, Any] = {
     "max_grad_norm": 0.5,
     "train_on_inputs": True,
     "seed": 7,
+    "device": "cuda",
+    "dtype": "bfloat16",
     "sisa.shards": 7,
     "sisa.slices": 7,
     "sisa.schedule": "sequential",
@@ -240,6 +242,7 @@ OTHER: dict[str, Any] = {
     "cluster.num_workers": 7,
     "cluster.max_retries": 7,
     "cluster.stall_limit_s": 7.0,
+    "cluster.num_gpus": 0.5,
 }
 
 
@@ -256,7 +259,8 @@ def test_each_key_has_one_effect() -> None:
     assert set(OTHER) == set(keys()) - {"adapter"}, "give a new key another value here"
     effects: dict[str, set[str]] = {}
     for key in OTHER:
-        (found,) = differences(changed(), changed(key))
+        with_it = ("device",) if key == "cluster.num_gpus" else ()  # which the CPU has no use for
+        (found,) = differences(changed(*with_it), changed(*with_it, key))
         assert found.key == key
         assert found.old != found.new
         effects.setdefault(found.effect, set()).add(key)
@@ -271,12 +275,13 @@ def test_each_key_has_one_effect() -> None:
     assert effects["reindex"] == {"sisa.embedder"}
     assert effects["retrain"] == {
         *TRAINING_KEYS,
-        *("num_epochs", "sisa.schedule", "sisa.threads_per_shard"),
+        *("num_epochs", "sisa.schedule", "sisa.threads_per_shard", "device", "dtype"),
     }
 
 
 @given(st.sets(st.sampled_from(sorted(OTHER))))
 def test_canonical_round_trip_and_differences(names: set[str]) -> None:
+    names |= {"device"} if "cluster.num_gpus" in names else set()
     config = changed(*sorted(names))
     again = RunConfig.from_canonical(config.to_canonical())
     assert again == config

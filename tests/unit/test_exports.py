@@ -40,7 +40,8 @@ from tests.unit import care_model
 
 NUM_RECORDS = 12
 PARTS: Any = SimpleNamespace(
-    base=SimpleNamespace(directory=Path("base")), config=SimpleNamespace(base_name="base")
+    base=SimpleNamespace(directory=Path("base")),
+    config=SimpleNamespace(base_name="base", dtype="float32"),
 )
 
 

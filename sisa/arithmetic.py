@@ -1,0 +1,49 @@
+"""On what and in what numbers a shard's base computes: a device, and the dtype of its weights.
+
+    device   cpu, or cuda: the first CUDA device that the process sees
+    dtype    of the base's weights and of what flows through them. Adapters, their gradients and the
+             optimizer's moments are in float32 always: in bfloat16, with 8 bits of precision, most steps
+             of a small learning rate would round away, and moments that decay by 0.999 stand still
+
+Rules: both reach the bits, so they are in the numerics fingerprint and, where they are not the usual
+ones, in every job. Jobs of the usual ones name neither, as before there was a choice.
+
+Not covered: what a device must be set to (`model/numerics.py`, `model/cuda.py`).
+
+>>> Arithmetic().in_jobs(), Arithmetic("cuda", "bfloat16").in_jobs()
+({}, {'device': 'cuda', 'dtype': 'bfloat16'})
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+DeviceName = Literal["cpu", "cuda"]
+Dtype = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True, slots=True)
+class Arithmetic:
+    """A device and a dtype; the usual ones by default."""
+
+    device: DeviceName = "cpu"
+    dtype: Dtype = "float32"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the keys that a job may have."""
+        return tuple(_DEFAULTS)
+
+    def in_jobs(self) -> dict[str, Any]:
+        """What a job's training says of it."""
+        return {name: value for name, value in asdict(self).items() if value != _DEFAULTS[name]}
+
+    def is_of(self, training: Mapping[str, Any]) -> bool:
+        """Whether a job with this training is to be carried out so."""
+        return {each: training[each] for each in _DEFAULTS if each in training} == self.in_jobs()
+
+
+USUAL = Arithmetic()
+_DEFAULTS = {"device": USUAL.device, "dtype": USUAL.dtype}

@@ -1,0 +1,122 @@
+"""GPUs as Ray counts them: what tasks ask for, what they see, and a cluster that has too few.
+
+Ray's GPUs are numbers that a node is started with, so that placing needs none.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster import ray_executor
+from cluster.places import Placement
+from cluster.ray_executor import open_executor
+from cluster.ray_session import connect, disconnect
+from cluster.ray_tasks import run_tasks
+from sisa.arithmetic import Arithmetic
+from sisa.errors import EnvironmentFault, InvalidInput
+from sisa.events import Event, Report
+from sisa.model import cuda
+from sisa.serial import Site
+from sisa.store.local_place import LocalPlace
+
+pytestmark = pytest.mark.ray
+
+CUDA = Arithmetic("cuda")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ray_with_a_gpu() -> Iterator[None]:
+    """Two CPUs and what is said to be a GPU."""
+    import ray
+
+    disconnect()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ray, "init", functools.partial(ray.init, num_gpus=1))
+        connect(None, 2)
+    yield
+    disconnect()
+
+
+def seen(wanted: Path, _: Report) -> tuple[list[Any], str | None, str | None]:
+    """What a task has been given; it waits until the other runs as well."""
+    import ray
+
+    (wanted / str(os.getpid())).touch()
+    until = time.monotonic() + 30
+    while len(list(wanted.iterdir())) < 2 and time.monotonic() < until:
+        time.sleep(0.05)
+    name = "CUDA_VISIBLE_DEVICES"
+    return ray.get_gpu_ids(), os.environ.get(name), os.environ.get(cuda.WORKSPACE)
+
+
+def ignore(_: Event) -> None:
+    """A report that nobody reads."""
+
+
+def run(tasks: list[Path], placement: Placement) -> list[Any]:
+    session = connect(None, 2)
+    return run_tasks(tasks, seen, ignore, session=session, placement=placement, label=str)
+
+
+def test_two_tasks_share_a_gpu_and_have_the_workspace(tmp_path: Path) -> None:
+    found = run([tmp_path] * 2, Placement(1, 0.5, cuda.environment()))
+    assert len(list(tmp_path.iterdir())) == 2, "side by side"
+    assert found == [([0], "0", cuda.environment()[cuda.WORKSPACE])] * 2
+
+
+def test_too_few_gpus_are_told_before_any_task_starts(tmp_path: Path) -> None:
+    for placement in (Placement(1, 2), Placement(3, 1)):
+        with pytest.raises(EnvironmentFault, match="no node") as caught:
+            run([tmp_path], placement)
+        assert f"{placement.cpus} CPUs and {placement.gpus} GPUs" in str(caught.value.expected)
+        assert [each.what for each in caught.value.problems] == ["too few CPUs or GPUs for one worker"]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    here = LocalPlace(tmp_path)
+    return Site(here, here, tmp_path, "b1", 1, arithmetic=CUDA)
+
+
+def test_what_a_worker_asks_for(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the run file: a share, whole GPUs, one by default with cuda, none on the CPU."""
+    asked: list[Placement] = []
+    monkeypatch.setattr(ray_executor, "require_device", lambda _: None)
+    monkeypatch.setattr(ray_executor, "run_tasks", lambda *_, **how: asked.append(how["placement"]))
+    monkeypatch.setattr(ray_executor, "order_chains", lambda _: [])
+    anything: Any = [object()]
+    for options in ({}, {"num_gpus": 0.25}, {"num_gpus": 2}):
+        open_executor(site, options).run(anything, ignore)
+    open_executor(replace(site, arithmetic=Arithmetic()), {}).run(anything, ignore)
+    assert [each.gpus for each in asked] == [1, 0.25, 2, 0]
+    assert [cuda.WORKSPACE in each.environment for each in asked] == [True, True, True, False]
+    with pytest.raises(InvalidInput) as caught:
+        open_executor(replace(site, arithmetic=Arithmetic()), {"num_gpus": 1})
+    assert [each.where for each in caught.value.problems] == ["cluster.num_gpus"]
+    with pytest.raises(InvalidInput, match="described"):
+        open_executor(site, {"num_gpus": 1.5})
+
+
+@pytest.mark.parametrize(
+    ("placement", "node", "places"),
+    [
+        (Placement(1, 0.1), {"CPU": 64, "GPU": 1}, 10),
+        (Placement(1, 0.3), {"CPU": 64, "GPU": 2}, 6),
+        (Placement(1, 0.7), {"CPU": 64, "GPU": 2}, 2),
+        (Placement(1, 2), {"CPU": 64, "GPU": 5}, 2),
+        (Placement(4, 0.5), {"CPU": 8, "GPU": 8}, 2),
+        (Placement(1, 1), {"CPU": 8}, 0),
+        (Placement(2), {"CPU": 9}, 4),
+    ],
+)
+def test_places_of_a_node(placement: Placement, node: dict[str, float], places: int) -> None:
+    assert placement.num_places(node) == places
