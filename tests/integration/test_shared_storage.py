@@ -6,6 +6,7 @@ The same bytes as a model on this machine's disk, and after a deletion no versio
 from __future__ import annotations
 
 import hashlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,13 @@ import pytest
 import yaml
 
 import sisa
+from cluster import ray_session
+from sisa.errors import ConfigConflict, EnvironmentFault, InvalidInput
 from sisa.residue import sweep_model
 from tests.integration.tiny_model import (
     PEOPLE,
     Tiny,
+    change_run,
     command,
     held_files,
     ids_of,
@@ -54,12 +58,20 @@ def on_disk(directory: Path) -> dict[str, str]:
     return {name: each for name, each in held_files(directory).items() if name.split("/")[0] in ROOMS}
 
 
-def in_bucket(server: Server, tmp_path: Path, base: Path, *, versions: bool, **settings: Any) -> Tiny:
+def in_bucket(
+    server: Server,
+    tmp_path: Path,
+    base: Path,
+    *,
+    executor: str = "serial",
+    versions: bool = True,
+    **settings: Any,
+) -> Tiny:
     """A trained model whose storage is a bucket of its own."""
     bucket = server.bucket(f"b-{tmp_path.name.replace('_', '-')[:40].lower()}", versions=versions)
     run = write_run(tmp_path / "stored", base, storage=f"s3://{bucket}/team", **settings)
     model = Tiny(run.parent, base)
-    model.train()
+    model.train(executor)
     return model
 
 
@@ -76,7 +88,7 @@ def test_a_versioned_bucket_keeps_nothing_of_what_was_deleted(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Train, forget, prove: the bytes of a local model, and no older version of any object."""
-    tiny = in_bucket(s3, tmp_path, tiny_base, versions=True)
+    tiny = in_bucket(s3, tmp_path, tiny_base)
     bucket = bucket_of(tiny)
     before = set(s3.versions(bucket))
     assert not (tiny.directory / "records").exists()
@@ -98,3 +110,54 @@ def test_a_versioned_bucket_keeps_nothing_of_what_was_deleted(
     assert {each["kind"] for each in told.json["findings"]} <= {"mode"}  # of the tests' shared key
     uri = f"s3://{bucket}/team/{model.id}/checkpoints/"
     assert all(str(each.adapter_path).startswith(uri) for each in model.status().shards)
+
+
+@pytest.mark.ray
+def test_a_ray_worker_reads_and_writes_the_bucket(
+    s3: Server, tmp_path: Path, tiny_base: Path, tiny: Tiny
+) -> None:
+    """The same objects as the files of a model that was trained in this process."""
+    try:
+        stored_tiny = in_bucket(s3, tmp_path, tiny_base, executor="ray", cluster={"num_workers": 1})
+    finally:
+        ray_session.disconnect()
+    model = stored_tiny.open()
+    assert stored(s3, bucket_of(stored_tiny), model) == on_disk(tiny.directory)
+    assert len(s3.versions(bucket_of(stored_tiny))) == len(s3.objects(bucket_of(stored_tiny)))
+
+
+@pytest.mark.usefixtures("s3")
+def test_a_storage_that_cant_be_used_is_refused_before_anything_is_written(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = write_run(tmp_path / "stored", tiny_base, storage="s3://no-such-bucket/team")
+    with pytest.raises(EnvironmentFault) as caught:
+        sisa.train_model(run, executor="serial", allow_deleted=True)
+    assert caught.value.got == "NoSuchBucket"
+    monkeypatch.setitem(sys.modules, "boto3", None)
+    with pytest.raises(EnvironmentFault, match="needs boto3"):
+        sisa.train_model(run, executor="serial", allow_deleted=True)
+    assert not (tmp_path / "stored" / "model").exists()
+
+
+def test_what_a_storage_can_not_be_is_refused_at_once(tiny: Tiny) -> None:
+    wrong = [
+        "gs://bucket/a",
+        "s3://key:secret@bucket/a",
+        "s3://bucket/a?endpoint=b",
+        "s3://b",
+        "model/x",
+    ]
+    for each in wrong:
+        change_run(tiny.run_file, storage=each)
+        with pytest.raises(InvalidInput) as caught:
+            tiny.train()
+        (problem,) = caught.value.problems
+        assert problem.where.endswith(": storage")
+        assert "secret" not in str(caught.value)
+    change_run(tiny.run_file, storage=str(tiny.folder / "shared"))
+    with pytest.raises(ConfigConflict, match="storage can't change"):
+        tiny.train(accept_differences=True)
+    with pytest.raises(ConfigConflict, match="storage can't change"):
+        tiny.train()
+    assert not (tiny.folder / "shared").exists()
