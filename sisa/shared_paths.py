@@ -21,15 +21,21 @@ from pathlib import Path
 from typing import Any
 
 from sisa.config import HUB, KeyPath, is_local, shown
+from sisa.config_types import is_uri
 
 # Dotted keys by what may stand there: a place alone, or a place or a name.
-PLACES = ("output_dir", "witness", "keyring", "sisa.partition_key_file", "base_model.scratch.directory")
+PLACES = (
+    *("output_dir", "storage", "witness", "keyring", "sisa.partition_key_file"),
+    "base_model.scratch.directory",
+)
 NAMES = ("base_model", "sisa.embedder", "datasets.*.path", "base_model.scratch.corpus.*.path")
 
 
 def unshared(data: dict[str, Any], directory: Path) -> Iterator[tuple[KeyPath, str]]:
     """(key path, what is wrong) of every place in a run file's data; `directory` is the run file's."""
     for path, value in _values(data, PLACES):
+        if path == ("storage",) and is_uri(value):
+            continue
         if problem := _of_place(value):
             yield path, problem
     for path, value in _values(data, NAMES):

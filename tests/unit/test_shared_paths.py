@@ -53,6 +53,8 @@ def problems(data: dict[str, Any], directory: Path = Path("/nowhere")) -> dict[A
         {"base_model": "owner/name", "datasets": [{"path": "owner/people"}, {"path": "/s/a.jsonl"}]},
         {"encrypt": True, "keyring": "/shared/keys", "sisa": {"partition_key_file": "/shared/key"}},
         {"base_model": {"scratch": {"corpus": [{"path": "/s/c.jsonl"}], "directory": "/s/base"}}},
+        {"storage": "s3://bucket/prefix"},
+        {"storage": "/shared/storage"},
         {"encrypt": 3, "datasets": "nonsense", "sisa": [], "witness": 5},  # for the schema to refuse
     ],
 )
@@ -68,6 +70,8 @@ def test_what_means_the_same_everywhere(data: dict[str, Any]) -> None:
         ({"witness": "~/witness"}, ("witness",)),
         ({"encrypt": True}, ("keyring",)),
         ({"keyring": "keys"}, ("keyring",)),
+        ({"storage": "storage"}, ("storage",)),
+        ({"output_dir": "s3://bucket/model"}, ("output_dir",)),
         ({"base_model": "./base"}, ("base_model",)),
         ({"base_model": "a/b/c"}, ("base_model",)),
         ({"datasets": [{"path": "/s/a.jsonl"}, {"path": "b.jsonl"}]}, ("datasets", 1, "path")),

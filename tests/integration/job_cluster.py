@@ -1,0 +1,113 @@
+"""A cluster as an operator would start it: a head without CPUs and a worker node, as processes.
+
+Rules: ports and directories of its own, the dashboard on loopback, a token in a private file. Nodes see
+neither this source tree nor the keys of the surroundings: what trains there is what was sent. Only
+processes that were started here are ended.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+TRIES = 3
+
+
+@dataclass(frozen=True)
+class JobCluster:
+    """Where its dashboard is, and which processes are its nodes."""
+
+    address: str
+    token_file: Path
+    nodes: tuple[subprocess.Popen[bytes], ...]
+
+    def drivers(self) -> list[psutil.Process]:
+        """Processes that drive a training."""
+        found = []
+        for node in self.nodes:
+            for child in psutil.Process(node.pid).children(recursive=True):
+                with suppress(psutil.Error):
+                    if child.cmdline()[1:4] == ["-m", "cluster", "train"]:
+                        found.append(child)
+        return found
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@contextmanager
+def job_cluster(cache: Path) -> Iterator[JobCluster]:
+    """Start it, say so to this process's clients, and end it."""
+    scratch = Path(tempfile.mkdtemp(dir="/tmp"))  # short: Ray's sockets lie below it
+    token = scratch / "token"
+    with os.fdopen(os.open(token, os.O_CREAT | os.O_WRONLY, 0o600), "w") as file:
+        file.write(secrets.token_hex(32))
+    port, dashboard = free_port(), free_port()
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PYTHON"))},
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "SISA_CACHE": str(cache),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # jobs call `python`
+    }
+    head = [
+        *("--head", f"--port={port}", "--num-cpus=0", f"--temp-dir={scratch}/r"),
+        *("--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"),
+        f"--ray-client-server-port={free_port()}",
+    ]
+    worker = [f"--address=127.0.0.1:{port}", "--num-cpus=1", "--node-ip-address=127.0.0.2"]
+    address = f"http://127.0.0.1:{dashboard}"
+    nodes: list[subprocess.Popen[bytes]] = []
+    try:
+        for name, arguments in (("head", head), ("worker", worker)):
+            nodes.append(_start_node(arguments, environment, scratch / f"{name}.log"))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delenv("RAY_AUTH_TOKEN", raising=False)
+            patch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
+            yield JobCluster(address, token, tuple(nodes))
+    finally:
+        _end(nodes)
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _end(nodes: list[subprocess.Popen[bytes]]) -> None:
+    """With all that they started, at once: an orderly end takes longer than some tests."""
+    started = [each for node in nodes for each in psutil.Process(node.pid).children(recursive=True)]
+    for node in nodes:
+        node.kill()
+        node.wait(30)
+    for each in started:
+        with suppress(psutil.Error):
+            each.kill()
+
+
+def _start_node(arguments: list[str], environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
+    """A node that has said it is up; Ray gives one up that takes longer than half a minute."""
+    ray = str(Path(sys.executable).with_name("ray"))
+    for _ in range(TRIES):
+        command = [ray, "start", "--block", *arguments, f"--dashboard-agent-listen-port={free_port()}"]
+        with log.open("wb") as output:
+            node = subprocess.Popen(command, cwd="/", env=environment, stdout=output, stderr=output)
+        while node.poll() is None:
+            if b"Ray runtime started" in log.read_bytes():
+                return node
+            time.sleep(0.1)
+    raise AssertionError(log.read_text(errors="replace")[-2000:])
