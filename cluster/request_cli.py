@@ -26,8 +26,10 @@ from cluster.command import (
     opened,
 )
 from cluster.render import Result
+from cluster.watched import say
 
 if TYPE_CHECKING:
+    from sisa.api import Model
     from sisa.domain import RequestState
     from sisa.opening import OpenExecutor
 
@@ -155,6 +157,20 @@ def extend(directory: Path, request_id: str, reason: str) -> Result:
         return render.shown(model.extend(request_id, reason))
 
 
+def _join_cluster(model: Model) -> None:
+    """Where shards are trained on a running cluster, its metrics tell of the queue from the beginning; a
+    Ray of this process's own starts with the first deletion."""
+    from sisa import OnCluster
+
+    executor = model.executor
+    on_cluster = isinstance(executor, OnCluster)
+    address = executor.address if isinstance(executor, OnCluster) else model.config.cluster.address
+    if address is not None and (on_cluster or executor == "ray"):
+        from cluster.ray_session import connect
+
+        connect(address, 0)
+
+
 @command("run", "sisa run -m model --plan")
 @model_option
 @click.option(
@@ -179,8 +195,12 @@ def run(
     with opened(directory, executor) as model:
         if only_plan:
             return render.planned(model.plan_run())
+        if watch:
+            _join_cluster(model)
         while watch:
+            model.queue()
             if model.plan_run().choice == "run now":
-                click.echo(render.ran(model.run(), model.exports_missing(), directory).text, err=True)
+                say(render.ran(model.run(), model.exports_missing(), directory).text)
+                model.queue()
             time.sleep(every)
         return render.ran(model.run(), model.exports_missing(), directory)

@@ -19,7 +19,8 @@ from itertools import pairwise
 
 from cluster.json_log import DriverLog, JsonLog
 from cluster.progress import progress
-from sisa.events import Notice, Report
+from cluster.ray_metrics import Measuring, RayMeters
+from sisa.events import Event, Notice, Report
 from sisa.running import LogFormat, running
 
 OPTION = "--log-format"
@@ -40,7 +41,19 @@ def open_log() -> JsonLog | None:
 
 @contextmanager
 def watched() -> Iterator[Report]:
-    """A report that shows or logs what it is told."""
+    """A report that shows or logs what it is told, and lets Ray's metrics know."""
+    with running() as run, _shown() as shown:
+        measuring = Measuring(RayMeters(run.run))
+
+        def report(event: Event) -> None:
+            shown(event)
+            measuring(event, time.monotonic())
+
+        yield report
+
+
+@contextmanager
+def _shown() -> Iterator[Report]:
     log = open_log()
     if log is not None:
         yield DriverLog(log)

@@ -217,6 +217,7 @@ def light_modules() -> list[str]:
     names = [path.stem for path in modules("sisa") if path.parent == ROOT / "sisa"]
     found = [f"sisa.{name}" for name in names if name != "__init__"]
     found += [f"cluster.{name}" for name in ("cli", "json_log", "progress", "render", "watched")]
+    found += ["cluster.ray_metrics"]
     found += ["cluster.jobs", "cluster.job_cli", "cluster.job_flow", "cluster.kuberay"]
     found += ["sisa.model.hashing"]
     found += ["approx.evaluated", "approx.tofu"]
