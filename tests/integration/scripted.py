@@ -100,7 +100,7 @@ def folder_of(site: Site) -> Path:
 
 
 def make_site(folder: Path) -> Site:
-    (folder / "script").mkdir(parents=True)
+    (folder / "script").mkdir(parents=True, exist_ok=True)
     places = LocalPlace(folder / "records"), LocalPlace(folder / "checkpoints")
     return Site(*places, folder / "script", base_digest="b1", threads=1)
 

@@ -1,0 +1,124 @@
+"""The driver killed and the head node lost: the same command, typed again, ends with the same bytes.
+
+A driver is a process of its own (`python -m tests.integration.test_restarts FOLDER ADDRESS`). Ray keeps
+its tables in the head's memory, so that a lost head is the end of a job, which must be told and be
+survived by what is stored.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from cluster import nodes
+from cluster.ray_executor import RayExecutor
+from sisa.errors import EnvironmentFault, SisaError
+from sisa.serial import Site
+from tests.integration.clusters import add_node, own_cluster, wait_for
+from tests.integration.scripted import (
+    begun,
+    bytes_of,
+    ignore,
+    make_chains,
+    make_site,
+    open_scripted,
+    script_of,
+    scripted_proof,
+    serial_bytes,
+)
+
+pytestmark = pytest.mark.ray
+
+ROOT = Path(__file__).parents[2]
+WAITS = "1.1"
+
+
+@contextmanager
+def driver(site: Site, address: str) -> Iterator[subprocess.Popen[bytes]]:
+    command = [sys.executable, "-m", "tests.integration.test_restarts"]
+    folder = str(site.records_dir.parent)
+    with subprocess.Popen(
+        [*command, folder, address],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def drive(folder: Path, address: str) -> int:
+    """What a driver does."""
+    nodes.LOOK_EVERY_S, nodes.HEAD_LOST_S = 0.5, 2.0
+    site = make_site(folder)
+    chains = make_chains(site)
+    try:
+        RayExecutor(site, address, None, 3, open_scripted, prove=scripted_proof).run(chains, ignore)
+    except SisaError as error:
+        print(error)
+        return error.exit_code
+    return 0
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    site = make_site(tmp_path)
+    (site.base_dir / "model.safetensors").write_bytes(b"w" * 5000)
+    return site
+
+
+def test_a_killed_driver_is_started_again(site: Site) -> None:
+    expected = serial_bytes(site, make_chains(site))
+    wait = script_of(site) / f"wait-{WAITS}"
+    wait.touch()
+    with own_cluster() as cluster:
+        add_node(cluster, "a")
+        with driver(site, cluster.address) as first:
+            wait_for(lambda: WAITS in [place for place, *_ in begun(site)])
+            first.send_signal(signal.SIGKILL)
+        wait.unlink()
+        with driver(site, cluster.address) as second:
+            said, _ = second.communicate(timeout=120)
+        assert second.returncode == 0, said.decode()
+    assert bytes_of(site.checkpoints_dir) == expected
+    counts = {place: [each for each, *_ in begun(site)].count(place) for place, *_ in begun(site)}
+    assert {place for place, count in counts.items() if count > 1} <= {WAITS, "1.2"}
+    assert len(counts) == 9
+
+
+def test_a_lost_head_ends_the_job_and_a_new_one_goes_on(site: Site) -> None:
+    expected = serial_bytes(site, make_chains(site))
+    wait = script_of(site) / f"wait-{WAITS}"
+    wait.touch()
+    with own_cluster() as cluster:
+        add_node(cluster, "a")
+        with driver(site, cluster.address) as first:
+            wait_for(lambda: WAITS in [place for place, *_ in begun(site)])
+            cluster.head_node.kill_gcs_server()
+            said, _ = first.communicate(timeout=120)
+        assert first.returncode == EnvironmentFault.exit_code, said.decode()
+        assert b"the head node of the Ray cluster is lost" in said
+        assert b"run the command again" in said
+    wait.unlink()
+    assert bytes_of(site.checkpoints_dir).keys() < expected.keys()
+    with own_cluster() as cluster:
+        add_node(cluster, "b")
+        with driver(site, cluster.address) as second:
+            said, _ = second.communicate(timeout=120)
+        assert second.returncode == 0, said.decode()
+    assert bytes_of(site.checkpoints_dir) == expected
+    assert {node for _, _, node in begun(site)} == {"a", "b"}
+
+
+if __name__ == "__main__":
+    sys.exit(drive(Path(sys.argv[1]), sys.argv[2]))
