@@ -1,0 +1,182 @@
+"""Nodes and workers killed at random while a model trains on a cluster: equal to the serial executor.
+
+    python -m tests.endurance.nodes --seconds 600 --seed 1 --out tests/endurance/nodes.json
+
+A head without CPUs, which is the driver's node, and three nodes that train, all on this machine: real
+LoRA on a tiny base, the real probe of each node. After random pauses a node is removed without warning
+(its processes are killed) and another joins, or a worker is killed. Round after round the same chains
+train into an empty directory, whose bytes must equal those of the serial executor.
+
+Not covered: a lost head and a killed driver (`tests/integration/test_restarts.py`); nodes that are slow.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import psutil
+from ray.cluster_utils import Cluster
+
+from cluster.ray_executor import RayExecutor
+from sisa.domain import Chain
+from sisa.events import Event, Notice, SliceTrained
+from sisa.model.base import base_digest
+from sisa.model.numerics import fingerprint
+from sisa.serial import SerialExecutor, Site
+from sisa.store.checkpoints import FileCheckpoints
+from sisa.store.records import FileRecords
+from tests.endurance import ground as g
+from tests.integration.clusters import add_node, own_cluster, remove
+from tests.integration.scripted import bytes_of, ignore
+from tests.integration.test_kill_worker import make_chain
+from tests.tiny_base import make_tiny_base
+
+NUM_SHARDS, NUM_NODES, PASSES = 6, 3, (40, 3)
+PAUSE_S = (4.0, 16.0)  # between two kills
+NODE_KILLS = 0.6  # the share of kills that take a whole node
+MAX_RETRIES = 50
+
+
+class Killer:
+    """Kills a node or a worker, at random, whenever it is called and the pause is over."""
+
+    def __init__(self, cluster: Cluster, seed: int) -> None:
+        self.kills = Counter[str]()
+        self._cluster, self._random = cluster, random.Random(seed)
+        self._names = (f"n{number}" for number in count())
+        for _ in range(NUM_NODES):
+            add_node(cluster, next(self._names))
+        self._pause()
+
+    def __call__(self) -> None:
+        if time.monotonic() < self._next:
+            return
+        self._kill_node() if self._random.random() < NODE_KILLS else self._kill_worker()
+        self._pause()
+
+    def _pause(self) -> None:
+        self._next = time.monotonic() + self._random.uniform(*PAUSE_S)
+
+    def _kill_node(self) -> None:
+        nodes = sorted(self._cluster.worker_nodes, key=lambda node: str(node.unique_id))
+        remove(self._cluster, self._random.choice(nodes))
+        self.kills["node"] += 1
+        add_node(self._cluster, next(self._names))
+
+    def _kill_worker(self) -> None:
+        here = psutil.Process().children(recursive=True)
+        at_work = sorted(each.pid for each in here if each.name().startswith("ray::train_remo"))
+        if at_work:
+            with suppress(ProcessLookupError):
+                os.kill(self._random.choice(at_work), signal.SIGKILL)
+                self.kills["worker"] += 1
+
+
+def ground(folder: Path) -> tuple[Site, list[Chain]]:
+    """A tiny base, slice files, and the chains over them."""
+    base = make_tiny_base(folder / "base")
+    digest, records = base_digest(base), folder / "records"
+    site = Site(records, folder / "none", base, base_digest=digest, threads=1)
+    store, here = FileRecords(records), fingerprint(1)
+    chains = []
+    for shard in range(NUM_SHARDS):
+        made = make_chain(store, shard, site)
+        jobs, parent = [], None
+        for job in made.jobs:
+            jobs.append(replace(job, parent=parent, fingerprint=here, passes=PASSES))
+            parent = jobs[-1].key
+        chains.append(replace(made, jobs=tuple(jobs)))
+    return site, chains
+
+
+def serial(site: Site, chains: Sequence[Chain]) -> dict[str, bytes]:
+    """What must come out."""
+    from sisa.model.lora import LoraTrainer
+
+    target = site.checkpoints_dir.with_name("serial")
+    trainer = LoraTrainer(site.base_dir, site.base_digest, site.threads)
+    SerialExecutor(trainer, FileRecords(site.records_dir), FileCheckpoints(target)).run(chains, ignore)
+    return bytes_of(target)
+
+
+def run(folder: Path, seed: int, seconds: float, show: bool = False) -> dict[str, Any]:
+    """Rounds until so many seconds have passed; stops at the first that is not equal."""
+    site, chains = ground(folder)
+    expected = serial(site, chains)
+    told, failures = Counter[str](), list[str]()
+    rounds = trained = 0
+
+    def report(event: Event) -> None:
+        nonlocal trained
+        killer()
+        trained += isinstance(event, SliceTrained)
+        if isinstance(event, Notice):
+            told[_kind(event.text)] += 1
+
+    with own_cluster() as cluster:
+        killer = Killer(cluster, seed)
+        started = time.monotonic()
+        while not failures and time.monotonic() - started < seconds:
+            here = replace(site, checkpoints_dir=folder / f"round-{rounds}")
+            RayExecutor(here, cluster.address, None, MAX_RETRIES).run(chains, report)
+            rounds += 1
+            found = bytes_of(here.checkpoints_dir)
+            differing = [name for name, data in expected.items() if found.get(name) != data]
+            if differing or found.keys() != expected.keys():
+                failures.append(f"round {rounds}: {len(differing)} files differ")
+            shutil.rmtree(here.checkpoints_dir)
+            if show:
+                print(f"round {rounds}: {dict(killer.kills)}", file=sys.stderr, flush=True)
+    return {
+        "seconds": round(time.monotonic() - started, 1),
+        "seed": seed,
+        "nodes_that_train": NUM_NODES,
+        "rounds": rounds,
+        "slices_trained": trained,
+        "files_compared": rounds * len(expected),
+        "kills": dict(killer.kills),
+        "told": dict(told),
+        "failures": failures,
+    }
+
+
+def _kind(text: str) -> str:
+    for kind in ("is lost", "died", "never trains", "silent"):
+        if kind in text:
+            return kind
+    return "other"
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="tests.endurance.nodes")
+    parser.add_argument("--seconds", type=float, default=600)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--out", type=Path)
+    chosen = parser.parse_args(arguments)
+    folder = Path(tempfile.mkdtemp(prefix="sisa-nodes-"))
+    try:
+        found = run(folder, chosen.seed, chosen.seconds, show=True)
+    finally:
+        shutil.rmtree(folder)
+    print(f"{found['rounds']} rounds, kills {found['kills']}, {found['seconds']} s", *found["failures"])
+    if chosen.out:
+        g.write_json(chosen.out, {**g.environment(), **found})
+    return 1 if found["failures"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,21 @@
+"""A minute of nodes and workers killed at random, equal to the serial executor.
+
+The full run is `python -m tests.endurance.nodes --seconds 600 --out tests/endurance/nodes.json`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.endurance.nodes import run
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_random_kills_of_nodes_change_no_byte(tmp_path: Path) -> None:
+    found = run(tmp_path, seed=3, seconds=30)  # the round that is under way is finished
+    assert found["failures"] == []
+    assert sum(found["kills"].values()) > 0
+    assert found["rounds"] > 0
