@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray._private import worker
+from ray._private import services, worker
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from sisa.errors import EnvironmentFault
@@ -131,17 +131,18 @@ def _start(num_cpus: int, at_end: ExitStack) -> Path:
     at_end.callback(shutil.rmtree, private_dir, ignore_errors=True)
     at_end.enter_context(own_token(private_dir / "token"))
     try:
-        ray.init(
-            num_cpus=num_cpus,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            namespace="sisa",
-            object_store_memory=OBJECT_STORE_BYTES,
-            # Ray opens its directory to everyone, so it gets one inside the private one.
-            _temp_dir=str(private_dir / "r"),
-            _node_ip_address="127.0.0.1",
-        )
+        with _on_loopback():
+            ray.init(
+                num_cpus=num_cpus,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                namespace="sisa",
+                object_store_memory=OBJECT_STORE_BYTES,
+                # Ray opens its directory to everyone, so it gets one inside the private one.
+                _temp_dir=str(private_dir / "r"),
+                _node_ip_address="127.0.0.1",
+            )
     except Exception as error:
         raise EnvironmentFault(
             "a local Ray can't be started",
@@ -149,6 +150,17 @@ def _start(num_cpus: int, at_end: ExitStack) -> Path:
             next_step="free memory and disk space, or train with `--executor serial`",
         ) from error
     return private_dir
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Ray takes 127.0.0.1 for a slip and puts the machine's own address in its place."""
+    resolving = services.resolve_ip_for_localhost
+    services.resolve_ip_for_localhost = str
+    try:
+        yield
+    finally:
+        services.resolve_ip_for_localhost = resolving
 
 
 @contextmanager

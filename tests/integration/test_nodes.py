@@ -1,7 +1,7 @@
 """Clusters of several nodes: nodes that are lost, workers that are silent, nodes that train other bits.
 
 All end with the bytes of the serial executor, or with a typed error before any work. A trainer that a
-directory scripts stands in for LoRA; the last test has the real one and the real probe.
+directory scripts stands in for LoRA; `tests/endurance/nodes.py` has the real one and the real probe.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ from sisa.domain import Chain
 from sisa.errors import EnvironmentFault
 from sisa.events import Event, Notice, SliceProgress, SliceTrained
 from sisa.serial import Site
+from sisa.store.local_place import LocalPlace
 from tests.integration.clusters import add_node, own_cluster, remove
 from tests.integration.scripted import (
     DIGEST,
     begun,
     bytes_of,
+    folder_of,
     ignore,
     make_chains,
     make_site,
@@ -38,10 +40,41 @@ from tests.integration.scripted import (
 pytestmark = pytest.mark.ray
 
 
+MIB = 2**20
+SPECS: dict[str, dict[str, str]] = {
+    "other": {DIGEST: "f2 d1"},
+    "faulty": {DIGEST: "f1 d2"},
+}
+
+
+class Nodes:
+    """A cluster and its nodes by name; one that stays is used again by the next test."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.address: str = cluster.address
+        self._cluster = cluster
+        self._held: dict[str, object] = {}
+
+    def only(self, *names: str, **variables: str) -> None:
+        """These and no others."""
+        for name in self._held.keys() - set(names):
+            self.remove(name)
+        for name in names:
+            self.add(name, **variables)
+
+    def add(self, name: str, **variables: str) -> None:
+        if name not in self._held:
+            env = {**SPECS.get(name, {}), **variables}
+            self._held[name] = add_node(self._cluster, name, env_vars=env)
+
+    def remove(self, name: str) -> None:
+        remove(self._cluster, self._held.pop(name))
+
+
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    with own_cluster() as cluster:
-        yield cluster
+def there() -> Iterator[Nodes]:
+    with own_cluster(object_store_memory=80 * MIB) as cluster:
+        yield Nodes(cluster)
 
 
 @pytest.fixture
@@ -57,28 +90,22 @@ def chains(site: Site) -> list[Chain]:
 
 
 @pytest.fixture(autouse=True)
-def _nodes_end(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nodes, "LOOK_EVERY_S", 0.2)
-    yield
-    if "cluster" in request.fixturenames:
-        cluster = request.getfixturevalue("cluster")
-        for node in list(cluster.worker_nodes):
-            remove(cluster, node)
 
 
-def executor(site: Site, cluster: Cluster, stall_limit_s: float | None = None) -> RayExecutor:
-    return RayExecutor(
-        site, cluster.address, None, 3, open_scripted, stall_limit_s, prove=scripted_proof
-    )
+def executor(site: Site, there: Nodes, stall_limit_s: float | None = None) -> RayExecutor:
+    return RayExecutor(site, there.address, None, 3, open_scripted, stall_limit_s, prove=scripted_proof)
 
 
 def notices(events: list[Event]) -> list[str]:
     return [event.text for event in events if isinstance(event, Notice)]
 
 
-def test_a_node_is_removed_without_warning(site: Site, chains: list[Chain], cluster: Cluster) -> None:
+def test_a_node_is_removed_without_warning(site: Site, chains: list[Chain], there: Nodes) -> None:
     expected = serial_bytes(site, chains)
-    lost = {name: add_node(cluster, name) for name in ("a", "b")}
+    there.only("a", "b")
+    lost: list[str] = []
     wait = script_of(site) / "wait-2.1"
     wait.touch()
     events: list[Event] = []
@@ -86,13 +113,13 @@ def test_a_node_is_removed_without_warning(site: Site, chains: list[Chain], clus
     def report(event: Event) -> None:
         events.append(event)
         at = [node for place, _, node in begun(site) if place == "2.1"]
-        if lost and at:
-            remove(cluster, lost.pop(at[0]))
-            lost.clear()
+        if at and not lost:
+            lost.append(at[0])
+            there.remove(at[0])
         if isinstance(event, Notice) and "shard 2 died" in event.text:
             wait.unlink()
 
-    executor(site, cluster).run(chains, report)
+    executor(site, there).run(chains, report)
     assert bytes_of(site.checkpoints_at) == expected
     first, second = (node for place, _, node in begun(site) if place == "2.1")
     assert {first, second} == {"a", "b"}
@@ -101,14 +128,13 @@ def test_a_node_is_removed_without_warning(site: Site, chains: list[Chain], clus
 
 
 def test_a_silent_worker_is_killed_and_its_slice_trained_elsewhere(
-    site: Site, chains: list[Chain], cluster: Cluster
+    site: Site, chains: list[Chain], there: Nodes
 ) -> None:
     expected = serial_bytes(site, chains)
-    for name in ("a", "b"):
-        add_node(cluster, name)
+    there.only("a", "b")
     (script_of(site) / "stop-1.1").touch()
     events: list[Event] = []
-    executor(site, cluster, stall_limit_s=2).run(chains, events.append)
+    executor(site, there, stall_limit_s=2).run(chains, events.append)
     assert bytes_of(site.checkpoints_at) == expected
     (_, stopped, first), (_, _, second) = (each for each in begun(site) if each[0] == "1.1")
     assert {first, second} == {"a", "b"}
@@ -116,94 +142,104 @@ def test_a_silent_worker_is_killed_and_its_slice_trained_elsewhere(
     assert any("was silent for 2 s and is killed" in text for text in notices(events))
 
 
-def test_a_worker_killed_for_memory(site: Site, chains: list[Chain], cluster: Cluster) -> None:
+def test_a_worker_killed_for_memory(site: Site, chains: list[Chain], there: Nodes) -> None:
     expected = serial_bytes(site, chains)
     memory = psutil.virtual_memory()
     threshold = 1 - (memory.available - 1.5 * 2**30) / memory.total
     limits = {"RAY_memory_usage_threshold": f"{threshold:.3f}", "RAY_memory_monitor_refresh_ms": "100"}
-    add_node(cluster, "a", env_vars=limits)
+    there.only("small", **limits)
     (script_of(site) / "hungry-0.1").touch()
     events: list[Event] = []
-    executor(site, cluster).run(chains, events.append)
+    executor(site, there).run(chains, events.append)
     assert bytes_of(site.checkpoints_at) == expected
     assert [place for place, *_ in begun(site)].count("0.1") == 2
     assert any("shard 0 died" in text for text in notices(events))
 
 
-def test_a_node_that_joins_later_trains(site: Site, chains: list[Chain], cluster: Cluster) -> None:
-    add_node(cluster, "a")
+def test_a_node_that_joins_later_trains(site: Site, chains: list[Chain], there: Nodes) -> None:
+    there.only("a")
     wait = script_of(site) / "wait-2.0"
     wait.touch()
-    joined: list[object] = []
 
     def report(event: Event) -> None:
-        if isinstance(event, SliceProgress) and not joined:
-            joined.append(add_node(cluster, "b"))
+        if isinstance(event, SliceProgress):
+            there.add("b")
         if isinstance(event, SliceTrained) and event.job.shard != 2:
             wait.unlink(missing_ok=True)
 
-    executor(site, cluster).run(chains, report)
+    executor(site, there).run(chains, report)
     assert {node for _, _, node in begun(site)} == {"a", "b"}
     assert bytes_of(site.checkpoints_at) == serial_bytes(site, chains)
 
 
-def test_a_node_of_other_bits_never_trains(site: Site, chains: list[Chain], cluster: Cluster) -> None:
-    add_node(cluster, "good")
-    add_node(cluster, "other", env_vars={DIGEST: "f2 d1"})
-    add_node(cluster, "faulty", env_vars={DIGEST: "f1 d2"})
-    events: list[Event] = []
-    executor(site, cluster).run(chains, events.append)
-    assert {node for _, _, node in begun(site)} == {"good"}
-    told = [text for text in notices(events) if "never trains for this model" in text]
-    assert len(told) == 2
-    assert any("fingerprint is f2, not f1" in text for text in told)
-    assert any("self-test gave d2, and d1" in text for text in told)
-    assert bytes_of(site.checkpoints_at) == serial_bytes(site, chains)
-
-
-def test_no_node_may_train(site: Site, chains: list[Chain], cluster: Cluster) -> None:
-    add_node(cluster, "other", env_vars={DIGEST: "f2 d1"})
-    with pytest.raises(EnvironmentFault, match="no node") as caught:
-        executor(site, cluster).run(chains, ignore)
-    assert any("too few CPUs" in problem.what for problem in caught.value.problems)  # the head
-    assert any("f2, not f1" in problem.what for problem in caught.value.problems)
-    assert begun(site) == []
-
-
-def test_every_node_is_lost(
-    site: Site, chains: list[Chain], cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+def test_a_node_of_other_bits_never_trains(
+    site: Site, chains: list[Chain], there: Nodes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(nodes, "NO_NODE_S", 1)
-    add_node(cluster, "a")
-    (script_of(site) / "wait-2.1").touch()
-
+    expected = serial_bytes(site, chains)
+    there.only("a", "other", "faulty")
+    wait = script_of(site) / "wait-2.1"
+    wait.touch()
     events: list[Event] = []
 
     def report(event: Event) -> None:
         events.append(event)
         if "2.1" in [place for place, *_ in begun(site)]:
-            for node in list(cluster.worker_nodes):
-                remove(cluster, node)
+            wait.unlink(missing_ok=True)
 
-    with pytest.raises(EnvironmentFault, match="no node"):
-        executor(site, cluster).run(chains, report)
+    executor(site, there).run(chains, report)
+    assert {node for _, _, node in begun(site)} == {"a"}
+    told = [text for text in notices(events) if "never trains for this model" in text]
+    assert len(told) == 2
+    assert any("fingerprint is f2, not f1" in text for text in told)
+    assert any("self-test gave d2, and d1" in text for text in told)
+    assert bytes_of(site.checkpoints_at) == expected
+
+    monkeypatch.setattr(nodes, "NO_NODE_S", 1)
+    anew = replace(site, checkpoints_at=LocalPlace(folder_of(site) / "anew"))
+    wait.touch()
+    lost: list[str] = []
+
+    def lose(event: Event) -> None:
+        events.append(event)
+        if [place for place, *_ in begun(site)].count("2.1") == 2 and not lost:
+            lost.append("a")
+            there.remove("a")
+
+    with pytest.raises(EnvironmentFault, match="no node") as caught:
+        executor(anew, there).run(chains, lose)
+    assert {node for _, _, node in begun(site)} == {"a"}
     assert any("is lost; places for 0 workers left" in text for text in notices(events))
+    problems = [problem.what for problem in caught.value.problems]
+    for why in ("f2, not f1", "gave d2, and d1", "too few CPUs"):  # the last is the head
+        assert any(why in problem for problem in problems)
 
 
-def test_an_object_store_too_small_for_the_base(site: Site, chains: list[Chain]) -> None:
+def test_no_node_may_train(site: Site, chains: list[Chain], there: Nodes) -> None:
+    there.only("a")
+    refused = RayExecutor(site, there.address, None, 3, open_scripted, prove=other_proof)
+    with pytest.raises(EnvironmentFault, match="no node") as caught:
+        refused.run(chains, ignore)
+    assert any("f3, not f1" in problem.what for problem in caught.value.problems)
+    assert begun(site) == []
+
+
+def test_an_object_store_too_small_for_the_base(site: Site, chains: list[Chain], there: Nodes) -> None:
     with (site.base_dir / "model.safetensors").open("wb") as file:
-        file.truncate(100 * 2**20)
-    with own_cluster(object_store_memory=80 * 2**20) as cluster:
-        add_node(cluster, "a")
-        executor(site, cluster).run(chains[:1], ignore)  # sees the base under the driver's path
-        with pytest.raises(EnvironmentFault, match="too small") as caught:
-            RayExecutor(site, cluster.address, None, 3, open_scripted, prove=without_base).run(
-                chains[1:], ignore
-            )
-    assert "83886080" in caught.value.got
-    assert "104857600" in caught.value.expected
+        file.truncate(100 * MIB)
+    there.only("a")
+    executor(site, there).run(chains[:1], ignore)  # sees the base under the driver's path
+    with pytest.raises(EnvironmentFault, match="too small") as caught:
+        RayExecutor(site, there.address, None, 3, open_scripted, prove=without_base).run(
+            chains[1:], ignore
+        )
+    assert str(80 * MIB) in caught.value.got
+    assert str(100 * MIB) in caught.value.expected
     assert {place[0] for place, *_ in begun(site)} == {"0"}
 
 
 def without_base(*_of: object) -> Proof:
     return Proof("f1", "d1", has_base=False)
+
+
+def other_proof(*_of: object) -> Proof:
+    return Proof("f3", "d1", has_base=True)

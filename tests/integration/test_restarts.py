@@ -25,6 +25,7 @@ from tests.integration.clusters import add_node, own_cluster, wait_for
 from tests.integration.scripted import (
     begun,
     bytes_of,
+    folder_of,
     ignore,
     make_chains,
     make_site,
@@ -43,7 +44,7 @@ WAITS = "1.1"
 @contextmanager
 def driver(site: Site, address: str) -> Iterator[subprocess.Popen[bytes]]:
     command = [sys.executable, "-m", "tests.integration.test_restarts"]
-    folder = str(site.records_dir.parent)
+    folder = str(folder_of(site))
     with subprocess.Popen(
         [*command, folder, address],
         cwd=ROOT,
@@ -77,46 +78,37 @@ def site(tmp_path: Path) -> Site:
     return site
 
 
-def test_a_killed_driver_is_started_again(site: Site) -> None:
+def test_a_killed_driver_and_a_lost_head(site: Site) -> None:
     expected = serial_bytes(site, make_chains(site))
     wait = script_of(site) / f"wait-{WAITS}"
     wait.touch()
+
+    def waiting(times: int) -> bool:
+        return [place for place, *_ in begun(site)].count(WAITS) == times
+
     with own_cluster() as cluster:
         add_node(cluster, "a")
         with driver(site, cluster.address) as first:
-            wait_for(lambda: WAITS in [place for place, *_ in begun(site)])
+            wait_for(lambda: waiting(1))
             first.send_signal(signal.SIGKILL)
-        wait.unlink()
-        with driver(site, cluster.address) as second:
-            said, _ = second.communicate(timeout=120)
-        assert second.returncode == 0, said.decode()
-    assert bytes_of(site.checkpoints_dir) == expected
-    counts = {place: [each for each, *_ in begun(site)].count(place) for place, *_ in begun(site)}
-    assert {place for place, count in counts.items() if count > 1} <= {WAITS, "1.2"}
-    assert len(counts) == 9
-
-
-def test_a_lost_head_ends_the_job_and_a_new_one_goes_on(site: Site) -> None:
-    expected = serial_bytes(site, make_chains(site))
-    wait = script_of(site) / f"wait-{WAITS}"
-    wait.touch()
-    with own_cluster() as cluster:
-        add_node(cluster, "a")
-        with driver(site, cluster.address) as first:
-            wait_for(lambda: WAITS in [place for place, *_ in begun(site)])
+        with driver(site, cluster.address) as second:  # on the same cluster, from what is stored
+            wait_for(lambda: waiting(2))
             cluster.head_node.kill_gcs_server()
-            said, _ = first.communicate(timeout=120)
-        assert first.returncode == EnvironmentFault.exit_code, said.decode()
+            said, _ = second.communicate(timeout=120)
+        assert second.returncode == EnvironmentFault.exit_code, said.decode()
         assert b"the head node of the Ray cluster is lost" in said
         assert b"run the command again" in said
     wait.unlink()
-    assert bytes_of(site.checkpoints_dir).keys() < expected.keys()
+    assert bytes_of(site.checkpoints_at).keys() < expected.keys()
     with own_cluster() as cluster:
         add_node(cluster, "b")
-        with driver(site, cluster.address) as second:
-            said, _ = second.communicate(timeout=120)
-        assert second.returncode == 0, said.decode()
-    assert bytes_of(site.checkpoints_dir) == expected
+        with driver(site, cluster.address) as third:
+            said, _ = third.communicate(timeout=120)
+        assert third.returncode == 0, said.decode()
+    assert bytes_of(site.checkpoints_at) == expected
+    places = [place for place, *_ in begun(site)]
+    assert sorted({*places}) == sorted(f"{shard}.{each}" for shard in range(3) for each in range(3))
+    assert {place for place in places if places.count(place) > 1} <= {WAITS, "1.2"}
     assert {node for _, _, node in begun(site)} == {"a", "b"}
 
 
