@@ -15,9 +15,12 @@ that join a run which began on a Ray of one node without an address.
 from __future__ import annotations
 
 import contextlib
+import queue
 import socket
+import threading
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 
@@ -65,7 +68,7 @@ class Nodes:
         """Admit the nodes that are there. Raises EnvironmentFault when no work can be done on them."""
         unsure = True
         while unsure and not self.places.total and time.monotonic() - self._had_places < NO_NODE_S:
-            self._greet()
+            self._greet(within_s=NO_NODE_S)
             if self._proofs is not None:
                 self._proofs.wait()
             unsure = self._judge(must_carry=True)
@@ -93,8 +96,11 @@ class Nodes:
         """What people call a node."""
         return self._alive[node].name if node in self._alive else node[:8]
 
-    def _greet(self) -> None:
-        alive = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
+    def _greet(self, within_s: float = CONNECT_S) -> None:
+        listed = _listed(within_s)
+        if listed is None:
+            return  # the next look asks again
+        alive = {node["NodeID"]: node for node in listed if node["Alive"]}
         for node in self._alive.keys() - alive.keys():
             name = self._alive.pop(node).name
             if self._proofs is not None:
@@ -189,3 +195,18 @@ class Nodes:
             next_step="use nodes of one processor model with the same package versions as the driver's, "
             "at least `threads_per_shard` CPUs and, with device cuda, `cluster.num_gpus` GPUs",
         )
+
+
+def _listed(within_s: float) -> list[dict[str, Any]] | None:
+    """Ray's nodes; None if the head does not say in time: whoever waits for a lost one ends with it."""
+    answer: queue.Queue[list[dict[str, Any]]] = queue.Queue()
+
+    def ask() -> None:
+        with contextlib.suppress(Exception):
+            answer.put(ray.nodes())
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        return answer.get(timeout=within_s)
+    except queue.Empty:
+        return None
