@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -93,7 +94,7 @@ def test_what_a_worker_asks_for(site: Site, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(ray_executor, "require_device", lambda _: None)
     monkeypatch.setattr(ray_executor, "run_tasks", lambda *_, **how: asked.append(how["placement"]))
     monkeypatch.setattr(ray_executor, "order_chains", lambda _: [])
-    anything: Any = [object()]
+    anything: Any = [SimpleNamespace(jobs=())]
     for options in ({}, {"num_gpus": 0.25}, {"num_gpus": 2}):
         open_executor(site, options).run(anything, ignore)
     open_executor(replace(site, arithmetic=Arithmetic()), {}).run(anything, ignore)
