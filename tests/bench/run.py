@@ -51,8 +51,10 @@ def table(found: dict[str, Any]) -> str:
             *lines,
             f"Ray with one worker / serial: {parts[1]['ray_1_over_serial']:.3f}",
             f"two workers over one: {parts[1]['speedup_of_two_workers']:.2f} times as fast",
-            f"PSS of one more worker: {parts[1]['extra_worker_pss_mb']} MB "
-            f"(the base is {parts[1]['base_mb']} MB)",
+            f"two workers over serial: {parts[1]['efficiency_of_two_workers']:.2f} of ideal",
+            f"Ray's part of a slice: {parts[1]['overhead_per_slice_s'] * 1000:.0f} ms",
+            f"PSS of one more worker: {parts[1]['extra_worker_pss_mb']} MB; of the base, which has "
+            f"{parts[1]['base_mb']} MB, {parts[1]['base_growth_per_extra_worker']:.1%}",
             f"start-up of Ray and its workers: {parts[1]['ray_2']['start_up_seconds']:.1f} s",
         ]
     )
