@@ -15,7 +15,7 @@ from tests.endurance.nodes import run
 @pytest.mark.ray
 @pytest.mark.slow
 def test_random_kills_of_nodes_change_no_byte(tmp_path: Path) -> None:
-    found = run(tmp_path, seed=3, seconds=25)  # the round that is under way is finished
+    found = run(tmp_path, seed=3, seconds=15)  # the round that is under way is finished
     assert found["failures"] == []
     assert sum(found["kills"].values()) > 0
     assert found["rounds"] > 0
