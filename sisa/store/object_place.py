@@ -34,6 +34,7 @@ from sisa.store.object_client import code_of, store_errors
 
 LAST = "manifest.json"  # of a group: it is whole when this part exists
 BATCH = 1000  # objects that one request may delete
+FEW_NAMES = 8  # that are listed one by one; of more, all there is
 CONFLICT_TRIES, CONFLICT_PAUSE_S = 5, 0.2
 GONE = ("NoSuchKey", "NoSuchVersion", "404")
 DENIED = ("AccessDenied", "AllAccessDisabled", "403")
@@ -169,23 +170,33 @@ class ObjectPlace:
         self.put_new(f"{name}/{LAST}", parts[LAST])
 
     def erase(self, names: Collection[str]) -> None:
-        for name in names:
-            self._erase(name)
-            if name.startswith(TEMPORARY_PREFIX):
-                half = _group(name)
-                if LAST not in self.parts(half):  # somebody finished it meanwhile
-                    self._erase(half)
-
-    def _erase(self, name: str) -> None:
-        key = self._key(name)
-        with contextlib.suppress(_Refused):
-            self._delete([version for version in self._versions(name) if _is_of(version.key, key)])
-        self._hide([each for each in self._keys(name) if _is_of(each, key)])
+        halves = {_group(each) for each in names if each.startswith(TEMPORARY_PREFIX)}
+        doomed = {
+            *names,
+            *(each for each in halves if LAST not in self.parts(each)),
+        }
+        if len(doomed) > FEW_NAMES:
+            self._erase("", doomed)
+        else:
+            for name in sorted(doomed):
+                self._erase(name, {name})
 
     def clear(self) -> None:
+        self._erase("", None)
+
+    def _erase(self, start: str, names: Collection[str] | None) -> None:
+        """Of what begins so, all that is named, or everything."""
+        base = self._key("") + "/"
+
+        def doomed(key: str) -> bool:
+            name = key.removeprefix(base)
+            return names is None or name in names or name.partition("/")[0] in names
+
         with contextlib.suppress(_Refused):
-            self._delete(self._versions(""))
-        self._hide(self._keys(""))
+            versions = [each for each in self._versions(start) if doomed(each.key)]
+            if not self._delete(versions):
+                return
+        self._hide([key for key in self._keys(start) if doomed(key)])
 
     def purge(self, *, dry_run: bool = False) -> tuple[Kept, ...]:
         try:

@@ -42,6 +42,12 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> FileCheckpoints:
     return stored_as(request, tmp_path)
 
 
+@pytest.fixture(params=["files", "sealed"])
+def local(request: pytest.FixtureRequest, tmp_path: Path) -> FileCheckpoints:
+    """On a disk alone, for what does not depend on where the bytes are."""
+    return opened(tmp_path, request.param)
+
+
 def stored_as(request: pytest.FixtureRequest, folder: Path) -> FileCheckpoints:
     """A store of the form that a fixture's parameter names; objects are on a real server."""
     form = request.param
@@ -144,12 +150,12 @@ def erased(place: Place, name: str) -> None:
 @pytest.mark.parametrize("name", [*FILES, MANIFEST])
 @pytest.mark.parametrize("tamper", [appended, flipped, erased])
 def test_tampering_with_any_file_is_noticed(
-    folder: FileCheckpoints, name: str, tamper: Callable[[Place, str], None]
+    local: FileCheckpoints, name: str, tamper: Callable[[Place, str], None]
 ) -> None:
-    saved = folder.save(job(), FILES)
-    tamper(folder.place, f"{saved.key}/{name}")
+    saved = local.save(job(), FILES)
+    tamper(local.place, f"{saved.key}/{name}")
     with pytest.raises(IntegrityError):
-        folder.load(saved.key, saved.manifest_sha256)
+        local.load(saved.key, saved.manifest_sha256)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -172,30 +178,30 @@ def test_a_foreign_file_is_refused(folder: FileCheckpoints) -> None:
 @pytest.mark.parametrize(
     "name", ["../outside", "a/b", "/etc/hostname", "..", ".", MANIFEST, "../../outside"]
 )
-def test_a_manifest_can_name_no_file_outside(folder: FileCheckpoints, tmp_path: Path, name: str) -> None:
+def test_a_manifest_can_name_no_file_outside(local: FileCheckpoints, tmp_path: Path, name: str) -> None:
     """Even a manifest whose digests are all right is refused when a name leaves the directory."""
-    saved = folder.save(job(), FILES)
+    saved = local.save(job(), FILES)
     (tmp_path / "outside").write_bytes(b"secret")
-    folder.place.put("outside", b"secret")
-    parsed = json.loads(plaintext(folder, f"{saved.key}/{MANIFEST}"))
+    local.place.put("outside", b"secret")
+    parsed = json.loads(plaintext(local, f"{saved.key}/{MANIFEST}"))
     parsed["files"][name] = sha256_hex(b"secret")
-    folder.place.put(f"{saved.key}/{MANIFEST}", canonical_json(parsed))
+    local.place.put(f"{saved.key}/{MANIFEST}", canonical_json(parsed))
     with pytest.raises(IntegrityError, match="can't be parsed"):
-        folder.describe(saved.key)
+        local.describe(saved.key)
     with pytest.raises(IntegrityError, match="can't be parsed"):
-        folder.load(saved.key, sha256_hex(canonical_json(parsed)))
+        local.load(saved.key, sha256_hex(canonical_json(parsed)))
 
 
 @pytest.mark.parametrize(
     "manifest", [b"", b"[]", b"{", b"null", b'{"files":{}}', b'{"files":[],"job":{}}', b"\xff", b'"x"']
 )
-def test_a_manifest_of_another_form_is_refused(folder: FileCheckpoints, manifest: bytes) -> None:
-    saved = folder.save(job(), FILES)
-    folder.place.put(f"{saved.key}/{MANIFEST}", manifest)
+def test_a_manifest_of_another_form_is_refused(local: FileCheckpoints, manifest: bytes) -> None:
+    saved = local.save(job(), FILES)
+    local.place.put(f"{saved.key}/{MANIFEST}", manifest)
     with pytest.raises(IntegrityError):
-        folder.describe(saved.key)
+        local.describe(saved.key)
     with pytest.raises(IntegrityError):
-        folder.load(saved.key, sha256_hex(manifest))
+        local.load(saved.key, sha256_hex(manifest))
 
 
 def test_a_checkpoint_under_another_key_is_refused(folder: FileCheckpoints) -> None:
