@@ -319,15 +319,16 @@ def _seconds_between(start: str, end: str) -> float:
 def sweep(world: World) -> None:
     """Erase every file that the ledger does not know: tainted, retired, half-written.
 
-    Keys go first, those without a file among them: a file whose key is gone is erased wherever it is.
+    Losses of what goes come first, then keys, those without a file among them: a file whose key is gone
+    is erased wherever it is.
     """
     known, held = known_names(world), held_names(world)
+    world.metrics.keep_losses({key[:STAGE_DIGITS] for key in known["checkpoints"]})
     for room, names in known.items():
         world.keyring.destroy(room, sorted(world.keyring.held(room) - names))
     world.records.erase(sorted(held["records"] - known["records"]))
     world.index.erase(sorted(held["index"] - known["index"]))
     world.checkpoints.erase(sorted(held["checkpoints"] - known["checkpoints"]))
-    world.metrics.keep_losses({key[:STAGE_DIGITS] for key in known["checkpoints"]})
     _sweep_patches(world, known, held)
 
 

@@ -238,7 +238,7 @@ def test_a_copy_from_before_a_deletion_can_not_be_opened(sealed: Tiny, plain: Ti
     assert all(lost.values())
     assert not any(lost[room] & keys(sealed)[room] for room in ROOMS)
 
-    for path in copy.directory.glob("*/**/*"):
+    for path in (each for room in ROOMS for each in (copy.directory / room).glob("**/*")):
         if path.is_file():
             room, own, *part = path.relative_to(copy.directory).parts
             place = (room, own, part[0] if part else "")
@@ -412,7 +412,7 @@ def test_keys_inside_the_model_directory_are_refused(
     with pytest.raises(InvalidInput) as refused:
         tiny.train()
     told = str(refused.value)
-    assert "inside output_dir" in told
+    assert ("lie with the model" if keyring.startswith("link") else "lie inside output_dir") in told
     assert ("line" in told) == (not keyring.startswith("link"))
     assert not tiny.directory.exists()
 

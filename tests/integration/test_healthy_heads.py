@@ -70,7 +70,7 @@ def change_layout(tiny: Tiny, look: Callable[[], None], _patch: pytest.MonkeyPat
 
 
 def upgrade_and_add(tiny: Tiny, look: Callable[[], None], patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(opening, "fingerprint", lambda _threads: "f" * 64)
+    patch.setattr(opening, "fingerprint", lambda *_: "f" * 64)
     add_people(tiny, look, patch)
 
 

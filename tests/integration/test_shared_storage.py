@@ -117,6 +117,7 @@ def test_a_ray_worker_reads_and_writes_the_bucket(
     s3: Server, tmp_path: Path, tiny_base: Path, tiny: Tiny
 ) -> None:
     """The same objects as the files of a model that was trained in this process."""
+    ray_session.disconnect()  # workers of a Ray from before would not know the bucket's credentials
     try:
         stored_tiny = in_bucket(s3, tmp_path, tiny_base, executor="ray", cluster={"num_workers": 1})
     finally:
