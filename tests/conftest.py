@@ -2,8 +2,7 @@
 
 Tests run in random order, but those without torch or sockets come before those with a tiny model, and
 Ray and the real model come last, so that most failures show within seconds. In several processes
-(`-n 2`) each takes a file at a time; tests of Ray are all one process's, for two clusters at once
-starve each other on two cores.
+(`-n 2`) each takes one test after another, in this order.
 
 What a model keeps outside its directory goes to a state directory of the test's own.
 
@@ -31,9 +30,6 @@ settings.load_profile("deterministic")
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Stable sort by the dearest marker, after the plugin that shuffles."""
-    for item in items:
-        with_ray = any(mark.name == "ray" for mark in item.iter_markers())
-        item.add_marker(pytest.mark.xdist_group("ray" if with_ray else item.nodeid.partition("::")[0]))
     items.sort(
         key=lambda item: max(
             (COST.index(m.name) + 1 for m in item.iter_markers() if m.name in COST), default=0
