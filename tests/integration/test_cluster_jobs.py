@@ -33,7 +33,7 @@ from tests.integration.tiny_model import (
     write_run,
 )
 
-pytestmark = [pytest.mark.ray, pytest.mark.torch]
+pytestmark = [pytest.mark.ray, pytest.mark.torch, pytest.mark.long]
 
 NUM_STAGES = 6
 EPOCHS = 40

@@ -35,7 +35,7 @@ from tests.integration.scripted import (
     serial_bytes,
 )
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.long]
 
 ROOT = Path(__file__).parents[2]
 WAITS = "1.1"

@@ -87,6 +87,7 @@ def test_on_ray_it_comes_out_the_same(made: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.long
 def test_two_workers_share_the_batch_and_take_the_steps_of_one(tmp_path: Path) -> None:
     """Data parallel: as many steps, each of as many rows, split; one worker saves."""
     path = change_run(run_file(tmp_path), base_model={"scratch": {**SMALL, "workers": 2}})

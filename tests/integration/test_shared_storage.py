@@ -113,6 +113,7 @@ def test_a_versioned_bucket_keeps_nothing_of_what_was_deleted(
 
 
 @pytest.mark.ray
+@pytest.mark.long
 def test_a_ray_worker_reads_and_writes_the_bucket(
     s3: Server, tmp_path: Path, tiny_base: Path, tiny: Tiny
 ) -> None:
