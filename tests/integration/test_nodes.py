@@ -37,7 +37,7 @@ from tests.integration.scripted import (
     serial_bytes,
 )
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.long]
 
 
 MIB = 2**20
@@ -142,7 +142,6 @@ def test_a_silent_worker_is_killed_and_its_slice_trained_elsewhere(
     assert any("was silent for 2 s and is killed" in text for text in notices(events))
 
 
-@pytest.mark.long
 def test_a_worker_killed_for_memory(site: Site, chains: list[Chain], there: Nodes) -> None:
     expected = serial_bytes(site, chains)
     memory = psutil.virtual_memory()
@@ -157,7 +156,6 @@ def test_a_worker_killed_for_memory(site: Site, chains: list[Chain], there: Node
     assert any("shard 0 died" in text for text in notices(events))
 
 
-@pytest.mark.long
 def test_a_node_that_joins_later_trains(site: Site, chains: list[Chain], there: Nodes) -> None:
     there.only("a")
     wait = script_of(site) / "wait-2.0"
