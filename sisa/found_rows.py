@@ -1,9 +1,8 @@
-"""Ids and vectors out of files that are found anywhere, whoever wrote them.
+"""Ids and vectors out of files that are found anywhere, whoever wrote them; what the ledger says of ids.
 
 Rules: only what is asked for is read, a batch at a time. Bytes that can't be decoded are `Unreadable`.
 
-Not covered: whether a file may be parsed at all, and what its rows mean (`residue.py`,
-`stored_residue.py`).
+Not covered: whether a file may be parsed at all (`residue.py`, `stored_residue.py`).
 
 >>> import tempfile
 >>> with tempfile.TemporaryDirectory() as folder:
@@ -17,10 +16,13 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from sisa.domain import Tombstone
+from sisa.world import World
 
 BATCH_ROWS = 16_384  # an unknown id costs a look at every row: once a batch
 
@@ -63,6 +65,21 @@ def json_ids(path: Path) -> Iterator[str | None]:
                 yield found if isinstance(found, str) and found.encode() else None
             except (ValueError, RecursionError):  # no JSON, or an id that is no text
                 yield None
+
+
+def not_held(
+    world: World, ids: Sequence[tuple[int, str | None]], *, ours: bool
+) -> Iterator[tuple[str, str, str]]:
+    """(kind, what, position) of each row, given by its place and id, that is residue: a tombstone is
+    anywhere, an unknown id in what is `ours`."""
+    digests = {at: world.assigner.id_digest(each) for at, each in ids if each is not None}
+    found = world.ledger.lookup(digests.values())
+    for at, digest in digests.items():
+        row = found.get(digest)
+        if isinstance(row, Tombstone):
+            yield "deleted_row", f"a row of a record that request {row.request_id} deleted", f"row {at}"
+        elif row is None and ours:
+            yield "unknown_row", "a row of no held record", f"row {at}"
 
 
 def vector_ids(data: bytes) -> list[int]:

@@ -118,8 +118,7 @@ def logged(event: Event) -> Line:
 
 def line(event: Event, at: str, run: str) -> Line | None:
     """The line to keep of an event; None of one of which nothing is kept, such as a stage that was
-    stored
-    before and is only told again."""
+    stored before and is only told again."""
     if not isinstance(event, KEPT):
         return None
     if isinstance(event, SliceTrained) and not event.tokens:

@@ -34,9 +34,9 @@ from typing import TYPE_CHECKING
 
 from sisa.config_types import is_uri
 from sisa.digest import file_sha256, sha256_hex
-from sisa.domain import RecordRow, Tombstone
+from sisa.domain import RecordRow
 from sisa.errors import Busy, IntegrityError, InvalidInput, SisaError
-from sisa.found_rows import BATCH_ROWS, Residue, Unreadable, json_ids, parquet_ids, vector_ids
+from sisa.found_rows import BATCH_ROWS, Residue, Unreadable, json_ids, not_held, parquet_ids, vector_ids
 from sisa.garbage import at_hand, list_garbage, undisturbed
 from sisa.left_overs import owned_left_overs, walk
 from sisa.lineage import parse_manifest, parse_patch_manifest, proves_clean
@@ -271,15 +271,8 @@ class _Scanner:
 
     def _batch(self, path: Path, batch: Sequence[tuple[int, str | None]], ours: bool) -> None:
         self.counts["rows"] += len(batch)
-        digests = {at: self.world.assigner.id_digest(each) for at, each in batch if each is not None}
-        found = self.world.ledger.lookup(digests.values())
-        for at, digest in digests.items():
-            row = found.get(digest)
-            if isinstance(row, Tombstone):
-                what = f"a row of a record that request {row.request_id} deleted"
-                self._found("deleted_row", path, what, f"row {at}")
-            elif row is None and ours:
-                self._found("unknown_row", path, "a row of no held record", f"row {at}")
+        for kind, what, position in not_held(self.world, batch, ours=ours):
+            self._found(kind, path, what, position)
 
     def _vectors(self, path: Path) -> None:
         data = self._sealed.read(path)

@@ -52,7 +52,7 @@ def train(world: World, records: Sequence[Record], meta: Mapping[str, str] | Non
     records = _as_held(world, records, found)
     held = sum(isinstance(each, RecordRow) for each in found.values())
     if "config" in world.ledger.meta() or world.ledger.heads():
-        _refuse(_changed(world, records, found))
+        _refuse_changed(_changed(world, records, found))
         done = reconcile(world)
         new = len(records) - len(found)
         return _taken(world, done, held=held, deleted=len(found) - held, new=new)
@@ -84,7 +84,7 @@ def _taken(
 def refuse_changed(world: World, records: Sequence[Record]) -> None:
     """Raises InvalidInput when a record of a source differs from the held one of the same id."""
     found = _lookup(world, records)
-    _refuse(_changed(world, _as_held(world, records, found), found))
+    _refuse_changed(_changed(world, _as_held(world, records, found), found))
 
 
 def _as_held(
@@ -113,13 +113,19 @@ def _next_generation(world: World) -> int | None:
     return last + 1 or None
 
 
-def _refuse(changed: Sequence[Problem]) -> None:
-    if changed:
-        raise InvalidInput(
-            f"{len(changed)} records differ from the held ones of the same id; nothing was changed",
-            next_step="`sisa forget` the held ones, then `sisa add` the new text under new ids",
-            problems=changed,
-        )
+def _refuse(problems: Sequence[Problem], what: str, next_step: str) -> None:
+    """Raises InvalidInput where there are problems, all of them listed."""
+    if problems:
+        what = f"{len(problems)} records {what}; nothing was changed"
+        raise InvalidInput(what, next_step=next_step, problems=problems)
+
+
+def _refuse_changed(changed: Sequence[Problem]) -> None:
+    _refuse(
+        changed,
+        "differ from the held ones of the same id",
+        "`sisa forget` the held ones, then `sisa add` the new text under new ids",
+    )
 
 
 def _changed(
@@ -140,12 +146,11 @@ def refuse_risks(bands: Bands | None, records: Sequence[Record]) -> None:
 
 
 def _refuse_risks(problems: Sequence[Problem]) -> None:
-    if problems:
-        raise InvalidInput(
-            f"{len(problems)} records can't be placed by their deletion risk; nothing was changed",
-            next_step="name the class in sisa.bands.classes, and give all records of a subject one risk",
-            problems=problems,
-        )
+    _refuse(
+        problems,
+        "can't be placed by their deletion risk",
+        "name the class in sisa.bands.classes, and give all records of a subject one risk",
+    )
 
 
 def _other_risks(world: World, fresh: Sequence[tuple[int, Record]]) -> list[Problem]:
@@ -221,12 +226,8 @@ def deleted_before(
 
 def refuse_deleted(problems: Sequence[Problem], done: str) -> None:
     """Raises InvalidInput where there are problems, all of them listed."""
-    if problems:
-        raise InvalidInput(
-            f"{len(problems)} records can't be {done}; nothing was changed",
-            next_step="leave them out of the file, give new content a new id, or say --allow-deleted",
-            problems=problems,
-        )
+    next_step = "leave them out of the file, give new content a new id, or say --allow-deleted"
+    _refuse(problems, f"can't be {done}", next_step)
 
 
 def _rows(world: World, records: Sequence[Record]) -> list[RecordRow]:

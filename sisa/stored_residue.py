@@ -17,12 +17,13 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from sisa.digest import sha256_hex
-from sisa.domain import SliceJob, Tombstone
+from sisa.domain import SliceJob
 from sisa.errors import IntegrityError
-from sisa.found_rows import Residue, Unreadable, parquet_ids
+from sisa.found_rows import Residue, Unreadable, not_held, parquet_ids
 from sisa.lineage import parse_manifest, parse_patch_manifest, proves_clean
 from sisa.needles import Needles
 from sisa.opening import CHECKPOINTS, PATCHES, RECORDS
@@ -92,29 +93,21 @@ class _Room:
             yield self._found("string", name, what, found.position)
 
     def _slice(self, name: str, data: bytes | None) -> Iterator[Residue]:
-        recorded = {each.name: each.sha256 for each in self.world.ledger.slices()}.get(name)
+        recorded = self._slices.get(name)
         if data is None or (recorded and sha256_hex(data) != recorded):
             if recorded:
                 what = "not the recorded file, so that its content proves nothing"
                 yield self._found("damaged", name, what)
             return
-        digests: dict[int, str] = {}
+        ids: list[tuple[int, str | None]] = []
         try:
-            for at, each in enumerate(parquet_ids(io.BytesIO(data))):
-                self.counts["rows"] += 1
-                if each is not None:
-                    digests[at] = self.world.assigner.id_digest(each)
+            ids.extend(enumerate(parquet_ids(io.BytesIO(data))))
         except Unreadable:
             what = "can't be decoded, so that its rows prove nothing"
             yield self._found("unreadable", name, what)
-        rows = self.world.ledger.lookup(digests.values())
-        for at, digest in digests.items():
-            row = rows.get(digest)
-            if isinstance(row, Tombstone):
-                what = f"a row of a record that request {row.request_id} deleted"
-                yield self._found("deleted_row", name, what, f"row {at}")
-            elif row is None:
-                yield self._found("unknown_row", name, "a row of no held record", f"row {at}")
+        self.counts["rows"] += len(ids)
+        for kind, what, position in not_held(self.world, ids, ours=True):
+            yield self._found(kind, name, what, position)
 
     def _group(self, key: str, plain: dict[str, bytes | None]) -> Iterator[Residue]:
         manifest = plain[MANIFEST]
@@ -127,7 +120,7 @@ class _Room:
             return
         names = parsed[1] if parsed else patch[1] if patch else {}
         digests = {part: sha256_hex(data) for part, data in plain.items() if data is not None}
-        recorded = self._recorded(key)
+        recorded = self._manifests.get(key)
         if recorded not in (None, digests[MANIFEST]) or names.items() - digests.items():
             yield self._found("damaged", key, "its bytes are not the recorded ones")
         for part in sorted(plain.keys() - names.keys() - {MANIFEST}):
@@ -137,10 +130,14 @@ class _Room:
             what = "a checkpoint that is not of held records alone"
             yield self._found("tainted", key, what)
 
-    def _recorded(self, key: str) -> str | None:
+    @cached_property
+    def _slices(self) -> dict[str, str]:
+        return {each.name: each.sha256 for each in self.world.ledger.slices()}
+
+    @cached_property
+    def _manifests(self) -> dict[str, str]:
         held = {each.key: each.manifest_sha256 for each in self.world.ledger.checkpoints()}
-        held |= {each.key: each.manifest_sha256 for each in self.world.ledger.patches()}
-        return held.get(key)
+        return held | {each.key: each.manifest_sha256 for each in self.world.ledger.patches()}
 
     def _clean(self, job: SliceJob) -> bool:
         seqs = {each.key: each.seq for each in self.world.ledger.checkpoints(job.shard)}

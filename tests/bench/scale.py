@@ -39,6 +39,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cluster.plan_cli import ASSUMED_BYTES_PER_RANK
 from sisa.assign import Assigner, Layout
 from sisa.cost import full_record_epochs, shard_costs
 from sisa.digest import Keyed, digest_of
@@ -61,8 +62,7 @@ from sisa.store.ledger import SqlLedger
 
 DAY_S = 86_400.0
 START = date(2030, 1, 1)
-# Rank 8 on all linear modules of SmolLM2-135M: 2,442,240 parameters, with AdamW's two moments, float32.
-CHECKPOINT_BYTES = 2_442_240 * 4 * 3
+CHECKPOINT_BYTES = 8 * ASSUMED_BYTES_PER_RANK  # SmolLM2-135M at rank 8
 VECTOR_BYTES = 384 * 4 + 8  # MiniLM's, and its id
 SAMPLE_ROWS = 20_000
 Json = dict[str, Any]
