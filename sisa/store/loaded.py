@@ -6,9 +6,9 @@
     hits        the candidates' inner products with the query, exact, best first
 
 Rules: a code is a function of its vector alone: nothing is fitted on the data, so nothing remembers a
-deleted record. Where all vectors fit among the candidates, all are scored and the search is exact; so
-it is for small models. The candidates of a query depend on the vectors that are held and on nothing
-else. Only what the last search named stays in memory.
+deleted record. Up to EXACT_UP_TO vectors all are scored, which is as fast, and the search is exact. The
+candidates of a query depend on the vectors that are held and on nothing else. Only what the last search
+named stays in memory.
 
 Not covered: reading files (`index.py`). Recall of many vectors is measured (`tests/bench/lookup.py`).
 
@@ -29,8 +29,12 @@ from numpy.typing import NDArray
 from sisa.domain import Hit
 from sisa.ports import Vectors
 
-MIN_CANDIDATES, CANDIDATES_PER_HIT = 1000, 50
-CODE_BITS = 256  # FAISS counts the bits of 32 bytes twice as fast as those of 48, and recall stays
+EXACT_UP_TO = 20_000
+MIN_CANDIDATES, CANDIDATES_PER_HIT = 2000, 100
+CODE_BITS = 128  # half the memory to read of 256; twice the candidates keep the recall
+
+Places = NDArray[np.intp] | slice  # of vectors in a file
+ALL = slice(None)
 
 
 def codes_of(vectors: Vectors) -> NDArray[np.uint8]:
@@ -71,16 +75,15 @@ class Warm:
 def search(loaded: Sequence[Loaded], queries: Vectors, top_k: int) -> list[list[Hit]]:
     """For each query row the best `top_k` over all files, best first."""
     num_wanted = max(MIN_CANDIDATES, CANDIDATES_PER_HIT * top_k)
-    if sum(len(each.ids) for each in loaded) <= num_wanted:
-        chosen = [[np.arange(len(each.ids)) for each in loaded] for _ in queries]
+    chosen: list[list[Places]]
+    if sum(len(each.ids) for each in loaded) <= max(EXACT_UP_TO, num_wanted):
+        chosen = [[ALL for _ in loaded] for _ in queries]
     else:
         chosen = _candidates(loaded, queries, num_wanted)
     return [_best(loaded, places, query, top_k) for places, query in zip(chosen, queries, strict=True)]
 
 
-def _candidates(
-    loaded: Sequence[Loaded], queries: Vectors, num_wanted: int
-) -> list[list[NDArray[np.intp]]]:
+def _candidates(loaded: Sequence[Loaded], queries: Vectors, num_wanted: int) -> list[list[Places]]:
     """For each query the places, file by file, of the nearest codes over all files."""
     codes = codes_of(queries)
     asked = [each.by_code.search(codes, min(num_wanted, len(each.ids))) for each in loaded]
@@ -93,14 +96,15 @@ def _candidates(
     return found
 
 
-def _best(
-    loaded: Sequence[Loaded], places: Sequence[NDArray[np.intp]], query: Vectors, top_k: int
-) -> list[Hit]:
+def _best(loaded: Sequence[Loaded], places: Sequence[Places], query: Vectors, top_k: int) -> list[Hit]:
     if not loaded:
         return []
     pairs = list(zip(loaded, places, strict=True))
     scores = np.concatenate([each.vectors[at] @ query for each, at in pairs])
-    ids = np.concatenate([each.ids[at] for each, at in pairs])
-    shards = np.repeat([each.shard for each in loaded], [len(at) for at in places])
+    named = [each.ids[at] for each, at in pairs]
+    ids, shards = (
+        np.concatenate(named),
+        np.repeat([each.shard for each in loaded], list(map(len, named))),
+    )
     order = np.lexsort((ids, shards, -scores))[:top_k]
     return [Hit(int(ids[n]), float(scores[n]), int(shards[n])) for n in order]

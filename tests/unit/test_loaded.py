@@ -16,7 +16,7 @@ from sisa.domain import Hit, IndexFile
 from sisa.ports import Vectors
 from sisa.store import loaded
 from sisa.store.index import FaissIndex
-from sisa.store.loaded import CODE_BITS, Loaded, codes_of, search
+from sisa.store.loaded import ALL, CODE_BITS, EXACT_UP_TO, Loaded, codes_of, search
 from tests.unit import care_model
 
 DIMENSION = 64
@@ -43,7 +43,7 @@ def test_few_vectors_are_searched_exactly(num_shards: int, num_vectors: int, see
 
 @pytest.mark.parametrize("num_shards", [1, 3, 16])
 def test_many_vectors_are_found_however_they_lie_in_shards(num_shards: int) -> None:
-    vectors = made(20_000, 0)
+    vectors = made(EXACT_UP_TO + 1, 0)
     queries = vectors[:50] + 0.1 * made(50, 1)
     exact = np.argsort(-(queries @ vectors.T), axis=1)[:, :1]
     found = search(split(vectors, num_shards), queries, 1)
@@ -53,8 +53,8 @@ def test_many_vectors_are_found_however_they_lie_in_shards(num_shards: int) -> N
 
 
 def test_a_deleted_vector_leaves_the_choice_of_the_others_as_if_it_had_never_been() -> None:
-    vectors, queries = made(5000, 2), made(8, 3)
-    kept = np.delete(np.arange(5000), [7, 4000])
+    vectors, queries = made(EXACT_UP_TO + 3, 2), made(8, 3)
+    kept = np.delete(np.arange(EXACT_UP_TO + 3), [7, 4000])
     left = [Loaded(0, kept, vectors[kept])]
     without = [
         [hit for hit in hits if hit.vector_id not in (7, 4000)]
@@ -68,28 +68,31 @@ def test_a_deleted_vector_leaves_the_choice_of_the_others_as_if_it_had_never_bee
 
 def test_a_code_of_many_dimensions_is_folded_and_depends_on_its_vector_alone() -> None:
     draw = np.random.default_rng(6)
-    vectors = draw.standard_normal((50, CODE_BITS + 128)).astype(np.float32)
+    vectors = draw.standard_normal((50, CODE_BITS + 64)).astype(np.float32)
     codes = codes_of(vectors)
     assert codes.shape == (50, CODE_BITS // 8)
     assert all((codes_of(vectors[n : n + 1]) == codes[n]).all() for n in range(50))
     bits = np.unpackbits(codes, axis=1).astype(bool)
-    assert (bits[:, 128:] == (vectors[:, 128:CODE_BITS] > 0)).all()
-    assert (bits[:, :128] == (vectors[:, :128] + vectors[:, CODE_BITS:] > 0)).all()
+    assert (bits[:, 64:] == (vectors[:, 64:CODE_BITS] > 0)).all()
+    assert (bits[:, :64] == (vectors[:, :64] + vectors[:, CODE_BITS:] > 0)).all()
     assert codes_of(np.zeros((1, 2 * CODE_BITS + 1), dtype=np.float32)).any() == np.False_
 
 
 def test_only_candidates_are_scored(monkeypatch: pytest.MonkeyPatch) -> None:
-    vectors, query = made(5000, 4), made(1, 5)
-    places: list[int] = []
+    query = made(1, 5)
+    places: list[Any] = []
     whole = loaded._best
 
     def best(files: Sequence[Loaded], chosen: Sequence[Any], query: Vectors, top_k: int) -> list[Hit]:
-        places.extend(map(len, chosen))
+        places.extend(chosen)
         return whole(files, chosen, query, top_k)
 
     monkeypatch.setattr(loaded, "_best", best)
-    search(split(vectors, 2), query, 3)
-    assert 1000 <= sum(places) < 2000
+    search(split(made(EXACT_UP_TO + 1, 4), 2), query, 3)
+    assert 2000 <= sum(map(len, places)) < 4000
+    places.clear()
+    search(split(made(EXACT_UP_TO, 4), 2), query, 3)
+    assert places == [ALL, ALL]
 
 
 def test_a_model_that_is_asked_again_reads_no_index_file_again(
