@@ -1,10 +1,15 @@
-"""Manifests for KubeRay: what they say, against the fields that KubeRay and Kubernetes know."""
+"""Manifests for KubeRay: what they say, against the fields that KubeRay and Kubernetes know.
+
+SISA_CRDS=DIRECTORY checks them against the CRDs of a release, too (`ray.io_rayjobs.yaml` and
+`ray.io_rayclusters.yaml`, from `ray-operator/config/crd/bases` in KubeRay's source).
+"""
 
 from __future__ import annotations
 
 import copy
 import importlib.metadata
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +23,7 @@ from sisa.errors import InvalidInput
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = json.loads((ROOT / "tests" / "golden" / "kuberay_v1.json").read_text())
+CRDS = Path(os.environ.get("SISA_CRDS", "no-crds"))
 VARIANTS = [(kind, gpu) for kind in KINDS for gpu in (False, True)]
 
 
@@ -44,6 +50,55 @@ def pods(found: dict[str, Any]) -> list[dict[str, Any]]:
 def test_every_manifest_fits_the_schema(kind: Kind, gpu: bool) -> None:
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
     jsonschema.validate(parsed(kind, gpu), SCHEMA)
+
+
+def strict(schema: Any) -> Any:
+    """A CRD's schema as `kubectl --validate=strict` applies it: unknown fields are refused."""
+    if not isinstance(schema, dict):
+        return schema
+    kept = {name: part for name, part in schema.items() if name not in ("properties", "format")}
+    kept = {name: strict(part) for name, part in kept.items()}
+    if "properties" in schema:
+        kept["properties"] = {name: strict(part) for name, part in schema["properties"].items()}
+        if not schema.get("x-kubernetes-preserve-unknown-fields"):
+            kept.setdefault("additionalProperties", False)
+    return kept
+
+
+def served(crd: dict[str, Any], version: str) -> Any:
+    (found,) = [each for each in crd["spec"]["versions"] if each["name"] == version]
+    return strict(found["schema"]["openAPIV3Schema"])
+
+
+@pytest.mark.skipif(not CRDS.is_dir(), reason="no CRDs of KubeRay: set SISA_CRDS to their directory")
+@pytest.mark.parametrize(("kind", "gpu"), [each for each in VARIANTS if each[0] != "volume"])
+def test_every_manifest_fits_the_crds(kind: Kind, gpu: bool) -> None:
+    crd = yaml.safe_load((CRDS / f"ray.io_{kind}s.yaml").read_text())
+    jsonschema.validate(parsed(kind, gpu), served(crd, "v1"))
+
+
+def test_a_crd_refuses_fields_that_it_does_not_know() -> None:
+    spec = {
+        "type": "object",
+        "properties": {
+            "size": {
+                "anyOf": [{"type": "integer"}, {"type": "string"}],
+                "x-kubernetes-int-or-string": True,
+            },
+            "labels": {"type": "object", "additionalProperties": {"type": "string"}},
+            "free": {"type": "object", "properties": {}, "x-kubernetes-preserve-unknown-fields": True},
+        },
+    }
+    version = {
+        "name": "v1",
+        "schema": {"openAPIV3Schema": {"type": "object", "properties": {"spec": spec}}},
+    }
+    schema = served({"spec": {"versions": [version]}}, "v1")
+    fits = jsonschema.Draft202012Validator(schema).is_valid
+    assert fits({"spec": {"size": "1Gi", "labels": {"a": "b"}, "free": {"any": 1}}})
+    assert not fits({"spec": {"sise": 1}})
+    assert not fits({"spec": {"labels": {"a": 1}}})
+    assert not fits({"spec": {}, "status": {}})
 
 
 def test_every_file_is_one_of_them() -> None:
