@@ -1,40 +1,70 @@
 """How the whole suite runs: fast tests first, hypothesis the same on every machine.
 
-Tests run in random order, but those without torch or sockets come before those with a tiny model, and
-Ray and the real model come last, so that most failures show within seconds. In several processes
-(`-n 2`) each takes one test after another, in this order.
+Tests run in random order, but those without torch or sockets come before the others, so that most
+failures show within seconds. In several processes (`-n 2`) each takes one test after another, in this
+order; tests with a Ray follow the fast ones and are one process's, which share it, while others train
+tiny models. Tests over something dear that their file makes once are one process's, too (`xdist_group`).
 
-What a model keeps outside its directory goes to a state directory of the test's own.
+What a model keeps outside its directory goes to a state directory of the test's own. Tests' files lie in
+memory where there is room: everything is synced as ever, and a disk would be waited for thousands of
+times. `PYTEST_DEBUG_TEMPROOT=/tmp` takes the disk.
 
 A failure must be repeatable from the log alone, so examples are derived from the test, no database is
-kept beside the tree, and the blob that reproduces a failure is printed.
+kept beside the tree, and the blob that reproduces a failure is printed. `--hypothesis-profile full`
+tries all examples of the properties whose full number is named, otherwise a share (`examples.py`).
 """
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
+import psutil
 import pytest
 from hypothesis import settings
 
+from tests.examples import FULL
 from tests.s3_server import Server, environment, running
 
-COST = ("torch", "ray", "slow")  # markers, cheapest first
+TURNS = ("ray", "torch", "slow")  # markers, by their turn after the fast tests
+MEMORY = Path("/dev/shm")  # noqa: S108 - pytest makes a private directory in it
+ROOM_BYTES = 4 * 2**30  # a whole run leaves less than a tenth of it
 
 settings.register_profile(
     "deterministic", derandomize=True, deadline=None, database=None, print_blob=True
 )
+settings.register_profile(FULL, settings.get_profile("deterministic"))
 settings.load_profile("deterministic")
 
 
+def _has_room(directory: Path) -> bool:
+    if not os.access(directory, os.W_OK):
+        return False
+    return min(shutil.disk_usage(directory).free, psutil.virtual_memory().available) >= ROOM_BYTES
+
+
+if _has_room(MEMORY):  # before pytest first asks for a directory
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
+
+
 @pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Stable sort by the dearest marker, after the plugin that shuffles."""
-    items.sort(
-        key=lambda item: max(
-            (COST.index(m.name) + 1 for m in item.iter_markers() if m.name in COST), default=0
-        )
-    )
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Stable sort, after the plugin that shuffles."""
+    items.sort(key=_turn)
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in (each for each in items if each.get_closest_marker("ray")):
+            item.add_marker(pytest.mark.xdist_group("ray"))
+
+
+def _turn(item: pytest.Item) -> tuple[int, bool]:
+    """Tests with a Ray of their own come after those that share one."""
+    marks = {mark.name for mark in item.iter_markers()}
+    turns = [number for number, name in enumerate(TURNS, start=1) if name in marks]
+    if "ray" in marks:
+        return 1, "own_ray" in getattr(item, "fixturenames", ())
+    return max(turns, default=0), False
 
 
 @pytest.fixture(scope="session")

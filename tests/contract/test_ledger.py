@@ -13,7 +13,7 @@ import random
 import sqlite3
 import stat
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -42,6 +42,7 @@ from sisa.store import database as database_module
 from sisa.store import rows as rows_module
 from sisa.store.ledger import SqlLedger
 from sisa.store.schema import SCHEMA_VERSION, schema
+from tests.examples import num_examples
 from tests.fake_ledger import FakeLedger
 
 T = TypeVar("T")
@@ -271,7 +272,7 @@ def without_rows_held(ledger: Ledger, change: Change) -> Change:
 
 
 @pytest.mark.slow
-@settings(max_examples=40)
+@settings(max_examples=num_examples(100))
 @given(history=st.lists(changes, max_size=5))
 def test_any_history_gives_equal_answers(
     tmp_path_factory: pytest.TempPathFactory, history: list[Change]
@@ -648,15 +649,35 @@ def replies(ledger: Ledger) -> dict[str, Any]:
     return found
 
 
+@dataclass(frozen=True)
+class Full:
+    """A ledger with a row in every table: its file's bytes, and what it replies."""
+
+    data: bytes
+    replies: dict[str, Any]
+
+    def put(self, path: Path) -> dict[str, Any]:
+        path.write_bytes(self.data)
+        return self.replies
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Full:
+    path = tmp_path_factory.mktemp("full") / "ledger.sqlite"
+    with opened(path, create=True) as ledger:
+        full(ledger)
+        found = replies(ledger)
+        ledger.scrub()
+    assert None not in found.values()
+    return Full(path.read_bytes(), found)
+
+
 @pytest.mark.parametrize(("table", "column"), COLUMNS)
 @pytest.mark.parametrize("value", ["y", 7])
 def test_a_changed_value_is_refused_or_does_not_matter(
-    path: Path, table: str, column: str, value: Any
+    whole: Full, path: Path, table: str, column: str, value: Any
 ) -> None:
-    with opened(path, create=True) as ledger:
-        full(ledger)
-        before = replies(ledger)
-    assert None not in before.values()
+    before = whole.put(path)
     one = f"SELECT {column} FROM {table} LIMIT 1"  # noqa: S608
     change = f"UPDATE OR REPLACE {table} SET {column} = ? WHERE {column} IS ({one})"  # noqa: S608
     try:
@@ -672,10 +693,8 @@ def test_a_changed_value_is_refused_or_does_not_matter(
 
 @pytest.mark.parametrize("table", TABLES)
 @pytest.mark.parametrize("which", ["= (SELECT min(crc)", "= (SELECT max(crc)", "IN (SELECT crc"])
-def test_a_lost_row_is_missed(path: Path, table: str, which: str) -> None:
-    with opened(path, create=True) as ledger:
-        full(ledger)
-        before = replies(ledger)
+def test_a_lost_row_is_missed(whole: Full, path: Path, table: str, which: str) -> None:
+    before = whole.put(path)
     execute(path, f"DELETE FROM {table} WHERE crc {which} FROM {table})")  # noqa: S608
     with opened(path) as ledger:
         after = replies(ledger)
@@ -755,12 +774,10 @@ def index_pages(path: Path) -> dict[str, int]:
 
 
 @pytest.mark.slow
-def test_an_emptied_index_hides_no_row_from_a_commit(path: Path) -> None:
+def test_an_emptied_index_hides_no_row_from_a_commit(whole: Full, path: Path) -> None:
     """A checkpoint that is not found would stay held: what a commit drops must be gone after it."""
-    with opened(path, create=True) as ledger:
-        full(ledger)
-        ledger.scrub()
-    whole, pages, done = path.read_bytes(), index_pages(path), 0
+    whole.put(path)
+    data, pages, done = whole.data, index_pages(path), 0
     changes_ = [
         Change(removed=[row(1)]),
         Change(dropped=[named("job", 1)]),
@@ -771,13 +788,11 @@ def test_an_emptied_index_hides_no_row_from_a_commit(path: Path) -> None:
         Change(slices=[SliceFile(1, 1, "r", 5, "s", 1)]),
         Change(meta={"config": "y"}),
     ]
+    expected = [answers_after(change) for change in changes_]
+    blank = bytes([10, 0, 0, 0, 0, 16, 0, 0])  # an index leaf without cells
     for name, at in pages.items():
-        for change in changes_:
-            fake = FakeLedger()
-            full(fake)
-            fake.commit(change)
-            blank = bytes([10, 0, 0, 0, 0, 16, 0, 0])  # an index leaf without cells
-            path.write_bytes(whole[:at] + blank + whole[at + len(blank) :])
+        for change, right in zip(changes_, expected, strict=True):
+            path.write_bytes(data[:at] + blank + data[at + len(blank) :])
             with opened(path) as ledger:
                 try:
                     ledger.commit(change)
@@ -786,5 +801,12 @@ def test_an_emptied_index_hides_no_row_from_a_commit(path: Path) -> None:
             done += 1
             execute(path, "REINDEX")
             with opened(path) as ledger:
-                assert answers(ledger) == answers(fake), (name, change)
+                assert answers(ledger) == right, (name, change)
     assert done
+
+
+def answers_after(change: Change) -> dict[str, Any]:
+    fake = FakeLedger()
+    full(fake)
+    fake.commit(change)
+    return answers(fake)

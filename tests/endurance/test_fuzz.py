@@ -5,8 +5,11 @@ The full run is `python -m tests.endurance.fuzz --inputs 10000 --out tests/endur
 
 from __future__ import annotations
 
+import json
 import sqlite3
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -17,8 +20,13 @@ SEED, NUM_INPUTS = 3, 150
 
 
 @pytest.mark.slow
-def test_mutated_inputs_bring_no_traceback_no_hang_and_no_damage() -> None:
-    found = fuzz.run(SEED, NUM_INPUTS)
+def test_mutated_inputs_bring_no_traceback_no_hang_and_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    numbers = ["--inputs", str(NUM_INPUTS), "--seed", str(SEED)]
+    assert fuzz.main([*numbers, "--out", str(tmp_path / "fuzz.json")]) == 0
+    found = json.loads((tmp_path / "fuzz.json").read_text())
     assert found["failures"] == []
     assert len(found["by_kind_and_exit_code"]) == 11
     assert sum(sum(each.values()) for each in found["by_kind_and_exit_code"].values()) == NUM_INPUTS

@@ -5,35 +5,48 @@ The full run is `python -m tests.endurance.kills --kills 200 --out tests/enduran
 
 from __future__ import annotations
 
+import json
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.endurance.kills import run
+from tests.endurance.kills import main
 
-SEED = 7
+pytestmark = pytest.mark.slow
 
 
-@pytest.mark.slow
-def test_killed_processes_end_in_the_bytes_of_never_having_been_killed(tmp_path: Path) -> None:
-    found = run(tmp_path, SEED, num_cheap=12, num_lora=0)
+def killed(
+    tmp_path: Path, patch: pytest.MonkeyPatch, kills: int, lora: int, *options: str
+) -> dict[str, Any]:
+    """What the command writes, run in a directory of the test's own."""
+    patch.setattr(tempfile, "tempdir", str(tmp_path))
+    numbers = ["--kills", str(kills), "--lora", str(lora), "--seed", "7"]
+    assert main([*numbers, *options, "--out", str(tmp_path / "kills.json")]) == 0
+    found: dict[str, Any] = json.loads((tmp_path / "kills.json").read_text())
     assert found["failures"] == []
-    assert found["kills"] >= 12
-    assert len(found["cheap"]["killed_at"]) >= 8
+    assert found["kills"] >= kills
+    assert "source_sha256" in found
+    return found
 
 
-@pytest.mark.slow
-def test_killed_processes_of_an_encrypted_model_leave_no_key_and_no_file_too_many(
-    tmp_path: Path,
+def test_killed_processes_end_in_the_bytes_of_never_having_been_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    found = run(tmp_path, SEED, num_cheap=8, num_lora=0, encrypt=True)
-    assert found["failures"] == []
-    assert found["kills"] >= 8
+    found = killed(tmp_path, monkeypatch, 12, 0)
+    assert len(found["cheap"]["killed_at"]) >= 8
+    assert "state left behind" in capfd.readouterr().out
 
 
-@pytest.mark.slow
+def test_killed_processes_of_an_encrypted_model_leave_no_key_and_no_file_too_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert killed(tmp_path, monkeypatch, 8, 0, "--encrypt")["encrypted"]
+
+
 @pytest.mark.torch
-def test_killed_training_of_real_adapters_ends_in_the_same_bytes(tmp_path: Path) -> None:
-    found = run(tmp_path, SEED, num_cheap=0, num_lora=2)
-    assert found["failures"] == []
-    assert found["kills"] >= 2
+def test_killed_training_of_real_adapters_ends_in_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert killed(tmp_path, monkeypatch, 2, 2)["lora"]["kills"] >= 2

@@ -28,9 +28,10 @@ from sisa.reconcile import reconcile
 from sisa.run import add, train
 from sisa.witness import settle
 from sisa.world import model_digest
+from tests.examples import num_examples
 from tests.fakes import ADAPTER, FakeModel, fake_model, fake_recipe, fake_record
 
-NUM_HISTORIES = 2_000
+NUM_HISTORIES, NUM_CRASHES = num_examples(2_000), num_examples(500)
 SUBJECTS = (None, None, "ada", "bob", "eve")
 RISKS: tuple[Risk, ...] = tuple((None, 0.0, 0.1, 0.9, "trial")[n % 5] for n in range(41))
 BANDS = (
@@ -250,7 +251,7 @@ def attempt(effect: Callable[[], None]) -> bool:
 
 
 @pytest.mark.slow
-@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=NUM_CRASHES, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(histories(), st.integers(1, 60), st.booleans())
 def test_a_crash_at_any_effect_changes_no_byte(history: History, at: int, after: bool) -> None:
     model = Model(dataclasses.replace(history, first=()))

@@ -30,10 +30,11 @@ from sisa.reconcile import reconcile
 from sisa.run import train
 from sisa.witness import settle
 from sisa.world import World, over
+from tests.examples import num_examples
 from tests.fakes import ADAPTER, fake_model, fake_recipe
 from tests.property.test_histories import EFFECTS, Crash, Fuse, History, Model, record, wire
 
-NUM_HISTORIES, NUM_CRASHES = 500, 400
+NUM_HISTORIES, NUM_CRASHES = num_examples(500), num_examples(400)
 ALL_EFFECTS = {**EFFECTS, "patches": ("save", "erase"), "vault": ("put", "erase"), "runs": ("erase",)}
 NUMBERS = range(5)
 KINDS = (

@@ -21,10 +21,11 @@ from sisa.plan import Schedule
 from sisa.reconcile import reconcile
 from sisa.run import add, train
 from sisa.witness import is_behind, settle
+from tests.examples import num_examples
 from tests.fakes import FakeModel, fake_model, fake_recipe
 from tests.property.test_histories import Crash, Fuse, Model, assert_equal, record, wire
 
-NUM_HISTORIES, NUM_CRASHES = 300, 300
+NUM_HISTORIES, NUM_CRASHES = num_examples(300), num_examples(300)
 STORES = ("records", "checkpoints", "index")
 Step = tuple[str, tuple[int, ...]]
 KINDS = ("add", "forget", "readmit", "save", "restore", "restore")

@@ -1,0 +1,19 @@
+"""How many examples a property tries: a share of them in the suite, all of them by one command.
+
+    python -m pytest tests/property --hypothesis-profile full
+
+>>> num_examples(2_000) in (400, 2_000)
+True
+"""
+
+from __future__ import annotations
+
+from hypothesis import settings
+
+FULL = "full"
+SHARE = 5  # the suite tries one example in so many
+
+
+def num_examples(full: int) -> int:
+    """Of a property whose full run tries so many."""
+    return full if settings.get_current_profile_name() == FULL else -(-full // SHARE)
