@@ -1,4 +1,5 @@
-"""Clusters of several nodes on this machine, with a token of their own, for tests that lose some.
+"""The Ray that tests share; clusters of several nodes on this machine, with a token of their own, for
+tests that lose some.
 
 with own_cluster() as cluster:
     node = add_node(cluster, "a")
@@ -6,6 +7,7 @@ with own_cluster() as cluster:
 
 from __future__ import annotations
 
+import functools
 import shutil
 import tempfile
 import time
@@ -20,6 +22,12 @@ from ray.cluster_utils import Cluster
 
 from cluster import ray_session
 from tests.integration.scripted import NODE
+
+
+def share_ray() -> ray_session.Session:
+    """The Ray of this process, as a run connects to it: two CPUs and what is said to be a GPU."""
+    with mock.patch.object(ray, "init", functools.partial(ray.init, num_gpus=1)):
+        return ray_session.connect(None, 2)
 
 
 @contextmanager

@@ -1,8 +1,9 @@
-"""One tiny base and one trained model a session; each test gets its own copy of the model."""
+"""One tiny base, one trained model and one Ray a session; each test gets its own copy of the model."""
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,53 @@ from tests.integration.tiny_model import Tiny, train_scratch
 from tests.tiny_base import make_tiny_base
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _metrics_every_second() -> Iterator[None]:
+    """Ray exports metrics every ten seconds otherwise."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_metrics_report_interval_ms", "1000")
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _shared_ray(request: pytest.FixtureRequest) -> None:
+    """Tests with the mark `ray` share one, but for those that ask for `own_ray`."""
+    if request.node.get_closest_marker("ray") and "own_ray" not in request.fixturenames:
+        from tests.integration.clusters import share_ray
+
+        share_ray()
+
+
+@pytest.fixture
+def own_ray() -> Iterator[None]:
+    """For a test that starts, ends or breaks its Ray itself."""
+    from cluster.ray_session import disconnect
+
+    disconnect()
+    yield
+    disconnect()
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """The shared Ray ends with the last test in a row that bears its mark."""
+    if item.get_closest_marker("ray") and not (nextitem and nextitem.get_closest_marker("ray")):
+        from cluster.ray_session import disconnect
+
+        disconnect()
+
+
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The base of all models of a session."""
     return make_tiny_base(tmp_path_factory.mktemp("tiny") / "base")
+
+
+@pytest.fixture(scope="session")
+def knowing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base that knows two people's records by heart (`patch_bench.KNOWN`)."""
+    from tests.integration.patch_bench import make_knowing_base
+
+    return make_knowing_base(tmp_path_factory.mktemp("knowing"))
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ from cluster.cli import run
 from sisa import unlearn as flows
 from sisa.errors import ConfigConflict, InvalidInput
 from sisa.patching import Wish
-from tests.integration.patch_bench import KNOWN, make_knowing_base, settings
+from tests.integration.patch_bench import KNOWN, settings
 from tests.integration.tiny_model import (
     PEOPLE,
     Done,
@@ -42,11 +42,6 @@ KEEP = [row for row in KNOWN if row["subject_id"] == "p005"]
 OTHERS = [row for row in PEOPLE if row["subject_id"] not in ("p003", "p005")]
 SET = ["--set", "num_epochs=15", "--set", "learning_rate=0.01", "--set", "max_utility_drop=null"]
 CONSENT = ["--consent", "the person asked for it"]
-
-
-@pytest.fixture(scope="module")
-def knowing(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_knowing_base(tmp_path_factory.mktemp("knowing"))
 
 
 @pytest.fixture(scope="module")

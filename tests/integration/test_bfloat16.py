@@ -33,7 +33,7 @@ from tests.integration.tiny_model import (
     without,
 )
 
-pytestmark = pytest.mark.torch
+pytestmark = [pytest.mark.torch, pytest.mark.xdist_group("bfloat16")]
 
 HALF = Arithmetic("cpu", "bfloat16")
 QUIET = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

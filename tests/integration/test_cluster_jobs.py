@@ -33,7 +33,12 @@ from tests.integration.tiny_model import (
     write_run,
 )
 
-pytestmark = [pytest.mark.ray, pytest.mark.torch, pytest.mark.long]
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.torch,
+    pytest.mark.long,
+    pytest.mark.usefixtures("own_ray"),
+]
 
 NUM_STAGES = 6
 EPOCHS = 40

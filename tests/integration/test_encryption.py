@@ -43,7 +43,7 @@ from tests.integration.tiny_model import (
     write_run,
 )
 
-pytestmark = pytest.mark.torch
+pytestmark = [pytest.mark.torch, pytest.mark.xdist_group("encryption")]
 
 ROOMS = (RECORDS, INDEX, CHECKPOINTS)
 LATER = of_people("p012")
@@ -159,16 +159,11 @@ def test_a_history_is_that_of_the_plain_model(tmp_path: Path, tiny_base: Path, p
 def test_a_history_on_ray_is_that_of_the_plain_model(
     tmp_path: Path, tiny_base: Path, plain: Tiny
 ) -> None:
-    from cluster import ray_session
-
     tiny = prepare(tmp_path / "sealed", tiny_base, cluster={"num_workers": 2})
-    try:
-        model = live(tiny, "ray")
-        assert_whole(tiny, plain)
-        assert model.verify(replay="all").ok
-        assert_whole(tiny, plain)
-    finally:
-        ray_session.disconnect()
+    model = live(tiny, "ray")
+    assert_whole(tiny, plain)
+    assert model.verify(replay="all").ok
+    assert_whole(tiny, plain)
 
 
 @pytest.mark.ray

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from cluster.ray_session import disconnect
 from tests.fake_evaluated import SPLIT, write_made_up
 from tests.integration.tiny_model import Done, Tiny, command
 from tests.tiny_base import make_tiny_base
@@ -158,14 +157,11 @@ def test_on_ray_the_same_comes_out(
 ) -> None:
     serial = evaluate("-m", tiny_base, "-m", other_base, tokens=3)
     evaluate.out = tmp_path / "by-ray"
-    try:
-        by_ray = evaluate("-m", tiny_base, "-m", other_base, executor="ray", tokens=3)
-        assert "11 of 11 questions" in by_ray.err
-        (evaluate.data / "absent").mkdir()
-        failed = evaluate("-m", tiny_base, "-m", evaluate.data / "absent", executor="ray", tokens=3)
-        assert (failed.code, failed.error["type"]) == (2, "InvalidInput")
-    finally:
-        disconnect()
+    by_ray = evaluate("-m", tiny_base, "-m", other_base, executor="ray", tokens=3)
+    assert "11 of 11 questions" in by_ray.err
+    (evaluate.data / "absent").mkdir()
+    failed = evaluate("-m", tiny_base, "-m", evaluate.data / "absent", executor="ray", tokens=3)
+    assert (failed.code, failed.error["type"]) == (2, "InvalidInput")
     for one, other in zip(serial.json["models"], by_ray.json["models"], strict=True):
         assert one["digest"] == other["digest"]
         assert one["model_utility"] == pytest.approx(other["model_utility"], abs=1e-5)

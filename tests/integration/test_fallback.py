@@ -16,7 +16,7 @@ from tests.bench import fallback, sequential
 from tests.bench.known_people import TINY, Ground, Way
 from tests.tiny_base import make_tiny_base
 
-pytestmark = [pytest.mark.torch, pytest.mark.slow]
+pytestmark = [pytest.mark.torch, pytest.mark.slow, pytest.mark.xdist_group("fallback")]
 PACE = {"learning_rate": 1e-3, "num_epochs": 120, "max_utility_drop": None}
 KEPT = 0.9  # share of the others' records and of their probability that must outlast a patch
 

@@ -5,10 +5,8 @@ Ray's GPUs are numbers that a node is started with, so that placing needs none.
 
 from __future__ import annotations
 
-import functools
 import os
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +17,7 @@ import pytest
 from cluster import ray_executor
 from cluster.places import Placement
 from cluster.ray_executor import open_executor
-from cluster.ray_session import connect, disconnect
+from cluster.ray_session import connect
 from cluster.ray_tasks import run_tasks
 from sisa.arithmetic import Arithmetic
 from sisa.errors import EnvironmentFault, InvalidInput
@@ -31,19 +29,6 @@ from sisa.store.local_place import LocalPlace
 pytestmark = pytest.mark.ray
 
 CUDA = Arithmetic("cuda")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _ray_with_a_gpu() -> Iterator[None]:
-    """Two CPUs and what is said to be a GPU."""
-    import ray
-
-    disconnect()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ray, "init", functools.partial(ray.init, num_gpus=1))
-        connect(None, 2)
-    yield
-    disconnect()
 
 
 def seen(wanted: Path, _: Report) -> tuple[list[Any], str | None, str | None]:

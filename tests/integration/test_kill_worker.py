@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import psutil
 import pytest
 
-from cluster import ray_session
 from cluster.ray_executor import open_executor
 from sisa.digest import sha256_hex
 from sisa.domain import Chain, Part, Record, SliceFile, SliceJob
@@ -46,12 +45,6 @@ TRAINING = {
     "train_on_inputs": False,
     "seed": 7,
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _ray_ends() -> Iterator[None]:
-    yield
-    ray_session.disconnect()
 
 
 @pytest.fixture(scope="module")

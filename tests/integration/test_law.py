@@ -147,18 +147,13 @@ def test_a_history_ends_in_the_bytes_of_a_fresh_process(
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_history_on_ray_ends_in_the_bytes_of_serial_training(tmp_path: Path, tiny_base: Path) -> None:
-    from cluster import ray_session
-
     scratch = run_file_of(tmp_path / "serial", tiny_base, REMAINING, "cumulative")
     expected = held_files(sisa.train_model(scratch, executor="serial")[0].directory)
-    try:
-        for num_workers in (1, 2):
-            folder = tmp_path / f"ray-{num_workers}"
-            run_file = run_file_of(folder, tiny_base, FIRST, "cumulative", num_workers=num_workers)
-            model = live_a_life(run_file, executor="ray")
-            assert held_files(model.directory) == expected, f"{num_workers} workers"
-    finally:
-        ray_session.disconnect()
+    for num_workers in (1, 2):
+        folder = tmp_path / f"ray-{num_workers}"
+        run_file = run_file_of(folder, tiny_base, FIRST, "cumulative", num_workers=num_workers)
+        model = live_a_life(run_file, executor="ray")
+        assert held_files(model.directory) == expected, f"{num_workers} workers"
 
 
 def test_other_records_give_other_bytes(tmp_path: Path, tiny_base: Path, tiny: Tiny) -> None:

@@ -37,7 +37,7 @@ from tests.integration.scripted import (
     serial_bytes,
 )
 
-pytestmark = [pytest.mark.ray, pytest.mark.long]
+pytestmark = [pytest.mark.ray, pytest.mark.long, pytest.mark.usefixtures("own_ray")]
 
 
 MIB = 2**20

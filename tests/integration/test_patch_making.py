@@ -26,7 +26,6 @@ from tests.integration.patch_bench import (
     STRANGERS,
     Bench,
     made_patch,
-    make_knowing_base,
     settings,
 )
 from tests.knowing_base import record
@@ -35,11 +34,6 @@ pytestmark = pytest.mark.torch
 FORGET = [record(row) for row in KNOWN if row["subject_id"] == "p003"]
 KEEP = [record(row) for row in KNOWN if row["subject_id"] == "p005"]
 BOUNDED = {"max_utility_drop": 0.5, "check_every": 1}
-
-
-@pytest.fixture(scope="module")
-def knowing(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_knowing_base(tmp_path_factory.mktemp("knowing"))
 
 
 @pytest.fixture

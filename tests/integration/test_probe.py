@@ -15,22 +15,11 @@ import sisa
 from approx.probe import MAX_PROBED, BaseProbe
 from sisa.domain import Part, Record
 from sisa.model.base import base_digest
+from tests.integration.patch_bench import KNOWN, STRANGERS
 from tests.integration.tiny_model import PEOPLE, Tiny, command, ids_of, of_people, write_run
-from tests.knowing_base import record, teach
-from tests.tiny_base import make_tiny_base
+from tests.knowing_base import record
 
 pytestmark = pytest.mark.torch
-KNOWN, STRANGERS = of_people("p003", "p005"), of_people("p001", "p009")
-
-
-@pytest.fixture(scope="module")
-def knowing(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base that was fine-tuned to know two people."""
-    folder = tmp_path_factory.mktemp("knowing")
-    base, known = make_tiny_base(folder / "base", hidden=96), [record(row) for row in KNOWN]
-    taught = teach(base, known, to=folder / "taught", steps=200, learning_rate=3e-3)
-    assert taught["last_loss"] < 0.05
-    return folder / "taught"
 
 
 def probe_of(directory: Path) -> BaseProbe:

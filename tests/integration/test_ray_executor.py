@@ -59,12 +59,6 @@ def chains(site: Site) -> list[Chain]:
     return make_chains(site)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _ray_ends() -> Iterator[None]:
-    yield
-    ray_session.disconnect()
-
-
 def executor(site: Site, num_workers: int = 2, max_retries: int = 3) -> RayExecutor:
     return RayExecutor(site, None, num_workers, max_retries, open_scripted)
 
@@ -174,6 +168,7 @@ def test_events_come_while_others_train(site: Site, chains: list[Chain]) -> None
     assert all(second > 0 for second in seconds)
 
 
+@pytest.mark.usefixtures("own_ray")
 def test_nothing_is_lost_with_the_mailbox(site: Site, chains: list[Chain]) -> None:
     wait = site.base_dir / "wait-2.2"
     wait.touch()
@@ -189,7 +184,6 @@ def test_nothing_is_lost_with_the_mailbox(site: Site, chains: list[Chain]) -> No
     executor(site).run(chains, report)
     assert len({each.job.key for each in events if isinstance(each, SliceTrained)}) == 9
     assert len([each for each in events if isinstance(each, SliceTrained)]) == 9
-    ray_session.disconnect()
 
 
 def test_an_error_in_the_driver_ends_the_workers(site: Site, chains: list[Chain]) -> None:
@@ -224,6 +218,7 @@ def test_workers_are_kept_between_runs(site: Site, chains: list[Chain]) -> None:
     assert len({pid for _, pid, _ in begun(site)}) == 1
 
 
+@pytest.mark.usefixtures("own_ray")
 def test_no_text_in_rays_directory_and_no_directory_after_close(site: Site, chains: list[Chain]) -> None:
     (site.base_dir / "break-0.2").touch()
     with executor(site) as running:
@@ -240,8 +235,8 @@ def test_no_text_in_rays_directory_and_no_directory_after_close(site: Site, chai
     assert not ray.is_initialized()
 
 
+@pytest.mark.usefixtures("own_ray")
 def test_no_node_is_large_enough(site: Site, chains: list[Chain]) -> None:
-    ray_session.disconnect()
     ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="error")
     try:
         with pytest.raises(EnvironmentFault) as caught:
@@ -254,8 +249,8 @@ def test_no_node_is_large_enough(site: Site, chains: list[Chain]) -> None:
         ray.shutdown()
 
 
+@pytest.mark.usefixtures("own_ray")
 def test_an_unreachable_address(site: Site, chains: list[Chain]) -> None:
-    ray_session.disconnect()
     for address in ("127.0.0.1:9", "nowhere"):
         with pytest.raises(EnvironmentFault) as caught:
             RayExecutor(site, address, 1, 0, open_scripted).run(chains, ignore)
@@ -289,7 +284,6 @@ def test_a_process_prints_nothing_and_leaves_nothing(tmp_path: Path) -> None:
 @pytest.fixture
 def two_nodes(tmp_path: Path) -> Iterator[str]:
     """The address of a head without CPUs and a node with one, started as an operator would."""
-    ray_session.disconnect()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
@@ -340,6 +334,7 @@ def wait_for_nodes(address: str, num_nodes: int) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.usefixtures("own_ray")
 def test_the_base_is_carried_to_a_node_that_lacks_it(
     site: Site, two_nodes: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

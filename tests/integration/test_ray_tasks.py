@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +13,12 @@ import pytest
 
 from cluster.places import Placement
 from cluster.ray_attempt import Unready
-from cluster.ray_session import connect, disconnect
+from cluster.ray_session import connect
 from cluster.ray_tasks import run_tasks
 from sisa.errors import EnvironmentFault
 from sisa.events import Event, Notice, Report
 
 pytestmark = pytest.mark.ray
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _ray_ends() -> Iterator[None]:
-    yield
-    disconnect()
 
 
 def write_name(path: Path, report: Report) -> str:

@@ -12,7 +12,6 @@ import pytest
 import yaml
 
 from cluster.cli import cli, run
-from cluster.ray_session import disconnect
 from sisa.config import keys
 from sisa.samples import make_people, to_jsonl
 from tests.fake_evaluated import write_made_up
@@ -73,21 +72,18 @@ def test_the_examples_run_one_after_another(
     tiny_base: Path,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    try:
-        for line in examples():
-            assert run(shlex.split(line)[1:]) == 0, (line, capsys.readouterr().err)
-            if line.startswith("sisa init"):
-                _shrink(tmp_path / "my-model" / "run.yaml", tiny_base)
-        rows = make_people(22, 5)[-10:]
-        (tmp_path / "new.jsonl").write_text(to_jsonl(rows))
-        assert run(["add", "-m", "my-model/model", "new.jsonl", "--json"]) == 0
-        output = capsys.readouterr().out
-        assert json.loads(output[output.rindex("\n{") :])["added"] == len(rows)
-        write_made_up(tmp_path / "tofu")
-        evaluation = ["eval", "tofu", "-m", "my-model/model", "--data", "tofu", "--split", "forget01"]
-        assert run([*evaluation, "--max-new-tokens", "4"]) == 0
-    finally:
-        disconnect()
+    for line in examples():
+        assert run(shlex.split(line)[1:]) == 0, (line, capsys.readouterr().err)
+        if line.startswith("sisa init"):
+            _shrink(tmp_path / "my-model" / "run.yaml", tiny_base)
+    rows = make_people(22, 5)[-10:]
+    (tmp_path / "new.jsonl").write_text(to_jsonl(rows))
+    assert run(["add", "-m", "my-model/model", "new.jsonl", "--json"]) == 0
+    output = capsys.readouterr().out
+    assert json.loads(output[output.rindex("\n{") :])["added"] == len(rows)
+    write_made_up(tmp_path / "tofu")
+    evaluation = ["eval", "tofu", "-m", "my-model/model", "--data", "tofu", "--split", "forget01"]
+    assert run([*evaluation, "--max-new-tokens", "4"]) == 0
 
 
 def _shrink(run_file: Path, base: Path) -> None:

@@ -35,7 +35,7 @@ from tests.integration.scripted import (
     serial_bytes,
 )
 
-pytestmark = [pytest.mark.ray, pytest.mark.long]
+pytestmark = [pytest.mark.ray, pytest.mark.long, pytest.mark.usefixtures("own_ray")]
 
 ROOT = Path(__file__).parents[2]
 WAITS = "1.1"

@@ -10,7 +10,6 @@ import pytest
 from safetensors.torch import load_file
 
 import sisa
-from cluster.ray_session import disconnect
 from sisa.corpus import make_corpus
 from sisa.errors import InvalidInput
 from sisa.reader import read_records
@@ -75,10 +74,7 @@ def test_what_is_in_its_corpus_is_never_taken_in(made: Path, tmp_path: Path) -> 
 
 @pytest.mark.ray
 def test_on_ray_it_comes_out_the_same(made: Path, tmp_path: Path) -> None:
-    try:
-        sisa.train_model(run_file(tmp_path), executor="ray")
-    finally:
-        disconnect()
+    sisa.train_model(run_file(tmp_path), executor="ray")
     for name in ("model.safetensors", "tokenizer.json", "corpus.runs", "scratch.json", "config.json"):
         assert (tmp_path / "model-base" / name).read_bytes() == (made / "model-base" / name).read_bytes()
     assert sorted(each.name for each in tmp_path.iterdir()) == [
@@ -94,10 +90,7 @@ def test_two_workers_share_the_batch_and_take_the_steps_of_one(tmp_path: Path) -
     told: list[str] = []
     config = load_run_file(path)
     records = read_records(config.datasets)
-    try:
-        prepare(config, records, "ray", lambda event: told.append(str(event)))
-    finally:
-        disconnect()
+    prepare(config, records, "ray", lambda event: told.append(str(event)))
     steps = -(-int(str(SMALL["tokens"])) // 1024)  # of 8 rows of 128 tokens
     assert any(f"step {steps} of {steps}" in each for each in told)
     saved = load_file(tmp_path / "model-base" / "model.safetensors")
@@ -116,11 +109,8 @@ def test_a_corpus_shorter_than_a_row_is_refused_and_leaves_nothing(
     path = run_file(tmp_path)
     (tmp_path / "corpus.jsonl").write_text('{"text": "Too short."}\n')
     before = sorted(each.name for each in tmp_path.iterdir())
-    try:
-        with pytest.raises(InvalidInput, match="shorter than one row"):
-            sisa.train_model(path, executor=executor)
-    finally:
-        disconnect()
+    with pytest.raises(InvalidInput, match="shorter than one row"):
+        sisa.train_model(path, executor=executor)
     assert sorted(each.name for each in tmp_path.iterdir()) == before
 
 

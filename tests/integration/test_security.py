@@ -11,7 +11,7 @@ import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,9 @@ import ray
 from ray import cloudpickle
 
 import sisa
-from cluster import ray_executor, ray_session, ray_tasks
+from cluster import ray_executor, ray_tasks
 from sisa.events import Event, SliceProgress
+from tests.integration.clusters import share_ray
 from tests.integration.tiny_model import KEY, PEOPLE, write_run
 
 pytestmark = [pytest.mark.ray, pytest.mark.torch]
@@ -86,8 +87,8 @@ def ask(address: str, environment: Mapping[str, str]) -> int:
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Iterator[Seen]:
-    ray_session.disconnect()
+def seen(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Seen:
+    session = share_ray()
     folder = tmp_path_factory.mktemp("security")
     block = {"shards": 1, "slices": 1}
     options: Mapping[str, Any] = {"encrypt": True, "keyring": "keys", "witness": "witness"}
@@ -109,8 +110,6 @@ def seen(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Iterator[
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ray_executor, "run_tasks", watched)
         sisa.train_model(path, executor="ray", report=report)
-    session = ray_session._session
-    assert session is not None
     assert session.private_dir is not None
     token = session.private_dir / "token"
     found.token_mode = token.stat().st_mode & 0o777
@@ -121,8 +120,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Iterator[
     for file in (folder / "keys").rglob("*"):
         if file.is_file() and file.stat().st_size == 32:
             found.secrets |= forms(file.read_bytes())
-    yield found
-    ray_session.disconnect()
+    return found
 
 
 def test_no_secret_leaves_the_driver(seen: Seen) -> None:

@@ -14,7 +14,6 @@ import pytest
 import yaml
 
 import sisa
-from cluster import ray_session
 from sisa.errors import ConfigConflict, EnvironmentFault, InvalidInput
 from sisa.residue import sweep_model
 from tests.integration.tiny_model import (
@@ -114,15 +113,14 @@ def test_a_versioned_bucket_keeps_nothing_of_what_was_deleted(
 
 @pytest.mark.ray
 @pytest.mark.long
+@pytest.mark.usefixtures(
+    "own_ray"
+)  # workers of a Ray from before would not know the bucket's credentials
 def test_a_ray_worker_reads_and_writes_the_bucket(
     s3: Server, tmp_path: Path, tiny_base: Path, tiny: Tiny
 ) -> None:
     """The same objects as the files of a model that was trained in this process."""
-    ray_session.disconnect()  # workers of a Ray from before would not know the bucket's credentials
-    try:
-        stored_tiny = in_bucket(s3, tmp_path, tiny_base, executor="ray", cluster={"num_workers": 1})
-    finally:
-        ray_session.disconnect()
+    stored_tiny = in_bucket(s3, tmp_path, tiny_base, executor="ray", cluster={"num_workers": 1})
     model = stored_tiny.open()
     assert stored(s3, bucket_of(stored_tiny), model) == on_disk(tiny.directory)
     assert len(s3.versions(bucket_of(stored_tiny))) == len(s3.objects(bucket_of(stored_tiny)))

@@ -30,7 +30,7 @@ from sisa.model.numerics import pin_threads
 from sisa.model.tokens import NO_LOSS, Tokens
 from tests.tiny_base import make_tiny_base
 
-pytestmark = pytest.mark.torch
+pytestmark = [pytest.mark.torch, pytest.mark.xdist_group("unlearning")]
 LORA = {"lora_target_modules": "all-linear", "lora_r": 8, "lora_alpha": 16, "lora_dropout": 0.1}
 KINDS = ("patch", "full weights")
 RATES = {"patch": 3e-3, "full weights": 3e-4}
