@@ -13,9 +13,11 @@
 
 Rules: every series bears the run's name and nothing of a record. Ray is never imported or started for
 this: what is told before a connection stands is kept and passed on with the first event after. With no
-open request the days left are not a number.
+open request the days left are not a number, which Ray does not show. Ray forgets a gauge that is not set
+again, so all are set to what they last were every REFRESH_S seconds, until the run ends.
 
-Not covered: metrics of Ray itself; scraping.
+Not covered: metrics of Ray itself; scraping; how often Ray exports (`RAY_metrics_report_interval_ms`:
+ten seconds; a gauge is shown for twice as long).
 
 >>> class Shown:
 ...     def __getattr__(self, kind):
@@ -31,8 +33,10 @@ from __future__ import annotations
 
 import math
 import sys
+import threading
 from collections.abc import Sequence
-from typing import Any, Protocol
+from types import TracebackType
+from typing import Any, Protocol, Self
 
 from cluster.progress import Meter
 from sisa.events import (
@@ -46,6 +50,7 @@ from sisa.events import (
 
 BOUNDARIES_S = (1.0, 10.0, 60.0, 300.0, 1800.0, 7200.0, 43_200.0)
 MOST_WAITING = 10_000
+REFRESH_S = 5.0
 DESCRIPTIONS = {
     "sisa_slices_trained": "Slices whose checkpoints were stored",
     "sisa_tokens_trained": "Tokens of the slices that were trained",
@@ -101,35 +106,62 @@ class Measuring:
 
 
 class RayMeters:
-    """Series of Ray's, of one run."""
+    """Series of Ray's, of one run, whose gauges stand until the end of the block."""
 
-    def __init__(self, run: str) -> None:
+    def __init__(self, run: str, refresh_s: float | None = None) -> None:
         self._run = run
+        self._refresh_s = REFRESH_S if refresh_s is None else refresh_s
         self._session = ""
         self._made: dict[str, Any] = {}
+        self._gauges: dict[str, float] = {}
         self._waiting: list[tuple[str, str, float]] = []
+        self._one_at_a_time = threading.Lock()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._refresh, name="sisa-gauges", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._over.set()
+        self._thread.join()
 
     def add(self, name: str, value: float) -> None:
         self._pass_on("Counter", name, value)
 
     def set(self, name: str, value: float) -> None:
+        self._gauges[name] = value
         self._pass_on("Gauge", name, value)
 
     def observe(self, name: str, value: float) -> None:
         self._pass_on("Histogram", name, value)
 
+    def _refresh(self) -> None:
+        while not self._over.wait(self._refresh_s):
+            with self._one_at_a_time:
+                session = _session()
+                if session and session == self._session:
+                    for name, value in self._gauges.items():
+                        self._record("Gauge", name, value)
+
     def _pass_on(self, kind: str, name: str, value: float) -> None:
-        ray = sys.modules.get("ray")
-        self._waiting.append((kind, name, value))
-        if ray is None or not ray.is_initialized():
-            del self._waiting[:-MOST_WAITING]
-            return
-        session = str(ray.get_runtime_context().get_job_id())
-        if session != self._session:  # series belong to a connection
-            self._session, self._made = session, {}
-        waiting, self._waiting = self._waiting, []
-        for each in waiting:
-            self._record(*each)
+        with self._one_at_a_time:
+            self._waiting.append((kind, name, value))
+            session = _session()
+            if not session:
+                del self._waiting[:-MOST_WAITING]
+                return
+            if session != self._session:  # series belong to a connection
+                self._session, self._made = session, {}
+            waiting, self._waiting = self._waiting, []
+            for each in waiting:
+                self._record(*each)
 
     def _record(self, kind: str, name: str, value: float) -> None:
         from ray.util import metrics
@@ -149,3 +181,11 @@ class RayMeters:
             series.observe(value)
         elif value > 0:
             series.inc(value)
+
+
+def _session() -> str:
+    """The connection to Ray that stands; empty where none does."""
+    ray = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized():
+        return ""
+    return str(ray.get_runtime_context().get_job_id())

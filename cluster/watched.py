@@ -42,8 +42,8 @@ def open_log() -> JsonLog | None:
 @contextmanager
 def watched() -> Iterator[Report]:
     """A report that shows or logs what it is told, and lets Ray's metrics know."""
-    with running() as run, _shown() as shown:
-        measuring = Measuring(RayMeters(run.run))
+    with running() as run, _shown() as shown, RayMeters(run.run) as meters:
+        measuring = Measuring(meters)
 
         def report(event: Event) -> None:
             shown(event)

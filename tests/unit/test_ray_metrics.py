@@ -1,10 +1,13 @@
-"""Events as metrics, over a fake; what is told before a connection waits for one."""
+"""Events as metrics, over fakes; what is told before a connection waits for one; gauges stand."""
 
 from __future__ import annotations
 
 import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -69,19 +72,77 @@ def test_a_stage_that_was_stored_before_does_not_count() -> None:
     assert (meters.counters, meters.observed) == ({}, {})
 
 
-def test_what_is_told_early_waits_for_a_connection(monkeypatch: pytest.MonkeyPatch) -> None:
-    recorded: list[tuple[str, str, float]] = []
-    monkeypatch.setattr(RayMeters, "_record", lambda _self, *each: recorded.append(each))
-    connected: list[Any] = []
-    context = SimpleNamespace(get_job_id=lambda: "01")
-    ray = SimpleNamespace(is_initialized=lambda: bool(connected), get_runtime_context=lambda: context)
+@dataclass
+class FakeRay:
+    """A connection that comes and goes, and what was recorded over it."""
+
+    job: str = ""
+    recorded: list[tuple[str, str, float]] = field(default_factory=list)
+
+    def is_initialized(self) -> bool:
+        return bool(self.job)
+
+    def get_runtime_context(self) -> SimpleNamespace:
+        return SimpleNamespace(get_job_id=lambda: self.job)
+
+
+@pytest.fixture
+def ray(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
+    found = FakeRay()
+    monkeypatch.setitem(sys.modules, "ray", found)
+    monkeypatch.setattr(RayMeters, "_record", lambda _self, *each: found.recorded.append(each))
+    return found
+
+
+def test_what_is_told_early_waits_for_a_connection(
+    ray: FakeRay, monkeypatch: pytest.MonkeyPatch
+) -> None:
     meters = RayMeters(RUN)
-    monkeypatch.delitem(sys.modules, "ray", raising=False)
-    meters.set("sisa_queue_depth", 3)
-    monkeypatch.setitem(sys.modules, "ray", ray)
+    with monkeypatch.context() as patch:
+        patch.delitem(sys.modules, "ray")
+        meters.set("sisa_queue_depth", 3)
     meters.add("sisa_erasure_failures", 1)
-    assert recorded == []
-    connected.append(True)
+    assert ray.recorded == []
+    ray.job = "01"
     Measuring(meters)(QueueSeen(1, 0, 0, 0, None), 1.0)
-    assert recorded[:2] == [("Gauge", "sisa_queue_depth", 3), ("Counter", "sisa_erasure_failures", 1)]
-    assert recorded[2] == ("Gauge", "sisa_queue_depth", 1)
+    early = [("Gauge", "sisa_queue_depth", 3), ("Counter", "sisa_erasure_failures", 1)]
+    assert ray.recorded[:2] == early
+    assert ray.recorded[2] == ("Gauge", "sisa_queue_depth", 1)
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not holds():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.001)
+
+
+def test_gauges_are_set_again_until_the_run_ends(ray: FakeRay) -> None:
+    """Ray forgets one that is not; counters and histograms it keeps."""
+    ray.job = "01"
+    depth = ("Gauge", "sisa_queue_depth", 1)
+    with RayMeters(RUN, refresh_s=0.001) as meters:
+        meters.set("sisa_queue_depth", 2)
+        meters.set("sisa_queue_depth", 1)
+        meters.add("sisa_slices_trained", 1)
+        meters.observe("sisa_slice_seconds", 2.0)
+        wait_until(lambda: ray.recorded.count(depth) > 3)
+    count = len(ray.recorded)
+    assert ray.recorded.count(depth) == count - 3
+    time.sleep(0.01)
+    assert len(ray.recorded) == count
+    assert not any(each.name == "sisa-gauges" for each in threading.enumerate())
+
+
+def test_gauges_of_a_lost_connection_wait_for_the_next_event(ray: FakeRay) -> None:
+    ray.job = "01"
+    with RayMeters(RUN, refresh_s=0.001) as meters:
+        meters.set("sisa_queue_depth", 1)
+        for job in ("", "02"):
+            ray.job = job
+            time.sleep(0.01)  # whoever had looked before is done
+            count = len(ray.recorded)
+            time.sleep(0.01)
+            assert len(ray.recorded) == count
+        meters.add("sisa_slices_trained", 1)
+        wait_until(lambda: ray.recorded[-1] == ("Gauge", "sisa_queue_depth", 1))
