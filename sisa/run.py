@@ -15,7 +15,7 @@ Not covered: reading sources and opening a model (`api.py`), questions (`query.p
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from sisa.assign import Assigner, index_root, slice_root
@@ -52,7 +52,7 @@ def train(world: World, records: Sequence[Record], meta: Mapping[str, str] | Non
     records = _as_held(world, records, found)
     held = sum(isinstance(each, RecordRow) for each in found.values())
     if "config" in world.ledger.meta() or world.ledger.heads():
-        _refuse_changed(_changed(world, records, found))
+        _refuse_all([_differing(_changed(world, records, found))])
         done = reconcile(world)
         new = len(records) - len(found)
         return _taken(world, done, held=held, deleted=len(found) - held, new=new)
@@ -84,7 +84,7 @@ def _taken(
 def refuse_changed(world: World, records: Sequence[Record]) -> None:
     """Raises InvalidInput when a record of a source differs from the held one of the same id."""
     found = _lookup(world, records)
-    _refuse_changed(_changed(world, _as_held(world, records, found), found))
+    _refuse_all([_differing(_changed(world, _as_held(world, records, found), found))])
 
 
 def _as_held(
@@ -113,26 +113,67 @@ def _next_generation(world: World) -> int | None:
     return last + 1 or None
 
 
-def _refuse(problems: Sequence[Problem], what: str, next_step: str) -> None:
-    """Raises InvalidInput where there are problems, all of them listed."""
-    if problems:
-        what = f"{len(problems)} records {what}; nothing was changed"
-        raise InvalidInput(what, next_step=next_step, problems=problems)
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Records that are not taken for one kind of reason; none, where there are no problems."""
+
+    problems: Sequence[Problem]
+    what: str
+    next_step: str
 
 
-def _refuse_changed(changed: Sequence[Problem]) -> None:
-    _refuse(
-        changed,
+def _refuse_all(refusals: Sequence[Refusal]) -> None:
+    """Raises InvalidInput where there are problems, all of them listed in the records' order."""
+    met = [each for each in refusals if each.problems]
+    if not met:
+        return
+    problems = sorted(
+        (each for refusal in met for each in refusal.problems),
+        key=lambda each: int(each.where.rpartition(" ")[2]),
+    )
+    count = len({each.where for each in problems})
+    what = met[0].what if len(met) == 1 else "can't be taken, for several reasons"
+    raise InvalidInput(
+        f"{count} records {what}; nothing was changed",
+        next_step="; ".join(each.next_step for each in met),
+        problems=problems,
+    )
+
+
+def _differing(problems: Sequence[Problem]) -> Refusal:
+    return Refusal(
+        problems,
         "differ from the held ones of the same id",
         "`sisa forget` the held ones, then `sisa add` the new text under new ids",
     )
 
 
+def _misplaced(problems: Sequence[Problem]) -> Refusal:
+    return Refusal(
+        problems,
+        "can't be placed by their deletion risk",
+        "name the class in sisa.bands.classes, and give all records of a subject one risk",
+    )
+
+
+def _deleted(problems: Sequence[Problem], done: str) -> Refusal:
+    return Refusal(
+        problems,
+        f"can't be {done}",
+        "leave them out of the file, give new content a new id, or say --allow-deleted",
+    )
+
+
 def _changed(
-    world: World, records: Sequence[Record], found: Mapping[str, RecordRow | Tombstone]
+    world: World,
+    records: Sequence[Record],
+    found: Mapping[str, RecordRow | Tombstone],
+    unplaced: Collection[int] = (),
 ) -> list[Problem]:
     problems = []
     for position, record in enumerate(records):
+        if position in unplaced:
+            continue
         row = world.assigner.row(record, 0)
         held = found.get(row.id_digest)
         if isinstance(held, RecordRow) and held.record_digest != row.record_digest:
@@ -142,15 +183,7 @@ def _changed(
 
 def refuse_risks(bands: Bands | None, records: Sequence[Record]) -> None:
     """Raises InvalidInput where a risk is of no class, or one subject carries several."""
-    _refuse_risks(list(risk_problems(bands, records)))
-
-
-def _refuse_risks(problems: Sequence[Problem]) -> None:
-    _refuse(
-        problems,
-        "can't be placed by their deletion risk",
-        "name the class in sisa.bands.classes, and give all records of a subject one risk",
-    )
+    _refuse_all([_misplaced(list(risk_problems(bands, records)))])
 
 
 def _other_risks(world: World, fresh: Sequence[tuple[int, Record]]) -> list[Problem]:
@@ -182,28 +215,42 @@ def add(
     is counted and skipped. Raises InvalidInput for changed ids, for a second deletion risk of a subject
     and, unless `allow_deleted`, for deleted ids and deleted texts, all of them listed.
     """
-    refuse_risks(world.assigner.layout.bands, records)
     found = _lookup(world, records)
     records = _as_held(world, records, found, _next_generation(world) if append else None)
-    problems = _changed(world, records, found)
     fresh = [
         (position, record)
         for position, record in enumerate(records)
         if not isinstance(found.get(world.assigner.id_digest(record.id)), RecordRow)
     ]
     dead = [each for each in found.values() if isinstance(each, Tombstone)]
-    if not allow_deleted:
-        texts = {world.assigner.row(record, 0).text_digest for _, record in fresh}
-        _, deleted = world.ledger.by_text(texts, sure=True)
-        problems += deleted_before(world.assigner, fresh, [*deleted, *dead])
-    refuse_deleted(problems, "added")
-    _refuse_risks(_other_risks(world, fresh))
+    _refuse_all(_refusals(world, records, found, fresh, None if allow_deleted else dead))
     fresh_records = [record for _, record in fresh]
     rows = _rows(world, fresh_records)
     if rows:
         readmitted = [each.id_digest for each in dead]
         _commit_added(world, fresh_records, rows, readmitted=readmitted)
     return _taken(world, reconcile(world), added=len(rows), held=len(records) - len(fresh))
+
+
+def _refusals(
+    world: World,
+    records: Sequence[Record],
+    found: Mapping[str, RecordRow | Tombstone],
+    fresh: Sequence[tuple[int, Record]],
+    dead: Sequence[Tombstone] | None,
+) -> list[Refusal]:
+    """All that speaks against taking records; `dead` are those of a deleted id, or None where they may
+    come back. A record whose risk is of no class has no place, and is not looked at further."""
+    bands = world.assigner.layout.bands
+    unplaced = {n for n, record in enumerate(records) if any(risk_problems(bands, [record]))}
+    placed = [(n, record) for n, record in fresh if n not in unplaced]
+    risks = [*risk_problems(bands, records), *_other_risks(world, placed)]
+    refusals = [_differing(_changed(world, records, found, unplaced)), _misplaced(risks)]
+    if dead is not None:
+        texts = {world.assigner.row(record, 0).text_digest for _, record in placed}
+        _, deleted = world.ledger.by_text(texts, sure=True)
+        refusals.append(_deleted(deleted_before(world.assigner, placed, [*deleted, *dead]), "added"))
+    return refusals
 
 
 def deleted_before(
@@ -226,8 +273,7 @@ def deleted_before(
 
 def refuse_deleted(problems: Sequence[Problem], done: str) -> None:
     """Raises InvalidInput where there are problems, all of them listed."""
-    next_step = "leave them out of the file, give new content a new id, or say --allow-deleted"
-    _refuse(problems, f"can't be {done}", next_step)
+    _refuse_all([_deleted(problems, done)])
 
 
 def _rows(world: World, records: Sequence[Record]) -> list[RecordRow]:

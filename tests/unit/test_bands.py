@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 from sisa.assign import Assigner, Layout
 from sisa.bands import Bands, risk_problems
 from sisa.config import differences
+from sisa.deletion import forget_at_once
 from sisa.digest import Keyed
-from sisa.domain import Record, Risk
+from sisa.domain import Record, RecordRow, Risk
 from sisa.errors import InvalidInput
+from sisa.lifecycle import Terms, arrive
 from sisa.reader import read_records
 from sisa.run import add, train
 from sisa.runfile import parse_run_file
@@ -171,3 +173,30 @@ def test_what_is_held_of_a_subject_binds_what_is_added() -> None:
     with pytest.raises(InvalidInput, match="deletion risk"):
         add(fake.world, [record(4, "vip")])
     assert add(fake.world, [record(3, 0.3, "ada")]).added == 1
+
+
+def test_all_that_speaks_against_an_addition_is_told_at_once() -> None:
+    fake = fake_model(2, fake_recipe(4), bands=BANDS)
+    train(fake.world, [record(0, 0.3, "ada"), record(1, None), record(2, None)])
+    digest = fake.world.assigner.id_digest(record(2, None).id)
+    row = fake.ledger.lookup([digest])[digest]
+    assert isinstance(row, RecordRow)
+    forget_at_once(fake.world, arrive(fake.world, [row], (), Terms(approver="a person")))
+    before = fake.ledger.heads()
+    asked = [
+        record(5, None),
+        record(2, None),  # deleted
+        record(3, 0.2, "ada"),  # held with another risk
+        record(4, "vip"),  # of no class
+        replace(record(1, None), parts=record(6, None).parts),  # another text under a held id
+        replace(record(2, None), id="new"),  # a deleted text under a new id
+    ]
+    with pytest.raises(InvalidInput, match="5 records can't be taken") as caught:
+        add(fake.world, asked)
+    assert [each.where for each in caught.value.problems] == [f"record {n}" for n in (2, 3, 4, 5, 6)]
+    for told in ("sisa forget", "sisa.bands.classes", "--allow-deleted"):
+        assert told in str(caught.value.next_step)
+    with pytest.raises(InvalidInput, match="3 records") as caught:
+        add(fake.world, asked, allow_deleted=True)
+    assert [each.where for each in caught.value.problems] == [f"record {n}" for n in (3, 4, 5)]
+    assert fake.ledger.heads() == before
