@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from sisa.errors import InvalidInput
@@ -52,16 +53,17 @@ class Mark(Enum):
     DELETED = Look("records deleted here", "#e69f00", "xx")
     RETRAINED = Look("trained again without them", "#9fd3f5", "//")
     WAITING = Look("waiting to be trained", "#f0e442", "..")
+    APPENDED = Look("appended and trained", "#b5dfcd", "||")
 
 
 def cell_marks(before: Status, after: Status) -> dict[Place, Mark]:
-    """The mark of every (shard, slice). Raises InvalidInput for two different layouts."""
-    layouts = [[(each.shard, each.num_slices) for each in state.shards] for state in (before, after)]
-    if layouts[0] != layouts[1]:
+    """The mark of every (shard, slice). Raises InvalidInput for other shards."""
+    shards = [[each.shard for each in state.shards] for state in (before, after)]
+    if shards[0] != shards[1]:
         raise InvalidInput(
-            "the two states have different layouts",
-            expected=_layout(before),
-            got=_layout(after),
+            "the two states have different shards",
+            expected=f"{len(before.shards)} shards",
+            got=f"{len(after.shards)} shards",
             next_step="draw each of them alone",
         )
     return {
@@ -72,7 +74,7 @@ def cell_marks(before: Status, after: Status) -> dict[Place, Mark]:
 
 
 def _row(old: ShardStatus, new: ShardStatus) -> list[Mark]:
-    pairs = list(zip(old.slice_records, new.slice_records, strict=True))
+    pairs = _counts(old, new)
     changed = [slice_ for slice_, (had, has) in enumerate(pairs) if had != has]
     if old.head == new.head and not changed:
         return [Mark.KEPT] * len(pairs)
@@ -82,33 +84,34 @@ def _row(old: ShardStatus, new: ShardStatus) -> list[Mark]:
     for slice_, (had, has) in enumerate(pairs):
         if has < had:
             marks.append(Mark.DELETED)
+        elif slice_ >= old.num_slices and has and new.converged:
+            marks.append(Mark.APPENDED)
         else:  # an empty slice is no stage of training
             marks.append(trained if slice_ >= first and has else Mark.KEPT)
     return marks
 
 
-def _layout(state: Status) -> str:
-    num_slices = max((each.num_slices for each in state.shards), default=0)
-    return f"{len(state.shards)} shards x {num_slices} slices"
+def _counts(old: ShardStatus, new: ShardStatus) -> list[tuple[int, int]]:
+    """Records of each slice before and after; a slice that is not there yet, or no more, has none."""
+    return list(zip_longest(old.slice_records, new.slice_records, fillvalue=0))
 
 
 def draw_layout(before: Status, after: Status | None = None, title: str = "") -> Figure:
     """The records of each slice and the adapter that each shard serves; with `after`, what changed.
 
-    Raises InvalidInput for two different layouts.
+    Raises InvalidInput for states with other shards.
     """
     from matplotlib.figure import Figure
 
     marks = cell_marks(before, after or before)
     num_shards = len(before.shards)
-    num_slices = max((each.num_slices for each in before.shards), default=0)
+    num_slices = max((slice_ + 1 for _, slice_ in marks), default=0)
     width = num_slices + GAP_CELLS + HEAD_CELLS
     size = (CELL_INCHES[0] * (width + 0.8), CELL_INCHES[1] * (num_shards + 1.6))
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.add_subplot()
     for row, (old, new) in enumerate(zip(before.shards, (after or before).shards, strict=True)):
-        for slice_ in range(old.num_slices):
-            had, has = old.slice_records[slice_], new.slice_records[slice_]
+        for slice_, (had, has) in enumerate(_counts(old, new)):
             told = f"{had}" if had == has else f"{had} → {has}"
             _draw_cell(axes, row, slice_, told, marks[old.shard, slice_])
             axes.patches[-1].set_gid(f"cell-{old.shard}-{slice_}")

@@ -77,9 +77,21 @@ def test_histories_of_a_shard_with_an_empty_slice(after: ShardStatus, expected: 
     assert marks_of(shard(0, "aa", 3, 0, 4), after) == expected
 
 
-def test_another_layout_is_refused() -> None:
-    with pytest.raises(InvalidInput, match="different layouts"):
-        draw_layout(BEFORE, status(shard(0, "aa", 5, 10)))
+def test_other_shards_are_refused() -> None:
+    with pytest.raises(InvalidInput, match="different shards"):
+        draw_layout(BEFORE, status(shard(0, "aa", 5, 10, 15)))
+
+
+def test_appended_slices_are_drawn_beside_those_that_were_there() -> None:
+    after = status(shard(0, "cc", 5, 10, 15, 3, 0), shard(1, "bb", 5, 4, 5, 0, 2, converged=False))
+    marks = [[cell_marks(BEFORE, after)[row, slice_] for slice_ in range(5)] for row in (0, 1)]
+    kept = [Mark.KEPT] * 3
+    assert marks[0] == [*kept, Mark.APPENDED, Mark.KEPT]
+    assert marks[1] == [Mark.KEPT, Mark.DELETED, Mark.WAITING, Mark.KEPT, Mark.WAITING]
+    figure = draw_layout(BEFORE, after)
+    assert {"cell-0-3", "cell-1-4"} <= patches(figure).keys()
+    assert {"0 → 3", "0 → 2"} <= {each.get_text() for each in figure.axes[0].texts}
+    assert cell_marks(after, BEFORE)[0, 3] is Mark.DELETED  # and the other way round
 
 
 def test_the_drawing_shows_marks_by_hatching_and_in_words() -> None:
