@@ -1,0 +1,289 @@
+"""Who trains in the race: Hugging Face's `Trainer`, TRL's `SFTTrainer` and ours, a process each.
+
+Rules: all get the same tokens, labels, adapter, epochs, rate with linear decay and AdamW (each in its
+own default form), no dropout, no weight decay, gradients clipped to 1, float32. Theirs train one
+adapter on all records; what is timed is their loop, from the first step to the last, tokens at hand.
+Ours train chains of stages as a worker does (`open_serial`); what is timed is all of it, slice files
+read, tokens made, checkpoints written. Nobody recomputes activations (TRL would, unless told not to).
+A process waits for its next race without using its core. Threads are set before torch is imported.
+
+Not covered: packing, which lets records of several subjects see each other; GPUs; other precisions.
+
+    with Contestant("hf", threads=2) as hf:
+        hf.start(Theirs(race, tokens))
+        hf.ended().seconds
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Literal
+
+from sisa.domain import Chain
+from sisa.model.tokens import NO_LOSS, Tokens
+from sisa.serial import Site
+
+Who = Literal["hf", "trl", "ours"]
+RANK, ALPHA = 8, 16
+ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+MODULES: dict[str, tuple[str, ...]] = {
+    "q, v": (ATTENTION[0], ATTENTION[2]),
+    "all linear": (*ATTENTION, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+}
+
+
+@dataclass(frozen=True)
+class Race:
+    """One adapter on all records. `layers`: the numbers of those that it adapts, None for all."""
+
+    base_dir: Path
+    modules: str
+    layers: tuple[int, ...] | None
+    epochs: int
+    batch: int
+    rate: float
+
+    def targets(self) -> tuple[str, ...]:
+        """Names of modules, by which PEFT finds them.
+
+        >>> Race(Path(), "q, v", (28, 29), 1, 8, 1e-3).targets()[:2]
+        ('28.self_attn.q_proj', '28.self_attn.v_proj')
+        """
+        names = MODULES[self.modules]
+        return (
+            names if self.layers is None else tuple(f"{n}.{each}" for n in self.layers for each in names)
+        )
+
+
+@dataclass(frozen=True)
+class Theirs:
+    """A race for Hugging Face or TRL; `grouped`: batches of like length, in the way that they have."""
+
+    race: Race
+    tokens: Sequence[Tokens]
+    grouped: bool = False
+    ask: bool = False
+
+
+@dataclass(frozen=True)
+class Ours:
+    """A worker's share: its chains, their slices' place, and the tokens of each chain's records."""
+
+    site: Site
+    chains: tuple[Chain, ...]
+    tokens: tuple[tuple[Tokens, ...], ...]
+    ask: bool = False
+
+
+@dataclass(frozen=True)
+class Ran:
+    """Seconds of a training; where it was asked for, the loss afterwards, summed over so many labels."""
+
+    seconds: float
+    loss_sum: float = 0.0
+    labels: int = 0
+
+
+def is_there(who: Who) -> bool:
+    """Whether a contestant is installed."""
+    return who != "trl" or find_spec("trl") is not None
+
+
+class Contestant:
+    """A process that trains what it is sent, one after another."""
+
+    def __init__(self, who: Who, threads: int) -> None:
+        self._who, self._threads = who, threads
+
+    def __enter__(self) -> Contestant:
+        from sisa.model.numerics import worker_environment
+
+        before = dict(os.environ)
+        os.environ.update(worker_environment(self._threads))
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        try:
+            context = get_context("spawn")
+            self._mine, other = context.Pipe()
+            self._process = context.Process(target=_serve, args=(self._who, self._threads, other))
+            self._process.start()
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._mine.send(None)
+        self._process.join()
+
+    def start(self, work: Theirs | Ours) -> None:
+        """Begin; `ended` waits for it."""
+        self._mine.send(work)
+
+    def ended(self) -> Ran:
+        """What came of it. Raises RuntimeError where it failed, EOFError where the process died."""
+        found = self._mine.recv()
+        if isinstance(found, str):
+            raise RuntimeError(f"{self._who}: {found}")
+        ran: Ran = found
+        return ran
+
+
+def _serve(who: Who, threads: int, pipe: Connection) -> None:
+    import torch
+    from datasets import disable_progress_bars
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    disable_progress_bars()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(threads)
+    while (work := pipe.recv()) is not None:
+        try:
+            pipe.send(_ours(work) if isinstance(work, Ours) else _theirs(who, work))
+        except Exception as error:
+            pipe.send(f"{type(error).__name__}: {error}")
+
+
+def _ours(work: Ours) -> Ran:
+    from sisa.model.adapter import ADAPTER_FILE, attach, read_config, read_tensors
+    from sisa.model.base import load_base
+    from sisa.opening import open_serial, open_stores
+    from sisa.store.local_place import LocalPlace
+
+    load_base(work.site.base_dir, work.site.base_digest)  # a worker has it from its first task on
+    with tempfile.TemporaryDirectory() as folder:
+        site = replace(work.site, checkpoints_at=LocalPlace(Path(folder) / "checkpoints"))
+        began = time.perf_counter()
+        open_serial(site, {}).run(work.chains, lambda _event: None)
+        seconds = time.perf_counter() - began
+        if not work.ask:
+            return Ran(seconds)
+        _, store = open_stores(site)
+        found = []
+        for chain, tokens in zip(work.chains, work.tokens, strict=True):
+            key = chain.jobs[-1].key
+            files = store.load(key, store.describe(key).manifest_sha256)
+            base, _ = load_base(site.base_dir, site.base_digest)
+            model = attach(base, read_config(files), read_tensors(files, ADAPTER_FILE), init_seed=0)
+            found.append(_loss(model.eval(), tokens))
+    return Ran(seconds, sum(loss for loss, _ in found), sum(labels for _, labels in found))
+
+
+def _theirs(who: Who, work: Theirs) -> Ran:
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
+
+    race = work.race
+    model = AutoModelForCausalLM.from_pretrained(race.base_dir, dtype="float32")
+    tokenizer = AutoTokenizer.from_pretrained(race.base_dir)
+    rows = [{"input_ids": each.input_ids, "labels": each.labels} for each in work.tokens]
+    adapter = LoraConfig(
+        r=RANK,
+        lora_alpha=ALPHA,
+        lora_dropout=0.0,
+        target_modules=list(race.targets()),
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        make = _make_trl if who == "trl" else _make_hf
+        trainer = make(model, tokenizer, adapter, Dataset.from_list(rows), _settings(work, folder))
+        trainer.remove_callback(PrinterCallback)
+        clock = _clock()
+        trainer.add_callback(clock)
+        trainer.train()
+    asked = _loss(trainer.model.eval(), work.tokens) if work.ask else (0.0, 0)
+    return Ran(clock.ended - clock.began, *asked)
+
+
+def _settings(work: Theirs, folder: str) -> dict[str, Any]:
+    grouped = {"train_sampling_strategy": "group_by_length"} if work.grouped else {}
+    return {
+        "output_dir": folder,
+        "use_cpu": True,
+        "bf16": False,
+        "per_device_train_batch_size": work.race.batch,
+        "num_train_epochs": work.race.epochs,
+        "learning_rate": work.race.rate,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": 0,
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "gradient_checkpointing": False,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "seed": 42,
+        **grouped,
+    }
+
+
+def _make_hf(model: Any, tokenizer: Any, adapter: Any, rows: Any, settings: dict[str, Any]) -> Any:
+    from peft import get_peft_model
+    from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+
+    return Trainer(
+        model=get_peft_model(model, adapter),
+        args=TrainingArguments(**settings),
+        train_dataset=rows,
+        data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=NO_LOSS),
+    )
+
+
+def _make_trl(model: Any, tokenizer: Any, adapter: Any, rows: Any, settings: dict[str, Any]) -> Any:
+    from trl import SFTConfig, SFTTrainer
+
+    return SFTTrainer(
+        model=model,
+        args=SFTConfig(**settings),
+        train_dataset=rows,
+        processing_class=tokenizer,
+        peft_config=adapter,
+    )
+
+
+def _clock() -> Any:
+    from transformers import TrainerCallback
+
+    class Clock(TrainerCallback):  # type: ignore[misc]
+        """When the first step began and the last one ended."""
+
+        began = ended = 0.0
+
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            self.began = time.perf_counter()
+
+        def on_train_end(self, *_: Any, **__: Any) -> None:
+            self.ended = time.perf_counter()
+
+    return Clock()
+
+
+def _loss(model: Any, tokens: Sequence[Tokens]) -> tuple[float, int]:
+    """A model's loss on records, one after another, summed over their labels; and how many those are."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for each in tokens:
+            logits_1TV = model(input_ids=torch.tensor([each.input_ids])).logits
+            next_T = torch.tensor(each.labels[1:])
+            loss = cross_entropy(
+                logits_1TV[0, :-1].float(), next_T, ignore_index=NO_LOSS, reduction="sum"
+            )
+            total += loss.item()
+            count += int((next_T != NO_LOSS).sum())
+    return total, count
