@@ -184,6 +184,9 @@ def find(
 @ids_file_option
 @click.option("--subject", help="Delete all records of a subject.")
 @click.option("--dry-run", is_flag=True, help="Show what would happen; change nothing.")
+@click.option(
+    "--defer", is_flag=True, help="Erase now; train again with the next `sisa run`, train or forget."
+)
 @consent_option
 @executor_option
 def forget(
@@ -192,6 +195,7 @@ def forget(
     ids_file: Path | None,
     subject: str | None,
     dry_run: bool,
+    defer: bool,
     consent: str,
     executor: str | OpenExecutor,
 ) -> Result:
@@ -202,7 +206,8 @@ def forget(
     with opened(directory, executor) as model:
         if dry_run:
             return render.forget_plan(model.plan_forget(named, subject=subject))
-        return render.forgotten(model.forget(named, subject=subject, consent=consent), directory)
+        done = model.forget(named, subject=subject, consent=consent, defer=defer)
+        return render.forgotten(done, directory)
 
 
 @command("status", "sisa status -m model")

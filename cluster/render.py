@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from sisa.verify import Verification
 
 EXIT_INTEGRITY = 4
+MAX_SHARDS_TOLD = 8  # in one line for people
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ def share(part: int, whole: int) -> str:
 def taken(found: Taken, directory: Path) -> Result:
     lines = [
         f"{found.records} records held in {directory} ({found.added} added now)",
-        f"{found.slices_trained} slices trained, {found.record_epochs_trained} record-epochs",
+        f"{found.slices_trained} slices trained, {found.record_epochs_trained} record-epochs"
+        + (f"; {found.record_epochs_others} more in other orders" if found.record_epochs_others else ""),
         f"model digest {found.model_digest}",
     ]
     if found.deleted_not_taken:
@@ -111,6 +113,18 @@ def _shards(rows: Sequence[tuple[int, int, int]]) -> list[dict[str, int]]:
     return [{"shard": s, "first_slice": first, "slices_retrained": n} for s, first, n in rows]
 
 
+def _served(rows: Sequence[tuple[int, int, int]]) -> list[dict[str, int]]:
+    return [{"shard": s, "slices_served": depth, "of": whole} for s, depth, whole in rows]
+
+
+def _meanwhile(rows: Sequence[tuple[int, int, int]], depth: float, others: int) -> list[str]:
+    """What is served until the shards are trained again, and what other orders cost beside that."""
+    told = ", ".join(f"shard {s}: {n} of {whole} slices" for s, n, whole in rows[:MAX_SHARDS_TOLD])
+    told += ", ..." if len(rows) > MAX_SHARDS_TOLD else ""
+    lines = [f"  meanwhile served: {told}; {100 * depth:.1f}% of all shards' slices"] if rows else []
+    return lines + ([f"  other orders: {others} record-epochs more"] if others else [])
+
+
 def forget_plan(planned: ForgetPlan) -> Result:
     forgetting = planned.forgetting
     rows = [
@@ -129,6 +143,9 @@ def forget_plan(planned: ForgetPlan) -> Result:
         "shards": _shards(rows),
         "record_epochs_retrained": forgetting.record_epochs_retrained,
         "record_epochs_full": forgetting.record_epochs_full,
+        "record_epochs_others": forgetting.record_epochs_others,
+        "served": _served(forgetting.served),
+        "serving_depth": forgetting.serving_depth,
         "estimated_seconds": planned.estimated_seconds,
         "would_erase": erased,
     }
@@ -140,6 +157,7 @@ def forget_plan(planned: ForgetPlan) -> Result:
         f"  record-epochs: {forgetting.record_epochs_retrained} of {forgetting.record_epochs_full} "
         f"({share(forgetting.record_epochs_retrained, forgetting.record_epochs_full)}); "
         f"estimated time {estimate}",
+        *_meanwhile(forgetting.served, forgetting.serving_depth, forgetting.record_epochs_others),
         f"  would erase {erased['checkpoints']} checkpoints, {erased['slice_files']} slice files, "
         f"{erased['index_rows']} index rows and {erased['exports']} exports",
         *_already(len(forgetting.already_deleted)),
@@ -160,6 +178,10 @@ def forgotten(outcome: ForgetOutcome, directory: Path | str = "DIR") -> Result:
         "shards": [],
         "record_epochs_retrained": 0,
         "record_epochs_full": 0,
+        "record_epochs_others": 0,
+        "served": [],
+        "serving_depth": 1.0,
+        "deferred": outcome.deferred,
         "seconds": 0.0,
         "model_digest_before": before,
         "model_digest_after": outcome.model_digest,
@@ -176,9 +198,12 @@ def forgotten(outcome: ForgetOutcome, directory: Path | str = "DIR") -> Result:
         body |= {key: fields[key] for key in body if key in fields}
         body["records"] = request.num_records
         body["shards"] = _shards(request.shards)
+        body["served"] = _served(request.served)
+        to_do = "to be retrained" if request.state == "erased" else "retrained"
         lines = [
             f"deleted {request.num_records} records exactly; request {request.request_id}",
-            *(f"  shard {s}: {n} slices retrained from slice {f} on" for s, f, n in request.shards),
+            *(f"  shard {s}: {n} slices {to_do} from slice {f} on" for s, f, n in request.shards),
+            *_meanwhile(request.served, request.serving_depth, request.record_epochs_others),
             f"  record-epochs: {request.record_epochs_retrained} of {request.record_epochs_full} "
             f"({share(request.record_epochs_retrained, request.record_epochs_full)}) "
             f"in {request.seconds:.1f} s",
@@ -247,8 +272,13 @@ def status(found: Status) -> Result:
         head = each.head[:16] + "..." if each.head else "none (the base)"
         target = "the base" if each.target is None else f"{each.target[:16]}..."
         waiting = "" if each.converged else f"  (clean; {target} is to be trained)"
-        depth = f"{each.depth}/{each.num_slices}"
+        depth = f"{each.depth}/{each.num_stages}"
         lines.append(f"{each.shard:5}  {each.records:7}  {per_slice:20} {depth:>5}  {head}{waiting}")
+    lines.append(
+        f"served: {100 * found.serving_depth:.1f}% of the shards' slices; training from scratch: "
+        f"{found.record_epochs_full} record-epochs in order 0, {found.record_epochs_others} more in "
+        f"{found.num_orders - 1} other orders"
+    )
     lines += [
         f"request {each.request_id}: {each.num_records} records at {each.created_at}, {each.state}"
         for each in found.requests

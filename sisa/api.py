@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from sisa import lifecycle, opening, query
 from sisa.ask import Answer, ask, open_answerer, routes_of, usual_kind
-from sisa.cost import estimate_seconds
+from sisa.cost import estimate_seconds, full_record_epochs, orders_record_epochs, serving_depth
 from sisa.deletion import forget_at_once, plan_forget
 from sisa.digest import Keyed
 from sisa.domain import (
@@ -57,7 +57,7 @@ from sisa.store.ledger import SqlLedger
 from sisa.store.places import rooms
 from sisa.verify import Replay, Verification, shards_to_replay, verify
 from sisa.witness import is_behind, settle, standing
-from sisa.world import World, model_digest, purge
+from sisa.world import World, model_digest, purge, view_shards
 
 if TYPE_CHECKING:
     from sisa.model.aggregated import AggregatedModel
@@ -214,23 +214,29 @@ class Model:
             )
 
     def forget(
-        self, ids: Sequence[str] = (), *, subject: str | None = None, consent: str = ""
+        self,
+        ids: Sequence[str] = (),
+        *,
+        subject: str | None = None,
+        consent: str = "",
+        defer: bool = False,
     ) -> ForgetOutcome:
         """Delete records exactly. Raises UnknownRecord; ids deleted before are reported, not refused.
 
         `consent`: whose, or on what ground, to keep the text encrypted if the base alone knows it, for a
-        patch (`unlearn.py`).
+        patch (`unlearn.py`). `defer`: heads roll back and bytes are erased now; what is to be trained
+        again is left to the next `run`, `resume` or deletion.
         """
         with self._writing() as world:
             live, dead = _named(world, ids, subject)
             if not live:
-                reconcile(world)  # finishes a deletion that a crash cut short
-                return _forgotten(world, None, dead)
+                reconcile(world, defer=defer)  # finishes a deletion that a crash cut short
+                return _forgotten(world, None, dead, deferred=defer)
             _ = self.parts.base  # refuses a changed base before anything is erased
             arrived = lifecycle.arrive(
                 world, live, (), Terms(approver=DIRECT, reason=DIRECT, consent=consent)
             )
-            return _forgotten(world, forget_at_once(world, arrived), dead)
+            return _forgotten(world, forget_at_once(world, arrived, defer=defer), dead, deferred=defer)
 
     def submit(
         self, ids: Sequence[str] = (), *, subject: str | None = None, terms: Terms | None = None
@@ -287,6 +293,8 @@ class Model:
     def status(self) -> Status:
         """Shards, slices, heads, requests and sizes."""
         with self._world() as world:
+            views = view_shards(world, [head.shard for head in world.ledger.heads()])
+            full = full_record_epochs(views, world.recipe)
             return Status(
                 directory=str(self.directory),
                 records=sum(world.ledger.counts().values()),
@@ -304,6 +312,10 @@ class Model:
                     **{room: world.places[room].num_bytes("") for room in (RECORDS, INDEX, CHECKPOINTS)},
                 },
                 witness=(world.witness.location(), standing(world)),
+                num_orders=1 + len(world.recipe.orders),
+                serving_depth=serving_depth(world.ledger.heads(), views),
+                record_epochs_full=full,
+                record_epochs_others=orders_record_epochs(views, world.recipe) - full,
             )
 
     def verify(self, replay: Replay = "none", shard: int | None = None) -> Verification:
@@ -378,6 +390,9 @@ def _named(
     return live, [each for each in held if isinstance(each, Tombstone)]
 
 
-def _forgotten(world: World, request: Request | None, dead: Sequence[Tombstone]) -> ForgetOutcome:
+def _forgotten(
+    world: World, request: Request | None, dead: Sequence[Tombstone], *, deferred: bool
+) -> ForgetOutcome:
     lost = tuple(each.path for each in missing(world))
-    return ForgetOutcome(request, tuple(dead), model_digest(world.ledger), lost, purge(world))
+    digest = model_digest(world.ledger)
+    return ForgetOutcome(request, tuple(dead), digest, lost, purge(world), deferred)

@@ -25,6 +25,7 @@ Source: SISA, Bourtoule et al. 2021, section VI (a priori knowledge of who asks)
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
@@ -72,6 +73,21 @@ class Bands(Block):
         band = sum(value >= each for each in self.thresholds)
         first, last = (each * num_slices // self.num_bands for each in (band, band + 1))
         return range(first, last)
+
+    def slice_risks(self, num_slices: int) -> tuple[float, ...]:
+        """A risk for each slice, as far as the run file tells: the middle of its band, the last one's
+        threshold.
+
+        >>> Bands(thresholds=(0.1, 0.3)).slice_risks(3)
+        (0.05, 0.2, 0.3)
+        """
+        edges = (0.0, *self.thresholds, self.thresholds[-1])
+        middles = [(low + high) / 2 for low, high in pairwise(edges)]
+        found = [0.0] * num_slices
+        for edge, middle in zip(edges, middles, strict=False):
+            for slice_ in self.slices(edge, num_slices):
+                found[slice_] = middle
+        return tuple(found)
 
 
 def risk_problems(bands: Bands | None, records: Iterable[Record]) -> Iterator[Problem]:

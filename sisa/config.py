@@ -50,6 +50,7 @@ from sisa.config_types import (
 from sisa.digest import canonical_json
 from sisa.domain import GENERATION_COLUMN
 from sisa.errors import IntegrityError
+from sisa.orders import MAX_MATCHED, chosen_orders
 from sisa.patch import PatchMode
 from sisa.plan import Recipe, Schedule
 from sisa.scratch_config import BaseModelKey, ScratchBase, same_base
@@ -77,6 +78,13 @@ class SisaBlock(Block):
     schedule: Schedule = key(
         "cumulative", "retrain", "Stage r sees slices 1..r (cumulative) or slice r alone (sequential)."
     )
+    orders: Int = key(
+        1,
+        "retrain",
+        "Orders in which each shard's slices are trained; the first counts, the rest serve meanwhile.",
+        ge=1,
+        le=10_000,
+    )
     bands: Bands | None = key(
         None,
         "reset",
@@ -100,12 +108,16 @@ class SisaBlock(Block):
         "Answers: routed (to top_k shards), or all: mean_prob, mean_logit, vote, merged.",
     )
 
-    @field_validator("bands")
+    @field_validator("orders", "bands")
     @classmethod
-    def _a_slice_each(cls, value: Bands | None, info: ValidationInfo) -> Bands | None:
-        slices = info.data.get("slices", 10_000)
-        if value is not None and value.num_bands > slices:
-            raise conflict(f"conflict: {value.num_bands} bands, more than the {slices} slices")
+    def _a_slice_each(cls, value: int | Bands | None, info: ValidationInfo) -> int | Bands | None:
+        slices, many = info.data.get("slices", 10_000), value or 0
+        if isinstance(many, Bands):
+            if info.data.get("orders", 1) > 1 and slices > MAX_MATCHED:
+                raise conflict(f"conflict: orders are matched to bands of {MAX_MATCHED} slices at most")
+            many = many.num_bands
+        if many > slices:
+            raise conflict(f"conflict: {many} {info.field_name}, more than the {slices} slices")
         return value
 
     @field_validator("group_by")
@@ -268,8 +280,9 @@ class RunConfig(Block):
 
     def recipe(self, base_digest: str) -> Recipe:
         """What all jobs of a model with this run file share."""
-        slices, schedule = self.sisa.slices, self.sisa.schedule
-        return Recipe(slices, schedule, self.num_epochs, self.training(), base_digest)
+        own, training = self.sisa, self.training()
+        others = chosen_orders(own.slices, own.orders, own.bands)[1:]
+        return Recipe(own.slices, own.schedule, self.num_epochs, training, base_digest, others)
 
     def to_canonical(self) -> str:
         """Canonical JSON, all defaults written out."""

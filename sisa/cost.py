@@ -7,7 +7,7 @@ from the ledger's own measurements and None before there are any.
 Not covered: closed forms for streams of deletions.
 
 >>> from sisa.domain import HeldCheckpoint
->>> old = HeldCheckpoint("k", 0, 0, 1, "f", "m", "a", 10, seconds=4.0, record_epochs=8)
+>>> old = HeldCheckpoint("k", 0, (0,), 1, "f", "m", "a", 10, seconds=4.0, record_epochs=8)
 >>> estimate_seconds(6, [old])
 3.0
 """
@@ -17,7 +17,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from itertools import accumulate
 
-from sisa.domain import HeldCheckpoint, presentations
+from sisa.domain import Head, HeldCheckpoint, presentations
+from sisa.orders import arranged
 from sisa.plan import Recipe, ShardPlan, ShardView
 from sisa.schedule import ShardCosts
 
@@ -26,6 +27,32 @@ def full_record_epochs(views: Iterable[ShardView], recipe: Recipe) -> int:
     """Record-epochs of training every shard from scratch."""
     sizes = ({each.slice: each.num_records for each in view.slices} for view in views)
     return sum(suffix_record_epochs(each, recipe)[0] for each in sizes if each)
+
+
+def orders_record_epochs(views: Iterable[ShardView], recipe: Recipe) -> int:
+    """Record-epochs of training every shard from scratch in all of its orders, the stages of common
+    prefixes once; with one order those of `full_record_epochs`."""
+    return sum(_orders_of_shard({e.slice: e.num_records for e in view.slices}, recipe) for view in views)
+
+
+def _orders_of_shard(sizes: Mapping[int, int], recipe: Recipe) -> int:
+    filled = [slice_ for slice_, size in sizes.items() if size]
+    others = (arranged(filled, order)[:-1] for order in recipe.orders)
+    paths = [arranged(filled, ()), *others]
+    stages = {tuple(path[:end]) for path in paths for end in range(1, len(path) + 1)}
+    return sum(_stage_record_epochs(stage, sizes, recipe) for stage in stages)
+
+
+def _stage_record_epochs(prefix: tuple[int, ...], sizes: Mapping[int, int], recipe: Recipe) -> int:
+    seen = prefix if recipe.schedule == "cumulative" else prefix[-1:]
+    return presentations(recipe.passes(max(prefix)), sum(sizes[slice_] for slice_ in seen))
+
+
+def serving_depth(heads: Iterable[Head], views: Iterable[ShardView]) -> float:
+    """The mean share of their slices that shards with records serve; 1 where there are none."""
+    whole = {view.shard: len(view.slices) for view in views if view.slices}
+    shares = [min(1.0, each.depth / whole[each.shard]) for each in heads if each.shard in whole]
+    return sum(shares) / len(shares) if shares else 1.0
 
 
 def suffix_record_epochs(sizes: Mapping[int, int], recipe: Recipe) -> list[int]:

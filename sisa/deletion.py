@@ -17,7 +17,7 @@ from functools import cached_property
 from typing import TypeVar
 
 from sisa.assign import index_root, slice_root
-from sisa.cost import full_record_epochs, plan_record_epochs
+from sisa.cost import full_record_epochs, plan_record_epochs, serving_depth
 from sisa.domain import (
     Export,
     IndexFile,
@@ -64,6 +64,13 @@ class Forgetting:
     exports: tuple[Export, ...]  # that these records touched
     record_epochs_retrained: int
     record_epochs_full: int
+    record_epochs_others: int  # of the other orders' stages
+    serving_depth: float  # from the commit on: mean share of their slices that all shards serve
+
+    @property
+    def served(self) -> tuple[tuple[int, int, int], ...]:
+        """What heads serve from the commit on: (shard, slices, of how many)."""
+        return tuple((plan.shard, plan.head.depth, len(plan.path)) for plan in self.plans)
 
     @cached_property
     def stages(self) -> Mapping[int, int]:
@@ -92,6 +99,9 @@ def plan_forget(
         remaining += states
         emptied += empty
         dropped += lost
+    views = _all_views(world, remaining, emptied)
+    heads = {head.shard: head for head in world.ledger.heads()}
+    heads |= {plan.shard: plan.head for plan in plans}
     return Forgetting(
         removed=tuple(rows),
         already_deleted=tuple(already),
@@ -101,7 +111,9 @@ def plan_forget(
         tainted=tuple(dropped),
         exports=tuple(marked(world.ledger.exports(), {"": rows})),
         record_epochs_retrained=plan_record_epochs(plans),
-        record_epochs_full=full_record_epochs(_all_views(world, remaining, emptied), world.recipe),
+        record_epochs_full=full_record_epochs(views, world.recipe),
+        record_epochs_others=sum(plan.record_epochs_others for plan in plans),
+        serving_depth=serving_depth(heads.values(), views),
     )
 
 
@@ -180,16 +192,16 @@ def forget(world: World, requests: Sequence[Request]) -> tuple[Request, ...]:
     return tuple(done[request.request_id] for request in requests)
 
 
-def forget_at_once(world: World, arrival: Arrival) -> Request:
+def forget_at_once(world: World, arrival: Arrival, *, defer: bool = False) -> Request:
     """Take an approved request in and carry it out in the same commit: a failure before it changes
-    nothing, a crash after it is finished by the next command."""
+    nothing, a crash after it is finished by the next command. `defer`: erased now, trained later."""
     rows = _held(world, arrival.named)
     request = arrival.request
     named = {request.request_id: rows}
     held = slices_of(world, rows)
     world, touched = commit_removed(world, [request], named, arrival.change())
     probe_removed(world, named, held)
-    reconcile(world)
+    reconcile(world, defer=defer)
     make_again(world, touched)
     return next(each for each in world.ledger.requests() if each.request_id == request.request_id)
 
@@ -322,6 +334,9 @@ def _accepted(
         shards=tuple((shard, slice_, planned.stages[shard]) for shard, slice_ in first.items()),
         record_epochs_retrained=planned.record_epochs_retrained,
         record_epochs_full=planned.record_epochs_full,
+        record_epochs_others=planned.record_epochs_others,
+        served=tuple(each for each in planned.served if each[0] in first),
+        serving_depth=planned.serving_depth,
         model_digest_before=before,
         vaulted=vaulted,
     )

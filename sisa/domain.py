@@ -1,9 +1,10 @@
 """The nouns: frozen values that every room shares.
 
-Rules: nothing here does I/O, and nothing knows how it is stored. A `Record` holds personal data and
-its `repr` hides it. Shards and slices are numbered from 0; a *depth* d means that slices 0..d-1 are
-in a model. A checkpoint is named by the digest of the `SliceJob` that makes it (SISA, Bourtoule et
-al. 2021, section IV: a constituent model per shard, a stored parameter state per slice).
+Rules: nothing here does I/O, and nothing knows how it is stored. A `Record` holds personal data and its
+`repr` hides it. Shards and slices are numbered from 0; a *depth* d means that d slices are in a model,
+those of its *prefix*, in the order in which they were trained. A checkpoint is named by the digest of
+the `SliceJob` that makes it (SISA, Bourtoule et al. 2021, section IV: a constituent model per shard, a
+stored parameter state per slice). Equal prefixes are one checkpoint, whichever order they are of.
 
 Not covered: who decides (`plan.py`) and who obeys (`ports.py`).
 
@@ -141,7 +142,8 @@ class SliceJob:
     """All that one stage of a shard's training depends on; its digest is the checkpoint's key.
 
     `slices` are the roots of the slices whose records the stage sees, `passes` the exact fraction of
-    passes over them, `training` the hyper-parameters that reach the bits.
+    passes over them, `training` the hyper-parameters that reach the bits, `before` the slices of the
+    stages before it, in their order.
     """
 
     shard: int
@@ -153,6 +155,12 @@ class SliceJob:
     training: Mapping[str, Any]
     base: str
     fingerprint: str
+    before: tuple[int, ...] = ()
+
+    @property
+    def prefix(self) -> tuple[int, ...]:
+        """The slices whose records are in the checkpoint, in the order of their stages."""
+        return (*self.before, self.slice)
 
     @cached_property
     def key(self) -> str:
@@ -172,11 +180,12 @@ class SavedCheckpoint:
 
 @dataclass(frozen=True, slots=True)
 class HeldCheckpoint:
-    """A checkpoint that the ledger knows: where it belongs and what its bytes must be."""
+    """A checkpoint that the ledger knows: where it belongs and what its bytes must be. `prefix` are the
+    slices that touched it, in the order of their stages; never empty."""
 
     key: str
     shard: int
-    slice: int
+    prefix: tuple[int, ...]
     seq: int  # ledger sequence number of the state that it was trained on
     fingerprint: str
     manifest_sha256: str
@@ -184,6 +193,16 @@ class HeldCheckpoint:
     num_bytes: int
     seconds: float
     record_epochs: int
+
+    @property
+    def slice(self) -> int:
+        """That of its own stage."""
+        return self.prefix[-1]
+
+    @property
+    def place(self) -> tuple[int, int, tuple[int, ...], str]:
+        """What checkpoints are ordered by: the shard, then the shallowest first."""
+        return self.shard, len(self.prefix), self.prefix, self.key
 
 
 ANY_SHARD = -1  # of an export that was made before the records moved to other shards
@@ -195,7 +214,7 @@ ExportForm = Literal["peft", "merged-adapter", "merged-model"]
 class Export:
     """A directory that a shard's adapter was exported to, at an absolute path without links.
 
-    `shard`, `slice` and `seq` are those of the checkpoint, so that what a record touched can be told
+    `shard`, `prefix` and `seq` are those of the checkpoint, so that what a record touched can be told
     when it is long retired. `request_id` names the deletion that tainted it; `patches` are the keys of
     the approximate patches whose changes are in it. An export in a merged form has a row for each shard
     that is in it; `adapter_sha256` is that of the file with the weights.
@@ -203,7 +222,7 @@ class Export:
 
     path: str
     shard: int
-    slice: int
+    prefix: tuple[int, ...]  # none of ANY_SHARD
     seq: int
     key: str
     adapter_sha256: str
@@ -221,7 +240,8 @@ class Export:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """What a shard serves (`key`), and what it should serve once trained (`target`)."""
+    """What a shard serves (`key`, with `depth` slices in it), and what it should serve once trained
+    (`target`)."""
 
     shard: int
     key: str | None
@@ -315,6 +335,11 @@ class Request:
     shards: tuple[tuple[int, int, int], ...] = ()  # shard, first slice, slices to retrain
     record_epochs_retrained: int = 0
     record_epochs_full: int = 0
+    record_epochs_others: int = 0  # of the other orders' stages that it takes
+    served: tuple[
+        tuple[int, int, int], ...
+    ] = ()  # from its commit on: shard, slices served, of how many
+    serving_depth: float = 1.0  # from its commit on: mean share of their slices that all shards serve
     model_digest_before: str = ""
     seconds: float = 0.0
     model_digest_after: str = ""

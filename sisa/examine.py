@@ -26,7 +26,7 @@ from sisa.garbage import LEDGER_FILES, STRAY, at_hand, list_garbage
 from sisa.lineage import parse_manifest, parse_patch_manifest
 from sisa.opening import CHECKPOINTS, INDEX, KEY, LEDGER, PATCHES, RECORDS, VAULT
 from sisa.place_ports import Place
-from sisa.plan import plan_shard
+from sisa.plan import gaps, plan_shard
 from sisa.reconcile import refuse_lost_rows
 from sisa.requests import contradicted
 from sisa.stale_exports import standing
@@ -298,9 +298,7 @@ def _gaps(world: World) -> Iterator[Finding]:
         view = view_shard(world, head.shard)
         plan = plan_shard(view, world.recipe, world.fingerprint)
         held = {each.key for each in view.held}
-        for job in plan.path[: len(plan.path) - len(plan.train)]:
-            if job.key in held:
-                continue
+        for job in gaps(plan, held):
             where = f"shard {job.shard}, slice {job.slice}"
             what = "a stage before the served one is not held: a deletion would retrain more"
             if job.fingerprint == world.fingerprint:

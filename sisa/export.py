@@ -62,7 +62,7 @@ def export_adapters(world: World, parts: Parts, target: Path, form: ExportForm =
     for each in written:
         digest = sha256_hex(each.files[MODEL if form == "merged-model" else ADAPTER])
         made += [
-            Export(each.path, h.shard, h.slice, h.seq, h.key, digest, now, patches=stack, form=form)
+            Export(each.path, h.shard, h.prefix, h.seq, h.key, digest, now, patches=stack, form=form)
             for h in each.heads
         ]
     if made:

@@ -44,7 +44,7 @@ from sisa.stale_exports import give_up_lost
 from sisa.store import files
 from sisa.store.local_place import LocalPlace
 from sisa.store.metrics import run_files
-from sisa.world import World, commit, known_names, purge, view_shard
+from sisa.world import World, commit, known_names, open_shards, purge, view_shard
 
 if TYPE_CHECKING:
     from sisa.api import Model
@@ -214,14 +214,12 @@ def _waiting(world: World) -> frozenset[str]:
     known = {each.key for each in world.ledger.checkpoints()}
     on_disk = world.checkpoints.held()
     found = set()
-    for head in world.ledger.heads():
-        if head.converged:
-            continue
-        plan = plan_shard(view_shard(world, head.shard), world.recipe, world.fingerprint)
-        for job in plan.path:
-            if job.key in on_disk and job.key not in known:
+    for shard in open_shards(world):
+        plan = plan_shard(view_shard(world, shard), world.recipe, world.fingerprint)
+        for key in plan.stages:
+            if key in on_disk and key not in known:
                 with contextlib.suppress(IntegrityError):
-                    found.add(world.checkpoints.describe(job.key).key)
+                    found.add(world.checkpoints.describe(key).key)
     return frozenset(found)
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -61,7 +62,12 @@ def parse_job(parsed: Any) -> SliceJob:
     """A job out of its JSON. Raises TypeError, ValueError, KeyError for anything else."""
     slices = tuple((int(number), str(root)) for number, root in parsed["slices"])
     first, second = parsed["passes"]
-    return SliceJob(**{**parsed, "slices": slices, "passes": (int(first), int(second))})
+    lists = {"slices": slices, "passes": (int(first), int(second)), "before": _numbers(parsed["before"])}
+    return SliceJob(**{**parsed, **lists})
+
+
+def _numbers(values: Any) -> tuple[int, ...]:
+    return tuple(int(each) for each in values)
 
 
 def named_files(place: Place, key: str, keyring: Keyring, room: str) -> frozenset[str] | None:
@@ -74,30 +80,39 @@ def named_files(place: Place, key: str, keyring: Keyring, room: str) -> frozense
     return None if found is None else frozenset({*found[1], MANIFEST})
 
 
-def proves_clean(job: SliceJob, rows: Iterable[RecordRow], seq: int) -> bool:
+def proves_clean(job: SliceJob, rows: Iterable[RecordRow], seq: int, num_slices: int) -> bool:
     """Whether every record that a job's chain touched is among `rows`, the held ones of its shard.
 
-    `seq` is the ledger's number of the state that the chain was trained on.
+    `seq` is the ledger's number of the state that the chain was trained on, `num_slices` that of a
+    generation.
     """
-    by_slice: dict[int, list[RecordRow]] = {}
+    by_slice: dict[int, list[RecordRow]] = {slice_: [] for slice_ in job.prefix}
     for row in rows:
-        if row.slice <= job.slice and row.seq <= seq:
-            by_slice.setdefault(row.slice, []).append(row)
-    return bool(by_slice) and _rebuilt(job, sorted(by_slice.items())) == job.key
+        if row.slice in by_slice and row.seq <= seq:
+            by_slice[row.slice].append(row)
+    return all(by_slice.values()) and _rebuilt(job, list(by_slice.items()), num_slices) == job.key
 
 
-def _rebuilt(job: SliceJob, by_slice: Sequence[tuple[int, list[RecordRow]]]) -> str | None:
+def _rebuilt(
+    job: SliceJob, by_slice: Sequence[tuple[int, list[RecordRow]]], num_slices: int
+) -> str | None:
     sequential = len(job.slices) == 1
+    last = max(num_slices, *(number + 1 for number in job.prefix))
+    in_all = Fraction(*job.passes) * (last + 1)  # of a cumulative schedule; see `plan.passes`
     parent: str | None = None
     seen: list[tuple[int, list[RecordRow]]] = []
     for place in by_slice:
         seen.append(place)
         stage = [place] if sequential else seen
+        latest = max(num_slices, *(number + 1 for number, _ in seen))
+        passes = Fraction(*job.passes) if sequential else in_all / (latest + 1)
         parent = replace(
             job,
             slice=place[0],
             parent=parent,
             slices=tuple((number, slice_root(rows)) for number, rows in stage),
             num_records=sum(len(rows) for _, rows in stage),
+            passes=(passes.numerator, passes.denominator),
+            before=tuple(number for number, _ in seen[:-1]),
         ).key
     return parent

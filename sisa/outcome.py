@@ -34,6 +34,10 @@ class Status:
     sizes_bytes: dict[str, int]
     witness: tuple[str, Standing] = ("", "absent")  # where it rests, and how it stands to the ledger
     exports: tuple[query.ExportStatus, ...] = ()
+    num_orders: int = 1
+    serving_depth: float = 1.0  # mean share of their slices that shards serve
+    record_epochs_full: int = 0  # of training order 0 from scratch
+    record_epochs_others: int = 0  # of training the other orders beside it
 
 
 @dataclass(frozen=True)
@@ -56,3 +60,4 @@ class ForgetOutcome:
     model_digest: str
     exports_missing: tuple[str, ...] = ()  # stale, and not where they were written
     kept: tuple[Kept, ...] = ()  # old versions of what was erased, which a bucket does not let go
+    deferred: bool = False  # training is left to a later command

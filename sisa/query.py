@@ -103,6 +103,7 @@ class ShardStatus:
     adapter_path: str | None
     adapter_sha256: str | None
     target: str | None = None  # what it serves once trained
+    num_stages: int = 0  # slices that hold records: what `depth` is of
 
 
 def lookup(world: World, ids: Sequence[str]) -> list[tuple[str, RecordRow | Tombstone]]:
@@ -345,6 +346,7 @@ def shards(world: World) -> list[ShardStatus]:
             adapter_path=world.checkpoints.location(head.key) if head.key else None,
             adapter_sha256=held[head.key].adapter_sha256 if head.key else None,
             target=head.target,
+            num_stages=sum(1 for count in counts.get(head.shard, {}).values() if count),
         )
         for head in world.ledger.heads()
     ]

@@ -5,11 +5,13 @@
              stale exports
     settle   the vault: texts that no patch needs are erased
     train    what the targets miss; each finished stage moves its shard's head
-    retire   clean checkpoints that are neither on a target's path nor heading
     close    requests whose shards have arrived
+    orders   what the other orders miss, one order of all shards after another
+    retire   clean checkpoints that are neither on any order's path nor heading
     scrub    the ledger's own pages
 
 Rules: idempotent, and safe to cut anywhere: every step looks at what is there, not at what was done.
+Training can be put off: then the heads serve what is clean and held until another command trains.
 
 Not covered: what remains (decided by `run.py` before).
 """
@@ -36,7 +38,7 @@ from sisa.domain import (
 from sisa.errors import IntegrityError, SisaError
 from sisa.events import DeletionCompleted, ErasureFailed, Event, Notice, SliceTrained, TrainingStarted
 from sisa.measured import STAGE_DIGITS
-from sisa.plan import ShardPlan, plan_shard
+from sisa.plan import Missing, ShardPlan, plan_shard
 from sisa.ports import Change, Ledger
 from sisa.requests import contradicted, event, under_way
 from sisa.stale_exports import erase_stale, missing
@@ -47,6 +49,7 @@ from sisa.world import (
     held_names,
     known_names,
     model_digest,
+    open_shards,
     purge,
     view_shard,
     view_shards,
@@ -57,26 +60,29 @@ Names = Mapping[str, frozenset[str]]  # by room
 
 @dataclass(frozen=True)
 class Trained:
-    """What a reconciliation did."""
+    """What a reconciliation did: up to the targets, and beside them in the other orders."""
 
     record_epochs_trained: int
     slices_trained: int
     shards_trained: tuple[int, ...]
+    record_epochs_others: int = 0
 
 
-def reconcile(world: World) -> Trained:
-    """Bring every shard that is not there yet to its target; finish what a crash left open."""
+def reconcile(world: World, *, defer: bool = False) -> Trained:
+    """Bring every shard that is not there yet to its target; finish what a crash left open. `defer`
+    leaves all training to the next command that does not."""
     erase_unknown(world)
     settle(world)
-    plans = [plan for plan in open_plans(world) if plan.train]
+    plans = [] if defer else [plan for plan in open_plans(world) if plan.train]
     if plans:
         try:
-            _train(world, plans)
+            _train(world, [_chain(world, plan.shard, plan.missing) for plan in plans])
         except SisaError as error:
             note_failure(world, _under_way(world), error)
             raise
-    _retire(world)
     _complete_requests(world)
+    others = 0 if defer else _train_orders(world)
+    _retire(world)
     sweep(world)
     for each in purge(world):
         world.report(Notice(f"old versions of erased objects are kept at {each.where}: {each.why}"))
@@ -85,7 +91,25 @@ def reconcile(world: World) -> Trained:
         sum(plan.record_epochs for plan in plans),
         sum(len(plan.train) for plan in plans),
         tuple(plan.shard for plan in plans),
+        others,
     )
+
+
+def _train_orders(world: World) -> int:
+    """Train what the orders beside order 0 miss; record-epochs. Of a shard one order at a time, so that
+    a prefix that two of them share is trained once."""
+    epochs = 0
+    for number in range(len(world.recipe.orders)):
+        found = [(plan.shard, plan.others[number]) for plan in open_plans(world) if plan.others]
+        chains = [_chain(world, shard, missing) for shard, missing in found if missing.train]
+        if chains:
+            _train(world, chains)
+        epochs += sum(chain.record_epochs for chain in chains)
+    return epochs
+
+
+def _chain(world: World, shard: int, missing: Missing) -> Chain:
+    return Chain(shard, missing.train, missing.parent, tuple(world.ledger.slices(shard)))
 
 
 def refuse_contradictions(world: World) -> None:
@@ -172,8 +196,9 @@ def note_failure(
 
 
 def open_plans(world: World) -> list[ShardPlan]:
-    """Plans of the shards whose head is not their target, under the present fingerprint."""
-    return _plans(world, [head.shard for head in world.ledger.heads() if not head.converged])
+    """Plans of the shards whose head is not their target, under the present fingerprint; with several
+    orders of all shards, since any stage may be missing."""
+    return _plans(world, open_shards(world))
 
 
 def _plans(world: World, shards: Sequence[int]) -> list[ShardPlan]:
@@ -187,7 +212,7 @@ def adopt(world: World) -> None:
     plans = open_plans(world)
     known = {each.key for each in world.ledger.checkpoints()} if plans else set()
     for plan in plans:
-        for job in plan.path:
+        for job in plan.stages.values():
             if job.key not in on_disk or job.key in known:
                 continue
             try:
@@ -204,7 +229,7 @@ def as_held(
     return HeldCheckpoint(
         key=saved.key,
         shard=job.shard,
-        slice=job.slice,
+        prefix=job.prefix,
         seq=seq,
         fingerprint=job.fingerprint,
         manifest_sha256=saved.manifest_sha256,
@@ -228,13 +253,9 @@ def _record_checkpoint(world: World, found: HeldCheckpoint) -> None:
     commit(world, Change(checkpoints=[found], heads=[plan.head]))
 
 
-def _train(world: World, plans: Sequence[ShardPlan]) -> None:
+def _train(world: World, chains: Sequence[Chain]) -> None:
     seq = world.ledger.seq()
     recorded: set[str] = set()
-    chains = [
-        Chain(plan.shard, plan.train, plan.parent, tuple(world.ledger.slices(plan.shard)))
-        for plan in plans
-    ]
 
     def on_event(event: Event) -> None:
         if isinstance(event, SliceTrained) and event.job.key not in recorded:
@@ -244,7 +265,7 @@ def _train(world: World, plans: Sequence[ShardPlan]) -> None:
 
     world.report(training_started(chains))
     world.executor_for(world.checkpoints).run(chains, on_event)
-    _refuse_missing(plans, recorded)
+    _refuse_missing(chains, recorded)
 
 
 def train_unrecorded(
@@ -265,12 +286,12 @@ def train_unrecorded(
     if chains:
         world.report(training_started(chains))
         world.executor_for(world.checkpoints).run(chains, on_event)
-    _refuse_missing(plans, found)
+    _refuse_missing(chains, found)
     return list(found.values())
 
 
-def _refuse_missing(plans: Sequence[ShardPlan], trained: Collection[str]) -> None:
-    missing = {job.key for plan in plans for job in plan.train} - set(trained)
+def _refuse_missing(chains: Sequence[Chain], trained: Collection[str]) -> None:
+    missing = {job.key for chain in chains for job in chain.jobs} - set(trained)
     if missing:
         raise SisaError(f"the executor returned without {len(missing)} of its stages")
 

@@ -112,7 +112,7 @@ def reseal(world: World) -> None:
 def _unplaced(ledger: Ledger) -> list[Export]:
     """Exports of the old places: from now on, every record that was there may be in them."""
     clean = [each for each in ledger.exports() if each.state == "clean"]
-    return [replace(each, shard=ANY_SHARD, slice=0, seq=ledger.seq() + 1) for each in clean]
+    return [replace(each, shard=ANY_SHARD, prefix=(), seq=ledger.seq() + 1) for each in clean]
 
 
 def reset(world: World, meta: dict[str, str]) -> Trained:

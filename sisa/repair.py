@@ -30,7 +30,7 @@ from sisa.domain import Chain, Head, HeldCheckpoint, SliceJob
 from sisa.events import Event, SliceTrained
 from sisa.examine import Finding, examine
 from sisa.garbage import remove_garbage
-from sisa.plan import ShardPlan, plan_shard
+from sisa.plan import ShardPlan, plan_shard, reached
 from sisa.ports import Change
 from sisa.reconcile import just_trained, reconcile, training_started
 from sisa.reconfigure import reseal
@@ -178,36 +178,38 @@ def _close_gaps(world: World, plans: Sequence[ShardPlan]) -> list[str]:
     if not chains:
         return done
     seq = world.ledger.seq()
+    recorded: set[str] = set()
     world.report(training_started(chains))
 
     def on_event(event: Event) -> None:
-        if isinstance(event, SliceTrained):
+        if isinstance(event, SliceTrained) and event.job.key not in recorded:
+            recorded.add(event.job.key)  # a second order's chain begins with what the first one trained
             commit(world, Change(checkpoints=[just_trained(event, seq)]))
         world.report(event)
 
     # One chain of a shard at a time: an executor may run chains side by side.
     for chain in chains:
         world.executor_for(world.checkpoints).run([chain], on_event)
-    return [*done, f"trained {sum(len(chain.jobs) for chain in chains)} stages again"]
+    return [*done, f"trained {len(recorded)} stages again"]
 
 
 def _gaps(world: World, plan: ShardPlan) -> list[Chain]:
     """Runs of missing stages that lie before a held one; what lies behind it is left to `reconcile`."""
     held = {each.key: each for each in world.ledger.checkpoints(plan.shard)}
     slices = tuple(world.ledger.slices(plan.shard))
-    before = plan.path[: len(plan.path) - len(plan.train)]
-    gaps: list[Chain] = []
-    run: list[SliceJob] = []
-    parent: HeldCheckpoint | None = None
-    for job in before:
-        if job.key not in held:
-            run.append(job)
-            continue
-        if run:
-            gaps.append(Chain(plan.shard, tuple(run), parent, slices))
-            run = []
-        parent = held[job.key]
-    return gaps
+    gaps: dict[tuple[str, ...], Chain] = {}
+    for path in plan.paths:
+        run: list[SliceJob] = []
+        parent: HeldCheckpoint | None = None
+        for job in path[: reached(path, held)]:
+            if job.key not in held:
+                run.append(job)
+                continue
+            if run:
+                gaps[tuple(each.key for each in run)] = Chain(plan.shard, tuple(run), parent, slices)
+                run = []
+            parent = held[job.key]
+    return list(gaps.values())
 
 
 def _mend_heads(world: World, found: Sequence[Finding]) -> list[str]:

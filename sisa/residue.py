@@ -320,7 +320,8 @@ class _Scanner:
             self._found("damaged", checkpoint, "a checkpoint whose bytes are not the recorded ones")
             return
         seq = self.world.ledger.seq() if held is None else held.seq
-        if not proves_clean(job, self._live(job.shard), seq):
+        num_slices = self.world.recipe.num_slices
+        if not proves_clean(job, self._live(job.shard), seq, num_slices):
             known = "held, though" if held else "not in the ledger, and"
             self._found("tainted", checkpoint, f"a checkpoint {known} not of held records alone")
             return

@@ -40,6 +40,7 @@ class Taken:
     record_epochs_trained: int
     slices_trained: int
     model_digest: str
+    record_epochs_others: int = 0  # trained in the orders beside order 0
 
 
 def train(world: World, records: Sequence[Record], meta: Mapping[str, str] | None = None) -> Taken:
@@ -78,6 +79,7 @@ def _taken(
         record_epochs_trained=done.record_epochs_trained,
         slices_trained=done.slices_trained,
         model_digest=model_digest(world.ledger),
+        record_epochs_others=done.record_epochs_others,
     )
 
 

@@ -142,4 +142,5 @@ class _Room:
     def _clean(self, job: SliceJob) -> bool:
         seqs = {each.key: each.seq for each in self.world.ledger.checkpoints(job.shard)}
         seq = seqs.get(job.key, self.world.ledger.seq())
-        return proves_clean(job, self.world.ledger.rows(job.shard), seq)
+        rows = self.world.ledger.rows(job.shard)
+        return proves_clean(job, rows, seq, self.world.recipe.num_slices)

@@ -78,6 +78,7 @@ def train_model(
             taken,
             record_epochs_trained=taken.record_epochs_trained + moved.record_epochs_trained,
             slices_trained=taken.slices_trained + moved.slices_trained,
+            record_epochs_others=taken.record_epochs_others + moved.record_epochs_others,
         )
     return model, model.resume(records)
 

@@ -20,7 +20,7 @@ from typing import Literal
 
 from sisa.domain import Chain, Head, IndexFile, SliceFile, SliceJob
 from sisa.errors import IntegrityError, InvalidInput, Problem
-from sisa.plan import jobs, plan_shard
+from sisa.plan import all_paths, plan_shard, reached
 from sisa.ports import CheckpointStore
 from sisa.reconcile import refuse_contradictions, training_started
 from sisa.world import World, held_names, known_names, view_shard
@@ -71,19 +71,21 @@ def verify(world: World, replayed: Sequence[int], scratch: CheckpointStore | Non
         heads = world.ledger.heads()
     except IntegrityError as error:  # of the ledger itself: what it names can't be judged
         return Verification(False, 0, (Problem("ledger", f"{error.what} (got {error.got})"),), ())
-    chains: dict[int, Chain] = {}
+    chains: dict[int, list[Chain]] = {}
     reasons: dict[int, str] = {}
     for head in heads:
-        found = _chain(world, head) if head.shard in replayed and not findings else None
-        if isinstance(found, Chain):
+        found = _chains(world, head) if head.shard in replayed and not findings else None
+        if isinstance(found, list):
             chains[head.shard] = found
         elif head.shard not in replayed:
             reasons[head.shard] = "not asked for"
         else:
             reasons[head.shard] = found or "held files are damaged"
-    if chains and scratch is not None:
-        world.report(training_started(list(chains.values())))
-        world.executor_for(scratch).run(list(chains.values()), world.report)
+    for order in range(1 + len(world.recipe.orders)):
+        now = [each[order] for each in chains.values() if each[order].jobs]
+        if now and scratch is not None:
+            world.report(training_started(now))
+            world.executor_for(scratch).run(now, world.report)
     proofs = [_proof(world, head, chains.get(head.shard), scratch, reasons) for head in heads]
     findings += [
         Problem(f"shard {proof.shard}", "the replay's bytes differ from the held ones")
@@ -93,8 +95,9 @@ def verify(world: World, replayed: Sequence[int], scratch: CheckpointStore | Non
     return Verification(not findings, count, tuple(findings), tuple(proofs))
 
 
-def _chain(world: World, head: Head) -> Chain | str:
-    """The chain that trains a shard from the base, or why that would prove nothing."""
+def _chains(world: World, head: Head) -> list[Chain] | str:
+    """The chains that train a shard from the base, one for each order, up to the deepest stages that are
+    held; or why that would prove nothing."""
     if not head.converged:
         return "the shard is not at its target yet: run `sisa train` with its run file"
     if head.key is None:
@@ -106,20 +109,23 @@ def _chain(world: World, head: Head) -> Chain | str:
             f"this environment is {world.fingerprint[:12]}: bytes can't be compared"
         )
     files = tuple(world.ledger.slices(head.shard))
-    return Chain(head.shard, jobs(head.shard, files, world.recipe, world.fingerprint), None, files)
+    paths = all_paths(head.shard, files, world.recipe, world.fingerprint)
+    return [Chain(head.shard, path[: reached(path, held)], None, files) for path in paths]
 
 
 def _proof(
     world: World,
     head: Head,
-    chain: Chain | None,
+    chains: Sequence[Chain] | None,
     scratch: CheckpointStore | None,
     reasons: Mapping[int, str],
 ) -> ShardProof:
-    if chain is None or scratch is None:
+    if chains is None or scratch is None:
         return ShardProof(head.shard, head.key, False, None, 0, reasons.get(head.shard, ""))
-    equal = all(_same(world, scratch, job) for job in chain.jobs)
-    return ShardProof(head.shard, head.key, True, equal, len(chain.jobs))
+    known = {each.key for each in world.ledger.checkpoints(head.shard)}
+    stages = {job.key: job for chain in chains for job in chain.jobs if job.key in known}
+    equal = all(_same(world, scratch, job) for job in stages.values())
+    return ShardProof(head.shard, head.key, True, equal, len(stages))
 
 
 def _same(world: World, scratch: CheckpointStore, job: SliceJob) -> bool:

@@ -211,15 +211,24 @@ def view_shards(world: World, shards: Sequence[int]) -> list[ShardView]:
     return [ShardView(shard, tuple(slices[shard]), tuple(held[shard])) for shard in shards]
 
 
+def open_shards(world: World) -> list[int]:
+    """Shards in which stages may be missing: those that are not at their target, and all where there are
+    several orders."""
+    return [h.shard for h in world.ledger.heads() if world.recipe.orders or not h.converged]
+
+
 def check_sources(world: World, plans: Sequence[ShardPlan]) -> None:
-    """Raises IntegrityError, before anything is written, when a file to build on is damaged."""
+    """Raises IntegrityError, before anything is written, when a file to build on is damaged; with
+    several orders, or the checkpoint that is to head, since no stage of order 0 may start from it."""
     for plan in plans:
-        seen = {slice_ for job in plan.train for slice_, _ in job.slices}
+        seen = {slice_ for job in plan.all_missing for slice_, _ in job.slices}
         for file in world.ledger.slices(plan.shard):
             if file.slice in seen:
                 world.records.check(file)
         index = only(world.ledger.indexes(plan.shard))
         if index is not None and plan.path:
             world.index.check(index)
-        if plan.parent is not None:
-            world.checkpoints.load(plan.parent.key, plan.parent.manifest_sha256)
+        needed = {*(each.key for each in plan.parents), plan.head.key if world.recipe.orders else None}
+        for each in world.ledger.checkpoints(plan.shard) if needed != {None} else ():
+            if each.key in needed:
+                world.checkpoints.load(each.key, each.manifest_sha256)

@@ -147,7 +147,7 @@ class FakeLedger:
 
     def checkpoints(self, shard: int | None = None) -> list[HeldCheckpoint]:
         held = [each for each in self.tables.checkpoints.values() if shard in (None, each.shard)]
-        return sorted(held, key=lambda each: (each.shard, each.slice, each.key))
+        return sorted(held, key=lambda each: each.place)
 
     def by_text(
         self, text_digests: Collection[str], *, sure: bool = False

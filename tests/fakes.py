@@ -36,6 +36,7 @@ from sisa.domain import (
 )
 from sisa.errors import IntegrityError
 from sisa.events import Report, SliceTrained
+from sisa.orders import chosen_orders
 from sisa.patch import PatchJob, PatchMode
 from sisa.plan import Recipe, Schedule
 from sisa.ports import CheckpointStore, Executor, Standing, StoredRecord, Tick, Vectors
@@ -275,8 +276,15 @@ class FakeModel:
     before_run: list[Callable[[], None]]
 
 
-def fake_recipe(num_slices: int = 3, schedule: Schedule = "cumulative", epochs: int = 2) -> Recipe:
-    return Recipe(num_slices, schedule, epochs, {"learning_rate": 0.1}, "base-digest")
+def fake_recipe(
+    num_slices: int = 3,
+    schedule: Schedule = "cumulative",
+    epochs: int = 2,
+    orders: int = 1,
+    bands: Bands | None = None,
+) -> Recipe:
+    others = chosen_orders(num_slices, orders, bands)[1:]
+    return Recipe(num_slices, schedule, epochs, {"learning_rate": 0.1}, "base-digest", others)
 
 
 def fake_model(

@@ -12,10 +12,11 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Sequence
 from dataclasses import asdict
+from typing import Any
 
 import sqlalchemy as sa
 
-from sisa.domain import Request, RequestEvent
+from sisa.domain import Export, Request, RequestEvent
 from sisa.ports import Change
 from sisa.requests import chained
 from sisa.store.patch_ledger import patch_row
@@ -52,12 +53,12 @@ def apply(connection: sa.Connection, change: Change) -> int:
         (SLICES, change.slices),
         (INDEXES, change.indexes),
         (HEADS, change.heads),
-        (CHECKPOINTS, change.checkpoints),
     ):
         writing.put(table, [asdict(each) for each in values])
+    checkpoints = [{**asdict(each), "prefix": json.dumps(each.prefix)} for each in change.checkpoints]
+    writing.put(CHECKPOINTS, checkpoints)
     writing.put(VAULT, [{**asdict(each), "held": int(each.held)} for each in change.vault])
-    exports = [{**asdict(each), "patches": json.dumps(each.patches)} for each in change.exports]
-    writing.put(EXPORTS, exports)
+    writing.put(EXPORTS, [_export_row(each) for each in change.exports])
     writing.put(PATCHES, [patch_row(each) for each in change.patches])
     writing.put(VAULTED, [{"name": name, "id_digest": each} for name, each in change.vaulted])
     meta = {**change.meta, SEQ: str(seq)}
@@ -66,6 +67,11 @@ def apply(connection: sa.Connection, change: Change) -> int:
     _append_events(writing, change.events)
     writing.end()
     return seq
+
+
+def _export_row(export: Export) -> dict[str, Any]:
+    lists = {"patches": json.dumps(export.patches), "prefix": json.dumps(export.prefix)}
+    return asdict(export) | lists
 
 
 def _remove(writing: Writing, change: Change) -> None:

@@ -128,8 +128,10 @@ class SqlLedger(PatchLedger):
         return self._whole(Head, HEADS, None, HEADS.c.shard)
 
     def checkpoints(self, shard: int | None = None) -> list[HeldCheckpoint]:
-        order = (CHECKPOINTS.c.shard, CHECKPOINTS.c.slice, CHECKPOINTS.c.key)
-        return self._whole(HeldCheckpoint, CHECKPOINTS, shard, *order)
+        found: list[Any] = self._whole(HeldCheckpoint, CHECKPOINTS, shard)
+        with self._parsing("a checkpoint"):
+            held = [replace(each, prefix=_slices(each.prefix)) for each in found]
+        return sorted(held, key=attrgetter("place"))
 
     def by_text(
         self, text_digests: Collection[str], *, sure: bool = False
@@ -154,7 +156,10 @@ class SqlLedger(PatchLedger):
     def exports(self) -> list[Export]:
         found: list[Any] = self._whole(Export, EXPORTS, None, EXPORTS.c.path, EXPORTS.c.key)
         with self._parsing("an export"):
-            return [replace(each, patches=tuple(json.loads(each.patches))) for each in found]
+            return [
+                replace(each, patches=tuple(json.loads(each.patches)), prefix=_slices(each.prefix))
+                for each in found
+            ]
 
     def requests(self) -> list[Request]:
         order = (REQUESTS.c.seq, REQUESTS.c.request_id)
@@ -193,7 +198,11 @@ class SqlLedger(PatchLedger):
 _BY_ID = attrgetter("id_digest")
 
 
+def _slices(text: str) -> tuple[int, ...]:
+    return tuple(map(int, json.loads(text)))
+
+
 def _request(body: dict[str, Any]) -> Request:
-    shards = tuple(tuple(each) for each in body["shards"])
+    lists = {name: tuple(tuple(each) for each in body[name]) for name in ("shards", "served")}
     probed = body.get("probed")
-    return Request(**{**body, "shards": shards, "probed": Probed(**probed) if probed else None})
+    return Request(**{**body, **lists, "probed": Probed(**probed) if probed else None})

@@ -14,7 +14,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 schema = sa.MetaData()
 
@@ -97,7 +97,7 @@ CHECKPOINTS = _table(
     "checkpoints",
     _text("key", primary_key=True),
     _integer("shard", nullable=False, index=True),
-    _integer("slice", nullable=False),
+    _text("prefix", nullable=False),  # JSON list of slices
     _integer("seq", nullable=False),
     _text("fingerprint", nullable=False),
     _text("manifest_sha256", nullable=False),
@@ -123,7 +123,7 @@ EXPORTS = _table(
     _text("path", primary_key=True),
     _text("key", primary_key=True),
     _integer("shard", nullable=False),
-    _integer("slice", nullable=False),
+    _text("prefix", nullable=False),  # JSON list of slices
     _integer("seq", nullable=False),
     _text("adapter_sha256", nullable=False),
     _text("made_at", nullable=False),

@@ -239,7 +239,7 @@ class Store:
             found = HeldCheckpoint(
                 **asdict(saved),
                 shard=shard,
-                slice=job.slice,
+                prefix=job.prefix,
                 seq=seq,
                 fingerprint=job.fingerprint,
                 seconds=1.0,

@@ -135,7 +135,7 @@ class World:
             HeldCheckpoint(
                 job.key,
                 plan.shard,
-                job.slice,
+                job.prefix,
                 self.seq,
                 "fingerprint",
                 "m",

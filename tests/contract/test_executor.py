@@ -77,7 +77,7 @@ def site() -> Site:
 def held(site: Site, job: SliceJob) -> HeldCheckpoint:
     saved = site.checkpoints.describe(job.key)
     return HeldCheckpoint(
-        job.key, job.shard, job.slice, 1, "f", saved.manifest_sha256, saved.adapter_sha256, 1, 1.0, 1
+        job.key, job.shard, job.prefix, 1, "f", saved.manifest_sha256, saved.adapter_sha256, 1, 1.0, 1
     )
 
 

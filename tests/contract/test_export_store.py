@@ -24,7 +24,7 @@ CONTENT = {ADAPTER: b"adapter", CONFIG: b"{}"}
 
 
 def export(path: Path | str, state: str = "tainted") -> Export:
-    found = Export(str(path), 0, 1, 2, "key", sha256_hex(CONTENT[ADAPTER]), "2026-01-01")
+    found = Export(str(path), 0, (0, 1), 2, "key", sha256_hex(CONTENT[ADAPTER]), "2026-01-01")
     return replace(found, state=state)  # type: ignore[arg-type]
 
 

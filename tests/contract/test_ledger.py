@@ -113,7 +113,16 @@ events = st.builds(
 )
 checkpoints = st.builds(
     lambda number, seconds, size: HeldCheckpoint(
-        named("job", number), number % 3, number % 2, number, "f", "m" * 64, "a" * 64, size, seconds, 5
+        named("job", number),
+        number % 3,
+        tuple(range(number % 2 + 1)),
+        number,
+        "f",
+        "m" * 64,
+        "a" * 64,
+        size,
+        seconds,
+        5,
     ),
     numbers,
     st.floats(0, 1e6),
@@ -124,7 +133,7 @@ exports = st.builds(
     lambda number, shard, state, keys: Export(
         f"/out {number}",
         shard,
-        number % 2,
+        tuple(range(number % 2 + 1)),
         number,
         named("job", number % 2),
         "a",
@@ -467,7 +476,7 @@ def test_before_the_scrub_the_log_still_holds_the_row(path: Path) -> None:
 def test_scrub_also_takes_replaced_files_and_dropped_checkpoints(path: Path) -> None:
     old = named("root", 1)
     with opened(path, create=True) as ledger:
-        checkpoint = HeldCheckpoint(old, 0, 0, 1, "f", "m", "a", 1, 1.0, 1)
+        checkpoint = HeldCheckpoint(old, 0, (0,), 1, "f", "m", "a", 1, 1.0, 1)
         ledger.commit(
             Change(
                 slices=[SliceFile(0, 0, old, 1, old, 1)],
@@ -589,11 +598,14 @@ def full(ledger: Ledger) -> None:
             slices=[SliceFile(1, 1, "r", 1, "s", 1), SliceFile(2, 0, "r", 2, "s", 1)],
             indexes=[IndexFile(1, "r", 1, "s", 1)],
             heads=[Head(1, "k", 1, "k"), Head(2, None, 0, "k")],
-            checkpoints=[HeldCheckpoint(named("job", 1), 1, 1, 1, "f", "m", "a", 5, 1, 5)],
+            checkpoints=[HeldCheckpoint(named("job", 1), 1, (0, 1), 1, "f", "m", "a", 5, 1, 5)],
             requests=[Request("r0", "2026", "2027", 2)],
             named=[("r0", named("record id", 1)), ("r0", named("record id", 5))],
             events=[RequestEvent("r0", "received", "2026"), RequestEvent("r0", "approved", "2026")],
-            exports=[Export("/out", 1, 1, 1, "k", "a", "2026"), Export("/x", 2, 0, 1, "k", "a", "2026")],
+            exports=[
+                Export("/out", 1, (0, 1), 1, "k", "a", "2026"),
+                Export("/x", 2, (0,), 1, "k", "a", "2026"),
+            ],
             patches=[Patch(n, patch_job(n), "active", "2026") for n in (1, 2)],
             vault=[VaultSet(named("set", n), "retain", 2, "asked", "2026", "s", 1) for n in (1, 2)],
             vaulted=[(named("set", n), named("record id", 4)) for n in (1, 2)],
@@ -783,7 +795,7 @@ def test_an_emptied_index_hides_no_row_from_a_commit(whole: Full, path: Path) ->
         Change(dropped=[named("job", 1)]),
         Change(emptied=[(1, 1)]),
         Change(unexported=[("/out", "k")]),
-        Change(exports=[Export("/out", 1, 1, 1, "k", "a", "2026", "tainted", "r0")]),
+        Change(exports=[Export("/out", 1, (0, 1), 1, "k", "a", "2026", "tainted", "r0")]),
         Change(requests=[Request("r0", "2026", "2027", 3)]),
         Change(slices=[SliceFile(1, 1, "r", 5, "s", 1)]),
         Change(meta={"config": "y"}),

@@ -49,6 +49,7 @@ class History:
     first: tuple[int, ...] = ()
     steps: tuple[tuple[str, tuple[int, ...]], ...] = ()
     bands: Bands | None = None
+    orders: int = 1
 
 
 def subject_of(number: int) -> str | None:
@@ -71,6 +72,7 @@ def histories(draw: st.DrawFn) -> History:
         num_shards=draw(st.integers(1, 4)),
         num_slices=num_slices,
         bands=draw(st.sampled_from([b for b in BANDS if b is None or b.num_bands <= num_slices])),
+        orders=draw(st.sampled_from([n for n in (1, 1, 2, 3) if n <= num_slices])),
         schedule=draw(st.sampled_from(["cumulative", "sequential"])),
         first=draw(numbers),
         steps=tuple(draw(st.lists(step, max_size=5))),
@@ -88,6 +90,9 @@ class Model:
         self.generations: dict[int, int] = {}
         self.deleted: set[int] = set()
         self.fake.before_run.append(self.check_nothing_unheld_is_reachable)
+        self.fake.before_run.append(self.check_heads_are_deepest)
+        self.filled: set[tuple[int, int]] = set()
+        self.held: set[str] = set()
         train(self.fake.world, [record(number) for number in history.first])
 
     def record(self, number: int) -> Record:
@@ -100,6 +105,8 @@ class Model:
 
     def step(self, kind: str, numbers: tuple[int, ...]) -> None:
         self.fake.trained.clear()
+        self.filled = {(file.shard, file.slice) for file in self.fake.ledger.slices()}
+        self.held = {each.key for each in self.fake.ledger.checkpoints()}
         if kind in ("add", "append"):
             fresh = set(numbers) - self.deleted
             before = set(self.remaining)
@@ -133,12 +140,17 @@ class Model:
         self.step(kind, numbers)
 
     def check_only_suffixes(self, touched: list[RecordRow]) -> None:
-        first: dict[int, int] = {}
+        hit: dict[int, set[int]] = {}
         for row in touched:
-            first[row.shard] = min(row.slice, first.get(row.shard, row.slice))
+            hit.setdefault(row.shard, set()).add(row.slice)
+        after = {(file.shard, file.slice) for file in self.fake.ledger.slices()}
         for job in self.fake.trained:
-            assert job.shard in first, "an untouched shard was retrained"
-            assert job.slice >= first[job.shard], "a slice before the touched one was retrained"
+            assert job.shard in hit, "an untouched shard was retrained"
+            assert job.key not in self.held, "a held stage was retrained"
+            before = {slice_ for shard, slice_ in self.filled if shard == job.shard}
+            new = self.fake.world.recipe.orders and before == set(job.prefix)  # the end of another order
+            gone = {each for each in hit[job.shard] if (job.shard, each) not in after}
+            assert new or gone or hit[job.shard] & set(job.prefix), "an untouched prefix was retrained"
         keys = [job.key for job in self.fake.trained]
         assert len(keys) == len(set(keys)), "a stage was trained twice"
 
@@ -149,6 +161,15 @@ class Model:
             if head.key is not None:
                 adapter = self.fake.checkpoints.stored[head.key][ADAPTER]
                 assert set(json.loads(adapter)["touched"]) <= held
+
+    def check_heads_are_deepest(self) -> None:
+        """At any time: the target where it is held, else as many slices as any held checkpoint has."""
+        for head in self.fake.ledger.heads():
+            held = {each.key: len(each.prefix) for each in self.fake.ledger.checkpoints(head.shard)}
+            if head.key != head.target or head.key is None:
+                assert head.depth == max(held.values(), default=0)
+            assert head.depth == held.get(head.key or "", 0)
+            assert head.key == head.target or head.target not in held
 
     def check_nothing_unheld_is_reachable(self) -> None:
         """Before anything is trained, every trace of what the ledger does not hold is erased."""
@@ -170,7 +191,9 @@ class Model:
 
 
 def like(history: History) -> FakeModel:
-    recipe = fake_recipe(history.num_slices, history.schedule)
+    recipe = fake_recipe(
+        history.num_slices, history.schedule, orders=history.orders, bands=history.bands
+    )
     return fake_model(history.num_shards, recipe, bands=history.bands)
 
 
@@ -197,6 +220,11 @@ def test_any_history_equals_training_from_scratch(history: History) -> None:
     assert {each for touched in adapters for each in touched} == {
         record(number).id for number in model.remaining
     }
+    if history.orders > 1:
+        one = like(dataclasses.replace(history, orders=1))
+        train(one.world, [model.record(n) for n in sorted(model.remaining)])
+        assert one.ledger.heads() == model.fake.ledger.heads()
+        assert model_digest(one.ledger) == model_digest(model.fake.ledger)
 
 
 class Crash(BaseException):
@@ -259,6 +287,7 @@ def test_a_crash_at_any_effect_changes_no_byte(history: History, at: int, after:
     for kind, numbers in (("add", history.first), *history.steps):
         if not attempt(partial(model.step, kind, numbers)):
             model.check_heads_are_clean()
+            model.check_heads_are_deepest()
             settle(model.fake.world)
             reconcile(model.fake.world)
             model.resume(kind, numbers)

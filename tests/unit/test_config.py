@@ -229,6 +229,7 @@ OTHER: dict[str, Any] = {
     "sisa.shards": 7,
     "sisa.slices": 7,
     "sisa.schedule": "sequential",
+    "sisa.orders": 2,
     "sisa.bands": {"thresholds": [0.5], "classes": {"trial": 0.7}, "unknown": 0.1},
     "sisa.group_by": "author",
     "witness": "elsewhere",
@@ -275,7 +276,7 @@ def test_each_key_has_one_effect() -> None:
     assert effects["reindex"] == {"sisa.embedder"}
     assert effects["retrain"] == {
         *TRAINING_KEYS,
-        *("num_epochs", "sisa.schedule", "sisa.threads_per_shard", "device", "dtype"),
+        *("num_epochs", "sisa.schedule", "sisa.orders", "sisa.threads_per_shard", "device", "dtype"),
     }
 
 

@@ -14,7 +14,7 @@ RECIPE = Recipe(3, "cumulative", 2, {}, "base")
 
 
 def measured(seconds: float, epochs: int) -> HeldCheckpoint:
-    return HeldCheckpoint("k", 0, 0, 1, "f", "m", "a", 1, seconds, epochs)
+    return HeldCheckpoint("k", 0, (0,), 1, "f", "m", "a", 1, seconds, epochs)
 
 
 def view(shard: int, *sizes: int) -> ShardView:

@@ -136,7 +136,9 @@ def test_a_reconciliation_does_not_ask_for_each_shard(monkeypatch: pytest.Monkey
 
 
 def checkpoint(shard: int, slice_: int) -> HeldCheckpoint:
-    return HeldCheckpoint(digest_of([shard, slice_]), shard, slice_, 1, "f", "m", "a", 1, 0.5, 1)
+    return HeldCheckpoint(
+        digest_of([shard, slice_]), shard, tuple(range(slice_ + 1)), 1, "f", "m", "a", 1, 0.5, 1
+    )
 
 
 def ledger_of(path: Path, num_shards: int) -> SqlLedger:

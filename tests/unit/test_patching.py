@@ -319,7 +319,7 @@ def test_an_export_of_a_patch_that_was_reverted_goes_all_the_same(fake: FakeMode
     (row,) = world.ledger.lookup([world.assigner.id_digest(fake_record(FREE + 1).id)]).values()
     other = next(head for head in fake.ledger.heads() if head.shard != row.shard)
     assert other.key is not None
-    export = Export("/out", other.shard, 2, 1, other.key, "sha", "then", patches=(patch.key,))
+    export = Export("/out", other.shard, (0, 1, 2), 1, other.key, "sha", "then", patches=(patch.key,))
     commit(world, Change(exports=[export]))
     patching.revert(opened(fake))
     delete(fake, FREE + 1)

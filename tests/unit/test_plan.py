@@ -29,7 +29,7 @@ FULL = (state(0), state(1), state(2))
 
 
 def held(job: SliceJob, seq: int = 1) -> HeldCheckpoint:
-    return HeldCheckpoint(job.key, job.shard, job.slice, seq, job.fingerprint, "m", "a", 1, 1.0, 1)
+    return HeldCheckpoint(job.key, job.shard, job.prefix, seq, job.fingerprint, "m", "a", 1, 1.0, 1)
 
 
 def plan(
@@ -143,6 +143,7 @@ def test_every_input_reaches_the_key() -> None:
         replace(job, training={"learning_rate": 0.2}),
         replace(job, base="other"),
         replace(job, fingerprint="there"),
+        replace(job, before=(2,)),
     ]
     assert len({each.key for each in [job, *others]}) == len(others) + 1
 
@@ -155,7 +156,7 @@ def test_a_changed_slice_changes_all_keys_from_there_on() -> None:
 
 def test_a_keys_bytes_are_pinned() -> None:
     """A key that changes with a version would orphan every checkpoint at rest."""
-    assert path(FULL)[0].key == "47b5071b282a1331a0f3c8784ebf76f912e8799c39674022ed7dde3bd3258197"
+    assert path(FULL)[0].key == "37f19caab4fa9ef4509feedac821094a82b00211d1ba8eea78fc39175a450ce6"
 
 
 def test_with_nothing_held_all_is_trained_from_the_base() -> None:

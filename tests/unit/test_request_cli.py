@@ -46,6 +46,9 @@ REQUEST_KEYS |= {
     "shards",
     "record_epochs_retrained",
     "record_epochs_full",
+    "record_epochs_others",
+    "served",
+    "serving_depth",
     "cause",
     "exports_erased",
 }

@@ -353,11 +353,11 @@ def test_a_chain_is_clean_only_while_all_of_its_records_are_held(model: Path) ->
             parsed = read_manifest(model / opening.CHECKPOINTS / held.key, world.keyring)
             assert parsed is not None
             rows = world.ledger.rows(held.shard)
-            assert proves_clean(parsed[0], rows, held.seq)
-            touched = [row for row in rows if row.slice <= held.slice]
+            assert proves_clean(parsed[0], rows, held.seq, world.recipe.num_slices)
+            touched = [row for row in rows if row.slice in held.prefix]
             for row in touched:
                 rest = [each for each in rows if each is not row]
-                assert not proves_clean(parsed[0], rest, held.seq)
+                assert not proves_clean(parsed[0], rest, held.seq, world.recipe.num_slices)
 
 
 def test_a_head_that_serves_while_added_records_wait_is_clean(model: Path) -> None:

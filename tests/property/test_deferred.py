@@ -1,0 +1,53 @@
+"""Deletions whose training is put off: erased at once, served from what is clean, trained in the end.
+
+Any number of them may follow one another. After each, nothing of the deleted is left, nothing was
+trained, and the deepest clean prefix of any order serves. When training catches up, requests are
+completed and all bytes equal those of training from scratch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from sisa.deletion import forget_at_once
+from sisa.lifecycle import Terms, arrive
+from sisa.reconcile import reconcile
+from sisa.run import train
+from tests.property.test_histories import History, Model, assert_equal, histories, like
+
+gone_sets = st.lists(st.sets(st.integers(0, 40), min_size=1, max_size=4), max_size=4)
+
+
+@pytest.mark.slow
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(histories(), gone_sets)
+def test_deferred_deletions_end_as_if_they_had_been_trained(
+    history: History, gone_sets: list[set[int]]
+) -> None:
+    model = Model(dataclasses.replace(history, first=tuple(range(0, 41, 2))))
+    world, ledger = model.fake.world, model.fake.ledger
+    model.fake.trained.clear()
+    for gone in gone_sets:
+        rows = model.rows(gone & model.remaining)
+        if rows:
+            request = forget_at_once(world, arrive(world, rows, (), Terms(approver="a")), defer=True)
+            assert request.state in ("erased", "completed")
+            assert request.served == tuple(
+                (head.shard, head.depth, sum(f.shard == head.shard for f in ledger.slices()))
+                for head in ledger.heads()
+                if head.shard in {row.shard for row in rows}
+            )
+        model.remaining -= gone
+        model.check_no_residue()
+        model.check_heads_are_clean()
+        model.check_heads_are_deepest()
+    assert model.fake.trained == []
+    reconcile(world)
+    assert all(each.state == "completed" for each in ledger.requests())
+    scratch = like(history)
+    train(scratch.world, [model.record(n) for n in sorted(model.remaining)])
+    assert_equal(model.fake, scratch)
