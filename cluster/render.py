@@ -279,6 +279,9 @@ def status(found: Status) -> Result:
         f"{found.record_epochs_full} record-epochs in order 0, {found.record_epochs_others} more in "
         f"{found.num_orders - 1} other orders"
     )
+    if found.checkpoint_budget_bytes is not None:
+        budget = f"{found.checkpoint_bytes:,} bytes of a budget of {found.checkpoint_budget_bytes:,}"
+        lines.append(f"checkpoints hold {budget}")
     lines += [
         f"request {each.request_id}: {each.num_records} records at {each.created_at}, {each.state}"
         for each in found.requests

@@ -315,6 +315,8 @@ class Model:
                 num_orders=1 + len(world.recipe.orders),
                 serving_depth=serving_depth(world.ledger.heads(), views),
                 record_epochs_full=full,
+                checkpoint_budget_bytes=self.config.sisa.checkpoint_budget_bytes,
+                checkpoint_bytes=sum(each.num_bytes for view in views for each in view.held),
                 record_epochs_others=orders_record_epochs(views, world.recipe) - full,
             )
 

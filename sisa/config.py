@@ -79,11 +79,10 @@ class SisaBlock(Block):
         "cumulative", "retrain", "Stage r sees slices 1..r (cumulative) or slice r alone (sequential)."
     )
     orders: Int = key(
-        1,
-        "retrain",
-        "Orders in which each shard's slices are trained; the first counts, the rest serve meanwhile.",
-        ge=1,
-        le=10_000,
+        1, "retrain", "Orders that a shard's slices are trained in; the first counts.", ge=1, le=10_000
+    )
+    checkpoint_budget_bytes: Int | None = key(
+        None, "none", "Bytes of checkpoints to keep at rest; null keeps the stages of all slices.", ge=1
     )
     bands: Bands | None = key(
         None,
@@ -282,7 +281,11 @@ class RunConfig(Block):
         """What all jobs of a model with this run file share."""
         own, training = self.sisa, self.training()
         others = chosen_orders(own.slices, own.orders, own.bands)[1:]
-        return Recipe(own.slices, own.schedule, self.num_epochs, training, base_digest, others)
+        share = own.checkpoint_budget_bytes and own.checkpoint_budget_bytes // own.shards
+        risks = own.bands.slice_risks(own.slices) if own.bands else ()
+        return Recipe(
+            own.slices, own.schedule, self.num_epochs, training, base_digest, others, share, risks
+        )
 
     def to_canonical(self) -> str:
         """Canonical JSON, all defaults written out."""

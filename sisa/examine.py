@@ -294,7 +294,8 @@ def _wrong_head(world: World, head: Head) -> str:
 
 def _gaps(world: World) -> Iterator[Finding]:
     """Stages that are missing before a held one: the head serves, but a deletion would retrain more."""
-    for head in world.ledger.heads():
+    heads = world.ledger.heads() if world.recipe.shard_budget is None else []  # else they may be meant
+    for head in heads:
         view = view_shard(world, head.shard)
         plan = plan_shard(view, world.recipe, world.fingerprint)
         held = {each.key for each in view.held}

@@ -38,6 +38,8 @@ class Status:
     serving_depth: float = 1.0  # mean share of their slices that shards serve
     record_epochs_full: int = 0  # of training order 0 from scratch
     record_epochs_others: int = 0  # of training the other orders beside it
+    checkpoint_budget_bytes: int | None = None
+    checkpoint_bytes: int = 0  # of the stages that the ledger holds
 
 
 @dataclass(frozen=True)

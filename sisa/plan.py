@@ -5,7 +5,7 @@
     head    = target if held, else the deepest clean one held, of whatever order, else the base (None)
     train   = the path from the target's deepest held ancestor to the target
     others  = the same of every other order
-    retired = clean, but neither on any order's path nor heading
+    retired = clean, but neither on any order's path nor heading; or over the shard's budget of bytes
 
 Rules: pure; the planner is not told what happened, it sees what remains and what is held, one shard
 at a time. An empty slice is no stage. A shard keeps the fingerprint that it was trained under while
@@ -37,6 +37,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, Literal, Protocol
 
+from sisa.budget import best_kept, shared
 from sisa.domain import (
     ANY_SHARD,
     Export,
@@ -62,6 +63,8 @@ class Recipe:
     training: Mapping[str, Any]
     base: str
     orders: tuple[Order, ...] = ()
+    shard_budget: int | None = None  # bytes of checkpoints that a whole shard keeps; None: all of them
+    risks: tuple[float, ...] = ()  # of each slice of a generation; none: all alike
 
     def passes(self, slice_: int) -> tuple[int, int]:
         """Passes of a slice's stage, as an exact fraction."""
@@ -246,8 +249,44 @@ def plan_shard(view: ShardView, recipe: Recipe, fingerprint: str) -> ShardPlan:
         others.append(_missing(each, held, known))
         known.update(job.key for job in others[-1].train)
     keep = {job.key for each in paths for job in each} | {head.key}
-    retired = tuple(key for key in held if key not in keep)
-    return ShardPlan(view.shard, paths, head, mine.train, mine.parent, retired, tuple(others))
+    found = ShardPlan(view.shard, paths, head, mine.train, mine.parent, (), tuple(others))
+    spare = set() if found.all_missing else _over_budget(view, recipe, paths, held)
+    return replace(found, retired=tuple(key for key in held if key not in keep or key in spare))
+
+
+def _over_budget(
+    view: ShardView,
+    recipe: Recipe,
+    paths: Sequence[Sequence[SliceJob]],
+    held: Mapping[str, HeldCheckpoint],
+) -> set[str]:
+    """Held stages that are to go so that the rest is within the budget: those that spare the least
+    training. The last stage of every order stays, whatever its bytes."""
+    if recipe.shard_budget is None:
+        return set()
+    last = {path[-1].key for path in paths if path}
+    others = {job.key for path in paths for job in path if job.key in held} - last
+    room = sum(held[key].num_bytes for key in others)
+    left = recipe.shard_budget - sum(held[key].num_bytes for key in last if key in held)
+    if left >= room or not others:
+        return set()
+    most = max(0, left // max(held[key].num_bytes for key in others))
+    weights = {
+        each.slice: each.num_records
+        * (recipe.risks[each.slice % recipe.num_slices] if recipe.risks else 1.0)
+        for each in view.slices
+    }
+    choices = [
+        best_kept(
+            [record_epochs(job) for job in path],
+            [weights[job.slice] for job in path],
+            [n for n, job in enumerate(path) if job.key in others],
+            most,
+        )
+        for path in paths
+    ]
+    chosen = zip(paths, shared(choices, most), strict=True)
+    return others - {path[n].key for path, kept in chosen for n in kept.stages}
 
 
 def gaps(plan: ShardPlan, held: Container[str]) -> list[SliceJob]:

@@ -307,6 +307,14 @@ def _retire(world: World) -> None:
     dropped = [key for plan in _plans(world, converged) for key in plan.retired]
     if dropped:
         commit(world, Change(dropped=dropped))
+    budget = world.recipe.shard_budget
+    held = Counter[int]()
+    for each in world.ledger.checkpoints() if budget is not None else ():
+        held[each.shard] += each.num_bytes
+    over = [shard for shard, num_bytes in held.items() if num_bytes > (budget or 0)]
+    if over:
+        what = f"{len(over)} shards keep more bytes than their {budget:,} of checkpoint_budget_bytes"
+        world.report(Notice(f"{what}: heads and the last stages of orders are kept whatever the budget"))
 
 
 def _complete_requests(world: World) -> None:

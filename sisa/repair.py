@@ -166,7 +166,7 @@ def _give_up(world: World, found: Sequence[Finding]) -> tuple[list[ShardPlan], l
 def _close_gaps(world: World, plans: Sequence[ShardPlan]) -> list[str]:
     done: list[str] = []
     chains: list[Chain] = []
-    for plan in plans:
+    for plan in plans if world.recipe.shard_budget is None else ():  # else what is missing may be meant
         gaps = _gaps(world, plan)
         if gaps and gaps[0].jobs[0].fingerprint != world.fingerprint:
             done.append(

@@ -282,9 +282,12 @@ def fake_recipe(
     epochs: int = 2,
     orders: int = 1,
     bands: Bands | None = None,
+    budget: int | None = None,
 ) -> Recipe:
     others = chosen_orders(num_slices, orders, bands)[1:]
-    return Recipe(num_slices, schedule, epochs, {"learning_rate": 0.1}, "base-digest", others)
+    risks = bands.slice_risks(num_slices) if bands else ()
+    training = {"learning_rate": 0.1}
+    return Recipe(num_slices, schedule, epochs, training, "base-digest", others, budget, risks)
 
 
 def fake_model(

@@ -50,6 +50,7 @@ class History:
     steps: tuple[tuple[str, tuple[int, ...]], ...] = ()
     bands: Bands | None = None
     orders: int = 1
+    budget: int | None = None  # bytes of a shard's checkpoints
 
 
 def subject_of(number: int) -> str | None:
@@ -150,6 +151,7 @@ class Model:
             before = {slice_ for shard, slice_ in self.filled if shard == job.shard}
             new = self.fake.world.recipe.orders and before == set(job.prefix)  # the end of another order
             gone = {each for each in hit[job.shard] if (job.shard, each) not in after}
+            new = new or self.fake.world.recipe.shard_budget is not None  # or was dropped
             assert new or gone or hit[job.shard] & set(job.prefix), "an untouched prefix was retrained"
         keys = [job.key for job in self.fake.trained]
         assert len(keys) == len(set(keys)), "a stage was trained twice"
@@ -192,7 +194,11 @@ class Model:
 
 def like(history: History) -> FakeModel:
     recipe = fake_recipe(
-        history.num_slices, history.schedule, orders=history.orders, bands=history.bands
+        history.num_slices,
+        history.schedule,
+        orders=history.orders,
+        bands=history.bands,
+        budget=history.budget,
     )
     return fake_model(history.num_shards, recipe, bands=history.bands)
 

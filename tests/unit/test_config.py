@@ -230,6 +230,7 @@ OTHER: dict[str, Any] = {
     "sisa.slices": 7,
     "sisa.schedule": "sequential",
     "sisa.orders": 2,
+    "sisa.checkpoint_budget_bytes": 10**9,
     "sisa.bands": {"thresholds": [0.5], "classes": {"trial": 0.7}, "unknown": 0.1},
     "sisa.group_by": "author",
     "witness": "elsewhere",
@@ -269,7 +270,7 @@ def test_each_key_has_one_effect() -> None:
     where |= {"sisa.partition_key_file"}
     cluster = {key for key in OTHER if key.startswith("cluster.")}
     none = {"output_dir", "datasets", "storage", "witness", "keyring", "probe", "patch_mode"}
-    none |= {"sisa.aggregation"}
+    none |= {"sisa.aggregation", "sisa.checkpoint_budget_bytes"}
     assert effects["none"] == cluster | none
     assert effects["reseal"] == {"encrypt"}
     assert effects["reset"] == where

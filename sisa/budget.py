@@ -1,0 +1,100 @@
+"""Which checkpoints to keep where not all fit: those that spare the most training when a deletion comes.
+
+    best_kept   of one order's stages, for every number of them that fits: the best choice
+    shared      the same over several orders that share one room
+    expected    what a deletion retrains on the mean, with some stages kept
+
+Rules: pure. A deletion that hits stage i of an order retrains from the deepest kept stage before it.
+Each kept stage spares all training up to itself, for the hits between it and the next kept one: so that
+the best choice of j stages ends in the best choice of j - 1 of those before its last, and all are found
+by dynamic programming over the path, exactly. Orders are put together by trying every split of the
+room. That is exact where orders have no beginning in common (rotations have none); a common one is
+counted for each of them. The last stage of every order is always kept and takes no part here. Stages
+are taken to be of one size.
+
+Not covered: which stages are held, and their bytes (`plan.py`).
+
+>>> costs, hits = (1.0, 2.0, 3.0, 4.0), (0.25, 0.25, 0.25, 0.25)
+>>> [kept.stages for kept in best_kept(costs, hits)]
+[(), (1,), (1, 2), (0, 1, 2)]
+>>> round(expected(costs, hits, ()), 3), round(expected(costs, hits, (0, 1, 2)), 3)
+(10.0, 7.5)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Stages (numbered from 0) that are kept of an order, and the training that they spare on the
+    mean."""
+
+    spared: float
+    stages: tuple[int, ...]
+
+
+def best_kept(
+    costs: Sequence[float],
+    hits: Sequence[float],
+    held: Sequence[int] | None = None,
+    most: int | None = None,
+) -> list[Kept]:
+    """For 0, 1, ... (`most`) kept stages the best choice among those `held`, by default all but the
+    last.
+
+    `costs` are those of training each stage, `hits` the chances that a deletion's slice is that of each.
+    """
+    stages = sorted(held) if held is not None else list(range(len(costs) - 1))
+    stages = [each for each in stages if each < len(costs) - 1]
+    limit = len(stages) if most is None else min(most, len(stages))
+    found = [Kept(0.0, ())]
+    if not limit:
+        return found
+    upto = np.cumsum(costs)[stages]  # what each spares
+    later = np.append(np.cumsum(np.array(hits, dtype=np.float64)[::-1])[::-1], 0.0)
+    after = later[np.array(stages) + 1]  # chance of a hit behind each
+    between = upto[:, None] * (after[:, None] - after[None, :])  # [kept, next kept]
+    between[np.tril_indices(len(stages))] = -np.inf
+    best, chosen = np.zeros(len(stages)), []  # best[i]: spared before stage i, the last one kept
+    for number in range(limit):
+        if number:
+            options = best[:, None] + between
+            chosen.append(options.argmax(axis=0))
+            best = options.max(axis=0)
+        ends = best + upto * after
+        at = int(ends.argmax())
+        path = [at]
+        for back in reversed(chosen):
+            path.append(int(back[path[-1]]))
+        found.append(Kept(float(ends[at]), tuple(stages[each] for each in reversed(path))))
+    return found
+
+
+def shared(orders: Sequence[Sequence[Kept]], room: int) -> list[Kept]:
+    """What to keep of each order, given its `best_kept`, of `room` stages in all."""
+    spared, splits = [0.0], [()]  # type: tuple[list[float], list[tuple[int, ...]]]
+    for choices in orders:
+        options: dict[int, tuple[float, tuple[int, ...]]] = {}
+        for used, (before, split) in enumerate(zip(spared, splits, strict=True)):
+            for number, kept in enumerate(choices[: room - used + 1]):
+                total = before + kept.spared
+                if used + number not in options or total > options[used + number][0]:
+                    options[used + number] = (total, (*split, number))
+        spared = [options[used][0] for used in range(len(options))]
+        splits = [options[used][1] for used in range(len(options))]
+    return [choices[n] for choices, n in zip(orders, splits[int(np.argmax(spared))], strict=True)]
+
+
+def expected(costs: Sequence[float], hits: Sequence[float], kept: Sequence[int]) -> float:
+    """What a deletion retrains of an order on the mean, with these stages kept (and the last)."""
+    total, sum_, spared = float(np.sum(costs)), 0.0, 0.0
+    upto = np.cumsum(costs)
+    for stage, hit in enumerate(hits):
+        sum_ += hit * (total - spared)
+        spared = float(upto[stage]) if stage in kept else spared
+    return sum_

@@ -1,0 +1,41 @@
+"""Any budget for checkpoints changes what is held, never what is served.
+
+Histories as in `test_histories.py`, under a budget that is mostly too small for all stages. In the end
+every head has the bytes of training from scratch without a budget, what is held has the bytes that it
+has there, and bytes are within the budget unless only the last stages of orders are left.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from sisa.run import train
+from sisa.world import model_digest
+from tests.property.test_histories import History, Model, histories, like
+
+
+@pytest.mark.slow
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(histories(), st.integers(1, 4_000))
+def test_any_history_serves_the_same_bytes(history: History, budget: int) -> None:
+    model = Model(dataclasses.replace(history, budget=budget))
+    for kind, numbers in history.steps:
+        model.step(kind, numbers)
+    scratch = like(history)
+    train(scratch.world, [model.record(n) for n in sorted(model.remaining)])
+    assert model.fake.ledger.heads() == scratch.ledger.heads()
+    assert model_digest(model.fake.ledger) == model_digest(scratch.ledger)
+    stored, whole = model.fake.checkpoints.stored, scratch.checkpoints.stored
+    assert {key: whole[key] for key in stored} == stored
+    held = Counter[int]()
+    for each in model.fake.ledger.checkpoints():
+        held[each.shard] += each.num_bytes
+    heads = {head.key for head in model.fake.ledger.heads()}
+    for shard, num_bytes in held.items():
+        here = [each for each in model.fake.ledger.checkpoints(shard) if each.key not in heads]
+        assert num_bytes <= budget or len(here) <= len(model.fake.world.recipe.orders)
