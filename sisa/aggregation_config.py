@@ -28,7 +28,7 @@ class Aggregation(Block):
     top_k: Int = Field(
         default=1, ge=1, le=10_000, description="Number of shards that a prompt is routed to."
     )
-    temperature: Float = Field(default=0.07, gt=0, description="The lower, the more the nearest counts.")
+    temperature: Float = Field(default=0.04, gt=0, description="The lower, the more the nearest counts.")
     min_score: Annotated[Float, Field(ge=-2, le=2)] | Literal["auto"] | None = Field(
         default="auto", description="Least nearness of a shard; auto: what was measured of the embedder."
     )

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from sisa import query
 from sisa.domain import Kind
+from sisa.model.names import nameless
 from sisa.model.route import Route, all_of, choose_route, settled
 from sisa.parts import Parts
 from sisa.patch import Patch
@@ -54,9 +55,13 @@ def routes_of(world: World, parts: Parts, prompts: Sequence[str]) -> list[Route]
     block, live = parts.config.sisa, frozenset(live_heads(world))
     if block.aggregation.method != "routed":
         return [all_of(live)] * len(prompts)
-    how = settled(block.aggregation, block.embedder, usual_kind(world))
-    found = query.search_each(world, world.embed(prompts), NUM_ROUTING_HITS) if prompts else []
-    return [choose_route(hits, how, live) for hits in found]
+    if not prompts:
+        return []
+    vectors = world.embed(prompts)
+    named = ~nameless(vectors) if block.names else [False] * len(prompts)
+    hows = [settled(block.aggregation, block.embedder, usual_kind(world), bool(each)) for each in named]
+    found = query.search_each(world, vectors, NUM_ROUTING_HITS)
+    return [choose_route(hits, how, live) for hits, how in zip(found, hows, strict=True)]
 
 
 def open_answerer(

@@ -101,6 +101,11 @@ class SisaBlock(Block):
     embedder: Name = key(
         MINILM, "reindex", "Embedder of the index: hashing, pypi:name==version, hub name or directory."
     )
+    names: Bool = key(
+        True,
+        "reindex",
+        "Whether the capitalised names in a text are half of what makes it near another.",
+    )
     aggregation: Aggregation = key(
         Aggregation(),
         "none",

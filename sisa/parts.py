@@ -59,10 +59,11 @@ class Parts:
     @cached_property
     def embedder(self) -> Embedder:
         from sisa.model.embedder import resolve_embedder
-        from sisa.model.hashing import HashingEmbedder
+        from sisa.model.names import NameEmbedder
 
-        name = self.config.sisa.embedder
-        found = HashingEmbedder() if name == "hashing" else resolve_embedder(name)
+        found = resolve_embedder(self.config.sisa.embedder)
+        if self.config.sisa.names:
+            found = NameEmbedder(found)
         if self._embedder is not None:
             refuse_change("embedder", self._embedder, found.digest)
         return found

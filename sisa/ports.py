@@ -182,7 +182,7 @@ class Embedder(Protocol):
         """Length of a vector."""
 
     def embed(self, texts: Sequence[str]) -> Vectors:
-        """Unit vectors; row i depends on text i alone, to the bit."""
+        """Vectors of length 1 or less; row i depends on text i alone, to the bit."""
 
 
 class RecordIndex(Protocol):

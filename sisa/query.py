@@ -212,8 +212,14 @@ def search(world: World, queries: Vectors, top_k: int) -> list[Hit]:
 
 
 def search_each(world: World, queries: Vectors, top_k: int) -> list[list[Hit]]:
-    """For each query the best hits over all shards, best first."""
-    return world.index.search(world.ledger.indexes(), queries, top_k)
+    """For each query the best hits over all shards, best first. A score is relative to the query's own
+    with itself: equal texts score 1, whatever the length of their vectors."""
+    found = world.index.search(world.ledger.indexes(), queries, top_k)
+    own = (queries * queries).sum(axis=1).tolist()
+    return [
+        [replace(hit, score=hit.score / square) for hit in hits]
+        for hits, square in zip(found, own, strict=True)
+    ]
 
 
 def find_text(world: World, texts: Sequence[str], top_k: int) -> list[Found]:

@@ -39,7 +39,7 @@ from sisa.config import MINILM
 from sisa.domain import Hit, Kind
 
 SHARE_WEIGHT = 0.3
-MIN_SCORES = {MINILM: 0.87}
+MIN_SCORES = {(MINILM, True): 1.0, (MINILM, False): 0.924}  # with a name in the prompt; with none
 
 
 @dataclass(frozen=True)
@@ -55,15 +55,18 @@ def all_of(live_shards: Collection[int]) -> Route:
     return Route(tuple(sorted(live_shards)), (1 / max(1, len(live_shards)),) * len(live_shards))
 
 
-def settled(how: Aggregation, embedder: str, kind: Kind) -> Aggregation:
-    """With a number for `min_score: auto`, or none; `kind` is how most records are written.
+def settled(how: Aggregation, embedder: str, kind: Kind, named: bool) -> Aggregation:
+    """With a number for `min_score: auto`, or none. `kind` is how most records are written, `named`
+    whether the prompt names somebody and names count.
 
-    >>> settled(Aggregation(), MINILM, "completion").min_score, settled(Aggregation(), "hashing", "chat")
-    (0.87, Aggregation(method='routed', top_k=1, temperature=0.07, min_score=None, below='base'))
+    >>> settled(Aggregation(), MINILM, "completion", True).min_score
+    1.0
+    >>> settled(Aggregation(), "hashing", "chat", False)
+    Aggregation(method='routed', top_k=1, temperature=0.04, min_score=None, below='base')
     """
     if how.min_score != "auto":
         return how
-    measured = None if kind == "text" else MIN_SCORES.get(embedder)
+    measured = None if kind == "text" else MIN_SCORES.get((embedder, named))
     return how.model_copy(update={"min_score": measured})
 
 

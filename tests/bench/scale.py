@@ -63,7 +63,7 @@ from sisa.store.ledger import SqlLedger
 DAY_S = 86_400.0
 START = date(2030, 1, 1)
 CHECKPOINT_BYTES = 8 * ASSUMED_BYTES_PER_RANK  # SmolLM2-135M at rank 8
-VECTOR_BYTES = 384 * 4 + 8  # MiniLM's, and its id
+VECTOR_BYTES = (384 + 512) * 4 + 8  # MiniLM's with names, and its id
 SAMPLE_ROWS = 20_000
 Json = dict[str, Any]
 

@@ -1,4 +1,4 @@
-"""What every Embedder promises, over the fake and over feature hashing.
+"""What every Embedder promises, over the fake and over feature hashing, with and without names.
 
 A row depends on its own text alone, to the bit: otherwise a deleted record would live on in the
 vectors of those that were embedded beside it. (The transformer embedder is tested where torch is.)
@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sisa.model.hashing import HashingEmbedder
+from sisa.model.names import NameEmbedder
 from sisa.ports import Embedder, Vectors
 from tests.fakes import DIMENSION, fake_embed
 
@@ -21,8 +22,10 @@ Embed = Callable[[Sequence[str]], Vectors]
 texts = st.lists(st.text(max_size=40), max_size=6)
 
 
-@pytest.fixture(scope="module", params=["fake", "hashing"])
+@pytest.fixture(scope="module", params=["fake", "hashing", "names"])
 def embed(request: pytest.FixtureRequest) -> Embed:
+    if request.param == "names":
+        return NameEmbedder(HashingEmbedder()).embed
     return fake_embed if request.param == "fake" else HashingEmbedder().embed
 
 
@@ -36,11 +39,12 @@ def test_a_row_does_not_know_its_batch_mates(
 
 
 @given(texts)
-def test_rows_have_unit_length(embed: Embed, some: list[str]) -> None:
+def test_no_row_is_longer_than_one(embed: Embed, some: list[str]) -> None:
     vectors = embed(some)
     assert vectors.dtype == np.float32
     assert vectors.shape == (len(some), embed(["x"]).shape[1])
-    assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
+    lengths = np.linalg.norm(vectors, axis=1)
+    assert np.logical_or(np.isclose(lengths, 1), np.isclose(lengths, 0.5**0.5)).all()
 
 
 def test_no_texts_no_rows(embed: Embed) -> None:
@@ -52,9 +56,9 @@ def test_different_texts_have_different_rows(embed: Embed) -> None:
     assert len({row.tobytes() for row in vectors}) == 50
 
 
-def test_digest_and_dimension_are_stable() -> None:
-    one: Embedder = HashingEmbedder()
-    other: Embedder = HashingEmbedder()
+@pytest.mark.parametrize("make", [HashingEmbedder, lambda: NameEmbedder(HashingEmbedder())])
+def test_digest_and_dimension_are_stable(make: Callable[[], Embedder]) -> None:
+    one, other = make(), make()
     assert one.digest == other.digest
     assert len(one.digest) == 64
     assert one.embed(["a"]).shape == (1, one.dimension)

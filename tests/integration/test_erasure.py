@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 
 from sisa.model.hashing import HashingEmbedder
+from sisa.model.names import NameEmbedder
 from sisa.opening import CHECKPOINTS, INDEX, RECORDS
 from sisa.samples import distinctive_word
 from tests.integration.tiny_model import (
@@ -67,7 +68,7 @@ def vectors_of(directory: Path) -> bytes:
 
 def vector(row: Row) -> bytes:
     text = f"{row['prompt']}\n{row['completion']}"
-    data: bytes = HashingEmbedder().embed([text])[0].astype(np.float32).tobytes()
+    data: bytes = NameEmbedder(HashingEmbedder()).embed([text])[0].astype(np.float32).tobytes()
     return data
 
 

@@ -25,6 +25,7 @@ from sisa.digest import Keyed
 from sisa.domain import Record, RecordRow
 from sisa.lifecycle import Terms, carry_out, submit
 from sisa.model.hashing import HashingEmbedder
+from sisa.model.names import NameEmbedder
 from sisa.model.numerics import fingerprint
 from sisa.parts import Parts
 from sisa.ports import StoredRecord
@@ -67,7 +68,7 @@ def world_of(
     """The world of a directory; every part but the trainer is real."""
     ledger = SqlLedger(directory / opening.LEDGER, create=create is not None)
     config = create or opening.stored_config(ledger.meta())
-    embedder = HashingEmbedder()
+    embedder = NameEmbedder(HashingEmbedder())
     keyring = opening.open_keyring(config, NAME)
     places = rooms(directory, config.storage, NAME)
     records = FileRecords(places[opening.RECORDS], keyring)
@@ -122,7 +123,7 @@ def train_in(
     directory.mkdir(exist_ok=True)
     opening.write_secret(directory / opening.KEY, SECRET)
     (directory / opening.LOCK).touch()
-    embedder = HashingEmbedder()
+    embedder = NameEmbedder(HashingEmbedder())
     named = {"name": "hashing", "digest": embedder.digest, "dimension": embedder.dimension}
     meta = {
         "config": config.to_canonical(),

@@ -239,6 +239,7 @@ OTHER: dict[str, Any] = {
     "sisa.partition_key_file": "key",
     "sisa.threads_per_shard": 7,
     "sisa.embedder": "other",
+    "sisa.names": False,
     "sisa.aggregation": "mean_prob",
     "cluster.address": "auto",
     "cluster.num_workers": 7,
@@ -274,7 +275,7 @@ def test_each_key_has_one_effect() -> None:
     assert effects["none"] == cluster | none
     assert effects["reseal"] == {"encrypt"}
     assert effects["reset"] == where
-    assert effects["reindex"] == {"sisa.embedder"}
+    assert effects["reindex"] == {"sisa.embedder", "sisa.names"}
     assert effects["retrain"] == {
         *TRAINING_KEYS,
         *("num_epochs", "sisa.schedule", "sisa.orders", "sisa.threads_per_shard", "device", "dtype"),

@@ -9,7 +9,7 @@ import pytest
 
 from sisa.aggregation_config import Aggregation
 from sisa.config import MINILM
-from sisa.domain import Hit
+from sisa.domain import Hit, Kind
 from sisa.model.route import MIN_SCORES, SHARE_WEIGHT, Route, choose_route, nearness, settled
 
 HITS = [Hit(1, 0.5, 1), Hit(2, 0.9, 2), Hit(3, 0.7, 1), Hit(4, 0.7, 0)]
@@ -76,13 +76,15 @@ def test_the_score_that_counts_is_that_of_a_shard_that_serves() -> None:
 
 def test_auto_is_what_was_measured_of_the_embedder_for_questions_and_answers() -> None:
     how = Aggregation(top_k=2)
-    measured = MIN_SCORES[MINILM]
-    assert [settled(how, MINILM, kind).min_score for kind in ("completion", "chat", "text")] == [
-        *(measured, measured, None)
-    ]
-    assert settled(how, "hashing", "completion") == how.model_copy(update={"min_score": None})
-    assert settled(Aggregation(min_score=0.5), MINILM, "text").min_score == 0.5
-    assert settled(Aggregation(min_score=None), MINILM, "chat").min_score is None
+    for named in (False, True):
+        measured = MIN_SCORES[MINILM, named]
+        kinds: list[Kind] = ["completion", "chat", "text"]
+        found = [settled(how, MINILM, kind, named).min_score for kind in kinds]
+        assert found == [measured, measured, None]
+        none = how.model_copy(update={"min_score": None})
+        assert settled(how, "hashing", "completion", named) == none
+        assert settled(Aggregation(min_score=0.5), MINILM, "text", named).min_score == 0.5
+        assert settled(Aggregation(min_score=None), MINILM, "chat", named).min_score is None
 
 
 def test_what_one_shard_of_few_gets_by_chance_brings_nothing_nearer() -> None:

@@ -1,0 +1,49 @@
+"""Names in texts: who is named decides between texts that mean the same."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from sisa.model.hashing import HashingEmbedder
+from sisa.model.names import NameEmbedder, nameless, names_in
+
+EMBEDDER = NameEmbedder(HashingEmbedder())
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("Where was Mara Quill born?", ["mara", "quill"]),
+        ("where was mara quill born?", []),
+        ("Was it hers? Mara says so: Quill wrote it\nIn Porto.", ["porto"]),
+        (
+            "it was Mara's, and the Quills\u2019 and Al-Rashid\u2019s, and Mara's again",
+            ["mara", "quills", "al-rashid"],
+        ),
+        ("you know I was there, and I'm here", []),
+        ("", []),
+    ],
+)
+def test_a_name_is_a_capitalised_word_within_a_sentence(text: str, names: list[str]) -> None:
+    assert names_in(text) == names
+
+
+def test_who_is_named_decides_between_texts_alike_in_all_else() -> None:
+    texts = ["the mother of Mara Quill is a nurse", "the mother of Tomas Brandt is a nurse"]
+    records = EMBEDDER.embed(texts)
+    plain = HashingEmbedder().embed(texts)
+    (query,) = EMBEDDER.embed(["What does the mother of Tomas Brandt do?"])
+    (bare,) = HashingEmbedder().embed(["What does the mother of Tomas Brandt do?"])
+    ours, others = records @ query, plain @ bare
+    assert ours[1] - ours[0] > 0.5 > others[1] - others[0] > 0
+
+
+def test_a_prompt_that_names_nobody_ranks_as_without_names() -> None:
+    texts = [f"the mother of Mara is {what}" for what in ("a nurse", "in Porto", "tall", "a judge")]
+    prompt = ["what is the mother of mara? a judge"]
+    ours = (EMBEDDER.embed(texts) @ EMBEDDER.embed(prompt)[0]) * 2
+    assert np.allclose(
+        ours, HashingEmbedder().embed(texts) @ HashingEmbedder().embed(prompt)[0], atol=1e-6
+    )
+    assert nameless(EMBEDDER.embed([*prompt, texts[0]])).tolist() == [True, False]
