@@ -46,6 +46,7 @@ from sisa.config_types import (
     Storage,
     conflict,
     key,
+    shown,
 )
 from sisa.digest import canonical_json
 from sisa.domain import GENERATION_COLUMN
@@ -55,7 +56,6 @@ from sisa.patch import PatchMode
 from sisa.plan import Recipe, Schedule
 from sisa.scratch_config import BaseModelKey, ScratchBase, same_base
 
-MAX_GOT_CHARS = 60
 BODY_COLUMNS = ("text", "prompt", "completion", "messages")
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
 OTHER_SUFFIXES = (".csv", ".tsv", ".txt", ".arrow", ".gz", ".zip", ".zst", ".yaml", ".yml")
@@ -80,6 +80,9 @@ class SisaBlock(Block):
     )
     orders: Int = key(
         1, "retrain", "Orders that a shard's slices are trained in; the first counts.", ge=1, le=10_000
+    )
+    layerwise: Bool = key(
+        False, "retrain", "Each slice trains a block of layers of its own, the first one the topmost."
     )
     checkpoint_budget_bytes: Int | None = key(
         None, "none", "Bytes of checkpoints to keep at rest; null keeps the stages of all slices.", ge=1
@@ -280,7 +283,8 @@ class RunConfig(Block):
     def training(self) -> dict[str, Any]:
         """The hyper-parameters that reach an adapter's bits; epochs and schedule come as passes."""
         dump = self.model_dump(mode="json")
-        return {key: dump[key] for key in TRAINING_KEYS} | self.arithmetic.in_jobs()
+        blocks = {"layerwise": self.sisa.slices} if self.sisa.layerwise else {}
+        return {key: dump[key] for key in TRAINING_KEYS} | self.arithmetic.in_jobs() | blocks
 
     def recipe(self, base_digest: str) -> Recipe:
         """What all jobs of a model with this run file share."""
@@ -383,17 +387,6 @@ def json_schema() -> dict[str, Any]:
     methods = schema["$defs"]["Aggregation"]["properties"]["method"]["enum"]
     block["aggregation"]["anyOf"] = [{"enum": methods}, {"$ref": block["aggregation"].pop("$ref")}]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
-
-
-def shown(value: Any) -> str:
-    try:
-        return short(repr(value) if isinstance(value, str | int | float | list | dict) else str(value))
-    except (ValueError, RecursionError):  # an integer too long to print
-        return "a huge value"
-
-
-def short(text: str) -> str:
-    return text if len(text) <= MAX_GOT_CHARS else text[: MAX_GOT_CHARS - 3] + "..."
 
 
 def is_local(name: str) -> bool:

@@ -24,6 +24,7 @@ Int = Annotated[int, Strict()]
 Float = Annotated[float, Strict()]
 Bool = Annotated[bool, Strict()]
 Name = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x20\x7f][^\x00-\x1f\x7f]*$")]
+MAX_GOT_CHARS = 60
 NAME = re.compile(r"[^\x00-\x20\x7f\ud800-\udfff][^\x00-\x1f\x7f\ud800-\udfff]*")
 
 
@@ -75,3 +76,14 @@ class DatasetSource(Block):
 
     path: Name = Field(description="JSONL or Parquet file, saved dataset, or hub dataset name.")
     split: Name = Field(default="train", description="Split of a hub or saved dataset; files have none.")
+
+
+def shown(value: Any) -> str:
+    try:
+        return short(repr(value) if isinstance(value, str | int | float | list | dict) else str(value))
+    except (ValueError, RecursionError):  # an integer too long to print
+        return "a huge value"
+
+
+def short(text: str) -> str:
+    return text if len(text) <= MAX_GOT_CHARS else text[: MAX_GOT_CHARS - 3] + "..."

@@ -22,7 +22,7 @@ Not covered: jobs (`plan.py`); how long that lasts (`serving.py`).
 >>> matched((5.0, 1.0, 1.0), 2)
 ((0, 1, 2), (1, 2, 0))
 
-Source: S3T, Chowdhury et al., ICLR 2025 (arXiv 2406.16257), section 3.3: cyclic rotations, and orders
+Source: S3T, Chowdhury et al., ICLR 2025 (arXiv 2406.16257), section 3: cyclic rotations, and orders
 for known risks by bipartite matching. Theirs matches place by place; ours all places at once.
 """
 

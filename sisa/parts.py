@@ -17,6 +17,7 @@ from typing import Any
 from sisa.config import RunConfig
 from sisa.domain import Record
 from sisa.errors import IntegrityError
+from sisa.plan import LAYERWISE
 from sisa.ports import Embedder, Vectors
 from sisa.store.loaded import Warm
 
@@ -95,8 +96,12 @@ class Parts:
         """Raises InvalidInput when the base lacks the modules that are to get an adapter."""
         from sisa.model.adapter import lora_config
         from sisa.model.base import load_skeleton
+        from sisa.model.layerwise import refuse_few_layers
 
-        lora_config(self.config.training(), load_skeleton(self.base.directory))
+        training, skeleton = self.config.training(), load_skeleton(self.base.directory)
+        lora_config(training, skeleton)
+        if LAYERWISE in training:
+            refuse_few_layers(skeleton, training)
 
     def meta(self) -> dict[str, str]:
         """What the ledger keeps of these parts."""

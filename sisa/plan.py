@@ -50,6 +50,7 @@ from sisa.domain import (
 from sisa.orders import Order, arranged
 
 Schedule = Literal["cumulative", "sequential"]
+LAYERWISE = "layerwise"  # in a job's training: the number of blocks that layers are in; stage n trains n
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,8 +21,8 @@ from dataclasses import dataclass, replace
 from sisa.assign import Assigner, index_root, slice_root
 from sisa.bands import Bands, risk_problems
 from sisa.domain import Head, IndexFile, Record, RecordRow, Risk, SliceFile, SliceState, Tombstone
-from sisa.errors import InvalidInput, Problem
-from sisa.plan import ShardPlan, plan_shard
+from sisa.errors import ConfigConflict, InvalidInput, Problem
+from sisa.plan import LAYERWISE, ShardPlan, plan_shard
 from sisa.ports import Change, StoredRecord
 from sisa.reconcile import Trained, reconcile, refuse_lost_rows
 from sisa.world import World, check_sources, commit, model_digest, only, view_shard, write_slice
@@ -49,6 +49,7 @@ def train(world: World, records: Sequence[Record], meta: Mapping[str, str] | Non
 
     Raises InvalidInput when a record of the source differs from the held one of the same id.
     """
+    refuse_generations(world, records)
     found = _lookup(world, records)
     records = _as_held(world, records, found)
     held = sum(isinstance(each, RecordRow) for each in found.values())
@@ -61,6 +62,20 @@ def train(world: World, records: Sequence[Record], meta: Mapping[str, str] | Non
     heads = [Head(shard, None, 0, None) for shard in range(world.assigner.layout.num_shards)]
     _commit_added(world, records, rows, heads, meta or {})
     return _taken(world, reconcile(world), added=len(rows))
+
+
+def refuse_generations(
+    world: World, records: Sequence[Record], *, append: bool = False, appended: bool = False
+) -> None:
+    """Raises ConfigConflict where slices would be appended to a chain that has a block of layers for
+    those of the first generation alone."""
+    if LAYERWISE in world.recipe.training and (append or appended or any(r.generation for r in records)):
+        raise ConfigConflict(
+            "layers are trained slice by slice: none are left for appended slices; nothing was changed",
+            where="sisa.layerwise",
+            expected="records without a generation",
+            next_step="`sisa add` without --append, or train without sisa.layerwise",
+        )
 
 
 def _lookup(world: World, records: Sequence[Record]) -> dict[str, RecordRow | Tombstone]:
@@ -217,6 +232,7 @@ def add(
     is counted and skipped. Raises InvalidInput for changed ids, for a second deletion risk of a subject
     and, unless `allow_deleted`, for deleted ids and deleted texts, all of them listed.
     """
+    refuse_generations(world, records, append=append)
     found = _lookup(world, records)
     records = _as_held(world, records, found, _next_generation(world) if append else None)
     fresh = [

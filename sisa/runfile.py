@@ -31,8 +31,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from sisa.config import HUB, KeyPath, RunConfig, is_local, keys, raw_schema, short, shown, value_at
-from sisa.config_types import NAME, is_uri
+from sisa.config import HUB, KeyPath, RunConfig, is_local, keys, raw_schema, value_at
+from sisa.config_types import NAME, is_uri, short, shown
 from sisa.errors import InvalidInput, Problem
 from sisa.scratch_config import MADE, NAMED
 from sisa.shared_paths import unshared

@@ -25,7 +25,7 @@ Not covered: what it costs to train the orders (`cost.py`), and how good a model
 >>> [round(expected_depth(rotations(4, b), num_deletions=1), 2) for b in (1, 2, 4)]
 [1.5, 2.5, 3.0]
 
-Source: S3T, Chowdhury et al., ICLR 2025 (arXiv 2406.16257), section 3.4: the deletion rate, after the
+Source: S3T, Chowdhury et al., ICLR 2025 (arXiv 2406.16257), section 3: the deletion rate, after the
 coupon collector.
 """
 

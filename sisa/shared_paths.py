@@ -20,8 +20,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sisa.config import HUB, KeyPath, is_local, shown
-from sisa.config_types import is_uri
+from sisa.config import HUB, KeyPath, is_local
+from sisa.config_types import is_uri, shown
 
 # Dotted keys by what may stand there: a place alone, or a place or a name.
 PLACES = (

@@ -46,10 +46,12 @@ from sisa.model.adapter import (
     tensor_bytes,
 )
 from sisa.model.batches import stage_batches
+from sisa.model.layerwise import train_block
 from sisa.model.numerics import pin_threads
 from sisa.model.patched import load_patched, patched_name
 from sisa.model.ticks import Ticks
 from sisa.model.tokens import NO_LOSS, Tokens, tokenize_all
+from sisa.plan import LAYERWISE
 from sisa.ports import StoredRecord, Tick
 
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -184,6 +186,8 @@ class Stage:
             init_seed=seed_from(training["seed"], job.shard, "init"),
         )
         self._model.train()
+        if LAYERWISE in training:
+            train_block(self._model, training[LAYERWISE], len(job.before))
         named = self._model.named_parameters()
         self._trained = {name: each for name, each in named if each.requires_grad}
         self._optimizer = make_optimizer(training, list(self._trained.values()))

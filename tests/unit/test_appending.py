@@ -15,10 +15,11 @@ from sisa.assign import Assigner, Layout
 from sisa.bands import Bands
 from sisa.digest import Keyed
 from sisa.domain import Record
-from sisa.errors import InvalidInput
-from sisa.plan import passes
+from sisa.errors import ConfigConflict, InvalidInput
+from sisa.plan import LAYERWISE, passes
 from sisa.query import shards
 from sisa.reader import read_records
+from sisa.reconfigure import move
 from sisa.run import add, train
 from tests.fakes import FakeModel, fake_model, fake_recipe, fake_record
 
@@ -124,3 +125,20 @@ def test_generation_0_is_none(tmp_path: Path) -> None:
     assert json.loads(replace(plain, generation=2).canonical())[4:] == [None, 2]
     assert json.loads(replace(plain, deletion_risk=0.5).canonical())[4:] == [0.5]
     assert Record.from_list(json.loads(replace(plain, generation=2).canonical())).generation == 2
+
+
+def test_a_layerwise_model_has_no_layers_left_for_appended_slices(fake: FakeModel) -> None:
+    recipe = fake.world.recipe
+    training = {**recipe.training, LAYERWISE: SLICES}
+    world = replace(fake.world, recipe=replace(recipe, training=training))
+    held = set(fake.checkpoints.stored)
+    carried = [replace(record, generation=1) for record in some(30)]
+    with pytest.raises(ConfigConflict, match="none are left"):
+        add(world, some(30), append=True)
+    for refused in (add, train):
+        with pytest.raises(ConfigConflict, match="none are left"):
+            refused(world, carried)
+    assert held == set(fake.checkpoints.stored)
+    add(fake.world, some(30), append=True)
+    with pytest.raises(ConfigConflict, match="none are left"):
+        move(world, {"retrain"}, {})

@@ -230,6 +230,7 @@ OTHER: dict[str, Any] = {
     "sisa.slices": 7,
     "sisa.schedule": "sequential",
     "sisa.orders": 2,
+    "sisa.layerwise": True,
     "sisa.checkpoint_budget_bytes": 10**9,
     "sisa.bands": {"thresholds": [0.5], "classes": {"trial": 0.7}, "unknown": 0.1},
     "sisa.group_by": "author",
@@ -278,7 +279,15 @@ def test_each_key_has_one_effect() -> None:
     assert effects["reindex"] == {"sisa.embedder", "sisa.names"}
     assert effects["retrain"] == {
         *TRAINING_KEYS,
-        *("num_epochs", "sisa.schedule", "sisa.orders", "sisa.threads_per_shard", "device", "dtype"),
+        *(
+            "num_epochs",
+            "sisa.schedule",
+            "sisa.orders",
+            "sisa.layerwise",
+            "sisa.threads_per_shard",
+            "device",
+            "dtype",
+        ),
     }
 
 
