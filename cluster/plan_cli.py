@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -30,7 +30,6 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 MAX_RECORDS = 10**12
 SHOWN = 12  # rows of a table
-WIDTHS = (7, 6, 9, 9, 8, 10)
 # Rank 8 on all linear modules of SmolLM2-135M: 2,442,240 parameters, AdamW's two moments beside them.
 ASSUMED_BYTES_PER_RANK = 2_442_240 * 4 * 3 // 8
 
@@ -129,6 +128,12 @@ def _replayed(body: Mapping[str, Any]) -> str:
     "--rate", type=click.FloatRange(0, min_open=True), help="Record-epochs a second of one worker."
 )
 @click.option("--checkpoint-mb", type=click.FloatRange(0, min_open=True), help="Bytes of one stage.")
+@click.option(
+    "--min-depth",
+    type=click.FloatRange(0, 1),
+    default=0.0,
+    help="Least share of its slices that a shard serves right after a deletion.",
+)
 @click.option("--plot", type=click.Path(path_type=Path), help="PNG to draw the choices into.")
 def plan(
     run_file: Path,
@@ -139,9 +144,10 @@ def plan(
     max_hours: float | None,
     rate: float | None,
     checkpoint_mb: float | None,
+    min_depth: float,
     plot: Path | None,
 ) -> Result:
-    """Recommend shards, slices and bands for a number of records and deletions."""
+    """Recommend shards, slices, orders, bands and checkpoints for a number of records and deletions."""
     from sisa.advice import Demand, advise, recommended
     from sisa.runfile import load_run_file
 
@@ -149,6 +155,7 @@ def plan(
     groups = _groups(risks)
     demand = Demand(records, deletions_per_month, config.sisa.schedule, config.num_epochs, groups)
     limits, source = _limits(config, budget_gb, max_hours, rate, checkpoint_mb)
+    limits = replace(limits, min_depth=min_depth)
     if max_hours is not None and not limits.record_epochs_per_s:
         raise _unfit("--max-hours", "a rate beside it (--rate), as there is no model yet", max_hours)
     advised = advise(demand, limits)
@@ -242,26 +249,36 @@ def _plain(advice: Advice) -> dict[str, Any]:
 
 
 def _planned(advised: list[Advice], best: Advice | None, source: str) -> str:
-    head = (
-        f"{'shards':>7} {'slices':>6} {'alone':>9} {'together':>9} {'GB':>8} {'h/deletion':>10}  bands"
-    )
+    names = ("shards", "slices", "orders", "kept", "alone", "together", "others", "served", "GB")
+    widths = (7, 6, 6, 5, 8, 8, 8, 7, 8)
+    head = " ".join(f"{name:>{width}}" for name, width in zip(names, widths, strict=True))
+    head += f" {'h/deletion':>10}  bands"
     rows = [_row(each) for each in advised[:SHOWN]]
     if best is None:
         told = "nothing fits within the limits; the cheapest that do not:"
     else:
         bands = f", bands at {list(best.thresholds)}" if best.thresholds else ""
-        told = f"recommended: {best.num_shards} shards x {best.num_slices} slices{bands}"
-    note = (
-        "alone, together: share of a full training that a month's deletions retrain, each by itself or"
-    )
-    return "\n".join([told, "", head, *rows, "", f"{note} as one batch;", f"bytes of a stage: {source}"])
+        orders = "1 order" if best.num_orders == 1 else f"{best.num_orders} orders"
+        kept = f"{best.num_kept} checkpoints kept a shard"
+        told = (
+            f"recommended: {best.num_shards} shards x {best.num_slices} slices, {orders}, {kept}{bands}"
+        )
+    notes = [
+        "alone, together: share of a full training that a month's deletions retrain in order 0, each by",
+        "itself or as one batch; others: what the other orders retrain beside that, each by itself;",
+        "served: share of its slices that a shard serves right after a deletion; kept: checkpoints of a",
+        f"shard; bytes of a stage: {source}",
+    ]
+    return "\n".join([told, "", head, *rows, "", *notes])
 
 
 def _row(each: Advice) -> str:
     hours = "-" if math.isnan(each.hours_to_utility) else f"{each.hours_to_utility:.3f}"
     bands = " ".join(map(str, each.thresholds)) or "-"
     over = f"  over: {', '.join(each.over)}" if each.over else ""
+    shares = (each.one_by_one, each.together, each.others_one_by_one)
+    retrained = " ".join(f"{100 * share:>7.2f}%" for share in shares)
     return (
-        f"{each.num_shards:>7} {each.num_slices:>6} {100 * each.one_by_one:>8.2f}% "
-        f"{100 * each.together:>8.2f}% {each.stored_bytes / 1e9:>8.2f} {hours:>10}  {bands}{over}"
+        f"{each.num_shards:>7} {each.num_slices:>6} {each.num_orders:>6} {each.num_kept:>5} {retrained} "
+        f"{100 * each.serving_depth:>6.1f}% {each.stored_bytes / 1e9:>8.2f} {hours:>10}  {bands}{over}"
     )

@@ -2,9 +2,10 @@
 
     draw_choices(advise(demand, limits), best).savefig("plan.png")
 
-Rules: what is drawn follows from the advice alone. Lines differ in their marks too, so that the picture
-reads without colour; what is over a limit is drawn hollow, the recommended choice has a ring. matplotlib
-(extra `notebook`) is imported when something is drawn; a figure belongs to the caller.
+Rules: what is drawn follows from the advice alone, and is of as many orders as the recommended choice
+has. Lines differ in their marks too, so that the picture reads without colour; what is over a limit is
+drawn hollow, the recommended choice has a ring. matplotlib (extra `notebook`) is imported when
+something is drawn; a figure belongs to the caller.
 
 Not covered: the advice (`sisa/advice.py`).
 """
@@ -25,7 +26,10 @@ MAX_LINES = len(MARKS)
 PANELS: tuple[tuple[str, Callable[[Advice], float]], ...] = (
     ("a month's deletions, each alone\n(share of a full training)", lambda each: each.one_by_one),
     ("a month's deletions, as one batch", lambda each: each.together),
+    ("all orders, each alone", lambda each: each.one_by_one + each.others_one_by_one),
+    ("slices still served right\nafter a deletion (share)", lambda each: each.serving_depth),
     ("checkpoints, GB", lambda each: each.stored_bytes / 1e9),
+    ("hours of one worker to train all", lambda each: each.training_hours),
     ("hours of one worker until\na deletion is trained", lambda each: each.hours_to_utility),
 )
 
@@ -34,6 +38,8 @@ def draw_choices(advised: Sequence[Advice], best: Advice | None) -> Figure:
     """Panels side by side, slices across; numbers of shards are thinned out to a few lines."""
     from matplotlib.figure import Figure
 
+    num_orders = 1 if best is None else best.num_orders
+    advised = [each for each in advised if each.num_orders == num_orders]
     shown = [each for each in PANELS if not any(math.isnan(each[1](one)) for one in advised)]
     figure = Figure(figsize=(4.2 * len(shown), 4.0), layout="constrained")
     axes = figure.subplots(1, len(shown), squeeze=False)[0]
@@ -49,7 +55,8 @@ def draw_choices(advised: Sequence[Advice], best: Advice | None) -> Figure:
             axis.plot(best.num_slices, cost(best), "o", ms=16, mfc="none", mec="black", label=None)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("slices")
-        axis.set_yscale("log")
+        if all(cost(each) > 0 for each in advised):
+            axis.set_yscale("log")
     axes[0].legend(title="shards", fontsize=8, loc="upper right")
     return figure
 

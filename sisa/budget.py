@@ -27,6 +27,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
+
+Numbers = Sequence[float] | NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +42,8 @@ class Kept:
 
 
 def best_kept(
-    costs: Sequence[float],
-    hits: Sequence[float],
+    costs: Numbers,
+    hits: Numbers,
     held: Sequence[int] | None = None,
     most: int | None = None,
 ) -> list[Kept]:
@@ -75,22 +78,20 @@ def best_kept(
     return found
 
 
-def shared(orders: Sequence[Sequence[Kept]], room: int) -> list[Kept]:
-    """What to keep of each order, given its `best_kept`, of `room` stages in all."""
-    spared, splits = [0.0], [()]  # type: tuple[list[float], list[tuple[int, ...]]]
+def shared(orders: Sequence[Sequence[Kept]], most: int) -> list[tuple[Kept, ...]]:
+    """What to keep of each order, given its `best_kept`, for 0, 1, ... (`most`) stages in all."""
+    found: list[tuple[Kept, ...]] = [()]
     for choices in orders:
-        options: dict[int, tuple[float, tuple[int, ...]]] = {}
-        for used, (before, split) in enumerate(zip(spared, splits, strict=True)):
-            for number, kept in enumerate(choices[: room - used + 1]):
-                total = before + kept.spared
-                if used + number not in options or total > options[used + number][0]:
-                    options[used + number] = (total, (*split, number))
-        spared = [options[used][0] for used in range(len(options))]
-        splits = [options[used][1] for used in range(len(options))]
-    return [choices[n] for choices, n in zip(orders, splits[int(np.argmax(spared))], strict=True)]
+        options: list[tuple[Kept, ...]] = []
+        for total in range(min(most, len(found) + len(choices) - 2) + 1):
+            splits = range(max(0, total - len(found) + 1), min(total, len(choices) - 1) + 1)
+            each = ((*found[total - number], choices[number]) for number in splits)
+            options.append(max(each, key=lambda kept: sum(one.spared for one in kept)))
+        found = options
+    return found
 
 
-def expected(costs: Sequence[float], hits: Sequence[float], kept: Sequence[int]) -> float:
+def expected(costs: Numbers, hits: Numbers, kept: Sequence[int]) -> float:
     """What a deletion retrains of an order on the mean, with these stages kept (and the last)."""
     total, sum_, spared = float(np.sum(costs)), 0.0, 0.0
     upto = np.cumsum(costs)

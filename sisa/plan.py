@@ -286,7 +286,7 @@ def _over_budget(
         )
         for path in paths
     ]
-    chosen = zip(paths, shared(choices, most), strict=True)
+    chosen = zip(paths, shared(choices, most)[-1], strict=True)
     return others - {path[n].key for path, kept in chosen for n in kept.stages}
 
 

@@ -109,10 +109,15 @@ class Stream:
     @cached_property
     def _stages(self) -> Shares:
         """Of each stage, its cost in passes over all records of a shard."""
+        return self.path(range(self.layout.num_slices))[0]
+
+    def path(self, order: Sequence[int]) -> tuple[Shares, Shares]:
+        """Of the stages of an order: costs in passes over all records of a shard, and the shares of the
+        deletions that hit their slices."""
         over, under = passes(self.schedule, self.num_epochs, self.layout.num_slices)
-        seen = np.cumsum(self.held) if self.schedule == "cumulative" else self.held
-        found: Shares = np.where(self.held > 0, seen, 0) * over / under
-        return found
+        held, asked = self.held[list(order)], self.asked[list(order)]
+        seen = np.cumsum(held) if self.schedule == "cumulative" else held
+        return np.where(held > 0, seen, 0) * over / under, asked
 
     @property
     def epochs(self) -> float:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sisa.advice import MIN_SHARD_RECORDS, Demand, Limits, advise, recommended, stream_of
-from sisa.plan import Schedule
+from sisa.advice import MIN_SHARD_RECORDS, Advice, Demand, Limits, advise, recommended, stream_of
+from sisa.domain import HeldCheckpoint, SliceJob, SliceState
+from sisa.orders import chosen_orders
+from sisa.plan import Recipe, Schedule, ShardPlan, ShardView, plan_shard
+from sisa.serving import expected_depth
 from sisa.stream import Group, replay
 
 GROUPS = (Group(0.9, 0.01), Group(0.1, 0.5))
@@ -32,7 +36,7 @@ def test_forms_agree_with_replayed_streams_within_three_percent(
     demand = Demand(10_000_000, 64, schedule, 3, groups)
     months = 1000
     for advice in advise(demand, Limits(1)):
-        if (advice.num_shards, advice.num_slices) not in ((16, 3), (128, 8)):
+        if (advice.num_shards, advice.num_slices) not in ((16, 3), (128, 8)) or advice.num_orders > 1:
             continue
         stream = stream_of(demand, advice.num_shards, advice.num_slices)
         even = demand.num_records * demand.num_epochs
@@ -42,6 +46,7 @@ def test_forms_agree_with_replayed_streams_within_three_percent(
         assert batched / even / months == pytest.approx(advice.together, rel=0.03)
 
 
+@settings(max_examples=30, deadline=None)
 @given(demands, st.floats(1, 1e12))
 def test_what_is_recommended_is_within_the_limits_and_the_cheapest_there(
     demand: Demand, max_bytes: float
@@ -52,10 +57,69 @@ def test_what_is_recommended_is_within_the_limits_and_the_cheapest_there(
     assert (best is None) == (not within)
     if best is not None:
         assert best in within
-        assert best.one_by_one == min(each.one_by_one for each in within)
+        assert total(best) == min(total(each) for each in within)
+        assert best.num_orders == 1, "further orders cost training, and nothing was asked of them"
     assert all(each.together <= each.one_by_one * (1 + 1e-9) for each in advised)
+    assert all(each.num_kept == sum(map(len, each.kept)) for each in advised)
     most = max(each.num_shards for each in advised)
     assert most == 1 or demand.num_records / most >= MIN_SHARD_RECORDS
+
+
+def total(advice: Advice) -> float:
+    return advice.one_by_one + advice.others_one_by_one
+
+
+@pytest.mark.parametrize("schedule", ["cumulative", "sequential"])
+@pytest.mark.parametrize("groups", [(Group(1.0, 1.0),), GROUPS])
+@pytest.mark.parametrize("num_bytes", [math.inf, 64 * 6])
+def test_orders_and_kept_checkpoints_agree_with_the_planner_within_three_percent(
+    schedule: Schedule, groups: tuple[Group, ...], num_bytes: float
+) -> None:
+    """The planner retrains a shard after a deletion from each of its slices, weighed by the chance of
+    it."""
+    demand = Demand(64 * 8_000, 1.0, schedule, 3, groups)
+    for advice in advise(demand, Limits(1, num_bytes)):
+        if (advice.num_shards, advice.num_slices) != (64, 8):
+            continue
+        stream = stream_of(demand, 1, 8)
+        orders = chosen_orders(8, advice.num_orders, stream.layout.bands)
+        recipe = Recipe(8, schedule, 3, {}, "base", orders[1:])
+        sizes = [round(8_000 * share) for share in stream.held]
+        whole = _plan(recipe, sizes)
+        held = {path[n].key for path, kept in zip(whole.paths, advice.kept, strict=True) for n in kept}
+        assert len(held) <= advice.num_kept
+        first = others = depth = 0.0
+        for slice_, hit in enumerate(stream.asked):
+            clean = [
+                job for key, job in whole.stages.items() if key in held and slice_ not in job.prefix
+            ]
+            after = [size - (n == slice_) for n, size in enumerate(sizes)]
+            plan = _plan(recipe, after, clean, hit=slice_)
+            first += hit * plan.record_epochs
+            others += hit * plan.record_epochs_others
+            depth += hit * plan.head.depth / 8
+        even = demand.num_records * demand.num_epochs
+        assert first / even == pytest.approx(advice.one_by_one, rel=0.03)
+        assert others / even == pytest.approx(advice.others_one_by_one, rel=0.03)
+        assert depth == pytest.approx(advice.serving_depth, rel=0.03)
+
+
+def _plan(recipe: Recipe, sizes: list[int], clean: Sequence[SliceJob] = (), hit: int = -1) -> ShardPlan:
+    held = [HeldCheckpoint(j.key, 0, j.prefix, 1, "f", "m", "a", 1, 1.0, 1) for j in clean]
+    states = [SliceState(0, n, f"root{n}{'-' * (n == hit)}", size) for n, size in enumerate(sizes)]
+    return plan_shard(ShardView(0, tuple(states), tuple(held)), recipe, "f")
+
+
+def test_what_must_be_served_asks_for_orders() -> None:
+    demand = Demand(100_000, 10.0)
+    deep = recommended(advise(demand, Limits(1, min_depth=0.75)))
+    assert deep is not None
+    assert deep.num_orders > 1
+    assert deep.serving_depth >= 0.75
+    assert recommended(advise(demand, Limits(1, min_depth=1.0))) is None
+    for each in advise(demand, Limits(1)):
+        orders = chosen_orders(each.num_slices, each.num_orders, None)
+        assert each.serving_depth == pytest.approx(expected_depth(orders, 1) / each.num_slices)
 
 
 def test_hours_bind_only_with_a_rate() -> None:

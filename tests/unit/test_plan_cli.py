@@ -90,6 +90,10 @@ def test_the_recommended_choice_is_the_cheapest_within_the_limits(
     within = [each for each in found["choices"] if not each["over"]]
     assert best["one_by_one"] == min(each["one_by_one"] for each in within)
     assert any(each["over"] == ["bytes"] for each in found["choices"])
+    assert best["num_kept"] == sum(map(len, best["kept"]))
+    deep = planned(run_file, capsys, "--min-depth", "0.8")["recommended"]
+    assert deep["num_orders"] > 1
+    assert deep["serving_depth"] >= 0.8
 
 
 def test_without_a_choice_within_the_limits_the_exit_code_says_so(
