@@ -4,13 +4,12 @@ Rules: a stage starts from bytes (its parent's files, or the base and a seed), i
 trained the parent as in any other, so resuming is the same code. Seeds come from the job: adapter
 weights from (seed, shard), dropout from (seed, shard, slice, micro-batch). Schedule and warm-up
 restart with each stage; the optimizer's moments go on. The loss of an optimizer step is the summed
-cross-entropy over the number of label tokens in all of its micro-batches. Rows are padded on the
-right and no attention mask is passed: under causal attention a real token never sees padding. Logits
-are computed only at positions that predict a label. The base is never written to. A stage over
-patches names the base under them. The stage runs where the base is. The base may be in bfloat16;
-adapters, gradients, moments and the loss are in float32 always, and so are their files.
+cross-entropy over the number of label tokens in all of its micro-batches. The base is never written to.
+A stage over patches names the base under them. The stage runs where the base is. The base may be in
+bfloat16; adapters, gradients, moments and the loss are in float32 always, and so are their files.
 
-Not covered: more than one device at once; full fine-tuning; encoder-decoder models.
+Not covered: the loss (`losses.py`); the modules' forward (`trained_linear.py`); more than one device at
+once; full fine-tuning; encoder-decoder models.
 
     files = LoraTrainer(directory, digest, threads=1).train(job, None, records, print)
 
@@ -22,12 +21,10 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy
 from transformers import get_scheduler
 
 from sisa.arithmetic import USUAL, Arithmetic
@@ -46,18 +43,20 @@ from sisa.model.adapter import (
     tensor_bytes,
 )
 from sisa.model.batches import stage_batches
+from sisa.model.flat import Flat
 from sisa.model.layerwise import train_block
-from sisa.model.numerics import pin_threads
+from sisa.model.losses import Batch, count_labels, has_plain_head, summed_loss
+from sisa.model.numerics import keep_freed_memory, pin_threads
 from sisa.model.patched import load_patched, patched_name
 from sisa.model.ticks import Ticks
-from sisa.model.tokens import NO_LOSS, Tokens, tokenize_all
+from sisa.model.tokens import tokenize_all
+from sisa.model.trained_linear import quicken
 from sisa.plan import LAYERWISE
 from sisa.ports import StoredRecord, Tick
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "trainer_state.json"
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
-Batch = Sequence[Tokens]
 
 
 def seed_from(*parts: object) -> int:
@@ -85,6 +84,7 @@ class LoraTrainer:
         self._base = (base_dir, base_digest, patches, arithmetic)
         self._base_name = patched_name(base_digest, patches)
         self._threads, self._arithmetic = threads, arithmetic
+        self._direct: bool | None = None
 
     def train(
         self,
@@ -100,9 +100,12 @@ class LoraTrainer:
         """
         _check_job(job, self._base_name, records, self._arithmetic)
         pin_threads(self._threads, self._arithmetic)
+        keep_freed_memory()
         base, tokenizer = load_patched(*self._base)
         steps = _plan_steps(job, records, tokenizer)
-        stage = Stage(job, base, parent, num_steps=len(steps))
+        if self._direct is None:
+            self._direct = has_plain_head(base)
+        stage = Stage(job, base, parent, num_steps=len(steps), direct=self._direct)
         ticks = Ticks([_size(step) for step in steps], len(records))
         progress(ticks.before())
         for step in steps:
@@ -174,11 +177,18 @@ class Stage:
     """Model, optimizer and schedule between the stage's first and last step."""
 
     def __init__(
-        self, job: SliceJob, base: Any, parent: Mapping[str, bytes] | None, num_steps: int
+        self,
+        job: SliceJob,
+        base: Any,
+        parent: Mapping[str, bytes] | None,
+        num_steps: int,
+        *,
+        direct: bool = True,
     ) -> None:
+        """`direct`: whether the base has a plain head (`losses.py`)."""
         training = job.training
         tensors = None if parent is None else read_tensors(parent, ADAPTER_FILE)
-        self._job = job
+        self._job, self._direct = job, direct
         self._model = attach(
             base,
             lora_config(training, base),
@@ -188,9 +198,11 @@ class Stage:
         self._model.train()
         if LAYERWISE in training:
             train_block(self._model, training[LAYERWISE], len(job.before))
+        quicken(self._model)
         named = self._model.named_parameters()
         self._trained = {name: each for name, each in named if each.requires_grad}
-        self._optimizer = make_optimizer(training, list(self._trained.values()))
+        self._flat = Flat(self._trained)
+        self._optimizer = make_optimizer(training, self._flat.values)
         if parent is not None:
             self._put_moments(read_tensors(parent, OPTIMIZER_FILE))
         self._num_steps = num_steps
@@ -208,17 +220,18 @@ class Stage:
         training = self._job.training
         num_labels = sum(count_labels(batch) for batch in batches)
         mean = 0.0
+        self._flat.clear()
         for batch in batches:
-            name = (training["seed"], self._job.shard, self._job.slice, "dropout", self._micro_batches)
-            torch.manual_seed(seed_from(*name))
-            loss = summed_loss(self._model, batch) / num_labels
+            if training["lora_dropout"]:
+                place = (training["seed"], self._job.shard, self._job.slice)
+                torch.manual_seed(seed_from(*place, "dropout", self._micro_batches))
+            loss = summed_loss(self._model, batch, direct=self._direct) / num_labels
             mean += _finite(loss, self._job)
             loss.backward()  # type: ignore[no-untyped-call]
             self._micro_batches += 1
-        torch.nn.utils.clip_grad_norm_(self._trained.values(), training["max_grad_norm"], foreach=False)
+        torch.nn.utils.clip_grad_norm_([self._flat.values], training["max_grad_norm"], foreach=False)
         self._optimizer.step()
         self._scheduler.step()
-        self._optimizer.zero_grad(set_to_none=True)
         return mean * num_labels, num_labels
 
     def files(self) -> dict[str, bytes]:
@@ -241,86 +254,58 @@ class Stage:
         }
 
     def _moments(self) -> dict[str, torch.Tensor]:
-        return {
-            f"{_without_name(name)}.{moment}": self._optimizer.state[each][moment]
-            for name, each in self._trained.items()
-            for moment in MOMENTS
-            if moment in self._optimizer.state[each]
-        }
+        """What the optimizer keeps of each parameter, by name; the count of steps is one for all."""
+        state = self._optimizer.state[self._flat.values]
+        found: dict[str, torch.Tensor] = {}
+        for moment in MOMENTS:
+            if moment in state:
+                whole = state[moment]
+                each_own = {name: whole.clone() for name in self._trained}
+                parts = self._flat.by_name(whole) if whole.dim() else each_own
+                found |= {f"{_without_name(name)}.{moment}": each for name, each in parts.items()}
+        return found
 
     def _put_moments(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        for name, each in self._trained.items():
-            keys = {moment: f"{_without_name(name)}.{moment}" for moment in MOMENTS}
-            held = {moment: tensors[key].clone() for moment, key in keys.items() if key in tensors}
-            if held:
-                # The count of steps stays on the CPU, as AdamW has it.
-                on = {moment: held[moment].to(each.device) for moment in held if moment != "step"}
-                self._optimizer.state[each] = held | on
+        """Raises IntegrityError where the parent kept moments of some of the parameters only."""
+        names = {name: f"{_without_name(name)}." for name in self._trained}
+        held = {each for each in tensors if each.rpartition(".")[0] + "." in names.values()}
+        if not held:
+            return
+        values = self._flat.values
+        state = {moment: torch.zeros_like(values) for moment in MOMENTS[:2]}
+        try:
+            for moment, whole in state.items():
+                for name, part in self._flat.by_name(whole).items():
+                    part.copy_(tensors[names[name] + moment])
+            step = tensors[next(iter(names.values())) + MOMENTS[2]].clone()
+        except (KeyError, RuntimeError) as error:
+            raise IntegrityError(
+                "a checkpoint's optimizer does not fit its adapter",
+                where=OPTIMIZER_FILE,
+                got=f"{len(tensors)} tensors",
+                next_step="run `sisa verify` on the model",
+            ) from error
+        self._optimizer.state[values] = {**state, MOMENTS[2]: step}
 
 
 def _without_name(parameter: str) -> str:
     return parameter.replace(f".{DEFAULT_NAME}.", ".")
 
 
-def make_optimizer(
-    training: Mapping[str, Any], parameters: list[torch.nn.Parameter]
-) -> torch.optim.Optimizer:
-    """AdamW or plain SGD, in the plain implementation (fused and grouped ones give other bits)."""
+def make_optimizer(training: Mapping[str, Any], values: torch.nn.Parameter) -> torch.optim.Optimizer:
+    """AdamW (on the CPU in one pass over its tensors) or plain SGD."""
     lr, decay = training["learning_rate"], training["weight_decay"]
     if training["optimizer"] in ("adamw", "adamw_torch"):
-        return torch.optim.AdamW(parameters, lr, weight_decay=decay, foreach=False, fused=False)
+        fused = values.device.type == "cpu"
+        return torch.optim.AdamW([values], lr, weight_decay=decay, foreach=False, fused=fused)
     if training["optimizer"] == "sgd":
-        return torch.optim.SGD(parameters, lr, weight_decay=decay, foreach=False, fused=False)
+        return torch.optim.SGD([values], lr, weight_decay=decay, foreach=False, fused=False)
     raise InvalidInput(
         "no such optimizer",
         where="optimizer",
         expected="adamw_torch or sgd",
         got=str(training["optimizer"]),
         next_step="mend the run file",
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class Padded:
-    """A micro-batch as tensors: ids [B, T], columns [K] whose next token has a label in any row,
-    and those labels [B, K]."""
-
-    ids_BT: torch.Tensor
-    columns_K: torch.Tensor
-    labels_BK: torch.Tensor
-
-    def to(self, device: torch.device) -> Padded:
-        """The same on a device."""
-        return Padded(self.ids_BT.to(device), self.columns_K.to(device), self.labels_BK.to(device))
-
-
-def pad(batch: Batch) -> Padded:
-    """Pad on the right to the batch's own longest row."""
-    length = max(len(each.input_ids) for each in batch)
-    ids_BT = torch.zeros((len(batch), length), dtype=torch.long)
-    labels_BT = torch.full((len(batch), length), NO_LOSS, dtype=torch.long)
-    for row, each in enumerate(batch):
-        ids_BT[row, : len(each.input_ids)] = torch.tensor(each.input_ids)
-        labels_BT[row, : len(each.labels)] = torch.tensor(each.labels)
-    next_BT = labels_BT[:, 1:]
-    columns_K = (next_BT != NO_LOSS).any(0).nonzero().flatten()
-    return Padded(ids_BT, columns_K, next_BT[:, columns_K])
-
-
-def count_labels(batch: Batch) -> int:
-    """Tokens of a micro-batch that bear loss."""
-    return sum(label != NO_LOSS for each in batch for label in each.labels[1:])
-
-
-def summed_loss(model: Any, batch: Batch) -> torch.Tensor:
-    """Cross-entropy summed over a micro-batch's label tokens."""
-    padded = pad(batch).to(model.device)
-    logits_BKV = model(input_ids=padded.ids_BT, logits_to_keep=padded.columns_K, use_cache=False).logits
-    return cross_entropy(
-        logits_BKV.flatten(0, 1).float(),
-        padded.labels_BK.flatten(),
-        ignore_index=NO_LOSS,
-        reduction="sum",
     )
 
 

@@ -164,14 +164,16 @@ def test_the_base_is_left_as_it_was(base: BaseFiles) -> None:
     assert file_sha256(weights) == on_disk
 
 
-def test_loss_and_gradient_agree_with_plain_transformers(base: BaseFiles) -> None:
-    """Ours: no mask, chosen columns. Theirs: `labels=` and an attention mask, one row at a time."""
+@pytest.mark.parametrize("direct", [True, False])
+def test_loss_and_gradient_agree_with_plain_transformers(base: BaseFiles, direct: bool) -> None:
+    """Ours: no mask, chosen pairs, a backward of our own. Theirs: `labels=`, a mask, row by row."""
     import torch
 
     from sisa.model.adapter import attach, lora_config
     from sisa.model.base import load_base
-    from sisa.model.lora import count_labels, summed_loss
+    from sisa.model.losses import count_labels, has_plain_head, summed_loss
     from sisa.model.tokens import tokenize
+    from sisa.model.trained_linear import quicken
 
     records = [RECORDS[0].record, Record("t", None, "text", (Part("text", "A longer text, whole."),))]
     training = {**TRAINING, "lora_dropout": 0.0}
@@ -179,13 +181,17 @@ def test_loss_and_gradient_agree_with_plain_transformers(base: BaseFiles) -> Non
     losses = []
     for plain in (False, True):
         model, tokenizer = load_base(base.directory, base.digest)
+        assert has_plain_head(model)
         peft = attach(model, lora_config(training, model), None, init_seed=1)
         for name, parameter in peft.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(5))
         batch = [tokenize(each, tokenizer, train_on_inputs=False) for each in records]
         total = count_labels(batch)
-        loss = plain_loss(peft, batch) / total if plain else summed_loss(peft, batch) / total
+        if not plain:
+            quicken(peft)
+        ours = plain_loss(peft, batch) if plain else summed_loss(peft, batch, direct=direct)
+        loss = ours / total
         loss.backward()
         losses.append(loss.item())
         gradients.append([each.grad for each in peft.parameters() if each.requires_grad])

@@ -1,0 +1,97 @@
+"""The training forward on other families of models: the losses and gradients of peft's own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from sisa.model.tokens import NO_LOSS, Tokens
+
+pytestmark = pytest.mark.torch
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "initializer_range": 0.5,
+}
+FAMILIES = {"gpt2": True, "gpt_neox": True, "gemma2": False, "cohere": False, "granite": False}
+LORA = {"lora_r": 2, "lora_alpha": 8, "lora_dropout": 0.0}
+ROWS = [[3, 7, 1, 9, 2], [5, 6, 11, 30, 8, 2, 4, 9], [12, 1, 2]]
+BATCH = [Tokens(ids, [NO_LOSS, *ids[1:3], *([NO_LOSS] * (len(ids) - 4)), *ids[3:][-1:]]) for ids in ROWS]
+
+
+def wrapped(family: str) -> tuple[Any, Any]:
+    """A base of random weights, and itself with adapters whose B is not zero."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from sisa.model.adapter import attach, lora_config
+
+    own: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    own |= {"logits_scaling": 4.0} if family == "granite" else {}
+    sizes = AutoConfig.for_model(family, **SIZES, **own)
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(sizes, dtype=torch.float32).eval().requires_grad_(False)
+    modules = ["c_attn", "c_fc", "c_proj"] if family == "gpt2" else "all-linear"
+    config = lora_config({**LORA, "lora_target_modules": modules}, base)
+    model = attach(base, config, None, init_seed=1)
+    for name, each in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(each, std=0.3, generator=torch.Generator().manual_seed(5))
+    return base, model
+
+
+def theirs(model: Any) -> Any:
+    """Row by row, all logits, peft's forward."""
+    import torch
+
+    total: Any = 0.0
+    for each in BATCH:
+        logits = model(input_ids=torch.tensor([each.input_ids]), use_cache=False).logits[0, :-1]
+        labels = torch.tensor(each.labels[1:])
+        total = total + torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+    return total
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_gradients_of_a_family(family: str) -> None:
+    import torch
+
+    from sisa.model.losses import has_plain_head, summed_loss
+    from sisa.model.trained_linear import quicken
+
+    base, model = wrapped(family)
+    trained = [each for each in model.parameters() if each.requires_grad]
+    expected = theirs(model)
+    slopes = torch.autograd.grad(expected, trained)
+    assert has_plain_head(base) == FAMILIES[family]
+    quicken(model)
+    found = summed_loss(model, BATCH, direct=FAMILIES[family])
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    for ours, each in zip(torch.autograd.grad(found, trained), slopes, strict=True):
+        assert torch.allclose(ours, each, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+def test_the_adapted_products_slopes_are_those_of_differences(dropped: bool) -> None:
+    import torch
+
+    from sisa.model.trained_linear import _Adapted
+
+    drawn = torch.Generator().manual_seed(0)
+
+    def of(*shape: int, trained: bool = True) -> Any:
+        found = torch.randn(*shape, generator=drawn, dtype=torch.float64)
+        return found.requires_grad_(trained)
+
+    low = of(5, 4) if dropped else None
+    weight, bias = of(3, 4, trained=False), of(3, trained=False)
+    assert torch.autograd.gradcheck(
+        _Adapted.apply, (of(5, 4), low, weight, bias, of(2, 4), of(3, 2), 1.5)
+    )
