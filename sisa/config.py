@@ -42,6 +42,7 @@ from sisa.config_types import (
     Float,
     Int,
     LocalPath,
+    LoraLayers,
     Name,
     Storage,
     conflict,
@@ -192,6 +193,9 @@ class RunConfig(Block):
     lora_target_modules: Annotated[tuple[Name, ...], Field(min_length=1)] | Literal["all-linear"] = key(
         "all-linear", "retrain", "Modules that get an adapter: names, or all-linear."
     )
+    lora_layers: LoraLayers = key(
+        "all", "retrain", "Layers that get adapters: all, or top:N, the N nearest to the output."
+    )
     sequence_len: Int = key(512, "retrain", "Longest record, in tokens.", ge=2, le=1 << 20)
     overlength: Literal["refuse", "truncate"] = key(
         "refuse", "retrain", "What becomes of a longer record: refuse or truncate."
@@ -283,8 +287,10 @@ class RunConfig(Block):
     def training(self) -> dict[str, Any]:
         """The hyper-parameters that reach an adapter's bits; epochs and schedule come as passes."""
         dump = self.model_dump(mode="json")
+        of_layers = () if self.lora_layers == "all" else ("lora_layers",)  # as jobs were before
         blocks = {"layerwise": self.sisa.slices} if self.sisa.layerwise else {}
-        return {key: dump[key] for key in TRAINING_KEYS} | self.arithmetic.in_jobs() | blocks
+        named = {key: dump[key] for key in (*TRAINING_KEYS, *of_layers)}
+        return named | self.arithmetic.in_jobs() | blocks
 
     def recipe(self, base_digest: str) -> Recipe:
         """What all jobs of a model with this run file share."""

@@ -60,6 +60,18 @@ def _storage(value: Any) -> Any:
 Storage = Annotated[str, BeforeValidator(_storage)]
 
 
+_LAYERS = re.compile(r"all|top:[1-9][0-9]{0,3}")
+
+
+def _lora_layers(value: Any) -> Any:
+    if not isinstance(value, str) or not _LAYERS.fullmatch(value):
+        raise conflict("expected all, or top:N with N from 1 to 9999")
+    return value
+
+
+LoraLayers = Annotated[str, BeforeValidator(_lora_layers)]
+
+
 def key(default: Any, effect: Effect, text: str, **bounds: Any) -> Any:
     """A key of the run file with its meaning and what a change of it costs."""
     return Field(default, description=text, json_schema_extra={"effect": effect}, **bounds)

@@ -25,6 +25,7 @@ from safetensors.torch import load, save
 
 from sisa.digest import canonical_json
 from sisa.errors import IntegrityError, InvalidInput
+from sisa.model.layers import ALL, first_adapted, layers_of
 
 ADAPTER_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -32,11 +33,22 @@ DEFAULT_NAME = "default"
 
 
 def lora_config(training: Mapping[str, Any], base: Any) -> LoraConfig:
-    """The LoRA configuration of a run. Raises InvalidInput for modules that the base does not have."""
-    wanted = training["lora_target_modules"]
+    """The LoRA configuration of a run. Raises InvalidInput for modules or layers that the base does not
+    have."""
+    wanted, names = training["lora_target_modules"], _linear_names(base)
+    layers: dict[str, Any] = {}
+    if training.get("lora_layers", ALL) != ALL:
+        first = first_adapted(training, base)
+        holder, modules = layers_of(base)
+        layers["layers_to_transform"] = list(range(first, len(modules)))
+        layers["layers_pattern"] = _last(holder)
+        inside = tuple(f"{holder}.{number}." for number in range(first, len(modules)))
+        names = [name for name in names if name.startswith(inside)]
+        if wanted == "all-linear":  # peft takes no layers beside this word
+            wanted = sorted({_last(name) for name in names})
     if wanted != "all-linear":
         wanted = sorted(set(wanted))
-        _refuse_unknown_modules(wanted, base)
+        _refuse_unknown_modules(wanted, names)
     return LoraConfig(
         r=training["lora_r"],
         lora_alpha=training["lora_alpha"],
@@ -45,11 +57,11 @@ def lora_config(training: Mapping[str, Any], base: Any) -> LoraConfig:
         bias="none",
         task_type="CAUSAL_LM",
         fan_in_fan_out=any(_last(name) in wanted for name in _transposed(base)),
+        **layers,
     )
 
 
-def _refuse_unknown_modules(wanted: list[str], base: Any) -> None:
-    names = _linear_names(base)
+def _refuse_unknown_modules(wanted: list[str], names: list[str]) -> None:
     unknown = [each for each in wanted if not any(_matches(name, each) for name in names)]
     if unknown:
         raise InvalidInput(

@@ -21,6 +21,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +45,12 @@ from sisa.model.adapter import (
 )
 from sisa.model.batches import stage_batches
 from sisa.model.flat import Flat
+from sisa.model.layers import first_adapted
 from sisa.model.layerwise import train_block
 from sisa.model.losses import Batch, count_labels, has_plain_head, summed_loss
 from sisa.model.numerics import keep_freed_memory, pin_threads
 from sisa.model.patched import load_patched, patched_name
+from sisa.model.prefix import Lower, Prefixes
 from sisa.model.ticks import Ticks
 from sisa.model.tokens import tokenize_all
 from sisa.model.trained_linear import quicken
@@ -85,6 +88,8 @@ class LoraTrainer:
         self._base_name = patched_name(base_digest, patches)
         self._threads, self._arithmetic = threads, arithmetic
         self._direct: bool | None = None
+        self._prefixes = Prefixes()
+        self._checked: set[int] = set()
 
     def train(
         self,
@@ -105,7 +110,12 @@ class LoraTrainer:
         steps = _plan_steps(job, records, tokenizer)
         if self._direct is None:
             self._direct = has_plain_head(base)
-        stage = Stage(job, base, parent, num_steps=len(steps), direct=self._direct)
+        first = first_adapted(job.training, base)
+        if first and first not in self._checked:
+            Lower(base, first).check()
+            self._checked.add(first)
+        told = (len(steps), self._direct, self._prefixes)
+        stage = Stage(job, base, parent, *told)
         ticks = Ticks([_size(step) for step in steps], len(records))
         progress(ticks.before())
         for step in steps:
@@ -182,10 +192,10 @@ class Stage:
         base: Any,
         parent: Mapping[str, bytes] | None,
         num_steps: int,
-        *,
         direct: bool = True,
+        prefixes: Prefixes | None = None,
     ) -> None:
-        """`direct`: whether the base has a plain head (`losses.py`)."""
+        """`direct`: whether the base has a plain head (`losses.py`); `prefixes`: of this base."""
         training = job.training
         tensors = None if parent is None else read_tensors(parent, ADAPTER_FILE)
         self._job, self._direct = job, direct
@@ -199,6 +209,9 @@ class Stage:
         if LAYERWISE in training:
             train_block(self._model, training[LAYERWISE], len(job.before))
         quicken(self._model)
+        first = first_adapted(training, base)
+        self._lower = Lower(self._model.get_base_model(), first) if first else None
+        self._prefixes = prefixes or Prefixes()
         named = self._model.named_parameters()
         self._trained = {name: each for name, each in named if each.requires_grad}
         self._flat = Flat(self._trained)
@@ -222,10 +235,11 @@ class Stage:
         mean = 0.0
         self._flat.clear()
         for batch in batches:
-            if training["lora_dropout"]:
-                place = (training["seed"], self._job.shard, self._job.slice)
-                torch.manual_seed(seed_from(*place, "dropout", self._micro_batches))
-            loss = summed_loss(self._model, batch, direct=self._direct) / num_labels
+            below = self._below(batch)
+            name = (training["seed"], self._job.shard, self._job.slice, "dropout", self._micro_batches)
+            torch.manual_seed(seed_from(*name))
+            with below:
+                loss = summed_loss(self._model, batch, direct=self._direct) / num_labels
             mean += _finite(loss, self._job)
             loss.backward()  # type: ignore[no-untyped-call]
             self._micro_batches += 1
@@ -233,6 +247,12 @@ class Stage:
         self._optimizer.step()
         self._scheduler.step()
         return mean * num_labels, num_labels
+
+    def _below(self, batch: Batch) -> AbstractContextManager[None]:
+        """Lets a forward over the batch begin at the lowest adapted layer, if there are lower ones."""
+        if self._lower is None:
+            return nullcontext()
+        return self._lower.given([self._prefixes.states(self._lower, each.input_ids) for each in batch])
 
     def files(self) -> dict[str, bytes]:
         """The checkpoint as bytes."""

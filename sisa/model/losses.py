@@ -81,7 +81,7 @@ def summed_loss(model: Any, batch: Batch, *, direct: bool) -> Tensor:
 
 
 def _by_own_forward(model: Any, padded: Padded) -> Tensor:
-    columns_K, at_N = padded.columns_N.unique(return_inverse=True)
+    columns_K, at_N = torch.unique(padded.columns_N, return_inverse=True)
     logits_BKV = model(input_ids=padded.ids_BT, logits_to_keep=columns_K, use_cache=False).logits
     return cross_entropy(logits_BKV[padded.rows_N, at_N].float(), padded.labels_N, reduction="sum")
 

@@ -86,7 +86,7 @@ def quicken(model: Any, name: str = DEFAULT_NAME) -> None:
     """Give the adapted linear modules of a wrapped base the forward above, for adapter `name` alone."""
     for module in model.modules():
         if isinstance(module, lora_layer.Linear) and _is_plain(module, name):
-            module.forward = partial(_forward, module, name)  # type: ignore[method-assign]
+            module.forward = partial(_forward, module, name)
 
 
 def _is_plain(module: Any, name: str) -> bool:

@@ -92,6 +92,5 @@ def test_the_adapted_products_slopes_are_those_of_differences(dropped: bool) -> 
 
     low = of(5, 4) if dropped else None
     weight, bias = of(3, 4, trained=False), of(3, trained=False)
-    assert torch.autograd.gradcheck(
-        _Adapted.apply, (of(5, 4), low, weight, bias, of(2, 4), of(3, 2), 1.5)
-    )
+    asked: Any = (of(5, 4), low, weight, bias, of(2, 4), of(3, 2), 1.5)
+    assert torch.autograd.gradcheck(_Adapted.apply, asked)

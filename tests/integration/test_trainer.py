@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import subprocess
@@ -393,3 +394,53 @@ def test_embedder_rows_do_not_depend_on_batch_mates(tmp_path: Path) -> None:
     for row, text in enumerate(texts):
         assert embedder.embed([text])[0].tobytes() == together[row].tobytes()
     assert embedder.digest == resolve_embedder(str(tmp_path)).digest
+
+
+TOP = {"lora_layers": "top:1", "lora_target_modules": "all-linear"}
+
+
+def test_adapters_of_the_top_layers_train_as_peft_would(base: BaseFiles) -> None:
+    """The same gradient with the lower layers run within the batch, and in one go with all others."""
+    import torch
+
+    from sisa.model.adapter import attach, lora_config
+    from sisa.model.base import load_base
+    from sisa.model.losses import summed_loss
+    from sisa.model.prefix import Lower, Prefixes
+    from sisa.model.tokens import tokenize
+
+    model, tokenizer = load_base(base.directory, base.digest)
+    peft = attach(model, lora_config({**TRAINING, **TOP, "lora_dropout": 0.0}, model), None, init_seed=1)
+    names = [name for name, each in peft.named_parameters() if each.requires_grad]
+    assert len(names) == 14
+    assert all(".layers.1." in name for name in names)
+    trained = [each for each in peft.parameters() if each.requires_grad]
+    batch = [tokenize(each.record, tokenizer, train_on_inputs=False) for each in RECORDS[2:5]]
+    whole = torch.autograd.grad(summed_loss(peft, batch, direct=True), trained)
+    lower = Lower(peft.get_base_model(), 1)
+    lower.check()
+    with lower.given([Prefixes().states(lower, each.input_ids) for each in batch]):
+        loss = summed_loss(peft, batch, direct=True)
+    for ours, theirs in zip(torch.autograd.grad(loss, trained), whole, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-4)
+
+
+def test_kept_states_reach_no_bit(base: BaseFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sisa.model import prefix
+
+    found = []
+    for room in (1 << 30, 0, 20_000):  # all, none and some of the records
+        bounded = functools.partial(prefix.Prefixes, room)
+        monkeypatch.setattr("sisa.model.lora.Prefixes", bounded)
+        first = train(base, job_for(base, 0, 5, **TOP), None, RECORDS[:5])
+        found.append(names(train(base, job_for(base, 1, **TOP), first)))
+    assert found[0] == found[1] == found[2]
+    monkeypatch.undo()
+    state = json.loads(first["adapter_config.json"])
+    assert (state["layers_to_transform"], state["layers_pattern"]) == ([1], "layers")
+
+
+def test_more_layers_than_the_base_has_are_refused(base: BaseFiles) -> None:
+    with pytest.raises(InvalidInput, match="fewer layers") as caught:
+        train(base, job_for(base, lora_layers="top:3"))
+    assert (caught.value.where, caught.value.expected) == ("lora_layers", "all, or at most top:2")

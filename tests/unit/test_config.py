@@ -54,6 +54,7 @@ def test_defaults() -> None:
         *("learning_rate: 0", "learning_rate: .nan", "learning_rate: .inf", "learning_rate: 1e400"),
         *("learning_rate: true", "learning_rate: '1e-3'", "learning_rate: " + "9" * 400),
         *("warmup_ratio: 1", "weight_decay: -1", "max_grad_norm: 0", "train_on_inputs: 1", "seed: -1"),
+        *("lora_layers: 3", "lora_layers: top:0", "lora_layers: top", "lora_layers: [all]"),
         *("lora_target_modules: []", "lora_target_modules: all", "lora_target_modules: [q, q]"),
         *("lora_target_modules: [1]", "base_model: ''", "base_model: pypi:foo", "base_model: 3"),
         *("sisa: 3", "cluster: []", "seed: 2024-13-45"),
@@ -211,6 +212,7 @@ OTHER: dict[str, Any] = {
     "lora_alpha": 4,
     "lora_dropout": 0.5,
     "lora_target_modules": ["q_proj", "v_proj"],
+    "lora_layers": "top:3",
     "sequence_len": 8,
     "overlength": "truncate",
     "micro_batch_size": 7,
@@ -280,6 +282,7 @@ def test_each_key_has_one_effect() -> None:
     assert effects["retrain"] == {
         *TRAINING_KEYS,
         *(
+            "lora_layers",
             "num_epochs",
             "sisa.schedule",
             "sisa.orders",
