@@ -396,7 +396,7 @@ def test_embedder_rows_do_not_depend_on_batch_mates(tmp_path: Path) -> None:
     assert embedder.digest == resolve_embedder(str(tmp_path)).digest
 
 
-TOP = {"lora_layers": "top:1", "lora_target_modules": "all-linear"}
+TOP: dict[str, Any] = {"lora_layers": "top:1", "lora_target_modules": "all-linear"}
 
 
 def test_adapters_of_the_top_layers_train_as_peft_would(base: BaseFiles) -> None:
