@@ -193,9 +193,7 @@ class RunConfig(Block):
     lora_target_modules: Annotated[tuple[Name, ...], Field(min_length=1)] | Literal["all-linear"] = key(
         "all-linear", "retrain", "Modules that get an adapter: names, or all-linear."
     )
-    lora_layers: LoraLayers = key(
-        "all", "retrain", "Layers that get adapters: all, or top:N, the N nearest to the output."
-    )
+    lora_layers: LoraLayers = key("all", "retrain", "Layers that get adapters: all, or top:N.")
     sequence_len: Int = key(512, "retrain", "Longest record, in tokens.", ge=2, le=1 << 20)
     overlength: Literal["refuse", "truncate"] = key(
         "refuse", "retrain", "What becomes of a longer record: refuse or truncate."
