@@ -280,8 +280,10 @@ class Stage:
         for moment in MOMENTS:
             if moment in state:
                 whole = state[moment]
-                each_own = {name: whole.clone() for name in self._trained}
-                parts = self._flat.by_name(whole) if whole.dim() else each_own
+                if whole.dim():
+                    parts = self._flat.by_name(whole)
+                else:
+                    parts = {name: whole.clone() for name in self._trained}
                 found |= {f"{_without_name(name)}.{moment}": each for name, each in parts.items()}
         return found
 
