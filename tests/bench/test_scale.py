@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.bench.scale import Counted, Scale, World, chains, measure
+from tests.bench.scale import VECTOR_BYTES, Counted, Scale, World, chains, measure
 
 SMALL = Scale(records=40_000, shards=20, slices=5, workers=4, days=40, mean_life_h=0.05)
 
@@ -23,7 +23,7 @@ def test_the_books_balance_at_a_small_scale() -> None:
         assert stream["overdue"] == 0
         assert stream["least_days_left"] >= 0
     assert many["shards_worth_retrained_per_request"] < few["shards_worth_retrained_per_request"] < 1
-    assert found["limits"]["index_bytes"] == 40_000 * 1544
+    assert found["limits"]["index_bytes"] == 40_000 * VECTOR_BYTES
     assert found["ledger"]["bytes_per_record"] > 100
 
 
