@@ -12,15 +12,16 @@ worker may die. Which task starts, and which starts again (announced as a Notice
 a task is pinned to one, and starts again on another if it can. `carry_out` is a module's function; it
 may raise `Unready`, and then `mend` says, in the driver, which task takes that
 one's place. What must be set before torch is imported travels in the task's runtime environment.
-A worker that has begun and is not heard of for `stall_limit_s` seconds is killed, which is a death.
+A worker that has begun and is not heard of for `stall_limit_s` seconds is killed, which is a death. One
+that has not begun for as long (and START_S) is not waited for any more: its task is handed out again.
 
 Events come through a mailbox, an actor that needs no CPU. It may die: a task's result lists all of its
 SliceTrained again, and each is reported once. `report` is called in the driver's thread alone. When
 `run_tasks` raises, for whatever reason, an interrupt too, Ray has confirmed that its tasks are
 cancelled; their processes are gone some milliseconds later.
 
-Not covered: the connection to Ray (`ray_session.py`); which nodes may take tasks (`nodes.py`); workers
-that do not begin; carrying tasks out in this process: a loop.
+Not covered: the connection to Ray (`ray_session.py`); which nodes may take tasks (`nodes.py`); carrying
+tasks out in this process: a loop.
 
     session = connect(None, num_cpus=2)
     run_tasks([1, 2], square, report, session=session, placement=Placement(cpus=1), label=str)  # [1, 4]
@@ -58,16 +59,18 @@ DEFAULT_RETRIES = 3
 POLL_S = 0.2
 MAILBOX_S = 2.0
 CANCEL_S = 30.0
+START_S = 120.0  # a worker's start, with its imports, on a busy machine
 
 
 @dataclass
 class _Attempt:
-    """A task under way: which, on what node, when it was last heard of and by whom."""
+    """A task under way: which, on what node, when it was handed out or last heard of, and by whom."""
 
     number: int
     node: str
+    heard: float
     worker: Begun | None = None
-    heard: float = 0.0
+    killed: bool = False
 
 
 def give_up(task: T) -> T:
@@ -192,7 +195,7 @@ class _Run(Generic[T, R]):
             self._running_in,
         )
         self._running[reference] = attempt
-        self._attempts[attempt] = _Attempt(number, node)
+        self._attempts[attempt] = _Attempt(number, node, time.monotonic())
 
     def _deliver(self) -> None:
         # A dead mailbox is started again by Ray; what matters comes with the results. An answer that
@@ -272,16 +275,27 @@ class _Run(Generic[T, R]):
         limit = self.options.stall_limit_s
         if limit is None:
             return
-        for attempt in self._attempts.values():
-            if attempt.worker is None or time.monotonic() - attempt.heard <= limit:
+        for reference, attempt in [(each, self._attempts[n]) for each, n in self._running.items()]:
+            silent_s = time.monotonic() - attempt.heard
+            if attempt.killed or silent_s <= limit:
                 continue
-            self.remote(end_worker, attempt.node, num_cpus=0, num_gpus=0).remote(attempt.worker)
             of = self.options.label(self.tasks[attempt.number])
-            where = self.nodes.name_of(attempt.node)
-            self.report(
-                Notice(f"the worker of {of} on node {where} was silent for {limit:g} s and is killed")
-            )
-            attempt.worker = None  # not twice
+            worker = f"the worker of {of} on node {self.nodes.name_of(attempt.node)}"
+            if attempt.worker is not None:
+                self.remote(end_worker, attempt.node, num_cpus=0, num_gpus=0).remote(attempt.worker)
+                attempt.killed = True
+                self.report(Notice(f"{worker} was silent for {limit:g} s and is killed"))
+            elif silent_s > START_S:
+                self._withdraw(reference)
+                self.report(Notice(f"{worker} did not begin for {silent_s:.0f} s; another is asked for"))
+
+    def _withdraw(self, reference: Any) -> None:
+        """Hand a task out again that has not begun, on another node if it can."""
+        attempt = self._attempts.pop(self._running.pop(reference))
+        ray.cancel(reference, force=True)
+        self.nodes.places.give_back(attempt.node)
+        self._failed_on[attempt.number] = attempt.node
+        self._hand_out.again(attempt.number)
 
     def _leave_lost_nodes(self) -> None:
         """What is still under way on a node that is lost starts elsewhere, whenever Ray gives it up."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
+from cluster import ray_tasks
 from cluster.places import Placement
 from cluster.ray_attempt import Unready
 from cluster.ray_session import connect
@@ -39,13 +41,15 @@ def ignore(_: Event) -> None:
     """A report that nobody reads."""
 
 
-def run(paths: list[Path], report: Report, **options: Any) -> list[str]:
+def run(
+    paths: list[Path], report: Report, environment: Mapping[str, str] | None = None, **options: Any
+) -> list[str]:
     return run_tasks(
         paths,
         write_name,
         report,
         session=connect(None, 2),
-        placement=Placement(cpus=1),
+        placement=Placement(cpus=1, environment=environment or {}),
         label=lambda path: f"task {path.name}",
         **options,
     )
@@ -70,6 +74,26 @@ def test_what_is_unready_is_mended_or_given_up(tmp_path: Path) -> None:
     with pytest.raises(EnvironmentFault, match="lacks"):
         run([unready], ignore)
     assert run([unready], ignore, mend=lambda path: path.with_name("ready")) == ["ready"]
+
+
+def test_a_worker_that_does_not_begin_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its Python hangs before it can say anything, once."""
+    monkeypatch.setattr(ray_tasks, "START_S", 0.0)
+    hangs = tmp_path / "hangs"
+    name = repr(str(hangs))
+    code = f"import os, time\nif os.path.exists({name}):\n    os.unlink({name})\n    time.sleep(90)\n"
+    (tmp_path / "sitecustomize.py").write_text(code)
+    hangs.touch()
+    paths = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    heard: list[Event] = []
+    asked = {"environment": {"PYTHONPATH": paths}, "stall_limit_s": 3.0, "max_retries": 0}
+    assert run([tmp_path / "b"], heard.append, **asked) == ["b"]
+    texts = [each.text for each in heard if isinstance(each, Notice)]
+    assert not hangs.exists()
+    assert "worker of task b on node" in texts[0]
+    assert "did not begin" in texts[0]
 
 
 def test_an_interrupt_ends_a_long_task(tmp_path: Path) -> None:
