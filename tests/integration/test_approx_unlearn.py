@@ -224,7 +224,9 @@ def test_all_problems_of_settings_are_named_at_once(
     assert not (model.directory / "vault").exists()
 
 
-def test_a_killed_command_goes_on_when_it_is_given_again(model: Tiny, tmp_path: Path) -> None:
+def test_a_killed_command_goes_on_when_it_is_given_again(
+    model: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """SIGKILL after some steps were put aside; the same command ends as the undisturbed one."""
     other = Tiny(tmp_path / "other", model.base)
     shutil.copytree(model.folder, other.folder)
@@ -233,16 +235,16 @@ def test_a_killed_command_goes_on_when_it_is_given_again(model: Tiny, tmp_path: 
         "import sys, time\nfrom approx import patching\nfrom cluster.cli import run\n"
         "real = patching._Ticks.__call__\n"
         "def slowly(self, log):\n    real(self, log)\n    time.sleep(0.1)\n"
-        "if sys.argv[1] == 'slow':\n    patching._Ticks.__call__ = slowly\n"
-        "sys.exit(run(sys.argv[2:]))\n"
+        "patching._Ticks.__call__ = slowly\n"
+        "sys.exit(run([*sys.argv[1:], '--json']))\n"
     )
 
-    def command(of: Tiny, pace: str) -> list[str]:
+    def words(of: Tiny) -> list[str]:
         asked = ["--forget", str(of.folder / "forget.jsonl"), "--method", "graddiff", *slow, *CONSENT]
-        end = ["-m", str(of.directory), *asked, "--executor", "serial", "--json"]
-        return [sys.executable, "-c", script, pace, "approx", "unlearn", *end]
+        return ["approx", "unlearn", "-m", str(of.directory), *asked, "--executor", "serial"]
 
-    with subprocess.Popen(command(other, "slow"), stdout=subprocess.DEVNULL) as process:
+    slowly = [sys.executable, "-c", script, *words(other)]
+    with subprocess.Popen(slowly, stdout=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 120
         while not list((other.directory / "runs").glob("*/run.json")):
             assert process.poll() is None
@@ -251,9 +253,9 @@ def test_a_killed_command_goes_on_when_it_is_given_again(model: Tiny, tmp_path: 
         os.kill(process.pid, signal.SIGKILL)
     bodies = []
     for each in (other, model):
-        done = subprocess.run(command(each, "fast"), capture_output=True, check=False)
-        assert done.returncode == 0, done.stderr[-2000:]
-        bodies.append(json.loads(done.stdout))
+        done = sisa(capsys, *words(each))
+        assert done.code == 0, done.err
+        bodies.append(done.json)
     cut, whole = bodies
     assert cut["patch"]["adapter_sha256"] == whole["patch"]["adapter_sha256"]
     assert cut["report"]["step"] == 40
