@@ -59,7 +59,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _turn(item: pytest.Item) -> tuple[int, bool]:
-    """Tests with a Ray of their own come after those that share one."""
     marks = {mark.name for mark in item.iter_markers()}
     turns = [number for number, name in enumerate(TURNS, start=1) if name in marks]
     if "ray" in marks:
@@ -79,6 +78,16 @@ def s3(_s3_server: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
     for name, value in environment(_s3_server).items():
         monkeypatch.setenv(name, value)
     return _s3_server
+
+
+@pytest.fixture
+def own_ray() -> Iterator[None]:
+    """For a test that starts, ends or breaks its Ray itself; they come after those that share one."""
+    from cluster.ray_session import disconnect
+
+    disconnect()
+    yield
+    disconnect()
 
 
 @pytest.fixture(scope="session", autouse=True)

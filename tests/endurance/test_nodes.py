@@ -14,6 +14,7 @@ from tests.endurance.nodes import run
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.usefixtures("own_ray")
 def test_random_kills_of_nodes_change_no_byte(tmp_path: Path) -> None:
     found = run(tmp_path, seed=3, seconds=15)  # the round that is under way is finished
     assert found["failures"] == []

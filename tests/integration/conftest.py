@@ -29,16 +29,6 @@ def _shared_ray(request: pytest.FixtureRequest) -> None:
         share_ray()
 
 
-@pytest.fixture
-def own_ray() -> Iterator[None]:
-    """For a test that starts, ends or breaks its Ray itself."""
-    from cluster.ray_session import disconnect
-
-    disconnect()
-    yield
-    disconnect()
-
-
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
     """The shared Ray ends with the last test in a row that bears its mark."""
     if item.get_closest_marker("ray") and not (nextitem and nextitem.get_closest_marker("ray")):
