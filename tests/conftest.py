@@ -49,13 +49,16 @@ if _has_room(MEMORY):  # before pytest first asks for a directory
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Before xdist looks for groups."""
+    if item.get_closest_marker("ray") and item.config.pluginmanager.hasplugin("xdist"):
+        item.add_marker(pytest.mark.xdist_group("ray"))
+
+
 @pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Stable sort, after the plugin that shuffles."""
     items.sort(key=_turn)
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in (each for each in items if each.get_closest_marker("ray")):
-            item.add_marker(pytest.mark.xdist_group("ray"))
 
 
 def _turn(item: pytest.Item) -> tuple[int, bool]:

@@ -123,7 +123,8 @@ def run(folder: Path, seed: int, seconds: float, show: bool = False) -> dict[str
 
     def report(event: Event) -> None:
         nonlocal trained
-        killer()
+        if time.monotonic() - started < seconds or not killer.kills:
+            killer()  # the last round ends undisturbed
         trained += isinstance(event, SliceTrained)
         if isinstance(event, Notice):
             told[_kind(event.text)] += 1

@@ -26,6 +26,8 @@ from tests.integration.scripted import NODE
 
 def share_ray() -> ray_session.Session:
     """The Ray of this process, as a run connects to it: two CPUs and what is said to be a GPU."""
+    if ray.is_initialized() and "GPU" not in ray.cluster_resources():
+        ray_session.disconnect()  # one with more CPUs, that a command started for itself
     with mock.patch.object(ray, "init", functools.partial(ray.init, num_gpus=1)):
         return ray_session.connect(None, 2)
 

@@ -43,7 +43,7 @@ from tests.integration.tiny_model import (
     write_run,
 )
 
-pytestmark = [pytest.mark.torch, pytest.mark.xdist_group("encryption")]
+pytestmark = pytest.mark.torch
 
 ROOMS = (RECORDS, INDEX, CHECKPOINTS)
 LATER = of_people("p012")

@@ -73,7 +73,7 @@ def test_the_examples_run_one_after_another(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for line in examples():
-        assert run(shlex.split(line)[1:]) == 0, (line, capsys.readouterr().err)
+        assert run(shlex.split(line, comments=True)[1:]) == 0, (line, capsys.readouterr().err)
         if line.startswith("sisa init"):
             _shrink(tmp_path / "my-model" / "run.yaml", tiny_base)
     rows = make_people(22, 5)[-10:]
