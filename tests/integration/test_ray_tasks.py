@@ -88,8 +88,8 @@ def test_a_worker_that_does_not_begin_is_not_waited_for(
     hangs.touch()
     paths = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
     heard: list[Event] = []
-    asked = {"environment": {"PYTHONPATH": paths}, "stall_limit_s": 3.0, "max_retries": 0}
-    assert run([tmp_path / "b"], heard.append, **asked) == ["b"]
+    asked: dict[str, Any] = {"stall_limit_s": 3.0, "max_retries": 0}
+    assert run([tmp_path / "b"], heard.append, {"PYTHONPATH": paths}, **asked) == ["b"]
     texts = [each.text for each in heard if isinstance(each, Notice)]
     assert not hangs.exists()
     assert "worker of task b on node" in texts[0]
