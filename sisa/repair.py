@@ -143,7 +143,7 @@ def _mend_patches(world: World, found: Sequence[Finding], done: list[str]) -> Wo
 def _mend_checkpoints(world: World, found: Sequence[Finding]) -> list[str]:
     """Give damaged checkpoints up, then close the gaps that they leave."""
     plans, done = _give_up(world, found)
-    return done + _close_gaps(world, plans)
+    return done + close_gaps(world, plans)
 
 
 def _give_up(world: World, found: Sequence[Finding]) -> tuple[list[ShardPlan], list[str]]:
@@ -163,7 +163,8 @@ def _give_up(world: World, found: Sequence[Finding]) -> tuple[list[ShardPlan], l
     return plans, done
 
 
-def _close_gaps(world: World, plans: Sequence[ShardPlan]) -> list[str]:
+def close_gaps(world: World, plans: Sequence[ShardPlan]) -> list[str]:
+    """Train stages again that lie before a held one, of whatever order; what was done."""
     done: list[str] = []
     chains: list[Chain] = []
     for plan in plans if world.recipe.shard_budget is None else ():  # else what is missing may be meant

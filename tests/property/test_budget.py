@@ -2,25 +2,29 @@
 
 Histories as in `test_histories.py`, under a budget that is mostly too small for all stages. In the end
 every head has the bytes of training from scratch without a budget, what is held has the bytes that it
-has there, and bytes are within the budget unless only the last stages of orders are left.
+has there, and bytes are within the budget unless only the last stages of orders are left. A crash at
+any effect changes nothing of it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from functools import partial
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from sisa.reconcile import reconcile
 from sisa.run import train
+from sisa.witness import settle
 from sisa.world import model_digest
-from tests.property.test_histories import History, Model, histories, like
+from tests.property.test_histories import Fuse, History, Model, attempt, histories, like, wire
 
 
 @pytest.mark.slow
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(histories(), st.integers(1, 4_000))
 def test_any_history_serves_the_same_bytes(history: History, budget: int) -> None:
     model = Model(dataclasses.replace(history, budget=budget))
@@ -39,3 +43,25 @@ def test_any_history_serves_the_same_bytes(history: History, budget: int) -> Non
     for shard, num_bytes in held.items():
         here = [each for each in model.fake.ledger.checkpoints(shard) if each.key not in heads]
         assert num_bytes <= budget or len(here) <= len(model.fake.world.recipe.orders)
+
+
+@pytest.mark.slow
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(histories(), st.integers(1, 4_000), st.integers(1, 60), st.booleans())
+def test_a_crash_at_any_effect_changes_no_byte_that_is_served(
+    history: History, budget: int, at: int, after: bool
+) -> None:
+    model = Model(dataclasses.replace(history, first=(), budget=budget))
+    wire(model.fake, Fuse(at, after))
+    for kind, numbers in (("add", history.first), *history.steps):
+        if not attempt(partial(model.step, kind, numbers)):
+            model.check_heads_are_clean()
+            model.check_heads_are_deepest()
+            settle(model.fake.world)
+            reconcile(model.fake.world)
+            model.resume(kind, numbers)
+    model.check_no_residue()
+    scratch = like(history)
+    train(scratch.world, [model.record(n) for n in sorted(model.remaining)])
+    assert model.fake.ledger.heads() == scratch.ledger.heads()
+    assert model_digest(model.fake.ledger) == model_digest(scratch.ledger)

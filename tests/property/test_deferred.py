@@ -23,7 +23,7 @@ gone_sets = st.lists(st.sets(st.integers(0, 40), min_size=1, max_size=4), max_si
 
 
 @pytest.mark.slow
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(histories(), gone_sets)
 def test_deferred_deletions_end_as_if_they_had_been_trained(
     history: History, gone_sets: list[set[int]]

@@ -18,8 +18,10 @@ from sisa.lifecycle import Terms, arrive
 from sisa.lineage import proves_clean
 from sisa.orders import Order, arranged, chosen_orders, depth_after, matched, rotations
 from sisa.plan import Recipe, Schedule, ShardPlan, ShardView, gaps, jobs, plan_shard, tainted
+from sisa.ports import Change
 from sisa.query import shards
 from sisa.reconcile import reconcile
+from sisa.repair import close_gaps
 from sisa.run import add, train
 from sisa.serving import (
     deletions_until_base,
@@ -27,6 +29,7 @@ from sisa.serving import (
     simulate_depth,
     simulate_until_base,
 )
+from sisa.world import view_shard
 from tests.fakes import fake_model, fake_recipe, fake_record
 
 schedules = st.sampled_from(["cumulative", "sequential"])
@@ -245,3 +248,20 @@ def test_status_tells_depth_and_cost_apart() -> None:
     assert done.record_epochs_trained == request.record_epochs_retrained
     assert done.record_epochs_others == request.record_epochs_others > 0
     assert request.state == "completed"
+
+
+def test_gaps_on_every_orders_path_are_closed_to_the_same_bytes() -> None:
+    fake = fake_model(1, fake_recipe(4, orders=2))
+    train(fake.world, [fake_record(number) for number in range(24)])
+    whole, rows = dict(fake.checkpoints.stored), fake.ledger.checkpoints()
+    lost = [each.key for each in rows if each.prefix in ((0,), (0, 1), (2, 3))]
+    fake.world.ledger.commit(Change(dropped=lost))
+    fake.checkpoints.erase(lost)
+    view = view_shard(fake.world, 0)
+    found = plan_shard(view, fake.world.recipe, fake.world.fingerprint)
+    assert (found.train, found.all_missing) == ((), ())
+    missing = gaps(found, {each.key for each in view.held})
+    assert [job.prefix for job in missing] == [(0,), (0, 1), (2, 3)]
+    assert close_gaps(fake.world, [found]) == ["trained 3 stages again"]
+    assert fake.checkpoints.stored == whole
+    assert {each.key for each in fake.ledger.checkpoints()} == {each.key for each in rows}

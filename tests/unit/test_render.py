@@ -275,3 +275,17 @@ def test_no_row_is_printed_by_a_dry_run() -> None:
     for row in planned.removed:
         assert isinstance(row, RecordRow)
         assert row.id_digest not in text.text + json.dumps(text.json)
+
+
+def test_a_deferred_deletion_tells_what_is_served_and_what_is_still_to_be_trained() -> None:
+    request = replace(
+        REQUEST, state="erased", served=((0, 1, 3), (3, 2, 3)), serving_depth=0.5, record_epochs_others=7
+    )
+    result = render.forgotten(ForgetOutcome(request, (), "after", deferred=True))
+    found = read(result)
+    assert found["served"][1] == {"shard": 3, "slices_served": 2, "of": 3}
+    assert (found["deferred"], found["serving_depth"], found["record_epochs_others"]) == (True, 0.5, 7)
+    assert "2 slices to be retrained from slice 1 on" in result.text
+    assert "meanwhile served: shard 0: 1 of 3 slices, shard 3: 2 of 3 slices; 50.0%" in result.text
+    assert "other orders: 7 record-epochs more" in result.text
+    assert "2 slices retrained" in render.forgotten(ForgetOutcome(REQUEST, (), "after")).text
