@@ -153,7 +153,7 @@ class Work:
 
 def rates(shards: int) -> tuple[float, float]:
     """The learning rates that are tried; a large batch is given larger ones."""
-    return (1e-2, 3e-3) if shards <= 8 else (3e-3, 1e-3)
+    return (1e-2, 3e-3) if shards <= 16 else (3e-3, 1e-3)
 
 
 def batch_of(shards: int) -> int:
