@@ -139,7 +139,7 @@ def ratios(rows: Sequence[Json]) -> Iterator[Json]:
     for mine in rows:
         if mine["who"] != TWO_WORKERS.name:
             continue
-        for other in rows:
+        for other in [each for each in rows if each["adapter"] == mine["adapter"]]:
             if not other["who"].startswith("ours") and other["layers"] in ("all", mine["layers"]):
                 yield {
                     "adapter": mine["adapter"],
@@ -206,12 +206,7 @@ def table(found: Json) -> Iterator[str]:
         numbers = f"{row['tokens_per_s']:.0f} | {row['seconds_per_epoch']:.1f} | {row['loss']:.3f}"
         yield f"| {row['adapter']} | {row['layers']} | {row['who']} | {numbers} |"
     yield ""
-    yield "| adapter | ours | theirs | against | times as fast | core-seconds, theirs over ours |"
-    yield "| --- | --- | --- | --- | --- | --- |"
-    for row in found["ratios"]:
-        pair = f"{row['ours']} | {row['theirs']} | {row['against']}"
-        cells = f"{row['times_as_fast']:.2f} | {row['core_seconds']:.2f}"
-        yield f"| {row['adapter']} | {pair} | {cells} |"
+    yield from _ratio_table(found["ratios"])
     if "whole" in found:
         yield ""
         yield "| whole training | tokens/s | s an epoch | loss |"
@@ -221,6 +216,17 @@ def table(found: Json) -> Iterator[str]:
             yield f"| {row['who']} | {numbers} |"
     if found["trl"] is None:
         yield "\nTRL is not installed (extra `bench`): its rows are missing."
+
+
+def _ratio_table(rows: Sequence[Json]) -> Iterator[str]:
+    """A line for each pair of layers: how many times as fast as each of them (in core-seconds)."""
+    against = list(dict.fromkeys(row["against"] for row in rows))
+    yield "| adapter | ours | theirs | " + " | ".join(against) + " |"
+    yield "| --- | --- | --- |" + " --- |" * len(against)
+    for line in dict.fromkeys((row["adapter"], row["ours"], row["theirs"]) for row in rows):
+        by = {r["against"]: r for r in rows if (r["adapter"], r["ours"], r["theirs"]) == line}
+        cells = [f"{by[n]['times_as_fast']:.2f} ({by[n]['core_seconds']:.2f})" for n in against]
+        yield "| " + " | ".join([*line, *cells]) + " |"
 
 
 def draw(found: Json, to: Path) -> None:
