@@ -41,7 +41,7 @@ from sisa.events import Event, QueueSeen, Report
 from sisa.export import export_adapters
 from sisa.lifecycle import Terms
 from sisa.model.route import Route
-from sisa.opening import CHECKPOINTS, INDEX, KEY, LEDGER, LOCK, RECORDS, SCRATCH, OpenExecutor
+from sisa.opening import KEY, LEDGER, LOCK, SCRATCH, OpenExecutor
 from sisa.outcome import ForgetOutcome, ForgetPlan, Status
 from sisa.parts import Parts
 from sisa.reader import read_records
@@ -309,7 +309,7 @@ class Model:
                 exports=tuple(query.exports(world)),
                 sizes_bytes={
                     LEDGER: files.num_bytes(self.directory / LEDGER),
-                    **{room: world.places[room].num_bytes("") for room in (RECORDS, INDEX, CHECKPOINTS)},
+                    **{room: world.places[room].num_bytes("") for room in world.told_rooms},
                 },
                 witness=(world.witness.location(), standing(world)),
                 num_orders=1 + len(world.recipe.orders),

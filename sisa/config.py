@@ -194,6 +194,7 @@ class RunConfig(Block):
         "all-linear", "retrain", "Modules that get an adapter: names, or all-linear."
     )
     lora_layers: LoraLayers = key("all", "retrain", "Layers that get adapters: all, or top:N.")
+    prefix_cache_bytes: Int = key(0, "none", "Bytes of hidden states below top:N to keep.", ge=0)
     sequence_len: Int = key(512, "retrain", "Longest record, in tokens.", ge=2, le=1 << 20)
     overlength: Literal["refuse", "truncate"] = key(
         "refuse", "retrain", "What becomes of a longer record: refuse or truncate."

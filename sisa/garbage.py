@@ -32,6 +32,7 @@ from sisa.opening import (
     LOCK,
     METRICS,
     PATCHES,
+    PREFIXES,
     RECORDS,
     RUNS,
     SCRATCH,
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
 
 LEDGER_FILES = (LEDGER, f"{LEDGER}-wal", f"{LEDGER}-shm", f"{LEDGER}-journal")
 KEPT_FILES = frozenset({*LEDGER_FILES, KEY, LOCK})
-ROOMS = (RECORDS, INDEX, CHECKPOINTS, PATCHES, VAULT, RUNS, METRICS)
+ROOMS = (RECORDS, INDEX, PREFIXES, CHECKPOINTS, PATCHES, VAULT, RUNS, METRICS)
 
 TEMPORARY = "a temporary file that a killed process left"
 RETIRED = "retired: clean, but no target needs it"

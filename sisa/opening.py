@@ -6,6 +6,7 @@
     DIR/scratch/         replays; erased by     DIR/patches/      a directory per patch
                          the next writer        DIR/vault/        a sealed file per set of texts
     DIR/metrics/         numbers, a file a run  DIR/runs/         unfinished patches, sealed
+    DIR/prefixes/        kept hidden states
     STORAGE/MODEL/       records, checkpoints, patches and scratch, where the run file names a `storage:`
     KEYRING/MODEL/       keys of an encrypted model and of every vault, outside of DIR
 
@@ -39,6 +40,7 @@ from sisa.domain import Probed, Record, Tombstone
 from sisa.errors import IntegrityError, InvalidInput
 from sisa.events import Report
 from sisa.model.numerics import fingerprint
+from sisa.partition_key import read_secret
 from sisa.parts import Named, Parts
 from sisa.patch import Patch, patched_digest
 from sisa.patch_plan import active
@@ -47,7 +49,6 @@ from sisa.place_ports import Place
 from sisa.ports import CheckpointStore, Executor, Keyring, Ledger, Probe, Trainer
 from sisa.recording import recording
 from sisa.serial import SerialExecutor, Site
-from sisa.store import files
 from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.exports import DirectoryExports
 from sisa.store.index import FaissIndex
@@ -56,6 +57,7 @@ from sisa.store.ledger import SqlLedger
 from sisa.store.local_place import absolute
 from sisa.store.metrics import FileMetrics
 from sisa.store.places import rooms
+from sisa.store.prefixes import FilePrefixes
 from sisa.store.records import FileRecords
 from sisa.store.runs import FileRuns
 from sisa.store.vault import FileVault
@@ -65,6 +67,7 @@ from sisa.world import World, over, patch_files
 LEDGER, KEY, LOCK = "ledger.sqlite", "partition.key", "lock"
 RECORDS, INDEX, CHECKPOINTS, SCRATCH = "records", "index", "checkpoints", "scratch"
 PATCHES, VAULT, RUNS, METRICS = "patches", "vault", "runs", "metrics"
+PREFIXES = "prefixes"
 
 OpenExecutor = Callable[[Site, Mapping[str, Any]], Executor]
 # of the base's directory and digest, and of the files of the patches on it, lowest first
@@ -119,6 +122,8 @@ def open_world(
         patcher=lambda: find_patcher(executor)(_patch_site(directory, parts, vault, patches), config),
         fingerprint=fingerprint(config.sisa.threads_per_shard, config.arithmetic),
         metrics=metrics,
+        prefixes=FilePrefixes(places[PREFIXES], keyring),
+        keeps_prefixes=config.prefix_cache_bytes > 0,
         now=_now,
         report=recording(report, metrics, _now),
         probe=_probe(parts, ledger, patches),
@@ -143,7 +148,14 @@ def _site(places: Mapping[str, Place], parts: Parts, store: FileCheckpoints, led
         patches_at=places[PATCHES],
         patches=tuple(stack),
         arithmetic=parts.config.arithmetic,
+        prefixes_at=places[PREFIXES],
+        prefix_bytes=0 if store.room != CHECKPOINTS else _prefix_bytes(parts.config),
     )
+
+
+def _prefix_bytes(config: RunConfig) -> int:
+    """What a shard may keep: a replay keeps nothing, and uses nothing that was kept."""
+    return config.prefix_cache_bytes // config.sisa.shards
 
 
 def _trained_over(ledger: Ledger, base: str) -> list[Patch]:
@@ -207,7 +219,16 @@ def open_trainer(site: Site) -> Trainer:
 
     store = FileCheckpoints(site.patches_at, site.keyring, PATCHES)
     patches = [store.load(key, manifest) for key, manifest in site.patches]
-    return LoraTrainer(site.base_dir, site.base_digest, site.threads, patches, site.arithmetic)
+    prefixes = FilePrefixes(site.prefixes_at, site.keyring)
+    return LoraTrainer(
+        site.base_dir,
+        site.base_digest,
+        site.threads,
+        patches,
+        site.arithmetic,
+        prefixes=prefixes if site.prefix_bytes else None,
+        prefix_bytes=site.prefix_bytes,
+    )
 
 
 def open_stores(site: Site) -> tuple[FileRecords, FileCheckpoints]:
@@ -280,31 +301,6 @@ def new_secret(config: RunConfig) -> bytes:
     if config.sisa.partition_key_file is None:
         return secrets.token_bytes(KEY_BYTES)
     return read_secret(config.sisa.partition_key_file)
-
-
-def read_secret(path: Path) -> bytes:
-    """A secret at rest: 64 hexadecimal digits. The content never reaches a message."""
-    try:
-        secret = bytes.fromhex(path.read_text(encoding="ascii").strip())
-    except OSError as error:
-        raise InvalidInput(
-            "the partition key can't be read", where=str(path), got=str(error.strerror)
-        ) from None
-    except ValueError:
-        secret = b""
-    if len(secret) != KEY_BYTES:
-        raise InvalidInput(
-            "that is not a partition key",
-            where=str(path),
-            expected="64 hexadecimal digits",
-            next_step="copy the partition.key of a model, or write 32 random bytes in hexadecimal",
-        )
-    return secret
-
-
-def write_secret(path: Path, secret: bytes) -> None:
-    """Keep the secret, readable by its owner alone."""
-    files.write_atomic(path, secret.hex().encode() + b"\n", mode=0o600)
 
 
 def stored_config(ledger_meta: Mapping[str, str]) -> RunConfig:

@@ -45,12 +45,16 @@ from sisa.patch import Patch, PatchJob, VaultSet
 Vectors = NDArray[np.float32]  # [num_texts, dimension], rows of unit length
 
 
+States = NDArray[np.float32]  # [positions, hidden], of one record
+
+
 @dataclass(frozen=True, slots=True)
 class StoredRecord:
-    """A record at rest with the keyed digest that orders it."""
+    """A record at rest with the keyed digest that orders it, and in a stage the slice it came from."""
 
     id_digest: str
     record: Record
+    slice: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +148,25 @@ class RecordStore(Protocol):
 
     def check(self, file: SliceFile) -> None:
         """Checks the file's bytes against `file.sha256` without parsing them."""
+
+    def held(self) -> frozenset[str]:
+        """Names of all files."""
+
+    def erase(self, names: Collection[str]) -> None:
+        """Remove, the keyring's keys first; absent names are no error."""
+
+
+class PrefixStore(Protocol):
+    """A cache: what it can't read is computed again."""
+
+    def read(self, name: str) -> dict[str, States]:
+        """States by keyed id of the record; none where the file is missing, damaged or can't be read."""
+
+    def write(self, name: str, states: Mapping[str, States]) -> None:
+        """Keep states, in place of what the name had."""
+
+    def num_bytes(self, start: str) -> int:
+        """Of all files whose names begin so."""
 
     def held(self) -> frozenset[str]:
         """Names of all files."""

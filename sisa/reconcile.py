@@ -357,6 +357,8 @@ def sweep(world: World) -> None:
         world.keyring.destroy(room, sorted(world.keyring.held(room) - names))
     world.records.erase(sorted(held["records"] - known["records"]))
     world.index.erase(sorted(held["index"] - known["index"]))
+    if world.prefixes is not None:
+        world.prefixes.erase(sorted(held["prefixes"] - known["prefixes"]))
     world.checkpoints.erase(sorted(held["checkpoints"] - known["checkpoints"]))
     _sweep_patches(world, known, held)
 

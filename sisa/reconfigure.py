@@ -38,6 +38,7 @@ from sisa.events import Notice
 from sisa.patch_plan import OVER
 from sisa.plan import ShardView, plan_shard
 from sisa.ports import Change, Ledger, StoredRecord
+from sisa.prefix_names import ROOM as PREFIXES
 from sisa.reconcile import Trained, train_unrecorded
 from sisa.run import refuse_generations
 from sisa.store import keyring
@@ -107,6 +108,9 @@ def move(world: World, effects: Collection[Effect], meta: dict[str, str]) -> Tra
 def reseal(world: World) -> None:
     """Bring every held file to the form that the keyring gives. Cut short, both forms are read."""
     for room, names in known_names(world).items():
+        if world.prefixes is not None and room == PREFIXES:
+            world.prefixes.erase(sorted(names))  # a cache
+            continue
         if room in ALWAYS_SEALED:
             continue
         keyring.reseal(world.places[room], room, sorted(names), world.keyring)

@@ -46,6 +46,8 @@ class Site:
     patches_at: Place = field(default_factory=lambda: LocalPlace(Path()))
     patches: tuple[tuple[str, str], ...] = ()  # to train over: (key, manifest's sha256), lowest first
     arithmetic: Arithmetic = USUAL
+    prefixes_at: Place = field(default_factory=lambda: LocalPlace(Path()))
+    prefix_bytes: int = 0  # of hidden states that a shard may keep there
 
     def absolute(self) -> Site:
         """The same for a process in another working directory."""
@@ -54,6 +56,7 @@ class Site:
             records_at=absolute(self.records_at),
             checkpoints_at=absolute(self.checkpoints_at),
             patches_at=absolute(self.patches_at),
+            prefixes_at=absolute(self.prefixes_at),
             base_dir=self.base_dir.absolute(),
         )
 
@@ -107,7 +110,7 @@ def _stage_records(
                 got=file.root,
                 next_step="run `sisa verify` on the model",
             )
-        stage.extend(records.read(file))
+        stage.extend(replace(each, slice=slice_) for each in records.read(file))
     return sorted(stage, key=lambda each: each.id_digest)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from sisa import opening, reconfigure
+from sisa import opening, partition_key, reconfigure
 from sisa.api import Model, silent
 from sisa.arithmetic import USUAL
 from sisa.assign import Assigner
@@ -118,7 +118,7 @@ def _first_training(
                 next_step="run the same command again",
             )
         if config.sisa.partition_key_file is None:
-            opening.write_secret(directory / KEY, secret)
+            partition_key.write_secret(directory / KEY, secret)
         named = {"key": keyed.name, "model": _new_name(config)}
         world = opening.open_world(
             directory,
@@ -214,7 +214,9 @@ def _move(
     """Bring an existing model's ledger to a changed run file, by the gravest effect among them."""
     key_file = config.sisa.partition_key_file
     secret = (
-        opening.read_secret(key_file) if key_file else opening.stored_secret(model.directory, config)
+        partition_key.read_secret(key_file)
+        if key_file
+        else opening.stored_secret(model.directory, config)
     )
     _refuse_move(model, config, secret, accept_differences=accept_differences)
     effects = {each.effect for each in _graver(model, config)} - {"none"}

@@ -20,11 +20,11 @@ from pathlib import Path
 
 from sisa.digest import file_sha256, sha256_hex
 from sisa.errors import IntegrityError
-from sisa.opening import CHECKPOINTS, INDEX, PATCHES, RECORDS, RUNS, SCRATCH, VAULT
+from sisa.opening import CHECKPOINTS, INDEX, PATCHES, PREFIXES, RECORDS, RUNS, SCRATCH, VAULT
 from sisa.ports import Keyring
 from sisa.store.keyring import MAGIC, is_sealed
 
-ALONE = (RECORDS, INDEX, VAULT)  # rooms of files
+ALONE = (RECORDS, INDEX, VAULT, PREFIXES)  # rooms of files
 INSIDE = (CHECKPOINTS, PATCHES, RUNS, SCRATCH)  # rooms of directories of files
 
 

@@ -29,6 +29,7 @@ from sisa.ports import (
     Keyring,
     Ledger,
     Metrics,
+    PrefixStore,
     Probe,
     RecordIndex,
     RecordStore,
@@ -36,6 +37,7 @@ from sisa.ports import (
     Vectors,
     Witness,
 )
+from sisa.prefix_names import prefix_names
 
 Place = tuple[int, int]  # shard, slice
 FEW_SHARDS = 16  # that are asked for one by one
@@ -69,7 +71,15 @@ class World:
     now: Callable[[], str]
     report: Report
     probe: Probe | None = None
+    prefixes: PrefixStore | None = None
+    keeps_prefixes: bool = False  # whether the run file lets hidden states be kept
     places: Mapping[str, place_ports.Place] = field(default_factory=dict)  # of the rooms; none of fakes
+
+    @property
+    def told_rooms(self) -> tuple[str, ...]:
+        """Rooms whose size people are told."""
+        rooms = ("records", "index", "checkpoints")
+        return (*rooms, "prefixes") if self.keeps_prefixes else rooms
 
 
 def commit(world: World, change: Change) -> int:
@@ -96,7 +106,8 @@ def over(ledger: Ledger) -> tuple[str, ...]:
 
 def known_names(world: World) -> dict[str, frozenset[str]]:
     """What the ledger knows of each room: names of slice files, index files and checkpoints; of patches
-    that are served or trained over, of unfinished ones, and of sets whose texts are there."""
+    that are served or trained over, of unfinished ones, of sets whose texts are there; of kept states
+    those files that are there."""
     patches = world.ledger.patches()
     return {
         "records": frozenset(file.name for file in world.ledger.slices()),
@@ -105,7 +116,15 @@ def known_names(world: World) -> dict[str, frozenset[str]]:
         "patches": frozenset(each.key for each in active(patches)).union(over(world.ledger)),
         "vault": frozenset(each.name for each in world.ledger.vault() if each.held),
         "runs": frozenset(each.key for each in wanted(patches)),
+        "prefixes": _known_prefixes(world),
     }
+
+
+def _known_prefixes(world: World) -> frozenset[str]:
+    """Files of hidden states that are there, and of slices as they are now."""
+    if world.prefixes is None or not world.keeps_prefixes:
+        return frozenset()
+    return world.prefixes.held() & prefix_names(world.ledger.slices(), world.recipe, world.fingerprint)
 
 
 def held_names(world: World) -> dict[str, frozenset[str]]:
@@ -117,6 +136,7 @@ def held_names(world: World) -> dict[str, frozenset[str]]:
         "patches": world.patches.held(),
         "vault": world.vault.held(),
         "runs": world.runs.held(),
+        "prefixes": world.prefixes.held() if world.prefixes else frozenset(),
     }
 
 

@@ -39,7 +39,7 @@ from sisa.events import Report, SliceTrained
 from sisa.orders import chosen_orders
 from sisa.patch import PatchJob, PatchMode
 from sisa.plan import Recipe, Schedule
-from sisa.ports import CheckpointStore, Executor, Standing, StoredRecord, Tick, Vectors
+from sisa.ports import CheckpointStore, Executor, Standing, States, StoredRecord, Tick, Vectors
 from sisa.serial import SerialExecutor
 from sisa.store.keyring import PLAIN
 from sisa.world import World
@@ -122,6 +122,28 @@ class FakeRecords:
 
     def check(self, file: SliceFile) -> None:
         self.read(file)
+
+    def held(self) -> frozenset[str]:
+        return frozenset(self.stored)
+
+    def erase(self, names: Collection[str]) -> None:
+        for name in names:
+            self.stored.pop(name, None)
+
+
+class FakePrefixes:
+    def __init__(self) -> None:
+        self.stored: dict[str, dict[str, States]] = {}
+
+    def read(self, name: str) -> dict[str, States]:
+        return dict(self.stored.get(name, {}))
+
+    def write(self, name: str, states: Mapping[str, States]) -> None:
+        self.stored[name] = dict(states)
+
+    def num_bytes(self, start: str) -> int:
+        held = [states for name, states in self.stored.items() if name.startswith(start)]
+        return sum(each.nbytes for states in held for each in states.values())
 
     def held(self) -> frozenset[str]:
         return frozenset(self.stored)

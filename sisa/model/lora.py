@@ -45,17 +45,18 @@ from sisa.model.adapter import (
 )
 from sisa.model.batches import stage_batches
 from sisa.model.flat import Flat
+from sisa.model.kept_prefixes import Kept, Rows
 from sisa.model.layers import first_adapted
 from sisa.model.layerwise import train_block
 from sisa.model.losses import Batch, count_labels, has_plain_head, summed_loss
-from sisa.model.numerics import keep_freed_memory, pin_threads
+from sisa.model.numerics import fingerprint, keep_freed_memory, pin_threads
 from sisa.model.patched import load_patched, patched_name
 from sisa.model.prefix import Lower, Prefixes
 from sisa.model.ticks import Ticks
 from sisa.model.tokens import tokenize_all
 from sisa.model.trained_linear import quicken
 from sisa.plan import LAYERWISE
-from sisa.ports import StoredRecord, Tick
+from sisa.ports import PrefixStore, StoredRecord, Tick
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "trainer_state.json"
@@ -82,14 +83,20 @@ class LoraTrainer:
         threads: int,
         patches: Sequence[Mapping[str, bytes]] = (),
         arithmetic: Arithmetic = USUAL,
+        *,
+        prefixes: PrefixStore | None = None,
+        prefix_bytes: int = 0,
     ) -> None:
-        """`patches` are files of those to train over, lowest first."""
+        """`patches` are files of those to train over, lowest first. `prefixes` keeps hidden states of
+        the lower layers, up to so many bytes of a shard."""
         self._base = (base_dir, base_digest, patches, arithmetic)
         self._base_name = patched_name(base_digest, patches)
         self._threads, self._arithmetic = threads, arithmetic
         self._direct: bool | None = None
         self._prefixes = Prefixes()
         self._checked: set[int] = set()
+        named = (self._base_name, fingerprint(threads, arithmetic))
+        self._kept = None if prefixes is None else Kept(prefixes, prefix_bytes, *named)
 
     def train(
         self,
@@ -107,19 +114,23 @@ class LoraTrainer:
         pin_threads(self._threads, self._arithmetic)
         keep_freed_memory()
         base, tokenizer = load_patched(*self._base)
-        steps = _plan_steps(job, records, tokenizer)
+        rows = _tokenized(job, records, tokenizer)
+        steps = _plan_steps(job, rows)
         if self._direct is None:
             self._direct = has_plain_head(base)
         first = first_adapted(job.training, base)
         if first and first not in self._checked:
             Lower(base, first).check()
             self._checked.add(first)
-        told = (len(steps), self._direct, self._prefixes)
-        stage = Stage(job, base, parent, *told)
+        kept = self._kept if first else None
+        held = kept.read(job, first, rows, base.dtype, self._prefixes) if kept else {}
+        stage = Stage(job, base, parent, len(steps), self._direct, self._prefixes)
         ticks = Ticks([_size(step) for step in steps], len(records))
         progress(ticks.before())
         for step in steps:
             progress(ticks.after(*stage.step(step)))
+        if kept:
+            kept.write(job, first, rows, self._prefixes, held)
         return stage.files()
 
 
@@ -159,7 +170,7 @@ def _check_job(
         )
 
 
-def _plan_steps(job: SliceJob, records: Sequence[StoredRecord], tokenizer: Any) -> list[list[Batch]]:
+def _tokenized(job: SliceJob, records: Sequence[StoredRecord], tokenizer: Any) -> Rows:
     training = job.training
     tokens = tokenize_all(
         [each.record for each in records],
@@ -169,16 +180,21 @@ def _plan_steps(job: SliceJob, records: Sequence[StoredRecord], tokenizer: Any) 
         train_on_inputs=training["train_on_inputs"],
         positions=[f"shard {job.shard}, record {n + 1} of the stage" for n in range(len(records))],
     )
+    return list(zip(records, tokens, strict=True))
+
+
+def _plan_steps(job: SliceJob, told: Rows) -> list[list[Batch]]:
+    training = job.training
     batches = stage_batches(
-        [each.id_digest for each in records],
-        [len(each.input_ids) for each in tokens],
+        [each.id_digest for each, _ in told],
+        [len(each.input_ids) for _, each in told],
         job.passes,
         micro_batch_size=training["micro_batch_size"],
         seed=training["seed"],
         shard=job.shard,
         slice_=job.slice,
     )
-    rows: list[Batch] = [[tokens[index] for index in batch] for batch in batches]
+    rows: list[Batch] = [[told[index][1] for index in batch] for batch in batches]
     per_step = training["gradient_accumulation_steps"]
     return [rows[start : start + per_step] for start in range(0, len(rows), per_step)]
 

@@ -6,7 +6,7 @@ length, with the base in evaluation: no batch mate, order or stage reaches its b
 were kept or are computed again doesn't either. What is kept in memory is bounded; the first to come
 stay. A base whose layers can't be run apart, bit for bit, is refused.
 
-Not covered: keeping states beyond the process (`prefix_files.py`).
+Not covered: keeping states beyond the process (`kept_prefixes.py`).
 
 Legend: B rows, T positions, H hidden.
 
@@ -79,7 +79,7 @@ class Lower:
         try:
             self._decoder(input_ids=ids_1T, use_cache=False)
         except _Reached as found:
-            return found.states[0].clone()
+            return found.states[0].cpu().clone()
         finally:
             hook.remove()
             self._base.train(training)

@@ -1,7 +1,7 @@
 """Where the rooms of a model are: beside its ledger, or in the storage that its run file names.
 
     DIR/ROOM                  without `storage:`; index, vault and unfinished runs always
-    STORAGE/MODEL/ROOM        records, checkpoints, patches and replays of the model by its own name
+    STORAGE/MODEL/ROOM        records, hidden states, checkpoints, patches, replays, by model
 
 Rules: a storage is an absolute path or `s3://BUCKET[/PREFIX]`; the endpoint of another server than
 Amazon's comes from the environment. Models share a storage, since each has a name of its own there.
@@ -26,9 +26,9 @@ from sisa.store.object_place import ObjectPlace
 
 SCHEME = "s3://"
 PRIVATE, SHARED = 0o600, 0o644
-MODES = {"records": PRIVATE, "index": PRIVATE, "vault": PRIVATE}
+MODES = {"records": PRIVATE, "index": PRIVATE, "vault": PRIVATE, "prefixes": PRIVATE}
 AT_HAND = ("index", "vault", "runs", "metrics")  # rooms that stay with the driver
-TRAVELLING = ("records", "checkpoints", "patches", "scratch")  # rooms that workers use
+TRAVELLING = ("records", "prefixes", "checkpoints", "patches", "scratch")  # rooms that workers use
 
 
 def rooms(directory: Path, storage: str | None, model: str) -> dict[str, Place]:

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from sisa import opening
+from sisa import opening, partition_key
 from sisa.assign import Assigner
 from sisa.config import RunConfig
 from sisa.digest import Keyed
@@ -38,6 +38,7 @@ from sisa.store.index import FaissIndex
 from sisa.store.ledger import SqlLedger
 from sisa.store.metrics import FileMetrics
 from sisa.store.places import rooms
+from sisa.store.prefixes import FilePrefixes
 from sisa.store.records import FileRecords
 from sisa.store.runs import FileRuns
 from sisa.store.vault import FileVault
@@ -94,6 +95,8 @@ def world_of(
         runs=FileRuns(directory / opening.RUNS, vault.keyring),
         metrics=FileMetrics(directory / opening.METRICS),
         patcher=lambda: FakePatcher(vault, patches, FakeRuns()),
+        prefixes=FilePrefixes(places[opening.PREFIXES], keyring),
+        keeps_prefixes=config.prefix_cache_bytes > 0,
         fingerprint=numerics or fingerprint(config.sisa.threads_per_shard),
         now=lambda: now,
         report=lambda _: None,
@@ -121,7 +124,7 @@ def train_in(
 ) -> None:
     """Make a model of these records in a directory."""
     directory.mkdir(exist_ok=True)
-    opening.write_secret(directory / opening.KEY, SECRET)
+    partition_key.write_secret(directory / opening.KEY, SECRET)
     (directory / opening.LOCK).touch()
     embedder = NameEmbedder(HashingEmbedder())
     named = {"name": "hashing", "digest": embedder.digest, "dimension": embedder.dimension}

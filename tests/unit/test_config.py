@@ -213,6 +213,7 @@ OTHER: dict[str, Any] = {
     "lora_dropout": 0.5,
     "lora_target_modules": ["q_proj", "v_proj"],
     "lora_layers": "top:3",
+    "prefix_cache_bytes": 7,
     "sequence_len": 8,
     "overlength": "truncate",
     "micro_batch_size": 7,
@@ -274,7 +275,7 @@ def test_each_key_has_one_effect() -> None:
     where |= {"sisa.partition_key_file"}
     cluster = {key for key in OTHER if key.startswith("cluster.")}
     none = {"output_dir", "datasets", "storage", "witness", "keyring", "probe", "patch_mode"}
-    none |= {"sisa.aggregation", "sisa.checkpoint_budget_bytes"}
+    none |= {"prefix_cache_bytes", "sisa.aggregation", "sisa.checkpoint_budget_bytes"}
     assert effects["none"] == cluster | none
     assert effects["reseal"] == {"encrypt"}
     assert effects["reset"] == where

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from cluster import care_cli, cli
-from sisa import opening
+from sisa import opening, partition_key
 from sisa.digest import Keyed
 from sisa.doctor import Diagnosis, diagnose
 from sisa.domain import Chain, Head
@@ -401,7 +401,7 @@ def lose_key(model: Path) -> None:
 
 
 def change_key(model: Path) -> None:
-    opening.write_secret(model / opening.KEY, b"x" * 32)
+    partition_key.write_secret(model / opening.KEY, b"x" * 32)
 
 
 def lose_ledger(model: Path) -> None:

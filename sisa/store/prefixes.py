@@ -1,0 +1,66 @@
+"""Hidden states at rest: one file per slice, the states of its records by their keyed digests.
+
+    a file    sha256 of what follows, 64 characters and a line end; then safetensors, float32, lossless
+
+Rules: a cache. A file that is missing, cut short, changed or can't be opened is as good as none: its
+states are computed again and it is written anew, so the ledger keeps no digest of it. It holds nothing
+that the records do not hold, and goes with them: what the ledger's slices do not name is swept, its key
+first. Keys and places are as those of slices.
+
+Not covered: what names a file (`sisa/prefix_names.py`); computing states (`model/prefix.py`). Whoever
+may write to the model's places could put other states there: `verify --replay` uses none and would tell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from sisa.digest import sha256_hex
+from sisa.errors import IntegrityError
+from sisa.place_ports import Place
+from sisa.ports import Keyring, States
+from sisa.prefix_names import ROOM
+from sisa.store.keyring import PLAIN
+from sisa.store.local_place import LocalPlace
+
+DIGEST_CHARS = 64
+
+
+class FilePrefixes:
+    """A PrefixStore in a place; a path is a directory on this machine's disk."""
+
+    def __init__(self, place: Place | Path, keyring: Keyring = PLAIN) -> None:
+        self.place = LocalPlace(place, mode=0o600) if isinstance(place, Path) else place
+        self.keyring = keyring
+
+    def read(self, name: str) -> dict[str, States]:
+        from safetensors import SafetensorError
+        from safetensors.numpy import load
+
+        try:
+            data = self.keyring.unseal(ROOM, name, "", self.place.get(name, "file of hidden states"))
+            digest, body = data[:DIGEST_CHARS], data[DIGEST_CHARS + 1 :]
+            return dict(load(body)) if digest.decode() == sha256_hex(body) else {}
+        except (IntegrityError, SafetensorError, UnicodeDecodeError):
+            return {}
+
+    def write(self, name: str, states: Mapping[str, States]) -> None:
+        from safetensors.numpy import save
+
+        plain = {each: np.ascontiguousarray(found, np.float32) for each, found in states.items()}
+        body = save(plain)
+        data = sha256_hex(body).encode() + b"\n" + body
+        self.place.put(name, self.keyring.seal(ROOM, name, "", data))
+
+    def num_bytes(self, start: str) -> int:
+        return sum(self.place.num_bytes(each) for each in self.held() if each.startswith(start))
+
+    def held(self) -> frozenset[str]:
+        return self.place.held()
+
+    def erase(self, names: Collection[str]) -> None:
+        self.keyring.destroy(ROOM, names)
+        self.place.erase(names)

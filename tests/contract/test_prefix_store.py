@@ -1,0 +1,95 @@
+"""What every PrefixStore promises, over the fake and over files on a disk and on an S3 server.
+
+States come back to the bit; whatever is wrong with a file, it is as good as none.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sisa.ports import PrefixStore, States
+from sisa.prefix_names import ROOM
+from sisa.store.keyring import FileKeyring, is_sealed
+from sisa.store.prefixes import FilePrefixes
+from tests.fakes import FakePrefixes
+from tests.s3_server import fresh_place
+
+NAME, OTHER = "shard-00000-slice-00001-5e6f.prefix", "shard-00001-slice-00001-5e6f.prefix"
+
+
+def states(*lengths: int) -> dict[str, States]:
+    drawn = np.random.default_rng(0)
+    return {f"{n:064x}": drawn.standard_normal((n, 8), np.float32) for n in lengths}
+
+
+def stored_as(request: pytest.FixtureRequest, folder: Path) -> FilePrefixes:
+    form: str = request.param
+    keyring = FileKeyring(folder / "keyring", seals=form.startswith("sealed"))
+    if form.endswith("objects"):
+        return FilePrefixes(fresh_place(request.getfixturevalue("s3"), ROOM), keyring)
+    return FilePrefixes(folder / ROOM, keyring)
+
+
+@pytest.fixture(params=["fake", "files", "sealed", "objects", "sealed objects"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> PrefixStore:
+    return FakePrefixes() if request.param == "fake" else stored_as(request, tmp_path)
+
+
+@pytest.fixture(params=["files", "sealed", "objects"])
+def real(request: pytest.FixtureRequest, tmp_path: Path) -> FilePrefixes:
+    return stored_as(request, tmp_path)
+
+
+def same(found: dict[str, Any], expected: dict[str, States]) -> bool:
+    return {name: each.tobytes() for name, each in found.items()} == {
+        name: each.tobytes() for name, each in expected.items()
+    }
+
+
+def test_states_come_back_to_the_bit(store: PrefixStore) -> None:
+    assert store.read(NAME) == {}
+    store.write(NAME, states(3, 5))
+    assert same(store.read(NAME), states(3, 5))
+    store.write(NAME, states(3, 5, 7))
+    assert same(store.read(NAME), states(3, 5, 7))
+    assert store.held() == {NAME}
+
+
+def test_what_is_erased_is_gone_and_the_rest_stays(store: PrefixStore) -> None:
+    for name in (NAME, OTHER):
+        store.write(name, states(4))
+    store.erase([NAME, "shard-00009-slice-00001-none.prefix"])
+    assert (store.held(), store.read(NAME)) == ({OTHER}, {})
+    assert same(store.read(OTHER), states(4))
+
+
+def test_bytes_are_counted_by_the_beginning_of_a_name(store: PrefixStore) -> None:
+    assert store.num_bytes("shard-00000-") == 0
+    for name in (NAME, OTHER):
+        store.write(name, states(4))
+    one, both = store.num_bytes("shard-00000-"), store.num_bytes("shard-")
+    assert both == 2 * one >= 2 * 4 * 8 * 4
+
+
+def test_a_damaged_file_is_as_good_as_none(real: FilePrefixes) -> None:
+    real.write(NAME, states(3, 5))
+    data = real.place.get(NAME, "file")
+    assert is_sealed(data) == real.keyring.seals
+    for damaged in (b"", data[:40], data[:-1], data[:-9] + b"x" + data[-8:], b"\xff" * len(data)):
+        real.place.put(NAME, damaged)
+        assert real.read(NAME) == {}
+    real.write(NAME, states(3))
+    assert same(real.read(NAME), states(3))
+
+
+def test_a_file_whose_key_is_gone_is_as_good_as_none(tmp_path: Path) -> None:
+    store = FilePrefixes(tmp_path / ROOM, FileKeyring(tmp_path / "keyring"))
+    store.write(NAME, states(3))
+    store.keyring.destroy(ROOM, [NAME])
+    assert store.read(NAME) == {}
+    store.erase([NAME])
+    assert store.keyring.held(ROOM) == frozenset()
