@@ -83,9 +83,10 @@ def count_computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_a_bound_holds_and_reaches_no_bit(tiny_base: Path) -> None:
+    from sisa.model.base import resolve_base
     from sisa.model.lora import LoraTrainer
     from tests.fakes import FakePrefixes
-    from tests.integration.test_trainer import RECORDS, job_for, names, resolve_base
+    from tests.integration.test_trainer import RECORDS, job_for, names
 
     base = resolve_base(str(tiny_base))
     job = job_for(base, **TOP_JOB)
