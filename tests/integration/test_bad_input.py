@@ -443,7 +443,7 @@ def test_a_damaged_ledger(tiny: Tiny, capsys: Capture, damage: str, what: str) -
 
 
 SHALLOWER = "UPDATE heads SET key = {0}, target = {0} WHERE shard = 0"
-FIRST_STAGE = "(SELECT key FROM checkpoints AS c WHERE c.shard = heads.shard AND c.slice = 0)"
+FIRST_STAGE = "(SELECT key FROM checkpoints AS c WHERE c.shard = heads.shard AND c.prefix = '[0]')"
 SPOIL = "UPDATE {0} SET {1} = replace({1}, substr({1}, 1, 4), 'ffff')"
 
 
