@@ -17,7 +17,7 @@ import socket
 import time
 import warnings
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -77,7 +77,9 @@ class RayJobs:
                 while (piece := runner.run(_next(pieces))) is not None:
                     yield piece
             finally:
-                runner.run(pieces.aclose())
+                # Ctrl-C may find it at work: then it says so, and ends with the runner.
+                with suppress(RuntimeError):
+                    runner.run(pieces.aclose())
 
     def stop(self, job: str) -> bool:
         with self._translated(job):

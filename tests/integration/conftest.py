@@ -23,18 +23,24 @@ def _metrics_every_second() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _shared_ray(request: pytest.FixtureRequest) -> None:
     """Tests with the mark `ray` share one, but for those that ask for `own_ray`."""
-    if request.node.get_closest_marker("ray") and "own_ray" not in request.fixturenames:
+    if _shares_ray(request.node):
         from tests.integration.clusters import share_ray
 
         share_ray()
 
 
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
-    """The shared Ray ends with the last test in a row that bears its mark."""
-    if item.get_closest_marker("ray") and not (nextitem and nextitem.get_closest_marker("ray")):
+    """The shared Ray ends with the last test in a row that shares it: what it put into the environment
+    goes before a module of the next test puts something there."""
+    if _shares_ray(item) and not _shares_ray(nextitem):
         from cluster.ray_session import disconnect
 
         disconnect()
+
+
+def _shares_ray(item: pytest.Item | None) -> bool:
+    marked = item is not None and item.get_closest_marker("ray") is not None
+    return marked and "own_ray" not in getattr(item, "fixturenames", ())
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -271,3 +272,27 @@ def readme_commands() -> list[list[str]]:
 def test_the_commands_of_the_readme_are_known(line: list[str]) -> None:
     command = job_cli.group.commands[line[0]]
     assert command.make_context(line[0], list(line[1:])).params
+
+
+class Interrupted:
+    """A job's log that Ctrl-C finds at work."""
+
+    async def __anext__(self) -> str:
+        raise KeyboardInterrupt
+
+    async def aclose(self) -> None:
+        raise RuntimeError("aclose(): asynchronous generator is already running")
+
+
+def test_ctrl_c_while_a_log_is_awaited_is_no_fault_of_the_cluster(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from cluster.ray_jobs import RayJobs
+
+    jobs = RayJobs.__new__(RayJobs)  # no cluster is asked
+    monkeypatch.setattr(jobs, "get", lambda _job: None)
+    client = SimpleNamespace(tail_job_logs=lambda _job: Interrupted())
+    monkeypatch.setattr(jobs, "_client", client, raising=False)
+    monkeypatch.setattr(jobs, "_address", "http://127.0.0.1:1", raising=False)
+    with pytest.raises(KeyboardInterrupt):
+        next(jobs.follow("first"))
