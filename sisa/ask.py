@@ -59,9 +59,10 @@ def routes_of(world: World, parts: Parts, prompts: Sequence[str]) -> list[Route]
         return []
     vectors = world.embed(prompts)
     named = ~nameless(vectors) if block.names else [False] * len(prompts)
-    hows = [settled(block.aggregation, block.embedder, usual_kind(world), bool(each)) for each in named]
+    kind = usual_kind(world)
+    hows = {each: settled(block.aggregation, block.embedder, kind, each) for each in (False, True)}
     found = query.search_each(world, vectors, NUM_ROUTING_HITS)
-    return [choose_route(hits, how, live) for hits, how in zip(found, hows, strict=True)]
+    return [choose_route(hits, hows[bool(each)], live) for hits, each in zip(found, named, strict=True)]
 
 
 def open_answerer(

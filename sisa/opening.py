@@ -137,25 +137,22 @@ def _now() -> str:
 
 def _site(places: Mapping[str, Place], parts: Parts, store: FileCheckpoints, ledger: Ledger) -> Site:
     stack = [(each.key, each.manifest_sha256) for each in _trained_over(ledger, parts.base.digest)]
+    config = parts.config
+    keeps = store.room == CHECKPOINTS  # a replay keeps no hidden states, and uses none that were kept
     return Site(
         places[RECORDS],
         store.place,
         parts.base.directory,
         parts.base.digest,
-        parts.config.sisa.threads_per_shard,
+        config.sisa.threads_per_shard,
         keyring=store.keyring,
         room=store.room,
         patches_at=places[PATCHES],
         patches=tuple(stack),
-        arithmetic=parts.config.arithmetic,
+        arithmetic=config.arithmetic,
         prefixes_at=places[PREFIXES],
-        prefix_bytes=0 if store.room != CHECKPOINTS else _prefix_bytes(parts.config),
+        prefix_bytes=config.prefix_cache_bytes // config.sisa.shards if keeps else 0,
     )
-
-
-def _prefix_bytes(config: RunConfig) -> int:
-    """What a shard may keep: a replay keeps nothing, and uses nothing that was kept."""
-    return config.prefix_cache_bytes // config.sisa.shards
 
 
 def _trained_over(ledger: Ledger, base: str) -> list[Patch]:

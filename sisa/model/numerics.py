@@ -29,8 +29,8 @@ from sisa.arithmetic import USUAL, Arithmetic
 from sisa.digest import digest_of
 from sisa.model import cuda
 
-# Raise it with every change of lora.py, losses.py, trained_linear.py, flat.py, batches.py or tokens.py
-# that reaches the bits.
+# Raise it with every change of lora.py, losses.py, trained_linear.py, flat.py, prefix.py, layers.py,
+# layerwise.py, batches.py or tokens.py that reaches the bits.
 PROCEDURE_VERSION = 3
 MMAP_THRESHOLD_BYTES, TRIM_THRESHOLD_BYTES = 64 << 20, 256 << 20
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h

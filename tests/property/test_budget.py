@@ -10,17 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from functools import partial
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sisa.reconcile import reconcile
 from sisa.run import train
-from sisa.witness import settle
 from sisa.world import model_digest
-from tests.property.test_histories import Fuse, History, Model, attempt, histories, like, wire
+from tests.property.test_histories import History, Model, histories, like, lived_through_a_crash
 
 
 @pytest.mark.slow
@@ -51,16 +48,7 @@ def test_any_history_serves_the_same_bytes(history: History, budget: int) -> Non
 def test_a_crash_at_any_effect_changes_no_byte_that_is_served(
     history: History, budget: int, at: int, after: bool
 ) -> None:
-    model = Model(dataclasses.replace(history, first=(), budget=budget))
-    wire(model.fake, Fuse(at, after))
-    for kind, numbers in (("add", history.first), *history.steps):
-        if not attempt(partial(model.step, kind, numbers)):
-            model.check_heads_are_clean()
-            model.check_heads_are_deepest()
-            settle(model.fake.world)
-            reconcile(model.fake.world)
-            model.resume(kind, numbers)
-    model.check_no_residue()
+    model = lived_through_a_crash(dataclasses.replace(history, budget=budget), at, after)
     scratch = like(history)
     train(scratch.world, [model.record(n) for n in sorted(model.remaining)])
     assert model.fake.ledger.heads() == scratch.ledger.heads()

@@ -284,10 +284,8 @@ def attempt(effect: Callable[[], None]) -> bool:
     return True
 
 
-@pytest.mark.slow
-@settings(max_examples=NUM_CRASHES, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(histories(), st.integers(1, 60), st.booleans())
-def test_a_crash_at_any_effect_changes_no_byte(history: History, at: int, after: bool) -> None:
+def lived_through_a_crash(history: History, at: int, after: bool) -> Model:
+    """A history with a crash at one effect, gone on with as the next command does."""
     model = Model(dataclasses.replace(history, first=()))
     wire(model.fake, Fuse(at, after))
     for kind, numbers in (("add", history.first), *history.steps):
@@ -298,6 +296,14 @@ def test_a_crash_at_any_effect_changes_no_byte(history: History, at: int, after:
             reconcile(model.fake.world)
             model.resume(kind, numbers)
     model.check_no_residue()
+    return model
+
+
+@pytest.mark.slow
+@settings(max_examples=NUM_CRASHES, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(histories(), st.integers(1, 60), st.booleans())
+def test_a_crash_at_any_effect_changes_no_byte(history: History, at: int, after: bool) -> None:
+    model = lived_through_a_crash(history, at, after)
     scratch = like(history)
     train(scratch.world, [model.record(number) for number in sorted(model.remaining)])
     assert_equal(model.fake, scratch)
