@@ -74,7 +74,8 @@ def seed_from(*parts: object) -> int:
 
 
 class LoraTrainer:
-    """Trains stages on one base, under patches or not. Safe to keep: no stage leaves anything behind."""
+    """Trains stages on one base, under patches or not. Safe to keep: nothing that a stage leaves behind
+    reaches another's bits; hidden states of records stay in memory as long as it does."""
 
     def __init__(
         self,
