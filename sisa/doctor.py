@@ -35,7 +35,6 @@ from pathlib import Path
 from typing import Any
 
 from sisa import opening
-from sisa.api import silent
 from sisa.config import RunConfig
 from sisa.digest import KEY_BYTES, Keyed
 from sisa.domain import RecordRow
@@ -43,6 +42,7 @@ from sisa.errors import InvalidInput, SisaError, TransientError
 from sisa.examine import Finding, examine, finding
 from sisa.garbage import ROOMS, undisturbed
 from sisa.needles import open_readonly
+from sisa.opened import silent
 from sisa.opening import CHECKPOINTS, KEY, LEDGER
 from sisa.parts import Parts
 from sisa.store import files

@@ -25,6 +25,7 @@ from typing import Any, Literal
 from sisa.digest import canonical_json, digest_of
 
 Kind = Literal["text", "completion", "chat"]
+BODY_COLUMNS = ("text", "prompt", "completion", "messages")
 GENERATION_COLUMN = "generation"
 Risk = float | str | None  # of being deleted: a number, the name of a class, or none given
 

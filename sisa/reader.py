@@ -29,10 +29,10 @@ from pathlib import Path
 from typing import Any
 
 from sisa.bands import RISK_COLUMN
-from sisa.config import BODY_COLUMNS, DATA_SUFFIXES, is_local
+from sisa.config import DATA_SUFFIXES, is_local
 from sisa.config_types import DatasetSource
 from sisa.dataset_export import Broken, export_rows
-from sisa.domain import GENERATION_COLUMN, Record
+from sisa.domain import BODY_COLUMNS, GENERATION_COLUMN, Record
 from sisa.errors import InvalidInput, Problem
 from sisa.record_rules import KINDS, kind_of, name_problems, record_of, record_problems
 

@@ -21,8 +21,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from sisa.bands import RISK_COLUMN
-from sisa.config import BODY_COLUMNS
-from sisa.domain import GENERATION_COLUMN, Kind, Part, Record, Risk
+from sisa.domain import BODY_COLUMNS, GENERATION_COLUMN, Kind, Part, Record, Risk
 
 MAX_ID_CHARS, MAX_RISK, MAX_GENERATION = 512, 1e300, 9_999
 ROLES = ("system", "user", "assistant")

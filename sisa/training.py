@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from sisa import opening, partition_key, reconfigure
-from sisa.api import Model, silent
+from sisa.api import Model
 from sisa.arithmetic import USUAL
 from sisa.assign import Assigner
 from sisa.config import Difference, RunConfig, differences
@@ -24,6 +24,7 @@ from sisa.errors import Busy, ConfigConflict, EnvironmentFault, IntegrityError, 
 from sisa.events import Notice, Report
 from sisa.garbage import ROOMS
 from sisa.model.numerics import require_device
+from sisa.opened import silent
 from sisa.opening import CHECKPOINTS, INDEX, KEY, LEDGER, LOCK, SCRATCH, VAULT, OpenExecutor
 from sisa.parts import Parts
 from sisa.patch_plan import active, wanted

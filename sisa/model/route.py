@@ -35,8 +35,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from sisa.aggregation_config import Aggregation
-from sisa.config import MINILM
 from sisa.domain import Hit, Kind
+from sisa.sisa_config import MINILM
 
 SHARE_WEIGHT = 0.3
 MIN_SCORES = {(MINILM, True): 1.0, (MINILM, False): 0.924}  # with a name in the prompt; with none

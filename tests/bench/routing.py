@@ -29,13 +29,13 @@ import numpy as np
 
 from sisa.aggregation_config import Aggregation
 from sisa.ask import NUM_ROUTING_HITS
-from sisa.config import MINILM
 from sisa.digest import sha256_hex
 from sisa.domain import Hit
 from sisa.model.embedder import resolve_embedder
 from sisa.model.names import NameEmbedder, nameless
 from sisa.model.route import MIN_SCORES, choose_route, nearness
 from sisa.ports import Embedder, Vectors
+from sisa.sisa_config import MINILM
 
 PER_AUTHOR, TURNED_AWAY, SENT = 20, 0.02, 0.05
 EMBEDDERS = {
