@@ -19,6 +19,7 @@ import contextlib
 import uuid
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,9 +76,8 @@ class Model(OpenedModel):
         if isinstance(source, str | Path):
             source = read_records([source], self.config.sisa.group_by)
         with self._writing() as world:
-            guard(self.config, source)
-            self.parts.count_tokens(source)  # refuses a changed base, too, before anything is written
-            return add(world, source, allow_deleted=allow_deleted, append=append)
+            guarded = partial(guard, self.config)
+            return add(world, source, allow_deleted=allow_deleted, append=append, checks=[guarded])
 
     def resume(self, source: Sequence[Record] = ()) -> Taken:
         """Train what is missing; records of `source` are only compared with the held ones."""

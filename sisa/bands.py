@@ -24,7 +24,7 @@ Source: SISA, Bourtoule et al. 2021, section VI (a priori knowledge of who asks)
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Annotated, Any
 
@@ -90,12 +90,22 @@ class Bands(Block):
         return tuple(found)
 
 
-def risk_problems(bands: Bands | None, records: Iterable[Record]) -> Iterator[Problem]:
+def unnamed(bands: Bands | None, records: Iterable[Record]) -> set[int]:
+    """Positions (from 0) of records whose risk is of no class: they have no place."""
+    named = None if bands is None else bands.classes
+    risks = (record.deletion_risk for record in records)
+    return {
+        n for n, r in enumerate(risks) if named is not None and isinstance(r, str) and r not in named
+    }
+
+
+def risk_problems(bands: Bands | None, records: Sequence[Record]) -> Iterator[Problem]:
     """What is wrong with the risks of records; says positions from 1, and no names."""
     first: dict[str, tuple[int, Risk]] = {}
+    unplaced = unnamed(bands, records)
     for position, record in enumerate(records, start=1):
         where, subject, risk = f"record {position}", record.subject_id, record.deletion_risk
-        if bands is not None and isinstance(risk, str) and risk not in bands.classes:
+        if position - 1 in unplaced:
             yield Problem(where, f"its '{RISK_COLUMN}' is no class of sisa.bands.classes")
         if subject is None:
             continue

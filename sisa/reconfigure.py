@@ -40,7 +40,7 @@ from sisa.plan import ShardView, plan_shard
 from sisa.ports import Change, Ledger, StoredRecord
 from sisa.prefix_names import ROOM as PREFIXES
 from sisa.reconcile import Trained, train_unrecorded
-from sisa.run import refuse_generations
+from sisa.refused import refuse_generations
 from sisa.store import keyring
 from sisa.world import ALWAYS_SEALED, Place, World, commit, known_names, over, purge, view_shard
 
@@ -93,10 +93,12 @@ def reindexed(world: World) -> list[IndexFile]:
 
 def move(world: World, effects: Collection[Effect], meta: dict[str, str]) -> Trained:
     """Move the model by all of its effects in one transaction, after all of them were found possible."""
-    world.count_tokens([each.record for each in all_records(world)])  # refuses what no longer fits
+    held = all_records(world)
+    world.count_tokens([each.record for each in held])  # refuses what no longer fits
     num_slices = world.assigner.layout.num_slices
     appended = "reset" not in effects and any(f.slice >= num_slices for f in world.ledger.slices())
-    refuse_generations(world, [each.record for each in all_records(world)], appended=appended)
+    appended = appended or any(each.record.generation for each in held)
+    refuse_generations(world.recipe.training, (), append=appended)
     if "reset" in effects:
         return reset(world, meta)
     heads = retargeted(world) if "retrain" in effects else []

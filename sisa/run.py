@@ -9,22 +9,22 @@ current; old ones are unknown to the ledger after it and are swept. So a crash a
 the old state and some unknown files, or the new state and some unknown files, and the next
 reconciliation ends the same. Nothing is erased before the commit that allows it.
 
-Not covered: reading sources and opening a model (`api.py`), questions (`query.py`), proof
-(`verify.py`), a changed run file (`reconfigure.py`).
+Not covered: what speaks against records (`refused.py`), reading sources and opening a model (`api.py`),
+questions (`query.py`), proof (`verify.py`), a changed run file (`reconfigure.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from sisa.assign import Assigner, index_root, slice_root
-from sisa.bands import Bands, risk_problems
-from sisa.domain import Head, IndexFile, Record, RecordRow, Risk, SliceFile, SliceState, Tombstone
-from sisa.errors import ConfigConflict, InvalidInput, Problem
-from sisa.plan import LAYERWISE, ShardPlan, plan_shard
+from sisa.assign import index_root, slice_root
+from sisa.domain import Head, IndexFile, Record, RecordRow, SliceFile, SliceState, Tombstone
+from sisa.errors import InvalidInput
+from sisa.plan import ShardPlan, plan_shard
 from sisa.ports import Change, StoredRecord
 from sisa.reconcile import Trained, reconcile, refuse_lost_rows
+from sisa.refused import refuse_added, refuse_changed, refuse_generations, refuse_trained
 from sisa.world import World, check_sources, commit, model_digest, only, view_shard, write_slice
 
 
@@ -49,12 +49,12 @@ def train(world: World, records: Sequence[Record], meta: Mapping[str, str] | Non
 
     Raises InvalidInput when a record of the source differs from the held one of the same id.
     """
-    refuse_generations(world, records)
+    refuse_generations(world.recipe.training, records)
     found = _lookup(world, records)
     records = _as_held(world, records, found)
     held = sum(isinstance(each, RecordRow) for each in found.values())
     if "config" in world.ledger.meta() or world.ledger.heads():
-        _refuse_all([_differing(_changed(world, records, found))])
+        refuse_trained(world, records, found)
         done = reconcile(world)
         new = len(records) - len(found)
         return _taken(world, done, held=held, deleted=len(found) - held, new=new)
@@ -62,20 +62,6 @@ def train(world: World, records: Sequence[Record], meta: Mapping[str, str] | Non
     heads = [Head(shard, None, 0, None) for shard in range(world.assigner.layout.num_shards)]
     _commit_added(world, records, rows, heads, meta or {})
     return _taken(world, reconcile(world), added=len(rows))
-
-
-def refuse_generations(
-    world: World, records: Sequence[Record], *, append: bool = False, appended: bool = False
-) -> None:
-    """Raises ConfigConflict where slices would be appended to a chain that has a block of layers for
-    those of the first generation alone."""
-    if LAYERWISE in world.recipe.training and (append or appended or any(r.generation for r in records)):
-        raise ConfigConflict(
-            "layers are trained slice by slice: none are left for appended slices; nothing was changed",
-            where="sisa.layerwise",
-            expected="records without a generation",
-            next_step="`sisa add` without --append, or train without sisa.layerwise",
-        )
 
 
 def _lookup(world: World, records: Sequence[Record]) -> dict[str, RecordRow | Tombstone]:
@@ -98,10 +84,10 @@ def _taken(
     )
 
 
-def refuse_changed(world: World, records: Sequence[Record]) -> None:
+def refuse_other_records(world: World, records: Sequence[Record]) -> None:
     """Raises InvalidInput when a record of a source differs from the held one of the same id."""
     found = _lookup(world, records)
-    _refuse_all([_differing(_changed(world, _as_held(world, records, found), found))])
+    refuse_changed(world, _as_held(world, records, found), found)
 
 
 def _as_held(
@@ -130,168 +116,36 @@ def _next_generation(world: World) -> int | None:
     return last + 1 or None
 
 
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    """Records that are not taken for one kind of reason; none, where there are no problems."""
-
-    problems: Sequence[Problem]
-    what: str
-    next_step: str
-
-
-def _refuse_all(refusals: Sequence[Refusal]) -> None:
-    """Raises InvalidInput where there are problems, all of them listed in the records' order."""
-    met = [each for each in refusals if each.problems]
-    if not met:
-        return
-    problems = sorted(
-        (each for refusal in met for each in refusal.problems),
-        key=lambda each: int(each.where.rpartition(" ")[2]),
-    )
-    count = len({each.where for each in problems})
-    what = met[0].what if len(met) == 1 else "can't be taken, for several reasons"
-    raise InvalidInput(
-        f"{count} records {what}; nothing was changed",
-        next_step="; ".join(each.next_step for each in met),
-        problems=problems,
-    )
-
-
-def _differing(problems: Sequence[Problem]) -> Refusal:
-    return Refusal(
-        problems,
-        "differ from the held ones of the same id",
-        "`sisa forget` the held ones, then `sisa add` the new text under new ids",
-    )
-
-
-def _misplaced(problems: Sequence[Problem]) -> Refusal:
-    return Refusal(
-        problems,
-        "can't be placed by their deletion risk",
-        "name the class in sisa.bands.classes, and give all records of a subject one risk",
-    )
-
-
-def _deleted(problems: Sequence[Problem], done: str) -> Refusal:
-    return Refusal(
-        problems,
-        f"can't be {done}",
-        "leave them out of the file, give new content a new id, or say --allow-deleted",
-    )
-
-
-def _changed(
+def add(
     world: World,
     records: Sequence[Record],
-    found: Mapping[str, RecordRow | Tombstone],
-    unplaced: Collection[int] = (),
-) -> list[Problem]:
-    problems = []
-    for position, record in enumerate(records):
-        if position in unplaced:
-            continue
-        row = world.assigner.row(record, 0)
-        held = found.get(row.id_digest)
-        if isinstance(held, RecordRow) and held.record_digest != row.record_digest:
-            problems.append(Problem(f"record {position + 1}", "its content is not the held one"))
-    return problems
-
-
-def refuse_risks(bands: Bands | None, records: Sequence[Record]) -> None:
-    """Raises InvalidInput where a risk is of no class, or one subject carries several."""
-    _refuse_all([_misplaced(list(risk_problems(bands, records)))])
-
-
-def _other_risks(world: World, fresh: Sequence[tuple[int, Record]]) -> list[Problem]:
-    """New records whose risk is not that of the held ones of their subject."""
-    new = {each.subject_id for _, each in fresh if each.subject_id is not None}
-    named = [(world.assigner.subject_digest(s), world.assigner.shard_of_subject(s)) for s in new]
-    places = {(row.shard, row.slice) for who in named for row in world.ledger.by_subject(*who)[0]}
-    known: dict[str | None, Risk] = {
-        each.record.subject_id: each.record.deletion_risk
-        for file in (f for shard in {n for n, _ in places} for f in world.ledger.slices(shard))
-        if (file.shard, file.slice) in places
-        for each in world.records.read(file)
-        if each.record.subject_id in new
-    }
-    return [
-        Problem(f"record {position + 1}", "its deletion risk is not that of its subject's held records")
-        for position, record in fresh
-        if known.get(record.subject_id, record.deletion_risk) != record.deletion_risk
-    ]
-
-
-def add(
-    world: World, records: Sequence[Record], *, allow_deleted: bool = False, append: bool = False
+    *,
+    allow_deleted: bool = False,
+    append: bool = False,
+    checks: Iterable[Callable[[Sequence[Record]], object]] = (),
 ) -> Taken:
     """Take new records into the slices that they hash to and retrain from there; or `append` them as
     slices of a new generation, so that nothing that is trained is trained again.
 
     The result equals training on all records from scratch. A record that is held already, unchanged,
-    is counted and skipped. Raises InvalidInput for changed ids, for a second deletion risk of a subject
-    and, unless `allow_deleted`, for deleted ids and deleted texts, all of them listed.
+    is counted and skipped. Raises InvalidInput for ids that come twice or are held with another
+    content, risks without a place, a second risk of a subject, what does not fit, what `checks` refuse
+    and, unless `allow_deleted`, for deleted ids and deleted texts: all of them listed.
     """
-    refuse_generations(world, records, append=append)
+    refuse_generations(world.recipe.training, records, append=append)
     found = _lookup(world, records)
     records = _as_held(world, records, found, _next_generation(world) if append else None)
+    refuse_added(world, records, found, (world.count_tokens, *checks), allow_deleted=allow_deleted)
     fresh = [
-        (position, record)
-        for position, record in enumerate(records)
+        record
+        for record in records
         if not isinstance(found.get(world.assigner.id_digest(record.id)), RecordRow)
     ]
-    dead = [each for each in found.values() if isinstance(each, Tombstone)]
-    _refuse_all(_refusals(world, records, found, fresh, None if allow_deleted else dead))
-    fresh_records = [record for _, record in fresh]
-    rows = _rows(world, fresh_records)
+    rows = _rows(world, fresh)
     if rows:
-        readmitted = [each.id_digest for each in dead]
-        _commit_added(world, fresh_records, rows, readmitted=readmitted)
+        readmitted = [each.id_digest for each in found.values() if isinstance(each, Tombstone)]
+        _commit_added(world, fresh, rows, readmitted=readmitted)
     return _taken(world, reconcile(world), added=len(rows), held=len(records) - len(fresh))
-
-
-def _refusals(
-    world: World,
-    records: Sequence[Record],
-    found: Mapping[str, RecordRow | Tombstone],
-    fresh: Sequence[tuple[int, Record]],
-    dead: Sequence[Tombstone] | None,
-) -> list[Refusal]:
-    """All that speaks against taking records; `dead` are those of a deleted id, or None where they may
-    come back. A record whose risk is of no class has no place, and is not looked at further."""
-    bands = world.assigner.layout.bands
-    unplaced = {n for n, record in enumerate(records) if any(risk_problems(bands, [record]))}
-    placed = [(n, record) for n, record in fresh if n not in unplaced]
-    risks = [*risk_problems(bands, records), *_other_risks(world, placed)]
-    refusals = [_differing(_changed(world, records, found, unplaced)), _misplaced(risks)]
-    if dead is not None:
-        texts = {world.assigner.row(record, 0).text_digest for _, record in placed}
-        _, deleted = world.ledger.by_text(texts, sure=True)
-        refusals.append(_deleted(deleted_before(world.assigner, placed, [*deleted, *dead]), "added"))
-    return refusals
-
-
-def deleted_before(
-    assigner: Assigner, records: Iterable[tuple[int, Record]], deleted: Sequence[Tombstone]
-) -> list[Problem]:
-    """Records (with their positions) whose id or normalised text was deleted, and by which request."""
-    ids = {each.id_digest: each for each in deleted}
-    texts = {each.text_digest: each for each in deleted}
-    problems = []
-    for position, record in records:
-        row = assigner.row(record, 0)
-        by_id = ids.get(row.id_digest)
-        gone = by_id or texts.get(row.text_digest)
-        if gone is not None:
-            what = "was deleted" if by_id else "has the text of a record that was deleted"
-            what += f" at {gone.deleted_at} by request {gone.request_id}"
-            problems.append(Problem(f"record {position + 1}", what))
-    return problems
-
-
-def refuse_deleted(problems: Sequence[Problem], done: str) -> None:
-    """Raises InvalidInput where there are problems, all of them listed."""
-    _refuse_all([_deleted(problems, done)])
 
 
 def _rows(world: World, records: Sequence[Record]) -> list[RecordRow]:

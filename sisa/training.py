@@ -16,6 +16,7 @@ from sisa import opening, partition_key, reconfigure
 from sisa.api import Model
 from sisa.arithmetic import USUAL
 from sisa.assign import Assigner
+from sisa.bands import unnamed
 from sisa.config import Difference, RunConfig, differences
 from sisa.config_types import is_uri
 from sisa.digest import Keyed
@@ -31,8 +32,9 @@ from sisa.patch_plan import active, wanted
 from sisa.ports import Change
 from sisa.reader import read_records
 from sisa.reconcile import Trained, erase_unknown
+from sisa.refused import refuse_deleted, refuse_generations, refuse_risks, refuse_together
 from sisa.requests import under_way
-from sisa.run import Taken, deleted_before, refuse_changed, refuse_deleted, refuse_risks, train
+from sisa.run import Taken, refuse_other_records, train
 from sisa.runfile import load_run_file
 from sisa.running import running
 from sisa.scratch import guard, prepare
@@ -64,12 +66,13 @@ def train_model(
     require_device(config.arithmetic)
     _refuse_keys_inside(config)
     records = read_records(config.datasets, config.sisa.group_by)
-    refuse_risks(config.sisa.bands, records)
     if not _committed(directory):
         _refuse_foreign(directory)
         return _first_training(config, records, executor, report, allow_deleted=allow_deleted)
     model = Model(directory, executor=executor, report=report)
     found = differences(model.config, config)
+    if found or accept_differences:
+        refuse_risks(config.sisa.bands, records)
     if accept_differences and any((each.key, each.effect) == ("base_model", "reset") for each in found):
         prepare(config, records, executor, report)
     if found or accept_differences:
@@ -96,15 +99,12 @@ def _first_training(
     scratch, which is trained before tokens can be counted."""
     secret = opening.new_secret(config)
     keyed = Keyed(secret)
-    if not allow_deleted:
-        deleted = opening.deleted_under(config, keyed)
-        found = deleted_before(Assigner(keyed, config.layout), enumerate(records), deleted)
-        refuse_deleted(found, "trained")
+    parts = Parts(config, None, None)
+    _refuse_records(config, records, keyed, parts, allow_deleted=allow_deleted)
     opening.witness_of(config, keyed, opening.new_model_id()).refuse_unwritable()
     if config.storage is not None:
         root_of(config.storage).refuse_unusable()
     prepare(config, records, executor, report)
-    parts = Parts(config, None, None)
     parts.count_tokens(records)
     parts.check_modules()
     meta = parts.meta()
@@ -137,6 +137,23 @@ def _first_training(
         finally:
             opening.close(world)
     return Model(directory, executor=executor, report=report), taken
+
+
+def _refuse_records(
+    config: RunConfig, records: list[Record], keyed: Keyed, parts: Parts, *, allow_deleted: bool
+) -> None:
+    """Raises InvalidInput and ConfigConflict for records that a first training can't take. Tokens are
+    counted by the base: by one from scratch, once it is there."""
+    refuse_generations(config.training(), records)
+    bands = config.sisa.bands
+    unplaced = unnamed(bands, records)
+    placed = [each for each in enumerate(records) if each[0] not in unplaced]
+    deleted = [] if allow_deleted else opening.deleted_under(config, keyed)
+    refuse_together(
+        lambda: refuse_risks(bands, records),
+        lambda: refuse_deleted(Assigner(keyed, config.layout), placed, deleted, "trained"),
+        lambda: parts.count_tokens(records) if isinstance(config.base_model, str) else None,
+    )
 
 
 def _new_name(config: RunConfig) -> str:
@@ -251,7 +268,7 @@ def _move(
             keyring=opening.open_keyring(config, model.id),
         )
         try:
-            refuse_changed(world, records)
+            refuse_other_records(world, records)
             if "reset" in effects:
                 held = [each.record for each in reconfigure.all_records(world)]
                 refuse_risks(config.sisa.bands, held)

@@ -171,6 +171,9 @@ def test_changed_and_deleted_ids_are_not_added(tiny: Tiny, capsys: Capture) -> N
     done = refused(capsys, tiny, 2, "InvalidInput", "add", "-m", tiny.directory, source, *SERIAL)
     assert {where for where, _ in done.problems} == {"record 1", "record 2"}
     assert any("deleted" in what for _, what in done.problems)
+    source = tiny.file("mixed.jsonl", [*rows, {**PEOPLE[6], "id": "long", "completion": " long" * 40}])
+    done = refused(capsys, tiny, 2, "InvalidInput", "add", "-m", tiny.directory, source, *SERIAL)
+    assert {where for where, _ in done.problems} == {"record 1", "record 2", f"record {len(rows) + 1}"}
 
 
 # --- ids -----------------------------------------------------------------------------------------
@@ -240,6 +243,33 @@ def test_modules_that_the_base_lacks_are_refused_before_anything_is_written(
     done = command(capsys, "train", run_file, *SERIAL)
     assert (done.code, done.error["type"]) == (2, "InvalidInput")
     assert done.error["where"] == "lora_target_modules"
+    assert not (run_file.parent / "model").exists()
+
+
+def test_records_that_a_first_training_can_not_take_are_told_together_before_anything_is_written(
+    tmp_path: Path, tiny_base: Path, capsys: Capture
+) -> None:
+    bands = {"thresholds": [0.1], "classes": {"trial": 0.3}}
+    rows = [*PEOPLE, {**FRESH[0], "completion": " long" * 40}, {**FRESH[2], "deletion_risk": "vip"}]
+    run_file = write_run(tmp_path / "new", tiny_base, rows, sisa_block={"bands": bands})
+    done = command(capsys, "train", run_file, *SERIAL)
+    places = {f"record {len(PEOPLE) + n}" for n in (1, 2)}
+    assert (done.code, {where for where, _ in done.problems}) == (2, places)
+    assert not (run_file.parent / "model").exists()
+
+
+def test_a_generation_leaves_no_trace_of_a_layerwise_model(
+    tmp_path: Path, tiny_base: Path, capsys: Capture
+) -> None:
+    rows = [{**row, "generation": n} if (n := number % 2) else row for number, row in enumerate(FRESH)]
+    run_file = write_run(tmp_path / "new", tiny_base, rows, sisa_block={"layerwise": True})
+    done = command(capsys, "train", run_file, *SERIAL)
+    assert (done.code, done.error["type"], done.error["where"]) == (
+        2,
+        "ConfigConflict",
+        "sisa.layerwise",
+    )
+    assert [where for where, _ in done.problems] == ["record 2", "record 4"]
     assert not (run_file.parent / "model").exists()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,10 @@ from sisa.bands import Bands, risk_problems
 from sisa.config import differences
 from sisa.deletion import forget_at_once
 from sisa.digest import Keyed
-from sisa.domain import Record, RecordRow, Risk
-from sisa.errors import InvalidInput
+from sisa.domain import Record, RecordRow, Risk, SliceFile
+from sisa.errors import InvalidInput, Problem
 from sisa.lifecycle import Terms, arrive
+from sisa.ports import StoredRecord
 from sisa.reader import read_records
 from sisa.run import add, train
 from sisa.runfile import parse_run_file
@@ -200,3 +202,58 @@ def test_all_that_speaks_against_an_addition_is_told_at_once() -> None:
         add(fake.world, asked, allow_deleted=True)
     assert [each.where for each in caught.value.problems] == [f"record {n}" for n in (3, 4, 5)]
     assert fake.ledger.heads() == before
+
+
+def test_what_does_not_fit_and_what_comes_twice_is_told_with_the_rest() -> None:
+    fake = fake_model(2, fake_recipe(4), bands=BANDS)
+    train(fake.world, [record(0, 0.3, "ada")])
+
+    def long(records: Sequence[Record]) -> list[int]:
+        problems = [Problem(f"record {n}", "long") for n, r in enumerate(records, 1) if r.id > "id-0005"]
+        if problems:
+            raise InvalidInput("1 records can't be trained on", next_step="cut", problems=problems)
+        return [1] * len(records)
+
+    def guard(_: Sequence[Record]) -> None:
+        raise InvalidInput("shared", next_step="take out", problems=[Problem("record 1", "shared")])
+
+    before = fake.ledger.heads()
+    asked = [record(7, None), record(3, "vip"), record(4, 0.2, "ada"), record(3, "vip")]
+    with pytest.raises(InvalidInput, match="4 records can't be taken") as caught:
+        add(replace(fake.world, count_tokens=long), asked, checks=[guard])
+    assert [(each.where, each.what) for each in caught.value.problems] == [
+        ("record 1", "long"),
+        ("record 1", "shared"),
+        ("record 2", "its 'deletion_risk' is no class of sisa.bands.classes"),
+        ("record 3", "its deletion risk is not that of its subject's held records"),
+        ("record 4", "the id of record 2 again"),
+        ("record 4", "its 'deletion_risk' is no class of sisa.bands.classes"),
+    ]
+    with pytest.raises(InvalidInput, match="can't be trained on"):
+        add(replace(fake.world, count_tokens=long), asked[:1])
+    assert fake.ledger.heads() == before
+
+
+def test_a_changed_record_and_a_risk_without_a_class_are_told_of_a_source_together() -> None:
+    fake = fake_model(2, fake_recipe(4), bands=BANDS)
+    train(fake.world, [record(0, 0.3), record(1, None)])
+    changed = replace(record(1, None), parts=record(6, None).parts)
+    with pytest.raises(InvalidInput, match="2 records can't be taken") as caught:
+        train(fake.world, [record(0, "vip"), changed])
+    assert [each.where for each in caught.value.problems] == ["record 1", "record 2"]
+
+
+def test_one_held_record_of_a_subject_tells_its_risk(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = fake_model(2, fake_recipe(4))
+    train(fake.world, [record(n, 0.3, "ada") for n in range(3)])
+    add(fake.world, [record(3, 0.3, "ada"), record(4, None)], append=True)
+    read, reading = [], fake.records.read
+
+    def watched(file: SliceFile) -> tuple[StoredRecord, ...]:
+        read.append(file.name)
+        return reading(file)
+
+    monkeypatch.setattr(fake.records, "read", watched)
+    with pytest.raises(InvalidInput, match="deletion risk"):
+        add(fake.world, [record(5, 0.2, "ada"), record(6, None, "eve")])
+    assert len(read) == 1
