@@ -13,12 +13,12 @@ Not covered: which curves there are (`sisa/curves.py`).
 from __future__ import annotations
 
 import contextlib
-import importlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
+from cluster.extras import library
 from sisa.curves import Point
 from sisa.digest import digest_of
 from sisa.errors import EnvironmentFault
@@ -39,9 +39,9 @@ class TensorBoard:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._files = _library("tensorboard.summary.writer.event_file_writer", "tensorboard")
-        self._events = _library("tensorboard.compat.proto.event_pb2", "tensorboard")
-        self._summaries = _library("tensorboard.compat.proto.summary_pb2", "tensorboard")
+        self._files = library("tensorboard.summary.writer.event_file_writer", "tensorboard")
+        self._events = library("tensorboard.compat.proto.event_pb2", "tensorboard")
+        self._summaries = library("tensorboard.compat.proto.summary_pb2", "tensorboard")
 
     def write(self, run: str, points: Sequence[Point]) -> None:
         folder = self._directory / run
@@ -61,8 +61,8 @@ class Mlflow:
     """Runs of an experiment on an MLflow server, or in a database of its own."""
 
     def __init__(self, uri: str, experiment: str) -> None:
-        self._library = _library("mlflow", "mlflow")
-        self._entities = _library("mlflow.entities", "mlflow")
+        self._library = library("mlflow", "mlflow")
+        self._entities = library("mlflow.entities", "mlflow")
         with self._refusals(uri):
             self._client = self._library.MlflowClient(tracking_uri=uri)
             found = self._client.get_experiment_by_name(experiment)
@@ -103,14 +103,3 @@ class Mlflow:
                 got=str(error).splitlines()[0][:300],
                 next_step="check the address, and that the server runs",
             ) from error
-
-
-def _library(name: str, extra: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise EnvironmentFault(
-            f"{extra} is not installed",
-            got=f"no module {error.name}",
-            next_step=f"pip install 'deletion-ready-model[{extra}]'",
-        ) from None

@@ -11,7 +11,7 @@ those of `stream.py` and `budget.py`. Where there are several groups, each risk 
 (`bands.py`) if there are slices enough. Where not all checkpoints fit, those are kept that spare the
 most. What is over a limit is not recommended, and says which. Orders cost training and buy what is
 served meanwhile: they are recommended where less must not be served. A shard should keep
-MIN_SHARD_RECORDS: below that an adapter has next to nothing to learn from.
+MIN_SHARD_RECORDS: below that an adapter has next to nothing to learn from; a slice at least one.
 
 Not covered: quality of answers (`tests/bench/quality.py`); unequal shards; subjects of many records.
 
@@ -86,8 +86,10 @@ class Advice:
     others_one_by_one: float  # what the other orders retrain beside that
     serving_depth: float  # share of its slices that a shard serves right after a deletion
     stored_bytes: int
-    training_hours: float  # in all orders
-    hours_to_utility: float  # of one deletion: until its shard is whole again
+    training: float  # in all orders, once
+    training_hours: float
+    record_epochs_to_utility: float  # of one deletion: until its shard is whole again
+    hours_to_utility: float
     over: tuple[str, ...]
 
 
@@ -101,6 +103,7 @@ def advise(demand: Demand, limits: Limits) -> list[Advice]:
         if num_orders <= num_slices
         for paths in [_Paths(stream_of(demand, 1, num_slices), num_orders)]
         for num_shards in shards
+        if num_shards * num_slices <= demand.num_records
     ]
     return sorted(
         found,
@@ -193,7 +196,8 @@ def _advice(demand: Demand, limits: Limits, num_shards: int, paths: _Paths) -> A
     num_kept, depth = sum(map(len, with_last)), paths.depth(with_last)
     first, *others = paths.one_by_one(kept)
     stored = num_shards * num_kept * limits.bytes_per_checkpoint
-    hours = full / num_shards * first / rate
+    again = full / num_shards * first
+    hours = again / rate
     over = [
         ("bytes", stored > limits.max_bytes),
         ("hours", hours > limits.max_hours),
@@ -212,7 +216,9 @@ def _advice(demand: Demand, limits: Limits, num_shards: int, paths: _Paths) -> A
         others_one_by_one=weight * per_shard * sum(others),
         serving_depth=depth,
         stored_bytes=stored,
+        training=weight * paths.training,
         training_hours=full * paths.training / rate,
+        record_epochs_to_utility=again,
         hours_to_utility=hours,
         over=tuple(name for name, is_over in over if is_over),
     )

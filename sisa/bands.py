@@ -64,6 +64,10 @@ class Bands(Block):
     def num_bands(self) -> int:
         return len(self.thresholds) + 1
 
+    def fit(self, num_slices: int) -> bool:
+        """Whether there is a slice for each band."""
+        return self.num_bands <= num_slices
+
     def slices(self, risk: Risk, num_slices: int) -> range:
         """The slices of a risk's band; `num_slices` is at least the number of bands.
 

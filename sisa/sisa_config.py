@@ -75,11 +75,12 @@ class SisaBlock(Block):
     @classmethod
     def _a_slice_each(cls, value: int | Bands | None, info: ValidationInfo) -> int | Bands | None:
         slices, many = info.data.get("slices", 10_000), value or 0
+        too_many = isinstance(many, int) and many > slices
         if isinstance(many, Bands):
             if info.data.get("orders", 1) > 1 and slices > MAX_MATCHED:
                 raise conflict(f"conflict: orders are matched to bands of {MAX_MATCHED} slices at most")
-            many = many.num_bands
-        if many > slices:
+            too_many, many = not many.fit(slices), many.num_bands
+        if too_many:
             raise conflict(f"conflict: {many} {info.field_name}, more than the {slices} slices")
         return value
 

@@ -18,7 +18,10 @@ Closed forms (SISA, Bourtoule et al. 2021, section V, with N records, S shards, 
 The forms take shards to be equal. Hashed ones are not, and a record is likelier to lie in a large one: a
 request costs (1 - 1/S) points more on the mean.
 
-Not covered: time and workers (`simulate.py`); which layout to choose (`advice.py`).
+Order 0 is counted, and every stage is taken to be held.
+
+Not covered: other orders, a budget for checkpoints (`advice.py` prices both); time and workers
+(`simulate.py`); which layout to choose (`advice.py`).
 
 >>> round(points_one_by_one(num_records=1000, num_shards=10, num_deletions=2), 2)
 197.9
@@ -40,6 +43,7 @@ from numpy.typing import NDArray
 from sisa.assign import Layout
 from sisa.plan import Schedule, passes
 
+MAX_EXACT = 10**9  # records from which deletions can be drawn in one piece
 Counts = NDArray[np.int64]
 Shares = NDArray[np.float64]
 
@@ -146,9 +150,10 @@ class Stream:
         """Record-epochs of a stream by closed forms; batches of several are taken to spread over shards
         as Poisson arrivals do."""
         shards = self.layout.num_shards
-        if batch == 1:
+        if min(batch, num_deletions) <= 1:
             points = points_one_by_one(num_records, shards, num_deletions)
             return points * self.epochs * self.one_share
+        batch = min(batch, num_deletions)
         left = num_records - num_deletions / 2 - batch / 2  # on the mean, after a batch
         return num_deletions / batch * left * self.epochs * self.batch_share(batch / shards)
 
@@ -188,7 +193,7 @@ def replay(
 
 def _drawn(draw: np.random.Generator, flat: Counts, stream: Stream, num_deletions: int) -> Counts:
     """Of each cell, how many of its records are deleted; never more than it holds."""
-    if len(stream.groups) == 1:
+    if len(stream.groups) == 1 and int(flat.sum()) < MAX_EXACT:
         even: Counts = draw.multivariate_hypergeometric(flat, num_deletions, method="marginals")
         return even
     gone = np.zeros_like(flat)

@@ -97,7 +97,7 @@ def test_a_tool_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch, 
     def missing(name: str) -> Any:
         raise ModuleNotFoundError(name=name)
 
-    monkeypatch.setattr("cluster.curve_sinks.importlib.import_module", missing)
+    monkeypatch.setattr("cluster.extras.importlib.import_module", missing)
     with pytest.raises(EnvironmentFault, match="tensorboard is not installed") as caught:
         TensorBoard(tmp_path)
     assert "[tensorboard]" in caught.value.next_step

@@ -137,3 +137,12 @@ def test_likely_groups_get_bands_where_slices_suffice() -> None:
     advised = advise(Demand(100_000, 10.0, "sequential", 3, GROUPS), Limits(1))
     assert {each.num_slices for each in advised if not each.thresholds} == {1}
     assert {each.thresholds for each in advised if each.num_slices > 1} == {(0.5,)}
+
+
+@pytest.mark.parametrize("num_records", [1, 10, 100, 5_000])
+def test_no_slice_is_recommended_that_would_hold_nothing(num_records: int) -> None:
+    for each in advise(Demand(num_records, 1.0), Limits(1)):
+        assert each.num_shards * each.num_slices <= num_records
+        assert each.training >= 1 - 1e-9
+    hours = advise(Demand(num_records, 1.0), Limits(1, record_epochs_per_s=2.0))[0]
+    assert hours.hours_to_utility * 7200 == pytest.approx(hours.record_epochs_to_utility)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -134,3 +135,23 @@ def test_more_than_ever_asked_for_can_not_be_deleted() -> None:
     groups = (Group(0.5, 0.0), Group(0.5, 1.0))
     with pytest.raises(ValueError, match="more deletions than records"):
         replay(Stream(Layout(1, 2, Bands(thresholds=(1.0,))), "cumulative", 3, groups), 100, 90)
+
+
+def test_a_batch_of_more_than_all_deletions_is_one_batch() -> None:
+    stream = Stream(Layout(3, 3))
+    found = replay(stream, 3_000, 50, batch=10**12)
+    assert found == replay(stream, 3_000, 50, batch=50)
+    assert stream.expected(3_000, 50, 10**12) == stream.expected(3_000, 50, 50) > 0
+    assert stream.expected(3_000, 1, 9) == stream.expected(3_000, 1)
+
+
+def test_more_records_than_can_be_drawn_in_one_piece_are_counted_too() -> None:
+    found = replay(Stream(Layout(50, 4)), 3 * 10**9, 5_000, seed=3)
+    assert found.record_epochs == pytest.approx(found.expected_record_epochs, rel=0.03)
+
+
+def test_a_million_deletions_of_a_hundred_million_records_take_less_than_a_minute() -> None:
+    began = time.process_time()
+    found = replay(Stream(Layout(10_000, 5)), 100_000_000, 1_000_000)
+    assert found.num_runs == 1_000_000
+    assert time.process_time() - began < 60
