@@ -274,10 +274,11 @@ def status(found: Status) -> Result:
         waiting = "" if each.converged else f"  (clean; {target} is to be trained)"
         depth = f"{each.depth}/{each.num_stages}"
         lines.append(f"{each.shard:5}  {each.records:7}  {per_slice:20} {depth:>5}  {head}{waiting}")
+    others = found.num_orders - 1
+    more = f" in order 0, {found.record_epochs_others} more in {others} other order{'s' * (others > 1)}"
     lines.append(
         f"served: {100 * found.serving_depth:.1f}% of the shards' slices; training from scratch: "
-        f"{found.record_epochs_full} record-epochs in order 0, {found.record_epochs_others} more in "
-        f"{found.num_orders - 1} other orders"
+        f"{found.record_epochs_full} record-epochs{more if others else ''}"
     )
     if found.checkpoint_budget_bytes is not None:
         budget = f"{found.checkpoint_bytes:,} bytes of a budget of {found.checkpoint_budget_bytes:,}"

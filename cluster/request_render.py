@@ -61,7 +61,8 @@ def submitted(found: Submitted, view: RequestView) -> Result:
 def planned(found: RunPlan) -> Result:
     lines = [
         f"{found.choice}: {found.why}",
-        f"  {len(found.requests)} approved requests wait; {found.expected_arrivals:.1f} more expected",
+        f"  {len(found.requests)} requests wait, approved or begun; "
+        f"{found.expected_arrivals:.1f} more expected",
         f"  expected record-epochs: {found.cost_now:.1f} running now and then, "
         f"{found.cost_waiting:.1f} waiting",
     ]

@@ -46,6 +46,7 @@ from sisa.opening import LEDGER, SCRATCH, OpenExecutor
 from sisa.outcome import ForgetOutcome, ForgetPlan, Status
 from sisa.reader import read_records
 from sisa.reconcile import reconcile
+from sisa.requests import under_way
 from sisa.run import Taken, add, train
 from sisa.running import running
 from sisa.schedule import RunPlan
@@ -196,14 +197,18 @@ class Model(OpenedModel):
             return seen
 
     def run(self) -> tuple[Request, ...]:
-        """Carry out all approved requests as one batch; finish what was cut short before."""
+        """Carry out all approved requests as one batch; finish what was put off or cut short before. The
+        requests that this was for, those begun before first."""
         with self._writing() as world:
+            begun = {each.request_id for each in world.ledger.requests() if under_way(each)}
             waiting = lifecycle.approved(world)
             if waiting:
                 _ = self.parts.base  # refuses a changed base before anything is erased
-                return lifecycle.carry_out(world, waiting)
-            reconcile(world)
-            return ()
+                done = lifecycle.carry_out(world, waiting)
+            else:
+                done = ()
+                reconcile(world)
+            return (*(each for each in world.ledger.requests() if each.request_id in begun), *done)
 
     def status(self) -> Status:
         """Shards, slices, heads, requests and sizes."""

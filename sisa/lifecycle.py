@@ -30,6 +30,7 @@ from sisa.errors import ConfigConflict, InvalidInput, UnknownRecord
 from sisa.events import QueueSeen
 from sisa.ports import Change
 from sisa.query import Found
+from sisa.reconcile import open_plans
 from sisa.requests import days_left, due_date, event, extended, moved, under_way
 from sisa.schedule import RunPlan, choose
 from sisa.world import World, commit
@@ -233,7 +234,8 @@ def plan_run(world: World) -> RunPlan:
     waiting, now = approved(world), world.now()
     rows = [row for request in waiting for row in rows_named(world, request)]
     planned = plan_forget(world, list({row.id_digest: row for row in rows}.values()))
-    pending = {plan.shard: float(plan.record_epochs) for plan in planned.plans}
+    plans = [*open_plans(world), *planned.plans]  # what is open in a shard is in the later plan, too
+    pending = {plan.shard: float(plan.record_epochs) for plan in plans}
     total = sum(world.ledger.counts().values())
     sizes: dict[int, dict[int, int]] = {head.shard: {} for head in world.ledger.heads()}
     for file in world.ledger.slices():
@@ -246,7 +248,9 @@ def plan_run(world: World) -> RunPlan:
     if cut_short:
         names = (*cut_short, *(name for name, _ in left))
         cost = sum(shard.pending for shard in shards)
-        return RunPlan(names, "run now", "a deletion was cut short", now[:10], 0.0, cost, cost)
+        return RunPlan(
+            names, "run now", "a deletion was put off or cut short", now[:10], 0.0, cost, cost
+        )
     return choose(left, shards, _arrivals_per_day(world, now, waiting), now[:10])
 
 

@@ -85,6 +85,9 @@ def test_status_in_words_tells_what_waits() -> None:
     waiting = replace(STATUS, shards=(replace(shard(0, "k"), converged=False),))
     assert "(clean; the base is to be trained)" in render.status(waiting).text
     assert "req-1" in render.status(STATUS).text
+    assert "order" not in render.status(STATUS).text
+    ordered = replace(STATUS, num_orders=2, record_epochs_others=3)
+    assert "in order 0, 3 more in 1 other order\n" in render.status(ordered).text
 
 
 def test_where() -> None:

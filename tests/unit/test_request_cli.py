@@ -407,6 +407,24 @@ def test_run_without_anything_to_do_says_so(sisa: Sisa, model: Path) -> None:
     assert sisa("run", "-m", model, "--executor", "serial")[:2] == (0, "nothing waits\n")
 
 
+def test_run_prices_finishes_and_tells_what_was_put_off(ask: Ask, sisa: Sisa, model: Path) -> None:
+    put_off = ask("forget", "id-0003", "--defer", "--executor", "serial")
+    asked = ask("request", "submit", "id-0004", "--approver", "dpo")
+    plan = ask("run", "--plan")
+    assert plan["choice"] == "run now"
+    assert plan["requests"] == [put_off["request_id"], asked["request_id"]]
+    assert plan["cost_now"] == plan["cost_waiting"] > 0
+    done = run_once(ask)
+    assert [each["request_id"] for each in done] == plan["requests"]
+    assert [each["state"] for each in done] == ["completed", "completed"]
+    put_off = ask("forget", "id-0005", "--defer", "--executor", "serial")
+    assert ask("run", "--plan")["cost_now"] == put_off["record_epochs_retrained"]
+    code, out, _ = sisa("run", "-m", model, "--executor", "serial")
+    assert code == 0
+    assert out.startswith(f"{put_off['request_id']}: completed, 1 records")
+    assert run_once(ask) == []
+
+
 def test_run_tells_what_it_did(ask: Ask, sisa: Sisa, model: Path) -> None:
     found = ask("request", "submit", "id-0003", "--approver", "dpo")
     code, out, _ = sisa("run", "--once", "-m", model, "--executor", "serial")
