@@ -86,6 +86,7 @@ def where(locations: Sequence[Location]) -> Result:
             for touch in each.checkpoints
         ]
         lines += [f"    exported to {path}" for path in each.exports] + _touched_patches(each)
+        lines += [f"    hidden states of its slice in {path}" for path in each.kept_states]
     return Result({"records": [asdict(each) for each in locations]}, printable("\n".join(lines)))
 
 

@@ -174,6 +174,9 @@ class PrefixStore(Protocol):
     def erase(self, names: Collection[str]) -> None:
         """Remove, the keyring's keys first; absent names are no error."""
 
+    def location(self, name: str) -> str:
+        """Where a file rests: a path or a URI."""
+
 
 Standing = Literal["held", "gone", "changed"]
 

@@ -37,12 +37,17 @@ def prefix_name(
 ) -> str:
     """The file of a slice whose records have this root."""
     reaching = [root, base, fingerprint, *(training[each] for each in REACHING)]
-    return f"{shard_start(shard)}slice-{slice_:05d}-{digest_of(reaching)}.prefix"
+    return f"{slice_start(shard, slice_)}{digest_of(reaching)}.prefix"
 
 
 def shard_start(shard: int) -> str:
     """How the names of a shard's files begin."""
     return f"shard-{shard:05d}-"
+
+
+def slice_start(shard: int, slice_: int) -> str:
+    """How the names of a slice's files begin."""
+    return f"{shard_start(shard)}slice-{slice_:05d}-"
 
 
 def prefix_names(slices: Iterable[SliceFile], recipe: Recipe, fingerprint: str) -> frozenset[str]:

@@ -18,6 +18,7 @@ from sisa.errors import IntegrityError, Problem, UnknownRecord
 from sisa.patch import Patch, PatchState, SetRole, VaultSet
 from sisa.plan import touched
 from sisa.ports import StoredRecord, Vectors
+from sisa.prefix_names import slice_start
 from sisa.stale_exports import standing
 from sisa.world import World, slices_of, stored_in
 
@@ -62,6 +63,7 @@ class Location:
     exports: tuple[str, ...] = ()  # paths of the adapters that were exported with it
     patches: tuple[PatchTouch, ...] = ()
     vault: tuple[VaultSet, ...] = ()  # sets that its text is in now
+    kept_states: tuple[str, ...] = ()  # files of hidden states of its slice
 
 
 @dataclass(frozen=True)
@@ -147,16 +149,19 @@ def of_subject(world: World, subject_id: str) -> tuple[list[RecordRow], list[Tom
 
 def where(world: World, ids: Sequence[str]) -> list[Location]:
     """The shard and slice of each record, and the checkpoints, heads, exports and patches that it
-    influenced; and the sets of the vault that hold its text. Raises UnknownRecord."""
+    influenced; the sets of the vault that hold its text, and the files of hidden states of its slice.
+    Raises UnknownRecord."""
     digests = [world.assigner.id_digest(each) for each in ids]
     in_sets = world.ledger.sets_with(digests)
     rows = _known(world, ids, in_sets)
     sets = {each.name: each for each in world.ledger.vault()} if in_sets else {}
     patches = world.ledger.patches() if in_sets else []
-    return [
-        _with_patches(_location(world, each, rows.get(digest)), in_sets.get(digest, ()), sets, patches)
+    states = world.prefixes.held() if world.prefixes is not None else frozenset()
+    places = {
+        digest: _with_states(world, _location(world, each, rows.get(digest)), states)
         for each, digest in zip(ids, digests, strict=True)
-    ]
+    }
+    return [_with_patches(places[digest], in_sets.get(digest, ()), sets, patches) for digest in digests]
 
 
 def _with_patches(
@@ -173,6 +178,15 @@ def _with_patches(
         if name in names
     )
     return replace(place, patches=touches, vault=tuple(sets[n] for n in names if sets[n].held))
+
+
+def _with_states(world: World, place: Location, held: Collection[str]) -> Location:
+    """With the files of its slice. Of a deleted record none are told: they went with it."""
+    if world.prefixes is None or place.state not in ("trained", "pending"):
+        return place
+    start = slice_start(place.shard, place.slice)
+    names = sorted(name for name in held if name.startswith(start))
+    return replace(place, kept_states=tuple(map(world.prefixes.location, names)))
 
 
 def _location(world: World, record_id: str, held: RecordRow | Tombstone | None) -> Location:

@@ -152,6 +152,9 @@ class FakePrefixes:
         for name in names:
             self.stored.pop(name, None)
 
+    def location(self, name: str) -> str:
+        return f"prefixes/{name}"
+
 
 class FakeIndex:
     def __init__(self) -> None:

@@ -64,3 +64,6 @@ class FilePrefixes:
     def erase(self, names: Collection[str]) -> None:
         self.keyring.destroy(ROOM, names)
         self.place.erase(names)
+
+    def location(self, name: str) -> str:
+        return self.place.location(name)

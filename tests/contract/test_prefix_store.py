@@ -64,6 +64,7 @@ def test_what_is_erased_is_gone_and_the_rest_stays(store: PrefixStore) -> None:
         store.write(name, states(4))
     store.erase([NAME, "shard-00009-slice-00001-none.prefix"])
     assert store.held() == {OTHER}
+    assert store.location(OTHER).endswith(f"{ROOM}/{OTHER}")
     assert store.read(NAME) == {}
     assert same(store.read(OTHER), states(4))
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from cluster.render import where
 from sisa.opening import PREFIXES
 from sisa.residue import sweep_model
 from tests.integration.tiny_model import (
@@ -46,6 +47,8 @@ def test_states_are_kept_used_and_erased_with_their_record(
     gone = ids_of(ROWS)[5]
     (at,) = (each for each in tiny.open().where([gone]))
     mine = f"shard-{at.shard:05d}-slice-{at.slice:05d}"
+    assert at.kept_states == (str(before[mine]),)
+    assert at.kept_states[0] in where(tiny.open().where([gone])).text
     spoilt = before[f"shard-{1 - at.shard:05d}-slice-00000"]  # of a shard that is left alone
     spoilt.write_bytes(b"x" + spoilt.read_bytes()[1:])
     half = before[f"shard-{at.shard:05d}-slice-{1 - at.slice:05d}"]
@@ -54,6 +57,7 @@ def test_states_are_kept_used_and_erased_with_their_record(
     tiny.open().forget([gone])
     assert computed, "what was not held is computed"
     after = kept(tiny)
+    assert tiny.open().where([gone])[0].kept_states == ()
     assert before[mine].name not in {path.name for path in after.values()}
     assert spoilt.exists()
     with_cache = held_files(tiny.directory)
