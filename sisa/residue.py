@@ -27,19 +27,19 @@ from __future__ import annotations
 
 import io
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sisa.config_types import is_uri
 from sisa.digest import file_sha256, sha256_hex
-from sisa.domain import RecordRow
 from sisa.errors import Busy, IntegrityError, InvalidInput, SisaError
+from sisa.found_groups import NONE, FoundGroups
 from sisa.found_rows import BATCH_ROWS, Residue, Unreadable, json_ids, not_held, parquet_ids, vector_ids
 from sisa.garbage import at_hand, list_garbage, undisturbed
 from sisa.left_overs import owned_left_overs, walk
-from sisa.lineage import parse_manifest, parse_patch_manifest, proves_clean
 from sisa.measured import STAGE_DIGITS, without
 from sisa.needles import PARQUET_MAGIC, Needles
 from sisa.opening import CHECKPOINTS, INDEX, METRICS, PATCHES, RECORDS, RUNS, VAULT
@@ -138,10 +138,9 @@ class _Scanner:
         self.proven: set[Path] = set()
         self._sealed = SealedFiles(world.keyring)
         self._heads = {head.key for head in world.ledger.heads()}
-        self._held = {each.key: each for each in world.ledger.checkpoints()}
+        self._groups = FoundGroups(world)
         self._exports = world.ledger.exports()
         self._known = known_names(world)
-        self._patches = {p.key: p for p in world.ledger.patches() if p.key in self._known[PATCHES]}
         self._sets = {directory / VAULT / each.name: each for each in world.ledger.vault() if each.held}
         self._digests = {
             **{self.roots[RECORDS] / each.name: each.sha256 for each in world.ledger.slices()},
@@ -200,7 +199,7 @@ class _Scanner:
         elif path.suffix == ".faiss":
             self._vectors(path)
         elif path.name == MANIFEST:
-            self._checkpoint(path.parent)
+            self._group(path.parent)
         elif path.name == ADAPTER and not (path.parent / MANIFEST).exists():
             self._adapter(path)
 
@@ -231,8 +230,8 @@ class _Scanner:
 
     def _shredded(self, path: Path) -> None:
         """A sealed file that can't be read any more: as good as erased, unless it should be there."""
-        held = {self.roots[CHECKPOINTS] / key for key in self._held}
-        held |= {self.roots[PATCHES] / key for key in self._patches}
+        held = {self.roots[CHECKPOINTS] / key for key in self._groups.checkpoints}
+        held |= {self.roots[PATCHES] / key for key in self._groups.patches}
         if path in self._digests or path.parent in held:
             self._found("damaged", path, "encrypted under a key that is not held")
         else:
@@ -246,7 +245,7 @@ class _Scanner:
         except IntegrityError as error:
             self._found("unreadable", path, error.what)
             return
-        stages = {key[:STAGE_DIGITS] for key in self._held}
+        stages = {key[:STAGE_DIGITS] for key in self._groups.checkpoints}
         if any(without(line, stages) != line for line in found):
             self._found("stale_loss", path, "a loss of a checkpoint that is not held any more")
         self.proven.add(path)
@@ -292,42 +291,16 @@ class _Scanner:
             self._found("deleted_vector", path, "a vector of no held record", f"vector {at}")
         self.proven.add(path)
 
-    def _patch(self, path: Path, manifest: bytes, key: str, names: dict[str, str]) -> None:
-        self.counts["patches"] += 1
-        known = self._patches.get(key)
-        if known is None:
-            what = "a patch that is not served any more: it may tell of records deleted since"
-            self._found("stale_patch", path, what)
-        elif sha256_hex(manifest) != known.manifest_sha256 or not self._are(path, names):
-            self._found("damaged", path, "a patch whose bytes are not the recorded ones")
-        else:
-            self.proven |= {path, *(path / each for each in (*names, MANIFEST))}
+    def _group(self, path: Path) -> None:
+        """A checkpoint or a patch."""
+        found = self._groups.judge(self._sealed.read(path / MANIFEST), partial(self._are, path))
+        self.counts[found.room] += 1
+        if found.fault != NONE:
+            self._found(found.fault[0], path, found.fault[1])
+            return
+        self.proven |= {path, *(path / each for each in (*found.names, MANIFEST))}
 
-    def _checkpoint(self, checkpoint: Path) -> None:
-        manifest = self._sealed.read(checkpoint / MANIFEST)
-        if patch := parse_patch_manifest(manifest):
-            self._patch(checkpoint, manifest, patch[0].key, patch[1])
-            return
-        self.counts["checkpoints"] += 1
-        parsed = parse_manifest(manifest)
-        if parsed is None:
-            self._found("unreadable", checkpoint, "a checkpoint whose manifest can't be parsed")
-            return
-        job, names = parsed
-        held = self._held.get(job.key)
-        same = held is None or sha256_hex(manifest) == held.manifest_sha256
-        if not (same and self._are(checkpoint, names)):
-            self._found("damaged", checkpoint, "a checkpoint whose bytes are not the recorded ones")
-            return
-        seq = self.world.ledger.seq() if held is None else held.seq
-        num_slices = self.world.recipe.num_slices
-        if not proves_clean(job, self._live(job.shard), seq, num_slices):
-            known = "held, though" if held else "not in the ledger, and"
-            self._found("tainted", checkpoint, f"a checkpoint {known} not of held records alone")
-            return
-        self.proven |= {checkpoint, *(checkpoint / each for each in (*names, MANIFEST))}
-
-    def _are(self, directory: Path, names: dict[str, str]) -> bool:
+    def _are(self, directory: Path, names: Mapping[str, str]) -> bool:
         return all(self._is(directory / name, sha256) for name, sha256 in names.items())
 
     def _is(self, path: Path, sha256: str) -> bool:
@@ -336,16 +309,13 @@ class _Scanner:
         except Shredded:
             return False
 
-    def _live(self, shard: int) -> list[RecordRow]:
-        return self.world.ledger.rows(shard)
-
     def _adapter(self, path: Path) -> None:
         self.counts["adapters"] += 1
         sha256 = file_sha256(path)
         clean = [each for each in self._exports if each.state == "clean"]
-        of = [each.key for each in self._held.values() if each.adapter_sha256 == sha256]
+        of = [each.key for each in self._groups.checkpoints.values() if each.adapter_sha256 == sha256]
         of += [each.key for each in clean if each.adapter_sha256 == sha256]
-        if any(each.adapter_sha256 == sha256 for each in self._patches.values()):
+        if any(each.adapter_sha256 == sha256 for each in self._groups.patches.values()):
             return
         if not of:
             what = "an adapter of no held checkpoint: made before a deletion, or of another model"

@@ -21,10 +21,9 @@ from functools import cached_property
 from pathlib import Path
 
 from sisa.digest import sha256_hex
-from sisa.domain import SliceJob
 from sisa.errors import IntegrityError
+from sisa.found_groups import NONE, FoundGroups
 from sisa.found_rows import Residue, Unreadable, not_held, parquet_ids
-from sisa.lineage import parse_manifest, parse_patch_manifest, proves_clean
 from sisa.needles import Needles
 from sisa.opening import CHECKPOINTS, PATCHES, RECORDS
 from sisa.place_ports import Place
@@ -113,34 +112,23 @@ class _Room:
         manifest = plain[MANIFEST]
         if manifest is None:
             return  # shredded; unknown above, or damaged below
-        parsed, patch = parse_manifest(manifest), parse_patch_manifest(manifest)
-        self.counts["checkpoints" if parsed else "patches"] += 1
-        if parsed is None and patch is None:
-            yield self._found("unreadable", key, "a checkpoint whose manifest can't be parsed")
-            return
-        names = parsed[1] if parsed else patch[1] if patch else {}
         digests = {part: sha256_hex(data) for part, data in plain.items() if data is not None}
-        recorded = self._manifests.get(key)
-        if recorded not in (None, digests[MANIFEST]) or names.items() - digests.items():
-            yield self._found("damaged", key, "its bytes are not the recorded ones")
-        for part in sorted(plain.keys() - names.keys() - {MANIFEST}):
+        found = self._groups.judge(manifest, lambda names: names.items() <= digests.items())
+        self.counts[found.room] += 1
+        if found.fault != NONE:
+            yield self._found(found.fault[0], key, found.fault[1])
+        elif (found.room, found.key) != (self.room, key):
+            yield self._found("damaged", key, "its bytes are not those of its name")
+        if not found.key:
+            return
+        for part in sorted(plain.keys() - found.names.keys() - {MANIFEST}):
             what = "a file that the manifest beside it does not name"
             yield self._found("unknown_file", f"{key}/{part}", what)
-        if parsed and not self._clean(parsed[0]):
-            what = "a checkpoint that is not of held records alone"
-            yield self._found("tainted", key, what)
+
+    @cached_property
+    def _groups(self) -> FoundGroups:
+        return FoundGroups(self.world)
 
     @cached_property
     def _slices(self) -> dict[str, str]:
         return {each.name: each.sha256 for each in self.world.ledger.slices()}
-
-    @cached_property
-    def _manifests(self) -> dict[str, str]:
-        held = {each.key: each.manifest_sha256 for each in self.world.ledger.checkpoints()}
-        return held | {each.key: each.manifest_sha256 for each in self.world.ledger.patches()}
-
-    def _clean(self, job: SliceJob) -> bool:
-        seqs = {each.key: each.seq for each in self.world.ledger.checkpoints(job.shard)}
-        seq = seqs.get(job.key, self.world.ledger.seq())
-        rows = self.world.ledger.rows(job.shard)
-        return proves_clean(job, rows, seq, self.world.recipe.num_slices)

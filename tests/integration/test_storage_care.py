@@ -16,7 +16,7 @@ from sisa.opening import CHECKPOINTS, RECORDS, SCRATCH
 from sisa.place_ports import Place
 from sisa.residue import Scan, scan_residue
 from sisa.runfile import parse_run_file
-from sisa.store.checkpoints import ADAPTER
+from sisa.store.checkpoints import ADAPTER, MANIFEST
 from sisa.store.keyring import is_sealed
 from sisa.world import purge
 from tests.s3_server import Server, fresh_place
@@ -129,6 +129,27 @@ def test_what_came_back_is_residue_and_garbage(model: Path) -> None:
         assert purge(world) == ()
     assert found(model) == []
     assert kinds(model) == []
+
+
+def test_groups_in_a_bucket_are_judged_as_on_a_disk(in_bucket: Path) -> None:
+    """One that a deleted record touched, one with another's content, one with a spoilt file, one without
+    a readable manifest."""
+    place = places_of(in_bucket)[CHECKPOINTS]
+    whole = {k: {p: place.get(f"{k}/{p}", "p") for p in place.parts(k)} for k in place.held()}
+    delete(in_bucket)
+    gone = min(set(whole) - place.held())
+    place.put_group(gone, whole[gone])
+    one, swapped, spoilt, unread = sorted(place.held() - {gone})[:4]
+    for part, data in whole[one].items():
+        place.put(f"{swapped}/{part}", data)
+    place.put(f"{spoilt}/{ADAPTER}", b"spoilt")
+    place.put(f"{unread}/{MANIFEST}", b"{}")
+    residue = [each for each in found(in_bucket) if each[0] not in ("string", "old_versions")]
+    told = {key: [kind for kind, where in residue if key in where] for key in place.held()}
+    assert told.pop(gone) == ["tainted", "unknown_file"]
+    assert told.pop(swapped) == told.pop(spoilt) == ["damaged"]
+    assert told.pop(unread) == ["unreadable"]
+    assert set(map(tuple, told.values())) == {()}
 
 
 def test_damage_is_told_and_is_not_the_networks(
