@@ -26,6 +26,7 @@ from typing import Any
 
 import ray
 from ray._private import services, worker
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from sisa.errors import EnvironmentFault
@@ -61,6 +62,27 @@ class Mailbox:
 
     def take(self, run_id: str) -> list[Any]:
         return self._told.pop(run_id, [])
+
+
+class Listener:
+    """What a run's mailbox holds. An answer that is late is kept, for what is in it is no longer in the
+    mailbox; a mailbox that died is started again by Ray, empty."""
+
+    def __init__(self, mailbox: Any, run_id: str) -> None:
+        self._mailbox, self._run_id = mailbox, run_id
+        self._answer: Any = None  # on its way
+
+    def heard(self, timeout_s: float) -> list[Any]:
+        """What was told since the last time; nothing, where no answer comes in time."""
+        if self._answer is None:
+            self._answer = self._mailbox.take.remote(self._run_id)
+        if not ray.wait([self._answer], timeout=timeout_s)[0]:
+            return []
+        answer, self._answer = self._answer, None
+        try:
+            return list(ray.get(answer))
+        except RayError:
+            return []
 
 
 _session: Session | None = None

@@ -46,7 +46,7 @@ from cluster.nodes import Nodes
 from cluster.places import Placement
 from cluster.proofs import LOST, Remote, Terms
 from cluster.ray_attempt import Begun, Outcome, carry_out_remotely, end_worker
-from cluster.ray_session import Session
+from cluster.ray_session import Listener, Session
 from sisa.errors import EnvironmentFault
 from sisa.events import Event, Notice, Report, SliceTrained
 from sisa.handout import HandOut
@@ -132,8 +132,8 @@ class _Run(Generic[T, R]):
     options: _Options[T, R]
 
     def __post_init__(self) -> None:
-        self._answer: Any = None  # the mailbox's, on its way
         self._run_id = os.urandom(8).hex()
+        self._listener = Listener(self.mailbox, self._run_id)
         self._running_in = under_way()
         self._hand_out = HandOut(len(self.tasks), self.options.max_retries)
         self._count = count()
@@ -198,17 +198,8 @@ class _Run(Generic[T, R]):
         self._attempts[attempt] = _Attempt(number, node, time.monotonic())
 
     def _deliver(self) -> None:
-        # A dead mailbox is started again by Ray; what matters comes with the results. An answer that
-        # is late is kept, for the events in it are no longer in the mailbox.
-        if self._answer is None:
-            self._answer = self.mailbox.take.remote(self._run_id)
-        ready, _ = ray.wait([self._answer], timeout=MAILBOX_S)
-        if not ready:
-            return
-        answer, self._answer = self._answer, None
-        events: list[tuple[int, Event | Begun]] = []
-        with contextlib.suppress(RayError):
-            events = ray.get(answer)
+        # What is lost with a mailbox that died comes with the results.
+        events: list[tuple[int, Event | Begun]] = self._listener.heard(MAILBOX_S)
         for attempt, event in events:
             # What an attempt that is over has told too late does not speak for the next one.
             under_way = self._attempts.get(attempt)

@@ -19,10 +19,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import ray
 from ray.exceptions import RayError
 
-from cluster.ray_session import connect
+from cluster.ray_session import Listener, connect
 from sisa.errors import EnvironmentFault, InvalidInput, rebuilt
 from sisa.events import Notice, Report
 from sisa.model.numerics import worker_environment
@@ -94,23 +93,23 @@ def _in_worker(config: Mapping[str, Any]) -> None:
 @contextlib.contextmanager
 def _heard(mailbox: Any, run_id: str, report: Report) -> Iterator[None]:
     """Report what workers tell, while Ray Train has the driver's thread."""
-    done = threading.Event()
+    done, listener = threading.Event(), Listener(mailbox, run_id)
 
     def listen() -> None:
         last = False
         while not last:
             last = done.wait(POLL_S)  # once more at the end
-            with contextlib.suppress(RayError):
-                for event in ray.get(mailbox.take.remote(run_id), timeout=ANSWER_S):
+            with contextlib.suppress(RayError):  # of a Ray that is gone
+                for event in listener.heard(ANSWER_S):
                     report(event)
 
-    listener = threading.Thread(target=listen, daemon=True)
-    listener.start()
+    thread = threading.Thread(target=listen, daemon=True)
+    thread.start()
     try:
         yield
     finally:
         done.set()
-        listener.join(2 * ANSWER_S)
+        thread.join(2 * ANSWER_S)
 
 
 def _raise_refused(job: BaseJob) -> None:

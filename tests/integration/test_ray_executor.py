@@ -17,14 +17,17 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
 import ray
+from ray.exceptions import RayError
 
 from cluster import ray_session
 from cluster.ray_executor import RayExecutor, open_executor
-from cluster.ray_session import Mailbox
+from cluster.ray_session import Listener, Mailbox
 from sisa.domain import Chain
 from sisa.errors import EnvironmentFault, IntegrityError, InvalidInput, SisaError
 from sisa.events import Event, Notice, SliceProgress, SliceStarted, SliceTrained
@@ -350,6 +353,30 @@ def test_the_base_is_carried_to_a_node_that_lacks_it(
     assert bytes_of(site.checkpoints_at) == expected
     assert bytes_of(tmp_path / "cache" / "base" / "b1")["model.safetensors"] == b"w" * 5000
     assert len([event for event in events if isinstance(event, Notice)]) == 1
+
+
+def test_an_answer_that_is_late_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    mailbox, dead = Mailbox(), "dead"
+    mailbox.put("a", Notice("1"))
+    late = [True, False, False]
+
+    remote = SimpleNamespace(take=SimpleNamespace(remote=mailbox.take))  # its answer is what it has
+
+    def got(answer: Any) -> Any:
+        if answer == dead:
+            raise RayError
+        return answer
+
+    def waited(asked: list[Any], **_: float) -> tuple[list[Any], list[Any]]:
+        return ([], asked) if late.pop(0) else (asked, [])
+
+    monkeypatch.setattr("ray.wait", waited)
+    monkeypatch.setattr("ray.get", got)
+    listener = Listener(remote, "a")
+    assert listener.heard(0) == []
+    assert listener.heard(0) == [Notice("1")]
+    remote.take.remote = lambda _: dead
+    assert listener.heard(0) == []
 
 
 def test_the_mailbox_keeps_runs_apart() -> None:
