@@ -51,7 +51,7 @@ from tests.bench.counted import (
 )
 from tests.bench.known_people import KEY, here
 
-AUTHORS, PER_AUTHOR, KEYS = 200, 20, 20
+AUTHORS, PER_AUTHOR, KEYS = 200, 20, 30
 LABELLED = 20  # authors, the last ones: TOFU's forget10
 ASKED = 0.9  # the share of deletions that are theirs
 FORGET = {"forget01": 2, "forget05": 10, "forget10": 20}
@@ -78,7 +78,7 @@ ARRANGEMENTS = (
     Arrangement("sequential", 50, 8),
     Arrangement(HALF, 50, 8, bands=BY_LABEL),
 )
-BASE_SEEDS, CELL_RECORDS = 40, 60  # of the real planner's runs until the base; TOFU's 4,000 in 8 x 8
+BASE_SEEDS, CELL_RECORDS = 100, 60  # of the real planner's runs until the base; TOFU's 4,000 in 8 x 8
 TIMED = (
     Arrangement("SISA as published", 8, 8, "cumulative"),
     Arrangement("sequential", 8, 8),
@@ -388,7 +388,7 @@ def main() -> None:
     parser.add_argument("--tofu", type=Path)
     parser.add_argument("--keys", type=int, default=KEYS)
     parser.add_argument("--seeds", type=int, default=BASE_SEEDS, help="of runs until the base")
-    parser.add_argument("--timed-records", type=int, default=8, help="of each author; 0: counts alone")
+    parser.add_argument("--timed-records", type=int, default=2, help="of each author; 0: counts alone")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     found = measure(given.tofu, given.keys, given.seeds, given.timed_records)

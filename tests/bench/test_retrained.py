@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -27,13 +28,17 @@ from tests.bench.retrained import (
     AUTHORS,
     BY_LABEL,
     BY_SCORE,
+    HALF,
+    KEYS,
     LABELLED,
+    LAST,
     authors,
     base_table,
     depth_table,
     draw,
     measure,
     table,
+    timed_table,
 )
 from tests.fakes import SECRET, fake_model, fake_record
 
@@ -112,3 +117,25 @@ def test_everything_is_told(tmp_path: Path) -> None:
     assert all("/" in line for line in list(depth_table(found))[2:])
     draw(found, tmp_path / "shares.png")
     assert (tmp_path / "shares.png").stat().st_size > 1_000
+
+
+def test_what_was_measured_keeps_its_bounds_and_is_what_the_readme_tells() -> None:
+    found = json.loads(Path(__file__).with_name("retrained.json").read_text(encoding="utf-8"))
+    assert (found["keys"], found["data"]) == (KEYS, "TOFU (full)")
+    shares = {
+        (row["name"], row["shards"], row["orders"]): {
+            name: (each["measured"], each["closed_form"]) for name, each in row["shares"].items()
+        }
+        for row in found["shares"]
+    }
+    for one, form in shares["SISA as published", 8, 1].values():
+        assert one == pytest.approx(form, rel=0.03)
+    assert max(shares[name, 8, 1]["one_labelled"][0] for name in (HALF, LAST)) <= 0.02
+    assert max(each["forget10"][0] for (_, shards, _), each in shares.items() if shards == 50) <= 0.22
+    for row in found["until_base"]:
+        assert row["simulated"] == pytest.approx(row["formula"], rel=0.03)
+        assert abs(row["planner"] - row["formula"]) < 3 * row["planner_error"]
+    readme = Path(__file__).parents[2].joinpath("README.md").read_text(encoding="utf-8")
+    plain = {**found, "shares": [row for row in found["shares"] if row["orders"] == 1]}
+    told = [*table(plain), *depth_table(found), *base_table(found), *timed_table(found)]
+    assert [line for line in told if line not in readme] == []
