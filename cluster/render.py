@@ -59,6 +59,9 @@ def taken(found: Taken, directory: Path) -> Result:
         + (f"; {found.record_epochs_others} more in other orders" if found.record_epochs_others else ""),
         f"model digest {found.model_digest}",
     ]
+    if found.generation:
+        told = f"appended as generation {found.generation}: to train the same model from scratch, give"
+        lines.insert(1, f"{told} them `generation: {found.generation}`")
     if found.deleted_not_taken:
         lines.append(f"{found.deleted_not_taken} records of the source were deleted before: not taken")
     if found.new_not_taken:
@@ -80,6 +83,7 @@ def where(locations: Sequence[Location]) -> Result:
         if each.state == "patch":
             lines += [f"{each.id}: never a record of the model", *_touched_patches(each)]
             continue
+        place += f" (generation {each.generation})" if each.generation else ""
         lines.append(f"{each.id}: {each.state}, {place}, in {len(each.checkpoints)} checkpoints")
         lines += [
             f"    slice {touch.slice}  {touch.key}{'  <- served head' if touch.is_head else ''}"

@@ -64,6 +64,7 @@ class Location:
     patches: tuple[PatchTouch, ...] = ()
     vault: tuple[VaultSet, ...] = ()  # sets that its text is in now
     kept_states: tuple[str, ...] = ()  # files of hidden states of its slice
+    generation: int = 0  # in which it was appended
 
 
 @dataclass(frozen=True)
@@ -211,7 +212,10 @@ def _location(world: World, record_id: str, held: RecordRow | Tombstone | None) 
     )
     state = "trained" if any(touch.is_head for touch in touches) else "pending"
     exports = tuple(each.path for each in world.ledger.exports() if touched(each, held))
-    return Location(record_id, state, held.shard, held.slice, touches, exports=exports)
+    generation = world.assigner.layout.generation(held.slice)
+    return Location(
+        record_id, state, held.shard, held.slice, touches, exports=exports, generation=generation
+    )
 
 
 def search(world: World, queries: Vectors, top_k: int) -> list[Hit]:

@@ -41,6 +41,7 @@ class Taken:
     slices_trained: int
     model_digest: str
     record_epochs_others: int = 0  # trained in the orders beside order 0
+    generation: int | None = None  # of records that were appended now, for their column of that name
 
 
 def train(world: World, records: Sequence[Record], meta: Mapping[str, str] | None = None) -> Taken:
@@ -134,7 +135,8 @@ def add(
     """
     refuse_generations(world.recipe.training, records, append=append)
     found = _lookup(world, records)
-    records = _as_held(world, records, found, _next_generation(world) if append else None)
+    generation = _next_generation(world) if append else None
+    records = _as_held(world, records, found, generation)
     refuse_added(world, records, found, (world.count_tokens, *checks), allow_deleted=allow_deleted)
     fresh = [
         record
@@ -145,7 +147,9 @@ def add(
     if rows:
         readmitted = [each.id_digest for each in found.values() if isinstance(each, Tombstone)]
         _commit_added(world, fresh, rows, readmitted=readmitted)
-    return _taken(world, reconcile(world), added=len(rows), held=len(records) - len(fresh))
+    taken = _taken(world, reconcile(world), added=len(rows), held=len(records) - len(fresh))
+    carried = {record.generation for record in fresh}
+    return replace(taken, generation=generation if generation in carried else None)
 
 
 def _rows(world: World, records: Sequence[Record]) -> list[RecordRow]:

@@ -3,7 +3,8 @@
 Shown: a deletion whose retraining is deferred erases, and serves what another order had of the other
 slices; the next command trains on, to the bytes of a model that never held the record, whose own orders
 are equal, too; Ray trains all orders to the bytes of serial training; under a budget fewer stages rest,
-and what is served has the same bytes.
+and what is served has the same bytes; with bands, appended slices or blocks of layers a deletion leaves
+the bytes of training from scratch on the records as they are.
 """
 
 from __future__ import annotations
@@ -13,13 +14,17 @@ from pathlib import Path
 import pytest
 
 import sisa
+from sisa.errors import ConfigConflict
 from tests.integration.tiny_model import (
     PEOPLE,
+    Row,
     adapters,
     command,
     held_files,
+    ids_of,
     train_scratch,
     without,
+    write_rows,
     write_run,
 )
 
@@ -75,3 +80,36 @@ def test_a_budget_keeps_fewer_stages_and_serves_the_same_bytes(tmp_path: Path, t
         each.forget([gone])
     assert least.status().model_digest == every.status().model_digest
     assert set(adapters(least.directory)) < set(adapters(every.directory))
+
+
+@pytest.mark.parametrize("layerwise", [False, True])
+def test_bands_generations_and_blocks_leave_what_training_from_scratch_gives(
+    tmp_path: Path, tiny_base: Path, layerwise: bool
+) -> None:
+    bands = {"thresholds": [0.1], "classes": {"trial": 0.5}, "unknown": 0.02}
+    block = {"shards": 2, "slices": 2, "orders": 2, "bands": bands, "layerwise": layerwise}
+    risks = {"p001": "trial", "p004": 0.3, "p006": 0.01}
+    rows: list[Row] = [{**row, "deletion_risk": risks.get(row["subject_id"])} for row in PEOPLE]
+    late = [row for row in rows if row["subject_id"] in ("p004", "p009")]
+    first = [row for row in rows if row not in late]
+    model = train_scratch(tmp_path / "a", tiny_base, first, sisa_block=block)
+    if layerwise:
+        with pytest.raises(ConfigConflict, match="none are left"):
+            model.add(write_rows(tmp_path / "late.jsonl", late), append=True)
+    model.add(write_rows(tmp_path / "late.jsonl", late), append=not layerwise)
+    where = {each.id: each for each in model.where(ids_of(rows))}
+    banded = {0, 1} if layerwise else {0, 1, 2, 3}
+    assert {each.slice for each in where.values()} == banded
+    for row in rows:
+        appended = not layerwise and row in late
+        assert where[row["id"]].slice == 2 * appended + (
+            risks.get(row["subject_id"], 0) in ("trial", 0.3)
+        )
+    model.forget(subject="p001")
+    model.forget(ids_of(late[:1]))
+    gone = [*late[:1], *(row for row in rows if row["subject_id"] == "p001")]
+    left = without(rows, ids_of(gone))
+    kept = [{**row, "generation": int(not layerwise and row in late)} for row in left]
+    scratch = train_scratch(tmp_path / "b", tiny_base, kept, sisa_block=block)
+    assert held_files(model.directory) == held_files(scratch.directory)
+    assert model.verify(replay="all").ok

@@ -11,13 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster import render
 from sisa.assign import Assigner, Layout
 from sisa.bands import Bands
 from sisa.digest import Keyed
 from sisa.domain import Record
 from sisa.errors import ConfigConflict, InvalidInput
 from sisa.plan import LAYERWISE, passes
-from sisa.query import shards
+from sisa.query import shards, where
 from sisa.reader import read_records
 from sisa.reconfigure import move
 from sisa.run import add, train
@@ -72,6 +73,18 @@ def test_nothing_that_was_trained_is_trained_again(fake: FakeModel) -> None:
     state = shards(fake.world)
     assert all(each.converged and each.depth == each.num_stages > SLICES for each in state)
     assert {each.num_slices for each in state} == {max(slices_of(fake, 30)) + 1}
+
+
+def test_what_was_appended_is_told_with_its_generation(fake: FakeModel) -> None:
+    first, second = (add(fake.world, some(number), append=True) for number in (20, 21))
+    assert (first.generation, second.generation) == (1, 2)
+    assert "appended as generation 2" in render.taken(second, Path("model")).text
+    for again in (add(fake.world, some(21), append=True), add(fake.world, some(22))):
+        assert again.generation is None
+        assert "generation" not in render.taken(again, Path("model")).text
+    places = where(fake.world, [record.id for record in some(3, 20, 21, 22)])
+    assert [each.generation for each in places] == [0, 1, 2, 0]
+    assert render.where(places).text.count("(generation ") == 2
 
 
 def test_the_same_file_again_is_held_already_and_needs_no_generation(fake: FakeModel) -> None:

@@ -224,7 +224,7 @@ def test_train_tells_what_was_not_taken() -> None:
     assert read(result) == {
         "records": 10, "added": 0, "already_held": 7, "deleted_not_taken": 2, "new_not_taken": 1,
         "record_epochs_trained": 0, "slices_trained": 0, "model_digest": "digest",
-            "record_epochs_others": 0,
+            "record_epochs_others": 0, "generation": None,
     }  # fmt: skip
     assert "2 records of the source were deleted before: not taken" in result.text
     assert "`sisa add`" in result.text
