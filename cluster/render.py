@@ -122,7 +122,7 @@ def _served(rows: Sequence[tuple[int, int, int]]) -> list[dict[str, int]]:
     return [{"shard": s, "slices_served": depth, "of": whole} for s, depth, whole in rows]
 
 
-def _meanwhile(rows: Sequence[tuple[int, int, int]], depth: float, others: int) -> list[str]:
+def meanwhile(rows: Sequence[tuple[int, int, int]], depth: float, others: int) -> list[str]:
     """What is served until the shards are trained again, and what other orders cost beside that."""
     told = ", ".join(f"shard {s}: {n} of {whole} slices" for s, n, whole in rows[:MAX_SHARDS_TOLD])
     told += ", ..." if len(rows) > MAX_SHARDS_TOLD else ""
@@ -162,7 +162,7 @@ def forget_plan(planned: ForgetPlan) -> Result:
         f"  record-epochs: {forgetting.record_epochs_retrained} of {forgetting.record_epochs_full} "
         f"({share(forgetting.record_epochs_retrained, forgetting.record_epochs_full)}); "
         f"estimated time {estimate}",
-        *_meanwhile(forgetting.served, forgetting.serving_depth, forgetting.record_epochs_others),
+        *meanwhile(forgetting.served, forgetting.serving_depth, forgetting.record_epochs_others),
         f"  would erase {erased['checkpoints']} checkpoints, {erased['slice_files']} slice files, "
         f"{erased['index_rows']} index rows and {erased['exports']} exports",
         *_already(len(forgetting.already_deleted)),
@@ -208,7 +208,7 @@ def forgotten(outcome: ForgetOutcome, directory: Path | str = "DIR") -> Result:
         lines = [
             f"deleted {request.num_records} records exactly; request {request.request_id}",
             *(f"  shard {s}: {n} slices {to_do} from slice {f} on" for s, f, n in request.shards),
-            *_meanwhile(request.served, request.serving_depth, request.record_epochs_others),
+            *meanwhile(request.served, request.serving_depth, request.record_epochs_others),
             f"  record-epochs: {request.record_epochs_retrained} of {request.record_epochs_full} "
             f"({share(request.record_epochs_retrained, request.record_epochs_full)}) "
             f"in {request.seconds:.1f} s",

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.render import Result, base_hint, missing_exports, printable, probed, share
+from cluster.render import Result, base_hint, meanwhile, missing_exports, printable, probed, share
 
 if TYPE_CHECKING:
     from sisa.domain import Request
@@ -41,8 +41,20 @@ def shown(view: RequestView) -> Result:
     events = [asdict(each) for each in view.events]
     lines = [_line(view)]
     lines += [f"  {each.at}  {each.state}  {each.note}".rstrip() for each in view.events]
-    lines += probed(view.request.probed)
+    lines += _cost(view.request) + probed(view.request.probed)
     return Result(_body(view) | {"events": events}, printable("\n".join(lines)))
+
+
+def _cost(request: Request) -> list[str]:
+    """What was served meanwhile, and what the batch that it ran in took; none before its commit."""
+    if not request.committed_at:
+        return []
+    part = share(request.record_epochs_retrained, request.record_epochs_full)
+    return [
+        f"  record-epochs of its batch: {request.record_epochs_retrained} of "
+        f"{request.record_epochs_full} ({part})",
+        *meanwhile(request.served, request.serving_depth, request.record_epochs_others),
+    ]
 
 
 def submitted(found: Submitted, view: RequestView) -> Result:
@@ -74,6 +86,7 @@ def ran(done: Sequence[Request], missing: Sequence[str] = (), directory: Path | 
         f"{each.request_id}: {each.state}, {each.num_records} records, batch of "
         f"{each.record_epochs_retrained} record-epochs "
         f"({share(each.record_epochs_retrained, each.record_epochs_full)}) in {each.seconds:.1f} s"
+        + (f", {each.record_epochs_others} more in other orders" if each.record_epochs_others else "")
         + (f", {each.exports_erased} exports erased" if each.exports_erased else "")
         for each in done
     ] or ["nothing waits"]

@@ -407,6 +407,16 @@ def test_run_without_anything_to_do_says_so(sisa: Sisa, model: Path) -> None:
     assert sisa("run", "-m", model, "--executor", "serial")[:2] == (0, "nothing waits\n")
 
 
+def test_show_tells_what_was_served_and_what_it_cost(ask: Ask, sisa: Sisa, model: Path) -> None:
+    ask("request", "submit", "id-0003", "--external-id", "T-1", "--approver", "dpo")
+    assert "record-epochs" not in sisa("request", "show", "-m", model, "T-1")[1]
+    (done,) = run_once(ask)
+    told = sisa("request", "show", "-m", model, "T-1")[1]
+    assert f"of its batch: {done['record_epochs_retrained']} of {done['record_epochs_full']} (" in told
+    ((shard, served, whole),) = done["served"]
+    assert f"meanwhile served: shard {shard}: {served} of {whole} slices;" in told
+
+
 def test_run_prices_finishes_and_tells_what_was_put_off(ask: Ask, sisa: Sisa, model: Path) -> None:
     put_off = ask("forget", "id-0003", "--defer", "--executor", "serial")
     asked = ask("request", "submit", "id-0004", "--approver", "dpo")
