@@ -51,9 +51,9 @@ from sisa.model.adapter import (
     tensor_bytes,
 )
 from sisa.model.base import load_frozen, load_skeleton, load_tokenizer, local_or_hub
-from sisa.model.lora import seed_from
 from sisa.model.numerics import fingerprint, pin_threads
 from sisa.model.patched import load_patched
+from sisa.model.stage import seed_from
 from sisa.model.tokens import Tokens
 from sisa.opening import PATCHES
 from sisa.patch import WRITTEN, PatchJob

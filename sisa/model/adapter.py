@@ -1,8 +1,8 @@
 """LoRA adapters as bytes: made, read and written in the form that `PeftModel.from_pretrained` loads.
 
-Rules: an adapter's first weights come from one seed set immediately before it is made, so they do not
-depend on what the process drew earlier. `adapter_config.json` is canonical and names no path. Tensors
-are written by safetensors with one metadata key; the same tensors give the same bytes.
+Rules: an adapter's first weights come from one seed alone, whatever the process drew earlier and
+wherever the base is. `adapter_config.json` is canonical and names no path. Tensors are written by
+safetensors with one metadata key; the same tensors give the same bytes.
 
 Not covered: other adapters than LoRA; adapters on embeddings.
 
@@ -13,6 +13,7 @@ Not covered: other adapters than LoRA; adapters on embeddings.
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load, save
 
@@ -98,12 +100,25 @@ def attach(
     name: str = DEFAULT_NAME,
 ) -> Any:
     """Wrap a base's modules with one adapter: from `tensors`, or freshly drawn from `init_seed`."""
-    torch.manual_seed(init_seed)
     with _quiet_peft():
         model = get_peft_model(base, config, adapter_name=name)
-    if tensors is not None:
+    if tensors is None:
+        draw(model, init_seed, name)
+    else:
         put_tensors(model, tensors, name)
     return model
+
+
+@torch.no_grad()
+def draw(model: Any, init_seed: int, name: str = DEFAULT_NAME) -> None:
+    """Fill adapter `name` as peft does at first: A like a linear layer, B with zeros."""
+    generator = torch.Generator().manual_seed(init_seed)
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and name in module.lora_A:
+            a = torch.empty(module.lora_A[name].weight.shape)
+            torch.nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
+            module.lora_A[name].weight.copy_(a)
+            module.lora_B[name].weight.zero_()
 
 
 def add_adapter(model: Any, config: LoraConfig, tensors: Mapping[str, torch.Tensor], name: str) -> None:

@@ -1,29 +1,33 @@
 """The loss of a micro-batch: cross-entropy summed over the tokens that bear it, and nothing beyond them.
 
-Rules: rows are padded on the right and no attention mask is passed: under causal attention a real token
-never sees padding. The decoder runs to its hidden states; those at (row, position) pairs that predict a
-label are gathered, and the head is computed on them alone. The head is frozen, so that its gradient is
-taken with the loss, in one go, and no logits are kept. Where a model's head does more than one product
-(logits that are scaled or capped, a head with an adapter), its own forward is asked for the positions
-that any row needs: `has_plain_head` decides, by the bits of the logits.
+Rules: records lie end to end, without padding (`packed.py`); for a base that can't be run so, in rows
+padded on the right, and no attention mask is passed: under causal attention a real token never sees
+padding. The decoder runs to its hidden states; those at (row, position) pairs that predict a label are
+gathered, and the head is computed on them alone. The head is frozen, so that its gradient is taken with
+the loss, in one go, and no logits are kept. Where a model's head does more than one product (logits that
+are scaled or capped, a head with an adapter), its own forward is asked for the positions that any row
+needs. `form_of` decides both, by bits of the base.
 
 Not covered: losses on other things than next tokens.
 
 Legend: B rows, T positions, N pairs, H hidden, V words, K positions that any row needs.
 
-    loss = summed_loss(model, batch, direct=has_plain_head(base))
+    loss = summed_loss(model, batch, form_of(base, longest=512))
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 
+from sisa.model.packed import attending, packs, positions
 from sisa.model.tokens import NO_LOSS, Tokens
 
 Batch = Sequence[Tokens]
@@ -31,34 +35,56 @@ PROBE_IDS = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Padded:
-    """A micro-batch as tensors: ids [B, T], and of each pair its row [N], its position [N] and the
-    label that it predicts [N]."""
+class Form:
+    """How a base is asked for the loss: its head by itself, records without padding."""
+
+    plain_head: bool = True
+    packed: bool = True
+
+
+def form_of(base: Any, longest: int) -> Form:
+    """What a base allows, on records of up to `longest` tokens."""
+    return Form(has_plain_head(base), packs(base, longest))
+
+
+@dataclass(frozen=True, slots=True)
+class Laid:
+    """A micro-batch as tensors: ids [B, T], their positions [B, T] where records lie end to end, and of
+    each pair its row [N], its column [N] and the label that it predicts [N]."""
 
     ids_BT: Tensor
+    positions_BT: Tensor | None
     rows_N: Tensor
     columns_N: Tensor
     labels_N: Tensor
 
-    def to(self, device: torch.device) -> Padded:
+    def to(self, device: torch.device) -> Laid:
         """The same on a device."""
         if device.type == "cpu":
             return self
-        parts = (self.ids_BT, self.rows_N, self.columns_N, self.labels_N)
-        return Padded(*(each.to(device) for each in parts))
+        moved = {name: getattr(self, name) for name in ("ids_BT", "rows_N", "columns_N", "labels_N")}
+        at = None if self.positions_BT is None else self.positions_BT.to(device)
+        return replace(self, positions_BT=at, **{name: each.to(device) for name, each in moved.items()})
+
+    def inputs(self) -> dict[str, Any]:
+        """What a forward is given."""
+        where = {} if self.positions_BT is None else {"position_ids": self.positions_BT}
+        return {"input_ids": self.ids_BT, "use_cache": False, **where}
 
 
-def pad(batch: Batch) -> Padded:
-    """Pad on the right to the batch's own longest row."""
-    length = max(len(each.input_ids) for each in batch)
-    ids_BT = torch.zeros((len(batch), length), dtype=torch.long)
-    labels_BT = torch.full((len(batch), length), NO_LOSS, dtype=torch.long)
-    for row, each in enumerate(batch):
-        ids_BT[row, : len(each.input_ids)] = torch.tensor(each.input_ids)
-        labels_BT[row, : len(each.labels)] = torch.tensor(each.labels)
-    next_BT = labels_BT[:, 1:]
+def lay(batch: Batch, *, packed: bool) -> Laid:
+    """End to end in one row, or padded on the right to the batch's own longest."""
+    lengths = [len(each.input_ids) for each in batch]
+    # the label at a position is that of the next token; a record's last position predicts nothing
+    told = [(torch.tensor(each.input_ids), torch.tensor([*each.labels[1:], NO_LOSS])) for each in batch]
+    if packed:
+        ids_BT, next_BT = (torch.cat(each)[None] for each in zip(*told, strict=True))
+    else:
+        ids_BT = pad_sequence([ids for ids, _ in told], batch_first=True)
+        next_BT = pad_sequence([following for _, following in told], True, NO_LOSS)
     rows_N, columns_N = (next_BT != NO_LOSS).nonzero(as_tuple=True)
-    return Padded(ids_BT, rows_N, columns_N, next_BT[rows_N, columns_N])
+    at = positions(lengths, ids_BT.device) if packed else None
+    return Laid(ids_BT, at, rows_N, columns_N, next_BT[rows_N, columns_N])
 
 
 def count_labels(batch: Batch) -> int:
@@ -66,24 +92,29 @@ def count_labels(batch: Batch) -> int:
     return sum(label != NO_LOSS for each in batch for label in each.labels[1:])
 
 
-def summed_loss(model: Any, batch: Batch, *, direct: bool) -> Tensor:
-    """Cross-entropy summed over a micro-batch's label tokens. `model` is a wrapped base; `direct`:
-    whether its base has a plain head."""
-    padded = pad(batch).to(model.device)
-    if not direct:
-        return _by_own_forward(model, padded)
+def summed_loss(model: Any, batch: Batch, form: Form) -> Tensor:
+    """Cross-entropy summed over a micro-batch's label tokens. `model` is a wrapped base, and its
+    configuration the caller's own; `form` is of its base."""
+    laid = lay(batch, packed=form.packed).to(model.device)
     base = model.get_base_model()
-    hidden_BTH = base.get_decoder()(input_ids=padded.ids_BT, use_cache=False).last_hidden_state
+    with _attending(base, batch, form):
+        if not form.plain_head:
+            return _by_own_forward(base, laid)
+        hidden_BTH = base.get_decoder()(**laid.inputs()).last_hidden_state
     head = base.get_output_embeddings()
-    hidden_NH = hidden_BTH[padded.rows_N, padded.columns_N]
-    found: Tensor = _HeadLoss.apply(hidden_NH, head.weight, head.bias, padded.labels_N)  # type: ignore[no-untyped-call]
+    hidden_NH = hidden_BTH[laid.rows_N, laid.columns_N]
+    found: Tensor = _HeadLoss.apply(hidden_NH, head.weight, head.bias, laid.labels_N)  # type: ignore[no-untyped-call]
     return found
 
 
-def _by_own_forward(model: Any, padded: Padded) -> Tensor:
-    columns_K, at_N = torch.unique(padded.columns_N, return_inverse=True)
-    logits_BKV = model(input_ids=padded.ids_BT, logits_to_keep=columns_K, use_cache=False).logits
-    return cross_entropy(logits_BKV[padded.rows_N, at_N].float(), padded.labels_N, reduction="sum")
+def _attending(base: Any, batch: Batch, form: Form) -> AbstractContextManager[None]:
+    return attending(base, [len(each.input_ids) for each in batch]) if form.packed else nullcontext()
+
+
+def _by_own_forward(base: Any, laid: Laid) -> Tensor:
+    columns_K, at_N = torch.unique(laid.columns_N, return_inverse=True)
+    logits_BKV = base(**laid.inputs(), logits_to_keep=columns_K).logits
+    return cross_entropy(logits_BKV[laid.rows_N, at_N].float(), laid.labels_N, reduction="sum")
 
 
 class _HeadLoss(torch.autograd.Function):

@@ -12,7 +12,7 @@ Legend: B rows, T positions, H hidden.
 
     lower = Lower(base, first=20)
     states_TH = lower.alone(input_ids)
-    with lower.given([states_TH]):
+    with lower.given([states_TH], packed=False):
         base(input_ids=...)            # runs the layers from 20 on
 """
 
@@ -86,9 +86,13 @@ class Lower:
         raise _not_apart()
 
     @contextmanager
-    def given(self, states: Sequence[Tensor]) -> Iterator[None]:
-        """Let a forward over rows padded on the right start from these states [T, H], one a row."""
-        given_BTH = nn.utils.rnn.pad_sequence(list(states), batch_first=True).to(self._base.device)
+    def given(self, states: Sequence[Tensor], *, packed: bool) -> Iterator[None]:
+        """Let a forward start from the states [T, H] of its records, which lie end to end in one row, or
+        one a row, padded on the right."""
+        together = (
+            torch.cat(list(states))[None] if packed else nn.utils.rnn.pad_sequence([*states], True)
+        )
+        given_BTH = together.to(self._base.device)
 
         def enter(_layer: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
             if args:
@@ -123,7 +127,7 @@ class Lower:
         self._base.eval()
         try:
             whole = self._decoder(input_ids=ids_1T, use_cache=False).last_hidden_state
-            with self.given([self.alone(PROBE_IDS)]):
+            with self.given([self.alone(PROBE_IDS)], packed=False):
                 apart = self._decoder(input_ids=ids_1T, use_cache=False).last_hidden_state
         except (AttributeError, TypeError, ValueError, IndexError) as error:
             raise _not_apart() from error

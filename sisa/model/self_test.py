@@ -52,6 +52,7 @@ TRAINING = {
     "lora_alpha": 16,
     "lora_dropout": 0.1,
     "lora_target_modules": "all-linear",
+    "sequence_len": 64,
     "micro_batch_size": 4,
     "learning_rate": 1e-3,
     "optimizer": "adamw_torch",
@@ -113,8 +114,9 @@ def trained_digests(threads: int, times: int = 2, arithmetic: Arithmetic = USUAL
     """Of the same two stages, trained so many times in this process."""
     import torch
 
-    from sisa.model.lora import Stage
+    from sisa.model.stage import Stage
     from sisa.model.tokens import NO_LOSS, Tokens
+    from sisa.model.wrapped import Wrapped
 
     pin_threads(threads, arithmetic)
     drawn = torch.Generator().manual_seed(1)
@@ -126,7 +128,8 @@ def trained_digests(threads: int, times: int = 2, arithmetic: Arithmetic = USUAL
         files: dict[str, bytes] | None = None
         for slice_ in range(2):
             job = SliceJob(0, slice_, None, ((0, ""),), len(rows), (1, 1), TRAINING, "", "")
-            stage = Stage(job, random_base(arithmetic), files, num_steps=len(steps))
+            wrapped = Wrapped(random_base(arithmetic), TRAINING)
+            stage = Stage(job, wrapped, files, num_steps=len(steps))
             for step in steps:
                 stage.step(step)
             files = stage.files()

@@ -19,7 +19,6 @@ Source: LoRA, Hu et al. 2022.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -82,28 +81,32 @@ def _added(to_NI: Tensor, up_NR: Tensor, a_RI: Tensor) -> Tensor:
     return torch.addmm(to_NI.to(a_RI.dtype), up_NR, a_RI).to(to_NI.dtype)
 
 
-def quicken(model: Any, name: str = DEFAULT_NAME) -> None:
-    """Give the adapted linear modules of a wrapped base the forward above, for adapter `name` alone."""
+class TrainedLinear(lora_layer.Linear):  # type: ignore[misc]
+    """PEFT's module with the forward above."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., I] -> y [..., O]."""
+        base, dropout = self.base_layer, self.lora_dropout[DEFAULT_NAME]
+        weight_OI = base.weight.t() if isinstance(base, Conv1D) else base.weight
+        a, b = self.lora_A[DEFAULT_NAME].weight, self.lora_B[DEFAULT_NAME].weight
+        x_NI = x.reshape(-1, x.shape[-1])
+        drops = isinstance(dropout, torch.nn.Dropout) and dropout.p > 0 and dropout.training
+        dropped_NI = dropout(x_NI) if drops else None
+        y_NO = _Adapted.apply(  # type: ignore[no-untyped-call]
+            x_NI, dropped_NI, weight_OI, base.bias, a, b, self.scaling[DEFAULT_NAME]
+        )
+        y: Tensor = y_NO.view(*x.shape[:-1], -1)
+        return y
+
+
+def quicken(model: Any) -> None:
+    """Make the adapted linear modules of a wrapped base, which has one adapter, `TrainedLinear`s."""
     for module in model.modules():
-        if isinstance(module, lora_layer.Linear) and _is_plain(module, name):
-            module.forward = partial(_forward, module, name)
+        if type(module) is lora_layer.Linear and _is_plain(module):
+            module.__class__ = TrainedLinear
 
 
-def _is_plain(module: Any, name: str) -> bool:
+def _is_plain(module: Any) -> bool:
     known = type(module.base_layer) in (torch.nn.Linear, Conv1D)
-    plain = [*module.lora_A] == [name] and not module.lora_variant and not module.merged
-    return known and plain and module.lora_B[name].bias is None
-
-
-def _forward(module: Any, name: str, x: Tensor) -> Tensor:
-    base, dropout = module.base_layer, module.lora_dropout[name]
-    weight_OI = base.weight.t() if isinstance(base, Conv1D) else base.weight
-    a, b = module.lora_A[name].weight, module.lora_B[name].weight
-    x_NI = x.reshape(-1, x.shape[-1])
-    drops = isinstance(dropout, torch.nn.Dropout) and dropout.p > 0 and dropout.training
-    dropped_NI = dropout(x_NI) if drops else None
-    y_NO = _Adapted.apply(  # type: ignore[no-untyped-call]
-        x_NI, dropped_NI, weight_OI, base.bias, a, b, module.scaling[name]
-    )
-    y: Tensor = y_NO.view(*x.shape[:-1], -1)
-    return y
+    plain = [*module.lora_A] == [DEFAULT_NAME] and not module.lora_variant and not module.merged
+    return known and plain and module.lora_B[DEFAULT_NAME].bias is None

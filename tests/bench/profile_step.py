@@ -29,10 +29,11 @@ from torch import Tensor
 from sisa.domain import Part, Record, SliceJob
 from sisa.model.base import load_base, resolve_base
 from sisa.model.layers import first_adapted
-from sisa.model.lora import Stage
 from sisa.model.losses import count_labels
 from sisa.model.numerics import keep_freed_memory, pin_threads
+from sisa.model.stage import Stage
 from sisa.model.tokens import Tokens, tokenize
+from sisa.model.wrapped import Wrapped
 from tests.bench.equal import questions, source
 from tests.endurance.ground import environment, write_json
 
@@ -54,6 +55,7 @@ TRAINING: dict[str, Any] = {
     "weight_decay": 0.0,
     "max_grad_norm": 1.0,
     "seed": 1,
+    "sequence_len": 512,
 }
 
 
@@ -133,7 +135,7 @@ def measure(base_model: str, changed: dict[str, Any]) -> dict[str, Any]:
     batch = batch_of(tokenizer, training["micro_batch_size"])
     run, flops = products(base, first_adapted(training, base), batch)
     job = SliceJob(0, 0, None, ((0, ""),), len(batch), (1, 1), training, "", "")
-    stage = Stage(job, base, None, num_steps=10**6)
+    stage = Stage(job, Wrapped(base, training), None, num_steps=10**6)
 
     def step() -> None:
         stage.step([batch])

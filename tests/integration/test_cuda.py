@@ -104,13 +104,16 @@ def watched(carry_out: Callable[[], Any]) -> dict[str, int]:
 def test_a_training_step_stays_on_the_bases_device(dtype: Any) -> None:
     import torch
 
-    from sisa.model.lora import Stage
+    from sisa.model.losses import Form
+    from sisa.model.stage import Stage
     from sisa.model.tokens import NO_LOSS, Tokens
+    from sisa.model.wrapped import Wrapped
 
     bases = [self_test.random_base(Arithmetic("cpu", dtype)).to("meta") for _ in range(2)]
+    wrapped = [Wrapped(each, self_test.TRAINING, Form()) for each in bases]
     rows = [Tokens([*range(1, n)], [NO_LOSS, *range(2, n)]) for n in (6, 9, 4)]
     job = SliceJob(0, 0, None, ((0, ""),), 3, (1, 1), self_test.TRAINING, "", "")
-    stage = Stage(job, bases[0], None, num_steps=2)
+    stage = Stage(job, wrapped[0], None, num_steps=2)
 
     def steps() -> None:
         for _ in range(2):
@@ -123,7 +126,7 @@ def test_a_training_step_stays_on_the_bases_device(dtype: Any) -> None:
     for name, each in moments.items():
         on = "cpu" if name.endswith(".step") else "meta"
         assert (each.device.type, each.dtype) == (on, torch.float32)
-    resumed = Stage(job, bases[1], None, num_steps=2)
+    resumed = Stage(job, wrapped[1], None, num_steps=2)
     resumed._put_moments({name: torch.zeros(each.shape) for name, each in moments.items()})
     again = resumed._moments()
     assert {name: again[name].device for name in moments} == {

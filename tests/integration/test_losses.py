@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,7 +21,16 @@ SIZES: dict[str, Any] = {
     "head_dim": 8,
     "initializer_range": 0.5,
 }
-FAMILIES = {"gpt2": True, "gpt_neox": True, "gemma2": False, "cohere": False, "granite": False}
+FAMILIES = {  # whether the head is plain, and whether records may lie end to end
+    "gpt2": (True, True),
+    "gpt_neox": (True, True),
+    "gemma2": (False, False),
+    "cohere": (False, True),
+    "granite": (False, True),
+    "mistral": (True, True),
+    "qwen3": (True, True),
+    "bloom": (True, False),
+}
 LORA = {"lora_r": 2, "lora_alpha": 8, "lora_dropout": 0.0}
 ROWS = [[3, 7, 1, 9, 2], [5, 6, 11, 30, 8, 2, 4, 9], [12, 1, 2]]
 BATCH = [Tokens(ids, [NO_LOSS, *ids[1:3], *([NO_LOSS] * (len(ids) - 4)), *ids[3:][-1:]]) for ids in ROWS]
@@ -63,19 +73,70 @@ def theirs(model: Any) -> Any:
 def test_loss_and_gradients_of_a_family(family: str) -> None:
     import torch
 
-    from sisa.model.losses import has_plain_head, summed_loss
+    from sisa.model.losses import Form, form_of, summed_loss
     from sisa.model.trained_linear import quicken
 
     base, model = wrapped(family)
     trained = [each for each in model.parameters() if each.requires_grad]
     expected = theirs(model)
     slopes = torch.autograd.grad(expected, trained)
-    assert has_plain_head(base) == FAMILIES[family]
+    form = form_of(base, longest=8)
+    assert form == Form(*FAMILIES[family])
     quicken(model)
-    found = summed_loss(model, BATCH, direct=FAMILIES[family])
-    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
-    for ours, each in zip(torch.autograd.grad(found, trained), slopes, strict=True):
-        assert torch.allclose(ours, each, atol=1e-4, rtol=1e-4)
+    for each in {form, replace(form, packed=False)}:
+        found = summed_loss(model, BATCH, each)
+        assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+        for ours, slope in zip(torch.autograd.grad(found, trained), slopes, strict=True):
+            assert torch.allclose(ours, slope, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "others", "expected"),
+    [
+        ("llama", {}, True),
+        ("mistral", {"sliding_window": 64}, True),
+        ("mistral", {"sliding_window": 8}, False),
+        ("mamba", {}, False),
+        ("falcon_h1", {}, False),
+        ("gpt_oss", {}, False),
+    ],
+)
+def test_where_records_may_lie_end_to_end(family: str, others: dict[str, Any], expected: bool) -> None:
+    """Not where states of the next record hear of the one before, or attention is of another kind."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from sisa.model.packed import packs
+
+    sizes = AutoConfig.for_model(family, **SIZES, **others)
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(sizes, dtype=torch.float32).eval()
+    assert packs(base, longest=32) == expected
+
+
+def test_a_record_end_to_end_with_another_has_the_bits_that_it_has_beside_any() -> None:
+    import torch
+
+    from sisa.model.packed import attending, positions
+
+    base, _ = wrapped("llama")
+    decoder, lengths = base.get_decoder(), (3, 5, 4)
+    rows = torch.randint(0, 40, (2, 12), generator=torch.Generator().manual_seed(3))
+    rows[1, 3:8] = rows[0, 3:8]
+    with attending(base, lengths), torch.no_grad():
+        one, other = (
+            decoder(
+                input_ids=row[None], position_ids=positions(lengths, row.device), use_cache=False
+            ).last_hidden_state[0]
+            for row in rows
+        )
+    alone = decoder(input_ids=rows[:1, 3:8], use_cache=False).last_hidden_state[0]
+    assert torch.equal(one[3:8], other[3:8])
+    assert not torch.equal(one[:3], other[:3])
+    assert torch.allclose(one[3:8], alone, atol=1e-5)
+    assert {each.config._attn_implementation for each in base.modules() if hasattr(each, "config")} == {
+        "sdpa"
+    }
 
 
 @pytest.mark.parametrize("dropped", [False, True])

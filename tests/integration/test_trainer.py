@@ -125,6 +125,46 @@ def test_same_bytes_in_a_fresh_process_that_resumes(base: BaseFiles, tmp_path: P
     assert json.loads(done.stdout.splitlines()[-1]) == names(train_chain(base))
 
 
+@pytest.mark.parametrize("training", [{}, {"layerwise": 2, "lora_target_modules": "all-linear"}])
+def test_a_kept_trainer_trains_as_a_new_one(base: BaseFiles, training: dict[str, Any]) -> None:
+    """After other shards, resumed stages, other blocks, and a stage that was broken off."""
+    from sisa.model.lora import LoraTrainer
+
+    def broken_off(tick: Tick) -> None:
+        if tick.step:
+            raise InterruptedError
+
+    kept = LoraTrainer(base.directory, base.digest, threads=1)
+    jobs = [job_for(base, slice_, **training) for slice_ in (0, 1)]
+    first = train(base, jobs[0])
+    for _ in range(2):
+        assert names(kept.train(jobs[0], None, RECORDS, lambda _: None)) == names(first)
+        assert names(kept.train(jobs[1], first, RECORDS, lambda _: None)) == names(
+            train(base, jobs[1], first)
+        )
+        with pytest.raises(InterruptedError):
+            kept.train(job_for(base, shard=4, **training), None, RECORDS, broken_off)
+        kept.train(job_for(base, lora_r=3), None, RECORDS, lambda _: None)
+
+
+def test_files_and_first_weights_are_as_peft_has_them(base: BaseFiles) -> None:
+    import torch
+    from peft.utils import get_peft_model_state_dict
+
+    from sisa.model.base import load_base
+    from sisa.model.wrapped import Wrapped
+
+    model, _ = load_base(base.directory, base.digest)
+    wrapped = Wrapped(model, {**TRAINING, "lora_target_modules": "all-linear"})
+    wrapped.begin(None, init_seed=3)
+    ours, theirs = wrapped.tensors(), get_peft_model_state_dict(wrapped.model)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(each, theirs[name]) for name, each in ours.items())
+    for name, each in ours.items():
+        within = each.shape[1] ** -0.5 if "lora_A" in name else 0.0
+        assert within * 0.9 <= each.abs().max() <= within
+
+
 def test_a_stage_does_not_change_its_parent(base: BaseFiles) -> None:
     first = train(base, job_for(base, 0, 5), None, RECORDS[:5])
     before = names(first)
@@ -165,14 +205,17 @@ def test_the_base_is_left_as_it_was(base: BaseFiles) -> None:
     assert file_sha256(weights) == on_disk
 
 
-@pytest.mark.parametrize("direct", [True, False])
-def test_loss_and_gradient_agree_with_plain_transformers(base: BaseFiles, direct: bool) -> None:
+@pytest.mark.parametrize("plain_head", [True, False])
+@pytest.mark.parametrize("packed", [True, False])
+def test_loss_and_gradient_agree_with_plain_transformers(
+    base: BaseFiles, plain_head: bool, packed: bool
+) -> None:
     """Ours: no mask, chosen pairs, a backward of our own. Theirs: `labels=`, a mask, row by row."""
     import torch
 
     from sisa.model.adapter import attach, lora_config
     from sisa.model.base import load_base
-    from sisa.model.losses import count_labels, has_plain_head, summed_loss
+    from sisa.model.losses import Form, count_labels, form_of, summed_loss
     from sisa.model.tokens import tokenize
     from sisa.model.trained_linear import quicken
 
@@ -182,7 +225,7 @@ def test_loss_and_gradient_agree_with_plain_transformers(base: BaseFiles, direct
     losses = []
     for plain in (False, True):
         model, tokenizer = load_base(base.directory, base.digest)
-        assert has_plain_head(model)
+        assert form_of(model, longest=64) == Form(plain_head=True, packed=True)
         peft = attach(model, lora_config(training, model), None, init_seed=1)
         for name, parameter in peft.named_parameters():
             if "lora_B" in name:
@@ -191,7 +234,7 @@ def test_loss_and_gradient_agree_with_plain_transformers(base: BaseFiles, direct
         total = count_labels(batch)
         if not plain:
             quicken(peft)
-        ours = plain_loss(peft, batch) if plain else summed_loss(peft, batch, direct=direct)
+        ours = plain_loss(peft, batch) if plain else summed_loss(peft, batch, Form(plain_head, packed))
         loss = ours / total
         loss.backward()
         losses.append(loss.item())
@@ -301,9 +344,9 @@ def test_progress_counts_every_presented_token(base: BaseFiles) -> None:
     assert seen[-1].tokens == seen[-1].total_tokens > 0
     assert [each.tokens for each in seen] == sorted(each.tokens for each in seen)
     assert [each.step for each in seen] == list(range(seen[-1].num_steps + 1))
-    # One pass and a half over 9 records; the step in which the second pass begins counts to that one.
+    # One pass and a half over 9 records, in steps of 4; a pass ends its last step.
     ends = [each for each in seen if each.loss is not None]
-    assert [(each.epoch, each.step, each.num_records) for each in ends] == [(1, 2, 7), (2, 4, 7)]
+    assert [(each.epoch, each.step, each.num_records) for each in ends] == [(1, 3, 9), (2, 5, 5)]
     assert all(each.loss and each.loss > 0 for each in ends)
 
 
@@ -315,7 +358,7 @@ def test_written_files_name_no_place_and_are_canonical(base: BaseFiles) -> None:
     assert config["target_modules"] == ["q_proj", "v_proj"]
     state = json.loads(files["trainer_state.json"])
     assert state["job"] == job_for(base).key
-    assert state["steps"] == 4
+    assert state["steps"] == 5
     for data in files.values():
         assert str(base.directory).encode() not in data
 
@@ -405,7 +448,7 @@ def test_adapters_of_the_top_layers_train_as_peft_would(base: BaseFiles) -> None
 
     from sisa.model.adapter import attach, lora_config
     from sisa.model.base import load_base
-    from sisa.model.losses import summed_loss
+    from sisa.model.losses import Form, summed_loss
     from sisa.model.prefix import Lower, Prefixes
     from sisa.model.tokens import tokenize
 
@@ -416,13 +459,15 @@ def test_adapters_of_the_top_layers_train_as_peft_would(base: BaseFiles) -> None
     assert all(".layers.1." in name for name in names)
     trained = [each for each in peft.parameters() if each.requires_grad]
     batch = [tokenize(each.record, tokenizer, train_on_inputs=False) for each in RECORDS[2:5]]
-    whole = torch.autograd.grad(summed_loss(peft, batch, direct=True), trained)
+    whole = torch.autograd.grad(summed_loss(peft, batch, Form()), trained)
     lower = Lower(peft.get_base_model(), 1)
     lower.check()
-    with lower.given([Prefixes().states(lower, each.input_ids) for each in batch]):
-        loss = summed_loss(peft, batch, direct=True)
-    for ours, theirs in zip(torch.autograd.grad(loss, trained), whole, strict=True):
-        assert torch.allclose(ours, theirs, atol=1e-4)
+    for packed in (True, False):
+        states = [Prefixes().states(lower, each.input_ids) for each in batch]
+        with lower.given(states, packed=packed):
+            loss = summed_loss(peft, batch, Form(packed=packed))
+        for ours, theirs in zip(torch.autograd.grad(loss, trained), whole, strict=True):
+            assert torch.allclose(ours, theirs, atol=1e-4)
 
 
 def test_kept_states_reach_no_bit(base: BaseFiles, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,117 @@
+"""A micro-batch without padding: its records end to end in one row, each of which sees itself alone.
+
+Rules: attention is taken record by record, by transformers' own function and causal; all else takes the
+row as a whole, with positions that begin anew at each record. `packs` tells whether a base can be run
+so. It is asked by bits: whatever one record says, the states of the next must not move. Bases that look
+back no further than a window, that add something of their own to attention, or whose layers mix what
+attention doesn't (state spaces, experts that share their room) are not run so; their rows are padded.
+
+Not covered: key-value caches; attention masks.
+
+    with attending(base, [5, 3]):                       # lengths of the records in the row
+        base.get_decoder()(input_ids=ids_1N, position_ids=positions_1N, use_cache=False)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+NAME = "record_by_record"
+HARMLESS = ("position_ids", "use_cache", "output_attentions", "output_hidden_states", "sliding_window")
+WINDOWS = ("sliding_window", "attention_chunk_size")
+ONE, OTHER, NEXT = (0, 1, 2), (3, 2, 1), (1, 3, 0, 2)
+TOLERANCE = {
+    torch.float32: 1e-3,
+    torch.bfloat16: 5e-2,
+}  # of the largest value; a wrong position is far off
+_lengths: ContextVar[tuple[int, ...]] = ContextVar("lengths")
+
+
+class _Unlike(Exception):
+    """The base asks for another attention than the plain one."""
+
+
+def _attend(
+    module: Any,
+    query_1HND: Tensor,
+    key_1HND: Tensor,
+    value_1HND: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    if attention_mask is not None or any(
+        value is not None and name not in HARMLESS for name, value in others.items()
+    ):
+        raise _Unlike
+    lengths = list(_lengths.get())
+    parts = [torch.split(each, lengths, dim=2) for each in (query_1HND, key_1HND, value_1HND)]
+    found = [
+        sdpa_attention_forward(module, *each, None, dropout=dropout, scaling=scaling, is_causal=True)[0]
+        for each in zip(*parts, strict=True)
+    ]
+    return torch.cat(found, dim=1), None
+
+
+AttentionInterface.register(NAME, _attend)
+
+
+@contextmanager
+def attending(base: Any, lengths: Sequence[int]) -> Iterator[None]:
+    """Let the forwards of a base take attention record by record. Its configuration must be the caller's
+    own."""
+    configs = {id(each.config): each.config for each in base.modules() if hasattr(each, "config")}
+    before = {each: config._attn_implementation for each, config in configs.items()}
+    token = _lengths.set(tuple(lengths))
+    try:
+        for config in configs.values():
+            config._attn_implementation = NAME
+        yield
+    finally:
+        for each, config in configs.items():
+            config._attn_implementation = before[each]
+        _lengths.reset(token)
+
+
+def positions(lengths: Sequence[int], device: torch.device) -> Tensor:
+    """Positions [1, N] that begin anew at each record."""
+    return torch.cat([torch.arange(each, device=device) for each in lengths])[None]
+
+
+@torch.no_grad()
+def packs(base: Any, longest: int) -> bool:
+    """Whether a base, on records of up to `longest` tokens, can be run so, and gives what it gives of
+    each alone."""
+    configs = [each.config for each in base.modules() if hasattr(each, "config")]
+    windows = [getattr(config, name, None) for config in configs for name in WINDOWS]
+    decoder = base.get_decoder()
+    if decoder is None or any(isinstance(each, int) and each < longest for each in windows):
+        return False
+    try:
+        apart, moved = (_states(base, decoder, first, NEXT) for first in (ONE, OTHER))
+    except (_Unlike, TypeError, ValueError, IndexError, RuntimeError):
+        return False
+    ids_1T = torch.tensor([NEXT], device=base.device)
+    alone = decoder(input_ids=ids_1T, use_cache=False).last_hidden_state[0]
+    near = TOLERANCE.get(alone.dtype, 0.0) * alone.abs().max()
+    return torch.equal(apart, moved) and bool((apart - alone).abs().max() <= near)
+
+
+def _states(base: Any, decoder: Any, first: Sequence[int], then: Sequence[int]) -> Tensor:
+    """Hidden states of the second of two records."""
+    lengths = (len(first), len(then))
+    ids_1N = torch.tensor([[*first, *then]], device=base.device)
+    with attending(base, lengths):
+        found: Tensor = decoder(
+            input_ids=ids_1N, position_ids=positions(lengths, base.device), use_cache=False
+        ).last_hidden_state
+    return found[0, len(first) :]
