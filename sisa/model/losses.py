@@ -32,6 +32,7 @@ from sisa.model.tokens import NO_LOSS, Tokens
 
 Batch = Sequence[Tokens]
 PROBE_IDS = 4
+PIECE = 256  # pairs; 7% faster than 1,000 at once, and not slower than 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,20 +120,25 @@ def _by_own_forward(base: Any, laid: Laid) -> Tensor:
 
 class _HeadLoss(torch.autograd.Function):
     """Hidden states [N, H], the head's weight [V, H] and bias [V] or None, labels [N] -> the summed
-    cross-entropy; the hidden states' gradient is computed on the way."""
+    cross-entropy; the hidden states' gradient is computed on the way, piece by piece, so that logits of
+    P pairs at a time are in memory."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, labels_N: Tensor
     ) -> Tensor:
-        logits_NV = torch.nn.functional.linear(hidden_NH, weight_VH, bias_V).float()
-        labels_N1 = labels_N[:, None]
-        log_probs_NV = torch.log_softmax(logits_NV, 1)
-        loss = -log_probs_NV.gather(1, labels_N1).sum()
-        if ctx.needs_input_grad[0]:
-            slopes_NV = log_probs_NV.exp_()
-            slopes_NV.scatter_(1, labels_N1, slopes_NV.gather(1, labels_N1) - 1)
-            ctx.save_for_backward(slopes_NV.to(weight_VH.dtype) @ weight_VH)
+        loss, slopes = torch.zeros((), device=hidden_NH.device), []
+        pieces = (torch.split(each, PIECE) for each in (hidden_NH, labels_N))
+        for hidden_PH, labels_P in zip(*pieces, strict=True):
+            labels_P1 = labels_P[:, None]
+            logits_PV = torch.nn.functional.linear(hidden_PH, weight_VH, bias_V).float()
+            log_probs_PV = torch.log_softmax(logits_PV, 1)
+            loss -= log_probs_PV.gather(1, labels_P1).sum()
+            if ctx.needs_input_grad[0]:
+                slopes_PV = log_probs_PV.exp_()
+                slopes_PV.scatter_(1, labels_P1, slopes_PV.gather(1, labels_P1) - 1)
+                slopes.append(slopes_PV.to(weight_VH.dtype) @ weight_VH)
+        ctx.save_for_backward(torch.cat(slopes) if slopes else hidden_NH)
         return loss
 
     @staticmethod

@@ -70,9 +70,13 @@ def theirs(model: Any) -> Any:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_loss_and_gradients_of_a_family(family: str) -> None:
+@pytest.mark.parametrize("piece", [2, 256])
+def test_loss_and_gradients_of_a_family(
+    family: str, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import torch
 
+    from sisa.model import losses
     from sisa.model.losses import Form, form_of, summed_loss
     from sisa.model.trained_linear import quicken
 
@@ -83,6 +87,7 @@ def test_loss_and_gradients_of_a_family(family: str) -> None:
     form = form_of(base, longest=8)
     assert form == Form(*FAMILIES[family])
     quicken(model)
+    monkeypatch.setattr(losses, "PIECE", piece)
     for each in {form, replace(form, packed=False)}:
         found = summed_loss(model, BATCH, each)
         assert found.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -101,7 +106,10 @@ def test_loss_and_gradients_of_a_family(family: str) -> None:
         ("gpt_oss", {}, False),
     ],
 )
-def test_where_records_may_lie_end_to_end(family: str, others: dict[str, Any], expected: bool) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_where_records_may_lie_end_to_end(
+    family: str, others: dict[str, Any], expected: bool, dtype: str
+) -> None:
     """Not where states of the next record hear of the one before, or attention is of another kind."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -110,8 +118,19 @@ def test_where_records_may_lie_end_to_end(family: str, others: dict[str, Any], e
 
     sizes = AutoConfig.for_model(family, **SIZES, **others)
     torch.manual_seed(0)
-    base = AutoModelForCausalLM.from_config(sizes, dtype=torch.float32).eval()
+    base = AutoModelForCausalLM.from_config(sizes, dtype=getattr(torch, dtype)).eval()
     assert packs(base, longest=32) == expected
+
+
+def test_positions_that_do_not_begin_anew_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from sisa.model import packed
+
+    base, _ = wrapped("gpt2")
+    assert packed.packs(base, longest=32)
+    monkeypatch.setattr(packed, "positions", lambda lengths, _: torch.arange(sum(lengths))[None])
+    assert not packed.packs(base, longest=32)
 
 
 def test_a_record_end_to_end_with_another_has_the_bits_that_it_has_beside_any() -> None:
