@@ -17,15 +17,15 @@ Not covered: attention's own products, which are small here; several threads.
 from __future__ import annotations
 
 import argparse
-import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sisa.arithmetic import Arithmetic
 from sisa.domain import Part, Record, SliceJob
 from sisa.model.base import load_base, resolve_base
 from sisa.model.layers import first_adapted
@@ -42,6 +42,7 @@ ROWS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("all linear, 2 records a step", {"micro_batch_size": 2}),
     ("all linear, 8 records a step", {"micro_batch_size": 8}),
     ("top third, lower layers kept, 8 records a step", {"micro_batch_size": 8, "lora_layers": "third"}),
+    ("all linear, 8 records a step, base in bfloat16", {"micro_batch_size": 8, "dtype": "bfloat16"}),
 )
 TRAINING: dict[str, Any] = {
     "lora_r": RANK,
@@ -83,20 +84,23 @@ def products(base: Any, first: int, batch: Sequence[Tokens]) -> tuple[Callable[[
     labels = count_labels(batch)
     wide = {n: torch.randn(rows, n) for weight in adapted for n in weight.shape}
     thin = {n: torch.randn(RANK, n) for weight in adapted for n in weight.shape}
-    low, hidden = torch.randn(RANK, rows), torch.randn(labels, head.shape[1])
+    of_base = {n: each.to(head.dtype) for n, each in wide.items()}  # adapters are in float32
+    sums = {n: torch.zeros_like(each) for n, each in wide.items()}
+    low, hidden = torch.randn(RANK, rows), torch.randn(labels, head.shape[1], dtype=head.dtype)
 
     def run() -> None:
         for weight in adapted:
             num_out, num_in = weight.shape
-            y = wide[num_in] @ weight.t()
-            y.addmm_((thin[num_in] @ wide[num_in].t()).t(), thin[num_out])
+            _ = of_base[num_in] @ weight.t()
+            sums[num_out].addmm_((thin[num_in] @ wide[num_in].t()).t(), thin[num_out])
         _ = hidden @ head.t() @ head
         for weight in reversed(adapted):
             num_out, num_in = weight.shape
             _ = low @ wide[num_out]
             up = wide[num_out] @ thin[num_out].t()
             _ = up.t() @ wide[num_in]
-            (wide[num_out] @ weight).addmm_(up, thin[num_in])
+            _ = of_base[num_out] @ weight
+            sums[num_in].addmm_(up, thin[num_in])
 
     flops = sum(4 * rows * each.numel() + 12 * RANK * rows * sum(each.shape) / 2 for each in adapted)
     return run, flops + 4 * labels * head.numel()
@@ -128,13 +132,15 @@ def outside(step: Callable[[], object]) -> float:
 def measure(base_model: str, changed: dict[str, Any]) -> dict[str, Any]:
     """One row of the table."""
     base_files = resolve_base(base_model)
-    base, tokenizer = load_base(base_files.directory, base_files.digest)
+    arithmetic = Arithmetic(dtype=changed.get("dtype", "float32"))
+    base, tokenizer = load_base(base_files.directory, base_files.digest, arithmetic)
     if changed.get("lora_layers") == "third":
         changed = {**changed, "lora_layers": f"top:{max(1, base.config.num_hidden_layers // 3)}"}
     training = {**TRAINING, **changed}
     batch = batch_of(tokenizer, training["micro_batch_size"])
     run, flops = products(base, first_adapted(training, base), batch)
     job = SliceJob(0, 0, None, ((0, ""),), len(batch), (1, 1), training, "", "")
+    pin_threads(1, arithmetic)
     stage = Stage(job, Wrapped(base, training), None, num_steps=10**6)
 
     def step() -> None:
@@ -155,6 +161,15 @@ def measure(base_model: str, changed: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def table(found: dict[str, Any]) -> Iterator[str]:
+    """Markdown: a line for each row."""
+    yield "| step | tokens/s | GFLOP/s | products alone | of them | outside kernels, at most |"
+    yield "| --- | --- | --- | --- | --- | --- |"
+    for name, row in found["rows"].items():
+        flops = f"{row['gflops_per_s']:.0f} | {row['peak_gflops_per_s']:.0f} | {row['of_peak']:.2f}"
+        yield f"| {name} | {row['tokens_per_s']:.0f} | {flops} | {row['outside']:.0%} |"
+
+
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -166,7 +181,7 @@ def main() -> None:
     rows = {name: measure(chosen.base_model, changed) for name, changed in ROWS}
     found = {**environment(), "base_model": chosen.base_model, "data": source(), "rows": rows}
     write_json(chosen.out, found)
-    print(json.dumps(found, indent=2))
+    print("\n".join(table(found)))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -104,3 +106,39 @@ def test_the_table_says_when_trl_is_missing(trl: str | None, tmp_path: Path) -> 
     assert sum(line.startswith("| q, v | all | all |") for line in lines) == 1
     draw(found, tmp_path / "rows.png")
     assert (tmp_path / "rows.png").stat().st_size > 1_000
+
+
+def committed(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(Path(__file__).with_name(name).read_text(encoding="utf-8"))
+    return found
+
+
+def not_in_readme(lines: Iterable[str]) -> list[str]:
+    readme = Path(__file__).parents[2].joinpath("README.md").read_text(encoding="utf-8")
+    return [line for line in lines if line not in readme]
+
+
+@pytest.mark.torch
+def test_readme_has_the_committed_costs_of_a_step() -> None:
+    from tests.bench.profile_step import table
+
+    assert not_in_readme(table(committed("profile_step.json"))) == []
+
+
+def test_readme_has_the_committed_numbers_and_they_keep_the_goals() -> None:
+    found = committed("training.json")
+    assert not_in_readme(table(found)) == []
+    assert found["ratios"] == list(ratios(found["rows"]))
+    for row in found["ratios"]:
+        cached = row["ours"] != "all" and row["theirs"] == "all"
+        assert row["times_as_fast"] >= (3.3 if cached else 1.5)
+        if cached and row["adapter"] == "all linear":
+            assert row["times_as_fast"] >= 3.5
+    (ours,) = (row["loss"] for row in found["rows"] if row["who"] == ONE_WORKER.name)
+    theirs = [
+        row["loss"]
+        for row in found["rows"]
+        if (row["adapter"], row["layers"]) == ("all linear", "all") and not row["who"].startswith("ours")
+    ]
+    assert abs(ours - sum(theirs) / len(theirs)) < 0.03
+    assert found["whole"]["one_worker_over_one_adapter"] <= 1.05

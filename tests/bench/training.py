@@ -60,9 +60,9 @@ Json = dict[str, Any]
 class Size:
     """How much is trained. Of whole trainings a slice of 8 x 4 must fill the batch."""
 
-    records: int = 64
-    epochs: int = 3
-    rounds: int = 2
+    records: int = 48
+    epochs: int = 5
+    rounds: int = 1
     batch: int = 8
     whole_records: int = 128
     whole_batch: int = 4
