@@ -36,7 +36,8 @@ from sisa.ports import PrefixStore, StoredRecord, Tick
 
 class LoraTrainer:
     """Trains stages on one base, under patches or not. Safe to keep: nothing that a stage leaves behind
-    reaches another's bits; hidden states of records stay in memory as long as it does."""
+    reaches another's bits; hidden states of records and the last stage's weights stay in memory as long
+    as it does."""
 
     def __init__(
         self,

@@ -152,7 +152,7 @@ def test_answers_are_those_of_a_model_that_never_held_the_deleted(
 ) -> None:
     """With enough training for the answers to differ; both aggregations of the same two models."""
     learning: dict[str, Any] = {
-        "num_epochs": 12,
+        "num_epochs": 24,
         "lora_r": 8,
         "lora_alpha": 32,
         "lora_target_modules": "all-linear",

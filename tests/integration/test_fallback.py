@@ -19,9 +19,9 @@ from tests.tiny_base import make_tiny_base
 pytestmark = [pytest.mark.torch, pytest.mark.slow, pytest.mark.xdist_group("fallback")]
 PACE = {"learning_rate": 1e-3, "num_epochs": 120, "max_utility_drop": None}
 KEPT = 0.9  # share of the others' records and of their probability that must outlast a patch
-AGREEING = (
-    0.8  # share of tokens on which shards still agree over it; it varies with the processor's bits
-)
+# Of what is served over it: their probability, and tokens on which shards still agree. Shards were trained
+# over the base without it, and the shares vary with the processor's bits.
+SERVED, AGREEING = 0.75, 0.8
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_whoever_is_in_the_retain_set_stays_known(found: dict[str, Any]) -> None
     before, after = (each["others"] for each in (found["without_patch"], found["patches"]["kept"]))
     assert after["base_known"] >= KEPT * before["base_known"] > 0
     assert after["base_probability"] >= KEPT * before["base_probability"]
-    assert after["served"]["probability"] >= KEPT * before["served"]["probability"]
+    assert after["served"]["probability"] >= SERVED * before["served"]["probability"]
     assert found["patches"]["kept"]["composition"]["shards"]["agreement"] >= AGREEING
 
 

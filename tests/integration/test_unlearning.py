@@ -132,7 +132,7 @@ def test_every_method_forgets_and_those_with_a_retain_term_keep_more(learnt: Any
         assert end.compute.seconds > 0
         assert end.compute.tokens_trained > 0
         if "retain" in make_method(name).reads:
-            assert nll(model, RETAIN) < 0.25 * ascent, name
+            assert nll(model, RETAIN) < 0.5 * ascent, name
 
 
 @pytest.mark.parametrize("name", ["npo", "idk_dpo", "task_arithmetic"])
