@@ -19,8 +19,8 @@ from tests.tiny_base import make_tiny_base
 pytestmark = [pytest.mark.torch, pytest.mark.slow, pytest.mark.xdist_group("fallback")]
 PACE = {"learning_rate": 1e-3, "num_epochs": 120, "max_utility_drop": None}
 KEPT = 0.9  # share of the others' records and of their probability that must outlast a patch
-# Of what is served over it: their probability, and tokens on which shards still agree. Shards were trained
-# over the base without it, and the shares vary with the processor's bits.
+# Of what is served over it: their probability, and tokens on which shards still agree. Shards were
+# trained over the base without it, and the shares vary with the processor's bits.
 SERVED, AGREEING = 0.75, 0.8
 
 
