@@ -40,7 +40,7 @@ def probe(directory: Path, file: Path, without_patches: bool) -> Result:
 
     with opened(directory) as model:
         if file.suffix in (".jsonl", ".json", ".parquet"):
-            records = read_records([file], model.config.sisa.group_by)
+            records = list(read_records([file], model.config.sisa.group_by))
         else:
             lines = enumerate(read_lines(file))
             records = [Record(str(n), None, "text", (Part("text", line),)) for n, line in lines]

@@ -44,7 +44,7 @@ from sisa.model.route import Route
 from sisa.opened import OpenedModel, silent
 from sisa.opening import LEDGER, SCRATCH, OpenExecutor
 from sisa.outcome import ForgetOutcome, ForgetPlan, Status
-from sisa.reader import read_records
+from sisa.reader import named_by_place, read_records
 from sisa.reconcile import reconcile
 from sisa.requests import under_way
 from sisa.run import Taken, add, train
@@ -76,13 +76,13 @@ class Model(OpenedModel):
         texts are refused unless `allow_deleted`. `append` makes new slices at the end instead."""
         if isinstance(source, str | Path):
             source = read_records([source], self.config.sisa.group_by)
-        with self._writing() as world:
+        with named_by_place(source), self._writing() as world:
             guarded = partial(guard, self.config)
             return add(world, source, allow_deleted=allow_deleted, append=append, checks=[guarded])
 
     def resume(self, source: Sequence[Record] = ()) -> Taken:
         """Train what is missing; records of `source` are only compared with the held ones."""
-        with self._writing() as world:
+        with named_by_place(source), self._writing() as world:
             _ = self.parts.base  # refuses a changed base
             return train(world, source)
 

@@ -22,9 +22,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,19 +35,51 @@ from sisa.config import DATA_SUFFIXES, is_local
 from sisa.config_types import DatasetSource
 from sisa.dataset_export import Broken, export_rows
 from sisa.domain import BODY_COLUMNS, GENERATION_COLUMN, Record
-from sisa.errors import InvalidInput, Problem
+from sisa.errors import InvalidInput, Problem, SisaError
 from sisa.record_rules import KINDS, kind_of, name_problems, record_of, record_problems
 
 PARQUET_BATCH_ROWS = 1024
 DEFAULT_GROUP_BY = "subject_id"
+_POSITION = re.compile(r"\brecord (\d+)\b")
 SAVED_DATASET_FILES = ("state.json", "dataset_dict.json")
 
 Rows = Iterator[tuple[str, Any]]  # where it stands, and a mapping or a Broken
 
 
+class ReadRecords(list[Record]):
+    """Records, and beside each the line or row where it stood."""
+
+    def __init__(self, records: Iterable[Record] = (), places: Iterable[str] = ()) -> None:
+        super().__init__(records)
+        self.places = list(places)
+
+
+@contextmanager
+def named_by_place(source: Sequence[Record]) -> Iterator[None]:
+    """Let refusals that tell records of a source by their positions, as what has no file must, tell the
+    lines where they stood."""
+    places = source.places if isinstance(source, ReadRecords) else None
+    try:
+        yield
+    except SisaError as error:
+        if places is not None:
+            error.problems = tuple(_placed(each, places) for each in error.problems)
+        raise
+
+
+def _placed(problem: Problem, places: Sequence[str]) -> Problem:
+    if not _POSITION.fullmatch(problem.where):
+        return problem
+    where, what = (
+        _POSITION.sub(lambda found: places[int(found[1]) - 1], told)
+        for told in (problem.where, problem.what)
+    )
+    return Problem(where, what)
+
+
 def read_records(
     sources: Sequence[DatasetSource | Path | str], group_by: str = DEFAULT_GROUP_BY
-) -> list[Record]:
+) -> ReadRecords:
     """All records of all sources, in their order.
 
     Raises InvalidInput with every problem, and EnvironmentFault when the hub can't be reached.
@@ -133,7 +167,7 @@ class _Reading:
 
     def __init__(self, group_by: str) -> None:
         self.group_by = group_by
-        self.records: list[Record] = []
+        self.records = ReadRecords()
         self.problems: list[Problem] = []
         self.seen_group_by = False
         self._first: dict[str, str] = {}
@@ -159,6 +193,7 @@ class _Reading:
         self.problems += [Problem(where, what) for what in problems]
         if not problems:
             self.records.append(record_of(value, self.group_by))
+            self.records.places.append(where)
 
 
 def _read_each(rows: Rows, label: str, take: Callable[[str, Any], None]) -> tuple[int, list[Problem]]:

@@ -30,7 +30,7 @@ from sisa.opening import CHECKPOINTS, INDEX, KEY, LEDGER, LOCK, SCRATCH, VAULT, 
 from sisa.parts import Parts
 from sisa.patch_plan import active, wanted
 from sisa.ports import Change
-from sisa.reader import read_records
+from sisa.reader import named_by_place, read_records
 from sisa.reconcile import Trained, erase_unknown
 from sisa.refused import refuse_deleted, refuse_generations, refuse_risks, refuse_together
 from sisa.requests import under_way
@@ -68,13 +68,16 @@ def train_model(
     records = read_records(config.datasets, config.sisa.group_by)
     if not _committed(directory):
         _refuse_foreign(directory)
-        return _first_training(config, records, executor, report, allow_deleted=allow_deleted)
+        with named_by_place(records):
+            return _first_training(config, records, executor, report, allow_deleted=allow_deleted)
     model = Model(directory, executor=executor, report=report)
     found = differences(model.config, config)
     if found or accept_differences:
-        refuse_risks(config.sisa.bands, records)
+        with named_by_place(records):
+            refuse_risks(config.sisa.bands, records)
     if accept_differences and any((each.key, each.effect) == ("base_model", "reset") for each in found):
-        prepare(config, records, executor, report)
+        with named_by_place(records):
+            prepare(config, records, executor, report)
     if found or accept_differences:
         model, moved = _move(model, config, records, accept_differences=accept_differences)
         taken = model.resume(records)

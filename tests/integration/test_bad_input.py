@@ -155,7 +155,7 @@ def test_records_too_long_are_refused_all_of_them(
     rows = [{**row, "completion": " long" * 40} if n in (1, 2) else row for n, row in enumerate(FRESH)]
     source = tiny.file("long.jsonl", rows)
     done = refused(capsys, tiny, 2, "InvalidInput", "add", "-m", tiny.directory, source, *SERIAL)
-    assert [where for where, _ in done.problems] == ["record 2", "record 3"]
+    assert [where for where, _ in done.problems] == ["long.jsonl, line 2", "long.jsonl, line 3"]
     assert all("more than sequence_len 128" in what for _, what in done.problems)
 
     run_file = write_run(tmp_path / "new", tiny_base, rows)
@@ -169,11 +169,13 @@ def test_changed_and_deleted_ids_are_not_added(tiny: Tiny, capsys: Capture) -> N
     rows = [PEOPLE[0], {**PEOPLE[4], "completion": " Otherwise."}, *FRESH]
     source = tiny.file("mixed.jsonl", rows)
     done = refused(capsys, tiny, 2, "InvalidInput", "add", "-m", tiny.directory, source, *SERIAL)
-    assert {where for where, _ in done.problems} == {"record 1", "record 2"}
+    assert {where for where, _ in done.problems} == {"mixed.jsonl, line 1", "mixed.jsonl, line 2"}
     assert any("deleted" in what for _, what in done.problems)
     source = tiny.file("mixed.jsonl", [*rows, {**PEOPLE[6], "id": "long", "completion": " long" * 40}])
     done = refused(capsys, tiny, 2, "InvalidInput", "add", "-m", tiny.directory, source, *SERIAL)
-    assert {where for where, _ in done.problems} == {"record 1", "record 2", f"record {len(rows) + 1}"}
+    assert {where for where, _ in done.problems} == {
+        f"mixed.jsonl, line {n}" for n in (1, 2, len(rows) + 1)
+    }
 
 
 # --- ids -----------------------------------------------------------------------------------------
@@ -253,7 +255,7 @@ def test_records_that_a_first_training_can_not_take_are_told_together_before_any
     rows = [*PEOPLE, {**FRESH[0], "completion": " long" * 40}, {**FRESH[2], "deletion_risk": "vip"}]
     run_file = write_run(tmp_path / "new", tiny_base, rows, sisa_block={"bands": bands})
     done = command(capsys, "train", run_file, *SERIAL)
-    places = {f"record {len(PEOPLE) + n}" for n in (1, 2)}
+    places = {f"people.jsonl, line {len(PEOPLE) + n}" for n in (1, 2)}
     assert (done.code, {where for where, _ in done.problems}) == (2, places)
     assert not (run_file.parent / "model").exists()
 
@@ -269,7 +271,7 @@ def test_a_generation_leaves_no_trace_of_a_layerwise_model(
         "ConfigConflict",
         "sisa.layerwise",
     )
-    assert [where for where, _ in done.problems] == ["record 2", "record 4"]
+    assert [where for where, _ in done.problems] == ["people.jsonl, line 2", "people.jsonl, line 4"]
     assert not (run_file.parent / "model").exists()
 
 

@@ -179,7 +179,7 @@ def test_changed_records_of_the_source_are_refused_all_of_them(
     before = all_files(tiny.directory)
     done = command(capsys, "train", tiny.run_file, "--executor", "serial")
     assert (done.code, done.error["type"]) == (2, "InvalidInput")
-    assert [where for where, _ in done.problems] == ["record 4", "record 9"]
+    assert [where for where, _ in done.problems] == ["people.jsonl, line 4", "people.jsonl, line 9"]
     assert all_files(tiny.directory) == before
 
 
@@ -371,7 +371,9 @@ def test_a_first_training_refuses_what_was_deleted_under_its_key(
     problems = {each["where"]: each["what"] for each in done.error["problems"]}
     assert len(problems) == 3
     assert all("by request req-" in what for what in problems.values())
-    assert "has the text of a record that was deleted" in problems[f"record {len(PEOPLE) + 1}"]
+    assert (
+        "has the text of a record that was deleted" in problems[f"people.jsonl, line {len(PEOPLE) + 1}"]
+    )
     assert not (tmp_path / "again" / "model").exists()
     done = command(capsys, "train", again, "--executor", "serial", "--allow-deleted")
     assert (done.code, done.json["records"]) == (0, len(PEOPLE) + 1)

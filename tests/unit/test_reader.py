@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from sisa import dataset_export
 from sisa.config_types import DatasetSource
 from sisa.domain import Part, Record
-from sisa.errors import EnvironmentFault, InvalidInput
-from sisa.reader import read_ids, read_records
+from sisa.errors import EnvironmentFault, InvalidInput, Problem
+from sisa.reader import named_by_place, read_ids, read_records
 
 SECRET = "Quorvane"
 CHAT = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": SECRET}]
@@ -161,6 +161,29 @@ def test_a_duplicate_names_the_line_of_the_first(tmp_path: Path) -> None:
         ("b.jsonl, line 1", "the id of a.jsonl, line 2 again"),
         ("b.jsonl, line 2", "the id of a.jsonl, line 3 again"),
     ]
+
+
+def test_what_is_found_later_is_told_by_line(tmp_path: Path) -> None:
+    """Blank lines and the files before count; what has another place, or no source, is left as it is."""
+    for name, lines in (("a.jsonl", "\n" + json.dumps(ROWS[0])), ("b.jsonl", json.dumps(ROWS[1]))):
+        (tmp_path / name).write_text(lines + "\n", encoding="utf-8")
+    found = read_records([tmp_path / "a.jsonl", tmp_path / "b.jsonl"])
+    problems = [
+        Problem("record 2", "not as record 1"),
+        Problem("record 1", "bad"),
+        Problem("shard 0, record 1 of the stage", "long"),
+    ]
+    told = []
+    for source in (found, list(found)):
+        with pytest.raises(InvalidInput) as caught, named_by_place(source):
+            raise InvalidInput("bad", problems=problems)
+        told.append([(each.where, each.what) for each in caught.value.problems])
+    assert told[0] == [
+        ("b.jsonl, line 1", "not as a.jsonl, line 2"),
+        ("a.jsonl, line 2", "bad"),
+        ("shard 0, record 1 of the stage", "long"),
+    ]
+    assert told[1] == [(each.where, each.what) for each in problems]
 
 
 def test_files_of_one_name_are_told_apart(tmp_path: Path) -> None:

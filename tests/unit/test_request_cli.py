@@ -497,7 +497,7 @@ def test_what_was_deleted_is_added_only_if_allowed(ask: Ask, tmp_path: Path) -> 
     ]
     source.write_text("".join(json.dumps(each) + "\n" for each in bodies))
     error = ask("add", source, "--executor", "serial", code=2)["error"]
-    assert [each["where"] for each in error["problems"]] == ["record 1", "record 2"]
+    assert [each["where"] for each in error["problems"]] == ["new.jsonl, line 1", "new.jsonl, line 2"]
     assert all(found["request_id"] in each["what"] for each in error["problems"])
     assert ask("status")["records"] == NUM_RECORDS - 1
     taken = ask("add", source, "--allow-deleted", "--executor", "serial")
