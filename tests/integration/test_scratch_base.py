@@ -67,7 +67,7 @@ def test_what_is_in_its_corpus_is_never_taken_in(made: Path, tmp_path: Path) -> 
     rows.append({"id": "new2", "text": text})
     with pytest.raises(InvalidInput, match="share their text") as caught:
         model.add(write_rows(tmp_path / "more.jsonl", rows))
-    assert [each.where for each in caught.value.problems] == ["record 2"]
+    assert [each.where for each in caught.value.problems] == ["more.jsonl, line 2"]
     assert model.status().model_digest == before
     assert model.add(write_rows(tmp_path / "more.jsonl", rows[:1])).added == 1
 
