@@ -161,6 +161,9 @@ def _ledger(directory: Path) -> Iterator[Finding]:
     except sqlite3.DatabaseError as error:
         yield finding("ledger_damaged", "error", LEDGER, f"the ledger is damaged: {error}")
         return
+    except UnicodeDecodeError:  # of SQLite's own message, which quotes the schema
+        yield finding("ledger_damaged", "error", LEDGER, "the ledger is damaged: its schema is no text")
+        return
     if answers != ["ok"]:
         what = f"the ledger is damaged: {len(answers)} faults, the first: {answers[0][:200]}"
         yield finding("ledger_damaged", "error", LEDGER, what)

@@ -162,7 +162,7 @@ class Needles:
             with closing(open_readonly(path)) as connection:
                 for statement in connection.iterdump():
                     found += [Place(_table(statement), n) for n in self._in_statement(statement)]
-        except sqlite3.Error:
+        except (sqlite3.Error, UnicodeDecodeError):
             return found  # the raw pages are scanned anyway
         return found
 
@@ -174,7 +174,8 @@ class Needles:
 
 
 def open_readonly(path: Path) -> sqlite3.Connection:
-    """A SQLite file for reading alone. Raises sqlite3.Error."""
+    """A SQLite file for reading alone. Raises sqlite3.Error; what reads from it UnicodeDecodeError, too,
+    where SQLite tells of a damaged schema in the schema's own words."""
     return sqlite3.connect(f"file:{quote(str(path.absolute()))}?mode=ro", uri=True)
 
 

@@ -423,6 +423,14 @@ def other_schema(model: Path) -> None:
     execute(model, "PRAGMA user_version = 99")
 
 
+def garble_schema(model: Path) -> None:
+    """SQLite tells of it in words that are no UTF-8."""
+    path = model / opening.LEDGER
+    data = path.read_bytes()
+    assert b"CREATE TABLE records" in data
+    path.write_bytes(data.replace(b"CREATE TABLE records", b"CREATE TABLE re \xffrds"))
+
+
 def empty_ledger(model: Path) -> None:
     (model / opening.LEDGER).write_bytes(b"")
 
@@ -435,6 +443,7 @@ LOST: list[tuple[Defect, str]] = [
     (change_key, "key"),
     (lose_ledger, "ledger_missing"),
     (damage_ledger, "ledger_damaged"),
+    (garble_schema, "ledger_damaged"),
     (spoil_row, "ledger_damaged"),
     (lose_tombstone, "ledger_damaged"),
     (lose_event, "ledger_damaged"),

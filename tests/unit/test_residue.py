@@ -8,6 +8,7 @@ import shutil
 import sqlite3
 import tempfile
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -565,3 +566,13 @@ def test_what_else_lies_among_metrics_is_found(model: Path) -> None:
     with world_of(model) as world:
         remove_garbage(world, model)
     assert [each.name for each in path.parent.iterdir()] == [path.name]
+
+
+def test_a_database_with_a_garbled_schema_is_looked_through_as_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "copy.sqlite"
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("CREATE TABLE people (name TEXT)")
+        connection.execute("INSERT INTO people VALUES ('Zaphod Quorvane')")
+    path.write_bytes(path.read_bytes().replace(b"CREATE TABLE people", b"CREATE TABLE pe \xff\xffe"))
+    (found,) = Needles(["Zaphod Quorvane"], []).in_file(path)
+    assert found.needle == 0
