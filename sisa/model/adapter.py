@@ -129,10 +129,16 @@ def add_adapter(model: Any, config: LoraConfig, tensors: Mapping[str, torch.Tens
 
 def put_tensors(model: Any, tensors: Mapping[str, torch.Tensor], name: str) -> None:
     """Fill adapter `name`. Raises IntegrityError when the tensors are not exactly the adapter's."""
-    expected = adapter_tensors(model, name)
-    if {key: each.shape for key, each in expected.items()} != {
-        key: each.shape for key, each in tensors.items()
-    }:
+    refuse_other_tensors(adapter_tensors(model, name), tensors)
+    set_peft_model_state_dict(model, dict(tensors), adapter_name=name)
+
+
+def refuse_other_tensors(
+    expected: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor]
+) -> None:
+    """Raises IntegrityError for tensors of other names or shapes than an adapter's."""
+    shapes, others = ({name: x.shape for name, x in each.items()} for each in (expected, tensors))
+    if shapes != others:
         raise IntegrityError(
             "a checkpoint's tensors do not fit the base model and the LoRA configuration",
             where=ADAPTER_FILE,
@@ -140,7 +146,6 @@ def put_tensors(model: Any, tensors: Mapping[str, torch.Tensor], name: str) -> N
             got=f"{len(tensors)} tensors",
             next_step="run `sisa verify` on the model",
         )
-    set_peft_model_state_dict(model, dict(tensors), adapter_name=name)
 
 
 def adapter_tensors(model: Any, name: str = DEFAULT_NAME) -> dict[str, torch.Tensor]:

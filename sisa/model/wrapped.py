@@ -21,8 +21,7 @@ from typing import Any
 import torch
 
 from sisa.digest import canonical_json
-from sisa.errors import IntegrityError
-from sisa.model.adapter import ADAPTER_FILE, DEFAULT_NAME, attach, draw, lora_config
+from sisa.model.adapter import DEFAULT_NAME, attach, draw, lora_config, refuse_other_tensors
 from sisa.model.layers import first_adapted
 from sisa.model.layerwise import train_block
 from sisa.model.losses import Form, form_of
@@ -87,16 +86,7 @@ class Wrapped:
 
     def _put(self, tensors: Mapping[str, torch.Tensor]) -> None:
         own = self.tensors()
-        if {name: each.shape for name, each in own.items()} != {
-            name: each.shape for name, each in tensors.items()
-        }:
-            raise IntegrityError(
-                "a checkpoint's tensors do not fit the base model and the LoRA configuration",
-                where=ADAPTER_FILE,
-                expected=f"{len(own)} tensors of this adapter's names and shapes",
-                got=f"{len(tensors)} tensors",
-                next_step="run `sisa verify` on the model",
-            )
+        refuse_other_tensors(own, tensors)
         for name, each in own.items():
             each.copy_(tensors[name])
 
