@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import secrets
+import signal
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
@@ -61,13 +62,25 @@ def _train(job: BaseJob, cluster: Mapping[str, Any], report: Report) -> None:
         ),
     )
     try:
-        with _heard(session.mailbox, run_id, report):
+        with _heard(session.mailbox, run_id, report), _own_interrupt():
             trainer.fit()
     except Exception as error:
         if not isinstance(error, RayError) and type(error).__module__.partition(".")[0] != "ray":
             raise
         raise _failed(job, error) from None
     _raise_refused(job)
+
+
+@contextlib.contextmanager
+def _own_interrupt() -> Iterator[None]:
+    """Ray Train answers Ctrl-C by a handler that it leaves in the process; shards are trained next, and
+    there Ctrl-C must be the caller's again."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, before)
 
 
 def _in_worker(config: Mapping[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -90,7 +91,9 @@ def test_two_workers_share_the_batch_and_take_the_steps_of_one(tmp_path: Path) -
     told: list[str] = []
     config = load_run_file(path)
     records = read_records(config.datasets)
+    interrupt = signal.getsignal(signal.SIGINT)
     prepare(config, records, "ray", lambda event: told.append(str(event)))
+    assert signal.getsignal(signal.SIGINT) is interrupt  # Ray Train leaves its own
     steps = -(-int(str(SMALL["tokens"])) // 1024)  # of 8 rows of 128 tokens
     assert any(f"step {steps} of {steps}" in each for each in told)
     saved = load_file(tmp_path / "model-base" / "model.safetensors")
