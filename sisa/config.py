@@ -52,7 +52,7 @@ from sisa.orders import chosen_orders
 from sisa.patch import PatchMode
 from sisa.plan import Recipe
 from sisa.scratch_config import BaseModelKey, ScratchBase, same_base
-from sisa.sisa_config import SisaBlock as SisaBlock
+from sisa.sisa_config import SisaBlock
 
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
 OTHER_SUFFIXES = (".csv", ".tsv", ".txt", ".arrow", ".gz", ".zip", ".zst", ".yaml", ".yml")

@@ -70,17 +70,22 @@ AttentionInterface.register(NAME, _attend)
 def attending(base: Any, lengths: Sequence[int]) -> Iterator[None]:
     """Let the forwards of a base take attention record by record. Its configuration must be the caller's
     own."""
-    configs = {id(each.config): each.config for each in base.modules() if hasattr(each, "config")}
-    before = {each: config._attn_implementation for each, config in configs.items()}
+    before = [(config, config._attn_implementation) for config in _configs(base)]
     token = _lengths.set(tuple(lengths))
     try:
-        for config in configs.values():
+        for config, _ in before:
             config._attn_implementation = NAME
         yield
     finally:
-        for each, config in configs.items():
-            config._attn_implementation = before[each]
+        for config, name in before:
+            config._attn_implementation = name
         _lengths.reset(token)
+
+
+def _configs(base: Any) -> list[Any]:
+    """The configurations of a base's modules, each once."""
+    found = {id(each.config): each.config for each in base.modules() if hasattr(each, "config")}
+    return list(found.values())
 
 
 def positions(lengths: Sequence[int], device: torch.device) -> Tensor:
@@ -92,8 +97,7 @@ def positions(lengths: Sequence[int], device: torch.device) -> Tensor:
 def packs(base: Any, longest: int) -> bool:
     """Whether a base, on records of up to `longest` tokens, can be run so, and gives what it gives of
     each alone."""
-    configs = [each.config for each in base.modules() if hasattr(each, "config")]
-    windows = [getattr(config, name, None) for config in configs for name in WINDOWS]
+    windows = [getattr(config, name, None) for config in _configs(base) for name in WINDOWS]
     decoder = base.get_decoder()
     if decoder is None or any(isinstance(each, int) and each < longest for each in windows):
         return False

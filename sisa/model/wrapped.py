@@ -5,7 +5,7 @@ the same. `begin` gives each tensor of the adapter its value, the parent's or a 
 that nothing of an earlier stage, ended or broken off, is left. Which of them are trained is said anew,
 too.
 
-Not covered: optimizer and schedule (`lora.py`); how the base came here.
+Not covered: optimizer and schedule (`stage.py`); how the base came here.
 
     wrapped = Wrapped(base, training)
     trained = wrapped.begin(parent_tensors, init_seed=7)    # name -> parameter

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sisa.assign import Assigner, Layout
-from sisa.config import RunConfig, SisaBlock
+from sisa.config import RunConfig
 from sisa.config_types import DatasetSource
 from sisa.digest import Keyed
 from sisa.domain import Part, Record
 from sisa.samples import make_people
+from sisa.sisa_config import SisaBlock
 
 TOFU = Path(__file__).resolve().parents[3] / "shared" / "data" / "tofu" / "full.jsonl"
 KEY = bytes(range(32))
