@@ -1,60 +1,55 @@
 """What a leaderboard of unlearning methods computes: its cells, their order, what they depend on.
 
     retained x 2, full        the base fine-tuned on the authors that are kept, and on all of them
-    trial                     a method at one of its two settings, under the tuning seed
-    run                       the method at the better setting, under each of the other seeds
-    size                      some methods at that setting, for fewer and for more forgotten authors
+    run                       a method at one of its settings, under one seed
+    size                      some methods at each setting, for fewer and for more forgotten authors
 
-Rules: a cell is data, and its name is the digest of all that its result depends on: design, inputs (base
-and questions) and cell. A result that is held is not computed again, so that a run that was cut short
-goes on. Of two trials the one with the larger aggregate (harmonic mean of forget quality and model
-utility) is chosen; on a tie the larger utility, then the first. Trials' seed is no run's seed. Every
-method gets the operations of `budget_share` of a full fine-tuning (for a size, in proportion to its
-authors), and takes as many steps as come nearest to that.
+A cell is data, and its name is the digest of all that its result depends on: design, inputs (base and
+questions) and cell. A held result is not computed again, so that a run that was cut short goes on. Every
+setting of every method is run under every seed; none is chosen by its result. Every method gets the
+operations of `budget_share` of a full fine-tuning (for a size, in proportion to its authors), and takes
+as many steps as come nearest to that.
 
-Not covered: computing a cell (`leaderboard_cells.py`).
-
->>> first = Cell("trial", method="npo", learning_rate=1e-3)
->>> better_trial([(first, Score(0.2, 0.5)), (replace(first, learning_rate=2e-3), Score(0.3, 0.4))])
-Cell(kind='trial', seed=0, forgotten=0, method='npo', learning_rate=0.002, alpha=None)
+>>> [cell.learning_rate for cell in run_cells("npo", Design(seeds=(1,)))]
+[0.002, 0.004]
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from sisa.digest import digest_of
 from sisa.errors import InvalidInput, Problem
 
-Kind = Literal["retained", "full", "trial", "run", "size"]
+Kind = Literal["retained", "full", "run", "size"]
 Result = Mapping[str, Any]
 VERSION = 1
 MOST_AUTHORS, QUESTIONS_EACH = 20, 20
 
 
 @dataclass(frozen=True)
-class Trial:
-    """One setting of a method; `alpha` is task arithmetic's scale."""
+class Setting:
+    """What a method is run with; `alpha` is task arithmetic's scale."""
 
     learning_rate: float
     alpha: float | None = None
 
 
-# Two settings each, around what a look under the tuning seed showed: one that hardly forgets within the
-# budget, one that forgets much.
-PAIR = (Trial(2e-3), Trial(4e-3))
-TRIALS: Mapping[str, tuple[Trial, Trial]] = {
-    "gradient_ascent": (Trial(5e-4), Trial(1e-3)),  # twice the steps, and nothing that holds it
+# Two settings each, around what a look under seed 0 showed: one that hardly forgets within the budget,
+# one that forgets much.
+PAIR = (Setting(2e-3), Setting(4e-3))
+SETTINGS: Mapping[str, tuple[Setting, ...]] = {
+    "gradient_ascent": (Setting(5e-4), Setting(1e-3)),  # twice the steps, and nothing that holds it
     "graddiff": PAIR,
     "kl_minimisation": PAIR,
     "dpo": PAIR,
     "idk_dpo": PAIR,
     "npo": PAIR,
-    "simnpo": (Trial(4e-3), Trial(8e-3)),  # its forget term weighs an eighth of the others'
-    "task_arithmetic": (Trial(1e-3, 1.5), Trial(1e-3, 3.0)),
+    "simnpo": (Setting(4e-3), Setting(8e-3)),  # its forget term weighs an eighth of the others'
+    "task_arithmetic": (Setting(1e-3, 1.5), Setting(1e-3, 3.0)),
 }
 
 
@@ -66,9 +61,8 @@ class Design:
     forgotten: int = 2
     sizes: tuple[int, ...] = (1, 4)
     size_methods: tuple[str, ...] = ("gradient_ascent", "graddiff", "kl_minimisation")
-    methods: tuple[str, ...] = tuple(TRIALS)
+    methods: tuple[str, ...] = tuple(SETTINGS)
     seeds: tuple[int, ...] = (1, 2)
-    tuning_seed: int = 0
     epochs: int = 3
     learning_rate: float = 1.5e-3
     batch_size: int = 2
@@ -91,14 +85,14 @@ class Design:
         for each in (self.forgotten, *self.sizes):
             if not 1 <= each < self.authors:
                 problems.append(Problem("forgotten", f"{each}, expected 1 to {self.authors - 1}"))
-        known = ", ".join(TRIALS)
+        known = ", ".join(SETTINGS)
         for name in (*self.methods, *self.size_methods):
-            if name not in TRIALS:
+            if name not in SETTINGS:
                 problems.append(Problem("methods", f"{name!r}, expected some of {known}"))
         if not 0 < self.budget_share < math.inf:
             problems.append(Problem("budget_share", f"{self.budget_share}, expected a number above 0"))
-        if not self.seeds or self.tuning_seed in self.seeds:
-            problems.append(Problem("seeds", "none, or the tuning seed among them"))
+        if not self.seeds:
+            problems.append(Problem("seeds", "none"))
         if problems:
             raise InvalidInput(
                 "no leaderboard can be made with these numbers",
@@ -124,18 +118,10 @@ class Cell:
     alpha: float | None = None
 
 
-@dataclass(frozen=True)
-class Score:
-    """What a trial is judged by."""
-
-    aggregate: float
-    utility: float
-
-
 def cell_name(cell: Cell, design: Design, inputs: Mapping[str, str]) -> str:
     """The digest that names a cell's result. Which methods and sizes stand beside it does not count."""
     held = asdict(design)
-    beside = ("methods", "sizes", "size_methods", "seeds", "tuning_seed")
+    beside = ("methods", "sizes", "size_methods", "seeds")
     shape = {name: value for name, value in held.items() if name not in beside}
     shape["most_forgotten"] = design.most_forgotten
     return digest_of({"version": VERSION, "design": shape, "inputs": dict(inputs), "cell": asdict(cell)})
@@ -154,49 +140,33 @@ def reference_cells(design: Design) -> tuple[Cell, Cell, Cell]:
     return retained, replace(retained, seed=1), replace(retained, kind="full", forgotten=0)
 
 
-def trial_cells(method: str, design: Design) -> tuple[Cell, ...]:
-    """The settings of a method that are tried, all under the tuning seed."""
-    return tuple(
-        Cell("trial", design.tuning_seed, design.forgotten, method, each.learning_rate, each.alpha)
-        for each in TRIALS[method]
-    )
+def run_cells(method: str, design: Design) -> list[Cell]:
+    """Return each setting of a method under each seed."""
+    return [
+        Cell("run", seed, design.forgotten, method, each.learning_rate, each.alpha)
+        for each in SETTINGS[method]
+        for seed in design.seeds
+    ]
 
 
-def better_trial(tried: Sequence[tuple[Cell, Score]]) -> Cell:
-    """The trial that is chosen. Raises ValueError for none."""
-    return max(tried, key=lambda each: (each[1].aggregate, each[1].utility))[0]
-
-
-def later_cells(chosen: Cell, design: Design) -> Iterator[Cell]:
-    """What is run at a method's chosen setting."""
-    for seed in design.seeds:
-        yield replace(chosen, kind="run", seed=seed)
-
-
-def size_cells(chosen: Cell, design: Design) -> Iterator[Cell]:
-    """The same setting, for other numbers of forgotten authors, under the first of the runs' seeds."""
-    for size in sorted(set(design.sizes) - {design.forgotten}):
-        yield replace(chosen, kind="size", seed=design.seeds[0], forgotten=size)
+def size_cells(method: str, design: Design) -> list[Cell]:
+    """Return each setting of a method for other numbers of forgotten authors, under the first seed."""
+    return [
+        Cell("size", design.seeds[0], size, method, each.learning_rate, each.alpha)
+        for size in sorted(set(design.sizes) - {design.forgotten})
+        for each in SETTINGS[method]
+    ]
 
 
 def compete(design: Design, compute: Callable[[Cell], Result]) -> list[tuple[Cell, Result]]:
     """Every cell with its result, in the order of the table; `compute` knows what is held already."""
-    done = [(cell, compute(cell)) for cell in reference_cells(design)]
-    best: dict[str, Cell] = {}
+    cells = list(reference_cells(design))
     for method in design.methods:
-        tried = [(cell, compute(cell)) for cell in trial_cells(method, design)]
-        best[method] = better_trial([(cell, score_of(result)) for cell, result in tried])
-        done += tried
-        done += [(cell, compute(cell)) for cell in later_cells(best[method], design)]
+        cells += run_cells(method, design)
     for method in design.size_methods:
-        if method in best:
-            done += [(cell, compute(cell)) for cell in size_cells(best[method], design)]
-    return done
-
-
-def score_of(result: Result) -> Score:
-    """What counts of a trial's result."""
-    return Score(result["aggregate"] or 0.0, result["model_utility"])
+        if method in design.methods:
+            cells += size_cells(method, design)
+    return [(cell, compute(cell)) for cell in cells]
 
 
 def nearest_steps(costs: Sequence[float], last: Sequence[float], budget: float) -> int:

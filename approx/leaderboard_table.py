@@ -1,10 +1,9 @@
-"""From the results of cells to the table: a row for each method, with mean and spread over its seeds.
+"""From the results of cells to a table: a row for each setting of each method, over its seeds.
 
-Rules: pure; numbers alone. A spread is half of the range over seeds, 0 for one seed; a value that was
-not measured is None and is shown as a dash. Methods stand in the order of their mean aggregate, then of
-utility. Forget quality is a p-value and is never shown without D, n and the noise floor.
-
-Not covered: a significance of the order: two seeds are too few for one.
+A spread is half of the range over seeds, 0 for one seed; a value that was not measured is None and is
+shown as a dash. Rows stand by method, from the weakest setting to the strongest: together they are the
+method's curve of forgetting against utility. No order among methods is computed: `weaknesses` says what
+the runs lack for one. Forget quality is a p-value and is never shown without D, n and the noise floor.
 
 >>> Value.of([0.25, 0.75]), Value.of([None, 0.5]).text()
 (Value(mean=0.5, spread=0.25), '-')
@@ -16,14 +15,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from approx.leaderboard_plan import Cell, Design, Result
+from approx.leaderboard_plan import QUESTIONS_EACH, Cell, Design, Result
 
 Results = Sequence[tuple[Cell, Result]]
+KNOWS, QUESTIONS, PASSES, SEEDS = 0.95, 200, 1.0, 3  # the least that an order of methods would rest on
+FINE_TUNED = "fine-tuned on all"
 COLUMNS = {
     "p_value": "forget quality p",
     "statistic": "D",
     "model_utility": "utility",
-    "aggregate": "aggregate",
     "probability": "forget probability",
     "rouge": "forget ROUGE-L",
     "extraction_strength": "extraction",
@@ -80,7 +80,6 @@ def measures(result: Result) -> dict[str, float | None]:
         "p_value": quality.get("p_value"),
         "statistic": quality.get("statistic"),
         "model_utility": result["model_utility"],
-        "aggregate": result["aggregate"],
         "probability": forget["probability"],
         "rouge": forget["rouge"],
         "extraction_strength": forget["extraction_strength"],
@@ -111,7 +110,7 @@ def row_of(name: str, found: Results) -> Row:
 
 def references(results: Results) -> list[Row]:
     """The model before, and the retained references."""
-    kinds = {"full": "fine-tuned on all", "retained": "retained reference"}
+    kinds = {"full": FINE_TUNED, "retained": "retained reference"}
     found = {kind: [each for each in results if each[0].kind == kind] for kind in kinds}
     rows = [row_of(kinds[kind], some) for kind, some in found.items() if some]
     if len(found["retained"]) < 2:
@@ -123,26 +122,52 @@ def references(results: Results) -> list[Row]:
     return [*rows[:-1], replace(rows[-1], values=values)]
 
 
-def ranking(results: Results) -> list[Row]:
-    """A row for each method, the best first."""
-    names = dict.fromkeys(cell.method for cell, _ in results if cell.kind == "run")
-    rows = [row_of(str(name), _of(results, "run", str(name))) for name in names]
-    return sorted(rows, key=lambda row: (-_mean(row, "aggregate"), -_mean(row, "model_utility")))
+def curves(results: Results) -> list[Row]:
+    """Return a row for each setting of each method, the weakest setting of a method first."""
+    by_setting = _by_setting([each for each in results if each[0].kind == "run"])
+    methods = list(dict.fromkeys(name for name, _, _ in by_setting))
+    ordered = sorted(by_setting, key=lambda each: (methods.index(each[0]), each[1], each[2] or 0.0))
+    return [row_of(each[0], by_setting[each]) for each in ordered]
 
 
 def sizes(results: Results) -> list[tuple[int, Row]]:
-    """Numbers of forgotten authors, each with the row of one method and one seed."""
-    found = [each for each in results if each[0].kind == "size"]
+    """Return numbers of forgotten authors, each with the row of one setting under one seed."""
     rows = []
-    for name in dict.fromkeys(cell.method for cell, _ in found):
-        same = [each for each in found if each[0].method == name]
+    for setting, same in _by_setting([each for each in results if each[0].kind == "size"]).items():
         seed = same[0][0].seed
-        same += [each for each in _of(results, "run", str(name)) if each[0].seed == seed]
+        runs = [each for each in results if each[0].kind == "run" and each[0].seed == seed]
+        same = [*same, *_by_setting(runs).get(setting, [])]
         rows += [
-            (cell.forgotten, row_of(str(name), [(cell, result)]))
+            (cell.forgotten, row_of(setting[0], [(cell, result)]))
             for cell, result in sorted(same, key=lambda each: each[0].forgotten)
         ]
     return rows
+
+
+def weaknesses(results: Results, design: Design) -> list[str]:
+    """Return what keeps these results from telling which method is better; see the constants above."""
+    found = []
+    known = [result["forget"]["probability"] for cell, result in results if cell.kind == "full"]
+    if known and known[0] < KNOWS:
+        found.append(
+            f"the fine-tuned model knows the forget answers at {known[0]:.2f} (wanted: {KNOWS})"
+        )
+    runs = [(cell, result) for cell, result in results if cell.kind == "run"]
+    asked = min((run["num_questions"]["forget"] for _, run in runs), default=0)
+    if asked < QUESTIONS:
+        found.append(f"{asked} forget questions are asked (wanted: {QUESTIONS})")
+    passes = min(
+        (run["steps"] * design.batch_size / (cell.forgotten * QUESTIONS_EACH) for cell, run in runs),
+        default=0.0,
+    )
+    if passes < PASSES:
+        found.append(
+            f"a run passes over the forget set {passes:.1f} times at least (wanted: {PASSES:g})"
+        )
+    seeds = min((len(each) for each in _by_setting(runs).values()), default=0)
+    if seeds < SEEDS:
+        found.append(f"the least tried setting has seeds: {seeds} (wanted: {SEEDS})")
+    return found
 
 
 def noise_floor(results: Results) -> Mapping[str, Any] | None:
@@ -156,21 +181,24 @@ def noise_floor(results: Results) -> Mapping[str, Any] | None:
 
 def table(results: Results, design: Design) -> str:
     """The table as Markdown, with what it needs to be read."""
-    head = ["method", "setting", "steps", *COLUMNS.values()]
+    head = ["method", "setting", "seeds", "steps", *COLUMNS.values()]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    lines += [_line(row) for row in (*references(results), *ranking(results))]
+    lines += [_line(row) for row in (*references(results), *curves(results))]
     floor = noise_floor(results)
     if floor is not None:
         lines += ["", f"Noise floor (two retained references): p {_short(floor['p_value'])}, "
                   f"D {_short(floor['statistic'])}, n {floor['num_model']}."]  # fmt: skip
     lines += ["", *_notes(design)]
+    if weak := weaknesses(results, design):
+        lines.append(f"No order of methods follows from these runs: {'; '.join(weak)}.")
     by_size = sizes(results)
     if by_size:
         columns = ("model_utility", "probability", "rouge", "extraction_strength", "share")
-        head = ["method", "forgotten authors", "steps", *(COLUMNS[each] for each in columns)]
+        head = ["method", "setting", "forgotten authors", "steps", *(COLUMNS[each] for each in columns)]
         lines += ["", "| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
         for number, row in by_size:
-            cells = [row.name, str(number), _steps(row), *(row.values[each].text() for each in columns)]
+            shown = (row.values[each].text() for each in columns)
+            cells = [row.name, _setting(row), str(number), _steps(row), *shown]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -183,25 +211,31 @@ def to_json(results: Results, design: Design, inputs: Mapping[str, str]) -> dict
         "inputs": dict(inputs),
         "columns": COLUMNS,
         "references": [asdict(row) for row in references(results)],
-        "ranking": [asdict(row) for row in ranking(results)],
+        "curves": [asdict(row) for row in curves(results)],
         "sizes": [{"forgotten": number, **asdict(row)} for number, row in sizes(results)],
         "noise_floor": noise_floor(results),
+        "weaknesses": weaknesses(results, design),
         "cells": [dict(result) for _, result in results],
     }
 
 
-def _of(results: Results, kind: str, method: str) -> list[tuple[Cell, Result]]:
-    return [each for each in results if each[0].kind == kind and each[0].method == method]
-
-
-def _mean(row: Row, column: str) -> float:
-    return row.values[column].mean or 0.0
+def _by_setting(results: Results) -> dict[tuple[str, float, float | None], Results]:
+    found: dict[tuple[str, float, float | None], list[tuple[Cell, Result]]] = {}
+    for cell, result in results:
+        key = (str(cell.method), cell.learning_rate, cell.alpha)
+        found.setdefault(key, []).append((cell, result))
+    return dict(found)
 
 
 def _line(row: Row) -> str:
-    setting = f"{row.learning_rate:g}" + (f", alpha {row.alpha:g}" if row.alpha is not None else "")
-    cells = [row.name, setting, _steps(row), *(row.values[each].text() for each in COLUMNS)]
-    return "| " + " | ".join(cells) + " |"
+    measured = (row.values[each].text() for each in COLUMNS)
+    return (
+        "| " + " | ".join([row.name, _setting(row), str(row.num_seeds), _steps(row), *measured]) + " |"
+    )
+
+
+def _setting(row: Row) -> str:
+    return f"{row.learning_rate:g}" + (f", alpha {row.alpha:g}" if row.alpha is not None else "")
 
 
 def _steps(row: Row) -> str:
@@ -216,8 +250,7 @@ def _notes(design: Design) -> list[str]:
         f"{design.forget_questions} forget questions, {design.utility_questions} of the retain set, "
         f"{design.fact_questions} real authors, {design.fact_questions} world facts, "
         f"{design.wrong_answers} wrong answers each, {design.max_new_tokens} new tokens at most.",
-        f"Each method: two settings tried under one seed, then {len(design.seeds)} seeds; operations of "
-        f"{design.budget_share:.0%} of the fine-tuning, to the nearest step.",
+        f"Each run: operations of {design.budget_share:.0%} of the fine-tuning, to the nearest step.",
         "Mean ± half of the range over seeds. AUC: attack scores of the forget questions against those "
         "under the retained reference; 0.5 tells nothing.",
     ]

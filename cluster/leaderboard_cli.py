@@ -1,17 +1,13 @@
 """`sisa approx leaderboard`: all methods of unlearning on one task, at equal cost, against a reference.
 
-Rules: as `cli.py`. Writes leaderboard.json, leaderboard.md and, where matplotlib is installed,
-leaderboard.png into DIR; the same command goes on where it was cut short. Cells run one after another.
-
-Not covered: what is computed (`approx/leaderboard_plan.py`), and what is claimed
-(`approx/leaderboard_claims.py`).
+Writes leaderboard.json, leaderboard.md and, where matplotlib is installed, leaderboard.png into DIR; the
+same command goes on where it was cut short. Cells run one after another.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -58,15 +54,10 @@ def leaderboard(base: str, data: str, out: Path, threads: int, **changes: Any) -
         given["sizes"] = tuple(each for each in given["sizes"] if each)
     design = Design(**given)
     results, inputs = _competed(base, data, out, threads, design)
-    from approx.leaderboard_claims import claims, words
     from sisa.model.numerics import describe_fingerprint
 
-    found = claims(results)
-    body = to_json(results, design, inputs) | {
-        "claims": [asdict(each) for each in found],
-        "numerics": describe_fingerprint(threads),
-    }
-    text = f"{table(results, design)}\n{words(found)}"
+    body = to_json(results, design, inputs) | {"numerics": describe_fingerprint(threads)}
+    text = table(results, design)
     _write(out, body, text)
     return Result(body, printable(text).strip())
 

@@ -2,11 +2,10 @@
 
     draw_leaderboard(body).savefig("leaderboard.png")
 
-Rules: what is drawn follows from the JSON of the leaderboard alone. Every method has its own marker and
-its name with its cost beside it, so that the picture reads without colour; bars are half of the range
-over seeds. matplotlib (extra `notebook`) is imported when something is drawn; no figure is kept.
-
-Not covered: the sizes of the forget set (they are in the table).
+What is drawn follows from the JSON of the leaderboard alone. A method is a line from the fine-tuned
+model through its settings, the weakest first, with a marker of its own, so that the picture reads
+without colour; bars are half of the range over seeds. matplotlib (extra `notebook`) is imported when
+something is drawn; no figure is kept.
 
 Source: colours of Okabe and Ito 2008.
 """
@@ -15,6 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+
+from approx.leaderboard_table import FINE_TUNED
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,15 +32,19 @@ def draw_leaderboard(body: Mapping[str, Any]) -> Figure:
 
     figure = Figure(figsize=SIZE_INCHES, layout="constrained")
     axes = figure.add_subplot()
-    for number, row in enumerate(body["ranking"]):
-        share = row["values"]["share"]["mean"] or 0.0
-        _draw(axes, row, f"{row['name']}, {share:.1%}", MARKERS[number % 8], COLOURS[number % 8], 9)
+    before = [_point(row) for row in body["references"] if row["name"] == FINE_TUNED]
+    for number, name in enumerate(dict.fromkeys(row["name"] for row in body["curves"])):
+        rows = [row for row in body["curves"] if row["name"] == name]
+        marker, colour = MARKERS[number % 8], COLOURS[number % 8]
+        axes.plot(*zip(*before, *map(_point, rows), strict=True), color=colour, linewidth=1.2)
+        for row in rows:
+            _draw(axes, row, name if row is rows[0] else None, marker, colour, 8)
     for row, colour in zip(body["references"], REFERENCES, strict=False):
         _draw(axes, row, row["name"], "*", colour, 14)
     axes.set_xlabel("probability of the answers to forget")
     axes.set_ylabel("model utility")
-    axes.set_title("Unlearning at equal cost (share of the fine-tuning's operations)")
-    axes.set_ylim(bottom=0)
+    axes.set_title(f"Unlearning at {body['design']['budget_share']:.0%} of the fine-tuning's operations")
+    axes.set_ylim(bottom=-0.02)
     axes.set_xlim(left=-0.02)
     axes.grid(visible=True, color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
@@ -47,7 +52,13 @@ def draw_leaderboard(body: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def _draw(axes: Any, row: Mapping[str, Any], label: str, marker: str, colour: str, size: int) -> None:
+def _point(row: Mapping[str, Any]) -> tuple[float, float]:
+    return row["values"]["probability"]["mean"], row["values"]["model_utility"]["mean"]
+
+
+def _draw(
+    axes: Any, row: Mapping[str, Any], label: str | None, marker: str, colour: str, size: int
+) -> None:
     across, up = row["values"]["probability"], row["values"]["model_utility"]
     axes.errorbar(
         across["mean"],

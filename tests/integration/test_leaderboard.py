@@ -57,14 +57,14 @@ def leaderboard(capsys: pytest.CaptureFixture[str], base: Path, tmp_path: Path) 
 def test_the_command_from_end_to_end_and_again(leaderboard: Leaderboard) -> None:
     done = leaderboard("--method", "graddiff", "--method", "task_arithmetic", "--budget", 0.2)
     assert done.code == 0
-    assert {row["name"] for row in done.json["ranking"]} == {"graddiff", "task_arithmetic"}
-    assert [each["forgotten"] for each in done.json["sizes"]] == [1, 2]
+    assert {row["name"] for row in done.json["curves"]} == {"graddiff", "task_arithmetic"}
+    assert [each["forgotten"] for each in done.json["sizes"]] == [1, 2, 1, 2]
     kinds = [each["cell"]["kind"] for each in done.json["cells"]]
     assert kinds[:3] == ["retained", "retained", "full"]
-    assert len(kinds) == 3 + 2 * (2 + 2) + 1
+    assert len(kinds) == 3 + 2 * 2 * 2 + 2
     shares = [each["compute"]["share_of_full_finetuning"] for each in done.json["cells"][3:]]
     assert all(0.1 < share < 0.6 for share in shares)
-    for row in done.json["ranking"]:
+    for row in done.json["curves"]:
         assert row["values"]["p_value"]["mean"] is not None
     assert done.json["noise_floor"]["num_model"] == 20
     held = json.loads((leaderboard.out / "leaderboard.json").read_text())

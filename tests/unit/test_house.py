@@ -210,7 +210,7 @@ def light_modules() -> list[str]:
     found += ["sisa.model.hashing"]
     found += ["approx.evaluated", "approx.tofu"]
     found += [f"approx.tofu_{name}" for name in ("aggregates", "evaluation", "log", "row")]
-    found += [f"approx.leaderboard_{name}" for name in ("claims", "data", "held", "plan", "table")]
+    found += [f"approx.leaderboard_{name}" for name in ("data", "held", "plan", "table")]
     found += [f"approx.metrics.{path.stem}" for path in modules("approx/metrics")]
     return found + [
         f"sisa.store.{name}"

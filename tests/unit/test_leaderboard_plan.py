@@ -1,4 +1,4 @@
-"""The plan of a leaderboard: which cells there are, what names them, what is chosen; going on."""
+"""The plan of a leaderboard: which cells there are, what names them; going on."""
 
 from __future__ import annotations
 
@@ -12,12 +12,10 @@ import pytest
 from approx.leaderboard_data import asked_of, kept, read_data, to_forget
 from approx.leaderboard_held import HeldCells
 from approx.leaderboard_plan import (
-    TRIALS,
+    SETTINGS,
     Cell,
     Design,
     Result,
-    Score,
-    better_trial,
     cell_name,
     compete,
     nearest_steps,
@@ -33,42 +31,35 @@ def held(folder: Path, maker: FakeMaker, design: Design = DESIGN) -> HeldCells:
     return HeldCells(folder, design, INPUTS, maker)
 
 
-def fast_is_better(cell: Cell) -> Result:
-    return result(cell, aggregate=cell.learning_rate)
-
-
-def test_every_method_has_the_same_trials_and_seeds(tmp_path: Path) -> None:
+def test_every_setting_of_every_method_is_run_under_every_seed(tmp_path: Path) -> None:
     found = compete(Design(), held(tmp_path, FakeMaker(), Design()))
     cells = [cell for cell, _ in found]
     assert [cell.kind for cell in cells[:3]] == ["retained", "retained", "full"]
-    for name in Design().methods:
-        own = [cell for cell in cells if cell.method == name]
-        assert len([cell for cell in own if cell.kind == "trial"]) == len(TRIALS[name]) == 2
-        assert [cell.seed for cell in own if cell.kind == "run"] == list(Design().seeds)
-    trial_seeds = {cell.seed for cell in cells if cell.kind == "trial"}
-    assert trial_seeds.isdisjoint({cell.seed for cell in cells if cell.kind in ("run", "size")})
+    wanted = [
+        (name, each.learning_rate, each.alpha, seed)
+        for name in Design().methods
+        for each in SETTINGS[name]
+        for seed in Design().seeds
+    ]
+    runs = [cell for cell in cells if cell.kind == "run"]
+    assert [(cell.method, cell.learning_rate, cell.alpha, cell.seed) for cell in runs] == wanted
     assert {cell.forgotten for cell in cells if cell.kind == "size"} == set(Design().sizes)
 
 
-def test_the_better_trial_is_what_is_run(tmp_path: Path) -> None:
-    found = compete(DESIGN, held(tmp_path, FakeMaker(fast_is_better)))
-    best = max(each.learning_rate for each in TRIALS["npo"])
-    assert {cell.learning_rate for cell, _ in found if cell.kind in ("run", "size")} == {best}
+def test_no_cell_depends_on_a_result(tmp_path: Path) -> None:
+    def other(cell: Cell) -> Result:
+        return result(cell, aggregate=1 - cell.learning_rate, utility=cell.learning_rate)
 
-
-def test_a_tie_is_broken_by_utility_then_by_order() -> None:
-    slow, fast = Cell("trial", learning_rate=1.0), Cell("trial", learning_rate=2.0)
-    assert better_trial([(slow, Score(0.0, 0.1)), (fast, Score(0.0, 0.2))]) == fast
-    assert better_trial([(slow, Score(0.1, 0.2)), (fast, Score(0.1, 0.2))]) == slow
-    assert better_trial([(slow, Score(0.1, 0.0)), (fast, Score(0.0, 0.9))]) == slow
+    first = [cell for cell, _ in compete(DESIGN, held(tmp_path / "a", FakeMaker()))]
+    assert [cell for cell, _ in compete(DESIGN, held(tmp_path / "b", FakeMaker(other)))] == first
 
 
 def test_a_run_that_was_cut_short_goes_on(tmp_path: Path) -> None:
-    whole = compete(DESIGN, held(tmp_path / "whole", FakeMaker(fast_is_better)))
-    first = FakeMaker(fast_is_better, dies_at=5)
+    whole = compete(DESIGN, held(tmp_path / "whole", FakeMaker()))
+    first = FakeMaker(dies_at=5)
     with pytest.raises(KeyboardInterrupt):
         compete(DESIGN, held(tmp_path / "cut", first))
-    second = FakeMaker(fast_is_better)
+    second = FakeMaker()
     assert compete(DESIGN, held(tmp_path / "cut", second)) == whole
     assert len(first.made) + len(second.made) == len(whole)
     third = FakeMaker()
@@ -79,7 +70,7 @@ def test_a_run_that_was_cut_short_goes_on(tmp_path: Path) -> None:
 def test_the_methods_own_size_is_not_run_twice(tmp_path: Path) -> None:
     same = replace(DESIGN, sizes=(4, 2, 1))
     found = compete(same, held(tmp_path, FakeMaker(), same))
-    assert [cell.forgotten for cell, _ in found if cell.kind == "size"] == [1, 4]
+    assert [cell.forgotten for cell, _ in found if cell.kind == "size"] == [1, 1, 4, 4]
 
 
 def test_another_method_beside_makes_only_its_own_cells(tmp_path: Path) -> None:
@@ -119,7 +110,7 @@ def test_steps_come_as_near_to_the_budget_as_they_can() -> None:
 
 def test_designs_that_make_no_sense_name_all_problems() -> None:
     with pytest.raises(InvalidInput) as caught:
-        Design(authors=3, forgotten=3, sizes=(9,), methods=("magic",), seeds=(0,), budget_share=0.0)
+        Design(authors=3, forgotten=3, sizes=(9,), methods=("magic",), seeds=(), budget_share=0.0)
     places = [each.where for each in caught.value.problems]
     assert places == ["forgotten", "forgotten", "methods", "budget_share", "seeds"]
 
@@ -140,12 +131,12 @@ def test_no_question_of_utility_is_about_an_author_that_some_cell_forgets(tmp_pa
         assert len({each.place for each in asked}) == len(asked)
 
 
-def test_trials_ask_what_runs_ask(tmp_path: Path) -> None:
+def test_every_setting_is_asked_the_same(tmp_path: Path) -> None:
     design = Design(authors=5, forgotten=1, sizes=())
     data = read_data(str(write_authors(tmp_path, 5)), design)
-    trial = asked_of(Cell("trial", 0, 1, "npo"), data, design)
-    assert trial == asked_of(Cell("run", 1, 1, "npo"), data, design)
-    counts = Counter(each.set for each in trial)
+    asked = asked_of(Cell("run", 0, 1, "npo"), data, design)
+    assert asked == asked_of(Cell("run", 1, 1, "dpo", 1e-3), data, design)
+    counts = Counter(each.set for each in asked)
     assert counts == {"retain": 8, "real_authors": 4, "world_facts": 4, "forget": 20}
 
 

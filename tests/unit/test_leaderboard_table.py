@@ -1,23 +1,24 @@
-"""The table and the claims: means and spreads, their order, verdicts by thresholds, and no text."""
+"""The table: means and spreads, curves of settings, what the runs lack for an order, and no text."""
 
 from __future__ import annotations
 
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 
-from approx.leaderboard_claims import Claim, claims, words
 from approx.leaderboard_plan import Cell, Design, Result
 from approx.leaderboard_table import (
     Results,
     Value,
+    curves,
     noise_floor,
-    ranking,
     references,
     sizes,
     table,
     to_json,
+    weaknesses,
 )
 from cluster.leaderboard_picture import draw_leaderboard
 from tests.fake_leaderboard import result
@@ -26,7 +27,7 @@ FULL, WITHOUT = 0.9, 0.1  # forget probability before, and of the retained refer
 Run = tuple[str, int, float, float]  # method, seed, forget probability, utility
 
 
-def results(*runs: Run, sizes: tuple[tuple[str, int, float, float], ...] = ()) -> Results:
+def results(*runs: Run, sizes: tuple[Run, ...] = (), full: float = FULL) -> Results:
     found: list[tuple[Cell, Result]] = []
 
     def add(cell: Cell, **values: Any) -> None:
@@ -34,7 +35,7 @@ def results(*runs: Run, sizes: tuple[tuple[str, int, float, float], ...] = ()) -
 
     add(Cell("retained", 0, 2), aggregate=None, probability=WITHOUT)
     add(Cell("retained", 1, 2), probability=WITHOUT)
-    add(Cell("full"), probability=FULL, utility=0.5)
+    add(Cell("full"), probability=full, utility=0.5)
     for method, seed, probability, utility in runs:
         cell = Cell("run", seed, 2, method, 1e-3)
         add(cell, probability=probability, utility=utility, aggregate=utility / 2, steps=5 + seed)
@@ -44,13 +45,8 @@ def results(*runs: Run, sizes: tuple[tuple[str, int, float, float], ...] = ()) -
     return found
 
 
-def by_name(found: list[Claim], word: str) -> Claim:
-    (claim,) = (each for each in found if word in each.claim)
-    return claim
-
-
 def test_a_row_is_the_mean_and_half_of_the_range() -> None:
-    (row,) = ranking(results(("npo", 1, 0.2, 0.4), ("npo", 2, 0.4, 0.6)))
+    (row,) = curves(results(("npo", 1, 0.2, 0.4), ("npo", 2, 0.4, 0.6)))
     found = [row.values[each] for each in ("probability", "model_utility")]
     assert [each.mean for each in found] == pytest.approx([0.3, 0.5])
     assert [each.spread for each in found] == pytest.approx([0.1, 0.1])
@@ -73,9 +69,25 @@ def test_the_references_row_is_of_both_and_forget_quality_of_the_second() -> Non
     assert row.values["p_value"] == Value(found[1][1]["forget_quality"]["p_value"], 0.0)
 
 
-def test_methods_stand_in_the_order_of_their_aggregate() -> None:
-    rows = ranking(results(("npo", 1, 0.2, 0.1), ("dpo", 1, 0.2, 0.5), ("graddiff", 1, 0.2, 0.3)))
-    assert [row.name for row in rows] == ["dpo", "graddiff", "npo"]
+def test_settings_stand_by_method_and_strength_whatever_came_of_them() -> None:
+    found = list(results(("npo", 1, 0.2, 0.1), ("dpo", 1, 0.2, 0.5)))
+    strong, weak = Cell("run", 1, 2, "npo", 4e-3), Cell("run", 1, 2, "npo", 5e-4)
+    found += [(strong, result(strong, utility=0.9)), (weak, result(weak, utility=0.0))]
+    told = [(row.name, row.learning_rate, row.num_seeds) for row in curves(found)]
+    assert told == [("npo", 5e-4, 1), ("npo", 1e-3, 1), ("npo", 4e-3, 1), ("dpo", 1e-3, 1)]
+
+
+def test_weak_runs_say_what_they_lack_and_strong_ones_nothing() -> None:
+    weak = results(("npo", 1, 0.2, 0.1))
+    said = weaknesses(weak, Design())
+    assert [each.split()[0] for each in said] == ["the", "20", "a", "the"]
+    assert all(each in table(weak, Design()) for each in said)
+    strong = [
+        (cell, {**one, "steps": 99, "num_questions": {"forget": 200}})
+        for cell, one in results(*(("npo", seed, 0.2, 0.1) for seed in range(3)), full=0.95)
+    ]
+    assert weaknesses(strong, Design()) == []
+    assert "No order" not in table(strong, Design())
 
 
 def test_what_was_not_measured_is_a_dash_and_never_0() -> None:
@@ -101,72 +113,15 @@ def test_the_markdown_has_as_many_cells_in_each_row_and_the_noise_floor() -> Non
     assert f"p {floor['p_value']:.3f}, D {floor['statistic']:.3f}, n {floor['num_model']}" in text
 
 
-@pytest.mark.parametrize(
-    ("method", "word", "good", "bad"),
-    [
-        ("gradient_ascent", "ascent", (0.30, 0.25), (0.31, 0.26)),
-        ("graddiff", "GradDiff", (0.30, 0.45), (0.31, 0.44)),
-        ("kl_minimisation", "KL", (0.31, 0.45), (0.30, 0.44)),
-    ],
-)
-def test_verdicts_follow_the_thresholds(
-    method: str, word: str, good: tuple[float, float], bad: tuple[float, float]
-) -> None:
-    """Left is (p - 0.1) / 0.8, kept is u / 0.5: just on either side of both thresholds."""
-
-    def judged(*points: tuple[float, float]) -> str:
-        runs = [(method, seed, *point) for seed, point in enumerate(points, 1)]
-        return by_name(claims(results(*runs)), word).verdict
-
-    assert judged(good, good) == "borne out"
-    assert judged(bad, bad) == "not borne out"
-    assert judged(good, bad) == judged((good[0], bad[1])) == "mixed"
-    assert judged() == "not measured"
-
-
-def test_larger_sets_are_harder_when_utility_falls_or_probability_rises() -> None:
-    def judged(*points: tuple[float, float]) -> str:
-        (one, two, four) = points
-        run: Run = ("graddiff", 1, *two)
-        found = results(run, sizes=(("graddiff", 1, *one), ("graddiff", 4, *four)))
-        return by_name(claims(found), "Larger").verdict
-
-    assert judged((0.1, 0.5), (0.1, 0.5), (0.1, 0.4)) == "borne out"
-    assert judged((0.1, 0.5), (0.1, 0.5), (0.2, 0.5)) == "borne out"
-    assert judged((0.1, 0.5), (0.9, 0.1), (0.1, 0.5)) == "not borne out"
-
-
-def test_the_cost_is_judged_together_with_what_it_bought() -> None:
-    assert by_name(claims(results(("npo", 1, 0.1, 0.5))), "costs").verdict == "borne out"
-    assert by_name(claims(results(("npo", 1, 0.9, 0.5))), "costs").verdict == "not borne out"
-    dear = results(("npo", 1, 0.1, 0.5))
-    cell, run = dear[-1]
-    compute = {**run["compute"], "share_of_full_finetuning": 0.2}
-    dear = [*dear[:-1], (cell, {**run, "compute": compute})]
-    assert by_name(claims(dear), "costs").verdict == "not borne out"
-
-
-def test_a_model_that_knew_nothing_judges_no_claim() -> None:
-    found = results(("gradient_ascent", 1, 0.1, 0.1))
-    ignorant = [(cell, {**one, "forget": {**one["forget"], "probability": 0.1}}) for cell, one in found]
-    assert {each.verdict for each in claims(ignorant)} == {"not measured"}
-    assert "borne out" in {each.verdict for each in claims(found)}
-
-
-def test_claims_in_words_name_verdict_and_threshold() -> None:
-    found = claims(results(("gradient_ascent", 1, 0.1, 0.1)))
-    text = words(found)
-    for each in found:
-        assert f"**{each.claim}: {each.verdict}.**" in text
-        assert each.judged_by in text
-
-
-def test_the_picture_shows_every_row_by_name() -> None:
-    found = results(("npo", 1, 0.2, 0.4), ("npo", 2, 0.4, 0.6), ("graddiff", 1, 0.3, 0.3))
-    body = to_json(found, Design(), {})
-    figure = draw_leaderboard(body)
-    legend = figure.axes[0].get_legend()
+def test_the_picture_draws_each_method_as_one_line_through_its_settings() -> None:
+    found = list(results(("npo", 1, 0.2, 0.4), ("npo", 2, 0.4, 0.6), ("graddiff", 1, 0.3, 0.3)))
+    strong = Cell("run", 1, 2, "npo", 4e-3)
+    found.append((strong, result(strong, probability=0.1, utility=0.2)))
+    axes = draw_leaderboard(to_json(found, Design(), {})).axes[0]
+    legend = axes.get_legend()
     assert legend is not None
-    told = [each.get_text() for each in legend.get_texts()]
-    assert len(told) == len(body["ranking"]) + len(body["references"])
-    assert any(each.startswith("npo, 5.0%") for each in told)
+    told = {each.get_text() for each in legend.get_texts()}
+    assert told == {"npo", "graddiff", "fine-tuned on all", "retained reference"}
+    lines = [np.asarray(each.get_xydata(), dtype=float).tolist() for each in axes.get_lines()]
+    curve = [[FULL, 0.5], [0.3, 0.5], [0.1, 0.2]]
+    assert any(np.shape(each) == (3, 2) and np.allclose(each, curve) for each in lines)
