@@ -2,10 +2,8 @@
 
 Shapes: as `answer_tokens.py`; K answer tokens of one row.
 
-Rules: answer positions are picked before anything is computed over the vocabulary, so that a long prompt
-costs no memory; all in float32. A word of probability 0 adds nothing to a moment.
-
-Not covered: metrics.
+Answer positions are picked before anything is computed over the vocabulary, so that a long prompt costs
+no memory; all in float32. A word of probability 0 adds nothing to a moment.
 
 >>> from sisa.model.tokens import Tokens
 >>> from approx.answer_tokens import collate
@@ -17,15 +15,21 @@ Not covered: metrics.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from approx.answer_tokens import AnswerBatch, logprobs_BTV
+from approx.answer_tokens import AnswerBatch, collate, logprobs_BTV
 from approx.evaluated import AnswerScore
+from sisa.model.tokens import Tokens
+
+MAX_POSITIONS = 1024  # of one forward pass
 
 
 def answer_scores(logits_BTV: Tensor, batch: AnswerBatch) -> list[AnswerScore]:
-    """A score for each row. The logits' last position may be there or cut off."""
+    """Return a score for each row. The logits' last position may be there or cut off."""
     found = []
     for logits_TV, targets_T, mask_T in zip(logits_BTV, batch.targets_BT, batch.mask_BT, strict=True):
         logprobs_KV = logprobs_BTV(logits_TV[: len(mask_T)][mask_T])
@@ -43,3 +47,28 @@ def answer_scores(logits_BTV: Tensor, batch: AnswerBatch) -> list[AnswerScore]:
             )
         )
     return found
+
+
+def scores(model: Any, examples: Sequence[Tokens]) -> list[AnswerScore]:
+    """Score examples under a model, some rows at once; in order."""
+    found: list[AnswerScore] = []
+    for rows in _batches(examples):
+        batch, columns_K = collate(rows, pad_id=0).to(model.device).at_answers()
+        with torch.no_grad():  # inference mode would leave tensors behind that no gradient flows through
+            logits_BKV = model(
+                input_ids=batch.ids_BT1[:, :-1], logits_to_keep=columns_K, use_cache=False
+            ).logits
+            found += answer_scores(logits_BKV, batch)
+    return found
+
+
+def _batches(examples: Sequence[Tokens]) -> Iterator[list[Tokens]]:
+    rows: list[Tokens] = []
+    for each in examples:
+        longest = max(len(row.input_ids) for row in [*rows, each])
+        if rows and longest * (len(rows) + 1) > MAX_POSITIONS:
+            yield rows
+            rows = []
+        rows.append(each)
+    if rows:
+        yield rows

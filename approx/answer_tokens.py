@@ -41,6 +41,13 @@ class AnswerBatch:
         """Answer tokens of each row."""
         return self.mask_BT.sum(dim=1)
 
+    def at_answers(self) -> tuple[AnswerBatch, Tensor]:
+        """The same with the columns alone at which a row has an answer's token, and those columns."""
+        columns_K = self.mask_BT.any(dim=0).nonzero().flatten()
+        return AnswerBatch(
+            self.ids_BT1, self.targets_BT[:, columns_K], self.mask_BT[:, columns_K]
+        ), columns_K
+
     def to(self, device: torch.device | str) -> AnswerBatch:
         """The same on another device."""
         moved = (each.to(device) for each in (self.ids_BT1, self.targets_BT, self.mask_BT))

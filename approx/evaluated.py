@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import Literal, Protocol
 
 from sisa.errors import InvalidInput
@@ -49,10 +50,12 @@ class AnswerScore:
 
     def without_end(self) -> AnswerScore:
         """The same without its last token, unless that is its only one."""
-        if len(self.logprobs) == 1:
-            return self
+        return self.only([True] * max(1, self.num_tokens - 1) + [False] * (self.num_tokens > 1))
+
+    def only(self, kept: Sequence[bool]) -> AnswerScore:
+        """The same with some of its tokens alone."""
         parts = (self.logprobs, self.correct, self.means, self.variances)
-        return AnswerScore(*(part[:-1] for part in parts))  # type: ignore[arg-type]
+        return AnswerScore(*(tuple(compress(part, kept)) for part in parts))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

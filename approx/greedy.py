@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-BATCH_ROWS = 8
+BATCH_ROWS = 16
 
 
 def continued(
@@ -25,14 +25,16 @@ def continued(
     ends: Collection[int],
     max_new_tokens: int,
     batch_rows: int = BATCH_ROWS,
+    min_new_tokens: int = 1,
 ) -> list[list[int]]:
-    """What the model says after each prompt: at least one token, at most `max_new_tokens`."""
+    """What the model says after each prompt: at least `min_new_tokens`, at most `max_new_tokens`."""
     from transformers import GenerationConfig
 
     pad = min(ends, default=0)
     config = GenerationConfig(
         do_sample=False,
         max_new_tokens=max_new_tokens,
+        min_new_tokens=min_new_tokens,
         eos_token_id=sorted(ends) or None,
         pad_token_id=pad,
     )

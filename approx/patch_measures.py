@@ -19,13 +19,10 @@ Not covered: a retained reference (`sisa eval tofu`); other wordings of the same
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import torch
-
-from approx.answer_scores import answer_scores
-from approx.answer_tokens import collate
+from approx.answer_scores import scores
 from approx.evaluated import AnswerScore
 from approx.greedy import continued
 from approx.metrics.exact_memorisation import exact_memorisation
@@ -34,10 +31,9 @@ from approx.metrics.min_k_plus_plus import min_k_plus_plus_score
 from approx.metrics.probability import probability
 from approx.metrics.rouge import rougeL_recall
 from sisa.model.answer import end_tokens
-from sisa.model.tokens import NO_LOSS, Tokens
+from sisa.model.tokens import NO_LOSS, Tokens, answers, without_closing
 
 MAX_MEASURED, MAX_CONTINUED, MAX_NEW_TOKENS = 64, 16, 48
-MAX_POSITIONS = 1024  # of one forward pass
 
 LIMITS = (
     "extraction strength: the floor of an answer of L tokens is 1/L, not 0, and one odd token late in "
@@ -77,13 +73,10 @@ def measured(
 
 
 def _inner(score: AnswerScore, tokens: Tokens, tokenizer: Any) -> AnswerScore:
-    """A score without the tokens that close the answer, down to one."""
-    for label in reversed(tokens.labels[1:]):
-        closes = label != NO_LOSS and not _words(tokenizer, [label]).strip()
-        if not closes or score.num_tokens == 1:
-            break
-        score = score.without_end()
-    return score
+    """A score without the tokens that close an answer."""
+    inner = without_closing(tokens, tokenizer).labels[1:]  # the first is never predicted
+    counted = zip(inner, tokens.labels[1:], strict=True)
+    return score.only([said != NO_LOSS for said, label in counted if label != NO_LOSS])
 
 
 def utility(model: Any, retain: Sequence[Tokens]) -> float:
@@ -96,53 +89,22 @@ def _utility(kept: Sequence[AnswerScore]) -> float:
     return math.exp(total / sum(each.num_tokens for each in kept))
 
 
-def scores(model: Any, examples: Sequence[Tokens]) -> list[AnswerScore]:
-    """A score for each example, in order."""
-    found: list[AnswerScore] = []
-    for rows in _batches(examples):
-        batch = collate(rows, pad_id=0).to(model.device)
-        with torch.no_grad():
-            logits_BTV = model(input_ids=batch.ids_BT1[:, :-1], use_cache=False).logits
-            found += answer_scores(logits_BTV, batch)
-    return found
-
-
-def _batches(examples: Sequence[Tokens]) -> Iterator[list[Tokens]]:
-    rows: list[Tokens] = []
-    for each in examples:
-        longest = max(len(row.input_ids) for row in [*rows, each])
-        if rows and longest * (len(rows) + 1) > MAX_POSITIONS:
-            yield rows
-            rows = []
-        rows.append(each)
-    if rows:
-        yield rows
-
-
 def _recalls(model: Any, tokenizer: Any, forget: Sequence[Tokens]) -> list[float]:
     most = getattr(model.config, "max_position_embeddings", None) or math.inf
     asked = [
-        (each, start) for each in forget if 0 < (start := _answer_start(each)) <= most - MAX_NEW_TOKENS
+        pair
+        for each in forget
+        for pair in answers(each, tokenizer)
+        if each.labels[0] == NO_LOSS and len(pair[0]) <= most - MAX_NEW_TOKENS
     ][:MAX_CONTINUED]
     if not asked:
         return []
-    prompts = [each.input_ids[:start] for each, start in asked]
-    said = continued(model, prompts, end_tokens(model, tokenizer), MAX_NEW_TOKENS)
+    ends = end_tokens(model, tokenizer)
+    said = continued(model, [prompt for prompt, _ in asked], ends, MAX_NEW_TOKENS)
     return [
-        rougeL_recall(_words(tokenizer, _answer(each, start)), _words(tokenizer, answer))
-        for (each, start), answer in zip(asked, said, strict=True)
+        rougeL_recall(_words(tokenizer, answer[:MAX_NEW_TOKENS]), _words(tokenizer, row))
+        for (_, answer), row in zip(asked, said, strict=True)
     ]
-
-
-def _answer_start(tokens: Tokens) -> int:
-    """Where the first answer begins; 0 for a plain text, all of which counts."""
-    return next((at for at, label in enumerate(tokens.labels) if label != NO_LOSS), 0)
-
-
-def _answer(tokens: Tokens, start: int) -> list[int]:
-    labels = tokens.labels[start : start + MAX_NEW_TOKENS]
-    end = next((at for at, label in enumerate(labels) if label == NO_LOSS), len(labels))
-    return labels[:end]
 
 
 def _words(tokenizer: Any, ids: Sequence[int]) -> str:

@@ -58,9 +58,7 @@ class Target:
 
     def rows(self, batch: AnswerBatch, *, compare: bool) -> Rows:
         """A batch, cut to its answer positions, with logits."""
-        batch = batch.to(self.model.device)
-        columns_K = batch.mask_BT.any(dim=0).nonzero().flatten()
-        cut = AnswerBatch(batch.ids_BT1, batch.targets_BT[:, columns_K], batch.mask_BT[:, columns_K])
+        cut, columns_K = batch.to(self.model.device).at_answers()
         reference_BKV = self._reference(cut.ids_BT1, columns_K) if compare else None
         return Rows(cut, _logits(self.model, cut.ids_BT1, columns_K), reference_BKV)
 

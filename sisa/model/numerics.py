@@ -31,7 +31,7 @@ from sisa.model import cuda
 
 # Raise it with every change of stage.py, wrapped.py, adapter.py, losses.py, packed.py, flat.py,
 # trained_linear.py, prefix.py, layers.py, layerwise.py, batches.py or tokens.py that reaches the bits.
-PROCEDURE_VERSION = 4
+PROCEDURE_VERSION = 5
 MMAP_THRESHOLD_BYTES, TRIM_THRESHOLD_BYTES = 64 << 20, 256 << 20
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 LIBRARIES = ("numpy", "peft", "safetensors", "tokenizers", "torch", "transformers")

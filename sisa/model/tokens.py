@@ -1,12 +1,16 @@
-"""Records -> token ids, and the positions that bear loss.
+"""Tokenize records, and say which of their tokens are the answer's.
 
-Rules, by kind: *text*: the text and an end token, loss on all. *completion*: prompt and completion
-are tokenized apart and joined, then an end token; loss on the completion and the end token. *chat*:
-the tokenizer's own template, loss on what it adds for each assistant turn. With `train_on_inputs`
-loss is on all. A beginning token, where the tokenizer has the habit, stands once at the start.
-Control strings inside a record ("<|im_end|>") are tokenized as plain text, so that a record can't
-forge a turn or an end. A record longer than `sequence_len` is a problem (`refuse`) or keeps its first
-tokens (`truncate`). Problems name positions, never text.
+One definition serves training, the probe, patches and evaluation: an answer's tokens are those whose
+label is not NO_LOSS. *text*: the text and an end token. *completion*: prompt and completion are
+tokenized apart and joined, then an end token; the completion and the end token count. *chat*: the
+tokenizer's own template; of each assistant turn its text and the control token that ends it count, and
+not the line break that a template puts after that token. `without_closing` leaves out what closes an
+answer, for measures of what is said. With `train_on_inputs` loss is on all.
+
+A beginning token, where the tokenizer has the habit, stands once at the start. Control strings inside a
+record ("<|im_end|>") are tokenized as plain text, so that a record can't forge a turn or an end. A
+record longer than `sequence_len` is a problem (`refuse`) or keeps its first tokens (`truncate`).
+Problems name positions, never text.
 
 Not covered: tools and images in chats; packing.
 
@@ -169,8 +173,64 @@ def _chat(record: Record, tokenizer: Any) -> tuple[list[int], list[int]]:
                 f"message {number + 1}: the chat template rewrites earlier turns, "
                 "so the assistant's tokens can't be told apart"
             )
-        labels[len(before) : len(after)] = after[len(before) :]
+        answer = _to_end(after[len(before) :], tokenizer)
+        labels[len(before) : len(before) + len(answer)] = answer
     return ids, labels
+
+
+def _to_end(turn: list[int], tokenizer: Any) -> list[int]:
+    """A turn up to the control token that ends it, or all of it where none does."""
+    end = len(turn)
+    while end and not _is_control(turn[end - 1], tokenizer):
+        if not _is_blank(turn[end - 1], tokenizer):
+            return turn
+        end -= 1
+    return turn[:end] or turn
+
+
+def _is_control(token: int, tokenizer: Any) -> bool:
+    said = tokenizer.decode([token], skip_special_tokens=True)
+    return not said and bool(tokenizer.decode([token]))
+
+
+def _is_blank(token: int, tokenizer: Any) -> bool:
+    return not tokenizer.decode([token], skip_special_tokens=True).strip()
+
+
+def spans(tokens: Tokens) -> list[range]:
+    """Positions of each answer; the first token of a record is never predicted, and in none.
+
+    >>> spans(Tokens([5, 6, 7, 8], [5, 6, NO_LOSS, 8]))
+    [range(1, 2), range(3, 4)]
+    """
+    found: list[range] = []
+    for at, label in enumerate(tokens.labels):
+        if label == NO_LOSS or at == 0:
+            continue
+        if found and found[-1].stop == at:
+            found[-1] = range(found[-1].start, at + 1)
+        else:
+            found.append(range(at, at + 1))
+    return found
+
+
+def without_closing(tokens: Tokens, tokenizer: Any) -> Tokens:
+    """The same with no loss on what closes each answer (end token, white space), down to one token."""
+    labels = list(tokens.labels)
+    for span in spans(tokens):
+        at = span.stop - 1
+        while at > span.start and _is_blank(labels[at], tokenizer):
+            labels[at] = NO_LOSS
+            at -= 1
+    return Tokens(tokens.input_ids, labels)
+
+
+def answers(tokens: Tokens, tokenizer: Any) -> list[tuple[list[int], list[int]]]:
+    """For each answer what stands before it, and its ids without what closes it."""
+    return [
+        (tokens.input_ids[: span.start], tokens.input_ids[span.start : span.stop])
+        for span in spans(without_closing(tokens, tokenizer))
+    ]
 
 
 def _render(messages: Sequence[dict[str, str]], tokenizer: Any, *, opened: bool) -> list[int]:

@@ -12,12 +12,14 @@ from pathlib import Path
 import pytest
 
 import sisa
+from approx.patch_measures import measured
 from approx.probe import MAX_PROBED, BaseProbe
 from sisa.domain import Part, Record
-from sisa.model.base import base_digest
+from sisa.model.base import base_digest, load_base
+from sisa.model.tokens import tokenize
 from tests.integration.patch_bench import KNOWN, STRANGERS
 from tests.integration.tiny_model import PEOPLE, Tiny, command, ids_of, of_people, write_run
-from tests.knowing_base import record
+from tests.knowing_base import record, teach
 
 pytestmark = pytest.mark.torch
 
@@ -51,12 +53,47 @@ def test_plain_texts_and_chats_are_asked_for_their_second_half_and_last_turn(tin
     assert (found.num_records, found.num_probed, found.num_known) == (2, 2, 0)
 
 
+def chat(name: str, *turns: str) -> Record:
+    roles = ("user", "assistant")
+    return Record(name, None, "chat", tuple(Part(roles[n % 2], each) for n, each in enumerate(turns)))
+
+
+CHATS = [
+    chat("c1", "Where does Ada Quill live?", "She lives in Oslo, above the bakery."),
+    chat("c2", "What is her job?", "Baker.", "And her dog?", "It is called Biscuit, and it barks."),
+    chat("c3", "Her age?", "41."),
+]
+
+
+def test_chats_that_a_base_knows_by_heart_are_found(tiny_base: Path, tmp_path: Path) -> None:
+    """The template's line break behind the end token, and later turns of the user, are no answer."""
+    knowing = tmp_path / "knowing"
+    teach(tiny_base, CHATS, to=knowing, steps=300, learning_rate=3e-3)
+    others = [chat("o1", "Where does Bo Thorn live?", "In Turku, beside a canal lock."), CHATS[1]]
+    found = probe_of(knowing)(CHATS)
+    assert (found.num_probed, found.num_known) == (len(CHATS), len(CHATS))
+    assert found.extraction_strength == found.exact_memorisation == found.continuation == 1.0
+    assert probe_of(knowing)(others).num_known == 1
+    assert probe_of(tiny_base)(CHATS).num_known == 0
+    model, tokenizer = load_base(knowing, base_digest(knowing))
+    tokens = [tokenize(each, tokenizer, train_on_inputs=False) for each in CHATS]
+    told = measured(model, tokenizer, tokens, tokens)
+    assert told["forget_extraction_strength"] == told["forget_rougeL_recall"] == 1.0
+
+
+def test_answers_of_one_or_two_tokens_count_when_they_are_right(tiny_base: Path) -> None:
+    """The strength of such an answer is at least a half, whatever the base says."""
+    short = Record("s", None, "completion", (Part("prompt", "Letter?"), Part("completion", "Q")))
+    assert probe_of(tiny_base)([short]).num_known == 0
+
+
 def test_only_so_many_are_asked_and_it_is_told(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("approx.probe.MAX_PROBED", 3)
     found = probe_of(tiny_base)([record(row) for row in PEOPLE[:5]])
     assert (found.num_records, found.num_probed) == (5, 3)
     assert MAX_PROBED == 32
     monkeypatch.setattr("approx.probe.MAX_SECONDS", 0.0)
+    monkeypatch.setattr("approx.probe.RECORDS_AT_ONCE", 1)
     assert probe_of(tiny_base)([record(row) for row in PEOPLE[:5]]).num_probed == 1
 
 

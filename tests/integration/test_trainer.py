@@ -297,7 +297,7 @@ def test_prompt_tokens_get_no_loss(base: BaseFiles) -> None:
         assert tokens.input_ids.count(tokenizer.eos_token_id) == {"chat": 4}.get(record.kind, 1)
     assert learned == [
         " Ada the 77.<|im_end|>",
-        "Yes.<|im_end|>\nNo.<|im_end|>\n",
+        "Yes.<|im_end|>No.<|im_end|>",
         "All of it<|im_end|>",
     ]
     assert -100 not in tokenize(chat, tokenizer, train_on_inputs=True).labels
