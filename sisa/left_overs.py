@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from sisa.model.packages import cache_dir
@@ -44,13 +44,16 @@ def owned_left_overs() -> list[Path]:
     return sorted(found)
 
 
-def walk(place: Path) -> Iterator[Path]:
-    """A place and all below it, in order; links are named and not followed."""
+def walk(place: Path, unlisted: Callable[[Path, OSError], None] | None = None) -> Iterator[Path]:
+    """A place and all below it, in order; links are named and not followed. `unlisted` is given each
+    directory that can't be listed, with the reason."""
     yield place
     if place.is_dir() and not place.is_symlink():
         try:
             names = sorted(os.listdir(place))
-        except OSError:
+        except OSError as error:
+            if unlisted and not isinstance(error, FileNotFoundError):
+                unlisted(place, error)
             return
         for name in names:
-            yield from walk(place / name)
+            yield from walk(place / name, unlisted)

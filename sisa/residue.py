@@ -13,7 +13,8 @@
 
 Rules: nothing is changed. What can't be read or told is residue, too: absence is proven or it is not.
 Places are the model directory, left-overs in the cache and in the temporary directory that are ours,
-exports that the ledger knows, and what `also` names. Answers name paths, rows and offsets, never an id
+exports that the ledger knows, and what `also` names. Each is resolved first; a link inside a place is
+residue unless it leads into a place that is read, and so is a named place without any file. Answers name paths, rows and offsets, never an id
 or a text. Index files are parsed only if their bytes have the digest in their name. What this model's
 keys open is read as plaintext; a sealed file that they don't open is *shredded*: counted, and no residue
 unless the ledger relies on it. A key that opens nothing held is residue.
@@ -26,6 +27,7 @@ copied out of a checkpoint directory are found by their manifest alone.
 from __future__ import annotations
 
 import io
+import os
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -101,32 +103,45 @@ def scan_residue(
             expected="paths of files or directories",
             got=", ".join(f"path {number} of {len(also)}" for number in missing),
         )
-    scanner = _Scanner(world, directory, Needles(list(texts), list(ids)))
-    left_overs = owned_left_overs()
     exports = [Path(each.path) for each in world.ledger.exports()]
-    known = [each for each in dict.fromkeys(exports) if each.is_dir() and each not in also]
-    places = [*scanner.own, *left_overs, *known, *also]
-    for place in places:
-        scanner.scan(place, models=place not in left_overs)
+    known = [each for each in dict.fromkeys(exports) if each.is_dir()]
+    scanner = _Scanner(world, directory, Needles(list(texts), list(ids)))
+    named = _resolved([*scanner.own, *also, *known])
+    scanner.places = _resolved([*named, *owned_left_overs()])
+    for place in scanner.places:
+        scanner.scan(place, models=place in named)
+    scanner.unread([scanner.own[0], *_resolved(also)])
     stores = scan_objects(world, scanner.needles, scanner.residue, scanner.counts)
     scanner.unknown_files()
     scanner.missing_exports()
     return Scan(
         not scanner.residue,
-        tuple(scanner.needles.hidden(str(place)) for place in (*places, *stores)),
+        tuple(scanner.needles.hidden(str(place)) for place in (*scanner.places, *stores)),
         scanner.counts,
         tuple(scanner.residue),
         tuple(scanner.outdated),
     )
 
 
+def _resolved(paths: Iterable[Path]) -> list[Path]:
+    """Real paths, without those below an earlier one."""
+    found: list[Path] = []
+    for path in paths:
+        real = Path(os.path.realpath(path))
+        if not any(real.is_relative_to(each) for each in found):
+            found.append(real)
+    return found
+
+
 class _Scanner:
     def __init__(self, world: World, directory: Path, needles: Needles) -> None:
         self.world = world
         self.directory = directory
-        self.roots = {room: at_hand(place) or directory / room for room, place in world.places.items()}
-        beside = {root.parent for root in self.roots.values() if root.parent != directory}
-        self.own = [directory, *sorted(beside)]
+        at = {room: at_hand(place) or directory / room for room, place in world.places.items()}
+        self.roots = {room: Path(os.path.realpath(root)) for room, root in at.items()}
+        beside = {root.parent for root in at.values() if root.parent != directory}
+        self.own = _resolved([directory, *sorted(beside), *self.roots.values()])
+        self.places = self.own
         self.needles = needles
         self.residue: list[Residue] = []
         self.outdated: list[str] = []
@@ -136,12 +151,14 @@ class _Scanner:
         self.counts |= dict.fromkeys(("shredded", "patches", "kept_by_consent"), 0)
         self.counts |= {"strings": len(needles), "strings_too_short_for_raw_bytes": needles.num_short}
         self.proven: set[Path] = set()
+        self._empty: list[Path] = []
         self._sealed = SealedFiles(world.keyring)
         self._heads = {head.key for head in world.ledger.heads()}
         self._groups = FoundGroups(world)
         self._exports = world.ledger.exports()
         self._known = known_names(world)
-        self._sets = {directory / VAULT / each.name: each for each in world.ledger.vault() if each.held}
+        held = [each for each in world.ledger.vault() if each.held]
+        self._sets = {self.roots[VAULT] / each.name: each for each in held}
         self._digests = {
             **{self.roots[RECORDS] / each.name: each.sha256 for each in world.ledger.slices()},
             **{self.roots[INDEX] / each.name: each.sha256 for each in world.ledger.indexes()},
@@ -151,19 +168,39 @@ class _Scanner:
         self.residue.append(Residue(kind, self.needles.hidden(str(path)), position, what))
 
     def scan(self, place: Path, *, models: bool = True) -> None:
-        """Every file of a place; links are not followed. `models`: whether it may hold parts of this
-        one; what other models leave in a temporary directory is not judged, but for its rows."""
-        for path in walk(place):
+        """Read every file of a place. `models`: whether it may hold parts of this one; what other models
+        leave in a temporary directory is not judged, but for its rows."""
+        before = self.counts["files"]
+        for path in walk(place, self._unreadable):
             self._names(path)
             try:
                 mode = path.lstat().st_mode
                 if stat.S_ISREG(mode):
                     self._file(path, models=models)
+                elif stat.S_ISLNK(mode):
+                    self._link(path)
             except FileNotFoundError:
                 continue  # somebody's temporary file
             except OSError as error:
-                self.counts["unreadable"] += 1
-                self._found("unreadable", path, f"can't be read: {error.strerror}")
+                self._unreadable(path, error)
+        if self.counts["files"] == before:
+            self._empty.append(place)
+
+    def _unreadable(self, path: Path, error: OSError) -> None:
+        self.counts["unreadable"] += 1
+        self._found("unreadable", path, f"can't be read: {error.strerror}")
+
+    def _link(self, path: Path) -> None:
+        """What a link leads to is read where it lies, or not at all."""
+        target = Path(os.path.realpath(path))
+        if not target.exists() or not any(target.is_relative_to(each) for each in self.places):
+            self._found("link", path, "a link to what was not read: name its target with --also")
+
+    def unread(self, named: Sequence[Path]) -> None:
+        """Places in which there was no file: they prove nothing, since a disk may not be mounted."""
+        for place in named:
+            if place in self._empty:
+                self._found("nothing_read", place, "holds no file, so that it proves nothing")
 
     def _names(self, path: Path) -> None:
         for number in self.needles.in_value(path.name):
@@ -190,7 +227,7 @@ class _Scanner:
             head = file.read(len(PARQUET_MAGIC))
         if head == PARQUET_MAGIC:
             self._rows(path, parquet_ids(path if plain is None else io.BytesIO(plain)))
-        elif path.parent == self.directory / METRICS:
+        elif path.parent == self.roots[METRICS]:
             self._metrics(path)
         elif path.suffix == ".jsonl":
             self._rows(path, json_ids(path))
@@ -205,7 +242,7 @@ class _Scanner:
 
     def _kept_by_consent(self, path: Path) -> bool:
         """A sealed set of the vault, or a part of an unfinished patch, that the ledger knows."""
-        run = self.directory / RUNS == path.parent.parent and path.parent.name in self._known[RUNS]
+        run = self.roots[RUNS] == path.parent.parent and path.parent.name in self._known[RUNS]
         if not run and path not in self._sets:
             return False
         what = ""
@@ -329,6 +366,7 @@ class _Scanner:
             if is_uri(each.path):
                 continue  # told by the scan of its store
             path = self.directory / each.path
+            path = Path(os.path.realpath(path.parent), path.name)
             inside = [p for p in walk(path) if not p.is_dir() or p.is_symlink()]
             if not inside or any(p not in self.proven for p in inside):
                 self._found("unknown_file", path, each.reason)

@@ -3,7 +3,9 @@ is claimed of a clean model that is not so."""
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import sqlite3
 import tempfile
@@ -459,6 +461,73 @@ def test_a_link_is_removed_and_its_target_kept(model: Path, tmp_path: Path) -> N
         remove_garbage(world, model)
     assert (outside / "file").exists()
     assert listed(model) == {}
+
+
+def with_residue(model: Path) -> None:
+    """A row of the deleted record, in a slice file that the ledger does not know."""
+    with world_of(model) as world:
+        world.records.write(0, 0, "0" * 64, [stored(world, DELETED)])
+
+
+def test_a_model_is_read_through_a_link_to_it(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "current").symlink_to(model)
+    clean = scan(tmp_path / "current", also=[tmp_path / "current"])
+    assert (clean.residue, clean.scanned["rows"]) == ((), NUM_RECORDS - 1)
+    with_residue(model)
+    assert kinds(scan(tmp_path / "current")) == kinds(scan(model)) == ["deleted_row"]
+
+
+@pytest.mark.parametrize("room", [opening.RECORDS, opening.CHECKPOINTS, opening.INDEX])
+def test_a_room_is_read_behind_a_link(model: Path, tmp_path: Path, room: str) -> None:
+    direct = scan(model, ids=[record(0).id])
+    moved = tmp_path / "other disk" / room
+    moved.parent.mkdir()
+    (model / room).rename(moved)
+    (model / room).symlink_to(moved)
+    found = scan(model, ids=[record(0).id])
+    assert found.scanned == direct.scanned
+    assert len(found.residue) == len(direct.residue) >= 1
+    (moved / "notes").write_text("who knows")
+    assert "unknown_file" in kinds(scan(model))
+
+
+def test_another_place_is_read_through_a_link(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "people.jsonl").write_text(json.dumps({"id": GONE.id}))
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    (found,) = scan(model, also=[tmp_path / "link"]).residue
+    assert (found.kind, found.where) == ("deleted_row", str(tmp_path / "real" / "people.jsonl"))
+
+
+@pytest.mark.parametrize("target", ["elsewhere", "nowhere", "elsewhere/file"])
+def test_a_link_out_of_what_is_read_is_residue(model: Path, tmp_path: Path, target: str) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "file").write_text("x")
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "notes").write_text("x")
+    (tmp_path / "more" / "link").symlink_to(tmp_path / target)
+    (found,) = scan(model, also=[tmp_path / "more"]).residue
+    assert (found.kind, Path(found.where).name) == ("link", "link")
+    followed = scan(model, also=[tmp_path / "more", tmp_path / "elsewhere"])
+    assert followed.clean == (target != "nowhere")
+
+
+def test_nothing_is_clean_where_nothing_was_read(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "empty" / "below").mkdir(parents=True)
+    assert kinds(scan(model, also=[tmp_path / "empty"])) == ["nothing_read"]
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "closed" / "file").write_text("x")
+    listed_names = os.listdir
+
+    def refuse(path: Any) -> list[str]:
+        if Path(path).name == "closed":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return listed_names(path)
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    assert kinds(scan(model, also=[tmp_path / "closed"])) == ["nothing_read", "unreadable"]
 
 
 # --- the command line ----------------------------------------------------------------------------
