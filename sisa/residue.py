@@ -14,8 +14,8 @@
 Rules: nothing is changed. What can't be read or told is residue, too: absence is proven or it is not.
 Places are the model directory, left-overs in the cache and in the temporary directory that are ours,
 exports that the ledger knows, and what `also` names. Each is resolved first; a link inside a place is
-residue unless it leads into a place that is read, and so is a named place without any file. Answers name paths, rows and offsets, never an id
-or a text. Index files are parsed only if their bytes have the digest in their name. What this model's
+residue unless it leads into a place that is read, and so is a named place without any file. Answers
+name paths, rows and offsets, never an id or a text. Index files are parsed only if their bytes have the digest in their name. What this model's
 keys open is read as plaintext; a sealed file that they don't open is *shredded*: counted, and no residue
 unless the ledger relies on it. A key that opens nothing held is residue.
 
@@ -29,7 +29,7 @@ from __future__ import annotations
 import io
 import os
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path

@@ -6,6 +6,7 @@ The trainer is a fake; stores, ledger, index and the S3 server are real.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,9 +34,8 @@ def _own_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SISA_CACHE", str(tmp_path / "cache"))
 
 
-def build(directory: Path, storage: str, *, encrypt: bool = False) -> Path:
-    config = parse_run_file(RUN_FILE, "run.yaml")
-    config = config.model_copy(update={"storage": storage, "encrypt": encrypt})
+def build(directory: Path, storage: str, **settings: Any) -> Path:
+    config = parse_run_file(RUN_FILE, "run.yaml").model_copy(update={"storage": storage, **settings})
     care_model.train_in(directory, config, [record(number) for number in range(NUM_RECORDS)])
     assert not (directory / RECORDS).exists()
     assert not (directory / CHECKPOINTS).exists()
@@ -131,20 +131,28 @@ def test_what_came_back_is_residue_and_garbage(model: Path) -> None:
     assert kinds(model) == []
 
 
-def test_groups_in_a_bucket_are_judged_as_on_a_disk(in_bucket: Path) -> None:
+@pytest.mark.parametrize("seed", range(3))  # other keys, in another order
+def test_groups_in_a_bucket_are_judged_as_on_a_disk(s3: Server, tmp_path: Path, seed: int) -> None:
     """One that a deleted record touched, one with another's content, one with a spoilt file, one without
     a readable manifest."""
-    place = places_of(in_bucket)[CHECKPOINTS]
-    whole = {k: {p: place.get(f"{k}/{p}", "p") for p in place.parts(k)} for k in place.held()}
-    delete(in_bucket)
-    gone = min(set(whole) - place.held())
-    place.put_group(gone, whole[gone])
-    one, swapped, spoilt, unread = sorted(place.held() - {gone})[:4]
-    for part, data in whole[one].items():
+    model = build(tmp_path / "model", fresh_place(s3).location().rstrip("/"), seed=seed)
+    place = places_of(model)[CHECKPOINTS]
+
+    def parts_of(key: str) -> dict[str, bytes]:
+        return {part: place.get(f"{key}/{part}", "part") for part in place.parts(key)}
+
+    before = {key: parts_of(key) for key in place.held()}
+    delete(model)
+    with world_of(model) as world:
+        held = sorted(world.ledger.checkpoints(), key=lambda each: (each.shard, each.prefix))
+    one, swapped, spoilt, unread = [each.key for each in held[:4]]
+    gone = min(set(before) - place.held())
+    place.put_group(gone, before[gone])
+    for part, data in parts_of(one).items():
         place.put(f"{swapped}/{part}", data)
     place.put(f"{spoilt}/{ADAPTER}", b"spoilt")
     place.put(f"{unread}/{MANIFEST}", b"{}")
-    residue = [each for each in found(in_bucket) if each[0] not in ("string", "old_versions")]
+    residue = [each for each in found(model) if each[0] not in ("string", "old_versions")]
     told = {key: [kind for kind, where in residue if key in where] for key in place.held()}
     assert told.pop(gone) == ["tainted", "unknown_file"]
     assert told.pop(swapped) == told.pop(spoilt) == ["damaged"]
