@@ -15,9 +15,10 @@ Rules: nothing is changed. What can't be read or told is residue, too: absence i
 Places are the model directory, left-overs in the cache and in the temporary directory that are ours,
 exports that the ledger knows, and what `also` names. Each is resolved first; a link inside a place is
 residue unless it leads into a place that is read, and so is a named place without any file. Answers
-name paths, rows and offsets, never an id or a text. Index files are parsed only if their bytes have the digest in their name. What this model's
-keys open is read as plaintext; a sealed file that they don't open is *shredded*: counted, and no residue
-unless the ledger relies on it. A key that opens nothing held is residue.
+name paths, rows and offsets, never an id or a text. Index files are parsed only if their bytes have the
+digest in their name. What this model's keys open is read as plaintext; a sealed file that they don't
+open is *shredded*: counted, and no residue unless the ledger relies on it. A key that opens nothing
+held is residue.
 
 Not covered: a storage that is no path (`stored_residue.py`); compressed copies, what others encrypted,
 copies of the keyring, other machines, backups, blocks that a disk has freed. Optimizer states that were
