@@ -76,7 +76,7 @@ def where(locations: Sequence[Location]) -> Result:
         if each.state == "deleted":
             lines.append(
                 f"{each.id}: deleted at {each.deleted_at} by {each.request_id} "
-                f"(was in {place}; {each.checkpoints_erased} checkpoints erased)"
+                f"(was in {place}; {_gone(each)})"
             )
             lines += _touched_patches(each)
             continue
@@ -92,6 +92,17 @@ def where(locations: Sequence[Location]) -> Result:
         lines += [f"    exported to {path}" for path in each.exports] + _touched_patches(each)
         lines += [f"    hidden states of its slice in {path}" for path in each.kept_states]
     return Result({"records": [asdict(each) for each in locations]}, printable("\n".join(lines)))
+
+
+def _gone(each: Location) -> str:
+    """What was erased with a deleted record, or what is not erased yet."""
+    if not each.not_erased:
+        return f"{each.checkpoints_erased} checkpoints erased"
+    left = [
+        f"{room} can't be read" if count is None else f"{count} in {room}"
+        for room, count in each.not_erased.items()
+    ]
+    return f"NOT ERASED YET: {', '.join(left)}; the next train, add or forget tries again"
 
 
 def _touched_patches(each: Location) -> list[str]:

@@ -22,7 +22,6 @@ share. A patch is laid on by each worker: the weights that it changes are the wo
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import tempfile
@@ -36,7 +35,9 @@ from numpy.typing import NDArray
 
 from sisa.digest import file_sha256
 from sisa.errors import EnvironmentFault, IntegrityError
+from sisa.store import files
 
+COPY_PATIENCE_S = 3600.0  # for another worker of the node that writes the same base
 BLOCK_BYTES = 64 * 2**20  # a worker's memory while it writes a carried file
 
 Block = NDArray[np.uint8]
@@ -160,5 +161,5 @@ def _write_file(path: Path, file: BaseFile, blocks: Iterable[Block]) -> None:
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     with path.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        files.take_lock(lock.fileno(), path, "has been writing this base", COPY_PATIENCE_S)
         yield

@@ -32,9 +32,9 @@ from sisa.errors import ConfigConflict, Problem, SisaError
 from sisa.plan import ShardPlan, ShardView, marked, plan_shard, tainted
 from sisa.ports import Change
 from sisa.probing import probe_removed
-from sisa.reconcile import note_failure, reconcile, refuse_lost_rows
+from sisa.reconcile import erasing_anyway, note_failure, reconcile, refuse_lost_rows
 from sisa.rederiving import Touched, make_again, touched_by
-from sisa.requests import event
+from sisa.requests import event, under_way
 from sisa.vaulting import put_removed
 from sisa.world import (
     Place,
@@ -180,12 +180,14 @@ def forget(world: World, requests: Sequence[Request]) -> tuple[Request, ...]:
         return ()
     named = {request.request_id: rows_named(world, request) for request in requests}
     held = slices_of(world, [row for rows in named.values() for row in rows])
-    try:
-        world, touched = commit_removed(world, requests, named, Change())
-    except SisaError as error:
-        note_failure(world, requests, error)
-        raise
-    probe_removed(world, named, held)
+    with erasing_anyway(world):
+        try:
+            world, touched = commit_removed(world, requests, named, Change())
+        except SisaError as error:
+            accepted = {each.request_id for each in world.ledger.requests() if under_way(each)}
+            note_failure(world, [each for each in requests if each.request_id not in accepted], error)
+            raise
+        probe_removed(world, named, held)
     reconcile(world)
     make_again(world, touched)
     done = {each.request_id: each for each in world.ledger.requests()}
@@ -199,8 +201,9 @@ def forget_at_once(world: World, arrival: Arrival, *, defer: bool = False) -> Re
     request = arrival.request
     named = {request.request_id: rows}
     held = slices_of(world, rows)
-    world, touched = commit_removed(world, [request], named, arrival.change())
-    probe_removed(world, named, held)
+    with erasing_anyway(world):
+        world, touched = commit_removed(world, [request], named, arrival.change())
+        probe_removed(world, named, held)
     reconcile(world, defer=defer)
     make_again(world, touched)
     return next(each for each in world.ledger.requests() if each.request_id == request.request_id)

@@ -24,7 +24,8 @@ Not covered: how an error is printed (`cluster/cli.py`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -144,3 +145,29 @@ class Busy(TransientError):
 
 class EnvironmentFault(TransientError):
     """Disk, network, a missing package or the cluster failed."""
+
+
+@contextmanager
+def all_tried() -> Iterator[Callable[[], AbstractContextManager[None]]]:
+    """Put off the errors of several steps until all were tried, then raise the first one, with the
+    others among its problems.
+
+    >>> with all_tried() as tried:
+    ...     with tried():
+    ...         print("this step, and whatever follows")
+    this step, and whatever follows
+    """
+    errors: list[SisaError] = []
+
+    @contextmanager
+    def tried() -> Iterator[None]:
+        try:
+            yield
+        except SisaError as error:
+            errors.append(error)
+
+    yield tried
+    if errors:
+        first, *others = errors
+        first.problems += tuple(each for other in others for each in other.as_problems(""))
+        raise first

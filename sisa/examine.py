@@ -22,9 +22,10 @@ from sisa.assign import slice_root
 from sisa.config_types import is_uri
 from sisa.domain import Head, IndexFile, SliceFile
 from sisa.errors import IntegrityError, SisaError, TransientError
-from sisa.garbage import LEDGER_FILES, STRAY, at_hand, list_garbage
+from sisa.garbage import KEPT_FILES, STRAY, at_hand, list_garbage
+from sisa.left_overs import walk
 from sisa.lineage import parse_manifest, parse_patch_manifest
-from sisa.opening import CHECKPOINTS, INDEX, KEY, LEDGER, PATCHES, RECORDS, VAULT
+from sisa.opening import CHECKPOINTS, INDEX, LEDGER, METRICS, PATCHES, RECORDS, VAULT
 from sisa.place_ports import Place
 from sisa.plan import gaps, plan_shard
 from sisa.reconcile import refuse_lost_rows
@@ -33,9 +34,11 @@ from sisa.stale_exports import standing
 from sisa.store import files
 from sisa.store.checkpoints import MANIFEST
 from sisa.store.keyring import MAGIC, RESTORE, FileKeyring, is_sealed
+from sisa.store.metrics import run_files
 from sisa.unsealing import ALONE, INSIDE
 from sisa.world import ALWAYS_SEALED, World, known_names, only, purge, view_shard
 
+OTHERS, OTHERS_WRITE = 0o077, 0o022
 Severity = Literal["error", "warning"]
 Repair = Literal[
     "", "reindex", "retrain", "heads", "patches", "sweep", "mode", "scrub", "reseal", "purge"
@@ -132,18 +135,30 @@ def _damage(check: Callable[[], object]) -> str:
 
 
 def _modes(world: World, directory: Path) -> Iterator[Finding]:
-    """Files that hold text, vectors or the secret and are readable by others than their owner."""
-    paths = [directory / name for name in (KEY, *LEDGER_FILES)]
-    if (records := at_hand(world.places[RECORDS])) is not None:
-        paths += [records / each.name for each in world.ledger.slices()]
-    paths += [directory / INDEX / each.name for each in world.ledger.indexes()]
-    paths += [directory / VAULT / each.name for each in world.ledger.vault()]
-    for path in paths:
-        if path.is_file() and (mode := stat.S_IMODE(path.stat().st_mode)) & 0o077:
-            where = str(path)
-            if path.is_relative_to(directory):
-                where = path.relative_to(directory).as_posix()
-            yield finding("mode", "warning", where, f"others may use it (mode {mode:o})", "mode")
+    """What others than the owner may use: files, and the rooms and directories that they lie in."""
+    if (mode := _mode(directory)) & OTHERS_WRITE:
+        yield finding("mode", "warning", ".", f"others may write to it (mode {mode:o})", "mode")
+    for path in (*(directory / name for name in KEPT_FILES), Path(world.witness.location())):
+        if path.is_file() and (mode := _mode(path)) & OTHERS:
+            yield _open_to_others(directory, path, f"others may use it (mode {mode:o})")
+    known = {**known_names(world), METRICS: run_files(directory / METRICS)}
+    for room, place in sorted(world.places.items()):
+        if (root := at_hand(place)) is None or not root.is_dir():
+            continue
+        held = [root, *(each for name in sorted(known.get(room, ())) for each in walk(root / name))]
+        modes = [_mode(each) for each in held if each.exists()]
+        if wide := [mode for mode in modes if mode & OTHERS]:
+            what = f"others may use {len(wide)} files and directories (mode {max(wide):o})"
+            yield _open_to_others(directory, root, what)
+
+
+def _mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def _open_to_others(directory: Path, path: Path, what: str) -> Finding:
+    where = path.relative_to(directory).as_posix() if path.is_relative_to(directory) else str(path)
+    return finding("mode", "warning", where, what, "mode")
 
 
 def _keyring(world: World) -> Iterator[Finding]:
@@ -159,7 +174,7 @@ def _keyring(world: World) -> Iterator[Finding]:
     rooms = [keyring.root / room for room in (*ALONE, *INSIDE)]
     keys = [room / name for room in rooms for name in sorted(keyring.held(room.name))]
     for path in (keyring.root, *rooms, *keys):
-        if path.exists() and (mode := stat.S_IMODE(path.stat().st_mode)) & 0o077:
+        if path.exists() and (mode := _mode(path)) & OTHERS:
             yield finding("mode", "warning", str(path), f"others may use it (mode {mode:o})", "mode")
 
 

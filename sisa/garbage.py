@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sisa.errors import IntegrityError
+from sisa.errors import IntegrityError, all_tried
 from sisa.lineage import named_files
 from sisa.opening import (
     CHECKPOINTS,
@@ -180,7 +180,7 @@ def _stored(place: Place, room: str) -> frozenset[str]:
 
 def _at(directory: Path, path: Path, reason: str, *, removable: bool = True) -> _Item:
     told = Garbage(path.relative_to(directory).as_posix(), files.num_bytes(path), reason, removable)
-    return _Item(told, lambda: files.erase(path))
+    return _Item(told, lambda: files.erase_all(path.parent, [path.name]))
 
 
 def _in(directory: Path, place: Place, name: str, reason: str, *, removable: bool = True) -> _Item:
@@ -240,8 +240,10 @@ def remove_garbage(world: World, directory: Path) -> tuple[Garbage, ...]:
     kept[CHECKPOINTS] |= _waiting(world)
     for room, names in kept.items():
         world.keyring.destroy(room, sorted(world.keyring.held(room) - names))
-    for each in found:
-        each.erase()
+    with all_tried() as tried:
+        for each in found:
+            with tried():
+                each.erase()
     return tuple(each.told for each in found)
 
 

@@ -42,4 +42,4 @@ def read_secret(path: Path) -> bytes:
 
 def write_secret(path: Path, secret: bytes) -> None:
     """Keep the secret, readable by its owner alone."""
-    files.write_atomic(path, secret.hex().encode() + b"\n", mode=0o600)
+    files.write_atomic(path, secret.hex().encode() + b"\n")

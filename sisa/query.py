@@ -9,7 +9,7 @@ Not covered: answering with the model (`api.py`), proof (`verify.py`).
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -19,6 +19,8 @@ from sisa.patch import Patch, PatchState, SetRole, VaultSet
 from sisa.plan import touched
 from sisa.ports import StoredRecord, Vectors
 from sisa.prefix_names import slice_start
+from sisa.reconcile import not_erased
+from sisa.requests import under_way
 from sisa.stale_exports import standing
 from sisa.world import World, slices_of, stored_in
 
@@ -65,6 +67,7 @@ class Location:
     vault: tuple[VaultSet, ...] = ()  # sets that its text is in now
     kept_states: tuple[str, ...] = ()  # files of hidden states of its slice
     generation: int = 0  # in which it was appended
+    not_erased: Mapping[str, int | None] = field(default_factory=dict)  # as `reconcile.not_erased`
 
 
 @dataclass(frozen=True)
@@ -162,7 +165,27 @@ def where(world: World, ids: Sequence[str]) -> list[Location]:
         digest: _with_states(world, _location(world, each, rows.get(digest)), states)
         for each, digest in zip(ids, digests, strict=True)
     }
-    return [_with_patches(places[digest], in_sets.get(digest, ()), sets, patches) for digest in digests]
+    left = _not_erased(world, rows.values())
+    return [
+        replace(
+            _with_patches(places[digest], in_sets.get(digest, ()), sets, patches),
+            not_erased=left.get(places[digest].request_id or "", {}),
+        )
+        for digest in digests
+    ]
+
+
+def _not_erased(
+    world: World, rows: Iterable[RecordRow | Tombstone]
+) -> dict[str, Mapping[str, int | None]]:
+    """What is left to erase, by the requests that wait for it."""
+    asked = {each.request_id for each in rows if isinstance(each, Tombstone)}
+    waiting = [
+        each.request_id
+        for each in (world.ledger.requests() if asked else ())
+        if each.request_id in asked and under_way(each) and each.state != "erased"
+    ]
+    return dict.fromkeys(waiting, not_erased(world)) if waiting else {}
 
 
 def _with_patches(

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from types import MappingProxyType
@@ -35,27 +35,25 @@ from sisa.domain import (
     SliceJob,
     record_epochs,
 )
-from sisa.errors import IntegrityError, SisaError
+from sisa.errors import IntegrityError, SisaError, all_tried
 from sisa.events import DeletionCompleted, ErasureFailed, Event, Notice, SliceTrained, TrainingStarted
 from sisa.measured import STAGE_DIGITS
 from sisa.plan import Missing, ShardPlan, plan_shard
 from sisa.ports import Change, Ledger
 from sisa.requests import contradicted, event, under_way
-from sisa.stale_exports import erase_stale, missing
+from sisa.stale_exports import erase_stale, missing, standing
 from sisa.vaulting import settle
 from sisa.world import (
     World,
     commit,
-    held_names,
     known_names,
     model_digest,
     open_shards,
     purge,
+    rooms,
     view_shard,
     view_shards,
 )
-
-Names = Mapping[str, frozenset[str]]  # by room
 
 
 @dataclass(frozen=True)
@@ -143,26 +141,54 @@ def _refuse(lost: Sequence[str]) -> None:
 
 
 def erase_unknown(world: World) -> None:
-    """The part before training: take over what was stored for a target, erase what no commit knows."""
+    """The part before training: take over what was stored for a target, erase what no commit knows. What
+    fails stops nothing else; its error is raised in the end."""
     refuse_contradictions(world)
-    adopt(world)
-    _erase(world)
+    adopted = False
+    with all_tried() as tried:
+        with tried():
+            adopt(world)
+            adopted = True
+        with tried():
+            _erase(world, frozenset() if adopted else _targets(world))
+
+
+@contextlib.contextmanager
+def erasing_anyway(world: World) -> Iterator[None]:
+    """Whatever stops a deletion after its commit: erase what can be erased, then let it stop."""
+    try:
+        yield
+    except SisaError:
+        with contextlib.suppress(SisaError):
+            if _under_way(world):
+                erase_unknown(world)
+        raise
+
+
+def _targets(world: World) -> frozenset[str]:
+    """Stages of the present targets: clean, whoever stored them."""
+    return frozenset(key for plan in open_plans(world) for key in plan.stages)
 
 
 def _under_way(world: World) -> list[Request]:
     return [request for request in world.ledger.requests() if under_way(request)]
 
 
-def _erase(world: World) -> None:
+def _erase(world: World, spared: Collection[str]) -> None:
     """Erase what the ledger does not know and note it with the requests that wait for it."""
     try:
-        sweep(world)
-        erase_stale(world)
-        world.ledger.scrub()
+        with all_tried() as tried:
+            with tried():
+                sweep(world, spared)
+            with tried():
+                erase_stale(world)
+            with tried():
+                world.ledger.scrub()
     except SisaError as error:
         waiting = _under_way(world)
         note_failure(world, waiting, error, "erasure_failed")
-        world.report(ErasureFailed(len(waiting)))
+        with contextlib.suppress(SisaError):  # metrics may be what failed
+            world.report(ErasureFailed(len(waiting)))
         raise
     waiting = [request for request in _under_way(world) if request.state != "erased"]
     lost = Counter(export.request_id for export in missing(world))
@@ -345,34 +371,42 @@ def _seconds_between(start: str, end: str) -> float:
     return max(0.0, round(passed.total_seconds(), 3))
 
 
-def sweep(world: World) -> None:
-    """Erase every file that the ledger does not know: tainted, retired, half-written.
+def sweep(world: World, spared: Collection[str] = ()) -> None:
+    """Erase every file that the ledger does not know (tainted, retired, half-written), but for `spared`
+    checkpoints; and the losses of what goes.
 
-    Losses of what goes come first, then keys, those without a file among them: a file whose key is gone
-    is erased wherever it is.
+    Keys come first, those without a file among them: a file whose key is gone is erased wherever it is.
+    A room that can't be erased keeps no other one: its error is raised when all were tried.
     """
-    known, held = known_names(world), held_names(world)
-    world.metrics.keep_losses({key[:STAGE_DIGITS] for key in known["checkpoints"]})
-    for room, names in known.items():
-        world.keyring.destroy(room, sorted(world.keyring.held(room) - names))
-    world.records.erase(sorted(held["records"] - known["records"]))
-    world.index.erase(sorted(held["index"] - known["index"]))
-    if world.prefixes is not None:
-        world.prefixes.erase(sorted(held["prefixes"] - known["prefixes"]))
-    world.checkpoints.erase(sorted(held["checkpoints"] - known["checkpoints"]))
-    _sweep_patches(world, known, held)
+    known = known_names(world)
+    with all_tried() as tried:
+        for room, names in known.items():
+            with tried():
+                world.keyring.destroy(room, sorted(world.keyring.held(room) - names))
+        for room, store in rooms(world).items():
+            with tried():
+                store.erase(sorted(store.held() - known[room] - set(spared)))
+        with tried():
+            world.metrics.keep_losses({key[:STAGE_DIGITS] for key in known["checkpoints"]})
+
+
+def not_erased(world: World) -> dict[str, int | None]:
+    """How much is still held, by room, of what a commit gave up; None of a room that can't be read."""
+    found: dict[str, int | None] = {}
+    known, targets = known_names(world), _targets(world)
+    for room, store in rooms(world).items():
+        try:
+            found[room] = len(store.held() - known[room] - targets)
+        except SisaError:
+            found[room] = None
+    stale = [standing(world, each) for each in world.ledger.exports() if each.state != "clean"]
+    found["exports"] = stale.count("held")
+    return {room: count for room, count in found.items() if count != 0}
 
 
 def sweep_patches(world: World) -> None:
     """The part of it that concerns patches: texts, unfinished runs, patches that nobody serves."""
-    known = known_names(world)
+    known, held = known_names(world), rooms(world)
     world.keyring.destroy("patches", sorted(world.keyring.held("patches") - known["patches"]))
-    _sweep_patches(world, known, held_names(world))
-
-
-def _sweep_patches(
-    world: World, known: Mapping[str, frozenset[str]], held: Mapping[str, frozenset[str]]
-) -> None:
-    world.vault.erase(sorted(held["vault"] - known["vault"]))
-    world.runs.erase(sorted(held["runs"] - known["runs"]))
-    world.patches.erase(sorted(held["patches"] - known["patches"]))
+    for room in ("vault", "runs", "patches"):
+        held[room].erase(sorted(held[room].held() - known[room]))

@@ -30,6 +30,7 @@ from sisa.domain import Chain, Head, HeldCheckpoint, SliceJob
 from sisa.events import Event, SliceTrained
 from sisa.examine import Finding, examine
 from sisa.garbage import remove_garbage
+from sisa.left_overs import walk
 from sisa.plan import ShardPlan, plan_shard, reached
 from sisa.ports import Change
 from sisa.reconcile import just_trained, reconcile, training_started
@@ -98,10 +99,12 @@ def mend(world: World, directory: Path) -> Repair:
 
 def _mend_modes(directory: Path, found: Sequence[Finding]) -> list[str]:
     wrong = [directory / each.where for each in found if each.repair == "mode"]
-    for path in wrong:
+    paths = [each for top in wrong for each in ([top] if top == directory else walk(top))]
+    for path in paths:
         with files.disk_errors(path):
-            path.chmod(0o700 if path.is_dir() else 0o600)
-    return [f"made {len(wrong)} files readable by their owner alone"] if wrong else []
+            if not path.is_symlink():
+                path.chmod(files.DIRECTORY_MODE if path.is_dir() else files.FILE_MODE)
+    return [f"made {len(paths)} files and directories their owner's alone"] if wrong else []
 
 
 def _mend_forms(world: World, found: Sequence[Finding]) -> list[str]:

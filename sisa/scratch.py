@@ -43,6 +43,7 @@ from sisa.scratch_config import PLACES, Scratch
 from sisa.store import files
 
 RECIPE_FILE, RUNS_FILE = "scratch.json", "corpus.runs"
+BASE_MODE = 0o644  # a base holds nothing deletable, and users may share it
 
 
 @dataclass(frozen=True)
@@ -123,8 +124,8 @@ def _train(
             "fingerprint": fingerprint(recipe["threads"]),
         }
         with files.disk_errors(directory):
-            files.write_atomic(target / RUNS_FILE, data)
-            files.write_atomic(target / RECIPE_FILE, canonical_json(told))
+            files.write_atomic(target / RUNS_FILE, data, BASE_MODE)
+            files.write_atomic(target / RECIPE_FILE, canonical_json(told), BASE_MODE)
             os.replace(target, directory)
 
 

@@ -14,36 +14,50 @@ Not covered: copies that somebody made of an export; what a server loaded from i
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 
 from sisa.domain import Export
-from sisa.errors import EnvironmentFault
+from sisa.errors import EnvironmentFault, all_tried
 from sisa.ports import Change
 from sisa.requests import event
 from sisa.world import World, commit
 
 
 def erase_stale(world: World) -> None:
-    """Erase the exports that a deletion marked and that are still what was written."""
-    stale = [each for each in world.ledger.exports() if each.state != "clean"]
-    due = [
-        replace(each, state="erasing")
-        for each in stale
-        if each.state == "erasing" or world.exports.state(each) == "held"
-    ]
+    """Erase the exports that a deletion marked and that are still what was written. One that can't be
+    read or erased keeps no other one: its error is raised when all were tried."""
+    due: list[Export] = []
+    with all_tried() as tried:
+        for each in (each for each in world.ledger.exports() if each.state != "clean"):
+            with tried():
+                if each.state == "erasing" or world.exports.state(each) == "held":
+                    due.append(replace(each, state="erasing"))
+        with tried():
+            _erase_marked(world, due)
+
+
+def _erase_marked(world: World, due: Sequence[Export]) -> None:
     if not due:
         return
     commit(world, Change(exports=due))  # from now on, what is gone was erased by us
-    erased = [each for each in due if world.exports.erase(each)]
-    left = [replace(each, state="tainted") for each in due if each not in erased]
-    counts = Counter(name for name, _ in {(each.request_id, each.path) for each in erased})
-    told = [
-        replace(request, exports_erased=request.exports_erased + counts[request.request_id])
-        for request in world.ledger.requests()
-        if request.request_id in counts
-    ]
-    names = [each.name for each in erased]
-    commit(world, Change(exports=left, unexported=names, requests=told))
+    erased: list[Export] = []
+    left: list[Export] = []
+    with all_tried() as tried:
+        for each in due:
+            with tried():
+                if world.exports.erase(each):
+                    erased.append(each)
+                else:
+                    left.append(replace(each, state="tainted"))
+        counts = Counter(name for name, _ in {(each.request_id, each.path) for each in erased})
+        told = [
+            replace(request, exports_erased=request.exports_erased + counts[request.request_id])
+            for request in world.ledger.requests()
+            if request.request_id in counts
+        ]
+        names = [each.name for each in erased]
+        commit(world, Change(exports=left, unexported=names, requests=told))
 
 
 def standing(world: World, export: Export) -> str:

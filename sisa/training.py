@@ -112,8 +112,7 @@ def _first_training(
     parts.check_modules()
     meta = parts.meta()
     directory = config.output_dir
-    with files.disk_errors(directory):
-        directory.mkdir(parents=True, exist_ok=True)
+    files.make_directory(directory)
     with files.writer_lock(directory / LOCK):
         if _committed(directory):
             raise Busy(

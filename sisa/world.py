@@ -8,14 +8,15 @@ Not covered: the order of effects (`run.py`, `reconcile.py`).
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from sisa import place_ports
 from sisa.assign import Assigner, slice_root
 from sisa.digest import digest_of
 from sisa.domain import HeldCheckpoint, IndexFile, Record, RecordRow, SliceFile, SliceState
-from sisa.errors import IntegrityError
+from sisa.errors import EnvironmentFault, IntegrityError
 from sisa.events import Report
 from sisa.patch import Patch, PatchMode
 from sisa.patch_plan import OVER, active, wanted
@@ -40,6 +41,16 @@ from sisa.ports import (
 from sisa.prefix_names import prefix_names
 
 Place = tuple[int, int]  # shard, slice
+
+
+class Room(Protocol):
+    """Named files, or groups of files, of one kind."""
+
+    def held(self) -> frozenset[str]: ...
+
+    def erase(self, names: Collection[str], /) -> None: ...
+
+
 FEW_SHARDS = 16  # that are asked for one by one
 ALWAYS_SEALED = ("vault", "runs")  # rooms that are sealed in a plain model, too
 
@@ -124,20 +135,30 @@ def _known_prefixes(world: World) -> frozenset[str]:
     """Files of hidden states that are there, and of slices as they are now."""
     if world.prefixes is None or not world.keeps_prefixes:
         return frozenset()
-    return world.prefixes.held() & prefix_names(world.ledger.slices(), world.recipe, world.fingerprint)
+    try:
+        held = world.prefixes.held()
+    except EnvironmentFault:
+        return frozenset()  # a cache; whoever erases there meets the error again
+    return held & prefix_names(world.ledger.slices(), world.recipe, world.fingerprint)
+
+
+def rooms(world: World) -> dict[str, Room]:
+    """The rooms that the ledger knows the files of. What is held, left-over temporaries among it, can be
+    erased there; of the vault and the runs also keys."""
+    found: dict[str, Room] = {
+        "records": world.records,
+        "index": world.index,
+        "checkpoints": world.checkpoints,
+        "patches": world.patches,
+        "vault": world.vault,
+        "runs": world.runs,
+    }
+    return found if world.prefixes is None else {**found, "prefixes": world.prefixes}
 
 
 def held_names(world: World) -> dict[str, frozenset[str]]:
-    """What lies in each room, left-over temporaries among it; of the vault and the runs also keys."""
-    return {
-        "records": world.records.held(),
-        "index": world.index.held(),
-        "checkpoints": world.checkpoints.held(),
-        "patches": world.patches.held(),
-        "vault": world.vault.held(),
-        "runs": world.runs.held(),
-        "prefixes": world.prefixes.held() if world.prefixes else frozenset(),
-    }
+    """What lies in each room."""
+    return {name: room.held() for name, room in rooms(world).items()}
 
 
 def purge(world: World, *, dry_run: bool = False) -> tuple[place_ports.Kept, ...]:

@@ -23,7 +23,7 @@ from sisa.patch import PatchJob
 from sisa.place_ports import Place
 from sisa.ports import Keyring
 from sisa.store import files
-from sisa.store.keyring import PLAIN
+from sisa.store.keyring import PLAIN, shred
 from sisa.store.local_place import LocalPlace
 
 ROOM = "checkpoints"
@@ -93,8 +93,7 @@ class FileCheckpoints:
         }
 
     def erase(self, keys: Collection[str]) -> None:
-        self.keyring.destroy(self.room, keys)
-        self.place.erase(keys)
+        shred(self.keyring, self.room, keys, self.place.erase)
 
     def location(self, key: str) -> str:
         return self.place.location(f"{key}/{ADAPTER}")

@@ -22,13 +22,17 @@ import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 from sisa.digest import sha256_hex
-from sisa.errors import Busy, EnvironmentFault, IntegrityError
+from sisa.errors import Busy, EnvironmentFault, IntegrityError, all_tried
 
 TEMPORARY_PREFIX = ".tmp-"
+LOCK_PATIENCE_S = 10.0
+FILE_MODE, DIRECTORY_MODE = 0o600, 0o700  # whatever the umask: text, and weights that may recite it
 _NEXT_STEPS = {
     errno.ENOSPC: "free disk space, then run the same command again",
     errno.EDQUOT: "raise the disk quota, then run the same command again",
@@ -59,12 +63,27 @@ def sync_directory(path: Path) -> None:
         os.close(handle)
 
 
-def write_atomic(path: Path, data: bytes, mode: int = 0o644, temporary_in: Path | None = None) -> None:
+def make_directory(path: Path) -> None:
+    """Make a directory, and those above it, for their owner alone; one that is there stays as it is."""
+    with disk_errors(path):
+        missing = [each for each in (path, *path.parents) if not each.exists()]
+        for each in reversed(missing):
+            with contextlib.suppress(FileExistsError):  # another process was faster
+                each.mkdir(DIRECTORY_MODE)
+                each.chmod(DIRECTORY_MODE)
+            sync_directory(each.parent)
+        if not path.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+
+
+def write_atomic(
+    path: Path, data: bytes, mode: int = FILE_MODE, temporary_in: Path | None = None
+) -> None:
     """Write a whole file or nothing; `temporary_in` is where what a killed process leaves may lie."""
     _write(path, data, mode, temporary_in, _replace)
 
 
-def write_new(path: Path, data: bytes, mode: int = 0o644, temporary_in: Path | None = None) -> bool:
+def write_new(path: Path, data: bytes, mode: int = FILE_MODE, temporary_in: Path | None = None) -> bool:
     """Write a whole file unless there is one of that name; whether there was none."""
     return _write(path, data, mode, temporary_in, _link)
 
@@ -87,8 +106,8 @@ def _replace(temporary: str, path: Path) -> bool:
 def _write(
     path: Path, data: bytes, mode: int, temporary_in: Path | None, name_it: Callable[[str, Path], bool]
 ) -> bool:
+    make_directory(path.parent)
     with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=TEMPORARY_PREFIX, dir=temporary_in or path.parent)
         try:
             with os.fdopen(handle, "wb") as file:
@@ -107,16 +126,17 @@ def _write(
 
 def write_directory(path: Path, files: dict[str, bytes]) -> None:
     """Write a directory of flat files, whole or not at all; an existing one is kept."""
+    make_directory(path.parent)
     with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=path.parent))
         try:
             for name, data in files.items():
                 with (temporary / name).open("wb") as file:
                     file.write(data)
                     file.flush()
+                    os.fchmod(file.fileno(), FILE_MODE)
                     os.fsync(file.fileno())
-            temporary.chmod(0o755)
+            temporary.chmod(DIRECTORY_MODE)
             sync_directory(temporary)
             try:
                 os.rename(temporary, path)
@@ -171,10 +191,9 @@ def tampered(where: str, what: str, expected: str, got: str) -> IntegrityError:
 
 def held_names(folder: Path) -> frozenset[str]:
     """All names in a folder, left-over temporaries among them."""
-    try:
+    with disk_errors(folder), contextlib.suppress(FileNotFoundError):
         return frozenset(os.listdir(folder))
-    except FileNotFoundError:
-        return frozenset()
+    return frozenset()
 
 
 def num_bytes(path: Path) -> int:
@@ -188,28 +207,70 @@ def num_bytes(path: Path) -> int:
 
 
 def erase(path: Path) -> None:
-    """Remove a file or a directory; absence is no error."""
+    """Remove a file or a directory, or of it what can be removed; absence is no error. Raises
+    EnvironmentFault for the first thing that stays."""
+    refused: list[BaseException] = []
+
+    def refuse(_function: Any, _path: str, found: Any) -> None:
+        if not isinstance(found[1], FileNotFoundError):
+            refused.append(found[1])
+
     with disk_errors(path):
         if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
+            shutil.rmtree(path, onerror=refuse)
         else:
             path.unlink(missing_ok=True)
+        if refused:
+            raise refused[0]
+
+
+def erase_all(folder: Path, names: Collection[str]) -> None:
+    """Remove entries of a directory for good: when this returns, no crash of the machine brings one
+    back. What can be removed is, before the first error is raised."""
+    with all_tried() as tried:
+        for name in names:
+            with tried():
+                erase(folder / name)
+        for parent in sorted({(folder / name).parent for name in names}):
+            with tried(), disk_errors(parent):
+                if parent.is_dir():
+                    sync_directory(parent)
 
 
 @contextlib.contextmanager
 def writer_lock(path: Path) -> Iterator[None]:
-    """Hold the model's one writer lock. Raises Busy when another process has it."""
+    """Hold the model's one writer lock, a file that its owner alone can open. Raises Busy when another
+    process has it."""
     with disk_errors(path):
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise Busy(
-                "another process is writing to this model",
-                where=str(path.parent),
-                next_step="wait until it has finished, then run the same command again",
-            ) from error
+        _for_owner_alone(handle)
+        take_lock(handle, path.parent, "is writing to this model", patience_s=0)
         yield
     finally:
         os.close(handle)
+
+
+def _for_owner_alone(handle: int) -> None:
+    """Whoever can open a lock can hold it."""
+    if os.fstat(handle).st_mode & 0o077:
+        with contextlib.suppress(PermissionError):  # somebody else's: `sisa doctor` tells
+            os.fchmod(handle, FILE_MODE)
+
+
+def take_lock(handle: int, where: Path, doing: str, patience_s: float | None = None) -> None:
+    """Lock an open file or directory. Raises Busy when another process still holds the lock after
+    `patience_s` seconds (LOCK_PATIENCE_S)."""
+    deadline = time.monotonic() + (LOCK_PATIENCE_S if patience_s is None else patience_s)
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError as error:
+            if time.monotonic() >= deadline:
+                raise Busy(
+                    f"another process {doing}",
+                    where=str(where),
+                    next_step="wait until it has finished, then run the same command again",
+                ) from error
+        time.sleep(0.05)

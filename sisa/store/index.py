@@ -23,7 +23,7 @@ from sisa.domain import Hit, IndexFile
 from sisa.errors import IntegrityError
 from sisa.ports import Keyring, Vectors
 from sisa.store import files
-from sisa.store.keyring import PLAIN
+from sisa.store.keyring import PLAIN, shred
 from sisa.store.loaded import Loaded, Warm, search
 
 ROOM = "index"
@@ -58,7 +58,7 @@ class FaissIndex:
         data = faiss.serialize_index(index).tobytes()
         file = IndexFile(shard, root, len(ids), sha256_hex(data), len(data))
         sealed = self.keyring.seal(ROOM, file.name, "", data)
-        files.write_atomic(self.root / file.name, sealed, mode=0o600)
+        files.write_atomic(self.root / file.name, sealed)
         return file
 
     def _held_vectors(self, base: IndexFile | None, vector_ids: Sequence[int]) -> Vectors:
@@ -117,8 +117,6 @@ class FaissIndex:
         return files.held_names(self.root)
 
     def erase(self, names: Collection[str]) -> None:
-        self.keyring.destroy(ROOM, names)
         gone = set(names)
         self._warm.files = {name: each for name, each in self._warm.files.items() if name not in gone}
-        for name in names:
-            files.erase(self.root / name)
+        shred(self.keyring, ROOM, names, partial(files.erase_all, self.root))

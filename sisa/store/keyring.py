@@ -30,18 +30,19 @@ import os
 import stat
 import tempfile
 import uuid
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from sisa.digest import canonical_json
-from sisa.errors import IntegrityError
+from sisa.errors import IntegrityError, all_tried
 from sisa.place_ports import Place
 from sisa.ports import Keyring
 from sisa.store import files
 
 MAGIC = b"SISA-AES-256-GCM\n"
 KEY_BYTES, NONCE_BYTES = 32, 12
+Erase = Callable[[Collection[str]], None]
 RESTORE = "put the keyring back where `keyring:` of the run file names it, or restore it from a backup"
 
 
@@ -170,7 +171,7 @@ class FileKeyring:
     def _create(self, room: str, name: str) -> bytes:
         folder = self.root / room
         with files.disk_errors(folder):
-            _make_private(folder)
+            files.make_directory(folder)
             handle, temporary = tempfile.mkstemp(prefix=files.TEMPORARY_PREFIX, dir=folder)
             try:
                 with os.fdopen(handle, "wb") as file:
@@ -188,15 +189,17 @@ class FileKeyring:
         return key
 
 
+def shred(keyring: Keyring, room: str, names: Collection[str], erase: Erase) -> None:
+    """Destroy keys, then `erase` what they seal; one that fails does not keep the other from it."""
+    with all_tried() as tried:
+        with tried():
+            keyring.destroy(room, names)
+        with tried():
+            erase(names)
+
+
 def _bound(room: str, name: str, part: str) -> bytes:
     return canonical_json([room, name, part])
-
-
-def _make_private(folder: Path) -> None:
-    missing = [each for each in (folder, *folder.parents) if not each.exists()]
-    for each in reversed(missing):
-        each.mkdir(mode=0o700, exist_ok=True)
-        files.sync_directory(each.parent)
 
 
 def _overwrite(path: Path) -> None:

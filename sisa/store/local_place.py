@@ -1,7 +1,7 @@
 """A place on a disk: a directory of files, and of directories that appear by one rename.
 
-Rules: those of `files.py`. A file that is replaced keeps its mode; what is put anew gets the place's. A
-path that several machines share is such a place on each of them.
+Rules: those of `files.py`; files and directories are for their owner alone. A path that several
+machines share is such a place on each of them.
 
 Not covered: what a disk, a snapshot or a server keeps of unlinked blocks: a path has no versions to
 purge, and those of what is mounted there are out of sight.
@@ -16,8 +16,6 @@ purge, and those of what is mounted there are out of sight.
 
 from __future__ import annotations
 
-import contextlib
-import stat
 import tempfile
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
@@ -32,7 +30,6 @@ class LocalPlace:
     """A Place in a directory, which is made when something is put there."""
 
     root: Path
-    mode: int = 0o644
 
     def below(self, name: str) -> LocalPlace:
         return replace(self, root=self.root / name)
@@ -42,14 +39,12 @@ class LocalPlace:
 
     def refuse_unusable(self) -> None:
         with files.disk_errors(self.root):
-            self.root.mkdir(parents=True, exist_ok=True)
+            files.make_directory(self.root)
             with tempfile.TemporaryFile(dir=self.root):
                 pass
 
     def held(self) -> frozenset[str]:
-        with contextlib.suppress(NotADirectoryError):
-            return files.held_names(self.root)
-        return frozenset()
+        return files.held_names(self.root) if self.root.is_dir() else frozenset()
 
     def parts(self, group: str) -> frozenset[str]:
         return self.below(group).held()
@@ -64,23 +59,19 @@ class LocalPlace:
         return files.num_bytes(self.root / name)
 
     def put(self, name: str, data: bytes) -> None:
-        path = self.root / name
-        with files.disk_errors(path):
-            mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else self.mode
-        files.write_atomic(path, data, mode, temporary_in=self.root)
+        files.write_atomic(self.root / name, data, temporary_in=self.root)
 
     def put_new(self, name: str, data: bytes) -> bool:
-        return files.write_new(self.root / name, data, self.mode, temporary_in=self.root)
+        return files.write_new(self.root / name, data, temporary_in=self.root)
 
     def put_group(self, name: str, parts: Mapping[str, bytes]) -> None:
         files.write_directory(self.root / name, dict(parts))
 
     def erase(self, names: Collection[str]) -> None:
-        for name in names:
-            files.erase(self.root / name)
+        files.erase_all(self.root, names)
 
     def clear(self) -> None:
-        files.erase(self.root)
+        files.erase_all(self.root.parent, [self.root.name])
 
     def purge(self, *, dry_run: bool = False) -> tuple[Kept, ...]:  # noqa: ARG002
         return ()

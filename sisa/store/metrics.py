@@ -19,7 +19,6 @@ Not covered: what may be in a line (`sisa/measured.py`); old runs, which are the
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 from collections.abc import Collection, Iterator, Mapping
@@ -44,7 +43,7 @@ class FileMetrics:
     def append(self, line: Mapping[str, Any]) -> None:
         path = self._path(str(line["run"]))
         with files.disk_errors(path):
-            self.root.mkdir(parents=True, exist_ok=True)
+            files.make_directory(self.root)
             with _alone(self.root):
                 handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
                 with os.fdopen(handle, "wb") as file:
@@ -68,7 +67,7 @@ class FileMetrics:
                 kept = [without(line, stages) for line in found]
                 if kept != found or not data.endswith(b"\n"):
                     whole = b"".join(canonical_json(line) + b"\n" for line in kept)
-                    files.write_atomic(path, whole, mode=0o600)
+                    files.write_atomic(path, whole)
 
     def _path(self, run: str) -> Path:
         if not is_run(run):  # paths are made of it
@@ -108,7 +107,7 @@ def _alone(root: Path) -> Iterator[None]:
     """Keep a file from being written anew while a line is appended to it."""
     handle = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        files.take_lock(handle, root, "keeps the metrics of this model locked")
         yield
     finally:
         os.close(handle)

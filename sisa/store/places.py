@@ -25,24 +25,22 @@ from sisa.store.local_place import LocalPlace
 from sisa.store.object_place import ObjectPlace
 
 SCHEME = "s3://"
-PRIVATE, SHARED = 0o600, 0o644
-MODES = {"records": PRIVATE, "index": PRIVATE, "vault": PRIVATE, "prefixes": PRIVATE}
 AT_HAND = ("index", "vault", "runs", "metrics")  # rooms that stay with the driver
 TRAVELLING = ("records", "prefixes", "checkpoints", "patches", "scratch")  # rooms that workers use
 
 
 def rooms(directory: Path, storage: str | None, model: str) -> dict[str, Place]:
     """The place of every room of a model, replays' among them."""
-    found: dict[str, Place] = {each: _local(directory, each) for each in AT_HAND}
+    found: dict[str, Place] = {each: LocalPlace(directory / each) for each in AT_HAND}
     for each in TRAVELLING:
-        found[each] = place_of(storage, model, each) if storage else _local(directory, each)
+        found[each] = place_of(storage, model, each) if storage else LocalPlace(directory / each)
     return found
 
 
 def place_of(storage: str, model: str, room: str) -> Place:
     """A room of a model in a storage."""
     if not storage.startswith(SCHEME):
-        return _local(Path(storage) / model, room)
+        return LocalPlace(Path(storage) / model / room)
     return root_of(storage).below(model).below(room)
 
 
@@ -52,7 +50,3 @@ def root_of(storage: str) -> Place:
         return LocalPlace(Path(storage))
     bucket, _, prefix = storage.removeprefix(SCHEME).partition("/")
     return ObjectPlace(bucket, prefix.strip("/"), object_client.endpoint(), object_client.region())
-
-
-def _local(directory: Path, room: str) -> LocalPlace:
-    return LocalPlace(directory / room, MODES.get(room, SHARED))

@@ -23,7 +23,7 @@ from sisa.errors import IntegrityError
 from sisa.place_ports import Place
 from sisa.ports import Keyring, States
 from sisa.prefix_names import ROOM
-from sisa.store.keyring import PLAIN
+from sisa.store.keyring import PLAIN, shred
 from sisa.store.local_place import LocalPlace
 
 DIGEST_CHARS = 64
@@ -33,7 +33,7 @@ class FilePrefixes:
     """A PrefixStore in a place; a path is a directory on this machine's disk."""
 
     def __init__(self, place: Place | Path, keyring: Keyring = PLAIN) -> None:
-        self.place = LocalPlace(place, mode=0o600) if isinstance(place, Path) else place
+        self.place = LocalPlace(place) if isinstance(place, Path) else place
         self.keyring = keyring
 
     def read(self, name: str) -> dict[str, States]:
@@ -62,8 +62,7 @@ class FilePrefixes:
         return self.place.held()
 
     def erase(self, names: Collection[str]) -> None:
-        self.keyring.destroy(ROOM, names)
-        self.place.erase(names)
+        shred(self.keyring, ROOM, names, self.place.erase)
 
     def location(self, name: str) -> str:
         return self.place.location(name)

@@ -25,7 +25,7 @@ from sisa.errors import IntegrityError
 from sisa.place_ports import Place
 from sisa.ports import Keyring, StoredRecord
 from sisa.store import files
-from sisa.store.keyring import PLAIN
+from sisa.store.keyring import PLAIN, shred
 from sisa.store.local_place import LocalPlace
 
 ROOM = "records"
@@ -35,7 +35,7 @@ class FileRecords:
     """A RecordStore in a place; a path is a directory on this machine's disk."""
 
     def __init__(self, place: Place | Path, keyring: Keyring = PLAIN) -> None:
-        self.place = LocalPlace(place, mode=0o600) if isinstance(place, Path) else place
+        self.place = LocalPlace(place) if isinstance(place, Path) else place
         self.keyring = keyring
 
     def write(self, shard: int, slice_: int, root: str, records: Sequence[StoredRecord]) -> SliceFile:
@@ -59,8 +59,7 @@ class FileRecords:
         return self.place.held()
 
     def erase(self, names: Collection[str]) -> None:
-        self.keyring.destroy(ROOM, names)
-        self.place.erase(names)
+        shred(self.keyring, ROOM, names, self.place.erase)
 
 
 def _encode(records: Sequence[StoredRecord]) -> bytes:

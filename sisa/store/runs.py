@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from sisa.ports import Keyring
 from sisa.store import files
+from sisa.store.keyring import shred
 
 ROOM = "runs"
 
@@ -29,6 +31,4 @@ class FileRuns:
         return files.held_names(self.root) | self.keyring.held(ROOM)
 
     def erase(self, keys: Collection[str]) -> None:
-        self.keyring.destroy(ROOM, keys)
-        for key in keys:
-            files.erase(self.root / key)
+        shred(self.keyring, ROOM, keys, partial(files.erase_all, self.root))

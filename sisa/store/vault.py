@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Sequence
+from functools import partial
 from pathlib import Path
 
 from sisa.digest import canonical_json, sha256_hex
@@ -29,7 +30,7 @@ from sisa.errors import IntegrityError
 from sisa.patch import VaultSet
 from sisa.ports import Keyring
 from sisa.store import files
-from sisa.store.keyring import is_sealed
+from sisa.store.keyring import is_sealed, shred
 
 ROOM = "vault"
 
@@ -46,7 +47,7 @@ class FileVault:
     def put(self, name: str, records: Sequence[Record]) -> tuple[str, int]:
         data = encode(records)
         sealed = self.keyring.seal(ROOM, name, "", data)
-        files.write_atomic(self.root / name, sealed, mode=0o600)
+        files.write_atomic(self.root / name, sealed)
         return sha256_hex(data), len(data)
 
     def read(self, found: VaultSet) -> tuple[Record, ...]:
@@ -75,9 +76,7 @@ class FileVault:
         return files.held_names(self.root) | self.keyring.held(ROOM)
 
     def erase(self, names: Collection[str]) -> None:
-        self.keyring.destroy(ROOM, names)
-        for name in names:
-            files.erase(self.root / name)
+        shred(self.keyring, ROOM, names, partial(files.erase_all, self.root))
 
 
 def encode(records: Sequence[Record]) -> bytes:

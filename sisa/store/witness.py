@@ -15,7 +15,6 @@ Not covered: when a ledger is behind it (`witness.py`); a witness that is itself
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -100,10 +99,10 @@ class FileWitness:
     def _locked(self) -> Iterator[BinaryIO]:
         try:
             new = not self.path.exists()
-            self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            files.make_directory(self.path.parent)
             handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             with os.fdopen(handle, "r+b") as file:
-                fcntl.flock(file, fcntl.LOCK_EX)
+                files.take_lock(file.fileno(), self.path, "keeps the witness of this model locked")
                 yield file
             if new:
                 files.sync_directory(self.path.parent)

@@ -368,7 +368,7 @@ def test_files_change_their_form_and_not_their_content(
     for each in names:
         unseal = partial(folder.unseal, room, "a", each.partition("/")[2])
         assert read_checked(root / each, sha256_hex(plain[each]), "", unseal) == plain[each]
-        assert stat.S_IMODE((root / each).stat().st_mode) == 0o640
+        assert stat.S_IMODE((root / each).stat().st_mode) == 0o600
     reseal(LocalPlace(root), room, ["a"], folder)
     assert files_of(root) == sealed  # what has the form already is left alone
     reseal(LocalPlace(root), room, ["a"], FileKeyring(folder.root, seals=False))

@@ -6,8 +6,10 @@ what is erased is gone: no version of it is left, or it is told where and why on
 
 from __future__ import annotations
 
+import errno
 import http.server
 import importlib
+import os
 import pickle
 import stat
 import threading
@@ -24,7 +26,7 @@ import pytest
 
 from sisa.errors import EnvironmentFault, IntegrityError, TransientError
 from sisa.place_ports import Place
-from sisa.store import object_client, object_place
+from sisa.store import files, object_client, object_place
 from sisa.store.local_place import LocalPlace
 from sisa.store.object_place import LAST, ObjectPlace
 from tests.s3_server import Server, fresh_place
@@ -133,14 +135,46 @@ def test_a_place_travels_without_credentials(place: Place, monkeypatch: pytest.M
     assert (again, again.get("a", "file")) == (place, b"1")
 
 
-def test_a_replaced_file_keeps_its_mode(tmp_path: Path) -> None:
-    place = LocalPlace(tmp_path, mode=0o600)
-    place.put("a", b"1")
-    (tmp_path / "a").chmod(0o640)
+@pytest.mark.parametrize("umask", [0o000, 0o277])
+def test_files_and_directories_are_their_owners_alone(tmp_path: Path, umask: int) -> None:
+    place = LocalPlace(tmp_path / "above" / "place")
+    before = os.umask(umask)
+    try:
+        place.put("a", b"1")
+        place.put_new("b", b"1")
+        place.put_group("g", {"part": b"1"})
+    finally:
+        os.umask(before)
+    (place.root / "a").chmod(0o644)
     place.put("a", b"2")
-    place.put_new("b", b"1")
-    assert [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in "ab"] == [0o640, 0o600]
-    assert place.held() == {"a", "b"}
+    paths = sorted((tmp_path / "above").rglob("*"))
+    modes = {path: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "above", *paths)}
+    assert modes == {path: 0o700 if path.is_dir() else 0o600 for path in modes}
+    assert len(modes) == 6
+
+
+def test_what_can_be_erased_is_and_stays_erased(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One entry that stays keeps no other one; the directory is flushed after them."""
+    place, done = LocalPlace(tmp_path), []
+    for name in "abc":
+        place.put_group(name, {"part": b"1", "other": b"1"})
+    unlink, sync = os.unlink, files.sync_directory
+
+    def refuses(path: Any, *, dir_fd: int | None = None) -> None:
+        if os.fspath(path) == "part" and "a" in os.readlink(f"/proc/self/fd/{dir_fd}")[-1:]:
+            raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+        unlink(path, dir_fd=dir_fd)
+
+    def syncs(path: Path) -> None:
+        done.append((path, place.held()))
+        sync(path)
+
+    monkeypatch.setattr(os, "unlink", refuses)
+    monkeypatch.setattr(files, "sync_directory", syncs)
+    with pytest.raises(EnvironmentFault, match="refused"):
+        place.erase(["a", "b", "c", "never held"])
+    assert [sorted(place.held()), sorted(place.parts("a"))] == [["a"], ["part"]]
+    assert done == [(tmp_path, frozenset({"a"}))]
 
 
 # --- object stores alone -------------------------------------------------------------------------

@@ -34,6 +34,7 @@ from sisa.runfile import parse_run_file
 from sisa.serial import SerialExecutor, Site
 from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.exports import DirectoryExports
+from sisa.store.files import writer_lock
 from sisa.store.index import FaissIndex
 from sisa.store.ledger import SqlLedger
 from sisa.store.metrics import FileMetrics
@@ -123,9 +124,9 @@ def train_in(
     now: str = THEN,
 ) -> None:
     """Make a model of these records in a directory."""
-    directory.mkdir(exist_ok=True)
     partition_key.write_secret(directory / opening.KEY, SECRET)
-    (directory / opening.LOCK).touch()
+    with writer_lock(directory / opening.LOCK):
+        pass
     embedder = NameEmbedder(HashingEmbedder())
     named = {"name": "hashing", "digest": embedder.digest, "dimension": embedder.dimension}
     meta = {

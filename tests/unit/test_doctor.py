@@ -30,7 +30,7 @@ from sisa.ports import Change, Executor
 from sisa.reconcile import reconcile
 from sisa.repair import Repair, mend
 from sisa.store.checkpoints import ADAPTER, MANIFEST
-from sisa.store.files import writer_lock
+from sisa.store.files import write_atomic, writer_lock
 from sisa.verify import check_files
 from sisa.world import model_digest
 from tests.unit.care_model import THEN, built_pair, content, use_fake_parts, world_of
@@ -84,6 +84,20 @@ def execute(model: Path, statement: str) -> None:
     with closing(sqlite3.connect(model / opening.LEDGER)) as connection:
         connection.execute(statement)
         connection.commit()
+
+
+def test_modes_that_are_too_open_are_told_by_room(model: Path) -> None:
+    """Whoever can write to the directory can replace what is in it; weights may recite the text."""
+    loose_modes(model)
+    found = diagnose(model).findings
+    told = {each.where: each.what for each in found if not each.where.startswith(f"{opening.LEDGER}-")}
+    rooms = {opening.RECORDS, opening.INDEX, opening.CHECKPOINTS}
+    assert told.keys() == {".", opening.KEY, opening.LEDGER, opening.LOCK, *rooms}
+    assert told["."] == "others may write to it (mode 777)"
+    num_held = sum(1 for _ in (model / opening.CHECKPOINTS).rglob("*"))
+    assert f"others may use {1 + num_held} files and directories" in told[opening.CHECKPOINTS]
+    assert repaired(model).after.healthy
+    assert {path for path in model.rglob("*") if path.stat().st_mode & 0o077} == set()
 
 
 # --- a healthy model, and none ---------------------------------------------------------------------
@@ -205,14 +219,14 @@ def surplus_head(model: Path) -> None:
 
 
 def unknown_files(model: Path) -> None:
-    (model / opening.RECORDS / ".tmp-a").write_bytes(b"half")
-    (checkpoint(model, 1) / "surplus").write_bytes(b"x")
-    (model / opening.SCRATCH).mkdir()
+    write_atomic(model / opening.RECORDS / ".tmp-a", b"half")
+    write_atomic(checkpoint(model, 1) / "surplus", b"x")
+    (model / opening.SCRATCH).mkdir(0o700)
 
 
 def loose_modes(model: Path) -> None:
-    for path in (model / opening.KEY, model / opening.LEDGER, *(model / opening.RECORDS).iterdir()):
-        path.chmod(0o644)
+    for path in (model, *model.rglob("*")):
+        path.chmod(0o777 if path.is_dir() else 0o644)
 
 
 DERIVABLE: list[tuple[Defect, list[str]]] = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import stat
 import subprocess
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 
 from sisa.digest import sha256_hex
+from sisa.domain import WitnessHead
 from sisa.errors import Busy, EnvironmentFault, IntegrityError
 from sisa.store import files
 from sisa.store.files import (
@@ -25,6 +27,8 @@ from sisa.store.files import (
     write_directory,
     writer_lock,
 )
+from sisa.store.metrics import FileMetrics
+from sisa.store.witness import FileWitness
 
 
 class Died(BaseException):
@@ -41,12 +45,12 @@ def full_disk(*_: Any, **__: Any) -> None:
 
 def test_a_file_is_written_whole_with_its_mode(tmp_path: Path) -> None:
     path = tmp_path / "new" / "deep" / "file"
-    write_atomic(path, b"abc", mode=0o600)
+    write_atomic(path, b"abc", mode=0o640)
     assert path.read_bytes() == b"abc"
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
     write_atomic(path, b"")
     assert path.read_bytes() == b""
-    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert held_names(path.parent) == {"file"}
 
 
@@ -201,6 +205,36 @@ def test_a_second_writer_is_busy_until_the_first_has_finished(tmp_path: Path) ->
         other.kill()
     with writer_lock(lock):
         pass
+
+
+def test_a_lock_is_its_owners_alone(tmp_path: Path) -> None:
+    """Whoever can open a lock can hold it for ever; one of an earlier version is closed."""
+    (tmp_path / "lock").touch(0o644)
+    with writer_lock(tmp_path / "lock"):
+        assert stat.S_IMODE((tmp_path / "lock").stat().st_mode) == 0o600
+
+
+def test_no_lock_is_waited_for_without_a_deadline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metrics, witness = FileMetrics(tmp_path / "metrics"), FileWitness(tmp_path / "witness.jsonl")
+    event = {"event": "erasure_failed", "num_requests": 2}
+    line = {"at": "2026-11-25T21:37:49.123+00:00", "run": "20261125T213749Z-3f9a1c2b", **event}
+    metrics.append(line)
+    witness.append(WitnessHead("", 0), (), ())
+    monkeypatch.setattr(files, "LOCK_PATIENCE_S", 0.1)
+    waits: dict[Path, Callable[[], object]] = {
+        metrics.root: lambda: metrics.append(line),
+        witness.path: lambda: witness.append(WitnessHead("", 0), (), ()),
+    }
+    for path, act in waits.items():
+        handle = os.open(path, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        with pytest.raises(Busy, match="locked") as caught:
+            act()
+        assert caught.value.where == str(path)
+        os.close(handle)
+        act()
 
 
 def test_the_lock_is_free_again_after_a_failure(tmp_path: Path) -> None:

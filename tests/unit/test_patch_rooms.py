@@ -20,7 +20,7 @@ from sisa.reconcile import reconcile
 from sisa.reconfigure import reseal
 from sisa.repair import mend
 from sisa.residue import Scan, scan_residue
-from sisa.store.files import TEMPORARY_PREFIX
+from sisa.store.files import TEMPORARY_PREFIX, write_atomic
 from sisa.store.keyring import FileKeyring, is_sealed
 from sisa.store.vault import encode
 from sisa.verify import verify
@@ -129,7 +129,7 @@ def test_a_damaged_patch_is_given_up_and_wanted_again(model: Path) -> None:
 
 def test_a_surplus_file_in_a_patch_is_no_damage(model: Path) -> None:
     (served,) = active(patches(model))
-    (model / PATCHES / served.key / "notes.txt").write_text(FORGET.text)
+    write_atomic(model / PATCHES / served.key / "notes.txt", FORGET.text.encode())
     assert kinds(model) == {"unknown": "sweep"}
     with world_of(model) as world:
         assert len(remove_garbage(world, model)) == 1
@@ -159,8 +159,7 @@ def test_what_no_commit_knows_is_told_and_swept(model: Path) -> None:
     for room in (VAULT, RUNS):
         keyring.seal(room, "unknown", "", b"")
         keyring.seal(room, f"{TEMPORARY_PREFIX}key", "", b"")
-        (model / room).mkdir(exist_ok=True)
-        (model / room / f"{TEMPORARY_PREFIX}left").write_bytes(encode([FORGET]))
+        write_atomic(model / room / f"{TEMPORARY_PREFIX}left", encode([FORGET]))
     (model / VAULT / "unknown").write_bytes(keyring.seal(VAULT, "unknown", "", encode([FORGET])))
     (model / PATCHES / f"{TEMPORARY_PREFIX}left").mkdir()
     with world_of(model) as world:

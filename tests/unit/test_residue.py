@@ -4,6 +4,7 @@ is claimed of a clean model that is not so."""
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -20,19 +21,26 @@ import pyarrow.parquet as pq
 import pytest
 
 from cluster import care_cli, cli
+from cluster.render import where
 from sisa import opening, reconcile
-from sisa.errors import InvalidInput
+from sisa.api import Model
+from sisa.errors import Busy, EnvironmentFault, InvalidInput
 from sisa.events import EpochTrained
 from sisa.garbage import Garbage, list_garbage, remove_garbage
 from sisa.lineage import proves_clean, read_manifest
-from sisa.measured import MIN_RECORDS, line
+from sisa.measured import MIN_RECORDS, STAGE_DIGITS, line
 from sisa.needles import BLOCK_BYTES, MIN_BYTES, Needles
 from sisa.ports import Change
-from sisa.residue import Scan, scan_residue
+from sisa.residue import Scan, scan_residue, sweep_model
 from sisa.run import add
-from sisa.store.checkpoints import ADAPTER
+from sisa.store import files
+from sisa.store.checkpoints import ADAPTER, FileCheckpoints
 from sisa.store.files import writer_lock
+from sisa.store.index import FaissIndex
 from sisa.store.metrics import FileMetrics
+from sisa.store.records import FileRecords
+from sisa.store.witness import FileWitness
+from sisa.world import held_names, known_names
 from tests.unit.care_model import (
     DELETED,
     NUM_RECORDS,
@@ -40,11 +48,13 @@ from tests.unit.care_model import (
     content,
     record,
     stored,
+    use_fake_parts,
     world_of,
 )
 
 assert care_cli  # registers its commands
 GONE = record(DELETED)
+METRICS_AT, METRICS_RUN = "2026-11-25T21:37:49.123+00:00", "20261125T213749Z-3f9a1c2b"
 
 
 @pytest.fixture(scope="module")
@@ -528,6 +538,88 @@ def test_nothing_is_clean_where_nothing_was_read(
 
     monkeypatch.setattr(os, "listdir", refuse)
     assert kinds(scan(model, also=[tmp_path / "closed"])) == ["nothing_read", "unreadable"]
+
+
+# --- an erasure that can't be carried out in part -------------------------------------------------
+
+ROOMS = {opening.RECORDS: FileRecords, opening.INDEX: FaissIndex, opening.CHECKPOINTS: FileCheckpoints}
+
+
+def open_to_delete(before: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Model:
+    """The model that holds the record, with its losses kept."""
+    use_fake_parts(monkeypatch)
+    model = Path(shutil.copytree(before, tmp_path / "held"))
+    epoch = EpochTrained(0, 0, "f" * STAGE_DIGITS, 1, 1, MIN_RECORDS, 10, 0.5, 2.0)
+    with world_of(model) as world:
+        world.metrics.append(line(epoch, METRICS_AT, METRICS_RUN) or {})
+    return Model(model, executor="serial")
+
+
+@pytest.mark.parametrize("failing", [*ROOMS, opening.METRICS])
+def test_one_room_that_fails_keeps_no_other_from_being_erased(
+    before: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    model = open_to_delete(before, tmp_path, monkeypatch)
+
+    def refuse(*_: Any) -> None:
+        raise EnvironmentFault("the disk refused", where=failing)
+
+    with monkeypatch.context() as broken:
+        if failing == opening.METRICS:
+            broken.setattr(FileMetrics, "keep_losses", refuse)
+        else:
+            broken.setattr(ROOMS[failing], "erase", refuse)
+        with pytest.raises(EnvironmentFault) as caught:
+            model.forget([GONE.id])
+    assert caught.value.where == failing
+    (gone,) = model.where([GONE.id])
+    assert gone.state == "deleted"
+    assert set(gone.not_erased) == {failing} - {opening.METRICS}
+    with world_of(model.directory) as world:
+        for room, held in held_names(world).items():
+            assert (held <= known_names(world)[room]) == (room != failing)
+        assert [each.state for each in world.ledger.requests()] == ["erasure_failed"]
+    told = where([gone]).text
+    assert ("NOT ERASED YET" in told) == (failing != opening.METRICS)
+    model.resume()
+    assert sweep_model(model, ids=[GONE.id]).clean
+    assert model.where([GONE.id])[0].not_erased == {}
+
+
+def test_a_witness_that_fails_does_not_keep_the_text(
+    before: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The deletion is committed when the witness is told: its bytes go, whatever comes of that."""
+    model = open_to_delete(before, tmp_path, monkeypatch)
+    with model._writing():
+        pass  # the witness exists
+
+    def refuse(*_: Any) -> None:
+        raise EnvironmentFault("the witness can't be written")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(FileWitness, "append", refuse)
+        with pytest.raises(EnvironmentFault, match="witness"):
+            model.forget([GONE.id])
+    with world_of(model.directory) as world:
+        assert world.ledger.num_tombstones() == 1
+        assert all(held <= known_names(world)[room] for room, held in held_names(world).items())
+
+
+def test_a_deletion_behind_a_lock_on_metrics_ends_in_time(
+    before: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = open_to_delete(before, tmp_path, monkeypatch)
+    monkeypatch.setattr(files, "LOCK_PATIENCE_S", 0.1)
+    handle = os.open(model.directory / opening.METRICS, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    try:
+        with pytest.raises(Busy, match="metrics"):
+            model.forget([GONE.id])
+        with world_of(model.directory) as world:
+            assert all(held <= known_names(world)[room] for room, held in held_names(world).items())
+    finally:
+        os.close(handle)
 
 
 # --- the command line ----------------------------------------------------------------------------
