@@ -36,11 +36,11 @@ def probe(directory: Path, file: Path, without_patches: bool) -> Result:
     """Ask the base alone, as it is served, whether it produces given texts."""
     from approx.probe import open_probe
     from sisa import unlearn
-    from sisa.reader import read_records
+    from sisa.reader import read_like
 
     with opened(directory) as model:
         if file.suffix in (".jsonl", ".json", ".parquet"):
-            records = list(read_records([file], model.config.sisa.group_by))
+            records = list(read_like(model.config, file))
         else:
             lines = enumerate(read_lines(file))
             records = [Record(str(n), None, "text", (Part("text", line),)) for n, line in lines]

@@ -161,6 +161,7 @@ def where(directory: Path, ids: tuple[str, ...], ids_file: Path | None) -> Resul
 @click.option("--subject", help="A subject's records, and others' that lie near them.")
 @click.option("--like", metavar="ID", help="Near-duplicates of a record.")
 @click.option("--top", "top_k", default=10, show_default=True, type=click.IntRange(1, 10_000))
+@click.option("--show-text", is_flag=True, help="Show the beginning of each record's text.")
 def find(
     directory: Path,
     text: str | None,
@@ -168,14 +169,16 @@ def find(
     subject: str | None,
     like: str | None,
     top_k: int,
+    show_text: bool,
 ) -> Result:
-    """Find candidate records by content, with scores, shard and slice."""
+    """Find candidate records by content, with scores, shard, slice and subject."""
     if sum(each is not None for each in (text, file, subject, like)) != 1:
         raise click.UsageError("give exactly one of --text, --file, --subject and --like")
     if file is not None:
         text = read_text(file)
     with opened(directory) as model:
-        return render.found(model.find(text=text, subject=subject, like=like, top_k=top_k))
+        hits = model.find(text=text, subject=subject, like=like, top_k=top_k, show_text=show_text)
+        return render.found(hits)
 
 
 @command("forget", "sisa forget -m model --subject p001 --dry-run")

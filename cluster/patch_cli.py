@@ -146,13 +146,12 @@ def _wish(
     consent: str,
 ) -> Wish:
     from sisa.patching import Wish
-    from sisa.reader import read_records
+    from sisa.reader import read_like
 
-    group_by = model.config.sisa.group_by
     return Wish(
         _settings(model.config, method, values),
-        tuple(read_records([forget], group_by)) if forget else (),
-        tuple(read_records([retain], group_by)) if retain else None,
+        tuple(read_like(model.config, forget)) if forget else (),
+        tuple(read_like(model.config, retain)) if retain else None,
         consent,
     )
 

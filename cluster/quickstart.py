@@ -155,7 +155,7 @@ def tell(
     with watched() as report:
         if from_scratch:
             with story.step("base", "training a base from scratch, on a corpus of nobody's data"):
-                prepare(config, read_records(config.datasets), executor, report)
+                prepare(config, read_records(config.datasets, limits=config.limits), executor, report)
         else:
             with story.step("base", "fetching the base model (once; kept in your cache)"):
                 _fetch(config.base)

@@ -120,7 +120,11 @@ def _touched_patches(each: Location) -> list[str]:
 
 
 def found(hits: Sequence[Found]) -> Result:
-    rows = [f"{h.score:8.4f}  shard {h.shard}  slice {h.slice}  {h.match:8}{h.id}" for h in hits]
+    rows = []
+    for h in hits:
+        of = "no subject" if h.subject is None else f"of {h.subject}"
+        rows.append(f"{h.score:8.4f}  shard {h.shard}  slice {h.slice}  {h.match:8}{h.id}  ({of})")
+        rows += [f"          {h.text}"] if h.text is not None else []
     text = printable("\n".join(rows)) if rows else "no record is held that could match"
     return Result({"hits": [asdict(each) for each in hits]}, text)
 
@@ -276,9 +280,11 @@ def old_versions(found: Sequence[Kept]) -> list[str]:
 
 
 def status(found: Status) -> Result:
+    count = found.records_without_subject
     lines = [
         f"{found.directory}: {found.records} records, {found.deleted_records} deleted, "
         f"schedule {found.schedule}",
+        *[f"{count} records have no subject: they are not found by one"] * bool(count),
         f"base {found.base_model} ({found.base_digest[:16]}...), embedder {found.embedder}",
         f"model digest {found.model_digest}",
         "shard  records  per slice            depth  head",

@@ -37,14 +37,14 @@ from sisa.domain import (
     Tombstone,
 )
 from sisa.errors import InvalidInput
-from sisa.events import QueueSeen, Report
+from sisa.events import Notice, QueueSeen, Report
 from sisa.export import export_adapters
 from sisa.lifecycle import Terms
 from sisa.model.route import Route
 from sisa.opened import OpenedModel, silent
 from sisa.opening import LEDGER, SCRATCH, OpenExecutor
 from sisa.outcome import ForgetOutcome, ForgetPlan, Status
-from sisa.reader import named_by_place, read_records
+from sisa.reader import named_by_place, read_like
 from sisa.reconcile import reconcile
 from sisa.requests import under_way
 from sisa.run import Taken, add, train
@@ -75,7 +75,8 @@ class Model(OpenedModel):
         """Take new records in; the result equals training on all of them from scratch. Deleted ids and
         texts are refused unless `allow_deleted`. `append` makes new slices at the end instead."""
         if isinstance(source, str | Path):
-            source = read_records([source], self.config.sisa.group_by)
+            source = read_like(self.config, source, subjects="column")
+            self.report(Notice(source.told_subjects()))
         with named_by_place(source), self._writing() as world:
             guarded = partial(guard, self.config)
             return add(world, source, allow_deleted=allow_deleted, append=append, checks=[guarded])
@@ -98,16 +99,18 @@ class Model(OpenedModel):
         subject: str | None = None,
         like: str | None = None,
         top_k: int = 10,
+        show_text: bool = False,
     ) -> list[query.Found]:
-        """Candidates by content (`text`), of a subject, or near-duplicates of a record (`like`)."""
+        """Return candidates by content (`text`), of a subject, or near-duplicates of a record (`like`);
+        with the beginning of their texts if `show_text`."""
         if sum(each is not None for each in (text, subject, like)) != 1:
             raise InvalidInput("give exactly one of text, subject and like")
         with self._world() as world:
             if subject is not None:
-                return query.find_subject(world, subject, top_k)
+                return query.find_subject(world, subject, top_k, show_text=show_text)
             if like is not None:
-                return query.find_like(world, like, top_k)
-            return query.find_text(world, [str(text)], top_k)
+                return query.find_like(world, like, top_k, show_text=show_text)
+            return query.find_text(world, [str(text)], top_k, show_text=show_text)
 
     def ids_of_subject(self, subject: str) -> list[str]:
         """Ids of a subject's held records. Raises UnknownRecord."""
@@ -236,6 +239,7 @@ class Model(OpenedModel):
                 serving_depth=serving_depth(world.ledger.heads(), views),
                 record_epochs_full=full,
                 checkpoint_budget_bytes=self.config.sisa.checkpoint_budget_bytes,
+                records_without_subject=world.ledger.num_without_subject()[0],
                 checkpoint_bytes=sum(each.num_bytes for view in views for each in view.held),
                 record_epochs_others=orders_record_epochs(views, world.recipe) - full,
             )

@@ -38,6 +38,7 @@ from sisa.config_types import (
     Effect,
     Float,
     Int,
+    Limits,
     LocalPath,
     LoraLayers,
     Name,
@@ -51,6 +52,7 @@ from sisa.errors import IntegrityError
 from sisa.orders import chosen_orders
 from sisa.patch import PatchMode
 from sisa.plan import Recipe
+from sisa.record_rules import Columns
 from sisa.scratch_config import BaseModelKey, ScratchBase, same_base
 from sisa.sisa_config import SisaBlock
 
@@ -137,6 +139,7 @@ class RunConfig(Block):
     cluster: ClusterBlock = Field(
         default=ClusterBlock(), description="Where training runs; reaches no bit of it."
     )
+    limits: Limits = Field(default=Limits(), description="What is refused as too much of a data set.")
 
     @field_validator("learning_rate", "lora_dropout", "warmup_ratio", "weight_decay", "max_grad_norm")
     @classmethod
@@ -157,6 +160,14 @@ class RunConfig(Block):
     @classmethod
     def _datasets_once(cls, value: tuple[DatasetSource, ...]) -> tuple[DatasetSource, ...]:
         return _once(value, "a dataset is listed")
+
+    @model_validator(mode="after")
+    def _subject_apart(self) -> RunConfig:
+        group_by = self.sisa.group_by
+        for source in self.datasets:
+            if group_by is not None and group_by in columns_of(source, group_by).body:
+                raise conflict(f"conflict: '{group_by}' is a column of texts and that of subjects, too")
+        return self
 
     @model_validator(mode="after")
     def _fits_the_base(self) -> RunConfig:
@@ -230,6 +241,13 @@ class RunConfig(Block):
                 got=type(error).__name__,
                 next_step="restore it, or open the model with the version that made it",
             ) from None
+
+
+def columns_of(source: DatasetSource, group_by: str | None) -> Columns:
+    """Return what a source calls its columns."""
+    keys = source.message_property_mappings
+    bodies = (source.text_column, source.prompt_column, source.completion_column)
+    return Columns(source.id_column, group_by, *bodies, source.messages_column, keys.role, keys.content)
 
 
 TRAINING_KEYS = (

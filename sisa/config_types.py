@@ -16,7 +16,15 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, StringConstraints
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    Strict,
+    StringConstraints,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 Effect = Literal["none", "retrain", "reset", "reindex", "reseal"]
@@ -91,11 +99,42 @@ class Block(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+class TurnKeys(Block):
+    """What a source calls the keys of a chat's turns."""
+
+    role: Name = "role"
+    content: Name = "content"
+
+
 class DatasetSource(Block):
-    """Where records come from: a file, a directory or a hub dataset."""
+    """Where records come from, a file, a directory or a hub dataset, and what its columns are called."""
 
     path: Name = Field(description="JSONL or Parquet file, saved dataset, or hub dataset name.")
     split: Name = Field(default="train", description="Split of a hub or saved dataset; files have none.")
+    id_column: Name = Field(default="id", description="Column of the record's id.")
+    text_column: Name = Field(default="text", description="Column of a plain text.")
+    prompt_column: Name = Field(default="prompt", description="Column of a prompt, not trained on.")
+    completion_column: Name = Field(default="completion", description="Column of its completion.")
+    messages_column: Name = Field(default="messages", description="Column of a chat's turns.")
+    message_property_mappings: TurnKeys = Field(
+        default=TurnKeys(), description="Keys of a turn: role and content."
+    )
+
+    @model_validator(mode="after")
+    def _columns_once(self) -> DatasetSource:
+        bodies = [self.text_column, self.prompt_column, self.completion_column, self.messages_column]
+        if twice := sorted({each for each in bodies if bodies.count(each) > 1}):
+            raise conflict(f"conflict: two columns are called {', '.join(map(shown, twice))}")
+        return self
+
+
+class Limits(Block):
+    """What is refused as too much of a source, so that no file takes all memory."""
+
+    max_records: Int = key(2_000_000, "none", "Records of one source.", ge=1)
+    max_record_bytes: Int = key(1 << 20, "none", "Bytes of one line, or of one record's text.", ge=1)
+    max_bytes: Int = key(1 << 31, "none", "Bytes of all records' text of one source.", ge=1)
+    max_problems: Int = key(1_000, "none", "Problems listed of bad input; all are counted.", ge=1)
 
 
 def shown(value: Any) -> str:

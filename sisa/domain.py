@@ -25,7 +25,6 @@ from typing import Any, Literal
 from sisa.digest import canonical_json, digest_of
 
 Kind = Literal["text", "completion", "chat"]
-BODY_COLUMNS = ("text", "prompt", "completion", "messages")
 GENERATION_COLUMN = "generation"
 Risk = float | str | None  # of being deleted: a number, the name of a class, or none given
 
@@ -53,6 +52,11 @@ class Record:
     def text(self) -> str:
         """What the index embeds: all parts, one a line."""
         return "\n".join(part.text for part in self.parts)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of its text, in UTF-8."""
+        return sum(len(part.text.encode()) for part in self.parts)
 
     def canonical(self) -> str:
         """The content that the record's digest covers: id, subject, and what places it included."""

@@ -40,6 +40,7 @@ class Status:
     record_epochs_others: int = 0  # of training the other orders beside it
     checkpoint_budget_bytes: int | None = None
     checkpoint_bytes: int = 0  # of the stages that the ledger holds
+    records_without_subject: int = 0
 
 
 @dataclass(frozen=True)

@@ -281,6 +281,9 @@ class Ledger(Protocol):
     def by_subject(self, subject_digest: str, shard: int) -> tuple[list[RecordRow], list[Tombstone]]:
         """Held records of a subject, which are all of one shard, and deleted ones."""
 
+    def num_without_subject(self) -> tuple[int, int]:
+        """How many held and how many deleted records have no subject."""
+
     def by_vector(self, shard: int, vector_ids: Collection[int]) -> dict[int, RecordRow]: ...
 
     def rows(self, shard: int, slice_: int | None = None) -> list[RecordRow]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from sisa.domain import Hit, RecordRow, Tombstone
+from sisa.domain import Hit, Record, RecordRow, Tombstone
 from sisa.errors import IntegrityError, Problem, UnknownRecord
 from sisa.patch import Patch, PatchState, SetRole, VaultSet
 from sisa.plan import touched
@@ -25,6 +25,7 @@ from sisa.stale_exports import standing
 from sisa.world import World, slices_of, stored_in
 
 NUM_NEAR = 50  # near-duplicates that are proposed at most
+SHOWN_CHARS = 100  # of a candidate's text
 
 
 @dataclass(frozen=True)
@@ -72,13 +73,16 @@ class Location:
 
 @dataclass(frozen=True)
 class Found:
-    """A candidate record: `match` says whether the ledger (subject) or the index (content) named it."""
+    """A candidate record: `match` says whether the ledger (subject) or the index (content) named it.
+    `text` is the beginning of its text, where it was asked for."""
 
     id: str
     score: float
     shard: int
     slice: int
     match: str
+    subject: str | None = None
+    text: str | None = None
 
 
 @dataclass(frozen=True)
@@ -140,12 +144,16 @@ def _known(
 
 
 def of_subject(world: World, subject_id: str) -> tuple[list[RecordRow], list[Tombstone]]:
-    """All records of a subject. Raises UnknownRecord when there never was one."""
+    """Return all records of a subject. Raises UnknownRecord when none is known by that subject."""
     shard = world.assigner.shard_of_subject(subject_id)
     live, dead = world.ledger.by_subject(world.assigner.subject_digest(subject_id), shard)
     if not live and not dead:
+        held, deleted = world.ledger.num_without_subject()
         raise UnknownRecord(
-            "this model has never held a record of that subject",
+            "no record is known by that subject, but some have no subject: they may be about it"
+            if held or deleted
+            else "this model has never held a record of that subject",
+            got=f"{held} held and {deleted} deleted records without a subject" * bool(held or deleted),
             next_step="look the records up by content with `sisa find --text`",
         )
     return live, dead
@@ -263,13 +271,13 @@ def search_each(world: World, queries: Vectors, top_k: int) -> list[list[Hit]]:
     ]
 
 
-def find_text(world: World, texts: Sequence[str], top_k: int) -> list[Found]:
-    """Candidate records by content."""
-    return _found(world, search(world, world.embed(texts), top_k), top_k)
+def find_text(world: World, texts: Sequence[str], top_k: int, *, show_text: bool = False) -> list[Found]:
+    """Return candidate records by content."""
+    return _found(world, search(world, world.embed(texts), top_k), top_k, show_text=show_text)
 
 
-def find_like(world: World, record_id: str, top_k: int) -> list[Found]:
-    """Near-duplicates of a held record, itself left out."""
+def find_like(world: World, record_id: str, top_k: int, *, show_text: bool = False) -> list[Found]:
+    """Return near-duplicates of a held record, itself left out."""
     ((_, row),) = lookup(world, [record_id])
     if isinstance(row, Tombstone):
         raise UnknownRecord(
@@ -278,19 +286,22 @@ def find_like(world: World, record_id: str, top_k: int) -> list[Found]:
         )
     hits = search(world, _vectors(world, [row]), top_k + 1)
     others = [hit for hit in hits if (hit.shard, hit.vector_id) != (row.shard, row.vector_id)]
-    return _found(world, others, top_k)
+    return _found(world, others, top_k, show_text=show_text)
 
 
-def find_subject(world: World, subject_id: str, top_k: int) -> list[Found]:
-    """The subject's own records, then records of others that lie near them (possible copies)."""
+def find_subject(world: World, subject_id: str, top_k: int, *, show_text: bool = False) -> list[Found]:
+    """Return the subject's own records, then those of others that lie near them (possible copies)."""
     live, _ = of_subject(world, subject_id)
-    own = [Found(each, 1.0, row.shard, row.slice, "subject") for each, row in _names(world, live)]
+    own = [
+        _candidate(record, 1.0, row, "subject", show_text=show_text)
+        for record, row in _records(world, live)
+    ]
     if not live:
         return []
     places = {(row.shard, row.vector_id) for row in live}
     hits = search(world, _vectors(world, live), top_k + len(live))
     near = [hit for hit in hits if (hit.shard, hit.vector_id) not in places]
-    return own + _found(world, near, top_k)
+    return own + _found(world, near, top_k, show_text=show_text)
 
 
 def near(
@@ -305,7 +316,7 @@ def near(
 
 def ids_of(world: World, rows: Sequence[RecordRow]) -> list[str]:
     """Plain ids of rows, sorted."""
-    return sorted(each for each, _ in _names(world, rows))
+    return sorted(record.id for record, _ in _records(world, rows))
 
 
 def _vectors(world: World, rows: Sequence[RecordRow]) -> Vectors:
@@ -319,7 +330,7 @@ def _vectors(world: World, rows: Sequence[RecordRow]) -> Vectors:
     return np.concatenate(found)
 
 
-def _found(world: World, hits: Iterable[Hit], top_k: int) -> list[Found]:
+def _found(world: World, hits: Iterable[Hit], top_k: int, *, show_text: bool = False) -> list[Found]:
     chosen: list[tuple[Hit, RecordRow]] = []
     for hit in hits:
         row = world.ledger.by_vector(hit.shard, [hit.vector_id]).get(hit.vector_id)
@@ -327,19 +338,26 @@ def _found(world: World, hits: Iterable[Hit], top_k: int) -> list[Found]:
             chosen.append((hit, row))
         if len(chosen) == top_k:
             break
-    names = {row.id_digest: each for each, row in _names(world, [row for _, row in chosen])}
+    records = _records(world, [row for _, row in chosen])
     return [
-        Found(names[row.id_digest], round(hit.score, 6), row.shard, row.slice, "content")
-        for hit, row in chosen
+        _candidate(record, round(hit.score, 6), row, "content", show_text=show_text)
+        for (hit, _), (record, row) in zip(chosen, records, strict=True)
     ]
 
 
-def _names(world: World, rows: Sequence[RecordRow]) -> list[tuple[str, RecordRow]]:
-    """Plain ids of rows, read from their slice files."""
-    names = {record.id_digest: record.record.id for record in stored(world, rows)}
-    if not names.keys() >= {row.id_digest for row in rows}:
+def _candidate(record: Record, score: float, row: RecordRow, match: str, *, show_text: bool) -> Found:
+    text = " ".join(record.text.split())
+    shown = text if len(text) <= SHOWN_CHARS else f"{text[:SHOWN_CHARS]}..."
+    subject = record.subject_id
+    return Found(record.id, score, row.shard, row.slice, match, subject, shown if show_text else None)
+
+
+def _records(world: World, rows: Sequence[RecordRow]) -> list[tuple[Record, RecordRow]]:
+    """Return the records of rows, read from their slice files."""
+    records = {each.id_digest: each.record for each in stored(world, rows)}
+    if not records.keys() >= {row.id_digest for row in rows}:
         raise _contradiction("slices of records that it holds")
-    return [(names[row.id_digest], row) for row in rows]
+    return [(records[row.id_digest], row) for row in rows]
 
 
 def stored(world: World, rows: Sequence[RecordRow]) -> list[StoredRecord]:

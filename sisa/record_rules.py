@@ -1,31 +1,32 @@
 """What makes a row a record: its columns, their types, and every way to get them wrong.
 
-Rules: pure. A record has an `id` (a string), an optional subject in the column `group_by`, and exactly
-one body, found by its columns: `text`, `prompt` with `completion`, or `messages`. It may carry a
-`deletion_risk`, a number or the name of a class, and a `generation`, if it was appended. A null counts
-as absent; other columns are ignored.
-Problems name columns and turns, never a text or an id.
+A record has an id (a string or a whole number), optionally a subject, and exactly one body, found by
+its columns: `text`, `prompt` with `completion`, or `messages`. It may carry a `deletion_risk`, a number
+or the name of a class, and a `generation`, if it was appended. `Columns` says what the columns are
+called. A null counts as absent; other columns are ignored. Problems name columns and turns, never a
+text or an id.
 
-Not covered: uniqueness of ids and where a row stands (`reader.py`); lengths in tokens.
+>>> list(record_problems({"id": 7.5, "text": " "}, Columns()))
+["'id': expected a string or a whole number, got a number", "'text' is empty"]
+>>> record_of({"id": 7, "text": "Ada wrote."}, Columns()).id
+'7'
 
->>> list(record_problems({"id": 7, "text": " "}, "subject_id"))
-["'id': expected a string, got a number", "'text' is empty"]
-
-Source: the column names of TRL's dataset formats.
+Source: the column names of TRL's dataset formats; other names of roles and turns as in Axolotl.
 """
 
 from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from sisa.bands import RISK_COLUMN
-from sisa.domain import BODY_COLUMNS, GENERATION_COLUMN, Kind, Part, Record, Risk
+from sisa.domain import GENERATION_COLUMN, Kind, Part, Record, Risk
 
 MAX_ID_CHARS, MAX_RISK, MAX_GENERATION = 512, 1e300, 9_999
-ROLES = ("system", "user", "assistant")
-KINDS = {"text": ("text",), "completion": ("prompt", "completion"), "chat": ("messages",)}
+ROLES = ("system", "user", "assistant", "tool")
+OTHER_NAMES = {"human": "user", "gpt": "assistant"}  # of roles, in the form of ShareGPT
 UNFIT = {
     "Cc": "a control character",
     "Cs": "a lone surrogate",
@@ -34,47 +35,97 @@ UNFIT = {
 }
 
 
-def record_of(value: Mapping[str, Any], group_by: str) -> Record:
-    """The record of a row without problems."""
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """What a source calls the columns of its records, and the keys of a chat's turns. Without a
+    `subject` no record has one."""
+
+    id: str = "id"
+    subject: str | None = "subject_id"
+    text: str = "text"
+    prompt: str = "prompt"
+    completion: str = "completion"
+    messages: str = "messages"
+    role: str = "role"
+    content: str = "content"
+
+    @property
+    def bodies(self) -> dict[Kind, tuple[str, ...]]:
+        """The columns of each kind of body."""
+        return {
+            "text": (self.text,),
+            "completion": (self.prompt, self.completion),
+            "chat": (self.messages,),
+        }
+
+    @property
+    def body(self) -> tuple[str, ...]:
+        """All columns of bodies."""
+        return tuple(column for columns in self.bodies.values() for column in columns)
+
+    @property
+    def used(self) -> tuple[str, ...]:
+        """All columns that reach a record."""
+        subject = () if self.subject is None else (self.subject,)
+        return (*self.body, self.id, *subject, RISK_COLUMN, GENERATION_COLUMN)
+
+
+def record_of(value: Mapping[str, Any], columns: Columns) -> Record:
+    """Return the record of a row without problems."""
     risk: Risk = value.get(RISK_COLUMN)
     risk = float(risk) if isinstance(risk, int) else risk  # 1 and 1.0 would be two digests of one value
 
     generation = value.get(GENERATION_COLUMN) or None  # 0 is what all have that were not appended
+    subject = None if columns.subject is None else value.get(columns.subject)
+    subject = None if subject is None else str(subject)
 
     def made(kind: Kind, parts: Iterable[Part]) -> Record:
-        return Record(value["id"], value.get(group_by), kind, tuple(parts), risk, generation)
+        return Record(str(value[columns.id]), subject, kind, tuple(parts), risk, generation)
 
-    if value.get("text") is not None:
-        return made("text", [Part("text", value["text"])])
-    if value.get("messages") is not None:
-        return made("chat", [Part(turn["role"], turn["content"]) for turn in value["messages"]])
-    return made("completion", [Part(column, value[column]) for column in KINDS["completion"]])
+    if value.get(columns.text) is not None:
+        return made("text", [Part("text", value[columns.text])])
+    if (turns := value.get(columns.messages)) is not None:
+        return made("chat", [Part(_role(each, columns), _content(each, columns)) for each in turns])
+    return made(
+        "completion",
+        [Part("prompt", value[columns.prompt]), Part("completion", value[columns.completion])],
+    )
 
 
-def record_problems(value: Mapping[str, Any], group_by: str) -> Iterator[str]:
-    """All that keeps a row from being a record."""
+def record_problems(value: Mapping[str, Any], columns: Columns) -> Iterator[str]:
+    """Yield all that keeps a row from being a record."""
     yield from _risk_problems(value.get(RISK_COLUMN))
     yield from _generation_problems(value.get(GENERATION_COLUMN))
-    if value.get("id") is None:
-        yield "no 'id'"
+    if value.get(columns.id) is None:
+        yield f"no '{columns.id}'"
     else:
-        yield from name_problems("'id'", value["id"])
-    if value.get(group_by) is not None:
-        yield from name_problems(f"'{group_by}'", value[group_by])
-    present = [kind for kind, columns in KINDS.items() if any(value.get(c) is not None for c in columns)]
+        yield from name_problems(f"'{columns.id}'", value[columns.id])
+    if columns.subject is not None and value.get(columns.subject) is not None:
+        yield from name_problems(f"'{columns.subject}'", value[columns.subject])
+    bodies = columns.bodies
+    present = [kind for kind, names in bodies.items() if any(value.get(c) is not None for c in names)]
     if len(present) > 1:
-        given = ", ".join(column for column in BODY_COLUMNS if value.get(column) is not None)
+        given = ", ".join(column for column in columns.body if value.get(column) is not None)
         yield f"expected one body, got several: {given}"
     elif not present:
-        yield "no body; expected 'text', or 'prompt' and 'completion', or 'messages'"
+        yield no_body(columns)
     elif present == ["chat"]:
-        yield from _messages_problems(value["messages"])
+        yield from _messages_problems(value[columns.messages], columns)
     else:
-        for column in KINDS[present[0]]:
+        for column in bodies[present[0]]:
             if value.get(column) is None:
                 yield f"no '{column}'"
+            elif isinstance(value[column], list):
+                yield f"'{column}': expected a string, got a list; put turns in '{columns.messages}'"
             else:
-                yield from _text_problems(f"'{column}'", value[column], may_be_blank=column == "prompt")
+                may_be_blank = column == columns.prompt
+                yield from _text_problems(f"'{column}'", value[column], may_be_blank=may_be_blank)
+
+
+def no_body(columns: Columns) -> str:
+    """Return what is said of a row, or of a table, without a body."""
+    text, prompt, completion, messages = columns.body
+    return f"no body; expected '{text}', or '{prompt}' and '{completion}', or '{messages}'"
 
 
 def _risk_problems(risk: Any) -> Iterator[str]:
@@ -97,9 +148,11 @@ def _generation_problems(generation: Any) -> Iterator[str]:
 
 
 def name_problems(name: str, value: Any) -> Iterator[str]:
-    """All that keeps a value from being an id or a subject."""
+    """Yield all that keeps a value from being an id or a subject. A whole number is its decimal form."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
     if not isinstance(value, str):
-        yield f"{name}: expected a string, got {kind_of(value)}"
+        yield f"{name}: expected a string or a whole number, got {kind_of(value)}"
         return
     if not value.strip():
         yield f"{name} is empty"
@@ -117,29 +170,58 @@ def _text_problems(name: str, value: Any, may_be_blank: bool) -> Iterator[str]:
         yield f"{name} is empty"
     if "\0" in value:
         yield f"{name} holds a NUL character"
-    if any("\ud800" <= each <= "\udfff" for each in value):
+    try:
+        value.encode()
+    except UnicodeEncodeError:
         yield f"{name} holds a lone surrogate"
 
 
-def _messages_problems(value: Any) -> Iterator[str]:
+def _messages_problems(value: Any, columns: Columns) -> Iterator[str]:
     if not isinstance(value, list):
-        yield f"'messages': expected a list, got {kind_of(value)}"
+        yield f"'{columns.messages}': expected a list, got {kind_of(value)}"
         return
     answered = False
     for number, turn in enumerate(value, start=1):
-        name = f"'messages', turn {number}"
+        name = f"'{columns.messages}', turn {number}"
         if not isinstance(turn, Mapping):
             yield f"{name}: expected an object, got {kind_of(turn)}"
             continue
-        role, content = turn.get("role"), turn.get("content")
+        role = _role(turn, columns)
         if role not in ROLES:
-            yield f"{name}: expected a role of {', '.join(ROLES)}"
-        yield from _text_problems(f"{name}, content", content, may_be_blank=True)
-        answered = answered or (
-            role == "assistant" and isinstance(content, str) and bool(content.strip())
-        )
+            yield f"{name}: expected a role of {', '.join(ROLES)} in '{columns.role}'"
+        if turn.get("tool_calls"):
+            yield f"{name}: calls of tools are not trained on; write the call into '{columns.content}'"
+            answered = True  # one problem is enough
+            continue
+        problems = list(_content_problems(f"{name}, {columns.content}", turn.get(columns.content)))
+        yield from problems
+        if role == "assistant":
+            answered = answered or bool(problems) or bool(_content(turn, columns).strip())
     if not answered:
-        yield "'messages' has no assistant turn with content"
+        yield f"'{columns.messages}' has no assistant turn with content"
+
+
+def _content_problems(name: str, content: Any) -> Iterator[str]:
+    if not isinstance(content, list):
+        yield from _text_problems(name, content, may_be_blank=True)
+        return
+    for number, piece in enumerate(content, start=1):
+        where = f"{name}, piece {number}"
+        if not isinstance(piece, Mapping) or piece.get("type") != "text":
+            yield f"{where}: expected an object of type 'text'; images and others are not trained on"
+        else:
+            yield from _text_problems(where, piece.get("text"), may_be_blank=True)
+
+
+def _content(turn: Mapping[str, Any], columns: Columns) -> str:
+    """Return the text of a turn without problems; pieces of it follow one another."""
+    content = turn[columns.content]
+    return content if isinstance(content, str) else "".join(piece["text"] for piece in content)
+
+
+def _role(turn: Mapping[str, Any], columns: Columns) -> Any:
+    role = turn.get(columns.role)
+    return OTHER_NAMES.get(role, role) if isinstance(role, str) else role
 
 
 def kind_of(value: Any) -> str:

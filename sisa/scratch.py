@@ -68,7 +68,7 @@ def prepare(
     if isinstance(config.base_model, str):
         return
     scratch, directory = config.base_model.scratch, Path(config.base)
-    texts = read_texts(scratch.corpus)
+    texts = read_texts(scratch.corpus, config.limits)
     recipe = recipe_of(scratch, texts)
     if (directory / RECIPE_FILE).is_file():
         held = _held(directory)

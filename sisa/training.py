@@ -65,8 +65,12 @@ def train_model(
     opening.find_executor(executor)  # an unknown one is refused before anything is written
     require_device(config.arithmetic)
     _refuse_keys_inside(config)
-    records = read_records(config.datasets, config.sisa.group_by)
-    if not _committed(directory):
+    first = not _committed(directory)
+    records = read_records(
+        config.datasets, config.sisa.group_by, config.limits, subjects="some" if first else "any"
+    )
+    report(Notice(records.told_subjects()))
+    if first:
         _refuse_foreign(directory)
         with named_by_place(records):
             return _first_training(config, records, executor, report, allow_deleted=allow_deleted)

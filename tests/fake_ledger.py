@@ -113,6 +113,12 @@ class FakeLedger:
         dead = [each for each in t.tombstones.values() if each.subject_digest == subject_digest]
         return _ordered(live), sorted(dead, key=lambda each: each.id_digest)
 
+    def num_without_subject(self) -> tuple[int, int]:
+        live, dead = self.tables.records.values(), self.tables.tombstones.values()
+        return sum(not each.subject_digest for each in live), sum(
+            not each.subject_digest for each in dead
+        )
+
     def by_vector(self, shard: int, vector_ids: Collection[int]) -> dict[int, RecordRow]:
         rows = [row for row in self.tables.records.values() if row.shard == shard]
         return {row.vector_id: row for row in rows if row.vector_id in vector_ids}

@@ -89,6 +89,14 @@ class SqlLedger(PatchLedger):
             dead = having(connection, Tombstone, gone, asked, sure=True)
         return sorted(live, key=_BY_ID), sorted(dead, key=_BY_ID)
 
+    def num_without_subject(self) -> tuple[int, int]:
+        found = []
+        with self._reading() as connection:
+            for table in (RECORDS, TOMBSTONES):
+                query = sa.select(sa.func.count()).where(table.c.subject_digest.is_(None))
+                found.append(connection.execute(query).scalar_one())
+        return found[0], found[1]
+
     def by_vector(self, shard: int, vector_ids: Collection[int]) -> dict[int, RecordRow]:
         found: dict[int, RecordRow] = {}
         for chunk in rows.chunks(list(vector_ids)):

@@ -80,7 +80,7 @@ BAD_LINES: dict[str, tuple[bytes, list[tuple[str, str]]]] = {
         [("line 1", "id"), ("line 2", "id")],
     ),
     "wrong types": (
-        jsonl('{"id": 7, "text": "a"}', '{"id": "n2", "text": ["b"]}', "[1]", '{"id": "n4"}'),
+        jsonl('{"id": 7.5, "text": "a"}', '{"id": "n2", "text": ["b"]}', "[1]", '{"id": "n4"}'),
         [("line 1", "a number"), ("line 2", "a list"), ("line 3", "a list"), ("line 4", "no body")],
     ),
     "invalid UTF-8": (
@@ -176,6 +176,43 @@ def test_changed_and_deleted_ids_are_not_added(tiny: Tiny, capsys: Capture) -> N
     assert {where for where, _ in done.problems} == {
         f"mixed.jsonl, line {n}" for n in (1, 2, len(rows) + 1)
     }
+
+
+def test_records_without_subjects_are_not_denied(
+    tmp_path: Path, tiny_base: Path, capsys: Capture
+) -> None:
+    """A subject that no record is known by may be that of a record without one."""
+    rows = [{"id": 1000 + n, "customer_id": n, "text": f"Customer {n} likes tea."} for n in range(4)]
+    model = Tiny(tmp_path / "new", tiny_base)
+    run_file = write_run(model.folder, tiny_base, rows)
+    done = command(capsys, "train", run_file, *SERIAL)
+    told = "0 of 4 records have a subject (column 'subject_id'); columns not used: customer_id"
+    assert (done.code, [where for where, _ in done.problems]) == (2, ["sisa.group_by"])
+    assert done.problems[0][1].startswith(told)
+    assert not model.directory.exists()
+
+    change_run(run_file, sisa__group_by="customer_id", sisa__shards=1, sisa__slices=1, num_epochs=1)
+    write_rows(model.folder / "people.jsonl", [*rows, {"id": "r5", "text": "Somebody likes coffee."}])
+    done = command(capsys, "train", run_file, *SERIAL)
+    assert done.code == 0
+    assert "4 of 5 records have a subject (column 'customer_id')" in done.err
+    at = ("-m", model.directory)
+    hits = command(capsys, "find", *at, "--subject", "2", "--show-text", "--top", 1).json["hits"]
+    assert (hits[0]["id"], hits[0]["subject"], hits[0]["text"]) == (
+        *("1002", "2", "Customer 2 likes tea."),
+    )
+    done = refused(capsys, model, 3, "UnknownRecord", "find", *at, "--subject", "9")
+    assert "some have no subject" in done.error["message"]
+    assert done.error["got"] == "1 held and 0 deleted records without a subject"
+    assert command(capsys, "status", *at).json["records_without_subject"] == 1
+    more = model.file("more.jsonl", [{"id": "r6", "text": "x", "customer": "7"}])
+    done = refused(capsys, model, 2, "InvalidInput", "add", *at, more, *SERIAL)
+    assert "columns not used: customer" in done.problems[0][1]
+
+    command(capsys, "forget", *at, "r5", *SERIAL)
+    done = refused(capsys, model, 3, "UnknownRecord", "forget", *at, "--subject", "9", *SERIAL)
+    assert done.error["got"] == "0 held and 1 deleted records without a subject"
+    assert command(capsys, "forget", *at, "--subject", "2", *SERIAL).json["records"] == 1
 
 
 # --- ids -----------------------------------------------------------------------------------------

@@ -237,7 +237,10 @@ def test_the_last_records_form_does_not_outlive_them(tiny: Tiny) -> None:
     """The form that a prompt takes by default comes from the remaining records alone."""
     model = tiny.open()
     model.forget(ids_of(PEOPLE))
-    fresh = [{"id": "t1", "text": "A plain text."}, {"id": "t2", "text": "Another plain text."}]
+    fresh = [
+        {"id": "t1", "subject_id": "t", "text": "A plain text."},
+        {"id": "t2", "text": "Another plain text."},
+    ]
     model.add(tiny.file("texts.jsonl", fresh))
     assert model.generate(PROMPT, max_new_tokens=2) == model.generate(
         PROMPT, max_new_tokens=2, kind="text"

@@ -64,7 +64,13 @@ def test_what_is_in_its_corpus_is_never_taken_in(made: Path, tmp_path: Path) -> 
     model = sisa.open_model(made / "model", executor="serial")
     before = model.status().model_digest
     text = make_corpus(300)[7]["text"]
-    rows = [{"id": "new1", "text": "Nobody has said this before, here or anywhere else."}]
+    rows = [
+        {
+            "id": "new1",
+            "subject_id": "new",
+            "text": "Nobody has said this before, here or anywhere else.",
+        }
+    ]
     rows.append({"id": "new2", "text": text})
     with pytest.raises(InvalidInput, match="share their text") as caught:
         model.add(write_rows(tmp_path / "more.jsonl", rows))
@@ -119,7 +125,9 @@ def test_a_corpus_shorter_than_a_row_is_refused_and_leaves_nothing(
 
 def test_a_model_that_moves_to_it_is_guarded_whole(made: Path, tmp_path: Path, tiny_base: Path) -> None:
     text = make_corpus(300)[7]["text"]
-    rows = [{"id": "r1", "text": "Nobody has said this before, here or anywhere else."}]
+    rows = [
+        {"id": "r1", "subject_id": "new", "text": "Nobody has said this before, here or anywhere else."}
+    ]
     path = write_run(tmp_path, tiny_base, [*rows, {"id": "r2", "text": text}], sequence_len=128)
     model, _ = sisa.train_model(path, executor="serial")
     shutil.copy(made / "corpus.jsonl", tmp_path)

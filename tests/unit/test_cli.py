@@ -380,7 +380,9 @@ def trains_anew(sisa: Sisa, directory: Path, tmp_path: Path, monkeypatch: pytest
         raise Reached
 
     monkeypatch.setattr("sisa.training._first_training", reached)
-    (tmp_path / "people.jsonl").write_text('{"id": "id-0000", "text": "once deleted"}\n')
+    (tmp_path / "people.jsonl").write_text(
+        '{"id": "id-0000", "subject_id": "a", "text": "once deleted"}\n'
+    )
     run_file = tmp_path / "run.yaml"
     run_file.write_text(f"datasets: [{{path: people.jsonl}}]\noutput_dir: {directory}\n")
     return sisa("train", run_file, "--json")

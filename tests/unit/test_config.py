@@ -250,6 +250,10 @@ OTHER: dict[str, Any] = {
     "cluster.max_retries": 7,
     "cluster.stall_limit_s": 7.0,
     "cluster.num_gpus": 0.5,
+    "limits.max_records": 7,
+    "limits.max_record_bytes": 7,
+    "limits.max_bytes": 7,
+    "limits.max_problems": 7,
 }
 
 
@@ -273,10 +277,10 @@ def test_each_key_has_one_effect() -> None:
         effects.setdefault(found.effect, set()).add(key)
     where = {"base_model", "sisa.shards", "sisa.slices", "sisa.bands", "sisa.group_by"}
     where |= {"sisa.partition_key_file"}
-    cluster = {key for key in OTHER if key.startswith("cluster.")}
+    blocks = {key for key in OTHER if key.startswith(("cluster.", "limits."))}
     none = {"output_dir", "datasets", "storage", "witness", "keyring", "probe", "patch_mode"}
     none |= {"prefix_cache_bytes", "sisa.aggregation", "sisa.checkpoint_budget_bytes"}
-    assert effects["none"] == cluster | none
+    assert effects["none"] == blocks | none
     assert effects["reseal"] == {"encrypt"}
     assert effects["reset"] == where
     assert effects["reindex"] == {"sisa.embedder", "sisa.names"}
@@ -373,6 +377,18 @@ def test_records_can_not_be_longer_than_the_base_reads() -> None:
     ((where, what),) = problems(f"{SCRATCH}{CORPUS}    context_len: 32\n")
     assert where == "line 1"
     assert "sequence_len 64 is more than the base's context_len 32" in what
+
+
+def test_a_column_is_one_thing_alone() -> None:
+    source = "datasets: [{path: a/b, prompt_column: customer, completion_column: %s}]\noutput_dir: m\n"
+    first, *_ = problems(source % "customer")
+    assert first == ("line 1: datasets[0]", "conflict: two columns are called 'customer'")
+    ((_, what),) = problems(f"{source % 'answer'}sisa: {{group_by: customer}}\n")
+    assert what == "conflict: 'customer' is a column of texts and that of subjects, too"
+
+
+def test_records_may_have_no_subjects_at_all() -> None:
+    assert parse_run_file(f"{MINIMAL}sisa: {{group_by: null}}\n", "run.yaml").sisa.group_by is None
 
 
 def test_a_base_that_is_neither() -> None:

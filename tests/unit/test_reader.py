@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -15,10 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sisa import dataset_export
-from sisa.config_types import DatasetSource
+from sisa.config_types import DatasetSource, Limits
 from sisa.domain import Part, Record
 from sisa.errors import EnvironmentFault, InvalidInput, Problem
-from sisa.reader import named_by_place, read_ids, read_records
+from sisa.reader import Subjects, named_by_place, read_ids, read_records
 
 SECRET = "Quorvane"
 CHAT = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": SECRET}]
@@ -79,7 +81,180 @@ def test_the_subject_comes_from_the_named_column(tmp_path: Path) -> None:
         tmp_path / "a.jsonl", [{"id": "r1", "text": "x", "author": "ada"}, {"id": "r2", "text": "y"}]
     )
     assert [each.subject_id for each in read_records([file], "author")] == ["ada", None]
-    assert refused([file], "autor") == [("sisa.group_by", "no record has a column of this name")]
+    told = "0 of 2 records have a subject (column 'autor'); columns not used: author; name the column, "
+    told += "or set `group_by: null` where records have no subject"
+    needs: list[Subjects] = ["some", "column"]
+    for needed in needs:
+        with pytest.raises(InvalidInput) as caught:
+            read_records([file], "autor", subjects=needed)
+        assert caught.value.problems == (Problem("sisa.group_by", told),)
+    assert [each.subject_id for each in read_records([file], None, subjects="some")] == [None, None]
+
+
+def test_what_is_not_used_of_the_sources_is_told(tmp_path: Path) -> None:
+    rows = [{"id": 1001, "text": "x", "customer_id": "cust-1001", "te\x1bam": 1}, {"id": 2, "text": "y"}]
+    lines = jsonl(tmp_path / "a.jsonl", rows)
+    table = parquet(tmp_path / "b.parquet", [{"id": "r3", "text": "z", "subject_id": 7, "age": 40}])
+    found = read_records([lines, table], subjects="some")
+    assert [(each.id, each.subject_id) for each in found] == [("1001", None), ("2", None), ("r3", "7")]
+    told = (
+        "1 of 3 records have a subject (column 'subject_id'); columns not used: customer_id, team, age"
+    )
+    assert found.told_subjects() == told
+    empty = jsonl(tmp_path / "c.jsonl", [{"id": "r4", "text": "x", "subject_id": None}])
+    assert len(read_records([empty], subjects="column")) == 1
+
+
+def test_columns_have_the_names_that_the_source_gives_them(tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": SECRET}]
+    rows = [{"key": 1, "question": "Who?", "answer": SECRET, "prompt": 3}, {"key": 2, "turns": turns}]
+    mapped = {"id_column": "key", "prompt_column": "question", "completion_column": "answer"}
+    mapped |= {"messages_column": "turns"}
+    keys = {"message_property_mappings": {"role": "from", "content": "value"}}
+    expected = [
+        Record("1", None, "completion", (Part("prompt", "Who?"), Part("completion", SECRET))),
+        Record("2", None, "chat", (Part("user", "Who?"), Part("assistant", SECRET))),
+    ]
+    names = ("key", "question", "answer", "prompt", "turns")
+    whole = [{name: row.get(name) for name in names} for row in rows]
+    files = [jsonl(tmp_path / "a.jsonl", rows), parquet(tmp_path / "a.parquet", whole)]
+    for file in files:
+        source = DatasetSource.model_validate({"path": str(file), **mapped, **keys})
+        assert read_records([source]) == expected
+    jsonl(tmp_path / "a.jsonl", [{"id": 1, "prompt": "x", "completion": SECRET}])
+    problems = refused([DatasetSource.model_validate({"path": str(files[0]), **mapped})])
+    assert [what for _, what in problems] == [
+        "no 'key'",
+        "no body; expected 'text', or 'question' and 'answer', or 'turns'",
+    ]
+
+
+def test_turns_of_tools_and_pieces_of_text_are_taken(tmp_path: Path) -> None:
+    pieces = [{"type": "text", "text": "Who"}, {"type": "text", "text": " is it?"}]
+    turns = [
+        {"role": "user", "content": pieces},
+        {"role": "assistant", "content": "I look."},
+        {"role": "tool", "content": "Ada", "name": "look"},
+        {"role": "assistant", "content": SECRET},
+    ]
+    (found,) = read_records([jsonl(tmp_path / "a.jsonl", [{"id": "r", "messages": turns}])])
+    said = [(each.role, each.text) for each in found.parts]
+    assert said == [
+        ("user", "Who is it?"),
+        ("assistant", "I look."),
+        ("tool", "Ada"),
+        ("assistant", SECRET),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("turn", "what"),
+    [
+        (
+            {"role": "assistant", "content": None, "tool_calls": [{"name": SECRET}]},
+            "turn 2: calls of tools are not trained on; write the call into 'content'",
+        ),
+        (
+            {"role": "assistant", "content": [{"type": "image", "url": SECRET}]},
+            "turn 2, content, piece 1: expected an object of type 'text'; images and others are not "
+            "trained on",
+        ),
+        (
+            {"role": "agent", "content": SECRET},
+            "turn 2: expected a role of system, user, assistant, tool in 'role'",
+        ),
+    ],
+)
+def test_turns_that_can_not_be_trained_on_say_why(
+    tmp_path: Path, turn: dict[str, Any], what: str
+) -> None:
+    answered = [{"role": "user", "content": "Who?"}, turn, {"role": "assistant", "content": "x"}]
+    file = jsonl(tmp_path / "a.jsonl", [{"id": "r", "messages": answered}])
+    assert refused([file]) == [("a.jsonl, line 1", f"'messages', {what}")]
+
+
+def test_a_chat_in_the_place_of_a_prompt_is_told_where_to_go(tmp_path: Path) -> None:
+    file = jsonl(tmp_path / "a.jsonl", [{"id": "r", "prompt": CHAT[:1], "completion": CHAT[1:]}])
+    told = "expected a string, got a list; put turns in 'messages'"
+    assert [what for _, what in refused([file])] == [f"'prompt': {told}", f"'completion': {told}"]
+
+
+# --- too much of it ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["people.jsonl", "people.parquet"])
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    what = "expected a regular file, got a pipe, a socket or a device"
+    assert refused([tmp_path / name]) == [(name, what)]
+    assert refused([tmp_path]) == [(tmp_path.name, what)]
+
+
+def test_a_long_line_is_never_read_whole(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    with file.open("wb") as sink:
+        sink.write(b'{"id": "r1", "text": "')
+        sink.truncate(1 << 30)  # a gigabyte of NUL, which takes no room
+        sink.seek(0, os.SEEK_END)
+        sink.write(b'"}\n{"id": "r2", "text": "fine"}\n')
+    tracemalloc.start()
+    assert refused([file]) == [("a.jsonl, line 1", "longer than limits.max_record_bytes 1048576")]
+    assert tracemalloc.get_traced_memory()[1] < 20_000_000
+    tracemalloc.stop()
+
+
+def test_a_small_table_of_many_equal_rows_is_refused_at_once(tmp_path: Path) -> None:
+    rows = 20_000_000
+    column = pa.DictionaryArray.from_arrays(np.zeros(rows, dtype=np.int32), pa.array([SECRET]))
+    pq.write_table(pa.table({"id": column, "text": column}), tmp_path / "a.parquet")
+    assert refused([tmp_path / "a.parquet"]) == [
+        ("a.parquet", "20000000 rows, more than limits.max_records 2000000")
+    ]
+
+
+def test_a_long_text_that_a_table_repeats_is_in_memory_once(tmp_path: Path) -> None:
+    """8 MB in each of 24 rows, at rest in some kilobytes."""
+    text = "a" * 8_000_000
+    turns = [[{"role": "assistant", "content": text}]] * 24
+    ids = [f"r{number}" for number in range(24)]
+    pq.write_table(pa.table({"id": ids, "text": [text] * 24}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"id": ids, "messages": turns}), tmp_path / "b.parquet")
+    for name in ("a.parquet", "b.parquet"):
+        tracemalloc.start()
+        problems = refused([tmp_path / name])
+        assert problems == [
+            (f"{name}, row {n}", "longer than limits.max_record_bytes 1048576") for n in range(1, 25)
+        ]
+        assert tracemalloc.get_traced_memory()[1] < 10 * len(text)
+        tracemalloc.stop()
+
+
+def test_limits_are_the_users_to_raise(tmp_path: Path) -> None:
+    rows = [{"id": f"r{n}", "text": "x" * 30} for n in range(5)]
+    files = [jsonl(tmp_path / "a.jsonl", rows), parquet(tmp_path / "a.parquet", rows)]
+    for file in files:
+        for limits, what in (
+            (Limits(max_records=4), "limits.max_records 4"),
+            (Limits(max_bytes=149), "limits.max_bytes 149"),
+            (Limits(max_record_bytes=29), "limits.max_record_bytes 29"),
+        ):
+            with pytest.raises(InvalidInput) as caught:
+                read_records([file], limits=limits)
+            assert what in caught.value.problems[-1].what
+        roomy = Limits(max_records=5, max_bytes=1000, max_record_bytes=100)
+        assert len(read_records([file], limits=roomy)) == 5
+
+
+def test_all_problems_are_counted_and_the_first_are_listed(tmp_path: Path) -> None:
+    file = jsonl(tmp_path / "a.jsonl", [{"id": "r", "text": "x"}] * 12)
+    with pytest.raises(InvalidInput) as caught:
+        read_records([file], limits=Limits(max_problems=3))
+    assert caught.value.what == "11 problems in the records; nothing was read"
+    assert [each.where for each in caught.value.problems] == [
+        *("a.jsonl, line 2", "a.jsonl, line 3", "a.jsonl, line 4"),
+        "limits.max_problems",
+    ]
+    assert caught.value.problems[-1].what == "8 more problems are not listed"
 
 
 DEFECTS: dict[str, bytes] = {
@@ -93,12 +268,13 @@ DEFECTS: dict[str, bytes] = {
     "deep": b"[" * 100_000,
     "no id": b'{"text": "Quorvane"}',
     "null id": b'{"id": null, "text": "Quorvane"}',
-    "int id": b'{"id": 3, "text": "Quorvane"}',
+    "fraction id": b'{"id": 3.5, "text": "Quorvane"}',
+    "flag id": b'{"id": true, "text": "Quorvane"}',
     "empty id": b'{"id": " ", "text": "Quorvane"}',
     "long id": b'{"id": "' + b"Quorvane" * 65 + b'", "text": "x"}',
     "control id": b'{"id": "Quorvane\\n", "text": "x"}',
     "surrogate id": b'{"id": "Quorvane\\ud800", "text": "x"}',
-    "subject type": b'{"id": "x6", "subject_id": 3, "text": "Quorvane"}',
+    "subject type": b'{"id": "x6", "subject_id": ["3"], "text": "Quorvane"}',
     "subject empty": b'{"id": "x7", "subject_id": "", "text": "Quorvane"}',
     "no body": b'{"id": "x8"}',
     "two bodies": b'{"id": "x9", "text": "Quorvane", "messages": []}',
@@ -198,7 +374,7 @@ def test_problems_of_all_sources_are_collected(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     pq.write_table(pa.table({"id": ["r1"], "body": [SECRET]}), tmp_path / "body.parquet")
     pq.write_table(pa.table({"text": [SECRET]}), tmp_path / "id.parquet")
-    pq.write_table(pa.table({"id": [1, 2], "text": [SECRET, " "]}), tmp_path / "rows.parquet")
+    pq.write_table(pa.table({"id": [1.5, 2.5], "text": [SECRET, " "]}), tmp_path / "rows.parquet")
     whole = parquet(tmp_path / "whole.parquet", [{"id": f"r{n}", "text": SECRET} for n in range(99)])
     (tmp_path / "cut.parquet").write_bytes(whole.read_bytes()[:-20])
     names = [

@@ -142,7 +142,8 @@ def test_a_deletion_says_how_to_make_the_base_say_less(vaulted: str) -> None:
 def test_find() -> None:
     result = render.found([Found("r1", 0.91234, 2, 1, "content"), Found("r2", 1.0, 0, 0, "subject")])
     assert read(result)["hits"][0] == {
-        "id": "r1", "score": 0.91234, "shard": 2, "slice": 1, "match": "content"
+        "id": "r1", "score": 0.91234, "shard": 2, "slice": 1, "match": "content",
+        "subject": None, "text": None,
     }  # fmt: skip
     assert [line.split()[0] for line in result.text.splitlines()] == ["0.9123", "1.0000"]
     assert read(render.found([])) == {"hits": []}

@@ -493,7 +493,7 @@ def test_what_was_deleted_is_added_only_if_allowed(ask: Ask, tmp_path: Path) -> 
     bodies: list[dict[str, str]] = [
         {"id": "id-0003", "text": "something else"},
         {"id": "new-1", "text": " QUESTION 3 \n\n Answer\t3"},
-        {"id": "new-2", "text": "question 77"},
+        {"id": "new-2", "subject_id": "new", "text": "question 77"},
     ]
     source.write_text("".join(json.dumps(each) + "\n" for each in bodies))
     error = ask("add", source, "--executor", "serial", code=2)["error"]

@@ -98,7 +98,7 @@ def test_every_command_replays_first(
     backup = back_up(model)
     ask("forget", GONE)
     restore(backup, model)
-    (tmp_path / "more.jsonl").write_text('{"id": "new", "text": "words"}\n')
+    (tmp_path / "more.jsonl").write_text('{"id": "new", "subject_id": null, "text": "words"}\n')
     arguments = [str(tmp_path / "more.jsonl") if each == "FILE" else each for each in command]
     ask(*arguments)
     with care_model.world_of(model) as world:
@@ -117,11 +117,14 @@ def test_what_was_added_and_deleted_after_the_backup_stays_out(
     model: Path, ask: Ask, tmp_path: Path
 ) -> None:
     backup, file = back_up(model), tmp_path / "late.jsonl"
-    file.write_text('{"id": "late", "text": "a text that came late"}\n')
+    file.write_text('{"id": "late", "subject_id": null, "text": "a text that came late"}\n')
     ask("add", file)
     request_id = ask("forget", "late")["request_id"]
     restore(backup, model)
-    for text in ('{"id": "late", "text": "else"}', '{"id": "x", "text": "A text  that came LATE"}'):
+    for text in (
+        '{"id": "late", "subject_id": null, "text": "else"}',
+        '{"id": "x", "subject_id": null, "text": "A text  that came LATE"}',
+    ):
         file.write_text(text + "\n")
         (problem,) = ask("add", file, code=2)["error"]["problems"]
         assert request_id in problem["what"]
@@ -167,7 +170,7 @@ def test_a_readmitted_record_is_not_deleted_again(model: Path, ask: Ask, tmp_pat
     backup = back_up(model)
     ask("forget", GONE, record(8).id)
     parts = {part.role: part.text for part in record(7).parts}
-    (tmp_path / "again.jsonl").write_text(json.dumps({"id": GONE, **parts}) + "\n")
+    (tmp_path / "again.jsonl").write_text(json.dumps({"id": GONE, "subject_id": None, **parts}) + "\n")
     ask("add", tmp_path / "again.jsonl", "--allow-deleted")
     restore(backup, model)
     found = ask("where", GONE, record(8).id)["records"]
