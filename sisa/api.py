@@ -83,7 +83,12 @@ class Model(OpenedModel):
 
     def resume(self, source: Sequence[Record] = ()) -> Taken:
         """Train what is missing; records of `source` are only compared with the held ones."""
-        with named_by_place(source), self._writing() as world:
+        with named_by_place(source), self._locked():
+            return self._resume(source)
+
+    def _resume(self, source: Sequence[Record]) -> Taken:
+        """The caller holds the lock."""
+        with self._world(locked=True) as world:
             _ = self.parts.base  # refuses a changed base
             return train(world, source)
 

@@ -1,10 +1,11 @@
-"""A model's directory, opened: what its ledger and its key say of it, its world, its lock.
+"""Open a model's directory: what its ledger and its key say of it, its world, its lock.
 
-Rules: nothing is read of a directory without a committed model, and nothing under another key. Whoever
-reads gets the world after it has caught up with its witness; whoever writes holds the directory's lock
-from before that on, and a second writer gets `Busy`.
+Nothing is read of a directory without a committed model, and nothing under another key. Readers get the
+world after it has caught up with its witness; writers hold the directory's lock from before that on, and
+a second writer gets `Busy`. An object of this class may live long: each time it opens its world, it
+compares the ledger's description of the model with the one that it took, and takes a changed one over.
 
-Not covered: what a caller can do with a model (`api.py`); its parts (`opening.py`, `parts.py`).
+What a caller can do with a model is in `api.py`; its parts are in `opening.py` and `parts.py`.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from pathlib import Path
 
 from sisa import opening
 from sisa.digest import Keyed
-from sisa.errors import IntegrityError, InvalidInput
-from sisa.events import Event, Report
+from sisa.errors import ConfigConflict, IntegrityError, InvalidInput
+from sisa.events import Event, Notice, Report
 from sisa.opening import KEY, LEDGER, LOCK, SCRATCH, OpenExecutor
 from sisa.parts import Parts
 from sisa.running import running
@@ -25,6 +26,8 @@ from sisa.store.ledger import SqlLedger
 from sisa.store.places import rooms
 from sisa.witness import is_behind, settle
 from sisa.world import World
+
+DESCRIPTION = ("config", "base", "embedder", "key", "model")  # of the ledger's `meta`
 
 
 def silent(_event: Event) -> None:
@@ -50,22 +53,28 @@ class OpenedModel:
                 expected=f"a directory with {LEDGER}",
                 next_step="train one with `sisa train RUN.yaml`",
             )
-        ledger = SqlLedger(self.directory / LEDGER)
-        meta = ledger.meta()
-        ledger.close()
+        self.executor = executor
+        self.report = report
+        self._take(self._described())
+
+    def _described(self) -> dict[str, str]:
+        """What the ledger says of the model now."""
+        with contextlib.closing(SqlLedger(self.directory / LEDGER)) as ledger:
+            meta = ledger.meta()
         if "config" not in meta:
             raise InvalidInput(
                 "the model in this directory was never committed",
                 where=str(self.directory),
                 next_step="run `sisa train RUN.yaml` again",
             )
+        return {name: meta[name] for name in DESCRIPTION if name in meta}
+
+    def _take(self, meta: dict[str, str]) -> None:
         self.id = opening.model_id(meta)
         self.config = opening.stored_config(meta)
         self.keyring = opening.open_keyring(self.config, self.id)
         self.base = opening.named(meta, "base")
         self.embedder = opening.named(meta, "embedder")
-        self.executor = executor
-        self.report = report
         self.parts = Parts(self.config, self.base, self.embedder)
         self.secret = opening.stored_secret(self.directory, self.config)
         if Keyed(self.secret).name != meta.get("key"):
@@ -74,11 +83,28 @@ class OpenedModel:
                 where=str(self.directory / KEY),
                 next_step="restore the key from a backup: without it no record can be found",
             )
+        self._taken = meta
+
+    def _catch_up(self) -> None:
+        """Take over what another process made of the model since it was opened: its run file, its base,
+        its embedder, its encryption. Raises ConfigConflict where another model lies here now."""
+        meta = self._described()
+        if meta == self._taken:
+            return
+        if any(meta.get(name) != self._taken.get(name) for name in ("model", "key")):
+            raise ConfigConflict(
+                "another model lies in this directory than the one that was opened",
+                where=str(self.directory),
+                next_step="open the directory again",
+            )
+        self._take(meta)
+        self.report(Notice("the model was reconfigured meanwhile; going on with its present run file"))
 
     @contextlib.contextmanager
     def _world(self, *, locked: bool = False, as_it_is: bool = False) -> Iterator[World]:
-        """The model's parts, after it has caught up with its witness, unless it is opened `as_it_is`.
-        `locked`: the caller holds the writer lock."""
+        """The model's parts as the ledger describes them now, after it has caught up with its witness,
+        unless it is opened `as_it_is`. `locked`: the caller holds the writer lock."""
+        self._catch_up()
         world = opening.open_world(
             self.directory,
             self.parts,
@@ -100,12 +126,18 @@ class OpenedModel:
             opening.close(world)
 
     @contextlib.contextmanager
-    def _writing(self) -> Iterator[World]:
+    def _locked(self) -> Iterator[None]:
+        """Hold the writer lock over the model as it is now. Raises Busy."""
         opening.check_executor(self.executor)  # an unknown one is refused before anything is written
         with running(), files.writer_lock(self.directory / LOCK):
+            self._catch_up()
             self._clear_scratch()
-            with self._world(locked=True) as world:
-                yield world
+            yield
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[World]:
+        with self._locked(), self._world(locked=True) as world:
+            yield world
 
     def _clear_scratch(self) -> None:
         """What a replay stored goes, its keys first: it can't be read any more, wherever it is."""

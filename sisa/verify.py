@@ -20,6 +20,7 @@ from typing import Literal
 
 from sisa.domain import Chain, Head, IndexFile, SliceFile, SliceJob
 from sisa.errors import IntegrityError, InvalidInput, Problem
+from sisa.examine import forms
 from sisa.plan import all_paths, plan_shard, reached
 from sisa.ports import CheckpointStore
 from sisa.reconcile import refuse_contradictions, training_started
@@ -161,7 +162,13 @@ def check_files(world: World) -> tuple[int, list[Problem]]:
     for found in world.ledger.vault():
         if found.held:
             check(f"vault/{found.name}", partial(world.vault.check, found))
-    return count, findings + _wrong_heads(world) + _unknown_files(world)
+    return count, findings + _wrong_heads(world) + _unknown_files(world) + _plain_files(world)
+
+
+def _plain_files(world: World) -> list[Problem]:
+    """What anybody could read of an encrypted model."""
+    found = forms(world) if world.keyring.seals else ()
+    return [Problem(each.where, each.what) for each in found]
 
 
 def _wrong_heads(world: World) -> list[Problem]:
