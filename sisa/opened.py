@@ -11,27 +11,56 @@ What a caller can do with a model is in `api.py`; its parts are in `opening.py` 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Concatenate, ParamSpec, TypeVar
 
 from sisa import opening
 from sisa.digest import Keyed
-from sisa.errors import ConfigConflict, IntegrityError, InvalidInput
+from sisa.errors import Busy, ConfigConflict, EnvironmentFault, IntegrityError, InvalidInput, SisaError
 from sisa.events import Event, Notice, Report
 from sisa.opening import KEY, LEDGER, LOCK, SCRATCH, OpenExecutor
 from sisa.parts import Parts
 from sisa.running import running
 from sisa.store import files
+from sisa.store.database import is_read_only
 from sisa.store.ledger import SqlLedger
 from sisa.store.places import rooms
 from sisa.witness import is_behind, settle
 from sisa.world import World
 
 DESCRIPTION = ("config", "base", "embedder", "key", "model")  # of the ledger's `meta`
+WAITS_S = (0.0, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)  # before a question is asked again
+
+P = ParamSpec("P")
+M = TypeVar("M", bound="OpenedModel")
+T = TypeVar("T")
 
 
 def silent(_event: Event) -> None:
     """The report of callers who asked for none."""
+
+
+def asked_again(question: Callable[Concatenate[M, P], T]) -> Callable[Concatenate[M, P], T]:
+    """Ask a question of a model again where it meets damage and the ledger has moved meanwhile: a writer
+    erases what its commit replaced. Raises IntegrityError for damage that stays, Busy where the ledger
+    does not come to rest."""
+
+    @functools.wraps(question)
+    def asking(model: M, /, *given: P.args, **named: P.kwargs) -> T:
+        for wait_s in WAITS_S:
+            time.sleep(wait_s)
+            seq = model._seq()
+            try:
+                return question(model, *given, **named)
+            except IntegrityError:
+                if model._seq() == seq:
+                    raise
+        raise model._busy()
+
+    return asking
 
 
 class OpenedModel:
@@ -69,6 +98,22 @@ class OpenedModel:
             )
         return {name: meta[name] for name in DESCRIPTION if name in meta}
 
+    def _seq(self) -> int:
+        """The number of the ledger's last commit; 0 of one that can't be read."""
+        with (
+            contextlib.suppress(SisaError),
+            contextlib.closing(SqlLedger(self.directory / LEDGER)) as it,
+        ):
+            return it.seq()
+        return 0
+
+    def _busy(self) -> Busy:
+        return Busy(
+            "another process is writing to this model: what it writes can't be judged now",
+            where=str(self.directory),
+            next_step="wait until it has finished, then run the same command again",
+        )
+
     def _take(self, meta: dict[str, str]) -> None:
         self.id = opening.model_id(meta)
         self.config = opening.stored_config(meta)
@@ -101,9 +146,12 @@ class OpenedModel:
         self.report(Notice("the model was reconfigured meanwhile; going on with its present run file"))
 
     @contextlib.contextmanager
-    def _world(self, *, locked: bool = False, as_it_is: bool = False) -> Iterator[World]:
+    def _world(
+        self, *, locked: bool = False, as_it_is: bool = False, outdated: bool = False
+    ) -> Iterator[World]:
         """The model's parts as the ledger describes them now, after it has caught up with its witness,
-        unless it is opened `as_it_is`. `locked`: the caller holds the writer lock."""
+        unless it is opened `as_it_is`. `locked`: the caller holds the writer lock; `outdated`: so is a
+        copy that is behind its witness and can't be written."""
         self._catch_up()
         world = opening.open_world(
             self.directory,
@@ -119,11 +167,23 @@ class OpenedModel:
             if locked:
                 world = settle(world)
             elif not as_it_is and is_behind(world):
-                with files.writer_lock(self.directory / LOCK):
-                    world = settle(world)
+                world = self._caught_up(world, outdated=outdated)
             yield world
         finally:
             opening.close(world)
+
+    def _caught_up(self, world: World, *, outdated: bool) -> World:
+        if is_read_only(self.directory / LEDGER):
+            if outdated:
+                return world
+            raise EnvironmentFault(
+                "this copy of the model still holds what was deleted since it was made, and it can't be "
+                "written to delete it again",
+                where=str(self.directory),
+                next_step="copy it to where it can be written; `sisa status` and `sisa verify` read it",
+            )
+        with files.writer_lock(self.directory / LOCK):
+            return settle(world)
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:

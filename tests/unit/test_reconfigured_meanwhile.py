@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -112,21 +113,24 @@ def test_a_plain_file_of_an_encrypted_model_is_a_finding(config: RunConfig) -> N
     assert [each.where for each in found.findings] == [f"records/{first}"]
 
 
-def test_two_reconfigurations_at_once_leave_one_run_file_and_its_heads(
-    config: RunConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The second comes after the first has compared the run files, and before it takes the lock."""
-    train_model(config, executor="serial")
-    new_parts, once = training._new_parts, []
+def before_the_lock(monkeypatch: pytest.MonkeyPatch, another: Callable[[], None]) -> None:
+    """Let another process come after a run file was compared, and before the lock is taken."""
+    new_parts = training._new_parts
 
     def meanwhile(*given: Any, **options: Any) -> Any:
         found = new_parts(*given, **options)
-        if not once:
-            once.append(True)
-            moved(config, seed=1)
+        monkeypatch.setattr(training, "_new_parts", new_parts)
+        another()
         return found
 
     monkeypatch.setattr(training, "_new_parts", meanwhile)
+
+
+def test_two_reconfigurations_at_once_leave_one_run_file_and_its_heads(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_model(config, executor="serial")
+    before_the_lock(monkeypatch, lambda: moved(config, seed=1))
     moved(config, seed=2)
     assert is_whole(changed(config, seed=2))
 
@@ -135,16 +139,7 @@ def test_a_run_file_that_another_process_changed_meanwhile_is_compared_again(
     config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train_model(config, executor="serial")
-    new_parts, once = training._new_parts, []
-
-    def meanwhile(*given: Any, **options: Any) -> Any:
-        found = new_parts(*given, **options)
-        if not once:
-            once.append(True)
-            moved(config, seed=1)
-        return found
-
-    monkeypatch.setattr(training, "_new_parts", meanwhile)
+    before_the_lock(monkeypatch, lambda: moved(config, seed=1))
     with pytest.raises(ConfigConflict, match="differs"):
         train_model(config, executor="serial")
     assert is_whole(changed(config, seed=1))
