@@ -93,6 +93,7 @@ def verify(world: World, replayed: Sequence[int], scratch: CheckpointStore | Non
         for proof in proofs
         if proof.equal is False
     ]
+    findings += _plain_files(world)
     return Verification(not findings, count, tuple(findings), tuple(proofs))
 
 
@@ -162,7 +163,7 @@ def check_files(world: World) -> tuple[int, list[Problem]]:
     for found in world.ledger.vault():
         if found.held:
             check(f"vault/{found.name}", partial(world.vault.check, found))
-    return count, findings + _wrong_heads(world) + _unknown_files(world) + _plain_files(world)
+    return count, findings + _wrong_heads(world) + _unknown_files(world)
 
 
 def _plain_files(world: World) -> list[Problem]:
