@@ -258,8 +258,9 @@ TRAINING_KEYS = (
 
 
 def _once(values: tuple[T, ...], what: str) -> tuple[T, ...]:
+    firsts: dict[T, int] = {}
     for position, value in enumerate(values):
-        if (first := values.index(value)) < position:
+        if (first := firsts.setdefault(value, position)) < position:
             raise conflict(f"conflict: {what} twice, at positions {first + 1} and {position + 1}")
     return values
 

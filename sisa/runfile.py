@@ -1,11 +1,10 @@
 """Reading a run file: YAML parsed once; every problem is listed with its line.
 
-Rules: unknown and repeated keys, wrong types, impossible values and conflicts are errors, all of them
-at once. `1e-3` is a number, as in YAML 1.2. Anchors, aliases, tags and a second document are refused.
+Unknown and repeated keys, wrong types, impossible values and conflicts are reported together.
+`1e-3` is a number, as in YAML 1.2. Anchors, aliases, a second document and explicit tags that change a
+value's kind are refused.
 Local paths are resolved against the run file's directory and stay absolute; for a machine elsewhere they
-must be so already (`shared_paths.py`).
-
-Not covered: what the keys mean (`config.py`); whether a hub or PyPI name exists.
+must be absolute already (`shared_paths.py`). Reading takes time linear in the file's size.
 
 >>> text = 'datasets: [{path: a.jsonl}]\\noutput_dir: model\\nlearning_rate: 1e-3\\nsisa: {shards: 8}'
 >>> config = parse_run_file(text, "run.yaml")
@@ -37,8 +36,10 @@ from sisa.errors import InvalidInput, Problem
 from sisa.scratch_config import MADE, NAMED
 from sisa.shared_paths import unshared
 
-MAX_RUN_FILE_BYTES = 1 << 20
+MAX_RUN_FILE_BYTES = 1 << 18
 MAX_DEPTH = 8
+MAX_NUMBER_CHARS = 400  # more than any finite float has; longer ones take quadratic time to convert
+MAX_PROBLEMS = 1000
 _EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 
 
@@ -95,20 +96,23 @@ def _parse(text: str, where: str, look: Callable[[dict[str, Any], _Tree], None])
         config = RunConfig.model_validate(data)
     except ValidationError as error:
         known = {each.where for each in tree.problems}
-        for each in error.errors(include_url=False):
-            tree.add(*_explain(each, data), known)
+        for path, what in _explained(error, data):
+            tree.add(path, what, known)
     if tree.problems or config is None:
         raise _refusal(tree.problems, where)
     return config
 
 
 def _refusal(problems: list[Problem], where: str) -> InvalidInput:
-    unique = list(dict.fromkeys(problems))
+    unique = sorted(dict.fromkeys(problems), key=lambda each: _line_of(each.where))
+    listed = unique[:MAX_PROBLEMS]
+    if left := len(unique) - len(listed):
+        listed.append(Problem("the run file", f"{left} more problems are not listed"))
     return InvalidInput(
         f"{len(unique)} problem{'s' * (len(unique) != 1)} in the run file; nothing was done",
         where=where,
         next_step="mend the run file; `sisa config schema` describes every key",
-        problems=sorted(unique, key=lambda each: _line_of(each.where)),
+        problems=listed,
     )
 
 
@@ -175,14 +179,20 @@ class _Tree:
 
     def _value(self, node: yaml.Node, path: KeyPath) -> Any:
         self.lines.setdefault(path, _line(node.start_mark))
-        if isinstance(node, yaml.MappingNode) and node.tag == "tag:yaml.org,2002:map":
+        if node.tag != self._usual_tag(node):
+            self.add(path, f"the tag {shown(node.tag)} isn't allowed")
+            return None
+        if isinstance(node, yaml.MappingNode):
             return dict(self._items(node, path))
-        if isinstance(node, yaml.SequenceNode) and node.tag == "tag:yaml.org,2002:seq":
+        if isinstance(node, yaml.SequenceNode):
             return [self._value(each, (*path, index)) for index, each in enumerate(node.value)]
-        if isinstance(node, yaml.ScalarNode):
-            return self._scalar(node, path)
-        self.add(path, f"the tag {shown(node.tag)} isn't allowed")
-        return None
+        return self._scalar(node, path)
+
+    def _usual_tag(self, node: Any) -> str:
+        """Return the tag of a node without an explicit one."""
+        plain = isinstance(node, yaml.ScalarNode) and node.style is None
+        tag: str = self.loader.resolve(type(node), node.value, (plain, not plain))
+        return tag
 
     def _items(self, node: yaml.MappingNode, path: KeyPath) -> Iterator[tuple[str, Any]]:
         for key_node, value_node in node.value:
@@ -198,12 +208,15 @@ class _Tree:
             self.lines[inner] = line
             yield key, self._value(value_node, inner)
 
-    def _scalar(self, node: yaml.ScalarNode, path: KeyPath) -> Any:
-        if node.style is None and _EXPONENT.fullmatch(node.value):
+    def _scalar(self, node: Any, path: KeyPath) -> Any:
+        plain, short_enough = node.style is None, len(node.value) <= MAX_NUMBER_CHARS
+        if plain and short_enough and _EXPONENT.fullmatch(node.value):
             return float(node.value)  # YAML 1.2; PyYAML takes 1e-3 for a text
         try:
+            if not short_enough and node.tag.endswith((":int", ":float")):
+                raise ValueError
             return self.loader.construct_object(node)
-        except (yaml.YAMLError, ValueError):
+        except (yaml.YAMLError, ValueError, ArithmeticError):
             self.add(path, f"no value of its kind: {shown(node.value)}")
             return None
 
@@ -217,21 +230,29 @@ def _dotted(path: KeyPath) -> str:
     return text.removeprefix(".")
 
 
-def _explain(error: Any, data: Any) -> tuple[KeyPath, str]:
-    """(key path, what is wrong) of one pydantic error, in the words of the schema."""
-    loc = tuple(part for part in error["loc"] if part not in (NAMED, MADE))
+def _explained(error: ValidationError, data: Any) -> Iterator[tuple[KeyPath, str]]:
+    """Yield (key path, what is wrong), in the words of the schema, once for the members of a union."""
+    seen: set[tuple[KeyPath, str, str]] = set()
+    for each in error.errors(include_url=False):
+        loc = tuple(part for part in each["loc"] if part not in (NAMED, MADE))
+        path, fragment = (loc, {}) if each["type"] == "extra_forbidden" else _fragment(loc)
+        if (key := (path, each["type"], each["msg"])) not in seen:
+            seen.add(key)
+            yield path, _what(each, path, fragment, data)
+
+
+def _what(error: Any, path: KeyPath, fragment: dict[str, Any], data: Any) -> str:
     if error["type"] == "extra_forbidden":
-        return loc, "unknown key" + _suggestion(loc)
-    path, fragment = _fragment(loc)
+        return "unknown key" + _suggestion(path)
     if error["type"] == "conflict":
-        return path, str(error["msg"])
+        return str(error["msg"])
     if error["type"] == "missing":
-        return path, f"missing; expected {_words(fragment)}"
+        return f"missing; expected {_words(fragment)}"
     try:
         got = shown(value_at(data, path))
     except (KeyError, TypeError, IndexError):
         got = shown(error["input"])  # `aggregation: routed` has no `method` of its own
-    return path, f"expected {_words(fragment)}, got {got}"
+    return f"expected {_words(fragment)}, got {got}"
 
 
 def _suggestion(path: KeyPath) -> str:
@@ -302,7 +323,7 @@ def _resolve(data: dict[str, Any], tree: _Tree, directory: Path) -> None:
         if not isinstance(value, str) or not NAME.fullmatch(value) or value.startswith("pypi:"):
             return
         local = Path(os.path.abspath(directory / os.path.expanduser(value)))
-        if expected == "new" or local.exists():
+        if expected == "new" or os.path.exists(local):  # False for a name too long
             holder[key] = str(local)
         elif expected == "file" or is_local(value):
             tree.add(path, f"no such file or directory: {shown(value)}")

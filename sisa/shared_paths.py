@@ -16,6 +16,7 @@ Not covered: names of the hub and of packages, which mean the same everywhere.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,6 @@ def _of_name(value: str, directory: Path) -> str:
         return _of_place(value)
     if not HUB.fullmatch(value):
         return _of_place(value)
-    if (directory / value).exists():
+    if os.path.exists(directory / value):
         return f"{shown(value)} is a file or directory here, and a hub name there; give an absolute path"
     return ""

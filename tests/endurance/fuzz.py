@@ -47,6 +47,16 @@ BATCH = 500
 CODES = (0, 2, 3, 4, 5, 6)
 PEOPLE, LATER = make_people(12, 2), make_people(15, 2)[24:]
 SERIAL = ("--executor", "serial")
+RUN_FILE = (
+    "base_model: pypi:no-base==1\n"
+    "datasets: [{path: people.jsonl}]\n"
+    "output_dir: model\n"
+    "learning_rate: 1e-3  # peak\n"
+    "lora_target_modules: [q_proj, v_proj]\n"
+    "sisa:\n  shards: 3\n  slices: 2\n  partition_key_file: shared.key\n  embedder: hashing\n"
+    "  aggregation: {method: routed, top_k: 2}\n"
+    "cluster:\n  num_workers: 1\n"
+)
 READING: tuple[tuple[str, ...], ...] = (
     ("status", "-m", "model"),
     ("where", "-m", "model", "p001-q1", "p002-q2", "p004-q1"),
@@ -144,16 +154,7 @@ class Box:
 
         self.path.mkdir(parents=True)
         (self.path / "shared.key").write_text(g.KEY)
-        (self.path / "run.yaml").write_text(
-            "base_model: pypi:no-base==1\n"
-            "datasets: [{path: people.jsonl}]\n"
-            "output_dir: model\n"
-            "learning_rate: 1e-3  # peak\n"
-            "lora_target_modules: [q_proj, v_proj]\n"
-            "sisa:\n  shards: 3\n  slices: 2\n  partition_key_file: shared.key\n  embedder: hashing\n"
-            "  aggregation: {method: routed, top_k: 2}\n"
-            "cluster:\n  num_workers: 1\n"
-        )
+        (self.path / "run.yaml").write_text(RUN_FILE)
         for name, rows in (("people", PEOPLE), ("later", LATER)):
             (self.path / f"{name}.jsonl").write_text(to_jsonl(rows))
             pq.write_table(pa.Table.from_pylist(rows), self.path / f"{name}.parquet")

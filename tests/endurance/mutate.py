@@ -1,15 +1,14 @@
 """Mutated inputs: run files, records, lists of ids, ledgers, held files and command lines.
 
-Rules: a mutation depends on its random source alone, and happens inside the box that it is given. Half
-of the mutations know the format (a key gets another value), half do not (bytes are flipped or cut).
-
-Not covered: pipes and devices in place of files, hub names.
+A mutation depends on its random source alone, and happens inside the box that it is given. Half of the
+mutations know the format (a key gets another value), half do not (bytes are flipped or cut).
 """
 
 from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 import sqlite3
 from collections.abc import Callable, Sequence
@@ -31,6 +30,28 @@ ODD_VALUES: tuple[Any, ...] = (
 YAML_BITS = (
     *("&a ", "*a", "!!python/object:os.system x", "---\n", "- ", "{", "}", "[", "]", ": ", "|"),
     *("\t", "#", "<<: *a", "!!binary x", "0o17", "1e3", "%YAML 1.1\n", "'", '"', "\u2028", "\r", ">"),
+    *(
+        f"!!{name} "
+        for name in ("int", "float", "bool", "null", "timestamp", "set", "omap", "pairs", "map")
+    ),
+    *("! ", "!local ", "0x", "0b_", "=", "<<", "2001-99-99", "1:59:59", "1" + ":1" * 400 + ".5", ".inf"),
+)
+REPEATED = (
+    "9",
+    "0x9",
+    "1:",
+    "1.",
+    "_",
+    "a",
+    "'",
+    "[",
+    "- ",
+    "\n",
+    "lora_r: 8\n",
+    "k:\n",
+    "x,",
+    "? ",
+    ": ",
 )
 JSON_BITS = (
     *("{", "}", "[" * 2000, "]", ",", ":", "NaN", "Infinity", "1" * 5000, '"\\ud800"', "\\u0000"),
@@ -124,6 +145,11 @@ def run_file(rnd: Random, path: Path) -> str:
     if how < 0.8:
         path.write_bytes(some_text(rnd, text, YAML_BITS))
         return "text"
+    if how < 0.85:
+        bit = rnd.choice(REPEATED) * rnd.choice([100, 1000, 20_000])
+        at = rnd.choice([each.start() for each in re.finditer(r"$|(?<=: )|(?<=\n)", text)])
+        path.write_text(text[:at] + bit + text[at:])
+        return "a repetition"
     return file_bytes(rnd, path)
 
 

@@ -6,17 +6,23 @@ The full run is `python -m tests.endurance.fuzz --inputs 10000 --out tests/endur
 from __future__ import annotations
 
 import json
+import random
+import shutil
 import sqlite3
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
-from tests.endurance import fuzz
+from sisa.errors import InvalidInput, Problem
+from sisa.runfile import load_run_file
+from tests.endurance import fuzz, mutate
 from tests.endurance.fuzz import Box, invoke, product, words
 
-SEED, NUM_INPUTS = 3, 150
+SEED, NUM_INPUTS, NUM_RUN_FILES = 3, 150, 800
+MAX_RUN_FILE_S = 5.0
 
 
 @pytest.mark.slow
@@ -30,6 +36,31 @@ def test_mutated_inputs_bring_no_traceback_no_hang_and_no_damage(
     assert found["failures"] == []
     assert len(found["by_kind_and_exit_code"]) == 11
     assert sum(sum(each.values()) for each in found["by_kind_and_exit_code"].values()) == NUM_INPUTS
+
+
+def run_file_problems(path: Path) -> Sequence[Problem]:
+    try:
+        load_run_file(path)
+    except InvalidInput as error:
+        return error.problems or [Problem("", "a refusal without a problem")]
+    return ()
+
+
+def test_mutated_run_files_are_read_or_refused_with_a_place(tmp_path: Path) -> None:
+    """Many more than above, for reading a run file alone takes milliseconds."""
+    path, whole = tmp_path / "run.yaml", tmp_path / "whole.yaml"
+    (tmp_path / "people.jsonl").write_text("{}")
+    whole.write_text(fuzz.RUN_FILE.replace("shared.key", "people.jsonl"))
+    load_run_file(whole)
+    for number in range(NUM_RUN_FILES):
+        mutate.remove(path)
+        shutil.copy(whole, path)
+        rnd = random.Random(f"{SEED}/{number}")
+        what = mutate.run_file(rnd, path)
+        started = time.process_time()
+        problems = run_file_problems(path)
+        assert time.process_time() - started < MAX_RUN_FILE_S, (number, what)
+        assert all(each.where and each.what for each in problems), (number, what)
 
 
 @pytest.fixture(scope="module")

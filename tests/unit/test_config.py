@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,13 @@ def test_defaults() -> None:
             "lora_r: 0x" + "f" * 5000,
             "lora_r: [8]",
             "lora_r: !!python/name:os 3",
+            "lora_r: !!int ''",
+            "lora_r: !!bool x",
+            "lora_r: !!timestamp x",
+            "lora_r: !local 3",
+            "learning_rate: !!float",
+            "learning_rate: 1" + ":1" * 300 + ".5",
+            "lora_target_modules: !!set {q}",
         ),
         *("lora_alpha: 0", "lora_dropout: 1.0", "lora_dropout: -0.1", "sequence_len: 1"),
         *("adapter: qlora", "overlength: drop", "optimizer: adam", "lr_scheduler: step"),
@@ -63,6 +71,33 @@ def test_defaults() -> None:
 def test_impossible_value_is_refused_with_its_line(line: str) -> None:
     key = line.split(":")[0]
     assert places(f"{MINIMAL}\n{line}\n") == [f"line 4: {key}"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        MINIMAL + "lora_r: " + "9" * 50_000,
+        MINIMAL + "learning_rate: " + "9" * 50_000 + ".5e1",
+        MINIMAL + "lora_target_modules: [" + "".join(f"m{n}," for n in range(7_000)) + "m3]",
+        MINIMAL + "lora_target_modules: [" + "3," * 12_000 + "3]",
+        "output_dir: m\ndatasets:\n" + "".join(f"- {{path: f{n}.jsonl}}\n" for n in range(3000)) + "x:",
+        MINIMAL + "seed: 1\n" * 5_000,
+    ],
+    ids=["digits", "float digits", "modules", "numbers for modules", "datasets", "repeated keys"],
+)
+def test_long_run_files_are_refused_in_linear_time(text: str) -> None:
+    started = time.process_time()
+    found = problems(text)
+    assert time.process_time() - started < 4
+    assert len(found) <= 1001
+
+
+def test_problems_beyond_the_first_thousand_are_counted() -> None:
+    with pytest.raises(InvalidInput, match="2000 problems") as caught:
+        parse_run_file(MINIMAL + "seed: 1\n" * 2_001, "run.yaml")
+    *listed, last = caught.value.problems
+    assert [each.where for each in listed] == [f"line {n}: seed" for n in range(4, 1004)]
+    assert last.what == "1000 more problems are not listed"
 
 
 @pytest.mark.parametrize(
