@@ -9,7 +9,8 @@ Not covered: making (`approx/patching.py`), the loop over tasks (`ray_tasks.py`)
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,8 +19,8 @@ import ray
 from approx.patching import PatchMaker
 from cluster.places import Placement
 from cluster.proofs import Terms
-from cluster.ray_executor import Carrier, manifest_of
-from cluster.ray_session import connect
+from cluster.ray_executor import Carrier, leased, manifest_of
+from cluster.ray_session import Session, connect
 from cluster.ray_tasks import run_tasks
 from cluster.ray_worker import Carried, base_on_this_node
 from cluster.shared_base import BaseManifest
@@ -27,7 +28,11 @@ from sisa.config import RunConfig
 from sisa.domain import Record
 from sisa.errors import EnvironmentFault
 from sisa.events import Report
+from sisa.opening import PATCHES
 from sisa.patch_ports import PatchMade, PatchOrder, PatchSite
+from sisa.store import runs
+from sisa.store.checkpoints import FILES
+from sisa.store.keyring import FileKeyring
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +67,15 @@ class RayPatcher:
 
     def make(self, order: PatchOrder, report: Report) -> PatchMade:
         """As the Protocol; EnvironmentFault, too, when Ray or a worker's machine fails."""
-        site = self._site
-        session = connect(self._address, site.threads)
+        session = connect(self._address, self._site.threads)
+        with _lent(self._site, order.job.key) as site:
+            return self._made(session, site, order, report)
+
+    def _made(self, session: Session, site: PatchSite, order: PatchOrder, report: Report) -> PatchMade:
         origin = ray.get_runtime_context().get_node_id()
         manifest = manifest_of(site.base_dir, site.base_digest, self._address)
-        task = PatchTask(site, order, manifest, origin)
         (made,) = run_tasks(
-            [task],
+            [PatchTask(site, order, manifest, origin)],
             make_remotely,
             report,
             session=session,
@@ -79,6 +86,21 @@ class RayPatcher:
             terms=Terms(site.threads, frozenset({order.job.fingerprint}), site.base_dir, manifest),
         )
         return made
+
+
+@contextlib.contextmanager
+def _lent(site: PatchSite, key: str) -> Iterator[PatchSite]:
+    """A site as the worker gets it, as of `ray_executor.lent`: what an unfinished run puts aside is
+    sealed, and can't be once the run's key is destroyed."""
+    patches_keyring, vault_keyring = site.patches_keyring, site.vault_keyring
+    if isinstance(patches_keyring, FileKeyring):
+        patches_keyring = patches_keyring.lend(PATCHES, [key])
+    if isinstance(vault_keyring, FileKeyring):
+        vault_keyring = vault_keyring.lend(runs.ROOM, [key])
+    with leased(site.patches_at, [f"{key}/{name}" for name in FILES]) as (lease, accept):
+        there = replace(site, patches_keyring=patches_keyring, vault_keyring=vault_keyring)
+        yield replace(there, patches_at=lease)
+        accept(key)
 
 
 def make_remotely(task: PatchTask, report: Report) -> PatchMade:

@@ -91,15 +91,21 @@ class Terms:
 
 def refusal(proof: Proof, reference: Proof, fingerprints: frozenset[str]) -> str:
     """Why a node may not train; empty if it may."""
-    for wanted in sorted(fingerprints - {proof.fingerprint}):
-        return (
-            f"its numerics fingerprint is {proof.fingerprint[:12]}, not {wanted[:12]} (another "
-            "processor, other package versions or other kernel settings)"
-        )
+    if why := _other_fingerprint(proof, fingerprints):
+        return why
     if proof.digest != reference.digest:
         return (
             f"its self-test gave {proof.digest[:12]}, and {reference.digest[:12]} on the driver's node, "
             "under one fingerprint (`sisa doctor --numerics` shows it)"
+        )
+    return ""
+
+
+def _other_fingerprint(proof: Proof, fingerprints: frozenset[str]) -> str:
+    for wanted in sorted(fingerprints - {proof.fingerprint}):
+        return (
+            f"its numerics fingerprint is {proof.fingerprint[:12]}, not {wanted[:12]} (another "
+            "processor, other package versions or other kernel settings)"
         )
     return ""
 
@@ -137,7 +143,8 @@ class Proofs:
     def judge(self) -> list[tuple[str, Proof | None, str]]:
         """Each node that has answered since: its proof, or why it is refused; neither of a lost one.
 
-        Raises EnvironmentFault when the driver's own node can't be probed."""
+        Raises EnvironmentFault when the driver's own node can't be probed, or shows other numerics than
+        the driver."""
         if not self.pending:
             return []
         reference = self._answer(self._origin)
@@ -146,6 +153,13 @@ class Proofs:
                 "the driver's node can't be probed for its numerics",
                 got=reference,
                 next_step="see whether `sisa doctor --numerics` runs there, or use `--executor serial`",
+            )
+        if reference and (why := _other_fingerprint(reference, self._terms.fingerprints)):
+            raise EnvironmentFault(
+                "workers on the driver's node would train other bits than the driver",
+                got=why,
+                next_step="start Ray there with the driver's kernel settings (MKL_CBWR, "
+                "ATEN_CPU_CAPABILITY and the like) and package versions",
             )
         found: list[tuple[str, Proof | None, str]] = []
         for node in self._asked.keys() - self._judged - {self._origin}:

@@ -11,9 +11,11 @@ Not covered: what a worker does (`ray_worker.py`); the connection to Ray (`ray_s
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
-from collections.abc import Mapping, Sequence
+import secrets
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -23,15 +25,22 @@ import ray
 
 from cluster.places import Placement
 from cluster.proofs import Prove, Terms, prove
-from cluster.ray_session import alive_cpus, connect, disconnect
+from cluster.ray_session import Session, alive_cpus, connect, disconnect
 from cluster.ray_tasks import DEFAULT_RETRIES, run_tasks
 from cluster.ray_worker import Carried, NeedsBase, OpenParts, Task, open_parts, train_remotely
 from cluster.shared_base import BaseManifest, list_base, read_blocks
-from sisa.domain import Chain
+from sisa.domain import Chain, SliceJob
 from sisa.errors import InvalidInput, Problem
-from sisa.events import Notice, Report
+from sisa.events import Event, Notice, Report, SliceTrained
 from sisa.model.numerics import require_device, worker_environment
+from sisa.place_ports import Place
+from sisa.prefix_names import ROOM as PREFIXES
+from sisa.prefix_names import keeps_prefixes, prefix_name
 from sisa.serial import Site, order_chains
+from sisa.store.checkpoints import FILES
+from sisa.store.files import TEMPORARY_PREFIX
+from sisa.store.keyring import FileKeyring
+from sisa.store.lease import Lease
 
 T = TypeVar("T", bound=NeedsBase)
 
@@ -65,10 +74,20 @@ class RayExecutor:
         this one has no device: the fingerprint that jobs are made under is this machine's."""
         if not chains:
             return
-        site, num_gpus = self._site, self._num_gpus
-        require_device(site.arithmetic)
+        require_device(self._site.arithmetic)
+        session = connect(self._address, self._local_workers() * self._site.threads)
+        with lent(self._site, chains) as (site, accept):
+
+            def accepting(event: Event) -> None:
+                if isinstance(event, SliceTrained):
+                    accept(event.job)
+                report(event)
+
+            self._run_on(session, site, chains, accepting)
+
+    def _run_on(self, session: Session, site: Site, chains: Sequence[Chain], report: Report) -> None:
+        num_gpus = self._num_gpus
         environment = {**worker_environment(site.threads, site.arithmetic), **dict(site.environment)}
-        session = connect(self._address, self._local_workers() * site.threads)
         manifest = manifest_of(site.base_dir, site.base_digest, self._address)
         fingerprints = frozenset(job.fingerprint for chain in chains for job in chain.jobs)
         origin = ray.get_runtime_context().get_node_id()
@@ -113,6 +132,56 @@ class RayExecutor:
         if self._num_workers is not None:
             return self._num_workers
         return max(1, len(os.sched_getaffinity(0)) // self._site.threads)
+
+
+@contextlib.contextmanager
+def lent(site: Site, chains: Sequence[Chain]) -> Iterator[tuple[Site, Callable[[SliceJob], None]]]:
+    """A site as workers get it, until the end of the block, and what makes a finished stage known.
+
+    They write into areas that end with the block, and make no keys."""
+    jobs = [job for chain in chains for job in chain.jobs]
+    stages = sorted(job.key for job in jobs)
+    prefixes = sorted({name for job in jobs for name in _prefixes(site, job)})
+    keyring = site.keyring
+    if isinstance(keyring, FileKeyring):
+        keyring = keyring.lend(site.room, stages).lend(PREFIXES, prefixes)
+    files = [f"{key}/{name}" for key in stages for name in FILES]
+    with (
+        leased(site.checkpoints_at, files) as (checkpoints, accept_stage),
+        leased(site.prefixes_at, prefixes) as (states, accept_states),
+    ):
+
+        def accept(job: SliceJob) -> None:
+            accept_stage(job.key)
+            for name in _prefixes(site, job):
+                accept_states(name)
+
+        there = replace(site, keyring=keyring, checkpoints_at=checkpoints, prefixes_at=states)
+        yield there, accept
+
+
+@contextlib.contextmanager
+def leased(place: Place, names: Collection[str]) -> Iterator[tuple[Place, Callable[[str], None]]]:
+    """A place as workers get it, and what accepts a name of theirs; without any, the place itself.
+
+    The area ends with the block; after a driver that was killed, with the next sweep of what the ledger
+    does not know."""
+    if not names:
+        yield place, lambda _: None
+        return
+    area = f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}"
+    try:
+        yield Lease(place, place.lend(area, names)), functools.partial(place.accept, area)
+    finally:
+        place.erase([area])
+
+
+def _prefixes(site: Site, job: SliceJob) -> list[str]:
+    """Names of the hidden states that a stage may keep."""
+    if not site.prefix_bytes or not keeps_prefixes(job.training):
+        return []
+    named = (job.training, job.base, job.fingerprint)
+    return [prefix_name(job.shard, slice_, root, *named) for slice_, root in job.slices]
 
 
 class Carrier:

@@ -11,6 +11,7 @@ the Ray session ends.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from cluster.shared_base import BaseManifest, Block, find_base, write_base
 from sisa.domain import Chain
 from sisa.errors import EnvironmentFault
 from sisa.events import Report
+from sisa.model.numerics import KERNEL_SETTINGS, fingerprint, require_device
 from sisa.ports import CheckpointStore, RecordStore, Trainer
 from sisa.serial import Site, train_chain
 
@@ -83,29 +85,31 @@ def open_parts(site: Site) -> Parts:
 
 
 def train_remotely(task: Task, report: Report) -> None:
-    """Train a chain in this worker. Raises Unready on a node to which the base must be carried."""
-    site = task.site
-    if site.arithmetic.device == "cuda":  # one node may hold GPUs of several models
-        _check_gpu(task)
-    site = replace(site, base_dir=base_on_this_node(task, site.base_dir))
+    """Train a chain in this worker. Raises Unready on a node to which the base must be carried, and
+    EnvironmentFault where other bits would come of it."""
+    _refuse_other_bits(task)
+    site = replace(task.site, base_dir=base_on_this_node(task, task.site.base_dir))
     train_chain(task.chain, *task.open_parts(site), report)
 
 
-def _check_gpu(task: Task) -> None:
-    """Raises EnvironmentFault where this worker's GPU would train other bits, or where it has none."""
-    from sisa.model.numerics import fingerprint, require_device
+def _refuse_other_bits(task: Task) -> None:
+    """Raise EnvironmentFault where this worker would train other bits than the driver, or has no device.
 
+    Asked in every worker: a node's Ray hands on the settings that it was started with, on the driver's
+    own node as well, and one node may hold GPUs of several models."""
     site = task.site
     require_device(site.arithmetic)
     got = fingerprint(site.threads, site.arithmetic)
     for job in task.chain.jobs:
         if job.fingerprint != got:
+            given = [f"{name}={os.environ[name]}" for name in KERNEL_SETTINGS if name in os.environ]
             raise EnvironmentFault(
-                "a worker's GPU would train other bits than the driver's",
-                where=f"shard {job.shard}",
+                "a worker would train other bits than the driver",
+                where=f"shard {job.shard}, node {ray.get_runtime_context().get_node_id()[:8]}",
                 expected=f"fingerprint {job.fingerprint}",
-                got=f"fingerprint {got}",
-                next_step="use GPUs of one model and driver, as the driver's node has first",
+                got=f"fingerprint {got}, with {', '.join(given) or 'no kernel settings'}",
+                next_step="start that node's Ray with the kernel settings, package versions and, with "
+                "device cuda, the GPUs of the driver, and run the command again",
             )
 
 

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 
 from sisa import query
 from sisa.domain import Kind
-from sisa.errors import IntegrityError
 from sisa.model.names import nameless
 from sisa.model.route import Route, all_of, choose_route, settled
 from sisa.parts import Parts
@@ -77,18 +76,13 @@ def open_answerer(
     or over those of `stack`; together as the run file says, or as `how`. Raises IntegrityError."""
     from sisa.model.answer import Answerer
 
-    with world.ledger.snapshot():
-        live = live_heads(world)
-        manifests = {each.key: each.manifest_sha256 for each in world.ledger.checkpoints()}
-        stack = active(world.ledger.patches()) if stack is None else stack
-    asked = sorted(live if shards is None else shards)
-    if any(live.get(shard) not in manifests for shard in asked):
-        raise IntegrityError(
-            "a shard that is to answer serves nothing that is held",
-            next_step="run `sisa verify`; restore the model directory from a backup",
-        )
-    adapters = {each: world.checkpoints.load(live[each], manifests[live[each]]) for each in asked}
-    patches = patch_files(world.patches, stack)
+    live = live_heads(world)
+    manifests = {each.key: each.manifest_sha256 for each in world.ledger.checkpoints()}
+    adapters = {
+        shard: world.checkpoints.load(live[shard], manifests[live[shard]])
+        for shard in sorted(live if shards is None else shards)
+    }
+    patches = patch_files(world.patches, active(world.ledger.patches()) if stack is None else stack)
     base, block = parts.base, parts.config.sisa
     method, threads = how or block.aggregation.method, block.threads_per_shard
     on = parts.config.arithmetic

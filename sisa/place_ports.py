@@ -72,6 +72,17 @@ class Place(Protocol):
     def clear(self) -> None:
         """Remove all that is below."""
 
+    def lend(self, area: str, names: Collection[str]) -> Place:
+        """Make an area of this place for a run's workers; `erase([area])` takes it back for good.
+
+        Blobs and parts of groups (`GROUP/PART`) of these names can be put there until then, and no
+        others need to be possible. What is put fails once the area is erased, so that a worker which
+        outlived its driver writes nothing. `area` begins as the name of what is temporary does."""
+
+    def accept(self, area: str, name: str) -> None:
+        """Take a blob or a whole group out of an area, under its name here; absence is no error, and
+        a group that is held is kept."""
+
     def purge(self, *, dry_run: bool = False) -> tuple[Kept, ...]:
         """Remove the old versions of what was replaced or erased; what is left of them, or may be.
         `dry_run` counts what is there, and removes none."""

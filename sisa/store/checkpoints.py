@@ -29,6 +29,8 @@ from sisa.store.local_place import LocalPlace
 ROOM = "checkpoints"
 MANIFEST = "manifest.json"
 ADAPTER = "adapter_model.safetensors"
+# All files that a trainer or a patch maker stores: an object store lends places for these alone.
+FILES = (ADAPTER, "adapter_config.json", "optimizer.safetensors", "trainer_state.json", MANIFEST)
 
 
 class FileCheckpoints:

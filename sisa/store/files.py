@@ -77,15 +77,27 @@ def make_directory(path: Path) -> None:
 
 
 def write_atomic(
-    path: Path, data: bytes, mode: int = FILE_MODE, temporary_in: Path | None = None
+    path: Path,
+    data: bytes,
+    mode: int = FILE_MODE,
+    temporary_in: Path | None = None,
+    *,
+    make_parents: bool = True,
 ) -> None:
     """Write a whole file or nothing; `temporary_in` is where what a killed process leaves may lie."""
-    _write(path, data, mode, temporary_in, _replace)
+    _write(path, data, mode, temporary_in, _replace, make_parents)
 
 
-def write_new(path: Path, data: bytes, mode: int = FILE_MODE, temporary_in: Path | None = None) -> bool:
+def write_new(
+    path: Path,
+    data: bytes,
+    mode: int = FILE_MODE,
+    temporary_in: Path | None = None,
+    *,
+    make_parents: bool = True,
+) -> bool:
     """Write a whole file unless there is one of that name; whether there was none."""
-    return _write(path, data, mode, temporary_in, _link)
+    return _write(path, data, mode, temporary_in, _link, make_parents)
 
 
 def _link(temporary: str, path: Path) -> bool:
@@ -104,9 +116,15 @@ def _replace(temporary: str, path: Path) -> bool:
 
 
 def _write(
-    path: Path, data: bytes, mode: int, temporary_in: Path | None, name_it: Callable[[str, Path], bool]
+    path: Path,
+    data: bytes,
+    mode: int,
+    temporary_in: Path | None,
+    name_it: Callable[[str, Path], bool],
+    make_parents: bool,
 ) -> bool:
-    make_directory(path.parent)
+    if make_parents:
+        make_directory(path.parent)
     with disk_errors(path):
         handle, name = tempfile.mkstemp(prefix=TEMPORARY_PREFIX, dir=temporary_in or path.parent)
         try:
@@ -124,9 +142,10 @@ def _write(
     return named
 
 
-def write_directory(path: Path, files: dict[str, bytes]) -> None:
+def write_directory(path: Path, files: dict[str, bytes], *, make_parents: bool = True) -> None:
     """Write a directory of flat files, whole or not at all; an existing one is kept."""
-    make_directory(path.parent)
+    if make_parents:
+        make_directory(path.parent)
     with disk_errors(path):
         temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=path.parent))
         try:
@@ -207,21 +226,22 @@ def num_bytes(path: Path) -> int:
 
 
 def erase(path: Path) -> None:
-    """Remove a file or a directory, or of it what can be removed; absence is no error. Raises
-    EnvironmentFault for the first thing that stays."""
-    refused: list[BaseException] = []
+    """Remove a file or a directory, or of it what can be removed; absence is no error, nor is a process
+    that writes into it now. Raises EnvironmentFault for the first thing that stays."""
+    refused: list[OSError] = []
 
     def refuse(_function: Any, _path: str, found: Any) -> None:
         if not isinstance(found[1], FileNotFoundError):
             refused.append(found[1])
 
     with disk_errors(path):
-        if path.is_dir() and not path.is_symlink():
+        while path.is_dir() and not path.is_symlink():
+            refused.clear()
             shutil.rmtree(path, onerror=refuse)
-        else:
-            path.unlink(missing_ok=True)
-        if refused:
-            raise refused[0]
+            for each in refused:
+                if each.errno != errno.ENOTEMPTY:  # else another process has written since: once more
+                    raise each
+        path.unlink(missing_ok=True)
 
 
 def erase_all(folder: Path, names: Collection[str]) -> None:

@@ -31,11 +31,11 @@ import stat
 import tempfile
 import uuid
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sisa.digest import canonical_json
-from sisa.errors import IntegrityError, all_tried
+from sisa.errors import EnvironmentFault, IntegrityError, all_tried
 from sisa.place_ports import Place
 from sisa.ports import Keyring
 from sisa.store import files
@@ -88,6 +88,15 @@ class FileKeyring:
 
     root: Path
     seals: bool = True
+    makes_keys: bool = True
+
+    def lend(self, room: str, names: Iterable[str]) -> FileKeyring:
+        """Make the keys of these files, for a run's workers: theirs is a keyring that makes none, so
+        that nothing can be sealed any more once a key is destroyed."""
+        for name in names if self.seals else ():
+            if self._key(room, name) is None:
+                self._create(room, name)
+        return replace(self, makes_keys=False)
 
     def location(self, room: str, name: str) -> str:
         return str(self.root / room / name)
@@ -101,7 +110,14 @@ class FileKeyring:
             return data
         from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-        key = self._key(room, name) or self._create(room, name)
+        key = self._key(room, name)
+        if key is None and not self.makes_keys:
+            raise EnvironmentFault(
+                "the key of a file is not in the keyring any more: its run is over",
+                where=self.location(room, name),
+                next_step="run the command again: what is finished is kept",
+            )
+        key = key or self._create(room, name)
         nonce = os.urandom(NONCE_BYTES)
         return MAGIC + nonce + AESGCM(key).encrypt(nonce, data, _bound(room, name, part))
 

@@ -1,7 +1,8 @@
 """A place on a disk: a directory of files, and of directories that appear by one rename.
 
 Rules: those of `files.py`; files and directories are for their owner alone. A path that several
-machines share is such a place on each of them.
+machines share is such a place on each of them. An area that is lent is a directory within: once it is
+removed, no process can put anything there.
 
 Not covered: what a disk, a snapshot or a server keeps of unlinked blocks: a path has no versions to
 purge, and those of what is mounted there are out of sight.
@@ -16,6 +17,8 @@ purge, and those of what is mounted there are out of sight.
 
 from __future__ import annotations
 
+import errno
+import os
 import tempfile
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
@@ -30,6 +33,7 @@ class LocalPlace:
     """A Place in a directory, which is made when something is put there."""
 
     root: Path
+    lent: bool = False  # an area, which may be gone: what is put there does not bring it back
 
     def below(self, name: str) -> LocalPlace:
         return replace(self, root=self.root / name)
@@ -59,19 +63,37 @@ class LocalPlace:
         return files.num_bytes(self.root / name)
 
     def put(self, name: str, data: bytes) -> None:
-        files.write_atomic(self.root / name, data, temporary_in=self.root)
+        path, made = self.root / name, not self.lent
+        files.write_atomic(path, data, temporary_in=self.root, make_parents=made)
 
     def put_new(self, name: str, data: bytes) -> bool:
-        return files.write_new(self.root / name, data, temporary_in=self.root)
+        path, made = self.root / name, not self.lent
+        return files.write_new(path, data, temporary_in=self.root, make_parents=made)
 
     def put_group(self, name: str, parts: Mapping[str, bytes]) -> None:
-        files.write_directory(self.root / name, dict(parts))
+        files.write_directory(self.root / name, dict(parts), make_parents=not self.lent)
 
     def erase(self, names: Collection[str]) -> None:
         files.erase_all(self.root, names)
 
     def clear(self) -> None:
         files.erase_all(self.root.parent, [self.root.name])
+
+    def lend(self, area: str, names: Collection[str]) -> LocalPlace:  # noqa: ARG002
+        lent = replace(self.below(area), lent=True)
+        files.make_directory(lent.root)
+        return lent
+
+    def accept(self, area: str, name: str) -> None:
+        with files.disk_errors(self.root / name):
+            try:
+                os.rename(self.root / area / name, self.root / name)
+            except FileNotFoundError:
+                return
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+            files.sync_directory(self.root)
 
     def purge(self, *, dry_run: bool = False) -> tuple[Kept, ...]:  # noqa: ARG002
         return ()

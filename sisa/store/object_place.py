@@ -7,8 +7,10 @@ it does not exist yet (`If-None-Match`), and erased first; parts without one are
 left. One put is one request, whole or not at all, so that no upload is ever left unfinished. Bytes are
 read through `pyarrow.fs`; what it lacks (conditions, versions) goes through `boto3`. Erasing removes
 every version and delete marker of a name; where that is not allowed it hides the name by a plain delete,
-and `purge` tells what is kept. The endpoint comes from AWS_ENDPOINT_URL, credentials from every
-machine's own AWS chain: a place that travels holds neither keys nor tokens.
+and `purge` tells what is kept. An area that is lent consists of empty objects; a worker replaces one on
+the condition that it is still there (`If-Match`), and what it put is copied to its name. The endpoint
+comes from AWS_ENDPOINT_URL, credentials from every machine's own AWS chain: a place that travels holds
+neither keys nor tokens.
 
 Not covered: copies that replication or backups made; a lock that forbids deleting (told as kept).
 
@@ -34,6 +36,7 @@ from sisa.store.object_client import code_of, store_errors
 
 LAST = "manifest.json"  # of a group: it is whole when this part exists
 BATCH = 1000  # objects that one request may delete
+ERASE_TRIES = 10
 FEW_NAMES = 8  # that are listed one by one; of more, all there is
 CONFLICT_TRIES, CONFLICT_PAUSE_S = 5, 0.2
 GONE = ("NoSuchKey", "NoSuchVersion", "404")
@@ -58,6 +61,7 @@ class ObjectPlace:
     prefix: str
     endpoint: str = ""
     region: str = ""
+    lent: bool = False  # an area: what is put replaces an empty object that the lender made
 
     @property
     def _boto(self) -> Any:
@@ -76,15 +80,28 @@ class ObjectPlace:
         """As the Protocol; a conditional put is tried, since there are servers that ignore it."""
         probe = f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
         try:
-            if not self.put_new(probe, b"") or self.put_new(probe, b""):
+            if not self.put_new(probe, b"") or self.put_new(probe, b"") or self._ignores_match(probe):
                 raise EnvironmentFault(
                     "the object store ignores conditional puts, so that two writers can't be told apart",
                     where=self.location(),
-                    expected="412 for If-None-Match on an object that exists",
-                    next_step="use a store that heeds If-None-Match: AWS S3, MinIO, Ceph from 2025 on",
+                    expected="412 for If-None-Match on an object that exists, for If-Match on another",
+                    next_step="use a store that heeds both: AWS S3, MinIO, Ceph from 2025 on",
                 )
         finally:
             self.erase([probe])
+
+    def _ignores_match(self, probe: str) -> bool:
+        from botocore.exceptions import ClientError
+
+        where = {"Bucket": self.bucket, "Key": self._key(probe)}
+        with store_errors(self.location(probe)):
+            try:
+                self._boto.put_object(**where, Body=b"", IfMatch='"of-another"')
+            except ClientError as error:
+                if code_of(error) not in ("PreconditionFailed", "412"):
+                    raise
+                return False
+        return True
 
     def held(self) -> frozenset[str]:
         blobs: set[str] = set()
@@ -112,7 +129,8 @@ class ObjectPlace:
             pages = self._boto.get_paginator("list_objects_v2")
             for page in pages.paginate(Bucket=self.bucket, Prefix=base + start):
                 for each in page.get("Contents", ()):
-                    yield each["Key"].removeprefix(base), each["Size"]
+                    if each["Size"] or not self.lent:
+                        yield each["Key"].removeprefix(base), each["Size"]
 
     def get(self, name: str, what: str) -> bytes:
         return self._read(name, what, None)
@@ -138,7 +156,16 @@ class ObjectPlace:
 
     def put(self, name: str, data: bytes) -> None:
         with store_errors(self.location(name)):
-            self._boto.put_object(Bucket=self.bucket, Key=self._key(name), Body=data)
+            if self.lent:
+                self._fill(name, data)
+            else:
+                self._boto.put_object(Bucket=self.bucket, Key=self._key(name), Body=data)
+
+    def _fill(self, name: str, data: bytes) -> None:
+        """Replace what the lender made, if it is still there; the store compares and puts at once."""
+        where = {"Bucket": self.bucket, "Key": self._key(name)}
+        found = self._boto.head_object(**where)["ETag"]
+        self._boto.put_object(**where, Body=data, IfMatch=found)
 
     def put_new(self, name: str, data: bytes) -> bool:
         """As the Protocol. 412: it exists; 409: another put is under way, which is waited for."""
@@ -167,7 +194,26 @@ class ObjectPlace:
         for part, data in parts.items():
             if part != LAST:
                 self.put(f"{name}/{part}", data)
-        self.put_new(f"{name}/{LAST}", parts[LAST])
+        if self.lent:
+            self.put(f"{name}/{LAST}", parts[LAST])
+        else:
+            self.put_new(f"{name}/{LAST}", parts[LAST])
+
+    def lend(self, area: str, names: Collection[str]) -> ObjectPlace:
+        lent = self.below(area)
+        for name in sorted(names):
+            lent.put(name, b"")
+        return replace(lent, lent=True)
+
+    def accept(self, area: str, name: str) -> None:
+        lent = replace(self.below(area), lent=True)
+        found = lent.parts(name)
+        whole = sorted(found, key=lambda part: part == LAST) if LAST in found else []
+        moved = [f"{name}/{part}" for part in whole] or [name] * (lent.num_bytes(name) > 0)
+        with store_errors(self.location(name)):
+            for each in moved if LAST not in self.parts(name) else ():
+                source = {"Bucket": self.bucket, "Key": lent._key(each)}
+                self._boto.copy_object(Bucket=self.bucket, Key=self._key(each), CopySource=source)
 
     def erase(self, names: Collection[str]) -> None:
         halves = {_group(each) for each in names if each.startswith(TEMPORARY_PREFIX)}
@@ -193,9 +239,12 @@ class ObjectPlace:
             return names is None or name in names or name.partition("/")[0] in names
 
         with contextlib.suppress(_Refused):
-            versions = [each for each in self._versions(start) if doomed(each.key)]
-            if not self._delete(versions):
-                return
+            for _ in range(ERASE_TRIES):  # a worker may put a version between listing and deleting
+                versions = [each for each in self._versions(start) if doomed(each.key)]
+                if not versions:
+                    return
+                if self._delete(versions):
+                    break
         self._hide([key for key in self._keys(start) if doomed(key)])
 
     def purge(self, *, dry_run: bool = False) -> tuple[Kept, ...]:

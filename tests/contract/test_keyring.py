@@ -61,6 +61,19 @@ def test_what_is_sealed_is_unsealed(
     assert len(data) < 8 or data not in sealed[len(MAGIC) :]
 
 
+def test_a_lent_keyring_seals_until_its_key_is_destroyed(folder: FileKeyring) -> None:
+    """A worker whose driver was killed makes no key anew."""
+    lent = folder.lend("records", [PLACE[1]])
+    sealed = lent.seal(*PLACE, SECRET)
+    assert folder.unseal(*PLACE, sealed) == lent.unseal(*PLACE, sealed) == SECRET
+    folder.destroy("records", [PLACE[1]])
+    for name in (PLACE[1], "b.parquet"):
+        with pytest.raises(EnvironmentFault, match="its run is over"):
+            lent.seal("records", name, "", SECRET)
+    assert folder.held("records") == frozenset()
+    assert FileKeyring(folder.root, seals=False).lend("records", ["a"]).seal(*PLACE, SECRET) == SECRET
+
+
 @given(places, st.binary(max_size=60), st.data())
 def test_any_flipped_bit_is_refused(
     fresh: OpenKeyring, place: tuple[str, str, str], data: bytes, draw: st.DataObject

@@ -27,6 +27,8 @@ import pytest
 from sisa.errors import EnvironmentFault, IntegrityError, TransientError
 from sisa.place_ports import Place
 from sisa.store import files, object_client, object_place
+from sisa.store.files import TEMPORARY_PREFIX
+from sisa.store.lease import Lease
 from sisa.store.local_place import LocalPlace
 from sisa.store.object_place import LAST, ObjectPlace
 from tests.s3_server import Server, fresh_place
@@ -175,6 +177,67 @@ def test_what_can_be_erased_is_and_stays_erased(tmp_path: Path, monkeypatch: pyt
         place.erase(["a", "b", "c", "never held"])
     assert [sorted(place.held()), sorted(place.parts("a"))] == [["a"], ["part"]]
     assert done == [(tmp_path, frozenset({"a"}))]
+
+
+AREA = f"{TEMPORARY_PREFIX}run"
+LENT = ["a", *(f"g/{part}" for part in GROUP)]
+
+
+def test_what_is_put_into_an_area_is_known_once_it_is_accepted(place: Place) -> None:
+    place.put("a", b"old")
+    lease = Lease(place, pickle.loads(pickle.dumps(place.lend(AREA, LENT))))  # noqa: S301
+    assert lease.get("a", "file") == b"old"
+    assert lease.held() & {"a", "g"} == {"a"}
+    lease.put("a", b"new")
+    lease.put_group("g", GROUP)
+    lease.put_group("g", GROUP)  # by a worker that was started again
+    assert (lease.get("a", "file"), lease.num_bytes("a"), lease.head("a", 1)) == (b"new", 3, b"n")
+    assert {part: lease.get(f"g/{part}", "file") for part in lease.parts("g")} == GROUP
+    assert (place.get("a", "file"), place.parts("g")) == (b"old", frozenset())
+    for name in ("a", "g", "g", "never"):
+        place.accept(AREA, name)
+    assert (place.get("a", "file"), place.held() >= {"a", "g"}) == (b"new", True)
+    assert {part: lease.get(f"g/{part}", "file") for part in lease.parts("g")} == GROUP
+    place.erase([AREA])
+    assert place.held() == {"a", "g"}
+    assert {part: place.get(f"g/{part}", "file") for part in GROUP} == GROUP
+    assert place.purge() == ()
+
+
+def test_nothing_can_be_put_into_an_area_that_was_erased(place: Place) -> None:
+    """As by a worker whose driver was killed, after the next command's sweep."""
+    area = place.lend(AREA, LENT)
+    if isinstance(area, ObjectPlace):
+        area.put("g/weights", b"half")
+    place.put_group("h", GROUP)
+    place.erase(place.held() - {"h"})
+    with pytest.raises(EnvironmentFault):
+        area.put("a", b"text")
+    with pytest.raises(EnvironmentFault):
+        area.put_group("g", GROUP)
+    assert place.held() == {"h"}
+    assert area.held() == frozenset()
+    place.erase(["h"])
+    assert place.num_bytes("") == 0
+    assert place.purge(dry_run=True) == ()
+
+
+def test_a_writer_does_not_outlive_the_erasure_of_its_area(place: Place) -> None:
+    area = place.lend(AREA, LENT)
+    begun = threading.Event()
+
+    def write() -> None:
+        while True:
+            area.put("a", b"text")
+            begun.set()
+
+    with ThreadPoolExecutor(1) as pool:
+        writer = pool.submit(write)
+        begun.wait(30)
+        place.erase([AREA])
+        assert writer.exception(30) is not None
+    assert place.held() == frozenset()
+    assert place.purge(dry_run=True) == ()
 
 
 # --- object stores alone -------------------------------------------------------------------------

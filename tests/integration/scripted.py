@@ -20,6 +20,7 @@ from sisa.digest import sha256_hex
 from sisa.domain import Chain, Part, Record, SliceFile, SliceJob
 from sisa.errors import IntegrityError
 from sisa.events import Event
+from sisa.model.numerics import fingerprint
 from sisa.place_ports import Place
 from sisa.ports import CheckpointStore, RecordStore, StoredRecord, Tick, Trainer
 from sisa.serial import SerialExecutor, Site
@@ -105,12 +106,12 @@ def make_site(folder: Path) -> Site:
     return Site(*places, folder / "script", base_digest="b1", threads=1)
 
 
-def make_chains(site: Site, numerics: str = "f1") -> list[Chain]:
+def make_chains(site: Site) -> list[Chain]:
     records = FileRecords(site.records_at)
-    return [make_chain(records, shard, numerics) for shard in range(NUM_SHARDS)]
+    return [make_chain(records, shard) for shard in range(NUM_SHARDS)]
 
 
-def make_chain(records: FileRecords, shard: int, numerics: str = "f1") -> Chain:
+def make_chain(records: FileRecords, shard: int) -> Chain:
     files: list[SliceFile] = []
     jobs: list[SliceJob] = []
     for slice_ in range(NUM_SLICES):
@@ -128,7 +129,7 @@ def make_chain(records: FileRecords, shard: int, numerics: str = "f1") -> Chain:
                 passes=(shard + 1, 1),
                 training={"learning_rate": 0.1},
                 base="b1",
-                fingerprint=numerics,
+                fingerprint=fingerprint(1),
             )
         )
     return Chain(shard, tuple(jobs), None, tuple(files))
@@ -165,5 +166,5 @@ def begun(site: Site) -> list[tuple[str, int, str]]:
 
 def scripted_proof(_threads: int, base_dir: Path, manifest: BaseManifest, _on: Arithmetic) -> Proof:
     """What the node's environment says; the base is looked for."""
-    fingerprint, _, digest = os.environ.get(DIGEST, "f1 d1").partition(" ")
-    return Proof(fingerprint, digest, holds_base(base_dir, manifest))
+    shown, _, digest = os.environ.get(DIGEST, f"{fingerprint(1)} d1").partition(" ")
+    return Proof(shown, digest, holds_base(base_dir, manifest))

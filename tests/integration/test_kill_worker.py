@@ -17,6 +17,7 @@ from cluster.ray_executor import open_executor
 from sisa.digest import sha256_hex
 from sisa.domain import Chain, Part, Record, SliceFile, SliceJob
 from sisa.events import Event, Notice, SliceProgress, SliceTrained
+from sisa.model.numerics import fingerprint
 from sisa.ports import StoredRecord
 from sisa.serial import SerialExecutor, Site
 from sisa.store.checkpoints import FileCheckpoints
@@ -79,7 +80,7 @@ def make_chain(store: FileRecords, shard: int, site: Site) -> Chain:
                 passes=(80, 3),  # seconds a stage, so that the kill falls into one
                 training=TRAINING,
                 base=site.base_digest,
-                fingerprint="any",
+                fingerprint=fingerprint(1),
             )
         )
     return Chain(shard, tuple(jobs), None, tuple(files))

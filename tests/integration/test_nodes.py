@@ -6,6 +6,7 @@ directory scripts stands in for LoRA; `tests/endurance/nodes.py` has the real on
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,11 +21,13 @@ from cluster.ray_executor import RayExecutor
 from sisa.domain import Chain
 from sisa.errors import EnvironmentFault
 from sisa.events import Event, Notice, SliceProgress, SliceTrained
+from sisa.model.numerics import fingerprint
 from sisa.serial import Site
 from sisa.store.local_place import LocalPlace
 from tests.integration.clusters import add_node, own_cluster, remove
 from tests.integration.scripted import (
     DIGEST,
+    NODE,
     begun,
     bytes_of,
     folder_of,
@@ -41,9 +44,10 @@ pytestmark = [pytest.mark.ray, pytest.mark.long, pytest.mark.usefixtures("own_ra
 
 
 MIB = 2**20
+HERE = fingerprint(1)
 SPECS: dict[str, dict[str, str]] = {
     "other": {DIGEST: "f2 d1"},
-    "faulty": {DIGEST: "f1 d2"},
+    "faulty": {DIGEST: f"{HERE} d2"},
 }
 
 
@@ -190,7 +194,7 @@ def test_a_node_of_other_bits_never_trains(
     assert {node for _, _, node in begun(site)} == {"a"}
     told = [text for text in notices(events) if "never trains for this model" in text]
     assert len(told) == 2
-    assert any("fingerprint is f2, not f1" in text for text in told)
+    assert any(f"fingerprint is f2, not {HERE[:12]}" in text for text in told)
     assert any("self-test gave d2, and d1" in text for text in told)
     assert bytes_of(site.checkpoints_at) == expected
 
@@ -210,7 +214,7 @@ def test_a_node_of_other_bits_never_trains(
     assert {node for _, _, node in begun(site)} == {"a"}
     assert any("is lost; places for 0 workers left" in text for text in notices(events))
     problems = [problem.what for problem in caught.value.problems]
-    for why in ("f2, not f1", "gave d2, and d1", "too few CPUs"):  # the last is the head
+    for why in (f"f2, not {HERE[:12]}", "gave d2, and d1", "too few CPUs"):  # the last is the head
         assert any(why in problem for problem in problems)
 
 
@@ -219,7 +223,18 @@ def test_no_node_may_train(site: Site, chains: list[Chain], there: Nodes) -> Non
     refused = RayExecutor(site, there.address, None, 3, open_scripted, prove=other_proof)
     with pytest.raises(EnvironmentFault, match="no node") as caught:
         refused.run(chains, ignore)
-    assert any("f3, not f1" in problem.what for problem in caught.value.problems)
+    assert any(f"f3, not {HERE[:12]}" in problem.what for problem in caught.value.problems)
+    assert begun(site) == []
+
+
+def test_the_drivers_node_is_the_reference_only_under_the_drivers_numerics(
+    site: Site, chains: list[Chain], there: Nodes
+) -> None:
+    there.only("a")
+    refused = RayExecutor(site, there.address, None, 3, open_scripted, prove=proof_of_another_driver)
+    with pytest.raises(EnvironmentFault, match="on the driver's node would train other bits") as caught:
+        refused.run(chains, ignore)
+    assert f"f3, not {HERE[:12]}" in caught.value.got
     assert begun(site) == []
 
 
@@ -238,8 +253,12 @@ def test_an_object_store_too_small_for_the_base(site: Site, chains: list[Chain],
 
 
 def without_base(*_of: object) -> Proof:
-    return Proof("f1", "d1", has_base=False)
+    return Proof(HERE, "d1", has_base=False)
 
 
 def other_proof(*_of: object) -> Proof:
+    return Proof(HERE if os.environ[NODE] == "head" else "f3", "d1", has_base=True)
+
+
+def proof_of_another_driver(*_of: object) -> Proof:
     return Proof("f3", "d1", has_base=True)

@@ -31,8 +31,11 @@ from cluster.ray_session import Listener, Mailbox
 from sisa.domain import Chain
 from sisa.errors import EnvironmentFault, IntegrityError, InvalidInput, SisaError
 from sisa.events import Event, Notice, SliceProgress, SliceStarted, SliceTrained
+from sisa.model.numerics import fingerprint
 from sisa.serial import Site
+from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.records import FileRecords
+from tests.integration.clusters import wait_for
 from tests.integration.scripted import (
     NUM_SHARDS,
     NUM_SLICES,
@@ -44,6 +47,7 @@ from tests.integration.scripted import (
     make_chains,
     make_site,
     open_scripted,
+    script_of,
     scripted_proof,
     serial_bytes,
     trained_places,
@@ -253,6 +257,28 @@ def test_no_node_is_large_enough(site: Site, chains: list[Chain]) -> None:
 
 
 @pytest.mark.usefixtures("own_ray")
+def test_a_worker_of_other_numerics_never_trains(
+    site: Site, chains: list[Chain], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also on the driver's own node: its Ray was started with settings that the driver lacks."""
+    with monkeypatch.context() as patch:
+        patch.setenv("MKL_CBWR", "COMPATIBLE")
+        ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="error")
+    try:
+        other = replace(site, environment=(("ATEN_CPU_CAPABILITY", "default"),))
+        for at, given in ((site, "MKL_CBWR=COMPATIBLE"), (other, "ATEN_CPU_CAPABILITY=default, MKL_")):
+            with pytest.raises(EnvironmentFault, match="would train other bits") as caught:
+                executor(at).run(chains, ignore)
+            assert caught.value.expected == f"fingerprint {fingerprint(1)}"
+            assert f"with {given}" in caught.value.got
+        assert begun(site) == []
+        monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")  # what the driver has, jobs are made under
+        executor(site).run(make_chains(site), ignore)
+    finally:
+        ray.shutdown()
+
+
+@pytest.mark.usefixtures("own_ray")
 def test_an_unreachable_address(site: Site, chains: list[Chain]) -> None:
     for address in ("127.0.0.1:9", "nowhere"):
         with pytest.raises(EnvironmentFault) as caught:
@@ -261,16 +287,30 @@ def test_an_unreachable_address(site: Site, chains: list[Chain]) -> None:
         assert caught.value.next_step
 
 
+NAMED_ID = "SECRET-alice@example.org"
+
+
+def look_for_the_id(event: Event) -> None:
+    """In what Ray keeps of a driver in whose command line it stands."""
+    session = ray_session._session
+    if isinstance(event, SliceTrained) and session is not None and session.private_dir is not None:
+        jobs = repr(ray._private.state.jobs())
+        assert "'Entrypoint': 'sisa'" in jobs, jobs
+        assert NAMED_ID not in jobs
+        kept = bytes_of(session.private_dir)
+        assert not [name for name, data in kept.items() if NAMED_ID.encode() in data]
+
+
 def test_a_process_prints_nothing_and_leaves_nothing(tmp_path: Path) -> None:
     scratch = Path(tempfile.mkdtemp(dir="/tmp"))  # short: Ray's sockets lie below it
     try:
         program = (
             "import sys; from pathlib import Path; from tests.integration import test_ray_executor as t;"
             "site = t.make_site(Path(sys.argv[1]) / 'm');"
-            "t.executor(site, 1).run(t.make_chains(site), t.ignore)"
+            "t.executor(site, 1).run(t.make_chains(site), t.look_for_the_id)"
         )
         done = subprocess.run(
-            [sys.executable, "-W", "error", "-c", program, str(tmp_path)],
+            [sys.executable, "-W", "error", "-c", program, str(tmp_path), NAMED_ID],
             capture_output=True,
             cwd=Path(__file__).parents[2],
             env={**os.environ, "TMPDIR": str(scratch)},
@@ -282,6 +322,47 @@ def test_a_process_prints_nothing_and_leaves_nothing(tmp_path: Path) -> None:
         assert list(scratch.iterdir()) == []
     finally:
         scratch.rmdir()
+
+
+def test_a_worker_that_outlives_its_driver_stores_nothing_after_the_next_sweep(tmp_path: Path) -> None:
+    """Everything but the worker stands still, as behind a network that is cut, when the driver dies."""
+    scratch = Path(tempfile.mkdtemp(dir="/tmp"))  # short: Ray's sockets lie below it
+    site = make_site(tmp_path / "m")
+    checkpoints, first = FileCheckpoints(site.checkpoints_at), make_chains(site)[2].jobs[0].key
+    (script_of(site) / "wait-2.1").touch()
+    program = (
+        "import sys; from pathlib import Path; from tests.integration import test_ray_executor as t;"
+        "site = t.make_site(Path(sys.argv[1]));"
+        "t.executor(site, 1).run(t.make_chains(site), t.ignore)"
+    )
+    driver = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path / "m")],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "TMPDIR": str(scratch)},
+    )
+    started: list[psutil.Process] = []
+    try:
+        wait_for(lambda: "2.1" in trained_places(site), 120)
+        wait_for(lambda: first in checkpoints.held(), 30)
+        pid = begun(site)[-1][1]
+        started = psutil.Process(driver.pid).children(recursive=True)
+        for each in started:
+            if each.pid != pid:
+                each.suspend()
+        driver.kill()
+        driver.wait()
+        checkpoints.erase(checkpoints.held())  # as the next command does before a deletion returns
+        (script_of(site) / "wait-2.1").unlink()
+        idle = psutil.Process(pid)
+        wait_for(lambda: not idle.is_running() or idle.name() == "ray::IDLE", 30)
+        assert bytes_of(site.checkpoints_at) == {}
+    finally:
+        driver.kill()
+        driver.wait()
+        for each in started:
+            with contextlib.suppress(psutil.Error):
+                each.kill()
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 @pytest.fixture
