@@ -18,7 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
 
-from cluster.extras import library
+from cluster.extras import library, not_installed
 from sisa.curves import Point
 from sisa.digest import digest_of
 from sisa.errors import EnvironmentFault
@@ -96,6 +96,8 @@ class Mlflow:
     def _refusals(self, uri: str) -> Iterator[None]:
         try:
             yield
+        except ImportError as error:  # a database's libraries are imported when its address is met
+            raise not_installed(error.name or "a library", "mlflow", error) from None
         except self._library.MlflowException as error:
             raise EnvironmentFault(
                 "MLflow refused",

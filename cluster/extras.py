@@ -21,8 +21,13 @@ def library(name: str, extra: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise EnvironmentFault(
-            f"{name.partition('.')[0]} is not installed",
-            got=f"no module {error.name}",
-            next_step=f"pip install 'deletion-ready-model[{extra}]'",
-        ) from None
+        raise not_installed(name, extra, error) from None
+
+
+def not_installed(name: str, extra: str, error: ImportError) -> EnvironmentFault:
+    """The error for a library that is missing, or lacks a library itself."""
+    return EnvironmentFault(
+        f"{name.partition('.')[0]} is not installed",
+        got=f"no module {error.name}",
+        next_step=f"pip install 'deletion-ready-model[{extra}]'",
+    )

@@ -136,7 +136,8 @@ class RayMeters:
         self._pass_on("Counter", name, value)
 
     def set(self, name: str, value: float) -> None:
-        self._gauges[name] = value
+        with self._one_at_a_time:
+            self._gauges[name] = value
         self._pass_on("Gauge", name, value)
 
     def observe(self, name: str, value: float) -> None:
@@ -186,6 +187,7 @@ class RayMeters:
 def _session() -> str:
     """The connection to Ray that stands; empty where none does."""
     ray = sys.modules.get("ray")
-    if ray is None or not ray.is_initialized():
+    is_initialized = getattr(ray, "is_initialized", None)  # none while another thread imports Ray
+    if ray is None or is_initialized is None or not is_initialized():
         return ""
     return str(ray.get_runtime_context().get_job_id())

@@ -103,3 +103,18 @@ def test_a_tool_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch, 
     assert "[tensorboard]" in caught.value.next_step
     with pytest.raises(EnvironmentFault, match="mlflow is not installed"):
         Mlflow("http://localhost:1", "models")
+
+
+def test_what_mlflow_itself_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A database's libraries are imported when a client first meets its address."""
+
+    class Lacking:
+        MlflowException = RuntimeError
+
+        def MlflowClient(self, tracking_uri: str) -> Any:
+            return importlib.import_module(f"no_such_library_for_{tracking_uri.partition(':')[0]}")
+
+    monkeypatch.setattr("cluster.curve_sinks.library", lambda *_: Lacking())
+    with pytest.raises(EnvironmentFault, match="no_such_library_for_sqlite is not installed") as caught:
+        Mlflow("sqlite:///m.db", "models")
+    assert "[mlflow]" in caught.value.next_step

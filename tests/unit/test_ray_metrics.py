@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -132,6 +132,20 @@ def test_gauges_are_set_again_until_the_run_ends(ray: FakeRay) -> None:
     time.sleep(0.01)
     assert len(ray.recorded) == count
     assert not any(each.name == "sisa-gauges" for each in threading.enumerate())
+
+
+def test_gauges_stand_while_another_thread_imports_ray(
+    ray: FakeRay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray.job = "01"
+    with RayMeters(RUN, refresh_s=0.001) as meters:
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, "ray", ModuleType("ray"))  # nothing in it yet
+            meters.set("sisa_queue_depth", 1)
+            time.sleep(0.02)  # the thread looks at it
+            assert ray.recorded == []
+        meters.set("sisa_queue_depth", 2)
+        wait_until(lambda: ray.recorded.count(("Gauge", "sisa_queue_depth", 2)) > 2)
 
 
 def test_gauges_of_a_lost_connection_wait_for_the_next_event(ray: FakeRay) -> None:
