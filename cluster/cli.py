@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import stat
 import sys
 import traceback
 from collections.abc import Sequence
@@ -46,6 +48,8 @@ from cluster.command import (
     model_option,
     named_ids,
     opened,
+    option_or_file,
+    option_or_input,
     read_text,
 )
 from cluster.render import Result
@@ -72,6 +76,7 @@ __all__ = [
 ]
 
 EXIT_INTERNAL, EXIT_USAGE, EXIT_ENVIRONMENT, EXIT_INTERRUPTED = 1, 2, 6, 130
+EXIT_SIGNAL = 128  # and the signal's number
 
 
 @command("quickstart", "sisa quickstart my-first-model")
@@ -156,10 +161,10 @@ def where(directory: Path, ids: tuple[str, ...], ids_file: Path | None) -> Resul
 
 @command("find", 'sisa find -m model --text "Where was Mara born?" --top 5')
 @model_option
-@click.option("--text", help="Content to look for.")
+@option_or_input("--text", help="Content to look for.")
 @click.option("--file", type=click.Path(path_type=Path), help="File with the content to look for.")
-@click.option("--subject", help="A subject's records, and others' that lie near them.")
-@click.option("--like", metavar="ID", help="Near-duplicates of a record.")
+@option_or_file("--subject", help="A subject's records, and others' that lie near them.")
+@option_or_input("--like", metavar="ID", help="Near-duplicates of a record.")
 @click.option("--top", "top_k", default=10, show_default=True, type=click.IntRange(1, 10_000))
 @click.option("--show-text", is_flag=True, help="Show the beginning of each record's text.")
 def find(
@@ -185,7 +190,7 @@ def find(
 @model_option
 @ids_argument
 @ids_file_option
-@click.option("--subject", help="Delete all records of a subject.")
+@option_or_file("--subject", help="Delete all records of a subject.")
 @click.option("--dry-run", is_flag=True, help="Show what would happen; change nothing.")
 @click.option(
     "--defer", is_flag=True, help="Erase now; train again with the next `sisa run`, train or forget."
@@ -242,7 +247,7 @@ def verify(directory: Path, replay: str, shard: int | None, executor: str | Open
 
 @command("generate", 'sisa generate -m model --prompt "Where was Mara born?"')
 @model_option
-@click.option("--prompt", required=True, help="What to answer.")
+@option_or_input("--prompt", required=True, help="What to answer.")
 @click.option("--max-new-tokens", default=48, show_default=True, type=click.IntRange(1, 100_000))
 def generate(directory: Path, prompt: str, max_new_tokens: int) -> Result:
     """Answer with the aggregated constituent models."""
@@ -314,8 +319,7 @@ def _carry_out(arguments: Sequence[str], *, as_json: bool) -> int:
     except SisaError as error:
         return _fail(error.to_json(), str(error), error.exit_code, as_json)
     except (KeyboardInterrupt, click.Abort):
-        message = "interrupted; run the same command again to go on"
-        return _fail({"type": "Interrupted", "message": message}, message, EXIT_INTERRUPTED, as_json)
+        return _interrupted(as_json)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -326,6 +330,14 @@ def _carry_out(arguments: Sequence[str], *, as_json: bool) -> int:
         )
     except Exception as error:  # the last resort: a message may hold anything, so only places are shown
         return _internal(error, as_json)
+
+
+def _interrupted(as_json: bool) -> int:
+    by, code = "interrupted", EXIT_INTERRUPTED
+    for each in _ended_by[-1:]:
+        by, code = f"ended by {each.name}", EXIT_SIGNAL + each
+    message = f"{by}; run the same command again to go on"
+    return _fail({"type": "Interrupted", "message": message}, message, code, as_json)
 
 
 def _refuse_bad_encoding(arguments: Sequence[str]) -> None:
@@ -360,6 +372,21 @@ def _fail(body: dict[str, Any], text: str, code: int, as_json: bool) -> int:
     return code
 
 
+_ended_by: list[signal.Signals] = []  # click and Ray make interrupts of their own of an interrupt
+
+
+def _end(number: int, _frame: object) -> None:
+    """Do as Ctrl-C does."""
+    for stream in (1, 2) if number == signal.SIGHUP else ():
+        if stat.S_ISCHR(os.fstat(stream).st_mode):  # the terminal that is gone
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+    _ended_by.append(signal.Signals(number))
+    raise KeyboardInterrupt
+
+
 def main() -> None:
-    """The console script."""
+    """The console script. SIGTERM or a closed terminal ends it and all that it began, as Ctrl-C does."""
+    for each in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(each) != signal.SIG_IGN:  # as under nohup
+            signal.signal(each, _end)
     sys.exit(run(sys.argv[1:]))

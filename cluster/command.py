@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,9 @@ from sisa.errors import InvalidInput
 if TYPE_CHECKING:
     from sisa.api import Model
     from sisa.opening import OpenExecutor
+
+
+STANDARD_INPUT = Path("-")
 
 
 class _Command(click.Command):
@@ -112,6 +116,49 @@ def _placed(name: str, address: str | None) -> str | OpenExecutor:
     return OnCluster(name, address)
 
 
+def option_or_file(
+    option: str, *, required: bool = False, **options: Any
+) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
+    """An option, or the same with `-file` for what should not stand in a command line: one value.
+
+    Other users of a machine see a command line, and shells and job tables keep it."""
+
+    name = option.removeprefix("--")
+
+    def decorate(function: Callable[..., Result]) -> Callable[..., Result]:
+        @click.option(option, **options)
+        @click.option(
+            f"{option}-file",
+            type=click.Path(path_type=Path),
+            help=f"File that holds the {name}; `-`: standard input.",
+        )
+        @functools.wraps(function)
+        def invoke(**arguments: Any) -> Result:
+            file_of: Path | None = arguments.pop(f"{name}_file")
+            if file_of is not None and arguments[name] is not None:
+                raise click.UsageError(f"give {option} or {option}-file")
+            if file_of is not None:
+                arguments[name] = "\n".join(read_lines(file_of))
+            if required and arguments[name] is None:
+                raise click.UsageError(f"give {option} or {option}-file")
+            return function(**arguments)
+
+        return invoke
+
+    return decorate
+
+
+def _from_standard_input(_context: click.Context, _option: click.Parameter, given: Any) -> Any:
+    return read_text(STANDARD_INPUT).rstrip("\n") if given == str(STANDARD_INPUT) else given
+
+
+def option_or_input(option: str, *, help: str, **options: Any) -> Callable[..., Any]:
+    """An option whose value `-` is read from standard input, for what should not stand in a command
+    line."""
+    help_ = f"{help.rstrip('.')}; `-`: standard input."
+    return click.option(option, callback=_from_standard_input, help=help_, **options)
+
+
 ids_argument = click.argument("ids", nargs=-1, metavar="[ID]...")
 ids_file_option = click.option(
     "--ids-file", type=click.Path(path_type=Path), help="File with one id a line."
@@ -142,6 +189,8 @@ def named_ids(ids: Sequence[str], ids_file: Path | None) -> list[str]:
 def read_text(file: Path) -> str:
     """A file of the command line. Raises InvalidInput when it can't be read as UTF-8."""
     try:
+        if file == STANDARD_INPUT:
+            return sys.stdin.buffer.read().decode()
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         got = error.strerror if isinstance(error, OSError) else "bytes that are not UTF-8"

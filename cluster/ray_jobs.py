@@ -93,7 +93,7 @@ class RayJobs:
                     # `exec`, so that the program is not a shell's child: what ends the job reaches it
                     entrypoint=f"exec {shlex.join(submission.words)}",
                     submission_id=submission.id,
-                    runtime_env={"working_dir": str(submission.folder)},
+                    runtime_env={"working_dir": str(submission.folder), "env_vars": _told()},
                     metadata=dict(submission.said),
                 )
                 return
@@ -183,6 +183,12 @@ def _as_given() -> Iterator[None]:
         if not told:
             del os.environ[AUTH_MODE]
         read_environment()
+
+
+def _told() -> dict[str, str]:
+    """What a job is told of its cluster: that it wants no token, where the user says so."""
+    disabled = os.environ.get(AUTH_MODE, "").lower() == "disabled"
+    return {AUTH_MODE: "disabled"} if disabled else {}
 
 
 async def _next(pieces: AsyncIterator[str]) -> str | None:

@@ -2,11 +2,11 @@
 
 Rules: a local Ray starts at the first run and ends with `disconnect` or with the process. It listens on
 loopback alone and answers only who knows its token: a new secret in a file of mode 0600 in the session's
-private directory, which is removed at the end. A Ray that the caller has started, or that runs at an
-address, is used and left as it is. Nothing is printed on standard output, also when a node is lost.
+private directory, which is removed at the end; after a process that was killed, by `ray_reaper.py`. A
+Ray that the caller has started, or that runs at an address, is used and left as it is. Nothing is
+printed on standard output, also when a node is lost. What SIGTERM does to the process stays as it was.
 
-Not covered: Ray Client (`ray://`) and autoscaling; a session directory whose driver was killed with
-SIGKILL (it holds logs without text).
+Not covered: Ray Client (`ray://`) and autoscaling.
 """
 
 from __future__ import annotations
@@ -16,19 +16,25 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import socket
+import subprocess
+import sys
 import tempfile
+import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import ray
-from ray._private import services, worker
+from ray._private import services, utils, worker
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from cluster import ray_reaper
 from sisa.errors import EnvironmentFault
 
 CONNECT_S = 5.0
@@ -102,7 +108,9 @@ def connect(address: str | None, num_cpus: int) -> Session:
     owned = not ray.is_initialized()
     with ExitStack() as at_end:
         if owned:
-            at_end.enter_context(_printing_nothing())
+            # Ray prints on standard output when a node is lost, whatever it was told of logging; that
+            # it was lost is told as a Notice.
+            at_end.enter_context(_instead(worker, "print_to_stdstream", _print_nothing))
             if address is None:
                 private_dir = _start(num_cpus, at_end)
             else:
@@ -134,32 +142,46 @@ def _shut_down(job_id: str) -> None:
 
 
 @contextmanager
-def _printing_nothing() -> Iterator[None]:
-    """Ray prints on standard output when a node is lost, whatever it was told of logging."""
-    printing = worker.print_to_stdstream
-    worker.print_to_stdstream = _print_nothing
+def _instead(module: ModuleType, name: str, value: Any) -> Iterator[None]:
+    """Let a module of Ray have something else under a name of its own."""
+    former = getattr(module, name)
+    setattr(module, name, value)
     try:
         yield
     finally:
-        worker.print_to_stdstream = printing
+        setattr(module, name, former)
 
 
 def _print_nothing(*_: object, **__: object) -> None:
-    """What a lost node logged is in Ray's logs; that it was lost is told as a Notice."""
+    """What a lost node logged is in Ray's logs."""
+
+
+def _init(**options: Any) -> None:
+    """`ray.init`, quietly.
+
+    Ray keeps a driver's command line in its job table, for whoever holds the token; ids may stand in it,
+    so that it gets the program's name alone. And it answers SIGTERM by a stack trace of its own."""
+    before = signal.getsignal(signal.SIGTERM)
+    with (
+        _instead(utils, "get_entrypoint_name", lambda: "sisa"),
+        _instead(utils, "set_sigterm_handler", lambda _: None),
+    ):
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, namespace="sisa", **options)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 
 def _start(num_cpus: int, at_end: ExitStack) -> Path:
     private_dir = _private_directory()
+    at_end.enter_context(_reaped(private_dir))
     at_end.callback(shutil.rmtree, private_dir, ignore_errors=True)
     at_end.enter_context(own_token(private_dir / "token"))
     try:
-        with _on_loopback():
-            ray.init(
+        # Ray takes 127.0.0.1 for a slip and puts the machine's own address in its place.
+        with _instead(services, "resolve_ip_for_localhost", str):
+            _init(
                 num_cpus=num_cpus,
                 include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                namespace="sisa",
                 object_store_memory=OBJECT_STORE_BYTES,
                 # Ray opens its directory to everyone, so it gets one inside the private one.
                 _temp_dir=str(private_dir / "r"),
@@ -175,14 +197,15 @@ def _start(num_cpus: int, at_end: ExitStack) -> Path:
 
 
 @contextmanager
-def _on_loopback() -> Iterator[None]:
-    """Ray takes 127.0.0.1 for a slip and puts the machine's own address in its place."""
-    resolving = services.resolve_ip_for_localhost
-    services.resolve_ip_for_localhost = str
-    try:
-        yield
-    finally:
-        services.resolve_ip_for_localhost = resolving
+def _reaped(private_dir: Path) -> Iterator[None]:
+    """Have somebody end what belongs to the directory, should this process be killed."""
+    command = [sys.executable, "-I", "-S", ray_reaper.__file__, str(private_dir)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as reaper:
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # it may have been killed itself
+                reaper.communicate(ray_reaper.OVER)
 
 
 @contextmanager
@@ -218,15 +241,16 @@ def _private_directory() -> Path:
 
 
 def _attach(address: str) -> None:
-    if AUTH_MODE not in os.environ:
-        # `ray start` demands a token by default, but a client with an address sends none unless told.
+    # `ray start` demands a token where it finds one, or is told to. A client is to send one unless told
+    # otherwise; on a node of the cluster that is told by what is found there, as to a job.
+    if AUTH_MODE not in os.environ and (address != "auto" or _has_token()):
         os.environ[AUTH_MODE] = "token"
         read_environment()
     try:
         host, _, port = address.rpartition(":")
         if address != "auto":  # Ray itself waits for a minute and prints on
             socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, namespace="sisa")
+        _init(address=address)
     except Exception as error:
         raise EnvironmentFault(
             "no Ray cluster can be reached",
@@ -237,6 +261,10 @@ def _attach(address: str) -> None:
             "(~/.ray/auth_token; RAY_AUTH_MODE=disabled for a cluster that wants none); without "
             "`address` a local Ray is started",
         ) from error
+
+
+def _has_token() -> bool:
+    return bool(ray._raylet.AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True))
 
 
 def _first_line(error: Exception) -> str:

@@ -24,6 +24,8 @@ from cluster.command import (
     model_option,
     named_ids,
     opened,
+    option_or_file,
+    option_or_input,
 )
 from cluster.render import Result
 from cluster.watched import say
@@ -46,10 +48,10 @@ request_argument = click.argument("request_id", metavar="REQUEST")
 @model_option
 @click.argument("ids", nargs=-1, metavar="[ID]...")
 @ids_file_option
-@click.option("--subject", help="All records of a subject.")
-@click.option("--find-like", metavar="ID", help="A record; near-duplicates of it are proposed.")
+@option_or_file("--subject", help="All records of a subject.")
+@option_or_input("--find-like", metavar="ID", help="A record; near-duplicates of it are proposed.")
 @click.option("--external-id", help="Your own name of the request; the same one is the same request.")
-@click.option("--reason", default="", help="Kept as given.")
+@option_or_file("--reason", help="Kept as given.")
 @click.option("--regime", type=click.Choice(["gdpr", "delete-act"]), default="gdpr", show_default=True)
 @click.option("--due", help="YYYY-MM-DD instead of the regime's due date.")
 @click.option("--approver", help="Approve at once, in this name.")
@@ -62,7 +64,7 @@ def submit(
     subject: str | None,
     find_like: str | None,
     external_id: str | None,
-    reason: str,
+    reason: str | None,
     regime: str,
     due: str | None,
     approver: str | None,
@@ -77,7 +79,7 @@ def submit(
         raise click.UsageError("give IDs (or --ids-file, or --find-like), or --subject")
     terms = Terms(
         external_id=external_id,
-        reason=reason,
+        reason=reason or "",
         regime="delete-act" if regime == "delete-act" else "gdpr",
         due=due,
         approver=approver,
@@ -123,7 +125,7 @@ def approve(directory: Path, request_id: str, approver: str) -> Result:
 @command("deny", 'sisa request deny -m model T-17 --reason "not the person"', group=request)
 @model_option
 @request_argument
-@click.option("--reason", required=True, help="Why; kept as given.")
+@option_or_file("--reason", required=True, help="Why; kept as given.")
 def deny(directory: Path, request_id: str, reason: str) -> Result:
     """Refuse a request."""
     return _decide(directory, request_id, "denied", reason)
@@ -132,7 +134,7 @@ def deny(directory: Path, request_id: str, reason: str) -> Result:
 @command("hold", 'sisa request hold -m model T-17 --reason "court order"', group=request)
 @model_option
 @request_argument
-@click.option("--reason", required=True, help="Why; kept as given.")
+@option_or_file("--reason", required=True, help="Why; kept as given.")
 def hold(directory: Path, request_id: str, reason: str) -> Result:
     """Put a request under a legal hold; `approve` ends it."""
     return _decide(directory, request_id, "held", reason)
@@ -141,16 +143,16 @@ def hold(directory: Path, request_id: str, reason: str) -> Result:
 @command("cancel", "sisa request cancel -m model T-17", group=request)
 @model_option
 @request_argument
-@click.option("--reason", default="", help="Why; kept as given.")
-def cancel(directory: Path, request_id: str, reason: str) -> Result:
+@option_or_file("--reason", help="Why; kept as given.")
+def cancel(directory: Path, request_id: str, reason: str | None) -> Result:
     """Withdraw a request that has not run."""
-    return _decide(directory, request_id, "cancelled", reason)
+    return _decide(directory, request_id, "cancelled", reason or "")
 
 
 @command("extend", 'sisa request extend -m model T-17 --reason "complex"', group=request)
 @model_option
 @request_argument
-@click.option("--reason", required=True, help="Why; kept as given.")
+@option_or_file("--reason", required=True, help="Why; kept as given.")
 def extend(directory: Path, request_id: str, reason: str) -> Result:
     """Extend a request's due date once, by two months (gdpr)."""
     with opened(directory) as model:

@@ -6,6 +6,7 @@ and no Ray is needed; what the commands compute is tested where it is computed.
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import subprocess
@@ -306,6 +307,33 @@ def test_find_in_a_model(sisa: Sisa, directory: Path) -> None:
     assert (code, len(hits), hits[0]["id"]) == (0, 3, "id-0007")
     assert hits[0]["score"] == pytest.approx(1.0)
     assert [hit["score"] for hit in hits] == sorted((hit["score"] for hit in hits), reverse=True)
+
+
+def test_what_is_personal_need_not_stand_in_a_command_line(
+    sisa: Sisa, directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def given(text: str) -> None:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+
+    def told(*arguments: str | Path) -> dict[str, Any]:
+        code, out, err = sisa(*arguments, "-m", directory, "--json")
+        assert code == 0, err
+        return one_object(out)
+
+    given("question 7\nanswer 7\n")
+    assert told("find", "--text", "-") == told("find", "--text", "question 7\nanswer 7")
+    given("id-0007\n")
+    assert told("find", "--like", "-") == told("find", "--like", "id-0007")
+    file = tmp_path / "subject.txt"
+    file.write_text("subject-1\n")
+    plain = told("forget", "--subject", "subject-1", "--dry-run")
+    assert told("forget", "--subject-file", file, "--dry-run") == plain
+    given("subject-1")
+    assert told("forget", "--subject-file", "-", "--dry-run") == plain
+    assert told("find", "--subject-file", file) == told("find", "--subject", "subject-1")
+    file.write_text("\n")
+    assert sisa("forget", "-m", directory, "--subject-file", file)[0] == 2
+    assert sisa("forget", "-m", directory, "--subject-file", file, "--subject", "s")[0] == 2
 
 
 def test_a_deleted_record_is_not_found(sisa: Sisa, directory: Path) -> None:

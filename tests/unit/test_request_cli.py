@@ -318,6 +318,21 @@ def test_an_empty_reason_is_2(ask: Ask) -> None:
     assert ask("request", "extend", "T-1", "--reason", "", code=2)["error"]["type"] == "InvalidInput"
 
 
+def test_reasons_and_subjects_come_from_files(ask: Ask, tmp_path: Path) -> None:
+    reason, subject = tmp_path / "reason.txt", tmp_path / "subject.txt"
+    reason.write_text("as Ada asked by letter\n")
+    subject.write_text("subject-1\n")
+    ask("request", "submit", "--subject-file", subject, "--external-id", "T-1", "--reason-file", reason)
+    found = ask("request", "show", "T-1")
+    assert found["reason"] == "as Ada asked by letter"
+    plain = ask("request", "submit", "--subject", "subject-1", "--external-id", "T-2")
+    assert found["num_records"] == plain["num_records"] > 0
+    assert ask("request", "hold", "T-1", "--reason-file", reason)["state"] == "held"
+    both = ("--reason-file", reason, "--reason", "x")
+    for options in ((), both):
+        assert ask("request", "deny", "T-1", *options, code=2)["error"]["type"] == "UsageError"
+
+
 @pytest.mark.parametrize("decision", [("show",), *CONFLICTS], ids=lambda each: each[0])
 def test_an_unknown_request_is_3(ask: Ask, decision: tuple[str, ...]) -> None:
     name, *options = decision

@@ -1,0 +1,55 @@
+"""What ends a local Ray whose driver was killed: a process of its own that waits for the driver's end.
+
+    python ray_reaper.py PRIVATE_DIR < pipe from the driver
+
+It reads the pipe. The word OVER means that the driver ended its Ray itself; an end without it, that
+the driver was killed: then every process that bears the private directory in its command line or its
+environment, or has a file of it open, is killed, and the directory removed. It runs in a session of its
+own, so that what hangs up or interrupts the driver's terminal does not reach it, and it imports the
+standard library alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+OVER = b"over"
+LOOK_EVERY_S, LOOK_FOR_S = 0.1, 30.0
+
+
+def reap(private_dir: str) -> None:
+    """Kill what belongs to a private directory until nothing does, and remove the directory."""
+    deadline = time.monotonic() + LOOK_FOR_S
+    while (found := _belonging(private_dir)) and time.monotonic() < deadline:
+        for process in found:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        time.sleep(LOOK_EVERY_S)
+    shutil.rmtree(private_dir, ignore_errors=True)
+
+
+def _belonging(private_dir: str) -> list[int]:
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # another user's, or gone
+            if process.name != str(os.getpid()) and _tells_of(process, private_dir):
+                found.append(int(process.name))
+    return found
+
+
+def _tells_of(process: Path, private_dir: str) -> bool:
+    """Ray's processes change their titles, which may overwrite what they were started with."""
+    told = (process / "cmdline").read_bytes() + (process / "environ").read_bytes()
+    return private_dir.encode() in told or any(
+        os.readlink(each).startswith(private_dir) for each in (process / "fd").iterdir()
+    )
+
+
+if __name__ == "__main__" and sys.stdin.buffer.read() != OVER:
+    reap(sys.argv[1])
