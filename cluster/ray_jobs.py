@@ -27,7 +27,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
 from cluster.jobs import Job, State, Submission, taken_name, unknown_job
-from cluster.ray_session import AUTH_MODE, read_environment
+from cluster.ray_session import AUTH_MODE, has_token, read_environment
 from sisa.errors import EnvironmentFault, InvalidInput
 
 CONNECT_S = 5.0
@@ -117,7 +117,7 @@ class RayJobs:
             yield
         except AuthenticationError as error:
             raise EnvironmentFault(
-                "the cluster does not accept the token",
+                "the cluster does not accept the token" if has_token() else "there is no token to send",
                 where=self._address,
                 got=_first_line(error),
                 next_step="put the cluster's token into a file and name it by RAY_AUTH_TOKEN_PATH "

@@ -243,7 +243,7 @@ def _private_directory() -> Path:
 def _attach(address: str) -> None:
     # `ray start` demands a token where it finds one, or is told to. A client is to send one unless told
     # otherwise; on a node of the cluster that is told by what is found there, as to a job.
-    if AUTH_MODE not in os.environ and (address != "auto" or _has_token()):
+    if AUTH_MODE not in os.environ and (address != "auto" or has_token()):
         os.environ[AUTH_MODE] = "token"
         read_environment()
     try:
@@ -263,7 +263,8 @@ def _attach(address: str) -> None:
         ) from error
 
 
-def _has_token() -> bool:
+def has_token() -> bool:
+    """Return whether a token is found where Ray looks for one."""
     return bool(ray._raylet.AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True))
 
 

@@ -53,8 +53,9 @@ def free_port() -> int:
 
 
 @contextmanager
-def job_cluster(cache: Path) -> Iterator[JobCluster]:
-    """Start it, say so to this process's clients, and end it."""
+def job_cluster(cache: Path, *, wants_token: bool = True) -> Iterator[JobCluster]:
+    """Start it, say so to this process's clients, and end it. One that wants no token is started as by
+    somebody who has none, and has told Ray nothing of it."""
     scratch = Path(tempfile.mkdtemp(dir="/tmp"))  # short: Ray's sockets lie below it
     token = scratch / "token"
     with os.fdopen(os.open(token, os.O_CREAT | os.O_WRONLY, 0o600), "w") as file:
@@ -62,12 +63,13 @@ def job_cluster(cache: Path) -> Iterator[JobCluster]:
     port, dashboard = free_port(), free_port()
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PYTHON"))},
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(token),
+        "HOME": str(scratch),
         "RAY_USAGE_STATS_ENABLED": "0",
         "SISA_CACHE": str(cache),
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # jobs call `python`
     }
+    if wants_token:
+        environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
     head = [
         *("--head", f"--port={port}", "--num-cpus=0", f"--temp-dir={scratch}/r"),
         *("--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"),
@@ -81,7 +83,11 @@ def job_cluster(cache: Path) -> Iterator[JobCluster]:
             nodes.append(_start_node(arguments, environment, scratch / f"{name}.log"))
         with pytest.MonkeyPatch.context() as patch:
             patch.delenv("RAY_AUTH_TOKEN", raising=False)
-            patch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
+            if wants_token:
+                patch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
+            else:
+                patch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
+                patch.setenv("HOME", str(scratch))
             yield JobCluster(address, token, tuple(nodes))
     finally:
         _end(nodes)

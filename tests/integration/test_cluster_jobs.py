@@ -88,6 +88,23 @@ def make_run_file(folder: Path, base: Path) -> Path:
     )
 
 
+def test_a_cluster_without_tokens_is_taken_when_the_user_says_so(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the client, and by the job inside."""
+    run_file = change_run(make_run_file(tmp_path / "there", tiny_base), num_epochs=1)
+    with job_cluster(tmp_path / "cache", wants_token=False) as without:
+        command = ["cluster", "submit", str(run_file), "--address", without.address, "--json"]
+        monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+        assert run(command) == 6
+        error = json.loads(capsys.readouterr().out)["error"]
+        assert error["message"] == "there is no token to send"
+        assert "RAY_AUTH_MODE=disabled" in error["next_step"]
+        monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+        assert run(command) == 0, capsys.readouterr().err
+        assert json.loads(capsys.readouterr().out)["state"] == "SUCCEEDED"
+
+
 def num_stored(model: Path) -> int:
     return len(list(model.glob("checkpoints/*/manifest.json")))
 
