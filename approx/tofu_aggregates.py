@@ -102,10 +102,10 @@ def quality(
 ) -> ForgetQuality:
     """Forget quality of a log against a reference's. Raises InvalidInput for other questions."""
     own = forget_rows(rows)
-    asked = {row.place: row.ground_truth for row in own}
+    asked = {row.idx: row.ground_truth for row in own}  # published logs don't name their forget set
     others = [forget_rows(each) for each in (reference, second_reference) if each is not None]
     for other in others:
-        if {row.place: row.ground_truth for row in other} != asked:
+        if {row.idx: row.ground_truth for row in other} != asked:
             raise InvalidInput(
                 "the reference was asked other forget questions than the model",
                 expected=f"the same {len(asked)} questions",

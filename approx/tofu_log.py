@@ -3,12 +3,10 @@
     {"log": "tofu", "version": 1, "model": digest, "questions": digest, "settings": {...}}
     {"set": "forget10", "idx": 0, "avg_gt_loss": 1.5, "avg_paraphrased_loss": 1.8, ...}
 
-Rules: lines are appended and flushed batch by batch; a torn last line is cut off and its question asked
-again. A log of another model, of other questions or other settings is refused, and so is one with a
-damaged line in its middle. Published logs (locuslab's) have no header and serve as references.
-
-Not covered: a disk without locks. A log holds the questions' answers and generated text:
-keep it as you keep the data.
+Lines are appended and flushed batch by batch; a torn last line is cut off and its question asked again.
+A log of another model, of other questions or other settings is refused, and so is one with a damaged
+line in its middle. Published logs (locuslab's `eval_log_aggregated.json`) are read, not continued. A log
+holds the questions' answers and generated text: keep it as you keep the data.
 
 >>> header, rows = read_log(Path("full.jsonl"))                               # doctest: +SKIP
 """
@@ -23,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from approx.tofu_row import LogRow, parse_row
+from approx.tofu_row import LogRow, parse_row, published_rows
 from sisa.digest import canonical_json
 from sisa.errors import Busy, ConfigConflict, IntegrityError, InvalidInput
 from sisa.store.files import disk_errors
@@ -45,9 +43,24 @@ class Header:
 
 
 def read_log(path: Path) -> tuple[Header | None, list[LogRow]]:
-    """A log as it lies there, whole lines alone. Raises InvalidInput, IntegrityError."""
+    """Return the header, None for a published log, and the rows of whole lines.
+
+    Raises InvalidInput, IntegrityError.
+    """
     with disk_errors(path):
         data = path.read_bytes()
+    try:
+        held = json.loads(data)
+    except (ValueError, RecursionError):  # several lines: a log of ours
+        held = None
+    try:
+        published = published_rows(held)
+    except ValueError:
+        raise IntegrityError(
+            "a published log is damaged", where=str(path), next_step="fetch it again"
+        ) from None
+    if published is not None:
+        return None, published
     return _parsed(data[: data.rfind(b"\n") + 1], path)
 
 

@@ -1,14 +1,13 @@
 """`sisa eval tofu`: what models still know of what they should forget, and of what they should keep.
 
-Rules: as `cli.py`. A model is whatever `approx.evaluated_models` opens: a directory or hub name of a
-Hugging Face model, an adapter directory, a deletion-ready model. A reference is one of these, or a
-finished log. The same command continues what was cut short.
-
-Not covered: what is measured (`approx/metrics`, `approx/tofu_aggregates.py`).
+A model is whatever `approx.evaluated_models` opens (a directory or hub name of a Hugging Face model, an
+adapter directory, a deletion-ready model), or a finished log: one of ours, or locuslab's published
+`eval_log_aggregated.json`. Logs alone need no data. The same command continues what was cut short.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +37,7 @@ def evaluation() -> None:
     "models",
     multiple=True,
     required=True,
-    help="Directory or hub name; or several.",
+    help="Directory, hub name or finished log; or several.",
 )
 @click.option(
     "--reference",
@@ -92,7 +91,14 @@ def tofu(models: tuple[str, ...], references: tuple[str, ...], variant: Any, **o
             refuse_other_settings(found[name], judge)
         rows = [each.rows for each in judges]
         judged.append((found[name], aggregates(found[name].rows, rows, variant)))
-    return render.tofu(options["split"], judged, judges)
+    return render.tofu(_split(found.values(), options["split"]), judged, judges)
+
+
+def _split(found: Iterable[Evaluated], asked: str) -> str:
+    """Return the forget set that the rows name; `asked` where only published logs are given."""
+    sets = {row.set for each in found for row in each.rows if row.set.startswith("forget")}
+    named = sets - {"forget"}
+    return named.pop() if len(named) == 1 else asked
 
 
 def _evaluated(specs: list[str], options: dict[str, Any]) -> dict[str, Evaluated]:
@@ -101,6 +107,10 @@ def _evaluated(specs: list[str], options: dict[str, Any]) -> dict[str, Evaluated
     from cluster.eval_tasks import EvaluationTask, run_evaluations
 
     logs = {spec: finished_log(Path(spec)) for spec in specs if _is_log(spec)}
+    if len(logs) == len(specs):
+        if options["holdout"] is not None:
+            raise click.UsageError("--holdout needs a model to ask; logs alone are given")
+        return logs
     questions = evaluation_sets(options["data"], options["split"], options["limit"])
     if options["holdout"] is not None:
         questions += read_holdout(options["holdout"])
@@ -123,4 +133,4 @@ def _evaluated(specs: list[str], options: dict[str, Any]) -> dict[str, Evaluated
 
 
 def _is_log(spec: str) -> bool:
-    return spec.endswith(".jsonl") and Path(spec).is_file()
+    return spec.endswith((".json", ".jsonl")) and Path(spec).is_file()

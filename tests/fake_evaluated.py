@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from approx.evaluated import AnswerScore, PromptForm, PromptKind
 from approx.tofu import RETAIN_OF, ForgetSplit
+from approx.tofu_row import COLUMNS, PUBLISHED, LogRow
 from sisa.digest import digest_of
 from sisa.samples import make_people
 
@@ -48,6 +49,22 @@ def write_made_up(directory: Path, sets: dict[str, Rows] | None = None) -> Path:
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (directory / f"{name}.jsonl").write_text(lines, encoding="utf-8")
     return directory
+
+
+def write_published(path: Path, rows: Iterable[LogRow]) -> Path:
+    """Rows in the form in which locuslab publishes them, with columns that we don't read."""
+    held: dict[str, dict[str, Any]] = {}
+    names = {name: file for file, name in PUBLISHED.items()}
+    for row in rows:
+        columns = held.setdefault(names["forget" if "forget" in row.set else row.set], {})
+        values = {name: getattr(row, name) for name in COLUMNS} | {
+            "gt_loss": row.avg_gt_loss * row.num_token_gt,
+            "generated_text": ["a prompt", row.generation, row.ground_truth],
+        }
+        for name, value in values.items():
+            columns.setdefault(name, {})[str(row.idx)] = value
+    path.write_text(json.dumps(held, indent=4), encoding="utf-8")
+    return path
 
 
 def _row(question: str, answer: str, other: str) -> dict[str, Any]:

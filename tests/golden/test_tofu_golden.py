@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from approx.tofu import evaluation_sets
 from approx.tofu_aggregates import Aggregates, aggregates, quality
 from approx.tofu_log import read_log
 from approx.tofu_row import LogRow
+from tests.fake_evaluated import write_published
 
 GOLDEN = Path(os.environ.get("SISA_DATA") or Path(__file__).parents[3] / "shared" / "data") / "golden"
 DIGITS = 1e-12
@@ -125,6 +127,15 @@ def test_a_published_log_can_be_a_reference_for_300_questions() -> None:
     assert {each.place: each.answer for each in asked} == {
         row.place: row.ground_truth for row in log("retain90")
     }
+
+
+def test_a_log_in_the_form_in_which_it_is_published_gives_the_same(tmp_path: Path) -> None:
+    path = write_published(tmp_path / "eval_log_aggregated.json", log("full"))
+    header, rows = read_log(path)
+    found = aggregates(rows, [log("retain90")])
+    assert header is None
+    assert asdict(found) == asdict(measured("full")) | {"num_questions": found.num_questions}
+    assert found.num_questions["forget"] == 300
 
 
 @pytest.mark.parametrize("model", MODELS)

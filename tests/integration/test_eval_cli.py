@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from tests.fake_evaluated import SPLIT, write_made_up
+from approx.tofu_log import read_log
+from tests.fake_evaluated import SPLIT, write_made_up, write_published
 from tests.integration.tiny_model import Done, Tiny, command
 from tests.tiny_base import make_tiny_base
 
@@ -91,6 +92,42 @@ def test_a_finished_log_is_a_reference_and_is_not_made_again(
     assert again.json["models"] == first.json["models"]
     assert log.stat().st_mtime_ns == written
     assert len(list(evaluate.out.iterdir())) == 2
+
+
+def test_logs_alone_need_no_data(
+    capsys: pytest.CaptureFixture[str], evaluate: Evaluate, tiny_base: Path, other_base: Path
+) -> None:
+    first = evaluate("-m", tiny_base, "--reference", other_base)
+    logs = [each["log"] for name in ("models", "references") for each in first.json[name]]
+    shutil.rmtree(evaluate.data)
+    alone = ("--data", evaluate.data, "--executor", "serial")
+    again = command(capsys, "eval", "tofu", *alone, "-m", logs[0], "--reference", logs[1])
+    assert again.code == 0
+    assert again.json["split"] == SPLIT
+    (before,), (after,) = first.json["models"], again.json["models"]
+    assert after == before | {"model": Path(logs[0]).name}
+    holdout = command(capsys, "eval", "tofu", *alone, "-m", logs[0], "--holdout", "unseen.jsonl")
+    assert holdout.code == 2
+
+
+def test_a_published_log_is_a_model_and_a_reference(
+    capsys: pytest.CaptureFixture[str], evaluate: Evaluate, tiny_base: Path, tmp_path: Path
+) -> None:
+    first = evaluate("-m", tiny_base, "--reference", tiny_base)
+    _, rows = read_log(Path(first.json["models"][0]["log"]))
+    published = write_published(tmp_path / "eval_log_aggregated.json", rows)
+    again = evaluate("-m", tiny_base, "--reference", published)
+    assert again.json["models"][0]["forget_quality"] == first.json["models"][0]["forget_quality"]
+    alone = command(capsys, "eval", "tofu", "-m", published, "--reference", published)
+    (found,) = alone.json["models"]
+    assert found["nine"] == first.json["models"][0]["nine"]
+    assert found["num_questions"]["forget"] == 2
+    held = json.loads(published.read_text())
+    del held["eval_log_forget.json"]["avg_gt_loss"]["1"]
+    published.write_text(json.dumps(held))
+    damaged = command(capsys, "eval", "tofu", "-m", published)
+    assert (damaged.code, damaged.error["type"]) == (4, "IntegrityError")
+    assert str(published) in damaged.error["where"]
 
 
 def test_a_deletion_ready_model_is_evaluated(evaluate: Evaluate, tiny: Tiny) -> None:
