@@ -14,6 +14,6 @@ FULL = "full"
 SHARE = 5  # the suite tries one example in so many
 
 
-def num_examples(full: int) -> int:
-    """Of a property whose full run tries so many."""
-    return full if settings.get_current_profile_name() == FULL else -(-full // SHARE)
+def num_examples(full: int, share: int = SHARE) -> int:
+    """Return how many to try of a property whose full run tries `full`: all, or one in `share`."""
+    return full if settings.get_current_profile_name() == FULL else -(-full // share)

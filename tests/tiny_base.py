@@ -7,6 +7,7 @@ PosixPath('base')
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 END, START, TEXT_END = "<|im_end|>", "<|im_start|>", "<|endoftext|>"
 CHAT_TEMPLATE = (
@@ -16,8 +17,10 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_tiny_base(directory: Path, seed: int = 0, hidden: int = 64, layers: int = 2) -> Path:
-    """Save a Llama of about 150,000 random weights in the standard form; returns `directory`."""
+def make_tiny_base(
+    directory: Path, seed: int = 0, hidden: int = 64, layers: int = 2, **config: Any
+) -> Path:
+    """Save a Llama of about 150,000 random weights in the standard form; return `directory`."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -34,19 +37,19 @@ def make_tiny_base(directory: Path, seed: int = 0, hidden: int = 64, layers: int
         tokenizer_object=backend, eos_token=END, pad_token=TEXT_END, chat_template=CHAT_TEMPLATE
     )
     torch.manual_seed(seed)
-    config = LlamaConfig(
+    described = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden,
         intermediate_size=2 * hidden,
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=512,
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        **{"max_position_embeddings": 512, **config},
     )
-    LlamaForCausalLM(config).save_pretrained(directory)
+    LlamaForCausalLM(described).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory

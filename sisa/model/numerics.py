@@ -20,6 +20,7 @@ import contextlib
 import os
 import platform
 import re
+from collections.abc import Iterator
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -144,7 +145,27 @@ def pin_threads(threads: int, arithmetic: Arithmetic = USUAL) -> None:
 
     torch.set_num_threads(threads)
     torch.set_flush_denormal(False)
+    torch.backends.mkldnn.set_flags(True)  # type: ignore[no-untyped-call]
     torch.set_float32_matmul_precision("highest")
     torch.use_deterministic_algorithms(True)
     # A debugging aid that costs time; the flag above would turn it on.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def usual_modes(arithmetic: Arithmetic = USUAL) -> Iterator[None]:
+    """Run torch as in a process that has set none of its modes, then as before: autocast, inference,
+    gradients switched off and another default dtype reach bits, too."""
+    import torch
+
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast(arithmetic.device, enabled=False),
+        ):
+            yield
+    finally:
+        torch.set_default_dtype(default)

@@ -27,6 +27,7 @@ from sisa.errors import IntegrityError, InvalidInput
 from sisa.model.adapter import ADAPTER_FILE, CONFIG_FILE, read_config, tensor_bytes, written_config
 from sisa.model.base import load_base, own_modules
 from sisa.model.low_rank import averaged, lay_on, read_change, stacked, tensors_of
+from sisa.model.numerics import usual_modes
 from sisa.patch import patched_digest
 
 Files = Mapping[str, bytes]
@@ -58,8 +59,9 @@ def load_patched(
     ]
     key = (base_dir.resolve(), base_digest, canonical_json(made_of), torch.get_num_threads())
     if key not in _last:
-        for files in patches:
-            lay_on(model, read_change(files))
+        with usual_modes():
+            for files in patches:
+                lay_on(model, read_change(files))
         _last.clear()
         _last[key] = model
     return own_modules(_last[key]), tokenizer

@@ -65,9 +65,12 @@ class Lower:
         self._real = [self._layers[at] for at in range(first)]
         self._passing: list[_Passing] | None = None
 
-    @torch.no_grad()
     def alone(self, input_ids: Sequence[int]) -> Tensor:
-        """States [T, H] that enter layer `first`, of one record by itself."""
+        """Return the states [T, H] that enter layer `first`, of one record by itself."""
+        return self._entering(torch.tensor([list(input_ids)], device=self._base.device))
+
+    @torch.no_grad()
+    def _entering(self, ids_1T: Tensor, **positions: Tensor) -> Tensor:
         training = self._base.training
         self._base.eval()
 
@@ -75,9 +78,8 @@ class Lower:
             raise _Reached(args[0] if args else kwargs["hidden_states"])
 
         hook = self._layers[self.first].register_forward_pre_hook(reached, with_kwargs=True)
-        ids_1T = torch.tensor([list(input_ids)], device=self._base.device)
         try:
-            self._decoder(input_ids=ids_1T, use_cache=False)
+            self._decoder(input_ids=ids_1T, use_cache=False, **positions)
         except _Reached as found:
             return found.states[0].cpu().clone()
         finally:
@@ -120,8 +122,9 @@ class Lower:
         return len(seen[0]) if isinstance(seen[0], tuple) else None
 
     @torch.no_grad()
-    def check(self) -> None:
-        """Raises InvalidInput unless the layers above give the same bits from given states."""
+    def check(self, longest: int) -> None:
+        """Raise InvalidInput unless the layers above give the same bits from given states, and those of
+        a record do not depend on the records, of up to `longest` tokens, that came before it."""
         ids_1T = torch.tensor([PROBE_IDS], device=self._base.device)
         training = self._base.training
         self._base.eval()
@@ -129,12 +132,25 @@ class Lower:
             whole = self._decoder(input_ids=ids_1T, use_cache=False).last_hidden_state
             with self.given([self.alone(PROBE_IDS)], packed=False):
                 apart = self._decoder(input_ids=ids_1T, use_cache=False).last_hidden_state
+            remembers = self._remembers(longest)
         except (AttributeError, TypeError, ValueError, IndexError) as error:
             raise _not_apart() from error
         finally:
             self._base.train(training)
-        if not torch.equal(whole, apart):
+        if remembers or not torch.equal(whole, apart):
             raise _not_apart()
+
+    def _remembers(self, longest: int) -> bool:
+        """Whether states of a text change when the base has seen a longer one: the frequencies of some
+        rotary positions follow the longest text so far."""
+        if getattr(self._base.config, "rope_parameters", None) is None:
+            return False
+        ids_1T = torch.tensor([PROBE_IDS], device=self._base.device)
+        ends = (longest - 1, longest, longest - 1)
+        starts = [max(0, end - len(PROBE_IDS)) for end in ends]
+        at_T = torch.arange(len(PROBE_IDS), device=self._base.device)
+        before, _, after = (self._entering(ids_1T, position_ids=start + at_T[None]) for start in starts)
+        return not torch.equal(before, after)
 
 
 def _not_apart() -> InvalidInput:

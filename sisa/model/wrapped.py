@@ -1,11 +1,10 @@
-"""A base with the adapter that is trained on it, kept from stage to stage.
+"""A base with the adapter that is trained on it: a pattern from which each stage gets its own modules.
 
-Rules: to wrap a base costs as much as some steps of training, and nearly all stages of a process wrap
-the same. `begin` gives each tensor of the adapter its value, the parent's or a freshly drawn one, so
-that nothing of an earlier stage, ended or broken off, is left. Which of them are trained is said anew,
-too.
-
-Not covered: optimizer and schedule (`stage.py`); how the base came here.
+To wrap a base and to find out how it can be run costs as much as some steps of training, and nearly all
+stages of a process wrap the same. So the pattern is kept, but never run: a stage is trained on a copy
+that shares the frozen tensors alone. Whatever a stage leaves behind (the memory layout of tensors that
+were trained, frequencies of rotary positions that grew with a long text, running statistics, gradients)
+goes with its copy, so that no bit of a stage depends on what the process trained before.
 
     wrapped = Wrapped(base, training)
     trained = wrapped.begin(parent_tensors, init_seed=7)    # name -> parameter
@@ -22,6 +21,7 @@ import torch
 
 from sisa.digest import canonical_json
 from sisa.model.adapter import DEFAULT_NAME, attach, draw, lora_config, refuse_other_tensors
+from sisa.model.base import own_modules
 from sisa.model.layers import first_adapted
 from sisa.model.layerwise import train_block
 from sisa.model.losses import Form, form_of
@@ -45,17 +45,17 @@ class Wrapped:
         Raises InvalidInput: modules or layers that the base does not have, or layers that can't be run
         apart.
         """
-        self.dtype = base.dtype
-        self.form = form or form_of(base, training["sequence_len"])
-        self.model = attach(base, lora_config(training, base), None, init_seed=0)
-        self.model.eval()
-        self.first = first_adapted(training, base)
-        self.lower = Lower(self.model.get_base_model(), self.first) if self.first else None
-        if self.lower is not None:
-            self.lower.check()
-        quicken(self.model)
-        named = self.model.named_parameters()
-        self._parameters = {name: each for name, each in named if each.requires_grad}
+        self.dtype, self.first = base.dtype, first_adapted(training, base)
+        self._pattern = attach(base, lora_config(training, base), None, init_seed=0)
+        quicken(self._pattern)
+        self._pattern.eval()
+        probed = own_modules(self._pattern).get_base_model()
+        self.form = form or form_of(probed, training["sequence_len"])
+        if self.first:
+            Lower(probed, self.first).check(training["sequence_len"])
+        self.model: Any = None
+        self.lower: Lower | None = None
+        self._parameters: dict[str, torch.nn.Parameter] = {}
 
     def begin(
         self,
@@ -63,15 +63,20 @@ class Wrapped:
         init_seed: int,
         block: tuple[int, int] | None = None,
     ) -> dict[str, torch.nn.Parameter]:
-        """The parameters to train, by name, with the values of `tensors`, or drawn from the seed.
-        `block`: of so many blocks of layers, this one alone.
+        """Return the parameters to train, by name, with the values of `tensors`, or drawn from the seed.
+
+        They are those of a new copy: `model` and `lower` are replaced. `block` is the number of blocks
+        of layers and the one of them that is trained; the others are frozen.
 
         Raises IntegrityError when the tensors are not exactly the adapter's.
         """
-        self.model.train()
-        for each in self._parameters.values():
-            each.requires_grad_(True)
-            each.grad = None
+        self.model = self.lower = None  # one copy is in memory at a time
+        self._parameters = {}
+        self.model = own_modules(self._pattern).train()
+        if self.first:
+            self.lower = Lower(self.model.get_base_model(), self.first)
+        named = self.model.named_parameters()
+        self._parameters = {name: each for name, each in named if each.requires_grad}
         if tensors is None:
             draw(self.model, init_seed)
         else:

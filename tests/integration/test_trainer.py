@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -135,16 +136,33 @@ def test_a_kept_trainer_trains_as_a_new_one(base: BaseFiles, training: dict[str,
             raise InterruptedError
 
     kept = LoraTrainer(base.directory, base.digest, threads=1)
-    jobs = [job_for(base, slice_, **training) for slice_ in (0, 1)]
+    training = {"lora_r": 5, **training}
+    jobs = [replace(job_for(base, at, **training), before=tuple(range(at))) for at in (0, 1)]
     first = train(base, jobs[0])
+    second = train(base, jobs[1], first)
     for _ in range(2):
         assert names(kept.train(jobs[0], None, RECORDS, lambda _: None)) == names(first)
-        assert names(kept.train(jobs[1], first, RECORDS, lambda _: None)) == names(
-            train(base, jobs[1], first)
-        )
+        assert names(kept.train(jobs[1], first, RECORDS, lambda _: None)) == names(second)
         with pytest.raises(InterruptedError):
             kept.train(job_for(base, shard=4, **training), None, RECORDS, broken_off)
         kept.train(job_for(base, lora_r=3), None, RECORDS, lambda _: None)
+
+
+def test_a_base_whose_frequencies_follow_the_longest_text(tmp_path: Path) -> None:
+    """Each stage begins with those of the base. Hidden states would depend on the records before."""
+    from sisa.model.lora import LoraTrainer
+
+    grows = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
+    made = make_tiny_base(tmp_path, max_position_embeddings=20, rope_parameters=grows)
+    base = resolve_base(str(made))
+    kept = LoraTrainer(base.directory, base.digest, threads=1)
+    longer = [stored(10**number) for number in range(9)]
+    kept.train(job_for(base, shard=1), None, longer, lambda _: None)
+    found = kept.train(job_for(base), None, RECORDS, lambda _: None)
+    assert names(found) == names(train(base, job_for(base)))
+    with pytest.raises(InvalidInput, match="can't be run apart"):
+        train(base, job_for(base, lora_layers="top:1"))
+    train(base, job_for(base, lora_layers="top:1", sequence_len=20, overlength="truncate"))
 
 
 def test_files_and_first_weights_are_as_peft_has_them(base: BaseFiles) -> None:
@@ -258,6 +276,66 @@ def plain_loss(model: Any, batch: Sequence[Any]) -> Any:
         ).loss
         total = total + loss * sum(label != -100 for label in each.labels[1:])
     return total
+
+
+def test_a_chain_trains_as_one_uninterrupted_loop(base: BaseFiles) -> None:
+    """Moments and count of steps go on from the parent stage; the schedule starts anew."""
+    import torch
+
+    from sisa.model.adapter import read_tensors
+
+    changed: dict[str, Any] = {"lora_dropout": 0.0, "learning_rate": 1e-3}
+    stages = [(job_for(base, 0, 5, **changed), RECORDS[:5]), (job_for(base, 1, **changed), RECORDS)]
+    first = train(base, stages[0][0], None, RECORDS[:5])
+    second = train(base, stages[1][0], first)
+    plain, optimizer = plain_loop(base, stages)
+    start, ours = (read_tensors(each, "adapter_model.safetensors") for each in (first, second))
+    moments = read_tensors(second, "optimizer.safetensors")
+    for name, theirs in plain.items():
+        state = optimizer.state[theirs]
+        learnt = (theirs - start[name]).norm()
+        assert (ours[name] - theirs).norm() < 0.01 * learnt
+        assert moments[f"{name}.step"] == state["step"] == 3 + 5
+        for each in ("exp_avg", "exp_avg_sq"):
+            assert torch.allclose(moments[f"{name}.{each}"], state[each], rtol=1e-2, atol=1e-7)
+
+
+def plain_loop(base: BaseFiles, stages: Sequence[tuple[SliceJob, Sequence[StoredRecord]]]) -> Any:
+    """One model and one optimizer through all stages, without any file in between."""
+    import torch
+    from transformers import get_scheduler
+
+    from sisa.model.adapter import attach, lora_config
+    from sisa.model.base import load_base
+    from sisa.model.batches import stage_steps
+    from sisa.model.stage import seed_from
+    from sisa.model.tokens import tokenize
+    from sisa.model.wrapped import file_name
+
+    model, tokenizer = load_base(base.directory, base.digest)
+    own = stages[0][0].training
+    peft = attach(model, lora_config(own, model), None, seed_from(own["seed"], 0, "init"))
+    trained = {file_name(name): each for name, each in peft.named_parameters() if each.requires_grad}
+    rate = own["learning_rate"]
+    optimizer = torch.optim.AdamW(trained.values(), rate, weight_decay=own["weight_decay"])
+    for job, records in stages:
+        rows = [tokenize(each.record, tokenizer, train_on_inputs=False) for each in records]
+        sizes = [len(each.input_ids) for each in rows]
+        digests = [each.id_digest for each in records]
+        cut = {"micro_batch_size": 2, "per_step": 2, "seed": own["seed"], "shard": 0}
+        steps = stage_steps(digests, sizes, job.passes, slice_=job.slice, **cut)
+        optimizer.param_groups[0]["lr"] = optimizer.param_groups[0]["initial_lr"] = rate
+        warm = -(-3 * len(steps) // 10)
+        scheduler = get_scheduler(own["lr_scheduler"], optimizer, warm, len(steps))
+        for step in steps:
+            optimizer.zero_grad()
+            batch = [rows[at] for part in step for at in part]
+            num_labels = sum(label != -100 for each in batch for label in each.labels[1:])
+            (plain_loss(peft, batch) / num_labels).backward()
+            torch.nn.utils.clip_grad_norm_(trained.values(), own["max_grad_norm"])
+            optimizer.step()
+            scheduler.step()
+    return trained, optimizer
 
 
 def test_accumulation_equals_one_large_batch(base: BaseFiles) -> None:
@@ -461,7 +539,7 @@ def test_adapters_of_the_top_layers_train_as_peft_would(base: BaseFiles) -> None
     batch = [tokenize(each.record, tokenizer, train_on_inputs=False) for each in RECORDS[2:5]]
     whole = torch.autograd.grad(summed_loss(peft, batch, Form()), trained)
     lower = Lower(peft.get_base_model(), 1)
-    lower.check()
+    lower.check(128)
     for packed in (True, False):
         states = [Prefixes().states(lower, each.input_ids) for each in batch]
         with lower.given(states, packed=packed):
