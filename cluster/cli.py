@@ -50,7 +50,9 @@ from cluster.command import (
     opened,
     option_or_file,
     option_or_input,
+    read_prompts,
     read_text,
+    read_turns,
 )
 from cluster.render import Result
 from cluster.watched import log_format_of, open_log, watched
@@ -58,6 +60,7 @@ from sisa.errors import InvalidInput, Problem, SisaError
 from sisa.running import new_run, running
 
 if TYPE_CHECKING:
+    from sisa.ask import Prompt
     from sisa.opening import OpenExecutor
 
 __all__ = [
@@ -247,12 +250,50 @@ def verify(directory: Path, replay: str, shard: int | None, executor: str | Open
 
 @command("generate", 'sisa generate -m model --prompt "Where was Mara born?"')
 @model_option
-@option_or_input("--prompt", required=True, help="What to answer.")
+@option_or_input("--prompt", help="What to answer.")
+@click.option("--system", help="System prompt of a chat.")
+@click.option(
+    "--history",
+    type=click.Path(path_type=Path),
+    help="JSON file with the turns before the prompt, as a record's `messages`.",
+)
+@click.option(
+    "--prompts",
+    "file",
+    type=click.Path(path_type=Path),
+    help="File of prompts, one a line; .jsonl: a row with `prompt` or `messages` a line.",
+)
+@click.option(
+    "--form",
+    "kind",
+    type=click.Choice(["chat", "completion"]),
+    help="Put prompts as a turn of a chat, or as they are; else as the model was trained.",
+)
 @click.option("--max-new-tokens", default=48, show_default=True, type=click.IntRange(1, 100_000))
-def generate(directory: Path, prompt: str, max_new_tokens: int) -> Result:
+def generate(
+    directory: Path,
+    prompt: str | None,
+    system: str | None,
+    history: Path | None,
+    file: Path | None,
+    kind: Any,
+    max_new_tokens: int,
+) -> Result:
     """Answer with the aggregated constituent models."""
+    if (prompt is None) == (file is None):
+        raise click.UsageError("give either --prompt or --prompts")
+    if file is not None and history is not None:
+        raise click.UsageError("--history goes before one --prompt; rows of --prompts have `messages`")
+    asked: list[Prompt] = read_prompts(file) if file else [prompt or ""]
+    before = ([{"role": "system", "content": system}] if system else []) + read_turns(history)
+    if before:
+        asked = [
+            [*before, *([{"role": "user", "content": each}] if isinstance(each, str) else each)]
+            for each in asked
+        ]
     with opened(directory) as model:
-        return render.answer(model.generate(prompt, max_new_tokens=max_new_tokens))
+        found = model.generate_all(asked, max_new_tokens=max_new_tokens, kind=kind)
+    return render.answers(found) if file else render.answer(found[0])
 
 
 @command("export", "sisa export -m model --to adapters")

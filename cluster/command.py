@@ -19,10 +19,11 @@ import click
 
 from cluster.render import Result
 from cluster.watched import OPTION, logged_run, watched
-from sisa.errors import InvalidInput
+from sisa.errors import InvalidInput, Problem
 
 if TYPE_CHECKING:
     from sisa.api import Model
+    from sisa.ask import Prompt
     from sisa.opening import OpenExecutor
 
 
@@ -204,3 +205,41 @@ def read_lines(file: Path) -> list[str]:
         step = "write a text on each line"
         raise InvalidInput("the file holds no text", where=str(file), next_step=step)
     return lines
+
+
+def read_turns(file: Path | None) -> list[Any]:
+    """Return the turns of a JSON file; what is wrong with them is said where they are put to a model.
+    Raises InvalidInput for what is no JSON list."""
+    if file is None:
+        return []
+    found = _json(read_text(file), str(file))
+    if not isinstance(found, list):
+        raise InvalidInput("the history is no list of turns", where=str(file), expected="a JSON list")
+    return found
+
+
+def read_prompts(file: Path) -> list[Prompt]:
+    """Return the prompts of a file, one a line; of a .jsonl the `prompt` or the `messages` of each row.
+    Raises InvalidInput with every row that has neither or both."""
+    lines = read_lines(file)
+    if file.suffix.lower() != ".jsonl":
+        return list(lines)
+    found: list[Prompt] = []
+    problems = []
+    for number, line in enumerate(lines, start=1):
+        row = _json(line, f"{file.name}, row {number}")
+        bodies = [row.get(key) for key in ("prompt", "messages")] if isinstance(row, dict) else []
+        given = [each for each in bodies if isinstance(each, str | list)]
+        found += given
+        if len(given) != 1:
+            problems.append(Problem(f"row {number}", "expected `prompt`, a text, or `messages`, a list"))
+    if problems:
+        raise InvalidInput("the prompts can't be read", where=str(file), problems=problems)
+    return found
+
+
+def _json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise InvalidInput("broken JSON", where=where) from None

@@ -21,7 +21,7 @@ from sisa.export_files import unload_command
 
 if TYPE_CHECKING:
     from cluster.quickstart import Start, Story
-    from sisa.ask import Answer
+    from sisa.ask import Answer, HeldPrompts
     from sisa.domain import Probed, Request
     from sisa.outcome import ForgetOutcome, ForgetPlan, Status
     from sisa.place_ports import Kept
@@ -62,6 +62,7 @@ def taken(found: Taken, directory: Path) -> Result:
     if found.generation:
         told = f"appended as generation {found.generation}: to train the same model from scratch, give"
         lines.insert(1, f"{told} them `generation: {found.generation}`")
+    lines += prompts(found.prompts)
     if found.deleted_not_taken:
         lines.append(f"{found.deleted_not_taken} records of the source were deleted before: not taken")
     if found.new_not_taken:
@@ -302,6 +303,7 @@ def status(found: Status) -> Result:
         f"served: {100 * found.serving_depth:.1f}% of the shards' slices; training from scratch: "
         f"{found.record_epochs_full} record-epochs{more if others else ''}"
     )
+    lines += [f"prompts are put to shards in the form: {found.form}", *prompts(found.prompts)]
     if found.checkpoint_budget_bytes is not None:
         budget = f"{found.checkpoint_bytes:,} bytes of a budget of {found.checkpoint_budget_bytes:,}"
         lines.append(f"checkpoints hold {budget}")
@@ -334,10 +336,31 @@ def verified(found: Verification) -> Result:
 
 
 def answer(found: Answer) -> Result:
-    told = printable(found.text)
+    return Result({"answer": found.text, "shards": list(found.shards)}, said(found))
+
+
+def answers(found: Sequence[Answer]) -> Result:
+    bodies = [{"answer": each.text, "shards": list(each.shards)} for each in found]
+    told = [f"{number}: {said(each)}" for number, each in enumerate(found, start=1)]
+    return Result({"answers": bodies}, "\n".join(told))
+
+
+def said(found: Answer) -> str:
+    """An answer in words, and who gave it where no shard did."""
+    told = printable(found.text) or "(the model ended at once)"
     if not found.shards:
         told += "\n(the base model alone answered: no shard's records are near enough; see min_score)"
-    return Result({"answer": found.text, "shards": list(found.shards)}, told)
+    return told
+
+
+def prompts(found: HeldPrompts | None) -> list[str]:
+    """What would become of held prompts, in one line; none where that was not looked at."""
+    if found is None:
+        return []
+    line = f"held prompts, looked up word for word: {found.turned_away} of {found.looked_up} turned away"
+    others = f", {found.elsewhere} answered by another shard" if found.elsewhere else ""
+    advice = " (see min_score and `sisa doctor`)" if found.turned_away else ""
+    return [line + others + advice]
 
 
 def exported(made: Sequence[Path]) -> Result:

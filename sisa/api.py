@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sisa import lifecycle, query
-from sisa.ask import Answer, ask, open_answerer, routes_of, usual_kind
+from sisa.ask import Answer, Prompt, ask, form_of, held_prompts, open_answerer, routes_of
 from sisa.cost import estimate_seconds, full_record_epochs, orders_record_epochs, serving_depth
 from sisa.deletion import forget_at_once, plan_forget
 from sisa.domain import (
@@ -79,13 +79,14 @@ class Model(OpenedModel):
             self.report(Notice(source.told_subjects()))
         with named_by_place(source), self._writing() as world:
             guarded = partial(guard, self.config)
-            return add(world, source, allow_deleted=allow_deleted, append=append, checks=[guarded])
+            taken = add(world, source, allow_deleted=allow_deleted, append=append, checks=[guarded])
+            return replace(taken, prompts=held_prompts(world, self.config))
 
     def resume(self, source: Sequence[Record] = ()) -> Taken:
         """Train what is missing; records of `source` are only compared with the held ones."""
         with named_by_place(source), self._writing() as world:
             _ = self.parts.base  # refuses a changed base
-            return train(world, source)
+            return replace(train(world, source), prompts=held_prompts(world, self.config))
 
     def where(self, ids: Sequence[str]) -> list[query.Location]:
         """Shard, slice, checkpoints and heads of each record. Raises UnknownRecord."""
@@ -242,6 +243,8 @@ class Model(OpenedModel):
                 records_without_subject=world.ledger.num_without_subject()[0],
                 checkpoint_bytes=sum(each.num_bytes for view in views for each in view.held),
                 record_epochs_others=orders_record_epochs(views, world.recipe) - full,
+                form=form_of(world),
+                prompts=held_prompts(world, self.config),
             )
 
     def verify(self, replay: Replay = "none", shard: int | None = None) -> Verification:
@@ -257,18 +260,20 @@ class Model(OpenedModel):
             world = replace(world, report=self.report)  # what is trained only to compare is not kept
             return verify(world, chosen, FileCheckpoints(scratch, self.keyring, SCRATCH))
 
-    def generate(self, prompt: str, *, max_new_tokens: int = 48, kind: Kind | None = None) -> Answer:
-        """Answer with the constituent models that the run file's aggregation chooses."""
+    def generate(self, prompt: Prompt, *, max_new_tokens: int = 48, kind: Kind | None = None) -> Answer:
+        """Answer a text, or go on with a conversation (turns with `role` and `content`, a user's last),
+        with the constituent models that the run file's aggregation chooses. `kind`: the form in which a
+        text is put to them. Raises InvalidInput for a conversation that can't be answered."""
         return self.generate_all([prompt], max_new_tokens=max_new_tokens, kind=kind)[0]
 
     def generate_all(
-        self, prompts: Sequence[str], *, max_new_tokens: int = 48, kind: Kind | None = None
+        self, prompts: Sequence[Prompt], *, max_new_tokens: int = 48, kind: Kind | None = None
     ) -> list[Answer]:
         """Answers to several prompts; the models are loaded once."""
         with self._world() as world:
             return ask(world, self.parts, prompts, max_new_tokens, kind)
 
-    def routes(self, prompts: Sequence[str]) -> list[Route]:
+    def routes(self, prompts: Sequence[Prompt]) -> list[Route]:
         """The shards that would answer each prompt, and their weights."""
         with self._world() as world:
             return routes_of(world, self.parts, prompts)
@@ -276,7 +281,7 @@ class Model(OpenedModel):
     def answerer(self) -> tuple[Answerer, Kind]:
         """All constituent models that are served now, and how prompts are put to them; for measuring."""
         with self._world() as world:
-            return open_answerer(world, self.parts), usual_kind(world)
+            return open_answerer(world, self.parts), form_of(world)
 
     def as_transformers(self, **options: Any) -> AggregatedModel:
         """What is served now as a `PreTrainedModel` with `generate`, for tools that know nothing of

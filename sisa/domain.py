@@ -50,13 +50,24 @@ class Record:
 
     @property
     def text(self) -> str:
-        """What the index embeds: all parts, one a line."""
+        """All parts, one a line: what a search by content compares."""
         return "\n".join(part.text for part in self.parts)
 
     @property
     def num_bytes(self) -> int:
         """Of its text, in UTF-8."""
         return sum(len(part.text.encode()) for part in self.parts)
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """What a person asks in it, each text once: the prompt or the user turns; of a plain text none.
+
+        >>> turns = ("system", "Be kind."), ("user", "Who?"), ("assistant", "Ada."), ("user", "Why?")
+        >>> Record("r2", None, "chat", tuple(Part(*turn) for turn in turns)).asked
+        ('Who?', 'Why?')
+        """
+        texts = [part.text for part in self.parts if part.role in ("prompt", "user")]
+        return tuple(dict.fromkeys(each for each in texts if each.strip()))
 
     def canonical(self) -> str:
         """The content that the record's digest covers: id, subject, and what places it included."""
@@ -129,7 +140,8 @@ class SliceFile(SliceState):
 
 @dataclass(frozen=True, slots=True)
 class IndexFile:
-    """The FAISS file of one shard, named by its bytes; `root` names the vectors it should hold."""
+    """The FAISS file of one shard, named by its bytes; `root` names the vectors that it should hold.
+    `num_vectors` counts records: beside the vector of its text, a record has one for each prompt."""
 
     shard: int
     root: str

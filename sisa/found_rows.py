@@ -87,4 +87,4 @@ def vector_ids(data: bytes) -> list[int]:
     import numpy as np
 
     index: Any = faiss.deserialize_index(np.frombuffer(data, dtype=np.uint8))
-    return [int(each) for each in faiss.vector_to_array(index.id_map)]
+    return sorted({int(each) for each in faiss.vector_to_array(index.id_map)})

@@ -11,8 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sisa import query
+from sisa.ask import HeldPrompts
 from sisa.deletion import Forgetting
-from sisa.domain import Request, Tombstone
+from sisa.domain import Kind, Request, Tombstone
 from sisa.place_ports import Kept
 from sisa.witness import Standing
 
@@ -41,6 +42,8 @@ class Status:
     checkpoint_budget_bytes: int | None = None
     checkpoint_bytes: int = 0  # of the stages that the ledger holds
     records_without_subject: int = 0
+    form: Kind = "text"  # in which prompts are put to shards
+    prompts: HeldPrompts | None = None
 
 
 @dataclass(frozen=True)

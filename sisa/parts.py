@@ -15,11 +15,14 @@ from functools import cached_property
 from typing import Any
 
 from sisa.config import RunConfig
+from sisa.digest import digest_of
 from sisa.domain import Record
-from sisa.errors import IntegrityError
+from sisa.errors import ConfigConflict, IntegrityError
 from sisa.plan import LAYERWISE
 from sisa.ports import Embedder, Vectors
 from sisa.store.loaded import Warm
+
+INDEXED = "text-and-asked-v1"  # of a record: its text, and each thing that is asked in it
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,13 @@ class Parts:
         if self.config.sisa.names:
             found = NameEmbedder(found)
         if self._embedder is not None:
-            refuse_change("embedder", self._embedder, found.digest)
+            if self._embedder.digest == found.digest:
+                raise ConfigConflict(
+                    "the index is of an earlier version, without the vectors of what records ask",
+                    where=self._embedder.name,
+                    next_step="build it anew: `sisa train RUN.yaml --reconfigure`; nothing is trained",
+                )
+            refuse_change("embedder", self._embedder, indexed_digest(found))
         return found
 
     @property
@@ -108,7 +117,7 @@ class Parts:
         named = {"name": self.config.base_name, "digest": self.base.digest}
         embedder = {
             "name": self.config.sisa.embedder,
-            "digest": self.embedder.digest,
+            "digest": indexed_digest(self.embedder),
             "dimension": self.embedder.dimension,
         }
         return {
@@ -116,6 +125,11 @@ class Parts:
             "base": json.dumps(named, sort_keys=True),
             "embedder": json.dumps(embedder, sort_keys=True),
         }
+
+
+def indexed_digest(embedder: Embedder) -> str:
+    """Return the name of an index's content: an embedder, and what of a record it embeds."""
+    return digest_of([INDEXED, embedder.digest])
 
 
 def refuse_change(what: str, named: Named, found: str) -> None:

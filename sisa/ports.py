@@ -43,7 +43,7 @@ from sisa.events import Report
 from sisa.patch import Patch, PatchJob, VaultSet
 
 Vectors = NDArray[np.float32]  # [num_texts, dimension], rows of unit length
-
+By = Literal["text", "asked"]  # what of a record a query is compared with
 
 States = NDArray[np.float32]  # [positions, hidden], of one record
 
@@ -215,13 +215,17 @@ class RecordIndex(Protocol):
     def build(
         self, shard: int, root: str, base: IndexFile | None, vectors: Mapping[int, Any]
     ) -> IndexFile:
-        """The index of exactly the ids in `vectors`; a value of None is taken from `base`."""
+        """The index of exactly the ids in `vectors`, [n, dimension] each: the vector of a record's text,
+        then those of what is asked in it. A value of None is taken from `base`."""
 
-    def search(self, found: Sequence[IndexFile], queries: Vectors, top_k: int) -> list[list[Hit]]:
-        """For each query row the best `top_k` over all files, best first; equals by shard and id."""
+    def search(
+        self, found: Sequence[IndexFile], queries: Vectors, top_k: int, by: By = "text"
+    ) -> list[list[Hit]]:
+        """For each query row the best `top_k` over all files, a record once, best first; equals by shard
+        and id. `by` says which vectors are compared; where nothing is asked, one stands for both."""
 
-    def vectors(self, file: IndexFile, vector_ids: Sequence[int]) -> Vectors:
-        """The stored vectors of some ids."""
+    def vectors(self, file: IndexFile, vector_ids: Sequence[int], by: By = "text") -> Vectors:
+        """The stored vectors of some ids, by id: one of each text, or all of what is asked."""
 
     def check(self, file: IndexFile) -> None:
         """Checks the file's bytes against `file.sha256` without parsing them."""

@@ -17,7 +17,7 @@ from sisa.domain import Hit, Record, RecordRow, Tombstone
 from sisa.errors import IntegrityError, Problem, UnknownRecord
 from sisa.patch import Patch, PatchState, SetRole, VaultSet
 from sisa.plan import touched
-from sisa.ports import StoredRecord, Vectors
+from sisa.ports import By, StoredRecord, Vectors
 from sisa.prefix_names import slice_start
 from sisa.reconcile import not_erased
 from sisa.requests import under_way
@@ -260,10 +260,10 @@ def search(world: World, queries: Vectors, top_k: int) -> list[Hit]:
     return sorted(best.values(), key=lambda hit: (-hit.score, hit.shard, hit.vector_id))
 
 
-def search_each(world: World, queries: Vectors, top_k: int) -> list[list[Hit]]:
+def search_each(world: World, queries: Vectors, top_k: int, by: By = "text") -> list[list[Hit]]:
     """For each query the best hits over all shards, best first. A score is relative to the query's own
     with itself: equal texts score 1, whatever the length of their vectors."""
-    found = world.index.search(world.ledger.indexes(), queries, top_k)
+    found = world.index.search(world.ledger.indexes(), queries, top_k, by)
     own = (queries * queries).sum(axis=1).tolist()
     return [
         [replace(hit, score=hit.score / square) for hit in hits]

@@ -42,7 +42,18 @@ from sisa.prefix_names import ROOM as PREFIXES
 from sisa.reconcile import Trained, train_unrecorded
 from sisa.refused import refuse_generations
 from sisa.store import keyring
-from sisa.world import ALWAYS_SEALED, Place, World, commit, known_names, over, purge, view_shard
+from sisa.world import (
+    ALWAYS_SEALED,
+    Place,
+    World,
+    commit,
+    embed_records,
+    embed_shard,
+    known_names,
+    over,
+    purge,
+    view_shard,
+)
 
 
 def refuse_differences(found: Sequence[Difference], where: str) -> None:
@@ -80,13 +91,7 @@ def reindexed(world: World) -> list[IndexFile]:
     indexes = []
     for file in world.ledger.indexes():
         rows = world.ledger.rows(file.shard)
-        texts = {
-            each.id_digest: each.record.text
-            for slice_file in world.ledger.slices(file.shard)
-            for each in world.records.read(slice_file)
-        }
-        vectors = world.embed([texts[row.id_digest] for row in rows])
-        wanted = dict(zip((row.vector_id for row in rows), vectors, strict=True))
+        wanted = embed_shard(world, file.shard, rows)
         indexes.append(world.index.build(file.shard, index_root(rows), None, wanted))
     return indexes
 
@@ -163,7 +168,7 @@ def _placed(world: World, held: Sequence[StoredRecord], rows: Sequence[RecordRow
 
 
 def _indexed(world: World, records: Sequence[Record], rows: Sequence[RecordRow]) -> list[IndexFile]:
-    vectors = world.embed([record.text for record in records])
+    vectors = embed_records(world, records)
     indexes = []
     for shard in sorted({row.shard for row in rows}):
         here = [row for row in rows if row.shard == shard]

@@ -17,7 +17,7 @@ Source: the column names of TRL's dataset formats; other names of roles and turn
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,6 +70,9 @@ class Columns:
         return (*self.body, self.id, *subject, RISK_COLUMN, GENERATION_COLUMN)
 
 
+USUAL = Columns()
+
+
 def record_of(value: Mapping[str, Any], columns: Columns) -> Record:
     """Return the record of a row without problems."""
     risk: Risk = value.get(RISK_COLUMN)
@@ -85,11 +88,16 @@ def record_of(value: Mapping[str, Any], columns: Columns) -> Record:
     if value.get(columns.text) is not None:
         return made("text", [Part("text", value[columns.text])])
     if (turns := value.get(columns.messages)) is not None:
-        return made("chat", [Part(_role(each, columns), _content(each, columns)) for each in turns])
+        return made("chat", turns_of(turns, columns))
     return made(
         "completion",
         [Part("prompt", value[columns.prompt]), Part("completion", value[columns.completion])],
     )
+
+
+def turns_of(messages: Sequence[Mapping[str, Any]], columns: Columns = USUAL) -> tuple[Part, ...]:
+    """Return the turns of a chat without problems."""
+    return tuple(Part(_role(each, columns), _content(each, columns)) for each in messages)
 
 
 def record_problems(value: Mapping[str, Any], columns: Columns) -> Iterator[str]:
@@ -182,23 +190,43 @@ def _messages_problems(value: Any, columns: Columns) -> Iterator[str]:
         return
     answered = False
     for number, turn in enumerate(value, start=1):
-        name = f"'{columns.messages}', turn {number}"
-        if not isinstance(turn, Mapping):
-            yield f"{name}: expected an object, got {kind_of(turn)}"
-            continue
-        role = _role(turn, columns)
-        if role not in ROLES:
-            yield f"{name}: expected a role of {', '.join(ROLES)} in '{columns.role}'"
-        if turn.get("tool_calls"):
-            yield f"{name}: calls of tools are not trained on; write the call into '{columns.content}'"
-            answered = True  # one problem is enough
-            continue
-        problems = list(_content_problems(f"{name}, {columns.content}", turn.get(columns.content)))
+        problems = list(_turn_problems(f"'{columns.messages}', turn {number}", turn, columns))
         yield from problems
-        if role == "assistant":
+        if isinstance(turn, Mapping) and _role(turn, columns) == "assistant":
             answered = answered or bool(problems) or bool(_content(turn, columns).strip())
     if not answered:
         yield f"'{columns.messages}' has no assistant turn with content"
+
+
+def conversation_problems(value: Any, columns: Columns = USUAL) -> Iterator[str]:
+    """Yield all that keeps a value from being a conversation to go on with.
+
+    >>> list(conversation_problems([{"role": "user", "content": "Who?"}]))
+    []
+    >>> list(conversation_problems([{"role": "assistant", "content": "Ada."}]))
+    ["'messages' ends with no turn of a user or a tool"]
+    """
+    turns = value if isinstance(value, list | tuple) else []
+    problems = [
+        problem
+        for number, turn in enumerate(turns, start=1)
+        for problem in _turn_problems(f"'{columns.messages}', turn {number}", turn, columns)
+    ]
+    yield from problems
+    if not problems and (not turns or _role(turns[-1], columns) not in ("user", "tool")):
+        yield f"'{columns.messages}' ends with no turn of a user or a tool"
+
+
+def _turn_problems(name: str, turn: Any, columns: Columns) -> Iterator[str]:
+    if not isinstance(turn, Mapping):
+        yield f"{name}: expected an object, got {kind_of(turn)}"
+        return
+    if _role(turn, columns) not in ROLES:
+        yield f"{name}: expected a role of {', '.join(ROLES)} in '{columns.role}'"
+    if turn.get("tool_calls"):
+        yield f"{name}: calls of tools are not trained on; write the call into '{columns.content}'"
+    else:
+        yield from _content_problems(f"{name}, {columns.content}", turn.get(columns.content))
 
 
 def _content_problems(name: str, content: Any) -> Iterator[str]:

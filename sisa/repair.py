@@ -38,7 +38,7 @@ from sisa.reconfigure import reseal
 from sisa.rederiving import give_up
 from sisa.store import files
 from sisa.witness import is_behind, settle
-from sisa.world import World, commit, view_shard
+from sisa.world import World, commit, embed_shard, view_shard
 
 if TYPE_CHECKING:
     from sisa.api import Model
@@ -122,13 +122,7 @@ def _mend_indexes(world: World, found: Sequence[Finding]) -> list[str]:
         if not rows:
             commit(world, Change(unindexed=[shard]))
         else:
-            texts = {
-                each.id_digest: each.record.text
-                for file in world.ledger.slices(shard)
-                for each in world.records.read(file)
-            }
-            vectors = world.embed([texts[row.id_digest] for row in rows])
-            wanted = dict(zip((row.vector_id for row in rows), vectors, strict=True))
+            wanted = embed_shard(world, shard, rows)
             commit(world, Change(indexes=[world.index.build(shard, index_root(rows), None, wanted)]))
         done.append(f"built the index of shard {shard} from its slice files")
     return done

@@ -18,14 +18,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from sisa.ask import HeldPrompts
 from sisa.assign import index_root, slice_root
 from sisa.domain import Head, IndexFile, Record, RecordRow, SliceFile, SliceState, Tombstone
 from sisa.errors import InvalidInput
 from sisa.plan import ShardPlan, plan_shard
-from sisa.ports import Change, StoredRecord
+from sisa.ports import Change, StoredRecord, Vectors
 from sisa.reconcile import Trained, reconcile, refuse_lost_rows
 from sisa.refused import refuse_added, refuse_changed, refuse_generations, refuse_trained
-from sisa.world import World, check_sources, commit, model_digest, only, view_shard, write_slice
+from sisa.world import (
+    World,
+    check_sources,
+    commit,
+    embed_records,
+    model_digest,
+    only,
+    view_shard,
+    write_slice,
+)
 
 
 @dataclass(frozen=True)
@@ -42,6 +52,7 @@ class Taken:
     model_digest: str
     record_epochs_others: int = 0  # trained in the orders beside order 0
     generation: int | None = None  # of records that were appended now, for their column of that name
+    prompts: HeldPrompts | None = None  # of all records that are held now
 
 
 def train(world: World, records: Sequence[Record], meta: Mapping[str, str] | None = None) -> Taken:
@@ -167,7 +178,7 @@ def _commit_added(
     readmitted: Sequence[str] = (),
 ) -> None:
     refuse_lost_rows(world.ledger)
-    vectors = world.embed([record.text for record in records])
+    vectors = embed_records(world, records)
     arrived: dict[int, list[_Arrived]] = {}
     for record, row, vector in zip(records, rows, vectors, strict=True):
         arrived.setdefault(row.shard, []).append(_Arrived(row, record, vector))
@@ -195,11 +206,11 @@ def _commit_added(
 
 @dataclass(frozen=True, slots=True)
 class _Arrived:
-    """A new record with its place and its vector."""
+    """A new record with its place and its vectors."""
 
     row: RecordRow
     record: Record
-    vector: object
+    vectors: Vectors
 
 
 def _merged(world: World, shard: int, fresh: Iterable[_Arrived]) -> dict[int, list[RecordRow]]:
@@ -229,7 +240,7 @@ def _write_slices(world: World, shard: int, fresh: Sequence[_Arrived]) -> list[S
 
 
 def _write_index(world: World, shard: int, fresh: Sequence[_Arrived]) -> IndexFile:
-    vectors = {each.row.vector_id: each.vector for each in fresh}
+    vectors = {each.row.vector_id: each.vectors for each in fresh}
     merged = world.ledger.rows(shard) + [each.row for each in fresh]
     wanted = {row.vector_id: vectors.get(row.vector_id) for row in merged}
     if len(wanted) < len(merged):

@@ -9,12 +9,14 @@ Not covered: what reconfiguring does (`reconfigure.py`).
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 from sisa import opening, partition_key, reconfigure
 from sisa.api import Model
 from sisa.arithmetic import USUAL
+from sisa.ask import FORM, held_prompts, usual_kind
 from sisa.assign import Assigner
 from sisa.bands import unnamed
 from sisa.config import Difference, RunConfig, differences
@@ -27,7 +29,7 @@ from sisa.garbage import ROOMS
 from sisa.model.numerics import require_device
 from sisa.opened import silent
 from sisa.opening import CHECKPOINTS, INDEX, KEY, LEDGER, LOCK, SCRATCH, VAULT, OpenExecutor
-from sisa.parts import Parts
+from sisa.parts import Parts, indexed_digest
 from sisa.patch_plan import active, wanted
 from sisa.ports import Change
 from sisa.reader import named_by_place, read_records
@@ -114,7 +116,8 @@ def _first_training(
     prepare(config, records, executor, report)
     parts.count_tokens(records)
     parts.check_modules()
-    meta = parts.meta()
+    counted = Counter[str](record.kind for record in records)
+    meta = {**parts.meta(), FORM: usual_kind(counted)}
     directory = config.output_dir
     files.make_directory(directory)
     with files.writer_lock(directory / LOCK):
@@ -140,6 +143,7 @@ def _first_training(
         )
         try:
             taken = train(world, records, {**meta, **named})
+            taken = replace(taken, prompts=held_prompts(world, config))
         finally:
             opening.close(world)
     return Model(directory, executor=executor, report=report), taken
@@ -249,7 +253,7 @@ def _move(
         parts = Parts(config, None, None)
         if parts.base.digest != model.base.digest:
             effects.add("reset")
-        if parts.embedder.digest != model.embedder.digest:
+        if indexed_digest(parts.embedder) != model.embedder.digest:
             effects.add("reindex")
     trained = Trained(0, 0, ())
     if not effects and not differences(model.config, config):

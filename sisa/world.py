@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Protocol
 
 from sisa import place_ports
@@ -194,6 +195,25 @@ def stored_in(world: World, files: Iterable[SliceFile], rows: Iterable[RecordRow
 
 def only(files: Sequence[IndexFile]) -> IndexFile | None:
     return files[0] if files else None
+
+
+def embed_records(world: World, records: Sequence[Record]) -> list[Vectors]:
+    """What the index holds of each record: the vector of its text, then those of what is asked in it."""
+    texts = [(record.text, *record.asked) for record in records]
+    vectors = world.embed([text for each in texts for text in each])
+    ends = list(accumulate(map(len, texts)))
+    return [vectors[end - len(each) : end] for end, each in zip(ends, texts, strict=True)]
+
+
+def embed_shard(world: World, shard: int, rows: Sequence[RecordRow]) -> dict[int, Vectors]:
+    """What the index holds of a shard's records, by vector id, embedded anew from its slice files."""
+    held = {
+        each.id_digest: each.record
+        for file in world.ledger.slices(shard)
+        for each in world.records.read(file)
+    }
+    vectors = embed_records(world, [held[row.id_digest] for row in rows])
+    return dict(zip((row.vector_id for row in rows), vectors, strict=True))
 
 
 def write_slice(

@@ -39,7 +39,7 @@ from sisa.events import Report, SliceTrained
 from sisa.orders import chosen_orders
 from sisa.patch import PatchJob, PatchMode
 from sisa.plan import Recipe, Schedule
-from sisa.ports import CheckpointStore, Executor, Standing, States, StoredRecord, Tick, Vectors
+from sisa.ports import By, CheckpointStore, Executor, Standing, States, StoredRecord, Tick, Vectors
 from sisa.serial import SerialExecutor
 from sisa.store.keyring import PLAIN
 from sisa.world import World
@@ -158,28 +158,30 @@ class FakePrefixes:
 
 class FakeIndex:
     def __init__(self) -> None:
-        self.stored: dict[str, dict[int, tuple[float, ...]]] = {}
+        self.stored: dict[str, dict[int, tuple[tuple[float, ...], ...]]] = {}
 
     def build(
         self, shard: int, root: str, base: IndexFile | None, vectors: Mapping[int, Any]
     ) -> IndexFile:
         held = self.stored[base.name] if base else {}
-        rows: dict[int, tuple[float, ...]] = {}
+        rows: dict[int, tuple[tuple[float, ...], ...]] = {}
         for each in sorted(vectors):
             vector = vectors[each]
             if vector is None and each not in held:
                 raise IntegrityError("the index lacks a vector")
-            rows[each] = held[each] if vector is None else tuple(float(x) for x in vector)
+            rows[each] = held[each] if vector is None else tuple(tuple(map(float, x)) for x in vector)
         data = canonical_json([[each, *rows[each]] for each in rows])
         file = IndexFile(shard, root, len(rows), sha256_hex(data), len(data))
         self.stored[file.name] = rows
         return file
 
-    def search(self, found: Sequence[IndexFile], queries: Vectors, top_k: int) -> list[list[Hit]]:
+    def search(
+        self, found: Sequence[IndexFile], queries: Vectors, top_k: int, by: By = "text"
+    ) -> list[list[Hit]]:
         answers = []
         for query in queries:
             scored = [
-                Hit(each, float(query @ np.asarray(held, np.float32)), file.shard)
+                Hit(each, float((self._side(held, by) @ query).max()), file.shard)
                 for file in found
                 for each, held in self.stored[file.name].items()
             ]
@@ -187,12 +189,16 @@ class FakeIndex:
             answers.append(scored[:top_k])
         return answers
 
-    def vectors(self, file: IndexFile, vector_ids: Sequence[int]) -> Vectors:
+    @staticmethod
+    def _side(held: tuple[tuple[float, ...], ...], by: By) -> Vectors:
+        return np.array(held[:1] if by == "text" else held[1:] or held, dtype=np.float32)
+
+    def vectors(self, file: IndexFile, vector_ids: Sequence[int], by: By = "text") -> Vectors:
         rows = self.stored[file.name]
         if any(each not in rows for each in vector_ids):
             raise IntegrityError("the index lacks a vector")
-        found = np.array([rows[each] for each in vector_ids], dtype=np.float32)
-        return found.reshape(len(vector_ids), DIMENSION)
+        found = [self._side(rows[each], by) for each in vector_ids]
+        return np.concatenate([*found, np.zeros((0, DIMENSION), dtype=np.float32)])
 
     def check(self, file: IndexFile) -> None:
         if file.name not in self.stored:

@@ -6,20 +6,25 @@
 Its logits are the logarithms of what the constituent models say together, so that a softmax gives that
 distribution back.
 
-Rules: who answers is chosen by the prompt alone. `generate` is given nothing else; with `labels` the
-prompt ends before the first labelled token; without, after the first of `prompt_ends` in the text, as
-in an evaluation's "Question: ...\nAnswer:", so that no continuation reaches the router. (Of several
-examples it is the first that is looked up.) A sequence in which no prompt can be told is refused where
-the model is routed. Rows are padded on either side, with `attention_mask`, or on the right without.
+Who answers is chosen by the prompt alone: by the last user turn of a chat in the tokenizer's template,
+else by all of the prompt. `generate` is given nothing else; with `labels` the prompt ends before the
+first labelled token; without, after the first of `prompt_ends` in the text, as in an evaluation's
+"Question: ...\nAnswer:", so that no continuation reaches the router. (Of several examples it is the
+first that is looked up.) A sequence in which no prompt can be told is refused where the model is
+routed. Where no prompt of a batch is near any record, so that the base alone answers all of them, a
+warning says so. Rows are padded on either side, with `attention_mask`, or on the right without.
 
-Not covered: training; beams, whose caches would have to be reordered; saving (`sisa export`).
+It does not train, search by beams (caches would have to be reordered), or save (`sisa export` does).
 """
 
 from __future__ import annotations
 
+import re
+import warnings
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -51,6 +56,7 @@ class AggregatedModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         self.base = answerer.model
         self.generation_config = answerer.model.generation_config
         self._router, self._ends = router, tuple(prompt_ends)
+        self._turn = user_turn(self.tokenizer)
         self._routes: list[Route] | None = None
         self.eval().requires_grad_(False)
 
@@ -132,13 +138,24 @@ class AggregatedModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
 
     def _routed(self, prompts: Sequence[tuple[Tensor, int]]) -> list[Route]:
         """Routes by the first tokens of rows; rows with one prompt are looked up once."""
-        texts = [
-            self.tokenizer.decode(row[:length], skip_special_tokens=True).strip()
-            for row, length in prompts
-        ]
+        texts = [self._asked(row[:length]) for row, length in prompts]
         distinct = list(dict.fromkeys(texts))
         found = dict(zip(distinct, self._router(distinct), strict=True))
+        if self.answerer.shards and not any(route.shards for route in found.values()):
+            warnings.warn(
+                f"the base alone answers all of these {len(texts)} prompts: none is near what the model "
+                "was trained on (min_score of the run file's sisa.aggregation)",
+                stacklevel=2,
+            )
         return [found[text] for text in texts]
+
+    def _asked(self, prompt: Tensor) -> str:
+        """What of a prompt is looked up."""
+        opening, closing = self._turn or ("", "")
+        _, turn, asked = self.tokenizer.decode(prompt).rpartition(opening) if opening else ("", "", "")
+        if turn:
+            return str(asked.partition(closing)[0]).strip()
+        return str(self.tokenizer.decode(prompt, skip_special_tokens=True)).strip()
 
     def _prompt_length(self, row: Tensor) -> int:
         """The number of tokens up to the end of the prompt. Raises InvalidInput where none is told."""
@@ -158,6 +175,31 @@ class AggregatedModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             expected="labels, or one of " + ", ".join(map(repr, self._ends)),
             next_step="give the words that end a prompt as `prompt_ends`",
         )
+
+
+def user_turn(tokenizer: Any) -> tuple[str, str] | None:
+    """Return what stands before and after a user's turn in the tokenizer's chat template; None where it
+    has none, or turns can't be told apart."""
+    from jinja2.exceptions import TemplateError
+
+    words = ("first-question", "first-answer", "second-question")
+    turns = [
+        {"role": role, "content": word}
+        for role, word in zip(("user", "assistant", "user"), words, strict=True)
+    ]
+    try:
+        said = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+        before, between, again, after = re.split("|".join(words), said)
+    except (TemplateError, ValueError):  # no template, or one that says other words
+        return None
+    opening, closing = _shared(before[::-1], again[::-1])[::-1], _shared(between, after)
+    return (opening, closing) if opening.strip() and closing.strip() else None
+
+
+def _shared(one: str, other: str) -> str:
+    """The beginning that two texts share."""
+    pairs = takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
+    return "".join(letter for letter, _ in pairs)
 
 
 def _seen(row: Tensor, mask: Tensor | None) -> Tensor:

@@ -9,15 +9,17 @@ The nearness of a prompt is the first shard's best score, plus `SHARE_WEIGHT` ti
 strengths (0 where that is what one of so many shards gets by chance): what is held is near, and its
 neighbours are of one subject; what was deleted finds others' records, one here and one there. Where it
 is below `min_score`, nobody's records are near: the base alone answers (or the mean of all), instead of
-a stranger's shard. `min_score: auto` is what was measured of an embedder, where records are questions
-and answers; of others, and of plain texts, there is none.
+a stranger's shard.
 
-Rules: a choice depends on the remaining records alone: on the index's hits and on which shards serve
-a model. Only the prompt is looked up, never what is to follow it. With no live shard, or for `routed`
-no hit in one, the answer is the base model's alone. `SHARE_WEIGHT` and `MIN_SCORES` were chosen on
-public data about invented people (TOFU; `tests/bench/routing.py`), never on deletable records.
+Prompts are compared with what is asked in records, so that neither the length of their answers nor a
+system prompt reaches a score. `min_score: auto` is then a hair below 1, whatever the records: a prompt
+that a record holds word for word scores 1 and always reaches a shard. That this also lets paraphrases
+through and turns questions about deleted people away was measured of one embedder
+(`tests/bench/routing.py`: TOFU, RWKU, MUSE); of others, and of plain texts, in which nothing is asked,
+there is no such value. No user's record had a say in it.
 
-Not covered: what the chosen say together (`aggregate.py`).
+A choice depends on the remaining records alone: on the index's hits and on which shards serve a model.
+With no live shard, or for `routed` no hit in one, the answer is the base model's alone.
 
 >>> hits = [Hit(7, 0.9, 2), Hit(1, 0.8, 0), Hit(3, 0.85, 2)]
 >>> choose_route(hits, Aggregation(), live_shards={0, 1}).shards
@@ -39,7 +41,7 @@ from sisa.domain import Hit, Kind
 from sisa.sisa_config import MINILM
 
 SHARE_WEIGHT = 0.3
-MIN_SCORES = {(MINILM, True): 1.0, (MINILM, False): 0.924}  # with a name in the prompt; with none
+MIN_SCORES = {MINILM: 0.99}  # below 1 by more than rounding
 
 
 @dataclass(frozen=True)
@@ -55,18 +57,17 @@ def all_of(live_shards: Collection[int]) -> Route:
     return Route(tuple(sorted(live_shards)), (1 / max(1, len(live_shards)),) * len(live_shards))
 
 
-def settled(how: Aggregation, embedder: str, kind: Kind, named: bool) -> Aggregation:
-    """With a number for `min_score: auto`, or none. `kind` is how most records are written, `named`
-    whether the prompt names somebody and names count.
+def settled(how: Aggregation, embedder: str, kind: Kind) -> Aggregation:
+    """With a number for `min_score: auto`, or none. `kind` is that of the nearest record.
 
-    >>> settled(Aggregation(), MINILM, "completion", True).min_score
-    1.0
-    >>> settled(Aggregation(), "hashing", "chat", False)
+    >>> settled(Aggregation(), MINILM, "completion").min_score
+    0.99
+    >>> settled(Aggregation(), "hashing", "chat")
     Aggregation(method='routed', top_k=1, temperature=0.04, min_score=None, below='base')
     """
     if how.min_score != "auto":
         return how
-    measured = None if kind == "text" else MIN_SCORES.get((embedder, named))
+    measured = None if kind == "text" else MIN_SCORES.get(embedder)
     return how.model_copy(update={"min_score": measured})
 
 

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sisa.domain import Kind, Record
+from sisa.domain import Kind, Part, Record
 from sisa.errors import InvalidInput, Problem
 
 NO_LOSS = -100
@@ -124,14 +124,16 @@ def encode_plain(text: str, tokenizer: Any) -> list[int]:
     return ids
 
 
-def encode_prompt(prompt: str, tokenizer: Any, kind: Kind) -> list[int]:
-    """Ids to generate from: the raw prompt, or for `chat` one user turn and the assistant's opening.
+def encode_prompt(prompt: str | Sequence[Part], tokenizer: Any, kind: Kind) -> list[int]:
+    """Return ids to generate from: the raw prompt; or a conversation, for `chat` the prompt as a user's
+    turn, and the assistant's opening.
 
     Raises InvalidInput when nothing is left to start from, or the template refuses.
     """
     try:
-        if kind == "chat":
-            return _render([{"role": "user", "content": prompt}], tokenizer, opened=True)
+        if kind == "chat" or not isinstance(prompt, str):
+            turns = [Part("user", prompt)] if isinstance(prompt, str) else prompt
+            return _render(_messages(turns), tokenizer, opened=True)
         ids = _beginning(tokenizer) + encode_plain(prompt, tokenizer)
     except Untokenizable as error:
         raise InvalidInput(
@@ -160,7 +162,7 @@ def _parts(record: Record, tokenizer: Any) -> tuple[list[int], list[int]]:
 
 
 def _chat(record: Record, tokenizer: Any) -> tuple[list[int], list[int]]:
-    messages = [{"role": part.role, "content": part.text} for part in record.parts]
+    messages = _messages(record.parts)
     ids = _render(messages, tokenizer, opened=False)
     labels = [NO_LOSS] * len(ids)
     for number, message in enumerate(messages):
@@ -176,6 +178,10 @@ def _chat(record: Record, tokenizer: Any) -> tuple[list[int], list[int]]:
         answer = _to_end(after[len(before) :], tokenizer)
         labels[len(before) : len(before) + len(answer)] = answer
     return ids, labels
+
+
+def _messages(turns: Sequence[Part]) -> list[dict[str, str]]:
+    return [{"role": turn.role, "content": turn.text} for turn in turns]
 
 
 def _to_end(turn: list[int], tokenizer: Any) -> list[int]:

@@ -1,12 +1,13 @@
 """The index at rest: one FAISS file per shard, named by its bytes.
 
-Rules: `IndexIDMap2` over a flat inner-product index; nothing is fitted on the data, and nothing is
-remembered. What was read for a search is kept for the next, until its file is erased. Vectors stand in
-the order of their ids, so a file equals that of an index that never held a deleted record. A file's
-digest (of the plaintext) is checked before FAISS parses it. Every build starts from bytes on disk: FAISS
-leaves removed vectors in the memory of the index object they were removed from.
+The files are `IndexIDMap2` over a flat inner-product index; nothing is fitted on the data, and nothing
+is remembered. Vectors stand in the order of their ids, those of one record side by side: that of its
+text, then those of what is asked in it. So a file equals that of an index that never held a deleted
+record. What was read for a search is kept for the next, until its file is erased. A file's digest (of
+the plaintext) is checked before FAISS parses it. Every build starts from bytes on disk: FAISS leaves
+removed vectors in the memory of the index object they were removed from.
 
-Not covered: where a candidate record is (only the ledger says so); how it is searched (`loaded.py`).
+Only the ledger says where a candidate record is; `loaded.py` searches.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import numpy as np
 from sisa.digest import sha256_hex
 from sisa.domain import Hit, IndexFile
 from sisa.errors import IntegrityError
-from sisa.ports import Keyring, Vectors
+from sisa.ports import By, Keyring, Vectors
 from sisa.store import files
 from sisa.store.keyring import PLAIN, shred
 from sisa.store.loaded import Loaded, Warm, search
@@ -46,35 +47,50 @@ class FaissIndex:
     ) -> IndexFile:
         import faiss
 
-        ids = np.array(sorted(vectors), dtype=np.int64)
-        kept = np.array([vectors[each] is None for each in ids.tolist()], dtype=bool)
-        matrix = np.zeros((len(ids), self.dimension), dtype=np.float32)
-        matrix[kept] = self._held_vectors(base, ids[kept].tolist())
-        for row in np.flatnonzero(~kept).tolist():
-            matrix[row] = vectors[int(ids[row])]
+        kept = [each for each, rows in vectors.items() if rows is None]
+        held = self._held(base, kept)
+        fresh = [(each, rows) for each, rows in vectors.items() if rows is not None]
+        ids = np.concatenate([held.ids, *(np.full(len(rows), each) for each, rows in fresh)])
+        order = np.argsort(ids, kind="stable")  # those of a record stay as they came
+        matrix = np.concatenate([held.vectors, *(rows for _, rows in fresh)])[order]
         index = faiss.IndexIDMap2(faiss.IndexFlatIP(self.dimension))
         if len(ids):
-            index.add_with_ids(matrix, ids)
+            index.add_with_ids(matrix, ids[order])
         data = faiss.serialize_index(index).tobytes()
-        file = IndexFile(shard, root, len(ids), sha256_hex(data), len(data))
+        file = IndexFile(shard, root, len(vectors), sha256_hex(data), len(data))
         sealed = self.keyring.seal(ROOM, file.name, "", data)
         files.write_atomic(self.root / file.name, sealed)
         return file
 
-    def _held_vectors(self, base: IndexFile | None, vector_ids: Sequence[int]) -> Vectors:
+    def _held(self, base: IndexFile | None, vector_ids: Sequence[int]) -> Loaded:
+        """All vectors of some ids. Raises IntegrityError where one is missing."""
+        if not vector_ids:
+            return Loaded(0, np.zeros(0, np.int64), np.zeros((0, self.dimension), np.float32))
         if base is None:
-            if not vector_ids:
-                return np.zeros((0, self.dimension), dtype=np.float32)
             raise IntegrityError("vectors are expected of an index that does not exist")
-        return self.vectors(base, vector_ids)
+        found = self._load(base)
+        wanted = np.isin(found.ids, vector_ids)
+        if len(np.unique(found.ids[wanted])) < len(set(vector_ids)):
+            raise IntegrityError(
+                "the index lacks a vector that the ledger counts on",
+                where=str(self.root / base.name),
+                next_step="run `sisa train` with the same run file to rebuild the index",
+            )
+        return Loaded(base.shard, found.ids[wanted], found.vectors[wanted])
 
-    def search(self, found: Sequence[IndexFile], queries: Vectors, top_k: int) -> list[list[Hit]]:
+    def search(
+        self, found: Sequence[IndexFile], queries: Vectors, top_k: int, by: By = "text"
+    ) -> list[list[Hit]]:
         held = self._warm.files
         loaded = {
-            file.name: held.get(file.name) or self._load(file) for file in found if file.num_vectors
+            file.name: held.get(file.name) or self._sides(file) for file in found if file.num_vectors
         }
         self._warm.files = loaded
-        return search(list(loaded.values()), queries, top_k)
+        return search([each[by] for each in loaded.values()], queries, top_k)
+
+    def _sides(self, file: IndexFile) -> dict[By, Loaded]:
+        found = self._load(file)
+        return {"text": found.by("text"), "asked": found.by("asked")}
 
     def _load(self, file: IndexFile) -> Loaded:
         import faiss
@@ -83,23 +99,11 @@ class FaissIndex:
         ids = faiss.vector_to_array(index.id_map)
         return Loaded(file.shard, ids, index.index.reconstruct_n(0, index.ntotal))
 
-    def vectors(self, file: IndexFile, vector_ids: Sequence[int]) -> Vectors:
-        if not vector_ids:
-            return np.zeros((0, self.dimension), dtype=np.float32)
-        import faiss
-
-        index = self._read(file)
-        held = faiss.vector_to_array(index.id_map)  # in the order of ids, as `build` wrote them
-        wanted = np.asarray(vector_ids, dtype=np.int64)
-        places = np.searchsorted(held, wanted)
-        if len(held) == 0 or (held[np.minimum(places, len(held) - 1)] != wanted).any():
-            raise IntegrityError(
-                "the index lacks a vector that the ledger counts on",
-                where=str(self.root / file.name),
-                next_step="run `sisa train` with the same run file to rebuild the index",
-            )
-        rows: Vectors = index.index.reconstruct_n(0, index.ntotal)[places]
-        return rows
+    def vectors(self, file: IndexFile, vector_ids: Sequence[int], by: By = "text") -> Vectors:
+        found = self._held(file, vector_ids).by(by)
+        places = {each: n for n, each in enumerate(vector_ids)}
+        order = np.argsort([places[each] for each in found.ids.tolist()], kind="stable")
+        return found.vectors[order]
 
     def check(self, file: IndexFile) -> None:
         self._bytes(file)

@@ -18,7 +18,7 @@ array([[166]], dtype=uint8)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sisa.domain import Hit
-from sisa.ports import Vectors
+from sisa.ports import By, Vectors
 
 EXACT_UP_TO = 20_000
 MIN_CANDIDATES, CANDIDATES_PER_HIT = 2000, 100
@@ -48,11 +48,23 @@ def codes_of(vectors: Vectors) -> NDArray[np.uint8]:
 
 @dataclass(frozen=True)
 class Loaded:
-    """The vectors of a file, in the order of their ids."""
+    """The vectors of a file, or those of one sort, in the order of their ids."""
 
     shard: int
     ids: NDArray[np.int64]
     vectors: Vectors
+
+    def by(self, by: By) -> Loaded:
+        """The first vector of each id (its record's text), or the others (what is asked in it): an id
+        with one vector has it for both.
+
+        >>> Loaded(0, np.array([3, 3, 8]), np.eye(3, dtype=np.float32)).by("asked").vectors[:, 1:]
+        array([[1., 0.],
+               [0., 1.]], dtype=float32)
+        """
+        first = np.append(True, self.ids[1:] != self.ids[:-1])[: len(self.ids)]
+        rows = first if by == "text" else ~first | (first & np.append(first[1:], True))
+        return self if rows.all() else Loaded(self.shard, self.ids[rows], self.vectors[rows])
 
     @cached_property
     def by_code(self) -> Any:
@@ -67,13 +79,13 @@ class Loaded:
 
 @dataclass
 class Warm:
-    """Files by name that the last search read, kept for the next."""
+    """Files by name that the last search read, kept for the next, by what a query is compared with."""
 
-    files: dict[str, Loaded] = field(default_factory=dict)
+    files: dict[str, Mapping[By, Loaded]] = field(default_factory=dict)
 
 
 def search(loaded: Sequence[Loaded], queries: Vectors, top_k: int) -> list[list[Hit]]:
-    """For each query row the best `top_k` over all files, best first."""
+    """For each query row the best `top_k` over all files, best first; a record once, by its best."""
     num_wanted = max(MIN_CANDIDATES, CANDIDATES_PER_HIT * top_k)
     chosen: list[list[Places]]
     if sum(len(each.ids) for each in loaded) <= max(EXACT_UP_TO, num_wanted):
@@ -106,5 +118,11 @@ def _best(loaded: Sequence[Loaded], places: Sequence[Places], query: Vectors, to
         np.concatenate(named),
         np.repeat([each.shard for each in loaded], list(map(len, named))),
     )
-    order = np.lexsort((ids, shards, -scores))[:top_k]
-    return [Hit(int(ids[n]), float(scores[n]), int(shards[n])) for n in order]
+    best: dict[tuple[int, int], Hit] = {}
+    for n in np.lexsort((ids, shards, -scores)).tolist():
+        place = int(shards[n]), int(ids[n])
+        if place not in best:  # a record's others score less
+            best[place] = Hit(place[1], float(scores[n]), place[0])
+        if len(best) == top_k:
+            break
+    return list(best.values())

@@ -50,7 +50,9 @@ def measured(vectors: Vectors, queries: Vectors, folder: Path) -> dict[str, Any]
     """Times and recall of one set of vectors, split over shards."""
     index = FaissIndex(folder, DIMENSION)
     files = [
-        index.build(shard, "", None, {n: vectors[n] for n in range(shard, len(vectors), NUM_SHARDS)})
+        index.build(
+            shard, "", None, {n: vectors[n : n + 1] for n in range(shard, len(vectors), NUM_SHARDS)}
+        )
         for shard in range(NUM_SHARDS)
     ]
     began = time.perf_counter()
@@ -100,7 +102,9 @@ def _removes(index: FaissIndex, file: IndexFile, folder: Path) -> bool:
     kept = ids[:1] + ids[2:]
     after = index.build(0, "", file, dict.fromkeys(kept))
     rows = index.vectors(file, kept)
-    scratch = FaissIndex(folder, DIMENSION).build(0, "", None, dict(zip(kept, rows, strict=True)))
+    scratch = FaissIndex(folder, DIMENSION).build(
+        0, "", None, dict(zip(kept, rows[:, None], strict=True))
+    )
     return (
         after == scratch
         and (index.root / after.name).read_bytes() == (folder / scratch.name).read_bytes()

@@ -219,7 +219,7 @@ class Store:
                     root = slice_root(row for row, _ in cell)
                     slices.append(self.records.write(shard, slice_, root, stored))
             vectors = unit_vectors(len(rows), self.scale.dimension, shard)
-            named = {row.vector_id: vector for row, vector in zip(rows, vectors, strict=True)}
+            named = {row.vector_id: vector[None] for row, vector in zip(rows, vectors, strict=True)}
             indexes.append(self.index.build(shard, index_root(rows), None, named))
         added.sort(key=lambda row: row.id_digest)
         ledger.commit(Change(added=added, slices=slices, indexes=indexes))

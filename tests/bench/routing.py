@@ -32,7 +32,7 @@ from sisa.ask import NUM_ROUTING_HITS
 from sisa.digest import sha256_hex
 from sisa.domain import Hit
 from sisa.model.embedder import resolve_embedder
-from sisa.model.names import NameEmbedder, nameless
+from sisa.model.names import NameEmbedder
 from sisa.model.route import MIN_SCORES, choose_route, nearness
 from sisa.ports import Embedder, Vectors
 from sisa.sisa_config import MINILM
@@ -83,8 +83,7 @@ def measured(spec: str, names: bool, folder: Path) -> dict[str, Any]:
         "lower case": (changed, embedder.embed([other[full[at]["question"]].lower() for at in changed])),
     }
     least = {
-        kind: np.array([MIN_SCORES.get((spec, each), -2.0) for each in names & ~nameless(vectors)])
-        for kind, (_, vectors) in queries.items()
+        kind: np.full(len(vectors), MIN_SCORES.get(spec, -2.0)) for kind, (_, vectors) in queries.items()
     }
     found: dict[str, Any] = {"accuracy": [], "orphans": []}
     for num_shards in SHARDS:

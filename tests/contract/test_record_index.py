@@ -33,7 +33,16 @@ def vector(number: int) -> Vectors:
 
 
 def vectors(numbers: Any) -> dict[int, Vectors]:
-    return {number: vector(number) for number in numbers}
+    """By id: that of a text, and those of none, one or two things that are asked in it."""
+    return {
+        number: np.stack([vector(number), *(asked(number, n) for n in range(number % 3))])
+        for number in numbers
+    }
+
+
+def asked(number: int, question: int) -> Vectors:
+    row: Vectors = fake_embed([f"question {question} of {number}"])[0]
+    return row
 
 
 @pytest.fixture(scope="module", params=["fake", "faiss", "sealed"])
@@ -115,6 +124,37 @@ def test_every_query_row_has_its_answer(fresh: OpenIndex) -> None:
     found = index.search([file], np.stack([vector(4), vector(2)]), 1)
     assert [[hit.vector_id for hit in hits] for hits in found] == [[4], [2]]
     assert index.search([file], np.zeros((0, DIMENSION), dtype=np.float32), 3) == []
+
+
+def test_what_is_asked_is_found_by_the_nearest_question_of_each_record(fresh: OpenIndex) -> None:
+    index = fresh()
+    file = index.build(0, "root", None, vectors(range(12)))
+    for number, question in [(4, 0), (5, 0), (5, 1)]:
+        query = asked(number, question)
+        (hits,) = index.search([file], np.stack([query]), 5, "asked")
+        assert hits[0].vector_id == number
+        assert hits[0].score == pytest.approx(1)
+        assert len({hit.vector_id for hit in hits}) == 5, "a record is found once"
+        (texts,) = index.search([file], np.stack([query]), 12)
+        assert all(hit.score < 0.999 for hit in texts), "texts are compared apart from questions"
+
+
+def test_a_record_in_which_nothing_is_asked_is_found_by_its_text(fresh: OpenIndex) -> None:
+    index = fresh()
+    file = index.build(0, "root", None, vectors([3, 4]))
+    (hits,) = index.search([file], np.stack([vector(3)]), 1, "asked")
+    assert hits[0].vector_id == 3
+    assert hits[0].score == pytest.approx(1)
+    (hits,) = index.search([file], np.stack([vector(4)]), 2, "asked")
+    assert all(hit.score < 0.999 for hit in hits)
+
+
+def test_stored_questions_come_back_by_id(fresh: OpenIndex) -> None:
+    index = fresh()
+    file = index.build(0, "root", None, vectors([3, 5, 4]))
+    found = index.vectors(file, [5, 3, 4], "asked")
+    expected = np.stack([asked(5, 0), asked(5, 1), vector(3), asked(4, 0)])
+    assert found.tobytes() == expected.tobytes()
 
 
 def test_no_more_hits_than_vectors(fresh: OpenIndex) -> None:

@@ -13,7 +13,7 @@ import pytest
 from sisa.api import Model
 from sisa.errors import InvalidInput
 from sisa.model.route import Route
-from tests.integration.tiny_model import PEOPLE, Tiny
+from tests.integration.tiny_model import PEOPLE, Tiny, change_run
 
 pytestmark = pytest.mark.torch
 
@@ -85,6 +85,58 @@ def test_without_labels_the_marked_prompt_is_looked_up(model: Model) -> None:
     assert seen == ["Question: Who?\nAnswer:"]
     with pytest.raises(InvalidInput, match="where the prompt of a sequence ends"):
         wrapped(input_ids=ids[:, :5])
+
+
+def chat_prompt(model: Model, *turns: tuple[str, str]) -> Any:
+    messages = [{"role": role, "content": text} for role, text in turns]
+    return model.answerer()[0].tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+
+
+def test_of_a_chat_the_last_user_turn_is_looked_up(model: Model) -> None:
+    seen: list[str] = []
+    wrapped = model.as_transformers()
+    wrapped._router = lambda prompts: [seen.append(each) or model.routes([each])[0] for each in prompts]  # type: ignore[func-returns-value]
+    system = ("system", "You are Helpful and Kind.")
+    question = PEOPLE[0]["prompt"]
+    alone = chat_prompt(model, system, ("user", question))
+    wrapped.generate(**alone, max_new_tokens=1, do_sample=False)
+    later = chat_prompt(model, ("user", "Hello!"), ("assistant", "Yes?"), ("user", question))
+    wrapped.generate(**later, max_new_tokens=1, do_sample=False)
+    assert seen == [question, question]
+    wrapped(**alone)
+    assert seen[2:] == [question]
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant] ", True),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", False),
+        ("{% for m in messages[:1] %}{{ m.content }}{% endfor %}", False),
+    ],
+)
+def test_user_turns_are_told_apart_by_the_template(model: Model, template: str, expected: bool) -> None:
+    import copy
+
+    from sisa.model.aggregated import user_turn
+
+    tokenizer = copy.copy(model.answerer()[0].tokenizer)
+    tokenizer.chat_template = template
+    assert user_turn(tokenizer) == (("[user] ", "\n[assistant] ") if expected else None)
+
+
+def test_a_batch_that_the_base_alone_answers_is_told_of(tiny: Tiny) -> None:
+    change_run(tiny.run_file, sisa__aggregation={"method": "routed", "min_score": 0.99})
+    tiny.train()
+    model = tiny.open()
+    wrapped = model.as_transformers()
+    ids, mask = prompts_of(model, ["Why is the sky blue?", "How far is the moon?"])
+    with pytest.warns(UserWarning, match="the base alone answers all of these 2 prompts"):
+        wrapped.generate(input_ids=ids, attention_mask=mask, max_new_tokens=1, do_sample=False)
+    ids, mask = prompts_of(model, ["Why is the sky blue?", PEOPLE[0]["prompt"]])
+    wrapped.generate(input_ids=ids, attention_mask=mask, max_new_tokens=1, do_sample=False)
 
 
 def test_beams_are_refused(model: Model) -> None:

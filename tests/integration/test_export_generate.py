@@ -13,17 +13,21 @@ from typing import Any
 import pytest
 
 import sisa
-from sisa.ask import Answer
+from sisa.ask import Answer, HeldPrompts
+from sisa.errors import ConfigConflict
 from sisa.model.route import Route, all_of
 from sisa.opening import CHECKPOINTS
+from sisa.ports import Change
 from tests.integration.tiny_model import (
     PEOPLE,
+    Row,
     Tiny,
     change_run,
     command,
     ids_of,
     of_people,
     without,
+    write_rows,
     write_run,
 )
 
@@ -233,16 +237,191 @@ def test_an_empty_model_answers_with_the_base(tiny: Tiny, capsys: pytest.Capture
     assert (done.code, done.json["shards"]) == (0, [])
 
 
-def test_the_last_records_form_does_not_outlive_them(tiny: Tiny) -> None:
-    """The form that a prompt takes by default comes from the remaining records alone."""
+@pytest.fixture
+def forms(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The forms in which prompts were put to a model."""
+    from sisa.model import tokens
+
+    seen: list[str] = []
+    encode = tokens.encode_prompt
+
+    def noted(prompt: Any, tokenizer: Any, kind: Any) -> list[int]:
+        seen.append(kind)
+        return encode(prompt, tokenizer, kind)
+
+    monkeypatch.setattr(tokens, "encode_prompt", noted)
+    return seen
+
+
+def test_the_form_of_prompts_stays_that_of_the_first_training(tiny: Tiny, forms: list[str]) -> None:
+    """Deletions and additions change the majority of the records, and no prompt's form."""
     model = tiny.open()
-    model.forget(ids_of(PEOPLE))
-    fresh = [
-        {"id": "t1", "subject_id": "t", "text": "A plain text."},
-        {"id": "t2", "text": "Another plain text."},
+    model.forget(ids_of(PEOPLE[1:]))
+    turns = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "At sea."}]
+    model.add(tiny.file("chats.jsonl", [{"id": f"c{n}", "messages": turns} for n in range(3)]))
+    assert model.status().form == "completion"
+    (where,) = model.where([PEOPLE[0]["id"]])
+    assert model.generate(PROMPT, max_new_tokens=1).shards == (where.shard,)
+    model.generate(PROMPT, max_new_tokens=1, kind="chat")
+    model.generate([{"role": "user", "content": PROMPT}], max_new_tokens=1)
+    assert forms == ["completion", "chat", "completion"], "a conversation is encoded as one in any form"
+
+
+def test_the_base_alone_is_asked_in_its_chat_form_unless_another_is_given(
+    tiny: Tiny, forms: list[str]
+) -> None:
+    change_run(tiny.run_file, sisa__aggregation={"method": "routed", "min_score": 0.99})
+    tiny.train()
+    model = tiny.open()
+    for kind in (None, "completion"):
+        (own, alone) = model.generate_all([PROMPT, "Why is the sky blue?"], max_new_tokens=1, kind=kind)
+        assert own.shards != ()
+        assert alone.shards == ()
+    assert forms == ["completion", "chat", "completion", "completion"]
+
+
+SYSTEM = (
+    "You are the Friendly assistant of Harbour Telecom and help Every customer in Plain words, "
+    "briefly, and You never guess at a Bill."
+)
+
+
+def chat(id_: str, *asked: str, subject: str | None = None) -> Row:
+    turns = [{"role": "system", "content": SYSTEM}]
+    for text in asked:
+        answer = f"We have looked into it for you. {'It takes a while. ' * 5}{id_}."
+        turns += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
+    return {"id": id_, "subject_id": subject or id_, "messages": turns}
+
+
+def support_chats() -> list[Row]:
+    """Of each person two turns under one system prompt, with answers of many sentences."""
+    names = {row["subject_id"]: row["prompt"].split()[2:4] for row in PEOPLE if "born" in row["prompt"]}
+    return [
+        chat(
+            subject,
+            f"I am {' '.join(name)} and my line is dead since Monday, what now?",
+            f"When will the engineer be at the house of {' '.join(name)}?",
+        )
+        for subject, name in names.items()
     ]
-    model.add(tiny.file("texts.jsonl", fresh))
-    assert model.generate(PROMPT, max_new_tokens=2) == model.generate(
-        PROMPT, max_new_tokens=2, kind="text"
+
+
+@pytest.fixture
+def chats(tmp_path: Path, tiny_base: Path) -> Tiny:
+    found = Tiny(tmp_path, tiny_base)
+    block = {"aggregation": {"method": "routed", "min_score": 0.99}}
+    write_run(
+        tmp_path,
+        tiny_base,
+        support_chats(),
+        sisa_block=block,
+        sequence_len=512,
+        overlength="truncate",
+        num_epochs=1,
     )
-    assert model.verify(replay="all").ok
+    found.train()
+    return found
+
+
+def test_chats_find_their_people_by_what_they_ask(chats: Tiny) -> None:
+    """Neither a system prompt nor long answers hide a held person; a deleted one is turned away."""
+    model = chats.open()
+    rows = support_chats()
+    gone = rows.pop(3)
+    model.forget([gone["id"]])
+    places = {each.id: each.shard for each in model.where(ids_of(rows))}
+    for row in rows:
+        system, first, _, second, _ = row["messages"]
+        asked = [first["content"], [system, first], [system, second]]
+        assert [route.shards for route in model.routes(asked)] == [(places[row["id"]],)] * 3
+    for turn in gone["messages"][1::2]:
+        assert [route.shards for route in model.routes([turn["content"], [turn]])] == [(), ()]
+    status = model.status()
+    assert status.form == "chat"
+    assert status.prompts == HeldPrompts(looked_up=2 * len(rows), turned_away=0, elsewhere=0)
+
+
+def test_a_follow_up_that_names_nobody_goes_where_the_turn_before_it_went(chats: Tiny) -> None:
+    model = chats.open()
+    first = support_chats()[0]["messages"][1]
+    more = [first, {"role": "assistant", "content": "I see."}, {"role": "user", "content": "and when?"}]
+    (own, follow, alone) = model.routes([first["content"], more, more[2:]])
+    assert own.shards == follow.shards != ()
+    assert alone.shards == ()
+
+
+def test_train_and_status_count_the_held_prompts_that_are_turned_away(
+    chats: Tiny, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change_run(chats.run_file, sisa__aggregation={"method": "routed", "min_score": 1.9})
+    told = command(capsys, "train", chats.run_file, "--executor", "serial").json["prompts"]
+    assert told == {"looked_up": 24, "turned_away": 24, "elsewhere": 0}
+    assert command(capsys, "status", "-m", chats.directory).json["prompts"] == told
+    change_run(chats.run_file, sisa__aggregation={"method": "mean_prob"})
+    assert command(capsys, "train", chats.run_file, "--executor", "serial").json["prompts"] is None
+
+
+def test_generate_goes_on_with_conversations_and_answers_files(
+    chats: Tiny, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = chats.open()
+    system, first, answer, second, _ = support_chats()[0]["messages"]
+    talk = [system, first, answer, second]
+    expected = [model.generate(each, max_new_tokens=4) for each in (talk, first["content"])]
+    asked = ("generate", "-m", chats.directory, "--max-new-tokens", 4)
+    history = chats.file("history.json", [])
+    history.write_text(json.dumps([first, answer]))
+    done = command(
+        capsys,
+        *(*asked, "--system", SYSTEM, "--history", history, "--prompt", second["content"]),
+    )
+    assert done.json == {"answer": expected[0].text, "shards": list(expected[0].shards)}
+    rows = [{"messages": talk}, {"prompt": first["content"]}]
+    done = command(capsys, *asked, "--prompts", write_rows(chats.folder / "asked.jsonl", rows))
+    assert done.json["answers"] == [
+        {"answer": each.text, "shards": list(each.shards)} for each in expected
+    ]
+    lines = chats.folder / "asked.txt"
+    lines.write_text(f"{first['content']}\n\n{second['content']}\n")
+    assert len(command(capsys, *asked, "--prompts", lines).json["answers"]) == 2
+    plain = command(capsys, *asked, "--prompt", first["content"], "--form", "completion").json["answer"]
+    assert plain == model.generate(first["content"], max_new_tokens=4, kind="completion").text
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([{"messages": [{"role": "assistant", "content": "Quorvane"}]}], "no turn of a user"),
+        ([{"messages": [{"role": "user", "content": None}]}], "expected a string, got null"),
+        ([{"messages": []}], "no turn of a user"),
+        ([{"prompt": "Quorvane", "messages": []}, {"text": "Quorvane"}], "row 2"),
+    ],
+)
+def test_what_is_no_conversation_is_refused(
+    chats: Tiny, capsys: pytest.CaptureFixture[str], rows: list[Row], said: str
+) -> None:
+    file = write_rows(chats.folder / "asked.jsonl", rows)
+    done = command(capsys, "generate", "-m", chats.directory, "--prompts", file)
+    assert (done.code, done.error["type"]) == (2, "InvalidInput")
+    assert said in str(done.error)
+    assert "Quorvane" not in str(done.error)
+
+
+def test_an_index_of_an_earlier_version_is_refused_until_it_is_built_anew(tiny: Tiny) -> None:
+    from sisa.model.hashing import HashingEmbedder
+    from sisa.model.names import NameEmbedder
+
+    model = tiny.open()
+    shards = {each.id: each.shard for each in model.where(ids_of(PEOPLE))}
+    with model._writing() as world:
+        old = json.loads(world.ledger.meta()["embedder"])
+        old["digest"] = NameEmbedder(HashingEmbedder()).digest
+        world.ledger.commit(Change(meta={"embedder": json.dumps(old)}))
+    with pytest.raises(ConfigConflict, match="earlier version") as refused:
+        tiny.open().generate(PROMPT)
+    assert "--reconfigure" in str(refused.value)
+    assert tiny.open().forget([PEOPLE[2]["id"]]).request is not None, "a deletion embeds nothing"
+    assert tiny.train(accept_differences=True).slices_trained == 0
+    (route,) = tiny.open().routes([PROMPT])
+    assert route.shards == (shards[PEOPLE[0]["id"]],)

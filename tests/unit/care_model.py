@@ -27,7 +27,7 @@ from sisa.lifecycle import Terms, carry_out, submit
 from sisa.model.hashing import HashingEmbedder
 from sisa.model.names import NameEmbedder
 from sisa.model.numerics import fingerprint
-from sisa.parts import Parts
+from sisa.parts import Parts, indexed_digest
 from sisa.ports import StoredRecord
 from sisa.run import train
 from sisa.runfile import parse_run_file
@@ -128,7 +128,7 @@ def train_in(
     with writer_lock(directory / opening.LOCK):
         pass
     embedder = NameEmbedder(HashingEmbedder())
-    named = {"name": "hashing", "digest": embedder.digest, "dimension": embedder.dimension}
+    named = {"name": "hashing", "digest": indexed_digest(embedder), "dimension": embedder.dimension}
     meta = {
         "config": config.to_canonical(),
         "base": json.dumps({"name": "base", "digest": BASE}),

@@ -185,7 +185,7 @@ def surplus_vector(model: Path) -> None:
     with world_of(model) as world:
         (base,) = world.ledger.indexes(0)
         wanted: dict[int, Any] = {row.vector_id: None for row in world.ledger.rows(0)}
-        wanted[1] = world.embed(["of no record"])[0]
+        wanted[1] = world.embed(["of no record"])
         world.ledger.commit(Change(indexes=[world.index.build(0, base.root, base, wanted)]))
 
 

@@ -102,13 +102,13 @@ def test_a_model_that_is_asked_again_reads_no_index_file_again(
     directory = tmp_path / "model"
     care_model.build(directory)
     read: list[str] = []
-    load = FaissIndex._load
+    sides = FaissIndex._sides
 
-    def counted(own: FaissIndex, file: IndexFile) -> Loaded:
+    def counted(own: FaissIndex, file: IndexFile) -> Any:
         read.append(file.name)
-        return load(own, file)
+        return sides(own, file)
 
-    monkeypatch.setattr(FaissIndex, "_load", counted)
+    monkeypatch.setattr(FaissIndex, "_sides", counted)
     model = open_model(directory, executor="serial")
     first = model.find(text="where")
     assert read

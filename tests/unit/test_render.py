@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from cluster import render, request_render
 from cluster.quickstart import Start, Story
 from cluster.render import Result, printable
-from sisa.ask import Answer
+from sisa.ask import Answer, HeldPrompts
 from sisa.deletion import Forgetting, plan_forget
 from sisa.domain import Probed, RecordRow, Request, Tombstone
 from sisa.errors import Problem
@@ -225,14 +225,31 @@ def test_train_tells_what_was_not_taken() -> None:
     assert read(result) == {
         "records": 10, "added": 0, "already_held": 7, "deleted_not_taken": 2, "new_not_taken": 1,
         "record_epochs_trained": 0, "slices_trained": 0, "model_digest": "digest",
-            "record_epochs_others": 0, "generation": None,
+            "record_epochs_others": 0, "generation": None, "prompts": None,
     }  # fmt: skip
     assert "2 records of the source were deleted before: not taken" in result.text
     assert "`sisa add`" in result.text
 
 
+def test_held_prompts_that_are_turned_away_are_counted() -> None:
+    assert render.prompts(None) == []
+    assert render.prompts(HeldPrompts(57, 0, 0))[0].endswith("0 of 57 turned away")
+    (line,) = render.prompts(HeldPrompts(57, 17, 2))
+    assert "17 of 57 turned away, 2 answered by another shard (see min_score" in line
+    taken = Taken(10, 0, 7, 0, 0, 0, 0, "digest", prompts=HeldPrompts(57, 17, 2))
+    assert line in render.taken(taken, Path("model")).text
+    status = replace(STATUS, form="chat", prompts=HeldPrompts(57, 17, 2))
+    assert line in render.status(status).text
+    assert "in the form: chat" in render.status(status).text
+
+
 def test_the_small_results() -> None:
     assert read(render.answer(Answer("In Tessaly.", (2,)))) == {"answer": "In Tessaly.", "shards": [2]}
+    assert render.answer(Answer("", (2,))).text == "(the model ended at once)"
+    assert "the base model alone" in render.answer(Answer("", ())).text.splitlines()[1]
+    several = render.answers([Answer("In Tessaly.", (2,)), Answer("", ())])
+    assert read(several)["answers"][0] == {"answer": "In Tessaly.", "shards": [2]}
+    assert several.text.splitlines()[:2] == ["1: In Tessaly.", "2: (the model ended at once)"]
     assert read(render.exported([Path("out/shard-00000")])) == {"adapters": ["out/shard-00000"]}
     assert render.exported([]).text
     start = read(render.init(Start(Path("m/run.yaml"), Path("m/people.jsonl"), 100)))

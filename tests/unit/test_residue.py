@@ -152,7 +152,7 @@ def test_a_vector_of_a_deleted_record_is_residue(model: Path, known: bool) -> No
         row = world.assigner.row(GONE, 1)
         (base,) = world.ledger.indexes(row.shard)
         wanted: dict[int, Any] = {each.vector_id: None for each in world.ledger.rows(row.shard)}
-        wanted[row.vector_id] = world.embed([GONE.text])[0]
+        wanted[row.vector_id] = world.embed([GONE.text])
         made = world.index.build(row.shard, "0" * 64, base, wanted)
         if known:
             world.ledger.commit(Change(indexes=[made]))

@@ -76,15 +76,20 @@ def test_the_score_that_counts_is_that_of_a_shard_that_serves() -> None:
 
 def test_auto_is_what_was_measured_of_the_embedder_for_questions_and_answers() -> None:
     how = Aggregation(top_k=2)
-    for named in (False, True):
-        measured = MIN_SCORES[MINILM, named]
-        kinds: list[Kind] = ["completion", "chat", "text"]
-        found = [settled(how, MINILM, kind, named).min_score for kind in kinds]
-        assert found == [measured, measured, None]
-        none = how.model_copy(update={"min_score": None})
-        assert settled(how, "hashing", "completion", named) == none
-        assert settled(Aggregation(min_score=0.5), MINILM, "text", named).min_score == 0.5
-        assert settled(Aggregation(min_score=None), MINILM, "chat", named).min_score is None
+    kinds: list[Kind] = ["completion", "chat", "text"]
+    found = [settled(how, MINILM, kind).min_score for kind in kinds]
+    assert found == [MIN_SCORES[MINILM], MIN_SCORES[MINILM], None]
+    assert settled(how, "hashing", "completion") == how.model_copy(update={"min_score": None})
+    assert settled(Aggregation(min_score=0.5), MINILM, "text").min_score == 0.5
+    assert settled(Aggregation(min_score=None), MINILM, "chat").min_score is None
+
+
+def test_no_record_fits_auto_for_what_is_held_word_for_word_always_passes() -> None:
+    """However many others hold the same words: their shard's share is no more than chance then."""
+    hits = [Hit(number, 0.9999, number) for number in range(8)]
+    how = settled(Aggregation(), MINILM, "chat")
+    assert choose_route(hits, how, set(range(8))).shards == (0,)
+    assert choose_route([Hit(1, 0.68, 1)], how, {1, 2}).shards == ()
 
 
 def test_what_one_shard_of_few_gets_by_chance_brings_nothing_nearer() -> None:
