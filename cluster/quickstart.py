@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cluster.render import ENDED
 from cluster.watched import say, watched
 from sisa import Model, open_model, train_model
 from sisa.corpus import make_corpus
@@ -99,8 +100,8 @@ class Story:
             [
                 f"trained      {self.records} records, 4 shards x 3 slices, in {self.directory}",
                 f"asked        {self.question}",
-                f"  before     {self.answer_before}   (knows the fact: {knew})",
-                f"  after      {self.answer_after}   (the fact is {gone})",
+                f"  before     {self.answer_before or ENDED}   (knows the fact: {knew})",
+                f"  after      {self.answer_after or ENDED}   (the fact is {gone})",
                 f"deleted      {self.deleted_records} records of {self.subject}, "
                 f"shard {self.shard}, slice {self.slice}",
                 f"retrained    {self.slices_retrained} slices, {self.record_epochs_retrained} of "

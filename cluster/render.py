@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from sisa.verify import Verification
 
 EXIT_INTEGRITY = 4
+ENDED = "(the model ended at once)"  # instead of an empty answer
 MAX_SHARDS_TOLD = 8  # in one line for people
 
 
@@ -347,7 +348,7 @@ def answers(found: Sequence[Answer]) -> Result:
 
 def said(found: Answer) -> str:
     """An answer in words, and who gave it where no shard did."""
-    told = printable(found.text) or "(the model ended at once)"
+    told = printable(found.text) or ENDED
     if not found.shards:
         told += "\n(the base model alone answered: no shard's records are near enough; see min_score)"
     return told

@@ -1,184 +1,307 @@
-"""How well prompts find their shard, and what becomes of those whose subject was deleted.
+"""Measure how well prompts find their shard, and what becomes of those whose subject was deleted.
 
-    python -m tests.bench.routing --tofu DIRECTORY --out routing.json
+    python -m tests.bench.routing --data DIRECTORY --out routing.json
 
-TOFU's 200 authors (invented people) lie in 8, 50 and 200 shards; records are question and answer, as an
-index holds them, and prompts are questions: asked as they stand, paraphrased, and paraphrased in lower
-case. For each embedder, with and without names (`sisa/model/names.py`):
+`DIRECTORY` holds `tofu/` (200 invented authors, on whose questions the value of `min_score: auto` was
+tried), and `rwku/` and `muse/` (real people; news and novels), by which it is confirmed. Records are
+made of their questions and answers in several forms; their vectors and the choice of shards are those of
+the library, with prompts compared with prompts, and, for contrast, with whole records.
 
-    accuracy    share of prompts whose first shard is their author's (and whose first two are); with the
-                asked record in the index, and without it
-    orphans     questions about a deleted author, all others held: share that is still sent to a shard,
-                and share of the questions about held authors that is turned away; at the nearness that
-                `min_score: auto` means, which was chosen on this very data, and at one chosen on one
-                half of the authors and measured on the other, both ways round
+    own         share of prompts whose first shard is their subject's, and whose first two are
+    left_out    the same without the asked record in the index
+    turned_away share of the prompts about held subjects that no shard answers at `min_score: auto`
+    sent        share of the prompts about a deleted subject, all others held, that a shard answers
 
-Not covered: what a model answers to an orphan that is sent to a shard.
+MUSE's questions have no subject: each is its own. What a model answers is measured by `orphans.py`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from sisa.aggregation_config import Aggregation
 from sisa.ask import NUM_ROUTING_HITS
 from sisa.digest import sha256_hex
-from sisa.domain import Hit
+from sisa.domain import Hit, Part, Record
 from sisa.model.embedder import resolve_embedder
 from sisa.model.names import NameEmbedder
-from sisa.model.route import MIN_SCORES, choose_route, nearness
+from sisa.model.route import choose_route, settled
 from sisa.ports import Embedder, Vectors
 from sisa.sisa_config import MINILM
 
-PER_AUTHOR, TURNED_AWAY, SENT = 20, 0.02, 0.05
+PER_AUTHOR = 20
+SHARDS = (8, 50, 200)
+FEW_SUBJECTS = 20  # whose whole records are embedded, for contrast
 EMBEDDERS = {
     "hashing": ("hashing", False),
     "hashing with names": ("hashing", True),
     "MiniLM": (MINILM, False),
     "MiniLM with names": (MINILM, True),
 }
-SHARDS = (8, 50, 200)
-TWO = Aggregation(top_k=2)
+SYSTEM = "You are a helpful assistant."
+LONG_SYSTEM = (
+    "You are the Friendly assistant of Harbour Books in London. Answer Readers politely and briefly, "
+    "never guess, and cite the Catalogue."
+)
+END = re.compile(r"(?<=[.!?])\s+")
+
+Compared = Literal["prompts", "whole records"]
+Row = Mapping[str, Any]
 
 
-def lines(file: Path) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Asked:
+    """A question, whose subject's it is, its answer, and other words for it where there are some."""
+
+    question: str
+    answer: str
+    subject: int
+    paraphrased: str | None = None
+
+
+def lines(file: Path) -> list[Row]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
-def hits_of(scores_N: Vectors, shards: Any) -> list[Hit]:
-    top = np.argsort(-scores_N, kind="stable")[:NUM_ROUTING_HITS]
-    return [Hit(int(at), float(scores_N[at]), int(shards[at])) for at in top]
-
-
-def rows(scores_QN: Vectors, out: Any) -> Iterator[Vectors]:
-    """The scores of each query, with what `out` marks taken out of the index."""
-    for number in range(len(scores_QN)):
-        yield np.where(out(number), -2.0, scores_QN[number])
-
-
-def measured(spec: str, names: bool, folder: Path) -> dict[str, Any]:
-    full = lines(folder / "full.jsonl")
+def tofu(data: Path) -> list[Asked]:
     other = {
         row["question"]: row["paraphrased_question"]
         for name in ("forget10_perturbed", "retain_perturbed")
-        for row in lines(folder / f"{name}.jsonl")
+        for row in lines(data / "tofu" / f"{name}.jsonl")
     }
-    embedder: Embedder = resolve_embedder(spec)
-    if names:
-        embedder = NameEmbedder(embedder)
-    records = embedder.embed([f"{row['question']}\n{row['answer']}" for row in full])
-    author = np.arange(len(full)) // PER_AUTHOR
-    asked = np.arange(len(full))
-    changed = np.array([at for at, row in enumerate(full) if row["question"] in other])
-    queries = {
-        "asked": (asked, embedder.embed([row["question"] for row in full])),
-        "paraphrased": (changed, embedder.embed([other[full[at]["question"]] for at in changed])),
-        "lower case": (changed, embedder.embed([other[full[at]["question"]].lower() for at in changed])),
-    }
-    least = {
-        kind: np.full(len(vectors), MIN_SCORES.get(spec, -2.0)) for kind, (_, vectors) in queries.items()
-    }
-    found: dict[str, Any] = {"accuracy": [], "orphans": []}
-    for num_shards in SHARDS:
-        place = np.array([int(sha256_hex(str(a).encode())[:12], 16) % num_shards for a in author])
-        shards = author if num_shards == len(set(author)) else place
-        near: dict[tuple[str, str], Any] = {}
-        for name, (own, vectors) in queries.items():
-            scores = (vectors @ records.T) / (vectors * vectors).sum(axis=1, keepdims=True)
-            for left_out in (False, True):
-                found["accuracy"].append(
-                    {
-                        "shards": num_shards,
-                        "questions": name,
-                        "record": "left out" if left_out else "held",
-                        **_accuracy(scores, own, shards, left_out=left_out),
-                    }
-                )
-            near[name, "held"] = _near(scores, shards, lambda _: False)
-            near[name, "orphan"] = _near(scores, shards, lambda q, own=own: author == author[own[q]])
-        found["orphans"].append(
-            _orphans(num_shards, near, {n: author[o] for n, (o, _) in queries.items()}, least)
-        )
-    return found
-
-
-def _accuracy(scores_QN: Vectors, own: Any, shards: Any, *, left_out: bool) -> dict[str, float]:
-    everything, places = frozenset(shards.tolist()), np.arange(len(shards))
-    routes = [
-        choose_route(hits_of(row, shards), TWO, everything).shards
-        for row in rows(scores_QN, lambda q: (places == own[q]) & left_out)
+    return [
+        Asked(row["question"], row["answer"], n // PER_AUTHOR, other.get(row["question"]))
+        for n, row in enumerate(lines(data / "tofu" / "full.jsonl"))
     ]
-    pairs = list(zip(routes, shards[own], strict=True))
+
+
+def rwku(data: Path) -> list[Asked]:
+    rows = lines(data / "rwku" / "forget_level2.jsonl")
+    subjects = {name: n for n, name in enumerate(dict.fromkeys(row["subject"] for row in rows))}
+    return [Asked(row["query"], row["answer"], subjects[row["subject"]]) for row in rows]
+
+
+def muse(data: Path) -> list[Asked]:
+    rows = [
+        row
+        for corpus in ("news", "books")
+        for name in ("forget_qa", "retain_qa")
+        for row in lines(data / "muse" / corpus / "knowmem" / f"{name}.jsonl")
+    ]
+    return [Asked(row["question"], row["answer"], n) for n, row in enumerate(rows)]
+
+
+# --- records in several forms ---------------------------------------------------------------------
+
+
+def completions(asked: Sequence[Asked], sentences: int = 0) -> list[tuple[Record, int]]:
+    """Prompts with their answers; `sentences`: each made so long, by those of the next ones."""
+    found = []
+    for n, each in enumerate(asked):
+        answer = each.answer
+        if sentences:
+            more = " ".join(other.answer for other in (*asked[n:], *asked)[: sentences + 1])
+            answer = " ".join(END.split(more)[:sentences])
+        parts = (Part("prompt", each.question), Part("completion", answer))
+        found.append((Record(str(n), None, "completion", parts), each.subject))
+    return found
+
+
+def chats(asked: Sequence[Asked], system: str) -> list[tuple[Record, int]]:
+    """Two questions of a subject in one chat, under one system prompt."""
+    by_subject: dict[int, list[Asked]] = {}
+    for each in asked:
+        by_subject.setdefault(each.subject, []).append(each)
+    found = []
+    for subject, own in by_subject.items():
+        for start in range(0, len(own), 2):
+            turns = [Part("system", system)]
+            for each in own[start : start + 2]:
+                turns += [Part("user", each.question), Part("assistant", each.answer)]
+            found.append((Record(f"{subject}-{start}", None, "chat", tuple(turns)), subject))
+    return found
+
+
+FORMS: Mapping[str, Callable[[Sequence[Asked]], list[tuple[Record, int]]]] = {
+    "prompt and completion": completions,
+    "answers of 5 sentences": partial(completions, sentences=5),
+    "answers of 9 sentences": partial(completions, sentences=9),
+    "chats of two turns": partial(chats, system=SYSTEM),
+    "chats under 20 words": partial(chats, system=LONG_SYSTEM),
+}
+
+
+# --- looking up -----------------------------------------------------------------------------------
+
+
+class Remembering:
+    """An embedder that embeds a text once."""
+
+    def __init__(self, inner: Embedder) -> None:
+        self._inner, self._known = inner, dict[str, Vectors]()
+
+    def embed(self, texts: Sequence[str]) -> Vectors:
+        fresh = [text for text in dict.fromkeys(texts) if text not in self._known]
+        self._known.update(zip(fresh, self._inner.embed(fresh), strict=True))
+        return np.stack([self._known[text] for text in texts])
+
+
+@dataclass(frozen=True)
+class Index:
+    """Vectors with the record and the subject that each is of."""
+
+    vectors: Vectors
+    records: Any
+    subjects: Any
+
+    @classmethod
+    def of(cls, made: Sequence[tuple[Record, int]], embedder: Remembering, by: Compared) -> Index:
+        texts = [
+            (n, text)
+            for n, (record, _) in enumerate(made)
+            for text in (record.asked if by == "prompts" else [record.text])
+        ]
+        records = np.array([n for n, _ in texts])
+        subjects = np.array([subject for _, subject in made])[records]
+        return cls(embedder.embed([text for _, text in texts]), records, subjects)
+
+    def routes(self, prompts: Vectors, shards: Any, out: Sequence[Any], how: Aggregation) -> Any:
+        """The shards that answer each prompt, without the vectors that `out` marks for it."""
+        scores_QN = (prompts @ self.vectors.T) / (prompts * prompts).sum(axis=1, keepdims=True)
+        live = frozenset(shards.tolist())
+        return [
+            choose_route(list(self._hits(np.where(out[n], -2.0, row), shards)), how, live).shards
+            for n, row in enumerate(scores_QN)
+        ]
+
+    def _hits(self, scores_N: Vectors, shards: Any) -> Iterator[Hit]:
+        seen: set[int] = set()
+        for at in np.argsort(-scores_N, kind="stable"):
+            record = int(self.records[at])
+            if record not in seen:
+                seen.add(record)
+                yield Hit(record, float(scores_N[at]), int(shards[at]))
+            if len(seen) == NUM_ROUTING_HITS:
+                return
+
+
+def shards_of(subjects: Any, num_shards: int) -> Any:
+    """Where subjects lie: by a hash, or, where there are as many shards, one each."""
+    if num_shards == len(set(subjects.tolist())):
+        return subjects
+    return np.array([int(sha256_hex(str(each).encode())[:12], 16) % num_shards for each in subjects])
+
+
+def prompts_of(asked: Sequence[Asked]) -> dict[str, list[tuple[str, Asked]]]:
+    """The prompts of each sort, with the question that each is for."""
+    found = {"asked": [(each.question, each) for each in asked]}
+    other = [(each.paraphrased, each) for each in asked if each.paraphrased is not None]
+    if other:
+        found["paraphrased"] = other
+    lowered = other or found["asked"]
+    found["lower case"] = [(text.lower(), each) for text, each in lowered]
+    return found
+
+
+def measured(
+    made: Sequence[tuple[Record, int]],
+    asked: Sequence[Asked],
+    embedder: Remembering,
+    spec: str,
+    num_shards: int,
+    by: Compared = "prompts",
+) -> list[dict[str, Any]]:
+    """What becomes of the prompts of each sort, over the index of some records."""
+    index = Index.of(made, embedder, by)
+    shards = shards_of(index.subjects, num_shards)
+    place = dict(zip(index.subjects.tolist(), shards.tolist(), strict=True))
+    holder = {question: n for n, (record, _) in enumerate(made) for question in record.asked}
+    two, auto = Aggregation(top_k=2, min_score=None), settled(Aggregation(), spec, "completion")
+    found = []
+    for sort, prompts in prompts_of(asked).items():
+        vectors, own = (
+            embedder.embed([t for t, _ in prompts]),
+            [place[each.subject] for _, each in prompts],
+        )
+        routes = partial(index.routes, vectors, shards)
+        without = [index.records == holder[each.question] for _, each in prompts]
+        orphaned = [index.subjects == each.subject for _, each in prompts]
+        none = [np.zeros(len(shards), dtype=bool)] * len(prompts)
+        row = {"shards": num_shards, "prompts": sort, "num": len(prompts), "compared_with": by}
+        row |= _own(routes(none, two), own, "own")
+        if len(set(index.subjects.tolist())) < len(made):
+            row |= _own(routes(without, two), own, "left_out")
+        if auto.min_score is not None:
+            row["turned_away"] = _share([not each for each in routes(none, auto)])
+            row["sent"] = _share([bool(each) for each in routes(orphaned, auto)])
+        found.append(row)
+    return found
+
+
+def _own(routes: Sequence[Sequence[int]], own: Sequence[int], name: str) -> dict[str, float]:
+    pairs = list(zip(routes, own, strict=True))
     return {
-        "share": float(np.mean([route[0] == mine for route, mine in pairs])),
-        "share_of_first_two": float(np.mean([mine in route for route, mine in pairs])),
+        name: _share([route[0] == mine for route, mine in pairs]),
+        f"{name}_of_two": _share([mine in route for route, mine in pairs]),
     }
 
 
-def _near(scores_QN: Vectors, shards: Any, out: Any) -> Any:
-    live = set(shards.tolist())
-    return np.array(
-        [nearness(hits_of(row, shards), TWO.temperature, live) for row in rows(scores_QN, out)]
-    )
+def _share(values: Sequence[bool]) -> float:
+    return round(float(np.mean(values)), 4)
 
 
-def _orphans(
-    num_shards: int, near: dict[Any, Any], authors: dict[str, Any], least: dict[str, Any]
-) -> dict[str, Any]:
-    """Shares at the nearness that `auto` means (`least`), where it means one, and as halves choose."""
-    halves = {name: authors[name] % 2 for name in authors}
-    found: dict[str, Any] = {"shards": num_shards}
-    if least["asked"].max() > -2:
-        at = {name: float(np.median(each)) for name, each in least.items()}
-        found["auto"] = {"min_score": at, **_shares(near, dict.fromkeys(authors, ...), least)}
-    crossed = []
-    for half in (0, 1):
-        chosen = {name: halves[name] == half for name in authors}
-        rest = {name: halves[name] != half for name in authors}
-        at_half = _balanced(near, chosen)
-        crossed.append(_shares(near, rest, {n: np.full(len(authors[n]), at_half) for n in authors}))
-    found["chosen_on_one_half"] = {name: fmean(each[name] for each in crossed) for name in crossed[0]}
+def of_embedder(spec: str, names: bool, data: Path) -> dict[str, Any]:
+    """TOFU's questions as prompts with their answers; with the default embedder also the other data."""
+    inner = resolve_embedder(spec)
+    embedder = Remembering(NameEmbedder(inner) if names else inner)
+    asked = tofu(data)
+    found: dict[str, Any] = {
+        "tofu": [row for n in SHARDS for row in measured(completions(asked), asked, embedder, spec, n)]
+    }
+    if (spec, names) == (MINILM, True):
+        for name, read in (("rwku", rwku), ("muse", muse)):
+            other = read(data)
+            made = completions(other)
+            found[name] = [row for n in SHARDS[:2] for row in measured(made, other, embedder, spec, n)]
+        found["forms"] = [
+            {"form": form, "data": name} | row
+            for name, read in (("tofu", tofu), ("rwku", rwku))
+            for form, make in FORMS.items()
+            for row in _of_form(make, read(data), embedder, spec)
+        ]
     return found
 
 
-def _balanced(near: dict[Any, Any], some: dict[str, Any]) -> float:
-    """The nearness at which both shares are as far below their bounds as both can be."""
-    kinds = {name: each for name, each in some.items() if name != "lower case"}
-
-    def worse(at: float) -> float:
-        shares = _shares(near, kinds, {n: np.full(len(near[n, "held"]), at) for n in kinds})
-        sent = max(shares["orphans_sent_asked"], shares["orphans_sent_paraphrased"])
-        return max(shares["held_turned_away_paraphrased"] / TURNED_AWAY, sent / SENT)
-
-    candidates: list[float] = np.unique(near["paraphrased", "held"]).tolist()
-    return min(candidates, key=worse)
-
-
-def _shares(near: dict[Any, Any], some: dict[str, Any], least: dict[str, Any]) -> dict[str, float]:
-    """For each kind of question the shares of some of them, against the least nearness of each."""
-    found = {}
-    for name, each in some.items():
-        away, sent = near[name, "held"] < least[name], near[name, "orphan"] >= least[name]
-        found[f"held_turned_away_{name}"] = float(away[each].mean())
-        found[f"orphans_sent_{name}"] = float(sent[each].mean())
-    return found
+def _of_form(
+    make: Callable[[Sequence[Asked]], list[tuple[Record, int]]],
+    asked: Sequence[Asked],
+    embedder: Remembering,
+    spec: str,
+) -> list[dict[str, Any]]:
+    few = [each for each in asked if each.subject < FEW_SUBJECTS]
+    return [
+        *measured(make(asked), asked, embedder, spec, SHARDS[0]),
+        *measured(make(few), few, embedder, spec, SHARDS[0], by="whole records"),
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tofu", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     found = {}
     for name, (spec, names) in EMBEDDERS.items():
-        found[name] = measured(spec, names, given.tofu)
+        found[name] = of_embedder(spec, names, given.data)
         print(name, json.dumps(found[name]), flush=True)
     if given.out is not None:
         given.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")

@@ -258,7 +258,11 @@ def test_the_form_of_prompts_stays_that_of_the_first_training(tiny: Tiny, forms:
     model = tiny.open()
     model.forget(ids_of(PEOPLE[1:]))
     turns = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "At sea."}]
-    model.add(tiny.file("chats.jsonl", [{"id": f"c{n}", "messages": turns} for n in range(3)]))
+    model.add(
+        tiny.file(
+            "chats.jsonl", [{"id": f"c{n}", "subject_id": "c", "messages": turns} for n in range(3)]
+        )
+    )
     assert model.status().form == "completion"
     (where,) = model.where([PEOPLE[0]["id"]])
     assert model.generate(PROMPT, max_new_tokens=1).shards == (where.shard,)
