@@ -16,6 +16,7 @@ Not covered: opening a directory, and its lock (`opened.py`); the first training
 from __future__ import annotations
 
 import contextlib
+import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sisa import lifecycle, query
-from sisa.ask import Answer, Prompt, ask, form_of, held_prompts, open_answerer, routes_of
+from sisa.ask import Answer, HeldPrompts, Prompt, ask, form_of, held_prompts, open_answerer, routes_of
 from sisa.cost import estimate_seconds, full_record_epochs, orders_record_epochs, serving_depth
 from sisa.deletion import forget_at_once, plan_forget
 from sisa.domain import (
@@ -39,9 +40,10 @@ from sisa.domain import (
 from sisa.errors import InvalidInput
 from sisa.events import Notice, QueueSeen, Report
 from sisa.export import export_adapters
+from sisa.garbage import undisturbed
 from sisa.lifecycle import Terms
 from sisa.model.route import Route
-from sisa.opened import OpenedModel, silent
+from sisa.opened import WAITS_S, OpenedModel, asked_again, silent
 from sisa.opening import LEDGER, SCRATCH, OpenExecutor
 from sisa.outcome import ForgetOutcome, ForgetPlan, Status
 from sisa.reader import named_by_place, read_like
@@ -84,15 +86,22 @@ class Model(OpenedModel):
 
     def resume(self, source: Sequence[Record] = ()) -> Taken:
         """Train what is missing; records of `source` are only compared with the held ones."""
-        with named_by_place(source), self._writing() as world:
+        with named_by_place(source), self._locked():
+            return self._resume(source)
+
+    def _resume(self, source: Sequence[Record]) -> Taken:
+        """The caller holds the lock."""
+        with self._world(locked=True) as world:
             _ = self.parts.base  # refuses a changed base
             return replace(train(world, source), prompts=held_prompts(world, self.config))
 
+    @asked_again
     def where(self, ids: Sequence[str]) -> list[query.Location]:
         """Shard, slice, checkpoints and heads of each record. Raises UnknownRecord."""
-        with self._world() as world:
+        with self._world() as world, world.ledger.snapshot():
             return query.where(world, ids)
 
+    @asked_again
     def find(
         self,
         *,
@@ -113,15 +122,17 @@ class Model(OpenedModel):
                 return query.find_like(world, like, top_k, show_text=show_text)
             return query.find_text(world, [str(text)], top_k, show_text=show_text)
 
+    @asked_again
     def ids_of_subject(self, subject: str) -> list[str]:
         """Ids of a subject's held records. Raises UnknownRecord."""
         with self._world() as world:
             live, _ = query.of_subject(world, subject)
             return sorted(each.record.id for each in query.stored(world, live))
 
+    @asked_again
     def plan_forget(self, ids: Sequence[str] = (), *, subject: str | None = None) -> ForgetPlan:
         """What `forget` would do; changes nothing."""
-        with self._world() as world:
+        with self._world() as world, world.ledger.snapshot():
             planned = plan_forget(world, *_named(world, ids, subject))
             measured = world.ledger.checkpoints()
             rewritten = len(planned.remaining)
@@ -169,14 +180,16 @@ class Model(OpenedModel):
             request = lifecycle.submit(world, live, dead, terms or Terms())
             return lifecycle.Submitted(request, tuple(query.ids_of(world, found)), tuple(near))
 
+    @asked_again
     def requests(self) -> list[lifecycle.RequestView]:
         """All requests, oldest first, with the days left to each."""
-        with self._world() as world:
+        with self._world() as world, world.ledger.snapshot():
             return [lifecycle.viewed(world, request) for request in world.ledger.requests()]
 
+    @asked_again
     def request(self, request_id: str) -> lifecycle.RequestView:
         """One request by its id or external id, with its history. Raises UnknownRecord."""
-        with self._world() as world:
+        with self._world() as world, world.ledger.snapshot():
             return lifecycle.viewed(world, lifecycle.find(world, request_id))
 
     def decide(self, request_id: str, state: RequestState, note: str = "") -> lifecycle.RequestView:
@@ -189,15 +202,19 @@ class Model(OpenedModel):
         with self._writing() as world:
             return lifecycle.viewed(world, lifecycle.extend(world, request_id, reason))
 
+    @asked_again
     def plan_run(self) -> RunPlan:
         """Whether to carry the approved requests out now or later, and why. Changes nothing."""
-        with self._world() as world:
+        with self._world() as world, world.ledger.snapshot():
             return lifecycle.plan_run(world)
 
+    @asked_again
     def queue(self) -> QueueSeen:
         """The requests as they stand, told to the report too."""
         with running(), self._world() as world:
-            world.report(seen := lifecycle.queue_seen(world))
+            with world.ledger.snapshot():
+                seen = lifecycle.queue_seen(world)
+            world.report(seen)
             return seen
 
     def run(self) -> tuple[Request, ...]:
@@ -214,45 +231,56 @@ class Model(OpenedModel):
                 reconcile(world)
             return (*(each for each in world.ledger.requests() if each.request_id in begun), *done)
 
+    @asked_again
     def status(self) -> Status:
         """Shards, slices, heads, requests and sizes."""
-        with self._world() as world:
-            views = view_shards(world, [head.shard for head in world.ledger.heads()])
-            full = full_record_epochs(views, world.recipe)
-            return Status(
-                directory=str(self.directory),
-                records=sum(world.ledger.counts().values()),
-                deleted_records=world.ledger.num_tombstones(),
-                model_digest=model_digest(world.ledger),
-                base_model=self.base.name,
-                base_digest=self.base.digest,
-                embedder=self.embedder.name,
-                schedule=self.config.sisa.schedule,
-                shards=tuple(query.shards(world)),
-                requests=tuple(world.ledger.requests()),
-                exports=tuple(query.exports(world)),
-                sizes_bytes={
-                    LEDGER: files.num_bytes(self.directory / LEDGER),
-                    **{room: world.places[room].num_bytes("") for room in world.told_rooms},
-                },
-                witness=(world.witness.location(), standing(world)),
-                num_orders=1 + len(world.recipe.orders),
-                serving_depth=serving_depth(world.ledger.heads(), views),
-                record_epochs_full=full,
-                checkpoint_budget_bytes=self.config.sisa.checkpoint_budget_bytes,
-                records_without_subject=world.ledger.num_without_subject()[0],
-                checkpoint_bytes=sum(each.num_bytes for view in views for each in view.held),
-                record_epochs_others=orders_record_epochs(views, world.recipe) - full,
-                form=form_of(world),
-                prompts=held_prompts(world, self.config),
-            )
+        with self._world(outdated=True) as world:
+            exports = tuple(query.exports(world))
+            prompts = held_prompts(world, self.config)
+            sizes = {room: world.places[room].num_bytes("") for room in world.told_rooms}
+            with world.ledger.snapshot():
+                return self._status(world, exports, sizes, prompts)
+
+    def _status(
+        self,
+        world: World,
+        exports: tuple[query.ExportStatus, ...],
+        sizes: dict[str, int],
+        prompts: HeldPrompts | None,
+    ) -> Status:
+        heads = world.ledger.heads()
+        views = view_shards(world, [head.shard for head in heads])
+        full = full_record_epochs(views, world.recipe)
+        return Status(
+            directory=str(self.directory),
+            records=sum(world.ledger.counts().values()),
+            deleted_records=world.ledger.num_tombstones(),
+            model_digest=model_digest(world.ledger),
+            base_model=self.base.name,
+            base_digest=self.base.digest,
+            embedder=self.embedder.name,
+            schedule=self.config.sisa.schedule,
+            shards=tuple(query.shards(world)),
+            requests=tuple(world.ledger.requests()),
+            exports=exports,
+            sizes_bytes={LEDGER: files.num_bytes(self.directory / LEDGER), **sizes},
+            witness=(world.witness.location(), standing(world)),
+            num_orders=1 + len(world.recipe.orders),
+            serving_depth=serving_depth(heads, views),
+            record_epochs_full=full,
+            checkpoint_budget_bytes=self.config.sisa.checkpoint_budget_bytes,
+            records_without_subject=world.ledger.num_without_subject()[0],
+            checkpoint_bytes=sum(each.num_bytes for view in views for each in view.held),
+            record_epochs_others=orders_record_epochs(views, world.recipe) - full,
+            form=form_of(world),
+            prompts=prompts,
+        )
 
     def verify(self, replay: Replay = "none", shard: int | None = None) -> Verification:
         """Check every held byte; with `replay` train shards from scratch and compare the bytes."""
+        if replay == "none":
+            return self._checked()
         with contextlib.ExitStack() as stack:
-            if replay == "none":
-                world = stack.enter_context(self._world())
-                return verify(world, [], None)
             world = stack.enter_context(self._writing())
             chosen = shards_to_replay(world, replay, shard)
             scratch = world.places[SCRATCH].below(uuid.uuid4().hex)
@@ -260,32 +288,53 @@ class Model(OpenedModel):
             world = replace(world, report=self.report)  # what is trained only to compare is not kept
             return verify(world, chosen, FileCheckpoints(scratch, self.keyring, SCRATCH))
 
+    @asked_again
+    def _checked(self) -> Verification:
+        """Check every held byte; judge findings again while nobody writes, since what a writer has not
+        committed yet looks like damage. Raises Busy where that can't be had."""
+        for wait_s in WAITS_S:
+            time.sleep(wait_s)
+            with self._world(outdated=True) as world:
+                found = verify(world, [], None)
+            if found.ok:
+                return found
+            with undisturbed(self.directory) as free:
+                if free:
+                    with self._world(as_it_is=True) as world:
+                        return verify(world, [], None)
+        raise self._busy()
+
     def generate(self, prompt: Prompt, *, max_new_tokens: int = 48, kind: Kind | None = None) -> Answer:
         """Answer a text, or go on with a conversation (turns with `role` and `content`, a user's last),
         with the constituent models that the run file's aggregation chooses. `kind`: the form in which a
         text is put to them. Raises InvalidInput for a conversation that can't be answered."""
         return self.generate_all([prompt], max_new_tokens=max_new_tokens, kind=kind)[0]
 
+    @asked_again
     def generate_all(
         self, prompts: Sequence[Prompt], *, max_new_tokens: int = 48, kind: Kind | None = None
     ) -> list[Answer]:
         """Answers to several prompts; the models are loaded once."""
         with self._world() as world:
-            return ask(world, self.parts, prompts, max_new_tokens, kind)
+            return ask(world, self.parts, prompts, max_new_tokens, kind, self._ledger)
 
+    @asked_again
     def routes(self, prompts: Sequence[Prompt]) -> list[Route]:
         """The shards that would answer each prompt, and their weights."""
         with self._world() as world:
             return routes_of(world, self.parts, prompts)
 
+    @asked_again
     def answerer(self) -> tuple[Answerer, Kind]:
-        """All constituent models that are served now, and how prompts are put to them; for measuring."""
+        """Return all constituent models that are served now, and how prompts are put to them. Once a
+        deletion or another change has replaced one of them, they raise Outdated instead of answering."""
         with self._world() as world:
-            return open_answerer(world, self.parts), form_of(world)
+            return open_answerer(world, self.parts, open_ledger=self._ledger), form_of(world)
 
     def as_transformers(self, **options: Any) -> AggregatedModel:
-        """What is served now as a `PreTrainedModel` with `generate`, for tools that know nothing of
-        shards; `options` as of `sisa.model.aggregated.AggregatedModel`."""
+        """Return what is served now as a `PreTrainedModel` with `generate`, for tools that know nothing
+        of shards; `options` as of `sisa.model.aggregated.AggregatedModel`. Raises Outdated as what
+        `answerer` returns."""
         from sisa.model.aggregated import AggregatedModel
 
         return AggregatedModel(self.answerer()[0], self.routes, **options)
@@ -296,6 +345,7 @@ class Model(OpenedModel):
         with self._writing() as world:
             return export_adapters(world, self.parts, Path(to), form)
 
+    @asked_again
     def exports_missing(self) -> list[str]:
         """Paths of exports that a deletion could not erase: they were moved, or changed since."""
         with self._world() as world:

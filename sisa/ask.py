@@ -14,19 +14,21 @@ conversation is always put as a chat.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sisa import query
 from sisa.config import RunConfig
 from sisa.domain import Hit, Kind, Record
-from sisa.errors import IntegrityError, InvalidInput
+from sisa.errors import IntegrityError, InvalidInput, Outdated
 from sisa.model.names import names_in
 from sisa.model.route import Route, all_of, choose_route, nearness, settled
 from sisa.parts import Parts
 from sisa.patch import Patch
 from sisa.patch_plan import active
+from sisa.ports import Ledger
 from sisa.record_rules import conversation_problems, turns_of
 from sisa.sisa_config import SisaBlock
 from sisa.store.loaded import EXACT_UP_TO
@@ -60,8 +62,41 @@ class HeldPrompts:
     elsewhere: int  # answered by another shard first than the one that holds the record
 
 
+OpenLedger = Callable[[], AbstractContextManager[Ledger]]
+
+
+@dataclass
+class Loaded:
+    """What an answerer holds in memory, and the ledger's number when it was last held there, too."""
+
+    open_ledger: OpenLedger
+    seq: int
+    keys: frozenset[str]
+    patches: tuple[str, ...]
+
+    def refuse_outdated(self) -> None:
+        """Raise Outdated where the ledger has dropped one of the adapters, or serves other patches."""
+        with self.open_ledger() as ledger, ledger.snapshot():
+            seq = ledger.seq()
+            if seq == self.seq:
+                return
+            held = {each.key for each in ledger.checkpoints()}
+            patches = tuple(each.key for each in active(ledger.patches()))
+        if not self.keys <= held or self.patches != patches:
+            raise Outdated(
+                "the model has changed since its adapters were loaded: what was deleted may be in them",
+                next_step="load them by `answerer()` or `as_transformers()`, or run the command again",
+            )
+        self.seq = seq
+
+
 def ask(
-    world: World, parts: Parts, prompts: Sequence[Prompt], max_new_tokens: int, kind: Kind | None
+    world: World,
+    parts: Parts,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int,
+    kind: Kind | None,
+    open_ledger: OpenLedger,
 ) -> list[Answer]:
     """Return the answers to prompts, in order; the models are loaded once. Raises InvalidInput for a
     conversation that can't be answered, IntegrityError."""
@@ -69,7 +104,8 @@ def ask(
 
     _refuse_unanswerable(prompts, kind)
     routes = routes_of(world, parts, prompts)
-    answerer = open_answerer(world, parts, {shard for route in routes for shard in route.shards})
+    asked = {shard for route in routes for shard in route.shards}
+    answerer = open_answerer(world, parts, asked, open_ledger=open_ledger)
     own = form_of(world)
     alone: Kind = "chat" if answerer.tokenizer.chat_template else own
     forms = [kind or (own if route.shards else alone) for route in routes]
@@ -167,22 +203,34 @@ def open_answerer(
     shards: Collection[int] | None = None,
     stack: Sequence[Patch] | None = None,
     how: str | None = None,
+    open_ledger: OpenLedger | None = None,
 ) -> Answerer:
     """Open the models of some shards, or of all that serve one; over the active patches, or over those
-    of `stack`; together as the run file says, or as `how`. Raises IntegrityError."""
+    of `stack`; together as the run file says, or as `how`. With `open_ledger`, they refuse to answer
+    once the ledger has dropped them; without, the caller keeps writers out. Raises IntegrityError."""
     from sisa.model.answer import Answerer
 
-    live = live_heads(world)
-    manifests = {each.key: each.manifest_sha256 for each in world.ledger.checkpoints()}
-    adapters = {
-        shard: world.checkpoints.load(live[shard], manifests[live[shard]])
-        for shard in sorted(live if shards is None else shards)
-    }
-    patches = patch_files(world.patches, active(world.ledger.patches()) if stack is None else stack)
+    with world.ledger.snapshot():
+        seq = world.ledger.seq()
+        live = live_heads(world)
+        manifests = {each.key: each.manifest_sha256 for each in world.ledger.checkpoints()}
+        stack = active(world.ledger.patches()) if stack is None else stack
+    asked = sorted(live if shards is None else shards)
+    if any(live.get(shard) not in manifests for shard in asked):
+        raise IntegrityError(
+            "a shard that is to answer serves nothing that is held",
+            next_step="run `sisa verify`; restore the model directory from a backup",
+        )
+    adapters = {each: world.checkpoints.load(live[each], manifests[live[each]]) for each in asked}
+    patches = patch_files(world.patches, stack)
     base, block = parts.base, parts.config.sisa
     method, threads = how or block.aggregation.method, block.threads_per_shard
     on = parts.config.arithmetic
-    return Answerer(base.directory, base.digest, adapters, threads, patches, method, on)
+    answerer = Answerer(base.directory, base.digest, adapters, threads, patches, method, on)
+    if open_ledger is not None:
+        loaded = frozenset(live[each] for each in asked), tuple(each.key for each in stack)
+        answerer.refuse_outdated = Loaded(open_ledger, seq, *loaded).refuse_outdated
+    return answerer
 
 
 def live_heads(world: World) -> dict[int, str]:

@@ -41,11 +41,11 @@ from sisa.domain import RecordRow
 from sisa.errors import InvalidInput, SisaError, TransientError
 from sisa.examine import Finding, examine, finding
 from sisa.garbage import ROOMS, undisturbed
-from sisa.needles import open_readonly
 from sisa.opened import silent
 from sisa.opening import CHECKPOINTS, KEY, LEDGER
 from sisa.parts import Parts
 from sisa.store import files
+from sisa.store.database import open_readonly
 from sisa.store.ledger import SqlLedger
 from sisa.store.schema import SCHEMA_VERSION
 from sisa.witness import is_behind

@@ -8,6 +8,7 @@
     |- IntegrityError       held bytes are not the recorded ones: stop       exit 4
     `- TransientError       try again later, or mend the machine
        |- Busy              another writer holds the model                   exit 5
+       |- Outdated          what was loaded is served no more               exit 6
        `- EnvironmentFault  disk, network, package, cluster                  exit 6
 
 Rules: messages carry paths, line numbers, positions and digests; never record text, and never a
@@ -141,6 +142,10 @@ class Busy(TransientError):
     """Another writer holds the model."""
 
     exit_code = 5
+
+
+class Outdated(TransientError):
+    """What was loaded is no longer what the model serves, and may hold what was deleted."""
 
 
 class EnvironmentFault(TransientError):

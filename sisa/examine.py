@@ -94,7 +94,7 @@ def finding(
 
 def examine(world: World, directory: Path, *, with_key: bool = True) -> list[Finding]:
     """All findings of an opened model; `with_key=False` leaves out what only the right key can tell."""
-    found = [*_rows(world), *_modes(world, directory), *_keyring(world), *_forms(world), *_kept(world)]
+    found = [*_rows(world), *_modes(world, directory), *_keyring(world), *forms(world), *_kept(world)]
     for file in world.ledger.slices():
         what = _damage(lambda file=file: _check_slice(world, file, with_key=with_key))  # type: ignore[misc]
         if what:
@@ -178,13 +178,13 @@ def _keyring(world: World) -> Iterator[Finding]:
             yield finding("mode", "warning", str(path), f"others may use it (mode {mode:o})", "mode")
 
 
-def _forms(world: World) -> Iterator[Finding]:
-    """What is plain in an encrypted model, and what is still encrypted, or has a key, in a plain one."""
+def forms(world: World) -> Iterator[Finding]:
+    """Find plain files of an encrypted model, and encrypted files and keys of a plain one."""
     seals = world.keyring.seals
-    wrong = "not encrypted" if seals else "encrypted, or still with a key,"
-    wrong += f", although the model is{' ' if seals else ' not'}"
+    wrong = "encrypted, or still with a key, although the model is not"
+    wrong = "not encrypted, although the model is" if seals else wrong
     for room, names in known_names(world).items():
-        if room in ALWAYS_SEALED:
+        if room in ALWAYS_SEALED or room not in world.places:
             continue
         keys = frozenset() if seals else world.keyring.held(room)
         for name in sorted(names):

@@ -23,9 +23,10 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import numpy as np
+
+from sisa.store.database import open_readonly
 
 MIN_BYTES, MIN_HEX_BYTES = 5, 8
 BLOCK_BYTES = 2**22
@@ -171,12 +172,6 @@ class Needles:
         return [
             n for n, each in enumerate(self._values) if (f"'{each}'" if _short(each) else each) in told
         ]
-
-
-def open_readonly(path: Path) -> sqlite3.Connection:
-    """A SQLite file for reading alone. Raises sqlite3.Error; what reads from it UnicodeDecodeError, too,
-    where SQLite tells of a damaged schema in the schema's own words."""
-    return sqlite3.connect(f"file:{quote(str(path.absolute()))}?mode=ro", uri=True)
 
 
 def _table(statement: str) -> str:

@@ -14,6 +14,7 @@ Not covered: signatures; where blobs rest (`place_ports.py`), patches (`patch_po
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -276,6 +277,10 @@ class Ledger(Protocol):
 
     def commit(self, change: Change) -> int:
         """Apply all of a change or nothing; returns its sequence number (given to added rows)."""
+
+    def snapshot(self) -> AbstractContextManager[None]:
+        """Answer the questions of a block out of one state, whoever commits meanwhile. Keep the block
+        short: no log is emptied before its end."""
 
     def scrub(self) -> None:
         """Leave no byte of removed rows behind (free pages, write-ahead log)."""

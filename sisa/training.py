@@ -20,7 +20,7 @@ from sisa.ask import FORM, held_prompts, usual_kind
 from sisa.assign import Assigner
 from sisa.bands import unnamed
 from sisa.config import Difference, RunConfig, differences
-from sisa.config_types import is_uri
+from sisa.config_types import Effect, is_uri
 from sisa.digest import Keyed
 from sisa.domain import Record
 from sisa.errors import Busy, ConfigConflict, EnvironmentFault, IntegrityError, InvalidInput
@@ -84,16 +84,17 @@ def train_model(
     if accept_differences and any((each.key, each.effect) == ("base_model", "reset") for each in found):
         with named_by_place(records):
             prepare(config, records, executor, report)
-    if found or accept_differences:
-        model, moved = _move(model, config, records, accept_differences=accept_differences)
-        taken = model.resume(records)
-        return model, replace(
-            taken,
-            record_epochs_trained=taken.record_epochs_trained + moved.record_epochs_trained,
-            slices_trained=taken.slices_trained + moved.slices_trained,
-            record_epochs_others=taken.record_epochs_others + moved.record_epochs_others,
-        )
-    return model, model.resume(records)
+    parts = _new_parts(model, config, accept_differences=accept_differences)
+    with named_by_place(records), model._locked():  # nobody else moves it before it is trained
+        moved = _move(model, config, parts, records, accept_differences=accept_differences)
+        model._take(model._described())
+        taken = model._resume(records)
+    return model, replace(
+        taken,
+        record_epochs_trained=taken.record_epochs_trained + moved.record_epochs_trained,
+        slices_trained=taken.slices_trained + moved.slices_trained,
+        record_epochs_others=taken.record_epochs_others + moved.record_epochs_others,
+    )
 
 
 def _first_training(
@@ -202,9 +203,16 @@ def _refuse_lost_keys(model: Model, config: RunConfig) -> None:
         )
 
 
-def _refuse_move(model: Model, config: RunConfig, secret: bytes, *, accept_differences: bool) -> None:
+def _secret(model: Model, config: RunConfig) -> bytes:
+    """The secret that a run file names, or else the model's own."""
+    if key_file := config.sisa.partition_key_file:
+        return partition_key.read_secret(key_file)
+    return opening.stored_secret(model.directory, config)
+
+
+def _refuse_move(model: Model, config: RunConfig, *, accept_differences: bool) -> None:
     """Raises ConfigConflict for what can't change, and for differences that were not accepted."""
-    if Keyed(secret).name != Keyed(model.secret).name:
+    if Keyed(_secret(model, config)).name != Keyed(model.secret).name:
         raise ConfigConflict(
             "a model's partition key can't change: its ledger of deleted records is kept under it",
             where="sisa.partition_key_file",
@@ -236,62 +244,74 @@ def _graver(model: Model, config: RunConfig) -> list[Difference]:
     return [each for each in found if each.key != "sisa.partition_key_file"]
 
 
+def _new_parts(model: Model, config: RunConfig, *, accept_differences: bool) -> Parts | None:
+    """The parts that a run file names, resolved before the lock is held, since that may take long; None
+    where the model's own are kept. Refuses what can be refused before."""
+    _refuse_move(model, config, accept_differences=accept_differences)
+    if not accept_differences:
+        return None
+    parts = Parts(config, None, None)
+    _ = parts.base, parts.embedder
+    return parts
+
+
 def _move(
-    model: Model, config: RunConfig, records: list[Record], *, accept_differences: bool
-) -> tuple[Model, Trained]:
-    """Bring an existing model's ledger to a changed run file, by the gravest effect among them."""
-    key_file = config.sisa.partition_key_file
-    secret = (
-        partition_key.read_secret(key_file)
-        if key_file
-        else opening.stored_secret(model.directory, config)
-    )
-    _refuse_move(model, config, secret, accept_differences=accept_differences)
+    model: Model,
+    config: RunConfig,
+    parts: Parts | None,
+    records: list[Record],
+    *,
+    accept_differences: bool,
+) -> Trained:
+    """Bring an existing model's ledger to a changed run file, by the gravest effect among them. The
+    caller holds the lock, and `model` is what the ledger describes under it."""
+    _refuse_move(model, config, accept_differences=accept_differences)
     effects = {each.effect for each in _graver(model, config)} - {"none"}
-    parts = Parts(config, model.base, model.embedder)
-    if accept_differences:
-        parts = Parts(config, None, None)
+    if parts is None:
+        parts = Parts(config, model.base, model.embedder)
+    else:
         if parts.base.digest != model.base.digest:
             effects.add("reset")
         if indexed_digest(parts.embedder) != model.embedder.digest:
             effects.add("reindex")
-    trained = Trained(0, 0, ())
     if not effects and not differences(model.config, config):
-        return model, trained
+        return Trained(0, 0, ())
     if effects:
         parts.check_modules()
-    with files.writer_lock(model.directory / LOCK):
-        with model._world(as_it_is=True) as old:
-            if config.arithmetic != USUAL:
-                _refuse_patches(old)
-            _replay_first(old, moving=opening.witness_dir(config) != opening.witness_dir(model.config))
-            if any(under_way(request) for request in old.ledger.requests()):
-                erase_unknown(old)  # what a cut-short deletion left goes before anything is trained
-        world = opening.open_world(
-            model.directory,
-            parts,
-            Keyed(secret),
-            model.executor,
-            model.report,
-            base_digest=parts.base.digest,
-            model=model.id,
-            keyring=opening.open_keyring(config, model.id),
-        )
-        try:
-            refuse_other_records(world, records)
-            if "reset" in effects:
-                held = [each.record for each in reconfigure.all_records(world)]
-                refuse_risks(config.sisa.bands, held)
-                guard(config, held)
-            if "reseal" in effects:
-                reconfigure.reseal(world)
-            if effects:
-                trained = reconfigure.move(world, effects, parts.meta())
-            else:
-                commit(world, Change(meta={"config": config.to_canonical()}))
-        finally:
-            opening.close(world)
-    return Model(model.directory, executor=model.executor, report=model.report), trained
+    with model._world(as_it_is=True) as old:
+        if config.arithmetic != USUAL:
+            _refuse_patches(old)
+        _replay_first(old, moving=opening.witness_dir(config) != opening.witness_dir(model.config))
+        refuse_other_records(old, records)  # by the places, and so the generations, that they have now
+        if any(under_way(request) for request in old.ledger.requests()):
+            erase_unknown(old)  # what a cut-short deletion left goes before anything is trained
+    world = opening.open_world(
+        model.directory,
+        parts,
+        Keyed(_secret(model, config)),
+        model.executor,
+        model.report,
+        base_digest=parts.base.digest,
+        model=model.id,
+        keyring=opening.open_keyring(config, model.id),
+    )
+    try:
+        return _moved(world, config, parts, effects)
+    finally:
+        opening.close(world)
+
+
+def _moved(world: World, config: RunConfig, parts: Parts, effects: set[Effect]) -> Trained:
+    if "reset" in effects:
+        held = [each.record for each in reconfigure.all_records(world)]
+        refuse_risks(config.sisa.bands, held)
+        guard(config, held)
+    if "reseal" in effects:
+        reconfigure.reseal(world)
+    if effects:
+        return reconfigure.move(world, effects, parts.meta())
+    commit(world, Change(meta={"config": config.to_canonical()}))
+    return Trained(0, 0, ())
 
 
 def _refuse_patches(old: World) -> None:

@@ -20,6 +20,7 @@ from sisa import lifecycle, patching, vaulting
 from sisa.api import Model
 from sisa.composition import measure
 from sisa.errors import InvalidInput
+from sisa.opened import asked_again
 from sisa.patch import Patch, VaultSet
 from sisa.patch_plan import active, wanted
 from sisa.patched_shards import shards_over
@@ -94,12 +95,14 @@ def release(
         return patching.release(world, named)
 
 
+@asked_again
 def patches(model: Model) -> tuple[list[Patch], list[VaultSet], tuple[str, ...]]:
     """All patches there ever were, the vault's sets, and the patches that shards are trained over."""
     with model._world() as world:
         return world.ledger.patches(), world.ledger.vault(), over(world.ledger)
 
 
+@asked_again
 def served(model: Model) -> list[dict[str, bytes]]:
     """The files of the patches that are served now, lowest first. Raises IntegrityError."""
     with model._world() as world:

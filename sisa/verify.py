@@ -20,6 +20,7 @@ from typing import Literal
 
 from sisa.domain import Chain, Head, IndexFile, SliceFile, SliceJob
 from sisa.errors import IntegrityError, InvalidInput, Problem
+from sisa.examine import forms
 from sisa.plan import all_paths, plan_shard, reached
 from sisa.ports import CheckpointStore
 from sisa.reconcile import refuse_contradictions, training_started
@@ -92,6 +93,7 @@ def verify(world: World, replayed: Sequence[int], scratch: CheckpointStore | Non
         for proof in proofs
         if proof.equal is False
     ]
+    findings += _plain_files(world)
     return Verification(not findings, count, tuple(findings), tuple(proofs))
 
 
@@ -162,6 +164,12 @@ def check_files(world: World) -> tuple[int, list[Problem]]:
         if found.held:
             check(f"vault/{found.name}", partial(world.vault.check, found))
     return count, findings + _wrong_heads(world) + _unknown_files(world)
+
+
+def _plain_files(world: World) -> list[Problem]:
+    """What anybody could read of an encrypted model."""
+    found = forms(world) if world.keyring.seals else ()
+    return [Problem(each.where, each.what) for each in found]
 
 
 def _wrong_heads(world: World) -> list[Problem]:

@@ -8,6 +8,7 @@ Not covered: damage, readers beside a writer.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 
 from sisa.domain import (
@@ -94,6 +95,9 @@ class FakeLedger:
             link = t.events[-1].link if t.events else ""
             t.events.append(replace(event, link=chained(link, event)))
         return t.seq
+
+    def snapshot(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def scrub(self) -> None:
         """Memory keeps no removed rows."""

@@ -1,12 +1,13 @@
 """Answering with constituent models: what the chosen shards' models say together, token by token.
 
-Rules: the chosen models each predict the next token in one forward, their distributions are put
-together (`aggregate.py`), the likeliest token is taken and given to all of them. Requests with different
-routes are answered side by side, padded on the left. Where no shard is chosen the base alone answers.
-Patches lie beneath all of them, the base alone among them. Adapters and patches come as bytes that the
-caller has verified, and live in modules of this object's own around the shared base; an `Answerer` is
-thrown away when a head or a patch moves. Models are asked on the device and in the dtype that they were
-trained in; what comes out is in float32, of `logprobs` on that device, else on the CPU.
+The chosen models each predict the next token in one forward, their distributions are put together
+(`aggregate.py`), the likeliest token is taken and given to all of them. Requests with different
+routes are answered side by side, padded on the left. Where no shard is chosen the base alone
+answers. Patches lie beneath all of them, the base alone among them. Adapters and patches come as
+bytes that the caller has verified, and live in modules of this object's own around the shared base;
+`refuse_outdated` is called before an answer is begun, and raises once they are served no more.
+Models are asked on the device and in the dtype that they were trained in; what comes out is in
+float32, of `logprobs` on that device, else on the CPU.
 
 Not covered: sampling; which shards to ask (`route.py`). Beside others a request's logits may differ from
 those that it gets alone by float rounding.
@@ -17,7 +18,7 @@ those that it gets alone by float rounding.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ class Answerer:
         EnvironmentFault without the device."""
         pin_threads(threads, arithmetic)  # before the patches are laid on
         self._pinned, self.method = (threads, arithmetic), method
+        self.refuse_outdated: Callable[[], None] = lambda: None
         self.model, self.tokenizer = load_patched(base_dir, base_digest, patches, arithmetic)
         self.base_name = patched_name(base_digest, patches)
         self.shards = frozenset(adapters)
@@ -76,6 +78,7 @@ class Answerer:
         texts: list[str] = []
         with torch.inference_mode():
             for start, end in pieces([self._names(route) for route in routes], 1, MAX_ROWS):
+                self.refuse_outdated()
                 answers = self._continued(prompts[start:end], routes[start:end], max_new_tokens)
                 texts += self.tokenizer.batch_decode(answers, skip_special_tokens=True)
         return texts
@@ -142,6 +145,9 @@ class Answerer:
     def logprobs(self, routes: Sequence[Route], **inputs: Any) -> Tensor:
         """Logarithms of the distributions, [B, T, V], that a forward of the base's `inputs` gives."""
         pin_threads(*self._pinned)
+        cache = inputs.get("past_key_values")
+        if cache is None or cache.get_seq_length() == 0:  # else the answer was begun before
+            self.refuse_outdated()
         self._refuse_unknown(routes)
         names = [self._names(route) for route in routes]
         inputs = {name: _on(value, self.model.device) for name, value in inputs.items()}

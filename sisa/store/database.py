@@ -1,11 +1,12 @@
-"""The ledger's SQLite file: opened, read in snapshots of checked rows, written in transactions.
+"""Open the ledger's SQLite file, read checked rows from snapshots of it, and write in transactions.
 
-Rules: WAL keeps readers out of a writer's way; `secure_delete` zeroes what is removed, and `scrub`
-empties the write-ahead log (SQLite reports a busy log in a result row and does not raise: the flag is
-checked). All values are bound parameters. Every question is answered out of one snapshot, from checked
-rows, and compared with the number of rows that there should be (`rows.py`).
+WAL keeps readers out of a writer's way; `secure_delete` zeroes what is removed, and `scrub` empties the
+write-ahead log (SQLite reports a busy log in a result row and does not raise: the flag is checked). All
+values are bound parameters. Every question is answered out of one snapshot, from checked rows, and
+compared with the number of rows that there should be (`rows.py`); `snapshot` holds one for several
+questions. A file that can't be written is only read.
 
-Not covered: the questions (`ledger.py`, `patch_ledger.py`), other databases, the writer lock.
+The questions are in `ledger.py` and `patch_ledger.py`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from dataclasses import fields
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 import sqlalchemy as sa
 from sqlalchemy.exc import DatabaseError
@@ -29,6 +31,7 @@ from sisa.store.files import disk_errors
 from sisa.store.schema import SCHEMA_VERSION, schema
 
 SCRUB_PATIENCE_S = 10.0
+PATIENCE_S = 10.0  # for whoever holds the file's own locks, which nobody does for long
 _BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
 _SURROUNDINGS = {
     *(sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN),
@@ -51,9 +54,14 @@ class Database:
             raise IntegrityError("the ledger is missing", where=str(path))
         elif path.is_file() and path.stat().st_size == 0:
             raise self._corrupt("an empty file")  # SQLite would write a header into it
-        url = sa.URL.create("sqlite", database=str(path))
-        self._engine = sa.create_engine(url, connect_args={"timeout": 10.0})
-        sa.event.listen(self._engine, "connect", _set_pragmas)
+        if is_read_only(path):
+            reading = {"creator": lambda: open_readonly(path), "poolclass": sa.QueuePool}
+            self._engine = sa.create_engine("sqlite://", **reading)
+        else:
+            url = sa.URL.create("sqlite", database=str(path))
+            self._engine = sa.create_engine(url, connect_args={"timeout": PATIENCE_S})
+            sa.event.listen(self._engine, "connect", _set_pragmas)
+        self._snapshot: sa.Connection | None = None
         try:
             self._open(create)
         except BaseException:
@@ -121,9 +129,23 @@ class Database:
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[sa.Connection]:
-        with self._guard(), self._engine.connect() as connection:
-            connection.exec_driver_sql("BEGIN")  # all that is compared is of one snapshot
-            yield connection
+        with self._guard():
+            if self._snapshot is not None:
+                yield self._snapshot
+                return
+            with self._engine.connect() as connection:
+                connection.exec_driver_sql("BEGIN")  # all that is compared is of one snapshot
+                yield connection
+
+    @contextlib.contextmanager
+    def snapshot(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            with self._guard():
+                connection = stack.enter_context(self._engine.connect())
+                connection.exec_driver_sql("BEGIN")
+            self._snapshot = connection
+            stack.callback(setattr, self, "_snapshot", None)
+            yield
 
     def _some(self, kind: type[T], table: sa.Table, *where: Any, order: Sequence[Any] = ()) -> list[T]:
         with self._reading() as connection:
@@ -155,6 +177,25 @@ class Database:
                     next_step="end the process that reads this model, then run the command again",
                 )
             time.sleep(0.1)
+
+
+def is_read_only(path: Path) -> bool:
+    """Whether a file, or what SQLite puts beside it, can't be written by this process."""
+    return not (os.access(path, os.W_OK) and os.access(path.parent, os.W_OK))
+
+
+def open_readonly(path: Path) -> sqlite3.Connection:
+    """Open a SQLite file for reading alone. Raises sqlite3.Error; what reads from it UnicodeDecodeError,
+    too, where SQLite tells of a damaged schema in the schema's own words.
+
+    SQLite reads a file with a write-ahead log through files beside it. Where these can't be written, a
+    file without a log is opened as immutable; with one, the log is read through the index beside it.
+    """
+    log = path.with_name(f"{path.name}-wal")
+    in_log = log.is_file() and log.stat().st_size > 0
+    form = "immutable=1" if is_read_only(path) and not in_log else "mode=ro"
+    uri = f"file:{quote(str(path.absolute()))}?{form}"
+    return sqlite3.connect(uri, uri=True, timeout=PATIENCE_S, check_same_thread=False)
 
 
 def made(kind: type[T], table: sa.Table, found: Sequence[tuple[Any, ...]]) -> list[T]:

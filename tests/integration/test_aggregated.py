@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from sisa.api import Model
-from sisa.errors import InvalidInput
+from sisa.errors import InvalidInput, Outdated
 from sisa.model.route import Route
 from tests.integration.tiny_model import PEOPLE, Tiny, change_run
 
@@ -185,3 +185,51 @@ def test_an_evaluation_harness_runs_on_it_unchanged(model: Model, tmp_path: Path
             rows_KV = answerer.answer_probabilities_KV(context, ids, route)
             told = sum(math.log(float(p[token])) for p, token in zip(rows_KV, ids, strict=True))
             assert float(said) == pytest.approx(told, abs=1e-3)
+
+
+def test_what_was_loaded_before_a_deletion_answers_no_more(model: Model) -> None:
+    """Whoever measures or serves holds adapters in memory that are erased everywhere else."""
+    answerer, _ = model.answerer()
+    wrapped = model.as_transformers()
+    ids, mask = prompts_of(model, QUESTIONS[:1])
+    routes = model.routes(QUESTIONS[:1])
+    plain = [answerer.tokenizer.encode(QUESTIONS[0])]
+    before = answerer.generate(plain, routes, 4)
+    other = model.submit([PEOPLE[1]["id"]]).request  # a commit that replaces no adapter
+    assert answerer.generate(plain, routes, 4) == before
+    wrapped.generate(input_ids=ids, attention_mask=mask, max_new_tokens=2, do_sample=False)
+
+    Model(model.directory, executor="serial").forget([PEOPLE[0]["id"]], defer=True)
+    for asked in (
+        lambda: answerer.generate(plain, routes, 4),
+        lambda: answerer.next_token_probabilities(plain[0], routes[0]),
+        lambda: answerer.logprobs_BTV(ids, routes),
+        lambda: wrapped.generate(input_ids=ids, attention_mask=mask, max_new_tokens=2),
+        lambda: wrapped(input_ids=ids, labels=ids),
+    ):
+        with pytest.raises(Outdated, match="since its adapters were loaded"):
+            asked()
+    again, routes = model.answerer()[0], model.routes(QUESTIONS[:1])
+    assert len(again.generate(plain, routes, 4)) == 1
+    assert model.request(other.request_id).request.state == "received"
+
+
+def test_an_answer_that_a_deletion_overtakes_is_given_again(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The adapters are loaded, then the deletion returns, then the answer would begin."""
+    from sisa.model import tokens
+
+    encode = tokens.encode_prompt
+    told: list[str] = []
+
+    def overtaken(*given: Any) -> Any:
+        if not told:
+            Model(model.directory, executor="serial").forget([PEOPLE[0]["id"]], defer=True)
+        told.append(model.status().model_digest)
+        return encode(*given)
+
+    monkeypatch.setattr(tokens, "encode_prompt", overtaken)
+    (answer,) = model.generate_all([PEOPLE[0]["prompt"]], max_new_tokens=4)
+    assert len(told) == 2
+    assert set(answer.shards) <= {each.shard for each in model.status().shards if each.head}

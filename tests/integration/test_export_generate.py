@@ -7,6 +7,8 @@ constituent models; answers are a function of the remaining records alone, which
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from tests.integration.tiny_model import (
     write_rows,
     write_run,
 )
+from tests.unit.test_read_only import BOUND, freeze
 
 pytestmark = pytest.mark.torch
 
@@ -429,3 +432,18 @@ def test_an_index_of_an_earlier_version_is_refused_until_it_is_built_anew(tiny: 
     assert tiny.train(accept_differences=True).slices_trained == 0
     (route,) = tiny.open().routes([PROMPT])
     assert route.shards == (shards[PEOPLE[0]["id"]],)
+
+
+def test_a_model_that_can_not_be_written_answers(tiny: Tiny) -> None:
+    code = (
+        "import sys\nfrom sisa import open_model\n"
+        "print(open_model(sys.argv[1], executor='serial').generate(sys.argv[2], max_new_tokens=4))"
+    )
+    expected = tiny.open().generate(PROMPT, max_new_tokens=4)
+    freeze(tiny.directory)
+    try:
+        command_ = [*BOUND, sys.executable, "-c", code, str(tiny.directory), PROMPT]
+        done = subprocess.run(command_, capture_output=True, text=True, check=False)
+    finally:
+        freeze(tiny.directory, writable=True)
+    assert done.stdout.strip() == str(expected), done.stderr

@@ -7,16 +7,21 @@ completed and all bytes equal those of training from scratch.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sisa.deletion import forget_at_once
+from sisa.domain import RecordRow
 from sisa.lifecycle import Terms, arrive
+from sisa.ports import Change
 from sisa.reconcile import reconcile
-from sisa.run import train
+from sisa.run import add, train
+from tests.fakes import ADAPTER, fake_model, fake_record
 from tests.property.test_histories import History, Model, assert_equal, histories, like
 
 gone_sets = st.lists(st.sets(st.integers(0, 40), min_size=1, max_size=4), max_size=4)
@@ -51,3 +56,42 @@ def test_deferred_deletions_end_as_if_they_had_been_trained(
     scratch = like(history)
     train(scratch.world, [model.record(n) for n in sorted(model.remaining)])
     assert_equal(model.fake, scratch)
+
+
+def test_a_stage_that_is_adopted_after_a_crash_goes_with_the_records_that_came_before_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each stage is stored, and the run is killed before the ledger knows it; the next run adopts it."""
+    fake = fake_model(num_shards=1)
+    world, ledger = fake.world, fake.ledger
+    train(world, [fake_record(number) for number in range(12)])
+    commit = ledger.commit
+
+    def killed(change: Change) -> int:
+        if any(each.seconds or each.record_epochs for each in change.checkpoints):  # just trained
+            raise KeyboardInterrupt
+        return commit(change)
+
+    monkeypatch.setattr(ledger, "commit", killed)
+    newcomer = fake_record(99)
+    with pytest.raises(KeyboardInterrupt):
+        add(world, [newcomer])
+    for _ in range(3):
+        with contextlib.suppress(KeyboardInterrupt):
+            reconcile(world)
+    (head,) = ledger.heads()
+    assert [each.record_epochs for each in ledger.checkpoints() if each.key == head.key] == [0]
+
+    def touched() -> list[str]:
+        (head,) = ledger.heads()
+        if head.key is None:
+            return []
+        return list(json.loads(fake.checkpoints.stored[head.key][ADAPTER])["touched"])
+
+    assert newcomer.id in touched()
+    (row,) = ledger.lookup([world.assigner.id_digest(newcomer.id)]).values()
+    assert isinstance(row, RecordRow)
+    forget_at_once(world, arrive(world, [row], (), Terms(approver="a")), defer=True)
+    assert newcomer.id not in touched()
+    held = [data for files in fake.checkpoints.stored.values() for data in files.values()]
+    assert not any(newcomer.id.encode() in data for data in held)

@@ -19,6 +19,7 @@ EXIT_CODES = {
     "UnknownRecord": 3,
     "IntegrityError": 4,
     "Busy": 5,
+    "Outdated": 6,
     "TransientError": 6,
     "EnvironmentFault": 6,
 }
