@@ -255,7 +255,7 @@ class Model(OpenedModel):
             directory=str(self.directory),
             records=sum(world.ledger.counts().values()),
             deleted_records=world.ledger.num_tombstones(),
-            model_digest=model_digest(world.ledger),
+            model_digest=model_digest(world),
             base_model=self.base.name,
             base_digest=self.base.digest,
             embedder=self.embedder.name,
@@ -375,5 +375,5 @@ def _forgotten(
     world: World, request: Request | None, dead: Sequence[Tombstone], *, deferred: bool
 ) -> ForgetOutcome:
     lost = tuple(each.path for each in missing(world))
-    digest = model_digest(world.ledger)
+    digest = model_digest(world)
     return ForgetOutcome(request, tuple(dead), digest, lost, purge(world), deferred)

@@ -64,6 +64,11 @@ class Assigner:
         """The name of a set of the vault: a keyed digest of its content."""
         return self._keyed.digest("vault", role, *(each.canonical() for each in records))
 
+    def model_digest(self, heads: Sequence[str | None], patches: Sequence[str]) -> str:
+        """The name of what is served, given by the digests of its adapters."""
+        served = {"heads": heads, "patches": patches} if patches else heads
+        return self._keyed.digest("model", digest_of(served))
+
     def place(self, record: Record) -> tuple[int, int]:
         """(shard, slice) of a record."""
         subject = record.subject_id

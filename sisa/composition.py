@@ -1,7 +1,8 @@
 """What a patch does to the shards' own answers: they were trained over another stack of patches.
 
 Rules: up to `limit` remaining records are asked, the first of each shard by keyed digest, so that the
-choice depends on them alone; none whose text a patch is to forget. Each record is asked of its own
+choice depends on them alone; none whose text a patch is to forget, nor any that the served checkpoint of
+its shard was not trained on. Each record is asked of its own
 shard's model and of the base alone, over the patches before and after, given the true tokens. What is
 told are numbers: no text, no id.
 
@@ -21,9 +22,11 @@ from typing import TYPE_CHECKING, Any
 
 from sisa.ask import live_heads, open_answerer
 from sisa.domain import Record, RecordRow
+from sisa.measured import MIN_RECORDS
 from sisa.model.route import Route, all_of
 from sisa.parts import Parts
 from sisa.patch import Patch
+from sisa.plan import touched
 from sisa.world import World, slices_of, stored_in
 
 if TYPE_CHECKING:
@@ -53,8 +56,14 @@ class Composition:
     by_shard: Mapping[int, Effect]
 
     def to_json(self) -> dict[str, Any]:
-        """Numbers alone."""
-        return {**asdict(self), "by_shard": {str(k): asdict(v) for k, v in self.by_shard.items()}}
+        """Numbers alone, none of fewer than MIN_RECORDS records: a report outlives them."""
+        by_shard = {str(shard): _kept(each) for shard, each in self.by_shard.items()}
+        means = {"base": _kept(self.base), "shards": _kept(self.shards)}
+        return {"num_records": self.num_records, **means, "by_shard": by_shard}
+
+
+def _kept(effect: Effect | None) -> dict[str, Any] | None:
+    return asdict(effect) if effect is not None and effect.num_records >= MIN_RECORDS else None
 
 
 def measure(
@@ -108,7 +117,10 @@ def _chosen(world: World, shards: Sequence[int], limit: int) -> list[RecordRow]:
         if found.role == "forget"
         for id_digest in world.ledger.vaulted(found.name)
     }
-    return _in_turn([_first(world.ledger.rows(shard), forgotten, limit) for shard in shards], limit)
+    heads = {each.key: each for each in world.ledger.checkpoints()}
+    live = {shard: heads[key] for shard, key in live_heads(world).items()}
+    known = [[row for row in world.ledger.rows(s) if touched(live[s], row)] for s in shards]
+    return _in_turn([_first(rows, forgotten, limit) for rows in known], limit)
 
 
 def _first(rows: Sequence[RecordRow], without: Collection[str], limit: int) -> list[RecordRow]:

@@ -54,12 +54,13 @@ def _values(line: Line, seen: Counter[str]) -> tuple[int, dict[str, Any]]:
     if event == "epoch_trained":
         return line["epoch"], {f"loss/shard-{line['shard']}/slice-{line['slice']}": line["loss"]}
     if event == "slice_trained":
-        seen["tokens"] += line["tokens"]
+        tokens = line["tokens"] or 0
+        seen["tokens"] += tokens
         return number, {
             "slice_seconds": line["seconds"],
             "slices_trained": number,
-            "tokens_trained": seen["tokens"],
-            "tokens_per_second": line["tokens"] / line["seconds"] if line["seconds"] else None,
+            "tokens_trained": seen["tokens"] if tokens else None,
+            "tokens_per_second": tokens / line["seconds"] if tokens and line["seconds"] else None,
         }
     if event == "queue_seen":
         return number, {f"queue/{name}": line[name] for name in QUEUE}
@@ -71,16 +72,18 @@ def _values(line: Line, seen: Counter[str]) -> tuple[int, dict[str, Any]]:
 
 
 def summary(lines: Sequence[Line]) -> dict[str, Any]:
-    """A run in a few numbers; tokens per second are of one worker, the loss of the last pass told."""
+    """A run in a few numbers; tokens are those of held stages, their speed is of one worker, the loss of
+    the last pass told."""
     of = {name: [each for each in lines if each["event"] == name] for name in _EVENTS}
     slices, losses = of["slice_trained"], [each["loss"] for each in of["epoch_trained"]]
-    tokens, seconds = (sum(each[name] for each in slices) for name in ("tokens", "seconds"))
+    counted = [each for each in slices if each["tokens"] is not None]
+    tokens, seconds = (sum(each[name] for each in counted) for name in ("tokens", "seconds"))
     told = [each for each in losses if each is not None]
     return {
         "began": lines[0]["at"] if lines else None,
         "slices_trained": len(slices),
         "tokens": tokens,
-        "seconds": round(seconds, 3),
+        "seconds": round(sum(each["seconds"] for each in slices), 3),
         "tokens_per_second": round(tokens / seconds, 1) if seconds else None,
         "last_loss": told[-1] if told else None,
         "deletions": len(of["deletion_completed"]),

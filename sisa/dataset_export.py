@@ -4,8 +4,8 @@ Rules: a child process does it, whose caches, temporary files and home of Huggin
 directory that the caller erases whatever happens: the library's own cache would keep the text of
 deleted records. The child tells names of exceptions only, since a message may quote a record.
 
-Not covered: datasets that need their own code; a scratch directory left behind when the parent itself is
-killed.
+Not covered: datasets that need their own code. Scratch that is left behind when the parent itself is
+killed is erased by a later command (`left_overs.py`).
 
     export_rows(DatasetSource(path="owner/name"), scratch)
 """
@@ -22,6 +22,7 @@ from typing import Any
 
 from sisa.config_types import DatasetSource
 from sisa.errors import EnvironmentFault
+from sisa.left_overs import keep
 
 
 class Broken(Exception):
@@ -93,6 +94,11 @@ def _scratch_environment(scratch: Path) -> dict[str, str]:
 def _export(name: str, split: str, target: str) -> dict[str, Any]:
     """The child's work; what went wrong comes back as names."""
     report: dict[str, Any] = {}
+    with keep(Path(target).parent):
+        return _exported(name, split, target, report)
+
+
+def _exported(name: str, split: str, target: str, report: dict[str, Any]) -> dict[str, Any]:
     try:
         import datasets
 

@@ -29,6 +29,7 @@ from sisa.domain import (
     Tombstone,
 )
 from sisa.errors import ConfigConflict, Problem, SisaError
+from sisa.patch import Patch, without_shards
 from sisa.plan import ShardPlan, ShardView, marked, plan_shard, tainted
 from sisa.ports import Change
 from sisa.probing import probe_removed
@@ -243,7 +244,7 @@ def commit_removed(
         check_sources(world, planned.plans)
     kept = touched.put + put_removed(world, requests, named)
     slices, indexes, unindexed = _write_remaining(world, planned)
-    now, before = world.now(), model_digest(world.ledger)
+    now, before = world.now(), model_digest(world)
     accepted = [
         _accepted(each, planned, named[each.request_id], now, before, kept.of_request(each.request_id))
         for each in requests
@@ -262,7 +263,7 @@ def commit_removed(
             exports=[*touched.exports, *marked(world.ledger.exports(), named)],
             requests=accepted,
             named=arriving.named,
-            patches=[*touched.rederived.changed, *touched.rederived.fresh],
+            patches=_patches(world, touched, planned),
             vault=kept.sets,
             vaulted=kept.pairs,
             events=[
@@ -276,6 +277,15 @@ def commit_removed(
         ),
     )
     return world, touched
+
+
+def _patches(world: World, touched: Touched, planned: Forgetting) -> list[Patch]:
+    """Patches that change with a deletion: dropped, wanted again, or less to report."""
+    known = {each.key: each for each in world.ledger.patches()}
+    told = {each.key: each for each in (*touched.rederived.changed, *touched.rederived.fresh)}
+    shards = {row.shard for row in planned.removed}
+    found = {key: without_shards(each, shards) for key, each in {**known, **told}.items()}
+    return [each for key, each in found.items() if each != known.get(key)]
 
 
 def _write_remaining(

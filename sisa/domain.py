@@ -223,7 +223,7 @@ class HeldCheckpoint:
 
 
 ANY_SHARD = -1  # of an export that was made before the records moved to other shards
-ExportState = Literal["clean", "tainted", "erasing"]
+ExportState = Literal["writing", "clean", "tainted", "erasing"]
 ExportForm = Literal["peft", "merged-adapter", "merged-model"]
 
 
@@ -253,6 +253,11 @@ class Export:
     def name(self) -> tuple[str, str]:
         """What tells it from all others: the same path may have held another export before."""
         return self.path, self.key
+
+    @property
+    def stale(self) -> bool:
+        """Whether a record was deleted that it was made of."""
+        return self.state in ("tainted", "erasing")
 
 
 @dataclass(frozen=True, slots=True)

@@ -273,7 +273,7 @@ def _check_group(world: World, room: str, key: str, manifest_sha256: str) -> Non
 
 def _exports(world: World) -> Iterator[Finding]:
     for each in world.ledger.exports():
-        found = "" if each.state == "clean" else standing(world, each)
+        found = standing(world, each) if each.stale else ""
         if found == "held":
             yield finding("export", "error", each.path, "stale, and not erased yet", "sweep")
         elif found:

@@ -4,7 +4,7 @@
     merged-adapter   one PEFT directory: the exact mean of the shards' changes, at the ranks' sum
     merged-model     the full weights, with the mean of the changes in them
 
-    commit a row for every shard of every directory -> write the files
+    commit a row for every shard of every directory -> write the files -> commit that they are written
 
 Rules: bytes are checked against the ledger. What is served goes out: with active patches, each adapter
 is the sum of the patches and the shard's own, as one adapter on the plain base. `adapter_config.json`
@@ -20,8 +20,8 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,6 +32,7 @@ from sisa.errors import InvalidInput, SisaError
 from sisa.export_files import Card, lora_name, of_adapter, of_merged_adapter, of_merged_model, rank_of
 from sisa.patch_plan import active
 from sisa.ports import Change
+from sisa.stale_exports import finish_written
 from sisa.store.checkpoints import ADAPTER
 from sisa.store.exports import CARD, MODEL
 from sisa.world import World, commit, model_digest, patch_files
@@ -62,7 +63,7 @@ def export_adapters(world: World, parts: Parts, target: Path, form: ExportForm =
     for each in written:
         digest = sha256_hex(each.files[MODEL if form == "merged-model" else ADAPTER])
         made += [
-            Export(each.path, h.shard, h.prefix, h.seq, h.key, digest, now, patches=stack, form=form)
+            Export(each.path, h.shard, h.prefix, h.seq, h.key, digest, now, "writing", "", stack, form)
             for h in each.heads
         ]
     if made:
@@ -71,8 +72,10 @@ def export_adapters(world: World, parts: Parts, target: Path, form: ExportForm =
             for each in written:
                 world.exports.write(each.path, each.files)
         except SisaError:
-            _forget_unwritten(world, made)
+            with contextlib.suppress(SisaError):  # the disk's error is being raised
+                finish_written(world)
             raise
+        commit(world, Change(exports=[replace(each, state="clean") for each in made]))
     return [target / Path(each.path).relative_to(place) for each in written]
 
 
@@ -125,7 +128,7 @@ def _card(world: World, parts: Parts, form: ExportForm, num_patches: int, now: s
         form=form,
         base=parts.config.base_name,
         base_digest=world.base,
-        model_digest=model_digest(world.ledger),
+        model_digest=model_digest(world),
         num_records=sum(world.ledger.counts().values()),
         num_deleted=world.ledger.num_tombstones(),
         roots=tuple((each.shard, each.slice, each.root) for each in world.ledger.slices()),
@@ -133,9 +136,3 @@ def _card(world: World, parts: Parts, form: ExportForm, num_patches: int, now: s
         made_at=now,
         dtype=parts.config.dtype,
     )
-
-
-def _forget_unwritten(world: World, made: Sequence[Export]) -> None:
-    with contextlib.suppress(SisaError):  # the disk's error is being raised; the rows do no harm
-        absent = [each.name for each in made if world.exports.state(each) == "gone"]
-        commit(world, Change(unexported=absent))

@@ -4,11 +4,12 @@
      "shard": 0, "slice": 1, "stage": "0f...", "num_records": 12, "tokens": 900, "seconds": 2.5}
 
 Rules: a line holds numbers, the names of its event and run, and the first digits of the stage's
-checkpoint key: never a text or an id. A loss is a mean over a pass of at least MIN_RECORDS records, else
-null, and it lives no longer than its stage's checkpoint: when a deletion takes that, the loss becomes
-null (`without`). Losses are not logged, for nothing takes a log back; those of a patch, of few texts,
-are not kept at all. `is_line` holds only of lines that could have been made here, so that a file of them
-proves itself clean.
+checkpoint key: never a text or an id. A stage's loss and its number of tokens are kept of at least
+MIN_RECORDS records, else null, and live no longer than its checkpoint: when a deletion takes that, they
+become null (`without`), since the tokens of two stages tell the length of the record between them. They
+are not logged, for nothing takes a log back; a patch's losses, of few texts, are not kept at all.
+`is_line` holds only of lines that could have been made here, so that a file of them proves itself
+clean.
 
 Not covered: files (`store/metrics.py`); logs (`cluster/json_log.py`).
 
@@ -65,7 +66,9 @@ _OWN_FIELDS: dict[type[Any], tuple[str, ...]] = {
     Notice: (),
 }
 KEPT = (TrainingStarted, EpochTrained, SliceTrained, QueueSeen, DeletionCompleted, ErasureFailed)
-_MAY_BE_NULL = {"loss", "oldest_days_left"}
+_OF_STAGE = ("loss", "tokens")  # what tells of a stage's records, and goes with its checkpoint
+_UNLOGGED = (*_OF_STAGE, "total_tokens")
+_MAY_BE_NULL = {*_OF_STAGE, "oldest_days_left"}
 _AT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00")
 _RUN = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{8}")
 _STAGE = re.compile(rf"[0-9a-f]{{{STAGE_DIGITS}}}")
@@ -97,7 +100,7 @@ def fields(event: Event) -> Line:
             "stage": job.key[:STAGE_DIGITS],
             "num_records": job.num_records,
             "record_epochs": record_epochs(job),
-            "tokens": event.tokens,
+            "tokens": event.tokens if job.num_records >= MIN_RECORDS else None,
             "seconds": round(event.seconds, 3),
         }
     if isinstance(event, Notice):
@@ -105,15 +108,16 @@ def fields(event: Event) -> Line:
     found = {name: getattr(event, name) for name in _field_names(type(event))}
     if isinstance(event, EpochTrained):
         found["stage"] = event.stage[:STAGE_DIGITS]
-        found["loss"] = event.loss if event.num_records >= MIN_RECORDS else None
+        if event.num_records < MIN_RECORDS:
+            found |= dict.fromkeys(_OF_STAGE)
     if "seconds" in found:
         found["seconds"] = round(found["seconds"], 3)
     return found
 
 
 def logged(event: Event) -> Line:
-    """What a log may say of an event: its numbers without any loss."""
-    return {name: value for name, value in fields(event).items() if name != "loss"}
+    """What a log may say of an event: its numbers, but for a stage's losses and tokens."""
+    return {name: value for name, value in fields(event).items() if name not in _UNLOGGED}
 
 
 def line(event: Event, at: str, run: str) -> Line | None:
@@ -147,7 +151,7 @@ def _may_be(name: str, value: object) -> bool:
 
 
 def without(made: Mapping[str, Any], stages: Collection[str]) -> Line:
-    """The line, its loss only if its stage is one of these, given by the first digits of their keys."""
-    if "loss" in made and made.get("stage") not in stages:
-        return {**made, "loss": None}
-    return dict(made)
+    """The line, its loss and tokens only if its stage is one of these, given by the first digits of
+    their keys."""
+    gone = _OF_STAGE if "stage" in made and made["stage"] not in stages else ()
+    return {name: None if name in gone else value for name, value in made.items()}

@@ -30,9 +30,11 @@ from sisa.errors import (
     SisaError,
 )
 from sisa.events import Event, Notice, Report
+from sisa.left_overs import erase_abandoned
 from sisa.opening import KEY, LEDGER, LOCK, SCRATCH, OpenExecutor
 from sisa.parts import Parts
 from sisa.running import running
+from sisa.stale_exports import finish_written
 from sisa.store import files
 from sisa.store.database import is_read_only
 from sisa.store.ledger import SqlLedger
@@ -209,9 +211,12 @@ class OpenedModel:
     @contextlib.contextmanager
     def _writing(self) -> Iterator[World]:
         with self._locked(), self._world(locked=True) as world:
+            finish_written(world)
             yield world
 
     def _clear_scratch(self) -> None:
-        """What a replay stored goes, its keys first: it can't be read any more, wherever it is."""
+        """What a replay stored goes, its keys first: it can't be read any more, wherever it is. So do
+        texts that a process left in temporary directories, killed while it read a data set."""
+        erase_abandoned()
         self.keyring.destroy(SCRATCH, self.keyring.held(SCRATCH))
         rooms(self.directory, self.config.storage, self.id)[SCRATCH].clear()

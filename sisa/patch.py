@@ -21,8 +21,8 @@ True
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -82,6 +82,18 @@ class Patch:
     @property
     def key(self) -> str:
         return self.job.key
+
+
+def without_shards(patch: Patch, shards: Collection[int]) -> Patch:
+    """The patch, its report without what was measured on records of these shards: a deletion there may
+    have taken one of them. Means over several shards go, too."""
+    found = patch.report.get("composition")
+    gone = {str(each) for each in shards}
+    if not found or gone.isdisjoint(found["by_shard"]):
+        return patch
+    left = {key: each for key, each in found["by_shard"].items() if key not in gone}
+    bounded = {**found, "base": None, "shards": None, "by_shard": left}
+    return replace(patch, report={**patch.report, "composition": bounded})
 
 
 @dataclass(frozen=True, slots=True)

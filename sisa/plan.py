@@ -224,7 +224,7 @@ def touched(made: HeldCheckpoint | Export, row: Placed) -> bool:
 def marked(exports: Iterable[Export], removed: Mapping[str, Collection[Placed]]) -> list[Export]:
     """The clean exports that a removed record touched, each with the first request that removes one."""
     by: dict[tuple[str, str], str] = {}  # all shards that were exported together go together
-    clean = [each for each in exports if each.state == "clean"]
+    clean = [each for each in exports if not each.stale]
     for export in clean:
         names = [name for name, rows in removed.items() if any(touched(export, row) for row in rows)]
         if names:

@@ -188,6 +188,9 @@ class ExportStore(Protocol):
     def write(self, path: str, content: Mapping[str, bytes]) -> None:
         """Write a directory of flat files, whole or not at all."""
 
+    def abandon(self, path: str) -> None:
+        """Remove what a killed process left of writing this directory, but not the directory itself."""
+
     def state(self, export: Export) -> Standing:
         """Whether the adapter is where it was written, with the bytes that it had."""
 
@@ -282,8 +285,8 @@ class Ledger(Protocol):
         """Answer the questions of a block out of one state, whoever commits meanwhile. Keep the block
         short: no log is emptied before its end."""
 
-    def scrub(self) -> None:
-        """Leave no byte of removed rows behind (free pages, write-ahead log)."""
+    def scrub(self, *, rewrite: bool = False) -> None:
+        """Empty the write-ahead log; with `rewrite` leave no byte of a removed row behind."""
 
     def lookup(self, id_digests: Iterable[str]) -> dict[str, RecordRow | Tombstone]: ...
 

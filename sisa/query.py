@@ -383,7 +383,7 @@ def exports(world: World) -> list[ExportStatus]:
             made_at=each.made_at,
             state=each.state,
             request_id=each.request_id,
-            standing=None if each.state == "clean" else standing(world, each),
+            standing=standing(world, each) if each.stale else None,
         )
         for each in world.ledger.exports()
     ]

@@ -23,7 +23,6 @@ import json
 import os
 import re
 import stat
-import tempfile
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -38,6 +37,7 @@ from sisa.config_types import DatasetSource, Limits, short
 from sisa.dataset_export import Broken, export_rows
 from sisa.domain import Record
 from sisa.errors import InvalidInput, Problem, SisaError
+from sisa.left_overs import scratch
 from sisa.record_rules import (
     Columns,
     kind_of,
@@ -373,8 +373,8 @@ def _unbounded(source: DatasetSource, label: str, wanted: _Wanted, limits: Limit
         for file in inside:
             yield from file_rows(file, f"{label}/{file.name}")
     elif path.is_dir() or not (path.exists() or is_local(source.path)):
-        with tempfile.TemporaryDirectory(prefix="sisa-scratch-") as scratch:
-            table = export_rows(source, Path(scratch))
+        with scratch() as folder:
+            table = export_rows(source, folder)
             yield from _parquet_rows(table, label, wanted, limits)
     else:
         yield from file_rows(path, label)

@@ -8,7 +8,7 @@
     close    requests whose shards have arrived
     orders   what the other orders miss, one order of all shards after another
     retire   clean checkpoints that are neither on any order's path nor heading
-    scrub    the ledger's own pages
+    scrub    the ledger's own pages; after a deletion they are written anew
 
 Rules: idempotent, and safe to cut anywhere: every step looks at what is there, not at what was done.
 Training can be put off: then the heads serve what is clean and held until another command trains.
@@ -183,7 +183,7 @@ def _erase(world: World, spared: Collection[str]) -> None:
             with tried():
                 erase_stale(world)
             with tried():
-                world.ledger.scrub()
+                world.ledger.scrub(rewrite=any(each.state != "erased" for each in _under_way(world)))
     except SisaError as error:
         waiting = _under_way(world)
         note_failure(world, waiting, error, "erasure_failed")
@@ -349,7 +349,7 @@ def _complete_requests(world: World) -> None:
     done = [r for r in _under_way(world) if open_.isdisjoint(shard for shard, _, _ in r.shards)]
     if not done:
         return
-    after, now = model_digest(world.ledger), world.now()
+    after, now = model_digest(world), world.now()
     _move(world, [replace(request, state="retrained") for request in done])
     completed = [
         replace(
@@ -373,21 +373,22 @@ def _seconds_between(start: str, end: str) -> float:
 
 def sweep(world: World, spared: Collection[str] = ()) -> None:
     """Erase every file that the ledger does not know (tainted, retired, half-written), but for `spared`
-    checkpoints; and the losses of what goes.
+    checkpoints.
 
-    Keys come first, those without a file among them: a file whose key is gone is erased wherever it is.
+    Losses of what goes come first, then keys, those without a file among them: a file whose key is gone
+    is erased wherever it is.
     A room that can't be erased keeps no other one: its error is raised when all were tried.
     """
     known = known_names(world)
     with all_tried() as tried:
+        with tried():
+            world.metrics.keep_losses({key[:STAGE_DIGITS] for key in known["checkpoints"]})
         for room, names in known.items():
             with tried():
                 world.keyring.destroy(room, sorted(world.keyring.held(room) - names))
         for room, store in rooms(world).items():
             with tried():
                 store.erase(sorted(store.held() - known[room] - set(spared)))
-        with tried():
-            world.metrics.keep_losses({key[:STAGE_DIGITS] for key in known["checkpoints"]})
 
 
 def not_erased(world: World) -> dict[str, int | None]:
@@ -399,7 +400,7 @@ def not_erased(world: World) -> dict[str, int | None]:
             found[room] = len(store.held() - known[room] - targets)
         except SisaError:
             found[room] = None
-    stale = [standing(world, each) for each in world.ledger.exports() if each.state != "clean"]
+    stale = [standing(world, each) for each in world.ledger.exports() if each.stale]
     found["exports"] = stale.count("held")
     return {room: count for room, count in found.items() if count != 0}
 

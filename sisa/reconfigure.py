@@ -126,7 +126,7 @@ def reseal(world: World) -> None:
 
 def _unplaced(ledger: Ledger) -> list[Export]:
     """Exports of the old places: from now on, every record that was there may be in them."""
-    clean = [each for each in ledger.exports() if each.state == "clean"]
+    clean = [each for each in ledger.exports() if not each.stale]
     return [replace(each, shard=ANY_SHARD, prefix=(), seq=ledger.seq() + 1) for each in clean]
 
 

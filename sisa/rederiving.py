@@ -55,7 +55,7 @@ def touched_by(world: World, removed: Mapping[str, RecordRow], request_id: str) 
     stale = tuple(
         replace(each, state="tainted", request_id=request_id)
         for each in world.ledger.exports()
-        if each.state == "clean" and not touched.isdisjoint(each.patches)
+        if not each.stale and not touched.isdisjoint(each.patches)
     )
     return world, Touched(found, put.only({each.job.retain for each in found.fresh}), stale)
 

@@ -7,7 +7,7 @@
     adapters exported elsewhere      of a current head (of another stage or clean export: outdated)
     exports that a deletion marked   are erased; one that can't be found can't be excluded
     patches, anywhere                bytes as recorded, served or trained over
-    files of metrics                 numbers alone, and losses of held checkpoints
+    files of metrics                 numbers alone, and losses and tokens of held checkpoints
     sets of the vault, unfinished    as recorded and sealed; kept by consent, not looked into
     all bytes (`ids`, `texts`)       hold none of the strings that the caller gives
 
@@ -277,7 +277,7 @@ class _Scanner:
             self.proven.add(path)
 
     def _metrics(self, path: Path) -> None:
-        """Lines of numbers alone, with losses of held stages alone."""
+        """Lines of numbers alone, with losses and tokens of held stages alone."""
         try:
             found = parsed(path.read_bytes(), str(path))
         except IntegrityError as error:
@@ -285,7 +285,7 @@ class _Scanner:
             return
         stages = {key[:STAGE_DIGITS] for key in self._groups.checkpoints}
         if any(without(line, stages) != line for line in found):
-            self._found("stale_loss", path, "a loss of a checkpoint that is not held any more")
+            self._found("stale_loss", path, "a loss or tokens of a checkpoint that is not held any more")
         self.proven.add(path)
 
     def _rows(self, path: Path, ids: Iterator[str | None]) -> None:
@@ -350,7 +350,7 @@ class _Scanner:
     def _adapter(self, path: Path) -> None:
         self.counts["adapters"] += 1
         sha256 = file_sha256(path)
-        clean = [each for each in self._exports if each.state == "clean"]
+        clean = [each for each in self._exports if not each.stale]
         of = [each.key for each in self._groups.checkpoints.values() if each.adapter_sha256 == sha256]
         of += [each.key for each in clean if each.adapter_sha256 == sha256]
         if any(each.adapter_sha256 == sha256 for each in self._groups.patches.values()):
@@ -375,6 +375,6 @@ class _Scanner:
     def missing_exports(self) -> None:
         """Exports that a deletion marked; one that is still there is found as a stale adapter."""
         for each in self._exports:
-            if each.state != "clean" and (found := standing(self.world, each)) != "held":
+            if each.stale and (found := standing(self.world, each)) != "held":
                 what = f"an export that request {each.request_id} made stale is {found}"
                 self._found("missing_export", Path(each.path), what)

@@ -91,7 +91,7 @@ def _taken(
         new_not_taken=new,
         record_epochs_trained=done.record_epochs_trained,
         slices_trained=done.slices_trained,
-        model_digest=model_digest(world.ledger),
+        model_digest=model_digest(world),
         record_epochs_others=done.record_epochs_others,
     )
 

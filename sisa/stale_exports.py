@@ -24,12 +24,25 @@ from sisa.requests import event
 from sisa.world import World, commit
 
 
+def finish_written(world: World) -> None:
+    """Take over the exports that a killed process wrote whole, and give up those that it did not, with
+    what it left of them. The caller holds the writer lock."""
+    unfinished = [each for each in world.ledger.exports() if each.state == "writing"]
+    if not unfinished:
+        return
+    for path in dict.fromkeys(each.path for each in unfinished):
+        world.exports.abandon(path)
+    whole = [each for each in unfinished if world.exports.state(each) == "held"]
+    absent = [each.name for each in unfinished if each not in whole]
+    commit(world, Change(exports=[replace(each, state="clean") for each in whole], unexported=absent))
+
+
 def erase_stale(world: World) -> None:
     """Erase the exports that a deletion marked and that are still what was written. One that can't be
     read or erased keeps no other one: its error is raised when all were tried."""
     due: list[Export] = []
     with all_tried() as tried:
-        for each in (each for each in world.ledger.exports() if each.state != "clean"):
+        for each in (each for each in world.ledger.exports() if each.stale):
             with tried():
                 if each.state == "erasing" or world.exports.state(each) == "held":
                     due.append(replace(each, state="erasing"))
@@ -70,7 +83,7 @@ def standing(world: World, export: Export) -> str:
 
 def missing(world: World) -> list[Export]:
     """Exports that a deletion marked and that could not be found, or are not what was written."""
-    return [each for each in world.ledger.exports() if each.state != "clean"]
+    return [each for each in world.ledger.exports() if each.stale]
 
 
 def give_up_lost(world: World) -> tuple[str, ...]:

@@ -15,7 +15,6 @@ from typing import Protocol
 
 from sisa import place_ports
 from sisa.assign import Assigner, slice_root
-from sisa.digest import digest_of
 from sisa.domain import HeldCheckpoint, IndexFile, Record, RecordRow, SliceFile, SliceState
 from sisa.errors import EnvironmentFault, IntegrityError
 from sisa.events import Report
@@ -103,12 +102,13 @@ def commit(world: World, change: Change) -> int:
     return seq
 
 
-def model_digest(ledger: Ledger) -> str:
-    """The digest of all heads' adapters in shard order, and of the active patches if there are any."""
-    adapters = {each.key: each.adapter_sha256 for each in ledger.checkpoints()}
-    heads = [adapters.get(head.key) if head.key else None for head in ledger.heads()]
-    stack = [each.adapter_sha256 for each in active(ledger.patches())]
-    return digest_of({"heads": heads, "patches": stack} if stack else heads)
+def model_digest(world: World) -> str:
+    """The keyed digest of all heads' adapters in shard order, and of the active patches if there are
+    any. It outlives a deletion, in requests and on cards: without the key it confirms nothing."""
+    adapters = {each.key: each.adapter_sha256 for each in world.ledger.checkpoints()}
+    heads = [adapters.get(head.key) if head.key else None for head in world.ledger.heads()]
+    stack = [each.adapter_sha256 for each in active(world.ledger.patches())]
+    return world.assigner.model_digest(heads, stack)
 
 
 def over(ledger: Ledger) -> tuple[str, ...]:

@@ -99,7 +99,7 @@ class FakeLedger:
     def snapshot(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def scrub(self) -> None:
+    def scrub(self, *, rewrite: bool = False) -> None:
         """Memory keeps no removed rows."""
 
     def lookup(self, id_digests: Iterable[str]) -> dict[str, RecordRow | Tombstone]:

@@ -221,6 +221,9 @@ class FakeExports:
     def write(self, path: str, content: Mapping[str, bytes]) -> None:
         self.stored.setdefault(path, dict(content))
 
+    def abandon(self, path: str) -> None:
+        """Memory is written whole."""
+
     def state(self, export: Export) -> Standing:
         files = self.stored.get(export.path, {})
         if ADAPTER not in files:

@@ -1,10 +1,11 @@
 """Open the ledger's SQLite file, read checked rows from snapshots of it, and write in transactions.
 
-WAL keeps readers out of a writer's way; `secure_delete` zeroes what is removed, and `scrub` empties the
-write-ahead log (SQLite reports a busy log in a result row and does not raise: the flag is checked). All
-values are bound parameters. Every question is answered out of one snapshot, from checked rows, and
-compared with the number of rows that there should be (`rows.py`); `snapshot` holds one for several
-questions. A file that can't be written is only read.
+WAL keeps readers out of a writer's way. `secure_delete` zeroes what is removed, but not the copies that
+balancing leaves in a page's unused part: after a deletion `scrub` writes the whole file anew. It empties
+the write-ahead log, too (SQLite reports a busy log in a result row and does not raise: the flag is
+checked). All values are bound parameters. Every question is answered out of one snapshot, from checked
+rows, and compared with the number of rows that there should be (`rows.py`); `snapshot` holds one for
+several questions. A file that can't be written is only read.
 
 The questions are in `ledger.py` and `patch_ledger.py`.
 """
@@ -163,7 +164,15 @@ class Database:
             rows.refuse_loss(table, expected, len(found))
         return made(kind, table, found)
 
-    def scrub(self) -> None:
+    def scrub(self, *, rewrite: bool = False) -> None:
+        if rewrite:
+            self._empty_log()  # a full disk may keep the ledger from being rewritten, not from this
+            with self._guard(), self._engine.connect() as connection:
+                alone = connection.execution_options(isolation_level="AUTOCOMMIT")
+                alone.exec_driver_sql("VACUUM")
+        self._empty_log()
+
+    def _empty_log(self) -> None:
         deadline = time.monotonic() + SCRUB_PATIENCE_S
         while True:
             with self._guard(), self._engine.connect() as connection:

@@ -37,6 +37,19 @@ class DirectoryExports:
     def write(self, path: str, content: Mapping[str, bytes]) -> None:
         files.write_directory(Path(path), dict(content))
 
+    def abandon(self, path: str) -> None:
+        above = os.path.dirname(path)
+        with files.disk_errors(Path(path)), _opened(above) as found:
+            if found is None:
+                return
+            parent, folder = found
+            for name in os.listdir(folder):
+                if name.startswith(files.TEMPORARY_PREFIX):
+                    _remove_half(folder, name)
+            os.fsync(folder)
+            if not os.listdir(folder):
+                os.rmdir(os.path.basename(above), dir_fd=parent)
+
     def state(self, export: Export) -> Standing:
         with files.disk_errors(Path(export.path)), _opened(export.path) as found:
             return "gone" if found is None else _standing(found[1], export)
@@ -81,6 +94,24 @@ def _opened(path: str) -> Iterator[tuple[int, int] | None]:
             yield None
             return
         yield handles[-2], handles[-1]
+
+
+def _remove_half(folder: int, name: str) -> None:
+    """A directory that was not renamed to its place, with the files that are written there."""
+    try:
+        half = os.open(name, _DIRECTORY, dir_fd=folder)
+    except OSError as error:
+        if error.errno in _ABSENT:
+            return
+        raise
+    try:
+        for each in (*_BESIDE, ADAPTER, MODEL):
+            if _is_regular(half, each):
+                os.unlink(each, dir_fd=half)
+    finally:
+        os.close(half)
+    with contextlib.suppress(OSError):  # somebody's file lies there, too
+        os.rmdir(name, dir_fd=folder)
 
 
 def _is_regular(folder: int, name: str) -> bool:

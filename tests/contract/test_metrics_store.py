@@ -58,7 +58,11 @@ def test_losses_of_other_stages_are_erased(metrics: Metrics) -> None:
         metrics.append(made)
     for _ in range(2):
         metrics.keep_losses({"a" * 16})
-        assert metrics.read(FIRST) == [epoch("a"), {**epoch("b"), "loss": None}, queue(3)]
+        assert metrics.read(FIRST) == [
+            epoch("a"),
+            {**epoch("b"), "loss": None, "tokens": None},
+            queue(3),
+        ]
         assert metrics.read(SECOND)[0]["loss"] is None
     metrics.append(epoch("c"))
     assert metrics.read(FIRST)[-1]["loss"] == 1.25

@@ -29,13 +29,13 @@ from sisa.domain import RecordRow, Tombstone
 from sisa.errors import SisaError
 from sisa.model.numerics import describe_fingerprint
 from sisa.opening import CHECKPOINTS, INDEX, LEDGER, RECORDS, SCRATCH
+from sisa.patch_plan import active
 from sisa.ports import Keyring
 from sisa.samples import to_jsonl
 from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.files import held_names
 from sisa.store.keyring import PLAIN, FileKeyring, is_sealed
 from sisa.store.ledger import SqlLedger
-from sisa.world import model_digest
 from tests.endurance.child import FAILED
 from tests.fakes import ADAPTER
 
@@ -192,7 +192,11 @@ class Ground:
         ledger = SqlLedger(self.model / LEDGER)
         try:
             heads = tuple((each.shard, each.key, each.target) for each in ledger.heads())
-            return Picture(files, heads, model_digest(ledger))
+            adapters = {each.key: each.adapter_sha256 for each in ledger.checkpoints()}
+            stack = [each.adapter_sha256 for each in active(ledger.patches())]
+            return Picture(
+                files, heads, digest_of([adapters.get(key or "") for _, key, _ in heads] + stack)
+            )
         finally:
             ledger.close()
 

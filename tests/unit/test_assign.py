@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sisa.assign import Assigner, Layout, index_root, slice_root
-from sisa.digest import Keyed
+from sisa.digest import Keyed, digest_of
 from sisa.domain import Part, Record
 
 KEYED = Keyed(b"1" * 32)
@@ -134,3 +134,13 @@ def test_a_root_does_not_depend_on_when_a_record_came() -> None:
     """Records added later and records there from the start give the same slice."""
     row = assigner().row(record("r1"), 1)
     assert slice_root([replace(row, seq=9)]) == slice_root([row])
+
+
+def test_a_models_name_confirms_nothing_without_the_key() -> None:
+    """It outlives a deletion in requests and on cards; adapters can be trained again by anybody."""
+    heads = ["a" * 64, None]
+    found = {assigner(keyed=Keyed(bytes([n]) * 32)).model_digest(heads, []) for n in range(3)}
+    assert len(found) == 3
+    assert not found & {digest_of(heads), digest_of({"heads": heads, "patches": []})}
+    assert assigner().model_digest(heads, []) == assigner().model_digest(heads, [])
+    assert assigner().model_digest(heads, ["p"]) != assigner().model_digest(heads, [])

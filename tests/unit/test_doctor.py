@@ -61,7 +61,7 @@ def repaired(model: Path, **options: Any) -> Repair:
 
 def state(model: Path) -> tuple[str, list[Head]]:
     with world_of(model) as world:
-        return model_digest(world.ledger), world.ledger.heads()
+        return model_digest(world), world.ledger.heads()
 
 
 def checkpoint(model: Path, slice_: int, shard: int = 0) -> Path:

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from cluster import cli
 from sisa import lifecycle, opening, query
+from sisa.api import Model
 from sisa.assign import Assigner, Layout
 from sisa.deletion import forget_at_once, plan_forget
 from sisa.digest import Keyed, sha256_hex
@@ -34,7 +35,9 @@ from sisa.reconcile import reconcile
 from sisa.reconfigure import reset
 from sisa.run import add, train
 from sisa.stale_exports import missing
-from sisa.store.files import writer_lock
+from sisa.store.exports import DirectoryExports
+from sisa.store.files import TEMPORARY_PREFIX, writer_lock
+from sisa.store.ledger import SqlLedger
 from tests.fakes import ADAPTER, SECRET, FakeModel, fake_model, fake_record
 from tests.unit import care_model
 
@@ -96,7 +99,7 @@ def test_an_export_is_known_before_its_files_are_written(fake: FakeModel) -> Non
     seq = fake.ledger.seq()
     made = export(fake, "a")
     assert known == [True] * len(made) == [True] * 3
-    assert fake.ledger.seq() == seq + 1
+    assert fake.ledger.seq() == seq + 2  # before and after the files
     heads = {head.shard: head.key for head in fake.ledger.heads()}
     assert {each.shard: each.key for each in made} == heads
     assert all(fake.exports.state(each) == "held" for each in made)
@@ -399,6 +402,47 @@ def test_the_commands_tell_of_a_moved_export(model: Path, tmp_path: Path, sisa: 
     assert (done["exports_missing"], Path(stale).exists()) == ([], False)
     assert sisa("sweep", *at)["clean"]
     assert sisa("doctor", *at)["healthy"]
+
+
+@pytest.mark.parametrize("written", [0, 1, 2])
+def test_an_export_that_was_killed_is_none_of_a_later_deletion(
+    model: Path, tmp_path: Path, sisa: Sisa, monkeypatch: pytest.MonkeyPatch, written: int
+) -> None:
+    """Before its first directory was whole, before its second, and before its last commit."""
+    at, out, calls = ("-m", model), tmp_path / "out", 0
+    write, commit = DirectoryExports.write, SqlLedger.commit
+
+    def writes(store: DirectoryExports, path: str, content: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > written:
+            half = Path(path).with_name(f"{TEMPORARY_PREFIX}half")
+            half.mkdir(parents=True)
+            (half / "adapter_model.safetensors").write_bytes(b"weights")
+            raise Cut
+        write(store, path, content)
+
+    def commits(ledger: SqlLedger, change: Change) -> int:
+        if any(each.state == "clean" for each in change.exports):
+            raise Cut
+        return commit(ledger, change)
+
+    with monkeypatch.context() as killed:
+        killed.setattr(DirectoryExports, "write", writes)
+        killed.setattr(SqlLedger, "commit", commits)
+        with pytest.raises(Cut):
+            Model(model, executor="serial").export(out)
+    record = care_model.record(care_model.DELETED).id
+    told = sisa("forget", *at, record, "--executor", "serial")
+    assert told["exports_missing"] == []
+    found = sisa("sweep", *at, record)
+    assert found["clean"]
+    left = sisa("status", *at)["exports"]
+    assert {each["state"] for each in left} <= {"clean"}
+    assert sorted(out.rglob("*.safetensors")) == sorted(
+        Path(each["path"], "adapter_model.safetensors") for each in left
+    )
+    assert list(out.rglob(f"{TEMPORARY_PREFIX}*")) == []
 
 
 def test_a_lost_export_is_given_up_on_a_persons_word(model: Path, tmp_path: Path, sisa: Sisa) -> None:

@@ -78,7 +78,7 @@ def states(fake: FakeModel, request: Request) -> list[RequestState]:
 
 def held_bytes(fake: FakeModel) -> tuple[Any, ...]:
     stores = (fake.checkpoints.stored, fake.records.stored, fake.index.stored)
-    return (*stores, fake.ledger.heads(), model_digest(fake.ledger))
+    return (*stores, fake.ledger.heads(), model_digest(fake.world))
 
 
 def served(fake: FakeModel) -> set[str]:
@@ -189,12 +189,12 @@ def test_an_external_id_is_no_other_requests_id(fake: FakeModel) -> None:
 
 
 def test_a_whole_life_in_order(fake: FakeModel) -> None:
-    before = model_digest(fake.ledger)
+    before = model_digest(fake.world)
     request = asked(fake, 3)
     (done,) = run_all(fake)
     assert states(fake, request) == WHOLE_LIFE
     assert (done.state, done.committed_at, done.cause) == ("completed", DAY, "")
-    assert (done.model_digest_before, done.model_digest_after) == (before, model_digest(fake.ledger))
+    assert (done.model_digest_before, done.model_digest_after) == (before, model_digest(fake.world))
     (row,) = rows(trained(range(NUM_RECORDS)), 3)
     assert [shard[:2] for shard in done.shards] == [(row.shard, row.slice)]
     assert held_bytes(fake) == held_bytes(trained(set(range(NUM_RECORDS)) - {3}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -89,19 +90,25 @@ def test_only_some_are_kept() -> None:
     assert line(TrainingStarted(()), AT, RUN) is None
 
 
-def test_a_loss_of_few_records_is_not_told_and_none_is_logged() -> None:
+def test_few_records_have_no_loss_and_no_tokens_and_none_is_logged() -> None:
     few = EpochTrained(2, 1, JOB.key, 1, 2, MIN_RECORDS - 1, 600, 1.5, 0.75)
     enough = EpochTrained(2, 1, JOB.key, 1, 2, MIN_RECORDS, 600, 1.5, 0.75)
-    assert (fields(few)["loss"], fields(enough)["loss"]) == (None, 0.75)
-    assert not any("loss" in logged(event) for event in EVENTS)
+    short = SliceTrained(replace(JOB, num_records=MIN_RECORDS - 1), TRAINED.saved, 2.5, 900)
+    told = [(fields(each)["loss"], fields(each)["tokens"]) for each in (few, enough)]
+    assert told == [(None, None), (0.75, 600)]
+    assert (fields(short)["tokens"], fields(TRAINED)["tokens"]) == (None, 900)
+    assert not {"loss", "tokens", "total_tokens"} & {name for each in EVENTS for name in logged(each)}
 
 
-def test_a_loss_goes_with_its_stage() -> None:
-    made = kept(EPOCH)
-    assert without(made, {JOB.key[:16]}) == made
-    assert without(made, {"0" * 16}) == {**made, "loss": None}
-    assert is_line(without(made, set()))
-    assert without(kept(TRAINED), set()) == kept(TRAINED)
+def test_a_loss_and_the_number_of_tokens_go_with_their_stage() -> None:
+    """A deletion's new stage has the same records but one: their tokens differ by that one's length."""
+    for made, gone in (
+        (kept(EPOCH), {"loss": None, "tokens": None}),
+        (kept(TRAINED), {"tokens": None}),
+    ):
+        assert without(made, {JOB.key[:16]}) == made
+        assert without(made, {"0" * 16}) == {**made, **gone}
+        assert is_line(without(made, set()))
 
 
 @pytest.mark.parametrize("event", [each for each in EVENTS if isinstance(each, KEPT)])

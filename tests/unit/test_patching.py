@@ -9,11 +9,13 @@ from dataclasses import replace
 import pytest
 
 from sisa import patching, vaulting
+from sisa.composition import Composition, Effect, _chosen
 from sisa.deletion import forget_at_once
 from sisa.domain import Export, RecordRow, Request
 from sisa.errors import ConfigConflict, EnvironmentFault, InvalidInput, UnknownRecord
 from sisa.events import Event, Notice
 from sisa.lifecycle import Terms, arrive
+from sisa.measured import MIN_RECORDS
 from sisa.opening import trained_base
 from sisa.patch import WRITTEN, Patch
 from sisa.patch_plan import active, wanted
@@ -94,7 +96,7 @@ def text(number: int) -> str:
 
 
 def test_a_wish_becomes_a_patch_and_its_texts_go(fake: FakeModel) -> None:
-    before = model_digest(fake.ledger)
+    before = model_digest(fake.world)
     patch = made(fake, [FREE])
     assert stack(fake) == [patch]
     assert (patch.version, patch.made_at, patch.report) == (1, fake.world.now(), {"steps": 2})
@@ -102,9 +104,9 @@ def test_a_wish_becomes_a_patch_and_its_texts_go(fake: FakeModel) -> None:
     assert touched(fake) == {text(FREE)}
     assert (fake.vault.stored, fake.runs.stored) == ({}, {})
     assert [each.held for each in fake.ledger.vault()] == [False]
-    assert model_digest(fake.ledger) != before
+    assert model_digest(fake.world) != before
     patching.revert(opened(fake))
-    assert model_digest(fake.ledger) == before
+    assert model_digest(fake.world) == before
     assert (fake.patches.held(), fake.ledger.vault()) == (frozenset(), [])
     assert [each.state for each in fake.ledger.patches()] == ["reverted"]
 
@@ -374,3 +376,45 @@ def test_nothing_of_a_text_is_in_the_ledger(fake: FakeModel) -> None:
     for number in (0, FREE, FREE + 1):
         assert text(number) not in found
         assert fake_record(number).id not in found
+
+
+def test_a_report_forgets_what_was_measured_on_a_deleted_record(fake: FakeModel) -> None:
+    """A shard's mean before the deletion, with the one after it, tells of the record between them."""
+    effect = {"num_records": 5, "answer_probability_before": 0.5}
+    measured = {
+        "num_records": 10,
+        "base": effect,
+        "shards": effect,
+        "by_shard": {"0": effect, "1": effect},
+    }
+    want(opened(fake), wish_of([FREE]))
+    make_wanted(opened(fake), measure=lambda *_: measured)
+    (row,) = fake.ledger.lookup([fake.world.assigner.id_digest(fake_record(0).id)]).values()
+    delete(fake, 0)
+    (patch,) = stack(fake)
+    left = {str(1 - row.shard): effect}
+    told = {"num_records": 10, "base": None, "shards": None, "by_shard": left}
+    assert patch.report == {"steps": 2, "composition": told}
+
+
+def test_no_effect_on_few_records_is_kept() -> None:
+    few, enough = (Effect(n, 0.5, 0.5, 1.0, 0.0) for n in (MIN_RECORDS - 1, MIN_RECORDS))
+    told = Composition(9, enough, enough, {0: few, 1: enough}).to_json()
+    assert (told["by_shard"]["0"], told["by_shard"]["1"]["num_records"]) == (None, MIN_RECORDS)
+    assert Composition(4, few, few, {0: few}).to_json()["base"] is None
+
+
+def test_only_records_that_a_served_model_was_trained_on_are_asked(fake: FakeModel) -> None:
+    """Where training was put off, heads serve fewer slices than they hold records of."""
+    world = opened(fake)
+    last = max((row for shard in (0, 1) for row in world.ledger.rows(shard)), key=lambda r: r.slice)
+    forget_at_once(world, arrive(world, [last], (), Terms(approver="me")), defer=True)
+    heads = {head.shard: head.key for head in world.ledger.heads()}
+    prefixes = {
+        each.shard: each.prefix for each in world.ledger.checkpoints() if each.key in heads.values()
+    }
+    asked = _chosen(world, sorted(prefixes), 1000)
+    rows = [row for shard in prefixes for row in world.ledger.rows(shard)]
+    trained = {row.id_digest for row in rows if row.slice in prefixes[row.shard]}
+    assert {row.id_digest for row in asked} == trained
+    assert len(trained) < len(rows)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import tempfile
 import tracemalloc
 from pathlib import Path
@@ -16,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sisa import dataset_export
+from sisa import dataset_export, left_overs
 from sisa.config_types import DatasetSource, Limits
 from sisa.domain import Part, Record
 from sisa.errors import EnvironmentFault, InvalidInput, Problem
@@ -442,6 +444,35 @@ def test_a_saved_dataset_leaves_no_trace(
 ) -> None:
     scratch_home(tmp_path, monkeypatch)
     assert [each.text for each in read_records([saved])] == [SECRET, "x"]
+    assert leftovers(tmp_path) == []
+
+
+def test_texts_of_a_killed_reader_are_erased_by_the_next_one(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scratch_home(tmp_path, monkeypatch)
+    code = (
+        "from sisa.left_overs import scratch\nwith scratch() as folder:\n"
+        "    (folder / 'rows').write_text('a text')\n    print('there', flush=True)\n    input()"
+    )
+    environ = {**os.environ, "TMPDIR": str(tmp_path / "scratch")}
+    with subprocess.Popen(
+        [sys.executable, "-c", code], env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as reader:
+        assert reader.stdout is not None
+        assert reader.stdout.readline() == b"there\n"
+        (kept,) = (tmp_path / "scratch").iterdir()
+        monkeypatch.setattr(left_overs, "LEAST_AGE_S", 0.0)
+        read_records([saved])
+        assert (kept / "rows").exists(), "its reader lives"
+        reader.kill()
+        reader.wait()
+    assert (kept / "rows").exists()
+    monkeypatch.setattr(left_overs, "LEAST_AGE_S", 60.0)
+    read_records([saved])
+    assert kept.exists(), "a young one may not be locked yet"
+    monkeypatch.setattr(left_overs, "LEAST_AGE_S", 0.0)
+    read_records([saved])
     assert leftovers(tmp_path) == []
 
 
