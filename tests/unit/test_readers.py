@@ -106,7 +106,7 @@ def test_a_deletion_in_the_middle_of_a_question_is_no_damage(
     directory: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setattr(opened, "WAITS_S", (0.0, 0.0, 0.0))
-    monkeypatch.setattr(SqlLedger, "scrub", lambda _: None)  # it would wait for the reader, who waits
+    monkeypatch.setattr(SqlLedger, "scrub", lambda *_, **__: None)  # it would wait for the reader
     model, writer = (Model(directory, executor="serial") for _ in range(2))
     between = Between(monkeypatch)
     total = between.asking(lambda: QUESTIONS[name](model), -1, lambda: None)
