@@ -239,13 +239,21 @@ def status(directory: Path) -> Result:
     help="Shards to train from scratch and compare byte for byte.",
 )
 @click.option("--shard", type=click.IntRange(0), help="Replay this shard alone.")
+@click.option("--require-replay", is_flag=True, help="Fail where a shard can't be replayed.")
 @executor_option
-def verify(directory: Path, replay: str, shard: int | None, executor: str | OpenExecutor) -> Result:
+def verify(
+    directory: Path,
+    replay: str,
+    shard: int | None,
+    require_replay: bool,
+    executor: str | OpenExecutor,
+) -> Result:
     """Check every held byte; prove by replay."""
-    if shard is not None and replay == "none":
+    if replay == "none" and (shard is not None or require_replay):
         replay = "sample"
     with opened(directory, executor) as model:
-        return render.verified(model.verify(replay, shard))  # type: ignore[arg-type]
+        found = model.verify(replay, shard, require_replay=require_replay)  # type: ignore[arg-type]
+        return render.verified(found)
 
 
 @command("generate", 'sisa generate -m model --prompt "Where was Mara born?"')

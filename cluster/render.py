@@ -324,16 +324,25 @@ def status(found: Status) -> Result:
 
 
 def verified(found: Verification) -> Result:
-    lines = [f"{found.files_checked} files checked, {len(found.findings)} findings"]
+    lines = [
+        f"{found.files_checked} files checked, {found.vectors_embedded} texts embedded again, "
+        f"{len(found.findings)} findings"
+    ]
     lines += [f"  - {each.where}: {each.what}" for each in found.findings]
     for each in found.shards:
         if each.replayed:
             outcome = "equal, byte for byte" if each.equal else "DIFFERENT"
             lines.append(f"shard {each.shard}: {each.stages} stages trained from scratch: {outcome}")
+            if each.equal_apart is not None:
+                outcome = "equal, byte for byte" if each.equal_apart else "DIFFERENT"
+                lines.append(f"shard {each.shard}: each stage in a process of its own: {outcome}")
         else:
             lines.append(f"shard {each.shard}: not replayed ({each.reason})")
+    if not found.replayed:
+        lines.append("nothing was replayed: this does not show that training gives these weights")
     lines.append("ok" if found.ok else "NOT OK")
-    return Result(asdict(found), "\n".join(lines), 0 if found.ok else EXIT_INTEGRITY)
+    code = 0 if found.ok else EXIT_INTEGRITY
+    return Result({**asdict(found), "replayed": found.replayed}, "\n".join(lines), code)
 
 
 def answer(found: Answer) -> Result:

@@ -16,19 +16,25 @@ Not covered: opening a directory, and its lock (`opened.py`); the first training
 from __future__ import annotations
 
 import contextlib
+import importlib
+import os
+import subprocess
+import sys
 import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from sisa import lifecycle, query
 from sisa.ask import Answer, HeldPrompts, Prompt, ask, form_of, held_prompts, open_answerer, routes_of
+from sisa.config import RunConfig
 from sisa.cost import estimate_seconds, full_record_epochs, orders_record_epochs, serving_depth
 from sisa.deletion import forget_at_once, plan_forget
 from sisa.domain import (
+    Chain,
     ExportForm,
     Kind,
     Record,
@@ -37,14 +43,15 @@ from sisa.domain import (
     RequestState,
     Tombstone,
 )
-from sisa.errors import InvalidInput
+from sisa.errors import EnvironmentFault, InvalidInput
 from sisa.events import Notice, QueueSeen, Report
 from sisa.export import export_adapters
 from sisa.garbage import undisturbed
 from sisa.lifecycle import Terms
+from sisa.model.numerics import worker_environment
 from sisa.model.route import Route
 from sisa.opened import WAITS_S, OpenedModel, asked_again, silent
-from sisa.opening import LEDGER, SCRATCH, OpenExecutor
+from sisa.opening import LEDGER, SCRATCH, OnCluster, OpenExecutor
 from sisa.outcome import ForgetOutcome, ForgetPlan, Status
 from sisa.reader import named_by_place, read_like
 from sisa.reconcile import reconcile
@@ -56,7 +63,7 @@ from sisa.scratch import guard
 from sisa.stale_exports import missing
 from sisa.store import files
 from sisa.store.checkpoints import FileCheckpoints
-from sisa.verify import Replay, Verification, shards_to_replay, verify
+from sisa.verify import Apart, Replay, Verification, shards_to_replay, train_stage, verify
 from sisa.witness import standing
 from sisa.world import World, model_digest, purge, view_shards
 
@@ -276,17 +283,33 @@ class Model(OpenedModel):
             prompts=prompts,
         )
 
-    def verify(self, replay: Replay = "none", shard: int | None = None) -> Verification:
-        """Check every held byte; with `replay` train shards from scratch and compare the bytes."""
+    def verify(
+        self, replay: Replay = "none", shard: int | None = None, *, require_replay: bool = False
+    ) -> Verification:
+        """Check every held byte; with `replay` train shards from scratch and compare the bytes. One of
+        them is trained again stage by stage, each in a process of its own on this machine. With
+        `require_replay` a shard that was asked for and can't be replayed is a finding."""
         if replay == "none":
             return self._checked()
         with contextlib.ExitStack() as stack:
             world = stack.enter_context(self._writing())
             chosen = shards_to_replay(world, replay, shard)
-            scratch = world.places[SCRATCH].below(uuid.uuid4().hex)
             stack.callback(self._clear_scratch)
             world = replace(world, report=self.report)  # what is trained only to compare is not kept
-            return verify(world, chosen, FileCheckpoints(scratch, self.keyring, SCRATCH))
+            name = uuid.uuid4().hex
+            store = self._scratch(world, name)
+            return verify(world, chosen, store, self._apart(world), require_replay=require_replay)
+
+    def _scratch(self, world: World, name: str) -> FileCheckpoints:
+        return FileCheckpoints(world.places[SCRATCH].below(name), self.keyring, SCRATCH)
+
+    def _apart(self, world: World) -> Apart | None:
+        """None under an executor that was given: who knows with what it trains."""
+        if not isinstance(self.executor, str | OnCluster):
+            return None
+        name = uuid.uuid4().hex
+        train = partial(_train_apart, self.directory, self.config, name)
+        return Apart(self._scratch(world, name), train)
 
     @asked_again
     def _checked(self) -> Verification:
@@ -377,3 +400,50 @@ def _forgotten(
     lost = tuple(each.path for each in missing(world))
     digest = model_digest(world)
     return ForgetOutcome(request, tuple(dead), digest, lost, purge(world), deferred)
+
+
+def _train_apart(directory: Path, config: RunConfig, scratch: str, chains: Sequence[Chain]) -> None:
+    """Train all stages of a shard in processes of their own. Raises EnvironmentFault where one fails."""
+    keys = dict.fromkeys(job.key for chain in chains for job in chain.jobs)
+    here = str(Path(__file__).resolve().parents[1])
+    environment = {**os.environ, **worker_environment(config.sisa.threads_per_shard, config.arithmetic)}
+    paths = (here, os.environ.get("PYTHONPATH", ""))
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    shard = str(chains[0].shard)
+    code = "import sys; from sisa.api import train_forked; train_forked(*sys.argv[1:])"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(directory.absolute()), scratch, shard, *keys],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        check=False,
+    )
+    if done.returncode:
+        raise EnvironmentFault(
+            "a stage could not be trained again in a process of its own",
+            where=f"shard {shard}",
+            got=done.stdout.decode(errors="replace").strip() or f"exit {done.returncode}",
+            next_step="see whether memory is short, and whether the model opens with `sisa status`",
+        )
+
+
+def train_forked(directory: str, scratch: str, shard: str, *keys: str) -> None:
+    """Train stages one after another, each in a fork of this process, which has only imported."""
+    importlib.import_module("sisa.model.lora")
+    for key in keys:
+        child = os.fork()
+        if not child:
+            _train_and_exit(directory, scratch, int(shard), key)
+        if os.waitpid(child, 0)[1]:
+            raise SystemExit(1)
+
+
+def _train_and_exit(directory: str, scratch: str, shard: int, key: str) -> NoReturn:
+    try:
+        model = Model(directory, executor="serial")
+        with model._world(as_it_is=True) as world:
+            train_stage(replace(world, report=silent), shard, key, model._scratch(world, scratch))
+    except BaseException as error:  # its text may quote a record
+        os.write(1, type(error).__name__.encode())
+        os._exit(1)
+    os._exit(0)

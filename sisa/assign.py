@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 
 from sisa.bands import Bands
 from sisa.digest import Keyed, digest_of
@@ -100,6 +100,13 @@ class Assigner:
             vector_id=int(id_digest[:16], 16) >> (64 - VECTOR_ID_BITS),
             num_tokens=num_tokens,
         )
+
+    def differences(self, record: Record, row: RecordRow) -> list[str]:
+        """Return the names of the columns in which a held row is not the one of its record."""
+        again = replace(self.row(record, row.num_tokens), seq=row.seq)
+        return [
+            each.name for each in fields(row) if getattr(again, each.name) != getattr(row, each.name)
+        ]
 
 
 def normalised(text: str) -> str:

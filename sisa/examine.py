@@ -210,8 +210,11 @@ def _check_slice(world: World, file: SliceFile, *, with_key: bool) -> None:
         row = rows.pop(stored.id_digest, None)
         if row is None:
             raise IntegrityError("holds a record that the ledger does not")
-        if with_key and world.assigner.row(stored.record, 0).record_digest != row.record_digest:
+        wrong = world.assigner.differences(stored.record, row) if with_key else []
+        if "record_digest" in wrong:
             raise IntegrityError("holds a record that is not the recorded one")
+        if wrong:
+            raise IntegrityError(f"holds a record whose row has another {', '.join(wrong)}")
     if rows:
         raise IntegrityError(f"lacks {len(rows)} records that the ledger holds")
 

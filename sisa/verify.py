@@ -1,25 +1,32 @@
 """Proof: digests of all that is held, and a replay from scratch that must give the same bytes.
 
-Rules: every held file is read and checked against the ledger, records against their keyed digests, and
-index files against the ids that they should hold; a file that the ledger does not know is a finding.
-A replay trains a shard from the base on the records that remain, into a scratch store, and compares
-every file of every stage. It says `replayed: false` and why where the comparison would mean nothing:
-another numerics fingerprint, or a shard that is not at its target.
+Every held file is read and checked against the ledger. Records are placed and digested again, which must
+give their rows, and some of their texts, chosen by chance, are embedded again, which must give their
+vectors. A file that the ledger does not know is a finding.
 
-Not covered: signed certificates. Source: the definition of exact unlearning in Bourtoule et al. 2021,
-section III (equality of the model with one that was trained without the record).
+A replay trains a shard from the base on the records that remain, into a scratch store, and compares
+every file of every stage with the held ones. One process trains the whole chain. The stages of one of
+these shards are then trained a second time, each in a process of its own, from the files of its parent:
+what a process keeps from stage to stage would pass unseen otherwise. A shard says `replayed: false`, and
+why, where a comparison would mean nothing: another numerics fingerprint, or a shard that is not at its
+target. Without a replay weights are what the trainer said they were.
+
+Source: the definition of exact unlearning in Bourtoule et al. 2021, section III (equality of the model
+with one that was trained without the record).
 """
 
 from __future__ import annotations
 
+import random
 import secrets
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
-from sisa.domain import Chain, Head, IndexFile, SliceFile, SliceJob
-from sisa.errors import IntegrityError, InvalidInput, Problem
+from sisa.domain import Chain, Head, IndexFile, RecordRow, SliceFile
+from sisa.errors import EnvironmentFault, IntegrityError, InvalidInput, Problem
+from sisa.events import Notice
 from sisa.examine import forms
 from sisa.plan import all_paths, plan_shard, reached
 from sisa.ports import CheckpointStore
@@ -27,6 +34,9 @@ from sisa.reconcile import refuse_contradictions, training_started
 from sisa.world import World, held_names, known_names, view_shard
 
 Replay = Literal["none", "sample", "all"]
+EMPTY = "the shard holds no records"
+SAMPLED_SLICES, SAMPLED_RECORDS = 16, 4  # so many records of so many slices are embedded again
+TOLERANCE = 1e-3  # of a unit vector's components: other processors round otherwise
 
 
 @dataclass(frozen=True)
@@ -39,6 +49,7 @@ class ShardProof:
     equal: bool | None
     stages: int
     reason: str = ""
+    equal_apart: bool | None = None  # where each stage was trained again in a process of its own
 
 
 @dataclass(frozen=True)
@@ -49,6 +60,20 @@ class Verification:
     files_checked: int
     findings: tuple[Problem, ...]
     shards: tuple[ShardProof, ...]
+    vectors_embedded: int = 0  # texts that were embedded again
+
+    @property
+    def replayed(self) -> int:
+        """The number of shards that were trained from scratch."""
+        return sum(each.replayed for each in self.shards)
+
+
+@dataclass(frozen=True)
+class Apart:
+    """A store, and what trains all stages of a shard into it, each in a process of its own."""
+
+    store: CheckpointStore
+    train: Callable[[Sequence[Chain]], None]
 
 
 def shards_to_replay(world: World, replay: Replay, shard: int | None) -> list[int]:
@@ -64,14 +89,25 @@ def shards_to_replay(world: World, replay: Replay, shard: int | None) -> list[in
     return [secrets.choice(held)] if held else []
 
 
-def verify(world: World, replayed: Sequence[int], scratch: CheckpointStore | None) -> Verification:
-    """Check all held bytes; replay the shards named in `replayed` into `scratch`, side by side."""
+def verify(
+    world: World,
+    replayed: Sequence[int],
+    scratch: CheckpointStore | None,
+    apart: Apart | None = None,
+    *,
+    require_replay: bool = False,
+) -> Verification:
+    """Check all held bytes; replay the shards named in `replayed` into `scratch`, side by side, and one
+    of them `apart`, too. With `require_replay` a shard that holds records and can't be replayed is a
+    finding."""
     try:
         refuse_contradictions(world)
         count, findings = check_files(world)
+        vectors, wrong = check_vectors(world) if not findings else (0, [])
         heads = world.ledger.heads()
     except IntegrityError as error:  # of the ledger itself: what it names can't be judged
         return Verification(False, 0, (Problem("ledger", f"{error.what} (got {error.got})"),), ())
+    findings += wrong
     chains: dict[int, list[Chain]] = {}
     reasons: dict[int, str] = {}
     for head in heads:
@@ -87,14 +123,38 @@ def verify(world: World, replayed: Sequence[int], scratch: CheckpointStore | Non
         if now and scratch is not None:
             world.report(training_started(now))
             world.executor_for(scratch).run(now, world.report)
-    proofs = [_proof(world, head, chains.get(head.shard), scratch, reasons) for head in heads]
-    findings += [
-        Problem(f"shard {proof.shard}", "the replay's bytes differ from the held ones")
-        for proof in proofs
-        if proof.equal is False
+    again = secrets.choice(sorted(chains)) if chains and apart is not None else None
+    if again is not None and apart is not None:
+        world.report(Notice(f"shard {again}: once more, each stage in a process of its own"))
+        apart.train(chains[again])
+    proofs = [
+        _proof(world, head, chains.get(head.shard), scratch, apart if head.shard == again else None)
+        for head in heads
     ]
+    proofs = [replace(each, reason=reasons.get(each.shard, "")) for each in proofs]
+    findings += [*_differing(proofs), *(_unproved(proofs, replayed) if require_replay else ())]
     findings += _plain_files(world)
-    return Verification(not findings, count, tuple(findings), tuple(proofs))
+    return Verification(not findings, count, tuple(findings), tuple(proofs), vectors)
+
+
+def _differing(proofs: Iterable[ShardProof]) -> Iterator[Problem]:
+    for proof in proofs:
+        if proof.equal is False:
+            yield Problem(f"shard {proof.shard}", "the replay's bytes differ from the held ones")
+        if proof.equal_apart is False:
+            what = (
+                "trained again, each stage in a process of its own, its bytes differ from the held ones"
+            )
+            yield Problem(f"shard {proof.shard}", what)
+
+
+def _unproved(proofs: Sequence[ShardProof], replayed: Sequence[int]) -> Iterator[Problem]:
+    """What a required replay left out; shards without records have nothing to show."""
+    for proof in proofs:
+        if proof.shard in replayed and not proof.replayed and proof.reason != EMPTY:
+            yield Problem(f"shard {proof.shard}", f"was not replayed: {proof.reason}")
+    if not any(proof.replayed for proof in proofs):
+        yield Problem("replay", "no shard was replayed, and a replay was required")
 
 
 def _chains(world: World, head: Head) -> list[Chain] | str:
@@ -103,7 +163,7 @@ def _chains(world: World, head: Head) -> list[Chain] | str:
     if not head.converged:
         return "the shard is not at its target yet: run `sisa train` with its run file"
     if head.key is None:
-        return "the shard holds no records"
+        return EMPTY
     held = {each.key: each for each in world.ledger.checkpoints(head.shard)}
     if held[head.key].fingerprint != world.fingerprint:
         return (
@@ -120,18 +180,28 @@ def _proof(
     head: Head,
     chains: Sequence[Chain] | None,
     scratch: CheckpointStore | None,
-    reasons: Mapping[int, str],
+    apart: Apart | None,
 ) -> ShardProof:
     if chains is None or scratch is None:
-        return ShardProof(head.shard, head.key, False, None, 0, reasons.get(head.shard, ""))
+        return ShardProof(head.shard, head.key, False, None, 0)
     known = {each.key for each in world.ledger.checkpoints(head.shard)}
-    stages = {job.key: job for chain in chains for job in chain.jobs if job.key in known}
-    equal = all(_same(world, scratch, job) for job in stages.values())
-    return ShardProof(head.shard, head.key, True, equal, len(stages))
+    stages = sorted({job.key for chain in chains for job in chain.jobs} & known)
+
+    def same(store: CheckpointStore) -> bool:
+        return all(world.checkpoints.describe(key) == store.describe(key) for key in stages)
+
+    equal_apart = same(apart.store) if apart else None
+    return ShardProof(head.shard, head.key, True, same(scratch), len(stages), equal_apart=equal_apart)
 
 
-def _same(world: World, scratch: CheckpointStore, job: SliceJob) -> bool:
-    return world.checkpoints.describe(job.key) == scratch.describe(job.key)
+def train_stage(world: World, shard: int, key: str, store: CheckpointStore) -> None:
+    """Train one stage of a shard from the base, or from its parent in the store, into the store."""
+    files = tuple(world.ledger.slices(shard))
+    for path in all_paths(shard, files, world.recipe, world.fingerprint):
+        for number, job in enumerate(path, start=1):
+            if job.key == key:  # what is before it rests in the store, and is not trained again
+                world.executor_for(store).run([Chain(shard, path[:number], None, files)], world.report)
+                return
 
 
 def check_files(world: World) -> tuple[int, list[Problem]]:
@@ -187,11 +257,40 @@ def _check_slice(world: World, file: SliceFile) -> None:
     rows = {row.id_digest: row for row in world.ledger.rows(file.shard, file.slice)}
     for stored in world.records.read(file):
         row = rows.pop(stored.id_digest, None)
-        again = world.assigner.row(stored.record, 0)
-        if row is None or again.record_digest != row.record_digest:
+        if row is None:
             raise IntegrityError("a slice file holds a record that the ledger does not")
+        if wrong := world.assigner.differences(stored.record, row):
+            raise IntegrityError(
+                "a record's row is not the one that its content and the key give",
+                expected="equal rows",
+                got=f"another {', '.join(wrong)}",
+            )
     if rows:
         raise IntegrityError(f"a slice file lacks {len(rows)} records that the ledger holds")
+
+
+def check_vectors(world: World) -> tuple[int, list[Problem]]:
+    """Embed some texts again, chosen by chance; return how many, and the shards whose index has other
+    vectors. Without the embedder there are none."""
+    sampled: list[tuple[IndexFile, RecordRow, str]] = []
+    indexes = {each.shard: each for each in world.ledger.indexes()}
+    slices = world.ledger.slices()
+    for file in random.SystemRandom().sample(slices, min(len(slices), SAMPLED_SLICES)):
+        rows = {row.id_digest: row for row in world.ledger.rows(file.shard, file.slice)}
+        records = world.records.read(file)
+        for stored in random.SystemRandom().sample(records, min(len(records), SAMPLED_RECORDS)):
+            sampled.append((indexes[file.shard], rows[stored.id_digest], stored.record.text))
+    try:
+        vectors = world.embed([text for _, _, text in sampled])
+    except EnvironmentFault:
+        return 0, []
+    wrong = {
+        index.name
+        for (index, row, _), vector in zip(sampled, vectors, strict=True)
+        if abs(world.index.vectors(index, [row.vector_id])[0] - vector).max() > TOLERANCE
+    }
+    what = "holds a vector that is not that of its record's text"
+    return len(sampled), [Problem(f"index/{name}", what) for name in sorted(wrong)]
 
 
 def _check_index(world: World, file: IndexFile) -> None:

@@ -202,17 +202,18 @@ def test_a_replay_is_sealed_in_a_room_of_its_own_and_leaves_nothing(sealed: Tiny
     model = sealed.open()
     real = sisa.verify.verify
 
-    def verify(world: Any, chosen: Any, scratch: Any) -> Any:
-        proof = real(world, chosen, scratch)
+    def verify(world: Any, chosen: Any, scratch: Any, apart: Any, **options: Any) -> Any:
+        proof = real(world, chosen, scratch, apart, **options)
         files = [path for path in (sealed.directory / SCRATCH).rglob("*") if path.is_file()]
         seen.append((len(files) > 0, all(is_sealed(path.read_bytes()) for path in files)))
         seen.append((scratch.room == SCRATCH, scratch.held() == world.keyring.held(SCRATCH)))
+        seen.append((bool(apart.store.held()), apart.store.held() <= scratch.held()))
         return proof
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sisa.api.verify", verify)
         assert model.verify(replay="all").ok
-    assert seen == [(True, True)] * 2
+    assert seen == [(True, True)] * 3
     assert not (sealed.directory / SCRATCH).exists()
     assert keyring_of(sealed).held(SCRATCH) == frozenset()
     keyring_of(sealed).seal(SCRATCH, "left by a killed replay", "", b"")

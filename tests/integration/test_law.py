@@ -78,6 +78,7 @@ def test_a_history_ends_in_the_bytes_of_training_from_scratch(
     proof = model.verify(replay="all")
     assert proof.ok
     assert [each.equal for each in proof.shards] == [True, True, True]
+    assert [each.equal_apart for each in proof.shards].count(True) == 1
 
 
 def test_bands_put_the_likeliest_last_and_keep_the_law(tmp_path: Path, tiny_base: Path) -> None:

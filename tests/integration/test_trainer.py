@@ -496,17 +496,10 @@ def test_answers_are_the_mean_of_probabilities(base: BaseFiles) -> None:
 
 def test_embedder_rows_do_not_depend_on_batch_mates(tmp_path: Path) -> None:
     import numpy as np
-    import torch
-    from transformers import BertConfig, BertModel
 
-    from sisa.model.base import load_tokenizer
     from sisa.model.embedder import resolve_embedder
 
-    make_tiny_base(tmp_path)
-    torch.manual_seed(0)
-    size = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
-    config = BertConfig(vocab_size=len(load_tokenizer(tmp_path)), num_hidden_layers=2, **size)
-    BertModel(config, add_pooling_layer=False).save_pretrained(tmp_path)
+    make_tiny_embedder(tmp_path)
     embedder = resolve_embedder(str(tmp_path))
     texts = [f"{'word ' * (number % 5 * 9)}{number}" for number in range(21)] + ["", "x" * 900]
     together = embedder.embed(texts)
@@ -515,6 +508,58 @@ def test_embedder_rows_do_not_depend_on_batch_mates(tmp_path: Path) -> None:
     for row, text in enumerate(texts):
         assert embedder.embed([text])[0].tobytes() == together[row].tobytes()
     assert embedder.digest == resolve_embedder(str(tmp_path)).digest
+
+
+def test_an_embedder_runs_at_fixed_shapes(tmp_path: Path) -> None:
+    """A text's bucket comes from its own length: another shape may round otherwise elsewhere."""
+    from sisa.model.embedder import LENGTHS, ROWS, resolve_embedder
+
+    embedder: Any = resolve_embedder(str(make_tiny_embedder(tmp_path)))
+    model, tokenizer = embedder._load()
+    shapes = []
+    model.register_forward_pre_hook(
+        lambda _model, _args, given: shapes.append(tuple(given["input_ids"].shape)), with_kwargs=True
+    )
+    texts = ["a" * length for length in (1, 20, 31, 33, 70, 250, 900)]
+    embedder.embed(texts)
+    lengths = [min(len(tokenizer(text).input_ids), LENGTHS[-1]) for text in texts]
+    buckets = {min(each for each in LENGTHS if each >= length) for length in lengths}
+    assert shapes == [(ROWS, each) for each in LENGTHS if each in buckets]
+
+
+def make_tiny_embedder(directory: Path) -> Path:
+    import torch
+    from transformers import BertConfig, BertModel
+
+    from sisa.model.base import load_tokenizer
+
+    make_tiny_base(directory)
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+    config = BertConfig(vocab_size=len(load_tokenizer(directory)), num_hidden_layers=2, **size)
+    BertModel(config, add_pooling_layer=False).save_pretrained(directory)
+    return directory
+
+
+def test_states_do_not_depend_on_what_was_kept_before(base: BaseFiles) -> None:
+    import torch
+
+    from sisa.model.base import load_base
+    from sisa.model.prefix import Lower, Prefixes
+    from sisa.model.tokens import tokenize
+
+    model, tokenizer = load_base(base.directory, base.digest)
+    lower = Lower(model, 1)
+    rows = [tokenize(each.record, tokenizer, train_on_inputs=False).input_ids for each in RECORDS]
+    near = [[*each, 5, 6] for each in rows] + [each[:-1] for each in rows]  # of common beginnings
+    plain = [Lower(load_base(base.directory, base.digest)[0], 1).alone(each) for each in rows]
+    for room in (0, 30_000, 1 << 30):
+        for past in (near, [*near, *reversed(rows)]):
+            prefixes = Prefixes(room)
+            for each in past:
+                prefixes.states(lower, each)
+            found = [prefixes.states(lower, each) for each in rows]
+            assert all(map(torch.equal, found, plain))
 
 
 TOP: dict[str, Any] = {"lora_layers": "top:1", "lora_target_modules": "all-linear"}

@@ -14,8 +14,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sisa.config import TRAINING_KEYS
 from sisa.domain import Head, HeldCheckpoint, RecordRow, SliceJob, SliceState, record_epochs
-from sisa.plan import Recipe, Schedule, ShardPlan, ShardView, jobs, passes, plan_shard, tainted
+from sisa.plan import (
+    LAYERWISE,
+    Recipe,
+    Schedule,
+    ShardPlan,
+    ShardView,
+    jobs,
+    passes,
+    plan_shard,
+    tainted,
+)
 
 RECIPE = Recipe(3, "cumulative", 2, {"learning_rate": 0.1}, "base")
 schedules = st.sampled_from(["cumulative", "sequential"])
@@ -145,6 +156,14 @@ def test_every_input_reaches_the_key() -> None:
         replace(job, fingerprint="there"),
         replace(job, before=(2,)),
     ]
+    assert len({each.key for each in [job, *others]}) == len(others) + 1
+
+
+def test_every_setting_of_the_training_reaches_the_key() -> None:
+    training = dict.fromkeys((*TRAINING_KEYS, "lora_layers", LAYERWISE, "device", "dtype"), 0)
+    job = replace(path(FULL)[1], training=training)
+    others = [replace(job, training={**training, name: 1}) for name in training]
+    assert "seed" in training
     assert len({each.key for each in [job, *others]}) == len(others) + 1
 
 
