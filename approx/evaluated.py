@@ -31,13 +31,15 @@ class AnswerScore:
     """One answer under one model, per token, [L] each.
 
     `correct`: whether the model's likeliest token was the true one, given the true tokens before it.
-    `means` and `variances`: of log p(v) over the next token v ~ p.
+    `means` and `variances`: of log p(v) over the next token v ~ p. `num_closing`: tokens at the end that
+    close the answer (end token, white space), which metrics of what is said leave out.
     """
 
     logprobs: tuple[float, ...]
     correct: tuple[bool, ...]
     means: tuple[float, ...]
     variances: tuple[float, ...]
+    num_closing: int = 1
 
     @property
     def loss(self) -> float:
@@ -48,14 +50,16 @@ class AnswerScore:
     def num_tokens(self) -> int:
         return len(self.logprobs)
 
-    def without_end(self) -> AnswerScore:
-        """The same without its last token, unless that is its only one."""
-        return self.only([True] * max(1, self.num_tokens - 1) + [False] * (self.num_tokens > 1))
+    def without_closing(self) -> AnswerScore:
+        """Return the same without the tokens that close the answer, down to one token."""
+        said = max(1, self.num_tokens - self.num_closing)
+        return self.only([at < said for at in range(self.num_tokens)])
 
     def only(self, kept: Sequence[bool]) -> AnswerScore:
         """The same with some of its tokens alone."""
         parts = (self.logprobs, self.correct, self.means, self.variances)
-        return AnswerScore(*(tuple(compress(part, kept)) for part in parts))  # type: ignore[arg-type]
+        logprobs, correct, means, variances = (tuple(compress(part, kept)) for part in parts)
+        return AnswerScore(logprobs, correct, means, variances, 0)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,7 +45,14 @@ from sisa.model.base import (
 )
 from sisa.model.packages import PREFIX
 from sisa.model.route import Route
-from sisa.model.tokens import Tokens, Untokenizable, encode_prompt, tokenize
+from sisa.model.tokens import (
+    NO_LOSS,
+    Tokens,
+    Untokenizable,
+    encode_prompt,
+    tokenize,
+    without_closing,
+)
 from sisa.opening import LEDGER
 
 Logits = Callable[[Tensor, Sequence[int]], Tensor]
@@ -124,7 +132,7 @@ class HuggingFaceModel:
     ) -> list[AnswerScore]:
         tokens = tokens_of(pairs, form, self._tokenizer)
         _refuse_long(self._model, [len(each.input_ids) for each in tokens])
-        return _scored(tokens, batch_size, self._pad, self._logits)
+        return _scored(tokens, batch_size, self._pad, self._logits, self._tokenizer)
 
     def _logits(self, ids_BT: Tensor, _rows: Sequence[int]) -> Tensor:
         with torch.inference_mode():
@@ -170,7 +178,7 @@ class DeletionReadyModel:
         def logits(ids_BT: Tensor, rows: Sequence[int]) -> Tensor:
             return self._answerer.logprobs_BTV(ids_BT, [routes[at] for at in rows])
 
-        return _scored(tokens, batch_size, pad, logits)
+        return _scored(tokens, batch_size, pad, logits, tokenizer)
 
     def generate(
         self, questions: Sequence[str], form: PromptForm, max_new_tokens: int, batch_size: int
@@ -237,14 +245,23 @@ def _refuse_long(model: Any, lengths: Sequence[int]) -> None:
         )
 
 
-def _scored(tokens: Sequence[Tokens], batch_size: int, pad_id: int, logits: Logits) -> list[AnswerScore]:
-    """Scores in order. The last token is never read, only predicted. `logits` gets a batch and
+def _scored(
+    tokens: Sequence[Tokens], batch_size: int, pad_id: int, logits: Logits, tokenizer: Any
+) -> list[AnswerScore]:
+    """Return scores in order. The last token is never read, only predicted. `logits` gets a batch and
     the places of its rows."""
     found: dict[int, AnswerScore] = {}
     for rows in _batches([len(each.input_ids) for each in tokens], batch_size):
         batch = collate([tokens[at] for at in rows], pad_id)
         found |= dict(zip(rows, answer_scores(logits(batch.ids_BT1[:, :-1], rows), batch), strict=True))
-    return [found[at] for at in range(len(tokens))]
+    return [
+        replace(found[at], num_closing=_num_closing(each, tokenizer)) for at, each in enumerate(tokens)
+    ]
+
+
+def _num_closing(tokens: Tokens, tokenizer: Any) -> int:
+    said = without_closing(tokens, tokenizer).labels
+    return said.count(NO_LOSS) - tokens.labels.count(NO_LOSS)
 
 
 def _batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:

@@ -162,8 +162,7 @@ def _measures(name: str, rows: Sequence[LogRow], variant: Variant) -> dict[str, 
 
 
 def _forget_means(rows: Sequence[LogRow], variant: Variant) -> ForgetSet:
-    # The tokens that extraction strength counts are those without the end token.
-    lengths = [max(1, row.num_token_gt - 1) for row in rows]
+    lengths = [row.num_token_said or max(1, row.num_token_gt - 1) for row in rows]
     extraction = _mean_or_none([row.extraction_strength for row in rows])
     return ForgetSet(
         probability=_mean([probability(row.avg_gt_loss) for row in rows]),

@@ -1,11 +1,9 @@
 """A model and TOFU's questions -> a log with a row per question; the model is asked, nothing is judged.
 
-Rules: questions are asked batch by batch in their order, and each batch is on the disk before the next
-one; what the log holds already is not asked again. Metrics of an answer's tokens leave out its end token
-(as open-unlearning does); its loss holds it (as locuslab does). Batches change no result beyond
-rounding.
-
-Not covered: aggregates (`tofu_aggregates.py`); answers cut off at stop words.
+Questions are asked batch by batch in their order, and each batch is on the disk before the next one;
+what the log holds already is not asked again. Metrics of an answer's tokens leave out what closes it (as
+open-unlearning does with the end token); its loss holds the end token (as locuslab does). Batches change
+no result beyond rounding.
 
     rows = evaluate(model, questions, Path("full.jsonl"), Settings(PromptForm("chat")))
 """
@@ -85,6 +83,8 @@ def log_name(model: EvaluatedModel, split: str, header: Header) -> str:
 def header_of(model: EvaluatedModel, questions: Sequence[Question], settings: Settings) -> Header:
     """What the log of this evaluation begins with."""
     held = {**asdict(settings.form), "max_new_tokens": settings.max_new_tokens}
+    if settings.form.kind == "chat":
+        held["answer_ends_at"] = "end token"  # earlier logs of chats counted the template's line break
     return Header(model.digest, questions_digest(questions), held)
 
 
@@ -142,13 +142,14 @@ def _row(
     perturbed: tuple[float, ...],
     generated: str | None,
 ) -> LogRow:
-    bare = own.without_end()
+    bare = own.without_closing()
     recall = None if generated is None else rougeL_recall(question.answer, generated)
     return LogRow(
         set=question.set,
         idx=question.idx,
         avg_gt_loss=own.loss,
         num_token_gt=own.num_tokens,
+        num_token_said=bare.num_tokens,
         ground_truth=question.answer,
         avg_paraphrased_loss=paraphrased,
         average_perturb_loss=perturbed,

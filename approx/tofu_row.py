@@ -19,6 +19,7 @@ from typing import Any
 from sisa.digest import canonical_json
 
 SCORES = (
+    "num_token_said",
     *("extraction_strength", "exact_memorisation"),
     *("loss", "zlib", "min_k", "min_k_plus_plus"),
 )
@@ -42,7 +43,7 @@ COLUMNS = (
 class LogRow:
     """What was measured on one question. Losses are per token, in nats; None: not asked of this set.
 
-    The last six are absent from locuslab's logs.
+    The last seven are absent from locuslab's logs; `num_token_said` leaves out what closes the answer.
     """
 
     set: str
@@ -60,6 +61,7 @@ class LogRow:
     zlib: float | None = None
     min_k: float | None = None
     min_k_plus_plus: float | None = None
+    num_token_said: int | None = None
 
     @property
     def place(self) -> tuple[str, int]:

@@ -22,7 +22,7 @@ from sisa.errors import InvalidInput
 from sisa.model.route import Route, all_of
 from tests.fake_evaluated import FakeEvaluated, made_up
 from tests.integration.tiny_model import PEOPLE, train_scratch
-from tests.tiny_base import make_tiny_base
+from tests.tiny_base import CHAT_TEMPLATE, make_tiny_base
 
 REAL = ("hugging face", "adapter", "deletion-ready")
 FORMS = [
@@ -109,7 +109,7 @@ def test_a_score_is_per_token(model: EvaluatedModel) -> None:
         assert lengths == {score.num_tokens}
         assert all(each <= 0 for each in score.logprobs)
         assert all(each >= 0 for each in score.variances)
-        assert score.without_end().num_tokens == score.num_tokens - 1
+        assert score.without_closing().num_tokens == score.num_tokens - 1
 
 
 def test_answers_are_bare_and_as_short_as_asked(model: EvaluatedModel) -> None:
@@ -168,6 +168,36 @@ def test_a_hugging_face_model_is_scored_as_transformers_does(base: Path) -> None
         variances = (chances * logprobs.square()).sum(-1) - means.square()
         assert score.variances == pytest.approx(variances.tolist(), abs=1e-4)
         assert score.correct == tuple((logprobs.argmax(-1) == torch.tensor(said)).tolist())
+
+
+# The template, and how many tokens with loss close an answer of it.
+TEMPLATES = {
+    "line break after the end token": (CHAT_TEMPLATE, 1),
+    "end token last": (CHAT_TEMPLATE.replace(" + '\\n' }}{% endfor", " }}{% endfor"), 1),
+    "line break before the end token": (CHAT_TEMPLATE.replace("'<|im_end|>'", "'\\n<|im_end|>'"), 2),
+    "no end token": (CHAT_TEMPLATE.replace(" + '<|im_end|>' + '\\n'", ""), 0),
+}
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(("template", "num_closing"), TEMPLATES.values(), ids=TEMPLATES)
+def test_metrics_of_a_chat_are_of_what_is_said(
+    base: Path, tmp_path: Path, template: str, num_closing: int
+) -> None:
+    """Whatever the template puts behind an answer; the tokenizer of the base has a token a byte."""
+    from transformers import AutoTokenizer
+
+    from approx.evaluated_models import open_evaluated
+
+    assert "im_end" in CHAT_TEMPLATE
+    copy = shutil.copytree(base, tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(copy)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(copy)
+    found = open_evaluated(str(copy)).score(PAIRS, PromptForm("chat"), 4)
+    for (_, answer), score in zip(PAIRS, found, strict=True):
+        assert score.without_closing().num_tokens == len(answer.encode())
+        assert score.num_tokens == len(answer.encode()) + num_closing
 
 
 @pytest.mark.torch
