@@ -95,8 +95,8 @@ class PromptForm:
 class EvaluatedModel(Protocol):
     """A model that answers. `name` is for people, `digest` names its weights and how they are used.
 
-    `kind`: how questions are best put to it: as most of a deletion-ready model's records are written,
-    else by its chat template if it has one.
+    `kind`: how questions are best put to it: in the form of a deletion-ready model's shards, else by its
+    chat template if it has one.
     """
 
     @property
