@@ -16,8 +16,10 @@ Not covered: opening a directory, and its lock (`opened.py`); the first training
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -72,6 +74,7 @@ if TYPE_CHECKING:
     from sisa.model.answer import Answerer
 
 DIRECT = "sisa forget"  # approves the requests of a direct deletion
+PR_SET_PDEATHSIG = 1  # of prctl.h
 NEAR_DUPLICATE = 0.95  # inner product of unit vectors from which a record is proposed as a copy
 
 
@@ -429,7 +432,9 @@ def _train_apart(directory: Path, config: RunConfig, scratch: str, chains: Seque
 
 def train_forked(directory: str, scratch: str, shard: str, *keys: str) -> None:
     """Train stages one after another, each in a fork of this process, which has only imported."""
-    importlib.import_module("sisa.model.lora")
+    _end_with_parent()
+    for module in ("sisa.model.lora", "pyarrow.dataset"):
+        importlib.import_module(module)
     for key in keys:
         child = os.fork()
         if not child:
@@ -439,6 +444,7 @@ def train_forked(directory: str, scratch: str, shard: str, *keys: str) -> None:
 
 
 def _train_and_exit(directory: str, scratch: str, shard: int, key: str) -> NoReturn:
+    _end_with_parent()
     try:
         model = Model(directory, executor="serial")
         with model._world(as_it_is=True) as world:
@@ -447,3 +453,9 @@ def _train_and_exit(directory: str, scratch: str, shard: int, key: str) -> NoRet
         os.write(1, type(error).__name__.encode())
         os._exit(1)
     os._exit(0)
+
+
+def _end_with_parent() -> None:
+    """Let the system kill this process with its parent: nothing writes after a replay was broken off."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

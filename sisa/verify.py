@@ -282,7 +282,7 @@ def check_vectors(world: World) -> tuple[int, list[Problem]]:
             sampled.append((indexes[file.shard], rows[stored.id_digest], stored.record.text))
     try:
         vectors = world.embed([text for _, _, text in sampled])
-    except EnvironmentFault:
+    except (EnvironmentFault, InvalidInput):  # it can't be fetched, or is not where it was
         return 0, []
     wrong = {
         index.name
