@@ -19,7 +19,7 @@ import ray
 from approx.patching import PatchMaker
 from cluster.places import Placement
 from cluster.proofs import Terms
-from cluster.ray_executor import Carrier, leased, manifest_of
+from cluster.ray_executor import Carrier, leased, lent_keys, manifest_of
 from cluster.ray_session import Session, connect
 from cluster.ray_tasks import run_tasks
 from cluster.ray_worker import Carried, base_on_this_node
@@ -32,7 +32,7 @@ from sisa.opening import PATCHES
 from sisa.patch_ports import PatchMade, PatchOrder, PatchSite
 from sisa.store import runs
 from sisa.store.checkpoints import FILES
-from sisa.store.keyring import FileKeyring
+from sisa.store.local_place import LocalPlace
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,14 +92,14 @@ class RayPatcher:
 def _lent(site: PatchSite, key: str) -> Iterator[PatchSite]:
     """A site as the worker gets it, as of `ray_executor.lent`: what an unfinished run puts aside is
     sealed, and can't be once the run's key is destroyed."""
-    patches_keyring, vault_keyring = site.patches_keyring, site.vault_keyring
-    if isinstance(patches_keyring, FileKeyring):
-        patches_keyring = patches_keyring.lend(PATCHES, [key])
-    if isinstance(vault_keyring, FileKeyring):
-        vault_keyring = vault_keyring.lend(runs.ROOM, [key])
-    with leased(site.patches_at, [f"{key}/{name}" for name in FILES]) as (lease, accept):
-        there = replace(site, patches_keyring=patches_keyring, vault_keyring=vault_keyring)
-        yield replace(there, patches_at=lease)
+    files = [f"{key}/{name}" for name in FILES]
+    with (
+        lent_keys(site.patches_keyring, PATCHES, [key], site.patches_at) as patches_keyring,
+        lent_keys(site.vault_keyring, runs.ROOM, [key], LocalPlace(site.runs_dir)) as vault_keyring,
+        leased(site.patches_at, files) as (patches_at, accept),
+    ):
+        keys = {"patches_keyring": patches_keyring, "vault_keyring": vault_keyring}
+        yield replace(site, patches_at=patches_at, **keys)
         accept(key)
 
 

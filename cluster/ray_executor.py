@@ -34,6 +34,7 @@ from sisa.errors import InvalidInput, Problem
 from sisa.events import Event, Notice, Report, SliceTrained
 from sisa.model.numerics import require_device, worker_environment
 from sisa.place_ports import Place
+from sisa.ports import Keyring
 from sisa.prefix_names import ROOM as PREFIXES
 from sisa.prefix_names import keeps_prefixes, prefix_name
 from sisa.serial import Site, order_chains
@@ -142,11 +143,10 @@ def lent(site: Site, chains: Sequence[Chain]) -> Iterator[tuple[Site, Callable[[
     jobs = [job for chain in chains for job in chain.jobs]
     stages = sorted(job.key for job in jobs)
     prefixes = sorted({name for job in jobs for name in _prefixes(site, job)})
-    keyring = site.keyring
-    if isinstance(keyring, FileKeyring):
-        keyring = keyring.lend(site.room, stages).lend(PREFIXES, prefixes)
     files = [f"{key}/{name}" for key in stages for name in FILES]
     with (
+        lent_keys(site.keyring, site.room, stages, site.checkpoints_at) as keyring,
+        lent_keys(keyring, PREFIXES, prefixes, site.prefixes_at) as keyring,
         leased(site.checkpoints_at, files) as (checkpoints, accept_stage),
         leased(site.prefixes_at, prefixes) as (states, accept_states),
     ):
@@ -158,6 +158,20 @@ def lent(site: Site, chains: Sequence[Chain]) -> Iterator[tuple[Site, Callable[[
 
         there = replace(site, keyring=keyring, checkpoints_at=checkpoints, prefixes_at=states)
         yield there, accept
+
+
+@contextlib.contextmanager
+def lent_keys(keyring: Keyring, room: str, names: Collection[str], place: Place) -> Iterator[Keyring]:
+    """A keyring with keys of these files, as workers get it; keys of files that did not come to be are
+    destroyed at the end."""
+    if not isinstance(keyring, FileKeyring) or not names:
+        yield keyring
+        return
+    try:
+        yield keyring.lend(room, names)
+    finally:
+        if keyring.seals:
+            keyring.destroy(room, sorted({*names} - place.held()))
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ import contextlib
 import time
 import uuid
 from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -37,6 +38,7 @@ from sisa.store.object_client import code_of, store_errors
 LAST = "manifest.json"  # of a group: it is whole when this part exists
 BATCH = 1000  # objects that one request may delete
 ERASE_TRIES = 10
+LENDERS = 16  # puts at once: a model may have thousands of stages
 FEW_NAMES = 8  # that are listed one by one; of more, all there is
 CONFLICT_TRIES, CONFLICT_PAUSE_S = 5, 0.2
 GONE = ("NoSuchKey", "NoSuchVersion", "404")
@@ -200,9 +202,13 @@ class ObjectPlace:
             self.put_new(f"{name}/{LAST}", parts[LAST])
 
     def lend(self, area: str, names: Collection[str]) -> ObjectPlace:
-        lent = self.below(area)
-        for name in sorted(names):
-            lent.put(name, b"")
+        lent, boto = self.below(area), self._boto
+
+        def put(name: str) -> None:
+            boto.put_object(Bucket=self.bucket, Key=lent._key(name), Body=b"")
+
+        with store_errors(lent.location()), ThreadPoolExecutor(LENDERS) as pool:
+            list(pool.map(put, sorted(names)))
         return replace(lent, lent=True)
 
     def accept(self, area: str, name: str) -> None:
