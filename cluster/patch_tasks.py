@@ -28,6 +28,7 @@ from sisa.config import RunConfig
 from sisa.domain import Record
 from sisa.errors import EnvironmentFault
 from sisa.events import Report
+from sisa.model.numerics import fingerprint
 from sisa.opening import PATCHES
 from sisa.patch_ports import PatchMade, PatchOrder, PatchSite
 from sisa.store import runs
@@ -83,7 +84,8 @@ class RayPatcher:
             label=_label,
             max_retries=self._max_retries,
             mend=Carrier(site.base_dir, report),
-            terms=Terms(site.threads, frozenset({order.job.fingerprint}), site.base_dir, manifest),
+            # of this machine: whether the job was made under others, the maker says
+            terms=Terms(site.threads, frozenset({fingerprint(site.threads)}), site.base_dir, manifest),
         )
         return made
 
