@@ -96,12 +96,11 @@ def _lent(site: PatchSite, key: str) -> Iterator[PatchSite]:
     sealed, and can't be once the run's key is destroyed."""
     files = [f"{key}/{name}" for name in FILES]
     with (
-        lent_keys(site.patches_keyring, PATCHES, [key], site.patches_at) as patches_keyring,
-        lent_keys(site.vault_keyring, runs.ROOM, [key], LocalPlace(site.runs_dir)) as vault_keyring,
-        leased(site.patches_at, files) as (patches_at, accept),
+        lent_keys(site.patches_keyring, PATCHES, [key], site.patches_at) as keyring,
+        lent_keys(site.vault_keyring, runs.ROOM, [key], LocalPlace(site.runs_dir)) as of_vault,
+        leased(site.patches_at, files) as (patches, accept),
     ):
-        keys = {"patches_keyring": patches_keyring, "vault_keyring": vault_keyring}
-        yield replace(site, patches_at=patches_at, **keys)
+        yield replace(site, patches_at=patches, patches_keyring=keyring, vault_keyring=of_vault)
         accept(key)
 
 
