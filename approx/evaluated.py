@@ -1,11 +1,9 @@
 """What is evaluated, as the evaluation sees it: something that scores answers and gives answers.
 
-Rules: one Protocol, `EvaluatedModel`; a Hugging Face model and a deletion-ready one stand behind it
+`EvaluatedModel` is a Protocol; a Hugging Face model and a deletion-ready one implement it
 (`evaluated_models.py`), and a fake in the tests. A score is per answer token, the answer's end token
 last. `PromptForm` says how a question is put; it belongs to the settings of an evaluation, for the same
 model scores otherwise under another form. Torch is not imported here.
-
-Not covered: what is computed from scores (`approx/metrics`), few-shot prompts, system prompts.
 
 >>> form = PromptForm("completion", "Question: {question}\\nAnswer: {answer}")
 >>> form.fill("Who?", "Ada.")

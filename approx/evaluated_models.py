@@ -2,14 +2,12 @@
 
 Shapes: as `answer_tokens.py`.
 
-Rules: rows are padded on the right to be scored, without a mask, and on the left, with one, to generate;
-so the batch size reaches results by rounding alone: below 1e-5 of a value, or of 1 where it is smaller
+Rows are padded on the right to be scored, without a mask, and on the left, with one, to generate; so
+the batch size reaches results by rounding alone: below 1e-5 of a value, or of 1 where it is smaller
 (SmolLM2-135M in float32, batches of 1 and 8: 5e-6; half precision rounds more). A tie that close may
-fall either way. A deletion-ready model answers as `sisa generate` does: as its run file's
-aggregation says, over its active patches, which its digest names; its answers are scored under the same
-distribution. Generation is greedy, whatever a model's own generation config says.
-
-Not covered: models over several devices, quantised weights, adapters other than peft's.
+fall either way. A deletion-ready model answers as its run file's aggregation says, over its active
+patches, which its digest names; its answers are scored under the same distribution. Generation is
+greedy, whatever a model's own generation config says.
 
     model = open_evaluated("model")           # a directory, a hub name, or pypi:NAME==VERSION
     model.score([("Who?", "Ada.")], PromptForm("completion"), batch_size=8)[0].loss

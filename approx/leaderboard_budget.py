@@ -1,10 +1,8 @@
 """Equal budgets: how many steps of a method come nearest to a number of operations.
 
-Rules: pure. Operations are those of `compute.py`, counted step by step from the very batches that the
-run will see, and with the look at the loss that ends it: what is planned is what is counted in the end.
-The schedule of the learning rate ends with the last step.
-
-Not covered: seconds, which differ where a loss is cheap to write down and dear to compute.
+Operations are those of `compute.py`, counted step by step from the batches that the run will see, and
+with the look at the loss that ends it: what is planned is what is counted in the end. The schedule of
+the learning rate ends with the last step. Equal operations are not equal seconds.
 """
 
 from __future__ import annotations

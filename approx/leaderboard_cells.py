@@ -1,12 +1,10 @@
-"""A cell of the leaderboard, computed: a model is made, asked, and summed up as numbers.
+"""Compute a cell of the leaderboard: make a model, ask it, and sum it up as numbers.
 
-Rules: all models share the base's lower layers, which nothing changes (`leaderboard_model.py`). The
-fine-tuned model is the base with a LoRA patch merged in; a method trains a fresh patch over it, so that
-the model before is the patch disabled. A cell's result is numbers alone; its log, in a file beside,
-holds answers, as every log does. Operations are those of the whole model (`compute.py`), as if nothing
-were remembered and the backward pass went down to the first layer; seconds are the machine's.
-
-Not covered: the order of the cells (`leaderboard_plan.py`); more than one process.
+All models share the base's lower layers, which nothing changes (`leaderboard_model.py`). The fine-tuned
+model is the base with a LoRA patch merged in; a method trains a fresh patch over it, so that the model
+before is the patch disabled. A cell's result is numbers alone; its log, in a file beside it, holds
+answers, as every log does. Operations are those of the whole model (`compute.py`), as if nothing were
+remembered and the backward pass went down to the first layer; seconds are the machine's.
 
     results = compete(design, HeldCells(directory, design, maker.inputs, maker.make))
 """

@@ -3,11 +3,9 @@
 Files of the data directory (or hub): forget10 and forget10_perturbed (twenty authors, twenty questions
 each, in order), real_authors_perturbed, world_facts_perturbed, idontknow.
 
-Rules: the last authors are the ones to forget. Questions for utility are about authors that no cell of
-the design forgets, so that all cells are asked the same. Questions are spread evenly over their set, and
-have the first `wrong_answers` of their wrong answers. The order of the file is that of the authors.
-
-Not covered: other numbers of questions an author; TOFU's whole training set.
+The last authors are the ones to forget. Questions for utility are about authors that no cell of the
+design forgets, so that all cells are asked the same. Questions are spread evenly over their set, and
+have the first `wrong_answers` of their wrong answers.
 
 Source: TOFU (Maini et al. 2024).
 

@@ -1,10 +1,9 @@
-"""Results of cells on the disk: what is held is read, what is missing is made and then held.
+"""Keep the results of cells on disk: read what is held, make what is missing.
 
     DIR/cells/NAME.json       numbers alone, named by the digest of all that they depend on
 
-Rules: a file is whole or absent, so that a run that was cut short goes on with the cell that it was at.
-
-Not covered: making a cell (`leaderboard_cells.py`), two writers at once (the caller locks).
+A file is whole or absent, so that a run that was cut short goes on with the cell that it was at. The
+caller keeps other writers out.
 
     results = compete(design, HeldCells(directory, design, maker.inputs, maker.make))
 """

@@ -2,13 +2,11 @@
 
 Shapes: B texts, T positions, D hidden width.
 
-Rules: only the upper layers ever change, so the hidden states below them depend on the text alone; they
-are kept in memory, a row each. Under causal attention a position depends on those before it only: what
-is held of a row serves shorter and equally padded ones, and a row is held with some padding to spare.
-The upper model scores and trains; the whole one, of the same modules, generates (it needs a cache of
-keys below, too). Nothing is kept on the disk.
-
-Not covered: architectures other than Llama's family (`model.embed_tokens`, `model.layers`); LoRA below.
+Only the upper layers ever change, so the hidden states below them depend on the text alone; they are
+kept in memory, a row each. Under causal attention a position depends on those before it only: what is
+held of a row serves shorter and equally padded ones, and a row is held with some padding to spare. The
+upper model scores and trains; the whole one, of the same modules, generates (it needs a cache of keys
+below, too). Bases must be of Llama's family (`model.embed_tokens`, `model.layers`).
 """
 
 from __future__ import annotations

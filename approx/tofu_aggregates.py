@@ -1,9 +1,7 @@
-"""From the rows of a log to TOFU's aggregates: model utility, forget quality, and what lies beside them.
+"""Compute TOFU's aggregates from the rows of a log: model utility, forget quality and others.
 
-Rules: pure. A value that can't be had (no reference, no holdout) is None, never 0. The forget set is the
-one whose name begins with "forget"; model and reference must have been asked the same questions.
-
-Not covered: several forget sets in one log.
+A value that can't be had (no reference, no holdout) is None, never 0. The forget set is the one whose
+name begins with "forget"; model and reference must have been asked the same questions.
 
 Source: TOFU (Maini et al. 2024); locuslab/tofu `aggregate_eval_stat.py`, whose published numbers the
 golden test reproduces from their logs.

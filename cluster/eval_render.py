@@ -1,10 +1,7 @@
 """How evaluations read: the JSON contract, and the same in words.
 
-Rules: as `render.py`. No answer and no generated text is shown: those are in the logs. A value that was
-not measured is null, and in words says what it needs. Forget quality is never shown without n, D and the
-noise floor.
-
-Not covered: arguments (`eval_cli.py`).
+No answer and no generated text is shown: those are in the logs. A value that was not measured is null,
+and in words says what it needs. Forget quality is never shown without n, D and the noise floor.
 """
 
 from __future__ import annotations

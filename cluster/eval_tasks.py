@@ -1,11 +1,8 @@
 """Evaluations of several models: one task a model, on Ray at once, or one after another in this process.
 
-Rules: a task opens its model, writes the model's log and returns the rows; a log is continued, so that a
-task that is started again loses one batch at most. The CPUs of a node are shared out among the tasks; a
-task on CUDA takes one GPU. A single task needs no Ray.
-
-Not covered: the loop on Ray (`ray_tasks.py`); a model over several nodes; the aggregates
-(`approx/tofu_aggregates.py`).
+A task opens its model, writes the model's log and returns the rows; a log is continued, so that a task
+that is started again loses one batch at most. The CPUs of a node are shared out among the tasks; a task
+on CUDA takes one GPU. A single task needs no Ray.
 """
 
 from __future__ import annotations

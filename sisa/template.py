@@ -1,8 +1,6 @@
 """The commented run file that `sisa init` writes.
 
-Rules: generated from the keys' own descriptions, so that no key is ever missing or explained twice.
-
-Not covered: sample data (`samples.py`).
+It is generated from the keys' own descriptions, so that no key is ever missing or explained twice.
 
 >>> "lora_r: 8" in commented_run_file("people.jsonl", "model")
 True
