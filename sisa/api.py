@@ -194,7 +194,7 @@ class Model(OpenedModel):
     def requests(self) -> list[lifecycle.RequestView]:
         """All requests, oldest first, with the days left to each."""
         with self._world() as world, world.ledger.snapshot():
-            return [lifecycle.viewed(world, request) for request in world.ledger.requests()]
+            return lifecycle.views(world)
 
     @asked_again
     def request(self, request_id: str) -> lifecycle.RequestView:

@@ -178,6 +178,18 @@ def find(world: World, request_id: str) -> Request:
     raise UnknownRecord("there is no such request", next_step="`sisa request list` names them")
 
 
+def views(world: World) -> list[RequestView]:
+    """Return all requests with their history, oldest first."""
+    passed: dict[str, list[RequestEvent]] = {}
+    for each in world.ledger.events():
+        passed.setdefault(each.request_id, []).append(each)
+    now = world.now()
+    return [
+        RequestView(each, days_left(each.due, now), tuple(passed.get(each.request_id, ())))
+        for each in world.ledger.requests()
+    ]
+
+
 def viewed(world: World, request: Request) -> RequestView:
     """A request with the days left to it and the states that it went through."""
     passed = [each for each in world.ledger.events() if each.request_id == request.request_id]

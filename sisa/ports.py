@@ -328,8 +328,8 @@ class Ledger(Protocol):
     def named_by(self, request_id: str) -> list[str]:
         """Keyed ids of the records that a request names."""
 
-    def events(self) -> list[RequestEvent]:
-        """Oldest first, each linked to the one before."""
+    def events(self, after: int = 0) -> list[RequestEvent]:
+        """Oldest first, each linked to the one before; without the first `after` of them."""
 
     def exports(self) -> list[Export]:
         """By path, then by key."""

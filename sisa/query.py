@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from sisa.domain import Hit, Record, RecordRow, Tombstone
+from sisa.domain import Export, HeldCheckpoint, Hit, Record, RecordRow, Tombstone
 from sisa.errors import IntegrityError, Problem, UnknownRecord
 from sisa.patch import Patch, PatchState, SetRole, VaultSet
 from sisa.plan import touched
@@ -22,7 +22,7 @@ from sisa.prefix_names import slice_start
 from sisa.reconcile import not_erased
 from sisa.requests import under_way
 from sisa.stale_exports import standing
-from sisa.world import World, slices_of, stored_in
+from sisa.world import World, slices_of, stored_in, view_shards
 
 NUM_NEAR = 50  # near-duplicates that are proposed at most
 SHOWN_CHARS = 100  # of a candidate's text
@@ -169,8 +169,9 @@ def where(world: World, ids: Sequence[str]) -> list[Location]:
     sets = {each.name: each for each in world.ledger.vault()} if in_sets else {}
     patches = world.ledger.patches() if in_sets else []
     states = world.prefixes.held() if world.prefixes is not None else frozenset()
+    lineage = _lineage(world, [each for each in rows.values() if isinstance(each, RecordRow)])
     places = {
-        digest: _with_states(world, _location(world, each, rows.get(digest)), states)
+        digest: _with_states(world, _location(world, each, rows.get(digest), lineage), states)
         for each, digest in zip(ids, digests, strict=True)
     }
     left = _not_erased(world, rows.values())
@@ -221,7 +222,27 @@ def _with_states(world: World, place: Location, held: Collection[str]) -> Locati
     return replace(place, kept_states=tuple(map(world.prefixes.location, names)))
 
 
-def _location(world: World, record_id: str, held: RecordRow | Tombstone | None) -> Location:
+@dataclass(frozen=True)
+class _Lineage:
+    """What some records may have touched, read once for all of them."""
+
+    heads: frozenset[str | None]
+    checkpoints: Mapping[int, Sequence[HeldCheckpoint]]  # by shard
+    exports: Sequence[Export]
+
+
+def _lineage(world: World, rows: Collection[RecordRow]) -> _Lineage:
+    views = view_shards(world, sorted({row.shard for row in rows}))
+    return _Lineage(
+        frozenset(head.key for head in world.ledger.heads()),
+        {view.shard: view.held for view in views},
+        world.ledger.exports() if rows else (),
+    )
+
+
+def _location(
+    world: World, record_id: str, held: RecordRow | Tombstone | None, lineage: _Lineage
+) -> Location:
     if held is None:
         return Location(record_id, "patch", -1, -1, ())
     if isinstance(held, Tombstone):
@@ -235,14 +256,13 @@ def _location(world: World, record_id: str, held: RecordRow | Tombstone | None) 
             held.request_id,
             held.checkpoints_erased,
         )
-    heads = {head.key for head in world.ledger.heads()}
     touches = tuple(
-        Touch(each.key, each.slice, each.key in heads)
-        for each in world.ledger.checkpoints(held.shard)
+        Touch(each.key, each.slice, each.key in lineage.heads)
+        for each in lineage.checkpoints[held.shard]
         if touched(each, held)
     )
     state = "trained" if any(touch.is_head for touch in touches) else "pending"
-    exports = tuple(each.path for each in world.ledger.exports() if touched(each, held))
+    exports = tuple(each.path for each in lineage.exports if touched(each, held))
     generation = world.assigner.layout.generation(held.slice)
     return Location(
         record_id, state, held.shard, held.slice, touches, exports=exports, generation=generation

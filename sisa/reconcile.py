@@ -19,6 +19,7 @@ Not covered: what remains (decided by `run.py` before).
 from __future__ import annotations
 
 import contextlib
+import json
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -33,6 +34,7 @@ from sisa.domain import (
     SavedCheckpoint,
     SliceFile,
     SliceJob,
+    WitnessHead,
     record_epochs,
 )
 from sisa.errors import IntegrityError, SisaError, all_tried
@@ -54,6 +56,10 @@ from sisa.world import (
     view_shard,
     view_shards,
 )
+
+CHECKED = "events_checked"  # in the ledger's `meta`: link and number of the last event that was checked
+MANY_EVENTS = 256  # that are checked again and again before the last of them is kept
+BEGINNING = WitnessHead("", 0)
 
 
 @dataclass(frozen=True)
@@ -110,9 +116,11 @@ def _chain(world: World, shard: int, missing: Missing) -> Chain:
     return Chain(shard, missing.train, missing.parent, tuple(world.ledger.slices(shard)))
 
 
-def refuse_contradictions(world: World) -> None:
-    """Raises IntegrityError for a ledger that lost rows: the sweep would erase their files."""
+def refuse_contradictions(world: World, since: WitnessHead = BEGINNING) -> None:
+    """Raise IntegrityError for a ledger that lost rows: the sweep would erase their files. Of the
+    requests' history, what came `since` an event that was checked before is compared."""
     ledger = world.ledger
+    events = ledger.events(since.num_events)
     refuse_lost_rows(ledger)
     heads, slices = ledger.heads(), ledger.slices()
     known = {each.key for each in ledger.checkpoints()}
@@ -121,9 +129,20 @@ def refuse_contradictions(world: World) -> None:
         "records or slices": sum(ledger.kinds().values()) != sum(f.num_records for f in slices),
         "indexes": {f.shard for f in slices} != {f.shard for f in ledger.indexes()},
         "checkpoints": any(head.key not in known for head in heads if head.key is not None),
-        "requests or events": contradicted(ledger.requests(), ledger.events()),
+        "requests or events": contradicted(ledger.requests(), events, since.link),
     }
     _refuse([name for name, each in lost.items() if each])
+
+
+def _refuse_new_contradictions(world: World) -> None:
+    """Refuse contradictions, and keep up to which event there are none, so that a writer does not hash
+    the whole history each time; `verify` and `doctor` do."""
+    kept = json.loads(world.ledger.meta().get(CHECKED, "null"))
+    since = WitnessHead(*kept) if kept else BEGINNING
+    refuse_contradictions(world, since)
+    head = world.ledger.event_head()
+    if head.num_events - since.num_events >= MANY_EVENTS:
+        commit(world, Change(meta={CHECKED: json.dumps([head.link, head.num_events])}))
 
 
 def refuse_lost_rows(ledger: Ledger) -> None:
@@ -143,7 +162,7 @@ def _refuse(lost: Sequence[str]) -> None:
 def erase_unknown(world: World) -> None:
     """The part before training: take over what was stored for a target, erase what no commit knows. What
     fails stops nothing else; its error is raised in the end."""
-    refuse_contradictions(world)
+    _refuse_new_contradictions(world)
     adopted = False
     with all_tried() as tried:
         with tried():

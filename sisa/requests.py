@@ -108,15 +108,17 @@ def event(request: Request, at: str, note: str = "") -> RequestEvent:
     return RequestEvent(request.request_id, request.state, at, note)
 
 
-def contradicted(requests: Iterable[Request], events: Iterable[RequestEvent]) -> bool:
-    """Whether events are not one chain, or a request is not in the state of its last event."""
-    link, states = "", {}
+def contradicted(requests: Iterable[Request], events: Iterable[RequestEvent], link: str = "") -> bool:
+    """Whether events are not one chain, or a request is not in the state of its last event. Of the
+    events that follow the one with `link`, only the requests that they are of are compared."""
+    whole, states = not link, {}
     for each in events:
         link = chained(link, each)
         if link != each.link:
             return True
         states[each.request_id] = each.state
-    return {each.request_id: each.state for each in requests} != states
+    held = {each.request_id: each.state for each in requests if whole or each.request_id in states}
+    return held != states
 
 
 def chained(link: str, found: RequestEvent) -> str:

@@ -171,8 +171,8 @@ class FakeLedger:
     def named_by(self, request_id: str) -> list[str]:
         return sorted(record for request, record in self.tables.named if request == request_id)
 
-    def events(self) -> list[RequestEvent]:
-        return list(self.tables.events)
+    def events(self, after: int = 0) -> list[RequestEvent]:
+        return self.tables.events[after:]
 
     def requests(self) -> list[Request]:
         found = sorted(self.tables.requests.values(), key=lambda each: (each[0], each[1].request_id))

@@ -20,7 +20,7 @@ from sisa.domain import Export, Request, RequestEvent
 from sisa.ports import Change
 from sisa.requests import chained
 from sisa.store.patch_ledger import patch_row
-from sisa.store.rows import Writing, expected_rows, read, refuse_loss
+from sisa.store.rows import SEQ, Writing, expected_rows, read, refuse_loss
 from sisa.store.schema import (
     CHECKPOINTS,
     EVENTS,
@@ -37,8 +37,6 @@ from sisa.store.schema import (
     VAULT,
     VAULTED,
 )
-
-SEQ = "seq"
 
 
 def apply(connection: sa.Connection, change: Change) -> int:
@@ -66,6 +64,7 @@ def apply(connection: sa.Connection, change: Change) -> int:
     _put_requests(writing, change, seq)
     _append_events(writing, change.events)
     writing.end()
+    writing.end_keyed(seq)
     return seq
 
 

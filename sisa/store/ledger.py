@@ -53,7 +53,7 @@ class SqlLedger(PatchLedger):
     """A Ledger in one SQLite file. `create=False` refuses a file that is not there."""
 
     def seq(self) -> int:
-        return int(self.meta().get(changes.SEQ, "0"))
+        return int(self.meta().get(rows.SEQ, "0"))
 
     def meta(self) -> dict[str, str]:
         with self._reading() as connection:
@@ -158,8 +158,11 @@ class SqlLedger(PatchLedger):
                 rows.refuse_loss(NAMED, num_named, len(found))
         return sorted(id_digest for _, id_digest, _ in found)
 
-    def events(self) -> list[RequestEvent]:
-        return self._whole(RequestEvent, EVENTS, None, EVENTS.c.position)
+    def events(self, after: int = 0) -> list[RequestEvent]:
+        with self._reading() as connection:
+            found = rows.read(connection, EVENTS, EVENTS.c.position > after, order=[EVENTS.c.position])
+            rows.refuse_loss(EVENTS, rows.expected_rows(connection, EVENTS), after + len(found))
+        return made(RequestEvent, EVENTS, found)
 
     def exports(self) -> list[Export]:
         found: list[Any] = self._whole(Export, EXPORTS, None, EXPORTS.c.path, EXPORTS.c.key)

@@ -7,8 +7,10 @@ many shards there are.
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -18,17 +20,22 @@ from typing import Any
 import pytest
 
 import sisa
-from sisa import lifecycle
+from sisa import lifecycle, query
+from sisa import requests as requests_module
 from sisa.deletion import forget
 from sisa.digest import digest_of
 from sisa.domain import Head, HeldCheckpoint, Record, RecordRow, Request, SliceFile, SliceState
+from sisa.errors import IntegrityError
 from sisa.lifecycle import Terms
 from sisa.plan import jobs
 from sisa.ports import Change
 from sisa.reconcile import reconcile
+from sisa.requests import event
 from sisa.run import add, train
 from sisa.store import rows
 from sisa.store.ledger import SqlLedger
+from sisa.verify import verify
+from tests.fake_ledger import FakeLedger
 from tests.fakes import FakeModel, fake_model, fake_recipe, fake_record
 
 PACKAGE = str(Path(sisa.__file__).parent)
@@ -158,6 +165,22 @@ def ledger_of(path: Path, num_shards: int) -> SqlLedger:
 def test_a_finished_stage_costs_the_ledger_the_same_in_a_large_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    totals = []
+    for num_shards in (5, 200):
+        ledger = ledger_of(tmp_path / f"{num_shards}.db", num_shards)
+        stage = checkpoint(0, 2)
+        with counting_rows(monkeypatch) as read:
+            ledger.commit(Change(checkpoints=[stage], heads=[Head(0, stage.key, 3, stage.key)]))
+        totals.append(sum(read))
+        assert len(ledger.checkpoints(0)) == 3
+        assert ledger.lost() == []
+        ledger.close()
+    assert totals[0] == totals[1] > 0
+
+
+@contextlib.contextmanager
+def counting_rows(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """How many rows of any table are read, query by query."""
     read: list[int] = []
     checked = rows.checked
 
@@ -165,18 +188,119 @@ def test_a_finished_stage_costs_the_ledger_the_same_in_a_large_model(
         read.append(len(found))
         return checked(table, found)
 
-    monkeypatch.setattr(rows, "checked", counting)
-    totals = []
-    for num_shards in (5, 200):
-        ledger = ledger_of(tmp_path / f"{num_shards}.db", num_shards)
-        read.clear()
-        stage = checkpoint(0, 2)
-        ledger.commit(Change(checkpoints=[stage], heads=[Head(0, stage.key, 3, stage.key)]))
-        totals.append(sum(read))
-        assert len(ledger.checkpoints(0)) == 3
+    with monkeypatch.context() as patch:
+        patch.setattr(rows, "checked", counting)
+        yield read
+
+
+def digest(what: str, number: int) -> str:
+    return digest_of([what, number])
+
+
+def record_row(number: int) -> RecordRow:
+    id_digest, subject, record, text = (
+        digest(what, number) for what in ("id", "subject", "record", "text")
+    )
+    return RecordRow(id_digest, subject, record, text, "text", number % 4, 0, number, 1)
+
+
+ABSENT: dict[str, Callable[[SqlLedger, int], object]] = {
+    "id": lambda ledger, n: ledger.lookup([digest("id", n)]),
+    "subject": lambda ledger, n: ledger.by_subject(digest("subject", n), 0)[0],
+    "text": lambda ledger, n: ledger.by_text([digest("text", n)], sure=True)[0],
+}
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("many") / "ledger.db"
+    with contextlib.closing(SqlLedger(path, create=True)) as ledger:
+        ledger.commit(Change(added=[record_row(number) for number in range(12_000)]))
+    return path
+
+
+@pytest.mark.parametrize("name", ABSENT)
+def test_absence_is_told_by_a_few_rows(many: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    with contextlib.closing(SqlLedger(many)) as ledger:
+        for number in range(12_000, 12_020):
+            with counting_rows(monkeypatch) as read:
+                assert not ABSENT[name](ledger, number)
+            assert sum(read) < 40, "a bucket holds three of 12,000 rows on the mean"
+
+
+def test_what_another_version_wrote_is_looked_through_and_counted_anew(
+    many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An earlier version does not keep up the counts that tell absence."""
+    path = Path(shutil.copy(many, tmp_path))
+    with contextlib.closing(SqlLedger(path)) as ledger:
+
+        def rows_read(number: int, *, held: bool) -> int:
+            with counting_rows(monkeypatch) as read:
+                assert bool(ledger.lookup([digest("id", number)])) == held
+            return sum(read)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(rows.Writing, "end_keyed", lambda *_: None)
+            ledger.commit(Change(added=[record_row(20_000)], removed=[record_row(7)]))
+        assert rows_read(7, held=False) > 12_000
+        assert rows_read(20_000, held=True) < 40
+        ledger.commit(Change(added=[record_row(20_001)], removed=[record_row(8)]))
+        assert rows_read(20_001, held=True) < 40
+        for absent in (7, 8, 20_002):
+            assert rows_read(absent, held=False) < 40
         assert ledger.lost() == []
-        ledger.close()
-    assert totals[0] == totals[1] > 0
+
+
+def test_where_reads_what_records_touched_once_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = trained(3)
+    ids = [each.id for each in records(3)]
+    calls = []
+    for asked in (ids[:6], ids):
+        found = counted(monkeypatch, model.ledger, "heads", "checkpoints", "exports", "slices")
+        assert {place.state for place in query.where(model.world, asked)} == {"trained"}
+        calls.append(len(found))
+    assert calls[0] == calls[1] > 0
+
+
+def past(ledger: FakeLedger, num_requests: int) -> None:
+    """Requests that are over, with their history."""
+    for number in range(num_requests):
+        request = Request(f"past-{number}", "2026-01-01", "2026-02-01", 1)
+        states = [replace(request, state=state) for state in ("received", "approved", "completed")]
+        ledger.commit(Change(requests=states[-1:], events=[event(each, "2026") for each in states]))
+
+
+def test_the_history_of_all_requests_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = trained(2)
+    past(model.ledger, 50)
+    calls = counted(monkeypatch, model.ledger, "events", "requests")
+    views = lifecycle.views(model.world)
+    assert sorted(calls) == ["events", "requests"]
+    assert [len(view.events) for view in views] == [3] * 50
+
+
+def test_a_writer_does_not_hash_the_whole_history_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = trained(2)
+    past(model.ledger, 200)
+    reconcile(model.world)
+    past(model.ledger, 10)
+    hashed = counted(monkeypatch, requests_module, "chained")
+    reconcile(model.world)
+    assert len(hashed) == 30
+    model.ledger.tables.events[-2] = replace(model.ledger.tables.events[-2], note="changed")
+    with pytest.raises(IntegrityError, match="contradicts"):
+        reconcile(model.world)
+
+
+def test_verify_hashes_the_whole_history() -> None:
+    model = trained(2)
+    past(model.ledger, 200)
+    reconcile(model.world)
+    model.ledger.tables.events[3] = replace(model.ledger.tables.events[3], note="changed")
+    reconcile(model.world)
+    found = verify(model.world, [], None)
+    assert [each.where for each in found.findings] == ["ledger"]
 
 
 def test_a_jobs_key_is_the_digest_of_its_fields() -> None:

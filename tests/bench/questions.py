@@ -1,0 +1,166 @@
+"""CPU seconds of questions to a large ledger, each answered in two ways in one run, as JSON.
+
+python -m tests.bench.questions --out tests/bench/questions.json
+
+absence    that an id, a subject or a text is not held: by the rows of its bucket, and by a look at
+           every row, as a ledger is looked through that an earlier version wrote to last
+where      what many records touched: read once, and once for each record
+requests   the history of all requests: read once, and once for each request
+checking   what a writing command compares before it begins: since the last event that was checked,
+           and from the beginning
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from sisa import lifecycle, query
+from sisa.digest import Keyed, digest_of
+from sisa.domain import Head, HeldCheckpoint, RecordRow, Request, SliceFile
+from sisa.ports import Change
+from sisa.requests import chained, contradicted, event
+from sisa.store import rows
+from sisa.store.ledger import SqlLedger
+from sisa.store.schema import EVENTS, REQUESTS
+from sisa.world import World
+from tests.fakes import SECRET, fake_model, fake_recipe
+
+NUM_SHARDS, NUM_SLICES, PER_COMMIT, NUM_IDS = 64, 4, 50_000, 1_000
+STATES = ("received", "approved", "committed", "rolled_back", "erased", "retrained", "completed")
+
+
+def row(keyed: Keyed, number: int) -> RecordRow:
+    name = keyed.digest("id", f"r{number}")
+    who, what = (keyed.digest(purpose, f"{number}") for purpose in ("subject", "text"))
+    return RecordRow(name, who, what, what, "text", number % NUM_SHARDS, number % NUM_SLICES, number, 1)
+
+
+def filled(ledger: SqlLedger, num_records: int, num_requests: int) -> None:
+    keyed = Keyed(SECRET)
+    for start in range(0, num_records, PER_COMMIT):
+        several = range(start, min(num_records, start + PER_COMMIT))
+        ledger.commit(Change(added=[row(keyed, number) for number in several]))
+    places = [(shard, slice_) for shard in range(NUM_SHARDS) for slice_ in range(NUM_SLICES)]
+    made = [
+        HeldCheckpoint(
+            digest_of(place), place[0], tuple(range(place[1] + 1)), 10**6, "f", "m", "a", 1, 0.5, 1
+        )
+        for place in places
+    ]
+    tops = {each.shard: each.key for each in made}
+    ledger.commit(
+        Change(
+            slices=[SliceFile(*place, "root", 1, "sha", 1) for place in places],
+            heads=[Head(shard, key, NUM_SLICES, key) for shard, key in tops.items()],
+            checkpoints=made,
+        )
+    )
+    fill_past(ledger, num_requests)
+
+
+def fill_past(ledger: SqlLedger, num_requests: int) -> None:
+    """Write requests that are over, with their events, in one transaction."""
+    link = ""
+    events: list[dict[str, Any]] = []
+    requests: list[dict[str, Any]] = []
+    for number in range(num_requests):
+        request = Request(f"req-{number:08d}", "2026-01-01", "2026-02-01", 1, reason="a person asked")
+        for state in STATES:
+            request = replace(request, state=state)  # type: ignore[arg-type]
+            entered = event(request, "2026-01-01T00:00:00+00:00")
+            link = chained(link, entered)
+            events.append({**asdict(entered), "position": len(events) + 1, "link": link})
+        body = json.dumps(asdict(request), sort_keys=True)
+        requests.append({"request_id": request.request_id, "seq": 1, "num_named": 0, "body": body})
+    with ledger._engine.connect() as connection:
+        writing = rows.Writing(connection)
+        writing.insert(EVENTS, events)
+        writing.insert(REQUESTS, requests)
+        writing.end()
+        connection.commit()
+
+
+@contextlib.contextmanager
+def before() -> Iterator[None]:
+    """Look at every row, as where the counts are not kept up."""
+    with patch.object(rows, "counts_keyed", lambda _: False):
+        yield
+
+
+def took(question: Callable[[], object]) -> float:
+    began = time.process_time()
+    question()
+    return time.process_time() - began
+
+
+def compared(now: Callable[[], object], then: Callable[[], object]) -> dict[str, float]:
+    now()  # pages that were never read are no part of the question
+    cpu_s, before_s = took(now), took(then)
+    return {"cpu_s": cpu_s, "before_cpu_s": before_s, "before_over_now": before_s / cpu_s}
+
+
+def measured(ledger: SqlLedger, world: World, num_records: int) -> dict[str, Any]:
+    assigner = world.assigner
+    absent = [assigner.id_digest(f"absent {n}") for n in range(NUM_IDS)]
+    held = [f"r{n}" for n in range(0, num_records, max(1, num_records // NUM_IDS))][:NUM_IDS]
+
+    def one(what: Callable[[], object]) -> dict[str, float]:
+        def then() -> None:
+            with before():
+                what()
+
+        return compared(what, then)
+
+    events = ledger.events()
+    return {
+        "absent_id": one(lambda: ledger.lookup(absent[:1])),
+        "absent_ids_1000": one(lambda: ledger.lookup(absent)),
+        "absent_subject": one(lambda: ledger.by_subject(assigner.subject_digest("nobody"), 0)),
+        "absent_text_surely": one(lambda: ledger.by_text([assigner.subject_digest("x")], sure=True)),
+        "where_1000_ids": compared(
+            lambda: query.where(world, held),
+            lambda: [query.where(world, [each]) for each in held],
+        ),
+        "request_list": compared(
+            lambda: lifecycle.views(world),
+            lambda: [lifecycle.viewed(world, each) for each in ledger.requests()[:20]],
+        ),
+        "checking": compared(
+            lambda: contradicted(ledger.requests(), ledger.events(len(events) - 7), events[-8].link),
+            lambda: contradicted(ledger.requests(), ledger.events()),
+        ),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--records", type=int, default=1_000_000)
+    parser.add_argument("--requests", type=int, default=10_000)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "ledger.db"
+        with contextlib.closing(SqlLedger(path, create=True)) as ledger:
+            filled(ledger, given.records, given.requests)
+            world = fake_model(NUM_SHARDS, fake_recipe(NUM_SLICES)).world
+            found = measured(ledger, replace(world, ledger=ledger), given.records)
+        size = path.stat().st_size
+    found["request_list"]["before_of_requests"] = 20
+    told = {"records": given.records, "requests": given.requests, "ledger_bytes": size, **found}
+    text = json.dumps(told, indent=2) + "\n"
+    print(text)
+    if given.out is not None:
+        given.out.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
