@@ -278,6 +278,11 @@ def verify(
     help="Put prompts as a turn of a chat, or as they are; else as the model was trained.",
 )
 @click.option("--max-new-tokens", default=48, show_default=True, type=click.IntRange(1, 100_000))
+@click.option(
+    "--answer-only",
+    is_flag=True,
+    help="Leave out who answered: it tells whether a person's records are held.",
+)
 def generate(
     directory: Path,
     prompt: str | None,
@@ -286,6 +291,7 @@ def generate(
     file: Path | None,
     kind: Any,
     max_new_tokens: int,
+    answer_only: bool,
 ) -> Result:
     """Answer with the aggregated constituent models."""
     if (prompt is None) == (file is None):
@@ -301,7 +307,7 @@ def generate(
         ]
     with opened(directory) as model:
         found = model.generate_all(asked, max_new_tokens=max_new_tokens, kind=kind)
-    return render.answers(found) if file else render.answer(found[0])
+    return render.answers(found, answer_only) if file else render.answer(found[0], answer_only)
 
 
 @command("export", "sisa export -m model --to adapters")

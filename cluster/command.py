@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cluster.render import Result
+from cluster.render import Result, printable
 from cluster.watched import OPTION, logged_run, watched
 from sisa.errors import InvalidInput, Problem
 
@@ -54,7 +54,9 @@ def command(
         def invoke(as_json: bool, **arguments: Any) -> tuple[int, str]:
             with logged_run(click.get_current_context().command_path):
                 result = function(**arguments)
-            return result.exit_code, json.dumps(result.json, indent=2) if as_json else result.text
+            return result.exit_code, json.dumps(result.json, indent=2) if as_json else printable(
+                result.text
+            )
 
         option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
         decorate = group.command(name, cls=_Command, example=example)

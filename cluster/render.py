@@ -318,6 +318,8 @@ def status(found: Status) -> Result:
     lines.append(", ".join(f"{name} {size:,} bytes" for name, size in found.sizes_bytes.items()))
     path, standing = found.witness
     lines.append(f"witness {path}: {standing}")
+    if head := found.event_head.link:
+        lines.append(f"event log: {found.event_head.num_events} events, head {head}")
     return Result(
         asdict(found) | {"witness": {"path": path, "standing": standing}}, printable("\n".join(lines))
     )
@@ -345,20 +347,23 @@ def verified(found: Verification) -> Result:
     return Result({**asdict(found), "replayed": found.replayed}, "\n".join(lines), code)
 
 
-def answer(found: Answer) -> Result:
-    return Result({"answer": found.text, "shards": list(found.shards)}, said(found))
+def answer(found: Answer, alone: bool = False) -> Result:
+    return Result(_answer(found, alone), said(found, alone))
 
 
-def answers(found: Sequence[Answer]) -> Result:
-    bodies = [{"answer": each.text, "shards": list(each.shards)} for each in found]
-    told = [f"{number}: {said(each)}" for number, each in enumerate(found, start=1)]
-    return Result({"answers": bodies}, "\n".join(told))
+def answers(found: Sequence[Answer], alone: bool = False) -> Result:
+    told = [f"{number}: {said(each, alone)}" for number, each in enumerate(found, start=1)]
+    return Result({"answers": [_answer(each, alone) for each in found]}, "\n".join(told))
 
 
-def said(found: Answer) -> str:
-    """An answer in words, and who gave it where no shard did."""
+def _answer(found: Answer, alone: bool) -> dict[str, Any]:
+    return {"answer": found.text} if alone else {"answer": found.text, "shards": list(found.shards)}
+
+
+def said(found: Answer, alone: bool = False) -> str:
+    """An answer in words; unless it is to stand `alone`, and who gave it where no shard did."""
     told = printable(found.text) or ENDED
-    if not found.shards:
+    if not found.shards and not alone:
         told += "\n(the base model alone answered: no shard's records are near enough; see min_score)"
     return told
 

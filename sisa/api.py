@@ -275,6 +275,7 @@ class Model(OpenedModel):
             exports=exports,
             sizes_bytes={LEDGER: files.num_bytes(self.directory / LEDGER), **sizes},
             witness=(world.witness.location(), standing(world)),
+            event_head=world.ledger.event_head(),
             num_orders=1 + len(world.recipe.orders),
             serving_depth=serving_depth(heads, views),
             record_epochs_full=full,

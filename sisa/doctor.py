@@ -1,7 +1,8 @@
 """What is wrong with a model directory, how grave it is, and whether it can be made good.
 
     surroundings   a writer at work, a disk that is full or read-only, a clock that ran backwards
-    witness        whole, and not ahead of the ledger: a backup was restored (repair: deletes again)
+    witness        whole, not ahead of the ledger (a backup was restored; repair: deletes again), and of
+                   the same deletions
     ledger, key    there, whole, of this version, fitting together: nothing here can be derived again
     keyring        of an encrypted model: there, and for its owner alone; what lacks its key is damaged
     slice files    there and as recorded: not derivable either, since only they hold the text
@@ -115,6 +116,10 @@ def surroundings(directory: Path) -> list[Finding]:
         step = "free disk space before the next train, add or forget"
         what = f"{free:,} bytes are free, {needed:,} should be"
         found.append(Finding("disk", "warning", str(directory), what, "", step))
+    if kind := files.network_file_system(directory):
+        step = "move the model to a disk of this machine; `storage:` may stay on the network"
+        what = f"the ledger lies on a network file system ({kind}), where SQLite is not safe"
+        found.append(Finding("network_disk", "warning", str(directory), what, "", step))
     log = directory / f"{LEDGER}-wal"
     if log.is_file() and log.stat().st_size:
         what = f"holds {log.stat().st_size:,} bytes: a process was killed, or one reads just now"
@@ -211,7 +216,7 @@ def _opened(directory: Path) -> list[Finding]:
         keyring = opening.open_keyring(config, model)
     except (SisaError, ValueError, KeyError, TypeError):
         return [finding("ledger_meta", "error", LEDGER, "its description of the model can't be parsed")]
-    found, secret = _key(directory, config, meta.get("key", ""))
+    found, secret = _key(directory, config, model, meta.get("key", ""))
     parts, keyed = Parts(config, base, embedder), Keyed(secret or bytes(KEY_BYTES))
     try:
         world = opening.open_world(
@@ -240,12 +245,16 @@ def _opened(directory: Path) -> list[Finding]:
 
 
 def _witness(world: World) -> list[Finding]:
-    """Whether deletions that were carried out are missing here: this ledger came from a backup."""
+    """Whether deletions that were carried out are missing here, since this ledger came from a backup, or
+    are told otherwise."""
     where = world.witness.location()
     try:
         told = world.witness.read()
         if not is_behind(world):
-            return []
+            known = {each.id_digest: each for each in world.ledger.tombstones()}
+            wrong = [key for key, each in told.tombstones.items() if known.get(key, each) != each]
+            what = f"{len(wrong)} deletions are recorded otherwise than the witness has them"
+            return [finding("ledger_damaged", "error", LEDGER, what)] if wrong else []
     except SisaError as error:
         return [Finding("witness", "error", where, error.what, "", error.next_step)]
     found = world.ledger.lookup(told.tombstones).values()
@@ -254,14 +263,20 @@ def _witness(world: World) -> list[Finding]:
     return [Finding("behind", "error", where, what, "sweep", "any other command deletes them again")]
 
 
-def _key(directory: Path, config: RunConfig, name: str) -> tuple[list[Finding], bytes | None]:
-    path = config.sisa.partition_key_file or directory / KEY
+def _key(
+    directory: Path, config: RunConfig, model: str, name: str
+) -> tuple[list[Finding], bytes | None]:
+    path = opening.key_path(directory, config, model)
     try:
-        secret = opening.stored_secret(directory, config)
+        secret = opening.stored_secret(directory, config, model)
     except SisaError as error:
         return [finding("key", "error", str(path), error.what)], None
     if Keyed(secret).name != name:
         return [finding("key", "error", str(path), "the partition key is not this model's")], None
+    if not path.is_file():
+        what = "the partition key lies beside the ledger, not with the keys of this encrypted model"
+        step = "the next train, add or forget moves it to the keyring"
+        return [Finding("key_place", "warning", str(directory / KEY), what, "", step)], secret
     mode = stat.S_IMODE(os.stat(path).st_mode)
     if path != directory / KEY and mode & 0o077:
         step = f"chmod 600 {path}"

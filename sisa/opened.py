@@ -31,7 +31,7 @@ from sisa.errors import (
 )
 from sisa.events import Event, Notice, Report
 from sisa.left_overs import erase_abandoned
-from sisa.opening import KEY, LEDGER, LOCK, SCRATCH, OpenExecutor
+from sisa.opening import LEDGER, LOCK, SCRATCH, OpenExecutor
 from sisa.parts import Parts
 from sisa.running import running
 from sisa.stale_exports import finish_written
@@ -135,11 +135,11 @@ class OpenedModel:
         self.base = opening.named(meta, "base")
         self.embedder = opening.named(meta, "embedder")
         self.parts = Parts(self.config, self.base, self.embedder)
-        self.secret = opening.stored_secret(self.directory, self.config)
+        self.secret = opening.stored_secret(self.directory, self.config, self.id)
         if Keyed(self.secret).name != meta.get("key"):
             raise IntegrityError(
                 "the partition key is not this model's",
-                where=str(self.directory / KEY),
+                where=str(opening.key_path(self.directory, self.config, self.id)),
                 next_step="restore the key from a backup: without it no record can be found",
             )
         self._taken = meta
@@ -205,6 +205,7 @@ class OpenedModel:
         opening.check_executor(self.executor)  # an unknown one is refused before anything is written
         with running(), files.writer_lock(self.directory / LOCK):
             self._catch_up()
+            opening.keep_key(self.directory, self.config, self.id, self.secret)
             self._clear_scratch()
             yield
 

@@ -40,7 +40,7 @@ from sisa.domain import Probed, Record, Tombstone
 from sisa.errors import IntegrityError, InvalidInput
 from sisa.events import Report
 from sisa.model.numerics import fingerprint
-from sisa.partition_key import read_secret
+from sisa.partition_key import read_secret, write_secret
 from sisa.parts import Named, Parts
 from sisa.patch import Patch, patched_digest
 from sisa.patch_plan import active
@@ -49,6 +49,7 @@ from sisa.place_ports import Place
 from sisa.ports import CheckpointStore, Executor, Keyring, Ledger, Probe, Trainer
 from sisa.recording import recording
 from sisa.serial import SerialExecutor, Site
+from sisa.store import files
 from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.exports import DirectoryExports
 from sisa.store.index import FaissIndex
@@ -317,17 +318,45 @@ def named(ledger_meta: Mapping[str, str], key: str) -> Named:
         ) from None
 
 
-def stored_secret(directory: Path, config: RunConfig) -> bytes:
+def key_path(directory: Path, config: RunConfig, model: str) -> Path:
+    """Where a model's partition key belongs: with an encrypted one's keys, so that its ledger can't be
+    asked by whoever has the directory alone."""
+    if config.sisa.partition_key_file is not None:
+        return config.sisa.partition_key_file
+    return (keyrings(config) / model if config.encrypt else directory) / KEY
+
+
+def stored_secret(directory: Path, config: RunConfig, model: str) -> bytes:
     """The secret of a model. Raises IntegrityError when the model's own key file is missing."""
     if config.sisa.partition_key_file is not None:
         return read_secret(config.sisa.partition_key_file)
-    if not (directory / KEY).is_file():
-        raise IntegrityError(
-            "the model's partition key is missing",
-            where=str(directory / KEY),
-            next_step="restore it from a backup: without it no record can be found",
-        )
-    return read_secret(directory / KEY)
+    belongs = key_path(directory, config, model)
+    for path in (belongs, *_key_places(directory, config, model)):
+        if path.is_file():
+            return read_secret(path)
+    raise IntegrityError(
+        "the model's partition key is missing",
+        where=str(belongs),
+        next_step="restore it from a backup: without it no record can be found",
+    )
+
+
+def _key_places(directory: Path, config: RunConfig, model: str) -> tuple[Path, Path]:
+    return directory / KEY, keyrings(config) / model / KEY
+
+
+def keep_key(directory: Path, config: RunConfig, model: str, secret: bytes) -> None:
+    """Write a model's own partition key where it belongs, then remove it from where it does not: that
+    changes when a model is encrypted, or is no more."""
+    if config.sisa.partition_key_file is not None:
+        return
+    belongs = key_path(directory, config, model)
+    if not belongs.is_file():
+        write_secret(belongs, secret)
+    for path in _key_places(directory, config, model):
+        if path != belongs and path.is_file():
+            files.overwrite(path)
+            files.erase_all(path.parent, [path.name])
 
 
 def new_model_id() -> str:
@@ -360,7 +389,7 @@ def witness_dir(config: RunConfig) -> Path:
 
 def witness_of(config: RunConfig, keyed: Keyed, model: str) -> FileWitness:
     """A model's witness, by the names of its key and of itself."""
-    return FileWitness(witness_dir(config) / f"{_witness_prefix(keyed)}{model}.jsonl")
+    return FileWitness(witness_dir(config) / f"{_witness_prefix(keyed)}{model}.jsonl", keyed)
 
 
 def _witness_prefix(keyed: Keyed) -> str:
@@ -370,7 +399,7 @@ def _witness_prefix(keyed: Keyed) -> str:
 def deleted_under(config: RunConfig, keyed: Keyed) -> list[Tombstone]:
     """What any model under this partition key deleted, as far as witnesses here know."""
     paths = sorted(witness_dir(config).glob(f"{_witness_prefix(keyed)}*.jsonl"))
-    return [each for path in paths for each in FileWitness(path).read().tombstones.values()]
+    return [each for path in paths for each in FileWitness(path, keyed).read().tombstones.values()]
 
 
 def keyrings(config: RunConfig) -> Path:

@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from sisa import query
 from sisa.ask import HeldPrompts
 from sisa.deletion import Forgetting
-from sisa.domain import Kind, Request, Tombstone
+from sisa.domain import Kind, Request, Tombstone, WitnessHead
 from sisa.place_ports import Kept
 from sisa.witness import Standing
+
+NO_EVENTS = WitnessHead("", 0)
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Status:
     requests: tuple[Request, ...]
     sizes_bytes: dict[str, int]
     witness: tuple[str, Standing] = ("", "absent")  # where it rests, and how it stands to the ledger
+    event_head: WitnessHead = NO_EVENTS  # the last link of the event log, and how many events
     exports: tuple[query.ExportStatus, ...] = ()
     num_orders: int = 1
     serving_depth: float = 1.0  # mean share of their slices that shards serve

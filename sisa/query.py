@@ -20,6 +20,7 @@ from sisa.plan import touched
 from sisa.ports import By, StoredRecord, Vectors
 from sisa.prefix_names import slice_start
 from sisa.reconcile import not_erased
+from sisa.record_rules import normal_subject
 from sisa.requests import under_way
 from sisa.stale_exports import standing
 from sisa.world import World, slices_of, stored_in, view_shards
@@ -143,10 +144,16 @@ def _known(
     return found
 
 
+def _of_spelling(world: World, subject: str) -> tuple[list[RecordRow], list[Tombstone]]:
+    shard = world.assigner.shard_of_subject(subject)
+    return world.ledger.by_subject(world.assigner.subject_digest(subject), shard)
+
+
 def of_subject(world: World, subject_id: str) -> tuple[list[RecordRow], list[Tombstone]]:
     """Return all records of a subject. Raises UnknownRecord when none is known by that subject."""
-    shard = world.assigner.shard_of_subject(subject_id)
-    live, dead = world.ledger.by_subject(world.assigner.subject_digest(subject_id), shard)
+    live, dead = _of_spelling(world, normal_subject(subject_id))
+    if not live and not dead:
+        live, dead = _of_spelling(world, subject_id)  # as an earlier version held it
     if not live and not dead:
         held, deleted = world.ledger.num_without_subject()
         raise UnknownRecord(

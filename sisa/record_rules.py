@@ -80,7 +80,7 @@ def record_of(value: Mapping[str, Any], columns: Columns) -> Record:
 
     generation = value.get(GENERATION_COLUMN) or None  # 0 is what all have that were not appended
     subject = None if columns.subject is None else value.get(columns.subject)
-    subject = None if subject is None else str(subject)
+    subject = None if subject is None else normal_subject(str(subject))
 
     def made(kind: Kind, parts: Iterable[Part]) -> Record:
         return Record(str(value[columns.id]), subject, kind, tuple(parts), risk, generation)
@@ -153,6 +153,16 @@ def _generation_problems(generation: Any) -> Iterator[str]:
         yield f"'{GENERATION_COLUMN}': expected a whole number, got {kind_of(generation)}"
     elif not 0 <= generation <= MAX_GENERATION:
         yield f"'{GENERATION_COLUMN}': expected a number from 0 to {MAX_GENERATION}"
+
+
+def normal_subject(subject: str) -> str:
+    """Return a subject in the one spelling that it is held under: composed (NFC), without blanks at its
+    ends.
+
+    >>> normal_subject(" Jose\u0301 ") == "Jos\u00e9"
+    True
+    """
+    return unicodedata.normalize("NFC", subject).strip()
 
 
 def name_problems(name: str, value: Any) -> Iterator[str]:

@@ -109,16 +109,23 @@ def event(request: Request, at: str, note: str = "") -> RequestEvent:
 
 
 def contradicted(requests: Iterable[Request], events: Iterable[RequestEvent], link: str = "") -> bool:
-    """Whether events are not one chain, or a request is not in the state of its last event. Of the
-    events that follow the one with `link`, only the requests that they are of are compared."""
+    """Whether events are not one chain, or a request is not in the state of its last event, or not
+    committed when its events say. Of the events that follow the one with `link`, only the requests that
+    they are of are compared."""
     whole, states = not link, {}
+    committed: dict[str, str] = {}
     for each in events:
         link = chained(link, each)
         if link != each.link:
             return True
         states[each.request_id] = each.state
-    held = {each.request_id: each.state for each in requests if whole or each.request_id in states}
-    return held != states
+        if each.state == "committed":
+            committed[each.request_id] = each.at
+    held = {each.request_id: each for each in requests if whole or each.request_id in states}
+    dated = held if whole else committed
+    if any(held[key].committed_at != committed.get(key, "") for key in dated if key in held):
+        return True
+    return {key: each.state for key, each in held.items()} != states
 
 
 def chained(link: str, found: RequestEvent) -> str:

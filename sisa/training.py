@@ -121,6 +121,9 @@ def _first_training(
     meta = {**parts.meta(), FORM: usual_kind(counted)}
     directory = config.output_dir
     files.make_directory(directory)
+    if kind := files.network_file_system(directory):
+        what = "its ledger is not safe there; only `storage:` may be"
+        report(Notice(f"output_dir is on a network file system ({kind}): {what}"))
     with files.writer_lock(directory / LOCK):
         if _committed(directory):
             raise Busy(
@@ -128,9 +131,8 @@ def _first_training(
                 where=str(directory),
                 next_step="run the same command again",
             )
-        if config.sisa.partition_key_file is None:
-            partition_key.write_secret(directory / KEY, secret)
         named = {"key": keyed.name, "model": _new_name(config)}
+        opening.keep_key(directory, config, named["model"], secret)
         world = opening.open_world(
             directory,
             parts,
@@ -207,7 +209,7 @@ def _secret(model: Model, config: RunConfig) -> bytes:
     """The secret that a run file names, or else the model's own."""
     if key_file := config.sisa.partition_key_file:
         return partition_key.read_secret(key_file)
-    return opening.stored_secret(model.directory, config)
+    return opening.stored_secret(model.directory, config, model.id)
 
 
 def _refuse_move(model: Model, config: RunConfig, *, accept_differences: bool) -> None:
@@ -296,9 +298,11 @@ def _move(
         keyring=opening.open_keyring(config, model.id),
     )
     try:
-        return _moved(world, config, parts, effects)
+        done = _moved(world, config, parts, effects)
     finally:
         opening.close(world)
+    opening.keep_key(model.directory, config, model.id, model.secret)
+    return done
 
 
 def _moved(world: World, config: RunConfig, parts: Parts, effects: set[Effect]) -> Trained:

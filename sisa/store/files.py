@@ -21,6 +21,7 @@ import errno
 import fcntl
 import os
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -31,6 +32,24 @@ from sisa.digest import sha256_hex
 from sisa.errors import Busy, EnvironmentFault, IntegrityError, all_tried
 
 TEMPORARY_PREFIX = ".tmp-"
+NETWORK_FILE_SYSTEMS = frozenset(
+    {
+        *(
+            "nfs",
+            "nfs4",
+            "cifs",
+            "smb3",
+            "smbfs",
+            "afs",
+            "ceph",
+            "glusterfs",
+            "lustre",
+            "gpfs",
+            "beegfs",
+        ),
+        *("fuse.sshfs", "fuse.glusterfs", "fuse.ceph", "fuse.s3fs", "fuse.rclone", "fuse.gcsfuse"),
+    }
+)
 LOCK_PATIENCE_S = 10.0
 FILE_MODE, DIRECTORY_MODE = 0o600, 0o700  # whatever the umask: text, and weights that may recite it
 _NEXT_STEPS = {
@@ -52,6 +71,18 @@ def disk_errors(path: Path) -> Iterator[None]:
             where=str(path),
             next_step=_NEXT_STEPS.get(error.errno or 0, "mend the disk, then run the command again"),
         ) from error
+
+
+def network_file_system(path: Path) -> str:
+    """The kind of the network file system that a path lies on, or nothing: SQLite's write-ahead log is
+    not safe there."""
+    import psutil
+
+    real = path.resolve()
+    mounts = {Path(each.mountpoint): each.fstype for each in psutil.disk_partitions(all=True)}
+    above = next((each for each in (real, *real.parents) if each in mounts), None)
+    kind = "" if above is None else mounts[above]
+    return kind if kind in NETWORK_FILE_SYSTEMS else ""
 
 
 def sync_directory(path: Path) -> None:
@@ -242,6 +273,16 @@ def erase(path: Path) -> None:
                 if each.errno != errno.ENOTEMPTY:  # else another process has written since: once more
                     raise each
         path.unlink(missing_ok=True)
+
+
+def overwrite(path: Path) -> None:
+    """Write zeros over the bytes of a regular file."""
+    found = path.lstat()
+    if stat.S_ISREG(found.st_mode):
+        with path.open("r+b") as file:
+            file.write(bytes(found.st_size))
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def erase_all(folder: Path, names: Collection[str]) -> None:

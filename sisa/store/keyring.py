@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import stat
 import tempfile
 import uuid
 from collections.abc import Callable, Collection, Iterable
@@ -164,7 +163,7 @@ class FileKeyring:
             for path, temporary in doomed:
                 # A temporary name with a second one may be that of a key in use: its maker was killed.
                 if not temporary or path.lstat().st_nlink == 1:
-                    _overwrite(path)
+                    files.overwrite(path)
                 files.erase(path)
             files.sync_directory(folder)
 
@@ -216,15 +215,6 @@ def shred(keyring: Keyring, room: str, names: Collection[str], erase: Erase) -> 
 
 def _bound(room: str, name: str, part: str) -> bytes:
     return canonical_json([room, name, part])
-
-
-def _overwrite(path: Path) -> None:
-    found = path.lstat()
-    if stat.S_ISREG(found.st_mode):
-        with path.open("r+b") as file:
-            file.write(bytes(found.st_size))
-            file.flush()
-            os.fsync(file.fileno())
 
 
 def reseal(place: Place, room: str, names: Iterable[str], keyring: Keyring) -> None:

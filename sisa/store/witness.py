@@ -2,12 +2,13 @@
 
     {"tombstone": [...]}    a deletion
     {"readmitted": "..."}   a deleted id that was allowed in again
-    {"head": ..., "num_events": ..., "chain": ...}    closes a batch: the head of the event log
+    {"head": ..., "num_events": ..., "chain": ..., "mac": ...}    closes a batch: the event log's head
 
 Rules: a batch counts when its closing line is whole; a torn one is dropped by the next append. `chain`
-hashes all lines so far, so that a line that was changed or taken out is evident. Only keyed digests,
-places and times are in it. Appends are flushed to the disk and hold the file's own lock, for copies of a
-model share one witness.
+hashes all lines so far, and `mac` is that under the partition key, so that nobody without the key can
+change a line or take one out. An earlier version's batches have no `mac`: none may follow one that has.
+Only keyed digests, places and times are in it. Appends are flushed to the disk and hold the file's own
+lock, for copies of a model share one witness.
 
 Not covered: when a ledger is behind it (`witness.py`); a witness that is itself set back.
 """
@@ -17,13 +18,13 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, fields
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from sisa.digest import canonical_json, digest_of
+from sisa.digest import Keyed, canonical_json, digest_of
 from sisa.domain import Testimony, Tombstone, WitnessHead
 from sisa.errors import EnvironmentFault, IntegrityError
 from sisa.store import files
@@ -35,8 +36,9 @@ _FIELDS = tuple(field.name for field in fields(Tombstone))
 class FileWitness:
     """A Witness in one file."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, keyed: Keyed) -> None:
         self.path = path
+        self._keyed = keyed
 
     def head(self) -> WitnessHead | None:
         try:
@@ -50,7 +52,9 @@ class FileWitness:
             raise self._refused("read", error) from error
         last = [line for line in tail.split(b"\n")[:-1] if line.startswith(b'{"chain"')]
         if last:
-            return _head(self._parsed(last[-1]))
+            body = self._parsed(last[-1])
+            self._refuse_unkeyed(body, body["chain"], "mac" in body)
+            return _head(body)
         return self.read().head  # a long torn batch stands behind the last closed one
 
     def read(self) -> Testimony:
@@ -72,7 +76,8 @@ class FileWitness:
             for body in bodies:
                 chain = digest_of([chain, body])
             closing = {"head": head.link, "num_events": head.num_events}
-            bodies.append({**closing, "chain": digest_of([chain, closing])})
+            chain = digest_of([chain, closing])
+            bodies.append({**closing, "chain": chain, "mac": self._mac(chain)})
             file.truncate(end)
             file.seek(end)
             file.write(b"".join(canonical_json(body) + b"\n" for body in bodies))
@@ -115,6 +120,7 @@ class FileWitness:
         batch: list[dict[str, Any]] = []
         head: WitnessHead | None = None
         chain, closed, at, end = "", "", 0, 0
+        keyed = False
         for line in data.split(b"\n")[:-1]:
             at += len(line) + 1
             body = self._parsed(line)
@@ -122,14 +128,24 @@ class FileWitness:
                 chain = digest_of([chain, body])
                 batch.append(body)
                 continue
-            claimed = body.pop("chain")
+            claimed, mac = body.pop("chain"), body.pop("mac", None)
             chain = digest_of([chain, body])
             if claimed != chain:
                 raise self._damaged("lines that were changed or taken out")
+            keyed = keyed or mac is not None
+            self._refuse_unkeyed({"mac": mac}, chain, keyed)
             for each in batch:
                 self._take(each, found)
             head, batch, closed, end = _head(body), [], chain, at
         return Testimony(head, found), closed, end
+
+    def _mac(self, chain: str) -> str:
+        return self._keyed.digest("witness", chain)
+
+    def _refuse_unkeyed(self, body: Mapping[str, Any], chain: str, keyed: bool) -> None:
+        """Raises IntegrityError for a batch that is not, and should be, closed under the model's key."""
+        if keyed and body["mac"] != self._mac(chain):
+            raise self._damaged("lines that were written without the model's key")
 
     def _take(self, body: dict[str, Any], found: dict[str, Tombstone]) -> None:
         try:

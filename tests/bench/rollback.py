@@ -307,7 +307,7 @@ def watched_world(store: Store, ledger: SqlLedger, watch: Watch, shards: dict[st
     return replace(
         fake_model(store.scale.num_shards, store.recipe).world,
         ledger=watched("ledger", ledger),
-        witness=watched("witness", FileWitness(store.folder / "witness.jsonl")),
+        witness=watched("witness", FileWitness(store.folder / "witness.jsonl", Keyed(KEY))),
         records=watched("records", store.records),
         checkpoints=watched("checkpoints", store.checkpoints),
         index=watched("index", store.index),

@@ -9,19 +9,24 @@ from __future__ import annotations
 import json
 import os
 import stat
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sisa import domain
+from sisa.digest import Keyed, canonical_json, digest_of
 from sisa.domain import Tombstone, WitnessHead
 from sisa.errors import EnvironmentFault, IntegrityError
 from sisa.ports import Witness
 from sisa.store.witness import TAIL_BYTES, FileWitness
-from tests.fakes import FakeWitness
+from tests.fakes import SECRET, FakeWitness
+
+KEYED = Keyed(SECRET)
 
 
 def tombstone(number: int) -> Tombstone:
@@ -34,12 +39,12 @@ def head(number: int) -> WitnessHead:
 
 @pytest.fixture(params=["fake", "file"])
 def witness(request: pytest.FixtureRequest, tmp_path: Path) -> Witness:
-    return FakeWitness() if request.param == "fake" else FileWitness(tmp_path / "w" / "m.jsonl")
+    return FakeWitness() if request.param == "fake" else FileWitness(tmp_path / "w" / "m.jsonl", KEYED)
 
 
 @pytest.fixture
 def file(tmp_path: Path) -> FileWitness:
-    found = FileWitness(tmp_path / "state" / "witness" / "model.jsonl")
+    found = FileWitness(tmp_path / "state" / "witness" / "model.jsonl", KEYED)
     for number in range(3):
         found.append(head(number), [tombstone(number)], ())
     return found
@@ -72,7 +77,7 @@ def test_a_torn_write_loses_that_write_alone(
     tmp_path_factory: pytest.TempPathFactory, told: list[tuple[set[int], set[int]]], data: st.DataObject
 ) -> None:
     """Cut anywhere in its last batch, the file says what it said before it, and goes on from there."""
-    found, fake = FileWitness(tmp_path_factory.mktemp("w") / "m.jsonl"), FakeWitness()
+    found, fake = FileWitness(tmp_path_factory.mktemp("w") / "m.jsonl", KEYED), FakeWitness()
     closed = 0
     for number, (dead, back) in enumerate(told):
         batch = ([tombstone(n) for n in sorted(dead)], [tombstone(n).id_digest for n in sorted(back)])
@@ -97,6 +102,51 @@ def test_a_long_torn_batch_is_passed_over(file: FileWitness) -> None:
     assert file.read() == known
     file.append(head(4), (), ())
     assert file.read() == domain.Testimony(head(4), known.tombstones)
+
+
+def rewritten(file: FileWitness, change: Callable[[dict[str, Any]], None]) -> None:
+    """The file as somebody without the key makes it consistent again after a change of its lines."""
+    chain, lines = "", []
+    for line in file.path.read_bytes().splitlines():
+        body = json.loads(line)
+        change(body)
+        plain = {name: each for name, each in body.items() if name not in ("chain", "mac")}
+        chain = digest_of([chain, plain])
+        lines.append(canonical_json(body | {"chain": chain} if "chain" in body else body))
+    file.path.write_bytes(b"\n".join(lines) + b"\n")
+
+
+def test_a_deletion_can_not_be_dated_back_without_the_key(file: FileWitness) -> None:
+    def date_back(body: dict[str, Any]) -> None:
+        if "tombstone" in body:
+            body["tombstone"][6] = "2001-01-01T00:00:00+00:00"
+
+    rewritten(file, lambda _: None)
+    assert file.read().head == file.head()
+    rewritten(file, date_back)
+    with pytest.raises(IntegrityError) as caught:
+        file.read()
+    assert "key" in caught.value.got
+    with pytest.raises(IntegrityError):
+        file.head()
+
+
+def test_an_earlier_versions_witness_is_gone_on_with_under_the_key(file: FileWitness) -> None:
+    whole = file.path.read_bytes()
+    rewritten(file, lambda body: body.pop("mac", None))
+    earlier = file.path.read_bytes()
+    assert (b'"mac"' in whole, b'"mac"' in earlier) == (True, False)
+    before = file.read()
+    file.append(head(7), [tombstone(9)], ())
+    assert file.read().head == head(7)
+    assert file.read().tombstones.keys() > before.tombstones.keys()
+    keyed = file.path.read_bytes()
+    file.append(head(8), [], ())
+    rewritten(file, lambda body: body.pop("mac", None) if body.get("num_events") == 8 else None)
+    with pytest.raises(IntegrityError):
+        file.read()
+    file.path.write_bytes(keyed)
+    assert file.head() == head(7)
 
 
 @pytest.mark.parametrize("line", range(6))
@@ -138,28 +188,28 @@ def test_only_its_owner_may_read_it(file: FileWitness) -> None:
 def test_a_place_that_cannot_be_written_is_a_fault_of_the_machine(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(EnvironmentFault):
-        FileWitness(tmp_path / "file" / "m.jsonl").append(head(1), (), ())
+        FileWitness(tmp_path / "file" / "m.jsonl", KEYED).append(head(1), (), ())
     (tmp_path / "folder").mkdir()
     with pytest.raises(EnvironmentFault):
-        FileWitness(tmp_path / "folder").read()
+        FileWitness(tmp_path / "folder", KEYED).read()
     with pytest.raises(EnvironmentFault):
-        FileWitness(tmp_path / "folder").head()
+        FileWitness(tmp_path / "folder", KEYED).head()
 
 
 def test_what_could_not_be_told_is_refused_before_anything_is(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for path in (tmp_path / "new" / "folder" / "m.jsonl", tmp_path / "m.jsonl"):
-        FileWitness(path).refuse_unwritable()
+        FileWitness(path, KEYED).refuse_unwritable()
     for path in (tmp_path / "file" / "m.jsonl", tmp_path / "file" / "folder" / "m.jsonl", tmp_path):
         with pytest.raises(EnvironmentFault) as refused:
-            FileWitness(path).refuse_unwritable()
+            FileWitness(path, KEYED).refuse_unwritable()
         assert "`witness:`" in refused.value.next_step
     assert sorted(each.name for each in tmp_path.iterdir()) == ["file"]
 
 
 def test_two_that_tell_at_once_are_both_heard(file: FileWitness) -> None:
     """Copies of a model share a witness."""
-    other = FileWitness(file.path)
+    other = FileWitness(file.path, KEYED)
     file.append(head(5), [tombstone(5)], ())
     other.append(head(6), [tombstone(6)], ())
     file.append(head(7), [tombstone(7)], ())

@@ -32,6 +32,7 @@ from sisa.ports import StoredRecord
 from sisa.run import train
 from sisa.runfile import parse_run_file
 from sisa.serial import SerialExecutor, Site
+from sisa.store import files
 from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.exports import DirectoryExports
 from sisa.store.files import writer_lock
@@ -124,7 +125,8 @@ def train_in(
     now: str = THEN,
 ) -> None:
     """Make a model of these records in a directory."""
-    partition_key.write_secret(directory / opening.KEY, SECRET)
+    partition_key.write_secret(opening.key_path(directory, config, NAME), SECRET)
+    files.make_directory(directory)
     with writer_lock(directory / opening.LOCK):
         pass
     embedder = NameEmbedder(HashingEmbedder())

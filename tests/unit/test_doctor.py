@@ -33,7 +33,8 @@ from sisa.store.checkpoints import ADAPTER, MANIFEST
 from sisa.store.files import write_atomic, writer_lock
 from sisa.verify import check_files
 from sisa.world import model_digest
-from tests.unit.care_model import THEN, built_pair, content, use_fake_parts, world_of
+from tests.fakes import SECRET
+from tests.unit.care_model import NAME, THEN, built_pair, content, use_fake_parts, world_of
 
 assert care_cli  # registers its commands
 Defect = Callable[[Path], None]
@@ -84,6 +85,32 @@ def execute(model: Path, statement: str) -> None:
     with closing(sqlite3.connect(model / opening.LEDGER)) as connection:
         connection.execute(statement)
         connection.commit()
+
+
+def test_a_ledger_on_a_network_file_system_is_told(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def mounts(all: bool) -> list[SimpleNamespace]:
+        there = [("/", "ext4"), (str(model.parent), "nfs4")] if all else []
+        return [SimpleNamespace(mountpoint=at, fstype=kind) for at, kind in there]
+
+    monkeypatch.setattr("psutil.disk_partitions", mounts)
+    (found,) = diagnose(model).findings
+    assert (found.kind, found.severity) == ("network_disk", "warning")
+    assert "nfs4" in found.what
+
+
+def test_a_deletion_that_is_dated_back_is_damage(model: Path) -> None:
+    """By somebody who mends the checksums and the row, but has no key for the witness."""
+    with world_of(model) as world:
+        told = world.ledger.tombstones()
+        witness = opening.witness_of(opening.stored_config(world.ledger.meta()), Keyed(SECRET), NAME)
+        witness.append(world.ledger.event_head(), told, ())
+        (only,) = told
+        commit(model, Change(tombstones=[replace(only, deleted_at="2001-01-01T00:00:00+00:00")]))
+    assert "recorded otherwise" in diagnose(model).findings[0].what
+    with world_of(model) as world:
+        (request,) = world.ledger.requests()
+        commit(model, Change(tombstones=told, requests=[replace(request, committed_at="2001-01-01")]))
+    assert "not one chain" in diagnose(model).findings[0].what
 
 
 def test_modes_that_are_too_open_are_told_by_room(model: Path) -> None:

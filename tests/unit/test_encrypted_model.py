@@ -389,7 +389,7 @@ def test_a_missing_keyring_is_told_and_nothing_is_erased(model: Path) -> None:
     held = content(model)
     aside = keyring_of(model).root.rename(model.parent / "aside")
     found = diagnose(model)
-    assert kinds(found) == ["checkpoint", "index", "keyring", "slice"]
+    assert kinds(found) == ["checkpoint", "index", "key", "keyring", "slice"]
     (told,) = [each for each in found.findings if each.kind == "keyring"]
     assert told.where == str(keyring_of(model).root)
     assert "`keyring:`" in told.next_step
@@ -397,6 +397,25 @@ def test_a_missing_keyring_is_told_and_nothing_is_erased(model: Path) -> None:
     assert content(model) == held
     aside.rename(keyring_of(model).root)
     assert diagnose(model).healthy
+
+
+def test_the_partition_key_rests_with_the_other_keys(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the ledger it would make a dictionary of the tombstones, as an earlier version left it."""
+    use_fake_parts(monkeypatch)
+    beside, kept = model / opening.KEY, keyring_of(model).root / opening.KEY
+    assert (beside.exists(), kept.is_file(), kept.stat().st_mode & 0o777) == (False, True, 0o600)
+    kept.rename(beside)
+    assert kinds(diagnose(model)) == ["key_place"]
+    opened = Model(model, executor="serial")
+    secret = beside.read_bytes()
+    opened.resume()
+    assert (beside.exists(), kept.read_bytes()) == (False, secret)
+    assert diagnose(model).healthy
+    plain = opened.config.model_copy(update={"encrypt": False})
+    opening.keep_key(model, plain, opened.id, opened.secret)
+    assert (kept.exists(), beside.read_bytes()) == (False, secret)
 
 
 def test_keys_that_others_may_read_are_told_and_mended(model: Path) -> None:

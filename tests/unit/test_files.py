@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from sisa.digest import sha256_hex
+from sisa.digest import Keyed, sha256_hex
 from sisa.domain import WitnessHead
 from sisa.errors import Busy, EnvironmentFault, IntegrityError
 from sisa.store import files
@@ -217,7 +217,10 @@ def test_a_lock_is_its_owners_alone(tmp_path: Path) -> None:
 def test_no_lock_is_waited_for_without_a_deadline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    metrics, witness = FileMetrics(tmp_path / "metrics"), FileWitness(tmp_path / "witness.jsonl")
+    metrics, witness = (
+        FileMetrics(tmp_path / "metrics"),
+        FileWitness(tmp_path / "witness.jsonl", Keyed(bytes(32))),
+    )
     event = {"event": "erasure_failed", "num_requests": 2}
     line = {"at": "2026-11-25T21:37:49.123+00:00", "run": "20261125T213749Z-3f9a1c2b", **event}
     metrics.append(line)

@@ -528,3 +528,10 @@ def test_bad_ids_files(tmp_path: Path, data: bytes | None, where: list[str]) -> 
         read_ids(tmp_path / "ids")
     assert [each.where for each in caught.value.problems] == where
     assert SECRET not in str(caught.value)
+
+
+@pytest.mark.parametrize("given", ["Jos\u00e9", "Jose\u0301", " Jos\u00e9\t".replace("\t", " ")])
+def test_a_subject_has_one_spelling(tmp_path: Path, given: str) -> None:
+    file = tmp_path / "people.jsonl"
+    file.write_text(json.dumps({"id": "r1", "subject_id": given, "text": "x"}))
+    assert [each.subject_id for each in read_records([file])] == ["Jos\u00e9"]

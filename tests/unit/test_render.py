@@ -310,3 +310,12 @@ def test_a_deferred_deletion_tells_what_is_served_and_what_is_still_to_be_traine
     assert "meanwhile served: shard 0: 1 of 3 slices, shard 3: 2 of 3 slices; 50.0%" in result.text
     assert "other orders: 7 record-epochs more" in result.text
     assert "2 slices retrained" in render.forgotten(ForgetOutcome(REQUEST, (), "after")).text
+
+
+def test_an_answer_can_stand_alone() -> None:
+    """Who answered tells whether a person's records are held."""
+    for shards in ((), (1,)):
+        found = Answer("In Gadmode.", shards)
+        alone = render.answer(found, alone=True)
+        assert (alone.json, alone.text) == ({"answer": "In Gadmode."}, "In Gadmode.")
+        assert render.answers([found], alone=True).json == {"answers": [{"answer": "In Gadmode."}]}
