@@ -274,9 +274,11 @@ def _key(
     if Keyed(secret).name != name:
         return [finding("key", "error", str(path), "the partition key is not this model's")], None
     if not path.is_file():
-        what = "the partition key lies beside the ledger, not with the keys of this encrypted model"
-        step = "the next train, add or forget moves it to the keyring"
-        return [Finding("key_place", "warning", str(directory / KEY), what, "", step)], secret
+        what = (
+            "the partition key is not here: an encrypted model's belongs to its keyring, else beside it"
+        )
+        step = "the next train, add or forget moves it"
+        return [Finding("key_place", "warning", str(path), what, "", step)], secret
     mode = stat.S_IMODE(os.stat(path).st_mode)
     if path != directory / KEY and mode & 0o077:
         step = f"chmod 600 {path}"

@@ -31,7 +31,7 @@ from sisa.store.keyring import FileKeyring, is_sealed
 from sisa.verify import check_files
 from sisa.world import known_names
 from tests.fake_keyring import FakeKeyring
-from tests.fakes import fake_model, fake_record
+from tests.fakes import SECRET, fake_model, fake_record
 from tests.unit.care_model import (
     DELETED,
     NAME,
@@ -469,6 +469,7 @@ def set_form(model: Path, *, seals: bool) -> Callable[[], None]:
         with world_of(model) as world:
             config = opening.stored_config(world.ledger.meta()).model_copy(update={"encrypt": seals})
             world.ledger.commit(Change(meta={"config": config.to_canonical()}))
+        opening.keep_key(model, config, NAME, SECRET)
 
     return commit
 
