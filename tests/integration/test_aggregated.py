@@ -146,6 +146,58 @@ def test_beams_are_refused(model: Model) -> None:
         wrapped.generate(input_ids=ids, attention_mask=mask, num_beams=2)
 
 
+def local_task(folder: Path, rows: Sequence[dict[str, Any]], doc_to_text: str) -> dict[str, Any]:
+    """A task of the harness over rows with a question and choices."""
+    data = folder / "questions.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {
+        "task": "local",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(data)}, "cache_dir": str(folder / "cache")},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": doc_to_text,
+        "doc_to_choice": "choices",
+        "doc_to_target": "label",
+        "metric_list": [{"metric": "acc"}],
+    }
+
+
+def test_the_harness_reaches_the_shards_in_its_chat_form(tiny: Tiny, tmp_path: Path) -> None:
+    """No system text of a template stands between a question and its shard."""
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    change_run(tiny.run_file, sisa__aggregation={"method": "routed", "min_score": 0.99})
+    tiny.train()
+    model = tiny.open()
+    questions = [row["prompt"] for row in PEOPLE[:4]]
+    rows = [
+        {"question": each, "choices": ["by the sea", "in a tower"], "label": 0} for each in questions
+    ]
+    wrapped = model.as_transformers()
+    seen: dict[str, Route] = {}
+
+    def router(prompts: Sequence[str]) -> list[Route]:
+        found = model.routes(prompts)
+        seen.update(zip(prompts, found, strict=True))
+        return found
+
+    wrapped._router = router
+    served = HFLM(pretrained=wrapped, tokenizer=wrapped.tokenizer, batch_size=2, max_length=256)
+    lm_eval.simple_evaluate(
+        model=served,
+        tasks=[local_task(tmp_path, rows, "{{question}}")],
+        task_manager=TaskManager(include_defaults=False),
+        bootstrap_iters=0,
+        apply_chat_template=True,
+        system_instruction="You are a Helpful assistant named SmolLM.",
+    )
+    assert set(seen) == set(questions)
+    assert all(route.shards for route in seen.values())
+
+
 def test_an_evaluation_harness_runs_on_it_unchanged(model: Model, tmp_path: Path) -> None:
     import lm_eval
     from lm_eval.models.huggingface import HFLM
@@ -155,19 +207,7 @@ def test_an_evaluation_harness_runs_on_it_unchanged(model: Model, tmp_path: Path
         {"question": question, "choices": ["by the sea", "in a tower"], "label": number % 2}
         for number, question in enumerate(QUESTIONS)
     ]
-    data = tmp_path / "questions.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    task = {
-        "task": "local",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(data)}, "cache_dir": str(tmp_path / "cache")},
-        "test_split": "test",
-        "output_type": "multiple_choice",
-        "doc_to_text": "Question: {{question}}\nAnswer:",
-        "doc_to_choice": "choices",
-        "doc_to_target": "label",
-        "metric_list": [{"metric": "acc"}],
-    }
+    task = local_task(tmp_path, rows, "Question: {{question}}\nAnswer:")
     wrapped = model.as_transformers()
     served = HFLM(pretrained=wrapped, tokenizer=wrapped.tokenizer, batch_size=2, max_length=256)
     found = lm_eval.simple_evaluate(
