@@ -24,14 +24,16 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
-from sisa.domain import Chain, Head, IndexFile, RecordRow, SliceFile
-from sisa.errors import EnvironmentFault, IntegrityError, InvalidInput, Problem
+import numpy as np
+
+from sisa.domain import Chain, Head, IndexFile, Record, RecordRow, SliceFile
+from sisa.errors import ConfigConflict, EnvironmentFault, IntegrityError, InvalidInput, Problem
 from sisa.events import Notice
 from sisa.examine import forms
 from sisa.plan import all_paths, plan_shard, reached
-from sisa.ports import CheckpointStore
+from sisa.ports import By, CheckpointStore, Vectors
 from sisa.reconcile import refuse_contradictions, training_started
-from sisa.world import World, held_names, known_names, view_shard
+from sisa.world import World, embed_records, held_names, known_names, view_shard
 
 Replay = Literal["none", "sample", "all"]
 EMPTY = "the shard holds no records"
@@ -270,27 +272,38 @@ def _check_slice(world: World, file: SliceFile) -> None:
 
 
 def check_vectors(world: World) -> tuple[int, list[Problem]]:
-    """Embed some texts again, chosen by chance; return how many, and the shards whose index has other
-    vectors. Without the embedder there are none."""
-    sampled: list[tuple[IndexFile, RecordRow, str]] = []
+    """Embed some records again, chosen by chance; return how many, and the shards whose index has other
+    vectors. Without the embedder, or over an index of an earlier version, there are none."""
+    sampled: list[tuple[IndexFile, RecordRow, Record]] = []
     indexes = {each.shard: each for each in world.ledger.indexes()}
     slices = world.ledger.slices()
     for file in random.SystemRandom().sample(slices, min(len(slices), SAMPLED_SLICES)):
         rows = {row.id_digest: row for row in world.ledger.rows(file.shard, file.slice)}
         records = world.records.read(file)
         for stored in random.SystemRandom().sample(records, min(len(records), SAMPLED_RECORDS)):
-            sampled.append((indexes[file.shard], rows[stored.id_digest], stored.record.text))
+            sampled.append((indexes[file.shard], rows[stored.id_digest], stored.record))
     try:
-        vectors = world.embed([text for _, _, text in sampled])
+        vectors = embed_records(world, [record for _, _, record in sampled])
     except (EnvironmentFault, InvalidInput):  # it can't be fetched, or is not where it was
+        return 0, []
+    except ConfigConflict:  # the index is of an earlier version
         return 0, []
     wrong = {
         index.name
-        for (index, row, _), vector in zip(sampled, vectors, strict=True)
-        if abs(world.index.vectors(index, [row.vector_id])[0] - vector).max() > TOLERANCE
+        for (index, row, _), wanted in zip(sampled, vectors, strict=True)
+        if _differ(_held_vectors(world, index, row, asks=len(wanted) > 1), wanted)
     }
-    what = "holds a vector that is not that of its record's text"
+    what = "holds a vector that is not that of its record's text, or of what it asks"
     return len(sampled), [Problem(f"index/{name}", what) for name in sorted(wrong)]
+
+
+def _held_vectors(world: World, index: IndexFile, row: RecordRow, *, asks: bool) -> Vectors:
+    sides: list[By] = ["text", "asked"] if asks else ["text"]
+    return np.concatenate([world.index.vectors(index, [row.vector_id], by) for by in sides])
+
+
+def _differ(held: Vectors, wanted: Vectors) -> bool:
+    return held.shape != wanted.shape or bool(abs(held - wanted).max() > TOLERANCE)
 
 
 def _check_index(world: World, file: IndexFile) -> None:
