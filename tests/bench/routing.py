@@ -102,6 +102,9 @@ def muse(data: Path) -> list[Asked]:
     return [Asked(row["question"], row["answer"], n) for n, row in enumerate(rows)]
 
 
+READ = {"tofu": tofu, "rwku": rwku, "muse": muse}
+
+
 # --- records in several forms ---------------------------------------------------------------------
 
 
@@ -140,6 +143,13 @@ FORMS: Mapping[str, Callable[[Sequence[Asked]], list[tuple[Record, int]]]] = {
     "chats of two turns": partial(chats, system=SYSTEM),
     "chats under 20 words": partial(chats, system=LONG_SYSTEM),
 }
+
+
+OF_FORMS: Sequence[tuple[str, int, Compared]] = (
+    ("tofu", SOME_SUBJECTS, "prompts"),
+    ("rwku", SOME_SUBJECTS, "prompts"),
+    ("tofu", FEW_SUBJECTS, "whole records"),
+)
 
 
 # --- looking up -----------------------------------------------------------------------------------
@@ -271,31 +281,19 @@ def of_embedder(spec: str, names: bool, data: Path) -> dict[str, Any]:
         "tofu": [row for n in SHARDS for row in measured(completions(asked), asked, embedder, spec, n)]
     }
     if (spec, names) == (MINILM, True):
-        for name, read in (("rwku", rwku), ("muse", muse)):
-            other = read(data)
+        for name in ("rwku", "muse"):
+            other = READ[name](data)
             made = completions(other)
             found[name] = [row for n in SHARDS[:2] for row in measured(made, other, embedder, spec, n)]
         found["forms"] = [
-            {"form": form, "data": name} | row
-            for name, read in (("tofu", tofu), ("rwku", rwku))
+            {"data": source, "form": form} | row
+            for source, few, by in OF_FORMS
             for form, make in FORMS.items()
-            for row in _of_form(make, read(data), embedder, spec)
+            if source == "tofu" or "sentences" not in form  # RWKU's answers are a few words
+            for some in [[each for each in READ[source](data) if each.subject < few]]
+            for row in measured(make(some), some, embedder, spec, SHARDS[0], by)
         ]
     return found
-
-
-def _of_form(
-    make: Callable[[Sequence[Asked]], list[tuple[Record, int]]],
-    asked: Sequence[Asked],
-    embedder: Remembering,
-    spec: str,
-) -> list[dict[str, Any]]:
-    some = [each for each in asked if each.subject < SOME_SUBJECTS]
-    few = [each for each in asked if each.subject < FEW_SUBJECTS]
-    return [
-        *measured(make(some), some, embedder, spec, SHARDS[0]),
-        *measured(make(few), few, embedder, spec, SHARDS[0], by="whole records"),
-    ]
 
 
 def main() -> None:
