@@ -90,7 +90,8 @@ def _verdict(found: Diagnosis) -> str:
     if found.healthy:
         return "healthy"
     errors = sum(each.severity == "error" for each in found.findings)
-    return f"{errors} errors, {len(found.findings) - errors} warnings"
+    warnings = len(found.findings) - errors
+    return f"{errors} error{'s' * (errors != 1)}, {warnings} warning{'s' * (warnings != 1)}"
 
 
 def repaired(found: Repair) -> Result:

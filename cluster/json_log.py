@@ -8,7 +8,7 @@ Rules: a line says what happened and in which numbers, and no loss, text or id (
 Workers write theirs on their own standard error, which Ray keeps among its logs; the driver hears the
 same events and sums them up, a line of progress every LINE_EVERY_S seconds.
 
-Not covered: text for people (`progress.py`); who chooses (`watched.py`).
+Not covered: text for people (`sisa/progress.py`); who chooses (`watched.py`).
 
 >>> import io
 >>> stream = io.StringIO()
@@ -25,9 +25,9 @@ import time
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
-from cluster.progress import LINE_EVERY_S, Meter
 from sisa.events import ErasureFailed, Event, Notice, PatchProgress, SliceProgress, SliceStarted
 from sisa.measured import NAMES, logged
+from sisa.progress import LINE_EVERY_S, Meter
 
 if TYPE_CHECKING:
     from sisa.running import Running

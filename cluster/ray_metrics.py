@@ -38,7 +38,6 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from cluster.progress import Meter
 from sisa.events import (
     DeletionCompleted,
     ErasureFailed,
@@ -47,6 +46,7 @@ from sisa.events import (
     SliceProgress,
     SliceTrained,
 )
+from sisa.progress import Meter
 
 BOUNDARIES_S = (1.0, 10.0, 60.0, 300.0, 1800.0, 7200.0, 43_200.0)
 MOST_WAITING = 10_000

@@ -3,7 +3,7 @@
 Rules: pure. Keys of the JSON are a contract (README, "The JSON contract"): they are added to, never
 renamed. Text from records or models passes `printable` before it reaches a terminal.
 
-Not covered: progress (`progress.py`), errors (`cli.py`).
+Not covered: progress (`sisa/progress.py`), errors (`cli.py`).
 
 >>> printable("a\\x1b[31mb\\n")
 'a[31mb\\n'

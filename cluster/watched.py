@@ -3,7 +3,7 @@
 Rules: everything goes to standard error; standard output stays free for the result. With `--log-format
 json` each line there is a JSON object. Ray is not imported.
 
-Not covered: what a person sees (`progress.py`), how a line reads (`json_log.py`).
+Not covered: what a person sees (`sisa/progress.py`), how a line reads (`json_log.py`).
 
 >>> log_format_of(["train", "run.yaml", "--log-format", "json"]), log_format_of(["status"])
 ('json', 'text')
@@ -18,9 +18,9 @@ from contextlib import contextmanager
 from itertools import pairwise
 
 from cluster.json_log import DriverLog, JsonLog
-from cluster.progress import progress
 from cluster.ray_metrics import Measuring, RayMeters
 from sisa.events import Event, Notice, Report
+from sisa.progress import progress
 from sisa.running import LogFormat, running
 
 OPTION = "--log-format"

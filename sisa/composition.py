@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from sisa.ask import live_heads, open_answerer
 from sisa.domain import Record, RecordRow
+from sisa.events import Notice
 from sisa.measured import MIN_RECORDS
 from sisa.model.route import Route, all_of
 from sisa.parts import Parts
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from sisa.model.answer import Answerer
 
 MAX_RECORDS = 32
+NUM_TOLD = 8  # lines of progress, at most
 
 
 @dataclass(frozen=True)
@@ -94,19 +96,19 @@ def merged_gap(world: World, parts: Parts, limit: int = MAX_RECORDS) -> tuple[in
     models, and of the mean of all shards' adapters."""
     live = sorted(live_heads(world))
     asked = _tokens(world, parts, _chosen(world, live, limit))
-    sums = []
-    for how in ("routed", "merged"):
+    sums = {"routed": 0.0, "merged": 0.0}
+    done, whole = 0, len(sums) * len(asked)
+    for how in sums:
         answerer = open_answerer(world, parts, how=how)
-        sums.append(
-            sum(
-                answerer.answer_probability(
-                    ids[: answer[0]], ids[answer[0] :], all_of([shard] if how == "routed" else live)
-                )
-                for shard, ids, answer in asked
-            )
-        )
+        for shard, ids, answer in asked:
+            route = all_of([shard] if how == "routed" else live)
+            sums[how] += answerer.answer_probability(ids[: answer[0]], ids[answer[0] :], route)
+            done += 1
+            if done * NUM_TOLD // whole > (done - 1) * NUM_TOLD // whole:
+                told = "comparing the average with the shards' own answers"
+                world.report(Notice(f"{told}: {done} of {whole} asked"))
     count = max(1, len(asked))
-    return len(asked), sums[0] / count, sums[1] / count
+    return len(asked), sums["routed"] / count, sums["merged"] / count
 
 
 def _chosen(world: World, shards: Sequence[int], limit: int) -> list[RecordRow]:

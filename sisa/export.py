@@ -8,7 +8,8 @@
 
 Rules: bytes are checked against the ledger. What is served goes out: with active patches, each adapter
 is the sum of the patches and the shard's own, as one adapter on the plain base. `adapter_config.json`
-names the base's directory, so that `AutoPeftModelForCausalLM` loads it as it is. Every directory has a
+names the base as the run file does, so that it means the same on other machines; its digest is on the
+card. `AutoPeftModelForCausalLM` loads it from a hub's name or a directory. Every directory has a
 card that says what is in it. The rows come before the files, so that no crash leaves an export that
 nobody knows. A merged form is an average of weights, not what the shards say together: its card says
 so, with what that costs on records that remain.

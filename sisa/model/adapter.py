@@ -208,8 +208,10 @@ def read_config(files: Mapping[str, bytes]) -> LoraConfig:
 
 @contextmanager
 def _quiet_peft() -> Iterator[None]:
-    """Silence peft's use of a name that transformers is about to drop; the pins keep both in step."""
+    """Silence peft: its use of a name that transformers is about to drop (the pins keep both in step),
+    and what it says of modules that it treats as they need."""
     with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="peft")
         warnings.filterwarnings(
             "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
         )

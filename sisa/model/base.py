@@ -19,6 +19,8 @@ from __future__ import annotations
 import copy
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,9 +28,15 @@ from typing import Any
 
 from sisa.arithmetic import USUAL, Arithmetic
 from sisa.digest import canonical_json, digest_of, file_sha256, sha256_hex
-from sisa.errors import EnvironmentFault, IntegrityError, InvalidInput
+from sisa.errors import EnvironmentFault, IntegrityError, InvalidInput, Problem, SisaError
 from sisa.model.numerics import usual_modes
-from sisa.model.packages import PREFIX, cached_directory, fetch_package, parse_package
+from sisa.model.packages import (
+    PINNED_BASES,
+    PREFIX,
+    cached_directory,
+    fetch_package,
+    parse_package,
+)
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -42,6 +50,8 @@ TOKENIZER_FILES = (
 CONFIG_FILES = ("config.json", "generation_config.json")
 UNNAMED_KEYS = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
 HUB_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
+UNUSED = ("pooler.",)  # weights that an embedder's file may lack
+MAX_TOLD_CHARS, MAX_NAMES = 200, 10
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
 _loaded: dict[tuple[Path, str, Arithmetic], tuple[Any, Any]] = {}
 
@@ -66,14 +76,16 @@ def resolve_base(spec: str) -> BaseFiles:
         gguf = list(source.rglob("*.gguf"))
         if len(gguf) == 1:
             place = f"bases/{package.name}-{package.version}-{package.sha256[:16]}"
-            directory = cached_directory(place, partial(_convert, gguf[0].parent, gguf[0].name))
-            return BaseFiles(spec, directory, base_digest(directory))
+            convert, pinned = partial(_convert, gguf[0].parent, gguf[0].name), PINNED_BASES
+            found = cached_directory(place, convert, pinned.get(package.sha256), base_digest)
+            return BaseFiles(spec, *found)
         source = model_in_package(source, spec)
     else:
         source = local_or_hub(spec)
     if not _stored_as_float32(source):
         place = f"bases/{base_digest(source)[:32]}"
-        source = cached_directory(place, partial(_convert, source, None))
+        convert = partial(_convert, source, None)
+        return BaseFiles(spec, *cached_directory(place, convert, digest=base_digest))
     return BaseFiles(spec, source, base_digest(source))
 
 
@@ -165,13 +177,17 @@ def _canonical_config(path: Path) -> bytes:
 
 
 def _stored_as_float32(directory: Path) -> bool:
+    with untrusted("the model's weights can't be read", directory):
+        return all(each in ("F32", "I64") for dtypes in _stored_dtypes(directory) for each in dtypes)
+
+
+def _stored_dtypes(directory: Path) -> Iterator[list[str]]:
+    """Yield the types of the tensors of each file."""
     from safetensors import safe_open
 
     for path in sorted(directory.glob("*.safetensors")):
         with safe_open(path, framework="numpy") as file:
-            if any(file.get_slice(name).get_dtype() not in ("F32", "I64") for name in file.keys()):  # noqa: SIM118
-                return False
-    return True
+            yield [file.get_slice(name).get_dtype() for name in file.keys()]  # noqa: SIM118
 
 
 def _convert(source: Path, gguf: str | None, target: Path) -> None:
@@ -179,9 +195,7 @@ def _convert(source: Path, gguf: str | None, target: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     kind = {"gguf_file": gguf} if gguf else {"use_safetensors": True}
-    model = _from_pretrained(
-        AutoModelForCausalLM, source, dtype=torch.float32, trust_remote_code=False, **kind
-    )
+    model = _weights(AutoModelForCausalLM, source, dtype=torch.float32, **kind)
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -193,24 +207,88 @@ def _convert(source: Path, gguf: str | None, target: Path) -> None:
     load_tokenizer(source, gguf).save_pretrained(target)
 
 
+@contextmanager
+def untrusted(what: str, source: Path, *, quotes_texts: bool = False) -> Iterator[None]:
+    """Turn whatever the libraries raise over a model's files into an InvalidInput: the files are of
+    others, may be damaged in any way, and are parsed in Python, Rust and C++. A message that
+    `quotes_texts` is left out."""
+    try:
+        yield
+    except SisaError:
+        raise
+    except BaseException as error:
+        panic = type(error).__name__ == "PanicException"  # of Rust: no Exception, and no class to name
+        if not panic and not isinstance(error, Exception):
+            raise
+        raise InvalidInput(
+            what,
+            where=str(source),
+            expected="undamaged files of a causal language model that transformers has built in, with "
+            "safetensors weights",
+            got=type(error).__name__ if quotes_texts else _told(error),
+            next_step="fetch the model again, or use another; models that bring their own code are not "
+            "run",
+        ) from error
+
+
+def _told(error: BaseException) -> str:
+    """Return an error's kind and the beginning of its message, without control characters."""
+    first = next(iter(str(error).splitlines()), "")[:MAX_TOLD_CHARS]
+    return ": ".join(filter(None, [type(error).__name__, "".join(c for c in first if c.isprintable())]))
+
+
 def _from_pretrained(auto: Any, source: Path, **options: Any) -> Any:
     from transformers.utils import logging
 
-    bars = logging.is_progress_bar_enabled()
+    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # what matters of its warnings is refused
     try:
-        return auto.from_pretrained(str(source), **options)
-    except (ValueError, OSError, KeyError) as error:
-        raise InvalidInput(
-            "the model can't be loaded",
-            where=str(source),
-            expected="an architecture that transformers has built in, with safetensors weights",
-            got=type(error).__name__,
-            next_step="use another base; models that bring their own code are not run",
-        ) from error
+        with untrusted("the model can't be loaded", source):
+            return auto.from_pretrained(str(source), trust_remote_code=False, **options)
     finally:
+        logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
+
+
+def _weights(auto: Any, source: Path, **options: Any) -> Any:
+    """Load a model with all of its weights: what a file lacks would be drawn at random."""
+    _refuse_more_layers(source, options.get("gguf_file"))
+    model, found = _from_pretrained(auto, source, output_loading_info=True, **options)
+    absent = sorted(name for name in found["missing_keys"] if not name.startswith(UNUSED))
+    unfit = sorted(str(each[0]) for each in found["mismatched_keys"])
+    if absent or unfit:
+        raise InvalidInput(
+            "the model's weights are not those of its config",
+            where=str(source),
+            got=f"{len(absent)} tensors are missing, {len(unfit)} have another shape",
+            next_step="fetch the model again",
+            problems=[Problem(name[:MAX_TOLD_CHARS], "is missing") for name in absent[:MAX_NAMES]]
+            + [Problem(name[:MAX_TOLD_CHARS], "has another shape") for name in unfit[:MAX_NAMES]],
+        )
+    return model
+
+
+def _refuse_more_layers(source: Path, gguf: str | None) -> None:
+    """Raise InvalidInput where a config tells of more layers than there are tensors: building their
+    modules might never end."""
+    if gguf is not None:
+        return
+    from transformers import AutoConfig
+
+    config = _from_pretrained(AutoConfig, source)
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    with untrusted("the model's weights can't be read", source):
+        tensors = sum(len(dtypes) for dtypes in _stored_dtypes(source))
+    if isinstance(layers, int) and layers > tensors:
+        raise InvalidInput(
+            "the model's config tells of more layers than its weights have",
+            where=str(source),
+            expected=f"at most {tensors}",
+            got=str(layers),
+            next_step="fetch the model again",
+        )
 
 
 def load_tokenizer(directory: Path, gguf: str | None = None) -> Any:
@@ -218,7 +296,7 @@ def load_tokenizer(directory: Path, gguf: str | None = None) -> Any:
     from transformers import AutoTokenizer
 
     options = {"gguf_file": gguf} if gguf else {}
-    return _from_pretrained(AutoTokenizer, directory, trust_remote_code=False, **options)
+    return _from_pretrained(AutoTokenizer, directory, **options)
 
 
 def load_base(directory: Path, digest: str, arithmetic: Arithmetic = USUAL) -> tuple[Any, Any]:
@@ -249,27 +327,28 @@ def load_base(directory: Path, digest: str, arithmetic: Arithmetic = USUAL) -> t
 
 
 def load_frozen(auto: Any, directory: Path, dtype: str = "float32") -> Any:
-    """A model of an `AutoModel` class, memory-mapped, for evaluation, frozen."""
+    """Return a model of an `AutoModel` class, memory-mapped, for evaluation, frozen. Its attention is
+    torch's own function, or the plain one where the architecture has no other."""
     import torch
 
-    model = _from_pretrained(
-        auto,
-        directory,
-        dtype=getattr(torch, dtype),
-        attn_implementation="sdpa",
-        use_safetensors=True,
-        trust_remote_code=False,
-    )
+    options = {"dtype": getattr(torch, dtype), "use_safetensors": True}
+    try:
+        model = _weights(auto, directory, attn_implementation="sdpa", **options)
+    except InvalidInput as error:
+        if not isinstance(error.__cause__, ValueError):
+            raise
+        model = _weights(auto, directory, attn_implementation="eager", **options)
     return model.eval().requires_grad_(False)
 
 
 def load_skeleton(directory: Path) -> Any:
-    """A base's modules without weights."""
+    """Return a base's modules without weights. Raises InvalidInput for no causal language model."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = _from_pretrained(AutoConfig, directory, trust_remote_code=False)
-    with torch.device("meta"):
+    config = _from_pretrained(AutoConfig, directory)
+    _refuse_more_layers(directory, None)
+    with untrusted("the base is no causal language model", directory), torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 
 

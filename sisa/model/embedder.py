@@ -22,7 +22,14 @@ import numpy as np
 
 from sisa.digest import digest_of
 from sisa.errors import InvalidInput
-from sisa.model.base import base_digest, load_frozen, load_tokenizer, local_or_hub, model_in_package
+from sisa.model.base import (
+    base_digest,
+    load_frozen,
+    load_tokenizer,
+    local_or_hub,
+    model_in_package,
+    untrusted,
+)
 from sisa.model.hashing import HashingEmbedder
 from sisa.model.numerics import pin_threads, usual_modes
 from sisa.model.packages import PREFIX, fetch_package, parse_package
@@ -51,10 +58,11 @@ class TransformerEmbedder:
     """Mean-pooled hidden states of a model directory; weights are loaded at the first text."""
 
     def __init__(self, directory: Path) -> None:
-        _refuse_other_pooling(directory)
         self._directory = directory
-        config = json.loads((directory / "config.json").read_bytes())
-        self._dimension = int(config["hidden_size"])
+        with untrusted("the embedder can't be loaded", directory):
+            _refuse_other_pooling(directory)
+            config = json.loads((directory / "config.json").read_bytes())
+            self._dimension = int(config["hidden_size"])
         self._digest = digest_of([METHOD, ROWS, *LENGTHS, base_digest(directory)])
         self._parts: tuple[Any, Any] | None = None
 
@@ -71,7 +79,8 @@ class TransformerEmbedder:
         vectors: Vectors = np.zeros((len(texts), self._dimension), dtype=np.float32)
         if not texts:
             return vectors
-        with one_thread(), usual_modes():
+        told = untrusted("the embedder can't be run", self._directory, quotes_texts=True)
+        with told, one_thread(), usual_modes():
             pin_threads(1)
             self._fill(vectors, texts)
         return vectors

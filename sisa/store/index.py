@@ -28,6 +28,26 @@ from sisa.store.keyring import PLAIN, shred
 from sisa.store.loaded import Loaded, Warm, search
 
 ROOM = "index"
+HEAD_BYTES = 37  # of each of the two indexes, one in the other; their number of vectors is at 8
+
+
+def _has_form(data: bytes, num_records: int, dimension: int) -> bool:
+    """Return whether a file is of the one form that `build` writes, with a vector or more a record.
+    FAISS trusts what it parses, and whoever can write a digest can write any file under it."""
+    import faiss
+
+    empty = faiss.serialize_index(faiss.IndexIDMap2(faiss.IndexFlatIP(dimension))).tobytes()
+    num_vectors, rest = divmod(len(data) - len(empty), 4 * dimension + 8)
+    if rest or num_vectors < num_records:
+        return False
+    count, floats = num_vectors.to_bytes(8, "little"), num_vectors * dimension
+    heads = b"".join(
+        empty[start : start + 8] + count + empty[start + 16 : start + HEAD_BYTES]
+        for start in (0, HEAD_BYTES)
+    )
+    heads += floats.to_bytes(8, "little")
+    ids_at = len(heads) + 4 * floats
+    return data.startswith(heads) and data[ids_at : ids_at + 8] == count
 
 
 class FaissIndex:
@@ -115,7 +135,14 @@ class FaissIndex:
     def _read(self, file: IndexFile) -> Any:
         import faiss
 
-        return faiss.deserialize_index(np.frombuffer(self._bytes(file), dtype=np.uint8))
+        data = self._bytes(file)
+        if not _has_form(data, file.num_vectors, self.dimension):
+            raise IntegrityError(
+                "an index file is not of the form that is written, under the recorded digest",
+                where=str(self.root / file.name),
+                next_step="restore the model directory from a backup",
+            )
+        return faiss.deserialize_index(np.frombuffer(data, dtype=np.uint8))
 
     def held(self) -> frozenset[str]:
         return files.held_names(self.root)

@@ -7,6 +7,7 @@ then an index after a deletion is, byte for byte, one that never held the record
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sisa.digest import sha256_hex
 from sisa.domain import IndexFile
 from sisa.errors import IntegrityError
 from sisa.ports import RecordIndex, Vectors
@@ -278,6 +280,25 @@ def test_a_tampered_file_is_refused_before_faiss_parses_it(
     ):
         with pytest.raises(IntegrityError, match="not the one that was recorded"):
             read()
+
+
+@pytest.mark.parametrize("place", [0, 4, 8, 12, 37, 45, 74, -24])
+def test_a_tampered_file_with_a_mended_digest_is_refused_before_faiss_parses_it(
+    folder: FaissIndex, monkeypatch: pytest.MonkeyPatch, place: int
+) -> None:
+    import faiss
+
+    file = folder.build(0, "root", None, vectors([1]))
+    data = bytearray(folder._bytes(file))
+    data[place] ^= 0x40
+    for wrong in (bytes(data), bytes(data[:-1]), b""):
+        mended = replace(file, sha256=sha256_hex(wrong), num_bytes=len(wrong))
+        sealed = folder.keyring.seal("index", mended.name, "", wrong)
+        (folder.root / mended.name).write_bytes(sealed)
+        with monkeypatch.context() as patched:
+            patched.setattr(faiss, "deserialize_index", lambda _: pytest.fail("FAISS parsed it"))
+            with pytest.raises(IntegrityError, match="not of the form that is written"):
+                folder.search([mended], np.stack([vector(1)]), 1)
 
 
 def test_a_sealed_index_without_its_key_is_refused(tmp_path: Path) -> None:

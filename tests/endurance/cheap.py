@@ -58,7 +58,7 @@ class CheapParts(Parts):
     def count_tokens(self, records: Sequence[Record]) -> list[int]:
         return [len(record.text.split()) + 1 for record in records]
 
-    def check_modules(self) -> None:
+    def check_base(self) -> None:
         """Any module will do."""
 
 

@@ -93,7 +93,7 @@ def test_an_export_holds_an_adapter_a_shard_with_its_card_and_no_trace_of_traini
         assert names == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
         config = json.loads((path / "adapter_config.json").read_text())
         assert (config["peft_type"], config["r"]) == ("LORA", 4)
-        assert Path(config["base_model_name_or_path"]).samefile(tiny.base)
+        assert config["base_model_name_or_path"] == str(tiny.base)
     assert tiny.open().verify().ok
 
 

@@ -135,6 +135,6 @@ def test_fewer_layers_than_slices_are_refused_before_anything_is_trained(
         parts = Parts(plain.model_copy(update={"sisa": block}), None, None)
         if refused:
             with pytest.raises(InvalidInput, match="fewer layers"):
-                parts.check_modules()
+                parts.check_base()
         else:
-            parts.check_modules()
+            parts.check_base()

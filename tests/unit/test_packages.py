@@ -107,13 +107,53 @@ def test_members_that_point_outside_are_refused(tmp_path: Path, member: str) -> 
     assert not (tmp_path / "out.json").exists()
 
 
-def test_a_lost_race_uses_the_winners_files(tmp_path: Path) -> None:
+@pytest.mark.parametrize("theirs", ["same", "other"])
+def test_a_lost_race_uses_the_winners_files_if_they_are_the_same(tmp_path: Path, theirs: str) -> None:
     def fill(scratch: Path) -> None:
-        (scratch / "mine").write_text("")
+        (scratch / "file").write_text("same")
         winner = tmp_path / "cache" / "bases" / "b"
         winner.mkdir()
-        (winner / "theirs").write_text("")
+        (winner / "file").write_text(theirs)
 
-    directory = packages.cached_directory("bases/b", fill)
-    assert [path.name for path in directory.iterdir()] == ["theirs"]
+    if theirs == "other":
+        with pytest.raises(IntegrityError, match="another model"):
+            packages.cached_directory("bases/b", fill)
+        return
+    directory, digest = packages.cached_directory("bases/b", fill)
+    assert digest == packages.tree_digest(directory)
     assert [path.name for path in directory.parent.iterdir()] == ["b"]
+
+
+def fill_well(scratch: Path) -> None:
+    (scratch / "config.json").write_text("{}")
+
+
+@pytest.mark.parametrize("by_others", [False, True])
+def test_a_model_that_was_planted_in_the_cache_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_others: bool
+) -> None:
+    """Whoever filled the cache, what this user knows or can make again is compared."""
+    directory, digest = packages.cached_directory("bases/b", fill_well)
+    if by_others:
+        monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "fresh"))
+    assert packages.cached_directory("bases/b", fill_well) == (directory, digest)
+    if by_others:
+        monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "fresh again"))
+    (directory / "config.json").write_text('{"planted": true}')
+    with pytest.raises(IntegrityError, match="another model") as caught:
+        packages.cached_directory("bases/b", fill_well)
+    assert caught.value.where == str(directory)
+    directory.joinpath("config.json").write_text("{}")
+    assert packages.cached_directory("bases/b", fill_well) == (directory, digest)
+
+
+def test_a_pinned_model_needs_no_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory, digest = packages.cached_directory("bases/b", fill_well)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "fresh"))
+
+    def never(_: Path) -> None:
+        pytest.fail("made again")
+
+    assert packages.cached_directory("bases/b", never, digest) == (directory, digest)
+    with pytest.raises(IntegrityError):
+        packages.cached_directory("bases/b", never, "0" * 64)

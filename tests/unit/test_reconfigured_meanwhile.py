@@ -32,7 +32,7 @@ NUM_RECORDS = 24
 def _fakes(monkeypatch: pytest.MonkeyPatch) -> None:
     use_fake_parts(monkeypatch)
     monkeypatch.setattr(Parts, "count_tokens", lambda _, records: [1 for _ in records])
-    monkeypatch.setattr(Parts, "check_modules", lambda _: None)
+    monkeypatch.setattr(Parts, "check_base", lambda _: None)
 
 
 @pytest.fixture
