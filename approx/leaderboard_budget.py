@@ -1,8 +1,9 @@
 """Equal budgets: how many steps of a method come nearest to a number of operations.
 
-Operations are those of `compute.py`, counted step by step from the batches that the run will see, and
-with the look at the loss that ends it: what is planned is what is counted in the end. The schedule of
-the learning rate ends with the last step. Equal operations are not equal seconds.
+Operations are those of `compute.py`, counted step by step from the batches that the run will see, with
+the look at the loss that ends it and with what a reference is asked once: what is planned is what is
+counted in the end. The schedule of the learning rate ends with the last step. Equal operations are not
+equal seconds.
 """
 
 from __future__ import annotations
@@ -54,6 +55,8 @@ def step_costs(
     `sizes`: parameters of the model, and those that are trained.
     """
     roles = {"forget": sets.forget, "retain": sets.retain, "preferred": sets.preferred}
+    each_time = method.compares - method.compares_answers
+    once = sum(_reference_positions(roles[role], settings) for role in method.compares_answers)
     costs, last = [], []
     for step in plan_steps(len(sets.forget), len(sets.retain), settings):
         trained = compared = 0
@@ -62,10 +65,17 @@ def step_costs(
                 rows = micro.retain if role == "retain" else micro.forget
                 count = _positions(roles[role], rows)
                 trained += count
-                compared += count * (role in method.compares)
+                compared += count * (role in each_time)
         costs.append(float(Compute(*sizes, trained, compared).flops))
-        last.append(float(Compute(*sizes, 0, trained + compared).flops))
+        last.append(float(Compute(*sizes, 0, trained + compared + once).flops))
     return costs, last
+
+
+def _reference_positions(examples: Sequence[Tokens], settings: Settings) -> int:
+    """Positions that the reference computes once, in the order of the set."""
+    size = settings.batch_size
+    starts = range(0, len(examples), size)
+    return sum(_positions(examples, range(at, min(at + size, len(examples)))) for at in starts)
 
 
 def positions_of(examples: Sequence[Tokens], settings: Settings) -> int:

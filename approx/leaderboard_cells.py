@@ -65,6 +65,7 @@ class FineTuning:
     name: ClassVar[str] = "fine_tuning"
     reads: ClassVar[frozenset[Role]] = frozenset({"forget"})
     compares: ClassVar[frozenset[Role]] = frozenset()
+    compares_answers: ClassVar[frozenset[Role]] = frozenset()
 
     def loss(self, rows: Mapping[Role, Rows]) -> Losses:
         total = mean_nll(rows["forget"].current_BTV, rows["forget"].batch)

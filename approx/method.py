@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, cast
 
 from torch import Tensor
 
-from approx.answer_tokens import AnswerBatch
+from approx.answer_tokens import AnswerBatch, sum_logprobs_B
 from approx.token_losses import mean_kl, mean_nll
 from sisa.errors import InvalidInput, Problem
 
@@ -35,11 +35,13 @@ RETAIN_LOSSES = ("nll", "kl")
 
 @dataclass(frozen=True)
 class Rows:
-    """Examples of one role, their logits now and, where the method compares, the reference's."""
+    """Examples of one role, their logits now and, where the method compares, the reference's logits or
+    its log-probabilities of the whole answers."""
 
     batch: AnswerBatch
     current_BTV: Tensor
     reference_BTV: Tensor | None = None
+    reference_answers_B: Tensor | None = None
 
     @property
     def compared_BTV(self) -> Tensor:
@@ -47,6 +49,14 @@ class Rows:
         if self.reference_BTV is None:
             raise ValueError("this loss compares with a reference, whose logits were not given")
         return self.reference_BTV
+
+    @property
+    def log_ratios_B(self) -> Tensor:
+        """log(p_current(answer) / p_reference(answer)) of each whole answer."""
+        reference_B = self.reference_answers_B
+        if reference_B is None:
+            reference_B = sum_logprobs_B(self.compared_BTV, self.batch)
+        return sum_logprobs_B(self.current_BTV, self.batch) - reference_B
 
 
 @dataclass(frozen=True)
@@ -70,7 +80,13 @@ class Method(Protocol):
 
     @property
     def compares(self) -> frozenset[Role]:
-        """Those of them for which it needs the reference's logits."""
+        """Those of them for which it needs the reference."""
+        ...
+
+    @property
+    def compares_answers(self) -> frozenset[Role]:
+        """Those of these for which the reference's log-probability of the whole answer is enough: it is
+        the same at every step."""
         ...
 
     def loss(self, rows: Mapping[Role, Rows]) -> Losses:
@@ -179,6 +195,10 @@ class WithRetainTerm:
     def compares(self) -> frozenset[Role]:
         kept = self.retain_weight > 0 and self.retain_loss == "kl"
         return self.compared | frozenset[Role]({"retain"} if kept else ())
+
+    @property
+    def compares_answers(self) -> frozenset[Role]:
+        return self.compared
 
     def forget_term(self, rows: Mapping[Role, Rows]) -> Tensor:
         """F, a scalar."""

@@ -1,10 +1,11 @@
 """How a method is applied: learning rate, batches and their order, as a pure function of the settings.
 
-Rules: order depends on the seed and the sizes of the sets alone, so that a run that goes on from step n
-sees what an uninterrupted one sees. An epoch is one pass over the forget set, in an order of its own;
-beside each micro-batch of forget rows stand as many retain rows, from endless passes over the retain
-set. Only the last micro-batch of an epoch may be smaller; a step's loss is the mean of the losses of its
-micro-batches, weighed by their forget rows.
+A run may take several rounds (`num_rounds`), each of `num_epochs` epochs with a schedule of its own; how
+strong a round is, is decided as it goes (`descent`). Order depends on the seed and the sizes of the sets
+alone, so that a run that goes on from step n sees what an uninterrupted one sees. An epoch is one pass
+over the forget set, in an order of its own; beside each micro-batch of forget rows stand as many retain
+rows, from endless passes over the retain set. Only the last micro-batch of an epoch may be smaller; a
+step's loss is the mean of the losses of its micro-batches, weighed by their forget rows.
 
 Not covered: sorting by length; packing.
 
@@ -30,7 +31,7 @@ from sisa.errors import Problem
 
 @dataclass(frozen=True)
 class Settings:
-    """What any method is run with. `max_steps` cuts the plan, and the schedule with it."""
+    """What any method is run with. `max_steps` cuts each round, and its schedule."""
 
     learning_rate: float = 1e-5
     num_epochs: int = 10
@@ -41,6 +42,7 @@ class Settings:
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     max_steps: int | None = None
+    num_rounds: int = 1
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -48,6 +50,7 @@ class Settings:
             "num_epochs": self.num_epochs,
             "batch_size": self.batch_size,
             "gradient_accumulation_steps": self.gradient_accumulation_steps,
+            "num_rounds": self.num_rounds,
         }
         if self.max_steps is not None:
             counts["max_steps"] = self.max_steps
@@ -77,10 +80,20 @@ Step = tuple[MicroBatch, ...]
 
 
 def plan_steps(num_forget: int, num_retain: int, settings: Settings) -> tuple[Step, ...]:
-    """All optimizer steps, each with its micro-batches."""
+    """Plan all optimizer steps, round after round, each with its micro-batches."""
     kept = _endless(num_retain, settings.seed)
+    return tuple(
+        step
+        for number in range(settings.num_rounds)
+        for step in _plan_round(num_forget, kept, number, settings)
+    )
+
+
+def _plan_round(
+    num_forget: int, kept: Iterator[int], number: int, settings: Settings
+) -> tuple[Step, ...]:
     micro: list[MicroBatch] = []
-    for epoch in range(settings.num_epochs):
+    for epoch in range(number * settings.num_epochs, (number + 1) * settings.num_epochs):
         order = _order(num_forget, settings.seed, "forget", epoch)
         for start in range(0, num_forget, settings.batch_size):
             rows = tuple(order[start : start + settings.batch_size])
@@ -91,7 +104,8 @@ def plan_steps(num_forget: int, num_retain: int, settings: Settings) -> tuple[St
 
 
 def learning_rate_at(step: int, num_steps: int, settings: Settings) -> float:
-    """The rate of one step, counted from 0: linear warm-up, then constant or falling to 0.
+    """Return the rate of one step of a round, counted from 0: linear warm-up, then constant or falling
+    to 0.
 
     >>> [learning_rate_at(n, 4, Settings(1.0, warmup_steps=1)) for n in range(4)]
     [0.5, 1.0, 0.6666666666666666, 0.3333333333333333]

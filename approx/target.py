@@ -22,7 +22,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from approx.answer_tokens import AnswerBatch
+from approx.answer_tokens import AnswerBatch, sum_logprobs_B
 from approx.method import Rows
 from sisa.errors import IntegrityError, InvalidInput, Problem
 
@@ -56,11 +56,18 @@ class Target:
         """Parameters that train."""
         return sum(each.numel() for each in self.trained.values())
 
-    def rows(self, batch: AnswerBatch, *, compare: bool) -> Rows:
+    def reference_answers_B(self, batch: AnswerBatch) -> Tensor:
+        """The reference's log-probability of each whole answer."""
+        cut, columns_K = batch.to(self.model.device).at_answers()
+        return sum_logprobs_B(self._reference(cut.ids_BT1, columns_K), cut)
+
+    def rows(
+        self, batch: AnswerBatch, *, compare: bool, reference_answers_B: Tensor | None = None
+    ) -> Rows:
         """A batch, cut to its answer positions, with logits."""
         cut, columns_K = batch.to(self.model.device).at_answers()
         reference_BKV = self._reference(cut.ids_BT1, columns_K) if compare else None
-        return Rows(cut, _logits(self.model, cut.ids_BT1, columns_K), reference_BKV)
+        return Rows(cut, _logits(self.model, cut.ids_BT1, columns_K), reference_BKV, reference_answers_B)
 
     def _reference(self, ids_BT1: Tensor, columns_K: Tensor) -> Tensor:
         with torch.no_grad():

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from approx.answer_tokens import AnswerBatch, answer_logprobs_BT, logprobs_BTV, sum_logprobs_B
+from approx.answer_tokens import AnswerBatch, answer_logprobs_BT, logprobs_BTV
 
 
 def mean_nll(logits_BTV: Tensor, batch: AnswerBatch) -> Tensor:
@@ -31,8 +31,3 @@ def mean_kl(reference_BTV: Tensor, current_BTV: Tensor, batch: AnswerBatch) -> T
     reference_NV = logprobs_BTV(reference_BTV[:, :num_positions][batch.mask_BT])
     current_NV = logprobs_BTV(current_BTV[:, :num_positions][batch.mask_BT])
     return (reference_NV.exp() * (reference_NV - current_NV)).sum(dim=-1).mean()
-
-
-def log_ratios_B(current_BTV: Tensor, reference_BTV: Tensor, batch: AnswerBatch) -> Tensor:
-    """log(p_current(answer) / p_reference(answer)) of each whole answer."""
-    return sum_logprobs_B(current_BTV, batch) - sum_logprobs_B(reference_BTV, batch)

@@ -1,9 +1,9 @@
-"""Unlearning: a method applied to a model, on a patch or on full weights.
+"""Apply a method of unlearning to a model, on a patch or on full weights.
 
-Rules: everything is checked before anything is computed. The model is changed in place, and whatever
-happens it ends holding weights that were checked: see `descent`. Task arithmetic fine-tunes with the
-same loop, without a bound on utility as the tuned model is not the result, and subtracts; its alpha is
-searched under the bound, or given and held to it; a search with nothing left to tune before it is not
+Everything is checked before anything is computed. The model is changed in place, and whatever happens it
+ends holding weights that were checked: see `descent`. Task arithmetic fine-tunes with the same loop, in
+one round and without a bound on utility as the tuned model is not the result, and subtracts; its alpha
+is searched under the bound, or given and held to it; a search with nothing left to tune before it is not
 cut short. A tuning that did not finish gives no task vector: the weights are then those from before.
 Saved runs are erased when the run is over, unless the caller does, and kept when it is out of time.
 
@@ -15,18 +15,17 @@ Not covered: choosing what to forget, tokenizing, reports (`report`).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
-from approx.bounds import Bounds, End, Ending, StepLog
+from approx.bounds import Bounds, End, Ending, Knowledge, StepLog
 from approx.descent import Descent
 from approx.method import Method
 from approx.methods.task_arithmetic import (
     TaskArithmetic,
-    largest_alpha,
     negate_patch,
     negate_weights,
     refuse_used_patch,
@@ -57,6 +56,8 @@ def unlearn(
     """
     refuse_bad_sets(sets, method)
     target = Target(model, with_reference=bool(method.compares))
+    if isinstance(method, TaskArithmetic):
+        settings = replace(settings, num_rounds=1)  # the scale is what is searched
 
     def descent(bounds: Bounds) -> Descent:
         return Descent(
@@ -85,26 +86,36 @@ def _tune_and_negate(
     if target.kind == "patch":
         refuse_used_patch(base)
     before = bounds.measured_before(target.model)
-    tuning = replace(bounds, utility=None, max_utility_drop=None)
+    knew = bounds.known(target.model, thorough=True)
+    tuning = replace(bounds, utility=None, max_utility_drop=None, knowledge=None)
     run = descent(tuning)
-    end = replace(run.run(), utility_before=before, alpha=0.0)
+    end = replace(run.run(), utility_before=before, alpha=0.0, knowledge_before=knew, knowledge=knew)
     if end.ending != Ending.FINISHED:
         target.put(base)
         why = f"fine-tuning: {end.why}; then those from before were put back"
         return replace(end, why=why, step=0, utility=before)
     if run.num_taken == 0:
         bounds = replace(bounds, max_seconds=None)
-    search = _Search(target, base, target.snapshot(), bounds, before, started, clock)
-    alpha = largest_alpha(method.alphas if method.alpha is None else (method.alpha,), search.holds)
-    target.put(search.negated(alpha))
+    bounds = bounds.aiming_below(knew)
+    search = _Search(target, base, target.snapshot(), bounds, _Scale(0.0, before, knew), started, clock)
+    best = search.run(method.alphas if method.alpha is None else (method.alpha,))
+    target.put(search.negated(best.alpha))
     return replace(
         end,
-        ending=search.ending(alpha),
-        why=search.why(alpha),
-        utility=search.utilities[alpha],
+        ending=search.ending(),
+        why=search.why(),
+        utility=best.utility,
+        knowledge=best.knowledge,
         compute=replace(end.compute, seconds=end.compute.seconds + search.seconds()),
-        alpha=alpha,
+        alpha=best.alpha,
     )
+
+
+@dataclass(frozen=True)
+class _Scale:
+    alpha: float
+    utility: float | None
+    knowledge: Knowledge | None
 
 
 @dataclass
@@ -115,48 +126,63 @@ class _Search:
     base: Mapping[str, Tensor]
     tuned: Mapping[str, Tensor]
     bounds: Bounds
-    before: float | None
+    before: _Scale
     started: float
     clock: Callable[[], float]
 
     def __post_init__(self) -> None:
-        self.utilities: dict[float, float | None] = {0.0: self.before}
+        self.best = self.before
         self._began = self.clock()
         self._late = False
-        self._broke: float | None = None
+        self._broke: _Scale | None = None
 
     def negated(self, alpha: float) -> dict[str, Tensor]:
         negate = negate_patch if self.target.kind == "patch" else negate_weights
         return negate(self.base, self.tuned, alpha)
 
-    def holds(self, alpha: float) -> bool:
-        """Whether utility allows this scale; False, too, when there is no time left to try it."""
+    def run(self, alphas: Iterable[float]) -> _Scale:
+        """The best scale, from the smallest on, up to the first that breaks the bound."""
         limit = self.bounds.max_seconds
-        self._late = limit is not None and self.clock() - self.started >= limit
-        if self._late:
-            return False
+        for alpha in sorted(alphas):
+            self._late = limit is not None and self.clock() - self.started >= limit
+            if self._late:
+                break
+            tried = self._tried(alpha)
+            if not self.bounds.allow(tried.utility, self.before.utility):
+                self._broke = tried
+                break
+            if self.bounds.is_better(tried.knowledge, self.best.knowledge):
+                self.best = tried
+            if self.bounds.is_enough(self.best.knowledge, at_end=True):
+                break
+        return self.best
+
+    def _tried(self, alpha: float) -> _Scale:
         self.target.put(self.negated(alpha))
-        self.utilities[alpha] = self.bounds.measured(self.target.model)
-        if self.bounds.allow(self.utilities[alpha], self.before):
-            return True
-        self._broke = alpha
-        return False
+        model = self.target.model
+        return _Scale(alpha, self.bounds.measured(model), self.bounds.known(model, thorough=False))
 
     def seconds(self) -> float:
         return self.clock() - self._began
 
-    def ending(self, alpha: float) -> Ending:
+    def ending(self) -> Ending:
         if self._late:
             return Ending.OUT_OF_TIME
-        return Ending.BELOW_UTILITY_BOUND if self._broke and alpha == 0 else Ending.FINISHED
+        known = self.best.knowledge is not None and self.best.knowledge.num_known > 0
+        held_back = self._broke and (self.best.alpha == 0 or known)
+        return Ending.BELOW_UTILITY_BOUND if held_back else Ending.FINISHED
 
-    def why(self, alpha: float) -> str:
+    def why(self) -> str:
+        alpha = self.best.alpha
         if self._late:
             return f"the time was spent while searching; alpha {alpha:g} is the last that held"
-        if self._broke is None:
-            return f"alpha {alpha:g}, the largest asked for"
-        found = self.utilities[self._broke]
-        return f"alpha {alpha:g}: at {self._broke:g} utility was {found}, from {self.before}"
+        if self._broke is not None:
+            held = "the bound on utility holds it back: " * (self.ending() != Ending.FINISHED)
+            found = f"at {self._broke.alpha:g} utility was {self._broke.utility}"
+            return f"{held}alpha {alpha:g}: {found}, from {self.before.utility}"
+        if self.bounds.is_enough(self.best.knowledge, at_end=True):
+            return f"nothing is known with alpha {alpha:g}"
+        return f"alpha {alpha:g}, of those asked for"
 
 
 def _refuse_unbounded_search(method: TaskArithmetic, bounds: Bounds) -> None:

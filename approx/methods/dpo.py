@@ -2,9 +2,12 @@
 
     D = mean over examples of -log sigmoid(beta * (ratio(preferred) - ratio(forget)))
     ratio = log p(answer) - log p_reference(answer), the whole answer
-    L = forget_weight * D + retain_weight * R(retain),   R = NLL or KL(reference || current)
+    DPO:     L = forget_weight * D + retain_weight * R(retain)
+    IdkDPO:  L = forget_weight * (2 / beta) * D + retain_weight * R(retain)
+    R = NLL or KL(reference || current)
 
-Rules: row i of the preferred answers belongs to row i of the forget answers. D is log 2 at the start.
+The slope of (2 / beta) * D is that of the difference of the ratios at the start, whatever beta is. Row i
+of the preferred answers belongs to row i of the forget answers. D is log 2 at the start.
 IdkDPO is the same loss with refusals as the preferred answers (`approx.refusals` makes them) and a
 retain term by default, without which a model learns to refuse everything.
 
@@ -12,7 +15,7 @@ Not covered: label smoothing; other links than the sigmoid.
 
 Source: Rafailov et al. 2023, "Direct preference optimization", eq. 7; beta 0.1 there and in TOFU (Maini
 et al. 2024). IdkDPO: TOFU's "preference optimization" with the retain term and the scale 2 / beta that
-the code of NPO (Zhang et al. 2024) and open-unlearning put before DPO: hence forget_weight 20.
+the code of NPO (Zhang et al. 2024) and open-unlearning put before DPO.
 """
 
 from __future__ import annotations
@@ -25,7 +28,6 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from approx.method import RetainLoss, Role, Rows, WithRetainTerm
-from approx.token_losses import log_ratios_B
 
 
 @dataclass(frozen=True)
@@ -41,18 +43,16 @@ class Dpo(WithRetainTerm):
     compared: ClassVar[frozenset[Role]] = looks_at
 
     def forget_term(self, rows: Mapping[Role, Rows]) -> Tensor:
-        margins_B = _ratios(rows["preferred"]) - _ratios(rows["forget"])
+        margins_B = rows["preferred"].log_ratios_B - rows["forget"].log_ratios_B
         return -logsigmoid(self.beta * margins_B).mean()
 
 
 @dataclass(frozen=True)
 class IdkDpo(Dpo):
-    """DPO towards refusals, with a retain term."""
+    """DPO towards refusals, scaled by 2 / beta, with a retain term."""
 
-    forget_weight: float = 20.0
     retain_weight: float = 1.0
     name: ClassVar[str] = "idk_dpo"
 
-
-def _ratios(rows: Rows) -> Tensor:
-    return log_ratios_B(rows.current_BTV, rows.compared_BTV, rows.batch)
+    def forget_term(self, rows: Mapping[Role, Rows]) -> Tensor:
+        return 2 / self.beta * super().forget_term(rows)

@@ -35,6 +35,10 @@ class GradientAscent:
     def compares(self) -> frozenset[Role]:
         return frozenset()
 
+    @property
+    def compares_answers(self) -> frozenset[Role]:
+        return frozenset()
+
     def loss(self, rows: Mapping[Role, Rows]) -> Losses:
         forget = rows["forget"]
         total = -mean_nll(forget.current_BTV, forget.batch)

@@ -40,6 +40,10 @@ class KlMinimisation:
     def compares(self) -> frozenset[Role]:
         return frozenset({"retain"})
 
+    @property
+    def compares_answers(self) -> frozenset[Role]:
+        return frozenset()
+
     def loss(self, rows: Mapping[Role, Rows]) -> Losses:
         forget = -mean_nll(rows["forget"].current_BTV, rows["forget"].batch)
         return weighted(forget, 1.0, rows, self.beta, "kl")

@@ -23,7 +23,6 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from approx.method import RetainLoss, Role, Rows, WithRetainTerm
-from approx.token_losses import log_ratios_B
 
 
 @dataclass(frozen=True)
@@ -38,6 +37,4 @@ class Npo(WithRetainTerm):
     compared: ClassVar[frozenset[Role]] = frozenset({"forget"})
 
     def forget_term(self, rows: Mapping[Role, Rows]) -> Tensor:
-        forget = rows["forget"]
-        ratios_B = log_ratios_B(forget.current_BTV, forget.compared_BTV, forget.batch)
-        return -2 / self.beta * logsigmoid(-self.beta * ratios_B).mean()
+        return -2 / self.beta * logsigmoid(-self.beta * rows["forget"].log_ratios_B).mean()

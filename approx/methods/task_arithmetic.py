@@ -4,23 +4,22 @@
     full weights:  result = base - alpha * (tuned - base)
     patch:         the weights' change is s * B A with B = 0 before; result: A, -alpha * B
 
-Rules: alpha 0 gives the base back, bit for bit. `alpha` is given, or searched: the largest of `alphas`
-up to which, from the smallest on, utility stays within its bound. A patch must be fresh (every B is 0):
+Alpha 0 gives the base back, bit for bit. `alpha` is given, or searched among `alphas`, from the smallest
+on: up to the first that breaks the bound on utility, or with which nothing is known any more. A patch
+must be fresh (every B is 0):
 the negative of a difference of two products has no room in one patch of the same rank.
 
 Not covered: a separate scale for each layer.
 
 Source: Ilharco et al. 2023, "Editing models with task arithmetic", section 3: one scale for all
 weights, from 0.0, 0.05, ..., 1.0, chosen on held-out data such that the control task keeps 95 % of the
-pre-trained model's accuracy. (Of those they take the one that forgets most; here it is the largest.)
-
->>> largest_alpha([0.5, 0.25, 1.0], lambda alpha: alpha < 0.7)
-0.5
+pre-trained model's accuracy, that which forgets most. A text that a base knows by heart leaves little to
+learn, so that the grid goes beyond 1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -30,7 +29,10 @@ from approx.method import Losses, Role, Rows, above_zero, at_least_zero, refuse_
 from approx.token_losses import mean_nll
 from sisa.errors import InvalidInput, Problem
 
-GRID = tuple(number / 20 for number in range(1, 21))
+GRID = (
+    *(0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0),
+    *(12.0, 16.0, 24.0, 32.0, 48.0, 64.0),
+)
 SECOND_FACTORS = ("lora_B.", "lora_embedding_B.")
 Tensors = Mapping[str, Tensor]
 
@@ -59,6 +61,10 @@ class TaskArithmetic:
 
     @property
     def compares(self) -> frozenset[Role]:
+        return frozenset()
+
+    @property
+    def compares_answers(self) -> frozenset[Role]:
         return frozenset()
 
     def loss(self, rows: Mapping[Role, Rows]) -> Losses:
@@ -103,13 +109,3 @@ def refuse_used_patch(patch: Tensors) -> None:
 
 def _is_second_factor(name: str) -> bool:
     return any(part in name for part in SECOND_FACTORS)
-
-
-def largest_alpha(alphas: Iterable[float], holds: Callable[[float], bool]) -> float:
-    """The largest scale such that it and all smaller ones hold; 0 when the smallest does not."""
-    best = 0.0
-    for alpha in sorted(alphas):
-        if not holds(alpha):
-            break
-        best = alpha
-    return best

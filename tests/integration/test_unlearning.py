@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from approx.answer_tokens import collate
-from approx.bounds import Bounds, End, Ending, StepLog
+from approx.bounds import Bounds, End, Ending, Knowledge, StepLog
 from approx.method import Losses, Method, Role, Rows
 from approx.methods.gradient_ascent import GradientAscent
 from approx.methods.registry import METHODS, make_method
@@ -22,6 +23,7 @@ from approx.pace import Settings
 from approx.report import LIMITS, ApproxReport
 from approx.saved_run import SavedRun
 from approx.sets import Sets
+from approx.target import Target
 from approx.token_losses import mean_nll
 from approx.unlearning import unlearn
 from sisa.errors import ConfigConflict, IntegrityError, InvalidInput
@@ -334,9 +336,108 @@ def test_a_method_that_overshoots_its_utility_bound_is_stopped(learnt: Any, kind
     assert f"step {end.step} were kept" in end.why
 
 
+def test_a_dip_of_utility_does_not_end_the_run(learnt: Any) -> None:
+    """It is back within the bound at the end: the last weights are kept, as without a bound."""
+    dips = [0.987, 0.634, 0.7, 0.81, *[0.975] * STEPS]
+    bounds = Bounds(utility=lambda _: dips.pop(0), max_utility_drop=0.1, check_every=1)
+    model, end = run(learnt, "patch", "npo", bounds)
+    free, _ = run(learnt, "patch", "npo")
+    assert (end.ending, end.step, end.utility) == (Ending.FINISHED, end.num_steps, 0.975)
+    assert same(weights(model), weights(free))
+
+
+def knows(model: Any, *, thorough: bool) -> Knowledge:
+    """Each forget example counts as known while its tokens' mean probability is above a half."""
+    del thorough
+    losses = [nll(model, [each]) for each in FORGET]
+    probability = sum(math.exp(-each) for each in losses) / len(losses)
+    return Knowledge(sum(math.exp(-each) > 0.5 for each in losses), len(losses), probability)
+
+
+@pytest.mark.parametrize("name", ["npo", "graddiff", "task_arithmetic"])
+def test_strength_is_searched_until_nothing_is_known(learnt: Any, name: str) -> None:
+    """At this rate one round changes next to nothing."""
+    weak = {"learning_rate": 1e-5, "num_epochs": 4}
+    method = make_method(name)
+    bounds = Bounds(
+        utility=keeps_retained,
+        max_utility_drop=0.3,
+        check_every=2,
+        knowledge=knows,
+        target_probability=0.1,
+    )
+    model = target(learnt, "patch")
+    one = unlearn(model, SETS, method, settings("patch", **weak), bounds)
+    model = target(learnt, "patch")
+    end = unlearn(model, SETS, method, settings("patch", **weak, num_rounds=8), bounds)
+    assert end.knowledge_before is not None
+    assert end.knowledge_before.num_known == len(FORGET)
+    assert end.knowledge == knows(model, thorough=True)
+    assert end.knowledge.num_known == 0
+    assert end.ending == Ending.FINISHED
+    assert "nothing is known" in end.why
+    assert keeps_retained(model) >= keeps_retained(learnt) - 0.3
+    if name != "task_arithmetic":
+        assert one.knowledge is not None
+        assert one.knowledge.num_known > 0
+        assert end.learning_rate is not None
+        assert end.learning_rate > weak["learning_rate"]
+        assert end.step < end.num_steps
+
+
+def test_a_bound_that_holds_a_run_back_is_told_and_the_best_within_it_is_kept(learnt: Any) -> None:
+    bounds = Bounds(utility=keeps_retained, max_utility_drop=1e-3, check_every=1, knowledge=knows)
+    model = target(learnt, "patch")
+    end = unlearn(
+        *(model, SETS, make_method("gradient_ascent")),
+        settings("patch", num_rounds=3, num_epochs=3, learning_rate=1e-3),
+        bounds,
+    )
+    assert end.ending == Ending.BELOW_UTILITY_BOUND
+    assert "the bound on utility holds it back" in end.why
+    assert end.knowledge == knows(model, thorough=True)
+    assert keeps_retained(model) >= keeps_retained(learnt) - 1e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_search_that_was_cut_short_goes_on_to_the_same_bits(
+    learnt: Any, kind: str, tmp_path: Path
+) -> None:
+    """Rounds that are taken back among them."""
+    bounds = Bounds(utility=keeps_retained, max_utility_drop=0.02, check_every=2, knowledge=knows)
+    plan = settings(kind, num_rounds=5, num_epochs=3, learning_rate=RATES[kind])
+    whole, model = target(learnt, kind), target(learnt, kind)
+    expected = unlearn(whole, SETS, make_method("npo"), plan, bounds)
+    saved = SavedRun(tmp_path / "run", "data-1")
+    late = dataclasses.replace(bounds, max_seconds=1e-9)
+    ends = []
+    while not ends or ends[-1].ending == Ending.OUT_OF_TIME:
+        model = target(learnt, kind)
+        ends.append(unlearn(model, SETS, make_method("npo"), plan, late, saved=saved))
+    assert len(ends) > 5
+    assert same(weights(model), weights(whole))
+    assert (ends[-1].step, ends[-1].why) == (expected.step, expected.why)
+
+
+@pytest.mark.parametrize("name", ["npo", "dpo", "idk_dpo"])
+def test_the_reference_is_asked_for_whole_answers_once(
+    learnt: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    real = Target._reference
+
+    def counted(self: Target, ids: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        asked.append(len(ids))
+        return real(self, ids, columns)
+
+    monkeypatch.setattr(Target, "_reference", counted)
+    run(learnt, "patch", name)
+    assert sum(asked) == len(FORGET) * len(make_method(name).compares_answers)
+
+
 def test_utility_that_is_no_number(learnt: Any) -> None:
-    values = iter([1.0, float("nan")])
-    bounds = Bounds(utility=lambda _: next(values), check_every=1)
+    values = iter([1.0])
+    bounds = Bounds(utility=lambda _: next(values, float("nan")), check_every=1)
     model = target(learnt, "patch")
     before = weights(model)
     end = unlearn(model, SETS, make_method("npo"), settings("patch"), bounds)

@@ -101,7 +101,26 @@ def test_dpo_by_hand() -> None:
     close(make_method("dpo", {"beta": 2.0}).loss(both).total, math.log(37 / 36))
     three: dict[Role, Rows] = {**both, "retain": RETAIN}
     idk = make_method("idk_dpo", {"beta": 1.0, "forget_weight": 2.0})
-    close(idk.loss(three).total, 2 * math.log(7 / 6) + 2 * LOG2)
+    close(idk.loss(three).total, 2 * 2 * math.log(7 / 6) + 2 * LOG2)
+    idk = make_method("idk_dpo", {"beta": 2.0})
+    close(idk.loss(three).total, math.log(37 / 36) + 2 * LOG2)
+
+
+@pytest.mark.parametrize("name", ["npo", "idk_dpo"])
+@pytest.mark.parametrize("beta", [0.05, 0.1, 0.5, 2.0])
+def test_beta_does_not_change_the_slope_at_the_start(name: str, beta: float) -> None:
+    """There the ratio is 1, and 2 / beta makes up for the beta within: ascent on the answer."""
+    logits = row(HALF, [1])[1].requires_grad_(True)
+    tokens = collate([row(HALF, [1])[0]], pad_id=0)
+    fixed = rows(HALF, HALF, [1])
+    both: dict[Role, Rows] = {
+        "forget": Rows(tokens, logits, logits.detach()),
+        "preferred": fixed,
+        "retain": fixed,
+    }
+    make_method(name, {"beta": beta}).loss(both).total.backward()
+    assert logits.grad is not None
+    close(logits.grad[0, 0, 1], 0.5)  # of log(1/2) by its own logit
 
 
 def test_npo_by_hand() -> None:
@@ -192,7 +211,8 @@ def second_way(method: Any, given: Mapping[Role, Rows]) -> float:
         return float(-method.forget_weight * _nll(forget) + _retain(method, given))
     if method.name in ("dpo", "idk_dpo"):
         pairs = zip(_ratios(given["preferred"]), _ratios(forget), strict=True)
-        each = [math.log1p(math.exp(-method.beta * (w - l))) for w, l in pairs]  # noqa: E741
+        scale = 2 / method.beta if method.name == "idk_dpo" else 1
+        each = [scale * math.log1p(math.exp(-method.beta * (w - l))) for w, l in pairs]  # noqa: E741
     elif method.name == "npo":
         each = [2 / method.beta * math.log1p(math.exp(method.beta * r)) for r in _ratios(forget)]
     else:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from approx import method as method_module
 from approx.methods import registry, task_arithmetic
 from approx.methods.registry import METHODS, make_method
-from approx.methods.task_arithmetic import largest_alpha, negate_patch, negate_weights
+from approx.methods.task_arithmetic import negate_patch, negate_weights
 from sisa.errors import InvalidInput
 
 pytestmark = pytest.mark.torch
@@ -129,19 +129,6 @@ def test_a_patch_with_alpha_zero_is_the_fresh_one_bit_for_bit() -> None:
 def test_a_used_patch_is_refused() -> None:
     with pytest.raises(InvalidInput, match="fresh"):
         negate_patch(patch(0, fresh=False), patch(1, fresh=False), 0.5)
-
-
-def test_the_largest_scale_stops_at_the_first_that_fails() -> None:
-    """Utility that comes back further out does not count: what lies between broke the bound."""
-    tried: list[float] = []
-
-    def holds(alpha: float) -> bool:
-        tried.append(alpha)
-        return alpha < 0.4 or alpha > 0.8
-
-    assert largest_alpha([0.9, 0.3, 0.1, 0.5], holds) == 0.3
-    assert tried == [0.1, 0.3, 0.5]
-    assert largest_alpha([0.5], lambda _: False) == 0.0
 
 
 @pytest.mark.parametrize("module", [method_module, registry, task_arithmetic])
