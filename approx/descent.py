@@ -7,9 +7,9 @@ that breaks the bound does not end the run: utility often dips and comes back.
 
 A run searches for the strength that is needed. While something is still known, each round goes on from
 where the last one ended, at GROWTH times its rate. A round that ends below the bound is taken back: the
-next one goes on from the best weights at a lower rate, and rates grow no more. The run ends when enough
-is forgotten, after the last round, or when a loss or a gradient is not finite; the model then holds the
-best weights, and the end says why.
+next one goes on from the best weights at a lower rate and with a retain term that weighs more. The run
+ends when enough is forgotten, after the last round, or when a loss or a gradient is not finite; the model
+then holds the best weights, and the end says why.
 
 Where there is any time, a run takes a step at least, so that one that is gone on with again and again
 comes to its end. A run that goes on from saved weights gives, to the bit, what one without interruption
@@ -35,7 +35,7 @@ from torch import Tensor
 from approx.answer_tokens import collate
 from approx.bounds import Bounds, End, Ending, Knowledge, StepLog
 from approx.compute import Compute, peak_memory_bytes
-from approx.method import Losses, Method, Role, hyperparameters
+from approx.method import Losses, Method, Role, holding, hyperparameters
 from approx.pace import MicroBatch, Settings, Step, learning_rate_at, plan_steps
 from approx.saved_run import SavedRun
 from approx.sets import Sets
@@ -93,7 +93,7 @@ class Descent:
         self._seconds_before = 0.0
         self._tokens_trained = self._tokens_forward = 0
         self._step = self._first = 0
-        self._rate, self._broke, self._within = settings.learning_rate, False, True
+        self._rate, self._hold, self._within = settings.learning_rate, 1.0, True
         self._why = ""
 
     def run(self) -> End:
@@ -148,16 +148,16 @@ class Descent:
                 if at_end:
                     self._turn()
                 self._save(job)
-        return Ending.BELOW_UTILITY_BOUND if self._broke else Ending.FINISHED
+        return Ending.FINISHED if self._hold == 1.0 else Ending.BELOW_UTILITY_BOUND
 
     def _turn(self) -> None:
         """Set out for the next round, and its rate."""
         if self._within:
-            self._rate *= 1.0 if self._broke else GROWTH
+            self._rate *= GROWTH
         else:
             self._target.put(self._best.tensors)
             self._optimizer.state.clear()
-            self._broke, self._rate = True, self._rate / GROWTH
+            self._rate, self._hold = self._rate / GROWTH, self._hold * GROWTH
 
     def _is_late(self) -> bool:
         limit = self._bounds.max_seconds
@@ -208,7 +208,7 @@ class Descent:
             num_tokens = batch.ids_BT1.numel()
             self._tokens_trained += num_tokens if trained else 0
             self._tokens_forward += num_tokens * (compare + (not trained))
-        return self._method.loss(rows)
+        return holding(self._method, self._hold).loss(rows)
 
     def _examples(self, role: Role) -> Sequence[Tokens]:
         sets = {
@@ -319,7 +319,7 @@ class Descent:
         return {
             "step": self._step,
             "rate": self._rate,
-            "broke": self._broke,
+            "hold": self._hold,
             "why": self._why,
             "seconds": self._seconds(),
             "tokens_trained": self._tokens_trained,
@@ -340,7 +340,7 @@ class Descent:
                 moments["step"] = moments["step"].cpu()
                 self._optimizer.state[each] = moments
         self._step, self._rate = counts["step"], counts["rate"]
-        self._broke, self._why = counts["broke"], counts["why"]
+        self._hold, self._why = counts["hold"], counts["why"]
         self._seconds_before = counts["seconds"]
         self._tokens_trained, self._tokens_forward = counts["tokens_trained"], counts["tokens_forward"]
         self._utility_before = counts["utility_before"]

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, cast
 
@@ -92,6 +92,14 @@ class Method(Protocol):
     def loss(self, rows: Mapping[Role, Rows]) -> Losses:
         """Scalar loss over the rows of one batch; `rows` has the roles that `reads` names."""
         ...
+
+
+def holding(method: Method, factor: float) -> Method:
+    """The same method with a retain term that weighs so many times as much, if it has one."""
+    names = ("beta",) if method.name == "kl_minimisation" else ("retain_weight",)
+    weights = {name: value for name, value in hyperparameters(method).items() if name in names}
+    changed = {name: value * factor for name, value in weights.items()}
+    return replace(cast(Any, method), **changed) if changed else method
 
 
 def hyperparameters(method: Method) -> dict[str, Any]:

@@ -4,8 +4,9 @@ A run may take several rounds (`num_rounds`), each of `num_epochs` epochs with a
 strong a round is, is decided as it goes (`descent`). Order depends on the seed and the sizes of the sets
 alone, so that a run that goes on from step n sees what an uninterrupted one sees. An epoch is one pass
 over the forget set, in an order of its own; beside each micro-batch of forget rows stand as many retain
-rows, from endless passes over the retain set. Only the last micro-batch of an epoch may be smaller; a
-step's loss is the mean of the losses of its micro-batches, weighed by their forget rows.
+rows, or `retain_batch_size`, from endless passes over the retain set. Only the last micro-batch of an
+epoch may have fewer forget rows; a step's loss is the mean of the losses of its micro-batches, weighed
+by their forget rows.
 
 Not covered: sorting by length; packing.
 
@@ -43,6 +44,7 @@ class Settings:
     max_grad_norm: float = 1.0
     max_steps: int | None = None
     num_rounds: int = 1
+    retain_batch_size: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -52,8 +54,8 @@ class Settings:
             "gradient_accumulation_steps": self.gradient_accumulation_steps,
             "num_rounds": self.num_rounds,
         }
-        if self.max_steps is not None:
-            counts["max_steps"] = self.max_steps
+        maybe = {"max_steps": self.max_steps, "retain_batch_size": self.retain_batch_size}
+        counts |= {name: value for name, value in maybe.items() if value is not None}
         whole = {**counts, "warmup_steps": self.warmup_steps, "seed": self.seed}
         refuse_values(
             "a run",
@@ -97,7 +99,8 @@ def _plan_round(
         order = _order(num_forget, settings.seed, "forget", epoch)
         for start in range(0, num_forget, settings.batch_size):
             rows = tuple(order[start : start + settings.batch_size])
-            micro.append(MicroBatch(rows, tuple(islice(kept, len(rows)))))
+            beside = settings.retain_batch_size or len(rows)
+            micro.append(MicroBatch(rows, tuple(islice(kept, beside))))
     size = settings.gradient_accumulation_steps
     steps = tuple(tuple(micro[start : start + size]) for start in range(0, len(micro), size))
     return steps[: settings.max_steps]

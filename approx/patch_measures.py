@@ -9,11 +9,11 @@
     retain_utility                exp(-mean NLL) over all answer tokens together: the utility that
                                   `max_utility_drop` bounds, in its own units, from 0 to 1
 
-Rules: the same texts before and after, the first MAX_MEASURED of a set, the first MAX_CONTINUED of them
-continued. Measures of tokens leave out what closes an answer (end token, line break), probabilities do
-not. Nothing returned holds a text.
+The same texts are measured before and after: the first MAX_MEASURED of a set, of which MAX_CONTINUED are
+continued; of the retain set those that were not trained on. Measures of tokens leave out what closes an
+answer (end token, line break), probabilities do not. Nothing returned holds a text.
 
-Not covered: a retained reference (`sisa eval tofu`); other wordings of the same fact.
+Not covered: a retained reference (`sisa eval tofu`); other wordings of the same fact (`robustness.py`).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from approx.answer_scores import scores
+from approx.bounds import Knowledge
 from approx.evaluated import AnswerScore
 from approx.greedy import continued
 from approx.metrics.exact_memorisation import exact_memorisation
@@ -30,6 +31,7 @@ from approx.metrics.extraction_strength import extraction_strength, floor
 from approx.metrics.min_k_plus_plus import min_k_plus_plus_score
 from approx.metrics.probability import probability
 from approx.metrics.rouge import rougeL_recall
+from approx.probe import MAX_PROBED, Answers, asked, may_know
 from sisa.model.answer import end_tokens
 from sisa.model.tokens import NO_LOSS, Tokens, answers, without_closing
 
@@ -43,7 +45,8 @@ LIMITS = (
     "ROUGE-L recall: greedy answers alone; a paraphrase scores low, a wrong name in the right phrase "
     "high, and text in other scripts than Latin counts 0",
     "min-k%++: large by a guard where the model is certain; no threshold of membership is fitted",
-    "utility: on the retain set alone, which it was trained on where the method has a retain term",
+    "utility: on the part of the retain set that was not trained on",
+    "still known: by the probe's criterion, for the very wording; of at most 32 texts",
 )
 
 
@@ -84,6 +87,21 @@ def utility(model: Any, retain: Sequence[Tokens]) -> float:
     return _utility(scores(model, retain[:MAX_MEASURED]))
 
 
+def knowledge(model: Any, tokenizer: Any, texts: Sequence[Answers], *, thorough: bool) -> Knowledge:
+    """How many texts a model knows, as the probe counts them, and their answers' mean probability.
+
+    Without `thorough` nothing is continued, and a text counts as known where it may be.
+    """
+    chosen = [each for each in texts if each][:MAX_PROBED]
+    rows = [(at, *pair) for at, each in enumerate(chosen) for pair in each]
+    found = scores(model, [Tokens([*p, *a], [NO_LOSS] * len(p) + list(a)) for _, p, a in rows])
+    known = {at for (at, _, _), score in zip(rows, found, strict=True) if may_know(score)}
+    count = len(known)
+    if thorough and known:
+        count = sum(each.known for each in asked(model, tokenizer, [chosen[at] for at in sorted(known)]))
+    return Knowledge(count, len(chosen), _mean([probability(each.loss) for each in found]))
+
+
 def _utility(kept: Sequence[AnswerScore]) -> float:
     total = math.fsum(each for score in kept for each in score.logprobs)
     return math.exp(total / sum(each.num_tokens for each in kept))
@@ -91,19 +109,19 @@ def _utility(kept: Sequence[AnswerScore]) -> float:
 
 def _recalls(model: Any, tokenizer: Any, forget: Sequence[Tokens]) -> list[float]:
     most = getattr(model.config, "max_position_embeddings", None) or math.inf
-    asked = [
+    pairs = [
         pair
         for each in forget
         for pair in answers(each, tokenizer)
         if each.labels[0] == NO_LOSS and len(pair[0]) <= most - MAX_NEW_TOKENS
     ][:MAX_CONTINUED]
-    if not asked:
+    if not pairs:
         return []
     ends = end_tokens(model, tokenizer)
-    said = continued(model, [prompt for prompt, _ in asked], ends, MAX_NEW_TOKENS)
+    said = continued(model, [prompt for prompt, _ in pairs], ends, MAX_NEW_TOKENS)
     return [
         rougeL_recall(_words(tokenizer, answer[:MAX_NEW_TOKENS]), _words(tokenizer, row))
-        for (_, answer), row in zip(asked, said, strict=True)
+        for (_, answer), row in zip(pairs, said, strict=True)
     ]
 
 

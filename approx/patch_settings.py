@@ -2,21 +2,20 @@
 
     method           one of `methods/registry.py`, with its hyper-parameters
     adapter          rank, scale and modules of the LoRA patch
-    pace             learning rate, batches, epochs, seed: `pace.Settings`
-    bounds           max_utility_drop, check_every: `bounds.Bounds`
-    sequence_len     no text is cut: a longer one is refused
+    pace             learning rate, batches, epochs, rounds, seed: `pace.Settings`
+    bounds           max_utility_drop, target_probability, check_every: `bounds.Bounds`
+    sequence_len     a longer text is cut to it, or refused, as `overlength` says
+    procedure        how patches are made; a job of another procedure is refused
 
-Rules: all defaults are written out, so that a job names everything that reaches its bits. A limit in
+All defaults are written out, so that a job names everything that reaches its bits. A limit in
 seconds is no part of it: it says when to put a run aside, not what comes of it. On the command line
 settings have one flat space of names. Unknown names and impossible values are named together.
 
-Not covered: whether a base has the modules (`patch_checks.py`).
-
-Source of the defaults: a patch wants about ten times the rate of full weights (`pace.py`). Ascent and
-its kin have no floor and are stopped by the bound on utility, so that they take fewer steps.
+Source of the defaults: a patch wants about ten times the rate of full weights (`pace.py`); from there on
+each round is stronger (`descent.py`) until nothing is known, or the bound on utility holds it back.
 
 >>> found = parse_settings(settings_of("npo", {"beta": 0.2, "num_epochs": 3}, Adapter(), seed=1))
->>> found.method, found.pace.num_epochs, found.max_utility_drop
+>>> found.method, found.pace.num_epochs, found.bounds.max_utility_drop
 (Npo(beta=0.2, forget_weight=1.0, retain_weight=1.0, retain_loss='nll'), 3, 0.1)
 """
 
@@ -24,34 +23,46 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
-from approx.bounds import Bounds
-from approx.method import Method, hyperparameters, refuse_values
+from approx.method import (
+    Method,
+    above_zero,
+    at_least_zero,
+    hyperparameters,
+    one_of,
+    refuse_values,
+)
 from approx.methods.registry import METHODS, make_method
 from approx.methods.task_arithmetic import TaskArithmetic
 from approx.pace import Settings
 from sisa.errors import InvalidInput, Problem
+from sisa.model.tokens import Overlength
 
 T = TypeVar("T")
-DEFAULT_DROP = 0.1
+PROCEDURE = 2  # raise it when the same settings make another patch
 DEFAULT_SEQUENCE_LEN = 512
-DEFAULT_CHECK_EVERY = 5
 DEFAULT_PACE = {
-    "learning_rate": 1e-4,
-    "num_epochs": 20,
+    "learning_rate": 3e-4,
+    "num_epochs": 40,
+    "max_steps": 40,
+    "num_rounds": 10,
     "batch_size": 4,
+    "retain_batch_size": 8,
     "gradient_accumulation_steps": 1,
     "weight_decay": 0.0,
 }
-PACES: Mapping[str, Mapping[str, Any]] = {  # ascent has no floor
-    "gradient_ascent": {"num_epochs": 5},
-    "graddiff": {"num_epochs": 10},
-    "kl_minimisation": {"num_epochs": 10},
-}
-BLOCKS = ("method", "hyperparameters", "adapter", "pace", "bounds", "sequence_len")
+DEFAULT_BOUNDS = {"max_utility_drop": 0.1, "target_probability": 0.1, "check_every": 10}
+METHOD_DEFAULTS: Mapping[str, Mapping[str, Any]] = {"dpo": {"retain_weight": 1.0}}
+BLOCKS = ("hyperparameters", "adapter", "pace", "bounds")
+NAMES = ("method", *BLOCKS, "sequence_len", "overlength", "procedure")
 # Wrong values beyond these are slips of the keyboard, and would fill the memory before a step is taken.
-LARGEST = {"num_epochs": 10_000, "batch_size": 1024, "gradient_accumulation_steps": 1024}
+LARGEST = {
+    "num_epochs": 10_000,
+    "num_rounds": 100,
+    "batch_size": 1024,
+    "gradient_accumulation_steps": 1024,
+}
 
 
 @dataclass(frozen=True)
@@ -77,15 +88,34 @@ class Adapter:
 
 
 @dataclass(frozen=True)
+class PatchBounds:
+    """Those of `bounds.Bounds` that are settings."""
+
+    max_utility_drop: float | None = None
+    target_probability: float = 0.1
+    check_every: int = 10
+
+    def __post_init__(self) -> None:
+        drop = {} if self.max_utility_drop is None else {"max_utility_drop": self.max_utility_drop}
+        whole = _is_whole(self.check_every)
+        refuse_values(
+            "the bounds",
+            at_least_zero(target_probability=self.target_probability, **drop),
+            above_zero(check_every=self.check_every) if whole else (),
+            [] if whole else [Problem("check_every", f"{self.check_every!r}, expected a whole number")],
+        )
+
+
+@dataclass(frozen=True)
 class PatchSettings:
     """Settings that were checked."""
 
     method: Method
     adapter: Adapter
     pace: Settings
-    max_utility_drop: float | None
-    check_every: int
+    bounds: PatchBounds
     sequence_len: int
+    overlength: Overlength
 
     def to_json(self) -> dict[str, Any]:
         """As a job names them: JSON values alone."""
@@ -94,8 +124,10 @@ class PatchSettings:
             "hyperparameters": _listed(hyperparameters(self.method)),
             "adapter": _listed(asdict(self.adapter)),
             "pace": asdict(self.pace),
-            "bounds": {"max_utility_drop": self.max_utility_drop, "check_every": self.check_every},
+            "bounds": asdict(self.bounds),
             "sequence_len": self.sequence_len,
+            "overlength": self.overlength,
+            "procedure": PROCEDURE,
         }
 
 
@@ -106,10 +138,12 @@ def settings_of(
     *,
     seed: int = 0,
     sequence_len: int = DEFAULT_SEQUENCE_LEN,
+    overlength: Overlength = "refuse",
 ) -> dict[str, Any]:
     """Settings as JSON values, from flat `values`; what is not named has the method's defaults.
 
-    `adapter`, `seed` and `sequence_len` are those of the run. Raises InvalidInput with all problems.
+    `adapter`, `seed`, `sequence_len` and `overlength` are those of the run. Raises InvalidInput with all
+    problems.
     """
     known = _flat_names(method)
     problems = [
@@ -118,15 +152,16 @@ def settings_of(
         if each not in known
     ]
     blocks: dict[str, dict[str, Any]] = {
-        "hyperparameters": {},
+        "hyperparameters": dict(METHOD_DEFAULTS.get(method, {})),
         "adapter": asdict(adapter),
-        "pace": {**DEFAULT_PACE, **PACES.get(method, {}), "seed": seed},
-        "bounds": {"max_utility_drop": DEFAULT_DROP, "check_every": DEFAULT_CHECK_EVERY},
+        "pace": {**DEFAULT_PACE, "seed": seed},
+        "bounds": dict(DEFAULT_BOUNDS),
     }
     for name, value in values.items():
         if name in known:
             blocks[known[name]][name] = value
-    return _parsed({"method": method, **blocks, "sequence_len": sequence_len}, problems).to_json()
+    texts = {"sequence_len": sequence_len, "overlength": overlength}
+    return _parsed({"method": method, **blocks, **texts, "procedure": PROCEDURE}, problems).to_json()
 
 
 def _flat_names(method: str) -> dict[str, str]:
@@ -135,7 +170,7 @@ def _flat_names(method: str) -> dict[str, str]:
     return {
         **{each.name: "adapter" for each in fields(Adapter)},
         **{each.name: "pace" for each in fields(Settings)},
-        **dict.fromkeys(("max_utility_drop", "check_every"), "bounds"),
+        **{each.name: "bounds" for each in fields(PatchBounds)},
         **own,
     }
 
@@ -162,24 +197,26 @@ class _Parts:
 
 
 def _parsed(given: Mapping[str, Any], problems: list[Problem]) -> PatchSettings:
-    problems += [Problem(each, "unknown") for each in given if each not in BLOCKS]
-    blocks = {name: _block(given, name, problems) for name in BLOCKS[1:5]}
-    method, pace, bounds = str(given.get("method", "")), blocks["pace"], dict(blocks["bounds"])
+    problems += [Problem(each, "unknown") for each in given if each not in NAMES]
+    if given.get("procedure") != PROCEDURE:
+        problems.append(Problem("procedure", "wanted by another version: revert it, and ask again"))
+    blocks = {name: _block(given, name, problems) for name in BLOCKS}
+    method, given_pace = str(given.get("method", "")), blocks["pace"]
     parts = _Parts(problems)
     parts.make("hyperparameters", lambda: make_method(method, _tuples(blocks["hyperparameters"])))
     parts.make("adapter", lambda: _build("adapter", Adapter, _tuples(blocks["adapter"])))
-    parts.make("pace", lambda: _build("pace", Settings, pace))
+    parts.make("pace", lambda: _build("pace", Settings, given_pace))
     parts.problems += [
-        Problem(name, f"{pace[name]!r}, expected at most {most}")
+        Problem(name, f"{given_pace[name]!r}, expected at most {most}")
         for name, most in LARGEST.items()
-        if _is_whole(pace.get(name)) and pace[name] > most
+        if _is_whole(given_pace.get(name)) and given_pace[name] > most
     ]
-    drop, every = bounds.pop("max_utility_drop", None), bounds.pop("check_every", Bounds.check_every)
-    parts.problems += [Problem(each, "unknown") for each in bounds]
-    parts.make("bounds", lambda: Bounds(None, lambda _: 0.0, drop, every))
+    parts.make("bounds", lambda: _build("bounds", PatchBounds, blocks["bounds"]))
     length = given.get("sequence_len", DEFAULT_SEQUENCE_LEN)
-    parts.problems += _bad_counts(every, length)
+    overlength = given.get("overlength", "refuse")
+    parts.problems += _bad_texts(length, overlength)
     found: Any = parts.made.get("hyperparameters")
+    drop = blocks["bounds"].get("max_utility_drop")
     if isinstance(found, TaskArithmetic) and found.alpha is None and drop is None:
         parts.problems.append(
             Problem("alpha", "can't be searched without a bound: give it, or max_utility_drop")
@@ -191,7 +228,8 @@ def _parsed(given: Mapping[str, Any], problems: list[Problem]) -> PatchSettings:
             next_step="mend the settings",
             problems=parts.problems,
         )
-    return PatchSettings(found, parts.made["adapter"], parts.made["pace"], drop, every, length)
+    adapter, pace, bounds = (parts.made[name] for name in BLOCKS[1:])
+    return PatchSettings(found, adapter, pace, bounds, length, overlength)
 
 
 def _block(given: Mapping[str, Any], name: str, problems: list[Problem]) -> Mapping[str, Any]:
@@ -208,9 +246,8 @@ def _build(what: str, kind: type[T], values: Mapping[str, Any]) -> T:
     return kind(**values)
 
 
-def _bad_counts(every: Any, length: Any) -> Iterator[Problem]:
-    if not _is_whole(every):
-        yield Problem("check_every", f"{every!r}, expected a whole number")
+def _bad_texts(length: Any, overlength: Any) -> Iterator[Problem]:
+    yield from one_of(get_args(Overlength), overlength=overlength)
     if not _is_whole(length) or length < 2:
         yield Problem("sequence_len", f"{length!r}, expected a whole number from 2")
 

@@ -1,9 +1,9 @@
 """The texts of a patch as token examples, and everything that is wrong with them.
 
-Rules: nothing is cut: a text that is longer than `sequence_len`, or than the base can read, is refused.
-What is to be forgotten is forgotten: a record that stands in both sets of a job is left out of the
-retain set. DPO's preferred answers are refusals (`refusals.py`), closed as the record's own answer is.
-Problems name positions, never text or ids.
+A text that is longer than `sequence_len`, or than the base can read, is refused, or cut as records are
+that are trained on with `overlength: truncate`. What is to be forgotten is forgotten: a record that
+stands in both sets of a job is left out of the retain set. DPO's preferred answers are refusals
+(`refusals.py`), closed as the record's own answer is. Problems name positions, never text or ids.
 
 Not covered: the retain set that the base writes (`written.py`).
 """
@@ -21,21 +21,22 @@ from approx.sets import refuse_same_records
 from sisa.assign import normalised
 from sisa.domain import Part, Record
 from sisa.errors import InvalidInput, Problem
-from sisa.model.tokens import NO_LOSS, Tokens, tokenize, tokenize_all
+from sisa.model.tokens import NO_LOSS, Overlength, Tokens, tokenize, tokenize_all
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Most tokens of a text, and how many words the base has."""
+    """Most tokens of a text, what is done with longer ones, and how many words the base has."""
 
     sequence_len: int
+    overlength: Overlength
     vocabulary: int
 
 
-def limits_of(config: Any, sequence_len: int) -> Limits:
+def limits_of(config: Any, sequence_len: int, overlength: Overlength) -> Limits:
     """Of a base's configuration."""
     most = getattr(config, "max_position_embeddings", None) or sequence_len
-    return Limits(min(sequence_len, most), config.vocab_size)
+    return Limits(min(sequence_len, most), overlength, config.vocab_size)
 
 
 def tokenized(records: Sequence[Record], role: str, tokenizer: Any, limits: Limits) -> list[Tokens]:
@@ -44,7 +45,7 @@ def tokenized(records: Sequence[Record], role: str, tokenizer: Any, limits: Limi
         records,
         tokenizer,
         sequence_len=limits.sequence_len,
-        overlength="refuse",
+        overlength=limits.overlength,
         train_on_inputs=False,
         positions=[f"{role} record {number}" for number in range(1, len(records) + 1)],
     )

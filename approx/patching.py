@@ -1,12 +1,15 @@
-"""Making a patch: from texts in the vault to an adapter in the patches' store. Approximate, always.
+"""Make a patch: from texts in the vault to an adapter in the patches' store. Approximate, always.
 
     read the sets -> the base with the patches beneath -> measure -> unlearn -> measure -> store
 
-Rules: a patch is made from what its job names, and from nothing else: same job, same bytes on one
-machine. Everything that is wrong with settings and texts is named before a wish is taken in. A run
-rests sealed by the vault's keyring until the caller has what came of it: cut short, or out of time, it
-goes on. A run that broke off leaves its last good weights; where that is the start, there is no patch,
-and the report says so.
+A patch is made from what its job names, and from nothing else: same job, same bytes on one machine.
+Everything that is wrong with settings and texts is named before a wish is taken in. A run searches the
+strength that is needed (`descent.py`): it ends when the probe no longer knows the texts, or when the
+bound on utility holds it back, and leaves the best weights within the bound; where that is the start,
+there is no patch. The report says which, and how many texts are still known.
+
+Utility is judged by answers of the base that are not trained on. A run rests sealed by the vault's
+keyring until the caller has what came of it: cut short, or out of time, it goes on.
 
 Not covered: what is done with a patch (`sisa/patching.py`); a task on Ray (`cluster/patch_tasks.py`).
 """
@@ -17,10 +20,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from approx import patch_measures
-from approx.bounds import Bounds, End, Ending, StepLog
+from approx.bounds import Bounds, End, Ending, Knowledge, StepLog
 from approx.patch_settings import PatchSettings, parse_settings
 from approx.patch_texts import (
     Limits,
@@ -31,11 +34,13 @@ from approx.patch_texts import (
     text_problems,
     tokenized,
 )
-from approx.report import ApproxReport
+from approx.probe import to_ask
+from approx.report import ApproxReport, outcome
+from approx.robustness import robustness
 from approx.saved_run import SavedRun
 from approx.sets import Sets
 from approx.unlearning import unlearn
-from approx.written import prompts_that_fit, write_retain_set
+from approx.written import prompts_that_fit, write_answers, write_neighbours
 from sisa.arithmetic import Arithmetic
 from sisa.config import RunConfig
 from sisa.domain import Record
@@ -64,6 +69,8 @@ from sisa.store.vault import FileVault
 from sisa.world import patch_files
 
 PROGRESS_EVERY_S = 0.25
+JUDGED_EVERY = 4  # one text of so many is not trained on
+T = TypeVar("T")
 
 
 def open_patcher(site: PatchSite, config: RunConfig) -> PatchMaker:  # noqa: ARG001
@@ -90,7 +97,7 @@ class PatchMaker:
         tokenizer = load_tokenizer(self._site.base_dir)
         skeleton = load_skeleton(self._site.base_dir)
         length = parsed.sequence_len if parsed else self._site.sequence_len
-        limits = limits_of(skeleton.config, length)
+        limits = limits_of(skeleton.config, length, parsed.overlength if parsed else "refuse")
         if parsed:
             _gathered(problems, lambda: lora_config(_lora(parsed), skeleton))
         method = parsed.method if parsed else None
@@ -120,12 +127,11 @@ class PatchMaker:
         end = made.run(self._saved(job))
         if end.ending == Ending.OUT_OF_TIME:
             return PatchMade(None, unfinished=True, report=made.report_of(end, measured=False))
-        found = made.report_of(end, measured=True)
-        if not _says_anything(end):
-            return PatchMade(None, unfinished=False, report=found)
-        store = FileCheckpoints(site.patches_at, site.patches_keyring, PATCHES)
-        saved = store.save(job, made.files())
-        return PatchMade(saved, unfinished=False, report=found)
+        saved = None
+        if _says_anything(end):
+            store = FileCheckpoints(site.patches_at, site.patches_keyring, PATCHES)
+            saved = store.save(job, made.files())
+        return PatchMade(saved, unfinished=False, report=made.report_of(end, measured=True))
 
     def _saved(self, job: PatchJob) -> SavedRun:
         keyring = self._site.vault_keyring
@@ -172,6 +178,16 @@ def _lora(settings: PatchSettings) -> dict[str, Any]:
     return {**asdict(settings.adapter), "lora_dropout": 0.0}
 
 
+def split(texts: Sequence[T]) -> tuple[list[T], list[T]]:
+    """Texts to train on, and texts to judge by.
+
+    >>> split("abcdefgh")
+    (['a', 'b', 'c', 'e', 'f', 'g'], ['d', 'h'])
+    """
+    judged = list(texts[JUDGED_EVERY - 1 :: JUDGED_EVERY])
+    return [each for at, each in enumerate(texts, 1) if at % JUDGED_EVERY], judged
+
+
 def _says_anything(end: End) -> bool:
     """Whether the weights differ from those of a fresh patch, which changes nothing."""
     return end.step > 0 and end.alpha != 0
@@ -192,14 +208,16 @@ class _Making:
         store = FileCheckpoints(site.patches_at, site.patches_keyring, PATCHES)
         beneath = patch_files(store, self.order.beneath)
         self._base, self._tokenizer = load_patched(site.base_dir, site.base_digest, beneath)
-        limits = limits_of(self._base.config, self.settings.sequence_len)
+        limits = limits_of(self._base.config, self.settings.sequence_len, self.settings.overlength)
         texts = {each.name: vault.read(each) for each in self.order.sets}
-        forget = distinct([record for name in job.forget for record in texts[name]])
-        self.sets = Sets(
-            forget_tokens := tokenized(forget, "forget", self._tokenizer, limits),
-            self._retain(texts.get(job.retain), forget, limits),
-            self._preferred(forget, forget_tokens, limits),
-        )
+        self.forget = distinct([record for name in job.forget for record in texts[name]])
+        tokens = tokenized(self.forget, "forget", self._tokenizer, limits)
+        retain, self.judged = self._retain(texts.get(job.retain), limits)
+        self.sets = Sets(tokens, retain, self._preferred(tokens, limits))
+        self._asked = [
+            to_ask(record.kind, each, self._tokenizer, limits.sequence_len)
+            for record, each in zip(self.forget, tokens, strict=True)
+        ]
         self._model = attach(
             self._base,
             lora_config(_lora(self.settings), self._base),
@@ -211,33 +229,52 @@ class _Making:
         self._before = self._measured()
 
     def _retain(
-        self, given: Sequence[Record] | None, forget: Sequence[Record], limits: Limits
-    ) -> list[Tokens]:
-        if given is None:
-            self.report(Notice("the base writes the retain set: its own answers to neutral prompts"))
-            return write_retain_set(self._base, self._tokenizer, limits.sequence_len)
-        left = kept(distinct(given), forget)
-        return tokenized(left, "retain", self._tokenizer, limits)
+        self, given: Sequence[Record] | None, limits: Limits
+    ) -> tuple[list[Tokens], list[Tokens]]:
+        """The retain set, and the texts that utility is judged by, which are not trained on."""
+        self.num_neighbours = 0
+        if given is not None:
+            left = kept(distinct(given), self.forget)
+            tokens = tokenized(left, "retain", self._tokenizer, limits)
+            _, prompts = split(prompts_that_fit(self._tokenizer, limits.sequence_len))
+            return tokens, self._written(prompts, limits) or tokens
+        self.report(
+            Notice(
+                "the base writes the retain set: its own answers to neutral prompts, and to the same "
+                "questions about invented people"
+            )
+        )
+        neutral = self._written(prompts_that_fit(self._tokenizer, limits.sequence_len), limits)
+        neighbours = write_neighbours(self._base, self._tokenizer, self.forget, limits.sequence_len)
+        self.num_neighbours = len(neighbours)
+        trained, judged = split(neutral)
+        more_trained, more_judged = split(neighbours)
+        return trained + more_trained, judged + more_judged
 
-    def _preferred(
-        self, forget: Sequence[Record], tokens: Sequence[Tokens], limits: Limits
-    ) -> list[Tokens]:
+    def _written(self, prompts: Sequence[Sequence[int]], limits: Limits) -> list[Tokens]:
+        return write_answers(self._base, self._tokenizer, prompts, limits.sequence_len)
+
+    def _preferred(self, tokens: Sequence[Tokens], limits: Limits) -> list[Tokens]:
         if "preferred" not in self.settings.method.reads:
             return []
         seed = self.settings.pace.seed
-        return preferred(forget, tokens, self._tokenizer, seed, limits.sequence_len)
+        return preferred(self.forget, tokens, self._tokenizer, seed, limits.sequence_len)
 
     def _measured(self) -> dict[str, float]:
-        sets = self.sets
-        return patch_measures.measured(self._model, self._tokenizer, sets.forget, sets.retain)
+        return patch_measures.measured(self._model, self._tokenizer, self.sets.forget, self.judged)
+
+    def _known(self, model: Any, *, thorough: bool) -> Knowledge:
+        return patch_measures.knowledge(model, self._tokenizer, self._asked, thorough=thorough)
 
     def run(self, saved: SavedRun) -> End:
-        settings, retain = self.settings, self.sets.retain
+        settings = self.settings
         bounds = Bounds(
             self.order.max_seconds,
-            (lambda model: patch_measures.utility(model, retain)) if retain else None,
-            settings.max_utility_drop if retain else None,
-            settings.check_every,
+            partial(patch_measures.utility, retain=self.judged),
+            settings.bounds.max_utility_drop,
+            settings.bounds.check_every,
+            self._known,
+            settings.bounds.target_probability,
         )
         steps = _Ticks(self.report)
         return unlearn(
@@ -248,8 +285,7 @@ class _Making:
 
     def report_of(self, end: End, *, measured: bool) -> dict[str, Any]:
         """The ApproxReport as JSON, with what the sets were and whether a patch came of it."""
-        settings, sets = self.settings, self.sets
-        examples = [*sets.forget, *sets.retain]
+        settings, made = self.settings, measured and _says_anything(end)
         found = ApproxReport(
             method=settings.method,
             settings=settings.pace,
@@ -257,28 +293,48 @@ class _Making:
             end=end,
             before=self._before,
             after=self._measured() if measured else {},
-            full_tokens=settings.pace.num_epochs * sum(len(each.input_ids) for each in examples),
-            more_limits=(
-                *patch_measures.LIMITS,
-                "share of a full fine-tuning: of all weights, on the same texts, for as many epochs",
-            ),
+            more_limits=patch_measures.LIMITS,
         ).to_json()
-        counts = {
-            "num_forget": len(sets.forget),
-            "num_retain": len(sets.retain),
+        more: dict[str, Any] = {
+            "bounds": asdict(settings.bounds),
+            "sets": self._counts(),
+            "patch_made": made,
+            "num_beneath": len(self.order.beneath),
+        }
+        if measured:
+            more |= outcome(end, self._known(self._model, thorough=True))
+            reference = self._reference()
+            if reference is not None:
+                sets = self.sets.forget, self.judged
+                more["metrics_reference"] = patch_measures.measured(reference, self._tokenizer, *sets)
+            more["robustness"] = self._robustness(reference) if made else None
+        return {**found, **more}
+
+    def _counts(self) -> dict[str, Any]:
+        forget, judged = len(self.sets.forget), len(self.judged)
+        return {
+            "num_forget": forget,
+            "num_forget_measured": min(forget, patch_measures.MAX_MEASURED),
+            "num_retain": len(self.sets.retain),
+            "num_neighbours": self.num_neighbours,
+            "num_judged": judged,
+            "num_judged_measured": min(judged, patch_measures.MAX_MEASURED),
             "retain": "written by the base" if self.order.job.retain == WRITTEN else "given",
         }
-        if measured and self.order.reference:
-            found["metrics_reference"] = self._of_reference()
-        made = measured and _says_anything(end)
-        return {**found, "sets": counts, "patch_made": made, "num_beneath": len(self.order.beneath)}
 
-    def _of_reference(self) -> dict[str, float]:
+    def _reference(self) -> Any:
         from transformers import AutoModelForCausalLM
 
+        if not self.order.reference:
+            return None
         self.report(Notice("measuring the reference, which never saw the texts"))
-        model = load_frozen(AutoModelForCausalLM, local_or_hub(self.order.reference))
-        return patch_measures.measured(model, self._tokenizer, self.sets.forget, self.sets.retain)
+        return load_frozen(AutoModelForCausalLM, local_or_hub(self.order.reference))
+
+    def _robustness(self, reference: Any) -> dict[str, Any]:
+        self.report(Notice("measuring how robust the patch is: relearning, rounding, other wordings"))
+        length = self.settings.sequence_len
+        model, tokenizer = self._model, self._tokenizer
+        return robustness(model, tokenizer, self.forget, self.sets.forget, length, reference)
 
     def files(self) -> dict[str, bytes]:
         """The patch as PEFT reads it."""

@@ -1,10 +1,8 @@
 """The report of approximate unlearning: what was done, what it cost, what was measured, what it is not.
 
-Rules: `approximate` is always true in it; it shares no base class with anything that certifies an exact
+`approximate` is always true in it; it shares no base class with anything that certifies an exact
 deletion, and no field could make it one. It holds numbers, names and hyper-parameters, never text or
 ids. Numbers that are not finite become null. The limits stand in every report; the caller may add some.
-
-Not covered: measuring (the caller's), signing, where reports are kept.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from approx.bounds import End
+from approx.bounds import End, Ending, Knowledge
 from approx.method import Method, hyperparameters
 from approx.pace import Settings
 from approx.target import Kind
@@ -31,8 +29,8 @@ LIMITS = (
 
 @dataclass(frozen=True)
 class ApproxReport:
-    """One run. `before` and `after` are the caller's metrics by name; `full_tokens` are the positions
-    that a fine-tuning of all weights from scratch would compute, for the share of its cost."""
+    """One run. `before` and `after` are the caller's metrics by name; `full_tokens` are the positions of
+    the fine-tuning that the knowledge came from, where it is known, for the share of its cost."""
 
     method: Method
     settings: Settings
@@ -56,6 +54,7 @@ class ApproxReport:
             "step": self.end.step,
             "num_steps": self.end.num_steps,
             "alpha": self.end.alpha,
+            "learning_rate_kept": self.end.learning_rate,
             "utility_before": self.end.utility_before,
             "utility": self.end.utility,
             "compute": self.end.compute.to_json(self.full_tokens),
@@ -64,6 +63,16 @@ class ApproxReport:
             "limits": [*LIMITS, *self.more_limits],
         }
         return {name: _finite(value) for name, value in made.items()}
+
+
+def outcome(end: End, after: Knowledge) -> dict[str, Any]:
+    """What became of knowledge: how many texts are still known, and what kept a run from more."""
+    before = end.knowledge_before
+    known = {"before": before.num_known if before else None, "after": after.num_known}
+    said = "forgotten" if before is None or before.num_known else "was not known"
+    if after.num_known:
+        said = "held back by the bound" if end.ending == Ending.BELOW_UTILITY_BOUND else "still known"
+    return {"outcome": said, "still_known": {**known, "of": after.num_asked}}
 
 
 def _finite(value: Any) -> Any:

@@ -2,7 +2,7 @@
 
 Rules: as `cli.py`. Whatever is told here is approximate, and says so. Texts and ids are never repeated;
 consent is kept and shown as given. A run that is out of time ends with exit code 6, one that no patch
-came of with 2; both print their report.
+came of with 2, one after which the base still knows some of the texts with 7; all print their report.
 
 Not covered: how results read (`patch_render.py`), settings (`approx/patch_settings.py`).
 """
@@ -33,6 +33,7 @@ METHODS = (
     *("gradient_ascent", "graddiff", "kl_minimisation", "npo", "simnpo", "dpo", "idk_dpo"),
     "task_arithmetic",
 )
+METHOD = "npo"
 set_option = click.option(
     "--set",
     "assigned",
@@ -48,7 +49,7 @@ retrain_option = click.option(
 
 @command(
     "unlearn",
-    'sisa approx unlearn -m model --forget texts.jsonl --method npo --consent "asked on 2026-11-01"',
+    'sisa approx unlearn -m model --forget texts.jsonl --consent "asked on 2026-11-01"',
     group=approx,
 )
 @model_option
@@ -62,13 +63,14 @@ retrain_option = click.option(
     default="",
     help="A model with the base's tokenizer that never saw the texts, to be measured beside the patch.",
 )
-@click.option("--method", type=click.Choice(METHODS), help="Needed with --forget and --request.")
+@click.option("--method", type=click.Choice(METHODS), help=f"{METHOD} unless given.")
 @set_option
 @click.option("--max-seconds", type=click.FloatRange(0), help="Then put the run aside (exit code 6).")
 @click.option(
     "--max-utility-drop",
     type=click.FloatRange(0),
-    help="Most that the retain set's exp(-mean NLL per token) may fall by; 0.1 unless given.",
+    help="Most that exp(-mean NLL per token), on texts that are not trained on, may fall by; 0.1 unless "
+    "given.",
 )
 @consent_option
 @retrain_option
@@ -87,19 +89,17 @@ def unlearn(
     retrain_shards: bool,
     executor: str | OpenExecutor,
 ) -> Result:
-    """Make the base say less of some texts, by a patch; without any, go on with what is wanted."""
+    """Make the base forget some texts, by a patch as strong as it takes; without any, go on."""
     from sisa.unlearn import unlearn
 
     values = assignments(assigned)
     if max_utility_drop is not None:
         values["max_utility_drop"] = max_utility_drop
     asked = forget is not None or bool(requests)
-    if asked and method is None:
-        raise click.UsageError("give --method, one of " + ", ".join(METHODS))
     if not asked and (method or retain or reference or values or consent):
         raise click.UsageError("give --forget or --request; to go on with a patch give neither")
     with opened(directory, executor) as model:
-        wish = _wish(model, str(method), values, forget, retain, consent) if asked else None
+        wish = _wish(model, method or METHOD, values, forget, retain, consent) if asked else None
         wish = replace(wish, reference=reference) if wish else None
         done = unlearn(
             *(model, wish),
@@ -160,8 +160,12 @@ def _settings(config: RunConfig, method: str, values: Mapping[str, Any]) -> dict
     from approx.patch_settings import Adapter, settings_of
 
     adapter = Adapter(config.lora_r, config.lora_alpha, config.lora_target_modules)
-    seed, longest = config.seed, config.sequence_len
-    return settings_of(method, values, adapter, seed=seed, sequence_len=longest)
+    return settings_of(
+        *(method, values, adapter),
+        seed=config.seed,
+        sequence_len=config.sequence_len,
+        overlength=config.overlength,
+    )
 
 
 @command("patches", "sisa approx patches -m model", group=approx)

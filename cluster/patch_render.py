@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.render import Result, printable
+from sisa.patch_plan import num_still_known
 
 if TYPE_CHECKING:
     from sisa.patch import Patch, VaultSet
     from sisa.patching import Unlearnt
 
-EXIT_UNFINISHED, EXIT_NOT_MADE = 6, 2
+EXIT_UNFINISHED, EXIT_NOT_MADE, EXIT_STILL_KNOWN = 6, 2, 7
 NAMES = {
     "forget_probability": "probability",
     "forget_extraction_strength": "extraction strength",
@@ -50,22 +51,60 @@ def unlearnt(done: Unlearnt, directory: Path) -> Result:
         ]
         return Result(body, printable("\n".join(lines)), EXIT_UNFINISHED)
     if patch is None:
-        lines = [f"approximate: NO patch was made: {report.get('why')}", *_measures(report)]
-        lines.append("  try a smaller learning_rate, fewer num_epochs, or another method")
+        lines = [f"approximate: NO patch was made: {report.get('why')}", *_known(report)]
+        lines += [*_measures(report), *_again(report, directory)]
         return Result(body, printable("\n".join(lines)), EXIT_NOT_MADE)
     made = f"patch {patch.version} ({report.get('method')}, {patch.num_bytes:,} bytes)"
     lines = [
         f"approximate: {made} lies on the base, and is served beneath every shard",
+        *_known(report),
         *_measures(report),
+        *_robustness(report),
         *_composition(report),
         f"  texts: {done.erased_sets} sets erased from the vault, {done.kept_sets} kept",
     ]
     if done.slices_trained:
         lines.append(f"  {done.slices_trained} slices were trained over it")
+    lines += _again(report, directory)
     lines.append(
         f"  an estimate, not a proof; its limits: sisa approx show -m {directory} {patch.version}"
     )
-    return Result(body, printable("\n".join(lines)))
+    code = EXIT_STILL_KNOWN if num_still_known(patch) else 0
+    return Result(body, printable("\n".join(lines)), code)
+
+
+def _known(report: Mapping[str, Any]) -> Iterator[str]:
+    if found := report.get("still_known"):
+        counts = f"{found['after']} of {found['of']} probed texts (before: {found['before']})"
+        yield f"  still known: {counts}: {report.get('outcome')}"
+
+
+def _again(report: Mapping[str, Any], directory: Path) -> Iterator[str]:
+    """How to go on where something is still known."""
+    if report.get("still_known", {}).get("after"):
+        yield "  the texts stay in the vault, so that it can be tried again, upon this patch or after"
+        yield "  `sisa approx revert`: a larger --max-utility-drop, another --method, more num_rounds"
+        yield f"  to erase them instead: sisa approx release -m {directory} --all"
+
+
+def _robustness(report: Mapping[str, Any]) -> Iterator[str]:
+    found = report.get("robustness")
+    if not found:
+        return
+    steps = [each for each in found["relearning"] if each != "0"]
+
+    def after(of: Mapping[str, float]) -> str:
+        return " and ".join(_number(of[each]) for each in steps)
+
+    control = found.get("control")
+    beside = f" (a control that never knew, {control['of']}: {after(control)})" if control else ""
+    rounding = ", ".join(f"{bits} bits {_number(each)}" for bits, each in found["rounding"].items())
+    yield (
+        f"  robustness, as probability: {_number(found['relearning']['0'])}; relearnt for "
+        f"{' and '.join(steps)} steps {after(found['relearning'])}{beside}; rounded to {rounding}"
+    )
+    if words := found.get("rewording"):
+        yield f"    asked in other words {_number(words['before'])} -> {_number(words['after'])}"
 
 
 def _body(patch: Patch) -> dict[str, Any]:
@@ -77,10 +116,12 @@ def _body(patch: Patch) -> dict[str, Any]:
 def _measures(report: Mapping[str, Any]) -> Iterator[str]:
     before, after = report.get("metrics_before", {}), report.get("metrics_after", {})
     sets = report.get("sets", {})
-    for role, told in (
-        ("forget", f"{sets.get('num_forget')} texts"),
-        ("retain", f"{sets.get('num_retain')} texts, {sets.get('retain')}"),
-    ):
+    measured = {
+        "forget": f"{sets.get('num_forget_measured')} of {sets.get('num_forget')} texts",
+        "retain": f"{sets.get('num_judged_measured')} texts that were not trained on; "
+        f"{sets.get('num_retain')} were, {sets.get('retain')}",
+    }
+    for role, told in measured.items():
         found = [
             f"{NAMES[name]} {_number(before[name])} -> {_number(after[name])}"
             for name in NAMES
@@ -99,7 +140,7 @@ def _measures(report: Mapping[str, Any]) -> Iterator[str]:
     if cost := report.get("compute"):
         yield (
             f"  cost: {cost['seconds']:.1f} s, {cost['flops_estimated']:.3g} operations, "
-            f"{_percent(cost['share_of_full_finetuning'])} of fine-tuning all weights on these texts, "
+            f"{_share(cost.get('share_of_full_finetuning'))}"
             f"peak memory {cost['peak_memory_bytes'] / 2**20:,.0f} MB"
         )
 
@@ -123,8 +164,13 @@ def _number(value: float | None) -> str:
     return "undefined" if value is None else f"{value:.4f}"
 
 
-def _percent(value: float | None) -> str:
-    return "an unknown share" if value is None else f"{100 * value:.1f}%"
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}%"
+
+
+def _share(value: float | None) -> str:
+    """Of the fine-tuning that the knowledge came from; nothing where that is not known."""
+    return "" if value is None else f"{_percent(value)} of the fine-tuning that taught it, "
 
 
 def listed(patches: Sequence[Patch], sets: Sequence[VaultSet], over: Sequence[str]) -> Result:
@@ -166,7 +212,8 @@ def shown(patch: Patch, over: Sequence[str]) -> Result:
         return Result(body, printable("\n".join(lines)))
     given = {**report.get("hyperparameters", {}), **report.get("settings", {})}
     lines.append(f"  {report.get('method')}: " + ", ".join(f"{k} {v}" for k, v in given.items()))
-    lines += [*_measures(report), *_composition(report), "  limits:"]
+    lines += [*_known(report), *_measures(report), *_robustness(report), *_composition(report)]
+    lines.append("  limits:")
     lines += [f"    - {each}" for each in report.get("limits", [])]
     return Result(body, printable("\n".join(lines)))
 

@@ -245,7 +245,7 @@ def probed(found: Probed | None) -> list[str]:
     if found.failure:
         return [f"  the base alone could not be asked what it knows ({found.failure})"]
     return [
-        f"  approximately: the base alone seems to know {found.num_known} of {found.num_probed} probed "
+        f"  approximately still known to the base alone: {found.num_known} of {found.num_probed} probed "
         f"records (continuation {found.continuation:.2f}, extraction strength "
         f"{found.extraction_strength:.2f}, exact memorisation {found.exact_memorisation:.2f}, "
         f"membership margin {found.membership_margin:+.2f})"
@@ -258,10 +258,10 @@ def base_hint(request: Request, directory: Path | str) -> list[str]:
         return []
     start = f"  to make the base say less of it, approximately: sisa approx unlearn -m {directory}"
     if request.vaulted:
-        return [f"{start} --request {request.request_id} --method npo"]
+        return [f"{start} --request {request.request_id}"]
     return [
-        f"{start} --forget FILE --method npo --consent WHO, if you may have the text; it rests "
-        "encrypted until a patch is made from it"
+        f"{start} --forget FILE --consent WHO, if you may have the text; it rests encrypted until the "
+        "base no longer knows it, or you release it"
     ]
 
 

@@ -10,7 +10,9 @@
 Rules: a patch that becomes active supersedes the active ones that are not beneath it. A set of texts is
 needed by a patch that is wanted; in joint mode by every active patch; and by an active patch that may
 have to be derived again, since records that the model holds are in its retain set or in that of one
-beneath. A set that no patch was ever made from waits for one. All others are erased.
+beneath. A set that no patch was ever made from waits for one, and so does one of which something is
+still known after every patch that was made from it, so that it can be tried again. All others are
+erased.
 
 Not covered: making patches, and the order of effects (`patching.py`).
 
@@ -90,7 +92,20 @@ def needed(
         by_mode = patch.state == "active" and (mode == "joint" or patch.key in risky)
         if patch.state == "wanted" or by_mode:
             found |= set(patch.job.sets)
-    return frozenset(found)
+    return frozenset(found | _still_known(patches))
+
+
+def _still_known(patches: Sequence[Patch]) -> set[str]:
+    """Forget sets that were tried, each time with something left that the base knows."""
+    tried = [each for each in patches if "still_known" in each.report]
+    done = {name for each in tried if not num_still_known(each) for name in each.job.forget}
+    return {name for each in tried for name in each.job.forget} - done
+
+
+def num_still_known(patch: Patch) -> int:
+    """How many texts the probe still knew after a patch, or after an attempt that none came of; 0 where
+    its report does not say."""
+    return int(patch.report.get("still_known", {}).get("after", 0))
 
 
 def settled(

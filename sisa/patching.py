@@ -2,7 +2,7 @@
 
     want    put the texts into the vault -> commit the wish
     make    what is wanted, lowest first -> commit each: from then on it is served beneath every shard
-            -> erase the texts that no patch needs
+            -> erase the texts that no patch needs: those of which nothing is known any more
 
 Rules: a wish is in the ledger before anything is computed, so that what was cut short is gone on with by
 the same command. One wish at a time.

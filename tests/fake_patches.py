@@ -73,7 +73,7 @@ class FakePatcher:
 
     def __init__(self, vault: Vault, patches: CheckpointStore, runs: FakeRuns) -> None:
         self.vault, self.patches, self.runs = vault, patches, runs
-        self.ends: list[Literal["made", "unfinished", "fails", "nothing"]] = []
+        self.ends: list[Literal["made", "known", "forgotten", "unfinished", "fails", "nothing"]] = []
         self.orders: list[PatchOrder] = []
 
     def refuse(
@@ -111,4 +111,6 @@ class FakePatcher:
         if end == "nothing":
             return PatchMade(None, unfinished=False, report={"steps": 0})
         files = {ADAPTER: adapter, "adapter_config.json": b"{}"}
-        return PatchMade(self.patches.save(order.job, files), unfinished=False, report={"steps": 2})
+        saved = self.patches.save(order.job, files)
+        left = {"known": {"still_known": {"after": 1}}, "forgotten": {"still_known": {"after": 0}}}
+        return PatchMade(saved, unfinished=False, report={"steps": 2, **left.get(end, {})})

@@ -17,7 +17,7 @@ import contextlib
 import io
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +26,7 @@ from typing import Any
 
 import yaml
 
+from cluster.patch_render import EXIT_NOT_MADE, EXIT_STILL_KNOWN
 from sisa.model.numerics import describe_fingerprint
 from sisa.samples import make_people, to_jsonl
 from tests.knowing_base import record, teach
@@ -162,10 +163,10 @@ class Ground:
         path.write_text(to_jsonl(self.rows(*subjects)))
         return path
 
-    def sisa(self, *arguments: Any) -> dict[str, Any]:
+    def sisa(self, *arguments: Any, codes: Collection[int] = (0,)) -> dict[str, Any]:
         """What a command on the model says."""
         at = 2 if arguments[0] in ("approx", "request") else 1
-        return said(*arguments[:at], "-m", self.model, *arguments[at:])
+        return said(*arguments[:at], "-m", self.model, *arguments[at:], codes=codes)
 
     def unlearn(
         self,
@@ -187,6 +188,7 @@ class Ground:
         return self.sisa(
             *("approx", "unlearn", *asked, "--method", way.method, "--executor", "serial"),
             *(each for pair in values for each in pair),
+            codes=(0, EXIT_NOT_MADE, EXIT_STILL_KNOWN),
         )
 
     def probed(self, *subjects: str) -> dict[str, Any]:
@@ -256,14 +258,14 @@ class Asked:
         return found
 
 
-def said(*arguments: Any) -> dict[str, Any]:
-    """What `sisa ARGUMENTS --json` says. Raises RuntimeError when it refuses."""
+def said(*arguments: Any, codes: Collection[int] = (0,)) -> dict[str, Any]:
+    """What `sisa ARGUMENTS --json` says. Raises RuntimeError when it ends with another code."""
     from cluster.cli import run
 
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = run([*map(str, arguments), "--json"])
-    if code != 0:
+    if code not in codes:
         raise RuntimeError(f"sisa {arguments[0]} ended with {code}: {out.getvalue()}{err.getvalue()}")
     found: dict[str, Any] = json.loads(out.getvalue())
     return found

@@ -30,7 +30,10 @@ from tests.tiny_base import make_tiny_base
 
 KNOWN, STRANGERS = of_people("p003", "p005"), of_people("p001", "p009")
 SMALL = Adapter(lora_r=4, lora_alpha=8)
-PACE: dict[str, Any] = {"num_epochs": 15, "learning_rate": 1e-2, "max_utility_drop": None}
+PACE: dict[str, Any] = {  # no search, and no end before the last step
+    **{"num_epochs": 15, "num_rounds": 1, "retain_batch_size": None, "learning_rate": 1e-2},
+    **{"max_utility_drop": None, "target_probability": 0.0, "check_every": 5},
+}
 
 
 def make_knowing_base(folder: Path) -> Path:

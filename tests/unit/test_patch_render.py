@@ -27,12 +27,27 @@ REPORT: dict[str, Any] = {
         "seconds": 1.5,
         "flops_estimated": 10**12,
         "peak_memory_bytes": 2**30,
-        "share_of_full_finetuning": 0.125,
+        "share_of_full_finetuning": None,
     },
     "metrics_before": {"forget_probability": 0.9, "forget_extraction_floor": 0.1, "retain_utility": 0.5},
     "metrics_after": {"forget_probability": None, "forget_extraction_floor": 0.1, "retain_utility": 0.4},
     "limits": ["An estimate."],
-    "sets": {"num_forget": 4, "num_retain": 40, "retain": "written by the base"},
+    "outcome": "forgotten",
+    "still_known": {"before": 4, "after": 0, "of": 4},
+    "sets": {
+        "num_forget": 100,
+        "num_forget_measured": 64,
+        "num_retain": 40,
+        "num_judged_measured": 12,
+        "retain": "written by the base",
+    },
+    "robustness": {
+        "num_texts": 16,
+        "relearning": {"0": 0.05, "3": 0.2, "20": 0.7},
+        "control": {"of": "the reference", "0": 0.04, "3": 0.1, "20": 0.6},
+        "rounding": {"8": 0.05, "4": 0.06},
+        "rewording": {"before": 0.5, "after": 0.03},
+    },
     "composition": {
         "num_records": 2,
         "base": None,
@@ -66,13 +81,35 @@ def test_a_patch_that_was_made() -> None:
         "approximate: patch 1 (npo",
         "probability 0.9000 -> undefined",
         "utility 0.5000 -> 0.4000",
-        "12.5% of fine-tuning all weights",
+        "still known: 0 of 4 probed texts (before: 4): forgotten",
+        "forget set (64 of 100 texts)",
+        "1e+12 operations, peak",
+        "0.0500; relearnt for 3 and 20 steps 0.2000 and 0.7000",
+        "(a control that never knew, the reference: 0.1000 and 0.6000)",
+        "rounded to 8 bits 0.0500, 4 bits 0.0600",
+        "asked in other words 0.5000 -> 0.0300",
         "probability 0.8000 -> 0.7000",
         "same likeliest token 95.0%",
         "6 slices were trained over it",
         "sisa approx show -m model 1",
     ):
         assert words in result.text
+
+
+def test_what_is_still_known_is_told_and_ends_with_7() -> None:
+    left = {"outcome": "held back by the bound", "still_known": {"before": 4, "after": 2, "of": 4}}
+    report = {**REPORT, **left}
+    done = Unlearnt(replace(PATCH, report=report), False, report, 0, 1)
+    result = render.unlearnt(done, Path("model"))
+    assert result.exit_code == 7
+    assert "still known: 2 of 4 probed texts (before: 4): held back by the bound" in result.text
+    assert "the texts stay in the vault" in result.text
+
+
+def test_a_share_of_a_finetuning_is_told_where_it_is_known() -> None:
+    report = {**REPORT, "compute": {**REPORT["compute"], "share_of_full_finetuning": 0.125}}
+    result = render.unlearnt(Unlearnt(PATCH, False, report, 1, 0), Path("model"))
+    assert "12.5% of the fine-tuning that taught it" in result.text
 
 
 @pytest.mark.parametrize("patch", [None, PATCH])

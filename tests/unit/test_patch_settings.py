@@ -24,7 +24,12 @@ def test_defaults_are_written_out_and_read_back_the_same(method: str) -> None:
     assert again == made == json.loads(json.dumps(made))
     assert made["pace"]["seed"] == 7
     assert made["sequence_len"] == 64
-    assert made["bounds"] == {"max_utility_drop": 0.1, "check_every": 5}
+    assert made["bounds"] == {
+        "max_utility_drop": 0.1,
+        "target_probability": 0.1,
+        "check_every": 10,
+    }
+    assert made["overlength"] == "refuse"
     assert "max_seconds" not in json.dumps(made)
 
 
@@ -42,7 +47,11 @@ def test_flat_values_find_their_blocks() -> None:
     assert found["hyperparameters"] == {"alpha": 0.5, "alphas": [0.5]}
     assert found["pace"]["num_epochs"] == 2
     assert found["adapter"] == {"lora_r": 2, "lora_alpha": 16, "lora_target_modules": ["q_proj"]}
-    assert found["bounds"] == {"max_utility_drop": None, "check_every": 3}
+    assert found["bounds"] == {
+        "max_utility_drop": None,
+        "target_probability": 0.1,
+        "check_every": 3,
+    }
 
 
 @pytest.mark.parametrize(
@@ -69,6 +78,14 @@ def test_everything_wrong_is_named_at_once(method: str, values: dict[str, Any], 
     with pytest.raises(InvalidInput) as caught:
         settings_of(method, values, Adapter())
     assert {each.where for each in caught.value.problems} == where
+
+
+def test_a_job_of_another_procedure_is_refused() -> None:
+    made = settings_of("npo", {}, Adapter())
+    for other in (made | {"procedure": 1}, {k: v for k, v in made.items() if k != "procedure"}):
+        with pytest.raises(InvalidInput) as caught:
+            parse_settings(other)
+        assert [each.where for each in caught.value.problems] == ["procedure"]
 
 
 @pytest.mark.parametrize("given", [{}, {"method": "npo", "pace": 5, "surplus": 1}])

@@ -188,6 +188,33 @@ def test_nothing_good_is_no_patch(fake: FakeModel) -> None:
     assert made(fake, [FREE]).version == 2  # the same key again
 
 
+@pytest.mark.parametrize("revert", [False, True])
+def test_a_text_that_is_still_known_stays_until_a_patch_forgets_it(
+    fake: FakeModel, revert: bool
+) -> None:
+    request = delete(fake, 0, consent="asked")
+    want(opened(fake), Wish(SETTINGS, [], None, ""), [request])
+    fake.patcher.ends = ["known", "forgotten"]
+    assert make_wanted(opened(fake)).kept_sets == 1
+    reconcile(opened(fake))
+    assert [[each.text for each in found] for found in fake.vault.stored.values()] == [[text(0)]]
+    if revert:
+        patching.revert(opened(fake))
+    want(opened(fake), Wish({**SETTINGS, "again": 1}), [fake.ledger.requests()[0]])
+    done = make_wanted(opened(fake))
+    assert (done.erased_sets, done.kept_sets) == (1, 0)
+    assert fake.vault.stored == {}
+    assert len(stack(fake)) == (1 if revert else 2)
+
+
+def test_a_text_that_is_still_known_can_be_released(fake: FakeModel) -> None:
+    want(opened(fake), wish_of([FREE]))
+    fake.patcher.ends = ["known"]
+    make_wanted(opened(fake))
+    patching.release(opened(fake), vaulting.chosen(opened(fake), list(fake.vault.stored), []))
+    assert (fake.vault.stored, len(stack(fake))) == ({}, 1)
+
+
 def test_a_deletion_with_consent_keeps_its_text_for_a_patch(fake: FakeModel) -> None:
     request = delete(fake, 0, consent="asked")
     assert [[each.text for each in found] for found in fake.vault.stored.values()] == [[text(0)]]

@@ -132,7 +132,8 @@ def test_a_deletion_says_how_to_make_the_base_say_less(vaulted: str) -> None:
         request_render.ran([known], directory="my model").text,
     ):
         assert "sisa approx unlearn -m my model" in text
-        assert ("--request req-1 --method npo" in text) is bool(vaulted)
+        assert "still known to the base alone: 1 of 2" in text
+        assert ("--request req-1" in text) is bool(vaulted)
         assert ("--consent WHO" in text) is not bool(vaulted)
     unknown = replace(known, probed=Probed(2, 2))
     assert "unlearn" not in render.forgotten(ForgetOutcome(unknown, (), "after")).text
