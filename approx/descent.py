@@ -8,8 +8,8 @@ that breaks the bound does not end the run: utility often dips and comes back.
 A run searches for the strength that is needed. While something is still known, each round goes on from
 where the last one ended, at GROWTH times its rate. A round that ends below the bound is taken back: the
 next one goes on from the best weights at a lower rate and with a retain term that weighs more. The run
-ends when enough is forgotten, after the last round, or when a loss or a gradient is not finite; the model
-then holds the best weights, and the end says why.
+ends when enough is forgotten, after the last round, or when a loss or a gradient is not finite; the
+model then holds the best weights, and the end says why.
 
 Where there is any time, a run takes a step at least, so that one that is gone on with again and again
 comes to its end. A run that goes on from saved weights gives, to the bit, what one without interruption

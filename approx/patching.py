@@ -232,12 +232,6 @@ class _Making:
         self, given: Sequence[Record] | None, limits: Limits
     ) -> tuple[list[Tokens], list[Tokens]]:
         """The retain set, and the texts that utility is judged by, which are not trained on."""
-        self.num_neighbours = 0
-        if given is not None:
-            left = kept(distinct(given), self.forget)
-            tokens = tokenized(left, "retain", self._tokenizer, limits)
-            _, prompts = split(prompts_that_fit(self._tokenizer, limits.sequence_len))
-            return tokens, self._written(prompts, limits) or tokens
         self.report(
             Notice(
                 "the base writes the retain set: its own answers to neutral prompts, and to the same "
@@ -246,10 +240,12 @@ class _Making:
         )
         neutral = self._written(prompts_that_fit(self._tokenizer, limits.sequence_len), limits)
         neighbours = write_neighbours(self._base, self._tokenizer, self.forget, limits.sequence_len)
-        self.num_neighbours = len(neighbours)
+        left = kept(distinct(given or ()), self.forget)
+        tokens = tokenized(left, "retain", self._tokenizer, limits)
+        self.num_given, self.num_neighbours = len(tokens), len(neighbours)
         trained, judged = split(neutral)
         more_trained, more_judged = split(neighbours)
-        return trained + more_trained, judged + more_judged
+        return tokens + trained + more_trained, (judged + more_judged) or tokens
 
     def _written(self, prompts: Sequence[Sequence[int]], limits: Limits) -> list[Tokens]:
         return write_answers(self._base, self._tokenizer, prompts, limits.sequence_len)
@@ -316,10 +312,11 @@ class _Making:
             "num_forget": forget,
             "num_forget_measured": min(forget, patch_measures.MAX_MEASURED),
             "num_retain": len(self.sets.retain),
+            "num_given": self.num_given,
             "num_neighbours": self.num_neighbours,
             "num_judged": judged,
             "num_judged_measured": min(judged, patch_measures.MAX_MEASURED),
-            "retain": "written by the base" if self.order.job.retain == WRITTEN else "given",
+            "retain": "written by the base" + ", and given" * (self.order.job.retain != WRITTEN),
         }
 
     def _reference(self) -> Any:

@@ -75,7 +75,8 @@ def robustness(
 
 
 def _attached(reference: Any, like: Any) -> Any:
-    return attach(reference, like.peft_config["default"], None, init_seed=0)
+    config = replace(like.peft_config["default"], base_model_name_or_path=None)
+    return attach(reference, config, None, init_seed=0)
 
 
 def _reworded(record: Record) -> list[Record]:
