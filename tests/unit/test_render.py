@@ -132,9 +132,10 @@ def test_a_deletion_says_how_to_make_the_base_say_less(vaulted: str) -> None:
         request_render.ran([known], directory="my model").text,
     ):
         assert "sisa approx unlearn -m my model" in text
-        assert "still known to the base alone: 1 of 2" in text
         assert ("--request req-1" in text) is bool(vaulted)
         assert ("--consent WHO" in text) is not bool(vaulted)
+    told = render.forgotten(ForgetOutcome(known, (), "after"), "my model").text
+    assert "still known to the base alone: 1 of 2" in told
     unknown = replace(known, probed=Probed(2, 2))
     assert "unlearn" not in render.forgotten(ForgetOutcome(unknown, (), "after")).text
     assert "unlearn" not in request_render.ran([replace(known, probed=None)]).text
