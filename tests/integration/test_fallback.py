@@ -17,7 +17,10 @@ from tests.bench.known_people import TINY, Ground, Way
 from tests.tiny_base import make_tiny_base
 
 pytestmark = [pytest.mark.torch, pytest.mark.slow, pytest.mark.xdist_group("fallback")]
-PACE = {"learning_rate": 1e-3, "num_epochs": 120, "max_utility_drop": None}
+PACE = {  # one round, to its end
+    **{"learning_rate": 1e-3, "num_epochs": 120, "max_steps": None, "num_rounds": 1},
+    **{"retain_batch_size": None, "max_utility_drop": None, "target_probability": 0.0},
+}
 KEPT = 0.9  # share of the others' records and of their probability that must outlast a patch
 # Of what is served over it: their probability, and tokens on which shards still agree. Shards were
 # trained over the base without it, and the shares vary with the processor's bits.
@@ -55,6 +58,36 @@ def test_whoever_is_in_the_retain_set_stays_known(found: dict[str, Any]) -> None
     assert after["base_probability"] >= KEPT * before["base_probability"]
     assert after["served"]["probability"] >= SERVED * before["served"]["probability"]
     assert found["patches"]["kept"]["composition"]["shards"]["agreement"] >= AGREEING
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_the_defaults_search_until_nothing_is_known(ground: Ground, tmp_path: Path, keep: bool) -> None:
+    """Within a bound that leaves room for it: a tiny base has one set of weights for all it says."""
+    again = ground.beside(tmp_path)
+    request = fallback.erase(again, fallback.FORGOTTEN)
+    others = [each for each in again.known if each != fallback.FORGOTTEN]
+    way = Way(keep=keep, settings={"max_utility_drop": 0.4})
+    done = again.unlearn(way, others, requests=[request["request_id"]])
+    report = done["report"]
+    assert report["still_known"] == {"before": 2, "after": 0, "of": 2}
+    assert (report["outcome"], done["sets_kept"]) == ("forgotten", 0)
+    assert report["utility"] >= report["utility_before"] - 0.4
+    assert report["sets"]["num_neighbours"] > 0
+    assert again.probed(fallback.FORGOTTEN)["num_known"] == 0
+
+
+def test_a_bound_that_leaves_no_room_is_told_and_the_text_stays(ground: Ground, tmp_path: Path) -> None:
+    again = ground.beside(tmp_path)
+    request = fallback.erase(again, fallback.FORGOTTEN)
+    tight = Way("gradient_ascent", keep=False, settings={"max_utility_drop": 0.0, "num_rounds": 2})
+    done = again.unlearn(tight, [], requests=[request["request_id"]])
+    assert (done["report"]["outcome"], done["sets_erased"]) == ("held back by the bound", 0)
+    assert done["report"]["still_known"]["after"] > 0
+    (held,) = again.sisa("approx", "patches")["vault"]
+    assert held["held"]
+    free = Way(keep=False, settings=PACE)
+    done = again.unlearn(free, [], requests=[request["request_id"]])
+    assert (done["report"]["outcome"], done["sets_erased"]) == ("forgotten", 1)
 
 
 @pytest.mark.usefixtures("found")
