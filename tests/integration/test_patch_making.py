@@ -12,7 +12,7 @@ import pytest
 
 from approx.methods.registry import METHODS
 from approx.patch_measures import LIMITS, measured
-from approx.written import PROMPTS, prompts_that_fit, write_answers
+from approx.written import PROMPTS, prompts_that_fit, write_answers, write_neighbours
 from sisa.domain import Part, Record
 from sisa.errors import IntegrityError, InvalidInput
 from sisa.events import Notice, PatchProgress
@@ -108,6 +108,32 @@ def test_the_base_writes_the_retain_set_and_no_record_is_in_it(bench: Bench) -> 
     assert prompts_that_fit(tokenizer, 8) == []
     made = bench.make(bench.order(settings("npo"), FORGET))
     assert made.report["sets"]["retain"] == "written by the base"
+
+
+def test_neighbours_are_asked_the_same_about_invented_people(bench: Bench) -> None:
+    model, tokenizer = load_base(bench.base, bench.site.base_digest)
+    written = write_neighbours(model, tokenizer, FORGET, 256)
+    asked = [tokenizer.decode(each.input_ids) for each in written]
+    assert len(asked) == len(set(asked)) > len(FORGET)
+    names = {word for row in FORGET for word in row.parts[0].text.split() if word.istitle()}
+    names -= {"Where", "What", "Which", "Who", "When", "How"}
+    assert names
+    assert not any(name.strip("?.") in each for name in names for each in asked)
+    answers = [record.parts[1].text.strip() for record in FORGET]
+    assert not any(answer in each for answer in answers for each in asked)
+    assert write_neighbours(model, tokenizer, [text("t", "nobody is named here at all")], 256) == []
+
+
+def test_a_record_that_was_cut_when_it_was_trained_on_can_be_forgotten(bench: Bench) -> None:
+    long = text("long", "What Ada Quill said to Bo Thorn in Turku. " * 20)
+    asked = settings("npo", num_epochs=2)
+    with pytest.raises(InvalidInput, match="no patch can be made"):
+        bench.maker.refuse(asked, [long], None)
+    asked |= {"overlength": "truncate"}
+    bench.maker.refuse(asked, [long], None)
+    report = bench.make(bench.order(asked, [long])).report
+    assert (report["patch_made"], report["still_known"]["of"]) == (True, 1)
+    assert report["robustness"]["rewording"] is None
 
 
 def test_a_patch_upon_a_patch_is_made_from_what_lies_beneath(bench: Bench) -> None:
