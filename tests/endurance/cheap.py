@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from sisa import opening
+from sisa.api import Model
 from sisa.digest import digest_of
 from sisa.domain import Probed, Record, SliceJob
 from sisa.errors import EnvironmentFault, InvalidInput
@@ -115,6 +116,9 @@ def cheap_parts() -> Iterator[None]:
     if reader is not None and hasattr(reader, "export_rows"):
         done.append((reader, "export_rows", vars(reader)["export_rows"]))
         vars(reader)["export_rows"] = _no_hub
+    # A stage that is trained again in a process of its own would be trained by the real trainer there.
+    done.append((Model, "_apart", vars(Model)["_apart"]))
+    Model._apart = lambda *_: None  # type: ignore[method-assign]
     try:
         yield
     finally:
