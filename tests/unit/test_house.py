@@ -204,7 +204,7 @@ def light_modules() -> list[str]:
     """Modules with examples that need no torch and no Ray."""
     names = [path.stem for path in modules("sisa") if path.parent == ROOT / "sisa"]
     found = [f"sisa.{name}" for name in names if name != "__init__"]
-    found += [f"cluster.{name}" for name in ("cli", "json_log", "progress", "render", "watched")]
+    found += [f"cluster.{name}" for name in ("cli", "json_log", "render", "watched")]
     found += ["cluster.ray_metrics"]
     found += ["cluster.jobs", "cluster.job_cli", "cluster.job_flow", "cluster.kuberay"]
     found += ["sisa.model.hashing"]
