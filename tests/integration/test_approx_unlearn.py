@@ -22,7 +22,7 @@ from cluster.cli import run
 from sisa import unlearn as flows
 from sisa.errors import ConfigConflict, InvalidInput
 from sisa.patching import Wish
-from tests.integration.patch_bench import KNOWN, settings
+from tests.integration.patch_bench import ENOUGH, KNOWN, settings
 from tests.integration.tiny_model import (
     PEOPLE,
     Done,
@@ -81,7 +81,7 @@ def test_the_commands_know_all_methods() -> None:
 
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_every_method_makes_a_patch_that_can_be_taken_back(model: Tiny, method: str) -> None:
-    more = {"alpha": 64.0} if method == "task_arithmetic" else {}
+    more = ENOUGH.get(method, {})
     opened, before = model.open(), adapters(model.directory)
     done = flows.unlearn(opened, wish(method, retain=True, **more))
     assert done.patch is not None

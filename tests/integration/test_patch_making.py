@@ -22,6 +22,7 @@ from sisa.model.tokens import NO_LOSS, tokenize
 from sisa.store.keyring import is_sealed
 from sisa.store.runs import ROOM, FileRuns
 from tests.integration.patch_bench import (
+    ENOUGH,
     KNOWN,
     STRANGERS,
     Bench,
@@ -51,7 +52,7 @@ def probability(bench: Bench, stack: list[dict[str, bytes]], records: list[Recor
 def test_every_method_makes_a_patch_that_says_less_of_what_is_forgotten(
     bench: Bench, method: str
 ) -> None:
-    more = {"alpha": 64.0} if method == "task_arithmetic" else {}
+    more = ENOUGH.get(method, {})
     bench.maker.refuse(settings(method, **more), FORGET, KEEP)
     made = bench.make(bench.order(settings(method, **more), FORGET, KEEP))
     found = json.loads(json.dumps(made.report, allow_nan=False))
