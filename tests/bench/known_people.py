@@ -82,7 +82,7 @@ class Answers:
 
 PACE = {
     **{"learning_rate": 1e-3, "num_epochs": 40, "max_steps": 40, "num_rounds": 1},
-    **{"retain_batch_size": None, "max_utility_drop": None, "target_probability": 0.0},
+    **{"max_utility_drop": None, "target_probability": 0.0},
 }
 
 

@@ -19,7 +19,7 @@ from tests.tiny_base import make_tiny_base
 pytestmark = [pytest.mark.torch, pytest.mark.slow, pytest.mark.xdist_group("fallback")]
 PACE = {  # one round, to its end
     **{"learning_rate": 1e-3, "num_epochs": 120, "max_steps": None, "num_rounds": 1},
-    **{"retain_batch_size": None, "max_utility_drop": None, "target_probability": 0.0},
+    **{"max_utility_drop": None, "target_probability": 0.0},
 }
 KEPT = 0.9  # share of the others' records and of their probability that must outlast a patch
 # Of what is served over it: their probability, and tokens on which shards still agree. Shards were
