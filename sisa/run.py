@@ -25,6 +25,7 @@ from sisa.errors import InvalidInput
 from sisa.plan import ShardPlan, plan_shard
 from sisa.ports import Change, StoredRecord, Vectors
 from sisa.reconcile import Trained, reconcile, refuse_lost_rows
+from sisa.record_rules import normal_subject
 from sisa.refused import refuse_added, refuse_changed, refuse_generations, refuse_trained
 from sisa.world import (
     World,
@@ -108,9 +109,12 @@ def _as_held(
     found: Mapping[str, RecordRow | Tombstone],
     new: int | None = None,
 ) -> list[Record]:
-    """Records that say no generation take that of the held one of their id, or else the `new` one."""
+    """Return the records with their subjects in one spelling. Those that say no generation take that of
+    the held record of their id, or else the `new` one."""
     settled = []
     for record in records:
+        if record.subject_id is not None:
+            record = replace(record, subject_id=normal_subject(record.subject_id))
         row = found.get(world.assigner.id_digest(record.id))
         if isinstance(row, RecordRow):
             generation = world.assigner.layout.generation(row.slice) or None

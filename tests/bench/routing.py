@@ -3,7 +3,7 @@
     python -m tests.bench.routing --data DIRECTORY --out routing.json
 
 `DIRECTORY` holds `tofu/` (200 invented authors, on whose questions the value of `min_score: auto` was
-tried), and `rwku/` and `muse/` (real people; news and novels), by which it is confirmed. Records are
+tried, as on `rwku/`, real people), and `muse/` (news and novels, looked at afterwards). Records are
 made of their questions and answers in several forms; their vectors and the choice of shards are those of
 the library, with prompts compared with prompts, and, for contrast, with whole records.
 

@@ -42,6 +42,15 @@ def trained(numbers: Collection[int]) -> FakeModel:
     return fake
 
 
+def test_subjects_of_records_from_python_have_one_spelling() -> None:
+    fake = fake_model()
+    spellings = ("Jos\u00e9", " Jose\u0301 ")
+    train(fake.world, [fake_record(number, each) for number, each in enumerate(spellings)])
+    for each in spellings:
+        live, _ = query.of_subject(fake.world, each)
+        assert len(live) == 2
+
+
 @pytest.fixture
 def fake() -> FakeModel:
     return trained(range(NUM_RECORDS))
