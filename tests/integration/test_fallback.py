@@ -70,7 +70,8 @@ def test_the_defaults_search_until_nothing_is_known(ground: Ground, tmp_path: Pa
     done = again.unlearn(way, others, requests=[request["request_id"]])
     report = done["report"]
     assert report["still_known"] == {"before": 2, "after": 0, "of": 2}
-    assert (report["outcome"], done["sets_kept"]) == ("forgotten", 0)
+    assert report["outcome"] == "forgotten"
+    assert (done["sets_kept"] == 0) is not keep  # a retain set of the model's records keeps both
     assert report["utility"] >= report["utility_before"] - 0.4
     assert report["sets"]["num_neighbours"] > 0
     assert again.probed(fallback.FORGOTTEN)["num_known"] == 0
