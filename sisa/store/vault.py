@@ -8,6 +8,7 @@ plaintext, which is the canonical JSON of the records in the order they were put
 Not covered: whose consent allows it, and how long (`vaulting.py`).
 
 >>> import tempfile
+>>> from sisa.domain import Part
 >>> from sisa.store.keyring import FileKeyring
 >>> with tempfile.TemporaryDirectory() as folder:
 ...     vault = FileVault(Path(folder) / "vault", FileKeyring(Path(folder) / "keys"))

@@ -163,7 +163,6 @@ USAGE_ERRORS = [
     ["approx", "release", "-m", "x"],
     ["approx", "release", "-m", "x", "--all", "--request", "r"],
     ["approx", "show", "-m", "x"],
-    ["approx", "unlearn", "-m", "x", "--forget", "f"],
     ["approx", "unlearn", "-m", "x", "--method", "npo"],
     ["approx", "unlearn", "-m", "x", "--forget", "f", "--method", "rmu"],
     ["eval", "tofu", "-m", "x", "--split", "forget99"],
