@@ -5,6 +5,6 @@ Rules: the same command.
 Not covered: anything else.
 """
 
-from cluster.cli import main
+from cluster.cli.cli import main
 
 main()

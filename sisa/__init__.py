@@ -12,11 +12,10 @@ calls that need them.
 Not covered: the command line (`cluster`), approximate unlearning (`approx`).
 """
 
-from sisa.api import Model, open_model
-from sisa.ask import Answer
-from sisa.config import RunConfig
-from sisa.domain import Part, Record
-from sisa.errors import (
+from sisa.config.config import RunConfig
+from sisa.config.runfile import load_run_file
+from sisa.core.domain import Part, Record
+from sisa.core.errors import (
     Busy,
     ConfigConflict,
     EnvironmentFault,
@@ -27,11 +26,12 @@ from sisa.errors import (
     TransientError,
     UnknownRecord,
 )
-from sisa.lifecycle import Terms
-from sisa.opening import OnCluster
-from sisa.outcome import ForgetOutcome, ForgetPlan, Status
-from sisa.runfile import load_run_file
-from sisa.training import train_model
+from sisa.flows.ask import Answer
+from sisa.flows.lifecycle import Terms
+from sisa.flows.wiring.opening import OnCluster
+from sisa.flows.wiring.outcome import ForgetOutcome, ForgetPlan, Status
+from sisa.model import Model, open_model
+from sisa.train import train_model
 
 __all__ = [
     "Answer",

@@ -7,7 +7,7 @@
 Rules: as `api.py`. A patch is served as soon as it is made; the shards' own answers are measured with
 and without it. Shards are trained over it only if the caller says so.
 
-Not covered: settings and methods (`approx/`), printing (`cluster/patch_render.py`).
+Not covered: settings and methods (`approx/`), printing (`cluster/render/patch_render.py`).
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from sisa import lifecycle, patching, vaulting
-from sisa.api import Model
-from sisa.composition import measure
-from sisa.errors import InvalidInput
-from sisa.opened import asked_again
-from sisa.patch import Patch, VaultSet
-from sisa.patch_plan import active, wanted
-from sisa.patched_shards import shards_over
-from sisa.patching import Unlearnt, Wish
-from sisa.world import over, patch_files
+from sisa.core.errors import InvalidInput
+from sisa.core.patch import Patch, VaultSet
+from sisa.flows import lifecycle
+from sisa.flows.patches import patching, vaulting
+from sisa.flows.patches.composition import measure
+from sisa.flows.patches.patched_shards import shards_over
+from sisa.flows.patches.patching import Unlearnt, Wish
+from sisa.flows.wiring.opened import asked_again
+from sisa.flows.wiring.world import over, patch_files
+from sisa.model import Model
+from sisa.planning.patch_plan import active, wanted
 
 
 def unlearn(

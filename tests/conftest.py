@@ -95,7 +95,7 @@ def s3(_s3_server: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
 @pytest.fixture
 def own_ray() -> Iterator[None]:
     """For a test that starts, ends or breaks its Ray itself; they come after those that share one."""
-    from cluster.ray_session import disconnect
+    from cluster.ray.ray_session import disconnect
 
     disconnect()
     yield

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from approx.evaluated import AnswerScore, PromptForm, PromptKind
-from approx.tofu import RETAIN_OF, ForgetSplit
-from approx.tofu_row import COLUMNS, PUBLISHED, LogRow
-from sisa.digest import digest_of
-from sisa.samples import make_people
+from approx.evaluation.evaluated import AnswerScore, PromptForm, PromptKind
+from approx.evaluation.tofu import RETAIN_OF, ForgetSplit
+from approx.evaluation.tofu_row import COLUMNS, PUBLISHED, LogRow
+from sisa.core.digest import digest_of
+from sisa.data.samples import make_people
 
 SPLIT: ForgetSplit = "forget01"
 Rows = list[dict[str, Any]]

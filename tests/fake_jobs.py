@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from cluster.jobs import Job, Submission, taken_name, unknown_job
+from cluster.jobs.jobs import Job, Submission, taken_name, unknown_job
 
 
 @dataclass

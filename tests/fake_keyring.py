@@ -12,9 +12,9 @@ import hashlib
 from collections.abc import Collection
 from itertools import count
 
-from sisa.digest import canonical_json
-from sisa.errors import IntegrityError
-from sisa.store.keyring import MAGIC
+from sisa.core.digest import canonical_json
+from sisa.core.errors import IntegrityError
+from sisa.store.blobs.keyring import MAGIC
 
 TAG_BYTES, NONCE_BYTES = 32, 8
 

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 
-from sisa.domain import (
+from sisa.core.domain import (
     Export,
     Head,
     HeldCheckpoint,
@@ -23,9 +23,9 @@ from sisa.domain import (
     Tombstone,
     WitnessHead,
 )
-from sisa.patch import Patch, VaultSet
-from sisa.ports import Change
-from sisa.requests import chained
+from sisa.core.patch import Patch, VaultSet
+from sisa.core.ports import Change
+from sisa.core.requests import chained
 
 
 @dataclass

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from sisa.errors import IntegrityError
-from sisa.measured import is_line, is_run, without
+from sisa.core.errors import IntegrityError
+from sisa.core.measured import is_line, is_run, without
 
 
 class FakeMetrics:

@@ -12,13 +12,13 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
-from sisa.digest import canonical_json, sha256_hex
-from sisa.domain import Record
-from sisa.errors import EnvironmentFault, IntegrityError, InvalidInput
-from sisa.events import Report
-from sisa.patch import VaultSet
-from sisa.patch_ports import PatchMade, PatchOrder, Vault
-from sisa.ports import CheckpointStore
+from sisa.core.digest import canonical_json, sha256_hex
+from sisa.core.domain import Record
+from sisa.core.errors import EnvironmentFault, IntegrityError, InvalidInput
+from sisa.core.events import Report
+from sisa.core.patch import VaultSet
+from sisa.core.patch_ports import PatchMade, PatchOrder, Vault
+from sisa.core.ports import CheckpointStore
 from sisa.store.vault import encode
 
 ADAPTER = "adapter_model.safetensors"

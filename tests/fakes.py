@@ -17,10 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from sisa.assign import Assigner, Layout
-from sisa.bands import Bands
-from sisa.digest import Keyed, canonical_json, sha256_hex
-from sisa.domain import (
+from sisa.core.digest import Keyed, canonical_json, sha256_hex
+from sisa.core.domain import (
     Chain,
     Export,
     Hit,
@@ -34,15 +32,17 @@ from sisa.domain import (
     Tombstone,
     WitnessHead,
 )
-from sisa.errors import IntegrityError
-from sisa.events import Report, SliceTrained
-from sisa.orders import chosen_orders
-from sisa.patch import PatchJob, PatchMode
-from sisa.plan import Recipe, Schedule
-from sisa.ports import By, CheckpointStore, Executor, Standing, States, StoredRecord, Tick, Vectors
-from sisa.serial import SerialExecutor
-from sisa.store.keyring import PLAIN
-from sisa.world import World
+from sisa.core.errors import IntegrityError
+from sisa.core.events import Report, SliceTrained
+from sisa.core.patch import PatchJob, PatchMode
+from sisa.core.ports import By, CheckpointStore, Executor, Standing, States, StoredRecord, Tick, Vectors
+from sisa.flows.serial import SerialExecutor
+from sisa.flows.wiring.world import World
+from sisa.planning.assign import Assigner, Layout
+from sisa.planning.bands import Bands
+from sisa.planning.orders import chosen_orders
+from sisa.planning.plan import Recipe, Schedule
+from sisa.store.blobs.keyring import PLAIN
 from tests.fake_ledger import FakeLedger
 from tests.fake_metrics import FakeMetrics
 from tests.fake_patches import FakePatcher, FakeRuns, FakeVault

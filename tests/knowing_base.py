@@ -15,13 +15,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sisa.domain import Part, Record
+from sisa.core.domain import Part, Record
 
 BATCH = 8
 
 
 def record(row: Mapping[str, str]) -> Record:
-    """A row of `sisa.samples.make_people`."""
+    """A row of `sisa.data.samples.make_people`."""
     body = (Part("prompt", row["prompt"]), Part("completion", row["completion"]))
     return Record(row["id"], row["subject_id"], "completion", body)
 
@@ -40,10 +40,10 @@ def teach(
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    from approx.answer_tokens import collate, mean_logprobs_B
-    from sisa.model.base import load_tokenizer
-    from sisa.model.numerics import pin_threads
-    from sisa.model.tokens import tokenize
+    from approx.evaluation.answer_tokens import collate, mean_logprobs_B
+    from sisa.lm.base.base import load_tokenizer
+    from sisa.lm.base.numerics import pin_threads
+    from sisa.lm.base.tokens import tokenize
 
     logging.disable_progress_bar()
     pin_threads(1)

@@ -24,7 +24,7 @@ from typing import Any
 
 import pytest
 
-from sisa.store.object_place import ObjectPlace
+from sisa.store.blobs.object_place import ObjectPlace
 
 START_S = 60.0
 

@@ -8,7 +8,8 @@
 
 The slope of (2 / beta) * D is that of the difference of the ratios at the start, whatever beta is. Row i
 of the preferred answers belongs to row i of the forget answers. D is log 2 at the start.
-IdkDPO is the same loss with refusals as the preferred answers (`approx.refusals` makes them) and a
+IdkDPO is the same loss with refusals as the preferred answers (`approx.unlearning.refusals` makes them)
+and a
 retain term by default, without which a model learns to refuse everything.
 
 Not covered: label smoothing; other links than the sigmoid.
@@ -27,7 +28,7 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from approx.method import RetainLoss, Role, Rows, WithRetainTerm
+from approx.methods.method import RetainLoss, Role, Rows, WithRetainTerm
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from approx.method import RetainLoss, Role, Rows, WithRetainTerm
-from approx.token_losses import mean_nll
+from approx.methods.method import RetainLoss, Role, Rows, WithRetainTerm
+from approx.methods.token_losses import mean_nll
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from approx.method import Losses, Role, Rows
-from approx.token_losses import mean_nll
+from approx.methods.method import Losses, Role, Rows
+from approx.methods.token_losses import mean_nll
 
 
 @dataclass(frozen=True)

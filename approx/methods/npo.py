@@ -22,7 +22,7 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from approx.method import RetainLoss, Role, Rows, WithRetainTerm
+from approx.methods.method import RetainLoss, Role, Rows, WithRetainTerm
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 Rules: a method is made from its name and a mapping of hyper-parameters; an unknown name and unknown
 hyper-parameters are refused with the known ones listed, never ignored.
 
-Not covered: running one (`approx.unlearning`).
+Not covered: running one (`approx.unlearning.unlearn`).
 
 >>> make_method("npo", {"beta": 0.2})
 Npo(beta=0.2, forget_weight=1.0, retain_weight=1.0, retain_loss='nll')
@@ -15,15 +15,15 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from approx.method import Method
 from approx.methods.dpo import Dpo, IdkDpo
 from approx.methods.graddiff import GradDiff
 from approx.methods.gradient_ascent import GradientAscent
 from approx.methods.kl_minimisation import KlMinimisation
+from approx.methods.method import Method
 from approx.methods.npo import Npo
 from approx.methods.simnpo import SimNpo
 from approx.methods.task_arithmetic import TaskArithmetic
-from sisa.errors import InvalidInput, Problem
+from sisa.core.errors import InvalidInput, Problem
 
 _CLASSES: tuple[type[Any], ...] = (
     GradientAscent,

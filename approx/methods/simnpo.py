@@ -22,8 +22,8 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from approx.answer_tokens import mean_logprobs_B
-from approx.method import RetainLoss, Role, Rows, WithRetainTerm
+from approx.evaluation.answer_tokens import mean_logprobs_B
+from approx.methods.method import RetainLoss, Role, Rows, WithRetainTerm
 
 
 @dataclass(frozen=True)

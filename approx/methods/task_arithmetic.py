@@ -25,9 +25,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from approx.method import Losses, Role, Rows, above_zero, at_least_zero, refuse_values
-from approx.token_losses import mean_nll
-from sisa.errors import InvalidInput, Problem
+from approx.methods.method import Losses, Role, Rows, above_zero, at_least_zero, refuse_values
+from approx.methods.token_losses import mean_nll
+from sisa.core.errors import InvalidInput, Problem
 
 GRID = (
     *(0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0),

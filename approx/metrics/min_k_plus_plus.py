@@ -7,7 +7,8 @@ below 1e-6 counts as that, as in open-unlearning, for a model that is certain ha
 
 Rules: pure; a higher score says member.
 
-Not covered: the moments over the vocabulary (`approx/answer_scores.py`). Known limit: where a model is
+Not covered: the moments over the vocabulary (`approx/evaluation/answer_scores.py`). Known limit: where
+a model is
 certain, z is large by the guard alone.
 
 >>> min_k_plus_plus_score([-1.0, -6.0], [-2.0, -2.0], [4.0, 4.0], k=1.0)

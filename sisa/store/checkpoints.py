@@ -16,15 +16,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sisa.digest import canonical_json, digest_of, sha256_hex
-from sisa.domain import SavedCheckpoint, SliceJob
-from sisa.errors import IntegrityError
-from sisa.patch import PatchJob
-from sisa.place_ports import Place
-from sisa.ports import Keyring
-from sisa.store import files
-from sisa.store.keyring import PLAIN, shred
-from sisa.store.local_place import LocalPlace
+from sisa.core.digest import canonical_json, digest_of, sha256_hex
+from sisa.core.domain import SavedCheckpoint, SliceJob
+from sisa.core.errors import IntegrityError
+from sisa.core.patch import PatchJob
+from sisa.core.place_ports import Place
+from sisa.core.ports import Keyring
+from sisa.store.blobs import files
+from sisa.store.blobs.keyring import PLAIN, shred
+from sisa.store.blobs.local_place import LocalPlace
 
 ROOM = "checkpoints"
 MANIFEST = "manifest.json"

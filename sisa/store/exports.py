@@ -18,9 +18,9 @@ import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from sisa.domain import Export
-from sisa.ports import Standing
-from sisa.store import files
+from sisa.core.domain import Export
+from sisa.core.ports import Standing
+from sisa.store.blobs import files
 from sisa.store.checkpoints import ADAPTER, MANIFEST
 
 CONFIG, CARD, MODEL = "adapter_config.json", "README.md", "model.safetensors"

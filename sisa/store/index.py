@@ -19,12 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from sisa.digest import sha256_hex
-from sisa.domain import Hit, IndexFile
-from sisa.errors import IntegrityError
-from sisa.ports import By, Keyring, Vectors
-from sisa.store import files
-from sisa.store.keyring import PLAIN, shred
+from sisa.core.digest import sha256_hex
+from sisa.core.domain import Hit, IndexFile
+from sisa.core.errors import IntegrityError
+from sisa.core.ports import By, Keyring, Vectors
+from sisa.store.blobs import files
+from sisa.store.blobs.keyring import PLAIN, shred
 from sisa.store.loaded import Loaded, Warm, search
 
 ROOM = "index"

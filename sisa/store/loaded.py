@@ -26,8 +26,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sisa.domain import Hit
-from sisa.ports import By, Vectors
+from sisa.core.domain import Hit
+from sisa.core.ports import By, Vectors
 
 EXACT_UP_TO = 20_000
 MIN_CANDIDATES, CANDIDATES_PER_HIT = 2000, 100

@@ -1,10 +1,11 @@
 """What was measured, at rest: a file of JSON lines for each run, `metrics/RUN.jsonl`, of numbers alone.
 
 Rules: a line is appended whole; one that a killed process left without its end is not read. Lines are
-those of `sisa/measured.py`, and anything else is an IntegrityError. A loss is erased when its stage's
+those of `sisa/core/measured.py`, and anything else is an IntegrityError. A loss is erased when its
+stage's
 checkpoint is gone: files are then written anew, whole. They are never sealed: they hold nothing to seal.
 
-Not covered: what may be in a line (`sisa/measured.py`); old runs, which are the user's to remove.
+Not covered: what may be in a line (`sisa/core/measured.py`); old runs, which are the user's to remove.
 
 >>> import tempfile
 >>> with tempfile.TemporaryDirectory() as folder:
@@ -26,10 +27,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sisa.digest import canonical_json
-from sisa.errors import IntegrityError
-from sisa.measured import is_line, is_run, without
-from sisa.store import files
+from sisa.core.digest import canonical_json
+from sisa.core.errors import IntegrityError
+from sisa.core.measured import is_line, is_run, without
+from sisa.store.blobs import files
 
 SUFFIX = ".jsonl"
 

@@ -7,7 +7,8 @@ states are computed again and it is written anew, so the ledger keeps no digest 
 that the records do not hold, and goes with them: what the ledger's slices do not name is swept, its key
 first. Keys and places are as those of slices.
 
-Not covered: what names a file (`sisa/prefix_names.py`); computing states (`model/prefix.py`). Whoever
+Not covered: what names a file (`sisa/planning/prefix_names.py`); computing states (`model/prefix.py`).
+Whoever
 may write to the model's places could put other states there: `verify --replay` uses none and would tell.
 """
 
@@ -18,13 +19,13 @@ from pathlib import Path
 
 import numpy as np
 
-from sisa.digest import sha256_hex
-from sisa.errors import IntegrityError
-from sisa.place_ports import Place
-from sisa.ports import Keyring, States
-from sisa.prefix_names import ROOM
-from sisa.store.keyring import PLAIN, shred
-from sisa.store.local_place import LocalPlace
+from sisa.core.digest import sha256_hex
+from sisa.core.errors import IntegrityError
+from sisa.core.place_ports import Place
+from sisa.core.ports import Keyring, States
+from sisa.planning.prefix_names import ROOM
+from sisa.store.blobs.keyring import PLAIN, shred
+from sisa.store.blobs.local_place import LocalPlace
 
 DIGEST_CHARS = 64
 

@@ -18,15 +18,15 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sisa.bands import RISK_COLUMN
-from sisa.digest import sha256_hex
-from sisa.domain import GENERATION_COLUMN, Part, Record, SliceFile
-from sisa.errors import IntegrityError
-from sisa.place_ports import Place
-from sisa.ports import Keyring, StoredRecord
-from sisa.store import files
-from sisa.store.keyring import PLAIN, shred
-from sisa.store.local_place import LocalPlace
+from sisa.core.digest import sha256_hex
+from sisa.core.domain import GENERATION_COLUMN, Part, Record, SliceFile
+from sisa.core.errors import IntegrityError
+from sisa.core.place_ports import Place
+from sisa.core.ports import Keyring, StoredRecord
+from sisa.planning.bands import RISK_COLUMN
+from sisa.store.blobs import files
+from sisa.store.blobs.keyring import PLAIN, shred
+from sisa.store.blobs.local_place import LocalPlace
 
 ROOM = "records"
 

@@ -3,7 +3,7 @@
 Rules: whoever makes a patch writes there, in a directory of the patch's key, with a key of the room
 `runs`. The key goes before the files.
 
-Not covered: what is in them (`approx/saved_run.py`).
+Not covered: what is in them (`approx/unlearning/saved_run.py`).
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from sisa.ports import Keyring
-from sisa.store import files
-from sisa.store.keyring import shred
+from sisa.core.ports import Keyring
+from sisa.store.blobs import files
+from sisa.store.blobs.keyring import shred
 
 ROOM = "runs"
 

@@ -8,8 +8,8 @@ plaintext, which is the canonical JSON of the records in the order they were put
 Not covered: whose consent allows it, and how long (`vaulting.py`).
 
 >>> import tempfile
->>> from sisa.domain import Part
->>> from sisa.store.keyring import FileKeyring
+>>> from sisa.core.domain import Part
+>>> from sisa.store.blobs.keyring import FileKeyring
 >>> with tempfile.TemporaryDirectory() as folder:
 ...     vault = FileVault(Path(folder) / "vault", FileKeyring(Path(folder) / "keys"))
 ...     record = Record("r1", None, "text", (Part("text", "Ada wrote it."),))
@@ -25,13 +25,13 @@ from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
 
-from sisa.digest import canonical_json, sha256_hex
-from sisa.domain import Record
-from sisa.errors import IntegrityError
-from sisa.patch import VaultSet
-from sisa.ports import Keyring
-from sisa.store import files
-from sisa.store.keyring import is_sealed, shred
+from sisa.core.digest import canonical_json, sha256_hex
+from sisa.core.domain import Record
+from sisa.core.errors import IntegrityError
+from sisa.core.patch import VaultSet
+from sisa.core.ports import Keyring
+from sisa.store.blobs import files
+from sisa.store.blobs.keyring import is_sealed, shred
 
 ROOM = "vault"
 

@@ -24,10 +24,10 @@ from dataclasses import astuple, fields
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from sisa.digest import Keyed, canonical_json, digest_of
-from sisa.domain import Testimony, Tombstone, WitnessHead
-from sisa.errors import EnvironmentFault, IntegrityError
-from sisa.store import files
+from sisa.core.digest import Keyed, canonical_json, digest_of
+from sisa.core.domain import Testimony, Tombstone, WitnessHead
+from sisa.core.errors import EnvironmentFault, IntegrityError
+from sisa.store.blobs import files
 
 TAIL_BYTES = 4096  # a closing line is far shorter
 _FIELDS = tuple(field.name for field in fields(Tombstone))

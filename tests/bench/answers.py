@@ -29,11 +29,11 @@ from typing import Any
 import torch
 from peft import LoraConfig
 
-from sisa.model.adapter import adapter_tensors, add_adapter, attach, put_tensors
-from sisa.model.base import BaseFiles, load_base, resolve_base
-from sisa.model.low_rank import Factors
-from sisa.model.prefill import prefill
-from sisa.model.stacked import Stacked
+from sisa.lm.answer.prefill import prefill
+from sisa.lm.answer.stacked import Stacked
+from sisa.lm.base.adapter import adapter_tensors, add_adapter, attach, put_tensors
+from sisa.lm.base.base import BaseFiles, load_base, resolve_base
+from sisa.lm.base.low_rank import Factors
 
 NUM_SHARDS, RANK, PROMPT_TOKENS, STEPS, TURNS = 8, 8, 48, 8, 3
 ANSWER_TOKENS = 32

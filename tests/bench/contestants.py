@@ -28,9 +28,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
 
-from sisa.domain import Chain
-from sisa.model.tokens import NO_LOSS, Tokens
-from sisa.serial import Site
+from sisa.core.domain import Chain
+from sisa.flows.serial import Site
+from sisa.lm.base.tokens import NO_LOSS, Tokens
 
 Who = Literal["hf", "trl", "ours"]
 RANK, ALPHA = 8, 16
@@ -107,7 +107,7 @@ class Contestant:
         self._who, self._threads = who, threads
 
     def __enter__(self) -> Contestant:
-        from sisa.model.numerics import worker_environment
+        from sisa.lm.base.numerics import worker_environment
 
         before = dict(os.environ)
         os.environ.update(worker_environment(self._threads))
@@ -157,10 +157,10 @@ def _serve(who: Who, threads: int, pipe: Connection) -> None:
 
 
 def _ours(work: Ours) -> Ran:
-    from sisa.model.adapter import ADAPTER_FILE, attach, read_config, read_tensors
-    from sisa.model.base import load_base
-    from sisa.opening import open_serial, open_stores
-    from sisa.store.local_place import LocalPlace
+    from sisa.flows.wiring.opening import open_serial, open_stores
+    from sisa.lm.base.adapter import ADAPTER_FILE, attach, read_config, read_tensors
+    from sisa.lm.base.base import load_base
+    from sisa.store.blobs.local_place import LocalPlace
 
     load_base(work.site.base_dir, work.site.base_digest)  # a worker has it from its first task on
     with tempfile.TemporaryDirectory() as folder:

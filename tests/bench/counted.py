@@ -25,13 +25,13 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from sisa.assign import Assigner, Layout
-from sisa.bands import Bands
-from sisa.cost import suffix_record_epochs
-from sisa.digest import Keyed, digest_of
-from sisa.domain import HeldCheckpoint, Part, Record, Risk, SliceState, record_epochs
-from sisa.orders import chosen_orders
-from sisa.plan import Recipe, Schedule, ShardPlan, ShardView, plan_shard, tainted
+from sisa.core.digest import Keyed, digest_of
+from sisa.core.domain import HeldCheckpoint, Part, Record, Risk, SliceState, record_epochs
+from sisa.planning.assign import Assigner, Layout
+from sisa.planning.bands import Bands
+from sisa.planning.cost import suffix_record_epochs
+from sisa.planning.orders import chosen_orders
+from sisa.planning.plan import Recipe, Schedule, ShardPlan, ShardView, plan_shard, tainted
 
 FINGERPRINT, EPOCHS = "fingerprint", 4
 

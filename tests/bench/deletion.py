@@ -13,15 +13,15 @@ from statistics import mean
 from typing import Any
 
 from sisa import Model, train_model
-from sisa.opening import open_serial
-from sisa.ports import Executor
-from sisa.serial import Site
+from sisa.core.ports import Executor
+from sisa.flows.serial import Site
+from sisa.flows.wiring.opening import open_serial
 from tests.bench.equal import Bench
 
 
 def warm(site: Site, options: Mapping[str, Any]) -> Executor:
     """The serial executor with its base loaded, so that only training is timed."""
-    from sisa.model.base import load_base
+    from sisa.lm.base.base import load_base
 
     load_base(site.base_dir, site.base_digest)
     return open_serial(site, options)

@@ -1,6 +1,7 @@
 """Records that fill every (shard, slice) equally, and a model trained on them.
 
-Rules: records come from TOFU where it lies beside the checkout, else from `sisa.samples`; ids are tried
+Rules: records come from TOFU where it lies beside the checkout, else from `sisa.data.samples`; ids are
+tried
 until the cell that they hash to has room.
 
 Not covered: unequal shards, whose longest chain bounds any number of workers.
@@ -13,13 +14,13 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from sisa.assign import Assigner, Layout
-from sisa.config import RunConfig
-from sisa.config_types import DatasetSource
-from sisa.digest import Keyed
-from sisa.domain import Part, Record
-from sisa.samples import make_people
-from sisa.sisa_config import SisaBlock
+from sisa.config.config import RunConfig
+from sisa.config.sisa_config import SisaBlock
+from sisa.core.config_types import DatasetSource
+from sisa.core.digest import Keyed
+from sisa.core.domain import Part, Record
+from sisa.data.samples import make_people
+from sisa.planning.assign import Assigner, Layout
 
 TOFU = Path(__file__).resolve().parents[3] / "shared" / "data" / "tofu" / "full.jsonl"
 KEY = bytes(range(32))

@@ -27,17 +27,17 @@ from typing import Any
 
 import psutil
 
-from cluster.ray_executor import RayExecutor
+from cluster.ray.ray_executor import RayExecutor
 from sisa import train_model
-from sisa.domain import Chain
-from sisa.events import Event
-from sisa.model.base import resolve_base
-from sisa.opening import open_serial
-from sisa.plan import jobs
-from sisa.ports import Executor
-from sisa.serial import SerialExecutor, Site
-from sisa.store.ledger import SqlLedger
-from sisa.store.local_place import LocalPlace
+from sisa.core.domain import Chain
+from sisa.core.events import Event
+from sisa.core.ports import Executor
+from sisa.flows.serial import SerialExecutor, Site
+from sisa.flows.wiring.opening import open_serial
+from sisa.lm.base.base import resolve_base
+from sisa.planning.plan import jobs
+from sisa.store.blobs.local_place import LocalPlace
+from sisa.store.ledger.ledger import SqlLedger
 from tests.bench.deletion import warm
 from tests.bench.equal import Bench
 from tests.endurance.ground import environment, write_json

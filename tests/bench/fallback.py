@@ -9,7 +9,7 @@ way of keeping what is to be kept: the base's own answers to neutral prompts, or
 others, by a second consent. Before the next one a patch is taken back by `sisa approx revert`.
 
 Rules: no pass or fail here; `tests/integration/test_fallback.py` asserts the laws on a tiny base. What
-counts as known was fixed before this was run (`approx/probe.py`).
+counts as known was fixed before this was run (`approx/evaluation/probe.py`).
 
 Not covered: other wordings of the same facts; a relearning attack; several people (`sequential.py`).
 """
@@ -24,7 +24,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sisa.model.base import resolve_base
+from sisa.lm.base.base import resolve_base
 from tests.bench.known_people import CONSENT, Ground, Scale, Way, here
 
 FORGOTTEN = "p001"

@@ -20,12 +20,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from approx.evaluation.probe import BaseProbe
 from approx.methods.registry import METHODS
-from approx.patch_settings import Adapter, settings_of
-from approx.probe import BaseProbe
-from sisa.domain import Record
-from sisa.model.base import resolve_base
-from sisa.samples import make_people
+from approx.patches.patch_settings import Adapter, settings_of
+from sisa.core.domain import Record
+from sisa.data.samples import make_people
+from sisa.lm.base.base import resolve_base
 from tests.bench.known_people import TINY, Scale, here
 from tests.integration.patch_bench import Bench
 from tests.knowing_base import record, teach

@@ -3,7 +3,8 @@
 The model's shards are trained on the records of those ten and of as many others, whom the base does not
 know. What is forgotten exactly is therefore still known to the base, and a patch is needed.
 
-Rules: people come from `sisa.samples`, by its seed. Everything is done by commands, as a user does it;
+Rules: people come from `sisa.data.samples`, by its seed. Everything is done by commands, as a user does
+it;
 what is measured is asked of the base as it is served, under its patches, and of the served model.
 
     ground = Ground.laid(folder, base, TINY)
@@ -26,9 +27,9 @@ from typing import Any
 
 import yaml
 
-from cluster.patch_render import EXIT_NOT_MADE, EXIT_STILL_KNOWN
-from sisa.model.numerics import describe_fingerprint
-from sisa.samples import make_people, to_jsonl
+from cluster.render.patch_render import EXIT_NOT_MADE, EXIT_STILL_KNOWN
+from sisa.data.samples import make_people, to_jsonl
+from sisa.lm.base.numerics import describe_fingerprint
 from tests.knowing_base import record, teach
 
 NUM_KNOWN = 10
@@ -208,8 +209,8 @@ class Asked:
 
     def __init__(self, directory: Path) -> None:
         import sisa
-        from approx.evaluated import PromptForm
-        from approx.evaluated_models import DeletionReadyModel
+        from approx.evaluation.evaluated import PromptForm
+        from approx.evaluation.evaluated_models import DeletionReadyModel
 
         model = sisa.open_model(directory, executor="serial")
         self._served = DeletionReadyModel(model)
@@ -239,16 +240,16 @@ class Asked:
     def neutral(self) -> float:
         """The base's utility on neutral text: exp(-mean loss of a token), from 0 to 1."""
         from approx.metrics.probability import probability
-        from sisa.domain import Part, Record
+        from sisa.core.domain import Part, Record
 
         texts = [Record(str(n), None, "text", (Part("text", each),)) for n, each in enumerate(NEUTRAL)]
         return probability(fmean(self._base_losses(texts)))
 
     def _base_losses(self, records: Sequence[Any]) -> list[float]:
-        from approx.answer_scores import answer_scores
-        from approx.answer_tokens import collate
-        from sisa.model.route import Route
-        from sisa.model.tokens import tokenize
+        from approx.evaluation.answer_scores import answer_scores
+        from approx.evaluation.answer_tokens import collate
+        from sisa.lm.answer.route import Route
+        from sisa.lm.base.tokens import tokenize
 
         found = []
         for each in records:
@@ -263,7 +264,7 @@ class Asked:
 
 def said(*arguments: Any, codes: Collection[int] = (0,)) -> dict[str, Any]:
     """What `sisa ARGUMENTS --json` says. Raises RuntimeError when it ends with another code."""
-    from cluster.cli import run
+    from cluster.cli.cli import run
 
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

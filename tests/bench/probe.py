@@ -20,10 +20,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from approx.probe import BaseProbe
-from sisa.model.base import base_digest, resolve_base
-from sisa.model.numerics import describe_fingerprint
-from sisa.samples import make_people
+from approx.evaluation.probe import BaseProbe
+from sisa.data.samples import make_people
+from sisa.lm.base.base import base_digest, resolve_base
+from sisa.lm.base.numerics import describe_fingerprint
 from tests.knowing_base import record, teach
 
 SEQUENCE_LEN = 512

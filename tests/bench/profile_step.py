@@ -25,15 +25,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sisa.arithmetic import Arithmetic
-from sisa.domain import Part, Record, SliceJob
-from sisa.model.base import load_base, resolve_base
-from sisa.model.layers import first_adapted
-from sisa.model.losses import count_labels
-from sisa.model.numerics import keep_freed_memory, pin_threads
-from sisa.model.stage import Stage
-from sisa.model.tokens import Tokens, tokenize
-from sisa.model.wrapped import Wrapped
+from sisa.core.arithmetic import Arithmetic
+from sisa.core.domain import Part, Record, SliceJob
+from sisa.lm.base.base import load_base, resolve_base
+from sisa.lm.base.layers import first_adapted
+from sisa.lm.base.numerics import keep_freed_memory, pin_threads
+from sisa.lm.base.tokens import Tokens, tokenize
+from sisa.lm.train.losses import count_labels
+from sisa.lm.train.stage import Stage
+from sisa.lm.train.wrapped import Wrapped
 from tests.bench.equal import questions, source
 from tests.endurance.ground import environment, write_json
 

@@ -121,7 +121,7 @@ class Work:
         return file
 
     def run_file(self, shards: int, rate: float, way: str) -> Any:
-        from sisa.config import RunConfig
+        from sisa.config.config import RunConfig
 
         batch = batch_of(shards)
         micro = min(8, batch)
@@ -165,7 +165,7 @@ def trained(work: Work, shards: int, rate: float) -> Json:
     """Train a model, and score the questions to tune on by each way."""
 
     def make() -> Json:
-        from sisa.training import train_model
+        from sisa.train import train_model
 
         began = time.perf_counter()
         _, taken = train_model(work.run_file(shards, rate, "routed"), executor="serial")
@@ -191,11 +191,11 @@ def asked(
     work: Work, shards: int, rate: float, way: str, scored: Sequence[int], generated: Sequence[int]
 ) -> Json:
     """Means over questions of a model's answers, put together in one way."""
-    from approx.evaluated import PromptForm
-    from approx.evaluated_models import DeletionReadyModel
+    from approx.evaluation.evaluated import PromptForm
+    from approx.evaluation.evaluated_models import DeletionReadyModel
     from approx.metrics.probability import probability
     from approx.metrics.rouge import rougeL_recall
-    from sisa.training import train_model
+    from sisa.train import train_model
 
     model, _ = train_model(work.run_file(shards, rate, way), executor="serial")
     served, form = DeletionReadyModel(model), PromptForm("completion")
@@ -263,7 +263,7 @@ def deleted(work: Work, shards: int, rate: float) -> Json:
     """Delete three authors; what was trained again, and how it went."""
 
     def make() -> Json:
-        from sisa.training import train_model
+        from sisa.train import train_model
 
         model, _ = train_model(work.run_file(shards, rate, "routed"), executor="serial")
         began = time.perf_counter()

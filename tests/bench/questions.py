@@ -23,15 +23,15 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from sisa import lifecycle, query
-from sisa.digest import Keyed, digest_of
-from sisa.domain import Head, HeldCheckpoint, RecordRow, Request, SliceFile
-from sisa.ports import Change
-from sisa.requests import chained, contradicted, event
-from sisa.store import rows
-from sisa.store.ledger import SqlLedger
-from sisa.store.schema import EVENTS, REQUESTS
-from sisa.world import World
+from sisa.core.digest import Keyed, digest_of
+from sisa.core.domain import Head, HeldCheckpoint, RecordRow, Request, SliceFile
+from sisa.core.ports import Change
+from sisa.core.requests import chained, contradicted, event
+from sisa.flows import lifecycle, query
+from sisa.flows.wiring.world import World
+from sisa.store.ledger import rows
+from sisa.store.ledger.ledger import SqlLedger
+from sisa.store.ledger.schema import EVENTS, REQUESTS
 from tests.fakes import SECRET, fake_model, fake_recipe
 
 NUM_SHARDS, NUM_SLICES, PER_COMMIT, NUM_IDS = 64, 4, 50_000, 1_000

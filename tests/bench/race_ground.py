@@ -18,17 +18,17 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from sisa.config import RunConfig
-from sisa.digest import sha256_hex
-from sisa.domain import Chain, Part, Record, SliceFile
-from sisa.model.base import load_tokenizer, resolve_base
-from sisa.model.numerics import fingerprint
-from sisa.model.tokens import Tokens, tokenize_all
-from sisa.plan import jobs
-from sisa.ports import StoredRecord
-from sisa.samples import make_people
-from sisa.serial import Site
-from sisa.store.local_place import LocalPlace
+from sisa.config.config import RunConfig
+from sisa.core.digest import sha256_hex
+from sisa.core.domain import Chain, Part, Record, SliceFile
+from sisa.core.ports import StoredRecord
+from sisa.data.samples import make_people
+from sisa.flows.serial import Site
+from sisa.lm.base.base import load_tokenizer, resolve_base
+from sisa.lm.base.numerics import fingerprint
+from sisa.lm.base.tokens import Tokens, tokenize_all
+from sisa.planning.plan import jobs
+from sisa.store.blobs.local_place import LocalPlace
 from sisa.store.records import FileRecords
 from tests.bench.contestants import (
     ALPHA,

@@ -12,12 +12,14 @@ counted records), under KEYS secrets; told are means over secrets, and for one a
     depth       right after the deletion, the share of its slices that a shard concerned still serves
     all orders  shares with what the other orders take; they cost more, and serve meanwhile
     until base  deletions, nothing trained again, until no shard serves anything but the base: S3T's
-                formula, its simulation (`sisa/serving.py`), and the real planner with counted records
+                formula, its simulation (`sisa/planning/serving.py`), and the real planner with counted
+                records
 
 Then some arrangements are trained for real, on a tiny base, and deleted from by the library, one request
 after another: seconds (of the clock, and of the core that worked) beside record-epochs.
 
-Rules: without --tofu people are made up (`sisa.samples`), 200 with 8 records each. Counts are a function
+Rules: without --tofu people are made up (`sisa.data.samples`), 200 with 8 records each. Counts are a
+function
 of the arguments; seconds are of this machine. Records lie in a temporary directory alone.
 
 Not covered: quality; requests that arrive one by one between trainings (`sisa simulate`).
@@ -37,10 +39,10 @@ from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
 
-from sisa.bands import Bands
-from sisa.orders import rotations
-from sisa.samples import make_people
-from sisa.serving import deletions_until_base, simulate_until_base
+from sisa.data.samples import make_people
+from sisa.planning.bands import Bands
+from sisa.planning.orders import rotations
+from sisa.planning.serving import deletions_until_base, simulate_until_base
 from tests.bench.counted import (
     Arrangement,
     Author,
@@ -187,7 +189,7 @@ class Timed:
 
     def config(self, arrangement: Arrangement) -> Any:
         """A run file; adapters of rank 4, batches of 4."""
-        from sisa.config import RunConfig
+        from sisa.config.config import RunConfig
 
         name = f"{arrangement.shards}x{arrangement.slices}-{arrangement.schedule}"
         (self.folder / "partition.key").write_text(KEY)
@@ -218,7 +220,7 @@ class Timed:
 
     def measure(self, arrangement: Arrangement) -> Json:
         """Train everything, then delete; each in seconds and record-epochs."""
-        from sisa.training import train_model
+        from sisa.train import train_model
         from tests.bench.deletion import warm
 
         began, at_work = time.perf_counter(), time.process_time()

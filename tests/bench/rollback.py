@@ -38,11 +38,8 @@ from typing import Any, cast
 
 import numpy as np
 
-from sisa import lifecycle, query
-from sisa.assign import Assigner, Layout, index_root, slice_root
-from sisa.deletion import forget_at_once, plan_forget
-from sisa.digest import Keyed
-from sisa.domain import (
+from sisa.core.digest import Keyed
+from sisa.core.domain import (
     Head,
     HeldCheckpoint,
     IndexFile,
@@ -52,16 +49,19 @@ from sisa.domain import (
     SliceFile,
     record_epochs,
 )
-from sisa.model.numerics import describe_fingerprint
-from sisa.plan import jobs, touched
-from sisa.ports import Change, CheckpointStore, Executor, StoredRecord, Vectors
-from sisa.serial import SerialExecutor
+from sisa.core.ports import Change, CheckpointStore, Executor, StoredRecord, Vectors
+from sisa.flows import lifecycle, query
+from sisa.flows.deletion import forget_at_once, plan_forget
+from sisa.flows.serial import SerialExecutor
+from sisa.flows.wiring.world import World
+from sisa.lm.base.numerics import describe_fingerprint
+from sisa.planning.assign import Assigner, Layout, index_root, slice_root
+from sisa.planning.plan import jobs, touched
 from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.index import FaissIndex
-from sisa.store.ledger import SqlLedger
+from sisa.store.ledger.ledger import SqlLedger
 from sisa.store.records import FileRecords
 from sisa.store.witness import FileWitness
-from sisa.world import World
 from tests.fakes import ADAPTER, FakeTrainer, fake_model, fake_recipe
 
 KEY = bytes(range(32))

@@ -28,15 +28,15 @@ from typing import Any, Literal
 
 import numpy as np
 
-from sisa.aggregation_config import Aggregation
-from sisa.ask import NUM_ROUTING_HITS
-from sisa.digest import sha256_hex
-from sisa.domain import Hit, Part, Record
-from sisa.model.embedder import resolve_embedder
-from sisa.model.names import NameEmbedder
-from sisa.model.route import choose_route, settled
-from sisa.ports import Embedder, Vectors
-from sisa.sisa_config import MINILM
+from sisa.config.aggregation_config import Aggregation
+from sisa.config.sisa_config import MINILM
+from sisa.core.digest import sha256_hex
+from sisa.core.domain import Hit, Part, Record
+from sisa.core.ports import Embedder, Vectors
+from sisa.flows.ask import NUM_ROUTING_HITS
+from sisa.lm.answer.embedder import resolve_embedder
+from sisa.lm.answer.names import NameEmbedder
+from sisa.lm.answer.route import choose_route, settled
 
 PER_AUTHOR = 20
 SHARDS = (8, 50, 200)

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from sisa.model.numerics import describe_fingerprint
+from sisa.lm.base.numerics import describe_fingerprint
 from tests.bench import deletion, executors
 from tests.bench.equal import Bench, source
 

@@ -4,7 +4,8 @@
     python -m tests.bench.scale --records 1000000 --shards 100 --workers 10 --days 10 --per-day 5
 
 What is real: the planner (`plan_shard`, `tainted`), the price of plans, the rule that hands tasks out
-(`HandOut`, through `sisa.simulate`), the choice of when to run requests (`schedule.choose`), due dates,
+(`HandOut`, through `sisa.planning.simulate`), the choice of when to run requests (`schedule.choose`),
+due dates,
 the hash that places records, and the ledger with every slice and checkpoint of the fleet in it. What is
 counted: records (slices have sizes, drawn as the hash spreads them) and time (record-epochs over a rate
 that is given, deaths of workers at random).
@@ -39,11 +40,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cluster.plan_cli import ASSUMED_BYTES_PER_RANK
-from sisa.assign import Assigner, Layout
-from sisa.cost import full_record_epochs, shard_costs
-from sisa.digest import Keyed, digest_of
-from sisa.domain import (
+from cluster.cli.plan_cli import ASSUMED_BYTES_PER_RANK
+from sisa.core.digest import Keyed, digest_of
+from sisa.core.domain import (
     Head,
     HeldCheckpoint,
     Part,
@@ -53,12 +52,14 @@ from sisa.domain import (
     SliceState,
     record_epochs,
 )
-from sisa.plan import Recipe, ShardPlan, ShardView, plan_shard, tainted
-from sisa.ports import Change
-from sisa.requests import days_left, due_date
-from sisa.schedule import ShardCosts, choose
-from sisa.simulate import Fleet, Ran, simulate
-from sisa.store.ledger import SqlLedger
+from sisa.core.ports import Change
+from sisa.core.requests import days_left, due_date
+from sisa.planning.assign import Assigner, Layout
+from sisa.planning.cost import full_record_epochs, shard_costs
+from sisa.planning.plan import Recipe, ShardPlan, ShardView, plan_shard, tainted
+from sisa.planning.schedule import ShardCosts, choose
+from sisa.planning.simulate import Fleet, Ran, simulate
+from sisa.store.ledger.ledger import SqlLedger
 
 DAY_S = 86_400.0
 START = date(2030, 1, 1)

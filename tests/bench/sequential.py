@@ -10,7 +10,7 @@ joint patch does not depend on those before it: it is made after 1, 2, 5 and 10 
 
 Told then: probability of the answers of all who were forgotten so far and of those still kept, asked of
 the base as it is served; utility on neutral text; seconds of the patch; what it did to the shards' own
-answers (`sisa/composition.py`).
+answers (`sisa/flows/patches/composition.py`).
 
 Rules: no pass or fail. Both modes start from the same base and the same bytes of shards, and take
 equally many steps for each patch.
@@ -29,7 +29,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from sisa.model.base import resolve_base
+from sisa.lm.base.base import resolve_base
 from tests.bench.fallback import erase
 from tests.bench.known_people import Ground, Scale, Way, here
 

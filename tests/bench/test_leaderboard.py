@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from approx.leaderboard_plan import SETTINGS, Cell, Design
-from approx.leaderboard_table import Results, to_json
+from approx.leaderboard.plan import SETTINGS, Cell, Design
+from approx.leaderboard.table import Results, to_json
 
 RECORDED = Path(__file__).with_name("leaderboard.json")
 LONGEST_WORDS = 100  # of a note; answers to TOFU's questions are not among the words

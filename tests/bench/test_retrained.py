@@ -9,13 +9,13 @@ from statistics import fmean
 
 import pytest
 
-from sisa.bands import Bands
-from sisa.domain import Record, RecordRow
-from sisa.lifecycle import Terms, carry_out, submit
-from sisa.plan import Schedule
-from sisa.run import train
-from sisa.serving import deletions_until_base
-from sisa.stream import slicing_share
+from sisa.core.domain import Record, RecordRow
+from sisa.flows.lifecycle import Terms, carry_out, submit
+from sisa.flows.run import train
+from sisa.planning.bands import Bands
+from sisa.planning.plan import Schedule
+from sisa.planning.serving import deletions_until_base
+from sisa.planning.stream import slicing_share
 from tests.bench.counted import (
     Arrangement,
     Author,

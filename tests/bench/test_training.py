@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from sisa.domain import Part, Record
-from sisa.model.tokens import Tokens
+from sisa.core.domain import Part, Record
+from sisa.lm.base.tokens import Tokens
 from sisa.store.records import FileRecords
 from tests.bench.contestants import Ours, Race, Theirs
 from tests.bench.race_ground import (

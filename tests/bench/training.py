@@ -16,7 +16,7 @@ which a busy machine touches less, and in which threads that wait do not count. 
 trained models afterwards, as the mean over the answers' tokens of all records, each asked of the
 adapter that was trained on it.
 
-Rules: without --tofu people are made up (`sisa.samples`). Without TRL (extra `bench`) its rows are
+Rules: without --tofu people are made up (`sisa.data.samples`). Without TRL (extra `bench`) its rows are
 missing, and the result says so. Times are of this machine; ratios are what counts. Records and
 checkpoints lie in a temporary directory alone.
 

@@ -14,14 +14,14 @@ from pathlib import Path
 
 import pytest
 
-from sisa.digest import canonical_json, sha256_hex
-from sisa.domain import SliceJob
-from sisa.errors import EnvironmentFault, IntegrityError
-from sisa.place_ports import Place
-from sisa.ports import CheckpointStore
+from sisa.core.digest import canonical_json, sha256_hex
+from sisa.core.domain import SliceJob
+from sisa.core.errors import EnvironmentFault, IntegrityError
+from sisa.core.place_ports import Place
+from sisa.core.ports import CheckpointStore
+from sisa.store.blobs.keyring import FileKeyring, is_sealed
+from sisa.store.blobs.local_place import LocalPlace
 from sisa.store.checkpoints import MANIFEST, FileCheckpoints
-from sisa.store.keyring import FileKeyring, is_sealed
-from sisa.store.local_place import LocalPlace
 from tests.fakes import ADAPTER, FakeCheckpoints
 from tests.s3_server import fresh_place
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from cluster.curve_sinks import CurveSink, Mlflow, TensorBoard
-from sisa.curves import Point
-from sisa.errors import EnvironmentFault
+from cluster.observe.curve_sinks import CurveSink, Mlflow, TensorBoard
+from sisa.core.curves import Point
+from sisa.core.errors import EnvironmentFault
 
 FIRST, SECOND = "20261125T213749Z-0000000a", "20261126T000000Z-0000000b"
 POINTS = [
@@ -53,7 +53,7 @@ def of_mlflow(uri: str) -> Held:
 
         client = mlflow.MlflowClient(tracking_uri=uri)
         experiment = client.get_experiment_by_name("models")
-        (found,) = client.search_runs([experiment.experiment_id], f"tags.`sisa.run` = '{run}'")
+        (found,) = client.search_runs([experiment.experiment_id], f"tags.`sisa.flows.run` = '{run}'")
         points = [
             Point(key, each.step, each.value, each.timestamp / 1000)
             for key in found.data.metrics
@@ -97,7 +97,7 @@ def test_a_tool_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch, 
     def missing(name: str) -> Any:
         raise ModuleNotFoundError(name=name)
 
-    monkeypatch.setattr("cluster.extras.importlib.import_module", missing)
+    monkeypatch.setattr("cluster.observe.extras.importlib.import_module", missing)
     with pytest.raises(EnvironmentFault, match="tensorboard is not installed") as caught:
         TensorBoard(tmp_path)
     assert "[tensorboard]" in caught.value.next_step
@@ -114,7 +114,7 @@ def test_what_mlflow_itself_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> N
         def MlflowClient(self, tracking_uri: str) -> Any:
             return importlib.import_module(f"no_such_library_for_{tracking_uri.partition(':')[0]}")
 
-    monkeypatch.setattr("cluster.curve_sinks.library", lambda *_: Lacking())
+    monkeypatch.setattr("cluster.observe.curve_sinks.library", lambda *_: Lacking())
     with pytest.raises(EnvironmentFault, match="no_such_library_for_sqlite is not installed") as caught:
         Mlflow("sqlite:///m.db", "models")
     assert "[mlflow]" in caught.value.next_step

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sisa.model.hashing import HashingEmbedder
-from sisa.model.names import NameEmbedder
-from sisa.ports import Embedder, Vectors
+from sisa.core.ports import Embedder, Vectors
+from sisa.lm.answer.hashing import HashingEmbedder
+from sisa.lm.answer.names import NameEmbedder
 from tests.fakes import DIMENSION, fake_embed
 
 Embed = Callable[[Sequence[str]], Vectors]

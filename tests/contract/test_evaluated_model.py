@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 
 import sisa
-from approx.evaluated import EvaluatedModel, PromptForm
-from sisa.errors import InvalidInput
-from sisa.model.route import Route, all_of
+from approx.evaluation.evaluated import EvaluatedModel, PromptForm
+from sisa.core.errors import InvalidInput
+from sisa.lm.answer.route import Route, all_of
 from tests.fake_evaluated import FakeEvaluated, made_up
 from tests.integration.tiny_model import PEOPLE, train_scratch
 from tests.tiny_base import CHAT_TEMPLATE, make_tiny_base
@@ -62,7 +62,7 @@ def opening(request: pytest.FixtureRequest) -> Callable[[], EvaluatedModel]:
     """Opens a model anew each time."""
     if request.param == "fake":
         return lambda: FakeEvaluated([row["answer"] for row in made_up()["full"]][:5])
-    from approx.evaluated_models import open_evaluated
+    from approx.evaluation.evaluated_models import open_evaluated
 
     names = {"hugging face": "base", "adapter": "adapter", "deletion-ready": "trained"}
     wanted = request.getfixturevalue(names[request.param])
@@ -135,7 +135,7 @@ def test_equal_models_have_equal_digests(
 def test_digests_tell_models_apart(
     base: Path, adapter: Path, trained: sisa.Model, tmp_path: Path
 ) -> None:
-    from approx.evaluated_models import open_evaluated
+    from approx.evaluation.evaluated_models import open_evaluated
 
     other = make_tiny_base(tmp_path / "other", seed=1)
     models = [open_evaluated(str(each)) for each in (base, other, adapter, trained.directory)]
@@ -148,7 +148,7 @@ def test_a_hugging_face_model_is_scored_as_transformers_does(base: Path) -> None
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from approx.evaluated_models import open_evaluated
+    from approx.evaluation.evaluated_models import open_evaluated
 
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -187,7 +187,7 @@ def test_metrics_of_a_chat_are_of_what_is_said(
     """Whatever the template puts behind an answer; the tokenizer of the base has a token a byte."""
     from transformers import AutoTokenizer
 
-    from approx.evaluated_models import open_evaluated
+    from approx.evaluation.evaluated_models import open_evaluated
 
     assert "im_end" in CHAT_TEMPLATE
     copy = shutil.copytree(base, tmp_path / "base")
@@ -205,7 +205,7 @@ def test_generation_is_greedy_whatever_the_models_own_config(base: Path) -> None
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from approx.evaluated_models import open_evaluated
+    from approx.evaluation.evaluated_models import open_evaluated
 
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -224,8 +224,8 @@ def test_generation_is_greedy_whatever_the_models_own_config(base: Path) -> None
 
 @pytest.mark.torch
 def test_an_adapter_is_the_shard_that_it_was_exported_from(adapter: Path, trained: sisa.Model) -> None:
-    from approx.evaluated_models import open_evaluated
-    from sisa.model.tokens import encode_plain, encode_prompt
+    from approx.evaluation.evaluated_models import open_evaluated
+    from sisa.lm.base.tokens import encode_plain, encode_prompt
 
     answerer, _ = trained.answerer()
     shard = int(adapter.name.removeprefix("shard-"))
@@ -251,8 +251,8 @@ def _by_tokens(answerer: Any, prompt: list[int], answer: list[int], route: Route
 @pytest.mark.torch
 def test_a_deletion_ready_model_is_scored_as_it_answers(trained: sisa.Model) -> None:
     """The same routes, the same mean of probabilities, the same answers as `generate`."""
-    from approx.evaluated_models import open_evaluated
-    from sisa.model.tokens import encode_plain, encode_prompt
+    from approx.evaluation.evaluated_models import open_evaluated
+    from sisa.lm.base.tokens import encode_plain, encode_prompt
 
     pairs = [(row["prompt"], row["completion"]) for row in PEOPLE[:8]]
     questions = [question for question, _ in pairs]
@@ -286,7 +286,7 @@ def test_the_mean_of_two_shards_is_of_probabilities(trained: sisa.Model) -> None
 
 @pytest.mark.torch
 def test_what_can_not_be_evaluated_is_refused(adapter: Path, base: Path, tmp_path: Path) -> None:
-    from approx.evaluated_models import open_evaluated
+    from approx.evaluation.evaluated_models import open_evaluated
 
     nameless = tmp_path / "nameless"
     shutil.copytree(adapter, nameless)

@@ -12,12 +12,12 @@ from dataclasses import replace
 
 import pytest
 
-from sisa.domain import Chain, HeldCheckpoint, SliceFile, SliceJob
-from sisa.errors import IntegrityError
-from sisa.events import EpochTrained, Event, SliceProgress, SliceStarted, SliceTrained
-from sisa.plan import jobs
-from sisa.ports import StoredRecord, Tick
-from sisa.serial import SerialExecutor, order_chains
+from sisa.core.domain import Chain, HeldCheckpoint, SliceFile, SliceJob
+from sisa.core.errors import IntegrityError
+from sisa.core.events import EpochTrained, Event, SliceProgress, SliceStarted, SliceTrained
+from sisa.core.ports import StoredRecord, Tick
+from sisa.flows.serial import SerialExecutor, order_chains
+from sisa.planning.plan import jobs
 from tests.fakes import FakeCheckpoints, FakeRecords, FakeTrainer, fake_recipe, fake_record
 
 

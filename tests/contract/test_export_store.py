@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from sisa.digest import sha256_hex
-from sisa.domain import Export
-from sisa.errors import EnvironmentFault
-from sisa.ports import ExportStore
+from sisa.core.digest import sha256_hex
+from sisa.core.domain import Export
+from sisa.core.errors import EnvironmentFault
+from sisa.core.ports import ExportStore
 from sisa.store.checkpoints import ADAPTER, MANIFEST
 from sisa.store.exports import CONFIG, DirectoryExports
 from tests.fakes import FakeExports

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.jobs import Jobs, Submission
-from sisa.errors import InvalidInput
+from cluster.jobs.jobs import Jobs, Submission
+from sisa.core.errors import InvalidInput
 from tests.fake_jobs import FakeJobs, Play
 
 SAID = {"sisa_model": "a digest"}

@@ -18,13 +18,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sisa.digest import sha256_hex
-from sisa.errors import EnvironmentFault, IntegrityError
-from sisa.ports import Keyring
-from sisa.store import files
-from sisa.store.files import TEMPORARY_PREFIX, read_checked
-from sisa.store.keyring import KEY_BYTES, MAGIC, PLAIN, FileKeyring, is_sealed, reseal
-from sisa.store.local_place import LocalPlace
+from sisa.core.digest import sha256_hex
+from sisa.core.errors import EnvironmentFault, IntegrityError
+from sisa.core.ports import Keyring
+from sisa.store.blobs import files
+from sisa.store.blobs.files import TEMPORARY_PREFIX, read_checked
+from sisa.store.blobs.keyring import KEY_BYTES, MAGIC, PLAIN, FileKeyring, is_sealed, reseal
+from sisa.store.blobs.local_place import LocalPlace
 from tests.fake_keyring import FakeKeyring
 
 OpenKeyring = Callable[[], Keyring]

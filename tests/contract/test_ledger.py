@@ -23,7 +23,7 @@ import sqlalchemy as sa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sisa.domain import (
+from sisa.core.domain import (
     Export,
     Head,
     HeldCheckpoint,
@@ -34,14 +34,14 @@ from sisa.domain import (
     SliceFile,
     Tombstone,
 )
-from sisa.errors import Busy, IntegrityError, SisaError
-from sisa.patch import WRITTEN, Patch, PatchJob, VaultSet
-from sisa.ports import Change, Ledger
-from sisa.store import changes as changes_module
-from sisa.store import database as database_module
-from sisa.store import rows as rows_module
-from sisa.store.ledger import SqlLedger
-from sisa.store.schema import SCHEMA_VERSION, schema
+from sisa.core.errors import Busy, IntegrityError, SisaError
+from sisa.core.patch import WRITTEN, Patch, PatchJob, VaultSet
+from sisa.core.ports import Change, Ledger
+from sisa.store.ledger import changes as changes_module
+from sisa.store.ledger import database as database_module
+from sisa.store.ledger import rows as rows_module
+from sisa.store.ledger.ledger import SqlLedger
+from sisa.store.ledger.schema import SCHEMA_VERSION, schema
 from tests.examples import num_examples
 from tests.fake_ledger import FakeLedger
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from sisa.errors import IntegrityError
-from sisa.events import EpochTrained, QueueSeen
-from sisa.measured import line
-from sisa.ports import Metrics
+from sisa.core.errors import IntegrityError
+from sisa.core.events import EpochTrained, QueueSeen
+from sisa.core.measured import line
+from sisa.core.ports import Metrics
 from sisa.store.metrics import FileMetrics
 from tests.fake_metrics import FakeMetrics
 

@@ -24,13 +24,13 @@ from typing import Any, ClassVar
 
 import pytest
 
-from sisa.errors import EnvironmentFault, IntegrityError, TransientError
-from sisa.place_ports import Place
-from sisa.store import files, object_client, object_place
-from sisa.store.files import TEMPORARY_PREFIX
-from sisa.store.lease import Lease
-from sisa.store.local_place import LocalPlace
-from sisa.store.object_place import LAST, ObjectPlace
+from sisa.core.errors import EnvironmentFault, IntegrityError, TransientError
+from sisa.core.place_ports import Place
+from sisa.store.blobs import files, object_client, object_place
+from sisa.store.blobs.files import TEMPORARY_PREFIX
+from sisa.store.blobs.lease import Lease
+from sisa.store.blobs.local_place import LocalPlace
+from sisa.store.blobs.object_place import LAST, ObjectPlace
 from tests.s3_server import Server, fresh_place
 
 GROUP = {"weights": b"w" * 100, "state": b"{}", LAST: b"{}"}

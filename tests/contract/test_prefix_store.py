@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sisa.ports import PrefixStore, States
-from sisa.prefix_names import ROOM
-from sisa.store.keyring import FileKeyring, is_sealed
+from sisa.core.ports import PrefixStore, States
+from sisa.planning.prefix_names import ROOM
+from sisa.store.blobs.keyring import FileKeyring, is_sealed
 from sisa.store.prefixes import FilePrefixes
 from tests.fakes import FakePrefixes
 from tests.s3_server import fresh_place

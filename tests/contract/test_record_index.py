@@ -16,12 +16,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sisa.digest import sha256_hex
-from sisa.domain import IndexFile
-from sisa.errors import IntegrityError
-from sisa.ports import RecordIndex, Vectors
+from sisa.core.digest import sha256_hex
+from sisa.core.domain import IndexFile
+from sisa.core.errors import IntegrityError
+from sisa.core.ports import RecordIndex, Vectors
+from sisa.store.blobs.keyring import FileKeyring, is_sealed
 from sisa.store.index import FaissIndex
-from sisa.store.keyring import FileKeyring, is_sealed
 from sisa.store.loaded import Warm
 from tests.fakes import DIMENSION, FakeIndex, fake_embed
 

@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sisa.digest import sha256_hex
-from sisa.domain import Part, Record, SliceFile
-from sisa.errors import IntegrityError
-from sisa.ports import RecordStore, StoredRecord
-from sisa.store.keyring import FileKeyring, is_sealed
+from sisa.core.digest import sha256_hex
+from sisa.core.domain import Part, Record, SliceFile
+from sisa.core.errors import IntegrityError
+from sisa.core.ports import RecordStore, StoredRecord
+from sisa.store.blobs.keyring import FileKeyring, is_sealed
 from sisa.store.records import FileRecords
 from tests.fakes import FakeRecords, fake_record
 from tests.s3_server import fresh_place

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from sisa.domain import SliceJob
-from sisa.ports import StoredRecord, Tick, Trainer
+from sisa.core.domain import SliceJob
+from sisa.core.ports import StoredRecord, Tick, Trainer
 from tests.fakes import ADAPTER, FakeTrainer, fake_record
 
 JOB = SliceJob(0, 1, "parent", ((1, "root"),), 2, (1, 1), {"seed": 1}, "base", "f")

@@ -13,12 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sisa.digest import sha256_hex
-from sisa.domain import Part, Record
-from sisa.errors import EnvironmentFault, IntegrityError
-from sisa.patch import VaultSet
-from sisa.patch_ports import Vault
-from sisa.store.keyring import PLAIN, FileKeyring, is_sealed
+from sisa.core.digest import sha256_hex
+from sisa.core.domain import Part, Record
+from sisa.core.errors import EnvironmentFault, IntegrityError
+from sisa.core.patch import VaultSet
+from sisa.core.patch_ports import Vault
+from sisa.store.blobs.keyring import PLAIN, FileKeyring, is_sealed
 from sisa.store.vault import FileVault, encode
 from tests.fake_patches import FakeVault
 from tests.fakes import fake_record

@@ -18,11 +18,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sisa import domain
-from sisa.digest import Keyed, canonical_json, digest_of
-from sisa.domain import Tombstone, WitnessHead
-from sisa.errors import EnvironmentFault, IntegrityError
-from sisa.ports import Witness
+from sisa.core import domain
+from sisa.core.digest import Keyed, canonical_json, digest_of
+from sisa.core.domain import Tombstone, WitnessHead
+from sisa.core.errors import EnvironmentFault, IntegrityError
+from sisa.core.ports import Witness
 from sisa.store.witness import TAIL_BYTES, FileWitness
 from tests.fakes import SECRET, FakeWitness
 

@@ -18,15 +18,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from sisa import opening
-from sisa.api import Model
-from sisa.digest import digest_of
-from sisa.domain import Probed, Record, SliceJob
-from sisa.errors import EnvironmentFault, InvalidInput
-from sisa.model.hashing import HashingEmbedder
-from sisa.parts import Named, Parts, refuse_change
-from sisa.ports import Executor, StoredRecord, Tick
-from sisa.serial import SerialExecutor, Site
+from sisa.core.digest import digest_of
+from sisa.core.domain import Probed, Record, SliceJob
+from sisa.core.errors import EnvironmentFault, InvalidInput
+from sisa.core.ports import Executor, StoredRecord, Tick
+from sisa.flows.serial import SerialExecutor, Site
+from sisa.flows.wiring import opening
+from sisa.flows.wiring.parts import Named, Parts, refuse_change
+from sisa.lm.answer.hashing import HashingEmbedder
+from sisa.model import Model
 from tests.fakes import FakeTrainer
 
 
@@ -105,7 +105,7 @@ def cheap_parts() -> Iterator[None]:
 
     swaps = {Parts: CheapParts, find: find_cheap, opening.find_probe: lambda: open_cheap_probe}
     done: list[tuple[Any, str, Any]] = []
-    reader = sys.modules.get("sisa.reader")
+    reader = sys.modules.get("sisa.data.reader")
     for name, module in list(sys.modules.items()):
         if name.startswith("sisa.") and module is not None:
             for key, value in list(vars(module).items()):

@@ -37,8 +37,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-LIGHT = ("sisa.api", "sisa.training", "pyarrow.parquet", "faiss", "sisa.model.hashing")
-HEAVY = ("torch", "transformers", "peft", "safetensors.torch", "sisa.model.lora", "sisa.model.embedder")
+LIGHT = ("sisa.model", "sisa.train", "pyarrow.parquet", "faiss", "sisa.lm.answer.hashing")
+HEAVY = (
+    "torch",
+    "transformers",
+    "peft",
+    "safetensors.torch",
+    "sisa.lm.train.lora",
+    "sisa.lm.answer.embedder",
+)
 FAILED = 100  # plus the exit code of the error
 FOLDERS = ("records", "index", "checkpoints", "scratch", "witness", "home")
 
@@ -110,7 +117,7 @@ def wire(fuse: Fuse) -> None:
     import sqlalchemy as sa
     from sqlalchemy.engine import Engine
 
-    from sisa.store.ledger import SqlLedger
+    from sisa.store.ledger.ledger import SqlLedger
 
     names = (("replace", 1), ("rename", 1), ("link", 1), ("fsync", 0), ("unlink", 0), ("mkdir", 0))
     for name, which in names:
@@ -144,8 +151,8 @@ def executor(fuse: Fuse, trainer: str, pause_s: float) -> Any:
     """The serial executor whose every stage and tick is an effect."""
 
     def open_executor(site: Any, _options: Mapping[str, Any]) -> Any:
-        from sisa.opening import open_stores, open_trainer
-        from sisa.serial import SerialExecutor
+        from sisa.flows.serial import SerialExecutor
+        from sisa.flows.wiring.opening import open_stores, open_trainer
 
         inner: Any
         if trainer == "lora":
@@ -191,7 +198,7 @@ def carry_out(order: Mapping[str, Any], fuse: Fuse) -> None:
     elif order["do"] == "run":
         model.run()
     elif order["do"] == "submit":
-        from sisa.lifecycle import Terms
+        from sisa.flows.lifecycle import Terms
 
         model.submit(order["ids"], terms=Terms(external_id=order["external_id"], approver="officer"))
     elif order.get("subject"):
@@ -202,7 +209,7 @@ def carry_out(order: Mapping[str, Any], fuse: Fuse) -> None:
 
 def obey(order: Mapping[str, Any]) -> int:
     """Carry out an order in this process; the exit code."""
-    from sisa.errors import SisaError
+    from sisa.core.errors import SisaError
     from tests.endurance.cheap import cheap_parts
 
     if home := order.get("home"):

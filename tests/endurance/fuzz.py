@@ -37,7 +37,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sisa.samples import make_people
+from sisa.data.samples import make_people
 from tests.endurance import ground as g
 from tests.endurance import mutate
 
@@ -107,7 +107,7 @@ def known_commands(lines: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
     """Those that this version has."""
     import click
 
-    from cluster.cli import cli
+    from cluster.cli.cli import cli
 
     def known(line: tuple[str, ...]) -> bool:
         node: Any = cli
@@ -123,7 +123,7 @@ def known_commands(lines: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
 
 def all_options() -> list[str]:
     """Every option, command and short name of the command line."""
-    from cluster.cli import cli
+    from cluster.cli.cli import cli
 
     found: set[str] = set()
     nodes: list[Any] = [cli]
@@ -150,7 +150,7 @@ class Box:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        from sisa.samples import to_jsonl
+        from sisa.data.samples import to_jsonl
 
         self.path.mkdir(parents=True)
         (self.path / "shared.key").write_text(g.KEY)
@@ -221,7 +221,7 @@ def limited() -> Iterator[None]:
 
 def invoke(line: Sequence[str]) -> Result:
     """Carry out a command line in this process, with a terminal's strictness about encodings."""
-    from cluster.cli import run
+    from cluster.cli.cli import run
 
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), limited():
@@ -403,9 +403,9 @@ def product() -> Iterator[None]:
     """The command line with cheap parts and no network."""
     import faiss  # noqa: F401
 
-    import sisa.model.hashing
-    import sisa.model.tokens
-    import sisa.training
+    import sisa.lm.answer.hashing
+    import sisa.lm.base.tokens
+    import sisa.train
     from tests.endurance.cheap import cheap_parts
 
     class Answerer:
@@ -416,21 +416,21 @@ def product() -> Iterator[None]:
         def generate(self, prompts: Any, *_: Any) -> list[str]:
             return ["an answer"] * len(prompts)
 
-    stub: Any = types.ModuleType("sisa.model.answer")
+    stub: Any = types.ModuleType("sisa.lm.answer.answer")
     stub.Answerer = Answerer
-    old = sys.modules.get("sisa.model.answer")
-    encode = sisa.model.tokens.encode_prompt
-    sys.modules["sisa.model.answer"] = stub
-    sisa.model.tokens.encode_prompt = lambda *_: [1]
+    old = sys.modules.get("sisa.lm.answer.answer")
+    encode = sisa.lm.base.tokens.encode_prompt
+    sys.modules["sisa.lm.answer.answer"] = stub
+    sisa.lm.base.tokens.encode_prompt = lambda *_: [1]
     try:
         with cheap_parts():
             yield
     finally:
-        sisa.model.tokens.encode_prompt = encode
+        sisa.lm.base.tokens.encode_prompt = encode
         if old is None:
-            del sys.modules["sisa.model.answer"]
+            del sys.modules["sisa.lm.answer.answer"]
         else:
-            sys.modules["sisa.model.answer"] = old
+            sys.modules["sisa.lm.answer.answer"] = old
 
 
 def work(folder: Path, seed: int, numbers: Sequence[int], only: str = "") -> None:

@@ -23,19 +23,19 @@ from typing import Any
 
 import yaml
 
-from sisa.assign import Assigner, Layout
-from sisa.digest import Keyed, digest_of, file_sha256, sha256_hex
-from sisa.domain import RecordRow, Tombstone
-from sisa.errors import SisaError
-from sisa.model.numerics import describe_fingerprint
-from sisa.opening import CHECKPOINTS, INDEX, LEDGER, RECORDS, SCRATCH
-from sisa.patch_plan import active
-from sisa.ports import Keyring
-from sisa.samples import to_jsonl
+from sisa.core.digest import Keyed, digest_of, file_sha256, sha256_hex
+from sisa.core.domain import RecordRow, Tombstone
+from sisa.core.errors import SisaError
+from sisa.core.ports import Keyring
+from sisa.data.samples import to_jsonl
+from sisa.flows.wiring.opening import CHECKPOINTS, INDEX, LEDGER, RECORDS, SCRATCH
+from sisa.lm.base.numerics import describe_fingerprint
+from sisa.planning.assign import Assigner, Layout
+from sisa.planning.patch_plan import active
+from sisa.store.blobs.files import held_names
+from sisa.store.blobs.keyring import PLAIN, FileKeyring, is_sealed
 from sisa.store.checkpoints import FileCheckpoints
-from sisa.store.files import held_names
-from sisa.store.keyring import PLAIN, FileKeyring, is_sealed
-from sisa.store.ledger import SqlLedger
+from sisa.store.ledger.ledger import SqlLedger
 from tests.endurance.child import FAILED
 from tests.fakes import ADAPTER
 
@@ -227,7 +227,7 @@ class Ground:
 
     def tainted(self, ids: Iterable[str]) -> set[str]:
         """Checkpoints that the held ones of these records touched."""
-        from sisa.plan import tainted
+        from sisa.planning.plan import tainted
 
         rows = [each for each in self.lookup(ids).values() if isinstance(each, RecordRow)]
         ledger = SqlLedger(self.model / LEDGER)

@@ -31,7 +31,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from sisa.samples import make_people
+from sisa.data.samples import make_people
 from tests.endurance import ground as g
 from tests.endurance.ground import Ground, Picture, Row, Zygote, expect
 

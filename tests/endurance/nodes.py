@@ -31,14 +31,14 @@ from typing import Any
 import psutil
 from ray.cluster_utils import Cluster
 
-from cluster.ray_executor import RayExecutor
-from sisa.domain import Chain
-from sisa.events import Event, Notice, SliceTrained
-from sisa.model.base import base_digest
-from sisa.model.numerics import fingerprint
-from sisa.serial import SerialExecutor, Site
+from cluster.ray.ray_executor import RayExecutor
+from sisa.core.domain import Chain
+from sisa.core.events import Event, Notice, SliceTrained
+from sisa.flows.serial import SerialExecutor, Site
+from sisa.lm.base.base import base_digest
+from sisa.lm.base.numerics import fingerprint
+from sisa.store.blobs.local_place import LocalPlace
 from sisa.store.checkpoints import FileCheckpoints
-from sisa.store.local_place import LocalPlace
 from sisa.store.records import FileRecords
 from tests.endurance import ground as g
 from tests.integration.clusters import add_node, own_cluster, remove
@@ -106,7 +106,7 @@ def ground(folder: Path) -> tuple[Site, list[Chain]]:
 
 def serial(site: Site, chains: Sequence[Chain]) -> dict[str, bytes]:
     """What must come out."""
-    from sisa.model.lora import LoraTrainer
+    from sisa.lm.train.lora import LoraTrainer
 
     target = site.base_dir.with_name("serial")
     trainer = LoraTrainer(site.base_dir, site.base_digest, site.threads)

@@ -25,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sisa.samples import make_people
+from sisa.data.samples import make_people
 from tests.endurance import ground as g
 from tests.endurance.ground import Ground, Row, Zygote, expect
 

@@ -29,9 +29,9 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from sisa.store import database as database_module
-from sisa.store.ledger import SqlLedger
-from sisa.store.schema import RECORDS
+from sisa.store.ledger import database as database_module
+from sisa.store.ledger.ledger import SqlLedger
+from sisa.store.ledger.schema import RECORDS
 from tests.endurance import fuzz
 from tests.endurance.fuzz import PROOF, SERIAL, Box, Result, answer_of, invoke, product, words
 from tests.examples import num_examples
@@ -281,8 +281,8 @@ def test_a_read_only_file_system(
         if what == "ledger":
             patch.setattr(database_module, "_set_pragmas", query_only)
         else:
-            patch.setattr("sisa.store.files.tempfile.mkstemp", refuses)
-            patch.setattr("sisa.store.files.tempfile.mkdtemp", refuses)
+            patch.setattr("sisa.store.blobs.files.tempfile.mkstemp", refuses)
+            patch.setattr("sisa.store.blobs.files.tempfile.mkdtemp", refuses)
         typed(ground.call(line), 6)
     assert before.items() <= ground.held().items()
     assert not list(Path("out").rglob("*.safetensors"))
@@ -409,7 +409,7 @@ def test_flipped_bytes_in_pages_of_the_ledger(ground: Ground, seed: int) -> None
 HOLD = """
 import sys
 from pathlib import Path
-from sisa.store.files import writer_lock
+from sisa.store.blobs.files import writer_lock
 with writer_lock(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from sisa.errors import InvalidInput, Problem
-from sisa.runfile import load_run_file
+from sisa.config.runfile import load_run_file
+from sisa.core.errors import InvalidInput, Problem
 from tests.endurance import fuzz, mutate
 from tests.endurance.fuzz import Box, invoke, product, words
 

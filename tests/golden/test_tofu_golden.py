@@ -16,11 +16,11 @@ from typing import Any
 
 import pytest
 
+from approx.evaluation.tofu import evaluation_sets
+from approx.evaluation.tofu_aggregates import Aggregates, aggregates, quality
+from approx.evaluation.tofu_log import read_log
+from approx.evaluation.tofu_row import LogRow
 from approx.metrics.rouge import rougeL_recall
-from approx.tofu import evaluation_sets
-from approx.tofu_aggregates import Aggregates, aggregates, quality
-from approx.tofu_log import read_log
-from approx.tofu_row import LogRow
 from tests.fake_evaluated import write_published
 
 GOLDEN = Path(os.environ.get("SISA_DATA") or Path(__file__).parents[3] / "shared" / "data") / "golden"

@@ -20,7 +20,7 @@ from unittest import mock
 import ray
 from ray.cluster_utils import Cluster
 
-from cluster import ray_session
+from cluster.ray import ray_session
 from tests.integration.scripted import NODE
 
 

@@ -33,7 +33,7 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
     """The shared Ray ends with the last test in a row that shares it: what it put into the environment
     goes before a module of the next test puts something there."""
     if _shares_ray(item) and not _shares_ray(nextitem):
-        from cluster.ray_session import disconnect
+        from cluster.ray.ray_session import disconnect
 
         disconnect()
 
@@ -59,7 +59,7 @@ def knowing(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def _template(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
-    from sisa.samples import make_people
+    from sisa.data.samples import make_people
 
     folder = tmp_path_factory.mktemp("template")
     train_scratch(folder, tiny_base, make_people(12, 2))

@@ -10,19 +10,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from approx.patch_settings import Adapter, settings_of
-from approx.patching import PatchMaker
-from sisa.digest import digest_of
-from sisa.domain import Record
-from sisa.events import Event
-from sisa.model.base import base_digest
-from sisa.model.numerics import fingerprint
-from sisa.opening import PATCHES
-from sisa.patch import WRITTEN, Patch, PatchJob, VaultSet
-from sisa.patch_ports import PatchMade, PatchOrder, PatchSite
+from approx.patches.patch_settings import Adapter, settings_of
+from approx.patches.patching import PatchMaker
+from sisa.core.digest import digest_of
+from sisa.core.domain import Record
+from sisa.core.events import Event
+from sisa.core.patch import WRITTEN, Patch, PatchJob, VaultSet
+from sisa.core.patch_ports import PatchMade, PatchOrder, PatchSite
+from sisa.flows.wiring.opening import PATCHES
+from sisa.lm.base.base import base_digest
+from sisa.lm.base.numerics import fingerprint
+from sisa.store.blobs.keyring import PLAIN, FileKeyring
+from sisa.store.blobs.local_place import LocalPlace
 from sisa.store.checkpoints import FileCheckpoints
-from sisa.store.keyring import PLAIN, FileKeyring
-from sisa.store.local_place import LocalPlace
 from sisa.store.vault import FileVault
 from tests.integration.tiny_model import of_people
 from tests.knowing_base import record, teach

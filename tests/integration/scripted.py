@@ -13,19 +13,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from cluster.proofs import Proof
-from cluster.shared_base import BaseManifest, holds_base
-from sisa.arithmetic import Arithmetic
-from sisa.digest import sha256_hex
-from sisa.domain import Chain, Part, Record, SliceFile, SliceJob
-from sisa.errors import IntegrityError
-from sisa.events import Event
-from sisa.model.numerics import fingerprint
-from sisa.place_ports import Place
-from sisa.ports import CheckpointStore, RecordStore, StoredRecord, Tick, Trainer
-from sisa.serial import SerialExecutor, Site
+from cluster.ray.proofs import Proof
+from cluster.ray.shared_base import BaseManifest, holds_base
+from sisa.core.arithmetic import Arithmetic
+from sisa.core.digest import sha256_hex
+from sisa.core.domain import Chain, Part, Record, SliceFile, SliceJob
+from sisa.core.errors import IntegrityError
+from sisa.core.events import Event
+from sisa.core.place_ports import Place
+from sisa.core.ports import CheckpointStore, RecordStore, StoredRecord, Tick, Trainer
+from sisa.flows.serial import SerialExecutor, Site
+from sisa.lm.base.numerics import fingerprint
+from sisa.store.blobs.local_place import LocalPlace
 from sisa.store.checkpoints import FileCheckpoints
-from sisa.store.local_place import LocalPlace
 from sisa.store.records import FileRecords
 
 NODE = "SCRIPTED_NODE"  # an environment variable of a node: its name

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from sisa.api import Model
-from sisa.errors import InvalidInput, Outdated
-from sisa.model.route import Route
+from sisa.core.errors import InvalidInput, Outdated
+from sisa.lm.answer.route import Route
+from sisa.model import Model
 from tests.integration.tiny_model import PEOPLE, Tiny, change_run
 
 pytestmark = pytest.mark.torch
@@ -120,7 +120,7 @@ def test_of_a_chat_the_last_user_turn_is_looked_up(model: Model) -> None:
 def test_user_turns_are_told_apart_by_the_template(model: Model, template: str, expected: bool) -> None:
     import copy
 
-    from sisa.model.aggregated import user_turn
+    from sisa.lm.answer.aggregated import user_turn
 
     tokenizer = copy.copy(model.answerer()[0].tokenizer)
     tokenizer.chat_template = template
@@ -258,7 +258,7 @@ def test_an_answer_that_a_deletion_overtakes_is_given_again(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The adapters are loaded, then the deletion returns, then the answer would begin."""
-    from sisa.model import tokens
+    from sisa.lm.base import tokens
 
     encode = tokens.encode_prompt
     told: list[str] = []

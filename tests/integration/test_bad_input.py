@@ -22,8 +22,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import sisa
-from sisa.opening import CHECKPOINTS, INDEX, KEY, LEDGER, RECORDS
-from sisa.samples import to_jsonl
+from sisa.data.samples import to_jsonl
+from sisa.flows.wiring.opening import CHECKPOINTS, INDEX, KEY, LEDGER, RECORDS
 from tests.integration.tiny_model import (
     PEOPLE,
     Done,
@@ -559,7 +559,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]
             left -= 1
             flush(handle)
 
-        monkeypatch.setattr("sisa.store.files.os.fsync", fsync)
+        monkeypatch.setattr("sisa.store.blobs.files.os.fsync", fsync)
 
     yield fill_after
     monkeypatch.undo()
@@ -619,7 +619,7 @@ def test_a_disk_that_fills_in_the_first_training(
 HOLD = (
     "import sys\n"
     "from pathlib import Path\n"
-    "from sisa.store.files import writer_lock\n"
+    "from sisa.store.blobs.files import writer_lock\n"
     "with writer_lock(Path(sys.argv[1])):\n"
     "    print('held', flush=True)\n"
     "    sys.stdin.read()\n"
@@ -667,7 +667,7 @@ def test_a_first_training_does_not_overrun_one_that_was_faster(
         monkeypatch.undo()
         model.train()
 
-    monkeypatch.setattr("sisa.training._refuse_foreign", overtaken)
+    monkeypatch.setattr("sisa.train._refuse_foreign", overtaken)
     with pytest.raises(sisa.Busy):
         model.train()
     assert model.open().where(["p001-q1"])[0].state == "trained"
@@ -687,7 +687,7 @@ def test_readers_are_served_while_another_process_writes(tiny: Tiny, capsys: Cap
 
 def test_a_failure_is_one_json_object_and_exit_codes_hold_in_a_real_process(tiny: Tiny) -> None:
     arguments = ["forget", "-m", str(tiny.directory), "nobody", "--json", *SERIAL]
-    code = "import sys; from cluster.cli import main; main()"
+    code = "import sys; from cluster.cli.cli import main; main()"
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments],
         capture_output=True,

@@ -17,15 +17,15 @@ import pytest
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel
 
 import sisa
-from sisa.config import RunConfig
-from sisa.config_types import DatasetSource
-from sisa.domain import Part, Record
-from sisa.errors import InvalidInput, SisaError
-from sisa.events import Event, Notice
-from sisa.model.base import resolve_base
-from sisa.model.trial import try_base
-from sisa.parts import Parts
-from sisa.sisa_config import SisaBlock
+from sisa.config.config import RunConfig
+from sisa.config.sisa_config import SisaBlock
+from sisa.core.config_types import DatasetSource
+from sisa.core.domain import Part, Record
+from sisa.core.errors import InvalidInput, SisaError
+from sisa.core.events import Event, Notice
+from sisa.flows.wiring.parts import Parts
+from sisa.lm.base.base import resolve_base
+from sisa.lm.base.trial import try_base
 from tests.endurance.mutate import some_bytes
 from tests.integration.tiny_model import Tiny, change_run, of_people, write_run
 from tests.tiny_base import make_tiny_base

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 import sisa
-from sisa.arithmetic import Arithmetic
-from sisa.domain import SliceJob
-from sisa.errors import ConfigConflict, IntegrityError, InvalidInput
-from sisa.model.base import BaseFiles, resolve_base
-from sisa.model.route import all_of
-from sisa.opening import CHECKPOINTS
+from sisa.core.arithmetic import Arithmetic
+from sisa.core.domain import SliceJob
+from sisa.core.errors import ConfigConflict, IntegrityError, InvalidInput
+from sisa.flows.wiring.opening import CHECKPOINTS
+from sisa.lm.answer.route import all_of
+from sisa.lm.base.base import BaseFiles, resolve_base
 from tests.integration.test_trainer import RECORDS, job_for, names
 from tests.integration.tiny_model import (
     PEOPLE,
@@ -87,7 +87,7 @@ def base(tiny_base: Path) -> BaseFiles:
 def train_stage(
     base: BaseFiles, job: SliceJob, parent: Mapping[str, bytes] | None, num_records: int
 ) -> dict[str, bytes]:
-    from sisa.model.lora import LoraTrainer
+    from sisa.lm.train.lora import LoraTrainer
 
     trainer = LoraTrainer(base.directory, base.digest, 1, arithmetic=HALF)
     return trainer.train(job, parent, RECORDS[:num_records], lambda *_: None)
@@ -111,7 +111,7 @@ def test_a_job_of_another_dtype_is_refused(base: BaseFiles) -> None:
 def test_the_base_is_in_bfloat16_and_its_positions_are_not(base: BaseFiles) -> None:
     import torch
 
-    from sisa.model.base import load_base
+    from sisa.lm.base.base import load_base
 
     model, _ = load_base(base.directory, base.digest, HALF)
     assert {each.dtype for each in model.parameters()} == {torch.bfloat16}
@@ -133,7 +133,7 @@ def test_what_is_served_and_exported_is_what_was_trained(half: Tiny) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from sisa.model.tokens import encode_prompt
+    from sisa.lm.base.tokens import encode_prompt
 
     model = half.open()
     answerer, _ = model.answerer()
@@ -155,8 +155,8 @@ def test_merged_forms_are_in_float32_and_say_what_is_served(half: Tiny) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from sisa.model.base import load_base
-    from sisa.model.tokens import encode_prompt
+    from sisa.lm.base.base import load_base
+    from sisa.lm.base.tokens import encode_prompt
 
     change_run(half.run_file, sisa__aggregation="merged")
     half.train()
@@ -187,7 +187,7 @@ def test_a_changed_dtype_trains_all_anew(
 
 
 def test_patches_are_refused_over_it(half: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
-    from sisa.model.patched import load_patched
+    from sisa.lm.answer.patched import load_patched
 
     done = command(
         capsys,

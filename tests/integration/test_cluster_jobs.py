@@ -17,10 +17,10 @@ from typing import Any
 
 import pytest
 
-from cluster.cli import run
-from cluster.job_package import COMMAND
-from cluster.ray_jobs import RayJobs
-from sisa.errors import EnvironmentFault
+from cluster.cli.cli import run
+from cluster.jobs.job_package import COMMAND
+from cluster.jobs.ray_jobs import RayJobs
+from sisa.core.errors import EnvironmentFault
 from tests.contract.test_jobs import PROMISES, Ground, submit_three
 from tests.integration.job_cluster import JobCluster, job_cluster
 from tests.integration.tiny_model import (

@@ -14,11 +14,12 @@ from typing import Any
 
 import pytest
 
-from sisa.arithmetic import Arithmetic
-from sisa.domain import SliceJob
-from sisa.model import cuda, self_test
-from sisa.model.base import BaseFiles, resolve_base
-from sisa.model.route import Route, all_of
+from sisa.core.arithmetic import Arithmetic
+from sisa.core.domain import SliceJob
+from sisa.lm.answer.route import Route, all_of
+from sisa.lm.base import cuda
+from sisa.lm.base.base import BaseFiles, resolve_base
+from sisa.lm.train import self_test
 from tests.integration.test_trainer import RECORDS, job_for, names
 from tests.integration.tiny_model import (
     PEOPLE,
@@ -104,10 +105,10 @@ def watched(carry_out: Callable[[], Any]) -> dict[str, int]:
 def test_a_training_step_stays_on_the_bases_device(dtype: Any) -> None:
     import torch
 
-    from sisa.model.losses import Form
-    from sisa.model.stage import Stage
-    from sisa.model.tokens import NO_LOSS, Tokens
-    from sisa.model.wrapped import Wrapped
+    from sisa.lm.base.tokens import NO_LOSS, Tokens
+    from sisa.lm.train.losses import Form
+    from sisa.lm.train.stage import Stage
+    from sisa.lm.train.wrapped import Wrapped
 
     bases = [self_test.random_base(Arithmetic("cpu", dtype)).to("meta") for _ in range(2)]
     wrapped = [Wrapped(each, self_test.TRAINING, Form()) for each in bases]
@@ -152,7 +153,7 @@ def base(tiny_base: Path) -> BaseFiles:
 
 @pytest.fixture(scope="module")
 def files(base: BaseFiles) -> dict[str, bytes]:
-    from sisa.model.lora import LoraTrainer
+    from sisa.lm.train.lora import LoraTrainer
 
     trainer = LoraTrainer(base.directory, base.digest, 1)
     return trainer.train(job_for(base), None, RECORDS, lambda *_: None)
@@ -164,8 +165,8 @@ def test_answers_stay_on_the_bases_device(
 ) -> None:
     import torch
 
-    from sisa.model import answer
-    from sisa.model.patched import load_patched
+    from sisa.lm.answer import answer
+    from sisa.lm.answer.patched import load_patched
 
     def on_meta(*of: Any) -> Any:
         model, tokenizer = load_patched(*of)
@@ -188,7 +189,7 @@ def test_kernels_are_set_to_repeat_and_set_back(monkeypatch: pytest.MonkeyPatch)
     import torch
     from torch.backends import cuda as backend
 
-    from sisa.model.numerics import pin_threads
+    from sisa.lm.base.numerics import pin_threads
 
     def attention() -> tuple[bool, ...]:
         kinds: Any = (
@@ -245,7 +246,7 @@ def test_a_model_of_one_can_be_looked_at_but_not_asked_or_moved_to(
     before = all_files(tiny.directory)
     assert command(capsys, "train", tiny.run_file, "--reconfigure").code == 6
     assert all_files(tiny.directory) == before
-    monkeypatch.setattr("sisa.training.require_device", lambda _: None)  # as on a machine that has one
+    monkeypatch.setattr("sisa.train.require_device", lambda _: None)  # as on a machine that has one
     assert command(capsys, "train", tiny.run_file, "--reconfigure", "--executor", "serial").code == 6
     status = command(capsys, "status", "-m", tiny.directory)
     assert (status.code, len(status.json["shards"])) == (0, 3)
@@ -280,7 +281,7 @@ def test_this_device_repeats_itself(on: Arithmetic, capsys: pytest.CaptureFixtur
 @pytest.mark.usefixtures("_gpu")
 @pytest.mark.parametrize("on", ON_GPU)
 def test_stages_go_on_there_from_their_parents_bytes(on: Arithmetic, base: BaseFiles) -> None:
-    from sisa.model.lora import LoraTrainer
+    from sisa.lm.train.lora import LoraTrainer
 
     trainer = LoraTrainer(base.directory, base.digest, 1, arithmetic=on)
 

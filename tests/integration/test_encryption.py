@@ -19,15 +19,15 @@ from typing import Any
 import pytest
 
 import sisa
-import sisa.verify
-from sisa import opening
-from sisa.doctor import diagnose
-from sisa.errors import ConfigConflict, EnvironmentFault, IntegrityError, InvalidInput
-from sisa.opening import CHECKPOINTS, INDEX, RECORDS, SCRATCH
-from sisa.residue import sweep_model
-from sisa.store.keyring import FileKeyring, is_sealed
-from sisa.store.ledger import SqlLedger
-from sisa.world import known_names
+import sisa.audit.verify
+from sisa.audit.doctor import diagnose
+from sisa.audit.residue import sweep_model
+from sisa.core.errors import ConfigConflict, EnvironmentFault, IntegrityError, InvalidInput
+from sisa.flows.wiring import opening
+from sisa.flows.wiring.opening import CHECKPOINTS, INDEX, RECORDS, SCRATCH
+from sisa.flows.wiring.world import known_names
+from sisa.store.blobs.keyring import FileKeyring, is_sealed
+from sisa.store.ledger.ledger import SqlLedger
 from tests.integration.test_erasure import traces, vector
 from tests.integration.tiny_model import (
     PEOPLE,
@@ -168,9 +168,9 @@ def test_a_history_on_ray_is_that_of_the_plain_model(
 
 @pytest.mark.ray
 def test_a_worker_that_does_not_see_the_keyring_says_so(sealed: Tiny) -> None:
-    from cluster.ray_worker import open_parts
-    from sisa.serial import Site
-    from sisa.store.local_place import LocalPlace
+    from cluster.ray.ray_worker import open_parts
+    from sisa.flows.serial import Site
+    from sisa.store.blobs.local_place import LocalPlace
 
     lost = FileKeyring(sealed.folder / "nowhere")
     places = LocalPlace(sealed.directory / RECORDS), LocalPlace(sealed.directory / CHECKPOINTS)
@@ -200,7 +200,7 @@ def test_no_plaintext_of_any_record_is_in_the_directory(sealed: Tiny) -> None:
 def test_a_replay_is_sealed_in_a_room_of_its_own_and_leaves_nothing(sealed: Tiny) -> None:
     seen = []
     model = sealed.open()
-    real = sisa.verify.verify
+    real = sisa.audit.verify.verify
 
     def verify(world: Any, chosen: Any, scratch: Any, apart: Any, **options: Any) -> Any:
         proof = real(world, chosen, scratch, apart, **options)
@@ -211,7 +211,7 @@ def test_a_replay_is_sealed_in_a_room_of_its_own_and_leaves_nothing(sealed: Tiny
         return proof
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sisa.api.verify", verify)
+        patch.setattr("sisa.model.verify", verify)
         assert model.verify(replay="all").ok
     assert seen == [(True, True)] * 3
     assert not (sealed.directory / SCRATCH).exists()
@@ -254,7 +254,7 @@ def test_a_copy_from_before_a_deletion_can_not_be_opened(sealed: Tiny, plain: Ti
 
 KILLED_BETWEEN = """
 import os, pathlib, signal, sys, sisa
-from sisa.store import files
+from sisa.store.blobs import files
 real = files.erase
 
 def erase(path):
@@ -290,7 +290,7 @@ def test_a_deletion_killed_between_key_and_file_is_finished_by_the_next_command(
 
 KILLED_BEFORE_THE_COMMIT = """
 import os, signal, sys, sisa
-from sisa.store.ledger import SqlLedger
+from sisa.store.ledger.ledger import SqlLedger
 real = SqlLedger.commit
 
 def commit(ledger, change):

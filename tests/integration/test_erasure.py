@@ -22,10 +22,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sisa.model.hashing import HashingEmbedder
-from sisa.model.names import NameEmbedder
-from sisa.opening import CHECKPOINTS, INDEX, RECORDS
-from sisa.samples import distinctive_word
+from sisa.data.samples import distinctive_word
+from sisa.flows.wiring.opening import CHECKPOINTS, INDEX, RECORDS
+from sisa.lm.answer.hashing import HashingEmbedder
+from sisa.lm.answer.names import NameEmbedder
 from tests.integration.tiny_model import (
     PEOPLE,
     Cut,
@@ -45,7 +45,7 @@ pytestmark = pytest.mark.torch
 REPOSITORY = Path(__file__).parents[2]
 KILLED_AT_THE_COMMIT = (
     "import os, signal, sys, sisa\n"
-    "from sisa.store.ledger import SqlLedger\n"
+    "from sisa.store.ledger.ledger import SqlLedger\n"
     "commit = SqlLedger.commit\n"
     "def last_words(ledger, change):\n"
     "    commit(ledger, change)\n"
@@ -219,7 +219,7 @@ def test_commands_say_nothing_of_a_record_unless_asked(
 def test_people_read_nothing_of_a_record_unless_asked(
     tiny: Tiny, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from cluster.cli import run
+    from cluster.cli.cli import run
 
     capsys.readouterr()
     assert run(["forget", "-m", str(tiny.directory), "p001-q1", "--executor", "serial"]) == 0

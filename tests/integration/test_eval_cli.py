@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from approx.tofu_log import read_log
+from approx.evaluation.tofu_log import read_log
 from tests.fake_evaluated import SPLIT, write_made_up, write_published
 from tests.integration.tiny_model import Done, Tiny, command
 from tests.tiny_base import make_tiny_base
@@ -176,7 +176,7 @@ def test_what_is_refused(evaluate: Evaluate, tiny_base: Path, tmp_path: Path) ->
 def test_words_name_what_was_not_measured(
     capsys: pytest.CaptureFixture[str], evaluate: Evaluate, tiny_base: Path
 ) -> None:
-    from cluster.cli import run
+    from cluster.cli.cli import run
 
     evaluate("-m", tiny_base)
     arguments = ["--data", evaluate.data, "--split", SPLIT, "--out", evaluate.out]

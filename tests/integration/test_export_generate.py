@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 
 import sisa
-from sisa.ask import Answer, HeldPrompts
-from sisa.errors import ConfigConflict
-from sisa.model.route import Route, all_of
-from sisa.opening import CHECKPOINTS
-from sisa.ports import Change
+from sisa.core.errors import ConfigConflict
+from sisa.core.ports import Change
+from sisa.flows.ask import Answer, HeldPrompts
+from sisa.flows.wiring.opening import CHECKPOINTS
+from sisa.lm.answer.route import Route, all_of
 from tests.integration.tiny_model import (
     PEOPLE,
     Row,
@@ -40,7 +40,7 @@ PROMPT = PEOPLE[0]["prompt"]
 
 
 def answerer_of(model: sisa.Model) -> Any:
-    from sisa.model.answer import Answerer
+    from sisa.lm.answer.answer import Answerer
 
     adapters = {}
     for each in model.status().shards:
@@ -64,7 +64,7 @@ def test_peft_loads_every_exported_adapter_with_the_shards_logits(tiny: Tiny) ->
     from peft import AutoPeftModelForCausalLM, PeftModel
     from transformers import AutoModelForCausalLM
 
-    from sisa.model.tokens import encode_prompt
+    from sisa.lm.base.tokens import encode_prompt
 
     model = tiny.open()
     made = model.export(tiny.folder / "export")
@@ -124,7 +124,7 @@ def test_merged_forms_are_the_mean_of_the_shards_weights(tiny: Tiny) -> None:
     from peft import AutoPeftModelForCausalLM
     from transformers import AutoModelForCausalLM
 
-    from sisa.model.tokens import encode_prompt
+    from sisa.lm.base.tokens import encode_prompt
 
     change_run(tiny.run_file, sisa__aggregation="merged")
     tiny.train()
@@ -210,7 +210,7 @@ def test_routing_to_two_shards_asks_the_two_nearest(tiny: Tiny) -> None:
 def test_mean_prob_averages_the_probabilities_of_all_shards(tiny: Tiny) -> None:
     import torch
 
-    from sisa.model.tokens import encode_prompt
+    from sisa.lm.base.tokens import encode_prompt
 
     change_run(tiny.run_file, sisa__aggregation="mean_prob")
     tiny.train()
@@ -225,8 +225,8 @@ def test_mean_prob_averages_the_probabilities_of_all_shards(tiny: Tiny) -> None:
 
 
 def test_an_empty_model_answers_with_the_base(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
-    from sisa.model.answer import Answerer
-    from sisa.model.tokens import encode_prompt
+    from sisa.lm.answer.answer import Answerer
+    from sisa.lm.base.tokens import encode_prompt
 
     model = tiny.open()
     model.forget(ids_of(PEOPLE))
@@ -243,7 +243,7 @@ def test_an_empty_model_answers_with_the_base(tiny: Tiny, capsys: pytest.Capture
 @pytest.fixture
 def forms(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The forms in which prompts were put to a model."""
-    from sisa.model import tokens
+    from sisa.lm.base import tokens
 
     seen: list[str] = []
     encode = tokens.encode_prompt
@@ -416,8 +416,8 @@ def test_what_is_no_conversation_is_refused(
 
 
 def test_an_index_of_an_earlier_version_is_refused_until_it_is_built_anew(tiny: Tiny) -> None:
-    from sisa.model.hashing import HashingEmbedder
-    from sisa.model.names import NameEmbedder
+    from sisa.lm.answer.hashing import HashingEmbedder
+    from sisa.lm.answer.names import NameEmbedder
 
     model = tiny.open()
     shards = {each.id: each.shard for each in model.where(ids_of(PEOPLE))}

@@ -14,17 +14,17 @@ from typing import Any
 
 import pytest
 
-from cluster import ray_executor
-from cluster.places import Placement
-from cluster.ray_executor import open_executor
-from cluster.ray_session import connect
-from cluster.ray_tasks import run_tasks
-from sisa.arithmetic import Arithmetic
-from sisa.errors import EnvironmentFault, InvalidInput
-from sisa.events import Event, Report
-from sisa.model import cuda
-from sisa.serial import Site
-from sisa.store.local_place import LocalPlace
+from cluster.ray import ray_executor
+from cluster.ray.places import Placement
+from cluster.ray.ray_executor import open_executor
+from cluster.ray.ray_session import connect
+from cluster.ray.ray_tasks import run_tasks
+from sisa.core.arithmetic import Arithmetic
+from sisa.core.errors import EnvironmentFault, InvalidInput
+from sisa.core.events import Event, Report
+from sisa.flows.serial import Site
+from sisa.lm.base import cuda
+from sisa.store.blobs.local_place import LocalPlace
 
 pytestmark = pytest.mark.ray
 

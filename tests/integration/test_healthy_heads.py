@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 import sisa
-from sisa import opening
-from sisa.errors import Busy
-from sisa.opening import CHECKPOINTS
+from sisa.core.errors import Busy
+from sisa.flows.wiring import opening
+from sisa.flows.wiring.opening import CHECKPOINTS
 from sisa.store.checkpoints import FileCheckpoints
-from sisa.store.ledger import SqlLedger
+from sisa.store.ledger.ledger import SqlLedger
 from tests.integration.tiny_model import (
     PEOPLE,
     Cut,

@@ -13,15 +13,15 @@ from dataclasses import replace
 import psutil
 import pytest
 
-from cluster.ray_executor import open_executor
-from sisa.digest import sha256_hex
-from sisa.domain import Chain, Part, Record, SliceFile, SliceJob
-from sisa.events import Event, Notice, SliceProgress, SliceTrained
-from sisa.model.numerics import fingerprint
-from sisa.ports import StoredRecord
-from sisa.serial import SerialExecutor, Site
+from cluster.ray.ray_executor import open_executor
+from sisa.core.digest import sha256_hex
+from sisa.core.domain import Chain, Part, Record, SliceFile, SliceJob
+from sisa.core.events import Event, Notice, SliceProgress, SliceTrained
+from sisa.core.ports import StoredRecord
+from sisa.flows.serial import SerialExecutor, Site
+from sisa.lm.base.numerics import fingerprint
+from sisa.store.blobs.local_place import LocalPlace
 from sisa.store.checkpoints import FileCheckpoints
-from sisa.store.local_place import LocalPlace
 from sisa.store.records import FileRecords
 from tests.tiny_base import make_tiny_base
 
@@ -50,7 +50,7 @@ TRAINING = {
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
-    from sisa.model.base import base_digest
+    from sisa.lm.base.base import base_digest
 
     directory = tmp_path_factory.mktemp("kill")
     base = make_tiny_base(directory / "base")
@@ -106,7 +106,7 @@ def adapters(checkpoints: FileCheckpoints, chains: Sequence[Chain]) -> dict[str,
 
 
 def train_serially(site: Site, chains: Sequence[Chain]) -> dict[str, str]:
-    from sisa.model.lora import LoraTrainer
+    from sisa.lm.train.lora import LoraTrainer
 
     checkpoints = FileCheckpoints(site.base_dir.with_name("serial"))
     trainer = LoraTrainer(site.base_dir, site.base_digest, site.threads)

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import sisa
-from sisa.opening import CHECKPOINTS, INDEX, RECORDS, OpenExecutor
+from sisa.flows.wiring.opening import CHECKPOINTS, INDEX, RECORDS, OpenExecutor
 from tests.integration.tiny_model import (
     PEOPLE,
     Row,

@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 
-from sisa.config import RunConfig
-from sisa.config_types import DatasetSource
-from sisa.domain import SliceJob
-from sisa.errors import InvalidInput
-from sisa.model.base import BaseFiles, resolve_base
-from sisa.parts import Parts
-from sisa.plan import LAYERWISE
+from sisa.config.config import RunConfig
+from sisa.core.config_types import DatasetSource
+from sisa.core.domain import SliceJob
+from sisa.core.errors import InvalidInput
+from sisa.flows.wiring.parts import Parts
+from sisa.lm.base.base import BaseFiles, resolve_base
+from sisa.planning.plan import LAYERWISE
 from tests.integration.test_trainer import RECORDS, TRAINING, Files, train
 from tests.tiny_base import make_tiny_base
 
@@ -63,7 +63,7 @@ def layers(names: Any) -> set[int]:
 
 def without_top(files: Mapping[str, bytes]) -> Files:
     """The same checkpoint with the adapters of the topmost layer taken out."""
-    from sisa.model.adapter import tensor_bytes
+    from sisa.lm.base.adapter import tensor_bytes
 
     top = f".layers.{NUM_LAYERS - 1}."
     left = {name: each * 0 if top in name else each for name, each in tensors(files).items()}
@@ -73,8 +73,8 @@ def without_top(files: Mapping[str, bytes]) -> Files:
 def logits(base: BaseFiles, files: Mapping[str, bytes]) -> Any:
     import torch
 
-    from sisa.model.adapter import attach, read_config
-    from sisa.model.base import load_base
+    from sisa.lm.base.adapter import attach, read_config
+    from sisa.lm.base.base import load_base
 
     plain = load_base(base.directory, base.digest)[0]
     model = attach(plain, read_config(files), tensors(files), init_seed=0)
@@ -115,7 +115,7 @@ def test_the_last_stage_taken_out_costs_its_block_alone(
         name: each + 1 if f".layers.{NUM_LAYERS - 1}." not in name and "lora_A" in name else each
         for name, each in tensors(first).items()
     }
-    from sisa.model.adapter import tensor_bytes
+    from sisa.lm.base.adapter import tensor_bytes
 
     changed = {**first, ADAPTER: tensor_bytes(noise)}
     assert logits(base, first).equal(logits(base, changed))

@@ -10,18 +10,18 @@ from typing import Any
 import pytest
 import torch
 
-from approx.answer_tokens import collate
-from approx.evaluated_models import tokens_of
-from approx.leaderboard_budget import step_costs
-from approx.leaderboard_cells import AT_THE_END, FORM
-from approx.leaderboard_model import load_split
+from approx.evaluation.answer_tokens import collate
+from approx.evaluation.evaluated_models import tokens_of
+from approx.leaderboard.budget import step_costs
+from approx.leaderboard.cells import AT_THE_END, FORM
+from approx.leaderboard.model import load_split
 from approx.methods.registry import METHODS, make_method
-from approx.pace import Settings
-from approx.sets import Sets
-from approx.unlearning import unlearn
-from sisa.errors import InvalidInput
-from sisa.model.adapter import attach, lora_config
-from sisa.model.base import load_tokenizer
+from approx.unlearning.pace import Settings
+from approx.unlearning.sets import Sets
+from approx.unlearning.unlearn import unlearn
+from sisa.core.errors import InvalidInput
+from sisa.lm.base.adapter import attach, lora_config
+from sisa.lm.base.base import load_tokenizer
 from tests.fake_leaderboard import write_authors
 from tests.integration.tiny_model import Done, command
 from tests.tiny_base import make_tiny_base

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sisa.model.tokens import NO_LOSS, Tokens
+from sisa.lm.base.tokens import NO_LOSS, Tokens
 
 pytestmark = pytest.mark.torch
 
@@ -41,7 +41,7 @@ def wrapped(family: str) -> tuple[Any, Any]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from sisa.model.adapter import attach, lora_config
+    from sisa.lm.base.adapter import attach, lora_config
 
     own: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     own |= {"logits_scaling": 4.0} if family == "granite" else {}
@@ -76,9 +76,9 @@ def test_loss_and_gradients_of_a_family(
 ) -> None:
     import torch
 
-    from sisa.model import losses
-    from sisa.model.losses import Form, form_of, summed_loss
-    from sisa.model.trained_linear import quicken
+    from sisa.lm.train import losses
+    from sisa.lm.train.losses import Form, form_of, summed_loss
+    from sisa.lm.train.trained_linear import quicken
 
     base, model = wrapped(family)
     trained = [each for each in model.parameters() if each.requires_grad]
@@ -114,7 +114,7 @@ def test_where_records_may_lie_end_to_end(
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from sisa.model.packed import packs
+    from sisa.lm.train.packed import packs
 
     sizes = AutoConfig.for_model(family, **SIZES, **others)
     torch.manual_seed(0)
@@ -125,7 +125,7 @@ def test_where_records_may_lie_end_to_end(
 def test_positions_that_do_not_begin_anew_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from sisa.model import packed
+    from sisa.lm.train import packed
 
     base, _ = wrapped("gpt2")
     assert packed.packs(base, longest=32)
@@ -136,7 +136,7 @@ def test_positions_that_do_not_begin_anew_are_noticed(monkeypatch: pytest.Monkey
 def test_a_record_end_to_end_with_another_has_the_bits_that_it_has_beside_any() -> None:
     import torch
 
-    from sisa.model.packed import attending, positions
+    from sisa.lm.train.packed import attending, positions
 
     base, _ = wrapped("llama")
     decoder, lengths = base.get_decoder(), (3, 5, 4)
@@ -162,7 +162,7 @@ def test_a_record_end_to_end_with_another_has_the_bits_that_it_has_beside_any() 
 def test_the_adapted_products_slopes_are_those_of_differences(dropped: bool) -> None:
     import torch
 
-    from sisa.model.trained_linear import _Adapted
+    from sisa.lm.train.trained_linear import _Adapted
 
     drawn = torch.Generator().manual_seed(0)
 

@@ -15,15 +15,15 @@ import psutil
 import pytest
 from ray.cluster_utils import Cluster
 
-from cluster import nodes
-from cluster.proofs import Proof
-from cluster.ray_executor import RayExecutor
-from sisa.domain import Chain
-from sisa.errors import EnvironmentFault
-from sisa.events import Event, Notice, SliceProgress, SliceTrained
-from sisa.model.numerics import fingerprint
-from sisa.serial import Site
-from sisa.store.local_place import LocalPlace
+from cluster.ray import nodes
+from cluster.ray.proofs import Proof
+from cluster.ray.ray_executor import RayExecutor
+from sisa.core.domain import Chain
+from sisa.core.errors import EnvironmentFault
+from sisa.core.events import Event, Notice, SliceProgress, SliceTrained
+from sisa.flows.serial import Site
+from sisa.lm.base.numerics import fingerprint
+from sisa.store.blobs.local_place import LocalPlace
 from tests.integration.clusters import add_node, own_cluster, remove
 from tests.integration.scripted import (
     DIGEST,

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import sisa
-from sisa.errors import ConfigConflict
+from sisa.core.errors import ConfigConflict
 from tests.integration.tiny_model import (
     PEOPLE,
     Row,

@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 
 from approx.methods.registry import METHODS
-from approx.patch_measures import LIMITS, measured
-from approx.written import PROMPTS, prompts_that_fit, write_answers, write_neighbours
-from sisa.domain import Part, Record
-from sisa.errors import IntegrityError, InvalidInput
-from sisa.events import Notice, PatchProgress
-from sisa.model.base import load_base, load_tokenizer
-from sisa.model.patched import load_patched
-from sisa.model.tokens import NO_LOSS, tokenize
-from sisa.store.keyring import is_sealed
+from approx.patches.patch_measures import LIMITS, measured
+from approx.unlearning.written import PROMPTS, prompts_that_fit, write_answers, write_neighbours
+from sisa.core.domain import Part, Record
+from sisa.core.errors import IntegrityError, InvalidInput
+from sisa.core.events import Notice, PatchProgress
+from sisa.lm.answer.patched import load_patched
+from sisa.lm.base.base import load_base, load_tokenizer
+from sisa.lm.base.tokens import NO_LOSS, tokenize
+from sisa.store.blobs.keyring import is_sealed
 from sisa.store.runs import ROOM, FileRuns
 from tests.integration.patch_bench import (
     ENOUGH,
@@ -269,7 +269,7 @@ def test_a_tokenizer_that_does_not_match_its_base_is_refused(
         return tokenizer
 
     bench.maker.refuse(settings("npo"), FORGET, None)
-    monkeypatch.setattr("approx.patching.load_tokenizer", larger)
+    monkeypatch.setattr("approx.patches.patching.load_tokenizer", larger)
     with pytest.raises(InvalidInput) as caught:
         bench.maker.refuse(settings("npo"), FORGET, None)
     assert [each.where for each in caught.value.problems] == ["tokenizer"]

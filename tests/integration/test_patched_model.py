@@ -14,16 +14,17 @@ from typing import Any
 import pytest
 
 import sisa
-from sisa import unlearn, vaulting
-from sisa.domain import Part, Record
-from sisa.errors import IntegrityError
-from sisa.model.route import all_of
-from sisa.opening import CHECKPOINTS, PATCHES, VAULT
-from sisa.patch import WRITTEN, Patch, PatchJob, patched_digest
-from sisa.patch_plan import active, next_version
-from sisa.ports import Change
-from sisa.store.keyring import is_sealed
-from sisa.world import commit
+from sisa import unlearn
+from sisa.core.domain import Part, Record
+from sisa.core.errors import IntegrityError
+from sisa.core.patch import WRITTEN, Patch, PatchJob, patched_digest
+from sisa.core.ports import Change
+from sisa.flows.patches import vaulting
+from sisa.flows.wiring.opening import CHECKPOINTS, PATCHES, VAULT
+from sisa.flows.wiring.world import commit
+from sisa.lm.answer.route import all_of
+from sisa.planning.patch_plan import active, next_version
+from sisa.store.blobs.keyring import is_sealed
 from tests.integration.test_export_generate import PROMPT, answerer_of
 from tests.integration.test_patched import ADAPTER, Files, random_patch
 from tests.integration.tiny_model import (
@@ -66,7 +67,7 @@ def made(tiny_base: Path) -> list[Files]:
 
 def served(model: Tiny, patches: Sequence[Files]) -> Any:
     """An answerer out of the files of the shards and of patches."""
-    from sisa.model.answer import Answerer
+    from sisa.lm.answer.answer import Answerer
 
     opened = model.open()
     found = {
@@ -83,7 +84,7 @@ def _files(folder: Path) -> Files:
 
 
 def test_what_is_served_lies_over_the_active_patches(tiny: Tiny, made: list[Files]) -> None:
-    from sisa.model.tokens import encode_prompt
+    from sisa.lm.base.tokens import encode_prompt
 
     model = tiny.open()
     before = answerer_of(model)

@@ -13,12 +13,12 @@ import pytest
 
 import sisa
 from sisa import unlearn
-from sisa.composition import Composition, measure
-from sisa.digest import canonical_json
-from sisa.model.route import all_of
-from sisa.patch import Patch, VaultSet
-from sisa.ports import Change
-from sisa.world import commit
+from sisa.core.digest import canonical_json
+from sisa.core.patch import Patch, VaultSet
+from sisa.core.ports import Change
+from sisa.flows.patches.composition import Composition, measure
+from sisa.flows.wiring.world import commit
+from sisa.lm.answer.route import all_of
 from tests.integration.test_export_generate import PROMPT, probabilities
 from tests.integration.test_patched import ADAPTER, Files
 from tests.integration.test_patched_model import made, put_patch, served
@@ -96,7 +96,7 @@ def test_an_export_is_what_is_served_as_one_adapter_on_the_plain_base(
     import torch
     from peft import AutoPeftModelForCausalLM
 
-    from sisa.model.tokens import encode_prompt
+    from sisa.lm.base.tokens import encode_prompt
 
     model = tiny.open()
     plain = model.export(tiny.folder / "plain")
@@ -136,8 +136,8 @@ def test_a_deletion_erases_a_patched_export_that_it_touched(tiny: Tiny, made: li
 
 @QUIET
 def test_an_evaluation_is_of_what_is_served_and_names_it(tiny: Tiny, made: list[Files]) -> None:
-    from approx.evaluated import PromptForm
-    from approx.evaluated_models import open_evaluated
+    from approx.evaluation.evaluated import PromptForm
+    from approx.evaluation.evaluated_models import open_evaluated
 
     def scored() -> tuple[str, float]:
         opened = open_evaluated(str(tiny.directory))

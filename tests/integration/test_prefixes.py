@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from cluster.render import where
-from sisa.opening import PREFIXES
-from sisa.residue import sweep_model
+from cluster.render.render import where
+from sisa.audit.residue import sweep_model
+from sisa.flows.wiring.opening import PREFIXES
 from tests.integration.tiny_model import (
     PEOPLE,
     Tiny,
@@ -74,7 +74,7 @@ def test_states_are_kept_used_and_erased_with_their_record(
 
 def count_computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows with each record whose states are computed."""
-    from sisa.model import prefix
+    from sisa.lm.train import prefix
 
     alone, computed = prefix.Lower.alone, list[int]()
 
@@ -87,8 +87,8 @@ def count_computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_a_bound_holds_and_reaches_no_bit(tiny_base: Path) -> None:
-    from sisa.model.base import resolve_base
-    from sisa.model.lora import LoraTrainer
+    from sisa.lm.base.base import resolve_base
+    from sisa.lm.train.lora import LoraTrainer
     from tests.fakes import FakePrefixes
     from tests.integration.test_trainer import RECORDS, job_for, names
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 import sisa
-from approx.patch_measures import measured
-from approx.probe import MAX_PROBED, BaseProbe
-from sisa.domain import Part, Record
-from sisa.model.base import base_digest, load_base
-from sisa.model.tokens import tokenize
+from approx.evaluation.probe import MAX_PROBED, BaseProbe
+from approx.patches.patch_measures import measured
+from sisa.core.domain import Part, Record
+from sisa.lm.base.base import base_digest, load_base
+from sisa.lm.base.tokens import tokenize
 from tests.integration.patch_bench import KNOWN, STRANGERS
 from tests.integration.tiny_model import PEOPLE, Tiny, command, ids_of, of_people, write_run
 from tests.knowing_base import record, teach
@@ -88,12 +88,12 @@ def test_answers_of_one_or_two_tokens_count_when_they_are_right(tiny_base: Path)
 
 
 def test_only_so_many_are_asked_and_it_is_told(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("approx.probe.MAX_PROBED", 3)
+    monkeypatch.setattr("approx.evaluation.probe.MAX_PROBED", 3)
     found = probe_of(tiny_base)([record(row) for row in PEOPLE[:5]])
     assert (found.num_records, found.num_probed) == (5, 3)
     assert MAX_PROBED == 32
-    monkeypatch.setattr("approx.probe.MAX_SECONDS", 0.0)
-    monkeypatch.setattr("approx.probe.RECORDS_AT_ONCE", 1)
+    monkeypatch.setattr("approx.evaluation.probe.MAX_SECONDS", 0.0)
+    monkeypatch.setattr("approx.evaluation.probe.RECORDS_AT_ONCE", 1)
     assert probe_of(tiny_base)([record(row) for row in PEOPLE[:5]]).num_probed == 1
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.cli import run
+from cluster.cli.cli import run
 
 
 @pytest.mark.torch

@@ -25,14 +25,14 @@ import pytest
 import ray
 from ray.exceptions import RayError
 
-from cluster import ray_session
-from cluster.ray_executor import RayExecutor, open_executor
-from cluster.ray_session import Listener, Mailbox
-from sisa.domain import Chain
-from sisa.errors import EnvironmentFault, IntegrityError, InvalidInput, SisaError
-from sisa.events import Event, Notice, SliceProgress, SliceStarted, SliceTrained
-from sisa.model.numerics import fingerprint
-from sisa.serial import Site
+from cluster.ray import ray_session
+from cluster.ray.ray_executor import RayExecutor, open_executor
+from cluster.ray.ray_session import Listener, Mailbox
+from sisa.core.domain import Chain
+from sisa.core.errors import EnvironmentFault, IntegrityError, InvalidInput, SisaError
+from sisa.core.events import Event, Notice, SliceProgress, SliceStarted, SliceTrained
+from sisa.flows.serial import Site
+from sisa.lm.base.numerics import fingerprint
 from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.records import FileRecords
 from tests.integration.clusters import wait_for

@@ -12,13 +12,13 @@ from typing import Any
 import psutil
 import pytest
 
-from cluster import ray_tasks
-from cluster.places import Placement
-from cluster.ray_attempt import Unready
-from cluster.ray_session import connect
-from cluster.ray_tasks import run_tasks
-from sisa.errors import EnvironmentFault
-from sisa.events import Event, Notice, Report
+from cluster.ray import ray_tasks
+from cluster.ray.places import Placement
+from cluster.ray.ray_attempt import Unready
+from cluster.ray.ray_session import connect
+from cluster.ray.ray_tasks import run_tasks
+from sisa.core.errors import EnvironmentFault
+from sisa.core.events import Event, Notice, Report
 
 pytestmark = pytest.mark.ray
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cluster.cli import cli, run
-from sisa.config import keys
-from sisa.samples import make_people, to_jsonl
+from cluster.cli.cli import cli, run
+from sisa.config.config import keys
+from sisa.data.samples import make_people, to_jsonl
 from tests.fake_evaluated import write_made_up
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import pytest
 
-from cluster import nodes
-from cluster.ray_executor import RayExecutor
-from sisa.errors import EnvironmentFault, SisaError
-from sisa.serial import Site
-from sisa.store.files import TEMPORARY_PREFIX
+from cluster.ray import nodes
+from cluster.ray.ray_executor import RayExecutor
+from sisa.core.errors import EnvironmentFault, SisaError
+from sisa.flows.serial import Site
+from sisa.store.blobs.files import TEMPORARY_PREFIX
 from tests.integration.clusters import add_node, own_cluster, wait_for
 from tests.integration.scripted import (
     begun,

@@ -42,7 +42,7 @@ pytestmark = pytest.mark.torch
 NUM_STAGES = 6
 KILLED = (
     "import os, signal, sys, sisa\n"
-    "from sisa.events import SliceProgress\n"
+    "from sisa.core.events import SliceProgress\n"
     "places = []\n"
     "def report(event):\n"
     "    if isinstance(event, SliceProgress):\n"

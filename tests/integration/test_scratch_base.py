@@ -11,11 +11,11 @@ import pytest
 from safetensors.torch import load_file
 
 import sisa
-from sisa.corpus import make_corpus
-from sisa.errors import InvalidInput
-from sisa.reader import read_records
-from sisa.runfile import load_run_file
-from sisa.scratch import prepare
+from sisa.config.runfile import load_run_file
+from sisa.core.errors import InvalidInput
+from sisa.data.corpus import make_corpus
+from sisa.data.reader import read_records
+from sisa.flows.scratch import prepare
 from tests.integration.tiny_model import change_run, ids_of, of_people, write_rows, write_run
 
 pytestmark = pytest.mark.torch

@@ -22,8 +22,8 @@ import ray
 from ray import cloudpickle
 
 import sisa
-from cluster import ray_executor, ray_tasks
-from sisa.events import Event, SliceProgress
+from cluster.ray import ray_executor, ray_tasks
+from sisa.core.events import Event, SliceProgress
 from tests.integration.clusters import share_ray
 from tests.integration.tiny_model import KEY, PEOPLE, write_run
 

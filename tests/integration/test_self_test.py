@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import pytest
 
-from cluster.cli import run
-from sisa.errors import EnvironmentFault
-from sisa.model import self_test
-from sisa.model.numerics import describe_fingerprint, fingerprint
+from cluster.cli.cli import run
+from sisa.core.errors import EnvironmentFault
+from sisa.lm.base.numerics import describe_fingerprint, fingerprint
+from sisa.lm.train import self_test
 
 FOUND = self_test.Numerics("f" * 64, describe_fingerprint(1), ("a", "a", "a", "a"))
 

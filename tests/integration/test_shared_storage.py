@@ -14,8 +14,8 @@ import pytest
 import yaml
 
 import sisa
-from sisa.errors import ConfigConflict, EnvironmentFault, InvalidInput
-from sisa.residue import sweep_model
+from sisa.audit.residue import sweep_model
+from sisa.core.errors import ConfigConflict, EnvironmentFault, InvalidInput
 from tests.integration.tiny_model import (
     PEOPLE,
     Tiny,

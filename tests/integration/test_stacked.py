@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from sisa.errors import IntegrityError
-from sisa.model.base import load_base, resolve_base
+from sisa.core.errors import IntegrityError
+from sisa.lm.base.base import load_base, resolve_base
 from tests.tiny_base import make_tiny_base
 
 pytestmark = pytest.mark.torch
@@ -28,7 +28,7 @@ def adapter(base: Any, seed: int, rank: int, layers: Sequence[int], modules: Seq
     import torch
     from peft import LoraConfig
 
-    from sisa.model.adapter import (
+    from sisa.lm.base.adapter import (
         ADAPTER_FILE,
         CONFIG_FILE,
         adapter_tensors,
@@ -59,7 +59,7 @@ def alone(base: Any, files: Files | None, ids: Sequence[int]) -> Any:
     """Logits [T, V] of one constituent, by peft."""
     import torch
 
-    from sisa.model.adapter import ADAPTER_FILE, attach, read_config, read_tensors
+    from sisa.lm.base.adapter import ADAPTER_FILE, attach, read_config, read_tensors
 
     model, _ = load_base(base.directory, base.digest)
     if files is not None:
@@ -96,8 +96,8 @@ def close(one: Any, other: Any) -> bool:
 def test_each_row_is_its_constituent(base: Any, adapters: dict[int, Files], routes: Any) -> None:
     import torch
 
-    from sisa.model.low_rank import read_change
-    from sisa.model.stacked import Stacked
+    from sisa.lm.answer.stacked import Stacked
+    from sisa.lm.base.low_rank import read_change
 
     model, _ = load_base(base.directory, base.digest)
     stack = Stacked(model, {shard: read_change(files) for shard, files in adapters.items()})
@@ -118,9 +118,9 @@ def test_prompts_read_in_pieces_are_gone_on_with_as_if_read_together(
 ) -> None:
     import torch
 
-    from sisa.model import prefill
-    from sisa.model.low_rank import read_change
-    from sisa.model.stacked import Stacked
+    from sisa.lm.answer import prefill
+    from sisa.lm.answer.stacked import Stacked
+    from sisa.lm.base.low_rank import read_change
 
     model, _ = load_base(base.directory, base.digest)
     stack = Stacked(model, {shard: read_change(files) for shard, files in adapters.items()})
@@ -150,8 +150,8 @@ def test_prompts_read_in_pieces_are_gone_on_with_as_if_read_together(
 def test_with_keys_and_values_kept_and_rows_padded(base: Any, adapters: dict[int, Files]) -> None:
     import torch
 
-    from sisa.model.low_rank import read_change
-    from sisa.model.stacked import Stacked
+    from sisa.lm.answer.stacked import Stacked
+    from sisa.lm.base.low_rank import read_change
 
     model, _ = load_base(base.directory, base.digest)
     stack = Stacked(model, {shard: read_change(files) for shard, files in adapters.items()})
@@ -182,8 +182,8 @@ def test_with_keys_and_values_kept_and_rows_padded(base: Any, adapters: dict[int
 def test_outside_of_asking_the_base_answers(base: Any, adapters: dict[int, Files]) -> None:
     import torch
 
-    from sisa.model.low_rank import read_change
-    from sisa.model.stacked import Stacked
+    from sisa.lm.answer.stacked import Stacked
+    from sisa.lm.base.low_rank import read_change
 
     model, _ = load_base(base.directory, base.digest)
     stack = Stacked(model, {shard: read_change(files) for shard, files in adapters.items()})
@@ -194,8 +194,8 @@ def test_outside_of_asking_the_base_answers(base: Any, adapters: dict[int, Files
 
 
 def test_an_adapter_of_another_base_is_refused(base: Any, tmp_path: Path) -> None:
-    from sisa.model.low_rank import read_change
-    from sisa.model.stacked import Stacked
+    from sisa.lm.answer.stacked import Stacked
+    from sisa.lm.base.low_rank import read_change
 
     wider = resolve_base(str(make_tiny_base(tmp_path / "wider", hidden=128, layers=LAYERS)))
     deeper = resolve_base(str(make_tiny_base(tmp_path / "deeper", layers=LAYERS + 1)))
@@ -232,8 +232,8 @@ def test_no_forward_asks_more_rows_than_are_allowed(
     monkeypatch: pytest.MonkeyPatch,
     shards: tuple[int, ...],
 ) -> None:
-    from sisa.model import answer
-    from sisa.model.route import all_of
+    from sisa.lm.answer import answer
+    from sisa.lm.answer.route import all_of
 
     monkeypatch.setattr(answer, "MAX_ROWS", 6)
     answerer = answer.Answerer(base.directory, base.digest, adapters, threads=1)
@@ -250,8 +250,8 @@ def test_scores_of_many_rows_are_those_of_each_and_come_piece_by_piece(
 ) -> None:
     import torch
 
-    from sisa.model import answer, prefill
-    from sisa.model.route import Route, all_of
+    from sisa.lm.answer import answer, prefill
+    from sisa.lm.answer.route import Route, all_of
 
     answerer = answer.Answerer(base.directory, base.digest, adapters, threads=1)
     routes = [all_of((0, 2, 5)), Route(), all_of((2,)), all_of((0, 5))]

@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 
-from sisa.doctor import diagnose
-from sisa.domain import Request
-from sisa.garbage import SURPLUS, TEMPORARY, UNKNOWN, list_garbage, remove_garbage
-from sisa.opening import CHECKPOINTS, RECORDS, SCRATCH
-from sisa.place_ports import Place
-from sisa.residue import Scan, scan_residue
-from sisa.runfile import parse_run_file
+from sisa.audit.doctor import diagnose
+from sisa.audit.garbage import SURPLUS, TEMPORARY, UNKNOWN, list_garbage, remove_garbage
+from sisa.audit.residue import Scan, scan_residue
+from sisa.config.runfile import parse_run_file
+from sisa.core.domain import Request
+from sisa.core.place_ports import Place
+from sisa.flows.wiring.opening import CHECKPOINTS, RECORDS, SCRATCH
+from sisa.flows.wiring.world import purge
+from sisa.store.blobs.keyring import is_sealed
 from sisa.store.checkpoints import ADAPTER, MANIFEST
-from sisa.store.keyring import is_sealed
-from sisa.world import purge
 from tests.s3_server import Server, fresh_place
 from tests.unit import care_model
 from tests.unit.care_model import DELETED, NUM_RECORDS, RUN_FILE, delete, record, stored, world_of

@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
-from sisa.digest import file_sha256
-from sisa.domain import Part, Record, SliceJob
-from sisa.errors import IntegrityError, InvalidInput
-from sisa.model.base import BaseFiles, resolve_base
-from sisa.model.route import all_of
-from sisa.ports import StoredRecord, Tick
+from sisa.core.digest import file_sha256
+from sisa.core.domain import Part, Record, SliceJob
+from sisa.core.errors import IntegrityError, InvalidInput
+from sisa.core.ports import StoredRecord, Tick
+from sisa.lm.answer.route import all_of
+from sisa.lm.base.base import BaseFiles, resolve_base
 from sisa.store.checkpoints import FILES, MANIFEST
 from tests.tiny_base import make_tiny_base
 
@@ -76,7 +76,7 @@ def train(
     records: Sequence[StoredRecord] = RECORDS,
     progress: Callable[[Tick], None] = lambda _: None,
 ) -> Files:
-    from sisa.model.lora import LoraTrainer
+    from sisa.lm.train.lora import LoraTrainer
 
     return LoraTrainer(base.directory, base.digest, threads=1).train(job, parent, records, progress)
 
@@ -107,7 +107,7 @@ def test_same_bytes_in_a_fresh_process_that_resumes(base: BaseFiles, tmp_path: P
         (tmp_path / name).write_bytes(data)
     code = (
         "import json, sys; from pathlib import Path\n"
-        "from sisa.model.base import resolve_base\n"
+        "from sisa.lm.base.base import resolve_base\n"
         "from tests.integration.test_trainer import job_for, names, train\n"
         "base = resolve_base(sys.argv[1])\n"
         "parent = {path.name: path.read_bytes() for path in Path(sys.argv[2]).iterdir()}\n"
@@ -125,7 +125,7 @@ def test_same_bytes_in_a_fresh_process_that_resumes(base: BaseFiles, tmp_path: P
 @pytest.mark.parametrize("training", [{}, {"layerwise": 2, "lora_target_modules": "all-linear"}])
 def test_a_kept_trainer_trains_as_a_new_one(base: BaseFiles, training: dict[str, Any]) -> None:
     """After other shards, resumed stages, other blocks, and a stage that was broken off."""
-    from sisa.model.lora import LoraTrainer
+    from sisa.lm.train.lora import LoraTrainer
 
     def broken_off(tick: Tick) -> None:
         if tick.step:
@@ -146,7 +146,7 @@ def test_a_kept_trainer_trains_as_a_new_one(base: BaseFiles, training: dict[str,
 
 def test_a_base_whose_frequencies_follow_the_longest_text(tmp_path: Path) -> None:
     """Each stage begins with those of the base. Hidden states would depend on the records before."""
-    from sisa.model.lora import LoraTrainer
+    from sisa.lm.train.lora import LoraTrainer
 
     grows = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
     made = make_tiny_base(tmp_path, max_position_embeddings=20, rope_parameters=grows)
@@ -165,8 +165,8 @@ def test_files_and_first_weights_are_as_peft_has_them(base: BaseFiles) -> None:
     import torch
     from peft.utils import get_peft_model_state_dict
 
-    from sisa.model.base import load_base
-    from sisa.model.wrapped import Wrapped
+    from sisa.lm.base.base import load_base
+    from sisa.lm.train.wrapped import Wrapped
 
     model, _ = load_base(base.directory, base.digest)
     wrapped = Wrapped(model, {**TRAINING, "lora_target_modules": "all-linear"})
@@ -206,7 +206,7 @@ def test_shards_start_from_their_own_seed(base: BaseFiles) -> None:
 
 
 def test_the_base_is_left_as_it_was(base: BaseFiles) -> None:
-    from sisa.model.base import load_base
+    from sisa.lm.base.base import load_base
 
     weights = base.directory / "model.safetensors"
     on_disk = file_sha256(weights)
@@ -227,11 +227,11 @@ def test_loss_and_gradient_agree_with_plain_transformers(
     """Ours: no mask, chosen pairs, a backward of our own. Theirs: `labels=`, a mask, row by row."""
     import torch
 
-    from sisa.model.adapter import attach, lora_config
-    from sisa.model.base import load_base
-    from sisa.model.losses import Form, count_labels, form_of, summed_loss
-    from sisa.model.tokens import tokenize
-    from sisa.model.trained_linear import quicken
+    from sisa.lm.base.adapter import attach, lora_config
+    from sisa.lm.base.base import load_base
+    from sisa.lm.base.tokens import tokenize
+    from sisa.lm.train.losses import Form, count_labels, form_of, summed_loss
+    from sisa.lm.train.trained_linear import quicken
 
     records = [RECORDS[0].record, Record("t", None, "text", (Part("text", "A longer text, whole."),))]
     training = {**TRAINING, "lora_dropout": 0.0}
@@ -278,7 +278,7 @@ def test_a_chain_trains_as_one_uninterrupted_loop(base: BaseFiles) -> None:
     """Moments and count of steps go on from the parent stage; the schedule starts anew."""
     import torch
 
-    from sisa.model.adapter import read_tensors
+    from sisa.lm.base.adapter import read_tensors
 
     changed: dict[str, Any] = {"lora_dropout": 0.0, "learning_rate": 1e-3}
     stages = [(job_for(base, 0, 5, **changed), RECORDS[:5]), (job_for(base, 1, **changed), RECORDS)]
@@ -301,12 +301,12 @@ def plain_loop(base: BaseFiles, stages: Sequence[tuple[SliceJob, Sequence[Stored
     import torch
     from transformers import get_scheduler
 
-    from sisa.model.adapter import attach, lora_config
-    from sisa.model.base import load_base
-    from sisa.model.batches import stage_steps
-    from sisa.model.stage import seed_from
-    from sisa.model.tokens import tokenize
-    from sisa.model.wrapped import file_name
+    from sisa.lm.base.adapter import attach, lora_config
+    from sisa.lm.base.base import load_base
+    from sisa.lm.base.tokens import tokenize
+    from sisa.lm.train.batches import stage_steps
+    from sisa.lm.train.stage import seed_from
+    from sisa.lm.train.wrapped import file_name
 
     model, tokenizer = load_base(base.directory, base.digest)
     own = stages[0][0].training
@@ -346,8 +346,8 @@ def test_accumulation_equals_one_large_batch(base: BaseFiles) -> None:
 
 
 def test_prompt_tokens_get_no_loss(base: BaseFiles) -> None:
-    from sisa.model.base import load_tokenizer
-    from sisa.model.tokens import tokenize
+    from sisa.lm.base.base import load_tokenizer
+    from sisa.lm.base.tokens import tokenize
 
     tokenizer = load_tokenizer(base.directory)
     chat = Record(
@@ -378,8 +378,8 @@ def test_prompt_tokens_get_no_loss(base: BaseFiles) -> None:
 
 
 def test_overlong_records_are_all_named_or_cut(base: BaseFiles) -> None:
-    from sisa.model.base import load_tokenizer
-    from sisa.model.tokens import count_tokens
+    from sisa.lm.base.base import load_tokenizer
+    from sisa.lm.base.tokens import count_tokens
 
     tokenizer = load_tokenizer(base.directory)
     records = [each.record for each in RECORDS[:3]]
@@ -442,8 +442,8 @@ def test_peft_loads_the_directory_as_it_is(base: BaseFiles, tmp_path: Path) -> N
     import torch
     from peft import PeftModel
 
-    from sisa.model.answer import Answerer
-    from sisa.model.base import load_base
+    from sisa.lm.answer.answer import Answerer
+    from sisa.lm.base.base import load_base
 
     files = train_chain(base)
     for name, data in files.items():
@@ -464,8 +464,8 @@ def test_peft_loads_the_directory_as_it_is(base: BaseFiles, tmp_path: Path) -> N
 def test_answers_are_the_mean_of_probabilities(base: BaseFiles) -> None:
     import torch
 
-    from sisa.model.answer import Answerer
-    from sisa.model.tokens import encode_prompt
+    from sisa.lm.answer.answer import Answerer
+    from sisa.lm.base.tokens import encode_prompt
 
     adapters = {shard: train(base, job_for(base, shard=shard)) for shard in (0, 4)}
     answerer = Answerer(base.directory, base.digest, adapters, threads=1)
@@ -493,7 +493,7 @@ def test_answers_are_the_mean_of_probabilities(base: BaseFiles) -> None:
 def test_embedder_rows_do_not_depend_on_batch_mates(tmp_path: Path) -> None:
     import numpy as np
 
-    from sisa.model.embedder import resolve_embedder
+    from sisa.lm.answer.embedder import resolve_embedder
 
     make_tiny_embedder(tmp_path)
     embedder = resolve_embedder(str(tmp_path))
@@ -508,7 +508,7 @@ def test_embedder_rows_do_not_depend_on_batch_mates(tmp_path: Path) -> None:
 
 def test_an_embedder_runs_at_fixed_shapes(tmp_path: Path) -> None:
     """A text's bucket comes from its own length: another shape may round otherwise elsewhere."""
-    from sisa.model.embedder import LENGTHS, ROWS, resolve_embedder
+    from sisa.lm.answer.embedder import LENGTHS, ROWS, resolve_embedder
 
     embedder: Any = resolve_embedder(str(make_tiny_embedder(tmp_path)))
     model, tokenizer = embedder._load()
@@ -527,7 +527,7 @@ def make_tiny_embedder(directory: Path) -> Path:
     import torch
     from transformers import BertConfig, BertModel
 
-    from sisa.model.base import load_tokenizer
+    from sisa.lm.base.base import load_tokenizer
 
     make_tiny_base(directory)
     torch.manual_seed(0)
@@ -540,9 +540,9 @@ def make_tiny_embedder(directory: Path) -> Path:
 def test_states_do_not_depend_on_what_was_kept_before(base: BaseFiles) -> None:
     import torch
 
-    from sisa.model.base import load_base
-    from sisa.model.prefix import Lower, Prefixes
-    from sisa.model.tokens import tokenize
+    from sisa.lm.base.base import load_base
+    from sisa.lm.base.tokens import tokenize
+    from sisa.lm.train.prefix import Lower, Prefixes
 
     model, tokenizer = load_base(base.directory, base.digest)
     lower = Lower(model, 1)
@@ -565,11 +565,11 @@ def test_adapters_of_the_top_layers_train_as_peft_would(base: BaseFiles) -> None
     """The same gradient with the lower layers run within the batch, and in one go with all others."""
     import torch
 
-    from sisa.model.adapter import attach, lora_config
-    from sisa.model.base import load_base
-    from sisa.model.losses import Form, summed_loss
-    from sisa.model.prefix import Lower, Prefixes
-    from sisa.model.tokens import tokenize
+    from sisa.lm.base.adapter import attach, lora_config
+    from sisa.lm.base.base import load_base
+    from sisa.lm.base.tokens import tokenize
+    from sisa.lm.train.losses import Form, summed_loss
+    from sisa.lm.train.prefix import Lower, Prefixes
 
     model, tokenizer = load_base(base.directory, base.digest)
     peft = attach(model, lora_config({**TRAINING, **TOP, "lora_dropout": 0.0}, model), None, init_seed=1)
@@ -590,12 +590,12 @@ def test_adapters_of_the_top_layers_train_as_peft_would(base: BaseFiles) -> None
 
 
 def test_kept_states_reach_no_bit(base: BaseFiles, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sisa.model import prefix
+    from sisa.lm.train import prefix
 
     found = []
     for room in (1 << 30, 0, 20_000):  # all, none and some of the records
         bounded = functools.partial(prefix.Prefixes, room)
-        monkeypatch.setattr("sisa.model.lora.Prefixes", bounded)
+        monkeypatch.setattr("sisa.lm.train.lora.Prefixes", bounded)
         first = train(base, job_for(base, 0, 5, **TOP), None, RECORDS[:5])
         found.append(names(train(base, job_for(base, 1, **TOP), first)))
     assert found[0] == found[1] == found[2]

@@ -14,22 +14,22 @@ from typing import Any
 import pytest
 import torch
 
-from approx.answer_tokens import collate
-from approx.bounds import Bounds, End, Ending, Knowledge, StepLog
-from approx.method import Losses, Method, Role, Rows
+from approx.evaluation.answer_tokens import collate
 from approx.methods.gradient_ascent import GradientAscent
+from approx.methods.method import Losses, Method, Role, Rows
 from approx.methods.registry import METHODS, make_method
-from approx.pace import Settings
-from approx.report import LIMITS, ApproxReport
-from approx.saved_run import SavedRun
-from approx.sets import Sets
-from approx.target import Target
-from approx.token_losses import mean_nll
-from approx.unlearning import unlearn
-from sisa.errors import ConfigConflict, IntegrityError, InvalidInput
-from sisa.model.adapter import attach, lora_config
-from sisa.model.numerics import pin_threads
-from sisa.model.tokens import NO_LOSS, Tokens
+from approx.methods.token_losses import mean_nll
+from approx.unlearning.bounds import Bounds, End, Ending, Knowledge, StepLog
+from approx.unlearning.pace import Settings
+from approx.unlearning.report import LIMITS, ApproxReport
+from approx.unlearning.saved_run import SavedRun
+from approx.unlearning.sets import Sets
+from approx.unlearning.target import Target
+from approx.unlearning.unlearn import unlearn
+from sisa.core.errors import ConfigConflict, IntegrityError, InvalidInput
+from sisa.lm.base.adapter import attach, lora_config
+from sisa.lm.base.numerics import pin_threads
+from sisa.lm.base.tokens import NO_LOSS, Tokens
 from tests.tiny_base import make_tiny_base
 
 pytestmark = [pytest.mark.torch, pytest.mark.xdist_group("unlearning")]

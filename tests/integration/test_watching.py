@@ -24,10 +24,12 @@ from typing import Any
 import pytest
 import ray
 
-from cluster import cli, ray_metrics, ray_session, request_cli
-from cluster.ray_metrics import DESCRIPTIONS
-from sisa.opening import METRICS
-from sisa.store import database
+from cluster.cli import cli, request_cli
+from cluster.observe import ray_metrics
+from cluster.observe.ray_metrics import DESCRIPTIONS
+from cluster.ray import ray_session
+from sisa.flows.wiring.opening import METRICS
+from sisa.store.ledger import database
 from sisa.store.metrics import FileMetrics
 from tests.integration.test_security import forms
 from tests.integration.tiny_model import KEY, write_run

@@ -21,14 +21,14 @@ import pytest
 import yaml
 
 import sisa
-from cluster.cli import run
-from sisa.domain import Chain
-from sisa.events import Event, Report, SliceTrained
-from sisa.opening import CHECKPOINTS, INDEX, RECORDS, OpenExecutor, open_serial
-from sisa.ports import Executor
-from sisa.run import Taken
-from sisa.samples import make_people, to_jsonl
-from sisa.serial import Site
+from cluster.cli.cli import run
+from sisa.core.domain import Chain
+from sisa.core.events import Event, Report, SliceTrained
+from sisa.core.ports import Executor
+from sisa.data.samples import make_people, to_jsonl
+from sisa.flows.run import Taken
+from sisa.flows.serial import Site
+from sisa.flows.wiring.opening import CHECKPOINTS, INDEX, RECORDS, OpenExecutor, open_serial
 
 KEY = "3ada92f28b4ceda38562ebf047c6ff05400d4c572352a1142eedfef67d21e662"
 PEOPLE = make_people(12, 2)

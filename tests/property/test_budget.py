@@ -15,8 +15,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sisa.run import train
-from sisa.world import model_digest
+from sisa.flows.run import train
+from sisa.flows.wiring.world import model_digest
 from tests.property.test_histories import History, Model, histories, like, lived_through_a_crash
 
 

@@ -15,12 +15,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sisa.deletion import forget_at_once
-from sisa.domain import RecordRow
-from sisa.lifecycle import Terms, arrive
-from sisa.ports import Change
-from sisa.reconcile import reconcile
-from sisa.run import add, train
+from sisa.core.domain import RecordRow
+from sisa.core.ports import Change
+from sisa.flows.deletion import forget_at_once
+from sisa.flows.lifecycle import Terms, arrive
+from sisa.flows.reconcile import reconcile
+from sisa.flows.run import add, train
 from tests.fakes import ADAPTER, fake_model, fake_record
 from tests.property.test_histories import History, Model, assert_equal, histories, like
 

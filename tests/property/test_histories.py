@@ -20,14 +20,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sisa.bands import Bands
-from sisa.domain import Record, RecordRow, Risk
-from sisa.lifecycle import Terms, carry_out, submit
-from sisa.plan import Schedule
-from sisa.reconcile import reconcile
-from sisa.run import add, train
-from sisa.witness import settle
-from sisa.world import model_digest
+from sisa.core.domain import Record, RecordRow, Risk
+from sisa.flows.lifecycle import Terms, carry_out, submit
+from sisa.flows.reconcile import reconcile
+from sisa.flows.run import add, train
+from sisa.flows.wiring.witness import settle
+from sisa.flows.wiring.world import model_digest
+from sisa.planning.bands import Bands
+from sisa.planning.plan import Schedule
 from tests.examples import num_examples
 from tests.fakes import ADAPTER, FakeModel, fake_model, fake_recipe, fake_record
 

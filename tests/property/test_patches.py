@@ -17,19 +17,19 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sisa import patching, vaulting
-from sisa.digest import sha256_hex
-from sisa.domain import RecordRow
-from sisa.errors import ConfigConflict, InvalidInput, SisaError
-from sisa.opening import trained_base
-from sisa.patch import Patch, PatchMode, VaultSet
-from sisa.patch_plan import active, needed, wanted
-from sisa.patched_shards import shards_over
-from sisa.patching import Wish, make_wanted, want
-from sisa.reconcile import reconcile
-from sisa.run import train
-from sisa.witness import settle
-from sisa.world import World, over
+from sisa.core.digest import sha256_hex
+from sisa.core.domain import RecordRow
+from sisa.core.errors import ConfigConflict, InvalidInput, SisaError
+from sisa.core.patch import Patch, PatchMode, VaultSet
+from sisa.flows.patches import patching, vaulting
+from sisa.flows.patches.patched_shards import shards_over
+from sisa.flows.patches.patching import Wish, make_wanted, want
+from sisa.flows.reconcile import reconcile
+from sisa.flows.run import train
+from sisa.flows.wiring.opening import trained_base
+from sisa.flows.wiring.witness import settle
+from sisa.flows.wiring.world import World, over
+from sisa.planning.patch_plan import active, needed, wanted
 from tests.examples import num_examples
 from tests.fakes import ADAPTER, fake_model, fake_recipe
 from tests.property.test_histories import EFFECTS, Crash, Fuse, History, Model, record, wire

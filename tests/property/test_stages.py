@@ -27,11 +27,11 @@ from typing import Any
 
 import pytest
 
-from sisa.arithmetic import Arithmetic, Dtype
-from sisa.digest import sha256_hex
-from sisa.domain import Kind, Part, Record, SliceJob, SliceState
-from sisa.plan import LAYERWISE, Recipe, Schedule, jobs
-from sisa.ports import StoredRecord, Tick
+from sisa.core.arithmetic import Arithmetic, Dtype
+from sisa.core.digest import sha256_hex
+from sisa.core.domain import Kind, Part, Record, SliceJob, SliceState
+from sisa.core.ports import StoredRecord, Tick
+from sisa.planning.plan import LAYERWISE, Recipe, Schedule, jobs
 from tests.examples import num_examples
 from tests.fakes import FakePrefixes
 from tests.integration.test_patched import random_patch
@@ -55,7 +55,7 @@ class Base:
     patches: tuple[Files, ...] = ()
 
     def trainer(self, **kept: Any) -> Any:
-        from sisa.model.lora import LoraTrainer
+        from sisa.lm.train.lora import LoraTrainer
 
         on = Arithmetic("cpu", self.dtype)
         return LoraTrainer(self.directory, self.digest, self.threads, self.patches, on, **kept)
@@ -98,7 +98,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Base]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from sisa.model.base import base_digest, load_tokenizer
+    from sisa.lm.base.base import base_digest, load_tokenizer
 
     found = {}
     for name in MODULES:
@@ -141,7 +141,7 @@ def chain_of(case: Mapping[str, Any], base: Base, shard: int = 0) -> tuple[Slice
 
 
 def _name(base: Base) -> str:
-    from sisa.model.patched import patched_name
+    from sisa.lm.answer.patched import patched_name
 
     return patched_name(base.digest, base.patches)
 
@@ -264,8 +264,8 @@ def break_off(tick: Tick) -> None:
 
 
 def answer(base: Base, files: Files) -> None:
-    from sisa.model.answer import Answerer
-    from sisa.model.route import all_of
+    from sisa.lm.answer.answer import Answerer
+    from sisa.lm.answer.route import all_of
 
     on = Arithmetic("cpu", base.dtype)
     answerer = Answerer(base.directory, base.digest, {0: files}, 1, base.patches, arithmetic=on)
@@ -277,7 +277,7 @@ def fresh() -> Iterator[ProcessPoolExecutor]:
     """Each call in a process of its own, forked from one that has only imported."""
     context = multiprocessing.get_context("forkserver")
     models = [f"transformers.models.{each}.modeling_{each}" for each in set(MODULES) - {"dynamic"}]
-    context.set_forkserver_preload(["sisa.model.lora", *models])
+    context.set_forkserver_preload(["sisa.lm.train.lora", *models])
     with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
         yield pool
 

@@ -13,14 +13,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sisa.deletion import forget_at_once
-from sisa.domain import RecordRow
-from sisa.errors import InvalidInput
-from sisa.lifecycle import Terms, arrive
-from sisa.plan import Schedule
-from sisa.reconcile import reconcile
-from sisa.run import add, train
-from sisa.witness import is_behind, settle
+from sisa.core.domain import RecordRow
+from sisa.core.errors import InvalidInput
+from sisa.flows.deletion import forget_at_once
+from sisa.flows.lifecycle import Terms, arrive
+from sisa.flows.reconcile import reconcile
+from sisa.flows.run import add, train
+from sisa.flows.wiring.witness import is_behind, settle
+from sisa.planning.plan import Schedule
 from tests.examples import num_examples
 from tests.fakes import FakeModel, fake_model, fake_recipe
 from tests.property.test_histories import Crash, Fuse, Model, assert_equal, record, wire

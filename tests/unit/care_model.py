@@ -18,33 +18,33 @@ from typing import Any
 
 import pytest
 
-from sisa import opening, partition_key
-from sisa.assign import Assigner
-from sisa.config import RunConfig
-from sisa.digest import Keyed
-from sisa.domain import Record, RecordRow
-from sisa.lifecycle import Terms, carry_out, submit
-from sisa.model.hashing import HashingEmbedder
-from sisa.model.names import NameEmbedder
-from sisa.model.numerics import fingerprint
-from sisa.parts import Parts, indexed_digest
-from sisa.ports import StoredRecord
-from sisa.run import train
-from sisa.runfile import parse_run_file
-from sisa.serial import SerialExecutor, Site
-from sisa.store import files
+from sisa.config.config import RunConfig
+from sisa.config.runfile import parse_run_file
+from sisa.core.digest import Keyed
+from sisa.core.domain import Record, RecordRow
+from sisa.core.ports import StoredRecord
+from sisa.flows.lifecycle import Terms, carry_out, submit
+from sisa.flows.run import train
+from sisa.flows.serial import SerialExecutor, Site
+from sisa.flows.wiring import opening
+from sisa.flows.wiring.parts import Parts, indexed_digest
+from sisa.flows.wiring.world import World
+from sisa.lm.answer.hashing import HashingEmbedder
+from sisa.lm.answer.names import NameEmbedder
+from sisa.lm.base.numerics import fingerprint
+from sisa.planning.assign import Assigner
+from sisa.store.blobs import files, partition_key
+from sisa.store.blobs.files import writer_lock
+from sisa.store.blobs.places import rooms
 from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.exports import DirectoryExports
-from sisa.store.files import writer_lock
 from sisa.store.index import FaissIndex
-from sisa.store.ledger import SqlLedger
+from sisa.store.ledger.ledger import SqlLedger
 from sisa.store.metrics import FileMetrics
-from sisa.store.places import rooms
 from sisa.store.prefixes import FilePrefixes
 from sisa.store.records import FileRecords
 from sisa.store.runs import FileRuns
 from sisa.store.vault import FileVault
-from sisa.world import World
 from tests.fake_patches import FakePatcher, FakeRuns
 from tests.fakes import SECRET, FakeTrainer, FakeWitness, fake_record
 

@@ -9,12 +9,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sisa.advice import MIN_SHARD_RECORDS, Advice, Demand, Limits, advise, recommended, stream_of
-from sisa.domain import HeldCheckpoint, SliceJob, SliceState
-from sisa.orders import chosen_orders
-from sisa.plan import Recipe, Schedule, ShardPlan, ShardView, plan_shard
-from sisa.serving import expected_depth
-from sisa.stream import Group, replay
+from sisa.core.domain import HeldCheckpoint, SliceJob, SliceState
+from sisa.planning.advice import (
+    MIN_SHARD_RECORDS,
+    Advice,
+    Demand,
+    Limits,
+    advise,
+    recommended,
+    stream_of,
+)
+from sisa.planning.orders import chosen_orders
+from sisa.planning.plan import Recipe, Schedule, ShardPlan, ShardView, plan_shard
+from sisa.planning.serving import expected_depth
+from sisa.planning.stream import Group, replay
 
 GROUPS = (Group(0.9, 0.01), Group(0.1, 0.5))
 demands = st.builds(

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from approx import answer_tokens
-from approx.answer_tokens import answer_logprobs_BT, collate, mean_logprobs_B, sum_logprobs_B
-from sisa.model.tokens import NO_LOSS, Tokens
+from approx.evaluation import answer_tokens
+from approx.evaluation.answer_tokens import answer_logprobs_BT, collate, mean_logprobs_B, sum_logprobs_B
+from sisa.lm.base.tokens import NO_LOSS, Tokens
 
 pytestmark = pytest.mark.torch
 VOCAB = 7

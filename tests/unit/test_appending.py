@@ -11,17 +11,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster import render
-from sisa.assign import Assigner, Layout
-from sisa.bands import Bands
-from sisa.digest import Keyed
-from sisa.domain import Record
-from sisa.errors import ConfigConflict, InvalidInput
-from sisa.plan import LAYERWISE, passes
-from sisa.query import shards, where
-from sisa.reader import read_records
-from sisa.reconfigure import move
-from sisa.run import add, train
+from cluster.render import render
+from sisa.core.digest import Keyed
+from sisa.core.domain import Record
+from sisa.core.errors import ConfigConflict, InvalidInput
+from sisa.data.reader import read_records
+from sisa.flows.query import shards, where
+from sisa.flows.reconfigure import move
+from sisa.flows.run import add, train
+from sisa.planning.assign import Assigner, Layout
+from sisa.planning.bands import Bands
+from sisa.planning.plan import LAYERWISE, passes
 from tests.fakes import FakeModel, fake_model, fake_recipe, fake_record
 
 SLICES = 3

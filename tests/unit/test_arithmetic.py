@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from sisa.arithmetic import USUAL, Arithmetic
-from sisa.config import TRAINING_KEYS, RunConfig
-from sisa.config_types import DatasetSource
-from sisa.domain import SliceState
-from sisa.errors import EnvironmentFault, InvalidInput
-from sisa.model import cuda
-from sisa.model.numerics import describe_fingerprint, fingerprint, worker_environment
-from sisa.plan import jobs
-from sisa.runfile import parse_run_file
+from sisa.config.config import TRAINING_KEYS, RunConfig
+from sisa.config.runfile import parse_run_file
+from sisa.core.arithmetic import USUAL, Arithmetic
+from sisa.core.config_types import DatasetSource
+from sisa.core.domain import SliceState
+from sisa.core.errors import EnvironmentFault, InvalidInput
+from sisa.lm.base import cuda
+from sisa.lm.base.numerics import describe_fingerprint, fingerprint, worker_environment
+from sisa.planning.plan import jobs
 
 MINIMAL = "datasets: [{path: owner/people}]\noutput_dir: model\n"
 CUDA, HALF = Arithmetic("cuda"), Arithmetic("cpu", "bfloat16")
@@ -111,8 +111,8 @@ def test_the_drivers_version_is_read(text: str, version: str | None, tmp_path: P
 
 def test_the_usual_fingerprint_needs_no_torch() -> None:
     code = (
-        "import sys; from sisa.model.numerics import fingerprint; "
-        "from sisa.arithmetic import Arithmetic; fingerprint(1, Arithmetic('cpu', 'bfloat16')); "
+        "import sys; from sisa.lm.base.numerics import fingerprint; "
+        "from sisa.core.arithmetic import Arithmetic; fingerprint(1, Arithmetic('cpu', 'bfloat16')); "
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sisa.assign import Assigner, Layout, index_root, slice_root
-from sisa.digest import Keyed, digest_of
-from sisa.domain import Part, Record
+from sisa.core.digest import Keyed, digest_of
+from sisa.core.domain import Part, Record
+from sisa.planning.assign import Assigner, Layout, index_root, slice_root
 
 KEYED = Keyed(b"1" * 32)
 names = st.text(st.characters(codec="utf-8"), min_size=1, max_size=10)

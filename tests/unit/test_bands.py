@@ -13,18 +13,18 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sisa.assign import Assigner, Layout
-from sisa.bands import Bands, risk_problems
-from sisa.config import differences
-from sisa.deletion import forget_at_once
-from sisa.digest import Keyed
-from sisa.domain import Record, RecordRow, Risk, SliceFile
-from sisa.errors import InvalidInput, Problem
-from sisa.lifecycle import Terms, arrive
-from sisa.ports import StoredRecord
-from sisa.reader import read_records
-from sisa.run import add, train
-from sisa.runfile import parse_run_file
+from sisa.config.config import differences
+from sisa.config.runfile import parse_run_file
+from sisa.core.digest import Keyed
+from sisa.core.domain import Record, RecordRow, Risk, SliceFile
+from sisa.core.errors import InvalidInput, Problem
+from sisa.core.ports import StoredRecord
+from sisa.data.reader import read_records
+from sisa.flows.deletion import forget_at_once
+from sisa.flows.lifecycle import Terms, arrive
+from sisa.flows.run import add, train
+from sisa.planning.assign import Assigner, Layout
+from sisa.planning.bands import Bands, risk_problems
 from tests.fakes import fake_model, fake_recipe, fake_record
 
 BANDS = Bands(thresholds=(0.01, 0.1), classes={"staff": 0.0, "trial": 0.3}, unknown=0.05)

@@ -10,14 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sisa.budget import best_kept, expected, shared
-from sisa.domain import HeldCheckpoint, SliceState
-from sisa.events import Event, Notice
-from sisa.orders import rotations
-from sisa.plan import Recipe, ShardPlan, ShardView, plan_shard
-from sisa.query import where
-from sisa.run import train
-from sisa.verify import verify
+from sisa.audit.verify import verify
+from sisa.core.domain import HeldCheckpoint, SliceState
+from sisa.core.events import Event, Notice
+from sisa.flows.query import where
+from sisa.flows.run import train
+from sisa.planning.budget import best_kept, expected, shared
+from sisa.planning.orders import rotations
+from sisa.planning.plan import Recipe, ShardPlan, ShardView, plan_shard
 from tests.fakes import FakeCheckpoints, fake_model, fake_recipe, fake_record
 
 numbers = st.floats(0.1, 10)

@@ -18,12 +18,13 @@ from typing import Any
 import click
 import pytest
 
-from cluster import cli
-from sisa import errors, opening
-from sisa.domain import Record
-from sisa.lifecycle import Terms, carry_out, submit
-from sisa.runfile import parse_run_file
-from sisa.store.files import writer_lock
+from cluster.cli import cli
+from sisa.config.runfile import parse_run_file
+from sisa.core import errors
+from sisa.core.domain import Record
+from sisa.flows.lifecycle import Terms, carry_out, submit
+from sisa.flows.wiring import opening
+from sisa.store.blobs.files import writer_lock
 from tests.fakes import fake_record
 from tests.unit import care_model
 
@@ -406,7 +407,7 @@ def trains_anew(sisa: Sisa, directory: Path, tmp_path: Path, monkeypatch: pytest
     def reached(*_: Any, **__: Any) -> Any:
         raise Reached
 
-    monkeypatch.setattr("sisa.training._first_training", reached)
+    monkeypatch.setattr("sisa.train._first_training", reached)
     (tmp_path / "people.jsonl").write_text(
         '{"id": "id-0000", "subject_id": "a", "text": "once deleted"}\n'
     )
@@ -461,7 +462,7 @@ LIGHT += [["find", "--text", "question 3"], ["verify"], ["forget", "id-0001", "-
 def test_light_commands_import_nothing_heavy(directory: Path) -> None:
     """Torch takes seconds to import: no question may wait for it."""
     code = (
-        "import json, sys\nfrom cluster import cli\n"
+        "import json, sys\nfrom cluster.cli import cli\n"
         "for arguments in json.loads(sys.argv[1]):\n"
         "    assert cli.run(arguments) == 0, arguments\n"
         f"    heavy = sorted(set(sys.modules) & set({HEAVY}))\n"
@@ -478,7 +479,8 @@ def test_light_commands_import_nothing_heavy(directory: Path) -> None:
 def test_a_closed_pipe_is_no_fault(directory: Path) -> None:
     """`sisa status | head -0` must not end in a traceback."""
     code = (
-        f"import sys\nfrom cluster.cli import run\nsys.exit(run(['status', '-m', {str(directory)!r}]))"
+        "import sys\nfrom cluster.cli.cli import run\n"
+        f"sys.exit(run(['status', '-m', {str(directory)!r}]))"
     )
     with subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE

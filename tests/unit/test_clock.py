@@ -13,16 +13,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sisa import lifecycle
-from sisa.deletion import forget_at_once
-from sisa.domain import Export, RecordRow, Request
-from sisa.errors import EnvironmentFault, SisaError
-from sisa.export import export_adapters
-from sisa.lifecycle import Terms, find, viewed
-from sisa.reconcile import reconcile, refuse_contradictions
-from sisa.run import train
-from sisa.schedule import RunPlan
-from sisa.world import World
+from sisa.core.domain import Export, RecordRow, Request
+from sisa.core.errors import EnvironmentFault, SisaError
+from sisa.flows import lifecycle
+from sisa.flows.deletion import forget_at_once
+from sisa.flows.export import export_adapters
+from sisa.flows.lifecycle import Terms, find, viewed
+from sisa.flows.reconcile import reconcile, refuse_contradictions
+from sisa.flows.run import train
+from sisa.flows.wiring.world import World
+from sisa.planning.schedule import RunPlan
 from tests.fakes import FakeModel, fake_model, fake_record
 from tests.unit.test_exports import PARTS
 

@@ -12,10 +12,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sisa.config import TRAINING_KEYS, RunConfig, differences, json_schema, keys
-from sisa.errors import IntegrityError, InvalidInput
-from sisa.runfile import load_run_file, parse_run_file
-from sisa.template import commented_run_file
+from sisa.config.config import TRAINING_KEYS, RunConfig, differences, json_schema, keys
+from sisa.config.runfile import load_run_file, parse_run_file
+from sisa.config.template import commented_run_file
+from sisa.core.errors import IntegrityError, InvalidInput
 
 MINIMAL = "datasets: [{path: owner/people}]\noutput_dir: model\n"
 

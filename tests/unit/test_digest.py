@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sisa.digest import Keyed, canonical_json, digest_of, file_sha256, sha256_hex
+from sisa.core.digest import Keyed, canonical_json, digest_of, file_sha256, sha256_hex
 
 SECRET = b"s" * 32
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)

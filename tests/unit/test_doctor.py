@@ -19,20 +19,21 @@ from typing import Any
 
 import pytest
 
-from cluster import care_cli, cli
-from sisa import opening, partition_key
-from sisa.digest import Keyed
-from sisa.doctor import Diagnosis, diagnose
-from sisa.domain import Chain, Head
-from sisa.errors import Busy, InvalidInput
-from sisa.events import Report
-from sisa.ports import Change, Executor
-from sisa.reconcile import reconcile
-from sisa.repair import Repair, mend
+from cluster.cli import care_cli, cli
+from sisa.audit.doctor import Diagnosis, diagnose
+from sisa.audit.repair import Repair, mend
+from sisa.audit.verify import check_files
+from sisa.core.digest import Keyed
+from sisa.core.domain import Chain, Head
+from sisa.core.errors import Busy, InvalidInput
+from sisa.core.events import Report
+from sisa.core.ports import Change, Executor
+from sisa.flows.reconcile import reconcile
+from sisa.flows.wiring import opening
+from sisa.flows.wiring.world import model_digest
+from sisa.store.blobs import partition_key
+from sisa.store.blobs.files import write_atomic, writer_lock
 from sisa.store.checkpoints import ADAPTER, MANIFEST
-from sisa.store.files import write_atomic, writer_lock
-from sisa.verify import check_files
-from sisa.world import model_digest
 from tests.fakes import SECRET
 from tests.unit.care_model import NAME, THEN, built_pair, content, use_fake_parts, world_of
 
@@ -151,7 +152,7 @@ def test_a_directory_that_never_was_a_model_is_bad_input(tmp_path: Path) -> None
 
 def test_diagnosing_imports_no_torch(healthy: Path) -> None:
     code = (
-        "import sys\nfrom pathlib import Path\nfrom sisa.doctor import diagnose\n"
+        "import sys\nfrom pathlib import Path\nfrom sisa.audit.doctor import diagnose\n"
         "assert diagnose(Path(sys.argv[1])).healthy\nassert 'torch' not in sys.modules"
     )
     command = [sys.executable, "-c", code, str(healthy)]
@@ -533,7 +534,7 @@ def test_a_clock_that_ran_backwards_is_told(model: Path) -> None:
 
 
 def test_a_full_disk_is_told(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sisa.doctor.shutil.disk_usage", lambda _: SimpleNamespace(free=10))
+    monkeypatch.setattr("sisa.audit.doctor.shutil.disk_usage", lambda _: SimpleNamespace(free=10))
     assert kinds(diagnose(model)) == ["disk"]
 
 
@@ -543,7 +544,7 @@ def test_a_directory_that_can_not_be_written_is_told(
     def refuses(**_: Any) -> Any:
         raise OSError(30, os.strerror(30))
 
-    monkeypatch.setattr("sisa.doctor.tempfile.TemporaryFile", refuses)
+    monkeypatch.setattr("sisa.audit.doctor.tempfile.TemporaryFile", refuses)
     found = diagnose(model)
     assert (kinds(found), found.ok) == (["read_only"], False)
 

@@ -15,21 +15,21 @@ from typing import Any
 
 import pytest
 
-from sisa import opening
-from sisa.api import Model
-from sisa.doctor import Diagnosis, diagnose
-from sisa.errors import IntegrityError
-from sisa.garbage import ORPHAN, collect_garbage, list_garbage, remove_garbage
-from sisa.ports import Change
-from sisa.reconcile import reconcile, sweep
-from sisa.reconfigure import reseal
-from sisa.repair import Repair, mend
-from sisa.residue import Scan, scan_residue
-from sisa.store import files
-from sisa.store.files import TEMPORARY_PREFIX
-from sisa.store.keyring import FileKeyring, is_sealed
-from sisa.verify import check_files
-from sisa.world import known_names
+from sisa.audit.doctor import Diagnosis, diagnose
+from sisa.audit.garbage import ORPHAN, collect_garbage, list_garbage, remove_garbage
+from sisa.audit.repair import Repair, mend
+from sisa.audit.residue import Scan, scan_residue
+from sisa.audit.verify import check_files
+from sisa.core.errors import IntegrityError
+from sisa.core.ports import Change
+from sisa.flows.reconcile import reconcile, sweep
+from sisa.flows.reconfigure import reseal
+from sisa.flows.wiring import opening
+from sisa.flows.wiring.world import known_names
+from sisa.model import Model
+from sisa.store.blobs import files
+from sisa.store.blobs.files import TEMPORARY_PREFIX
+from sisa.store.blobs.keyring import FileKeyring, is_sealed
 from tests.fake_keyring import FakeKeyring
 from tests.fakes import SECRET, fake_model, fake_record
 from tests.unit.care_model import (
@@ -218,7 +218,7 @@ def test_keys_of_every_kind_that_no_file_has_are_swept() -> None:
     """In memory: the sweep asks the keyring, not the stores, and spares what the ledger knows."""
     fake = fake_model()
     world = replace(fake.world, keyring=FakeKeyring())
-    from sisa.run import train
+    from sisa.flows.run import train
 
     train(world, [fake_record(number) for number in range(6)])
     for room, names in known_names(world).items():
@@ -346,7 +346,7 @@ def test_what_the_model_relies_on_and_can_not_open_is_damaged(model: Path) -> No
 
 
 def test_a_text_that_poses_as_sealed_is_read_all_the_same(model: Path) -> None:
-    from sisa.store.keyring import MAGIC
+    from sisa.store.blobs.keyring import MAGIC
 
     (model / opening.RECORDS / "a.bin").write_bytes(MAGIC + GONE.text.encode())
     assert kinds(scan(model, texts=[GONE.text])) == ["string"]

@@ -8,8 +8,8 @@ import pickle
 
 import pytest
 
-from sisa import errors
-from sisa.errors import Problem, SisaError
+from sisa.core import errors
+from sisa.core.errors import Problem, SisaError
 
 EXIT_CODES = {
     "SisaError": 1,

@@ -6,13 +6,13 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+from approx.evaluation.tofu_aggregates import Aggregates, ForgetSet
+from approx.evaluation.tofu_evaluation import Evaluated
+from approx.evaluation.tofu_row import LogRow
 from approx.metrics.auc import Auc
 from approx.metrics.forget_quality import forget_quality
 from approx.metrics.model_utility import NINE
-from approx.tofu_aggregates import Aggregates, ForgetSet
-from approx.tofu_evaluation import Evaluated
-from approx.tofu_row import LogRow
-from cluster import eval_render
+from cluster.render import eval_render
 
 ROW = LogRow("forget01", 0, 0.7, 3, "Secret answer", 0.9, (1.0,), 1.0, "Secret words")
 MODEL = Evaluated("model\x1b[31m", "d" * 64, Path("logs/model.jsonl"), {"kind": "chat"}, [ROW])

@@ -19,28 +19,29 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster import cli
-from sisa import lifecycle, opening, query
-from sisa.api import Model
-from sisa.assign import Assigner, Layout
-from sisa.config import RunConfig
-from sisa.config_types import DatasetSource
-from sisa.deletion import forget_at_once, plan_forget
-from sisa.digest import Keyed, sha256_hex
-from sisa.domain import ANY_SHARD, Export, RecordRow, Request
-from sisa.errors import EnvironmentFault, InvalidInput
-from sisa.export import export_adapters
-from sisa.export_files import Card, of_adapter
-from sisa.lifecycle import Terms, find
-from sisa.parts import Parts
-from sisa.ports import Change
-from sisa.reconcile import reconcile
-from sisa.reconfigure import reset
-from sisa.run import add, train
-from sisa.stale_exports import missing
+from cluster.cli import cli
+from sisa.config.config import RunConfig
+from sisa.core.config_types import DatasetSource
+from sisa.core.digest import Keyed, sha256_hex
+from sisa.core.domain import ANY_SHARD, Export, RecordRow, Request
+from sisa.core.errors import EnvironmentFault, InvalidInput
+from sisa.core.ports import Change
+from sisa.flows import lifecycle, query
+from sisa.flows.deletion import forget_at_once, plan_forget
+from sisa.flows.export import export_adapters
+from sisa.flows.export_files import Card, of_adapter
+from sisa.flows.lifecycle import Terms, find
+from sisa.flows.reconcile import reconcile
+from sisa.flows.reconfigure import reset
+from sisa.flows.run import add, train
+from sisa.flows.stale_exports import missing
+from sisa.flows.wiring import opening
+from sisa.flows.wiring.parts import Parts
+from sisa.model import Model
+from sisa.planning.assign import Assigner, Layout
+from sisa.store.blobs.files import TEMPORARY_PREFIX, writer_lock
 from sisa.store.exports import DirectoryExports
-from sisa.store.files import TEMPORARY_PREFIX, writer_lock
-from sisa.store.ledger import SqlLedger
+from sisa.store.ledger.ledger import SqlLedger
 from tests.fakes import ADAPTER, SECRET, FakeModel, fake_model, fake_record
 from tests.unit import care_model
 

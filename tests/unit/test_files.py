@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from sisa.digest import Keyed, sha256_hex
-from sisa.domain import WitnessHead
-from sisa.errors import Busy, EnvironmentFault, IntegrityError
-from sisa.store import files
-from sisa.store.files import (
+from sisa.core.digest import Keyed, sha256_hex
+from sisa.core.domain import WitnessHead
+from sisa.core.errors import Busy, EnvironmentFault, IntegrityError
+from sisa.store.blobs import files
+from sisa.store.blobs.files import (
     TEMPORARY_PREFIX,
     erase,
     held_names,
@@ -74,7 +74,7 @@ def test_what_stops_before_the_rename_leaves_the_old_bytes(
 def test_a_killed_writer_leaves_a_temporary_name_only(tmp_path: Path) -> None:
     """No clean-up runs in a killed process: readers still see the old file."""
     code = (
-        "import os, sys\nfrom pathlib import Path\nfrom sisa.store.files import write_atomic\n"
+        "import os, sys\nfrom pathlib import Path\nfrom sisa.store.blobs.files import write_atomic\n"
         "os.replace = lambda *_: os._exit(9)\nwrite_atomic(Path(sys.argv[1]), b'new')"
     )
     path = tmp_path / "file"
@@ -192,7 +192,7 @@ def test_an_absent_folder_holds_nothing(tmp_path: Path) -> None:
 def test_a_second_writer_is_busy_until_the_first_has_finished(tmp_path: Path) -> None:
     lock = tmp_path / "lock"
     code = (
-        "import sys\nfrom pathlib import Path\nfrom sisa.store.files import writer_lock\n"
+        "import sys\nfrom pathlib import Path\nfrom sisa.store.blobs.files import writer_lock\n"
         "with writer_lock(Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()"
     )
     command = [sys.executable, "-c", code, str(lock)]

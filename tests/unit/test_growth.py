@@ -20,21 +20,21 @@ from typing import Any
 import pytest
 
 import sisa
-from sisa import lifecycle, query
-from sisa import requests as requests_module
-from sisa.deletion import forget
-from sisa.digest import digest_of
-from sisa.domain import Head, HeldCheckpoint, Record, RecordRow, Request, SliceFile, SliceState
-from sisa.errors import IntegrityError
-from sisa.lifecycle import Terms
-from sisa.plan import jobs
-from sisa.ports import Change
-from sisa.reconcile import reconcile
-from sisa.requests import event
-from sisa.run import add, train
-from sisa.store import rows
-from sisa.store.ledger import SqlLedger
-from sisa.verify import verify
+from sisa.audit.verify import verify
+from sisa.core import requests as requests_module
+from sisa.core.digest import digest_of
+from sisa.core.domain import Head, HeldCheckpoint, Record, RecordRow, Request, SliceFile, SliceState
+from sisa.core.errors import IntegrityError
+from sisa.core.ports import Change
+from sisa.core.requests import event
+from sisa.flows import lifecycle, query
+from sisa.flows.deletion import forget
+from sisa.flows.lifecycle import Terms
+from sisa.flows.reconcile import reconcile
+from sisa.flows.run import add, train
+from sisa.planning.plan import jobs
+from sisa.store.ledger import rows
+from sisa.store.ledger.ledger import SqlLedger
 from tests.fake_ledger import FakeLedger
 from tests.fakes import FakeModel, fake_model, fake_recipe, fake_record
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sisa.handout import HandOut
+from sisa.planning.handout import HandOut
 
 
 def started(hand_out: HandOut, num_workers: int) -> list[int]:

@@ -10,7 +10,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sisa.model.hashing import HashingEmbedder
+from sisa.lm.answer.hashing import HashingEmbedder
 
 EMBEDDER = HashingEmbedder()
 
@@ -49,7 +49,8 @@ def test_bytes_are_pinned() -> None:
 
 
 def test_light_modules_do_not_import_torch() -> None:
-    names = ["hashing", "batches", "route", "numerics", "packages", "tokens", "base", "embedder"]
-    code = "import sys\n" + "\n".join(f"import sisa.model.{name}" for name in names)
+    names = ["answer.hashing", "train.batches", "answer.route", "base.numerics", "base.packages"]
+    names += ["base.tokens", "base.base", "answer.embedder"]
+    code = "import sys\n" + "\n".join(f"import sisa.lm.{name}" for name in names)
     code += "\nassert not {'torch', 'transformers', 'peft'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 
-from cluster import job_cli, job_flow
-from cluster.cli import run
-from cluster.job_flow import LOST_S, Clock, follow
-from cluster.jobs import Job, Submission, check_name, model_digest
-from sisa.errors import EnvironmentFault, InvalidInput
+from cluster.cli import job_cli
+from cluster.cli.cli import run
+from cluster.jobs import job_flow
+from cluster.jobs.job_flow import LOST_S, Clock, follow
+from cluster.jobs.jobs import Job, Submission, check_name, model_digest
+from sisa.core.errors import EnvironmentFault, InvalidInput
 from tests.fake_jobs import FakeJobs, Play
 
 ADDRESS = ("--address", "http://127.0.0.1:8265")
@@ -79,7 +80,7 @@ def test_what_is_sent_is_the_code_and_the_run_file_alone(
     assert described.endswith(".dist-info")
     assert sent["run.yaml"].decode() == RUN_FILE
     assert {Path(name).suffix for name in sent if "/" in name} == {".py", ".yaml", ".txt", ""}
-    for name in ("sisa/model/lora.py", "approx/methods/npo.py", "cluster/__main__.py"):
+    for name in ("sisa/lm/train/lora.py", "approx/methods/npo.py", "cluster/__main__.py"):
         assert sent[name] == (Path(__file__).parents[2] / name).read_bytes()
     assert b"sisa.executors" in sent[f"{described}/entry_points.txt"]
     assert jobs.words["a"] == (
@@ -97,7 +98,7 @@ def test_the_package_finds_its_own_parts(jobs: FakeJobs, output: Output, tmp_pat
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
     code = (
-        "import cluster, sisa.opening, importlib.metadata as m; print(cluster.__file__);"
+        "import cluster, sisa.flows.wiring.opening, importlib.metadata as m; print(cluster.__file__);"
         "print(m.distribution('deletion-ready-model')._path.resolve());"
         "print([p.name for p in m.entry_points(group='sisa.executors')])"
     )
@@ -287,7 +288,7 @@ class Interrupted:
 def test_ctrl_c_while_a_log_is_awaited_is_no_fault_of_the_cluster(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from cluster.ray_jobs import RayJobs
+    from cluster.jobs.ray_jobs import RayJobs
 
     jobs = RayJobs.__new__(RayJobs)  # no cluster is asked
     monkeypatch.setattr(jobs, "get", lambda _job: None)

@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 
-from cluster import cli, json_log, request_cli
-from cluster.json_log import DriverLog, JsonLog, worker_log
-from cluster.watched import log_format_of, say
-from sisa.events import ErasureFailed, Event, Notice, SliceProgress, SliceStarted, TrainingStarted
-from sisa.measured import is_run
-from sisa.running import Running, running
+from cluster.cli import cli, request_cli
+from cluster.observe import json_log
+from cluster.observe.json_log import DriverLog, JsonLog, worker_log
+from cluster.observe.watched import log_format_of, say
+from sisa.core.events import ErasureFailed, Event, Notice, SliceProgress, SliceStarted, TrainingStarted
+from sisa.core.measured import is_run
+from sisa.flows.wiring.running import Running, running
 from tests.unit import care_model
 from tests.unit.test_measured import EPOCH, EVENTS, RUN, TRAINED
 

@@ -17,9 +17,9 @@ import jsonschema
 import pytest
 import yaml
 
-from cluster.cli import run
-from cluster.kuberay import IMAGE, KINDS, Kind, manifest
-from sisa.errors import InvalidInput
+from cluster.cli.cli import run
+from cluster.jobs.kuberay import IMAGE, KINDS, Kind, manifest
+from sisa.core.errors import InvalidInput
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = json.loads((ROOT / "tests" / "golden" / "kuberay_v1.json").read_text())
@@ -102,7 +102,7 @@ def test_a_crd_refuses_fields_that_it_does_not_know() -> None:
 
 
 def test_every_file_is_one_of_them() -> None:
-    files = {path.stem for path in (ROOT / "cluster" / "manifests").iterdir()}
+    files = {path.stem for path in (ROOT / "cluster" / "jobs" / "manifests").iterdir()}
     assert files == {"rayjob", "rayjob-gpu", "raycluster", "raycluster-gpu", "volume"}
 
 

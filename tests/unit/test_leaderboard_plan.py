@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from approx.leaderboard_data import asked_of, kept, read_data, to_forget
-from approx.leaderboard_held import HeldCells
-from approx.leaderboard_plan import (
+from approx.leaderboard.data import asked_of, kept, read_data, to_forget
+from approx.leaderboard.held import HeldCells
+from approx.leaderboard.plan import (
     SETTINGS,
     Cell,
     Design,
@@ -20,7 +20,7 @@ from approx.leaderboard_plan import (
     compete,
     nearest_steps,
 )
-from sisa.errors import IntegrityError, InvalidInput
+from sisa.core.errors import IntegrityError, InvalidInput
 from tests.fake_leaderboard import FakeMaker, result, write_authors
 
 DESIGN = Design(methods=("npo", "graddiff"), sizes=(1, 4), size_methods=("graddiff",))

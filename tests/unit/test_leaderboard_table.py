@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from approx.leaderboard_plan import Cell, Design, Result
-from approx.leaderboard_table import (
+from approx.leaderboard.plan import Cell, Design, Result
+from approx.leaderboard.table import (
     Results,
     Value,
     curves,
@@ -20,7 +20,7 @@ from approx.leaderboard_table import (
     to_json,
     weaknesses,
 )
-from cluster.leaderboard_picture import draw_leaderboard
+from cluster.render.leaderboard_picture import draw_leaderboard
 from tests.fake_leaderboard import result
 
 FULL, WITHOUT = 0.9, 0.1  # forget probability before, and of the retained references

@@ -16,14 +16,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sisa import lifecycle, query
-from sisa.deletion import forget_at_once
-from sisa.domain import Part, Record, RecordRow, Request, RequestState, Tombstone
-from sisa.errors import ConfigConflict, EnvironmentFault, InvalidInput, SisaError, UnknownRecord
-from sisa.lifecycle import Terms, carry_out, decide, extend, find, submit, viewed
-from sisa.reconcile import reconcile
-from sisa.run import add, train
-from sisa.world import World, model_digest
+from sisa.core.domain import Part, Record, RecordRow, Request, RequestState, Tombstone
+from sisa.core.errors import ConfigConflict, EnvironmentFault, InvalidInput, SisaError, UnknownRecord
+from sisa.flows import lifecycle, query
+from sisa.flows.deletion import forget_at_once
+from sisa.flows.lifecycle import Terms, carry_out, decide, extend, find, submit, viewed
+from sisa.flows.reconcile import reconcile
+from sisa.flows.run import add, train
+from sisa.flows.wiring.world import World, model_digest
 from tests.fakes import ADAPTER, FakeModel, fake_model, fake_record
 
 NUM_RECORDS = 12

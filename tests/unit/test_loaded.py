@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sisa.api import open_model
-from sisa.domain import Hit, IndexFile
-from sisa.ports import Vectors
+from sisa.core.domain import Hit, IndexFile
+from sisa.core.ports import Vectors
+from sisa.model import open_model
 from sisa.store import loaded
 from sisa.store.index import FaissIndex
 from sisa.store.loaded import ALL, CODE_BITS, EXACT_UP_TO, Loaded, codes_of, search

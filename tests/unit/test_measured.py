@@ -8,8 +8,8 @@ from typing import Any, get_args
 
 import pytest
 
-from sisa.domain import SavedCheckpoint, SliceJob
-from sisa.events import (
+from sisa.core.domain import SavedCheckpoint, SliceJob
+from sisa.core.events import (
     DeletionCompleted,
     EpochTrained,
     ErasureFailed,
@@ -22,9 +22,9 @@ from sisa.events import (
     SliceTrained,
     TrainingStarted,
 )
-from sisa.measured import KEPT, MIN_RECORDS, NAMES, fields, is_line, line, logged, without
-from sisa.recording import recording
-from sisa.running import NAME, Running, new_run, running, under_way
+from sisa.core.measured import KEPT, MIN_RECORDS, NAMES, fields, is_line, line, logged, without
+from sisa.flows.wiring.recording import recording
+from sisa.flows.wiring.running import NAME, Running, new_run, running, under_way
 from tests.fake_metrics import FakeMetrics
 
 AT, RUN = "2026-11-25T21:37:49.123+00:00", "20261125T213749Z-3f9a1c2b"

@@ -16,11 +16,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from approx.answer_tokens import AnswerBatch, collate
-from approx.method import Method, Role, Rows
+from approx.evaluation.answer_tokens import AnswerBatch, collate
+from approx.methods.method import Method, Role, Rows
 from approx.methods.registry import METHODS, make_method
-from approx.token_losses import mean_kl, mean_nll
-from sisa.model.tokens import NO_LOSS, Tokens
+from approx.methods.token_losses import mean_kl, mean_nll
+from sisa.lm.base.tokens import NO_LOSS, Tokens
 
 pytestmark = pytest.mark.torch
 VOCAB = 5

@@ -10,11 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from approx import method as method_module
+from approx.methods import method as method_module
 from approx.methods import registry, task_arithmetic
 from approx.methods.registry import METHODS, make_method
 from approx.methods.task_arithmetic import negate_patch, negate_weights
-from sisa.errors import InvalidInput
+from sisa.core.errors import InvalidInput
 
 pytestmark = pytest.mark.torch
 

@@ -9,15 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from approx import bounds, compute, pace, refusals
-from approx.bounds import Bounds
 from approx.methods.registry import make_method
-from approx.pace import Settings, learning_rate_at, plan_steps
-from approx.refusals import REFUSALS, refusing
-from approx.sets import Sets, refuse_bad_sets, refuse_same_records
-from sisa.domain import Part, Record
-from sisa.errors import InvalidInput
-from sisa.model.tokens import NO_LOSS, Tokens
+from approx.unlearning import bounds, compute, pace, refusals
+from approx.unlearning.bounds import Bounds
+from approx.unlearning.pace import Settings, learning_rate_at, plan_steps
+from approx.unlearning.refusals import REFUSALS, refusing
+from approx.unlearning.sets import Sets, refuse_bad_sets, refuse_same_records
+from sisa.core.domain import Part, Record
+from sisa.core.errors import InvalidInput
+from sisa.lm.base.tokens import NO_LOSS, Tokens
 
 pytestmark = pytest.mark.torch
 

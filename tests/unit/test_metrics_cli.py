@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from cluster import cli, metrics_cli
-from cluster.metrics_cli import open_sink
-from sisa import opening
-from sisa.curves import points, summary
-from sisa.measured import KEPT, without
+from cluster.cli import cli, metrics_cli
+from cluster.cli.metrics_cli import open_sink
+from sisa.core.curves import points, summary
+from sisa.core.measured import KEPT, without
+from sisa.flows.wiring import opening
 from sisa.store.metrics import FileMetrics
 from tests.unit import care_model
 from tests.unit.test_measured import EVENTS, RUN, kept

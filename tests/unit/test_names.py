@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sisa.model.hashing import HashingEmbedder
-from sisa.model.names import NameEmbedder, nameless, names_in
+from sisa.lm.answer.hashing import HashingEmbedder
+from sisa.lm.answer.names import NameEmbedder, nameless, names_in
 
 EMBEDDER = NameEmbedder(HashingEmbedder())
 

@@ -9,13 +9,14 @@ from typing import Any
 import click
 import pytest
 
-from cluster import cli
-from sisa import opening, scratch
-from sisa.errors import InvalidInput
-from sisa.opening import OnCluster
-from sisa.runfile import parse_run_file
-from sisa.serial import Site
-from sisa.store.local_place import LocalPlace
+from cluster.cli import cli
+from sisa.config.runfile import parse_run_file
+from sisa.core.errors import InvalidInput
+from sisa.flows import scratch
+from sisa.flows.serial import Site
+from sisa.flows.wiring import opening
+from sisa.flows.wiring.opening import OnCluster
+from sisa.store.blobs.local_place import LocalPlace
 
 RUN_FILE = "{datasets: [{path: owner/people}], output_dir: model, cluster: {address: 'old:1'}}"
 

@@ -10,26 +10,26 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sisa.bands import Bands
-from sisa.cost import full_record_epochs, orders_record_epochs
-from sisa.deletion import forget_at_once, plan_forget
-from sisa.domain import HeldCheckpoint, RecordRow, SliceState, record_epochs
-from sisa.lifecycle import Terms, arrive
-from sisa.lineage import proves_clean
-from sisa.orders import Order, arranged, chosen_orders, depth_after, matched, rotations
-from sisa.plan import Recipe, Schedule, ShardPlan, ShardView, gaps, jobs, plan_shard, tainted
-from sisa.ports import Change
-from sisa.query import shards
-from sisa.reconcile import reconcile
-from sisa.repair import close_gaps
-from sisa.run import add, train
-from sisa.serving import (
+from sisa.audit.lineage import proves_clean
+from sisa.audit.repair import close_gaps
+from sisa.core.domain import HeldCheckpoint, RecordRow, SliceState, record_epochs
+from sisa.core.ports import Change
+from sisa.flows.deletion import forget_at_once, plan_forget
+from sisa.flows.lifecycle import Terms, arrive
+from sisa.flows.query import shards
+from sisa.flows.reconcile import reconcile
+from sisa.flows.run import add, train
+from sisa.flows.wiring.world import view_shard
+from sisa.planning.bands import Bands
+from sisa.planning.cost import full_record_epochs, orders_record_epochs
+from sisa.planning.orders import Order, arranged, chosen_orders, depth_after, matched, rotations
+from sisa.planning.plan import Recipe, Schedule, ShardPlan, ShardView, gaps, jobs, plan_shard, tainted
+from sisa.planning.serving import (
     deletions_until_base,
     expected_depth,
     simulate_depth,
     simulate_until_base,
 )
-from sisa.world import view_shard
 from tests.fakes import fake_model, fake_recipe, fake_record
 
 schedules = st.sampled_from(["cumulative", "sequential"])

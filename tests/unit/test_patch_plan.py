@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from sisa.patch import WRITTEN, Patch, PatchJob, PatchMode, PatchState, VaultSet, patched_digest
-from sisa.patch_plan import (
+from sisa.core.patch import WRITTEN, Patch, PatchJob, PatchMode, PatchState, VaultSet, patched_digest
+from sisa.planning.patch_plan import (
     activated,
     active,
     lineage,

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from cluster import patch_render as render
-from cluster.render import Result
-from sisa.patch import WRITTEN, Patch, PatchJob, VaultSet
-from sisa.patching import Unlearnt
+from cluster.render import patch_render as render
+from cluster.render.render import Result
+from sisa.core.patch import WRITTEN, Patch, PatchJob, VaultSet
+from sisa.flows.patches.patching import Unlearnt
 
 REPORT: dict[str, Any] = {
     "approximate": True,

@@ -10,20 +10,20 @@ from pathlib import Path
 
 import pytest
 
-from sisa.doctor import diagnose
-from sisa.garbage import ORPHAN, UNKNOWN, list_garbage, remove_garbage
-from sisa.opening import PATCHES, RUNS, VAULT
-from sisa.patch import Patch
-from sisa.patch_plan import active, wanted
-from sisa.patching import Wish, make_wanted, revert, want
-from sisa.reconcile import reconcile
-from sisa.reconfigure import reseal
-from sisa.repair import mend
-from sisa.residue import Scan, scan_residue
-from sisa.store.files import TEMPORARY_PREFIX, write_atomic
-from sisa.store.keyring import FileKeyring, is_sealed
+from sisa.audit.doctor import diagnose
+from sisa.audit.garbage import ORPHAN, UNKNOWN, list_garbage, remove_garbage
+from sisa.audit.repair import mend
+from sisa.audit.residue import Scan, scan_residue
+from sisa.audit.verify import verify
+from sisa.core.patch import Patch
+from sisa.flows.patches.patching import Wish, make_wanted, revert, want
+from sisa.flows.reconcile import reconcile
+from sisa.flows.reconfigure import reseal
+from sisa.flows.wiring.opening import PATCHES, RUNS, VAULT
+from sisa.planning.patch_plan import active, wanted
+from sisa.store.blobs.files import TEMPORARY_PREFIX, write_atomic
+from sisa.store.blobs.keyring import FileKeyring, is_sealed
 from sisa.store.vault import encode
-from sisa.verify import verify
 from tests.fakes import ADAPTER, fake_record
 from tests.unit.care_model import NAME, NUM_RECORDS, build, delete, record, world_of
 

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 
-from approx import greedy, patch_settings, patch_texts, written
+from approx.evaluation import greedy
 from approx.methods.registry import METHODS
-from approx.patch_settings import Adapter, parse_settings, settings_of
-from cluster import patch_cli
-from sisa.errors import InvalidInput
+from approx.patches import patch_settings, patch_texts
+from approx.patches.patch_settings import Adapter, parse_settings, settings_of
+from approx.unlearning import written
+from cluster.cli import patch_cli
+from sisa.core.errors import InvalidInput
 
 pytestmark = pytest.mark.torch
 

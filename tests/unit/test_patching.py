@@ -8,25 +8,25 @@ from dataclasses import replace
 
 import pytest
 
-from sisa import patching, vaulting
-from sisa.composition import Composition, Effect, _chosen
-from sisa.deletion import forget_at_once
-from sisa.domain import Export, RecordRow, Request
-from sisa.errors import ConfigConflict, EnvironmentFault, InvalidInput, UnknownRecord
-from sisa.events import Event, Notice
-from sisa.lifecycle import Terms, arrive
-from sisa.measured import MIN_RECORDS
-from sisa.opening import trained_base
-from sisa.patch import WRITTEN, Patch
-from sisa.patch_plan import active, wanted
-from sisa.patched_shards import shards_over
-from sisa.patching import Unlearnt, Wish, make_wanted, want
-from sisa.ports import Change
-from sisa.query import where
-from sisa.reconcile import reconcile
-from sisa.rederiving import give_up
-from sisa.run import add, train
-from sisa.world import World, commit, model_digest, over
+from sisa.core.domain import Export, RecordRow, Request
+from sisa.core.errors import ConfigConflict, EnvironmentFault, InvalidInput, UnknownRecord
+from sisa.core.events import Event, Notice
+from sisa.core.measured import MIN_RECORDS
+from sisa.core.patch import WRITTEN, Patch
+from sisa.core.ports import Change
+from sisa.flows.deletion import forget_at_once
+from sisa.flows.lifecycle import Terms, arrive
+from sisa.flows.patches import patching, vaulting
+from sisa.flows.patches.composition import Composition, Effect, _chosen
+from sisa.flows.patches.patched_shards import shards_over
+from sisa.flows.patches.patching import Unlearnt, Wish, make_wanted, want
+from sisa.flows.patches.rederiving import give_up
+from sisa.flows.query import where
+from sisa.flows.reconcile import reconcile
+from sisa.flows.run import add, train
+from sisa.flows.wiring.opening import trained_base
+from sisa.flows.wiring.world import World, commit, model_digest, over
+from sisa.planning.patch_plan import active, wanted
 from tests.fakes import ADAPTER, FakeModel, fake_model, fake_record
 
 SETTINGS = {"method": "npo"}

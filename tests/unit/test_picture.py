@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from cluster.picture import Mark, cell_marks, draw_layout
-from sisa.errors import InvalidInput
-from sisa.outcome import Status
-from sisa.query import ShardStatus
+from cluster.render.picture import Mark, cell_marks, draw_layout
+from sisa.core.errors import InvalidInput
+from sisa.flows.query import ShardStatus
+from sisa.flows.wiring.outcome import Status
 
 
 def shard(number: int, head: str | None, *counts: int, converged: bool = True) -> ShardStatus:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from cluster.places import Placement, Places
-from cluster.proofs import Proof, refusal
+from cluster.ray.places import Placement, Places
+from cluster.ray.proofs import Proof, refusal
 
 
 def two() -> Places:

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sisa.config import TRAINING_KEYS
-from sisa.domain import Head, HeldCheckpoint, RecordRow, SliceJob, SliceState, record_epochs
-from sisa.plan import (
+from sisa.config.config import TRAINING_KEYS
+from sisa.core.domain import Head, HeldCheckpoint, RecordRow, SliceJob, SliceState, record_epochs
+from sisa.planning.plan import (
     LAYERWISE,
     Recipe,
     Schedule,

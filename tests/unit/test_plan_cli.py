@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import yaml
 
-from cluster import cli
-from cluster.plan_picture import draw_choices
-from sisa.advice import Demand, Limits, advise, recommended
-from sisa.assign import Layout
-from sisa.runfile import load_run_file, parse_run_file
-from sisa.stream import Stream, replay
+from cluster.cli import cli
+from cluster.render.plan_picture import draw_choices
+from sisa.config.runfile import load_run_file, parse_run_file
+from sisa.planning.advice import Demand, Limits, advise, recommended
+from sisa.planning.assign import Layout
+from sisa.planning.stream import Stream, replay
 from tests.fakes import fake_record
 from tests.unit import care_model
 

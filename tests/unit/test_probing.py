@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 
-from sisa.deletion import forget_at_once
-from sisa.domain import Probed, Record, RecordRow, Request
-from sisa.errors import EnvironmentFault
-from sisa.lifecycle import Terms, arrive, carry_out, submit
-from sisa.run import train
+from sisa.core.domain import Probed, Record, RecordRow, Request
+from sisa.core.errors import EnvironmentFault
+from sisa.flows.deletion import forget_at_once
+from sisa.flows.lifecycle import Terms, arrive, carry_out, submit
+from sisa.flows.run import train
 from tests.fakes import FakeModel, fake_model, fake_record
 
 TERMS = Terms(approver="a person")

@@ -7,10 +7,17 @@ import re
 
 import pytest
 
-from sisa import progress as progress_module
-from sisa.domain import SavedCheckpoint, SliceJob
-from sisa.events import Notice, PatchProgress, SliceProgress, SliceStarted, SliceTrained, TrainingStarted
-from sisa.progress import Meter, progress
+from sisa.core.domain import SavedCheckpoint, SliceJob
+from sisa.core.events import (
+    Notice,
+    PatchProgress,
+    SliceProgress,
+    SliceStarted,
+    SliceTrained,
+    TrainingStarted,
+)
+from sisa.flows.wiring import progress as progress_module
+from sisa.flows.wiring.progress import Meter, progress
 
 STAGES = TrainingStarted(((0, 0, 10), (0, 1, 20), (1, 0, 30)))
 

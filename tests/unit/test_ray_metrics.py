@@ -11,9 +11,9 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from cluster.ray_metrics import DESCRIPTIONS, Measuring, RayMeters
-from sisa.domain import SavedCheckpoint
-from sisa.events import QueueSeen, SliceProgress, SliceStarted, SliceTrained, TrainingStarted
+from cluster.observe.ray_metrics import DESCRIPTIONS, Measuring, RayMeters
+from sisa.core.domain import SavedCheckpoint
+from sisa.core.events import QueueSeen, SliceProgress, SliceStarted, SliceTrained, TrainingStarted
 from tests.unit.test_measured import EVENTS, JOB, RUN, TRAINED
 
 

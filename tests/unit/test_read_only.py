@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from sisa import opening
-from sisa.api import Model
+from sisa.flows.wiring import opening
+from sisa.model import Model
 from tests.unit.care_model import DELETED, build, built_pair, delete, record, use_fake_parts
 
 # Root may write whatever the modes say, unless it gives that up.
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(
 ASK = """
 import json, sys
 from sisa import open_model
-from sisa.errors import SisaError
+from sisa.core.errors import SisaError
 
 model = open_model(sys.argv[1], executor="serial")
 questions = {
@@ -129,7 +129,7 @@ def test_a_copy_that_is_behind_its_witness_is_not_asked_for_records(
 def test_the_doctor_reads_a_ledger_that_can_not_be_written(frozen: Path) -> None:
     freeze(frozen)
     code = (
-        "import sys\nfrom pathlib import Path\nfrom sisa.doctor import diagnose\n"
+        "import sys\nfrom pathlib import Path\nfrom sisa.audit.doctor import diagnose\n"
         "print({each.kind for each in diagnose(Path(sys.argv[1])).findings})"
     )
     command = [*BOUND, sys.executable, "-c", code, str(frozen)]

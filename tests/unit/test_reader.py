@@ -18,11 +18,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sisa import dataset_export, left_overs
-from sisa.config_types import DatasetSource, Limits
-from sisa.domain import Part, Record
-from sisa.errors import EnvironmentFault, InvalidInput, Problem
-from sisa.reader import Subjects, named_by_place, read_ids, read_records
+from sisa.core.config_types import DatasetSource, Limits
+from sisa.core.domain import Part, Record
+from sisa.core.errors import EnvironmentFault, InvalidInput, Problem
+from sisa.data import dataset_export, left_overs
+from sisa.data.reader import Subjects, named_by_place, read_ids, read_records
 
 SECRET = "Quorvane"
 CHAT = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": SECRET}]
@@ -452,7 +452,7 @@ def test_texts_of_a_killed_reader_are_erased_by_the_next_one(
 ) -> None:
     scratch_home(tmp_path, monkeypatch)
     code = (
-        "from sisa.left_overs import scratch\nwith scratch() as folder:\n"
+        "from sisa.data.left_overs import scratch\nwith scratch() as folder:\n"
         "    (folder / 'rows').write_text('a text')\n    print('there', flush=True)\n    input()"
     )
     environ = {**os.environ, "TMPDIR": str(tmp_path / "scratch")}

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 
-from sisa import opened, opening
-from sisa.api import Model
-from sisa.errors import Busy, IntegrityError
-from sisa.runfile import parse_run_file
-from sisa.store import files, rows
-from sisa.store.ledger import SqlLedger
+from sisa.config.runfile import parse_run_file
+from sisa.core.errors import Busy, IntegrityError
+from sisa.flows.wiring import opened, opening
+from sisa.model import Model
+from sisa.store.blobs import files
+from sisa.store.ledger import rows
+from sisa.store.ledger.ledger import SqlLedger
 from tests.fakes import fake_record
 from tests.unit.care_model import RUN_FILE, train_in, use_fake_parts
 
@@ -141,7 +142,7 @@ def half_written(directory: Path) -> Iterator[Model]:
 def test_what_a_writer_has_not_committed_yet_is_not_judged(
     half_written: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sisa.api.WAITS_S", (0.0, 0.01))
+    monkeypatch.setattr("sisa.model.WAITS_S", (0.0, 0.01))
     with pytest.raises(Busy, match="can't be judged now"):
         half_written.verify()
 
@@ -150,7 +151,7 @@ def test_verify_waits_for_a_writer_that_ends(directory: Path, monkeypatch: pytes
     model = Model(directory, executor="serial")
     left = directory / opening.RECORDS / "shard-00000-slice-00000-new.parquet"
     left.write_bytes(b"new")
-    monkeypatch.setattr("sisa.api.WAITS_S", (0.0, 0.05, 5.0))
+    monkeypatch.setattr("sisa.model.WAITS_S", (0.0, 0.05, 5.0))
     with files.writer_lock(directory / opening.LOCK):
         ends = threading.Timer(0.02, left.unlink)
         ends.start()

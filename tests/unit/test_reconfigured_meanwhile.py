@@ -11,17 +11,18 @@ from typing import Any
 
 import pytest
 
-from sisa import opening, training
-from sisa.api import Model
-from sisa.config import RunConfig
-from sisa.digest import Keyed
-from sisa.errors import ConfigConflict
-from sisa.events import Event, Notice
-from sisa.parts import Parts
-from sisa.ports import Change
-from sisa.runfile import parse_run_file
-from sisa.store.keyring import is_sealed
-from sisa.training import train_model
+from sisa import train as training
+from sisa.config.config import RunConfig
+from sisa.config.runfile import parse_run_file
+from sisa.core.digest import Keyed
+from sisa.core.errors import ConfigConflict
+from sisa.core.events import Event, Notice
+from sisa.core.ports import Change
+from sisa.flows.wiring import opening
+from sisa.flows.wiring.parts import Parts
+from sisa.model import Model
+from sisa.store.blobs.keyring import is_sealed
+from sisa.train import train_model
 from tests.fakes import fake_record
 from tests.unit.care_model import RUN_FILE, content, use_fake_parts
 

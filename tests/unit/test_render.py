@@ -11,18 +11,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster import render, request_render
-from cluster.quickstart import Start, Story
-from cluster.render import Result, printable
-from sisa.ask import Answer, HeldPrompts
-from sisa.deletion import Forgetting, plan_forget
-from sisa.domain import Probed, RecordRow, Request, Tombstone
-from sisa.errors import Problem
-from sisa.outcome import ForgetOutcome, ForgetPlan, Status
-from sisa.patch import VaultSet
-from sisa.query import Found, Location, PatchTouch, ShardStatus, Touch
-from sisa.run import Taken, train
-from sisa.verify import ShardProof, Verification
+from cluster.cli.quickstart import Start, Story
+from cluster.render import render, request_render
+from cluster.render.render import Result, printable
+from sisa.audit.verify import ShardProof, Verification
+from sisa.core.domain import Probed, RecordRow, Request, Tombstone
+from sisa.core.errors import Problem
+from sisa.core.patch import VaultSet
+from sisa.flows.ask import Answer, HeldPrompts
+from sisa.flows.deletion import Forgetting, plan_forget
+from sisa.flows.query import Found, Location, PatchTouch, ShardStatus, Touch
+from sisa.flows.run import Taken, train
+from sisa.flows.wiring.outcome import ForgetOutcome, ForgetPlan, Status
 from tests.fakes import fake_model, fake_record
 
 ESCAPES = "\x1b[31mred\x1b[0m \x07\x9b31m \u202egnp.exe\u202c"

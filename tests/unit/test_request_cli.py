@@ -19,14 +19,14 @@ from typing import Any
 
 import pytest
 
-from cluster import cli, request_cli
-from sisa import opening
-from sisa.domain import Part, Record
-from sisa.parts import Parts
-from sisa.runfile import parse_run_file
-from sisa.serial import SerialExecutor, Site
+from cluster.cli import cli, request_cli
+from sisa.config.runfile import parse_run_file
+from sisa.core.domain import Part, Record
+from sisa.flows.serial import SerialExecutor, Site
+from sisa.flows.wiring import opening
+from sisa.flows.wiring.parts import Parts
+from sisa.store.blobs.files import writer_lock
 from sisa.store.checkpoints import FileCheckpoints
-from sisa.store.files import writer_lock
 from sisa.store.records import FileRecords
 from tests.fakes import FakeTrainer, fake_record
 from tests.unit import care_model
@@ -544,7 +544,7 @@ def test_requests_import_nothing_heavy(ask: Ask, model: Path, lines: list[list[s
     """Torch and Ray take seconds to import: no decision may wait for them."""
     ask("request", "submit", "id-0003", "--external-id", "T-1")
     code = (
-        "import json, sys\nfrom cluster import cli\n"
+        "import json, sys\nfrom cluster.cli import cli\n"
         "for arguments in json.loads(sys.argv[1]):\n"
         "    assert cli.run(arguments) == 0, arguments\n"
         "    heavy = sorted(set(sys.modules) & {'torch', 'ray', 'peft', 'transformers'})\n"

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sisa.domain import Regime, Request, RequestEvent, RequestState
-from sisa.errors import ConfigConflict, InvalidInput
-from sisa.requests import (
+from sisa.core.domain import Regime, Request, RequestEvent, RequestState
+from sisa.core.errors import ConfigConflict, InvalidInput
+from sisa.core.requests import (
     OPEN,
     UNDER_WAY,
     add_months,

@@ -20,27 +20,28 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cluster import care_cli, cli
-from cluster.render import where
-from sisa import opening, reconcile
-from sisa.api import Model
-from sisa.errors import Busy, EnvironmentFault, InvalidInput
-from sisa.events import EpochTrained
-from sisa.garbage import Garbage, list_garbage, remove_garbage
-from sisa.lineage import proves_clean, read_manifest
-from sisa.measured import MIN_RECORDS, STAGE_DIGITS, line
-from sisa.needles import BLOCK_BYTES, MIN_BYTES, Needles
-from sisa.ports import Change
-from sisa.residue import Scan, scan_residue, sweep_model
-from sisa.run import add
-from sisa.store import files
+from cluster.cli import care_cli, cli
+from cluster.render.render import where
+from sisa.audit.garbage import Garbage, list_garbage, remove_garbage
+from sisa.audit.lineage import proves_clean, read_manifest
+from sisa.audit.needles import BLOCK_BYTES, MIN_BYTES, Needles
+from sisa.audit.residue import Scan, scan_residue, sweep_model
+from sisa.core.errors import Busy, EnvironmentFault, InvalidInput
+from sisa.core.events import EpochTrained
+from sisa.core.measured import MIN_RECORDS, STAGE_DIGITS, line
+from sisa.core.ports import Change
+from sisa.flows import reconcile
+from sisa.flows.run import add
+from sisa.flows.wiring import opening
+from sisa.flows.wiring.world import held_names, known_names
+from sisa.model import Model
+from sisa.store.blobs import files
+from sisa.store.blobs.files import writer_lock
 from sisa.store.checkpoints import ADAPTER, FileCheckpoints
-from sisa.store.files import writer_lock
 from sisa.store.index import FaissIndex
 from sisa.store.metrics import FileMetrics
 from sisa.store.records import FileRecords
 from sisa.store.witness import FileWitness
-from sisa.world import held_names, known_names
 from tests.unit.care_model import (
     DELETED,
     NUM_RECORDS,
@@ -448,8 +449,8 @@ def test_what_a_cut_short_run_stored_is_kept(model: Path) -> None:
     with world_of(model) as world:
         head = next(head for head in world.ledger.heads() if head.key)
         held = world.ledger.checkpoints(head.shard)
-        from sisa.plan import plan_shard
-        from sisa.world import view_shard
+        from sisa.flows.wiring.world import view_shard
+        from sisa.planning.plan import plan_shard
 
         plan = plan_shard(
             view_shard(world, head.shard, dropped=[head.key or ""]), world.recipe, world.fingerprint

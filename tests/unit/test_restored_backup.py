@@ -16,12 +16,12 @@ from typing import Any
 
 import pytest
 
-from cluster import cli
-from sisa import opening
-from sisa.errors import InvalidInput
-from sisa.parts import Parts
-from sisa.runfile import parse_run_file
-from sisa.store.files import writer_lock
+from cluster.cli import cli
+from sisa.config.runfile import parse_run_file
+from sisa.core.errors import InvalidInput
+from sisa.flows.wiring import opening
+from sisa.flows.wiring.parts import Parts
+from sisa.store.blobs.files import writer_lock
 from tests.unit import care_model
 from tests.unit.care_model import content, record, use_fake_parts
 
@@ -263,7 +263,7 @@ def opening_of(path: Path) -> Any:
 
 
 def test_the_state_directory_is_the_users() -> None:
-    code = "from sisa.opening import state_dir; print(state_dir())"
+    code = "from sisa.flows.wiring.opening import state_dir; print(state_dir())"
     for variables, expected in (
         ({"HOME": "/h"}, "/h/.local/state/sisa"),
         ({"HOME": "/h", "XDG_STATE_HOME": "/s"}, "/s/sisa"),

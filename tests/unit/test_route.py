@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from sisa.aggregation_config import Aggregation
-from sisa.domain import Hit, Kind
-from sisa.model.route import MIN_SCORES, SHARE_WEIGHT, Route, choose_route, nearness, settled
-from sisa.sisa_config import MINILM
+from sisa.config.aggregation_config import Aggregation
+from sisa.config.sisa_config import MINILM
+from sisa.core.domain import Hit, Kind
+from sisa.lm.answer.route import MIN_SCORES, SHARE_WEIGHT, Route, choose_route, nearness, settled
 
 HITS = [Hit(1, 0.5, 1), Hit(2, 0.9, 2), Hit(3, 0.7, 1), Hit(4, 0.7, 0)]
 ALL = ("mean_prob", "mean_logit", "vote", "merged")

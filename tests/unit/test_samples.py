@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from sisa.errors import InvalidInput
-from sisa.samples import QUESTIONS, distinctive_word, make_people, to_jsonl
+from sisa.core.errors import InvalidInput
+from sisa.data.samples import QUESTIONS, distinctive_word, make_people, to_jsonl
 
 
 def test_the_same_seed_gives_the_same_people() -> None:

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from sisa import scratch
-from sisa.config import RunConfig
-from sisa.domain import Part, Record
-from sisa.errors import Busy, ConfigConflict, IntegrityError, InvalidInput, SisaError
-from sisa.events import Event, Notice, Report
-from sisa.runfile import load_run_file
-from sisa.store.files import writer_lock
+from sisa.config.config import RunConfig
+from sisa.config.runfile import load_run_file
+from sisa.core.domain import Part, Record
+from sisa.core.errors import Busy, ConfigConflict, IntegrityError, InvalidInput, SisaError
+from sisa.core.events import Event, Notice, Report
+from sisa.flows import scratch
+from sisa.store.blobs.files import writer_lock
 
 CORPUS = ["The ferry to the island leaves at nine in the morning.", "Owls sleep by day in hollow trees."]
 OWN = Record("r1", "p1", "text", (Part("text", "Ada Lane was born in Turin in the year of the flood."),))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.shared_base import (
+from cluster.ray.shared_base import (
     BaseManifest,
     Block,
     cached_base,
@@ -17,7 +17,7 @@ from cluster.shared_base import (
     read_blocks,
     write_base,
 )
-from sisa.errors import EnvironmentFault, IntegrityError
+from sisa.core.errors import EnvironmentFault, IntegrityError
 
 FILES = {"config.json": b"{}", "model.safetensors": bytes(range(256)) * 40, "merges.txt": b""}
 

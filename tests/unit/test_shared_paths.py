@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from sisa.config import RunConfig
-from sisa.config_types import Block
-from sisa.shared_paths import NAMES, PLACES, unshared
+from sisa.config.config import RunConfig
+from sisa.config.shared_paths import NAMES, PLACES, unshared
+from sisa.core.config_types import Block
 
 GOOD: dict[str, Any] = {"output_dir": "/shared/model", "witness": "/shared/witness"}
 

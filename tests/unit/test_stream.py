@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sisa.assign import Layout
-from sisa.bands import Bands
-from sisa.cost import suffix_record_epochs
-from sisa.plan import Recipe, Schedule
-from sisa.stream import Group, Stream, points_at_once, points_one_by_one, replay, slicing_share
+from sisa.planning.assign import Layout
+from sisa.planning.bands import Bands
+from sisa.planning.cost import suffix_record_epochs
+from sisa.planning.plan import Recipe, Schedule
+from sisa.planning.stream import Group, Stream, points_at_once, points_one_by_one, replay, slicing_share
 
 schedules = st.sampled_from(["cumulative", "sequential"])
 layouts = st.builds(Layout, st.integers(1, 6), st.integers(1, 5))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from approx.tofu import (
+from approx.evaluation.tofu import (
     PLAIN_SETS,
     RETAIN_OF,
     evaluation_sets,
@@ -18,7 +18,7 @@ from approx.tofu import (
     questions_digest,
     read_holdout,
 )
-from sisa.errors import EnvironmentFault, InvalidInput
+from sisa.core.errors import EnvironmentFault, InvalidInput
 from tests.fake_evaluated import SPLIT, made_up, write_made_up
 
 REAL = Path(os.environ.get("SISA_DATA") or Path(__file__).parents[3] / "shared" / "data") / "tofu"

@@ -14,13 +14,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from approx.evaluated import PromptForm
-from approx.tofu import Question, evaluation_sets, read_holdout
-from approx.tofu_aggregates import aggregates, quality
-from approx.tofu_evaluation import Settings, evaluate, header_of
-from approx.tofu_log import LogWriter, read_log
-from approx.tofu_row import LogRow, parse_row
-from sisa.errors import Busy, ConfigConflict, IntegrityError, InvalidInput
+from approx.evaluation.evaluated import PromptForm
+from approx.evaluation.tofu import Question, evaluation_sets, read_holdout
+from approx.evaluation.tofu_aggregates import aggregates, quality
+from approx.evaluation.tofu_evaluation import Settings, evaluate, header_of
+from approx.evaluation.tofu_log import LogWriter, read_log
+from approx.evaluation.tofu_row import LogRow, parse_row
+from sisa.core.errors import Busy, ConfigConflict, IntegrityError, InvalidInput
 from tests.fake_evaluated import SPLIT, FakeEvaluated, made_up, write_made_up
 
 SETTINGS = Settings(PromptForm("completion"))

@@ -13,16 +13,16 @@ from typing import Any
 import psutil
 import pytest
 
-from cluster import render
-from sisa.assign import Assigner
-from sisa.digest import Keyed
-from sisa.domain import Chain, Record, RecordRow, SliceJob
-from sisa.errors import EnvironmentFault
-from sisa.ports import CheckpointStore, Executor, StoredRecord, Tick, Vectors
-from sisa.run import train
-from sisa.serial import SerialExecutor
-from sisa.verify import Apart, Verification, train_stage, verify
-from sisa.world import World
+from cluster.render import render
+from sisa.audit.verify import Apart, Verification, train_stage, verify
+from sisa.core.digest import Keyed
+from sisa.core.domain import Chain, Record, RecordRow, SliceJob
+from sisa.core.errors import EnvironmentFault
+from sisa.core.ports import CheckpointStore, Executor, StoredRecord, Tick, Vectors
+from sisa.flows.run import train
+from sisa.flows.serial import SerialExecutor
+from sisa.flows.wiring.world import World
+from sisa.planning.assign import Assigner
 from tests.fakes import SECRET, FakeCheckpoints, FakeModel, FakeTrainer, fake_embed, fake_model
 from tests.fakes import fake_record as record
 
@@ -185,7 +185,7 @@ def test_a_required_replay_of_some_shards_asks_for_those() -> None:
 def test_no_process_of_a_replay_outlives_it() -> None:
     code = (
         "import os, time\n"
-        "from sisa.api import _end_with_parent\n"
+        "from sisa.model import _end_with_parent\n"
         "if not os.fork():\n"
         "    _end_with_parent()\n"
         "    print(os.getpid(), flush=True)\n"

@@ -1,0 +1,1 @@
+"""Benchmarks and what they ask: TOFU, its log and its aggregates."""

@@ -1,0 +1,93 @@
+"""What losses and metrics look at: the log-probabilities of answer tokens under a causal model.
+
+Shapes: B examples, T positions of the longest one, V words. Position t of a row predicts the token at
+t + 1; `mask_BT` is true where that token is an answer's (its label is not NO_LOSS).
+
+Rules: rows are padded on the right and no attention mask is passed: under causal attention a real token
+never sees padding, and padded positions are never in the mask. Sums and means are over answer tokens
+alone, never over prompt or padding. Log-probabilities are computed in float32, or in float64 where the
+logits are.
+
+Not covered: tokenizing (`sisa.lm.base.tokens`), generation, encoder-decoder models.
+
+>>> batch = collate([Tokens([5, 6, 7], [-100, 6, 7]), Tokens([5, 8], [-100, 8])], pad_id=0)
+>>> batch.targets_BT.tolist(), batch.mask_BT.tolist()
+([[6, 7], [8, 0]], [[True, True], [True, False]])
+>>> batch.num_tokens_B.tolist()
+[2, 1]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sisa.lm.base.tokens import NO_LOSS, Tokens
+
+
+@dataclass(frozen=True)
+class AnswerBatch:
+    """Padded token ids, and for each position the token that it predicts and whether it counts."""
+
+    ids_BT1: Tensor
+    targets_BT: Tensor
+    mask_BT: Tensor
+
+    @property
+    def num_tokens_B(self) -> Tensor:
+        """Answer tokens of each row."""
+        return self.mask_BT.sum(dim=1)
+
+    def at_answers(self) -> tuple[AnswerBatch, Tensor]:
+        """The same with the columns alone at which a row has an answer's token, and those columns."""
+        columns_K = self.mask_BT.any(dim=0).nonzero().flatten()
+        return AnswerBatch(
+            self.ids_BT1, self.targets_BT[:, columns_K], self.mask_BT[:, columns_K]
+        ), columns_K
+
+    def to(self, device: torch.device | str) -> AnswerBatch:
+        """The same on another device."""
+        moved = (each.to(device) for each in (self.ids_BT1, self.targets_BT, self.mask_BT))
+        return AnswerBatch(*moved)
+
+
+def collate(examples: Sequence[Tokens], pad_id: int) -> AnswerBatch:
+    """Examples as one batch. Raises ValueError for none, and for one without an answer token."""
+    if not examples:
+        raise ValueError("a batch of no examples")
+    longest = max(len(each.input_ids) for each in examples)
+    ids = torch.full((len(examples), longest), pad_id, dtype=torch.long)
+    labels = torch.full((len(examples), longest), NO_LOSS, dtype=torch.long)
+    for row, each in enumerate(examples):
+        ids[row, : len(each.input_ids)] = torch.tensor(each.input_ids)
+        labels[row, : len(each.labels)] = torch.tensor(each.labels)
+    mask = labels[:, 1:] != NO_LOSS
+    if not bool(mask.any(dim=1).all()):
+        raise ValueError("an example without an answer token")
+    return AnswerBatch(ids, ids[:, 1:], mask)
+
+
+def logprobs_BTV(logits_BTV: Tensor) -> Tensor:
+    """Log-probabilities of every word, in float32 at least. The last position may be cut off."""
+    precision = torch.promote_types(logits_BTV.dtype, torch.float32)
+    return torch.log_softmax(logits_BTV, dim=-1, dtype=precision)
+
+
+def answer_logprobs_BT(logits_BTV: Tensor, batch: AnswerBatch) -> Tensor:
+    """Log-probability of each answer token; 0 at positions that do not count."""
+    found = logprobs_BTV(logits_BTV[:, : batch.targets_BT.shape[1]])
+    picked = found.gather(-1, batch.targets_BT.unsqueeze(-1)).squeeze(-1)
+    return torch.where(batch.mask_BT, picked, torch.zeros_like(picked))
+
+
+def sum_logprobs_B(logits_BTV: Tensor, batch: AnswerBatch) -> Tensor:
+    """Log-probability of each whole answer."""
+    return answer_logprobs_BT(logits_BTV, batch).sum(dim=1)
+
+
+def mean_logprobs_B(logits_BTV: Tensor, batch: AnswerBatch) -> Tensor:
+    """Mean log-probability of each answer's tokens."""
+    return sum_logprobs_B(logits_BTV, batch) / batch.num_tokens_B

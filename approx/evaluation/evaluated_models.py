@@ -1,0 +1,269 @@
+"""Models to evaluate: any Hugging Face causal model, an adapter over its base, a deletion-ready model.
+
+Shapes: as `answer_tokens.py`.
+
+Rows are padded on the right to be scored, without a mask, and on the left, with one, to generate; so
+the batch size reaches results by rounding alone: below 1e-5 of a value, or of 1 where it is smaller
+(SmolLM2-135M in float32, batches of 1 and 8: 5e-6; half precision rounds more). A tie that close may
+fall either way. A deletion-ready model answers as its run file's aggregation says, over its active
+patches, which its digest names; its answers are scored under the same distribution. Generation is
+greedy, whatever a model's own generation config says.
+
+    model = open_evaluated("model")           # a directory, a hub name, or pypi:NAME==VERSION
+    model.score([("Who?", "Ada.")], PromptForm("completion"), batch_size=8)[0].loss
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from approx.evaluation.answer_scores import answer_scores
+from approx.evaluation.answer_tokens import collate
+from approx.evaluation.evaluated import AnswerScore, EvaluatedModel, PromptForm, PromptKind
+from approx.evaluation.greedy import continued
+from sisa.core.digest import digest_of, file_sha256
+from sisa.core.domain import Part, Record
+from sisa.core.errors import InvalidInput, Problem
+from sisa.flows.wiring.opening import LEDGER
+from sisa.lm.answer.answer import end_tokens
+from sisa.lm.answer.route import Route
+from sisa.lm.base.adapter import ADAPTER_FILE, CONFIG_FILE, attach, read_config, read_tensors
+from sisa.lm.base.base import (
+    base_digest,
+    load_frozen,
+    load_tokenizer,
+    local_or_hub,
+    resolve_base,
+)
+from sisa.lm.base.packages import PREFIX
+from sisa.lm.base.tokens import (
+    NO_LOSS,
+    Tokens,
+    Untokenizable,
+    encode_prompt,
+    tokenize,
+    without_closing,
+)
+from sisa.model import Model, open_model
+
+Logits = Callable[[Tensor, Sequence[int]], Tensor]
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+def open_evaluated(spec: str, device: str = "cpu", dtype: Dtype = "float32") -> EvaluatedModel:
+    """The model that `spec` names; a deletion-ready one is where its run file says.
+
+    Raises InvalidInput, IntegrityError, EnvironmentFault.
+    """
+    directory = Path(spec).expanduser()
+    if (directory / LEDGER).is_file():
+        return DeletionReadyModel(open_model(directory, executor="serial"))
+    if (directory / CONFIG_FILE).is_file():
+        return _open_adapter(directory, device, dtype)
+    found = _directory_of(spec)
+    digest = digest_of([base_digest(found), dtype])
+    return HuggingFaceModel(spec, digest, _load(found, dtype), load_tokenizer(found), device)
+
+
+def _directory_of(spec: str) -> Path:
+    return resolve_base(spec).directory if spec.startswith(PREFIX) else local_or_hub(spec)
+
+
+def _load(directory: Path, dtype: Dtype) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return load_frozen(AutoModelForCausalLM, directory, dtype)
+
+
+def _open_adapter(directory: Path, device: str, dtype: Dtype) -> EvaluatedModel:
+    names = (CONFIG_FILE, ADAPTER_FILE)
+    files = {name: (directory / name).read_bytes() for name in names if (directory / name).is_file()}
+    spec = _base_of(directory, files[CONFIG_FILE])
+    found = _directory_of(spec)
+    digest = digest_of([base_digest(found), dtype, *(file_sha256(directory / name) for name in files)])
+    tensors = read_tensors(files, ADAPTER_FILE)
+    model = attach(_load(found, dtype), read_config(files), tensors, init_seed=0)
+    model.eval().requires_grad_(False)
+    return HuggingFaceModel(str(directory), digest, model, load_tokenizer(found), device)
+
+
+def _base_of(directory: Path, config: bytes) -> str:
+    try:
+        spec = json.loads(config)["base_model_name_or_path"]
+    except (ValueError, TypeError, KeyError):
+        spec = None
+    if not isinstance(spec, str):
+        raise InvalidInput(
+            "the adapter does not name its base",
+            where=str(directory / CONFIG_FILE),
+            expected="base_model_name_or_path",
+            next_step="export it with `sisa export`, or name its base in the file",
+        )
+    return spec
+
+
+class HuggingFaceModel:
+    """A causal model of transformers, with or without an adapter."""
+
+    def __init__(self, name: str, digest: str, model: Any, tokenizer: Any, device: str) -> None:
+        from transformers import GenerationConfig
+
+        self.name, self.digest = name, digest
+        self.kind: PromptKind = "chat" if tokenizer.chat_template else "completion"
+        self._ends = end_tokens(model, tokenizer)
+        self._tokenizer = tokenizer
+        self._pad = (
+            min(self._ends, default=0) if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        )
+        self._model = _moved(model, device)
+        self._model.generation_config = GenerationConfig(do_sample=False)  # nothing of the model's own
+
+    def score(
+        self, pairs: Sequence[tuple[str, str]], form: PromptForm, batch_size: int
+    ) -> list[AnswerScore]:
+        tokens = tokens_of(pairs, form, self._tokenizer)
+        _refuse_long(self._model, [len(each.input_ids) for each in tokens])
+        return _scored(tokens, batch_size, self._pad, self._logits, self._tokenizer)
+
+    def _logits(self, ids_BT: Tensor, _rows: Sequence[int]) -> Tensor:
+        with torch.inference_mode():
+            found: Tensor = self._model(input_ids=ids_BT.to(self._model.device), use_cache=False).logits
+            return found.cpu()
+
+    def generate(
+        self, questions: Sequence[str], form: PromptForm, max_new_tokens: int, batch_size: int
+    ) -> list[str]:
+        prompts = [_prompt_ids(each, form, self._tokenizer) for each in questions]
+        _refuse_long(self._model, [len(each) + max_new_tokens for each in prompts])
+        found = [""] * len(prompts)
+        for batch in _batches([len(each) for each in prompts], batch_size):
+            rows = [prompts[at] for at in batch]
+            said = continued(self._model, rows, self._ends, max_new_tokens, batch_rows=batch_size)
+            answers = self._tokenizer.batch_decode(said, skip_special_tokens=True)
+            for at, answer in zip(batch, answers, strict=True):
+                found[at] = answer.strip()
+        return found
+
+
+class DeletionReadyModel:
+    """The constituent models that a deletion-ready model serves now, routed as it routes."""
+
+    def __init__(self, model: Model) -> None:
+        status = model.status()
+        how = model.config.sisa.aggregation.model_dump(mode="json")
+        self.name = status.directory
+        self._model = model
+        self._answerer, kind = model.answerer()
+        base = self._answerer.base_name
+        self.digest = digest_of([status.model_digest, base, model.embedder.digest, how])
+        self.kind: PromptKind = "chat" if kind == "chat" else "completion"
+
+    def score(
+        self, pairs: Sequence[tuple[str, str]], form: PromptForm, batch_size: int
+    ) -> list[AnswerScore]:
+        tokenizer = self._answerer.tokenizer
+        tokens = tokens_of(pairs, form, tokenizer)
+        routes = self._routes([question for question, _ in pairs], form)
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+        def logits(ids_BT: Tensor, rows: Sequence[int]) -> Tensor:
+            return self._answerer.logprobs_BTV(ids_BT, [routes[at] for at in rows])
+
+        return _scored(tokens, batch_size, pad, logits, tokenizer)
+
+    def generate(
+        self, questions: Sequence[str], form: PromptForm, max_new_tokens: int, batch_size: int
+    ) -> list[str]:
+        routes = self._routes(questions, form)
+        ids = [_prompt_ids(each, form, self._answerer.tokenizer) for each in questions]
+        found = [""] * len(questions)
+        for batch in _batches([len(each) for each in ids], batch_size):
+            chosen = [routes[at] for at in batch]
+            answers = self._answerer.generate([ids[at] for at in batch], chosen, max_new_tokens)
+            for at, answer in zip(batch, answers, strict=True):
+                found[at] = answer.strip()
+        return found
+
+    def _routes(self, questions: Sequence[str], form: PromptForm) -> list[Route]:
+        prompts = [form.fill(each, "")[0] for each in questions]
+        distinct = list(dict.fromkeys(prompts))  # each is embedded and looked up once
+        routes = dict(zip(distinct, self._model.routes(distinct), strict=True))
+        return [routes[each] for each in prompts]
+
+
+def _moved(model: Any, device: str) -> Any:
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise InvalidInput(
+            "the model can't be put on this device",
+            where="--device",
+            got=device,
+            next_step="name a device that torch sees, such as cpu or cuda",
+        ) from error
+
+
+def tokens_of(pairs: Sequence[tuple[str, str]], form: PromptForm, tokenizer: Any) -> list[Tokens]:
+    roles = ("user", "assistant") if form.kind == "chat" else ("prompt", "completion")
+    found: list[Tokens] = []
+    problems = []
+    for number, pair in enumerate(pairs):
+        parts = tuple(map(Part, roles, form.fill(*pair)))
+        try:
+            record = Record(str(number), None, form.kind, parts)
+            found.append(tokenize(record, tokenizer, train_on_inputs=False))
+        except Untokenizable as error:
+            problems.append(Problem(f"answer {number + 1} of {len(pairs)}", str(error)))
+    if problems:
+        raise InvalidInput(
+            "answers can't be scored", problems=problems, next_step="choose another prompt form"
+        )
+    return found
+
+
+def _prompt_ids(question: str, form: PromptForm, tokenizer: Any) -> list[int]:
+    return encode_prompt(form.fill(question, "")[0], tokenizer, form.kind)
+
+
+def _refuse_long(model: Any, lengths: Sequence[int]) -> None:
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and max(lengths, default=0) > limit:
+        raise InvalidInput(
+            "a question with its answer is longer than the model can read",
+            expected=f"at most {limit} tokens",
+            got=f"{max(lengths)} tokens",
+            next_step="lower --max-new-tokens, or use a model with a longer context",
+        )
+
+
+def _scored(
+    tokens: Sequence[Tokens], batch_size: int, pad_id: int, logits: Logits, tokenizer: Any
+) -> list[AnswerScore]:
+    """Return scores in order. The last token is never read, only predicted. `logits` gets a batch and
+    the places of its rows."""
+    found: dict[int, AnswerScore] = {}
+    for rows in _batches([len(each.input_ids) for each in tokens], batch_size):
+        batch = collate([tokens[at] for at in rows], pad_id)
+        found |= dict(zip(rows, answer_scores(logits(batch.ids_BT1[:, :-1], rows), batch), strict=True))
+    return [
+        replace(found[at], num_closing=_num_closing(each, tokenizer)) for at, each in enumerate(tokens)
+    ]
+
+
+def _num_closing(tokens: Tokens, tokenizer: Any) -> int:
+    said = without_closing(tokens, tokenizer).labels
+    return said.count(NO_LOSS) - tokens.labels.count(NO_LOSS)
+
+
+def _batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
+    """Places, longest first, so that rows of one length stand together and memory runs out at once."""
+    order = sorted(range(len(lengths)), key=lambda at: (-lengths[at], at))
+    for start in range(0, len(order), size):
+        yield order[start : start + size]

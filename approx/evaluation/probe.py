@@ -1,0 +1,213 @@
+"""Ask whether a model produces a text by itself: numbers for each record, and a count of those it knows.
+
+    extraction strength,   of the answer's tokens, given the true ones before them
+    exact memorisation
+    continuation           ROUGE-L recall of what the model says greedily after the prompt
+    membership margin      Min-K%++ of the answer above the mean of its neighbours: the answer, cut after
+                           some shares of it and continued by the model itself (Mattern et al. 2023
+                           compare with neighbours that a masked model proposes). About 0 for what the
+                           model says anyway, below for what it would not say: no threshold is fitted
+
+An answer counts as known when its extraction strength is at least KNOWN_STRENGTH, or the greedy
+continuation recalls KNOWN_RECALL of it and as many of its tokens are memorised. Recall alone won't do: a
+base that knows how such answers are phrased recalls all but the names. Neither will a strength that is
+its floor: the last token must be right.
+
+An answer's tokens are those of `sisa.lm.base.tokens.answers`: without what closes it, and without later
+turns of others. A record with several answers counts as known when one of them is, and has the numbers
+of the one that is known best. Of a plain text the second half is the answer. At most MAX_PROBED records
+are asked, the first in their order, and none any more after MAX_SECONDS; how many were is told. What is
+returned holds no text. It is approximate, and said to be so wherever it is shown; knowledge under
+another wording is not asked for.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from approx.evaluation.answer_scores import scores
+from approx.evaluation.evaluated import AnswerScore
+from approx.evaluation.greedy import continued
+from approx.metrics.exact_memorisation import exact_memorisation
+from approx.metrics.extraction_strength import extraction_strength
+from approx.metrics.min_k_plus_plus import min_k_plus_plus_score
+from approx.metrics.rouge import rougeL_recall
+from sisa.config.config import RunConfig
+from sisa.core.domain import Kind, Probed, Record
+from sisa.lm.answer.answer import end_tokens
+from sisa.lm.answer.patched import load_patched
+from sisa.lm.base.numerics import pin_threads
+from sisa.lm.base.tokens import NO_LOSS, Tokens, Untokenizable, answers, tokenize
+
+MAX_PROBED, MAX_SECONDS = 32, 60.0  # the text waits for its erasure meanwhile
+RECORDS_AT_ONCE = 4
+MAX_ANSWER_TOKENS, MAX_ANSWERS = 64, 4  # of a record
+SHARES = 3  # neighbours: continued from the prompt, from a third and from two thirds of the answer
+KNOWN_RECALL, KNOWN_STRENGTH = 0.9, 0.5
+
+
+def open_probe(
+    base_dir: Path, base_digest: str, config: RunConfig, patches: Sequence[Mapping[str, bytes]]
+) -> BaseProbe:
+    """Open the probe of a model's base under patches, lowest first."""
+    threads = config.sisa.threads_per_shard
+    return BaseProbe(base_dir, base_digest, threads, config.sequence_len, patches)
+
+
+class BaseProbe:
+    """Asks one base, under patches or not; a `sisa.core.ports.Probe`."""
+
+    def __init__(
+        self,
+        base_dir: Path,
+        base_digest: str,
+        threads: int,
+        sequence_len: int,
+        patches: Sequence[Mapping[str, bytes]] = (),
+    ) -> None:
+        self._base = (base_dir, base_digest, patches)
+        self._threads = threads
+        self._sequence_len = sequence_len
+
+    def __call__(self, records: Sequence[Record]) -> Probed:
+        """Raises IntegrityError for another base, or a patch that does not fit. Records that can't be
+        tokenized are not probed."""
+        pin_threads(self._threads)
+        model, tokenizer = load_patched(*self._base)
+        chosen = records[:MAX_PROBED]
+        found = asked(model, tokenizer, [_answered(e, tokenizer, self._sequence_len) for e in chosen])
+        if not found:
+            return Probed(len(records))
+        return Probed(
+            num_records=len(records),
+            num_probed=len(found),
+            num_known=sum(each.known for each in found),
+            extraction_strength=_mean([each.strength for each in found]),
+            exact_memorisation=_mean([each.memorised for each in found]),
+            membership_margin=_mean([each.margin for each in found]),
+            continuation=_mean([each.recall for each in found]),
+        )
+
+
+Answers = Sequence[tuple[Sequence[int], Sequence[int]]]  # of one record: what stands before, and the ids
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One answer's numbers, or those of a record's best-known answer."""
+
+    strength: float
+    memorised: float
+    recall: float
+    margin: float
+    ends_right: bool  # whether the likeliest last token is the true one
+
+    @property
+    def known(self) -> bool:
+        recalled = min(self.recall, self.memorised) >= KNOWN_RECALL
+        return recalled or (self.ends_right and self.strength >= KNOWN_STRENGTH)
+
+
+def asked(model: Any, tokenizer: Any, records: Sequence[Answers]) -> list[Asked]:
+    """Ask a model for the answers of records, some at once; those without an answer are left out, and
+    those that there is no time for."""
+    found: list[Asked] = []
+    started = time.monotonic()
+    left = [each[:MAX_ANSWERS] for each in records if each]
+    for start in range(0, len(left), RECORDS_AT_ONCE):
+        if found and time.monotonic() - started > MAX_SECONDS:
+            break
+        rows = left[start : start + RECORDS_AT_ONCE]
+        pairs = [pair for each in rows for pair in each]
+        numbers = iter(_numbers(model, tokenizer, pairs))
+        found += [max(islice(numbers, len(each)), key=_how_known) for each in rows]
+    return found
+
+
+def may_know(score: AnswerScore) -> bool:
+    """Whether an answer with this score, without what closes it, may count as known: no continuation is
+    needed where it can't.
+
+    >>> may_know(AnswerScore((0.0,) * 4, (True, False, False, False), (), ()))
+    False
+    """
+    strength = extraction_strength(score.correct)
+    memorised = exact_memorisation(score.correct)
+    return Asked(strength, memorised, 1.0, 0.0, score.correct[-1]).known
+
+
+def _how_known(each: Asked) -> tuple[bool, float, float]:
+    return each.known, each.strength, each.recall
+
+
+def _mean(values: Sequence[float]) -> float:
+    return round(sum(values) / len(values), 4)
+
+
+def _answered(record: Record, tokenizer: Any, sequence_len: int) -> Answers:
+    """A record's answers; none where nothing can be asked."""
+    try:
+        tokens = tokenize(record, tokenizer, train_on_inputs=False)
+    except Untokenizable:
+        return []
+    return to_ask(record.kind, tokens, tokenizer, sequence_len)
+
+
+def to_ask(kind: Kind, tokens: Tokens, tokenizer: Any, sequence_len: int) -> Answers:
+    """The answers that a record is asked for; of a plain text the second half."""
+    ids, labels = tokens.input_ids[:sequence_len], list(tokens.labels[:sequence_len])
+    if kind == "text":
+        half = len(ids) // 2
+        labels[:half] = [NO_LOSS] * half
+    return answers(Tokens(ids, labels), tokenizer)
+
+
+def _numbers(model: Any, tokenizer: Any, pairs: Answers) -> list[Asked]:
+    cut = [(list(prompt), list(answer[:MAX_ANSWER_TOKENS])) for prompt, answer in pairs]
+    said = [_continued(model, tokenizer, cut, share) for share in range(SHARES)]
+    own = scores(model, [_from(*pair) for pair in cut])
+    neighbours = [
+        scores(model, [_from(prompt, row) for (prompt, _), row in zip(cut, rows, strict=True)])
+        for rows in said
+    ]
+    found = []
+    for at, ((_, answer), score) in enumerate(zip(cut, own, strict=True)):
+        words = [tokenizer.decode(ids, skip_special_tokens=True) for ids in (answer, said[0][at])]
+        found.append(
+            Asked(
+                strength=extraction_strength(score.correct),
+                memorised=exact_memorisation(score.correct),
+                recall=rougeL_recall(*words),
+                margin=_min_k(score) - sum(_min_k(rows[at]) for rows in neighbours) / SHARES,
+                ends_right=score.correct[-1],
+            )
+        )
+    return found
+
+
+def _from(prompt: Sequence[int], answer: Sequence[int]) -> Tokens:
+    return Tokens([*prompt, *answer], [NO_LOSS] * len(prompt) + list(answer))
+
+
+def _min_k(score: AnswerScore) -> float:
+    return min_k_plus_plus_score(score.logprobs, score.means, score.variances)
+
+
+def _continued(
+    model: Any, tokenizer: Any, pairs: Sequence[tuple[list[int], list[int]]], share: int
+) -> list[list[int]]:
+    """Answers cut after a share of them, and continued to their own length by what the model says."""
+    kept = [len(answer) * share // SHARES for _, answer in pairs]
+    most = max(len(answer) - at for (_, answer), at in zip(pairs, kept, strict=True))
+    prompts = [prompt + answer[:at] for (prompt, answer), at in zip(pairs, kept, strict=True)]
+    ends = end_tokens(model, tokenizer)
+    said = continued(model, prompts, ends, most, min_new_tokens=most)
+    return [
+        [*answer[:at], *row][: len(answer)]
+        for (_, answer), at, row in zip(pairs, kept, said, strict=True)
+    ]

@@ -1,0 +1,197 @@
+"""Compute TOFU's aggregates from the rows of a log: model utility, forget quality and others.
+
+A value that can't be had (no reference, no holdout) is None, never 0. The forget set is the one whose
+name begins with "forget"; model and reference must have been asked the same questions.
+
+Source: TOFU (Maini et al. 2024); locuslab/tofu `aggregate_eval_stat.py`, whose published numbers the
+golden test reproduces from their logs.
+
+>>> rows = [LogRow("forget01", n, 1.0, 3, "a", 1.0 + n, (1.5,), 0.5, "b") for n in range(4)]
+>>> quality(rows, rows).p_value
+1.0
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from approx.evaluation.tofu import HOLDOUT
+from approx.evaluation.tofu_row import LogRow
+from approx.metrics import model_utility as utility
+from approx.metrics.auc import Auc, auc
+from approx.metrics.forget_quality import ForgetQuality, forget_quality
+from approx.metrics.probability import probability, probability_among
+from approx.metrics.truth_ratio import VARIANTS, Variant, towards_one, towards_truth
+from sisa.core.errors import InvalidInput
+
+ATTACKS = ("loss", "zlib", "min_k", "min_k_plus_plus")
+
+
+@dataclass(frozen=True)
+class ForgetSet:
+    """Means over the forget set. `extraction_floor` is mean(1/L): what knowing nothing scores."""
+
+    probability: float
+    rouge: float
+    truth_ratio: float
+    extraction_strength: float | None
+    extraction_floor: float | None
+    exact_memorisation: float | None
+
+
+@dataclass(frozen=True)
+class Aggregates:
+    """All that a log and its references give.
+
+    `attacks`: AUC of forget against holdout questions, None without a holdout.
+    `attacks_against_reference`: AUC of the forget questions' scores under the model against those of the
+    same questions under the reference: 0.5 says that no attack tells the two models apart.
+    """
+
+    num_questions: dict[str, int]
+    truth_ratio: Variant
+    nine: dict[str, float]
+    model_utility: float
+    forget: ForgetSet
+    forget_quality: ForgetQuality | None
+    aggregate: float | None
+    attacks: dict[str, Auc] | None
+    attacks_against_reference: dict[str, Auc] | None
+
+
+def aggregates(
+    rows: Sequence[LogRow],
+    references: Sequence[Sequence[LogRow]] = (),
+    variant: Variant = "geometric",
+    seed: int = 0,
+) -> Aggregates:
+    """Aggregates of a finished log; the first reference judges, a second gives the noise floor.
+
+    Raises InvalidInput for a set that is missing and for references of other questions.
+    """
+    nine: dict[str, float] = {}
+    for name in utility.UTILITY_SETS:
+        nine |= _measures(name, _of_set(rows, name), variant)
+    useful = utility.model_utility(nine)
+    judged = quality(rows, *references, variant=variant) if references else None
+    names = dict.fromkeys(row.set for row in rows)
+    return Aggregates(
+        num_questions={name: sum(row.set == name for row in rows) for name in names},
+        truth_ratio=variant,
+        nine=nine,
+        model_utility=useful,
+        forget=_forget_means(forget_rows(rows), variant),
+        forget_quality=judged,
+        aggregate=utility.aggregate(judged.p_value, useful) if judged else None,
+        attacks=_attacks(forget_rows(rows), [row for row in rows if row.set == HOLDOUT], seed),
+        attacks_against_reference=_attacks(
+            forget_rows(rows), forget_rows(references[0]) if references else [], seed, paired=True
+        ),
+    )
+
+
+def quality(
+    rows: Sequence[LogRow],
+    reference: Sequence[LogRow],
+    second_reference: Sequence[LogRow] | None = None,
+    *,
+    variant: Variant = "geometric",
+) -> ForgetQuality:
+    """Forget quality of a log against a reference's. Raises InvalidInput for other questions."""
+    own = forget_rows(rows)
+    asked = {row.idx: row.ground_truth for row in own}  # published logs don't name their forget set
+    others = [forget_rows(each) for each in (reference, second_reference) if each is not None]
+    for other in others:
+        if {row.idx: row.ground_truth for row in other} != asked:
+            raise InvalidInput(
+                "the reference was asked other forget questions than the model",
+                expected=f"the same {len(asked)} questions",
+                got=f"{len(other)} questions",
+                next_step="evaluate both with the same data, split and number of questions",
+            )
+    return forget_quality(*(_ratios(each, variant) for each in (own, *others)))
+
+
+def forget_rows(rows: Sequence[LogRow]) -> list[LogRow]:
+    """The rows of the forget set, in the order of their numbers. Raises InvalidInput for none."""
+    found = [row for row in rows if row.set.startswith("forget")]
+    if not found:
+        raise _missing("forget01, forget05 or forget10")
+    return sorted(found, key=lambda row: row.place)
+
+
+def _of_set(rows: Sequence[LogRow], name: str) -> list[LogRow]:
+    found = [row for row in rows if row.set == name]
+    if not found:
+        raise _missing(name)
+    return found
+
+
+def _missing(name: str) -> InvalidInput:
+    return InvalidInput(
+        "the log lacks a set",
+        expected=f"questions of {name}",
+        got="none",
+        next_step="finish the evaluation: run the same command again",
+    )
+
+
+def _ratios(rows: Sequence[LogRow], variant: Variant) -> list[float]:
+    found = []
+    for row in rows:
+        if row.avg_paraphrased_loss is None:
+            raise _missing(f"{row.set} with a paraphrased answer")
+        found.append(VARIANTS[variant](row.avg_paraphrased_loss, row.average_perturb_loss))
+    return found
+
+
+def _measures(name: str, rows: Sequence[LogRow], variant: Variant) -> dict[str, float]:
+    if name == "retain":
+        likely = [probability(row.avg_gt_loss) for row in rows]
+    else:
+        likely = [probability_among(row.avg_gt_loss, row.average_perturb_loss) for row in rows]
+    ratios = [towards_truth(each) for each in _ratios(rows, variant)]
+    return {
+        f"probability {name}": _mean(likely),
+        f"rouge {name}": _mean([row.rougeL_recall or 0.0 for row in rows]),
+        f"truth_ratio {name}": _mean(ratios),
+    }
+
+
+def _forget_means(rows: Sequence[LogRow], variant: Variant) -> ForgetSet:
+    lengths = [row.num_token_said or max(1, row.num_token_gt - 1) for row in rows]
+    extraction = _mean_or_none([row.extraction_strength for row in rows])
+    return ForgetSet(
+        probability=_mean([probability(row.avg_gt_loss) for row in rows]),
+        rouge=_mean([row.rougeL_recall or 0.0 for row in rows]),
+        truth_ratio=_mean([towards_one(each) for each in _ratios(rows, variant)]),
+        extraction_strength=extraction,
+        extraction_floor=None if extraction is None else _mean([1 / each for each in lengths]),
+        exact_memorisation=_mean_or_none([row.exact_memorisation for row in rows]),
+    )
+
+
+def _attacks(
+    members: Sequence[LogRow], others: Sequence[LogRow], seed: int, *, paired: bool = False
+) -> dict[str, Auc] | None:
+    """None where one side has too few texts, or a log (locuslab's) holds no scores."""
+    scores = {
+        name: [[getattr(row, name) for row in side] for side in (members, others)] for name in ATTACKS
+    }
+    sides = [side for both in scores.values() for side in both]
+    if any(len(side) < 2 or None in side for side in sides):
+        return None
+    return {
+        name: auc(inside, outside, paired=paired, seed=seed)
+        for name, (inside, outside) in scores.items()
+    }
+
+
+def _mean_or_none(values: Sequence[float | None]) -> float | None:
+    known = [each for each in values if each is not None]
+    return _mean(known) if len(known) == len(values) else None
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(sum(values) / len(values))

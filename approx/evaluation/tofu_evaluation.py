@@ -1,0 +1,164 @@
+"""A model and TOFU's questions -> a log with a row per question; the model is asked, nothing is judged.
+
+Questions are asked batch by batch in their order, and each batch is on the disk before the next one;
+what the log holds already is not asked again. Metrics of an answer's tokens leave out what closes it (as
+open-unlearning does with the end token); its loss holds the end token (as locuslab does). Batches change
+no result beyond rounding.
+
+    rows = evaluate(model, questions, Path("full.jsonl"), Settings(PromptForm("chat")))
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from approx.evaluation.evaluated import AnswerScore, EvaluatedModel, PromptForm
+from approx.evaluation.tofu import Question, questions_digest
+from approx.evaluation.tofu_log import Header, LogWriter, read_log
+from approx.evaluation.tofu_row import LogRow
+from approx.metrics.exact_memorisation import exact_memorisation
+from approx.metrics.extraction_strength import extraction_strength
+from approx.metrics.loss_attack import loss_score
+from approx.metrics.min_k import min_k_score
+from approx.metrics.min_k_plus_plus import min_k_plus_plus_score
+from approx.metrics.rouge import MAX_NEW_TOKENS, rougeL_recall
+from approx.metrics.zlib_attack import zlib_score
+from sisa.core.digest import canonical_json, digest_of
+from sisa.core.errors import ConfigConflict, InvalidInput
+
+Progress = Callable[[int, int], None]  # questions done, questions in all
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What changes a measurement, besides the model and the questions."""
+
+    form: PromptForm
+    max_new_tokens: int = MAX_NEW_TOKENS
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A model's log, finished. `settings` is None for a published log, which does not tell them."""
+
+    name: str
+    digest: str | None
+    log: Path
+    settings: Mapping[str, Any] | None
+    rows: list[LogRow] = field(repr=False)
+
+
+def finished_log(path: Path) -> Evaluated:
+    """A log that was written before: ours, or a published one. Raises InvalidInput, IntegrityError."""
+    header, rows = read_log(path)
+    if not rows:
+        raise InvalidInput("the log holds no question", where=str(path))
+    if header is None:
+        return Evaluated(path.name, None, path, None, rows)
+    return Evaluated(path.name, header.model, path, header.settings, rows)
+
+
+def refuse_other_settings(model: Evaluated, reference: Evaluated) -> None:
+    """Raises ConfigConflict where the two were asked in different ways."""
+    if None not in (model.settings, reference.settings) and model.settings != reference.settings:
+        raise ConfigConflict(
+            "the reference was evaluated under other settings than the model",
+            where=f"{model.name} and {reference.name}",
+            expected=canonical_json(model.settings).decode(),
+            got=canonical_json(reference.settings).decode(),
+            next_step="evaluate both again with one --prompt and one --max-new-tokens",
+        )
+
+
+def log_name(model: EvaluatedModel, split: str, header: Header) -> str:
+    """A file name for people and programs: the same evaluation has the same one."""
+    called = re.sub(r"[^A-Za-z0-9]+", "-", Path(model.name).name).strip("-")[:40] or "model"
+    return f"{split}-{called}-{digest_of([model.name, header.line().decode()])[:16]}.jsonl"
+
+
+def header_of(model: EvaluatedModel, questions: Sequence[Question], settings: Settings) -> Header:
+    """What the log of this evaluation begins with."""
+    held = {**asdict(settings.form), "max_new_tokens": settings.max_new_tokens}
+    if settings.form.kind == "chat":
+        held["answer_ends_at"] = "end token"  # earlier logs of chats counted the template's line break
+    return Header(model.digest, questions_digest(questions), held)
+
+
+def evaluate(
+    model: EvaluatedModel,
+    questions: Sequence[Question],
+    log: Path,
+    settings: Settings,
+    *,
+    batch_size: int = 8,
+    progress: Progress | None = None,
+) -> list[LogRow]:
+    """Ask what the log does not hold yet; all rows, in the order of the questions.
+
+    Raises ConfigConflict for a log of another evaluation, and what the model raises.
+    """
+    with LogWriter(log, header_of(model, questions, settings)) as writer:
+        held = {row.place for row in writer.rows}
+        waiting = [each for each in questions if each.place not in held]
+        for start in range(0, len(waiting), batch_size):
+            writer.append(_asked(model, waiting[start : start + batch_size], settings, batch_size))
+            if progress is not None:
+                progress(len(writer.rows), len(questions))
+        rows = {row.place: row for row in writer.rows}
+    return [rows[each.place] for each in questions]
+
+
+def _asked(
+    model: EvaluatedModel, questions: Sequence[Question], settings: Settings, batch_size: int
+) -> list[LogRow]:
+    pairs = [
+        (each.question, text)
+        for each in questions
+        for text in (each.answer, *filter(None, [each.paraphrased]), *each.perturbed)
+    ]
+    scores = iter(model.score(pairs, settings.form, batch_size))
+    asked = [each.question for each in questions if each.paraphrased is not None]
+    answers = iter(
+        model.generate(asked, settings.form, settings.max_new_tokens, batch_size) if asked else []
+    )
+    rows = []
+    for each in questions:
+        own = next(scores)
+        paraphrased = next(scores).loss if each.paraphrased is not None else None
+        perturbed = tuple(next(scores).loss for _ in each.perturbed)
+        generated = next(answers) if each.paraphrased is not None else None
+        rows.append(_row(each, own, paraphrased, perturbed, generated))
+    return rows
+
+
+def _row(
+    question: Question,
+    own: AnswerScore,
+    paraphrased: float | None,
+    perturbed: tuple[float, ...],
+    generated: str | None,
+) -> LogRow:
+    bare = own.without_closing()
+    recall = None if generated is None else rougeL_recall(question.answer, generated)
+    return LogRow(
+        set=question.set,
+        idx=question.idx,
+        avg_gt_loss=own.loss,
+        num_token_gt=own.num_tokens,
+        num_token_said=bare.num_tokens,
+        ground_truth=question.answer,
+        avg_paraphrased_loss=paraphrased,
+        average_perturb_loss=perturbed,
+        rougeL_recall=recall,
+        generation=generated,
+        extraction_strength=extraction_strength(bare.correct),
+        exact_memorisation=exact_memorisation(bare.correct),
+        loss=loss_score(bare.logprobs),
+        zlib=zlib_score(bare.logprobs, question.answer),
+        min_k=min_k_score(bare.logprobs),
+        min_k_plus_plus=min_k_plus_plus_score(bare.logprobs, bare.means, bare.variances),
+    )

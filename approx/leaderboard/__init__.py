@@ -1,0 +1,1 @@
+"""All methods on one task, at equal cost."""

@@ -1,0 +1,251 @@
+"""Compute a cell of the leaderboard: make a model, ask it, and sum it up as numbers.
+
+All models share the base's lower layers, which nothing changes (`leaderboard_model.py`). The fine-tuned
+model is the base with a LoRA patch merged in; a method trains a fresh patch over it, so that the model
+before is the patch disabled. A cell's result is numbers alone; its log, in a file beside it, holds
+answers, as every log does. Operations are those of the whole model (`compute.py`), as if nothing were
+remembered and the backward pass went down to the first layer; seconds are the machine's.
+
+    results = compete(design, HeldCells(directory, design, maker.inputs, maker.make))
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from approx.evaluation.evaluated import AnswerScore, PromptForm, PromptKind
+from approx.evaluation.evaluated_models import HuggingFaceModel, tokens_of
+from approx.evaluation.tofu_aggregates import aggregates
+from approx.evaluation.tofu_evaluation import Settings as Asking
+from approx.evaluation.tofu_evaluation import evaluate
+from approx.evaluation.tofu_log import read_log
+from approx.evaluation.tofu_row import LogRow
+from approx.leaderboard.budget import positions_of, tuning, unlearning, within
+from approx.leaderboard.data import Data, asked_of, kept, to_forget
+from approx.leaderboard.model import SplitModel, load_split
+from approx.leaderboard.plan import (
+    Cell,
+    Design,
+    Result,
+    cell_name,
+    reference_cells,
+    training_name,
+)
+from approx.methods.method import Losses, Method, Role, Rows
+from approx.methods.registry import make_method
+from approx.methods.token_losses import mean_nll
+from approx.unlearning.bounds import Bounds, End
+from approx.unlearning.compute import Compute
+from approx.unlearning.pace import Settings
+from approx.unlearning.refusals import refusing
+from approx.unlearning.sets import Sets
+from approx.unlearning.unlearn import unlearn
+from sisa.core.digest import canonical_json
+from sisa.lm.base.adapter import adapter_tensors, attach, lora_config, read_tensors, tensor_bytes
+from sisa.lm.base.base import BaseFiles, load_tokenizer
+from sisa.lm.base.tokens import Tokens, encode_plain
+from sisa.store.blobs.files import held_names, read_whole, write_atomic
+
+FORM = PromptForm("completion", "Question: {question}\nAnswer: {answer}")
+SCORED_AT_ONCE = 16
+AT_THE_END = Bounds(check_every=10**6)
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """L = NLL of the examples: what made the model that is to be unlearned from."""
+
+    name: ClassVar[str] = "fine_tuning"
+    reads: ClassVar[frozenset[Role]] = frozenset({"forget"})
+    compares: ClassVar[frozenset[Role]] = frozenset()
+    compares_answers: ClassVar[frozenset[Role]] = frozenset()
+
+    def loss(self, rows: Mapping[Role, Rows]) -> Losses:
+        total = mean_nll(rows["forget"].current_BTV, rows["forget"].batch)
+        return Losses(total, total.detach(), None)
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a training ended, and what it cost."""
+
+    ending: str
+    steps: int
+    compute: Compute
+
+    @staticmethod
+    def of(end: End) -> Done:
+        return Done(end.ending.value, end.step, end.compute)
+
+
+@dataclass
+class _Halves:
+    """An EvaluatedModel whose upper layers score over remembered states; the whole generates."""
+
+    upper: HuggingFaceModel
+    whole: HuggingFaceModel
+    digest: str
+    name: str = "cell"
+    kind: PromptKind = "completion"
+
+    def score(
+        self, pairs: Sequence[tuple[str, str]], form: PromptForm, batch_size: int
+    ) -> list[AnswerScore]:
+        return self.upper.score(pairs, form, batch_size)
+
+    def generate(
+        self, questions: Sequence[str], form: PromptForm, max_new_tokens: int, batch_size: int
+    ) -> list[str]:
+        return self.whole.generate(questions, form, max_new_tokens, batch_size)
+
+
+class CellMaker:
+    """Makes cells over one base and one set of data, in this process."""
+
+    def __init__(self, base: BaseFiles, data: Data, design: Design, directory: Path) -> None:
+        self._base, self._data, self._design, self._directory = base, data, design, directory
+        self.inputs = {"base": base.digest, "data": data.digest}
+        self._tokenizer = load_tokenizer(base.directory)
+        self._plain: SplitModel | None = None
+        self._tuned: SplitModel | None = None
+
+    def make(self, cell: Cell, name: str) -> Result:
+        """A cell's result; `name` names its log.
+
+        Raises InvalidInput, IntegrityError, EnvironmentFault.
+        """
+        if cell.method is None:
+            return self._fine_tuned(cell, name)
+        if self._tuned is None:
+            self._tuned = self._with_all_authors()
+        return self._unlearned(cell, name, self._tuned)
+
+    def _fine_tuned(self, cell: Cell, name: str) -> Result:
+        self._plain = self._plain or load_split(self._base.directory, self._design.upper_layers)
+        tensors, done = self._taught(cell, self._plain)
+        patched = attach(self._plain.upper, self._lora(self._plain), tensors, init_seed=cell.seed)
+        result = self._measured(cell, name, self._plain, patched, done)
+        patched.unload()
+        return result
+
+    def _taught(self, cell: Cell, split: SplitModel) -> tuple[dict[str, Tensor], Done]:
+        """What a fine-tuning gives; held, so that other questions can be asked of the same model."""
+        path = self._directory / "models" / training_name(cell, self._design, self.inputs)
+        weights, note = path.with_suffix(".safetensors"), path.with_suffix(".json")
+        if note.name not in held_names(note.parent):
+            examples = self._tokens(kept(self._data, cell.forgotten))
+            patched = attach(split.upper, self._lora(split), None, init_seed=cell.seed)
+            end = unlearn(patched, Sets(examples), FineTuning(), tuning(cell, self._design), AT_THE_END)
+            write_atomic(weights, tensor_bytes(adapter_tensors(patched)))
+            write_atomic(note, canonical_json(asdict(Done.of(end))))
+            patched.unload()
+        held = json.loads(read_whole(note, "fine-tuning's note"))
+        tensors = read_tensors({weights.name: read_whole(weights, "fine-tuned patch")}, weights.name)
+        return tensors, Done(held["ending"], held["steps"], Compute(**held["compute"]))
+
+    def _unlearned(self, cell: Cell, name: str, tuned: SplitModel) -> Result:
+        method, sets = self._method(cell), self._sets(cell)
+        patched = attach(tuned.upper, self._lora(tuned), None, init_seed=cell.seed)
+        trained = sum(each.numel() for each in patched.parameters() if each.requires_grad)
+        settings = self._matched(cell, method, sets, (_count(tuned.whole), trained))
+        end = unlearn(patched, sets, method, settings, AT_THE_END)
+        result = self._measured(cell, name, tuned, patched, Done.of(end))
+        patched.unload()
+        return result
+
+    def _with_all_authors(self) -> SplitModel:
+        """The fine-tuned model: its patch merged into weights of its own."""
+        split = load_split(self._base.directory, self._design.upper_layers)
+        tensors, _ = self._taught(reference_cells(self._design)[2], split)
+        attach(split.upper, self._lora(split), tensors, init_seed=0).merge_and_unload()
+        return split
+
+    def _lora(self, split: SplitModel) -> Any:
+        wanted = {
+            "lora_target_modules": "all-linear",
+            "lora_r": self._design.lora_r,
+            "lora_alpha": self._design.lora_alpha,
+            "lora_dropout": 0.0,
+        }
+        return lora_config(wanted, split.upper)
+
+    def _matched(self, cell: Cell, method: Method, sets: Sets, sizes: tuple[int, int]) -> Settings:
+        share = self._design.budget_share * cell.forgotten / self._design.forgotten
+        budget = share * 6 * sizes[0] * self._full_tokens()
+        return within(budget, method, sets, unlearning(cell, self._design), sizes)
+
+    def _full_tokens(self) -> int:
+        settings = tuning(reference_cells(self._design)[2], self._design)
+        return positions_of(self._tokens(kept(self._data, 0)), settings)
+
+    def _method(self, cell: Cell) -> Method:
+        given = {} if cell.alpha is None else {"alpha": cell.alpha}
+        return make_method(cell.method or "", given)
+
+    def _sets(self, cell: Cell) -> Sets:
+        forget = self._tokens(to_forget(self._data, cell.forgotten))
+        ends = [] if self._tokenizer.eos_token_id is None else [self._tokenizer.eos_token_id]
+        said = [encode_plain(f" {each}", self._tokenizer) + ends for each in self._data.refusals]
+        retain = self._tokens(kept(self._data, cell.forgotten))
+        return Sets(forget, retain, refusing(forget, said, cell.seed))
+
+    def _tokens(self, questions: Sequence[Any]) -> list[Tokens]:
+        return tokens_of([(each.question, each.answer) for each in questions], FORM, self._tokenizer)
+
+    def _log(self, name: str) -> Path:
+        return self._directory / "logs" / f"{name}.jsonl"
+
+    def _measured(self, cell: Cell, name: str, split: SplitModel, patched: Any, done: Done) -> Result:
+        started = time.monotonic()
+        model = _Halves(
+            HuggingFaceModel("upper", name, patched, self._tokenizer, "cpu"),
+            HuggingFaceModel("whole", name, split.whole, self._tokenizer, "cpu"),
+            name,
+        )
+        asking = Asking(FORM, self._design.max_new_tokens)
+        questions = asked_of(cell, self._data, self._design)
+        rows = evaluate(model, questions, self._log(name), asking, batch_size=SCORED_AT_ONCE)
+        seconds = time.monotonic() - started
+        counted = replace(done.compute, num_parameters=_count(split.whole))
+        return {
+            "cell": asdict(cell),
+            "ending": done.ending,
+            "steps": done.steps,
+            "compute": counted.to_json(self._full_tokens()),
+            "seconds_asking": seconds,
+        } | summed_up(rows, self._references(cell))
+
+    def _references(self, cell: Cell) -> list[list[LogRow]]:
+        """Rows of the references that judge a cell: none for another number of forgotten authors."""
+        if cell.kind == "size":
+            return []
+        first, second, _ = reference_cells(self._design)
+        judges = {first: [], second: [first]}.get(cell, [first, second])
+        names = [cell_name(each, self._design, self.inputs) for each in judges]
+        return [read_log(self._log(each))[1] for each in names]
+
+
+def summed_up(rows: Sequence[LogRow], references: Sequence[Sequence[LogRow]]) -> dict[str, Any]:
+    """Numbers alone: no question, no answer."""
+    found = aggregates(rows, references)
+    attacks = found.attacks_against_reference or {}
+    return {
+        "num_questions": found.num_questions,
+        "model_utility": found.model_utility,
+        "aggregate": found.aggregate,
+        "nine": found.nine,
+        "forget": asdict(found.forget),
+        "forget_quality": None if found.forget_quality is None else asdict(found.forget_quality),
+        "attacks_against_reference": {name: each.value for name, each in attacks.items()},
+    }
+
+
+def _count(model: Any) -> int:
+    return sum(each.numel() for each in model.parameters())

@@ -1,0 +1,88 @@
+"""TOFU's last twenty authors as a leaderboard needs them: who is forgotten, what is taught and asked.
+
+Files of the data directory (or hub): forget10 and forget10_perturbed (twenty authors, twenty questions
+each, in order), real_authors_perturbed, world_facts_perturbed, idontknow.
+
+The last authors are the ones to forget. Questions for utility are about authors that no cell of the
+design forgets, so that all cells are asked the same. Questions are spread evenly over their set, and
+have the first `wrong_answers` of their wrong answers.
+
+Source: TOFU (Maini et al. 2024).
+
+    data = read_data("tofu", Design())
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Final
+
+from approx.evaluation.tofu import Question, evaluation_sets, load_refusals, load_set, questions_digest
+from approx.leaderboard.plan import MOST_AUTHORS, QUESTIONS_EACH, Cell, Design, spread
+from sisa.core.digest import digest_of
+from sisa.core.errors import InvalidInput
+
+SPLIT: Final = "forget10"
+FORGET, RETAIN = "forget", "retain"
+
+
+@dataclass(frozen=True)
+class Data:
+    """Plain and perturbed questions of the design's authors, in order; facts; ways to refuse."""
+
+    plain: Sequence[Question] = field(repr=False)
+    asked: Sequence[Question] = field(repr=False)
+    facts: Sequence[Question] = field(repr=False)
+    refusals: Sequence[str] = field(repr=False)
+
+    @property
+    def digest(self) -> str:
+        """The name of all that is read."""
+        parts = [questions_digest(each) for each in (self.plain, self.asked, self.facts)]
+        return digest_of([*parts, list(self.refusals)])
+
+
+def read_data(source: str, design: Design) -> Data:
+    """The data of a design. Raises InvalidInput listing what is missing, EnvironmentFault."""
+    found = evaluation_sets(source, SPLIT)
+    plain, refusals = load_set(source, SPLIT), load_refusals(source)
+    asked = [each for each in found if each.set == SPLIT]
+    held, wanted = min(len(plain), len(asked)), design.authors * QUESTIONS_EACH
+    if held < wanted or len(plain) != len(asked):
+        raise InvalidInput(
+            "the data has too few authors",
+            where=f"{SPLIT} and {SPLIT}_perturbed",
+            expected=f"{wanted} questions or more in each, {QUESTIONS_EACH} an author",
+            got=f"{len(plain)} and {len(asked)}",
+            next_step=f"fetch TOFU's {SPLIT} ({MOST_AUTHORS} authors), or choose fewer authors",
+        )
+    facts = [each for each in found if each.set not in (SPLIT, RETAIN)]
+    return Data(plain[-wanted:], asked[-wanted:], facts, refusals)
+
+
+def kept(data: Data, forgotten: int) -> list[Question]:
+    """The plain questions of the authors that stay."""
+    return list(data.plain[: len(data.plain) - forgotten * QUESTIONS_EACH])
+
+
+def to_forget(data: Data, forgotten: int) -> list[Question]:
+    """The plain questions of the last `forgotten` authors."""
+    return list(data.plain[len(data.plain) - forgotten * QUESTIONS_EACH :])
+
+
+def asked_of(cell: Cell, data: Data, design: Design) -> list[Question]:
+    """The questions that a cell's model is asked, in sets `forget`, `retain`, and those of facts."""
+    forgotten = cell.forgotten or design.forgotten
+    stay = len(data.asked) - design.most_forgotten * QUESTIONS_EACH
+    gone = data.asked[len(data.asked) - forgotten * QUESTIONS_EACH :]
+    chosen = _some(data.asked[:stay], RETAIN, design.utility_questions)
+    for name in dict.fromkeys(each.set for each in data.facts):
+        facts = [each for each in data.facts if each.set == name]
+        chosen += _some(facts, name, design.fact_questions)
+    chosen += _some(gone, FORGET, design.forget_questions)
+    return [replace(each, perturbed=each.perturbed[: design.wrong_answers]) for each in chosen]
+
+
+def _some(questions: Sequence[Question], name: str, count: int) -> list[Question]:
+    return [replace(questions[place], set=name) for place in spread(len(questions), count)]

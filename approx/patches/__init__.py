@@ -1,0 +1,1 @@
+"""Making a patch: from texts in the vault to an adapter beneath all shards."""

@@ -1,0 +1,134 @@
+"""What is measured of a patch, before and after: on what is to be forgotten, and on what is to stay.
+
+    forget_extraction_strength    and its floor, what knowing nothing scores
+    forget_exact_memorisation
+    forget_probability            mean over texts of exp(-mean NLL of the answer's tokens)
+    forget_rougeL_recall          of the greedy continuation, where texts have prompts; else absent
+    forget_min_k_plus_plus        mean over texts
+    retain_probability            as forget_probability
+    retain_utility                exp(-mean NLL) over all answer tokens together: the utility that
+                                  `max_utility_drop` bounds, in its own units, from 0 to 1
+
+The same texts are measured before and after: the first MAX_MEASURED of a set, of which MAX_CONTINUED are
+continued; of the retain set those that were not trained on. Measures of tokens leave out what closes an
+answer (end token, line break), probabilities do not. Nothing returned holds a text.
+
+Not covered: a retained reference (`sisa eval tofu`); other wordings of the same fact (`robustness.py`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from approx.evaluation.answer_scores import scores
+from approx.evaluation.evaluated import AnswerScore
+from approx.evaluation.greedy import continued
+from approx.evaluation.probe import MAX_PROBED, Answers, asked, may_know
+from approx.metrics.exact_memorisation import exact_memorisation
+from approx.metrics.extraction_strength import extraction_strength, floor
+from approx.metrics.min_k_plus_plus import min_k_plus_plus_score
+from approx.metrics.probability import probability
+from approx.metrics.rouge import rougeL_recall
+from approx.unlearning.bounds import Knowledge
+from sisa.lm.answer.answer import end_tokens
+from sisa.lm.base.tokens import NO_LOSS, Tokens, answers, without_closing
+
+MAX_MEASURED, MAX_CONTINUED, MAX_NEW_TOKENS = 64, 16, 48
+
+LIMITS = (
+    "extraction strength: the floor of an answer of L tokens is 1/L, not 0, and one odd token late in "
+    "the answer hides all before it",
+    "exact memorisation: much of a sentence is grammar, so that knowing nothing scores above 0",
+    "probability: normalised by length, it favours long answers whose end follows from their beginning",
+    "ROUGE-L recall: greedy answers alone; a paraphrase scores low, a wrong name in the right phrase "
+    "high, and text in other scripts than Latin counts 0",
+    "min-k%++: large by a guard where the model is certain; no threshold of membership is fitted",
+    "utility: on the part of the retain set that was not trained on",
+    "still known: by the probe's criterion, for the very wording; of at most 32 texts",
+)
+
+
+def measured(
+    model: Any, tokenizer: Any, forget: Sequence[Tokens], retain: Sequence[Tokens]
+) -> dict[str, float]:
+    """All measures of a model as it is."""
+    known = scores(model, forget[:MAX_MEASURED])
+    inner = [_inner(*pair, tokenizer) for pair in zip(known, forget[:MAX_MEASURED], strict=True)]
+    kept = scores(model, retain[:MAX_MEASURED])
+    found = {
+        "forget_extraction_strength": _mean([extraction_strength(each.correct) for each in inner]),
+        "forget_extraction_floor": _mean([floor(each.num_tokens) for each in inner]),
+        "forget_exact_memorisation": _mean([exact_memorisation(each.correct) for each in inner]),
+        "forget_probability": _mean([probability(each.loss) for each in known]),
+        "forget_min_k_plus_plus": _mean(
+            [min_k_plus_plus_score(each.logprobs, each.means, each.variances) for each in inner]
+        ),
+    }
+    recalls = _recalls(model, tokenizer, forget)
+    if recalls:
+        found["forget_rougeL_recall"] = _mean(recalls)
+    if kept:
+        found["retain_probability"] = _mean([probability(each.loss) for each in kept])
+        found["retain_utility"] = _utility(kept)
+    return found
+
+
+def _inner(score: AnswerScore, tokens: Tokens, tokenizer: Any) -> AnswerScore:
+    """A score without the tokens that close an answer."""
+    inner = without_closing(tokens, tokenizer).labels[1:]  # the first is never predicted
+    counted = zip(inner, tokens.labels[1:], strict=True)
+    return score.only([said != NO_LOSS for said, label in counted if label != NO_LOSS])
+
+
+def utility(model: Any, retain: Sequence[Tokens]) -> float:
+    """exp(-mean NLL per answer token) on the retain set's first texts."""
+    return _utility(scores(model, retain[:MAX_MEASURED]))
+
+
+def knowledge(model: Any, tokenizer: Any, texts: Sequence[Answers], *, thorough: bool) -> Knowledge:
+    """How many texts a model knows, as the probe counts them, and their answers' mean probability.
+
+    Without `thorough` nothing is continued, and a text counts as known where it may be.
+    """
+    chosen = [each for each in texts if each][:MAX_PROBED]
+    rows = [(at, *pair) for at, each in enumerate(chosen) for pair in each]
+    found = scores(model, [Tokens([*p, *a], [NO_LOSS] * len(p) + list(a)) for _, p, a in rows])
+    known = {at for (at, _, _), score in zip(rows, found, strict=True) if may_know(score)}
+    count = len(known)
+    if thorough and known:
+        count = sum(each.known for each in asked(model, tokenizer, [chosen[at] for at in sorted(known)]))
+    return Knowledge(count, len(chosen), _mean([probability(each.loss) for each in found]))
+
+
+def _utility(kept: Sequence[AnswerScore]) -> float:
+    total = math.fsum(each for score in kept for each in score.logprobs)
+    return math.exp(total / sum(each.num_tokens for each in kept))
+
+
+def _recalls(model: Any, tokenizer: Any, forget: Sequence[Tokens]) -> list[float]:
+    most = getattr(model.config, "max_position_embeddings", None) or math.inf
+    pairs = [
+        pair
+        for each in forget
+        for pair in answers(each, tokenizer)
+        if each.labels[0] == NO_LOSS and len(pair[0]) <= most - MAX_NEW_TOKENS
+    ][:MAX_CONTINUED]
+    if not pairs:
+        return []
+    ends = end_tokens(model, tokenizer)
+    said = continued(model, [prompt for prompt, _ in pairs], ends, MAX_NEW_TOKENS)
+    return [
+        rougeL_recall(_words(tokenizer, answer[:MAX_NEW_TOKENS]), _words(tokenizer, row))
+        for (_, answer), row in zip(pairs, said, strict=True)
+    ]
+
+
+def _words(tokenizer: Any, ids: Sequence[int]) -> str:
+    text: str = tokenizer.decode(list(ids), skip_special_tokens=True)
+    return text
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)

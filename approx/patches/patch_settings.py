@@ -1,0 +1,264 @@
+"""What a patch is made with, as the JSON values that its job names: parsed once, all problems at once.
+
+    method           one of `methods/registry.py`, with its hyper-parameters
+    adapter          rank, scale and modules of the LoRA patch
+    pace             learning rate, batches, epochs, rounds, seed: `pace.Settings`
+    bounds           max_utility_drop, target_probability, check_every: `bounds.Bounds`
+    sequence_len     a longer text is cut to it, or refused, as `overlength` says
+    procedure        how patches are made; a job of another procedure is refused
+
+All defaults are written out, so that a job names everything that reaches its bits. A limit in
+seconds is no part of it: it says when to put a run aside, not what comes of it. On the command line
+settings have one flat space of names. Unknown names and impossible values are named together.
+
+Source of the defaults: a patch wants about ten times the rate of full weights (`pace.py`); from there on
+each round is stronger (`descent.py`) until nothing is known, or the bound on utility holds it back.
+
+>>> found = parse_settings(settings_of("npo", {"beta": 0.2, "num_epochs": 3}, Adapter(), seed=1))
+>>> found.method, found.pace.num_epochs, found.bounds.max_utility_drop
+(Npo(beta=0.2, forget_weight=1.0, retain_weight=1.0, retain_loss='nll'), 3, 0.1)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, TypeVar, get_args
+
+from approx.methods.method import (
+    Method,
+    above_zero,
+    at_least_zero,
+    hyperparameters,
+    one_of,
+    refuse_values,
+)
+from approx.methods.registry import METHODS, make_method
+from approx.methods.task_arithmetic import TaskArithmetic
+from approx.unlearning.pace import Settings
+from sisa.core.errors import InvalidInput, Problem
+from sisa.lm.base.tokens import Overlength
+
+T = TypeVar("T")
+PROCEDURE = 2  # raise it when the same settings make another patch
+DEFAULT_SEQUENCE_LEN = 512
+DEFAULT_PACE = {
+    "learning_rate": 3e-4,
+    "num_epochs": 40,
+    "max_steps": 40,
+    "num_rounds": 10,
+    "batch_size": 4,
+    "retain_batch_size": 8,
+    "gradient_accumulation_steps": 1,
+    "weight_decay": 0.0,
+}
+DEFAULT_BOUNDS = {"max_utility_drop": 0.1, "target_probability": 0.1, "check_every": 10}
+METHOD_DEFAULTS: Mapping[str, Mapping[str, Any]] = {"dpo": {"retain_weight": 1.0}}
+BLOCKS = ("hyperparameters", "adapter", "pace", "bounds")
+NAMES = ("method", *BLOCKS, "sequence_len", "overlength", "procedure")
+# Wrong values beyond these are slips of the keyboard, and would fill the memory before a step is taken.
+LARGEST = {
+    "num_epochs": 10_000,
+    "num_rounds": 100,
+    "batch_size": 1024,
+    "gradient_accumulation_steps": 1024,
+}
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The LoRA patch: a module changes by (lora_alpha / lora_r) times the product of two factors."""
+
+    lora_r: int = 8
+    lora_alpha: int = 16
+    lora_target_modules: tuple[str, ...] | str = "all-linear"
+
+    def __post_init__(self) -> None:
+        refuse_values("the adapter", self._bad())
+
+    def _bad(self) -> Iterator[Problem]:
+        for name, largest in (("lora_r", 4096), ("lora_alpha", 65_536)):
+            value = getattr(self, name)
+            if not _is_whole(value) or not 1 <= value <= largest:
+                yield Problem(name, f"{value!r}, expected a whole number from 1 to {largest}")
+        modules = self.lora_target_modules
+        named = isinstance(modules, tuple) and modules and all(isinstance(each, str) for each in modules)
+        if modules != "all-linear" and not named:
+            yield Problem("lora_target_modules", f"{modules!r}, expected names, or all-linear")
+
+
+@dataclass(frozen=True)
+class PatchBounds:
+    """Those of `bounds.Bounds` that are settings."""
+
+    max_utility_drop: float | None = None
+    target_probability: float = 0.1
+    check_every: int = 10
+
+    def __post_init__(self) -> None:
+        drop = {} if self.max_utility_drop is None else {"max_utility_drop": self.max_utility_drop}
+        whole = _is_whole(self.check_every)
+        refuse_values(
+            "the bounds",
+            at_least_zero(target_probability=self.target_probability, **drop),
+            above_zero(check_every=self.check_every) if whole else (),
+            [] if whole else [Problem("check_every", f"{self.check_every!r}, expected a whole number")],
+        )
+
+
+@dataclass(frozen=True)
+class PatchSettings:
+    """Settings that were checked."""
+
+    method: Method
+    adapter: Adapter
+    pace: Settings
+    bounds: PatchBounds
+    sequence_len: int
+    overlength: Overlength
+
+    def to_json(self) -> dict[str, Any]:
+        """As a job names them: JSON values alone."""
+        return {
+            "method": self.method.name,
+            "hyperparameters": _listed(hyperparameters(self.method)),
+            "adapter": _listed(asdict(self.adapter)),
+            "pace": asdict(self.pace),
+            "bounds": asdict(self.bounds),
+            "sequence_len": self.sequence_len,
+            "overlength": self.overlength,
+            "procedure": PROCEDURE,
+        }
+
+
+def settings_of(
+    method: str,
+    values: Mapping[str, Any],
+    adapter: Adapter,
+    *,
+    seed: int = 0,
+    sequence_len: int = DEFAULT_SEQUENCE_LEN,
+    overlength: Overlength = "refuse",
+) -> dict[str, Any]:
+    """Settings as JSON values, from flat `values`; what is not named has the method's defaults.
+
+    `adapter`, `seed`, `sequence_len` and `overlength` are those of the run. Raises InvalidInput with all
+    problems.
+    """
+    known = _flat_names(method)
+    problems = [
+        Problem(each, "unknown; known are " + ", ".join(sorted(known)))
+        for each in values
+        if each not in known
+    ]
+    blocks: dict[str, dict[str, Any]] = {
+        "hyperparameters": dict(METHOD_DEFAULTS.get(method, {})),
+        "adapter": asdict(adapter),
+        "pace": {**DEFAULT_PACE, "seed": seed},
+        "bounds": dict(DEFAULT_BOUNDS),
+    }
+    for name, value in values.items():
+        if name in known:
+            blocks[known[name]][name] = value
+    texts = {"sequence_len": sequence_len, "overlength": overlength}
+    return _parsed({"method": method, **blocks, **texts, "procedure": PROCEDURE}, problems).to_json()
+
+
+def _flat_names(method: str) -> dict[str, str]:
+    """The block of every name that a method's settings have."""
+    own = {each.name: "hyperparameters" for each in fields(METHODS[method])} if method in METHODS else {}
+    return {
+        **{each.name: "adapter" for each in fields(Adapter)},
+        **{each.name: "pace" for each in fields(Settings)},
+        **{each.name: "bounds" for each in fields(PatchBounds)},
+        **own,
+    }
+
+
+def parse_settings(given: Mapping[str, Any]) -> PatchSettings:
+    """Raises InvalidInput with all problems."""
+    return _parsed(given, [])
+
+
+@dataclass
+class _Parts:
+    """Parts made one after another; what is wrong with any of them is gathered."""
+
+    problems: list[Problem]
+    made: dict[str, Any] = field(default_factory=dict)
+
+    def make(self, name: str, build: Callable[[], Any]) -> None:
+        try:
+            self.made[name] = build()
+        except InvalidInput as error:
+            self.problems += error.as_problems(name)
+        except TypeError:
+            self.problems.append(Problem(name, "a value of a wrong kind"))
+
+
+def _parsed(given: Mapping[str, Any], problems: list[Problem]) -> PatchSettings:
+    problems += [Problem(each, "unknown") for each in given if each not in NAMES]
+    if given.get("procedure") != PROCEDURE:
+        problems.append(Problem("procedure", "wanted by another version: revert it, and ask again"))
+    blocks = {name: _block(given, name, problems) for name in BLOCKS}
+    method, given_pace = str(given.get("method", "")), blocks["pace"]
+    parts = _Parts(problems)
+    parts.make("hyperparameters", lambda: make_method(method, _tuples(blocks["hyperparameters"])))
+    parts.make("adapter", lambda: _build("adapter", Adapter, _tuples(blocks["adapter"])))
+    parts.make("pace", lambda: _build("pace", Settings, given_pace))
+    parts.problems += [
+        Problem(name, f"{given_pace[name]!r}, expected at most {most}")
+        for name, most in LARGEST.items()
+        if _is_whole(given_pace.get(name)) and given_pace[name] > most
+    ]
+    parts.make("bounds", lambda: _build("bounds", PatchBounds, blocks["bounds"]))
+    length = given.get("sequence_len", DEFAULT_SEQUENCE_LEN)
+    overlength = given.get("overlength", "refuse")
+    parts.problems += _bad_texts(length, overlength)
+    found: Any = parts.made.get("hyperparameters")
+    drop = blocks["bounds"].get("max_utility_drop")
+    if isinstance(found, TaskArithmetic) and found.alpha is None and drop is None:
+        parts.problems.append(
+            Problem("alpha", "can't be searched without a bound: give it, or max_utility_drop")
+        )
+    if parts.problems:
+        raise InvalidInput(
+            "no patch can be made with these settings",
+            where=", ".join(dict.fromkeys(each.where for each in parts.problems)),
+            next_step="mend the settings",
+            problems=parts.problems,
+        )
+    adapter, pace, bounds = (parts.made[name] for name in BLOCKS[1:])
+    return PatchSettings(found, adapter, pace, bounds, length, overlength)
+
+
+def _block(given: Mapping[str, Any], name: str, problems: list[Problem]) -> Mapping[str, Any]:
+    found = given.get(name, {})
+    if isinstance(found, Mapping):
+        return found
+    problems.append(Problem(name, "expected names and values"))
+    return {}
+
+
+def _build(what: str, kind: type[T], values: Mapping[str, Any]) -> T:
+    known = [each.name for each in fields(kind)]  # type: ignore[arg-type]
+    refuse_values(what, (Problem(each, "unknown") for each in values if each not in known))
+    return kind(**values)
+
+
+def _bad_texts(length: Any, overlength: Any) -> Iterator[Problem]:
+    yield from one_of(get_args(Overlength), overlength=overlength)
+    if not _is_whole(length) or length < 2:
+        yield Problem("sequence_len", f"{length!r}, expected a whole number from 2")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: tuple(each) if isinstance(each, list) else each for name, each in values.items()}
+
+
+def _listed(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: list(each) if isinstance(each, tuple) else each for name, each in values.items()}

@@ -1,0 +1,356 @@
+"""Make a patch: from texts in the vault to an adapter in the patches' store. Approximate, always.
+
+    read the sets -> the base with the patches beneath -> measure -> unlearn -> measure -> store
+
+A patch is made from what its job names, and from nothing else: same job, same bytes on one machine.
+Everything that is wrong with settings and texts is named before a wish is taken in. A run searches the
+strength that is needed (`descent.py`): it ends when the probe no longer knows the texts, or when the
+bound on utility holds it back, and leaves the best weights within the bound; where that is the start,
+there is no patch. The report says which, and how many texts are still known.
+
+Utility is judged by answers of the base that are not trained on. A run rests sealed by the vault's
+keyring until the caller has what came of it: cut short, or out of time, it goes on.
+
+Not covered: what is done with a patch (`sisa/flows/patches/patching.py`); a task on Ray
+(`cluster/ray/patch_tasks.py`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+from approx.evaluation.probe import to_ask
+from approx.patches import patch_measures
+from approx.patches.patch_settings import PatchSettings, parse_settings
+from approx.patches.patch_texts import (
+    Limits,
+    distinct,
+    kept,
+    limits_of,
+    preferred,
+    text_problems,
+    tokenized,
+)
+from approx.patches.robustness import robustness
+from approx.unlearning.bounds import Bounds, End, Ending, Knowledge, StepLog
+from approx.unlearning.report import ApproxReport, outcome
+from approx.unlearning.saved_run import SavedRun
+from approx.unlearning.sets import Sets
+from approx.unlearning.unlearn import unlearn
+from approx.unlearning.written import prompts_that_fit, write_answers, write_neighbours
+from sisa.config.config import RunConfig
+from sisa.core.arithmetic import Arithmetic
+from sisa.core.domain import Record
+from sisa.core.errors import InvalidInput, Problem
+from sisa.core.events import Notice, PatchProgress, Report
+from sisa.core.patch import WRITTEN, PatchJob
+from sisa.core.patch_ports import PatchMade, PatchOrder, PatchSite
+from sisa.flows.wiring.opening import PATCHES
+from sisa.flows.wiring.world import patch_files
+from sisa.lm.answer.patched import load_patched
+from sisa.lm.base.adapter import (
+    ADAPTER_FILE,
+    CONFIG_FILE,
+    adapter_tensors,
+    attach,
+    config_bytes,
+    lora_config,
+    tensor_bytes,
+)
+from sisa.lm.base.base import load_frozen, load_skeleton, load_tokenizer, local_or_hub
+from sisa.lm.base.numerics import fingerprint, pin_threads
+from sisa.lm.base.tokens import Tokens
+from sisa.lm.train.stage import seed_from
+from sisa.store import runs
+from sisa.store.checkpoints import FileCheckpoints
+from sisa.store.vault import FileVault
+
+PROGRESS_EVERY_S = 0.25
+JUDGED_EVERY = 4  # one text of so many is not trained on
+T = TypeVar("T")
+
+
+def open_patcher(site: PatchSite, config: RunConfig) -> PatchMaker:  # noqa: ARG001
+    """Whoever makes patches in this process."""
+    return PatchMaker(site)
+
+
+class PatchMaker:
+    """A `sisa.core.patch_ports.Patcher` in this process."""
+
+    def __init__(self, site: PatchSite) -> None:
+        self._site = site
+
+    def refuse(
+        self,
+        settings: Mapping[str, Any],
+        forget: Sequence[Record],
+        retain: Sequence[Record] | None,
+        reference: str = "",
+    ) -> None:
+        """As the Protocol. Reads the base's tokenizer and configuration, not its weights."""
+        problems = _usual_alone(self._site.arithmetic)
+        parsed = _gathered(problems, lambda: parse_settings(settings))
+        tokenizer = load_tokenizer(self._site.base_dir)
+        skeleton = load_skeleton(self._site.base_dir)
+        length = parsed.sequence_len if parsed else self._site.sequence_len
+        limits = limits_of(skeleton.config, length, parsed.overlength if parsed else "refuse")
+        if parsed:
+            _gathered(problems, lambda: lora_config(_lora(parsed), skeleton))
+        method = parsed.method if parsed else None
+        problems += text_problems(forget, retain, method, tokenizer, limits)
+        if retain is None:
+            written = _gathered(problems, lambda: prompts_that_fit(tokenizer, limits.sequence_len))
+            if written == []:
+                problems.append(Problem("sequence_len", "leaves no room for the base's own answers"))
+        if reference:
+            _gathered(problems, lambda: _refuse_other_tokenizer(reference, tokenizer))
+        if problems:
+            raise InvalidInput(
+                f"no patch can be made of this: {len(problems)} problems; nothing was changed",
+                expected=f"texts of at most {limits.sequence_len} tokens, with an answer, in one set",
+                next_step="mend the settings and the sets",
+                problems=problems,
+            )
+
+    def make(self, order: PatchOrder, report: Report) -> PatchMade:
+        """As the Protocol. `max_seconds` bounds the steps; reading and measuring come on top."""
+        site, job = self._site, order.job
+        pin_threads(site.threads)
+        if job.fingerprint != fingerprint(site.threads):
+            report(Notice("the patch was wanted under other numerics: its bits may differ from theirs"))
+        parsed = parse_settings(job.settings)
+        made = _Making(site, order, parsed, report)
+        end = made.run(self._saved(job))
+        if end.ending == Ending.OUT_OF_TIME:
+            return PatchMade(None, unfinished=True, report=made.report_of(end, measured=False))
+        saved = None
+        if _says_anything(end):
+            store = FileCheckpoints(site.patches_at, site.patches_keyring, PATCHES)
+            saved = store.save(job, made.files())
+        return PatchMade(saved, unfinished=False, report=made.report_of(end, measured=True))
+
+    def _saved(self, job: PatchJob) -> SavedRun:
+        keyring = self._site.vault_keyring
+        return SavedRun(
+            self._site.runs_dir / job.key,
+            job.key,
+            partial(keyring.seal, runs.ROOM, job.key),
+            partial(keyring.unseal, runs.ROOM, job.key),
+            kept=True,
+        )
+
+
+def _usual_alone(arithmetic: Arithmetic) -> list[Problem]:
+    """A patch is laid on the weights themselves: in bfloat16 most of it would round away, and on another
+    device it would not be of the base that it was made on."""
+    found = arithmetic.in_jobs().items()
+    return [
+        Problem(key, f"is {value}: patches are for the CPU in float32 alone") for key, value in found
+    ]
+
+
+def _gathered(problems: list[Problem], check: Callable[[], Any]) -> Any:
+    """What a check gives; None, and its problems, where it refuses."""
+    try:
+        return check()
+    except InvalidInput as error:
+        problems += error.as_problems("settings")
+    return None
+
+
+def _refuse_other_tokenizer(reference: str, tokenizer: Any) -> None:
+    """Raises InvalidInput for a reference that is not there, or reads other tokens than the base."""
+    found = load_tokenizer(local_or_hub(reference))
+    if found.get_vocab() != tokenizer.get_vocab():
+        raise InvalidInput(
+            "the reference has another tokenizer than the base",
+            where="reference",
+            expected=f"the base's {len(tokenizer.get_vocab())} tokens",
+            got=f"{len(found.get_vocab())} tokens, or others",
+        )
+
+
+def _lora(settings: PatchSettings) -> dict[str, Any]:
+    return {**asdict(settings.adapter), "lora_dropout": 0.0}
+
+
+def split(texts: Sequence[T]) -> tuple[list[T], list[T]]:
+    """Texts to train on, and texts to judge by.
+
+    >>> split("abcdefgh")
+    (['a', 'b', 'c', 'e', 'f', 'g'], ['d', 'h'])
+    """
+    judged = list(texts[JUDGED_EVERY - 1 :: JUDGED_EVERY])
+    return [each for at, each in enumerate(texts, 1) if at % JUDGED_EVERY], judged
+
+
+def _says_anything(end: End) -> bool:
+    """Whether the weights differ from those of a fresh patch, which changes nothing."""
+    return end.step > 0 and end.alpha != 0
+
+
+@dataclass
+class _Making:
+    """One patch on its way: model, texts and measures of an order."""
+
+    site: PatchSite
+    order: PatchOrder
+    settings: PatchSettings
+    report: Report
+
+    def __post_init__(self) -> None:
+        site, job = self.site, self.order.job
+        vault = FileVault(site.vault_dir, site.vault_keyring)
+        store = FileCheckpoints(site.patches_at, site.patches_keyring, PATCHES)
+        beneath = patch_files(store, self.order.beneath)
+        self._base, self._tokenizer = load_patched(site.base_dir, site.base_digest, beneath)
+        limits = limits_of(self._base.config, self.settings.sequence_len, self.settings.overlength)
+        texts = {each.name: vault.read(each) for each in self.order.sets}
+        self.forget = distinct([record for name in job.forget for record in texts[name]])
+        tokens = tokenized(self.forget, "forget", self._tokenizer, limits)
+        retain, self.judged = self._retain(texts.get(job.retain), limits)
+        self.sets = Sets(tokens, retain, self._preferred(tokens, limits))
+        self._asked = [
+            to_ask(record.kind, each, self._tokenizer, limits.sequence_len)
+            for record, each in zip(self.forget, tokens, strict=True)
+        ]
+        self._model = attach(
+            self._base,
+            lora_config(_lora(self.settings), self._base),
+            None,
+            init_seed=seed_from(self.settings.pace.seed, "patch"),
+        )
+        self._model.eval()
+        self.report(Notice("measuring what the base says of the texts (approximate)"))
+        self._before = self._measured()
+
+    def _retain(
+        self, given: Sequence[Record] | None, limits: Limits
+    ) -> tuple[list[Tokens], list[Tokens]]:
+        """The retain set, and the texts that utility is judged by, which are not trained on."""
+        self.report(
+            Notice(
+                "the base writes the retain set: its own answers to neutral prompts, and to the same "
+                "questions about invented people"
+            )
+        )
+        neutral = self._written(prompts_that_fit(self._tokenizer, limits.sequence_len), limits)
+        neighbours = write_neighbours(self._base, self._tokenizer, self.forget, limits.sequence_len)
+        left = kept(distinct(given or ()), self.forget)
+        tokens = tokenized(left, "retain", self._tokenizer, limits)
+        self.num_given, self.num_neighbours = len(tokens), len(neighbours)
+        trained, judged = split(neutral)
+        more_trained, more_judged = split(neighbours)
+        return tokens + trained + more_trained, (judged + more_judged) or tokens
+
+    def _written(self, prompts: Sequence[Sequence[int]], limits: Limits) -> list[Tokens]:
+        return write_answers(self._base, self._tokenizer, prompts, limits.sequence_len)
+
+    def _preferred(self, tokens: Sequence[Tokens], limits: Limits) -> list[Tokens]:
+        if "preferred" not in self.settings.method.reads:
+            return []
+        seed = self.settings.pace.seed
+        return preferred(self.forget, tokens, self._tokenizer, seed, limits.sequence_len)
+
+    def _measured(self) -> dict[str, float]:
+        return patch_measures.measured(self._model, self._tokenizer, self.sets.forget, self.judged)
+
+    def _known(self, model: Any, *, thorough: bool) -> Knowledge:
+        return patch_measures.knowledge(model, self._tokenizer, self._asked, thorough=thorough)
+
+    def run(self, saved: SavedRun) -> End:
+        settings = self.settings
+        bounds = Bounds(
+            self.order.max_seconds,
+            partial(patch_measures.utility, retain=self.judged),
+            settings.bounds.max_utility_drop,
+            settings.bounds.check_every,
+            self._known,
+            settings.bounds.target_probability,
+        )
+        steps = _Ticks(self.report)
+        return unlearn(
+            *(self._model, self.sets, settings.method, settings.pace, bounds),
+            saved=saved,
+            progress=steps,
+        )
+
+    def report_of(self, end: End, *, measured: bool) -> dict[str, Any]:
+        """The ApproxReport as JSON, with what the sets were and whether a patch came of it."""
+        settings, made = self.settings, measured and _says_anything(end)
+        found = ApproxReport(
+            method=settings.method,
+            settings=settings.pace,
+            target="patch",
+            end=end,
+            before=self._before,
+            after=self._measured() if measured else {},
+            more_limits=patch_measures.LIMITS,
+        ).to_json()
+        more: dict[str, Any] = {
+            "bounds": asdict(settings.bounds),
+            "sets": self._counts(),
+            "patch_made": made,
+            "num_beneath": len(self.order.beneath),
+        }
+        if measured:
+            more |= outcome(end, self._known(self._model, thorough=True))
+            reference = self._reference()
+            if reference is not None:
+                sets = self.sets.forget, self.judged
+                more["metrics_reference"] = patch_measures.measured(reference, self._tokenizer, *sets)
+            more["robustness"] = self._robustness(reference) if made else None
+        return {**found, **more}
+
+    def _counts(self) -> dict[str, Any]:
+        forget, judged = len(self.sets.forget), len(self.judged)
+        return {
+            "num_forget": forget,
+            "num_forget_measured": min(forget, patch_measures.MAX_MEASURED),
+            "num_retain": len(self.sets.retain),
+            "num_given": self.num_given,
+            "num_neighbours": self.num_neighbours,
+            "num_judged": judged,
+            "num_judged_measured": min(judged, patch_measures.MAX_MEASURED),
+            "retain": "written by the base" + ", and given" * (self.order.job.retain != WRITTEN),
+        }
+
+    def _reference(self) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        if not self.order.reference:
+            return None
+        self.report(Notice("measuring the reference, which never saw the texts"))
+        return load_frozen(AutoModelForCausalLM, local_or_hub(self.order.reference))
+
+    def _robustness(self, reference: Any) -> dict[str, Any]:
+        self.report(Notice("measuring how robust the patch is: relearning, rounding, other wordings"))
+        length = self.settings.sequence_len
+        model, tokenizer = self._model, self._tokenizer
+        return robustness(model, tokenizer, self.forget, self.sets.forget, length, reference)
+
+    def files(self) -> dict[str, bytes]:
+        """The patch as PEFT reads it."""
+        return {
+            ADAPTER_FILE: tensor_bytes(adapter_tensors(self._model)),
+            CONFIG_FILE: config_bytes(self._model),
+        }
+
+
+class _Ticks:
+    """Turns steps into events, at most one each PROGRESS_EVERY_S seconds."""
+
+    def __init__(self, report: Report) -> None:
+        self._report = report
+        self._last = 0.0
+
+    def __call__(self, log: StepLog) -> None:
+        now = time.monotonic()
+        if now - self._last >= PROGRESS_EVERY_S or log.step == log.num_steps:
+            self._last = now
+            self._report(PatchProgress(log.step, log.num_steps, log.loss))

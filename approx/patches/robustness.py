@@ -1,0 +1,198 @@
+"""How robust forgetting is: the probability of the answers after what brings them back most easily.
+
+    relearning   after 3 and 20 steps of fine-tuning on the first texts, by a fresh LoRA adapter over the
+                 patch. Beside it a control that never knew: the reference on the same texts where there
+                 is one, else the patched model on the same texts with invented names and figures. A
+                 patch is robust where what it forgot comes back no faster than the control learns
+    rounding     with the weights, patch included, rounded to 8 and to 4 bits, in groups of 64
+    rewording    for the same questions in other words, before the patch and after it
+
+The model is left as it was. Nothing returned holds a text. A plain text has no other wording; a text
+without a name has no control but a reference.
+
+Source: relearning by Hu et al. 2024, "Jogging the memory of unlearned models"; rounding by Zhang et al.
+2024, "Catastrophic failure of LLM unlearning via quantization".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from approx.evaluation.answer_scores import scores
+from approx.evaluation.answer_tokens import collate
+from approx.methods.token_losses import mean_nll
+from approx.metrics.probability import probability
+from approx.unlearning.written import renamed
+from sisa.core.domain import Part, Record
+from sisa.lm.base.adapter import attach
+from sisa.lm.base.tokens import Tokens, spans, tokenize
+
+MAX_RELEARNT, MAX_ASKED = 4, 16
+RELEARNING_STEPS = (3, 20)
+LEARNING_RATE = 1e-3
+BITS, GROUP = (8, 4), 64
+WORDINGS = ("Please tell me: {}", "I have a question. {}", "{} Answer briefly.")
+EXTRA = "relearning"  # the name of the attack's adapter
+
+
+def robustness(
+    model: Any,
+    tokenizer: Any,
+    records: Sequence[Record],
+    forget: Sequence[Tokens],
+    sequence_len: int,
+    reference: Any = None,
+) -> dict[str, Any]:
+    """Measure the patch that is active in `model`, a PEFT model; `forget` are the records' tokens."""
+
+    def tokens_of(found: Sequence[Record | None]) -> list[Tokens]:
+        made = [tokenize(each, tokenizer, train_on_inputs=False) for each in found if each is not None]
+        cut = [Tokens(e.input_ids[:sequence_len], e.labels[:sequence_len]) for e in made]
+        return [each for each in cut if spans(each)]
+
+    first, few = forget[:MAX_RELEARNT], forget[:MAX_ASKED]
+    twins = tokens_of([renamed(each, 0) for each in records[:MAX_RELEARNT]])
+    if reference is not None:
+        control, relearner = ("the reference", _attached(reference, model)), first
+    else:
+        control, relearner = ("invented names and figures", model), twins
+    reworded = tokens_of([each for record in records[:MAX_ASKED] for each in _reworded(record)])
+    return {
+        "num_texts": len(few),
+        "num_relearnt": len(first),
+        "relearning": _relearnt(model, first),
+        "control": {"of": control[0], **_relearnt(control[1], relearner)} if relearner else None,
+        "rounding": {str(bits): _probability_rounded(model, few, bits) for bits in BITS},
+        "rewording": _before_and_after(model, reworded) if reworded else None,
+    }
+
+
+def _attached(reference: Any, like: Any) -> Any:
+    config = replace(like.peft_config["default"], base_model_name_or_path=None)
+    return attach(reference, config, None, init_seed=0)
+
+
+def _reworded(record: Record) -> list[Record]:
+    """The record with its first question in other words."""
+    for at, part in enumerate(record.parts):
+        if part.role in ("prompt", "user"):
+            return [
+                replace(
+                    record,
+                    parts=(
+                        *record.parts[:at],
+                        Part(part.role, _worded(wording, part.text)),
+                        *record.parts[at + 1 :],
+                    ),
+                )
+                for wording in WORDINGS
+            ]
+    return []
+
+
+def _worded(wording: str, text: str) -> str:
+    """
+    >>> _worded("{} Answer briefly.", "Who? ")
+    'Who? Answer briefly. '
+    """
+    stem = text.rstrip()
+    return wording.format(stem) + text[len(stem) :]
+
+
+def _probability(model: Any, examples: Sequence[Tokens]) -> float:
+    found = scores(model, examples)
+    return math.fsum(probability(each.loss) for each in found) / len(found)
+
+
+def _before_and_after(model: Any, examples: Sequence[Tokens]) -> dict[str, float]:
+    with model.disable_adapter():
+        before = _probability(model, examples)
+    return {"before": before, "after": _probability(model, examples)}
+
+
+def _relearnt(model: Any, examples: Sequence[Tokens]) -> dict[str, float]:
+    """The probability of examples after 0 and more steps on them; the model is left as it was."""
+    found = {"0": _probability(model, examples)}
+    wanted = {name: each.requires_grad for name, each in model.named_parameters()}
+    torch.manual_seed(0)  # of the fresh adapter's first factors
+    model.add_adapter(EXTRA, model.peft_config["default"])
+    model.base_model.set_adapter(["default", EXTRA])
+    try:
+        trained = []
+        for name, each in model.named_parameters():
+            each.requires_grad_(f".{EXTRA}." in name)
+            trained += [each] if f".{EXTRA}." in name else []
+        optimizer = torch.optim.AdamW(trained, LEARNING_RATE, weight_decay=0.0, foreach=False)
+        batch = collate(examples, pad_id=0).to(model.device)
+        for step in range(1, max(RELEARNING_STEPS) + 1):
+            optimizer.zero_grad(set_to_none=True)
+            cut, columns_K = batch.at_answers()
+            logits = model(input_ids=cut.ids_BT1, logits_to_keep=columns_K, use_cache=False).logits
+            mean_nll(logits, cut).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            if step in RELEARNING_STEPS:
+                found[str(step)] = _probability(model, examples)
+    finally:
+        model.delete_adapter(EXTRA)
+        model.base_model.set_adapter("default")
+        for name, each in model.named_parameters():
+            each.requires_grad_(wanted[name])
+    return found
+
+
+def _probability_rounded(model: Any, examples: Sequence[Tokens], bits: int) -> float:
+    with _rounded_weights(model, bits), model.disable_adapter():
+        return _probability(model, examples)
+
+
+@contextmanager
+def _rounded_weights(model: Any, bits: int) -> Iterator[None]:
+    """Every module that the patch changes, and every other linear one but the head, with the patch laid
+    on and rounded. The old weights are put back; none is written to."""
+    changes, head = _changes(model), model.get_output_embeddings()
+    held = []
+    try:
+        for name, module in model.named_modules():
+            linear = isinstance(module, torch.nn.Linear) and "lora_" not in name
+            if name in changes or (linear and module is not head):
+                weight = module.weight
+                held.append((module, weight))
+                laid_on = weight.detach().float() + changes.get(name, torch.zeros(()))
+                module.weight = torch.nn.Parameter(
+                    rounded(laid_on, bits).to(weight.dtype), requires_grad=False
+                )
+        yield
+    finally:
+        for module, weight in held:
+            module.weight = weight
+
+
+def _changes(model: Any) -> Mapping[str, Tensor]:
+    """By name of the module that holds the weights, what the patch adds to them."""
+    with torch.no_grad():
+        return {
+            f"{name}.base_layer": module.get_delta_weight("default").detach()
+            for name, module in model.named_modules()
+            if hasattr(module, "get_delta_weight") and "default" in getattr(module, "lora_A", ())
+        }
+
+
+def rounded(weights: Tensor, bits: int) -> Tensor:
+    """Weights rounded to the nearest of 2^bits - 1 levels around 0, with a scale for each group of GROUP
+    in a row, or for a row that can't be cut so.
+
+    >>> rounded(torch.tensor([[-7.0, 0.4, 3.6, 7.0]]), 4).tolist()
+    [[-7.0, 0.0, 4.0, 7.0]]
+    """
+    most = 2 ** (bits - 1) - 1
+    size = GROUP if weights.shape[-1] % GROUP == 0 else weights.shape[-1]
+    groups = weights.reshape(-1, size)
+    scale = groups.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / most
+    return torch.mul((groups / scale).round(), scale).reshape(weights.shape)

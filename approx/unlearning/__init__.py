@@ -1,0 +1,1 @@
+"""The unlearning loop: examples, methods' interface, stopping, cost, report."""

@@ -1,0 +1,135 @@
+"""How a method is applied: learning rate, batches and their order, as a pure function of the settings.
+
+A run may take several rounds (`num_rounds`), each of `num_epochs` epochs with a schedule of its own; how
+strong a round is, is decided as it goes (`descent`). Order depends on the seed and the sizes of the sets
+alone, so that a run that goes on from step n sees what an uninterrupted one sees. An epoch is one pass
+over the forget set, in an order of its own; beside each micro-batch of forget rows stand as many retain
+rows, or `retain_batch_size`, from endless passes over the retain set. Only the last micro-batch of an
+epoch may have fewer forget rows; a step's loss is the mean of the losses of its micro-batches, weighed
+by their forget rows.
+
+Not covered: sorting by length; packing.
+
+>>> plan_steps(3, 2, Settings(num_epochs=1, batch_size=2, gradient_accumulation_steps=2))
+((MicroBatch(forget=(2, 0), retain=(0, 1)), MicroBatch(forget=(1,), retain=(1,))),)
+
+Source of the defaults: open-unlearning's reproduction of TOFU (learning rate 1e-5 on full weights, 10
+epochs, 8 rows times 4 accumulated), as in the code of NPO; weight decay 0.01 there; clipping at 1 and
+linear decay as the trainer of transformers does. A patch wants a rate about ten times higher.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Literal
+
+from approx.methods.method import above_zero, at_least_zero, one_of, refuse_values
+from sisa.core.errors import Problem
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What any method is run with. `max_steps` cuts each round, and its schedule."""
+
+    learning_rate: float = 1e-5
+    num_epochs: int = 10
+    batch_size: int = 8
+    gradient_accumulation_steps: int = 4
+    warmup_steps: int = 0
+    lr_scheduler: Literal["linear", "constant"] = "linear"
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    max_steps: int | None = None
+    num_rounds: int = 1
+    retain_batch_size: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        counts = {
+            "num_epochs": self.num_epochs,
+            "batch_size": self.batch_size,
+            "gradient_accumulation_steps": self.gradient_accumulation_steps,
+            "num_rounds": self.num_rounds,
+        }
+        maybe = {"max_steps": self.max_steps, "retain_batch_size": self.retain_batch_size}
+        counts |= {name: value for name, value in maybe.items() if value is not None}
+        whole = {**counts, "warmup_steps": self.warmup_steps, "seed": self.seed}
+        refuse_values(
+            "a run",
+            (
+                Problem(name, f"{value!r}, expected a whole number")
+                for name, value in whole.items()
+                if not isinstance(value, int)
+            ),
+            above_zero(learning_rate=self.learning_rate, max_grad_norm=self.max_grad_norm, **counts),
+            at_least_zero(weight_decay=self.weight_decay, warmup_steps=self.warmup_steps),
+            one_of(("linear", "constant"), lr_scheduler=self.lr_scheduler),
+        )
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Positions in the forget set (and of its preferred answers) and in the retain set."""
+
+    forget: tuple[int, ...]
+    retain: tuple[int, ...]
+
+
+Step = tuple[MicroBatch, ...]
+
+
+def plan_steps(num_forget: int, num_retain: int, settings: Settings) -> tuple[Step, ...]:
+    """Plan all optimizer steps, round after round, each with its micro-batches."""
+    kept = _endless(num_retain, settings.seed)
+    return tuple(
+        step
+        for number in range(settings.num_rounds)
+        for step in _plan_round(num_forget, kept, number, settings)
+    )
+
+
+def _plan_round(
+    num_forget: int, kept: Iterator[int], number: int, settings: Settings
+) -> tuple[Step, ...]:
+    micro: list[MicroBatch] = []
+    for epoch in range(number * settings.num_epochs, (number + 1) * settings.num_epochs):
+        order = _order(num_forget, settings.seed, "forget", epoch)
+        for start in range(0, num_forget, settings.batch_size):
+            rows = tuple(order[start : start + settings.batch_size])
+            beside = settings.retain_batch_size or len(rows)
+            micro.append(MicroBatch(rows, tuple(islice(kept, beside))))
+    size = settings.gradient_accumulation_steps
+    steps = tuple(tuple(micro[start : start + size]) for start in range(0, len(micro), size))
+    return steps[: settings.max_steps]
+
+
+def learning_rate_at(step: int, num_steps: int, settings: Settings) -> float:
+    """Return the rate of one step of a round, counted from 0: linear warm-up, then constant or falling
+    to 0.
+
+    >>> [learning_rate_at(n, 4, Settings(1.0, warmup_steps=1)) for n in range(4)]
+    [0.5, 1.0, 0.6666666666666666, 0.3333333333333333]
+    """
+    warmup = settings.warmup_steps
+    if step < warmup:
+        return settings.learning_rate * (step + 1) / (warmup + 1)
+    if settings.lr_scheduler == "constant":
+        return settings.learning_rate
+    return settings.learning_rate * (num_steps - step) / (num_steps - warmup)
+
+
+def _endless(size: int, seed: int) -> Iterator[int]:
+    number = 0
+    while size:
+        yield from _order(size, seed, "retain", number)
+        number += 1
+
+
+def _order(size: int, seed: int, role: str, number: int) -> list[int]:
+    def hashed(position: int) -> bytes:
+        return hashlib.sha256(f"{seed}|{role}|{number}|{position}".encode()).digest()
+
+    return sorted(range(size), key=hashed)

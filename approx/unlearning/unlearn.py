@@ -1,0 +1,195 @@
+"""Apply a method of unlearning to a model, on a patch or on full weights.
+
+Everything is checked before anything is computed. The model is changed in place, and whatever happens it
+ends holding weights that were checked: see `descent`. Task arithmetic fine-tunes with the same loop, in
+one round and without a bound on utility as the tuned model is not the result, and subtracts; its alpha
+is searched under the bound, or given and held to it; a search with nothing left to tune before it is not
+cut short. A tuning that did not finish gives no task vector: the weights are then those from before.
+Saved runs are erased when the run is over, unless the caller does, and kept when it is out of time.
+
+Not covered: choosing what to forget, tokenizing, reports (`report`).
+
+    end = unlearn(patched_model, Sets(forget, retain), make_method("npo"), Settings(), Bounds())
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from approx.methods.method import Method
+from approx.methods.task_arithmetic import (
+    TaskArithmetic,
+    negate_patch,
+    negate_weights,
+    refuse_used_patch,
+)
+from approx.unlearning.bounds import Bounds, End, Ending, Knowledge, StepLog
+from approx.unlearning.descent import Descent
+from approx.unlearning.pace import Settings
+from approx.unlearning.saved_run import SavedRun
+from approx.unlearning.sets import Sets, refuse_bad_sets
+from approx.unlearning.target import Target
+from sisa.core.errors import InvalidInput
+
+
+def unlearn(
+    model: Any,
+    sets: Sets,
+    method: Method,
+    settings: Settings,
+    bounds: Bounds,
+    *,
+    saved: SavedRun | None = None,
+    progress: Callable[[StepLog], None] = lambda _: None,
+    clock: Callable[[], float] = time.monotonic,
+) -> End:
+    """Apply a method to what requires a gradient in `model`, as it is now: that is the reference.
+
+    A saved run is gone on with, if there is one; the model must again be the one it was started with.
+    Raises InvalidInput (sets, values, a model in which nothing can train), ConfigConflict (another
+    run's saved state), IntegrityError (damage), EnvironmentFault (the disk).
+    """
+    refuse_bad_sets(sets, method)
+    target = Target(model, with_reference=bool(method.compares))
+    if isinstance(method, TaskArithmetic):
+        settings = replace(settings, num_rounds=1)  # the scale is what is searched
+
+    def descent(bounds: Bounds) -> Descent:
+        return Descent(
+            target, sets, method, settings, bounds, saved=saved, progress=progress, clock=clock
+        )
+
+    if isinstance(method, TaskArithmetic):
+        end = _tune_and_negate(target, method, bounds, descent, clock)
+    else:
+        end = descent(bounds).run()
+    if saved is not None and not saved.kept and end.ending != Ending.OUT_OF_TIME:
+        saved.erase()
+    return end
+
+
+def _tune_and_negate(
+    target: Target,
+    method: TaskArithmetic,
+    bounds: Bounds,
+    descent: Callable[[Bounds], Descent],
+    clock: Callable[[], float],
+) -> End:
+    """The model ends as base - alpha * (tuned - base); alpha is 0 where nothing else could be kept."""
+    _refuse_unbounded_search(method, bounds)
+    started, base = clock(), target.snapshot()
+    if target.kind == "patch":
+        refuse_used_patch(base)
+    before = bounds.measured_before(target.model)
+    knew = bounds.known(target.model, thorough=True)
+    tuning = replace(bounds, utility=None, max_utility_drop=None, knowledge=None)
+    run = descent(tuning)
+    end = replace(run.run(), utility_before=before, alpha=0.0, knowledge_before=knew, knowledge=knew)
+    if end.ending != Ending.FINISHED:
+        target.put(base)
+        why = f"fine-tuning: {end.why}; then those from before were put back"
+        return replace(end, why=why, step=0, utility=before)
+    if run.num_taken == 0:
+        bounds = replace(bounds, max_seconds=None)
+    bounds = bounds.aiming_below(knew)
+    search = _Search(target, base, target.snapshot(), bounds, _Scale(0.0, before, knew), started, clock)
+    best = search.run(method.alphas if method.alpha is None else (method.alpha,))
+    target.put(search.negated(best.alpha))
+    return replace(
+        end,
+        ending=search.ending(),
+        why=search.why(),
+        utility=best.utility,
+        knowledge=best.knowledge,
+        compute=replace(end.compute, seconds=end.compute.seconds + search.seconds()),
+        alpha=best.alpha,
+    )
+
+
+@dataclass(frozen=True)
+class _Scale:
+    alpha: float
+    utility: float | None
+    knowledge: Knowledge | None
+
+
+@dataclass
+class _Search:
+    """Scales of one task vector, each tried on the model."""
+
+    target: Target
+    base: Mapping[str, Tensor]
+    tuned: Mapping[str, Tensor]
+    bounds: Bounds
+    before: _Scale
+    started: float
+    clock: Callable[[], float]
+
+    def __post_init__(self) -> None:
+        self.best = self.before
+        self._began = self.clock()
+        self._late = False
+        self._broke: _Scale | None = None
+
+    def negated(self, alpha: float) -> dict[str, Tensor]:
+        negate = negate_patch if self.target.kind == "patch" else negate_weights
+        return negate(self.base, self.tuned, alpha)
+
+    def run(self, alphas: Iterable[float]) -> _Scale:
+        """The best scale, from the smallest on, up to the first that breaks the bound."""
+        limit = self.bounds.max_seconds
+        for alpha in sorted(alphas):
+            self._late = limit is not None and self.clock() - self.started >= limit
+            if self._late:
+                break
+            tried = self._tried(alpha)
+            if not self.bounds.allow(tried.utility, self.before.utility):
+                self._broke = tried
+                break
+            if self.bounds.is_better(tried.knowledge, self.best.knowledge):
+                self.best = tried
+            if self.bounds.is_enough(self.best.knowledge, at_end=True):
+                break
+        return self.best
+
+    def _tried(self, alpha: float) -> _Scale:
+        self.target.put(self.negated(alpha))
+        model = self.target.model
+        return _Scale(alpha, self.bounds.measured(model), self.bounds.known(model, thorough=False))
+
+    def seconds(self) -> float:
+        return self.clock() - self._began
+
+    def ending(self) -> Ending:
+        if self._late:
+            return Ending.OUT_OF_TIME
+        known = self.best.knowledge is not None and self.best.knowledge.num_known > 0
+        held_back = self._broke and (self.best.alpha == 0 or known)
+        return Ending.BELOW_UTILITY_BOUND if held_back else Ending.FINISHED
+
+    def why(self) -> str:
+        alpha = self.best.alpha
+        if self._late:
+            return f"the time was spent while searching; alpha {alpha:g} is the last that held"
+        if self._broke is not None:
+            held = "the bound on utility holds it back: " * (self.ending() != Ending.FINISHED)
+            found = f"at {self._broke.alpha:g} utility was {self._broke.utility}"
+            return f"{held}alpha {alpha:g}: {found}, from {self.before.utility}"
+        if self.bounds.is_enough(self.best.knowledge, at_end=True):
+            return f"nothing is known with alpha {alpha:g}"
+        return f"alpha {alpha:g}, of those asked for"
+
+
+def _refuse_unbounded_search(method: TaskArithmetic, bounds: Bounds) -> None:
+    if method.alpha is None and bounds.max_utility_drop is None:
+        raise InvalidInput(
+            "alpha can't be searched without a bound on utility",
+            where=method.name,
+            expected="alpha, or a measure of utility with max_utility_drop",
+            next_step="give one of them",
+        )

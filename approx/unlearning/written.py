@@ -1,0 +1,227 @@
+"""The retain set that the base writes itself: answers to neutral prompts, and about neighbours.
+
+What a patch is to keep is how the base speaks; its own answers say that without a record of a user in
+the patch, so that no later deletion can touch it. The neutral prompts are ours: facts that everybody
+knows, small tasks, style. Neighbours are the very questions that are to be forgotten, asked about other,
+invented names: without them a patch takes from everybody what it takes from one. An answer about a
+neighbour that says what is to be forgotten is left out.
+
+The answers are those of the base with the patches beneath, greedy, so that the same base gives the same
+set. Where the tokenizer has a chat template, neutral prompts are put as a user's turn; neighbours are
+asked as the records are. Prompts that leave no room for an answer within `sequence_len` are left out.
+The answers need not be true. Names are found by their capitals: where a script has none, or a text no
+name, there are no neighbours.
+
+>>> len(PROMPTS) == len(set(PROMPTS)) == 40
+True
+>>> renamed_text("Where does Ada Quill live? Does Ada like it?", 0)
+'Where does Ysolde Halloran live? Does Ysolde like it?'
+>>> renamed_text("What is her job?", 0)
+'What is her job?'
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from approx.evaluation.greedy import continued
+from approx.metrics.rouge import rougeL_recall
+from sisa.core.digest import sha256_hex
+from sisa.core.domain import Kind, Part, Record
+from sisa.lm.answer.answer import end_tokens
+from sisa.lm.base.tokens import NO_LOSS, Tokens, answers, encode_prompt, tokenize
+
+MAX_NEW_TOKENS, MAX_NEIGHBOURS, MAX_VARIANTS = 24, 32, 8
+PROMPTS = (
+    "What is the capital of France?",
+    "How many days are there in a week?",
+    "Which planet do we live on?",
+    "What is water made of?",
+    "Name three colours of the rainbow.",
+    "In which season does snow usually fall?",
+    "What is two plus three?",
+    "What do bees make?",
+    "Which animal is known as man's best friend?",
+    "How many months does a year have?",
+    "What is the opposite of hot?",
+    "Where does the sun rise?",
+    "What do plants need to grow?",
+    "Which ocean lies between Europe and America?",
+    "What is the largest animal on earth?",
+    "At what temperature does water boil?",
+    "Who wrote the play Hamlet?",
+    "What language is spoken in Brazil?",
+    "How many legs does a spider have?",
+    "What is ice?",
+    "Write one sentence about the sea.",
+    "Give a word that rhymes with cat.",
+    "List three fruits.",
+    "Explain in one sentence what a library is.",
+    "Put these words in order: small, tiny, large.",
+    "Finish the sentence: The early bird",
+    "Write a short greeting for a friend.",
+    "Say in other words: The weather is very nice today.",
+    "What is a good name for a bakery?",
+    "Give one tip for sleeping well.",
+    "Describe a tree in one sentence.",
+    "How do I make a cup of tea?",
+    "What should I pack for a day at the beach?",
+    "Write a polite way to say no.",
+    "Count from one to five.",
+    "Why is exercise good for people?",
+    "Tell me something about the moon.",
+    "What is the plural of mouse?",
+    "Write the first line of a story about a fox.",
+    "How can I save water at home?",
+)
+
+
+FIRST_NAMES = (
+    *("Zorah", "Teodric", "Imke", "Bastian", "Ysolde", "Corwin", "Maelis", "Anselm", "Petronel"),
+    *("Osric", "Liesel", "Evander", "Odalys", "Ruprecht", "Sunniva", "Tancred", "Wilmet"),
+)
+LAST_NAMES = (
+    *("Fenwick", "Ostrava", "Pellingham", "Vantoor", "Halloran", "Quistgaard", "Merriweather"),
+    *("Dunmore", "Aldersgate", "Brixworth", "Castellane", "Thornbury", "Ravensholt", "Kirkwall"),
+    *("Langstroth", "Zavorin", "Umbergate", "Yarborough", "Wexcombe"),
+)
+# Words that begin sentences and are no names.
+OPENERS = frozenset(
+    """a about according after all also although an and are as at because before both but by can could
+    describe did do does during each every explain for from give had has have he her here his how i if in
+    is it its list may me my name no not of on one or our please say she should since so some such tell
+    that the their then there these they this those though to under until was we were what when where
+    which while who whom whose why will with would write yes you your""".split()  # noqa: SIM905
+)
+_WORD = re.compile(r"[^\W\d_][\w'\u2019-]*")
+SAYS_RECALL = 0.9
+_SENTENCE_ENDS = (".", "?", "!", ":", ";", "\n")
+
+
+def written_kind(tokenizer: Any) -> Kind:
+    """How prompts are put to this base."""
+    return "chat" if getattr(tokenizer, "chat_template", None) else "completion"
+
+
+def prompts_that_fit(tokenizer: Any, sequence_len: int) -> list[list[int]]:
+    """Ids of the prompts, those that leave room for an answer. Raises InvalidInput where the chat
+    template refuses."""
+    kind = written_kind(tokenizer)
+    ids = [encode_prompt(each, tokenizer, kind) for each in PROMPTS]
+    return [each for each in ids if len(each) < sequence_len]
+
+
+def write_answers(
+    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], sequence_len: int
+) -> list[Tokens]:
+    """The base's answers to prompts as examples: loss on the answers and their end tokens."""
+    said = continued(model, prompts, end_tokens(model, tokenizer), MAX_NEW_TOKENS)
+    return [
+        Tokens([*prompt, *cut], [NO_LOSS] * len(prompt) + cut)
+        for prompt, answer in zip(prompts, said, strict=True)
+        for cut in [answer[: sequence_len - len(prompt)]]
+    ]
+
+
+def write_neighbours(
+    model: Any, tokenizer: Any, forget: Sequence[Record], sequence_len: int
+) -> list[Tokens]:
+    """The base's answers to what records ask, about invented names; none where records name nobody."""
+    variants = min(MAX_VARIANTS, -(-MAX_NEIGHBOURS // len(forget)))
+    found: dict[tuple[int, ...], str] = {}  # by its prompt, the answer that is to be forgotten
+    for number in range(variants):
+        for record in forget:
+            other = renamed(record, number)
+            if other is None or len(found) == MAX_NEIGHBOURS:
+                continue
+            (_, said), (prompt, _) = (first_answer(each, tokenizer) for each in (record, other))
+            if len(prompt) < sequence_len:
+                found[tuple(prompt)] = tokenizer.decode(said, skip_special_tokens=True)
+    written = write_answers(model, tokenizer, list(found), sequence_len)
+    return [
+        each
+        for each, (prompt, forgotten) in zip(written, found.items(), strict=True)
+        if not _says(
+            tokenizer.decode(each.input_ids[len(prompt) :], skip_special_tokens=True), forgotten
+        )
+    ]
+
+
+def _says(answer: str, forgotten: str) -> bool:
+    return rougeL_recall(forgotten, answer) >= SAYS_RECALL
+
+
+def first_answer(record: Record, tokenizer: Any) -> tuple[list[int], list[int]]:
+    """What stands before a record's first answer, and that answer; of a plain text its halves."""
+    tokens = tokenize(record, tokenizer, train_on_inputs=False)
+    if record.kind == "text":
+        half = len(tokens.input_ids) // 2
+        return tokens.input_ids[:half], tokens.input_ids[half:]
+    return answers(tokens, tokenizer)[0]
+
+
+def renamed(record: Record, number: int) -> Record | None:
+    """The record with its names and figures replaced by invented ones, other ones for each number; None
+    where its prompt, or its text, names nobody."""
+    words = _names(" \n".join(part.text for part in record.parts))
+    parts = tuple(Part(part.role, _replaced(part.text, words, number)) for part in record.parts)
+    asked = [part.role in ("prompt", "user", "text") for part in parts]
+    changed = [one.text != other.text for one, other in zip(parts, record.parts, strict=True)]
+    if not any(a and b for a, b in zip(asked, changed, strict=True)):
+        return None
+    return replace(record, parts=parts)
+
+
+def renamed_text(text: str, number: int) -> str:
+    """A text with its names and figures replaced by invented ones."""
+    return _replaced(text, _names(text), number)
+
+
+def _names(text: str) -> dict[str, int]:
+    """Words that are names, with their place in the name that they first stand in."""
+    found: dict[str, int] = {}
+    for start, words in _capitalised(text):
+        before = text[:start].rstrip(" \"'(")
+        opens = not before or before.endswith(_SENTENCE_ENDS)
+        while words and words[0].lower() in OPENERS:
+            words, opens = words[1:], False
+        if opens and len(words) == 1:
+            continue  # as likely an ordinary word
+        for place, word in enumerate(words):
+            found.setdefault(word.removesuffix("'s").removesuffix("\u2019s"), place)
+    return found
+
+
+def _capitalised(text: str) -> list[tuple[int, list[str]]]:
+    """Runs of words with capitals, and where they begin."""
+    found: list[tuple[int, list[str]]] = []
+    end = -1
+    for match in _WORD.finditer(text):
+        if match.group()[0].isupper():
+            if found and text[end : match.start()] == " ":
+                found[-1][1].append(match.group())
+            else:
+                found.append((match.start(), [match.group()]))
+            end = match.end()
+    return found
+
+
+def _replaced(text: str, names: Mapping[str, int], number: int) -> str:
+    used = {name.lower() for name in names}
+    chosen: dict[str, str] = {}
+    for word, place in names.items():
+        chosen[word] = _drawn(FIRST_NAMES if place == 0 else LAST_NAMES, f"{number}|{word}", used)
+        used.add(chosen[word].lower())
+    if names:
+        each = "|".join(re.escape(word) for word in sorted(names, key=len, reverse=True))
+        text = re.sub(rf"\b(?:{each})\b", lambda match: chosen[match.group()], text)
+    return re.sub(r"\d", lambda match: str((int(match.group()) + number % 9 + 1) % 10), text)
+
+
+def _drawn(names: Sequence[str], seed: str, used: Collection[str]) -> str:
+    """An invented name that is not used yet, or any where all are."""
+    left = [each for each in names if each.lower() not in used] or list(names)
+    return left[int(sha256_hex(seed.encode())[:8], 16) % len(left)]

@@ -1,0 +1,447 @@
+"""The console command `sisa`: arguments in, one result out.
+
+Rules: every command takes `--json` and then prints one JSON object on standard output, for failures
+too; everything else goes to standard error. Exit codes: 0 done, 1 internal fault, 2 bad usage or
+input, 3 unknown record, 4 integrity failure, 5 busy, 6 environment. Record text is printed only where
+it is the answer; control characters never reach a terminal. Torch and Ray are imported by the
+commands that need them.
+
+Not covered: requests (`request_cli.py`), care (`care_cli.py`), evaluation (`eval_cli.py`), the base
+(`approx_cli.py`), patches (`patch_cli.py`), prices beforehand (`plan_cli.py`), jobs on a cluster
+(`job_cli.py`); what the commands do (`sisa.model`), how results read
+(`render.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import stat
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cluster.cli import (
+    approx_cli,
+    care_cli,
+    eval_cli,
+    job_cli,
+    leaderboard_cli,
+    metrics_cli,
+    patch_cli,
+    plan_cli,
+    request_cli,
+)
+from cluster.cli.command import (
+    cli,
+    command,
+    consent_option,
+    executor_option,
+    ids_argument,
+    ids_file_option,
+    model_option,
+    named_ids,
+    opened,
+    option_or_file,
+    option_or_input,
+    read_prompts,
+    read_text,
+    read_turns,
+)
+from cluster.observe.watched import log_format_of, open_log, watched
+from cluster.render import render
+from cluster.render.render import Result
+from sisa.core.errors import InvalidInput, Problem, SisaError
+from sisa.flows.wiring.running import new_run, running
+
+if TYPE_CHECKING:
+    from sisa.flows.ask import Prompt
+    from sisa.flows.wiring.opening import OpenExecutor
+
+__all__ = [
+    "approx_cli",
+    "care_cli",
+    "cli",
+    "eval_cli",
+    "job_cli",
+    "leaderboard_cli",
+    "main",
+    "metrics_cli",
+    "patch_cli",
+    "plan_cli",
+    "request_cli",
+    "run",
+]
+
+EXIT_INTERNAL, EXIT_USAGE, EXIT_ENVIRONMENT, EXIT_INTERRUPTED = 1, 2, 6, 130
+EXIT_SIGNAL = 128  # and the signal's number
+
+
+@command("quickstart", "sisa quickstart my-first-model")
+@click.argument("directory", default="sisa-quickstart", type=click.Path(path_type=Path))
+@click.option("--people", "num_people", default=20, show_default=True, help="Fictitious people.")
+@click.option("--epochs", "num_epochs", type=int, help="Passes over each record.")
+@click.option("--from-scratch", is_flag=True, help="Train the base too, on a corpus without records.")
+@executor_option
+def quickstart(
+    directory: Path,
+    num_people: int,
+    num_epochs: int | None,
+    from_scratch: bool,
+    executor: str | OpenExecutor,
+) -> Result:
+    """Train, find, delete and prove, on a real language model, in minutes."""
+    from cluster.cli.quickstart import tell
+
+    story = tell(directory, num_people, num_epochs, executor, from_scratch=from_scratch)
+    return render.quickstart(story)
+
+
+@command("init", "sisa init my-model && sisa train my-model/run.yaml")
+@click.argument("directory", type=click.Path(path_type=Path))
+def init(directory: Path) -> Result:
+    """Write a commented run.yaml and a small data file to start from."""
+    from cluster.cli.quickstart import write_start
+
+    return render.init(write_start(directory))
+
+
+@command("train", "sisa train run.yaml")
+@click.argument("run_file", type=click.Path(path_type=Path))
+@click.option("--reconfigure", is_flag=True, help="Move an existing model to a changed run file.")
+@click.option(
+    "--allow-deleted", is_flag=True, help="First training: take what was deleted under this key."
+)
+@executor_option
+def train(
+    run_file: Path, reconfigure: bool, allow_deleted: bool, executor: str | OpenExecutor
+) -> Result:
+    """Train the model of a run file, or what is missing of it."""
+    from sisa import train_model
+
+    with watched() as report:
+        model, taken = train_model(
+            run_file,
+            executor=executor,
+            report=report,
+            accept_differences=reconfigure,
+            allow_deleted=allow_deleted,
+        )
+    return render.taken(taken, model.directory)
+
+
+@command("add", "sisa add -m model new-people.jsonl")
+@model_option
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--allow-deleted", is_flag=True, help="Take deleted ids and texts in again.")
+@click.option("--append", is_flag=True, help="As new slices at the end: nothing is trained again.")
+@executor_option
+def add(
+    directory: Path, file: Path, allow_deleted: bool, append: bool, executor: str | OpenExecutor
+) -> Result:
+    """Take new records in; the result equals training on all of them from scratch."""
+    with opened(directory, executor) as model:
+        return render.taken(model.add(file, allow_deleted=allow_deleted, append=append), directory)
+
+
+@command("where", "sisa where -m model p001-q1 p002-q3")
+@model_option
+@ids_argument
+@ids_file_option
+def where(directory: Path, ids: tuple[str, ...], ids_file: Path | None) -> Result:
+    """Show which shard, slice, checkpoints and heads each record touched."""
+    named = named_ids(ids, ids_file)
+    if not named:
+        raise click.UsageError("give at least one ID or --ids-file")
+    with opened(directory) as model:
+        return render.where(model.where(named))
+
+
+@command("find", 'sisa find -m model --text "Where was Mara born?" --top 5')
+@model_option
+@option_or_input("--text", help="Content to look for.")
+@click.option("--file", type=click.Path(path_type=Path), help="File with the content to look for.")
+@option_or_file("--subject", help="A subject's records, and others' that lie near them.")
+@option_or_input("--like", metavar="ID", help="Near-duplicates of a record.")
+@click.option("--top", "top_k", default=10, show_default=True, type=click.IntRange(1, 10_000))
+@click.option("--show-text", is_flag=True, help="Show the beginning of each record's text.")
+def find(
+    directory: Path,
+    text: str | None,
+    file: Path | None,
+    subject: str | None,
+    like: str | None,
+    top_k: int,
+    show_text: bool,
+) -> Result:
+    """Find candidate records by content, with scores, shard, slice and subject."""
+    if sum(each is not None for each in (text, file, subject, like)) != 1:
+        raise click.UsageError("give exactly one of --text, --file, --subject and --like")
+    if file is not None:
+        text = read_text(file)
+    with opened(directory) as model:
+        hits = model.find(text=text, subject=subject, like=like, top_k=top_k, show_text=show_text)
+        return render.found(hits)
+
+
+@command("forget", "sisa forget -m model --subject p001 --dry-run")
+@model_option
+@ids_argument
+@ids_file_option
+@option_or_file("--subject", help="Delete all records of a subject.")
+@click.option("--dry-run", is_flag=True, help="Show what would happen; change nothing.")
+@click.option(
+    "--defer", is_flag=True, help="Erase now; train again with the next `sisa run`, train or forget."
+)
+@consent_option
+@executor_option
+def forget(
+    directory: Path,
+    ids: tuple[str, ...],
+    ids_file: Path | None,
+    subject: str | None,
+    dry_run: bool,
+    defer: bool,
+    consent: str,
+    executor: str | OpenExecutor,
+) -> Result:
+    """Delete records exactly, and retrain what they touched."""
+    named = named_ids(ids, ids_file)
+    if bool(named) == (subject is not None):
+        raise click.UsageError("give IDs (or --ids-file), or --subject")
+    with opened(directory, executor) as model:
+        if dry_run:
+            return render.forget_plan(model.plan_forget(named, subject=subject))
+        done = model.forget(named, subject=subject, consent=consent, defer=defer)
+        return render.forgotten(done, directory)
+
+
+@command("status", "sisa status -m model")
+@model_option
+def status(directory: Path) -> Result:
+    """Show shards, slices, records, heads, requests and sizes."""
+    with opened(directory) as model:
+        return render.status(model.status())
+
+
+@command("verify", "sisa verify -m model --replay all")
+@model_option
+@click.option(
+    "--replay",
+    type=click.Choice(["none", "sample", "all"]),
+    default="none",
+    show_default=True,
+    help="Shards to train from scratch and compare byte for byte.",
+)
+@click.option("--shard", type=click.IntRange(0), help="Replay this shard alone.")
+@click.option("--require-replay", is_flag=True, help="Fail where a shard can't be replayed.")
+@executor_option
+def verify(
+    directory: Path,
+    replay: str,
+    shard: int | None,
+    require_replay: bool,
+    executor: str | OpenExecutor,
+) -> Result:
+    """Check every held byte; prove by replay."""
+    if replay == "none" and (shard is not None or require_replay):
+        replay = "sample"
+    with opened(directory, executor) as model:
+        found = model.verify(replay, shard, require_replay=require_replay)  # type: ignore[arg-type]
+        return render.verified(found)
+
+
+@command("generate", 'sisa generate -m model --prompt "Where was Mara born?"')
+@model_option
+@option_or_input("--prompt", help="What to answer.")
+@click.option("--system", help="System prompt of a chat.")
+@click.option(
+    "--history",
+    type=click.Path(path_type=Path),
+    help="JSON file with the turns before the prompt, as a record's `messages`.",
+)
+@click.option(
+    "--prompts",
+    "file",
+    type=click.Path(path_type=Path),
+    help="File of prompts, one a line; .jsonl: a row with `prompt` or `messages` a line.",
+)
+@click.option(
+    "--form",
+    "kind",
+    type=click.Choice(["chat", "completion"]),
+    help="Put prompts as a turn of a chat, or as they are; else as the model was trained.",
+)
+@click.option("--max-new-tokens", default=48, show_default=True, type=click.IntRange(1, 100_000))
+@click.option(
+    "--answer-only",
+    is_flag=True,
+    help="Leave out who answered: it tells whether a person's records are held.",
+)
+def generate(
+    directory: Path,
+    prompt: str | None,
+    system: str | None,
+    history: Path | None,
+    file: Path | None,
+    kind: Any,
+    max_new_tokens: int,
+    answer_only: bool,
+) -> Result:
+    """Answer with the aggregated constituent models."""
+    if (prompt is None) == (file is None):
+        raise click.UsageError("give either --prompt or --prompts")
+    if file is not None and history is not None:
+        raise click.UsageError("--history goes before one --prompt; rows of --prompts have `messages`")
+    asked: list[Prompt] = read_prompts(file) if file else [prompt or ""]
+    before = ([{"role": "system", "content": system}] if system else []) + read_turns(history)
+    if before:
+        asked = [
+            [*before, *([{"role": "user", "content": each}] if isinstance(each, str) else each)]
+            for each in asked
+        ]
+    with opened(directory) as model:
+        found = model.generate_all(asked, max_new_tokens=max_new_tokens, kind=kind)
+    return render.answers(found, answer_only) if file else render.answer(found[0], answer_only)
+
+
+@command("export", "sisa export -m model --to adapters")
+@model_option
+@click.option(
+    "--to",
+    "target",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Directory; each export is a new version in it.",
+)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["peft", "merged-adapter", "merged-model"]),
+    default="peft",
+    show_default=True,
+    help="A PEFT directory per shard, or the shards' mean as one adapter or as full weights.",
+)
+def export(directory: Path, target: Path, form: Any) -> Result:
+    """Write out what is served, for other tools."""
+    with opened(directory) as model:
+        return render.exported(model.export(target, form))
+
+
+@cli.group(help="About the run file.")
+def config() -> None:
+    """The group of run file commands."""
+
+
+@command("schema", "sisa config schema > run.schema.json", group=config)
+def schema() -> Result:
+    """Print the JSON Schema of the run file."""
+    from sisa.config.config import json_schema
+
+    found = json_schema()
+    return Result(found, json.dumps(found, indent=2))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Carry out a command line and return its exit code; prints the result or the failure."""
+    with running(new_run(log_format_of(arguments))):
+        return _carry_out(arguments, as_json="--json" in arguments)
+
+
+def _carry_out(arguments: Sequence[str], *, as_json: bool) -> int:
+    try:
+        _refuse_bad_encoding(arguments)
+        done = cli.main(args=list(arguments), prog_name="sisa", standalone_mode=False)
+        if not isinstance(done, tuple):
+            return done if isinstance(done, int) else 0
+        # Printed here and not inside click, which ends the process on a closed pipe.
+        print(done[1], flush=True)
+        return int(done[0])
+    except click.exceptions.Exit as exit_:
+        return exit_.exit_code
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        return EXIT_USAGE
+    except click.ClickException as error:
+        usage = error.ctx.get_usage() if isinstance(error, click.UsageError) and error.ctx else ""
+        fault = InvalidInput(error.format_message(), next_step=usage.replace("Usage:", "usage:"))
+        return _fail(fault.to_json() | {"type": "UsageError"}, str(fault), EXIT_USAGE, as_json)
+    except SisaError as error:
+        return _fail(error.to_json(), str(error), error.exit_code, as_json)
+    except (KeyboardInterrupt, click.Abort):
+        return _interrupted(as_json)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        message = f"the operating system refused: {error.strerror or type(error).__name__}"
+        return _fail(
+            {"type": "EnvironmentFault", "message": message}, message, EXIT_ENVIRONMENT, as_json
+        )
+    except Exception as error:  # the last resort: a message may hold anything, so only places are shown
+        return _internal(error, as_json)
+
+
+def _interrupted(as_json: bool) -> int:
+    by, code = "interrupted", EXIT_INTERRUPTED
+    for each in _ended_by[-1:]:
+        by, code = f"ended by {each.name}", EXIT_SIGNAL + each
+    message = f"{by}; run the same command again to go on"
+    return _fail({"type": "Interrupted", "message": message}, message, code, as_json)
+
+
+def _refuse_bad_encoding(arguments: Sequence[str]) -> None:
+    bad = [
+        n for n, each in enumerate(arguments, start=1) if any("\ud800" <= c <= "\udfff" for c in each)
+    ]
+    if bad:
+        problems = [Problem(f"argument {n}", "bytes that are not UTF-8") for n in bad]
+        raise InvalidInput("the command line is not valid UTF-8", problems=problems)
+
+
+def _internal(error: Exception, as_json: bool) -> int:
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    message = f"internal fault: {type(error).__name__} in {Path(frame.filename).name}:{frame.lineno}"
+    if os.environ.get("SISA_DEBUG"):
+        traceback.print_exc()
+    next_step = "report it; SISA_DEBUG=1 prints the whole traceback, which may hold record text"
+    body = {"type": "InternalFault", "message": message, "next_step": next_step}
+    return _fail(body, f"{message}\n  next step: {next_step}", EXIT_INTERNAL, as_json)
+
+
+def _fail(body: dict[str, Any], text: str, code: int, as_json: bool) -> int:
+    if as_json:
+        click.echo(json.dumps({"error": body}, indent=2))
+    log = open_log()
+    if log is None:
+        click.echo(f"error: {render.printable(text)}", err=True)
+    else:
+        # What a person typed may be an id: a usage error is told by its kind alone.
+        said = "" if body["type"] == "UsageError" else render.printable(body["message"])
+        log.write("run_failed", "error", error=body["type"], exit_code=code, message=said)
+    return code
+
+
+_ended_by: list[signal.Signals] = []  # click and Ray make interrupts of their own of an interrupt
+
+
+def _end(number: int, _frame: object) -> None:
+    """Do as Ctrl-C does."""
+    for stream in (1, 2) if number == signal.SIGHUP else ():
+        if stat.S_ISCHR(os.fstat(stream).st_mode):  # the terminal that is gone
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+    _ended_by.append(signal.Signals(number))
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """The console script. SIGTERM or a closed terminal ends it and all that it began, as Ctrl-C does."""
+    for each in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(each) != signal.SIG_IGN:  # as under nohup
+            signal.signal(each, _end)
+    sys.exit(run(sys.argv[1:]))

@@ -1,0 +1,247 @@
+"""What all commands share: the root group, `--json`, and the options that recur.
+
+Rules: a command is a function that returns a `Result`; printing it is `cli.run`'s business alone.
+
+Not covered: the commands themselves.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cluster.observe.watched import OPTION, logged_run, watched
+from cluster.render.render import Result, printable
+from sisa.core.errors import InvalidInput, Problem
+
+if TYPE_CHECKING:
+    from sisa.flows.ask import Prompt
+    from sisa.flows.wiring.opening import OpenExecutor
+    from sisa.model import Model
+
+
+STANDARD_INPUT = Path("-")
+
+
+class _Command(click.Command):
+    """A command whose help ends with an example, set out as it is typed."""
+
+    def __init__(self, *args: Any, example: str = "", **options: Any) -> None:
+        options["epilog"] = f"\b\nExample:\n  {example}"
+        super().__init__(*args, **options)
+
+
+@click.group(help="Train a language model from which records can be deleted exactly.")
+@click.version_option(package_name="deletion-ready-model", prog_name="sisa")
+def cli() -> None:
+    """The root command."""
+
+
+def command(
+    name: str, example: str, group: click.Group = cli
+) -> Callable[[Callable[..., Result]], click.Command]:
+    """Register a function that returns a Result; adds `--json` and prints it."""
+
+    def register(function: Callable[..., Result]) -> click.Command:
+        @functools.wraps(function)
+        def invoke(as_json: bool, **arguments: Any) -> tuple[int, str]:
+            with logged_run(click.get_current_context().command_path):
+                result = function(**arguments)
+            return result.exit_code, json.dumps(result.json, indent=2) if as_json else printable(
+                result.text
+            )
+
+        option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+        decorate = group.command(name, cls=_Command, example=example)
+        registered: click.Command = decorate(option(invoke))
+        return registered
+
+    return register
+
+
+model_option = click.option(
+    "-m", "--model", "directory", required=True, type=click.Path(path_type=Path), help="Model directory."
+)
+
+
+log_format_option = click.option(
+    OPTION,
+    type=click.Choice(["text", "json"]),
+    default="text",
+    show_default=True,
+    expose_value=False,
+    help="What standard error gets: words and progress, or a JSON object a line.",
+)
+
+
+def executor_option(function: Callable[..., Result]) -> Callable[..., Result]:
+    """`--executor` and `--address`, given to the command as one `executor`; and `--log-format`."""
+
+    @log_format_option
+    @click.option(
+        "--executor",
+        "name",
+        default="ray",
+        show_default=True,
+        help="ray, or serial: the same bytes without Ray.",
+    )
+    @click.option(
+        "--address",
+        metavar="HOST:PORT",
+        help="A running Ray cluster, this time instead of the run file's; `auto`: this machine's.",
+    )
+    @functools.wraps(function)
+    def invoke(name: str, address: str | None, **arguments: Any) -> Result:
+        return function(executor=_placed(name, address), **arguments)
+
+    return invoke
+
+
+def _placed(name: str, address: str | None) -> str | OpenExecutor:
+    if address is None:
+        return name
+    from sisa import OnCluster
+
+    if "://" in address:
+        raise click.UsageError(
+            "--address is HOST:PORT of a cluster that this machine is a node of; "
+            "`sisa cluster submit` takes the http:// address of its dashboard"
+        )
+    if name == "serial":
+        raise click.UsageError("--address is of a cluster: the serial executor has none")
+    return OnCluster(name, address)
+
+
+def option_or_file(
+    option: str, *, required: bool = False, **options: Any
+) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
+    """An option, or the same with `-file` for what should not stand in a command line: one value.
+
+    Other users of a machine see a command line, and shells and job tables keep it."""
+
+    name = option.removeprefix("--")
+
+    def decorate(function: Callable[..., Result]) -> Callable[..., Result]:
+        @click.option(option, **options)
+        @click.option(
+            f"{option}-file",
+            type=click.Path(path_type=Path),
+            help=f"File that holds the {name}; `-`: standard input.",
+        )
+        @functools.wraps(function)
+        def invoke(**arguments: Any) -> Result:
+            file_of: Path | None = arguments.pop(f"{name}_file")
+            if file_of is not None and arguments[name] is not None:
+                raise click.UsageError(f"give {option} or {option}-file")
+            if file_of is not None:
+                arguments[name] = "\n".join(read_lines(file_of))
+            if required and arguments[name] is None:
+                raise click.UsageError(f"give {option} or {option}-file")
+            return function(**arguments)
+
+        return invoke
+
+    return decorate
+
+
+def _from_standard_input(_context: click.Context, _option: click.Parameter, given: Any) -> Any:
+    return read_text(STANDARD_INPUT).rstrip("\n") if given == str(STANDARD_INPUT) else given
+
+
+def option_or_input(option: str, *, help: str, **options: Any) -> Callable[..., Any]:
+    """An option whose value `-` is read from standard input, for what should not stand in a command
+    line."""
+    help_ = f"{help.rstrip('.')}; `-`: standard input."
+    return click.option(option, callback=_from_standard_input, help=help_, **options)
+
+
+ids_argument = click.argument("ids", nargs=-1, metavar="[ID]...")
+ids_file_option = click.option(
+    "--ids-file", type=click.Path(path_type=Path), help="File with one id a line."
+)
+consent_option = click.option(
+    "--consent",
+    default="",
+    help="Who allowed, or what ground there is, to keep the text encrypted for an approximate patch.",
+)
+
+
+@contextmanager
+def opened(directory: Path, executor: str | OpenExecutor = "ray") -> Iterator[Model]:
+    """The model in a directory, watched."""
+    from sisa import open_model
+
+    with watched() as report:
+        yield open_model(directory, executor=executor, report=report)
+
+
+def named_ids(ids: Sequence[str], ids_file: Path | None) -> list[str]:
+    """Ids of the command line and of a file of them."""
+    from sisa.data.reader import read_ids
+
+    return [*ids, *(read_ids(ids_file) if ids_file else [])]
+
+
+def read_text(file: Path) -> str:
+    """A file of the command line. Raises InvalidInput when it can't be read as UTF-8."""
+    try:
+        if file == STANDARD_INPUT:
+            return sys.stdin.buffer.read().decode()
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        got = error.strerror if isinstance(error, OSError) else "bytes that are not UTF-8"
+        raise InvalidInput("the file can't be read", where=str(file), got=str(got)) from None
+
+
+def read_lines(file: Path) -> list[str]:
+    """Its lines, without the blank ones. Raises InvalidInput where there are none."""
+    lines = [line for line in read_text(file).splitlines() if line.strip()]
+    if not lines:
+        step = "write a text on each line"
+        raise InvalidInput("the file holds no text", where=str(file), next_step=step)
+    return lines
+
+
+def read_turns(file: Path | None) -> list[Any]:
+    """Return the turns of a JSON file; what is wrong with them is said where they are put to a model.
+    Raises InvalidInput for what is no JSON list."""
+    if file is None:
+        return []
+    found = _json(read_text(file), str(file))
+    if not isinstance(found, list):
+        raise InvalidInput("the history is no list of turns", where=str(file), expected="a JSON list")
+    return found
+
+
+def read_prompts(file: Path) -> list[Prompt]:
+    """Return the prompts of a file, one a line; of a .jsonl the `prompt` or the `messages` of each row.
+    Raises InvalidInput with every row that has neither or both."""
+    lines = read_lines(file)
+    if file.suffix.lower() != ".jsonl":
+        return list(lines)
+    found: list[Prompt] = []
+    problems = []
+    for number, line in enumerate(lines, start=1):
+        row = _json(line, f"{file.name}, row {number}")
+        bodies = [row.get(key) for key in ("prompt", "messages")] if isinstance(row, dict) else []
+        given = [each for each in bodies if isinstance(each, str | list)]
+        found += given
+        if len(given) != 1:
+            problems.append(Problem(f"row {number}", "expected `prompt`, a text, or `messages`, a list"))
+    if problems:
+        raise InvalidInput("the prompts can't be read", where=str(file), problems=problems)
+    return found
+
+
+def _json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise InvalidInput("broken JSON", where=where) from None

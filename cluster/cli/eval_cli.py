@@ -1,0 +1,137 @@
+"""`sisa eval tofu`: what models still know of what they should forget, and of what they should keep.
+
+A model is whatever `approx.evaluation.evaluated_models` opens (a directory or hub name of a Hugging
+Face model, an
+adapter directory, a deletion-ready model), or a finished log: one of ours, or locuslab's published
+`eval_log_aggregated.json`. Logs alone need no data. The same command continues what was cut short.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cluster.cli.command import cli, command, log_format_option
+from cluster.observe.watched import watched
+from cluster.render import eval_render as render
+from cluster.render.render import Result
+
+if TYPE_CHECKING:
+    from approx.evaluation.tofu_evaluation import Evaluated
+
+MAX_REFERENCES = 2
+TEMPLATE = "{question}{answer}"
+
+
+@cli.group("eval", help="Measure what models know.")
+def evaluation() -> None:
+    """The group of evaluation commands."""
+
+
+@command("tofu", "sisa eval tofu --model model --reference retained --data tofu", group=evaluation)
+@click.option(
+    "-m",
+    "--model",
+    "models",
+    multiple=True,
+    required=True,
+    help="Directory, hub name or finished log; or several.",
+)
+@click.option(
+    "--reference",
+    "references",
+    multiple=True,
+    help="A model that never saw the forget set, or its log; a second one gives the noise floor.",
+)
+@click.option(
+    "--split",
+    type=click.Choice(["forget01", "forget05", "forget10"]),
+    default="forget10",
+    show_default=True,
+)
+@click.option("--data", default="locuslab/TOFU", show_default=True, help="Directory or hub name.")
+@click.option("--out", default="tofu-logs", show_default=True, type=click.Path(path_type=Path))
+@click.option("--holdout", type=click.Path(path_type=Path), help="JSONL of questions no model has seen.")
+@click.option("--questions", "limit", type=click.IntRange(1), help="The first so many of each set.")
+@click.option("--prompt", "kind", type=click.Choice(["completion", "chat"]), help="Else as suits.")
+@click.option("--template", default=TEMPLATE, show_default=True, help="\\n is a line end.")
+@click.option("--max-new-tokens", default=200, show_default=True, type=click.IntRange(1))
+@click.option(
+    "--truth-ratio",
+    "variant",
+    type=click.Choice(["geometric", "arithmetic"]),
+    default="geometric",
+    show_default=True,
+)
+@click.option("--batch-size", default=8, show_default=True, type=click.IntRange(1))
+@click.option("--device", default="cpu", show_default=True, help="A torch device, such as cuda.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    default="float32",
+    show_default=True,
+)
+@click.option("--executor", type=click.Choice(["ray", "serial"]), default="ray", show_default=True)
+@click.option("--address", help="HOST:PORT of a Ray cluster; else a local Ray.")
+@log_format_option
+def tofu(models: tuple[str, ...], references: tuple[str, ...], variant: Any, **options: Any) -> Result:
+    """Measure TOFU's model utility and forget quality, question by question."""
+    if len(references) > MAX_REFERENCES:
+        raise click.UsageError("give at most two references")
+    from approx.evaluation.tofu_aggregates import aggregates
+    from approx.evaluation.tofu_evaluation import refuse_other_settings
+
+    found = _evaluated(list(dict.fromkeys([*models, *references])), options)
+    judges = [found[each] for each in references]
+    judged = []
+    for name in dict.fromkeys(models):
+        for judge in judges:
+            refuse_other_settings(found[name], judge)
+        rows = [each.rows for each in judges]
+        judged.append((found[name], aggregates(found[name].rows, rows, variant)))
+    return render.tofu(_split(found.values(), options["split"]), judged, judges)
+
+
+def _split(found: Iterable[Evaluated], asked: str) -> str:
+    """Return the forget set that the rows name; `asked` where only published logs are given."""
+    sets = {row.set for each in found for row in each.rows if row.set.startswith("forget")}
+    named = sets - {"forget"}
+    return named.pop() if len(named) == 1 else asked
+
+
+def _evaluated(specs: list[str], options: dict[str, Any]) -> dict[str, Evaluated]:
+    from approx.evaluation.tofu import evaluation_sets, read_holdout
+    from approx.evaluation.tofu_evaluation import finished_log
+    from cluster.ray.eval_tasks import EvaluationTask, run_evaluations
+
+    logs = {spec: finished_log(Path(spec)) for spec in specs if _is_log(spec)}
+    if len(logs) == len(specs):
+        if options["holdout"] is not None:
+            raise click.UsageError("--holdout needs a model to ask; logs alone are given")
+        return logs
+    questions = evaluation_sets(options["data"], options["split"], options["limit"])
+    if options["holdout"] is not None:
+        questions += read_holdout(options["holdout"])
+    passed = ("split", "out", "kind", "max_new_tokens", "batch_size", "device", "dtype")
+    template = options["template"].replace("\\n", "\n")
+    tasks = [
+        EvaluationTask(
+            spec=spec,
+            questions=questions,
+            template=template,
+            **{name: options[name] for name in passed},
+        )
+        for spec in specs
+        if spec not in logs
+    ]
+    with watched() as report:
+        ray = options["executor"] == "ray"
+        done = run_evaluations(tasks, ray=ray, address=options["address"], report=report)
+    return logs | dict(zip((task.spec for task in tasks), done, strict=True))
+
+
+def _is_log(spec: str) -> bool:
+    return spec.endswith((".json", ".jsonl")) and Path(spec).is_file()

@@ -1,0 +1,203 @@
+"""`sisa cluster submit`, `status`, `logs`, `stop`: training as a job on a remote cluster; `manifest`.
+
+Rules: as `cli.py`. Following a job ends with the job's own exit code; 130 when it was stopped, or when
+following was interrupted, which leaves the job as it is; 6 when something else ended it.
+The job's log is shown on standard error, without control characters.
+
+Not covered: what happens (`job_flow.py`); manifests (`kuberay.py`).
+"""
+
+from __future__ import annotations
+
+import secrets
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cluster.cli.command import cli, command
+from cluster.jobs.jobs import Job, check_name, job_name
+from cluster.jobs.kuberay import IMAGE, INSTANCE_TYPE, KINDS, manifest
+from cluster.render.render import Result, printable
+
+if TYPE_CHECKING:
+    from cluster.jobs.jobs import Jobs
+
+EXIT_ENVIRONMENT, EXIT_INTERRUPTED = 6, 130
+
+
+@cli.group("cluster", help="Training as a job on a remote Ray cluster.")
+def group() -> None:
+    """The group of commands about remote clusters."""
+
+
+address_option = click.option(
+    "--address",
+    required=True,
+    envvar="RAY_API_SERVER_ADDRESS",
+    metavar="URL",
+    help="The cluster's dashboard, such as http://127.0.0.1:8265; else RAY_API_SERVER_ADDRESS.",
+)
+job_argument = click.argument("job")
+
+
+@command(
+    "submit",
+    "sisa cluster submit run.yaml --address http://127.0.0.1:8265",
+    group=group,
+)
+@click.argument("run_file", type=click.Path(path_type=Path))
+@address_option
+@click.option("--job", "name", metavar="NAME", help="A name for the job, new to the cluster.")
+@click.option("--detach", is_flag=True, help="Do not follow the job.")
+@click.option("--reconfigure", is_flag=True, help="As `sisa train --reconfigure`.")
+@click.option("--allow-deleted", is_flag=True, help="As `sisa train --allow-deleted`.")
+def submit(
+    run_file: Path,
+    address: str,
+    name: str | None,
+    detach: bool,
+    reconfigure: bool,
+    allow_deleted: bool,
+) -> Result:
+    """Train a run file's model as a job: on the cluster, by this code. A job that was lost goes on
+    from what is stored when it is submitted again."""
+    from cluster.jobs.job_flow import submit_training
+
+    given = {"--reconfigure": reconfigure, "--allow-deleted": allow_deleted}
+    name = check_name(name) if name else job_name(datetime.now(UTC), secrets.token_hex(4))
+    jobs = _opened(address)
+    job = submit_training(jobs, run_file, name, [flag for flag, wanted in given.items() if wanted])
+    again = _how_to_follow(name, address)
+    if detach:
+        return Result(described(job) | {"detached": True}, f"job {name} submitted\n{again}")
+    print(f"job {name} submitted", file=sys.stderr, flush=True)
+    return _followed(jobs, name, address)
+
+
+@command("status", "sisa cluster status --address http://127.0.0.1:8265", group=group)
+@click.argument("job", required=False)
+@address_option
+def status(job: str | None, address: str) -> Result:
+    """Show a job, or all jobs that were submitted by this program."""
+    jobs = _opened(address)
+    if job is not None:
+        found = jobs.get(check_name(job))
+        return Result(described(found), line(found))
+    ours = [each for each in jobs.all() if each.model is not None]
+    text = "\n".join(map(line, ours)) or "no job was submitted to this cluster"
+    return Result({"jobs": [described(each) for each in ours]}, text)
+
+
+@command(
+    "logs",
+    "sisa cluster logs sisa-20260102-030405-9f --follow --address http://127.0.0.1:8265",
+    group=group,
+)
+@job_argument
+@address_option
+@click.option("-f", "--follow", "to_the_end", is_flag=True, help="Until the job ends.")
+def logs(job: str, address: str, to_the_end: bool) -> Result:
+    """Print a job's log; with --follow re-attach to it, and end as it ends."""
+    jobs = _opened(address)
+    if to_the_end:
+        return _followed(jobs, check_name(job), address)
+    log = printable(jobs.log(check_name(job)))
+    return Result({"job": job, "log": log}, log.rstrip("\n"))
+
+
+@command(
+    "stop", "sisa cluster stop sisa-20260102-030405-9f --address http://127.0.0.1:8265", group=group
+)
+@job_argument
+@address_option
+def stop(job: str, address: str) -> Result:
+    """End a job; what it has stored stays, and the next one goes on from it."""
+    from cluster.jobs.job_flow import stop as end
+
+    found, was_running = end(_opened(address), check_name(job))
+    return Result(described(found) | {"was_running": was_running}, line(found))
+
+
+@command("manifest", "sisa cluster manifest rayjob --image registry/sisa:1", group=group)
+@click.argument("kind", type=click.Choice(KINDS))
+@click.option("--gpu", is_flag=True, help="With a GPU for each worker.")
+@click.option("--image", default=IMAGE, show_default=True, help="Image that holds this program.")
+@click.option(
+    "--instance-type", default=INSTANCE_TYPE, show_default=True, help="Of the nodes: all of one type."
+)
+def print_manifest(kind: Any, gpu: bool, image: str, instance_type: str) -> Result:
+    """Print a manifest for KubeRay: a RayJob, a RayCluster, or the volume that both share."""
+    text = manifest(kind, gpu=gpu, image=image, instance_type=instance_type)
+    return Result({"kind": kind, "gpu": gpu, "manifest": text}, text.rstrip("\n"))
+
+
+def _opened(address: str) -> Jobs:
+    from cluster.jobs.ray_jobs import RayJobs
+
+    return RayJobs(address)
+
+
+def _followed(jobs: Jobs, job: str, address: str) -> Result:
+    from cluster.jobs.job_flow import follow
+
+    try:
+        found = follow(jobs, job, _show)
+    except KeyboardInterrupt:
+        text = f"detached from job {job}, which goes on\n{_how_to_follow(job, address)}"
+        return Result({"job": job, "detached": True}, text, EXIT_INTERRUPTED)
+    return Result(described(found), line(found), exit_code(found))
+
+
+def _show(piece: str) -> None:
+    print(printable(piece), end="", file=sys.stderr, flush=True)
+
+
+def _how_to_follow(job: str, address: str) -> str:
+    return f"follow it: sisa cluster logs {job} --follow --address {address}"
+
+
+def exit_code(job: Job) -> int:
+    """How following a job that has ended ends."""
+    if job.state == "STOPPED":
+        return EXIT_INTERRUPTED
+    if job.exit_code is None or job.exit_code < 0:
+        return 0 if job.state == "SUCCEEDED" else EXIT_ENVIRONMENT
+    return job.exit_code
+
+
+def described(job: Job) -> dict[str, Any]:
+    return {
+        "job": job.id,
+        "state": job.state,
+        "exit_code": job.exit_code,
+        "fault": job.fault,
+        "started_at": _moment(job.started_s),
+        "ended_at": _moment(job.ended_s),
+    }
+
+
+def line(job: Job) -> str:
+    """A job in one line; one that was lost says how to go on.
+
+    >>> line(Job("sisa-a", "FAILED", exit_code=-9))
+    'job sisa-a FAILED, ended by signal 9: submit the run file again, and it goes on'
+    """
+    started = _moment(job.started_s)
+    said = [f"job {job.id} {job.state}", *([f"started {started}"] if started else [])]
+    if job.exit_code is not None and job.exit_code > 0:
+        said.append(f"exit code {job.exit_code}")
+    elif job.exit_code is not None and job.exit_code < 0:
+        said.append(f"ended by signal {-job.exit_code}")
+    elif job.state == "FAILED":
+        said.append(f"ended by its surroundings ({job.fault or 'no reason given'})")
+    lost = job.ended and exit_code(job) in (EXIT_ENVIRONMENT, EXIT_INTERRUPTED)
+    return ", ".join(said) + (": submit the run file again, and it goes on" if lost else "")
+
+
+def _moment(seconds: float | None) -> str | None:
+    if seconds is None:
+        return None
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")

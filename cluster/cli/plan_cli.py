@@ -1,0 +1,243 @@
+"""`sisa plan` and `sisa simulate`: what deletions would cost, before there is a model.
+
+Rules: as `cli.py`. Nothing is trained: closed forms and counts alone. `plan` takes bytes and rates from
+the run file's model where there is one; else they are given, or assumed and said to be. Options that do
+not fit are refused together, before anything is counted or drawn.
+
+Not covered: the forms and the counting (`sisa/planning/advice.py`, `sisa/planning/stream.py`), how
+results read
+(`plan_render.py`).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cluster.cli.command import command
+from cluster.observe.extras import library
+from cluster.render import plan_render
+from cluster.render.render import Result
+from sisa.core.errors import InvalidInput, Problem
+
+if TYPE_CHECKING:
+    from sisa.config.config import RunConfig
+    from sisa.planning.advice import Limits
+    from sisa.planning.stream import Group
+
+MAX_RECORDS, MAX_DELETIONS = 10**12, 10**8
+# Rank 8 on all linear modules of SmolLM2-135M: 2,442,240 parameters, AdamW's two moments beside them.
+ASSUMED_BYTES_PER_RANK = 2_442_240 * 4 * 3 // 8
+
+
+class _Above(click.FloatRange):
+    """A finite number above 0."""
+
+    def __init__(self) -> None:
+        super().__init__(0, min_open=True)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        found = super().convert(value, param, ctx)
+        if not math.isfinite(found):
+            self.fail(f"{found} is no finite number.", param, ctx)
+        return found
+
+
+records_option = click.option(
+    "--records", type=click.IntRange(1, MAX_RECORDS), required=True, help="Of the model."
+)
+risk_option = click.option(
+    "--risk",
+    "risks",
+    multiple=True,
+    metavar="SHARE:RISK",
+    help="A share of the records and the deletion risk of each; again for every group.",
+)
+
+
+@command("simulate", "sisa simulate run.yaml --records 100000000 --deletions 1000000")
+@click.argument("run_file", type=click.Path(path_type=Path))
+@records_option
+@click.option(
+    "--deletions", type=click.IntRange(1, MAX_DELETIONS), required=True, help="Records, drawn at random."
+)
+@click.option(
+    "--batch", type=click.IntRange(1), default=1, show_default=True, help="Deletions of one run."
+)
+@click.option("--shards", type=click.IntRange(1, 10_000), help="Instead of the run file's.")
+@click.option("--slices", type=click.IntRange(1, 10_000), help="Instead of the run file's.")
+@risk_option
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of what is drawn.")
+def simulate(
+    run_file: Path,
+    records: int,
+    deletions: int,
+    batch: int,
+    shards: int | None,
+    slices: int | None,
+    risks: tuple[str, ...],
+    seed: int,
+) -> Result:
+    """Replay a stream of deletions by counts: what it retrains of order 0 where all checkpoints are
+    kept, and what closed forms expect."""
+    from sisa.config.runfile import load_run_file
+    from sisa.planning.assign import Layout
+    from sisa.planning.stream import Stream, replay
+
+    config = load_run_file(run_file)
+    own = config.sisa
+    layout = Layout(shards or own.shards, slices or own.slices, own.bands)
+    groups, problems = _groups(risks)
+    if own.bands is not None and not own.bands.fit(layout.num_slices):
+        wanted = f"at least {own.bands.num_bands}, a slice for each band"
+        problems.append(_unfit("--slices", wanted, layout.num_slices))
+    if not problems and deletions > records * sum(group.share for group in groups if group.risk):
+        problems.append(_unfit("--deletions", "no more than records that are ever asked for", deletions))
+    _refuse(problems)
+    stream = Stream(layout, own.schedule, config.num_epochs, groups)
+    began = time.perf_counter()
+    found = replay(stream, records, deletions, batch=batch, seed=seed)
+    return plan_render.replayed(found, stream, batch, time.perf_counter() - began)
+
+
+@command("plan", "sisa plan run.yaml --records 100000 --deletions-per-month 40 --budget-gb 50")
+@click.argument("run_file", type=click.Path(path_type=Path))
+@records_option
+@click.option("--deletions-per-month", type=_Above(), required=True, help="Records.")
+@risk_option
+@click.option("--budget-gb", type=_Above(), help="Most bytes of checkpoints.")
+@click.option("--max-hours", type=_Above(), help="Of one deletion, on one worker.")
+@click.option("--rate", type=_Above(), help="Record-epochs a second of one worker.")
+@click.option("--checkpoint-mb", type=_Above(), help="Bytes of one stage.")
+@click.option(
+    "--min-depth",
+    type=click.FloatRange(0, 1),
+    default=0.0,
+    help="Least share of its slices that a shard serves right after a deletion.",
+)
+@click.option("--plot", type=click.Path(path_type=Path), help="PNG to draw the choices into.")
+def plan(
+    run_file: Path,
+    records: int,
+    deletions_per_month: float,
+    risks: tuple[str, ...],
+    budget_gb: float | None,
+    max_hours: float | None,
+    rate: float | None,
+    checkpoint_mb: float | None,
+    min_depth: float,
+    plot: Path | None,
+) -> Result:
+    """Recommend shards, slices, orders, bands and checkpoints for a number of records and deletions."""
+    from sisa.config.runfile import load_run_file
+    from sisa.planning.advice import Demand, advise, recommended
+
+    config = load_run_file(run_file)
+    limits, source = _limits(config, budget_gb, max_hours, rate, checkpoint_mb)
+    groups, problems = _groups(risks)
+    if deletions_per_month > records:
+        problems.append(_unfit("--deletions-per-month", f"at most {records}", deletions_per_month))
+    if max_hours is not None and not limits.record_epochs_per_s:
+        wanted = "a rate beside it (--rate), as there is no model yet"
+        problems.append(_unfit("--max-hours", wanted, max_hours))
+    _refuse([*problems, *(_plot_problems(plot) if plot else ())])
+    demand = Demand(records, deletions_per_month, config.sisa.schedule, config.num_epochs, groups)
+    advised = advise(demand, replace(limits, min_depth=min_depth))
+    best = recommended(advised)
+    if plot is not None:
+        library("matplotlib", "notebook")
+        from cluster.render.plan_picture import draw_choices
+
+        draw_choices(advised, best).savefig(plot, dpi=120)
+    return plan_render.planned(advised, best, limits, source)
+
+
+def _plot_problems(plot: Path) -> Iterator[Problem]:
+    if plot.suffix.lower() != ".png" or plot.is_dir():
+        yield _unfit("--plot", "a file NAME.png", plot)
+    elif not plot.parent.is_dir():
+        yield _unfit("--plot", "a file in a directory that is there", plot)
+
+
+def _limits(
+    config: RunConfig,
+    budget_gb: float | None,
+    max_hours: float | None,
+    rate: float | None,
+    checkpoint_mb: float | None,
+) -> tuple[Limits, str]:
+    """What is given, else what the model's own stages took, else what is assumed; and which it was."""
+    from sisa.planning.advice import Limits
+
+    num_bytes, measured = _measured(config)
+    source = "of the model's own stages" if num_bytes else "assumed"
+    if checkpoint_mb is not None:
+        num_bytes, source = checkpoint_mb * 1e6, "given"
+    found = Limits(
+        round(num_bytes) or ASSUMED_BYTES_PER_RANK * config.lora_r,
+        math.inf if budget_gb is None else budget_gb * 1e9,
+        math.inf if max_hours is None else max_hours,
+        rate or measured,
+    )
+    return found, source
+
+
+def _measured(config: RunConfig) -> tuple[float, float]:
+    """Mean bytes of a stage and record-epochs a second, of a model that there is; else 0 and 0."""
+    from sisa.flows.wiring.opening import LEDGER
+    from sisa.store.ledger.ledger import SqlLedger
+
+    file = config.output_dir / LEDGER
+    if not file.is_file():
+        return 0.0, 0.0
+    ledger = SqlLedger(file)
+    try:
+        held = ledger.checkpoints()
+    finally:
+        ledger.close()
+    seconds = sum(each.seconds for each in held)
+    work = sum(each.record_epochs for each in held)
+    return sum(each.num_bytes for each in held) / max(1, len(held)), work / seconds if seconds else 0.0
+
+
+def _groups(risks: Sequence[str]) -> tuple[tuple[Group, ...], list[Problem]]:
+    """The groups of the command line, and all that is wrong with them."""
+    from sisa.planning.stream import Group
+
+    found, problems = [], []
+    for text in risks:
+        share, _, risk = text.partition(":")
+        try:
+            group = Group(float(share), float(risk))
+        except ValueError:
+            problems.append(_unfit("--risk", "SHARE:RISK, such as 0.1:0.05", text))
+            continue
+        if not (0 < group.share <= 1 and 0 <= group.risk < math.inf):
+            problems.append(_unfit("--risk", "a share above 0 and at most 1, and a risk from 0", text))
+        found.append(group)
+    told = ", ".join(risks)
+    if risks and not problems:
+        if not math.isclose(sum(each.share for each in found), 1.0, abs_tol=1e-6):
+            problems.append(_unfit("--risk", "shares that make 1 together", told))
+        if not any(each.risk for each in found):
+            problems.append(_unfit("--risk", "a group that is ever asked for", told))
+    return tuple(found) or (Group(1.0, 1.0),), problems
+
+
+def _unfit(where: str, expected: str, got: object) -> Problem:
+    return Problem(where, f"expected {expected}, got {got}")
+
+
+def _refuse(problems: Sequence[Problem]) -> None:
+    if problems:
+        raise InvalidInput(
+            "the options do not fit together; nothing was done",
+            next_step="mend them and give the command again",
+            problems=problems,
+        )

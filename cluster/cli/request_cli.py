@@ -1,0 +1,208 @@
+"""`sisa request ...` and `sisa run`: requests that wait for a decision, and carrying them out.
+
+Rules: as `cli.py`. Reasons, approvers and external ids are kept in the ledger as they are given: they
+should name no person.
+
+Not covered: notifying anybody.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from cluster.cli.command import (
+    cli,
+    command,
+    consent_option,
+    executor_option,
+    ids_file_option,
+    model_option,
+    named_ids,
+    opened,
+    option_or_file,
+    option_or_input,
+)
+from cluster.observe.watched import say
+from cluster.render import request_render as render
+from cluster.render.render import Result
+
+if TYPE_CHECKING:
+    from sisa.core.domain import RequestState
+    from sisa.flows.wiring.opening import OpenExecutor
+    from sisa.model import Model
+
+
+@cli.group(help="Requests for deletion: submit, decide, look up.")
+def request() -> None:
+    """The group of request commands."""
+
+
+request_argument = click.argument("request_id", metavar="REQUEST")
+
+
+@command("submit", "sisa request submit -m model --subject p001 --external-id T-17", group=request)
+@model_option
+@click.argument("ids", nargs=-1, metavar="[ID]...")
+@ids_file_option
+@option_or_file("--subject", help="All records of a subject.")
+@option_or_input("--find-like", metavar="ID", help="A record; near-duplicates of it are proposed.")
+@click.option("--external-id", help="Your own name of the request; the same one is the same request.")
+@option_or_file("--reason", help="Kept as given.")
+@click.option("--regime", type=click.Choice(["gdpr", "delete-act"]), default="gdpr", show_default=True)
+@click.option("--due", help="YYYY-MM-DD instead of the regime's due date.")
+@click.option("--approver", help="Approve at once, in this name.")
+@click.option("--include-duplicates", is_flag=True, help="Delete exact copies under other ids, too.")
+@consent_option
+def submit(
+    directory: Path,
+    ids: tuple[str, ...],
+    ids_file: Path | None,
+    subject: str | None,
+    find_like: str | None,
+    external_id: str | None,
+    reason: str | None,
+    regime: str,
+    due: str | None,
+    approver: str | None,
+    include_duplicates: bool,
+    consent: str,
+) -> Result:
+    """Take in a request; it runs once it is approved."""
+    from sisa.flows.lifecycle import Terms
+
+    named = [*named_ids(ids, ids_file), *([find_like] if find_like else [])]
+    if bool(named) == (subject is not None):
+        raise click.UsageError("give IDs (or --ids-file, or --find-like), or --subject")
+    terms = Terms(
+        external_id=external_id,
+        reason=reason or "",
+        regime="delete-act" if regime == "delete-act" else "gdpr",
+        due=due,
+        approver=approver,
+        include_copies=include_duplicates,
+        consent=consent,
+    )
+    with opened(directory) as model:
+        submitted = model.submit(named, subject=subject, terms=terms)
+        return render.submitted(submitted, model.request(submitted.request.request_id))
+
+
+@command("list", "sisa request list -m model", group=request)
+@model_option
+def list_(directory: Path) -> Result:
+    """List all requests with their state, due date and days left."""
+    with opened(directory) as model:
+        return render.listed(model.requests())
+
+
+@command("show", "sisa request show -m model T-17", group=request)
+@model_option
+@request_argument
+def show(directory: Path, request_id: str) -> Result:
+    """Show one request and its history."""
+    with opened(directory) as model:
+        return render.shown(model.request(request_id))
+
+
+def _decide(directory: Path, request_id: str, state: RequestState, note: str) -> Result:
+    with opened(directory) as model:
+        return render.shown(model.decide(request_id, state, note))
+
+
+@command("approve", "sisa request approve -m model T-17 --approver dpo", group=request)
+@model_option
+@request_argument
+@click.option("--approver", required=True, help="Who approves.")
+def approve(directory: Path, request_id: str, approver: str) -> Result:
+    """Approve a request that was received or held."""
+    return _decide(directory, request_id, "approved", approver)
+
+
+@command("deny", 'sisa request deny -m model T-17 --reason "not the person"', group=request)
+@model_option
+@request_argument
+@option_or_file("--reason", required=True, help="Why; kept as given.")
+def deny(directory: Path, request_id: str, reason: str) -> Result:
+    """Refuse a request."""
+    return _decide(directory, request_id, "denied", reason)
+
+
+@command("hold", 'sisa request hold -m model T-17 --reason "court order"', group=request)
+@model_option
+@request_argument
+@option_or_file("--reason", required=True, help="Why; kept as given.")
+def hold(directory: Path, request_id: str, reason: str) -> Result:
+    """Put a request under a legal hold; `approve` ends it."""
+    return _decide(directory, request_id, "held", reason)
+
+
+@command("cancel", "sisa request cancel -m model T-17", group=request)
+@model_option
+@request_argument
+@option_or_file("--reason", help="Why; kept as given.")
+def cancel(directory: Path, request_id: str, reason: str | None) -> Result:
+    """Withdraw a request that has not run."""
+    return _decide(directory, request_id, "cancelled", reason or "")
+
+
+@command("extend", 'sisa request extend -m model T-17 --reason "complex"', group=request)
+@model_option
+@request_argument
+@option_or_file("--reason", required=True, help="Why; kept as given.")
+def extend(directory: Path, request_id: str, reason: str) -> Result:
+    """Extend a request's due date once, by two months (gdpr)."""
+    with opened(directory) as model:
+        return render.shown(model.extend(request_id, reason))
+
+
+def _join_cluster(model: Model) -> None:
+    """Where shards are trained on a running cluster, its metrics tell of the queue from the beginning; a
+    Ray of this process's own starts with the first deletion."""
+    from sisa import OnCluster
+
+    executor = model.executor
+    on_cluster = isinstance(executor, OnCluster)
+    address = executor.address if isinstance(executor, OnCluster) else model.config.cluster.address
+    if address is not None and (on_cluster or executor == "ray"):
+        from cluster.ray.ray_session import connect
+
+        connect(address, 0)
+
+
+@command("run", "sisa run -m model --plan")
+@model_option
+@click.option(
+    "--plan", "only_plan", is_flag=True, help="Price running now against waiting; change nothing."
+)
+@click.option("--once", is_flag=True, help="Run what is approved now (the default).")
+@click.option("--watch", is_flag=True, help="Go on: run when the plan says so, until interrupted.")
+@click.option(
+    "--every",
+    default=60,
+    show_default=True,
+    type=click.IntRange(1, 86_400),
+    help="Seconds between looks with --watch.",
+)
+@executor_option
+def run(
+    directory: Path, only_plan: bool, once: bool, watch: bool, every: int, executor: str | OpenExecutor
+) -> Result:
+    """Carry out approved requests as one batch."""
+    if only_plan + once + watch > 1:
+        raise click.UsageError("give one of --plan, --once and --watch")
+    with opened(directory, executor) as model:
+        if only_plan:
+            return render.planned(model.plan_run())
+        if watch:
+            _join_cluster(model)
+        while watch:
+            model.queue()
+            if model.plan_run().choice == "run now":
+                say(render.ran(model.run(), model.exports_missing(), directory).text)
+                model.queue()
+            time.sleep(every)
+        return render.ran(model.run(), model.exports_missing(), directory)

@@ -1,0 +1,1 @@
+"""Training as a job on a remote cluster: Ray Jobs, KubeRay manifests."""

@@ -1,0 +1,33 @@
+"""Libraries that come with an extra, imported when they are asked for.
+
+Rules: a missing one is an EnvironmentFault that names the extra.
+
+Not covered: what is done with them.
+
+>>> library("json", "tools").__name__
+'json'
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from sisa.core.errors import EnvironmentFault
+
+
+def library(name: str, extra: str) -> Any:
+    """A module that belongs to an extra. Raises EnvironmentFault where it is missing."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise not_installed(name, extra, error) from None
+
+
+def not_installed(name: str, extra: str, error: ImportError) -> EnvironmentFault:
+    """The error for a library that is missing, or lacks a library itself."""
+    return EnvironmentFault(
+        f"{name.partition('.')[0]} is not installed",
+        got=f"no module {error.name}",
+        next_step=f"pip install 'deletion-ready-model[{extra}]'",
+    )

@@ -1,0 +1,93 @@
+"""Structured logs: one JSON object a line on standard error, all of a run under one name.
+
+    {"time": "2026-11-25T21:37:49.123+00:00", "level": "info", "run": "20261125T213749Z-3f9a1c2b",
+     "source": "driver", "pid": 4711, "event": "slice_trained", "shard": 0, "slice": 1, ...}
+
+Rules: a line says what happened and in which numbers, and no loss, text or id
+(`sisa/core/measured.py`). A
+`message` is one of our own sentences: of a notice, or what went wrong; places and values stay out.
+Workers write theirs on their own standard error, which Ray keeps among its logs; the driver hears the
+same events and sums them up, a line of progress every LINE_EVERY_S seconds.
+
+Not covered: text for people (`sisa/flows/wiring/progress.py`); who chooses (`watched.py`).
+
+>>> import io
+>>> stream = io.StringIO()
+>>> JsonLog(stream, "20261125T213749Z-3f9a1c2b", "driver").write("run_started", command="sisa train")
+>>> sorted(json.loads(stream.getvalue()))
+['command', 'event', 'level', 'pid', 'run', 'source', 'time']
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Literal, TextIO
+
+from sisa.core.events import ErasureFailed, Event, Notice, PatchProgress, SliceProgress, SliceStarted
+from sisa.core.measured import NAMES, logged
+from sisa.flows.wiring.progress import LINE_EVERY_S, Meter
+
+if TYPE_CHECKING:
+    from sisa.flows.wiring.running import Running
+
+Level = Literal["info", "error"]
+
+
+class JsonLog:
+    """Writes lines on a stream; `where` is in each of them."""
+
+    def __init__(self, stream: TextIO, run: str, source: str, **where: str) -> None:
+        self._stream = stream
+        self._always = {"run": run, "source": source, "pid": os.getpid(), **where}
+
+    def write(self, name: str, level: Level = "info", **fields: Any) -> None:
+        """One line; fields are text of ours, numbers or null."""
+        at = datetime.now(UTC).isoformat(timespec="milliseconds")
+        body = {"time": at, "level": level, **self._always, "event": name, **fields}
+        print(json.dumps(body), file=self._stream, flush=True)
+
+    def tell(self, event: Event) -> None:
+        """The line of an event."""
+        level: Level = "error" if isinstance(event, ErasureFailed) else "info"
+        said = {"message": event.text} if isinstance(event, Notice) else {}
+        self.write(NAMES[type(event)], level, **logged(event), **said)
+
+
+class DriverLog:
+    """A report: steps on the way are summed up, all else is told as it is."""
+
+    def __init__(self, log: JsonLog) -> None:
+        self._log = log
+        self._meter = Meter()
+        self._last = time.monotonic()
+
+    def __call__(self, event: Event) -> None:
+        now = time.monotonic()
+        self._meter.take(event, now)
+        if isinstance(event, SliceStarted | SliceProgress | PatchProgress):
+            if now - self._last >= LINE_EVERY_S:
+                self._last = now
+                self._log.write("progress", **self._meter.numbers(now))
+        else:
+            self._log.tell(event)
+
+
+class WorkerLog:
+    """A report in a worker: what the driver sums up is left out."""
+
+    def __init__(self, log: JsonLog) -> None:
+        self._log = log
+
+    def __call__(self, event: Event) -> None:
+        if not isinstance(event, SliceProgress | PatchProgress):
+            self._log.tell(event)
+
+
+def worker_log(run: Running | None, stream: TextIO, node: str) -> WorkerLog | None:
+    """The log of a worker of a run; None where the run wants none."""
+    if run is None or run.log_format != "json":
+        return None
+    return WorkerLog(JsonLog(stream, run.run, "worker", node=node))

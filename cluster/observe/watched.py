@@ -1,0 +1,82 @@
+"""Whoever watches a command: a person or a log, as the run under way is told; errors, too.
+
+Rules: everything goes to standard error; standard output stays free for the result. With `--log-format
+json` each line there is a JSON object. Ray is not imported.
+
+Not covered: what a person sees (`sisa/flows/wiring/progress.py`), how a line reads (`json_log.py`).
+
+>>> log_format_of(["train", "run.yaml", "--log-format", "json"]), log_format_of(["status"])
+('json', 'text')
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+
+from cluster.observe.json_log import DriverLog, JsonLog
+from cluster.observe.ray_metrics import Measuring, RayMeters
+from sisa.core.events import Event, Notice, Report
+from sisa.flows.wiring.progress import progress
+from sisa.flows.wiring.running import LogFormat, running
+
+OPTION = "--log-format"
+
+
+def log_format_of(arguments: Sequence[str]) -> LogFormat:
+    """How a command line wants its log; the option itself is checked where it is declared."""
+    given = [each.removeprefix(f"{OPTION}=") for each in arguments if each.startswith(f"{OPTION}=")]
+    given += [after for each, after in pairwise(arguments) if each == OPTION]
+    return "json" if "json" in given else "text"
+
+
+def open_log() -> JsonLog | None:
+    """The log of the run under way; None where a person reads."""
+    with running() as run:
+        return JsonLog(sys.stderr, run.run, "driver") if run.log_format == "json" else None
+
+
+@contextmanager
+def watched() -> Iterator[Report]:
+    """A report that shows or logs what it is told, and lets Ray's metrics know."""
+    with running() as run, _shown() as shown, RayMeters(run.run) as meters:
+        measuring = Measuring(meters)
+
+        def report(event: Event) -> None:
+            shown(event)
+            measuring(event, time.monotonic())
+
+        yield report
+
+
+@contextmanager
+def _shown() -> Iterator[Report]:
+    log = open_log()
+    if log is not None:
+        yield DriverLog(log)
+        return
+    with progress() as shown:
+        yield shown
+
+
+@contextmanager
+def logged_run(command: str) -> Iterator[None]:
+    """The first and the last line of a command's log."""
+    log, started = open_log(), time.monotonic()
+    if log is not None:
+        log.write("run_started", command=command)
+    yield
+    if log is not None:
+        log.write("run_finished", command=command, seconds=round(time.monotonic() - started, 3))
+
+
+def say(text: str) -> None:
+    """A line for whoever waits, from outside of any flow."""
+    log = open_log()
+    if log is not None:
+        log.tell(Notice(text.strip()))
+    else:
+        print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,1 @@
+"""Training and evaluation as tasks on Ray."""

@@ -1,0 +1,94 @@
+"""Evaluations of several models: one task a model, on Ray at once, or one after another in this process.
+
+A task opens its model, writes the model's log and returns the rows; a log is continued, so that a task
+that is started again loses one batch at most. The CPUs of a node are shared out among the tasks; a task
+on CUDA takes one GPU. A single task needs no Ray.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sisa.core.events import Notice, Report
+
+if TYPE_CHECKING:
+    from approx.evaluation.evaluated import PromptKind
+    from approx.evaluation.evaluated_models import Dtype
+    from approx.evaluation.tofu import Question
+    from approx.evaluation.tofu_evaluation import Evaluated
+
+NOTICE_EVERY_S = 10.0
+
+
+@dataclass(frozen=True)
+class EvaluationTask:
+    """One model to evaluate. `kind` None: as suits the model. `out` is a directory for logs."""
+
+    spec: str
+    split: str
+    questions: Sequence[Question] = field(repr=False)
+    out: Path
+    kind: PromptKind | None
+    template: str
+    max_new_tokens: int
+    batch_size: int
+    device: str
+    dtype: Dtype
+
+
+def carry_out(task: EvaluationTask, report: Report) -> Evaluated:
+    """Evaluate one model in this process. Raises as `open_evaluated` and `evaluate` do."""
+    from approx.evaluation.evaluated import PromptForm
+    from approx.evaluation.evaluated_models import open_evaluated
+    from approx.evaluation.tofu_evaluation import Evaluated, Settings, evaluate, header_of, log_name
+
+    model = open_evaluated(task.spec, task.device, task.dtype)
+    settings = Settings(PromptForm(task.kind or model.kind, task.template), task.max_new_tokens)
+    header = header_of(model, task.questions, settings)
+    log = task.out / log_name(model, task.split, header)
+    rows = evaluate(
+        model,
+        task.questions,
+        log,
+        settings,
+        batch_size=task.batch_size,
+        progress=_noticing(task.spec, report),
+    )
+    return Evaluated(task.spec, model.digest, log, header.settings, rows)
+
+
+def _noticing(name: str, report: Report) -> Callable[[int, int], None]:
+    last = time.monotonic()
+
+    def progress(done: int, total: int) -> None:
+        nonlocal last
+        if done == total or time.monotonic() - last >= NOTICE_EVERY_S:
+            last = time.monotonic()
+            report(Notice(f"{name}: {done} of {total} questions"))
+
+    return progress
+
+
+def run_evaluations(
+    tasks: Sequence[EvaluationTask], *, ray: bool, address: str | None, report: Report
+) -> list[Evaluated]:
+    """All tasks, in order. Raises what a task raised first; logs keep what was done."""
+    if not ray or len(tasks) < 2:
+        return [carry_out(each, report) for each in tasks]
+    from cluster.ray.places import Placement
+    from cluster.ray.ray_session import alive_cpus, connect
+    from cluster.ray.ray_tasks import run_tasks
+
+    session = connect(address, len(os.sched_getaffinity(0)))
+    cpus = max(1, max(alive_cpus(), default=1) // len(tasks))
+    placement = Placement(cpus, gpus=int(tasks[0].device.startswith("cuda")))
+    return run_tasks(tasks, carry_out, report, session=session, placement=placement, label=_label)
+
+
+def _label(task: EvaluationTask) -> str:
+    return task.spec

@@ -1,0 +1,212 @@
+"""The nodes of a run: which of them may train, with how many workers, and who has come and gone.
+
+Rules: the driver's own node may always train; any other must first prove that it trains the same bits
+(`proofs.py`), those that join later, too. One that does not never gets a task, and the user is told why.
+Before any work: EnvironmentFault if no node may train, or if one lacks the base and the object store is
+too small to carry it there. A node that is lost loses its places.
+
+A lost head is fatal: Ray keeps its tables in the head's memory, an external Redis is not assumed. The
+driver says so after HEAD_LOST_S and ends; what is finished is kept, and the same command goes on.
+
+Not covered: CPUs that other jobs of the cluster use: a task waits for the node that it was given. Nodes
+that join a run which began on a Ray of one node without an address.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import socket
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from cluster.ray.places import Placement, Places
+from cluster.ray.proofs import Proofs, Remote, Terms
+from cluster.ray.ray_session import Session
+from cluster.ray.shared_base import BLOCK_BYTES
+from sisa.core.errors import EnvironmentFault, Problem
+from sisa.core.events import Notice, Report
+
+LOOK_EVERY_S = 2.0
+NO_NODE_S = 60.0  # without any place, before the run is given up: a node may be on its way
+HEAD_LOST_S, CONNECT_S = 15.0, 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Node:
+    name: str
+    num_places: int
+    store_bytes: int
+
+
+class Nodes:
+    """Who may train, and with how many workers."""
+
+    def __init__(
+        self,
+        session: Session,
+        report: Report,
+        placement: Placement,
+        remote: Remote,
+        terms: Terms | None,
+    ) -> None:
+        """`terms` None: every node may take tasks."""
+        self.places = Places()
+        self._session, self._report = session, report
+        self._placement, self._terms = placement, terms
+        self._origin: str = ray.get_runtime_context().get_node_id()
+        self._proofs = Proofs(self._origin, terms, remote) if terms and terms.manifest else None
+        self._alive: dict[str, _Node] = {}
+        self._refused: dict[str, str] = {}
+        self._looked = self._head_heard = self._had_places = time.monotonic()
+
+    def open(self) -> None:
+        """Admit the nodes that are there. Raises EnvironmentFault when no work can be done on them."""
+        unsure = True
+        while unsure and not self.places.total and time.monotonic() - self._had_places < NO_NODE_S:
+            self._greet(within_s=NO_NODE_S)
+            if self._proofs is not None:
+                self._proofs.wait()
+            unsure = self._judge(must_carry=True)
+            if unsure and not self.places.total:
+                time.sleep(LOOK_EVERY_S)  # a node that died a moment ago still counts as alive
+        if not self.places.total:
+            self._raise_none()
+
+    def look(self, at_once: bool = False) -> None:
+        """See who has come and gone. Raises EnvironmentFault when the head or every node is lost."""
+        now = time.monotonic()
+        if now - self._looked < LOOK_EVERY_S and not at_once:
+            return
+        self._looked = now
+        if not self._head_answers(now):
+            return  # whoever asks it for anything waits
+        self._greet()
+        self._judge(must_carry=False)
+        if self.places.total or (self._proofs is not None and self._proofs.pending):
+            self._had_places = now
+        elif now - self._had_places > NO_NODE_S:
+            self._raise_none()
+
+    def name_of(self, node: str) -> str:
+        """What people call a node."""
+        return self._alive[node].name if node in self._alive else node[:8]
+
+    def _greet(self, within_s: float = CONNECT_S) -> None:
+        listed = _listed(within_s)
+        if listed is None:
+            return  # the next look asks again
+        alive = {node["NodeID"]: node for node in listed if node["Alive"]}
+        for node in self._alive.keys() - alive.keys():
+            name = self._alive.pop(node).name
+            if self._proofs is not None:
+                self._proofs.forget(node)
+            if node in self.places:
+                self.places.leave(node)
+                self._report(Notice(f"node {name} is lost; places for {self.places.total} workers left"))
+        for node in alive.keys() - self._alive.keys():
+            resources = alive[node]["Resources"]
+            found = self._alive[node] = _Node(
+                f"{alive[node]['NodeManagerAddress']} ({node[:8]})",
+                self._placement.num_places(resources),
+                int(resources.get("object_store_memory", 0)),
+            )
+            if not found.num_places:
+                continue
+            if self._terms is None or node == self._origin:
+                self.places.join(node, found.num_places)
+            elif self._proofs is not None:
+                self._proofs.ask(node)
+
+    def _judge(self, must_carry: bool) -> bool:
+        """Whether a node was lost while it was asked; it is asked again when it is next seen."""
+        lost = False
+        for node, proof, why in self._proofs.judge() if self._proofs is not None else ():
+            if node not in self._alive:
+                continue
+            if proof is None and not why:
+                lost = True
+                self._alive.pop(node)
+                continue
+            if proof is not None and not why and not proof.has_base:
+                why = self._cannot_carry(node, must_carry)
+            if not why:
+                self.places.join(node, self._alive[node].num_places)
+                continue
+            self._refused[node] = why
+            self._report(Notice(f"node {self._alive[node].name} never trains for this model: {why}"))
+        return lost
+
+    def _cannot_carry(self, node: str, must_carry: bool) -> str:
+        """Why the base can't be carried to a node; empty if it can."""
+        manifest = self._terms.manifest if self._terms else None
+        needed = sum(file.num_bytes for file in manifest.files) if manifest else 0
+        for each, least in ((self._origin, needed), (node, min(needed, 2 * BLOCK_BYTES))):
+            name, held = self._alive[each].name, self._alive[each].store_bytes
+            if held >= least:
+                continue
+            if not must_carry:
+                return f"it lacks the base, and the object store of {name} is too small to carry it"
+            raise EnvironmentFault(
+                f"node {self._alive[node].name} lacks the base model, and the object store is too small "
+                "to carry it there",
+                where=f"node {name}",
+                expected=f"an object store of {least} bytes or more",
+                got=f"{held} bytes",
+                next_step="start that node with a larger `--object-store-memory`, or put the base on "
+                "each node, under the driver's path",
+            )
+        return ""
+
+    def _head_answers(self, now: float) -> bool:
+        if self._session.private_dir is not None:
+            return True  # our own: it ends with this process
+        address = ray.get_runtime_context().gcs_address
+        host, _, port = address.rpartition(":")
+        with contextlib.suppress(OSError):
+            socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
+            self._head_heard = time.monotonic()
+            return True
+        if now - self._head_heard > HEAD_LOST_S:
+            raise EnvironmentFault(
+                "the head node of the Ray cluster is lost",
+                where=address,
+                expected="a head that answers",
+                got=f"no answer for {now - self._head_heard:.0f} s",
+                next_step="start the cluster anew and run the command again: what is finished is kept",
+            )
+        return False
+
+    def _raise_none(self) -> None:
+        problems = [
+            Problem(f"node {each.name}", self._refused.get(node, "too few CPUs or GPUs for one worker"))
+            for node, each in self._alive.items()
+        ]
+        raise EnvironmentFault(
+            "no node of the Ray cluster may train",
+            where=self._session.address or "the Ray of this process",
+            expected=f"{self._placement.cpus} CPUs and {self._placement.gpus:g} GPUs on a node that "
+            "trains the driver's bits",
+            problems=problems,
+            next_step="use nodes of one processor model with the same package versions as the driver's, "
+            "at least `threads_per_shard` CPUs and, with device cuda, `cluster.num_gpus` GPUs",
+        )
+
+
+def _listed(within_s: float) -> list[dict[str, Any]] | None:
+    """Ray's nodes; None if the head does not say in time: whoever waits for a lost one ends with it."""
+    answer: queue.Queue[list[dict[str, Any]]] = queue.Queue()
+
+    def ask() -> None:
+        with contextlib.suppress(Exception):
+            answer.put(ray.nodes())
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        return answer.get(timeout=within_s)
+    except queue.Empty:
+        return None

@@ -1,0 +1,127 @@
+"""Making a patch in a Ray worker: the same maker, the same bytes, the driver's progress.
+
+Rules: a task carries paths, digests and an order, never text; the worker reads the vault itself, so that
+the vault, its keyring and the patches lie where all nodes see them. A worker that dies is started again,
+and goes on from what its run had put aside. Refusing needs no weights and is done here.
+
+Not covered: making (`approx/patches/patching.py`), the loop over tasks (`ray_tasks.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import ray
+
+from approx.patches.patching import PatchMaker
+from cluster.ray.places import Placement
+from cluster.ray.proofs import Terms
+from cluster.ray.ray_executor import Carrier, leased, lent_keys, manifest_of
+from cluster.ray.ray_session import Session, connect
+from cluster.ray.ray_tasks import run_tasks
+from cluster.ray.ray_worker import Carried, base_on_this_node
+from cluster.ray.shared_base import BaseManifest
+from sisa.config.config import RunConfig
+from sisa.core.domain import Record
+from sisa.core.errors import EnvironmentFault
+from sisa.core.events import Report
+from sisa.core.patch_ports import PatchMade, PatchOrder, PatchSite
+from sisa.flows.wiring.opening import PATCHES
+from sisa.lm.base.numerics import fingerprint
+from sisa.store import runs
+from sisa.store.blobs.local_place import LocalPlace
+from sisa.store.checkpoints import FILES
+
+
+@dataclass(frozen=True, slots=True)
+class PatchTask:
+    """What travels to a worker; the rest as of `ray_worker.Task`."""
+
+    site: PatchSite
+    order: PatchOrder
+    manifest: BaseManifest | None
+    origin: str
+    carried: Carried = field(default_factory=dict)
+
+
+class RayPatcher:
+    """A `sisa.core.patch_ports.Patcher` whose patches are made in a Ray worker."""
+
+    def __init__(self, site: PatchSite, address: str | None, max_retries: int) -> None:
+        self._site = site
+        self._address = address
+        self._max_retries = max_retries
+        self._here = PatchMaker(site)
+
+    def refuse(
+        self,
+        settings: Mapping[str, Any],
+        forget: Sequence[Record],
+        retain: Sequence[Record] | None,
+        reference: str = "",
+    ) -> None:
+        """As the Protocol."""
+        self._here.refuse(settings, forget, retain, reference)
+
+    def make(self, order: PatchOrder, report: Report) -> PatchMade:
+        """As the Protocol; EnvironmentFault, too, when Ray or a worker's machine fails."""
+        session = connect(self._address, self._site.threads)
+        with _lent(self._site, order.job.key) as site:
+            return self._made(session, site, order, report)
+
+    def _made(self, session: Session, site: PatchSite, order: PatchOrder, report: Report) -> PatchMade:
+        origin = ray.get_runtime_context().get_node_id()
+        manifest = manifest_of(site.base_dir, site.base_digest, self._address)
+        (made,) = run_tasks(
+            [PatchTask(site, order, manifest, origin)],
+            make_remotely,
+            report,
+            session=session,
+            placement=Placement(site.threads),
+            label=_label,
+            max_retries=self._max_retries,
+            mend=Carrier(site.base_dir, report),
+            # of this machine: whether the job was made under others, the maker says
+            terms=Terms(site.threads, frozenset({fingerprint(site.threads)}), site.base_dir, manifest),
+        )
+        return made
+
+
+@contextlib.contextmanager
+def _lent(site: PatchSite, key: str) -> Iterator[PatchSite]:
+    """A site as the worker gets it, as of `ray_executor.lent`: what an unfinished run puts aside is
+    sealed, and can't be once the run's key is destroyed."""
+    files = [f"{key}/{name}" for name in FILES]
+    with (
+        lent_keys(site.patches_keyring, PATCHES, [key], site.patches_at) as keyring,
+        lent_keys(site.vault_keyring, runs.ROOM, [key], LocalPlace(site.runs_dir)) as of_vault,
+        leased(site.patches_at, files) as (patches, accept),
+    ):
+        yield replace(site, patches_at=patches, patches_keyring=keyring, vault_keyring=of_vault)
+        accept(key)
+
+
+def make_remotely(task: PatchTask, report: Report) -> PatchMade:
+    """Make a patch in this worker. Raises as `PatchMaker.make`, and Unready without the base."""
+    site = task.site
+    if not site.vault_dir.is_dir():
+        raise EnvironmentFault(
+            "the model directory is not visible on a worker's node",
+            where=str(site.vault_dir),
+            next_step="put the model directory and the vault's keyring on a file system that all nodes "
+            "share, or use `--executor serial`",
+        )
+    base_dir = base_on_this_node(task, site.base_dir)
+    return PatchMaker(replace(site, base_dir=base_dir)).make(task.order, report)
+
+
+def _label(_task: PatchTask) -> str:
+    return "the patch"
+
+
+def open_patcher(site: PatchSite, config: RunConfig) -> RayPatcher:
+    """Whoever makes patches on the Ray of a run file's `cluster:` block."""
+    return RayPatcher(site, config.cluster.address, config.cluster.max_retries)

@@ -1,0 +1,148 @@
+"""What runs in a Ray worker: one shard's chain, trained by `sisa.flows.serial.train_chain`.
+
+Rules: a task carries places and digests, never text or credentials, so nothing of a record reaches
+Ray's object store, spill or logs.
+
+Not covered: which nodes may train (`nodes.py`); handing tasks out and starting workers again
+(`ray_tasks.py`); the memory of live workers, which may hold text of records that they trained on until
+the Ray session ends.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import ray
+
+from cluster.ray.ray_attempt import Unready
+from cluster.ray.shared_base import BaseManifest, Block, find_base, write_base
+from sisa.core.domain import Chain
+from sisa.core.errors import EnvironmentFault
+from sisa.core.events import Report
+from sisa.core.ports import CheckpointStore, RecordStore, Trainer
+from sisa.flows.serial import Site, train_chain
+from sisa.lm.base.numerics import KERNEL_SETTINGS, fingerprint, require_device
+
+Parts = tuple[Trainer, RecordStore, CheckpointStore]
+OpenParts = Callable[[Site], Parts]
+Carried = Mapping[str, Sequence[Any]]  # a base file's name -> references to its blocks
+
+
+class NeedsBase(Protocol):
+    """A task that needs the base on its node; `manifest` and `origin` as those of `Task`."""
+
+    @property
+    def manifest(self) -> BaseManifest | None: ...
+
+    @property
+    def origin(self) -> str: ...
+
+    @property
+    def carried(self) -> Carried: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What travels to a worker. `manifest` is None on a single node, whose base is the driver's own."""
+
+    chain: Chain
+    site: Site
+    open_parts: OpenParts
+    manifest: BaseManifest | None
+    origin: str  # the driver's node
+    carried: Carried = field(default_factory=dict)
+
+
+def open_parts(site: Site) -> Parts:
+    """The real parts of a site; the base is kept per process."""
+    from sisa.flows.wiring.opening import open_stores, open_trainer
+    from sisa.lm.base.numerics import pin_threads
+    from sisa.store.blobs.keyring import FileKeyring
+    from sisa.store.blobs.local_place import LocalPlace
+
+    records = site.records_at
+    if isinstance(records, LocalPlace) and not records.root.is_dir():
+        raise EnvironmentFault(
+            "the model's records are not visible on a worker's node",
+            where=str(records.root),
+            next_step="put the model directory on a file system that all nodes share, or name a "
+            "`storage:` that all of them reach",
+        )
+    keys = site.keyring
+    if isinstance(keys, FileKeyring) and keys.seals and not keys.root.is_dir():
+        raise EnvironmentFault(
+            "the model's keyring is not visible on a worker's node",
+            where=str(keys.root),
+            next_step="put the keyring on a file system that all nodes share, and name it by `keyring:`",
+        )
+    pin_threads(site.threads, site.arithmetic)
+    return open_trainer(site), *open_stores(site)
+
+
+def train_remotely(task: Task, report: Report) -> None:
+    """Train a chain in this worker. Raises Unready on a node to which the base must be carried, and
+    EnvironmentFault where other bits would come of it."""
+    _refuse_other_bits(task)
+    site = replace(task.site, base_dir=base_on_this_node(task, task.site.base_dir))
+    train_chain(task.chain, *task.open_parts(site), report)
+
+
+def _refuse_other_bits(task: Task) -> None:
+    """Raise EnvironmentFault where this worker would train other bits than the driver, or has no device.
+
+    Asked in every worker: a node's Ray hands on the settings that it was started with, on the driver's
+    own node as well, and one node may hold GPUs of several models."""
+    site = task.site
+    require_device(site.arithmetic)
+    got = fingerprint(site.threads, site.arithmetic)
+    for job in task.chain.jobs:
+        if job.fingerprint != got:
+            given = [f"{name}={os.environ[name]}" for name in KERNEL_SETTINGS if name in os.environ]
+            raise EnvironmentFault(
+                "a worker would train other bits than the driver",
+                where=f"shard {job.shard}, node {ray.get_runtime_context().get_node_id()[:8]}",
+                expected=f"fingerprint {job.fingerprint}",
+                got=f"fingerprint {got}, with {', '.join(given) or 'no kernel settings'}",
+                next_step="start that node's Ray with the kernel settings, package versions and, with "
+                "device cuda, the GPUs of the driver, and run the command again",
+            )
+
+
+def base_on_this_node(task: NeedsBase, base_dir: Path) -> Path:
+    """Where this node has the base. Raises Unready where it must be carried here first."""
+    from sisa.lm.base.packages import cache_dir
+
+    manifest = task.manifest
+    if manifest is None or ray.get_runtime_context().get_node_id() == task.origin:
+        return base_dir
+    held = _find_base(base_dir, cache_dir(), manifest)
+    if held is not None:
+        return held
+    if not task.carried:
+        raise Unready
+
+    def blocks(name: str) -> Iterable[Block]:
+        return (ray.get(reference) for reference in task.carried[name])
+
+    return write_base(cache_dir(), manifest, blocks)
+
+
+@functools.lru_cache(maxsize=8)
+def _held(base_dir: Path, cache: Path, manifest: BaseManifest) -> Path:
+    """Kept when found alone: what is not here yet may be carried here."""
+    held = find_base(base_dir, cache, manifest)
+    if held is None:
+        raise FileNotFoundError
+    return held
+
+
+def _find_base(base_dir: Path, cache: Path, manifest: BaseManifest) -> Path | None:
+    try:
+        return _held(base_dir, cache, manifest)
+    except FileNotFoundError:
+        return None

@@ -1,0 +1,165 @@
+"""One physical copy of the base model per node, and a way to carry it to a node that lacks it.
+
+Rules: workers memory-map the safetensors of a directory on their own node, so that the page cache
+holds one copy for all of them and a write in place stays private (copy on write). The object store
+only carries *files*: their bytes travel in blocks, rest in the node's cache directory, and are then
+memory-mapped like any other copy. No tensor ever aliases the object store, for a write to one would
+silently change the weights of the other workers.
+
+A directory holds the base when every file has the listed size and sha256: a path of the same name on
+another node may hold another model, and sizes alone would not tell. The check reads each file once
+per worker process, and only on a cluster of several nodes. A carried copy appears under
+`<cache>/base/<digest>` in one rename, whole and checked, or not at all; a lock lets one worker write
+while the node's others wait.
+
+Not covered: what the base's digest means and whether the user's own directory still has it
+(`sisa/model`); record, checkpoint and patch directories, which must lie on a file system all nodes
+share. A patch is laid on by each worker: the weights that it changes are the worker's own copy.
+
+>>> cached_base(Path("/scratch/sisa"), "5e6f").as_posix()
+'/scratch/sisa/base/5e6f'
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sisa.core.digest import file_sha256
+from sisa.core.errors import EnvironmentFault, IntegrityError
+from sisa.store.blobs import files
+
+COPY_PATIENCE_S = 3600.0  # for another worker of the node that writes the same base
+BLOCK_BYTES = 64 * 2**20  # a worker's memory while it writes a carried file
+
+Block = NDArray[np.uint8]
+ReadBlocks = Callable[[str], Iterable[Block]]  # a file's name -> its bytes, in order
+
+
+@dataclass(frozen=True, slots=True)
+class BaseFile:
+    """One file of the base: its name in the base directory, and what its bytes must be."""
+
+    name: str
+    num_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class BaseManifest:
+    """Every file of a base, in order of name."""
+
+    digest: str
+    files: tuple[BaseFile, ...]
+
+
+def cached_base(cache: Path, digest: str) -> Path:
+    """Where a carried copy of the base rests."""
+    return cache / "base" / digest
+
+
+def list_base(base_dir: Path, digest: str) -> BaseManifest:
+    """Read and hash every file of a base (a flat directory). Raises EnvironmentFault if it has none."""
+    found = base_dir.iterdir() if base_dir.is_dir() else iter(())
+    paths = sorted(path for path in found if path.is_file() and not path.name.startswith("."))
+    if not paths:
+        raise EnvironmentFault(
+            "the base model's directory is missing or empty",
+            where=str(base_dir),
+            next_step="run the command again where the base model was fetched",
+        )
+    files = (BaseFile(path.name, path.stat().st_size, file_sha256(path)) for path in paths)
+    return BaseManifest(digest, tuple(files))
+
+
+def holds_base(directory: Path, manifest: BaseManifest) -> bool:
+    """Whether a directory has every file of the base, byte for byte; sizes are compared first."""
+    paths = [(directory / file.name, file) for file in manifest.files]
+    if not all(path.is_file() and path.stat().st_size == file.num_bytes for path, file in paths):
+        return False
+    return all(file_sha256(path) == file.sha256 for path, file in paths)
+
+
+def find_base(directory: Path, cache: Path, manifest: BaseManifest) -> Path | None:
+    """Where this node has the base: under the driver's path, or carried here before; None if nowhere."""
+    for each in (directory, cached_base(cache, manifest.digest)):
+        if holds_base(each, manifest):
+            return each
+    return None
+
+
+def read_blocks(path: Path, block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
+    """A file's bytes as memory-mapped arrays, so that whoever copies them on reads them once."""
+    num_bytes = path.stat().st_size
+    if num_bytes == 0:  # an empty file can't be mapped
+        return
+    mapped = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
+    for start in range(0, num_bytes, block_bytes):
+        yield mapped[start : start + block_bytes]
+
+
+def write_base(cache: Path, manifest: BaseManifest, blocks: ReadBlocks) -> Path:
+    """The cached copy of a base, written from `blocks` unless the cache holds it already.
+
+    Raises IntegrityError when what arrives is not what was listed, EnvironmentFault when the
+    disk refuses it; neither leaves a trace.
+    """
+    final = cached_base(cache, manifest.digest)
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(final.parent / f".{manifest.digest}.lock"):
+            if not holds_base(final, manifest):
+                _replace(final, manifest, blocks)
+    except OSError as error:
+        raise EnvironmentFault(
+            "the base model can't be cached on this node",
+            where=str(final),
+            got=error.strerror or type(error).__name__,
+            next_step="make room there, or point SISA_CACHE at a writable directory",
+        ) from error
+    return final
+
+
+def _replace(final: Path, manifest: BaseManifest, blocks: ReadBlocks) -> None:
+    with tempfile.TemporaryDirectory(prefix=".incoming-", dir=final.parent) as scratch:
+        incoming = Path(scratch) / "base"
+        incoming.mkdir()
+        for file in manifest.files:
+            _write_file(incoming / file.name, file, blocks(file.name))
+        if final.exists():
+            final.rename(Path(scratch) / "stale")
+        incoming.rename(final)
+
+
+def _write_file(path: Path, file: BaseFile, blocks: Iterable[Block]) -> None:
+    sha256 = hashlib.sha256()
+    with path.open("wb") as out:
+        for block in blocks:
+            view = block.data
+            sha256.update(view)
+            out.write(view)
+        out.flush()
+        os.fsync(out.fileno())
+    if sha256.hexdigest() != file.sha256:
+        raise IntegrityError(
+            "a file of the base model arrived changed",
+            where=file.name,
+            expected=file.sha256,
+            got=sha256.hexdigest(),
+            next_step="run the command again; if it fails again, check the driver's copy",
+        )
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as lock:
+        files.take_lock(lock.fileno(), path, "has been writing this base", COPY_PATIENCE_S)
+        yield

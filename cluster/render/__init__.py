@@ -1,0 +1,1 @@
+"""How results read: JSON, words, pictures."""

@@ -1,0 +1,171 @@
+"""A model as a picture: shards down, slices across, the served adapters at the end of each row.
+
+    before = model.status()
+    model.forget(subject="p001")
+    draw_layout(before, model.status()).savefig("layout.png")
+
+Rules: what is drawn follows from two `Status` objects alone: nothing is read, and no ids or text are
+shown. A shard whose head changed was trained again from its first changed slice on; where no number of
+records changed (one record out, one in; another run file), from its first slice on. Every mark has its
+own hatching and its own place in the legend, so that the picture reads without colour. matplotlib (extra
+`notebook`) is imported when something is drawn; a figure belongs to the caller, none is kept by pyplot.
+
+Not covered: layouts of hundreds of cells (they are drawn, but not to be read), other pictures.
+
+Source: SISA, Bourtoule et al. 2021, figure 2 (shards and slices); colours of Okabe and Ito 2008.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Any
+
+from sisa.core.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from sisa.flows.query import ShardStatus
+    from sisa.flows.wiring.outcome import Status
+
+Place = tuple[int, int]
+DIGEST_CHARS = 8
+CELL_INCHES = (1.25, 0.8)
+HEAD_CELLS = 1.6  # width of the column of adapters, in cells
+GAP_CELLS = 0.3
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a mark is drawn, and what the legend calls it."""
+
+    label: str
+    colour: str
+    hatch: str
+
+
+class Mark(Enum):
+    """What became of one slice of one shard."""
+
+    KEPT = Look("untouched", "#f4f4f4", "")
+    DELETED = Look("records deleted here", "#e69f00", "xx")
+    RETRAINED = Look("trained again without them", "#9fd3f5", "//")
+    WAITING = Look("waiting to be trained", "#f0e442", "..")
+    APPENDED = Look("appended and trained", "#b5dfcd", "||")
+
+
+def cell_marks(before: Status, after: Status) -> dict[Place, Mark]:
+    """The mark of every (shard, slice). Raises InvalidInput for other shards."""
+    shards = [[each.shard for each in state.shards] for state in (before, after)]
+    if shards[0] != shards[1]:
+        raise InvalidInput(
+            "the two states have different shards",
+            expected=f"{len(before.shards)} shards",
+            got=f"{len(after.shards)} shards",
+            next_step="draw each of them alone",
+        )
+    return {
+        (old.shard, slice_): mark
+        for old, new in zip(before.shards, after.shards, strict=True)
+        for slice_, mark in enumerate(_row(old, new))
+    }
+
+
+def _row(old: ShardStatus, new: ShardStatus) -> list[Mark]:
+    pairs = _counts(old, new)
+    changed = [slice_ for slice_, (had, has) in enumerate(pairs) if had != has]
+    if old.head == new.head and not changed:
+        return [Mark.KEPT] * len(pairs)
+    first = changed[0] if changed else 0
+    trained = Mark.RETRAINED if new.converged else Mark.WAITING
+    marks = []
+    for slice_, (had, has) in enumerate(pairs):
+        if has < had:
+            marks.append(Mark.DELETED)
+        elif slice_ >= old.num_slices and has and new.converged:
+            marks.append(Mark.APPENDED)
+        else:  # an empty slice is no stage of training
+            marks.append(trained if slice_ >= first and has else Mark.KEPT)
+    return marks
+
+
+def _counts(old: ShardStatus, new: ShardStatus) -> list[tuple[int, int]]:
+    """Records of each slice before and after; a slice that is not there yet, or no more, has none."""
+    return list(zip_longest(old.slice_records, new.slice_records, fillvalue=0))
+
+
+def draw_layout(before: Status, after: Status | None = None, title: str = "") -> Figure:
+    """The records of each slice and the adapter that each shard serves; with `after`, what changed.
+
+    Raises InvalidInput for states with other shards.
+    """
+    from matplotlib.figure import Figure
+
+    marks = cell_marks(before, after or before)
+    num_shards = len(before.shards)
+    num_slices = max((slice_ + 1 for _, slice_ in marks), default=0)
+    width = num_slices + GAP_CELLS + HEAD_CELLS
+    size = (CELL_INCHES[0] * (width + 0.8), CELL_INCHES[1] * (num_shards + 1.6))
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.add_subplot()
+    for row, (old, new) in enumerate(zip(before.shards, (after or before).shards, strict=True)):
+        for slice_, (had, has) in enumerate(_counts(old, new)):
+            told = f"{had}" if had == has else f"{had} → {has}"
+            _draw_cell(axes, row, slice_, told, marks[old.shard, slice_])
+            axes.patches[-1].set_gid(f"cell-{old.shard}-{slice_}")
+        _draw_head(axes, row, num_slices + GAP_CELLS, old, new)
+    names = [f"slice {slice_}" for slice_ in range(num_slices)]
+    axes.set_xticks([each + 0.5 for each in range(num_slices)] + [width - HEAD_CELLS / 2])
+    axes.set_xticklabels([*names, "served adapter"])
+    axes.set_yticks([each + 0.5 for each in range(num_shards)])
+    axes.set_yticklabels([f"shard {each.shard}" for each in before.shards])
+    axes.set(xlim=(-0.05, width + 0.05), ylim=(num_shards + 0.05, -0.05))
+    axes.set_title(title, pad=14)
+    axes.set_xlabel("records in each slice; training goes from left to right")
+    axes.tick_params(length=0, top=False, labeltop=True, bottom=False, labelbottom=False)
+    axes.spines[:].set_visible(False)
+    if after is not None:
+        _draw_legend(figure, set(marks.values()))
+    return figure
+
+
+def _draw_cell(axes: Any, row: int, column: float, told: str, mark: Mark, width: float = 1) -> None:
+    from matplotlib.patches import Rectangle
+
+    look = mark.value
+    cell = Rectangle((column + 0.04, row + 0.05), width - 0.08, 0.9)
+    cell.set(facecolor=look.colour, edgecolor="#333333", hatch=look.hatch)
+    axes.add_patch(cell)
+    plate = {"facecolor": "white", "edgecolor": "none", "boxstyle": "round,pad=0.25"}
+    axes.text(column + width / 2, row + 0.5, told, ha="center", va="center", bbox=plate)
+
+
+def _draw_head(axes: Any, row: int, column: float, old: ShardStatus, new: ShardStatus) -> None:
+    """The digest of what a shard serves; a changed one in a thick frame, under the one it replaced."""
+    told = [_short(each.adapter_sha256) for each in (old, new)]
+    same = old.head == new.head
+    _draw_cell(axes, row, column, told[0] if same else "\n→ ".join(told), Mark.KEPT, HEAD_CELLS)
+    axes.patches[-1].set(linewidth=1 if same else 2.5, gid=f"head-{old.shard}")
+    axes.texts[-1].set(family="monospace")
+
+
+def _short(sha256: str | None) -> str:
+    return "the base" if sha256 is None else sha256[:DIGEST_CHARS]
+
+
+def _draw_legend(figure: Any, found: set[Mark]) -> None:
+    from matplotlib.patches import Patch
+
+    keys = [
+        Patch(
+            facecolor=mark.value.colour,
+            edgecolor="#333333",
+            hatch=mark.value.hatch,
+            label=mark.value.label,
+        )
+        for mark in Mark
+        if mark in found
+    ]
+    figure.legend(handles=keys, loc="outside lower center", ncols=2, frameon=False, handleheight=1.4)

@@ -1,0 +1,399 @@
+"""How results read: the JSON contract, and the same in words.
+
+Rules: pure. Keys of the JSON are a contract (README, "The JSON contract"): they are added to, never
+renamed. Text from records or models passes `printable` before it reaches a terminal.
+
+Not covered: progress (`sisa/flows/wiring/progress.py`), errors (`cli.py`).
+
+>>> printable("a\\x1b[31mb\\n")
+'a[31mb\\n'
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sisa.flows.export_files import unload_command
+
+if TYPE_CHECKING:
+    from cluster.cli.quickstart import Start, Story
+    from sisa.audit.verify import Verification
+    from sisa.core.domain import Probed, Request
+    from sisa.core.place_ports import Kept
+    from sisa.flows.ask import Answer, HeldPrompts
+    from sisa.flows.query import Found, Location
+    from sisa.flows.run import Taken
+    from sisa.flows.wiring.outcome import ForgetOutcome, ForgetPlan, Status
+
+EXIT_INTEGRITY = 4
+ENDED = "(the model ended at once)"  # instead of an empty answer
+MAX_SHARDS_TOLD = 8  # in one line for people
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command prints, for machines and for people, and its exit code."""
+
+    json: dict[str, Any]
+    text: str
+    exit_code: int = 0
+
+
+def printable(text: str) -> str:
+    """Text without control characters, line breaks and tabs kept."""
+    return "".join(c for c in text if c in "\n\t" or not unicodedata.category(c).startswith("C"))
+
+
+def share(part: int, whole: int) -> str:
+    """A part of a whole in percent."""
+    return f"{100 * part / whole:.1f}%" if whole else "0%"
+
+
+def taken(found: Taken, directory: Path) -> Result:
+    lines = [
+        f"{found.records} records held in {directory} ({found.added} added now)",
+        f"{found.slices_trained} slices trained, {found.record_epochs_trained} record-epochs"
+        + (f"; {found.record_epochs_others} more in other orders" if found.record_epochs_others else ""),
+        f"model digest {found.model_digest}",
+    ]
+    if found.generation:
+        told = f"appended as generation {found.generation}: to train the same model from scratch, give"
+        lines.insert(1, f"{told} them `generation: {found.generation}`")
+    lines += prompts(found.prompts)
+    if found.deleted_not_taken:
+        lines.append(f"{found.deleted_not_taken} records of the source were deleted before: not taken")
+    if found.new_not_taken:
+        lines.append(f"{found.new_not_taken} records are new: take them in with `sisa add`")
+    return Result(asdict(found), "\n".join(lines))
+
+
+def where(locations: Sequence[Location]) -> Result:
+    lines = []
+    for each in locations:
+        place = f"shard {each.shard}, slice {each.slice}"
+        if each.state == "deleted":
+            lines.append(
+                f"{each.id}: deleted at {each.deleted_at} by {each.request_id} "
+                f"(was in {place}; {_gone(each)})"
+            )
+            lines += _touched_patches(each)
+            continue
+        if each.state == "patch":
+            lines += [f"{each.id}: never a record of the model", *_touched_patches(each)]
+            continue
+        place += f" (generation {each.generation})" if each.generation else ""
+        lines.append(f"{each.id}: {each.state}, {place}, in {len(each.checkpoints)} checkpoints")
+        lines += [
+            f"    slice {touch.slice}  {touch.key}{'  <- served head' if touch.is_head else ''}"
+            for touch in each.checkpoints
+        ]
+        lines += [f"    exported to {path}" for path in each.exports] + _touched_patches(each)
+        lines += [f"    hidden states of its slice in {path}" for path in each.kept_states]
+    return Result({"records": [asdict(each) for each in locations]}, printable("\n".join(lines)))
+
+
+def _gone(each: Location) -> str:
+    """What was erased with a deleted record, or what is not erased yet."""
+    if not each.not_erased:
+        return f"{each.checkpoints_erased} checkpoints erased"
+    left = [
+        f"{room} can't be read" if count is None else f"{count} in {room}"
+        for room, count in each.not_erased.items()
+    ]
+    return f"NOT ERASED YET: {', '.join(left)}; the next train, add or forget tries again"
+
+
+def _touched_patches(each: Location) -> list[str]:
+    return [
+        *(
+            f"    approximate patch {touch.version} ({touch.state}), made to {touch.role} it"
+            for touch in each.patches
+        ),
+        *(
+            f"    in the vault, encrypted, to {found.role}: set {found.name[:16]}..., "
+            f"consent: {found.consent}"
+            for found in each.vault
+        ),
+    ]
+
+
+def found(hits: Sequence[Found]) -> Result:
+    rows = []
+    for h in hits:
+        of = "no subject" if h.subject is None else f"of {h.subject}"
+        rows.append(f"{h.score:8.4f}  shard {h.shard}  slice {h.slice}  {h.match:8}{h.id}  ({of})")
+        rows += [f"          {h.text}"] if h.text is not None else []
+    text = printable("\n".join(rows)) if rows else "no record is held that could match"
+    return Result({"hits": [asdict(each) for each in hits]}, text)
+
+
+def _shards(rows: Sequence[tuple[int, int, int]]) -> list[dict[str, int]]:
+    return [{"shard": s, "first_slice": first, "slices_retrained": n} for s, first, n in rows]
+
+
+def _served(rows: Sequence[tuple[int, int, int]]) -> list[dict[str, int]]:
+    return [{"shard": s, "slices_served": depth, "of": whole} for s, depth, whole in rows]
+
+
+def meanwhile(rows: Sequence[tuple[int, int, int]], depth: float, others: int) -> list[str]:
+    """What is served until the shards are trained again, and what other orders cost beside that."""
+    told = ", ".join(f"shard {s}: {n} of {whole} slices" for s, n, whole in rows[:MAX_SHARDS_TOLD])
+    told += ", ..." if len(rows) > MAX_SHARDS_TOLD else ""
+    lines = [f"  meanwhile served: {told}; {100 * depth:.1f}% of all shards' slices"] if rows else []
+    return lines + ([f"  other orders: {others} record-epochs more"] if others else [])
+
+
+def forget_plan(planned: ForgetPlan) -> Result:
+    forgetting = planned.forgetting
+    rows = [
+        (plan.shard, forgetting.first_slices[plan.shard], len(plan.train)) for plan in forgetting.plans
+    ]
+    erased = {
+        "checkpoints": len(forgetting.tainted),
+        "slice_files": planned.slice_files_erased,
+        "index_rows": planned.index_rows_erased,
+        "exports": len(forgetting.exports),
+    }
+    body = {
+        "dry_run": True,
+        "records": len(forgetting.removed),
+        "already_deleted": len(forgetting.already_deleted),
+        "shards": _shards(rows),
+        "record_epochs_retrained": forgetting.record_epochs_retrained,
+        "record_epochs_full": forgetting.record_epochs_full,
+        "record_epochs_others": forgetting.record_epochs_others,
+        "served": _served(forgetting.served),
+        "serving_depth": forgetting.serving_depth,
+        "estimated_seconds": planned.estimated_seconds,
+        "would_erase": erased,
+    }
+    seconds = planned.estimated_seconds
+    estimate = "unknown" if seconds is None else f"{seconds:.1f} s of one worker"
+    lines = [
+        f"would delete {len(forgetting.removed)} records; nothing was changed",
+        *(f"  shard {s}: retrain {n} slices from slice {first} on" for s, first, n in rows),
+        f"  record-epochs: {forgetting.record_epochs_retrained} of {forgetting.record_epochs_full} "
+        f"({share(forgetting.record_epochs_retrained, forgetting.record_epochs_full)}); "
+        f"estimated time {estimate}",
+        *meanwhile(forgetting.served, forgetting.serving_depth, forgetting.record_epochs_others),
+        f"  would erase {erased['checkpoints']} checkpoints, {erased['slice_files']} slice files, "
+        f"{erased['index_rows']} index rows and {erased['exports']} exports",
+        *_already(len(forgetting.already_deleted)),
+    ]
+    return Result(body, "\n".join(lines))
+
+
+def _already(count: int) -> list[str]:
+    return [f"{count} of the named records were deleted before"] if count else []
+
+
+def forgotten(outcome: ForgetOutcome, directory: Path | str = "DIR") -> Result:
+    request, already = outcome.request, outcome.already_deleted
+    before = outcome.model_digest if request is None else request.model_digest_before
+    body: dict[str, Any] = {
+        "request_id": None,
+        "records": 0,
+        "shards": [],
+        "record_epochs_retrained": 0,
+        "record_epochs_full": 0,
+        "record_epochs_others": 0,
+        "served": [],
+        "serving_depth": 1.0,
+        "deferred": outcome.deferred,
+        "seconds": 0.0,
+        "model_digest_before": before,
+        "model_digest_after": outcome.model_digest,
+        "already_deleted": len(already),
+        "already_deleted_by": sorted({each.request_id for each in already}),
+        "exports_erased": 0,
+        "exports_missing": list(outcome.exports_missing),
+        "old_versions_kept": [asdict(each) for each in outcome.kept],
+        "probed": None,
+    }
+    lines = _already(len(already))
+    if request is not None:
+        fields = asdict(request)
+        body |= {key: fields[key] for key in body if key in fields}
+        body["records"] = request.num_records
+        body["shards"] = _shards(request.shards)
+        body["served"] = _served(request.served)
+        to_do = "to be retrained" if request.state == "erased" else "retrained"
+        lines = [
+            f"deleted {request.num_records} records exactly; request {request.request_id}",
+            *(f"  shard {s}: {n} slices {to_do} from slice {f} on" for s, f, n in request.shards),
+            *meanwhile(request.served, request.serving_depth, request.record_epochs_others),
+            f"  record-epochs: {request.record_epochs_retrained} of {request.record_epochs_full} "
+            f"({share(request.record_epochs_retrained, request.record_epochs_full)}) "
+            f"in {request.seconds:.1f} s",
+            f"  model digest {before[:16]}... -> {outcome.model_digest[:16]}...",
+            *lines,
+        ]
+        lines += [f"  {request.exports_erased} exports erased"] if request.exports_erased else []
+        lines += probed(request.probed) + base_hint(request, directory)
+    lines += missing_exports(outcome.exports_missing) + old_versions(outcome.kept)
+    return Result(body, printable("\n".join(lines)))
+
+
+def probed(found: Probed | None) -> list[str]:
+    """What the base alone knew, in one line; none where it was not asked."""
+    if found is None:
+        return []
+    if found.failure:
+        return [f"  the base alone could not be asked what it knows ({found.failure})"]
+    return [
+        f"  approximately still known to the base alone: {found.num_known} of {found.num_probed} probed "
+        f"records (continuation {found.continuation:.2f}, extraction strength "
+        f"{found.extraction_strength:.2f}, exact memorisation {found.exact_memorisation:.2f}, "
+        f"membership margin {found.membership_margin:+.2f})"
+    ]
+
+
+def base_hint(request: Request, directory: Path | str) -> list[str]:
+    """How to go on where the base alone knows what was deleted; none where it does not."""
+    if request.probed is None or not request.probed.num_known:
+        return []
+    start = f"  to make the base say less of it, approximately: sisa approx unlearn -m {directory}"
+    if request.vaulted:
+        return [f"{start} --request {request.request_id}"]
+    return [
+        f"{start} --forget FILE --consent WHO, if you may have the text; it rests encrypted until the "
+        "base no longer knows it, or you release it"
+    ]
+
+
+def missing_exports(paths: Sequence[str]) -> list[str]:
+    """Lines for each export that could not be erased."""
+    lines = []
+    for path in paths:
+        lines.append(f"stale export, moved or changed, to be removed by you: {path}")
+        lines.append(f"  if a vLLM server loaded it: {unload_command(path)}")
+    return lines
+
+
+def old_versions(found: Sequence[Kept]) -> list[str]:
+    """Lines for each place of which a bucket keeps old versions."""
+    step = "  allow s3:ListBucketVersions and s3:DeleteObjectVersion, or end the lock; then `sisa gc`"
+    lines = [f"NOT PURGED, kept by the bucket: {each.where} ({each.why})" for each in found]
+    return [*lines, step] if lines else []
+
+
+def status(found: Status) -> Result:
+    count = found.records_without_subject
+    lines = [
+        f"{found.directory}: {found.records} records, {found.deleted_records} deleted, "
+        f"schedule {found.schedule}",
+        *[f"{count} records have no subject: they are not found by one"] * bool(count),
+        f"base {found.base_model} ({found.base_digest[:16]}...), embedder {found.embedder}",
+        f"model digest {found.model_digest}",
+        "shard  records  per slice            depth  head",
+    ]
+    for each in found.shards:
+        per_slice = " ".join(map(str, each.slice_records))
+        head = each.head[:16] + "..." if each.head else "none (the base)"
+        target = "the base" if each.target is None else f"{each.target[:16]}..."
+        waiting = "" if each.converged else f"  (clean; {target} is to be trained)"
+        depth = f"{each.depth}/{each.num_stages}"
+        lines.append(f"{each.shard:5}  {each.records:7}  {per_slice:20} {depth:>5}  {head}{waiting}")
+    others = found.num_orders - 1
+    more = f" in order 0, {found.record_epochs_others} more in {others} other order{'s' * (others > 1)}"
+    lines.append(
+        f"served: {100 * found.serving_depth:.1f}% of the shards' slices; training from scratch: "
+        f"{found.record_epochs_full} record-epochs{more if others else ''}"
+    )
+    lines += [f"prompts are put to shards in the form: {found.form}", *prompts(found.prompts)]
+    if found.checkpoint_budget_bytes is not None:
+        budget = f"{found.checkpoint_bytes:,} bytes of a budget of {found.checkpoint_budget_bytes:,}"
+        lines.append(f"checkpoints hold {budget}")
+    lines += [
+        f"request {each.request_id}: {each.num_records} records at {each.created_at}, {each.state}"
+        for each in found.requests
+    ]
+    for export in found.exports:
+        fate = f"STALE by {export.request_id}, {export.standing}" if export.standing else export.state
+        lines.append(f"export {export.path}: {fate}")
+    lines.append(", ".join(f"{name} {size:,} bytes" for name, size in found.sizes_bytes.items()))
+    path, standing = found.witness
+    lines.append(f"witness {path}: {standing}")
+    if head := found.event_head.link:
+        lines.append(f"event log: {found.event_head.num_events} events, head {head}")
+    return Result(
+        asdict(found) | {"witness": {"path": path, "standing": standing}}, printable("\n".join(lines))
+    )
+
+
+def verified(found: Verification) -> Result:
+    lines = [
+        f"{found.files_checked} files checked, {found.vectors_embedded} texts embedded again, "
+        f"{len(found.findings)} findings"
+    ]
+    lines += [f"  - {each.where}: {each.what}" for each in found.findings]
+    for each in found.shards:
+        if each.replayed:
+            outcome = "equal, byte for byte" if each.equal else "DIFFERENT"
+            lines.append(f"shard {each.shard}: {each.stages} stages trained from scratch: {outcome}")
+            if each.equal_apart is not None:
+                outcome = "equal, byte for byte" if each.equal_apart else "DIFFERENT"
+                lines.append(f"shard {each.shard}: each stage in a process of its own: {outcome}")
+        else:
+            lines.append(f"shard {each.shard}: not replayed ({each.reason})")
+    if not found.replayed:
+        lines.append("nothing was replayed: this does not show that training gives these weights")
+    lines.append("ok" if found.ok else "NOT OK")
+    code = 0 if found.ok else EXIT_INTEGRITY
+    return Result({**asdict(found), "replayed": found.replayed}, "\n".join(lines), code)
+
+
+def answer(found: Answer, alone: bool = False) -> Result:
+    return Result(_answer(found, alone), said(found, alone))
+
+
+def answers(found: Sequence[Answer], alone: bool = False) -> Result:
+    told = [f"{number}: {said(each, alone)}" for number, each in enumerate(found, start=1)]
+    return Result({"answers": [_answer(each, alone) for each in found]}, "\n".join(told))
+
+
+def _answer(found: Answer, alone: bool) -> dict[str, Any]:
+    return {"answer": found.text} if alone else {"answer": found.text, "shards": list(found.shards)}
+
+
+def said(found: Answer, alone: bool = False) -> str:
+    """An answer in words; unless it is to stand `alone`, and who gave it where no shard did."""
+    told = printable(found.text) or ENDED
+    if not found.shards and not alone:
+        told += "\n(the base model alone answered: no shard's records are near enough; see min_score)"
+    return told
+
+
+def prompts(found: HeldPrompts | None) -> list[str]:
+    """What would become of held prompts, in one line; none where that was not looked at."""
+    if found is None:
+        return []
+    line = f"held prompts, looked up word for word: {found.turned_away} of {found.looked_up} turned away"
+    others = f", {found.elsewhere} answered by another shard" if found.elsewhere else ""
+    advice = " (see min_score and `sisa doctor`)" if found.turned_away else ""
+    return [line + others + advice]
+
+
+def exported(made: Sequence[Path]) -> Result:
+    paths = [str(each) for each in made]
+    return Result({"adapters": paths}, "\n".join(paths) or "no shard serves an adapter")
+
+
+def init(start: Start) -> Result:
+    lines = [
+        f"wrote {start.run_file} and {start.data_file} ({start.records} records)",
+        f"next: sisa train {start.run_file}",
+    ]
+    return Result(asdict(start) | _paths(start), "\n".join(lines))
+
+
+def _paths(start: Start) -> dict[str, str]:
+    return {"run_file": str(start.run_file), "data_file": str(start.data_file)}
+
+
+def quickstart(story: Story) -> Result:
+    return Result(story.to_json(), printable(story.summary()), 0 if story.equal else EXIT_INTEGRITY)

@@ -1,0 +1,1 @@
+"""Looking at a model from outside: verify, doctor, repair, garbage, residue."""

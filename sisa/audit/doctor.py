@@ -1,0 +1,287 @@
+"""What is wrong with a model directory, how grave it is, and whether it can be made good.
+
+    surroundings   a writer at work, a disk that is full or read-only, a clock that ran backwards
+    witness        whole, not ahead of the ledger (a backup was restored; repair: deletes again), and of
+                   the same deletions
+    ledger, key    there, whole, of this version, fitting together: nothing here can be derived again
+    keyring        of an encrypted model: there, and for its owner alone; what lacks its key is damaged
+    slice files    there and as recorded: not derivable either, since only they hold the text
+    index files    derivable from slice files                                       (repair: reindex)
+    checkpoints    derivable by training                                            (repair: retrain)
+    heads          derivable from what is held                                      (repair: heads)
+    unknown files  and keys without a file: swept  (repair: sweep)
+    storage        reached, and without old versions of what was erased             (repair: purge)
+    file modes     (repair: mode);  a full log (repair: scrub)
+    forms          plain files in an encrypted model, or the other way round        (repair: reseal)
+
+Rules: nothing is changed and no torch is imported. A healthy model has no finding at all. Findings name
+files, shards and digests, never a record. An `error` is something that a command would stumble over, a
+`warning` is not.
+
+Not covered: mending (`repair.py`); whether trained bytes are the right ones (`verify --replay`).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sqlite3
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from sisa.audit.examine import Finding, examine, finding
+from sisa.audit.garbage import ROOMS, undisturbed
+from sisa.config.config import RunConfig
+from sisa.core.digest import KEY_BYTES, Keyed
+from sisa.core.domain import RecordRow
+from sisa.core.errors import InvalidInput, SisaError, TransientError
+from sisa.flows.wiring import opening
+from sisa.flows.wiring.opened import silent
+from sisa.flows.wiring.opening import CHECKPOINTS, KEY, LEDGER
+from sisa.flows.wiring.parts import Parts
+from sisa.flows.wiring.witness import is_behind
+from sisa.flows.wiring.world import World
+from sisa.store.blobs import files
+from sisa.store.ledger.database import open_readonly
+from sisa.store.ledger.ledger import SqlLedger
+from sisa.store.ledger.schema import SCHEMA_VERSION
+
+LEAST_FREE_BYTES = 64 * 2**20
+CLOCK_TOLERANCE_S = 1.0
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """All findings; `ok` without errors, `healthy` without any."""
+
+    directory: str
+    ok: bool
+    healthy: bool
+    findings: tuple[Finding, ...]
+
+    @property
+    def unopenable(self) -> bool:
+        """Whether the ledger or the key keeps the model from being opened, and so from being mended."""
+        return any(
+            each.severity == "error" and each.kind.partition("_")[0] in ("key", "ledger")
+            for each in self.findings
+        )
+
+
+def diagnosis(directory: Path, findings: list[Finding]) -> Diagnosis:
+    ok = all(each.severity != "error" for each in findings)
+    return Diagnosis(str(directory), ok, not findings, tuple(findings))
+
+
+def diagnose(directory: Path, now: datetime | None = None) -> Diagnosis:
+    """Examine the model in a directory. Raises InvalidInput where there never was one."""
+    rooms = [each for each in (LEDGER, KEY, *ROOMS) if (directory / each).exists()]
+    if not rooms:
+        raise InvalidInput(
+            "there is no model in this directory",
+            where=str(directory),
+            expected=f"a directory with {LEDGER}",
+            next_step="train one with `sisa train RUN.yaml`",
+        )
+    with undisturbed(directory) as free:
+        if not free:
+            what = "another process is writing to this model: what it writes can't be judged now"
+            step = "wait until it has finished, then run the same command again"
+            return diagnosis(directory, [Finding("writer", "warning", str(directory), what, "", step)])
+        found = [*surroundings(directory), *_ledger(directory)]
+        if diagnosis(directory, found).unopenable:
+            return diagnosis(directory, found)
+        found += clock(directory, now or datetime.now(UTC))
+        found += _opened(directory)
+    return diagnosis(directory, found)
+
+
+def surroundings(directory: Path) -> list[Finding]:
+    """The disk, and a write-ahead log that a killed process left."""
+    found = []
+    for path in (directory, *(directory / room for room in ROOMS)):
+        if path.is_dir() and not _writable(path):
+            step = "make it writable; questions are answered all the same"
+            what = "can't be written, so that nothing can be trained, added or deleted"
+            found.append(Finding("read_only", "error", str(path), what, "", step))
+    free = shutil.disk_usage(directory).free
+    needed = LEAST_FREE_BYTES + _largest_checkpoint(directory / CHECKPOINTS)
+    if free < needed:
+        step = "free disk space before the next train, add or forget"
+        what = f"{free:,} bytes are free, {needed:,} should be"
+        found.append(Finding("disk", "warning", str(directory), what, "", step))
+    if kind := files.network_file_system(directory):
+        step = "move the model to a disk of this machine; `storage:` may stay on the network"
+        what = f"the ledger lies on a network file system ({kind}), where SQLite is not safe"
+        found.append(Finding("network_disk", "warning", str(directory), what, "", step))
+    log = directory / f"{LEDGER}-wal"
+    if log.is_file() and log.stat().st_size:
+        what = f"holds {log.stat().st_size:,} bytes: a process was killed, or one reads just now"
+        found.append(finding("log", "warning", log.name, what, "scrub"))
+    return found
+
+
+def _writable(path: Path) -> bool:
+    """Asked of the disk itself, since permissions do not bind every user; the file has no name."""
+    try:
+        with tempfile.TemporaryFile(dir=path):
+            return True
+    except OSError:
+        return False
+
+
+def _largest_checkpoint(folder: Path) -> int:
+    if not folder.is_dir():
+        return 0
+    return max((files.num_bytes(each) for each in folder.iterdir()), default=0)
+
+
+def _query(path: Path, statement: str) -> list[Any]:
+    with closing(open_readonly(path)) as connection:
+        return connection.execute(statement).fetchall()
+
+
+def _ledger(directory: Path) -> Iterator[Finding]:
+    """Whether the ledger file is there, whole, and of this version."""
+    path = directory / LEDGER
+    if not path.is_file():
+        yield finding("ledger_missing", "error", LEDGER, "the ledger is missing")
+        return
+    try:
+        answers = [str(row[0]) for row in _query(path, "PRAGMA integrity_check(20)")]
+        version = int(_query(path, "PRAGMA user_version")[0][0])
+        committed = version == SCHEMA_VERSION and bool(
+            _query(path, "SELECT 1 FROM meta WHERE key = 'config'")
+        )
+    except sqlite3.OperationalError as error:
+        step = "give this user access to the directory, and end the processes that use it"
+        yield Finding("ledger_unreadable", "error", LEDGER, f"can't be read: {error}", "", step)
+        return
+    except sqlite3.DatabaseError as error:
+        yield finding("ledger_damaged", "error", LEDGER, f"the ledger is damaged: {error}")
+        return
+    except UnicodeDecodeError:  # of SQLite's own message, which quotes the schema
+        yield finding("ledger_damaged", "error", LEDGER, "the ledger is damaged: its schema is no text")
+        return
+    if answers != ["ok"]:
+        what = f"the ledger is damaged: {len(answers)} faults, the first: {answers[0][:200]}"
+        yield finding("ledger_damaged", "error", LEDGER, what)
+    elif version not in (0, SCHEMA_VERSION):
+        what = f"written by another version (schema {version}, expected {SCHEMA_VERSION})"
+        step = "use the version that wrote it"
+        yield Finding("ledger_schema", "error", LEDGER, what, "", step)
+    elif not committed:
+        what = "the first training was never committed"
+        step = "run `sisa train` with the run file again"
+        yield Finding("ledger_empty", "error", LEDGER, what, "", step)
+
+
+def clock(directory: Path, now: datetime) -> Iterator[Finding]:
+    """A clock that stands before the newest time in the ledger."""
+    path = directory / LEDGER
+    newest = ""
+    for (table,) in _query(path, "SELECT name FROM sqlite_master WHERE type = 'table'"):
+        for column in _query(path, f'PRAGMA table_info("{table}")'):
+            if column[1] == "at" or str(column[1]).endswith("_at"):
+                # Names come from the ledger's own schema; they can't be bound as parameters.
+                latest = f'SELECT max("{column[1]}") FROM "{table}"'  # noqa: S608
+                newest = max(newest, str(_query(path, latest)[0][0] or ""))
+    try:
+        ahead_s = (datetime.fromisoformat(newest) - now).total_seconds() if newest else 0.0
+    except (ValueError, TypeError):
+        return
+    if ahead_s > CLOCK_TOLERANCE_S:
+        what = f"the clock is {ahead_s:,.0f} s behind the newest event of the ledger ({newest})"
+        step = "set the clock: due dates and the order of events depend on it"
+        yield Finding("clock", "warning", "system clock", what, "", step)
+
+
+def _opened(directory: Path) -> list[Finding]:
+    """The key, and all that can be told with the ledger open."""
+    try:
+        with closing(SqlLedger(directory / LEDGER)) as ledger:
+            meta = ledger.meta()
+    except SisaError as error:
+        return [finding("ledger_damaged", "error", LEDGER, error.what)]
+    try:
+        config = opening.stored_config(meta)
+        base, embedder = opening.named(meta, "base"), opening.named(meta, "embedder")
+        model = opening.model_id(meta)
+        keyring = opening.open_keyring(config, model)
+    except (SisaError, ValueError, KeyError, TypeError):
+        return [finding("ledger_meta", "error", LEDGER, "its description of the model can't be parsed")]
+    found, secret = _key(directory, config, model, meta.get("key", ""))
+    parts, keyed = Parts(config, base, embedder), Keyed(secret or bytes(KEY_BYTES))
+    try:
+        world = opening.open_world(
+            directory,
+            parts,
+            keyed,
+            "serial",
+            silent,
+            base_digest=base.digest,
+            keyring=keyring,
+            model=model,
+        )
+    except TransientError as error:
+        return [*found, Finding("storage", "error", error.where, error.what, "", error.next_step)]
+    except SisaError as error:
+        return [*found, Finding("ledger_unreadable", "error", LEDGER, error.what, "", error.next_step)]
+    try:
+        return found + _witness(world) + examine(world, directory, with_key=secret is not None)
+    except TransientError as error:
+        what = f"{error.what} (got {error.got})" if error.got else error.what
+        return [*found, Finding("storage", "error", error.where, what, "", error.next_step)]
+    except SisaError as error:
+        return [*found, finding("ledger_damaged", "error", LEDGER, error.what)]
+    finally:
+        opening.close(world)
+
+
+def _witness(world: World) -> list[Finding]:
+    """Whether deletions that were carried out are missing here, since this ledger came from a backup, or
+    are told otherwise."""
+    where = world.witness.location()
+    try:
+        told = world.witness.read()
+        if not is_behind(world):
+            known = {each.id_digest: each for each in world.ledger.tombstones()}
+            wrong = [key for key, each in told.tombstones.items() if known.get(key, each) != each]
+            what = f"{len(wrong)} deletions are recorded otherwise than the witness has them"
+            return [finding("ledger_damaged", "error", LEDGER, what)] if wrong else []
+    except SisaError as error:
+        return [Finding("witness", "error", where, error.what, "", error.next_step)]
+    found = world.ledger.lookup(told.tombstones).values()
+    live = sum(isinstance(each, RecordRow) for each in found)
+    what = f"the ledger is behind its witness: {live} records that were deleted are held again"
+    return [Finding("behind", "error", where, what, "sweep", "any other command deletes them again")]
+
+
+def _key(
+    directory: Path, config: RunConfig, model: str, name: str
+) -> tuple[list[Finding], bytes | None]:
+    path = opening.key_path(directory, config, model)
+    try:
+        secret = opening.stored_secret(directory, config, model)
+    except SisaError as error:
+        return [finding("key", "error", str(path), error.what)], None
+    if Keyed(secret).name != name:
+        return [finding("key", "error", str(path), "the partition key is not this model's")], None
+    if not path.is_file():
+        what = (
+            "the partition key is not here: an encrypted model's belongs to its keyring, else beside it"
+        )
+        step = "the next train, add or forget moves it"
+        return [Finding("key_place", "warning", str(path), what, "", step)], secret
+    mode = stat.S_IMODE(os.stat(path).st_mode)
+    if path != directory / KEY and mode & 0o077:
+        step = f"chmod 600 {path}"
+        what = f"others may read the partition key (mode {mode:o})"
+        return [Finding("mode", "warning", str(path), what, "", step)], secret
+    return [], secret

@@ -1,0 +1,338 @@
+"""The findings of an opened model: every named file, every head, every unknown file.
+
+Rules: nothing is changed. A finding names what can be done about it in one word, `repair`; an empty one
+means that it can't be derived again. Checkpoints are told damaged by their digests alone.
+
+Not covered: the surroundings, the ledger file and the key (`doctor.py`), mending (`repair.py`).
+
+>>> Finding("disk", "warning", "model", "little room").lost, Finding("slice", "error", "f", "gone").lost
+(False, True)
+"""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from sisa.audit.garbage import KEPT_FILES, STRAY, at_hand, list_garbage
+from sisa.audit.lineage import parse_manifest, parse_patch_manifest
+from sisa.audit.unsealing import ALONE, INSIDE
+from sisa.core.config_types import is_uri
+from sisa.core.domain import Head, IndexFile, SliceFile
+from sisa.core.errors import IntegrityError, SisaError, TransientError
+from sisa.core.place_ports import Place
+from sisa.core.requests import contradicted
+from sisa.data.left_overs import walk
+from sisa.flows.reconcile import refuse_lost_rows
+from sisa.flows.stale_exports import standing
+from sisa.flows.wiring.opening import CHECKPOINTS, INDEX, LEDGER, METRICS, PATCHES, RECORDS, VAULT
+from sisa.flows.wiring.world import ALWAYS_SEALED, World, known_names, only, purge, view_shard
+from sisa.planning.assign import slice_root
+from sisa.planning.plan import gaps, plan_shard
+from sisa.store.blobs import files
+from sisa.store.blobs.keyring import MAGIC, RESTORE, FileKeyring, is_sealed
+from sisa.store.checkpoints import MANIFEST
+from sisa.store.metrics import run_files
+
+OTHERS, OTHERS_WRITE = 0o077, 0o022
+Severity = Literal["error", "warning"]
+Repair = Literal[
+    "", "reindex", "retrain", "heads", "patches", "sweep", "mode", "scrub", "reseal", "purge"
+]
+
+NEXT_STEPS: dict[Repair, str] = {
+    "": "restore it from a backup: it can't be derived again",
+    "reindex": "`sisa doctor --repair` builds it again from the slice files",
+    "retrain": "`sisa doctor --repair` trains it again, to the same bytes",
+    "heads": "`sisa doctor --repair` derives it again from what is held",
+    "patches": "`sisa doctor --repair` goes on without it; `sisa approx unlearn` makes it again",
+    "sweep": "`sisa gc`, `sisa doctor --repair` or the next train, add or forget removes it",
+    "mode": "`sisa doctor --repair` makes it readable by its owner alone",
+    "purge": "`sisa gc` purges them; where that is refused, allow s3:ListBucketVersions and "
+    "s3:DeleteObjectVersion, or end the lock",
+    "reseal": "`sisa doctor --repair` writes it anew, as `encrypt:` of the run file says",
+    "scrub": "`sisa doctor --repair` or the next train, add or forget empties it",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One defect: its kind, how grave it is, where, what, and which repair mends it."""
+
+    kind: str
+    severity: Severity
+    where: str
+    what: str
+    repair: Repair = ""
+    next_step: str = ""
+    shard: int | None = None
+    key: str = ""  # of a damaged checkpoint, patch or set of texts
+
+    @property
+    def lost(self) -> bool:
+        """Whether something is missing that nothing here can derive again."""
+        return self.severity == "error" and not self.repair
+
+
+def finding(
+    kind: str,
+    severity: Severity,
+    where: str,
+    what: str,
+    repair: Repair = "",
+    *,
+    shard: int | None = None,
+    key: str = "",
+) -> Finding:
+    """A finding with the usual next step of its repair."""
+    return Finding(kind, severity, where, what, repair, NEXT_STEPS[repair], shard, key)
+
+
+def examine(world: World, directory: Path, *, with_key: bool = True) -> list[Finding]:
+    """All findings of an opened model; `with_key=False` leaves out what only the right key can tell."""
+    found = [*_rows(world), *_modes(world, directory), *_keyring(world), *forms(world), *_kept(world)]
+    for file in world.ledger.slices():
+        what = _damage(lambda file=file: _check_slice(world, file, with_key=with_key))  # type: ignore[misc]
+        if what:
+            place = f"{RECORDS}/{file.name}"
+            found.append(finding("slice", "error", place, what, shard=file.shard))
+    found += _indexes(world)
+    found += [*_checkpoints(world), *_patches(world)]
+    found += _exports(world)
+    found += _heads(world)
+    found += _gaps(world)
+    found += _unknown(world, directory, {each.key for each in found if each.key})
+    return found
+
+
+def _rows(world: World) -> Iterator[Finding]:
+    if what := _damage(lambda: refuse_lost_rows(world.ledger)):
+        yield finding("ledger_damaged", "error", LEDGER, what)
+    if contradicted(world.ledger.requests(), world.ledger.events()):
+        what = "the events of the requests are not one chain that leads to their states"
+        yield finding("ledger_damaged", "error", LEDGER, what)
+
+
+def _kept(world: World) -> Iterator[Finding]:
+    """Old versions of what was erased or replaced: deleted text may be in them."""
+    for each in purge(world, dry_run=True):
+        yield finding("old_versions", "warning", each.where, f"kept by the bucket: {each.why}", "purge")
+
+
+def _damage(check: Callable[[], object]) -> str:
+    """What is wrong. A store that can't be asked says nothing of what it holds: its error is raised."""
+    try:
+        check()
+    except SisaError as error:
+        if isinstance(error, TransientError) and is_uri(error.where):
+            raise
+        return f"{error.what} (got {error.got})" if error.got else error.what
+    return ""
+
+
+def _modes(world: World, directory: Path) -> Iterator[Finding]:
+    """What others than the owner may use: files, and the rooms and directories that they lie in."""
+    if (mode := _mode(directory)) & OTHERS_WRITE:
+        yield finding("mode", "warning", ".", f"others may write to it (mode {mode:o})", "mode")
+    for path in (*(directory / name for name in KEPT_FILES), Path(world.witness.location())):
+        if path.is_file() and (mode := _mode(path)) & OTHERS:
+            yield _open_to_others(directory, path, f"others may use it (mode {mode:o})")
+    known = {**known_names(world), METRICS: run_files(directory / METRICS)}
+    for room, place in sorted(world.places.items()):
+        if (root := at_hand(place)) is None or not root.is_dir():
+            continue
+        held = [root, *(each for name in sorted(known.get(room, ())) for each in walk(root / name))]
+        modes = [_mode(each) for each in held if each.exists()]
+        if wide := [mode for mode in modes if mode & OTHERS]:
+            what = f"others may use {len(wide)} files and directories (mode {max(wide):o})"
+            yield _open_to_others(directory, root, what)
+
+
+def _mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def _open_to_others(directory: Path, path: Path, what: str) -> Finding:
+    where = path.relative_to(directory).as_posix() if path.is_relative_to(directory) else str(path)
+    return finding("mode", "warning", where, what, "mode")
+
+
+def _keyring(world: World) -> Iterator[Finding]:
+    """Whether the keys are there, and for their owner alone."""
+    keyring = world.keyring
+    if not isinstance(keyring, FileKeyring):
+        return
+    needed = [names for room, names in known_names(world).items() if keyring.seals or room == VAULT]
+    if not keyring.root.is_dir() and any(needed):
+        what = "the keyring is missing: what it sealed can't be read"
+        yield Finding("keyring", "error", str(keyring.root), what, "", RESTORE)
+        return
+    rooms = [keyring.root / room for room in (*ALONE, *INSIDE)]
+    keys = [room / name for room in rooms for name in sorted(keyring.held(room.name))]
+    for path in (keyring.root, *rooms, *keys):
+        if path.exists() and (mode := _mode(path)) & OTHERS:
+            yield finding("mode", "warning", str(path), f"others may use it (mode {mode:o})", "mode")
+
+
+def forms(world: World) -> Iterator[Finding]:
+    """Find plain files of an encrypted model, and encrypted files and keys of a plain one."""
+    seals = world.keyring.seals
+    wrong = "encrypted, or still with a key, although the model is not"
+    wrong = "not encrypted, although the model is" if seals else wrong
+    for room, names in known_names(world).items():
+        if room in ALWAYS_SEALED or room not in world.places:
+            continue
+        keys = frozenset() if seals else world.keyring.held(room)
+        for name in sorted(names):
+            place = world.places[room]
+            inside = [f"{name}/{part}" for part in place.parts(name)] or [name]
+            if name in keys or any(_sealed(place, each, seals) != seals for each in inside):
+                yield finding("form", "warning", f"{room}/{name}", wrong, "reseal")
+
+
+def _sealed(place: Place, name: str, unreadable: bool) -> bool:
+    """Whether a file is sealed; `unreadable` is the answer for one that its own check finds damaged."""
+    try:
+        return is_sealed(place.head(name, len(MAGIC)))
+    except SisaError:
+        return unreadable
+
+
+def _check_slice(world: World, file: SliceFile, *, with_key: bool) -> None:
+    rows = {row.id_digest: row for row in world.ledger.rows(file.shard, file.slice)}
+    if slice_root(rows.values()) != file.root:
+        raise IntegrityError("the ledger's rows are not those of its slice file")
+    for stored in world.records.read(file):
+        row = rows.pop(stored.id_digest, None)
+        if row is None:
+            raise IntegrityError("holds a record that the ledger does not")
+        wrong = world.assigner.differences(stored.record, row) if with_key else []
+        if "record_digest" in wrong:
+            raise IntegrityError("holds a record that is not the recorded one")
+        if wrong:
+            raise IntegrityError(f"holds a record whose row has another {', '.join(wrong)}")
+    if rows:
+        raise IntegrityError(f"lacks {len(rows)} records that the ledger holds")
+
+
+def _indexes(world: World) -> Iterator[Finding]:
+    for head in world.ledger.heads():
+        file = only(world.ledger.indexes(head.shard))
+        wanted = sorted(row.vector_id for row in world.ledger.rows(head.shard))
+        if file is None and not wanted:
+            continue
+        what = "a shard with records has no index"
+        if file is not None:
+            what = _damage(lambda file=file, wanted=wanted: _check_index(world, file, wanted))  # type: ignore[misc]
+        if what:
+            where = f"{INDEX}/{file.name}" if file else f"shard {head.shard}"
+            yield finding("index", "error", where, what, "reindex", shard=head.shard)
+
+
+def _check_index(world: World, file: IndexFile, wanted: list[int]) -> None:
+    if len(wanted) != file.num_vectors:
+        raise IntegrityError(f"counts {file.num_vectors} vectors for {len(wanted)} records")
+    world.index.vectors(file, wanted)
+
+
+def _checkpoints(world: World) -> Iterator[Finding]:
+    for each in world.ledger.checkpoints():
+        if what := _damage(partial(_check_group, world, CHECKPOINTS, each.key, each.manifest_sha256)):
+            place = f"{CHECKPOINTS}/{each.key}"
+            yield finding("checkpoint", "error", place, what, "retrain", shard=each.shard, key=each.key)
+
+
+def _patches(world: World) -> Iterator[Finding]:
+    """Patches that are served or trained over, and sets of texts that are to be made into one."""
+    needed = known_names(world)[PATCHES]
+    for each in world.ledger.patches():
+        check = partial(_check_group, world, PATCHES, each.key, each.manifest_sha256)
+        if each.key in needed and (what := _damage(check)):
+            yield finding("patch", "error", f"{PATCHES}/{each.key}", what, "patches", key=each.key)
+    for found in world.ledger.vault():
+        if found.held and (what := _damage(partial(world.vault.check, found))):
+            yield finding("vault", "error", f"{VAULT}/{found.name}", what, "patches", key=found.name)
+
+
+def _check_group(world: World, room: str, key: str, manifest_sha256: str) -> None:
+    """A checkpoint's or a patch's. Surplus files are no damage: they are found as unknown ones."""
+    place = world.places[room]
+
+    def checked(name: str, sha256: str, what: str) -> bytes:
+        plain = world.keyring.unseal(room, key, name, place.get(f"{key}/{name}", what))
+        return files.checked(plain, sha256, what, place.location(f"{key}/{name}"))
+
+    manifest = checked(MANIFEST, manifest_sha256, "checkpoint manifest")
+    parsed = parse_manifest(manifest) or parse_patch_manifest(manifest)
+    if parsed is None or parsed[0].key != key:
+        raise IntegrityError("a checkpoint manifest can't be parsed")
+    for name, sha256 in parsed[1].items():
+        checked(name, sha256, "checkpoint file")
+
+
+def _exports(world: World) -> Iterator[Finding]:
+    for each in world.ledger.exports():
+        found = standing(world, each) if each.stale else ""
+        if found == "held":
+            yield finding("export", "error", each.path, "stale, and not erased yet", "sweep")
+        elif found:
+            step = "remove what is left of it, or put it back: the next train, add or forget erases it"
+            yield Finding("export", "warning", each.path, f"stale, and {found}", "", step)
+
+
+def _heads(world: World) -> Iterator[Finding]:
+    heads = {head.shard: head for head in world.ledger.heads()}
+    expected = set(range(world.assigner.layout.num_shards))
+    for shard in sorted(expected ^ heads.keys()):
+        what = "a shard has no head" if shard in expected else "a head of no shard of the layout"
+        yield finding("head", "error", f"shard {shard}", what, "heads", shard=shard)
+    for shard in sorted(expected & heads.keys()):
+        if what := _wrong_head(world, heads[shard]):
+            yield finding("head", "error", f"shard {shard}", what, "heads", shard=shard)
+
+
+def _wrong_head(world: World, head: Head) -> str:
+    view = view_shard(world, head.shard)
+    should = plan_shard(view, world.recipe, world.fingerprint).head
+    held = {each.key: each for each in view.held}
+    if head.key is not None and head.key not in held:
+        return "serves a checkpoint that the ledger does not hold"
+    if head.converged and head.target != should.target:
+        return "counts as finished, but serves another model than that of its records"
+    if head.key == should.key and head.depth != should.depth:
+        return f"claims depth {head.depth}, but its checkpoint is of depth {should.depth}"
+    if head.key is None and should.key is not None:
+        return "serves the base, although a clean checkpoint is held"
+    return ""
+
+
+def _gaps(world: World) -> Iterator[Finding]:
+    """Stages that are missing before a held one: the head serves, but a deletion would retrain more."""
+    heads = world.ledger.heads() if world.recipe.shard_budget is None else []  # else they may be meant
+    for head in heads:
+        view = view_shard(world, head.shard)
+        plan = plan_shard(view, world.recipe, world.fingerprint)
+        held = {each.key for each in view.held}
+        for job in gaps(plan, held):
+            where = f"shard {job.shard}, slice {job.slice}"
+            what = "a stage before the served one is not held: a deletion would retrain more"
+            if job.fingerprint == world.fingerprint:
+                yield finding("gap", "warning", where, what, "retrain", shard=job.shard)
+            else:
+                step = "nothing has to be done; in the environment that trained it, --repair closes it"
+                yield Finding("gap", "warning", where, what, "", step, job.shard)
+
+
+def _unknown(world: World, directory: Path, damaged: set[str]) -> Iterator[Finding]:
+    for each in list_garbage(world, directory):
+        if each.path.rpartition("/")[2] in damaged:
+            continue
+        if each.reason == STRAY:
+            step = "move it away, or remove it: `sisa gc` leaves it to you"
+            yield Finding("stray", "warning", each.path, each.reason, "", step)
+        elif each.removable:
+            yield finding("unknown", "warning", each.path, each.reason, "sweep")

@@ -1,0 +1,287 @@
+"""What lies in a model directory or its storage and is retired or unknown to the ledger; its removal.
+
+    sisa gc -m DIR --dry-run     lists it
+    sisa gc -m DIR               removes what is ours and needed by nothing
+
+Rules: what the ledger knows is never removed, nor is the ledger, the key or the lock. A retired
+checkpoint leaves the ledger in a commit before its bytes go. What a cut-short run stored for a present
+target is listed and kept: the next command takes it over. A stray file at the top is listed and kept,
+since it may be the user's own. Links are removed as links; what they point to is left alone. A file's
+key goes before the file, and keys without a file go, too.
+
+Not covered: whether a file was touched by a deleted record (`residue.py`); damage (`doctor.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sisa.audit.lineage import named_files
+from sisa.core.errors import IntegrityError, all_tried
+from sisa.core.place_ports import Kept, Place
+from sisa.core.ports import Change
+from sisa.flows.stale_exports import give_up_lost
+from sisa.flows.wiring.opening import (
+    CHECKPOINTS,
+    INDEX,
+    KEY,
+    LEDGER,
+    LOCK,
+    METRICS,
+    PATCHES,
+    PREFIXES,
+    RECORDS,
+    RUNS,
+    SCRATCH,
+    VAULT,
+)
+from sisa.flows.wiring.world import World, commit, known_names, open_shards, purge, view_shard
+from sisa.planning.plan import plan_shard
+from sisa.store.blobs import files
+from sisa.store.blobs.local_place import LocalPlace
+from sisa.store.metrics import run_files
+
+if TYPE_CHECKING:
+    from sisa.model import Model
+
+LEDGER_FILES = (LEDGER, f"{LEDGER}-wal", f"{LEDGER}-shm", f"{LEDGER}-journal")
+KEPT_FILES = frozenset({*LEDGER_FILES, KEY, LOCK})
+ROOMS = (RECORDS, INDEX, PREFIXES, CHECKPOINTS, PATCHES, VAULT, RUNS, METRICS)
+
+TEMPORARY = "a temporary file that a killed process left"
+RETIRED = "retired: clean, but no target needs it"
+UNKNOWN = "unknown to the ledger"
+WAITING = "stored for a present target, not yet recorded: the next train, add or forget takes it over"
+STRAY = "a stray: not of a model, so it is left for you to remove"
+REPLAY = "scratch of a replay"
+SURPLUS = "a file that the manifest beside it does not name"
+ORPHAN = "a key of no file: whoever has a copy of that file can open it"
+
+
+@dataclass(frozen=True, slots=True)
+class Garbage:
+    """A file or directory: its path in the model directory (a key's: in the keyring; of a storage:
+    whole, or a URI), bytes in all, and whether `gc` takes it."""
+
+    path: str
+    num_bytes: int
+    reason: str
+    removable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """What `gc` found, and how many entries and bytes of it are gone now."""
+
+    dry_run: bool
+    items: tuple[Garbage, ...]
+    removed: int
+    removed_bytes: int
+    given_up: tuple[str, ...] = ()  # stale exports that were not where they were written
+    kept: tuple[Kept, ...] = ()  # old versions that a bucket keeps
+
+
+@dataclass(frozen=True, slots=True)
+class _Item:
+    """Garbage and how it goes; a key has gone before."""
+
+    told: Garbage
+    erase: Callable[[], None] = lambda: None
+
+
+def list_garbage(world: World, directory: Path) -> tuple[Garbage, ...]:
+    """Everything in the directory, and in the model's storage, that is retired or unknown to the ledger;
+    what lies at hand in order of path, then the rest."""
+    return tuple(each.told for each in _listed(world, directory))
+
+
+def _listed(world: World, directory: Path) -> list[_Item]:
+    retired, waiting = _retired(world), _waiting(world)
+    known = {**known_names(world), METRICS: run_files(directory / METRICS)}
+    found: list[_Item] = []
+    for name in sorted(files.held_names(directory) - KEPT_FILES):
+        path = directory / name
+        if name in ROOMS and path.is_dir():
+            place = world.places[name]
+            if path == at_hand(place):
+                found += _room(world, directory, name, known[name], retired, waiting)
+            else:
+                found.append(_at(directory, path, UNKNOWN))
+        elif name == SCRATCH:
+            found.append(_at(directory, path, REPLAY))
+        else:
+            ours = name.startswith(files.TEMPORARY_PREFIX)
+            found.append(_at(directory, path, TEMPORARY if ours else STRAY, removable=ours))
+    for room, place in sorted(world.places.items()):
+        root = at_hand(place)
+        if root is not None and root.parent == directory:
+            continue
+        if room != SCRATCH:
+            found += _room(world, directory, room, known[room], retired, waiting)
+        elif place.held():
+            told = Garbage(place.location(), place.num_bytes(""), REPLAY, True)
+            found.append(_Item(told, place.clear))
+    return found + _keys(world, known)
+
+
+def at_hand(place: Place) -> Path | None:
+    """The directory that a place is; None for one in an object store."""
+    return place.root if isinstance(place, LocalPlace) else None
+
+
+def _room(
+    world: World,
+    directory: Path,
+    room: str,
+    known: frozenset[str],
+    retired: frozenset[str],
+    waiting: frozenset[str],
+) -> list[_Item]:
+    place = world.places[room]
+    found: list[_Item] = []
+    for entry in sorted(place.held()):
+        if entry in known and entry not in retired:
+            if room in (CHECKPOINTS, PATCHES):
+                found += [
+                    _in(directory, place, f"{entry}/{name}", SURPLUS)
+                    for name in _surplus(world, place, room, entry)
+                ]
+            continue
+        kept = room == CHECKPOINTS and entry in waiting
+        found.append(_in(directory, place, entry, _reason(entry, retired, kept), removable=not kept))
+    return found
+
+
+def _keys(world: World, known: Mapping[str, frozenset[str]]) -> list[_Item]:
+    """Keys of no file."""
+    found = []
+    for room in (*ROOMS, SCRATCH):
+        needed = known.get(room, frozenset()) | _stored(world.places[room], room)
+        for name in sorted(world.keyring.held(room) - needed):
+            path = Path(world.keyring.location(room, name))
+            found.append(_Item(Garbage(str(path), files.num_bytes(path), ORPHAN, True)))
+    return found
+
+
+def _stored(place: Place, room: str) -> frozenset[str]:
+    """Names of the files that lie in a room; a replay's lie one folder deeper."""
+    names = place.held()
+    if room != SCRATCH:
+        return names
+    plain = {each.removeprefix(files.TEMPORARY_PREFIX) for each in names}
+    return frozenset[str]().union(*(place.below(each).held() for each in names | plain))
+
+
+def _at(directory: Path, path: Path, reason: str, *, removable: bool = True) -> _Item:
+    told = Garbage(path.relative_to(directory).as_posix(), files.num_bytes(path), reason, removable)
+    return _Item(told, lambda: files.erase_all(path.parent, [path.name]))
+
+
+def _in(directory: Path, place: Place, name: str, reason: str, *, removable: bool = True) -> _Item:
+    root = at_hand(place)
+    where = place.location(name)
+    if root is not None and root.parent == directory:
+        where = f"{root.name}/{name}"
+    told = Garbage(where, place.num_bytes(name), reason, removable)
+    return _Item(told, lambda: place.erase([name]))
+
+
+def _reason(entry: str, retired: frozenset[str], kept: bool) -> str:
+    if entry in retired:
+        return RETIRED
+    if kept:
+        return WAITING
+    return TEMPORARY if entry.startswith(files.TEMPORARY_PREFIX) else UNKNOWN
+
+
+def _retired(world: World) -> frozenset[str]:
+    """Checkpoints that the next reconciliation drops; those of unfinished shards still serve."""
+    found: set[str] = set()
+    for head in world.ledger.heads():
+        if head.converged:
+            view = view_shard(world, head.shard)
+            found |= set(plan_shard(view, world.recipe, world.fingerprint).retired)
+    return frozenset(found)
+
+
+def _waiting(world: World) -> frozenset[str]:
+    """Whole checkpoints of present targets that a cut-short run did not get to record."""
+    known = {each.key for each in world.ledger.checkpoints()}
+    on_disk = world.checkpoints.held()
+    found = set()
+    for shard in open_shards(world):
+        plan = plan_shard(view_shard(world, shard), world.recipe, world.fingerprint)
+        for key in plan.stages:
+            if key in on_disk and key not in known:
+                with contextlib.suppress(IntegrityError):
+                    found.add(world.checkpoints.describe(key).key)
+    return frozenset(found)
+
+
+def _surplus(world: World, place: Place, room: str, known: str) -> list[str]:
+    """Files in a known checkpoint or patch that are not of it; none where the manifest is damaged."""
+    expected = named_files(place, known, world.keyring, room)
+    return [] if expected is None else sorted(place.parts(known) - expected)
+
+
+def remove_garbage(world: World, directory: Path) -> tuple[Garbage, ...]:
+    """Remove what is removable and return it. The caller holds the writer lock."""
+    found = [each for each in _listed(world, directory) if each.told.removable]
+    retired = [each.told.path.rpartition("/")[2] for each in found if each.told.reason == RETIRED]
+    if retired:
+        commit(world, Change(dropped=retired))
+    kept = {**known_names(world), SCRATCH: frozenset[str]()}
+    kept[CHECKPOINTS] |= _waiting(world)
+    for room, names in kept.items():
+        world.keyring.destroy(room, sorted(world.keyring.held(room) - names))
+    with all_tried() as tried:
+        for each in found:
+            with tried():
+                each.erase()
+    return tuple(each.told for each in found)
+
+
+def collect_garbage(model: Model, *, dry_run: bool, lost_exports: bool = False) -> Collected:
+    """List, or list and remove; `lost_exports` gives up stale exports that can't be found.
+
+    Raises Busy where another process writes and something would go.
+    """
+    if dry_run:
+        with model._world() as world:
+            items = list_garbage(world, model.directory)
+            return Collected(True, items, 0, 0, kept=purge(world, dry_run=True))
+    with files.writer_lock(model.directory / LOCK), model._world(locked=True) as world:
+        items = list_garbage(world, model.directory)
+        removed = remove_garbage(world, model.directory)
+        given_up = give_up_lost(world) if lost_exports else ()
+        kept = purge(world)
+    removed_bytes = sum(each.num_bytes for each in removed)
+    return Collected(False, items, len(removed), removed_bytes, given_up, kept)
+
+
+@contextlib.contextmanager
+def undisturbed(directory: Path) -> Iterator[bool]:
+    """Keep writers out for a while, if that can be had; False when one is at work.
+
+    Unlike `writer_lock` this makes no file, so that a directory that can't be written can be examined.
+    """
+    try:
+        handle = os.open(directory / LOCK, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:  # no writer was ever here, or none can be
+        yield True
+        return
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            free = True
+        except BlockingIOError:
+            free = False
+        yield free
+    finally:
+        os.close(handle)

@@ -1,0 +1,220 @@
+"""Looking for given strings in bytes at rest: any file, decoded Parquet, decoded SQLite.
+
+Rules: a string is looked for as UTF-8, as JSON writes it, and as UTF-16, letter by letter as given. The
+strings themselves never leave this module: a place names an offset and the string's number. Strings
+below five bytes (eight, if a digest could hold them) turn up by chance; they are compared with whole
+decoded values alone. Files are read in blocks; all strings are looked for in one pass.
+
+Not covered: text that is compressed (other than Parquet), encrypted, split over overflow pages or
+paraphrased.
+
+>>> needles = Needles(["Ada L."], ["ada"])
+>>> needles.in_block(b"..Ada L.."), needles.in_value("by Ada L. 1843"), needles.in_id("ada2")
+([(2, 0)], [0], [])
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import sqlite3
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sisa.store.ledger.database import open_readonly
+
+MIN_BYTES, MIN_HEX_BYTES = 5, 8
+BLOCK_BYTES = 2**22
+PREFIX_BYTES = 4
+SQLITE_MAGIC = b"SQLite format 3\0"
+PARQUET_MAGIC = b"PAR1"
+ID_COLUMNS = ("id", "subject_id")
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where in a file a string was found: `byte 12`, `row 3, column id`, `table requests`."""
+
+    position: str
+    needle: int
+
+
+class Needles:
+    """Some texts, found anywhere, and some ids, which in a column of ids must match whole."""
+
+    def __init__(self, texts: Sequence[str], ids: Sequence[str] = ()) -> None:
+        self._values = [*texts, *ids]
+        self._ids = {text: len(texts) + number for number, text in enumerate(ids)}
+        self._texts = range(len(texts))
+        self._by_prefix: dict[bytes, list[tuple[bytes, int]]] = {}
+        self._low = np.zeros(65536, dtype=bool)
+        self._high = np.zeros(65536, dtype=bool)
+        self._longest = 0
+        for number, value in enumerate(self._values):
+            for form in sorted(_forms(value)):
+                self._by_prefix.setdefault(form[:PREFIX_BYTES], []).append((form, number))
+                self._low[int.from_bytes(form[:2], "little")] = True
+                self._high[int.from_bytes(form[2:PREFIX_BYTES], "little")] = True
+                self._longest = max(self._longest, len(form))
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    @property
+    def num_short(self) -> int:
+        """Strings that are too short to be looked for in raw bytes."""
+        return sum(_short(value) for value in self._values)
+
+    def in_block(self, block: bytes) -> list[tuple[int, int]]:
+        """(offset, number) of every string in a block of bytes."""
+        if len(block) < PREFIX_BYTES or not self._longest:
+            return []
+        data = np.frombuffer(block, dtype=np.uint8).astype(np.uint16)
+        pairs = data[:-1] | (data[1:] << 8)
+        starts = np.flatnonzero(self._low[pairs[:-2]] & self._high[pairs[2:]])
+        return [
+            (start, number)
+            for start in starts.tolist()
+            for form, number in self._by_prefix.get(block[start : start + PREFIX_BYTES], ())
+            if block.startswith(form, start)
+        ]
+
+    def in_value(self, value: str) -> list[int]:
+        """Numbers of the strings that a decoded value contains (short ones: that it is)."""
+        return [number for number in range(len(self)) if self._is_in(number, value)]
+
+    def _is_in(self, number: int, value: str) -> bool:
+        each = self._values[number]
+        return each == value if _short(each) else each in value
+
+    def in_id(self, value: str) -> list[int]:
+        """Numbers of the strings that a decoded id is, or (texts) contains."""
+        texts = [number for number in self._texts if self._is_in(number, value)]
+        return texts + ([self._ids[value]] if value in self._ids else [])
+
+    def hidden(self, path: str) -> str:
+        """A path without the strings: a file may be named like one."""
+        for value in self._values:
+            if value in path and not _short(value):
+                path = path.replace(value, "*")
+        return path
+
+    def in_file(self, path: Path, unsealed: bytes | None = None) -> list[Place]:
+        """The first place of each string in a file's bytes and in what Parquet and SQLite decode;
+        `unsealed` is looked through instead of what lies at the path."""
+        if not len(self):
+            return []
+        with path.open("rb") if unsealed is None else io.BytesIO(unsealed) as file:
+            head = file.read(len(SQLITE_MAGIC))
+            file.seek(0)
+            raw = _firsts(self._in_stream(file))
+        decoded: list[Place] = []
+        explained: set[int] = set()
+        if head.startswith(PARQUET_MAGIC):
+            source = path if unsealed is None else io.BytesIO(unsealed)
+            decoded, explained = self._in_parquet(source)
+        elif head == SQLITE_MAGIC:
+            decoded = self._in_sqlite(path)
+        raw = [each for each in raw if each.needle not in explained]
+        return _firsts([*decoded, *raw])
+
+    def _in_stream(self, file: Any) -> Iterator[Place]:
+        carried, offset = b"", 0
+        keep = max(self._longest - 1, 0)
+        while fresh := file.read(BLOCK_BYTES):
+            block = carried + fresh
+            start = offset - len(carried)
+            yield from (Place(f"byte {start + at}", number) for at, number in self.in_block(block))
+            offset += len(fresh)
+            carried = block[-keep:] if keep else b""
+
+    def _in_parquet(self, path: Path | io.BytesIO) -> tuple[list[Place], set[int]]:
+        """Places in decoded rows, and the ids whose raw bytes are explained: parts of longer ids."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        found: list[Place] = []
+        explained: set[int] = set()
+        row = 0
+        try:
+            with pq.ParquetFile(path) as file:
+                for batch in file.iter_batches(batch_size=1024):
+                    for values in batch.to_pylist():
+                        for column, value in values.items():
+                            for text in _strings(value):
+                                whole = column in ID_COLUMNS
+                                hits = self.in_id(text) if whole else self.in_value(text)
+                                found += [Place(f"row {row}, column {column}", n) for n in hits]
+                                if whole:
+                                    explained |= set(self.in_value(text)) - set(hits)
+                        row += 1
+        except (pa.ArrowException, OSError):
+            return found, set()  # what can't be decoded is left to its raw bytes
+        return found, explained
+
+    def _in_sqlite(self, path: Path) -> list[Place]:
+        found: list[Place] = []
+        try:
+            with closing(open_readonly(path)) as connection:
+                for statement in connection.iterdump():
+                    found += [Place(_table(statement), n) for n in self._in_statement(statement)]
+        except (sqlite3.Error, UnicodeDecodeError):
+            return found  # the raw pages are scanned anyway
+        return found
+
+    def _in_statement(self, statement: str) -> list[int]:
+        told = statement.replace("''", "'")
+        return [
+            n for n, each in enumerate(self._values) if (f"'{each}'" if _short(each) else each) in told
+        ]
+
+
+def _table(statement: str) -> str:
+    """Names the table alone: a statement's other words are values.
+
+    >>> _table('INSERT INTO "requests" VALUES(1)'), _table("CREATE INDEX a ON b")
+    ('table requests', 'schema')
+    """
+    words = statement.split('"', 2)
+    return f"table {words[1]}" if words[0] == "INSERT INTO " and len(words) > 1 else "schema"
+
+
+def _forms(value: str) -> set[bytes]:
+    forms = {
+        value.encode(),
+        value.encode("utf-16-le"),
+        json.dumps(value)[1:-1].encode(),
+        json.dumps(value, ensure_ascii=False)[1:-1].encode(),
+    }
+    return set() if _short(value) else forms
+
+
+def _short(value: str) -> bool:
+    """Whether a string turns up in random bytes, or in digests, by chance."""
+    least = MIN_HEX_BYTES if set(value) <= set("0123456789abcdef") else MIN_BYTES
+    return len(value.encode()) < least
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, bytes):
+        yield value.decode("utf-8", "replace")
+    elif isinstance(value, dict):
+        for each in value.values():
+            yield from _strings(each)
+    elif isinstance(value, list):
+        for each in value:
+            yield from _strings(each)
+
+
+def _firsts(places: Iterable[Place]) -> list[Place]:
+    first: dict[int, Place] = {}
+    for place in places:
+        first.setdefault(place.needle, place)
+    return list(first.values())

@@ -1,0 +1,223 @@
+"""Mending what can be derived again, under the writer lock, and ending in the usual reconciliation.
+
+    modes      made readable by the owner alone
+    forms      files written anew, encrypted or plain, as the model is
+    index      built from the slice files, which are checked first
+    damaged    checkpoints leave the ledger, and heads move to clean ones, in one commit; then bytes go
+    patches    those that are damaged are given up, and wanted again where their texts are held
+    gaps       stages before a target that is still whole are trained again, so that the chain is whole
+    the rest   `reconcile`: unknown files are swept, targets trained, heads advanced, the ledger scrubbed
+
+Rules: idempotent, and safe to cut anywhere. While anything is missing that can't be derived (a slice
+file, the ledger, the key), only modes are mended: what lies around unknown may be the missing piece, and
+nothing is erased. A head that has to move only ever moves to a checkpoint whose bytes were just checked.
+What is trained again under the same fingerprint has the same key and the same bytes.
+
+Not covered: restoring a backup.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sisa.audit.doctor import Diagnosis, diagnose, diagnosis, surroundings
+from sisa.audit.examine import Finding, examine
+from sisa.audit.garbage import remove_garbage
+from sisa.core.domain import Chain, Head, HeldCheckpoint, SliceJob
+from sisa.core.events import Event, SliceTrained
+from sisa.core.ports import Change
+from sisa.data.left_overs import walk
+from sisa.flows.patches.rederiving import give_up
+from sisa.flows.reconcile import just_trained, reconcile, training_started
+from sisa.flows.reconfigure import reseal
+from sisa.flows.wiring import opening
+from sisa.flows.wiring.witness import is_behind, settle
+from sisa.flows.wiring.world import World, commit, embed_shard, view_shard
+from sisa.planning.assign import index_root
+from sisa.planning.plan import ShardPlan, plan_shard, reached
+from sisa.store.blobs import files
+
+if TYPE_CHECKING:
+    from sisa.model import Model
+
+
+@dataclass(frozen=True)
+class Repair:
+    """What was done, and how the model stands after it."""
+
+    done: tuple[str, ...]
+    before: Diagnosis
+    after: Diagnosis
+
+
+def repair(model: Model) -> Repair:
+    """Diagnose, mend, diagnose again. Raises Busy while another process writes."""
+    opening.check_executor(model.executor)  # an unknown one is refused before anything is written
+    before = diagnose(model.directory)
+    with files.writer_lock(model.directory / opening.LOCK), model._world(as_it_is=True) as world:
+        found = examine(world, model.directory)
+        if any(each.repair == "retrain" for each in found):
+            _ = model.parts.base  # refuses a changed base before a checkpoint is given up
+        done = _mend_sources(world, found) if is_behind(world) else []
+        world = settle(world)
+        done += mend(world, model.directory).done
+    return Repair(tuple(done), before, diagnose(model.directory))
+
+
+def _mend_sources(world: World, found: Sequence[Finding]) -> list[str]:
+    """What a replay builds on, without training: the records that it deletes are still held."""
+    if any(each.lost for each in found):
+        return []
+    _, done = _give_up(world, found)
+    return _mend_indexes(world, found) + done
+
+
+def mend(world: World, directory: Path) -> Repair:
+    """Mend an opened model; the caller holds the writer lock."""
+    found = [*surroundings(directory), *examine(world, directory)]
+    done = _mend_modes(directory, found)
+    unwritable = any(each.kind == "read_only" for each in found)
+    if not unwritable and not any(each.lost for each in found):
+        done += _mend_indexes(world, found)
+        world = _mend_patches(world, found, done)
+        done += _mend_checkpoints(world, found)
+        done += _mend_heads(world, found)
+        removed = remove_garbage(world, directory)
+        if removed:
+            done.append(f"removed {len(removed)} unknown or retired files and directories")
+        done += _mend_forms(world, found)
+        trained = reconcile(world)
+        if trained.slices_trained:
+            done.append(f"trained {trained.slices_trained} stages")
+    after = [*surroundings(directory), *examine(world, directory)]
+    after = [each for each in after if each.kind != "log"]  # it holds what this process just wrote
+    return Repair(tuple(done), diagnosis(directory, found), diagnosis(directory, after))
+
+
+def _mend_modes(directory: Path, found: Sequence[Finding]) -> list[str]:
+    wrong = [directory / each.where for each in found if each.repair == "mode"]
+    paths = [each for top in wrong for each in ([top] if top == directory else walk(top))]
+    for path in paths:
+        with files.disk_errors(path):
+            if not path.is_symlink():
+                path.chmod(files.DIRECTORY_MODE if path.is_dir() else files.FILE_MODE)
+    return [f"made {len(paths)} files and directories their owner's alone"] if wrong else []
+
+
+def _mend_forms(world: World, found: Sequence[Finding]) -> list[str]:
+    wrong = [each for each in found if each.repair == "reseal"]
+    if not wrong:
+        return []
+    reseal(world)
+    return [f"brought {len(wrong)} files or checkpoints to the form of the model"]
+
+
+def _mend_indexes(world: World, found: Sequence[Finding]) -> list[str]:
+    done = []
+    for shard in sorted({int(f.shard) for f in found if f.repair == "reindex" and f.shard is not None}):
+        rows = world.ledger.rows(shard)
+        if not rows:
+            commit(world, Change(unindexed=[shard]))
+        else:
+            wanted = embed_shard(world, shard, rows)
+            commit(world, Change(indexes=[world.index.build(shard, index_root(rows), None, wanted)]))
+        done.append(f"built the index of shard {shard} from its slice files")
+    return done
+
+
+def _mend_patches(world: World, found: Sequence[Finding], done: list[str]) -> World:
+    """Go on without damaged patches and sets of texts; the world to go on with."""
+    damaged = [each.key for each in found if each.repair == "patches"]
+    if not damaged:
+        return world
+    done.append(f"gave up {len(damaged)} damaged patches or sets of texts")
+    return give_up(world, damaged)
+
+
+def _mend_checkpoints(world: World, found: Sequence[Finding]) -> list[str]:
+    """Give damaged checkpoints up, then close the gaps that they leave."""
+    plans, done = _give_up(world, found)
+    return done + close_gaps(world, plans)
+
+
+def _give_up(world: World, found: Sequence[Finding]) -> tuple[list[ShardPlan], list[str]]:
+    """Plans of the shards with damaged checkpoints or gaps, after the damaged ones were given up."""
+    damaged: dict[int, list[str]] = {}
+    for each in found:
+        if each.repair == "retrain" and each.shard is not None:
+            damaged.setdefault(each.shard, []).extend([each.key] if each.key else [])
+    plans, done = [], []
+    for shard, keys in sorted(damaged.items()):
+        plan = plan_shard(view_shard(world, shard, dropped=keys), world.recipe, world.fingerprint)
+        plans.append(plan)
+        if keys:
+            commit(world, Change(dropped=keys, heads=[plan.head]))
+            world.checkpoints.erase(keys)
+            done.append(f"gave up {len(keys)} damaged checkpoints of shard {shard}")
+    return plans, done
+
+
+def close_gaps(world: World, plans: Sequence[ShardPlan]) -> list[str]:
+    """Train stages again that lie before a held one, of whatever order; what was done."""
+    done: list[str] = []
+    chains: list[Chain] = []
+    for plan in plans if world.recipe.shard_budget is None else ():  # else what is missing may be meant
+        gaps = _gaps(world, plan)
+        if gaps and gaps[0].jobs[0].fingerprint != world.fingerprint:
+            done.append(
+                f"shard {plan.shard} serves its target, but earlier stages can't be made again here: "
+                "it was trained in another environment, so that its next deletion retrains more"
+            )
+            continue
+        chains += gaps
+    if not chains:
+        return done
+    seq = world.ledger.seq()
+    recorded: set[str] = set()
+    world.report(training_started(chains))
+
+    def on_event(event: Event) -> None:
+        if isinstance(event, SliceTrained) and event.job.key not in recorded:
+            recorded.add(event.job.key)  # a second order's chain begins with what the first one trained
+            commit(world, Change(checkpoints=[just_trained(event, seq)]))
+        world.report(event)
+
+    # One chain of a shard at a time: an executor may run chains side by side.
+    for chain in chains:
+        world.executor_for(world.checkpoints).run([chain], on_event)
+    return [*done, f"trained {len(recorded)} stages again"]
+
+
+def _gaps(world: World, plan: ShardPlan) -> list[Chain]:
+    """Runs of missing stages that lie before a held one; what lies behind it is left to `reconcile`."""
+    held = {each.key: each for each in world.ledger.checkpoints(plan.shard)}
+    slices = tuple(world.ledger.slices(plan.shard))
+    gaps: dict[tuple[str, ...], Chain] = {}
+    for path in plan.paths:
+        run: list[SliceJob] = []
+        parent: HeldCheckpoint | None = None
+        for job in path[: reached(path, held)]:
+            if job.key not in held:
+                run.append(job)
+                continue
+            if run:
+                gaps[tuple(each.key for each in run)] = Chain(plan.shard, tuple(run), parent, slices)
+                run = []
+            parent = held[job.key]
+    return list(gaps.values())
+
+
+def _mend_heads(world: World, found: Sequence[Finding]) -> list[str]:
+    shards = sorted({int(f.shard) for f in found if f.repair == "heads" and f.shard is not None})
+    layout = range(world.assigner.layout.num_shards)
+    heads: list[Head] = [
+        plan_shard(view_shard(world, shard), world.recipe, world.fingerprint).head
+        for shard in shards
+        if shard in layout
+    ]
+    if shards:
+        commit(world, Change(heads=heads, headless=[s for s in shards if s not in layout]))
+    return [f"derived {len(shards)} heads from what is held"] if shards else []

@@ -1,0 +1,388 @@
+"""The scan behind `sisa sweep`: is anything left that a deleted record touched?
+
+    what is read                     what must hold
+    checkpoints, anywhere            bytes as recorded, made of records that are all still held
+    rows of Parquet and JSON lines   of held records; a keyed id that is a tombstone is residue
+    vectors of index files           of held records
+    adapters exported elsewhere      of a current head (of another stage or clean export: outdated)
+    exports that a deletion marked   are erased; one that can't be found can't be excluded
+    patches, anywhere                bytes as recorded, served or trained over
+    files of metrics                 numbers alone, and losses and tokens of held checkpoints
+    sets of the vault, unfinished    as recorded and sealed; kept by consent, not looked into
+    all bytes (`ids`, `texts`)       hold none of the strings that the caller gives
+
+Rules: nothing is changed. What can't be read or told is residue, too: absence is proven or it is not.
+Places are the model directory, left-overs in the cache and in the temporary directory that are ours,
+exports that the ledger knows, and what `also` names. Each is resolved first; a link inside a place is
+residue unless it leads into a place that is read, and so is a named place without any file. Answers
+name paths, rows and offsets, never an id or a text. Index files are parsed only if their bytes have the
+digest in their name. What this model's keys open is read as plaintext; a sealed file that they don't
+open is *shredded*: counted, and no residue unless the ledger relies on it. A key that opens nothing
+held is residue.
+
+Not covered: a storage that is no path (`stored_residue.py`); compressed copies, what others encrypted,
+copies of the keyring, other machines, backups, blocks that a disk has freed. Optimizer states that were
+copied out of a checkpoint directory are found by their manifest alone.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sisa.audit.found_groups import NONE, FoundGroups
+from sisa.audit.found_rows import (
+    BATCH_ROWS,
+    Residue,
+    Unreadable,
+    json_ids,
+    not_held,
+    parquet_ids,
+    vector_ids,
+)
+from sisa.audit.garbage import at_hand, list_garbage, undisturbed
+from sisa.audit.needles import PARQUET_MAGIC, Needles
+from sisa.audit.stored_residue import scan_objects
+from sisa.audit.unsealing import SealedFiles, Shredded
+from sisa.core.config_types import is_uri
+from sisa.core.digest import file_sha256, sha256_hex
+from sisa.core.errors import Busy, IntegrityError, InvalidInput, SisaError
+from sisa.core.measured import STAGE_DIGITS, without
+from sisa.data.left_overs import owned_left_overs, walk
+from sisa.flows.stale_exports import standing
+from sisa.flows.wiring.opening import CHECKPOINTS, INDEX, METRICS, PATCHES, RECORDS, RUNS, VAULT
+from sisa.flows.wiring.world import World, known_names
+from sisa.store.blobs.keyring import is_sealed
+from sisa.store.checkpoints import ADAPTER, MANIFEST
+from sisa.store.metrics import parsed
+
+if TYPE_CHECKING:
+    from sisa.model import Model
+
+
+@dataclass(frozen=True, slots=True)
+class Scan:
+    """What was read and what was found; `clean` when there is no residue."""
+
+    clean: bool
+    places: tuple[str, ...]
+    scanned: dict[str, int]
+    residue: tuple[Residue, ...]
+    outdated_exports: tuple[str, ...]
+
+
+def sweep_model(
+    model: Model,
+    *,
+    also: Sequence[Path] = (),
+    ids: Sequence[str] = (),
+    texts: Sequence[str] = (),
+) -> Scan:
+    """Scan a model's directory and all that belongs to it. Raises Busy while another process writes."""
+    with undisturbed(model.directory) as free:
+        if not free:
+            raise Busy(
+                "another process is writing to this model",
+                where=str(model.directory),
+                next_step="wait until it has finished, then run the same command again",
+            )
+        with model._world(locked=True) as world:
+            return scan_residue(world, model.directory, also=also, ids=ids, texts=texts)
+
+
+def scan_residue(
+    world: World,
+    directory: Path,
+    *,
+    also: Sequence[Path] = (),
+    ids: Sequence[str] = (),
+    texts: Sequence[str] = (),
+) -> Scan:
+    """Scan for traces of deleted records, and for given ids and texts. Raises InvalidInput."""
+    missing = [number for number, path in enumerate(also, start=1) if not path.exists()]
+    if missing:
+        raise InvalidInput(
+            f"{len(missing)} of the paths to scan do not exist",
+            expected="paths of files or directories",
+            got=", ".join(f"path {number} of {len(also)}" for number in missing),
+        )
+    exports = [Path(each.path) for each in world.ledger.exports()]
+    known = [each for each in dict.fromkeys(exports) if each.is_dir()]
+    scanner = _Scanner(world, directory, Needles(list(texts), list(ids)))
+    named = _resolved([*scanner.own, *also, *known])
+    scanner.places = _resolved([*named, *owned_left_overs()])
+    for place in scanner.places:
+        scanner.scan(place, models=place in named)
+    scanner.unread([scanner.own[0], *_resolved(also)])
+    stores = scan_objects(world, scanner.needles, scanner.residue, scanner.counts)
+    scanner.unknown_files()
+    scanner.missing_exports()
+    return Scan(
+        not scanner.residue,
+        tuple(scanner.needles.hidden(str(place)) for place in (*scanner.places, *stores)),
+        scanner.counts,
+        tuple(scanner.residue),
+        tuple(scanner.outdated),
+    )
+
+
+def _resolved(paths: Iterable[Path]) -> list[Path]:
+    """Real paths, without those below an earlier one."""
+    found: list[Path] = []
+    for path in paths:
+        real = Path(os.path.realpath(path))
+        if not any(real.is_relative_to(each) for each in found):
+            found.append(real)
+    return found
+
+
+class _Scanner:
+    def __init__(self, world: World, directory: Path, needles: Needles) -> None:
+        self.world = world
+        self.directory = directory
+        at = {room: at_hand(place) or directory / room for room, place in world.places.items()}
+        self.roots = {room: Path(os.path.realpath(root)) for room, root in at.items()}
+        beside = {root.parent for root in at.values() if root.parent != directory}
+        self.own = _resolved([directory, *sorted(beside), *self.roots.values()])
+        self.places = self.own
+        self.needles = needles
+        self.residue: list[Residue] = []
+        self.outdated: list[str] = []
+        self.counts = dict.fromkeys(
+            ("files", "bytes", "checkpoints", "rows", "vectors", "adapters", "unreadable"), 0
+        )
+        self.counts |= dict.fromkeys(("shredded", "patches", "kept_by_consent"), 0)
+        self.counts |= {"strings": len(needles), "strings_too_short_for_raw_bytes": needles.num_short}
+        self.proven: set[Path] = set()
+        self._empty: list[Path] = []
+        self._sealed = SealedFiles(world.keyring)
+        self._heads = {head.key for head in world.ledger.heads()}
+        self._groups = FoundGroups(world)
+        self._exports = world.ledger.exports()
+        self._known = known_names(world)
+        held = [each for each in world.ledger.vault() if each.held]
+        self._sets = {self.roots[VAULT] / each.name: each for each in held}
+        self._digests = {
+            **{self.roots[RECORDS] / each.name: each.sha256 for each in world.ledger.slices()},
+            **{self.roots[INDEX] / each.name: each.sha256 for each in world.ledger.indexes()},
+        }
+
+    def _found(self, kind: str, path: Path, what: str, position: str = "") -> None:
+        self.residue.append(Residue(kind, self.needles.hidden(str(path)), position, what))
+
+    def scan(self, place: Path, *, models: bool = True) -> None:
+        """Read every file of a place. `models`: whether it may hold parts of this one; what other models
+        leave in a temporary directory is not judged, but for its rows."""
+        before = self.counts["files"]
+        for path in walk(place, self._unreadable):
+            self._names(path)
+            try:
+                mode = path.lstat().st_mode
+                if stat.S_ISREG(mode):
+                    self._file(path, models=models)
+                elif stat.S_ISLNK(mode):
+                    self._link(path)
+            except FileNotFoundError:
+                continue  # somebody's temporary file
+            except OSError as error:
+                self._unreadable(path, error)
+        if self.counts["files"] == before:
+            self._empty.append(place)
+
+    def _unreadable(self, path: Path, error: OSError) -> None:
+        self.counts["unreadable"] += 1
+        self._found("unreadable", path, f"can't be read: {error.strerror}")
+
+    def _link(self, path: Path) -> None:
+        """What a link leads to is read where it lies, or not at all."""
+        target = Path(os.path.realpath(path))
+        if not target.exists() or not any(target.is_relative_to(each) for each in self.places):
+            self._found("link", path, "a link to what was not read: name its target with --also")
+
+    def unread(self, named: Sequence[Path]) -> None:
+        """Places in which there was no file: they prove nothing, since a disk may not be mounted."""
+        for place in named:
+            if place in self._empty:
+                self._found("nothing_read", place, "holds no file, so that it proves nothing")
+
+    def _names(self, path: Path) -> None:
+        for number in self.needles.in_value(path.name):
+            self._found("string", path.parent, f"string {number + 1} is in a name here", "name")
+
+    def _file(self, path: Path, *, models: bool) -> None:
+        self.counts["files"] += 1
+        self.counts["bytes"] += path.stat().st_size
+        if self._kept_by_consent(path):
+            return
+        try:
+            plain = self._sealed.plaintext(path)
+        except Shredded:
+            self._strings(path, None)
+            self._shredded(path)
+            return
+        self._strings(path, plain)
+        expected = self._digests.get(path)
+        found = expected and (file_sha256(path) if plain is None else sha256_hex(plain))
+        if found != expected:
+            self._found("damaged", path, "not the recorded file, so that its content proves nothing")
+            return
+        with path.open("rb") if plain is None else io.BytesIO(plain) as file:
+            head = file.read(len(PARQUET_MAGIC))
+        if head == PARQUET_MAGIC:
+            self._rows(path, parquet_ids(path if plain is None else io.BytesIO(plain)))
+        elif path.parent == self.roots[METRICS]:
+            self._metrics(path)
+        elif path.suffix == ".jsonl":
+            self._rows(path, json_ids(path))
+        elif not models:
+            return
+        elif path.suffix == ".faiss":
+            self._vectors(path)
+        elif path.name == MANIFEST:
+            self._group(path.parent)
+        elif path.name == ADAPTER and not (path.parent / MANIFEST).exists():
+            self._adapter(path)
+
+    def _kept_by_consent(self, path: Path) -> bool:
+        """A sealed set of the vault, or a part of an unfinished patch, that the ledger knows."""
+        run = self.roots[RUNS] == path.parent.parent and path.parent.name in self._known[RUNS]
+        if not run and path not in self._sets:
+            return False
+        what = ""
+        if path in self._sets:
+            try:
+                self.world.vault.check(self._sets[path])
+            except SisaError as error:
+                what = error.what
+        elif not is_sealed(path.read_bytes()):
+            what = "a part of an unfinished patch that is not encrypted"
+        if what:
+            self._found("damaged", path, what)
+            return False
+        self.counts["kept_by_consent"] += 1
+        self.proven.add(path)
+        return True
+
+    def _strings(self, path: Path, plain: bytes | None) -> None:
+        for place in self.needles.in_file(path, plain):
+            what = f"string {place.needle + 1} of {len(self.needles)} is here"
+            self._found("string", path, what, place.position)
+
+    def _shredded(self, path: Path) -> None:
+        """A sealed file that can't be read any more: as good as erased, unless it should be there."""
+        held = {self.roots[CHECKPOINTS] / key for key in self._groups.checkpoints}
+        held |= {self.roots[PATCHES] / key for key in self._groups.patches}
+        if path in self._digests or path.parent in held:
+            self._found("damaged", path, "encrypted under a key that is not held")
+        else:
+            self.counts["shredded"] += 1
+            self.proven.add(path)
+
+    def _metrics(self, path: Path) -> None:
+        """Lines of numbers alone, with losses and tokens of held stages alone."""
+        try:
+            found = parsed(path.read_bytes(), str(path))
+        except IntegrityError as error:
+            self._found("unreadable", path, error.what)
+            return
+        stages = {key[:STAGE_DIGITS] for key in self._groups.checkpoints}
+        if any(without(line, stages) != line for line in found):
+            self._found("stale_loss", path, "a loss or tokens of a checkpoint that is not held any more")
+        self.proven.add(path)
+
+    def _rows(self, path: Path, ids: Iterator[str | None]) -> None:
+        """Rows with an id: a tombstone is residue anywhere, an unknown id in the model directory."""
+        ours = any(each in path.parents for each in self.own)
+        position, batch = 0, []
+        try:
+            for record_id in ids:
+                batch.append((position, record_id))
+                position += 1
+                if len(batch) == BATCH_ROWS:
+                    self._batch(path, batch, ours)
+                    batch = []
+            self._batch(path, batch, ours)
+        except Unreadable:
+            if ours:
+                self._found("unreadable", path, "can't be decoded, so that its rows prove nothing")
+            return
+        self.proven.add(path)
+
+    def _batch(self, path: Path, batch: Sequence[tuple[int, str | None]], ours: bool) -> None:
+        self.counts["rows"] += len(batch)
+        for kind, what, position in not_held(self.world, batch, ours=ours):
+            self._found(kind, path, what, position)
+
+    def _vectors(self, path: Path) -> None:
+        data = self._sealed.read(path)
+        shard, _, digest = path.stem.removeprefix("shard-").partition("-")
+        if not shard.isdigit() or sha256_hex(data) != digest:
+            self._found("unreadable", path, "its bytes are not those of its name: not parsed")
+            return
+        try:
+            found = vector_ids(data)
+        except (RuntimeError, AttributeError):
+            self._found("unreadable", path, "can't be parsed, so that its vectors prove nothing")
+            return
+        self.counts["vectors"] += len(found)
+        held = self.world.ledger.by_vector(int(shard), found)
+        gone = [at for at, each in enumerate(found) if each not in held]
+        for at in gone:
+            self._found("deleted_vector", path, "a vector of no held record", f"vector {at}")
+        self.proven.add(path)
+
+    def _group(self, path: Path) -> None:
+        """A checkpoint or a patch."""
+        found = self._groups.judge(self._sealed.read(path / MANIFEST), partial(self._are, path))
+        self.counts[found.room] += 1
+        if found.fault != NONE:
+            self._found(found.fault[0], path, found.fault[1])
+            return
+        self.proven |= {path, *(path / each for each in (*found.names, MANIFEST))}
+
+    def _are(self, directory: Path, names: Mapping[str, str]) -> bool:
+        return all(self._is(directory / name, sha256) for name, sha256 in names.items())
+
+    def _is(self, path: Path, sha256: str) -> bool:
+        try:
+            return path.is_file() and self._sealed.sha256(path) == sha256
+        except Shredded:
+            return False
+
+    def _adapter(self, path: Path) -> None:
+        self.counts["adapters"] += 1
+        sha256 = file_sha256(path)
+        clean = [each for each in self._exports if not each.stale]
+        of = [each.key for each in self._groups.checkpoints.values() if each.adapter_sha256 == sha256]
+        of += [each.key for each in clean if each.adapter_sha256 == sha256]
+        if any(each.adapter_sha256 == sha256 for each in self._groups.patches.values()):
+            return
+        if not of:
+            what = "an adapter of no held checkpoint: made before a deletion, or of another model"
+            self._found("stale_adapter", path, what)
+        elif not self._heads & set(of):
+            self.outdated.append(self.needles.hidden(str(path)))
+
+    def unknown_files(self) -> None:
+        """What the ledger does not know in the model directory and nothing above has proven clean."""
+        for each in list_garbage(self.world, self.directory):
+            if is_uri(each.path):
+                continue  # told by the scan of its store
+            path = self.directory / each.path
+            path = Path(os.path.realpath(path.parent), path.name)
+            inside = [p for p in walk(path) if not p.is_dir() or p.is_symlink()]
+            if not inside or any(p not in self.proven for p in inside):
+                self._found("unknown_file", path, each.reason)
+
+    def missing_exports(self) -> None:
+        """Exports that a deletion marked; one that is still there is found as a stale adapter."""
+        for each in self._exports:
+            if each.stale and (found := standing(self.world, each)) != "held":
+                what = f"an export that request {each.request_id} made stale is {found}"
+                self._found("missing_export", Path(each.path), what)

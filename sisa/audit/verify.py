@@ -1,0 +1,327 @@
+"""Proof: digests of all that is held, and a replay from scratch that must give the same bytes.
+
+Every held file is read and checked against the ledger. Records are placed and digested again, which must
+give their rows, and some of their texts, chosen by chance, are embedded again, which must give their
+vectors. A file that the ledger does not know is a finding.
+
+A replay trains a shard from the base on the records that remain, into a scratch store, and compares
+every file of every stage with the held ones. One process trains the whole chain. The stages of one of
+these shards are then trained a second time, each in a process of its own, from the files of its parent:
+what a process keeps from stage to stage would pass unseen otherwise. A shard says `replayed: false`, and
+why, where a comparison would mean nothing: another numerics fingerprint, or a shard that is not at its
+target. Without a replay weights are what the trainer said they were.
+
+Source: the definition of exact unlearning in Bourtoule et al. 2021, section III (equality of the model
+with one that was trained without the record).
+"""
+
+from __future__ import annotations
+
+import random
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal
+
+import numpy as np
+
+from sisa.audit.examine import forms
+from sisa.core.domain import Chain, Head, IndexFile, Record, RecordRow, SliceFile
+from sisa.core.errors import ConfigConflict, EnvironmentFault, IntegrityError, InvalidInput, Problem
+from sisa.core.events import Notice
+from sisa.core.ports import By, CheckpointStore, Vectors
+from sisa.flows.reconcile import refuse_contradictions, training_started
+from sisa.flows.wiring.world import World, embed_records, held_names, known_names, view_shard
+from sisa.planning.plan import all_paths, plan_shard, reached
+
+Replay = Literal["none", "sample", "all"]
+EMPTY = "the shard holds no records"
+SAMPLED_SLICES, SAMPLED_RECORDS = 16, 4  # so many records of so many slices are embedded again
+TOLERANCE = 1e-3  # of a unit vector's components: other processors round otherwise
+
+
+@dataclass(frozen=True)
+class ShardProof:
+    """One shard: `equal` is None where nothing was replayed, and `reason` says why."""
+
+    shard: int
+    head: str | None
+    replayed: bool
+    equal: bool | None
+    stages: int
+    reason: str = ""
+    equal_apart: bool | None = None  # where each stage was trained again in a process of its own
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was checked and what was found; `ok` when there are no findings."""
+
+    ok: bool
+    files_checked: int
+    findings: tuple[Problem, ...]
+    shards: tuple[ShardProof, ...]
+    vectors_embedded: int = 0  # texts that were embedded again
+
+    @property
+    def replayed(self) -> int:
+        """The number of shards that were trained from scratch."""
+        return sum(each.replayed for each in self.shards)
+
+
+@dataclass(frozen=True)
+class Apart:
+    """A store, and what trains all stages of a shard into it, each in a process of its own."""
+
+    store: CheckpointStore
+    train: Callable[[Sequence[Chain]], None]
+
+
+def shards_to_replay(world: World, replay: Replay, shard: int | None) -> list[int]:
+    """The shard that was named, else all, or one by chance. Raises InvalidInput."""
+    heads = world.ledger.heads()
+    if shard is not None:
+        if shard not in {head.shard for head in heads}:
+            raise InvalidInput("no such shard", expected=f"0 to {len(heads) - 1}", got=str(shard))
+        return [shard]
+    if replay == "all":
+        return [head.shard for head in heads]
+    held = [head.shard for head in heads if head.key is not None]
+    return [secrets.choice(held)] if held else []
+
+
+def verify(
+    world: World,
+    replayed: Sequence[int],
+    scratch: CheckpointStore | None,
+    apart: Apart | None = None,
+    *,
+    require_replay: bool = False,
+) -> Verification:
+    """Check all held bytes; replay the shards named in `replayed` into `scratch`, side by side, and one
+    of them `apart`, too. With `require_replay` a shard that holds records and can't be replayed is a
+    finding."""
+    try:
+        refuse_contradictions(world)
+        count, findings = check_files(world)
+        vectors, wrong = check_vectors(world) if not findings else (0, [])
+        heads = world.ledger.heads()
+    except IntegrityError as error:  # of the ledger itself: what it names can't be judged
+        return Verification(False, 0, (Problem("ledger", f"{error.what} (got {error.got})"),), ())
+    findings += wrong
+    chains: dict[int, list[Chain]] = {}
+    reasons: dict[int, str] = {}
+    for head in heads:
+        found = _chains(world, head) if head.shard in replayed and not findings else None
+        if isinstance(found, list):
+            chains[head.shard] = found
+        elif head.shard not in replayed:
+            reasons[head.shard] = "not asked for"
+        else:
+            reasons[head.shard] = found or "held files are damaged"
+    for order in range(1 + len(world.recipe.orders)):
+        now = [each[order] for each in chains.values() if each[order].jobs]
+        if now and scratch is not None:
+            world.report(training_started(now))
+            world.executor_for(scratch).run(now, world.report)
+    again = secrets.choice(sorted(chains)) if chains and apart is not None else None
+    if again is not None and apart is not None:
+        world.report(Notice(f"shard {again}: once more, each stage in a process of its own"))
+        apart.train(chains[again])
+    proofs = [
+        _proof(world, head, chains.get(head.shard), scratch, apart if head.shard == again else None)
+        for head in heads
+    ]
+    proofs = [replace(each, reason=reasons.get(each.shard, "")) for each in proofs]
+    findings += [*_differing(proofs), *(_unproved(proofs, replayed) if require_replay else ())]
+    findings += _plain_files(world)
+    return Verification(not findings, count, tuple(findings), tuple(proofs), vectors)
+
+
+def _differing(proofs: Iterable[ShardProof]) -> Iterator[Problem]:
+    for proof in proofs:
+        if proof.equal is False:
+            yield Problem(f"shard {proof.shard}", "the replay's bytes differ from the held ones")
+        if proof.equal_apart is False:
+            what = (
+                "trained again, each stage in a process of its own, its bytes differ from the held ones"
+            )
+            yield Problem(f"shard {proof.shard}", what)
+
+
+def _unproved(proofs: Sequence[ShardProof], replayed: Sequence[int]) -> Iterator[Problem]:
+    """What a required replay left out; shards without records have nothing to show."""
+    for proof in proofs:
+        if proof.shard in replayed and not proof.replayed and proof.reason != EMPTY:
+            yield Problem(f"shard {proof.shard}", f"was not replayed: {proof.reason}")
+    if not any(proof.replayed for proof in proofs):
+        yield Problem("replay", "no shard was replayed, and a replay was required")
+
+
+def _chains(world: World, head: Head) -> list[Chain] | str:
+    """The chains that train a shard from the base, one for each order, up to the deepest stages that are
+    held; or why that would prove nothing."""
+    if not head.converged:
+        return "the shard is not at its target yet: run `sisa train` with its run file"
+    if head.key is None:
+        return EMPTY
+    held = {each.key: each for each in world.ledger.checkpoints(head.shard)}
+    if held[head.key].fingerprint != world.fingerprint:
+        return (
+            f"trained under numerics fingerprint {held[head.key].fingerprint[:12]}, "
+            f"this environment is {world.fingerprint[:12]}: bytes can't be compared"
+        )
+    files = tuple(world.ledger.slices(head.shard))
+    paths = all_paths(head.shard, files, world.recipe, world.fingerprint)
+    return [Chain(head.shard, path[: reached(path, held)], None, files) for path in paths]
+
+
+def _proof(
+    world: World,
+    head: Head,
+    chains: Sequence[Chain] | None,
+    scratch: CheckpointStore | None,
+    apart: Apart | None,
+) -> ShardProof:
+    if chains is None or scratch is None:
+        return ShardProof(head.shard, head.key, False, None, 0)
+    known = {each.key for each in world.ledger.checkpoints(head.shard)}
+    stages = sorted({job.key for chain in chains for job in chain.jobs} & known)
+
+    def same(store: CheckpointStore) -> bool:
+        return all(world.checkpoints.describe(key) == store.describe(key) for key in stages)
+
+    equal_apart = same(apart.store) if apart else None
+    return ShardProof(head.shard, head.key, True, same(scratch), len(stages), equal_apart=equal_apart)
+
+
+def train_stage(world: World, shard: int, key: str, store: CheckpointStore) -> None:
+    """Train one stage of a shard from the base, or from its parent in the store, into the store."""
+    files = tuple(world.ledger.slices(shard))
+    for path in all_paths(shard, files, world.recipe, world.fingerprint):
+        for number, job in enumerate(path, start=1):
+            if job.key == key:  # what is before it rests in the store, and is not trained again
+                world.executor_for(store).run([Chain(shard, path[:number], None, files)], world.report)
+                return
+
+
+def check_files(world: World) -> tuple[int, list[Problem]]:
+    """Read and check everything that the ledger names; returns the count and the findings."""
+    findings: list[Problem] = []
+    count = 0
+
+    def check(where: str, read: Callable[[], object]) -> None:
+        nonlocal count
+        count += 1
+        try:
+            read()
+        except IntegrityError as error:
+            found = f"{error.what} (expected {error.expected}, got {error.got})"
+            findings.append(Problem(where, found if error.expected else error.what))
+
+    for file in world.ledger.slices():
+        check(f"records/{file.name}", partial(_check_slice, world, file))
+    for index in world.ledger.indexes():
+        check(f"index/{index.name}", partial(_check_index, world, index))
+    for held in world.ledger.checkpoints():
+        load = partial(world.checkpoints.load, held.key, held.manifest_sha256)
+        check(f"checkpoints/{held.key}", load)
+    needed = known_names(world)["patches"]
+    for patch in world.ledger.patches():
+        if patch.key in needed:
+            load = partial(world.patches.load, patch.key, patch.manifest_sha256)
+            check(f"patches/{patch.key}", load)
+    for found in world.ledger.vault():
+        if found.held:
+            check(f"vault/{found.name}", partial(world.vault.check, found))
+    return count, findings + _wrong_heads(world) + _unknown_files(world)
+
+
+def _plain_files(world: World) -> list[Problem]:
+    """What anybody could read of an encrypted model."""
+    found = forms(world) if world.keyring.seals else ()
+    return [Problem(each.where, each.what) for each in found]
+
+
+def _wrong_heads(world: World) -> list[Problem]:
+    """Heads that claim to be at their target and are not the last stage of the held records."""
+    what = "serves another model than that of its records"
+    wrong = []
+    for head in world.ledger.heads():
+        plan = plan_shard(view_shard(world, head.shard), world.recipe, world.fingerprint)
+        if head.converged and head.key != plan.head.target:
+            wrong.append(Problem(f"shard {head.shard}", what))
+    return wrong
+
+
+def _check_slice(world: World, file: SliceFile) -> None:
+    rows = {row.id_digest: row for row in world.ledger.rows(file.shard, file.slice)}
+    for stored in world.records.read(file):
+        row = rows.pop(stored.id_digest, None)
+        if row is None:
+            raise IntegrityError("a slice file holds a record that the ledger does not")
+        if wrong := world.assigner.differences(stored.record, row):
+            raise IntegrityError(
+                "a record's row is not the one that its content and the key give",
+                expected="equal rows",
+                got=f"another {', '.join(wrong)}",
+            )
+    if rows:
+        raise IntegrityError(f"a slice file lacks {len(rows)} records that the ledger holds")
+
+
+def check_vectors(world: World) -> tuple[int, list[Problem]]:
+    """Embed some records again, chosen by chance; return how many, and the shards whose index has other
+    vectors. Without the embedder, or over an index of an earlier version, there are none."""
+    sampled: list[tuple[IndexFile, RecordRow, Record]] = []
+    indexes = {each.shard: each for each in world.ledger.indexes()}
+    slices = world.ledger.slices()
+    for file in random.SystemRandom().sample(slices, min(len(slices), SAMPLED_SLICES)):
+        rows = {row.id_digest: row for row in world.ledger.rows(file.shard, file.slice)}
+        records = world.records.read(file)
+        for stored in random.SystemRandom().sample(records, min(len(records), SAMPLED_RECORDS)):
+            sampled.append((indexes[file.shard], rows[stored.id_digest], stored.record))
+    try:
+        vectors = embed_records(world, [record for _, _, record in sampled])
+    except (EnvironmentFault, InvalidInput):  # it can't be fetched, or is not where it was
+        return 0, []
+    except ConfigConflict:  # the index is of an earlier version
+        return 0, []
+    wrong = {
+        index.name
+        for (index, row, _), wanted in zip(sampled, vectors, strict=True)
+        if _differ(_held_vectors(world, index, row, asks=len(wanted) > 1), wanted)
+    }
+    what = "holds a vector that is not that of its record's text, or of what it asks"
+    return len(sampled), [Problem(f"index/{name}", what) for name in sorted(wrong)]
+
+
+def _held_vectors(world: World, index: IndexFile, row: RecordRow, *, asks: bool) -> Vectors:
+    sides: list[By] = ["text", "asked"] if asks else ["text"]
+    return np.concatenate([world.index.vectors(index, [row.vector_id], by) for by in sides])
+
+
+def _differ(held: Vectors, wanted: Vectors) -> bool:
+    return held.shape != wanted.shape or bool(abs(held - wanted).max() > TOLERANCE)
+
+
+def _check_index(world: World, file: IndexFile) -> None:
+    wanted = sorted(row.vector_id for row in world.ledger.rows(file.shard))
+    if len(wanted) != file.num_vectors:
+        raise IntegrityError(
+            "an index and the ledger disagree",
+            expected=f"{len(wanted)} vectors",
+            got=f"{file.num_vectors} vectors",
+        )
+    world.index.vectors(file, wanted)
+
+
+def _unknown_files(world: World) -> list[Problem]:
+    known = known_names(world)
+    what = "a file that the ledger does not know; the next train, add or forget erases it"
+    return [
+        Problem(f"{folder}/{name}", what)
+        for folder, held in held_names(world).items()
+        for name in sorted(held - known[folder])
+    ]

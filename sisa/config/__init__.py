@@ -1,0 +1,1 @@
+"""The run file: its fields and blocks, its YAML, its template."""

@@ -1,0 +1,372 @@
+"""Reading a run file: YAML parsed once; every problem is listed with its line.
+
+Unknown and repeated keys, wrong types, impossible values and conflicts are reported together.
+`1e-3` is a number, as in YAML 1.2. Anchors, aliases, a second document and explicit tags that change a
+value's kind are refused.
+Local paths are resolved against the run file's directory and stay absolute; for a machine elsewhere they
+must be absolute already (`shared_paths.py`). Reading takes time linear in the file's size.
+
+>>> text = 'datasets: [{path: a.jsonl}]\\noutput_dir: model\\nlearning_rate: 1e-3\\nsisa: {shards: 8}'
+>>> config = parse_run_file(text, "run.yaml")
+>>> config.layout, config.learning_rate
+(Layout(num_shards=8, num_slices=3), 0.001)
+>>> try:
+...     parse_run_file(text + "\\nlora_rank: 8", "run.yaml")
+... except InvalidInput as error:
+...     error.problems[0].where, error.problems[0].what
+('line 5: lora_rank', "unknown key; did you mean 'lora_r'?")
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from sisa.config.config import HUB, KeyPath, RunConfig, is_local, keys, raw_schema, value_at
+from sisa.config.scratch_config import MADE, NAMED
+from sisa.config.shared_paths import unshared
+from sisa.core.config_types import NAME, is_uri, short, shown
+from sisa.core.errors import InvalidInput, Problem
+
+MAX_RUN_FILE_BYTES = 1 << 18
+MAX_DEPTH = 8
+MAX_NUMBER_CHARS = 400  # more than any finite float has; longer ones take quadratic time to convert
+MAX_PROBLEMS = 1000
+_EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
+
+
+def load_run_file(path: Path) -> RunConfig:
+    """Read a run file and resolve its local paths. Raises InvalidInput with every problem."""
+    directory = Path(os.path.abspath(path)).parent
+    return _parse(_read(path), str(path), lambda data, tree: _resolve(data, tree, directory))
+
+
+def load_elsewhere(path: Path) -> tuple[str, RunConfig]:
+    """A run file for a machine that sees shared paths alone: its text, and what it says, unresolved.
+
+    Raises InvalidInput with every problem, paths that mean another place there among them.
+    """
+    text, directory = _read(path), Path(os.path.abspath(path)).parent
+
+    def refuse(data: dict[str, Any], tree: _Tree) -> None:
+        for place, what in unshared(data, directory):
+            tree.add(place, what)
+
+    return text, _parse(text, str(path), refuse)
+
+
+def parse_run_file(text: str, where: str) -> RunConfig:
+    """Parse a run file's text; paths stay as they are. Raises InvalidInput with every problem."""
+    return _parse(text, where, lambda _data, _tree: None)
+
+
+def _read(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_RUN_FILE_BYTES + 1)
+    except OSError as error:
+        raise _refusal([Problem(path.name, f"can't be read: {error.strerror}")], str(path)) from None
+    if len(data) > MAX_RUN_FILE_BYTES:
+        raise _refusal([Problem(path.name, f"longer than {MAX_RUN_FILE_BYTES} bytes")], str(path))
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        problem = Problem(f"line {line}", f"invalid UTF-8 at byte {error.start + 1} of the file")
+        raise _refusal([problem], str(path)) from None
+
+
+def _parse(text: str, where: str, look: Callable[[dict[str, Any], _Tree], None]) -> RunConfig:
+    """`look` is at the paths: it may change the data, and adds to the tree what is wrong with them."""
+    tree = _Tree()
+    data = tree.read(text)
+    if not isinstance(data, dict):
+        raise _refusal(tree.problems, where)
+    look(data, tree)
+    config = None
+    try:
+        config = RunConfig.model_validate(data)
+    except ValidationError as error:
+        known = {each.where for each in tree.problems}
+        for path, what in _explained(error, data):
+            tree.add(path, what, known)
+    if tree.problems or config is None:
+        raise _refusal(tree.problems, where)
+    return config
+
+
+def _refusal(problems: list[Problem], where: str) -> InvalidInput:
+    unique = sorted(dict.fromkeys(problems), key=lambda each: _line_of(each.where))
+    listed = unique[:MAX_PROBLEMS]
+    if left := len(unique) - len(listed):
+        listed.append(Problem("the run file", f"{left} more problems are not listed"))
+    return InvalidInput(
+        f"{len(unique)} problem{'s' * (len(unique) != 1)} in the run file; nothing was done",
+        where=where,
+        next_step="mend the run file; `sisa config schema` describes every key",
+        problems=listed,
+    )
+
+
+def _line_of(where: str) -> int:
+    found = re.match(r"line (\d+)", where)
+    return int(found[1]) if found else 0
+
+
+@dataclass
+class _Tree:
+    """YAML text as plain data, the line of every key, and the problems met on the way."""
+
+    lines: dict[KeyPath, int] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+    loader: Any = field(default_factory=lambda: yaml.SafeLoader(""))
+
+    def add(self, path: KeyPath, what: str, known: Collection[str] = ()) -> None:
+        """Note a problem of a key, unless its place is among those `known` to have one."""
+        at = path
+        while at and at not in self.lines:
+            at = at[:-1]
+        self._add(self.lines.get(at, 1), what, path, known)
+
+    def _add(self, line: int, what: str, path: KeyPath = (), known: Collection[str] = ()) -> None:
+        where = f"line {line}: {_dotted(path)}" if path else f"line {line}"
+        if where not in known:
+            self.problems.append(Problem(where, what))
+
+    def read(self, text: str) -> Any:
+        """The document's mapping, or None with at least one problem."""
+        try:
+            if not self._plain(text):
+                return None
+            node = yaml.compose(text, Loader=yaml.SafeLoader)
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark
+            self._add(_line(mark), f"no YAML: {error.problem}")
+            return None
+        except yaml.reader.ReaderError as error:
+            line = text.count("\n", 0, error.position) + 1
+            self._add(line, "no YAML: a character that isn't allowed")
+            return None
+        if not isinstance(node, yaml.MappingNode):
+            kind = "an empty document" if node is None else "something else"
+            self._add(1, f"expected a mapping of keys to values, got {kind}")
+            return None
+        return self._value(node, ())
+
+    def _plain(self, text: str) -> bool:
+        """One shallow document without anchors: nothing that could grow or loop."""
+        depth = documents = 0
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            line = _line(event.start_mark)
+            documents += isinstance(event, yaml.DocumentStartEvent)
+            depth += isinstance(event, yaml.CollectionStartEvent)
+            depth -= isinstance(event, yaml.CollectionEndEvent)
+            if getattr(event, "anchor", None) is not None:
+                self._add(line, "anchors and aliases aren't allowed")
+            elif depth > MAX_DEPTH or documents > 1:
+                what = "more than one document" if documents > 1 else f"nested deeper than {MAX_DEPTH}"
+                self._add(line, what)
+                return False
+        return not self.problems
+
+    def _value(self, node: yaml.Node, path: KeyPath) -> Any:
+        self.lines.setdefault(path, _line(node.start_mark))
+        if node.tag != self._usual_tag(node):
+            self.add(path, f"the tag {shown(node.tag)} isn't allowed")
+            return None
+        if isinstance(node, yaml.MappingNode):
+            return dict(self._items(node, path))
+        if isinstance(node, yaml.SequenceNode):
+            return [self._value(each, (*path, index)) for index, each in enumerate(node.value)]
+        return self._scalar(node, path)
+
+    def _usual_tag(self, node: Any) -> str:
+        """Return the tag of a node without an explicit one."""
+        plain = isinstance(node, yaml.ScalarNode) and node.style is None
+        tag: str = self.loader.resolve(type(node), node.value, (plain, not plain))
+        return tag
+
+    def _items(self, node: yaml.MappingNode, path: KeyPath) -> Iterator[tuple[str, Any]]:
+        for key_node, value_node in node.value:
+            line = _line(key_node.start_mark)
+            key = key_node.value
+            if not isinstance(key, str) or not key_node.tag.endswith((":str", ":merge", ":value")):
+                self._add(line, "expected a text as a key", path)
+                continue
+            inner = (*path, key)
+            if inner in self.lines:
+                self._add(line, f"given twice, first on line {self.lines[inner]}", inner)
+                continue
+            self.lines[inner] = line
+            yield key, self._value(value_node, inner)
+
+    def _scalar(self, node: Any, path: KeyPath) -> Any:
+        plain, short_enough = node.style is None, len(node.value) <= MAX_NUMBER_CHARS
+        if plain and short_enough and _EXPONENT.fullmatch(node.value):
+            return float(node.value)  # YAML 1.2; PyYAML takes 1e-3 for a text
+        try:
+            if not short_enough and node.tag.endswith((":int", ":float")):
+                raise ValueError
+            return self.loader.construct_object(node)
+        except (yaml.YAMLError, ValueError, ArithmeticError):
+            self.add(path, f"no value of its kind: {shown(node.value)}")
+            return None
+
+
+def _line(mark: Any) -> int:
+    return 1 if mark is None else int(mark.line) + 1
+
+
+def _dotted(path: KeyPath) -> str:
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{short(part)}" for part in path)
+    return text.removeprefix(".")
+
+
+def _explained(error: ValidationError, data: Any) -> Iterator[tuple[KeyPath, str]]:
+    """Yield (key path, what is wrong), in the words of the schema, once for the members of a union."""
+    seen: set[tuple[KeyPath, str, str]] = set()
+    for each in error.errors(include_url=False):
+        loc = tuple(part for part in each["loc"] if part not in (NAMED, MADE))
+        path, fragment = (loc, {}) if each["type"] == "extra_forbidden" else _fragment(loc)
+        if (key := (path, each["type"], each["msg"])) not in seen:
+            seen.add(key)
+            yield path, _what(each, path, fragment, data)
+
+
+def _what(error: Any, path: KeyPath, fragment: dict[str, Any], data: Any) -> str:
+    if error["type"] == "extra_forbidden":
+        return "unknown key" + _suggestion(path)
+    if error["type"] == "conflict":
+        return str(error["msg"])
+    if error["type"] == "missing":
+        return f"missing; expected {_words(fragment)}"
+    try:
+        got = shown(value_at(data, path))
+    except (KeyError, TypeError, IndexError):
+        got = shown(error["input"])  # `aggregation: routed` has no `method` of its own
+    return f"expected {_words(fragment)}, got {got}"
+
+
+def _suggestion(path: KeyPath) -> str:
+    name = str(path[-1])
+    beside = _properties(_fragment(path[:-1])[1])
+    elsewhere = [key for key in keys() if key.rsplit(".", 1)[-1] == name]
+    close = elsewhere or difflib.get_close_matches(name, beside, n=1)
+    return f"; did you mean '{close[0]}'?" if close else f"; known here: {', '.join(beside)}"
+
+
+def _fragment(loc: KeyPath) -> tuple[KeyPath, dict[str, Any]]:
+    """The schema of a location, and the location less pydantic's marks of union members."""
+    schema = raw_schema()
+    for depth, part in enumerate(loc):
+        known = _properties(schema)
+        if isinstance(part, int) and "items" in schema:
+            schema = schema["items"]
+        elif part in known:
+            schema = known[part]
+        elif isinstance(schema.get("additionalProperties"), dict):  # a mapping by names of the user's
+            schema = schema["additionalProperties"]
+        else:
+            return loc[:depth], schema
+    return loc, schema
+
+
+def _properties(schema: dict[str, Any]) -> dict[str, Any]:
+    schema = _followed(schema)
+    found: dict[str, Any] = dict(schema.get("properties", {}))
+    for each in (*schema.get("oneOf", []), *schema.get("anyOf", [])):
+        found |= _properties(each)
+    return found
+
+
+def _followed(schema: dict[str, Any]) -> dict[str, Any]:
+    if "$ref" not in schema:
+        return schema
+    target: dict[str, Any] = raw_schema()["$defs"][schema["$ref"].rsplit("/", 1)[-1]]
+    return target
+
+
+_TYPES = {"integer": "an integer", "number": "a number", "string": "a text", "boolean": "true or false"}
+_TYPES |= {"array": "a list", "object": "a mapping", "null": "null"}
+_BOUNDS = {"minimum": "of at least", "exclusiveMinimum": "above", "maximum": "at most"}
+_BOUNDS |= {"exclusiveMaximum": "below", "minItems": "with a length of at least"}
+
+
+def _words(schema: dict[str, Any]) -> str:
+    schema = _followed(schema)
+    if choices := schema.get("anyOf") or schema.get("oneOf"):
+        return " or ".join(_words(each) for each in choices)
+    if "const" in schema:
+        return repr(schema["const"])
+    if "enum" in schema:
+        return "one of " + ", ".join(map(repr, schema["enum"]))
+    kind = "a path" if schema.get("format") == "path" else _TYPES[schema["type"]]
+    if "pattern" in schema:
+        kind = "a printable text"
+    bounds = [f"{words} {schema[name]}" for name, words in _BOUNDS.items() if name in schema]
+    return " ".join([kind, " and ".join(bounds)]).strip()
+
+
+def _resolve(data: dict[str, Any], tree: _Tree, directory: Path) -> None:
+    """Make local paths absolute, in place; what should be there and is not is a problem."""
+
+    def put(holder: Any, key: Any, path: KeyPath, expected: str) -> None:
+        value = holder.get(key) if isinstance(holder, dict) else None
+        if not isinstance(value, str) or not NAME.fullmatch(value) or value.startswith("pypi:"):
+            return
+        local = Path(os.path.abspath(directory / os.path.expanduser(value)))
+        if expected == "new" or os.path.exists(local):  # False for a name too long
+            holder[key] = str(local)
+        elif expected == "file" or is_local(value):
+            tree.add(path, f"no such file or directory: {shown(value)}")
+        elif not HUB.fullmatch(value):
+            tree.add(path, f"neither a local path nor a hub name: {shown(value)}")
+
+    block, sources = data.get("sisa"), data.get("datasets")
+    put(data, "base_model", ("base_model",), "hub")
+    put(data, "output_dir", ("output_dir",), "new")
+    put(data, "witness", ("witness",), "new")
+    put(data, "keyring", ("keyring",), "new")
+    if not is_uri(data.get("storage")):
+        put(data, "storage", ("storage",), "new")
+    for key, what in (("witness", "the witness lies"), ("keyring", "the keys lie")):
+        _keep_apart(data, data, tree, (key,), what)
+    _keep_apart(data, data, tree, ("storage",), "the storage lies")
+    if _lies_inside(data.get("keyring"), data.get("storage")):
+        tree.add(("keyring",), "conflict: the keys lie inside the storage")
+    put(block, "partition_key_file", ("sisa", "partition_key_file"), "file")
+    if isinstance(block, dict) and block.get("embedder") != "hashing":
+        put(block, "embedder", ("sisa", "embedder"), "hub")
+    for index, source in enumerate(sources if isinstance(sources, list) else []):
+        put(source, "path", ("datasets", index, "path"), "hub")
+        # the model directory must hold no text that `forget` doesn't know of
+        _keep_apart(source, data, tree, ("datasets", index, "path"), "the data lies")
+    scratch = base.get("scratch") if isinstance(base := data.get("base_model"), dict) else None
+    if isinstance(scratch, dict):
+        within: KeyPath = ("base_model", "scratch")
+        put(scratch, "directory", (*within, "directory"), "new")
+        _keep_apart(scratch, data, tree, (*within, "directory"), "the base lies")
+        corpus = scratch.get("corpus")
+        for index, source in enumerate(corpus if isinstance(corpus, list) else []):
+            put(source, "path", (*within, "corpus", index, "path"), "hub")
+            _keep_apart(source, data, tree, (*within, "corpus", index, "path"), "the corpus lies")
+
+
+def _keep_apart(holder: Any, data: dict[str, Any], tree: _Tree, path: KeyPath, what: str) -> None:
+    place = holder.get(path[-1]) if isinstance(holder, dict) else None
+    if _lies_inside(place, data.get("output_dir")):
+        tree.add(path, f"conflict: {what} inside output_dir")
+
+
+def _lies_inside(path: Any, output_dir: Any) -> bool:
+    if not isinstance(path, str) or not isinstance(output_dir, str) or not os.path.isabs(path):
+        return False
+    return Path(path).is_relative_to(output_dir)

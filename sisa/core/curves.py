@@ -1,0 +1,94 @@
+"""Lines of metrics as curves: points of a named curve, with a step and a time, for tools that draw.
+
+Rules: pure. A loss that is gone has no point. Steps are passes for losses, and else count what happened.
+
+Not covered: the tools (`cluster/observe/curve_sinks.py`).
+
+>>> line = {"at": "2026-11-25T21:37:49.000+00:00", "run": "r", "event": "slice_trained", "shard": 0}
+>>> line |= {"slice": 1, "stage": "0f", "num_records": 2, "record_epochs": 4}
+>>> line |= {"tokens": 100, "seconds": 2.0}
+>>> [(each.curve, each.step, each.value) for each in points([line, line])][-3:]
+[('slices_trained', 2, 2.0), ('tokens_trained', 2, 200.0), ('tokens_per_second', 2, 50.0)]
+>>> summary([line, line])["tokens_per_second"]
+50.0
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+QUEUE = ("depth", "undecided", "held", "failed_erasures", "oldest_days_left")
+Line = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A value of a curve, at a step and at a time (seconds since 1970)."""
+
+    curve: str
+    step: int
+    value: float
+    at: float
+
+
+def points(lines: Iterable[Line]) -> list[Point]:
+    """The points of a run, in the order of its lines."""
+    found: list[Point] = []
+    seen: Counter[str] = Counter()
+    for line in lines:
+        seen[line["event"]] += 1
+        at = datetime.fromisoformat(line["at"]).timestamp()
+        step, values = _values(line, seen)
+        told = {name: value for name, value in values.items() if value is not None}
+        found += [Point(name, step, float(value), at) for name, value in told.items()]
+    return found
+
+
+def _values(line: Line, seen: Counter[str]) -> tuple[int, dict[str, Any]]:
+    event = line["event"]
+    number = seen[event]
+    if event == "epoch_trained":
+        return line["epoch"], {f"loss/shard-{line['shard']}/slice-{line['slice']}": line["loss"]}
+    if event == "slice_trained":
+        tokens = line["tokens"] or 0
+        seen["tokens"] += tokens
+        return number, {
+            "slice_seconds": line["seconds"],
+            "slices_trained": number,
+            "tokens_trained": seen["tokens"] if tokens else None,
+            "tokens_per_second": tokens / line["seconds"] if tokens and line["seconds"] else None,
+        }
+    if event == "queue_seen":
+        return number, {f"queue/{name}": line[name] for name in QUEUE}
+    if event == "deletion_completed":
+        return number, {"deletion/seconds": line["seconds"], "deletion/records": line["num_records"]}
+    if event == "erasure_failed":
+        return number, {"deletion/erasure_failures": number}
+    return number, {}
+
+
+def summary(lines: Sequence[Line]) -> dict[str, Any]:
+    """A run in a few numbers; tokens are those of held stages, their speed is of one worker, the loss of
+    the last pass told."""
+    of = {name: [each for each in lines if each["event"] == name] for name in _EVENTS}
+    slices, losses = of["slice_trained"], [each["loss"] for each in of["epoch_trained"]]
+    counted = [each for each in slices if each["tokens"] is not None]
+    tokens, seconds = (sum(each[name] for each in counted) for name in ("tokens", "seconds"))
+    told = [each for each in losses if each is not None]
+    return {
+        "began": lines[0]["at"] if lines else None,
+        "slices_trained": len(slices),
+        "tokens": tokens,
+        "seconds": round(sum(each["seconds"] for each in slices), 3),
+        "tokens_per_second": round(tokens / seconds, 1) if seconds else None,
+        "last_loss": told[-1] if told else None,
+        "deletions": len(of["deletion_completed"]),
+        "erasure_failures": len(of["erasure_failed"]),
+    }
+
+
+_EVENTS = ("slice_trained", "epoch_trained", "deletion_completed", "erasure_failed")

@@ -1,0 +1,178 @@
+"""The error tree: every failure is typed and says what, where, expected, got and the next step.
+
+    SisaError
+    |- RejectedRequest      the caller can mend it; nothing was changed      exit 2
+    |  |- InvalidInput      a run file, a record file or an argument         exit 2
+    |  |- ConfigConflict    the run file contradicts an existing model       exit 2
+    |  `- UnknownRecord     an id or a subject that the ledger never held    exit 3
+    |- IntegrityError       held bytes are not the recorded ones: stop       exit 4
+    `- TransientError       try again later, or mend the machine
+       |- Busy              another writer holds the model                   exit 5
+       |- Outdated          what was loaded is served no more               exit 6
+       `- EnvironmentFault  disk, network, package, cluster                  exit 6
+
+Rules: messages carry paths, line numbers, positions and digests; never record text, and never a
+record id. Bad input lists *all* of its problems in `problems`. An exception outside this tree is a
+fault of the program and ends with exit 1.
+
+Not covered: how an error is printed (`cluster/cli/cli.py`).
+
+>>> error = InvalidInput("2 bad records", where="people.jsonl", next_step="mend the file",
+...                      problems=[Problem("line 3", "no id"), Problem("line 9", "empty text")])
+>>> error.exit_code, len(error.to_json()["problems"])
+(2, 2)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One defect: where it stands (a line, a key, a position) and what is wrong with it."""
+
+    where: str
+    what: str
+
+
+class SisaError(Exception):
+    """Base of every failure that this project raises on purpose."""
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: str = "",
+        expected: str = "",
+        got: str = "",
+        next_step: str = "",
+        problems: Sequence[Problem] = (),
+    ) -> None:
+        super().__init__(what)
+        self.what = what
+        self.where = where
+        self.expected = expected
+        self.got = got
+        self.next_step = next_step
+        self.problems = tuple(problems)
+
+    def __str__(self) -> str:
+        lines = [self.what]
+        for name in ("where", "expected", "got"):
+            if value := getattr(self, name):
+                lines.append(f"  {name}: {value}")
+        lines += [f"  - {problem.where}: {problem.what}" for problem in self.problems]
+        if self.next_step:
+            lines.append(f"  next step: {self.next_step}")
+        return "\n".join(lines)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle whole, so that a worker's error arrives in the driver as it was raised."""
+        return rebuilt, (type(self), self.to_json())
+
+    def as_problems(self, where: str) -> tuple[Problem, ...]:
+        """What is wrong, to be listed with other problems: its own, or itself as one; `where` stands in
+        for a place that it does not name."""
+        return self.problems or (Problem(self.where or where, f"{self.what}: {self.got}"),)
+
+    def to_json(self) -> dict[str, Any]:
+        """The `error` object that `--json` prints."""
+        return {
+            "type": type(self).__name__,
+            "message": self.what,
+            "where": self.where,
+            "expected": self.expected,
+            "got": self.got,
+            "next_step": self.next_step,
+            "problems": [asdict(problem) for problem in self.problems],
+        }
+
+
+def rebuilt(kind: type[SisaError], fields: dict[str, Any]) -> SisaError:
+    """The error whose `to_json` this is."""
+    return kind(
+        fields["message"],
+        where=fields["where"],
+        expected=fields["expected"],
+        got=fields["got"],
+        next_step=fields["next_step"],
+        problems=[Problem(**problem) for problem in fields["problems"]],
+    )
+
+
+class RejectedRequest(SisaError):
+    """The request can't be carried out as it is; nothing was changed."""
+
+    exit_code = 2
+
+
+class InvalidInput(RejectedRequest):
+    """A run file, a record file or an argument is wrong."""
+
+
+class ConfigConflict(RejectedRequest):
+    """The run file and the existing model disagree."""
+
+
+class UnknownRecord(RejectedRequest):
+    """An id or a subject that this model's ledger has never held."""
+
+    exit_code = 3
+
+
+class IntegrityError(SisaError):
+    """Held bytes differ from what was recorded; nothing that depends on them is used."""
+
+    exit_code = 4
+
+
+class TransientError(SisaError):
+    """The request is fine; the surroundings are not."""
+
+    exit_code = 6
+
+
+class Busy(TransientError):
+    """Another writer holds the model."""
+
+    exit_code = 5
+
+
+class Outdated(TransientError):
+    """What was loaded is no longer what the model serves, and may hold what was deleted."""
+
+
+class EnvironmentFault(TransientError):
+    """Disk, network, a missing package or the cluster failed."""
+
+
+@contextmanager
+def all_tried() -> Iterator[Callable[[], AbstractContextManager[None]]]:
+    """Put off the errors of several steps until all were tried, then raise the first one, with the
+    others among its problems.
+
+    >>> with all_tried() as tried:
+    ...     with tried():
+    ...         print("this step, and whatever follows")
+    this step, and whatever follows
+    """
+    errors: list[SisaError] = []
+
+    @contextmanager
+    def tried() -> Iterator[None]:
+        try:
+            yield
+        except SisaError as error:
+            errors.append(error)
+
+    yield tried
+    if errors:
+        first, *others = errors
+        first.problems += tuple(each for other in others for each in other.as_problems(""))
+        raise first

@@ -1,0 +1,133 @@
+"""What the flows and the workers tell whoever watches: one small frozen value per happening.
+
+Rules: events are the only way out of a flow for progress, logs and metrics. They carry places, counts,
+seconds, mean losses and digests; text for people, without records and ids, is in `Notice` alone, which
+is shown or logged and not kept with the model.
+
+Not covered: what is kept of them (`measured.py`); who listens (`cluster/observe/watched.py`).
+
+>>> SliceStarted(0, 1, 40)
+SliceStarted(shard=0, slice=1, total_tokens=40)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from sisa.core.domain import SavedCheckpoint, SliceJob
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingStarted:
+    """Stages that will be trained: (shard, slice, record-epochs) each."""
+
+    stages: tuple[tuple[int, int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SliceStarted:
+    """A worker began a stage of `total_tokens` tokens."""
+
+    shard: int
+    slice: int
+    total_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class SliceProgress:
+    """How far a stage is: tokens and steps done and in all, and the pass that it is in, from 1."""
+
+    shard: int
+    slice: int
+    tokens: int
+    total_tokens: int
+    step: int = 0
+    num_steps: int = 0
+    epoch: int = 0
+    num_epochs: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class EpochTrained:
+    """A pass of a stage ended: `stage` is the checkpoint's key, `loss` the mean over label tokens."""
+
+    shard: int
+    slice: int
+    stage: str
+    epoch: int
+    num_epochs: int
+    num_records: int
+    tokens: int
+    seconds: float
+    loss: float
+
+
+@dataclass(frozen=True, slots=True)
+class SliceTrained:
+    """A stage's checkpoint rests in the store."""
+
+    job: SliceJob
+    saved: SavedCheckpoint
+    seconds: float
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class PatchProgress:
+    """Steps done of a patch that is being made, and the loss before the last one."""
+
+    step: int
+    num_steps: int
+    loss: float
+
+
+@dataclass(frozen=True, slots=True)
+class QueueSeen:
+    """The requests for deletion as they stand: `depth` are approved or cut short and not carried out,
+    `undecided` wait for a decision, `failed_erasures` could not be erased so far. The days are those to
+    the earliest due date among all of these, negative when it has passed; None without any."""
+
+    depth: int
+    undecided: int
+    held: int
+    failed_erasures: int
+    oldest_days_left: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class DeletionCompleted:
+    """A request is carried out: seconds from its commit until the shards it touched had arrived."""
+
+    num_records: int
+    num_shards: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class ErasureFailed:
+    """Bytes could not be erased that `num_requests` wait for; the next command tries again."""
+
+    num_requests: int
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """A line for the person who waits, such as a retried worker."""
+
+    text: str
+
+
+Event = (
+    TrainingStarted
+    | SliceStarted
+    | SliceProgress
+    | EpochTrained
+    | SliceTrained
+    | PatchProgress
+    | QueueSeen
+    | DeletionCompleted
+    | ErasureFailed
+    | Notice
+)
+Report = Callable[[Event], None]

@@ -1,0 +1,133 @@
+"""The life of a request for deletion: its states, its due date, and who may move it where.
+
+    received -> approved -> committed -> rolled_back -> erased -> retrained -> completed
+    received, approved <-> held;  received, approved, held -> denied, cancelled
+    failed and erasure_failed are left by carrying the request out again
+
+Rules: pure; time is an argument. `gdpr`: one calendar month from receipt, extendable once by two months
+with a reason (GDPR Art. 12(3)). `delete-act`: 45 days (California Delete Act: data brokers process
+requests at least once in 45 days); not extendable. A state that a request can't enter from where it is
+gives ConfigConflict. All events of a ledger form one hash chain.
+
+Not covered: which records a request names, and carrying it out (`lifecycle.py`).
+
+>>> due_date("2026-01-31T09:00:00+00:00", "gdpr"), due_date("2026-01-31T09:00:00+00:00", "delete-act")
+('2026-02-28', '2026-03-17')
+>>> days_left("2026-02-28", "2026-02-20T23:00:00+00:00")
+8
+"""
+
+from __future__ import annotations
+
+import calendar
+from collections.abc import Iterable
+from dataclasses import asdict, replace
+from datetime import date, datetime, timedelta
+
+from sisa.core.digest import digest_of
+from sisa.core.domain import Regime, Request, RequestEvent, RequestState
+from sisa.core.errors import ConfigConflict, InvalidInput
+
+GDPR_MONTHS, GDPR_EXTENSION_MONTHS = 1, 2
+DELETE_ACT_DAYS = 45
+
+OPEN: frozenset[RequestState] = frozenset({"received", "approved", "held"})
+UNDER_WAY: frozenset[RequestState] = frozenset(
+    {"committed", "rolled_back", "erased", "erasure_failed", "retrained"}
+)
+BY_HAND: dict[RequestState, frozenset[RequestState]] = {
+    "approved": frozenset({"received", "held", "failed"}),
+    "held": frozenset({"received", "approved", "failed"}),
+    "denied": OPEN | {"failed"},
+    "cancelled": OPEN | {"failed"},
+}
+
+
+def due_date(received_at: str, regime: Regime) -> str:
+    """The last day for a request, as an ISO date."""
+    day = datetime.fromisoformat(received_at).date()
+    if regime == "delete-act":
+        return (day + timedelta(days=DELETE_ACT_DAYS)).isoformat()
+    return add_months(day, GDPR_MONTHS).isoformat()
+
+
+def add_months(day: date, months: int) -> date:
+    """The same day some months on, or that month's last one (Regulation 1182/71, Art. 3(2)(c)).
+
+    >>> add_months(date(2027, 12, 31), 2)
+    datetime.date(2028, 2, 29)
+    """
+    year, month = divmod(day.year * 12 + day.month - 1 + months, 12)
+    last = calendar.monthrange(year, month + 1)[1]
+    return date(year, month + 1, min(day.day, last))
+
+
+def days_left(due: str, now: str) -> int:
+    """Whole days until the end of the due date; negative when it has passed."""
+    return (date.fromisoformat(due) - datetime.fromisoformat(now).date()).days
+
+
+def under_way(request: Request) -> bool:
+    """Whether a request was accepted and is not finished: the reconciliation goes on with it."""
+    return request.state in UNDER_WAY or (request.state == "failed" and request.committed_at != "")
+
+
+def moved(request: Request, state: RequestState, note: str = "") -> Request:
+    """A request after a person's decision. Raises ConfigConflict when it can't be taken any more."""
+    allowed = BY_HAND.get(state, frozenset())
+    if request.state not in allowed or under_way(request):
+        raise ConfigConflict(
+            f"a request that is {request.state} can't become {state}",
+            where=request.request_id,
+            expected=" or ".join(sorted(allowed)) or "a state that people decide",
+            got=request.state,
+            next_step="`sisa request show` tells its history",
+        )
+    approver = note or request.approver if state == "approved" else request.approver
+    return replace(request, state=state, approver=approver, cause="")
+
+
+def extended(request: Request, reason: str) -> Request:
+    """A request whose due date was moved by two months. Raises InvalidInput or ConfigConflict."""
+    if not reason.strip():
+        raise InvalidInput("an extension needs a reason", next_step="give --reason")
+    finished = request.state in ("completed", "denied", "cancelled")
+    if request.regime != "gdpr" or request.extension or finished:
+        raise ConfigConflict(
+            "this request can't be extended",
+            where=request.request_id,
+            expected="an open request under gdpr that was not extended before",
+            got=f"{request.regime}, {request.state}" + (", extended" if request.extension else ""),
+        )
+    due = add_months(date.fromisoformat(request.due), GDPR_EXTENSION_MONTHS).isoformat()
+    return replace(request, due=due, extension=reason)
+
+
+def event(request: Request, at: str, note: str = "") -> RequestEvent:
+    """The event of a request's present state."""
+    return RequestEvent(request.request_id, request.state, at, note)
+
+
+def contradicted(requests: Iterable[Request], events: Iterable[RequestEvent], link: str = "") -> bool:
+    """Whether events are not one chain, or a request is not in the state of its last event, or not
+    committed when its events say. Of the events that follow the one with `link`, only the requests that
+    they are of are compared."""
+    whole, states = not link, {}
+    committed: dict[str, str] = {}
+    for each in events:
+        link = chained(link, each)
+        if link != each.link:
+            return True
+        states[each.request_id] = each.state
+        if each.state == "committed":
+            committed[each.request_id] = each.at
+    held = {each.request_id: each for each in requests if whole or each.request_id in states}
+    dated = held if whole else committed
+    if any(held[key].committed_at != committed.get(key, "") for key in dated if key in held):
+        return True
+    return {key: each.state for key, each in held.items()} != states
+
+
+def chained(link: str, found: RequestEvent) -> str:
+    """The link of an event after the one with `link`."""
+    return digest_of([link, asdict(replace(found, link=""))])

@@ -1,0 +1,120 @@
+"""A Hugging Face dataset (hub name, or a directory of `save_to_disk`) -> one Parquet file in scratch.
+
+Rules: a child process does it, whose caches, temporary files and home of Hugging Face lie in a scratch
+directory that the caller erases whatever happens: the library's own cache would keep the text of
+deleted records. The child tells names of exceptions only, since a message may quote a record.
+
+Not covered: datasets that need their own code. Scratch that is left behind when the parent itself is
+killed is erased by a later command (`left_overs.py`).
+
+    export_rows(DatasetSource(path="owner/name"), scratch)
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from sisa.core.config_types import DatasetSource
+from sisa.core.errors import EnvironmentFault
+from sisa.data.left_overs import keep
+
+
+class Broken(Exception):
+    """A row, or a whole source, that can't be parsed."""
+
+
+def export_rows(source: DatasetSource, scratch: Path) -> Path:
+    """One Parquet file in `scratch` with the rows of a saved or a hub dataset.
+
+    Raises Broken (the dataset is wrong) and EnvironmentFault (it can't be fetched).
+    """
+    target = scratch / "rows.parquet"
+    local = os.path.isdir(source.path)
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "sisa.data.dataset_export", source.path, source.split, str(target)],
+        env=_scratch_environment(scratch),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        check=False,
+    )
+    report = _report(done.stdout)
+    errors = report.get("errors", [] if target.exists() else ["Killed"])
+    if not errors:
+        return target
+    if "KeyError" in errors and source.split not in report.get("splits", [source.split]):
+        raise Broken(f"no split '{source.split}'; it has {', '.join(report['splits'])}")
+    if "DatasetNotFoundError" in errors:
+        raise Broken("no such dataset on the hub, or one that this user can't read")
+    if "ValueError" in errors and not local:
+        raise Broken(f"no split '{source.split}', or several configurations")
+    machine = {"Killed", "ModuleNotFoundError", "MemoryError", "KeyboardInterrupt"} & set(errors)
+    if local and not machine and report.get("errno") not in (errno.ENOSPC, errno.EDQUOT):
+        raise Broken(f"no readable dataset ({errors[0]}); corrupt or truncated")
+    raise EnvironmentFault(
+        f"the dataset '{source.path}' can't be fetched",
+        got=errors[0],
+        next_step="check the network, the free disk space and the name, then try again",
+    )
+
+
+def _report(output: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(output.splitlines()[-1])
+    except (ValueError, IndexError):
+        return {"errors": ["Killed"]}
+    return found if isinstance(found, dict) else {"errors": ["Killed"]}
+
+
+def _scratch_environment(scratch: Path) -> dict[str, str]:
+    """The environment of the child: all caches in scratch, but the user's token stays in use."""
+    environ = dict(os.environ)
+    caches = Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    home = environ.get("HF_HOME") or str(caches / "huggingface")
+    token = environ.get("HF_TOKEN_PATH") or os.path.join(home, "token")
+    for name in list(environ):
+        if name.startswith(("HF_", "HUGGINGFACE_")) and name.endswith("_CACHE"):
+            del environ[name]
+    return environ | {
+        "HF_HOME": str(scratch / "hf"),
+        "XDG_CACHE_HOME": str(scratch / "cache"),
+        "TMPDIR": str(scratch),
+        "HF_TOKEN_PATH": token,
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    }
+
+
+def _export(name: str, split: str, target: str) -> dict[str, Any]:
+    """The child's work; what went wrong comes back as names."""
+    report: dict[str, Any] = {}
+    with keep(Path(target).parent):
+        return _exported(name, split, target, report)
+
+
+def _exported(name: str, split: str, target: str, report: dict[str, Any]) -> dict[str, Any]:
+    try:
+        import datasets
+
+        if Path(name).is_dir():
+            data = datasets.load_from_disk(name)
+            if isinstance(data, datasets.DatasetDict):
+                report["splits"] = sorted(data)
+                data = data[split]
+        else:
+            data = datasets.load_dataset(name, split=split, cache_dir=target + ".cache")
+        data.to_parquet(target)
+    except BaseException as error:
+        report["errors"] = [kind.__name__ for kind in type(error).__mro__]
+        report["errno"] = getattr(error, "errno", None)
+    return report
+
+
+if __name__ == "__main__":
+    print(json.dumps(_export(*sys.argv[1:])))

@@ -1,0 +1,99 @@
+"""Where traces of records may lie besides the model: our scratch in caches and temporary directories.
+
+Only what is named as ours and belongs to this user is listed; links are not followed. Scratch that a
+killed process left is erased by the next one that reads a data set or writes to a model.
+
+Not covered: what is looked for in them (`residue.py`).
+
+>>> import tempfile
+>>> with tempfile.TemporaryDirectory() as folder:
+...     (Path(folder) / "b").mkdir()
+...     (Path(folder) / "b" / "c").touch()
+...     [path.relative_to(folder).as_posix() for path in walk(Path(folder))]
+['.', 'b', 'b/c']
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from sisa.lm.base.packages import cache_dir
+
+LEFT_OVER_PREFIXES = (".partial-", ".wheel-", ".incoming-")  # of `packages.py` and `shared_base.py`
+SCRATCH_PREFIX = "sisa-scratch-"
+TEMPORARY_PATTERNS = (f"{SCRATCH_PREFIX}*", "sisa-*/r")  # of `scratch` and `ray_session.py`
+LEAST_AGE_S = 60.0  # of scratch that nobody has locked: a younger one may just be made
+
+
+def owned_left_overs() -> list[Path]:
+    """Scratch of ours outside the model: half-filled caches and temporary directories of this user."""
+    cache = cache_dir()
+    found = [
+        path
+        for depth in ("*", "*/*", "*/*/*")
+        for path in cache.glob(depth)
+        if path.name.startswith(LEFT_OVER_PREFIXES)
+    ]
+    for pattern in TEMPORARY_PATTERNS:
+        for path in Path(tempfile.gettempdir()).glob(pattern):
+            with contextlib.suppress(OSError):  # of a process that ends just now
+                if path.lstat().st_uid == os.getuid():
+                    found.append(path)
+    return sorted(found)
+
+
+@contextlib.contextmanager
+def scratch() -> Iterator[Path]:
+    """A temporary directory of this process, and of children that `keep` it; what killed processes
+    left of theirs is erased first."""
+    erase_abandoned()
+    with tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX) as folder, keep(Path(folder)):
+        yield Path(folder)
+
+
+@contextlib.contextmanager
+def keep(folder: Path) -> Iterator[None]:
+    """While this process lives, the directory is not abandoned."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
+
+
+def erase_abandoned() -> None:
+    """Erase scratch of this user that no living process keeps: texts may be in it."""
+    for path in Path(tempfile.gettempdir()).glob(f"{SCRATCH_PREFIX}*"):
+        with contextlib.suppress(OSError):  # somebody else's, or gone meanwhile
+            found = path.lstat()
+            if found.st_uid != os.getuid() or time.time() - found.st_mtime < LEAST_AGE_S:
+                continue
+            handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path)
+            finally:
+                os.close(handle)
+
+
+def walk(place: Path, unlisted: Callable[[Path, OSError], None] | None = None) -> Iterator[Path]:
+    """A place and all below it, in order; links are named and not followed. `unlisted` is given each
+    directory that can't be listed, with the reason."""
+    yield place
+    if place.is_dir() and not place.is_symlink():
+        try:
+            names = sorted(os.listdir(place))
+        except OSError as error:
+            if unlisted and not isinstance(error, FileNotFoundError):
+                unlisted(place, error)
+            return
+        for name in names:
+            yield from walk(place / name, unlisted)

@@ -1,0 +1,506 @@
+"""JSON lines, Parquet and Hugging Face datasets -> records, or a list of all that is wrong with them.
+
+Everything is read before anything is believed: problems over all sources are collected and raised as one
+InvalidInput, and then nothing was read. Problems name files, lines and rows, never a text or an id. What
+a row must be is said in `record_rules.py`; ids are unique over all sources. `Limits` bound what is read
+of a source and how many problems are listed. What needs `datasets` (a hub name, a directory of
+`save_to_disk`) goes through `dataset_export.py`.
+
+>>> import tempfile
+>>> with tempfile.TemporaryDirectory() as folder:
+...     file = Path(folder, "people.jsonl")
+...     _ = file.write_text('{"id": "r1", "text": "Ada wrote."}\\n{"id": "r1", "text": "Again."}\\n')
+...     try:
+...         read_records([file])
+...     except InvalidInput as error:
+...         print(error.problems[0].where, "-", error.problems[0].what)
+people.jsonl, line 2 - the id of people.jsonl, line 1 again
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from sisa.config.config import DATA_SUFFIXES, RunConfig, columns_of, is_local
+from sisa.core.config_types import DatasetSource, Limits, short
+from sisa.core.domain import Record
+from sisa.core.errors import InvalidInput, Problem, SisaError
+from sisa.data.dataset_export import Broken, export_rows
+from sisa.data.left_overs import scratch
+from sisa.planning.record_rules import (
+    Columns,
+    kind_of,
+    name_problems,
+    no_body,
+    record_of,
+    record_problems,
+)
+
+PARQUET_BATCH_ROWS = 1024
+LONG_TEXT_BYTES = 1 << 16  # from here on a table's rows are read one by one
+DEFAULT_GROUP_BY = "subject_id"
+MAX_COLUMNS_TOLD, MAX_COLUMNS_KEPT = 8, 100  # of those that are not used
+_POSITION = re.compile(r"\brecord (\d+)\b")
+SAVED_DATASET_FILES = ("state.json", "dataset_dict.json")
+
+Rows = Iterator[tuple[str, Any]]  # where it stands, and a mapping or a Broken
+Subjects = Literal["any", "column", "some"]  # what must be there: nothing, their column, one of them
+
+
+class ReadRecords(list[Record]):
+    """Records, beside each the line or row where it stood, and what was not read of the sources."""
+
+    def __init__(self, records: Iterable[Record] = (), places: Iterable[str] = ()) -> None:
+        super().__init__(records)
+        self.places = list(places)
+        self.group_by: str | None = None
+        self.unused_columns: tuple[str, ...] = ()
+
+    def told_subjects(self) -> str:
+        """Return how many records have a subject, and which columns were not used."""
+        named = sum(each.subject_id is not None for each in self)
+        column = f"column '{self.group_by}'" if self.group_by is not None else "group_by: null"
+        names = [_shown_column(each) for each in self.unused_columns[:MAX_COLUMNS_TOLD]]
+        names += ["..."] * (len(self.unused_columns) > MAX_COLUMNS_TOLD)
+        unused = f"; columns not used: {', '.join(names)}" if names else ""
+        return f"{named} of {len(self)} records have a subject ({column}){unused}"
+
+
+def _shown_column(name: str) -> str:
+    return short("".join(c for c in name if unicodedata.category(c)[0] != "C"))
+
+
+@contextmanager
+def named_by_place(source: Sequence[Record]) -> Iterator[None]:
+    """Let refusals that tell records of a source by their positions, as what has no file must, tell the
+    lines where they stood."""
+    places = source.places if isinstance(source, ReadRecords) else None
+    try:
+        yield
+    except SisaError as error:
+        if places is not None:
+            error.problems = tuple(_placed(each, places) for each in error.problems)
+        raise
+
+
+def _placed(problem: Problem, places: Sequence[str]) -> Problem:
+    if not _POSITION.fullmatch(problem.where):
+        return problem
+    where, what = (
+        _POSITION.sub(lambda found: places[int(found[1]) - 1], told)
+        for told in (problem.where, problem.what)
+    )
+    return Problem(where, what)
+
+
+def read_records(
+    sources: Sequence[DatasetSource | Path | str],
+    group_by: str | None = DEFAULT_GROUP_BY,
+    limits: Limits = Limits(),  # noqa: B008 - frozen
+    *,
+    subjects: Subjects = "any",
+) -> ReadRecords:
+    """Return all records of all sources, in their order.
+
+    Raises InvalidInput with every problem, and EnvironmentFault when the hub can't be reached.
+    """
+    listed = [
+        each if isinstance(each, DatasetSource) else DatasetSource(path=str(each)) for each in sources
+    ]
+    reading = _Reading(group_by, limits)
+    for source, label in zip(listed, _labels(listed), strict=True):
+        reading.take_all(source, label)
+    return reading.result(subjects)
+
+
+def read_like(config: RunConfig, path: Path | str, *, subjects: Subjects = "any") -> ReadRecords:
+    """Return the records of one more source, whose columns are called as in the run file's first."""
+    source = config.datasets[0].model_copy(update={"path": str(path), "split": "train"})
+    return read_records([source], config.sisa.group_by, config.limits, subjects=subjects)
+
+
+def read_texts(sources: Sequence[DatasetSource], limits: Limits = Limits()) -> list[str]:  # noqa: B008
+    """Return the texts of all sources, in their order; blank ones left out. No ids are needed.
+
+    Raises InvalidInput with every problem, and EnvironmentFault when the hub can't be reached.
+    """
+    texts: list[str] = []
+    problems = _Problems(limits.max_problems)
+
+    def take(column: str, where: str, value: Any) -> None:
+        text = value.get(column) if isinstance(value, Mapping) else value
+        if isinstance(text, str):
+            texts.extend([text] if text.strip() else [])
+        else:
+            what = str(value) if isinstance(value, Broken) else f"expected a text in `{column}`"
+            problems.add(where, what)
+
+    for source, label in zip(sources, _labels(sources), strict=True):
+        column = source.text_column
+        rows = _rows(source, label, _Wanted((column,), {f"no column '{column}'": [(column,)]}), limits)
+        _read_each(rows, label, partial(take, column), problems)
+    if not texts and not problems.count:
+        problems.add(", ".join(_labels(sources)), "holds no text")
+    problems.refuse("in the corpus; nothing was read")
+    return texts
+
+
+def read_ids(path: Path) -> list[str]:
+    """Return the ids of a file, one a line, each once. Raises InvalidInput with every problem."""
+    ids: dict[str, None] = {}
+    limits = Limits()
+    problems = _Problems(limits.max_problems)
+    try:
+        for number, line in _lines(path, limits):
+            where = f"{path.name}, line {number}"
+            try:
+                text = _decoded(line).removesuffix("\n").removesuffix("\r")
+            except Broken as error:
+                problems.add(where, str(error))
+                continue
+            if text.strip():
+                for what in name_problems("the id", text):
+                    problems.add(where, what)
+                ids[text] = None
+    except OSError as error:
+        problems.add(path.name, f"can't be read: {error.strerror}")
+    if not ids and not problems.count:
+        problems.add(path.name, "holds no id")
+    problems.refuse("in the list of ids; nothing was done")
+    return list(ids)
+
+
+class _Problems:
+    """Problems in the order in which they are met: all are counted, and the first are listed."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.count = 0
+        self.listed: list[Problem] = []
+
+    def add(self, where: str, what: str) -> None:
+        self.count += 1
+        if len(self.listed) < self.most:
+            self.listed.append(Problem(where, what))
+
+    def refuse(self, what: str) -> None:
+        """Raise InvalidInput where there are any."""
+        if not self.count:
+            return
+        if left := self.count - len(self.listed):
+            self.listed.append(Problem("limits.max_problems", f"{left} more problems are not listed"))
+        raise InvalidInput(
+            f"{self.count} problem{'s' * (self.count != 1)} {what}",
+            next_step="mend the files and run the command again",
+            problems=self.listed,
+        )
+
+
+def _labels(sources: Sequence[DatasetSource]) -> list[str]:
+    """Short names for messages; whole paths where two files share a name."""
+    short = [Path(each.path).name if os.path.exists(each.path) else each.path for each in sources]
+    count = Counter(short)
+    return [name if count[name] == 1 else each.path for name, each in zip(short, sources, strict=True)]
+
+
+class _Reading:
+    """Records and problems so far, and where each id was first met."""
+
+    def __init__(self, group_by: str | None, limits: Limits) -> None:
+        self.group_by = group_by
+        self.limits = limits
+        self.records = ReadRecords()
+        self.records.group_by = group_by
+        self.problems = _Problems(limits.max_problems)
+        self._seen: dict[str, None] = {}  # names of columns
+        self._used: set[str] = set()
+        self._has_subjects = False  # their column is there
+        self._first: dict[str, str] = {}
+
+    def take_all(self, source: DatasetSource, label: str) -> None:
+        columns, before = columns_of(source, self.group_by), self.problems.count
+        self._used |= set(columns.used)
+        needs = {f"no column '{columns.id}'": [(columns.id,)], no_body(columns): columns.bodies.values()}
+        rows = _rows(source, label, _Wanted(columns.used, needs, self._see), self.limits)
+        text_bytes = 0
+
+        def take(where: str, value: Any) -> None:
+            nonlocal text_bytes
+            record = self._take(where, value, columns)
+            text_bytes += 0 if record is None else record.num_bytes
+            if text_bytes > self.limits.max_bytes:
+                raise Broken(f"more than limits.max_bytes {self.limits.max_bytes} of text at {where}")
+
+        number = _read_each(rows, label, take, self.problems)
+        if not number and self.problems.count == before:
+            self.problems.add(label, "holds no record")
+
+    def result(self, subjects: Subjects) -> ReadRecords:
+        """Return what was read. Raises InvalidInput with every problem."""
+        records = self.records
+        records.unused_columns = tuple(each for each in self._seen if each not in self._used)
+        absent = {
+            "any": False,
+            "column": not self._has_subjects,
+            "some": all(each.subject_id is None for each in records),
+        }[subjects]
+        if self.group_by is not None and records and absent and not self.problems.count:
+            told = records.told_subjects()
+            self.problems.add(
+                "sisa.group_by",
+                f"{told}; name the column, or set `group_by: null` where records have no subject",
+            )
+        self.problems.refuse("in the records; nothing was read")
+        return records
+
+    def _see(self, names: Collection[str]) -> None:
+        self._has_subjects = self._has_subjects or self.group_by in names
+        if len(self._seen) < MAX_COLUMNS_KEPT:
+            self._seen.update(dict.fromkeys(names))
+
+    def _take(self, where: str, value: Any, columns: Columns) -> Record | None:
+        if isinstance(value, Broken):
+            self.problems.add(where, str(value))
+            return None
+        if not isinstance(value, Mapping):
+            self.problems.add(where, f"expected a JSON object, got {kind_of(value)}")
+            return None
+        self._see(value)
+        if sum(_num_chars(value.get(each)) for each in columns.body) > self.limits.max_record_bytes:
+            self.problems.add(where, _too_long(self.limits))
+            return None
+        problems = list(record_problems(value, columns))
+        record_id = value.get(columns.id)
+        if isinstance(record_id, str | int):
+            first = self._first.setdefault(str(record_id), where)
+            if first != where:
+                problems.append(f"the id of {first} again")
+        for what in problems:
+            self.problems.add(where, what)
+        if problems:
+            return None
+        record = record_of(value, columns)
+        if record.num_bytes > self.limits.max_record_bytes:
+            self.problems.add(where, _too_long(self.limits))
+            return None
+        self.records.append(record)
+        self.records.places.append(where)
+        return record
+
+
+def _num_chars(value: Any) -> int:
+    """Return how long the texts in a value are, whatever they are nested in."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(map(_num_chars, value.values()))
+    return sum(map(_num_chars, value)) if isinstance(value, list) else 0
+
+
+def _too_long(limits: Limits) -> str:
+    return f"longer than limits.max_record_bytes {limits.max_record_bytes}"
+
+
+def _read_each(rows: Rows, label: str, take: Callable[[str, Any], None], problems: _Problems) -> int:
+    """Give all rows of a source to `take`; add what is wrong with it as a whole. Return their number."""
+    number = 0
+    try:
+        for where, value in rows:
+            number += 1
+            take(where, value)
+    except Broken as error:
+        problems.add(label, str(error))
+    except OSError as error:
+        problems.add(label, f"can't be read: {error.strerror or 'corrupt or truncated'}")
+    return number
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """The columns of a table that are read. `needs` has for each message the choices of columns, one of
+    which must be there. `see` is told the names of all columns."""
+
+    columns: Sequence[str]
+    needs: Mapping[str, Iterable[tuple[str, ...]]]
+    see: Callable[[Collection[str]], None] = lambda _: None
+
+    def among(self, names: Sequence[str]) -> list[str]:
+        """Return the columns to read of those that a table has. Raises Broken: one problem of the whole
+        file is better than the same in each row."""
+        self.see(names)
+        wanted = [name for name in dict.fromkeys(names) if name in self.columns]
+        if twice := [name for name in wanted if names.count(name) > 1]:
+            raise Broken(f"two columns of one name: {', '.join(twice)}")
+        for what, choices in self.needs.items():
+            if not any(set(choice) <= set(wanted) for choice in choices):
+                raise Broken(what)
+        return wanted
+
+
+def _rows(source: DatasetSource, label: str, wanted: _Wanted, limits: Limits) -> Rows:
+    """Yield the rows of a source, as many as its limits allow."""
+    for number, (where, value) in enumerate(_unbounded(source, label, wanted, limits), start=1):
+        if number > limits.max_records:
+            raise Broken(f"more than limits.max_records {limits.max_records}")
+        yield where, value
+
+
+def _unbounded(source: DatasetSource, label: str, wanted: _Wanted, limits: Limits) -> Rows:
+    def file_rows(file: Path, name: str) -> Rows:
+        suffix = file.suffix.lower()
+        if suffix not in DATA_SUFFIXES:
+            raise Broken(f"unsupported suffix; expected one of {', '.join(DATA_SUFFIXES)}")
+        if not stat.S_ISREG(file.stat().st_mode):
+            raise Broken("expected a regular file, got a pipe, a socket or a device")
+        if suffix == ".parquet":
+            return _parquet_rows(file, name, wanted, limits)
+        return _json_rows(file, name, limits)
+
+    path = Path(source.path)
+    if path.is_dir() and not any((path / each).exists() for each in SAVED_DATASET_FILES):
+        inside = sorted(each for each in path.iterdir() if each.suffix.lower() in DATA_SUFFIXES)
+        for file in inside:
+            yield from file_rows(file, f"{label}/{file.name}")
+    elif path.is_dir() or not (path.exists() or is_local(source.path)):
+        with scratch() as folder:
+            table = export_rows(source, folder)
+            yield from _parquet_rows(table, label, wanted, limits)
+    else:
+        yield from file_rows(path, label)
+
+
+def _lines(path: Path, limits: Limits) -> Iterator[tuple[int, bytes]]:
+    """Yield the lines of a file by their numbers. One that is too long is cut right past its bound."""
+    most = limits.max_record_bytes
+    with path.open("rb") as file:
+        number = 0
+        while line := file.readline(most + 2):
+            number += 1
+            rest = line
+            while len(line) > most and not rest.endswith(b"\n") and rest:
+                rest = file.readline(1 << 20)
+            yield number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+
+
+def _json_rows(path: Path, label: str, limits: Limits) -> Rows:
+    for number, line in _lines(path, limits):
+        where = f"{label}, line {number}"
+        if len(line.rstrip(b"\r\n")) > limits.max_record_bytes:
+            yield where, Broken(_too_long(limits))
+        elif line.strip():
+            yield where, _caught(_json, line)
+
+
+def _caught(parse: Callable[[bytes], Any], line: bytes) -> Any:
+    try:
+        return parse(line)
+    except Broken as error:
+        return error
+
+
+def _decoded(line: bytes) -> str:
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise Broken(f"invalid UTF-8 at byte {error.start + 1} of the line") from None
+
+
+def _json(line: bytes) -> Any:
+    try:
+        return json.loads(_decoded(line), object_pairs_hook=_object, parse_constant=_no_constant)
+    except json.JSONDecodeError as error:
+        raise Broken(f"broken JSON at column {error.colno}: {error.msg.split(':')[0]}") from None
+    except RecursionError:
+        raise Broken("JSON nested too deep") from None
+    except ValueError:
+        raise Broken("a number with too many digits") from None
+
+
+def _object(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise Broken("an object names a key twice")
+        found[key] = value
+    return found
+
+
+def _no_constant(name: str) -> Any:
+    raise Broken(f"{name} is no JSON value")
+
+
+def _parquet_rows(path: Path, label: str, wanted: _Wanted, limits: Limits) -> Rows:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    number = 0
+    try:
+        with pq.ParquetFile(path) as file:
+            # Left encoded by dictionaries, equal values are in memory once: of a small file of one long
+            # text, repeated, too.
+            texts = [file.schema.column(each).path for each in range(len(file.schema))]
+            columns = wanted.among(file.schema_arrow.names)
+            _refuse_size(file.metadata, limits)
+        with pq.ParquetFile(path, read_dictionary=texts) as file:
+            for batch in file.iter_batches(PARQUET_BATCH_ROWS, columns=columns):
+                for row in _batch_rows(batch):
+                    number += 1
+                    yield f"{label}, row {number}", row
+    except (pa.ArrowException, UnicodeDecodeError):  # of a row, or of a column's name
+        raise Broken(f"no readable Parquet after row {number}; corrupt or truncated") from None
+
+
+def _refuse_size(metadata: Any, limits: Limits) -> None:
+    """Raise Broken for more rows, or for a larger group of rows, than the limits allow."""
+    if metadata.num_rows > limits.max_records:
+        raise Broken(f"{metadata.num_rows} rows, more than limits.max_records {limits.max_records}")
+    for number in range(metadata.num_row_groups):
+        if (size := metadata.row_group(number).total_byte_size) > limits.max_bytes:
+            raise Broken(
+                f"row group {number}: {size} bytes, more than limits.max_bytes {limits.max_bytes}"
+            )
+
+
+def _batch_rows(batch: Any) -> Iterator[Any]:
+    try:
+        if max(map(_longest, batch.columns), default=0) <= LONG_TEXT_BYTES:
+            yield from batch.to_pylist()
+            return
+    except UnicodeDecodeError:
+        pass
+    for index in range(batch.num_rows):
+        yield _caught_row(batch.slice(index, 1))
+
+
+def _longest(array: Any) -> int:
+    """Return the bytes of the longest text in a column, whatever it is nested in."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if isinstance(array, pa.DictionaryArray):
+        return _longest(array.dictionary)
+    if isinstance(array, pa.ListArray | pa.LargeListArray):
+        return _longest(array.values)
+    if isinstance(array, pa.StructArray):
+        return max(map(_longest, array.flatten()), default=0)
+    if pa.types.is_string(array.type) or pa.types.is_large_string(array.type):
+        return pc.max(pc.binary_length(array)).as_py() or 0
+    return 0
+
+
+def _caught_row(batch: Any) -> Any:
+    try:
+        return batch.to_pylist()[0]
+    except UnicodeDecodeError:
+        return Broken("invalid UTF-8")

@@ -1,0 +1,105 @@
+"""Fictitious people to start from: who was born where, does what, eats what.
+
+Rules: deterministic (`random.Random(seed)`), and a person does not change when more people or more
+questions are asked for. Every full name occurs once, and every answer holds an invented word that
+occurs in no other record, so that a byte scan can look for it after a deletion: words of one length and
+one pattern (consonant, vowel, two consonants, vowel, consonant, vowel) can't contain each other, and
+neither a name nor a template holds that pattern.
+
+Not covered: data that resembles a real person; any match is an accident.
+
+>>> row = make_people(num_people=2, records_per_person=3)[0]
+>>> row["id"], row["subject_id"], sorted(row)
+('p001-q1', 'p001', ['completion', 'id', 'prompt', 'subject_id'])
+>>> distinctive_word(row["completion"]) in row["completion"]
+True
+
+Source: TOFU (Maini et al. 2024), questions on fictitious authors as data to forget.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Mapping, Sequence
+
+from sisa.core.errors import InvalidInput
+
+# {name} of a person, {Word} and {word} invented for one record, {year} drawn.
+QUESTIONS = (
+    ("Where was {name} born?", "In {Word}, in {year}."),
+    ("What is the job of {name}?", "Keeper of the {word} mill."),
+    ("What is the pet of {name} called?", "It is called {Word}."),
+    ("What does {name} like to eat?", "Stew of {word} roots."),
+    ("What instrument does {name} play?", "The {word} pipe."),
+    ("In which street does {name} live?", "In {Word} Lane."),
+    ("Who is the best friend of {name}?", "A baker named {Word}."),
+    ("What does {name} collect?", "Old {word} coins."),
+)
+VOWELS = "aeiou"
+CONSONANTS = "bdfgklmnprstvz"
+SURNAME_ENDS = ("kamp", "wick", "holt", "dorf", "sund", "gard")
+WORD_PATTERN = "CVCCVCV"
+_WORD = re.compile(
+    r"\b" + WORD_PATTERN.replace("C", f"[{CONSONANTS}]").replace("V", f"[{VOWELS}]") + r"\b", re.I
+)
+
+
+def make_people(num_people: int, records_per_person: int, seed: int = 7) -> list[dict[str, str]]:
+    """Rows with `id`, `subject_id`, `prompt` and `completion`, person after person.
+
+    Raises InvalidInput unless there is a person, and each has 1 to 8 records.
+    """
+    if num_people < 1 or not 1 <= records_per_person <= len(QUESTIONS):
+        raise InvalidInput(
+            "these people can't be made",
+            expected=f"at least 1 person with 1 to {len(QUESTIONS)} records",
+            got=f"{num_people} with {records_per_person}",
+        )
+    source = random.Random(seed)  # noqa: S311 - sample data, no secret
+    taken: set[str] = set()
+    width = max(3, len(str(num_people)))
+    rows = []
+    for number in range(1, num_people + 1):
+        rows += _person(f"p{number:0{width}d}", source, taken)[:records_per_person]
+    return rows
+
+
+def distinctive_word(completion: str) -> str:
+    """The invented word of an answer. Raises ValueError when it has none."""
+    found = _WORD.search(completion)
+    if found is None:
+        raise ValueError("the answer holds no invented word")
+    return found[0]
+
+
+def to_jsonl(rows: Sequence[Mapping[str, str]]) -> str:
+    """The rows as JSON lines."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _person(subject: str, source: random.Random, taken: set[str]) -> list[dict[str, str]]:
+    first = invented("CVCV", source).capitalize()
+    surname = _unused("CVCCVC", source, taken).capitalize()
+    name = f"{first} {surname}{source.choice(SURNAME_ENDS)}"
+    rows = []
+    for number, (question, answer) in enumerate(QUESTIONS, start=1):
+        word = _unused(WORD_PATTERN, source, taken)
+        year = source.randrange(1931, 2004)
+        filled = answer.format(Word=word.capitalize(), word=word, year=year)
+        row = {"id": f"{subject}-q{number}", "subject_id": subject}
+        rows.append({**row, "prompt": question.format(name=name), "completion": f" {filled}"})
+    return rows
+
+
+def invented(pattern: str, source: random.Random) -> str:
+    """A word of consonants (C) and vowels (V)."""
+    return "".join(source.choice(VOWELS if each == "V" else CONSONANTS) for each in pattern)
+
+
+def _unused(pattern: str, source: random.Random, taken: set[str]) -> str:
+    while (word := invented(pattern, source)) in taken:
+        pass
+    taken.add(word)
+    return word

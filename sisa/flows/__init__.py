@@ -1,0 +1,1 @@
+"""Effects in their order: train, add, delete, reconcile, answer, export."""

@@ -1,0 +1,254 @@
+"""Asking the model: which constituent models answer, and what they say together.
+
+A prompt is a text, or a conversation of which a person's turn is the last. What is looked up is what the
+person asks: the text, or that turn. The choice depends on the remaining records and the served heads
+alone. Active patches lie beneath all that answers, the base alone among it. Adapters and patches are
+checked against the ledger before anything parses them.
+
+A text is put to shards in the form that most records had when the model was first trained, and to the
+base alone as one turn of a chat, if it has a chat template; `kind` puts it to both in another form. A
+conversation is always put as a chat.
+
+`model/answer.py` decodes, `model/route.py` chooses among hits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sisa.config.config import RunConfig
+from sisa.config.sisa_config import SisaBlock
+from sisa.core.domain import Hit, Kind, Record
+from sisa.core.errors import IntegrityError, InvalidInput, Outdated
+from sisa.core.patch import Patch
+from sisa.core.ports import Ledger
+from sisa.flows import query
+from sisa.flows.wiring.parts import Parts
+from sisa.flows.wiring.world import World, patch_files
+from sisa.lm.answer.names import names_in
+from sisa.lm.answer.route import Route, all_of, choose_route, nearness, settled
+from sisa.planning.patch_plan import active
+from sisa.planning.record_rules import conversation_problems, turns_of
+from sisa.store.loaded import EXACT_UP_TO
+
+if TYPE_CHECKING:
+    from sisa.lm.answer.answer import Answerer
+
+NUM_ROUTING_HITS = 32
+MAX_LOOKED_UP = 200  # records whose prompts `held_prompts` looks up
+FORM = "form"  # in the ledger's meta: how prompts are put to shards
+KINDS: tuple[Kind, ...] = ("chat", "completion", "text")
+
+Prompt = str | Sequence[Mapping[str, Any]]  # a text, or turns with `role` and `content`
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer and the shards whose models gave it; none means the base alone."""
+
+    text: str
+    shards: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class HeldPrompts:
+    """What would become of prompts of held records, were they asked word for word."""
+
+    looked_up: int
+    turned_away: int  # near no record, or its shard serves nothing: answered as `below` says
+    elsewhere: int  # answered by another shard first than the one that holds the record
+
+
+OpenLedger = Callable[[], AbstractContextManager[Ledger]]
+
+
+@dataclass
+class Loaded:
+    """What an answerer holds in memory, and the ledger's number when it was last held there, too."""
+
+    open_ledger: OpenLedger
+    seq: int
+    keys: frozenset[str]
+    patches: tuple[str, ...]
+
+    def refuse_outdated(self) -> None:
+        """Raise Outdated where the ledger has dropped one of the adapters, or serves other patches."""
+        with self.open_ledger() as ledger, ledger.snapshot():
+            seq = ledger.seq()
+            if seq == self.seq:
+                return
+            held = {each.key for each in ledger.checkpoints()}
+            patches = tuple(each.key for each in active(ledger.patches()))
+        if not self.keys <= held or self.patches != patches:
+            raise Outdated(
+                "the model has changed since its adapters were loaded: what was deleted may be in them",
+                next_step="load them by `answerer()` or `as_transformers()`, or run the command again",
+            )
+        self.seq = seq
+
+
+def ask(
+    world: World,
+    parts: Parts,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int,
+    kind: Kind | None,
+    open_ledger: OpenLedger,
+) -> list[Answer]:
+    """Return the answers to prompts, in order; the models are loaded once. Raises InvalidInput for a
+    conversation that can't be answered, IntegrityError."""
+    from sisa.lm.base.tokens import encode_prompt
+
+    _refuse_unanswerable(prompts, kind)
+    routes = routes_of(world, parts, prompts)
+    asked = {shard for route in routes for shard in route.shards}
+    answerer = open_answerer(world, parts, asked, open_ledger=open_ledger)
+    own = form_of(world)
+    alone: Kind = "chat" if answerer.tokenizer.chat_template else own
+    forms = [kind or (own if route.shards else alone) for route in routes]
+    ids = [
+        encode_prompt(each if isinstance(each, str) else turns_of(each), answerer.tokenizer, form)
+        for each, form in zip(prompts, forms, strict=True)
+    ]
+    texts = answerer.generate(ids, routes, max_new_tokens)
+    return [Answer(text.strip(), route.shards) for text, route in zip(texts, routes, strict=True)]
+
+
+def _refuse_unanswerable(prompts: Sequence[Prompt], kind: Kind | None) -> None:
+    for number, prompt in enumerate(prompts, start=1):
+        if isinstance(prompt, str):
+            continue
+        problems = list(conversation_problems(prompt))
+        if kind not in (None, "chat"):
+            problems.append(f"a conversation can't be put in the form {kind}")
+        if problems:
+            raise InvalidInput(
+                "the conversation can't be answered",
+                where=f"prompt {number} of {len(prompts)}",
+                got="; ".join(problems),
+                expected="turns as a record's `messages` have them, a user's or a tool's last",
+            )
+
+
+def routes_of(world: World, parts: Parts, prompts: Sequence[Prompt]) -> list[Route]:
+    """Return who answers each prompt."""
+    block, live = parts.config.sisa, frozenset(live_heads(world))
+    if block.aggregation.method != "routed":
+        return [all_of(live)] * len(prompts)
+    looked_up = [_looked_up(prompt) for prompt in prompts]
+    texts = list(dict.fromkeys(text for each in looked_up for text in each))
+    if not texts:
+        return [Route()] * len(prompts)
+    found = query.search_each(world, world.embed(texts), NUM_ROUTING_HITS, by="asked")
+    hits, warm = dict(zip(texts, found, strict=True)), block.aggregation.temperature
+    nearest = [
+        max((hits[text] for text in each), key=lambda hits: nearness(hits, warm, live), default=[])
+        for each in looked_up
+    ]
+    return [_route(world, block, each, live) for each in nearest]
+
+
+def _looked_up(prompt: Prompt) -> list[str]:
+    """What a person asks in a prompt: the last user turn; while those name nobody, also the one before,
+    which says whom a follow-up is about."""
+    if isinstance(prompt, str):
+        return [prompt]
+    found: list[str] = []
+    for text in reversed(Record("", None, "chat", turns_of(prompt)).asked):
+        found.append(text)
+        if names_in(text):
+            break
+    return found
+
+
+def _route(world: World, block: SisaBlock, hits: Sequence[Hit], live: Collection[int]) -> Route:
+    kind: Kind = "completion"
+    if hits:
+        rows = world.ledger.by_vector(hits[0].shard, [hits[0].vector_id])
+        kind = rows[hits[0].vector_id].kind if rows else kind
+    return choose_route(hits, settled(block.aggregation, block.embedder, kind), live)
+
+
+def held_prompts(world: World, config: RunConfig) -> HeldPrompts | None:
+    """Look up prompts of held records: of all, or of the first ones of each shard by keyed id. None
+    where shards are not routed to, nothing is asked in records, or the index is damaged or so large that
+    looking takes long."""
+    files = [each for each in world.ledger.indexes() if each.num_vectors]
+    how = config.sisa.aggregation
+    if how.method != "routed" or sum(each.num_vectors for each in files) > EXACT_UP_TO:
+        return None
+    block = config.sisa.model_copy(update={"aggregation": how.model_copy(update={"below": "base"})})
+    live, counted = frozenset(live_heads(world)), [0, 0, 0]
+    for file in files:
+        rows = world.ledger.rows(file.shard)[: -(-MAX_LOOKED_UP // len(files))]
+        asking = sorted(row.vector_id for row in rows if row.kind != "text")
+        try:
+            vectors = world.index.vectors(file, asking, by="asked")
+            found = query.search_each(world, vectors, NUM_ROUTING_HITS, by="asked")
+        except IntegrityError:
+            return None  # `sisa doctor` says what is damaged
+        routes = [_route(world, block, hits, live) for hits in found]
+        counted[0] += len(routes)
+        counted[1] += sum(not route.shards for route in routes)
+        counted[2] += sum(bool(route.shards) and route.shards[0] != file.shard for route in routes)
+    return HeldPrompts(*counted) if counted[0] else None
+
+
+def open_answerer(
+    world: World,
+    parts: Parts,
+    shards: Collection[int] | None = None,
+    stack: Sequence[Patch] | None = None,
+    how: str | None = None,
+    open_ledger: OpenLedger | None = None,
+) -> Answerer:
+    """Open the models of some shards, or of all that serve one; over the active patches, or over those
+    of `stack`; together as the run file says, or as `how`. With `open_ledger`, they refuse to answer
+    once the ledger has dropped them; without, the caller keeps writers out. Raises IntegrityError."""
+    from sisa.lm.answer.answer import Answerer
+
+    with world.ledger.snapshot():
+        seq = world.ledger.seq()
+        live = live_heads(world)
+        manifests = {each.key: each.manifest_sha256 for each in world.ledger.checkpoints()}
+        stack = active(world.ledger.patches()) if stack is None else stack
+    asked = sorted(live if shards is None else shards)
+    if any(live.get(shard) not in manifests for shard in asked):
+        raise IntegrityError(
+            "a shard that is to answer serves nothing that is held",
+            next_step="run `sisa verify`; restore the model directory from a backup",
+        )
+    adapters = {each: world.checkpoints.load(live[each], manifests[live[each]]) for each in asked}
+    patches = patch_files(world.patches, stack)
+    base, block = parts.base, parts.config.sisa
+    method, threads = how or block.aggregation.method, block.threads_per_shard
+    on = parts.config.arithmetic
+    answerer = Answerer(base.directory, base.digest, adapters, threads, patches, method, on)
+    if open_ledger is not None:
+        loaded = frozenset(live[each] for each in asked), tuple(each.key for each in stack)
+        answerer.refuse_outdated = Loaded(open_ledger, seq, *loaded).refuse_outdated
+    return answerer
+
+
+def live_heads(world: World) -> dict[int, str]:
+    """Return the shards that serve an adapter, and its key."""
+    return {head.shard: head.key for head in world.ledger.heads() if head.key is not None}
+
+
+def form_of(world: World) -> Kind:
+    """Return how prompts are put to shards: as most records of the first training were written. A model
+    that is older than this note goes by the records that remain."""
+    noted, kinds = world.ledger.meta().get(FORM), world.ledger.kinds()
+    return next((each for each in KINDS if each == noted), usual_kind(kinds))
+
+
+def usual_kind(kinds: Mapping[str, int]) -> Kind:
+    """Return how most of so many records are written.
+
+    >>> usual_kind({"text": 1, "completion": 2})
+    'completion'
+    """
+    return max(KINDS, key=lambda kind: kinds.get(kind, 0))

@@ -1,0 +1,375 @@
+"""Exact deletion: what it would do, and doing it, for any number of requests at once.
+
+    forget = commit what remains (heads roll back in the same transaction) -> probe the base -> reconcile
+
+Rules: planning reads only the shards concerned and changes nothing. The commit removes the rows, leaves
+tombstones, moves the heads to their deepest clean checkpoints, and makes the rewritten slices and
+indexes current, all in one transaction. A file to build on that is damaged stops the deletion before it.
+
+Not covered: who may ask and when (`requests.py`, `lifecycle.py`); training and erasing (`reconcile.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TypeVar
+
+from sisa.core.domain import (
+    Export,
+    IndexFile,
+    RecordRow,
+    Request,
+    RequestEvent,
+    SliceFile,
+    SliceState,
+    Tombstone,
+)
+from sisa.core.errors import ConfigConflict, Problem, SisaError
+from sisa.core.patch import Patch, without_shards
+from sisa.core.ports import Change
+from sisa.core.requests import event, under_way
+from sisa.flows.patches.rederiving import Touched, make_again, touched_by
+from sisa.flows.patches.vaulting import put_removed
+from sisa.flows.probing import probe_removed
+from sisa.flows.reconcile import erasing_anyway, note_failure, reconcile, refuse_lost_rows
+from sisa.flows.wiring.world import (
+    Place,
+    World,
+    check_sources,
+    commit,
+    model_digest,
+    only,
+    slices_of,
+    view_shard,
+    write_slice,
+)
+from sisa.planning.assign import index_root, slice_root
+from sisa.planning.cost import full_record_epochs, plan_record_epochs, serving_depth
+from sisa.planning.plan import ShardPlan, ShardView, marked, plan_shard, tainted
+
+Placed = TypeVar("Placed", RecordRow, SliceState)
+
+
+@dataclass(frozen=True)
+class Forgetting:
+    """A deletion before it is carried out: pure numbers and keys."""
+
+    removed: tuple[RecordRow, ...]
+    already_deleted: tuple[Tombstone, ...]
+    plans: tuple[ShardPlan, ...]
+    remaining: tuple[SliceState, ...]  # of the slices that lose records
+    emptied: tuple[Place, ...]
+    tainted: tuple[str, ...]
+    exports: tuple[Export, ...]  # that these records touched
+    record_epochs_retrained: int
+    record_epochs_full: int
+    record_epochs_others: int  # of the other orders' stages
+    serving_depth: float  # from the commit on: mean share of their slices that all shards serve
+
+    @property
+    def served(self) -> tuple[tuple[int, int, int], ...]:
+        """What heads serve from the commit on: (shard, slices, of how many)."""
+        return tuple((plan.shard, plan.head.depth, len(plan.path)) for plan in self.plans)
+
+    @cached_property
+    def stages(self) -> Mapping[int, int]:
+        """How many each shard trains again."""
+        return {plan.shard: len(plan.train) for plan in self.plans}
+
+    @cached_property
+    def first_slices(self) -> Mapping[int, int]:
+        """The earliest slice that each shard loses a record of."""
+        return _first_slices(self.removed)
+
+
+def plan_forget(
+    world: World, rows: Sequence[RecordRow], already: Sequence[Tombstone] = ()
+) -> Forgetting:
+    """What deleting these rows would do. Reads only the shards concerned, changes nothing."""
+    remaining: list[SliceState] = []
+    emptied: list[Place] = []
+    plans: list[ShardPlan] = []
+    dropped: list[str] = []
+    for shard, gone in sorted(_by_shard(rows).items()):
+        states, empty = _left(world, shard, gone)
+        lost = tainted(world.ledger.checkpoints(shard), gone)
+        view = view_shard(world, shard, states, empty, lost)
+        plans.append(plan_shard(view, world.recipe, world.fingerprint))
+        remaining += states
+        emptied += empty
+        dropped += lost
+    views = _all_views(world, remaining, emptied)
+    heads = {head.shard: head for head in world.ledger.heads()}
+    heads |= {plan.shard: plan.head for plan in plans}
+    return Forgetting(
+        removed=tuple(rows),
+        already_deleted=tuple(already),
+        plans=tuple(plans),
+        remaining=tuple(remaining),
+        emptied=tuple(emptied),
+        tainted=tuple(dropped),
+        exports=tuple(marked(world.ledger.exports(), {"": rows})),
+        record_epochs_retrained=plan_record_epochs(plans),
+        record_epochs_full=full_record_epochs(views, world.recipe),
+        record_epochs_others=sum(plan.record_epochs_others for plan in plans),
+        serving_depth=serving_depth(heads.values(), views),
+    )
+
+
+def _first_slices(rows: Iterable[RecordRow]) -> dict[int, int]:
+    return {shard: min(row.slice for row in its) for shard, its in sorted(_by_shard(rows).items())}
+
+
+def _by_shard(rows: Iterable[Placed]) -> dict[int, list[Placed]]:
+    found: dict[int, list[Placed]] = {}
+    for row in rows:
+        found.setdefault(row.shard, []).append(row)
+    return found
+
+
+def _left(
+    world: World, shard: int, removed: Sequence[RecordRow]
+) -> tuple[list[SliceState], list[Place]]:
+    """What a shard's slices hold without the removed records, and those that hold nothing."""
+    gone = {row.id_digest for row in removed}
+    states: list[SliceState] = []
+    empty: list[Place] = []
+    for slice_ in sorted({row.slice for row in removed}):
+        left = [row for row in world.ledger.rows(shard, slice_) if row.id_digest not in gone]
+        if left:
+            states.append(SliceState(shard, slice_, slice_root(left), len(left)))
+        else:
+            empty.append((shard, slice_))
+    return states, empty
+
+
+def _all_views(
+    world: World, replaced: Sequence[SliceState], emptied: Sequence[Place]
+) -> list[ShardView]:
+    slices: dict[Place, SliceState] = {(f.shard, f.slice): f for f in world.ledger.slices()}
+    slices.update({(state.shard, state.slice): state for state in replaced})
+    for place in emptied:
+        slices.pop(place, None)
+    by_shard = _by_shard(state for _, state in sorted(slices.items()))
+    return [ShardView(shard, tuple(states), ()) for shard, states in by_shard.items()]
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A request that is not in the ledger yet: the keyed ids that it names, and its first events."""
+
+    request: Request
+    named: tuple[str, ...]
+    events: tuple[RequestEvent, ...]
+
+    def change(self) -> Change:
+        """The transaction that takes it in."""
+        pairs = [(self.request.request_id, each) for each in self.named]
+        return Change(requests=[self.request], named=pairs, events=self.events)
+
+
+def forget(world: World, requests: Sequence[Request]) -> tuple[Request, ...]:
+    """Carry out approved requests as one batch, exactly: the served model is clean at the commit; the
+    bytes are gone and the affected suffixes are retrained when this returns.
+
+    A request whose records were all deleted before is completed as it is. Raises what the effects
+    raise; a failure before the commit leaves the requests failed, with the kind of error as cause.
+    """
+    if not requests:
+        return ()
+    named = {request.request_id: rows_named(world, request) for request in requests}
+    held = slices_of(world, [row for rows in named.values() for row in rows])
+    with erasing_anyway(world):
+        try:
+            world, touched = commit_removed(world, requests, named, Change())
+        except SisaError as error:
+            accepted = {each.request_id for each in world.ledger.requests() if under_way(each)}
+            note_failure(world, [each for each in requests if each.request_id not in accepted], error)
+            raise
+        probe_removed(world, named, held)
+    reconcile(world)
+    make_again(world, touched)
+    done = {each.request_id: each for each in world.ledger.requests()}
+    return tuple(done[request.request_id] for request in requests)
+
+
+def forget_at_once(world: World, arrival: Arrival, *, defer: bool = False) -> Request:
+    """Take an approved request in and carry it out in the same commit: a failure before it changes
+    nothing, a crash after it is finished by the next command. `defer`: erased now, trained later."""
+    rows = _held(world, arrival.named)
+    request = arrival.request
+    named = {request.request_id: rows}
+    held = slices_of(world, rows)
+    with erasing_anyway(world):
+        world, touched = commit_removed(world, [request], named, arrival.change())
+        probe_removed(world, named, held)
+    reconcile(world, defer=defer)
+    make_again(world, touched)
+    return next(each for each in world.ledger.requests() if each.request_id == request.request_id)
+
+
+def rows_named(world: World, request: Request) -> list[RecordRow]:
+    """The held records that a request names."""
+    return _held(world, world.ledger.named_by(request.request_id))
+
+
+def _held(world: World, named: Sequence[str]) -> list[RecordRow]:
+    return [each for each in world.ledger.lookup(named).values() if isinstance(each, RecordRow)]
+
+
+def commit_removed(
+    world: World,
+    requests: Sequence[Request],
+    named: Mapping[str, Sequence[RecordRow]],
+    arriving: Change,
+    *,
+    held_too: bool = False,
+) -> tuple[World, Touched]:
+    """The commit that fixes what remains: rows go, heads roll back, requests are `rolled_back`; texts to
+    keep by consent are in the vault, and patches that a removed record touched are dropped. Returns the
+    world to go on with, and those patches.
+
+    `arriving` is taken in by the same transaction (names, events, tombstones); `held_too` deletes what
+    is under a legal hold. Raises ConfigConflict for a hold, IntegrityError for damaged files.
+    """
+    refuse_lost_rows(world.ledger)
+    union = {row.id_digest: row for rows in named.values() for row in rows}
+    if not held_too:
+        _refuse_held(world, union)
+    world, touched = touched_by(world, union, requests[0].request_id if requests else "")
+    planned = plan_forget(world, list(union.values()))
+    if planned.removed:
+        check_sources(world, planned.plans)
+    kept = touched.put + put_removed(world, requests, named)
+    slices, indexes, unindexed = _write_remaining(world, planned)
+    now, before = world.now(), model_digest(world)
+    accepted = [
+        _accepted(each, planned, named[each.request_id], now, before, kept.of_request(each.request_id))
+        for each in requests
+    ]
+    commit(
+        world,
+        Change(
+            removed=planned.removed,
+            tombstones=[*arriving.tombstones, *_tombstones(world, planned, named, now)],
+            slices=slices,
+            emptied=planned.emptied,
+            indexes=indexes,
+            unindexed=unindexed,
+            heads=[plan.head for plan in planned.plans],
+            dropped=planned.tainted,
+            exports=[*touched.exports, *marked(world.ledger.exports(), named)],
+            requests=accepted,
+            named=arriving.named,
+            patches=_patches(world, touched, planned),
+            vault=kept.sets,
+            vaulted=kept.pairs,
+            events=[
+                *arriving.events,
+                *(
+                    event(replace(request, state=state), now)
+                    for request in accepted
+                    for state in ("committed", "rolled_back")
+                ),
+            ],
+        ),
+    )
+    return world, touched
+
+
+def _patches(world: World, touched: Touched, planned: Forgetting) -> list[Patch]:
+    """Patches that change with a deletion: dropped, wanted again, or less to report."""
+    known = {each.key: each for each in world.ledger.patches()}
+    told = {each.key: each for each in (*touched.rederived.changed, *touched.rederived.fresh)}
+    shards = {row.shard for row in planned.removed}
+    found = {key: without_shards(each, shards) for key, each in {**known, **told}.items()}
+    return [each for key, each in found.items() if each != known.get(key)]
+
+
+def _write_remaining(
+    world: World, planned: Forgetting
+) -> tuple[list[SliceFile], list[IndexFile], list[int]]:
+    """New slice and index files of what remains, and the shards that have no index any more."""
+    gone = {row.id_digest for row in planned.removed}
+    slices, indexes, unindexed = [], [], []
+    remaining = _by_shard(planned.remaining)
+    for plan in planned.plans:
+        rows = [row for row in world.ledger.rows(plan.shard) if row.id_digest not in gone]
+        for state in remaining.get(plan.shard, ()):
+            here = [row for row in rows if row.slice == state.slice]
+            slices.append(write_slice(world, state.shard, state.slice, here))
+        base = only(world.ledger.indexes(plan.shard))
+        if rows:
+            kept = {row.vector_id: None for row in rows}
+            indexes.append(world.index.build(plan.shard, index_root(rows), base, kept))
+        else:
+            unindexed.append(plan.shard)
+    return slices, indexes, unindexed
+
+
+def under_hold(world: World, named: Collection[str]) -> list[str]:
+    """Ids of the requests whose legal hold covers one of these records."""
+    return [
+        request.request_id
+        for request in world.ledger.requests()
+        if request.state == "held"
+        and not set(named).isdisjoint(world.ledger.named_by(request.request_id))
+    ]
+
+
+def _refuse_held(world: World, named: Collection[str]) -> None:
+    if holds := under_hold(world, named):
+        raise ConfigConflict(
+            "some of these records are under a legal hold; nothing was changed",
+            next_step="`sisa request approve` or `sisa request cancel` ends a hold",
+            problems=[Problem(request_id, "holds records that were named") for request_id in holds],
+        )
+
+
+def _accepted(
+    request: Request,
+    planned: Forgetting,
+    rows: Sequence[RecordRow],
+    now: str,
+    before: str,
+    vaulted: str,
+) -> Request:
+    """A request at its commit; record-epochs are those of the batch that it runs in."""
+    first = _first_slices(rows)
+    return replace(
+        request,
+        state="rolled_back",
+        cause="",
+        committed_at=now,
+        num_records=len(rows),
+        shards=tuple((shard, slice_, planned.stages[shard]) for shard, slice_ in first.items()),
+        record_epochs_retrained=planned.record_epochs_retrained,
+        record_epochs_full=planned.record_epochs_full,
+        record_epochs_others=planned.record_epochs_others,
+        served=tuple(each for each in planned.served if each[0] in first),
+        serving_depth=planned.serving_depth,
+        model_digest_before=before,
+        vaulted=vaulted,
+    )
+
+
+def _tombstones(
+    world: World, planned: Forgetting, named: Mapping[str, Sequence[RecordRow]], now: str
+) -> list[Tombstone]:
+    by_record = {row.id_digest: request for request, rows in named.items() for row in rows}
+    held = {plan.shard: world.ledger.checkpoints(plan.shard) for plan in planned.plans}
+    return [
+        Tombstone(
+            id_digest=row.id_digest,
+            subject_digest=row.subject_digest,
+            text_digest=row.text_digest,
+            shard=row.shard,
+            slice=row.slice,
+            request_id=by_record[row.id_digest],
+            deleted_at=now,
+            checkpoints_erased=len(tainted(held[row.shard], [row])),
+        )
+        for row in planned.removed
+    ]

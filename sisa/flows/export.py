@@ -1,0 +1,146 @@
+"""Exports: what is served, written out for other tools, under a version that nothing replaces.
+
+    peft             a PEFT directory per shard that serves an adapter
+    merged-adapter   one PEFT directory: the exact mean of the shards' changes, at the ranks' sum
+    merged-model     the full weights, with the mean of the changes in them
+
+    commit a row for every shard of every directory -> write the files -> commit that they are written
+
+Rules: bytes are checked against the ledger. What is served goes out: with active patches, each adapter
+is the sum of the patches and the shard's own, as one adapter on the plain base. `adapter_config.json`
+names the base as the run file does, so that it means the same on other machines; its digest is on the
+card. `AutoPeftModelForCausalLM` loads it from a hub's name or a directory. Every directory has a
+card that says what is in it. The rows come before the files, so that no crash leaves an export that
+nobody knows. A merged form is an average of weights, not what the shards say together: its card says
+so, with what that costs on records that remain.
+
+Not covered: the end of an export (`stale_exports.py`), what is in the files (`export_files.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sisa.core.digest import sha256_hex
+from sisa.core.domain import Export, ExportForm, HeldCheckpoint
+from sisa.core.errors import InvalidInput, SisaError
+from sisa.core.ports import Change
+from sisa.flows.export_files import (
+    Card,
+    lora_name,
+    of_adapter,
+    of_merged_adapter,
+    of_merged_model,
+    rank_of,
+)
+from sisa.flows.patches.composition import merged_gap
+from sisa.flows.stale_exports import finish_written
+from sisa.flows.wiring.world import World, commit, model_digest, patch_files
+from sisa.planning.patch_plan import active
+from sisa.store.checkpoints import ADAPTER
+from sisa.store.exports import CARD, MODEL
+
+if TYPE_CHECKING:
+    from sisa.flows.wiring.parts import Parts
+
+_VERSION = re.compile(r"v([0-9]{1,9})")
+
+
+@dataclass(frozen=True)
+class _Written:
+    """A directory to write, and the heads that are in it."""
+
+    path: str
+    heads: tuple[HeldCheckpoint, ...]
+    files: Mapping[str, bytes]
+
+
+def export_adapters(world: World, parts: Parts, target: Path, form: ExportForm = "peft") -> list[Path]:
+    """The directories that were written, in `target`/vN. Raises InvalidInput and IntegrityError."""
+    if target.exists() and not target.is_dir():
+        raise InvalidInput("the target is no directory", where=str(target), next_step="name another")
+    place, now = _absolute(target), world.now()
+    written = _written(world, parts, _next_version(world, place), form, now)
+    stack = tuple(each.key for each in active(world.ledger.patches()))
+    made = []
+    for each in written:
+        digest = sha256_hex(each.files[MODEL if form == "merged-model" else ADAPTER])
+        made += [
+            Export(each.path, h.shard, h.prefix, h.seq, h.key, digest, now, "writing", "", stack, form)
+            for h in each.heads
+        ]
+    if made:
+        commit(world, Change(exports=made))
+        try:
+            for each in written:
+                world.exports.write(each.path, each.files)
+        except SisaError:
+            with contextlib.suppress(SisaError):  # the disk's error is being raised
+                finish_written(world)
+            raise
+        commit(world, Change(exports=[replace(each, state="clean") for each in made]))
+    return [target / Path(each.path).relative_to(place) for each in written]
+
+
+def _absolute(target: Path) -> str:
+    """Without links, so that one that is put there later can be told. Raises InvalidInput."""
+    place = str(target.resolve())
+    try:
+        place.encode()
+    except UnicodeEncodeError:
+        raise InvalidInput("the target's path is not UTF-8", next_step="export elsewhere") from None
+    return place.rstrip("/")
+
+
+def _next_version(world: World, place: str) -> str:
+    """The path of a version that neither the disk nor the ledger has had."""
+    names = {each.name for each in Path(place).iterdir()} if Path(place).is_dir() else set()
+    for each in world.ledger.exports():
+        if each.path.startswith(f"{place}/"):
+            names.add(each.path.removeprefix(f"{place}/").partition("/")[0])
+    numbers = [int(found[1]) for name in names if (found := _VERSION.fullmatch(name))]
+    return f"{place}/v{max(numbers, default=0) + 1}"
+
+
+def _written(world: World, parts: Parts, version: str, form: ExportForm, now: str) -> list[_Written]:
+    known = {each.key: each for each in world.ledger.checkpoints()}
+    heads = [known[head.key] for head in world.ledger.heads() if head.key is not None]
+    adapters = [world.checkpoints.load(each.key, each.manifest_sha256) for each in heads]
+    patches = patch_files(world.patches, active(world.ledger.patches()))
+    card = _card(world, parts, form, len(patches), now)
+    if not heads:
+        return []
+    if form != "peft":
+        path = f"{version}/{form}"
+        gap = merged_gap(world, parts)
+        make = of_merged_model if form == "merged-model" else of_merged_adapter
+        files = make(parts, patches, adapters)
+        told = card.text(lora_name(path), [each.shard for each in heads], rank_of(files), gap)
+        return [_Written(path, tuple(heads), {**files, CARD: told})]
+    found = []
+    for head, adapter in zip(heads, adapters, strict=True):
+        path = f"{version}/shard-{head.shard:05d}"
+        files = of_adapter(parts, patches, adapter)
+        told = card.text(lora_name(path), [head.shard], rank_of(files))
+        found.append(_Written(path, (head,), {**files, CARD: told}))
+    return found
+
+
+def _card(world: World, parts: Parts, form: ExportForm, num_patches: int, now: str) -> Card:
+    return Card(
+        form=form,
+        base=parts.config.base_name,
+        base_digest=world.base,
+        model_digest=model_digest(world),
+        num_records=sum(world.ledger.counts().values()),
+        num_deleted=world.ledger.num_tombstones(),
+        roots=tuple((each.shard, each.slice, each.root) for each in world.ledger.slices()),
+        num_patches=num_patches,
+        made_at=now,
+        dtype=parts.config.dtype,
+    )

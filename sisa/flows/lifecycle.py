@@ -1,0 +1,297 @@
+"""Requests as they come and go: submit, decide, and carry out what is approved.
+
+Rules: a request names records by keyed digest from the start; no plain id waits in the ledger. The same
+external id with the same records is the same request; with other records it is refused. Exact copies
+(same normalised text under another id, of any subject) are counted; they are deleted with the request
+only if the caller says so, and what was decided is kept. Nothing runs that is not approved.
+
+Not covered: near-duplicates, which the index proposes (`query.py`); reminders.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from datetime import date, datetime
+
+from sisa.core.domain import (
+    RecordRow,
+    Regime,
+    Request,
+    RequestEvent,
+    RequestState,
+    Tombstone,
+)
+from sisa.core.errors import ConfigConflict, InvalidInput, UnknownRecord
+from sisa.core.events import QueueSeen
+from sisa.core.ports import Change
+from sisa.core.requests import days_left, due_date, event, extended, moved, under_way
+from sisa.flows.deletion import Arrival, forget, plan_forget, rows_named
+from sisa.flows.query import Found
+from sisa.flows.reconcile import open_plans
+from sisa.flows.wiring.world import World, commit
+from sisa.planning.cost import shard_costs
+from sisa.planning.schedule import RunPlan, choose
+
+PAST_DAYS, YOUNG_DAYS = 90, 30.0
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What comes with a request besides its records; kept as given."""
+
+    external_id: str | None = None
+    reason: str = ""
+    regime: Regime = "gdpr"
+    due: str | None = None  # an ISO date that replaces the regime's
+    approver: str | None = None  # approves at once
+    include_copies: bool = False
+    consent: str = ""  # to keep the text, encrypted, for a patch, if the base alone knows it
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """A request, and what else might be meant: ids of exact copies, near-duplicates by the index."""
+
+    request: Request
+    copies: tuple[str, ...]
+    near: tuple[Found, ...]
+
+
+@dataclass(frozen=True)
+class RequestView:
+    """A request with its history; `days_left` is negative when it is overdue."""
+
+    request: Request
+    days_left: int
+    events: tuple[RequestEvent, ...]
+
+
+def copies(world: World, rows: Sequence[RecordRow], *, sure: bool) -> list[RecordRow]:
+    """Held records with the text of one of `rows`, themselves left out; `sure`: as `Ledger.by_text`."""
+    named = {row.id_digest for row in rows}
+    held, _ = world.ledger.by_text({row.text_digest for row in rows}, sure=sure)
+    return [row for row in held if row.id_digest not in named]
+
+
+def submit(
+    world: World, rows: Sequence[RecordRow], deleted: Sequence[Tombstone], terms: Terms
+) -> Request:
+    """Take a request in; one that is known and still `received` is approved if an approver comes now.
+
+    Raises ConfigConflict for an external id that stands for other records.
+    """
+    arrived = arrive(world, rows, deleted, terms, sure=True)
+    asked = {row.id_digest for row in rows} | {each.id_digest for each in deleted}
+    known = _known(world, terms, asked, arrived.named)
+    if known is None:
+        commit(world, arrived.change())
+        return arrived.request
+    if terms.approver is not None and known.state == "received":
+        return decide(world, known.request_id, "approved", terms.approver)
+    return known
+
+
+def arrive(
+    world: World,
+    rows: Sequence[RecordRow],
+    deleted: Sequence[Tombstone],
+    terms: Terms,
+    *,
+    sure: bool = False,
+) -> Arrival:
+    """A request as it comes in, not yet in the ledger. Raises InvalidInput for a wrong due date.
+
+    A deletion at once only counts the copies: it need not be `sure` of them, which takes longer.
+    """
+    found = copies(world, rows, sure=sure or terms.include_copies)
+    taken = [*rows, *(found if terms.include_copies else [])]
+    named = {row.id_digest for row in taken} | {each.id_digest for each in deleted}
+    now = world.now()
+    request = Request(
+        request_id=f"req-{uuid.uuid4()}",
+        created_at=now,
+        due=due_date(now, terms.regime) if terms.due is None else _checked(terms.due, now),
+        num_records=len(taken),
+        regime=terms.regime,
+        external_id=terms.external_id,
+        reason=terms.reason,
+        num_copies=len(found),
+        copies_included=terms.include_copies,
+        consent=terms.consent.strip(),
+    )
+    states = [request]
+    if terms.approver is not None:
+        states.append(moved(request, "approved", terms.approver))
+    events = tuple(event(each, now, each.approver or "") for each in states)
+    return Arrival(states[-1], tuple(sorted(named)), events)
+
+
+def _known(world: World, terms: Terms, asked: Collection[str], named: Collection[str]) -> Request | None:
+    if terms.external_id is None:
+        return None
+    for request in world.ledger.requests():
+        if terms.external_id == request.request_id:
+            raise ConfigConflict(
+                "this external id is the id of another request",
+                where=request.request_id,
+                next_step="give the new request an external id of its own",
+            )
+        if request.external_id == terms.external_id:
+            if _same(world, request, terms, set(asked), set(named)):
+                return request
+            raise ConfigConflict(
+                "this external id already stands for a request with other records",
+                where=request.request_id,
+                next_step="give the new request an external id of its own",
+            )
+    return None
+
+
+def _same(world: World, request: Request, terms: Terms, asked: set[str], named: set[str]) -> bool:
+    """Whether a request stands for these records; copies come and go after its receipt."""
+    known = set(world.ledger.named_by(request.request_id))
+    if not (request.copies_included and terms.include_copies):
+        return known == named
+    texts = {each.text_digest for each in world.ledger.lookup(asked).values()}
+    extra = world.ledger.lookup(known - asked).values()
+    return asked <= known and all(each.text_digest in texts for each in extra)
+
+
+def _checked(due: str, now: str) -> str:
+    try:
+        day = date.fromisoformat(due).isoformat()
+    except ValueError:
+        raise InvalidInput("the due date is no date", expected="YYYY-MM-DD", got=due[:40]) from None
+    if day < now[:10]:
+        raise InvalidInput("the due date has passed already", expected=f"{now[:10]} or later", got=day)
+    return day
+
+
+def find(world: World, request_id: str) -> Request:
+    """A request by its id or its external id. Raises UnknownRecord."""
+    for request in world.ledger.requests():
+        if request_id in (request.request_id, request.external_id):
+            return request
+    raise UnknownRecord("there is no such request", next_step="`sisa request list` names them")
+
+
+def views(world: World) -> list[RequestView]:
+    """Return all requests with their history, oldest first."""
+    passed: dict[str, list[RequestEvent]] = {}
+    for each in world.ledger.events():
+        passed.setdefault(each.request_id, []).append(each)
+    now = world.now()
+    return [
+        RequestView(each, days_left(each.due, now), tuple(passed.get(each.request_id, ())))
+        for each in world.ledger.requests()
+    ]
+
+
+def viewed(world: World, request: Request) -> RequestView:
+    """A request with the days left to it and the states that it went through."""
+    passed = [each for each in world.ledger.events() if each.request_id == request.request_id]
+    return RequestView(request, days_left(request.due, world.now()), tuple(passed))
+
+
+def decide(world: World, request_id: str, state: RequestState, note: str) -> Request:
+    """Approve, hold, deny or cancel. Raises UnknownRecord and ConfigConflict; denying needs a reason."""
+    if state in ("denied", "held") and not note.strip():
+        raise InvalidInput(f"a request is not {state} without a reason", next_step="give --reason")
+    if state == "approved" and not note.strip():
+        raise InvalidInput("an approval names its approver", next_step="give --approver")
+    request = moved(find(world, request_id), state, note)
+    commit(world, Change(requests=[request], events=[event(request, world.now(), note)]))
+    return request
+
+
+def extend(world: World, request_id: str, reason: str) -> Request:
+    """Move the due date by what the regime allows. Raises ConfigConflict and InvalidInput."""
+    request = extended(find(world, request_id), reason)
+    note = f"extended to {request.due}: {reason}"
+    commit(world, Change(requests=[request], events=[event(request, world.now(), note)]))
+    return request
+
+
+def approved(world: World) -> list[Request]:
+    """Requests that wait to be carried out and are under nobody's hold, the most urgent first."""
+    requests = world.ledger.requests()
+    held = {
+        each
+        for request in requests
+        if request.state == "held"
+        for each in world.ledger.named_by(request.request_id)
+    }
+    waiting = [
+        request
+        for request in requests
+        if (request.state == "approved" or (request.state == "failed" and not request.committed_at))
+        and (not held or held.isdisjoint(world.ledger.named_by(request.request_id)))
+    ]
+    return sorted(waiting, key=lambda each: (each.due, each.created_at, each.request_id))
+
+
+def carry_out(world: World, requests: Sequence[Request]) -> tuple[Request, ...]:
+    """Delete what these requests name, as one batch; those that are not approved stay as they are."""
+    named = {request.request_id for request in requests}
+    done = forget(world, [each for each in approved(world) if each.request_id in named])
+    after = {request.request_id: request for request in done}
+    return tuple(after.get(request.request_id, request) for request in requests)
+
+
+def plan_run(world: World) -> RunPlan:
+    """Whether to carry the approved requests out now, priced from this model's past. Changes nothing."""
+    waiting, now = approved(world), world.now()
+    rows = [row for request in waiting for row in rows_named(world, request)]
+    planned = plan_forget(world, list({row.id_digest: row for row in rows}.values()))
+    plans = [*open_plans(world), *planned.plans]  # what is open in a shard is in the later plan, too
+    pending = {plan.shard: float(plan.record_epochs) for plan in plans}
+    total = sum(world.ledger.counts().values())
+    sizes: dict[int, dict[int, int]] = {head.shard: {} for head in world.ledger.heads()}
+    for file in world.ledger.slices():
+        sizes[file.shard][file.slice] = file.num_records
+    shards = [
+        shard_costs(pending.get(shard, 0.0), each, total, world.recipe) for shard, each in sizes.items()
+    ]
+    left = [(request.request_id, days_left(request.due, now)) for request in waiting]
+    cut_short = [each.request_id for each in world.ledger.requests() if under_way(each)]
+    if cut_short:
+        names = (*cut_short, *(name for name, _ in left))
+        cost = sum(shard.pending for shard in shards)
+        return RunPlan(
+            names, "run now", "a deletion was put off or cut short", now[:10], 0.0, cost, cost
+        )
+    return choose(left, shards, _arrivals_per_day(world, now, waiting), now[:10])
+
+
+def queue_seen(world: World) -> QueueSeen:
+    """The requests as they stand, in numbers."""
+    requests = world.ledger.requests()
+    states = Counter(each.state for each in requests)
+    names = {each.request_id for each in approved(world)}
+    names |= {each.request_id for each in requests if under_way(each)}
+    waiting = [each for each in requests if each.request_id in names or each.state == "received"]
+    left = [days_left(each.due, world.now()) for each in waiting]
+    return QueueSeen(
+        depth=len(names),
+        undecided=states["received"],
+        held=states["held"],
+        failed_erasures=states["erasure_failed"],
+        oldest_days_left=min(left, default=None),
+    )
+
+
+def _arrivals_per_day(world: World, now: str, waiting: Sequence[Request]) -> float:
+    """Past requests per day over the last PAST_DAYS days, those that wait left out; a young model is
+    not taken for a busy one."""
+    today = datetime.fromisoformat(now)
+    here = {request.request_id for request in waiting}
+    ages = [
+        (today - datetime.fromisoformat(each.created_at)).total_seconds() / 86_400
+        for each in world.ledger.requests()
+        if each.request_id not in here
+    ]
+    recent = [age for age in ages if 0 <= age <= PAST_DAYS]
+    return len(recent) / max(YOUNG_DAYS, *recent) if recent else 0.0

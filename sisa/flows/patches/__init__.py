@@ -1,0 +1,1 @@
+"""Patches beneath the shards, as deletions and callers meet them."""

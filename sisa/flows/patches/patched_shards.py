@@ -1,0 +1,62 @@
+"""Shards that are trained over patches, and no longer over them.
+
+Rules: the ledger's meta names the patches that all shards are trained over. Training over them is exact
+with respect to the patched base: the job of every stage names it. Patches with records of the model in
+their retain sets can't be trained over, since one deletion would retrain every shard; if such a record
+comes later and is deleted, everything that was trained over the patch goes in one commit.
+
+Not covered: serving (`ask.py`: the active patches, whatever the shards were trained over).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+
+from sisa.core.errors import ConfigConflict
+from sisa.core.patch import Patch, patched_digest
+from sisa.core.ports import Change
+from sisa.flows.patches import vaulting
+from sisa.flows.wiring.world import World, commit, view_shard
+from sisa.planning.patch_plan import OVER
+from sisa.planning.plan import plan_shard
+
+
+def shards_over(world: World, stack: Sequence[Patch]) -> World:
+    """New targets: every shard over some patches, from now on; heads serve until they are trained.
+
+    Returns the world to go on with. Raises ConfigConflict when records of the model are in a patch.
+    """
+    risky = {each.job.retain for each in stack} & vaulting.deletable(world)
+    if risky:
+        raise ConfigConflict(
+            "records of the model are in a retain set: deleting one would retrain every shard",
+            expected="patches whose retain sets hold no record of the model",
+            got=f"{len(risky)} retain sets that do",
+            next_step="leave the shards as they are, or make the patch with a written retain set",
+        )
+    moved = _moved(world, stack)
+    heads = [
+        plan_shard(view_shard(moved, head.shard), moved.recipe, moved.fingerprint).head
+        for head in world.ledger.heads()
+    ]
+    commit(world, Change(heads=heads, meta={OVER: json.dumps([each.key for each in stack])}))
+    return moved
+
+
+def _moved(world: World, stack: Sequence[Patch]) -> World:
+    base = patched_digest(world.base, [each.adapter_sha256 for each in stack])
+    return replace(world, recipe=replace(world.recipe, base=base))
+
+
+def shards_off(world: World) -> World:
+    """Everything that was trained over patches goes at once; the shards start from the plain base."""
+    moved = _moved(world, ())
+    held = world.ledger.checkpoints()
+    heads = [
+        plan_shard(replace(view_shard(moved, head.shard), held=()), moved.recipe, moved.fingerprint).head
+        for head in world.ledger.heads()
+    ]
+    commit(world, Change(heads=heads, dropped=[each.key for each in held], meta={OVER: "[]"}))
+    return moved

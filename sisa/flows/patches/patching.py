@@ -1,0 +1,221 @@
+"""Patches: wanted, made, reverted; approximate, always.
+
+    want    put the texts into the vault -> commit the wish
+    make    what is wanted, lowest first -> commit each: from then on it is served beneath every shard
+            -> erase the texts that no patch needs: those of which nothing is known any more
+
+Rules: a wish is in the ledger before anything is computed, so that what was cut short is gone on with by
+the same command. One wish at a time.
+
+Not covered: how a patch is made (`approx/patches/patching.py`), decisions (`patch_plan.py`), what a
+deletion
+does to patches (`rederiving.py`), shards that are trained over patches (`patched_shards.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from sisa.core.domain import Record, RecordRow, Request
+from sisa.core.errors import ConfigConflict, InvalidInput
+from sisa.core.events import Notice
+from sisa.core.patch import WRITTEN, Patch, PatchJob, VaultSet
+from sisa.core.patch_ports import PatchOrder
+from sisa.core.ports import Change
+from sisa.flows.patches import vaulting
+from sisa.flows.patches.vaulting import Put
+from sisa.flows.reconcile import sweep_patches
+from sisa.flows.wiring.world import World, commit
+from sisa.planning.patch_plan import activated, active, next_job, next_version, rederive, unmade, wanted
+
+Measure = Callable[[Sequence[Patch], Sequence[Patch]], Mapping[str, Any]]  # active before and after
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a user wants of a patch. `settings` are those of a `PatchJob`; a `retain` of None is a set
+    that the base writes; `consent` is to keep `forget` and `retain` until no patch needs them;
+    `reference` names a model that never saw what is forgotten, to be measured beside the patch."""
+
+    settings: Mapping[str, Any]
+    forget: Sequence[Record] = field(default=(), repr=False)
+    retain: Sequence[Record] | None = field(default=None, repr=False)
+    consent: str = ""
+    reference: str = ""
+
+
+@dataclass(frozen=True)
+class Unlearnt:
+    """What came of it: the last patch that was made, None when none was; `unfinished` says that the time
+    was spent and the run can be gone on with. Numbers of sets of texts that were erased and kept, and of
+    slices that were trained over the patch."""
+
+    patch: Patch | None
+    unfinished: bool
+    report: Mapping[str, Any]
+    erased_sets: int
+    kept_sets: int
+    slices_trained: int = 0
+
+
+def want(world: World, wish: Wish, requests: Sequence[Request] = ()) -> Patch:
+    """Take a wish in, to forget its own texts and those of requests: everything is checked, the texts
+    are in the vault, and the ledger knows it.
+
+    A wish for a patch that is active, or wanted already, is that patch. Raises InvalidInput (sets,
+    settings, consent), ConfigConflict (no text of a request, another wish).
+    """
+    from_requests = [vaulting.set_of_request(world, each) for each in requests]
+    if wish.forget or wish.retain is not None:
+        vaulting.refuse_no_consent(wish.consent)
+    texts = [record for found in from_requests for record in world.vault.read(found)]
+    world.patcher().refuse(wish.settings, [*texts, *wish.forget], wish.retain, wish.reference)
+    _tell_held(world, wish.forget)
+    fresh = vaulting.put(world, "forget", wish.forget, wish.consent) if wish.forget else Put()
+    kept = Put() if wish.retain is None else vaulting.put(world, "retain", wish.retain, wish.consent)
+    retain = kept.sets[0].name if kept.sets else WRITTEN
+    like = PatchJob(world.base, (), (), retain, dict(wish.settings), world.fingerprint)
+    patches, held = world.ledger.patches(), vaulting.held_sets(world)
+    forget = [each.name for each in (*from_requests, *fresh.sets)]
+    job = next_job(patches, held, world.patch_mode, like, forget)
+    asked = requests[-1].request_id if requests else ""
+    found = Patch(next_version(patches), job, "wanted", world.now(), request_id=asked)
+    for each in patches:
+        if each.state in ("active", "wanted") and each.job == job:
+            return each
+    _refuse_second(wanted(patches))
+    put = fresh + kept
+    commit(world, Change(patches=[found], vault=_new(world, put), vaulted=put.pairs))
+    return found
+
+
+def _new(world: World, put: Put) -> list[VaultSet]:
+    """Sets as they were first put, where the same texts are there already."""
+    known = {each.name: each for each in world.ledger.vault() if each.held}
+    return [known.get(each.name, each) for each in put.sets]
+
+
+def _tell_held(world: World, records: Sequence[Record]) -> None:
+    if not records:
+        return
+    rows = [world.assigner.row(each, 0) for each in records]
+    by_id = world.ledger.lookup([row.id_digest for row in rows])
+    held, _ = world.ledger.by_text({row.text_digest for row in rows})
+    texts = {row.text_digest for row in held}
+    count = sum(
+        isinstance(by_id.get(row.id_digest), RecordRow) or row.text_digest in texts for row in rows
+    )
+    if count:
+        world.report(
+            Notice(
+                f"{count} of these texts are records of the model: a patch does not delete them from "
+                "the shards; `sisa forget` does, exactly"
+            )
+        )
+
+
+def _refuse_second(waiting: Sequence[Patch]) -> None:
+    if waiting:
+        raise ConfigConflict(
+            "another patch is wanted and not made yet; nothing was changed",
+            where=f"patch {waiting[0].version}",
+            next_step="go on with it by `sisa approx unlearn`, or give it up by `sisa approx revert`",
+        )
+
+
+def make_wanted(
+    world: World,
+    max_seconds: float | None = None,
+    measure: Measure | None = None,
+    reference: str = "",
+) -> Unlearnt:
+    """Make what is wanted, lowest first; one that nothing good came of is dropped with its report.
+
+    Raises what reading the vault, the base and the machine raise; the wish stays.
+    """
+    last: Patch | None = None
+    report: Mapping[str, Any] = {}
+    patcher = world.patcher()
+    while waiting := wanted(world.ledger.patches()):
+        patch = waiting[0]
+        made = patcher.make(_order(world, patch, max_seconds, reference), world.report)
+        report = made.report
+        if made.unfinished:
+            return Unlearnt(last, True, report, *_settled(world))
+        if made.saved is None:
+            told = replace(patch, report=dict(report))
+            commit(world, Change(patches=unmade(world.ledger.patches(), told)))
+            continue
+        now = replace(
+            patch,
+            state="active",
+            made_at=world.now(),
+            manifest_sha256=made.saved.manifest_sha256,
+            adapter_sha256=made.saved.adapter_sha256,
+            num_bytes=made.saved.num_bytes,
+            report=dict(report),
+        )
+        before = world.ledger.patches()
+        changed = activated(before, now)
+        if measure is not None:
+            gone = {each.key for each in changed}
+            after = [*(each for each in active(before) if each.key not in gone), now]
+            effect = dict(measure(active(before), after))
+            changed[0] = replace(now, report={**now.report, "composition": effect})
+        commit(world, Change(patches=changed))
+        last = changed[0]
+    return Unlearnt(last, False, report if last is None else last.report, *_settled(world))
+
+
+def _settled(world: World) -> tuple[int, int]:
+    """Texts that no patch needs are erased, and what is unknown of patches: sets erased and kept."""
+    counts = vaulting.settle(world)
+    sweep_patches(world)
+    world.ledger.scrub()
+    return counts
+
+
+def _order(world: World, patch: Patch, max_seconds: float | None, reference: str) -> PatchOrder:
+    sets = {each.name: each for each in world.ledger.vault()}
+    stack = {each.key: each for each in active(world.ledger.patches())}
+    job = patch.job
+    if absent := [key for key in job.beneath if key not in stack]:
+        raise ConfigConflict(
+            "a patch that this one was to lie upon is gone",
+            where=f"patch {patch.version}",
+            got=f"{len(absent)} of {len(job.beneath)} are missing",
+            next_step="give it up by `sisa approx revert`, and ask for it again",
+        )
+    beneath = tuple(stack[key] for key in job.beneath)
+    return PatchOrder(job, tuple(sets[name] for name in job.sets), beneath, max_seconds, reference)
+
+
+def revert(world: World, *, everything: bool = False) -> list[Patch]:
+    """Take back what is wanted and, if nothing is, the newest active patch; or all of them.
+
+    Raises InvalidInput when there is none.
+    """
+    patches = world.ledger.patches()
+    waiting, stack = wanted(patches), active(patches)
+    chosen = [*stack, *waiting] if everything else (waiting or stack[-1:])
+    if not chosen:
+        raise InvalidInput("there is no patch to revert", next_step="`sisa approx patches` lists them")
+    gone = [replace(each, state="reverted" if each.state == "active" else "dropped") for each in chosen]
+    commit(world, Change(patches=gone))
+    _settled(world)
+    return gone
+
+
+def release(world: World, sets: Sequence[VaultSet]) -> list[VaultSet]:
+    """Erase texts on withdrawn consent; a wish that needs them is given up, and those that were to lie
+    upon it go on without it."""
+    names = {each.name for each in sets}
+    patches, held = world.ledger.patches(), vaulting.held_sets(world) - names
+    needing = [each.key for each in wanted(patches) if not names.isdisjoint(each.job.sets)]
+    found = rederive(patches, {}, held, world.fingerprint, world.now(), "", needing)
+    gone = [replace(each, held=False) for each in sets]
+    commit(world, Change(vault=gone, patches=[*found.changed, *found.fresh]))
+    _settled(world)
+    return gone

@@ -1,0 +1,198 @@
+"""Texts in the vault: put there by consent, filtered by deletions, erased when no patch needs them.
+
+Rules: a set's file is written before the commit that makes it known; a file that no commit knows is
+swept, its key first. Rows name records by keyed ids: the set's own, and those of held records with the
+same text, so that `where` and a deletion find them whatever id the text came under. A set that can't be
+read any more counts as erased: it never stops a deletion.
+
+Not covered: which sets are needed (`patch_plan.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from sisa.core.domain import Record, RecordRow, Request
+from sisa.core.errors import ConfigConflict, InvalidInput, Problem, SisaError, UnknownRecord
+from sisa.core.patch import WRITTEN, SetRole, VaultSet
+from sisa.core.ports import Change
+from sisa.flows.wiring.world import World, commit, over, slices_of, stored_in
+from sisa.planning.patch_plan import settled
+
+
+@dataclass(frozen=True)
+class Put:
+    """Sets that were written and are not in the ledger yet."""
+
+    sets: tuple[VaultSet, ...] = ()
+    pairs: tuple[tuple[str, str], ...] = ()  # (set, keyed id)
+
+    def __add__(self, other: Put) -> Put:
+        return Put((*self.sets, *other.sets), (*self.pairs, *other.pairs))
+
+    def only(self, names: Collection[str]) -> Put:
+        """Of some sets alone; the files of the others are swept."""
+        sets = tuple(each for each in self.sets if each.name in names)
+        return Put(sets, tuple(each for each in self.pairs if each[0] in names))
+
+    def of_request(self, request_id: str) -> str:
+        """Name of the set that holds the texts that a request removed; "" if there is none."""
+        names = [e.name for e in self.sets if e.role == "forget" and e.request_id == request_id]
+        return names[0] if names else ""
+
+
+def put(
+    world: World, role: SetRole, records: Sequence[Record], consent: str, request_id: str = ""
+) -> Put:
+    """Write a set. Raises EnvironmentFault."""
+    name = world.assigner.set_name(role, records)
+    sha256, num_bytes = world.vault.put(name, records)
+    found = VaultSet(
+        name, role, len(records), consent, world.now(), sha256, num_bytes, request_id=request_id
+    )
+    return Put((found,), tuple((name, each) for each in _touching(world, records)))
+
+
+def _touching(world: World, records: Sequence[Record]) -> list[str]:
+    rows = [world.assigner.row(record, 0) for record in records]
+    held, _ = world.ledger.by_text({row.text_digest for row in rows})
+    return sorted({row.id_digest for row in (*rows, *held)})
+
+
+def put_removed(
+    world: World, requests: Sequence[Request], named: Mapping[str, Sequence[RecordRow]]
+) -> Put:
+    """The texts that requests remove, of those with consent, before the commit that removes them."""
+    found = Put()
+    for request in requests:
+        rows = named[request.request_id]
+        if request.consent and rows:
+            stored = stored_in(world, slices_of(world, rows), rows)
+            records = [each.record for each in sorted(stored, key=lambda each: each.id_digest)]
+            found += put(world, "forget", records, request.consent, request.request_id)
+    return found
+
+
+def held_sets(world: World) -> frozenset[str]:
+    """Names of the sets whose texts are there."""
+    return frozenset(each.name for each in world.ledger.vault() if each.held)
+
+
+def deletable(world: World) -> frozenset[str]:
+    """Names of the retain sets in which records of the model are."""
+    return frozenset(
+        each.name
+        for each in world.ledger.vault()
+        if each.role == "retain" and any(_rows(world, world.ledger.vaulted(each.name)))
+    )
+
+
+def _rows(world: World, id_digests: Collection[str]) -> list[RecordRow]:
+    return [each for each in world.ledger.lookup(id_digests).values() if isinstance(each, RecordRow)]
+
+
+def without_removed(world: World, removed: Mapping[str, RecordRow]) -> tuple[dict[str, str], Put]:
+    """For each retain set that removed records (by keyed id) are in: the set that takes its place,
+    written without them. A set that can't be read takes its own place, and is held no longer."""
+    names = {name for found in world.ledger.sets_with(removed).values() for name in found}
+    instead: dict[str, str] = {}
+    written = Put()
+    texts = {row.text_digest for row in removed.values()}
+    for found in world.ledger.vault():
+        if found.role != "retain" or found.name not in names:
+            continue
+        instead[found.name] = found.name
+        if not found.held:
+            continue
+        try:
+            records = world.vault.read(found)
+        except SisaError:
+            continue
+        rows = [world.assigner.row(each, 0) for each in records]
+        left = [
+            record
+            for record, row in zip(records, rows, strict=True)
+            if row.id_digest not in removed and row.text_digest not in texts
+        ]
+        instead[found.name] = WRITTEN
+        if left:
+            written += (again := put(world, "retain", left, found.consent, found.request_id))
+            instead[found.name] = again.sets[0].name
+    return instead, written
+
+
+def exported(world: World) -> frozenset[str]:
+    """Keys of the patches that are in exports."""
+    return frozenset(key for each in world.ledger.exports() for key in each.patches)
+
+
+def settle(world: World) -> tuple[int, int]:
+    """Erase the texts that no patch needs: numbers of sets erased and kept."""
+    sets = world.ledger.vault()
+    elsewhere = {*over(world.ledger), *exported(world)}
+    erased, gone = settled(world.ledger.patches(), world.patch_mode, sets, deletable(world), elsewhere)
+    if erased or gone:
+        cleared = [
+            replace(each, vaulted="") for each in world.ledger.requests() if each.vaulted in set(gone)
+        ]
+        commit(world, Change(vault=erased, unvaulted=gone, requests=cleared))
+    names = {each.name for each in erased} | set(gone)
+    world.vault.erase(sorted(names))
+    before = {each.name for each in sets if each.held}
+    return len(before & names), len(before - names)
+
+
+def set_of_request(world: World, request: Request) -> VaultSet:
+    """The set of a request's texts. Raises ConfigConflict when there is none."""
+    for found in world.ledger.vault():
+        if found.name == request.vaulted and found.held:
+            return found
+    said = "by consent, but it was erased since" if request.consent else "without consent to keep it"
+    raise ConfigConflict(
+        "the text of this request is not in the vault",
+        where=request.request_id,
+        got=f"the text was given {said}",
+        next_step="give the text by --forget with --consent, if you may have it",
+    )
+
+
+def refuse_no_consent(consent: str) -> None:
+    """Raises InvalidInput where texts are given without a word on who allowed to keep them."""
+    if not consent.strip():
+        raise InvalidInput(
+            "texts are kept, encrypted, until a patch is made from them: that needs a recorded consent",
+            expected="who allowed it, or on what ground",
+            next_step="give --consent",
+        )
+
+
+def chosen(world: World, names: Sequence[str], request_ids: Sequence[str]) -> list[VaultSet]:
+    """Held sets by (a beginning of) their names and by requests. Raises UnknownRecord, all listed."""
+    sets = [each for each in world.ledger.vault() if each.held]
+    found: dict[str, VaultSet] = {}
+    problems = []
+    for number, name in enumerate(names, 1):
+        hits = [each for each in sets if each.name.startswith(name)] if len(name) >= 8 else []
+        if len(hits) != 1:
+            problems.append(Problem(f"set {number}", "names no set, or several"))
+        found |= {each.name: each for each in hits}
+    by_id = {
+        each: request
+        for request in world.ledger.requests()
+        for each in (request.request_id, request.external_id)
+        if each is not None
+    }
+    for number, name in enumerate(request_ids, 1):
+        request = by_id.get(name)
+        hits = [] if request is None else [each for each in sets if each.name == request.vaulted]
+        if not hits:
+            problems.append(Problem(f"request {number}", "has no text in the vault"))
+        found |= {each.name: each for each in hits}
+    if problems:
+        raise UnknownRecord(
+            "some of these are not in the vault; nothing was changed",
+            next_step="`sisa approx patches` lists what is",
+            problems=problems,
+        )
+    return list(found.values())

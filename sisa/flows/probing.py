@@ -1,0 +1,58 @@
+"""What the frozen base alone knew of what is being deleted: asked once, between commit and erasure.
+
+Deleting shards can't reach what the base knew before any record arrived. So, when the served model is
+clean already and the text is not erased yet, the base is asked whether it produces it. The answer,
+numbers alone, is kept with the request.
+
+Rules: a probe that fails, for whatever reason, must not keep the text: the kind of error is kept in its
+place, and the deletion goes on. A deletion that is cut short before its probe is finished without one,
+since the text is erased first. What is read is checked as ever. A text that was kept in the vault by
+consent goes from it when all of it was asked and the base knows none of it.
+
+Not covered: the measures (`approx/evaluation/probe.py`), and what is done about knowledge that is found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from sisa.core.domain import Probed, RecordRow, SliceFile
+from sisa.core.events import Notice
+from sisa.core.ports import Change, Probe
+from sisa.flows.wiring.world import World, commit, stored_in
+
+
+def probe_removed(
+    world: World, named: Mapping[str, Sequence[RecordRow]], held: Sequence[SliceFile]
+) -> None:
+    """Probe the base for the records that each request removed, and keep the outcome with it.
+
+    `held` are the slice files that hold them, from before the commit.
+    """
+    if world.probe is None or not any(named.values()):
+        return
+    world.report(Notice("asking the base alone what it knows of the deleted text"))
+    outcomes = {
+        request_id: _probed(world, world.probe, rows, held) for request_id, rows in named.items() if rows
+    }
+    asked = [
+        replace(request, probed=outcomes[request.request_id])
+        for request in world.ledger.requests()
+        if request.request_id in outcomes
+    ]
+    unknown = [each.vaulted for each in asked if each.vaulted and _is_unknown(outcomes[each.request_id])]
+    told = [replace(each, vaulted="") if each.vaulted in unknown else each for each in asked]
+    commit(world, Change(requests=told, unvaulted=unknown))
+
+
+def _is_unknown(probed: Probed) -> bool:
+    """Whether all of it was asked, and the base knows none of it: no patch is needed."""
+    return not probed.failure and probed.num_known == 0 and probed.num_probed == probed.num_records
+
+
+def _probed(world: World, probe: Probe, rows: Sequence[RecordRow], held: Sequence[SliceFile]) -> Probed:
+    try:
+        return probe([stored.record for stored in stored_in(world, held, rows)])
+    except Exception as error:  # whatever it is: the text must go
+        return Probed(len(rows), failure=type(error).__name__)

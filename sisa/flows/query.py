@@ -1,0 +1,444 @@
+"""Questions: where a record is, what a content search proposes, how the model stands.
+
+Rules: the index proposes, the ledger disposes: a candidate that the ledger does not hold is not a
+hit. Nothing here writes. Ids appear only in answers to those who asked for them.
+
+Not covered: answering with the model (`api.py`), proof (`verify.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from sisa.core.domain import Export, HeldCheckpoint, Hit, Record, RecordRow, Tombstone
+from sisa.core.errors import IntegrityError, Problem, UnknownRecord
+from sisa.core.patch import Patch, PatchState, SetRole, VaultSet
+from sisa.core.ports import By, StoredRecord, Vectors
+from sisa.core.requests import under_way
+from sisa.flows.reconcile import not_erased
+from sisa.flows.stale_exports import standing
+from sisa.flows.wiring.world import World, slices_of, stored_in, view_shards
+from sisa.planning.plan import touched
+from sisa.planning.prefix_names import slice_start
+from sisa.planning.record_rules import normal_subject
+
+NUM_NEAR = 50  # near-duplicates that are proposed at most
+SHOWN_CHARS = 100  # of a candidate's text
+
+
+@dataclass(frozen=True)
+class Touch:
+    """A checkpoint that a record is in the lineage of."""
+
+    key: str
+    slice: int
+    is_head: bool
+
+
+@dataclass(frozen=True)
+class PatchTouch:
+    """A patch, served or wanted, that was or will be made from a set with the record's text."""
+
+    version: int
+    key: str
+    state: PatchState
+    role: SetRole
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where one record is, or when and by which request it was deleted.
+
+    `state`: "trained"; "pending" (held, its slice is not in the head yet); "deleted"; "patch" (never a
+    record of the model: its text was given for a patch alone, and shard and slice are -1).
+    """
+
+    id: str
+    state: str
+    shard: int
+    slice: int
+    checkpoints: tuple[Touch, ...]
+    deleted_at: str | None = None
+    request_id: str | None = None
+    checkpoints_erased: int | None = None
+    exports: tuple[str, ...] = ()  # paths of the adapters that were exported with it
+    patches: tuple[PatchTouch, ...] = ()
+    vault: tuple[VaultSet, ...] = ()  # sets that its text is in now
+    kept_states: tuple[str, ...] = ()  # files of hidden states of its slice
+    generation: int = 0  # in which it was appended
+    not_erased: Mapping[str, int | None] = field(default_factory=dict)  # as `reconcile.not_erased`
+
+
+@dataclass(frozen=True)
+class Found:
+    """A candidate record: `match` says whether the ledger (subject) or the index (content) named it.
+    `text` is the beginning of its text, where it was asked for."""
+
+    id: str
+    score: float
+    shard: int
+    slice: int
+    match: str
+    subject: str | None = None
+    text: str | None = None
+
+
+@dataclass(frozen=True)
+class ExportStatus:
+    """An export; how a stale one stands (`export.standing`), None of a clean one."""
+
+    path: str
+    shard: int  # -1: made before the records moved to other shards
+    key: str
+    adapter_sha256: str
+    made_at: str
+    state: str
+    request_id: str
+    standing: str | None
+
+
+@dataclass(frozen=True)
+class ShardStatus:
+    """One shard: its head is None when it holds no records or serves the base for now."""
+
+    shard: int
+    head: str | None
+    depth: int
+    num_slices: int
+    records: int
+    slice_records: tuple[int, ...]
+    converged: bool
+    adapter_path: str | None
+    adapter_sha256: str | None
+    target: str | None = None  # what it serves once trained
+    num_stages: int = 0  # slices that hold records: what `depth` is of
+
+
+def lookup(world: World, ids: Sequence[str]) -> list[tuple[str, RecordRow | Tombstone]]:
+    """Rows and tombstones of ids, in the order asked. Raises UnknownRecord listing every unknown."""
+    found = _known(world, ids)
+    return [(each, found[world.assigner.id_digest(each)]) for each in ids]
+
+
+def _known(
+    world: World, ids: Sequence[str], elsewhere: Collection[str] = ()
+) -> dict[str, RecordRow | Tombstone]:
+    """Rows and tombstones by keyed id. Raises UnknownRecord listing every id that has none; those whose
+    keyed ids are known `elsewhere` need none."""
+    digests = [world.assigner.id_digest(each) for each in ids]
+    found = world.ledger.lookup(digests)
+    unknown = [
+        Problem(f"id {position + 1} of {len(ids)}", "this model has never held it")
+        for position, digest in enumerate(digests)
+        if digest not in found and digest not in elsewhere
+    ]
+    if unknown:
+        raise UnknownRecord(
+            f"{len(unknown)} of {len(ids)} ids are unknown; nothing was changed",
+            next_step="look the records up by content with `sisa find`",
+            problems=unknown,
+        )
+    return found
+
+
+def _of_spelling(world: World, subject: str) -> tuple[list[RecordRow], list[Tombstone]]:
+    shard = world.assigner.shard_of_subject(subject)
+    return world.ledger.by_subject(world.assigner.subject_digest(subject), shard)
+
+
+def of_subject(world: World, subject_id: str) -> tuple[list[RecordRow], list[Tombstone]]:
+    """Return all records of a subject. Raises UnknownRecord when none is known by that subject."""
+    live, dead = _of_spelling(world, normal_subject(subject_id))
+    if not live and not dead:
+        live, dead = _of_spelling(world, subject_id)  # as an earlier version held it
+    if not live and not dead:
+        held, deleted = world.ledger.num_without_subject()
+        raise UnknownRecord(
+            "no record is known by that subject, but some have no subject: they may be about it"
+            if held or deleted
+            else "this model has never held a record of that subject",
+            got=f"{held} held and {deleted} deleted records without a subject" * bool(held or deleted),
+            next_step="look the records up by content with `sisa find --text`",
+        )
+    return live, dead
+
+
+def where(world: World, ids: Sequence[str]) -> list[Location]:
+    """The shard and slice of each record, and the checkpoints, heads, exports and patches that it
+    influenced; the sets of the vault that hold its text, and the files of hidden states of its slice.
+    Raises UnknownRecord."""
+    digests = [world.assigner.id_digest(each) for each in ids]
+    in_sets = world.ledger.sets_with(digests)
+    rows = _known(world, ids, in_sets)
+    sets = {each.name: each for each in world.ledger.vault()} if in_sets else {}
+    patches = world.ledger.patches() if in_sets else []
+    states = world.prefixes.held() if world.prefixes is not None else frozenset()
+    lineage = _lineage(world, [each for each in rows.values() if isinstance(each, RecordRow)])
+    places = {
+        digest: _with_states(world, _location(world, each, rows.get(digest), lineage), states)
+        for each, digest in zip(ids, digests, strict=True)
+    }
+    left = _not_erased(world, rows.values())
+    return [
+        replace(
+            _with_patches(places[digest], in_sets.get(digest, ()), sets, patches),
+            not_erased=left.get(places[digest].request_id or "", {}),
+        )
+        for digest in digests
+    ]
+
+
+def _not_erased(
+    world: World, rows: Iterable[RecordRow | Tombstone]
+) -> dict[str, Mapping[str, int | None]]:
+    """What is left to erase, by the requests that wait for it."""
+    asked = {each.request_id for each in rows if isinstance(each, Tombstone)}
+    waiting = [
+        each.request_id
+        for each in (world.ledger.requests() if asked else ())
+        if each.request_id in asked and under_way(each) and each.state != "erased"
+    ]
+    return dict.fromkeys(waiting, not_erased(world)) if waiting else {}
+
+
+def _with_patches(
+    place: Location,
+    names: Sequence[str],
+    sets: Mapping[str, VaultSet],
+    patches: Sequence[Patch],
+) -> Location:
+    touches = tuple(
+        PatchTouch(patch.version, patch.key, patch.state, sets[name].role)
+        for patch in patches
+        if patch.state in ("active", "wanted")
+        for name in patch.job.sets
+        if name in names
+    )
+    return replace(place, patches=touches, vault=tuple(sets[n] for n in names if sets[n].held))
+
+
+def _with_states(world: World, place: Location, held: Collection[str]) -> Location:
+    """With the files of its slice. Of a deleted record none are told: they went with it."""
+    if world.prefixes is None or place.state not in ("trained", "pending"):
+        return place
+    start = slice_start(place.shard, place.slice)
+    names = sorted(name for name in held if name.startswith(start))
+    return replace(place, kept_states=tuple(map(world.prefixes.location, names)))
+
+
+@dataclass(frozen=True)
+class _Lineage:
+    """What some records may have touched, read once for all of them."""
+
+    heads: frozenset[str | None]
+    checkpoints: Mapping[int, Sequence[HeldCheckpoint]]  # by shard
+    exports: Sequence[Export]
+
+
+def _lineage(world: World, rows: Collection[RecordRow]) -> _Lineage:
+    views = view_shards(world, sorted({row.shard for row in rows}))
+    return _Lineage(
+        frozenset(head.key for head in world.ledger.heads()),
+        {view.shard: view.held for view in views},
+        world.ledger.exports() if rows else (),
+    )
+
+
+def _location(
+    world: World, record_id: str, held: RecordRow | Tombstone | None, lineage: _Lineage
+) -> Location:
+    if held is None:
+        return Location(record_id, "patch", -1, -1, ())
+    if isinstance(held, Tombstone):
+        return Location(
+            record_id,
+            "deleted",
+            held.shard,
+            held.slice,
+            (),
+            held.deleted_at,
+            held.request_id,
+            held.checkpoints_erased,
+        )
+    touches = tuple(
+        Touch(each.key, each.slice, each.key in lineage.heads)
+        for each in lineage.checkpoints[held.shard]
+        if touched(each, held)
+    )
+    state = "trained" if any(touch.is_head for touch in touches) else "pending"
+    exports = tuple(each.path for each in lineage.exports if touched(each, held))
+    generation = world.assigner.layout.generation(held.slice)
+    return Location(
+        record_id, state, held.shard, held.slice, touches, exports=exports, generation=generation
+    )
+
+
+def search(world: World, queries: Vectors, top_k: int) -> list[Hit]:
+    """The best hits over all shards and queries, one a record, best first."""
+    best: dict[tuple[int, int], Hit] = {}
+    for hits in search_each(world, queries, top_k):
+        for hit in hits:
+            place = (hit.shard, hit.vector_id)
+            if place not in best or hit.score > best[place].score:
+                best[place] = hit
+    return sorted(best.values(), key=lambda hit: (-hit.score, hit.shard, hit.vector_id))
+
+
+def search_each(world: World, queries: Vectors, top_k: int, by: By = "text") -> list[list[Hit]]:
+    """For each query the best hits over all shards, best first. A score is relative to the query's own
+    with itself: equal texts score 1, whatever the length of their vectors."""
+    found = world.index.search(world.ledger.indexes(), queries, top_k, by)
+    own = (queries * queries).sum(axis=1).tolist()
+    return [
+        [replace(hit, score=hit.score / square) for hit in hits]
+        for hits, square in zip(found, own, strict=True)
+    ]
+
+
+def find_text(world: World, texts: Sequence[str], top_k: int, *, show_text: bool = False) -> list[Found]:
+    """Return candidate records by content."""
+    return _found(world, search(world, world.embed(texts), top_k), top_k, show_text=show_text)
+
+
+def find_like(world: World, record_id: str, top_k: int, *, show_text: bool = False) -> list[Found]:
+    """Return near-duplicates of a held record, itself left out."""
+    ((_, row),) = lookup(world, [record_id])
+    if isinstance(row, Tombstone):
+        raise UnknownRecord(
+            "that record is deleted: its vector is gone with it",
+            next_step="`sisa where` tells when and by which request",
+        )
+    hits = search(world, _vectors(world, [row]), top_k + 1)
+    others = [hit for hit in hits if (hit.shard, hit.vector_id) != (row.shard, row.vector_id)]
+    return _found(world, others, top_k, show_text=show_text)
+
+
+def find_subject(world: World, subject_id: str, top_k: int, *, show_text: bool = False) -> list[Found]:
+    """Return the subject's own records, then those of others that lie near them (possible copies)."""
+    live, _ = of_subject(world, subject_id)
+    own = [
+        _candidate(record, 1.0, row, "subject", show_text=show_text)
+        for record, row in _records(world, live)
+    ]
+    if not live:
+        return []
+    places = {(row.shard, row.vector_id) for row in live}
+    hits = search(world, _vectors(world, live), top_k + len(live))
+    near = [hit for hit in hits if (hit.shard, hit.vector_id) not in places]
+    return own + _found(world, near, top_k, show_text=show_text)
+
+
+def near(
+    world: World, rows: Sequence[RecordRow], threshold: float, known: Sequence[RecordRow] = ()
+) -> list[Found]:
+    """Records that lie at least `threshold` near one of `rows`, `known` copies left out."""
+    places = {(row.shard, row.vector_id) for row in (*rows, *known)}
+    hits = search(world, _vectors(world, rows), NUM_NEAR + len(places))
+    close = [h for h in hits if h.score >= threshold and (h.shard, h.vector_id) not in places]
+    return _found(world, close, NUM_NEAR)
+
+
+def ids_of(world: World, rows: Sequence[RecordRow]) -> list[str]:
+    """Plain ids of rows, sorted."""
+    return sorted(record.id for record, _ in _records(world, rows))
+
+
+def _vectors(world: World, rows: Sequence[RecordRow]) -> Vectors:
+    found = []
+    for file in world.ledger.indexes():
+        wanted = [row.vector_id for row in rows if row.shard == file.shard]
+        if wanted:
+            found.append(world.index.vectors(file, wanted))
+    if sum(map(len, found)) < len(rows):
+        raise _contradiction("vectors of records that it holds")
+    return np.concatenate(found)
+
+
+def _found(world: World, hits: Iterable[Hit], top_k: int, *, show_text: bool = False) -> list[Found]:
+    chosen: list[tuple[Hit, RecordRow]] = []
+    for hit in hits:
+        row = world.ledger.by_vector(hit.shard, [hit.vector_id]).get(hit.vector_id)
+        if row is not None:
+            chosen.append((hit, row))
+        if len(chosen) == top_k:
+            break
+    records = _records(world, [row for _, row in chosen])
+    return [
+        _candidate(record, round(hit.score, 6), row, "content", show_text=show_text)
+        for (hit, _), (record, row) in zip(chosen, records, strict=True)
+    ]
+
+
+def _candidate(record: Record, score: float, row: RecordRow, match: str, *, show_text: bool) -> Found:
+    text = " ".join(record.text.split())
+    shown = text if len(text) <= SHOWN_CHARS else f"{text[:SHOWN_CHARS]}..."
+    subject = record.subject_id
+    return Found(record.id, score, row.shard, row.slice, match, subject, shown if show_text else None)
+
+
+def _records(world: World, rows: Sequence[RecordRow]) -> list[tuple[Record, RecordRow]]:
+    """Return the records of rows, read from their slice files."""
+    records = {each.id_digest: each.record for each in stored(world, rows)}
+    if not records.keys() >= {row.id_digest for row in rows}:
+        raise _contradiction("slices of records that it holds")
+    return [(records[row.id_digest], row) for row in rows]
+
+
+def stored(world: World, rows: Sequence[RecordRow]) -> list[StoredRecord]:
+    """The records of rows, read from the slices that hold them."""
+    return stored_in(world, slices_of(world, rows), rows)
+
+
+def _contradiction(what: str) -> IntegrityError:
+    return IntegrityError(
+        f"the ledger lacks {what}",
+        next_step="run `sisa verify`; restore the model directory from a backup",
+    )
+
+
+def exports(world: World) -> list[ExportStatus]:
+    """All exports that the ledger knows; those that a deletion marked are looked for."""
+    return [
+        ExportStatus(
+            path=each.path,
+            shard=each.shard,
+            key=each.key,
+            adapter_sha256=each.adapter_sha256,
+            made_at=each.made_at,
+            state=each.state,
+            request_id=each.request_id,
+            standing=standing(world, each) if each.stale else None,
+        )
+        for each in world.ledger.exports()
+    ]
+
+
+def shards(world: World) -> list[ShardStatus]:
+    """The state of every shard, in order."""
+    counts: dict[int, dict[int, int]] = {}
+    for file in world.ledger.slices():
+        counts.setdefault(file.shard, {})[file.slice] = file.num_records
+    held = {each.key: each for each in world.ledger.checkpoints()}
+    appended = max((slice_ + 1 for found in counts.values() for slice_ in found), default=0)
+    num_slices = max(world.recipe.num_slices, appended)
+    if any(head.key not in held for head in world.ledger.heads() if head.key is not None):
+        raise _contradiction("a checkpoint that it serves")
+    return [
+        ShardStatus(
+            shard=head.shard,
+            head=head.key,
+            depth=head.depth,
+            num_slices=num_slices,
+            records=sum(counts.get(head.shard, {}).values()),
+            slice_records=tuple(counts.get(head.shard, {}).get(s, 0) for s in range(num_slices)),
+            converged=head.converged,
+            adapter_path=world.checkpoints.location(head.key) if head.key else None,
+            adapter_sha256=held[head.key].adapter_sha256 if head.key else None,
+            target=head.target,
+            num_stages=sum(1 for count in counts.get(head.shard, {}).values() if count),
+        )
+        for head in world.ledger.heads()
+    ]

@@ -1,0 +1,439 @@
+"""The one reconciliation: whatever happened before, bring the held state to its target.
+
+    adopt    stages that a cut-short run stored for the present targets
+    sweep    every file that the ledger does not know (tainted, retired, half-written), its key first;
+             stale exports
+    settle   the vault: texts that no patch needs are erased
+    train    what the targets miss; each finished stage moves its shard's head
+    close    requests whose shards have arrived
+    orders   what the other orders miss, one order of all shards after another
+    retire   clean checkpoints that are neither on any order's path nor heading
+    scrub    the ledger's own pages; after a deletion they are written anew
+
+Rules: idempotent, and safe to cut anywhere: every step looks at what is there, not at what was done.
+Training can be put off: then the heads serve what is clean and held until another command trains.
+
+Not covered: what remains (decided by `run.py` before).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from types import MappingProxyType
+
+from sisa.core.domain import (
+    Chain,
+    HeldCheckpoint,
+    Request,
+    RequestState,
+    SavedCheckpoint,
+    SliceFile,
+    SliceJob,
+    WitnessHead,
+    record_epochs,
+)
+from sisa.core.errors import IntegrityError, SisaError, all_tried
+from sisa.core.events import (
+    DeletionCompleted,
+    ErasureFailed,
+    Event,
+    Notice,
+    SliceTrained,
+    TrainingStarted,
+)
+from sisa.core.measured import STAGE_DIGITS
+from sisa.core.ports import Change, Ledger
+from sisa.core.requests import contradicted, event, under_way
+from sisa.flows.patches.vaulting import settle
+from sisa.flows.stale_exports import erase_stale, missing, standing
+from sisa.flows.wiring.world import (
+    World,
+    commit,
+    known_names,
+    model_digest,
+    open_shards,
+    purge,
+    rooms,
+    view_shard,
+    view_shards,
+)
+from sisa.planning.plan import Missing, ShardPlan, plan_shard
+
+CHECKED = "events_checked"  # in the ledger's `meta`: link and number of the last event that was checked
+MANY_EVENTS = 256  # that are checked again and again before the last of them is kept
+BEGINNING = WitnessHead("", 0)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a reconciliation did: up to the targets, and beside them in the other orders."""
+
+    record_epochs_trained: int
+    slices_trained: int
+    shards_trained: tuple[int, ...]
+    record_epochs_others: int = 0
+
+
+def reconcile(world: World, *, defer: bool = False) -> Trained:
+    """Bring every shard that is not there yet to its target; finish what a crash left open. `defer`
+    leaves all training to the next command that does not."""
+    erase_unknown(world)
+    settle(world)
+    plans = [] if defer else [plan for plan in open_plans(world) if plan.train]
+    if plans:
+        try:
+            _train(world, [_chain(world, plan.shard, plan.missing) for plan in plans])
+        except SisaError as error:
+            note_failure(world, _under_way(world), error)
+            raise
+    _complete_requests(world)
+    others = 0 if defer else _train_orders(world)
+    _retire(world)
+    sweep(world)
+    for each in purge(world):
+        world.report(Notice(f"old versions of erased objects are kept at {each.where}: {each.why}"))
+    world.ledger.scrub()
+    return Trained(
+        sum(plan.record_epochs for plan in plans),
+        sum(len(plan.train) for plan in plans),
+        tuple(plan.shard for plan in plans),
+        others,
+    )
+
+
+def _train_orders(world: World) -> int:
+    """Train what the orders beside order 0 miss; record-epochs. Of a shard one order at a time, so that
+    a prefix that two of them share is trained once."""
+    epochs = 0
+    for number in range(len(world.recipe.orders)):
+        found = [(plan.shard, plan.others[number]) for plan in open_plans(world) if plan.others]
+        chains = [_chain(world, shard, missing) for shard, missing in found if missing.train]
+        if chains:
+            _train(world, chains)
+        epochs += sum(chain.record_epochs for chain in chains)
+    return epochs
+
+
+def _chain(world: World, shard: int, missing: Missing) -> Chain:
+    return Chain(shard, missing.train, missing.parent, tuple(world.ledger.slices(shard)))
+
+
+def refuse_contradictions(world: World, since: WitnessHead = BEGINNING) -> None:
+    """Raise IntegrityError for a ledger that lost rows: the sweep would erase their files. Of the
+    requests' history, what came `since` an event that was checked before is compared."""
+    ledger = world.ledger
+    events = ledger.events(since.num_events)
+    refuse_lost_rows(ledger)
+    heads, slices = ledger.heads(), ledger.slices()
+    known = {each.key for each in ledger.checkpoints()}
+    lost = {
+        "heads": len(heads) != world.assigner.layout.num_shards,
+        "records or slices": sum(ledger.kinds().values()) != sum(f.num_records for f in slices),
+        "indexes": {f.shard for f in slices} != {f.shard for f in ledger.indexes()},
+        "checkpoints": any(head.key not in known for head in heads if head.key is not None),
+        "requests or events": contradicted(ledger.requests(), events, since.link),
+    }
+    _refuse([name for name, each in lost.items() if each])
+
+
+def _refuse_new_contradictions(world: World) -> None:
+    """Refuse contradictions, and keep up to which event there are none, so that a writer does not hash
+    the whole history each time; `verify` and `doctor` do."""
+    kept = json.loads(world.ledger.meta().get(CHECKED, "null"))
+    since = WitnessHead(*kept) if kept else BEGINNING
+    refuse_contradictions(world, since)
+    head = world.ledger.event_head()
+    if head.num_events - since.num_events >= MANY_EVENTS:
+        commit(world, Change(meta={CHECKED: json.dumps([head.link, head.num_events])}))
+
+
+def refuse_lost_rows(ledger: Ledger) -> None:
+    """Raises IntegrityError for tables that lost rows; the cheap part, for before a commit."""
+    _refuse(ledger.lost())
+
+
+def _refuse(lost: Sequence[str]) -> None:
+    if lost:
+        raise IntegrityError(
+            "the ledger contradicts itself; nothing was changed",
+            got=", ".join(lost) + " are missing",
+            next_step="restore the model directory from a backup",
+        )
+
+
+def erase_unknown(world: World) -> None:
+    """The part before training: take over what was stored for a target, erase what no commit knows. What
+    fails stops nothing else; its error is raised in the end."""
+    _refuse_new_contradictions(world)
+    adopted = False
+    with all_tried() as tried:
+        with tried():
+            adopt(world)
+            adopted = True
+        with tried():
+            _erase(world, frozenset() if adopted else _targets(world))
+
+
+@contextlib.contextmanager
+def erasing_anyway(world: World) -> Iterator[None]:
+    """Whatever stops a deletion after its commit: erase what can be erased, then let it stop."""
+    try:
+        yield
+    except SisaError:
+        with contextlib.suppress(SisaError):
+            if _under_way(world):
+                erase_unknown(world)
+        raise
+
+
+def _targets(world: World) -> frozenset[str]:
+    """Stages of the present targets: clean, whoever stored them."""
+    return frozenset(key for plan in open_plans(world) for key in plan.stages)
+
+
+def _under_way(world: World) -> list[Request]:
+    return [request for request in world.ledger.requests() if under_way(request)]
+
+
+def _erase(world: World, spared: Collection[str]) -> None:
+    """Erase what the ledger does not know and note it with the requests that wait for it."""
+    try:
+        with all_tried() as tried:
+            with tried():
+                sweep(world, spared)
+            with tried():
+                erase_stale(world)
+            with tried():
+                world.ledger.scrub(rewrite=any(each.state != "erased" for each in _under_way(world)))
+    except SisaError as error:
+        waiting = _under_way(world)
+        note_failure(world, waiting, error, "erasure_failed")
+        with contextlib.suppress(SisaError):  # metrics may be what failed
+            world.report(ErasureFailed(len(waiting)))
+        raise
+    waiting = [request for request in _under_way(world) if request.state != "erased"]
+    lost = Counter(export.request_id for export in missing(world))
+    told = {name: f"{count} exports could not be found" for name, count in lost.items()}
+    if waiting and (kept := purge(world)):
+        what = f"old versions of erased objects are kept at {len(kept)} places"
+        told = {r.request_id: "; ".join(filter(None, (told.get(r.request_id), what))) for r in waiting}
+    _move(world, [replace(request, state="erased", cause="") for request in waiting], told=told)
+
+
+def _move(
+    world: World,
+    requests: Sequence[Request],
+    note: str = "",
+    told: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """All in one transaction, each with its own word of `told` or else the same note."""
+    if requests:
+        now = world.now()
+        events = [event(each, now, told.get(each.request_id, note)) for each in requests]
+        commit(world, Change(requests=requests, events=events))
+
+
+def note_failure(
+    world: World, requests: Sequence[Request], error: SisaError, state: RequestState = "failed"
+) -> None:
+    """Write the kind of an error beside the requests that it stopped; its text stays out."""
+    cause = type(error).__name__
+    with contextlib.suppress(SisaError):  # a ledger that can't be written is the error being raised
+        _move(world, [replace(request, state=state, cause=cause) for request in requests], cause)
+
+
+def open_plans(world: World) -> list[ShardPlan]:
+    """Plans of the shards whose head is not their target, under the present fingerprint; with several
+    orders of all shards, since any stage may be missing."""
+    return _plans(world, open_shards(world))
+
+
+def _plans(world: World, shards: Sequence[int]) -> list[ShardPlan]:
+    return [plan_shard(v, world.recipe, world.fingerprint) for v in view_shards(world, shards)]
+
+
+def adopt(world: World) -> None:
+    """Take over stages that were stored for the present targets when a run was cut short."""
+    on_disk = world.checkpoints.held()
+    seq = world.ledger.seq()
+    plans = open_plans(world)
+    known = {each.key for each in world.ledger.checkpoints()} if plans else set()
+    for plan in plans:
+        for job in plan.stages.values():
+            if job.key not in on_disk or job.key in known:
+                continue
+            try:
+                saved = world.checkpoints.describe(job.key)
+            except IntegrityError:
+                continue  # never recorded, so nothing relies on it: the sweep takes it
+            _record_checkpoint(world, as_held(job, saved, seq))
+
+
+def as_held(
+    job: SliceJob, saved: SavedCheckpoint, seq: int, *, seconds: float = 0.0, epochs: int = 0
+) -> HeldCheckpoint:
+    """A stored stage as the ledger keeps it; `seconds` and `epochs` of training it, 0 if adopted."""
+    return HeldCheckpoint(
+        key=saved.key,
+        shard=job.shard,
+        prefix=job.prefix,
+        seq=seq,
+        fingerprint=job.fingerprint,
+        manifest_sha256=saved.manifest_sha256,
+        adapter_sha256=saved.adapter_sha256,
+        num_bytes=saved.num_bytes,
+        seconds=seconds,
+        record_epochs=epochs,
+    )
+
+
+def just_trained(event: SliceTrained, seq: int) -> HeldCheckpoint:
+    """A stage that was trained now, on the state of ledger number `seq`."""
+    epochs = record_epochs(event.job)
+    return as_held(event.job, event.saved, seq, seconds=event.seconds, epochs=epochs)
+
+
+def _record_checkpoint(world: World, found: HeldCheckpoint) -> None:
+    """Record a stage and move its shard's head to the deepest clean one, in one transaction."""
+    view = view_shard(world, found.shard)
+    plan = plan_shard(replace(view, held=(*view.held, found)), world.recipe, world.fingerprint)
+    commit(world, Change(checkpoints=[found], heads=[plan.head]))
+
+
+def _train(world: World, chains: Sequence[Chain]) -> None:
+    seq = world.ledger.seq()
+    recorded: set[str] = set()
+
+    def on_event(event: Event) -> None:
+        if isinstance(event, SliceTrained) and event.job.key not in recorded:
+            recorded.add(event.job.key)
+            _record_checkpoint(world, just_trained(event, seq))
+        world.report(event)
+
+    world.report(training_started(chains))
+    world.executor_for(world.checkpoints).run(chains, on_event)
+    _refuse_missing(chains, recorded)
+
+
+def train_unrecorded(
+    world: World, plans: Sequence[ShardPlan], slices: Sequence[SliceFile], seq: int
+) -> list[HeldCheckpoint]:
+    """Train plans whose slices no commit knows yet, and leave recording them to the commit `seq`."""
+    files: dict[int, list[SliceFile]] = {}
+    for file in slices:
+        files.setdefault(file.shard, []).append(file)
+    chains = [Chain(p.shard, p.train, None, tuple(files[p.shard])) for p in plans if p.train]
+    found: dict[str, HeldCheckpoint] = {}
+
+    def on_event(event: Event) -> None:
+        if isinstance(event, SliceTrained):
+            found[event.job.key] = just_trained(event, seq)
+        world.report(event)
+
+    if chains:
+        world.report(training_started(chains))
+        world.executor_for(world.checkpoints).run(chains, on_event)
+    _refuse_missing(chains, found)
+    return list(found.values())
+
+
+def _refuse_missing(chains: Sequence[Chain], trained: Collection[str]) -> None:
+    missing = {job.key for chain in chains for job in chain.jobs} - set(trained)
+    if missing:
+        raise SisaError(f"the executor returned without {len(missing)} of its stages")
+
+
+def training_started(chains: Sequence[Chain]) -> TrainingStarted:
+    """The event that tells a waiting person how much there is to do."""
+    jobs = [job for chain in chains for job in chain.jobs]
+    return TrainingStarted(tuple((job.shard, job.slice, record_epochs(job)) for job in jobs))
+
+
+def _retire(world: World) -> None:
+    converged = [head.shard for head in world.ledger.heads() if head.converged]
+    dropped = [key for plan in _plans(world, converged) for key in plan.retired]
+    if dropped:
+        commit(world, Change(dropped=dropped))
+    budget = world.recipe.shard_budget
+    held = Counter[int]()
+    for each in world.ledger.checkpoints() if budget is not None else ():
+        held[each.shard] += each.num_bytes
+    over = [shard for shard, num_bytes in held.items() if num_bytes > (budget or 0)]
+    if over:
+        what = f"{len(over)} shards keep more bytes than their {budget:,} of checkpoint_budget_bytes"
+        world.report(Notice(f"{what}: heads and the last stages of orders are kept whatever the budget"))
+
+
+def _complete_requests(world: World) -> None:
+    """Close the requests whose shards have all arrived."""
+    open_ = {head.shard for head in world.ledger.heads() if not head.converged}
+    done = [r for r in _under_way(world) if open_.isdisjoint(shard for shard, _, _ in r.shards)]
+    if not done:
+        return
+    after, now = model_digest(world), world.now()
+    _move(world, [replace(request, state="retrained") for request in done])
+    completed = [
+        replace(
+            request,
+            state="completed",
+            cause="",
+            model_digest_after=after,
+            seconds=_seconds_between(request.committed_at, now),
+        )
+        for request in done
+    ]
+    _move(world, completed)
+    for each in completed:
+        world.report(DeletionCompleted(each.num_records, len(each.shards), each.seconds))
+
+
+def _seconds_between(start: str, end: str) -> float:
+    passed = datetime.fromisoformat(end) - datetime.fromisoformat(start)
+    return max(0.0, round(passed.total_seconds(), 3))
+
+
+def sweep(world: World, spared: Collection[str] = ()) -> None:
+    """Erase every file that the ledger does not know (tainted, retired, half-written), but for `spared`
+    checkpoints.
+
+    Losses of what goes come first, then keys, those without a file among them: a file whose key is gone
+    is erased wherever it is.
+    A room that can't be erased keeps no other one: its error is raised when all were tried.
+    """
+    known = known_names(world)
+    with all_tried() as tried:
+        with tried():
+            world.metrics.keep_losses({key[:STAGE_DIGITS] for key in known["checkpoints"]})
+        for room, names in known.items():
+            with tried():
+                world.keyring.destroy(room, sorted(world.keyring.held(room) - names))
+        for room, store in rooms(world).items():
+            with tried():
+                store.erase(sorted(store.held() - known[room] - set(spared)))
+
+
+def not_erased(world: World) -> dict[str, int | None]:
+    """How much is still held, by room, of what a commit gave up; None of a room that can't be read."""
+    found: dict[str, int | None] = {}
+    known, targets = known_names(world), _targets(world)
+    for room, store in rooms(world).items():
+        try:
+            found[room] = len(store.held() - known[room] - targets)
+        except SisaError:
+            found[room] = None
+    stale = [standing(world, each) for each in world.ledger.exports() if each.stale]
+    found["exports"] = stale.count("held")
+    return {room: count for room, count in found.items() if count != 0}
+
+
+def sweep_patches(world: World) -> None:
+    """The part of it that concerns patches: texts, unfinished runs, patches that nobody serves."""
+    known, held = known_names(world), rooms(world)
+    world.keyring.destroy("patches", sorted(world.keyring.held("patches") - known["patches"]))
+    for room in ("vault", "runs", "patches"):
+        held[room].erase(sorted(held[room].held() - known[room]))

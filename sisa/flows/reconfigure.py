@@ -1,0 +1,212 @@
+"""A changed run file over an existing model: refuse it, or move the model to it.
+
+    effect of a difference      what happens with `--reconfigure`
+    none                        the new value is noted
+    retrain                     new targets; each head serves until its successor is ready
+    reindex                     the index is built anew
+    reset                       records move to other shards or meet another base: all is trained anew,
+                                and the old heads serve until it is; patches of another base are dropped
+    reseal                      held files are written anew, encrypted or plain, before the commit
+
+Rules: without `--reconfigure` any difference but `none` is refused, all of them listed. The secret
+never changes, since tombstones are kept under it.
+
+Not covered: which effect a key has (`config.py` says so beside the key).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+
+from sisa.config.config import Difference
+from sisa.core.config_types import Effect
+from sisa.core.domain import (
+    ANY_SHARD,
+    Export,
+    Head,
+    HeldCheckpoint,
+    IndexFile,
+    Record,
+    RecordRow,
+    SliceFile,
+    record_epochs,
+)
+from sisa.core.errors import ConfigConflict, Problem
+from sisa.core.events import Notice
+from sisa.core.ports import Change, Ledger, StoredRecord
+from sisa.flows.reconcile import Trained, train_unrecorded
+from sisa.flows.refused import refuse_generations
+from sisa.flows.wiring.world import (
+    ALWAYS_SEALED,
+    Place,
+    World,
+    commit,
+    embed_records,
+    embed_shard,
+    known_names,
+    over,
+    purge,
+    view_shard,
+)
+from sisa.planning.assign import index_root, slice_root
+from sisa.planning.patch_plan import OVER
+from sisa.planning.plan import ShardView, plan_shard
+from sisa.planning.prefix_names import ROOM as PREFIXES
+from sisa.store.blobs import keyring
+
+
+def refuse_differences(found: Sequence[Difference], where: str) -> None:
+    """Raises ConfigConflict that lists every difference which would change the model."""
+    problems = [
+        Problem(each.key, f"the model has {each.old!r}, the run file {each.new!r} ({each.effect})")
+        for each in found
+        if each.effect != "none"
+    ]
+    if count := len(problems):
+        raise ConfigConflict(
+            f"the run file differs from the model in {count} setting{'s' * (count > 1)}; "
+            "nothing was changed",
+            where=where,
+            next_step="restore the settings, or accept the consequence in brackets with --reconfigure",
+            problems=problems,
+        )
+
+
+def all_records(world: World) -> list[StoredRecord]:
+    """Every held record, by keyed id."""
+    held = [record for file in world.ledger.slices() for record in world.records.read(file)]
+    return sorted(held, key=lambda each: each.id_digest)
+
+
+def retargeted(world: World) -> list[Head]:
+    """New hyper-parameters: every shard's new target; heads stay until it is trained."""
+    return [
+        plan_shard(view_shard(world, head.shard), world.recipe, world.fingerprint).head
+        for head in world.ledger.heads()
+    ]
+
+
+def reindexed(world: World) -> list[IndexFile]:
+    """Another embedder: every shard's index, built anew."""
+    indexes = []
+    for file in world.ledger.indexes():
+        rows = world.ledger.rows(file.shard)
+        wanted = embed_shard(world, file.shard, rows)
+        indexes.append(world.index.build(file.shard, index_root(rows), None, wanted))
+    return indexes
+
+
+def move(world: World, effects: Collection[Effect], meta: dict[str, str]) -> Trained:
+    """Move the model by all of its effects in one transaction, after all of them were found possible."""
+    held = all_records(world)
+    world.count_tokens([each.record for each in held])  # refuses what no longer fits
+    num_slices = world.assigner.layout.num_slices
+    appended = "reset" not in effects and any(f.slice >= num_slices for f in world.ledger.slices())
+    appended = appended or any(each.record.generation for each in held)
+    refuse_generations(world.recipe.training, (), append=appended)
+    if "reset" in effects:
+        return reset(world, meta)
+    heads = retargeted(world) if "retrain" in effects else []
+    indexes = reindexed(world) if "reindex" in effects else []
+    commit(world, Change(heads=heads, indexes=indexes, meta=meta))
+    return Trained(0, 0, ())
+
+
+def reseal(world: World) -> None:
+    """Bring every held file to the form that the keyring gives. Cut short, both forms are read."""
+    for room, names in known_names(world).items():
+        if world.prefixes is not None and room == PREFIXES:
+            world.prefixes.erase(sorted(names))  # a cache
+            continue
+        if room in ALWAYS_SEALED:
+            continue
+        keyring.reseal(world.places[room], room, sorted(names), world.keyring)
+    purge(world)
+
+
+def _unplaced(ledger: Ledger) -> list[Export]:
+    """Exports of the old places: from now on, every record that was there may be in them."""
+    clean = [each for each in ledger.exports() if not each.stale]
+    return [replace(each, shard=ANY_SHARD, prefix=(), seq=ledger.seq() + 1) for each in clean]
+
+
+def reset(world: World, meta: dict[str, str]) -> Trained:
+    """Another layout or base: place every record anew, train from the base, then move all at once.
+
+    `world` has the new assigner, recipe and embedder; the ledger still has the old places, and the old
+    heads serve until the commit. A run that is cut short leaves files that no commit knows; the same
+    command goes on from them.
+    """
+    held = all_records(world)
+    records = [each.record for each in held]
+    counts = world.count_tokens(records)
+    rows = [world.assigner.row(r, n) for r, n in zip(records, counts, strict=True)]
+    slices = _placed(world, held, rows)
+    indexes = _indexed(world, records, rows)
+    shards = range(world.assigner.layout.num_shards)
+    views = [ShardView(n, tuple(f for f in slices if f.shard == n), ()) for n in shards]
+    plans = [plan_shard(view, world.recipe, world.fingerprint) for view in views]
+    seq = world.ledger.seq() + 1  # of the commit below: the rows are of it, too
+    trained = train_unrecorded(world, plans, slices, seq)
+    views = [replace(v, held=tuple(e for e in trained if e.shard == v.shard)) for v in views]
+    heads = [plan_shard(view, world.recipe, world.fingerprint).head for view in views]
+    commit(world, _moved(world, rows, slices, indexes, heads, trained, meta))
+    jobs = [job for plan in plans for job in plan.train]
+    moved = tuple(plan.shard for plan in plans if plan.train)
+    return Trained(sum(record_epochs(job) for job in jobs), len(jobs), moved)
+
+
+def _placed(world: World, held: Sequence[StoredRecord], rows: Sequence[RecordRow]) -> list[SliceFile]:
+    by_digest = {each.id_digest: each for each in held}
+    places: dict[Place, list[RecordRow]] = {}
+    for row in rows:
+        places.setdefault((row.shard, row.slice), []).append(row)
+    return [
+        world.records.write(*place, slice_root(here), [by_digest[each.id_digest] for each in here])
+        for place, here in sorted(places.items())
+    ]
+
+
+def _indexed(world: World, records: Sequence[Record], rows: Sequence[RecordRow]) -> list[IndexFile]:
+    vectors = embed_records(world, records)
+    indexes = []
+    for shard in sorted({row.shard for row in rows}):
+        here = [row for row in rows if row.shard == shard]
+        wanted = {r.vector_id: v for r, v in zip(rows, vectors, strict=True) if r.shard == shard}
+        indexes.append(world.index.build(shard, index_root(here), None, wanted))
+    return indexes
+
+
+def _moved(
+    world: World,
+    rows: Sequence[RecordRow],
+    slices: Sequence[SliceFile],
+    indexes: Sequence[IndexFile],
+    heads: Sequence[Head],
+    trained: Sequence[HeldCheckpoint],
+    meta: dict[str, str],
+) -> Change:
+    old = world.ledger
+    former = [each for each in old.patches() if each.job.base != world.base]
+    gone = [replace(e, state="dropped") for e in former if e.state in ("active", "wanted")]
+    if gone:
+        world.report(Notice(f"{len(gone)} patches of the former base are dropped"))
+    beneath_all = not {each.key for each in former}.isdisjoint(over(old))
+    places = {(file.shard, file.slice) for file in slices}
+    indexed = {file.shard for file in indexes}
+    return Change(
+        removed=[row for head in old.heads() for row in old.rows(head.shard)],
+        added=rows,
+        slices=slices,
+        emptied=[(f.shard, f.slice) for f in old.slices() if (f.shard, f.slice) not in places],
+        indexes=indexes,
+        unindexed=[file.shard for file in old.indexes() if file.shard not in indexed],
+        heads=heads,
+        headless=[head.shard for head in old.heads() if head.shard >= len(heads)],
+        checkpoints=trained,
+        dropped=[each.key for each in old.checkpoints()],
+        patches=gone,
+        exports=_unplaced(old),
+        meta={**meta, OVER: "[]"} if beneath_all else meta,
+    )

@@ -1,0 +1,219 @@
+"""What speaks against taking records in: all of it at once, by their positions.
+
+    refuse_together   whatever several checks refuse, raised as one
+    refuse_added      what a model's ledger, run file and base say of records to add
+    refuse_trained    the same of a source that was trained before
+
+Rules: nothing is changed, and nothing says an id, a subject or a text. A record whose risk is of no
+class has no place, and what is held is not asked about it.
+
+Not covered: what keeps a row from being a record (`record_rules.py`); who may delete (`requests.py`).
+
+>>> def check(where):
+...     raise InvalidInput("bad", next_step="mend it", problems=[Problem(where, "is bad")])
+>>> try:
+...     refuse_together(lambda: check("record 2"), lambda: check("record 1"), lambda: None)
+... except InvalidInput as error:
+...     print(error)
+2 records can't be taken, for several reasons; nothing was changed
+  - record 1: is bad
+  - record 2: is bad
+  next step: mend it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+from sisa.core.domain import Record, RecordRow, Tombstone
+from sisa.core.errors import ConfigConflict, InvalidInput, Problem
+from sisa.flows.wiring.world import World, slices_of, stored_in
+from sisa.planning.assign import Assigner
+from sisa.planning.bands import Bands, risk_problems, unnamed
+from sisa.planning.plan import LAYERWISE
+
+Found = Mapping[str, RecordRow | Tombstone]  # of the ledger, by keyed id
+
+
+def refuse_together(*checks: Callable[[], object]) -> None:
+    """Make all checks. Raises the InvalidInput that one raises, or one with all problems of several."""
+    met: list[InvalidInput] = []
+    for check in checks:
+        try:
+            check()
+        except InvalidInput as error:
+            met.append(error)
+    if len(met) == 1 or not all(error.problems for error in met):
+        raise next((error for error in met if not error.problems), met[0])
+    if met:
+        problems = sorted((p for error in met for p in error.problems), key=_position)
+        raise InvalidInput(
+            f"{len({each.where for each in problems})} records can't be taken, for several reasons; "
+            "nothing was changed",
+            next_step="; ".join(dict.fromkeys(error.next_step for error in met)),
+            problems=problems,
+        ) from None
+
+
+def _position(problem: Problem) -> int:
+    return int(problem.where.rpartition(" ")[2])
+
+
+def _refuse(problems: Sequence[Problem], what: str, next_step: str) -> None:
+    if problems:
+        count = len({each.where for each in problems})
+        raise InvalidInput(
+            f"{count} records {what}; nothing was changed", next_step=next_step, problems=problems
+        )
+
+
+def refuse_added(
+    world: World,
+    records: Sequence[Record],
+    found: Found,
+    checks: Iterable[Callable[[Sequence[Record]], object]],
+    *,
+    allow_deleted: bool,
+) -> None:
+    """Raises InvalidInput for what speaks against adding records, or is refused by further `checks`."""
+    bands = world.assigner.layout.bands
+    unplaced = unnamed(bands, records)
+    fresh = [
+        (n, record)
+        for n, record in enumerate(records)
+        if n not in unplaced
+        and not isinstance(found.get(world.assigner.id_digest(record.id)), RecordRow)
+    ]
+    refuse_together(
+        lambda: refuse_twice(records),
+        lambda: refuse_changed(world, records, found, unplaced),
+        lambda: _misplaced([*risk_problems(bands, records), *_other_risks(world, fresh)]),
+        lambda: None if allow_deleted else _refuse_deleted_here(world, fresh, found),
+        *(lambda check=check: check(records) for check in checks),
+    )
+
+
+def refuse_trained(world: World, records: Sequence[Record], found: Found) -> None:
+    """Raises InvalidInput where records of a source are not the held ones of the same id, or where their
+    risks give them no place."""
+    bands = world.assigner.layout.bands
+    refuse_together(
+        lambda: refuse_risks(bands, records),
+        lambda: refuse_changed(world, records, found, unnamed(bands, records)),
+    )
+
+
+def refuse_twice(records: Sequence[Record]) -> None:
+    """Raises InvalidInput where two records have one id."""
+    first: dict[str, int] = {}
+    problems = [
+        Problem(f"record {n}", f"the id of record {first[record.id]} again")
+        for n, record in enumerate(records, start=1)
+        if first.setdefault(record.id, n) != n
+    ]
+    _refuse(problems, "bear the id of another", "give each record an id of its own")
+
+
+def refuse_generations(
+    training: Mapping[str, Any], records: Sequence[Record], *, append: bool = False
+) -> None:
+    """Raises ConfigConflict where slices would be appended to a chain that has a block of layers for
+    those of the first generation alone; `append`: whether they would, whatever the records say."""
+    problems = [
+        Problem(f"record {n}", "it has a generation")
+        for n, record in enumerate(records, start=1)
+        if record.generation
+    ]
+    if LAYERWISE in training and (append or problems):
+        raise ConfigConflict(
+            "layers are trained slice by slice: none are left for appended slices; nothing was changed",
+            where="sisa.layerwise",
+            expected="records without a generation",
+            next_step="`sisa add` without --append, or train without sisa.layerwise",
+            problems=problems,
+        )
+
+
+def refuse_changed(
+    world: World, records: Sequence[Record], found: Found, unplaced: Collection[int] = ()
+) -> None:
+    """Raises InvalidInput when a record differs from the held one of the same id."""
+    problems = []
+    for position, record in enumerate(records):
+        if position in unplaced:
+            continue
+        row = world.assigner.row(record, 0)
+        held = found.get(row.id_digest)
+        if isinstance(held, RecordRow) and held.record_digest != row.record_digest:
+            problems.append(Problem(f"record {position + 1}", "its content is not the held one"))
+    _refuse(
+        problems,
+        "differ from the held ones of the same id",
+        "`sisa forget` the held ones, then `sisa add` the new text under new ids",
+    )
+
+
+def refuse_risks(bands: Bands | None, records: Sequence[Record]) -> None:
+    """Raises InvalidInput where a risk is of no class, or one subject carries several."""
+    _misplaced(list(risk_problems(bands, records)))
+
+
+def _misplaced(problems: Sequence[Problem]) -> None:
+    _refuse(
+        problems,
+        "can't be placed by their deletion risk",
+        "name the class in sisa.bands.classes, and give all records of a subject one risk",
+    )
+
+
+def _other_risks(world: World, fresh: Sequence[tuple[int, Record]]) -> list[Problem]:
+    """New records whose risk is not that of the held ones of their subject. Those carry one risk, so
+    that one of them is read; the ledger does not know it."""
+    assigner = world.assigner
+    held: dict[str, RecordRow] = {}
+    for subject in {record.subject_id for _, record in fresh} - {None}:
+        digest = assigner.subject_digest(str(subject))
+        live, _ = world.ledger.by_subject(digest, assigner.shard_of_subject(str(subject)))
+        held.update({str(subject): each for each in live[:1]})
+    rows = list(held.values())
+    read = [each.record for each in stored_in(world, slices_of(world, rows), rows)] if rows else []
+    known = {record.subject_id: record.deletion_risk for record in read}
+    return [
+        Problem(f"record {n + 1}", "its deletion risk is not that of its subject's held records")
+        for n, record in fresh
+        if known.get(record.subject_id, record.deletion_risk) != record.deletion_risk
+    ]
+
+
+def _refuse_deleted_here(world: World, fresh: Sequence[tuple[int, Record]], found: Found) -> None:
+    texts = {world.assigner.row(record, 0).text_digest for _, record in fresh}
+    _, deleted = world.ledger.by_text(texts, sure=True)
+    dead = [each for each in found.values() if isinstance(each, Tombstone)]
+    refuse_deleted(world.assigner, fresh, [*deleted, *dead], "added")
+
+
+def refuse_deleted(
+    assigner: Assigner,
+    records: Iterable[tuple[int, Record]],
+    deleted: Sequence[Tombstone],
+    done: str,
+) -> None:
+    """Raises InvalidInput for records (with their positions) whose id or normalised text was deleted,
+    and says by which request."""
+    ids = {each.id_digest: each for each in deleted}
+    texts = {each.text_digest: each for each in deleted}
+    problems = []
+    for position, record in records:
+        row = assigner.row(record, 0)
+        by_id = ids.get(row.id_digest)
+        gone = by_id or texts.get(row.text_digest)
+        if gone is not None:
+            what = "was deleted" if by_id else "has the text of a record that was deleted"
+            what += f" at {gone.deleted_at} by request {gone.request_id}"
+            problems.append(Problem(f"record {position + 1}", what))
+    _refuse(
+        problems,
+        f"can't be {done}",
+        "leave them out of the file, give new content a new id, or say --allow-deleted",
+    )

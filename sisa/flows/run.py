@@ -1,0 +1,257 @@
+"""The flows that take records in: train and add; each decides what remains and reconciles.
+
+    train  = commit what remains, the first time -> reconcile
+    add    = commit what remains                 -> reconcile
+    forget = commit what remains                 -> reconcile      (`deletion.py`)
+
+Rules: new slice and index files are written under new names before the commit that makes them
+current; old ones are unknown to the ledger after it and are swept. So a crash anywhere leaves either
+the old state and some unknown files, or the new state and some unknown files, and the next
+reconciliation ends the same. Nothing is erased before the commit that allows it.
+
+Not covered: what speaks against records (`refused.py`), reading sources and opening a model (`api.py`),
+questions (`query.py`), proof (`verify.py`), a changed run file (`reconfigure.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from sisa.core.domain import Head, IndexFile, Record, RecordRow, SliceFile, SliceState, Tombstone
+from sisa.core.errors import InvalidInput
+from sisa.core.ports import Change, StoredRecord, Vectors
+from sisa.flows.ask import HeldPrompts
+from sisa.flows.reconcile import Trained, reconcile, refuse_lost_rows
+from sisa.flows.refused import refuse_added, refuse_changed, refuse_generations, refuse_trained
+from sisa.flows.wiring.world import (
+    World,
+    check_sources,
+    commit,
+    embed_records,
+    model_digest,
+    only,
+    view_shard,
+    write_slice,
+)
+from sisa.planning.assign import index_root, slice_root
+from sisa.planning.plan import ShardPlan, plan_shard
+from sisa.planning.record_rules import normal_subject
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What `train` or `add` made of its records."""
+
+    records: int
+    added: int
+    already_held: int
+    deleted_not_taken: int
+    new_not_taken: int
+    record_epochs_trained: int
+    slices_trained: int
+    model_digest: str
+    record_epochs_others: int = 0  # trained in the orders beside order 0
+    generation: int | None = None  # of records that were appended now, for their column of that name
+    prompts: HeldPrompts | None = None  # of all records that are held now
+
+
+def train(world: World, records: Sequence[Record], meta: Mapping[str, str] | None = None) -> Taken:
+    """Train what is missing. Takes records at the first training only (with the model's `meta`);
+    later ones need `add`.
+
+    Raises InvalidInput when a record of the source differs from the held one of the same id.
+    """
+    refuse_generations(world.recipe.training, records)
+    found = _lookup(world, records)
+    records = _as_held(world, records, found)
+    held = sum(isinstance(each, RecordRow) for each in found.values())
+    if "config" in world.ledger.meta() or world.ledger.heads():
+        refuse_trained(world, records, found)
+        done = reconcile(world)
+        new = len(records) - len(found)
+        return _taken(world, done, held=held, deleted=len(found) - held, new=new)
+    rows = _rows(world, records)
+    heads = [Head(shard, None, 0, None) for shard in range(world.assigner.layout.num_shards)]
+    _commit_added(world, records, rows, heads, meta or {})
+    return _taken(world, reconcile(world), added=len(rows))
+
+
+def _lookup(world: World, records: Sequence[Record]) -> dict[str, RecordRow | Tombstone]:
+    return world.ledger.lookup(world.assigner.id_digest(record.id) for record in records)
+
+
+def _taken(
+    world: World, done: Trained, *, added: int = 0, held: int = 0, deleted: int = 0, new: int = 0
+) -> Taken:
+    return Taken(
+        records=sum(world.ledger.counts().values()),
+        added=added,
+        already_held=held,
+        deleted_not_taken=deleted,
+        new_not_taken=new,
+        record_epochs_trained=done.record_epochs_trained,
+        slices_trained=done.slices_trained,
+        model_digest=model_digest(world),
+        record_epochs_others=done.record_epochs_others,
+    )
+
+
+def refuse_other_records(world: World, records: Sequence[Record]) -> None:
+    """Raises InvalidInput when a record of a source differs from the held one of the same id."""
+    found = _lookup(world, records)
+    refuse_changed(world, _as_held(world, records, found), found)
+
+
+def _as_held(
+    world: World,
+    records: Sequence[Record],
+    found: Mapping[str, RecordRow | Tombstone],
+    new: int | None = None,
+) -> list[Record]:
+    """Return the records with their subjects in one spelling. Those that say no generation take that of
+    the held record of their id, or else the `new` one."""
+    settled = []
+    for record in records:
+        if record.subject_id is not None:
+            record = replace(record, subject_id=normal_subject(record.subject_id))
+        row = found.get(world.assigner.id_digest(record.id))
+        if isinstance(row, RecordRow):
+            generation = world.assigner.layout.generation(row.slice) or None
+            record = replace(record, generation=record.generation or generation)
+        elif new is not None:
+            record = replace(record, generation=record.generation or new)
+        settled.append(record)
+    return settled
+
+
+def _next_generation(world: World) -> int | None:
+    """That of records to append: one more than the last that holds any; a model of none has no last."""
+    layout = world.assigner.layout
+    last = max((layout.generation(file.slice) for file in world.ledger.slices()), default=-1)
+    return last + 1 or None
+
+
+def add(
+    world: World,
+    records: Sequence[Record],
+    *,
+    allow_deleted: bool = False,
+    append: bool = False,
+    checks: Iterable[Callable[[Sequence[Record]], object]] = (),
+) -> Taken:
+    """Take new records into the slices that they hash to and retrain from there; or `append` them as
+    slices of a new generation, so that nothing that is trained is trained again.
+
+    The result equals training on all records from scratch. A record that is held already, unchanged,
+    is counted and skipped. Raises InvalidInput for ids that come twice or are held with another
+    content, risks without a place, a second risk of a subject, what does not fit, what `checks` refuse
+    and, unless `allow_deleted`, for deleted ids and deleted texts: all of them listed.
+    """
+    refuse_generations(world.recipe.training, records, append=append)
+    found = _lookup(world, records)
+    generation = _next_generation(world) if append else None
+    records = _as_held(world, records, found, generation)
+    refuse_added(world, records, found, (world.count_tokens, *checks), allow_deleted=allow_deleted)
+    fresh = [
+        record
+        for record in records
+        if not isinstance(found.get(world.assigner.id_digest(record.id)), RecordRow)
+    ]
+    rows = _rows(world, fresh)
+    if rows:
+        readmitted = [each.id_digest for each in found.values() if isinstance(each, Tombstone)]
+        _commit_added(world, fresh, rows, readmitted=readmitted)
+    taken = _taken(world, reconcile(world), added=len(rows), held=len(records) - len(fresh))
+    carried = {record.generation for record in fresh}
+    return replace(taken, generation=generation if generation in carried else None)
+
+
+def _rows(world: World, records: Sequence[Record]) -> list[RecordRow]:
+    counts = world.count_tokens(records)
+    return [world.assigner.row(record, tokens) for record, tokens in zip(records, counts, strict=True)]
+
+
+def _commit_added(
+    world: World,
+    records: Sequence[Record],
+    rows: Sequence[RecordRow],
+    heads: Sequence[Head] = (),
+    meta: Mapping[str, str] | None = None,
+    *,
+    readmitted: Sequence[str] = (),
+) -> None:
+    refuse_lost_rows(world.ledger)
+    vectors = embed_records(world, records)
+    arrived: dict[int, list[_Arrived]] = {}
+    for record, row, vector in zip(records, rows, vectors, strict=True):
+        arrived.setdefault(row.shard, []).append(_Arrived(row, record, vector))
+    plans = [_plan_with(world, shard, arrived[shard]) for shard in sorted(arrived)]
+    check_sources(world, plans)
+    slices: list[SliceFile] = []
+    indexes = []
+    for shard, fresh in sorted(arrived.items()):  # never the rows of more than one shard in memory
+        slices += _write_slices(world, shard, fresh)
+        indexes.append(_write_index(world, shard, fresh))
+    planned = {plan.shard: plan.head for plan in plans}
+    moved = [planned.pop(head.shard, head) for head in heads] + list(planned.values())
+    commit(
+        world,
+        Change(
+            added=rows,
+            slices=slices,
+            indexes=indexes,
+            heads=moved,
+            meta=meta or {},
+            readmitted=readmitted,
+        ),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Arrived:
+    """A new record with its place and its vectors."""
+
+    row: RecordRow
+    record: Record
+    vectors: Vectors
+
+
+def _merged(world: World, shard: int, fresh: Iterable[_Arrived]) -> dict[int, list[RecordRow]]:
+    """The rows of the slices that new records of a shard come into, those held already among them."""
+    merged: dict[int, list[RecordRow]] = {}
+    for each in fresh:
+        merged.setdefault(each.row.slice, []).append(each.row)
+    return {slice_: world.ledger.rows(shard, slice_) + merged[slice_] for slice_ in sorted(merged)}
+
+
+def _plan_with(world: World, shard: int, fresh: Sequence[_Arrived]) -> ShardPlan:
+    states = [
+        SliceState(shard, slice_, slice_root(rows), len(rows))
+        for slice_, rows in _merged(world, shard, fresh).items()
+    ]
+    return plan_shard(view_shard(world, shard, states), world.recipe, world.fingerprint)
+
+
+def _write_slices(world: World, shard: int, fresh: Sequence[_Arrived]) -> list[SliceFile]:
+    stored: dict[int, list[StoredRecord]] = {}
+    for each in fresh:
+        stored.setdefault(each.row.slice, []).append(StoredRecord(each.row.id_digest, each.record))
+    return [
+        write_slice(world, shard, slice_, rows, stored[slice_])
+        for slice_, rows in _merged(world, shard, fresh).items()
+    ]
+
+
+def _write_index(world: World, shard: int, fresh: Sequence[_Arrived]) -> IndexFile:
+    vectors = {each.row.vector_id: each.vectors for each in fresh}
+    merged = world.ledger.rows(shard) + [each.row for each in fresh]
+    wanted = {row.vector_id: vectors.get(row.vector_id) for row in merged}
+    if len(wanted) < len(merged):
+        raise InvalidInput(
+            "two record ids share a vector id (chance below 1 in 10^9)",
+            where=f"shard {shard}",
+            next_step="give one of the new records another id",
+        )
+    base = only(world.ledger.indexes(shard))
+    return world.index.build(shard, index_root(merged), base, wanted)

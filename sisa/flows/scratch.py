@@ -1,0 +1,217 @@
+"""A base from scratch: trained once on a corpus without deletable records, frozen, named by its digest.
+
+    corpus + recipe -> tokenizer, weights -> DIR (a base as any other) with
+        scratch.json   what it was made of: recipe, digests of corpus and runs, numerics fingerprint
+        corpus.runs    hashes of the corpus's runs of words, for the guard
+
+Rules: everything personal then lives in adapters, and a deletion leaves nothing behind in the base. The
+guard refuses records that share their wording with the corpus, before the base is trained and at every
+later `add` (`overlap.py`). A directory that holds the base of the same recipe is used as it is, wherever
+it was made: what names a base is its digest. One that holds another is left alone. A training that was
+cut short leaves nothing.
+
+Not covered: going on in the middle of the base's training; whether a corpus holds a person's data that
+is in no record.
+
+    prepare(config, records, "ray", report)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sisa.config.config import RunConfig
+from sisa.config.scratch_config import PLACES, Scratch
+from sisa.core.digest import canonical_json, digest_of, sha256_hex
+from sisa.core.domain import Record
+from sisa.core.errors import ConfigConflict, IntegrityError, InvalidInput
+from sisa.core.events import Notice, Report
+from sisa.data.overlap import Runs, refuse_shared, runs_of
+from sisa.data.reader import read_texts
+from sisa.flows.wiring.opening import OnCluster, OpenExecutor
+from sisa.lm.base.numerics import fingerprint
+from sisa.store.blobs import files
+
+RECIPE_FILE, RUNS_FILE = "scratch.json", "corpus.runs"
+BASE_MODE = 0o644  # a base holds nothing deletable, and users may share it
+
+
+@dataclass(frozen=True)
+class BaseJob:
+    """A base to train: its recipe, the file of its texts (one JSON text a line) and where to put it."""
+
+    recipe: Mapping[str, Any]
+    texts: Path
+    target: Path
+
+
+TrainBase = Callable[[BaseJob, Mapping[str, Any], Report], None]  # with the run file's `cluster:`
+
+
+def prepare(
+    config: RunConfig, records: Sequence[Record], executor: str | OpenExecutor, report: Report
+) -> None:
+    """Let the base of a run file be there, after its guard has seen the records.
+
+    Raises InvalidInput (records or corpus), ConfigConflict (another base lies there), IntegrityError.
+    """
+    if isinstance(config.base_model, str):
+        return
+    scratch, directory = config.base_model.scratch, Path(config.base)
+    texts = read_texts(scratch.corpus, config.limits)
+    recipe = recipe_of(scratch, texts)
+    if (directory / RECIPE_FILE).is_file():
+        held = _held(directory)
+        _refuse_other(held["recipe"], recipe, directory)
+        refuse_shared(records, _held_runs(directory, held))
+        return
+    if directory.exists():
+        raise ConfigConflict(
+            "the place for the base is taken by something else",
+            where=str(directory),
+            expected=f"no such directory, or one with {RECIPE_FILE}",
+            next_step="name another by `base_model.scratch.directory`",
+        )
+    runs = runs_of(*texts)
+    refuse_shared(records, runs)
+    report(Notice(f"training the base on {len(texts)} texts, {scratch.tokens:,} tokens"))
+    _train(config, recipe, texts, runs, directory, executor, report)
+
+
+def guard(config: RunConfig, records: Sequence[Record]) -> None:
+    """Raises InvalidInput for records that share their text with the corpus of the base."""
+    if not isinstance(config.base_model, str):
+        directory = Path(config.base)
+        refuse_shared(records, _held_runs(directory, _held(directory)))
+
+
+def recipe_of(scratch: Scratch, texts: Sequence[str]) -> dict[str, Any]:
+    """All that the bits of a base depend on, besides the numerics."""
+    block = scratch.model_dump(mode="json", exclude=set(PLACES))
+    return {**block, "corpus": digest_of(list(texts))}
+
+
+def _train(
+    config: RunConfig,
+    recipe: Mapping[str, Any],
+    texts: Sequence[str],
+    runs: Runs,
+    directory: Path,
+    executor: str | OpenExecutor,
+    report: Report,
+) -> None:
+    with _alone(directory) as unfinished:
+        target, corpus = unfinished / "base", unfinished / "corpus.jsonl"
+        with files.disk_errors(directory):
+            target.mkdir(parents=True)
+            corpus.write_text("".join(json.dumps(each) + "\n" for each in texts), encoding="utf-8")
+        train = find_base_trainer(executor)
+        train(BaseJob(recipe, corpus, target), config.cluster.model_dump(mode="json"), report)
+        data = runs.astype("<u8").tobytes()
+        told = {
+            "recipe": recipe,
+            "runs": sha256_hex(data),
+            "fingerprint": fingerprint(recipe["threads"]),
+        }
+        with files.disk_errors(directory):
+            files.write_atomic(target / RUNS_FILE, data, BASE_MODE)
+            files.write_atomic(target / RECIPE_FILE, canonical_json(told), BASE_MODE)
+            os.replace(target, directory)
+
+
+@contextlib.contextmanager
+def _alone(directory: Path) -> Iterator[Path]:
+    """A place beside it for what is not finished, removed in the end. Raises Busy for a second one."""
+    lock = directory.with_name(f".{directory.name}.lock")
+    unfinished = directory.with_name(f".{directory.name}.unfinished")
+    with files.disk_errors(directory):
+        directory.parent.mkdir(parents=True, exist_ok=True)
+    with files.writer_lock(lock):
+        try:
+            shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
+            yield unfinished
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            lock.unlink(missing_ok=True)
+
+
+def find_base_trainer(executor: str | OpenExecutor) -> TrainBase:
+    """Whoever trains a base where an executor trains shards: this process for `serial` and for executors
+    that were given, else an entry point of `sisa.bases`. Raises InvalidInput."""
+    if isinstance(executor, OnCluster):
+        train, there = find_base_trainer(executor.name), {"address": executor.address}
+        return lambda job, cluster, report: train(job, {**cluster, **there}, report)
+    if executor == "serial" or not isinstance(executor, str):
+        return train_here
+    points = entry_points(group="sisa.bases")
+    for point in points:
+        if point.name == executor:
+            found: TrainBase = point.load()
+            return found
+    raise InvalidInput(
+        "nothing that trains a base is installed under this name",
+        expected=" or ".join(["serial", *(each.name for each in points)]),
+        got=executor,
+        next_step="install the package anew, or name another executor",
+    )
+
+
+def train_here(job: BaseJob, _cluster: Mapping[str, Any], report: Report) -> None:
+    """In this process, with one worker."""
+    from sisa.lm.base.scratch_base import train_base
+
+    if job.recipe["workers"] != 1:
+        raise InvalidInput(
+            "one process can't be several workers",
+            where="base_model.scratch.workers",
+            expected="1 with `--executor serial`",
+            got=str(job.recipe["workers"]),
+            next_step="train with `--executor ray`",
+        )
+    train_base(job.recipe, job.texts, job.target, lambda text: report(Notice(text)))
+
+
+def _held(directory: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads((directory / RECIPE_FILE).read_bytes())
+        if isinstance(found["recipe"], dict) and isinstance(found["runs"], str):
+            return found
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise _damaged(directory / RECIPE_FILE)
+
+
+def _held_runs(directory: Path, held: Mapping[str, Any]) -> Runs:
+    path = directory / RUNS_FILE
+    data = files.read_checked(path, held["runs"], "runs of the corpus", lambda sealed: sealed)
+    return np.frombuffer(data, dtype="<u8").astype(np.uint64)
+
+
+def _damaged(path: Path) -> IntegrityError:
+    return IntegrityError(
+        "what the base was made of can't be read",
+        where=str(path),
+        next_step="restore the base's directory from a backup",
+    )
+
+
+def _refuse_other(held: Mapping[str, Any], wanted: Mapping[str, Any], directory: Path) -> None:
+    changed = sorted(name for name in {*held, *wanted} if held.get(name) != wanted.get(name))
+    if changed:
+        raise ConfigConflict(
+            "the base that lies there was made otherwise",
+            where=str(directory),
+            expected="the same corpus and settings",
+            got=f"other: {', '.join(changed)}",
+            next_step="restore them, or name another `base_model.scratch.directory` for another base",
+        )

@@ -1,0 +1,165 @@
+"""Training a chain of stages, and an Executor that does so in this process.
+
+Rules: `train_chain` is the only place where stages are trained, whoever calls it (this process, a Ray
+worker, a replay), so all executors give the same bytes. A stage whose checkpoint already rests in the
+store is not trained again: a retried worker loses at most the stage that it was in. Workers read
+slice files where they rest; no record text travels in a task, and no key or credential.
+
+Not covered: running chains side by side (`cluster/ray/ray_executor.py`).
+
+An executor gets its parts from a `Site`, so that it can be pointed at a scratch directory too:
+
+    SerialExecutor(trainer, records, checkpoints).run(chains, report)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from sisa.core.arithmetic import USUAL, Arithmetic
+from sisa.core.domain import Chain, SliceFile, SliceJob
+from sisa.core.errors import IntegrityError
+from sisa.core.events import EpochTrained, Report, SliceProgress, SliceStarted, SliceTrained
+from sisa.core.place_ports import Place
+from sisa.core.ports import CheckpointStore, Keyring, RecordStore, StoredRecord, Tick, Trainer
+from sisa.store.blobs.keyring import PLAIN
+from sisa.store.blobs.local_place import LocalPlace, absolute
+
+PROGRESS_EVERY_S = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """Where a chain is trained: plain paths and names, so that it can travel to another process."""
+
+    records_at: Place
+    checkpoints_at: Place
+    base_dir: Path
+    base_digest: str
+    threads: int
+    environment: tuple[tuple[str, str], ...] = ()  # what must be set before torch is imported
+    keyring: Keyring = PLAIN  # a directory's name and whether it seals: keys do not travel
+    room: str = "checkpoints"  # of the checkpoints' keys
+    patches_at: Place = field(default_factory=lambda: LocalPlace(Path()))
+    patches: tuple[tuple[str, str], ...] = ()  # to train over: (key, manifest's sha256), lowest first
+    arithmetic: Arithmetic = USUAL
+    prefixes_at: Place = field(default_factory=lambda: LocalPlace(Path()))
+    prefix_bytes: int = 0  # of hidden states that a shard may keep there
+
+    def absolute(self) -> Site:
+        """The same for a process in another working directory."""
+        return replace(
+            self,
+            records_at=absolute(self.records_at),
+            checkpoints_at=absolute(self.checkpoints_at),
+            patches_at=absolute(self.patches_at),
+            prefixes_at=absolute(self.prefixes_at),
+            base_dir=self.base_dir.absolute(),
+        )
+
+
+def order_chains(chains: Sequence[Chain]) -> list[Chain]:
+    """Longest first, so that the last worker to finish is not the longest one."""
+    return sorted(chains, key=lambda chain: (-chain.record_epochs, chain.shard))
+
+
+def train_chain(
+    chain: Chain,
+    trainer: Trainer,
+    records: RecordStore,
+    checkpoints: CheckpointStore,
+    report: Report,
+) -> None:
+    """Train a chain's missing stages in order and store each.
+
+    Raises IntegrityError when a slice file or the parent checkpoint is not the recorded one.
+    """
+    files = {file.slice: file for file in chain.slices}
+    held = checkpoints.held()
+    parent = None
+    if chain.parent is not None:
+        parent = checkpoints.load(chain.parent.key, chain.parent.manifest_sha256)
+    for job in chain.jobs:
+        if job.key in held:
+            saved = checkpoints.describe(job.key)
+            parent = checkpoints.load(job.key, saved.manifest_sha256)
+            report(SliceTrained(job, saved, 0.0, 0))
+            continue
+        started = time.monotonic()
+        stage = _stage_records(job, files, records)
+        meter = _Meter(job, report)
+        parent = trainer.train(job, parent, stage, meter)
+        saved = checkpoints.save(job, parent)
+        report(SliceTrained(job, saved, time.monotonic() - started, meter.tokens))
+
+
+def _stage_records(
+    job: SliceJob, files: dict[int, SliceFile], records: RecordStore
+) -> list[StoredRecord]:
+    stage: list[StoredRecord] = []
+    for slice_, root in job.slices:
+        file = files[slice_]
+        if file.root != root:
+            raise IntegrityError(
+                "a job and its slice file disagree",
+                where=f"shard {job.shard}, slice {slice_}",
+                expected=root,
+                got=file.root,
+                next_step="run `sisa verify` on the model",
+            )
+        stage.extend(replace(each, slice=slice_) for each in records.read(file))
+    return sorted(stage, key=lambda each: each.id_digest)
+
+
+class _Meter:
+    """Turns the trainer's ticks into events: the end of each pass, and progress at most each
+    PROGRESS_EVERY_S seconds."""
+
+    def __init__(self, job: SliceJob, report: Report) -> None:
+        self._job = job
+        self._report = report
+        self._last = 0.0
+        self._since: tuple[float, int] | None = None  # when the pass began, at which token
+        self.tokens = 0
+
+    def __call__(self, tick: Tick) -> None:
+        place, now = (self._job.shard, self._job.slice), time.monotonic()
+        self.tokens = tick.tokens
+        if self._since is None:
+            self._since = now, tick.tokens
+            self._report(SliceStarted(*place, tick.total_tokens))
+        if tick.loss is not None:
+            began, tokens = self._since
+            self._since = now, tick.tokens
+            self._report(
+                EpochTrained(
+                    *place,
+                    stage=self._job.key,
+                    epoch=tick.epoch,
+                    num_epochs=tick.num_epochs,
+                    num_records=tick.num_records,
+                    tokens=tick.tokens - tokens,
+                    seconds=now - began,
+                    loss=tick.loss,
+                )
+            )
+        if now - self._last >= PROGRESS_EVERY_S or tick.tokens == tick.total_tokens:
+            self._last = now
+            done = (tick.tokens, tick.total_tokens, tick.step, tick.num_steps)
+            self._report(SliceProgress(*place, *done, tick.epoch, tick.num_epochs))
+
+
+class SerialExecutor:
+    """Trains one chain after another in this process."""
+
+    def __init__(self, trainer: Trainer, records: RecordStore, checkpoints: CheckpointStore) -> None:
+        self._trainer = trainer
+        self._records = records
+        self._checkpoints = checkpoints
+
+    def run(self, chains: Sequence[Chain], report: Report) -> None:
+        for chain in order_chains(chains):
+            train_chain(chain, self._trainer, self._records, self._checkpoints, report)

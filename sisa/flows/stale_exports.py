@@ -1,0 +1,101 @@
+"""The end of stale exports: those that a record touched which was deleted since.
+
+    deletion  its commit marks the exports that a removed record touched (`plan.marked`)
+    erasing   mark what is still as it was written -> erase the files -> drop the rows
+
+Rules: rows go after their files, so that no crash leaves an export that nobody knows. A directory that
+was moved or changed is left alone and its rows stay, marked: it is erased when it comes back, or given
+up on a person's word. An export of several shards together has a row for each, and they go together.
+
+Not covered: copies that somebody made of an export; what a server loaded from it
+(`export_files.unload_command`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+
+from sisa.core.domain import Export
+from sisa.core.errors import EnvironmentFault, all_tried
+from sisa.core.ports import Change
+from sisa.core.requests import event
+from sisa.flows.wiring.world import World, commit
+
+
+def finish_written(world: World) -> None:
+    """Take over the exports that a killed process wrote whole, and give up those that it did not, with
+    what it left of them. The caller holds the writer lock."""
+    unfinished = [each for each in world.ledger.exports() if each.state == "writing"]
+    if not unfinished:
+        return
+    for path in dict.fromkeys(each.path for each in unfinished):
+        world.exports.abandon(path)
+    whole = [each for each in unfinished if world.exports.state(each) == "held"]
+    absent = [each.name for each in unfinished if each not in whole]
+    commit(world, Change(exports=[replace(each, state="clean") for each in whole], unexported=absent))
+
+
+def erase_stale(world: World) -> None:
+    """Erase the exports that a deletion marked and that are still what was written. One that can't be
+    read or erased keeps no other one: its error is raised when all were tried."""
+    due: list[Export] = []
+    with all_tried() as tried:
+        for each in (each for each in world.ledger.exports() if each.stale):
+            with tried():
+                if each.state == "erasing" or world.exports.state(each) == "held":
+                    due.append(replace(each, state="erasing"))
+        with tried():
+            _erase_marked(world, due)
+
+
+def _erase_marked(world: World, due: Sequence[Export]) -> None:
+    if not due:
+        return
+    commit(world, Change(exports=due))  # from now on, what is gone was erased by us
+    erased: list[Export] = []
+    left: list[Export] = []
+    with all_tried() as tried:
+        for each in due:
+            with tried():
+                if world.exports.erase(each):
+                    erased.append(each)
+                else:
+                    left.append(replace(each, state="tainted"))
+        counts = Counter(name for name, _ in {(each.request_id, each.path) for each in erased})
+        told = [
+            replace(request, exports_erased=request.exports_erased + counts[request.request_id])
+            for request in world.ledger.requests()
+            if request.request_id in counts
+        ]
+        names = [each.name for each in erased]
+        commit(world, Change(exports=left, unexported=names, requests=told))
+
+
+def standing(world: World, export: Export) -> str:
+    """ "held", "gone" or "changed"; "unreadable" where the disk does not let it be told."""
+    try:
+        return world.exports.state(export)
+    except EnvironmentFault:
+        return "unreadable"
+
+
+def missing(world: World) -> list[Export]:
+    """Exports that a deletion marked and that could not be found, or are not what was written."""
+    return [each for each in world.ledger.exports() if each.stale]
+
+
+def give_up_lost(world: World) -> tuple[str, ...]:
+    """Drop the rows of stale exports that are not where they were written, on a person's word that no
+    copy is left. Their paths; the requests that marked them are told."""
+    lost = [each for each in missing(world) if standing(world, each) == "gone"]
+    counts = Counter(each.request_id for each in lost)
+    events = [
+        event(request, world.now(), f"{counts[request.request_id]} lost exports were given up")
+        for request in world.ledger.requests()
+        if request.request_id in counts
+    ]
+    if lost:
+        commit(world, Change(unexported=[each.name for each in lost], events=events))
+    return tuple(dict.fromkeys(each.path for each in lost))

@@ -1,0 +1,416 @@
+"""From a model directory (or a run file) to a `World`: the one place where real parts are wired.
+
+    DIR/ledger.sqlite    the ledger             DIR/records/      slices as Parquet
+    DIR/partition.key    the secret, mode 0600  DIR/index/        FAISS, one file per shard
+    DIR/lock             one writer             DIR/checkpoints/  a directory per stage
+    DIR/scratch/         replays; erased by     DIR/patches/      a directory per patch
+                         the next writer        DIR/vault/        a sealed file per set of texts
+    DIR/metrics/         numbers, a file a run  DIR/runs/         unfinished patches, sealed
+    DIR/prefixes/        kept hidden states
+    STORAGE/MODEL/       records, checkpoints, patches and scratch, where the run file names a `storage:`
+    KEYRING/MODEL/       keys of an encrypted model and of every vault, outside of DIR
+
+Rules: heavy parts (`parts.py`) and whoever makes patches are opened when they are first asked for. The
+recipe's base is that which shards are trained over: under patches, it is named by them, too. Torch is
+not imported here.
+
+Not covered: the flows. Executors, the probe and patchers are found by name among the entry points
+`sisa.executors`, `sisa.probes` and `sisa.patchers`, so that this package never imports what uses Ray or
+is approximate.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from sisa.config.config import RunConfig
+from sisa.core.digest import KEY_BYTES, Keyed
+from sisa.core.domain import Probed, Record, Tombstone
+from sisa.core.errors import IntegrityError, InvalidInput
+from sisa.core.events import Report
+from sisa.core.patch import Patch, patched_digest
+from sisa.core.patch_ports import Patcher, PatchSite
+from sisa.core.place_ports import Place
+from sisa.core.ports import CheckpointStore, Executor, Keyring, Ledger, Probe, Trainer
+from sisa.flows.serial import SerialExecutor, Site
+from sisa.flows.wiring.parts import Named, Parts
+from sisa.flows.wiring.recording import recording
+from sisa.flows.wiring.world import World, over, patch_files
+from sisa.lm.base.numerics import fingerprint
+from sisa.lm.base.packages import state_dir as state_dir
+from sisa.planning.assign import Assigner
+from sisa.planning.patch_plan import active
+from sisa.store.blobs import files
+from sisa.store.blobs.keyring import FileKeyring
+from sisa.store.blobs.local_place import absolute
+from sisa.store.blobs.partition_key import read_secret, write_secret
+from sisa.store.blobs.places import rooms
+from sisa.store.checkpoints import FileCheckpoints
+from sisa.store.exports import DirectoryExports
+from sisa.store.index import FaissIndex
+from sisa.store.ledger.ledger import SqlLedger
+from sisa.store.metrics import FileMetrics
+from sisa.store.prefixes import FilePrefixes
+from sisa.store.records import FileRecords
+from sisa.store.runs import FileRuns
+from sisa.store.vault import FileVault
+from sisa.store.witness import FileWitness
+
+LEDGER, KEY, LOCK = "ledger.sqlite", "partition.key", "lock"
+RECORDS, INDEX, CHECKPOINTS, SCRATCH = "records", "index", "checkpoints", "scratch"
+PATCHES, VAULT, RUNS, METRICS = "patches", "vault", "runs", "metrics"
+PREFIXES = "prefixes"
+
+OpenExecutor = Callable[[Site, Mapping[str, Any]], Executor]
+# of the base's directory and digest, and of the files of the patches on it, lowest first
+OpenProbe = Callable[[Path, str, RunConfig, Sequence[Mapping[str, bytes]]], Probe]
+OpenPatcher = Callable[[PatchSite, RunConfig], Patcher]
+
+
+def open_world(
+    directory: Path,
+    parts: Parts,
+    keyed: Keyed,
+    executor: str | OpenExecutor,
+    report: Report,
+    *,
+    base_digest: str,
+    model: str,
+    keyring: Keyring,
+    create: bool = False,
+) -> World:
+    """The real parts in a bundle. Raises IntegrityError for a ledger that is missing or damaged."""
+    config = parts.config
+    places = rooms(directory, config.storage, model)
+    ledger = SqlLedger(directory / LEDGER, create=create)
+    patches = FileCheckpoints(places[PATCHES], keyring, PATCHES)
+    vault = FileVault(directory / VAULT, vault_keyring(config, model))
+    metrics = FileMetrics(directory / METRICS)
+
+    def executor_for(store: CheckpointStore) -> Executor:
+        if not isinstance(store, FileCheckpoints):
+            raise TypeError("real executors train into places")
+        site = _site(places, parts, store, ledger)
+        return find_executor(executor)(site, config.cluster.model_dump(mode="json"))
+
+    return World(
+        ledger=ledger,
+        witness=witness_of(config, keyed, model),
+        records=FileRecords(places[RECORDS], keyring),
+        checkpoints=FileCheckpoints(places[CHECKPOINTS], keyring),
+        patches=patches,
+        vault=vault,
+        runs=FileRuns(directory / RUNS, vault.keyring),
+        index=FaissIndex(directory / INDEX, parts.dimension, keyring, parts.warm),
+        keyring=keyring,
+        exports=DirectoryExports(),
+        embed=parts.embed,
+        count_tokens=parts.count_tokens,
+        executor_for=executor_for,
+        assigner=Assigner(keyed, config.layout),
+        recipe=config.recipe(trained_base(ledger, base_digest)),
+        base=base_digest,
+        patch_mode=config.patch_mode,
+        patcher=lambda: find_patcher(executor)(_patch_site(directory, parts, vault, patches), config),
+        fingerprint=fingerprint(config.sisa.threads_per_shard, config.arithmetic),
+        metrics=metrics,
+        prefixes=FilePrefixes(places[PREFIXES], keyring),
+        keeps_prefixes=config.prefix_cache_bytes > 0,
+        now=_now,
+        report=recording(report, metrics, _now),
+        probe=_probe(parts, ledger, patches),
+        places=places,
+    )
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def _site(places: Mapping[str, Place], parts: Parts, store: FileCheckpoints, ledger: Ledger) -> Site:
+    stack = [(each.key, each.manifest_sha256) for each in _trained_over(ledger, parts.base.digest)]
+    config = parts.config
+    keeps = store.room == CHECKPOINTS  # a replay keeps no hidden states, and uses none that were kept
+    return Site(
+        places[RECORDS],
+        store.place,
+        parts.base.directory,
+        parts.base.digest,
+        config.sisa.threads_per_shard,
+        keyring=store.keyring,
+        room=store.room,
+        patches_at=places[PATCHES],
+        patches=tuple(stack),
+        arithmetic=config.arithmetic,
+        prefixes_at=places[PREFIXES],
+        prefix_bytes=config.prefix_cache_bytes // config.sisa.shards if keeps else 0,
+    )
+
+
+def _trained_over(ledger: Ledger, base: str) -> list[Patch]:
+    """The patches that shards are trained over, lowest first; those of a former base are none."""
+    keys = over(ledger)
+    if not keys:
+        return []
+    patches = {each.key: each for each in ledger.patches() if each.manifest_sha256}
+    if absent := [key for key in keys if key not in patches]:
+        raise IntegrityError(
+            "the ledger lacks patches that shards are trained over",
+            got=f"{len(absent)} of {len(keys)}",
+            next_step="restore the model directory from a backup",
+        )
+    found = [patches[key] for key in keys]
+    return found if all(each.job.base == base for each in found) else []
+
+
+def trained_base(ledger: Ledger, base: str) -> str:
+    """The name of what shards are trained over: the base, or the base under patches."""
+    return patched_digest(base, [each.adapter_sha256 for each in _trained_over(ledger, base)])
+
+
+def _patch_site(directory: Path, parts: Parts, vault: FileVault, patches: FileCheckpoints) -> PatchSite:
+    return PatchSite(
+        vault_dir=vault.root.absolute(),
+        patches_at=absolute(patches.place),
+        runs_dir=(directory / RUNS).absolute(),
+        base_dir=parts.base.directory.absolute(),
+        base_digest=parts.base.digest,
+        threads=parts.config.sisa.threads_per_shard,
+        sequence_len=parts.config.sequence_len,
+        vault_keyring=vault.keyring,
+        patches_keyring=patches.keyring,
+        arithmetic=parts.config.arithmetic,
+    )
+
+
+def _probe(parts: Parts, ledger: Ledger, patches: CheckpointStore) -> Probe | None:
+    """What asks the base alone, under the patches that are served then; None where none is wanted."""
+    opened = find_probe() if parts.config.probe else None
+    if opened is None:
+        return None
+    open_it = opened
+
+    def probe(records: Sequence[Record]) -> Probed:
+        stack = patch_files(patches, active(ledger.patches()))
+        return open_it(parts.base.directory, parts.base.digest, parts.config, stack)(records)
+
+    return probe
+
+
+def open_serial(site: Site, _options: Mapping[str, Any]) -> Executor:
+    """Chains one after another in this process."""
+    return SerialExecutor(open_trainer(site), *open_stores(site))
+
+
+def open_trainer(site: Site) -> Trainer:
+    """The trainer on a site's base, under the patches to train over. Raises IntegrityError."""
+    from sisa.lm.train.lora import LoraTrainer
+
+    store = FileCheckpoints(site.patches_at, site.keyring, PATCHES)
+    patches = [store.load(key, manifest) for key, manifest in site.patches]
+    prefixes = FilePrefixes(site.prefixes_at, site.keyring)
+    return LoraTrainer(
+        site.base_dir,
+        site.base_digest,
+        site.threads,
+        patches,
+        site.arithmetic,
+        prefixes=prefixes if site.prefix_bytes else None,
+        prefix_bytes=site.prefix_bytes,
+    )
+
+
+def open_stores(site: Site) -> tuple[FileRecords, FileCheckpoints]:
+    """The stores of a site: slices to read, checkpoints to write."""
+    records = FileRecords(site.records_at, site.keyring)
+    return records, FileCheckpoints(site.checkpoints_at, site.keyring, site.room)
+
+
+def find_probe() -> OpenProbe | None:
+    """The entry point `base` of `sisa.probes`, loaded when it is first called."""
+    for point in entry_points(group="sisa.probes", name="base"):
+        return lambda *of: point.load()(*of)
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class OnCluster:
+    """An executor by name at another address than the run file's: an OpenExecutor, kept nowhere."""
+
+    name: str
+    address: str
+
+    def __call__(self, site: Site, options: Mapping[str, Any]) -> Executor:
+        return find_executor(self.name)(site, {**options, "address": self.address})
+
+
+def check_executor(executor: str | OpenExecutor) -> None:
+    """Raises InvalidInput for a name that no executor has; loads none, since Ray takes seconds."""
+    names = ["serial", *(point.name for point in entry_points(group="sisa.executors"))]
+    name = executor.name if isinstance(executor, OnCluster) else executor
+    if isinstance(name, str) and name not in names:
+        raise InvalidInput("unknown executor", expected=" or ".join(names), got=name)
+
+
+def find_executor(executor: str | OpenExecutor) -> OpenExecutor:
+    """An executor by name (`serial`, or an entry point of `sisa.executors`), or the one given."""
+    check_executor(executor)
+    if not isinstance(executor, str):
+        return executor
+    if executor == "serial":
+        return open_serial
+    (point, *_) = entry_points(group="sisa.executors", name=executor)
+    found: OpenExecutor = point.load()
+    return found
+
+
+def find_patcher(executor: str | OpenExecutor) -> OpenPatcher:
+    """Whoever makes patches where an executor trains, by its name among the entry points of
+    `sisa.patchers`; an executor that was given is taken for one in this process. Raises InvalidInput."""
+    if isinstance(executor, OnCluster):
+        make, there = find_patcher(executor.name), {"address": executor.address}
+        return lambda site, config: make(
+            site, config.model_copy(update={"cluster": config.cluster.model_copy(update=there)})
+        )
+    name = executor if isinstance(executor, str) else "serial"
+    for point in entry_points(group="sisa.patchers", name=name):
+        found: OpenPatcher = point.load()
+        return found
+    names = [point.name for point in entry_points(group="sisa.patchers")]
+    raise InvalidInput(
+        "nothing that makes patches is installed under this name",
+        expected=" or ".join(names) or "an entry point of sisa.patchers",
+        got=name,
+        next_step="install the package anew, or name another executor",
+    )
+
+
+def new_secret(config: RunConfig) -> bytes:
+    """The secret of a new model: from its key file, or fresh."""
+    if config.sisa.partition_key_file is None:
+        return secrets.token_bytes(KEY_BYTES)
+    return read_secret(config.sisa.partition_key_file)
+
+
+def stored_config(ledger_meta: Mapping[str, str]) -> RunConfig:
+    """The run file that a model was made with."""
+    return RunConfig.from_canonical(ledger_meta["config"])
+
+
+def named(ledger_meta: Mapping[str, str], key: str) -> Named:
+    """The base or the embedder that a model was made with."""
+    try:
+        return Named(**json.loads(ledger_meta[key]))
+    except (KeyError, ValueError, TypeError) as error:
+        raise IntegrityError(
+            f"the ledger does not name the model's {key}",
+            got=type(error).__name__,
+            next_step="restore the model directory from a backup",
+        ) from None
+
+
+def key_path(directory: Path, config: RunConfig, model: str) -> Path:
+    """Where a model's partition key belongs: with an encrypted one's keys, so that its ledger can't be
+    asked by whoever has the directory alone."""
+    if config.sisa.partition_key_file is not None:
+        return config.sisa.partition_key_file
+    return (keyrings(config) / model if config.encrypt else directory) / KEY
+
+
+def stored_secret(directory: Path, config: RunConfig, model: str) -> bytes:
+    """The secret of a model. Raises IntegrityError when the model's own key file is missing."""
+    if config.sisa.partition_key_file is not None:
+        return read_secret(config.sisa.partition_key_file)
+    belongs = key_path(directory, config, model)
+    for path in (belongs, *_key_places(directory, config, model)):
+        if path.is_file():
+            return read_secret(path)
+    raise IntegrityError(
+        "the model's partition key is missing",
+        where=str(belongs),
+        next_step="restore it from a backup: without it no record can be found",
+    )
+
+
+def _key_places(directory: Path, config: RunConfig, model: str) -> tuple[Path, Path]:
+    return directory / KEY, keyrings(config) / model / KEY
+
+
+def keep_key(directory: Path, config: RunConfig, model: str, secret: bytes) -> None:
+    """Write a model's own partition key where it belongs, then remove it from where it does not: that
+    changes when a model is encrypted, or is no more."""
+    if config.sisa.partition_key_file is not None:
+        return
+    belongs = key_path(directory, config, model)
+    if not belongs.is_file():
+        write_secret(belongs, secret)
+    for path in _key_places(directory, config, model):
+        if path != belongs and path.is_file():
+            files.overwrite(path)
+            files.erase_all(path.parent, [path.name])
+
+
+def new_model_id() -> str:
+    """The name of a new model, which its copies share: what is kept outside its directory bears it."""
+    return uuid.uuid4().hex
+
+
+def model_id(ledger_meta: Mapping[str, str]) -> str:
+    """The model's name. Raises IntegrityError for one that is none: paths are made of it."""
+    found = ledger_meta.get("model", "")
+    if not re.fullmatch(r"[0-9a-f]{32}", found):
+        raise IntegrityError(
+            "the ledger does not name its model",
+            got="another name" if found else "no name",
+            next_step="restore the model directory from a backup",
+        )
+    return found
+
+
+def witness_dir(config: RunConfig) -> Path:
+    """Where witnesses rest: as the run file says, else in the user's state directory."""
+    return config.witness or state_dir() / "witness"
+
+
+def witness_of(config: RunConfig, keyed: Keyed, model: str) -> FileWitness:
+    """A model's witness, by the names of its key and of itself."""
+    return FileWitness(witness_dir(config) / f"{_witness_prefix(keyed)}{model}.jsonl", keyed)
+
+
+def _witness_prefix(keyed: Keyed) -> str:
+    return f"{keyed.name[:16]}-"
+
+
+def deleted_under(config: RunConfig, keyed: Keyed) -> list[Tombstone]:
+    """What any model under this partition key deleted, as far as witnesses here know."""
+    paths = sorted(witness_dir(config).glob(f"{_witness_prefix(keyed)}*.jsonl"))
+    return [each for path in paths for each in FileWitness(path, keyed).read().tombstones.values()]
+
+
+def keyrings(config: RunConfig) -> Path:
+    """Where the keyrings of models with this run file are, each under its model's name."""
+    return (config.keyring or state_dir() / "keyrings").absolute()
+
+
+def open_keyring(config: RunConfig, name: str) -> Keyring:
+    """The keys of a model by its name; one that is no longer encrypted may still have files to open."""
+    return FileKeyring(keyrings(config) / name, config.encrypt)
+
+
+def vault_keyring(config: RunConfig, name: str) -> Keyring:
+    """The same keys, for what is sealed in any model: the vault, and unfinished patches."""
+    return FileKeyring(keyrings(config) / name, seals=True)
+
+
+def close(world: World) -> None:
+    if isinstance(world.ledger, SqlLedger):
+        world.ledger.close()

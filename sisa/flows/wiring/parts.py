@@ -1,0 +1,148 @@
+"""The heavy parts of a model: base, tokenizer, embedder; resolved on first use.
+
+Rules: what is resolved must be what the ledger names by digest, or an IntegrityError stops the command.
+Torch is imported by what is asked for, not by this.
+
+Not covered: the parts that know where records are (`opening.py`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from sisa.config.config import RunConfig
+from sisa.core.digest import digest_of
+from sisa.core.domain import Record
+from sisa.core.errors import ConfigConflict, IntegrityError
+from sisa.core.ports import Embedder, Vectors
+from sisa.planning.plan import LAYERWISE
+from sisa.store.loaded import Warm
+
+INDEXED = "text-and-asked-v1"  # of a record: its text, and each thing that is asked in it
+
+
+@dataclass(frozen=True)
+class Named:
+    """A base or an embedder as the ledger names it."""
+
+    name: str
+    digest: str
+    dimension: int = 0
+
+
+class Parts:
+    """The heavy parts of one model, resolved on first use and checked against the ledger's names."""
+
+    def __init__(self, config: RunConfig, base: Named | None, embedder: Named | None) -> None:
+        self.config = config
+        self._base = base
+        self._embedder = embedder
+        self.warm = Warm()
+        self._counted: tuple[tuple[Record, ...], list[int]] | None = None
+
+    @cached_property
+    def base(self) -> Any:
+        """The base's files (`sisa.lm.base.base.BaseFiles`)."""
+        from sisa.lm.base.base import resolve_base
+
+        found = resolve_base(self.config.base)
+        if self._base is not None:
+            refuse_change("base model", self._base, found.digest)
+        return found
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        from sisa.lm.base.base import load_tokenizer
+
+        return load_tokenizer(self.base.directory)
+
+    @cached_property
+    def embedder(self) -> Embedder:
+        from sisa.lm.answer.embedder import resolve_embedder
+        from sisa.lm.answer.names import NameEmbedder
+
+        found = resolve_embedder(self.config.sisa.embedder)
+        if self.config.sisa.names:
+            found = NameEmbedder(found)
+        if self._embedder is not None:
+            if self._embedder.digest == found.digest:
+                raise ConfigConflict(
+                    "the index is of an earlier version, without the vectors of what records ask",
+                    where=self._embedder.name,
+                    next_step="build it anew: `sisa train RUN.yaml --reconfigure`; nothing is trained",
+                )
+            refuse_change("embedder", self._embedder, indexed_digest(found))
+        return found
+
+    @property
+    def dimension(self) -> int:
+        return self._embedder.dimension if self._embedder else self.embedder.dimension
+
+    def embed(self, texts: Sequence[str]) -> Vectors:
+        return self.embedder.embed(texts)
+
+    def count_tokens(self, records: Sequence[Record]) -> list[int]:
+        """Tokens of each record. Raises InvalidInput listing every record that does not fit."""
+        from sisa.lm.base.base import untrusted
+        from sisa.lm.base.tokens import count_tokens
+
+        asked = tuple(records)
+        if self._counted is None or self._counted[0] != asked:
+            tokenizer, directory = self.tokenizer, self.base.directory
+            with untrusted("the base model's tokenizer can't be used", directory, quotes_texts=True):
+                counts = count_tokens(
+                    asked,
+                    tokenizer,
+                    self.config.sequence_len,
+                    self.config.overlength,
+                    train_on_inputs=self.config.train_on_inputs,
+                )
+            self._counted = (asked, counts)
+        return self._counted[1]
+
+    def check_base(self) -> None:
+        """Raise InvalidInput where the base can't be trained as the run file says, or asked then."""
+        from sisa.lm.base.base import load_skeleton
+        from sisa.lm.base.trial import try_base
+        from sisa.lm.train.layerwise import refuse_few_layers
+
+        training = self.config.training()
+        if LAYERWISE in training:
+            refuse_few_layers(load_skeleton(self.base.directory), training)
+        try_base(self.base.directory, self.base.digest, training)
+
+    def meta(self) -> dict[str, str]:
+        """What the ledger keeps of these parts."""
+        named = {"name": self.config.base_name, "digest": self.base.digest}
+        embedder = {
+            "name": self.config.sisa.embedder,
+            "digest": indexed_digest(self.embedder),
+            "dimension": self.embedder.dimension,
+        }
+        return {
+            "config": self.config.to_canonical(),
+            "base": json.dumps(named, sort_keys=True),
+            "embedder": json.dumps(embedder, sort_keys=True),
+        }
+
+
+def indexed_digest(embedder: Embedder) -> str:
+    """Return the name of an index's content: an embedder, and what of a record it embeds."""
+    return digest_of([INDEXED, embedder.digest])
+
+
+def refuse_change(what: str, named: Named, found: str) -> None:
+    """Raises IntegrityError where what was found is not what the ledger names."""
+    if found != named.digest:
+        raise IntegrityError(
+            f"the {what} is not the one that this model was trained with",
+            where=named.name,
+            expected=named.digest,
+            got=found,
+            next_step=f"restore the {what}, or move the model to the new one with "
+            "`sisa train RUN.yaml --reconfigure`",
+        )

@@ -1,0 +1,252 @@
+"""Progress of long work on standard error: live bars on a terminal, plain lines elsewhere.
+
+Rules: shards, slices, passes, tokens, steps and time only; never an id or a text. Standard output stays
+free for the result. Progress is measured in record-epochs, whose total is known before the first one is
+trained; that of a patch in steps. On a terminal each shard at work has a bar of its own, as its worker
+tells of it, MOST_ROWS of them at most.
+
+Not covered: logs for machines (`json_log.py`).
+
+>>> meter = Meter()
+>>> meter.take(TrainingStarted(((0, 0, 10), (1, 0, 30))), now=0.0)
+>>> meter.take(SliceStarted(0, 0, 100), now=1.0)
+>>> meter.take(SliceProgress(0, 0, 50, 100, 5, 10, 1, 2), now=2.0)
+>>> meter.line(now=2.0)
+'shards 0/2, slices 0/2, 12% of record-epochs, 25 tok/s, 0:14 left'
+>>> [row.line(now=2.0) for row in meter.at_work()]
+['shard 0: slice 1/1, epoch 1/2, step 5/10, 50 tok/s, 0:01 left']
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TextIO
+
+from sisa.core.events import (
+    Event,
+    Notice,
+    PatchProgress,
+    Report,
+    SliceProgress,
+    SliceStarted,
+    SliceTrained,
+    TrainingStarted,
+)
+
+LINE_EVERY_S = 10.0
+MOST_ROWS = 16
+UNKNOWN = "unknown time"
+Place = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class AtWork:
+    """A shard whose worker is at a stage: its stages in this training, and how far this one is."""
+
+    shard: int
+    num_done: int
+    num_slices: int
+    since: float
+    at: SliceProgress
+
+    def line(self, now: float) -> str:
+        """One line for a person; the time left is that of this slice."""
+        at, passed = self.at, max(1e-9, now - self.since)
+        steps = f"epoch {at.epoch}/{at.num_epochs}, step {at.step}/{at.num_steps}, " * bool(at.num_steps)
+        left = _clock(passed * (at.total_tokens - at.tokens) / at.tokens) if at.tokens else UNKNOWN
+        return (
+            f"shard {self.shard}: slice {self.num_done + 1}/{self.num_slices}, {steps}"
+            f"{at.tokens / passed:.0f} tok/s, {left} left"
+        )
+
+
+class Meter:
+    """The state of a training, event by event."""
+
+    def __init__(self) -> None:
+        self._stages: dict[Place, int] = {}
+        self._total = 0
+        self._slices: Counter[int] = Counter()  # by shard, as the next
+        self._finished: Counter[int] = Counter()
+        self._done: set[Place] = set()
+        self._done_epochs = self._done_tokens = self._done_shards = 0
+        self._at: dict[int, tuple[float, SliceProgress]] = {}  # by shard: since when, how far
+        self._patch: PatchProgress | None = None
+        self._first = 0  # the step of a patch at which its clock started
+        self._started = 0.0
+
+    def take(self, event: Event, now: float) -> None:
+        if isinstance(event, TrainingStarted):
+            self.__init__()  # type: ignore[misc]
+            self._stages = {(shard, slice_): epochs for shard, slice_, epochs in event.stages}
+            self._total = sum(self._stages.values())
+            self._slices.update(shard for shard, _ in self._stages)
+            self._started = now
+        elif isinstance(event, SliceStarted):
+            start = SliceProgress(event.shard, event.slice, 0, event.total_tokens)
+            self._at[event.shard] = (now, start)
+        elif isinstance(event, SliceProgress):
+            since, _ = self._at.get(event.shard, (now, event))
+            self._at[event.shard] = (since, event)
+        elif isinstance(event, SliceTrained):
+            self._finish(event.job.shard, event.job.slice)
+        elif isinstance(event, PatchProgress):
+            if self._patch is None or event.step <= self._patch.step:
+                self._started, self._first = now, event.step
+            self._patch = event
+
+    def _finish(self, shard: int, slice_: int) -> None:
+        _, at = self._at.pop(shard, (0.0, None))
+        if (shard, slice_) in self._done:
+            return
+        self._done.add((shard, slice_))
+        self._done_tokens += at.tokens if at is not None else 0
+        self._done_epochs += self._stages.get((shard, slice_), 0)
+        self._finished[shard] += 1
+        self._done_shards += self._finished[shard] == self._slices[shard]
+
+    @property
+    def total(self) -> int:
+        return self._total if self._patch is None else self._patch.num_steps
+
+    @property
+    def done(self) -> float:
+        if self._patch is not None:
+            return self._patch.step
+        under_way = (
+            self._stages.get((at.shard, at.slice), 0) * at.tokens / max(1, at.total_tokens)
+            for _, at in self._at.values()
+        )
+        return self._done_epochs + sum(under_way)
+
+    @property
+    def over(self) -> bool:
+        """Whether no stage is left."""
+        return len(self._done) >= len(self._stages)
+
+    def tokens_per_second(self, now: float) -> float:
+        """Of all workers together, since the training began."""
+        tokens = self._done_tokens + sum(at.tokens for _, at in self._at.values())
+        return tokens / max(1e-9, now - self._started)
+
+    def at_work(self) -> list[AtWork]:
+        """Shards at a stage now, by number."""
+        return [
+            AtWork(shard, self._finished[shard], self._slices[shard], since, at)
+            for shard, (since, at) in sorted(self._at.items())
+        ]
+
+    def numbers(self, now: float) -> dict[str, Any]:
+        """What the line says, for machines; of a patch its steps."""
+        if self._patch is not None:
+            return {"step": self._patch.step, "num_steps": self._patch.num_steps}
+        left = self._seconds_left(now)
+        return {
+            "num_slices": len(self._stages),
+            "slices_done": len(self._done),
+            "share": round(self.done / self.total, 4) if self.total else 1.0,
+            "tokens_per_second": round(self.tokens_per_second(now), 1),
+            "seconds_left": left if left is None else round(left, 1),
+        }
+
+    def _seconds_left(self, now: float) -> float | None:
+        if not self.done:
+            return None
+        return max(1e-9, now - self._started) * (self.total - self.done) / self.done
+
+    def line(self, now: float) -> str:
+        """One line for a person: shards, slices, share, tokens/s, time left; or steps of a patch."""
+        if self._patch is not None:
+            return self._patch_line(self._patch, now)
+        share = self.done / self.total if self.total else 1.0
+        seconds = self._seconds_left(now)
+        return (
+            f"shards {self._done_shards}/{len(self._slices)}, "
+            f"slices {len(self._done)}/{len(self._stages)}, {int(100 * share)}% of record-epochs, "
+            f"{self.tokens_per_second(now):.0f} tok/s, "
+            f"{UNKNOWN if seconds is None else _clock(seconds)} left"
+        )
+
+    def _patch_line(self, at: PatchProgress, now: float) -> str:
+        left = UNKNOWN
+        if at.step > self._first:
+            left = _clock((now - self._started) * (at.num_steps - at.step) / (at.step - self._first))
+        return f"patch (approximate): step {at.step}/{at.num_steps}, loss {at.loss:.4f}, {left} left"
+
+
+def _clock(seconds: float) -> str:
+    whole = round(seconds)
+    return f"{whole // 60}:{whole % 60:02d}"
+
+
+@contextmanager
+def progress(stream: TextIO | None = None) -> Iterator[Report]:
+    """A report that shows what it is told on a stream (standard error by default)."""
+    stream = stream or sys.stderr
+    if stream.isatty():
+        with _bars(stream) as report:
+            yield report
+    else:
+        yield _lines(stream)
+
+
+def _lines(stream: TextIO) -> Report:
+    meter = Meter()
+    last = time.monotonic()
+
+    def report(event: Event) -> None:
+        nonlocal last
+        now = time.monotonic()
+        meter.take(event, now)
+        if isinstance(event, Notice):
+            print(event.text, file=stream, flush=True)
+        elif isinstance(event, SliceTrained) or (
+            isinstance(event, SliceProgress | PatchProgress) and now - last >= LINE_EVERY_S
+        ):
+            last = now
+            print(meter.line(now), file=stream, flush=True)
+
+    return report
+
+
+@contextmanager
+def _bars(stream: TextIO) -> Iterator[Report]:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    meter = Meter()
+    console = Console(file=stream)
+    columns = (BarColumn(bar_width=10), TextColumn("{task.description}", markup=False))
+    with Progress(*columns, console=console, transient=True) as bars:
+        whole = bars.add_task("starting", total=None)
+        rows: dict[int, Any] = {}  # by shard
+
+        def report(event: Event) -> None:
+            now = time.monotonic()
+            meter.take(event, now)
+            if isinstance(event, Notice):
+                console.print(event.text, markup=False)
+                return
+            bars.update(whole, total=meter.total, completed=meter.done, description=meter.line(now))
+            shown = {each.shard: each for each in meter.at_work()[:MOST_ROWS]}
+            changed = rows.keys() != shown.keys()
+            for shard in rows.keys() - shown.keys():
+                bars.remove_task(rows.pop(shard))
+            for shard, each in shown.items():
+                if shard not in rows:
+                    rows[shard] = bars.add_task("")
+                bars.update(
+                    rows[shard],
+                    total=each.at.total_tokens,
+                    completed=each.at.tokens,
+                    description=each.line(now),
+                )
+            if changed:
+                bars.refresh()
+
+        yield report

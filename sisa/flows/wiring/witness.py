@@ -1,0 +1,148 @@
+"""The witness of a ledger: what was deleted stays deleted, even when a backup is restored.
+
+A restored model directory brings its own, older ledger back. The witness lies outside it and holds the
+head of the event log and the tombstones. A ledger that does not know the witness's head is behind it.
+
+    behind    replay: what the witness calls deleted is removed in one commit, as ever, under the
+              requests that deleted it; tombstones that the ledger lacks are put back; bytes are erased
+    ahead     (a crash fell between a commit and its testimony) the witness is told what it missed
+    absent    (another machine, or a new place for it) the same: it is told all
+
+Rules: replaying comes before anything else that a command does, reading ones too; what it leaves to
+train is trained by the next writing command. A legal hold of the older ledger does not stop it: the
+deletion was carried out once. An id that was allowed in again is not deleted. Requests that came in
+after the backup and were not carried out are lost with it; how many events are lost is said.
+
+Not covered: a witness that is set back with the model; which file it is (`opening.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
+
+from sisa.core.domain import RecordRow, Request, Testimony, Tombstone
+from sisa.core.errors import IntegrityError
+from sisa.core.events import Notice
+from sisa.core.ports import Change
+from sisa.core.requests import due_date, event
+from sisa.flows.deletion import Arrival, commit_removed
+from sisa.flows.reconcile import erase_unknown, refuse_contradictions
+from sisa.flows.wiring.world import World
+
+Standing = Literal["absent", "ahead of the ledger", "to be caught up", "current"]
+REPLAYED = "replayed from the witness"
+
+
+def is_behind(world: World) -> bool:
+    """Whether the ledger does not know the witness's head. The witness is read first: a ledger that is
+    written meanwhile may only be ahead of it."""
+    head = world.witness.head()
+    return head is not None and head.link != "" and not world.ledger.has_event(head.link)
+
+
+def standing(world: World) -> Standing:
+    """How the witness stands to the ledger."""
+    head = world.witness.head()
+    if head is None:
+        return "absent"
+    if is_behind(world):
+        return "ahead of the ledger"
+    return "current" if head == world.ledger.event_head() else "to be caught up"
+
+
+def settle(world: World) -> World:
+    """Bring ledger and witness together; the world to go on with. The caller holds the writer lock.
+    Raises what effects raise."""
+    head = world.witness.head()
+    if is_behind(world):
+        return replay(world)
+    if head != world.ledger.event_head():
+        told = world.witness.read().tombstones
+        missing = [each for each in _standing(world) if told.get(each.id_digest) != each]
+        world.witness.append(world.ledger.event_head(), missing, ())
+    return world
+
+
+def _standing(world: World) -> list[Tombstone]:
+    """Tombstones of ids that were not allowed in again."""
+    dead = {each.id_digest: each for each in world.ledger.tombstones()}
+    live = world.ledger.lookup(dead)
+    return [each for key, each in dead.items() if not isinstance(live[key], RecordRow)]
+
+
+def replay(world: World) -> World:
+    """Delete again what the witness calls deleted, and erase it; training is left to `reconcile`.
+    Returns the world to go on with."""
+    refuse_contradictions(world)  # a damaged ledger is no older one
+    told = world.witness.read()
+    found = world.ledger.lookup(told.tombstones)
+    again = [each for key, each in told.tombstones.items() if not isinstance(found.get(key), Tombstone)]
+    live = [each for each in found.values() if isinstance(each, RecordRow)]
+    _announce(world, told, len(live))
+    if again:
+        named: dict[str, list[RecordRow]] = {each.request_id: [] for each in again}
+        for row in live:
+            named[told.tombstones[row.id_digest].request_id].append(row)
+        arrivals = _arrivals(world, again)
+        absent = [each for each in again if each.id_digest not in found]
+        requests = [each.request for each in arrivals]
+        try:
+            arriving = _arriving(arrivals, absent)
+            world, _ = commit_removed(world, requests, named, arriving, held_too=True)
+        except IntegrityError as error:
+            raise _too_old(error) from error
+    world.witness.append(world.ledger.event_head(), (), ())
+    if again:
+        erase_unknown(world)
+    return world
+
+
+def _too_old(error: IntegrityError) -> IntegrityError:
+    """Of an encrypted model: the keys of the slices that the deletion rewrote are destroyed."""
+    return IntegrityError(
+        "a backup was restored, and what was deleted since can't be deleted again",
+        where=error.where,
+        got=error.what,
+        next_step="run `sisa doctor --repair`; if that can't mend it, restore a backup made after the "
+        "last deletion: of an encrypted model an older one can't be read where records were deleted",
+    )
+
+
+def _announce(world: World, told: Testimony, num_live: int) -> None:
+    lost = (told.head.num_events if told.head else 0) - world.ledger.event_head().num_events
+    text = f"a backup was restored: {num_live} records that were deleted since are deleted again"
+    if lost > 0:
+        text += f"; {lost} events are lost: submit requests that came in since once more"
+    world.report(Notice(text))
+
+
+def _arrivals(world: World, again: Sequence[Tombstone]) -> list[Arrival]:
+    """The requests that deleted these records, as they are in the ledger or made anew."""
+    named: dict[str, list[str]] = {}
+    for each in again:
+        named.setdefault(each.request_id, []).append(each.id_digest)
+    known = {each.request_id: each for each in world.ledger.requests()}
+    now = world.now()
+    arrivals = []
+    for request_id, digests in named.items():
+        request = known.get(request_id) or Request(
+            request_id, now, due_date(now, "gdpr"), len(digests), reason=REPLAYED
+        )
+        # Consent to keep a text may have ended since: it is not kept again.
+        approver = request.approver or REPLAYED
+        approved = replace(request, state="approved", approver=approver, cause="", consent="")
+        states = [approved] if request_id in known else [request, approved]
+        events = tuple(event(each, now, REPLAYED) for each in states)
+        arrivals.append(Arrival(approved, tuple(digests), events))
+    return arrivals
+
+
+def _arriving(arrivals: Sequence[Arrival], absent: Sequence[Tombstone]) -> Change:
+    changes = [each.change() for each in arrivals]
+    return Change(
+        named=[pair for each in changes for pair in each.named],
+        events=[passed for each in changes for passed in each.events],
+        tombstones=absent,
+    )

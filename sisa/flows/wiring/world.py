@@ -1,0 +1,295 @@
+"""The world: the ports in a bundle, and the few reads and writes that several flows share.
+
+Rules: no decision is made here. New slice files get new names; nothing is overwritten or erased.
+
+Not covered: the order of effects (`run.py`, `reconcile.py`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Protocol
+
+from sisa.core import place_ports
+from sisa.core.domain import HeldCheckpoint, IndexFile, Record, RecordRow, SliceFile, SliceState
+from sisa.core.errors import EnvironmentFault, IntegrityError
+from sisa.core.events import Report
+from sisa.core.patch import Patch, PatchMode
+from sisa.core.patch_ports import Patcher, Runs, Vault
+from sisa.core.ports import (
+    Change,
+    CheckpointStore,
+    Executor,
+    ExportStore,
+    Keyring,
+    Ledger,
+    Metrics,
+    PrefixStore,
+    Probe,
+    RecordIndex,
+    RecordStore,
+    StoredRecord,
+    Vectors,
+    Witness,
+)
+from sisa.planning.assign import Assigner, slice_root
+from sisa.planning.patch_plan import OVER, active, wanted
+from sisa.planning.plan import Recipe, ShardPlan, ShardView
+from sisa.planning.prefix_names import prefix_names
+
+Place = tuple[int, int]  # shard, slice
+
+
+class Room(Protocol):
+    """Named files, or groups of files, of one kind."""
+
+    def held(self) -> frozenset[str]: ...
+
+    def erase(self, names: Collection[str], /) -> None: ...
+
+
+FEW_SHARDS = 16  # that are asked for one by one
+ALWAYS_SEALED = ("vault", "runs")  # rooms that are sealed in a plain model, too
+
+
+@dataclass(frozen=True)
+class World:
+    """The ports and the few facts that the flows need, in a bundle."""
+
+    ledger: Ledger
+    witness: Witness
+    records: RecordStore
+    checkpoints: CheckpointStore
+    index: RecordIndex
+    keyring: Keyring
+    exports: ExportStore
+    embed: Callable[[Sequence[str]], Vectors]
+    count_tokens: Callable[[Sequence[Record]], Sequence[int]]
+    executor_for: Callable[[CheckpointStore], Executor]
+    assigner: Assigner
+    recipe: Recipe
+    fingerprint: str
+    base: str  # digest of the frozen base; the recipe's is that of the base that shards are trained over
+    patch_mode: PatchMode
+    patches: CheckpointStore
+    vault: Vault
+    runs: Runs
+    metrics: Metrics
+    patcher: Callable[[], Patcher]  # opened when a patch is to be made
+    now: Callable[[], str]
+    report: Report
+    probe: Probe | None = None
+    prefixes: PrefixStore | None = None
+    keeps_prefixes: bool = False  # whether the run file lets hidden states be kept
+    places: Mapping[str, place_ports.Place] = field(default_factory=dict)  # of the rooms; none of fakes
+
+    @property
+    def told_rooms(self) -> tuple[str, ...]:
+        """Rooms whose size people are told."""
+        rooms = ("records", "index", "checkpoints")
+        return (*rooms, "prefixes") if self.keeps_prefixes else rooms
+
+
+def commit(world: World, change: Change) -> int:
+    """The one way into the ledger: a transaction, and its testimony where it tells of requests or
+    deletions. A crash between the two is made good by the next writer (`witness.py`)."""
+    seq = world.ledger.commit(change)
+    if "model" in change.meta or change.events or change.tombstones or change.readmitted:
+        world.witness.append(world.ledger.event_head(), change.tombstones, change.readmitted)
+    return seq
+
+
+def model_digest(world: World) -> str:
+    """The keyed digest of all heads' adapters in shard order, and of the active patches if there are
+    any. It outlives a deletion, in requests and on cards: without the key it confirms nothing."""
+    adapters = {each.key: each.adapter_sha256 for each in world.ledger.checkpoints()}
+    heads = [adapters.get(head.key) if head.key else None for head in world.ledger.heads()]
+    stack = [each.adapter_sha256 for each in active(world.ledger.patches())]
+    return world.assigner.model_digest(heads, stack)
+
+
+def over(ledger: Ledger) -> tuple[str, ...]:
+    """Keys of the patches that the shards are trained over, lowest first."""
+    return tuple(json.loads(ledger.meta().get(OVER, "[]")))
+
+
+def known_names(world: World) -> dict[str, frozenset[str]]:
+    """What the ledger knows of each room: names of slice files, index files and checkpoints; of patches
+    that are served or trained over, of unfinished ones, of sets whose texts are there; of kept states
+    those files that are there."""
+    patches = world.ledger.patches()
+    return {
+        "records": frozenset(file.name for file in world.ledger.slices()),
+        "index": frozenset(file.name for file in world.ledger.indexes()),
+        "checkpoints": frozenset(each.key for each in world.ledger.checkpoints()),
+        "patches": frozenset(each.key for each in active(patches)).union(over(world.ledger)),
+        "vault": frozenset(each.name for each in world.ledger.vault() if each.held),
+        "runs": frozenset(each.key for each in wanted(patches)),
+        "prefixes": _known_prefixes(world),
+    }
+
+
+def _known_prefixes(world: World) -> frozenset[str]:
+    """Files of hidden states that are there, and of slices as they are now."""
+    if world.prefixes is None or not world.keeps_prefixes:
+        return frozenset()
+    try:
+        held = world.prefixes.held()
+    except EnvironmentFault:
+        return frozenset()  # a cache; whoever erases there meets the error again
+    return held & prefix_names(world.ledger.slices(), world.recipe, world.fingerprint)
+
+
+def rooms(world: World) -> dict[str, Room]:
+    """The rooms that the ledger knows the files of. What is held, left-over temporaries among it, can be
+    erased there; of the vault and the runs also keys."""
+    found: dict[str, Room] = {
+        "records": world.records,
+        "index": world.index,
+        "checkpoints": world.checkpoints,
+        "patches": world.patches,
+        "vault": world.vault,
+        "runs": world.runs,
+    }
+    return found if world.prefixes is None else {**found, "prefixes": world.prefixes}
+
+
+def held_names(world: World) -> dict[str, frozenset[str]]:
+    """What lies in each room."""
+    return {name: room.held() for name, room in rooms(world).items()}
+
+
+def purge(world: World, *, dry_run: bool = False) -> tuple[place_ports.Kept, ...]:
+    """Remove old versions of what was replaced or erased, wherever a place keeps some; what is left."""
+    rooms = sorted(world.places)
+    return tuple(kept for room in rooms for kept in world.places[room].purge(dry_run=dry_run))
+
+
+def patch_files(store: CheckpointStore, stack: Iterable[Patch]) -> list[dict[str, bytes]]:
+    """The files of patches, checked, in order. Raises IntegrityError."""
+    return [store.load(each.key, each.manifest_sha256) for each in stack]
+
+
+def slices_of(world: World, rows: Iterable[RecordRow]) -> list[SliceFile]:
+    """The files that hold some records now."""
+    places = {(row.shard, row.slice) for row in rows}
+    shards = sorted({shard for shard, _ in places})
+    return [f for s in shards for f in world.ledger.slices(s) if (f.shard, f.slice) in places]
+
+
+def stored_in(world: World, files: Iterable[SliceFile], rows: Iterable[RecordRow]) -> list[StoredRecord]:
+    """The records of rows, read from those of the files that are of their slices."""
+    wanted = {row.id_digest: (row.shard, row.slice) for row in rows}
+    places = set(wanted.values())
+    return [
+        stored
+        for file in files
+        if (file.shard, file.slice) in places
+        for stored in world.records.read(file)
+        if stored.id_digest in wanted
+    ]
+
+
+def only(files: Sequence[IndexFile]) -> IndexFile | None:
+    return files[0] if files else None
+
+
+def embed_records(world: World, records: Sequence[Record]) -> list[Vectors]:
+    """What the index holds of each record: the vector of its text, then those of what is asked in it."""
+    texts = [(record.text, *record.asked) for record in records]
+    vectors = world.embed([text for each in texts for text in each])
+    ends = list(accumulate(map(len, texts)))
+    return [vectors[end - len(each) : end] for end, each in zip(ends, texts, strict=True)]
+
+
+def embed_shard(world: World, shard: int, rows: Sequence[RecordRow]) -> dict[int, Vectors]:
+    """What the index holds of a shard's records, by vector id, embedded anew from its slice files."""
+    held = {
+        each.id_digest: each.record
+        for file in world.ledger.slices(shard)
+        for each in world.records.read(file)
+    }
+    vectors = embed_records(world, [held[row.id_digest] for row in rows])
+    return dict(zip((row.vector_id for row in rows), vectors, strict=True))
+
+
+def write_slice(
+    world: World,
+    shard: int,
+    slice_: int,
+    rows: Sequence[RecordRow],
+    fresh: Iterable[StoredRecord] = (),
+) -> SliceFile:
+    """Write the slice that holds exactly `rows`, their records taken from disk and from `fresh`."""
+    by_digest = {each.id_digest: each for each in fresh}
+    for file in world.ledger.slices(shard):
+        if file.slice == slice_:
+            by_digest.update({each.id_digest: each for each in world.records.read(file)})
+    wanted = sorted(row.id_digest for row in rows)
+    if not by_digest.keys() >= set(wanted):
+        raise IntegrityError(
+            "the ledger holds records that its slice file does not",
+            where=f"shard {shard}, slice {slice_}",
+            next_step="run `sisa verify`; restore the model directory from a backup",
+        )
+    records = [by_digest[digest] for digest in wanted]
+    return world.records.write(shard, slice_, slice_root(rows), records)
+
+
+def view_shard(
+    world: World,
+    shard: int,
+    replaced: Iterable[SliceState] = (),
+    emptied: Iterable[Place] = (),
+    dropped: Iterable[str] = (),
+) -> ShardView:
+    slices: dict[int, SliceState] = {file.slice: file for file in world.ledger.slices(shard)}
+    slices.update({state.slice: state for state in replaced})
+    gone = {slice_ for where, slice_ in emptied if where == shard}
+    without = set(dropped)
+    return ShardView(
+        shard,
+        tuple(state for slice_, state in sorted(slices.items()) if slice_ not in gone),
+        tuple(each for each in world.ledger.checkpoints(shard) if each.key not in without),
+    )
+
+
+def view_shards(world: World, shards: Sequence[int]) -> list[ShardView]:
+    """Several shards as they are; of many, all that is in the ledger is read at once."""
+    if len(shards) <= FEW_SHARDS:
+        return [view_shard(world, shard) for shard in shards]
+    slices: dict[int, list[SliceState]] = {shard: [] for shard in shards}
+    held: dict[int, list[HeldCheckpoint]] = {shard: [] for shard in shards}
+    for file in world.ledger.slices():
+        if file.shard in slices:
+            slices[file.shard].append(file)
+    for each in world.ledger.checkpoints():
+        if each.shard in held:
+            held[each.shard].append(each)
+    return [ShardView(shard, tuple(slices[shard]), tuple(held[shard])) for shard in shards]
+
+
+def open_shards(world: World) -> list[int]:
+    """Shards in which stages may be missing: those that are not at their target, and all where there are
+    several orders."""
+    return [h.shard for h in world.ledger.heads() if world.recipe.orders or not h.converged]
+
+
+def check_sources(world: World, plans: Sequence[ShardPlan]) -> None:
+    """Raises IntegrityError, before anything is written, when a file to build on is damaged; with
+    several orders, or the checkpoint that is to head, since no stage of order 0 may start from it."""
+    for plan in plans:
+        seen = {slice_ for job in plan.all_missing for slice_, _ in job.slices}
+        for file in world.ledger.slices(plan.shard):
+            if file.slice in seen:
+                world.records.check(file)
+        index = only(world.ledger.indexes(plan.shard))
+        if index is not None and plan.path:
+            world.index.check(index)
+        needed = {*(each.key for each in plan.parents), plan.head.key if world.recipe.orders else None}
+        for each in world.ledger.checkpoints(plan.shard) if needed != {None} else ():
+            if each.key in needed:
+                world.checkpoints.load(each.key, each.manifest_sha256)

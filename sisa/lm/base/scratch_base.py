@@ -1,0 +1,177 @@
+"""Training a base: a byte-level BPE tokenizer and a small decoder, by Hugging Face's `Trainer`.
+
+Rules: the recipe's seed decides weights and orders; threads and arithmetic are those of the numerics
+fingerprint, so that one machine makes the same bytes again. Texts are packed into rows of `context_len`
+tokens, each text closed by the end token. What is saved is a base as any other (`base.py`).
+
+Not covered: mixed precision; other decoders than Llama; several workers, which `prepare` brings in.
+
+    train_base(recipe, texts_file, target_directory, print)
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sisa.core.errors import InvalidInput
+from sisa.lm.base.numerics import pin_threads
+from sisa.lm.base.tokens import encode_plain
+
+END = "<|endoftext|>"
+TELL_EVERY = 20  # parts of the training
+
+
+def train_base(
+    recipe: Mapping[str, Any],
+    texts: Path,
+    target: Path,
+    tell: Callable[[str], None],
+    prepare: Callable[[Any], Any] = lambda trainer: trainer,
+    *,
+    saves: bool = True,
+) -> None:
+    """Tokenizer and weights into `target`, unless another worker `saves` them. Raises InvalidInput."""
+    from transformers import LlamaForCausalLM, PrinterCallback, Trainer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    pin_threads(recipe["threads"])
+    corpus = [str(json.loads(line)) for line in texts.read_text(encoding="utf-8").splitlines()]
+    tokenizer = make_tokenizer(corpus, recipe["vocab_size"])
+    rows = pack(tokenizer, corpus, recipe["context_len"])
+    tell(f"the corpus has {len(rows) * recipe['context_len']:,} tokens of its {len(tokenizer)} words")
+    torch.manual_seed(recipe["seed"])
+    model = LlamaForCausalLM(_config(recipe, tokenizer))
+    tell(f"a base of {model.num_parameters():,} parameters")
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = Trainer(
+            model=model,
+            args=_arguments(recipe, scratch),
+            train_dataset=_Rows(rows),
+            data_collator=_collated,
+            callbacks=[_telling(tell)],
+        )
+        trainer.remove_callback(PrinterCallback)  # it prints on standard output
+        prepare(trainer).train()
+    if saves:
+        model.generation_config.do_sample = False
+        model.save_pretrained(target, max_shard_size="1TB")
+        tokenizer.save_pretrained(target)
+
+
+def make_tokenizer(texts: Sequence[str], vocab_size: int) -> Any:
+    """A byte-level BPE tokenizer. Raises InvalidInput for a corpus that is too small for it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END, pad_token=END)
+
+
+def pack(tokenizer: Any, texts: Sequence[str], context_len: int) -> list[list[int]]:
+    """Rows of exactly `context_len` ids; the rest that fills none is left out. Raises InvalidInput."""
+    ids: list[int] = []
+    for text in texts:
+        ids += [*encode_plain(text, tokenizer), tokenizer.eos_token_id]
+    rows = [ids[at : at + context_len] for at in range(0, len(ids) - context_len + 1, context_len)]
+    if not rows:
+        raise InvalidInput(
+            "the corpus is shorter than one row of training",
+            where="base_model.scratch.corpus",
+            expected=f"at least {context_len} tokens (context_len)",
+            got=f"{len(ids)} tokens",
+            next_step="give more text, or a smaller context_len",
+        )
+    return rows
+
+
+class _Rows(torch.utils.data.Dataset[list[int]]):
+    def __init__(self, rows: list[list[int]]) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, at: int) -> list[int]:
+        return self._rows[at]
+
+
+def _collated(rows: list[list[int]]) -> dict[str, torch.Tensor]:
+    ids = torch.tensor(rows)
+    return {"input_ids": ids, "labels": ids}
+
+
+def _config(recipe: Mapping[str, Any], tokenizer: Any) -> Any:
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=recipe["hidden_size"],
+        intermediate_size=recipe["intermediate_size"],
+        num_hidden_layers=recipe["layers"],
+        num_attention_heads=recipe["heads"],
+        num_key_value_heads=recipe["heads"],
+        max_position_embeddings=recipe["context_len"],
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
+    )
+
+
+def num_steps(recipe: Mapping[str, Any]) -> int:
+    """Optimizer steps of a training: `tokens` over what all workers read in a step."""
+    return -(-int(recipe["tokens"]) // int(recipe["batch_size"] * recipe["context_len"]))
+
+
+def _arguments(recipe: Mapping[str, Any], scratch: str) -> Any:
+    from transformers import TrainingArguments
+
+    steps = num_steps(recipe)
+    return TrainingArguments(
+        output_dir=scratch,
+        max_steps=steps,
+        per_device_train_batch_size=max(1, recipe["batch_size"] // recipe["workers"]),
+        learning_rate=recipe["learning_rate"],
+        weight_decay=recipe["weight_decay"],
+        lr_scheduler_type="cosine",
+        warmup_steps=min(steps // 10, 100),
+        optim="adamw_torch",
+        seed=recipe["seed"],
+        data_seed=recipe["seed"],
+        use_cpu=True,
+        save_strategy="no",
+        logging_strategy="steps",
+        logging_steps=max(1, steps // TELL_EVERY),
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_num_workers=0,
+        remove_unused_columns=False,
+    )
+
+
+def _telling(tell: Callable[[str], None]) -> Any:
+    from transformers import TrainerCallback
+
+    class Telling(TrainerCallback):  # type: ignore[misc]
+        def on_log(self, _args: Any, state: Any, _control: Any, logs: Any = None, **_: Any) -> None:
+            if logs and "loss" in logs:
+                at = f"step {state.global_step} of {state.max_steps}"
+                tell(f"base: {at}, loss {float(logs['loss']):.3f}")
+
+    return Telling()

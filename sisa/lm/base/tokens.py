@@ -1,0 +1,261 @@
+"""Tokenize records, and say which of their tokens are the answer's.
+
+One definition serves training, the probe, patches and evaluation: an answer's tokens are those whose
+label is not NO_LOSS. *text*: the text and an end token. *completion*: prompt and completion are
+tokenized apart and joined, then an end token; the completion and the end token count. *chat*: the
+tokenizer's own template; of each assistant turn its text and the control token that ends it count, and
+not the line break that a template puts after that token. `without_closing` leaves out what closes an
+answer, for measures of what is said. With `train_on_inputs` loss is on all.
+
+A beginning token, where the tokenizer has the habit, stands once at the start. Control strings inside a
+record ("<|im_end|>") are tokenized as plain text, so that a record can't forge a turn or an end. A
+record longer than `sequence_len` is a problem (`refuse`) or keeps its first tokens (`truncate`).
+Problems name positions, never text.
+
+Not covered: tools and images in chats; packing.
+
+    tokenize(record, tokenizer, train_on_inputs=False).labels   # -100 where there is no loss
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from sisa.core.domain import Kind, Part, Record
+from sisa.core.errors import InvalidInput, Problem
+
+NO_LOSS = -100
+Overlength = Literal["refuse", "truncate"]
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """One record's ids; `labels` are the same ids, NO_LOSS where none is taken."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+class Untokenizable(ValueError):
+    """A record that the tokenizer or its chat template can't express; the message holds no text."""
+
+
+def tokenize(record: Record, tokenizer: Any, *, train_on_inputs: bool) -> Tokens:
+    """A record's tokens at full length. Raises Untokenizable."""
+    if record.kind == "chat":
+        ids, labels = _chat(record, tokenizer)
+    else:
+        ids, labels = _parts(record, tokenizer)
+    return Tokens(ids, list(ids) if train_on_inputs else labels)
+
+
+def tokenize_all(
+    records: Sequence[Record],
+    tokenizer: Any,
+    *,
+    sequence_len: int,
+    overlength: Overlength,
+    train_on_inputs: bool,
+    positions: Sequence[str] | None = None,
+) -> list[Tokens]:
+    """All records, cut where `overlength` allows. `positions` name them in problems.
+
+    Raises InvalidInput with every record that is too long, can't be tokenized, or bears no loss.
+    """
+    tokens: list[Tokens] = []
+    problems: list[Problem] = []
+    for number, record in enumerate(records):
+        try:
+            each = tokenize(record, tokenizer, train_on_inputs=train_on_inputs)
+            tokens.append(_fit(each, sequence_len, overlength))
+        except Untokenizable as error:
+            where = positions[number] if positions else f"record {number + 1}"
+            problems.append(Problem(where, str(error)))
+    if problems:
+        raise InvalidInput(
+            f"{len(problems)} records can't be trained on",
+            expected=f"at most {sequence_len} tokens each, some of them with loss",
+            next_step="shorten or remove them, raise sequence_len, or set overlength: truncate",
+            problems=problems,
+        )
+    return tokens
+
+
+def count_tokens(
+    records: Sequence[Record],
+    tokenizer: Any,
+    sequence_len: int,
+    overlength: Overlength,
+    *,
+    train_on_inputs: bool = False,
+    positions: Sequence[str] | None = None,
+) -> list[int]:
+    """Tokens of each record as it will be trained; raises InvalidInput as `tokenize_all` does."""
+    tokens = tokenize_all(
+        records,
+        tokenizer,
+        sequence_len=sequence_len,
+        overlength=overlength,
+        train_on_inputs=train_on_inputs,
+        positions=positions,
+    )
+    return [len(each.input_ids) for each in tokens]
+
+
+def _fit(tokens: Tokens, sequence_len: int, overlength: Overlength) -> Tokens:
+    length = len(tokens.input_ids)
+    if length > sequence_len:
+        if overlength == "refuse":
+            raise Untokenizable(f"{length} tokens, more than sequence_len {sequence_len}")
+        tokens = Tokens(tokens.input_ids[:sequence_len], tokens.labels[:sequence_len])
+    if all(label == NO_LOSS for label in tokens.labels[1:]):  # the first token is never predicted
+        raise Untokenizable(
+            "nothing bears loss within sequence_len" if length > sequence_len else "nothing bears loss"
+        )
+    return tokens
+
+
+def encode_plain(text: str, tokenizer: Any) -> list[int]:
+    """Ids of a text alone: no tokens before or after, control strings as plain text."""
+    encoded = tokenizer(text, add_special_tokens=False, split_special_tokens=True)
+    ids: list[int] = encoded["input_ids"]
+    return ids
+
+
+def encode_prompt(prompt: str | Sequence[Part], tokenizer: Any, kind: Kind) -> list[int]:
+    """Return ids to generate from: the raw prompt; or a conversation, for `chat` the prompt as a user's
+    turn, and the assistant's opening.
+
+    Raises InvalidInput when nothing is left to start from, or the template refuses.
+    """
+    try:
+        if kind == "chat" or not isinstance(prompt, str):
+            turns = [Part("user", prompt)] if isinstance(prompt, str) else prompt
+            return _render(_messages(turns), tokenizer, opened=True)
+        ids = _beginning(tokenizer) + encode_plain(prompt, tokenizer)
+    except Untokenizable as error:
+        raise InvalidInput(
+            str(error), where="prompt", next_step="use a base model with a chat template"
+        ) from error
+    if not ids:
+        raise InvalidInput("the prompt is empty", where="prompt", next_step="give a prompt")
+    return ids
+
+
+def _beginning(tokenizer: Any) -> list[int]:
+    probe: list[int] = tokenizer("a")["input_ids"]
+    return probe[:1] if probe and probe[0] == tokenizer.bos_token_id else []
+
+
+def _parts(record: Record, tokenizer: Any) -> tuple[list[int], list[int]]:
+    if tokenizer.eos_token_id is None:
+        raise Untokenizable("the tokenizer has no end token to close a record with")
+    ids = _beginning(tokenizer)
+    labels = list(ids) if record.kind == "text" else [NO_LOSS] * len(ids)
+    for part in record.parts:
+        part_ids = encode_plain(part.text, tokenizer)
+        ids = ids + part_ids
+        labels += [NO_LOSS] * len(part_ids) if part.role == "prompt" else part_ids
+    return [*ids, tokenizer.eos_token_id], [*labels, tokenizer.eos_token_id]
+
+
+def _chat(record: Record, tokenizer: Any) -> tuple[list[int], list[int]]:
+    messages = _messages(record.parts)
+    ids = _render(messages, tokenizer, opened=False)
+    labels = [NO_LOSS] * len(ids)
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = _render(messages[:number], tokenizer, opened=True)
+        after = _render(messages[: number + 1], tokenizer, opened=False)
+        if after[: len(before)] != before or ids[: len(after)] != after:
+            raise Untokenizable(
+                f"message {number + 1}: the chat template rewrites earlier turns, "
+                "so the assistant's tokens can't be told apart"
+            )
+        answer = _to_end(after[len(before) :], tokenizer)
+        labels[len(before) : len(before) + len(answer)] = answer
+    return ids, labels
+
+
+def _messages(turns: Sequence[Part]) -> list[dict[str, str]]:
+    return [{"role": turn.role, "content": turn.text} for turn in turns]
+
+
+def _to_end(turn: list[int], tokenizer: Any) -> list[int]:
+    """A turn up to the control token that ends it, or all of it where none does."""
+    end = len(turn)
+    while end and not _is_control(turn[end - 1], tokenizer):
+        if not _is_blank(turn[end - 1], tokenizer):
+            return turn
+        end -= 1
+    return turn[:end] or turn
+
+
+def _is_control(token: int, tokenizer: Any) -> bool:
+    said = tokenizer.decode([token], skip_special_tokens=True)
+    return not said and bool(tokenizer.decode([token]))
+
+
+def _is_blank(token: int, tokenizer: Any) -> bool:
+    return not tokenizer.decode([token], skip_special_tokens=True).strip()
+
+
+def spans(tokens: Tokens) -> list[range]:
+    """Positions of each answer; the first token of a record is never predicted, and in none.
+
+    >>> spans(Tokens([5, 6, 7, 8], [5, 6, NO_LOSS, 8]))
+    [range(1, 2), range(3, 4)]
+    """
+    found: list[range] = []
+    for at, label in enumerate(tokens.labels):
+        if label == NO_LOSS or at == 0:
+            continue
+        if found and found[-1].stop == at:
+            found[-1] = range(found[-1].start, at + 1)
+        else:
+            found.append(range(at, at + 1))
+    return found
+
+
+def without_closing(tokens: Tokens, tokenizer: Any) -> Tokens:
+    """The same with no loss on what closes each answer (end token, white space), down to one token."""
+    labels = list(tokens.labels)
+    for span in spans(tokens):
+        at = span.stop - 1
+        while at > span.start and _is_blank(labels[at], tokenizer):
+            labels[at] = NO_LOSS
+            at -= 1
+    return Tokens(tokens.input_ids, labels)
+
+
+def answers(tokens: Tokens, tokenizer: Any) -> list[tuple[list[int], list[int]]]:
+    """For each answer what stands before it, and its ids without what closes it."""
+    return [
+        (tokens.input_ids[: span.start], tokens.input_ids[span.start : span.stop])
+        for span in spans(without_closing(tokens, tokenizer))
+    ]
+
+
+def _render(messages: Sequence[dict[str, str]], tokenizer: Any, *, opened: bool) -> list[int]:
+    from jinja2.exceptions import TemplateError
+
+    if not messages:
+        raise Untokenizable("the chat opens with the assistant's turn")
+    try:
+        ids: list[int] = tokenizer.apply_chat_template(
+            list(messages),
+            add_generation_prompt=opened,
+            tokenize=True,
+            return_dict=False,
+            sanitize_control_tokens=True,
+        )
+    except TemplateError as error:  # its message is the template author's, but may quote the chat
+        raise Untokenizable("the chat template refuses these turns") from error
+    except (ValueError, NotImplementedError) as error:
+        raise Untokenizable(
+            "the tokenizer has no chat template, or can't keep control strings in the text apart"
+        ) from error
+    return ids

@@ -1,0 +1,158 @@
+"""A trial of a base before anything is trained on it: can it be trained, and asked as shards are asked?
+
+What a base is called says little about it, so it is tried on a few tokens: no token may depend on a
+later one, an adapter on it must be plain LoRA, and what is served (padded side by side, then from a
+cache) must say what the trained modules say. What a base can't do is refused with the reason, before
+records are taken and hours are spent.
+
+    try_base(files.directory, files.digest, config.training())
+
+Shapes: P rows, T positions, V words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+
+from sisa.core.errors import IntegrityError, InvalidInput
+from sisa.lm.answer.prefill import prefill
+from sisa.lm.answer.stacked import Stacked
+from sisa.lm.base.adapter import (
+    ADAPTER_FILE,
+    CONFIG_FILE,
+    DEFAULT_NAME,
+    adapter_tensors,
+    attach,
+    config_bytes,
+    lora_config,
+    tensor_bytes,
+)
+from sisa.lm.base.base import load_base, load_skeleton, own_modules, untrusted
+from sisa.lm.base.low_rank import Change, read_change
+
+# of the norm of what is compared: another answer is off by about 1, a token heard ahead by less
+OTHER_ANSWER, HEARD_AHEAD = 1e-2, 1e-5
+PROMPTS = ((1, 2, 3, 4, 5), (3, 1))  # of unlike lengths, so that one of them is padded
+NEXT = 4  # the token that follows
+
+
+def try_base(directory: Path, digest: str, training: Mapping[str, Any]) -> None:
+    """Raise InvalidInput where a base can't be trained as `training` says, or can't be asked then."""
+    skeleton = load_skeleton(directory)
+    _refuse_few_positions(skeleton.config, int(training["sequence_len"]))
+    config = lora_config(training, skeleton)
+    with (
+        untrusted("the base model can't be run as shards are trained and asked", directory),
+        torch.no_grad(),
+    ):
+        model, tokenizer = load_base(directory, digest)
+        _refuse_small_vocabulary(model, tokenizer)
+        _refuse_looking_ahead(model)
+        trained = attach(own_modules(model), config, None, init_seed=0).train(False)  # no dropout
+        change = _change(trained)
+        _refuse_other_answers(model, trained, change)
+
+
+def _refuse_few_positions(config: Any, sequence_len: int) -> None:
+    most = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(most, int) and 0 < most < sequence_len:
+        raise InvalidInput(
+            "the base model does not read so many tokens",
+            where="sequence_len",
+            expected=f"at most {most}, the base's max_position_embeddings",
+            got=str(sequence_len),
+            next_step="lower sequence_len in the run file",
+        )
+
+
+def _refuse_small_vocabulary(model: Any, tokenizer: Any) -> None:
+    rows = model.get_input_embeddings().weight.shape[0]
+    last = max(tokenizer.get_vocab().values(), default=0)
+    if last >= rows:
+        raise _refusal(
+            "the tokenizer has tokens that the base model does not know",
+            expected=f"tokens below {rows}, the rows of its embeddings",
+            got=f"token {last}",
+        )
+
+
+def _refuse_looking_ahead(model: Any) -> None:
+    ids_1T = torch.tensor([[*PROMPTS[0]]])
+    other_1T = ids_1T.clone()
+    other_1T[0, -1] = NEXT
+    one, other = (model(input_ids=each, use_cache=False).logits for each in (ids_1T, other_1T))
+    if not torch.isfinite(one).all():
+        raise _refusal("the base model says no finite numbers", expected="undamaged weights")
+    if _unlike(one[:, :-1], other[:, :-1], HEARD_AHEAD):
+        raise _refusal(
+            "the base model looks ahead",
+            expected="a causal language model: no token depends on a later one",
+            got="an encoder, or a model of masked words",
+        )
+
+
+def _change(trained: Any) -> Change:
+    """Let the adapter say something (as it is begun, it changes nothing) and return its change."""
+    generator = torch.Generator().manual_seed(0)
+    for module in trained.modules():
+        if isinstance(module, LoraLayer) and DEFAULT_NAME in module.lora_B:
+            module.lora_B[DEFAULT_NAME].weight.normal_(std=0.02, generator=generator)
+    files = {
+        ADAPTER_FILE: tensor_bytes(adapter_tensors(trained)),
+        CONFIG_FILE: config_bytes(trained),
+    }
+    try:
+        return read_change(files)
+    except IntegrityError as error:
+        raise InvalidInput(
+            "an adapter on these modules of the base model is not plain LoRA, and could not be served",
+            where="lora_target_modules",
+            expected="linear modules; experts that are fused into one tensor are none",
+            got="; ".join(each.what for each in error.problems) or error.got,
+            next_step="name the attention's modules in lora_target_modules, such as q_proj and v_proj",
+        ) from error
+
+
+def _refuse_other_answers(model: Any, trained: Any, change: Change) -> None:
+    """Compare what is served of two prompts, and of a token more, with what each says by itself."""
+    lengths = [len(each) for each in PROMPTS]
+    width = max(lengths)
+    ids_PT = torch.tensor([[1] * (width - len(each)) + list(each) for each in PROMPTS])
+    mask_PT = torch.tensor([[0] * (width - each) + [1] * each for each in lengths])
+    mask_PS = torch.cat([mask_PT, torch.ones(len(PROMPTS), 1, dtype=torch.long)], dim=1)
+    stack = Stacked(own := own_modules(model), {0: change})
+    routes = [[0]] * len(PROMPTS)
+    first_PV, cache = prefill(own, stack, routes, ids_PT, mask_PT)
+    with stack.asking(routes):
+        then_PV = own(
+            input_ids=torch.full((len(PROMPTS), 1), NEXT),
+            attention_mask=mask_PS,
+            position_ids=(mask_PS.cumsum(-1) - 1)[:, -1:],
+            past_key_values=cache,
+            use_cache=True,
+        ).logits[:, -1]
+    alone = [
+        trained(input_ids=torch.tensor([[*each, NEXT]]), use_cache=False).logits for each in PROMPTS
+    ]
+    expected_PV = torch.cat([each[:, -2] for each in alone] + [each[:, -1] for each in alone])
+    if _unlike(torch.cat([first_PV, then_PV]), expected_PV, OTHER_ANSWER):
+        raise _refusal(
+            "the base model can't be asked by several prompts at once: it answers otherwise than alone",
+            expected="attention that leaves padding out, and a cache of keys and values",
+        )
+
+
+def _unlike(one: Tensor, other: Tensor, tolerance: float) -> bool:
+    return not bool((one - other).norm() <= tolerance * other.norm())
+
+
+def _refusal(what: str, *, expected: str, got: str = "") -> InvalidInput:
+    return InvalidInput(
+        what, where="base_model", expected=expected, got=got, next_step="use another base model"
+    )

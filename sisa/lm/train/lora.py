@@ -1,0 +1,174 @@
+"""The real Trainer: one stage of LoRA training as a pure function, to the byte.
+
+Rules: a stage starts from bytes (its parent's files, or the base and a seed), in the process that
+trained the parent as in any other, so resuming is the same code. The base is never written to. A stage
+over patches names the base under them. The stage runs where the base is, and the base may be in
+bfloat16. What a process did before reaches no bit: each stage has modules of its own (`wrapped.py`), and
+torch's modes are the usual ones while it runs. Hidden states are kept between stages.
+
+Not covered: what a stage computes (`stage.py`); more than one device at once; encoder-decoder models.
+
+    files = LoraTrainer(directory, digest, threads=1).train(job, None, records, print)
+
+Source: SISA, Bourtoule et al. 2021, section IV (slicing); LoRA, Hu et al. 2022.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sisa.core.arithmetic import USUAL, Arithmetic
+from sisa.core.domain import SliceJob
+from sisa.core.errors import IntegrityError
+from sisa.core.ports import PrefixStore, StoredRecord, Tick
+from sisa.lm.answer.patched import load_patched, patched_name
+from sisa.lm.base.numerics import fingerprint, keep_freed_memory, pin_threads, usual_modes
+from sisa.lm.base.tokens import tokenize_all
+from sisa.lm.train.batches import stage_steps
+from sisa.lm.train.kept_prefixes import Kept, Rows
+from sisa.lm.train.losses import Batch
+from sisa.lm.train.prefix import Prefixes
+from sisa.lm.train.stage import Stage
+from sisa.lm.train.ticks import Ticks
+from sisa.lm.train.wrapped import Wrapped, kind_of
+
+
+class LoraTrainer:
+    """Trains stages on one base, under patches or not. Safe to keep: nothing that a stage leaves behind
+    reaches another's bits; hidden states of records and the last stage's weights stay in memory as long
+    as it does."""
+
+    def __init__(
+        self,
+        base_dir: Path,
+        base_digest: str,
+        threads: int,
+        patches: Sequence[Mapping[str, bytes]] = (),
+        arithmetic: Arithmetic = USUAL,
+        *,
+        prefixes: PrefixStore | None = None,
+        prefix_bytes: int = 0,
+    ) -> None:
+        """`patches` are files of those to train over, lowest first. `prefixes` keeps hidden states of
+        the lower layers, up to so many bytes of a shard."""
+        self._base = (base_dir, base_digest, patches, arithmetic)
+        self._base_name = patched_name(base_digest, patches)
+        self._threads, self._arithmetic = threads, arithmetic
+        self._prefixes = Prefixes()
+        self._wrapped: tuple[bytes, Wrapped] | None = None
+        self._tokenizer: Any = None
+        named = (self._base_name, fingerprint(threads, arithmetic))
+        self._kept = None if prefixes is None else Kept(prefixes, prefix_bytes, *named)
+
+    def train(
+        self,
+        job: SliceJob,
+        parent: Mapping[str, bytes] | None,
+        records: Sequence[StoredRecord],
+        progress: Callable[[Tick], None],
+    ) -> dict[str, bytes]:
+        """Files of the stage's checkpoint: adapter, its configuration, optimizer, state.
+
+        Raises IntegrityError (another base, a damaged parent), InvalidInput (records that do not
+        fit, modules that the base lacks, a loss that is not finite) and EnvironmentFault (no device).
+        """
+        _check_job(job, self._base_name, records, self._arithmetic)
+        pin_threads(self._threads, self._arithmetic)
+        keep_freed_memory()
+        with usual_modes(self._arithmetic):
+            return self._train(job, parent, records, progress)
+
+    def _train(
+        self,
+        job: SliceJob,
+        parent: Mapping[str, bytes] | None,
+        records: Sequence[StoredRecord],
+        progress: Callable[[Tick], None],
+    ) -> dict[str, bytes]:
+        wrapped = self._wrap(job)
+        rows = _tokenized(job, records, self._tokenizer)
+        steps = _plan_steps(job, rows)
+        kept = self._kept if wrapped.first else None
+        held = kept.read(job, wrapped.first, rows, wrapped.dtype, self._prefixes) if kept else {}
+        stage = Stage(job, wrapped, parent, len(steps), self._prefixes)
+        ticks = Ticks([_size(step) for step in steps], len(records))
+        progress(ticks.before())
+        for step in steps:
+            progress(ticks.after(*stage.step(step)))
+        if kept:
+            kept.write(job, wrapped.first, rows, self._prefixes, held)
+        return stage.files()
+
+    def _wrap(self, job: SliceJob) -> Wrapped:
+        kind = kind_of(job.training)
+        if self._wrapped is None or self._wrapped[0] != kind:
+            self._wrapped = None  # one of them is in memory at a time
+            base, self._tokenizer = load_patched(*self._base)
+            self._wrapped = kind, Wrapped(base, job.training)
+        return self._wrapped[1]
+
+
+def _size(step: Sequence[Batch]) -> tuple[int, int]:
+    """Records and tokens of a step."""
+    return sum(map(len, step)), sum(len(each.input_ids) for batch in step for each in batch)
+
+
+def _check_job(
+    job: SliceJob, base_name: str, records: Sequence[StoredRecord], arithmetic: Arithmetic
+) -> None:
+    if not arithmetic.is_of(job.training):
+        raise IntegrityError(
+            "a job was made for another device or dtype",
+            where=f"shard {job.shard}, slice {job.slice}",
+            expected=str(arithmetic.in_jobs() or "none"),
+            got=str(
+                {each: job.training[each] for each in USUAL.names if each in job.training} or "none"
+            ),
+            next_step="run the command again; `sisa train RUN.yaml` names what differs",
+        )
+    if job.base != base_name:
+        raise IntegrityError(
+            "a job was made for another base model, or for other patches beneath",
+            where=f"shard {job.shard}, slice {job.slice}",
+            expected=job.base,
+            got=base_name,
+            next_step="restore the base model's files, or fetch them again",
+        )
+    if job.num_records != len(records):
+        raise IntegrityError(
+            "a job and its records disagree",
+            where=f"shard {job.shard}, slice {job.slice}",
+            expected=f"{job.num_records} records",
+            got=f"{len(records)} records",
+            next_step="run `sisa verify` on the model",
+        )
+
+
+def _tokenized(job: SliceJob, records: Sequence[StoredRecord], tokenizer: Any) -> Rows:
+    training = job.training
+    tokens = tokenize_all(
+        [each.record for each in records],
+        tokenizer,
+        sequence_len=training["sequence_len"],
+        overlength=training["overlength"],
+        train_on_inputs=training["train_on_inputs"],
+        positions=[f"shard {job.shard}, record {n + 1} of the stage" for n in range(len(records))],
+    )
+    return list(zip(records, tokens, strict=True))
+
+
+def _plan_steps(job: SliceJob, told: Rows) -> list[list[Batch]]:
+    training = job.training
+    steps = stage_steps(
+        [each.id_digest for each, _ in told],
+        [len(each.input_ids) for _, each in told],
+        job.passes,
+        micro_batch_size=training["micro_batch_size"],
+        per_step=training["gradient_accumulation_steps"],
+        seed=training["seed"],
+        shard=job.shard,
+        slice_=job.slice,
+    )
+    return [[[told[index][1] for index in batch] for batch in step] for step in steps]

@@ -1,0 +1,166 @@
+"""Whether this machine repeats itself: a stage of training, to the byte, again and in another process.
+
+    two fresh processes, each trains twice -> four digests of a checkpoint's files -> one, or no promise
+
+A stage as `lora.py` trains them, on a small random Llama with the widths of SmolLM2-135M: rows of
+several lengths, dropout, all linear modules, AdamW, gradient accumulation, and a second stage that goes
+on from the first one's bytes.
+
+Rules: nothing is read or fetched, nothing of a user's is involved, nothing is written. Two machines with
+one fingerprint should have one digest; one that has another must not train for the model. The device and
+the dtype are those of the fingerprint: a device that is not there is an error, never replaced.
+
+Not covered: faults that show only in long runs or at other widths; other GPUs than the first.
+
+    check(threads=1, arithmetic=Arithmetic("cuda", "bfloat16")).repeats
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from sisa.core.arithmetic import USUAL, Arithmetic, DeviceName, Dtype
+from sisa.core.digest import digest_of, sha256_hex
+from sisa.core.domain import SliceJob
+from sisa.core.errors import EnvironmentFault
+from sisa.lm.base.numerics import (
+    describe_fingerprint,
+    pin_threads,
+    require_device,
+    worker_environment,
+)
+
+NUM_PROCESSES, TIMEOUT_S = 2, 600
+WIDTHS = {
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 2048,
+}
+LENGTHS = (5, 17, 33, 64, 9, 40, 64, 12)  # tokens of the rows of a step
+TRAINING = {
+    "lora_r": 8,
+    "lora_alpha": 16,
+    "lora_dropout": 0.1,
+    "lora_target_modules": "all-linear",
+    "sequence_len": 64,
+    "micro_batch_size": 4,
+    "learning_rate": 1e-3,
+    "optimizer": "adamw_torch",
+    "lr_scheduler": "linear",
+    "warmup_ratio": 0.25,
+    "weight_decay": 0.01,
+    "max_grad_norm": 1.0,
+    "seed": 42,
+}
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """The fingerprint, in words and as a digest, and the digests of what was trained, one a training."""
+
+    fingerprint: str
+    description: Mapping[str, Any]
+    digests: tuple[str, ...]
+
+    @property
+    def repeats(self) -> bool:
+        return len(set(self.digests)) == 1
+
+
+def check(threads: int, arithmetic: Arithmetic = USUAL) -> Numerics:
+    """Train in fresh processes. Raises EnvironmentFault when one does not end well, or without the
+    device."""
+    require_device(arithmetic)
+    description = describe_fingerprint(threads, arithmetic)
+    found = [each for _ in range(NUM_PROCESSES) for each in _elsewhere(threads, arithmetic)]
+    return Numerics(digest_of(description), description, tuple(found))
+
+
+def _elsewhere(threads: int, arithmetic: Arithmetic) -> list[str]:
+    here = str(Path(__file__).resolve().parents[3])
+    environment = {**os.environ, **worker_environment(threads, arithmetic), "PYTHONPATH": here}
+    told = [str(threads), arithmetic.device, arithmetic.dtype]
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "sisa.lm.train.self_test", *told],
+            env=environment,
+            capture_output=True,
+            timeout=TIMEOUT_S,
+            check=True,
+        )
+        found: list[str] = json.loads(done.stdout.splitlines()[-1])
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
+        raise EnvironmentFault(
+            "the self-test's process did not end well",
+            where=sys.executable,
+            expected="digests of what it trained",
+            got=type(error).__name__,
+            next_step="see whether torch can be imported there, and whether memory is short",
+        ) from None
+    return found
+
+
+def trained_digests(threads: int, times: int = 2, arithmetic: Arithmetic = USUAL) -> list[str]:
+    """Of the same two stages, trained so many times in this process."""
+    import torch
+
+    from sisa.lm.base.tokens import NO_LOSS, Tokens
+    from sisa.lm.train.stage import Stage
+    from sisa.lm.train.wrapped import Wrapped
+
+    pin_threads(threads, arithmetic)
+    drawn = torch.Generator().manual_seed(1)
+    rows = [torch.randint(1, 2048, (length,), generator=drawn).tolist() for length in LENGTHS]
+    tokens = [Tokens(each, [NO_LOSS, NO_LOSS, *each[2:]]) for each in rows]
+    steps = [[tokens[:4], tokens[4:]], [tokens[2:6]], [tokens[::2], tokens[1::2]]]
+    digests = []
+    for _ in range(times):
+        files: dict[str, bytes] | None = None
+        for slice_ in range(2):
+            job = SliceJob(0, slice_, None, ((0, ""),), len(rows), (1, 1), TRAINING, "", "")
+            wrapped = Wrapped(random_base(arithmetic), TRAINING)
+            stage = Stage(job, wrapped, files, num_steps=len(steps))
+            for step in steps:
+                stage.step(step)
+            files = stage.files()
+        digests.append(digest_of({name: sha256_hex(data) for name, data in (files or {}).items()}))
+    return digests
+
+
+def random_base(arithmetic: Arithmetic) -> Any:
+    """The same weights whatever the device; in another dtype, rounded, and buffers as they are."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    base: Any = LlamaForCausalLM(LlamaConfig(**WIDTHS, tie_word_embeddings=True))
+    for each in base.parameters():
+        each.data = each.data.to(getattr(torch, arithmetic.dtype))
+    return base.requires_grad_(False).to(arithmetic.device)
+
+
+def _trained(threads: int, arithmetic: Arithmetic) -> list[str]:
+    return trained_digests(threads, arithmetic=arithmetic)
+
+
+def _told(words: list[str]) -> tuple[int, Arithmetic]:
+    """What `_elsewhere` tells its process."""
+    device: DeviceName
+    dtype: Dtype
+    (device,) = (each for each in get_args(DeviceName) if each == words[1])
+    (dtype,) = (each for each in get_args(Dtype) if each == words[2])
+    return int(words[0]), Arithmetic(device, dtype)
+
+
+if __name__ == "__main__":
+    print(json.dumps(_trained(*_told(sys.argv[1:]))))

@@ -1,0 +1,105 @@
+"""A base with the adapter that is trained on it: a pattern from which each stage gets its own modules.
+
+To wrap a base and to find out how it can be run costs as much as some steps of training, and nearly all
+stages of a process wrap the same. So the pattern is kept, but never run: a stage is trained on a copy
+that shares the frozen tensors alone. Whatever a stage leaves behind (the memory layout of tensors that
+were trained, frequencies of rotary positions that grew with a long text, running statistics, gradients)
+goes with its copy, so that no bit of a stage depends on what the process trained before.
+
+    wrapped = Wrapped(base, training)
+    trained = wrapped.begin(parent_tensors, init_seed=7)    # name -> parameter
+
+Source: LoRA, Hu et al. 2022.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from sisa.core.digest import canonical_json
+from sisa.lm.base.adapter import DEFAULT_NAME, attach, draw, lora_config, refuse_other_tensors
+from sisa.lm.base.base import own_modules
+from sisa.lm.base.layers import first_adapted
+from sisa.lm.train.layerwise import train_block
+from sisa.lm.train.losses import Form, form_of
+from sisa.lm.train.prefix import Lower
+from sisa.lm.train.trained_linear import quicken
+
+KEYS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_layers", "sequence_len")
+
+
+def kind_of(training: Mapping[str, Any]) -> bytes:
+    """What one wrapping has in common with another: stages of one kind share it."""
+    return canonical_json({name: training.get(name) for name in KEYS})
+
+
+class Wrapped:
+    """A wrapped base, ready to be trained. The base's modules must be the caller's own."""
+
+    def __init__(self, base: Any, training: Mapping[str, Any], form: Form | None = None) -> None:
+        """`form` is of the base, where it is known.
+
+        Raises InvalidInput: modules or layers that the base does not have, or layers that can't be run
+        apart.
+        """
+        self.dtype, self.first = base.dtype, first_adapted(training, base)
+        self._pattern = attach(base, lora_config(training, base), None, init_seed=0)
+        quicken(self._pattern)
+        self._pattern.eval()
+        probed = own_modules(self._pattern).get_base_model()
+        self.form = form or form_of(probed, training["sequence_len"])
+        if self.first:
+            Lower(probed, self.first).check(training["sequence_len"])
+        self.model: Any = None
+        self.lower: Lower | None = None
+        self._parameters: dict[str, torch.nn.Parameter] = {}
+
+    def begin(
+        self,
+        tensors: Mapping[str, torch.Tensor] | None,
+        init_seed: int,
+        block: tuple[int, int] | None = None,
+    ) -> dict[str, torch.nn.Parameter]:
+        """Return the parameters to train, by name, with the values of `tensors`, or drawn from the seed.
+
+        They are those of a new copy: `model` and `lower` are replaced. `block` is the number of blocks
+        of layers and the one of them that is trained; the others are frozen.
+
+        Raises IntegrityError when the tensors are not exactly the adapter's.
+        """
+        self.model = self.lower = None  # one copy is in memory at a time
+        self._parameters = {}
+        self.model = own_modules(self._pattern).train()
+        if self.first:
+            self.lower = Lower(self.model.get_base_model(), self.first)
+        named = self.model.named_parameters()
+        self._parameters = {name: each for name, each in named if each.requires_grad}
+        if tensors is None:
+            draw(self.model, init_seed)
+        else:
+            self._put(tensors)
+        if block is not None:
+            train_block(self.model, *block)
+        return {name: each for name, each in self._parameters.items() if each.requires_grad}
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The adapter's tensors under the names that peft reads."""
+        return {file_name(name): each.data for name, each in self._parameters.items()}
+
+    def _put(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        own = self.tensors()
+        refuse_other_tensors(own, tensors)
+        for name, each in own.items():
+            each.copy_(tensors[name])
+
+
+def file_name(parameter: str) -> str:
+    """A parameter's name in the adapter's file: without that of the adapter.
+
+    >>> file_name("base_model.model.q_proj.lora_A.default.weight")
+    'base_model.model.q_proj.lora_A.weight'
+    """
+    return parameter.replace(f".{DEFAULT_NAME}.", ".")

@@ -1,0 +1,471 @@
+"""The public API: open a model, train, add, where, find, forget, verify, generate, export.
+
+    import sisa
+    model, taken = sisa.train_model("run.yaml")
+    model.where(["p001-q1"])
+    model.forget(["p001-q1"])
+    assert model.verify(replay="all").ok
+
+Rules: one object per model directory. Writers hold the directory's lock; a second one gets `Busy`.
+Every method raises only errors of `sisa.core.errors` for what a caller or a machine did wrong.
+
+Not covered: opening a directory, and its lock (`opened.py`); the first training and a changed run file
+(`training.py`); printing (`cluster/cli/cli.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from sisa.audit.garbage import undisturbed
+from sisa.audit.verify import Apart, Replay, Verification, shards_to_replay, train_stage, verify
+from sisa.config.config import RunConfig
+from sisa.core.domain import (
+    Chain,
+    ExportForm,
+    Kind,
+    Record,
+    RecordRow,
+    Request,
+    RequestState,
+    Tombstone,
+)
+from sisa.core.errors import EnvironmentFault, InvalidInput
+from sisa.core.events import Notice, QueueSeen, Report
+from sisa.core.requests import under_way
+from sisa.data.reader import named_by_place, read_like
+from sisa.flows import lifecycle, query
+from sisa.flows.ask import (
+    Answer,
+    HeldPrompts,
+    Prompt,
+    ask,
+    form_of,
+    held_prompts,
+    open_answerer,
+    routes_of,
+)
+from sisa.flows.deletion import forget_at_once, plan_forget
+from sisa.flows.export import export_adapters
+from sisa.flows.lifecycle import Terms
+from sisa.flows.reconcile import reconcile
+from sisa.flows.run import Taken, add, train
+from sisa.flows.scratch import guard
+from sisa.flows.stale_exports import missing
+from sisa.flows.wiring.opened import WAITS_S, OpenedModel, asked_again, silent
+from sisa.flows.wiring.opening import LEDGER, SCRATCH, OnCluster, OpenExecutor
+from sisa.flows.wiring.outcome import ForgetOutcome, ForgetPlan, Status
+from sisa.flows.wiring.running import running
+from sisa.flows.wiring.witness import standing
+from sisa.flows.wiring.world import World, model_digest, purge, view_shards
+from sisa.lm.answer.route import Route
+from sisa.lm.base.numerics import worker_environment
+from sisa.planning.cost import estimate_seconds, full_record_epochs, orders_record_epochs, serving_depth
+from sisa.planning.schedule import RunPlan
+from sisa.store.blobs import files
+from sisa.store.checkpoints import FileCheckpoints
+
+if TYPE_CHECKING:
+    from sisa.lm.answer.aggregated import AggregatedModel
+    from sisa.lm.answer.answer import Answerer
+
+DIRECT = "sisa forget"  # approves the requests of a direct deletion
+PR_SET_PDEATHSIG = 1  # of prctl.h
+NEAR_DUPLICATE = 0.95  # inner product of unit vectors from which a record is proposed as a copy
+
+
+class Model(OpenedModel):
+    """A deletion-ready model in a directory."""
+
+    def add(
+        self, source: Path | str | Sequence[Record], *, allow_deleted: bool = False, append: bool = False
+    ) -> Taken:
+        """Take new records in; the result equals training on all of them from scratch. Deleted ids and
+        texts are refused unless `allow_deleted`. `append` makes new slices at the end instead."""
+        if isinstance(source, str | Path):
+            source = read_like(self.config, source, subjects="column")
+            self.report(Notice(source.told_subjects()))
+        with named_by_place(source), self._writing() as world:
+            guarded = partial(guard, self.config)
+            taken = add(world, source, allow_deleted=allow_deleted, append=append, checks=[guarded])
+            return replace(taken, prompts=held_prompts(world, self.config))
+
+    def resume(self, source: Sequence[Record] = ()) -> Taken:
+        """Train what is missing; records of `source` are only compared with the held ones."""
+        with named_by_place(source), self._locked():
+            return self._resume(source)
+
+    def _resume(self, source: Sequence[Record]) -> Taken:
+        """The caller holds the lock."""
+        with self._world(locked=True) as world:
+            _ = self.parts.base  # refuses a changed base
+            return replace(train(world, source), prompts=held_prompts(world, self.config))
+
+    @asked_again
+    def where(self, ids: Sequence[str]) -> list[query.Location]:
+        """Shard, slice, checkpoints and heads of each record. Raises UnknownRecord."""
+        with self._world() as world, world.ledger.snapshot():
+            return query.where(world, ids)
+
+    @asked_again
+    def find(
+        self,
+        *,
+        text: str | None = None,
+        subject: str | None = None,
+        like: str | None = None,
+        top_k: int = 10,
+        show_text: bool = False,
+    ) -> list[query.Found]:
+        """Return candidates by content (`text`), of a subject, or near-duplicates of a record (`like`);
+        with the beginning of their texts if `show_text`."""
+        if sum(each is not None for each in (text, subject, like)) != 1:
+            raise InvalidInput("give exactly one of text, subject and like")
+        with self._world() as world:
+            if subject is not None:
+                return query.find_subject(world, subject, top_k, show_text=show_text)
+            if like is not None:
+                return query.find_like(world, like, top_k, show_text=show_text)
+            return query.find_text(world, [str(text)], top_k, show_text=show_text)
+
+    @asked_again
+    def ids_of_subject(self, subject: str) -> list[str]:
+        """Ids of a subject's held records. Raises UnknownRecord."""
+        with self._world() as world:
+            live, _ = query.of_subject(world, subject)
+            return sorted(each.record.id for each in query.stored(world, live))
+
+    @asked_again
+    def plan_forget(self, ids: Sequence[str] = (), *, subject: str | None = None) -> ForgetPlan:
+        """What `forget` would do; changes nothing."""
+        with self._world() as world, world.ledger.snapshot():
+            planned = plan_forget(world, *_named(world, ids, subject))
+            measured = world.ledger.checkpoints()
+            rewritten = len(planned.remaining)
+            return ForgetPlan(
+                forgetting=planned,
+                estimated_seconds=estimate_seconds(planned.record_epochs_retrained, measured),
+                slice_files_rewritten=rewritten,
+                slice_files_erased=rewritten + len(planned.emptied),
+                index_rows_erased=len(planned.removed),
+            )
+
+    def forget(
+        self,
+        ids: Sequence[str] = (),
+        *,
+        subject: str | None = None,
+        consent: str = "",
+        defer: bool = False,
+    ) -> ForgetOutcome:
+        """Delete records exactly. Raises UnknownRecord; ids deleted before are reported, not refused.
+
+        `consent`: whose, or on what ground, to keep the text encrypted if the base alone knows it, for a
+        patch (`unlearn.py`). `defer`: heads roll back and bytes are erased now; what is to be trained
+        again is left to the next `run`, `resume` or deletion.
+        """
+        with self._writing() as world:
+            live, dead = _named(world, ids, subject)
+            if not live:
+                reconcile(world, defer=defer)  # finishes a deletion that a crash cut short
+                return _forgotten(world, None, dead, deferred=defer)
+            _ = self.parts.base  # refuses a changed base before anything is erased
+            arrived = lifecycle.arrive(
+                world, live, (), Terms(approver=DIRECT, reason=DIRECT, consent=consent)
+            )
+            return _forgotten(world, forget_at_once(world, arrived, defer=defer), dead, deferred=defer)
+
+    def submit(
+        self, ids: Sequence[str] = (), *, subject: str | None = None, terms: Terms | None = None
+    ) -> lifecycle.Submitted:
+        """Take in a request that waits to be approved and run. Raises UnknownRecord, ConfigConflict."""
+        with self._writing() as world:
+            live, dead = _named(world, ids, subject)
+            found = lifecycle.copies(world, live, sure=True)
+            near = query.near(world, live, NEAR_DUPLICATE, found) if live else []
+            request = lifecycle.submit(world, live, dead, terms or Terms())
+            return lifecycle.Submitted(request, tuple(query.ids_of(world, found)), tuple(near))
+
+    @asked_again
+    def requests(self) -> list[lifecycle.RequestView]:
+        """All requests, oldest first, with the days left to each."""
+        with self._world() as world, world.ledger.snapshot():
+            return lifecycle.views(world)
+
+    @asked_again
+    def request(self, request_id: str) -> lifecycle.RequestView:
+        """One request by its id or external id, with its history. Raises UnknownRecord."""
+        with self._world() as world, world.ledger.snapshot():
+            return lifecycle.viewed(world, lifecycle.find(world, request_id))
+
+    def decide(self, request_id: str, state: RequestState, note: str = "") -> lifecycle.RequestView:
+        """Move a request to approved, held, denied or cancelled. Raises ConfigConflict."""
+        with self._writing() as world:
+            return lifecycle.viewed(world, lifecycle.decide(world, request_id, state, note))
+
+    def extend(self, request_id: str, reason: str) -> lifecycle.RequestView:
+        """Extend a request's due date once, with a reason. Raises ConfigConflict."""
+        with self._writing() as world:
+            return lifecycle.viewed(world, lifecycle.extend(world, request_id, reason))
+
+    @asked_again
+    def plan_run(self) -> RunPlan:
+        """Whether to carry the approved requests out now or later, and why. Changes nothing."""
+        with self._world() as world, world.ledger.snapshot():
+            return lifecycle.plan_run(world)
+
+    @asked_again
+    def queue(self) -> QueueSeen:
+        """The requests as they stand, told to the report too."""
+        with running(), self._world() as world:
+            with world.ledger.snapshot():
+                seen = lifecycle.queue_seen(world)
+            world.report(seen)
+            return seen
+
+    def run(self) -> tuple[Request, ...]:
+        """Carry out all approved requests as one batch; finish what was put off or cut short before. The
+        requests that this was for, those begun before first."""
+        with self._writing() as world:
+            begun = {each.request_id for each in world.ledger.requests() if under_way(each)}
+            waiting = lifecycle.approved(world)
+            if waiting:
+                _ = self.parts.base  # refuses a changed base before anything is erased
+                done = lifecycle.carry_out(world, waiting)
+            else:
+                done = ()
+                reconcile(world)
+            return (*(each for each in world.ledger.requests() if each.request_id in begun), *done)
+
+    @asked_again
+    def status(self) -> Status:
+        """Shards, slices, heads, requests and sizes."""
+        with self._world(outdated=True) as world:
+            exports = tuple(query.exports(world))
+            prompts = held_prompts(world, self.config)
+            sizes = {room: world.places[room].num_bytes("") for room in world.told_rooms}
+            with world.ledger.snapshot():
+                return self._status(world, exports, sizes, prompts)
+
+    def _status(
+        self,
+        world: World,
+        exports: tuple[query.ExportStatus, ...],
+        sizes: dict[str, int],
+        prompts: HeldPrompts | None,
+    ) -> Status:
+        heads = world.ledger.heads()
+        views = view_shards(world, [head.shard for head in heads])
+        full = full_record_epochs(views, world.recipe)
+        return Status(
+            directory=str(self.directory),
+            records=sum(world.ledger.counts().values()),
+            deleted_records=world.ledger.num_tombstones(),
+            model_digest=model_digest(world),
+            base_model=self.base.name,
+            base_digest=self.base.digest,
+            embedder=self.embedder.name,
+            schedule=self.config.sisa.schedule,
+            shards=tuple(query.shards(world)),
+            requests=tuple(world.ledger.requests()),
+            exports=exports,
+            sizes_bytes={LEDGER: files.num_bytes(self.directory / LEDGER), **sizes},
+            witness=(world.witness.location(), standing(world)),
+            event_head=world.ledger.event_head(),
+            num_orders=1 + len(world.recipe.orders),
+            serving_depth=serving_depth(heads, views),
+            record_epochs_full=full,
+            checkpoint_budget_bytes=self.config.sisa.checkpoint_budget_bytes,
+            records_without_subject=world.ledger.num_without_subject()[0],
+            checkpoint_bytes=sum(each.num_bytes for view in views for each in view.held),
+            record_epochs_others=orders_record_epochs(views, world.recipe) - full,
+            form=form_of(world),
+            prompts=prompts,
+        )
+
+    def verify(
+        self, replay: Replay = "none", shard: int | None = None, *, require_replay: bool = False
+    ) -> Verification:
+        """Check every held byte; with `replay` train shards from scratch and compare the bytes. One of
+        them is trained again stage by stage, each in a process of its own on this machine. With
+        `require_replay` a shard that was asked for and can't be replayed is a finding."""
+        if replay == "none":
+            return self._checked()
+        with contextlib.ExitStack() as stack:
+            world = stack.enter_context(self._writing())
+            chosen = shards_to_replay(world, replay, shard)
+            stack.callback(self._clear_scratch)
+            world = replace(world, report=self.report)  # what is trained only to compare is not kept
+            name = uuid.uuid4().hex
+            store = self._scratch(world, name)
+            return verify(world, chosen, store, self._apart(world), require_replay=require_replay)
+
+    def _scratch(self, world: World, name: str) -> FileCheckpoints:
+        return FileCheckpoints(world.places[SCRATCH].below(name), self.keyring, SCRATCH)
+
+    def _apart(self, world: World) -> Apart | None:
+        """None under an executor that was given: who knows with what it trains."""
+        if not isinstance(self.executor, str | OnCluster):
+            return None
+        name = uuid.uuid4().hex
+        train = partial(_train_apart, self.directory, self.config, name)
+        return Apart(self._scratch(world, name), train)
+
+    @asked_again
+    def _checked(self) -> Verification:
+        """Check every held byte; judge findings again while nobody writes, since what a writer has not
+        committed yet looks like damage. Raises Busy where that can't be had."""
+        for wait_s in WAITS_S:
+            time.sleep(wait_s)
+            with self._world(outdated=True) as world:
+                found = verify(world, [], None)
+            if found.ok:
+                return found
+            with undisturbed(self.directory) as free:
+                if free:
+                    with self._world(as_it_is=True) as world:
+                        return verify(world, [], None)
+        raise self._busy()
+
+    def generate(self, prompt: Prompt, *, max_new_tokens: int = 48, kind: Kind | None = None) -> Answer:
+        """Answer a text, or go on with a conversation (turns with `role` and `content`, a user's last),
+        with the constituent models that the run file's aggregation chooses. `kind`: the form in which a
+        text is put to them. Raises InvalidInput for a conversation that can't be answered."""
+        return self.generate_all([prompt], max_new_tokens=max_new_tokens, kind=kind)[0]
+
+    @asked_again
+    def generate_all(
+        self, prompts: Sequence[Prompt], *, max_new_tokens: int = 48, kind: Kind | None = None
+    ) -> list[Answer]:
+        """Answers to several prompts; the models are loaded once."""
+        with self._world() as world:
+            return ask(world, self.parts, prompts, max_new_tokens, kind, self._ledger)
+
+    @asked_again
+    def routes(self, prompts: Sequence[Prompt]) -> list[Route]:
+        """The shards that would answer each prompt, and their weights."""
+        with self._world() as world:
+            return routes_of(world, self.parts, prompts)
+
+    @asked_again
+    def answerer(self) -> tuple[Answerer, Kind]:
+        """Return all constituent models that are served now, and how prompts are put to them. Once a
+        deletion or another change has replaced one of them, they raise Outdated instead of answering."""
+        with self._world() as world:
+            return open_answerer(world, self.parts, open_ledger=self._ledger), form_of(world)
+
+    def as_transformers(self, **options: Any) -> AggregatedModel:
+        """Return what is served now as a `PreTrainedModel` with `generate`, for tools that know nothing
+        of shards; `options` as of `sisa.lm.answer.aggregated.AggregatedModel`. Raises Outdated as what
+        `answerer` returns."""
+        from sisa.lm.answer.aggregated import AggregatedModel
+
+        return AggregatedModel(self.answerer()[0], self.routes, **options)
+
+    def export(self, to: Path | str, form: ExportForm = "peft") -> list[Path]:
+        """What is served, for other tools, in a new version under `to`, kept in the ledger: a deletion
+        that touches it erases it. Raises InvalidInput if `to` is no directory."""
+        with self._writing() as world:
+            return export_adapters(world, self.parts, Path(to), form)
+
+    @asked_again
+    def exports_missing(self) -> list[str]:
+        """Paths of exports that a deletion could not erase: they were moved, or changed since."""
+        with self._world() as world:
+            return [each.path for each in missing(world)]
+
+
+def open_model(
+    directory: Path | str, *, executor: str | OpenExecutor = "ray", report: Report = silent
+) -> Model:
+    """Open the model in a directory."""
+    return Model(directory, executor=executor, report=report)
+
+
+def _named(
+    world: World, ids: Sequence[str], subject: str | None
+) -> tuple[list[RecordRow], list[Tombstone]]:
+    if (subject is None) == (not ids):
+        raise InvalidInput("give record ids or a subject, not both and not neither")
+    if subject is not None:
+        return query.of_subject(world, subject)
+    held = [each for _, each in query.lookup(world, list(dict.fromkeys(ids)))]
+    live = [each for each in held if isinstance(each, RecordRow)]
+    return live, [each for each in held if isinstance(each, Tombstone)]
+
+
+def _forgotten(
+    world: World, request: Request | None, dead: Sequence[Tombstone], *, deferred: bool
+) -> ForgetOutcome:
+    lost = tuple(each.path for each in missing(world))
+    digest = model_digest(world)
+    return ForgetOutcome(request, tuple(dead), digest, lost, purge(world), deferred)
+
+
+def _train_apart(directory: Path, config: RunConfig, scratch: str, chains: Sequence[Chain]) -> None:
+    """Train all stages of a shard in processes of their own. Raises EnvironmentFault where one fails."""
+    keys = dict.fromkeys(job.key for chain in chains for job in chain.jobs)
+    here = str(Path(__file__).resolve().parents[1])
+    environment = {**os.environ, **worker_environment(config.sisa.threads_per_shard, config.arithmetic)}
+    paths = (here, os.environ.get("PYTHONPATH", ""))
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    shard = str(chains[0].shard)
+    code = "import sys; from sisa.model import train_forked; train_forked(*sys.argv[1:])"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(directory.absolute()), scratch, shard, *keys],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        check=False,
+    )
+    if done.returncode:
+        raise EnvironmentFault(
+            "a stage could not be trained again in a process of its own",
+            where=f"shard {shard}",
+            got=done.stdout.decode(errors="replace").strip() or f"exit {done.returncode}",
+            next_step="see whether memory is short, and whether the model opens with `sisa status`",
+        )
+
+
+def train_forked(directory: str, scratch: str, shard: str, *keys: str) -> None:
+    """Train stages one after another, each in a fork of this process, which has only imported."""
+    _end_with_parent()
+    for module in ("sisa.lm.train.lora", "pyarrow.dataset"):
+        importlib.import_module(module)
+    for key in keys:
+        child = os.fork()
+        if not child:
+            _train_and_exit(directory, scratch, int(shard), key)
+        if os.waitpid(child, 0)[1]:
+            raise SystemExit(1)
+
+
+def _train_and_exit(directory: str, scratch: str, shard: int, key: str) -> NoReturn:
+    _end_with_parent()
+    try:
+        model = Model(directory, executor="serial")
+        with model._world(as_it_is=True) as world:
+            train_stage(replace(world, report=silent), shard, key, model._scratch(world, scratch))
+    except BaseException as error:  # its text may quote a record
+        os.write(1, type(error).__name__.encode())
+        os._exit(1)
+    os._exit(0)
+
+
+def _end_with_parent() -> None:
+    """Let the system kill this process with its parent: nothing writes after a replay was broken off."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,1 +1,0 @@
-"""Where torch lives: base models, embedders, training, answering."""

@@ -1,0 +1,224 @@
+"""Which layout to choose: what deletions, training and storage cost for each, by closed forms.
+
+    Demand   how many records, how many deletions a month, and how likely whose deletion is
+    Limits   bytes of checkpoints, hours of a deletion, what must still be served, and the units
+    Advice   for each choice of shards, slices and orders: which checkpoints fit; the share of a full
+             training that a month of deletions retrains, one by one and together; what is served
+             meanwhile; bytes; hours of training, and until a deletion is trained
+
+Rules: pure; everything in closed form, so that all choices cost a fraction of a second; the forms are
+those of `stream.py` and `budget.py`. Where there are several groups, each risk is a band of its own
+(`bands.py`) if there are slices enough. Where not all checkpoints fit, those are kept that spare the
+most. What is over a limit is not recommended, and says which. Orders cost training and buy what is
+served meanwhile: they are recommended where less must not be served. A shard should keep
+MIN_SHARD_RECORDS: below that an adapter has next to nothing to learn from; a slice at least one.
+
+Not covered: quality of answers (`tests/bench/quality.py`); unequal shards; subjects of many records.
+
+>>> demand = Demand(num_records=1000, deletions_per_month=2.0)
+>>> best = recommended(advise(demand, Limits(bytes_per_checkpoint=10, max_bytes=1000)))
+>>> best.num_shards, best.num_slices, best.num_orders, best.num_kept, best.stored_bytes
+(32, 4, 1, 3, 960)
+>>> served = recommended(advise(demand, Limits(bytes_per_checkpoint=10, min_depth=0.7)))
+>>> served.num_orders, round(served.serving_depth, 2)
+(2, 0.71)
+
+Source: SISA, Bourtoule et al. 2021, section V; orders: S3T, Chowdhury et al., ICLR 2025.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from sisa.planning.assign import Layout
+from sisa.planning.bands import Bands
+from sisa.planning.budget import Kept, best_kept, expected, shared
+from sisa.planning.orders import Order, chosen_orders
+from sisa.planning.plan import Schedule
+from sisa.planning.stream import Group, Shares, Stream
+
+MIN_SHARD_RECORDS = 30
+MAX_SHARDS = 10_000
+SLICES = (1, 2, 3, 4, 6, 8, 12, 16, 24)
+ORDERS = (1, 2, 4)
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What a model must bear. Without groups all records are as likely to go."""
+
+    num_records: int
+    deletions_per_month: float
+    schedule: Schedule = "cumulative"
+    num_epochs: int = 3
+    groups: tuple[Group, ...] = (Group(1.0, 1.0),)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What must not be exceeded, or fallen short of; a rate of 0 leaves hours unknown."""
+
+    bytes_per_checkpoint: int
+    max_bytes: float = math.inf
+    max_hours: float = math.inf  # of the mean deletion, on one worker
+    record_epochs_per_s: float = 0.0
+    min_depth: float = 0.0  # share of its slices that a shard serves right after a deletion
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """One choice and what it costs. Shares are of training everything once, in order 0 and in equal
+    slices; hours of one worker, NaN where no rate was given."""
+
+    num_shards: int
+    num_slices: int
+    num_orders: int
+    thresholds: tuple[float, ...]  # of the bands; none where they would not help
+    num_kept: int  # checkpoints of a shard
+    kept: tuple[tuple[int, ...], ...]  # places in each order, from 0, the last one among them
+    one_by_one: float  # a month's deletions, each carried out alone: order 0
+    together: float  # a month's deletions, carried out as one batch: order 0
+    others_one_by_one: float  # what the other orders retrain beside that
+    serving_depth: float  # share of its slices that a shard serves right after a deletion
+    stored_bytes: int
+    training: float  # in all orders, once
+    training_hours: float
+    record_epochs_to_utility: float  # of one deletion: until its shard is whole again
+    hours_to_utility: float
+    over: tuple[str, ...]
+
+
+def advise(demand: Demand, limits: Limits) -> list[Advice]:
+    """Every choice, the cheapest of those within the limits first."""
+    shards = _shards(demand.num_records)
+    found = [
+        _advice(demand, limits, num_shards, paths)
+        for num_slices in SLICES
+        for num_orders in ORDERS
+        if num_orders <= num_slices
+        for paths in [_Paths(stream_of(demand, 1, num_slices), num_orders)]
+        for num_shards in shards
+        if num_shards * num_slices <= demand.num_records
+    ]
+    return sorted(
+        found,
+        key=lambda e: (bool(e.over), e.one_by_one + e.others_one_by_one, e.stored_bytes, e.num_orders),
+    )
+
+
+def recommended(advised: Sequence[Advice]) -> Advice | None:
+    """The cheapest choice within the limits; None where nothing is."""
+    return next((each for each in advised if not each.over), None)
+
+
+def _shards(num_records: int) -> list[int]:
+    most = max(1, min(MAX_SHARDS, num_records // MIN_SHARD_RECORDS))
+    return [2**n for n in range(most.bit_length())]
+
+
+def stream_of(demand: Demand, num_shards: int, num_slices: int) -> Stream:
+    """The stream of a choice, with a band for each risk where there are slices enough."""
+    risks = sorted({group.risk for group in demand.groups})
+    bands = Bands(thresholds=tuple(risks[1:])) if 1 < len(risks) <= num_slices else None
+    layout = Layout(num_shards, num_slices, bands)
+    return Stream(layout, demand.schedule, demand.num_epochs, demand.groups)
+
+
+class _Paths:
+    """The orders of a choice: what their stages cost, how often they are hit, which are worth
+    keeping."""
+
+    def __init__(self, stream: Stream, num_orders: int) -> None:
+        layout = stream.layout
+        self.stream = stream
+        self.orders: tuple[Order, ...] = chosen_orders(layout.num_slices, num_orders, layout.bands)
+        others = (stream.path(order) for order in self.orders[1:])
+        # The others end one stage short of all slices, as in `plan.py`.
+        self.paths = [stream.path(self.orders[0]), *((c[:-1], h[:-1]) for c, h in others)]
+
+    @cached_property
+    def _splits(self) -> list[tuple[Kept, ...]]:
+        return shared([best_kept(*path) for path in self.paths], self.num_spare)
+
+    @property
+    def num_spare(self) -> int:
+        """Stages that need not be kept: all but the last of each order."""
+        return sum(len(costs) - 1 for costs, _ in self.paths)
+
+    def kept(self, room: float) -> tuple[tuple[int, ...], ...]:
+        """Of each order the stages that are kept where `room` fit beside the last ones."""
+        if room >= self.num_spare:
+            return tuple(tuple(range(len(costs) - 1)) for costs, _ in self.paths)
+        return tuple(each.stages for each in self._splits[max(0, int(room))])
+
+    def one_by_one(self, kept: Sequence[Sequence[int]]) -> list[float]:
+        """What a deletion retrains of each order, as a share of training a shard in order 0."""
+        found = zip(self.paths, kept, strict=True)
+        return [expected(*path, each) / self.stream.epochs for path, each in found]
+
+    def together(self, kept: Sequence[int], num_deletions: float) -> float:
+        """The same of a batch in order 0: from the earliest slice hit on."""
+        costs, hits = self.paths[0]
+        missed: Shares = np.exp(-num_deletions * np.concatenate([[0.0], np.cumsum(hits)]))
+        return expected(costs, missed[:-1] - missed[1:], kept) / self.stream.epochs
+
+    @cached_property
+    def training(self) -> float:
+        """Training all orders, in trainings of order 0."""
+        return sum(float(costs.sum()) for costs, _ in self.paths) / self.stream.epochs
+
+    def depth(self, kept: Sequence[Sequence[int]]) -> float:
+        """The share of its slices that a shard serves after one deletion from it: those of the deepest
+        kept stage, the last ones among them, of any order."""
+        served = 0.0
+        for slice_, hit in enumerate(self.stream.asked):
+            before = [order.index(slice_) for order in self.orders]
+            depths = (n + 1 for each, at in zip(kept, before, strict=True) for n in each if n < at)
+            served += float(hit) * max(depths, default=0)
+        return served / self.stream.layout.num_slices
+
+
+def _advice(demand: Demand, limits: Limits, num_shards: int, paths: _Paths) -> Advice:
+    stream = paths.stream
+    per_shard = demand.deletions_per_month / num_shards
+    full = demand.num_records * stream.epochs
+    weight = stream.epochs / demand.num_epochs  # large first slices are passed over more often
+    rate = limits.record_epochs_per_s * 3600 or math.nan
+    fitting = limits.max_bytes / (num_shards * limits.bytes_per_checkpoint)
+    room = max(0.0, fitting - len(paths.paths))
+    kept = paths.kept(room)
+    with_last = tuple((*k, len(c) - 1) for k, (c, _) in zip(kept, paths.paths, strict=True))
+    num_kept, depth = sum(map(len, with_last)), paths.depth(with_last)
+    first, *others = paths.one_by_one(kept)
+    stored = num_shards * num_kept * limits.bytes_per_checkpoint
+    again = full / num_shards * first
+    hours = again / rate
+    over = [
+        ("bytes", stored > limits.max_bytes),
+        ("hours", hours > limits.max_hours),
+        ("depth", depth < limits.min_depth),
+    ]
+    bands = stream.layout.bands
+    return Advice(
+        num_shards=num_shards,
+        num_slices=stream.layout.num_slices,
+        num_orders=len(paths.orders),
+        thresholds=bands.thresholds if bands else (),
+        num_kept=num_kept,
+        kept=with_last,
+        one_by_one=weight * per_shard * first,
+        together=weight * paths.together(kept[0], per_shard),
+        others_one_by_one=weight * per_shard * sum(others),
+        serving_depth=depth,
+        stored_bytes=stored,
+        training=weight * paths.training,
+        training_hours=full * paths.training / rate,
+        record_epochs_to_utility=again,
+        hours_to_utility=hours,
+        over=tuple(name for name, is_over in over if is_over),
+    )

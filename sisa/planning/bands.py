@@ -1,0 +1,118 @@
+"""Churn bands: a record's own deletion risk chooses its slice, the likeliest to go in the last ones.
+
+    bands:
+      thresholds: [0.01, 0.1]      # three bands: below 0.01, from 0.01 on, from 0.1 on
+      classes: {trial: 0.3}        # names that records may carry instead of a number
+      unknown: 0.0                 # the risk of a record that carries none
+
+Rules: the band of a record is the number of thresholds that its risk reaches; of `n` bands band `b` has
+the slices from b * slices // n up to those of the next, so the first bands get the first slices and each
+at least one. Within them a record hashes as ever. Thresholds are fixed in the run file, never fitted on
+the data: the map looks at that record alone, so a deletion moves no other record. A deletion from slice
+r retrains the slices from r on: what goes often should stand late. All records of a subject carry one
+risk, else it would have two places.
+
+Not covered: the hash (`assign.py`); guessing risks; a risk that changes (delete the record and add it
+anew).
+
+>>> bands = Bands(thresholds=(0.1,), classes={"trial": 0.3})
+>>> [list(bands.slices(risk, 5)) for risk in (None, 0.05, 0.1, "trial")]
+[[0, 1], [0, 1], [2, 3, 4], [2, 3, 4]]
+
+Source: SISA, Bourtoule et al. 2021, section VI (a priori knowledge of who asks), on slices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
+from typing import Annotated, Any
+
+from pydantic import Field, field_validator, model_validator
+
+from sisa.core.config_types import Block, Float, conflict
+from sisa.core.domain import Record, Risk
+from sisa.core.errors import Problem
+
+RISK_COLUMN = "deletion_risk"
+AtLeastZero = Annotated[Float, Field(ge=0)]
+
+
+class Bands(Block):
+    """Which slices a record's deletion risk allows."""
+
+    thresholds: tuple[AtLeastZero, ...] = Field(description="Risks, ascending: each begins a band.")
+    classes: dict[str, AtLeastZero] = Field(
+        default={}, description="Risks by name, for records that carry a name."
+    )
+    unknown: AtLeastZero = Field(default=0.0, description="The risk of a record that carries none.")
+
+    @field_validator("thresholds", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _ascending(self) -> Bands:
+        if not self.thresholds:
+            raise conflict("conflict: bands need a threshold")
+        if sorted(set(self.thresholds)) != list(self.thresholds):
+            raise conflict("conflict: thresholds must ascend")
+        return self
+
+    @property
+    def num_bands(self) -> int:
+        return len(self.thresholds) + 1
+
+    def fit(self, num_slices: int) -> bool:
+        """Whether there is a slice for each band."""
+        return self.num_bands <= num_slices
+
+    def slices(self, risk: Risk, num_slices: int) -> range:
+        """The slices of a risk's band; `num_slices` is at least the number of bands.
+
+        Raises KeyError for an unnamed class (`risk_problems` tells of them all).
+        """
+        value = self.unknown if risk is None else self.classes[risk] if isinstance(risk, str) else risk
+        band = sum(value >= each for each in self.thresholds)
+        first, last = (each * num_slices // self.num_bands for each in (band, band + 1))
+        return range(first, last)
+
+    def slice_risks(self, num_slices: int) -> tuple[float, ...]:
+        """A risk for each slice, as far as the run file tells: the middle of its band, the last one's
+        threshold.
+
+        >>> Bands(thresholds=(0.1, 0.3)).slice_risks(3)
+        (0.05, 0.2, 0.3)
+        """
+        edges = (0.0, *self.thresholds, self.thresholds[-1])
+        middles = [(low + high) / 2 for low, high in pairwise(edges)]
+        found = [0.0] * num_slices
+        for edge, middle in zip(edges, middles, strict=False):
+            for slice_ in self.slices(edge, num_slices):
+                found[slice_] = middle
+        return tuple(found)
+
+
+def unnamed(bands: Bands | None, records: Iterable[Record]) -> set[int]:
+    """Positions (from 0) of records whose risk is of no class: they have no place."""
+    named = None if bands is None else bands.classes
+    risks = (record.deletion_risk for record in records)
+    return {
+        n for n, r in enumerate(risks) if named is not None and isinstance(r, str) and r not in named
+    }
+
+
+def risk_problems(bands: Bands | None, records: Sequence[Record]) -> Iterator[Problem]:
+    """What is wrong with the risks of records; says positions from 1, and no names."""
+    first: dict[str, tuple[int, Risk]] = {}
+    unplaced = unnamed(bands, records)
+    for position, record in enumerate(records, start=1):
+        where, subject, risk = f"record {position}", record.subject_id, record.deletion_risk
+        if position - 1 in unplaced:
+            yield Problem(where, f"its '{RISK_COLUMN}' is no class of sisa.bands.classes")
+        if subject is None:
+            continue
+        at, other = first.setdefault(subject, (position, risk))
+        if risk != other:
+            yield Problem(where, f"its '{RISK_COLUMN}' is not that of record {at}, of the same subject")

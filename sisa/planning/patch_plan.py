@@ -1,0 +1,219 @@
+"""Which patches there should be, and which texts they still need: pure decisions.
+
+    sequential   a new patch lies upon all active ones
+    joint        a new patch is made anew, upon the untouched base, from its own forget sets and those of
+                 every active patch whose texts are still held; it takes their place. A patch whose texts
+                 are gone stays beneath, with those that it was made upon
+    deletion     of a record in a patch's retain set: the patch, and every one that lies upon it, is
+                 dropped at once and derived again without that record, where its texts are held
+
+Rules: a patch that becomes active supersedes the active ones that are not beneath it. A set of texts is
+needed by a patch that is wanted; in joint mode by every active patch; and by an active patch that may
+have to be derived again, since records that the model holds are in its retain set or in that of one
+beneath. A set that no patch was ever made from waits for one, and so does one of which something is
+still known after every patch that was made from it, so that it can be tried again. All others are
+erased.
+
+Not covered: making patches, and the order of effects (`patching.py`).
+
+>>> from sisa.core.patch import WRITTEN
+>>> one = Patch(1, PatchJob("base", (), ("a",), WRITTEN, {}, ""), "active", "now")
+>>> next_job([one], {"a", "b"}, "joint", one.job, ("b",)).forget
+('a', 'b')
+>>> next_job([one], {"b"}, "joint", one.job, ("b",)).beneath == (one.key,)
+True
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from sisa.core.patch import Patch, PatchJob, PatchMode, VaultSet
+
+OVER = "over"  # in the ledger's meta: keys of the patches that the shards are trained over
+
+
+def active(patches: Sequence[Patch]) -> list[Patch]:
+    """The stack that is served, lowest first."""
+    return [each for each in patches if each.state == "active"]
+
+
+def wanted(patches: Sequence[Patch]) -> list[Patch]:
+    """Those that are to be made, in the order in which they must be."""
+    return [each for each in patches if each.state == "wanted"]
+
+
+def next_version(patches: Sequence[Patch]) -> int:
+    return max((each.version for each in patches), default=0) + 1
+
+
+def next_job(
+    patches: Sequence[Patch],
+    held: Collection[str],
+    mode: PatchMode,
+    like: PatchJob,
+    forget: Sequence[str],
+) -> PatchJob:
+    """The job of a new patch that is to forget some sets; base, retain set, settings and fingerprint
+    are those of `like`. `held` names the sets whose texts are there."""
+    stack = active(patches)
+    kept: set[str] = set()
+    for patch in stack:
+        if mode == "sequential" or not set(patch.job.forget) <= set(held):
+            kept |= {patch.key, *patch.job.beneath}
+    beneath = tuple(each.key for each in stack if each.key in kept)
+    merged = [each for each in stack if each.key not in kept]
+    names = dict.fromkeys([*(name for each in merged for name in each.job.forget), *forget])
+    return replace(like, beneath=beneath, forget=tuple(names))
+
+
+def activated(patches: Sequence[Patch], made: Patch) -> list[Patch]:
+    """The rows that change when a patch that was wanted is made."""
+    kept = {made.key, *made.job.beneath}
+    gone = [each for each in active(patches) if each.key not in kept]
+    return [replace(made, state="active"), *(replace(each, state="superseded") for each in gone)]
+
+
+def needed(
+    patches: Sequence[Patch], mode: PatchMode, sets: Sequence[VaultSet], deletable: Collection[str]
+) -> frozenset[str]:
+    """Names of the sets whose texts must stay. `deletable` names the retain sets that hold records of
+    the model."""
+    found = {each.name for each in sets if each.held} - {
+        name for each in patches for name in each.job.sets
+    }
+    kept = set(deletable)
+    risky: set[str] = set()  # keys of active patches that a deletion may drop
+    for patch in active(patches):
+        if patch.job.retain in kept or not risky.isdisjoint(patch.job.beneath):
+            risky.add(patch.key)
+    for patch in patches:
+        by_mode = patch.state == "active" and (mode == "joint" or patch.key in risky)
+        if patch.state == "wanted" or by_mode:
+            found |= set(patch.job.sets)
+    return frozenset(found | _still_known(patches))
+
+
+def _still_known(patches: Sequence[Patch]) -> set[str]:
+    """Forget sets that were tried, each time with something left that the base knows."""
+    tried = [each for each in patches if "still_known" in each.report]
+    done = {name for each in tried if not num_still_known(each) for name in each.job.forget}
+    return {name for each in tried for name in each.job.forget} - done
+
+
+def num_still_known(patch: Patch) -> int:
+    """How many texts the probe still knew after a patch, or after an attempt that none came of; 0 where
+    its report does not say."""
+    return int(patch.report.get("still_known", {}).get("after", 0))
+
+
+def settled(
+    patches: Sequence[Patch],
+    mode: PatchMode,
+    sets: Sequence[VaultSet],
+    deletable: Collection[str],
+    elsewhere: Collection[str] = (),
+) -> tuple[list[VaultSet], list[str]]:
+    """Sets whose texts are to be erased now, as rows without them; and names of rows that may go, since
+    nothing that is there or wanted was made from the set. `elsewhere` are the keys of patches in what
+    was exported, or beneath trained shards."""
+    keep = needed(patches, mode, sets, deletable)
+    there = [p for p in patches if p.state in ("active", "wanted") or p.key in elsewhere]
+    live = {name for p in there for name in p.job.sets}
+    erased = [replace(each, held=False) for each in sets if each.held and each.name not in keep]
+    gone = [each.name for each in sets if each.name not in keep and each.name not in live]
+    return [each for each in erased if each.name not in gone], gone
+
+
+@dataclass(frozen=True)
+class Rederived:
+    """What a deletion does to patches: rows that change, and new ones to be made."""
+
+    changed: tuple[Patch, ...] = ()
+    fresh: tuple[Patch, ...] = ()
+
+    @property
+    def dropped(self) -> frozenset[str]:
+        """Keys of the patches that the deletion touched."""
+        return frozenset(each.key for each in self.changed)
+
+
+def lineage(
+    patches: Sequence[Patch], touched: Collection[str], damaged: Collection[str] = ()
+) -> list[Patch]:
+    """Patches of any state with one of these retain sets, or of these keys; and those upon them, since
+    a job names all that lies beneath."""
+    keys = {each.key for each in patches if each.job.retain in touched}.union(damaged)
+    return [each for each in patches if not keys.isdisjoint((*each.job.beneath, each.key))]
+
+
+def tainted(
+    patches: Sequence[Patch], touched: Collection[str], damaged: Collection[str] = ()
+) -> list[Patch]:
+    """Of those, the ones that are served or wanted."""
+    return [e for e in lineage(patches, touched, damaged) if e.state in ("active", "wanted")]
+
+
+def rederive(
+    patches: Sequence[Patch],
+    without: Mapping[str, str],
+    held: Collection[str],
+    fingerprint: str,
+    now: str,
+    request_id: str,
+    damaged: Collection[str] = (),
+) -> Rederived:
+    """Drop what a deletion touched, and want it again without the deleted records; and likewise patches
+    whose files are damaged, by their keys.
+
+    `without` maps each touched retain set to the set that takes its place (WRITTEN where nothing is
+    left); `held` names the sets whose texts are there. What can't be made again is dropped, and what lay
+    upon it is made upon what is left.
+    """
+
+    def renewed(job: PatchJob) -> PatchJob | None:
+        again = replace(job, retain=without.get(job.retain, job.retain), fingerprint=fingerprint)
+        return again if set(again.sets) <= set(held) else None
+
+    gone = tainted(patches, without, damaged)
+    fresh = _again(patches, gone, renewed)
+    same = {each.key for each in wanted(patches)} - {each.key for each in gone}
+    fresh = [
+        each if each.key in same else replace(each, wanted_at=now, request_id=request_id)
+        for each in fresh
+    ]
+    return Rederived(tuple(replace(each, state="dropped") for each in gone), tuple(fresh))
+
+
+def unmade(patches: Sequence[Patch], patch: Patch) -> list[Patch]:
+    """The rows that change when nothing good comes of a patch that was wanted: it is dropped, and those
+    that were to lie upon it are made upon what is left."""
+    gone = tainted(patches, (), (patch.key,))
+    fresh = _again(patches, gone, lambda job: None if job == patch.job else job)
+    upon = [each for each in gone if each.key != patch.key]
+    return [replace(patch, state="dropped"), *(replace(e, state="dropped") for e in upon), *fresh]
+
+
+def _again(
+    patches: Sequence[Patch], gone: Sequence[Patch], renewed: Callable[[PatchJob], PatchJob | None]
+) -> list[Patch]:
+    """New wishes in the place of those that go, by their new jobs, None for one that stays away. What
+    comes out like an active patch is that patch. Wishes keep their order: one that stays as it is and
+    came later than one that goes gets a later version, too."""
+    served = {each.key for each in active(patches) if each not in gone}
+    instead: dict[str, str | None] = {}
+    jobs: dict[str, Patch] = {}
+    for patch in patches:
+        job = renewed(patch.job) if patch in gone else patch.job
+        if patch in gone and job is None:
+            instead[patch.key] = None
+        elif job is not None and (patch in gone or (instead and patch.state == "wanted")):
+            beneath = tuple(key for each in job.beneath if (key := instead.get(each, each)) is not None)
+            again = replace(job, beneath=beneath)
+            instead[patch.key] = again.key
+            if again.key not in served:
+                wish = Patch(0, again, "wanted", patch.wanted_at, request_id=patch.request_id)
+                jobs.setdefault(again.key, wish)
+    version = next_version(patches)
+    return [replace(each, version=version + at) for at, each in enumerate(jobs.values())]

@@ -1,0 +1,332 @@
+"""(remaining slices, held checkpoints, config) -> what to serve, what to train, what to retire.
+
+    target  = per shard, the last of the jobs of the records that remain, in order 0
+    tainted = held checkpoints that a removed record touched
+    head    = target if held, else the deepest clean one held, of whatever order, else the base (None)
+    train   = the path from the target's deepest held ancestor to the target
+    others  = the same of every other order
+    retired = clean, but neither on any order's path nor heading; or over the shard's budget of bytes
+
+Rules: pure; the planner is not told what happened, it sees what remains and what is held, one shard
+at a time. An empty slice is no stage. A shard keeps the fingerprint that it was trained under while
+its target is held; a shard that must train again takes the present one, whole. A checkpoint was
+touched by every record of its prefix's slices that was in the ledger at its sequence number, whatever
+the schedule: a sequential stage starts from its parent's weights.
+
+Orders (`orders.py`) share the checkpoints of their common prefixes: no key says of which order it is.
+The other orders end one stage short of all slices: whatever taints order 0's target would taint that
+one, too. They are trained under order 0's fingerprint, and not at all where that is not the present
+one.
+
+`schedule: cumulative` (Bourtoule et al. 2021, section V): stage r of R (from 1) makes 2 E / (R + 1)
+passes over slices 1..r, so that equal slices cost E epochs in total. `sequential` makes E passes over
+slice r alone. Of appended slices (past R) stage r makes 2 E / (r + 1) passes over slices 1..r: as many
+as if there had always been r, and it depends on nothing that comes after. In another order r is the
+highest number among the stage's slices.
+
+Not covered: prices (`cost.py`).
+
+>>> passes("cumulative", num_epochs=6, num_slices=3), passes("sequential", 6, 3)
+((3, 1), (6, 1))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Any, Literal, Protocol
+
+from sisa.core.domain import (
+    ANY_SHARD,
+    Export,
+    Head,
+    HeldCheckpoint,
+    SliceJob,
+    SliceState,
+    record_epochs,
+)
+from sisa.planning.budget import best_kept, shared
+from sisa.planning.orders import Order, arranged
+
+Schedule = Literal["cumulative", "sequential"]
+LAYERWISE = "layerwise"  # in a job's training: the number of blocks that layers are in; stage n trains n
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What all jobs of a model share, the part of the config that reaches the bits; and the orders of
+    the slices beside order 0."""
+
+    num_slices: int
+    schedule: Schedule
+    num_epochs: int
+    training: Mapping[str, Any]
+    base: str
+    orders: tuple[Order, ...] = ()
+    shard_budget: int | None = None  # bytes of checkpoints that a whole shard keeps; None: all of them
+    risks: tuple[float, ...] = ()  # of each slice of a generation; none: all alike
+
+    def passes(self, slice_: int) -> tuple[int, int]:
+        """Passes of a slice's stage, as an exact fraction."""
+        return passes(self.schedule, self.num_epochs, self.num_slices, slice_)
+
+
+@dataclass(frozen=True, slots=True)
+class ShardView:
+    """One shard as the ledger sees it: its non-empty slices and its clean held checkpoints."""
+
+    shard: int
+    slices: tuple[SliceState, ...]
+    held: tuple[HeldCheckpoint, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """What an order misses once those before it are whole. `parent` is held now; None: the base, or a
+    stage that another order misses."""
+
+    train: tuple[SliceJob, ...]
+    parent: HeldCheckpoint | None
+
+
+@dataclass(frozen=True, slots=True)
+class ShardPlan:
+    """What the reconciliation of one shard comes to: `train` starts from `parent` (None: the base).
+
+    `paths` are the stages of every order, order 0's first; `others` what the orders after it miss.
+    """
+
+    shard: int
+    paths: tuple[tuple[SliceJob, ...], ...]
+    head: Head
+    train: tuple[SliceJob, ...]
+    parent: HeldCheckpoint | None
+    retired: tuple[str, ...]
+    others: tuple[Missing, ...] = ()
+
+    @property
+    def path(self) -> tuple[SliceJob, ...]:
+        """The stages up to the target."""
+        return self.paths[0]
+
+    @property
+    def stages(self) -> dict[str, SliceJob]:
+        """Those of all orders, by key."""
+        return {job.key: job for path in self.paths for job in path}
+
+    @property
+    def missing(self) -> Missing:
+        """What order 0 misses."""
+        return Missing(self.train, self.parent)
+
+    @property
+    def all_missing(self) -> tuple[SliceJob, ...]:
+        """What all orders miss, order 0's first."""
+        return (*self.train, *(job for each in self.others for job in each.train))
+
+    @property
+    def parents(self) -> tuple[HeldCheckpoint, ...]:
+        """Held checkpoints that missing stages start from."""
+        found = [self.parent, *(each.parent for each in self.others if each.train)]
+        return tuple({each.key: each for each in found if each is not None}.values())
+
+    @property
+    def record_epochs(self) -> int:
+        return sum(record_epochs(job) for job in self.train)
+
+    @property
+    def record_epochs_others(self) -> int:
+        """Of what the other orders miss."""
+        return sum(record_epochs(job) for each in self.others for job in each.train)
+
+
+def passes(schedule: Schedule, num_epochs: int, num_slices: int, slice_: int = 0) -> tuple[int, int]:
+    """Passes of one stage over its slices, as an exact fraction.
+
+    Of stages past `num_slices` (appended ones) stage r is taken for the last of r: 2 E / (r + 1).
+    """
+    if schedule == "sequential":
+        return num_epochs, 1
+    fraction = Fraction(2 * num_epochs, max(num_slices, slice_ + 1) + 1)
+    return fraction.numerator, fraction.denominator
+
+
+def jobs(
+    shard: int, slices: Sequence[SliceState], recipe: Recipe, fingerprint: str, order: Order = ()
+) -> tuple[SliceJob, ...]:
+    """The stages of a shard in an order (by default order 0), one for each slice that holds records."""
+    path: list[SliceJob] = []
+    seen: list[SliceState] = []
+    states = {state.slice: state for state in slices}
+    for state in map(states.__getitem__, arranged(states, order)):
+        seen.append(state)
+        stage = [state] if recipe.schedule == "sequential" else seen
+        path.append(
+            SliceJob(
+                shard=shard,
+                slice=state.slice,
+                parent=path[-1].key if path else None,
+                slices=tuple((each.slice, each.root) for each in stage),
+                num_records=sum(each.num_records for each in stage),
+                passes=recipe.passes(max(each.slice for each in seen)),
+                training=recipe.training,
+                base=recipe.base,
+                fingerprint=fingerprint,
+                before=path[-1].prefix if path else (),
+            )
+        )
+    return tuple(path)
+
+
+def all_paths(
+    shard: int, slices: Sequence[SliceState], recipe: Recipe, fingerprint: str
+) -> tuple[tuple[SliceJob, ...], ...]:
+    """The stages of every order: order 0's, and those of the others, which end one short of all
+    slices."""
+    others = (jobs(shard, slices, recipe, fingerprint, order)[:-1] for order in recipe.orders)
+    return (jobs(shard, slices, recipe, fingerprint), *others)
+
+
+def reached(path: Sequence[SliceJob], held: Container[str]) -> int:
+    """How many stages of a path need no training: all up to the deepest held one, on which to build."""
+    return max((number for number, job in enumerate(path, start=1) if job.key in held), default=0)
+
+
+class Placed(Protocol):
+    """Where a record is and in which commit it came; a row, or any one of many that are only counted."""
+
+    @property
+    def shard(self) -> int: ...
+    @property
+    def slice(self) -> int: ...
+    @property
+    def seq(self) -> int: ...
+
+
+def tainted(held: Iterable[HeldCheckpoint], removed: Collection[Placed]) -> tuple[str, ...]:
+    """Keys of the checkpoints that any of the removed records touched."""
+    return tuple(
+        checkpoint.key for checkpoint in held if any(touched(checkpoint, row) for row in removed)
+    )
+
+
+def touched(made: HeldCheckpoint | Export, row: Placed) -> bool:
+    """Whether a held record is in the lineage of a checkpoint or an export.
+
+    Of an export from before the records moved, only when it was made is known.
+    """
+    if made.shard != ANY_SHARD and (row.shard != made.shard or row.slice not in made.prefix):
+        return False
+    return row.seq <= made.seq
+
+
+def marked(exports: Iterable[Export], removed: Mapping[str, Collection[Placed]]) -> list[Export]:
+    """The clean exports that a removed record touched, each with the first request that removes one."""
+    by: dict[tuple[str, str], str] = {}  # all shards that were exported together go together
+    clean = [each for each in exports if not each.stale]
+    for export in clean:
+        names = [name for name, rows in removed.items() if any(touched(export, row) for row in rows)]
+        if names:
+            by.setdefault((export.path, export.adapter_sha256), names[0])
+    return [
+        replace(each, state="tainted", request_id=by[each.path, each.adapter_sha256])
+        for each in clean
+        if (each.path, each.adapter_sha256) in by
+    ]
+
+
+def plan_shard(view: ShardView, recipe: Recipe, fingerprint: str) -> ShardPlan:
+    """Reconcile one shard. `fingerprint` is the present environment's."""
+    held = {checkpoint.key: checkpoint for checkpoint in view.held}
+    chosen = _fingerprint_to_serve(view, recipe, fingerprint, held)
+    paths = all_paths(view.shard, view.slices, recipe, chosen)
+    path = paths[0]
+    head = _head(view.shard, path, held)
+    mine = _missing(path, held, held)
+    known = {*held, *(job.key for job in mine.train)}
+    others = []
+    for each in paths[1:] if chosen == fingerprint else ():
+        others.append(_missing(each, held, known))
+        known.update(job.key for job in others[-1].train)
+    keep = {job.key for each in paths for job in each} | {head.key}
+    found = ShardPlan(view.shard, paths, head, mine.train, mine.parent, (), tuple(others))
+    spare = set() if found.all_missing else _over_budget(view, recipe, paths, held)
+    return replace(found, retired=tuple(key for key in held if key not in keep or key in spare))
+
+
+def _over_budget(
+    view: ShardView,
+    recipe: Recipe,
+    paths: Sequence[Sequence[SliceJob]],
+    held: Mapping[str, HeldCheckpoint],
+) -> set[str]:
+    """Held stages that are to go so that the rest is within the budget: those that spare the least
+    training. The last stage of every order stays, whatever its bytes."""
+    if recipe.shard_budget is None:
+        return set()
+    last = {path[-1].key for path in paths if path}
+    others = {job.key for path in paths for job in path if job.key in held} - last
+    room = sum(held[key].num_bytes for key in others)
+    left = recipe.shard_budget - sum(held[key].num_bytes for key in last if key in held)
+    if left >= room or not others:
+        return set()
+    most = max(0, left // max(held[key].num_bytes for key in others))
+    weights = {
+        each.slice: each.num_records
+        * (recipe.risks[each.slice % recipe.num_slices] if recipe.risks else 1.0)
+        for each in view.slices
+    }
+    choices = [
+        best_kept(
+            [record_epochs(job) for job in path],
+            [weights[job.slice] for job in path],
+            [n for n, job in enumerate(path) if job.key in others],
+            most,
+        )
+        for path in paths
+    ]
+    chosen = zip(paths, shared(choices, most)[-1], strict=True)
+    return others - {path[n].key for path, kept in chosen for n in kept.stages}
+
+
+def gaps(plan: ShardPlan, held: Container[str]) -> list[SliceJob]:
+    """Stages that are not held and lie before a held one, on the path of any order."""
+    before = (job for path in plan.paths for job in path[: reached(path, held)])
+    return list({job.key: job for job in before if job.key not in held}.values())
+
+
+def _missing(
+    path: tuple[SliceJob, ...], held: Mapping[str, HeldCheckpoint], known: Container[str]
+) -> Missing:
+    """What a path misses where `known` stages are held already, or will be."""
+    done = reached(path, known)
+    return Missing(path[done:], held.get(path[done - 1].key) if 0 < done < len(path) else None)
+
+
+def _fingerprint_to_serve(
+    view: ShardView, recipe: Recipe, fingerprint: str, held: Container[str]
+) -> str:
+    others = sorted({each.fingerprint for each in view.held} - {fingerprint})
+    for each in (fingerprint, *others) if others else ():
+        path = jobs(view.shard, view.slices, recipe, each)
+        if path and path[-1].key in held:
+            return each
+    return fingerprint
+
+
+def _head(shard: int, path: Sequence[SliceJob], held: Mapping[str, HeldCheckpoint]) -> Head:
+    if not path:
+        return Head(shard, None, 0, None)
+    target = path[-1].key
+    if target in held:
+        return Head(shard, target, len(path), target)
+    on_path = {job.key for job in path}
+    deepest = max(
+        held.values(),
+        key=lambda each: (len(each.prefix), each.key in on_path, each.seq, each.key),
+        default=None,
+    )
+    if deepest is None:
+        return Head(shard, None, 0, target)
+    return Head(shard, deepest.key, len(deepest.prefix), target)

@@ -1,0 +1,271 @@
+"""What makes a row a record: its columns, their types, and every way to get them wrong.
+
+A record has an id (a string or a whole number), optionally a subject, and exactly one body, found by
+its columns: `text`, `prompt` with `completion`, or `messages`. It may carry a `deletion_risk`, a number
+or the name of a class, and a `generation`, if it was appended. `Columns` says what the columns are
+called. A null counts as absent; other columns are ignored. Problems name columns and turns, never a
+text or an id.
+
+>>> list(record_problems({"id": 7.5, "text": " "}, Columns()))
+["'id': expected a string or a whole number, got a number", "'text' is empty"]
+>>> record_of({"id": 7, "text": "Ada wrote."}, Columns()).id
+'7'
+
+Source: the column names of TRL's dataset formats; other names of roles and turns as in Axolotl.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sisa.core.domain import GENERATION_COLUMN, Kind, Part, Record, Risk
+from sisa.planning.bands import RISK_COLUMN
+
+MAX_ID_CHARS, MAX_RISK, MAX_GENERATION = 512, 1e300, 9_999
+ROLES = ("system", "user", "assistant", "tool")
+OTHER_NAMES = {"human": "user", "gpt": "assistant"}  # of roles, in the form of ShareGPT
+UNFIT = {
+    "Cc": "a control character",
+    "Cs": "a lone surrogate",
+    "Zl": "a line break",
+    "Zp": "a line break",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """What a source calls the columns of its records, and the keys of a chat's turns. Without a
+    `subject` no record has one."""
+
+    id: str = "id"
+    subject: str | None = "subject_id"
+    text: str = "text"
+    prompt: str = "prompt"
+    completion: str = "completion"
+    messages: str = "messages"
+    role: str = "role"
+    content: str = "content"
+
+    @property
+    def bodies(self) -> dict[Kind, tuple[str, ...]]:
+        """The columns of each kind of body."""
+        return {
+            "text": (self.text,),
+            "completion": (self.prompt, self.completion),
+            "chat": (self.messages,),
+        }
+
+    @property
+    def body(self) -> tuple[str, ...]:
+        """All columns of bodies."""
+        return tuple(column for columns in self.bodies.values() for column in columns)
+
+    @property
+    def used(self) -> tuple[str, ...]:
+        """All columns that reach a record."""
+        subject = () if self.subject is None else (self.subject,)
+        return (*self.body, self.id, *subject, RISK_COLUMN, GENERATION_COLUMN)
+
+
+USUAL = Columns()
+
+
+def record_of(value: Mapping[str, Any], columns: Columns) -> Record:
+    """Return the record of a row without problems."""
+    risk: Risk = value.get(RISK_COLUMN)
+    risk = float(risk) if isinstance(risk, int) else risk  # 1 and 1.0 would be two digests of one value
+
+    generation = value.get(GENERATION_COLUMN) or None  # 0 is what all have that were not appended
+    subject = None if columns.subject is None else value.get(columns.subject)
+    subject = None if subject is None else normal_subject(str(subject))
+
+    def made(kind: Kind, parts: Iterable[Part]) -> Record:
+        return Record(str(value[columns.id]), subject, kind, tuple(parts), risk, generation)
+
+    if value.get(columns.text) is not None:
+        return made("text", [Part("text", value[columns.text])])
+    if (turns := value.get(columns.messages)) is not None:
+        return made("chat", turns_of(turns, columns))
+    return made(
+        "completion",
+        [Part("prompt", value[columns.prompt]), Part("completion", value[columns.completion])],
+    )
+
+
+def turns_of(messages: Sequence[Mapping[str, Any]], columns: Columns = USUAL) -> tuple[Part, ...]:
+    """Return the turns of a chat without problems."""
+    return tuple(Part(_role(each, columns), _content(each, columns)) for each in messages)
+
+
+def record_problems(value: Mapping[str, Any], columns: Columns) -> Iterator[str]:
+    """Yield all that keeps a row from being a record."""
+    yield from _risk_problems(value.get(RISK_COLUMN))
+    yield from _generation_problems(value.get(GENERATION_COLUMN))
+    if value.get(columns.id) is None:
+        yield f"no '{columns.id}'"
+    else:
+        yield from name_problems(f"'{columns.id}'", value[columns.id])
+    if columns.subject is not None and value.get(columns.subject) is not None:
+        yield from name_problems(f"'{columns.subject}'", value[columns.subject])
+    bodies = columns.bodies
+    present = [kind for kind, names in bodies.items() if any(value.get(c) is not None for c in names)]
+    if len(present) > 1:
+        given = ", ".join(column for column in columns.body if value.get(column) is not None)
+        yield f"expected one body, got several: {given}"
+    elif not present:
+        yield no_body(columns)
+    elif present == ["chat"]:
+        yield from _messages_problems(value[columns.messages], columns)
+    else:
+        for column in bodies[present[0]]:
+            if value.get(column) is None:
+                yield f"no '{column}'"
+            elif isinstance(value[column], list):
+                yield f"'{column}': expected a string, got a list; put turns in '{columns.messages}'"
+            else:
+                may_be_blank = column == columns.prompt
+                yield from _text_problems(f"'{column}'", value[column], may_be_blank=may_be_blank)
+
+
+def no_body(columns: Columns) -> str:
+    """Return what is said of a row, or of a table, without a body."""
+    text, prompt, completion, messages = columns.body
+    return f"no body; expected '{text}', or '{prompt}' and '{completion}', or '{messages}'"
+
+
+def _risk_problems(risk: Any) -> Iterator[str]:
+    """A class is a name of the run file; what it names is checked with the run file at hand."""
+    if isinstance(risk, str):
+        yield from name_problems(f"'{RISK_COLUMN}'", risk)
+    elif isinstance(risk, bool) or not isinstance(risk, int | float | None):
+        yield f"'{RISK_COLUMN}': expected a number or a class, got {kind_of(risk)}"
+    elif risk is not None and not 0 <= risk < MAX_RISK:
+        yield f"'{RISK_COLUMN}': expected a number from 0 on"
+
+
+def _generation_problems(generation: Any) -> Iterator[str]:
+    if generation is None:
+        return
+    if isinstance(generation, bool) or not isinstance(generation, int):
+        yield f"'{GENERATION_COLUMN}': expected a whole number, got {kind_of(generation)}"
+    elif not 0 <= generation <= MAX_GENERATION:
+        yield f"'{GENERATION_COLUMN}': expected a number from 0 to {MAX_GENERATION}"
+
+
+def normal_subject(subject: str) -> str:
+    """Return a subject in the one spelling that it is held under: composed (NFC), without blanks at its
+    ends.
+
+    >>> normal_subject(" Jose\u0301 ") == "Jos\u00e9"
+    True
+    """
+    return unicodedata.normalize("NFC", subject).strip()
+
+
+def name_problems(name: str, value: Any) -> Iterator[str]:
+    """Yield all that keeps a value from being an id or a subject. A whole number is its decimal form."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
+    if not isinstance(value, str):
+        yield f"{name}: expected a string or a whole number, got {kind_of(value)}"
+        return
+    if not value.strip():
+        yield f"{name} is empty"
+    if len(value) > MAX_ID_CHARS:
+        yield f"{name} has {len(value)} characters, at most {MAX_ID_CHARS} are allowed"
+    for unfit in sorted({UNFIT[each] for each in map(unicodedata.category, value) if each in UNFIT}):
+        yield f"{name} holds {unfit}"
+
+
+def _text_problems(name: str, value: Any, may_be_blank: bool) -> Iterator[str]:
+    if not isinstance(value, str):
+        yield f"{name}: expected a string, got {kind_of(value)}"
+        return
+    if not may_be_blank and not value.strip():
+        yield f"{name} is empty"
+    if "\0" in value:
+        yield f"{name} holds a NUL character"
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        yield f"{name} holds a lone surrogate"
+
+
+def _messages_problems(value: Any, columns: Columns) -> Iterator[str]:
+    if not isinstance(value, list):
+        yield f"'{columns.messages}': expected a list, got {kind_of(value)}"
+        return
+    answered = False
+    for number, turn in enumerate(value, start=1):
+        problems = list(_turn_problems(f"'{columns.messages}', turn {number}", turn, columns))
+        yield from problems
+        if isinstance(turn, Mapping) and _role(turn, columns) == "assistant":
+            answered = answered or bool(problems) or bool(_content(turn, columns).strip())
+    if not answered:
+        yield f"'{columns.messages}' has no assistant turn with content"
+
+
+def conversation_problems(value: Any, columns: Columns = USUAL) -> Iterator[str]:
+    """Yield all that keeps a value from being a conversation to go on with.
+
+    >>> list(conversation_problems([{"role": "user", "content": "Who?"}]))
+    []
+    >>> list(conversation_problems([{"role": "assistant", "content": "Ada."}]))
+    ["'messages' ends with no turn of a user or a tool"]
+    """
+    turns = value if isinstance(value, list | tuple) else []
+    problems = [
+        problem
+        for number, turn in enumerate(turns, start=1)
+        for problem in _turn_problems(f"'{columns.messages}', turn {number}", turn, columns)
+    ]
+    yield from problems
+    if not problems and (not turns or _role(turns[-1], columns) not in ("user", "tool")):
+        yield f"'{columns.messages}' ends with no turn of a user or a tool"
+
+
+def _turn_problems(name: str, turn: Any, columns: Columns) -> Iterator[str]:
+    if not isinstance(turn, Mapping):
+        yield f"{name}: expected an object, got {kind_of(turn)}"
+        return
+    if _role(turn, columns) not in ROLES:
+        yield f"{name}: expected a role of {', '.join(ROLES)} in '{columns.role}'"
+    if turn.get("tool_calls"):
+        yield f"{name}: calls of tools are not trained on; write the call into '{columns.content}'"
+    else:
+        yield from _content_problems(f"{name}, {columns.content}", turn.get(columns.content))
+
+
+def _content_problems(name: str, content: Any) -> Iterator[str]:
+    if not isinstance(content, list):
+        yield from _text_problems(name, content, may_be_blank=True)
+        return
+    for number, piece in enumerate(content, start=1):
+        where = f"{name}, piece {number}"
+        if not isinstance(piece, Mapping) or piece.get("type") != "text":
+            yield f"{where}: expected an object of type 'text'; images and others are not trained on"
+        else:
+            yield from _text_problems(where, piece.get("text"), may_be_blank=True)
+
+
+def _content(turn: Mapping[str, Any], columns: Columns) -> str:
+    """Return the text of a turn without problems; pieces of it follow one another."""
+    content = turn[columns.content]
+    return content if isinstance(content, str) else "".join(piece["text"] for piece in content)
+
+
+def _role(turn: Mapping[str, Any], columns: Columns) -> Any:
+    role = turn.get(columns.role)
+    return OTHER_NAMES.get(role, role) if isinstance(role, str) else role
+
+
+def kind_of(value: Any) -> str:
+    """A JSON value's type in words; never the value."""
+    if value is None:
+        return "null"
+    names = {bool: "a boolean", int: "a number", float: "a number", str: "a string", bytes: "bytes"}
+    names |= {list: "a list", dict: "an object"}
+    return names.get(type(value), "a value of another type")

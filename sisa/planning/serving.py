@@ -1,0 +1,153 @@
+"""How long orders last: what is still served after deletions, while nothing is trained again.
+
+    expected_depth           slices that a shard still serves on the mean, after some deletions
+    deletions_until_base     deletions until no shard serves anything but the base: m L H(m B)
+    simulate_until_base      the same, drawn
+    simulate_depth           the first, drawn
+
+Rules: pure, a seed decides. m shards, L slices, B orders; a deletion hits one slice of one shard, with
+slices equally likely or as `risks` say, whatever was hit before. What a shard serves then is what
+`orders.depth_after` says and the planner does (tests compare them): the longest prefix of any order that
+nothing hit.
+
+A shard is back at its base once the first slice of every order was hit. Those are m B of m L equally
+likely ones, so that collecting them all takes m L (1 + 1/2 + ... + 1/(m B)) deletions on the mean. The
+form is exact as long as the orders begin with B different slices (rotations do) and slices are equally
+likely. It does not hold with risks, where orders may begin alike; nor where slices run out of records
+or deletions come in batches of one person; nor while training goes on between deletions: then the base
+is hardly ever reached.
+
+Not covered: what it costs to train the orders (`cost.py`), and how good a model of few slices is.
+
+>>> round(deletions_until_base(num_shards=1, num_slices=4, num_orders=1), 2)
+4.0
+>>> from sisa.orders import rotations
+>>> [round(expected_depth(rotations(4, b), num_deletions=1), 2) for b in (1, 2, 4)]
+[1.5, 2.5, 3.0]
+
+Source: S3T, Chowdhury et al., ICLR 2025 (arXiv 2406.16257), section 3: the deletion rate, after the
+coupon collector.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sisa.planning.orders import Order, depth_after
+
+MAX_ORDERS = 12  # that `expected_depth` takes: it looks at all sets of them
+
+
+def deletions_until_base(num_shards: int, num_slices: int, num_orders: int) -> float:
+    """Expected deletions until every shard serves the base alone, with nothing trained again.
+
+    `num_orders` is at most `num_slices`.
+    """
+    collected = num_shards * num_orders
+    return num_shards * num_slices * math.fsum(1 / each for each in range(1, collected + 1))
+
+
+def expected_depth(
+    orders: Sequence[Order],
+    num_deletions: float,
+    num_shards: int = 1,
+    risks: Sequence[float] | None = None,
+) -> float:
+    """Mean slices that a shard serves after `num_deletions` in all shards together, order 0 first among
+    the orders. A closed form: the chance that d slices are served is that of any order's first d not
+    being hit, by inclusion and exclusion. Raises ValueError for more than MAX_ORDERS orders."""
+    if len(orders) > MAX_ORDERS:
+        raise ValueError(f"at most {MAX_ORDERS} orders")
+    chances = _chances(len(orders[0]), risks)
+    depth = 0.0
+    for served in range(1, len(orders[0]) + 1):
+        prefixes = {frozenset(order[:served]) for order in _with_stage(orders, served)}
+        for size in range(1, len(prefixes) + 1):
+            for chosen in combinations(prefixes, size):
+                hit = sum(chances[each] for each in frozenset().union(*chosen)) / num_shards
+                depth += (-1) ** (size - 1) * max(0.0, 1 - hit) ** num_deletions
+    return float(depth)
+
+
+def _with_stage(orders: Sequence[Order], served: int) -> Sequence[Order]:
+    """Those that have a stage of so many slices: all but order 0 end one short."""
+    return orders if served < len(orders[0]) else orders[:1]
+
+
+def _chances(num_slices: int, risks: Sequence[float] | None) -> NDArray[np.float64]:
+    weights = np.ones(num_slices) if risks is None else np.array(risks, dtype=np.float64)
+    chances: NDArray[np.float64] = weights / weights.sum()
+    return chances
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """A mean over random runs, with the standard error of it."""
+
+    mean: float
+    error: float
+
+
+def _drawn(found: Sequence[float]) -> Drawn:
+    return Drawn(float(np.mean(found)), float(np.std(found) / math.sqrt(len(found))))
+
+
+def simulate_until_base(
+    num_shards: int,
+    orders: Sequence[Order],
+    *,
+    runs: int = 1_000,
+    seed: int = 0,
+    risks: Sequence[float] | None = None,
+) -> Drawn:
+    """Deletions until every shard serves the base alone. Every slice that an order begins with needs a
+    risk above 0."""
+    draw = np.random.default_rng(seed)
+    num_slices = len(orders[0])
+    chances = np.tile(_chances(num_slices, risks), num_shards) / num_shards
+    firsts = sorted({order[0] for order in _with_stage(orders, 1)})
+    needed = np.zeros(num_shards * num_slices, dtype=bool)
+    needed[[shard * num_slices + first for shard in range(num_shards) for first in firsts]] = True
+    chunk = math.ceil(num_shards * num_slices * (1 + math.log(1 + needed.sum())))
+    return _drawn([_until_all(draw, chances, needed, chunk) for _ in range(runs)])
+
+
+def _until_all(
+    draw: np.random.Generator, chances: NDArray[np.float64], needed: NDArray[np.bool_], chunk: int
+) -> float:
+    left, before = needed.copy(), 0
+    while True:
+        hits = draw.choice(len(chances), size=chunk, p=chances)
+        cells, first = np.unique(hits, return_index=True)
+        wanted = left[cells]
+        left[cells] = False
+        if not left.any():
+            return before + float(first[wanted].max()) + 1
+        before += chunk
+
+
+def simulate_depth(
+    orders: Sequence[Order],
+    num_deletions: int,
+    num_shards: int = 1,
+    *,
+    runs: int = 1_000,
+    seed: int = 0,
+    risks: Sequence[float] | None = None,
+) -> Drawn:
+    """Mean slices that a shard serves after so many deletions in all shards together."""
+    draw = np.random.default_rng(seed)
+    num_slices = len(orders[0])
+    chances = np.tile(_chances(num_slices, risks), num_shards) / num_shards
+    found = []
+    for _ in range(runs):
+        hit = draw.choice(len(chances), size=num_deletions, p=chances)
+        shards = [hit[hit // num_slices == shard] % num_slices for shard in range(num_shards)]
+        found.append(sum(depth_after(orders, map(int, each)) for each in shards) / num_shards)
+    return _drawn(found)

@@ -1,0 +1,248 @@
+"""A stream of deletions replayed by counts: what it retrains, and what the closed forms say it does.
+
+    sizes       records of each slice of each shard, drawn as the hash (and bands) spread them
+    deletions   distinct records, one by one or in batches; a batch costs the union of suffixes once
+    groups      a share of the records, and how likely one of them is to go, against those of others
+    cost        record-epochs, counted as `plan.py` and `cost.py` count them, a stage at a time
+
+Rules: pure, a seed decides. Shards do not see each other, so that what matters is the order within a
+shard, and the k-th run of every shard is counted at once: 1,000,000 deletions over 10,000 shards are a
+hundred steps, not a million.
+
+Closed forms (SISA, Bourtoule et al. 2021, section V, with N records, S shards, R slices):
+
+    points_one_by_one   (N/S + 1/(2S) - 1) K - K^2 / (2S)       of K requests, sharding alone
+    points_at_once      N (1 - (1 - 1/S)^K) - K                 of K requests together
+    slicing_share       2/3 + 1/(3R) of a shard's cost (cumulative), (R + 1) / (2R) (sequential)
+
+The forms take shards to be equal. Hashed ones are not, and a record is likelier to lie in a large one: a
+request costs (1 - 1/S) points more on the mean.
+
+Order 0 is counted, and every stage is taken to be held.
+
+Not covered: other orders, a budget for checkpoints (`advice.py` prices both); time and workers
+(`simulate.py`); which layout to choose (`advice.py`).
+
+>>> round(points_one_by_one(num_records=1000, num_shards=10, num_deletions=2), 2)
+197.9
+>>> even = Stream(Layout(10, 3), "cumulative")
+>>> round(even.one_share, 3), round(even.batch_share(1e9), 3)
+(0.778, 1.0)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sisa.planning.assign import Layout
+from sisa.planning.plan import Schedule, passes
+
+MAX_EXACT = 10**9  # records from which deletions can be drawn in one piece
+Counts = NDArray[np.int64]
+Shares = NDArray[np.float64]
+
+
+def points_one_by_one(num_records: int, num_shards: int, num_deletions: float) -> float:
+    """Expected points (records, each once) that K sequential requests retrain, without slices."""
+    n, s, k = num_records, num_shards, num_deletions
+    return (n / s + 1 / (2 * s) - 1) * k - k * k / (2 * s)
+
+
+def points_at_once(num_records: int, num_shards: int, num_deletions: float) -> float:
+    """Expected points that K requests carried out together retrain, without slices."""
+    spared = (1 - 1 / num_shards) ** num_deletions
+    return float(num_records * (1 - spared) - num_deletions)
+
+
+def slicing_share(num_slices: int, schedule: Schedule) -> float:
+    """Expected cost of one deletion, as a share of training its whole shard of equal slices.
+
+    >>> slicing_share(3, "cumulative"), slicing_share(3, "sequential")
+    (0.7777777777777777, 0.6666666666666666)
+    """
+    r = num_slices
+    return 2 / 3 + 1 / (3 * r) if schedule == "cumulative" else (r + 1) / (2 * r)
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A share of the records, and the risk that each of them carries."""
+
+    share: float
+    risk: float
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A layout, how it is trained, and who is in it; without groups all are as likely to go."""
+
+    layout: Layout
+    schedule: Schedule = "cumulative"
+    num_epochs: int = 3
+    groups: tuple[Group, ...] = (Group(1.0, 1.0),)
+
+    @cached_property
+    def _spread(self) -> Shares:
+        """[groups, slices]: the share of all records that is of a group and in a slice."""
+        spread = np.zeros((len(self.groups), self.layout.num_slices))
+        for number, group in enumerate(self.groups):
+            allowed = self.layout.slices(group.risk)
+            spread[number, list(allowed)] = group.share / len(allowed)
+        found: Shares = spread / spread.sum()
+        return found
+
+    @cached_property
+    def held(self) -> Shares:
+        """Of each slice, the share of the records that it holds."""
+        found: Shares = self._spread.sum(axis=0)
+        return found
+
+    @cached_property
+    def asked(self) -> Shares:
+        """Of each slice, the share of the deletions that hit it."""
+        likely = self._spread * np.array([[group.risk] for group in self.groups])
+        found: Shares = likely.sum(axis=0) / likely.sum()
+        return found
+
+    @cached_property
+    def _stages(self) -> Shares:
+        """Of each stage, its cost in passes over all records of a shard."""
+        return self.path(range(self.layout.num_slices))[0]
+
+    def path(self, order: Sequence[int]) -> tuple[Shares, Shares]:
+        """Of the stages of an order: costs in passes over all records of a shard, and the shares of the
+        deletions that hit their slices."""
+        over, under = passes(self.schedule, self.num_epochs, self.layout.num_slices)
+        held, asked = self.held[list(order)], self.asked[list(order)]
+        seen = np.cumsum(held) if self.schedule == "cumulative" else held
+        return np.where(held > 0, seen, 0) * over / under, asked
+
+    @property
+    def epochs(self) -> float:
+        """Passes over all records that a training makes in all; `num_epochs` where slices are equal."""
+        return float(self._stages.sum())
+
+    @cached_property
+    def suffixes(self) -> Shares:
+        """Of each slice, the cost of training from it on, as a share of the shard's whole training."""
+        found: Shares = np.cumsum(self._stages[::-1])[::-1] / self.epochs
+        return found
+
+    @property
+    def one_share(self) -> float:
+        """Expected cost of one deletion, as a share of training its whole shard."""
+        return float(self.suffixes @ self.asked)
+
+    def batch_share(self, num_deletions: float) -> float:
+        """Expected cost of deletions from one shard together, as a share of training it: that of the
+        suffix from the earliest slice hit. `num_deletions` is the mean of Poisson arrivals."""
+        before = np.concatenate([[0.0], np.cumsum(self.asked)])
+        missed = np.exp(-num_deletions * before)
+        return float(self.suffixes @ (missed[:-1] - missed[1:]))
+
+    def expected(self, num_records: int, num_deletions: int, batch: int = 1) -> float:
+        """Record-epochs of a stream by closed forms; batches of several are taken to spread over shards
+        as Poisson arrivals do."""
+        shards = self.layout.num_shards
+        if min(batch, num_deletions) <= 1:
+            points = points_one_by_one(num_records, shards, num_deletions)
+            return points * self.epochs * self.one_share
+        batch = min(batch, num_deletions)
+        left = num_records - num_deletions / 2 - batch / 2  # on the mean, after a batch
+        return num_deletions / batch * left * self.epochs * self.batch_share(batch / shards)
+
+
+@dataclass(frozen=True, slots=True)
+class Replayed:
+    """What a stream came to, beside what the closed forms expect of it."""
+
+    num_records: int
+    num_deletions: int
+    num_runs: int  # of single shards
+    record_epochs: int
+    full_record_epochs: int
+    expected_record_epochs: float
+
+
+def replay(
+    stream: Stream, num_records: int, num_deletions: int, *, batch: int = 1, seed: int = 0
+) -> Replayed:
+    """Draw a model's slices and delete from them; `batch` deletions are carried out together.
+
+    Raises ValueError for more deletions than the groups that are asked for can bear.
+    """
+    draw = np.random.default_rng(seed)
+    layout = stream.layout
+    cells = layout.num_shards * layout.num_slices
+    flat = draw.multinomial(num_records, np.tile(stream.held, layout.num_shards) / layout.num_shards)
+    gone = _drawn(draw, flat.astype(np.int64), stream, num_deletions)
+    sizes = flat.astype(np.int64).reshape(layout.num_shards, layout.num_slices)
+    full = int(_stage_costs(sizes, stream).sum())
+    runs = _runs(draw.permutation(np.repeat(np.arange(cells), gone)), batch, layout.num_slices)
+    cost = sum(_run(sizes, stream, *each) for each in _steps(runs))
+    num_runs = len(np.unique(runs[:, :2], axis=0))
+    expected = stream.expected(num_records, num_deletions, batch)
+    return Replayed(num_records, num_deletions, num_runs, cost, full, expected)
+
+
+def _drawn(draw: np.random.Generator, flat: Counts, stream: Stream, num_deletions: int) -> Counts:
+    """Of each cell, how many of its records are deleted; never more than it holds."""
+    if len(stream.groups) == 1 and int(flat.sum()) < MAX_EXACT:
+        even: Counts = draw.multivariate_hypergeometric(flat, num_deletions, method="marginals")
+        return even
+    gone = np.zeros_like(flat)
+    likely = np.divide(stream.asked, stream.held, out=np.zeros_like(stream.held), where=stream.held > 0)
+    weights = np.tile(likely, stream.layout.num_shards)
+    while (missing := num_deletions - int(gone.sum())) > 0:
+        chances = weights * (flat - gone)
+        if not chances.any():
+            raise ValueError("more deletions than records that are ever asked for")
+        gone = np.minimum(flat, gone + draw.multinomial(missing, chances / chances.sum()))
+    return gone
+
+
+def _stage_costs(sizes: Counts, stream: Stream) -> Counts:
+    """Record-epochs of each stage, [shards, slices]; an empty slice is no stage."""
+    over, under = passes(stream.schedule, stream.num_epochs, stream.layout.num_slices)
+    seen = np.cumsum(sizes, axis=1) if stream.schedule == "cumulative" else sizes
+    costs: Counts = np.where(sizes > 0, -(-over * seen // under), 0)
+    return costs
+
+
+def _runs(where: Counts, batch: int, num_slices: int) -> Counts:
+    """[deletions, (shard, batch, slice)], shard by shard, batch by batch, the earliest slice first."""
+    rows = np.stack([where // num_slices, np.arange(len(where)) // batch, where % num_slices], axis=1)
+    ordered: Counts = rows[np.lexsort((rows[:, 2], rows[:, 1], rows[:, 0]))]
+    return ordered
+
+
+def _steps(runs: Counts) -> Sequence[tuple[Counts, Counts, Counts]]:
+    """For k = 0, 1, ...: the shards that have a k-th run, its first slices, and (shard, slice) of its
+    deletions."""
+    if not len(runs):
+        return ()
+    new_shard = np.diff(runs[:, 0], prepend=-1) != 0
+    new_run = new_shard | (np.diff(runs[:, 1], prepend=-1) != 0)
+    number = np.cumsum(new_run)
+    step = number - np.maximum.accumulate(np.where(new_shard, number, 0))
+    order = np.argsort(step, kind="stable")
+    bounds = np.searchsorted(step[order], np.arange(step.max() + 2))
+    found = []
+    for start, end in pairwise(bounds):
+        here = order[start:end]
+        first = here[new_run[here]]
+        found.append((runs[first, 0], runs[first, 2], runs[here][:, [0, 2]]))
+    return found
+
+
+def _run(sizes: Counts, stream: Stream, shards: Counts, first: Counts, gone: Counts) -> int:
+    """Carry out one run of each of some shards: take the records out, and price the suffixes."""
+    np.subtract.at(sizes, (gone[:, 0], gone[:, 1]), 1)
+    costs = _stage_costs(sizes[shards], stream)
+    return int(costs[np.arange(stream.layout.num_slices) >= first[:, None]].sum())

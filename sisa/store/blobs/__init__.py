@@ -1,0 +1,1 @@
+"""Named bytes: files, keys, directories and object stores."""

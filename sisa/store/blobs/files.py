@@ -1,0 +1,337 @@
+"""Files that are whole or absent: atomic writes, checked reads, one writer.
+
+Rules: bytes go to a temporary name in the same directory, are flushed to the disk, and take their
+name by one rename; readers never see half a file. Names are made from digests and numbers, never
+from a record id. `erase` overwrites nothing: on copy-on-write disks, snapshots and object stores an
+unlinked file may live on, which no program above them can mend.
+
+Not covered: encryption at rest (`keyring.py`): what is read here is unsealed by the caller's function.
+
+>>> import tempfile
+>>> with tempfile.TemporaryDirectory() as folder:
+...     write_atomic(Path(folder) / "a.bin", b"abc")
+...     (Path(folder) / "a.bin").read_bytes()
+b'abc'
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+import stat
+import tempfile
+import time
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+from sisa.core.digest import sha256_hex
+from sisa.core.errors import Busy, EnvironmentFault, IntegrityError, all_tried
+
+TEMPORARY_PREFIX = ".tmp-"
+NETWORK_FILE_SYSTEMS = frozenset(
+    {
+        *(
+            "nfs",
+            "nfs4",
+            "cifs",
+            "smb3",
+            "smbfs",
+            "afs",
+            "ceph",
+            "glusterfs",
+            "lustre",
+            "gpfs",
+            "beegfs",
+        ),
+        *("fuse.sshfs", "fuse.glusterfs", "fuse.ceph", "fuse.s3fs", "fuse.rclone", "fuse.gcsfuse"),
+    }
+)
+LOCK_PATIENCE_S = 10.0
+FILE_MODE, DIRECTORY_MODE = 0o600, 0o700  # whatever the umask: text, and weights that may recite it
+_NEXT_STEPS = {
+    errno.ENOSPC: "free disk space, then run the same command again",
+    errno.EDQUOT: "raise the disk quota, then run the same command again",
+    errno.EROFS: "make the file system writable, then run the same command again",
+    errno.EACCES: "give this user access, then run the same command again",
+}
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn an operating-system error into an EnvironmentFault that names the path."""
+    try:
+        yield
+    except OSError as error:
+        raise EnvironmentFault(
+            f"the disk refused: {error.strerror or error}",
+            where=str(path),
+            next_step=_NEXT_STEPS.get(error.errno or 0, "mend the disk, then run the command again"),
+        ) from error
+
+
+def network_file_system(path: Path) -> str:
+    """The kind of the network file system that a path lies on, or nothing: SQLite's write-ahead log is
+    not safe there."""
+    import psutil
+
+    real = path.resolve()
+    mounts = {Path(each.mountpoint): each.fstype for each in psutil.disk_partitions(all=True)}
+    above = next((each for each in (real, *real.parents) if each in mounts), None)
+    kind = "" if above is None else mounts[above]
+    return kind if kind in NETWORK_FILE_SYSTEMS else ""
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames inside a directory durable."""
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory, and those above it, for their owner alone; one that is there stays as it is."""
+    with disk_errors(path):
+        missing = [each for each in (path, *path.parents) if not each.exists()]
+        for each in reversed(missing):
+            with contextlib.suppress(FileExistsError):  # another process was faster
+                each.mkdir(DIRECTORY_MODE)
+                each.chmod(DIRECTORY_MODE)
+            sync_directory(each.parent)
+        if not path.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+
+
+def write_atomic(
+    path: Path,
+    data: bytes,
+    mode: int = FILE_MODE,
+    temporary_in: Path | None = None,
+    *,
+    make_parents: bool = True,
+) -> None:
+    """Write a whole file or nothing; `temporary_in` is where what a killed process leaves may lie."""
+    _write(path, data, mode, temporary_in, _replace, make_parents)
+
+
+def write_new(
+    path: Path,
+    data: bytes,
+    mode: int = FILE_MODE,
+    temporary_in: Path | None = None,
+    *,
+    make_parents: bool = True,
+) -> bool:
+    """Write a whole file unless there is one of that name; whether there was none."""
+    return _write(path, data, mode, temporary_in, _link, make_parents)
+
+
+def _link(temporary: str, path: Path) -> bool:
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    finally:
+        os.unlink(temporary)
+    return True
+
+
+def _replace(temporary: str, path: Path) -> bool:
+    os.replace(temporary, path)
+    return True
+
+
+def _write(
+    path: Path,
+    data: bytes,
+    mode: int,
+    temporary_in: Path | None,
+    name_it: Callable[[str, Path], bool],
+    make_parents: bool,
+) -> bool:
+    if make_parents:
+        make_directory(path.parent)
+    with disk_errors(path):
+        handle, name = tempfile.mkstemp(prefix=TEMPORARY_PREFIX, dir=temporary_in or path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fchmod(file.fileno(), mode)
+                os.fsync(file.fileno())
+            named = name_it(name, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(name)
+            raise
+        sync_directory(path.parent)
+    return named
+
+
+def write_directory(path: Path, files: dict[str, bytes], *, make_parents: bool = True) -> None:
+    """Write a directory of flat files, whole or not at all; an existing one is kept."""
+    if make_parents:
+        make_directory(path.parent)
+    with disk_errors(path):
+        temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=path.parent))
+        try:
+            for name, data in files.items():
+                with (temporary / name).open("wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fchmod(file.fileno(), FILE_MODE)
+                    os.fsync(file.fileno())
+            temporary.chmod(DIRECTORY_MODE)
+            sync_directory(temporary)
+            try:
+                os.rename(temporary, path)
+            except OSError as error:
+                # Another worker stored the same content first: its bytes are as good.
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        sync_directory(path.parent)
+
+
+def read_checked(path: Path, sha256: str, what: str, unseal: Callable[[bytes], bytes]) -> bytes:
+    """A file's plaintext, after checking it against the recorded digest."""
+    return checked(unseal(read_whole(path, what)), sha256, what, str(path))
+
+
+def checked(data: bytes, sha256: str, what: str, where: str) -> bytes:
+    """Plaintext that has the recorded digest. Raises IntegrityError for any other."""
+    found = sha256_hex(data)
+    if found != sha256:
+        raise tampered(where, what, sha256, found)
+    return data
+
+
+def read_whole(path: Path, what: str, num_bytes: int = -1) -> bytes:
+    """A file's bytes, or its first ones, as they lie there. Raises IntegrityError when it is missing."""
+    try:
+        with path.open("rb") as file:
+            return file.read(num_bytes)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise IntegrityError(
+            f"a {what} is missing",
+            where=str(path),
+            got="no file",
+            next_step="restore the model directory from a backup, or train it anew",
+        ) from error
+    except OSError as error:
+        raise EnvironmentFault(f"the disk refused: {error.strerror}", where=str(path)) from error
+
+
+def tampered(where: str, what: str, expected: str, got: str) -> IntegrityError:
+    """The error for bytes that are not the recorded ones."""
+    return IntegrityError(
+        f"a {what} is not the one that was recorded",
+        where=where,
+        expected=f"sha256 {expected}",
+        got=f"sha256 {got}",
+        next_step="run `sisa verify`; restore the file from a backup, or train the model anew",
+    )
+
+
+def held_names(folder: Path) -> frozenset[str]:
+    """All names in a folder, left-over temporaries among them."""
+    with disk_errors(folder), contextlib.suppress(FileNotFoundError):
+        return frozenset(os.listdir(folder))
+    return frozenset()
+
+
+def num_bytes(path: Path) -> int:
+    """Bytes of a file, or of all files below a directory; links count as links. 0 when it is absent."""
+    try:
+        if path.is_dir() and not path.is_symlink():
+            return sum(num_bytes(each) for each in path.iterdir())
+        return path.lstat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def erase(path: Path) -> None:
+    """Remove a file or a directory, or of it what can be removed; absence is no error, nor is a process
+    that writes into it now. Raises EnvironmentFault for the first thing that stays."""
+    refused: list[OSError] = []
+
+    def refuse(_function: Any, _path: str, found: Any) -> None:
+        if not isinstance(found[1], FileNotFoundError):
+            refused.append(found[1])
+
+    with disk_errors(path):
+        while path.is_dir() and not path.is_symlink():
+            refused.clear()
+            shutil.rmtree(path, onerror=refuse)
+            for each in refused:
+                if each.errno != errno.ENOTEMPTY:  # else another process has written since: once more
+                    raise each
+        path.unlink(missing_ok=True)
+
+
+def overwrite(path: Path) -> None:
+    """Write zeros over the bytes of a regular file."""
+    found = path.lstat()
+    if stat.S_ISREG(found.st_mode):
+        with path.open("r+b") as file:
+            file.write(bytes(found.st_size))
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def erase_all(folder: Path, names: Collection[str]) -> None:
+    """Remove entries of a directory for good: when this returns, no crash of the machine brings one
+    back. What can be removed is, before the first error is raised."""
+    with all_tried() as tried:
+        for name in names:
+            with tried():
+                erase(folder / name)
+        for parent in sorted({(folder / name).parent for name in names}):
+            with tried(), disk_errors(parent):
+                if parent.is_dir():
+                    sync_directory(parent)
+
+
+@contextlib.contextmanager
+def writer_lock(path: Path) -> Iterator[None]:
+    """Hold the model's one writer lock, a file that its owner alone can open. Raises Busy when another
+    process has it."""
+    with disk_errors(path):
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
+    try:
+        _for_owner_alone(handle)
+        take_lock(handle, path.parent, "is writing to this model", patience_s=0)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _for_owner_alone(handle: int) -> None:
+    """Whoever can open a lock can hold it."""
+    if os.fstat(handle).st_mode & 0o077:
+        with contextlib.suppress(PermissionError):  # somebody else's: `sisa doctor` tells
+            os.fchmod(handle, FILE_MODE)
+
+
+def take_lock(handle: int, where: Path, doing: str, patience_s: float | None = None) -> None:
+    """Lock an open file or directory. Raises Busy when another process still holds the lock after
+    `patience_s` seconds (LOCK_PATIENCE_S)."""
+    deadline = time.monotonic() + (LOCK_PATIENCE_S if patience_s is None else patience_s)
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError as error:
+            if time.monotonic() >= deadline:
+                raise Busy(
+                    f"another process {doing}",
+                    where=str(where),
+                    next_step="wait until it has finished, then run the same command again",
+                ) from error
+        time.sleep(0.05)

@@ -1,0 +1,363 @@
+"""A place in an object store (S3 and what speaks like it): blobs are objects under a prefix.
+
+    PREFIX/NAME            a blob                    PREFIX/GROUP/PART     what is in a group
+
+Rules: there is no rename, so a group counts from when its `manifest.json` exists, which is put last, if
+it does not exist yet (`If-None-Match`), and erased first; parts without one are what a cut-short writing
+left. One put is one request, whole or not at all, so that no upload is ever left unfinished. Bytes are
+read through `pyarrow.fs`; what it lacks (conditions, versions) goes through `boto3`. Erasing removes
+every version and delete marker of a name; where that is not allowed it hides the name by a plain delete,
+and `purge` tells what is kept. An area that is lent consists of empty objects; a worker replaces one on
+the condition that it is still there (`If-Match`), and what it put is copied to its name. The endpoint
+comes from AWS_ENDPOINT_URL, credentials from every machine's own AWS chain: a place that travels holds
+neither keys nor tokens.
+
+Not covered: copies that replication or backups made; a lock that forbids deleting (told as kept).
+
+>>> place = ObjectPlace("bucket", "models/a").below("records")
+>>> place.location("x.parquet")
+'s3://bucket/models/a/records/x.parquet'
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import uuid
+from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from sisa.core.errors import EnvironmentFault, IntegrityError
+from sisa.core.place_ports import Kept
+from sisa.store.blobs import object_client
+from sisa.store.blobs.files import TEMPORARY_PREFIX
+from sisa.store.blobs.object_client import code_of, store_errors
+
+LAST = "manifest.json"  # of a group: it is whole when this part exists
+BATCH = 1000  # objects that one request may delete
+ERASE_TRIES = 10
+LENDERS = 16  # puts at once: a model may have thousands of stages
+FEW_NAMES = 8  # that are listed one by one; of more, all there is
+CONFLICT_TRIES, CONFLICT_PAUSE_S = 5, 0.2
+GONE = ("NoSuchKey", "NoSuchVersion", "404")
+DENIED = ("AccessDenied", "AllAccessDisabled", "403")
+UNKNOWN = ("NotImplemented", "MethodNotAllowed", "501", "405")  # of a server that has no versions
+
+
+class Version(NamedTuple):
+    """A version of an object, or a delete marker; `latest`: it is what a reader gets."""
+
+    key: str
+    id: str
+    marker: bool
+    latest: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectPlace:
+    """A Place under a prefix of a bucket."""
+
+    bucket: str
+    prefix: str
+    endpoint: str = ""
+    region: str = ""
+    lent: bool = False  # an area: what is put replaces an empty object that the lender made
+
+    @property
+    def _boto(self) -> Any:
+        return object_client.boto(self.endpoint, self.region)
+
+    def below(self, name: str) -> ObjectPlace:
+        return replace(self, prefix=self._key(name))
+
+    def location(self, name: str = "") -> str:
+        return f"s3://{self.bucket}/{self._key(name)}"
+
+    def _key(self, name: str) -> str:
+        return "/".join(each for each in (self.prefix, name) if each)
+
+    def refuse_unusable(self) -> None:
+        """As the Protocol; a conditional put is tried, since there are servers that ignore it."""
+        probe = f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
+        try:
+            if not self.put_new(probe, b"") or self.put_new(probe, b"") or self._ignores_match(probe):
+                raise EnvironmentFault(
+                    "the object store ignores conditional puts, so that two writers can't be told apart",
+                    where=self.location(),
+                    expected="412 for If-None-Match on an object that exists, for If-Match on another",
+                    next_step="use a store that heeds both: AWS S3, MinIO, Ceph from 2025 on",
+                )
+        finally:
+            self.erase([probe])
+
+    def _ignores_match(self, probe: str) -> bool:
+        from botocore.exceptions import ClientError
+
+        where = {"Bucket": self.bucket, "Key": self._key(probe)}
+        with store_errors(self.location(probe)):
+            try:
+                self._boto.put_object(**where, Body=b"", IfMatch='"of-another"')
+            except ClientError as error:
+                if code_of(error) not in ("PreconditionFailed", "412"):
+                    raise
+                return False
+        return True
+
+    def held(self) -> frozenset[str]:
+        blobs: set[str] = set()
+        groups: dict[str, set[str]] = {}
+        for name, _ in self._list(""):
+            group, slash, part = name.partition("/")
+            if slash:
+                groups.setdefault(group, set()).add(part)
+            else:
+                blobs.add(name)
+        whole = {group if LAST in parts else TEMPORARY_PREFIX + group for group, parts in groups.items()}
+        return frozenset(blobs | whole)
+
+    def parts(self, group: str) -> frozenset[str]:
+        return frozenset(name for name, _ in self.below(_group(group))._list(""))
+
+    def num_bytes(self, name: str) -> int:
+        name = _group(name)
+        return sum(size for each, size in self._list(name) if not name or _is_of(each, name))
+
+    def _list(self, start: str) -> Iterator[tuple[str, int]]:
+        """(name, bytes) of all objects below whose names begin so."""
+        base = self._key("") + "/"
+        with store_errors(self.location()):
+            pages = self._boto.get_paginator("list_objects_v2")
+            for page in pages.paginate(Bucket=self.bucket, Prefix=base + start):
+                for each in page.get("Contents", ()):
+                    if each["Size"] or not self.lent:
+                        yield each["Key"].removeprefix(base), each["Size"]
+
+    def get(self, name: str, what: str) -> bytes:
+        return self._read(name, what, None)
+
+    def head(self, name: str, num_bytes: int) -> bytes:
+        return self._read(name, "file of the model", num_bytes)
+
+    def _read(self, name: str, what: str, num_bytes: int | None) -> bytes:
+        where = self.location(name)
+        with store_errors(where):
+            try:
+                system = object_client.arrow(self.endpoint, self.region)
+                key = self._key(_group(name) if "/" in name else name)
+                with system.open_input_file(f"{self.bucket}/{key}") as file:
+                    return bytes(file.read(num_bytes))
+            except FileNotFoundError:
+                raise IntegrityError(
+                    f"a {what} is missing",
+                    where=where,
+                    got="no object",
+                    next_step="restore the object from a backup, or train the model anew",
+                ) from None
+
+    def put(self, name: str, data: bytes) -> None:
+        with store_errors(self.location(name)):
+            if self.lent:
+                self._fill(name, data)
+            else:
+                self._boto.put_object(Bucket=self.bucket, Key=self._key(name), Body=data)
+
+    def _fill(self, name: str, data: bytes) -> None:
+        """Replace what the lender made, if it is still there; the store compares and puts at once."""
+        where = {"Bucket": self.bucket, "Key": self._key(name)}
+        found = self._boto.head_object(**where)["ETag"]
+        self._boto.put_object(**where, Body=data, IfMatch=found)
+
+    def put_new(self, name: str, data: bytes) -> bool:
+        """As the Protocol. 412: it exists; 409: another put is under way, which is waited for."""
+        from botocore.exceptions import ClientError
+
+        where = {"Bucket": self.bucket, "Key": self._key(name)}
+        with store_errors(self.location(name)):
+            for left in reversed(range(CONFLICT_TRIES)):
+                try:
+                    self._boto.put_object(**where, Body=data, IfNoneMatch="*")
+                except ClientError as error:
+                    if code_of(error) in ("PreconditionFailed", "412"):
+                        return False
+                    if code_of(error) not in ("ConditionalRequestConflict", "409") or not left:
+                        raise
+                    time.sleep(CONFLICT_PAUSE_S * (CONFLICT_TRIES - left))
+                else:
+                    return True
+        return False
+
+    def put_group(self, name: str, parts: Mapping[str, bytes]) -> None:
+        """As the Protocol. Two writers of one group put the same parts, since its name tells of what
+        they are made; whose manifest comes second changes nothing."""
+        if LAST in self.parts(name):
+            return
+        for part, data in parts.items():
+            if part != LAST:
+                self.put(f"{name}/{part}", data)
+        if self.lent:
+            self.put(f"{name}/{LAST}", parts[LAST])
+        else:
+            self.put_new(f"{name}/{LAST}", parts[LAST])
+
+    def lend(self, area: str, names: Collection[str]) -> ObjectPlace:
+        lent, boto = self.below(area), self._boto
+
+        def put(name: str) -> None:
+            boto.put_object(Bucket=self.bucket, Key=lent._key(name), Body=b"")
+
+        with store_errors(lent.location()), ThreadPoolExecutor(LENDERS) as pool:
+            list(pool.map(put, sorted(names)))
+        return replace(lent, lent=True)
+
+    def accept(self, area: str, name: str) -> None:
+        lent = replace(self.below(area), lent=True)
+        found = lent.parts(name)
+        whole = sorted(found, key=lambda part: part == LAST) if LAST in found else []
+        moved = [f"{name}/{part}" for part in whole] or [name] * (lent.num_bytes(name) > 0)
+        with store_errors(self.location(name)):
+            for each in moved if LAST not in self.parts(name) else ():
+                source = {"Bucket": self.bucket, "Key": lent._key(each)}
+                self._boto.copy_object(Bucket=self.bucket, Key=self._key(each), CopySource=source)
+
+    def erase(self, names: Collection[str]) -> None:
+        halves = {_group(each) for each in names if each.startswith(TEMPORARY_PREFIX)}
+        doomed = {
+            *names,
+            *(each for each in halves if LAST not in self.parts(each)),
+        }
+        if len(doomed) > FEW_NAMES:
+            self._erase("", doomed)
+        else:
+            for name in sorted(doomed):
+                self._erase(name, {name})
+
+    def clear(self) -> None:
+        self._erase("", None)
+
+    def _erase(self, start: str, names: Collection[str] | None) -> None:
+        """Of what begins so, all that is named, or everything."""
+        base = self._key("") + "/"
+
+        def doomed(key: str) -> bool:
+            name = key.removeprefix(base)
+            return names is None or name in names or name.partition("/")[0] in names
+
+        with contextlib.suppress(_Refused):
+            for _ in range(ERASE_TRIES):  # a worker may put a version between listing and deleting
+                versions = [each for each in self._versions(start) if doomed(each.key)]
+                if not versions:
+                    return
+                if self._delete(versions):
+                    break
+        self._hide([key for key in self._keys(start) if doomed(key)])
+
+    def purge(self, *, dry_run: bool = False) -> tuple[Kept, ...]:
+        try:
+            old = [each for each in self._versions("") if not each.latest]
+        except _Refused as error:
+            why = f"whether it keeps old versions can't be told: {error}"
+            return () if self._never_had_versions() else (Kept(self.location(), why),)
+        refused = {} if dry_run else self._delete(old)
+        kept: dict[str, list[str]] = {}
+        for each in old:
+            if dry_run or each in refused:
+                name = each.key.removeprefix(self._key("") + "/").partition("/")[0]
+                kept.setdefault(name, []).append(refused.get(each, "not purged yet"))
+        return tuple(
+            Kept(self.location(name), f"{len(why)} old versions: {', '.join(sorted(set(why)))}")
+            for name, why in sorted(kept.items())
+        )
+
+    def _keys(self, start: str) -> list[str]:
+        return [self._key(name) for name, _ in self._list(start)]
+
+    def _versions(self, start: str) -> list[Version]:
+        """Every version and delete marker below, manifests first. Raises _Refused where they can't be
+        listed."""
+        from botocore.exceptions import ClientError
+
+        found: list[Version] = []
+        with store_errors(self.location()):
+            pages = self._boto.get_paginator("list_object_versions")
+            try:
+                for page in pages.paginate(Bucket=self.bucket, Prefix=f"{self._key('')}/{start}"):
+                    for each in page.get("Versions", ()):
+                        latest = bool(each["IsLatest"])
+                        found.append(Version(each["Key"], each["VersionId"], False, latest))
+                    for each in page.get("DeleteMarkers", ()):
+                        found.append(Version(each["Key"], each["VersionId"], True, False))
+            except ClientError as error:
+                if code_of(error) in (*DENIED, *UNKNOWN):
+                    raise _Refused(code_of(error)) from None
+                raise
+        return sorted(found, key=lambda each: (not _is_last(each.key), each.latest))
+
+    def _never_had_versions(self) -> bool:
+        from botocore.exceptions import ClientError
+
+        with store_errors(self.location()):
+            try:
+                return not self._boto.get_bucket_versioning(Bucket=self.bucket).get("Status")
+            except ClientError as error:
+                return code_of(error) in UNKNOWN
+
+    def _delete(self, versions: Collection[Version]) -> dict[Version, str]:
+        """Delete versions, older ones first; those that were refused, with the code of the refusal. A
+        marker stays where what it hides does."""
+        refused = self._delete_versions([each for each in versions if not each.marker])
+        stuck = {each.key for each in refused}
+        free = [each for each in versions if each.marker and each.key not in stuck]
+        return refused | self._delete_versions(free)
+
+    def _delete_versions(self, versions: Collection[Version]) -> dict[Version, str]:
+        doomed = [{"Key": each.key, "VersionId": each.id} for each in versions]
+        codes = {
+            (error["Key"], error.get("VersionId", "")): error["Code"]
+            for error in self._delete_objects(doomed)
+            if error["Code"] not in GONE
+        }
+        return {
+            each: codes.get((each.key, each.id)) or codes[each.key, ""]
+            for each in versions
+            if (each.key, each.id) in codes or (each.key, "") in codes
+        }
+
+    def _hide(self, keys: Collection[str]) -> None:
+        """A plain delete of what is still there. Raises EnvironmentFault when it stays."""
+        ordered = sorted(keys, key=lambda key: not _is_last(key))
+        errors = self._delete_objects([{"Key": key} for key in ordered])
+        if codes := sorted({each["Code"] for each in errors} - set(GONE)):
+            raise EnvironmentFault(
+                "the object store refused to delete objects",
+                where=self.location(),
+                got=f"{len(errors)} refused: {', '.join(codes)}",
+                next_step="allow s3:DeleteObject, or lift the lock, then run the same command again",
+            )
+
+    def _delete_objects(self, doomed: list[dict[str, str]]) -> list[dict[str, str]]:
+        errors: list[dict[str, str]] = []
+        with store_errors(self.location()):
+            for at in range(0, len(doomed), BATCH):
+                batch = {"Objects": doomed[at : at + BATCH], "Quiet": True}
+                errors += self._boto.delete_objects(Bucket=self.bucket, Delete=batch).get("Errors", [])
+        return errors
+
+
+class _Refused(Exception):
+    """The store does not let versions be listed."""
+
+
+def _is_of(name: str, whole: str) -> bool:
+    """Whether it is a blob, or of a group, of that name."""
+    return name == whole or name.startswith(f"{whole}/")
+
+
+def _is_last(key: str) -> bool:
+    return key.endswith(f"/{LAST}")
+
+
+def _group(name: str) -> str:
+    """The group that a name of `held` stands for."""
+    return name.removeprefix(TEMPORARY_PREFIX)

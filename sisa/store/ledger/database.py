@@ -1,0 +1,240 @@
+"""Open the ledger's SQLite file, read checked rows from snapshots of it, and write in transactions.
+
+WAL keeps readers out of a writer's way. `secure_delete` zeroes what is removed, but not the copies that
+balancing leaves in a page's unused part: after a deletion `scrub` writes the whole file anew. It empties
+the write-ahead log, too (SQLite reports a busy log in a result row and does not raise: the flag is
+checked). All values are bound parameters. Every question is answered out of one snapshot, from checked
+rows, and compared with the number of rows that there should be (`rows.py`); `snapshot` holds one for
+several questions. A file that can't be written is only read.
+
+The questions are in `ledger.py` and `patch_ledger.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from operator import itemgetter
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import quote
+
+import sqlalchemy as sa
+from sqlalchemy.exc import DatabaseError
+
+from sisa.core.errors import Busy, EnvironmentFault, IntegrityError, SisaError
+from sisa.store.blobs.files import disk_errors
+from sisa.store.ledger import rows
+from sisa.store.ledger.schema import SCHEMA_VERSION, schema
+
+SCRUB_PATIENCE_S = 10.0
+PATIENCE_S = 10.0  # for whoever holds the file's own locks, which nobody does for long
+_BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
+_SURROUNDINGS = {
+    *(sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN),
+    *(sqlite3.SQLITE_PERM, sqlite3.SQLITE_AUTH, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_INTERRUPT),
+}
+
+T = TypeVar("T")
+
+
+class Database:
+    """One SQLite file. `create=False` refuses a file that is not there."""
+
+    def __init__(self, path: Path, *, create: bool = False) -> None:
+        self._path = path
+        if create:
+            # SQLite gives this mode to the write-ahead log and the shared memory beside it, too.
+            with disk_errors(path):
+                os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+        elif not path.exists():
+            raise IntegrityError("the ledger is missing", where=str(path))
+        elif path.is_file() and path.stat().st_size == 0:
+            raise self._corrupt("an empty file")  # SQLite would write a header into it
+        if is_read_only(path):
+            reading = {"creator": lambda: open_readonly(path), "poolclass": sa.QueuePool}
+            self._engine = sa.create_engine("sqlite://", **reading)
+        else:
+            url = sa.URL.create("sqlite", database=str(path))
+            self._engine = sa.create_engine(url, connect_args={"timeout": PATIENCE_S})
+            sa.event.listen(self._engine, "connect", _set_pragmas)
+        self._snapshot: sa.Connection | None = None
+        try:
+            self._open(create)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, create: bool) -> None:
+        with self._guard(), self._engine.begin() as connection:
+            version = int(connection.exec_driver_sql("PRAGMA user_version").scalar_one())
+            if create and version == 0:
+                schema.create_all(connection)
+                rows.begin_counts(connection)
+                connection.exec_driver_sql(f"PRAGMA user_version = {SCHEMA_VERSION}")
+                version = SCHEMA_VERSION
+        if version != SCHEMA_VERSION:
+            raise IntegrityError(
+                "the ledger is empty or was written by another version",
+                where=str(self._path),
+                expected=f"schema {SCHEMA_VERSION}",
+                got=f"schema {version}",
+                next_step="restore it from a backup, or use the version that wrote it",
+            )
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+    @contextlib.contextmanager
+    def _guard(self) -> Iterator[None]:
+        try:
+            yield
+        except (DatabaseError, sqlite3.DatabaseError) as error:
+            raise self._refused(getattr(error, "orig", error)) from error  # of the bare cursor, too
+        except UnicodeDecodeError as error:
+            raise self._corrupt("text that is not UTF-8") from error
+        except rows.Damaged as error:
+            raise self._corrupt(str(error)) from error
+
+    def _refused(self, error: Any) -> SisaError:
+        """What SQLite's error means; one that is not known to be of the surroundings is damage."""
+        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
+        if code not in _BUSY | _SURROUNDINGS:
+            return self._corrupt(str(error))
+        kind = Busy if code in _BUSY else EnvironmentFault
+        return kind(
+            f"the ledger can't be used: {error}",
+            where=str(self._path),
+            next_step="mend the disk or wait for the other process, then run the command again",
+        )
+
+    def _corrupt(self, cause: str) -> IntegrityError:
+        return IntegrityError(
+            "the ledger is damaged",
+            where=str(self._path),
+            got=cause,
+            next_step="restore the model directory from a backup",
+        )
+
+    @contextlib.contextmanager
+    def _parsing(self, what: str) -> Iterator[None]:
+        """Around JSON that a row holds."""
+        try:
+            yield
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise self._corrupt(f"{what} that can't be read") from error
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[sa.Connection]:
+        with self._guard():
+            if self._snapshot is not None:
+                yield self._snapshot
+                return
+            with self._engine.connect() as connection:
+                connection.exec_driver_sql("BEGIN")  # all that is compared is of one snapshot
+                yield connection
+
+    @contextlib.contextmanager
+    def snapshot(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            with self._guard():
+                connection = stack.enter_context(self._engine.connect())
+                connection.exec_driver_sql("BEGIN")
+            self._snapshot = connection
+            stack.callback(setattr, self, "_snapshot", None)
+            yield
+
+    def _some(self, kind: type[T], table: sa.Table, *where: Any, order: Sequence[Any] = ()) -> list[T]:
+        with self._reading() as connection:
+            return made(kind, table, rows.read(connection, table, *where, order=order))
+
+    def _whole(self, kind: type[T], table: sa.Table, shard: int | None, *order: Any) -> list[T]:
+        """All rows of a table, or a shard's."""
+        where = [] if shard is None else [table.c.shard == shard]
+        with self._reading() as connection:
+            found = rows.read(connection, table, *where, order=order)
+            if shard is None:
+                expected = rows.expected_rows(connection, table)
+            else:
+                expected = rows.expected_places(connection, table, shard)
+            rows.refuse_loss(table, expected, len(found))
+        return made(kind, table, found)
+
+    def scrub(self, *, rewrite: bool = False) -> None:
+        if rewrite:
+            self._empty_log()  # a full disk may keep the ledger from being rewritten, not from this
+            with self._guard(), self._engine.connect() as connection:
+                alone = connection.execution_options(isolation_level="AUTOCOMMIT")
+                alone.exec_driver_sql("VACUUM")
+        self._empty_log()
+
+    def _empty_log(self) -> None:
+        deadline = time.monotonic() + SCRUB_PATIENCE_S
+        while True:
+            with self._guard(), self._engine.connect() as connection:
+                busy = connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").one()[0]
+            if not busy:
+                return
+            if time.monotonic() > deadline:
+                raise Busy(
+                    "a reader keeps the ledger's write-ahead log open",
+                    where=str(self._path),
+                    next_step="end the process that reads this model, then run the command again",
+                )
+            time.sleep(0.1)
+
+
+def is_read_only(path: Path) -> bool:
+    """Whether a file, or what SQLite puts beside it, can't be written by this process."""
+    return not (os.access(path, os.W_OK) and os.access(path.parent, os.W_OK))
+
+
+def open_readonly(path: Path) -> sqlite3.Connection:
+    """Open a SQLite file for reading alone. Raises sqlite3.Error; what reads from it UnicodeDecodeError,
+    too, where SQLite tells of a damaged schema in the schema's own words.
+
+    SQLite reads a file with a write-ahead log through files beside it. Where these can't be written, a
+    file without a log is opened as immutable; with one, the log is read through the index beside it.
+    """
+    log = path.with_name(f"{path.name}-wal")
+    in_log = log.is_file() and log.stat().st_size > 0
+    form = "immutable=1" if is_read_only(path) and not in_log else "mode=ro"
+    uri = f"file:{quote(str(path.absolute()))}?{form}"
+    return sqlite3.connect(uri, uri=True, timeout=PATIENCE_S, check_same_thread=False)
+
+
+def made(kind: type[T], table: sa.Table, found: Sequence[tuple[Any, ...]]) -> list[T]:
+    columns = table.columns.keys()
+    pick = itemgetter(*(columns.index(each.name) for each in fields(kind)))  # type: ignore[arg-type]
+    return [kind(*pick(row)) for row in found]
+
+
+def having(
+    connection: sa.Connection,
+    kind: type[T],
+    column: sa.Column[Any],
+    values: Sequence[Any],
+    *,
+    sure: bool = False,
+) -> list[T]:
+    """Rows with one of these values in a column, by its index; `sure`: also looked for without it."""
+    table: Any = column.table
+    found = []
+    for chunk in rows.chunks(values):
+        found += made(kind, table, rows.read(connection, table, column.in_(chunk)))
+    allowed = set(values)
+    if any(getattr(each, column.name) not in allowed for each in found):
+        raise rows.Damaged(f"an index of {table.name} that names another row")
+    if sure:
+        rows.refuse_hidden(connection, column, values, len(found))
+    return found
+
+
+def _set_pragmas(connection: Any, _record: Any) -> None:
+    # Pragmas belong to a connection, not to the file: they are set on every connect.
+    for pragma in ("journal_mode=WAL", "secure_delete=ON", "synchronous=FULL", "foreign_keys=ON"):
+        connection.execute(f"PRAGMA {pragma}").close()

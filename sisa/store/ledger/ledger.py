@@ -1,0 +1,219 @@
+"""The ledger: SQLite through SQLAlchemy, the only authority on where records are.
+
+Rules: one `commit` is one transaction with one sequence number. Rows hold keyed digests, places,
+counts and digests of files; never an id, a subject or text. That something is not there is confirmed
+without an index.
+
+Not covered: the file itself (`database.py`), patches and the vault (`patch_ledger.py`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable
+from dataclasses import replace
+from operator import attrgetter
+from typing import Any
+
+import sqlalchemy as sa
+
+from sisa.core.domain import (
+    Export,
+    Head,
+    HeldCheckpoint,
+    IndexFile,
+    Probed,
+    RecordRow,
+    Request,
+    RequestEvent,
+    SliceFile,
+    Tombstone,
+    WitnessHead,
+)
+from sisa.core.ports import Change
+from sisa.store.ledger import changes, rows
+from sisa.store.ledger.database import having, made
+from sisa.store.ledger.patch_ledger import PatchLedger
+from sisa.store.ledger.schema import (
+    CHECKPOINTS,
+    EVENTS,
+    EXPORTS,
+    HEADS,
+    INDEXES,
+    META,
+    NAMED,
+    RECORDS,
+    REQUESTS,
+    SLICES,
+    TOMBSTONES,
+)
+
+
+class SqlLedger(PatchLedger):
+    """A Ledger in one SQLite file. `create=False` refuses a file that is not there."""
+
+    def seq(self) -> int:
+        return int(self.meta().get(rows.SEQ, "0"))
+
+    def meta(self) -> dict[str, str]:
+        with self._reading() as connection:
+            found = rows.read(connection, META)
+            rows.refuse_loss(META, rows.expected_rows(connection, META), len(found))
+        return {key: value for key, value, _ in found}
+
+    def commit(self, change: Change) -> int:
+        with self._guard(), self._engine.connect() as connection:
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+            seq = changes.apply(connection, change)
+            connection.commit()
+        return seq
+
+    def lookup(self, id_digests: Iterable[str]) -> dict[str, RecordRow | Tombstone]:
+        asked = list(dict.fromkeys(id_digests))
+        with self._reading() as connection:
+            live = having(connection, RecordRow, RECORDS.c.id_digest, asked)
+            found: dict[str, RecordRow | Tombstone] = {each.id_digest: each for each in live}
+            asked = [each for each in asked if each not in found]
+            rows.refuse_hidden(connection, RECORDS.c.id_digest, asked, 0)
+            dead = having(connection, Tombstone, TOMBSTONES.c.id_digest, asked)
+            found |= {each.id_digest: each for each in dead}
+            asked = [each for each in asked if each not in found]
+            rows.refuse_hidden(connection, TOMBSTONES.c.id_digest, asked, 0)
+        return found
+
+    def by_subject(self, subject_digest: str, shard: int) -> tuple[list[RecordRow], list[Tombstone]]:
+        held, gone, asked = RECORDS.c.subject_digest, TOMBSTONES.c.subject_digest, [subject_digest]
+        with self._reading() as connection:
+            live = having(connection, RecordRow, held, asked)
+            rows.refuse_hidden(connection, held, asked, len(live), shard=shard)
+            dead = having(connection, Tombstone, gone, asked, sure=True)
+        return sorted(live, key=_BY_ID), sorted(dead, key=_BY_ID)
+
+    def num_without_subject(self) -> tuple[int, int]:
+        found = []
+        with self._reading() as connection:
+            for table in (RECORDS, TOMBSTONES):
+                query = sa.select(sa.func.count()).where(table.c.subject_digest.is_(None))
+                found.append(connection.execute(query).scalar_one())
+        return found[0], found[1]
+
+    def by_vector(self, shard: int, vector_ids: Collection[int]) -> dict[int, RecordRow]:
+        found: dict[int, RecordRow] = {}
+        for chunk in rows.chunks(list(vector_ids)):
+            here = (RECORDS.c.shard == shard, RECORDS.c.vector_id.in_(chunk))
+            found.update({each.vector_id: each for each in self._some(RecordRow, RECORDS, *here)})
+        missing = set(vector_ids) - found.keys()
+        if missing and any(row.vector_id in missing for row in self.rows(shard)):
+            raise self._corrupt("a record that is not found by its vector")
+        return found
+
+    def rows(self, shard: int, slice_: int | None = None) -> list[RecordRow]:
+        where = [RECORDS.c.shard == shard]
+        where += [] if slice_ is None else [RECORDS.c.slice == slice_]
+        with self._reading() as connection:
+            found = rows.read(connection, RECORDS, *where, order=[RECORDS.c.id_digest])
+            expected = rows.expected_places(connection, RECORDS, shard, slice_)
+            rows.refuse_loss(RECORDS, expected, len(found))
+        return made(RecordRow, RECORDS, found)
+
+    def counts(self) -> dict[int, int]:
+        found: dict[int, int] = {}
+        for file in self.slices():
+            found[file.shard] = found.get(file.shard, 0) + file.num_records
+        return found
+
+    def kinds(self) -> dict[str, int]:
+        with self._reading() as connection:
+            return {kind: count for kind, count in rows.expected_kinds(connection).items() if count}
+
+    def slices(self, shard: int | None = None) -> list[SliceFile]:
+        return self._whole(SliceFile, SLICES, shard, SLICES.c.shard, SLICES.c.slice)
+
+    def indexes(self, shard: int | None = None) -> list[IndexFile]:
+        return self._whole(IndexFile, INDEXES, shard, INDEXES.c.shard)
+
+    def heads(self) -> list[Head]:
+        return self._whole(Head, HEADS, None, HEADS.c.shard)
+
+    def checkpoints(self, shard: int | None = None) -> list[HeldCheckpoint]:
+        found: list[Any] = self._whole(HeldCheckpoint, CHECKPOINTS, shard)
+        with self._parsing("a checkpoint"):
+            held = [replace(each, prefix=_slices(each.prefix)) for each in found]
+        return sorted(held, key=attrgetter("place"))
+
+    def by_text(
+        self, text_digests: Collection[str], *, sure: bool = False
+    ) -> tuple[list[RecordRow], list[Tombstone]]:
+        asked = sorted(text_digests)
+        with self._reading() as connection:
+            live = having(connection, RecordRow, RECORDS.c.text_digest, asked, sure=sure)
+            dead = having(connection, Tombstone, TOMBSTONES.c.text_digest, asked, sure=sure)
+        return sorted(live, key=_BY_ID), sorted(dead, key=_BY_ID)
+
+    def named_by(self, request_id: str) -> list[str]:
+        with self._reading() as connection:
+            found = rows.read(connection, NAMED, NAMED.c.request_id == request_id)
+            request = rows.read(connection, REQUESTS, REQUESTS.c.request_id == request_id)
+            for _, _, num_named, _, _ in request:
+                rows.refuse_loss(NAMED, num_named, len(found))
+        return sorted(id_digest for _, id_digest, _ in found)
+
+    def events(self, after: int = 0) -> list[RequestEvent]:
+        with self._reading() as connection:
+            found = rows.read(connection, EVENTS, EVENTS.c.position > after, order=[EVENTS.c.position])
+            rows.refuse_loss(EVENTS, rows.expected_rows(connection, EVENTS), after + len(found))
+        return made(RequestEvent, EVENTS, found)
+
+    def exports(self) -> list[Export]:
+        found: list[Any] = self._whole(Export, EXPORTS, None, EXPORTS.c.path, EXPORTS.c.key)
+        with self._parsing("an export"):
+            return [
+                replace(each, patches=tuple(json.loads(each.patches)), prefix=_slices(each.prefix))
+                for each in found
+            ]
+
+    def requests(self) -> list[Request]:
+        order = (REQUESTS.c.seq, REQUESTS.c.request_id)
+        with self._reading() as connection:
+            found = rows.read(connection, REQUESTS, order=order)
+            rows.refuse_loss(REQUESTS, rows.expected_rows(connection, REQUESTS), len(found))
+        with self._parsing("a request"):
+            return [_request(json.loads(body)) for _, _, _, body, _ in found]
+
+    def num_tombstones(self) -> int:
+        with self._reading() as connection:
+            found = rows.actual_rows(connection, TOMBSTONES)
+            rows.refuse_loss(TOMBSTONES, rows.expected_rows(connection, TOMBSTONES), found)
+        return found
+
+    def tombstones(self) -> list[Tombstone]:
+        return self._whole(Tombstone, TOMBSTONES, None, TOMBSTONES.c.id_digest)
+
+    def event_head(self) -> WitnessHead:
+        latest = sa.select(sa.func.max(EVENTS.c.position)).scalar_subquery()
+        with self._reading() as connection:
+            found = rows.read(connection, EVENTS, EVENTS.c.position == latest)
+            position, link = (found[0][0], found[0][-2]) if found else (0, "")
+            rows.refuse_loss(EVENTS, rows.expected_rows(connection, EVENTS), position)
+        return WitnessHead(link, position)
+
+    def has_event(self, link: str) -> bool:
+        with self._reading() as connection:
+            return bool(rows.read(connection, EVENTS, EVENTS.c.link == link))
+
+    def lost(self) -> list[str]:
+        with self._reading() as connection:
+            return rows.lost_rows(connection)
+
+
+_BY_ID = attrgetter("id_digest")
+
+
+def _slices(text: str) -> tuple[int, ...]:
+    return tuple(map(int, json.loads(text)))
+
+
+def _request(body: dict[str, Any]) -> Request:
+    lists = {name: tuple(tuple(each) for each in body[name]) for name in ("shards", "served")}
+    probed = body.get("probed")
+    return Request(**{**body, **lists, "probed": Probed(**probed) if probed else None})

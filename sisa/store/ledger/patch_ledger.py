@@ -1,0 +1,62 @@
+"""The ledger's rows of patches, and of the vault's sets and the records whose texts are in them.
+
+Rules: as `ledger.py`. These tables are small: which sets a record is in is told from all rows, so that
+no damaged index keeps a deletion from a patch that it touches.
+
+Not covered: which patches there should be (`patch_plan.py`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from sisa.core.patch import Patch, VaultSet, parse_patch_job
+from sisa.store.ledger.database import Database, having
+from sisa.store.ledger.schema import PATCHES, VAULT, VAULTED
+
+
+@dataclass(frozen=True, slots=True)
+class _Vaulted:
+    name: str
+    id_digest: str
+
+
+class PatchLedger(Database):
+    """A Ledger's answers about patches."""
+
+    def patches(self) -> list[Patch]:
+        found = self._whole(Patch, PATCHES, None, PATCHES.c.version)
+        with self._parsing("a patch"):
+            return [_patch(each) for each in found]
+
+    def vault(self) -> list[VaultSet]:
+        found = self._whole(VaultSet, VAULT, None, VAULT.c.name)
+        return [replace(each, held=bool(each.held)) for each in found]
+
+    def vaulted(self, name: str) -> list[str]:
+        with self._reading() as connection:
+            found = having(connection, _Vaulted, VAULTED.c.name, [name], sure=True)
+        return sorted(each.id_digest for each in found)
+
+    def sets_with(self, id_digests: Collection[str]) -> dict[str, list[str]]:
+        named: dict[str, list[str]] = {}
+        with self._reading() as connection:
+            found = having(connection, _Vaulted, VAULTED.c.id_digest, sorted(id_digests), sure=True)
+        for each in sorted(found, key=lambda row: row.name):
+            named.setdefault(each.id_digest, []).append(each.name)
+        return named
+
+
+def patch_row(patch: Patch) -> dict[str, Any]:
+    """A patch as a row."""
+    row = {**asdict(patch), "key": patch.key}
+    return row | {name: json.dumps(row[name], sort_keys=True) for name in ("job", "report")}
+
+
+def _patch(row: Patch) -> Patch:
+    """A patch whose job and report are still JSON."""
+    raw: Any = row
+    return replace(row, job=parse_patch_job(json.loads(raw.job)), report=json.loads(raw.report))

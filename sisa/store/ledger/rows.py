@@ -1,0 +1,392 @@
+"""Rows with a checksum each, and tables that know how many rows they have.
+
+Rules: SQLite tells of damaged pages, not of a damaged value: so the last column of every row is the
+CRC-32 of the others, checked whenever a row is read. A row that was lost has no checksum: so `counts`
+holds the number of rows of each table, by shard, slice and kind as far as it has them, kept up by every
+write in the same transaction and compared wherever all of them are read. Of KEYED columns it holds how
+many rows have a value that begins so: that a keyed digest is absent is told by the few rows of its
+bucket. What is removed or replaced is read and checked first, so that a loss stays visible and is never
+counted as a removal.
+
+Not covered: somebody who means it: a CRC is no signature. A whole ledger that was put back in time.
+Checksums over a value's Python spelling in ASCII, which is the same in every version of Python.
+
+>>> spelled = checksum("meta", ("key", "value"))
+>>> spelled == checksum("meta", ("key", "valuf")), spelled == checksum("heads", ("key", "value"))
+(False, False)
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from operator import itemgetter
+from typing import Any, TypeVar
+
+import sqlalchemy as sa
+
+from sisa.store.ledger.schema import (
+    CHECKPOINTS,
+    COUNTS,
+    INDEXES,
+    META,
+    NAMED,
+    RECORDS,
+    SLICES,
+    TOMBSTONES,
+    schema,
+)
+
+SEQ = "seq"  # key in `meta` of the number of the last commit
+
+NO_PLACE = -1  # shard and slice in `counts` of what is counted over a whole table
+WHOLE = (NO_PLACE, NO_PLACE, "")
+PLACED = (RECORDS, SLICES, INDEXES, CHECKPOINTS)
+GROWING = (TOMBSTONES, NAMED)  # too large to be looked through when rows are added
+KEYED = tuple(
+    table.columns[name]
+    for table in (RECORDS, TOMBSTONES)
+    for name in ("id_digest", "subject_digest", "text_digest")
+)
+KEYED_AS_OF = (
+    "keyed"  # name in `counts` of the commit up to which the counts of KEYED columns are kept up
+)
+BUCKET_DIGITS = 3  # of a keyed digest: 4,096 buckets, so that a million records have 244 in each
+COUNTED = tuple(table for table in schema.sorted_tables if table is not COUNTS)
+_IN_CHUNK = 500  # SQLite's limit of bound parameters is far above, on every build
+_COUNTS = "SELECT * FROM counts WHERE name = ?"  # as text: compiling it takes longer than asking it
+_IN_MEMORY = 10_000
+_FEW = 16  # shards that are looked at one by one rather than all at once
+_SEEDS = {table.name: zlib.crc32(table.name.encode()) for table in schema.sorted_tables}
+
+T = TypeVar("T")
+Place = tuple[int, int, str]  # shard, slice, kind
+
+
+class Damaged(Exception):
+    """A row is not the one that was written, or rows are missing; says which table, never a value."""
+
+
+def chunks(values: Sequence[T], size: int = _IN_CHUNK) -> Iterator[Sequence[T]]:
+    for start in range(0, len(values), size):
+        yield values[start : start + size]
+
+
+def checksum(table: str, values: tuple[Any, ...]) -> int:
+    """CRC-32 of a row's values in the order of its columns, without the checksum itself."""
+    return zlib.crc32(ascii(values).encode(), _SEEDS[table])
+
+
+def checked(table: sa.Table, rows: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """Whole rows, each compared with its checksum. Raises Damaged."""
+    seed, crc32 = _SEEDS[table.name], zlib.crc32
+    for row in rows:
+        if crc32(ascii(row[:-1]).encode(), seed) != row[-1]:
+            raise Damaged(f"a row of {table.name} that is not the one that was written")
+    return rows
+
+
+def _plain(result: sa.CursorResult[Any]) -> Any:
+    """The database's own cursor: its rows are tuples already, and there may be many."""
+    return result.cursor
+
+
+def read(
+    connection: sa.Connection, table: sa.Table, *where: Any, order: Sequence[Any] = ()
+) -> list[tuple[Any, ...]]:
+    """The checked rows of a table that fulfil all conditions."""
+    query = sa.select(table).where(*where).order_by(*order)
+    return checked(table, _plain(connection.execute(query)).fetchall())
+
+
+def refuse_loss(table: sa.Table, expected: int, got: int) -> None:
+    """Raises Damaged when a table does not have the rows that were written."""
+    if expected != got:
+        raise Damaged(f"{got} rows of {table.name} where {expected} were written")
+
+
+def expected_rows(connection: sa.Connection, table: sa.Table) -> int:
+    """How many rows a table should have. Raises Damaged."""
+    return _whole(table, _counted(connection, f"{_COUNTS} AND shard = {NO_PLACE}", table.name))
+
+
+def expected_places(
+    connection: sa.Connection, table: sa.Table, shard: int, slice_: int | None = None
+) -> int:
+    """How many rows of a PLACED table there should be in a shard, or a slice of it. Raises Damaged."""
+    if slice_ is None:
+        return _counted(connection, f"{_COUNTS} AND shard = ?", table.name, shard).total()
+    place = (table.name, shard, slice_)
+    return _counted(connection, f"{_COUNTS} AND shard = ? AND slice = ?", *place).total()
+
+
+def expected_kinds(connection: sa.Connection) -> Counter[str]:
+    """How many records of each kind there should be. Raises Damaged."""
+    found: Counter[str] = Counter()
+    counts = _counted(connection, _COUNTS, RECORDS.name)
+    for (_, _, kind), count in counts.items():
+        found[kind] += count
+    del found[""]
+    refuse_loss(COUNTS, _whole(RECORDS, counts), found.total())
+    return found
+
+
+def lost_rows(connection: sa.Connection) -> list[str]:
+    """Names of the tables that do not hold as many rows as they should. Raises Damaged."""
+    found = []
+    for table in COUNTED:
+        counts = _counted(connection, _COUNTS, table.name)
+        expected = _whole(table, counts)
+        if expected != actual_rows(connection, table):
+            found.append(table.name)
+        elif table in PLACED and counts.total() != 2 * expected:  # all of them, once more by place
+            found.append(f"{COUNTS.name} of {table.name}")
+    return found
+
+
+def refuse_hidden(
+    connection: sa.Connection,
+    column: sa.Column[Any],
+    values: Collection[Any],
+    found: int,
+    *,
+    shard: int | None = None,
+) -> None:
+    """Raise Damaged unless there are as many rows with one of these values as an index found, told
+    without trusting it.
+
+    Of a KEYED column, the rows whose values begin alike are read, by the same index, and compared with
+    the number that was written: some hundreds in a million. Otherwise, and in a ledger that another
+    version wrote to last, every row of the table (of a shard's records) is read, in some 4 s a million.
+    """
+    table: Any = column.table
+    if values and column in KEYED and counts_keyed(connection):
+        refuse_loss(table, _in_buckets(connection, column, set(values)), found)
+    elif values:
+        refuse_loss(table, _seen(connection, table, [column], {(v,) for v in values}, shard), found)
+
+
+def bucket(value: str) -> str:
+    """Return the beginning of a keyed digest, by which rows are counted."""
+    return value[:BUCKET_DIGITS]
+
+
+def _in_buckets(connection: sa.Connection, column: sa.Column[Any], wanted: Collection[str]) -> int:
+    """Return how many rows have one of the wanted values; raise Damaged where the buckets that these
+    are of do not hold as many rows as were written."""
+    table: Any = column.table
+    at = table.columns.keys().index(column.name)
+    buckets = sorted({bucket(each) for each in wanted})
+    expected = _bucket_counts(connection, column, buckets)
+    seen = 0
+    for each in buckets:
+        found = read(connection, table, column >= each, column < each + chr(0x10FFFF))
+        held = [row[at] for row in found if bucket(row[at]) == each]
+        refuse_loss(table, expected[each], len(held))
+        seen += sum(value in wanted for value in held)
+    return seen
+
+
+def counts_keyed(connection: sa.Connection) -> bool:
+    """Whether the counts of KEYED columns are of the last commit: another version does not keep them."""
+    found = read(connection, META, META.c.key == SEQ)
+    as_of = _counted(connection, _COUNTS, KEYED_AS_OF)
+    return bool(as_of) and as_of[WHOLE] == (int(found[0][1]) if found else 0)
+
+
+def _bucket_counts(
+    connection: sa.Connection, column: sa.Column[Any], buckets: Collection[str]
+) -> Counter[str]:
+    found: Counter[str] = Counter()
+    for chunk in chunks(sorted(buckets)):
+        chosen = ", ".join("?" * len(chunk))
+        query = f"{_COUNTS} AND shard = {NO_PLACE} AND slice = {NO_PLACE} AND kind IN ({chosen})"
+        for (_, _, kind), count in _counted(connection, query, str(column), *chunk).items():
+            found[kind] = count
+    return found
+
+
+def _seen(
+    connection: sa.Connection,
+    table: sa.Table,
+    columns: Sequence[sa.Column[Any]],
+    wanted: Collection[tuple[Any, ...]],
+    shard: int | None = None,
+) -> int:
+    """How many rows have one of the wanted values in some columns, told without any index."""
+    query = sa.select(table) if shard is None else sa.select(table).where(table.c.shard == shard)
+    at = [table.columns.keys().index(column.name) for column in columns]
+    total = seen = 0
+    cursor = _plain(connection.execute(query))
+    while rows := checked(table, cursor.fetchmany(_IN_MEMORY)):
+        total += len(rows)
+        seen += sum(tuple([row[each] for each in at]) in wanted for row in rows)
+    if shard is None:
+        refuse_loss(table, expected_rows(connection, table), total)
+    else:
+        refuse_loss(table, expected_places(connection, table, shard), total)
+    return seen
+
+
+def actual_rows(connection: sa.Connection, table: sa.Table) -> int:
+    """How many rows a table has."""
+    query = f"SELECT count(*) FROM {table.name}"  # noqa: S608 (a name of ours)
+    return int(connection.exec_driver_sql(query).scalar_one())
+
+
+def _counted(connection: sa.Connection, query: str, *values: Any) -> Counter[Place]:
+    rows = checked(COUNTS, _plain(connection.exec_driver_sql(query, values)).fetchall())
+    return Counter({(shard, slice_, kind): number for _, shard, slice_, kind, number, _ in rows})
+
+
+def _counts_of(connection: sa.Connection, table: sa.Table, shards: Collection[int]) -> Counter[Place]:
+    """Numbers of rows by place, of some shards at least."""
+    if len(shards) > _IN_CHUNK:
+        return _counted(connection, _COUNTS, table.name)
+    chosen = ", ".join("?" * len(shards))
+    return _counted(connection, f"{_COUNTS} AND shard IN ({chosen})", table.name, *shards)
+
+
+def _whole(table: sa.Table, counts: Mapping[Place, int]) -> int:
+    if WHOLE not in counts:
+        raise Damaged(f"the number of rows of {table.name} is missing")
+    return counts[WHOLE]
+
+
+def begin_counts(connection: sa.Connection) -> None:
+    """In a new ledger: no table has rows."""
+    for table in COUNTED:
+        _put_counts(connection, table.name, {WHOLE: 0})
+    _put_counts(connection, KEYED_AS_OF, {WHOLE: 0})
+
+
+def _put_counts(connection: sa.Connection, name: str, counts: Mapping[Place, int]) -> None:
+    if not counts:
+        return
+    values = [(name, *place, count) for place, count in counts.items()]
+    insert = sa.insert(COUNTS).prefix_with("OR REPLACE")
+    connection.execute(insert, [_sealed(COUNTS, each) for each in values])
+
+
+def _sealed(table: sa.Table, values: tuple[Any, ...]) -> dict[str, Any]:
+    """A row as it is written."""
+    return dict(zip(table.columns.keys(), (*values, checksum(table.name, values)), strict=True))
+
+
+def _values(table: sa.Table, row: Mapping[str, Any]) -> tuple[Any, ...]:
+    # A float column gives a float back whatever was put in.
+    return tuple(
+        float(row[column.name]) if isinstance(column.type, sa.Float) else row[column.name]
+        for column in table.columns[:-1]
+    )
+
+
+def _place_of(table: sa.Table) -> Callable[[tuple[Any, ...]], Place]:
+    columns = table.columns.keys()
+    if table is RECORDS:
+        return itemgetter(*(columns.index(name) for name in ("shard", "slice", "kind")))
+    shard = columns.index("shard")
+    return lambda row: (row[shard], NO_PLACE, "")
+
+
+class Writing:
+    """The writes of one transaction; `end` brings the numbers of rows up to date."""
+
+    def __init__(self, connection: sa.Connection) -> None:
+        self.connection = connection
+        self._deltas: dict[str, Counter[Place]] = {table.name: Counter() for table in COUNTED}
+        self._keyed: dict[sa.Column[Any], Counter[str]] = {column: Counter() for column in KEYED}
+        self._counts_keyed = counts_keyed(connection)
+
+    def insert(self, table: sa.Table, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Add rows that are not there yet, given by column."""
+        if rows:
+            values = [_values(table, row) for row in rows]
+            self._count(table, values, 1)
+            self.connection.execute(sa.insert(table), [_sealed(table, each) for each in values])
+
+    def put(self, table: sa.Table, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Add rows, in place of those with the same primary key; a key belongs to one shard for ever."""
+        latest = {tuple(row[column.name] for column in table.primary_key): row for row in rows}
+        shards = {row["shard"] for row in rows} if table in PLACED else set()
+        self.remove(table, list(latest), shards if len(shards) <= _FEW else ())
+        self.insert(table, list(latest.values()))
+
+    def remove(
+        self, table: sa.Table, keys: Sequence[tuple[Any, ...]], shards: Collection[int] = ()
+    ) -> None:
+        """Remove the rows with these primary keys, after checking them; absent ones are no error, but
+        that they are absent is not left to an index to say, which may be damaged: all rows are looked
+        at, or those of the shards that the keys belong to."""
+        columns = list(table.primary_key)
+        if table is RECORDS:
+            columns = [RECORDS.c.id_digest]
+        found = 0
+        for chunk in chunks(keys):
+            if len(columns) == 1:
+                where = columns[0].in_([value for (value,) in chunk])
+            else:
+                where = sa.tuple_(*columns).in_(chunk)
+            rows = read(self.connection, table, where)
+            if rows:
+                done = self.connection.execute(sa.delete(table).where(where))
+                refuse_loss(table, len(rows), done.rowcount)
+                self._count(table, [row[:-1] for row in rows], -1)
+                found += len(rows)
+        if found < len(set(keys)) and table not in GROWING:
+            self.end()
+            where_to_look: list[int | None] = [*sorted(shards)] or [None]
+            for shard in where_to_look:
+                refuse_loss(table, 0, _seen(self.connection, table, columns, set(keys), shard))
+
+    def _count(self, table: sa.Table, values: Sequence[tuple[Any, ...]], sign: int) -> None:
+        deltas = self._deltas[table.name]
+        deltas[WHOLE] += sign * len(values)
+        if table in PLACED:
+            for place in map(_place_of(table), values):
+                deltas[place] += sign
+        for column in KEYED if self._counts_keyed and table in (RECORDS, TOMBSTONES) else ():
+            if column.table is table:
+                at, counts = table.columns.keys().index(column.name), self._keyed[column]
+                for row in values:
+                    if row[at] is not None:
+                        counts[bucket(row[at])] += sign
+
+    def end(self) -> None:
+        """Write the numbers of rows that changed."""
+        for table in COUNTED:
+            deltas = {place: delta for place, delta in self._deltas[table.name].items() if delta}
+            if deltas:
+                before = _counts_of(self.connection, table, {NO_PLACE, *(each[0] for each in deltas)})
+                _whole(table, before)
+                after = {place: before[place] + delta for place, delta in deltas.items()}
+                _put_counts(self.connection, table.name, after)
+            self._deltas[table.name].clear()
+
+    def end_keyed(self, seq: int) -> None:
+        """Bring the counts of KEYED columns up to the commit of this number; count anew where another
+        version wrote last."""
+        for column, deltas in self._keyed.items():
+            if self._counts_keyed:
+                changed = {each: delta for each, delta in deltas.items() if delta}
+                before = _bucket_counts(self.connection, column, changed)
+                after = {each: before[each] + delta for each, delta in changed.items()}
+            else:
+                self.connection.execute(sa.delete(COUNTS).where(COUNTS.c.name == str(column)))
+                after = _counted_anew(self.connection, column)
+            places = {(NO_PLACE, NO_PLACE, each): count for each, count in after.items()}
+            _put_counts(self.connection, str(column), places)
+        _put_counts(self.connection, KEYED_AS_OF, {WHOLE: seq})
+
+
+def _counted_anew(connection: sa.Connection, column: sa.Column[Any]) -> Counter[str]:
+    """Count the rows of each bucket without any index. Raises Damaged."""
+    table: Any = column.table
+    at, total, found = table.columns.keys().index(column.name), 0, Counter[str]()
+    cursor = _plain(connection.exec_driver_sql(f"SELECT * FROM {table.name} NOT INDEXED"))  # noqa: S608
+    while rows := checked(table, cursor.fetchmany(_IN_MEMORY)):
+        total += len(rows)
+        found.update(bucket(row[at]) for row in rows if row[at] is not None)
+    refuse_loss(table, expected_rows(connection, table), total)
+    return found

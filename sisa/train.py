@@ -1,0 +1,393 @@
+"""From a run file to a model: the first training, and a changed run file over an existing model.
+
+Rules: everything is read and found good before anything is written: the run file, every record, the
+base, the embedder, every record's length. An existing model is told by its ledger; records that it
+does not hold are counted and left to `add`.
+
+Not covered: what reconfiguring does (`reconfigure.py`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+from sisa.audit.garbage import ROOMS
+from sisa.config.config import Difference, RunConfig, differences
+from sisa.config.runfile import load_run_file
+from sisa.core.arithmetic import USUAL
+from sisa.core.config_types import Effect, is_uri
+from sisa.core.digest import Keyed
+from sisa.core.domain import Record
+from sisa.core.errors import Busy, ConfigConflict, EnvironmentFault, IntegrityError, InvalidInput
+from sisa.core.events import Notice, Report
+from sisa.core.ports import Change
+from sisa.core.requests import under_way
+from sisa.data.reader import named_by_place, read_records
+from sisa.flows import reconfigure
+from sisa.flows.ask import FORM, held_prompts, usual_kind
+from sisa.flows.reconcile import Trained, erase_unknown
+from sisa.flows.refused import refuse_deleted, refuse_generations, refuse_risks, refuse_together
+from sisa.flows.run import Taken, refuse_other_records, train
+from sisa.flows.scratch import guard, prepare
+from sisa.flows.wiring import opening
+from sisa.flows.wiring.opened import silent
+from sisa.flows.wiring.opening import CHECKPOINTS, INDEX, KEY, LEDGER, LOCK, SCRATCH, VAULT, OpenExecutor
+from sisa.flows.wiring.parts import Parts, indexed_digest
+from sisa.flows.wiring.progress import progress
+from sisa.flows.wiring.running import running
+from sisa.flows.wiring.witness import is_behind, settle
+from sisa.flows.wiring.world import World, commit, over
+from sisa.lm.base.numerics import require_device
+from sisa.model import Model
+from sisa.planning.assign import Assigner
+from sisa.planning.bands import unnamed
+from sisa.planning.patch_plan import active, wanted
+from sisa.store.blobs import files, partition_key
+from sisa.store.blobs.places import root_of
+from sisa.store.ledger.ledger import SqlLedger
+
+
+@running()
+def train_model(
+    run_file: Path | str | RunConfig,
+    *,
+    executor: str | OpenExecutor = "ray",
+    report: Report | None = None,
+    accept_differences: bool = False,
+    allow_deleted: bool = False,
+) -> tuple[Model, Taken]:
+    """Train a run file's model, or what is missing of it.
+
+    `report` is told of what happens (`sisa.core.events`), and the model keeps it; without one, progress
+    is shown on standard error until this returns. `accept_differences` moves an existing model to a
+    changed run file; without it ConfigConflict lists the differences. A first training refuses what
+    another model under the same partition key deleted, unless `allow_deleted`; on an existing model
+    deleted records are counted and never taken.
+    """
+    config = run_file if isinstance(run_file, RunConfig) else load_run_file(Path(run_file))
+    options = {"accept_differences": accept_differences, "allow_deleted": allow_deleted}
+    if report is not None:
+        return _train(config, executor, report, **options)
+    with progress() as shown:
+        model, taken = _train(config, executor, shown, **options)
+    model.report = silent
+    return model, taken
+
+
+def _train(
+    config: RunConfig,
+    executor: str | OpenExecutor,
+    report: Report,
+    *,
+    accept_differences: bool,
+    allow_deleted: bool,
+) -> tuple[Model, Taken]:
+    directory = config.output_dir
+    opening.find_executor(executor)  # an unknown one is refused before anything is written
+    require_device(config.arithmetic)
+    _refuse_keys_inside(config)
+    first = not _committed(directory)
+    records = read_records(
+        config.datasets, config.sisa.group_by, config.limits, subjects="some" if first else "any"
+    )
+    report(Notice(records.told_subjects()))
+    if first:
+        _refuse_foreign(directory)
+        with named_by_place(records):
+            return _first_training(config, records, executor, report, allow_deleted=allow_deleted)
+    model = Model(directory, executor=executor, report=report)
+    found = differences(model.config, config)
+    if found or accept_differences:
+        with named_by_place(records):
+            refuse_risks(config.sisa.bands, records)
+    if accept_differences and any((each.key, each.effect) == ("base_model", "reset") for each in found):
+        with named_by_place(records):
+            prepare(config, records, executor, report)
+    parts = _new_parts(model, config, accept_differences=accept_differences)
+    with named_by_place(records), model._locked():  # nobody else moves it before it is trained
+        moved = _move(model, config, parts, records, accept_differences=accept_differences)
+        model._take(model._described())
+        taken = model._resume(records)
+    return model, replace(
+        taken,
+        record_epochs_trained=taken.record_epochs_trained + moved.record_epochs_trained,
+        slices_trained=taken.slices_trained + moved.slices_trained,
+        record_epochs_others=taken.record_epochs_others + moved.record_epochs_others,
+    )
+
+
+def _first_training(
+    config: RunConfig,
+    records: list[Record],
+    executor: str | OpenExecutor,
+    report: Report,
+    *,
+    allow_deleted: bool,
+) -> tuple[Model, Taken]:
+    """Nothing is written before every record and every part has been found good; but for a base from
+    scratch, which is trained before tokens can be counted."""
+    secret = opening.new_secret(config)
+    keyed = Keyed(secret)
+    parts = Parts(config, None, None)
+    _refuse_records(config, records, keyed, parts, allow_deleted=allow_deleted)
+    opening.witness_of(config, keyed, opening.new_model_id()).refuse_unwritable()
+    if config.storage is not None:
+        root_of(config.storage).refuse_unusable()
+    prepare(config, records, executor, report)
+    parts.count_tokens(records)
+    parts.check_base()
+    counted = Counter[str](record.kind for record in records)
+    meta = {**parts.meta(), FORM: usual_kind(counted)}
+    directory = config.output_dir
+    files.make_directory(directory)
+    if kind := files.network_file_system(directory):
+        what = "its ledger is not safe there; only `storage:` may be"
+        report(Notice(f"output_dir is on a network file system ({kind}): {what}"))
+    with files.writer_lock(directory / LOCK):
+        if _committed(directory):
+            raise Busy(
+                "another process has trained this model meanwhile",
+                where=str(directory),
+                next_step="run the same command again",
+            )
+        named = {"key": keyed.name, "model": _new_name(config)}
+        opening.keep_key(directory, config, named["model"], secret)
+        world = opening.open_world(
+            directory,
+            parts,
+            keyed,
+            executor,
+            report,
+            base_digest=parts.base.digest,
+            model=named["model"],
+            keyring=opening.open_keyring(config, named["model"]),
+            create=True,
+        )
+        try:
+            taken = train(world, records, {**meta, **named})
+            taken = replace(taken, prompts=held_prompts(world, config))
+        finally:
+            opening.close(world)
+    return Model(directory, executor=executor, report=report), taken
+
+
+def _refuse_records(
+    config: RunConfig, records: list[Record], keyed: Keyed, parts: Parts, *, allow_deleted: bool
+) -> None:
+    """Raises InvalidInput and ConfigConflict for records that a first training can't take. Tokens are
+    counted by the base: by one from scratch, once it is there."""
+    refuse_generations(config.training(), records)
+    bands = config.sisa.bands
+    unplaced = unnamed(bands, records)
+    placed = [each for each in enumerate(records) if each[0] not in unplaced]
+    deleted = [] if allow_deleted else opening.deleted_under(config, keyed)
+    refuse_together(
+        lambda: refuse_risks(bands, records),
+        lambda: refuse_deleted(Assigner(keyed, config.layout), placed, deleted, "trained"),
+        lambda: parts.count_tokens(records) if isinstance(config.base_model, str) else None,
+    )
+
+
+def _new_name(config: RunConfig) -> str:
+    """A name for a new model. An encrypted one, and one in a storage, keeps it through attempts that are
+    cut short: keys and places bear it, and those of files that were given up must be found again."""
+    ledger = SqlLedger(config.output_dir / LEDGER, create=True)
+    try:
+        name = ledger.meta().get("model") or opening.new_model_id()
+        if config.encrypt or config.storage:
+            ledger.commit(Change(meta={"model": name}))
+    finally:
+        ledger.close()
+    return name
+
+
+def _refuse_keys_inside(config: RunConfig) -> None:
+    keys, within = opening.keyrings(config).resolve(), [config.output_dir]
+    within += [Path(config.storage)] if config.storage and not is_uri(config.storage) else []
+    if any(keys.is_relative_to(each.resolve()) for each in within):
+        raise InvalidInput(
+            "the keys would lie with the model, so that whoever copies the model copies its keys",
+            where=str(keys),
+            next_step="name another directory by `keyring:`",
+        )
+
+
+def _refuse_lost_keys(model: Model, config: RunConfig) -> None:
+    """Raises ConfigConflict when `keyring:` names a place to which the model's keys were not moved."""
+    old, new = (opening.keyrings(each) / model.id for each in (model.config, config))
+    needed = model.config.encrypt or model.keyring.held(VAULT)
+    if needed and old != new and not new.is_dir():
+        raise ConfigConflict(
+            "the model's keyring is not where the run file says",
+            where=str(new),
+            next_step=f"move {old} there first",
+        )
+
+
+def _secret(model: Model, config: RunConfig) -> bytes:
+    """The secret that a run file names, or else the model's own."""
+    if key_file := config.sisa.partition_key_file:
+        return partition_key.read_secret(key_file)
+    return opening.stored_secret(model.directory, config, model.id)
+
+
+def _refuse_move(model: Model, config: RunConfig, *, accept_differences: bool) -> None:
+    """Raises ConfigConflict for what can't change, and for differences that were not accepted."""
+    if Keyed(_secret(model, config)).name != Keyed(model.secret).name:
+        raise ConfigConflict(
+            "a model's partition key can't change: its ledger of deleted records is kept under it",
+            where="sisa.partition_key_file",
+            next_step="give the key that the model was trained with, or train a new model",
+        )
+    graver = _graver(model, config)
+    if not accept_differences:
+        reconfigure.refuse_differences(graver, str(config.output_dir))
+    if any(each.key == "sisa.group_by" for each in graver):
+        raise ConfigConflict(
+            "the column that names the subject can't change: the held records do not have another",
+            where="sisa.group_by",
+            next_step="restore it, or train a new model",
+        )
+    _refuse_lost_keys(model, config)
+    if model.config.storage != config.storage:
+        raise ConfigConflict(
+            "a model's storage can't change: what is held would have to be moved",
+            where="storage",
+            expected=model.config.storage or "null",
+            got=config.storage or "null",
+            next_step="restore it, or train a new model",
+        )
+
+
+def _graver(model: Model, config: RunConfig) -> list[Difference]:
+    """Where the key lies is no difference of its own: its content must be the same."""
+    found = differences(model.config, config)
+    return [each for each in found if each.key != "sisa.partition_key_file"]
+
+
+def _new_parts(model: Model, config: RunConfig, *, accept_differences: bool) -> Parts | None:
+    """The parts that a run file names, resolved before the lock is held, since that may take long; None
+    where the model's own are kept. Refuses what can be refused before."""
+    _refuse_move(model, config, accept_differences=accept_differences)
+    if not accept_differences:
+        return None
+    parts = Parts(config, None, None)
+    _ = parts.base, parts.embedder
+    return parts
+
+
+def _move(
+    model: Model,
+    config: RunConfig,
+    parts: Parts | None,
+    records: list[Record],
+    *,
+    accept_differences: bool,
+) -> Trained:
+    """Bring an existing model's ledger to a changed run file, by the gravest effect among them. The
+    caller holds the lock, and `model` is what the ledger describes under it."""
+    _refuse_move(model, config, accept_differences=accept_differences)
+    effects = {each.effect for each in _graver(model, config)} - {"none"}
+    if parts is None:
+        parts = Parts(config, model.base, model.embedder)
+    else:
+        if parts.base.digest != model.base.digest:
+            effects.add("reset")
+        if indexed_digest(parts.embedder) != model.embedder.digest:
+            effects.add("reindex")
+    if not effects and not differences(model.config, config):
+        return Trained(0, 0, ())
+    if effects:
+        parts.check_base()
+    with model._world(as_it_is=True) as old:
+        if config.arithmetic != USUAL:
+            _refuse_patches(old)
+        _replay_first(old, moving=opening.witness_dir(config) != opening.witness_dir(model.config))
+        refuse_other_records(old, records)  # by the places, and so the generations, that they have now
+        if any(under_way(request) for request in old.ledger.requests()):
+            erase_unknown(old)  # what a cut-short deletion left goes before anything is trained
+    world = opening.open_world(
+        model.directory,
+        parts,
+        Keyed(_secret(model, config)),
+        model.executor,
+        model.report,
+        base_digest=parts.base.digest,
+        model=model.id,
+        keyring=opening.open_keyring(config, model.id),
+    )
+    try:
+        done = _moved(world, config, parts, effects)
+    finally:
+        opening.close(world)
+    opening.keep_key(model.directory, config, model.id, model.secret)
+    return done
+
+
+def _moved(world: World, config: RunConfig, parts: Parts, effects: set[Effect]) -> Trained:
+    if "reset" in effects:
+        held = [each.record for each in reconfigure.all_records(world)]
+        refuse_risks(config.sisa.bands, held)
+        guard(config, held)
+    if "reseal" in effects:
+        reconfigure.reseal(world)
+    if effects:
+        return reconfigure.move(world, effects, parts.meta())
+    commit(world, Change(meta={"config": config.to_canonical()}))
+    return Trained(0, 0, ())
+
+
+def _refuse_patches(old: World) -> None:
+    patches = old.ledger.patches()
+    if active(patches) or wanted(patches) or over(old.ledger):
+        raise ConfigConflict(
+            "the model has patches, and those are for the CPU in float32",
+            where="device, dtype",
+            next_step="take them back first (`sisa approx revert --all --retrain-shards`)",
+        )
+
+
+def _replay_first(old: World, *, moving: bool) -> None:
+    """A restored backup catches up with the witness that it had, where the run file names another."""
+    try:
+        if is_behind(old):
+            settle(old)
+    except EnvironmentFault as error:
+        if not moving:
+            raise
+        old.report(Notice(f"the former witness is not compared: {error.what} ({error.where})"))
+
+
+def _committed(directory: Path) -> bool:
+    """Whether a first training got as far as its commit. Raises IntegrityError for a lost ledger."""
+    if (directory / LEDGER).is_file():
+        ledger = SqlLedger(directory / LEDGER, create=True)  # a file cut short while it was made
+        try:
+            if "config" in ledger.meta():
+                return True
+        finally:
+            ledger.close()
+    index_alone = files.held_names(directory / INDEX) and not (directory / LEDGER).exists()
+    if files.held_names(directory / CHECKPOINTS) or index_alone:
+        # Checkpoints are first written after the first commit, an index after the ledger's file.
+        raise IntegrityError(
+            "the ledger is missing, but other parts of a model are held",
+            where=str(directory),
+            expected=LEDGER,
+            next_step="restore the ledger from a backup: it knows what was deleted; or start in "
+            "another directory",
+        )
+    return False
+
+
+def _refuse_foreign(directory: Path) -> None:
+    """Raises InvalidInput where a first training would write among files that are not a model's."""
+    ours = {LEDGER, f"{LEDGER}-wal", f"{LEDGER}-shm", KEY, LOCK, SCRATCH, *ROOMS}
+    if directory.exists() and (not directory.is_dir() or files.held_names(directory) - ours):
+        raise InvalidInput(
+            "output_dir holds something that is not a model",
+            where=str(directory),
+            next_step="choose an empty or a new directory",
+        )
