@@ -135,7 +135,7 @@ def test_what_was_measured_keeps_its_bounds_and_is_what_the_readme_tells() -> No
     for row in found["until_base"]:
         assert row["simulated"] == pytest.approx(row["formula"], rel=0.03)
         assert abs(row["planner"] - row["formula"]) < 3 * row["planner_error"]
-    readme = Path(__file__).parents[2].joinpath("README.md").read_text(encoding="utf-8")
+    readme = Path(__file__).with_name("README.md").read_text(encoding="utf-8")
     plain = {**found, "shares": [row for row in found["shares"] if row["orders"] == 1]}
     told = [*table(plain), *depth_table(found), *base_table(found), *timed_table(found)]
     assert [line for line in told if line not in readme] == []

@@ -114,7 +114,7 @@ def committed(name: str) -> dict[str, Any]:
 
 
 def not_in_readme(lines: Iterable[str]) -> list[str]:
-    readme = Path(__file__).parents[2].joinpath("README.md").read_text(encoding="utf-8")
+    readme = Path(__file__).with_name("README.md").read_text(encoding="utf-8")
     return [line for line in lines if line not in readme]
 
 

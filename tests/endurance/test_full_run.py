@@ -19,7 +19,7 @@ def test_every_check_is_run_in_full() -> None:
         "soak": (soak.main, 500),
         "fuzz": (fuzz.main, 10_000),
     }
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     for name, check, (*options, last), number in full_run.CHECKS:
         command = " ".join((check.__module__, last, str(number)))
         assert command in readme or (name == "kills_encrypted" and f"`{options[0]}`" in readme)

@@ -32,7 +32,7 @@ from tests.tiny_base import make_tiny_base
 
 pytestmark = [pytest.mark.torch, pytest.mark.xdist_group("bases")]
 
-README = Path(__file__).parents[2] / "README.md"
+README = Path(__file__).parents[2] / "sisa" / "config" / "README.md"
 SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 SMALL |= {"num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 64}
 GPT = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}

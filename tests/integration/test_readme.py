@@ -1,11 +1,10 @@
-"""The README's words hold: its commands run in order, its lists are complete, CI runs its test line."""
+"""What the READMEs say holds: commands run in order, lists are complete, links lead somewhere."""
 
 from __future__ import annotations
 
 import json
 import re
 import shlex
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -17,11 +16,54 @@ from sisa.data.samples import make_people, to_jsonl
 from tests.fake_evaluated import write_made_up
 
 ROOT = Path(__file__).resolve().parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+HOUSES = ("sisa", "approx", "cluster")
+FOLDERS = (*HOUSES, "tests", "notebooks")
+READMES = [path for top in FOLDERS for path in sorted((ROOT / top).rglob("README.md"))]
+MAX_FRONT_LINES = 250
 
 
-def blocks(kind: str) -> list[str]:
-    return re.findall(rf"^```{kind}\n(.*?)^```$", README, re.S | re.M)
+def words(path: str = "README.md") -> str:
+    return (ROOT / path).read_text(encoding="utf-8")
+
+
+def blocks(kind: str, path: str = "README.md") -> list[str]:
+    return re.findall(rf"^```{kind}\n(.*?)^```$", words(path), re.S | re.M)
+
+
+def rooms(house: str) -> list[str]:
+    folders = {path.parent.relative_to(ROOT / house) for path in (ROOT / house).rglob("*.py")}
+    return sorted(each.as_posix() for each in folders if each != Path())
+
+
+def test_the_front_page_is_short() -> None:
+    assert len(words().splitlines()) <= MAX_FRONT_LINES
+
+
+@pytest.mark.parametrize(
+    "path", [ROOT / "README.md", *READMES], ids=lambda each: each.relative_to(ROOT).as_posix()
+)
+def test_links_lead_to_files_and_headings(path: Path) -> None:
+    lost = []
+    text = path.read_text(encoding="utf-8")
+    for place, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]+))?\)", text):
+        target = path.parent / place if place else path
+        if "://" in place or not (place or anchor):
+            continue
+        if not target.exists() or (anchor and anchor not in headings(target)):
+            lost.append((place, anchor))
+    assert lost == []
+
+
+def headings(path: Path) -> set[str]:
+    found = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", each.lower()).replace(" ", "-") for each in found}
+
+
+@pytest.mark.parametrize("house", HOUSES)
+def test_every_room_is_on_the_map(house: str) -> None:
+    told = words(f"{house}/README.md")
+    deep = [each for each in rooms(house) if f"| `{each}/` |" not in told]
+    assert [each for each in deep if any((ROOT / house / each).glob("[!_]*.py"))] == []
 
 
 def test_ci_runs_the_second_command_word_for_word() -> None:
@@ -32,29 +74,22 @@ def test_ci_runs_the_second_command_word_for_word() -> None:
 
 
 def test_every_key_of_the_run_file_is_explained() -> None:
+    reference = words("sisa/config/README.md")
     for key, info in keys().items():
-        assert f"| `{key}` |" in README
-        assert str(info.description) in README
-
-
-def test_every_module_has_its_line_in_the_layout() -> None:
-    tree = re.search(r"^```\n(sisa/.*?)^```$", README, re.S | re.M)
-    assert tree is not None
-    listed = {line.split()[0] for line in tree[1].splitlines()}
-    tracked = subprocess.run(
-        ["git", "ls-files", "sisa", "approx", "cluster"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    names = {Path(each).name for each in tracked.stdout.split() if each.endswith(".py")}
-    assert names - listed <= {"__init__.py"}
+        assert f"| `{key}` |" in reference
+        assert str(info.description) in reference
 
 
 def examples() -> list[str]:
-    (block,) = (each for each in blocks("console") if each.startswith("sisa init"))
+    (block,) = (each for each in blocks("console", "cluster/README.md") if each.startswith("sisa init"))
     return block.strip().splitlines()
+
+
+def test_the_daily_commands_are_among_the_examples() -> None:
+    (block,) = (each for each in blocks("console") if each.startswith("sisa init"))
+    known = [shlex.split(line, comments=True) for line in examples()]
+    daily = [shlex.split(line, comments=True) for line in block.strip().splitlines()]
+    assert [each for each in daily if each not in known] == []
 
 
 def test_every_command_has_an_example() -> None:

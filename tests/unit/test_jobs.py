@@ -264,7 +264,7 @@ def test_an_address_is_needed(capsys: pytest.CaptureFixture[str], monkeypatch: A
 
 
 def readme_commands() -> list[list[str]]:
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    readme = (Path(__file__).parents[2] / "cluster" / "README.md").read_text(encoding="utf-8")
     lines = [line for line in readme.splitlines() if line.startswith("sisa cluster ")]
     return [shlex.split(line)[2:] for line in lines]
 
