@@ -7,9 +7,8 @@ died starts again at most `max_retries` times *in a row*: whatever it stores in 
 stage) begins the count anew, for on many machines every long task meets a death now and then, and only
 one that gets nowhere is hopeless.
 
-Not covered: carrying tasks out (`cluster/ray/ray_tasks.py`), simulated time (`simulate.py`); the order
-of
-the tasks (`serial.order_chains`).
+Tasks are carried out by `cluster/ray/ray_tasks.py`, and in simulated time by `tests/bench/simulate.py`;
+their order is from `serial.order_chains`.
 
 >>> hand_out = HandOut(num_tasks=2, max_retries=1)
 >>> hand_out.next_task(num_workers=1), hand_out.next_task(num_workers=1)

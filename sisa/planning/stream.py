@@ -21,7 +21,7 @@ request costs (1 - 1/S) points more on the mean.
 Order 0 is counted, and every stage is taken to be held.
 
 Not covered: other orders, a budget for checkpoints (`advice.py` prices both); time and workers
-(`simulate.py`); which layout to choose (`advice.py`).
+(`tests/bench/simulate.py`); which layout to choose (`advice.py`).
 
 >>> round(points_one_by_one(num_records=1000, num_shards=10, num_deletions=2), 2)
 197.9

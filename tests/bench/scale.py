@@ -4,7 +4,7 @@
     python -m tests.bench.scale --records 1000000 --shards 100 --workers 10 --days 10 --per-day 5
 
 What is real: the planner (`plan_shard`, `tainted`), the price of plans, the rule that hands tasks out
-(`HandOut`, through `sisa.planning.simulate`), the choice of when to run requests (`schedule.choose`),
+(`HandOut`, through `tests.bench.simulate`), the choice of when to run requests (`schedule.choose`),
 due dates,
 the hash that places records, and the ledger with every slice and checkpoint of the fleet in it. What is
 counted: records (slices have sizes, drawn as the hash spreads them) and time (record-epochs over a rate
@@ -58,8 +58,8 @@ from sisa.planning.assign import Assigner, Layout
 from sisa.planning.cost import full_record_epochs, shard_costs
 from sisa.planning.plan import Recipe, ShardPlan, ShardView, plan_shard, tainted
 from sisa.planning.schedule import ShardCosts, choose
-from sisa.planning.simulate import Fleet, Ran, simulate
 from sisa.store.ledger.ledger import SqlLedger
+from tests.bench.simulate import Fleet, Ran, simulate
 
 DAY_S = 86_400.0
 START = date(2030, 1, 1)
