@@ -31,6 +31,7 @@ from tests.integration.tiny_model import (
     write_rows,
     write_run,
 )
+from tests.pinned import model_lines
 
 pytestmark = pytest.mark.torch
 
@@ -232,3 +233,12 @@ def test_a_deletion_rewrites_nothing_that_it_does_not_concern(tiny: Tiny) -> Non
     assert len({name.split("/")[1] for name in kept if name.startswith(CHECKPOINTS)}) == 5
     assert {name: after.get(name) for name in kept} == kept
     assert not [name for name in after if name.split("/")[1:2] and name.split("/")[1] in touched]
+
+
+def test_what_a_refactoring_is_compared_by_is_the_same_each_time(tmp_path: Path) -> None:
+    found = []
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        found.append(model_lines(tmp_path / name))
+    assert found[0] == found[1]
+    assert found[0][-4:] != found[0][:4]
