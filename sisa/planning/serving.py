@@ -21,7 +21,7 @@ Not covered: what it costs to train the orders (`cost.py`), and how good a model
 
 >>> round(deletions_until_base(num_shards=1, num_slices=4, num_orders=1), 2)
 4.0
->>> from sisa.orders import rotations
+>>> from sisa.planning.orders import rotations
 >>> [round(expected_depth(rotations(4, b), num_deletions=1), 2) for b in (1, 2, 4)]
 [1.5, 2.5, 3.0]
 

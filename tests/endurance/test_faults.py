@@ -257,7 +257,13 @@ def test_questions_to_what_can_not_be_written(ground: Ground, what: str, line: L
     if done.code:
         typed(done, 6)
     else:
-        assert answer_of(done) == right
+        assert _without_log(answer_of(done)) == _without_log(right)
+
+
+def _without_log(answer: dict[str, Any]) -> dict[str, Any]:
+    """Leave out how much was read: a ledger that can't be written is opened without a log beside it."""
+    scanned = {key: n for key, n in answer.get("scanned", {}).items() if key not in ("files", "bytes")}
+    return {**answer, "scanned": scanned}
 
 
 @pytest.mark.parametrize("line", [FORGET, RUN, EXPORT], ids=lambda line: line[0])

@@ -236,7 +236,7 @@ def test_a_killed_command_goes_on_when_it_is_given_again(
     slow = ["--set", "num_epochs=4000", "--set", "max_steps=16", "--set", "check_every=1", *SET[2:]]
     slow += ["--set", "num_rounds=1", "--set", "target_probability=0"]
     script = (
-        "import sys, time\nfrom approx import patching\nfrom cluster.cli.cli import run\n"
+        "import sys, time\nfrom approx.patches import patching\nfrom cluster.cli.cli import run\n"
         "real = patching._Ticks.__call__\n"
         "def slowly(self, log):\n    real(self, log)\n    time.sleep(0.1)\n"
         "patching._Ticks.__call__ = slowly\n"
