@@ -10,7 +10,7 @@ Rules: one object per model directory. Writers hold the directory's lock; a seco
 Every method raises only errors of `sisa.core.errors` for what a caller or a machine did wrong.
 
 Not covered: opening a directory, and its lock (`opened.py`); the first training and a changed run file
-(`training.py`); printing (`cluster/cli/cli.py`).
+(`train.py`); printing (`cluster/cli/cli.py`).
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
     done = unlearn(model, Wish(settings, forget=records, consent="the person asked for it"))
     done.patch.report["metrics_after"]
 
-Rules: as `api.py`. A patch is served as soon as it is made; the shards' own answers are measured with
+Rules: as `model.py`. A patch is served as soon as it is made; the shards' own answers are measured with
 and without it. Shards are trained over it only if the caller says so.
 
 Not covered: settings and methods (`approx/`), printing (`cluster/render/patch_render.py`).

@@ -9,8 +9,7 @@ Source: TOFU (Maini et al. 2024, arXiv 2401.06121), section 2.2.1; locuslab/tofu
 Rules: pure; a loss is in nats, natural logarithm.
 
 Not covered: what makes a loss (`approx/evaluation/answer_tokens.py`). Known limit: normalising by
-length favours
-long answers whose later tokens follow from the earlier ones.
+length favours long answers whose later tokens follow from the earlier ones.
 
 >>> round(probability(0.6931471805599453), 12)
 0.5

@@ -1,9 +1,9 @@
 """`sisa eval tofu`: what models still know of what they should forget, and of what they should keep.
 
 A model is whatever `approx.evaluation.evaluated_models` opens (a directory or hub name of a Hugging
-Face model, an
-adapter directory, a deletion-ready model), or a finished log: one of ours, or locuslab's published
-`eval_log_aggregated.json`. Logs alone need no data. The same command continues what was cut short.
+Face model, an adapter directory, a deletion-ready model), or a finished log: one of ours, or locuslab's
+published `eval_log_aggregated.json`. Logs alone need no data. The same command continues what was cut
+short.
 """
 
 from __future__ import annotations

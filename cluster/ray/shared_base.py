@@ -13,7 +13,7 @@ per worker process, and only on a cluster of several nodes. A carried copy appea
 while the node's others wait.
 
 Not covered: what the base's digest means and whether the user's own directory still has it
-(`sisa/model`); record, checkpoint and patch directories, which must lie on a file system all nodes
+(`sisa/lm`); record, checkpoint and patch directories, which must lie on a file system all nodes
 share. A patch is laid on by each worker: the weights that it changes are the worker's own copy.
 
 >>> cached_base(Path("/scratch/sisa"), "5e6f").as_posix()

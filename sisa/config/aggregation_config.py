@@ -3,7 +3,7 @@
 Rules: a bare name stands for a block with that method alone. What has no meaning for a method can't be
 given beside it. No key reaches a bit of an adapter.
 
-Not covered: the methods themselves (`model/aggregate.py`, `model/route.py`).
+Not covered: the methods themselves (`lm/answer/aggregate.py`, `lm/answer/route.py`).
 
 >>> Aggregation(method="mean_prob").model_dump()
 'mean_prob'

@@ -7,7 +7,7 @@ Names as in Axolotl and TRL.
 
 Not covered: the blocks (`sisa_config.py`, `cluster_config.py` ...), reading YAML (`runfile.py`), what a
 change does to a model (`reconfigure.py`), and the fingerprint of threads and libraries
-(`model/numerics.py`).
+(`lm/base/numerics.py`).
 
 >>> config = RunConfig(datasets=(DatasetSource(path="a.jsonl"),), output_dir="model")
 >>> config.layout

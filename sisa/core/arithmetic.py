@@ -8,7 +8,7 @@
 Rules: both reach the bits, so they are in the numerics fingerprint and, where they are not the usual
 ones, in every job. Jobs of the usual ones name neither, as before there was a choice.
 
-Not covered: what a device must be set to (`model/numerics.py`, `model/cuda.py`).
+Not covered: what a device must be set to (`lm/base/numerics.py`, `lm/base/cuda.py`).
 
 >>> Arithmetic().in_jobs(), Arithmetic("cuda", "bfloat16").in_jobs()
 ({}, {'device': 'cuda', 'dtype': 'bfloat16'})

@@ -9,7 +9,7 @@ A text is put to shards in the form that most records had when the model was fir
 base alone as one turn of a chat, if it has a chat template; `kind` puts it to both in another form. A
 conversation is always put as a chat.
 
-`model/answer.py` decodes, `model/route.py` chooses among hits.
+`lm/answer/answer.py` decodes, `lm/answer/route.py` chooses among hits.
 """
 
 from __future__ import annotations

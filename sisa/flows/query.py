@@ -3,7 +3,7 @@
 Rules: the index proposes, the ledger disposes: a candidate that the ledger does not hold is not a
 hit. Nothing here writes. Ids appear only in answers to those who asked for them.
 
-Not covered: answering with the model (`api.py`), proof (`verify.py`).
+Not covered: answering with the model (`model.py`), proof (`verify.py`).
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ current; old ones are unknown to the ledger after it and are swept. So a crash a
 the old state and some unknown files, or the new state and some unknown files, and the next
 reconciliation ends the same. Nothing is erased before the commit that allows it.
 
-Not covered: what speaks against records (`refused.py`), reading sources and opening a model (`api.py`),
+Not covered: problems of records (`refused.py`), reading sources and opening a model (`model.py`),
 questions (`query.py`), proof (`verify.py`), a changed run file (`reconfigure.py`).
 """
 

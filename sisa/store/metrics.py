@@ -2,8 +2,8 @@
 
 Rules: a line is appended whole; one that a killed process left without its end is not read. Lines are
 those of `sisa/core/measured.py`, and anything else is an IntegrityError. A loss is erased when its
-stage's
-checkpoint is gone: files are then written anew, whole. They are never sealed: they hold nothing to seal.
+stage's checkpoint is gone: files are then written anew, whole. They are never sealed: they hold nothing
+to seal.
 
 Not covered: what may be in a line (`sisa/core/measured.py`); old runs, which are the user's to remove.
 

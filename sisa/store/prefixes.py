@@ -7,9 +7,9 @@ states are computed again and it is written anew, so the ledger keeps no digest 
 that the records do not hold, and goes with them: what the ledger's slices do not name is swept, its key
 first. Keys and places are as those of slices.
 
-Not covered: what names a file (`sisa/planning/prefix_names.py`); computing states (`model/prefix.py`).
-Whoever
-may write to the model's places could put other states there: `verify --replay` uses none and would tell.
+Not covered: what names a file (`planning/prefix_names.py`); computing states (`lm/train/prefix.py`).
+Whoever may write to the model's places could put other states there: `verify --replay` uses none and
+would tell.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Records that fill every (shard, slice) equally, and a model trained on them.
 
 Rules: records come from TOFU where it lies beside the checkout, else from `sisa.data.samples`; ids are
-tried
-until the cell that they hash to has room.
+tried until the cell that they hash to has room.
 
 Not covered: unequal shards, whose longest chain bounds any number of workers.
 """

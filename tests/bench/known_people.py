@@ -4,8 +4,7 @@ The model's shards are trained on the records of those ten and of as many others
 know. What is forgotten exactly is therefore still known to the base, and a patch is needed.
 
 Rules: people come from `sisa.data.samples`, by its seed. Everything is done by commands, as a user does
-it;
-what is measured is asked of the base as it is served, under its patches, and of the served model.
+it; what is measured is asked of the base as it is served, under its patches, and of the served model.
 
     ground = Ground.laid(folder, base, TINY)
     ground.sisa("forget", "--subject", "p001", "--consent", "asked for")

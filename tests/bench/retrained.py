@@ -19,8 +19,7 @@ Then some arrangements are trained for real, on a tiny base, and deleted from by
 after another: seconds (of the clock, and of the core that worked) beside record-epochs.
 
 Rules: without --tofu people are made up (`sisa.data.samples`), 200 with 8 records each. Counts are a
-function
-of the arguments; seconds are of this machine. Records lie in a temporary directory alone.
+function of the arguments; seconds are of this machine. Records lie in a temporary directory alone.
 
 Not covered: quality; requests that arrive one by one between trainings (`sisa simulate`).
 """

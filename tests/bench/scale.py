@@ -5,10 +5,9 @@
 
 What is real: the planner (`plan_shard`, `tainted`), the price of plans, the rule that hands tasks out
 (`HandOut`, through `tests.bench.simulate`), the choice of when to run requests (`schedule.choose`),
-due dates,
-the hash that places records, and the ledger with every slice and checkpoint of the fleet in it. What is
-counted: records (slices have sizes, drawn as the hash spreads them) and time (record-epochs over a rate
-that is given, deaths of workers at random).
+due dates, the hash that places records, and the ledger with every slice and checkpoint of the fleet in
+it. What is counted: records (slices have sizes, drawn as the hash spreads them) and time (record-epochs
+over a rate that is given, deaths of workers at random).
 
     first training  makespan, what deaths cost, throughput
     deletions       a Poisson stream of requests of one record each, decided once a day as `sisa run`

@@ -8,8 +8,7 @@ Rules: a wish is in the ledger before anything is computed, so that what was cut
 the same command. One wish at a time.
 
 Not covered: how a patch is made (`approx/patches/patching.py`), decisions (`patch_plan.py`), what a
-deletion
-does to patches (`rederiving.py`), shards that are trained over patches (`patched_shards.py`).
+deletion does to patches (`rederiving.py`), shards that are trained over patches (`patched_shards.py`).
 """
 
 from __future__ import annotations

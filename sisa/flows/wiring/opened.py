@@ -5,7 +5,7 @@ world after it has caught up with its witness; writers hold the directory's lock
 a second writer gets `Busy`. An object of this class may live long: each time it opens its world, it
 compares the ledger's description of the model with the one that it took, and takes a changed one over.
 
-What a caller can do with a model is in `api.py`; its parts are in `opening.py` and `parts.py`.
+What a caller can do with a model is in `model.py`; its parts are in `opening.py` and `parts.py`.
 """
 
 from __future__ import annotations

@@ -7,8 +7,7 @@ Rules: a name is a capitalised word that does not begin a sentence, without its 
 on the data and there is no list of names, so a vector depends on its text alone. Embedders of meaning
 take one novelist for another; records are about somebody, and most questions say about whom. A score
 is relative to the query's own (`sisa/flows/query.py`), so that equal texts score 1, named or not.
-Scripts
-without capitals, and prompts in lower case, name nobody.
+Scripts without capitals, and prompts in lower case, name nobody.
 
 Not covered: names that begin a sentence; nicknames; German, where every noun counts as a name.
 
