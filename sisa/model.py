@@ -45,7 +45,7 @@ from sisa.core.domain import (
 )
 from sisa.core.errors import EnvironmentFault, InvalidInput
 from sisa.core.events import Notice, QueueSeen, Report
-from sisa.core.requests import under_way
+from sisa.core.requests import is_under_way
 from sisa.data.reader import named_by_place, read_like
 from sisa.flows import lifecycle, query
 from sisa.flows.ask import (
@@ -53,28 +53,28 @@ from sisa.flows.ask import (
     HeldPrompts,
     Prompt,
     ask,
-    form_of,
     held_prompts,
     open_answerer,
+    prompt_form,
     routes_of,
 )
 from sisa.flows.deletion import forget_at_once, plan_forget
 from sisa.flows.export import export_adapters
+from sisa.flows.ingest import Taken, add, train
 from sisa.flows.lifecycle import Terms
 from sisa.flows.reconcile import reconcile
-from sisa.flows.run import Taken, add, train
 from sisa.flows.scratch import guard
 from sisa.flows.stale_exports import missing
 from sisa.flows.wiring.opened import WAITS_S, OpenedModel, asked_again, silent
 from sisa.flows.wiring.opening import LEDGER, SCRATCH, OnCluster, OpenExecutor
 from sisa.flows.wiring.outcome import ForgetOutcome, ForgetPlan, Status
-from sisa.flows.wiring.running import running
-from sisa.flows.wiring.witness import standing
+from sisa.flows.wiring.run_context import running
+from sisa.flows.wiring.witness import witness_standing
 from sisa.flows.wiring.world import World, model_digest, purge, view_shards
 from sisa.lm.answer.route import Route
 from sisa.lm.base.numerics import worker_environment
+from sisa.planning.batching import RunPlan
 from sisa.planning.cost import estimate_seconds, full_record_epochs, orders_record_epochs, serving_depth
-from sisa.planning.schedule import RunPlan
 from sisa.store.blobs import files
 from sisa.store.checkpoints import FileCheckpoints
 
@@ -97,7 +97,7 @@ class Model(OpenedModel):
         texts are refused unless `allow_deleted`. `append` makes new slices at the end instead."""
         if isinstance(source, str | Path):
             source = read_like(self.config, source, subjects="column")
-            self.report(Notice(source.told_subjects()))
+            self.report(Notice(source.subject_report()))
         with named_by_place(source), self._writing() as world:
             guarded = partial(guard, self.config)
             taken = add(world, source, allow_deleted=allow_deleted, append=append, checks=[guarded])
@@ -129,7 +129,7 @@ class Model(OpenedModel):
         like: str | None = None,
         top_k: int = 10,
         show_text: bool = False,
-    ) -> list[query.Found]:
+    ) -> list[query.Candidate]:
         """Return candidates by content (`text`), of a subject, or near-duplicates of a record (`like`);
         with the beginning of their texts if `show_text`."""
         if sum(each is not None for each in (text, subject, like)) != 1:
@@ -194,7 +194,7 @@ class Model(OpenedModel):
         """Take in a request that waits to be approved and run. Raises UnknownRecord, ConfigConflict."""
         with self._writing() as world:
             live, dead = _named(world, ids, subject)
-            found = lifecycle.copies(world, live, sure=True)
+            found = lifecycle.copies(world, live, full_scan=True)
             near = query.near(world, live, NEAR_DUPLICATE, found) if live else []
             request = lifecycle.submit(world, live, dead, terms or Terms())
             return lifecycle.Submitted(request, tuple(query.ids_of(world, found)), tuple(near))
@@ -240,7 +240,7 @@ class Model(OpenedModel):
         """Carry out all approved requests as one batch; finish what was put off or cut short before. The
         requests that this was for, those begun before first."""
         with self._writing() as world:
-            begun = {each.request_id for each in world.ledger.requests() if under_way(each)}
+            begun = {each.request_id for each in world.ledger.requests() if is_under_way(each)}
             waiting = lifecycle.approved(world)
             if waiting:
                 _ = self.parts.base  # refuses a changed base before anything is erased
@@ -256,7 +256,7 @@ class Model(OpenedModel):
         with self._world(outdated=True) as world:
             exports = tuple(query.exports(world))
             prompts = held_prompts(world, self.config)
-            sizes = {room: world.places[room].num_bytes("") for room in world.told_rooms}
+            sizes = {room: world.places[room].num_bytes("") for room in world.reported_areas}
             with world.ledger.snapshot():
                 return self._status(world, exports, sizes, prompts)
 
@@ -283,7 +283,7 @@ class Model(OpenedModel):
             requests=tuple(world.ledger.requests()),
             exports=exports,
             sizes_bytes={LEDGER: files.num_bytes(self.directory / LEDGER), **sizes},
-            witness=(world.witness.location(), standing(world)),
+            witness=(world.witness.location(), witness_standing(world)),
             event_head=world.ledger.event_head(),
             num_orders=1 + len(world.recipe.orders),
             serving_depth=serving_depth(heads, views),
@@ -292,7 +292,7 @@ class Model(OpenedModel):
             records_without_subject=world.ledger.num_without_subject()[0],
             checkpoint_bytes=sum(each.num_bytes for view in views for each in view.held),
             record_epochs_others=orders_record_epochs(views, world.recipe) - full,
-            form=form_of(world),
+            form=prompt_form(world),
             prompts=prompts,
         )
 
@@ -365,7 +365,7 @@ class Model(OpenedModel):
         """Return all constituent models that are served now, and how prompts are put to them. Once a
         deletion or another change has replaced one of them, they raise Outdated instead of answering."""
         with self._world() as world:
-            return open_answerer(world, self.parts, open_ledger=self._ledger), form_of(world)
+            return open_answerer(world, self.parts, open_ledger=self._ledger), prompt_form(world)
 
     def as_transformers(self, **options: Any) -> AggregatedModel:
         """Return what is served now as a `PreTrainedModel` with `generate`, for tools that know nothing
@@ -419,7 +419,7 @@ def _train_apart(directory: Path, config: RunConfig, scratch: str, chains: Seque
     """Train all stages of a shard in processes of their own. Raises EnvironmentFault where one fails."""
     keys = dict.fromkeys(job.key for chain in chains for job in chain.jobs)
     here = str(Path(__file__).resolve().parents[1])
-    environment = {**os.environ, **worker_environment(config.sisa.threads_per_shard, config.arithmetic)}
+    environment = {**os.environ, **worker_environment(config.sisa.threads_per_shard, config.precision)}
     paths = (here, os.environ.get("PYTHONPATH", ""))
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     shard = str(chains[0].shard)

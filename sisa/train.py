@@ -13,39 +13,39 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-from sisa.audit.garbage import ROOMS
+from sisa.audit.garbage import AREAS
 from sisa.config.config import Difference, RunConfig, differences
 from sisa.config.runfile import load_run_file
-from sisa.core.arithmetic import USUAL
 from sisa.core.config_types import Effect, is_uri
 from sisa.core.digest import Keyed
 from sisa.core.domain import Record
 from sisa.core.errors import Busy, ConfigConflict, EnvironmentFault, IntegrityError, InvalidInput
 from sisa.core.events import Notice, Report
 from sisa.core.ports import Change
-from sisa.core.requests import under_way
+from sisa.core.precision import DEFAULT_PRECISION
+from sisa.core.requests import is_under_way
 from sisa.data.reader import named_by_place, read_records
 from sisa.flows import reconfigure
 from sisa.flows.ask import FORM, held_prompts, usual_kind
+from sisa.flows.ingest import Taken, check_same_records, train
 from sisa.flows.reconcile import Trained, erase_unknown
-from sisa.flows.refused import refuse_deleted, refuse_generations, refuse_risks, refuse_together
-from sisa.flows.run import Taken, refuse_other_records, train
-from sisa.flows.scratch import guard, prepare
+from sisa.flows.record_checks import check_all, check_generations, check_not_deleted, check_risks
+from sisa.flows.scratch import guard, prepare_base
 from sisa.flows.wiring import opening
 from sisa.flows.wiring.opened import silent
 from sisa.flows.wiring.opening import CHECKPOINTS, INDEX, KEY, LEDGER, LOCK, SCRATCH, VAULT, OpenExecutor
 from sisa.flows.wiring.parts import Parts, indexed_digest
 from sisa.flows.wiring.progress import progress
-from sisa.flows.wiring.running import running
-from sisa.flows.wiring.witness import is_behind, settle
-from sisa.flows.wiring.world import World, commit, over
+from sisa.flows.wiring.run_context import running
+from sisa.flows.wiring.witness import catch_up, is_behind
+from sisa.flows.wiring.world import World, commit, trained_over
 from sisa.lm.base.numerics import require_device
 from sisa.model import Model
 from sisa.planning.assign import Assigner
 from sisa.planning.bands import unnamed
 from sisa.planning.patch_plan import active, wanted
 from sisa.store.blobs import files, partition_key
-from sisa.store.blobs.places import root_of
+from sisa.store.blobs.storage_areas import storage_root
 from sisa.store.ledger.ledger import SqlLedger
 
 
@@ -86,13 +86,13 @@ def _train(
 ) -> tuple[Model, Taken]:
     directory = config.output_dir
     opening.find_executor(executor)  # an unknown one is refused before anything is written
-    require_device(config.arithmetic)
+    require_device(config.precision)
     _refuse_keys_inside(config)
     first = not _committed(directory)
     records = read_records(
         config.datasets, config.sisa.group_by, config.limits, subjects="some" if first else "any"
     )
-    report(Notice(records.told_subjects()))
+    report(Notice(records.subject_report()))
     if first:
         _refuse_foreign(directory)
         with named_by_place(records):
@@ -101,10 +101,10 @@ def _train(
     found = differences(model.config, config)
     if found or accept_differences:
         with named_by_place(records):
-            refuse_risks(config.sisa.bands, records)
+            check_risks(config.sisa.bands, records)
     if accept_differences and any((each.key, each.effect) == ("base_model", "reset") for each in found):
         with named_by_place(records):
-            prepare(config, records, executor, report)
+            prepare_base(config, records, executor, report)
     parts = _new_parts(model, config, accept_differences=accept_differences)
     with named_by_place(records), model._locked():  # nobody else moves it before it is trained
         moved = _move(model, config, parts, records, accept_differences=accept_differences)
@@ -132,10 +132,10 @@ def _first_training(
     keyed = Keyed(secret)
     parts = Parts(config, None, None)
     _refuse_records(config, records, keyed, parts, allow_deleted=allow_deleted)
-    opening.witness_of(config, keyed, opening.new_model_id()).refuse_unwritable()
+    opening.witness_of(config, keyed, opening.new_model_id()).check_writable()
     if config.storage is not None:
-        root_of(config.storage).refuse_unusable()
-    prepare(config, records, executor, report)
+        storage_root(config.storage).check_usable()
+    prepare_base(config, records, executor, report)
     parts.count_tokens(records)
     parts.check_base()
     counted = Counter[str](record.kind for record in records)
@@ -178,14 +178,14 @@ def _refuse_records(
 ) -> None:
     """Raises InvalidInput and ConfigConflict for records that a first training can't take. Tokens are
     counted by the base: by one from scratch, once it is there."""
-    refuse_generations(config.training(), records)
+    check_generations(config.training(), records)
     bands = config.sisa.bands
     unplaced = unnamed(bands, records)
     placed = [each for each in enumerate(records) if each[0] not in unplaced]
     deleted = [] if allow_deleted else opening.deleted_under(config, keyed)
-    refuse_together(
-        lambda: refuse_risks(bands, records),
-        lambda: refuse_deleted(Assigner(keyed, config.layout), placed, deleted, "trained"),
+    check_all(
+        lambda: check_risks(bands, records),
+        lambda: check_not_deleted(Assigner(keyed, config.layout), placed, deleted, "trained"),
         lambda: parts.count_tokens(records) if isinstance(config.base_model, str) else None,
     )
 
@@ -243,7 +243,7 @@ def _refuse_move(model: Model, config: RunConfig, *, accept_differences: bool) -
         )
     graver = _graver(model, config)
     if not accept_differences:
-        reconfigure.refuse_differences(graver, str(config.output_dir))
+        reconfigure.check_no_differences(graver, str(config.output_dir))
     if any(each.key == "sisa.group_by" for each in graver):
         raise ConfigConflict(
             "the column that names the subject can't change: the held records do not have another",
@@ -302,11 +302,11 @@ def _move(
     if effects:
         parts.check_base()
     with model._world(as_it_is=True) as old:
-        if config.arithmetic != USUAL:
+        if config.precision != DEFAULT_PRECISION:
             _refuse_patches(old)
         _replay_first(old, moving=opening.witness_dir(config) != opening.witness_dir(model.config))
-        refuse_other_records(old, records)  # by the places, and so the generations, that they have now
-        if any(under_way(request) for request in old.ledger.requests()):
+        check_same_records(old, records)  # by the places, and so the generations, that they have now
+        if any(is_under_way(request) for request in old.ledger.requests()):
             erase_unknown(old)  # what a cut-short deletion left goes before anything is trained
     world = opening.open_world(
         model.directory,
@@ -329,10 +329,10 @@ def _move(
 def _moved(world: World, config: RunConfig, parts: Parts, effects: set[Effect]) -> Trained:
     if "reset" in effects:
         held = [each.record for each in reconfigure.all_records(world)]
-        refuse_risks(config.sisa.bands, held)
+        check_risks(config.sisa.bands, held)
         guard(config, held)
     if "reseal" in effects:
-        reconfigure.reseal(world)
+        reconfigure.reseal_model(world)
     if effects:
         return reconfigure.move(world, effects, parts.meta())
     commit(world, Change(meta={"config": config.to_canonical()}))
@@ -341,7 +341,7 @@ def _moved(world: World, config: RunConfig, parts: Parts, effects: set[Effect]) 
 
 def _refuse_patches(old: World) -> None:
     patches = old.ledger.patches()
-    if active(patches) or wanted(patches) or over(old.ledger):
+    if active(patches) or wanted(patches) or trained_over(old.ledger):
         raise ConfigConflict(
             "the model has patches, and those are for the CPU in float32",
             where="device, dtype",
@@ -353,7 +353,7 @@ def _replay_first(old: World, *, moving: bool) -> None:
     """A restored backup catches up with the witness that it had, where the run file names another."""
     try:
         if is_behind(old):
-            settle(old)
+            catch_up(old)
     except EnvironmentFault as error:
         if not moving:
             raise
@@ -384,7 +384,7 @@ def _committed(directory: Path) -> bool:
 
 def _refuse_foreign(directory: Path) -> None:
     """Raises InvalidInput where a first training would write among files that are not a model's."""
-    ours = {LEDGER, f"{LEDGER}-wal", f"{LEDGER}-shm", KEY, LOCK, SCRATCH, *ROOMS}
+    ours = {LEDGER, f"{LEDGER}-wal", f"{LEDGER}-shm", KEY, LOCK, SCRATCH, *AREAS}
     if directory.exists() and (not directory.is_dir() or files.held_names(directory) - ours):
         raise InvalidInput(
             "output_dir holds something that is not a model",

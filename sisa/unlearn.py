@@ -19,12 +19,12 @@ from typing import Any
 from sisa.core.errors import InvalidInput
 from sisa.core.patch import Patch, VaultSet
 from sisa.flows import lifecycle
-from sisa.flows.patches import patching, vaulting
+from sisa.flows.patches import patching, vault_sets
 from sisa.flows.patches.composition import measure
 from sisa.flows.patches.patched_shards import shards_over
 from sisa.flows.patches.patching import Unlearnt, Wish
 from sisa.flows.wiring.opened import asked_again
-from sisa.flows.wiring.world import over, patch_files
+from sisa.flows.wiring.world import patch_files, trained_over
 from sisa.model import Model
 from sisa.planning.patch_plan import active, wanted
 
@@ -66,7 +66,7 @@ def retrain(model: Model) -> int:
     slices that were trained. Raises ConfigConflict."""
     with model._writing() as world:
         stack = active(world.ledger.patches())
-        if over(world.ledger) != tuple(each.key for each in stack):
+        if trained_over(world.ledger) != tuple(each.key for each in stack):
             shards_over(world, stack)
     return model.resume().slices_trained
 
@@ -74,7 +74,7 @@ def retrain(model: Model) -> int:
 def revert(model: Model, *, everything: bool = False, retrain_shards: bool = False) -> list[Patch]:
     """Take the newest patch back, or what is wanted, or all. Raises InvalidInput when there is none."""
     with model._writing() as world:
-        gone = patching.revert(world, everything=everything)
+        gone = patching.revert_patches(world, everything=everything)
     if retrain_shards:
         retrain(model)
     return gone
@@ -90,17 +90,17 @@ def release(
     """Erase texts from the vault, on withdrawn consent. Raises UnknownRecord listing all unknown."""
     with model._writing() as world:
         held = [each for each in world.ledger.vault() if each.held]
-        named = held if everything else vaulting.chosen(world, sets, request_ids)
+        named = held if everything else vault_sets.chosen(world, sets, request_ids)
         if not named:
             raise InvalidInput("no text is in the vault", next_step="`sisa approx patches` lists sets")
-        return patching.release(world, named)
+        return patching.release_sets(world, named)
 
 
 @asked_again
 def patches(model: Model) -> tuple[list[Patch], list[VaultSet], tuple[str, ...]]:
     """All patches there ever were, the vault's sets, and the patches that shards are trained over."""
     with model._world() as world:
-        return world.ledger.patches(), world.ledger.vault(), over(world.ledger)
+        return world.ledger.patches(), world.ledger.vault(), trained_over(world.ledger)
 
 
 @asked_again

@@ -15,7 +15,7 @@ from typing import Any
 
 from approx.evaluation.evaluated import AnswerScore, PromptForm, PromptKind
 from approx.evaluation.tofu import RETAIN_OF, ForgetSplit
-from approx.evaluation.tofu_row import COLUMNS, PUBLISHED, LogRow
+from approx.evaluation.tofu_row import PUBLISHED, ROW_COLUMNS, LogRow
 from sisa.core.digest import digest_of
 from sisa.data.samples import make_people
 
@@ -57,7 +57,7 @@ def write_published(path: Path, rows: Iterable[LogRow]) -> Path:
     names = {name: file for file, name in PUBLISHED.items()}
     for row in rows:
         columns = held.setdefault(names["forget" if "forget" in row.set else row.set], {})
-        values = {name: getattr(row, name) for name in COLUMNS} | {
+        values = {name: getattr(row, name) for name in ROW_COLUMNS} | {
             "gt_loss": row.avg_gt_loss * row.num_token_gt,
             "generated_text": ["a prompt", row.generation, row.ground_truth],
         }

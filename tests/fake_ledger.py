@@ -160,9 +160,9 @@ class FakeLedger:
         return sorted(held, key=lambda each: each.place)
 
     def by_text(
-        self, text_digests: Collection[str], *, sure: bool = False
+        self, text_digests: Collection[str], *, full_scan: bool = False
     ) -> tuple[list[RecordRow], list[Tombstone]]:
-        del sure  # memory loses no rows
+        del full_scan  # memory loses no rows
         t = self.tables
         live = [row for row in t.records.values() if row.text_digest in text_digests]
         dead = [each for each in t.tombstones.values() if each.text_digest in text_digests]

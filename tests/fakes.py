@@ -35,7 +35,16 @@ from sisa.core.domain import (
 from sisa.core.errors import IntegrityError
 from sisa.core.events import Report, SliceTrained
 from sisa.core.patch import PatchJob, PatchMode
-from sisa.core.ports import By, CheckpointStore, Executor, Standing, States, StoredRecord, Tick, Vectors
+from sisa.core.ports import (
+    By,
+    CheckpointStore,
+    Executor,
+    ExportStanding,
+    States,
+    StoredRecord,
+    Tick,
+    Vectors,
+)
 from sisa.flows.serial import SerialExecutor
 from sisa.flows.wiring.world import World
 from sisa.planning.assign import Assigner, Layout
@@ -224,7 +233,7 @@ class FakeExports:
     def abandon(self, path: str) -> None:
         """Memory is written whole."""
 
-    def state(self, export: Export) -> Standing:
+    def state(self, export: Export) -> ExportStanding:
         files = self.stored.get(export.path, {})
         if ADAPTER not in files:
             return "gone"

@@ -24,7 +24,7 @@ from typing import Any
 
 import pytest
 
-from sisa.store.blobs.object_place import ObjectPlace
+from sisa.store.blobs.object_blobs import ObjectBlobs
 
 START_S = 60.0
 
@@ -133,9 +133,9 @@ def _shared_bucket(server: Server, versions: bool) -> str:
     return server.bucket("versioned" if versions else "plain", versions=versions)
 
 
-def fresh_place(server: Server, *rooms: str, versions: bool = True) -> ObjectPlace:
+def fresh_place(server: Server, *rooms: str, versions: bool = True) -> ObjectBlobs:
     """A place where nothing ever was, in a bucket that keeps versions unless told otherwise."""
-    place = ObjectPlace(_shared_bucket(server, versions), uuid.uuid4().hex, server.url, "us-east-1")
+    place = ObjectBlobs(_shared_bucket(server, versions), uuid.uuid4().hex, server.url, "us-east-1")
     for room in rooms:
         place = place.below(room)
     return place

@@ -44,7 +44,7 @@ PLAIN_SETS = ("full", *RETAIN_OF, *RETAIN_OF.values(), "real_authors", "world_fa
 HOLDOUT = "holdout"
 HUB_NAME = "locuslab/TOFU"
 
-Row = Mapping[str, Any]
+TofuRow = Mapping[str, Any]
 
 
 @dataclass(frozen=True)

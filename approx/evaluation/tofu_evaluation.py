@@ -34,7 +34,7 @@ Progress = Callable[[int, int], None]  # questions done, questions in all
 
 
 @dataclass(frozen=True)
-class Settings:
+class TofuSettings:
     """What changes a measurement, besides the model and the questions."""
 
     form: PromptForm
@@ -62,7 +62,7 @@ def finished_log(path: Path) -> Evaluated:
     return Evaluated(path.name, header.model, path, header.settings, rows)
 
 
-def refuse_other_settings(model: Evaluated, reference: Evaluated) -> None:
+def check_same_settings(model: Evaluated, reference: Evaluated) -> None:
     """Raises ConfigConflict where the two were asked in different ways."""
     if None not in (model.settings, reference.settings) and model.settings != reference.settings:
         raise ConfigConflict(
@@ -80,7 +80,7 @@ def log_name(model: EvaluatedModel, split: str, header: Header) -> str:
     return f"{split}-{called}-{digest_of([model.name, header.line().decode()])[:16]}.jsonl"
 
 
-def header_of(model: EvaluatedModel, questions: Sequence[Question], settings: Settings) -> Header:
+def header_of(model: EvaluatedModel, questions: Sequence[Question], settings: TofuSettings) -> Header:
     """What the log of this evaluation begins with."""
     held = {**asdict(settings.form), "max_new_tokens": settings.max_new_tokens}
     if settings.form.kind == "chat":
@@ -92,7 +92,7 @@ def evaluate(
     model: EvaluatedModel,
     questions: Sequence[Question],
     log: Path,
-    settings: Settings,
+    settings: TofuSettings,
     *,
     batch_size: int = 8,
     progress: Progress | None = None,
@@ -113,7 +113,7 @@ def evaluate(
 
 
 def _asked(
-    model: EvaluatedModel, questions: Sequence[Question], settings: Settings, batch_size: int
+    model: EvaluatedModel, questions: Sequence[Question], settings: TofuSettings, batch_size: int
 ) -> list[LogRow]:
     pairs = [
         (each.question, text)

@@ -30,7 +30,7 @@ PUBLISHED = {
     "eval_real_world_wo_options.json": "world_facts",
     "eval_log_forget.json": "forget",
 }
-COLUMNS = (
+ROW_COLUMNS = (
     "avg_gt_loss",
     "num_token_gt",
     "avg_paraphrased_loss",
@@ -91,7 +91,7 @@ def published_rows(held: Any) -> list[LogRow] | None:
     for name, columns in held.items():
         try:
             for number, (_, generation, truth) in columns["generated_text"].items():
-                row = {each: columns[each][number] for each in COLUMNS}
+                row = {each: columns[each][number] for each in ROW_COLUMNS}
                 texts = {"generation": generation, "ground_truth": truth}
                 rows.append(_row({"set": PUBLISHED[name], "idx": int(number), **row, **texts}))
         except (TypeError, KeyError, AttributeError) as error:

@@ -14,7 +14,7 @@ from dataclasses import replace
 from approx.leaderboard.plan import Cell, Design, nearest_steps
 from approx.methods.method import Method
 from approx.unlearning.compute import Compute
-from approx.unlearning.pace import Settings, plan_steps
+from approx.unlearning.schedule import ScheduleSettings, plan_steps
 from approx.unlearning.sets import Sets
 from sisa.lm.base.tokens import Tokens
 
@@ -22,14 +22,14 @@ MANY_EPOCHS = 200
 WARMUP_STEPS = 10
 
 
-def tuning(cell: Cell, design: Design) -> Settings:
+def tuning(cell: Cell, design: Design) -> ScheduleSettings:
     """How the base is fine-tuned."""
     return replace(unlearning(cell, design), num_epochs=design.epochs, warmup_steps=WARMUP_STEPS)
 
 
-def unlearning(cell: Cell, design: Design) -> Settings:
+def unlearning(cell: Cell, design: Design) -> ScheduleSettings:
     """How a method is run, before its steps are cut to the budget."""
-    return Settings(
+    return ScheduleSettings(
         learning_rate=cell.learning_rate,
         num_epochs=MANY_EPOCHS,
         batch_size=design.batch_size,
@@ -40,15 +40,15 @@ def unlearning(cell: Cell, design: Design) -> Settings:
 
 
 def within(
-    budget: float, method: Method, sets: Sets, settings: Settings, sizes: tuple[int, int]
-) -> Settings:
+    budget: float, method: Method, sets: Sets, settings: ScheduleSettings, sizes: tuple[int, int]
+) -> ScheduleSettings:
     """The settings with as many steps as come nearest to the budget, in operations."""
     costs, last = step_costs(method, sets, settings, sizes)
     return replace(settings, max_steps=nearest_steps(costs, last, budget))
 
 
 def step_costs(
-    method: Method, sets: Sets, settings: Settings, sizes: tuple[int, int]
+    method: Method, sets: Sets, settings: ScheduleSettings, sizes: tuple[int, int]
 ) -> tuple[list[float], list[float]]:
     """Operations of each step, and of the look at the loss that ends a run after it.
 
@@ -71,14 +71,14 @@ def step_costs(
     return costs, last
 
 
-def _reference_positions(examples: Sequence[Tokens], settings: Settings) -> int:
+def _reference_positions(examples: Sequence[Tokens], settings: ScheduleSettings) -> int:
     """Positions that the reference computes once, in the order of the set."""
     size = settings.batch_size
     starts = range(0, len(examples), size)
     return sum(_positions(examples, range(at, min(at + size, len(examples)))) for at in starts)
 
 
-def positions_of(examples: Sequence[Tokens], settings: Settings) -> int:
+def positions_of(examples: Sequence[Tokens], settings: ScheduleSettings) -> int:
     """Positions that a fine-tuning computes, padding among them."""
     steps = plan_steps(len(examples), 0, settings)
     return sum(_positions(examples, micro.forget) for step in steps for micro in step)

@@ -23,7 +23,7 @@ from torch import Tensor
 from approx.evaluation.evaluated import AnswerScore, PromptForm, PromptKind
 from approx.evaluation.evaluated_models import HuggingFaceModel, tokens_of
 from approx.evaluation.tofu_aggregates import aggregates
-from approx.evaluation.tofu_evaluation import Settings as Asking
+from approx.evaluation.tofu_evaluation import TofuSettings as Asking
 from approx.evaluation.tofu_evaluation import evaluate
 from approx.evaluation.tofu_log import read_log
 from approx.evaluation.tofu_row import LogRow
@@ -41,11 +41,11 @@ from approx.leaderboard.plan import (
 from approx.methods.method import Losses, Method, Role, Rows
 from approx.methods.registry import make_method
 from approx.methods.token_losses import mean_nll
-from approx.unlearning.bounds import Bounds, End
 from approx.unlearning.compute import Compute
-from approx.unlearning.pace import Settings
 from approx.unlearning.refusals import refusing
+from approx.unlearning.schedule import ScheduleSettings
 from approx.unlearning.sets import Sets
+from approx.unlearning.stopping import Bounds, End
 from approx.unlearning.unlearn import unlearn
 from sisa.core.digest import canonical_json
 from sisa.lm.base.adapter import adapter_tensors, attach, lora_config, read_tensors, tensor_bytes
@@ -176,7 +176,9 @@ class CellMaker:
         }
         return lora_config(wanted, split.upper)
 
-    def _matched(self, cell: Cell, method: Method, sets: Sets, sizes: tuple[int, int]) -> Settings:
+    def _matched(
+        self, cell: Cell, method: Method, sets: Sets, sizes: tuple[int, int]
+    ) -> ScheduleSettings:
         share = self._design.budget_share * cell.forgotten / self._design.forgotten
         budget = share * 6 * sizes[0] * self._full_tokens()
         return within(budget, method, sets, unlearning(cell, self._design), sizes)

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from approx.methods.method import Losses, Role, Rows, above_zero, refuse_values, weighted
+from approx.methods.method import Losses, Role, Rows, above_zero, check_values, weighted
 from approx.methods.token_losses import mean_nll
 
 
@@ -30,7 +30,7 @@ class KlMinimisation:
     name: ClassVar[str] = "kl_minimisation"
 
     def __post_init__(self) -> None:
-        refuse_values(self.name, above_zero(beta=self.beta))
+        check_values(self.name, above_zero(beta=self.beta))
 
     @property
     def reads(self) -> frozenset[Role]:

@@ -152,7 +152,7 @@ def one_of(allowed: tuple[str, ...], **values: str) -> Iterator[Problem]:
             yield Problem(name, f"{value!r}, expected one of {', '.join(allowed)}")
 
 
-def refuse_values(what: str, *found: Iterable[Problem]) -> None:
+def check_values(what: str, *found: Iterable[Problem]) -> None:
     """Raise InvalidInput with all problems, if there are any."""
     problems = list(chain(*found))
     if problems:
@@ -188,7 +188,7 @@ class WithRetainTerm:
         def retain_loss(self) -> RetainLoss: ...
 
     def __post_init__(self) -> None:
-        refuse_values(
+        check_values(
             self.name,
             above_zero(**{each: getattr(self, each) for each in self.positive}),
             at_least_zero(**{each: getattr(self, each) for each in self.not_negative}),

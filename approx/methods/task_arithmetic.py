@@ -25,7 +25,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from approx.methods.method import Losses, Role, Rows, above_zero, at_least_zero, refuse_values
+from approx.methods.method import Losses, Role, Rows, above_zero, at_least_zero, check_values
 from approx.methods.token_losses import mean_nll
 from sisa.core.errors import InvalidInput, Problem
 
@@ -47,7 +47,7 @@ class TaskArithmetic:
 
     def __post_init__(self) -> None:
         given = {} if self.alpha is None else {"alpha": self.alpha}
-        refuse_values(self.name, at_least_zero(**given), self._bad_grid())
+        check_values(self.name, at_least_zero(**given), self._bad_grid())
 
     def _bad_grid(self) -> Iterator[Problem]:
         if not self.alphas:
@@ -86,7 +86,7 @@ def negate_patch(fresh: Tensors, tuned: Tensors, alpha: float) -> dict[str, Tens
 
     Raises InvalidInput when the patch was not fresh.
     """
-    refuse_used_patch(fresh)
+    check_fresh_patch(fresh)
     if alpha == 0:
         return {name: each.clone() for name, each in fresh.items()}
     return {
@@ -94,7 +94,7 @@ def negate_patch(fresh: Tensors, tuned: Tensors, alpha: float) -> dict[str, Tens
     }
 
 
-def refuse_used_patch(patch: Tensors) -> None:
+def check_fresh_patch(patch: Tensors) -> None:
     """Raise InvalidInput for a patch that already changes the weights."""
     used = [name for name, each in patch.items() if _is_second_factor(name) and bool(each.any())]
     if used:

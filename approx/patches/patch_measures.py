@@ -31,13 +31,13 @@ from approx.metrics.extraction_strength import extraction_strength, floor
 from approx.metrics.min_k_plus_plus import min_k_plus_plus_score
 from approx.metrics.probability import probability
 from approx.metrics.rouge import rougeL_recall
-from approx.unlearning.bounds import Knowledge
+from approx.unlearning.stopping import Knowledge
 from sisa.lm.answer.answer import end_tokens
 from sisa.lm.base.tokens import NO_LOSS, Tokens, answers, without_closing
 
 MAX_MEASURED, MAX_CONTINUED, MAX_NEW_TOKENS = 64, 16, 48
 
-LIMITS = (
+MEASURE_LIMITS = (
     "extraction strength: the floor of an answer of L tokens is 1/L, not 0, and one odd token late in "
     "the answer hides all before it",
     "exact memorisation: much of a sentence is grammar, so that knowing nothing scores above 0",

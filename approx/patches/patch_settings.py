@@ -11,8 +11,9 @@ All defaults are written out, so that a job names everything that reaches its bi
 seconds is no part of it: it says when to put a run aside, not what comes of it. On the command line
 settings have one flat space of names. Unknown names and impossible values are named together.
 
-Source of the defaults: a patch wants about ten times the rate of full weights (`pace.py`); from there on
-each round is stronger (`descent.py`) until nothing is known, or the bound on utility holds it back.
+Source of the defaults: a patch wants about ten times the rate of full weights (`schedule.py`); from
+there on each round is stronger (`descent.py`) until nothing is known, or the bound on utility holds it
+back.
 
 >>> found = parse_settings(settings_of("npo", {"beta": 0.2, "num_epochs": 3}, Adapter(), seed=1))
 >>> found.method, found.pace.num_epochs, found.bounds.max_utility_drop
@@ -29,17 +30,17 @@ from approx.methods.method import (
     Method,
     above_zero,
     at_least_zero,
+    check_values,
     hyperparameters,
     one_of,
-    refuse_values,
 )
 from approx.methods.registry import METHODS, make_method
 from approx.methods.task_arithmetic import TaskArithmetic
-from approx.unlearning.pace import Settings
+from approx.unlearning.schedule import ScheduleSettings
 from sisa.core.errors import InvalidInput, Problem
 from sisa.lm.base.tokens import Overlength
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 PROCEDURE = 2  # raise it when the same settings make another patch
 DEFAULT_SEQUENCE_LEN = 512
 DEFAULT_PACE = {
@@ -74,7 +75,7 @@ class Adapter:
     lora_target_modules: tuple[str, ...] | str = "all-linear"
 
     def __post_init__(self) -> None:
-        refuse_values("the adapter", self._bad())
+        check_values("the adapter", self._bad())
 
     def _bad(self) -> Iterator[Problem]:
         for name, largest in (("lora_r", 4096), ("lora_alpha", 65_536)):
@@ -98,7 +99,7 @@ class PatchBounds:
     def __post_init__(self) -> None:
         drop = {} if self.max_utility_drop is None else {"max_utility_drop": self.max_utility_drop}
         whole = _is_whole(self.check_every)
-        refuse_values(
+        check_values(
             "the bounds",
             at_least_zero(target_probability=self.target_probability, **drop),
             above_zero(check_every=self.check_every) if whole else (),
@@ -112,7 +113,7 @@ class PatchSettings:
 
     method: Method
     adapter: Adapter
-    pace: Settings
+    pace: ScheduleSettings
     bounds: PatchBounds
     sequence_len: int
     overlength: Overlength
@@ -169,7 +170,7 @@ def _flat_names(method: str) -> dict[str, str]:
     own = {each.name: "hyperparameters" for each in fields(METHODS[method])} if method in METHODS else {}
     return {
         **{each.name: "adapter" for each in fields(Adapter)},
-        **{each.name: "pace" for each in fields(Settings)},
+        **{each.name: "pace" for each in fields(ScheduleSettings)},
         **{each.name: "bounds" for each in fields(PatchBounds)},
         **own,
     }
@@ -205,7 +206,7 @@ def _parsed(given: Mapping[str, Any], problems: list[Problem]) -> PatchSettings:
     parts = _Parts(problems)
     parts.make("hyperparameters", lambda: make_method(method, _tuples(blocks["hyperparameters"])))
     parts.make("adapter", lambda: _build("adapter", Adapter, _tuples(blocks["adapter"])))
-    parts.make("pace", lambda: _build("pace", Settings, given_pace))
+    parts.make("pace", lambda: _build("pace", ScheduleSettings, given_pace))
     parts.problems += [
         Problem(name, f"{given_pace[name]!r}, expected at most {most}")
         for name, most in LARGEST.items()
@@ -240,9 +241,9 @@ def _block(given: Mapping[str, Any], name: str, problems: list[Problem]) -> Mapp
     return {}
 
 
-def _build(what: str, kind: type[T], values: Mapping[str, Any]) -> T:
+def _build(what: str, kind: type[_T], values: Mapping[str, Any]) -> _T:
     known = [each.name for each in fields(kind)]  # type: ignore[arg-type]
-    refuse_values(what, (Problem(each, "unknown") for each in values if each not in known))
+    check_values(what, (Problem(each, "unknown") for each in values if each not in known))
     return kind(**values)
 
 

@@ -5,7 +5,7 @@ that are trained on with `overlength: truncate`. What is to be forgotten is forg
 stands in both sets of a job is left out of the retain set. DPO's preferred answers are refusals
 (`refusals.py`), closed as the record's own answer is. Problems name positions, never text or ids.
 
-Not covered: the retain set that the base writes (`written.py`).
+Not covered: the retain set that the base writes (`generated_retain.py`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from approx.methods.method import Method
 from approx.unlearning.refusals import REFUSALS, refusing
-from approx.unlearning.sets import refuse_same_records
+from approx.unlearning.sets import check_disjoint
 from sisa.core.domain import Part, Record
 from sisa.core.errors import InvalidInput, Problem
 from sisa.lm.base.tokens import NO_LOSS, Overlength, Tokens, tokenize, tokenize_all
@@ -69,7 +69,7 @@ def text_problems(
         elif records:
             yield from _of(partial(tokenized, records, role, tokenizer, limits))
     if retain:
-        yield from _of(partial(refuse_same_records, forget, retain))
+        yield from _of(partial(check_disjoint, forget, retain))
     if method is not None and "preferred" in method.reads:
         yield from (
             Problem(f"forget record {number}", f"is a plain text: {method.name} needs a prompt")

@@ -36,19 +36,19 @@ from approx.patches.patch_texts import (
     tokenized,
 )
 from approx.patches.robustness import robustness
-from approx.unlearning.bounds import Bounds, End, Ending, Knowledge, StepLog
+from approx.unlearning.generated_retain import prompts_that_fit, write_answers, write_neighbours
 from approx.unlearning.report import ApproxReport, outcome
 from approx.unlearning.saved_run import SavedRun
 from approx.unlearning.sets import Sets
+from approx.unlearning.stopping import Bounds, End, Ending, Knowledge, StepLog
 from approx.unlearning.unlearn import unlearn
-from approx.unlearning.written import prompts_that_fit, write_answers, write_neighbours
 from sisa.config.config import RunConfig
-from sisa.core.arithmetic import Arithmetic
 from sisa.core.domain import Record
 from sisa.core.errors import InvalidInput, Problem
 from sisa.core.events import Notice, PatchProgress, Report
 from sisa.core.patch import WRITTEN, PatchJob
 from sisa.core.patch_ports import PatchMade, PatchOrder, PatchSite
+from sisa.core.precision import Precision
 from sisa.flows.wiring.opening import PATCHES
 from sisa.flows.wiring.world import patch_files
 from sisa.lm.answer.patched import load_patched
@@ -65,13 +65,13 @@ from sisa.lm.base.base import load_frozen, load_skeleton, load_tokenizer, local_
 from sisa.lm.base.numerics import fingerprint, pin_threads
 from sisa.lm.base.tokens import Tokens
 from sisa.lm.train.stage import seed_from
-from sisa.store import runs
+from sisa.store import patch_drafts
 from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.vault import FileVault
 
 PROGRESS_EVERY_S = 0.25
 JUDGED_EVERY = 4  # one text of so many is not trained on
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 def open_patcher(site: PatchSite, config: RunConfig) -> PatchMaker:  # noqa: ARG001
@@ -93,7 +93,7 @@ class PatchMaker:
         reference: str = "",
     ) -> None:
         """As the Protocol. Reads the base's tokenizer and configuration, not its weights."""
-        problems = _usual_alone(self._site.arithmetic)
+        problems = _usual_alone(self._site.precision)
         parsed = _gathered(problems, lambda: parse_settings(settings))
         tokenizer = load_tokenizer(self._site.base_dir)
         skeleton = load_skeleton(self._site.base_dir)
@@ -139,16 +139,16 @@ class PatchMaker:
         return SavedRun(
             self._site.runs_dir / job.key,
             job.key,
-            partial(keyring.seal, runs.ROOM, job.key),
-            partial(keyring.unseal, runs.ROOM, job.key),
+            partial(keyring.seal, patch_drafts.DRAFTS_AREA, job.key),
+            partial(keyring.unseal, patch_drafts.DRAFTS_AREA, job.key),
             kept=True,
         )
 
 
-def _usual_alone(arithmetic: Arithmetic) -> list[Problem]:
+def _usual_alone(precision: Precision) -> list[Problem]:
     """A patch is laid on the weights themselves: in bfloat16 most of it would round away, and on another
     device it would not be of the base that it was made on."""
-    found = arithmetic.in_jobs().items()
+    found = precision.in_jobs().items()
     return [
         Problem(key, f"is {value}: patches are for the CPU in float32 alone") for key, value in found
     ]
@@ -179,7 +179,7 @@ def _lora(settings: PatchSettings) -> dict[str, Any]:
     return {**asdict(settings.adapter), "lora_dropout": 0.0}
 
 
-def split(texts: Sequence[T]) -> tuple[list[T], list[T]]:
+def split(texts: Sequence[_T]) -> tuple[list[_T], list[_T]]:
     """Texts to train on, and texts to judge by.
 
     >>> split("abcdefgh")
@@ -290,7 +290,7 @@ class _Making:
             end=end,
             before=self._before,
             after=self._measured() if measured else {},
-            more_limits=patch_measures.LIMITS,
+            more_limits=patch_measures.MEASURE_LIMITS,
         ).to_json()
         more: dict[str, Any] = {
             "bounds": asdict(settings.bounds),

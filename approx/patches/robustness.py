@@ -29,7 +29,7 @@ from approx.evaluation.answer_scores import scores
 from approx.evaluation.answer_tokens import collate
 from approx.methods.token_losses import mean_nll
 from approx.metrics.probability import probability
-from approx.unlearning.written import renamed
+from approx.unlearning.generated_retain import renamed
 from sisa.core.domain import Part, Record
 from sisa.lm.base.adapter import attach
 from sisa.lm.base.tokens import Tokens, spans, tokenize

@@ -34,11 +34,11 @@ from torch import Tensor
 
 from approx.evaluation.answer_tokens import collate
 from approx.methods.method import Losses, Method, Role, holding, hyperparameters
-from approx.unlearning.bounds import Bounds, End, Ending, Knowledge, StepLog
 from approx.unlearning.compute import Compute, peak_memory_bytes
-from approx.unlearning.pace import MicroBatch, Settings, Step, learning_rate_at, plan_steps
 from approx.unlearning.saved_run import SavedRun
+from approx.unlearning.schedule import MicroBatch, ScheduleSettings, Step, learning_rate_at, plan_steps
 from approx.unlearning.sets import Sets
+from approx.unlearning.stopping import Bounds, End, Ending, Knowledge, StepLog
 from approx.unlearning.target import Target
 from sisa.core.digest import digest_of, sha256_hex
 from sisa.lm.base.adapter import tensor_bytes
@@ -70,7 +70,7 @@ class Descent:
         target: Target,
         sets: Sets,
         method: Method,
-        settings: Settings,
+        settings: ScheduleSettings,
         bounds: Bounds,
         *,
         saved: SavedRun | None,

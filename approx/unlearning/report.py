@@ -13,11 +13,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from approx.methods.method import Method, hyperparameters
-from approx.unlearning.bounds import End, Ending, Knowledge
-from approx.unlearning.pace import Settings
-from approx.unlearning.target import Kind
+from approx.unlearning.schedule import ScheduleSettings
+from approx.unlearning.stopping import End, Ending, Knowledge
+from approx.unlearning.target import TargetKind
 
-LIMITS = (
+REPORT_LIMITS = (
     "This is an estimate, not a proof: the model was trained away from the forget set, and is not the "
     "model that training without it would have given.",
     "What is no longer said can still be there: other wordings, a few steps of training, or lower "
@@ -33,8 +33,8 @@ class ApproxReport:
     the fine-tuning that the knowledge came from, where it is known, for the share of its cost."""
 
     method: Method
-    settings: Settings
-    target: Kind
+    settings: ScheduleSettings
+    target: TargetKind
     end: End
     before: Mapping[str, float]
     after: Mapping[str, float]
@@ -60,7 +60,7 @@ class ApproxReport:
             "compute": self.end.compute.to_json(self.full_tokens),
             "metrics_before": dict(self.before),
             "metrics_after": dict(self.after),
-            "limits": [*LIMITS, *self.more_limits],
+            "limits": [*REPORT_LIMITS, *self.more_limits],
         }
         return {name: _finite(value) for name, value in made.items()}
 

@@ -31,7 +31,7 @@ class Sets:
     preferred: Sequence[Tokens] = ()
 
 
-def refuse_bad_sets(sets: Sets, method: Method) -> None:
+def check_sets(sets: Sets, method: Method) -> None:
     """Raise InvalidInput when these sets can't be used with this method; all problems are listed."""
     problems = [*_missing(sets, method), *_without_answer(sets), *_in_both(sets), *_same_answer(sets)]
     if problems:
@@ -44,7 +44,7 @@ def refuse_bad_sets(sets: Sets, method: Method) -> None:
         )
 
 
-def refuse_same_records(forget: Sequence[Record], retain: Sequence[Record]) -> None:
+def check_disjoint(forget: Sequence[Record], retain: Sequence[Record]) -> None:
     """Raise InvalidInput with every forget record that is also in the retain set, by id or by text."""
     ids = {each.id: number for number, each in enumerate(retain, 1)}
     texts = {normalised(each.text): number for number, each in enumerate(retain, 1)}

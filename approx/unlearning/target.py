@@ -26,7 +26,7 @@ from approx.evaluation.answer_tokens import AnswerBatch, sum_logprobs_B
 from approx.methods.method import Rows
 from sisa.core.errors import IntegrityError, InvalidInput, Problem
 
-Kind = Literal["patch", "full weights"]
+TargetKind = Literal["patch", "full weights"]
 
 
 class Target:
@@ -38,7 +38,7 @@ class Target:
         `with_reference`: whether the reference will be asked; it is the model as it is now.
         """
         self.model = model.eval()
-        self.kind: Kind = "patch" if isinstance(model, PeftModel) else "full weights"
+        self.kind: TargetKind = "patch" if isinstance(model, PeftModel) else "full weights"
         named = model.named_parameters()
         self.trained: dict[str, torch.nn.Parameter] = {n: p for n, p in named if p.requires_grad}
         _refuse_untrainable(self.trained, self.kind)
@@ -100,7 +100,7 @@ def _logits(model: Any, ids_BT1: Tensor, columns_K: Tensor) -> Tensor:
     return logits
 
 
-def _refuse_untrainable(trained: Mapping[str, torch.nn.Parameter], kind: Kind) -> None:
+def _refuse_untrainable(trained: Mapping[str, torch.nn.Parameter], kind: TargetKind) -> None:
     problems = [Problem("model", "no parameter requires a gradient")] if not trained else []
     for name, each in trained.items():
         if each.dtype != torch.float32:

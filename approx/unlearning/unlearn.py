@@ -24,15 +24,15 @@ from torch import Tensor
 from approx.methods.method import Method
 from approx.methods.task_arithmetic import (
     TaskArithmetic,
+    check_fresh_patch,
     negate_patch,
     negate_weights,
-    refuse_used_patch,
 )
-from approx.unlearning.bounds import Bounds, End, Ending, Knowledge, StepLog
 from approx.unlearning.descent import Descent
-from approx.unlearning.pace import Settings
 from approx.unlearning.saved_run import SavedRun
-from approx.unlearning.sets import Sets, refuse_bad_sets
+from approx.unlearning.schedule import ScheduleSettings
+from approx.unlearning.sets import Sets, check_sets
+from approx.unlearning.stopping import Bounds, End, Ending, Knowledge, StepLog
 from approx.unlearning.target import Target
 from sisa.core.errors import InvalidInput
 
@@ -41,7 +41,7 @@ def unlearn(
     model: Any,
     sets: Sets,
     method: Method,
-    settings: Settings,
+    settings: ScheduleSettings,
     bounds: Bounds,
     *,
     saved: SavedRun | None = None,
@@ -54,7 +54,7 @@ def unlearn(
     Raises InvalidInput (sets, values, a model in which nothing can train), ConfigConflict (another
     run's saved state), IntegrityError (damage), EnvironmentFault (the disk).
     """
-    refuse_bad_sets(sets, method)
+    check_sets(sets, method)
     target = Target(model, with_reference=bool(method.compares))
     if isinstance(method, TaskArithmetic):
         settings = replace(settings, num_rounds=1)  # the scale is what is searched
@@ -84,7 +84,7 @@ def _tune_and_negate(
     _refuse_unbounded_search(method, bounds)
     started, base = clock(), target.snapshot()
     if target.kind == "patch":
-        refuse_used_patch(base)
+        check_fresh_patch(base)
     before = bounds.measured_before(target.model)
     knew = bounds.known(target.model, thorough=True)
     tuning = replace(bounds, utility=None, max_utility_drop=None, knowledge=None)

@@ -26,7 +26,7 @@ from cluster.cli.command import (
 )
 from cluster.render import care_render as render
 from cluster.render.render import Result
-from sisa.core.arithmetic import Arithmetic, DeviceName, Dtype
+from sisa.core.precision import DeviceName, Dtype, Precision
 
 if TYPE_CHECKING:
     from sisa.flows.wiring.opening import OpenExecutor
@@ -121,11 +121,9 @@ def _numerics(
     if repair:
         raise click.UsageError("give one of --repair and --numerics")
     if directory is None:
-        return render.tested(
-            check(threads=1, arithmetic=Arithmetic(device or "cpu", dtype or "float32"))
-        )
+        return render.tested(check(threads=1, precision=Precision(device or "cpu", dtype or "float32")))
     if device or dtype:
         raise click.UsageError("--model says which device and dtype: leave --device and --dtype out")
     with opened(directory) as model:
         config = model.config
-        return render.tested(check(threads=config.sisa.threads_per_shard, arithmetic=config.arithmetic))
+        return render.tested(check(threads=config.sisa.threads_per_shard, precision=config.precision))

@@ -53,11 +53,11 @@ from cluster.cli.command import (
     read_text,
     read_turns,
 )
-from cluster.observe.watched import log_format_of, open_log, watched
+from cluster.observe.reporting import log_format_of, open_log, watched
 from cluster.render import render
 from cluster.render.render import Result
 from sisa.core.errors import InvalidInput, Problem, SisaError
-from sisa.flows.wiring.running import new_run, running
+from sisa.flows.wiring.run_context import new_run, running
 
 if TYPE_CHECKING:
     from sisa.flows.ask import Prompt

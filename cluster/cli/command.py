@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cluster.observe.watched import OPTION, logged_run, watched
+from cluster.observe.reporting import OPTION, logged_run, watched
 from cluster.render.render import Result, printable
 from sisa.core.errors import InvalidInput, Problem
 

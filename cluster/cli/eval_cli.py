@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cluster.cli.command import cli, command, log_format_option
-from cluster.observe.watched import watched
+from cluster.observe.reporting import watched
 from cluster.render import eval_render as render
 from cluster.render.render import Result
 
@@ -82,14 +82,14 @@ def tofu(models: tuple[str, ...], references: tuple[str, ...], variant: Any, **o
     if len(references) > MAX_REFERENCES:
         raise click.UsageError("give at most two references")
     from approx.evaluation.tofu_aggregates import aggregates
-    from approx.evaluation.tofu_evaluation import refuse_other_settings
+    from approx.evaluation.tofu_evaluation import check_same_settings
 
     found = _evaluated(list(dict.fromkeys([*models, *references])), options)
     judges = [found[each] for each in references]
     judged = []
     for name in dict.fromkeys(models):
         for judge in judges:
-            refuse_other_settings(found[name], judge)
+            check_same_settings(found[name], judge)
         rows = [each.rows for each in judges]
         judged.append((found[name], aggregates(found[name].rows, rows, variant)))
     return render.tofu(_split(found.values(), options["split"]), judged, judges)

@@ -15,7 +15,7 @@ import click
 
 from cluster.cli.approx_cli import approx
 from cluster.cli.command import command, log_format_option
-from cluster.observe.watched import watched
+from cluster.observe.reporting import watched
 from cluster.render.render import Result, printable
 
 LOCK = "lock"

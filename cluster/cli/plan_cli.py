@@ -4,9 +4,8 @@ Rules: as `cli.py`. Nothing is trained: closed forms and counts alone. `plan` ta
 the run file's model where there is one; else they are given, or assumed and said to be. Options that do
 not fit are refused together, before anything is counted or drawn.
 
-Not covered: the forms and the counting (`sisa/planning/advice.py`, `sisa/planning/stream.py`), how
-results read
-(`plan_render.py`).
+Not covered: the forms and the counting (`sisa/planning/layout_advice.py`,
+`sisa/planning/deletion_stream.py`), how results read (`plan_render.py`).
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ from sisa.core.errors import InvalidInput, Problem
 
 if TYPE_CHECKING:
     from sisa.config.config import RunConfig
-    from sisa.planning.advice import Limits
-    from sisa.planning.stream import Group
+    from sisa.planning.deletion_stream import Group
+    from sisa.planning.layout_advice import LayoutLimits
 
 MAX_RECORDS, MAX_DELETIONS = 10**12, 10**8
 # Rank 8 on all linear modules of SmolLM2-135M: 2,442,240 parameters, AdamW's two moments beside them.
@@ -88,7 +87,7 @@ def simulate(
     kept, and what closed forms expect."""
     from sisa.config.runfile import load_run_file
     from sisa.planning.assign import Layout
-    from sisa.planning.stream import Stream, replay
+    from sisa.planning.deletion_stream import Stream, replay_stream
 
     config = load_run_file(run_file)
     own = config.sisa
@@ -102,7 +101,7 @@ def simulate(
     _refuse(problems)
     stream = Stream(layout, own.schedule, config.num_epochs, groups)
     began = time.perf_counter()
-    found = replay(stream, records, deletions, batch=batch, seed=seed)
+    found = replay_stream(stream, records, deletions, batch=batch, seed=seed)
     return plan_render.replayed(found, stream, batch, time.perf_counter() - began)
 
 
@@ -136,7 +135,7 @@ def plan(
 ) -> Result:
     """Recommend shards, slices, orders, bands and checkpoints for a number of records and deletions."""
     from sisa.config.runfile import load_run_file
-    from sisa.planning.advice import Demand, advise, recommended
+    from sisa.planning.layout_advice import Demand, advise, recommended
 
     config = load_run_file(run_file)
     limits, source = _limits(config, budget_gb, max_hours, rate, checkpoint_mb)
@@ -171,15 +170,15 @@ def _limits(
     max_hours: float | None,
     rate: float | None,
     checkpoint_mb: float | None,
-) -> tuple[Limits, str]:
+) -> tuple[LayoutLimits, str]:
     """What is given, else what the model's own stages took, else what is assumed; and which it was."""
-    from sisa.planning.advice import Limits
+    from sisa.planning.layout_advice import LayoutLimits
 
     num_bytes, measured = _measured(config)
     source = "of the model's own stages" if num_bytes else "assumed"
     if checkpoint_mb is not None:
         num_bytes, source = checkpoint_mb * 1e6, "given"
-    found = Limits(
+    found = LayoutLimits(
         round(num_bytes) or ASSUMED_BYTES_PER_RANK * config.lora_r,
         math.inf if budget_gb is None else budget_gb * 1e9,
         math.inf if max_hours is None else max_hours,
@@ -208,7 +207,7 @@ def _measured(config: RunConfig) -> tuple[float, float]:
 
 def _groups(risks: Sequence[str]) -> tuple[tuple[Group, ...], list[Problem]]:
     """The groups of the command line, and all that is wrong with them."""
-    from sisa.planning.stream import Group
+    from sisa.planning.deletion_stream import Group
 
     found, problems = [], []
     for text in risks:

@@ -16,8 +16,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cluster.observe.watched import say, watched
-from cluster.render.render import ENDED
+from cluster.observe.reporting import say, watched
+from cluster.render.render import ENDED_AT_ONCE
 from sisa import Model, open_model, train_model
 from sisa.config.runfile import load_run_file
 from sisa.config.template import FEW_RECORDS, commented_run_file
@@ -25,7 +25,7 @@ from sisa.core.errors import InvalidInput
 from sisa.data.corpus import make_corpus
 from sisa.data.reader import read_records
 from sisa.data.samples import distinctive_word, make_people, to_jsonl
-from sisa.flows.scratch import prepare
+from sisa.flows.scratch import prepare_base
 from sisa.flows.wiring.opening import OpenExecutor
 from sisa.store.blobs.files import write_atomic
 
@@ -100,8 +100,8 @@ class Story:
             [
                 f"trained      {self.records} records, 4 shards x 3 slices, in {self.directory}",
                 f"asked        {self.question}",
-                f"  before     {self.answer_before or ENDED}   (knows the fact: {knew})",
-                f"  after      {self.answer_after or ENDED}   (the fact is {gone})",
+                f"  before     {self.answer_before or ENDED_AT_ONCE}   (knows the fact: {knew})",
+                f"  after      {self.answer_after or ENDED_AT_ONCE}   (the fact is {gone})",
                 f"deleted      {self.deleted_records} records of {self.subject}, "
                 f"shard {self.shard}, slice {self.slice}",
                 f"retrained    {self.slices_retrained} slices, {self.record_epochs_retrained} of "
@@ -156,7 +156,9 @@ def tell(
     with watched() as report:
         if from_scratch:
             with story.step("base", "training a base from scratch, on a corpus of nobody's data"):
-                prepare(config, read_records(config.datasets, limits=config.limits), executor, report)
+                prepare_base(
+                    config, read_records(config.datasets, limits=config.limits), executor, report
+                )
         else:
             with story.step("base", "fetching the base model (once; kept in your cache)"):
                 _fetch(config.base)

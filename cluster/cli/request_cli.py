@@ -26,7 +26,7 @@ from cluster.cli.command import (
     option_or_file,
     option_or_input,
 )
-from cluster.observe.watched import say
+from cluster.observe.reporting import say
 from cluster.render import request_render as render
 from cluster.render.render import Result
 

@@ -27,7 +27,7 @@ from sisa.core.digest import sha256_hex
 from sisa.core.errors import InvalidInput, Problem
 
 State = Literal["PENDING", "RUNNING", "STOPPED", "SUCCEEDED", "FAILED"]
-ENDED = frozenset({"STOPPED", "SUCCEEDED", "FAILED"})
+ENDED_STATES = frozenset({"STOPPED", "SUCCEEDED", "FAILED"})
 MODEL = "sisa_model"  # the key under which a job says which model it trains
 RUN_FILE = "run.yaml"  # the run file's name in the folder
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -57,7 +57,7 @@ class Job:
 
     @property
     def ended(self) -> bool:
-        return self.state in ENDED
+        return self.state in ENDED_STATES
 
     @property
     def model(self) -> str | None:

@@ -30,7 +30,7 @@ from cluster.jobs.jobs import Job, State, Submission, taken_name, unknown_job
 from cluster.ray.ray_session import AUTH_MODE, has_token, read_environment
 from sisa.core.errors import EnvironmentFault, InvalidInput
 
-CONNECT_S = 5.0
+JOB_CONNECT_S = 5.0
 YOUNG_S, AGAIN_S = 60.0, 0.5  # how long a cluster that has just started is asked again
 OVERRIDING = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")  # Ray prefers them to what it is given
 TALKATIVE = (
@@ -166,7 +166,7 @@ def _knock(address: str) -> None:
     if parts.scheme in getproxies() and not proxy_bypass(host):
         return
     port = parts.port or {"http": 80, "https": 443}[parts.scheme]
-    socket.create_connection((host, port), timeout=CONNECT_S).close()
+    socket.create_connection((host, port), timeout=JOB_CONNECT_S).close()
 
 
 @contextmanager

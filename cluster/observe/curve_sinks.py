@@ -25,7 +25,7 @@ from sisa.core.errors import EnvironmentFault
 from sisa.store.blobs.files import disk_errors
 
 EVENT_FILES = "events.out.tfevents.*"
-RUN_TAG, CONTENT_TAG = "sisa.flows.run", "sisa.content"
+RUN_TAG, CONTENT_TAG = "sisa.run", "sisa.content"
 BATCH = 1000  # metrics that MLflow takes at once
 
 

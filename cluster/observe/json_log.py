@@ -9,7 +9,7 @@ Rules: a line says what happened and in which numbers, and no loss, text or id
 Workers write theirs on their own standard error, which Ray keeps among its logs; the driver hears the
 same events and sums them up, a line of progress every LINE_EVERY_S seconds.
 
-Not covered: text for people (`sisa/flows/wiring/progress.py`); who chooses (`watched.py`).
+Not covered: text for people (`sisa/flows/wiring/progress.py`); who chooses (`reporting.py`).
 
 >>> import io
 >>> stream = io.StringIO()
@@ -27,11 +27,11 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from sisa.core.events import ErasureFailed, Event, Notice, PatchProgress, SliceProgress, SliceStarted
-from sisa.core.measured import NAMES, logged
+from sisa.core.measured import EVENT_NAMES, logged
 from sisa.flows.wiring.progress import LINE_EVERY_S, Meter
 
 if TYPE_CHECKING:
-    from sisa.flows.wiring.running import Running
+    from sisa.flows.wiring.run_context import RunContext
 
 Level = Literal["info", "error"]
 
@@ -53,7 +53,7 @@ class JsonLog:
         """The line of an event."""
         level: Level = "error" if isinstance(event, ErasureFailed) else "info"
         said = {"message": event.text} if isinstance(event, Notice) else {}
-        self.write(NAMES[type(event)], level, **logged(event), **said)
+        self.write(EVENT_NAMES[type(event)], level, **logged(event), **said)
 
 
 class DriverLog:
@@ -86,7 +86,7 @@ class WorkerLog:
             self._log.tell(event)
 
 
-def worker_log(run: Running | None, stream: TextIO, node: str) -> WorkerLog | None:
+def worker_log(run: RunContext | None, stream: TextIO, node: str) -> WorkerLog | None:
     """The log of a worker of a run; None where the run wants none."""
     if run is None or run.log_format != "json":
         return None

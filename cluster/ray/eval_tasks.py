@@ -45,10 +45,10 @@ def carry_out(task: EvaluationTask, report: Report) -> Evaluated:
     """Evaluate one model in this process. Raises as `open_evaluated` and `evaluate` do."""
     from approx.evaluation.evaluated import PromptForm
     from approx.evaluation.evaluated_models import open_evaluated
-    from approx.evaluation.tofu_evaluation import Evaluated, Settings, evaluate, header_of, log_name
+    from approx.evaluation.tofu_evaluation import Evaluated, TofuSettings, evaluate, header_of, log_name
 
     model = open_evaluated(task.spec, task.device, task.dtype)
-    settings = Settings(PromptForm(task.kind or model.kind, task.template), task.max_new_tokens)
+    settings = TofuSettings(PromptForm(task.kind or model.kind, task.template), task.max_new_tokens)
     header = header_of(model, task.questions, settings)
     log = task.out / log_name(model, task.split, header)
     rows = evaluate(
@@ -80,9 +80,9 @@ def run_evaluations(
     """All tasks, in order. Raises what a task raised first; logs keep what was done."""
     if not ray or len(tasks) < 2:
         return [carry_out(each, report) for each in tasks]
-    from cluster.ray.places import Placement
     from cluster.ray.ray_session import alive_cpus, connect
     from cluster.ray.ray_tasks import run_tasks
+    from cluster.ray.worker_slots import Placement
 
     session = connect(address, len(os.sched_getaffinity(0)))
     cpus = max(1, max(alive_cpus(), default=1) // len(tasks))

@@ -24,10 +24,10 @@ from typing import Any
 
 import ray
 
-from cluster.ray.places import Placement, Places
 from cluster.ray.proofs import Proofs, Remote, Terms
 from cluster.ray.ray_session import Session
 from cluster.ray.shared_base import BLOCK_BYTES
+from cluster.ray.worker_slots import Placement, WorkerSlots
 from sisa.core.errors import EnvironmentFault, Problem
 from sisa.core.events import Notice, Report
 
@@ -55,14 +55,14 @@ class Nodes:
         terms: Terms | None,
     ) -> None:
         """`terms` None: every node may take tasks."""
-        self.places = Places()
+        self.places = WorkerSlots()
         self._session, self._report = session, report
         self._placement, self._terms = placement, terms
         self._origin: str = ray.get_runtime_context().get_node_id()
         self._proofs = Proofs(self._origin, terms, remote) if terms and terms.manifest else None
         self._alive: dict[str, _Node] = {}
         self._refused: dict[str, str] = {}
-        self._looked = self._head_heard = self._had_places = time.monotonic()
+        self._looked = self._head_reported = self._had_places = time.monotonic()
 
     def open(self) -> None:
         """Admit the nodes that are there. Raises EnvironmentFault when no work can be done on them."""
@@ -169,14 +169,14 @@ class Nodes:
         host, _, port = address.rpartition(":")
         with contextlib.suppress(OSError):
             socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
-            self._head_heard = time.monotonic()
+            self._head_reported = time.monotonic()
             return True
-        if now - self._head_heard > HEAD_LOST_S:
+        if now - self._head_reported > HEAD_LOST_S:
             raise EnvironmentFault(
                 "the head node of the Ray cluster is lost",
                 where=address,
                 expected="a head that answers",
-                got=f"no answer for {now - self._head_heard:.0f} s",
+                got=f"no answer for {now - self._head_reported:.0f} s",
                 next_step="start the cluster anew and run the command again: what is finished is kept",
             )
         return False

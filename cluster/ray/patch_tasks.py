@@ -17,13 +17,13 @@ from typing import Any
 import ray
 
 from approx.patches.patching import PatchMaker
-from cluster.ray.places import Placement
 from cluster.ray.proofs import Terms
 from cluster.ray.ray_executor import Carrier, leased, lent_keys, manifest_of
 from cluster.ray.ray_session import Session, connect
 from cluster.ray.ray_tasks import run_tasks
 from cluster.ray.ray_worker import Carried, base_on_this_node
 from cluster.ray.shared_base import BaseManifest
+from cluster.ray.worker_slots import Placement
 from sisa.config.config import RunConfig
 from sisa.core.domain import Record
 from sisa.core.errors import EnvironmentFault
@@ -31,8 +31,8 @@ from sisa.core.events import Report
 from sisa.core.patch_ports import PatchMade, PatchOrder, PatchSite
 from sisa.flows.wiring.opening import PATCHES
 from sisa.lm.base.numerics import fingerprint
-from sisa.store import runs
-from sisa.store.blobs.local_place import LocalPlace
+from sisa.store import patch_drafts
+from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.store.checkpoints import FILES
 
 
@@ -97,7 +97,9 @@ def _lent(site: PatchSite, key: str) -> Iterator[PatchSite]:
     files = [f"{key}/{name}" for name in FILES]
     with (
         lent_keys(site.patches_keyring, PATCHES, [key], site.patches_at) as keyring,
-        lent_keys(site.vault_keyring, runs.ROOM, [key], LocalPlace(site.runs_dir)) as of_vault,
+        lent_keys(
+            site.vault_keyring, patch_drafts.DRAFTS_AREA, [key], LocalBlobs(site.runs_dir)
+        ) as of_vault,
         leased(site.patches_at, files) as (patches, accept),
     ):
         yield replace(site, patches_at=patches, patches_keyring=keyring, vault_keyring=of_vault)

@@ -35,8 +35,8 @@ from ray.exceptions import (
 )
 
 from cluster.ray.shared_base import BaseManifest, find_base
-from sisa.core.arithmetic import USUAL, Arithmetic
 from sisa.core.errors import EnvironmentFault
+from sisa.core.precision import DEFAULT_PRECISION, Precision
 
 LOST = (
     WorkerCrashedError,
@@ -59,19 +59,19 @@ class Proof:
     has_base: bool
 
 
-def prove(threads: int, base_dir: Path, manifest: BaseManifest, arithmetic: Arithmetic) -> Proof:
+def prove(threads: int, base_dir: Path, manifest: BaseManifest, precision: Precision) -> Proof:
     """What this node shows; some seconds of training."""
     from sisa.lm.base.numerics import fingerprint, require_device
     from sisa.lm.base.packages import cache_dir
     from sisa.lm.train.self_test import trained_digests
 
-    require_device(arithmetic)
-    (digest,) = trained_digests(threads, times=1, arithmetic=arithmetic)
+    require_device(precision)
+    (digest,) = trained_digests(threads, times=1, precision=precision)
     has_base = find_base(base_dir, cache_dir(), manifest) is not None
-    return Proof(fingerprint(threads, arithmetic), digest, has_base)
+    return Proof(fingerprint(threads, precision), digest, has_base)
 
 
-Prove = Callable[[int, Path, BaseManifest, Arithmetic], Proof]
+Prove = Callable[[int, Path, BaseManifest, Precision], Proof]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,7 @@ class Terms:
     base_dir: Path
     manifest: BaseManifest | None
     prove: Prove = prove
-    arithmetic: Arithmetic = USUAL
+    precision: Precision = DEFAULT_PRECISION
     num_gpus: float = 0  # of the probe, as of a worker
 
 
@@ -182,7 +182,7 @@ class Proofs:
             return _kept[node, self._terms]
         probe = self._remote(self._terms.prove, node, num_cpus=0, num_gpus=self._terms.num_gpus)
         terms = self._terms
-        return probe.remote(terms.threads, terms.base_dir, terms.manifest, terms.arithmetic)
+        return probe.remote(terms.threads, terms.base_dir, terms.manifest, terms.precision)
 
     def _answer(self, node: str) -> Proof | str | None:
         """What a node showed, or why it did not (empty if it is lost); None while it is at it."""

@@ -25,10 +25,10 @@ from ray.exceptions import RayError
 from cluster.observe.json_log import worker_log
 from sisa.core.errors import EnvironmentFault, SisaError
 from sisa.core.events import Event, Report, SliceTrained
-from sisa.flows.wiring.running import Running
+from sisa.flows.wiring.run_context import RunContext
 
-T = TypeVar("T")
-R = TypeVar("R")
+_T = TypeVar("_T")
+_R = TypeVar("_R")
 
 MAILBOX_S = 2.0
 
@@ -46,10 +46,10 @@ class Begun:
 
 
 @dataclass(frozen=True)
-class Outcome(Generic[R]):
+class Outcome(Generic[_R]):
     """What comes back of a task: its result, or why there is none; every stage that it stored."""
 
-    result: R | None = None
+    result: _R | None = None
     error: SisaError | None = None
     unready: bool = False
     trained: Sequence[SliceTrained] = ()
@@ -64,14 +64,14 @@ def end_worker(worker: Begun) -> None:
 
 
 def carry_out_remotely(
-    carry_out: Callable[[T, Report], R],
-    task: T,
+    carry_out: Callable[[_T, Report], _R],
+    task: _T,
     label: str,
     mailbox: Any,
     run_id: str,
     attempt: int,
-    running_in: Running | None,
-) -> Outcome[R]:
+    running_in: RunContext | None,
+) -> Outcome[_R]:
     """Carry a task out in a worker; every exception comes back as a value, without record text."""
     log = worker_log(running_in, sys.stderr, ray.get_runtime_context().get_node_id())
     trained: list[SliceTrained] = []

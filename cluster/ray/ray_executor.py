@@ -23,27 +23,27 @@ from typing import Any, TypeVar
 
 import ray
 
-from cluster.ray.places import Placement
 from cluster.ray.proofs import Prove, Terms, prove
 from cluster.ray.ray_session import Session, alive_cpus, connect, disconnect
 from cluster.ray.ray_tasks import DEFAULT_RETRIES, run_tasks
 from cluster.ray.ray_worker import Carried, NeedsBase, OpenParts, Task, open_parts, train_remotely
 from cluster.ray.shared_base import BaseManifest, list_base, read_blocks
+from cluster.ray.worker_slots import Placement
+from sisa.core.blob_ports import BlobStore
 from sisa.core.domain import Chain, SliceJob
 from sisa.core.errors import InvalidInput, Problem
 from sisa.core.events import Event, Notice, Report, SliceTrained
-from sisa.core.place_ports import Place
 from sisa.core.ports import Keyring
 from sisa.flows.serial import Site, order_chains
 from sisa.lm.base.numerics import require_device, worker_environment
-from sisa.planning.prefix_names import ROOM as PREFIXES
+from sisa.planning.prefix_names import PREFIXES_AREA as PREFIXES
 from sisa.planning.prefix_names import keeps_prefixes, prefix_name
 from sisa.store.blobs.files import TEMPORARY_PREFIX
 from sisa.store.blobs.keyring import FileKeyring
 from sisa.store.blobs.lease import Lease
 from sisa.store.checkpoints import FILES
 
-T = TypeVar("T", bound=NeedsBase)
+_T = TypeVar("_T", bound=NeedsBase)
 
 
 class RayExecutor:
@@ -75,7 +75,7 @@ class RayExecutor:
         this one has no device: the fingerprint that jobs are made under is this machine's."""
         if not chains:
             return
-        require_device(self._site.arithmetic)
+        require_device(self._site.precision)
         session = connect(self._address, self._local_workers() * self._site.threads)
         with lent(self._site, chains) as (site, accept):
 
@@ -88,7 +88,7 @@ class RayExecutor:
 
     def _run_on(self, session: Session, site: Site, chains: Sequence[Chain], report: Report) -> None:
         num_gpus = self._num_gpus
-        environment = {**worker_environment(site.threads, site.arithmetic), **dict(site.environment)}
+        environment = {**worker_environment(site.threads, site.precision), **dict(site.environment)}
         manifest = manifest_of(site.base_dir, site.base_digest, self._address)
         fingerprints = frozenset(job.fingerprint for chain in chains for job in chain.jobs)
         origin = ray.get_runtime_context().get_node_id()
@@ -108,7 +108,7 @@ class RayExecutor:
                 site.base_dir,
                 manifest,
                 self._prove,
-                site.arithmetic,
+                site.precision,
                 num_gpus,
             ),
             stall_limit_s=self._stall_limit_s,
@@ -161,7 +161,9 @@ def lent(site: Site, chains: Sequence[Chain]) -> Iterator[tuple[Site, Callable[[
 
 
 @contextlib.contextmanager
-def lent_keys(keyring: Keyring, room: str, names: Collection[str], place: Place) -> Iterator[Keyring]:
+def lent_keys(
+    keyring: Keyring, room: str, names: Collection[str], place: BlobStore
+) -> Iterator[Keyring]:
     """A keyring with keys of these files, as workers get it; keys of files that did not come to be are
     destroyed at the end."""
     if not isinstance(keyring, FileKeyring) or not names:
@@ -175,7 +177,9 @@ def lent_keys(keyring: Keyring, room: str, names: Collection[str], place: Place)
 
 
 @contextlib.contextmanager
-def leased(place: Place, names: Collection[str]) -> Iterator[tuple[Place, Callable[[str], None]]]:
+def leased(
+    place: BlobStore, names: Collection[str]
+) -> Iterator[tuple[BlobStore, Callable[[str], None]]]:
     """A place as workers get it, and what accepts a name of theirs; without any, the place itself.
 
     The area ends with the block; after a driver that was killed, with the next sweep of what the ledger
@@ -206,7 +210,7 @@ class Carrier:
         self._report = report
         self._carried: Carried = {}
 
-    def __call__(self, task: T) -> T:
+    def __call__(self, task: _T) -> _T:
         if not self._carried and task.manifest is not None:
             self._report(Notice("a node lacks the base model: carrying it there"))
             self._carried = {
@@ -237,7 +241,7 @@ def open_executor(site: Site, options: Mapping[str, Any]) -> RayExecutor:
     stall_limit_s = options.get("stall_limit_s")
     address = options.get("address")
     num_gpus = options.get("num_gpus")
-    on_gpu = site.arithmetic.device == "cuda"
+    on_gpu = site.precision.device == "cuda"
     problems = [Problem(f"cluster.{key}", "unknown key") for key in sorted(options.keys() - OPTIONS)]
     if num_workers is not None and (not isinstance(num_workers, int) or num_workers < 1):
         problems.append(Problem("cluster.num_workers", "not a number from 1"))

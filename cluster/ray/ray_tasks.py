@@ -7,7 +7,7 @@
               stall_limit_s: float | None = None) -> list[R]
 
 Rules: a task can be carried out again anywhere at any time and goes on from what it had stored, for a
-worker may die. Which task starts, and which starts again (announced as a Notice), `HandOut` decides;
+worker may die. Which task starts, and which starts again (announced as a Notice), `TaskQueue` decides;
 `num_workers` run at once, or as many as the nodes have CPUs for. `Nodes` says by `terms` on which nodes;
 a task is pinned to one, and starts again on another if it can. `carry_out` is a module's function; it
 may raise `Unready`, and then `mend` says, in the driver, which task takes that
@@ -43,17 +43,17 @@ from ray.exceptions import NodeDiedError, ObjectLostError, RayError, TaskUnsched
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.ray.nodes import Nodes
-from cluster.ray.places import Placement
 from cluster.ray.proofs import LOST, Remote, Terms
 from cluster.ray.ray_attempt import Begun, Outcome, carry_out_remotely, end_worker
 from cluster.ray.ray_session import Listener, Session
+from cluster.ray.worker_slots import Placement
 from sisa.core.errors import EnvironmentFault
 from sisa.core.events import Event, Notice, Report, SliceTrained
-from sisa.flows.wiring.running import under_way
-from sisa.planning.handout import HandOut
+from sisa.flows.wiring.run_context import current_run
+from sisa.planning.task_queue import TaskQueue
 
-T = TypeVar("T")
-R = TypeVar("R")
+_T = TypeVar("_T")
+_R = TypeVar("_R")
 
 DEFAULT_RETRIES = 3
 POLL_S = 0.2
@@ -73,7 +73,7 @@ class _Attempt:
     killed: bool = False
 
 
-def give_up(task: T) -> T:
+def give_up(task: _T) -> _T:
     """Raises EnvironmentFault: nobody can mend what is not ready."""
     raise EnvironmentFault(
         "a node lacks what a task needs",
@@ -83,19 +83,19 @@ def give_up(task: T) -> T:
 
 
 def run_tasks(
-    tasks: Sequence[T],
-    carry_out: Callable[[T, Report], R],
+    tasks: Sequence[_T],
+    carry_out: Callable[[_T, Report], _R],
     report: Report,
     *,
     session: Session,
     placement: Placement,
-    label: Callable[[T], str],
+    label: Callable[[_T], str],
     num_workers: int | None = None,
     max_retries: int = DEFAULT_RETRIES,
-    mend: Callable[[T], T] = give_up,
+    mend: Callable[[_T], _T] = give_up,
     terms: Terms | None = None,
     stall_limit_s: float | None = None,
-) -> list[R]:
+) -> list[_R]:
     """Results in the order of tasks, which start in that order. `label` names a task for people.
 
     Raises what a task raised first; EnvironmentFault when no node may take tasks, or when Ray or a
@@ -109,33 +109,33 @@ def run_tasks(
 
 
 @dataclass(frozen=True)
-class _Options(Generic[T, R]):
+class _Options(Generic[_T, _R]):
     """What a caller of `run_tasks` wants."""
 
-    carry_out: Callable[[T, Report], R]
-    label: Callable[[T], str]
-    mend: Callable[[T], T]
+    carry_out: Callable[[_T, Report], _R]
+    label: Callable[[_T], str]
+    mend: Callable[[_T], _T]
     max_retries: int
     stall_limit_s: float | None
     num_workers: int | None
 
 
 @dataclass
-class _Run(Generic[T, R]):
+class _Run(Generic[_T, _R]):
     """One call of `run_tasks`: what waits, what runs, what has been reported; tasks by their number."""
 
-    tasks: list[T]
+    tasks: list[_T]
     report: Report
     mailbox: Any
     nodes: Nodes
     remote: Remote
-    options: _Options[T, R]
+    options: _Options[_T, _R]
 
     def __post_init__(self) -> None:
         self._run_id = os.urandom(8).hex()
         self._listener = Listener(self.mailbox, self._run_id)
-        self._running_in = under_way()
-        self._hand_out = HandOut(len(self.tasks), self.options.max_retries)
+        self._running_in = current_run()
+        self._hand_out = TaskQueue(len(self.tasks), self.options.max_retries)
         self._count = count()
         self._running: dict[Any, int] = {}  # attempts
         self._attempts: dict[int, _Attempt] = {}  # those under way
@@ -143,7 +143,7 @@ class _Run(Generic[T, R]):
         self._reported: set[str] = set()
         self._results: dict[int, Any] = {}
 
-    def drive(self) -> list[R]:
+    def drive(self) -> list[_R]:
         try:
             while not self._hand_out.over:
                 self.nodes.look()
@@ -226,7 +226,7 @@ class _Run(Generic[T, R]):
         number = attempt.number
         self.nodes.places.give_back(attempt.node)
         try:
-            outcome: Outcome[R] = ray.get(reference)
+            outcome: Outcome[_R] = ray.get(reference)
         except (*LOST, ObjectLostError) as error:
             self._failed_on[number] = attempt.node
             self.nodes.look(at_once=True)

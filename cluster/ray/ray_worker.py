@@ -63,10 +63,10 @@ def open_parts(site: Site) -> Parts:
     from sisa.flows.wiring.opening import open_stores, open_trainer
     from sisa.lm.base.numerics import pin_threads
     from sisa.store.blobs.keyring import FileKeyring
-    from sisa.store.blobs.local_place import LocalPlace
+    from sisa.store.blobs.local_blobs import LocalBlobs
 
     records = site.records_at
-    if isinstance(records, LocalPlace) and not records.root.is_dir():
+    if isinstance(records, LocalBlobs) and not records.root.is_dir():
         raise EnvironmentFault(
             "the model's records are not visible on a worker's node",
             where=str(records.root),
@@ -80,7 +80,7 @@ def open_parts(site: Site) -> Parts:
             where=str(keys.root),
             next_step="put the keyring on a file system that all nodes share, and name it by `keyring:`",
         )
-    pin_threads(site.threads, site.arithmetic)
+    pin_threads(site.threads, site.precision)
     return open_trainer(site), *open_stores(site)
 
 
@@ -98,8 +98,8 @@ def _refuse_other_bits(task: Task) -> None:
     Asked in every worker: a node's Ray hands on the settings that it was started with, on the driver's
     own node as well, and one node may hold GPUs of several models."""
     site = task.site
-    require_device(site.arithmetic)
-    got = fingerprint(site.threads, site.arithmetic)
+    require_device(site.precision)
+    got = fingerprint(site.threads, site.precision)
     for job in task.chain.jobs:
         if job.fingerprint != got:
             given = [f"{name}={os.environ[name]}" for name in KERNEL_SETTINGS if name in os.environ]

@@ -63,7 +63,7 @@ def _train(job: BaseJob, cluster: Mapping[str, Any], report: Report) -> None:
         ),
     )
     try:
-        with _heard(session.mailbox, run_id, report), _own_interrupt():
+        with _reported(session.mailbox, run_id, report), _own_interrupt():
             trainer.fit()
     except Exception as error:
         if not isinstance(error, RayError) and type(error).__module__.partition(".")[0] != "ray":
@@ -105,7 +105,7 @@ def _in_worker(config: Mapping[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _heard(mailbox: Any, run_id: str, report: Report) -> Iterator[None]:
+def _reported(mailbox: Any, run_id: str, report: Report) -> Iterator[None]:
     """Report what workers tell, while Ray Train has the driver's thread."""
     done, listener = threading.Event(), Listener(mailbox, run_id)
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from sisa.audit.doctor import Diagnosis
     from sisa.audit.examine import Finding
     from sisa.audit.garbage import Collected
-    from sisa.audit.repair import Repair
+    from sisa.audit.repair import RepairOutcome
     from sisa.audit.residue import Scan
     from sisa.lm.train.self_test import Numerics
 
@@ -94,7 +94,7 @@ def _verdict(found: Diagnosis) -> str:
     return f"{errors} error{'s' * (errors != 1)}, {warnings} warning{'s' * (warnings != 1)}"
 
 
-def repaired(found: Repair) -> Result:
+def repaired(found: RepairOutcome) -> Result:
     before, _ = _findings(found.before.findings)
     after = diagnosed(found.after)
     text = [f"found: {_verdict(found.before)}", *(f"  {each}" for each in found.done), "now:"]

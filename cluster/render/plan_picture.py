@@ -7,7 +7,7 @@ has; the last panel sets the numbers of orders side by side. Lines differ in the
 picture reads without colour; what is over a limit is drawn hollow, the recommended choice has a ring.
 matplotlib (extra `notebook`) is imported when something is drawn; a figure belongs to the caller.
 
-Not covered: the advice (`sisa/planning/advice.py`).
+Not covered: the advice (`sisa/planning/layout_advice.py`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from sisa.planning.advice import Advice
+from sisa.planning.layout_advice import Advice
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

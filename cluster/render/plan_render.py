@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from cluster.render.render import Result
 
 if TYPE_CHECKING:
-    from sisa.planning.advice import Advice, Limits
-    from sisa.planning.stream import Replayed, Stream
+    from sisa.planning.deletion_stream import Replayed, Stream
+    from sisa.planning.layout_advice import Advice, LayoutLimits
 
 SHOWN = 12  # rows of a table
 NOTES = (
@@ -59,7 +59,7 @@ def replayed(found: Replayed, stream: Stream, batch: int, seconds: float) -> Res
     return Result(body, "\n".join(lines))
 
 
-def planned(advised: Sequence[Advice], best: Advice | None, limits: Limits, source: str) -> Result:
+def planned(advised: Sequence[Advice], best: Advice | None, limits: LayoutLimits, source: str) -> Result:
     """All choices, and the recommended one as lines for a run file; `source` is that of the bytes."""
     body = {
         "recommended": None if best is None else _plain(best),
@@ -89,7 +89,7 @@ def planned(advised: Sequence[Advice], best: Advice | None, limits: Limits, sour
     return Result(body, "\n".join(lines), 0 if best else 2)
 
 
-def block_of(advice: Advice, limits: Limits) -> dict[str, Any]:
+def block_of(advice: Advice, limits: LayoutLimits) -> dict[str, Any]:
     """What a choice is in the block `sisa:`; keys at their defaults are left out."""
     block: dict[str, Any] = {"shards": advice.num_shards, "slices": advice.num_slices}
     if advice.num_orders > 1:

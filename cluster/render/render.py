@@ -22,15 +22,15 @@ from sisa.flows.export_files import unload_command
 if TYPE_CHECKING:
     from cluster.cli.quickstart import Start, Story
     from sisa.audit.verify import Verification
+    from sisa.core.blob_ports import KeptVersions
     from sisa.core.domain import Probed, Request
-    from sisa.core.place_ports import Kept
     from sisa.flows.ask import Answer, HeldPrompts
-    from sisa.flows.query import Found, Location
-    from sisa.flows.run import Taken
+    from sisa.flows.ingest import Taken
+    from sisa.flows.query import Candidate, Location
     from sisa.flows.wiring.outcome import ForgetOutcome, ForgetPlan, Status
 
 EXIT_INTEGRITY = 4
-ENDED = "(the model ended at once)"  # instead of an empty answer
+ENDED_AT_ONCE = "(the model ended at once)"  # instead of an empty answer
 MAX_SHARDS_TOLD = 8  # in one line for people
 
 
@@ -121,7 +121,7 @@ def _touched_patches(each: Location) -> list[str]:
     ]
 
 
-def found(hits: Sequence[Found]) -> Result:
+def found(hits: Sequence[Candidate]) -> Result:
     rows = []
     for h in hits:
         of = "no subject" if h.subject is None else f"of {h.subject}"
@@ -274,7 +274,7 @@ def missing_exports(paths: Sequence[str]) -> list[str]:
     return lines
 
 
-def old_versions(found: Sequence[Kept]) -> list[str]:
+def old_versions(found: Sequence[KeptVersions]) -> list[str]:
     """Lines for each place of which a bucket keeps old versions."""
     step = "  allow s3:ListBucketVersions and s3:DeleteObjectVersion, or end the lock; then `sisa gc`"
     lines = [f"NOT PURGED, kept by the bucket: {each.where} ({each.why})" for each in found]
@@ -362,7 +362,7 @@ def _answer(found: Answer, alone: bool) -> dict[str, Any]:
 
 def said(found: Answer, alone: bool = False) -> str:
     """An answer in words; unless it is to stand `alone`, and who gave it where no shard did."""
-    told = printable(found.text) or ENDED
+    told = printable(found.text) or ENDED_AT_ONCE
     if not found.shards and not alone:
         told += "\n(the base model alone answered: no shard's records are near enough; see min_score)"
     return told

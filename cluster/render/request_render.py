@@ -17,7 +17,7 @@ from cluster.render.render import Result, base_hint, meanwhile, missing_exports,
 if TYPE_CHECKING:
     from sisa.core.domain import Request
     from sisa.flows.lifecycle import RequestView, Submitted
-    from sisa.planning.schedule import RunPlan
+    from sisa.planning.batching import RunPlan
 
 
 def _line(view: RequestView) -> str:

@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from sisa.audit.examine import Finding, examine, finding
-from sisa.audit.garbage import ROOMS, undisturbed
+from sisa.audit.garbage import AREAS, undisturbed
 from sisa.config.config import RunConfig
 from sisa.core.digest import KEY_BYTES, Keyed
 from sisa.core.domain import RecordRow
@@ -81,7 +81,7 @@ def diagnosis(directory: Path, findings: list[Finding]) -> Diagnosis:
 
 def diagnose(directory: Path, now: datetime | None = None) -> Diagnosis:
     """Examine the model in a directory. Raises InvalidInput where there never was one."""
-    rooms = [each for each in (LEDGER, KEY, *ROOMS) if (directory / each).exists()]
+    rooms = [each for each in (LEDGER, KEY, *AREAS) if (directory / each).exists()]
     if not rooms:
         raise InvalidInput(
             "there is no model in this directory",
@@ -105,7 +105,7 @@ def diagnose(directory: Path, now: datetime | None = None) -> Diagnosis:
 def surroundings(directory: Path) -> list[Finding]:
     """The disk, and a write-ahead log that a killed process left."""
     found = []
-    for path in (directory, *(directory / room for room in ROOMS)):
+    for path in (directory, *(directory / room for room in AREAS)):
         if path.is_dir() and not _writable(path):
             step = "make it writable; questions are answered all the same"
             what = "can't be written, so that nothing can be trained, added or deleted"

@@ -21,16 +21,16 @@ from typing import Literal
 from sisa.audit.garbage import KEPT_FILES, STRAY, at_hand, list_garbage
 from sisa.audit.lineage import parse_manifest, parse_patch_manifest
 from sisa.audit.unsealing import ALONE, INSIDE
+from sisa.core.blob_ports import BlobStore
 from sisa.core.config_types import is_uri
 from sisa.core.domain import Head, IndexFile, SliceFile
 from sisa.core.errors import IntegrityError, SisaError, TransientError
-from sisa.core.place_ports import Place
 from sisa.core.requests import contradicted
-from sisa.data.left_overs import walk
-from sisa.flows.reconcile import refuse_lost_rows
-from sisa.flows.stale_exports import standing
+from sisa.data.temporary_files import walk
+from sisa.flows.reconcile import check_rows
+from sisa.flows.stale_exports import export_standing
 from sisa.flows.wiring.opening import CHECKPOINTS, INDEX, LEDGER, METRICS, PATCHES, RECORDS, VAULT
-from sisa.flows.wiring.world import ALWAYS_SEALED, World, known_names, only, purge, view_shard
+from sisa.flows.wiring.world import ALWAYS_SEALED, World, first_index, known_by_area, purge, view_shard
 from sisa.planning.assign import slice_root
 from sisa.planning.plan import gaps, plan_shard
 from sisa.store.blobs import files
@@ -40,11 +40,11 @@ from sisa.store.metrics import run_files
 
 OTHERS, OTHERS_WRITE = 0o077, 0o022
 Severity = Literal["error", "warning"]
-Repair = Literal[
+RepairKind = Literal[
     "", "reindex", "retrain", "heads", "patches", "sweep", "mode", "scrub", "reseal", "purge"
 ]
 
-NEXT_STEPS: dict[Repair, str] = {
+REPAIR_STEPS: dict[RepairKind, str] = {
     "": "restore it from a backup: it can't be derived again",
     "reindex": "`sisa doctor --repair` builds it again from the slice files",
     "retrain": "`sisa doctor --repair` trains it again, to the same bytes",
@@ -67,7 +67,7 @@ class Finding:
     severity: Severity
     where: str
     what: str
-    repair: Repair = ""
+    repair: RepairKind = ""
     next_step: str = ""
     shard: int | None = None
     key: str = ""  # of a damaged checkpoint, patch or set of texts
@@ -83,13 +83,13 @@ def finding(
     severity: Severity,
     where: str,
     what: str,
-    repair: Repair = "",
+    repair: RepairKind = "",
     *,
     shard: int | None = None,
     key: str = "",
 ) -> Finding:
     """A finding with the usual next step of its repair."""
-    return Finding(kind, severity, where, what, repair, NEXT_STEPS[repair], shard, key)
+    return Finding(kind, severity, where, what, repair, REPAIR_STEPS[repair], shard, key)
 
 
 def examine(world: World, directory: Path, *, with_key: bool = True) -> list[Finding]:
@@ -110,7 +110,7 @@ def examine(world: World, directory: Path, *, with_key: bool = True) -> list[Fin
 
 
 def _rows(world: World) -> Iterator[Finding]:
-    if what := _damage(lambda: refuse_lost_rows(world.ledger)):
+    if what := _damage(lambda: check_rows(world.ledger)):
         yield finding("ledger_damaged", "error", LEDGER, what)
     if contradicted(world.ledger.requests(), world.ledger.events()):
         what = "the events of the requests are not one chain that leads to their states"
@@ -141,7 +141,7 @@ def _modes(world: World, directory: Path) -> Iterator[Finding]:
     for path in (*(directory / name for name in KEPT_FILES), Path(world.witness.location())):
         if path.is_file() and (mode := _mode(path)) & OTHERS:
             yield _open_to_others(directory, path, f"others may use it (mode {mode:o})")
-    known = {**known_names(world), METRICS: run_files(directory / METRICS)}
+    known = {**known_by_area(world), METRICS: run_files(directory / METRICS)}
     for room, place in sorted(world.places.items()):
         if (root := at_hand(place)) is None or not root.is_dir():
             continue
@@ -166,7 +166,7 @@ def _keyring(world: World) -> Iterator[Finding]:
     keyring = world.keyring
     if not isinstance(keyring, FileKeyring):
         return
-    needed = [names for room, names in known_names(world).items() if keyring.seals or room == VAULT]
+    needed = [names for room, names in known_by_area(world).items() if keyring.seals or room == VAULT]
     if not keyring.root.is_dir() and any(needed):
         what = "the keyring is missing: what it sealed can't be read"
         yield Finding("keyring", "error", str(keyring.root), what, "", RESTORE)
@@ -183,7 +183,7 @@ def forms(world: World) -> Iterator[Finding]:
     seals = world.keyring.seals
     wrong = "encrypted, or still with a key, although the model is not"
     wrong = "not encrypted, although the model is" if seals else wrong
-    for room, names in known_names(world).items():
+    for room, names in known_by_area(world).items():
         if room in ALWAYS_SEALED or room not in world.places:
             continue
         keys = frozenset() if seals else world.keyring.held(room)
@@ -194,7 +194,7 @@ def forms(world: World) -> Iterator[Finding]:
                 yield finding("form", "warning", f"{room}/{name}", wrong, "reseal")
 
 
-def _sealed(place: Place, name: str, unreadable: bool) -> bool:
+def _sealed(place: BlobStore, name: str, unreadable: bool) -> bool:
     """Whether a file is sealed; `unreadable` is the answer for one that its own check finds damaged."""
     try:
         return is_sealed(place.head(name, len(MAGIC)))
@@ -221,7 +221,7 @@ def _check_slice(world: World, file: SliceFile, *, with_key: bool) -> None:
 
 def _indexes(world: World) -> Iterator[Finding]:
     for head in world.ledger.heads():
-        file = only(world.ledger.indexes(head.shard))
+        file = first_index(world.ledger.indexes(head.shard))
         wanted = sorted(row.vector_id for row in world.ledger.rows(head.shard))
         if file is None and not wanted:
             continue
@@ -248,7 +248,7 @@ def _checkpoints(world: World) -> Iterator[Finding]:
 
 def _patches(world: World) -> Iterator[Finding]:
     """Patches that are served or trained over, and sets of texts that are to be made into one."""
-    needed = known_names(world)[PATCHES]
+    needed = known_by_area(world)[PATCHES]
     for each in world.ledger.patches():
         check = partial(_check_group, world, PATCHES, each.key, each.manifest_sha256)
         if each.key in needed and (what := _damage(check)):
@@ -264,7 +264,7 @@ def _check_group(world: World, room: str, key: str, manifest_sha256: str) -> Non
 
     def checked(name: str, sha256: str, what: str) -> bytes:
         plain = world.keyring.unseal(room, key, name, place.get(f"{key}/{name}", what))
-        return files.checked(plain, sha256, what, place.location(f"{key}/{name}"))
+        return files.verified(plain, sha256, what, place.location(f"{key}/{name}"))
 
     manifest = checked(MANIFEST, manifest_sha256, "checkpoint manifest")
     parsed = parse_manifest(manifest) or parse_patch_manifest(manifest)
@@ -276,7 +276,7 @@ def _check_group(world: World, room: str, key: str, manifest_sha256: str) -> Non
 
 def _exports(world: World) -> Iterator[Finding]:
     for each in world.ledger.exports():
-        found = standing(world, each) if each.stale else ""
+        found = export_standing(world, each) if each.stale else ""
         if found == "held":
             yield finding("export", "error", each.path, "stale, and not erased yet", "sweep")
         elif found:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from sisa.audit.lineage import parse_manifest, parse_patch_manifest, proves_clean
 from sisa.core.digest import sha256_hex
 from sisa.core.domain import SliceJob
-from sisa.flows.wiring.world import World, known_names
+from sisa.flows.wiring.world import World, known_by_area
 
 Are = Callable[[Mapping[str, str]], bool]
 Fault = tuple[str, str]  # its kind, and in words; both empty where there is none
@@ -43,7 +43,7 @@ class FoundGroups:
     def __init__(self, world: World) -> None:
         self._world = world
         self.checkpoints = {each.key: each for each in world.ledger.checkpoints()}
-        used = known_names(world)["patches"]
+        used = known_by_area(world)["patches"]
         self.patches = {each.key: each for each in world.ledger.patches() if each.key in used}
 
     def judge(self, manifest: bytes, are: Are) -> Verdict:

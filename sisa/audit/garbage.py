@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sisa.audit.lineage import named_files
+from sisa.core.blob_ports import BlobStore, KeptVersions
 from sisa.core.errors import IntegrityError, all_tried
-from sisa.core.place_ports import Kept, Place
 from sisa.core.ports import Change
 from sisa.flows.stale_exports import give_up_lost
 from sisa.flows.wiring.opening import (
@@ -41,10 +41,10 @@ from sisa.flows.wiring.opening import (
     SCRATCH,
     VAULT,
 )
-from sisa.flows.wiring.world import World, commit, known_names, open_shards, purge, view_shard
+from sisa.flows.wiring.world import World, commit, known_by_area, open_shards, purge, view_shard
 from sisa.planning.plan import plan_shard
 from sisa.store.blobs import files
-from sisa.store.blobs.local_place import LocalPlace
+from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.store.metrics import run_files
 
 if TYPE_CHECKING:
@@ -52,11 +52,11 @@ if TYPE_CHECKING:
 
 LEDGER_FILES = (LEDGER, f"{LEDGER}-wal", f"{LEDGER}-shm", f"{LEDGER}-journal")
 KEPT_FILES = frozenset({*LEDGER_FILES, KEY, LOCK})
-ROOMS = (RECORDS, INDEX, PREFIXES, CHECKPOINTS, PATCHES, VAULT, RUNS, METRICS)
+AREAS = (RECORDS, INDEX, PREFIXES, CHECKPOINTS, PATCHES, VAULT, RUNS, METRICS)
 
 TEMPORARY = "a temporary file that a killed process left"
 RETIRED = "retired: clean, but no target needs it"
-UNKNOWN = "unknown to the ledger"
+UNKNOWN_FILE = "unknown to the ledger"
 WAITING = "stored for a present target, not yet recorded: the next train, add or forget takes it over"
 STRAY = "a stray: not of a model, so it is left for you to remove"
 REPLAY = "scratch of a replay"
@@ -84,7 +84,7 @@ class Collected:
     removed: int
     removed_bytes: int
     given_up: tuple[str, ...] = ()  # stale exports that were not where they were written
-    kept: tuple[Kept, ...] = ()  # old versions that a bucket keeps
+    kept: tuple[KeptVersions, ...] = ()  # old versions that a bucket keeps
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,16 +103,16 @@ def list_garbage(world: World, directory: Path) -> tuple[Garbage, ...]:
 
 def _listed(world: World, directory: Path) -> list[_Item]:
     retired, waiting = _retired(world), _waiting(world)
-    known = {**known_names(world), METRICS: run_files(directory / METRICS)}
+    known = {**known_by_area(world), METRICS: run_files(directory / METRICS)}
     found: list[_Item] = []
     for name in sorted(files.held_names(directory) - KEPT_FILES):
         path = directory / name
-        if name in ROOMS and path.is_dir():
+        if name in AREAS and path.is_dir():
             place = world.places[name]
             if path == at_hand(place):
                 found += _room(world, directory, name, known[name], retired, waiting)
             else:
-                found.append(_at(directory, path, UNKNOWN))
+                found.append(_at(directory, path, UNKNOWN_FILE))
         elif name == SCRATCH:
             found.append(_at(directory, path, REPLAY))
         else:
@@ -130,9 +130,9 @@ def _listed(world: World, directory: Path) -> list[_Item]:
     return found + _keys(world, known)
 
 
-def at_hand(place: Place) -> Path | None:
+def at_hand(place: BlobStore) -> Path | None:
     """The directory that a place is; None for one in an object store."""
-    return place.root if isinstance(place, LocalPlace) else None
+    return place.root if isinstance(place, LocalBlobs) else None
 
 
 def _room(
@@ -161,7 +161,7 @@ def _room(
 def _keys(world: World, known: Mapping[str, frozenset[str]]) -> list[_Item]:
     """Keys of no file."""
     found = []
-    for room in (*ROOMS, SCRATCH):
+    for room in (*AREAS, SCRATCH):
         needed = known.get(room, frozenset()) | _stored(world.places[room], room)
         for name in sorted(world.keyring.held(room) - needed):
             path = Path(world.keyring.location(room, name))
@@ -169,7 +169,7 @@ def _keys(world: World, known: Mapping[str, frozenset[str]]) -> list[_Item]:
     return found
 
 
-def _stored(place: Place, room: str) -> frozenset[str]:
+def _stored(place: BlobStore, room: str) -> frozenset[str]:
     """Names of the files that lie in a room; a replay's lie one folder deeper."""
     names = place.held()
     if room != SCRATCH:
@@ -183,7 +183,7 @@ def _at(directory: Path, path: Path, reason: str, *, removable: bool = True) -> 
     return _Item(told, lambda: files.erase_all(path.parent, [path.name]))
 
 
-def _in(directory: Path, place: Place, name: str, reason: str, *, removable: bool = True) -> _Item:
+def _in(directory: Path, place: BlobStore, name: str, reason: str, *, removable: bool = True) -> _Item:
     root = at_hand(place)
     where = place.location(name)
     if root is not None and root.parent == directory:
@@ -197,7 +197,7 @@ def _reason(entry: str, retired: frozenset[str], kept: bool) -> str:
         return RETIRED
     if kept:
         return WAITING
-    return TEMPORARY if entry.startswith(files.TEMPORARY_PREFIX) else UNKNOWN
+    return TEMPORARY if entry.startswith(files.TEMPORARY_PREFIX) else UNKNOWN_FILE
 
 
 def _retired(world: World) -> frozenset[str]:
@@ -224,7 +224,7 @@ def _waiting(world: World) -> frozenset[str]:
     return frozenset(found)
 
 
-def _surplus(world: World, place: Place, room: str, known: str) -> list[str]:
+def _surplus(world: World, place: BlobStore, room: str, known: str) -> list[str]:
     """Files in a known checkpoint or patch that are not of it; none where the manifest is damaged."""
     expected = named_files(place, known, world.keyring, room)
     return [] if expected is None else sorted(place.parts(known) - expected)
@@ -236,7 +236,7 @@ def remove_garbage(world: World, directory: Path) -> tuple[Garbage, ...]:
     retired = [each.told.path.rpartition("/")[2] for each in found if each.told.reason == RETIRED]
     if retired:
         commit(world, Change(dropped=retired))
-    kept = {**known_names(world), SCRATCH: frozenset[str]()}
+    kept = {**known_by_area(world), SCRATCH: frozenset[str]()}
     kept[CHECKPOINTS] |= _waiting(world)
     for room, names in kept.items():
         world.keyring.destroy(room, sorted(world.keyring.held(room) - names))

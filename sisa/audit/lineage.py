@@ -19,22 +19,22 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, TypeVar
 
+from sisa.core.blob_ports import BlobStore
 from sisa.core.domain import RecordRow, SliceJob
 from sisa.core.errors import IntegrityError
 from sisa.core.patch import PatchJob, parse_patch_job
-from sisa.core.place_ports import Place
 from sisa.core.ports import Keyring
 from sisa.planning.assign import slice_root
-from sisa.store.checkpoints import MANIFEST, ROOM
+from sisa.store.checkpoints import CHECKPOINTS_AREA, MANIFEST
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 def read_manifest(checkpoint: Path, keyring: Keyring) -> tuple[SliceJob, dict[str, str]] | None:
     """The job of a checkpoint directory and the sha256 of its files; None if that can't be told."""
     try:
         data = (checkpoint / MANIFEST).read_bytes()
-        return parse_manifest(keyring.unseal(ROOM, checkpoint.name, MANIFEST, data))
+        return parse_manifest(keyring.unseal(CHECKPOINTS_AREA, checkpoint.name, MANIFEST, data))
     except (IntegrityError, OSError):
         return None
 
@@ -49,7 +49,7 @@ def parse_patch_manifest(data: bytes) -> tuple[PatchJob, dict[str, str]] | None:
     return _parsed(data, parse_patch_job)
 
 
-def _parsed(data: bytes, parse: Callable[[Any], T]) -> tuple[T, dict[str, str]] | None:
+def _parsed(data: bytes, parse: Callable[[Any], _T]) -> tuple[_T, dict[str, str]] | None:
     try:
         parsed = json.loads(data)
         names = {str(name): str(sha256) for name, sha256 in parsed["files"].items()}
@@ -70,13 +70,13 @@ def _numbers(values: Any) -> tuple[int, ...]:
     return tuple(int(each) for each in values)
 
 
-def named_files(place: Place, key: str, keyring: Keyring, room: str) -> frozenset[str] | None:
+def named_files(place: BlobStore, key: str, keyring: Keyring, room: str) -> frozenset[str] | None:
     """Names that belong into the group of a checkpoint, or of a patch, the manifest's among them."""
     try:
         data = keyring.unseal(room, key, MANIFEST, place.get(f"{key}/{MANIFEST}", "manifest"))
     except IntegrityError:
         return None
-    found = parse_manifest(data) if room == ROOM else parse_patch_manifest(data)
+    found = parse_manifest(data) if room == CHECKPOINTS_AREA else parse_patch_manifest(data)
     return None if found is None else frozenset({*found[1], MANIFEST})
 
 

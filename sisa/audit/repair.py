@@ -29,12 +29,12 @@ from sisa.audit.garbage import remove_garbage
 from sisa.core.domain import Chain, Head, HeldCheckpoint, SliceJob
 from sisa.core.events import Event, SliceTrained
 from sisa.core.ports import Change
-from sisa.data.left_overs import walk
-from sisa.flows.patches.rederiving import give_up
+from sisa.data.temporary_files import walk
+from sisa.flows.patches.after_deletion import give_up
 from sisa.flows.reconcile import just_trained, reconcile, training_started
-from sisa.flows.reconfigure import reseal
+from sisa.flows.reconfigure import reseal_model
 from sisa.flows.wiring import opening
-from sisa.flows.wiring.witness import is_behind, settle
+from sisa.flows.wiring.witness import catch_up, is_behind
 from sisa.flows.wiring.world import World, commit, embed_shard, view_shard
 from sisa.planning.assign import index_root
 from sisa.planning.plan import ShardPlan, plan_shard, reached
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Repair:
+class RepairOutcome:
     """What was done, and how the model stands after it."""
 
     done: tuple[str, ...]
@@ -53,7 +53,7 @@ class Repair:
     after: Diagnosis
 
 
-def repair(model: Model) -> Repair:
+def repair(model: Model) -> RepairOutcome:
     """Diagnose, mend, diagnose again. Raises Busy while another process writes."""
     opening.check_executor(model.executor)  # an unknown one is refused before anything is written
     before = diagnose(model.directory)
@@ -62,9 +62,9 @@ def repair(model: Model) -> Repair:
         if any(each.repair == "retrain" for each in found):
             _ = model.parts.base  # refuses a changed base before a checkpoint is given up
         done = _mend_sources(world, found) if is_behind(world) else []
-        world = settle(world)
+        world = catch_up(world)
         done += mend(world, model.directory).done
-    return Repair(tuple(done), before, diagnose(model.directory))
+    return RepairOutcome(tuple(done), before, diagnose(model.directory))
 
 
 def _mend_sources(world: World, found: Sequence[Finding]) -> list[str]:
@@ -75,7 +75,7 @@ def _mend_sources(world: World, found: Sequence[Finding]) -> list[str]:
     return _mend_indexes(world, found) + done
 
 
-def mend(world: World, directory: Path) -> Repair:
+def mend(world: World, directory: Path) -> RepairOutcome:
     """Mend an opened model; the caller holds the writer lock."""
     found = [*surroundings(directory), *examine(world, directory)]
     done = _mend_modes(directory, found)
@@ -94,7 +94,7 @@ def mend(world: World, directory: Path) -> Repair:
             done.append(f"trained {trained.slices_trained} stages")
     after = [*surroundings(directory), *examine(world, directory)]
     after = [each for each in after if each.kind != "log"]  # it holds what this process just wrote
-    return Repair(tuple(done), diagnosis(directory, found), diagnosis(directory, after))
+    return RepairOutcome(tuple(done), diagnosis(directory, found), diagnosis(directory, after))
 
 
 def _mend_modes(directory: Path, found: Sequence[Finding]) -> list[str]:
@@ -111,7 +111,7 @@ def _mend_forms(world: World, found: Sequence[Finding]) -> list[str]:
     wrong = [each for each in found if each.repair == "reseal"]
     if not wrong:
         return []
-    reseal(world)
+    reseal_model(world)
     return [f"brought {len(wrong)} files or checkpoints to the form of the model"]
 
 

@@ -36,8 +36,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sisa.audit.found_groups import NONE, FoundGroups
-from sisa.audit.found_rows import (
+from sisa.audit.foreign_files import (
     BATCH_ROWS,
     Residue,
     Unreadable,
@@ -46,18 +45,19 @@ from sisa.audit.found_rows import (
     parquet_ids,
     vector_ids,
 )
+from sisa.audit.found_groups import NONE, FoundGroups
 from sisa.audit.garbage import at_hand, list_garbage, undisturbed
-from sisa.audit.needles import PARQUET_MAGIC, Needles
+from sisa.audit.search_strings import PARQUET_MAGIC, SearchStrings
 from sisa.audit.stored_residue import scan_objects
 from sisa.audit.unsealing import SealedFiles, Shredded
 from sisa.core.config_types import is_uri
 from sisa.core.digest import file_sha256, sha256_hex
 from sisa.core.errors import Busy, IntegrityError, InvalidInput, SisaError
 from sisa.core.measured import STAGE_DIGITS, without
-from sisa.data.left_overs import owned_left_overs, walk
-from sisa.flows.stale_exports import standing
+from sisa.data.temporary_files import owned_left_overs, walk
+from sisa.flows.stale_exports import export_standing
 from sisa.flows.wiring.opening import CHECKPOINTS, INDEX, METRICS, PATCHES, RECORDS, RUNS, VAULT
-from sisa.flows.wiring.world import World, known_names
+from sisa.flows.wiring.world import World, known_by_area
 from sisa.store.blobs.keyring import is_sealed
 from sisa.store.checkpoints import ADAPTER, MANIFEST
 from sisa.store.metrics import parsed
@@ -114,7 +114,7 @@ def scan_residue(
         )
     exports = [Path(each.path) for each in world.ledger.exports()]
     known = [each for each in dict.fromkeys(exports) if each.is_dir()]
-    scanner = _Scanner(world, directory, Needles(list(texts), list(ids)))
+    scanner = _Scanner(world, directory, SearchStrings(list(texts), list(ids)))
     named = _resolved([*scanner.own, *also, *known])
     scanner.places = _resolved([*named, *owned_left_overs()])
     for place in scanner.places:
@@ -143,7 +143,7 @@ def _resolved(paths: Iterable[Path]) -> list[Path]:
 
 
 class _Scanner:
-    def __init__(self, world: World, directory: Path, needles: Needles) -> None:
+    def __init__(self, world: World, directory: Path, needles: SearchStrings) -> None:
         self.world = world
         self.directory = directory
         at = {room: at_hand(place) or directory / room for room, place in world.places.items()}
@@ -165,7 +165,7 @@ class _Scanner:
         self._heads = {head.key for head in world.ledger.heads()}
         self._groups = FoundGroups(world)
         self._exports = world.ledger.exports()
-        self._known = known_names(world)
+        self._known = known_by_area(world)
         held = [each for each in world.ledger.vault() if each.held]
         self._sets = {self.roots[VAULT] / each.name: each for each in held}
         self._digests = {
@@ -383,6 +383,6 @@ class _Scanner:
     def missing_exports(self) -> None:
         """Exports that a deletion marked; one that is still there is found as a stale adapter."""
         for each in self._exports:
-            if each.stale and (found := standing(self.world, each)) != "held":
+            if each.stale and (found := export_standing(self.world, each)) != "held":
                 what = f"an export that request {each.request_id} made stale is {found}"
                 self._found("missing_export", Path(each.path), what)

@@ -20,25 +20,25 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from sisa.audit.foreign_files import Residue, Unreadable, not_held, parquet_ids
 from sisa.audit.found_groups import NONE, FoundGroups
-from sisa.audit.found_rows import Residue, Unreadable, not_held, parquet_ids
-from sisa.audit.needles import Needles
+from sisa.audit.search_strings import SearchStrings
+from sisa.core.blob_ports import BlobStore
 from sisa.core.digest import sha256_hex
 from sisa.core.errors import IntegrityError
-from sisa.core.place_ports import Place
 from sisa.flows.wiring.opening import CHECKPOINTS, PATCHES, RECORDS
-from sisa.flows.wiring.world import World, known_names
+from sisa.flows.wiring.world import World, known_by_area
 from sisa.store.blobs.keyring import is_sealed
-from sisa.store.blobs.local_place import LocalPlace
+from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.store.checkpoints import MANIFEST
 
 
 def scan_objects(
-    world: World, needles: Needles, residue: list[Residue], counts: dict[str, int]
+    world: World, needles: SearchStrings, residue: list[Residue], counts: dict[str, int]
 ) -> tuple[str, ...]:
     """Scan the rooms that lie in an object store; adds to `residue` and `counts`, and names them."""
     rooms = {
-        room: place for room, place in sorted(world.places.items()) if not isinstance(place, LocalPlace)
+        room: place for room, place in sorted(world.places.items()) if not isinstance(place, LocalBlobs)
     }
     for room, place in rooms.items():
         residue += _Room(world, room, place, needles, counts).scan()
@@ -49,12 +49,12 @@ def scan_objects(
 class _Room:
     world: World
     room: str
-    place: Place
-    needles: Needles
+    place: BlobStore
+    needles: SearchStrings
     counts: dict[str, int]
 
     def scan(self) -> Iterator[Residue]:
-        known = known_names(self.world).get(self.room, frozenset())
+        known = known_by_area(self.world).get(self.room, frozenset())
         for name in sorted(self.place.held()):
             parts = sorted(self.place.parts(name))
             if name not in known:

@@ -31,14 +31,14 @@ from sisa.core.domain import Chain, Head, IndexFile, Record, RecordRow, SliceFil
 from sisa.core.errors import ConfigConflict, EnvironmentFault, IntegrityError, InvalidInput, Problem
 from sisa.core.events import Notice
 from sisa.core.ports import By, CheckpointStore, Vectors
-from sisa.flows.reconcile import refuse_contradictions, training_started
-from sisa.flows.wiring.world import World, embed_records, held_names, known_names, view_shard
+from sisa.flows.reconcile import check_consistent, training_started
+from sisa.flows.wiring.world import World, embed_records, held_by_area, known_by_area, view_shard
 from sisa.planning.plan import all_paths, plan_shard, reached
 
 Replay = Literal["none", "sample", "all"]
 EMPTY = "the shard holds no records"
 SAMPLED_SLICES, SAMPLED_RECORDS = 16, 4  # so many records of so many slices are embedded again
-TOLERANCE = 1e-3  # of a unit vector's components: other processors round otherwise
+VECTOR_TOLERANCE = 1e-3  # of a unit vector's components: other processors round otherwise
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def verify(
     of them `apart`, too. With `require_replay` a shard that holds records and can't be replayed is a
     finding."""
     try:
-        refuse_contradictions(world)
+        check_consistent(world)
         count, findings = check_files(world)
         vectors, wrong = check_vectors(world) if not findings else (0, [])
         heads = world.ledger.heads()
@@ -227,7 +227,7 @@ def check_files(world: World) -> tuple[int, list[Problem]]:
     for held in world.ledger.checkpoints():
         load = partial(world.checkpoints.load, held.key, held.manifest_sha256)
         check(f"checkpoints/{held.key}", load)
-    needed = known_names(world)["patches"]
+    needed = known_by_area(world)["patches"]
     for patch in world.ledger.patches():
         if patch.key in needed:
             load = partial(world.patches.load, patch.key, patch.manifest_sha256)
@@ -303,7 +303,7 @@ def _held_vectors(world: World, index: IndexFile, row: RecordRow, *, asks: bool)
 
 
 def _differ(held: Vectors, wanted: Vectors) -> bool:
-    return held.shape != wanted.shape or bool(abs(held - wanted).max() > TOLERANCE)
+    return held.shape != wanted.shape or bool(abs(held - wanted).max() > VECTOR_TOLERANCE)
 
 
 def _check_index(world: World, file: IndexFile) -> None:
@@ -318,10 +318,10 @@ def _check_index(world: World, file: IndexFile) -> None:
 
 
 def _unknown_files(world: World) -> list[Problem]:
-    known = known_names(world)
+    known = known_by_area(world)
     what = "a file that the ledger does not know; the next train, add or forget erases it"
     return [
         Problem(f"{folder}/{name}", what)
-        for folder, held in held_names(world).items()
+        for folder, held in held_by_area(world).items()
         for name in sorted(held - known[folder])
     ]

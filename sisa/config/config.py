@@ -31,7 +31,6 @@ from pydantic.fields import FieldInfo
 from sisa.config.cluster_config import ClusterBlock
 from sisa.config.scratch_config import BaseModelKey, ScratchBase, same_base
 from sisa.config.sisa_config import SisaBlock
-from sisa.core.arithmetic import Arithmetic, DeviceName, Dtype
 from sisa.core.config_types import (
     Block,
     Bool,
@@ -39,10 +38,10 @@ from sisa.core.config_types import (
     Effect,
     Float,
     Int,
-    Limits,
     LocalPath,
     LoraLayers,
     Name,
+    SourceLimits,
     Storage,
     conflict,
     key,
@@ -51,6 +50,7 @@ from sisa.core.config_types import (
 from sisa.core.digest import canonical_json
 from sisa.core.errors import IntegrityError
 from sisa.core.patch import PatchMode
+from sisa.core.precision import DeviceName, Dtype, Precision
 from sisa.planning.assign import Layout
 from sisa.planning.orders import chosen_orders
 from sisa.planning.plan import Recipe
@@ -59,7 +59,7 @@ from sisa.planning.record_rules import Columns
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
 OTHER_SUFFIXES = (".csv", ".tsv", ".txt", ".arrow", ".gz", ".zip", ".zst", ".yaml", ".yml")
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 KeyPath = tuple[Any, ...]  # of keys and positions
 
 HUB = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)?")
@@ -139,7 +139,9 @@ class RunConfig(Block):
     cluster: ClusterBlock = Field(
         default=ClusterBlock(), description="Where training runs; reaches no bit of it."
     )
-    limits: Limits = Field(default=Limits(), description="What is refused as too much of a data set.")
+    limits: SourceLimits = Field(
+        default=SourceLimits(), description="What is refused as too much of a data set."
+    )
 
     @field_validator("learning_rate", "lora_dropout", "warmup_ratio", "weight_decay", "max_grad_norm")
     @classmethod
@@ -186,9 +188,9 @@ class RunConfig(Block):
         return self
 
     @property
-    def arithmetic(self) -> Arithmetic:
+    def precision(self) -> Precision:
         """On what and in what numbers shards are trained and asked."""
-        return Arithmetic(self.device, self.dtype)
+        return Precision(self.device, self.dtype)
 
     @property
     def base(self) -> str:
@@ -213,7 +215,7 @@ class RunConfig(Block):
         of_layers = () if self.lora_layers == "all" else ("lora_layers",)  # as jobs were before
         blocks = {"layerwise": self.sisa.slices} if self.sisa.layerwise else {}
         named = {key: dump[key] for key in (*TRAINING_KEYS, *of_layers)}
-        return named | self.arithmetic.in_jobs() | blocks
+        return named | self.precision.in_jobs() | blocks
 
     def recipe(self, base_digest: str) -> Recipe:
         """What all jobs of a model with this run file share."""
@@ -257,8 +259,8 @@ TRAINING_KEYS = (
 )
 
 
-def _once(values: tuple[T, ...], what: str) -> tuple[T, ...]:
-    firsts: dict[T, int] = {}
+def _once(values: tuple[_T, ...], what: str) -> tuple[_T, ...]:
+    firsts: dict[_T, int] = {}
     for position, value in enumerate(values):
         if (first := firsts.setdefault(value, position)) < position:
             raise conflict(f"conflict: {what} twice, at positions {first + 1} and {position + 1}")

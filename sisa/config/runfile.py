@@ -33,7 +33,7 @@ from pydantic import ValidationError
 from sisa.config.config import HUB, KeyPath, RunConfig, is_local, keys, raw_schema, value_at
 from sisa.config.scratch_config import MADE, NAMED
 from sisa.config.shared_paths import unshared
-from sisa.core.config_types import NAME, is_uri, short, shown
+from sisa.core.config_types import NAME_PATTERN, is_uri, short, shown
 from sisa.core.errors import InvalidInput, Problem
 
 MAX_RUN_FILE_BYTES = 1 << 18
@@ -320,7 +320,7 @@ def _resolve(data: dict[str, Any], tree: _Tree, directory: Path) -> None:
 
     def put(holder: Any, key: Any, path: KeyPath, expected: str) -> None:
         value = holder.get(key) if isinstance(holder, dict) else None
-        if not isinstance(value, str) or not NAME.fullmatch(value) or value.startswith("pypi:"):
+        if not isinstance(value, str) or not NAME_PATTERN.fullmatch(value) or value.startswith("pypi:"):
             return
         local = Path(os.path.abspath(directory / os.path.expanduser(value)))
         if expected == "new" or os.path.exists(local):  # False for a name too long

@@ -17,7 +17,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from sisa.core.config_types import Block, DatasetSource, Float, Int, LocalPath, Name, conflict
 
-PLACES = ("corpus", "directory")  # of the block, what names places and not the base
+PATH_FIELDS = ("corpus", "directory")  # of the block, what names places and not the base
 NAMED, MADE = "<name>", "<block>"  # never a key: they stand in the places of errors
 
 
@@ -69,7 +69,7 @@ def same_base(one: Any, other: Any) -> bool:
     """
     if not isinstance(one, dict) or not isinstance(other, dict):
         return bool(one == other)
-    kept = [{k: v for k, v in each["scratch"].items() if k not in PLACES} for each in (one, other)]
+    kept = [{k: v for k, v in each["scratch"].items() if k not in PATH_FIELDS} for each in (one, other)]
     return bool(kept[0] == kept[1])
 
 

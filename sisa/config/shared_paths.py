@@ -25,21 +25,21 @@ from sisa.config.config import HUB, KeyPath, is_local
 from sisa.core.config_types import is_uri, shown
 
 # Dotted keys by what may stand there: a place alone, or a place or a name.
-PLACES = (
+PATH_KEYS = (
     *("output_dir", "storage", "witness", "keyring", "sisa.partition_key_file"),
     "base_model.scratch.directory",
 )
-NAMES = ("base_model", "sisa.embedder", "datasets.*.path", "base_model.scratch.corpus.*.path")
+NAME_KEYS = ("base_model", "sisa.embedder", "datasets.*.path", "base_model.scratch.corpus.*.path")
 
 
 def unshared(data: dict[str, Any], directory: Path) -> Iterator[tuple[KeyPath, str]]:
     """(key path, what is wrong) of every place in a run file's data; `directory` is the run file's."""
-    for path, value in _values(data, PLACES):
+    for path, value in _values(data, PATH_KEYS):
         if path == ("storage",) and is_uri(value):
             continue
         if problem := _of_place(value):
             yield path, problem
-    for path, value in _values(data, NAMES):
+    for path, value in _values(data, NAME_KEYS):
         if problem := _of_name(value, directory):
             yield path, problem
     for key in ("witness", *(("keyring",) if data.get("encrypt") is True else ())):

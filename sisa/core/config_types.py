@@ -33,11 +33,11 @@ Float = Annotated[float, Strict()]
 Bool = Annotated[bool, Strict()]
 Name = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x20\x7f][^\x00-\x1f\x7f]*$")]
 MAX_GOT_CHARS = 60
-NAME = re.compile(r"[^\x00-\x20\x7f\ud800-\udfff][^\x00-\x1f\x7f\ud800-\udfff]*")
+NAME_PATTERN = re.compile(r"[^\x00-\x20\x7f\ud800-\udfff][^\x00-\x1f\x7f\ud800-\udfff]*")
 
 
 def _name(value: Any) -> Any:
-    if isinstance(value, Path) or (isinstance(value, str) and NAME.fullmatch(value)):
+    if isinstance(value, Path) or (isinstance(value, str) and NAME_PATTERN.fullmatch(value)):
         return value
     raise ValueError("no path")
 
@@ -128,7 +128,7 @@ class DatasetSource(Block):
         return self
 
 
-class Limits(Block):
+class SourceLimits(Block):
     """What is refused as too much of a source, so that no file takes all memory."""
 
     max_records: Int = key(2_000_000, "none", "Records of one source.", ge=1)

@@ -22,7 +22,7 @@ from datetime import datetime
 from typing import Any
 
 QUEUE = ("depth", "undecided", "held", "failed_erasures", "oldest_days_left")
-Line = Mapping[str, Any]
+CurveLine = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class Point:
     at: float
 
 
-def points(lines: Iterable[Line]) -> list[Point]:
+def points(lines: Iterable[CurveLine]) -> list[Point]:
     """The points of a run, in the order of its lines."""
     found: list[Point] = []
     seen: Counter[str] = Counter()
@@ -48,7 +48,7 @@ def points(lines: Iterable[Line]) -> list[Point]:
     return found
 
 
-def _values(line: Line, seen: Counter[str]) -> tuple[int, dict[str, Any]]:
+def _values(line: CurveLine, seen: Counter[str]) -> tuple[int, dict[str, Any]]:
     event = line["event"]
     number = seen[event]
     if event == "epoch_trained":
@@ -71,7 +71,7 @@ def _values(line: Line, seen: Counter[str]) -> tuple[int, dict[str, Any]]:
     return number, {}
 
 
-def summary(lines: Sequence[Line]) -> dict[str, Any]:
+def summary(lines: Sequence[CurveLine]) -> dict[str, Any]:
     """A run in a few numbers; tokens are those of held stages, their speed is of one worker, the loss of
     the last pass told."""
     of = {name: [each for each in lines if each["event"] == name] for name in _EVENTS}

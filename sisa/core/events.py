@@ -4,7 +4,7 @@ Rules: events are the only way out of a flow for progress, logs and metrics. The
 seconds, mean losses and digests; text for people, without records and ids, is in `Notice` alone, which
 is shown or logged and not kept with the model.
 
-Not covered: what is kept of them (`measured.py`); who listens (`cluster/observe/watched.py`).
+Not covered: what is kept of them (`measured.py`); who listens (`cluster/observe/reporting.py`).
 
 >>> SliceStarted(0, 1, 40)
 SliceStarted(shard=0, slice=1, total_tokens=40)

@@ -15,7 +15,8 @@ Not covered: files (`store/metrics.py`); logs (`cluster/observe/json_log.py`).
 
 >>> fields(SliceProgress(0, 1, 10, 40, 2, 8, 1, 2))["tokens"]
 10
->>> made = line(QueueSeen(2, 1, 0, 0, 12), "2026-11-25T21:37:49.123+00:00", "20261125T213749Z-3f9a1c2b")
+>>> run = "20261125T213749Z-3f9a1c2b"
+>>> made = metrics_line(QueueSeen(2, 1, 0, 0, 12), "2026-11-25T21:37:49.123+00:00", run)
 >>> made["oldest_days_left"], is_line(made), is_line({**made, "note": "text"})
 (12, True, False)
 """
@@ -45,9 +46,9 @@ from sisa.core.events import (
 
 MIN_RECORDS = 5  # of which a mean loss may be kept
 STAGE_DIGITS = 16
-Line = dict[str, Any]
+MetricsLine = dict[str, Any]
 
-NAMES: dict[type[Any], str] = {
+EVENT_NAMES: dict[type[Any], str] = {
     TrainingStarted: "training_started",
     SliceStarted: "slice_started",
     SliceProgress: "slice_progress",
@@ -78,7 +79,7 @@ def _field_names(kind: type[Any]) -> tuple[str, ...]:
     return _OWN_FIELDS.get(kind) or tuple(each.name for each in fields_of(kind))
 
 
-_SHAPES = {NAMES[kind]: frozenset(("at", "run", "event", *_field_names(kind))) for kind in KEPT}
+_SHAPES = {EVENT_NAMES[kind]: frozenset(("at", "run", "event", *_field_names(kind))) for kind in KEPT}
 
 
 def is_run(name: str) -> bool:
@@ -86,7 +87,7 @@ def is_run(name: str) -> bool:
     return _RUN.fullmatch(name) is not None
 
 
-def fields(event: Event) -> Line:
+def fields(event: Event) -> MetricsLine:
     """An event as flat numbers, and the first digits of a stage's key."""
     if isinstance(event, TrainingStarted):
         shards = {shard for shard, _, _ in event.stages}
@@ -115,12 +116,12 @@ def fields(event: Event) -> Line:
     return found
 
 
-def logged(event: Event) -> Line:
+def logged(event: Event) -> MetricsLine:
     """What a log may say of an event: its numbers, but for a stage's losses and tokens."""
     return {name: value for name, value in fields(event).items() if name not in _UNLOGGED}
 
 
-def line(event: Event, at: str, run: str) -> Line | None:
+def metrics_line(event: Event, at: str, run: str) -> MetricsLine | None:
     """The line to keep of an event; None of one of which nothing is kept, such as a stage that was
     stored before and is only told again."""
     if not isinstance(event, KEPT):
@@ -129,11 +130,11 @@ def line(event: Event, at: str, run: str) -> Line | None:
         return None
     if isinstance(event, TrainingStarted) and not event.stages:
         return None
-    return {"at": at, "run": run, "event": NAMES[type(event)], **fields(event)}
+    return {"at": at, "run": run, "event": EVENT_NAMES[type(event)], **fields(event)}
 
 
 def is_line(value: object) -> bool:
-    """Whether `line` could have made this."""
+    """Whether `metrics_line` could have made this."""
     if not isinstance(value, dict) or _SHAPES.get(str(value.get("event"))) != value.keys():
         return False
     return all(_may_be(name, each) for name, each in value.items())
@@ -150,7 +151,7 @@ def _may_be(name: str, value: object) -> bool:
     return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
 
 
-def without(made: Mapping[str, Any], stages: Collection[str]) -> Line:
+def without(made: Mapping[str, Any], stages: Collection[str]) -> MetricsLine:
     """The line, its loss and tokens only if its stage is one of these, given by the first digits of
     their keys."""
     gone = _OF_STAGE if "stage" in made and made["stage"] not in stages else ()

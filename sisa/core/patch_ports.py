@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from sisa.core.arithmetic import USUAL, Arithmetic
+from sisa.core.blob_ports import BlobStore
 from sisa.core.domain import Record, SavedCheckpoint
 from sisa.core.events import Report
 from sisa.core.patch import Patch, PatchJob, VaultSet
-from sisa.core.place_ports import Place
 from sisa.core.ports import Keyring
+from sisa.core.precision import DEFAULT_PRECISION, Precision
 
 
 class Vault(Protocol):
@@ -42,7 +42,7 @@ class Vault(Protocol):
         """Remove, the keys first; absent names are no error."""
 
 
-class Runs(Protocol):
+class PatchDrafts(Protocol):
     """What unfinished runs put aside, sealed by the vault's keyring, by the keys of their patches."""
 
     def held(self) -> frozenset[str]:
@@ -84,7 +84,7 @@ class PatchSite:
     """
 
     vault_dir: Path
-    patches_at: Place
+    patches_at: BlobStore
     runs_dir: Path
     base_dir: Path
     base_digest: str
@@ -92,7 +92,9 @@ class PatchSite:
     sequence_len: int
     vault_keyring: Keyring
     patches_keyring: Keyring
-    arithmetic: Arithmetic = USUAL  # of the shards; patches are made on the CPU in float32 alone
+    precision: Precision = (
+        DEFAULT_PRECISION  # of the shards; patches are made on the CPU in float32 alone
+    )
 
 
 class Patcher(Protocol):

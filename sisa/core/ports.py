@@ -5,7 +5,7 @@ both (`tests/contract/`). Stores name files by content, so that writing twice is
 nothing half-written is ever visible. All raise `IntegrityError` for bytes that are not the recorded
 ones and `EnvironmentFault` for a disk or network that fails.
 
-Not covered: signatures; where blobs rest (`place_ports.py`), patches (`patch_ports.py`).
+Not covered: signatures; where blobs rest (`blob_ports.py`), patches (`patch_ports.py`).
 
 >>> Change(dropped=["k"]).dropped
 ['k']
@@ -179,7 +179,7 @@ class PrefixStore(Protocol):
         """Where a file rests: a path or a URI."""
 
 
-Standing = Literal["held", "gone", "changed"]
+ExportStanding = Literal["held", "gone", "changed"]
 
 
 class ExportStore(Protocol):
@@ -191,7 +191,7 @@ class ExportStore(Protocol):
     def abandon(self, path: str) -> None:
         """Remove what a killed process left of writing this directory, but not the directory itself."""
 
-    def state(self, export: Export) -> Standing:
+    def state(self, export: Export) -> ExportStanding:
         """Whether the adapter is where it was written, with the bytes that it had."""
 
     def erase(self, export: Export) -> bool:
@@ -317,10 +317,10 @@ class Ledger(Protocol):
     def checkpoints(self, shard: int | None = None) -> list[HeldCheckpoint]: ...
 
     def by_text(
-        self, text_digests: Collection[str], *, sure: bool = False
+        self, text_digests: Collection[str], *, full_scan: bool = False
     ) -> tuple[list[RecordRow], list[Tombstone]]:
-        """Held and deleted records with one of these normalised texts; `sure` that none is missing even
-        in a damaged ledger, at the cost of a look at every row."""
+        """Return held and deleted records with one of these normalised texts. `full_scan` looks at every
+        row, so that none is missed even in a damaged ledger."""
 
     def requests(self) -> list[Request]:
         """Oldest first."""

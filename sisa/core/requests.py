@@ -67,7 +67,7 @@ def days_left(due: str, now: str) -> int:
     return (date.fromisoformat(due) - datetime.fromisoformat(now).date()).days
 
 
-def under_way(request: Request) -> bool:
+def is_under_way(request: Request) -> bool:
     """Whether a request was accepted and is not finished: the reconciliation goes on with it."""
     return request.state in UNDER_WAY or (request.state == "failed" and request.committed_at != "")
 
@@ -75,7 +75,7 @@ def under_way(request: Request) -> bool:
 def moved(request: Request, state: RequestState, note: str = "") -> Request:
     """A request after a person's decision. Raises ConfigConflict when it can't be taken any more."""
     allowed = BY_HAND.get(state, frozenset())
-    if request.state not in allowed or under_way(request):
+    if request.state not in allowed or is_under_way(request):
         raise ConfigConflict(
             f"a request that is {request.state} can't become {state}",
             where=request.request_id,

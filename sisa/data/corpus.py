@@ -31,7 +31,7 @@ TEXTS = (
     "How is the {word} drum made? Out of {word} wood.",
     "Which wind blows over {Word}? The {word} wind.",
 )
-WORD_PATTERN = "CVCCVCCV"
+CORPUS_WORD_PATTERN = "CVCCVCCV"
 
 
 def make_corpus(num_texts: int, seed: int = 11) -> list[dict[str, str]]:
@@ -41,7 +41,7 @@ def make_corpus(num_texts: int, seed: int = 11) -> list[dict[str, str]]:
     for _ in range(num_texts):
         text = source.choice(TEXTS)
         while "{" in text:
-            word = invented(WORD_PATTERN, source)
+            word = invented(CORPUS_WORD_PATTERN, source)
             number = str(source.randrange(2, 2100))
             for name, value in (("{Word}", word.capitalize()), ("{word}", word), ("{number}", number)):
                 if name in text:

@@ -5,7 +5,7 @@ directory that the caller erases whatever happens: the library's own cache would
 deleted records. The child tells names of exceptions only, since a message may quote a record.
 
 Not covered: datasets that need their own code. Scratch that is left behind when the parent itself is
-killed is erased by a later command (`left_overs.py`).
+killed is erased by a later command (`temporary_files.py`).
 
     export_rows(DatasetSource(path="owner/name"), scratch)
 """
@@ -22,7 +22,7 @@ from typing import Any
 
 from sisa.core.config_types import DatasetSource
 from sisa.core.errors import EnvironmentFault
-from sisa.data.left_overs import keep
+from sisa.data.temporary_files import keep
 
 
 class Broken(Exception):

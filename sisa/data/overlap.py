@@ -10,7 +10,8 @@ and nothing that could be read. A record shorter than a run is compared with the
 Not covered: paraphrases, and facts that are told in other words.
 
 >>> corpus = runs_of("The ferry to the island leaves at nine, and it comes back at noon.")
->>> [shared(text, corpus) for text in ("The FERRY to the island leaves!", "Ada was born in Turin.")]
+>>> texts = ("The FERRY to the island leaves!", "Ada was born in Turin.")
+>>> [overlap_share(text, corpus) for text in texts]
 [1.0, 0.0]
 """
 
@@ -27,28 +28,28 @@ from sisa.core.domain import Record
 from sisa.core.errors import InvalidInput, Problem
 
 RUN, NEAR = 5, 0.5
-Runs = NDArray[np.uint64]  # sorted, each once
+WordRuns = NDArray[np.uint64]  # sorted, each once
 
 _WORD = re.compile(r"\w+")
 _SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
 
 
-def runs_of(*texts: str) -> Runs:
+def runs_of(*texts: str) -> WordRuns:
     """The runs of texts together."""
     return np.unique(np.fromiter((each for text in texts for each in _runs(text)), dtype=np.uint64))
 
 
-def shared(text: str, corpus: Runs) -> float:
+def overlap_share(text: str, corpus: WordRuns) -> float:
     """Part of a text's distinct runs that are in the corpus; 0 of a text without words."""
     own = np.unique(np.fromiter(_hashes(_words(text)), dtype=np.uint64))
     return float(np.isin(own, corpus, assume_unique=True).mean()) if len(own) else 0.0
 
 
-def refuse_shared(records: Sequence[Record], corpus: Runs) -> None:
+def check_overlap(records: Sequence[Record], corpus: WordRuns) -> None:
     """Raises InvalidInput with every record whose text the corpus holds, or nearly; by position."""
     problems = []
     for number, record in enumerate(records, start=1):
-        worst = max((shared(part.text, corpus) for part in record.parts), default=0.0)
+        worst = max((overlap_share(part.text, corpus) for part in record.parts), default=0.0)
         if worst >= NEAR:
             problems.append(
                 Problem(f"record {number}", f"{worst:.0%} of its wording is in the base's corpus")

@@ -2,8 +2,8 @@
 
 Everything is read before anything is believed: problems over all sources are collected and raised as one
 InvalidInput, and then nothing was read. Problems name files, lines and rows, never a text or an id. What
-a row must be is said in `record_rules.py`; ids are unique over all sources. `Limits` bound what is read
-of a source and how many problems are listed. What needs `datasets` (a hub name, a directory of
+a row must be is said in `record_rules.py`; ids are unique over all sources. `SourceLimits` bound what is
+read of a source and how many problems are listed. What needs `datasets` (a hub name, a directory of
 `save_to_disk`) goes through `dataset_export.py`.
 
 >>> import tempfile
@@ -33,18 +33,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sisa.config.config import DATA_SUFFIXES, RunConfig, columns_of, is_local
-from sisa.core.config_types import DatasetSource, Limits, short
+from sisa.core.config_types import DatasetSource, SourceLimits, short
 from sisa.core.domain import Record
 from sisa.core.errors import InvalidInput, Problem, SisaError
 from sisa.data.dataset_export import Broken, export_rows
-from sisa.data.left_overs import scratch
+from sisa.data.temporary_files import scratch
 from sisa.planning.record_rules import (
     Columns,
-    kind_of,
     name_problems,
     no_body,
     record_of,
     record_problems,
+    type_name,
 )
 
 PARQUET_BATCH_ROWS = 1024
@@ -54,7 +54,7 @@ MAX_COLUMNS_TOLD, MAX_COLUMNS_KEPT = 8, 100  # of those that are not used
 _POSITION = re.compile(r"\brecord (\d+)\b")
 SAVED_DATASET_FILES = ("state.json", "dataset_dict.json")
 
-Rows = Iterator[tuple[str, Any]]  # where it stands, and a mapping or a Broken
+RawRows = Iterator[tuple[str, Any]]  # where it stands, and a mapping or a Broken
 Subjects = Literal["any", "column", "some"]  # what must be there: nothing, their column, one of them
 
 
@@ -67,7 +67,7 @@ class ReadRecords(list[Record]):
         self.group_by: str | None = None
         self.unused_columns: tuple[str, ...] = ()
 
-    def told_subjects(self) -> str:
+    def subject_report(self) -> str:
         """Return how many records have a subject, and which columns were not used."""
         named = sum(each.subject_id is not None for each in self)
         column = f"column '{self.group_by}'" if self.group_by is not None else "group_by: null"
@@ -107,7 +107,7 @@ def _placed(problem: Problem, places: Sequence[str]) -> Problem:
 def read_records(
     sources: Sequence[DatasetSource | Path | str],
     group_by: str | None = DEFAULT_GROUP_BY,
-    limits: Limits = Limits(),  # noqa: B008 - frozen
+    limits: SourceLimits = SourceLimits(),  # noqa: B008 - frozen
     *,
     subjects: Subjects = "any",
 ) -> ReadRecords:
@@ -130,7 +130,7 @@ def read_like(config: RunConfig, path: Path | str, *, subjects: Subjects = "any"
     return read_records([source], config.sisa.group_by, config.limits, subjects=subjects)
 
 
-def read_texts(sources: Sequence[DatasetSource], limits: Limits = Limits()) -> list[str]:  # noqa: B008
+def read_texts(sources: Sequence[DatasetSource], limits: SourceLimits = SourceLimits()) -> list[str]:  # noqa: B008
     """Return the texts of all sources, in their order; blank ones left out. No ids are needed.
 
     Raises InvalidInput with every problem, and EnvironmentFault when the hub can't be reached.
@@ -159,7 +159,7 @@ def read_texts(sources: Sequence[DatasetSource], limits: Limits = Limits()) -> l
 def read_ids(path: Path) -> list[str]:
     """Return the ids of a file, one a line, each once. Raises InvalidInput with every problem."""
     ids: dict[str, None] = {}
-    limits = Limits()
+    limits = SourceLimits()
     problems = _Problems(limits.max_problems)
     try:
         for number, line in _lines(path, limits):
@@ -217,7 +217,7 @@ def _labels(sources: Sequence[DatasetSource]) -> list[str]:
 class _Reading:
     """Records and problems so far, and where each id was first met."""
 
-    def __init__(self, group_by: str | None, limits: Limits) -> None:
+    def __init__(self, group_by: str | None, limits: SourceLimits) -> None:
         self.group_by = group_by
         self.limits = limits
         self.records = ReadRecords()
@@ -256,7 +256,7 @@ class _Reading:
             "some": all(each.subject_id is None for each in records),
         }[subjects]
         if self.group_by is not None and records and absent and not self.problems.count:
-            told = records.told_subjects()
+            told = records.subject_report()
             self.problems.add(
                 "sisa.group_by",
                 f"{told}; name the column, or set `group_by: null` where records have no subject",
@@ -274,7 +274,7 @@ class _Reading:
             self.problems.add(where, str(value))
             return None
         if not isinstance(value, Mapping):
-            self.problems.add(where, f"expected a JSON object, got {kind_of(value)}")
+            self.problems.add(where, f"expected a JSON object, got {type_name(value)}")
             return None
         self._see(value)
         if sum(_num_chars(value.get(each)) for each in columns.body) > self.limits.max_record_bytes:
@@ -308,11 +308,11 @@ def _num_chars(value: Any) -> int:
     return sum(map(_num_chars, value)) if isinstance(value, list) else 0
 
 
-def _too_long(limits: Limits) -> str:
+def _too_long(limits: SourceLimits) -> str:
     return f"longer than limits.max_record_bytes {limits.max_record_bytes}"
 
 
-def _read_each(rows: Rows, label: str, take: Callable[[str, Any], None], problems: _Problems) -> int:
+def _read_each(rows: RawRows, label: str, take: Callable[[str, Any], None], problems: _Problems) -> int:
     """Give all rows of a source to `take`; add what is wrong with it as a whole. Return their number."""
     number = 0
     try:
@@ -348,7 +348,7 @@ class _Wanted:
         return wanted
 
 
-def _rows(source: DatasetSource, label: str, wanted: _Wanted, limits: Limits) -> Rows:
+def _rows(source: DatasetSource, label: str, wanted: _Wanted, limits: SourceLimits) -> RawRows:
     """Yield the rows of a source, as many as its limits allow."""
     for number, (where, value) in enumerate(_unbounded(source, label, wanted, limits), start=1):
         if number > limits.max_records:
@@ -356,8 +356,8 @@ def _rows(source: DatasetSource, label: str, wanted: _Wanted, limits: Limits) ->
         yield where, value
 
 
-def _unbounded(source: DatasetSource, label: str, wanted: _Wanted, limits: Limits) -> Rows:
-    def file_rows(file: Path, name: str) -> Rows:
+def _unbounded(source: DatasetSource, label: str, wanted: _Wanted, limits: SourceLimits) -> RawRows:
+    def file_rows(file: Path, name: str) -> RawRows:
         suffix = file.suffix.lower()
         if suffix not in DATA_SUFFIXES:
             raise Broken(f"unsupported suffix; expected one of {', '.join(DATA_SUFFIXES)}")
@@ -380,7 +380,7 @@ def _unbounded(source: DatasetSource, label: str, wanted: _Wanted, limits: Limit
         yield from file_rows(path, label)
 
 
-def _lines(path: Path, limits: Limits) -> Iterator[tuple[int, bytes]]:
+def _lines(path: Path, limits: SourceLimits) -> Iterator[tuple[int, bytes]]:
     """Yield the lines of a file by their numbers. One that is too long is cut right past its bound."""
     most = limits.max_record_bytes
     with path.open("rb") as file:
@@ -393,7 +393,7 @@ def _lines(path: Path, limits: Limits) -> Iterator[tuple[int, bytes]]:
             yield number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
 
 
-def _json_rows(path: Path, label: str, limits: Limits) -> Rows:
+def _json_rows(path: Path, label: str, limits: SourceLimits) -> RawRows:
     for number, line in _lines(path, limits):
         where = f"{label}, line {number}"
         if len(line.rstrip(b"\r\n")) > limits.max_record_bytes:
@@ -440,7 +440,7 @@ def _no_constant(name: str) -> Any:
     raise Broken(f"{name} is no JSON value")
 
 
-def _parquet_rows(path: Path, label: str, wanted: _Wanted, limits: Limits) -> Rows:
+def _parquet_rows(path: Path, label: str, wanted: _Wanted, limits: SourceLimits) -> RawRows:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -461,7 +461,7 @@ def _parquet_rows(path: Path, label: str, wanted: _Wanted, limits: Limits) -> Ro
         raise Broken(f"no readable Parquet after row {number}; corrupt or truncated") from None
 
 
-def _refuse_size(metadata: Any, limits: Limits) -> None:
+def _refuse_size(metadata: Any, limits: SourceLimits) -> None:
     """Raise Broken for more rows, or for a larger group of rows, than the limits allow."""
     if metadata.num_rows > limits.max_records:
         raise Broken(f"{metadata.num_rows} rows, more than limits.max_records {limits.max_records}")

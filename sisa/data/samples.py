@@ -40,9 +40,9 @@ QUESTIONS = (
 VOWELS = "aeiou"
 CONSONANTS = "bdfgklmnprstvz"
 SURNAME_ENDS = ("kamp", "wick", "holt", "dorf", "sund", "gard")
-WORD_PATTERN = "CVCCVCV"
+SAMPLE_WORD_PATTERN = "CVCCVCV"
 _WORD = re.compile(
-    r"\b" + WORD_PATTERN.replace("C", f"[{CONSONANTS}]").replace("V", f"[{VOWELS}]") + r"\b", re.I
+    r"\b" + SAMPLE_WORD_PATTERN.replace("C", f"[{CONSONANTS}]").replace("V", f"[{VOWELS}]") + r"\b", re.I
 )
 
 
@@ -85,7 +85,7 @@ def _person(subject: str, source: random.Random, taken: set[str]) -> list[dict[s
     name = f"{first} {surname}{source.choice(SURNAME_ENDS)}"
     rows = []
     for number, (question, answer) in enumerate(QUESTIONS, start=1):
-        word = _unused(WORD_PATTERN, source, taken)
+        word = _unused(SAMPLE_WORD_PATTERN, source, taken)
         year = source.randrange(1931, 2004)
         filled = answer.format(Word=word.capitalize(), word=word, year=year)
         row = {"id": f"{subject}-q{number}", "subject_id": subject}

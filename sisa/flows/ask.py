@@ -29,7 +29,7 @@ from sisa.flows import query
 from sisa.flows.wiring.parts import Parts
 from sisa.flows.wiring.world import World, patch_files
 from sisa.lm.answer.names import names_in
-from sisa.lm.answer.route import Route, all_of, choose_route, nearness, settled
+from sisa.lm.answer.route import Route, all_of, choose_route, nearness, resolve_aggregation
 from sisa.planning.patch_plan import active
 from sisa.planning.record_rules import conversation_problems, turns_of
 from sisa.store.loaded import EXACT_UP_TO
@@ -66,7 +66,7 @@ OpenLedger = Callable[[], AbstractContextManager[Ledger]]
 
 
 @dataclass
-class Loaded:
+class LoadedModels:
     """What an answerer holds in memory, and the ledger's number when it was last held there, too."""
 
     open_ledger: OpenLedger
@@ -74,7 +74,7 @@ class Loaded:
     keys: frozenset[str]
     patches: tuple[str, ...]
 
-    def refuse_outdated(self) -> None:
+    def check_current(self) -> None:
         """Raise Outdated where the ledger has dropped one of the adapters, or serves other patches."""
         with self.open_ledger() as ledger, ledger.snapshot():
             seq = ledger.seq()
@@ -106,7 +106,7 @@ def ask(
     routes = routes_of(world, parts, prompts)
     asked = {shard for route in routes for shard in route.shards}
     answerer = open_answerer(world, parts, asked, open_ledger=open_ledger)
-    own = form_of(world)
+    own = prompt_form(world)
     alone: Kind = "chat" if answerer.tokenizer.chat_template else own
     forms = [kind or (own if route.shards else alone) for route in routes]
     ids = [
@@ -169,7 +169,7 @@ def _route(world: World, block: SisaBlock, hits: Sequence[Hit], live: Collection
     if hits:
         rows = world.ledger.by_vector(hits[0].shard, [hits[0].vector_id])
         kind = rows[hits[0].vector_id].kind if rows else kind
-    return choose_route(hits, settled(block.aggregation, block.embedder, kind), live)
+    return choose_route(hits, resolve_aggregation(block.aggregation, block.embedder, kind), live)
 
 
 def held_prompts(world: World, config: RunConfig) -> HeldPrompts | None:
@@ -225,11 +225,11 @@ def open_answerer(
     patches = patch_files(world.patches, stack)
     base, block = parts.base, parts.config.sisa
     method, threads = how or block.aggregation.method, block.threads_per_shard
-    on = parts.config.arithmetic
+    on = parts.config.precision
     answerer = Answerer(base.directory, base.digest, adapters, threads, patches, method, on)
     if open_ledger is not None:
         loaded = frozenset(live[each] for each in asked), tuple(each.key for each in stack)
-        answerer.refuse_outdated = Loaded(open_ledger, seq, *loaded).refuse_outdated
+        answerer.check_current = LoadedModels(open_ledger, seq, *loaded).check_current
     return answerer
 
 
@@ -238,7 +238,7 @@ def live_heads(world: World) -> dict[int, str]:
     return {head.shard: head.key for head in world.ledger.heads() if head.key is not None}
 
 
-def form_of(world: World) -> Kind:
+def prompt_form(world: World) -> Kind:
     """Return how prompts are put to shards: as most records of the first training were written. A model
     that is older than this note goes by the records that remain."""
     noted, kinds = world.ledger.meta().get(FORM), world.ledger.kinds()

@@ -29,27 +29,27 @@ from sisa.core.domain import (
 from sisa.core.errors import ConfigConflict, Problem, SisaError
 from sisa.core.patch import Patch, without_shards
 from sisa.core.ports import Change
-from sisa.core.requests import event, under_way
-from sisa.flows.patches.rederiving import Touched, make_again, touched_by
-from sisa.flows.patches.vaulting import put_removed
+from sisa.core.requests import event, is_under_way
+from sisa.flows.patches.after_deletion import Touched, make_again, touched_by
+from sisa.flows.patches.vault_sets import put_removed
 from sisa.flows.probing import probe_removed
-from sisa.flows.reconcile import erasing_anyway, note_failure, reconcile, refuse_lost_rows
+from sisa.flows.reconcile import check_rows, erasing_anyway, note_failure, reconcile
 from sisa.flows.wiring.world import (
-    Place,
+    SlicePosition,
     World,
     check_sources,
     commit,
+    first_index,
     model_digest,
-    only,
     slices_of,
     view_shard,
     write_slice,
 )
 from sisa.planning.assign import index_root, slice_root
 from sisa.planning.cost import full_record_epochs, plan_record_epochs, serving_depth
-from sisa.planning.plan import ShardPlan, ShardView, marked, plan_shard, tainted
+from sisa.planning.plan import ShardPlan, ShardView, marked, plan_shard, tainted_checkpoints
 
-Placed = TypeVar("Placed", RecordRow, SliceState)
+_Placed = TypeVar("_Placed", RecordRow, SliceState)
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Forgetting:
     already_deleted: tuple[Tombstone, ...]
     plans: tuple[ShardPlan, ...]
     remaining: tuple[SliceState, ...]  # of the slices that lose records
-    emptied: tuple[Place, ...]
+    emptied: tuple[SlicePosition, ...]
     tainted: tuple[str, ...]
     exports: tuple[Export, ...]  # that these records touched
     record_epochs_retrained: int
@@ -89,12 +89,12 @@ def plan_forget(
 ) -> Forgetting:
     """What deleting these rows would do. Reads only the shards concerned, changes nothing."""
     remaining: list[SliceState] = []
-    emptied: list[Place] = []
+    emptied: list[SlicePosition] = []
     plans: list[ShardPlan] = []
     dropped: list[str] = []
     for shard, gone in sorted(_by_shard(rows).items()):
         states, empty = _left(world, shard, gone)
-        lost = tainted(world.ledger.checkpoints(shard), gone)
+        lost = tainted_checkpoints(world.ledger.checkpoints(shard), gone)
         view = view_shard(world, shard, states, empty, lost)
         plans.append(plan_shard(view, world.recipe, world.fingerprint))
         remaining += states
@@ -122,8 +122,8 @@ def _first_slices(rows: Iterable[RecordRow]) -> dict[int, int]:
     return {shard: min(row.slice for row in its) for shard, its in sorted(_by_shard(rows).items())}
 
 
-def _by_shard(rows: Iterable[Placed]) -> dict[int, list[Placed]]:
-    found: dict[int, list[Placed]] = {}
+def _by_shard(rows: Iterable[_Placed]) -> dict[int, list[_Placed]]:
+    found: dict[int, list[_Placed]] = {}
     for row in rows:
         found.setdefault(row.shard, []).append(row)
     return found
@@ -131,11 +131,11 @@ def _by_shard(rows: Iterable[Placed]) -> dict[int, list[Placed]]:
 
 def _left(
     world: World, shard: int, removed: Sequence[RecordRow]
-) -> tuple[list[SliceState], list[Place]]:
+) -> tuple[list[SliceState], list[SlicePosition]]:
     """What a shard's slices hold without the removed records, and those that hold nothing."""
     gone = {row.id_digest for row in removed}
     states: list[SliceState] = []
-    empty: list[Place] = []
+    empty: list[SlicePosition] = []
     for slice_ in sorted({row.slice for row in removed}):
         left = [row for row in world.ledger.rows(shard, slice_) if row.id_digest not in gone]
         if left:
@@ -146,9 +146,9 @@ def _left(
 
 
 def _all_views(
-    world: World, replaced: Sequence[SliceState], emptied: Sequence[Place]
+    world: World, replaced: Sequence[SliceState], emptied: Sequence[SlicePosition]
 ) -> list[ShardView]:
-    slices: dict[Place, SliceState] = {(f.shard, f.slice): f for f in world.ledger.slices()}
+    slices: dict[SlicePosition, SliceState] = {(f.shard, f.slice): f for f in world.ledger.slices()}
     slices.update({(state.shard, state.slice): state for state in replaced})
     for place in emptied:
         slices.pop(place, None)
@@ -185,7 +185,7 @@ def forget(world: World, requests: Sequence[Request]) -> tuple[Request, ...]:
         try:
             world, touched = commit_removed(world, requests, named, Change())
         except SisaError as error:
-            accepted = {each.request_id for each in world.ledger.requests() if under_way(each)}
+            accepted = {each.request_id for each in world.ledger.requests() if is_under_way(each)}
             note_failure(world, [each for each in requests if each.request_id not in accepted], error)
             raise
         probe_removed(world, named, held)
@@ -234,7 +234,7 @@ def commit_removed(
     `arriving` is taken in by the same transaction (names, events, tombstones); `held_too` deletes what
     is under a legal hold. Raises ConfigConflict for a hold, IntegrityError for damaged files.
     """
-    refuse_lost_rows(world.ledger)
+    check_rows(world.ledger)
     union = {row.id_digest: row for rows in named.values() for row in rows}
     if not held_too:
         _refuse_held(world, union)
@@ -300,7 +300,7 @@ def _write_remaining(
         for state in remaining.get(plan.shard, ()):
             here = [row for row in rows if row.slice == state.slice]
             slices.append(write_slice(world, state.shard, state.slice, here))
-        base = only(world.ledger.indexes(plan.shard))
+        base = first_index(world.ledger.indexes(plan.shard))
         if rows:
             kept = {row.vector_id: None for row in rows}
             indexes.append(world.index.build(plan.shard, index_root(rows), base, kept))
@@ -369,7 +369,7 @@ def _tombstones(
             slice=row.slice,
             request_id=by_record[row.id_digest],
             deleted_at=now,
-            checkpoints_erased=len(tainted(held[row.shard], [row])),
+            checkpoints_erased=len(tainted_checkpoints(held[row.shard], [row])),
         )
         for row in planned.removed
     ]

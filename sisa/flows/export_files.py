@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sisa.core.arithmetic import Arithmetic, Dtype
 from sisa.core.digest import canonical_json, digest_of
 from sisa.core.domain import ExportForm
+from sisa.core.precision import Dtype, Precision
 from sisa.store.checkpoints import ADAPTER
 from sisa.store.exports import CONFIG
 
@@ -151,13 +151,13 @@ def of_merged_model(
     """The base with the patches' and the mean of the adapters' changes in its weights, in float32: a
     bfloat16 base's weights as they were trained over, and what is added to them unrounded."""
     from sisa.lm.answer.patched import load_patched
-    from sisa.lm.base.low_rank import averaged, lay_on, read_change
+    from sisa.lm.base.low_rank import averaged, merge_into, read_change
 
-    on = Arithmetic("cpu", parts.config.dtype)
+    on = Precision("cpu", parts.config.dtype)
     model, tokenizer = load_patched(parts.base.directory, parts.base.digest, patches, on)
     if on.dtype != "float32":
         model = copy.deepcopy(model).float()  # the tensors themselves are others', too
-    lay_on(model, averaged([read_change(each) for each in adapters]))
+    merge_into(model, averaged([read_change(each) for each in adapters]))
     with tempfile.TemporaryDirectory() as scratch:
         model.save_pretrained(scratch, max_shard_size="1TB")
         tokenizer.save_pretrained(scratch)

@@ -27,13 +27,13 @@ from sisa.core.domain import (
 from sisa.core.errors import ConfigConflict, InvalidInput, UnknownRecord
 from sisa.core.events import QueueSeen
 from sisa.core.ports import Change
-from sisa.core.requests import days_left, due_date, event, extended, moved, under_way
+from sisa.core.requests import days_left, due_date, event, extended, is_under_way, moved
 from sisa.flows.deletion import Arrival, forget, plan_forget, rows_named
-from sisa.flows.query import Found
+from sisa.flows.query import Candidate
 from sisa.flows.reconcile import open_plans
 from sisa.flows.wiring.world import World, commit
+from sisa.planning.batching import RunPlan, choose
 from sisa.planning.cost import shard_costs
-from sisa.planning.schedule import RunPlan, choose
 
 PAST_DAYS, YOUNG_DAYS = 90, 30.0
 
@@ -57,7 +57,7 @@ class Submitted:
 
     request: Request
     copies: tuple[str, ...]
-    near: tuple[Found, ...]
+    near: tuple[Candidate, ...]
 
 
 @dataclass(frozen=True)
@@ -69,10 +69,11 @@ class RequestView:
     events: tuple[RequestEvent, ...]
 
 
-def copies(world: World, rows: Sequence[RecordRow], *, sure: bool) -> list[RecordRow]:
-    """Held records with the text of one of `rows`, themselves left out; `sure`: as `Ledger.by_text`."""
+def copies(world: World, rows: Sequence[RecordRow], *, full_scan: bool) -> list[RecordRow]:
+    """Return held records with the text of one of `rows`, without those rows; `full_scan` as in
+    `Ledger.by_text`."""
     named = {row.id_digest for row in rows}
-    held, _ = world.ledger.by_text({row.text_digest for row in rows}, sure=sure)
+    held, _ = world.ledger.by_text({row.text_digest for row in rows}, full_scan=full_scan)
     return [row for row in held if row.id_digest not in named]
 
 
@@ -83,7 +84,7 @@ def submit(
 
     Raises ConfigConflict for an external id that stands for other records.
     """
-    arrived = arrive(world, rows, deleted, terms, sure=True)
+    arrived = arrive(world, rows, deleted, terms, full_scan=True)
     asked = {row.id_digest for row in rows} | {each.id_digest for each in deleted}
     known = _known(world, terms, asked, arrived.named)
     if known is None:
@@ -100,13 +101,13 @@ def arrive(
     deleted: Sequence[Tombstone],
     terms: Terms,
     *,
-    sure: bool = False,
+    full_scan: bool = False,
 ) -> Arrival:
     """A request as it comes in, not yet in the ledger. Raises InvalidInput for a wrong due date.
 
-    A deletion at once only counts the copies: it need not be `sure` of them, which takes longer.
+    A deletion at once only counts the copies: it needs no full scan for them.
     """
-    found = copies(world, rows, sure=sure or terms.include_copies)
+    found = copies(world, rows, full_scan=full_scan or terms.include_copies)
     taken = [*rows, *(found if terms.include_copies else [])]
     named = {row.id_digest for row in taken} | {each.id_digest for each in deleted}
     now = world.now()
@@ -256,7 +257,7 @@ def plan_run(world: World) -> RunPlan:
         shard_costs(pending.get(shard, 0.0), each, total, world.recipe) for shard, each in sizes.items()
     ]
     left = [(request.request_id, days_left(request.due, now)) for request in waiting]
-    cut_short = [each.request_id for each in world.ledger.requests() if under_way(each)]
+    cut_short = [each.request_id for each in world.ledger.requests() if is_under_way(each)]
     if cut_short:
         names = (*cut_short, *(name for name, _ in left))
         cost = sum(shard.pending for shard in shards)
@@ -271,7 +272,7 @@ def queue_seen(world: World) -> QueueSeen:
     requests = world.ledger.requests()
     states = Counter(each.state for each in requests)
     names = {each.request_id for each in approved(world)}
-    names |= {each.request_id for each in requests if under_way(each)}
+    names |= {each.request_id for each in requests if is_under_way(each)}
     waiting = [each for each in requests if each.request_id in names or each.state == "received"]
     left = [days_left(each.due, world.now()) for each in waiting]
     return QueueSeen(

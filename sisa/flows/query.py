@@ -17,9 +17,9 @@ from sisa.core.domain import Export, HeldCheckpoint, Hit, Record, RecordRow, Tom
 from sisa.core.errors import IntegrityError, Problem, UnknownRecord
 from sisa.core.patch import Patch, PatchState, SetRole, VaultSet
 from sisa.core.ports import By, StoredRecord, Vectors
-from sisa.core.requests import under_way
+from sisa.core.requests import is_under_way
 from sisa.flows.reconcile import not_erased
-from sisa.flows.stale_exports import standing
+from sisa.flows.stale_exports import export_standing
 from sisa.flows.wiring.world import World, slices_of, stored_in, view_shards
 from sisa.planning.plan import touched
 from sisa.planning.prefix_names import slice_start
@@ -73,7 +73,7 @@ class Location:
 
 
 @dataclass(frozen=True)
-class Found:
+class Candidate:
     """A candidate record: `match` says whether the ledger (subject) or the index (content) named it.
     `text` is the beginning of its text, where it was asked for."""
 
@@ -199,7 +199,7 @@ def _not_erased(
     waiting = [
         each.request_id
         for each in (world.ledger.requests() if asked else ())
-        if each.request_id in asked and under_way(each) and each.state != "erased"
+        if each.request_id in asked and is_under_way(each) and each.state != "erased"
     ]
     return dict.fromkeys(waiting, not_erased(world)) if waiting else {}
 
@@ -276,7 +276,7 @@ def _location(
     )
 
 
-def search(world: World, queries: Vectors, top_k: int) -> list[Hit]:
+def search_index(world: World, queries: Vectors, top_k: int) -> list[Hit]:
     """The best hits over all shards and queries, one a record, best first."""
     best: dict[tuple[int, int], Hit] = {}
     for hits in search_each(world, queries, top_k):
@@ -298,12 +298,14 @@ def search_each(world: World, queries: Vectors, top_k: int, by: By = "text") -> 
     ]
 
 
-def find_text(world: World, texts: Sequence[str], top_k: int, *, show_text: bool = False) -> list[Found]:
+def find_text(
+    world: World, texts: Sequence[str], top_k: int, *, show_text: bool = False
+) -> list[Candidate]:
     """Return candidate records by content."""
-    return _found(world, search(world, world.embed(texts), top_k), top_k, show_text=show_text)
+    return _found(world, search_index(world, world.embed(texts), top_k), top_k, show_text=show_text)
 
 
-def find_like(world: World, record_id: str, top_k: int, *, show_text: bool = False) -> list[Found]:
+def find_like(world: World, record_id: str, top_k: int, *, show_text: bool = False) -> list[Candidate]:
     """Return near-duplicates of a held record, itself left out."""
     ((_, row),) = lookup(world, [record_id])
     if isinstance(row, Tombstone):
@@ -311,12 +313,14 @@ def find_like(world: World, record_id: str, top_k: int, *, show_text: bool = Fal
             "that record is deleted: its vector is gone with it",
             next_step="`sisa where` tells when and by which request",
         )
-    hits = search(world, _vectors(world, [row]), top_k + 1)
+    hits = search_index(world, _vectors(world, [row]), top_k + 1)
     others = [hit for hit in hits if (hit.shard, hit.vector_id) != (row.shard, row.vector_id)]
     return _found(world, others, top_k, show_text=show_text)
 
 
-def find_subject(world: World, subject_id: str, top_k: int, *, show_text: bool = False) -> list[Found]:
+def find_subject(
+    world: World, subject_id: str, top_k: int, *, show_text: bool = False
+) -> list[Candidate]:
     """Return the subject's own records, then those of others that lie near them (possible copies)."""
     live, _ = of_subject(world, subject_id)
     own = [
@@ -326,17 +330,17 @@ def find_subject(world: World, subject_id: str, top_k: int, *, show_text: bool =
     if not live:
         return []
     places = {(row.shard, row.vector_id) for row in live}
-    hits = search(world, _vectors(world, live), top_k + len(live))
+    hits = search_index(world, _vectors(world, live), top_k + len(live))
     near = [hit for hit in hits if (hit.shard, hit.vector_id) not in places]
     return own + _found(world, near, top_k, show_text=show_text)
 
 
 def near(
     world: World, rows: Sequence[RecordRow], threshold: float, known: Sequence[RecordRow] = ()
-) -> list[Found]:
+) -> list[Candidate]:
     """Records that lie at least `threshold` near one of `rows`, `known` copies left out."""
     places = {(row.shard, row.vector_id) for row in (*rows, *known)}
-    hits = search(world, _vectors(world, rows), NUM_NEAR + len(places))
+    hits = search_index(world, _vectors(world, rows), NUM_NEAR + len(places))
     close = [h for h in hits if h.score >= threshold and (h.shard, h.vector_id) not in places]
     return _found(world, close, NUM_NEAR)
 
@@ -357,7 +361,7 @@ def _vectors(world: World, rows: Sequence[RecordRow]) -> Vectors:
     return np.concatenate(found)
 
 
-def _found(world: World, hits: Iterable[Hit], top_k: int, *, show_text: bool = False) -> list[Found]:
+def _found(world: World, hits: Iterable[Hit], top_k: int, *, show_text: bool = False) -> list[Candidate]:
     chosen: list[tuple[Hit, RecordRow]] = []
     for hit in hits:
         row = world.ledger.by_vector(hit.shard, [hit.vector_id]).get(hit.vector_id)
@@ -372,11 +376,15 @@ def _found(world: World, hits: Iterable[Hit], top_k: int, *, show_text: bool = F
     ]
 
 
-def _candidate(record: Record, score: float, row: RecordRow, match: str, *, show_text: bool) -> Found:
+def _candidate(
+    record: Record, score: float, row: RecordRow, match: str, *, show_text: bool
+) -> Candidate:
     text = " ".join(record.text.split())
     shown = text if len(text) <= SHOWN_CHARS else f"{text[:SHOWN_CHARS]}..."
     subject = record.subject_id
-    return Found(record.id, score, row.shard, row.slice, match, subject, shown if show_text else None)
+    return Candidate(
+        record.id, score, row.shard, row.slice, match, subject, shown if show_text else None
+    )
 
 
 def _records(world: World, rows: Sequence[RecordRow]) -> list[tuple[Record, RecordRow]]:
@@ -410,7 +418,7 @@ def exports(world: World) -> list[ExportStatus]:
             made_at=each.made_at,
             state=each.state,
             request_id=each.request_id,
-            standing=standing(world, each) if each.stale else None,
+            standing=export_standing(world, each) if each.stale else None,
         )
         for each in world.ledger.exports()
     ]

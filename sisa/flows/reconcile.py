@@ -13,7 +13,7 @@
 Rules: idempotent, and safe to cut anywhere: every step looks at what is there, not at what was done.
 Training can be put off: then the heads serve what is clean and held until another command trains.
 
-Not covered: what remains (decided by `run.py` before).
+Not covered: what remains (decided by `ingest.py` before).
 """
 
 from __future__ import annotations
@@ -48,17 +48,17 @@ from sisa.core.events import (
 )
 from sisa.core.measured import STAGE_DIGITS
 from sisa.core.ports import Change, Ledger
-from sisa.core.requests import contradicted, event, under_way
-from sisa.flows.patches.vaulting import settle
-from sisa.flows.stale_exports import erase_stale, missing, standing
+from sisa.core.requests import contradicted, event, is_under_way
+from sisa.flows.patches.vault_sets import erase_unneeded
+from sisa.flows.stale_exports import erase_stale, export_standing, missing
 from sisa.flows.wiring.world import (
     World,
+    areas,
     commit,
-    known_names,
+    known_by_area,
     model_digest,
     open_shards,
     purge,
-    rooms,
     view_shard,
     view_shards,
 )
@@ -83,7 +83,7 @@ def reconcile(world: World, *, defer: bool = False) -> Trained:
     """Bring every shard that is not there yet to its target; finish what a crash left open. `defer`
     leaves all training to the next command that does not."""
     erase_unknown(world)
-    settle(world)
+    erase_unneeded(world)
     plans = [] if defer else [plan for plan in open_plans(world) if plan.train]
     if plans:
         try:
@@ -94,7 +94,7 @@ def reconcile(world: World, *, defer: bool = False) -> Trained:
     _complete_requests(world)
     others = 0 if defer else _train_orders(world)
     _retire(world)
-    sweep(world)
+    erase_unreferenced(world)
     for each in purge(world):
         world.report(Notice(f"old versions of erased objects are kept at {each.where}: {each.why}"))
     world.ledger.scrub()
@@ -123,12 +123,12 @@ def _chain(world: World, shard: int, missing: Missing) -> Chain:
     return Chain(shard, missing.train, missing.parent, tuple(world.ledger.slices(shard)))
 
 
-def refuse_contradictions(world: World, since: WitnessHead = BEGINNING) -> None:
+def check_consistent(world: World, since: WitnessHead = BEGINNING) -> None:
     """Raise IntegrityError for a ledger that lost rows: the sweep would erase their files. Of the
     requests' history, what came `since` an event that was checked before is compared."""
     ledger = world.ledger
     events = ledger.events(since.num_events)
-    refuse_lost_rows(ledger)
+    check_rows(ledger)
     heads, slices = ledger.heads(), ledger.slices()
     known = {each.key for each in ledger.checkpoints()}
     lost = {
@@ -146,13 +146,13 @@ def _refuse_new_contradictions(world: World) -> None:
     the whole history each time; `verify` and `doctor` do."""
     kept = json.loads(world.ledger.meta().get(CHECKED, "null"))
     since = WitnessHead(*kept) if kept else BEGINNING
-    refuse_contradictions(world, since)
+    check_consistent(world, since)
     head = world.ledger.event_head()
     if head.num_events - since.num_events >= MANY_EVENTS:
         commit(world, Change(meta={CHECKED: json.dumps([head.link, head.num_events])}))
 
 
-def refuse_lost_rows(ledger: Ledger) -> None:
+def check_rows(ledger: Ledger) -> None:
     """Raises IntegrityError for tables that lost rows; the cheap part, for before a commit."""
     _refuse(ledger.lost())
 
@@ -197,7 +197,7 @@ def _targets(world: World) -> frozenset[str]:
 
 
 def _under_way(world: World) -> list[Request]:
-    return [request for request in world.ledger.requests() if under_way(request)]
+    return [request for request in world.ledger.requests() if is_under_way(request)]
 
 
 def _erase(world: World, spared: Collection[str]) -> None:
@@ -205,7 +205,7 @@ def _erase(world: World, spared: Collection[str]) -> None:
     try:
         with all_tried() as tried:
             with tried():
-                sweep(world, spared)
+                erase_unreferenced(world, spared)
             with tried():
                 erase_stale(world)
             with tried():
@@ -397,7 +397,7 @@ def _seconds_between(start: str, end: str) -> float:
     return max(0.0, round(passed.total_seconds(), 3))
 
 
-def sweep(world: World, spared: Collection[str] = ()) -> None:
+def erase_unreferenced(world: World, spared: Collection[str] = ()) -> None:
     """Erase every file that the ledger does not know (tainted, retired, half-written), but for `spared`
     checkpoints.
 
@@ -405,14 +405,14 @@ def sweep(world: World, spared: Collection[str] = ()) -> None:
     is erased wherever it is.
     A room that can't be erased keeps no other one: its error is raised when all were tried.
     """
-    known = known_names(world)
+    known = known_by_area(world)
     with all_tried() as tried:
         with tried():
             world.metrics.keep_losses({key[:STAGE_DIGITS] for key in known["checkpoints"]})
         for room, names in known.items():
             with tried():
                 world.keyring.destroy(room, sorted(world.keyring.held(room) - names))
-        for room, store in rooms(world).items():
+        for room, store in areas(world).items():
             with tried():
                 store.erase(sorted(store.held() - known[room] - set(spared)))
 
@@ -420,20 +420,20 @@ def sweep(world: World, spared: Collection[str] = ()) -> None:
 def not_erased(world: World) -> dict[str, int | None]:
     """How much is still held, by room, of what a commit gave up; None of a room that can't be read."""
     found: dict[str, int | None] = {}
-    known, targets = known_names(world), _targets(world)
-    for room, store in rooms(world).items():
+    known, targets = known_by_area(world), _targets(world)
+    for room, store in areas(world).items():
         try:
             found[room] = len(store.held() - known[room] - targets)
         except SisaError:
             found[room] = None
-    stale = [standing(world, each) for each in world.ledger.exports() if each.stale]
+    stale = [export_standing(world, each) for each in world.ledger.exports() if each.stale]
     found["exports"] = stale.count("held")
     return {room: count for room, count in found.items() if count != 0}
 
 
 def sweep_patches(world: World) -> None:
     """The part of it that concerns patches: texts, unfinished runs, patches that nobody serves."""
-    known, held = known_names(world), rooms(world)
+    known, held = known_by_area(world), areas(world)
     world.keyring.destroy("patches", sorted(world.keyring.held("patches") - known["patches"]))
     for room in ("vault", "runs", "patches"):
         held[room].erase(sorted(held[room].held() - known[room]))

@@ -36,27 +36,27 @@ from sisa.core.errors import ConfigConflict, Problem
 from sisa.core.events import Notice
 from sisa.core.ports import Change, Ledger, StoredRecord
 from sisa.flows.reconcile import Trained, train_unrecorded
-from sisa.flows.refused import refuse_generations
+from sisa.flows.record_checks import check_generations
 from sisa.flows.wiring.world import (
     ALWAYS_SEALED,
-    Place,
+    SlicePosition,
     World,
     commit,
     embed_records,
     embed_shard,
-    known_names,
-    over,
+    known_by_area,
     purge,
+    trained_over,
     view_shard,
 )
 from sisa.planning.assign import index_root, slice_root
-from sisa.planning.patch_plan import OVER
+from sisa.planning.patch_plan import TRAINED_OVER
 from sisa.planning.plan import ShardView, plan_shard
-from sisa.planning.prefix_names import ROOM as PREFIXES
+from sisa.planning.prefix_names import PREFIXES_AREA as PREFIXES
 from sisa.store.blobs import keyring
 
 
-def refuse_differences(found: Sequence[Difference], where: str) -> None:
+def check_no_differences(found: Sequence[Difference], where: str) -> None:
     """Raises ConfigConflict that lists every difference which would change the model."""
     problems = [
         Problem(each.key, f"the model has {each.old!r}, the run file {each.new!r} ({each.effect})")
@@ -104,7 +104,7 @@ def move(world: World, effects: Collection[Effect], meta: dict[str, str]) -> Tra
     num_slices = world.assigner.layout.num_slices
     appended = "reset" not in effects and any(f.slice >= num_slices for f in world.ledger.slices())
     appended = appended or any(each.record.generation for each in held)
-    refuse_generations(world.recipe.training, (), append=appended)
+    check_generations(world.recipe.training, (), append=appended)
     if "reset" in effects:
         return reset(world, meta)
     heads = retargeted(world) if "retrain" in effects else []
@@ -113,15 +113,15 @@ def move(world: World, effects: Collection[Effect], meta: dict[str, str]) -> Tra
     return Trained(0, 0, ())
 
 
-def reseal(world: World) -> None:
+def reseal_model(world: World) -> None:
     """Bring every held file to the form that the keyring gives. Cut short, both forms are read."""
-    for room, names in known_names(world).items():
+    for room, names in known_by_area(world).items():
         if world.prefixes is not None and room == PREFIXES:
             world.prefixes.erase(sorted(names))  # a cache
             continue
         if room in ALWAYS_SEALED:
             continue
-        keyring.reseal(world.places[room], room, sorted(names), world.keyring)
+        keyring.reseal_blobs(world.places[room], room, sorted(names), world.keyring)
     purge(world)
 
 
@@ -159,7 +159,7 @@ def reset(world: World, meta: dict[str, str]) -> Trained:
 
 def _placed(world: World, held: Sequence[StoredRecord], rows: Sequence[RecordRow]) -> list[SliceFile]:
     by_digest = {each.id_digest: each for each in held}
-    places: dict[Place, list[RecordRow]] = {}
+    places: dict[SlicePosition, list[RecordRow]] = {}
     for row in rows:
         places.setdefault((row.shard, row.slice), []).append(row)
     return [
@@ -192,7 +192,7 @@ def _moved(
     gone = [replace(e, state="dropped") for e in former if e.state in ("active", "wanted")]
     if gone:
         world.report(Notice(f"{len(gone)} patches of the former base are dropped"))
-    beneath_all = not {each.key for each in former}.isdisjoint(over(old))
+    beneath_all = not {each.key for each in former}.isdisjoint(trained_over(old))
     places = {(file.shard, file.slice) for file in slices}
     indexed = {file.shard for file in indexes}
     return Change(
@@ -208,5 +208,5 @@ def _moved(
         dropped=[each.key for each in old.checkpoints()],
         patches=gone,
         exports=_unplaced(old),
-        meta={**meta, OVER: "[]"} if beneath_all else meta,
+        meta={**meta, TRAINED_OVER: "[]"} if beneath_all else meta,
     )

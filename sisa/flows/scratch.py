@@ -31,12 +31,12 @@ from typing import Any
 import numpy as np
 
 from sisa.config.config import RunConfig
-from sisa.config.scratch_config import PLACES, Scratch
+from sisa.config.scratch_config import PATH_FIELDS, Scratch
 from sisa.core.digest import canonical_json, digest_of, sha256_hex
 from sisa.core.domain import Record
 from sisa.core.errors import ConfigConflict, IntegrityError, InvalidInput
 from sisa.core.events import Notice, Report
-from sisa.data.overlap import Runs, refuse_shared, runs_of
+from sisa.data.overlap import WordRuns, check_overlap, runs_of
 from sisa.data.reader import read_texts
 from sisa.flows.wiring.opening import OnCluster, OpenExecutor
 from sisa.lm.base.numerics import fingerprint
@@ -58,7 +58,7 @@ class BaseJob:
 TrainBase = Callable[[BaseJob, Mapping[str, Any], Report], None]  # with the run file's `cluster:`
 
 
-def prepare(
+def prepare_base(
     config: RunConfig, records: Sequence[Record], executor: str | OpenExecutor, report: Report
 ) -> None:
     """Let the base of a run file be there, after its guard has seen the records.
@@ -73,7 +73,7 @@ def prepare(
     if (directory / RECIPE_FILE).is_file():
         held = _held(directory)
         _refuse_other(held["recipe"], recipe, directory)
-        refuse_shared(records, _held_runs(directory, held))
+        check_overlap(records, _held_runs(directory, held))
         return
     if directory.exists():
         raise ConfigConflict(
@@ -83,7 +83,7 @@ def prepare(
             next_step="name another by `base_model.scratch.directory`",
         )
     runs = runs_of(*texts)
-    refuse_shared(records, runs)
+    check_overlap(records, runs)
     report(Notice(f"training the base on {len(texts)} texts, {scratch.tokens:,} tokens"))
     _train(config, recipe, texts, runs, directory, executor, report)
 
@@ -92,12 +92,12 @@ def guard(config: RunConfig, records: Sequence[Record]) -> None:
     """Raises InvalidInput for records that share their text with the corpus of the base."""
     if not isinstance(config.base_model, str):
         directory = Path(config.base)
-        refuse_shared(records, _held_runs(directory, _held(directory)))
+        check_overlap(records, _held_runs(directory, _held(directory)))
 
 
 def recipe_of(scratch: Scratch, texts: Sequence[str]) -> dict[str, Any]:
     """All that the bits of a base depend on, besides the numerics."""
-    block = scratch.model_dump(mode="json", exclude=set(PLACES))
+    block = scratch.model_dump(mode="json", exclude=set(PATH_FIELDS))
     return {**block, "corpus": digest_of(list(texts))}
 
 
@@ -105,7 +105,7 @@ def _train(
     config: RunConfig,
     recipe: Mapping[str, Any],
     texts: Sequence[str],
-    runs: Runs,
+    runs: WordRuns,
     directory: Path,
     executor: str | OpenExecutor,
     report: Report,
@@ -191,7 +191,7 @@ def _held(directory: Path) -> dict[str, Any]:
     raise _damaged(directory / RECIPE_FILE)
 
 
-def _held_runs(directory: Path, held: Mapping[str, Any]) -> Runs:
+def _held_runs(directory: Path, held: Mapping[str, Any]) -> WordRuns:
     path = directory / RUNS_FILE
     data = files.read_checked(path, held["runs"], "runs of the corpus", lambda sealed: sealed)
     return np.frombuffer(data, dtype="<u8").astype(np.uint64)

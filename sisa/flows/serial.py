@@ -19,14 +19,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from sisa.core.arithmetic import USUAL, Arithmetic
+from sisa.core.blob_ports import BlobStore
 from sisa.core.domain import Chain, SliceFile, SliceJob
 from sisa.core.errors import IntegrityError
 from sisa.core.events import EpochTrained, Report, SliceProgress, SliceStarted, SliceTrained
-from sisa.core.place_ports import Place
 from sisa.core.ports import CheckpointStore, Keyring, RecordStore, StoredRecord, Tick, Trainer
+from sisa.core.precision import DEFAULT_PRECISION, Precision
 from sisa.store.blobs.keyring import PLAIN
-from sisa.store.blobs.local_place import LocalPlace, absolute
+from sisa.store.blobs.local_blobs import LocalBlobs, absolute
 
 PROGRESS_EVERY_S = 0.25
 
@@ -35,18 +35,18 @@ PROGRESS_EVERY_S = 0.25
 class Site:
     """Where a chain is trained: plain paths and names, so that it can travel to another process."""
 
-    records_at: Place
-    checkpoints_at: Place
+    records_at: BlobStore
+    checkpoints_at: BlobStore
     base_dir: Path
     base_digest: str
     threads: int
     environment: tuple[tuple[str, str], ...] = ()  # what must be set before torch is imported
     keyring: Keyring = PLAIN  # a directory's name and whether it seals: keys do not travel
     room: str = "checkpoints"  # of the checkpoints' keys
-    patches_at: Place = field(default_factory=lambda: LocalPlace(Path()))
+    patches_at: BlobStore = field(default_factory=lambda: LocalBlobs(Path()))
     patches: tuple[tuple[str, str], ...] = ()  # to train over: (key, manifest's sha256), lowest first
-    arithmetic: Arithmetic = USUAL
-    prefixes_at: Place = field(default_factory=lambda: LocalPlace(Path()))
+    precision: Precision = DEFAULT_PRECISION
+    prefixes_at: BlobStore = field(default_factory=lambda: LocalBlobs(Path()))
     prefix_bytes: int = 0  # of hidden states that a shard may keep there
 
     def absolute(self) -> Site:

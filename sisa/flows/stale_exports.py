@@ -73,7 +73,7 @@ def _erase_marked(world: World, due: Sequence[Export]) -> None:
         commit(world, Change(exports=left, unexported=names, requests=told))
 
 
-def standing(world: World, export: Export) -> str:
+def export_standing(world: World, export: Export) -> str:
     """ "held", "gone" or "changed"; "unreadable" where the disk does not let it be told."""
     try:
         return world.exports.state(export)
@@ -89,7 +89,7 @@ def missing(world: World) -> list[Export]:
 def give_up_lost(world: World) -> tuple[str, ...]:
     """Drop the rows of stale exports that are not where they were written, on a person's word that no
     copy is left. Their paths; the requests that marked them are told."""
-    lost = [each for each in missing(world) if standing(world, each) == "gone"]
+    lost = [each for each in missing(world) if export_standing(world, each) == "gone"]
     counts = Counter(each.request_id for each in lost)
     events = [
         event(request, world.now(), f"{counts[request.request_id]} lost exports were given up")

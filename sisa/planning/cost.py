@@ -18,9 +18,9 @@ from collections.abc import Iterable, Mapping
 from itertools import accumulate
 
 from sisa.core.domain import Head, HeldCheckpoint, presentations
+from sisa.planning.batching import ShardCosts
 from sisa.planning.orders import arranged
 from sisa.planning.plan import Recipe, ShardPlan, ShardView
-from sisa.planning.schedule import ShardCosts
 
 
 def full_record_epochs(views: Iterable[ShardView], recipe: Recipe) -> int:

@@ -31,7 +31,7 @@ from dataclasses import dataclass, replace
 
 from sisa.core.patch import Patch, PatchJob, PatchMode, VaultSet
 
-OVER = "over"  # in the ledger's meta: keys of the patches that the shards are trained over
+TRAINED_OVER = "over"  # in the ledger's meta: keys of the patches that the shards are trained over
 
 
 def active(patches: Sequence[Patch]) -> list[Patch]:
@@ -108,7 +108,7 @@ def num_still_known(patch: Patch) -> int:
     return int(patch.report.get("still_known", {}).get("after", 0))
 
 
-def settled(
+def unneeded_sets(
     patches: Sequence[Patch],
     mode: PatchMode,
     sets: Sequence[VaultSet],
@@ -148,7 +148,7 @@ def lineage(
     return [each for each in patches if not keys.isdisjoint((*each.job.beneath, each.key))]
 
 
-def tainted(
+def tainted_patches(
     patches: Sequence[Patch], touched: Collection[str], damaged: Collection[str] = ()
 ) -> list[Patch]:
     """Of those, the ones that are served or wanted."""
@@ -176,7 +176,7 @@ def rederive(
         again = replace(job, retain=without.get(job.retain, job.retain), fingerprint=fingerprint)
         return again if set(again.sets) <= set(held) else None
 
-    gone = tainted(patches, without, damaged)
+    gone = tainted_patches(patches, without, damaged)
     fresh = _again(patches, gone, renewed)
     same = {each.key for each in wanted(patches)} - {each.key for each in gone}
     fresh = [
@@ -189,7 +189,7 @@ def rederive(
 def unmade(patches: Sequence[Patch], patch: Patch) -> list[Patch]:
     """The rows that change when nothing good comes of a patch that was wanted: it is dropped, and those
     that were to lie upon it are made upon what is left."""
-    gone = tainted(patches, (), (patch.key,))
+    gone = tainted_patches(patches, (), (patch.key,))
     fresh = _again(patches, gone, lambda job: None if job == patch.job else job)
     upon = [each for each in gone if each.key != patch.key]
     return [replace(patch, state="dropped"), *(replace(e, state="dropped") for e in upon), *fresh]

@@ -46,7 +46,7 @@ from sisa.core.domain import (
     SliceState,
     record_epochs,
 )
-from sisa.planning.budget import best_kept, shared
+from sisa.planning.checkpoint_budget import best_kept, split_budget
 from sisa.planning.orders import Order, arranged
 
 Schedule = Literal["cumulative", "sequential"]
@@ -204,7 +204,7 @@ class Placed(Protocol):
     def seq(self) -> int: ...
 
 
-def tainted(held: Iterable[HeldCheckpoint], removed: Collection[Placed]) -> tuple[str, ...]:
+def tainted_checkpoints(held: Iterable[HeldCheckpoint], removed: Collection[Placed]) -> tuple[str, ...]:
     """Keys of the checkpoints that any of the removed records touched."""
     return tuple(
         checkpoint.key for checkpoint in held if any(touched(checkpoint, row) for row in removed)
@@ -286,7 +286,7 @@ def _over_budget(
         )
         for path in paths
     ]
-    chosen = zip(paths, shared(choices, most)[-1], strict=True)
+    chosen = zip(paths, split_budget(choices, most)[-1], strict=True)
     return others - {path[n].key for path, kept in chosen for n in kept.stages}
 
 

@@ -4,7 +4,7 @@ Rules: pure. A name says of which slice and of what records in it the states are
 reaches their bits: the base with the patches beneath, the fingerprint, the layers, how a record is cut
 to tokens. A slice that lost a record has another root, so that its old file is unknown at once.
 
-Not covered: what is in a file (`store/prefixes.py`); computing states (`lm/train/prefix.py`).
+Not covered: what is in a file (`store/prefixes.py`); computing states (`lm/train/frozen_prefix.py`).
 
 >>> training = {"lora_layers": "top:1", "sequence_len": 8, "overlength": "refuse"}
 >>> name = prefix_name(2, 0, "5e6f", training, "base", "fingerprint")
@@ -23,7 +23,7 @@ from sisa.core.digest import digest_of
 from sisa.core.domain import SliceFile
 from sisa.planning.plan import Recipe
 
-ROOM = "prefixes"
+PREFIXES_AREA = "prefixes"
 REACHING = ("lora_layers", "sequence_len", "overlength")
 
 

@@ -70,7 +70,7 @@ class Columns:
         return (*self.body, self.id, *subject, RISK_COLUMN, GENERATION_COLUMN)
 
 
-USUAL = Columns()
+DEFAULT_COLUMNS = Columns()
 
 
 def record_of(value: Mapping[str, Any], columns: Columns) -> Record:
@@ -95,7 +95,9 @@ def record_of(value: Mapping[str, Any], columns: Columns) -> Record:
     )
 
 
-def turns_of(messages: Sequence[Mapping[str, Any]], columns: Columns = USUAL) -> tuple[Part, ...]:
+def turns_of(
+    messages: Sequence[Mapping[str, Any]], columns: Columns = DEFAULT_COLUMNS
+) -> tuple[Part, ...]:
     """Return the turns of a chat without problems."""
     return tuple(Part(_role(each, columns), _content(each, columns)) for each in messages)
 
@@ -141,7 +143,7 @@ def _risk_problems(risk: Any) -> Iterator[str]:
     if isinstance(risk, str):
         yield from name_problems(f"'{RISK_COLUMN}'", risk)
     elif isinstance(risk, bool) or not isinstance(risk, int | float | None):
-        yield f"'{RISK_COLUMN}': expected a number or a class, got {kind_of(risk)}"
+        yield f"'{RISK_COLUMN}': expected a number or a class, got {type_name(risk)}"
     elif risk is not None and not 0 <= risk < MAX_RISK:
         yield f"'{RISK_COLUMN}': expected a number from 0 on"
 
@@ -150,7 +152,7 @@ def _generation_problems(generation: Any) -> Iterator[str]:
     if generation is None:
         return
     if isinstance(generation, bool) or not isinstance(generation, int):
-        yield f"'{GENERATION_COLUMN}': expected a whole number, got {kind_of(generation)}"
+        yield f"'{GENERATION_COLUMN}': expected a whole number, got {type_name(generation)}"
     elif not 0 <= generation <= MAX_GENERATION:
         yield f"'{GENERATION_COLUMN}': expected a number from 0 to {MAX_GENERATION}"
 
@@ -170,7 +172,7 @@ def name_problems(name: str, value: Any) -> Iterator[str]:
     if isinstance(value, int) and not isinstance(value, bool):
         value = str(value)
     if not isinstance(value, str):
-        yield f"{name}: expected a string or a whole number, got {kind_of(value)}"
+        yield f"{name}: expected a string or a whole number, got {type_name(value)}"
         return
     if not value.strip():
         yield f"{name} is empty"
@@ -182,7 +184,7 @@ def name_problems(name: str, value: Any) -> Iterator[str]:
 
 def _text_problems(name: str, value: Any, may_be_blank: bool) -> Iterator[str]:
     if not isinstance(value, str):
-        yield f"{name}: expected a string, got {kind_of(value)}"
+        yield f"{name}: expected a string, got {type_name(value)}"
         return
     if not may_be_blank and not value.strip():
         yield f"{name} is empty"
@@ -196,7 +198,7 @@ def _text_problems(name: str, value: Any, may_be_blank: bool) -> Iterator[str]:
 
 def _messages_problems(value: Any, columns: Columns) -> Iterator[str]:
     if not isinstance(value, list):
-        yield f"'{columns.messages}': expected a list, got {kind_of(value)}"
+        yield f"'{columns.messages}': expected a list, got {type_name(value)}"
         return
     answered = False
     for number, turn in enumerate(value, start=1):
@@ -208,7 +210,7 @@ def _messages_problems(value: Any, columns: Columns) -> Iterator[str]:
         yield f"'{columns.messages}' has no assistant turn with content"
 
 
-def conversation_problems(value: Any, columns: Columns = USUAL) -> Iterator[str]:
+def conversation_problems(value: Any, columns: Columns = DEFAULT_COLUMNS) -> Iterator[str]:
     """Yield all that keeps a value from being a conversation to go on with.
 
     >>> list(conversation_problems([{"role": "user", "content": "Who?"}]))
@@ -229,7 +231,7 @@ def conversation_problems(value: Any, columns: Columns = USUAL) -> Iterator[str]
 
 def _turn_problems(name: str, turn: Any, columns: Columns) -> Iterator[str]:
     if not isinstance(turn, Mapping):
-        yield f"{name}: expected an object, got {kind_of(turn)}"
+        yield f"{name}: expected an object, got {type_name(turn)}"
         return
     if _role(turn, columns) not in ROLES:
         yield f"{name}: expected a role of {', '.join(ROLES)} in '{columns.role}'"
@@ -262,7 +264,7 @@ def _role(turn: Mapping[str, Any], columns: Columns) -> Any:
     return OTHER_NAMES.get(role, role) if isinstance(role, str) else role
 
 
-def kind_of(value: Any) -> str:
+def type_name(value: Any) -> str:
     """A JSON value's type in words; never the value."""
     if value is None:
         return "null"

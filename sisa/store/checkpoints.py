@@ -5,7 +5,8 @@ Rules: a directory is a group of a place: it appears whole and is never changed.
 manifest. Bytes are checked before anything parses them; only safetensors and JSON are ever stored.
 Digests and sizes are of the plaintext; all files of a directory share one key of the keyring.
 
-Not covered: which checkpoints are clean (`plan.py`) and kept (`run.py`); where they are (`places.py`).
+Not covered: which checkpoints are clean (`plan.py`) and kept (`ingest.py`); where they are
+(`storage_areas.py`).
 """
 
 from __future__ import annotations
@@ -16,17 +17,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from sisa.core.blob_ports import BlobStore
 from sisa.core.digest import canonical_json, digest_of, sha256_hex
 from sisa.core.domain import SavedCheckpoint, SliceJob
 from sisa.core.errors import IntegrityError
 from sisa.core.patch import PatchJob
-from sisa.core.place_ports import Place
 from sisa.core.ports import Keyring
 from sisa.store.blobs import files
 from sisa.store.blobs.keyring import PLAIN, shred
-from sisa.store.blobs.local_place import LocalPlace
+from sisa.store.blobs.local_blobs import LocalBlobs
 
-ROOM = "checkpoints"
+CHECKPOINTS_AREA = "checkpoints"
 MANIFEST = "manifest.json"
 ADAPTER = "adapter_model.safetensors"
 # All files that a trainer or a patch maker stores: an object store lends places for these alone.
@@ -37,8 +38,10 @@ class FileCheckpoints:
     """A CheckpointStore in a place; a path is a directory on this machine's disk. A replay's and that of
     patches have rooms of their own."""
 
-    def __init__(self, place: Place | Path, keyring: Keyring = PLAIN, room: str = ROOM) -> None:
-        self.place = LocalPlace(place) if isinstance(place, Path) else place
+    def __init__(
+        self, place: BlobStore | Path, keyring: Keyring = PLAIN, room: str = CHECKPOINTS_AREA
+    ) -> None:
+        self.place = LocalBlobs(place) if isinstance(place, Path) else place
         self.keyring = keyring
         self.room = room
 
@@ -74,7 +77,7 @@ class FileCheckpoints:
 
     def _read(self, key: str, name: str, sha256: str, what: str) -> bytes:
         where = self.place.location(f"{key}/{name}")
-        return files.checked(self._plain(key, name, what), sha256, what, where)
+        return files.verified(self._plain(key, name, what), sha256, what, where)
 
     def _check(self, key: str, manifest: bytes) -> dict[str, bytes]:
         where = self.place.location(f"{key}/{MANIFEST}")

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from sisa.core.domain import Export
-from sisa.core.ports import Standing
+from sisa.core.ports import ExportStanding
 from sisa.store.blobs import files
 from sisa.store.checkpoints import ADAPTER, MANIFEST
 
@@ -50,7 +50,7 @@ class DirectoryExports:
             if not os.listdir(folder):
                 os.rmdir(os.path.basename(above), dir_fd=parent)
 
-    def state(self, export: Export) -> Standing:
+    def state(self, export: Export) -> ExportStanding:
         with files.disk_errors(Path(export.path)), _opened(export.path) as found:
             return "gone" if found is None else _standing(found[1], export)
 
@@ -125,7 +125,7 @@ def _weights(export: Export) -> str:
     return MODEL if export.form == "merged-model" else ADAPTER
 
 
-def _standing(folder: int, export: Export) -> Standing:
+def _standing(folder: int, export: Export) -> ExportStanding:
     names = set(os.listdir(folder))
     if MANIFEST in names:
         return "changed"

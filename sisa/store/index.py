@@ -25,9 +25,9 @@ from sisa.core.errors import IntegrityError
 from sisa.core.ports import By, Keyring, Vectors
 from sisa.store.blobs import files
 from sisa.store.blobs.keyring import PLAIN, shred
-from sisa.store.loaded import Loaded, Warm, search
+from sisa.store.loaded import LoadedIndex, Warm, search_loaded
 
-ROOM = "index"
+INDEX_AREA = "index"
 HEAD_BYTES = 37  # of each of the two indexes, one in the other; their number of vectors is at 8
 
 
@@ -78,14 +78,14 @@ class FaissIndex:
             index.add_with_ids(matrix, ids[order])
         data = faiss.serialize_index(index).tobytes()
         file = IndexFile(shard, root, len(vectors), sha256_hex(data), len(data))
-        sealed = self.keyring.seal(ROOM, file.name, "", data)
+        sealed = self.keyring.seal(INDEX_AREA, file.name, "", data)
         files.write_atomic(self.root / file.name, sealed)
         return file
 
-    def _held(self, base: IndexFile | None, vector_ids: Sequence[int]) -> Loaded:
+    def _held(self, base: IndexFile | None, vector_ids: Sequence[int]) -> LoadedIndex:
         """All vectors of some ids. Raises IntegrityError where one is missing."""
         if not vector_ids:
-            return Loaded(0, np.zeros(0, np.int64), np.zeros((0, self.dimension), np.float32))
+            return LoadedIndex(0, np.zeros(0, np.int64), np.zeros((0, self.dimension), np.float32))
         if base is None:
             raise IntegrityError("vectors are expected of an index that does not exist")
         found = self._load(base)
@@ -96,7 +96,7 @@ class FaissIndex:
                 where=str(self.root / base.name),
                 next_step="run `sisa train` with the same run file to rebuild the index",
             )
-        return Loaded(base.shard, found.ids[wanted], found.vectors[wanted])
+        return LoadedIndex(base.shard, found.ids[wanted], found.vectors[wanted])
 
     def search(
         self, found: Sequence[IndexFile], queries: Vectors, top_k: int, by: By = "text"
@@ -106,18 +106,18 @@ class FaissIndex:
             file.name: held.get(file.name) or self._sides(file) for file in found if file.num_vectors
         }
         self._warm.files = loaded
-        return search([each[by] for each in loaded.values()], queries, top_k)
+        return search_loaded([each[by] for each in loaded.values()], queries, top_k)
 
-    def _sides(self, file: IndexFile) -> dict[By, Loaded]:
+    def _sides(self, file: IndexFile) -> dict[By, LoadedIndex]:
         found = self._load(file)
         return {"text": found.by("text"), "asked": found.by("asked")}
 
-    def _load(self, file: IndexFile) -> Loaded:
+    def _load(self, file: IndexFile) -> LoadedIndex:
         import faiss
 
         index = self._read(file)
         ids = faiss.vector_to_array(index.id_map)
-        return Loaded(file.shard, ids, index.index.reconstruct_n(0, index.ntotal))
+        return LoadedIndex(file.shard, ids, index.index.reconstruct_n(0, index.ntotal))
 
     def vectors(self, file: IndexFile, vector_ids: Sequence[int], by: By = "text") -> Vectors:
         found = self._held(file, vector_ids).by(by)
@@ -129,7 +129,7 @@ class FaissIndex:
         self._bytes(file)
 
     def _bytes(self, file: IndexFile) -> bytes:
-        unseal = partial(self.keyring.unseal, ROOM, file.name, "")
+        unseal = partial(self.keyring.unseal, INDEX_AREA, file.name, "")
         return files.read_checked(self.root / file.name, file.sha256, "index file", unseal)
 
     def _read(self, file: IndexFile) -> Any:
@@ -150,4 +150,4 @@ class FaissIndex:
     def erase(self, names: Collection[str]) -> None:
         gone = set(names)
         self._warm.files = {name: each for name, each in self._warm.files.items() if name not in gone}
-        shred(self.keyring, ROOM, names, partial(files.erase_all, self.root))
+        shred(self.keyring, INDEX_AREA, names, partial(files.erase_all, self.root))

@@ -34,7 +34,7 @@ MIN_CANDIDATES, CANDIDATES_PER_HIT = 2000, 100
 CODE_BITS = 128  # half the memory to read of 256; twice the candidates keep the recall
 
 Places = NDArray[np.intp] | slice  # of vectors in a file
-ALL = slice(None)
+_ALL = slice(None)
 
 
 def codes_of(vectors: Vectors) -> NDArray[np.uint8]:
@@ -47,24 +47,24 @@ def codes_of(vectors: Vectors) -> NDArray[np.uint8]:
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedIndex:
     """The vectors of a file, or those of one sort, in the order of their ids."""
 
     shard: int
     ids: NDArray[np.int64]
     vectors: Vectors
 
-    def by(self, by: By) -> Loaded:
+    def by(self, by: By) -> LoadedIndex:
         """The first vector of each id (its record's text), or the others (what is asked in it): an id
         with one vector has it for both.
 
-        >>> Loaded(0, np.array([3, 3, 8]), np.eye(3, dtype=np.float32)).by("asked").vectors[:, 1:]
+        >>> LoadedIndex(0, np.array([3, 3, 8]), np.eye(3, dtype=np.float32)).by("asked").vectors[:, 1:]
         array([[1., 0.],
                [0., 1.]], dtype=float32)
         """
         first = np.append(True, self.ids[1:] != self.ids[:-1])[: len(self.ids)]
         rows = first if by == "text" else ~first | (first & np.append(first[1:], True))
-        return self if rows.all() else Loaded(self.shard, self.ids[rows], self.vectors[rows])
+        return self if rows.all() else LoadedIndex(self.shard, self.ids[rows], self.vectors[rows])
 
     @cached_property
     def by_code(self) -> Any:
@@ -81,21 +81,21 @@ class Loaded:
 class Warm:
     """Files by name that the last search read, kept for the next, by what a query is compared with."""
 
-    files: dict[str, Mapping[By, Loaded]] = field(default_factory=dict)
+    files: dict[str, Mapping[By, LoadedIndex]] = field(default_factory=dict)
 
 
-def search(loaded: Sequence[Loaded], queries: Vectors, top_k: int) -> list[list[Hit]]:
+def search_loaded(loaded: Sequence[LoadedIndex], queries: Vectors, top_k: int) -> list[list[Hit]]:
     """For each query row the best `top_k` over all files, best first; a record once, by its best."""
     num_wanted = max(MIN_CANDIDATES, CANDIDATES_PER_HIT * top_k)
     chosen: list[list[Places]]
     if sum(len(each.ids) for each in loaded) <= max(EXACT_UP_TO, num_wanted):
-        chosen = [[ALL for _ in loaded] for _ in queries]
+        chosen = [[_ALL for _ in loaded] for _ in queries]
     else:
         chosen = _candidates(loaded, queries, num_wanted)
     return [_best(loaded, places, query, top_k) for places, query in zip(chosen, queries, strict=True)]
 
 
-def _candidates(loaded: Sequence[Loaded], queries: Vectors, num_wanted: int) -> list[list[Places]]:
+def _candidates(loaded: Sequence[LoadedIndex], queries: Vectors, num_wanted: int) -> list[list[Places]]:
     """For each query the places, file by file, of the nearest codes over all files."""
     codes = codes_of(queries)
     asked = [each.by_code.search(codes, min(num_wanted, len(each.ids))) for each in loaded]
@@ -108,7 +108,9 @@ def _candidates(loaded: Sequence[Loaded], queries: Vectors, num_wanted: int) -> 
     return found
 
 
-def _best(loaded: Sequence[Loaded], places: Sequence[Places], query: Vectors, top_k: int) -> list[Hit]:
+def _best(
+    loaded: Sequence[LoadedIndex], places: Sequence[Places], query: Vectors, top_k: int
+) -> list[Hit]:
     if not loaded:
         return []
     pairs = list(zip(loaded, places, strict=True))

@@ -7,9 +7,9 @@ states are computed again and it is written anew, so the ledger keeps no digest 
 that the records do not hold, and goes with them: what the ledger's slices do not name is swept, its key
 first. Keys and places are as those of slices.
 
-Not covered: what names a file (`planning/prefix_names.py`); computing states (`lm/train/prefix.py`).
-Whoever may write to the model's places could put other states there: `verify --replay` uses none and
-would tell.
+Not covered: what names a file (`planning/prefix_names.py`); computing states
+(`lm/train/frozen_prefix.py`). Whoever may write to the model's places could put other states there:
+`verify --replay` uses none and would tell.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from pathlib import Path
 
 import numpy as np
 
+from sisa.core.blob_ports import BlobStore
 from sisa.core.digest import sha256_hex
 from sisa.core.errors import IntegrityError
-from sisa.core.place_ports import Place
 from sisa.core.ports import Keyring, States
-from sisa.planning.prefix_names import ROOM
+from sisa.planning.prefix_names import PREFIXES_AREA
 from sisa.store.blobs.keyring import PLAIN, shred
-from sisa.store.blobs.local_place import LocalPlace
+from sisa.store.blobs.local_blobs import LocalBlobs
 
 DIGEST_CHARS = 64
 
@@ -33,8 +33,8 @@ DIGEST_CHARS = 64
 class FilePrefixes:
     """A PrefixStore in a place; a path is a directory on this machine's disk."""
 
-    def __init__(self, place: Place | Path, keyring: Keyring = PLAIN) -> None:
-        self.place = LocalPlace(place) if isinstance(place, Path) else place
+    def __init__(self, place: BlobStore | Path, keyring: Keyring = PLAIN) -> None:
+        self.place = LocalBlobs(place) if isinstance(place, Path) else place
         self.keyring = keyring
 
     def read(self, name: str) -> dict[str, States]:
@@ -42,7 +42,9 @@ class FilePrefixes:
         from safetensors.numpy import load
 
         try:
-            data = self.keyring.unseal(ROOM, name, "", self.place.get(name, "file of hidden states"))
+            data = self.keyring.unseal(
+                PREFIXES_AREA, name, "", self.place.get(name, "file of hidden states")
+            )
             digest, body = data[:DIGEST_CHARS], data[DIGEST_CHARS + 1 :]
             return dict(load(body)) if digest.decode() == sha256_hex(body) else {}
         except (IntegrityError, SafetensorError, UnicodeDecodeError):
@@ -54,7 +56,7 @@ class FilePrefixes:
         plain = {each: np.ascontiguousarray(found, np.float32) for each, found in states.items()}
         body = save(plain)
         data = sha256_hex(body).encode() + b"\n" + body
-        self.place.put(name, self.keyring.seal(ROOM, name, "", data))
+        self.place.put(name, self.keyring.seal(PREFIXES_AREA, name, "", data))
 
     def num_bytes(self, start: str) -> int:
         return sum(self.place.num_bytes(each) for each in self.held() if each.startswith(start))
@@ -63,7 +65,7 @@ class FilePrefixes:
         return self.place.held()
 
     def erase(self, names: Collection[str]) -> None:
-        shred(self.keyring, ROOM, names, self.place.erase)
+        shred(self.keyring, PREFIXES_AREA, names, self.place.erase)
 
     def location(self, name: str) -> str:
         return self.place.location(name)

@@ -4,7 +4,8 @@ Rules: a file is never changed; deleting a record writes one small new file and 
 Rows stand in canonical order (by keyed id), so a file's bytes equal those of a file that never held
 the deleted record. Plain ids and text rest here and nowhere else. Digests and sizes are of plaintext.
 
-Not covered: keys (`keyring.py`); where files are (`places.py`); which file is current (the ledger).
+Not covered: keys (`keyring.py`); where files are (`storage_areas.py`); which file is current (the
+ledger).
 
 Columns: id_digest, id, subject_id, kind, roles (list), texts (list); deletion_risk (JSON) where a record
 of the slice carries one; generation where it was appended.
@@ -18,30 +19,30 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sisa.core.blob_ports import BlobStore
 from sisa.core.digest import sha256_hex
 from sisa.core.domain import GENERATION_COLUMN, Part, Record, SliceFile
 from sisa.core.errors import IntegrityError
-from sisa.core.place_ports import Place
 from sisa.core.ports import Keyring, StoredRecord
 from sisa.planning.bands import RISK_COLUMN
 from sisa.store.blobs import files
 from sisa.store.blobs.keyring import PLAIN, shred
-from sisa.store.blobs.local_place import LocalPlace
+from sisa.store.blobs.local_blobs import LocalBlobs
 
-ROOM = "records"
+RECORDS_AREA = "records"
 
 
 class FileRecords:
     """A RecordStore in a place; a path is a directory on this machine's disk."""
 
-    def __init__(self, place: Place | Path, keyring: Keyring = PLAIN) -> None:
-        self.place = LocalPlace(place) if isinstance(place, Path) else place
+    def __init__(self, place: BlobStore | Path, keyring: Keyring = PLAIN) -> None:
+        self.place = LocalBlobs(place) if isinstance(place, Path) else place
         self.keyring = keyring
 
     def write(self, shard: int, slice_: int, root: str, records: Sequence[StoredRecord]) -> SliceFile:
         data = _encode(records)
         file = SliceFile(shard, slice_, root, len(records), sha256_hex(data), len(data))
-        self.place.put(file.name, self.keyring.seal(ROOM, file.name, "", data))
+        self.place.put(file.name, self.keyring.seal(RECORDS_AREA, file.name, "", data))
         return file
 
     def read(self, file: SliceFile) -> tuple[StoredRecord, ...]:
@@ -52,14 +53,14 @@ class FileRecords:
 
     def _bytes(self, file: SliceFile) -> bytes:
         data = self.place.get(file.name, "slice file")
-        plain = self.keyring.unseal(ROOM, file.name, "", data)
-        return files.checked(plain, file.sha256, "slice file", self.place.location(file.name))
+        plain = self.keyring.unseal(RECORDS_AREA, file.name, "", data)
+        return files.verified(plain, file.sha256, "slice file", self.place.location(file.name))
 
     def held(self) -> frozenset[str]:
         return self.place.held()
 
     def erase(self, names: Collection[str]) -> None:
-        shred(self.keyring, ROOM, names, self.place.erase)
+        shred(self.keyring, RECORDS_AREA, names, self.place.erase)
 
 
 def _encode(records: Sequence[StoredRecord]) -> bytes:

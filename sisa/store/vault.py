@@ -5,7 +5,7 @@ content can be guessed from it. Its key lies outside the model directory and is 
 file goes. A file that is not sealed is refused, even with the right bytes. Digests and sizes are of the
 plaintext, which is the canonical JSON of the records in the order they were put.
 
-Not covered: whose consent allows it, and how long (`vaulting.py`).
+Not covered: whose consent allows it, and how long (`vault_sets.py`).
 
 >>> import tempfile
 >>> from sisa.core.domain import Part
@@ -33,7 +33,7 @@ from sisa.core.ports import Keyring
 from sisa.store.blobs import files
 from sisa.store.blobs.keyring import is_sealed, shred
 
-ROOM = "vault"
+VAULT_AREA = "vault"
 
 
 class FileVault:
@@ -47,7 +47,7 @@ class FileVault:
 
     def put(self, name: str, records: Sequence[Record]) -> tuple[str, int]:
         data = encode(records)
-        sealed = self.keyring.seal(ROOM, name, "", data)
+        sealed = self.keyring.seal(VAULT_AREA, name, "", data)
         files.write_atomic(self.root / name, sealed)
         return sha256_hex(data), len(data)
 
@@ -69,15 +69,15 @@ class FileVault:
                     got="plain bytes",
                     next_step="release it by `sisa approx release`, and give the texts again",
                 )
-            return self.keyring.unseal(ROOM, found.name, "", data)
+            return self.keyring.unseal(VAULT_AREA, found.name, "", data)
 
         return files.read_checked(path, found.sha256, "set of the vault", unseal)
 
     def held(self) -> frozenset[str]:
-        return files.held_names(self.root) | self.keyring.held(ROOM)
+        return files.held_names(self.root) | self.keyring.held(VAULT_AREA)
 
     def erase(self, names: Collection[str]) -> None:
-        shred(self.keyring, ROOM, names, partial(files.erase_all, self.root))
+        shred(self.keyring, VAULT_AREA, names, partial(files.erase_all, self.root))
 
 
 def encode(records: Sequence[Record]) -> bytes:

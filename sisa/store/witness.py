@@ -169,7 +169,7 @@ class FileWitness:
             raise self._damaged("a line that can't be parsed") from error
         return body
 
-    def refuse_unwritable(self) -> None:
+    def check_writable(self) -> None:
         """Raises EnvironmentFault where nothing could be told; writes nothing."""
         place = next(each for each in (self.path, *self.path.parents) if each.exists())
         if not os.access(place, os.W_OK) or place.is_file() != (place == self.path):

@@ -160,11 +160,11 @@ def _ours(work: Ours) -> Ran:
     from sisa.flows.wiring.opening import open_serial, open_stores
     from sisa.lm.base.adapter import ADAPTER_FILE, attach, read_config, read_tensors
     from sisa.lm.base.base import load_base
-    from sisa.store.blobs.local_place import LocalPlace
+    from sisa.store.blobs.local_blobs import LocalBlobs
 
     load_base(work.site.base_dir, work.site.base_digest)  # a worker has it from its first task on
     with tempfile.TemporaryDirectory() as folder:
-        site = replace(work.site, checkpoints_at=LocalPlace(Path(folder) / "checkpoints"))
+        site = replace(work.site, checkpoints_at=LocalBlobs(Path(folder) / "checkpoints"))
         began, at_work = time.perf_counter(), time.process_time()
         open_serial(site, {}).run(work.chains, lambda _event: None)
         took = time.perf_counter() - began, time.process_time() - at_work

@@ -31,7 +31,7 @@ from sisa.planning.assign import Assigner, Layout
 from sisa.planning.bands import Bands
 from sisa.planning.cost import suffix_record_epochs
 from sisa.planning.orders import chosen_orders
-from sisa.planning.plan import Recipe, Schedule, ShardPlan, ShardView, plan_shard, tainted
+from sisa.planning.plan import Recipe, Schedule, ShardPlan, ShardView, plan_shard, tainted_checkpoints
 
 FINGERPRINT, EPOCHS = "fingerprint", 4
 
@@ -116,7 +116,7 @@ class CountedShard:
         """Take records out of slices, and erase the checkpoints that they touched."""
         sizes = {n: size - gone.get(n, 0) for n, size in self.sizes.items()}
         versions = {n: self.versions.get(n, 0) + (n in gone) for n in self.sizes}
-        erased = set(tainted(self.held, [Place(self.shard, n) for n in gone]))
+        erased = set(tainted_checkpoints(self.held, [Place(self.shard, n) for n in gone]))
         kept = tuple(each for each in self.held if each.key not in erased)
         return CountedShard(self.shard, sizes, versions, kept)
 

@@ -36,7 +36,7 @@ from sisa.flows.serial import SerialExecutor, Site
 from sisa.flows.wiring.opening import open_serial
 from sisa.lm.base.base import resolve_base
 from sisa.planning.plan import jobs
-from sisa.store.blobs.local_place import LocalPlace
+from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.store.ledger.ledger import SqlLedger
 from tests.bench.deletion import warm
 from tests.bench.equal import Bench
@@ -68,8 +68,8 @@ def measure(bench: Bench) -> dict[str, Any]:
     def site(name: str) -> Site:
         target = bench.folder / "executors" / name
         shutil.rmtree(target, ignore_errors=True)
-        records = LocalPlace(model.directory / "records")
-        return Site(records, LocalPlace(target), base.directory, base.digest, 1)
+        records = LocalBlobs(model.directory / "records")
+        return Site(records, LocalBlobs(target), base.directory, base.digest, 1)
 
     serial = _timed(lambda each: open_serial(each, {}), site, chains)
     found: dict[str, Any] = {"serial": serial}
@@ -100,10 +100,10 @@ def overhead(folder: Path) -> float:
     chains = make_chains(site)
 
     def seconds(run: Callable[[Site], None]) -> float:
-        run(replace(site, checkpoints_at=LocalPlace(folder / "warm")))
+        run(replace(site, checkpoints_at=LocalBlobs(folder / "warm")))
         started = time.monotonic()
         for number in range(OVERHEAD_ROUNDS):
-            run(replace(site, checkpoints_at=LocalPlace(folder / f"round-{number}")))
+            run(replace(site, checkpoints_at=LocalBlobs(folder / f"round-{number}")))
         taken = time.monotonic() - started
         for each in folder.glob("round-*"):
             shutil.rmtree(each)

@@ -25,15 +25,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sisa.core.arithmetic import Arithmetic
 from sisa.core.domain import Part, Record, SliceJob
+from sisa.core.precision import Precision
 from sisa.lm.base.base import load_base, resolve_base
 from sisa.lm.base.layers import first_adapted
 from sisa.lm.base.numerics import keep_freed_memory, pin_threads
 from sisa.lm.base.tokens import Tokens, tokenize
 from sisa.lm.train.losses import count_labels
 from sisa.lm.train.stage import Stage
-from sisa.lm.train.wrapped import Wrapped
+from sisa.lm.train.trainable import Trainable
 from tests.bench.equal import questions, source
 from tests.endurance.ground import environment, write_json
 
@@ -132,16 +132,16 @@ def outside(step: Callable[[], object]) -> float:
 def measure(base_model: str, changed: dict[str, Any]) -> dict[str, Any]:
     """One row of the table."""
     base_files = resolve_base(base_model)
-    arithmetic = Arithmetic(dtype=changed.get("dtype", "float32"))
-    base, tokenizer = load_base(base_files.directory, base_files.digest, arithmetic)
+    precision = Precision(dtype=changed.get("dtype", "float32"))
+    base, tokenizer = load_base(base_files.directory, base_files.digest, precision)
     if changed.get("lora_layers") == "third":
         changed = {**changed, "lora_layers": f"top:{max(1, base.config.num_hidden_layers // 3)}"}
     training = {**TRAINING, **changed}
     batch = batch_of(tokenizer, training["micro_batch_size"])
     run, flops = products(base, first_adapted(training, base), batch)
     job = SliceJob(0, 0, None, ((0, ""),), len(batch), (1, 1), training, "", "")
-    pin_threads(1, arithmetic)
-    stage = Stage(job, Wrapped(base, training), None, num_steps=10**6)
+    pin_threads(1, precision)
+    stage = Stage(job, Trainable(base, training), None, num_steps=10**6)
 
     def step() -> None:
         stage.step([batch])

@@ -125,7 +125,9 @@ def measured(ledger: SqlLedger, world: World, num_records: int) -> dict[str, Any
         "absent_id": one(lambda: ledger.lookup(absent[:1])),
         "absent_ids_1000": one(lambda: ledger.lookup(absent)),
         "absent_subject": one(lambda: ledger.by_subject(assigner.subject_digest("nobody"), 0)),
-        "absent_text_surely": one(lambda: ledger.by_text([assigner.subject_digest("x")], sure=True)),
+        "absent_text_surely": one(
+            lambda: ledger.by_text([assigner.subject_digest("x")], full_scan=True)
+        ),
         "where_1000_ids": compared(
             lambda: query.where(world, held),
             lambda: [query.where(world, [each]) for each in held],

@@ -28,7 +28,7 @@ from sisa.lm.base.base import load_tokenizer, resolve_base
 from sisa.lm.base.numerics import fingerprint
 from sisa.lm.base.tokens import Tokens, tokenize_all
 from sisa.planning.plan import jobs
-from sisa.store.blobs.local_place import LocalPlace
+from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.store.records import FileRecords
 from tests.bench.contestants import (
     ALPHA,
@@ -112,8 +112,8 @@ class Ground:
         """Shards dealt out to workers, whole; each record to the next shard, each shard's to the next
         slice."""
         site = Site(
-            LocalPlace(self.folder / "records"),
-            LocalPlace(self.folder / "checkpoints"),
+            LocalBlobs(self.folder / "records"),
+            LocalBlobs(self.folder / "checkpoints"),
             self.data.base_dir,
             self.data.base_digest,
             layout.threads,

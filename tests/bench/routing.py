@@ -36,7 +36,7 @@ from sisa.core.ports import Embedder, Vectors
 from sisa.flows.ask import NUM_ROUTING_HITS
 from sisa.lm.answer.embedder import resolve_embedder
 from sisa.lm.answer.names import NameEmbedder
-from sisa.lm.answer.route import choose_route, settled
+from sisa.lm.answer.route import choose_route, resolve_aggregation
 
 PER_AUTHOR = 20
 SHARDS = (8, 50, 200)
@@ -238,7 +238,10 @@ def measured(
     shards = shards_of(index.subjects, num_shards)
     place = dict(zip(index.subjects.tolist(), shards.tolist(), strict=True))
     holder = {question: n for n, (record, _) in enumerate(made) for question in record.asked}
-    two, auto = Aggregation(top_k=2, min_score=None), settled(Aggregation(), spec, "completion")
+    two, auto = (
+        Aggregation(top_k=2, min_score=None),
+        resolve_aggregation(Aggregation(), spec, "completion"),
+    )
     found = []
     for sort, prompts in prompts_of(asked).items():
         vectors, own = (

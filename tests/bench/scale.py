@@ -4,7 +4,7 @@
     python -m tests.bench.scale --records 1000000 --shards 100 --workers 10 --days 10 --per-day 5
 
 What is real: the planner (`plan_shard`, `tainted`), the price of plans, the rule that hands tasks out
-(`HandOut`, through `tests.bench.simulate`), the choice of when to run requests (`schedule.choose`),
+(`TaskQueue`, through `tests.bench.simulate`), the choice of when to run requests (`schedule.choose`),
 due dates, the hash that places records, and the ledger with every slice and checkpoint of the fleet in
 it. What is counted: records (slices have sizes, drawn as the hash spreads them) and time (record-epochs
 over a rate that is given, deaths of workers at random).
@@ -54,9 +54,9 @@ from sisa.core.domain import (
 from sisa.core.ports import Change
 from sisa.core.requests import days_left, due_date
 from sisa.planning.assign import Assigner, Layout
+from sisa.planning.batching import ShardCosts, choose
 from sisa.planning.cost import full_record_epochs, shard_costs
-from sisa.planning.plan import Recipe, ShardPlan, ShardView, plan_shard, tainted
-from sisa.planning.schedule import ShardCosts, choose
+from sisa.planning.plan import Recipe, ShardPlan, ShardView, plan_shard, tainted_checkpoints
 from sisa.store.ledger.ledger import SqlLedger
 from tests.bench.simulate import Fleet, Ran, simulate
 
@@ -156,7 +156,7 @@ class World:
             self.sizes[each.shard, each.slice] -= 1
             self.versions[each.shard, each.slice] += 1
         for shard, rows in by.items():
-            erased = set(tainted(self.held[shard], rows))
+            erased = set(tainted_checkpoints(self.held[shard], rows))
             self.held[shard] = tuple(each for each in self.held[shard] if each.key not in erased)
         self.seq += 1
         return sorted(by)

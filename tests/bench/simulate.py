@@ -5,7 +5,7 @@
     outcome   the time of each task's end, busy and lost time, deaths
 
 Rules: pure, by counts: no record, no clock, no Ray. The tasks are handed out by the rule that hands
-them out on a real cluster (`handout.py`), in the order that they are given (longest first there, too:
+them out on a real cluster (`task_queue.py`), in the order that they are given (longest first there, too:
 `serial.order_chains`). A worker's life is exponential, so that an attempt needs one draw. Same seed,
 same outcome. Idle workers do not die.
 
@@ -27,7 +27,7 @@ from itertools import accumulate
 
 import numpy as np
 
-from sisa.planning.handout import HandOut
+from sisa.planning.task_queue import TaskQueue
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ class _Run:
     fleet: Fleet
     ends: list[list[float]]  # of each task, the seconds of training up to the end of each stage
     random: np.random.Generator
-    hand_out: HandOut
+    hand_out: TaskQueue
     now: float = 0.0
     alive: int = 0
     done: list[int] = field(default_factory=list)  # stages that are stored
@@ -138,7 +138,7 @@ def simulate(tasks: Sequence[Sequence[int]], fleet: Fleet, seed: int) -> Ran:
         fleet,
         [list(accumulate(stage / rate for stage in task)) for task in tasks],
         np.random.default_rng(seed),
-        HandOut(len(tasks), fleet.max_retries),
+        TaskQueue(len(tasks), fleet.max_retries),
         alive=fleet.num_workers,
         done=[0] * len(tasks),
         finished=[math.inf] * len(tasks),

@@ -10,12 +10,12 @@ from statistics import fmean
 import pytest
 
 from sisa.core.domain import Record, RecordRow
+from sisa.flows.ingest import train
 from sisa.flows.lifecycle import Terms, carry_out, submit
-from sisa.flows.run import train
 from sisa.planning.bands import Bands
+from sisa.planning.deletion_stream import slicing_share
 from sisa.planning.plan import Schedule
 from sisa.planning.serving import deletions_until_base
-from sisa.planning.stream import slicing_share
 from tests.bench.counted import (
     Arrangement,
     Author,

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 
+from sisa.core.blob_ports import BlobStore
 from sisa.core.digest import canonical_json, sha256_hex
 from sisa.core.domain import SliceJob
 from sisa.core.errors import EnvironmentFault, IntegrityError
-from sisa.core.place_ports import Place
 from sisa.core.ports import CheckpointStore
 from sisa.store.blobs.keyring import FileKeyring, is_sealed
-from sisa.store.blobs.local_place import LocalPlace
+from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.store.checkpoints import MANIFEST, FileCheckpoints
 from tests.fakes import ADAPTER, FakeCheckpoints
 from tests.s3_server import fresh_place
@@ -134,23 +134,23 @@ def test_the_location_is_where_the_bytes_are(folder: FileCheckpoints) -> None:
     assert plaintext(folder, name) == FILES[ADAPTER]
 
 
-def appended(place: Place, name: str) -> None:
+def appended(place: BlobStore, name: str) -> None:
     place.put(name, place.get(name, "file") + b" ")
 
 
-def flipped(place: Place, name: str) -> None:
+def flipped(place: BlobStore, name: str) -> None:
     data = place.get(name, "file")
     place.put(name, bytes([data[0] ^ 1]) + data[1:])
 
 
-def erased(place: Place, name: str) -> None:
+def erased(place: BlobStore, name: str) -> None:
     place.erase([name])
 
 
 @pytest.mark.parametrize("name", [*FILES, MANIFEST])
 @pytest.mark.parametrize("tamper", [appended, flipped, erased])
 def test_tampering_with_any_file_is_noticed(
-    local: FileCheckpoints, name: str, tamper: Callable[[Place, str], None]
+    local: FileCheckpoints, name: str, tamper: Callable[[BlobStore, str], None]
 ) -> None:
     saved = local.save(job(), FILES)
     tamper(local.place, f"{saved.key}/{name}")
@@ -252,7 +252,7 @@ def test_a_cut_short_save_leaves_nothing(
 
 def half_written(store: FileCheckpoints) -> str:
     """What a killed worker leaves: a directory without its name, or objects without the manifest."""
-    if isinstance(store.place, LocalPlace):
+    if isinstance(store.place, LocalBlobs):
         store.place.put(f".tmp-killed/{ADAPTER}", b"half")
         return ".tmp-killed"
     store.place.put(f"{job(1).key}/{ADAPTER}", b"half")

@@ -53,7 +53,7 @@ def of_mlflow(uri: str) -> Held:
 
         client = mlflow.MlflowClient(tracking_uri=uri)
         experiment = client.get_experiment_by_name("models")
-        (found,) = client.search_runs([experiment.experiment_id], f"tags.`sisa.flows.run` = '{run}'")
+        (found,) = client.search_runs([experiment.experiment_id], f"tags.`sisa.flows.ingest` = '{run}'")
         points = [
             Point(key, each.step, each.value, each.timestamp / 1000)
             for key in found.data.metrics

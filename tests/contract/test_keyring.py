@@ -23,8 +23,8 @@ from sisa.core.errors import EnvironmentFault, IntegrityError
 from sisa.core.ports import Keyring
 from sisa.store.blobs import files
 from sisa.store.blobs.files import TEMPORARY_PREFIX, read_checked
-from sisa.store.blobs.keyring import KEY_BYTES, MAGIC, PLAIN, FileKeyring, is_sealed, reseal
-from sisa.store.blobs.local_place import LocalPlace
+from sisa.store.blobs.keyring import KEY_BYTES, MAGIC, PLAIN, FileKeyring, is_sealed, reseal_blobs
+from sisa.store.blobs.local_blobs import LocalBlobs
 from tests.fake_keyring import FakeKeyring
 
 OpenKeyring = Callable[[], Keyring]
@@ -375,16 +375,16 @@ def test_files_change_their_form_and_not_their_content(
         (root / each).chmod(0o640)
     (root / "unknown").write_bytes(b"stays")
     plain = files_of(root)
-    reseal(LocalPlace(root), room, ["a"], folder)
+    reseal_blobs(LocalBlobs(root), room, ["a"], folder)
     sealed = files_of(root)
     assert {name for name, data in sealed.items() if is_sealed(data)} == set(names)
     for each in names:
         unseal = partial(folder.unseal, room, "a", each.partition("/")[2])
         assert read_checked(root / each, sha256_hex(plain[each]), "", unseal) == plain[each]
         assert stat.S_IMODE((root / each).stat().st_mode) == 0o600
-    reseal(LocalPlace(root), room, ["a"], folder)
+    reseal_blobs(LocalBlobs(root), room, ["a"], folder)
     assert files_of(root) == sealed  # what has the form already is left alone
-    reseal(LocalPlace(root), room, ["a"], FileKeyring(folder.root, seals=False))
+    reseal_blobs(LocalBlobs(root), room, ["a"], FileKeyring(folder.root, seals=False))
     assert files_of(root) == plain
     assert folder.held(room) == frozenset()
 
@@ -396,12 +396,12 @@ def test_a_cut_short_change_leaves_files_of_both_forms_and_no_foreign_file(
     (root / "a").mkdir(parents=True)
     for part in ("one", "two"):
         (root / "a" / part).write_bytes(part.encode())
-    place = LocalPlace(root)
-    for _ in killed_at(lambda: reseal(place, "checkpoints", ["a"], folder), ("replace",)):
+    place = LocalBlobs(root)
+    for _ in killed_at(lambda: reseal_blobs(place, "checkpoints", ["a"], folder), ("replace",)):
         assert {path.name for path in (root / "a").iterdir()} == {"one", "two"}
         for part in ("one", "two"):
             data = (root / "a" / part).read_bytes()
             assert folder.unseal("checkpoints", "a", part, data) == part.encode()
     assert all(is_sealed(path.read_bytes()) for path in (root / "a").iterdir())
     with pytest.raises(IntegrityError, match="missing"):
-        reseal(LocalPlace(root), "checkpoints", ["gone"], folder)
+        reseal_blobs(LocalBlobs(root), "checkpoints", ["gone"], folder)

@@ -233,7 +233,7 @@ def answers(ledger: Ledger) -> dict[str, Any]:
         "exports": ledger.exports(),
         "named_by": [ledger.named_by(each) for each in ("r0", "r1", "r2")],
         "by_text": ledger.by_text({named("text", 0), named("text", 3), "none"}),
-        "surely by_text": ledger.by_text({named("text", 0), named("text", 3), "none"}, sure=True),
+        "surely by_text": ledger.by_text({named("text", 0), named("text", 3), "none"}, full_scan=True),
         "patches": ledger.patches(),
         "vault": ledger.vault(),
         "vaulted": [ledger.vaulted(named("set", number)) for number in NUMBERS],
@@ -678,7 +678,7 @@ def replies(ledger: Ledger) -> dict[str, Any]:
         asked[f"lookup {number}"] = partial(ledger.lookup, [named("record id", number)])
         who, texts = named("subject", number), {named("text", number)}
         asked[f"subject {number}"] = partial(ledger.by_subject, who, number % 3)
-        asked[f"text {number}"] = partial(ledger.by_text, texts, sure=True)
+        asked[f"text {number}"] = partial(ledger.by_text, texts, full_scan=True)
     found: dict[str, Any] = {}
     for name, question in asked.items():
         try:

@@ -9,7 +9,7 @@ import pytest
 
 from sisa.core.errors import IntegrityError
 from sisa.core.events import EpochTrained, QueueSeen
-from sisa.core.measured import line
+from sisa.core.measured import metrics_line
 from sisa.core.ports import Metrics
 from sisa.store.metrics import FileMetrics
 from tests.fake_metrics import FakeMetrics
@@ -24,13 +24,13 @@ def metrics(request: pytest.FixtureRequest, tmp_path: Path) -> Metrics:
 
 
 def epoch(stage: str, run: str = FIRST) -> dict[str, Any]:
-    found = line(EpochTrained(0, 1, stage * 64, 1, 2, 9, 100, 0.5, 1.25), AT, run)
+    found = metrics_line(EpochTrained(0, 1, stage * 64, 1, 2, 9, 100, 0.5, 1.25), AT, run)
     assert found is not None
     return found
 
 
 def queue(depth: int, run: str = FIRST) -> dict[str, Any]:
-    found = line(QueueSeen(depth, 0, 0, 0, None), AT, run)
+    found = metrics_line(QueueSeen(depth, 0, 0, 0, None), AT, run)
     assert found is not None
     return found
 

@@ -24,39 +24,39 @@ from typing import Any, ClassVar
 
 import pytest
 
+from sisa.core.blob_ports import BlobStore
 from sisa.core.errors import EnvironmentFault, IntegrityError, TransientError
-from sisa.core.place_ports import Place
-from sisa.store.blobs import files, object_client, object_place
+from sisa.store.blobs import files, object_blobs, object_client
 from sisa.store.blobs.files import TEMPORARY_PREFIX
 from sisa.store.blobs.lease import Lease
-from sisa.store.blobs.local_place import LocalPlace
-from sisa.store.blobs.object_place import LAST, ObjectPlace
+from sisa.store.blobs.local_blobs import LocalBlobs
+from sisa.store.blobs.object_blobs import LAST, ObjectBlobs
 from tests.s3_server import Server, fresh_place
 
 GROUP = {"weights": b"w" * 100, "state": b"{}", LAST: b"{}"}
 
 
 @pytest.fixture(params=["disk", "objects", "plain objects"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> BlobStore:
     if request.param == "disk":
-        return LocalPlace(tmp_path / "place")
+        return LocalBlobs(tmp_path / "place")
     return fresh_place(request.getfixturevalue("s3"), versions=request.param == "objects")
 
 
 @pytest.fixture
-def objects(s3: Server) -> ObjectPlace:
+def objects(s3: Server) -> ObjectBlobs:
     """In a bucket that keeps versions."""
     return fresh_place(s3)
 
 
-def versions(server: Server, place: ObjectPlace) -> list[tuple[str, bytes | None]]:
+def versions(server: Server, place: ObjectBlobs) -> list[tuple[str, bytes | None]]:
     """All versions and delete markers below a place, by name."""
     found = server.versions(place.bucket).items()
     start = f"{place.prefix}/"
     return [(key.removeprefix(start), data) for (key, _), data in found if key.startswith(start)]
 
 
-def test_nothing_is_held_at_first(place: Place) -> None:
+def test_nothing_is_held_at_first(place: BlobStore) -> None:
     assert place.held() == place.parts("a") == frozenset()
     assert place.num_bytes("") == place.num_bytes("a") == 0
     for read in (place.get, lambda name, _what: place.head(name, 1)):
@@ -68,7 +68,7 @@ def test_nothing_is_held_at_first(place: Place) -> None:
     assert place.purge() == ()
 
 
-def test_what_is_put_is_got(place: Place) -> None:
+def test_what_is_put_is_got(place: BlobStore) -> None:
     place.put("a", b"first")
     place.put("a", b"second")
     place.put("g/part", b"x" * 10)
@@ -78,14 +78,14 @@ def test_what_is_put_is_got(place: Place) -> None:
     assert place.get("empty", "file") == b""
 
 
-def test_a_usable_place_is_as_it_was(place: Place) -> None:
+def test_a_usable_place_is_as_it_was(place: BlobStore) -> None:
     place.put("a", b"1")
-    place.refuse_unusable()
+    place.check_usable()
     assert place.held() == {"a"}
     assert place.purge() == ()
 
 
-def test_one_of_many_writers_of_a_name_is_first(place: Place) -> None:
+def test_one_of_many_writers_of_a_name_is_first(place: BlobStore) -> None:
     with ThreadPoolExecutor(4) as pool:
         won = list(pool.map(lambda n: place.put_new("a", str(n).encode()), range(4)))
     assert won.count(True) == 1
@@ -93,7 +93,7 @@ def test_one_of_many_writers_of_a_name_is_first(place: Place) -> None:
     assert not place.put_new("a", b"late")
 
 
-def test_a_group_is_whole_and_is_kept(place: Place) -> None:
+def test_a_group_is_whole_and_is_kept(place: BlobStore) -> None:
     place.put_group("g", GROUP)
     place.put_group("g", {**GROUP, "weights": b"other"})
     assert place.held() == {"g"}
@@ -102,7 +102,7 @@ def test_a_group_is_whole_and_is_kept(place: Place) -> None:
     assert {part: place.get(f"g/{part}", "file") for part in GROUP} == GROUP
 
 
-def test_erased_is_gone_and_its_neighbours_stay(place: Place) -> None:
+def test_erased_is_gone_and_its_neighbours_stay(place: BlobStore) -> None:
     for name in ("a", "ab"):
         place.put(name, b"1")
         place.put(name, b"2")
@@ -115,7 +115,7 @@ def test_erased_is_gone_and_its_neighbours_stay(place: Place) -> None:
     assert place.purge() == place.purge(dry_run=True) == ()
 
 
-def test_places_below_are_apart(place: Place) -> None:
+def test_places_below_are_apart(place: BlobStore) -> None:
     one, other = place.below("one"), place.below("two")
     one.put("a", b"1")
     one.put_group("g", GROUP)
@@ -128,18 +128,18 @@ def test_places_below_are_apart(place: Place) -> None:
     assert one.purge() == ()
 
 
-def test_a_place_travels_without_credentials(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_place_travels_without_credentials(place: BlobStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush-hush")
     place.put("a", b"1")
     packed = pickle.dumps(place)
     assert b"hush-hush" not in packed
-    again: Place = pickle.loads(packed)  # noqa: S301
+    again: BlobStore = pickle.loads(packed)  # noqa: S301
     assert (again, again.get("a", "file")) == (place, b"1")
 
 
 @pytest.mark.parametrize("umask", [0o000, 0o277])
 def test_files_and_directories_are_their_owners_alone(tmp_path: Path, umask: int) -> None:
-    place = LocalPlace(tmp_path / "above" / "place")
+    place = LocalBlobs(tmp_path / "above" / "place")
     before = os.umask(umask)
     try:
         place.put("a", b"1")
@@ -157,7 +157,7 @@ def test_files_and_directories_are_their_owners_alone(tmp_path: Path, umask: int
 
 def test_what_can_be_erased_is_and_stays_erased(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One entry that stays keeps no other one; the directory is flushed after them."""
-    place, done = LocalPlace(tmp_path), []
+    place, done = LocalBlobs(tmp_path), []
     for name in "abc":
         place.put_group(name, {"part": b"1", "other": b"1"})
     unlink, sync = os.unlink, files.sync_directory
@@ -183,7 +183,7 @@ AREA = f"{TEMPORARY_PREFIX}run"
 LENT = ["a", *(f"g/{part}" for part in GROUP)]
 
 
-def test_what_is_put_into_an_area_is_known_once_it_is_accepted(place: Place) -> None:
+def test_what_is_put_into_an_area_is_known_once_it_is_accepted(place: BlobStore) -> None:
     place.put("a", b"old")
     lease = Lease(place, pickle.loads(pickle.dumps(place.lend(AREA, LENT))))  # noqa: S301
     assert lease.get("a", "file") == b"old"
@@ -204,10 +204,10 @@ def test_what_is_put_into_an_area_is_known_once_it_is_accepted(place: Place) -> 
     assert place.purge() == ()
 
 
-def test_nothing_can_be_put_into_an_area_that_was_erased(place: Place) -> None:
+def test_nothing_can_be_put_into_an_area_that_was_erased(place: BlobStore) -> None:
     """As by a worker whose driver was killed, after the next command's sweep."""
     area = place.lend(AREA, LENT)
-    if isinstance(area, ObjectPlace):
+    if isinstance(area, ObjectBlobs):
         area.put("g/weights", b"half")
     place.put_group("h", GROUP)
     place.erase(place.held() - {"h"})
@@ -222,7 +222,7 @@ def test_nothing_can_be_put_into_an_area_that_was_erased(place: Place) -> None:
     assert place.purge(dry_run=True) == ()
 
 
-def test_a_writer_does_not_outlive_the_erasure_of_its_area(place: Place) -> None:
+def test_a_writer_does_not_outlive_the_erasure_of_its_area(place: BlobStore) -> None:
     area = place.lend(AREA, LENT)
     begun = threading.Event()
 
@@ -243,7 +243,7 @@ def test_a_writer_does_not_outlive_the_erasure_of_its_area(place: Place) -> None
 # --- object stores alone -------------------------------------------------------------------------
 
 
-def test_parts_without_their_manifest_are_no_group(objects: ObjectPlace) -> None:
+def test_parts_without_their_manifest_are_no_group(objects: ObjectBlobs) -> None:
     objects.put("g/weights", b"half")
     (left,) = objects.held()
     assert left != "g"
@@ -257,7 +257,7 @@ def test_parts_without_their_manifest_are_no_group(objects: ObjectPlace) -> None
     assert objects.held() == {"g"}
 
 
-def test_no_version_is_left(s3: Server, objects: ObjectPlace) -> None:
+def test_no_version_is_left(s3: Server, objects: ObjectBlobs) -> None:
     objects.put("a", b"old")
     objects.put("a", b"new")
     s3.client().delete_object(Bucket=objects.bucket, Key=f"{objects.prefix}/a")  # a marker over both
@@ -273,7 +273,7 @@ def test_no_version_is_left(s3: Server, objects: ObjectPlace) -> None:
 
 
 def test_what_a_lock_keeps_is_hidden_and_told(s3: Server) -> None:
-    place = ObjectPlace(s3.bucket("locked", lock=True), "m", s3.url, "us-east-1")
+    place = ObjectBlobs(s3.bucket("locked", lock=True), "m", s3.url, "us-east-1")
     until = datetime.now(UTC) + timedelta(days=1)
     locked = {"ObjectLockMode": "COMPLIANCE", "ObjectLockRetainUntilDate": until}
     s3.client().put_object(Bucket="locked", Key="m/a", Body=b"text", **locked)
@@ -324,7 +324,7 @@ def test_a_refusal_is_typed(s3: Server, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_an_unknown_bucket_is_an_environment_fault(s3: Server) -> None:
-    place = ObjectPlace("nowhere", "m", s3.url, "us-east-1")
+    place = ObjectBlobs("nowhere", "m", s3.url, "us-east-1")
     for touch in (place.held, lambda: place.put("a", b""), lambda: place.erase(["a"]), place.clear):
         with pytest.raises(EnvironmentFault) as caught:
             touch()
@@ -362,13 +362,13 @@ class Scripted(http.server.BaseHTTPRequestHandler):
 
 
 @contextmanager
-def scripted(*statuses: int) -> Iterator[tuple[ObjectPlace, list[str]]]:
+def scripted(*statuses: int) -> Iterator[tuple[ObjectBlobs, list[str]]]:
     handler = type("Handler", (Scripted,), {"left": list(statuses), "seen": []})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         url = f"http://127.0.0.1:{server.server_address[1]}"
-        yield ObjectPlace("bucket", "m", url, "us-east-1"), handler.seen  # type: ignore[attr-defined]
+        yield ObjectBlobs("bucket", "m", url, "us-east-1"), handler.seen  # type: ignore[attr-defined]
     finally:
         server.shutdown()
         server.server_close()
@@ -419,24 +419,24 @@ class Meddling:
         return self._client.put_object(**arguments)
 
 
-def meddle(monkeypatch: pytest.MonkeyPatch, objects: ObjectPlace, **how: Any) -> Meddling:
+def meddle(monkeypatch: pytest.MonkeyPatch, objects: ObjectBlobs, **how: Any) -> Meddling:
     client = Meddling(object_client.boto(objects.endpoint, objects.region), **how)
     monkeypatch.setattr(object_client, "boto", lambda *_: client)
-    monkeypatch.setattr(object_place, "CONFLICT_PAUSE_S", 0.001)
+    monkeypatch.setattr(object_blobs, "CONFLICT_PAUSE_S", 0.001)
     return client
 
 
 def test_a_server_that_ignores_conditions_is_refused(
-    objects: ObjectPlace, monkeypatch: pytest.MonkeyPatch
+    objects: ObjectBlobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     meddle(monkeypatch, objects, ignores=True)
     with pytest.raises(EnvironmentFault, match="ignores conditional puts"):
-        objects.refuse_unusable()
+        objects.check_usable()
     assert objects.held() == frozenset()
 
 
 def test_a_conflict_of_two_puts_is_waited_for(
-    objects: ObjectPlace, monkeypatch: pytest.MonkeyPatch
+    objects: ObjectBlobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = meddle(monkeypatch, objects, conflicts=2)
     assert objects.put_new("a", b"1")
@@ -458,7 +458,7 @@ def test_without_boto3_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(importlib, "import_module", absent)
     with pytest.raises(EnvironmentFault, match="needs boto3") as caught:
-        ObjectPlace("bucket", "m", "http://nowhere", "us-east-1").held()
+        ObjectBlobs("bucket", "m", "http://nowhere", "us-east-1").held()
     assert "deletion-ready-model[s3]" in caught.value.next_step
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from sisa.core.ports import PrefixStore, States
-from sisa.planning.prefix_names import ROOM
+from sisa.planning.prefix_names import PREFIXES_AREA
 from sisa.store.blobs.keyring import FileKeyring, is_sealed
 from sisa.store.prefixes import FilePrefixes
 from tests.fakes import FakePrefixes
@@ -30,8 +30,8 @@ def stored_as(request: pytest.FixtureRequest, folder: Path) -> FilePrefixes:
     form: str = request.param
     keyring = FileKeyring(folder / "keyring", seals=form.startswith("sealed"))
     if form.endswith("objects"):
-        return FilePrefixes(fresh_place(request.getfixturevalue("s3"), ROOM), keyring)
-    return FilePrefixes(folder / ROOM, keyring)
+        return FilePrefixes(fresh_place(request.getfixturevalue("s3"), PREFIXES_AREA), keyring)
+    return FilePrefixes(folder / PREFIXES_AREA, keyring)
 
 
 @pytest.fixture(params=["fake", "files", "sealed", "objects", "sealed objects"])
@@ -64,7 +64,7 @@ def test_what_is_erased_is_gone_and_the_rest_stays(store: PrefixStore) -> None:
         store.write(name, states(4))
     store.erase([NAME, "shard-00009-slice-00001-none.prefix"])
     assert store.held() == {OTHER}
-    assert store.location(OTHER).endswith(f"{ROOM}/{OTHER}")
+    assert store.location(OTHER).endswith(f"{PREFIXES_AREA}/{OTHER}")
     assert store.read(NAME) == {}
     assert same(store.read(OTHER), states(4))
 
@@ -89,9 +89,9 @@ def test_a_damaged_file_is_as_good_as_none(real: FilePrefixes) -> None:
 
 
 def test_a_file_whose_key_is_gone_is_as_good_as_none(tmp_path: Path) -> None:
-    store = FilePrefixes(tmp_path / ROOM, FileKeyring(tmp_path / "keyring"))
+    store = FilePrefixes(tmp_path / PREFIXES_AREA, FileKeyring(tmp_path / "keyring"))
     store.write(NAME, states(3))
-    store.keyring.destroy(ROOM, [NAME])
+    store.keyring.destroy(PREFIXES_AREA, [NAME])
     assert store.read(NAME) == {}
     store.erase([NAME])
-    assert store.keyring.held(ROOM) == frozenset()
+    assert store.keyring.held(PREFIXES_AREA) == frozenset()

@@ -199,10 +199,10 @@ def test_a_place_that_cannot_be_written_is_a_fault_of_the_machine(tmp_path: Path
 def test_what_could_not_be_told_is_refused_before_anything_is(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for path in (tmp_path / "new" / "folder" / "m.jsonl", tmp_path / "m.jsonl"):
-        FileWitness(path, KEYED).refuse_unwritable()
+        FileWitness(path, KEYED).check_writable()
     for path in (tmp_path / "file" / "m.jsonl", tmp_path / "file" / "folder" / "m.jsonl", tmp_path):
         with pytest.raises(EnvironmentFault) as refused:
-            FileWitness(path, KEYED).refuse_unwritable()
+            FileWitness(path, KEYED).check_writable()
         assert "`witness:`" in refused.value.next_step
     assert sorted(each.name for each in tmp_path.iterdir()) == ["file"]
 

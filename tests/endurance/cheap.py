@@ -24,7 +24,7 @@ from sisa.core.errors import EnvironmentFault, InvalidInput
 from sisa.core.ports import Executor, StoredRecord, Tick
 from sisa.flows.serial import SerialExecutor, Site
 from sisa.flows.wiring import opening
-from sisa.flows.wiring.parts import Named, Parts, refuse_change
+from sisa.flows.wiring.parts import Named, Parts, check_digest
 from sisa.lm.answer.hashing import HashingEmbedder
 from sisa.model import Model
 from tests.fakes import FakeTrainer
@@ -47,7 +47,7 @@ class CheapParts(Parts):
         found = NamedBase(self.config.base, Path("no-base"), digest_of(self.config.base))
         known: Named | None = self._base
         if known is not None:
-            refuse_change("base model", known, found.digest)
+            check_digest("base model", known, found.digest)
         return found
 
     @cached_property

@@ -227,12 +227,12 @@ class Ground:
 
     def tainted(self, ids: Iterable[str]) -> set[str]:
         """Checkpoints that the held ones of these records touched."""
-        from sisa.planning.plan import tainted
+        from sisa.planning.plan import tainted_checkpoints
 
         rows = [each for each in self.lookup(ids).values() if isinstance(each, RecordRow)]
         ledger = SqlLedger(self.model / LEDGER)
         try:
-            return set(tainted(ledger.checkpoints(), rows))
+            return set(tainted_checkpoints(ledger.checkpoints(), rows))
         finally:
             ledger.close()
 

@@ -37,7 +37,7 @@ from sisa.core.events import Event, Notice, SliceTrained
 from sisa.flows.serial import SerialExecutor, Site
 from sisa.lm.base.base import base_digest
 from sisa.lm.base.numerics import fingerprint
-from sisa.store.blobs.local_place import LocalPlace
+from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.records import FileRecords
 from tests.endurance import ground as g
@@ -90,8 +90,8 @@ class Killer:
 def ground(folder: Path) -> tuple[Site, list[Chain]]:
     """A tiny base, slice files, and the chains over them."""
     base = make_tiny_base(folder / "base")
-    digest, records = base_digest(base), LocalPlace(folder / "records")
-    site = Site(records, LocalPlace(folder / "none"), base, base_digest=digest, threads=1)
+    digest, records = base_digest(base), LocalBlobs(folder / "records")
+    site = Site(records, LocalBlobs(folder / "none"), base, base_digest=digest, threads=1)
     store, here = FileRecords(records), fingerprint(1)
     chains = []
     for shard in range(NUM_SHARDS):
@@ -134,7 +134,7 @@ def run(folder: Path, seed: int, seconds: float, show: bool = False) -> dict[str
         started = time.monotonic()
         while not failures and time.monotonic() - started < seconds:
             target = folder / f"round-{rounds}"
-            here = replace(site, checkpoints_at=LocalPlace(target))
+            here = replace(site, checkpoints_at=LocalBlobs(target))
             RayExecutor(here, cluster.address, None, MAX_RETRIES).run(chains, report)
             rounds += 1
             found = bytes_of(target)

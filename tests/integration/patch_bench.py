@@ -21,7 +21,7 @@ from sisa.flows.wiring.opening import PATCHES
 from sisa.lm.base.base import base_digest
 from sisa.lm.base.numerics import fingerprint
 from sisa.store.blobs.keyring import PLAIN, FileKeyring
-from sisa.store.blobs.local_place import LocalPlace
+from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.vault import FileVault
 from tests.integration.tiny_model import of_people
@@ -64,7 +64,7 @@ class Bench:
     def site(self) -> PatchSite:
         return PatchSite(
             vault_dir=self.folder / "vault",
-            patches_at=LocalPlace(self.folder / "patches"),
+            patches_at=LocalBlobs(self.folder / "patches"),
             runs_dir=self.folder / "runs",
             base_dir=self.base,
             base_digest=base_digest(self.base),

@@ -15,16 +15,16 @@ from pathlib import Path
 
 from cluster.ray.proofs import Proof
 from cluster.ray.shared_base import BaseManifest, holds_base
-from sisa.core.arithmetic import Arithmetic
+from sisa.core.blob_ports import BlobStore
 from sisa.core.digest import sha256_hex
 from sisa.core.domain import Chain, Part, Record, SliceFile, SliceJob
 from sisa.core.errors import IntegrityError
 from sisa.core.events import Event
-from sisa.core.place_ports import Place
 from sisa.core.ports import CheckpointStore, RecordStore, StoredRecord, Tick, Trainer
+from sisa.core.precision import Precision
 from sisa.flows.serial import SerialExecutor, Site
 from sisa.lm.base.numerics import fingerprint
-from sisa.store.blobs.local_place import LocalPlace
+from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.records import FileRecords
 
@@ -102,7 +102,7 @@ def folder_of(site: Site) -> Path:
 
 def make_site(folder: Path) -> Site:
     (folder / "script").mkdir(parents=True, exist_ok=True)
-    places = LocalPlace(folder / "records"), LocalPlace(folder / "checkpoints")
+    places = LocalBlobs(folder / "records"), LocalBlobs(folder / "checkpoints")
     return Site(*places, folder / "script", base_digest="b1", threads=1)
 
 
@@ -135,14 +135,14 @@ def make_chain(records: FileRecords, shard: int) -> Chain:
     return Chain(shard, tuple(jobs), None, tuple(files))
 
 
-def bytes_of(place: Place | Path) -> dict[str, bytes]:
+def bytes_of(place: BlobStore | Path) -> dict[str, bytes]:
     directory = place if isinstance(place, Path) else Path(place.location())
     found = (path for path in directory.rglob("*") if path.is_file())
     return {path.relative_to(directory).as_posix(): path.read_bytes() for path in found}
 
 
 def serial_bytes(site: Site, chains: Sequence[Chain]) -> dict[str, bytes]:
-    scratch = replace(site, checkpoints_at=LocalPlace(folder_of(site) / "serial"))
+    scratch = replace(site, checkpoints_at=LocalBlobs(folder_of(site) / "serial"))
     SerialExecutor(*open_scripted(scratch)).run(chains, ignore)
     (script_of(site) / "trained.log").unlink()
     return bytes_of(scratch.checkpoints_at)
@@ -164,7 +164,7 @@ def begun(site: Site) -> list[tuple[str, int, str]]:
     return [(place, int(pid), node) for place, pid, node in lines]
 
 
-def scripted_proof(_threads: int, base_dir: Path, manifest: BaseManifest, _on: Arithmetic) -> Proof:
+def scripted_proof(_threads: int, base_dir: Path, manifest: BaseManifest, _on: Precision) -> Proof:
     """What the node's environment says; the base is looked for."""
     shown, _, digest = os.environ.get(DIGEST, f"{fingerprint(1)} d1").partition(" ")
     return Proof(shown, digest, holds_base(base_dir, manifest))

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 import sisa
-from sisa.core.arithmetic import Arithmetic
 from sisa.core.domain import SliceJob
 from sisa.core.errors import ConfigConflict, IntegrityError, InvalidInput
+from sisa.core.precision import Precision
 from sisa.flows.wiring.opening import CHECKPOINTS
 from sisa.lm.answer.route import all_of
 from sisa.lm.base.base import BaseFiles, resolve_base
@@ -35,7 +35,7 @@ from tests.integration.tiny_model import (
 
 pytestmark = [pytest.mark.torch, pytest.mark.xdist_group("bfloat16")]
 
-HALF = Arithmetic("cpu", "bfloat16")
+HALF = Precision("cpu", "bfloat16")
 QUIET = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 ROUNDED: dict[str, Any] = {"rtol": 0.05, "atol": 1e-4}  # of probabilities whose logits have 8 bits
 
@@ -89,7 +89,7 @@ def train_stage(
 ) -> dict[str, bytes]:
     from sisa.lm.train.lora import LoraTrainer
 
-    trainer = LoraTrainer(base.directory, base.digest, 1, arithmetic=HALF)
+    trainer = LoraTrainer(base.directory, base.digest, 1, precision=HALF)
     return trainer.train(job, parent, RECORDS[:num_records], lambda *_: None)
 
 

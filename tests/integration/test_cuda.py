@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from sisa.core.arithmetic import Arithmetic
 from sisa.core.domain import SliceJob
+from sisa.core.precision import Precision
 from sisa.lm.answer.route import Route, all_of
 from sisa.lm.base import cuda
 from sisa.lm.base.base import BaseFiles, resolve_base
@@ -38,7 +38,7 @@ from tests.integration.tiny_model import (
 
 pytestmark = pytest.mark.torch
 
-GPU, GPU_HALF = Arithmetic("cuda"), Arithmetic("cuda", "bfloat16")
+GPU, GPU_HALF = Precision("cuda"), Precision("cuda", "bfloat16")
 LOOKS = {"_local_scalar_dense", "item", "is_nonzero"}
 COPIES = {"to", "_to_copy", "copy_"}
 ON_GPU = [pytest.param(each, id=each.dtype) for each in (GPU, GPU_HALF)]
@@ -108,10 +108,10 @@ def test_a_training_step_stays_on_the_bases_device(dtype: Any) -> None:
     from sisa.lm.base.tokens import NO_LOSS, Tokens
     from sisa.lm.train.losses import Form
     from sisa.lm.train.stage import Stage
-    from sisa.lm.train.wrapped import Wrapped
+    from sisa.lm.train.trainable import Trainable
 
-    bases = [self_test.random_base(Arithmetic("cpu", dtype)).to("meta") for _ in range(2)]
-    wrapped = [Wrapped(each, self_test.TRAINING, Form()) for each in bases]
+    bases = [self_test.random_base(Precision("cpu", dtype)).to("meta") for _ in range(2)]
+    wrapped = [Trainable(each, self_test.TRAINING, Form()) for each in bases]
     rows = [Tokens([*range(1, n)], [NO_LOSS, *range(2, n)]) for n in (6, 9, 4)]
     job = SliceJob(0, 0, None, ((0, ""),), 3, (1, 1), self_test.TRAINING, "", "")
     stage = Stage(job, wrapped[0], None, num_steps=2)
@@ -269,7 +269,7 @@ def test_a_model_of_one_can_be_looked_at_but_not_asked_or_moved_to(
 
 @pytest.mark.usefixtures("_gpu")
 @pytest.mark.parametrize("on", ON_GPU)
-def test_this_device_repeats_itself(on: Arithmetic, capsys: pytest.CaptureFixture[str]) -> None:
+def test_this_device_repeats_itself(on: Precision, capsys: pytest.CaptureFixture[str]) -> None:
     done = command(capsys, "doctor", "--numerics", "--device", on.device, "--dtype", on.dtype)
     assert done.json["repeats"]
     told = done.json["description"]
@@ -280,10 +280,10 @@ def test_this_device_repeats_itself(on: Arithmetic, capsys: pytest.CaptureFixtur
 
 @pytest.mark.usefixtures("_gpu")
 @pytest.mark.parametrize("on", ON_GPU)
-def test_stages_go_on_there_from_their_parents_bytes(on: Arithmetic, base: BaseFiles) -> None:
+def test_stages_go_on_there_from_their_parents_bytes(on: Precision, base: BaseFiles) -> None:
     from sisa.lm.train.lora import LoraTrainer
 
-    trainer = LoraTrainer(base.directory, base.digest, 1, arithmetic=on)
+    trainer = LoraTrainer(base.directory, base.digest, 1, precision=on)
 
     def train(job: SliceJob, parent: dict[str, bytes] | None, num_records: int) -> dict[str, bytes]:
         return trainer.train(job, parent, RECORDS[:num_records], lambda *_: None)
@@ -297,7 +297,7 @@ def test_stages_go_on_there_from_their_parents_bytes(on: Arithmetic, base: BaseF
 @pytest.mark.usefixtures("_gpu")
 @pytest.mark.parametrize("on", ON_GPU)
 def test_forgetting_there_equals_training_from_scratch(
-    on: Arithmetic, base: BaseFiles, tmp_path: Path
+    on: Precision, base: BaseFiles, tmp_path: Path
 ) -> None:
     how = {"device": on.device, "dtype": on.dtype}
     model = train_scratch(tmp_path / "one", base.directory, PEOPLE, **how)

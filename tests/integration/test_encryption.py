@@ -25,7 +25,7 @@ from sisa.audit.residue import sweep_model
 from sisa.core.errors import ConfigConflict, EnvironmentFault, IntegrityError, InvalidInput
 from sisa.flows.wiring import opening
 from sisa.flows.wiring.opening import CHECKPOINTS, INDEX, RECORDS, SCRATCH
-from sisa.flows.wiring.world import known_names
+from sisa.flows.wiring.world import known_by_area
 from sisa.store.blobs.keyring import FileKeyring, is_sealed
 from sisa.store.ledger.ledger import SqlLedger
 from tests.integration.test_erasure import traces, vector
@@ -125,7 +125,7 @@ def keys(tiny: Tiny) -> dict[str, frozenset[str]]:
 
 def known(tiny: Tiny) -> dict[str, frozenset[str]]:
     with tiny.open()._world() as world:
-        return {room: known_names(world)[room] for room in ROOMS}
+        return {room: known_by_area(world)[room] for room in ROOMS}
 
 
 def assert_whole(tiny: Tiny, plain: Tiny) -> None:
@@ -170,10 +170,10 @@ def test_a_history_on_ray_is_that_of_the_plain_model(
 def test_a_worker_that_does_not_see_the_keyring_says_so(sealed: Tiny) -> None:
     from cluster.ray.ray_worker import open_parts
     from sisa.flows.serial import Site
-    from sisa.store.blobs.local_place import LocalPlace
+    from sisa.store.blobs.local_blobs import LocalBlobs
 
     lost = FileKeyring(sealed.folder / "nowhere")
-    places = LocalPlace(sealed.directory / RECORDS), LocalPlace(sealed.directory / CHECKPOINTS)
+    places = LocalBlobs(sealed.directory / RECORDS), LocalBlobs(sealed.directory / CHECKPOINTS)
     site = Site(*places, sealed.base, "", 1, keyring=lost)
     with pytest.raises(EnvironmentFault, match="keyring is not visible"):
         open_parts(site)

@@ -15,20 +15,20 @@ from typing import Any
 import pytest
 
 from cluster.ray import ray_executor
-from cluster.ray.places import Placement
 from cluster.ray.ray_executor import open_executor
 from cluster.ray.ray_session import connect
 from cluster.ray.ray_tasks import run_tasks
-from sisa.core.arithmetic import Arithmetic
+from cluster.ray.worker_slots import Placement
 from sisa.core.errors import EnvironmentFault, InvalidInput
 from sisa.core.events import Event, Report
+from sisa.core.precision import Precision
 from sisa.flows.serial import Site
 from sisa.lm.base import cuda
-from sisa.store.blobs.local_place import LocalPlace
+from sisa.store.blobs.local_blobs import LocalBlobs
 
 pytestmark = pytest.mark.ray
 
-CUDA = Arithmetic("cuda")
+CUDA = Precision("cuda")
 
 
 def seen(wanted: Path, _: Report) -> tuple[list[Any], str | None, str | None]:
@@ -69,8 +69,8 @@ def test_too_few_gpus_are_told_before_any_task_starts(tmp_path: Path) -> None:
 
 @pytest.fixture
 def site(tmp_path: Path) -> Site:
-    here = LocalPlace(tmp_path)
-    return Site(here, here, tmp_path, "b1", 1, arithmetic=CUDA)
+    here = LocalBlobs(tmp_path)
+    return Site(here, here, tmp_path, "b1", 1, precision=CUDA)
 
 
 def test_what_a_worker_asks_for(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,11 +82,11 @@ def test_what_a_worker_asks_for(site: Site, monkeypatch: pytest.MonkeyPatch) -> 
     anything: Any = [SimpleNamespace(jobs=())]
     for options in ({}, {"num_gpus": 0.25}, {"num_gpus": 2}):
         open_executor(site, options).run(anything, ignore)
-    open_executor(replace(site, arithmetic=Arithmetic()), {}).run(anything, ignore)
+    open_executor(replace(site, precision=Precision()), {}).run(anything, ignore)
     assert [each.gpus for each in asked] == [1, 0.25, 2, 0]
     assert [cuda.WORKSPACE in each.environment for each in asked] == [True, True, True, False]
     with pytest.raises(InvalidInput) as caught:
-        open_executor(replace(site, arithmetic=Arithmetic()), {"num_gpus": 1})
+        open_executor(replace(site, precision=Precision()), {"num_gpus": 1})
     assert [each.where for each in caught.value.problems] == ["cluster.num_gpus"]
     with pytest.raises(InvalidInput, match="described"):
         open_executor(site, {"num_gpus": 1.5})

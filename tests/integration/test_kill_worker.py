@@ -20,7 +20,7 @@ from sisa.core.events import Event, Notice, SliceProgress, SliceTrained
 from sisa.core.ports import StoredRecord
 from sisa.flows.serial import SerialExecutor, Site
 from sisa.lm.base.numerics import fingerprint
-from sisa.store.blobs.local_place import LocalPlace
+from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.records import FileRecords
 from tests.tiny_base import make_tiny_base
@@ -54,7 +54,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
 
     directory = tmp_path_factory.mktemp("kill")
     base = make_tiny_base(directory / "base")
-    places = LocalPlace(directory / "records"), LocalPlace(directory / "checkpoints")
+    places = LocalBlobs(directory / "records"), LocalBlobs(directory / "checkpoints")
     return Site(*places, base, base_digest=base_digest(base), threads=1)
 
 
@@ -120,7 +120,7 @@ def ignore(_: Event) -> None:
 
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_a_killed_worker_changes_no_byte(site: Site, chains: list[Chain], num_workers: int) -> None:
-    here = replace(site, checkpoints_at=LocalPlace(site.base_dir.with_name(f"ray-{num_workers}")))
+    here = replace(site, checkpoints_at=LocalBlobs(site.base_dir.with_name(f"ray-{num_workers}")))
     events: list[Event] = []
     killed: list[tuple[int, int]] = []
 

@@ -16,7 +16,7 @@ from approx.leaderboard.budget import step_costs
 from approx.leaderboard.cells import AT_THE_END, FORM
 from approx.leaderboard.model import load_split
 from approx.methods.registry import METHODS, make_method
-from approx.unlearning.pace import Settings
+from approx.unlearning.schedule import ScheduleSettings
 from approx.unlearning.sets import Sets
 from approx.unlearning.unlearn import unlearn
 from sisa.core.errors import InvalidInput
@@ -129,7 +129,9 @@ def test_the_cost_that_is_planned_is_the_cost_that_is_counted(base: Path, name: 
         tokens[:3], tokens[3:], tokens_of([(q, "Hm") for q, _ in PAIRS], FORM, load_tokenizer(base))
     )
     method = make_method(name, {"alpha": 1.0} if name == "task_arithmetic" else {})
-    settings = Settings(1e-3, num_epochs=3, batch_size=2, gradient_accumulation_steps=1, max_steps=4)
+    settings = ScheduleSettings(
+        1e-3, num_epochs=3, batch_size=2, gradient_accumulation_steps=1, max_steps=4
+    )
     compute = unlearn(patched, sets, method, settings, AT_THE_END).compute
     costs, last = step_costs(method, sets, settings, (compute.num_parameters, compute.num_trained))
     assert sum(costs) + last[-1] == compute.flops

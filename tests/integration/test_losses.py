@@ -77,16 +77,16 @@ def test_loss_and_gradients_of_a_family(
     import torch
 
     from sisa.lm.train import losses
-    from sisa.lm.train.losses import Form, form_of, summed_loss
-    from sisa.lm.train.trained_linear import quicken
+    from sisa.lm.train.losses import Form, loss_form, summed_loss
+    from sisa.lm.train.trained_linear import use_fused_linear
 
     base, model = wrapped(family)
     trained = [each for each in model.parameters() if each.requires_grad]
     expected = theirs(model)
     slopes = torch.autograd.grad(expected, trained)
-    form = form_of(base, longest=8)
+    form = loss_form(base, longest=8)
     assert form == Form(*FAMILIES[family])
-    quicken(model)
+    use_fused_linear(model)
     monkeypatch.setattr(losses, "PIECE", piece)
     for each in {form, replace(form, packed=False)}:
         found = summed_loss(model, BATCH, each)

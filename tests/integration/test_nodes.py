@@ -23,7 +23,7 @@ from sisa.core.errors import EnvironmentFault
 from sisa.core.events import Event, Notice, SliceProgress, SliceTrained
 from sisa.flows.serial import Site
 from sisa.lm.base.numerics import fingerprint
-from sisa.store.blobs.local_place import LocalPlace
+from sisa.store.blobs.local_blobs import LocalBlobs
 from tests.integration.clusters import add_node, own_cluster, remove
 from tests.integration.scripted import (
     DIGEST,
@@ -199,7 +199,7 @@ def test_a_node_of_other_bits_never_trains(
     assert bytes_of(site.checkpoints_at) == expected
 
     monkeypatch.setattr(nodes, "NO_NODE_S", 1)
-    anew = replace(site, checkpoints_at=LocalPlace(folder_of(site) / "anew"))
+    anew = replace(site, checkpoints_at=LocalBlobs(folder_of(site) / "anew"))
     wait.touch()
     lost: list[str] = []
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from approx.methods.registry import METHODS
-from approx.patches.patch_measures import LIMITS, measured
-from approx.unlearning.written import PROMPTS, prompts_that_fit, write_answers, write_neighbours
+from approx.patches.patch_measures import MEASURE_LIMITS, measured
+from approx.unlearning.generated_retain import PROMPTS, prompts_that_fit, write_answers, write_neighbours
 from sisa.core.domain import Part, Record
 from sisa.core.errors import IntegrityError, InvalidInput
 from sisa.core.events import Notice, PatchProgress
@@ -20,7 +20,7 @@ from sisa.lm.answer.patched import load_patched
 from sisa.lm.base.base import load_base, load_tokenizer
 from sisa.lm.base.tokens import NO_LOSS, tokenize
 from sisa.store.blobs.keyring import is_sealed
-from sisa.store.runs import ROOM, FileRuns
+from sisa.store.patch_drafts import DRAFTS_AREA, FilePatchDrafts
 from tests.integration.patch_bench import (
     ENOUGH,
     KNOWN,
@@ -78,7 +78,7 @@ def test_every_method_makes_a_patch_that_says_less_of_what_is_forgotten(
     assert robust["relearning"].keys() == robust["control"].keys() - {"of"} == {"0", "3", "20"}
     assert robust["relearning"]["20"] > robust["relearning"]["0"]
     assert robust["relearning"]["0"] == pytest.approx(after["forget_probability"], abs=1e-4)
-    assert set(LIMITS) <= set(found["limits"])
+    assert set(MEASURE_LIMITS) <= set(found["limits"])
     assert found["compute"]["share_of_full_finetuning"] is None, "what taught the base is not known"
     ticks = [each for each in bench.events if isinstance(each, PatchProgress)]
     assert ticks[-1].step == ticks[-1].num_steps == found["num_steps"]
@@ -174,14 +174,14 @@ def test_what_was_cut_short_goes_on_to_the_same_bytes(
     with pytest.raises(Stopped):
         bench.maker.make(order, stop)
     assert all(is_sealed(path.read_bytes()) for path in run.iterdir())
-    assert bench.site.vault_keyring.held(ROOM) == {order.job.key}
+    assert bench.site.vault_keyring.held(DRAFTS_AREA) == {order.job.key}
     made = bench.make(order)
     assert next(each for each in bench.events if isinstance(each, PatchProgress)).step > 1
     assert bench.files(made) == whole.files(expected)
     assert bench.files(bench.make(order)) == bench.files(made)  # until the caller has what came of it
-    FileRuns(bench.site.runs_dir, bench.site.vault_keyring).erase([order.job.key])
+    FilePatchDrafts(bench.site.runs_dir, bench.site.vault_keyring).erase([order.job.key])
     assert not run.exists()
-    assert not bench.site.vault_keyring.held(ROOM)
+    assert not bench.site.vault_keyring.held(DRAFTS_AREA)
 
 
 def test_a_search_for_a_scale_that_is_cut_short_again_and_again_comes_to_its_end(bench: Bench) -> None:

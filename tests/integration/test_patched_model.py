@@ -19,7 +19,7 @@ from sisa.core.domain import Part, Record
 from sisa.core.errors import IntegrityError
 from sisa.core.patch import WRITTEN, Patch, PatchJob, patched_digest
 from sisa.core.ports import Change
-from sisa.flows.patches import vaulting
+from sisa.flows.patches import vault_sets
 from sisa.flows.wiring.opening import CHECKPOINTS, PATCHES, VAULT
 from sisa.flows.wiring.world import commit
 from sisa.lm.answer.route import all_of
@@ -252,7 +252,7 @@ def test_patches_follow_encrypt_and_the_vault_stays_sealed(
     patch = put_patch(model, made[0])
     text = Record("x", None, "text", (Part("text", "Mara of Velden keeps bees."),))
     with model._writing() as world:
-        put = vaulting.put(world, "forget", [text], "she asked")
+        put = vault_sets.put(world, "forget", [text], "she asked")
         commit(world, Change(vault=put.sets, vaulted=put.pairs))
     name = put.sets[0].name
     for encrypt in (False, True):

@@ -74,15 +74,15 @@ def test_states_are_kept_used_and_erased_with_their_record(
 
 def count_computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows with each record whose states are computed."""
-    from sisa.lm.train import prefix
+    from sisa.lm.train import frozen_prefix
 
-    alone, computed = prefix.Lower.alone, list[int]()
+    alone, computed = frozen_prefix.FrozenLayers.alone, list[int]()
 
-    def counting(self: prefix.Lower, input_ids: Any) -> Any:
+    def counting(self: frozen_prefix.FrozenLayers, input_ids: Any) -> Any:
         computed.append(len(input_ids))
         return alone(self, input_ids)
 
-    monkeypatch.setattr(prefix.Lower, "alone", counting)
+    monkeypatch.setattr(frozen_prefix.FrozenLayers, "alone", counting)
     return computed
 
 

@@ -13,10 +13,10 @@ import psutil
 import pytest
 
 from cluster.ray import ray_tasks
-from cluster.ray.places import Placement
 from cluster.ray.ray_attempt import Unready
 from cluster.ray.ray_session import connect
 from cluster.ray.ray_tasks import run_tasks
+from cluster.ray.worker_slots import Placement
 from sisa.core.errors import EnvironmentFault
 from sisa.core.events import Event, Notice, Report
 

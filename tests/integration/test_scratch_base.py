@@ -15,7 +15,7 @@ from sisa.config.runfile import load_run_file
 from sisa.core.errors import InvalidInput
 from sisa.data.corpus import make_corpus
 from sisa.data.reader import read_records
-from sisa.flows.scratch import prepare
+from sisa.flows.scratch import prepare_base
 from tests.integration.tiny_model import change_run, ids_of, of_people, write_rows, write_run
 
 pytestmark = pytest.mark.torch
@@ -98,7 +98,7 @@ def test_two_workers_share_the_batch_and_take_the_steps_of_one(tmp_path: Path) -
     config = load_run_file(path)
     records = read_records(config.datasets)
     interrupt = signal.getsignal(signal.SIGINT)
-    prepare(config, records, "ray", lambda event: told.append(str(event)))
+    prepare_base(config, records, "ray", lambda event: told.append(str(event)))
     assert signal.getsignal(signal.SIGINT) is interrupt  # Ray Train leaves its own
     steps = -(-int(str(SMALL["tokens"])) // 1024)  # of 8 rows of 128 tokens
     assert any(f"step {steps} of {steps}" in each for each in told)

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from sisa.audit.doctor import diagnose
-from sisa.audit.garbage import SURPLUS, TEMPORARY, UNKNOWN, list_garbage, remove_garbage
+from sisa.audit.garbage import SURPLUS, TEMPORARY, UNKNOWN_FILE, list_garbage, remove_garbage
 from sisa.audit.residue import Scan, scan_residue
 from sisa.config.runfile import parse_run_file
+from sisa.core.blob_ports import BlobStore
 from sisa.core.domain import Request
-from sisa.core.place_ports import Place
 from sisa.flows.wiring.opening import CHECKPOINTS, RECORDS, SCRATCH
 from sisa.flows.wiring.world import purge
 from sisa.store.blobs.keyring import is_sealed
@@ -56,7 +56,7 @@ def in_bucket(s3: Server, tmp_path: Path) -> Path:
     return build(tmp_path / "model", fresh_place(s3).location().rstrip("/"))
 
 
-def places_of(model: Path) -> dict[str, Place]:
+def places_of(model: Path) -> dict[str, BlobStore]:
     with world_of(model) as world:
         return dict(world.places)
 
@@ -122,7 +122,7 @@ def test_what_came_back_is_residue_and_garbage(model: Path) -> None:
     assert "unknown" in kinds(model)
     with world_of(model) as world:
         reasons = {each.reason for each in list_garbage(world, model)}
-        assert reasons >= {UNKNOWN, SURPLUS, TEMPORARY}
+        assert reasons >= {UNKNOWN_FILE, SURPLUS, TEMPORARY}
         removed = remove_garbage(world, model)
         assert {each.path for each in removed} >= {places[RECORDS].location(smuggled)}
         assert list_garbage(world, model) == ()

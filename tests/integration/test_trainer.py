@@ -166,10 +166,10 @@ def test_files_and_first_weights_are_as_peft_has_them(base: BaseFiles) -> None:
     from peft.utils import get_peft_model_state_dict
 
     from sisa.lm.base.base import load_base
-    from sisa.lm.train.wrapped import Wrapped
+    from sisa.lm.train.trainable import Trainable
 
     model, _ = load_base(base.directory, base.digest)
-    wrapped = Wrapped(model, {**TRAINING, "lora_target_modules": "all-linear"})
+    wrapped = Trainable(model, {**TRAINING, "lora_target_modules": "all-linear"})
     wrapped.begin(None, init_seed=3)
     ours, theirs = wrapped.tensors(), get_peft_model_state_dict(wrapped.model)
     assert ours.keys() == theirs.keys()
@@ -230,8 +230,8 @@ def test_loss_and_gradient_agree_with_plain_transformers(
     from sisa.lm.base.adapter import attach, lora_config
     from sisa.lm.base.base import load_base
     from sisa.lm.base.tokens import tokenize
-    from sisa.lm.train.losses import Form, count_labels, form_of, summed_loss
-    from sisa.lm.train.trained_linear import quicken
+    from sisa.lm.train.losses import Form, count_labels, loss_form, summed_loss
+    from sisa.lm.train.trained_linear import use_fused_linear
 
     records = [RECORDS[0].record, Record("t", None, "text", (Part("text", "A longer text, whole."),))]
     training = {**TRAINING, "lora_dropout": 0.0}
@@ -239,7 +239,7 @@ def test_loss_and_gradient_agree_with_plain_transformers(
     losses = []
     for plain in (False, True):
         model, tokenizer = load_base(base.directory, base.digest)
-        assert form_of(model, longest=64) == Form(plain_head=True, packed=True)
+        assert loss_form(model, longest=64) == Form(plain_head=True, packed=True)
         peft = attach(model, lora_config(training, model), None, init_seed=1)
         for name, parameter in peft.named_parameters():
             if "lora_B" in name:
@@ -247,7 +247,7 @@ def test_loss_and_gradient_agree_with_plain_transformers(
         batch = [tokenize(each, tokenizer, train_on_inputs=False) for each in records]
         total = count_labels(batch)
         if not plain:
-            quicken(peft)
+            use_fused_linear(peft)
         ours = plain_loss(peft, batch) if plain else summed_loss(peft, batch, Form(plain_head, packed))
         loss = ours / total
         loss.backward()
@@ -306,7 +306,7 @@ def plain_loop(base: BaseFiles, stages: Sequence[tuple[SliceJob, Sequence[Stored
     from sisa.lm.base.tokens import tokenize
     from sisa.lm.train.batches import stage_steps
     from sisa.lm.train.stage import seed_from
-    from sisa.lm.train.wrapped import file_name
+    from sisa.lm.train.trainable import file_name
 
     model, tokenizer = load_base(base.directory, base.digest)
     own = stages[0][0].training
@@ -508,7 +508,7 @@ def test_embedder_rows_do_not_depend_on_batch_mates(tmp_path: Path) -> None:
 
 def test_an_embedder_runs_at_fixed_shapes(tmp_path: Path) -> None:
     """A text's bucket comes from its own length: another shape may round otherwise elsewhere."""
-    from sisa.lm.answer.embedder import LENGTHS, ROWS, resolve_embedder
+    from sisa.lm.answer.embedder import PADDED_LENGTHS, ROWS, resolve_embedder
 
     embedder: Any = resolve_embedder(str(make_tiny_embedder(tmp_path)))
     model, tokenizer = embedder._load()
@@ -518,9 +518,9 @@ def test_an_embedder_runs_at_fixed_shapes(tmp_path: Path) -> None:
     )
     texts = ["a" * length for length in (1, 20, 31, 33, 70, 250, 900)]
     embedder.embed(texts)
-    lengths = [min(len(tokenizer(text).input_ids), LENGTHS[-1]) for text in texts]
-    buckets = {min(each for each in LENGTHS if each >= length) for length in lengths}
-    assert shapes == [(ROWS, each) for each in LENGTHS if each in buckets]
+    lengths = [min(len(tokenizer(text).input_ids), PADDED_LENGTHS[-1]) for text in texts]
+    buckets = {min(each for each in PADDED_LENGTHS if each >= length) for length in lengths}
+    assert shapes == [(ROWS, each) for each in PADDED_LENGTHS if each in buckets]
 
 
 def make_tiny_embedder(directory: Path) -> Path:
@@ -542,13 +542,13 @@ def test_states_do_not_depend_on_what_was_kept_before(base: BaseFiles) -> None:
 
     from sisa.lm.base.base import load_base
     from sisa.lm.base.tokens import tokenize
-    from sisa.lm.train.prefix import Lower, Prefixes
+    from sisa.lm.train.frozen_prefix import FrozenLayers, Prefixes
 
     model, tokenizer = load_base(base.directory, base.digest)
-    lower = Lower(model, 1)
+    lower = FrozenLayers(model, 1)
     rows = [tokenize(each.record, tokenizer, train_on_inputs=False).input_ids for each in RECORDS]
     near = [[*each, 5, 6] for each in rows] + [each[:-1] for each in rows]  # of common beginnings
-    plain = [Lower(load_base(base.directory, base.digest)[0], 1).alone(each) for each in rows]
+    plain = [FrozenLayers(load_base(base.directory, base.digest)[0], 1).alone(each) for each in rows]
     for room in (0, 30_000, 1 << 30):
         for past in (near, [*near, *reversed(rows)]):
             prefixes = Prefixes(room)
@@ -568,8 +568,8 @@ def test_adapters_of_the_top_layers_train_as_peft_would(base: BaseFiles) -> None
     from sisa.lm.base.adapter import attach, lora_config
     from sisa.lm.base.base import load_base
     from sisa.lm.base.tokens import tokenize
+    from sisa.lm.train.frozen_prefix import FrozenLayers, Prefixes
     from sisa.lm.train.losses import Form, summed_loss
-    from sisa.lm.train.prefix import Lower, Prefixes
 
     model, tokenizer = load_base(base.directory, base.digest)
     peft = attach(model, lora_config({**TRAINING, **TOP, "lora_dropout": 0.0}, model), None, init_seed=1)
@@ -579,7 +579,7 @@ def test_adapters_of_the_top_layers_train_as_peft_would(base: BaseFiles) -> None
     trained = [each for each in peft.parameters() if each.requires_grad]
     batch = [tokenize(each.record, tokenizer, train_on_inputs=False) for each in RECORDS[2:5]]
     whole = torch.autograd.grad(summed_loss(peft, batch, Form()), trained)
-    lower = Lower(peft.get_base_model(), 1)
+    lower = FrozenLayers(peft.get_base_model(), 1)
     lower.check(128)
     for packed in (True, False):
         states = [Prefixes().states(lower, each.input_ids) for each in batch]
@@ -590,11 +590,11 @@ def test_adapters_of_the_top_layers_train_as_peft_would(base: BaseFiles) -> None
 
 
 def test_kept_states_reach_no_bit(base: BaseFiles, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sisa.lm.train import prefix
+    from sisa.lm.train import frozen_prefix
 
     found = []
     for room in (1 << 30, 0, 20_000):  # all, none and some of the records
-        bounded = functools.partial(prefix.Prefixes, room)
+        bounded = functools.partial(frozen_prefix.Prefixes, room)
         monkeypatch.setattr("sisa.lm.train.lora.Prefixes", bounded)
         first = train(base, job_for(base, 0, 5, **TOP), None, RECORDS[:5])
         found.append(names(train(base, job_for(base, 1, **TOP), first)))

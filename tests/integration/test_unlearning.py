@@ -19,11 +19,11 @@ from approx.methods.gradient_ascent import GradientAscent
 from approx.methods.method import Losses, Method, Role, Rows
 from approx.methods.registry import METHODS, make_method
 from approx.methods.token_losses import mean_nll
-from approx.unlearning.bounds import Bounds, End, Ending, Knowledge, StepLog
-from approx.unlearning.pace import Settings
-from approx.unlearning.report import LIMITS, ApproxReport
+from approx.unlearning.report import REPORT_LIMITS, ApproxReport
 from approx.unlearning.saved_run import SavedRun
+from approx.unlearning.schedule import ScheduleSettings
 from approx.unlearning.sets import Sets
+from approx.unlearning.stopping import Bounds, End, Ending, Knowledge, StepLog
 from approx.unlearning.target import Target
 from approx.unlearning.unlearn import unlearn
 from sisa.core.errors import ConfigConflict, IntegrityError, InvalidInput
@@ -82,7 +82,7 @@ def target(learnt: Any, kind: str) -> Any:
     return attach(model.requires_grad_(False), lora_config(LORA, model), None, init_seed=7)
 
 
-def settings(kind: str, **changes: Any) -> Settings:
+def settings(kind: str, **changes: Any) -> ScheduleSettings:
     values = {
         "learning_rate": RATES[kind],
         "num_epochs": STEPS,
@@ -90,7 +90,7 @@ def settings(kind: str, **changes: Any) -> Settings:
         "gradient_accumulation_steps": 2,
         "weight_decay": 0.0,
     }
-    return Settings(**{**values, **changes})
+    return ScheduleSettings(**{**values, **changes})
 
 
 def keeps_retained(model: Any) -> float:
@@ -551,7 +551,7 @@ def test_the_report(learnt: Any, kind: str) -> None:
     found = json.loads(json.dumps(report.to_json(), allow_nan=False))
     assert found["approximate"] is True
     assert found["metrics_after"]["undefined"] is None
-    assert found["limits"] == [*LIMITS, "one more"]
+    assert found["limits"] == [*REPORT_LIMITS, "one more"]
     share = found["compute"]["share_of_full_finetuning"]
     trained, looked_at = end.compute.tokens_trained, end.compute.tokens_forward
     assert 0 < looked_at < trained

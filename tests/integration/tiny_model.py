@@ -26,7 +26,7 @@ from sisa.core.domain import Chain
 from sisa.core.events import Event, Report, SliceTrained
 from sisa.core.ports import Executor
 from sisa.data.samples import make_people, to_jsonl
-from sisa.flows.run import Taken
+from sisa.flows.ingest import Taken
 from sisa.flows.serial import Site
 from sisa.flows.wiring.opening import CHECKPOINTS, INDEX, RECORDS, OpenExecutor, open_serial
 

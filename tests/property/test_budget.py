@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sisa.flows.run import train
+from sisa.flows.ingest import train
 from sisa.flows.wiring.world import model_digest
 from tests.property.test_histories import History, Model, histories, like, lived_through_a_crash
 

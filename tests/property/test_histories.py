@@ -21,10 +21,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sisa.core.domain import Record, RecordRow, Risk
+from sisa.flows.ingest import add, train
 from sisa.flows.lifecycle import Terms, carry_out, submit
 from sisa.flows.reconcile import reconcile
-from sisa.flows.run import add, train
-from sisa.flows.wiring.witness import settle
+from sisa.flows.wiring.witness import catch_up
 from sisa.flows.wiring.world import model_digest
 from sisa.planning.bands import Bands
 from sisa.planning.plan import Schedule
@@ -292,7 +292,7 @@ def lived_through_a_crash(history: History, at: int, after: bool) -> Model:
         if not attempt(partial(model.step, kind, numbers)):
             model.check_heads_are_clean()
             model.check_heads_are_deepest()
-            settle(model.fake.world)
+            catch_up(model.fake.world)
             reconcile(model.fake.world)
             model.resume(kind, numbers)
     model.check_no_residue()

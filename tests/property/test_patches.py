@@ -21,14 +21,14 @@ from sisa.core.digest import sha256_hex
 from sisa.core.domain import RecordRow
 from sisa.core.errors import ConfigConflict, InvalidInput, SisaError
 from sisa.core.patch import Patch, PatchMode, VaultSet
-from sisa.flows.patches import patching, vaulting
+from sisa.flows.ingest import train
+from sisa.flows.patches import patching, vault_sets
 from sisa.flows.patches.patched_shards import shards_over
 from sisa.flows.patches.patching import Wish, make_wanted, want
 from sisa.flows.reconcile import reconcile
-from sisa.flows.run import train
 from sisa.flows.wiring.opening import trained_base
-from sisa.flows.wiring.witness import settle
-from sisa.flows.wiring.world import World, over
+from sisa.flows.wiring.witness import catch_up
+from sisa.flows.wiring.world import World, trained_over
 from sisa.planning.patch_plan import active, needed, wanted
 from tests.examples import num_examples
 from tests.fakes import ADAPTER, fake_model, fake_recipe
@@ -72,7 +72,7 @@ class Patched(Model):
         self.plain = fake_recipe(2)
         super().__init__(History(2, 2, "cumulative", (), ()))
         self.fake.world = replace(self.fake.world, patch_mode=mode)
-        self.trained_over = over(self.fake.ledger)
+        self.trained_over = trained_over(self.fake.ledger)
         self.given: dict[str, set[int]] = {}  # numbers of the records in each set that there ever was
         super().step("add", first)
 
@@ -97,13 +97,13 @@ class Patched(Model):
 
     def check_only_suffixes(self, touched: list[RecordRow]) -> None:
         """All shards are retrained where they no longer are over a patch."""
-        if over(self.fake.ledger) == self.trained_over:
+        if trained_over(self.fake.ledger) == self.trained_over:
             super().check_only_suffixes(touched)
 
     def go(self, step: Step) -> None:
         """Deletions raise nothing, whatever becomes of patches."""
         world = self.world
-        self.trained_over = over(self.fake.ledger)
+        self.trained_over = trained_over(self.fake.ledger)
         if step.kind in RECORDS:
             self.consent = "asked" if step.kind == "consent" else ""
             super().step(RECORDS[step.kind], step.numbers)
@@ -111,9 +111,9 @@ class Patched(Model):
             self.wish(world, step)
         elif step.kind in ("revert", "all"):
             with contextlib.suppress(InvalidInput):  # nothing to revert
-                patching.revert(world, everything=step.kind == "all")
+                patching.revert_patches(world, everything=step.kind == "all")
         elif step.kind == "release":
-            patching.release(world, self.some_set(step))
+            patching.release_sets(world, self.some_set(step))
         elif step.kind == "over":
             with contextlib.suppress(ConfigConflict):  # records of the model in a retain set
                 reconcile(shards_over(world, active(self.patches())))
@@ -152,7 +152,7 @@ class Patched(Model):
 
     def recover(self, step: Step, before: object) -> None:
         """The next commands after a crash: what was committed is done, the rest is asked for again."""
-        settle(self.world)
+        catch_up(self.world)
         reconcile(self.world)
         self.check_stack()
         self.check_vault(whole=True)
@@ -177,13 +177,15 @@ class Patched(Model):
             below = [self.fake.patches.stored[key][ADAPTER] for key in patch.job.beneath]
             assert body["beneath"] == [sha256_hex(data) for data in below]
             assert body["job"] == patch.key
-        assert self.fake.patches.held() == {each.key for each in stack}.union(over(self.fake.ledger))
+        assert self.fake.patches.held() == {each.key for each in stack}.union(
+            trained_over(self.fake.ledger)
+        )
         assert self.fake.runs.held() <= {each.key for each in wanted(self.patches())}
 
     def check_vault(self, *, whole: bool) -> None:
         ledger, world = self.fake.ledger, self.world
         held = {each.name for each in ledger.vault() if each.held}
-        keep = needed(self.patches(), world.patch_mode, ledger.vault(), vaulting.deletable(world))
+        keep = needed(self.patches(), world.patch_mode, ledger.vault(), vault_sets.deletable(world))
         assert held <= keep
         assert self.fake.vault.held() <= held
         if whole:

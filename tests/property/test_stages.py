@@ -27,10 +27,10 @@ from typing import Any
 
 import pytest
 
-from sisa.core.arithmetic import Arithmetic, Dtype
 from sisa.core.digest import sha256_hex
 from sisa.core.domain import Kind, Part, Record, SliceJob, SliceState
 from sisa.core.ports import StoredRecord, Tick
+from sisa.core.precision import Dtype, Precision
 from sisa.planning.plan import LAYERWISE, Recipe, Schedule, jobs
 from tests.examples import num_examples
 from tests.fakes import FakePrefixes
@@ -57,7 +57,7 @@ class Base:
     def trainer(self, **kept: Any) -> Any:
         from sisa.lm.train.lora import LoraTrainer
 
-        on = Arithmetic("cpu", self.dtype)
+        on = Precision("cpu", self.dtype)
         return LoraTrainer(self.directory, self.digest, self.threads, self.patches, on, **kept)
 
 
@@ -267,8 +267,8 @@ def answer(base: Base, files: Files) -> None:
     from sisa.lm.answer.answer import Answerer
     from sisa.lm.answer.route import all_of
 
-    on = Arithmetic("cpu", base.dtype)
-    answerer = Answerer(base.directory, base.digest, {0: files}, 1, base.patches, arithmetic=on)
+    on = Precision("cpu", base.dtype)
+    answerer = Answerer(base.directory, base.digest, {0: files}, 1, base.patches, precision=on)
     answerer.generate([[5, 80, 40] * 12], [all_of([0])], 3)
 
 

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from sisa.core.domain import RecordRow
 from sisa.core.errors import InvalidInput
 from sisa.flows.deletion import forget_at_once
+from sisa.flows.ingest import add, train
 from sisa.flows.lifecycle import Terms, arrive
 from sisa.flows.reconcile import reconcile
-from sisa.flows.run import add, train
-from sisa.flows.wiring.witness import is_behind, settle
+from sisa.flows.wiring.witness import catch_up, is_behind
 from sisa.planning.plan import Schedule
 from tests.examples import num_examples
 from tests.fakes import FakeModel, fake_model, fake_recipe
@@ -72,7 +72,7 @@ class History:
         return [r for r in self.fake.ledger.lookup(digests).values() if isinstance(r, RecordRow)]
 
     def next_command(self) -> None:
-        settle(self.fake.world)
+        catch_up(self.fake.world)
         reconcile(self.fake.world)
 
     def step(self, kind: str, numbers: tuple[int, ...]) -> None:
@@ -83,7 +83,7 @@ class History:
             return
         if kind == "restore":
             self.saves[min(numbers) % len(self.saves)].restore(self.fake)
-        settle(world)
+        catch_up(world)
         if kind == "restore":  # a reading command stops here
             self.check_clean(self.live())
             reconcile(world)

@@ -23,8 +23,8 @@ from sisa.config.runfile import parse_run_file
 from sisa.core.digest import Keyed
 from sisa.core.domain import Record, RecordRow
 from sisa.core.ports import StoredRecord
+from sisa.flows.ingest import train
 from sisa.flows.lifecycle import Terms, carry_out, submit
-from sisa.flows.run import train
 from sisa.flows.serial import SerialExecutor, Site
 from sisa.flows.wiring import opening
 from sisa.flows.wiring.parts import Parts, indexed_digest
@@ -35,15 +35,15 @@ from sisa.lm.base.numerics import fingerprint
 from sisa.planning.assign import Assigner
 from sisa.store.blobs import files, partition_key
 from sisa.store.blobs.files import writer_lock
-from sisa.store.blobs.places import rooms
+from sisa.store.blobs.storage_areas import open_areas
 from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.exports import DirectoryExports
 from sisa.store.index import FaissIndex
 from sisa.store.ledger.ledger import SqlLedger
 from sisa.store.metrics import FileMetrics
+from sisa.store.patch_drafts import FilePatchDrafts
 from sisa.store.prefixes import FilePrefixes
 from sisa.store.records import FileRecords
-from sisa.store.runs import FileRuns
 from sisa.store.vault import FileVault
 from tests.fake_patches import FakePatcher, FakeRuns
 from tests.fakes import SECRET, FakeTrainer, FakeWitness, fake_record
@@ -73,7 +73,7 @@ def world_of(
     config = create or opening.stored_config(ledger.meta())
     embedder = NameEmbedder(HashingEmbedder())
     keyring = opening.open_keyring(config, NAME)
-    places = rooms(directory, config.storage, NAME)
+    places = open_areas(directory, config.storage, NAME)
     records = FileRecords(places[opening.RECORDS], keyring)
     patches = FileCheckpoints(places[opening.PATCHES], keyring, opening.PATCHES)
     vault = FileVault(directory / opening.VAULT, opening.vault_keyring(config, NAME))
@@ -94,7 +94,7 @@ def world_of(
         patch_mode=config.patch_mode,
         patches=patches,
         vault=vault,
-        runs=FileRuns(directory / opening.RUNS, vault.keyring),
+        runs=FilePatchDrafts(directory / opening.RUNS, vault.keyring),
         metrics=FileMetrics(directory / opening.METRICS),
         patcher=lambda: FakePatcher(vault, patches, FakeRuns()),
         prefixes=FilePrefixes(places[opening.PREFIXES], keyring),

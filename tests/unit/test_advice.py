@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sisa.core.domain import HeldCheckpoint, SliceJob, SliceState
-from sisa.planning.advice import (
+from sisa.planning.deletion_stream import Group, replay_stream
+from sisa.planning.layout_advice import (
     MIN_SHARD_RECORDS,
     Advice,
     Demand,
-    Limits,
+    LayoutLimits,
     advise,
     recommended,
     stream_of,
@@ -22,7 +23,6 @@ from sisa.planning.advice import (
 from sisa.planning.orders import chosen_orders
 from sisa.planning.plan import Recipe, Schedule, ShardPlan, ShardView, plan_shard
 from sisa.planning.serving import expected_depth
-from sisa.planning.stream import Group, replay
 
 GROUPS = (Group(0.9, 0.01), Group(0.1, 0.5))
 demands = st.builds(
@@ -43,14 +43,14 @@ def test_forms_agree_with_replayed_streams_within_three_percent(
     """A month of 64 deletions, over many months' worth of them, each alone and as batches of a month."""
     demand = Demand(10_000_000, 64, schedule, 3, groups)
     months = 1000
-    for advice in advise(demand, Limits(1)):
+    for advice in advise(demand, LayoutLimits(1)):
         if (advice.num_shards, advice.num_slices) not in ((16, 3), (128, 8)) or advice.num_orders > 1:
             continue
         stream = stream_of(demand, advice.num_shards, advice.num_slices)
         even = demand.num_records * demand.num_epochs
-        alone = replay(stream, demand.num_records, 64 * months, seed=1).record_epochs
+        alone = replay_stream(stream, demand.num_records, 64 * months, seed=1).record_epochs
         assert alone / even / months == pytest.approx(advice.one_by_one, rel=0.03)
-        batched = replay(stream, demand.num_records, 64 * months, batch=64, seed=1).record_epochs
+        batched = replay_stream(stream, demand.num_records, 64 * months, batch=64, seed=1).record_epochs
         assert batched / even / months == pytest.approx(advice.together, rel=0.03)
 
 
@@ -59,7 +59,7 @@ def test_forms_agree_with_replayed_streams_within_three_percent(
 def test_what_is_recommended_is_within_the_limits_and_the_cheapest_there(
     demand: Demand, max_bytes: float
 ) -> None:
-    advised = advise(demand, Limits(1_000_000, max_bytes))
+    advised = advise(demand, LayoutLimits(1_000_000, max_bytes))
     best = recommended(advised)
     within = [each for each in advised if each.stored_bytes <= max_bytes]
     assert (best is None) == (not within)
@@ -86,7 +86,7 @@ def test_orders_and_kept_checkpoints_agree_with_the_planner_within_three_percent
     """The planner retrains a shard after a deletion from each of its slices, weighed by the chance of
     it."""
     demand = Demand(64 * 8_000, 1.0, schedule, 3, groups)
-    for advice in advise(demand, Limits(1, num_bytes)):
+    for advice in advise(demand, LayoutLimits(1, num_bytes)):
         if (advice.num_shards, advice.num_slices) != (64, 8):
             continue
         stream = stream_of(demand, 1, 8)
@@ -120,20 +120,20 @@ def _plan(recipe: Recipe, sizes: list[int], clean: Sequence[SliceJob] = (), hit:
 
 def test_what_must_be_served_asks_for_orders() -> None:
     demand = Demand(100_000, 10.0)
-    deep = recommended(advise(demand, Limits(1, min_depth=0.75)))
+    deep = recommended(advise(demand, LayoutLimits(1, min_depth=0.75)))
     assert deep is not None
     assert deep.num_orders > 1
     assert deep.serving_depth >= 0.75
-    assert recommended(advise(demand, Limits(1, min_depth=1.0))) is None
-    for each in advise(demand, Limits(1)):
+    assert recommended(advise(demand, LayoutLimits(1, min_depth=1.0))) is None
+    for each in advise(demand, LayoutLimits(1)):
         orders = chosen_orders(each.num_slices, each.num_orders, None)
         assert each.serving_depth == pytest.approx(expected_depth(orders, 1) / each.num_slices)
 
 
 def test_hours_bind_only_with_a_rate() -> None:
     demand = Demand(100_000, 10.0)
-    assert all(math.isnan(each.hours_to_utility) for each in advise(demand, Limits(1)))
-    timed = advise(demand, Limits(1, max_hours=1.0, record_epochs_per_s=10.0))
+    assert all(math.isnan(each.hours_to_utility) for each in advise(demand, LayoutLimits(1)))
+    timed = advise(demand, LayoutLimits(1, max_hours=1.0, record_epochs_per_s=10.0))
     assert any("hours" in each.over for each in timed)
     best = recommended(timed)
     assert best is not None
@@ -142,15 +142,15 @@ def test_hours_bind_only_with_a_rate() -> None:
 
 
 def test_likely_groups_get_bands_where_slices_suffice() -> None:
-    advised = advise(Demand(100_000, 10.0, "sequential", 3, GROUPS), Limits(1))
+    advised = advise(Demand(100_000, 10.0, "sequential", 3, GROUPS), LayoutLimits(1))
     assert {each.num_slices for each in advised if not each.thresholds} == {1}
     assert {each.thresholds for each in advised if each.num_slices > 1} == {(0.5,)}
 
 
 @pytest.mark.parametrize("num_records", [1, 10, 100, 5_000])
 def test_no_slice_is_recommended_that_would_hold_nothing(num_records: int) -> None:
-    for each in advise(Demand(num_records, 1.0), Limits(1)):
+    for each in advise(Demand(num_records, 1.0), LayoutLimits(1)):
         assert each.num_shards * each.num_slices <= num_records
         assert each.training >= 1 - 1e-9
-    hours = advise(Demand(num_records, 1.0), Limits(1, record_epochs_per_s=2.0))[0]
+    hours = advise(Demand(num_records, 1.0), LayoutLimits(1, record_epochs_per_s=2.0))[0]
     assert hours.hours_to_utility * 7200 == pytest.approx(hours.record_epochs_to_utility)

@@ -16,9 +16,9 @@ from sisa.core.digest import Keyed
 from sisa.core.domain import Record
 from sisa.core.errors import ConfigConflict, InvalidInput
 from sisa.data.reader import read_records
+from sisa.flows.ingest import add, train
 from sisa.flows.query import shards, where
 from sisa.flows.reconfigure import move
-from sisa.flows.run import add, train
 from sisa.planning.assign import Assigner, Layout
 from sisa.planning.bands import Bands
 from sisa.planning.plan import LAYERWISE, passes

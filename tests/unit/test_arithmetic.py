@@ -10,16 +10,16 @@ import pytest
 
 from sisa.config.config import TRAINING_KEYS, RunConfig
 from sisa.config.runfile import parse_run_file
-from sisa.core.arithmetic import USUAL, Arithmetic
 from sisa.core.config_types import DatasetSource
 from sisa.core.domain import SliceState
 from sisa.core.errors import EnvironmentFault, InvalidInput
+from sisa.core.precision import DEFAULT_PRECISION, Precision
 from sisa.lm.base import cuda
 from sisa.lm.base.numerics import describe_fingerprint, fingerprint, worker_environment
 from sisa.planning.plan import jobs
 
 MINIMAL = "datasets: [{path: owner/people}]\noutput_dir: model\n"
-CUDA, HALF = Arithmetic("cuda"), Arithmetic("cpu", "bfloat16")
+CUDA, HALF = Precision("cuda"), Precision("cpu", "bfloat16")
 DRIVER = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 22:23:56 UTC 2024\nGCC"
 OPEN = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86.10  Release Build\n"
 
@@ -48,7 +48,7 @@ def test_what_no_worker_could_be_given_is_refused(lines: str, where: str, told: 
 @pytest.mark.parametrize("share", ["0.25", "1", "2.0", "null"])
 def test_shares_and_whole_gpus_are_taken(share: str) -> None:
     config = parse_run_file(f"{MINIMAL}device: cuda\ncluster: {{num_gpus: {share}}}\n", "run.yaml")
-    assert config.arithmetic == CUDA
+    assert config.precision == CUDA
     assert config.cluster.num_gpus == (None if share == "null" else float(share))
 
 
@@ -68,15 +68,15 @@ def test_a_change_of_either_is_another_job_and_the_usual_ones_are_named_in_none(
 
 
 def test_a_job_says_for_which_it_is() -> None:
-    for each in (USUAL, CUDA, HALF):
+    for each in (DEFAULT_PRECISION, CUDA, HALF):
         training = {"lora_r": 8, **each.in_jobs()}
-        assert [other.is_of(training) for other in (USUAL, CUDA, HALF)] == [
-            other == each for other in (USUAL, CUDA, HALF)
+        assert [other.is_of(training) for other in (DEFAULT_PRECISION, CUDA, HALF)] == [
+            other == each for other in (DEFAULT_PRECISION, CUDA, HALF)
         ]
 
 
 def test_a_dtype_is_part_of_the_fingerprint() -> None:
-    assert fingerprint(1) == fingerprint(1, USUAL) != fingerprint(1, HALF)
+    assert fingerprint(1) == fingerprint(1, DEFAULT_PRECISION) != fingerprint(1, HALF)
     assert describe_fingerprint(1, HALF) == {**describe_fingerprint(1), "dtype": "bfloat16"}
 
 
@@ -95,11 +95,11 @@ def test_a_process_takes_the_workspace_and_keeps_its_own(monkeypatch: pytest.Mon
         monkeypatch.delenv(cuda.WORKSPACE)
         if held:
             monkeypatch.setenv(cuda.WORKSPACE, held)
-        cuda.prepare()
+        cuda.prepare_device()
         assert cuda.environment()[cuda.WORKSPACE] == after
     monkeypatch.setenv(cuda.WORKSPACE, ":0:0")
     with pytest.raises(EnvironmentFault, match="same bits"):
-        cuda.prepare()
+        cuda.prepare_device()
 
 
 @pytest.mark.parametrize(("text", "version"), [(DRIVER, "550.54.15"), (OPEN, "570.86.10"), ("", None)])
@@ -112,7 +112,7 @@ def test_the_drivers_version_is_read(text: str, version: str | None, tmp_path: P
 def test_the_usual_fingerprint_needs_no_torch() -> None:
     code = (
         "import sys; from sisa.lm.base.numerics import fingerprint; "
-        "from sisa.core.arithmetic import Arithmetic; fingerprint(1, Arithmetic('cpu', 'bfloat16')); "
+        "from sisa.core.precision import Precision; fingerprint(1, Precision('cpu', 'bfloat16')); "
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -21,8 +21,8 @@ from sisa.core.errors import InvalidInput, Problem
 from sisa.core.ports import StoredRecord
 from sisa.data.reader import read_records
 from sisa.flows.deletion import forget_at_once
+from sisa.flows.ingest import add, train
 from sisa.flows.lifecycle import Terms, arrive
-from sisa.flows.run import add, train
 from sisa.planning.assign import Assigner, Layout
 from sisa.planning.bands import Bands, risk_problems
 from tests.fakes import fake_model, fake_recipe, fake_record

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from sisa.audit.verify import verify
 from sisa.core.domain import HeldCheckpoint, SliceState
 from sisa.core.events import Event, Notice
+from sisa.flows.ingest import train
 from sisa.flows.query import where
-from sisa.flows.run import train
-from sisa.planning.budget import best_kept, expected, shared
+from sisa.planning.checkpoint_budget import best_kept, expected, split_budget
 from sisa.planning.orders import rotations
 from sisa.planning.plan import Recipe, ShardPlan, ShardView, plan_shard
 from tests.fakes import FakeCheckpoints, fake_model, fake_recipe, fake_record
@@ -45,7 +45,7 @@ def test_no_other_split_of_the_room_spares_more(
         best_kept([c for c, _ in one], [h for _, h in one], sorted(held)),
         best_kept([c for c, _ in other], [h for _, h in other]),
     ]
-    first, second = shared(orders, room)[-1]
+    first, second = split_budget(orders, room)[-1]
     assert len(first.stages) + len(second.stages) <= room
     assert set(first.stages) <= held
     splits = ((a, b) for a in orders[0] for b in orders[1] if len(a.stages) + len(b.stages) <= room)

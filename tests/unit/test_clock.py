@@ -18,11 +18,11 @@ from sisa.core.errors import EnvironmentFault, SisaError
 from sisa.flows import lifecycle
 from sisa.flows.deletion import forget_at_once
 from sisa.flows.export import export_adapters
+from sisa.flows.ingest import train
 from sisa.flows.lifecycle import Terms, find, viewed
-from sisa.flows.reconcile import reconcile, refuse_contradictions
-from sisa.flows.run import train
+from sisa.flows.reconcile import check_consistent, reconcile
 from sisa.flows.wiring.world import World
-from sisa.planning.schedule import RunPlan
+from sisa.planning.batching import RunPlan
 from tests.fakes import FakeModel, fake_model, fake_record
 from tests.unit.test_exports import PARTS
 
@@ -64,7 +64,7 @@ def sound(world: World, request: Request, now: datetime) -> None:
     assert view.days_left == (date.fromisoformat(request.due) - now.date()).days
     assert request.seconds >= 0
     assert view.events[-1].state == request.state
-    refuse_contradictions(world)
+    check_consistent(world)
 
 
 @settings(max_examples=80, deadline=None)

@@ -21,7 +21,7 @@ import pytest
 
 from cluster.cli import care_cli, cli
 from sisa.audit.doctor import Diagnosis, diagnose
-from sisa.audit.repair import Repair, mend
+from sisa.audit.repair import RepairOutcome, mend
 from sisa.audit.verify import check_files
 from sisa.core.digest import Keyed
 from sisa.core.domain import Chain, Head
@@ -56,7 +56,7 @@ def kinds(found: Diagnosis) -> list[str]:
     return sorted({each.kind for each in found.findings})
 
 
-def repaired(model: Path, **options: Any) -> Repair:
+def repaired(model: Path, **options: Any) -> RepairOutcome:
     with writer_lock(model / opening.LOCK), world_of(model, **options) as world:
         return mend(world, model)
 

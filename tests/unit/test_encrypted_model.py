@@ -17,15 +17,15 @@ import pytest
 
 from sisa.audit.doctor import Diagnosis, diagnose
 from sisa.audit.garbage import ORPHAN, collect_garbage, list_garbage, remove_garbage
-from sisa.audit.repair import Repair, mend
+from sisa.audit.repair import RepairOutcome, mend
 from sisa.audit.residue import Scan, scan_residue
 from sisa.audit.verify import check_files
 from sisa.core.errors import IntegrityError
 from sisa.core.ports import Change
-from sisa.flows.reconcile import reconcile, sweep
-from sisa.flows.reconfigure import reseal
+from sisa.flows.reconcile import erase_unreferenced, reconcile
+from sisa.flows.reconfigure import reseal_model
 from sisa.flows.wiring import opening
-from sisa.flows.wiring.world import known_names
+from sisa.flows.wiring.world import known_by_area
 from sisa.model import Model
 from sisa.store.blobs import files
 from sisa.store.blobs.files import TEMPORARY_PREFIX
@@ -107,7 +107,7 @@ def keys(model: Path) -> dict[str, frozenset[str]]:
 
 def known(model: Path) -> dict[str, frozenset[str]]:
     with world_of(model) as world:
-        return {room: known_names(world)[room] for room in ROOMS}
+        return {room: known_by_area(world)[room] for room in ROOMS}
 
 
 def plaintexts(model: Path) -> dict[str, bytes]:
@@ -130,7 +130,7 @@ def kinds(found: Scan | Diagnosis) -> list[str]:
     return sorted({each.kind for each in some})
 
 
-def repaired(model: Path) -> Repair:
+def repaired(model: Path) -> RepairOutcome:
     with world_of(model) as world:
         return mend(world, model)
 
@@ -181,7 +181,7 @@ def test_a_sweep_destroys_all_keys_before_it_unlinks_anything(
 
     monkeypatch.setattr(files, "erase", erase)
     with world_of(model) as world:
-        sweep(world)
+        erase_unreferenced(world)
     assert keys(model) == known(model)
 
 
@@ -218,14 +218,14 @@ def test_keys_of_every_kind_that_no_file_has_are_swept() -> None:
     """In memory: the sweep asks the keyring, not the stores, and spares what the ledger knows."""
     fake = fake_model()
     world = replace(fake.world, keyring=FakeKeyring())
-    from sisa.flows.run import train
+    from sisa.flows.ingest import train
 
     train(world, [fake_record(number) for number in range(6)])
-    for room, names in known_names(world).items():
+    for room, names in known_by_area(world).items():
         for name in (*names, "of no file", f"{TEMPORARY_PREFIX}left"):
             world.keyring.seal(room, name, "", b"")
-    sweep(world)
-    assert {room: world.keyring.held(room) for room in known_names(world)} == known_names(world)
+    erase_unreferenced(world)
+    assert {room: world.keyring.held(room) for room in known_by_area(world)} == known_by_area(world)
 
 
 # --- gc ------------------------------------------------------------------------------------------
@@ -463,7 +463,7 @@ def test_a_plain_file_in_an_encrypted_model_is_read_told_and_sealed(model: Path)
 def set_form(model: Path, *, seals: bool) -> Callable[[], None]:
     """What `--reconfigure` does: every file in its other form, then the commit."""
     with world_of(model) as world:
-        reseal(replace(world, keyring=FileKeyring(keyring_of(model).root, seals)))
+        reseal_model(replace(world, keyring=FileKeyring(keyring_of(model).root, seals)))
 
     def commit() -> None:
         with world_of(model) as world:

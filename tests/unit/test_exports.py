@@ -30,10 +30,10 @@ from sisa.flows import lifecycle, query
 from sisa.flows.deletion import forget_at_once, plan_forget
 from sisa.flows.export import export_adapters
 from sisa.flows.export_files import Card, of_adapter
+from sisa.flows.ingest import add, train
 from sisa.flows.lifecycle import Terms, find
 from sisa.flows.reconcile import reconcile
 from sisa.flows.reconfigure import reset
-from sisa.flows.run import add, train
 from sisa.flows.stale_exports import missing
 from sisa.flows.wiring import opening
 from sisa.flows.wiring.parts import Parts

@@ -29,9 +29,9 @@ from sisa.core.ports import Change
 from sisa.core.requests import event
 from sisa.flows import lifecycle, query
 from sisa.flows.deletion import forget
+from sisa.flows.ingest import add, train
 from sisa.flows.lifecycle import Terms
 from sisa.flows.reconcile import reconcile
-from sisa.flows.run import add, train
 from sisa.planning.plan import jobs
 from sisa.store.ledger import rows
 from sisa.store.ledger.ledger import SqlLedger
@@ -182,14 +182,14 @@ def test_a_finished_stage_costs_the_ledger_the_same_in_a_large_model(
 def counting_rows(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """How many rows of any table are read, query by query."""
     read: list[int] = []
-    checked = rows.checked
+    checked = rows.checked_rows
 
     def counting(table: Any, found: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
         read.append(len(found))
         return checked(table, found)
 
     with monkeypatch.context() as patch:
-        patch.setattr(rows, "checked", counting)
+        patch.setattr(rows, "checked_rows", counting)
         yield read
 
 
@@ -207,7 +207,7 @@ def record_row(number: int) -> RecordRow:
 ABSENT: dict[str, Callable[[SqlLedger, int], object]] = {
     "id": lambda ledger, n: ledger.lookup([digest("id", n)]),
     "subject": lambda ledger, n: ledger.by_subject(digest("subject", n), 0)[0],
-    "text": lambda ledger, n: ledger.by_text([digest("text", n)], sure=True)[0],
+    "text": lambda ledger, n: ledger.by_text([digest("text", n)], full_scan=True)[0],
 }
 
 

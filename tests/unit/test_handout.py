@@ -5,15 +5,15 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sisa.planning.handout import HandOut
+from sisa.planning.task_queue import TaskQueue
 
 
-def started(hand_out: HandOut, num_workers: int) -> list[int]:
+def started(hand_out: TaskQueue, num_workers: int) -> list[int]:
     return list(iter(lambda: hand_out.next_task(num_workers), None))
 
 
 def test_tasks_start_in_order_and_what_must_start_again_comes_first() -> None:
-    hand_out = HandOut(num_tasks=4, max_retries=1)
+    hand_out = TaskQueue(num_tasks=4, max_retries=1)
     assert started(hand_out, 2) == [0, 1]
     assert hand_out.died(1)
     assert started(hand_out, 2) == [1]
@@ -26,7 +26,7 @@ def test_tasks_start_in_order_and_what_must_start_again_comes_first() -> None:
 
 
 def test_deaths_in_a_row_are_counted_and_what_was_stored_begins_the_count_anew() -> None:
-    hand_out = HandOut(num_tasks=2, max_retries=2)
+    hand_out = TaskQueue(num_tasks=2, max_retries=2)
     for _ in range(10):  # as often as it likes, as long as it gets on
         for deaths in (1, 2):
             started(hand_out, 2)
@@ -40,7 +40,7 @@ def test_deaths_in_a_row_are_counted_and_what_was_stored_begins_the_count_anew()
 
 
 def test_a_task_that_was_not_ready_has_not_died() -> None:
-    hand_out = HandOut(num_tasks=1, max_retries=0)
+    hand_out = TaskQueue(num_tasks=1, max_retries=0)
     for _ in range(5):
         assert started(hand_out, 1) == [0]
         hand_out.again(0)
@@ -52,7 +52,7 @@ def test_a_task_that_was_not_ready_has_not_died() -> None:
 def test_every_task_is_done_once_whatever_dies(
     num_tasks: int, num_workers: int, max_retries: int, data: st.DataObject
 ) -> None:
-    hand_out = HandOut(num_tasks, max_retries)
+    hand_out = TaskQueue(num_tasks, max_retries)
     running: list[int] = []
     done: list[int] = []
     while not hand_out.over:

@@ -14,10 +14,10 @@ import pytest
 from cluster.cli import cli, request_cli
 from cluster.observe import json_log
 from cluster.observe.json_log import DriverLog, JsonLog, worker_log
-from cluster.observe.watched import log_format_of, say
+from cluster.observe.reporting import log_format_of, say
 from sisa.core.events import ErasureFailed, Event, Notice, SliceProgress, SliceStarted, TrainingStarted
 from sisa.core.measured import is_run
-from sisa.flows.wiring.running import Running, running
+from sisa.flows.wiring.run_context import RunContext, running
 from tests.unit import care_model
 from tests.unit.test_measured import EPOCH, EVENTS, RUN, TRAINED
 
@@ -54,8 +54,8 @@ def test_a_driver_tells_steps_and_sums_up_the_way(monkeypatch: pytest.MonkeyPatc
 def test_a_worker_logs_only_where_a_log_is_wanted() -> None:
     stream = io.StringIO()
     assert worker_log(None, stream, "n1") is None
-    assert worker_log(Running(RUN, "text"), stream, "n1") is None
-    log = worker_log(Running(RUN, "json"), stream, "n1")
+    assert worker_log(RunContext(RUN, "text"), stream, "n1") is None
+    log = worker_log(RunContext(RUN, "json"), stream, "n1")
     assert log is not None
     found = told(log, stream, SliceStarted(0, 0, 9), SliceProgress(0, 0, 1, 9), EPOCH, TRAINED)
     assert [each["event"] for each in found] == ["slice_started", "epoch_trained", "slice_trained"]
@@ -78,7 +78,7 @@ def test_the_form_is_read_from_the_command_line(arguments: list[str], form: str)
 def test_words_from_outside_of_flows(capsys: pytest.CaptureFixture[str]) -> None:
     say("\n== a step")
     assert capsys.readouterr().err == "\n== a step\n"
-    with running(Running(RUN, "json")):
+    with running(RunContext(RUN, "json")):
         say("\n== a step")
     assert lines(capsys.readouterr().err)[0]["message"] == "== a step"
 

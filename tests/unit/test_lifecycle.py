@@ -20,9 +20,9 @@ from sisa.core.domain import Part, Record, RecordRow, Request, RequestState, Tom
 from sisa.core.errors import ConfigConflict, EnvironmentFault, InvalidInput, SisaError, UnknownRecord
 from sisa.flows import lifecycle, query
 from sisa.flows.deletion import forget_at_once
+from sisa.flows.ingest import add, train
 from sisa.flows.lifecycle import Terms, carry_out, decide, extend, find, submit, viewed
 from sisa.flows.reconcile import reconcile
-from sisa.flows.run import add, train
 from sisa.flows.wiring.world import World, model_digest
 from tests.fakes import ADAPTER, FakeModel, fake_model, fake_record
 
@@ -365,7 +365,7 @@ def with_copies(fake: FakeModel) -> FakeModel:
 def test_copies_are_counted_and_kept(with_copies: FakeModel) -> None:
     request = asked(with_copies, 3)
     assert (request.num_records, request.num_copies, request.copies_included) == (1, 2, False)
-    same = lifecycle.copies(with_copies.world, rows(with_copies, 3), sure=True)
+    same = lifecycle.copies(with_copies.world, rows(with_copies, 3), full_scan=True)
     found = query.ids_of(with_copies.world, same)
     assert found == ["copy-1", "copy-2"]
     (done,) = run_all(with_copies)

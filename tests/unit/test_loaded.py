@@ -16,7 +16,7 @@ from sisa.core.ports import Vectors
 from sisa.model import open_model
 from sisa.store import loaded
 from sisa.store.index import FaissIndex
-from sisa.store.loaded import ALL, CODE_BITS, EXACT_UP_TO, Loaded, codes_of, search
+from sisa.store.loaded import _ALL, CODE_BITS, EXACT_UP_TO, LoadedIndex, codes_of, search_loaded
 from tests.unit import care_model
 
 DIMENSION = 64
@@ -29,15 +29,15 @@ def made(num_vectors: int, seed: int) -> Vectors:
     return found
 
 
-def split(vectors: Vectors, num_shards: int) -> list[Loaded]:
+def split(vectors: Vectors, num_shards: int) -> list[LoadedIndex]:
     ids = np.arange(len(vectors), dtype=np.int64)
-    return [Loaded(s, ids[s::num_shards], vectors[s::num_shards]) for s in range(num_shards)]
+    return [LoadedIndex(s, ids[s::num_shards], vectors[s::num_shards]) for s in range(num_shards)]
 
 
 @given(st.integers(1, 5), st.integers(1, 900), st.integers(0, 9))
 def test_few_vectors_are_searched_exactly(num_shards: int, num_vectors: int, seed: int) -> None:
     vectors, query = made(num_vectors, seed), made(1, seed + 100)
-    (hits,) = search(split(vectors, num_shards), query, 10)
+    (hits,) = search_loaded(split(vectors, num_shards), query, 10)
     assert [hit.vector_id for hit in hits] == np.argsort(-(vectors @ query[0]))[:10].tolist()
 
 
@@ -46,7 +46,7 @@ def test_many_vectors_are_found_however_they_lie_in_shards(num_shards: int) -> N
     vectors = made(EXACT_UP_TO + 1, 0)
     queries = vectors[:50] + 0.1 * made(50, 1)
     exact = np.argsort(-(queries @ vectors.T), axis=1)[:, :1]
-    found = search(split(vectors, num_shards), queries, 1)
+    found = search_loaded(split(vectors, num_shards), queries, 1)
     assert [hits[0].vector_id for hits in found] == exact[:, 0].tolist()
     assert found[0][0].score == pytest.approx(float(queries[0] @ vectors[found[0][0].vector_id]))
     assert found[0][0].shard == found[0][0].vector_id % num_shards
@@ -55,12 +55,12 @@ def test_many_vectors_are_found_however_they_lie_in_shards(num_shards: int) -> N
 def test_a_deleted_vector_leaves_the_choice_of_the_others_as_if_it_had_never_been() -> None:
     vectors, queries = made(EXACT_UP_TO + 3, 2), made(8, 3)
     kept = np.delete(np.arange(EXACT_UP_TO + 3), [7, 4000])
-    left = [Loaded(0, kept, vectors[kept])]
+    left = [LoadedIndex(0, kept, vectors[kept])]
     without = [
         [hit for hit in hits if hit.vector_id not in (7, 4000)]
-        for hits in search(split(vectors, 1), queries, 12)
+        for hits in search_loaded(split(vectors, 1), queries, 12)
     ]
-    again = search(left, queries, 12)
+    again = search_loaded(left, queries, 12)
     assert [[h.vector_id for h in hits[:10]] for hits in again] == [
         [h.vector_id for h in hits[:10]] for hits in without
     ]
@@ -83,16 +83,18 @@ def test_only_candidates_are_scored(monkeypatch: pytest.MonkeyPatch) -> None:
     places: list[Any] = []
     whole = loaded._best
 
-    def best(files: Sequence[Loaded], chosen: Sequence[Any], query: Vectors, top_k: int) -> list[Hit]:
+    def best(
+        files: Sequence[LoadedIndex], chosen: Sequence[Any], query: Vectors, top_k: int
+    ) -> list[Hit]:
         places.extend(chosen)
         return whole(files, chosen, query, top_k)
 
     monkeypatch.setattr(loaded, "_best", best)
-    search(split(made(EXACT_UP_TO + 1, 4), 2), query, 3)
+    search_loaded(split(made(EXACT_UP_TO + 1, 4), 2), query, 3)
     assert 2000 <= sum(map(len, places)) < 4000
     places.clear()
-    search(split(made(EXACT_UP_TO, 4), 2), query, 3)
-    assert places == [ALL, ALL]
+    search_loaded(split(made(EXACT_UP_TO, 4), 2), query, 3)
+    assert places == [_ALL, _ALL]
 
 
 def test_a_model_that_is_asked_again_reads_no_index_file_again(

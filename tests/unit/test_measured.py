@@ -22,9 +22,18 @@ from sisa.core.events import (
     SliceTrained,
     TrainingStarted,
 )
-from sisa.core.measured import KEPT, MIN_RECORDS, NAMES, fields, is_line, line, logged, without
+from sisa.core.measured import (
+    EVENT_NAMES,
+    KEPT,
+    MIN_RECORDS,
+    fields,
+    is_line,
+    logged,
+    metrics_line,
+    without,
+)
 from sisa.flows.wiring.recording import recording
-from sisa.flows.wiring.running import NAME, Running, new_run, running, under_way
+from sisa.flows.wiring.run_context import RUN_VARIABLE, RunContext, current_run, new_run, running
 from tests.fake_metrics import FakeMetrics
 
 AT, RUN = "2026-11-25T21:37:49.123+00:00", "20261125T213749Z-3f9a1c2b"
@@ -46,13 +55,13 @@ EVENTS: list[Event] = [
 
 
 def kept(event: Event) -> dict[str, Any]:
-    found = line(event, AT, RUN)
+    found = metrics_line(event, AT, RUN)
     assert found is not None
     return found
 
 
 def test_every_event_has_a_name_and_flat_fields() -> None:
-    assert [type(each) for each in EVENTS] == list(get_args(Event)) == list(NAMES)
+    assert [type(each) for each in EVENTS] == list(get_args(Event)) == list(EVENT_NAMES)
     for event in EVENTS:
         for name, value in fields(event).items():
             assert name == "stage" or value is None or type(value) in (int, float)
@@ -84,10 +93,10 @@ def test_what_lines_say() -> None:
 
 
 def test_only_some_are_kept() -> None:
-    made = [line(event, AT, RUN) is not None for event in EVENTS]
+    made = [metrics_line(event, AT, RUN) is not None for event in EVENTS]
     assert made == [isinstance(event, KEPT) for event in EVENTS]
-    assert line(SliceTrained(JOB, TRAINED.saved, 0.0, 0), AT, RUN) is None
-    assert line(TrainingStarted(()), AT, RUN) is None
+    assert metrics_line(SliceTrained(JOB, TRAINED.saved, 0.0, 0), AT, RUN) is None
+    assert metrics_line(TrainingStarted(()), AT, RUN) is None
 
 
 def test_few_records_have_no_loss_and_no_tokens_and_none_is_logged() -> None:
@@ -127,7 +136,7 @@ def test_a_line_is_told_from_anything_else(event: Event) -> None:
 
 def test_a_report_records_under_the_run_that_is_under_way() -> None:
     metrics, told = FakeMetrics(), list[Event]()
-    with running(Running(RUN)):
+    with running(RunContext(RUN)):
         report = recording(told.append, metrics, lambda: AT)
     for event in (*EVENTS, EVENTS[6], QueueSeen(0, 0, 0, 0, None)):
         report(event)
@@ -141,12 +150,12 @@ def test_a_report_records_under_the_run_that_is_under_way() -> None:
 
 
 def test_runs_are_nested_and_can_be_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv(NAME, raising=False)
+    monkeypatch.delenv(RUN_VARIABLE, raising=False)
     assert new_run().run != new_run().run
-    monkeypatch.setenv(NAME, RUN)
+    monkeypatch.setenv(RUN_VARIABLE, RUN)
     with running() as outer, running() as inner:
-        assert outer is inner is under_way()
+        assert outer is inner is current_run()
         assert outer.run == RUN
-    assert under_way() is None
-    monkeypatch.setenv(NAME, str(tmp_path))
+    assert current_run() is None
+    monkeypatch.setenv(RUN_VARIABLE, str(tmp_path))
     assert new_run().run != str(tmp_path)

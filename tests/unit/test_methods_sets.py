@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from approx.methods.registry import make_method
-from approx.unlearning import bounds, compute, pace, refusals
-from approx.unlearning.bounds import Bounds
-from approx.unlearning.pace import Settings, learning_rate_at, plan_steps
+from approx.unlearning import compute, refusals, schedule, stopping
 from approx.unlearning.refusals import REFUSALS, refusing
-from approx.unlearning.sets import Sets, refuse_bad_sets, refuse_same_records
+from approx.unlearning.schedule import ScheduleSettings, learning_rate_at, plan_steps
+from approx.unlearning.sets import Sets, check_disjoint, check_sets
+from approx.unlearning.stopping import Bounds
 from sisa.core.domain import Part, Record
 from sisa.core.errors import InvalidInput
 from sisa.lm.base.tokens import NO_LOSS, Tokens
@@ -28,7 +28,7 @@ def example(*ids: int) -> Tokens:
 
 def problems_of(sets: Sets, name: str, values: dict[str, Any] | None = None) -> list[str]:
     with pytest.raises(InvalidInput) as caught:
-        refuse_bad_sets(sets, make_method(name, values))
+        check_sets(sets, make_method(name, values))
     return [each.where for each in caught.value.problems]
 
 
@@ -36,14 +36,14 @@ def test_empty_sets() -> None:
     assert problems_of(Sets([]), "npo") == ["forget", "retain"]
     assert problems_of(Sets([]), "gradient_ascent") == ["forget"]
     assert problems_of(Sets([example(1, 2)]), "kl_minimisation") == ["retain"]
-    refuse_bad_sets(Sets([example(1, 2)]), make_method("npo", {"retain_weight": 0.0}))
+    check_sets(Sets([example(1, 2)]), make_method("npo", {"retain_weight": 0.0}))
 
 
 def test_missing_preferred_answers() -> None:
     two = [example(1, 2), example(1, 3)]
     assert problems_of(Sets(two), "dpo") == ["preferred"]
     assert problems_of(Sets(two, preferred=[example(1, 9)]), "dpo") == ["preferred"]
-    refuse_bad_sets(Sets(two, preferred=[example(1, 9), example(1, 8)]), make_method("dpo"))
+    check_sets(Sets(two, preferred=[example(1, 9), example(1, 8)]), make_method("dpo"))
 
 
 def test_every_problem_is_named_at_once() -> None:
@@ -72,21 +72,23 @@ def test_overlapping_records_are_named_by_position_alone() -> None:
         record("y", "Noether"),
     ]
     with pytest.raises(InvalidInput) as caught:
-        refuse_same_records(forget, retain)
+        check_disjoint(forget, retain)
     found = [(each.where, each.what) for each in caught.value.problems]
     assert found == [
         ("forget record 1", "has the text of retain record 1"),
         ("forget record 3", "has the id of retain record 2"),
     ]
     assert not any(word in str(caught.value) for word in ("Ada", "ADA", "Curie"))
-    refuse_same_records(forget[1:2], retain)
+    check_disjoint(forget[1:2], retain)
 
 
 @given(st.integers(1, 9), st.integers(0, 4), st.integers(1, 4), st.integers(1, 3), st.integers(0, 5))
 def test_each_epoch_is_one_pass_over_the_forget_set(
     num_forget: int, num_retain: int, size: int, accumulation: int, seed: int
 ) -> None:
-    chosen = Settings(num_epochs=3, batch_size=size, gradient_accumulation_steps=accumulation, seed=seed)
+    chosen = ScheduleSettings(
+        num_epochs=3, batch_size=size, gradient_accumulation_steps=accumulation, seed=seed
+    )
     steps = plan_steps(num_forget, num_retain, chosen)
     micro = [each for step in steps for each in step]
     shown = [row for each in micro for row in each.forget]
@@ -100,20 +102,20 @@ def test_each_epoch_is_one_pass_over_the_forget_set(
             assert sorted(kept[start : start + num_retain]) == list(range(num_retain))
     assert all(len(step) == accumulation for step in steps[:-1])
     assert plan_steps(num_forget, num_retain, chosen) == steps
-    cut = Settings(
+    cut = ScheduleSettings(
         num_epochs=3, batch_size=size, gradient_accumulation_steps=accumulation, seed=seed, max_steps=2
     )
     assert plan_steps(num_forget, num_retain, cut) == steps[:2]
 
 
 def test_another_seed_is_another_order() -> None:
-    orders = {plan_steps(8, 8, Settings(seed=seed)) for seed in range(4)}
+    orders = {plan_steps(8, 8, ScheduleSettings(seed=seed)) for seed in range(4)}
     assert len(orders) == 4
 
 
 @given(st.integers(1, 30), st.integers(0, 40))
 def test_the_rate_is_never_zero_and_never_above_its_peak(num_steps: int, warmup: int) -> None:
-    chosen = Settings(learning_rate=2.0, warmup_steps=warmup)
+    chosen = ScheduleSettings(learning_rate=2.0, warmup_steps=warmup)
     rates = [learning_rate_at(step, num_steps, chosen) for step in range(num_steps)]
     assert all(0 < rate <= 2.0 for rate in rates)
     if warmup < num_steps:
@@ -122,7 +124,7 @@ def test_the_rate_is_never_zero_and_never_above_its_peak(num_steps: int, warmup:
 
 def test_impossible_settings_and_bounds_are_named_at_once() -> None:
     with pytest.raises(InvalidInput) as caught:
-        Settings(learning_rate=0.0, batch_size=0, num_epochs=1.5, lr_scheduler="cosine")  # type: ignore[arg-type]
+        ScheduleSettings(learning_rate=0.0, batch_size=0, num_epochs=1.5, lr_scheduler="cosine")  # type: ignore[arg-type]
     names = [each.where for each in caught.value.problems]
     assert names == ["num_epochs", "learning_rate", "batch_size", "lr_scheduler"]
     with pytest.raises(InvalidInput) as caught:
@@ -145,6 +147,6 @@ def test_refusals_stand_behind_the_prompt() -> None:
     assert len(set(REFUSALS)) == len(REFUSALS) >= 10
 
 
-@pytest.mark.parametrize("module", [bounds, compute, pace, refusals])
+@pytest.mark.parametrize("module", [stopping, compute, schedule, refusals])
 def test_examples_in_docstrings_hold(module: Any) -> None:
     assert doctest.testmod(module).failed == 0

@@ -16,7 +16,7 @@ from sisa.flows import scratch
 from sisa.flows.serial import Site
 from sisa.flows.wiring import opening
 from sisa.flows.wiring.opening import OnCluster
-from sisa.store.blobs.local_place import LocalPlace
+from sisa.store.blobs.local_blobs import LocalBlobs
 
 RUN_FILE = "{datasets: [{path: owner/people}], output_dir: model, cluster: {address: 'old:1'}}"
 
@@ -49,7 +49,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def test_executors_patchers_and_bases_get_the_address(seen: list[Any], tmp_path: Path) -> None:
-    there, here = OnCluster("ray", "new:2"), LocalPlace(tmp_path)
+    there, here = OnCluster("ray", "new:2"), LocalBlobs(tmp_path)
     site = Site(here, here, tmp_path, "b", 1)
     config = parse_run_file(RUN_FILE, "run.yaml")
     options: Mapping[str, Any] = config.cluster.model_dump(mode="json")

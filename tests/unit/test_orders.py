@@ -15,15 +15,24 @@ from sisa.audit.repair import close_gaps
 from sisa.core.domain import HeldCheckpoint, RecordRow, SliceState, record_epochs
 from sisa.core.ports import Change
 from sisa.flows.deletion import forget_at_once, plan_forget
+from sisa.flows.ingest import add, train
 from sisa.flows.lifecycle import Terms, arrive
 from sisa.flows.query import shards
 from sisa.flows.reconcile import reconcile
-from sisa.flows.run import add, train
 from sisa.flows.wiring.world import view_shard
 from sisa.planning.bands import Bands
 from sisa.planning.cost import full_record_epochs, orders_record_epochs
 from sisa.planning.orders import Order, arranged, chosen_orders, depth_after, matched, rotations
-from sisa.planning.plan import Recipe, Schedule, ShardPlan, ShardView, gaps, jobs, plan_shard, tainted
+from sisa.planning.plan import (
+    Recipe,
+    Schedule,
+    ShardPlan,
+    ShardView,
+    gaps,
+    jobs,
+    plan_shard,
+    tainted_checkpoints,
+)
 from sisa.planning.serving import (
     deletions_until_base,
     expected_depth,
@@ -136,7 +145,7 @@ def test_the_planner_serves_the_deepest_prefix_that_nothing_hit(
     recipe, whole = recipe_of(num_slices, orders), [3] * num_slices
     held = trained(plan(recipe, states(*whole)))
     gone = [RecordRow("i", None, "r", "t", "text", 0, each % num_slices, 1, 1, 1) for each in hit]
-    lost = set(tainted(held, gone))
+    lost = set(tainted_checkpoints(held, gone))
     left = tuple(each for each in held if each.key not in lost)
     after = tuple(
         replace(s, root=s.root + "-", num_records=2) if s.slice in {r.slice for r in gone} else s

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from sisa.core.domain import Part, Record
 from sisa.core.errors import InvalidInput
-from sisa.data.overlap import NEAR, RUN, refuse_shared, runs_of, shared
+from sisa.data.overlap import NEAR, RUN, check_overlap, overlap_share, runs_of
 
 words = st.text(alphabet="abcdefgh", min_size=1, max_size=6)
 texts = st.lists(words, min_size=1, max_size=40).map(" ".join)
@@ -24,19 +24,19 @@ def record(*parts: str) -> Record:
 def test_whatever_the_corpus_holds_is_shared_whole(corpus: list[str], data: st.DataObject) -> None:
     whole = data.draw(st.sampled_from(corpus))
     dressed = "  " + whole.upper().replace(" ", ",\n ") + "!"
-    assert shared(whole, runs_of(*corpus)) == shared(dressed, runs_of(*corpus)) == 1.0
+    assert overlap_share(whole, runs_of(*corpus)) == overlap_share(dressed, runs_of(*corpus)) == 1.0
 
 
 @given(texts, st.integers(0, 30), st.integers(RUN, 30))
 def test_a_part_of_a_text_is_shared_whole(text: str, start: int, length: int) -> None:
     part = text.split()[start : start + length]
     if len(part) >= RUN:
-        assert shared(" ".join(part), runs_of(text)) == 1.0
+        assert overlap_share(" ".join(part), runs_of(text)) == 1.0
 
 
 @given(texts, texts)
 def test_other_words_share_nothing(one: str, other: str) -> None:
-    assert shared(one, runs_of(other.translate(str.maketrans("abcdefgh", "ijklmnop")))) == 0.0
+    assert overlap_share(one, runs_of(other.translate(str.maketrans("abcdefgh", "ijklmnop")))) == 0.0
 
 
 def test_runs_are_sorted_and_each_once() -> None:
@@ -56,16 +56,16 @@ def test_runs_are_sorted_and_each_once() -> None:
     ],
 )
 def test_shares_of_short_and_of_near_texts(text: str, expected: float) -> None:
-    assert shared(text, runs_of(FERRY + " Yes, sir.")) == pytest.approx(expected)
+    assert overlap_share(text, runs_of(FERRY + " Yes, sir.")) == pytest.approx(expected)
 
 
 def test_records_are_refused_by_position_and_their_text_is_not_told() -> None:
     records = [record("Ada was born in Turin."), record("who", FERRY), record(FERRY[:35] + " not today")]
     with pytest.raises(InvalidInput) as caught:
-        refuse_shared(records, runs_of(FERRY))
+        check_overlap(records, runs_of(FERRY))
     assert [each.where for each in caught.value.problems] == ["record 2", "record 3"]
     told = str(caught.value) + "".join(each.what for each in caught.value.problems)
     assert "ferry" not in told.lower()
     assert "r1" not in told
-    refuse_shared(records[:1], runs_of(FERRY))
+    check_overlap(records[:1], runs_of(FERRY))
     assert 0 < NEAR < 1

@@ -15,9 +15,9 @@ from sisa.planning.patch_plan import (
     next_job,
     next_version,
     rederive,
-    settled,
-    tainted,
+    tainted_patches,
     unmade,
+    unneeded_sets,
     wanted,
 )
 
@@ -120,20 +120,20 @@ def test_what_a_deletion_may_drop_keeps_its_texts() -> None:
 def test_texts_go_and_rows_stay_while_something_was_made_from_them() -> None:
     served, gone = patch(1, job(forget="a")), patch(2, job(forget="b"), "reverted")
     sets = [vault_set("a"), vault_set("b"), vault_set("w")]
-    erased, rows = settled([served, gone], "sequential", sets, ())
+    erased, rows = unneeded_sets([served, gone], "sequential", sets, ())
     assert (erased, rows) == ([replace(sets[0], held=False)], ["b"])
-    erased, rows = settled([served, gone], "sequential", sets, (), [gone.key])
+    erased, rows = unneeded_sets([served, gone], "sequential", sets, (), [gone.key])
     assert (erased, rows) == ([replace(each, held=False) for each in sets[:2]], [])
-    assert settled([served], "sequential", [vault_set("a", held=False)], ()) == ([], [])
+    assert unneeded_sets([served], "sequential", [vault_set("a", held=False)], ()) == ([], [])
 
 
 def test_a_touched_patch_taints_those_upon_it() -> None:
     stack = stack_of("a", "b", "c", retains="-r-")
-    assert tainted(stack, {"r"}) == stack[1:]
-    assert tainted(stack, (), [stack[2].key]) == stack[2:]
-    assert tainted(stack, {"other"}) == []
+    assert tainted_patches(stack, {"r"}) == stack[1:]
+    assert tainted_patches(stack, (), [stack[2].key]) == stack[2:]
+    assert tainted_patches(stack, {"other"}) == []
     reverted = [replace(each, state="reverted") for each in stack]
-    assert tainted(reverted, {"r"}) == []
+    assert tainted_patches(reverted, {"r"}) == []
     assert lineage(reverted, {"r"}) == reverted[1:]
 
 

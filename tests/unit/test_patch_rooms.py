@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 
 from sisa.audit.doctor import diagnose
-from sisa.audit.garbage import ORPHAN, UNKNOWN, list_garbage, remove_garbage
+from sisa.audit.garbage import ORPHAN, UNKNOWN_FILE, list_garbage, remove_garbage
 from sisa.audit.repair import mend
 from sisa.audit.residue import Scan, scan_residue
 from sisa.audit.verify import verify
 from sisa.core.patch import Patch
-from sisa.flows.patches.patching import Wish, make_wanted, revert, want
+from sisa.flows.patches.patching import Wish, make_wanted, revert_patches, want
 from sisa.flows.reconcile import reconcile
-from sisa.flows.reconfigure import reseal
+from sisa.flows.reconfigure import reseal_model
 from sisa.flows.wiring.opening import PATCHES, RUNS, VAULT
 from sisa.planning.patch_plan import active, wanted
 from sisa.store.blobs.files import TEMPORARY_PREFIX, write_atomic
@@ -105,7 +105,7 @@ def test_the_vault_of_a_plain_model_is_sealed(model: Path) -> None:
 def test_a_form_follows_the_run_file_and_the_vaults_does_not(model: Path) -> None:
     for seals in (True, False):
         with world_of(model) as world:
-            reseal(replace(world, keyring=FileKeyring(keyring_of(model).root, seals)))
+            reseal_model(replace(world, keyring=FileKeyring(keyring_of(model).root, seals)))
         (patch_dir,) = (model / PATCHES).iterdir()
         assert {is_sealed(path.read_bytes()) for path in patch_dir.iterdir()} == {seals}
         assert all(is_sealed(path.read_bytes()) for path in vault_files(model))
@@ -165,7 +165,7 @@ def test_what_no_commit_knows_is_told_and_swept(model: Path) -> None:
     with world_of(model) as world:
         reasons = [each.reason for each in list_garbage(world, model)]
         assert reasons.count(ORPHAN) == 3
-        assert reasons.count(UNKNOWN) == 1
+        assert reasons.count(UNKNOWN_FILE) == 1
         assert len(reasons) == 7
     assert {each.kind for each in scan(model).residue} == {"string", "unknown_file"}
     with world_of(model) as world:
@@ -179,7 +179,7 @@ def test_a_copy_of_a_patch_that_is_served_no_more_is_residue(model: Path, tmp_pa
     shutil.copytree(model / PATCHES, tmp_path / "copy")
     assert scan(model, tmp_path / "copy").clean
     with world_of(model) as world:
-        revert(world, everything=True)
+        revert_patches(world, everything=True)
     assert list((model / PATCHES).iterdir()) == vault_files(model) == []
     found = scan(model, tmp_path / "copy").residue
     assert [each.kind for each in found] == ["stale_patch"]

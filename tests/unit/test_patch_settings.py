@@ -12,7 +12,7 @@ from approx.evaluation import greedy
 from approx.methods.registry import METHODS
 from approx.patches import patch_settings, patch_texts
 from approx.patches.patch_settings import Adapter, parse_settings, settings_of
-from approx.unlearning import written
+from approx.unlearning import generated_retain
 from cluster.cli import patch_cli
 from sisa.core.errors import InvalidInput
 
@@ -102,6 +102,6 @@ def test_assignments_of_the_command_line() -> None:
     assert [each.where for each in caught.value.problems] == ["--set 1", "--set 2", "--set 4"]
 
 
-@pytest.mark.parametrize("module", [greedy, patch_settings, patch_texts, written, patch_cli])
+@pytest.mark.parametrize("module", [greedy, patch_settings, patch_texts, generated_retain, patch_cli])
 def test_examples_hold(module: Any) -> None:
     assert doctest.testmod(module).failed == 0

@@ -15,17 +15,17 @@ from sisa.core.measured import MIN_RECORDS
 from sisa.core.patch import WRITTEN, Patch
 from sisa.core.ports import Change
 from sisa.flows.deletion import forget_at_once
+from sisa.flows.ingest import add, train
 from sisa.flows.lifecycle import Terms, arrive
-from sisa.flows.patches import patching, vaulting
-from sisa.flows.patches.composition import Composition, Effect, _chosen
+from sisa.flows.patches import patching, vault_sets
+from sisa.flows.patches.after_deletion import give_up
+from sisa.flows.patches.composition import AnswerChange, Composition, _chosen
 from sisa.flows.patches.patched_shards import shards_over
 from sisa.flows.patches.patching import Unlearnt, Wish, make_wanted, want
-from sisa.flows.patches.rederiving import give_up
 from sisa.flows.query import where
 from sisa.flows.reconcile import reconcile
-from sisa.flows.run import add, train
 from sisa.flows.wiring.opening import trained_base
-from sisa.flows.wiring.world import World, commit, model_digest, over
+from sisa.flows.wiring.world import World, commit, model_digest, trained_over
 from sisa.planning.patch_plan import active, wanted
 from tests.fakes import ADAPTER, FakeModel, fake_model, fake_record
 
@@ -105,7 +105,7 @@ def test_a_wish_becomes_a_patch_and_its_texts_go(fake: FakeModel) -> None:
     assert (fake.vault.stored, fake.runs.stored) == ({}, {})
     assert [each.held for each in fake.ledger.vault()] == [False]
     assert model_digest(fake.world) != before
-    patching.revert(opened(fake))
+    patching.revert_patches(opened(fake))
     assert model_digest(fake.world) == before
     assert (fake.patches.held(), fake.ledger.vault()) == (frozenset(), [])
     assert [each.state for each in fake.ledger.patches()] == ["reverted"]
@@ -114,12 +114,12 @@ def test_a_wish_becomes_a_patch_and_its_texts_go(fake: FakeModel) -> None:
 def test_a_patch_after_the_other_lies_upon_it(fake: FakeModel) -> None:
     one, two = made(fake, [FREE]), made(fake, [FREE + 1])
     assert two.job.beneath == (one.key,)
-    assert [each.key for each in patching.revert(opened(fake))] == [two.key]
+    assert [each.key for each in patching.revert_patches(opened(fake))] == [two.key]
     assert stack(fake) == [one]
     made(fake, [FREE + 2])
-    assert len(patching.revert(opened(fake), everything=True)) == 2
+    assert len(patching.revert_patches(opened(fake), everything=True)) == 2
     with pytest.raises(InvalidInput, match="no patch to revert"):
-        patching.revert(opened(fake))
+        patching.revert_patches(opened(fake))
 
 
 def test_a_joint_patch_supersedes_the_former(fake: FakeModel) -> None:
@@ -174,7 +174,7 @@ def test_a_machine_that_fails_leaves_the_wish(fake: FakeModel) -> None:
     with pytest.raises(EnvironmentFault):
         make_wanted(opened(fake))
     assert len(wanted(fake.ledger.patches())) == len(fake.vault.stored) == 1
-    patching.revert(opened(fake))
+    patching.revert_patches(opened(fake))
     assert (fake.vault.stored, fake.runs.stored, stack(fake)) == ({}, {}, [])
 
 
@@ -199,7 +199,7 @@ def test_a_text_that_is_still_known_stays_until_a_patch_forgets_it(
     reconcile(opened(fake))
     assert [[each.text for each in found] for found in fake.vault.stored.values()] == [[text(0)]]
     if revert:
-        patching.revert(opened(fake))
+        patching.revert_patches(opened(fake))
     want(opened(fake), Wish({**SETTINGS, "again": 1}), [fake.ledger.requests()[0]])
     done = make_wanted(opened(fake))
     assert (done.erased_sets, done.kept_sets) == (1, 0)
@@ -211,7 +211,7 @@ def test_a_text_that_is_still_known_can_be_released(fake: FakeModel) -> None:
     want(opened(fake), wish_of([FREE]))
     fake.patcher.ends = ["known"]
     make_wanted(opened(fake))
-    patching.release(opened(fake), vaulting.chosen(opened(fake), list(fake.vault.stored), []))
+    patching.release_sets(opened(fake), vault_sets.chosen(opened(fake), list(fake.vault.stored), []))
     assert (fake.vault.stored, len(stack(fake))) == ({}, 1)
 
 
@@ -250,12 +250,12 @@ def test_a_released_text_is_gone_and_the_wish_with_it(fake: FakeModel) -> None:
     want(opened(fake), wish_of([FREE]))
     for name, ids in (("nothing", ()), ("", ("none",))):
         with pytest.raises(UnknownRecord):
-            vaulting.chosen(opened(fake), [name] if name else [], ids)
-    found = vaulting.chosen(opened(fake), [], [request.request_id])
-    patching.release(opened(fake), found)
+            vault_sets.chosen(opened(fake), [name] if name else [], ids)
+    found = vault_sets.chosen(opened(fake), [], [request.request_id])
+    patching.release_sets(opened(fake), found)
     assert fake.ledger.requests()[0].vaulted == ""
     assert [[each.text for each in one] for one in fake.vault.stored.values()] == [[text(FREE)]]
-    patching.release(opened(fake), vaulting.chosen(opened(fake), list(fake.vault.stored), []))
+    patching.release_sets(opened(fake), vault_sets.chosen(opened(fake), list(fake.vault.stored), []))
     assert (fake.vault.stored, wanted(fake.ledger.patches())) == ({}, [])
 
 
@@ -317,7 +317,7 @@ def test_shards_over_a_patch_go_with_it(fake: FakeModel) -> None:
     seen: list[frozenset[str]] = []
     delete(fake, FREE + 1)
     assert seen == [frozenset()]  # before anything is trained anew
-    assert over(fake.ledger) == ()
+    assert trained_over(fake.ledger) == ()
     plain = fake_model(2)
     train(plain.world, [fake_record(number) for number in HELD])
     assert fake.checkpoints.stored == plain.checkpoints.stored
@@ -327,11 +327,11 @@ def test_shards_over_a_patch_go_with_it(fake: FakeModel) -> None:
 def test_so_do_shards_over_a_patch_that_is_served_no_more(fake: FakeModel) -> None:
     made(fake, [FREE], retain=[FREE + 1])
     reconcile(shards_over(opened(fake), stack(fake)))
-    patching.revert(opened(fake))
+    patching.revert_patches(opened(fake))
     assert text(FREE + 1) in touched(fake)
     add(opened(fake), [fake_record(FREE + 1)])
     delete(fake, FREE + 1)
-    assert (over(fake.ledger), touched(fake)) == ((), set())
+    assert (trained_over(fake.ledger), touched(fake)) == ((), set())
     assert all(head.converged for head in fake.ledger.heads())
 
 
@@ -350,7 +350,7 @@ def test_an_export_of_a_patch_that_was_reverted_goes_all_the_same(fake: FakeMode
     assert other.key is not None
     export = Export("/out", other.shard, (0, 1, 2), 1, other.key, "sha", "then", patches=(patch.key,))
     commit(world, Change(exports=[export]))
-    patching.revert(opened(fake))
+    patching.revert_patches(opened(fake))
     delete(fake, FREE + 1)
     (found,) = fake.ledger.exports()
     assert found.state == "tainted"
@@ -362,7 +362,7 @@ def test_what_is_damaged_is_given_up_and_wanted_again_if_it_can_be(fake: FakeMod
     reconcile(shards_over(opened(fake), stack(fake)))
     fake.patches.stored[patch.key][ADAPTER] = b"{}"
     reconcile(give_up(opened(fake), [patch.key]))
-    assert (stack(fake), over(fake.ledger), fake.patches.held()) == ([], (), frozenset())
+    assert (stack(fake), trained_over(fake.ledger), fake.patches.held()) == ([], (), frozenset())
     assert make_wanted(opened(fake)).patch == replace(patch, version=2)
     fake.vault.erase(patch.job.forget)
     give_up(opened(fake), patch.job.forget)
@@ -425,7 +425,7 @@ def test_a_report_forgets_what_was_measured_on_a_deleted_record(fake: FakeModel)
 
 
 def test_no_effect_on_few_records_is_kept() -> None:
-    few, enough = (Effect(n, 0.5, 0.5, 1.0, 0.0) for n in (MIN_RECORDS - 1, MIN_RECORDS))
+    few, enough = (AnswerChange(n, 0.5, 0.5, 1.0, 0.0) for n in (MIN_RECORDS - 1, MIN_RECORDS))
     told = Composition(9, enough, enough, {0: few, 1: enough}).to_json()
     assert (told["by_shard"]["0"], told["by_shard"]["1"]["num_records"]) == (None, MIN_RECORDS)
     assert Composition(4, few, few, {0: few}).to_json()["base"] is None

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from cluster.ray.places import Placement, Places
 from cluster.ray.proofs import Proof, refusal
+from cluster.ray.worker_slots import Placement, WorkerSlots
 
 
-def two() -> Places:
-    places = Places()
+def two() -> WorkerSlots:
+    places = WorkerSlots()
     places.join("a", 2)
     places.join("b", 1)
     return places

@@ -25,7 +25,7 @@ from sisa.planning.plan import (
     jobs,
     passes,
     plan_shard,
-    tainted,
+    tainted_checkpoints,
 )
 
 RECIPE = Recipe(3, "cumulative", 2, {"learning_rate": 0.1}, "base")
@@ -323,7 +323,7 @@ def row(shard: int, slice_: int, seq: int) -> RecordRow:
 )
 def test_tainted_are_those_at_or_after_the_records_slice(gone: RecordRow, expected: list[int]) -> None:
     stages = [held(job, seq=1) for job in path(FULL)]
-    assert tainted(stages, [gone]) == tuple(stages[each].key for each in expected)
+    assert tainted_checkpoints(stages, [gone]) == tuple(stages[each].key for each in expected)
 
 
 def test_record_epochs_round_a_fractional_pass_up() -> None:

@@ -13,9 +13,9 @@ import yaml
 from cluster.cli import cli
 from cluster.render.plan_picture import draw_choices
 from sisa.config.runfile import load_run_file, parse_run_file
-from sisa.planning.advice import Demand, Limits, advise, recommended
 from sisa.planning.assign import Layout
-from sisa.planning.stream import Stream, replay
+from sisa.planning.deletion_stream import Stream, replay_stream
+from sisa.planning.layout_advice import Demand, LayoutLimits, advise, recommended
 from tests.fakes import fake_record
 from tests.unit import care_model
 
@@ -37,7 +37,7 @@ def test_the_run_files_layout_is_replayed(run_file: str, capsys: pytest.CaptureF
     arguments = ["--records", "900", "--deletions", "60", "--batch", "3", "--seed", "5"]
     assert cli.run(["simulate", run_file, *arguments, "--json"]) == 0
     body = json.loads(capsys.readouterr().out)
-    found = replay(Stream(Layout(3, 2), "sequential"), 900, 60, batch=3, seed=5)
+    found = replay_stream(Stream(Layout(3, 2), "sequential"), 900, 60, batch=3, seed=5)
     assert body["record_epochs_retrained"] == found.record_epochs
     assert body["full_trainings"] == found.record_epochs / found.full_record_epochs
     assert cli.run(["simulate", run_file, *arguments]) == 0
@@ -212,7 +212,7 @@ def test_choices_are_drawn_into_a_file(
 
 @pytest.mark.parametrize("rate", [0.0, 9.0])
 def test_each_layout_has_a_colour_and_each_cost_a_panel(rate: float) -> None:
-    limits = Limits(1_000_000, record_epochs_per_s=rate)
+    limits = LayoutLimits(1_000_000, record_epochs_per_s=rate)
     advised = advise(Demand(5_000, 20.0), limits)
     figure = draw_choices(advised, recommended(advised))
     *costs, orders = figure.axes

@@ -10,8 +10,8 @@ import pytest
 from sisa.core.domain import Probed, Record, RecordRow, Request
 from sisa.core.errors import EnvironmentFault
 from sisa.flows.deletion import forget_at_once
+from sisa.flows.ingest import train
 from sisa.flows.lifecycle import Terms, arrive, carry_out, submit
-from sisa.flows.run import train
 from tests.fakes import FakeModel, fake_model, fake_record
 
 TERMS = Terms(approver="a person")

@@ -18,10 +18,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sisa.core.config_types import DatasetSource, Limits
+from sisa.core.config_types import DatasetSource, SourceLimits
 from sisa.core.domain import Part, Record
 from sisa.core.errors import EnvironmentFault, InvalidInput, Problem
-from sisa.data import dataset_export, left_overs
+from sisa.data import dataset_export, temporary_files
 from sisa.data.reader import Subjects, named_by_place, read_ids, read_records
 
 SECRET = "Quorvane"
@@ -102,7 +102,7 @@ def test_what_is_not_used_of_the_sources_is_told(tmp_path: Path) -> None:
     told = (
         "1 of 3 records have a subject (column 'subject_id'); columns not used: customer_id, team, age"
     )
-    assert found.told_subjects() == told
+    assert found.subject_report() == told
     empty = jsonl(tmp_path / "c.jsonl", [{"id": "r4", "text": "x", "subject_id": None}])
     assert len(read_records([empty], subjects="column")) == 1
 
@@ -236,21 +236,21 @@ def test_limits_are_the_users_to_raise(tmp_path: Path) -> None:
     files = [jsonl(tmp_path / "a.jsonl", rows), parquet(tmp_path / "a.parquet", rows)]
     for file in files:
         for limits, what in (
-            (Limits(max_records=4), "limits.max_records 4"),
-            (Limits(max_bytes=149), "limits.max_bytes 149"),
-            (Limits(max_record_bytes=29), "limits.max_record_bytes 29"),
+            (SourceLimits(max_records=4), "limits.max_records 4"),
+            (SourceLimits(max_bytes=149), "limits.max_bytes 149"),
+            (SourceLimits(max_record_bytes=29), "limits.max_record_bytes 29"),
         ):
             with pytest.raises(InvalidInput) as caught:
                 read_records([file], limits=limits)
             assert what in caught.value.problems[-1].what
-        roomy = Limits(max_records=5, max_bytes=1000, max_record_bytes=100)
+        roomy = SourceLimits(max_records=5, max_bytes=1000, max_record_bytes=100)
         assert len(read_records([file], limits=roomy)) == 5
 
 
 def test_all_problems_are_counted_and_the_first_are_listed(tmp_path: Path) -> None:
     file = jsonl(tmp_path / "a.jsonl", [{"id": "r", "text": "x"}] * 12)
     with pytest.raises(InvalidInput) as caught:
-        read_records([file], limits=Limits(max_problems=3))
+        read_records([file], limits=SourceLimits(max_problems=3))
     assert caught.value.what == "11 problems in the records; nothing was read"
     assert [each.where for each in caught.value.problems] == [
         *("a.jsonl, line 2", "a.jsonl, line 3", "a.jsonl, line 4"),
@@ -452,7 +452,7 @@ def test_texts_of_a_killed_reader_are_erased_by_the_next_one(
 ) -> None:
     scratch_home(tmp_path, monkeypatch)
     code = (
-        "from sisa.data.left_overs import scratch\nwith scratch() as folder:\n"
+        "from sisa.data.temporary_files import scratch\nwith scratch() as folder:\n"
         "    (folder / 'rows').write_text('a text')\n    print('there', flush=True)\n    input()"
     )
     environ = {**os.environ, "TMPDIR": str(tmp_path / "scratch")}
@@ -462,16 +462,16 @@ def test_texts_of_a_killed_reader_are_erased_by_the_next_one(
         assert reader.stdout is not None
         assert reader.stdout.readline() == b"there\n"
         (kept,) = (tmp_path / "scratch").iterdir()
-        monkeypatch.setattr(left_overs, "LEAST_AGE_S", 0.0)
+        monkeypatch.setattr(temporary_files, "LEAST_AGE_S", 0.0)
         read_records([saved])
         assert (kept / "rows").exists(), "its reader lives"
         reader.kill()
         reader.wait()
     assert (kept / "rows").exists()
-    monkeypatch.setattr(left_overs, "LEAST_AGE_S", 60.0)
+    monkeypatch.setattr(temporary_files, "LEAST_AGE_S", 60.0)
     read_records([saved])
     assert kept.exists(), "a young one may not be locked yet"
-    monkeypatch.setattr(left_overs, "LEAST_AGE_S", 0.0)
+    monkeypatch.setattr(temporary_files, "LEAST_AGE_S", 0.0)
     read_records([saved])
     assert leftovers(tmp_path) == []
 

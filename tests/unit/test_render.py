@@ -20,8 +20,8 @@ from sisa.core.errors import Problem
 from sisa.core.patch import VaultSet
 from sisa.flows.ask import Answer, HeldPrompts
 from sisa.flows.deletion import Forgetting, plan_forget
-from sisa.flows.query import Found, Location, PatchTouch, ShardStatus, Touch
-from sisa.flows.run import Taken, train
+from sisa.flows.ingest import Taken, train
+from sisa.flows.query import Candidate, Location, PatchTouch, ShardStatus, Touch
 from sisa.flows.wiring.outcome import ForgetOutcome, ForgetPlan, Status
 from tests.fakes import fake_model, fake_record
 
@@ -142,7 +142,9 @@ def test_a_deletion_says_how_to_make_the_base_say_less(vaulted: str) -> None:
 
 
 def test_find() -> None:
-    result = render.found([Found("r1", 0.91234, 2, 1, "content"), Found("r2", 1.0, 0, 0, "subject")])
+    result = render.found(
+        [Candidate("r1", 0.91234, 2, 1, "content"), Candidate("r2", 1.0, 0, 0, "subject")]
+    )
     assert read(result)["hits"][0] == {
         "id": "r1", "score": 0.91234, "shard": 2, "slice": 1, "match": "content",
         "subject": None, "text": None,
@@ -284,7 +286,7 @@ def test_printable_text_is_still_text() -> None:
 def test_text_of_records_reaches_no_terminal_raw() -> None:
     shown = [
         render.where([Location(ESCAPES, "trained", 0, 0, ())]),
-        render.found([Found(ESCAPES, 1.0, 0, 0, "content")]),
+        render.found([Candidate(ESCAPES, 1.0, 0, 0, "content")]),
         render.answer(Answer(ESCAPES, ())),
         render.quickstart(Story(question=ESCAPES, answer_before=ESCAPES, answer_after=ESCAPES)),
     ]

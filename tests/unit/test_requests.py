@@ -26,8 +26,8 @@ from sisa.core.requests import (
     due_date,
     event,
     extended,
+    is_under_way,
     moved,
-    under_way,
 )
 
 STATES: tuple[RequestState, ...] = get_args(RequestState)
@@ -194,7 +194,7 @@ def test_who_approved_stays_when_others_decide() -> None:
 @pytest.mark.parametrize("found", TABLE, ids=str)
 def test_what_is_accepted_and_not_finished_is_under_way(found: tuple[RequestState, bool]) -> None:
     state, committed = found
-    assert under_way(request(state, COMMITTED_AT if committed else "")) == (
+    assert is_under_way(request(state, COMMITTED_AT if committed else "")) == (
         committed and state != "completed"
     )
 

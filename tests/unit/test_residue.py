@@ -24,16 +24,16 @@ from cluster.cli import care_cli, cli
 from cluster.render.render import where
 from sisa.audit.garbage import Garbage, list_garbage, remove_garbage
 from sisa.audit.lineage import proves_clean, read_manifest
-from sisa.audit.needles import BLOCK_BYTES, MIN_BYTES, Needles
 from sisa.audit.residue import Scan, scan_residue, sweep_model
+from sisa.audit.search_strings import BLOCK_BYTES, MIN_BYTES, SearchStrings
 from sisa.core.errors import Busy, EnvironmentFault, InvalidInput
 from sisa.core.events import EpochTrained
-from sisa.core.measured import MIN_RECORDS, STAGE_DIGITS, line
+from sisa.core.measured import MIN_RECORDS, STAGE_DIGITS, metrics_line
 from sisa.core.ports import Change
 from sisa.flows import reconcile
-from sisa.flows.run import add
+from sisa.flows.ingest import add
 from sisa.flows.wiring import opening
-from sisa.flows.wiring.world import held_names, known_names
+from sisa.flows.wiring.world import held_by_area, known_by_area
 from sisa.model import Model
 from sisa.store.blobs import files
 from sisa.store.blobs.files import writer_lock
@@ -351,14 +351,14 @@ def test_short_strings_are_compared_with_values_alone(model: Path) -> None:
 def test_a_string_across_two_blocks_is_found(tmp_path: Path, shift: int) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"." * (BLOCK_BYTES + shift) + b"ada lovelace" + b"." * 10)
-    (place,) = Needles(["ada lovelace"]).in_file(path)
+    (place,) = SearchStrings(["ada lovelace"]).in_file(path)
     assert place.position == f"byte {BLOCK_BYTES + shift}"
 
 
 def test_many_strings_in_one_pass() -> None:
     texts = [f"person {number:04d} was here" for number in range(500)]
     block = b"..".join(text.encode() for text in texts)
-    assert [number for _, number in Needles(texts).in_block(block)] == list(range(500))
+    assert [number for _, number in SearchStrings(texts).in_block(block)] == list(range(500))
 
 
 def test_a_chain_is_clean_only_while_all_of_its_records_are_held(model: Path) -> None:
@@ -552,7 +552,7 @@ def open_to_delete(before: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     model = Path(shutil.copytree(before, tmp_path / "held"))
     epoch = EpochTrained(0, 0, "f" * STAGE_DIGITS, 1, 1, MIN_RECORDS, 10, 0.5, 2.0)
     with world_of(model) as world:
-        world.metrics.append(line(epoch, METRICS_AT, METRICS_RUN) or {})
+        world.metrics.append(metrics_line(epoch, METRICS_AT, METRICS_RUN) or {})
     return Model(model, executor="serial")
 
 
@@ -577,8 +577,8 @@ def test_one_room_that_fails_keeps_no_other_from_being_erased(
     assert gone.state == "deleted"
     assert set(gone.not_erased) == {failing} - {opening.METRICS}
     with world_of(model.directory) as world:
-        for room, held in held_names(world).items():
-            assert (held <= known_names(world)[room]) == (room != failing)
+        for room, held in held_by_area(world).items():
+            assert (held <= known_by_area(world)[room]) == (room != failing)
         assert [each.state for each in world.ledger.requests()] == ["erasure_failed"]
     told = where([gone]).text
     assert ("NOT ERASED YET" in told) == (failing != opening.METRICS)
@@ -604,7 +604,7 @@ def test_a_witness_that_fails_does_not_keep_the_text(
             model.forget([GONE.id])
     with world_of(model.directory) as world:
         assert world.ledger.num_tombstones() == 1
-        assert all(held <= known_names(world)[room] for room, held in held_names(world).items())
+        assert all(held <= known_by_area(world)[room] for room, held in held_by_area(world).items())
 
 
 def test_a_deletion_behind_a_lock_on_metrics_ends_in_time(
@@ -618,7 +618,7 @@ def test_a_deletion_behind_a_lock_on_metrics_ends_in_time(
         with pytest.raises(Busy, match="metrics"):
             model.forget([GONE.id])
         with world_of(model.directory) as world:
-            assert all(held <= known_names(world)[room] for room, held in held_names(world).items())
+            assert all(held <= known_by_area(world)[room] for room, held in held_by_area(world).items())
     finally:
         os.close(handle)
 
@@ -692,7 +692,7 @@ def test_the_words_of_both_commands(model: Path, capfd: pytest.CaptureFixture[st
 def metrics_of(model: Path, stage: str, text: str = "") -> Path:
     """A run's file with a loss of a stage."""
     event = EpochTrained(0, 0, stage, 1, 1, MIN_RECORDS, 10, 0.5, 1.5)
-    made = line(event, "2026-11-25T21:37:49.123+00:00", "20261125T213749Z-3f9a1c2b")
+    made = metrics_line(event, "2026-11-25T21:37:49.123+00:00", "20261125T213749Z-3f9a1c2b")
     assert made is not None
     FileMetrics(model / opening.METRICS).append(made)
     path = next((model / opening.METRICS).iterdir())
@@ -706,7 +706,7 @@ def test_metrics_of_held_stages_are_kept_and_prove_themselves(model: Path) -> No
     assert listed(model) == {}
     with world_of(model) as world:
         remove_garbage(world, model)
-        reconcile.sweep(world)
+        reconcile.erase_unreferenced(world)
     assert '"loss":1.5' in path.read_text()
 
 
@@ -714,7 +714,7 @@ def test_a_loss_of_an_erased_stage_is_residue_until_the_next_sweep(model: Path, 
     path = metrics_of(model, tainted_key(before, model))
     assert kinds(scan(model)) == ["stale_loss"]
     with world_of(model) as world:
-        reconcile.sweep(world)
+        reconcile.erase_unreferenced(world)
     assert kinds(scan(model)) == []
     assert '"loss":null' in path.read_text()
 
@@ -736,5 +736,5 @@ def test_a_database_with_a_garbled_schema_is_looked_through_as_bytes(tmp_path: P
         connection.execute("CREATE TABLE people (name TEXT)")
         connection.execute("INSERT INTO people VALUES ('Zaphod Quorvane')")
     path.write_bytes(path.read_bytes().replace(b"CREATE TABLE people", b"CREATE TABLE pe \xff\xffe"))
-    (found,) = Needles(["Zaphod Quorvane"], []).in_file(path)
+    (found,) = SearchStrings(["Zaphod Quorvane"], []).in_file(path)
     assert found.needle == 0

@@ -10,7 +10,14 @@ import pytest
 from sisa.config.aggregation_config import Aggregation
 from sisa.config.sisa_config import MINILM
 from sisa.core.domain import Hit, Kind
-from sisa.lm.answer.route import MIN_SCORES, SHARE_WEIGHT, Route, choose_route, nearness, settled
+from sisa.lm.answer.route import (
+    MIN_SCORES,
+    SHARE_WEIGHT,
+    Route,
+    choose_route,
+    nearness,
+    resolve_aggregation,
+)
 
 HITS = [Hit(1, 0.5, 1), Hit(2, 0.9, 2), Hit(3, 0.7, 1), Hit(4, 0.7, 0)]
 ALL = ("mean_prob", "mean_logit", "vote", "merged")
@@ -77,17 +84,19 @@ def test_the_score_that_counts_is_that_of_a_shard_that_serves() -> None:
 def test_auto_is_what_was_measured_of_the_embedder_for_questions_and_answers() -> None:
     how = Aggregation(top_k=2)
     kinds: list[Kind] = ["completion", "chat", "text"]
-    found = [settled(how, MINILM, kind).min_score for kind in kinds]
+    found = [resolve_aggregation(how, MINILM, kind).min_score for kind in kinds]
     assert found == [MIN_SCORES[MINILM], MIN_SCORES[MINILM], None]
-    assert settled(how, "hashing", "completion") == how.model_copy(update={"min_score": None})
-    assert settled(Aggregation(min_score=0.5), MINILM, "text").min_score == 0.5
-    assert settled(Aggregation(min_score=None), MINILM, "chat").min_score is None
+    assert resolve_aggregation(how, "hashing", "completion") == how.model_copy(
+        update={"min_score": None}
+    )
+    assert resolve_aggregation(Aggregation(min_score=0.5), MINILM, "text").min_score == 0.5
+    assert resolve_aggregation(Aggregation(min_score=None), MINILM, "chat").min_score is None
 
 
 def test_no_record_fits_auto_for_what_is_held_word_for_word_always_passes() -> None:
     """However many others hold the same words: their shard's share is no more than chance then."""
     hits = [Hit(number, 0.9999, number) for number in range(8)]
-    how = settled(Aggregation(), MINILM, "chat")
+    how = resolve_aggregation(Aggregation(), MINILM, "chat")
     assert choose_route(hits, how, set(range(8))).shards == (0,)
     assert choose_route([Hit(1, 0.68, 1)], how, {1, 2}).shards == ()
 

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sisa.planning.schedule import MARGIN_DAYS, WORTH_WAITING, ShardCosts, choose, price
+from sisa.planning.batching import MARGIN_DAYS, WORTH_WAITING, ShardCosts, choose, price
 
 DAY = "2026-01-31"
 NUM_DRAWS = 4_000

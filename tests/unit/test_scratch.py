@@ -59,7 +59,7 @@ def configured(folder: Path, corpus: list[str] = CORPUS, **more: Any) -> RunConf
 
 def prepare(config: RunConfig, *records: Record) -> list[Event]:
     events: list[Event] = []
-    scratch.prepare(config, records, "serial", events.append)
+    scratch.prepare_base(config, records, "serial", events.append)
     return events
 
 

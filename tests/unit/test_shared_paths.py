@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from sisa.config.config import RunConfig
-from sisa.config.shared_paths import NAMES, PLACES, unshared
+from sisa.config.shared_paths import NAME_KEYS, PATH_KEYS, unshared
 from sisa.core.config_types import Block
 
 GOOD: dict[str, Any] = {"output_dir": "/shared/model", "witness": "/shared/witness"}
@@ -39,7 +39,7 @@ def blocks_of(annotation: Any) -> list[type[Block]]:
 def test_no_key_is_forgotten() -> None:
     found = keys_that_hold_paths(RunConfig)
     assert {"output_dir", "datasets.*.path", "base_model.scratch.directory"} <= found
-    assert found <= {*PLACES, *NAMES}
+    assert found <= {*PATH_KEYS, *NAME_KEYS}
 
 
 def problems(data: dict[str, Any], directory: Path = Path("/nowhere")) -> dict[Any, str]:

@@ -13,8 +13,15 @@ from hypothesis import strategies as st
 from sisa.planning.assign import Layout
 from sisa.planning.bands import Bands
 from sisa.planning.cost import suffix_record_epochs
+from sisa.planning.deletion_stream import (
+    Group,
+    Stream,
+    points_at_once,
+    points_one_by_one,
+    replay_stream,
+    slicing_share,
+)
 from sisa.planning.plan import Recipe, Schedule
-from sisa.planning.stream import Group, Stream, points_at_once, points_one_by_one, replay, slicing_share
 
 schedules = st.sampled_from(["cumulative", "sequential"])
 layouts = st.builds(Layout, st.integers(1, 6), st.integers(1, 5))
@@ -48,7 +55,7 @@ def test_counting_gives_what_the_planner_prices_one_by_one(
     stream: Stream, num_records: int, num_deletions: int, batch: int, seed: int
 ) -> None:
     num_deletions = min(num_deletions, num_records)
-    found = replay(stream, num_records, num_deletions, batch=batch, seed=seed)
+    found = replay_stream(stream, num_records, num_deletions, batch=batch, seed=seed)
     assert found.record_epochs == slowly(stream, num_records, num_deletions, batch, seed)
     assert found.num_runs <= num_deletions
 
@@ -59,7 +66,9 @@ def test_counting_gives_what_the_planner_prices_one_by_one(
 def test_closed_forms_agree_with_replayed_streams_within_three_percent(
     num_shards: int, num_slices: int, schedule: Schedule, batch: int
 ) -> None:
-    found = replay(Stream(Layout(num_shards, num_slices), schedule), 200_000, 4_000, batch=batch, seed=5)
+    found = replay_stream(
+        Stream(Layout(num_shards, num_slices), schedule), 200_000, 4_000, batch=batch, seed=5
+    )
     assert found.record_epochs == pytest.approx(found.expected_record_epochs, rel=0.03)
 
 
@@ -70,12 +79,15 @@ def test_points_of_sharding_alone_are_the_papers() -> None:
     assert points_one_by_one(100, 10, 2) == pytest.approx(two)
     assert points_at_once(100, 10, 1) == pytest.approx(9)
     assert points_at_once(100, 1, 7) == 93
-    one_by_one = [replay(Stream(Layout(10, 1), "cumulative", 1), 1000, 50, seed=s) for s in range(40)]
+    one_by_one = [
+        replay_stream(Stream(Layout(10, 1), "cumulative", 1), 1000, 50, seed=s) for s in range(40)
+    ]
     mean = float(np.mean([each.record_epochs for each in one_by_one]))
     in_large_ones = 50 * (1 - 1 / 10)
     assert mean == pytest.approx(points_one_by_one(1000, 10, 50) + in_large_ones, rel=0.01)
     at_once = [
-        replay(Stream(Layout(10, 1), "cumulative", 1), 1000, 8, batch=8, seed=s) for s in range(300)
+        replay_stream(Stream(Layout(10, 1), "cumulative", 1), 1000, 8, batch=8, seed=s)
+        for s in range(300)
     ]
     mean = float(np.mean([each.record_epochs for each in at_once]))
     assert mean == pytest.approx(points_at_once(1000, 10, 8), rel=0.03)
@@ -97,14 +109,14 @@ def test_a_batchs_share_grows_with_it_from_nothing_to_the_whole_shard(
 def test_more_together_cost_less_each() -> None:
     stream = Stream(Layout(50, 5))
     costs: Sequence[int] = [
-        replay(stream, 100_000, 2_000, batch=batch).record_epochs for batch in (1, 10, 100, 2_000)
+        replay_stream(stream, 100_000, 2_000, batch=batch).record_epochs for batch in (1, 10, 100, 2_000)
     ]
     assert sorted(costs, reverse=True) == list(costs)
     assert stream.expected(100_000, 2_000, 100) < stream.expected(100_000, 2_000)
 
 
 def test_nothing_deleted_costs_nothing() -> None:
-    found = replay(Stream(Layout(3, 3)), 30, 0)
+    found = replay_stream(Stream(Layout(3, 3)), 30, 0)
     assert (found.record_epochs, found.num_runs, found.expected_record_epochs) == (0, 0, 0.0)
 
 
@@ -119,7 +131,7 @@ def test_forms_hold_for_unequal_risks_with_and_without_bands(
     schedule: Schedule, layout: Layout, batch: int
 ) -> None:
     stream = Stream(layout, schedule, 3, GROUPS)
-    found = replay(stream, 100_000_000, 100_000, batch=batch, seed=7)
+    found = replay_stream(stream, 100_000_000, 100_000, batch=batch, seed=7)
     assert found.record_epochs == pytest.approx(found.expected_record_epochs, rel=0.03)
     assert found.full_record_epochs == pytest.approx(100_000_000 * stream.epochs, rel=0.001)
 
@@ -134,24 +146,24 @@ def test_bands_spare_most_of_the_cost_of_likely_deletions() -> None:
 def test_more_than_ever_asked_for_can_not_be_deleted() -> None:
     groups = (Group(0.5, 0.0), Group(0.5, 1.0))
     with pytest.raises(ValueError, match="more deletions than records"):
-        replay(Stream(Layout(1, 2, Bands(thresholds=(1.0,))), "cumulative", 3, groups), 100, 90)
+        replay_stream(Stream(Layout(1, 2, Bands(thresholds=(1.0,))), "cumulative", 3, groups), 100, 90)
 
 
 def test_a_batch_of_more_than_all_deletions_is_one_batch() -> None:
     stream = Stream(Layout(3, 3))
-    found = replay(stream, 3_000, 50, batch=10**12)
-    assert found == replay(stream, 3_000, 50, batch=50)
+    found = replay_stream(stream, 3_000, 50, batch=10**12)
+    assert found == replay_stream(stream, 3_000, 50, batch=50)
     assert stream.expected(3_000, 50, 10**12) == stream.expected(3_000, 50, 50) > 0
     assert stream.expected(3_000, 1, 9) == stream.expected(3_000, 1)
 
 
 def test_more_records_than_can_be_drawn_in_one_piece_are_counted_too() -> None:
-    found = replay(Stream(Layout(50, 4)), 3 * 10**9, 5_000, seed=3)
+    found = replay_stream(Stream(Layout(50, 4)), 3 * 10**9, 5_000, seed=3)
     assert found.record_epochs == pytest.approx(found.expected_record_epochs, rel=0.03)
 
 
 def test_a_million_deletions_of_a_hundred_million_records_take_less_than_a_minute() -> None:
     began = time.process_time()
-    found = replay(Stream(Layout(10_000, 5)), 100_000_000, 1_000_000)
+    found = replay_stream(Stream(Layout(10_000, 5)), 100_000_000, 1_000_000)
     assert found.num_runs == 1_000_000
     assert time.process_time() - began < 60

@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 from approx.evaluation.evaluated import PromptForm
 from approx.evaluation.tofu import Question, evaluation_sets, read_holdout
 from approx.evaluation.tofu_aggregates import aggregates, quality
-from approx.evaluation.tofu_evaluation import Settings, evaluate, header_of
+from approx.evaluation.tofu_evaluation import TofuSettings, evaluate, header_of
 from approx.evaluation.tofu_log import LogWriter, read_log
 from approx.evaluation.tofu_row import LogRow, parse_row
 from sisa.core.errors import Busy, ConfigConflict, IntegrityError, InvalidInput
 from tests.fake_evaluated import SPLIT, FakeEvaluated, made_up, write_made_up
 
-SETTINGS = Settings(PromptForm("completion"))
+SETTINGS = TofuSettings(PromptForm("completion"))
 ANSWERS = [row["answer"] for rows in made_up().values() for row in rows if "answer" in row]
 FORGOTTEN = [row["answer"] for row in made_up()[SPLIT]]
 KNOWS_ALL = FakeEvaluated(ANSWERS)
@@ -93,8 +93,13 @@ def test_a_log_of_anything_else_is_refused(questions: list[Question], tmp_path: 
     for model, asked, settings, got in (
         (RETAINED, questions, SETTINGS, "another model"),
         (KNOWS_ALL, questions[1:], SETTINGS, "another questions"),
-        (KNOWS_ALL, questions, Settings(SETTINGS.form, 9), "another max_new_tokens"),
-        (KNOWS_ALL, questions, Settings(PromptForm("completion", "{question} {answer}")), "template"),
+        (KNOWS_ALL, questions, TofuSettings(SETTINGS.form, 9), "another max_new_tokens"),
+        (
+            KNOWS_ALL,
+            questions,
+            TofuSettings(PromptForm("completion", "{question} {answer}")),
+            "template",
+        ),
     ):
         with pytest.raises(ConfigConflict) as raised:
             evaluate(model, asked, path, settings)

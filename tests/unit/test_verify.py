@@ -19,7 +19,7 @@ from sisa.core.digest import Keyed
 from sisa.core.domain import Chain, Record, RecordRow, SliceJob
 from sisa.core.errors import EnvironmentFault
 from sisa.core.ports import CheckpointStore, Executor, StoredRecord, Tick, Vectors
-from sisa.flows.run import train
+from sisa.flows.ingest import train
 from sisa.flows.serial import SerialExecutor
 from sisa.flows.wiring.world import World
 from sisa.planning.assign import Assigner

@@ -38,7 +38,7 @@ NUM_TOLD = 8  # lines of progress, at most
 
 
 @dataclass(frozen=True)
-class Effect:
+class AnswerChange:
     """Means over records; each record is the mean over its answer's tokens."""
 
     num_records: int
@@ -53,9 +53,9 @@ class Composition:
     """None where nothing could be asked; `by_shard` holds the shards of which records were asked."""
 
     num_records: int
-    base: Effect | None
-    shards: Effect | None
-    by_shard: Mapping[int, Effect]
+    base: AnswerChange | None
+    shards: AnswerChange | None
+    by_shard: Mapping[int, AnswerChange]
 
     def to_json(self) -> dict[str, Any]:
         """Numbers alone, none of fewer than MIN_RECORDS records: a report outlives them."""
@@ -64,7 +64,7 @@ class Composition:
         return {"num_records": self.num_records, **means, "by_shard": by_shard}
 
 
-def _kept(effect: Effect | None) -> dict[str, Any] | None:
+def _kept(effect: AnswerChange | None) -> dict[str, Any] | None:
     return asdict(effect) if effect is not None and effect.num_records >= MIN_RECORDS else None
 
 
@@ -161,7 +161,7 @@ def _answer(record: Record, parts: Parts) -> tuple[list[int], list[int]]:
 
 def _compared(
     old: Answerer, new: Answerer, ids: Sequence[int], answer: Sequence[int], route: Route
-) -> Effect:
+) -> AnswerChange:
     import torch
 
     start = answer[0]
@@ -171,7 +171,7 @@ def _compared(
     p_KV, q_KV = (
         each.answer_probabilities_KV(ids[:start], ids[start:], route)[rows] for each in (old, new)
     )
-    return Effect(
+    return AnswerChange(
         num_records=1,
         answer_probability_before=float(p_KV.gather(-1, true).mean()),
         answer_probability_after=float(q_KV.gather(-1, true).mean()),
@@ -180,9 +180,9 @@ def _compared(
     )
 
 
-def _mean(effects: Sequence[Effect]) -> Effect:
+def _mean(effects: Sequence[AnswerChange]) -> AnswerChange:
     count = len(effects)
-    return Effect(
+    return AnswerChange(
         num_records=count,
         answer_probability_before=sum(each.answer_probability_before for each in effects) / count,
         answer_probability_after=sum(each.answer_probability_after for each in effects) / count,

@@ -17,9 +17,9 @@ from dataclasses import replace
 from sisa.core.errors import ConfigConflict
 from sisa.core.patch import Patch, patched_digest
 from sisa.core.ports import Change
-from sisa.flows.patches import vaulting
+from sisa.flows.patches import vault_sets
 from sisa.flows.wiring.world import World, commit, view_shard
-from sisa.planning.patch_plan import OVER
+from sisa.planning.patch_plan import TRAINED_OVER
 from sisa.planning.plan import plan_shard
 
 
@@ -28,7 +28,7 @@ def shards_over(world: World, stack: Sequence[Patch]) -> World:
 
     Returns the world to go on with. Raises ConfigConflict when records of the model are in a patch.
     """
-    risky = {each.job.retain for each in stack} & vaulting.deletable(world)
+    risky = {each.job.retain for each in stack} & vault_sets.deletable(world)
     if risky:
         raise ConfigConflict(
             "records of the model are in a retain set: deleting one would retrain every shard",
@@ -41,7 +41,7 @@ def shards_over(world: World, stack: Sequence[Patch]) -> World:
         plan_shard(view_shard(moved, head.shard), moved.recipe, moved.fingerprint).head
         for head in world.ledger.heads()
     ]
-    commit(world, Change(heads=heads, meta={OVER: json.dumps([each.key for each in stack])}))
+    commit(world, Change(heads=heads, meta={TRAINED_OVER: json.dumps([each.key for each in stack])}))
     return moved
 
 
@@ -58,5 +58,5 @@ def shards_off(world: World) -> World:
         plan_shard(replace(view_shard(moved, head.shard), held=()), moved.recipe, moved.fingerprint).head
         for head in world.ledger.heads()
     ]
-    commit(world, Change(heads=heads, dropped=[each.key for each in held], meta={OVER: "[]"}))
+    commit(world, Change(heads=heads, dropped=[each.key for each in held], meta={TRAINED_OVER: "[]"}))
     return moved

@@ -8,7 +8,8 @@ Rules: a wish is in the ledger before anything is computed, so that what was cut
 the same command. One wish at a time.
 
 Not covered: how a patch is made (`approx/patches/patching.py`), decisions (`patch_plan.py`), what a
-deletion does to patches (`rederiving.py`), shards that are trained over patches (`patched_shards.py`).
+deletion does to patches (`after_deletion.py`), shards that are trained over patches
+(`patched_shards.py`).
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from sisa.core.events import Notice
 from sisa.core.patch import WRITTEN, Patch, PatchJob, VaultSet
 from sisa.core.patch_ports import PatchOrder
 from sisa.core.ports import Change
-from sisa.flows.patches import vaulting
-from sisa.flows.patches.vaulting import Put
+from sisa.flows.patches import vault_sets
+from sisa.flows.patches.vault_sets import Put
 from sisa.flows.reconcile import sweep_patches
 from sisa.flows.wiring.world import World, commit
 from sisa.planning.patch_plan import activated, active, next_job, next_version, rederive, unmade, wanted
@@ -66,17 +67,17 @@ def want(world: World, wish: Wish, requests: Sequence[Request] = ()) -> Patch:
     A wish for a patch that is active, or wanted already, is that patch. Raises InvalidInput (sets,
     settings, consent), ConfigConflict (no text of a request, another wish).
     """
-    from_requests = [vaulting.set_of_request(world, each) for each in requests]
+    from_requests = [vault_sets.set_of_request(world, each) for each in requests]
     if wish.forget or wish.retain is not None:
-        vaulting.refuse_no_consent(wish.consent)
+        vault_sets.check_consent(wish.consent)
     texts = [record for found in from_requests for record in world.vault.read(found)]
     world.patcher().refuse(wish.settings, [*texts, *wish.forget], wish.retain, wish.reference)
     _tell_held(world, wish.forget)
-    fresh = vaulting.put(world, "forget", wish.forget, wish.consent) if wish.forget else Put()
-    kept = Put() if wish.retain is None else vaulting.put(world, "retain", wish.retain, wish.consent)
+    fresh = vault_sets.put(world, "forget", wish.forget, wish.consent) if wish.forget else Put()
+    kept = Put() if wish.retain is None else vault_sets.put(world, "retain", wish.retain, wish.consent)
     retain = kept.sets[0].name if kept.sets else WRITTEN
     like = PatchJob(world.base, (), (), retain, dict(wish.settings), world.fingerprint)
-    patches, held = world.ledger.patches(), vaulting.held_sets(world)
+    patches, held = world.ledger.patches(), vault_sets.held_sets(world)
     forget = [each.name for each in (*from_requests, *fresh.sets)]
     job = next_job(patches, held, world.patch_mode, like, forget)
     asked = requests[-1].request_id if requests else ""
@@ -170,7 +171,7 @@ def make_wanted(
 
 def _settled(world: World) -> tuple[int, int]:
     """Texts that no patch needs are erased, and what is unknown of patches: sets erased and kept."""
-    counts = vaulting.settle(world)
+    counts = vault_sets.erase_unneeded(world)
     sweep_patches(world)
     world.ledger.scrub()
     return counts
@@ -191,7 +192,7 @@ def _order(world: World, patch: Patch, max_seconds: float | None, reference: str
     return PatchOrder(job, tuple(sets[name] for name in job.sets), beneath, max_seconds, reference)
 
 
-def revert(world: World, *, everything: bool = False) -> list[Patch]:
+def revert_patches(world: World, *, everything: bool = False) -> list[Patch]:
     """Take back what is wanted and, if nothing is, the newest active patch; or all of them.
 
     Raises InvalidInput when there is none.
@@ -207,11 +208,11 @@ def revert(world: World, *, everything: bool = False) -> list[Patch]:
     return gone
 
 
-def release(world: World, sets: Sequence[VaultSet]) -> list[VaultSet]:
+def release_sets(world: World, sets: Sequence[VaultSet]) -> list[VaultSet]:
     """Erase texts on withdrawn consent; a wish that needs them is given up, and those that were to lie
     upon it go on without it."""
     names = {each.name for each in sets}
-    patches, held = world.ledger.patches(), vaulting.held_sets(world) - names
+    patches, held = world.ledger.patches(), vault_sets.held_sets(world) - names
     needing = [each.key for each in wanted(patches) if not names.isdisjoint(each.job.sets)]
     found = rederive(patches, {}, held, world.fingerprint, world.now(), "", needing)
     gone = [replace(each, held=False) for each in sets]

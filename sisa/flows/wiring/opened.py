@@ -29,38 +29,38 @@ from sisa.core.errors import (
     SisaError,
 )
 from sisa.core.events import Event, Notice, Report
-from sisa.data.left_overs import erase_abandoned
+from sisa.data.temporary_files import erase_abandoned
 from sisa.flows.stale_exports import finish_written
 from sisa.flows.wiring import opening
 from sisa.flows.wiring.opening import LEDGER, LOCK, SCRATCH, OpenExecutor
 from sisa.flows.wiring.parts import Parts
-from sisa.flows.wiring.running import running
-from sisa.flows.wiring.witness import is_behind, settle
+from sisa.flows.wiring.run_context import running
+from sisa.flows.wiring.witness import catch_up, is_behind
 from sisa.flows.wiring.world import World
 from sisa.store.blobs import files
-from sisa.store.blobs.places import rooms
+from sisa.store.blobs.storage_areas import open_areas
 from sisa.store.ledger.database import is_read_only
 from sisa.store.ledger.ledger import SqlLedger
 
 DESCRIPTION = ("config", "base", "embedder", "key", "model")  # of the ledger's `meta`
 WAITS_S = (0.0, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)  # before a question is asked again
 
-P = ParamSpec("P")
-M = TypeVar("M", bound="OpenedModel")
-T = TypeVar("T")
+_P = ParamSpec("_P")
+_M = TypeVar("_M", bound="OpenedModel")
+_T = TypeVar("_T")
 
 
 def silent(_event: Event) -> None:
     """The report of callers who asked for none."""
 
 
-def asked_again(question: Callable[Concatenate[M, P], T]) -> Callable[Concatenate[M, P], T]:
+def asked_again(question: Callable[Concatenate[_M, _P], _T]) -> Callable[Concatenate[_M, _P], _T]:
     """Ask a question of a model again where it meets damage, or what is served no more, and the ledger
     has moved meanwhile: a writer erases what its commit replaced. Raises IntegrityError for damage that
     stays, Busy where the ledger does not come to rest."""
 
     @functools.wraps(question)
-    def asking(model: M, /, *given: P.args, **named: P.kwargs) -> T:
+    def asking(model: _M, /, *given: _P.args, **named: _P.kwargs) -> _T:
         for wait_s in WAITS_S:
             time.sleep(wait_s)
             seq = model._seq()
@@ -179,7 +179,7 @@ class OpenedModel:
         )
         try:
             if locked:
-                world = settle(world)
+                world = catch_up(world)
             elif not as_it_is and is_behind(world):
                 world = self._caught_up(world, outdated=outdated)
             yield world
@@ -197,7 +197,7 @@ class OpenedModel:
                 next_step="copy it to where it can be written; `sisa status` and `sisa verify` read it",
             )
         with files.writer_lock(self.directory / LOCK):
-            return settle(world)
+            return catch_up(world)
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
@@ -220,4 +220,4 @@ class OpenedModel:
         texts that a process left in temporary directories, killed while it read a data set."""
         erase_abandoned()
         self.keyring.destroy(SCRATCH, self.keyring.held(SCRATCH))
-        rooms(self.directory, self.config.storage, self.id)[SCRATCH].clear()
+        open_areas(self.directory, self.config.storage, self.id)[SCRATCH].clear()

@@ -33,35 +33,35 @@ from pathlib import Path
 from typing import Any
 
 from sisa.config.config import RunConfig
+from sisa.core.blob_ports import BlobStore
 from sisa.core.digest import KEY_BYTES, Keyed
 from sisa.core.domain import Probed, Record, Tombstone
 from sisa.core.errors import IntegrityError, InvalidInput
 from sisa.core.events import Report
 from sisa.core.patch import Patch, patched_digest
 from sisa.core.patch_ports import Patcher, PatchSite
-from sisa.core.place_ports import Place
 from sisa.core.ports import CheckpointStore, Executor, Keyring, Ledger, Probe, Trainer
 from sisa.flows.serial import SerialExecutor, Site
 from sisa.flows.wiring.parts import Named, Parts
 from sisa.flows.wiring.recording import recording
-from sisa.flows.wiring.world import World, over, patch_files
+from sisa.flows.wiring.world import World, patch_files, trained_over
 from sisa.lm.base.numerics import fingerprint
 from sisa.lm.base.packages import state_dir as state_dir
 from sisa.planning.assign import Assigner
 from sisa.planning.patch_plan import active
 from sisa.store.blobs import files
 from sisa.store.blobs.keyring import FileKeyring
-from sisa.store.blobs.local_place import absolute
+from sisa.store.blobs.local_blobs import absolute
 from sisa.store.blobs.partition_key import read_secret, write_secret
-from sisa.store.blobs.places import rooms
+from sisa.store.blobs.storage_areas import open_areas
 from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.exports import DirectoryExports
 from sisa.store.index import FaissIndex
 from sisa.store.ledger.ledger import SqlLedger
 from sisa.store.metrics import FileMetrics
+from sisa.store.patch_drafts import FilePatchDrafts
 from sisa.store.prefixes import FilePrefixes
 from sisa.store.records import FileRecords
-from sisa.store.runs import FileRuns
 from sisa.store.vault import FileVault
 from sisa.store.witness import FileWitness
 
@@ -90,7 +90,7 @@ def open_world(
 ) -> World:
     """The real parts in a bundle. Raises IntegrityError for a ledger that is missing or damaged."""
     config = parts.config
-    places = rooms(directory, config.storage, model)
+    places = open_areas(directory, config.storage, model)
     ledger = SqlLedger(directory / LEDGER, create=create)
     patches = FileCheckpoints(places[PATCHES], keyring, PATCHES)
     vault = FileVault(directory / VAULT, vault_keyring(config, model))
@@ -109,7 +109,7 @@ def open_world(
         checkpoints=FileCheckpoints(places[CHECKPOINTS], keyring),
         patches=patches,
         vault=vault,
-        runs=FileRuns(directory / RUNS, vault.keyring),
+        runs=FilePatchDrafts(directory / RUNS, vault.keyring),
         index=FaissIndex(directory / INDEX, parts.dimension, keyring, parts.warm),
         keyring=keyring,
         exports=DirectoryExports(),
@@ -121,7 +121,7 @@ def open_world(
         base=base_digest,
         patch_mode=config.patch_mode,
         patcher=lambda: find_patcher(executor)(_patch_site(directory, parts, vault, patches), config),
-        fingerprint=fingerprint(config.sisa.threads_per_shard, config.arithmetic),
+        fingerprint=fingerprint(config.sisa.threads_per_shard, config.precision),
         metrics=metrics,
         prefixes=FilePrefixes(places[PREFIXES], keyring),
         keeps_prefixes=config.prefix_cache_bytes > 0,
@@ -136,7 +136,7 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
-def _site(places: Mapping[str, Place], parts: Parts, store: FileCheckpoints, ledger: Ledger) -> Site:
+def _site(places: Mapping[str, BlobStore], parts: Parts, store: FileCheckpoints, ledger: Ledger) -> Site:
     stack = [(each.key, each.manifest_sha256) for each in _trained_over(ledger, parts.base.digest)]
     config = parts.config
     keeps = store.room == CHECKPOINTS  # a replay keeps no hidden states, and uses none that were kept
@@ -150,7 +150,7 @@ def _site(places: Mapping[str, Place], parts: Parts, store: FileCheckpoints, led
         room=store.room,
         patches_at=places[PATCHES],
         patches=tuple(stack),
-        arithmetic=config.arithmetic,
+        precision=config.precision,
         prefixes_at=places[PREFIXES],
         prefix_bytes=config.prefix_cache_bytes // config.sisa.shards if keeps else 0,
     )
@@ -158,7 +158,7 @@ def _site(places: Mapping[str, Place], parts: Parts, store: FileCheckpoints, led
 
 def _trained_over(ledger: Ledger, base: str) -> list[Patch]:
     """The patches that shards are trained over, lowest first; those of a former base are none."""
-    keys = over(ledger)
+    keys = trained_over(ledger)
     if not keys:
         return []
     patches = {each.key: each for each in ledger.patches() if each.manifest_sha256}
@@ -188,7 +188,7 @@ def _patch_site(directory: Path, parts: Parts, vault: FileVault, patches: FileCh
         sequence_len=parts.config.sequence_len,
         vault_keyring=vault.keyring,
         patches_keyring=patches.keyring,
-        arithmetic=parts.config.arithmetic,
+        precision=parts.config.precision,
     )
 
 
@@ -223,7 +223,7 @@ def open_trainer(site: Site) -> Trainer:
         site.base_digest,
         site.threads,
         patches,
-        site.arithmetic,
+        site.precision,
         prefixes=prefixes if site.prefix_bytes else None,
         prefix_bytes=site.prefix_bytes,
     )

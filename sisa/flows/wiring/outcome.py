@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sisa.core.blob_ports import KeptVersions
 from sisa.core.domain import Kind, Request, Tombstone, WitnessHead
-from sisa.core.place_ports import Kept
 from sisa.flows import query
 from sisa.flows.ask import HeldPrompts
 from sisa.flows.deletion import Forgetting
-from sisa.flows.wiring.witness import Standing
+from sisa.flows.wiring.witness import WitnessStanding
 
 NO_EVENTS = WitnessHead("", 0)
 
@@ -35,7 +35,10 @@ class Status:
     shards: tuple[query.ShardStatus, ...]
     requests: tuple[Request, ...]
     sizes_bytes: dict[str, int]
-    witness: tuple[str, Standing] = ("", "absent")  # where it rests, and how it stands to the ledger
+    witness: tuple[str, WitnessStanding] = (
+        "",
+        "absent",
+    )  # where it rests, and how it stands to the ledger
     event_head: WitnessHead = NO_EVENTS  # the last link of the event log, and how many events
     exports: tuple[query.ExportStatus, ...] = ()
     num_orders: int = 1
@@ -68,5 +71,7 @@ class ForgetOutcome:
     already_deleted: tuple[Tombstone, ...]
     model_digest: str
     exports_missing: tuple[str, ...] = ()  # stale, and not where they were written
-    kept: tuple[Kept, ...] = ()  # old versions of what was erased, which a bucket does not let go
+    kept: tuple[
+        KeptVersions, ...
+    ] = ()  # old versions of what was erased, which a bucket does not let go
     deferred: bool = False  # training is left to a later command

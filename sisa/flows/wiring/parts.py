@@ -51,7 +51,7 @@ class Parts:
 
         found = resolve_base(self.config.base)
         if self._base is not None:
-            refuse_change("base model", self._base, found.digest)
+            check_digest("base model", self._base, found.digest)
         return found
 
     @cached_property
@@ -75,7 +75,7 @@ class Parts:
                     where=self._embedder.name,
                     next_step="build it anew: `sisa train RUN.yaml --reconfigure`; nothing is trained",
                 )
-            refuse_change("embedder", self._embedder, indexed_digest(found))
+            check_digest("embedder", self._embedder, indexed_digest(found))
         return found
 
     @property
@@ -108,11 +108,11 @@ class Parts:
         """Raise InvalidInput where the base can't be trained as the run file says, or asked then."""
         from sisa.lm.base.base import load_skeleton
         from sisa.lm.base.trial import try_base
-        from sisa.lm.train.layerwise import refuse_few_layers
+        from sisa.lm.train.layerwise import check_enough_layers
 
         training = self.config.training()
         if LAYERWISE in training:
-            refuse_few_layers(load_skeleton(self.base.directory), training)
+            check_enough_layers(load_skeleton(self.base.directory), training)
         try_base(self.base.directory, self.base.digest, training)
 
     def meta(self) -> dict[str, str]:
@@ -135,7 +135,7 @@ def indexed_digest(embedder: Embedder) -> str:
     return digest_of([INDEXED, embedder.digest])
 
 
-def refuse_change(what: str, named: Named, found: str) -> None:
+def check_digest(what: str, named: Named, found: str) -> None:
     """Raises IntegrityError where what was found is not what the ledger names."""
     if found != named.digest:
         raise IntegrityError(

@@ -40,7 +40,7 @@ from sisa.core.events import (
 
 LINE_EVERY_S = 10.0
 MOST_ROWS = 16
-UNKNOWN = "unknown time"
+UNKNOWN_TIME = "unknown time"
 Place = tuple[int, int]
 
 
@@ -58,7 +58,7 @@ class AtWork:
         """One line for a person; the time left is that of this slice."""
         at, passed = self.at, max(1e-9, now - self.since)
         steps = f"epoch {at.epoch}/{at.num_epochs}, step {at.step}/{at.num_steps}, " * bool(at.num_steps)
-        left = _clock(passed * (at.total_tokens - at.tokens) / at.tokens) if at.tokens else UNKNOWN
+        left = _clock(passed * (at.total_tokens - at.tokens) / at.tokens) if at.tokens else UNKNOWN_TIME
         return (
             f"shard {self.shard}: slice {self.num_done + 1}/{self.num_slices}, {steps}"
             f"{at.tokens / passed:.0f} tok/s, {left} left"
@@ -169,11 +169,11 @@ class Meter:
             f"shards {self._done_shards}/{len(self._slices)}, "
             f"slices {len(self._done)}/{len(self._stages)}, {int(100 * share)}% of record-epochs, "
             f"{self.tokens_per_second(now):.0f} tok/s, "
-            f"{UNKNOWN if seconds is None else _clock(seconds)} left"
+            f"{UNKNOWN_TIME if seconds is None else _clock(seconds)} left"
         )
 
     def _patch_line(self, at: PatchProgress, now: float) -> str:
-        left = UNKNOWN
+        left = UNKNOWN_TIME
         if at.step > self._first:
             left = _clock((now - self._started) * (at.num_steps - at.step) / (at.step - self._first))
         return f"patch (approximate): step {at.step}/{at.num_steps}, loss {at.loss:.4f}, {left} left"

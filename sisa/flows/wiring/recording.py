@@ -11,14 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from sisa.core.events import Event, QueueSeen, Report
-from sisa.core.measured import line
+from sisa.core.measured import metrics_line
 from sisa.core.ports import Metrics
-from sisa.flows.wiring.running import new_run, under_way
+from sisa.flows.wiring.run_context import current_run, new_run
 
 
 def recording(report: Report, metrics: Metrics, now: Callable[[], str]) -> Report:
     """The report, and lines of metrics for what it is told."""
-    run = (under_way() or new_run()).run
+    run = (current_run() or new_run()).run
     last: QueueSeen | None = None
 
     def told(event: Event) -> None:
@@ -28,7 +28,7 @@ def recording(report: Report, metrics: Metrics, now: Callable[[], str]) -> Repor
             if event == last:
                 return
             last = event
-        if (made := line(event, now(), run)) is not None:
+        if (made := metrics_line(event, now(), run)) is not None:
             metrics.append(made)
 
     return told

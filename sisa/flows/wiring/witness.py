@@ -28,10 +28,10 @@ from sisa.core.events import Notice
 from sisa.core.ports import Change
 from sisa.core.requests import due_date, event
 from sisa.flows.deletion import Arrival, commit_removed
-from sisa.flows.reconcile import erase_unknown, refuse_contradictions
+from sisa.flows.reconcile import check_consistent, erase_unknown
 from sisa.flows.wiring.world import World
 
-Standing = Literal["absent", "ahead of the ledger", "to be caught up", "current"]
+WitnessStanding = Literal["absent", "ahead of the ledger", "to be caught up", "current"]
 REPLAYED = "replayed from the witness"
 
 
@@ -42,7 +42,7 @@ def is_behind(world: World) -> bool:
     return head is not None and head.link != "" and not world.ledger.has_event(head.link)
 
 
-def standing(world: World) -> Standing:
+def witness_standing(world: World) -> WitnessStanding:
     """How the witness stands to the ledger."""
     head = world.witness.head()
     if head is None:
@@ -52,12 +52,12 @@ def standing(world: World) -> Standing:
     return "current" if head == world.ledger.event_head() else "to be caught up"
 
 
-def settle(world: World) -> World:
+def catch_up(world: World) -> World:
     """Bring ledger and witness together; the world to go on with. The caller holds the writer lock.
     Raises what effects raise."""
     head = world.witness.head()
     if is_behind(world):
-        return replay(world)
+        return apply_testimony(world)
     if head != world.ledger.event_head():
         told = world.witness.read().tombstones
         missing = [each for each in _standing(world) if told.get(each.id_digest) != each]
@@ -72,10 +72,10 @@ def _standing(world: World) -> list[Tombstone]:
     return [each for key, each in dead.items() if not isinstance(live[key], RecordRow)]
 
 
-def replay(world: World) -> World:
+def apply_testimony(world: World) -> World:
     """Delete again what the witness calls deleted, and erase it; training is left to `reconcile`.
     Returns the world to go on with."""
-    refuse_contradictions(world)  # a damaged ledger is no older one
+    check_consistent(world)  # a damaged ledger is no older one
     told = world.witness.read()
     found = world.ledger.lookup(told.tombstones)
     again = [each for key, each in told.tombstones.items() if not isinstance(found.get(key), Tombstone)]

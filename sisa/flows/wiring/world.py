@@ -2,7 +2,7 @@
 
 Rules: no decision is made here. New slice files get new names; nothing is overwritten or erased.
 
-Not covered: the order of effects (`run.py`, `reconcile.py`).
+Not covered: the order of effects (`ingest.py`, `reconcile.py`).
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Protocol
 
-from sisa.core import place_ports
+from sisa.core import blob_ports
 from sisa.core.domain import HeldCheckpoint, IndexFile, Record, RecordRow, SliceFile, SliceState
 from sisa.core.errors import EnvironmentFault, IntegrityError
 from sisa.core.events import Report
 from sisa.core.patch import Patch, PatchMode
-from sisa.core.patch_ports import Patcher, Runs, Vault
+from sisa.core.patch_ports import PatchDrafts, Patcher, Vault
 from sisa.core.ports import (
     Change,
     CheckpointStore,
@@ -36,14 +36,14 @@ from sisa.core.ports import (
     Witness,
 )
 from sisa.planning.assign import Assigner, slice_root
-from sisa.planning.patch_plan import OVER, active, wanted
+from sisa.planning.patch_plan import TRAINED_OVER, active, wanted
 from sisa.planning.plan import Recipe, ShardPlan, ShardView
 from sisa.planning.prefix_names import prefix_names
 
-Place = tuple[int, int]  # shard, slice
+SlicePosition = tuple[int, int]  # shard, slice
 
 
-class Room(Protocol):
+class Area(Protocol):
     """Named files, or groups of files, of one kind."""
 
     def held(self) -> frozenset[str]: ...
@@ -76,7 +76,7 @@ class World:
     patch_mode: PatchMode
     patches: CheckpointStore
     vault: Vault
-    runs: Runs
+    runs: PatchDrafts
     metrics: Metrics
     patcher: Callable[[], Patcher]  # opened when a patch is to be made
     now: Callable[[], str]
@@ -84,10 +84,12 @@ class World:
     probe: Probe | None = None
     prefixes: PrefixStore | None = None
     keeps_prefixes: bool = False  # whether the run file lets hidden states be kept
-    places: Mapping[str, place_ports.Place] = field(default_factory=dict)  # of the rooms; none of fakes
+    places: Mapping[str, blob_ports.BlobStore] = field(
+        default_factory=dict
+    )  # of the rooms; none of fakes
 
     @property
-    def told_rooms(self) -> tuple[str, ...]:
+    def reported_areas(self) -> tuple[str, ...]:
         """Rooms whose size people are told."""
         rooms = ("records", "index", "checkpoints")
         return (*rooms, "prefixes") if self.keeps_prefixes else rooms
@@ -111,12 +113,12 @@ def model_digest(world: World) -> str:
     return world.assigner.model_digest(heads, stack)
 
 
-def over(ledger: Ledger) -> tuple[str, ...]:
+def trained_over(ledger: Ledger) -> tuple[str, ...]:
     """Keys of the patches that the shards are trained over, lowest first."""
-    return tuple(json.loads(ledger.meta().get(OVER, "[]")))
+    return tuple(json.loads(ledger.meta().get(TRAINED_OVER, "[]")))
 
 
-def known_names(world: World) -> dict[str, frozenset[str]]:
+def known_by_area(world: World) -> dict[str, frozenset[str]]:
     """What the ledger knows of each room: names of slice files, index files and checkpoints; of patches
     that are served or trained over, of unfinished ones, of sets whose texts are there; of kept states
     those files that are there."""
@@ -125,7 +127,7 @@ def known_names(world: World) -> dict[str, frozenset[str]]:
         "records": frozenset(file.name for file in world.ledger.slices()),
         "index": frozenset(file.name for file in world.ledger.indexes()),
         "checkpoints": frozenset(each.key for each in world.ledger.checkpoints()),
-        "patches": frozenset(each.key for each in active(patches)).union(over(world.ledger)),
+        "patches": frozenset(each.key for each in active(patches)).union(trained_over(world.ledger)),
         "vault": frozenset(each.name for each in world.ledger.vault() if each.held),
         "runs": frozenset(each.key for each in wanted(patches)),
         "prefixes": _known_prefixes(world),
@@ -143,10 +145,10 @@ def _known_prefixes(world: World) -> frozenset[str]:
     return held & prefix_names(world.ledger.slices(), world.recipe, world.fingerprint)
 
 
-def rooms(world: World) -> dict[str, Room]:
+def areas(world: World) -> dict[str, Area]:
     """The rooms that the ledger knows the files of. What is held, left-over temporaries among it, can be
     erased there; of the vault and the runs also keys."""
-    found: dict[str, Room] = {
+    found: dict[str, Area] = {
         "records": world.records,
         "index": world.index,
         "checkpoints": world.checkpoints,
@@ -157,12 +159,12 @@ def rooms(world: World) -> dict[str, Room]:
     return found if world.prefixes is None else {**found, "prefixes": world.prefixes}
 
 
-def held_names(world: World) -> dict[str, frozenset[str]]:
+def held_by_area(world: World) -> dict[str, frozenset[str]]:
     """What lies in each room."""
-    return {name: room.held() for name, room in rooms(world).items()}
+    return {name: room.held() for name, room in areas(world).items()}
 
 
-def purge(world: World, *, dry_run: bool = False) -> tuple[place_ports.Kept, ...]:
+def purge(world: World, *, dry_run: bool = False) -> tuple[blob_ports.KeptVersions, ...]:
     """Remove old versions of what was replaced or erased, wherever a place keeps some; what is left."""
     rooms = sorted(world.places)
     return tuple(kept for room in rooms for kept in world.places[room].purge(dry_run=dry_run))
@@ -193,7 +195,7 @@ def stored_in(world: World, files: Iterable[SliceFile], rows: Iterable[RecordRow
     ]
 
 
-def only(files: Sequence[IndexFile]) -> IndexFile | None:
+def first_index(files: Sequence[IndexFile]) -> IndexFile | None:
     return files[0] if files else None
 
 
@@ -243,7 +245,7 @@ def view_shard(
     world: World,
     shard: int,
     replaced: Iterable[SliceState] = (),
-    emptied: Iterable[Place] = (),
+    emptied: Iterable[SlicePosition] = (),
     dropped: Iterable[str] = (),
 ) -> ShardView:
     slices: dict[int, SliceState] = {file.slice: file for file in world.ledger.slices(shard)}
@@ -286,7 +288,7 @@ def check_sources(world: World, plans: Sequence[ShardPlan]) -> None:
         for file in world.ledger.slices(plan.shard):
             if file.slice in seen:
                 world.records.check(file)
-        index = only(world.ledger.indexes(plan.shard))
+        index = first_index(world.ledger.indexes(plan.shard))
         if index is not None and plan.path:
             world.index.check(index)
         needed = {*(each.key for each in plan.parents), plan.head.key if world.recipe.orders else None}

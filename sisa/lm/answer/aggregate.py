@@ -12,7 +12,7 @@ Not covered: which models are asked (`route.py`), asking them (`stacked.py`).
 Shapes: P constituents, T positions, V words.
 
 >>> logits = torch.tensor([[[0.9, 0.1]], [[0.6, 0.4]]]).log()
->>> together(logits, torch.tensor([0.5, 0.5]), "mean_prob").exp()
+>>> combine(logits, torch.tensor([0.5, 0.5]), "mean_prob").exp()
 tensor([[0.7500, 0.2500]])
 """
 
@@ -24,7 +24,7 @@ from torch import Tensor
 TIE_SHARE = 1e-3
 
 
-def together(logits_PTV: Tensor, weights_P: Tensor, method: str) -> Tensor:
+def combine(logits_PTV: Tensor, weights_P: Tensor, method: str) -> Tensor:
     """Logarithms of the distribution that constituents give together, [T, V]; weights sum to 1."""
     logs_PTV = logits_PTV.float().log_softmax(-1)
     if len(logs_PTV) == 1:

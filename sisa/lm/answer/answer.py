@@ -5,7 +5,7 @@ The chosen models each predict the next token in one forward, their distribution
 routes are answered side by side, padded on the left. Where no shard is chosen the base alone
 answers. Patches lie beneath all of them, the base alone among them. Adapters and patches come as
 bytes that the caller has verified, and live in modules of this object's own around the shared base;
-`refuse_outdated` is called before an answer is begun, and raises once they are served no more.
+`check_current` is called before an answer is begun, and raises once they are served no more.
 Models are asked on the device and in the dtype that they were trained in; what comes out is in
 float32, of `logprobs` on that device, else on the CPU.
 
@@ -25,9 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sisa.core.arithmetic import USUAL, Arithmetic
 from sisa.core.errors import InvalidInput
-from sisa.lm.answer.aggregate import together
+from sisa.core.precision import DEFAULT_PRECISION, Precision
+from sisa.lm.answer.aggregate import combine
 from sisa.lm.answer.patched import load_patched, patched_name
 from sisa.lm.answer.prefill import pieces, prefill
 from sisa.lm.answer.route import Route
@@ -50,15 +50,15 @@ class Answerer:
         threads: int,
         patches: Sequence[Mapping[str, bytes]] = (),
         method: str = "routed",
-        arithmetic: Arithmetic = USUAL,
+        precision: Precision = DEFAULT_PRECISION,
     ) -> None:
         """`adapters` maps shards to their checkpoints' files; `patches` are the files of those that are
         served, lowest first; `method` is how they answer together. Raises IntegrityError, and
         EnvironmentFault without the device."""
-        pin_threads(threads, arithmetic)  # before the patches are laid on
-        self._pinned, self.method = (threads, arithmetic), method
-        self.refuse_outdated: Callable[[], None] = lambda: None
-        self.model, self.tokenizer = load_patched(base_dir, base_digest, patches, arithmetic)
+        pin_threads(threads, precision)  # before the patches are laid on
+        self._pinned, self.method = (threads, precision), method
+        self.check_current: Callable[[], None] = lambda: None
+        self.model, self.tokenizer = load_patched(base_dir, base_digest, patches, precision)
         self.base_name = patched_name(base_digest, patches)
         self.shards = frozenset(adapters)
         changes = {shard: read_change(files) for shard, files in sorted(adapters.items())}
@@ -78,7 +78,7 @@ class Answerer:
         texts: list[str] = []
         with torch.inference_mode():
             for start, end in pieces([self._names(route) for route in routes], 1, MAX_ROWS):
-                self.refuse_outdated()
+                self.check_current()
                 answers = self._continued(prompts[start:end], routes[start:end], max_new_tokens)
                 texts += self.tokenizer.batch_decode(answers, skip_special_tokens=True)
         return texts
@@ -147,7 +147,7 @@ class Answerer:
         pin_threads(*self._pinned)
         cache = inputs.get("past_key_values")
         if cache is None or cache.get_seq_length() == 0:  # else the answer was begun before
-            self.refuse_outdated()
+            self.check_current()
         self._refuse_unknown(routes)
         names = [self._names(route) for route in routes]
         inputs = {name: _on(value, self.model.device) for name, value in inputs.items()}
@@ -169,7 +169,7 @@ class Answerer:
             logits = logits_PTV[own]
             weights = torch.tensor(route.weights if len(logits) == len(route.shards) else [1.0])
             weights = weights.to(logits.device)
-            found.append(together(logits, weights, self.method))
+            found.append(combine(logits, weights, self.method))
         return found
 
     def _names(self, route: Route) -> Sequence[int]:

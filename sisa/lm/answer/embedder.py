@@ -35,9 +35,9 @@ from sisa.lm.base.base import (
 from sisa.lm.base.numerics import pin_threads, usual_modes
 from sisa.lm.base.packages import PREFIX, fetch_package, parse_package
 
-METHOD = "transformer-mean-v1"
+TRANSFORMER_METHOD = "transformer-mean-v1"
 ROWS = 8
-LENGTHS = (32, 64, 128, 256)
+PADDED_LENGTHS = (32, 64, 128, 256)
 
 
 def resolve_embedder(spec: str) -> Embedder:
@@ -63,7 +63,7 @@ class TransformerEmbedder:
             _refuse_other_pooling(directory)
             config = json.loads((directory / "config.json").read_bytes())
             self._dimension = int(config["hidden_size"])
-        self._digest = digest_of([METHOD, ROWS, *LENGTHS, base_digest(directory)])
+        self._digest = digest_of([TRANSFORMER_METHOD, ROWS, *PADDED_LENGTHS, base_digest(directory)])
         self._parts: tuple[Any, Any] | None = None
 
     @property
@@ -87,8 +87,10 @@ class TransformerEmbedder:
 
     def _fill(self, vectors: Vectors, texts: Sequence[str]) -> None:
         model, tokenizer = self._load()
-        ids = [tokenizer(text, truncation=True, max_length=LENGTHS[-1]).input_ids for text in texts]
-        for length in LENGTHS:
+        ids = [
+            tokenizer(text, truncation=True, max_length=PADDED_LENGTHS[-1]).input_ids for text in texts
+        ]
+        for length in PADDED_LENGTHS:
             rows = [row for row, each in enumerate(ids) if _bucket(len(each)) == length]
             for start in range(0, len(rows), ROWS):
                 part = rows[start : start + ROWS]
@@ -115,7 +117,7 @@ def _refuse_other_pooling(directory: Path) -> None:
 
 
 def _bucket(num_tokens: int) -> int:
-    return next(length for length in LENGTHS if num_tokens <= length)
+    return next(length for length in PADDED_LENGTHS if num_tokens <= length)
 
 
 def _pooled(model: Any, ids: Sequence[Sequence[int]], length: int) -> Vectors:

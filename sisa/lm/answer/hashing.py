@@ -28,8 +28,8 @@ import numpy as np
 from sisa.core.digest import digest_of
 from sisa.core.ports import Vectors
 
-METHOD = "hashing-v1"
-DIMENSION = 384
+HASHING_METHOD = "hashing-v1"
+HASHING_DIMENSION = 384
 CHARACTER_NGRAMS = (3, 4, 5)
 _WORD = re.compile(r"\w+")
 
@@ -39,26 +39,26 @@ class HashingEmbedder:
 
     @property
     def digest(self) -> str:
-        return digest_of([METHOD, DIMENSION, *CHARACTER_NGRAMS])
+        return digest_of([HASHING_METHOD, HASHING_DIMENSION, *CHARACTER_NGRAMS])
 
     @property
     def dimension(self) -> int:
-        return DIMENSION
+        return HASHING_DIMENSION
 
     def embed(self, texts: Sequence[str]) -> Vectors:
         """Unit vectors, [num_texts, 384]."""
-        vectors: Vectors = np.zeros((len(texts), DIMENSION), dtype=np.float32)
+        vectors: Vectors = np.zeros((len(texts), HASHING_DIMENSION), dtype=np.float32)
         for row, text in enumerate(texts):
             vectors[row] = _embed(text)
         return vectors
 
 
 def _embed(text: str) -> Vectors:
-    sums = [0.0] * DIMENSION
+    sums = [0.0] * HASHING_DIMENSION
     for feature, count in sorted(Counter(features(text)).items()):
         value = int.from_bytes(hashlib.blake2b(feature.encode(), digest_size=8).digest(), "big")
         weight = 1.0 + math.log(count)
-        sums[(value >> 1) % DIMENSION] += weight if value & 1 else -weight
+        sums[(value >> 1) % HASHING_DIMENSION] += weight if value & 1 else -weight
     norm = math.sqrt(math.fsum(each * each for each in sums))
     if norm == 0.0:
         sums[0] = norm = 1.0

@@ -29,8 +29,8 @@ from numpy.typing import NDArray
 from sisa.core.digest import digest_of
 from sisa.core.ports import Embedder, Vectors
 
-METHOD = "names-v1"
-DIMENSION = 512
+NAMES_METHOD = "names-v1"
+NAMES_DIMENSION = 512
 _SENTENCE = re.compile(r"[.?!:\n]\s*")
 _WORD = re.compile(r"[\w'\u2019-]+")
 _PRONOUN = re.compile(r"i['\u2019]")  # I'm, I've
@@ -45,11 +45,11 @@ class NameEmbedder:
 
     @property
     def digest(self) -> str:
-        return digest_of([METHOD, DIMENSION, self._inner.digest])
+        return digest_of([NAMES_METHOD, NAMES_DIMENSION, self._inner.digest])
 
     @property
     def dimension(self) -> int:
-        return self._inner.dimension + DIMENSION
+        return self._inner.dimension + NAMES_DIMENSION
 
     def embed(self, texts: Sequence[str]) -> Vectors:
         """[num_texts, dimension]; of length 1, or sqrt(1/2) where nobody is named."""
@@ -62,7 +62,7 @@ class NameEmbedder:
 
 def nameless(vectors: Vectors) -> NDArray[np.bool_]:
     """Which rows of a `NameEmbedder` name nobody."""
-    found: NDArray[np.bool_] = (vectors[:, -DIMENSION:] == 0).all(axis=1)
+    found: NDArray[np.bool_] = (vectors[:, -NAMES_DIMENSION:] == 0).all(axis=1)
     return found
 
 
@@ -78,9 +78,9 @@ def names_in(text: str) -> list[str]:
 
 
 def _of_names(names: Sequence[str]) -> Vectors:
-    vector: Vectors = np.zeros(DIMENSION, dtype=np.float32)
+    vector: Vectors = np.zeros(NAMES_DIMENSION, dtype=np.float32)
     for name in names:
         value = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big")
-        vector[(value >> 1) % DIMENSION] += 1.0 if value & 1 else -1.0
+        vector[(value >> 1) % NAMES_DIMENSION] += 1.0 if value & 1 else -1.0
     norm = float(np.sqrt((vector * vector).sum()))  # whole numbers: exact
     return vector / np.float32(norm) if norm else vector

@@ -21,36 +21,39 @@ from typing import Any
 
 import torch
 
-from sisa.core.arithmetic import USUAL, Arithmetic
 from sisa.core.digest import canonical_json, sha256_hex
 from sisa.core.errors import IntegrityError, InvalidInput
 from sisa.core.patch import patched_digest
+from sisa.core.precision import DEFAULT_PRECISION, Precision
 from sisa.lm.base.adapter import ADAPTER_FILE, CONFIG_FILE, read_config, tensor_bytes, written_config
 from sisa.lm.base.base import load_base, own_modules
-from sisa.lm.base.low_rank import averaged, lay_on, read_change, stacked, tensors_of
+from sisa.lm.base.low_rank import averaged, merge_into, read_change, stacked, tensors_of
 from sisa.lm.base.numerics import usual_modes
 
-Files = Mapping[str, bytes]
+AdapterFiles = Mapping[str, bytes]
 _last: dict[tuple[Any, ...], Any] = {}  # the base under the patches that were last asked for
 
 
 def load_patched(
-    base_dir: Path, base_digest: str, patches: Sequence[Files], arithmetic: Arithmetic = USUAL
+    base_dir: Path,
+    base_digest: str,
+    patches: Sequence[AdapterFiles],
+    precision: Precision = DEFAULT_PRECISION,
 ) -> tuple[Any, Any]:
     """As `load_base`, under patches, lowest first.
 
     Raises IntegrityError: another base; a patch that is damaged or does not fit it. InvalidInput for
     patches on another device than the CPU, or in another dtype than float32.
     """
-    model, tokenizer = load_base(base_dir, base_digest, arithmetic)
+    model, tokenizer = load_base(base_dir, base_digest, precision)
     if not patches:
         return model, tokenizer
-    if arithmetic != USUAL:
+    if precision != DEFAULT_PRECISION:
         raise InvalidInput(
             "there are patches beneath, and those are for the CPU in float32",
             where="device, dtype",
-            expected=f"{USUAL.device}, {USUAL.dtype}",
-            got=f"{arithmetic.device}, {arithmetic.dtype}",
+            expected=f"{DEFAULT_PRECISION.device}, {DEFAULT_PRECISION.dtype}",
+            got=f"{precision.device}, {precision.dtype}",
             next_step="take the patches back (`sisa approx revert --all`), or restore the run file",
         )
     made_of = [
@@ -61,18 +64,20 @@ def load_patched(
     if key not in _last:
         with usual_modes():
             for files in patches:
-                lay_on(model, read_change(files))
+                merge_into(model, read_change(files))
         _last.clear()
         _last[key] = model
     return own_modules(_last[key]), tokenizer
 
 
-def patched_name(base_digest: str, patches: Sequence[Files]) -> str:
+def patched_name(base_digest: str, patches: Sequence[AdapterFiles]) -> str:
     """The name of the base under patches, by their files."""
     return patched_digest(base_digest, [sha256_hex(files[ADAPTER_FILE]) for files in patches])
 
 
-def merge_adapters(patches: Sequence[Files], adapters: Sequence[Files]) -> dict[str, bytes]:
+def merge_adapters(
+    patches: Sequence[AdapterFiles], adapters: Sequence[AdapterFiles]
+) -> dict[str, bytes]:
     """One adapter on the plain base that does what the mean of adapters over patches does. Its scale is
     1, and it names its modules in full.
 

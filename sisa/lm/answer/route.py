@@ -57,12 +57,12 @@ def all_of(live_shards: Collection[int]) -> Route:
     return Route(tuple(sorted(live_shards)), (1 / max(1, len(live_shards)),) * len(live_shards))
 
 
-def settled(how: Aggregation, embedder: str, kind: Kind) -> Aggregation:
+def resolve_aggregation(how: Aggregation, embedder: str, kind: Kind) -> Aggregation:
     """With a number for `min_score: auto`, or none. `kind` is that of the nearest record.
 
-    >>> settled(Aggregation(), MINILM, "completion").min_score
+    >>> resolve_aggregation(Aggregation(), MINILM, "completion").min_score
     0.99
-    >>> settled(Aggregation(), "hashing", "chat")
+    >>> resolve_aggregation(Aggregation(), "hashing", "chat")
     Aggregation(method='routed', top_k=1, temperature=0.04, min_score=None, below='base')
     """
     if how.min_score != "auto":
@@ -73,7 +73,7 @@ def settled(how: Aggregation, embedder: str, kind: Kind) -> Aggregation:
 
 def choose_route(hits: Sequence[Hit], how: Aggregation, live_shards: Collection[int]) -> Route:
     """Who answers; strongest first where it is routed. `live_shards` are those that serve an adapter.
-    `how` is `settled`: an `auto` that is left turns nobody away."""
+    `how` is resolved: an `auto` that is left turns nobody away."""
     if how.method != "routed":
         return all_of(live_shards)
     strengths = _strengths(hits, how.temperature, live_shards)

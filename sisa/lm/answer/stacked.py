@@ -42,7 +42,7 @@ from torch import Tensor, nn
 
 from sisa.core.errors import IntegrityError
 from sisa.lm.base.adapter import ADAPTER_FILE
-from sisa.lm.base.low_rank import Change, Factors, shape_of
+from sisa.lm.base.low_rank import Factors, LowRankChange, shape_of
 
 _PER_REQUEST = frozenset({"hidden_states", "attention_mask", "position_ids", "position_embeddings"})
 
@@ -109,7 +109,7 @@ class StackedLinear(nn.Module):
 class Stacked:
     """Adapters by name (shards) around a base whose modules are the caller's own; they are replaced."""
 
-    def __init__(self, base: Any, adapters: Mapping[int, Change]) -> None:
+    def __init__(self, base: Any, adapters: Mapping[int, LowRankChange]) -> None:
         """Raises IntegrityError for an adapter that does not fit."""
         self._places = {name: number for number, name in enumerate(sorted(adapters))}
         changes = [adapters[name] for name in sorted(adapters)]

@@ -27,7 +27,7 @@ from safetensors.torch import load, save
 
 from sisa.core.digest import canonical_json
 from sisa.core.errors import IntegrityError, InvalidInput
-from sisa.lm.base.layers import ALL, first_adapted, layers_of
+from sisa.lm.base.layers import ALL_LAYERS, first_adapted, layers_of
 
 ADAPTER_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -39,7 +39,7 @@ def lora_config(training: Mapping[str, Any], base: Any) -> LoraConfig:
     have."""
     wanted, names = training["lora_target_modules"], _linear_names(base)
     layers: dict[str, Any] = {}
-    if training.get("lora_layers", ALL) != ALL:
+    if training.get("lora_layers", ALL_LAYERS) != ALL_LAYERS:
         first = first_adapted(training, base)
         holder, modules = layers_of(base)
         layers["layers_to_transform"] = list(range(first, len(modules)))
@@ -131,13 +131,11 @@ def add_adapter(model: Any, config: LoraConfig, tensors: Mapping[str, torch.Tens
 
 def put_tensors(model: Any, tensors: Mapping[str, torch.Tensor], name: str) -> None:
     """Fill adapter `name`. Raises IntegrityError when the tensors are not exactly the adapter's."""
-    refuse_other_tensors(adapter_tensors(model, name), tensors)
+    check_tensors(adapter_tensors(model, name), tensors)
     set_peft_model_state_dict(model, dict(tensors), adapter_name=name)
 
 
-def refuse_other_tensors(
-    expected: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor]
-) -> None:
+def check_tensors(expected: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor]) -> None:
     """Raises IntegrityError for tensors of other names or shapes than an adapter's."""
     shapes, others = ({name: x.shape for name, x in each.items()} for each in (expected, tensors))
     if shapes != others:

@@ -26,9 +26,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sisa.core.arithmetic import USUAL, Arithmetic
 from sisa.core.digest import canonical_json, digest_of, file_sha256, sha256_hex
 from sisa.core.errors import EnvironmentFault, IntegrityError, InvalidInput, Problem, SisaError
+from sisa.core.precision import DEFAULT_PRECISION, Precision
 from sisa.lm.base.numerics import usual_modes
 from sisa.lm.base.packages import (
     PINNED_BASES,
@@ -54,7 +54,7 @@ HUB_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
 UNUSED = ("pooler.",)  # weights that an embedder's file may lack
 MAX_TOLD_CHARS, MAX_NAMES = 200, 10
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
-_loaded: dict[tuple[Path, str, Arithmetic], tuple[Any, Any]] = {}
+_loaded: dict[tuple[Path, str, Precision], tuple[Any, Any]] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,12 +301,12 @@ def load_tokenizer(directory: Path, gguf: str | None = None) -> Any:
     return _from_pretrained(AutoTokenizer, directory, **options)
 
 
-def load_base(directory: Path, digest: str, arithmetic: Arithmetic = USUAL) -> tuple[Any, Any]:
+def load_base(directory: Path, digest: str, precision: Precision = DEFAULT_PRECISION) -> tuple[Any, Any]:
     """(model, tokenizer), for evaluation, frozen; the model's modules are the caller's own.
 
     Raises IntegrityError when the files are not the ones that `digest` names.
     """
-    place = (directory.resolve(), digest, arithmetic)
+    place = (directory.resolve(), digest, precision)
     if place not in _loaded:
         got = base_digest(directory)
         if got != digest:
@@ -319,10 +319,10 @@ def load_base(directory: Path, digest: str, arithmetic: Arithmetic = USUAL) -> t
             )
         from transformers import AutoModelForCausalLM
 
-        with usual_modes(arithmetic):
-            model = load_frozen(AutoModelForCausalLM, directory, arithmetic.dtype)
-            if arithmetic.device != "cpu":
-                model = model.to(arithmetic.device)
+        with usual_modes(precision):
+            model = load_frozen(AutoModelForCausalLM, directory, precision.dtype)
+            if precision.device != "cpu":
+                model = model.to(precision.device)
         _loaded[place] = (model, load_tokenizer(directory))
     model, tokenizer = _loaded[place]
     return own_modules(model), tokenizer

@@ -40,7 +40,7 @@ def environment() -> dict[str, str]:
     return {WORKSPACE: REPEATING[0], **own}
 
 
-def prepare() -> None:
+def prepare_device() -> None:
     """Set this process's environment. Raises EnvironmentFault where that comes too late, or where it is
     set to something that does not repeat."""
     torch = sys.modules.get("torch")
@@ -59,7 +59,7 @@ def prepare() -> None:
 
 def require() -> None:
     """Raises EnvironmentFault where there is no CUDA device."""
-    prepare()
+    prepare_device()
     import torch
 
     if not torch.cuda.is_available():
@@ -100,7 +100,7 @@ def fix_attention(*, plain: bool) -> None:
 @cache
 def describe() -> dict[str, Any] | None:
     """What names the device in the fingerprint; None where there is none."""
-    prepare()
+    prepare_device()
     import torch
 
     if not torch.cuda.is_available():

@@ -18,7 +18,7 @@ from torch import nn
 
 from sisa.core.errors import InvalidInput
 
-ALL = "all"
+ALL_LAYERS = "all"
 
 
 def layers_of(base: Any) -> tuple[str, Any]:
@@ -38,8 +38,8 @@ def layers_of(base: Any) -> tuple[str, Any]:
 
 def first_adapted(training: Mapping[str, Any], base: Any) -> int:
     """The lowest layer that gets adapters; 0 under `all`. Raises InvalidInput."""
-    wanted = training.get("lora_layers", ALL)
-    if wanted == ALL:
+    wanted = training.get("lora_layers", ALL_LAYERS)
+    if wanted == ALL_LAYERS:
         return 0
     num_top, num_layers = int(wanted.removeprefix("top:")), len(layers_of(base)[1])
     if num_top > num_layers:

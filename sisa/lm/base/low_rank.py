@@ -48,7 +48,7 @@ class Factors:
         return self.b_OR @ self.a_RI
 
 
-Change = Mapping[str, Factors]  # by name of module
+LowRankChange = Mapping[str, Factors]  # by name of module
 
 
 def read_change(files: Mapping[str, bytes]) -> dict[str, Factors]:
@@ -105,7 +105,7 @@ def _misfit(got: str, *problems: Problem) -> IntegrityError:
     )
 
 
-def lay_on(model: Any, change: Change) -> None:
+def merge_into(model: Any, change: LowRankChange) -> None:
     """Give the changed modules of a model weights of their own; the tensors that they had are left as
     they are, for others may hold them. Raises IntegrityError, changing nothing."""
     modules = dict(model.named_modules())
@@ -134,7 +134,7 @@ def shape_of(module: Any) -> tuple[int, ...]:
     return tuple(module.weight.shape) if isinstance(module, torch.nn.Linear) else ()
 
 
-def stacked(parts: Sequence[Change]) -> dict[str, Factors]:
+def stacked(parts: Sequence[LowRankChange]) -> dict[str, Factors]:
     """The sum of changes as one. Every module gets the sum of the parts' ranks, with rows of zeros for a
     part that does not change it."""
     ranks = [next(iter(part.values())).a_RI.shape[0] for part in parts]
@@ -147,7 +147,7 @@ def stacked(parts: Sequence[Change]) -> dict[str, Factors]:
     return found
 
 
-def averaged(parts: Sequence[Change]) -> dict[str, Factors]:
+def averaged(parts: Sequence[LowRankChange]) -> dict[str, Factors]:
     """The exact mean of changes: their ranks add up, and nothing is rounded away."""
     return {name: Factors(each.a_RI, each.b_OR / len(parts)) for name, each in stacked(parts).items()}
 
@@ -157,7 +157,7 @@ def _or_zeros(found: Factors | None, rank: int, like: Factors) -> Factors:
     return found or Factors(torch.zeros(rank, inputs), torch.zeros(outputs, rank))
 
 
-def tensors_of(change: Change) -> dict[str, torch.Tensor]:
+def tensors_of(change: LowRankChange) -> dict[str, torch.Tensor]:
     """A change under the names that peft reads; its scale is 1."""
     found = {f"{PREFIX}{name}{A}": each.a_RI for name, each in change.items()}
     return found | {f"{PREFIX}{name}{B}": each.b_OR for name, each in change.items()}

@@ -26,8 +26,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from sisa.core.arithmetic import USUAL, Arithmetic
 from sisa.core.digest import digest_of
+from sisa.core.precision import DEFAULT_PRECISION, Precision
 from sisa.lm.base import cuda
 
 # Raise it with every change of stage.py, wrapped.py, adapter.py, losses.py, packed.py, flat.py,
@@ -48,24 +48,24 @@ KERNEL_SETTINGS = (
 _INSTRUCTION_SET = re.compile(r"s?sse|avx|fma|f16c|amx|bmi|asimd|sve|sme|fphp|bf16|i8mm|neon|vfp")
 
 
-def fingerprint(threads: int, arithmetic: Arithmetic = USUAL) -> str:
+def fingerprint(threads: int, precision: Precision = DEFAULT_PRECISION) -> str:
     """The digest that stands in every job of this environment."""
-    return digest_of(describe_fingerprint(threads, arithmetic))
+    return digest_of(describe_fingerprint(threads, precision))
 
 
-def describe_fingerprint(threads: int, arithmetic: Arithmetic = USUAL) -> dict[str, Any]:
+def describe_fingerprint(threads: int, precision: Precision = DEFAULT_PRECISION) -> dict[str, Any]:
     """The fingerprint in words, for people who compare two environments."""
-    on_cuda = arithmetic.device == "cuda"
+    on_cuda = precision.device == "cuda"
     gpu = {"gpu": cuda.describe()} if on_cuda else {}
     settings = (*KERNEL_SETTINGS, *(cuda.SETTINGS if on_cuda else ()))
     return {
         "procedure": PROCEDURE_VERSION,
         "libraries": {name: _version(name) for name in LIBRARIES},
-        "device": arithmetic.device,
+        "device": precision.device,
         "processor": dict(_processor()),
         **gpu,
         "settings": {name: os.environ.get(name) for name in settings},
-        "dtype": arithmetic.dtype,
+        "dtype": precision.dtype,
         "threads": threads,
     }
 
@@ -101,9 +101,9 @@ def describe_processor(cpuinfo: str, machine: str, processor: str) -> dict[str, 
     return {"machine": machine, "model": model or processor, "instruction_sets": digest_of(sets)}
 
 
-def worker_environment(threads: int, arithmetic: Arithmetic = USUAL) -> dict[str, str]:
+def worker_environment(threads: int, precision: Precision = DEFAULT_PRECISION) -> dict[str, str]:
     """What a worker's environment must hold before torch is imported."""
-    environment = cuda.environment() if arithmetic.device == "cuda" else {}
+    environment = cuda.environment() if precision.device == "cuda" else {}
     environment |= {
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
@@ -116,9 +116,9 @@ def worker_environment(threads: int, arithmetic: Arithmetic = USUAL) -> dict[str
     return environment
 
 
-def require_device(arithmetic: Arithmetic) -> None:
+def require_device(precision: Precision) -> None:
     """Raises EnvironmentFault where this process does not have the device."""
-    if arithmetic.device == "cuda":
+    if precision.device == "cuda":
         cuda.require()
 
 
@@ -133,14 +133,14 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, TRIM_THRESHOLD_BYTES)
 
 
-def pin_threads(threads: int, arithmetic: Arithmetic = USUAL) -> None:
+def pin_threads(threads: int, precision: Precision = DEFAULT_PRECISION) -> None:
     """Set torch, in this process, to the number of threads and the kernels of the fingerprint. Raises
     EnvironmentFault without the device."""
-    if arithmetic.device == "cuda":
+    if precision.device == "cuda":
         cuda.pin()
     import torch
 
-    if arithmetic.device == "cpu":
+    if precision.device == "cpu":
         cuda.fix_attention(plain=False)
 
     torch.set_num_threads(threads)
@@ -153,7 +153,7 @@ def pin_threads(threads: int, arithmetic: Arithmetic = USUAL) -> None:
 
 
 @contextlib.contextmanager
-def usual_modes(arithmetic: Arithmetic = USUAL) -> Iterator[None]:
+def usual_modes(precision: Precision = DEFAULT_PRECISION) -> Iterator[None]:
     """Run torch as in a process that has set none of its modes, then as before: autocast, inference,
     gradients switched off and another default dtype reach bits, too."""
     import torch
@@ -164,7 +164,7 @@ def usual_modes(arithmetic: Arithmetic = USUAL) -> Iterator[None]:
         with (
             torch.inference_mode(False),
             torch.enable_grad(),
-            torch.autocast(arithmetic.device, enabled=False),
+            torch.autocast(precision.device, enabled=False),
         ):
             yield
     finally:

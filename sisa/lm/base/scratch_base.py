@@ -1,10 +1,10 @@
 """Training a base: a byte-level BPE tokenizer and a small decoder, by Hugging Face's `Trainer`.
 
-Rules: the recipe's seed decides weights and orders; threads and arithmetic are those of the numerics
+Rules: the recipe's seed decides weights and orders; threads and precision are those of the numerics
 fingerprint, so that one machine makes the same bytes again. Texts are packed into rows of `context_len`
 tokens, each text closed by the end token. What is saved is a base as any other (`base.py`).
 
-Not covered: mixed precision; other decoders than Llama; several workers, which `prepare` brings in.
+Not covered: mixed precision; other decoders than Llama; several workers, which `prepare_base` brings in.
 
     train_base(recipe, texts_file, target_directory, print)
 """

@@ -34,7 +34,7 @@ from sisa.lm.base.adapter import (
     tensor_bytes,
 )
 from sisa.lm.base.base import load_base, load_skeleton, own_modules, untrusted
-from sisa.lm.base.low_rank import Change, read_change
+from sisa.lm.base.low_rank import LowRankChange, read_change
 
 # of the norm of what is compared: another answer is off by about 1, a token heard ahead by less
 OTHER_ANSWER, HEARD_AHEAD = 1e-2, 1e-5
@@ -97,7 +97,7 @@ def _refuse_looking_ahead(model: Any) -> None:
         )
 
 
-def _change(trained: Any) -> Change:
+def _change(trained: Any) -> LowRankChange:
     """Let the adapter say something (as it is begun, it changes nothing) and return its change."""
     generator = torch.Generator().manual_seed(0)
     for module in trained.modules():
@@ -119,7 +119,7 @@ def _change(trained: Any) -> Change:
         ) from error
 
 
-def _refuse_other_answers(model: Any, trained: Any, change: Change) -> None:
+def _refuse_other_answers(model: Any, trained: Any, change: LowRankChange) -> None:
     """Compare what is served of two prompts, and of a token more, with what each says by itself."""
     lengths = [len(each) for each in PROMPTS]
     width = max(lengths)

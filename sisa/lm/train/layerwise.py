@@ -10,7 +10,7 @@ of blocks. What a later stage adds is its own block alone: taking the last slice
 nothing else, and that is the checkpoint before. Layers are those with adapters; an adapter outside of
 layers goes with the top.
 
-Not covered: appended slices, for which no layers are left (`run.py` refuses them).
+Not covered: appended slices, for which no layers are left (`ingest.py` refuses them).
 
 >>> [block_of([0, 1, 2, 3, 4], 2, place) for place in (0, 1)]
 [(3, 4), (0, 1, 2)]
@@ -61,7 +61,7 @@ def train_block(model: Any, num_blocks: int, place: int) -> None:
         each.requires_grad_((layers[-1] if number is None else number) in block)
 
 
-def refuse_few_layers(base: Any, training: Mapping[str, Any]) -> None:
+def check_enough_layers(base: Any, training: Mapping[str, Any]) -> None:
     """Raises InvalidInput for a base with fewer layers to adapt than there are slices."""
     wanted = training["lora_target_modules"]
     names = (

@@ -3,8 +3,8 @@
 Rules: a stage starts from bytes (its parent's files, or the base and a seed), in the process that
 trained the parent as in any other, so resuming is the same code. The base is never written to. A stage
 over patches names the base under them. The stage runs where the base is, and the base may be in
-bfloat16. What a process did before reaches no bit: each stage has modules of its own (`wrapped.py`), and
-torch's modes are the usual ones while it runs. Hidden states are kept between stages.
+bfloat16. What a process did before reaches no bit: each stage has modules of its own (`trainable.py`),
+and torch's modes are the usual ones while it runs. Hidden states are kept between stages.
 
 Not covered: what a stage computes (`stage.py`); more than one device at once; encoder-decoder models.
 
@@ -19,20 +19,20 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sisa.core.arithmetic import USUAL, Arithmetic
 from sisa.core.domain import SliceJob
 from sisa.core.errors import IntegrityError
 from sisa.core.ports import PrefixStore, StoredRecord, Tick
+from sisa.core.precision import DEFAULT_PRECISION, Precision
 from sisa.lm.answer.patched import load_patched, patched_name
 from sisa.lm.base.numerics import fingerprint, keep_freed_memory, pin_threads, usual_modes
 from sisa.lm.base.tokens import tokenize_all
 from sisa.lm.train.batches import stage_steps
-from sisa.lm.train.kept_prefixes import Kept, Rows
+from sisa.lm.train.frozen_prefix import Prefixes
 from sisa.lm.train.losses import Batch
-from sisa.lm.train.prefix import Prefixes
+from sisa.lm.train.shard_prefixes import ShardPrefixes, TokenizedRows
 from sisa.lm.train.stage import Stage
 from sisa.lm.train.ticks import Ticks
-from sisa.lm.train.wrapped import Wrapped, kind_of
+from sisa.lm.train.trainable import Trainable, pattern_key
 
 
 class LoraTrainer:
@@ -46,21 +46,21 @@ class LoraTrainer:
         base_digest: str,
         threads: int,
         patches: Sequence[Mapping[str, bytes]] = (),
-        arithmetic: Arithmetic = USUAL,
+        precision: Precision = DEFAULT_PRECISION,
         *,
         prefixes: PrefixStore | None = None,
         prefix_bytes: int = 0,
     ) -> None:
         """`patches` are files of those to train over, lowest first. `prefixes` keeps hidden states of
         the lower layers, up to so many bytes of a shard."""
-        self._base = (base_dir, base_digest, patches, arithmetic)
+        self._base = (base_dir, base_digest, patches, precision)
         self._base_name = patched_name(base_digest, patches)
-        self._threads, self._arithmetic = threads, arithmetic
+        self._threads, self._precision = threads, precision
         self._prefixes = Prefixes()
-        self._wrapped: tuple[bytes, Wrapped] | None = None
+        self._wrapped: tuple[bytes, Trainable] | None = None
         self._tokenizer: Any = None
-        named = (self._base_name, fingerprint(threads, arithmetic))
-        self._kept = None if prefixes is None else Kept(prefixes, prefix_bytes, *named)
+        named = (self._base_name, fingerprint(threads, precision))
+        self._kept = None if prefixes is None else ShardPrefixes(prefixes, prefix_bytes, *named)
 
     def train(
         self,
@@ -74,10 +74,10 @@ class LoraTrainer:
         Raises IntegrityError (another base, a damaged parent), InvalidInput (records that do not
         fit, modules that the base lacks, a loss that is not finite) and EnvironmentFault (no device).
         """
-        _check_job(job, self._base_name, records, self._arithmetic)
-        pin_threads(self._threads, self._arithmetic)
+        _check_job(job, self._base_name, records, self._precision)
+        pin_threads(self._threads, self._precision)
         keep_freed_memory()
-        with usual_modes(self._arithmetic):
+        with usual_modes(self._precision):
             return self._train(job, parent, records, progress)
 
     def _train(
@@ -101,12 +101,12 @@ class LoraTrainer:
             kept.write(job, wrapped.first, rows, self._prefixes, held)
         return stage.files()
 
-    def _wrap(self, job: SliceJob) -> Wrapped:
-        kind = kind_of(job.training)
+    def _wrap(self, job: SliceJob) -> Trainable:
+        kind = pattern_key(job.training)
         if self._wrapped is None or self._wrapped[0] != kind:
             self._wrapped = None  # one of them is in memory at a time
             base, self._tokenizer = load_patched(*self._base)
-            self._wrapped = kind, Wrapped(base, job.training)
+            self._wrapped = kind, Trainable(base, job.training)
         return self._wrapped[1]
 
 
@@ -116,15 +116,16 @@ def _size(step: Sequence[Batch]) -> tuple[int, int]:
 
 
 def _check_job(
-    job: SliceJob, base_name: str, records: Sequence[StoredRecord], arithmetic: Arithmetic
+    job: SliceJob, base_name: str, records: Sequence[StoredRecord], precision: Precision
 ) -> None:
-    if not arithmetic.is_of(job.training):
+    if not precision.is_of(job.training):
         raise IntegrityError(
             "a job was made for another device or dtype",
             where=f"shard {job.shard}, slice {job.slice}",
-            expected=str(arithmetic.in_jobs() or "none"),
+            expected=str(precision.in_jobs() or "none"),
             got=str(
-                {each: job.training[each] for each in USUAL.names if each in job.training} or "none"
+                {each: job.training[each] for each in DEFAULT_PRECISION.names if each in job.training}
+                or "none"
             ),
             next_step="run the command again; `sisa train RUN.yaml` names what differs",
         )
@@ -146,7 +147,7 @@ def _check_job(
         )
 
 
-def _tokenized(job: SliceJob, records: Sequence[StoredRecord], tokenizer: Any) -> Rows:
+def _tokenized(job: SliceJob, records: Sequence[StoredRecord], tokenizer: Any) -> TokenizedRows:
     training = job.training
     tokens = tokenize_all(
         [each.record for each in records],
@@ -159,7 +160,7 @@ def _tokenized(job: SliceJob, records: Sequence[StoredRecord], tokenizer: Any) -
     return list(zip(records, tokens, strict=True))
 
 
-def _plan_steps(job: SliceJob, told: Rows) -> list[list[Batch]]:
+def _plan_steps(job: SliceJob, told: TokenizedRows) -> list[list[Batch]]:
     training = job.training
     steps = stage_steps(
         [each.id_digest for each, _ in told],

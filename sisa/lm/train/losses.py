@@ -6,7 +6,7 @@ padding. The decoder runs to its hidden states; those at (row, position) pairs t
 gathered, and the head is computed on them alone. The head is frozen, so that its gradient is taken with
 the loss, in one go, and no logits are kept. Where a model's head does more than one product (logits that
 are scaled or capped, a head with an adapter), its own forward is asked for the positions that any row
-needs. `form_of` decides both, by bits of the base.
+needs. `loss_form` decides both, by bits of the base.
 
 Not covered: losses on other things than next tokens.
 
@@ -31,7 +31,7 @@ from sisa.lm.base.tokens import NO_LOSS, Tokens
 from sisa.lm.train.packed import attending, packs, positions
 
 Batch = Sequence[Tokens]
-PROBE_IDS = 4
+NUM_PROBE_IDS = 4
 PIECE = 256  # pairs; 7% faster than 1,000 at once, and not slower than 128
 
 
@@ -43,13 +43,13 @@ class Form:
     packed: bool = True
 
 
-def form_of(base: Any, longest: int) -> Form:
+def loss_form(base: Any, longest: int) -> Form:
     """What a base allows, on records of up to `longest` tokens."""
     return Form(has_plain_head(base), packs(base, longest))
 
 
 @dataclass(frozen=True, slots=True)
-class Laid:
+class BatchTensors:
     """A micro-batch as tensors: ids [B, T], their positions [B, T] where records lie end to end, and of
     each pair its row [N], its column [N] and the label that it predicts [N]."""
 
@@ -59,7 +59,7 @@ class Laid:
     columns_N: Tensor
     labels_N: Tensor
 
-    def to(self, device: torch.device) -> Laid:
+    def to(self, device: torch.device) -> BatchTensors:
         """The same on a device."""
         if device.type == "cpu":
             return self
@@ -73,7 +73,7 @@ class Laid:
         return {"input_ids": self.ids_BT, "use_cache": False, **where}
 
 
-def lay(batch: Batch, *, packed: bool) -> Laid:
+def lay(batch: Batch, *, packed: bool) -> BatchTensors:
     """End to end in one row, or padded on the right to the batch's own longest."""
     lengths = [len(each.input_ids) for each in batch]
     # the label at a position is that of the next token; a record's last position predicts nothing
@@ -85,7 +85,7 @@ def lay(batch: Batch, *, packed: bool) -> Laid:
         next_BT = pad_sequence([following for _, following in told], True, NO_LOSS)
     rows_N, columns_N = (next_BT != NO_LOSS).nonzero(as_tuple=True)
     at = positions(lengths, ids_BT.device) if packed else None
-    return Laid(ids_BT, at, rows_N, columns_N, next_BT[rows_N, columns_N])
+    return BatchTensors(ids_BT, at, rows_N, columns_N, next_BT[rows_N, columns_N])
 
 
 def count_labels(batch: Batch) -> int:
@@ -112,7 +112,7 @@ def _attending(base: Any, batch: Batch, form: Form) -> AbstractContextManager[No
     return attending(base, [len(each.input_ids) for each in batch]) if form.packed else nullcontext()
 
 
-def _by_own_forward(base: Any, laid: Laid) -> Tensor:
+def _by_own_forward(base: Any, laid: BatchTensors) -> Tensor:
     columns_K, at_N = torch.unique(laid.columns_N, return_inverse=True)
     logits_BKV = base(**laid.inputs(), logits_to_keep=columns_K).logits
     return cross_entropy(logits_BKV[laid.rows_N, at_N].float(), laid.labels_N, reduction="sum")
@@ -153,6 +153,6 @@ def has_plain_head(base: Any) -> bool:
     decoder, head = base.get_decoder(), base.get_output_embeddings()
     if decoder is None or decoder is base or type(head) is not torch.nn.Linear:
         return False
-    ids_BT = torch.arange(PROBE_IDS, device=base.device)[None]
+    ids_BT = torch.arange(NUM_PROBE_IDS, device=base.device)[None]
     own = base(input_ids=ids_BT, use_cache=False).logits
     return torch.equal(own, head(decoder(input_ids=ids_BT, use_cache=False).last_hidden_state))

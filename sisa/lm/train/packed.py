@@ -25,11 +25,14 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-NAME = "record_by_record"
+ATTENTION_NAME = "record_by_record"
 HARMLESS = ("position_ids", "use_cache", "output_attentions", "output_hidden_states", "sliding_window")
 WINDOWS = ("sliding_window", "attention_chunk_size")
 ONE, OTHER, NEXT = (0, 1, 2), (3, 2, 1), (1, 3, 0, 2)
-TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 0.3}  # of the norm; with wrong positions it is about 1
+PACKING_TOLERANCE = {
+    torch.float32: 1e-2,
+    torch.bfloat16: 0.3,
+}  # of the norm; with wrong positions it is about 1
 _lengths: ContextVar[tuple[int, ...]] = ContextVar("lengths")
 
 
@@ -63,7 +66,7 @@ def _attend(
     return torch.cat(found, dim=1).to(query_1HND.dtype), None
 
 
-AttentionInterface.register(NAME, _attend)
+AttentionInterface.register(ATTENTION_NAME, _attend)
 
 
 @contextmanager
@@ -74,7 +77,7 @@ def attending(base: Any, lengths: Sequence[int]) -> Iterator[None]:
     token = _lengths.set(tuple(lengths))
     try:
         for config, _ in before:
-            config._attn_implementation = NAME
+            config._attn_implementation = ATTENTION_NAME
         yield
     finally:
         for config, name in before:
@@ -108,7 +111,7 @@ def packs(base: Any, longest: int) -> bool:
     ids_1T = torch.tensor([NEXT], device=base.device)
     alone = decoder(input_ids=ids_1T, use_cache=False).last_hidden_state[0]
     off = (apart - alone).float().norm() / alone.float().norm()
-    return torch.equal(apart, moved) and off.item() <= TOLERANCE.get(alone.dtype, 0.0)
+    return torch.equal(apart, moved) and off.item() <= PACKING_TOLERANCE.get(alone.dtype, 0.0)
 
 
 def _states(base: Any, decoder: Any, first: Sequence[int], then: Sequence[int]) -> Tensor:

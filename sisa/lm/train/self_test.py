@@ -12,7 +12,7 @@ the dtype are those of the fingerprint: a device that is not there is an error, 
 
 Not covered: faults that show only in long runs or at other widths; other GPUs than the first.
 
-    check(threads=1, arithmetic=Arithmetic("cuda", "bfloat16")).repeats
+    check(threads=1, precision=Precision("cuda", "bfloat16")).repeats
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from sisa.core.arithmetic import USUAL, Arithmetic, DeviceName, Dtype
 from sisa.core.digest import digest_of, sha256_hex
 from sisa.core.domain import SliceJob
 from sisa.core.errors import EnvironmentFault
+from sisa.core.precision import DEFAULT_PRECISION, DeviceName, Dtype, Precision
 from sisa.lm.base.numerics import (
     describe_fingerprint,
     pin_threads,
@@ -46,7 +46,7 @@ WIDTHS = {
     "num_key_value_heads": 3,
     "vocab_size": 2048,
 }
-LENGTHS = (5, 17, 33, 64, 9, 40, 64, 12)  # tokens of the rows of a step
+ROW_LENGTHS = (5, 17, 33, 64, 9, 40, 64, 12)  # tokens of the rows of a step
 TRAINING = {
     "lora_r": 8,
     "lora_alpha": 16,
@@ -77,19 +77,19 @@ class Numerics:
         return len(set(self.digests)) == 1
 
 
-def check(threads: int, arithmetic: Arithmetic = USUAL) -> Numerics:
+def check(threads: int, precision: Precision = DEFAULT_PRECISION) -> Numerics:
     """Train in fresh processes. Raises EnvironmentFault when one does not end well, or without the
     device."""
-    require_device(arithmetic)
-    description = describe_fingerprint(threads, arithmetic)
-    found = [each for _ in range(NUM_PROCESSES) for each in _elsewhere(threads, arithmetic)]
+    require_device(precision)
+    description = describe_fingerprint(threads, precision)
+    found = [each for _ in range(NUM_PROCESSES) for each in _elsewhere(threads, precision)]
     return Numerics(digest_of(description), description, tuple(found))
 
 
-def _elsewhere(threads: int, arithmetic: Arithmetic) -> list[str]:
+def _elsewhere(threads: int, precision: Precision) -> list[str]:
     here = str(Path(__file__).resolve().parents[3])
-    environment = {**os.environ, **worker_environment(threads, arithmetic), "PYTHONPATH": here}
-    told = [str(threads), arithmetic.device, arithmetic.dtype]
+    environment = {**os.environ, **worker_environment(threads, precision), "PYTHONPATH": here}
+    told = [str(threads), precision.device, precision.dtype]
     try:
         done = subprocess.run(
             [sys.executable, "-m", "sisa.lm.train.self_test", *told],
@@ -110,17 +110,17 @@ def _elsewhere(threads: int, arithmetic: Arithmetic) -> list[str]:
     return found
 
 
-def trained_digests(threads: int, times: int = 2, arithmetic: Arithmetic = USUAL) -> list[str]:
+def trained_digests(threads: int, times: int = 2, precision: Precision = DEFAULT_PRECISION) -> list[str]:
     """Of the same two stages, trained so many times in this process."""
     import torch
 
     from sisa.lm.base.tokens import NO_LOSS, Tokens
     from sisa.lm.train.stage import Stage
-    from sisa.lm.train.wrapped import Wrapped
+    from sisa.lm.train.trainable import Trainable
 
-    pin_threads(threads, arithmetic)
+    pin_threads(threads, precision)
     drawn = torch.Generator().manual_seed(1)
-    rows = [torch.randint(1, 2048, (length,), generator=drawn).tolist() for length in LENGTHS]
+    rows = [torch.randint(1, 2048, (length,), generator=drawn).tolist() for length in ROW_LENGTHS]
     tokens = [Tokens(each, [NO_LOSS, NO_LOSS, *each[2:]]) for each in rows]
     steps = [[tokens[:4], tokens[4:]], [tokens[2:6]], [tokens[::2], tokens[1::2]]]
     digests = []
@@ -128,7 +128,7 @@ def trained_digests(threads: int, times: int = 2, arithmetic: Arithmetic = USUAL
         files: dict[str, bytes] | None = None
         for slice_ in range(2):
             job = SliceJob(0, slice_, None, ((0, ""),), len(rows), (1, 1), TRAINING, "", "")
-            wrapped = Wrapped(random_base(arithmetic), TRAINING)
+            wrapped = Trainable(random_base(precision), TRAINING)
             stage = Stage(job, wrapped, files, num_steps=len(steps))
             for step in steps:
                 stage.step(step)
@@ -137,7 +137,7 @@ def trained_digests(threads: int, times: int = 2, arithmetic: Arithmetic = USUAL
     return digests
 
 
-def random_base(arithmetic: Arithmetic) -> Any:
+def random_base(precision: Precision) -> Any:
     """The same weights whatever the device; in another dtype, rounded, and buffers as they are."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -145,21 +145,21 @@ def random_base(arithmetic: Arithmetic) -> Any:
     torch.manual_seed(0)
     base: Any = LlamaForCausalLM(LlamaConfig(**WIDTHS, tie_word_embeddings=True))
     for each in base.parameters():
-        each.data = each.data.to(getattr(torch, arithmetic.dtype))
-    return base.requires_grad_(False).to(arithmetic.device)
+        each.data = each.data.to(getattr(torch, precision.dtype))
+    return base.requires_grad_(False).to(precision.device)
 
 
-def _trained(threads: int, arithmetic: Arithmetic) -> list[str]:
-    return trained_digests(threads, arithmetic=arithmetic)
+def _trained(threads: int, precision: Precision) -> list[str]:
+    return trained_digests(threads, precision=precision)
 
 
-def _told(words: list[str]) -> tuple[int, Arithmetic]:
+def _told(words: list[str]) -> tuple[int, Precision]:
     """What `_elsewhere` tells its process."""
     device: DeviceName
     dtype: Dtype
     (device,) = (each for each in get_args(DeviceName) if each == words[1])
     (dtype,) = (each for each in get_args(Dtype) if each == words[2])
-    return int(words[0]), Arithmetic(device, dtype)
+    return int(words[0]), Precision(device, dtype)
 
 
 if __name__ == "__main__":

@@ -31,10 +31,10 @@ from sisa.core.digest import canonical_json
 from sisa.core.domain import SliceJob
 from sisa.core.errors import IntegrityError, InvalidInput
 from sisa.lm.base.adapter import ADAPTER_FILE, CONFIG_FILE, config_bytes, read_tensors, tensor_bytes
-from sisa.lm.train.flat import Flat
+from sisa.lm.train.flat_params import FlatParams
+from sisa.lm.train.frozen_prefix import Prefixes
 from sisa.lm.train.losses import Batch, count_labels, summed_loss
-from sisa.lm.train.prefix import Prefixes
-from sisa.lm.train.wrapped import Wrapped, file_name
+from sisa.lm.train.trainable import Trainable, file_name
 from sisa.planning.plan import LAYERWISE
 
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -58,7 +58,7 @@ class Stage:
     def __init__(
         self,
         job: SliceJob,
-        wrapped: Wrapped,
+        wrapped: Trainable,
         parent: Mapping[str, bytes] | None,
         num_steps: int,
         prefixes: Prefixes | None = None,
@@ -74,7 +74,7 @@ class Stage:
         self._prefixes = prefixes or Prefixes()
         init_seed = seed_from(training["seed"], job.shard, "init")
         self._trained = wrapped.begin(tensors, init_seed, block)
-        self._flat = Flat(self._trained)
+        self._flat = FlatParams(self._trained)
         self._optimizer = make_optimizer(training, self._flat.values)
         if parent is not None:
             self._put_moments(read_tensors(parent, OPTIMIZER_FILE))

@@ -99,7 +99,7 @@ class TrainedLinear(lora_layer.Linear):  # type: ignore[misc]
         return y
 
 
-def quicken(model: Any) -> None:
+def use_fused_linear(model: Any) -> None:
     """Make the adapted linear modules of a wrapped base, which has one adapter, `TrainedLinear`s."""
     for module in model.modules():
         if type(module) is lora_layer.Linear and _is_plain(module):

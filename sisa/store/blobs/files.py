@@ -201,10 +201,10 @@ def write_directory(path: Path, files: dict[str, bytes], *, make_parents: bool =
 
 def read_checked(path: Path, sha256: str, what: str, unseal: Callable[[bytes], bytes]) -> bytes:
     """A file's plaintext, after checking it against the recorded digest."""
-    return checked(unseal(read_whole(path, what)), sha256, what, str(path))
+    return verified(unseal(read_whole(path, what)), sha256, what, str(path))
 
 
-def checked(data: bytes, sha256: str, what: str, where: str) -> bytes:
+def verified(data: bytes, sha256: str, what: str, where: str) -> bytes:
     """Plaintext that has the recorded digest. Raises IntegrityError for any other."""
     found = sha256_hex(data)
     if found != sha256:

@@ -33,9 +33,9 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from sisa.core.blob_ports import BlobStore
 from sisa.core.digest import canonical_json
 from sisa.core.errors import EnvironmentFault, IntegrityError, all_tried
-from sisa.core.place_ports import Place
 from sisa.core.ports import Keyring
 from sisa.store.blobs import files
 
@@ -217,7 +217,7 @@ def _bound(room: str, name: str, part: str) -> bytes:
     return canonical_json([room, name, part])
 
 
-def reseal(place: Place, room: str, names: Iterable[str], keyring: Keyring) -> None:
+def reseal_blobs(place: BlobStore, room: str, names: Iterable[str], keyring: Keyring) -> None:
     """Bring held files to the form that a keyring gives now, under their names; digests stay.
 
     Cut short, some are sealed and some are plain, and all are read. A key goes when its file is plain.

@@ -7,9 +7,9 @@ too; from then on its workers can store nothing.
 
 >>> import tempfile
 >>> from pathlib import Path
->>> from sisa.store.blobs.local_place import LocalPlace
+>>> from sisa.store.blobs.local_blobs import LocalBlobs
 >>> with tempfile.TemporaryDirectory() as folder:
-...     place = LocalPlace(Path(folder))
+...     place = LocalBlobs(Path(folder))
 ...     lease = Lease(place, place.lend(".tmp-run", ["a"]))
 ...     lease.put("a", b"abc")
 ...     seen = lease.get("a", "file"), sorted(place.held())
@@ -23,8 +23,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+from sisa.core.blob_ports import BlobStore, KeptVersions
 from sisa.core.errors import IntegrityError
-from sisa.core.place_ports import Kept, Place
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +32,8 @@ class Lease:
     """A Place whose changes go to the area. What is in both is read from the area, and first there: what
     is accepted meanwhile is in the place by then."""
 
-    place: Place
-    area: Place
+    place: BlobStore
+    area: BlobStore
 
     def below(self, name: str) -> Lease:
         return Lease(self.place.below(name), self.area.below(name))
@@ -41,8 +41,8 @@ class Lease:
     def location(self, name: str = "") -> str:
         return self.place.location(name)
 
-    def refuse_unusable(self) -> None:
-        self.place.refuse_unusable()
+    def check_usable(self) -> None:
+        self.place.check_usable()
 
     def held(self) -> frozenset[str]:
         return self.area.held() | self.place.held()
@@ -82,11 +82,11 @@ class Lease:
     def clear(self) -> None:
         self.area.clear()
 
-    def lend(self, area: str, names: Collection[str]) -> Place:
+    def lend(self, area: str, names: Collection[str]) -> BlobStore:
         return self.area.lend(area, names)
 
     def accept(self, area: str, name: str) -> None:
         self.area.accept(area, name)
 
-    def purge(self, *, dry_run: bool = False) -> tuple[Kept, ...]:
+    def purge(self, *, dry_run: bool = False) -> tuple[KeptVersions, ...]:
         return self.area.purge(dry_run=dry_run)

@@ -5,7 +5,7 @@ place and the store's code, never its text. Both libraries retry what may pass b
 server errors, lost connections) before that; AWS_MAX_ATTEMPTS says how often. Credentials and profile
 come from the AWS chain of the machine and are not kept here.
 
-Not covered: what is stored (`object_place.py`).
+Not covered: what is stored (`object_blobs.py`).
 
 >>> host_of("http://127.0.0.1:9000")
 ('http', '127.0.0.1:9000')
@@ -25,7 +25,7 @@ from sisa.core.errors import EnvironmentFault
 
 CONNECT_S, READ_S = 10, 60
 DEFAULT_ATTEMPTS = 3
-NEXT_STEPS = {
+STORAGE_STEPS = {
     "NoSuchBucket": "make the bucket, or name another by `storage:`",
     "AccessDenied": "allow this machine's AWS identity to list, get, put and delete under the prefix",
     "NotImplemented": "use a store that heeds If-None-Match: AWS S3, MinIO, Ceph from 2025 on",
@@ -117,7 +117,7 @@ def store_errors(where: str) -> Iterator[None]:
             f"the object store refused {error.operation_name}",
             where=where,
             got=code,
-            next_step=NEXT_STEPS.get(code, AGAIN),
+            next_step=STORAGE_STEPS.get(code, AGAIN),
         ) from None
     except BotoCoreError as error:
         kind = type(error).__name__
@@ -125,7 +125,7 @@ def store_errors(where: str) -> Iterator[None]:
         raise _unreached(where, kind, step) from None
     except OSError as error:  # of pyarrow: its message holds the code among much else
         code = _arrow_code(str(error))
-        step = NEXT_STEPS["AccessDenied"] if code == "ACCESS_DENIED" else AGAIN
+        step = STORAGE_STEPS["AccessDenied"] if code == "ACCESS_DENIED" else AGAIN
         raise _unreached(where, code, step) from None
 
 

@@ -20,7 +20,7 @@ from sisa.core.domain import Export, Request, RequestEvent
 from sisa.core.ports import Change
 from sisa.core.requests import chained
 from sisa.store.ledger.patch_ledger import patch_row
-from sisa.store.ledger.rows import SEQ, Writing, expected_rows, read, refuse_loss
+from sisa.store.ledger.rows import SEQ, Writing, check_row_count, expected_rows, read
 from sisa.store.ledger.schema import (
     CHECKPOINTS,
     EVENTS,
@@ -87,7 +87,7 @@ def _remove_sets(writing: Writing, names: Collection[str]) -> None:
     """Sets of the vault, with the rows of the records in them: told from all rows, not by an index."""
     if names:
         pairs = read(writing.connection, VAULTED)
-        refuse_loss(VAULTED, expected_rows(writing.connection, VAULTED), len(pairs))
+        check_row_count(VAULTED, expected_rows(writing.connection, VAULTED), len(pairs))
         writing.remove(VAULTED, [(name, each) for name, each, _ in pairs if name in set(names)])
         writing.remove(VAULT, [(name,) for name in names])
 
@@ -102,7 +102,7 @@ def _put_requests(writing: Writing, change: Change, seq: int) -> None:
         known = read(writing.connection, REQUESTS, REQUESTS.c.request_id == request_id)
         named = {row[1] for row in read(writing.connection, NAMED, NAMED.c.request_id == request_id)}
         _, first, num_named, body, _ = known[0] if known else (request_id, seq, len(named), "", 0)
-        refuse_loss(NAMED, num_named, len(named))
+        check_row_count(NAMED, num_named, len(named))
         named |= set(arriving.get(request_id, ()))
         rows = [{"request_id": request_id, "id_digest": each} for each in arriving.get(request_id, ())]
         writing.put(NAMED, rows)

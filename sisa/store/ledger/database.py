@@ -39,7 +39,7 @@ _SURROUNDINGS = {
     *(sqlite3.SQLITE_PERM, sqlite3.SQLITE_AUTH, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_INTERRUPT),
 }
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 class Database:
@@ -148,11 +148,11 @@ class Database:
             stack.callback(setattr, self, "_snapshot", None)
             yield
 
-    def _some(self, kind: type[T], table: sa.Table, *where: Any, order: Sequence[Any] = ()) -> list[T]:
+    def _some(self, kind: type[_T], table: sa.Table, *where: Any, order: Sequence[Any] = ()) -> list[_T]:
         with self._reading() as connection:
             return made(kind, table, rows.read(connection, table, *where, order=order))
 
-    def _whole(self, kind: type[T], table: sa.Table, shard: int | None, *order: Any) -> list[T]:
+    def _whole(self, kind: type[_T], table: sa.Table, shard: int | None, *order: Any) -> list[_T]:
         """All rows of a table, or a shard's."""
         where = [] if shard is None else [table.c.shard == shard]
         with self._reading() as connection:
@@ -161,7 +161,7 @@ class Database:
                 expected = rows.expected_rows(connection, table)
             else:
                 expected = rows.expected_places(connection, table, shard)
-            rows.refuse_loss(table, expected, len(found))
+            rows.check_row_count(table, expected, len(found))
         return made(kind, table, found)
 
     def scrub(self, *, rewrite: bool = False) -> None:
@@ -207,7 +207,7 @@ def open_readonly(path: Path) -> sqlite3.Connection:
     return sqlite3.connect(uri, uri=True, timeout=PATIENCE_S, check_same_thread=False)
 
 
-def made(kind: type[T], table: sa.Table, found: Sequence[tuple[Any, ...]]) -> list[T]:
+def made(kind: type[_T], table: sa.Table, found: Sequence[tuple[Any, ...]]) -> list[_T]:
     columns = table.columns.keys()
     pick = itemgetter(*(columns.index(each.name) for each in fields(kind)))  # type: ignore[arg-type]
     return [kind(*pick(row)) for row in found]
@@ -215,13 +215,13 @@ def made(kind: type[T], table: sa.Table, found: Sequence[tuple[Any, ...]]) -> li
 
 def having(
     connection: sa.Connection,
-    kind: type[T],
+    kind: type[_T],
     column: sa.Column[Any],
     values: Sequence[Any],
     *,
-    sure: bool = False,
-) -> list[T]:
-    """Rows with one of these values in a column, by its index; `sure`: also looked for without it."""
+    full_scan: bool = False,
+) -> list[_T]:
+    """Return rows with one of these values in a column, by its index; `full_scan`: also without it."""
     table: Any = column.table
     found = []
     for chunk in rows.chunks(values):
@@ -229,8 +229,8 @@ def having(
     allowed = set(values)
     if any(getattr(each, column.name) not in allowed for each in found):
         raise rows.Damaged(f"an index of {table.name} that names another row")
-    if sure:
-        rows.refuse_hidden(connection, column, values, len(found))
+    if full_scan:
+        rows.check_hidden(connection, column, values, len(found))
     return found
 
 

@@ -58,7 +58,7 @@ class SqlLedger(PatchLedger):
     def meta(self) -> dict[str, str]:
         with self._reading() as connection:
             found = rows.read(connection, META)
-            rows.refuse_loss(META, rows.expected_rows(connection, META), len(found))
+            rows.check_row_count(META, rows.expected_rows(connection, META), len(found))
         return {key: value for key, value, _ in found}
 
     def commit(self, change: Change) -> int:
@@ -74,19 +74,19 @@ class SqlLedger(PatchLedger):
             live = having(connection, RecordRow, RECORDS.c.id_digest, asked)
             found: dict[str, RecordRow | Tombstone] = {each.id_digest: each for each in live}
             asked = [each for each in asked if each not in found]
-            rows.refuse_hidden(connection, RECORDS.c.id_digest, asked, 0)
+            rows.check_hidden(connection, RECORDS.c.id_digest, asked, 0)
             dead = having(connection, Tombstone, TOMBSTONES.c.id_digest, asked)
             found |= {each.id_digest: each for each in dead}
             asked = [each for each in asked if each not in found]
-            rows.refuse_hidden(connection, TOMBSTONES.c.id_digest, asked, 0)
+            rows.check_hidden(connection, TOMBSTONES.c.id_digest, asked, 0)
         return found
 
     def by_subject(self, subject_digest: str, shard: int) -> tuple[list[RecordRow], list[Tombstone]]:
         held, gone, asked = RECORDS.c.subject_digest, TOMBSTONES.c.subject_digest, [subject_digest]
         with self._reading() as connection:
             live = having(connection, RecordRow, held, asked)
-            rows.refuse_hidden(connection, held, asked, len(live), shard=shard)
-            dead = having(connection, Tombstone, gone, asked, sure=True)
+            rows.check_hidden(connection, held, asked, len(live), shard=shard)
+            dead = having(connection, Tombstone, gone, asked, full_scan=True)
         return sorted(live, key=_BY_ID), sorted(dead, key=_BY_ID)
 
     def num_without_subject(self) -> tuple[int, int]:
@@ -113,7 +113,7 @@ class SqlLedger(PatchLedger):
         with self._reading() as connection:
             found = rows.read(connection, RECORDS, *where, order=[RECORDS.c.id_digest])
             expected = rows.expected_places(connection, RECORDS, shard, slice_)
-            rows.refuse_loss(RECORDS, expected, len(found))
+            rows.check_row_count(RECORDS, expected, len(found))
         return made(RecordRow, RECORDS, found)
 
     def counts(self) -> dict[int, int]:
@@ -142,12 +142,12 @@ class SqlLedger(PatchLedger):
         return sorted(held, key=attrgetter("place"))
 
     def by_text(
-        self, text_digests: Collection[str], *, sure: bool = False
+        self, text_digests: Collection[str], *, full_scan: bool = False
     ) -> tuple[list[RecordRow], list[Tombstone]]:
         asked = sorted(text_digests)
         with self._reading() as connection:
-            live = having(connection, RecordRow, RECORDS.c.text_digest, asked, sure=sure)
-            dead = having(connection, Tombstone, TOMBSTONES.c.text_digest, asked, sure=sure)
+            live = having(connection, RecordRow, RECORDS.c.text_digest, asked, full_scan=full_scan)
+            dead = having(connection, Tombstone, TOMBSTONES.c.text_digest, asked, full_scan=full_scan)
         return sorted(live, key=_BY_ID), sorted(dead, key=_BY_ID)
 
     def named_by(self, request_id: str) -> list[str]:
@@ -155,13 +155,13 @@ class SqlLedger(PatchLedger):
             found = rows.read(connection, NAMED, NAMED.c.request_id == request_id)
             request = rows.read(connection, REQUESTS, REQUESTS.c.request_id == request_id)
             for _, _, num_named, _, _ in request:
-                rows.refuse_loss(NAMED, num_named, len(found))
+                rows.check_row_count(NAMED, num_named, len(found))
         return sorted(id_digest for _, id_digest, _ in found)
 
     def events(self, after: int = 0) -> list[RequestEvent]:
         with self._reading() as connection:
             found = rows.read(connection, EVENTS, EVENTS.c.position > after, order=[EVENTS.c.position])
-            rows.refuse_loss(EVENTS, rows.expected_rows(connection, EVENTS), after + len(found))
+            rows.check_row_count(EVENTS, rows.expected_rows(connection, EVENTS), after + len(found))
         return made(RequestEvent, EVENTS, found)
 
     def exports(self) -> list[Export]:
@@ -176,14 +176,14 @@ class SqlLedger(PatchLedger):
         order = (REQUESTS.c.seq, REQUESTS.c.request_id)
         with self._reading() as connection:
             found = rows.read(connection, REQUESTS, order=order)
-            rows.refuse_loss(REQUESTS, rows.expected_rows(connection, REQUESTS), len(found))
+            rows.check_row_count(REQUESTS, rows.expected_rows(connection, REQUESTS), len(found))
         with self._parsing("a request"):
             return [_request(json.loads(body)) for _, _, _, body, _ in found]
 
     def num_tombstones(self) -> int:
         with self._reading() as connection:
             found = rows.actual_rows(connection, TOMBSTONES)
-            rows.refuse_loss(TOMBSTONES, rows.expected_rows(connection, TOMBSTONES), found)
+            rows.check_row_count(TOMBSTONES, rows.expected_rows(connection, TOMBSTONES), found)
         return found
 
     def tombstones(self) -> list[Tombstone]:
@@ -194,7 +194,7 @@ class SqlLedger(PatchLedger):
         with self._reading() as connection:
             found = rows.read(connection, EVENTS, EVENTS.c.position == latest)
             position, link = (found[0][0], found[0][-2]) if found else (0, "")
-            rows.refuse_loss(EVENTS, rows.expected_rows(connection, EVENTS), position)
+            rows.check_row_count(EVENTS, rows.expected_rows(connection, EVENTS), position)
         return WitnessHead(link, position)
 
     def has_event(self, link: str) -> bool:

@@ -38,13 +38,13 @@ class PatchLedger(Database):
 
     def vaulted(self, name: str) -> list[str]:
         with self._reading() as connection:
-            found = having(connection, _Vaulted, VAULTED.c.name, [name], sure=True)
+            found = having(connection, _Vaulted, VAULTED.c.name, [name], full_scan=True)
         return sorted(each.id_digest for each in found)
 
     def sets_with(self, id_digests: Collection[str]) -> dict[str, list[str]]:
         named: dict[str, list[str]] = {}
         with self._reading() as connection:
-            found = having(connection, _Vaulted, VAULTED.c.id_digest, sorted(id_digests), sure=True)
+            found = having(connection, _Vaulted, VAULTED.c.id_digest, sorted(id_digests), full_scan=True)
         for each in sorted(found, key=lambda row: row.name):
             named.setdefault(each.id_digest, []).append(each.name)
         return named

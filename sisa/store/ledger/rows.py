@@ -60,15 +60,15 @@ _IN_MEMORY = 10_000
 _FEW = 16  # shards that are looked at one by one rather than all at once
 _SEEDS = {table.name: zlib.crc32(table.name.encode()) for table in schema.sorted_tables}
 
-T = TypeVar("T")
-Place = tuple[int, int, str]  # shard, slice, kind
+_T = TypeVar("_T")
+CountKey = tuple[int, int, str]  # shard, slice, kind
 
 
 class Damaged(Exception):
     """A row is not the one that was written, or rows are missing; says which table, never a value."""
 
 
-def chunks(values: Sequence[T], size: int = _IN_CHUNK) -> Iterator[Sequence[T]]:
+def chunks(values: Sequence[_T], size: int = _IN_CHUNK) -> Iterator[Sequence[_T]]:
     for start in range(0, len(values), size):
         yield values[start : start + size]
 
@@ -78,7 +78,7 @@ def checksum(table: str, values: tuple[Any, ...]) -> int:
     return zlib.crc32(ascii(values).encode(), _SEEDS[table])
 
 
-def checked(table: sa.Table, rows: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+def checked_rows(table: sa.Table, rows: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
     """Whole rows, each compared with its checksum. Raises Damaged."""
     seed, crc32 = _SEEDS[table.name], zlib.crc32
     for row in rows:
@@ -97,10 +97,10 @@ def read(
 ) -> list[tuple[Any, ...]]:
     """The checked rows of a table that fulfil all conditions."""
     query = sa.select(table).where(*where).order_by(*order)
-    return checked(table, _plain(connection.execute(query)).fetchall())
+    return checked_rows(table, _plain(connection.execute(query)).fetchall())
 
 
-def refuse_loss(table: sa.Table, expected: int, got: int) -> None:
+def check_row_count(table: sa.Table, expected: int, got: int) -> None:
     """Raises Damaged when a table does not have the rows that were written."""
     if expected != got:
         raise Damaged(f"{got} rows of {table.name} where {expected} were written")
@@ -128,7 +128,7 @@ def expected_kinds(connection: sa.Connection) -> Counter[str]:
     for (_, _, kind), count in counts.items():
         found[kind] += count
     del found[""]
-    refuse_loss(COUNTS, _whole(RECORDS, counts), found.total())
+    check_row_count(COUNTS, _whole(RECORDS, counts), found.total())
     return found
 
 
@@ -145,7 +145,7 @@ def lost_rows(connection: sa.Connection) -> list[str]:
     return found
 
 
-def refuse_hidden(
+def check_hidden(
     connection: sa.Connection,
     column: sa.Column[Any],
     values: Collection[Any],
@@ -162,9 +162,9 @@ def refuse_hidden(
     """
     table: Any = column.table
     if values and column in KEYED and counts_keyed(connection):
-        refuse_loss(table, _in_buckets(connection, column, set(values)), found)
+        check_row_count(table, _in_buckets(connection, column, set(values)), found)
     elif values:
-        refuse_loss(table, _seen(connection, table, [column], {(v,) for v in values}, shard), found)
+        check_row_count(table, _seen(connection, table, [column], {(v,) for v in values}, shard), found)
 
 
 def bucket(value: str) -> str:
@@ -183,7 +183,7 @@ def _in_buckets(connection: sa.Connection, column: sa.Column[Any], wanted: Colle
     for each in buckets:
         found = read(connection, table, column >= each, column < each + chr(0x10FFFF))
         held = [row[at] for row in found if bucket(row[at]) == each]
-        refuse_loss(table, expected[each], len(held))
+        check_row_count(table, expected[each], len(held))
         seen += sum(value in wanted for value in held)
     return seen
 
@@ -219,13 +219,13 @@ def _seen(
     at = [table.columns.keys().index(column.name) for column in columns]
     total = seen = 0
     cursor = _plain(connection.execute(query))
-    while rows := checked(table, cursor.fetchmany(_IN_MEMORY)):
+    while rows := checked_rows(table, cursor.fetchmany(_IN_MEMORY)):
         total += len(rows)
         seen += sum(tuple([row[each] for each in at]) in wanted for row in rows)
     if shard is None:
-        refuse_loss(table, expected_rows(connection, table), total)
+        check_row_count(table, expected_rows(connection, table), total)
     else:
-        refuse_loss(table, expected_places(connection, table, shard), total)
+        check_row_count(table, expected_places(connection, table, shard), total)
     return seen
 
 
@@ -235,12 +235,12 @@ def actual_rows(connection: sa.Connection, table: sa.Table) -> int:
     return int(connection.exec_driver_sql(query).scalar_one())
 
 
-def _counted(connection: sa.Connection, query: str, *values: Any) -> Counter[Place]:
-    rows = checked(COUNTS, _plain(connection.exec_driver_sql(query, values)).fetchall())
+def _counted(connection: sa.Connection, query: str, *values: Any) -> Counter[CountKey]:
+    rows = checked_rows(COUNTS, _plain(connection.exec_driver_sql(query, values)).fetchall())
     return Counter({(shard, slice_, kind): number for _, shard, slice_, kind, number, _ in rows})
 
 
-def _counts_of(connection: sa.Connection, table: sa.Table, shards: Collection[int]) -> Counter[Place]:
+def _counts_of(connection: sa.Connection, table: sa.Table, shards: Collection[int]) -> Counter[CountKey]:
     """Numbers of rows by place, of some shards at least."""
     if len(shards) > _IN_CHUNK:
         return _counted(connection, _COUNTS, table.name)
@@ -248,7 +248,7 @@ def _counts_of(connection: sa.Connection, table: sa.Table, shards: Collection[in
     return _counted(connection, f"{_COUNTS} AND shard IN ({chosen})", table.name, *shards)
 
 
-def _whole(table: sa.Table, counts: Mapping[Place, int]) -> int:
+def _whole(table: sa.Table, counts: Mapping[CountKey, int]) -> int:
     if WHOLE not in counts:
         raise Damaged(f"the number of rows of {table.name} is missing")
     return counts[WHOLE]
@@ -261,7 +261,7 @@ def begin_counts(connection: sa.Connection) -> None:
     _put_counts(connection, KEYED_AS_OF, {WHOLE: 0})
 
 
-def _put_counts(connection: sa.Connection, name: str, counts: Mapping[Place, int]) -> None:
+def _put_counts(connection: sa.Connection, name: str, counts: Mapping[CountKey, int]) -> None:
     if not counts:
         return
     values = [(name, *place, count) for place, count in counts.items()]
@@ -282,7 +282,7 @@ def _values(table: sa.Table, row: Mapping[str, Any]) -> tuple[Any, ...]:
     )
 
 
-def _place_of(table: sa.Table) -> Callable[[tuple[Any, ...]], Place]:
+def _place_of(table: sa.Table) -> Callable[[tuple[Any, ...]], CountKey]:
     columns = table.columns.keys()
     if table is RECORDS:
         return itemgetter(*(columns.index(name) for name in ("shard", "slice", "kind")))
@@ -295,7 +295,7 @@ class Writing:
 
     def __init__(self, connection: sa.Connection) -> None:
         self.connection = connection
-        self._deltas: dict[str, Counter[Place]] = {table.name: Counter() for table in COUNTED}
+        self._deltas: dict[str, Counter[CountKey]] = {table.name: Counter() for table in COUNTED}
         self._keyed: dict[sa.Column[Any], Counter[str]] = {column: Counter() for column in KEYED}
         self._counts_keyed = counts_keyed(connection)
 
@@ -331,14 +331,14 @@ class Writing:
             rows = read(self.connection, table, where)
             if rows:
                 done = self.connection.execute(sa.delete(table).where(where))
-                refuse_loss(table, len(rows), done.rowcount)
+                check_row_count(table, len(rows), done.rowcount)
                 self._count(table, [row[:-1] for row in rows], -1)
                 found += len(rows)
         if found < len(set(keys)) and table not in GROWING:
             self.end()
             where_to_look: list[int | None] = [*sorted(shards)] or [None]
             for shard in where_to_look:
-                refuse_loss(table, 0, _seen(self.connection, table, columns, set(keys), shard))
+                check_row_count(table, 0, _seen(self.connection, table, columns, set(keys), shard))
 
     def _count(self, table: sa.Table, values: Sequence[tuple[Any, ...]], sign: int) -> None:
         deltas = self._deltas[table.name]
@@ -385,8 +385,8 @@ def _counted_anew(connection: sa.Connection, column: sa.Column[Any]) -> Counter[
     table: Any = column.table
     at, total, found = table.columns.keys().index(column.name), 0, Counter[str]()
     cursor = _plain(connection.exec_driver_sql(f"SELECT * FROM {table.name} NOT INDEXED"))  # noqa: S608
-    while rows := checked(table, cursor.fetchmany(_IN_MEMORY)):
+    while rows := checked_rows(table, cursor.fetchmany(_IN_MEMORY)):
         total += len(rows)
         found.update(bucket(row[at]) for row in rows if row[at] is not None)
-    refuse_loss(table, expected_rows(connection, table), total)
+    check_row_count(table, expected_rows(connection, table), total)
     return found

@@ -8,7 +8,7 @@ decoded values alone. Files are read in blocks; all strings are looked for in on
 Not covered: text that is compressed (other than Parquet), encrypted, split over overflow pages or
 paraphrased.
 
->>> needles = Needles(["Ada L."], ["ada"])
+>>> needles = SearchStrings(["Ada L."], ["ada"])
 >>> needles.in_block(b"..Ada L.."), needles.in_value("by Ada L. 1843"), needles.in_id("ada2")
 ([(2, 0)], [0], [])
 """
@@ -37,14 +37,14 @@ ID_COLUMNS = ("id", "subject_id")
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Match:
     """Where in a file a string was found: `byte 12`, `row 3, column id`, `table requests`."""
 
     position: str
     needle: int
 
 
-class Needles:
+class SearchStrings:
     """Some texts, found anywhere, and some ids, which in a column of ids must match whole."""
 
     def __init__(self, texts: Sequence[str], ids: Sequence[str] = ()) -> None:
@@ -104,7 +104,7 @@ class Needles:
                 path = path.replace(value, "*")
         return path
 
-    def in_file(self, path: Path, unsealed: bytes | None = None) -> list[Place]:
+    def in_file(self, path: Path, unsealed: bytes | None = None) -> list[Match]:
         """The first place of each string in a file's bytes and in what Parquet and SQLite decode;
         `unsealed` is looked through instead of what lies at the path."""
         if not len(self):
@@ -113,7 +113,7 @@ class Needles:
             head = file.read(len(SQLITE_MAGIC))
             file.seek(0)
             raw = _firsts(self._in_stream(file))
-        decoded: list[Place] = []
+        decoded: list[Match] = []
         explained: set[int] = set()
         if head.startswith(PARQUET_MAGIC):
             source = path if unsealed is None else io.BytesIO(unsealed)
@@ -123,22 +123,22 @@ class Needles:
         raw = [each for each in raw if each.needle not in explained]
         return _firsts([*decoded, *raw])
 
-    def _in_stream(self, file: Any) -> Iterator[Place]:
+    def _in_stream(self, file: Any) -> Iterator[Match]:
         carried, offset = b"", 0
         keep = max(self._longest - 1, 0)
         while fresh := file.read(BLOCK_BYTES):
             block = carried + fresh
             start = offset - len(carried)
-            yield from (Place(f"byte {start + at}", number) for at, number in self.in_block(block))
+            yield from (Match(f"byte {start + at}", number) for at, number in self.in_block(block))
             offset += len(fresh)
             carried = block[-keep:] if keep else b""
 
-    def _in_parquet(self, path: Path | io.BytesIO) -> tuple[list[Place], set[int]]:
+    def _in_parquet(self, path: Path | io.BytesIO) -> tuple[list[Match], set[int]]:
         """Places in decoded rows, and the ids whose raw bytes are explained: parts of longer ids."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        found: list[Place] = []
+        found: list[Match] = []
         explained: set[int] = set()
         row = 0
         try:
@@ -149,7 +149,7 @@ class Needles:
                             for text in _strings(value):
                                 whole = column in ID_COLUMNS
                                 hits = self.in_id(text) if whole else self.in_value(text)
-                                found += [Place(f"row {row}, column {column}", n) for n in hits]
+                                found += [Match(f"row {row}, column {column}", n) for n in hits]
                                 if whole:
                                     explained |= set(self.in_value(text)) - set(hits)
                         row += 1
@@ -157,12 +157,12 @@ class Needles:
             return found, set()  # what can't be decoded is left to its raw bytes
         return found, explained
 
-    def _in_sqlite(self, path: Path) -> list[Place]:
-        found: list[Place] = []
+    def _in_sqlite(self, path: Path) -> list[Match]:
+        found: list[Match] = []
         try:
             with closing(open_readonly(path)) as connection:
                 for statement in connection.iterdump():
-                    found += [Place(_table(statement), n) for n in self._in_statement(statement)]
+                    found += [Match(_table(statement), n) for n in self._in_statement(statement)]
         except (sqlite3.Error, UnicodeDecodeError):
             return found  # the raw pages are scanned anyway
         return found
@@ -213,8 +213,8 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(each)
 
 
-def _firsts(places: Iterable[Place]) -> list[Place]:
-    first: dict[int, Place] = {}
+def _firsts(places: Iterable[Match]) -> list[Match]:
+    first: dict[int, Match] = {}
     for place in places:
         first.setdefault(place.needle, place)
     return list(first.values())

@@ -8,9 +8,9 @@ Amazon's comes from the environment. Models share a storage, since each has a na
 
 Not covered: which rooms a flow needs (`world.py`), moving from one storage to another.
 
->>> rooms(Path("m"), "s3://b/p", "0f")["records"].location()
+>>> open_areas(Path("m"), "s3://b/p", "0f")["records"].location()
 's3://b/p/0f/records'
->>> alone, shared = rooms(Path("/m"), None, "0f"), rooms(Path("/m"), "/s", "0f")
+>>> alone, shared = open_areas(Path("/m"), None, "0f"), open_areas(Path("/m"), "/s", "0f")
 >>> alone["records"].location(), shared["index"].location()
 ('/m/records', '/m/index')
 """
@@ -19,34 +19,34 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sisa.core.place_ports import Place
+from sisa.core.blob_ports import BlobStore
 from sisa.store.blobs import object_client
-from sisa.store.blobs.local_place import LocalPlace
-from sisa.store.blobs.object_place import ObjectPlace
+from sisa.store.blobs.local_blobs import LocalBlobs
+from sisa.store.blobs.object_blobs import ObjectBlobs
 
 SCHEME = "s3://"
-AT_HAND = ("index", "vault", "runs", "metrics")  # rooms that stay with the driver
-TRAVELLING = ("records", "prefixes", "checkpoints", "patches", "scratch")  # rooms that workers use
+LOCAL_AREAS = ("index", "vault", "runs", "metrics")  # rooms that stay with the driver
+SHARED_AREAS = ("records", "prefixes", "checkpoints", "patches", "scratch")  # rooms that workers use
 
 
-def rooms(directory: Path, storage: str | None, model: str) -> dict[str, Place]:
+def open_areas(directory: Path, storage: str | None, model: str) -> dict[str, BlobStore]:
     """The place of every room of a model, replays' among them."""
-    found: dict[str, Place] = {each: LocalPlace(directory / each) for each in AT_HAND}
-    for each in TRAVELLING:
-        found[each] = place_of(storage, model, each) if storage else LocalPlace(directory / each)
+    found: dict[str, BlobStore] = {each: LocalBlobs(directory / each) for each in LOCAL_AREAS}
+    for each in SHARED_AREAS:
+        found[each] = area_of(storage, model, each) if storage else LocalBlobs(directory / each)
     return found
 
 
-def place_of(storage: str, model: str, room: str) -> Place:
+def area_of(storage: str, model: str, room: str) -> BlobStore:
     """A room of a model in a storage."""
     if not storage.startswith(SCHEME):
-        return LocalPlace(Path(storage) / model / room)
-    return root_of(storage).below(model).below(room)
+        return LocalBlobs(Path(storage) / model / room)
+    return storage_root(storage).below(model).below(room)
 
 
-def root_of(storage: str) -> Place:
+def storage_root(storage: str) -> BlobStore:
     """A whole storage, in which models have places. Raises EnvironmentFault without boto3."""
     if not storage.startswith(SCHEME):
-        return LocalPlace(Path(storage))
+        return LocalBlobs(Path(storage))
     bucket, _, prefix = storage.removeprefix(SCHEME).partition("/")
-    return ObjectPlace(bucket, prefix.strip("/"), object_client.endpoint(), object_client.region())
+    return ObjectBlobs(bucket, prefix.strip("/"), object_client.endpoint(), object_client.region())

@@ -21,7 +21,7 @@ from cluster.observe.json_log import DriverLog, JsonLog
 from cluster.observe.ray_metrics import Measuring, RayMeters
 from sisa.core.events import Event, Notice, Report
 from sisa.flows.wiring.progress import progress
-from sisa.flows.wiring.running import LogFormat, running
+from sisa.flows.wiring.run_context import LogFormat, running
 
 OPTION = "--log-format"
 

@@ -20,23 +20,23 @@ from typing import Any
 import torch
 
 from sisa.core.digest import canonical_json
-from sisa.lm.base.adapter import DEFAULT_NAME, attach, draw, lora_config, refuse_other_tensors
+from sisa.lm.base.adapter import DEFAULT_NAME, attach, check_tensors, draw, lora_config
 from sisa.lm.base.base import own_modules
 from sisa.lm.base.layers import first_adapted
+from sisa.lm.train.frozen_prefix import FrozenLayers
 from sisa.lm.train.layerwise import train_block
-from sisa.lm.train.losses import Form, form_of
-from sisa.lm.train.prefix import Lower
-from sisa.lm.train.trained_linear import quicken
+from sisa.lm.train.losses import Form, loss_form
+from sisa.lm.train.trained_linear import use_fused_linear
 
 KEYS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_layers", "sequence_len")
 
 
-def kind_of(training: Mapping[str, Any]) -> bytes:
+def pattern_key(training: Mapping[str, Any]) -> bytes:
     """What one wrapping has in common with another: stages of one kind share it."""
     return canonical_json({name: training.get(name) for name in KEYS})
 
 
-class Wrapped:
+class Trainable:
     """A wrapped base, ready to be trained. The base's modules must be the caller's own."""
 
     def __init__(self, base: Any, training: Mapping[str, Any], form: Form | None = None) -> None:
@@ -47,14 +47,14 @@ class Wrapped:
         """
         self.dtype, self.first = base.dtype, first_adapted(training, base)
         self._pattern = attach(base, lora_config(training, base), None, init_seed=0)
-        quicken(self._pattern)
+        use_fused_linear(self._pattern)
         self._pattern.eval()
         probed = own_modules(self._pattern).get_base_model()
-        self.form = form or form_of(probed, training["sequence_len"])
+        self.form = form or loss_form(probed, training["sequence_len"])
         if self.first:
-            Lower(probed, self.first).check(training["sequence_len"])
+            FrozenLayers(probed, self.first).check(training["sequence_len"])
         self.model: Any = None
-        self.lower: Lower | None = None
+        self.lower: FrozenLayers | None = None
         self._parameters: dict[str, torch.nn.Parameter] = {}
 
     def begin(
@@ -74,7 +74,7 @@ class Wrapped:
         self._parameters = {}
         self.model = own_modules(self._pattern).train()
         if self.first:
-            self.lower = Lower(self.model.get_base_model(), self.first)
+            self.lower = FrozenLayers(self.model.get_base_model(), self.first)
         named = self.model.named_parameters()
         self._parameters = {name: each for name, each in named if each.requires_grad}
         if tensors is None:
@@ -91,7 +91,7 @@ class Wrapped:
 
     def _put(self, tensors: Mapping[str, torch.Tensor]) -> None:
         own = self.tensors()
-        refuse_other_tensors(own, tensors)
+        check_tensors(own, tensors)
         for name, each in own.items():
             each.copy_(tensors[name])
 

@@ -17,18 +17,18 @@ from sisa.core.ports import Keyring
 from sisa.store.blobs import files
 from sisa.store.blobs.keyring import shred
 
-ROOM = "runs"
+DRAFTS_AREA = "runs"
 
 
 @dataclass(frozen=True)
-class FileRuns:
+class FilePatchDrafts:
     """Runs in a directory."""
 
     root: Path
     keyring: Keyring
 
     def held(self) -> frozenset[str]:
-        return files.held_names(self.root) | self.keyring.held(ROOM)
+        return files.held_names(self.root) | self.keyring.held(DRAFTS_AREA)
 
     def erase(self, keys: Collection[str]) -> None:
-        shred(self.keyring, ROOM, keys, partial(files.erase_all, self.root))
+        shred(self.keyring, DRAFTS_AREA, keys, partial(files.erase_all, self.root))

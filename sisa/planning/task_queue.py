@@ -10,7 +10,7 @@ one that gets nowhere is hopeless.
 Tasks are carried out by `cluster/ray/ray_tasks.py`, and in simulated time by `tests/bench/simulate.py`;
 their order is from `serial.order_chains`.
 
->>> hand_out = HandOut(num_tasks=2, max_retries=1)
+>>> hand_out = TaskQueue(num_tasks=2, max_retries=1)
 >>> hand_out.next_task(num_workers=1), hand_out.next_task(num_workers=1)
 (0, None)
 >>> hand_out.died(0), hand_out.next_task(1), hand_out.died(0)
@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections import Counter, deque
 
 
-class HandOut:
+class TaskQueue:
     """What waits and what runs, by the tasks' numbers."""
 
     def __init__(self, num_tasks: int = 0, max_retries: int = 0) -> None:

@@ -8,7 +8,7 @@ Not covered: parameters of several dtypes or devices; learning rates by group.
 
 >>> import torch
 >>> layer = torch.nn.Linear(2, 3)
->>> flat = Flat(dict(layer.named_parameters()))
+>>> flat = FlatParams(dict(layer.named_parameters()))
 >>> layer(torch.ones(1, 2)).sum().backward()
 >>> flat.values.grad.sum().item(), flat.by_name(flat.values.data)["weight"].shape
 (9.0, torch.Size([3, 2]))
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 
-class Flat:
+class FlatParams:
     """All values in one parameter, all gradients in its gradient."""
 
     def __init__(self, named: Mapping[str, torch.nn.Parameter]) -> None:

@@ -14,7 +14,7 @@ neither keys nor tokens.
 
 Not covered: copies that replication or backups made; a lock that forbids deleting (told as kept).
 
->>> place = ObjectPlace("bucket", "models/a").below("records")
+>>> place = ObjectBlobs("bucket", "models/a").below("records")
 >>> place.location("x.parquet")
 's3://bucket/models/a/records/x.parquet'
 """
@@ -29,8 +29,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from sisa.core.blob_ports import KeptVersions
 from sisa.core.errors import EnvironmentFault, IntegrityError
-from sisa.core.place_ports import Kept
 from sisa.store.blobs import object_client
 from sisa.store.blobs.files import TEMPORARY_PREFIX
 from sisa.store.blobs.object_client import code_of, store_errors
@@ -43,7 +43,7 @@ FEW_NAMES = 8  # that are listed one by one; of more, all there is
 CONFLICT_TRIES, CONFLICT_PAUSE_S = 5, 0.2
 GONE = ("NoSuchKey", "NoSuchVersion", "404")
 DENIED = ("AccessDenied", "AllAccessDisabled", "403")
-UNKNOWN = ("NotImplemented", "MethodNotAllowed", "501", "405")  # of a server that has no versions
+NO_VERSIONS = ("NotImplemented", "MethodNotAllowed", "501", "405")  # of a server that has no versions
 
 
 class Version(NamedTuple):
@@ -56,7 +56,7 @@ class Version(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class ObjectPlace:
+class ObjectBlobs:
     """A Place under a prefix of a bucket."""
 
     bucket: str
@@ -69,7 +69,7 @@ class ObjectPlace:
     def _boto(self) -> Any:
         return object_client.boto(self.endpoint, self.region)
 
-    def below(self, name: str) -> ObjectPlace:
+    def below(self, name: str) -> ObjectBlobs:
         return replace(self, prefix=self._key(name))
 
     def location(self, name: str = "") -> str:
@@ -78,7 +78,7 @@ class ObjectPlace:
     def _key(self, name: str) -> str:
         return "/".join(each for each in (self.prefix, name) if each)
 
-    def refuse_unusable(self) -> None:
+    def check_usable(self) -> None:
         """As the Protocol; a conditional put is tried, since there are servers that ignore it."""
         probe = f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
         try:
@@ -201,7 +201,7 @@ class ObjectPlace:
         else:
             self.put_new(f"{name}/{LAST}", parts[LAST])
 
-    def lend(self, area: str, names: Collection[str]) -> ObjectPlace:
+    def lend(self, area: str, names: Collection[str]) -> ObjectBlobs:
         lent, boto = self.below(area), self._boto
 
         def put(name: str) -> None:
@@ -253,12 +253,12 @@ class ObjectPlace:
                     break
         self._hide([key for key in self._keys(start) if doomed(key)])
 
-    def purge(self, *, dry_run: bool = False) -> tuple[Kept, ...]:
+    def purge(self, *, dry_run: bool = False) -> tuple[KeptVersions, ...]:
         try:
             old = [each for each in self._versions("") if not each.latest]
         except _Refused as error:
             why = f"whether it keeps old versions can't be told: {error}"
-            return () if self._never_had_versions() else (Kept(self.location(), why),)
+            return () if self._never_had_versions() else (KeptVersions(self.location(), why),)
         refused = {} if dry_run else self._delete(old)
         kept: dict[str, list[str]] = {}
         for each in old:
@@ -266,7 +266,7 @@ class ObjectPlace:
                 name = each.key.removeprefix(self._key("") + "/").partition("/")[0]
                 kept.setdefault(name, []).append(refused.get(each, "not purged yet"))
         return tuple(
-            Kept(self.location(name), f"{len(why)} old versions: {', '.join(sorted(set(why)))}")
+            KeptVersions(self.location(name), f"{len(why)} old versions: {', '.join(sorted(set(why)))}")
             for name, why in sorted(kept.items())
         )
 
@@ -289,7 +289,7 @@ class ObjectPlace:
                     for each in page.get("DeleteMarkers", ()):
                         found.append(Version(each["Key"], each["VersionId"], True, False))
             except ClientError as error:
-                if code_of(error) in (*DENIED, *UNKNOWN):
+                if code_of(error) in (*DENIED, *NO_VERSIONS):
                     raise _Refused(code_of(error)) from None
                 raise
         return sorted(found, key=lambda each: (not _is_last(each.key), each.latest))
@@ -301,7 +301,7 @@ class ObjectPlace:
             try:
                 return not self._boto.get_bucket_versioning(Bucket=self.bucket).get("Status")
             except ClientError as error:
-                return code_of(error) in UNKNOWN
+                return code_of(error) in NO_VERSIONS
 
     def _delete(self, versions: Collection[Version]) -> dict[Version, str]:
         """Delete versions, older ones first; those that were refused, with the code of the refusal. A

@@ -6,10 +6,10 @@ whoever starts a command elsewhere and must know it there. It reaches no bit of 
 
 Not covered: what is told under it (`measured.py`, `cluster/observe/json_log.py`).
 
->>> with running(Running("20261125T213749Z-3f9a1c2b", "json")), running() as inner:
+>>> with running(RunContext("20261125T213749Z-3f9a1c2b", "json")), running() as inner:
 ...     inner.run
 '20261125T213749Z-3f9a1c2b'
->>> under_way() is None
+>>> current_run() is None
 True
 """
 
@@ -26,36 +26,36 @@ from typing import Literal
 from sisa.core.measured import is_run
 
 LogFormat = Literal["text", "json"]
-NAME = "SISA_RUN"
+RUN_VARIABLE = "SISA_RUN"
 
 
 @dataclass(frozen=True, slots=True)
-class Running:
+class RunContext:
     """A run's name, and how its log lines are written."""
 
     run: str
     log_format: LogFormat = "text"
 
 
-_under_way: ContextVar[Running | None] = ContextVar("sisa_running", default=None)
+_under_way: ContextVar[RunContext | None] = ContextVar("sisa_running", default=None)
 
 
-def under_way() -> Running | None:
+def current_run() -> RunContext | None:
     """The run that this is a part of."""
     return _under_way.get()
 
 
-def new_run(log_format: LogFormat = "text") -> Running:
+def new_run(log_format: LogFormat = "text") -> RunContext:
     """A run that begins now."""
-    given = os.environ.get(NAME, "")
+    given = os.environ.get(RUN_VARIABLE, "")
     now = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
-    return Running(given if is_run(given) else f"{now}-{os.urandom(4).hex()}", log_format)
+    return RunContext(given if is_run(given) else f"{now}-{os.urandom(4).hex()}", log_format)
 
 
 @contextlib.contextmanager
-def running(run: Running | None = None) -> Iterator[Running]:
+def running(run: RunContext | None = None) -> Iterator[RunContext]:
     """Until the end of the block: this run, or the one under way, or else a new one."""
-    found = run or under_way() or new_run()
+    found = run or current_run() or new_run()
     token = _under_way.set(found)
     try:
         yield found

@@ -33,7 +33,7 @@ Numbers = Sequence[float] | NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class KeptStages:
     """Stages (numbered from 0) that are kept of an order, and the training that they spare on the
     mean."""
 
@@ -46,7 +46,7 @@ def best_kept(
     hits: Numbers,
     held: Sequence[int] | None = None,
     most: int | None = None,
-) -> list[Kept]:
+) -> list[KeptStages]:
     """For 0, 1, ... (`most`) kept stages the best choice among those `held`, by default all but the
     last.
 
@@ -55,7 +55,7 @@ def best_kept(
     stages = sorted(held) if held is not None else list(range(len(costs) - 1))
     stages = [each for each in stages if each < len(costs) - 1]
     limit = len(stages) if most is None else min(most, len(stages))
-    found = [Kept(0.0, ())]
+    found = [KeptStages(0.0, ())]
     if not limit:
         return found
     upto = np.cumsum(costs)[stages]  # what each spares
@@ -74,15 +74,15 @@ def best_kept(
         path = [at]
         for back in reversed(chosen):
             path.append(int(back[path[-1]]))
-        found.append(Kept(float(ends[at]), tuple(stages[each] for each in reversed(path))))
+        found.append(KeptStages(float(ends[at]), tuple(stages[each] for each in reversed(path))))
     return found
 
 
-def shared(orders: Sequence[Sequence[Kept]], most: int) -> list[tuple[Kept, ...]]:
+def split_budget(orders: Sequence[Sequence[KeptStages]], most: int) -> list[tuple[KeptStages, ...]]:
     """What to keep of each order, given its `best_kept`, for 0, 1, ... (`most`) stages in all."""
-    found: list[tuple[Kept, ...]] = [()]
+    found: list[tuple[KeptStages, ...]] = [()]
     for choices in orders:
-        options: list[tuple[Kept, ...]] = []
+        options: list[tuple[KeptStages, ...]] = []
         for total in range(min(most, len(found) + len(choices) - 2) + 1):
             splits = range(max(0, total - len(found) + 1), min(total, len(choices) - 1) + 1)
             each = ((*found[total - number], choices[number]) for number in splits)

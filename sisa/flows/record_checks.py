@@ -1,6 +1,6 @@
 """What speaks against taking records in: all of it at once, by their positions.
 
-    refuse_together   whatever several checks refuse, raised as one
+    check_all   whatever several checks refuse, raised as one
     refuse_added      what a model's ledger, run file and base say of records to add
     refuse_trained    the same of a source that was trained before
 
@@ -12,7 +12,7 @@ Not covered: what keeps a row from being a record (`record_rules.py`); who may d
 >>> def check(where):
 ...     raise InvalidInput("bad", next_step="mend it", problems=[Problem(where, "is bad")])
 >>> try:
-...     refuse_together(lambda: check("record 2"), lambda: check("record 1"), lambda: None)
+...     check_all(lambda: check("record 2"), lambda: check("record 1"), lambda: None)
 ... except InvalidInput as error:
 ...     print(error)
 2 records can't be taken, for several reasons; nothing was changed
@@ -33,10 +33,10 @@ from sisa.planning.assign import Assigner
 from sisa.planning.bands import Bands, risk_problems, unnamed
 from sisa.planning.plan import LAYERWISE
 
-Found = Mapping[str, RecordRow | Tombstone]  # of the ledger, by keyed id
+HeldOrDeleted = Mapping[str, RecordRow | Tombstone]  # of the ledger, by keyed id
 
 
-def refuse_together(*checks: Callable[[], object]) -> None:
+def check_all(*checks: Callable[[], object]) -> None:
     """Make all checks. Raises the InvalidInput that one raises, or one with all problems of several."""
     met: list[InvalidInput] = []
     for check in checks:
@@ -68,10 +68,10 @@ def _refuse(problems: Sequence[Problem], what: str, next_step: str) -> None:
         )
 
 
-def refuse_added(
+def check_added(
     world: World,
     records: Sequence[Record],
-    found: Found,
+    found: HeldOrDeleted,
     checks: Iterable[Callable[[Sequence[Record]], object]],
     *,
     allow_deleted: bool,
@@ -85,26 +85,26 @@ def refuse_added(
         if n not in unplaced
         and not isinstance(found.get(world.assigner.id_digest(record.id)), RecordRow)
     ]
-    refuse_together(
-        lambda: refuse_twice(records),
-        lambda: refuse_changed(world, records, found, unplaced),
+    check_all(
+        lambda: check_unique_ids(records),
+        lambda: check_unchanged(world, records, found, unplaced),
         lambda: _misplaced([*risk_problems(bands, records), *_other_risks(world, fresh)]),
         lambda: None if allow_deleted else _refuse_deleted_here(world, fresh, found),
         *(lambda check=check: check(records) for check in checks),
     )
 
 
-def refuse_trained(world: World, records: Sequence[Record], found: Found) -> None:
+def check_trained(world: World, records: Sequence[Record], found: HeldOrDeleted) -> None:
     """Raises InvalidInput where records of a source are not the held ones of the same id, or where their
     risks give them no place."""
     bands = world.assigner.layout.bands
-    refuse_together(
-        lambda: refuse_risks(bands, records),
-        lambda: refuse_changed(world, records, found, unnamed(bands, records)),
+    check_all(
+        lambda: check_risks(bands, records),
+        lambda: check_unchanged(world, records, found, unnamed(bands, records)),
     )
 
 
-def refuse_twice(records: Sequence[Record]) -> None:
+def check_unique_ids(records: Sequence[Record]) -> None:
     """Raises InvalidInput where two records have one id."""
     first: dict[str, int] = {}
     problems = [
@@ -115,7 +115,7 @@ def refuse_twice(records: Sequence[Record]) -> None:
     _refuse(problems, "bear the id of another", "give each record an id of its own")
 
 
-def refuse_generations(
+def check_generations(
     training: Mapping[str, Any], records: Sequence[Record], *, append: bool = False
 ) -> None:
     """Raises ConfigConflict where slices would be appended to a chain that has a block of layers for
@@ -135,8 +135,8 @@ def refuse_generations(
         )
 
 
-def refuse_changed(
-    world: World, records: Sequence[Record], found: Found, unplaced: Collection[int] = ()
+def check_unchanged(
+    world: World, records: Sequence[Record], found: HeldOrDeleted, unplaced: Collection[int] = ()
 ) -> None:
     """Raises InvalidInput when a record differs from the held one of the same id."""
     problems = []
@@ -154,7 +154,7 @@ def refuse_changed(
     )
 
 
-def refuse_risks(bands: Bands | None, records: Sequence[Record]) -> None:
+def check_risks(bands: Bands | None, records: Sequence[Record]) -> None:
     """Raises InvalidInput where a risk is of no class, or one subject carries several."""
     _misplaced(list(risk_problems(bands, records)))
 
@@ -186,14 +186,16 @@ def _other_risks(world: World, fresh: Sequence[tuple[int, Record]]) -> list[Prob
     ]
 
 
-def _refuse_deleted_here(world: World, fresh: Sequence[tuple[int, Record]], found: Found) -> None:
+def _refuse_deleted_here(
+    world: World, fresh: Sequence[tuple[int, Record]], found: HeldOrDeleted
+) -> None:
     texts = {world.assigner.row(record, 0).text_digest for _, record in fresh}
-    _, deleted = world.ledger.by_text(texts, sure=True)
+    _, deleted = world.ledger.by_text(texts, full_scan=True)
     dead = [each for each in found.values() if isinstance(each, Tombstone)]
-    refuse_deleted(world.assigner, fresh, [*deleted, *dead], "added")
+    check_not_deleted(world.assigner, fresh, [*deleted, *dead], "added")
 
 
-def refuse_deleted(
+def check_not_deleted(
     assigner: Assigner,
     records: Iterable[tuple[int, Record]],
     deleted: Sequence[Tombstone],

@@ -10,7 +10,7 @@ by their forget rows.
 
 Not covered: sorting by length; packing.
 
->>> plan_steps(3, 2, Settings(num_epochs=1, batch_size=2, gradient_accumulation_steps=2))
+>>> plan_steps(3, 2, ScheduleSettings(num_epochs=1, batch_size=2, gradient_accumulation_steps=2))
 ((MicroBatch(forget=(2, 0), retain=(0, 1)), MicroBatch(forget=(1,), retain=(1,))),)
 
 Source of the defaults: open-unlearning's reproduction of TOFU (learning rate 1e-5 on full weights, 10
@@ -26,12 +26,12 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Literal
 
-from approx.methods.method import above_zero, at_least_zero, one_of, refuse_values
+from approx.methods.method import above_zero, at_least_zero, check_values, one_of
 from sisa.core.errors import Problem
 
 
 @dataclass(frozen=True)
-class Settings:
+class ScheduleSettings:
     """What any method is run with. `max_steps` cuts each round, and its schedule."""
 
     learning_rate: float = 1e-5
@@ -57,7 +57,7 @@ class Settings:
         maybe = {"max_steps": self.max_steps, "retain_batch_size": self.retain_batch_size}
         counts |= {name: value for name, value in maybe.items() if value is not None}
         whole = {**counts, "warmup_steps": self.warmup_steps, "seed": self.seed}
-        refuse_values(
+        check_values(
             "a run",
             (
                 Problem(name, f"{value!r}, expected a whole number")
@@ -81,7 +81,7 @@ class MicroBatch:
 Step = tuple[MicroBatch, ...]
 
 
-def plan_steps(num_forget: int, num_retain: int, settings: Settings) -> tuple[Step, ...]:
+def plan_steps(num_forget: int, num_retain: int, settings: ScheduleSettings) -> tuple[Step, ...]:
     """Plan all optimizer steps, round after round, each with its micro-batches."""
     kept = _endless(num_retain, settings.seed)
     return tuple(
@@ -92,7 +92,7 @@ def plan_steps(num_forget: int, num_retain: int, settings: Settings) -> tuple[St
 
 
 def _plan_round(
-    num_forget: int, kept: Iterator[int], number: int, settings: Settings
+    num_forget: int, kept: Iterator[int], number: int, settings: ScheduleSettings
 ) -> tuple[Step, ...]:
     micro: list[MicroBatch] = []
     for epoch in range(number * settings.num_epochs, (number + 1) * settings.num_epochs):
@@ -106,11 +106,11 @@ def _plan_round(
     return steps[: settings.max_steps]
 
 
-def learning_rate_at(step: int, num_steps: int, settings: Settings) -> float:
+def learning_rate_at(step: int, num_steps: int, settings: ScheduleSettings) -> float:
     """Return the rate of one step of a round, counted from 0: linear warm-up, then constant or falling
     to 0.
 
-    >>> [learning_rate_at(n, 4, Settings(1.0, warmup_steps=1)) for n in range(4)]
+    >>> [learning_rate_at(n, 4, ScheduleSettings(1.0, warmup_steps=1)) for n in range(4)]
     [0.5, 1.0, 0.6666666666666666, 0.3333333333333333]
     """
     warmup = settings.warmup_steps

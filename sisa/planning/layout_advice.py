@@ -7,19 +7,19 @@
              meanwhile; bytes; hours of training, and until a deletion is trained
 
 Rules: pure; everything in closed form, so that all choices cost a fraction of a second; the forms are
-those of `stream.py` and `budget.py`. Where there are several groups, each risk is a band of its own
-(`bands.py`) if there are slices enough. Where not all checkpoints fit, those are kept that spare the
-most. What is over a limit is not recommended, and says which. Orders cost training and buy what is
-served meanwhile: they are recommended where less must not be served. A shard should keep
+those of `deletion_stream.py` and `checkpoint_budget.py`. Where there are several groups, each risk is a
+band of its own (`bands.py`) if there are slices enough. Where not all checkpoints fit, those are kept
+that spare the most. What is over a limit is not recommended, and says which. Orders cost training and
+buy what is served meanwhile: they are recommended where less must not be served. A shard should keep
 MIN_SHARD_RECORDS: below that an adapter has next to nothing to learn from; a slice at least one.
 
 Not covered: quality of answers (`tests/bench/quality.py`); unequal shards; subjects of many records.
 
 >>> demand = Demand(num_records=1000, deletions_per_month=2.0)
->>> best = recommended(advise(demand, Limits(bytes_per_checkpoint=10, max_bytes=1000)))
+>>> best = recommended(advise(demand, LayoutLimits(bytes_per_checkpoint=10, max_bytes=1000)))
 >>> best.num_shards, best.num_slices, best.num_orders, best.num_kept, best.stored_bytes
 (32, 4, 1, 3, 960)
->>> served = recommended(advise(demand, Limits(bytes_per_checkpoint=10, min_depth=0.7)))
+>>> served = recommended(advise(demand, LayoutLimits(bytes_per_checkpoint=10, min_depth=0.7)))
 >>> served.num_orders, round(served.serving_depth, 2)
 (2, 0.71)
 
@@ -37,14 +37,14 @@ import numpy as np
 
 from sisa.planning.assign import Layout
 from sisa.planning.bands import Bands
-from sisa.planning.budget import Kept, best_kept, expected, shared
+from sisa.planning.checkpoint_budget import KeptStages, best_kept, expected, split_budget
+from sisa.planning.deletion_stream import Group, Shares, Stream
 from sisa.planning.orders import Order, chosen_orders
 from sisa.planning.plan import Schedule
-from sisa.planning.stream import Group, Shares, Stream
 
 MIN_SHARD_RECORDS = 30
 MAX_SHARDS = 10_000
-SLICES = (1, 2, 3, 4, 6, 8, 12, 16, 24)
+CANDIDATE_SLICES = (1, 2, 3, 4, 6, 8, 12, 16, 24)
 ORDERS = (1, 2, 4)
 
 
@@ -60,7 +60,7 @@ class Demand:
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class LayoutLimits:
     """What must not be exceeded, or fallen short of; a rate of 0 leaves hours unknown."""
 
     bytes_per_checkpoint: int
@@ -93,12 +93,12 @@ class Advice:
     over: tuple[str, ...]
 
 
-def advise(demand: Demand, limits: Limits) -> list[Advice]:
+def advise(demand: Demand, limits: LayoutLimits) -> list[Advice]:
     """Every choice, the cheapest of those within the limits first."""
     shards = _shards(demand.num_records)
     found = [
         _advice(demand, limits, num_shards, paths)
-        for num_slices in SLICES
+        for num_slices in CANDIDATE_SLICES
         for num_orders in ORDERS
         if num_orders <= num_slices
         for paths in [_Paths(stream_of(demand, 1, num_slices), num_orders)]
@@ -142,8 +142,8 @@ class _Paths:
         self.paths = [stream.path(self.orders[0]), *((c[:-1], h[:-1]) for c, h in others)]
 
     @cached_property
-    def _splits(self) -> list[tuple[Kept, ...]]:
-        return shared([best_kept(*path) for path in self.paths], self.num_spare)
+    def _splits(self) -> list[tuple[KeptStages, ...]]:
+        return split_budget([best_kept(*path) for path in self.paths], self.num_spare)
 
     @property
     def num_spare(self) -> int:
@@ -183,7 +183,7 @@ class _Paths:
         return served / self.stream.layout.num_slices
 
 
-def _advice(demand: Demand, limits: Limits, num_shards: int, paths: _Paths) -> Advice:
+def _advice(demand: Demand, limits: LayoutLimits, num_shards: int, paths: _Paths) -> Advice:
     stream = paths.stream
     per_shard = demand.deletions_per_month / num_shards
     full = demand.num_records * stream.epochs

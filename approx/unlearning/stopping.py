@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 import torch
 
-from approx.methods.method import above_zero, at_least_zero, refuse_values
+from approx.methods.method import above_zero, at_least_zero, check_values
 from approx.unlearning.compute import Compute
 from sisa.core.errors import InvalidInput, Problem
 
@@ -70,7 +70,7 @@ class Bounds:
     def __post_init__(self) -> None:
         given = {"max_seconds": self.max_seconds, "max_utility_drop": self.max_utility_drop}
         alone = self.max_utility_drop is not None and self.utility is None
-        refuse_values(
+        check_values(
             "bounds",
             at_least_zero(**{name: value for name, value in given.items() if value is not None}),
             above_zero(check_every=self.check_every),

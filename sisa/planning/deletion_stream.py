@@ -20,8 +20,8 @@ request costs (1 - 1/S) points more on the mean.
 
 Order 0 is counted, and every stage is taken to be held.
 
-Not covered: other orders, a budget for checkpoints (`advice.py` prices both); time and workers
-(`tests/bench/simulate.py`); which layout to choose (`advice.py`).
+Not covered: other orders, a budget for checkpoints (`layout_advice.py` prices both); time and workers
+(`tests/bench/simulate.py`); which layout to choose (`layout_advice.py`).
 
 >>> round(points_one_by_one(num_records=1000, num_shards=10, num_deletions=2), 2)
 197.9
@@ -170,7 +170,7 @@ class Replayed:
     expected_record_epochs: float
 
 
-def replay(
+def replay_stream(
     stream: Stream, num_records: int, num_deletions: int, *, batch: int = 1, seed: int = 0
 ) -> Replayed:
     """Draw a model's slices and delete from them; `batch` deletions are carried out together.

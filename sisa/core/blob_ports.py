@@ -8,7 +8,7 @@ processes; how it is reached (credentials) is every machine's own matter.
 
 Not covered: digests, keys and formats (`store/records.py`, `store/checkpoints.py`).
 
->>> Kept("s3://bucket/m/records", "AccessDenied").why
+>>> KeptVersions("s3://bucket/m/records", "AccessDenied").why
 'AccessDenied'
 """
 
@@ -20,24 +20,24 @@ from typing import Protocol
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class KeptVersions:
     """What an erasure could not reach: where a bucket keeps (or may keep) old versions, and why."""
 
     where: str
     why: str
 
 
-class Place(Protocol):
+class BlobStore(Protocol):
     """Blobs by name on a disk or in an object store, and groups of them (`GROUP/PART`) that are whole
     or absent. It is plain names, so that it can travel to another process; credentials do not."""
 
-    def below(self, name: str) -> Place:
+    def below(self, name: str) -> BlobStore:
         """A place within this one."""
 
     def location(self, name: str = "") -> str:
         """Where a blob or a group rests, for people and programs: a path or a URI."""
 
-    def refuse_unusable(self) -> None:
+    def check_usable(self) -> None:
         """Raises EnvironmentFault where it can't be reached, or can't do what is asked of it here."""
 
     def held(self) -> frozenset[str]:
@@ -72,7 +72,7 @@ class Place(Protocol):
     def clear(self) -> None:
         """Remove all that is below."""
 
-    def lend(self, area: str, names: Collection[str]) -> Place:
+    def lend(self, area: str, names: Collection[str]) -> BlobStore:
         """Make an area of this place for a run's workers; `erase([area])` takes it back for good.
 
         Blobs and parts of groups (`GROUP/PART`) of these names can be put there until then, and no
@@ -83,6 +83,6 @@ class Place(Protocol):
         """Take a blob or a whole group out of an area, under its name here; absence is no error, and
         a group that is held is kept."""
 
-    def purge(self, *, dry_run: bool = False) -> tuple[Kept, ...]:
+    def purge(self, *, dry_run: bool = False) -> tuple[KeptVersions, ...]:
         """Remove the old versions of what was replaced or erased; what is left of them, or may be.
         `dry_run` counts what is there, and removes none."""

@@ -9,7 +9,7 @@ purge, and those of what is mounted there are out of sight.
 
 >>> import tempfile
 >>> with tempfile.TemporaryDirectory() as folder:
-...     place = LocalPlace(Path(folder) / "records")
+...     place = LocalBlobs(Path(folder) / "records")
 ...     place.put("a", b"abc")
 ...     place.put_new("a", b"other"), place.get("a", "file"), place.held()
 (False, b'abc', frozenset({'a'}))
@@ -24,24 +24,24 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sisa.core.place_ports import Kept, Place
+from sisa.core.blob_ports import BlobStore, KeptVersions
 from sisa.store.blobs import files
 
 
 @dataclass(frozen=True, slots=True)
-class LocalPlace:
+class LocalBlobs:
     """A Place in a directory, which is made when something is put there."""
 
     root: Path
     lent: bool = False  # an area, which may be gone: what is put there does not bring it back
 
-    def below(self, name: str) -> LocalPlace:
+    def below(self, name: str) -> LocalBlobs:
         return replace(self, root=self.root / name)
 
     def location(self, name: str = "") -> str:
         return str(self.root.absolute() / name)
 
-    def refuse_unusable(self) -> None:
+    def check_usable(self) -> None:
         with files.disk_errors(self.root):
             files.make_directory(self.root)
             with tempfile.TemporaryFile(dir=self.root):
@@ -79,7 +79,7 @@ class LocalPlace:
     def clear(self) -> None:
         files.erase_all(self.root.parent, [self.root.name])
 
-    def lend(self, area: str, names: Collection[str]) -> LocalPlace:  # noqa: ARG002
+    def lend(self, area: str, names: Collection[str]) -> LocalBlobs:  # noqa: ARG002
         lent = replace(self.below(area), lent=True)
         files.make_directory(lent.root)
         return lent
@@ -95,10 +95,10 @@ class LocalPlace:
                     raise
             files.sync_directory(self.root)
 
-    def purge(self, *, dry_run: bool = False) -> tuple[Kept, ...]:  # noqa: ARG002
+    def purge(self, *, dry_run: bool = False) -> tuple[KeptVersions, ...]:  # noqa: ARG002
         return ()
 
 
-def absolute(place: Place) -> Place:
+def absolute(place: BlobStore) -> BlobStore:
     """The same place for a process in another working directory."""
-    return replace(place, root=place.root.absolute()) if isinstance(place, LocalPlace) else place
+    return replace(place, root=place.root.absolute()) if isinstance(place, LocalBlobs) else place

@@ -10,7 +10,7 @@ ones, in every job. Jobs of the usual ones name neither, as before there was a c
 
 Not covered: what a device must be set to (`lm/base/numerics.py`, `lm/base/cuda.py`).
 
->>> Arithmetic().in_jobs(), Arithmetic("cuda", "bfloat16").in_jobs()
+>>> Precision().in_jobs(), Precision("cuda", "bfloat16").in_jobs()
 ({}, {'device': 'cuda', 'dtype': 'bfloat16'})
 """
 
@@ -25,7 +25,7 @@ Dtype = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True, slots=True)
-class Arithmetic:
+class Precision:
     """A device and a dtype; the usual ones by default."""
 
     device: DeviceName = "cpu"
@@ -45,5 +45,5 @@ class Arithmetic:
         return {each: training[each] for each in _DEFAULTS if each in training} == self.in_jobs()
 
 
-USUAL = Arithmetic()
-_DEFAULTS = {"device": USUAL.device, "dtype": USUAL.dtype}
+DEFAULT_PRECISION = Precision()
+_DEFAULTS = {"device": DEFAULT_PRECISION.device, "dtype": DEFAULT_PRECISION.dtype}

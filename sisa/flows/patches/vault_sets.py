@@ -17,8 +17,8 @@ from sisa.core.domain import Record, RecordRow, Request
 from sisa.core.errors import ConfigConflict, InvalidInput, Problem, SisaError, UnknownRecord
 from sisa.core.patch import WRITTEN, SetRole, VaultSet
 from sisa.core.ports import Change
-from sisa.flows.wiring.world import World, commit, over, slices_of, stored_in
-from sisa.planning.patch_plan import settled
+from sisa.flows.wiring.world import World, commit, slices_of, stored_in, trained_over
+from sisa.planning.patch_plan import unneeded_sets
 
 
 @dataclass(frozen=True)
@@ -127,11 +127,13 @@ def exported(world: World) -> frozenset[str]:
     return frozenset(key for each in world.ledger.exports() for key in each.patches)
 
 
-def settle(world: World) -> tuple[int, int]:
+def erase_unneeded(world: World) -> tuple[int, int]:
     """Erase the texts that no patch needs: numbers of sets erased and kept."""
     sets = world.ledger.vault()
-    elsewhere = {*over(world.ledger), *exported(world)}
-    erased, gone = settled(world.ledger.patches(), world.patch_mode, sets, deletable(world), elsewhere)
+    elsewhere = {*trained_over(world.ledger), *exported(world)}
+    erased, gone = unneeded_sets(
+        world.ledger.patches(), world.patch_mode, sets, deletable(world), elsewhere
+    )
     if erased or gone:
         cleared = [
             replace(each, vaulted="") for each in world.ledger.requests() if each.vaulted in set(gone)
@@ -157,7 +159,7 @@ def set_of_request(world: World, request: Request) -> VaultSet:
     )
 
 
-def refuse_no_consent(consent: str) -> None:
+def check_consent(consent: str) -> None:
     """Raises InvalidInput where texts are given without a word on who allowed to keep them."""
     if not consent.strip():
         raise InvalidInput(

@@ -19,11 +19,11 @@ from sisa.core.domain import Export, RecordRow
 from sisa.core.errors import SisaError
 from sisa.core.events import Notice
 from sisa.core.ports import Change
-from sisa.flows.patches import vaulting
+from sisa.flows.patches import vault_sets
 from sisa.flows.patches.patched_shards import shards_off
 from sisa.flows.patches.patching import make_wanted
-from sisa.flows.patches.vaulting import Put
-from sisa.flows.wiring.world import World, commit, over
+from sisa.flows.patches.vault_sets import Put
+from sisa.flows.wiring.world import World, commit, trained_over
 from sisa.planning.patch_plan import Rederived, lineage, rederive, wanted
 
 
@@ -43,14 +43,14 @@ def touched_by(world: World, removed: Mapping[str, RecordRow], request_id: str) 
     """What removing rows (by keyed id) does to patches, and the world to go on with. New retain sets are
     written; where shards were trained over a touched patch, all of that is given up now."""
     patches = world.ledger.patches()
-    instead, put = vaulting.without_removed(world, removed)
+    instead, put = vault_sets.without_removed(world, removed)
     touched = {each.key for each in lineage(patches, instead)}
     if not touched:
         return world, Touched()
-    held = vaulting.held_sets(world) - {old for old, new in instead.items() if old == new}
+    held = vault_sets.held_sets(world) - {old for old, new in instead.items() if old == new}
     held |= {each.name for each in put.sets}
     found = rederive(patches, instead, held, world.fingerprint, world.now(), request_id)
-    if not touched.isdisjoint(over(world.ledger)):
+    if not touched.isdisjoint(trained_over(world.ledger)):
         world = shards_off(world)
     stale = tuple(
         replace(each, state="tainted", request_id=request_id)
@@ -65,15 +65,15 @@ def give_up(world: World, damaged: Collection[str]) -> World:
     erased, and a patch is wanted again where its texts are held. Returns the world to go on with."""
     sets = [each for each in world.ledger.vault() if each.name in damaged and each.held]
     lost = {each.name for each in sets}
-    held = vaulting.held_sets(world) - lost
+    held = vault_sets.held_sets(world) - lost
     patches = world.ledger.patches()
     unmade = {each.key for each in wanted(patches) if not lost.isdisjoint(each.job.sets)}
     found = rederive(patches, {}, held, world.fingerprint, world.now(), "", unmade.union(damaged))
-    if found.dropped & set(over(world.ledger)):
+    if found.dropped & set(trained_over(world.ledger)):
         world = shards_off(world)
     gone = [replace(each, held=False) for each in sets]
     commit(world, Change(patches=[*found.changed, *found.fresh], vault=gone))
-    vaulting.settle(world)
+    vault_sets.erase_unneeded(world)
     return world
 
 
@@ -96,4 +96,4 @@ def make_again(world: World, touched: Touched) -> None:
                 )
             )
     else:
-        vaulting.settle(world)
+        vault_sets.erase_unneeded(world)

@@ -6,7 +6,7 @@ length, with the base in evaluation: no batch mate, order or stage reaches its b
 were kept or are computed again doesn't either. What is kept in memory is bounded; the first to come
 stay. A base whose layers can't be run apart, bit for bit, is refused.
 
-Not covered: keeping states beyond the process (`kept_prefixes.py`).
+Not covered: keeping states beyond the process (`shard_prefixes.py`).
 
 Legend: B rows, T positions, H hidden.
 
@@ -54,7 +54,7 @@ class _Passing(nn.Module):
         return hidden if self._num_outputs is None else (hidden, *[None] * (self._num_outputs - 1))
 
 
-class Lower:
+class FrozenLayers:
     """The layers of a base below `first`. Its modules are the caller's own; they are swapped while
     states are given."""
 
@@ -169,7 +169,7 @@ class Prefixes:
         self._left = memory_bytes
         self._kept: dict[tuple[int, tuple[int, ...]], Tensor] = {}
 
-    def states(self, lower: Lower, input_ids: Sequence[int]) -> Tensor:
+    def states(self, lower: FrozenLayers, input_ids: Sequence[int]) -> Tensor:
         """States [T, H] of a record, kept or computed."""
         key = (lower.first, tuple(input_ids))
         found = self._kept.get(key)

@@ -9,7 +9,7 @@ current; old ones are unknown to the ledger after it and are swept. So a crash a
 the old state and some unknown files, or the new state and some unknown files, and the next
 reconciliation ends the same. Nothing is erased before the commit that allows it.
 
-Not covered: problems of records (`refused.py`), reading sources and opening a model (`model.py`),
+Not covered: problems of records (`record_checks.py`), reading sources and opening a model (`model.py`),
 questions (`query.py`), proof (`verify.py`), a changed run file (`reconfigure.py`).
 """
 
@@ -22,15 +22,15 @@ from sisa.core.domain import Head, IndexFile, Record, RecordRow, SliceFile, Slic
 from sisa.core.errors import InvalidInput
 from sisa.core.ports import Change, StoredRecord, Vectors
 from sisa.flows.ask import HeldPrompts
-from sisa.flows.reconcile import Trained, reconcile, refuse_lost_rows
-from sisa.flows.refused import refuse_added, refuse_changed, refuse_generations, refuse_trained
+from sisa.flows.reconcile import Trained, check_rows, reconcile
+from sisa.flows.record_checks import check_added, check_generations, check_trained, check_unchanged
 from sisa.flows.wiring.world import (
     World,
     check_sources,
     commit,
     embed_records,
+    first_index,
     model_digest,
-    only,
     view_shard,
     write_slice,
 )
@@ -62,12 +62,12 @@ def train(world: World, records: Sequence[Record], meta: Mapping[str, str] | Non
 
     Raises InvalidInput when a record of the source differs from the held one of the same id.
     """
-    refuse_generations(world.recipe.training, records)
+    check_generations(world.recipe.training, records)
     found = _lookup(world, records)
     records = _as_held(world, records, found)
     held = sum(isinstance(each, RecordRow) for each in found.values())
     if "config" in world.ledger.meta() or world.ledger.heads():
-        refuse_trained(world, records, found)
+        check_trained(world, records, found)
         done = reconcile(world)
         new = len(records) - len(found)
         return _taken(world, done, held=held, deleted=len(found) - held, new=new)
@@ -97,10 +97,10 @@ def _taken(
     )
 
 
-def refuse_other_records(world: World, records: Sequence[Record]) -> None:
+def check_same_records(world: World, records: Sequence[Record]) -> None:
     """Raises InvalidInput when a record of a source differs from the held one of the same id."""
     found = _lookup(world, records)
-    refuse_changed(world, _as_held(world, records, found), found)
+    check_unchanged(world, _as_held(world, records, found), found)
 
 
 def _as_held(
@@ -148,11 +148,11 @@ def add(
     content, risks without a place, a second risk of a subject, what does not fit, what `checks` refuse
     and, unless `allow_deleted`, for deleted ids and deleted texts: all of them listed.
     """
-    refuse_generations(world.recipe.training, records, append=append)
+    check_generations(world.recipe.training, records, append=append)
     found = _lookup(world, records)
     generation = _next_generation(world) if append else None
     records = _as_held(world, records, found, generation)
-    refuse_added(world, records, found, (world.count_tokens, *checks), allow_deleted=allow_deleted)
+    check_added(world, records, found, (world.count_tokens, *checks), allow_deleted=allow_deleted)
     fresh = [
         record
         for record in records
@@ -181,7 +181,7 @@ def _commit_added(
     *,
     readmitted: Sequence[str] = (),
 ) -> None:
-    refuse_lost_rows(world.ledger)
+    check_rows(world.ledger)
     vectors = embed_records(world, records)
     arrived: dict[int, list[_Arrived]] = {}
     for record, row, vector in zip(records, rows, vectors, strict=True):
@@ -253,5 +253,5 @@ def _write_index(world: World, shard: int, fresh: Sequence[_Arrived]) -> IndexFi
             where=f"shard {shard}",
             next_step="give one of the new records another id",
         )
-    base = only(world.ledger.indexes(shard))
+    base = first_index(world.ledger.indexes(shard))
     return world.index.build(shard, index_root(merged), base, wanted)

@@ -4,9 +4,9 @@ Rules: pure, no clock, no Ray. A task goes to the node with the most free places
 evenly, and not to the one where it failed last, if another has a place. A node that is gone has no
 places; what was given on it is forgotten with it.
 
-Not covered: who may train (`nodes.py`); which task is next (`sisa/planning/handout.py`).
+Not covered: who may train (`nodes.py`); which task is next (`sisa/planning/task_queue.py`).
 
->>> places = Places()
+>>> places = WorkerSlots()
 >>> places.join("a", 1); places.join("b", 2)
 >>> places.take(), places.take(avoid="b"), places.take(), places.take()
 ('b', 'a', 'b', None)
@@ -43,7 +43,7 @@ class Placement:
         return min(places, shared)
 
 
-class Places:
+class WorkerSlots:
     """Free and given places, by node."""
 
     def __init__(self) -> None:

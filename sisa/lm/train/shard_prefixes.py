@@ -22,15 +22,15 @@ import torch
 from sisa.core.domain import SliceJob
 from sisa.core.ports import PrefixStore, StoredRecord
 from sisa.lm.base.tokens import Tokens
-from sisa.lm.train.prefix import Prefixes
+from sisa.lm.train.frozen_prefix import Prefixes
 from sisa.planning.prefix_names import prefix_name, shard_start
 
-Rows = Sequence[tuple[StoredRecord, Tokens]]
+TokenizedRows = Sequence[tuple[StoredRecord, Tokens]]
 HEADER_BYTES = 256  # more than a record takes in a file beside its states
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class ShardPrefixes:
     """A store with what bounds and names the files of one shard in it."""
 
     store: PrefixStore
@@ -42,7 +42,7 @@ class Kept:
         return prefix_name(job.shard, slice_, root, job.training, self.base, self.fingerprint)
 
     def read(
-        self, job: SliceJob, first: int, rows: Rows, dtype: torch.dtype, into: Prefixes
+        self, job: SliceJob, first: int, rows: TokenizedRows, dtype: torch.dtype, into: Prefixes
     ) -> dict[str, int]:
         """Give a stage what is kept of its slices; of how many records each of their files tells."""
         held: dict[str, int] = {}
@@ -57,7 +57,7 @@ class Kept:
         return held
 
     def write(
-        self, job: SliceJob, first: int, rows: Rows, prefixes: Prefixes, held: dict[str, int]
+        self, job: SliceJob, first: int, rows: TokenizedRows, prefixes: Prefixes, held: dict[str, int]
     ) -> None:
         """Keep what a stage computed, as far as there is room."""
         for slice_, root in job.slices:
