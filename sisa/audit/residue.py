@@ -54,7 +54,7 @@ from sisa.core.config_types import is_uri
 from sisa.core.digest import file_sha256, sha256_hex
 from sisa.core.errors import Busy, IntegrityError, InvalidInput, SisaError
 from sisa.core.measured import STAGE_DIGITS, without
-from sisa.data.temporary_files import owned_left_overs, walk
+from sisa.data.temporary_files import owned_temporary_files, walk
 from sisa.flows.stale_exports import export_standing
 from sisa.flows.wiring.opening import CHECKPOINTS, INDEX, METRICS, PATCHES, RECORDS, RUNS, VAULT
 from sisa.flows.wiring.world import World, known_by_area
@@ -116,16 +116,16 @@ def scan_residue(
     known = [each for each in dict.fromkeys(exports) if each.is_dir()]
     scanner = _Scanner(world, directory, SearchStrings(list(texts), list(ids)))
     named = _resolved([*scanner.own, *also, *known])
-    scanner.places = _resolved([*named, *owned_left_overs()])
+    scanner.places = _resolved([*named, *owned_temporary_files()])
     for place in scanner.places:
         scanner.scan(place, models=place in named)
     scanner.unread([scanner.own[0], *_resolved(also)])
-    stores = scan_objects(world, scanner.needles, scanner.residue, scanner.counts)
+    stores = scan_objects(world, scanner.strings, scanner.residue, scanner.counts)
     scanner.unknown_files()
     scanner.missing_exports()
     return Scan(
         not scanner.residue,
-        tuple(scanner.needles.hidden(str(place)) for place in (*scanner.places, *stores)),
+        tuple(scanner.strings.hidden(str(place)) for place in (*scanner.places, *stores)),
         scanner.counts,
         tuple(scanner.residue),
         tuple(scanner.outdated),
@@ -143,7 +143,7 @@ def _resolved(paths: Iterable[Path]) -> list[Path]:
 
 
 class _Scanner:
-    def __init__(self, world: World, directory: Path, needles: SearchStrings) -> None:
+    def __init__(self, world: World, directory: Path, strings: SearchStrings) -> None:
         self.world = world
         self.directory = directory
         at = {room: at_hand(place) or directory / room for room, place in world.places.items()}
@@ -151,14 +151,14 @@ class _Scanner:
         beside = {root.parent for root in at.values() if root.parent != directory}
         self.own = _resolved([directory, *sorted(beside), *self.roots.values()])
         self.places = self.own
-        self.needles = needles
+        self.strings = strings
         self.residue: list[Residue] = []
         self.outdated: list[str] = []
         self.counts = dict.fromkeys(
             ("files", "bytes", "checkpoints", "rows", "vectors", "adapters", "unreadable"), 0
         )
         self.counts |= dict.fromkeys(("shredded", "patches", "kept_by_consent"), 0)
-        self.counts |= {"strings": len(needles), "strings_too_short_for_raw_bytes": needles.num_short}
+        self.counts |= {"strings": len(strings), "strings_too_short_for_raw_bytes": strings.num_short}
         self.proven: set[Path] = set()
         self._empty: list[Path] = []
         self._sealed = SealedFiles(world.keyring)
@@ -174,7 +174,7 @@ class _Scanner:
         }
 
     def _found(self, kind: str, path: Path, what: str, position: str = "") -> None:
-        self.residue.append(Residue(kind, self.needles.hidden(str(path)), position, what))
+        self.residue.append(Residue(kind, self.strings.hidden(str(path)), position, what))
 
     def scan(self, place: Path, *, models: bool = True) -> None:
         """Read every file of a place. `models`: whether it may hold parts of this one; what other models
@@ -212,7 +212,7 @@ class _Scanner:
                 self._found("nothing_read", place, "holds no file, so that it proves nothing")
 
     def _names(self, path: Path) -> None:
-        for number in self.needles.in_value(path.name):
+        for number in self.strings.in_value(path.name):
             self._found("string", path.parent, f"string {number + 1} is in a name here", "name")
 
     def _file(self, path: Path, *, models: bool) -> None:
@@ -223,10 +223,10 @@ class _Scanner:
         try:
             plain = self._sealed.plaintext(path)
         except Shredded:
-            self._strings(path, None)
+            self._search(path, None)
             self._shredded(path)
             return
-        self._strings(path, plain)
+        self._search(path, plain)
         expected = self._digests.get(path)
         found = expected and (file_sha256(path) if plain is None else sha256_hex(plain))
         if found != expected:
@@ -269,9 +269,9 @@ class _Scanner:
         self.proven.add(path)
         return True
 
-    def _strings(self, path: Path, plain: bytes | None) -> None:
-        for place in self.needles.in_file(path, plain):
-            what = f"string {place.needle + 1} of {len(self.needles)} is here"
+    def _search(self, path: Path, plain: bytes | None) -> None:
+        for place in self.strings.in_file(path, plain):
+            what = f"string {place.number + 1} of {len(self.strings)} is here"
             self._found("string", path, what, place.position)
 
     def _shredded(self, path: Path) -> None:
@@ -367,7 +367,7 @@ class _Scanner:
             what = "an adapter of no held checkpoint: made before a deletion, or of another model"
             self._found("stale_adapter", path, what)
         elif not self._heads & set(of):
-            self.outdated.append(self.needles.hidden(str(path)))
+            self.outdated.append(self.strings.hidden(str(path)))
 
     def unknown_files(self) -> None:
         """What the ledger does not know in the model directory and nothing above has proven clean."""

@@ -8,8 +8,8 @@ decoded values alone. Files are read in blocks; all strings are looked for in on
 Not covered: text that is compressed (other than Parquet), encrypted, split over overflow pages or
 paraphrased.
 
->>> needles = SearchStrings(["Ada L."], ["ada"])
->>> needles.in_block(b"..Ada L.."), needles.in_value("by Ada L. 1843"), needles.in_id("ada2")
+>>> strings = SearchStrings(["Ada L."], ["ada"])
+>>> strings.in_block(b"..Ada L.."), strings.in_value("by Ada L. 1843"), strings.in_id("ada2")
 ([(2, 0)], [0], [])
 """
 
@@ -41,7 +41,7 @@ class Match:
     """Where in a file a string was found: `byte 12`, `row 3, column id`, `table requests`."""
 
     position: str
-    needle: int
+    number: int
 
 
 class SearchStrings:
@@ -120,7 +120,7 @@ class SearchStrings:
             decoded, explained = self._in_parquet(source)
         elif head == SQLITE_MAGIC:
             decoded = self._in_sqlite(path)
-        raw = [each for each in raw if each.needle not in explained]
+        raw = [each for each in raw if each.number not in explained]
         return _firsts([*decoded, *raw])
 
     def _in_stream(self, file: Any) -> Iterator[Match]:
@@ -216,5 +216,5 @@ def _strings(value: Any) -> Iterator[str]:
 def _firsts(places: Iterable[Match]) -> list[Match]:
     first: dict[int, Match] = {}
     for place in places:
-        first.setdefault(place.needle, place)
+        first.setdefault(place.number, place)
     return list(first.values())

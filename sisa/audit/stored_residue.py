@@ -34,14 +34,14 @@ from sisa.store.checkpoints import MANIFEST
 
 
 def scan_objects(
-    world: World, needles: SearchStrings, residue: list[Residue], counts: dict[str, int]
+    world: World, strings: SearchStrings, residue: list[Residue], counts: dict[str, int]
 ) -> tuple[str, ...]:
     """Scan the rooms that lie in an object store; adds to `residue` and `counts`, and names them."""
     rooms = {
         room: place for room, place in sorted(world.places.items()) if not isinstance(place, LocalBlobs)
     }
     for room, place in rooms.items():
-        residue += _Room(world, room, place, needles, counts).scan()
+        residue += _Room(world, room, place, strings, counts).scan()
     return tuple(place.location() for place in rooms.values())
 
 
@@ -50,7 +50,7 @@ class _Room:
     world: World
     room: str
     place: BlobStore
-    needles: SearchStrings
+    strings: SearchStrings
     counts: dict[str, int]
 
     def scan(self) -> Iterator[Residue]:
@@ -70,7 +70,7 @@ class _Room:
             yield Residue("old_versions", kept.where, "", f"kept by the bucket: {kept.why}")
 
     def _found(self, kind: str, name: str, what: str, position: str = "") -> Residue:
-        return Residue(kind, self.needles.hidden(self.place.location(name)), position, what)
+        return Residue(kind, self.strings.hidden(self.place.location(name)), position, what)
 
     def _read(self, name: str) -> bytes | None:
         """An object's plaintext; None for one that no held key opens."""
@@ -85,10 +85,10 @@ class _Room:
             return None
 
     def _strings(self, name: str, data: bytes | None) -> Iterator[Residue]:
-        for number in self.needles.in_value(name):
+        for number in self.strings.in_value(name):
             yield self._found("string", "", f"string {number + 1} is in a name here", "name")
-        for found in self.needles.in_file(Path(name), data or b""):
-            what = f"string {found.needle + 1} of {len(self.needles)} is here"
+        for found in self.strings.in_file(Path(name), data or b""):
+            what = f"string {found.number + 1} of {len(self.strings)} is here"
             yield self._found("string", name, what, found.position)
 
     def _slice(self, name: str, data: bytes | None) -> Iterator[Residue]:

@@ -32,7 +32,7 @@ TEMPORARY_PATTERNS = (f"{SCRATCH_PREFIX}*", "sisa-*/r")  # of `scratch` and `ray
 LEAST_AGE_S = 60.0  # of scratch that nobody has locked: a younger one may just be made
 
 
-def owned_left_overs() -> list[Path]:
+def owned_temporary_files() -> list[Path]:
     """Scratch of ours outside the model: half-filled caches and temporary directories of this user."""
     cache = cache_dir()
     found = [

@@ -737,4 +737,4 @@ def test_a_database_with_a_garbled_schema_is_looked_through_as_bytes(tmp_path: P
         connection.execute("INSERT INTO people VALUES ('Zaphod Quorvane')")
     path.write_bytes(path.read_bytes().replace(b"CREATE TABLE people", b"CREATE TABLE pe \xff\xffe"))
     (found,) = SearchStrings(["Zaphod Quorvane"], []).in_file(path)
-    assert found.needle == 0
+    assert found.number == 0
