@@ -16,25 +16,17 @@ Not covered: opening a directory, and its lock (`opened.py`); the first training
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import importlib
-import os
-import signal
-import subprocess
-import sys
 import time
-import uuid
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from sisa.audit.garbage import undisturbed
-from sisa.audit.verify import Apart, Replay, Verification, shards_to_replay, train_stage, verify
-from sisa.config.config import RunConfig
+from sisa.audit.replay import scratch_store, stages_apart
+from sisa.audit.verify import Replay, Verification, shards_to_replay, verify
 from sisa.core.domain import (
-    Chain,
     ExportForm,
     Kind,
     Record,
@@ -43,7 +35,7 @@ from sisa.core.domain import (
     RequestState,
     Tombstone,
 )
-from sisa.core.errors import EnvironmentFault, InvalidInput
+from sisa.core.errors import InvalidInput
 from sisa.core.events import Notice, QueueSeen, Report
 from sisa.core.requests import is_under_way
 from sisa.data.reader import named_by_place, read_like
@@ -66,24 +58,21 @@ from sisa.flows.reconcile import reconcile
 from sisa.flows.scratch import guard
 from sisa.flows.stale_exports import missing
 from sisa.flows.wiring.opened import WAITS_S, OpenedModel, asked_again, silent
-from sisa.flows.wiring.opening import LEDGER, SCRATCH, OnCluster, OpenExecutor
+from sisa.flows.wiring.opening import LEDGER, OpenExecutor
 from sisa.flows.wiring.outcome import ForgetOutcome, ForgetPlan, Status
 from sisa.flows.wiring.run_context import running
 from sisa.flows.wiring.witness import witness_standing
 from sisa.flows.wiring.world import World, model_digest, purge, view_shards
 from sisa.lm.answer.route import Route
-from sisa.lm.base.numerics import worker_environment
 from sisa.planning.batching import RunPlan
 from sisa.planning.cost import estimate_seconds, full_record_epochs, orders_record_epochs, serving_depth
 from sisa.store.blobs import files
-from sisa.store.checkpoints import FileCheckpoints
 
 if TYPE_CHECKING:
     from sisa.lm.answer.aggregated import AggregatedModel
     from sisa.lm.answer.answer import Answerer
 
 DIRECT = "sisa forget"  # approves the requests of a direct deletion
-PR_SET_PDEATHSIG = 1  # of prctl.h
 NEAR_DUPLICATE = 0.95  # inner product of unit vectors from which a record is proposed as a copy
 
 
@@ -309,20 +298,8 @@ class Model(OpenedModel):
             chosen = shards_to_replay(world, replay, shard)
             stack.callback(self._clear_scratch)
             world = replace(world, report=self.report)  # what is trained only to compare is not kept
-            name = uuid.uuid4().hex
-            store = self._scratch(world, name)
-            return verify(world, chosen, store, self._apart(world), require_replay=require_replay)
-
-    def _scratch(self, world: World, name: str) -> FileCheckpoints:
-        return FileCheckpoints(world.places[SCRATCH].below(name), self.keyring, SCRATCH)
-
-    def _apart(self, world: World) -> Apart | None:
-        """None under an executor that was given: who knows with what it trains."""
-        if not isinstance(self.executor, str | OnCluster):
-            return None
-        name = uuid.uuid4().hex
-        train = partial(_train_apart, self.directory, self.config, name)
-        return Apart(self._scratch(world, name), train)
+            apart = stages_apart(self, world)
+            return verify(world, chosen, scratch_store(world), apart, require_replay=require_replay)
 
     @asked_again
     def _checked(self) -> Verification:
@@ -413,59 +390,3 @@ def _forgotten(
     lost = tuple(each.path for each in missing(world))
     digest = model_digest(world)
     return ForgetOutcome(request, tuple(dead), digest, lost, purge(world), deferred)
-
-
-def _train_apart(directory: Path, config: RunConfig, scratch: str, chains: Sequence[Chain]) -> None:
-    """Train all stages of a shard in processes of their own. Raises EnvironmentFault where one fails."""
-    keys = dict.fromkeys(job.key for chain in chains for job in chain.jobs)
-    here = str(Path(__file__).resolve().parents[1])
-    environment = {**os.environ, **worker_environment(config.sisa.threads_per_shard, config.precision)}
-    paths = (here, os.environ.get("PYTHONPATH", ""))
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-    shard = str(chains[0].shard)
-    code = "import sys; from sisa.model import train_forked; train_forked(*sys.argv[1:])"
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(directory.absolute()), scratch, shard, *keys],
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        check=False,
-    )
-    if done.returncode:
-        raise EnvironmentFault(
-            "a stage could not be trained again in a process of its own",
-            where=f"shard {shard}",
-            got=done.stdout.decode(errors="replace").strip() or f"exit {done.returncode}",
-            next_step="see whether memory is short, and whether the model opens with `sisa status`",
-        )
-
-
-def train_forked(directory: str, scratch: str, shard: str, *keys: str) -> None:
-    """Train stages one after another, each in a fork of this process, which has only imported."""
-    _end_with_parent()
-    for module in ("sisa.lm.train.lora", "pyarrow.dataset"):
-        importlib.import_module(module)
-    for key in keys:
-        child = os.fork()
-        if not child:
-            _train_and_exit(directory, scratch, int(shard), key)
-        if os.waitpid(child, 0)[1]:
-            raise SystemExit(1)
-
-
-def _train_and_exit(directory: str, scratch: str, shard: int, key: str) -> NoReturn:
-    _end_with_parent()
-    try:
-        model = Model(directory, executor="serial")
-        with model._world(as_it_is=True) as world:
-            train_stage(replace(world, report=silent), shard, key, model._scratch(world, scratch))
-    except BaseException as error:  # its text may quote a record
-        os.write(1, type(error).__name__.encode())
-        os._exit(1)
-    os._exit(0)
-
-
-def _end_with_parent() -> None:
-    """Let the system kill this process with its parent: nothing writes after a replay was broken off."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -27,6 +27,7 @@ from typing import Literal
 import numpy as np
 
 from sisa.audit.examine import forms
+from sisa.audit.replay import Apart
 from sisa.core.domain import Chain, Head, IndexFile, Record, RecordRow, SliceFile
 from sisa.core.errors import ConfigConflict, EnvironmentFault, IntegrityError, InvalidInput, Problem
 from sisa.core.events import Notice
@@ -68,14 +69,6 @@ class Verification:
     def replayed(self) -> int:
         """The number of shards that were trained from scratch."""
         return sum(each.replayed for each in self.shards)
-
-
-@dataclass(frozen=True)
-class Apart:
-    """A store, and what trains all stages of a shard into it, each in a process of its own."""
-
-    store: CheckpointStore
-    train: Callable[[Sequence[Chain]], None]
 
 
 def shards_to_replay(world: World, replay: Replay, shard: int | None) -> list[int]:
@@ -194,16 +187,6 @@ def _proof(
 
     equal_apart = same(apart.store) if apart else None
     return ShardProof(head.shard, head.key, True, same(scratch), len(stages), equal_apart=equal_apart)
-
-
-def train_stage(world: World, shard: int, key: str, store: CheckpointStore) -> None:
-    """Train one stage of a shard from the base, or from its parent in the store, into the store."""
-    files = tuple(world.ledger.slices(shard))
-    for path in all_paths(shard, files, world.recipe, world.fingerprint):
-        for number, job in enumerate(path, start=1):
-            if job.key == key:  # what is before it rests in the store, and is not trained again
-                world.executor_for(store).run([Chain(shard, path[:number], None, files)], world.report)
-                return
 
 
 def check_files(world: World) -> tuple[int, list[Problem]]:

@@ -18,6 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from sisa import model
 from sisa.core.digest import digest_of
 from sisa.core.domain import Probed, Record, SliceJob
 from sisa.core.errors import EnvironmentFault, InvalidInput
@@ -26,7 +27,6 @@ from sisa.flows.serial import SerialExecutor, Site
 from sisa.flows.wiring import opening
 from sisa.flows.wiring.parts import Named, Parts, check_digest
 from sisa.lm.answer.hashing import HashingEmbedder
-from sisa.model import Model
 from tests.fakes import FakeTrainer
 
 
@@ -117,8 +117,8 @@ def cheap_parts() -> Iterator[None]:
         done.append((reader, "export_rows", vars(reader)["export_rows"]))
         vars(reader)["export_rows"] = _no_hub
     # A stage that is trained again in a process of its own would be trained by the real trainer there.
-    done.append((Model, "_apart", vars(Model)["_apart"]))
-    Model._apart = lambda *_: None  # type: ignore[method-assign]
+    done.append((model, "stages_apart", vars(model)["stages_apart"]))
+    vars(model)["stages_apart"] = lambda *_: None
     try:
         yield
     finally:

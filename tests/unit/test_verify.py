@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-import psutil
 import pytest
 
 from cluster.render import render
-from sisa.audit.verify import Apart, Verification, train_stage, verify
+from sisa.audit.replay import Apart, train_stage
+from sisa.audit.verify import Verification, verify
 from sisa.core.digest import Keyed
 from sisa.core.domain import Chain, Record, RecordRow, SliceJob
 from sisa.core.errors import EnvironmentFault
@@ -180,25 +176,3 @@ def test_a_required_replay_of_some_shards_asks_for_those() -> None:
     world = model_of().world
     assert verify(world, [1], FakeCheckpoints(), require_replay=True).ok
     assert "no shard was replayed" in findings(verify(world, [], None, require_replay=True))
-
-
-def test_no_process_of_a_replay_outlives_it() -> None:
-    code = (
-        "import os, time\n"
-        "from sisa.model import _end_with_parent\n"
-        "if not os.fork():\n"
-        "    _end_with_parent()\n"
-        "    print(os.getpid(), flush=True)\n"
-        "    time.sleep(60)\n"
-        "os.wait()\n"
-    )
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as parent:
-        assert parent.stdout is not None
-        child = psutil.Process(int(parent.stdout.readline()))
-        parent.kill()
-    with suppress(psutil.NoSuchProcess):
-        for _ in range(100):
-            if child.status() == psutil.STATUS_ZOMBIE:
-                return
-            time.sleep(0.1)
-        pytest.fail("the child goes on")

@@ -1,0 +1,238 @@
+"""Train stages again, apart: each in a process that has trained nothing before.
+
+What a trainer keeps from one stage to the next would pass unseen if one process trained them all. So a
+clean process, which has only imported what training needs, reads stages from its standard input and
+forks for each one. The fork opens the model, trains the stage from its parent's files and ends. Since
+importing torch takes seconds, the clean process starts with the first replay, serves every later one in
+the same environment, and ends with the process that started it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import importlib
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+from sisa.core.domain import Chain
+from sisa.core.errors import EnvironmentFault
+from sisa.core.ports import CheckpointStore
+from sisa.flows.wiring.opened import OpenedModel, silent
+from sisa.flows.wiring.opening import SCRATCH, OnCluster
+from sisa.flows.wiring.world import World
+from sisa.lm.base.numerics import worker_environment
+from sisa.planning.plan import all_paths
+from sisa.store.checkpoints import FileCheckpoints
+
+IMPORTS = ("sisa.lm.train.lora", "pyarrow.dataset")
+SERVE = "from sisa.audit.replay import serve; serve()"
+READ_LATE = ("PYTEST_CURRENT_TEST", "XDG_STATE_HOME")  # read when a model is opened, not by an import
+PR_SET_PDEATHSIG = 1  # of prctl.h
+REPLY_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class Apart:
+    """A store, and what trains all stages of a shard into it, each in a process of its own."""
+
+    store: CheckpointStore
+    train: Callable[[Sequence[Chain]], None]
+
+
+def stages_apart(model: OpenedModel, world: World) -> Apart | None:
+    """Return what trains a model's stages apart; None under an executor that was given, since nobody
+    knows with what it trains."""
+    if not isinstance(model.executor, str | OnCluster):
+        return None
+    name = uuid.uuid4().hex
+    return Apart(scratch_store(world, name), partial(_train_all, model, name))
+
+
+def scratch_store(world: World, name: str = "") -> FileCheckpoints:
+    """Return the store of what one replay trains: a new one, or that of a name."""
+    place = world.places[SCRATCH].below(name or uuid.uuid4().hex)
+    return FileCheckpoints(place, world.keyring, SCRATCH)
+
+
+def train_stage(world: World, shard: int, key: str, store: CheckpointStore) -> None:
+    """Train one stage of a shard from the base, or from its parent in the store, into the store."""
+    files = tuple(world.ledger.slices(shard))
+    for path in all_paths(shard, files, world.recipe, world.fingerprint):
+        for number, job in enumerate(path, start=1):
+            if job.key == key:  # what is before it rests in the store, and is not trained again
+                world.executor_for(store).run([Chain(shard, path[:number], None, files)], world.report)
+                return
+
+
+def _train_all(model: OpenedModel, scratch: str, chains: Sequence[Chain]) -> None:
+    """Train all stages of a shard, each in a fork. Raises EnvironmentFault where one fails."""
+    config, shard = model.config, chains[0].shard
+    settings = worker_environment(config.sisa.threads_per_shard, config.precision)
+    for key in dict.fromkeys(job.key for chain in chains for job in chain.jobs):
+        failed = CLEAN.train(Stage(str(model.directory.absolute()), scratch, shard, key), settings)
+        if failed:
+            raise EnvironmentFault(
+                "a stage could not be trained again in a process of its own",
+                where=f"shard {shard}",
+                got=failed,
+                next_step="see whether memory is short, and whether the model opens with `sisa status`",
+            )
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a fork trains: a stage of a model, into one of its scratch stores."""
+
+    directory: str
+    scratch: str
+    shard: int
+    key: str
+
+
+class CleanProcess:
+    """A process that has only imported, started when it is first needed. Threads may share it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._server: _Server | None = None
+
+    def train(self, stage: Stage, settings: Mapping[str, str]) -> str:
+        """Train a stage in a fork under the settings of its precision. Return why that failed, the name
+        of an error or an exit status; nothing where it did not."""
+        environment = {**os.environ, **settings}
+        late = {name: environment.pop(name) for name in READ_LATE if name in environment}
+        request = json.dumps({"stage": asdict(stage), "environment": late})
+        with self._lock:
+            if self._server is not None and not self._server.serves(environment):
+                self.end()
+            if self._server is None:
+                self._server = _Server(environment)
+            try:
+                reply = self._server.ask(request)
+            except BaseException:  # nothing goes on to write after a replay was broken off
+                self.end()
+                raise
+            return str(json.loads(reply)) if reply else f"exit {self.end()}"
+
+    def forget(self) -> None:
+        """Leave the process to the one that this was forked from."""
+        self._lock = threading.Lock()  # a thread that is not here may hold the other
+        if self._server is not None:
+            self._server.forget()
+        self._server = None
+
+    def end(self) -> int:
+        """End the process and what it trains, whoever waits for it. Return its exit status."""
+        server, self._server = self._server, None
+        return server.end() if server is not None else 0
+
+
+class _Server:
+    """A clean process under an environment, and this end of its standard input and output."""
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self._environment = environment
+        here = str(Path(__file__).resolve().parents[2])
+        paths = filter(None, (here, environment.get("PYTHONPATH")))
+        self._line, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-c", SERVE],
+                env={**environment, "PYTHONPATH": os.pathsep.join(paths)},
+                stdin=theirs.fileno(),
+                stdout=theirs.fileno(),
+                stderr=subprocess.DEVNULL,
+                process_group=0,  # Ctrl-C in a terminal is for whoever asked, who ends this
+            )
+
+    def serves(self, environment: Mapping[str, str]) -> bool:
+        return self._environment == environment and self._process.poll() is None
+
+    def ask(self, request: str) -> bytes:
+        """Return the reply; nothing where the process ended before it gave one."""
+        with contextlib.suppress(ConnectionError):
+            self._line.sendall(request.encode() + b"\n")
+            return self._line.recv(REPLY_BYTES)
+        return b""
+
+    def end(self) -> int:
+        with contextlib.suppress(OSError), self._line:
+            self._line.shutdown(socket.SHUT_RDWR)
+        return self._process.wait()
+
+    def forget(self) -> None:
+        self._line.close()
+        self._process.returncode = 0  # a child of another process is not waited for
+
+
+CLEAN = CleanProcess()
+atexit.register(CLEAN.end)
+os.register_at_fork(after_in_child=CLEAN.forget)
+
+
+# --- in the clean process ------------------------------------------------------------------------
+
+
+def serve() -> None:
+    """Train what standard input asks for, a line of JSON a stage, and write a line of JSON for each:
+    why it failed, or nothing. Ends with the input."""
+    for module in IMPORTS:
+        importlib.import_module(module)
+    with open(os.dup(0)) as requests, open(os.dup(1), "w") as replies:
+        null = os.open(os.devnull, os.O_RDWR)
+        os.dup2(null, 0)
+        os.dup2(null, 1)  # a library that prints does not reply
+        for line in requests:
+            why = _train_forked(requests.fileno(), **json.loads(line))
+            print(json.dumps(why), file=replies, flush=True)
+
+
+def _train_forked(requests: int, stage: dict[str, Any], environment: dict[str, str]) -> str:
+    """Train a stage in a fork of this process; end both when whoever asked for it has gone."""
+    failed, failing = os.pipe()
+    child = os.fork()
+    if not child:
+        _train_and_exit(Stage(**stage), environment, failing)
+    os.close(failing)
+    if failed not in select.select([failed, requests], [], [])[0]:
+        os.kill(child, signal.SIGKILL)  # a request before the reply is the end of all requests
+        os.waitpid(child, 0)
+        raise SystemExit(1)
+    with open(failed) as pipe:
+        name = pipe.read()
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return name or (f"exit {status}" if status else "")
+
+
+def _train_and_exit(stage: Stage, environment: dict[str, str], failing: int) -> NoReturn:
+    _end_with_parent()
+    try:
+        os.environ.update(environment)
+        model = OpenedModel(stage.directory, executor="serial")
+        with model._world(as_it_is=True) as world:
+            store = scratch_store(world, stage.scratch)
+            train_stage(replace(world, report=silent), stage.shard, stage.key, store)
+    except BaseException as error:  # its text may quote a record
+        os.write(failing, type(error).__name__.encode())
+        os._exit(1)
+    os._exit(0)
+
+
+def _end_with_parent() -> None:
+    """Let the system kill this process with the one that forked it."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,0 +1,79 @@
+"""The clean process that forks for each stage: one for all, replaced when it dies, ended with its
+parent.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import psutil
+import pytest
+
+from sisa.audit.replay import CLEAN, SERVE, Stage
+from sisa.lm.base.numerics import worker_environment
+from tests.integration.tiny_model import Tiny
+
+NOWHERE = Stage("/nonexistent", "scratch", 0, "key")
+HANGING = (
+    "import time; from sisa.audit import replay; replay.IMPORTS = ()\n"
+    "replay.OpenedModel = lambda *_, **__: time.sleep(60)\n"
+)
+
+
+def clean_processes() -> list[psutil.Process]:
+    """Those of this process; a zombie has no command line and would not be found, but for its state."""
+    found = psutil.Process().children()
+    assert psutil.STATUS_ZOMBIE not in [each.status() for each in found]
+    return [each for each in found if SERVE in each.cmdline()]
+
+
+@pytest.mark.torch
+def test_replays_share_one_clean_process_and_survive_its_death(tiny: Tiny) -> None:
+    model = tiny.open()
+    found: list[psutil.Process] = []
+    for _ in range(3):
+        proof = model.verify(replay="sample")
+        assert [each.equal_apart for each in proof.shards].count(True) == 1
+        found.append(*clean_processes())
+        if len(found) == 2:
+            found[-1].kill()
+            found[-1].wait()
+    assert found[0] == found[1] != found[2]
+
+
+@pytest.mark.torch
+def test_threads_share_the_clean_process_and_forks_leave_it_alone() -> None:
+    def failing(_: int) -> str:
+        return CLEAN.train(NOWHERE, worker_environment(1))
+
+    with ThreadPoolExecutor(4) as threads:
+        assert set(threads.map(failing, range(8))) == {"InvalidInput"}
+    before, num_fds = clean_processes(), psutil.Process().num_fds()
+    child = os.fork()
+    if not child:
+        CLEAN.end()  # ends nothing: it is the parent's
+        os._exit(num_fds - psutil.Process().num_fds())
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1, "the fork holds the socket"
+    assert failing(0) == "InvalidInput"
+    assert (clean_processes(), len(before), psutil.Process().num_fds()) == (before, 1, num_fds)
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_no_stage_outlives_whoever_asked_for_it(killed: bool) -> None:
+    """The clean process ends with its input, and a stage with the clean process, whatever ends it."""
+    with subprocess.Popen(
+        [sys.executable, "-c", HANGING + SERVE], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as clean:
+        assert clean.stdin is not None
+        clean.stdin.write(json.dumps({"stage": vars(NOWHERE), "environment": {}}).encode() + b"\n")
+        clean.stdin.flush()
+        while not (stages := psutil.Process(clean.pid).children()):
+            assert clean.poll() is None
+        if killed:
+            clean.kill()
+    _, alive = psutil.wait_procs(stages, timeout=10)
+    assert [each for each in alive if each.status() != psutil.STATUS_ZOMBIE] == []
