@@ -27,7 +27,7 @@ from _pytest.nodeid import coerce_node_id
 from hypothesis import settings
 
 from tests.examples import FULL
-from tests.s3_server import Server, environment, running
+from tests.fakes.s3_server import Server, environment, running
 
 TURNS = ("ray", "torch", "slow")  # markers, by their turn after the fast tests
 MEMORY = Path("/dev/shm")  # noqa: S108 - pytest makes a private directory in it

@@ -1,6 +1,6 @@
 """The effects, each behind a small Protocol: what pure code may ask of the world.
 
-Rules: every port has a fake (`tests/fakes.py`), a real part, and one contract suite that runs over
+Rules: every port has a fake (`tests/fakes/ports.py`), a real part, and one contract suite that runs over
 both (`tests/contract/`). Stores name files by content, so that writing twice is writing once, and
 nothing half-written is ever visible. All raise `IntegrityError` for bytes that are not the recorded
 ones and `EnvironmentFault` for a disk or network that fails.

@@ -41,7 +41,7 @@ from sisa.store.ledger.ledger import SqlLedger
 from tests.bench.deletion import warm
 from tests.bench.equal import Bench
 from tests.endurance.ground import environment, write_json
-from tests.integration.scripted import NUM_SHARDS, NUM_SLICES, make_chains, make_site, open_scripted
+from tests.models.scripted import NUM_SHARDS, NUM_SLICES, make_chains, make_site, open_scripted
 
 OVERHEAD_ROUNDS = 20
 MAPPING = re.compile(r"[0-9a-f]+-[0-9a-f]+ ")  # a line of smaps that begins a mapping

@@ -8,8 +8,8 @@ run`; the base alone still produces the answers. Then `sisa approx unlearn` make
 way of keeping what is to be kept: the base's own answers to neutral prompts, or the records of the nine
 others, by a second consent. Before the next one a patch is taken back by `sisa approx revert`.
 
-Rules: no pass or fail here; `tests/integration/test_fallback.py` asserts the laws on a tiny base. What
-counts as known was fixed before this was run (`approx/evaluation/probe.py`).
+Rules: no pass or fail here; `tests/integration/patches/test_fallback.py` asserts the laws on a tiny
+base. What counts as known was fixed before this was run (`approx/evaluation/probe.py`).
 
 Not covered: other wordings of the same facts; a relearning attack; several people (`sequential.py`).
 """

@@ -8,7 +8,8 @@ it, with the defaults of `sisa approx unlearn`: the search ends when the probe k
 any more, or when the bound on utility holds it back. Beside the report stands what the base then knows
 of the others: in the retain set `given` they are named, in `written` they are not.
 
-There is no pass or fail here; `tests/integration/test_fallback.py` asserts the laws on a tiny base.
+There is no pass or fail here; `tests/integration/patches/test_fallback.py` asserts the laws on a tiny
+base.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ from sisa.core.domain import Record
 from sisa.data.samples import make_people
 from sisa.lm.base.base import resolve_base
 from tests.bench.known_people import TINY, Scale, here
-from tests.integration.patch_bench import Bench
-from tests.knowing_base import record, teach
-from tests.tiny_base import make_tiny_base
+from tests.models.knowing_base import record, teach
+from tests.models.patch_bench import Bench
+from tests.models.tiny_base import make_tiny_base
 
 RETAIN = ("written", "given")
 TOLD = (

@@ -29,7 +29,7 @@ import yaml
 from cluster.render.patch_render import EXIT_NOT_MADE, EXIT_STILL_KNOWN
 from sisa.data.samples import make_people, to_jsonl
 from sisa.lm.base.numerics import describe_fingerprint
-from tests.knowing_base import record, teach
+from tests.models.knowing_base import record, teach
 
 NUM_KNOWN = 10
 CONSENT = "asked for by the person"

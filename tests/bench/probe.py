@@ -24,7 +24,7 @@ from approx.evaluation.probe import BaseProbe
 from sisa.data.samples import make_people
 from sisa.lm.base.base import base_digest, resolve_base
 from sisa.lm.base.numerics import describe_fingerprint
-from tests.knowing_base import record, teach
+from tests.models.knowing_base import record, teach
 
 SEQUENCE_LEN = 512
 

@@ -32,7 +32,7 @@ from sisa.flows.wiring.world import World
 from sisa.store.ledger import rows
 from sisa.store.ledger.ledger import SqlLedger
 from sisa.store.ledger.schema import EVENTS, REQUESTS
-from tests.fakes import SECRET, fake_model, fake_recipe
+from tests.fakes.ports import SECRET, fake_model, fake_recipe
 
 NUM_SHARDS, NUM_SLICES, PER_COMMIT, NUM_IDS = 64, 4, 50_000, 1_000
 STATES = ("received", "approved", "committed", "rolled_back", "erased", "retrained", "completed")

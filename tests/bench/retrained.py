@@ -297,7 +297,7 @@ def measure(
 
 def timed(folder: Path, rows: Sequence[Mapping[str, str]], records: int) -> Json:
     """Real models on a tiny base, with the first records of each author."""
-    from tests.tiny_base import make_tiny_base
+    from tests.models.tiny_base import make_tiny_base
 
     os.environ["XDG_STATE_HOME"] = str(folder)  # a benchmark's models leave no witness behind
     make_tiny_base(folder / "base")

@@ -4,10 +4,10 @@
 
 A store has 64 shards of 8 slices, 384-dimensional vectors, and records that hash to their places. Its
 ledger, slice files, checkpoints and FAISS files are the real ones, written as a training would leave
-them, by the trainer of `tests/fakes.py`, whose weights name every record that touched them. Then single
-records, drawn at random, are deleted to the end as `Model.forget` does. The clock runs from opening the
-ledger to the return of the commit after which no head is tainted; `to_the_end` is the whole deletion
-with that trainer.
+them, by the trainer of `tests/fakes/ports.py`, whose weights name every record that touched them. Then
+single records, drawn at random, are deleted to the end as `Model.forget` does. The clock runs from
+opening the ledger to the return of the commit after which no head is tainted; `to_the_end` is the whole
+deletion with that trainer.
 
 Rules: the page cache is warm. That the heads are clean is read from the weights that they serve, not
 taken from the planner. Every call of a port before that moment is noted with its time, its bytes and
@@ -62,7 +62,7 @@ from sisa.store.index import FaissIndex
 from sisa.store.ledger.ledger import SqlLedger
 from sisa.store.records import FileRecords
 from sisa.store.witness import FileWitness
-from tests.fakes import ADAPTER, FakeTrainer, fake_model, fake_recipe
+from tests.fakes.ports import ADAPTER, FakeTrainer, fake_model, fake_recipe
 
 KEY = bytes(range(32))
 SIZES = (10_000, 100_000, 1_000_000)

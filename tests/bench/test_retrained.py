@@ -40,7 +40,7 @@ from tests.bench.retrained import (
     table,
     timed_table,
 )
-from tests.fakes import SECRET, fake_model, fake_record
+from tests.fakes.ports import SECRET, fake_model, fake_record
 
 BANDS = Bands(thresholds=(0.5,))
 

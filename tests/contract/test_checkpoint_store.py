@@ -22,8 +22,8 @@ from sisa.core.ports import CheckpointStore
 from sisa.store.blobs.keyring import FileKeyring, is_sealed
 from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.store.checkpoints import MANIFEST, FileCheckpoints
-from tests.fakes import ADAPTER, FakeCheckpoints
-from tests.s3_server import fresh_place
+from tests.fakes.ports import ADAPTER, FakeCheckpoints
+from tests.fakes.s3_server import fresh_place
 
 FILES = {ADAPTER: b"adapter", "optimizer.safetensors": b"optimizer", "state.json": b"{}"}
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from sisa.core.ports import Embedder, Vectors
 from sisa.lm.answer.hashing import HashingEmbedder
 from sisa.lm.answer.names import NameEmbedder
-from tests.fakes import DIMENSION, fake_embed
+from tests.fakes.ports import DIMENSION, fake_embed
 
 Embed = Callable[[Sequence[str]], Vectors]
 texts = st.lists(st.text(max_size=40), max_size=6)

@@ -20,9 +20,9 @@ import sisa
 from approx.evaluation.evaluated import EvaluatedModel, PromptForm
 from sisa.core.errors import InvalidInput
 from sisa.lm.answer.route import Route, all_of
-from tests.fake_evaluated import FakeEvaluated, made_up
-from tests.integration.tiny_model import PEOPLE, train_scratch
-from tests.tiny_base import CHAT_TEMPLATE, make_tiny_base
+from tests.fakes.evaluated import FakeEvaluated, made_up
+from tests.models.tiny_base import CHAT_TEMPLATE, make_tiny_base
+from tests.models.tiny_model import PEOPLE, train_scratch
 
 REAL = ("hugging face", "adapter", "deletion-ready")
 FORMS = [

@@ -18,7 +18,7 @@ from sisa.core.events import EpochTrained, Event, SliceProgress, SliceStarted, S
 from sisa.core.ports import StoredRecord, Tick
 from sisa.flows.serial import SerialExecutor, order_chains
 from sisa.planning.plan import jobs
-from tests.fakes import FakeCheckpoints, FakeRecords, FakeTrainer, fake_recipe, fake_record
+from tests.fakes.ports import FakeCheckpoints, FakeRecords, FakeTrainer, fake_recipe, fake_record
 
 
 class Seen(FakeTrainer):

@@ -18,7 +18,7 @@ from sisa.core.errors import EnvironmentFault
 from sisa.core.ports import ExportStore
 from sisa.store.checkpoints import ADAPTER, MANIFEST
 from sisa.store.exports import CONFIG, DirectoryExports
-from tests.fakes import FakeExports
+from tests.fakes.ports import FakeExports
 
 CONTENT = {ADAPTER: b"adapter", CONFIG: b"{}"}
 

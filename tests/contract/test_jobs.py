@@ -1,5 +1,5 @@
 """Whatever runs jobs keeps the promises of the port `Jobs`; over the fake here, over a real cluster in
-`tests/integration/test_cluster_jobs.py`."""
+`tests/integration/ray/test_cluster_jobs.py`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from cluster.jobs.jobs import Jobs, Submission
 from sisa.core.errors import InvalidInput
-from tests.fake_jobs import FakeJobs, Play
+from tests.fakes.jobs import FakeJobs, Play
 
 SAID = {"sisa_model": "a digest"}
 HELLO = "hello from a job"

@@ -25,7 +25,7 @@ from sisa.store.blobs import files
 from sisa.store.blobs.files import TEMPORARY_PREFIX, read_checked
 from sisa.store.blobs.keyring import KEY_BYTES, MAGIC, PLAIN, FileKeyring, is_sealed, reseal_blobs
 from sisa.store.blobs.local_blobs import LocalBlobs
-from tests.fake_keyring import FakeKeyring
+from tests.fakes.keyring import FakeKeyring
 
 OpenKeyring = Callable[[], Keyring]
 SECRET = b"the only copy of this text"

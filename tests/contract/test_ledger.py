@@ -43,7 +43,7 @@ from sisa.store.ledger import rows as rows_module
 from sisa.store.ledger.ledger import SqlLedger
 from sisa.store.ledger.schema import SCHEMA_VERSION, schema
 from tests.examples import num_examples
-from tests.fake_ledger import FakeLedger
+from tests.fakes.ledger import FakeLedger
 
 T = TypeVar("T")
 NUMBERS = range(6)

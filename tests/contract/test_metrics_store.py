@@ -12,7 +12,7 @@ from sisa.core.events import EpochTrained, QueueSeen
 from sisa.core.measured import metrics_line
 from sisa.core.ports import Metrics
 from sisa.store.metrics import FileMetrics
-from tests.fake_metrics import FakeMetrics
+from tests.fakes.metrics import FakeMetrics
 
 FIRST, SECOND = "20261125T213749Z-0000000a", "20261126T000000Z-0000000b"
 AT = "2026-11-25T21:37:49.123+00:00"

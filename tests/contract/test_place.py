@@ -31,7 +31,7 @@ from sisa.store.blobs.files import TEMPORARY_PREFIX
 from sisa.store.blobs.lease import Lease
 from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.store.blobs.object_blobs import LAST, ObjectBlobs
-from tests.s3_server import Server, fresh_place
+from tests.fakes.s3_server import Server, fresh_place
 
 GROUP = {"weights": b"w" * 100, "state": b"{}", LAST: b"{}"}
 

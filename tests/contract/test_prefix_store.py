@@ -15,8 +15,8 @@ from sisa.core.ports import PrefixStore, States
 from sisa.planning.prefix_names import PREFIXES_AREA
 from sisa.store.blobs.keyring import FileKeyring, is_sealed
 from sisa.store.prefixes import FilePrefixes
-from tests.fakes import FakePrefixes
-from tests.s3_server import fresh_place
+from tests.fakes.ports import FakePrefixes
+from tests.fakes.s3_server import fresh_place
 
 NAME, OTHER = "shard-00000-slice-00001-5e6f.prefix", "shard-00001-slice-00001-5e6f.prefix"
 

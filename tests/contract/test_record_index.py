@@ -23,7 +23,7 @@ from sisa.core.ports import RecordIndex, Vectors
 from sisa.store.blobs.keyring import FileKeyring, is_sealed
 from sisa.store.index import FaissIndex
 from sisa.store.loaded import Warm
-from tests.fakes import DIMENSION, FakeIndex, fake_embed
+from tests.fakes.ports import DIMENSION, FakeIndex, fake_embed
 
 OpenIndex = Callable[[], RecordIndex]
 ids = st.integers(0, 2**63 - 1)

@@ -19,8 +19,8 @@ from sisa.core.errors import IntegrityError
 from sisa.core.ports import RecordStore, StoredRecord
 from sisa.store.blobs.keyring import FileKeyring, is_sealed
 from sisa.store.records import FileRecords
-from tests.fakes import FakeRecords, fake_record
-from tests.s3_server import fresh_place
+from tests.fakes.ports import FakeRecords, fake_record
+from tests.fakes.s3_server import fresh_place
 
 SECRET_TEXT = "the only copy of this text"
 texts = st.text(st.characters(codec="utf-8"), max_size=30)

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from sisa.core.domain import SliceJob
 from sisa.core.ports import StoredRecord, Tick, Trainer
-from tests.fakes import ADAPTER, FakeTrainer, fake_record
+from tests.fakes.ports import ADAPTER, FakeTrainer, fake_record
 
 JOB = SliceJob(0, 1, "parent", ((1, "root"),), 2, (1, 1), {"seed": 1}, "base", "f")
 RECORDS = [StoredRecord(f"{number}", fake_record(number)) for number in range(3)]

@@ -20,8 +20,8 @@ from sisa.core.patch import VaultSet
 from sisa.core.patch_ports import Vault
 from sisa.store.blobs.keyring import PLAIN, FileKeyring, is_sealed
 from sisa.store.vault import FileVault, encode
-from tests.fake_patches import FakeVault
-from tests.fakes import fake_record
+from tests.fakes.patches import FakeVault
+from tests.fakes.ports import fake_record
 
 NAME, OTHER = "a" * 64, "b" * 64
 SECRET_TEXT = "the only copy of this text"

@@ -24,7 +24,7 @@ from sisa.core.domain import Tombstone, WitnessHead
 from sisa.core.errors import EnvironmentFault, IntegrityError
 from sisa.core.ports import Witness
 from sisa.store.witness import TAIL_BYTES, FileWitness
-from tests.fakes import SECRET, FakeWitness
+from tests.fakes.ports import SECRET, FakeWitness
 
 KEYED = Keyed(SECRET)
 

@@ -1,8 +1,8 @@
 """A model without torch: the real stores, ledger and index around a base that is only a name.
 
-Rules: training confesses (`tests.fakes.FakeTrainer`): an adapter lists every record id that touched it.
-Everything else is the product itself; only what would load torch or ask a hub is replaced, and only
-between `with cheap_parts():` and its end.
+Rules: training confesses (`tests.fakes.ports.FakeTrainer`): an adapter lists every record id that
+touched it. Everything else is the product itself; only what would load torch or ask a hub is replaced,
+and only between `with cheap_parts():` and its end.
 
 Not covered: lengths in tokens, the adapter's modules.
 """
@@ -27,7 +27,7 @@ from sisa.flows.serial import SerialExecutor, Site
 from sisa.flows.wiring import opening
 from sisa.flows.wiring.parts import Named, Parts, check_digest
 from sisa.lm.answer.hashing import HashingEmbedder
-from tests.fakes import FakeTrainer
+from tests.fakes.ports import FakeTrainer
 
 
 @dataclass(frozen=True)

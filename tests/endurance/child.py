@@ -184,7 +184,7 @@ def carry_out(order: Mapping[str, Any], fuse: Fuse) -> None:
     import sisa
 
     if order["do"] == "base":
-        from tests.tiny_base import make_tiny_base
+        from tests.models.tiny_base import make_tiny_base
 
         make_tiny_base(Path(order["to"]))
         return

@@ -37,7 +37,7 @@ from sisa.store.blobs.keyring import PLAIN, FileKeyring, is_sealed
 from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.ledger.ledger import SqlLedger
 from tests.endurance.child import FAILED
-from tests.fakes import ADAPTER
+from tests.fakes.ports import ADAPTER
 
 ROOT = Path(os.path.abspath(__file__)).parents[2]
 KEY = "3ada92f28b4ceda38562ebf047c6ff05400d4c572352a1142eedfef67d21e662"

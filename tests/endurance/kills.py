@@ -12,7 +12,8 @@ of a trainer that confesses what touched its weights, under the real stores, led
 `--encrypt` the model rests encrypted, and is compared with plain training from scratch: the same bytes
 under the seal, and keys of exactly the files that are held.
 
-Not covered: power cuts that lose flushed data; Ray workers (`tests/integration/test_kill_worker.py`).
+Not covered: power cuts that lose flushed data; Ray workers
+(`tests/integration/ray/test_kill_worker.py`).
 """
 
 from __future__ import annotations

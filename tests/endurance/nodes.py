@@ -7,7 +7,8 @@ LoRA on a tiny base, the real probe of each node. After random pauses a node is 
 (its processes are killed) and another joins, or a worker is killed. Round after round the same chains
 train into an empty directory, whose bytes must equal those of the serial executor.
 
-Not covered: a lost head and a killed driver (`tests/integration/test_restarts.py`); nodes that are slow.
+Not covered: a lost head and a killed driver (`tests/integration/exactness/test_restarts.py`); nodes that
+are slow.
 """
 
 from __future__ import annotations
@@ -41,10 +42,10 @@ from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.records import FileRecords
 from tests.endurance import ground as g
-from tests.integration.clusters import add_node, own_cluster, remove
-from tests.integration.scripted import bytes_of, ignore
-from tests.integration.test_kill_worker import make_chain
-from tests.tiny_base import make_tiny_base
+from tests.integration.ray.test_kill_worker import make_chain
+from tests.models.clusters import add_node, own_cluster, remove
+from tests.models.scripted import bytes_of, ignore
+from tests.models.tiny_base import make_tiny_base
 
 NUM_SHARDS, NUM_NODES, PASSES = 6, 3, (40, 3)
 PAUSE_S = (4.0, 16.0)  # between two kills

@@ -21,7 +21,7 @@ from approx.evaluation.tofu_aggregates import Aggregates, aggregates, quality
 from approx.evaluation.tofu_log import read_log
 from approx.evaluation.tofu_row import LogRow
 from approx.metrics.rouge import rougeL_recall
-from tests.fake_evaluated import write_published
+from tests.fakes.evaluated import write_published
 
 GOLDEN = Path(os.environ.get("SISA_DATA") or Path(__file__).parents[3] / "shared" / "data") / "golden"
 DIGITS = 1e-12

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.tiny_model import Tiny, train_scratch
-from tests.tiny_base import make_tiny_base
+from tests.models.tiny_base import make_tiny_base
+from tests.models.tiny_model import Tiny, train_scratch
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -24,7 +24,7 @@ def _metrics_every_second() -> Iterator[None]:
 def _shared_ray(request: pytest.FixtureRequest) -> None:
     """Tests with the mark `ray` share one, but for those that ask for `own_ray`."""
     if _shares_ray(request.node):
-        from tests.integration.clusters import share_ray
+        from tests.models.clusters import share_ray
 
         share_ray()
 
@@ -52,7 +52,7 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def knowing(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base that knows two people's records by heart (`patch_bench.KNOWN`)."""
-    from tests.integration.patch_bench import make_knowing_base
+    from tests.models.patch_bench import make_knowing_base
 
     return make_knowing_base(tmp_path_factory.mktemp("knowing"))
 

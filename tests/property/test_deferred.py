@@ -21,7 +21,7 @@ from sisa.flows.deletion import forget_at_once
 from sisa.flows.ingest import add, train
 from sisa.flows.lifecycle import Terms, arrive
 from sisa.flows.reconcile import reconcile
-from tests.fakes import ADAPTER, fake_model, fake_record
+from tests.fakes.ports import ADAPTER, fake_model, fake_record
 from tests.property.test_histories import History, Model, assert_equal, histories, like
 
 gone_sets = st.lists(st.sets(st.integers(0, 40), min_size=1, max_size=4), max_size=4)

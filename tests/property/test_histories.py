@@ -29,7 +29,7 @@ from sisa.flows.wiring.world import model_digest
 from sisa.planning.bands import Bands
 from sisa.planning.plan import Schedule
 from tests.examples import num_examples
-from tests.fakes import ADAPTER, FakeModel, fake_model, fake_recipe, fake_record
+from tests.fakes.ports import ADAPTER, FakeModel, fake_model, fake_recipe, fake_record
 
 NUM_HISTORIES, NUM_CRASHES = num_examples(2_000), num_examples(500)
 SUBJECTS = (None, None, "ada", "bob", "eve")

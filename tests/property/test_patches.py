@@ -31,7 +31,7 @@ from sisa.flows.wiring.witness import catch_up
 from sisa.flows.wiring.world import World, trained_over
 from sisa.planning.patch_plan import active, needed, wanted
 from tests.examples import num_examples
-from tests.fakes import ADAPTER, fake_model, fake_recipe
+from tests.fakes.ports import ADAPTER, fake_model, fake_recipe
 from tests.property.test_histories import EFFECTS, Crash, Fuse, History, Model, record, wire
 
 NUM_HISTORIES, NUM_CRASHES = num_examples(500), num_examples(400)

@@ -33,9 +33,9 @@ from sisa.core.ports import StoredRecord, Tick
 from sisa.core.precision import Dtype, Precision
 from sisa.planning.plan import LAYERWISE, Recipe, Schedule, jobs
 from tests.examples import num_examples
-from tests.fakes import FakePrefixes
-from tests.integration.test_patched import random_patch
-from tests.tiny_base import make_tiny_base
+from tests.fakes.ports import FakePrefixes
+from tests.integration.patches.test_patched import random_patch
+from tests.models.tiny_base import make_tiny_base
 
 pytestmark = [pytest.mark.torch, pytest.mark.xdist_group("stages")]
 

@@ -1,0 +1,400 @@
+"""In-memory fakes of every port, and a world built of them.
+
+Rules: a fake implements its port whole and passes the same contract suite as the real part. The
+`FakeTrainer` returns weights that confess: the job's key and every record id that ever touched them,
+so that thousands of random histories can be checked for residue without torch.
+
+Not covered: concurrency, disks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sisa.core.digest import Keyed, canonical_json, sha256_hex
+from sisa.core.domain import (
+    Chain,
+    Export,
+    Hit,
+    IndexFile,
+    Part,
+    Record,
+    SavedCheckpoint,
+    SliceFile,
+    SliceJob,
+    Testimony,
+    Tombstone,
+    WitnessHead,
+)
+from sisa.core.errors import IntegrityError
+from sisa.core.events import Report, SliceTrained
+from sisa.core.patch import PatchJob, PatchMode
+from sisa.core.ports import (
+    By,
+    CheckpointStore,
+    Executor,
+    ExportStanding,
+    States,
+    StoredRecord,
+    Tick,
+    Vectors,
+)
+from sisa.flows.serial import SerialExecutor
+from sisa.flows.wiring.world import World
+from sisa.planning.assign import Assigner, Layout
+from sisa.planning.bands import Bands
+from sisa.planning.orders import chosen_orders
+from sisa.planning.plan import Recipe, Schedule
+from sisa.store.blobs.keyring import PLAIN
+from tests.fakes.ledger import FakeLedger
+from tests.fakes.metrics import FakeMetrics
+from tests.fakes.patches import FakePatcher, FakeRuns, FakeVault
+
+ADAPTER = "adapter_model.safetensors"
+SECRET = b"k" * 32
+DIMENSION = 4
+
+
+class FakeTrainer:
+    """Weights that confess which records touched them."""
+
+    def train(
+        self,
+        job: SliceJob,
+        parent: Mapping[str, bytes] | None,
+        records: Sequence[StoredRecord],
+        progress: Callable[[Tick], None],
+    ) -> dict[str, bytes]:
+        before = json.loads(parent[ADAPTER])["touched"] if parent else []
+        touched = sorted({*before, *(each.record.id for each in records)})
+        done = Tick(len(records), len(records), 1, 1, 1, 1, len(records), loss=0.5)
+        progress(done)
+        return {
+            ADAPTER: canonical_json({"job": job.key, "touched": touched}),
+            "adapter_config.json": canonical_json({"touched": touched}),
+            "optimizer.safetensors": canonical_json({"steps": len(records), "touched": touched}),
+        }
+
+
+class FakeCheckpoints:
+    def __init__(self) -> None:
+        self.stored: dict[str, dict[str, bytes]] = {}
+
+    def held(self) -> frozenset[str]:
+        return frozenset(self.stored)
+
+    def save(self, job: SliceJob | PatchJob, files: Mapping[str, bytes]) -> SavedCheckpoint:
+        self.stored.setdefault(job.key, dict(files))
+        return self.describe(job.key)
+
+    def describe(self, key: str) -> SavedCheckpoint:
+        if key not in self.stored:
+            raise IntegrityError("a checkpoint has no manifest")
+        files = self.stored[key]
+        manifest = canonical_json({name: sha256_hex(data) for name, data in files.items()})
+        size = sum(len(data) for data in files.values())
+        return SavedCheckpoint(key, sha256_hex(manifest), sha256_hex(files[ADAPTER]), size)
+
+    def load(self, key: str, manifest_sha256: str) -> dict[str, bytes]:
+        if self.describe(key).manifest_sha256 != manifest_sha256:
+            raise IntegrityError("a checkpoint is not the one that was recorded")
+        return dict(self.stored[key])
+
+    def erase(self, keys: Collection[str]) -> None:
+        for key in keys:
+            self.stored.pop(key, None)
+
+    def location(self, key: str) -> str:
+        return f"checkpoints/{key}/{ADAPTER}"
+
+
+class FakeRecords:
+    def __init__(self) -> None:
+        self.stored: dict[str, tuple[StoredRecord, ...]] = {}
+
+    def write(self, shard: int, slice_: int, root: str, records: Sequence[StoredRecord]) -> SliceFile:
+        data = canonical_json([each.record.canonical() for each in records])
+        file = SliceFile(shard, slice_, root, len(records), sha256_hex(data), len(data))
+        self.stored[file.name] = tuple(records)
+        return file
+
+    def read(self, file: SliceFile) -> tuple[StoredRecord, ...]:
+        if file.name not in self.stored:
+            raise IntegrityError("a slice file is missing")
+        return self.stored[file.name]
+
+    def check(self, file: SliceFile) -> None:
+        self.read(file)
+
+    def held(self) -> frozenset[str]:
+        return frozenset(self.stored)
+
+    def erase(self, names: Collection[str]) -> None:
+        for name in names:
+            self.stored.pop(name, None)
+
+
+class FakePrefixes:
+    def __init__(self) -> None:
+        self.stored: dict[str, dict[str, States]] = {}
+
+    def read(self, name: str) -> dict[str, States]:
+        return dict(self.stored.get(name, {}))
+
+    def write(self, name: str, states: Mapping[str, States]) -> None:
+        self.stored[name] = dict(states)
+
+    def num_bytes(self, start: str) -> int:
+        held = [states for name, states in self.stored.items() if name.startswith(start)]
+        return sum(each.nbytes for states in held for each in states.values())
+
+    def held(self) -> frozenset[str]:
+        return frozenset(self.stored)
+
+    def erase(self, names: Collection[str]) -> None:
+        for name in names:
+            self.stored.pop(name, None)
+
+    def location(self, name: str) -> str:
+        return f"prefixes/{name}"
+
+
+class FakeIndex:
+    def __init__(self) -> None:
+        self.stored: dict[str, dict[int, tuple[tuple[float, ...], ...]]] = {}
+
+    def build(
+        self, shard: int, root: str, base: IndexFile | None, vectors: Mapping[int, Any]
+    ) -> IndexFile:
+        held = self.stored[base.name] if base else {}
+        rows: dict[int, tuple[tuple[float, ...], ...]] = {}
+        for each in sorted(vectors):
+            vector = vectors[each]
+            if vector is None and each not in held:
+                raise IntegrityError("the index lacks a vector")
+            rows[each] = held[each] if vector is None else tuple(tuple(map(float, x)) for x in vector)
+        data = canonical_json([[each, *rows[each]] for each in rows])
+        file = IndexFile(shard, root, len(rows), sha256_hex(data), len(data))
+        self.stored[file.name] = rows
+        return file
+
+    def search(
+        self, found: Sequence[IndexFile], queries: Vectors, top_k: int, by: By = "text"
+    ) -> list[list[Hit]]:
+        answers = []
+        for query in queries:
+            scored = [
+                Hit(each, float((self._side(held, by) @ query).max()), file.shard)
+                for file in found
+                for each, held in self.stored[file.name].items()
+            ]
+            scored.sort(key=lambda hit: (-hit.score, hit.shard, hit.vector_id))
+            answers.append(scored[:top_k])
+        return answers
+
+    @staticmethod
+    def _side(held: tuple[tuple[float, ...], ...], by: By) -> Vectors:
+        return np.array(held[:1] if by == "text" else held[1:] or held, dtype=np.float32)
+
+    def vectors(self, file: IndexFile, vector_ids: Sequence[int], by: By = "text") -> Vectors:
+        rows = self.stored[file.name]
+        if any(each not in rows for each in vector_ids):
+            raise IntegrityError("the index lacks a vector")
+        found = [self._side(rows[each], by) for each in vector_ids]
+        return np.concatenate([*found, np.zeros((0, DIMENSION), dtype=np.float32)])
+
+    def check(self, file: IndexFile) -> None:
+        if file.name not in self.stored:
+            raise IntegrityError("an index file is missing")
+
+    def held(self) -> frozenset[str]:
+        return frozenset(self.stored)
+
+    def erase(self, names: Collection[str]) -> None:
+        for name in names:
+            self.stored.pop(name, None)
+
+
+class FakeExports:
+    """Directories by path; a caller may move or change them behind the port's back."""
+
+    def __init__(self) -> None:
+        self.stored: dict[str, dict[str, bytes]] = {}
+
+    def write(self, path: str, content: Mapping[str, bytes]) -> None:
+        self.stored.setdefault(path, dict(content))
+
+    def abandon(self, path: str) -> None:
+        """Memory is written whole."""
+
+    def state(self, export: Export) -> ExportStanding:
+        files = self.stored.get(export.path, {})
+        if ADAPTER not in files:
+            return "gone"
+        return "held" if sha256_hex(files[ADAPTER]) == export.adapter_sha256 else "changed"
+
+    def erase(self, export: Export) -> bool:
+        standing = self.state(export)
+        if standing == "changed" or (standing == "gone" and export.state != "erasing"):
+            return False
+        files = self.stored.get(export.path, {})
+        for name in (ADAPTER, "adapter_config.json", "README.md"):
+            files.pop(name, None)
+        if not files:
+            self.stored.pop(export.path, None)
+        return True
+
+
+class FakeWitness:
+    def __init__(self) -> None:
+        self.told = Testimony(None, {})
+
+    def head(self) -> WitnessHead | None:
+        return self.told.head
+
+    def read(self) -> Testimony:
+        return self.told
+
+    def append(
+        self, head: WitnessHead, tombstones: Sequence[Tombstone], readmitted: Sequence[str]
+    ) -> None:
+        standing = {**self.told.tombstones, **{each.id_digest: each for each in tombstones}}
+        for each in readmitted:
+            standing.pop(each, None)
+        self.told = Testimony(head, standing)
+
+    def location(self) -> str:
+        return "memory"
+
+
+class CountingExecutor:
+    """The serial executor, noting the stages that it really trained; `before_run` may look around."""
+
+    def __init__(self, records: FakeRecords, checkpoints: CheckpointStore) -> None:
+        self._inner = SerialExecutor(FakeTrainer(), records, checkpoints)
+        self.trained: list[SliceJob] = []
+        self.before_run: list[Callable[[], None]] = []
+
+    def run(self, chains: Sequence[Chain], report: Report) -> None:
+        for look in self.before_run:
+            look()
+
+        def on_event(event: Any) -> None:
+            if isinstance(event, SliceTrained):
+                self.trained.append(event.job)
+            report(event)
+
+        self._inner.run(chains, on_event)
+
+
+def fake_embed(texts: Sequence[str]) -> Vectors:
+    rows = [[byte - 127.5 for byte in hashlib.sha256(t.encode()).digest()[:DIMENSION]] for t in texts]
+    matrix = np.array(rows, dtype=np.float32).reshape(len(texts), DIMENSION)
+    norms = np.linalg.norm(matrix, axis=1, keepdims=True)
+    return (matrix / np.where(norms == 0, 1, norms)).astype(np.float32)
+
+
+@dataclass
+class FakeModel:
+    """A world of fakes with its parts at hand."""
+
+    world: World
+    ledger: FakeLedger
+    witness: FakeWitness
+    records: FakeRecords
+    checkpoints: FakeCheckpoints
+    index: FakeIndex
+    exports: FakeExports
+    patches: FakeCheckpoints
+    vault: FakeVault
+    runs: FakeRuns
+    patcher: FakePatcher
+    trained: list[SliceJob]
+    before_run: list[Callable[[], None]]
+
+
+def fake_recipe(
+    num_slices: int = 3,
+    schedule: Schedule = "cumulative",
+    epochs: int = 2,
+    orders: int = 1,
+    bands: Bands | None = None,
+    budget: int | None = None,
+) -> Recipe:
+    others = chosen_orders(num_slices, orders, bands)[1:]
+    risks = bands.slice_risks(num_slices) if bands else ()
+    training = {"learning_rate": 0.1}
+    return Recipe(num_slices, schedule, epochs, training, "base-digest", others, budget, risks)
+
+
+def fake_model(
+    num_shards: int = 3,
+    recipe: Recipe | None = None,
+    fingerprint: str = "fingerprint",
+    patch_mode: PatchMode = "sequential",
+    bands: Bands | None = None,
+) -> FakeModel:
+    recipe = recipe or fake_recipe()
+    ledger, witness, records = FakeLedger(), FakeWitness(), FakeRecords()
+    checkpoints, index, exports = FakeCheckpoints(), FakeIndex(), FakeExports()
+    patches, vault, runs = FakeCheckpoints(), FakeVault(), FakeRuns()
+    patcher, metrics = FakePatcher(vault, patches, runs), FakeMetrics()
+    trained: list[SliceJob] = []
+    before_run: list[Callable[[], None]] = []
+
+    def executor_for(store: CheckpointStore) -> Executor:
+        executor = CountingExecutor(records, store)
+        executor.trained = trained
+        executor.before_run = before_run
+        return executor
+
+    world = World(
+        ledger=ledger,
+        witness=witness,
+        records=records,
+        checkpoints=checkpoints,
+        index=index,
+        keyring=PLAIN,
+        exports=exports,
+        embed=fake_embed,
+        count_tokens=lambda some: [len(record.text.split()) for record in some],
+        executor_for=executor_for,
+        assigner=Assigner(Keyed(SECRET), Layout(num_shards, recipe.num_slices, bands)),
+        recipe=recipe,
+        fingerprint=fingerprint,
+        base=recipe.base,
+        patch_mode=patch_mode,
+        patches=patches,
+        vault=vault,
+        runs=runs,
+        metrics=metrics,
+        patcher=lambda: patcher,
+        now=lambda: "2026-01-01T00:00:00+00:00",
+        report=lambda _event: None,
+    )
+    return FakeModel(
+        world=world,
+        ledger=ledger,
+        witness=witness,
+        records=records,
+        checkpoints=checkpoints,
+        index=index,
+        exports=exports,
+        patches=patches,
+        vault=vault,
+        runs=runs,
+        patcher=patcher,
+        trained=trained,
+        before_run=before_run,
+    )
+
+
+def fake_record(number: int, subject: str | None = None) -> Record:
+    body = (Part("prompt", f"question {number}"), Part("completion", f"answer {number}"))
+    return Record(f"id-{number:04d}", subject, "completion", body)

@@ -1,0 +1,268 @@
+"""Stacked adapters against peft's own forward, one adapter at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sisa.core.errors import IntegrityError
+from sisa.lm.base.base import load_base, resolve_base
+from tests.models.tiny_base import make_tiny_base
+
+pytestmark = pytest.mark.torch
+
+Files = dict[str, bytes]
+IDS = [5, 17, 80, 44, 9, 120, 33]
+LAYERS = 4
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return resolve_base(str(make_tiny_base(tmp_path_factory.mktemp("base"), layers=LAYERS)))
+
+
+def adapter(base: Any, seed: int, rank: int, layers: Sequence[int], modules: Sequence[str]) -> Files:
+    import torch
+    from peft import LoraConfig
+
+    from sisa.lm.base.adapter import (
+        ADAPTER_FILE,
+        CONFIG_FILE,
+        adapter_tensors,
+        attach,
+        config_bytes,
+        put_tensors,
+        tensor_bytes,
+    )
+
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        target_modules=list(modules),
+        layers_to_transform=list(layers),
+        task_type="CAUSAL_LM",
+    )
+    model = attach(load_base(base.directory, base.digest)[0], config, None, init_seed=seed)
+    drawn = torch.Generator().manual_seed(seed)
+    tensors = {
+        name: 0.2 * torch.randn(each.shape, generator=drawn)
+        for name, each in adapter_tensors(model).items()
+    }
+    put_tensors(model, tensors, "default")
+    return {ADAPTER_FILE: tensor_bytes(tensors), CONFIG_FILE: config_bytes(model)}
+
+
+def alone(base: Any, files: Files | None, ids: Sequence[int]) -> Any:
+    """Logits [T, V] of one constituent, by peft."""
+    import torch
+
+    from sisa.lm.base.adapter import ADAPTER_FILE, attach, read_config, read_tensors
+
+    model, _ = load_base(base.directory, base.digest)
+    if files is not None:
+        model = attach(model, read_config(files), read_tensors(files, ADAPTER_FILE), init_seed=0).eval()
+    with torch.inference_mode():
+        return model(input_ids=torch.tensor([list(ids)])).logits[0]
+
+
+@pytest.fixture(scope="module", params=["all layers", "top layers", "unlike"])
+def adapters(request: pytest.FixtureRequest, base: Any) -> dict[int, Files]:
+    attention, all_linear = ["q_proj", "v_proj"], ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
+    if request.param == "all layers":
+        return {shard: adapter(base, shard, 4, range(LAYERS), all_linear) for shard in (0, 2, 5)}
+    if request.param == "top layers":
+        return {shard: adapter(base, shard, 4, [3], all_linear) for shard in (0, 2, 5)}
+    return {
+        0: adapter(base, 0, 2, [1, 2], attention),
+        2: adapter(base, 2, 4, [2, 3], all_linear),
+        5: adapter(base, 5, 3, [3], attention),
+    }
+
+
+def close(one: Any, other: Any) -> bool:
+    return bool((one - other).abs().max() < 1e-4)
+
+
+@pytest.mark.parametrize(
+    "routes",
+    [
+        *([[0]], [[]], [[5, 0, 2]], [[0, 2], [5], []], [[2], [2], [0]], [[], [5, 2, 0]]),
+        *([[5, 0], [5, 0], [5, 0]], [[2], [2]], [[], []]),
+    ],
+)
+def test_each_row_is_its_constituent(base: Any, adapters: dict[int, Files], routes: Any) -> None:
+    import torch
+
+    from sisa.lm.answer.stacked import Stacked
+    from sisa.lm.base.low_rank import read_change
+
+    model, _ = load_base(base.directory, base.digest)
+    stack = Stacked(model, {shard: read_change(files) for shard, files in adapters.items()})
+    prompts = [IDS[q:] + IDS[:q] for q in range(len(routes))]
+    with torch.inference_mode(), stack.asking(routes) as rows:
+        found = model(input_ids=torch.tensor(prompts)).logits
+    assert len(found) == sum(max(1, len(route)) for route in routes)
+    for own, prompt, route in zip(rows.of, prompts, routes, strict=True):
+        wanted = [
+            alone(base, None if name is None else adapters[name], prompt) for name in route or [None]
+        ]
+        assert all(close(one, other) for one, other in zip(found[own], wanted, strict=True))
+
+
+@pytest.mark.parametrize("routes", [[[5, 0]] * 4, [[0, 2], [5], [], [2, 0]], [[2], [0], [5], []]])
+def test_prompts_read_in_pieces_are_gone_on_with_as_if_read_together(
+    base: Any, adapters: dict[int, Files], routes: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from sisa.lm.answer import prefill
+    from sisa.lm.answer.stacked import Stacked
+    from sisa.lm.base.low_rank import read_change
+
+    model, _ = load_base(base.directory, base.digest)
+    stack = Stacked(model, {shard: read_change(files) for shard, files in adapters.items()})
+    prompts = [IDS, IDS[:3], IDS[2:], IDS[::-1]]
+    ids = torch.tensor([[0] * (len(IDS) - len(each)) + each for each in prompts])
+    mask = torch.tensor([[0] * (len(IDS) - len(each)) + [1] * len(each) for each in prompts])
+    monkeypatch.setattr(prefill, "POSITIONS", 3 * len(IDS))
+    with torch.inference_mode():
+        first, cache = prefill.prefill(model, stack, routes, ids, mask)
+        mask = torch.cat([mask, torch.ones(4, 1, dtype=mask.dtype)], dim=1)
+        places = mask.sum(-1, keepdim=True) - 1
+        with stack.asking(routes) as rows:
+            then = model(
+                input_ids=torch.tensor([[7]] * 4),
+                attention_mask=mask,
+                position_ids=places,
+                past_key_values=cache,
+                use_cache=True,
+            ).logits[:, -1]
+    for own, prompt, route in zip(rows.of, prompts, routes, strict=True):
+        for name, one, other in zip(route or [None], first[own], then[own], strict=True):
+            wanted = alone(base, None if name is None else adapters[name], [*prompt, 7])
+            assert close(one, wanted[-2])
+            assert close(other, wanted[-1])
+
+
+def test_with_keys_and_values_kept_and_rows_padded(base: Any, adapters: dict[int, Files]) -> None:
+    import torch
+
+    from sisa.lm.answer.stacked import Stacked
+    from sisa.lm.base.low_rank import read_change
+
+    model, _ = load_base(base.directory, base.digest)
+    stack = Stacked(model, {shard: read_change(files) for shard, files in adapters.items()})
+    short, long = IDS[:3], IDS
+    ids = torch.tensor([[0] * 4 + short, long])
+    mask = torch.tensor([[0] * 4 + [1] * 3, [1] * 7])
+    fed = torch.tensor([[7], [11]])
+    with torch.inference_mode(), stack.asking([[0, 5], [2]]):
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        first = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True)
+        mask = torch.cat([mask, torch.ones(2, 1, dtype=mask.dtype)], dim=1)
+        then = model(
+            input_ids=fed,
+            attention_mask=mask,
+            position_ids=mask.sum(-1, keepdim=True) - 1,
+            past_key_values=first.past_key_values,
+            use_cache=True,
+        )
+    wanted = [
+        alone(base, adapters[0], [*short, 7]),
+        alone(base, adapters[5], [*short, 7]),
+        alone(base, adapters[2], [*long, 11]),
+    ]
+    assert all(close(one[-1], other[-2]) for one, other in zip(first.logits, wanted, strict=True))
+    assert all(close(one[-1], other[-1]) for one, other in zip(then.logits, wanted, strict=True))
+
+
+def test_outside_of_asking_the_base_answers(base: Any, adapters: dict[int, Files]) -> None:
+    import torch
+
+    from sisa.lm.answer.stacked import Stacked
+    from sisa.lm.base.low_rank import read_change
+
+    model, _ = load_base(base.directory, base.digest)
+    stack = Stacked(model, {shard: read_change(files) for shard, files in adapters.items()})
+    with pytest.raises(RuntimeError, match="broken"), stack.asking([[0]]):
+        raise RuntimeError("broken")
+    with torch.inference_mode():
+        assert torch.equal(model(input_ids=torch.tensor([IDS])).logits[0], alone(base, None, IDS))
+
+
+def test_an_adapter_of_another_base_is_refused(base: Any, tmp_path: Path) -> None:
+    from sisa.lm.answer.stacked import Stacked
+    from sisa.lm.base.low_rank import read_change
+
+    wider = resolve_base(str(make_tiny_base(tmp_path / "wider", hidden=128, layers=LAYERS)))
+    deeper = resolve_base(str(make_tiny_base(tmp_path / "deeper", layers=LAYERS + 1)))
+    for other in (wider, deeper):
+        foreign = adapter(other, 1, 2, [LAYERS - 1 if other is wider else LAYERS], ["q_proj"])
+        model, _ = load_base(base.directory, base.digest)
+        with pytest.raises(IntegrityError, match="does not fit"):
+            Stacked(
+                model,
+                {0: read_change(adapter(base, 1, 2, [3], ["q_proj"])), 1: read_change(foreign)},
+            )
+        with pytest.raises(IntegrityError, match="does not fit"):
+            Stacked(model, {1: read_change(foreign)})
+
+
+def rows_of_forwards(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The numbers of rows of a model's forwards from now on, as they come."""
+    found: list[int] = []
+    forward = model.forward
+
+    def counting(*args: Any, **inputs: Any) -> Any:
+        output = forward(*args, **inputs)
+        found.append(len(output.logits))
+        return output
+
+    monkeypatch.setattr(model, "forward", counting)
+    return found
+
+
+@pytest.mark.parametrize("shards", [(), (0,), (0, 2, 5)])
+def test_no_forward_asks_more_rows_than_are_allowed(
+    base: Any,
+    adapters: dict[int, Files],
+    monkeypatch: pytest.MonkeyPatch,
+    shards: tuple[int, ...],
+) -> None:
+    from sisa.lm.answer import answer
+    from sisa.lm.answer.route import all_of
+
+    monkeypatch.setattr(answer, "MAX_ROWS", 6)
+    answerer = answer.Answerer(base.directory, base.digest, adapters, threads=1)
+    asked = rows_of_forwards(answerer.model, monkeypatch)
+    prompts = [IDS[at % 3 :] for at in range(10)]
+    together = answerer.generate(prompts, [all_of(shards)] * 10, 1)
+    assert max(asked) == 6
+    assert sum(asked) == 10 * max(1, len(shards))
+    assert together == [answerer.generate([each], [all_of(shards)], 1)[0] for each in prompts]
+
+
+def test_scores_of_many_rows_are_those_of_each_and_come_piece_by_piece(
+    base: Any, adapters: dict[int, Files], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from sisa.lm.answer import answer, prefill
+    from sisa.lm.answer.route import Route, all_of
+
+    answerer = answer.Answerer(base.directory, base.digest, adapters, threads=1)
+    routes = [all_of((0, 2, 5)), Route(), all_of((2,)), all_of((0, 5))]
+    ids = torch.tensor([IDS, IDS[::-1], [*IDS[3:], *IDS[:3]], [7] * len(IDS)])
+    mask = torch.ones_like(ids)
+    mask[3, :2] = 0
+    whole = answerer.logprobs(routes, input_ids=ids, attention_mask=mask, use_cache=False)
+    asked = rows_of_forwards(answerer.model, monkeypatch)
+    monkeypatch.setattr(prefill, "POSITIONS", 3 * len(IDS))
+    parts = answerer.logprobs(routes, input_ids=ids, attention_mask=mask, use_cache=False)
+    assert asked == [3, 2, 2]
+    assert close(whole, parts)
+    alone = [answerer.logprobs([r], input_ids=ids[q : q + 1]) for q, r in enumerate(routes[:3])]
+    assert close(whole[:3], torch.cat(alone))

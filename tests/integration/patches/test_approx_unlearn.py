@@ -1,0 +1,306 @@
+"""Patches as a user asks for them: the flows over a real small model, and the commands, serially and on
+Ray; killed between steps, put aside, taken back, with the vault empty when nothing needs its texts."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from approx.methods.registry import METHODS
+from cluster.cli import patch_cli
+from cluster.cli.cli import run
+from sisa import unlearn as flows
+from sisa.core.errors import ConfigConflict, InvalidInput
+from sisa.flows.patches.patching import Wish
+from tests.models.knowing_base import record
+from tests.models.patch_bench import ENOUGH, KNOWN, settings
+from tests.models.tiny_base import make_tiny_base
+from tests.models.tiny_model import (
+    PEOPLE,
+    Done,
+    Tiny,
+    adapters,
+    all_files,
+    ids_of,
+    residue,
+    write_run,
+)
+
+pytestmark = pytest.mark.torch
+FORGET = [row for row in KNOWN if row["subject_id"] == "p003"]
+KEEP = [row for row in KNOWN if row["subject_id"] == "p005"]
+OTHERS = [row for row in PEOPLE if row["subject_id"] not in ("p003", "p005")]
+SET = ["--set", "num_epochs=15", "--set", "learning_rate=0.01", "--set", "max_utility_drop=null"]
+CONSENT = ["--consent", "the person asked for it"]
+
+
+@pytest.fixture(scope="module")
+def _others(tmp_path_factory: pytest.TempPathFactory, knowing: Path) -> Path:
+    """A model of the others, over a base that knows p003 and p005."""
+    folder = tmp_path_factory.mktemp("others")
+    write_run(folder, knowing, OTHERS)
+    Tiny(folder, knowing).train()
+    return folder
+
+
+@pytest.fixture
+def model(_others: Path, knowing: Path, tmp_path: Path) -> Tiny:
+    copy = Tiny(tmp_path / "model", knowing)
+    shutil.copytree(_others, copy.folder)
+    copy.train()
+    copy.file("forget.jsonl", FORGET)
+    copy.file("keep.jsonl", KEEP)
+    return copy
+
+
+def sisa(capsys: pytest.CaptureFixture[str], *arguments: Any) -> Done:
+    capsys.readouterr()
+    code = run([*map(str, arguments), "--json"])
+    out, err = capsys.readouterr()
+    return Done(code, json.loads(out), err, out)
+
+
+def wish(method: str = "npo", retain: bool = False, **values: Any) -> Wish:
+    keep = [record(row) for row in KEEP] if retain else None
+    return Wish(settings(method, **values), [record(row) for row in FORGET], keep, "asked")
+
+
+def test_the_commands_know_all_methods() -> None:
+    assert sorted(patch_cli.METHODS) == sorted(METHODS)
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_method_makes_a_patch_that_can_be_taken_back(model: Tiny, method: str) -> None:
+    more = ENOUGH.get(method, {})
+    opened, before = model.open(), adapters(model.directory)
+    done = flows.unlearn(opened, wish(method, retain=True, **more))
+    assert done.patch is not None
+    assert (done.patch.state, done.unfinished) == ("active", False)
+    report = done.report
+    assert report["approximate"] is True
+    assert (
+        report["metrics_after"]["forget_probability"]
+        < report["metrics_before"]["forget_probability"] - 0.05
+    )
+    assert report["composition"]["num_records"] > 0
+    assert adapters(model.directory) == before
+    assert opened.verify().ok
+    (gone,) = flows.revert(opened)
+    assert (gone.version, gone.state) == (1, "reverted")
+    assert not any((model.directory / "patches").iterdir())
+    patches, sets, over = flows.patches(opened)
+    assert ([each.state for each in patches], over) == (["reverted"], ())
+    kept = report["still_known"]["after"] > 0  # so that it can be tried again
+    assert [(each.role, each.held) for each in sets] == ([("forget", True)] if kept else [])
+    assert opened.verify(replay="sample").ok
+
+
+def test_a_reference_is_measured_beside_the_patch(model: Tiny, tmp_path: Path) -> None:
+    reference = make_tiny_base(tmp_path / "reference", seed=5)
+    asked = replace(wish(), reference=str(reference))
+    before = all_files(model.directory)
+    for wrong in (str(tmp_path / "nothing"), str(odd_tokens(tmp_path / "odd", reference))):
+        with pytest.raises(InvalidInput, match="reference"):
+            flows.unlearn(model.open(), replace(asked, reference=wrong))
+        assert all_files(model.directory) == before
+    report = flows.unlearn(model.open(), asked).report
+    told, known = report["metrics_reference"], report["metrics_before"]
+    assert told.keys() == known.keys()
+    assert told["forget_probability"] < known["forget_probability"] - 0.05, "it never saw the texts"
+
+
+def odd_tokens(folder: Path, like: Path) -> Path:
+    """A copy of a model whose tokenizer has one token more."""
+    from transformers import AutoTokenizer
+
+    shutil.copytree(like, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["another-token"])
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_patch_put_aside_again_and_again_is_the_same_patch(model: Tiny, tmp_path: Path) -> None:
+    other = Tiny(tmp_path / "other", model.base)
+    shutil.copytree(model.folder, other.folder)
+    whole = flows.unlearn(model.open(), wish(num_epochs=4)).patch
+    assert whole is not None
+    late = flows.unlearn(other.open(), wish(num_epochs=4), max_seconds=0.0)
+    assert (late.patch, late.unfinished) == (None, True)
+    with pytest.raises(ConfigConflict):
+        flows.unlearn(other.open(), wish("simnpo"))
+    rounds = 0
+    while late.unfinished:
+        late = flows.unlearn(other.open(), None, max_seconds=1e-6)
+        rounds += 1
+        assert rounds < 50
+    assert rounds > 2
+    assert late.patch is not None
+    assert (late.patch.key, late.patch.adapter_sha256) == (whole.key, whole.adapter_sha256)
+    assert not any((other.directory / "runs").glob("*"))
+    with pytest.raises(InvalidInput, match="no patch is wanted"):
+        flows.unlearn(other.open(), None)
+
+
+def test_the_commands_end_to_end(model: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+    where = ["-m", model.directory]
+    asked = ["--forget", model.folder / "forget.jsonl", "--method", "npo", *SET, "--executor", "serial"]
+    refused = sisa(capsys, "approx", "unlearn", *where, *asked)
+    assert (refused.code, "consent" in refused.err) == (2, True)
+    late = sisa(capsys, "approx", "unlearn", *where, *asked, *CONSENT, "--max-seconds", "0")
+    assert (late.code, late.json["unfinished"], late.json["patch"]) == (6, True, None)
+    listed = sisa(capsys, "approx", "patches", *where)
+    assert [each["state"] for each in listed.json["patches"]] == ["wanted"]
+    assert [(each["role"], each["held"]) for each in listed.json["vault"]] == [("forget", True)]
+    found = sisa(capsys, "where", *where, FORGET[0]["id"]).json["records"][0]
+    assert (found["state"], found["vault"][0]["consent"]) == ("patch", CONSENT[1])
+    secrets = [row["completion"].strip() for row in FORGET]
+    assert residue(model.directory, secrets) == []
+    done = sisa(capsys, "approx", "unlearn", *where, "--executor", "serial")
+    assert (done.code, done.json["approximate"], done.json["patch"]["state"]) == (0, True, "active")
+    assert (done.json["sets_erased"], done.json["sets_kept"]) == (1, 0)
+    assert residue(model.directory, [*ids_of(FORGET), *secrets]) == []
+    assert not any(secret in done.out + done.err for secret in secrets)
+    shown = sisa(capsys, "approx", "show", *where, "1")
+    assert shown.json["report"]["metrics_after"] == done.json["report"]["metrics_after"]
+    assert sisa(capsys, "approx", "show", *where, "2").code == 2
+    probed = sisa(capsys, "approx", "probe", *where, "--file", model.folder / "forget.jsonl")
+    assert probed.json["num_known"] == 0
+    assert sisa(capsys, "approx", "release", *where, "--all").code == 2  # the vault is empty
+    back = sisa(capsys, "approx", "revert", *where, "--executor", "serial")
+    assert [each["version"] for each in back.json["reverted"]] == [1]
+    again = sisa(capsys, "approx", "probe", *where, "--file", model.folder / "forget.jsonl")
+    assert again.json["num_known"] == len(FORGET)
+    for command in (["unlearn"], ["revert"]):
+        assert sisa(capsys, "approx", *command, *where, "--executor", "serial").code == 2
+
+
+def test_results_in_words_are_marked(model: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+    where = ["-m", str(model.directory)]
+    serial = ["--executor", "serial"]
+    file = ["--forget", str(model.folder / "forget.jsonl"), "--method", "npo"]
+    for arguments, code in (
+        (["unlearn", *where, *file, *SET, *CONSENT, *serial, "--max-seconds", "0"], 6),
+        (["patches", *where], 0),
+        (["show", *where, "1"], 0),
+        (["unlearn", *where, *serial], 0),
+        (["show", *where, "1"], 0),
+        (["revert", *where, *serial], 0),
+        (["unlearn", *where, *file, *CONSENT, *serial, "--set", "learning_rate=1e30"], 2),
+    ):
+        capsys.readouterr()
+        assert run(["approx", *arguments]) == code
+        out = capsys.readouterr().out
+        assert out.startswith("approximate"), out
+
+
+def test_a_release_gives_up_what_waits_for_the_text(
+    model: Tiny, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = ["-m", model.directory]
+    flows.unlearn(model.open(), wish(), max_seconds=0.0)
+    gone = sisa(capsys, "approx", "release", *where, "--all")
+    assert (gone.code, [each["num_records"] for each in gone.json["released"]]) == (0, [len(FORGET)])
+    listed = sisa(capsys, "approx", "patches", *where).json
+    assert ([each["state"] for each in listed["patches"]], listed["vault"]) == (["dropped"], [])
+    assert not any((model.directory / "vault").iterdir())
+
+
+def test_all_problems_of_settings_are_named_at_once(
+    model: Tiny, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = ["--forget", model.folder / "forget.jsonl", "--method", "npo", *CONSENT]
+    wrong = ["--set", "beta=-1", "--set", "betta=1", "--set", "num_epochs=0", "--set", "lora_r=none"]
+    done = sisa(capsys, "approx", "unlearn", "-m", model.directory, *file, *wrong)
+    assert done.code == 2
+    assert {where for where, _ in done.problems} == {"beta", "betta", "num_epochs", "lora_r"}
+    assert not (model.directory / "vault").exists()
+
+
+def test_a_killed_command_goes_on_when_it_is_given_again(
+    model: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """SIGKILL after some steps were put aside; the same command ends as the undisturbed one."""
+    other = Tiny(tmp_path / "other", model.base)
+    shutil.copytree(model.folder, other.folder)
+    slow = ["--set", "num_epochs=4000", "--set", "max_steps=16", "--set", "check_every=1", *SET[2:]]
+    slow += ["--set", "num_rounds=1", "--set", "target_probability=0"]
+    script = (
+        "import sys, time\nfrom approx.patches import patching\nfrom cluster.cli.cli import run\n"
+        "real = patching._Ticks.__call__\n"
+        "def slowly(self, log):\n    real(self, log)\n    time.sleep(0.1)\n"
+        "patching._Ticks.__call__ = slowly\n"
+        "sys.exit(run([*sys.argv[1:], '--json']))\n"
+    )
+
+    def words(of: Tiny) -> list[str]:
+        asked = ["--forget", str(of.folder / "forget.jsonl"), "--method", "graddiff", *slow, *CONSENT]
+        return ["approx", "unlearn", "-m", str(of.directory), *asked, "--executor", "serial"]
+
+    slowly = [sys.executable, "-c", script, *words(other)]
+    with subprocess.Popen(slowly, stdout=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 120
+        while not list((other.directory / "runs").glob("*/run.json")):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        os.kill(process.pid, signal.SIGKILL)
+    bodies = []
+    for each in (other, model):
+        done = sisa(capsys, *words(each))
+        assert done.code in (0, 7), done.err
+        bodies.append(done.json)
+    cut, whole = bodies
+    assert cut["patch"]["adapter_sha256"] == whole["patch"]["adapter_sha256"]
+    assert cut["report"]["step"] == 16
+    assert not any((other.directory / "runs").glob("*"))
+    assert not any((other.directory / "vault").glob("*"))
+
+
+def test_a_deletion_hints_at_a_patch_and_its_text_waits_in_the_vault(
+    knowing: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Tiny(tmp_path / "all", knowing)
+    write_run(model.folder, knowing)
+    model.train()
+    ids, serial = ids_of(FORGET), ["--executor", "serial"]
+    assert run(["forget", "-m", str(model.directory), *ids_of(KEEP)[:1], *serial]) == 0
+    assert "--forget FILE" in capsys.readouterr().out
+    assert run(["forget", "-m", str(model.directory), *ids, *CONSENT, *serial]) == 0
+    out = capsys.readouterr().out
+    _, request = model.open().requests()
+    hint = f"sisa approx unlearn -m {model.directory} --request {request.request.request_id}"
+    assert hint in out
+    arguments = hint.split()[1:]
+    done = sisa(capsys, *arguments, *SET, *serial)
+    assert (done.code, done.json["patch"]["request_id"]) == (0, request.request.request_id)
+    where = sisa(capsys, "where", "-m", model.directory, ids[0]).json["records"][0]
+    assert (where["state"], [each["version"] for each in where["patches"]]) == ("deleted", [1])
+    assert model.open().verify(replay="all").ok
+    without = sisa(capsys, *arguments[:4], "--request", "no-such", "--method", "npo", *serial)
+    assert without.code == 3
+
+
+@pytest.mark.ray
+def test_on_ray_the_same_bytes(model: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = Tiny(tmp_path / "other", model.base)
+    shutil.copytree(model.folder, other.folder)
+    bodies = []
+    for each, executor in ((model, "serial"), (other, "ray")):
+        asked = ["--forget", each.folder / "forget.jsonl", "--method", "npo", *SET, *CONSENT]
+        done = sisa(capsys, "approx", "unlearn", "-m", each.directory, *asked, "--executor", executor)
+        assert done.code == 0, done.err
+        bodies.append(done.json["patch"])
+        assert "the base writes the retain set" in done.err
+    assert bodies[0]["adapter_sha256"] == bodies[1]["adapter_sha256"]
+    assert bodies[0]["manifest_sha256"] == bodies[1]["manifest_sha256"]

@@ -1,0 +1,287 @@
+"""A patch is made: by every method, from given and from written retain sets, upon another patch; put
+aside and gone on with; broken off; refused. The base is a tiny Llama that knows two people by heart."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from approx.methods.registry import METHODS
+from approx.patches.patch_measures import MEASURE_LIMITS, measured
+from approx.unlearning.generated_retain import PROMPTS, prompts_that_fit, write_answers, write_neighbours
+from sisa.core.domain import Part, Record
+from sisa.core.errors import IntegrityError, InvalidInput
+from sisa.core.events import Notice, PatchProgress
+from sisa.lm.answer.patched import load_patched
+from sisa.lm.base.base import load_base, load_tokenizer
+from sisa.lm.base.tokens import NO_LOSS, tokenize
+from sisa.store.blobs.keyring import is_sealed
+from sisa.store.patch_drafts import DRAFTS_AREA, FilePatchDrafts
+from tests.models.knowing_base import record
+from tests.models.patch_bench import (
+    ENOUGH,
+    KNOWN,
+    STRANGERS,
+    Bench,
+    made_patch,
+    settings,
+)
+
+pytestmark = pytest.mark.torch
+FORGET = [record(row) for row in KNOWN if row["subject_id"] == "p003"]
+KEEP = [record(row) for row in KNOWN if row["subject_id"] == "p005"]
+BOUNDED = {"max_utility_drop": 0.5, "check_every": 1}
+
+
+@pytest.fixture
+def bench(knowing: Path, tmp_path: Path) -> Bench:
+    return Bench(tmp_path, knowing)
+
+
+def probability(bench: Bench, stack: list[dict[str, bytes]], records: list[Record]) -> float:
+    model, tokenizer = load_patched(bench.base, bench.site.base_digest, stack)
+    tokens = [tokenize(each, tokenizer, train_on_inputs=False) for each in records]
+    return measured(model, tokenizer, tokens, [])["forget_probability"]
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_method_makes_a_patch_that_says_less_of_what_is_forgotten(
+    bench: Bench, method: str
+) -> None:
+    more = ENOUGH.get(method, {})
+    bench.maker.refuse(settings(method, **more), FORGET, KEEP)
+    made = bench.make(bench.order(settings(method, **more), FORGET, KEEP))
+    found = json.loads(json.dumps(made.report, allow_nan=False))
+    assert (made.unfinished, found["patch_made"], found["approximate"]) == (False, True, True)
+    before, after = found["metrics_before"], found["metrics_after"]
+    assert after["forget_probability"] < before["forget_probability"] - 0.05
+    held = probability(bench, [bench.files(made)], FORGET)
+    assert held == pytest.approx(after["forget_probability"], abs=1e-4)
+    assert before.keys() == after.keys() >= {"retain_utility", "forget_rougeL_recall"}
+    assert found["sets"] == {
+        "num_forget": len(FORGET),
+        "num_forget_measured": len(FORGET),
+        "num_retain": len(KEEP) + (30 + 12),
+        "num_given": len(KEEP),
+        "num_neighbours": 16,
+        "num_judged": 10 + 4,
+        "num_judged_measured": 10 + 4,
+        "retain": "written by the base, and given",
+    }
+    assert found["still_known"]["before"] == found["still_known"]["of"] == len(FORGET)
+    assert found["outcome"] == ("forgotten" if found["still_known"]["after"] == 0 else "still known")
+    robust = found["robustness"]
+    assert robust["relearning"].keys() == robust["control"].keys() - {"of"} == {"0", "3", "20"}
+    assert robust["relearning"]["20"] > robust["relearning"]["0"]
+    assert robust["relearning"]["0"] == pytest.approx(after["forget_probability"], abs=1e-4)
+    assert set(MEASURE_LIMITS) <= set(found["limits"])
+    assert found["compute"]["share_of_full_finetuning"] is None, "what taught the base is not known"
+    ticks = [each for each in bench.events if isinstance(each, PatchProgress)]
+    assert ticks[-1].step == ticks[-1].num_steps == found["num_steps"]
+    notices = " ".join(each.text for each in bench.events if isinstance(each, Notice))
+    assert not any(part.text in notices for each in [*FORGET, *KEEP] for part in each.parts)
+
+
+def test_the_same_job_gives_the_same_bytes(knowing: Path, tmp_path: Path) -> None:
+    made = []
+    for name in ("one", "other"):
+        bench = Bench(tmp_path / name, knowing)
+        made.append(bench.files(bench.make(bench.order(settings("npo"), FORGET))))
+    assert made[0] == made[1]
+
+
+def test_the_base_writes_the_retain_set_and_no_record_is_in_it(bench: Bench) -> None:
+    model, tokenizer = load_base(bench.base, bench.site.base_digest)
+    prompts = prompts_that_fit(tokenizer, 256)
+    sets = [write_answers(model, tokenizer, prompts, 256) for _ in range(2)]
+    assert sets[0] == sets[1]
+    assert len(sets[0]) == len(PROMPTS)
+    for prompt, each in zip(PROMPTS, sets[0], strict=True):
+        asked = [
+            token for token, label in zip(each.input_ids, each.labels, strict=True) if label == NO_LOSS
+        ]
+        assert prompt in tokenizer.decode(asked)
+        assert any(label != NO_LOSS for label in each.labels)
+    assert prompts_that_fit(tokenizer, 8) == []
+    made = bench.make(bench.order(settings("npo"), FORGET))
+    assert made.report["sets"]["retain"] == "written by the base"
+
+
+def test_neighbours_are_asked_the_same_about_invented_people(bench: Bench) -> None:
+    model, tokenizer = load_base(bench.base, bench.site.base_digest)
+    written = write_neighbours(model, tokenizer, FORGET, 256)
+    asked = [tokenizer.decode(each.input_ids) for each in written]
+    assert len(asked) == len(set(asked)) > len(FORGET)
+    names = {word for row in FORGET for word in row.parts[0].text.split() if word.istitle()}
+    names -= {"Where", "What", "Which", "Who", "When", "How"}
+    assert names
+    assert not any(name.strip("?.") in each for name in names for each in asked)
+    answers = [record.parts[1].text.strip() for record in FORGET]
+    assert not any(answer in each for answer in answers for each in asked)
+    assert write_neighbours(model, tokenizer, [text("t", "nobody is named here at all")], 256) == []
+
+
+def test_a_record_that_was_cut_when_it_was_trained_on_can_be_forgotten(bench: Bench) -> None:
+    long = text("long", "What Ada Quill said to Bo Thorn in Turku. " * 20)
+    asked = settings("npo", num_epochs=2)
+    with pytest.raises(InvalidInput, match="no patch can be made"):
+        bench.maker.refuse(asked, [long], None)
+    asked |= {"overlength": "truncate"}
+    bench.maker.refuse(asked, [long], None)
+    report = bench.make(bench.order(asked, [long])).report
+    assert (report["patch_made"], report["still_known"]["of"]) == (True, 1)
+    assert report["robustness"]["rewording"] is None
+
+
+def test_a_patch_upon_a_patch_is_made_from_what_lies_beneath(bench: Bench) -> None:
+    first = bench.order(settings("npo"), FORGET)
+    lower = bench.make(first)
+    beneath = [made_patch(first, lower)]
+    second = bench.order(settings("npo"), KEEP, beneath=beneath)
+    upper = bench.make(second)
+    assert upper.report["num_beneath"] == 1
+    stack = [bench.files(lower), bench.files(upper)]
+    assert probability(bench, stack, KEEP) < probability(bench, stack[:1], KEEP) - 0.05
+    (adapter,) = (bench.folder / "patches" / first.job.key).glob("*.safetensors")
+    adapter.write_bytes(adapter.read_bytes()[:-1] + b"x")
+    with pytest.raises(IntegrityError):
+        bench.make(second)
+
+
+class Stopped(Exception):
+    """The machine stops."""
+
+
+@pytest.mark.parametrize("method", ["npo", "task_arithmetic"])
+def test_what_was_cut_short_goes_on_to_the_same_bytes(
+    knowing: Path, tmp_path: Path, method: str
+) -> None:
+    asked = settings(method, **{"check_every": 2, **({"alpha": 64.0} if method[0] == "t" else {})})
+    whole = Bench(tmp_path / "whole", knowing)
+    expected = whole.make(whole.order(asked, FORGET, KEEP))
+    bench = Bench(tmp_path / "cut", knowing)
+    order = bench.order(asked, FORGET, KEEP)
+    run = bench.site.runs_dir / order.job.key
+
+    def stop(event: Any) -> None:
+        if isinstance(event, PatchProgress) and event.step == event.num_steps:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        bench.maker.make(order, stop)
+    assert all(is_sealed(path.read_bytes()) for path in run.iterdir())
+    assert bench.site.vault_keyring.held(DRAFTS_AREA) == {order.job.key}
+    made = bench.make(order)
+    assert next(each for each in bench.events if isinstance(each, PatchProgress)).step > 1
+    assert bench.files(made) == whole.files(expected)
+    assert bench.files(bench.make(order)) == bench.files(made)  # until the caller has what came of it
+    FilePatchDrafts(bench.site.runs_dir, bench.site.vault_keyring).erase([order.job.key])
+    assert not run.exists()
+    assert not bench.site.vault_keyring.held(DRAFTS_AREA)
+
+
+def test_a_search_for_a_scale_that_is_cut_short_again_and_again_comes_to_its_end(bench: Bench) -> None:
+    asked = settings("task_arithmetic", max_utility_drop=0.5, alphas=[8.0, 64.0], num_epochs=2)
+    rounds = 0
+    while (made := bench.make(bench.order(asked, FORGET, KEEP, max_seconds=1e-6))).unfinished:
+        rounds += 1
+        assert rounds < 10
+    assert rounds > 1
+    assert made.report["alpha"] > 0
+
+
+def test_out_of_time_puts_the_run_aside(bench: Bench, tmp_path: Path, knowing: Path) -> None:
+    whole = Bench(tmp_path / "whole", knowing)
+    expected = whole.files(whole.make(whole.order(settings("npo"), FORGET, KEEP)))
+    late = bench.make(bench.order(settings("npo"), FORGET, KEEP, max_seconds=0.0))
+    assert (late.saved, late.unfinished, late.report["ending"]) == (None, True, "out_of_time")
+    assert late.report["patch_made"] is False
+    assert bench.files(bench.make(bench.order(settings("npo"), FORGET, KEEP))) == expected
+    assert not bench.store.held() - {bench.order(settings("npo"), FORGET, KEEP).job.key}
+
+
+def test_a_run_that_goes_astray_leaves_the_last_good_weights_or_nothing(bench: Bench) -> None:
+    """A rate of 1e30 throws the first step out of all numbers; a later one leaves what was before."""
+    asked = settings("gradient_ascent", learning_rate=1e30, check_every=1)
+    made = bench.make(bench.order(asked, FORGET, KEEP))
+    assert (made.saved, made.unfinished) == (None, False)
+    assert made.report["ending"] == "diverged"
+    assert made.report["patch_made"] is False
+    assert made.report["metrics_after"] == made.report["metrics_before"]
+
+
+def test_an_overshoot_of_the_bound_keeps_what_held(bench: Bench) -> None:
+    asked = settings("gradient_ascent", learning_rate=1e-2, num_epochs=60, **BOUNDED)
+    made = bench.make(bench.order(asked, FORGET, KEEP))
+    found = made.report
+    assert found["ending"] == "below_utility_bound"
+    assert found["patch_made"] is (found["step"] > 0) is (made.saved is not None)
+    assert found["step"] > 0
+    assert found["utility"] >= found["utility_before"] - 0.5
+    assert found["metrics_after"]["retain_utility"] == pytest.approx(found["utility"], abs=1e-4)
+    assert 0 < found["utility_before"] <= 1
+
+
+def test_task_arithmetic_where_no_scale_holds_makes_no_patch(bench: Bench) -> None:
+    asked = settings("task_arithmetic", max_utility_drop=0.0, alphas=[50.0], learning_rate=1e-2)
+    made = bench.make(bench.order(asked, FORGET, KEEP))
+    assert (made.saved, made.report["alpha"], made.report["patch_made"]) == (None, 0.0, False)
+
+
+def text(name: str, words: str) -> Record:
+    return Record(name, None, "text", (Part("text", words),))
+
+
+def test_everything_that_is_wrong_is_named_at_once(bench: Bench) -> None:
+    asked = settings("idk_dpo") | {"pace": {"num_epochs": 0, "speed": 1}}
+    with pytest.raises(InvalidInput) as caught:
+        bench.maker.refuse(asked, [], [])
+    assert {each.where for each in caught.value.problems} == {"speed", "forget", "retain"}
+    asked = settings("idk_dpo") | {"adapter": {"lora_target_modules": ["no_such"]}}
+    both = text("same", "The secret words of a person.")
+    with pytest.raises(InvalidInput) as caught:
+        bench.maker.refuse(
+            asked, [both, text("long", "words " * 300)], [text("other", "  " + both.text)]
+        )
+    found = {(each.where, each.what) for each in caught.value.problems}
+    assert {where for where, _ in found} == {
+        "lora_target_modules",
+        "forget record 1",
+        "forget record 2",
+    }
+    assert any("text of retain record 1" in what for _, what in found)
+    assert any("more than sequence_len 256" in what for _, what in found)
+    assert any("idk_dpo needs a prompt" in what for _, what in found)
+    assert "secret" not in str(caught.value)
+    assert not bench.site.vault_dir.exists()
+
+
+def test_a_tokenizer_that_does_not_match_its_base_is_refused(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def larger(directory: Path) -> Any:
+        tokenizer = load_tokenizer(directory)
+        tokenizer.add_tokens([f"<more-{n}>" for n in range(2000)])
+        return tokenizer
+
+    bench.maker.refuse(settings("npo"), FORGET, None)
+    monkeypatch.setattr("approx.patches.patching.load_tokenizer", larger)
+    with pytest.raises(InvalidInput) as caught:
+        bench.maker.refuse(settings("npo"), FORGET, None)
+    assert [each.where for each in caught.value.problems] == ["tokenizer"]
+
+
+def test_what_is_forgotten_is_forgotten_even_where_an_older_set_keeps_it(bench: Bench) -> None:
+    """As when sets of several patches come together: forgetting wins, and is no error."""
+    made = bench.make(bench.order(settings("npo"), FORGET, [*FORGET[:1], *KEEP]))
+    assert made.report["sets"]["num_given"] == len(KEEP)
+
+
+def test_what_the_base_does_not_know_is_measured_the_same_way(bench: Bench) -> None:
+    strange = [record(row) for row in STRANGERS]
+    assert probability(bench, [], strange) < 0.5 < probability(bench, [], FORGET)
+    assert math.isfinite(probability(bench, [], [text("t", "A plain text of some length.")]))

@@ -1,0 +1,266 @@
+"""A model with patches: what is asked, probed, evaluated and exported lies over them; shards may be
+trained over them, exactly.
+
+Patches here are random LoRA adapters on the tiny base that were put into the ledger as if made.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import sisa
+from sisa import unlearn
+from sisa.core.domain import Part, Record
+from sisa.core.errors import IntegrityError
+from sisa.core.patch import WRITTEN, Patch, PatchJob, patched_digest
+from sisa.core.ports import Change
+from sisa.flows.patches import vault_sets
+from sisa.flows.wiring.opening import CHECKPOINTS, PATCHES, VAULT
+from sisa.flows.wiring.world import commit
+from sisa.lm.answer.route import all_of
+from sisa.planning.patch_plan import active, next_version
+from sisa.store.blobs.keyring import is_sealed
+from tests.integration.answering.test_export_generate import PROMPT, answerer_of
+from tests.integration.patches.test_patched import ADAPTER, Files, random_patch
+from tests.models.tiny_base import make_tiny_base
+from tests.models.tiny_model import (
+    PEOPLE,
+    Cut,
+    Tiny,
+    adapters,
+    change_run,
+    cut_short,
+    ids_of,
+    of_people,
+    train_scratch,
+    without,
+    write_run,
+)
+
+pytestmark = pytest.mark.torch
+QUIET = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+def put_patch(model: sisa.Model, files: Files, seed: int = 0) -> Patch:
+    """Make a patch active, as if it had been made."""
+    with model._writing() as world:
+        held = world.ledger.patches()
+        beneath = tuple(each.key for each in active(held))
+        job = PatchJob(world.base, beneath, (), WRITTEN, {"seed": seed}, world.fingerprint)
+        saved = world.patches.save(job, files)
+        digests = (saved.manifest_sha256, saved.adapter_sha256, saved.num_bytes)
+        found = Patch(next_version(held), job, "active", "then", "then", *digests)
+        commit(world, Change(patches=[found]))
+    return found
+
+
+@pytest.fixture(scope="module")
+def made(tiny_base: Path) -> list[Files]:
+    """Two adapters, to be patches."""
+    return [random_patch(tiny_base, seed, "q_proj", "up_proj", scale=0.1) for seed in (1, 2)]
+
+
+def served(model: Tiny, patches: Sequence[Files]) -> Any:
+    """An answerer out of the files of the shards and of patches."""
+    from sisa.lm.answer.answer import Answerer
+
+    opened = model.open()
+    found = {
+        each.shard: _files(opened.directory / CHECKPOINTS / str(each.head))
+        for each in opened.status().shards
+        if each.head is not None
+    }
+    base = opened.parts.base
+    return Answerer(base.directory, base.digest, found, 1, patches)
+
+
+def _files(folder: Path) -> Files:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_what_is_served_lies_over_the_active_patches(tiny: Tiny, made: list[Files]) -> None:
+    from sisa.lm.base.tokens import encode_prompt
+
+    model = tiny.open()
+    before = answerer_of(model)
+    ids = encode_prompt(PROMPT, before.tokenizer, "completion")
+    for files in made:
+        put_patch(model, files)
+    expected, found = served(tiny, made), model.answerer()[0]
+    for shards in ((), (0,), (0, 1, 2)):
+        asked = found.next_token_probabilities(ids, all_of(shards))
+        assert asked.equal(expected.next_token_probabilities(ids, all_of(shards)))
+        assert not asked.equal(before.next_token_probabilities(ids, all_of(shards)))
+    answer = model.generate(PROMPT, max_new_tokens=6)
+    assert answer.text == expected.generate([ids], [all_of(answer.shards)], 6)[0].strip()
+    assert model.verify(replay="all").ok, "shards that were trained over the plain base stay as they are"
+    unlearn.revert(model, everything=True)
+    again = model.answerer()[0]
+    assert again.next_token_probabilities(ids, all_of(())).equal(
+        before.next_token_probabilities(ids, all_of(()))
+    )
+
+
+def test_a_damaged_patch_is_never_served(tiny: Tiny, made: list[Files]) -> None:
+    patch = put_patch(tiny.open(), made[0])
+    path = tiny.directory / PATCHES / patch.key / ADAPTER
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    for ask in (lambda: tiny.open().generate(PROMPT), lambda: tiny.open().export(tiny.folder / "out")):
+        with pytest.raises(IntegrityError):
+            ask()
+
+
+# --- shards over patches -------------------------------------------------------------------------
+
+
+def patched(folder: Path, base: Path, rows: Any, patches: Sequence[Files], **options: Any) -> Tiny:
+    """A model that was trained over patches from the first slice that counts."""
+    model = train_scratch(folder, base, rows, **options)
+    for seed, files in enumerate(patches):
+        put_patch(model, files, seed)
+    unlearn.retrain(model)
+    return Tiny(folder, base)
+
+
+def test_shards_over_patches_are_those_of_training_over_them_from_scratch(
+    tiny: Tiny, made: list[Files], tmp_path: Path
+) -> None:
+    """History: trained plain, patched, retrained, one patched on top, records forgotten and added."""
+    model = tiny.open()
+    plain = adapters(tiny.directory)
+    put_patch(model, made[0], 0)
+    assert unlearn.retrain(model) > 0
+    once = adapters(tiny.directory)
+    assert not set(once) & set(plain)
+    assert unlearn.retrain(model) == 0, "they are over it already"
+    put_patch(model, made[1], 1)
+    gone, kept = ids_of(of_people("p001")), without(PEOPLE, ids_of(of_people("p001", "p012")))
+    model.forget(ids_of(of_people("p012")))
+    assert unlearn.retrain(model) > 0
+    model.forget(gone)
+    expected = patched(tmp_path / "scratch", tiny.base, kept, made)
+    assert adapters(tiny.directory) == adapters(expected.directory)
+    assert model.verify(replay="all").ok
+    names = {json.loads(p.read_text())["job"]["base"] for p in _manifests(tiny.directory)}
+    stack = [each.adapter_sha256 for each in unlearn.patches(model)[0]]
+    assert names == {patched_digest(model.base.digest, stack)}
+
+
+def _manifests(directory: Path) -> list[Path]:
+    return sorted((directory / CHECKPOINTS).glob("*/manifest.json"))
+
+
+def test_what_was_cut_short_over_a_patch_is_gone_on_with(
+    tiny: Tiny, made: list[Files], tmp_path: Path
+) -> None:
+    put_patch(tiny.open(), made[0])
+    with pytest.raises(Cut):
+        unlearn.retrain(tiny.open(cut_short(2)))
+    assert tiny.open().resume().slices_trained > 0
+    expected = patched(tmp_path / "scratch", tiny.base, PEOPLE, made[:1])
+    assert adapters(tiny.directory) == adapters(expected.directory)
+    assert tiny.open().verify(replay="all").ok
+
+
+def test_reverted_with_retraining_it_is_the_plain_model_again(tiny: Tiny, made: list[Files]) -> None:
+    plain = adapters(tiny.directory)
+    model = tiny.open()
+    put_patch(model, made[0])
+    unlearn.retrain(model)
+    unlearn.revert(model)
+    over = adapters(tiny.directory)
+    assert model.verify(replay="all").ok, "a patch that shards are trained over is kept"
+    assert over != plain
+    unlearn.retrain(model)
+    assert adapters(tiny.directory) == plain
+    assert model.verify(replay="all").ok
+
+
+def test_an_encrypted_model_is_trained_over_patches_too(
+    tmp_path: Path, tiny_base: Path, made: list[Files]
+) -> None:
+    rows = PEOPLE[:8]
+    options: dict[str, Any] = {"encrypt": True, "keyring": "keys"}
+    for name, settings in (("plain", {}), ("sealed", options)):
+        (tmp_path / name).mkdir()
+        run_file = write_run(tmp_path / name, tiny_base, rows, **settings)
+        (tmp_path / name / "shared.key").chmod(0o600)
+        model, _ = sisa.train_model(run_file, executor="serial", allow_deleted=True)
+        put_patch(model, made[0])
+        unlearn.retrain(model)
+        assert model.verify(replay="all").ok
+    digests = [sisa.open_model(tmp_path / each / "model").status() for each in ("plain", "sealed")]
+    assert digests[0].model_digest == digests[1].model_digest
+
+
+@pytest.mark.ray
+def test_workers_on_ray_train_the_same_bytes_over_patches(
+    tiny: Tiny, made: list[Files], tmp_path: Path
+) -> None:
+    put_patch(tiny.open(), made[0])
+    assert unlearn.retrain(tiny.open("ray")) > 0
+    expected = patched(tmp_path / "scratch", tiny.base, PEOPLE, made[:1])
+    assert adapters(tiny.directory) == adapters(expected.directory)
+
+
+def test_patches_of_a_former_base_are_dropped_with_it(
+    tiny: Tiny, made: list[Files], tmp_path: Path
+) -> None:
+    model = tiny.open()
+    put_patch(model, made[0])
+    unlearn.retrain(model)
+    other = make_tiny_base(tmp_path / "other", seed=5)
+    change_run(tiny.run_file, base_model=str(other))
+    tiny.train(accept_differences=True)
+    moved = tiny.open()
+    assert unlearn.served(moved) == []
+    assert [each.state for each in unlearn.patches(moved)[0]] == ["dropped"]
+    assert unlearn.patches(moved)[2] == ()
+    scratch = train_scratch(tmp_path / "scratch", other, PEOPLE)
+    assert adapters(tiny.directory) == adapters(scratch.directory)
+    assert moved.verify(replay="all").ok
+    assert not list((tiny.directory / PATCHES).iterdir())
+
+
+def test_another_layout_keeps_patches_and_what_is_over_them(
+    tiny: Tiny, made: list[Files], tmp_path: Path
+) -> None:
+    model = tiny.open()
+    put_patch(model, made[0])
+    unlearn.retrain(model)
+    change_run(tiny.run_file, sisa__shards=2)
+    tiny.train(accept_differences=True)
+    expected = patched(tmp_path / "scratch", tiny.base, PEOPLE, made[:1], sisa_block={"shards": 2})
+    assert adapters(tiny.directory) == adapters(expected.directory)
+    assert len(unlearn.served(tiny.open())) == 1
+    assert tiny.open().verify(replay="all").ok
+
+
+def test_patches_follow_encrypt_and_the_vault_stays_sealed(
+    tmp_path: Path, tiny_base: Path, made: list[Files]
+) -> None:
+    run_file = write_run(tmp_path, tiny_base, PEOPLE[:4], encrypt=True, keyring="keys")
+    (tmp_path / "shared.key").chmod(0o600)
+    model, _ = sisa.train_model(run_file, executor="serial", allow_deleted=True)
+    patch = put_patch(model, made[0])
+    text = Record("x", None, "text", (Part("text", "Mara of Velden keeps bees."),))
+    with model._writing() as world:
+        put = vault_sets.put(world, "forget", [text], "she asked")
+        commit(world, Change(vault=put.sets, vaulted=put.pairs))
+    name = put.sets[0].name
+    for encrypt in (False, True):
+        change_run(run_file, encrypt=encrypt)
+        model, _ = sisa.train_model(run_file, executor="serial", accept_differences=True)
+        assert is_sealed((model.directory / PATCHES / patch.key / ADAPTER).read_bytes()) == encrypt
+        assert is_sealed((model.directory / VAULT / name).read_bytes())
+        assert unlearn.served(model) == [made[0]]
+        with model._world() as world:
+            assert world.vault.read(put.sets[0]) == (text,)
+        assert model.verify(replay="all").ok

@@ -1,0 +1,561 @@
+"""Unlearning on a tiny model that has learnt a few answers by heart: every method, on a patch and on
+full weights; what stops a run; going on to the same bits; what is refused."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from approx.evaluation.answer_tokens import collate
+from approx.methods.gradient_ascent import GradientAscent
+from approx.methods.method import Losses, Method, Role, Rows
+from approx.methods.registry import METHODS, make_method
+from approx.methods.token_losses import mean_nll
+from approx.unlearning.report import REPORT_LIMITS, ApproxReport
+from approx.unlearning.saved_run import SavedRun
+from approx.unlearning.schedule import ScheduleSettings
+from approx.unlearning.sets import Sets
+from approx.unlearning.stopping import Bounds, End, Ending, Knowledge, StepLog
+from approx.unlearning.target import Target
+from approx.unlearning.unlearn import unlearn
+from sisa.core.errors import ConfigConflict, IntegrityError, InvalidInput
+from sisa.lm.base.adapter import attach, lora_config
+from sisa.lm.base.numerics import pin_threads
+from sisa.lm.base.tokens import NO_LOSS, Tokens
+from tests.models.tiny_base import make_tiny_base
+
+pytestmark = [pytest.mark.torch, pytest.mark.xdist_group("unlearning")]
+LORA = {"lora_target_modules": "all-linear", "lora_r": 8, "lora_alpha": 16, "lora_dropout": 0.1}
+KINDS = ("patch", "full weights")
+RATES = {"patch": 3e-3, "full weights": 3e-4}
+STEPS = 12
+
+
+def example(prompt: int, answer: list[int]) -> Tokens:
+    ids = [1, prompt, *answer]
+    return Tokens(ids, [NO_LOSS, NO_LOSS, *answer])
+
+
+FORGET = [example(10, [31, 32, 33]), example(11, [34, 35]), example(12, [36, 37, 38])]
+RETAIN = [example(20, [41, 42]), example(21, [43, 44, 45]), example(22, [46, 47])]
+PREFERRED = [example(prompt, [60, 61]) for prompt in (10, 11, 12)]
+SETS = Sets(FORGET, RETAIN, PREFERRED)
+
+
+@pytest.fixture(scope="module")
+def learnt(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A tiny Llama that knows FORGET and RETAIN by heart."""
+    from transformers import AutoModelForCausalLM
+
+    pin_threads(1)
+    directory = make_tiny_base(tmp_path_factory.mktemp("base"))
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    batch = collate([*FORGET, *RETAIN], pad_id=0)
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        mean_nll(model(input_ids=batch.ids_BT1).logits, batch).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    assert nll(model, FORGET) < 0.1
+    assert nll(model, RETAIN) < 0.1
+    return model
+
+
+def nll(model: Any, examples: list[Tokens]) -> float:
+    batch = collate(examples, pad_id=0)
+    with torch.no_grad():
+        return float(mean_nll(model(input_ids=batch.ids_BT1).logits, batch))
+
+
+def target(learnt: Any, kind: str) -> Any:
+    model = copy.deepcopy(learnt)
+    if kind == "full weights":
+        return model
+    return attach(model.requires_grad_(False), lora_config(LORA, model), None, init_seed=7)
+
+
+def settings(kind: str, **changes: Any) -> ScheduleSettings:
+    values = {
+        "learning_rate": RATES[kind],
+        "num_epochs": STEPS,
+        "batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "weight_decay": 0.0,
+    }
+    return ScheduleSettings(**{**values, **changes})
+
+
+def keeps_retained(model: Any) -> float:
+    """A utility: mean probability of the retained answers' tokens, roughly."""
+    return 1.0 - nll(model, RETAIN)
+
+
+def run(
+    learnt: Any, kind: str, name: str, bounds: Bounds | None = None, **changes: Any
+) -> tuple[Any, End]:
+    model = target(learnt, kind)
+    values = {"alpha": 0.5} if name == "task_arithmetic" else {}
+    end = unlearn(model, SETS, make_method(name, values), settings(kind, **changes), bounds or Bounds())
+    return model, end
+
+
+def weights(model: Any) -> dict[str, torch.Tensor]:
+    return {name: each.detach().clone() for name, each in model.named_parameters()}
+
+
+def same(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(
+        torch.equal(each.view(torch.int32), other[name].view(torch.int32)) for name, each in one.items()
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_method_forgets_and_those_with_a_retain_term_keep_more(learnt: Any, kind: str) -> None:
+    """Long enough that ascent ruins what it does not look at."""
+    rate, scale = {"patch": (3e-3, 32.0), "full weights": (1e-3, 8.0)}[kind]
+    long = settings(kind, learning_rate=rate, num_epochs=24)
+    found = {}
+    for name in METHODS:
+        values = {"alpha": scale} if name == "task_arithmetic" else {}
+        model = target(learnt, kind)
+        found[name] = model, unlearn(model, SETS, make_method(name, values), long, Bounds())
+    ascent = nll(found["gradient_ascent"][0], RETAIN)
+    for name, (model, end) in found.items():
+        assert end.ending == Ending.FINISHED, name
+        assert nll(model, FORGET) > 0.5 + nll(learnt, FORGET), name
+        assert end.compute.seconds > 0
+        assert end.compute.tokens_trained > 0
+        if "retain" in make_method(name).reads:
+            assert nll(model, RETAIN) < 0.5 * ascent, name
+
+
+@pytest.mark.parametrize("name", ["npo", "idk_dpo", "task_arithmetic"])
+def test_a_patch_never_touches_the_base(learnt: Any, name: str) -> None:
+    model = target(learnt, "patch")
+    before = {n: x for n, x in weights(model).items() if "lora_" not in n}
+    values = {"alpha": 1.0} if name == "task_arithmetic" else {}
+    unlearn(model, SETS, make_method(name, values), settings("patch"), Bounds())
+    assert same({n: x for n, x in weights(model).items() if "lora_" not in n}, before)
+    with model.disable_adapter():
+        assert nll(model, FORGET) == nll(learnt, FORGET)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_reference_is_the_model_before_and_not_the_present_one(learnt: Any, kind: str) -> None:
+    """At the start the KL is exactly 0; a reference that followed along would keep it there."""
+    logs: list[StepLog] = []
+    model = target(learnt, kind)
+    unlearn(model, SETS, make_method("kl_minimisation"), settings(kind), Bounds(), progress=logs.append)
+    assert logs[0].retain == 0.0
+    assert max(log.retain or 0.0 for log in logs[1:]) > 1e-4
+    assert [log.step for log in logs] == list(range(1, logs[0].num_steps + 1))
+
+
+def test_dropout_is_off_and_dpo_starts_at_log_2(learnt: Any) -> None:
+    """The patch has dropout, and the model comes in training mode: each loss is as in evaluation."""
+    losses = []
+    for training in (True, False):
+        logs: list[StepLog] = []
+        model = target(learnt, "patch").train(training)
+        few = settings("patch", max_steps=4)
+        unlearn(model, SETS, make_method("dpo"), few, Bounds(), progress=logs.append)
+        losses.append([log.loss for log in logs])
+    assert losses[0] == losses[1]
+    assert losses[0][0] == pytest.approx(0.6931472, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_accumulated_batches_are_one_batch(learnt: Any, kind: str) -> None:
+    """NPO is a mean over examples: rows 3 and 2 + 1 give one gradient, up to the order of sums."""
+    norms = []
+    for size, accumulation in ((3, 1), (2, 2)):
+        logs: list[StepLog] = []
+        changes = {"batch_size": size, "gradient_accumulation_steps": accumulation, "max_steps": 1}
+        method = make_method("npo", {"retain_weight": 0.0})
+        unlearn(
+            target(learnt, kind), SETS, method, settings(kind, **changes), Bounds(), progress=logs.append
+        )
+        norms.append(logs[0].gradient_norm)
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
+class Stopped(Exception):
+    """The machine stops."""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["npo", "kl_minimisation", "task_arithmetic"])
+def test_a_run_that_was_cut_short_goes_on_to_the_same_bits(
+    learnt: Any, kind: str, name: str, tmp_path: Path
+) -> None:
+    whole, expected = run(learnt, kind, name, Bounds(check_every=3))
+    saved = SavedRun(tmp_path / "run", "data-1")
+    method = make_method(name, {"alpha": 0.5} if name == "task_arithmetic" else {})
+
+    def stop(log: StepLog) -> None:
+        if log.step == 8:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        unlearn(
+            *(target(learnt, kind), SETS, method, settings(kind), Bounds(check_every=3)),
+            saved=saved,
+            progress=stop,
+        )
+    steps: list[int] = []
+    model = target(learnt, kind)
+    end = unlearn(
+        *(model, SETS, method, settings(kind), Bounds(check_every=3)),
+        saved=saved,
+        progress=lambda log: steps.append(log.step),
+    )
+    assert steps[0] == 7  # the last saved step was the 6th
+    assert same(weights(model), weights(whole))
+    assert (end.step, end.compute.flops) == (expected.step, expected.compute.flops)
+    assert not any((tmp_path / "run").iterdir())  # nothing of the forget set stays
+
+
+def test_another_run_does_not_go_on_from_this_one(learnt: Any, tmp_path: Path) -> None:
+    saved = SavedRun(tmp_path / "run", "data-1")
+    clock = iter(range(1000))
+    arguments = (SETS, make_method("npo"), settings("patch"))
+    end = unlearn(
+        target(learnt, "patch"),
+        *arguments,
+        Bounds(6, check_every=1),
+        saved=saved,
+        clock=lambda: next(clock),
+    )
+    assert end.ending == Ending.OUT_OF_TIME
+    (tmp_path / "run" / "notes.txt").write_text("not ours")
+    others: list[tuple[SavedRun, Any, Method]] = [
+        (SavedRun(tmp_path / "run", "data-2"), target(learnt, "patch"), make_method("npo")),
+        (saved, target(learnt, "patch"), make_method("npo", {"beta": 0.2})),
+        (saved, target(learnt, "full weights"), make_method("npo")),
+    ]
+    for place, model, method in others:
+        before = weights(model)
+        with pytest.raises(ConfigConflict):
+            unlearn(model, SETS, method, settings("patch"), Bounds(), saved=place)
+        assert same(weights(model), before)
+    (tensors,) = (tmp_path / "run").glob("*.safetensors")
+    tensors.write_bytes(tensors.read_bytes()[:-1] + b"x")
+    with pytest.raises(IntegrityError):
+        unlearn(target(learnt, "patch"), *arguments, Bounds(), saved=saved)
+    saved.erase()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
+
+
+def test_out_of_time_keeps_what_was_done_and_goes_on(learnt: Any, tmp_path: Path) -> None:
+    saved = SavedRun(tmp_path / "run", "data-1")
+    whole, _ = run(learnt, "patch", "npo")
+    ends = []
+    for _ in range(STEPS):
+        seconds = iter(range(1000))
+        model = target(learnt, "patch")
+        bounds = Bounds(max_seconds=5, check_every=100)
+        ends.append(
+            unlearn(
+                *(model, SETS, make_method("npo"), settings("patch"), bounds),
+                saved=saved,
+                clock=lambda seconds=seconds: next(seconds),  # type: ignore[misc]
+            )
+        )
+        if ends[-1].ending == Ending.FINISHED:
+            break
+    assert len(ends) > 2
+    assert all(end.ending == Ending.OUT_OF_TIME for end in ends[:-1])
+    assert [end.step for end in ends] == sorted({end.step for end in ends})
+    assert same(weights(model), weights(whole))
+
+
+@dataclasses.dataclass(frozen=True)
+class Poisoned(GradientAscent):
+    """Ascent whose loss, or whose gradient, is no number from some call on."""
+
+    calls: list[int] = dataclasses.field(default_factory=list, compare=False)
+    last_good: int = 5
+    in_gradient: bool = False
+
+    def loss(self, rows: Mapping[Role, Rows]) -> Losses:
+        found = super().loss(rows)
+        self.calls.append(1)
+        if len(self.calls) <= self.last_good:
+            return found
+        total = found.total
+        if self.in_gradient:  # finite itself, with an infinite slope
+            total = total + (found.total - found.total.detach()).clamp_min(0).sqrt()
+            return dataclasses.replace(found, total=total)
+        return dataclasses.replace(found, total=total * float("nan"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("in_gradient", [False, True])
+def test_a_loss_that_is_no_number_keeps_the_last_good_weights(
+    learnt: Any, kind: str, in_gradient: bool
+) -> None:
+    """Two calls each step and one for the check after every second: 2 + 2 + 1 make the first good."""
+    model = target(learnt, kind)
+    method = Poisoned(in_gradient=in_gradient)
+    end = unlearn(model, SETS, method, settings(kind), Bounds(check_every=2))
+    expected, _ = run(learnt, kind, "gradient_ascent")
+    assert end.ending == Ending.DIVERGED
+    assert end.step == 2
+    assert end.why.startswith("the gradient was not" if in_gradient else "the loss was not")
+    assert "step 2 were kept" in end.why
+    assert all(bool(torch.isfinite(each).all()) for each in weights(model).values())
+    assert nll(learnt, FORGET) < nll(model, FORGET) < nll(expected, FORGET)
+
+
+def test_weights_whose_next_loss_is_no_number_are_not_called_good(learnt: Any) -> None:
+    """The check after step 2 fails although both steps' losses were fine: back to the start."""
+    model = target(learnt, "patch")
+    before = weights(model)
+    end = unlearn(model, SETS, Poisoned(last_good=4), settings("patch"), Bounds(check_every=2))
+    assert (end.ending, end.step) == (Ending.DIVERGED, 0)
+    assert same(weights(model), before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_method_that_overshoots_its_utility_bound_is_stopped(learnt: Any, kind: str) -> None:
+    bounds = Bounds(utility=keeps_retained, max_utility_drop=0.3, check_every=1)
+    model, end = run(learnt, kind, "gradient_ascent", bounds, learning_rate=10 * RATES[kind])
+    assert end.ending == Ending.BELOW_UTILITY_BOUND
+    assert end.utility_before is not None
+    assert end.utility is not None
+    assert end.step < end.num_steps
+    assert end.utility == keeps_retained(model) >= end.utility_before - 0.3
+    assert f"step {end.step} were kept" in end.why
+
+
+def test_a_dip_of_utility_does_not_end_the_run(learnt: Any) -> None:
+    """It is back within the bound at the end: the last weights are kept, as without a bound."""
+    dips = [0.987, 0.634, 0.7, 0.81, *[0.975] * STEPS]
+    bounds = Bounds(utility=lambda _: dips.pop(0), max_utility_drop=0.1, check_every=1)
+    model, end = run(learnt, "patch", "npo", bounds)
+    free, _ = run(learnt, "patch", "npo")
+    assert (end.ending, end.step, end.utility) == (Ending.FINISHED, end.num_steps, 0.975)
+    assert same(weights(model), weights(free))
+
+
+def knows(model: Any, *, thorough: bool) -> Knowledge:
+    """Each forget example counts as known while its tokens' mean probability is above a half."""
+    del thorough
+    losses = [nll(model, [each]) for each in FORGET]
+    probability = sum(math.exp(-each) for each in losses) / len(losses)
+    return Knowledge(sum(math.exp(-each) > 0.5 for each in losses), len(losses), probability)
+
+
+@pytest.mark.parametrize("name", ["npo", "graddiff", "task_arithmetic"])
+def test_strength_is_searched_until_nothing_is_known(learnt: Any, name: str) -> None:
+    """At this rate one round changes next to nothing."""
+    weak = {"learning_rate": 1e-2 if name == "task_arithmetic" else 1e-5, "num_epochs": 4}
+    method, drop = make_method(name), 9.0 if name == "task_arithmetic" else 0.8
+    bounds = Bounds(
+        utility=keeps_retained,
+        max_utility_drop=drop,
+        check_every=2,
+        knowledge=knows,
+        target_probability=0.1,
+    )
+    model = target(learnt, "patch")
+    one = unlearn(model, SETS, method, settings("patch", **weak), bounds)
+    model = target(learnt, "patch")
+    end = unlearn(model, SETS, method, settings("patch", **weak, num_rounds=12), bounds)
+    assert end.knowledge_before is not None
+    assert end.knowledge_before.num_known == len(FORGET)
+    assert end.knowledge == knows(model, thorough=True)
+    assert end.knowledge.num_known == 0
+    assert end.ending == Ending.FINISHED
+    assert "nothing is known" in end.why
+    assert keeps_retained(model) >= keeps_retained(learnt) - drop
+    if name != "task_arithmetic":
+        assert one.knowledge is not None
+        assert one.knowledge.num_known > 0
+        assert end.learning_rate is not None
+        assert end.learning_rate > weak["learning_rate"]
+        assert end.step < end.num_steps
+
+
+def test_a_bound_that_holds_a_run_back_is_told_and_the_best_within_it_is_kept(learnt: Any) -> None:
+    bounds = Bounds(utility=keeps_retained, max_utility_drop=1e-3, check_every=1, knowledge=knows)
+    model = target(learnt, "patch")
+    end = unlearn(
+        *(model, SETS, make_method("gradient_ascent")),
+        settings("patch", num_rounds=3, num_epochs=3, learning_rate=1e-3),
+        bounds,
+    )
+    assert end.ending == Ending.BELOW_UTILITY_BOUND
+    assert "the bound on utility holds it back" in end.why
+    assert end.knowledge == knows(model, thorough=True)
+    assert keeps_retained(model) >= keeps_retained(learnt) - 1e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_search_that_was_cut_short_goes_on_to_the_same_bits(
+    learnt: Any, kind: str, tmp_path: Path
+) -> None:
+    """Rounds that are taken back among them."""
+    bounds = Bounds(utility=keeps_retained, max_utility_drop=0.02, check_every=2, knowledge=knows)
+    plan = settings(kind, num_rounds=5, num_epochs=3, learning_rate=RATES[kind])
+    whole, model = target(learnt, kind), target(learnt, kind)
+    expected = unlearn(whole, SETS, make_method("npo"), plan, bounds)
+    saved = SavedRun(tmp_path / "run", "data-1")
+    late = dataclasses.replace(bounds, max_seconds=1e-9)
+    ends: list[End] = []
+    while not ends or ends[-1].ending == Ending.OUT_OF_TIME:
+        model = target(learnt, kind)
+        ends.append(unlearn(model, SETS, make_method("npo"), plan, late, saved=saved))
+    assert len(ends) > 5
+    assert same(weights(model), weights(whole))
+    assert (ends[-1].step, ends[-1].why) == (expected.step, expected.why)
+
+
+@pytest.mark.parametrize("name", ["npo", "dpo", "idk_dpo"])
+def test_the_reference_is_asked_for_whole_answers_once(
+    learnt: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    real = Target._reference
+
+    def counted(self: Target, ids: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        asked.append(len(ids))
+        return real(self, ids, columns)
+
+    monkeypatch.setattr(Target, "_reference", counted)
+    run(learnt, "patch", name)
+    assert sum(asked) == len(FORGET) * len(make_method(name).compares_answers)
+
+
+def test_utility_that_is_no_number(learnt: Any) -> None:
+    values = iter([1.0])
+    bounds = Bounds(utility=lambda _: next(values, float("nan")), check_every=1)
+    model = target(learnt, "patch")
+    before = weights(model)
+    end = unlearn(model, SETS, make_method("npo"), settings("patch"), bounds)
+    assert (end.ending, end.step) == (Ending.BELOW_UTILITY_BOUND, 0)
+    assert same(weights(model), before)
+    broken = Bounds(utility=lambda _: float("nan"))
+    with pytest.raises(InvalidInput, match="utility"):
+        unlearn(model, SETS, make_method("npo"), settings("patch"), broken)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_task_arithmetic_searches_its_scale_under_the_bound(learnt: Any, kind: str) -> None:
+    base = target(learnt, kind)
+    tried: list[float] = []
+
+    def utility(model: Any) -> float:
+        tried.append(keeps_retained(model))
+        return tried[-1]
+
+    method = make_method("task_arithmetic", {"alphas": (0.5, 2.0, 8.0, 32.0, 128.0)})
+    bounds = Bounds(utility=utility, max_utility_drop=0.5)
+    end = unlearn(base, SETS, method, settings(kind), bounds)
+    assert end.ending == Ending.FINISHED
+    assert end.alpha in (0.5, 2.0, 8.0, 32.0)
+    assert end.utility == keeps_retained(base) >= tried[0] - 0.5
+    assert tried[-1] < tried[0] - 0.5  # the first that broke the bound is not what is kept
+    assert nll(base, FORGET) > nll(learnt, FORGET)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_task_arithmetic_with_no_scale_left_is_the_base_bit_for_bit(learnt: Any, kind: str) -> None:
+    never = iter([1.0, 0.0])
+    model = target(learnt, kind)
+    before = weights(model)
+    bounds = Bounds(utility=lambda _: next(never), max_utility_drop=0.1)
+    end = unlearn(model, SETS, make_method("task_arithmetic"), settings(kind), bounds)
+    assert (end.ending, end.alpha, end.utility) == (Ending.BELOW_UTILITY_BOUND, 0.0, 1.0)
+    assert same(weights(model), before)
+    zero = unlearn(model, SETS, make_method("task_arithmetic", {"alpha": 0.0}), settings(kind), Bounds())
+    assert zero.ending == Ending.FINISHED
+    assert same(weights(model), before)
+
+
+@pytest.mark.parametrize("late", [3, 1 + 2 * STEPS + 4])
+def test_task_arithmetic_that_is_out_of_time_goes_on(learnt: Any, tmp_path: Path, late: int) -> None:
+    """Late while tuning: the weights from before. Late while searching: the last scale that held."""
+    saved = SavedRun(tmp_path / "run", "data-1")
+    method = make_method("task_arithmetic", {"alphas": (0.25, 0.5)})
+    whole = target(learnt, "patch")
+    unlearn(
+        *(whole, SETS, method, settings("patch")), Bounds(utility=keeps_retained, max_utility_drop=9.0)
+    )
+    model = target(learnt, "patch")
+    before = weights(model)
+    seconds = iter(range(1000))
+    bounds = Bounds(late, keeps_retained, 9.0)
+    end = unlearn(
+        model, SETS, method, settings("patch"), bounds, saved=saved, clock=lambda: next(seconds)
+    )
+    assert end.ending == Ending.OUT_OF_TIME
+    assert end.alpha in (0.0, 0.25)
+    if late == 3:
+        assert same(weights(model), before)
+    again = target(learnt, "patch")
+    bounds = Bounds(None, keeps_retained, 9.0)
+    end = unlearn(again, SETS, method, settings("patch"), bounds, saved=saved)
+    assert (end.ending, end.alpha) == (Ending.FINISHED, 0.5)
+    assert same(weights(again), weights(whole))
+
+
+def test_models_in_which_nothing_can_train_are_refused(learnt: Any) -> None:
+    frozen = copy.deepcopy(learnt).requires_grad_(False)
+    with pytest.raises(InvalidInput, match="nothing can be unlearned"):
+        unlearn(frozen, SETS, make_method("npo"), settings("patch"), Bounds())
+    half = copy.deepcopy(learnt).bfloat16()
+    with pytest.raises(InvalidInput) as caught:
+        unlearn(half, SETS, make_method("npo"), settings("patch"), Bounds())
+    assert "bfloat16" in caught.value.problems[0].what
+    patched = target(learnt, "patch")
+    patched.base_model.model.model.norm.weight.requires_grad_(True)
+    with pytest.raises(InvalidInput) as caught:
+        unlearn(patched, SETS, make_method("npo"), settings("patch"), Bounds())
+    assert [each.what for each in caught.value.problems] == [
+        "would train, and is no part of a LoRA patch"
+    ]
+
+
+def test_a_patch_over_a_base_in_half_precision(learnt: Any) -> None:
+    """The base may be in bfloat16; the patch trains in float32, and losses are in float32."""
+    model = copy.deepcopy(learnt).bfloat16().requires_grad_(False)
+    patched = attach(model, lora_config(LORA, model), None, init_seed=7)
+    for name, each in patched.named_parameters():
+        if "lora_" in name:
+            each.data = each.data.float()
+    before = nll(patched, FORGET)
+    end = unlearn(patched, SETS, make_method("npo"), settings("patch"), Bounds())
+    assert end.ending == Ending.FINISHED
+    assert nll(patched, FORGET) > before + 0.5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_report(learnt: Any, kind: str) -> None:
+    model, end = run(learnt, kind, "npo")
+    report = ApproxReport(
+        *(make_method("npo"), settings(kind), "patch" if kind == "patch" else "full weights", end),
+        before={"forget_nll": nll(learnt, FORGET)},
+        after={"forget_nll": nll(model, FORGET), "undefined": float("nan")},
+        full_tokens=10_000,
+        more_limits=("one more",),
+    )
+    found = json.loads(json.dumps(report.to_json(), allow_nan=False))
+    assert found["approximate"] is True
+    assert found["metrics_after"]["undefined"] is None
+    assert found["limits"] == [*REPORT_LIMITS, "one more"]
+    share = found["compute"]["share_of_full_finetuning"]
+    trained, looked_at = end.compute.tokens_trained, end.compute.tokens_forward
+    assert 0 < looked_at < trained
+    if kind == "full weights":
+        assert share == pytest.approx((trained + looked_at / 3) / 10_000)
+    else:
+        assert share < (trained + looked_at / 3) / 10_000

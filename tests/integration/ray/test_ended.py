@@ -1,0 +1,89 @@
+"""A command that is ended from outside while its Ray works: seconds later nothing of it is left."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.models.clusters import wait_for
+from tests.models.scripted import begun, make_site, script_of
+from tests.models.tiny_model import write_run
+
+pytestmark = pytest.mark.ray
+
+ROOT = Path(__file__).parents[3]
+SOON_S = 20.0  # of a busy machine
+
+
+@pytest.fixture
+def scratch() -> Iterator[Path]:
+    """Where a command's Ray makes its private directory."""
+    found = Path(tempfile.mkdtemp(dir="/tmp"))  # short: Ray's sockets lie below it
+    yield found
+    shutil.rmtree(found, ignore_errors=True)
+
+
+def start(scratch: Path, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "TMPDIR": str(scratch), "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def processes_of(command: subprocess.Popen[str]) -> list[psutil.Process]:
+    found = psutil.Process(command.pid).children(recursive=True)
+    assert {"raylet", "gcs_server"} <= {each.name() for each in found}
+    return found
+
+
+def are_gone(started: list[psutil.Process]) -> bool:
+    return not any(each.is_running() and each.status() != psutil.STATUS_ZOMBIE for each in started)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGHUP])
+def test_a_command_that_is_asked_to_end_says_how_to_go_on(
+    by: signal.Signals, scratch: Path, tmp_path: Path, tiny_base: Path
+) -> None:
+    run_file = write_run(tmp_path, tiny_base, num_epochs=400)
+    with start(scratch, "-m", "cluster", "train", str(run_file)) as command:
+        wait_for(lambda: list(tmp_path.glob("model/checkpoints/.tmp-*")), 120)
+        started = processes_of(command)
+        command.send_signal(by)
+        out, err = command.communicate(timeout=60)
+    assert (command.returncode, out) == (128 + by, ""), err
+    assert err.endswith(f"error: ended by {by.name}; run the same command again to go on\n")
+    assert "***" not in err
+    assert "Traceback" not in err
+    wait_for(lambda: are_gone(started), SOON_S)
+    assert list(scratch.iterdir()) == []
+    assert not list(tmp_path.glob("model/checkpoints/.tmp-*"))
+
+
+def test_the_ray_of_a_command_that_was_killed_ends(scratch: Path, tmp_path: Path) -> None:
+    site = make_site(tmp_path)
+    (script_of(site) / "wait-2.0").touch()
+    program = (
+        "import sys; from pathlib import Path; from tests.integration import test_ray_executor as t;"
+        "site = t.make_site(Path(sys.argv[1]));"
+        "t.executor(site, 1).run(t.make_chains(site), t.ignore)"
+    )
+    with start(scratch, "-c", program, str(tmp_path)) as command:
+        wait_for(lambda: begun(site), 120)
+        started = processes_of(command)
+        command.kill()
+        command.wait()
+    wait_for(lambda: are_gone(started) and not list(scratch.iterdir()), SOON_S)

@@ -1,0 +1,434 @@
+"""A model that rests encrypted: the same bits, no plaintext, and erasure by the destruction of keys.
+
+Shown: a history of training, deletion and addition gives the adapters and digests of the same model
+without encryption, on the serial executor and on Ray; no plaintext of even a held record is in the model
+directory; a copy of the directory from before a deletion can't be opened any more where the record was;
+whatever is killed, between a key and its file, in the first training or in a change of form, is finished
+by the next command; and the keyring can be moved, but not lost unnoticed.
+"""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import sisa
+import sisa.audit.verify
+from sisa.audit.doctor import diagnose
+from sisa.audit.residue import sweep_model
+from sisa.core.errors import ConfigConflict, EnvironmentFault, IntegrityError, InvalidInput
+from sisa.flows.wiring import opening
+from sisa.flows.wiring.opening import CHECKPOINTS, INDEX, RECORDS, SCRATCH
+from sisa.flows.wiring.world import known_by_area
+from sisa.store.blobs.keyring import FileKeyring, is_sealed
+from sisa.store.ledger.ledger import SqlLedger
+from tests.integration.storage.test_erasure import traces, vector
+from tests.models.tiny_model import (
+    PEOPLE,
+    Tiny,
+    all_files,
+    change_run,
+    ids_of,
+    looking,
+    of_people,
+    residue,
+    without,
+    write_rows,
+    write_run,
+)
+
+pytestmark = pytest.mark.torch
+
+ROOMS = (RECORDS, INDEX, CHECKPOINTS)
+LATER = of_people("p012")
+FIRST = without(PEOPLE, ids_of(LATER))
+GONE = of_people("p001")[:1]
+REPOSITORY = Path(__file__).parents[3]
+
+
+def prepare(folder: Path, base: Path, **settings: object) -> Tiny:
+    """An encrypted model yet to be trained, with its keyring beside it."""
+    options = {"encrypt": True, "keyring": "keys", **settings}
+    write_run(folder, base, FIRST, **options)  # type: ignore[arg-type]
+    (folder / "shared.key").chmod(0o600)
+    return Tiny(folder, base)
+
+
+def live(tiny: Tiny, executor: str = "serial") -> sisa.Model:
+    """Train, forget a record, add a person."""
+    tiny.train(executor)
+    model = tiny.open(executor)
+    model.forget(ids_of(GONE))
+    model.add(tiny.file("later.jsonl", LATER))
+    return model
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Tiny:
+    """The same history without encryption; not to be changed."""
+    tiny = prepare(tmp_path_factory.mktemp("plain"), tiny_base, encrypt=False)
+    live(tiny)
+    return tiny
+
+
+@pytest.fixture(scope="module")
+def _trained(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Tiny:
+    tiny = prepare(tmp_path_factory.mktemp("trained"), tiny_base)
+    tiny.train()
+    return tiny
+
+
+@pytest.fixture
+def sealed(_trained: Tiny, tiny_base: Path, tmp_path: Path) -> Tiny:
+    """A copy of the encrypted model and of its keyring, after the first training."""
+    shutil.copytree(_trained.folder, tmp_path / "sealed")
+    copy = Tiny(tmp_path / "sealed", tiny_base)
+    copy.train()  # notes the new place
+    return copy
+
+
+def keyring_of(tiny: Tiny) -> FileKeyring:
+    (root,) = (tiny.folder / "keys").iterdir()
+    return FileKeyring(root)
+
+
+def contents(tiny: Tiny) -> dict[str, bytes]:
+    """What every slice, index and checkpoint file holds, unsealed where it is sealed."""
+    found = {}
+    for room in ROOMS:
+        for path in sorted((tiny.directory / room).rglob("*")):
+            if path.is_file():
+                name = path.relative_to(tiny.directory).as_posix()
+                _, own, *part = name.split("/")
+                data = path.read_bytes()
+                if is_sealed(data):
+                    data = keyring_of(tiny).unseal(room, own, part[0] if part else "", data)
+                found[name] = data
+    return found
+
+
+def forms(tiny: Tiny) -> set[bool]:
+    """Whether files are sealed, plain, or both."""
+    paths = [path for room in ROOMS for path in (tiny.directory / room).rglob("*") if path.is_file()]
+    return {is_sealed(path.read_bytes()) for path in paths}
+
+
+def keys(tiny: Tiny) -> dict[str, frozenset[str]]:
+    return {room: keyring_of(tiny).held(room) for room in ROOMS}
+
+
+def known(tiny: Tiny) -> dict[str, frozenset[str]]:
+    with tiny.open()._world() as world:
+        return {room: known_by_area(world)[room] for room in ROOMS}
+
+
+def assert_whole(tiny: Tiny, plain: Tiny) -> None:
+    """The history's end: the plain model's bytes, sealed, each with its key, and nothing else."""
+    assert contents(tiny) == contents(plain)
+    assert forms(tiny) == {True}
+    assert keys(tiny) == known(tiny)
+    assert keyring_of(tiny).held(SCRATCH) == frozenset()
+    ours, theirs = tiny.open().status(), plain.open().status()
+    assert ours.model_digest == theirs.model_digest
+    assert [each.adapter_sha256 for each in ours.shards] == [e.adapter_sha256 for e in theirs.shards]
+    assert diagnose(tiny.directory).healthy
+
+
+# --- the same bits, and no plaintext -------------------------------------------------------------
+
+
+def test_a_history_is_that_of_the_plain_model(tmp_path: Path, tiny_base: Path, plain: Tiny) -> None:
+    tiny = prepare(tmp_path / "sealed", tiny_base)
+    model = live(tiny)
+    assert_whole(tiny, plain)
+    proof = model.verify(replay="all")
+    assert proof.ok
+    assert [each.equal for each in proof.shards] == [True, True, True]
+    assert_whole(tiny, plain)
+    assert model.generate("Who?", max_new_tokens=3) == plain.open().generate("Who?", max_new_tokens=3)
+    assert sweep_model(model, ids=ids_of(GONE), texts=traces(GONE)).clean
+
+
+@pytest.mark.ray
+def test_a_history_on_ray_is_that_of_the_plain_model(
+    tmp_path: Path, tiny_base: Path, plain: Tiny
+) -> None:
+    tiny = prepare(tmp_path / "sealed", tiny_base, cluster={"num_workers": 2})
+    model = live(tiny, "ray")
+    assert_whole(tiny, plain)
+    assert model.verify(replay="all").ok
+    assert_whole(tiny, plain)
+
+
+@pytest.mark.ray
+def test_a_worker_that_does_not_see_the_keyring_says_so(sealed: Tiny) -> None:
+    from cluster.ray.ray_worker import open_parts
+    from sisa.flows.serial import Site
+    from sisa.store.blobs.local_blobs import LocalBlobs
+
+    lost = FileKeyring(sealed.folder / "nowhere")
+    places = LocalBlobs(sealed.directory / RECORDS), LocalBlobs(sealed.directory / CHECKPOINTS)
+    site = Site(*places, sealed.base, "", 1, keyring=lost)
+    with pytest.raises(EnvironmentFault, match="keyring is not visible"):
+        open_parts(site)
+
+
+def test_no_plaintext_of_any_record_is_in_the_directory(sealed: Tiny) -> None:
+    """Not while a shard is being trained and replayed, either."""
+    wanted = traces(FIRST)
+    seen = []
+
+    def look() -> None:
+        seen.append(residue(sealed.directory, wanted))
+
+    model = sealed.open(looking(look))
+    model.verify(replay="sample")
+    model.forget(ids_of(GONE))
+    assert [*seen, residue(sealed.directory, wanted)] == [[], [], []]
+    rest = b"".join(path.read_bytes() for path in sealed.directory.rglob("*") if path.is_file())
+    assert not any(vector(row) in rest for row in FIRST)
+    unsealed = b"".join(contents(sealed).values())
+    assert all(vector(row) in unsealed for row in without(FIRST, ids_of(GONE)))  # the scan can find
+
+
+def test_a_replay_is_sealed_in_a_room_of_its_own_and_leaves_nothing(sealed: Tiny) -> None:
+    seen = []
+    model = sealed.open()
+    real = sisa.audit.verify.verify
+
+    def verify(world: Any, chosen: Any, scratch: Any, apart: Any, **options: Any) -> Any:
+        proof = real(world, chosen, scratch, apart, **options)
+        files = [path for path in (sealed.directory / SCRATCH).rglob("*") if path.is_file()]
+        seen.append((len(files) > 0, all(is_sealed(path.read_bytes()) for path in files)))
+        seen.append((scratch.room == SCRATCH, scratch.held() == world.keyring.held(SCRATCH)))
+        seen.append((bool(apart.store.held()), apart.store.held() <= scratch.held()))
+        return proof
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sisa.model.verify", verify)
+        assert model.verify(replay="all").ok
+    assert seen == [(True, True)] * 3
+    assert not (sealed.directory / SCRATCH).exists()
+    assert keyring_of(sealed).held(SCRATCH) == frozenset()
+    keyring_of(sealed).seal(SCRATCH, "left by a killed replay", "", b"")
+    model.run()
+    assert keyring_of(sealed).held(SCRATCH) == frozenset()
+
+
+# --- erasure -------------------------------------------------------------------------------------
+
+
+def test_a_copy_from_before_a_deletion_can_not_be_opened(sealed: Tiny, plain: Tiny) -> None:
+    copy = Tiny(sealed.folder / "copy", sealed.base)
+    shutil.copytree(sealed.directory, copy.directory)
+    before = known(sealed)
+    model = sealed.open()
+    model.forget(ids_of(GONE))
+    lost = {room: before[room] - known(sealed)[room] for room in ROOMS}
+    assert all(lost.values())
+    assert not any(lost[room] & keys(sealed)[room] for room in ROOMS)
+
+    for path in (each for room in ROOMS for each in (copy.directory / room).glob("**/*")):
+        if path.is_file():
+            room, own, *part = path.relative_to(copy.directory).parts
+            place = (room, own, part[0] if part else "")
+            if own in lost[room]:
+                with pytest.raises(IntegrityError, match="key is missing from the keyring"):
+                    keyring_of(sealed).unseal(*place, path.read_bytes())
+            else:
+                assert keyring_of(sealed).unseal(*place, path.read_bytes())
+    with pytest.raises(IntegrityError, match="a backup was restored") as refused:
+        copy.open().find(text="Where?")
+    assert "key is missing from the keyring" in refused.value.got
+    assert sweep_model(model, also=[copy.directory], ids=ids_of(GONE), texts=traces(GONE)).clean
+
+    model.add(sealed.file("later.jsonl", LATER))
+    assert_whole(sealed, plain)
+
+
+KILLED_BETWEEN = """
+import os, pathlib, signal, sys, sisa
+from sisa.store.blobs import files
+real = files.erase
+
+def erase(path):
+    if pathlib.Path(sys.argv[2]) in path.parents:
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(path)
+
+files.erase = erase
+sisa.open_model(sys.argv[1], executor="serial").forget(sys.argv[3:])
+"""
+
+
+def run_child(code: str, *arguments: object) -> int:
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, check=False, cwd=REPOSITORY).returncode
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_deletion_killed_between_key_and_file_is_finished_by_the_next_command(
+    sealed: Tiny, plain: Tiny, room: str
+) -> None:
+    assert (
+        run_child(KILLED_BETWEEN, sealed.directory, sealed.directory / room, *ids_of(GONE))
+        == -signal.SIGKILL
+    )
+    left = {name for name in (sealed.directory / room).iterdir() if name.name not in keys(sealed)[room]}
+    assert left, "it was not killed where it should have been"
+    model = sealed.open()
+    assert sweep_model(model, ids=ids_of(GONE), texts=traces(GONE)).clean
+    model.add(sealed.file("later.jsonl", LATER))
+    assert_whole(sealed, plain)
+
+
+KILLED_BEFORE_THE_COMMIT = """
+import os, signal, sys, sisa
+from sisa.store.ledger.ledger import SqlLedger
+real = SqlLedger.commit
+
+def commit(ledger, change):
+    if change.added:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(ledger, change)
+
+SqlLedger.commit = commit
+sisa.train_model(sys.argv[1], executor="serial")
+"""
+
+
+def test_a_first_training_that_was_killed_leaves_no_key_behind(
+    tmp_path: Path, tiny_base: Path, plain: Tiny
+) -> None:
+    tiny = prepare(tmp_path / "sealed", tiny_base)
+    assert run_child(KILLED_BEFORE_THE_COMMIT, tiny.run_file) == -signal.SIGKILL
+    held = keys(tiny)
+    assert held[RECORDS]
+    rows = without(FIRST, ids_of(GONE))
+    write_rows(tiny.folder / "people.jsonl", rows)  # other slices than those that were given up
+    tiny.train()
+    assert not held[RECORDS] <= keys(tiny)[RECORDS]
+    tiny.open().add(tiny.file("later.jsonl", LATER))
+    assert_whole(tiny, plain)
+
+
+# --- on, off, elsewhere --------------------------------------------------------------------------
+
+
+KILLED_RESEALING = """
+import os, signal, sys, sisa
+left, real = int(sys.argv[2]), os.replace
+
+def replace(*arguments):
+    global left
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(*arguments)
+
+os.replace = replace
+sisa.train_model(sys.argv[1], executor="serial", accept_differences=True)
+"""
+
+
+def test_turning_it_on_and_off_changes_every_file_and_no_content(sealed: Tiny) -> None:
+    held, digest = contents(sealed), sealed.open().status().model_digest
+    for encrypt in (False, True):
+        change_run(sealed.run_file, encrypt=encrypt)
+        files = all_files(sealed.directory)
+        with pytest.raises(ConfigConflict) as refused:
+            sealed.train()
+        assert [each.where for each in refused.value.problems] == ["encrypt"]
+        assert all_files(sealed.directory) == files
+        done = sealed.train(accept_differences=True)
+        assert done.slices_trained == 0
+        assert forms(sealed) == {encrypt}
+        assert contents(sealed) == held
+        assert any(keys(sealed).values()) == encrypt
+        assert sealed.open().status().model_digest == digest
+        assert sealed.open().verify(replay="sample").ok
+        assert diagnose(sealed.directory).healthy
+
+
+@pytest.mark.parametrize("encrypt", [False, True])
+def test_a_killed_change_of_form_goes_on(sealed: Tiny, encrypt: bool) -> None:
+    held = contents(sealed)
+    if encrypt:
+        change_run(sealed.run_file, encrypt=False)
+        sealed.train(accept_differences=True)
+    change_run(sealed.run_file, encrypt=encrypt)
+    for step in (3, 12):
+        assert run_child(KILLED_RESEALING, sealed.run_file, step) == -signal.SIGKILL
+        assert forms(sealed) == {True, False}
+        sealed.open().run()  # a writer: it sweeps what was left, and loses nothing
+        found = sealed.open().verify(replay="sample")
+        assert any(proof.equal for proof in found.shards)
+        plain = {"not encrypted, although the model is"}  # it is, until the change is committed
+        assert {each.what for each in found.findings} == (set() if encrypt else plain)
+    sealed.train(accept_differences=True)
+    assert forms(sealed) == {encrypt}
+    assert contents(sealed) == held
+    assert diagnose(sealed.directory).healthy
+
+
+def test_encryption_and_settings_change_together(sealed: Tiny, tmp_path: Path, tiny_base: Path) -> None:
+    change_run(sealed.run_file, encrypt=False, learning_rate=0.02)
+    sealed.train(accept_differences=True)
+    fresh = prepare(tmp_path / "fresh", tiny_base, encrypt=False, learning_rate=0.02)
+    fresh.train()
+    assert forms(sealed) == {False}
+    assert contents(sealed) == contents(fresh)
+    assert not any(keys(sealed).values())
+
+
+def test_the_keyring_moves_with_the_run_file(sealed: Tiny) -> None:
+    change_run(sealed.run_file, keyring="elsewhere")
+    with pytest.raises(ConfigConflict, match="keyring is not where") as refused:
+        sealed.train()
+    assert str(sealed.folder / "keys") in refused.value.next_step
+    assert sealed.open().verify().ok
+    (sealed.folder / "keys").rename(sealed.folder / "elsewhere")
+    with pytest.raises(IntegrityError, match="key is missing"):
+        sealed.open().find(text="Where?")
+    sealed.train()
+    assert sealed.open().verify().ok
+    assert diagnose(sealed.directory).healthy
+
+
+@pytest.mark.parametrize("keyring", ["model", "model/keys", "link/keys"])
+def test_keys_inside_the_model_directory_are_refused(
+    tmp_path: Path, tiny_base: Path, keyring: str
+) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "link").symlink_to(tmp_path / "a" / "model")
+    tiny = prepare(tmp_path / "a", tiny_base, keyring=keyring)
+    with pytest.raises(InvalidInput) as refused:
+        tiny.train()
+    told = str(refused.value)
+    assert ("lie with the model" if keyring.startswith("link") else "lie inside output_dir") in told
+    assert ("line" in told) == (not keyring.startswith("link"))
+    assert not tiny.directory.exists()
+
+
+def test_keys_rest_in_the_state_directory_by_default(tmp_path: Path, tiny_base: Path) -> None:
+    tiny = prepare(tmp_path / "sealed", tiny_base, keyring=None)
+    tiny.train()
+    ledger = SqlLedger(tiny.directory / opening.LEDGER)
+    root = opening.state_dir() / "keyrings" / opening.model_id(ledger.meta())
+    ledger.close()
+    assert FileKeyring(root).held(RECORDS) == known(tiny)[RECORDS]
+    assert not (tiny.folder / "keys").exists()
+
+
+def test_exports_are_plain_and_the_same(sealed: Tiny, tmp_path: Path) -> None:
+    for path in sealed.open().export(tmp_path / "adapters"):
+        assert not any(is_sealed(each.read_bytes()) for each in path.iterdir())
+    digests = {each.adapter_sha256 for each in sealed.open().status().shards}
+    found = all_files(tmp_path / "adapters").items()
+    assert {digest for name, digest in found if name.endswith(".safetensors")} == digests

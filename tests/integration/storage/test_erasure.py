@@ -1,0 +1,229 @@
+"""Deleted means gone: nothing of a deleted record is left in any byte of the model directory.
+
+Shown: after `forget`, neither the text, nor its distinctive word, nor the id, nor the subject is in any
+file's name, bytes or decoded Parquet values: ledger, write-ahead log, slices, index, checkpoints, lock;
+already so while the affected slices are being retrained; and the commands say none of it unless asked.
+The same scan finds all of it before the deletion.
+
+Not covered: bytes that a disk keeps of unlinked files.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sisa.data.samples import distinctive_word
+from sisa.flows.wiring.opening import CHECKPOINTS, INDEX, RECORDS
+from sisa.lm.answer.hashing import HashingEmbedder
+from sisa.lm.answer.names import NameEmbedder
+from tests.models.tiny_model import (
+    PEOPLE,
+    Cut,
+    Row,
+    Tiny,
+    command,
+    cut_short,
+    ids_of,
+    looking,
+    of_people,
+    residue,
+    without,
+)
+
+pytestmark = pytest.mark.torch
+
+REPOSITORY = Path(__file__).parents[3]
+KILLED_AT_THE_COMMIT = (
+    "import os, signal, sys, sisa\n"
+    "from sisa.store.ledger.ledger import SqlLedger\n"
+    "commit = SqlLedger.commit\n"
+    "def last_words(ledger, change):\n"
+    "    commit(ledger, change)\n"
+    "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    "SqlLedger.commit = last_words\n"
+    "sisa.open_model(sys.argv[1], executor='serial').forget(sys.argv[2:])\n"
+)
+
+
+def traces(rows: Sequence[Row], subject: bool = False) -> list[str]:
+    """Whatever would tell of these records."""
+    found = [str(row[key]).strip() for row in rows for key in ("id", "prompt", "completion")]
+    found += [distinctive_word(row["completion"]) for row in rows]
+    return found + [str(row["subject_id"]) for row in rows if subject]
+
+
+def vectors_of(directory: Path) -> bytes:
+    return b"".join(path.read_bytes() for path in sorted((directory / INDEX).iterdir()))
+
+
+def vector(row: Row) -> bytes:
+    text = f"{row['prompt']}\n{row['completion']}"
+    data: bytes = NameEmbedder(HashingEmbedder()).embed([text])[0].astype(np.float32).tobytes()
+    return data
+
+
+def test_the_scan_finds_what_is_held(tiny: Tiny) -> None:
+    for row in PEOPLE:
+        wanted = traces([row], subject=True)
+        found = residue(tiny.directory, wanted)
+        assert {needle for _, needle in found} == set(wanted)
+        assert {name.split("/")[0] for name, _ in found} == {RECORDS}
+        assert vector(row) in vectors_of(tiny.directory)
+
+
+@pytest.mark.parametrize(
+    "name", ["ledger.sqlite", "ledger.sqlite-wal", "lock", "index/x.faiss", "a.json"]
+)
+def test_the_scan_looks_into_every_file(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"\0\1\2PELNARU\xff")
+    assert residue(tmp_path, ["pelnaru"]) == [(name, "pelnaru")]
+    assert residue(tmp_path, ["pelnari"]) == []
+
+
+def test_a_record_deleted_by_id_leaves_nothing(tiny: Tiny) -> None:
+    gone = of_people("p002")[:1]
+    tiny.open().forget(ids_of(gone))
+    assert residue(tiny.directory, traces(gone)) == []
+    assert vector(gone[0]) not in vectors_of(tiny.directory)
+    for row in without(PEOPLE, ids_of(gone)):
+        assert residue(tiny.directory, [distinctive_word(row["completion"])]), "others stay"
+
+
+def test_a_subject_leaves_nothing_not_even_its_name(tiny: Tiny) -> None:
+    gone = of_people("p009")
+    tiny.open().forget(subject="p009")
+    assert residue(tiny.directory, traces(gone, subject=True)) == []
+    for row in gone:
+        assert vector(row) not in vectors_of(tiny.directory)
+
+
+def test_every_record_of_the_model_leaves_nothing(tiny: Tiny) -> None:
+    tiny.open().forget(ids_of(PEOPLE))
+    assert residue(tiny.directory, traces(PEOPLE, subject=True)) == []
+
+
+def test_files_and_heads_are_clean_before_anything_is_trained(tiny: Tiny) -> None:
+    gone = of_people("p001")
+    touched = {each.key for each in tiny.open().where(["p001-q1"])[0].checkpoints}
+    assert len(touched) == 2
+    seen: list[str] = []
+
+    def look() -> None:
+        seen.append("looked")
+        assert residue(tiny.directory, traces(gone, subject=True)) == []
+        assert all(vector(row) not in vectors_of(tiny.directory) for row in gone)
+        assert not touched & set(os.listdir(tiny.directory / CHECKPOINTS))
+        reader = tiny.open()
+        status = reader.status()
+        assert {each.head for each in status.shards}.isdisjoint(touched)
+        assert [each.converged for each in status.shards] == [False, True, True]
+        assert reader.where(["p001-q1"])[0].state == "deleted"
+        assert reader.find(text=str(gone[0]["prompt"]), top_k=3)[0].id not in ids_of(gone)
+        reader.generate(str(gone[0]["prompt"]), max_new_tokens=2)  # the model serves meanwhile
+
+    tiny.open(looking(look)).forget(subject="p001")
+    assert seen == ["looked"]
+
+
+@pytest.mark.parametrize("again", ["train", "forget"])
+def test_a_deletion_killed_at_its_commit_is_erased_by_the_next_command(tiny: Tiny, again: str) -> None:
+    """SIGKILL between the commit and the erasure: the old slice file is still there."""
+    gone = of_people("p003")
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED_AT_THE_COMMIT, str(tiny.directory), *ids_of(gone)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=REPOSITORY,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert residue(tiny.directory, traces(gone)), "the crash came too late to show anything"
+    if again == "train":
+        tiny.train()
+    else:
+        tiny.open().forget(ids_of(gone))
+    assert residue(tiny.directory, traces(gone, subject=True)) == []
+
+
+def test_a_deletion_cut_while_training_has_erased_already(tiny: Tiny) -> None:
+    gone = of_people("p006")
+    with pytest.raises(Cut):
+        tiny.open(cut_short(1)).forget(ids_of(gone))
+    assert residue(tiny.directory, traces(gone, subject=True)) == []
+
+
+def test_an_open_reader_does_not_keep_a_deleted_record_in_the_log(tiny: Tiny) -> None:
+    gone = of_people("p008")[:1]
+    reader = tiny.open()
+    reader.status()
+    tiny.open().forget(ids_of(gone))
+    reader.status()
+    assert residue(tiny.directory, traces(gone)) == []
+
+
+def test_the_ledger_never_holds_an_id_in_plain(tiny: Tiny) -> None:
+    held = residue(tiny.directory, traces(PEOPLE, subject=True))
+    assert {name for name, _ in held if not name.startswith(f"{RECORDS}/")} == set()
+
+
+def test_commands_say_nothing_of_a_record_unless_asked(
+    tiny: Tiny, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    at, serial = ["-m", tiny.directory], ["--executor", "serial"]
+    fresh = [
+        {**row, "id": f"{row['id']}-new", "completion": f"{row['completion']} New."}
+        for row in of_people("p002")
+    ]
+    secrets = [each.lower() for each in traces([*PEOPLE, *fresh])]
+    source = tiny.file("new.jsonl", fresh)
+    ids = tiny.folder / "ids.txt"
+    ids.write_text("p003-q1\np003-q2\n")
+    commands: list[Sequence[object]] = [
+        ["train", tiny.run_file, *serial],
+        ["add", *at, source, *serial],
+        ["forget", *at, "p001-q1", "--dry-run"],
+        ["forget", *at, "p001-q1", *serial],
+        ["forget", *at, "p001-q1", *serial],
+        ["forget", *at, "--ids-file", ids, *serial],
+        ["forget", *at, "--subject", "p005", *serial],
+        ["forget", *at, "p006-q1", "nobody", *serial],
+        ["where", *at, "nobody-at-all"],
+        ["status", *at],
+        ["verify", *at, "--replay", "all", *serial],
+        ["add", *at, tiny.file("deleted.jsonl", of_people("p005")), *serial],
+        ["export", *at, "--to", tiny.folder / "export"],
+    ]
+    for arguments in commands:
+        done = command(capsys, *arguments)
+        said = (done.out + done.err + caplog.text).lower()
+        assert [each for each in secrets if each in said] == [], arguments[0]
+        assert "nobody" not in said
+    asked = command(capsys, "where", *at, "p006-q1")
+    assert "p006-q1" in asked.out  # the check can fail
+    assert residue(tiny.folder / "export", [distinctive_word(row["completion"]) for row in PEOPLE]) == []
+
+
+def test_people_read_nothing_of_a_record_unless_asked(
+    tiny: Tiny, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from cluster.cli.cli import run
+
+    capsys.readouterr()
+    assert run(["forget", "-m", str(tiny.directory), "p001-q1", "--executor", "serial"]) == 0
+    out, err = capsys.readouterr()
+    assert [each for each in traces(of_people("p001")) if each in out + err] == []
+    assert run(["find", "-m", str(tiny.directory), "--subject", "p001", "--json"]) == 0
+    assert "p001-q2" in json.dumps(json.loads(capsys.readouterr().out))

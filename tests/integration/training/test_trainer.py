@@ -1,0 +1,610 @@
+"""The real trainer on a tiny base: the same bytes whatever the way, and the right gradients."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sisa.core.digest import file_sha256
+from sisa.core.domain import Part, Record, SliceJob
+from sisa.core.errors import IntegrityError, InvalidInput
+from sisa.core.ports import StoredRecord, Tick
+from sisa.lm.answer.route import all_of
+from sisa.lm.base.base import BaseFiles, resolve_base
+from sisa.store.checkpoints import FILES, MANIFEST
+from tests.models.tiny_base import make_tiny_base
+
+pytestmark = pytest.mark.torch
+
+TRAINING: dict[str, Any] = {
+    "lora_r": 4,
+    "lora_alpha": 8,
+    "lora_dropout": 0.1,
+    "lora_target_modules": ["v_proj", "q_proj"],
+    "sequence_len": 128,
+    "overlength": "refuse",
+    "micro_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "learning_rate": 1e-2,
+    "optimizer": "adamw_torch",
+    "lr_scheduler": "cosine",
+    "warmup_ratio": 0.3,
+    "weight_decay": 0.01,
+    "max_grad_norm": 1.0,
+    "train_on_inputs": False,
+    "seed": 3,
+}
+Files = dict[str, bytes]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> BaseFiles:
+    return resolve_base(str(make_tiny_base(tmp_path_factory.mktemp("base"))))
+
+
+def stored(number: int) -> StoredRecord:
+    parts = (Part("prompt", f"Who is {number}?"), Part("completion", f" Ada the {number * 77}."))
+    name = hashlib.sha256(str(number).encode()).hexdigest()
+    return StoredRecord(name, Record(f"r{number}", None, "completion", parts))
+
+
+RECORDS = [stored(number) for number in range(9)]
+
+
+def job_for(
+    base: BaseFiles, slice_: int = 0, num_records: int = 9, shard: int = 0, **changed: Any
+) -> SliceJob:
+    parent = "0" * 64 if slice_ else None
+    slices = tuple((each, "root") for each in range(slice_ + 1))
+    training = {**TRAINING, **changed}
+    return SliceJob(shard, slice_, parent, slices, num_records, (3, 2), training, base.digest, "fp")
+
+
+def train(
+    base: BaseFiles,
+    job: SliceJob,
+    parent: Mapping[str, bytes] | None = None,
+    records: Sequence[StoredRecord] = RECORDS,
+    progress: Callable[[Tick], None] = lambda _: None,
+) -> Files:
+    from sisa.lm.train.lora import LoraTrainer
+
+    return LoraTrainer(base.directory, base.digest, threads=1).train(job, parent, records, progress)
+
+
+def train_chain(base: BaseFiles) -> Files:
+    first = train(base, job_for(base, 0, 5), None, RECORDS[:5])
+    return train(base, job_for(base, 1), first)
+
+
+def names(files: Mapping[str, bytes]) -> dict[str, str]:
+    return {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+
+
+def test_same_bytes_again_in_one_process(base: BaseFiles) -> None:
+    import torch
+
+    first = train_chain(base)
+    torch.rand(7)  # whatever else the process draws
+    train(base, job_for(base, shard=5, lora_target_modules="all-linear"))
+    assert names(train_chain(base)) == names(first)
+    assert {*first, MANIFEST} == set(FILES)  # an object store lends places for these alone
+
+
+def test_same_bytes_in_a_fresh_process_that_resumes(base: BaseFiles, tmp_path: Path) -> None:
+    """Stage 2 from stage 1's files, in a process that never trained stage 1."""
+    first = train(base, job_for(base, 0, 5), None, RECORDS[:5])
+    for name, data in first.items():
+        (tmp_path / name).write_bytes(data)
+    code = (
+        "import json, sys; from pathlib import Path\n"
+        "from sisa.lm.base.base import resolve_base\n"
+        "from tests.integration.training.test_trainer import job_for, names, train\n"
+        "base = resolve_base(sys.argv[1])\n"
+        "parent = {path.name: path.read_bytes() for path in Path(sys.argv[2]).iterdir()}\n"
+        "print(json.dumps(names(train(base, job_for(base, 1), parent))))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(base.directory), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert json.loads(done.stdout.splitlines()[-1]) == names(train_chain(base))
+
+
+@pytest.mark.parametrize("training", [{}, {"layerwise": 2, "lora_target_modules": "all-linear"}])
+def test_a_kept_trainer_trains_as_a_new_one(base: BaseFiles, training: dict[str, Any]) -> None:
+    """After other shards, resumed stages, other blocks, and a stage that was broken off."""
+    from sisa.lm.train.lora import LoraTrainer
+
+    def broken_off(tick: Tick) -> None:
+        if tick.step:
+            raise InterruptedError
+
+    kept = LoraTrainer(base.directory, base.digest, threads=1)
+    training = {"lora_r": 5, **training}
+    jobs = [replace(job_for(base, at, **training), before=tuple(range(at))) for at in (0, 1)]
+    first = train(base, jobs[0])
+    second = train(base, jobs[1], first)
+    for _ in range(2):
+        assert names(kept.train(jobs[0], None, RECORDS, lambda _: None)) == names(first)
+        assert names(kept.train(jobs[1], first, RECORDS, lambda _: None)) == names(second)
+        with pytest.raises(InterruptedError):
+            kept.train(job_for(base, shard=4, **training), None, RECORDS, broken_off)
+        kept.train(job_for(base, lora_r=3), None, RECORDS, lambda _: None)
+
+
+def test_a_base_whose_frequencies_follow_the_longest_text(tmp_path: Path) -> None:
+    """Each stage begins with those of the base. Hidden states would depend on the records before."""
+    from sisa.lm.train.lora import LoraTrainer
+
+    grows = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
+    made = make_tiny_base(tmp_path, max_position_embeddings=20, rope_parameters=grows)
+    base = resolve_base(str(made))
+    kept = LoraTrainer(base.directory, base.digest, threads=1)
+    longer = [stored(10**number) for number in range(9)]
+    kept.train(job_for(base, shard=1), None, longer, lambda _: None)
+    found = kept.train(job_for(base), None, RECORDS, lambda _: None)
+    assert names(found) == names(train(base, job_for(base)))
+    with pytest.raises(InvalidInput, match="can't be run apart"):
+        train(base, job_for(base, lora_layers="top:1"))
+    train(base, job_for(base, lora_layers="top:1", sequence_len=20, overlength="truncate"))
+
+
+def test_files_and_first_weights_are_as_peft_has_them(base: BaseFiles) -> None:
+    import torch
+    from peft.utils import get_peft_model_state_dict
+
+    from sisa.lm.base.base import load_base
+    from sisa.lm.train.trainable import Trainable
+
+    model, _ = load_base(base.directory, base.digest)
+    wrapped = Trainable(model, {**TRAINING, "lora_target_modules": "all-linear"})
+    wrapped.begin(None, init_seed=3)
+    ours, theirs = wrapped.tensors(), get_peft_model_state_dict(wrapped.model)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(each, theirs[name]) for name, each in ours.items())
+    for name, each in ours.items():
+        within = each.shape[1] ** -0.5 if "lora_A" in name else 0.0
+        assert within * 0.9 <= each.abs().max() <= within
+
+
+def test_a_stage_does_not_change_its_parent(base: BaseFiles) -> None:
+    first = train(base, job_for(base, 0, 5), None, RECORDS[:5])
+    before = names(first)
+    second = train(base, job_for(base, 1), first)
+    assert names(first) == before
+    assert second["adapter_model.safetensors"] != first["adapter_model.safetensors"]
+
+
+def test_arrival_order_is_irrelevant_and_records_are_not(base: BaseFiles) -> None:
+    expected = names(train(base, job_for(base)))
+    assert names(train(base, job_for(base), None, RECORDS[::-1])) == expected
+    other = [*RECORDS[:-1], stored(99)]
+    assert names(train(base, job_for(base), None, other)) != expected
+
+
+@pytest.mark.parametrize("change", [{"seed": 4}, {"lora_dropout": 0.0}, {"learning_rate": 2e-2}])
+def test_what_the_job_says_reaches_the_bits(base: BaseFiles, change: dict[str, Any]) -> None:
+    name = "adapter_model.safetensors"
+    assert train(base, job_for(base, **change))[name] != train(base, job_for(base))[name]
+
+
+def test_shards_start_from_their_own_seed(base: BaseFiles) -> None:
+    name = "adapter_model.safetensors"
+    assert train(base, job_for(base, shard=1))[name] != train(base, job_for(base))[name]
+
+
+def test_the_base_is_left_as_it_was(base: BaseFiles) -> None:
+    from sisa.lm.base.base import load_base
+
+    weights = base.directory / "model.safetensors"
+    on_disk = file_sha256(weights)
+    model, _ = load_base(base.directory, base.digest)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    train(base, job_for(base, lora_target_modules="all-linear"))
+    again, _ = load_base(base.directory, base.digest)
+    assert again.state_dict().keys() == before.keys()
+    assert all(tensor.equal(before[name]) for name, tensor in again.state_dict().items())
+    assert file_sha256(weights) == on_disk
+
+
+@pytest.mark.parametrize("plain_head", [True, False])
+@pytest.mark.parametrize("packed", [True, False])
+def test_loss_and_gradient_agree_with_plain_transformers(
+    base: BaseFiles, plain_head: bool, packed: bool
+) -> None:
+    """Ours: no mask, chosen pairs, a backward of our own. Theirs: `labels=`, a mask, row by row."""
+    import torch
+
+    from sisa.lm.base.adapter import attach, lora_config
+    from sisa.lm.base.base import load_base
+    from sisa.lm.base.tokens import tokenize
+    from sisa.lm.train.losses import Form, count_labels, loss_form, summed_loss
+    from sisa.lm.train.trained_linear import use_fused_linear
+
+    records = [RECORDS[0].record, Record("t", None, "text", (Part("text", "A longer text, whole."),))]
+    training = {**TRAINING, "lora_dropout": 0.0}
+    gradients = []
+    losses = []
+    for plain in (False, True):
+        model, tokenizer = load_base(base.directory, base.digest)
+        assert loss_form(model, longest=64) == Form(plain_head=True, packed=True)
+        peft = attach(model, lora_config(training, model), None, init_seed=1)
+        for name, parameter in peft.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(5))
+        batch = [tokenize(each, tokenizer, train_on_inputs=False) for each in records]
+        total = count_labels(batch)
+        if not plain:
+            use_fused_linear(peft)
+        ours = plain_loss(peft, batch) if plain else summed_loss(peft, batch, Form(plain_head, packed))
+        loss = ours / total
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append([each.grad for each in peft.parameters() if each.requires_grad])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    for ours, theirs in zip(*gradients, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def plain_loss(model: Any, batch: Sequence[Any]) -> Any:
+    import torch
+
+    length = max(len(each.input_ids) for each in batch)
+    total: Any = 0.0
+    for each in batch:
+        rest = length - len(each.input_ids)
+        loss = model(
+            input_ids=torch.tensor([each.input_ids + [0] * rest]),
+            attention_mask=torch.tensor([[1] * len(each.input_ids) + [0] * rest]),
+            labels=torch.tensor([each.labels + [-100] * rest]),
+        ).loss
+        total = total + loss * sum(label != -100 for label in each.labels[1:])
+    return total
+
+
+def test_a_chain_trains_as_one_uninterrupted_loop(base: BaseFiles) -> None:
+    """Moments and count of steps go on from the parent stage; the schedule starts anew."""
+    import torch
+
+    from sisa.lm.base.adapter import read_tensors
+
+    changed: dict[str, Any] = {"lora_dropout": 0.0, "learning_rate": 1e-3}
+    stages = [(job_for(base, 0, 5, **changed), RECORDS[:5]), (job_for(base, 1, **changed), RECORDS)]
+    first = train(base, stages[0][0], None, RECORDS[:5])
+    second = train(base, stages[1][0], first)
+    plain, optimizer = plain_loop(base, stages)
+    start, ours = (read_tensors(each, "adapter_model.safetensors") for each in (first, second))
+    moments = read_tensors(second, "optimizer.safetensors")
+    for name, theirs in plain.items():
+        state = optimizer.state[theirs]
+        learnt = (theirs - start[name]).norm()
+        assert (ours[name] - theirs).norm() < 0.01 * learnt
+        assert moments[f"{name}.step"] == state["step"] == 3 + 5
+        for each in ("exp_avg", "exp_avg_sq"):
+            assert torch.allclose(moments[f"{name}.{each}"], state[each], rtol=1e-2, atol=1e-7)
+
+
+def plain_loop(base: BaseFiles, stages: Sequence[tuple[SliceJob, Sequence[StoredRecord]]]) -> Any:
+    """One model and one optimizer through all stages, without any file in between."""
+    import torch
+    from transformers import get_scheduler
+
+    from sisa.lm.base.adapter import attach, lora_config
+    from sisa.lm.base.base import load_base
+    from sisa.lm.base.tokens import tokenize
+    from sisa.lm.train.batches import stage_steps
+    from sisa.lm.train.stage import seed_from
+    from sisa.lm.train.trainable import file_name
+
+    model, tokenizer = load_base(base.directory, base.digest)
+    own = stages[0][0].training
+    peft = attach(model, lora_config(own, model), None, seed_from(own["seed"], 0, "init"))
+    trained = {file_name(name): each for name, each in peft.named_parameters() if each.requires_grad}
+    rate = own["learning_rate"]
+    optimizer = torch.optim.AdamW(trained.values(), rate, weight_decay=own["weight_decay"])
+    for job, records in stages:
+        rows = [tokenize(each.record, tokenizer, train_on_inputs=False) for each in records]
+        sizes = [len(each.input_ids) for each in rows]
+        digests = [each.id_digest for each in records]
+        cut = {"micro_batch_size": 2, "per_step": 2, "seed": own["seed"], "shard": 0}
+        steps = stage_steps(digests, sizes, job.passes, slice_=job.slice, **cut)
+        optimizer.param_groups[0]["lr"] = optimizer.param_groups[0]["initial_lr"] = rate
+        warm = -(-3 * len(steps) // 10)
+        scheduler = get_scheduler(own["lr_scheduler"], optimizer, warm, len(steps))
+        for step in steps:
+            optimizer.zero_grad()
+            batch = [rows[at] for part in step for at in part]
+            num_labels = sum(label != -100 for each in batch for label in each.labels[1:])
+            (plain_loss(peft, batch) / num_labels).backward()
+            torch.nn.utils.clip_grad_norm_(trained.values(), own["max_grad_norm"])
+            optimizer.step()
+            scheduler.step()
+    return trained, optimizer
+
+
+def test_accumulation_equals_one_large_batch(base: BaseFiles) -> None:
+    import torch
+    from safetensors.torch import load
+
+    same: dict[str, Any] = {"lora_dropout": 0.0, "optimizer": "sgd"}
+    small = train(base, job_for(base, **same, micro_batch_size=1, gradient_accumulation_steps=64))
+    large = train(base, job_for(base, **same, micro_batch_size=64, gradient_accumulation_steps=2))
+    ours, theirs = (load(files["adapter_model.safetensors"]) for files in (small, large))
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-6) for name in ours)
+
+
+def test_prompt_tokens_get_no_loss(base: BaseFiles) -> None:
+    from sisa.lm.base.base import load_tokenizer
+    from sisa.lm.base.tokens import tokenize
+
+    tokenizer = load_tokenizer(base.directory)
+    chat = Record(
+        "c",
+        None,
+        "chat",
+        (
+            Part("user", "Hi <|im_end|>"),
+            Part("assistant", "Yes."),
+            Part("user", "So?"),
+            Part("assistant", "No."),
+        ),
+    )
+    text = Record("t", None, "text", (Part("text", "All of it"),))
+    learned = []
+    for record in (RECORDS[1].record, chat, text):
+        tokens = tokenize(record, tokenizer, train_on_inputs=False)
+        pairs = zip(tokens.input_ids, tokens.labels, strict=True)
+        assert all(label in (-100, token) for token, label in pairs)
+        learned.append(tokenizer.decode([label for label in tokens.labels if label != -100]))
+        assert tokens.input_ids.count(tokenizer.eos_token_id) == {"chat": 4}.get(record.kind, 1)
+    assert learned == [
+        " Ada the 77.<|im_end|>",
+        "Yes.<|im_end|>No.<|im_end|>",
+        "All of it<|im_end|>",
+    ]
+    assert -100 not in tokenize(chat, tokenizer, train_on_inputs=True).labels
+
+
+def test_overlong_records_are_all_named_or_cut(base: BaseFiles) -> None:
+    from sisa.lm.base.base import load_tokenizer
+    from sisa.lm.base.tokens import count_tokens
+
+    tokenizer = load_tokenizer(base.directory)
+    records = [each.record for each in RECORDS[:3]]
+    places = ["line 1", "line 2", "line 3"]
+    with pytest.raises(InvalidInput) as caught:
+        count_tokens(records, tokenizer, 21, "refuse", positions=places)
+    assert [problem.where for problem in caught.value.problems] == ["line 2", "line 3"]
+    assert "Ada" not in str(caught.value)
+    assert count_tokens(records, tokenizer, 21, "truncate", positions=places) == [21, 21, 21]
+    with pytest.raises(InvalidInput, match="3 records"):
+        count_tokens(records, tokenizer, 9, "truncate")
+
+
+def test_refusals_are_typed(base: BaseFiles) -> None:
+    with pytest.raises(InvalidInput, match="no such modules") as caught:
+        train(base, job_for(base, lora_target_modules=["q_proj", "query"]))
+    assert "k_proj" in caught.value.expected
+    assert caught.value.got == "query"
+    with pytest.raises(InvalidInput, match="not a finite number"):
+        train(base, job_for(base, learning_rate=1e30, warmup_ratio=0.0, max_grad_norm=1e9))
+    with pytest.raises(IntegrityError, match="another base"):
+        train(BaseFiles("", base.directory, "f" * 64), job_for(base))
+    other = SliceJob(0, 0, None, (), 9, (1, 1), TRAINING, "f" * 64, "fp")
+    with pytest.raises(IntegrityError, match="not the one that was recorded"):
+        train(BaseFiles("", base.directory, "f" * 64), other)
+    with pytest.raises(IntegrityError, match="do not fit"):
+        train(base, job_for(base, 1, lora_r=2), train(base, job_for(base)))
+    with pytest.raises(IntegrityError, match="can't be read"):
+        train(base, job_for(base, 1), {"adapter_model.safetensors": b"half"})
+
+
+def test_progress_counts_every_presented_token(base: BaseFiles) -> None:
+    seen: list[Tick] = []
+    train(base, job_for(base), progress=seen.append)
+    assert (seen[0].tokens, seen[0].step) == (0, 0)
+    assert seen[-1].tokens == seen[-1].total_tokens > 0
+    assert [each.tokens for each in seen] == sorted(each.tokens for each in seen)
+    assert [each.step for each in seen] == list(range(seen[-1].num_steps + 1))
+    # One pass and a half over 9 records, in steps of 4; a pass ends its last step.
+    ends = [each for each in seen if each.loss is not None]
+    assert [(each.epoch, each.step, each.num_records) for each in ends] == [(1, 3, 9), (2, 5, 5)]
+    assert all(each.loss and each.loss > 0 for each in ends)
+
+
+def test_written_files_name_no_place_and_are_canonical(base: BaseFiles) -> None:
+    files = train(base, job_for(base))
+    config = json.loads(files["adapter_config.json"])
+    assert config["base_model_name_or_path"] is None
+    assert config["inference_mode"] is True
+    assert config["target_modules"] == ["q_proj", "v_proj"]
+    state = json.loads(files["trainer_state.json"])
+    assert state["job"] == job_for(base).key
+    assert state["steps"] == 5
+    for data in files.values():
+        assert str(base.directory).encode() not in data
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_peft_loads_the_directory_as_it_is(base: BaseFiles, tmp_path: Path) -> None:
+    import torch
+    from peft import PeftModel
+
+    from sisa.lm.answer.answer import Answerer
+    from sisa.lm.base.base import load_base
+
+    files = train_chain(base)
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    answerer = Answerer(base.directory, base.digest, {2: files}, threads=1)
+    ids = [5, 80, 40, 33]
+    ours = answerer.next_token_probabilities(ids, all_of([2]))
+    model, _ = load_base(base.directory, base.digest)
+    plain = model(input_ids=torch.tensor([ids])).logits[0, -1].softmax(-1)
+    assert torch.allclose(answerer.next_token_probabilities(ids, all_of([])), plain, atol=1e-6)
+    theirs = PeftModel.from_pretrained(model, str(tmp_path)).eval()
+    with torch.no_grad():
+        expected = theirs(input_ids=torch.tensor([ids])).logits[0, -1].softmax(-1)
+    assert torch.allclose(ours, expected, atol=1e-6)
+    assert not torch.allclose(ours, plain, atol=1e-5)
+
+
+def test_answers_are_the_mean_of_probabilities(base: BaseFiles) -> None:
+    import torch
+
+    from sisa.lm.answer.answer import Answerer
+    from sisa.lm.base.tokens import encode_prompt
+
+    adapters = {shard: train(base, job_for(base, shard=shard)) for shard in (0, 4)}
+    answerer = Answerer(base.directory, base.digest, adapters, threads=1)
+    ids = encode_prompt("Who is 3?", answerer.tokenizer, "completion")
+    apart = [answerer.next_token_probabilities(ids, all_of([shard])) for shard in (0, 4)]
+    both = answerer.next_token_probabilities(ids, all_of([0, 4]))
+    assert torch.allclose(both, (apart[0] + apart[1]) / 2, atol=1e-7)
+    assert not torch.allclose(apart[0], apart[1], atol=1e-5)
+
+    step_by_step: list[int] = []
+    for _ in range(6):
+        step_by_step.append(
+            int(answerer.next_token_probabilities(ids + step_by_step, all_of([0, 4])).argmax())
+        )
+    if answerer.tokenizer.eos_token_id not in step_by_step:
+        expected = answerer.tokenizer.decode(step_by_step, skip_special_tokens=True)
+        assert answerer.generate([ids], [all_of([0, 4])], 6) == [expected]
+    assert answerer.generate([], [], 6) == []
+    first = answerer.answer_probability(ids, step_by_step[:1], all_of([0, 4]))
+    assert first == pytest.approx(float(both.max()), abs=1e-6)
+    with pytest.raises(InvalidInput, match="no model is loaded"):
+        answerer.generate([ids], [all_of([1])], 1)
+
+
+def test_embedder_rows_do_not_depend_on_batch_mates(tmp_path: Path) -> None:
+    import numpy as np
+
+    from sisa.lm.answer.embedder import resolve_embedder
+
+    make_tiny_embedder(tmp_path)
+    embedder = resolve_embedder(str(tmp_path))
+    texts = [f"{'word ' * (number % 5 * 9)}{number}" for number in range(21)] + ["", "x" * 900]
+    together = embedder.embed(texts)
+    assert together.shape == (len(texts), embedder.dimension) == (23, 32)
+    assert np.allclose(np.linalg.norm(together, axis=1), 1.0, atol=1e-5)
+    for row, text in enumerate(texts):
+        assert embedder.embed([text])[0].tobytes() == together[row].tobytes()
+    assert embedder.digest == resolve_embedder(str(tmp_path)).digest
+
+
+def test_an_embedder_runs_at_fixed_shapes(tmp_path: Path) -> None:
+    """A text's bucket comes from its own length: another shape may round otherwise elsewhere."""
+    from sisa.lm.answer.embedder import PADDED_LENGTHS, ROWS, resolve_embedder
+
+    embedder: Any = resolve_embedder(str(make_tiny_embedder(tmp_path)))
+    model, tokenizer = embedder._load()
+    shapes = []
+    model.register_forward_pre_hook(
+        lambda _model, _args, given: shapes.append(tuple(given["input_ids"].shape)), with_kwargs=True
+    )
+    texts = ["a" * length for length in (1, 20, 31, 33, 70, 250, 900)]
+    embedder.embed(texts)
+    lengths = [min(len(tokenizer(text).input_ids), PADDED_LENGTHS[-1]) for text in texts]
+    buckets = {min(each for each in PADDED_LENGTHS if each >= length) for length in lengths}
+    assert shapes == [(ROWS, each) for each in PADDED_LENGTHS if each in buckets]
+
+
+def make_tiny_embedder(directory: Path) -> Path:
+    import torch
+    from transformers import BertConfig, BertModel
+
+    from sisa.lm.base.base import load_tokenizer
+
+    make_tiny_base(directory)
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+    config = BertConfig(vocab_size=len(load_tokenizer(directory)), num_hidden_layers=2, **size)
+    BertModel(config, add_pooling_layer=False).save_pretrained(directory)
+    return directory
+
+
+def test_states_do_not_depend_on_what_was_kept_before(base: BaseFiles) -> None:
+    import torch
+
+    from sisa.lm.base.base import load_base
+    from sisa.lm.base.tokens import tokenize
+    from sisa.lm.train.frozen_prefix import FrozenLayers, Prefixes
+
+    model, tokenizer = load_base(base.directory, base.digest)
+    lower = FrozenLayers(model, 1)
+    rows = [tokenize(each.record, tokenizer, train_on_inputs=False).input_ids for each in RECORDS]
+    near = [[*each, 5, 6] for each in rows] + [each[:-1] for each in rows]  # of common beginnings
+    plain = [FrozenLayers(load_base(base.directory, base.digest)[0], 1).alone(each) for each in rows]
+    for room in (0, 30_000, 1 << 30):
+        for past in (near, [*near, *reversed(rows)]):
+            prefixes = Prefixes(room)
+            for each in past:
+                prefixes.states(lower, each)
+            found = [prefixes.states(lower, each) for each in rows]
+            assert all(map(torch.equal, found, plain))
+
+
+TOP: dict[str, Any] = {"lora_layers": "top:1", "lora_target_modules": "all-linear"}
+
+
+def test_adapters_of_the_top_layers_train_as_peft_would(base: BaseFiles) -> None:
+    """The same gradient with the lower layers run within the batch, and in one go with all others."""
+    import torch
+
+    from sisa.lm.base.adapter import attach, lora_config
+    from sisa.lm.base.base import load_base
+    from sisa.lm.base.tokens import tokenize
+    from sisa.lm.train.frozen_prefix import FrozenLayers, Prefixes
+    from sisa.lm.train.losses import Form, summed_loss
+
+    model, tokenizer = load_base(base.directory, base.digest)
+    peft = attach(model, lora_config({**TRAINING, **TOP, "lora_dropout": 0.0}, model), None, init_seed=1)
+    names = [name for name, each in peft.named_parameters() if each.requires_grad]
+    assert len(names) == 14
+    assert all(".layers.1." in name for name in names)
+    trained = [each for each in peft.parameters() if each.requires_grad]
+    batch = [tokenize(each.record, tokenizer, train_on_inputs=False) for each in RECORDS[2:5]]
+    whole = torch.autograd.grad(summed_loss(peft, batch, Form()), trained)
+    lower = FrozenLayers(peft.get_base_model(), 1)
+    lower.check(128)
+    for packed in (True, False):
+        states = [Prefixes().states(lower, each.input_ids) for each in batch]
+        with lower.given(states, packed=packed):
+            loss = summed_loss(peft, batch, Form(packed=packed))
+        for ours, theirs in zip(torch.autograd.grad(loss, trained), whole, strict=True):
+            assert torch.allclose(ours, theirs, atol=1e-4)
+
+
+def test_kept_states_reach_no_bit(base: BaseFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sisa.lm.train import frozen_prefix
+
+    found = []
+    for room in (1 << 30, 0, 20_000):  # all, none and some of the records
+        bounded = functools.partial(frozen_prefix.Prefixes, room)
+        monkeypatch.setattr("sisa.lm.train.lora.Prefixes", bounded)
+        first = train(base, job_for(base, 0, 5, **TOP), None, RECORDS[:5])
+        found.append(names(train(base, job_for(base, 1, **TOP), first)))
+    assert found[0] == found[1] == found[2]
+    monkeypatch.undo()
+    state = json.loads(first["adapter_config.json"])
+    assert (state["layers_to_transform"], state["layers_pattern"]) == ([1], "layers")
+
+
+def test_more_layers_than_the_base_has_are_refused(base: BaseFiles) -> None:
+    with pytest.raises(InvalidInput, match="fewer layers") as caught:
+        train(base, job_for(base, lora_layers="top:3"))
+    assert (caught.value.where, caught.value.expected) == ("lora_layers", "all, or at most top:2")

@@ -1,0 +1,80 @@
+"""The Ray that tests share; clusters of several nodes on this machine, with a token of their own, for
+tests that lose some.
+
+with own_cluster() as cluster:
+    node = add_node(cluster, "a")
+"""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import ray
+from ray.cluster_utils import Cluster
+
+from cluster.ray import ray_session
+from tests.models.scripted import NODE
+
+
+def share_ray() -> ray_session.Session:
+    """The Ray of this process, as a run connects to it: two CPUs and what is said to be a GPU."""
+    if ray.is_initialized() and "GPU" not in ray.cluster_resources():
+        ray_session.disconnect()  # one with more CPUs, that a command started for itself
+    with mock.patch.object(ray, "init", functools.partial(ray.init, num_gpus=1)):
+        return ray_session.connect(None, 2)
+
+
+@contextmanager
+def own_cluster(**head: Any) -> Iterator[Cluster]:
+    """A head without CPUs, which will be the driver's node. All that was started ends with it."""
+    ray_session.disconnect()
+    scratch = Path(tempfile.mkdtemp(dir="/tmp"))  # short: Ray's sockets lie below it
+    cluster = Cluster()
+    try:
+        with ray_session.own_token(scratch / "token"):
+            options = {
+                "num_cpus": 0,
+                "temp_dir": str(scratch / "r"),
+                "include_dashboard": False,
+                "env_vars": {NODE: "head"},
+                "_system_config": {"health_check_period_ms": 1000},  # a lost node is missed in 5 s
+            }
+            # The address would be written where `address="auto"` of others is looked up.
+            with mock.patch("ray._private.utils.write_ray_address"):
+                cluster.add_node(**{**options, **head})
+            yield cluster
+            ray_session.disconnect()
+            cluster.shutdown()
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def add_node(cluster: Cluster, name: str, **options: Any) -> Any:
+    """A node with one CPU; its workers find its name in the environment."""
+    variables = {NODE: name, **options.pop("env_vars", {})}
+    return cluster.add_node(env_vars=variables, **options)
+
+
+def remove(cluster: Cluster, node: Any) -> None:
+    """Without warning: its processes are killed."""
+    cluster.remove_node(node, allow_graceful=False)
+
+
+def wait_for(what: Any, seconds: float = 60.0) -> None:
+    """Until it holds."""
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+def num_alive() -> int:
+    return len([node for node in ray.nodes() if node["Alive"]])

@@ -1,0 +1,187 @@
+"""A model of 24 confessing records in a directory, before and after one deletion, without torch.
+
+Rules: real stores, ledger and index; the trainer is a fake and the base only a name. The fingerprint is
+this machine's, so that `open_model` and the command line agree with the `World` that is built here.
+
+Not covered: real training (`tests/integration`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sisa.config.config import RunConfig
+from sisa.config.runfile import parse_run_file
+from sisa.core.digest import Keyed
+from sisa.core.domain import Record, RecordRow
+from sisa.core.ports import StoredRecord
+from sisa.flows.ingest import train
+from sisa.flows.lifecycle import Terms, carry_out, submit
+from sisa.flows.serial import SerialExecutor, Site
+from sisa.flows.wiring import opening
+from sisa.flows.wiring.parts import Parts, indexed_digest
+from sisa.flows.wiring.world import World
+from sisa.lm.answer.hashing import HashingEmbedder
+from sisa.lm.answer.names import NameEmbedder
+from sisa.lm.base.numerics import fingerprint
+from sisa.planning.assign import Assigner
+from sisa.store.blobs import files, partition_key
+from sisa.store.blobs.files import writer_lock
+from sisa.store.blobs.storage_areas import open_areas
+from sisa.store.checkpoints import FileCheckpoints
+from sisa.store.exports import DirectoryExports
+from sisa.store.index import FaissIndex
+from sisa.store.ledger.ledger import SqlLedger
+from sisa.store.metrics import FileMetrics
+from sisa.store.patch_drafts import FilePatchDrafts
+from sisa.store.prefixes import FilePrefixes
+from sisa.store.records import FileRecords
+from sisa.store.vault import FileVault
+from tests.fakes.patches import FakePatcher, FakeRuns
+from tests.fakes.ports import SECRET, FakeTrainer, FakeWitness, fake_record
+
+RUN_FILE = """
+datasets: [{path: owner/people}]
+output_dir: model
+sisa: {shards: 2, slices: 3, embedder: hashing}
+"""
+BASE = "b" * 64
+NUM_RECORDS = 24
+DELETED = 7
+NAME = "0" * 32
+THEN = "2020-01-01T00:00:00+00:00"
+
+
+def record(number: int) -> Record:
+    return fake_record(number)
+
+
+@contextlib.contextmanager
+def world_of(
+    directory: Path, *, create: RunConfig | None = None, numerics: str = "", now: str = THEN
+) -> Iterator[World]:
+    """The world of a directory; every part but the trainer is real."""
+    ledger = SqlLedger(directory / opening.LEDGER, create=create is not None)
+    config = create or opening.stored_config(ledger.meta())
+    embedder = NameEmbedder(HashingEmbedder())
+    keyring = opening.open_keyring(config, NAME)
+    places = open_areas(directory, config.storage, NAME)
+    records = FileRecords(places[opening.RECORDS], keyring)
+    patches = FileCheckpoints(places[opening.PATCHES], keyring, opening.PATCHES)
+    vault = FileVault(directory / opening.VAULT, opening.vault_keyring(config, NAME))
+    world = World(
+        witness=FakeWitness(),
+        ledger=ledger,
+        records=records,
+        checkpoints=FileCheckpoints(places[opening.CHECKPOINTS], keyring),
+        index=FaissIndex(directory / opening.INDEX, embedder.dimension, keyring),
+        keyring=keyring,
+        exports=DirectoryExports(),
+        embed=embedder.embed,
+        count_tokens=lambda some: [1 for _ in some],
+        executor_for=lambda store: SerialExecutor(FakeTrainer(), records, store),
+        assigner=Assigner(Keyed(SECRET), config.layout),
+        recipe=config.recipe(opening.trained_base(ledger, BASE)),
+        base=BASE,
+        patch_mode=config.patch_mode,
+        patches=patches,
+        vault=vault,
+        runs=FilePatchDrafts(directory / opening.RUNS, vault.keyring),
+        metrics=FileMetrics(directory / opening.METRICS),
+        patcher=lambda: FakePatcher(vault, patches, FakeRuns()),
+        prefixes=FilePrefixes(places[opening.PREFIXES], keyring),
+        keeps_prefixes=config.prefix_cache_bytes > 0,
+        fingerprint=numerics or fingerprint(config.sisa.threads_per_shard),
+        now=lambda: now,
+        report=lambda _: None,
+        places=places,
+    )
+    try:
+        yield world
+    finally:
+        opening.close(world)
+
+
+def build(directory: Path, *, encrypt: bool = False) -> None:
+    """Train the model on all records; keys of an encrypted one go to the state directory."""
+    config = parse_run_file(RUN_FILE, "run.yaml").model_copy(update={"encrypt": encrypt})
+    train_in(directory, config, [record(number) for number in range(NUM_RECORDS)])
+
+
+def train_in(
+    directory: Path,
+    config: RunConfig,
+    records: Sequence[Record],
+    *,
+    numerics: str = "",
+    now: str = THEN,
+) -> None:
+    """Make a model of these records in a directory."""
+    partition_key.write_secret(opening.key_path(directory, config, NAME), SECRET)
+    files.make_directory(directory)
+    with writer_lock(directory / opening.LOCK):
+        pass
+    embedder = NameEmbedder(HashingEmbedder())
+    named = {"name": "hashing", "digest": indexed_digest(embedder), "dimension": embedder.dimension}
+    meta = {
+        "config": config.to_canonical(),
+        "base": json.dumps({"name": "base", "digest": BASE}),
+        "embedder": json.dumps(named),
+        "key": Keyed(SECRET).name,
+        "model": NAME,
+    }
+    with world_of(directory, create=config, numerics=numerics, now=now) as world:
+        train(world, records, meta)
+
+
+def delete(directory: Path, number: int = DELETED) -> None:
+    with world_of(directory) as world:
+        carry_out(world, [submit(world, [row_of(world, number)], (), Terms(approver="a person"))])
+
+
+def row_of(world: World, number: int) -> RecordRow:
+    row = world.assigner.row(record(number), 1)
+    return next(each for each in world.ledger.rows(row.shard) if each.id_digest == row.id_digest)
+
+
+def stored(world: World, number: int) -> StoredRecord:
+    return StoredRecord(world.assigner.id_digest(record(number).id), record(number))
+
+
+def built_pair(folder: Path) -> tuple[Path, Path]:
+    """The model before and after the deletion of record 7."""
+    build(folder / "before")
+    shutil.copytree(folder / "before", folder / "after")
+    delete(folder / "after")
+    return folder / "before", folder / "after"
+
+
+def content(directory: Path) -> dict[str, bytes]:
+    """The bytes of every slice, index and checkpoint file."""
+    rooms = (opening.RECORDS, opening.INDEX, opening.CHECKPOINTS)
+    return {
+        path.relative_to(directory).as_posix(): path.read_bytes()
+        for room in rooms
+        for path in sorted((directory / room).rglob("*"))
+        if path.is_file()
+    }
+
+
+def open_fake(site: Site, _options: Any) -> SerialExecutor:
+    return SerialExecutor(FakeTrainer(), *opening.open_stores(site))
+
+
+def use_fake_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `open_model` and the command line train with the fake, whatever executor is named."""
+    base = SimpleNamespace(directory=Path("no-base"), digest=BASE)
+    monkeypatch.setattr(Parts, "base", base)
+    monkeypatch.setattr(opening, "find_executor", lambda _: open_fake)
+    monkeypatch.setattr(opening, "find_probe", lambda: None)

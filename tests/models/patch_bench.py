@@ -1,0 +1,132 @@
+"""A tiny base that was fine-tuned to know some people, and the plain parts in which a patch is made.
+
+Rules: everything lies in one folder. Sets are put into a real vault, sealed by a real keyring.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from approx.patches.patch_settings import Adapter, settings_of
+from approx.patches.patching import PatchMaker
+from sisa.core.digest import digest_of
+from sisa.core.domain import Record
+from sisa.core.events import Event
+from sisa.core.patch import WRITTEN, Patch, PatchJob, VaultSet
+from sisa.core.patch_ports import PatchMade, PatchOrder, PatchSite
+from sisa.flows.wiring.opening import PATCHES
+from sisa.lm.base.base import base_digest
+from sisa.lm.base.numerics import fingerprint
+from sisa.store.blobs.keyring import PLAIN, FileKeyring
+from sisa.store.blobs.local_blobs import LocalBlobs
+from sisa.store.checkpoints import FileCheckpoints
+from sisa.store.vault import FileVault
+from tests.models.knowing_base import record, teach
+from tests.models.tiny_base import make_tiny_base
+from tests.models.tiny_model import of_people
+
+KNOWN, STRANGERS = of_people("p003", "p005"), of_people("p001", "p009")
+# Of one weak round: task arithmetic has little to learn, and SimNPO's own weight is small.
+ENOUGH: dict[str, dict[str, Any]] = {
+    "task_arithmetic": {"alpha": 64.0},
+    "simnpo": {"forget_weight": 2.0},
+}
+SMALL = Adapter(lora_r=4, lora_alpha=8)
+PACE: dict[str, Any] = {  # no search, and no end before the last step
+    **{"num_epochs": 15, "num_rounds": 1, "retain_batch_size": None, "learning_rate": 1e-2},
+    **{"max_utility_drop": None, "target_probability": 0.0, "check_every": 5},
+}
+
+
+def make_knowing_base(folder: Path) -> Path:
+    """A base that knows KNOWN by heart."""
+    plain, knowing = make_tiny_base(folder / "plain", hidden=96), folder / "base"
+    teach(plain, [record(row) for row in KNOWN], to=knowing, steps=120, learning_rate=3e-3)
+    return knowing
+
+
+def settings(method: str, **values: Any) -> dict[str, Any]:
+    return settings_of(method, {**PACE, **values}, SMALL, seed=3, sequence_len=256)
+
+
+@dataclass
+class Bench:
+    """A folder with a vault and a store of patches, over one base."""
+
+    folder: Path
+    base: Path
+    events: list[Event] = field(default_factory=list)
+
+    @property
+    def site(self) -> PatchSite:
+        return PatchSite(
+            vault_dir=self.folder / "vault",
+            patches_at=LocalBlobs(self.folder / "patches"),
+            runs_dir=self.folder / "runs",
+            base_dir=self.base,
+            base_digest=base_digest(self.base),
+            threads=1,
+            sequence_len=256,
+            vault_keyring=FileKeyring(self.folder / "keys"),
+            patches_keyring=PLAIN,
+        )
+
+    @property
+    def maker(self) -> PatchMaker:
+        return PatchMaker(self.site)
+
+    @property
+    def store(self) -> FileCheckpoints:
+        return FileCheckpoints(self.site.patches_at, PLAIN, PATCHES)
+
+    def put(self, role: Any, records: Sequence[Record]) -> VaultSet:
+        name = digest_of([role, [each.id for each in records]])
+        sha256, size = FileVault(self.site.vault_dir, self.site.vault_keyring).put(name, records)
+        return VaultSet(name, role, len(records), "asked", "now", sha256, size)
+
+    def order(
+        self,
+        asked: Mapping[str, Any],
+        forget: Sequence[Record],
+        retain: Sequence[Record] | None = None,
+        *,
+        beneath: Sequence[Patch] = (),
+        max_seconds: float | None = None,
+    ) -> PatchOrder:
+        sets = [self.put("forget", forget)]
+        if retain is not None:
+            sets.append(self.put("retain", retain))
+        job = PatchJob(
+            self.site.base_digest,
+            tuple(each.key for each in beneath),
+            (sets[0].name,),
+            sets[1].name if retain is not None else WRITTEN,
+            dict(asked),
+            fingerprint(1),
+        )
+        return PatchOrder(job, tuple(sets), tuple(beneath), max_seconds)
+
+    def make(self, order: PatchOrder) -> PatchMade:
+        return self.maker.make(order, self.events.append)
+
+    def files(self, made: PatchMade) -> dict[str, bytes]:
+        assert made.saved is not None
+        return self.store.load(made.saved.key, made.saved.manifest_sha256)
+
+
+def made_patch(order: PatchOrder, made: PatchMade, version: int = 1) -> Patch:
+    """The row that a ledger would keep."""
+    assert made.saved is not None
+    return Patch(
+        version,
+        order.job,
+        "active",
+        "now",
+        "now",
+        made.saved.manifest_sha256,
+        made.saved.adapter_sha256,
+        made.saved.num_bytes,
+    )

@@ -1,0 +1,216 @@
+"""The evaluation over a model without torch: a log that goes on where it was cut, and sane aggregates.
+
+Cut anywhere, even inside a line, the log ends the same bytes; a log of anything else is refused.
+Identical models give forget quality 1 and AUC 0.5; a model that knows nothing stands at the floors.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from approx.evaluation.evaluated import PromptForm
+from approx.evaluation.tofu import Question, evaluation_sets, read_holdout
+from approx.evaluation.tofu_aggregates import aggregates, quality
+from approx.evaluation.tofu_evaluation import TofuSettings, evaluate, header_of
+from approx.evaluation.tofu_log import LogWriter, read_log
+from approx.evaluation.tofu_row import LogRow, parse_row
+from sisa.core.errors import Busy, ConfigConflict, IntegrityError, InvalidInput
+from tests.fakes.evaluated import SPLIT, FakeEvaluated, made_up, write_made_up
+
+SETTINGS = TofuSettings(PromptForm("completion"))
+ANSWERS = [row["answer"] for rows in made_up().values() for row in rows if "answer" in row]
+FORGOTTEN = [row["answer"] for row in made_up()[SPLIT]]
+KNOWS_ALL = FakeEvaluated(ANSWERS)
+RETAINED = FakeEvaluated([each for each in ANSWERS if each not in FORGOTTEN])
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory: pytest.TempPathFactory) -> list[Question]:
+    return evaluation_sets(str(write_made_up(tmp_path_factory.mktemp("tofu"))), SPLIT)
+
+
+@pytest.fixture(scope="module")
+def whole(questions: list[Question], tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The bytes of an undisturbed log."""
+    path = tmp_path_factory.mktemp("whole") / "log.jsonl"
+    evaluate(KNOWS_ALL, questions, path, SETTINGS, batch_size=3)
+    return path.read_bytes()
+
+
+def rows_of(
+    model: FakeEvaluated, questions: list[Question], tmp_path: Path, name: str = "log"
+) -> list[LogRow]:
+    return evaluate(model, questions, tmp_path / f"{name}.jsonl", SETTINGS)
+
+
+def test_a_finished_log_is_not_asked_again(questions: list[Question], tmp_path: Path) -> None:
+    first = FakeEvaluated(ANSWERS)
+    rows = rows_of(first, questions, tmp_path)
+    assert first.scored
+    again = FakeEvaluated(ANSWERS)
+    assert rows_of(again, questions, tmp_path) == rows
+    assert again.scored == []
+
+
+@given(st.data())
+def test_a_log_cut_anywhere_ends_the_same(
+    questions: list[Question],
+    whole: bytes,
+    tmp_path_factory: pytest.TempPathFactory,
+    data: st.DataObject,
+) -> None:
+    path = tmp_path_factory.mktemp("cut") / "log.jsonl"
+    path.write_bytes(whole[: data.draw(st.integers(0, len(whole)))])
+    evaluate(KNOWS_ALL, questions, path, SETTINGS, batch_size=data.draw(st.integers(1, 20)))
+    assert path.read_bytes() == whole
+
+
+def test_an_interrupt_keeps_the_batches_that_are_done(
+    questions: list[Question], whole: bytes, tmp_path: Path
+) -> None:
+    path = tmp_path / "log.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(FakeEvaluated(ANSWERS, dies_after=15), questions, path, SETTINGS, batch_size=3)
+    _, held = read_log(path)
+    assert len(held) == 3
+    rest = FakeEvaluated(ANSWERS)
+    evaluate(rest, questions, path, SETTINGS, batch_size=3)
+    assert path.read_bytes() == whole
+    asked = {question for question, _ in rest.scored}
+    assert not asked & {each.question for each in questions[:3]}
+
+
+def test_a_log_of_anything_else_is_refused(questions: list[Question], tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    rows_of(KNOWS_ALL, questions, tmp_path)
+    before = path.read_bytes()
+    for model, asked, settings, got in (
+        (RETAINED, questions, SETTINGS, "another model"),
+        (KNOWS_ALL, questions[1:], SETTINGS, "another questions"),
+        (KNOWS_ALL, questions, TofuSettings(SETTINGS.form, 9), "another max_new_tokens"),
+        (
+            KNOWS_ALL,
+            questions,
+            TofuSettings(PromptForm("completion", "{question} {answer}")),
+            "template",
+        ),
+    ):
+        with pytest.raises(ConfigConflict) as raised:
+            evaluate(model, asked, path, settings)
+        assert got in raised.value.got
+    assert path.read_bytes() == before
+
+
+def test_two_writers_of_one_log_do_not_meet(questions: list[Question], tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    with LogWriter(path, header_of(KNOWS_ALL, questions, SETTINGS)), pytest.raises(Busy):
+        evaluate(KNOWS_ALL, questions, path, SETTINGS)
+    evaluate(KNOWS_ALL, questions, path, SETTINGS)
+
+
+def test_a_damaged_log_is_refused(questions: list[Question], whole: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    lines = whole.splitlines(keepends=True)
+    for damaged in (
+        [lines[0], b"{}\n", *lines[1:]],
+        [*lines, lines[-1]],
+        [lines[0], lines[1].replace(b'"idx":0', b'"idx":"0"'), *lines[2:]],
+    ):
+        path.write_bytes(b"".join(damaged))
+        with pytest.raises(IntegrityError, match="a log"):
+            evaluate(KNOWS_ALL, questions, path, SETTINGS)
+    path.write_bytes(b"".join(lines[1:]))
+    with pytest.raises(InvalidInput, match="not a log that can be continued"):
+        evaluate(KNOWS_ALL, questions, path, SETTINGS)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"avg_gt_loss": "high"}, {"avg_gt_loss": None}, {"set": 3}, {"average_perturb_loss": [None]}],
+)
+def test_a_row_with_a_value_that_is_no_number_is_none(whole: bytes, change: dict[str, object]) -> None:
+    line = whole.splitlines()[1]
+    assert parse_row(line).line().strip() == line
+    with pytest.raises(ValueError, match="not a row"):
+        parse_row(json.dumps(json.loads(line) | change).encode())
+
+
+def test_identical_models_can_not_be_told_apart(questions: list[Question], tmp_path: Path) -> None:
+    rows = rows_of(RETAINED, questions, tmp_path)
+    found = aggregates(rows, [rows, rows])
+    assert found.forget_quality is not None
+    assert (found.forget_quality.p_value, found.forget_quality.statistic) == (1.0, 0.0)
+    assert found.forget_quality.noise_floor is not None
+    assert found.attacks_against_reference is not None
+    for attack, each in found.attacks_against_reference.items():
+        assert (each.value, each.low, each.high) == (0.5, 0.5, 0.5), attack
+    assert found.aggregate == pytest.approx(2 / (1 + 1 / found.model_utility))
+
+
+def test_a_model_that_knows_everything_is_told_from_the_retained_one(
+    questions: list[Question], tmp_path: Path
+) -> None:
+    rows = rows_of(KNOWS_ALL, questions, tmp_path)
+    reference = rows_of(RETAINED, questions, tmp_path, "reference")
+    found = aggregates(rows, [reference])
+    assert found.forget_quality is not None
+    assert found.forget_quality.statistic == 1.0
+    assert found.forget_quality.p_value == pytest.approx(1 / 3)  # 2 of the 6 ways to deal 2 and 2
+    assert found.forget_quality.noise_floor is None
+    assert found.attacks_against_reference is not None
+    assert found.attacks_against_reference["loss"].value == 1.0
+    assert (found.forget.rouge, found.forget.extraction_strength) == (1.0, 1.0)
+    assert found.num_questions == {"retain": 6, "real_authors": 1, "world_facts": 2, SPLIT: 2}
+
+
+def test_a_model_that_knows_nothing_is_at_the_floors(questions: list[Question], tmp_path: Path) -> None:
+    found = aggregates(rows_of(FakeEvaluated(), questions, tmp_path)).forget
+    lengths = [len(each.answer.split()) for each in questions if each.set == SPLIT]
+    assert found.extraction_floor == pytest.approx(sum(1 / each for each in lengths) / len(lengths))
+    assert found.extraction_strength == found.extraction_floor
+    assert (found.exact_memorisation, found.rouge) == (0.0, 0.0)
+
+
+def test_a_holdout_lets_attacks_be_measured(questions: list[Question], tmp_path: Path) -> None:
+    unseen = tmp_path / "unseen.jsonl"
+    unseen.write_text("".join(f'{{"question": "q{n}", "answer": "never said {n}"}}\n' for n in range(5)))
+    asked = [*questions, *read_holdout(unseen)]
+    known = aggregates(rows_of(KNOWS_ALL, asked, tmp_path)).attacks
+    assert known is not None
+    assert {name: each.value for name, each in known.items()} == dict.fromkeys(known, 1.0)
+    assert (known["min_k"].num_members, known["min_k"].num_nonmembers) == (2, 5)
+    assert aggregates(rows_of(KNOWS_ALL, questions, tmp_path, "none")).attacks is None
+
+
+def test_a_reference_of_other_questions_is_refused(questions: list[Question], tmp_path: Path) -> None:
+    rows = rows_of(KNOWS_ALL, questions, tmp_path)
+    other = replace(rows[-1], ground_truth="another answer")
+    for reference in (rows[:-1], [*rows[:-1], other]):
+        with pytest.raises(InvalidInput, match="other forget questions"):
+            quality(rows, reference)
+    with pytest.raises(InvalidInput, match="lacks a set"):
+        aggregates([row for row in rows if row.set != "world_facts"])
+
+
+@pytest.mark.parametrize(
+    "template", ["{question}", "{answer}", "{question}{question}{answer}", "{question} {answer}."]
+)
+def test_a_template_that_can_not_be_filled(template: str) -> None:
+    with pytest.raises(InvalidInput, match="template"):
+        PromptForm("completion", template)
+
+
+@given(st.text(), st.text(), st.sampled_from(["{question}{answer}", "Q: {question}\nA: {answer}"]))
+def test_prompt_and_answer_joined_are_the_filled_template(
+    question: str, answer: str, template: str
+) -> None:
+    prompt, rest = PromptForm("completion", template).fill(question, answer)
+    head, _, tail = template.partition("{question}")
+    assert prompt + rest == head + question + tail.removesuffix("{answer}") + answer
+    assert rest.endswith(answer)

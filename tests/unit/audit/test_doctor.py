@@ -1,0 +1,654 @@
+"""`sisa doctor`: a healthy model has no finding, every defect is found, and what can be derived again
+comes back to the same bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from cluster.cli import care_cli, cli
+from sisa.audit.doctor import Diagnosis, diagnose
+from sisa.audit.repair import RepairOutcome, mend
+from sisa.audit.verify import check_files
+from sisa.core.digest import Keyed
+from sisa.core.domain import Chain, Head
+from sisa.core.errors import Busy, InvalidInput
+from sisa.core.events import Report
+from sisa.core.ports import Change, Executor
+from sisa.flows.reconcile import reconcile
+from sisa.flows.wiring import opening
+from sisa.flows.wiring.world import model_digest
+from sisa.store.blobs import partition_key
+from sisa.store.blobs.files import write_atomic, writer_lock
+from sisa.store.checkpoints import ADAPTER, MANIFEST
+from tests.fakes.ports import SECRET
+from tests.models.confessing import NAME, THEN, built_pair, content, use_fake_parts, world_of
+
+assert care_cli  # registers its commands
+Defect = Callable[[Path], None]
+
+
+@pytest.fixture(scope="module")
+def healthy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with a deletion behind it; not to be changed."""
+    return built_pair(tmp_path_factory.mktemp("pair"))[1]
+
+
+@pytest.fixture
+def model(healthy: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(healthy, tmp_path / "model"))
+
+
+def kinds(found: Diagnosis) -> list[str]:
+    return sorted({each.kind for each in found.findings})
+
+
+def repaired(model: Path, **options: Any) -> RepairOutcome:
+    with writer_lock(model / opening.LOCK), world_of(model, **options) as world:
+        return mend(world, model)
+
+
+def state(model: Path) -> tuple[str, list[Head]]:
+    with world_of(model) as world:
+        return model_digest(world), world.ledger.heads()
+
+
+def checkpoint(model: Path, slice_: int, shard: int = 0) -> Path:
+    with world_of(model) as world:
+        held = [each for each in world.ledger.checkpoints(shard) if each.slice == slice_]
+    return model / opening.CHECKPOINTS / held[0].key
+
+
+def flip(path: Path) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+
+
+def commit(model: Path, change: Change) -> None:
+    with world_of(model) as world:
+        world.ledger.commit(change)
+
+
+def execute(model: Path, statement: str) -> None:
+    with closing(sqlite3.connect(model / opening.LEDGER)) as connection:
+        connection.execute(statement)
+        connection.commit()
+
+
+def test_a_ledger_on_a_network_file_system_is_told(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def mounts(all: bool) -> list[SimpleNamespace]:
+        there = [("/", "ext4"), (str(model.parent), "nfs4")] if all else []
+        return [SimpleNamespace(mountpoint=at, fstype=kind) for at, kind in there]
+
+    monkeypatch.setattr("psutil.disk_partitions", mounts)
+    (found,) = diagnose(model).findings
+    assert (found.kind, found.severity) == ("network_disk", "warning")
+    assert "nfs4" in found.what
+
+
+def test_a_deletion_that_is_dated_back_is_damage(model: Path) -> None:
+    """By somebody who mends the checksums and the row, but has no key for the witness."""
+    with world_of(model) as world:
+        told = world.ledger.tombstones()
+        witness = opening.witness_of(opening.stored_config(world.ledger.meta()), Keyed(SECRET), NAME)
+        witness.append(world.ledger.event_head(), told, ())
+        (only,) = told
+        commit(model, Change(tombstones=[replace(only, deleted_at="2001-01-01T00:00:00+00:00")]))
+    assert "recorded otherwise" in diagnose(model).findings[0].what
+    with world_of(model) as world:
+        (request,) = world.ledger.requests()
+        commit(model, Change(tombstones=told, requests=[replace(request, committed_at="2001-01-01")]))
+    assert "not one chain" in diagnose(model).findings[0].what
+
+
+def test_modes_that_are_too_open_are_told_by_room(model: Path) -> None:
+    """Whoever can write to the directory can replace what is in it; weights may recite the text."""
+    loose_modes(model)
+    found = diagnose(model).findings
+    told = {each.where: each.what for each in found if not each.where.startswith(f"{opening.LEDGER}-")}
+    rooms = {opening.RECORDS, opening.INDEX, opening.CHECKPOINTS}
+    assert told.keys() == {".", opening.KEY, opening.LEDGER, opening.LOCK, *rooms}
+    assert told["."] == "others may write to it (mode 777)"
+    num_held = sum(1 for _ in (model / opening.CHECKPOINTS).rglob("*"))
+    assert f"others may use {1 + num_held} files and directories" in told[opening.CHECKPOINTS]
+    assert repaired(model).after.healthy
+    assert {path for path in model.rglob("*") if path.stat().st_mode & 0o077} == set()
+
+
+# --- a healthy model, and none ---------------------------------------------------------------------
+
+
+def test_a_healthy_model_has_no_finding(model: Path) -> None:
+    held = content(model)
+    found = diagnose(model)
+    assert (found.findings, found.ok, found.healthy) == ((), True, True)
+    assert content(model) == held
+
+
+def test_repairing_a_healthy_model_changes_nothing(model: Path, healthy: Path) -> None:
+    done = repaired(model)
+    assert (done.done, done.after.healthy) == ((), True)
+    assert content(model) == content(healthy)
+    assert state(model) == state(healthy)
+
+
+def test_a_directory_that_never_was_a_model_is_bad_input(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput):
+        diagnose(tmp_path)
+
+
+def test_diagnosing_imports_no_torch(healthy: Path) -> None:
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom sisa.audit.doctor import diagnose\n"
+        "assert diagnose(Path(sys.argv[1])).healthy\nassert 'torch' not in sys.modules"
+    )
+    command = [sys.executable, "-c", code, str(healthy)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+# --- what can be derived again ---------------------------------------------------------------------
+
+
+def lose_first_stage(model: Path) -> None:
+    shutil.rmtree(checkpoint(model, 0))
+
+
+def lose_target(model: Path) -> None:
+    shutil.rmtree(checkpoint(model, 2))
+
+
+def tamper_adapter(model: Path) -> None:
+    flip(checkpoint(model, 1) / ADAPTER)
+
+
+def tamper_target(model: Path) -> None:
+    flip(checkpoint(model, 2, shard=1) / ADAPTER)
+
+
+def truncate_manifest(model: Path) -> None:
+    path = checkpoint(model, 2) / MANIFEST
+    path.write_bytes(path.read_bytes()[:20])
+
+
+def lose_optimizer(model: Path) -> None:
+    (checkpoint(model, 1) / "optimizer.safetensors").unlink()
+
+
+def lose_all_checkpoints(model: Path) -> None:
+    shutil.rmtree(model / opening.CHECKPOINTS)
+
+
+def lose_two_stages(model: Path) -> None:
+    shutil.rmtree(checkpoint(model, 0))
+    flip(checkpoint(model, 2) / ADAPTER)
+
+
+def lose_index(model: Path) -> None:
+    shutil.rmtree(model / opening.INDEX)
+
+
+def tamper_index(model: Path) -> None:
+    flip(min((model / opening.INDEX).iterdir()))
+
+
+def forget_index(model: Path) -> None:
+    commit(model, Change(unindexed=[1]))
+
+
+def surplus_vector(model: Path) -> None:
+    with world_of(model) as world:
+        (base,) = world.ledger.indexes(0)
+        wanted: dict[int, Any] = {row.vector_id: None for row in world.ledger.rows(0)}
+        wanted[1] = world.embed(["of no record"])
+        world.ledger.commit(Change(indexes=[world.index.build(0, base.root, base, wanted)]))
+
+
+def wrong_heads(model: Path) -> None:
+    _, heads = state(model)
+    stage = checkpoint(model, 0).name
+    commit(model, Change(heads=[replace(heads[0], key=stage, target=stage, depth=1)]))
+
+
+def head_of_nothing(model: Path) -> None:
+    _, heads = state(model)
+    commit(model, Change(heads=[replace(heads[1], key="0" * 64)]))
+
+
+def head_on_base(model: Path) -> None:
+    _, heads = state(model)
+    commit(model, Change(heads=[replace(heads[1], key=None, depth=0)]))
+
+
+def wrong_depth(model: Path) -> None:
+    _, heads = state(model)
+    commit(model, Change(heads=[replace(heads[1], depth=1)]))
+
+
+def missing_head(model: Path) -> None:
+    commit(model, Change(headless=[1]))
+
+
+def surplus_head(model: Path) -> None:
+    commit(model, Change(heads=[Head(5, None, 0, None)]))
+
+
+def unknown_files(model: Path) -> None:
+    write_atomic(model / opening.RECORDS / ".tmp-a", b"half")
+    write_atomic(checkpoint(model, 1) / "surplus", b"x")
+    (model / opening.SCRATCH).mkdir(0o700)
+
+
+def loose_modes(model: Path) -> None:
+    for path in (model, *model.rglob("*")):
+        path.chmod(0o777 if path.is_dir() else 0o644)
+
+
+DERIVABLE: list[tuple[Defect, list[str]]] = [
+    (lose_first_stage, ["checkpoint"]),
+    (lose_target, ["checkpoint"]),
+    (tamper_adapter, ["checkpoint"]),
+    (tamper_target, ["checkpoint"]),
+    (truncate_manifest, ["checkpoint"]),
+    (lose_optimizer, ["checkpoint"]),
+    (lose_two_stages, ["checkpoint"]),
+    (lose_all_checkpoints, ["checkpoint"]),
+    (lose_index, ["index"]),
+    (tamper_index, ["index"]),
+    (forget_index, ["index", "unknown"]),
+    (surplus_vector, ["index", "unknown"]),
+    (wrong_heads, ["head"]),
+    (head_of_nothing, ["head"]),
+    (head_on_base, ["head"]),
+    (wrong_depth, ["head"]),
+    (missing_head, ["head"]),
+    (surplus_head, ["head"]),
+    (unknown_files, ["unknown"]),
+    (loose_modes, ["mode"]),
+]
+
+
+@pytest.mark.parametrize(("spoil", "expected"), DERIVABLE)
+def test_what_can_be_derived_comes_back_byte_for_byte(
+    model: Path, healthy: Path, spoil: Defect, expected: list[str]
+) -> None:
+    spoil(model)
+    found = diagnose(model)
+    assert kinds(found) == expected
+    assert found.ok == (not {"checkpoint", "index", "head"} & set(expected))
+    assert all(each.repair and "--repair" in each.next_step for each in found.findings)
+    done = repaired(model)
+    assert done.done
+    assert (done.after.findings, done.after.healthy) == ((), True)
+    assert diagnose(model).healthy
+    assert content(model) == content(healthy)
+    assert state(model) == state(healthy)
+    with world_of(model) as world:
+        assert check_files(world)[1] == []
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_a_repair_that_is_cut_short_is_finished_by_the_next(
+    model: Path, healthy: Path, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Cut(BaseException):
+        """The machine stops here."""
+
+    lose_two_stages(model)
+    tamper_index(model)
+    commits = 0
+    with world_of(model) as world:
+        real = world.ledger.commit
+
+        def cutting(change: Change) -> int:
+            nonlocal commits
+            if commits == number:
+                raise Cut
+            commits += 1
+            return real(change)
+
+        monkeypatch.setattr(world.ledger, "commit", cutting)
+        try:
+            mend(world, model)
+        except Cut:
+            pass
+        else:
+            assert commits <= number
+    repaired(model)
+    assert content(model) == content(healthy)
+    assert state(model) == state(healthy)
+
+
+def test_the_served_model_is_never_a_damaged_one(model: Path) -> None:
+    """The head leaves the damaged checkpoint in the commit that gives it up."""
+    lose_target(model)
+    with world_of(model) as world:
+        heads: list[str | None] = []
+        real = world.ledger.commit
+
+        def looking(change: Change) -> int:
+            seq = real(change)
+            heads.append(world.ledger.heads()[0].key)
+            assert {head.key for head in world.ledger.heads()} <= {
+                None,
+                *(each.key for each in world.ledger.checkpoints()),
+            }
+            return seq
+
+        world.ledger.commit = looking  # type: ignore[method-assign]
+        mend(world, model)
+    assert heads[0] == checkpoint(model, 1).name
+    assert heads[-1] == checkpoint(model, 2).name
+
+
+def test_a_gap_is_trained_on_top_of_the_stage_before_it(model: Path) -> None:
+    lose_middle = checkpoint(model, 1)
+    shutil.rmtree(lose_middle)
+    chains: list[Chain] = []
+
+    class Looking:
+        def __init__(self, inner: Executor) -> None:
+            self.inner = inner
+
+        def run(self, some: Sequence[Chain], report: Report) -> None:
+            chains.extend(some)
+            self.inner.run(some, report)
+
+    with world_of(model) as world:
+        real = world.executor_for
+        mend(replace(world, executor_for=lambda store: Looking(real(store))), model)
+    (chain,) = chains
+    assert chain.parent is not None
+    assert chain.parent.key == checkpoint(model, 0).name
+    assert [job.key for job in chain.jobs] == [lose_middle.name]
+
+
+def test_without_the_key_changed_rows_are_still_found(model: Path) -> None:
+    change_row(model)
+    lose_key(model)
+    assert kinds(diagnose(model)) == ["key", "slice"]
+
+
+def test_a_gap_that_was_trained_in_another_environment_is_told(model: Path) -> None:
+    lose_first_stage(model)
+    done = repaired(model, numerics="another")
+    assert any("another environment" in each for each in done.done)
+    assert done.after.ok
+    assert kinds(done.after) == ["gap"]
+    with world_of(model) as world:
+        assert check_files(world)[1] == []
+        assert all(head.converged for head in world.ledger.heads())
+
+
+def test_a_left_over_log_is_told_and_emptied(model: Path, healthy: Path) -> None:
+    code = (
+        "import os, sqlite3, sys\nc = sqlite3.connect(sys.argv[1])\n"
+        "c.execute('PRAGMA journal_mode=WAL')\nc.execute(\"INSERT INTO meta VALUES ('a', 'b', 0)\")\n"
+        "c.execute(\"DELETE FROM meta WHERE key = 'a'\")\nc.commit()\nos._exit(9)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(model / opening.LEDGER)], check=False)
+    found = diagnose(model)
+    assert (kinds(found), found.ok) == (["log"], True)
+    repaired(model)
+    assert diagnose(model).healthy
+    assert content(model) == content(healthy)
+
+
+# --- what can't ------------------------------------------------------------------------------------
+
+
+def lose_slice(model: Path) -> None:
+    min((model / opening.RECORDS).iterdir()).unlink()
+
+
+def tamper_slice(model: Path) -> None:
+    flip(min((model / opening.RECORDS).iterdir()))
+
+
+def change_row(model: Path) -> None:
+    """As if the ledger had been told another content; its checksum fits."""
+    with world_of(model) as world:
+        rows = world.ledger.rows(0)
+    changed = [replace(row, record_digest="x") for row in rows[::2]]
+    commit(model, Change(removed=rows[::2], added=changed))
+
+
+def spoil_row(model: Path) -> None:
+    execute(model, "UPDATE records SET record_digest = 'x' WHERE vector_id % 2 = 0")
+
+
+def lose_tombstone(model: Path) -> None:
+    execute(model, "DELETE FROM tombstones")
+
+
+def lose_event(model: Path) -> None:
+    execute(model, "DELETE FROM events WHERE position = 2")
+
+
+def lose_key(model: Path) -> None:
+    (model / opening.KEY).unlink()
+
+
+def change_key(model: Path) -> None:
+    partition_key.write_secret(model / opening.KEY, b"x" * 32)
+
+
+def lose_ledger(model: Path) -> None:
+    (model / opening.LEDGER).unlink()
+
+
+def damage_ledger(model: Path) -> None:
+    path = model / opening.LEDGER
+    data = bytearray(path.read_bytes())
+    data[4096 : 4096 * 3] = b"\xff" * (4096 * 2)
+    path.write_bytes(bytes(data))
+
+
+def no_ledger_at_all(model: Path) -> None:
+    (model / opening.LEDGER).write_bytes(b"not a database at all, but a text of some length" * 99)
+
+
+def other_schema(model: Path) -> None:
+    execute(model, "PRAGMA user_version = 99")
+
+
+def garble_schema(model: Path) -> None:
+    """SQLite tells of it in words that are no UTF-8."""
+    path = model / opening.LEDGER
+    data = path.read_bytes()
+    assert b"CREATE TABLE records" in data
+    path.write_bytes(data.replace(b"CREATE TABLE records", b"CREATE TABLE re \xffrds"))
+
+
+def empty_ledger(model: Path) -> None:
+    (model / opening.LEDGER).write_bytes(b"")
+
+
+LOST: list[tuple[Defect, str]] = [
+    (lose_slice, "slice"),
+    (tamper_slice, "slice"),
+    (change_row, "slice"),
+    (lose_key, "key"),
+    (change_key, "key"),
+    (lose_ledger, "ledger_missing"),
+    (damage_ledger, "ledger_damaged"),
+    (garble_schema, "ledger_damaged"),
+    (spoil_row, "ledger_damaged"),
+    (lose_tombstone, "ledger_damaged"),
+    (lose_event, "ledger_damaged"),
+    (no_ledger_at_all, "ledger_damaged"),
+    (other_schema, "ledger_schema"),
+    (empty_ledger, "ledger_empty"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "kind"), LOST)
+def test_what_can_not_be_derived_is_said_and_left_alone(
+    model: Path, spoil: Defect, kind: str, sisa: Sisa, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(model)
+    unknown = model / opening.RECORDS / "perhaps-the-missing-piece"
+    unknown.write_bytes(b"?")
+    found = diagnose(model)
+    assert kind in kinds(found)
+    assert not found.ok
+    lost = [each for each in found.findings if each.kind == kind]
+    assert all(each.lost and each.next_step for each in lost)
+    use_fake_parts(monkeypatch)
+    held = content(model)
+    code, answer, _ = sisa("doctor", "-m", model, "--repair")
+    assert (code, answer["ok"]) == (4, False)
+    assert kind in {each["kind"] for each in answer["findings"]}
+    assert content(model) == held
+
+
+# --- surroundings ----------------------------------------------------------------------------------
+
+
+def test_a_writer_at_work_is_told_and_nothing_is_judged(model: Path) -> None:
+    lose_index(model)
+    with writer_lock(model / opening.LOCK):
+        found = diagnose(model)
+    assert (kinds(found), found.ok) == (["writer"], True)
+
+
+def test_a_clock_that_ran_backwards_is_told(model: Path) -> None:
+    early = datetime.fromisoformat("2019-12-31T00:00:00+00:00")
+    found = diagnose(model, early)
+    assert (kinds(found), found.ok) == (["clock"], True)
+    assert "86,400 s" in found.findings[0].what
+    assert diagnose(model, datetime.fromisoformat(THEN)).healthy
+
+
+def test_a_full_disk_is_told(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sisa.audit.doctor.shutil.disk_usage", lambda _: SimpleNamespace(free=10))
+    assert kinds(diagnose(model)) == ["disk"]
+
+
+def test_a_directory_that_can_not_be_written_is_told(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(**_: Any) -> Any:
+        raise OSError(30, os.strerror(30))
+
+    monkeypatch.setattr("sisa.audit.doctor.tempfile.TemporaryFile", refuses)
+    found = diagnose(model)
+    assert (kinds(found), found.ok) == (["read_only"], False)
+
+
+def test_a_stray_file_is_told_and_left(model: Path) -> None:
+    (model / "notes.txt").write_text("mine")
+    found = diagnose(model)
+    assert (kinds(found), found.ok) == (["stray"], True)
+    assert kinds(repaired(model).after) == ["stray"]
+    assert (model / "notes.txt").read_text() == "mine"
+
+
+def test_a_shard_that_waits_to_be_trained_is_no_defect(model: Path) -> None:
+    """A crash in training leaves a state that the next command finishes: nothing is damaged."""
+    target = checkpoint(model, 2)
+    with world_of(model) as world:
+        head = world.ledger.heads()[0]
+        before = checkpoint(model, 1).name
+        world.ledger.commit(Change(dropped=[target.name], heads=[replace(head, key=before, depth=2)]))
+    shutil.rmtree(target)
+    assert diagnose(model).healthy
+    with world_of(model) as world:
+        reconcile(world)
+    assert diagnose(model).healthy
+    assert target.exists()
+
+
+def test_messages_hold_no_secret(model: Path) -> None:
+    change_key(model)
+    loose_modes(model)
+    tamper_slice(model)
+    told = repr(diagnose(model))
+    assert (b"x" * 32).hex() not in told
+    assert "id-0" not in told
+    assert Keyed(b"x" * 32).name not in told
+
+
+# --- the command line ------------------------------------------------------------------------------
+
+Sisa = Callable[..., tuple[int, dict[str, Any], str]]
+
+
+@pytest.fixture
+def sisa(capfd: pytest.CaptureFixture[str]) -> Sisa:
+    def run(*arguments: Any) -> tuple[int, dict[str, Any], str]:
+        code = cli.run([*map(str, arguments), "--json"])
+        out, err = capfd.readouterr()
+        return code, json.loads(out), out + err
+
+    return run
+
+
+def test_doctor_on_the_command_line(
+    sisa: Sisa, model: Path, healthy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, found, _ = sisa("doctor", "-m", model)
+    assert (code, found["ok"], found["healthy"], found["findings"]) == (0, True, True, [])
+    lose_two_stages(model)
+    tamper_index(model)
+    code, found, _ = sisa("doctor", "-m", model)
+    assert (code, found["ok"]) == (4, False)
+    assert {each["repair"] for each in found["findings"]} == {"reindex", "retrain"}
+    use_fake_parts(monkeypatch)
+    code, found, _ = sisa("doctor", "-m", model, "--repair", "--executor", "serial")
+    assert (code, found["healthy"], found["findings"]) == (0, True, [])
+    assert found["done"]
+    assert len(found["findings_before"]) == 3
+    (model / "notes.txt").write_text("mine")
+    code, found, _ = sisa("doctor", "-m", model, "--repair")
+    assert (code, found["ok"], found["done"]) == (0, True, [])
+    assert [each["kind"] for each in found["findings"]] == ["stray"]
+    assert content(model) == content(healthy)
+
+
+def test_repair_waits_for_other_writers(
+    sisa: Sisa, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_fake_parts(monkeypatch)
+    with writer_lock(model / opening.LOCK):
+        code, found, _ = sisa("doctor", "-m", model, "--repair")
+    assert (code, found["error"]["type"]) == (Busy.exit_code, "Busy")
+
+
+def test_doctor_in_words(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    use_fake_parts(monkeypatch)
+    assert cli.run(["doctor", "-m", str(model)]) == 0
+    assert "healthy" in capfd.readouterr().out
+    tamper_index(model)
+    assert cli.run(["doctor", "-m", str(model)]) == 4
+    out = capfd.readouterr().out
+    assert "1 error, 0 warnings" in out
+    assert "next step: `sisa doctor --repair`" in out
+    assert cli.run(["doctor", "-m", str(model), "--repair"]) == 0
+    assert "built the index" in capfd.readouterr().out
+
+
+def test_an_unknown_executor_is_refused_before_anything_is_mended(sisa: Sisa, model: Path) -> None:
+    loose_modes(model)
+    lose_index(model)
+    assert sisa("doctor", "-m", model, "--repair", "--executor", "none")[0] == 2
+    assert kinds(diagnose(model)) == ["index", "mode"]
+
+
+def test_doctor_where_no_model_is(sisa: Sisa, tmp_path: Path) -> None:
+    assert sisa("doctor", "-m", tmp_path)[0] == 2

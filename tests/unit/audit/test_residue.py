@@ -1,0 +1,740 @@
+"""`sisa gc` and `sisa sweep`: garbage is listed and removed, residue of every kind is found, and nothing
+is claimed of a clean model that is not so."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import sqlite3
+import tempfile
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from cluster.cli import care_cli, cli
+from cluster.render.render import where
+from sisa.audit.garbage import Garbage, list_garbage, remove_garbage
+from sisa.audit.lineage import proves_clean, read_manifest
+from sisa.audit.residue import Scan, scan_residue, sweep_model
+from sisa.audit.search_strings import BLOCK_BYTES, MIN_BYTES, SearchStrings
+from sisa.core.errors import Busy, EnvironmentFault, InvalidInput
+from sisa.core.events import EpochTrained
+from sisa.core.measured import MIN_RECORDS, STAGE_DIGITS, metrics_line
+from sisa.core.ports import Change
+from sisa.flows import reconcile
+from sisa.flows.ingest import add
+from sisa.flows.wiring import opening
+from sisa.flows.wiring.world import held_by_area, known_by_area
+from sisa.model import Model
+from sisa.store.blobs import files
+from sisa.store.blobs.files import writer_lock
+from sisa.store.checkpoints import ADAPTER, FileCheckpoints
+from sisa.store.index import FaissIndex
+from sisa.store.metrics import FileMetrics
+from sisa.store.records import FileRecords
+from sisa.store.witness import FileWitness
+from tests.models.confessing import (
+    DELETED,
+    NUM_RECORDS,
+    built_pair,
+    content,
+    record,
+    stored,
+    use_fake_parts,
+    world_of,
+)
+
+assert care_cli  # registers its commands
+GONE = record(DELETED)
+METRICS_AT, METRICS_RUN = "2026-11-25T21:37:49.123+00:00", "20261125T213749Z-3f9a1c2b"
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return built_pair(tmp_path_factory.mktemp("pair"))
+
+
+@pytest.fixture(autouse=True)
+def own_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Caches and temporary files of other runs are none of ours."""
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    monkeypatch.setenv("SISA_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def before(pair: tuple[Path, Path]) -> Path:
+    """The model that still held the record; not to be changed."""
+    return pair[0]
+
+
+@pytest.fixture
+def model(pair: tuple[Path, Path], tmp_path: Path) -> Path:
+    """A copy of the model after the deletion."""
+    return Path(shutil.copytree(pair[1], tmp_path / "model"))
+
+
+def scan(model: Path, **options: Any) -> Scan:
+    with world_of(model) as world:
+        return scan_residue(world, model, **options)
+
+
+def kinds(found: Scan) -> list[str]:
+    return sorted({each.kind for each in found.residue})
+
+
+def checkpoints(model: Path) -> set[str]:
+    return {path.name for path in (model / opening.CHECKPOINTS).iterdir()}
+
+
+def tainted_key(before: Path, model: Path) -> str:
+    return min(checkpoints(before) - checkpoints(model))
+
+
+def listed(model: Path) -> dict[str, Garbage]:
+    with world_of(model) as world:
+        return {each.path: each for each in list_garbage(world, model)}
+
+
+def test_a_clean_model_is_proven_clean(model: Path) -> None:
+    found = scan(model, ids=[GONE.id], texts=[GONE.text, *(part.text for part in GONE.parts)])
+    assert (found.residue, found.clean) == ((), True)
+    assert found.scanned["rows"] == found.scanned["vectors"] == NUM_RECORDS - 1
+    assert found.scanned["checkpoints"] == len(checkpoints(model))
+    assert found.scanned["strings"] == 4
+    assert found.places == (str(model),)
+
+
+def test_a_scan_changes_nothing(model: Path, before: Path) -> None:
+    shutil.copytree(
+        before / opening.CHECKPOINTS / tainted_key(before, model),
+        model / opening.CHECKPOINTS / tainted_key(before, model),
+    )
+    held = content(model)
+    scan(model, ids=[GONE.id])
+    assert content(model) == held
+
+
+def test_the_model_before_the_deletion_holds_the_record(before: Path) -> None:
+    found = scan(before, ids=[GONE.id])
+    assert kinds(found) == ["string"]
+    where = {Path(each.where).parts[-2] for each in found.residue}
+    assert opening.RECORDS in where
+    assert any(each.position.endswith("column id") for each in found.residue)
+
+
+def test_a_row_of_a_deleted_record_is_residue(model: Path) -> None:
+    with world_of(model) as world:
+        world.records.write(0, 0, "0" * 64, [stored(world, 1), stored(world, DELETED)])
+    (found,) = scan(model).residue
+    assert found.kind == "deleted_row"
+    assert "req-" in found.what
+    assert found.position in ("row 0", "row 1")
+
+
+def test_a_row_that_was_never_held_is_residue(model: Path) -> None:
+    with world_of(model) as world:
+        world.records.write(0, 0, "0" * 64, [stored(world, 999)])
+    assert kinds(scan(model)) == ["unknown_row"]
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_a_vector_of_a_deleted_record_is_residue(model: Path, known: bool) -> None:
+    with world_of(model) as world:
+        row = world.assigner.row(GONE, 1)
+        (base,) = world.ledger.indexes(row.shard)
+        wanted: dict[int, Any] = {each.vector_id: None for each in world.ledger.rows(row.shard)}
+        wanted[row.vector_id] = world.embed([GONE.text])
+        made = world.index.build(row.shard, "0" * 64, base, wanted)
+        if known:
+            world.ledger.commit(Change(indexes=[made]))
+            world.index.erase([base.name])
+    (found,) = scan(model).residue
+    assert (found.kind, Path(found.where).name) == ("deleted_vector", made.name)
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_a_checkpoint_that_a_deleted_record_touched_is_residue(
+    model: Path, before: Path, known: bool
+) -> None:
+    key = tainted_key(before, model)
+    shutil.copytree(before / opening.CHECKPOINTS / key, model / opening.CHECKPOINTS / key)
+    if known:
+        with world_of(before) as old, world_of(model) as world:
+            held = [each for each in old.ledger.checkpoints() if each.key == key]
+            world.ledger.commit(Change(checkpoints=held))
+    found = scan(model)
+    assert "tainted" in kinds(found)
+    assert set(kinds(found)) <= {"tainted", "unknown_file"}
+
+
+def test_a_clean_checkpoint_in_scratch_is_none(model: Path, before: Path) -> None:
+    key = min(checkpoints(model))
+    shutil.copytree(model / opening.CHECKPOINTS / key, model / opening.SCRATCH / "replay" / key)
+    assert scan(model).clean
+    gone = tainted_key(before, model)
+    shutil.copytree(before / opening.CHECKPOINTS / gone, model / opening.SCRATCH / "replay" / gone)
+    assert kinds(scan(model)) == ["tainted", "unknown_file"]
+
+
+@pytest.mark.parametrize("part", ["manifest.json", ADAPTER])
+def test_what_is_damaged_proves_nothing(model: Path, part: str) -> None:
+    path = model / opening.CHECKPOINTS / min(checkpoints(model)) / part
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    assert set(kinds(scan(model))) & {"damaged", "unreadable"}
+
+
+@pytest.mark.parametrize("room", [opening.RECORDS, opening.INDEX])
+def test_a_changed_slice_or_index_file_proves_nothing(model: Path, room: str) -> None:
+    path = min((model / room).iterdir())
+    path.write_bytes(path.read_bytes() + b"x")
+    assert kinds(scan(model)) == ["damaged"]
+
+
+@pytest.mark.parametrize(
+    "name", ["records/.tmp-x", "records/a.bin", "index/x.faiss", ".tmp-y", "notes.txt", "scratch/a"]
+)
+def test_files_that_can_not_be_read_as_ours_are_not_passed_over(model: Path, name: str) -> None:
+    path = model / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"who knows")
+    assert "unknown_file" in kinds(scan(model))
+
+
+def test_half_a_parquet_file_is_unreadable(model: Path) -> None:
+    (model / opening.RECORDS / ".tmp-x").write_bytes(b"PAR1 and no more")
+    assert "unreadable" in kinds(scan(model))
+
+
+def test_exported_adapters(model: Path, before: Path, tmp_path: Path) -> None:
+    exports = tmp_path / "exports"
+    with world_of(model) as world, world_of(before) as old:
+        heads = [head for head in world.ledger.heads() if head.key]
+        stages = {each.key for each in world.ledger.checkpoints()} - {head.key for head in heads}
+        shard = world.assigner.row(GONE, 1).shard
+        stale = next(head.key for head in old.ledger.heads() if head.shard == shard)
+    assert heads[0].key
+    assert stale
+    sources = {
+        "current": model / opening.CHECKPOINTS / heads[0].key,
+        "stage": model / opening.CHECKPOINTS / min(stages),
+        "stale": before / opening.CHECKPOINTS / stale,
+    }
+    for name, source in sources.items():
+        (exports / name).mkdir(parents=True)
+        shutil.copy(source / ADAPTER, exports / name / ADAPTER)
+    found = scan(model, also=[exports])
+    assert [(each.kind, Path(each.where).parent.name) for each in found.residue] == [
+        ("stale_adapter", "stale")
+    ]
+    assert [Path(each).parent.name for each in found.outdated_exports] == ["stage"]
+    assert found.scanned["adapters"] == 3
+
+
+def test_deleted_ids_in_sources_are_found_without_being_named(model: Path, tmp_path: Path) -> None:
+    lines = [json.dumps({"id": record(number).id, "text": "x"}) for number in (0, DELETED, 999)]
+    source = tmp_path / "people.jsonl"
+    odd = ["not json", '{"id": "\\ud800"}', '{"id": 7}', "[" * 100_000]
+    source.write_text("\n".join([*odd, *lines]))
+    table = tmp_path / "people.parquet"
+    pq.write_table(pa.table({"id": [GONE.id], "text": ["x"]}), table)
+    pq.write_table(pa.table({"name": ["no ids"]}), tmp_path / "other.parquet")
+    found = scan(model, also=[source, table, tmp_path / "other.parquet"])
+    assert [(each.kind, Path(each.where).name, each.position) for each in found.residue] == [
+        ("deleted_row", "people.jsonl", "row 5"),
+        ("deleted_row", "people.parquet", "row 0"),
+    ]
+
+
+def test_a_place_that_is_not_there_is_bad_input(model: Path) -> None:
+    with pytest.raises(InvalidInput):
+        scan(model, also=[model / "none"])
+
+
+def test_left_overs_of_ours_are_scanned(model: Path, tmp_path: Path) -> None:
+    scratch = tmp_path / "tmp" / "sisa-scratch-1"
+    partial = tmp_path / "cache" / "base" / ".partial-2"
+    whole = tmp_path / "cache" / "base" / "x"
+    foreign = tmp_path / "tmp" / "other"
+    for path in (scratch, partial, whole, foreign):
+        path.mkdir(parents=True)
+        (path / "rows.jsonl").write_text(json.dumps({"id": GONE.id}))
+    shutil.copytree(model / opening.CHECKPOINTS, scratch / "of-another-model")
+    (scratch / "of-another-model" / min(checkpoints(model)) / ADAPTER).write_bytes(b"changed")
+    found = scan(model)
+    assert {Path(each.where).parent for each in found.residue} == {scratch, partial}
+
+
+def hide_in_name(model: Path) -> None:
+    (model / opening.RECORDS / f".tmp-{GONE.id}").touch()
+
+
+def hide_in_raw_bytes(model: Path) -> None:
+    (model / "core").write_bytes(b"\0" * 100 + GONE.id.encode() + b"\0")
+
+
+def hide_in_utf16(model: Path) -> None:
+    (model / "core").write_bytes(GONE.id.encode("utf-16-le"))
+
+
+def hide_in_parquet(model: Path) -> None:
+    columns = {"id": ["a"], "texts": [[f"see {GONE.id} there", "b"]]}
+    pq.write_table(pa.table(columns), model / opening.RECORDS / "a.parquet", compression="zstd")
+
+
+def hide_in_ledger(model: Path) -> None:
+    with world_of(model) as world:
+        world.ledger.commit(Change(meta={"note": f"it's of {GONE.id}"}))
+
+
+HIDING = [hide_in_name, hide_in_raw_bytes, hide_in_utf16, hide_in_parquet, hide_in_ledger]
+
+
+@pytest.mark.parametrize("hide", HIDING)
+def test_a_named_string_is_found_wherever_it_hides(model: Path, hide: Callable[[Path], None]) -> None:
+    hide(model)
+    found = scan(model, ids=["never-here", GONE.id])
+    strings = [each for each in found.residue if each.kind == "string"]
+    assert len(strings) == 1
+    assert strings[0].what.startswith("string 2")
+    assert strings[0].position
+    told = json.dumps([(each.where, each.position, each.what) for each in found.residue])
+    assert GONE.id not in told
+
+
+def test_the_write_ahead_log_is_scanned(model: Path) -> None:
+    """A reader keeps the log: a removed row stays in it until the checkpoint succeeds."""
+    reader = sqlite3.connect(model / opening.LEDGER)
+    try:
+        reader.execute("BEGIN")
+        reader.execute("SELECT * FROM meta").fetchall()
+        for value in (GONE.id, "gone"):
+            with world_of(model) as world:
+                world.ledger.commit(Change(meta={"note": value}))
+        with world_of(model) as world:
+            found = scan_residue(world, model, ids=[GONE.id])
+    finally:
+        reader.close()
+    assert [Path(each.where).name for each in found.residue] == ["ledger.sqlite-wal"]
+
+
+def test_an_id_that_is_a_part_of_a_held_one_is_no_residue(model: Path) -> None:
+    part = record(DELETED + 1).id[:-1]
+    assert len(part) >= MIN_BYTES
+    assert scan(model, ids=[part]).clean == (part not in b"".join(checkpoint_bytes(model)).decode())
+
+
+def checkpoint_bytes(model: Path) -> list[bytes]:
+    """The fake's weights name their records, as real ones don't."""
+    return [path.read_bytes() for path in (model / opening.CHECKPOINTS).rglob("*") if path.is_file()]
+
+
+def test_short_strings_are_compared_with_values_alone(model: Path) -> None:
+    (model / opening.RECORDS / "raw").write_bytes(b"ab")
+    found = scan(model, ids=["ab"])
+    assert found.scanned["strings_too_short_for_raw_bytes"] == 1
+    assert kinds(found) == ["unknown_file"]
+    pq.write_table(pa.table({"id": ["ab"]}), model / opening.RECORDS / "b.parquet")
+    assert "string" in kinds(scan(model, ids=["ab"]))
+
+
+@pytest.mark.parametrize("shift", [-9, -4, -1, 0, 1])
+def test_a_string_across_two_blocks_is_found(tmp_path: Path, shift: int) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"." * (BLOCK_BYTES + shift) + b"ada lovelace" + b"." * 10)
+    (place,) = SearchStrings(["ada lovelace"]).in_file(path)
+    assert place.position == f"byte {BLOCK_BYTES + shift}"
+
+
+def test_many_strings_in_one_pass() -> None:
+    texts = [f"person {number:04d} was here" for number in range(500)]
+    block = b"..".join(text.encode() for text in texts)
+    assert [number for _, number in SearchStrings(texts).in_block(block)] == list(range(500))
+
+
+def test_a_chain_is_clean_only_while_all_of_its_records_are_held(model: Path) -> None:
+    with world_of(model) as world:
+        for held in world.ledger.checkpoints():
+            parsed = read_manifest(model / opening.CHECKPOINTS / held.key, world.keyring)
+            assert parsed is not None
+            rows = world.ledger.rows(held.shard)
+            assert proves_clean(parsed[0], rows, held.seq, world.recipe.num_slices)
+            touched = [row for row in rows if row.slice in held.prefix]
+            for row in touched:
+                rest = [each for each in rows if each is not row]
+                assert not proves_clean(parsed[0], rest, held.seq, world.recipe.num_slices)
+
+
+def test_a_head_that_serves_while_added_records_wait_is_clean(model: Path) -> None:
+    """Its chain was made before they came; they are in its slices and not in its lineage."""
+
+    class Cut(Exception):
+        """The machine stops here."""
+
+    def dies(_: Any) -> Any:
+        raise Cut
+
+    with world_of(model) as world, pytest.raises(Cut):
+        add(replace(world, executor_for=dies), [record(number) for number in range(100, 112)])
+    with world_of(model) as world:
+        assert not all(head.converged for head in world.ledger.heads())
+    assert scan(model).clean
+
+
+def test_index_bytes_that_are_not_those_of_their_name_are_not_parsed(model: Path) -> None:
+    path = min((model / opening.INDEX).iterdir())
+    shutil.copy(path, model / opening.INDEX / f"shard-00000-{'0' * 64}.faiss")
+    found = scan(model)
+    assert kinds(found) == ["unknown_file", "unreadable"]
+    assert any("not parsed" in each.what for each in found.residue)
+
+
+# --- gc ------------------------------------------------------------------------------------------
+
+
+def test_a_clean_model_has_no_garbage(model: Path) -> None:
+    assert listed(model) == {}
+
+
+def test_garbage_of_every_kind_is_listed_with_its_reason(model: Path) -> None:
+    key = min(checkpoints(model))
+    planted = {
+        "notes.txt": False,
+        ".tmp-top": True,
+        "records/.tmp-a": True,
+        "records/old.parquet": True,
+        "index/old.faiss": True,
+        "checkpoints/old/manifest.json": True,
+        f"checkpoints/{key}/surplus": True,
+        "scratch/replay/x": True,
+    }
+    for name in planted:
+        (model / name).parent.mkdir(parents=True, exist_ok=True)
+        (model / name).write_bytes(b"12345")
+    found = listed(model)
+    expected = {name.replace("old/manifest.json", "old").replace("/replay/x", "") for name in planted}
+    assert set(found) == expected
+    assert {each.num_bytes for each in found.values()} == {5}
+    assert [path for path, each in found.items() if not each.removable] == ["notes.txt"]
+    held = content(model)
+    with world_of(model) as world:
+        remove_garbage(world, model)
+    assert list(listed(model)) == ["notes.txt"]
+    assert set(held) - set(content(model)) == set(planted) & set(held)
+
+
+def test_a_retired_checkpoint_leaves_the_ledger_first(model: Path, before: Path) -> None:
+    key = tainted_key(before, model)
+    shutil.copytree(before / opening.CHECKPOINTS / key, model / opening.CHECKPOINTS / key)
+    with world_of(before) as old, world_of(model) as world:
+        held = [each for each in old.ledger.checkpoints() if each.key == key]
+        world.ledger.commit(Change(checkpoints=held))
+    assert "retired" in listed(model)[f"checkpoints/{key}"].reason
+    with world_of(model) as world:
+        remove_garbage(world, model)
+        assert key not in {each.key for each in world.ledger.checkpoints()}
+    assert key not in checkpoints(model)
+
+
+def test_what_a_cut_short_run_stored_is_kept(model: Path) -> None:
+    with world_of(model) as world:
+        head = next(head for head in world.ledger.heads() if head.key)
+        held = world.ledger.checkpoints(head.shard)
+        from sisa.flows.wiring.world import view_shard
+        from sisa.planning.plan import plan_shard
+
+        plan = plan_shard(
+            view_shard(world, head.shard, dropped=[head.key or ""]), world.recipe, world.fingerprint
+        )
+        world.ledger.commit(Change(dropped=[head.key or ""], heads=[plan.head]))
+    found = listed(model)
+    assert [each.removable for each in found.values()] == [False]
+    with world_of(model) as world:
+        assert remove_garbage(world, model) == ()
+    assert {each.key for each in held} <= checkpoints(model)
+
+
+def test_a_link_is_removed_and_its_target_kept(model: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "file").write_bytes(b"kept")
+    (model / opening.RECORDS / "link").symlink_to(outside)
+    with world_of(model) as world:
+        remove_garbage(world, model)
+    assert (outside / "file").exists()
+    assert listed(model) == {}
+
+
+def with_residue(model: Path) -> None:
+    """A row of the deleted record, in a slice file that the ledger does not know."""
+    with world_of(model) as world:
+        world.records.write(0, 0, "0" * 64, [stored(world, DELETED)])
+
+
+def test_a_model_is_read_through_a_link_to_it(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "current").symlink_to(model)
+    clean = scan(tmp_path / "current", also=[tmp_path / "current"])
+    assert (clean.residue, clean.scanned["rows"]) == ((), NUM_RECORDS - 1)
+    with_residue(model)
+    assert kinds(scan(tmp_path / "current")) == kinds(scan(model)) == ["deleted_row"]
+
+
+@pytest.mark.parametrize("room", [opening.RECORDS, opening.CHECKPOINTS, opening.INDEX])
+def test_a_room_is_read_behind_a_link(model: Path, tmp_path: Path, room: str) -> None:
+    direct = scan(model, ids=[record(0).id])
+    moved = tmp_path / "other disk" / room
+    moved.parent.mkdir()
+    (model / room).rename(moved)
+    (model / room).symlink_to(moved)
+    found = scan(model, ids=[record(0).id])
+    assert found.scanned == direct.scanned
+    assert len(found.residue) == len(direct.residue) >= 1
+    (moved / "notes").write_text("who knows")
+    assert "unknown_file" in kinds(scan(model))
+
+
+def test_another_place_is_read_through_a_link(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "people.jsonl").write_text(json.dumps({"id": GONE.id}))
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    (found,) = scan(model, also=[tmp_path / "link"]).residue
+    assert (found.kind, found.where) == ("deleted_row", str(tmp_path / "real" / "people.jsonl"))
+
+
+@pytest.mark.parametrize("target", ["elsewhere", "nowhere", "elsewhere/file"])
+def test_a_link_out_of_what_is_read_is_residue(model: Path, tmp_path: Path, target: str) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "file").write_text("x")
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "notes").write_text("x")
+    (tmp_path / "more" / "link").symlink_to(tmp_path / target)
+    (found,) = scan(model, also=[tmp_path / "more"]).residue
+    assert (found.kind, Path(found.where).name) == ("link", "link")
+    followed = scan(model, also=[tmp_path / "more", tmp_path / "elsewhere"])
+    assert followed.clean == (target != "nowhere")
+
+
+def test_nothing_is_clean_where_nothing_was_read(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "empty" / "below").mkdir(parents=True)
+    assert kinds(scan(model, also=[tmp_path / "empty"])) == ["nothing_read"]
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "closed" / "file").write_text("x")
+    listed_names = os.listdir
+
+    def refuse(path: Any) -> list[str]:
+        if Path(path).name == "closed":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return listed_names(path)
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    assert kinds(scan(model, also=[tmp_path / "closed"])) == ["nothing_read", "unreadable"]
+
+
+# --- an erasure that can't be carried out in part -------------------------------------------------
+
+ROOMS = {opening.RECORDS: FileRecords, opening.INDEX: FaissIndex, opening.CHECKPOINTS: FileCheckpoints}
+
+
+def open_to_delete(before: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Model:
+    """The model that holds the record, with its losses kept."""
+    use_fake_parts(monkeypatch)
+    model = Path(shutil.copytree(before, tmp_path / "held"))
+    epoch = EpochTrained(0, 0, "f" * STAGE_DIGITS, 1, 1, MIN_RECORDS, 10, 0.5, 2.0)
+    with world_of(model) as world:
+        world.metrics.append(metrics_line(epoch, METRICS_AT, METRICS_RUN) or {})
+    return Model(model, executor="serial")
+
+
+@pytest.mark.parametrize("failing", [*ROOMS, opening.METRICS])
+def test_one_room_that_fails_keeps_no_other_from_being_erased(
+    before: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    model = open_to_delete(before, tmp_path, monkeypatch)
+
+    def refuse(*_: Any) -> None:
+        raise EnvironmentFault("the disk refused", where=failing)
+
+    with monkeypatch.context() as broken:
+        if failing == opening.METRICS:
+            broken.setattr(FileMetrics, "keep_losses", refuse)
+        else:
+            broken.setattr(ROOMS[failing], "erase", refuse)
+        with pytest.raises(EnvironmentFault) as caught:
+            model.forget([GONE.id])
+    assert caught.value.where == failing
+    (gone,) = model.where([GONE.id])
+    assert gone.state == "deleted"
+    assert set(gone.not_erased) == {failing} - {opening.METRICS}
+    with world_of(model.directory) as world:
+        for room, held in held_by_area(world).items():
+            assert (held <= known_by_area(world)[room]) == (room != failing)
+        assert [each.state for each in world.ledger.requests()] == ["erasure_failed"]
+    told = where([gone]).text
+    assert ("NOT ERASED YET" in told) == (failing != opening.METRICS)
+    model.resume()
+    assert sweep_model(model, ids=[GONE.id]).clean
+    assert model.where([GONE.id])[0].not_erased == {}
+
+
+def test_a_witness_that_fails_does_not_keep_the_text(
+    before: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The deletion is committed when the witness is told: its bytes go, whatever comes of that."""
+    model = open_to_delete(before, tmp_path, monkeypatch)
+    with model._writing():
+        pass  # the witness exists
+
+    def refuse(*_: Any) -> None:
+        raise EnvironmentFault("the witness can't be written")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(FileWitness, "append", refuse)
+        with pytest.raises(EnvironmentFault, match="witness"):
+            model.forget([GONE.id])
+    with world_of(model.directory) as world:
+        assert world.ledger.num_tombstones() == 1
+        assert all(held <= known_by_area(world)[room] for room, held in held_by_area(world).items())
+
+
+def test_a_deletion_behind_a_lock_on_metrics_ends_in_time(
+    before: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = open_to_delete(before, tmp_path, monkeypatch)
+    monkeypatch.setattr(files, "LOCK_PATIENCE_S", 0.1)
+    handle = os.open(model.directory / opening.METRICS, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    try:
+        with pytest.raises(Busy, match="metrics"):
+            model.forget([GONE.id])
+        with world_of(model.directory) as world:
+            assert all(held <= known_by_area(world)[room] for room, held in held_by_area(world).items())
+    finally:
+        os.close(handle)
+
+
+# --- the command line ----------------------------------------------------------------------------
+
+Sisa = Callable[..., tuple[int, dict[str, Any], str]]
+
+
+@pytest.fixture
+def sisa(capfd: pytest.CaptureFixture[str]) -> Sisa:
+    def run(*arguments: Any) -> tuple[int, dict[str, Any], str]:
+        code = cli.run([*map(str, arguments), "--json"])
+        out, err = capfd.readouterr()
+        return code, json.loads(out), out + err
+
+    return run
+
+
+def test_gc_on_the_command_line(sisa: Sisa, model: Path) -> None:
+    (model / opening.RECORDS / "old.parquet").write_bytes(b"123")
+    code, found, _ = sisa("gc", "-m", model, "--dry-run")
+    assert (code, found["dry_run"], found["removed"]) == (0, True, 0)
+    assert [(each["path"], each["num_bytes"]) for each in found["items"]] == [("records/old.parquet", 3)]
+    assert (model / opening.RECORDS / "old.parquet").exists()
+    with writer_lock(model / opening.LOCK):
+        assert sisa("gc", "-m", model)[0] == 5
+    code, found, _ = sisa("gc", "-m", model)
+    assert (code, found["removed"], found["removed_bytes"]) == (0, 1, 3)
+    assert not (model / opening.RECORDS / "old.parquet").exists()
+
+
+def test_sweep_on_the_command_line(sisa: Sisa, model: Path, tmp_path: Path) -> None:
+    code, found, _ = sisa("sweep", "-m", model, GONE.id)
+    assert (code, found["clean"], found["residue"]) == (0, True, [])
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n".join(part.text for part in GONE.parts) + "\n\n")
+    ids = tmp_path / "ids.txt"
+    ids.write_text(GONE.id + "\n")
+    exports = tmp_path / "exports"
+    exports.mkdir()
+    (exports / "log.txt").write_text(f"{GONE.id}: {GONE.parts[0].text}")
+    options = ("--ids-file", ids, "--text-file", texts, "--also", exports)
+    code, found, told = sisa("sweep", "-m", model, *options)
+    assert (code, found["clean"], len(found["residue"])) == (4, False, 2)
+    assert GONE.id not in told
+    assert GONE.parts[0].text not in told
+
+
+def test_sweep_refuses_what_it_can_not_use(sisa: Sisa, model: Path, tmp_path: Path) -> None:
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n")
+    assert sisa("sweep", "-m", model, "--text-file", empty)[0] == 2
+    assert sisa("sweep", "-m", model, "--text-file", tmp_path / "none")[0] == 2
+    assert sisa("sweep", "-m", model, "--also", tmp_path / "none")[0] == 2
+    with writer_lock(model / opening.LOCK):
+        assert sisa("sweep", "-m", model)[0] == 5
+
+
+def test_the_words_of_both_commands(model: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (model / "notes.txt").write_text("x")
+    assert cli.run(["gc", "-m", str(model)]) == 0
+    assert "notes.txt" in capfd.readouterr().out
+    assert cli.run(["sweep", "-m", str(model)]) == 4
+    assert "RESIDUE: 1 places" in capfd.readouterr().out
+
+
+# --- metrics -------------------------------------------------------------------------------------
+
+
+def metrics_of(model: Path, stage: str, text: str = "") -> Path:
+    """A run's file with a loss of a stage."""
+    event = EpochTrained(0, 0, stage, 1, 1, MIN_RECORDS, 10, 0.5, 1.5)
+    made = metrics_line(event, "2026-11-25T21:37:49.123+00:00", "20261125T213749Z-3f9a1c2b")
+    assert made is not None
+    FileMetrics(model / opening.METRICS).append(made)
+    path = next((model / opening.METRICS).iterdir())
+    path.write_text(path.read_text() + text)
+    return path
+
+
+def test_metrics_of_held_stages_are_kept_and_prove_themselves(model: Path) -> None:
+    path = metrics_of(model, min(checkpoints(model)))
+    assert kinds(scan(model)) == []
+    assert listed(model) == {}
+    with world_of(model) as world:
+        remove_garbage(world, model)
+        reconcile.erase_unreferenced(world)
+    assert '"loss":1.5' in path.read_text()
+
+
+def test_a_loss_of_an_erased_stage_is_residue_until_the_next_sweep(model: Path, before: Path) -> None:
+    path = metrics_of(model, tainted_key(before, model))
+    assert kinds(scan(model)) == ["stale_loss"]
+    with world_of(model) as world:
+        reconcile.erase_unreferenced(world)
+    assert kinds(scan(model)) == []
+    assert '"loss":null' in path.read_text()
+
+
+def test_what_else_lies_among_metrics_is_found(model: Path) -> None:
+    path = metrics_of(model, min(checkpoints(model)), text='{"id": "p001"}\n')
+    assert kinds(scan(model)) == ["unreadable"]
+    path.write_text("")
+    (path.parent / "other.jsonl").write_text("text")
+    assert list(listed(model)) == [f"{opening.METRICS}/other.jsonl"]
+    with world_of(model) as world:
+        remove_garbage(world, model)
+    assert [each.name for each in path.parent.iterdir()] == [path.name]
+
+
+def test_a_database_with_a_garbled_schema_is_looked_through_as_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "copy.sqlite"
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("CREATE TABLE people (name TEXT)")
+        connection.execute("INSERT INTO people VALUES ('Zaphod Quorvane')")
+    path.write_bytes(path.read_bytes().replace(b"CREATE TABLE people", b"CREATE TABLE pe \xff\xffe"))
+    (found,) = SearchStrings(["Zaphod Quorvane"], []).in_file(path)
+    assert found.number == 0

@@ -1,0 +1,178 @@
+"""What must not fool `verify`: weights, places, digests and vectors that only look consistent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from cluster.render import render
+from sisa.audit.replay import Apart, train_stage
+from sisa.audit.verify import Verification, verify
+from sisa.core.digest import Keyed
+from sisa.core.domain import Chain, Record, RecordRow, SliceJob
+from sisa.core.errors import EnvironmentFault
+from sisa.core.ports import CheckpointStore, Executor, StoredRecord, Tick, Vectors
+from sisa.flows.ingest import train
+from sisa.flows.serial import SerialExecutor
+from sisa.flows.wiring.world import World
+from sisa.planning.assign import Assigner
+from tests.fakes.ports import SECRET, FakeCheckpoints, FakeModel, FakeTrainer, fake_embed, fake_model
+from tests.fakes.ports import fake_record as record
+
+RECORDS = [record(number) for number in range(24)]
+
+
+class Forging(FakeTrainer):
+    """Weights that are consistent and stored well, and not those of the job."""
+
+    def train(
+        self,
+        job: SliceJob,
+        parent: Mapping[str, bytes] | None,
+        records: Sequence[StoredRecord],
+        progress: Callable[[Tick], None],
+    ) -> dict[str, bytes]:
+        files = super().train(job, parent, records, progress)
+        return {**files, "state": b"forged"}
+
+
+class Resuming(FakeTrainer):
+    """Depends on where a stage started, as a trainer does that keeps something from stage to stage."""
+
+    def __init__(self) -> None:
+        self._last: str | None = None
+
+    def train(
+        self,
+        job: SliceJob,
+        parent: Mapping[str, bytes] | None,
+        records: Sequence[StoredRecord],
+        progress: Callable[[Tick], None],
+    ) -> dict[str, bytes]:
+        files = super().train(job, parent, records, progress)
+        files["state"] = str(parent is not None and self._last == job.parent).encode()
+        self._last = job.key
+        return files
+
+
+def trained_by(world: World, make: Callable[[], FakeTrainer]) -> World:
+    def executor_for(store: CheckpointStore) -> Executor:
+        return SerialExecutor(make(), world.records, store)
+
+    return replace(world, executor_for=executor_for)
+
+
+def model_of(world_of: Callable[[World], World] = lambda world: world) -> FakeModel:
+    """A model that was trained under a world with a fault."""
+    model = fake_model()
+    train(world_of(model.world), RECORDS)
+    return model
+
+
+def apart(world: World) -> Apart:
+    store = FakeCheckpoints()
+
+    def train_all(chains: Sequence[Chain]) -> None:
+        for job in (job for chain in chains for job in chain.jobs):
+            train_stage(world, job.shard, job.key, store)
+
+    return Apart(store, train_all)
+
+
+def replayed(world: World, **options: Any) -> Verification:
+    return verify(world, [0, 1, 2], FakeCheckpoints(), apart(world), **options)
+
+
+def findings(found: Verification) -> str:
+    assert found.ok is not bool(found.findings)
+    return "; ".join(f"{each.where}: {each.what}" for each in found.findings)
+
+
+def test_a_sound_model_is_proved() -> None:
+    found = replayed(model_of().world, require_replay=True)
+    assert (found.ok, found.replayed) == (True, 3)
+    assert len(RECORDS) / 2 < found.vectors_embedded <= len(RECORDS)
+    assert [each.equal for each in found.shards] == [True] * 3
+    assert sorted(str(each.equal_apart) for each in found.shards) == ["None", "None", "True"]
+
+
+def test_a_replay_that_differs_is_a_finding() -> None:
+    model = model_of(lambda world: trained_by(world, Forging))
+    assert verify(model.world, [], None).ok, "no held file is damaged"
+    found = replayed(model.world)
+    assert [each.equal for each in found.shards] == [False] * 3
+    assert findings(found).count("the replay's bytes differ") == 3
+    assert render.verified(found).exit_code == 4
+
+
+def test_a_trainer_that_keeps_something_is_found_by_processes_of_their_own() -> None:
+    """Equal in one go, as ever; different stage by stage."""
+    model = fake_model()
+    world = trained_by(model.world, Resuming)
+    train(world, RECORDS)
+    found = verify(world, [0], FakeCheckpoints(), apart(world))
+    assert found.shards[0].equal
+    assert found.shards[0].equal_apart is False
+    assert "each stage in a process of its own, its bytes differ" in findings(found)
+    assert "DIFFERENT" in render.verified(found).text
+
+
+class Wrong(Assigner):
+    """Changes one column of every row."""
+
+    def __init__(self, right: Assigner, column: str) -> None:
+        super().__init__(Keyed(SECRET), right.layout)
+        self.__dict__["column"] = column
+
+    def row(self, record: Record, num_tokens: int) -> RecordRow:
+        row = super().row(record, num_tokens)
+        column: str = self.__dict__["column"]
+        value = getattr(row, column)
+        other: dict[str, Any] = {
+            "shard": (row.shard + 1) % self.layout.num_shards,
+            "slice": (row.slice + 1) % self.layout.num_slices,
+            "vector_id": row.vector_id + 1,
+        }
+        return replace(row, **{column: other.get(column, str(value)[::-1])})
+
+
+@pytest.mark.parametrize("column", ["shard", "slice", "text_digest", "vector_id"])
+def test_rows_are_those_that_the_key_gives(column: str) -> None:
+    model = model_of(lambda world: replace(world, assigner=Wrong(world.assigner, column)))
+    assert f"got another {column}" in findings(verify(model.world, [], None))
+
+
+def test_vectors_are_those_of_their_texts() -> None:
+    def other(texts: Sequence[str]) -> Vectors:
+        return fake_embed([f"{text}!" for text in texts])
+
+    model = model_of(lambda world: replace(world, embed=other))
+    assert "not that of its record's text" in findings(verify(model.world, [], None))
+
+
+def test_without_the_embedder_no_vector_is_checked() -> None:
+    def absent(_texts: Sequence[str]) -> Vectors:
+        raise EnvironmentFault("the model could not be fetched")
+
+    found = verify(replace(model_of().world, embed=absent), [], None)
+    assert (found.ok, found.vectors_embedded) == (True, 0)
+
+
+def test_nothing_replayed_is_said_and_can_be_refused() -> None:
+    elsewhere = replace(model_of().world, fingerprint="another")
+    found = replayed(elsewhere)
+    result = render.verified(found)
+    assert (found.ok, found.replayed, result.exit_code) == (True, 0, 0)
+    assert "nothing was replayed" in result.text
+    required = replayed(elsewhere, require_replay=True)
+    assert [each.where for each in required.findings] == ["shard 0", "shard 1", "shard 2", "replay"]
+    assert render.verified(required).exit_code == 4
+
+
+def test_a_required_replay_of_some_shards_asks_for_those() -> None:
+    world = model_of().world
+    assert verify(world, [1], FakeCheckpoints(), require_replay=True).ok
+    assert "no shard was replayed" in findings(verify(world, [], None, require_replay=True))

@@ -1,0 +1,494 @@
+"""The console command: exit codes, one JSON object on standard output, help, and what is not imported.
+
+Everything is asked of the command line itself, over a model that a fake trainer made, so that no torch
+and no Ray is needed; what the commands compute is tested where it is computed.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+from cluster.cli import cli
+from sisa.config.runfile import parse_run_file
+from sisa.core import errors
+from sisa.core.domain import Record
+from sisa.flows.lifecycle import Terms, carry_out, submit
+from sisa.flows.wiring import opening
+from sisa.store.blobs.files import writer_lock
+from tests.fakes.ports import fake_record
+from tests.models import confessing as care_model
+
+RUN_FILE = """
+datasets: [{path: owner/people}]
+output_dir: model
+sisa: {shards: 3, slices: 2, embedder: hashing}
+"""
+HEAVY = ("torch", "ray", "peft", "transformers")
+
+
+def commands() -> list[tuple[str, ...]]:
+    found: list[tuple[str, ...]] = []
+    for name, each in cli.cli.commands.items():
+        if isinstance(each, click.Group):
+            found += [(name, inner) for inner in each.commands]
+        else:
+            found.append((name,))
+    return found
+
+
+def record(number: int) -> Record:
+    return fake_record(number, f"subject-{number % 5}")
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of 20 records, one of them (number 19) deleted."""
+    directory = tmp_path_factory.mktemp("model")
+    config = parse_run_file(RUN_FILE, "run.yaml")
+    then = {"numerics": "f", "now": "2026-01-01T00:00:00+00:00"}
+    care_model.train_in(directory, config, [record(number) for number in range(20)], **then)
+    with care_model.world_of(directory, numerics="f", now="2026-01-01T00:00:00+00:00") as world:
+        row = world.assigner.row(record(19), 1)
+        held = [each for each in world.ledger.rows(row.shard) if each.id_digest == row.id_digest]
+        carry_out(world, [submit(world, held, (), Terms(approver="a person"))])
+    return directory
+
+
+Run = tuple[int, str, str]  # exit code, standard output, standard error
+Sisa = Callable[..., Run]
+
+
+@pytest.fixture
+def sisa(capfd: pytest.CaptureFixture[str]) -> Sisa:
+    def run(*arguments: str | Path) -> Run:
+        code = cli.run([str(each) for each in arguments])
+        captured = capfd.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def one_object(out: str) -> dict[str, Any]:
+    found = json.loads(out)  # raises for anything before or after the object
+    assert isinstance(found, dict)
+    return found
+
+
+def raising(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    def raises(*_: Any, **__: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr("sisa.open_model", raises)
+
+
+def test_the_commands_are_those_of_the_readme() -> None:
+    assert sorted(" ".join(each) for each in commands()) == [
+        *(
+            "add",
+            "approx leaderboard",
+            "approx patches",
+            "approx probe",
+            "approx release",
+            "approx revert",
+            "approx show",
+            "approx unlearn",
+            *(f"cluster {each}" for each in ("logs", "manifest", "status", "stop", "submit")),
+            "config schema",
+            "doctor",
+            "eval tofu",
+            "export",
+            "find",
+            "forget",
+            "gc",
+        ),
+        *("generate", "init", "metrics", "plan", "quickstart"),
+        *(f"request {each}" for each in ("approve", "cancel", "deny", "extend", "hold", "list")),
+        *(
+            "request show",
+            "request submit",
+            "run",
+            "simulate",
+            "status",
+            "sweep",
+            "train",
+            "verify",
+            "where",
+        ),
+    ]
+
+
+@pytest.mark.parametrize("name", commands())
+def test_help_has_an_example(sisa: Sisa, name: tuple[str, ...]) -> None:
+    code, out, err = sisa(*name, "--help")
+    assert (code, err) == (0, "")
+    example = out.partition("Example:\n")[2].strip()
+    assert example.startswith(f"sisa {' '.join(name)}")
+    assert "--json" in out
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["config", "--help"]])
+def test_about_itself(sisa: Sisa, arguments: list[str]) -> None:
+    code, out, err = sisa(*arguments)
+    assert (code, err) == (0, "")
+    assert "sisa" in out
+
+
+USAGE_ERRORS = [
+    ["where"],
+    ["where", "-m", "x"],
+    ["where", "--no-such-option"],
+    ["no-such-command"],
+    ["forget", "-m", "x"],
+    ["forget", "-m", "x", "r1", "--subject", "s"],
+    ["find", "-m", "x"],
+    ["find", "-m", "x", "--text", "a", "--subject", "b"],
+    ["find", "-m", "x", "--text", "a", "--top", "0"],
+    ["verify", "-m", "x", "--replay", "some"],
+    ["verify", "-m", "x", "--shard", "-1"],
+    ["train"],
+    ["generate", "-m", "x"],
+    ["status", "-m", "x", "surplus"],
+    ["eval", "tofu"],
+    ["approx", "leaderboard", "--data", "x"],
+    ["approx", "probe", "-m", "x"],
+    ["approx", "release", "-m", "x"],
+    ["approx", "release", "-m", "x", "--all", "--request", "r"],
+    ["approx", "show", "-m", "x"],
+    ["approx", "unlearn", "-m", "x", "--method", "npo"],
+    ["approx", "unlearn", "-m", "x", "--forget", "f", "--method", "rmu"],
+    ["eval", "tofu", "-m", "x", "--split", "forget99"],
+    ["eval", "tofu", "-m", "x", "--reference", "a", "--reference", "b", "--reference", "c"],
+]
+
+
+@pytest.mark.parametrize("arguments", USAGE_ERRORS, ids=" ".join)
+def test_wrong_usage_is_2(sisa: Sisa, arguments: list[str]) -> None:
+    code, out, err = sisa(*arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    code, out, err = sisa(*arguments, "--json")
+    assert code == 2
+    error = one_object(out)["error"]
+    assert (error["type"], bool(error["message"])) == ("UsageError", True)
+
+
+@pytest.mark.parametrize("arguments", [[], ["approx"], ["config"], ["eval"]])
+def test_no_command_shows_help_and_is_2(sisa: Sisa, arguments: list[str]) -> None:
+    code, out, err = sisa(*arguments)
+    assert (code, out) == (2, "")
+    assert "Commands:" in err
+
+
+def test_a_directory_without_a_model_is_2(sisa: Sisa, tmp_path: Path) -> None:
+    for command in (["status"], ["where", "r1"], ["forget", "r1"], ["find", "--text", "x"], ["verify"]):
+        code, out, err = sisa(*command, "-m", tmp_path, "--json")
+        assert code == 2
+        assert one_object(out)["error"]["type"] == "InvalidInput"
+        assert "sisa train" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *(errors.SisaError, errors.InvalidInput, errors.ConfigConflict, errors.UnknownRecord),
+        *(errors.IntegrityError, errors.Busy, errors.EnvironmentFault),
+    ],
+)
+def test_every_error_ends_with_its_code(
+    sisa: Sisa, monkeypatch: pytest.MonkeyPatch, kind: type[errors.SisaError]
+) -> None:
+    error = kind("what", where="place", next_step="step", problems=[errors.Problem("line 1", "bad")])
+    raising(monkeypatch, error)
+    code, out, err = sisa("status", "-m", "x", "--json")
+    assert code == kind.exit_code
+    assert one_object(out) == {"error": error.to_json()}
+    assert "line 1: bad" in err
+    code, out, err = sisa("status", "-m", "x")
+    assert (code, out) == (kind.exit_code, "")
+    assert err == f"error: {error}\n"
+
+
+def test_control_characters_of_an_error_reach_no_terminal(
+    sisa: Sisa, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raising(monkeypatch, errors.InvalidInput("bad", where="\x1b]0;title\x07name"))
+    _, _, err = sisa("status", "-m", "x")
+    assert "\x1b" not in err
+    assert "\x07" not in err
+
+
+def test_an_internal_fault_tells_its_place_and_none_of_its_message(
+    sisa: Sisa, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SISA_DEBUG", raising=False)
+    raising(monkeypatch, RuntimeError("the record text of Ada"))
+    code, out, err = sisa("status", "-m", "x", "--json")
+    assert code == 1
+    assert "Ada" not in out + err
+    error = one_object(out)["error"]
+    assert error["type"] == "InternalFault"
+    assert "RuntimeError in test_cli.py:" in error["message"]
+    assert "SISA_DEBUG" in error["next_step"]
+
+
+def test_an_interrupt_is_130(sisa: Sisa, monkeypatch: pytest.MonkeyPatch) -> None:
+    raising(monkeypatch, KeyboardInterrupt())
+    code, out, err = sisa("status", "-m", "x", "--json")
+    assert code == 130
+    assert one_object(out)["error"]["type"] == "Interrupted"
+    assert "run the same command again" in err
+
+
+def test_an_operating_system_error_is_6(sisa: Sisa, monkeypatch: pytest.MonkeyPatch) -> None:
+    raising(monkeypatch, OSError(28, "No space left on device"))
+    code, out, _ = sisa("status", "-m", "x", "--json")
+    assert code == 6
+    assert one_object(out)["error"]["type"] == "EnvironmentFault"
+
+
+def test_status_of_a_model(sisa: Sisa, directory: Path) -> None:
+    code, out, _ = sisa("status", "-m", directory, "--json")
+    found = one_object(out)
+    assert (code, found["records"], found["deleted_records"]) == (0, 19, 1)
+    assert len(found["shards"]) == 3
+    for shard in found["shards"]:
+        if shard["head"]:
+            assert (directory / shard["adapter_path"]).is_file()
+
+
+def test_where_in_a_model(sisa: Sisa, directory: Path, tmp_path: Path) -> None:
+    ids = tmp_path / "ids.txt"
+    ids.write_text("id-0001\n")
+    code, out, _ = sisa("where", "-m", directory, "id-0000", "id-0019", "--ids-file", ids, "--json")
+    found = one_object(out)["records"]
+    assert code == 0
+    assert [(each["id"], each["state"]) for each in found] == [
+        ("id-0000", "trained"),
+        ("id-0019", "deleted"),
+        ("id-0001", "trained"),
+    ]
+    assert found[1]["request_id"].startswith("req-")
+    assert any(touch["is_head"] for touch in found[0]["checkpoints"])
+
+
+def test_an_unknown_record_is_3_and_is_not_repeated(sisa: Sisa, directory: Path) -> None:
+    code, out, err = sisa("where", "-m", directory, "id-0000", "sam@example.org", "--json")
+    assert code == 3
+    assert one_object(out)["error"]["problems"] == [
+        {"where": "id 2 of 2", "what": "this model has never held it"}
+    ]
+    assert "sam@" not in out + err
+
+
+@pytest.mark.parametrize("command", [["where", "\udcff"], ["find", "--subject", "\udcff"]])
+def test_an_argument_that_is_not_utf8_is_bad_input(
+    sisa: Sisa, directory: Path, command: list[str]
+) -> None:
+    code, _, _ = sisa(*command, "-m", directory, "--json")
+    assert code in (2, 3)
+
+
+def test_find_in_a_model(sisa: Sisa, directory: Path) -> None:
+    code, out, _ = sisa(
+        "find", "-m", directory, "--text", "question 7\nanswer 7", "--top", "3", "--json"
+    )
+    hits = one_object(out)["hits"]
+    assert (code, len(hits), hits[0]["id"]) == (0, 3, "id-0007")
+    assert hits[0]["score"] == pytest.approx(1.0)
+    assert [hit["score"] for hit in hits] == sorted((hit["score"] for hit in hits), reverse=True)
+
+
+def test_what_is_personal_need_not_stand_in_a_command_line(
+    sisa: Sisa, directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def given(text: str) -> None:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+
+    def told(*arguments: str | Path) -> dict[str, Any]:
+        code, out, err = sisa(*arguments, "-m", directory, "--json")
+        assert code == 0, err
+        return one_object(out)
+
+    given("question 7\nanswer 7\n")
+    assert told("find", "--text", "-") == told("find", "--text", "question 7\nanswer 7")
+    given("id-0007\n")
+    assert told("find", "--like", "-") == told("find", "--like", "id-0007")
+    file = tmp_path / "subject.txt"
+    file.write_text("subject-1\n")
+    plain = told("forget", "--subject", "subject-1", "--dry-run")
+    assert told("forget", "--subject-file", file, "--dry-run") == plain
+    given("subject-1")
+    assert told("forget", "--subject-file", "-", "--dry-run") == plain
+    assert told("find", "--subject-file", file) == told("find", "--subject", "subject-1")
+    file.write_text("\n")
+    assert sisa("forget", "-m", directory, "--subject-file", file)[0] == 2
+    assert sisa("forget", "-m", directory, "--subject-file", file, "--subject", "s")[0] == 2
+
+
+def test_a_deleted_record_is_not_found(sisa: Sisa, directory: Path) -> None:
+    code, out, _ = sisa(
+        "find", "-m", directory, "--text", "question 19\nanswer 19", "--top", "50", "--json"
+    )
+    hits = one_object(out)["hits"]
+    assert (code, len(hits)) == (0, 19)
+    assert "id-0019" not in out
+
+
+def test_a_dry_run_changes_nothing(sisa: Sisa, directory: Path) -> None:
+    def files() -> dict[str, bytes]:
+        found = (path for path in directory.rglob("*") if path.is_file())
+        return {str(path): path.read_bytes() for path in found if path.suffix != ".sqlite-shm"}
+
+    before = files()
+    code, out, _ = sisa("forget", "-m", directory, "--subject", "subject-1", "--dry-run", "--json")
+    found = one_object(out)
+    assert (code, found["records"], len(found["shards"])) == (0, 4, 1)
+    after = files()
+    assert {k: v for k, v in after.items() if "ledger" not in k} == {
+        k: v for k, v in before.items() if "ledger" not in k
+    }
+    assert one_object(sisa("status", "-m", directory, "--json")[1])["records"] == 19
+
+
+def test_forgetting_what_is_deleted_says_so_and_is_0(sisa: Sisa, directory: Path) -> None:
+    code, out, _ = sisa("forget", "-m", directory, "id-0019", "--json")
+    found = one_object(out)
+    assert (code, found["request_id"], found["already_deleted"]) == (0, None, 1)
+    assert [each.startswith("req-") for each in found["already_deleted_by"]] == [True]
+    assert found["model_digest_before"] == found["model_digest_after"]
+
+
+def test_a_second_writer_is_5(sisa: Sisa, directory: Path) -> None:
+    with writer_lock(directory / opening.LOCK):
+        code, out, _ = sisa("forget", "-m", directory, "id-0019", "--json")
+    assert code == 5
+    assert one_object(out)["error"]["type"] == "Busy"
+
+
+def test_verify_reads_every_file(sisa: Sisa, directory: Path) -> None:
+    code, out, _ = sisa("verify", "-m", directory, "--json")
+    found = one_object(out)
+    assert (code, found["ok"], found["findings"]) == (0, True, [])
+    assert [each["replayed"] for each in found["shards"]] == [False] * 3
+
+
+def test_a_tampered_checkpoint_is_4(sisa: Sisa, directory: Path) -> None:
+    shards = one_object(sisa("status", "-m", directory, "--json")[1])["shards"]
+    path = directory / next(each["adapter_path"] for each in shards if each["head"])
+    data = path.read_bytes()
+    try:
+        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        code, out, _ = sisa("verify", "-m", directory, "--json")
+    finally:
+        path.write_bytes(data)
+    found = one_object(out)
+    assert (code, found["ok"], len(found["findings"])) == (4, False, 1)
+    assert path.parent.name in found["findings"][0]["where"]
+
+
+class Reached(Exception):
+    """A first training would start now."""
+
+
+def trains_anew(sisa: Sisa, directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """`sisa train` into a directory, cut off before a first training writes anything."""
+
+    def reached(*_: Any, **__: Any) -> Any:
+        raise Reached
+
+    monkeypatch.setattr("sisa.train._first_training", reached)
+    (tmp_path / "people.jsonl").write_text(
+        '{"id": "id-0000", "subject_id": "a", "text": "once deleted"}\n'
+    )
+    run_file = tmp_path / "run.yaml"
+    run_file.write_text(f"datasets: [{{path: people.jsonl}}]\noutput_dir: {directory}\n")
+    return sisa("train", run_file, "--json")
+
+
+def test_a_first_training_starts_in_an_empty_directory(
+    sisa: Sisa, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, out, _ = trains_anew(sisa, tmp_path / "model", tmp_path, monkeypatch)
+    assert (code, "Reached" in out) == (1, True)
+
+
+def test_a_model_that_lost_its_ledger_is_not_trained_anew(
+    sisa: Sisa, directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "model"
+    shutil.copytree(directory, copy, ignore=shutil.ignore_patterns("ledger.sqlite*"))
+    code, out, _ = trains_anew(sisa, copy, tmp_path, monkeypatch)
+    assert (code, one_object(out)["error"]["type"]) == (4, "IntegrityError")
+
+
+def test_a_first_training_killed_while_making_the_ledger_can_start_again(
+    sisa: Sisa, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / opening.LEDGER).touch()
+    code, out, _ = trains_anew(sisa, tmp_path / "model", tmp_path, monkeypatch)
+    assert (code, "Reached" in out) == (1, True)
+
+
+def test_the_schema_is_json_either_way(sisa: Sisa) -> None:
+    assert one_object(sisa("config", "schema")[1]) == one_object(sisa("config", "schema", "--json")[1])
+
+
+def test_init_writes_what_it_says(sisa: Sisa, tmp_path: Path) -> None:
+    code, out, _ = sisa("init", tmp_path / "new", "--json")
+    found = one_object(out)
+    assert code == 0
+    assert len(Path(found["data_file"]).read_text().splitlines()) == found["records"]
+    assert Path(found["run_file"]).is_file()
+    code, out, _ = sisa("init", tmp_path / "new", "--json")
+    assert code == 2
+
+
+LIGHT = [["--help"], ["train", "--help"], ["config", "schema"], ["status"], ["where", "id-0000"]]
+LIGHT += [["find", "--text", "question 3"], ["verify"], ["forget", "id-0001", "--dry-run"]]
+
+
+def test_light_commands_import_nothing_heavy(directory: Path) -> None:
+    """Torch takes seconds to import: no question may wait for it."""
+    code = (
+        "import json, sys\nfrom cluster.cli import cli\n"
+        "for arguments in json.loads(sys.argv[1]):\n"
+        "    assert cli.run(arguments) == 0, arguments\n"
+        f"    heavy = sorted(set(sys.modules) & set({HEAVY}))\n"
+        "    assert not heavy, (arguments, heavy)\n"
+    )
+    models = {"status", "where", "find", "verify", "forget"}
+    lines = [[*each, "-m", str(directory)] if each[0] in models else each for each in LIGHT]
+    done = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(lines)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_closed_pipe_is_no_fault(directory: Path) -> None:
+    """`sisa status | head -0` must not end in a traceback."""
+    code = (
+        "import sys\nfrom cluster.cli.cli import run\n"
+        f"sys.exit(run(['status', '-m', {str(directory)!r}]))"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        err = process.stderr.read()
+        assert process.wait() == 0
+    assert b"Traceback" not in err
+    assert b"Exception" not in err

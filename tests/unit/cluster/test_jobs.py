@@ -1,0 +1,299 @@
+"""Submitting, following and stopping jobs: the flows and the commands, over a cluster in memory."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from cluster.cli import job_cli
+from cluster.cli.cli import run
+from cluster.jobs import job_flow
+from cluster.jobs.job_flow import LOST_S, Clock, follow
+from cluster.jobs.jobs import Job, Submission, check_name, model_digest
+from sisa.core.errors import EnvironmentFault, InvalidInput
+from tests.fakes.jobs import FakeJobs, Play
+
+ADDRESS = ("--address", "http://127.0.0.1:8265")
+LAST_WORD = "auto"  # of the command that trains
+RUN_FILE = (
+    "datasets: [{path: /shared/people.jsonl}]\n"
+    "output_dir: /shared/model\nwitness: /shared/witness\nsisa: {embedder: hashing}\n"
+)
+
+
+@pytest.fixture
+def play() -> Play:
+    return Play()
+
+
+@pytest.fixture
+def jobs(play: Play, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeJobs:
+    fake = FakeJobs({LAST_WORD: play})
+    monkeypatch.setattr(job_cli, "_opened", lambda _address: fake)
+    monkeypatch.setattr(job_flow, "AGAIN_S", 0.0)
+    (tmp_path / "run.yaml").write_text(RUN_FILE)
+    monkeypatch.chdir(tmp_path)
+    return fake
+
+
+Output = Callable[[], tuple[Any, str]]
+
+
+@pytest.fixture
+def output(capsys: pytest.CaptureFixture[str]) -> Output:
+    """The JSON that was printed, and what went to standard error."""
+
+    def read() -> tuple[Any, str]:
+        done = capsys.readouterr()
+        return json.loads(done.out), done.err
+
+    return read
+
+
+@pytest.mark.usefixtures("jobs")
+def test_a_job_is_followed_to_its_end(play: Play, output: Output) -> None:
+    play.pieces = ["slices 1/6\n", "slices \x1b[31m2/6\n"]
+    assert run(["cluster", "submit", "run.yaml", *ADDRESS, "--job", "a", "--json"]) == 0
+    found, err = output()
+    assert (found["job"], found["state"], found["exit_code"]) == ("a", "SUCCEEDED", 0)
+    assert err == "job a submitted\nslices 1/6\nslices [31m2/6\n"
+
+
+def test_what_is_sent_is_the_code_and_the_run_file_alone(
+    jobs: FakeJobs, output: Output, tmp_path: Path
+) -> None:
+    (tmp_path / "people.jsonl").write_text('{"id": "p1", "text": "Ada Quillfeather"}\n')
+    (tmp_path / "partition.key").write_text("0" * 64)
+    assert run(["cluster", "submit", "run.yaml", *ADDRESS, "--job", "a", "--reconfigure", "--json"]) == 0
+    output()
+    sent = jobs.sent["a"]
+    tops = {name.partition("/")[0] for name in sent}
+    (described,) = tops - {"sisa", "approx", "cluster", "run.yaml"}
+    assert described.endswith(".dist-info")
+    assert sent["run.yaml"].decode() == RUN_FILE
+    assert {Path(name).suffix for name in sent if "/" in name} == {".py", ".yaml", ".txt", ""}
+    for name in ("sisa/lm/train/lora.py", "approx/methods/npo.py", "cluster/__main__.py"):
+        assert sent[name] == (Path(__file__).parents[3] / name).read_bytes()
+    assert b"sisa.executors" in sent[f"{described}/entry_points.txt"]
+    assert jobs.words["a"] == (
+        *("python", "-m", "cluster", "train", "run.yaml", "--address", "auto"),
+        "--reconfigure",
+    )
+    assert jobs.get("a").said == {"sisa_model": model_digest(Path("/shared/model"))}
+
+
+def test_the_package_finds_its_own_parts(jobs: FakeJobs, output: Output, tmp_path: Path) -> None:
+    assert run(["cluster", "submit", "run.yaml", *ADDRESS, "--job", "a", "--json"]) == 0
+    output()
+    folder = tmp_path / "there"
+    for name, data in jobs.sent["a"].items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    code = (
+        "import cluster, sisa.flows.wiring.opening, importlib.metadata as m; print(cluster.__file__);"
+        "print(m.distribution('deletion-ready-model')._path.resolve());"
+        "print([p.name for p in m.entry_points(group='sisa.executors')])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        env={"PYTHONPATH": str(folder)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    place, described, names = done.stdout.splitlines()
+    assert place == str(folder / "cluster" / "__init__.py")
+    assert described.startswith(str(folder))
+    assert "ray" in names
+
+
+@pytest.mark.usefixtures("jobs")
+@pytest.mark.parametrize(
+    ("ends", "code", "said"),
+    [
+        (Play(exit_code=5), 5, "exit code 5"),
+        (Play(exit_code=-9), 6, "ended by signal 9: submit the run file again"),
+        (Play(exit_code=None, fault="JOB_SUPERVISOR_ACTOR_DIED"), 6, "(JOB_SUPERVISOR_ACTOR_DIED)"),
+    ],
+)
+def test_following_ends_as_the_job_does(
+    play: Play, ends: Play, code: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    play.exit_code, play.fault = ends.exit_code, ends.fault
+    assert run(["cluster", "submit", "run.yaml", *ADDRESS, "--job", "a"]) == code
+    assert said in capsys.readouterr().out
+    assert run(["cluster", "logs", "a", "--follow", *ADDRESS]) == code
+    assert run(["cluster", "logs", "a", *ADDRESS]) == 0
+
+
+def test_an_interruption_detaches(
+    jobs: FakeJobs, play: Play, capsys: pytest.CaptureFixture[str]
+) -> None:
+    play.pieces = ["first\n", KeyboardInterrupt(), "second\n"]
+    assert run(["cluster", "submit", "run.yaml", *ADDRESS, "--job", "a"]) == 130
+    done = capsys.readouterr()
+    assert "detached from job a, which goes on" in done.out
+    assert "sisa cluster logs a --follow --address http://127.0.0.1:8265" in done.out
+    assert jobs.get("a").state == "RUNNING"
+    assert run(["cluster", "logs", "a", "--follow", *ADDRESS]) == 0
+    assert capsys.readouterr().err == "first\nsecond\n"
+
+
+def test_detached_then_listed_then_stopped(jobs: FakeJobs, play: Play, output: Output) -> None:
+    play.endless = True
+    assert run(["cluster", "submit", "run.yaml", *ADDRESS, "--detach", "--json"]) == 0
+    submitted, _ = output()
+    assert submitted["detached"]
+    name = submitted["job"]
+    assert name.startswith("sisa-")
+    jobs.submit(Submission("foreign", Path(), ("true",)))  # not one of this program
+    assert run(["cluster", "status", *ADDRESS, "--json"]) == 0
+    listed, _ = output()
+    assert [(each["job"], each["state"]) for each in listed["jobs"]] == [(name, "RUNNING")]
+    assert run(["cluster", "stop", name, *ADDRESS, "--json"]) == 0
+    stopped, _ = output()
+    assert (stopped["state"], stopped["was_running"]) == ("STOPPED", True)
+    assert run(["cluster", "logs", name, "--follow", *ADDRESS, "--json"]) == 130
+    output()
+    assert run(["cluster", "status", name, *ADDRESS, "--json"]) == 0
+    assert output()[0]["state"] == "STOPPED"
+
+
+def test_a_model_in_training_is_not_submitted_again(
+    jobs: FakeJobs, play: Play, output: Output, tmp_path: Path
+) -> None:
+    play.endless = True
+    assert run(["cluster", "submit", "run.yaml", *ADDRESS, "--detach", "--job", "a", "--json"]) == 0
+    output()
+    again = ["cluster", "submit", "run.yaml", *ADDRESS, "--detach", "--job", "b", "--json"]
+    assert run(again) == 5
+    error = output()[0]["error"]
+    assert (error["type"], error["where"]) == ("Busy", "a")
+    (tmp_path / "other.yaml").write_text(RUN_FILE.replace("/shared/model", "/shared/other"))
+    again[2] = "other.yaml"
+    assert run(again) == 0
+    jobs.stop("a")
+    again[2], again[7] = "run.yaml", "c"
+    assert run(again) == 0
+
+
+def test_paths_of_this_machine_are_refused_before_anything_is_sent(
+    jobs: FakeJobs, output: Output, tmp_path: Path
+) -> None:
+    (tmp_path / "people").mkdir()
+    (tmp_path / "run.yaml").write_text(
+        "datasets: [{path: people}, {path: ./more.jsonl}, {path: owner/name}]\n"
+        "output_dir: model\nencrypt: true\nbase_model: ~/base\n"
+        "lora_rank: 3\nsisa: {partition_key_file: a.key, embedder: /shared/minilm}\n"
+    )
+    assert run(["cluster", "submit", "run.yaml", *ADDRESS, "--json"]) == 2
+    error, _ = output()
+    found = {each["where"]: each["what"] for each in error["error"]["problems"]}
+    assert set(found) == {
+        *("line 1: datasets[0].path", "line 1: datasets[1].path", "line 2: output_dir"),
+        *("line 4: base_model", "line 5: lora_rank", "line 6: sisa.partition_key_file"),
+        *("line 1: witness", "line 1: keyring"),
+    }
+    assert "a hub name there" in found["line 1: datasets[0].path"]
+    assert jobs.all() == []
+
+
+@pytest.mark.parametrize("name", ["", "-a", "a b", "a/../b", "a" * 101, "ä"])
+def test_bad_names_of_jobs(name: str) -> None:
+    with pytest.raises(InvalidInput):
+        check_name(name)
+
+
+def lost(at: str = "no Ray cluster can be reached") -> EnvironmentFault:
+    return EnvironmentFault(at)
+
+
+class Ticking:
+    """Time that passes by waiting alone."""
+
+    def __init__(self) -> None:
+        self.passed = 0.0
+        self.clock = Clock(now=lambda: self.passed, sleep=self._sleep)
+
+    def _sleep(self, seconds: float) -> None:
+        self.passed += max(seconds, 1.0)
+
+
+def followed(play: Play) -> tuple[Job, str]:
+    jobs = FakeJobs({"w": play})
+    jobs.submit(Submission("a", Path("/nowhere"), ("w",)))
+    shown: list[str] = []
+    return follow(jobs, "a", shown.append, Ticking().clock), "".join(shown)
+
+
+def test_a_lost_connection_is_taken_up_and_nothing_is_shown_twice() -> None:
+    job, shown = followed(Play(pieces=["one ", "two ", lost(), "three ", lost(), lost(), "four"]))
+    assert job.state == "SUCCEEDED"
+    assert shown == "one two three four"
+
+
+def test_a_cluster_that_stays_away_is_given_up() -> None:
+    away: list[str | BaseException] = [lost() for _ in range(int(LOST_S) + 3)]
+    with pytest.raises(EnvironmentFault, match="no Ray cluster"):
+        followed(Play(pieces=away))
+
+
+def test_a_job_that_does_not_stop_is_told(
+    jobs: FakeJobs, play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    play.endless = True
+    jobs.submit(Submission("a", Path("/nowhere"), (LAST_WORD,)))
+    monkeypatch.setattr(jobs, "stop", lambda _job: True)
+    with pytest.raises(EnvironmentFault, match="has not ended"):
+        job_flow.stop(jobs, "a", Ticking().clock)
+
+
+def test_an_address_is_needed(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
+    assert run(["cluster", "status"]) == 2
+    assert "--address" in capsys.readouterr().err
+
+
+def readme_commands() -> list[list[str]]:
+    readme = (Path(__file__).parents[3] / "cluster" / "README.md").read_text(encoding="utf-8")
+    lines = [line for line in readme.splitlines() if line.startswith("sisa cluster ")]
+    return [shlex.split(line)[2:] for line in lines]
+
+
+@pytest.mark.parametrize("line", readme_commands(), ids=" ".join)
+def test_the_commands_of_the_readme_are_known(line: list[str]) -> None:
+    command = job_cli.group.commands[line[0]]
+    assert command.make_context(line[0], list(line[1:])).params
+
+
+class Interrupted:
+    """A job's log that Ctrl-C finds at work."""
+
+    async def __anext__(self) -> str:
+        raise KeyboardInterrupt
+
+    async def aclose(self) -> None:
+        raise RuntimeError("aclose(): asynchronous generator is already running")
+
+
+def test_ctrl_c_while_a_log_is_awaited_is_no_fault_of_the_cluster(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from cluster.jobs.ray_jobs import RayJobs
+
+    jobs = RayJobs.__new__(RayJobs)  # no cluster is asked
+    monkeypatch.setattr(jobs, "get", lambda _job: None)
+    client = SimpleNamespace(tail_job_logs=lambda _job: Interrupted())
+    monkeypatch.setattr(jobs, "_client", client, raising=False)
+    monkeypatch.setattr(jobs, "_address", "http://127.0.0.1:1", raising=False)
+    with pytest.raises(KeyboardInterrupt):
+        next(jobs.follow("first"))

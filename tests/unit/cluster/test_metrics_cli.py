@@ -1,0 +1,108 @@
+"""`sisa metrics` as typed, and lines as curves; losses that are gone have no point."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cluster.cli import cli, metrics_cli
+from cluster.cli.metrics_cli import open_sink
+from sisa.core.curves import points, summary
+from sisa.core.measured import KEPT, without
+from sisa.flows.wiring import opening
+from sisa.store.metrics import FileMetrics
+from tests.models import confessing as care_model
+from tests.unit.core.test_measured import EVENTS, RUN, kept
+
+assert metrics_cli  # registers its command
+LINES = [kept(event) for event in EVENTS if isinstance(event, KEPT)]
+
+
+def test_lines_become_curves() -> None:
+    found = {each.curve: (each.step, each.value) for each in points(LINES)}
+    assert found == {
+        "loss/shard-2/slice-1": (1, 0.75),
+        "slice_seconds": (1, 2.5),
+        "slices_trained": (1, 1.0),
+        "tokens_trained": (1, 900.0),
+        "tokens_per_second": (1, 360.0),
+        "queue/depth": (1, 2.0),
+        "queue/undecided": (1, 1.0),
+        "queue/held": (1, 0.0),
+        "queue/failed_erasures": (1, 1.0),
+        "queue/oldest_days_left": (1, -3.0),
+        "deletion/seconds": (1, 12.5),
+        "deletion/records": (1, 4.0),
+        "deletion/erasure_failures": (1, 1.0),
+    }
+    gone = points([without(line, set()) for line in LINES])
+    assert {each.curve for each in gone} == found.keys() - {
+        *("loss/shard-2/slice-1", "tokens_trained", "tokens_per_second")
+    }
+
+
+def test_a_run_in_a_few_numbers() -> None:
+    assert summary(LINES) == {
+        "began": LINES[0]["at"],
+        "slices_trained": 1,
+        "tokens": 900,
+        "seconds": 2.5,
+        "tokens_per_second": 360.0,
+        "last_loss": 0.75,
+        "deletions": 1,
+        "erasure_failures": 1,
+    }
+    assert summary([])["last_loss"] is None
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("built") / "model"
+    care_model.build(folder)
+    for line in LINES:
+        FileMetrics(folder / opening.METRICS).append(line)
+    return folder
+
+
+def test_runs_are_shown(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["metrics", "-m", str(model), "--json"]) == 0
+    body = json.loads(capsys.readouterr().out)
+    assert (body["runs"], body["passed_on"]) == ([{"run": RUN, **summary(LINES)}], None)
+    assert cli.run(["metrics", "-m", str(model)]) == 0
+    said = capsys.readouterr().out
+    assert f"{RUN}: 1 slices, 900 tokens, 360 tok/s a worker, last loss 0.7500" in said
+    assert "1 erasures FAILED" in said
+
+
+def test_runs_are_passed_on(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: dict[str, int] = {}
+
+    class Sink:
+        def write(self, run: str, found: list[object]) -> None:
+            taken[run] = len(found)
+
+    asked: list[tuple[str, str, str]] = []
+
+    def open_fake(tool: str, place: str, experiment: str) -> Sink:
+        asked.append((tool, place, experiment))
+        return Sink()
+
+    monkeypatch.setattr(metrics_cli, "open_sink", open_fake)
+    assert cli.run(["metrics", "-m", str(model), "--to", "mlflow", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["passed_on"] == ["mlflow", str(tmp_path)]
+    assert (taken, asked) == ({RUN: 13}, [("mlflow", str(tmp_path), model.parent.name)])
+
+
+def test_a_run_that_is_none_is_refused(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["metrics", "-m", str(model), "--run", "../../secret"]) == 4
+    assert cli.run(["metrics", "-m", str(model), "--to", "paper", "x"]) == 2
+    assert "is not one of" in capsys.readouterr().err
+
+
+def test_the_tool_is_chosen_by_its_name(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    assert type(open_sink("tensorboard", str(tmp_path), "x")).__name__ == "TensorBoard"

@@ -1,0 +1,557 @@
+"""`sisa request ...`, `sisa run` and `sisa forget` as typed, over a model of a fake trainer.
+
+Base and trainer are replaced where a command would resolve them, so that neither torch nor Ray is
+needed and everything else (ledger, files, index, lock) is real.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from cluster.cli import cli, request_cli
+from sisa.config.runfile import parse_run_file
+from sisa.core.domain import Part, Record
+from sisa.flows.serial import SerialExecutor, Site
+from sisa.flows.wiring import opening
+from sisa.flows.wiring.parts import Parts
+from sisa.store.blobs.files import writer_lock
+from sisa.store.checkpoints import FileCheckpoints
+from sisa.store.records import FileRecords
+from tests.fakes.ports import FakeTrainer, fake_record
+from tests.models import confessing as care_model
+
+RUN_FILE = """
+datasets: [{path: owner/people}]
+output_dir: model
+sisa: {shards: 3, slices: 2, embedder: hashing}
+"""
+BASE = SimpleNamespace(directory=Path("base"), digest="b" * 64)
+NUM_RECORDS = 20
+WHOLE_LIFE = ["received", "approved", "committed", "rolled_back", "erased", "retrained", "completed"]
+REQUEST_KEYS = {"request_id", "external_id", "state", "regime", "due", "days_left", "num_records"}
+REQUEST_KEYS |= {"created_at", "reason", "approver", "extension", "num_copies", "copies_included"}
+REQUEST_KEYS |= {
+    "committed_at",
+    "shards",
+    "record_epochs_retrained",
+    "record_epochs_full",
+    "record_epochs_others",
+    "served",
+    "serving_depth",
+    "cause",
+    "exports_erased",
+}
+REQUEST_KEYS |= {"probed", "seconds", "model_digest_before", "model_digest_after"}
+REQUEST_KEYS |= {"consent", "vaulted"}
+
+
+def record(number: int) -> Record:
+    """Record 10 is an exact copy of record 0, record 12 a near one of record 11."""
+    name, subject = f"id-{number:04d}", f"subject-{number % 6}"
+    if number in (11, 12):
+        words = " ".join(f"word{each}" for each in range(60))
+        return Record(name, subject, "text", (Part("text", f"{words} {number}"),))
+    found = fake_record(0 if number == 10 else number, subject)
+    return Record(name, subject, found.kind, found.parts)
+
+
+def open_fake(site: Site, _options: Mapping[str, Any]) -> SerialExecutor:
+    records, checkpoints = FileRecords(site.records_at), FileCheckpoints(site.checkpoints_at)
+    return SerialExecutor(FakeTrainer(), records, checkpoints)
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of 20 records."""
+    directory = tmp_path_factory.mktemp("pristine")
+    config = parse_run_file(RUN_FILE, "run.yaml")
+    records = [record(number) for number in range(NUM_RECORDS)]
+    then = {"numerics": "f", "now": "2026-01-01T00:00:00+00:00"}
+    care_model.train_in(directory, config, records, **then)
+    return directory
+
+
+@pytest.fixture
+def model(pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The model, to be changed; `--executor serial` trains with the fake trainer."""
+    monkeypatch.setattr(Parts, "base", BASE)
+    monkeypatch.setattr(Parts, "count_tokens", lambda _, records: [1 for _ in records])
+    monkeypatch.setattr(opening, "open_serial", open_fake)
+    monkeypatch.setattr(opening, "find_probe", lambda: None)
+    return Path(shutil.copytree(pristine, tmp_path / "model"))
+
+
+Run = tuple[int, str, str]  # exit code, standard output, standard error
+Sisa = Callable[..., Run]
+
+
+@pytest.fixture
+def sisa(capfd: pytest.CaptureFixture[str]) -> Sisa:
+    def run(*arguments: str | Path) -> Run:
+        code = cli.run([str(each) for each in arguments])
+        captured = capfd.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+Ask = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def ask(sisa: Sisa, model: Path) -> Ask:
+    """A command line on the model: the JSON object that it prints, after checking the exit code."""
+
+    def asked(*arguments: str | Path, code: int = 0) -> dict[str, Any]:
+        found, out, err = sisa(*arguments, "-m", model, "--json")
+        assert found == code, (out, err)
+        parsed = json.loads(out)  # raises for anything before or after the object
+        assert isinstance(parsed, dict)
+        return parsed
+
+    return asked
+
+
+def tomorrow() -> str:
+    """A due date that no plan waits for."""
+    return (datetime.now(UTC) + timedelta(days=1)).date().isoformat()
+
+
+def run_once(ask: Ask) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = ask("run", "--executor", "serial")["requests"]
+    return found
+
+
+# --- the commands
+
+
+def commands() -> list[tuple[str, ...]]:
+    return [*(("request", name) for name in request_cli.request.commands), ("run",)]
+
+
+def test_the_commands() -> None:
+    decisions = ("approve", "cancel", "deny", "extend", "hold")
+    assert sorted(request_cli.request.commands) == sorted((*decisions, "list", "show", "submit"))
+
+
+@pytest.mark.parametrize("name", commands(), ids=" ".join)
+def test_help_has_an_example_that_parses(sisa: Sisa, name: tuple[str, ...]) -> None:
+    code, out, err = sisa(*name, "--help")
+    assert (code, err) == (0, "")
+    example = out.partition("Example:\n")[2].strip()
+    assert example.startswith(f"sisa {' '.join(name)}")
+    assert "--json" in out
+    for option in re.findall(r"(?<!\S)--[a-z-]+", example):
+        assert option in out.partition("Example:\n")[0]
+
+
+def test_the_group_shows_its_help(sisa: Sisa) -> None:
+    code, out, err = sisa("request")
+    assert (code, out) == (2, "")
+    assert all(name in err for name in request_cli.request.commands)
+
+
+USAGE_ERRORS = [
+    ["request", "submit", "-m", "x"],
+    ["request", "submit", "-m", "x", "id-1", "--subject", "s"],
+    ["request", "submit", "-m", "x", "--find-like", "id-1", "--subject", "s"],
+    ["request", "submit", "-m", "x", "id-1", "--regime", "none"],
+    ["request", "show", "-m", "x"],
+    ["request", "approve", "-m", "x", "T-1"],
+    ["request", "deny", "-m", "x", "T-1"],
+    ["request", "hold", "-m", "x", "T-1"],
+    ["request", "extend", "-m", "x", "T-1"],
+    ["run", "-m", "x", "--plan", "--watch"],
+    ["run", "-m", "x", "--once", "--watch"],
+    ["run", "-m", "x", "--every", "soon"],
+]
+
+
+@pytest.mark.parametrize("arguments", USAGE_ERRORS, ids=" ".join)
+def test_wrong_usage_is_2(sisa: Sisa, arguments: list[str]) -> None:
+    code, out, _ = sisa(*arguments, "--json")
+    assert (code, json.loads(out)["error"]["type"]) == (2, "UsageError")
+
+
+# --- submit, list, show
+
+
+def test_submit_tells_the_request(ask: Ask) -> None:
+    found = ask("request", "submit", "id-0003", "id-0004", "--external-id", "T-1", "--reason", "letter")
+    assert set(found) == REQUEST_KEYS | {"copies", "near"}
+    assert found["request_id"].startswith("req-")
+    assert (found["external_id"], found["state"], found["num_records"]) == ("T-1", "received", 2)
+    assert (found["regime"], found["reason"], found["approver"]) == ("gdpr", "letter", None)
+    assert 28 <= found["days_left"] <= 31
+    assert found["copies"] == []
+
+
+def test_list_and_show_know_a_request_by_either_name(ask: Ask) -> None:
+    assert ask("request", "list") == {"requests": []}
+    first = ask("request", "submit", "id-0003", "--external-id", "T-1")
+    ask("request", "submit", "--subject", "subject-1", "--approver", "dpo")
+    listed = ask("request", "list")["requests"]
+    assert [(each["state"], each["num_records"]) for each in listed] == [
+        ("received", 1),
+        ("approved", 4),
+    ]
+    assert all(set(each) == REQUEST_KEYS for each in listed)
+    shown = ask("request", "show", "T-1")
+    assert shown == ask("request", "show", first["request_id"])
+    assert set(shown) == REQUEST_KEYS | {"events"}
+    assert [set(each) for each in shown["events"]] == [{"request_id", "state", "at", "note", "link"}]
+    assert {name: shown[name] for name in listed[0]} == listed[0]
+
+
+def test_ids_come_from_a_file_too(ask: Ask, tmp_path: Path) -> None:
+    ids = tmp_path / "ids.txt"
+    ids.write_text("id-0003\nid-0004\n")
+    assert ask("request", "submit", "id-0005", "--ids-file", ids)["num_records"] == 3
+
+
+def test_a_regime_or_a_day_sets_the_due_date(ask: Ask) -> None:
+    assert ask("request", "submit", "id-0003", "--regime", "delete-act")["days_left"] == 45
+    assert ask("request", "submit", "id-0003", "--due", "2090-12-31")["due"] == "2090-12-31"
+    for due in ("soon", "2001-01-01"):
+        error = ask("request", "submit", "id-0003", "--due", due, code=2)["error"]
+        assert error["type"] == "InvalidInput"
+
+
+def test_copies_are_listed_and_deleted_only_if_asked(ask: Ask) -> None:
+    found = ask("request", "submit", "id-0000")
+    assert (found["copies"], found["num_copies"], found["copies_included"]) == (["id-0010"], 1, False)
+    assert found["num_records"] == 1
+    found = ask("request", "submit", "id-0000", "--include-duplicates", "--approver", "dpo")
+    assert (found["num_records"], found["copies_included"]) == (2, True)
+    run_once(ask)
+    states = [each["state"] for each in ask("where", "id-0000", "id-0010", "id-0001")["records"]]
+    assert states == ["deleted", "deleted", "trained"]
+
+
+def test_find_like_names_the_record_and_proposes_others(ask: Ask) -> None:
+    found = ask("request", "submit", "--find-like", "id-0011", "--approver", "dpo")
+    assert (found["num_records"], found["copies"]) == (1, [])
+    assert [each["id"] for each in found["near"]] == ["id-0012"]
+    run_once(ask)
+    assert [each["state"] for each in ask("where", "id-0011", "id-0012")["records"]] == [
+        *("deleted", "trained")
+    ]
+
+
+def test_an_exact_copy_is_no_near_duplicate(ask: Ask) -> None:
+    """Else one answer says of the same id that it is included and that it is not."""
+    found = ask("request", "submit", "id-0000", "--include-duplicates")
+    assert (found["copies"], found["copies_included"], found["near"]) == (["id-0010"], True, [])
+
+
+def test_the_words_of_submit_show_and_list(sisa: Sisa, model: Path) -> None:
+    code, out, _ = sisa("request", "submit", "id-0000", "-m", model, "--external-id", "T-1")
+    assert code == 0
+    assert "(T-1): received, 1 records, due " in out
+    assert "1 exact copies under other ids, NOT included" in out
+    code, out, _ = sisa("request", "hold", "T-1", "-m", model, "--reason", "court \x1b[2J order")
+    assert code == 0
+    assert re.search(r"held  court .*order", out)
+    assert "\x1b" not in out
+    sisa("request", "cancel", "T-1", "-m", model)
+    code, out, _ = sisa("request", "list", "-m", model)
+    assert "cancelled, 1 records" in out
+    assert "days left" not in out  # of what is closed
+
+
+# --- decisions
+
+
+def test_decisions_one_after_another(ask: Ask) -> None:
+    ask("request", "submit", "id-0003", "--external-id", "T-1")
+    assert ask("request", "approve", "T-1", "--approver", "dpo")["state"] == "approved"
+    assert ask("request", "hold", "T-1", "--reason", "court order")["state"] == "held"
+    found = ask("request", "approve", "T-1", "--approver", "judge")
+    assert (found["state"], found["approver"]) == ("approved", "judge")
+    extended = ask("request", "extend", "T-1", "--reason", "complex")
+    assert extended["days_left"] - found["days_left"] in range(59, 63)
+    assert extended["extension"] == "complex"
+    cancelled = ask("request", "cancel", "T-1")
+    assert [each["state"] for each in cancelled["events"]] == [
+        *("received", "approved", "held", "approved", "approved", "cancelled")
+    ]
+    assert [each["note"] for each in cancelled["events"]][1:4] == ["dpo", "court order", "judge"]
+    assert len({each["link"] for each in cancelled["events"]}) == 6
+    assert run_once(ask) == []
+
+
+CONFLICTS = [
+    ("approve", "--approver", "dpo"),
+    ("hold", "--reason", "late"),
+    ("deny", "--reason", "late"),
+    ("cancel",),
+    ("extend", "--reason", "late"),
+]
+
+
+@pytest.mark.parametrize("decision", CONFLICTS, ids=lambda each: each[0])
+def test_a_decision_that_comes_too_late_is_2(ask: Ask, decision: tuple[str, ...]) -> None:
+    ask("request", "submit", "id-0003", "--external-id", "T-1")
+    before = ask("request", "deny", "T-1", "--reason", "not the person")
+    assert before["state"] == "denied"
+    name, *options = decision
+    error = ask("request", name, "T-1", *options, code=2)["error"]
+    assert error["type"] == "ConfigConflict"
+    assert ask("request", "show", "T-1") == before
+
+
+def test_an_empty_reason_is_2(ask: Ask) -> None:
+    ask("request", "submit", "id-0003", "--external-id", "T-1")
+    for name, option in (("hold", "--reason"), ("deny", "--reason"), ("approve", "--approver")):
+        assert ask("request", name, "T-1", option, " ", code=2)["error"]["type"] == "InvalidInput"
+    assert ask("request", "extend", "T-1", "--reason", "", code=2)["error"]["type"] == "InvalidInput"
+
+
+def test_reasons_and_subjects_come_from_files(ask: Ask, tmp_path: Path) -> None:
+    reason, subject = tmp_path / "reason.txt", tmp_path / "subject.txt"
+    reason.write_text("as Ada asked by letter\n")
+    subject.write_text("subject-1\n")
+    ask("request", "submit", "--subject-file", subject, "--external-id", "T-1", "--reason-file", reason)
+    found = ask("request", "show", "T-1")
+    assert found["reason"] == "as Ada asked by letter"
+    plain = ask("request", "submit", "--subject", "subject-1", "--external-id", "T-2")
+    assert found["num_records"] == plain["num_records"] > 0
+    assert ask("request", "hold", "T-1", "--reason-file", reason)["state"] == "held"
+    both = ("--reason-file", reason, "--reason", "x")
+    for options in ((), both):
+        assert ask("request", "deny", "T-1", *options, code=2)["error"]["type"] == "UsageError"
+
+
+@pytest.mark.parametrize("decision", [("show",), *CONFLICTS], ids=lambda each: each[0])
+def test_an_unknown_request_is_3(ask: Ask, decision: tuple[str, ...]) -> None:
+    name, *options = decision
+    error = ask("request", name, "sam@example.org", *options, code=3)["error"]
+    assert error["type"] == "UnknownRecord"
+    assert "sam@" not in json.dumps(error)
+
+
+@pytest.mark.parametrize("named", [["id-9999"], ["--subject", "nobody"], ["--find-like", "id-9999"]])
+def test_an_unknown_record_is_3_and_no_request(ask: Ask, named: list[str]) -> None:
+    assert ask("request", "submit", *named, code=3)["error"]["type"] == "UnknownRecord"
+    assert ask("request", "list") == {"requests": []}
+
+
+def test_external_ids_are_idempotent(ask: Ask) -> None:
+    arguments = ("request", "submit", "--external-id", "T-1", "--approver", "dpo")
+    first = ask(*arguments, "id-0003")
+    assert ask(*arguments, "id-0003")["request_id"] == first["request_id"]
+    assert ask(*arguments, "id-0004", code=2)["error"]["type"] == "ConfigConflict"
+    run_once(ask)
+    again = ask(*arguments, "id-0003")
+    assert (again["request_id"], again["state"]) == (first["request_id"], "completed")
+    assert len(ask("request", "list")["requests"]) == 1
+
+
+def test_a_second_writer_is_5_and_readers_are_not_kept_out(ask: Ask, model: Path) -> None:
+    ask("request", "submit", "id-0003", "--external-id", "T-1")
+    with writer_lock(model / opening.LOCK):
+        for command in (["request", "submit", "id-0003"], ["request", "cancel", "T-1"], ["run"]):
+            assert ask(*command, "--json", code=5)["error"]["type"] == "Busy"
+        for command in (["request", "list"], ["request", "show", "T-1"], ["run", "--plan"]):
+            ask(*command)
+
+
+# --- run
+
+
+PLAN_KEYS = {"requests", "choice", "why", "run_by", "expected_arrivals", "cost_now", "cost_waiting"}
+
+
+def files(model: Path) -> dict[str, bytes]:
+    found = (path for path in model.rglob("*") if path.is_file() and "ledger" not in path.name)
+    return {str(path): path.read_bytes() for path in found}
+
+
+def test_a_plan_prices_and_changes_nothing(ask: Ask, sisa: Sisa, model: Path) -> None:
+    found = ask("run", "--plan")
+    assert set(found) == PLAN_KEYS
+    assert (found["choice"], found["requests"], found["run_by"]) == ("nothing to do", [], None)
+    request = ask("request", "submit", "id-0003", "--approver", "dpo", "--due", tomorrow())
+    before, listed = files(model), ask("request", "list")
+    found = ask("run", "--plan")
+    assert set(found) == PLAN_KEYS
+    assert (found["requests"], found["choice"]) == ([request["request_id"]], "run now")
+    assert found["cost_now"] >= found["cost_waiting"] > 0
+    assert (files(model), ask("request", "list")) == (before, listed)
+    code, out, _ = sisa("run", "--plan", "-m", model)
+    assert (code, out.startswith("run now: ")) == (0, True)
+    assert "record-epochs" in out
+
+
+def test_run_carries_out_what_is_approved_and_nothing_else(ask: Ask) -> None:
+    one = ask("request", "submit", "id-0003", "--external-id", "T-1")
+    two = ask("request", "submit", "id-0004", "id-0003", "--approver", "dpo")
+    ask("request", "submit", "id-0005")
+    ask("request", "submit", "id-0006", "--external-id", "T-4", "--approver", "dpo")
+    ask("request", "hold", "T-4", "--reason", "court order")
+    ask("request", "approve", "T-1", "--approver", "dpo")
+    done = run_once(ask)
+    assert {each["request_id"] for each in done} == {one["request_id"], two["request_id"]}
+    assert all(each["state"] == "completed" for each in done)
+    assert all(each["record_epochs_retrained"] > 0 for each in done)
+    wanted = [f"id-{number:04d}" for number in (3, 4, 5, 6)]
+    states = [each["state"] for each in ask("where", *wanted)["records"]]
+    assert states == ["deleted", "deleted", "trained", "trained"]
+    assert [each["state"] for each in ask("request", "show", "T-1")["events"]] == WHOLE_LIFE
+    status = ask("status")
+    assert (status["records"], status["deleted_records"]) == (18, 2)
+    assert [each["state"] for each in ask("request", "list")["requests"]] == [
+        *("completed", "completed", "received", "held")
+    ]
+    assert ask("verify")["ok"]
+    assert run_once(ask) == []
+
+
+def test_run_without_anything_to_do_says_so(sisa: Sisa, model: Path) -> None:
+    assert sisa("run", "-m", model, "--executor", "serial")[:2] == (0, "nothing waits\n")
+
+
+def test_show_tells_what_was_served_and_what_it_cost(ask: Ask, sisa: Sisa, model: Path) -> None:
+    ask("request", "submit", "id-0003", "--external-id", "T-1", "--approver", "dpo")
+    assert "record-epochs" not in sisa("request", "show", "-m", model, "T-1")[1]
+    (done,) = run_once(ask)
+    told = sisa("request", "show", "-m", model, "T-1")[1]
+    assert f"of its batch: {done['record_epochs_retrained']} of {done['record_epochs_full']} (" in told
+    ((shard, served, whole),) = done["served"]
+    assert f"meanwhile served: shard {shard}: {served} of {whole} slices;" in told
+
+
+def test_run_prices_finishes_and_tells_what_was_put_off(ask: Ask, sisa: Sisa, model: Path) -> None:
+    put_off = ask("forget", "id-0003", "--defer", "--executor", "serial")
+    asked = ask("request", "submit", "id-0004", "--approver", "dpo")
+    plan = ask("run", "--plan")
+    assert plan["choice"] == "run now"
+    assert plan["requests"] == [put_off["request_id"], asked["request_id"]]
+    assert plan["cost_now"] == plan["cost_waiting"] > 0
+    done = run_once(ask)
+    assert [each["request_id"] for each in done] == plan["requests"]
+    assert [each["state"] for each in done] == ["completed", "completed"]
+    put_off = ask("forget", "id-0005", "--defer", "--executor", "serial")
+    assert ask("run", "--plan")["cost_now"] == put_off["record_epochs_retrained"]
+    code, out, _ = sisa("run", "-m", model, "--executor", "serial")
+    assert code == 0
+    assert out.startswith(f"{put_off['request_id']}: completed, 1 records")
+    assert run_once(ask) == []
+
+
+def test_run_tells_what_it_did(ask: Ask, sisa: Sisa, model: Path) -> None:
+    found = ask("request", "submit", "id-0003", "--approver", "dpo")
+    code, out, _ = sisa("run", "--once", "-m", model, "--executor", "serial")
+    assert code == 0
+    assert out.startswith(f"{found['request_id']}: completed, 1 records, batch of ")
+
+
+def test_an_unknown_executor_is_2_and_nothing_ran(ask: Ask) -> None:
+    ask("request", "submit", "id-0003", "--external-id", "T-1", "--approver", "dpo")
+    assert ask("run", "--executor", "none", code=2)["error"]["type"] == "InvalidInput"
+    assert ask("request", "show", "T-1")["state"] == "approved"
+
+
+def test_watching_runs_what_is_due_and_ends_with_an_interrupt(
+    ask: Ask, sisa: Sisa, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slept: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if len(slept) == 1:
+            ask("request", "submit", "id-0004", "--due", tomorrow(), "--approver", "dpo")
+        if len(slept) == 2:
+            raise KeyboardInterrupt
+
+    ask("request", "submit", "id-0003", "--due", tomorrow(), "--approver", "dpo")
+    ask("request", "submit", "id-0005", "--due", tomorrow())
+    monkeypatch.setattr(request_cli, "time", SimpleNamespace(sleep=sleep))
+    code, _, _ = sisa("run", "--watch", "--every", "7", "-m", model, "--executor", "serial")
+    assert (code, slept) == (130, [7.0, 7.0])
+    assert [each["state"] for each in ask("request", "list")["requests"]] == [
+        *("completed", "received", "completed")
+    ]
+
+
+@pytest.mark.parametrize("every", ["-1", "nan", "inf"])
+def test_no_one_sleeps_a_negative_time(sisa: Sisa, model: Path, every: str) -> None:
+    code, _, err = sisa("run", "--watch", f"--every={every}", "-m", model, "--executor", "serial")
+    assert (code, "internal fault" in err) == (2, False)
+
+
+# --- forget and add beside requests
+
+
+def test_forget_is_submit_and_run(ask: Ask) -> None:
+    found = ask("forget", "id-0003", "--executor", "serial")
+    shown = ask("request", "show", found["request_id"])
+    assert [each["state"] for each in shown["events"]] == WHOLE_LIFE
+    assert shown["approver"] == "sisa forget"
+    assert ask("where", "id-0003")["records"][0]["request_id"] == found["request_id"]
+
+
+def test_what_was_deleted_is_added_only_if_allowed(ask: Ask, tmp_path: Path) -> None:
+    found = ask("forget", "id-0003", "--executor", "serial")
+    source = tmp_path / "new.jsonl"
+    bodies: list[dict[str, str]] = [
+        {"id": "id-0003", "text": "something else"},
+        {"id": "new-1", "text": " QUESTION 3 \n\n Answer\t3"},
+        {"id": "new-2", "subject_id": "new", "text": "question 77"},
+    ]
+    source.write_text("".join(json.dumps(each) + "\n" for each in bodies))
+    error = ask("add", source, "--executor", "serial", code=2)["error"]
+    assert [each["where"] for each in error["problems"]] == ["new.jsonl, line 1", "new.jsonl, line 2"]
+    assert all(found["request_id"] in each["what"] for each in error["problems"])
+    assert ask("status")["records"] == NUM_RECORDS - 1
+    taken = ask("add", source, "--allow-deleted", "--executor", "serial")
+    assert taken["added"] == 3
+    states = [each["state"] for each in ask("where", "id-0003", "new-1", "new-2")["records"]]
+    assert states == ["trained"] * 3
+
+
+# --- what is not imported
+
+
+READING = [["request", "list"], ["request", "show", "T-1"], ["run", "--plan"]]
+DECIDING = [
+    ["request", "submit", "id-0004"],
+    ["request", "approve", "T-1", "--approver", "dpo"],
+    ["request", "cancel", "T-1"],
+]
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        READING,
+        pytest.param(DECIDING),
+    ],
+    ids=["reading", "deciding"],
+)
+def test_requests_import_nothing_heavy(ask: Ask, model: Path, lines: list[list[str]]) -> None:
+    """Torch and Ray take seconds to import: no decision may wait for them."""
+    ask("request", "submit", "id-0003", "--external-id", "T-1")
+    code = (
+        "import json, sys\nfrom cluster.cli import cli\n"
+        "for arguments in json.loads(sys.argv[1]):\n"
+        "    assert cli.run(arguments) == 0, arguments\n"
+        "    heavy = sorted(set(sys.modules) & {'torch', 'ray', 'peft', 'transformers'})\n"
+        "    assert not heavy, (arguments, heavy)\n"
+    )
+    named = json.dumps([[*each, "-m", str(model)] for each in lines])
+    done = subprocess.run(
+        [sys.executable, "-c", code, named], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -1,0 +1,161 @@
+"""What is kept of events: numbers alone, no loss of few records, and nothing that was not made here."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from sisa.core.domain import SavedCheckpoint, SliceJob
+from sisa.core.events import (
+    DeletionCompleted,
+    EpochTrained,
+    ErasureFailed,
+    Event,
+    Notice,
+    PatchProgress,
+    QueueSeen,
+    SliceProgress,
+    SliceStarted,
+    SliceTrained,
+    TrainingStarted,
+)
+from sisa.core.measured import (
+    EVENT_NAMES,
+    KEPT,
+    MIN_RECORDS,
+    fields,
+    is_line,
+    logged,
+    metrics_line,
+    without,
+)
+from sisa.flows.wiring.recording import recording
+from sisa.flows.wiring.run_context import RUN_VARIABLE, RunContext, current_run, new_run, running
+from tests.fakes.metrics import FakeMetrics
+
+AT, RUN = "2026-11-25T21:37:49.123+00:00", "20261125T213749Z-3f9a1c2b"
+JOB = SliceJob(2, 1, None, ((1, "root"),), 9, (3, 2), {"seed": 1}, "base", "f")
+TRAINED = SliceTrained(JOB, SavedCheckpoint(JOB.key, "m", "a", 1), 2.5, 900)
+EPOCH = EpochTrained(2, 1, JOB.key, 1, 2, 9, 600, 1.5, 0.75)
+EVENTS: list[Event] = [
+    TrainingStarted(((0, 0, 10), (0, 1, 20), (1, 0, 30))),
+    SliceStarted(2, 1, 900),
+    SliceProgress(2, 1, 300, 900, 3, 9, 1, 2),
+    EPOCH,
+    TRAINED,
+    PatchProgress(3, 40, 1.5),
+    QueueSeen(2, 1, 0, 1, -3),
+    DeletionCompleted(4, 2, 12.5),
+    ErasureFailed(2),
+    Notice("a line"),
+]
+
+
+def kept(event: Event) -> dict[str, Any]:
+    found = metrics_line(event, AT, RUN)
+    assert found is not None
+    return found
+
+
+def test_every_event_has_a_name_and_flat_fields() -> None:
+    assert [type(each) for each in EVENTS] == list(get_args(Event)) == list(EVENT_NAMES)
+    for event in EVENTS:
+        for name, value in fields(event).items():
+            assert name == "stage" or value is None or type(value) in (int, float)
+
+
+def test_what_lines_say() -> None:
+    assert kept(TRAINED) == {
+        "at": AT,
+        "run": RUN,
+        "event": "slice_trained",
+        "shard": 2,
+        "slice": 1,
+        "stage": JOB.key[:16],
+        "num_records": 9,
+        "record_epochs": 14,
+        "tokens": 900,
+        "seconds": 2.5,
+    }
+    assert kept(EVENTS[0]) | {} == {
+        "at": AT,
+        "run": RUN,
+        "event": "training_started",
+        "num_slices": 3,
+        "num_shards": 2,
+        "record_epochs": 60,
+    }
+    assert fields(PatchProgress(3, 40, 1.5)) == {"step": 3, "num_steps": 40}
+    assert fields(Notice("a line")) == {}
+
+
+def test_only_some_are_kept() -> None:
+    made = [metrics_line(event, AT, RUN) is not None for event in EVENTS]
+    assert made == [isinstance(event, KEPT) for event in EVENTS]
+    assert metrics_line(SliceTrained(JOB, TRAINED.saved, 0.0, 0), AT, RUN) is None
+    assert metrics_line(TrainingStarted(()), AT, RUN) is None
+
+
+def test_few_records_have_no_loss_and_no_tokens_and_none_is_logged() -> None:
+    few = EpochTrained(2, 1, JOB.key, 1, 2, MIN_RECORDS - 1, 600, 1.5, 0.75)
+    enough = EpochTrained(2, 1, JOB.key, 1, 2, MIN_RECORDS, 600, 1.5, 0.75)
+    short = SliceTrained(replace(JOB, num_records=MIN_RECORDS - 1), TRAINED.saved, 2.5, 900)
+    told = [(fields(each)["loss"], fields(each)["tokens"]) for each in (few, enough)]
+    assert told == [(None, None), (0.75, 600)]
+    assert (fields(short)["tokens"], fields(TRAINED)["tokens"]) == (None, 900)
+    assert not {"loss", "tokens", "total_tokens"} & {name for each in EVENTS for name in logged(each)}
+
+
+def test_a_loss_and_the_number_of_tokens_go_with_their_stage() -> None:
+    """A deletion's new stage has the same records but one: their tokens differ by that one's length."""
+    for made, gone in (
+        (kept(EPOCH), {"loss": None, "tokens": None}),
+        (kept(TRAINED), {"tokens": None}),
+    ):
+        assert without(made, {JOB.key[:16]}) == made
+        assert without(made, {"0" * 16}) == {**made, **gone}
+        assert is_line(without(made, set()))
+
+
+@pytest.mark.parametrize("event", [each for each in EVENTS if isinstance(each, KEPT)])
+def test_a_line_is_told_from_anything_else(event: Event) -> None:
+    made = kept(event)
+    assert is_line(made)
+    bad: list[object] = [{**made, "id": "p001"}, [made], None, {}, {**made, "event": "told"}]
+    bad += [{**made, "at": "Ada"}, {**made, "run": "Ada"}, {**made, "event": ["x"]}]
+    bad += [{k: v for k, v in made.items() if k != name} for name in made]
+    numbers = [name for name in fields(event) if name != "stage"]
+    bad += [{**made, name: wrong} for name in numbers for wrong in ("Ada", True, float("nan"), [1])]
+    if "stage" in made:
+        bad += [{**made, "stage": wrong} for wrong in ("Ada", 1, JOB.key)]
+    assert [each for each in bad if is_line(each)] == []
+
+
+def test_a_report_records_under_the_run_that_is_under_way() -> None:
+    metrics, told = FakeMetrics(), list[Event]()
+    with running(RunContext(RUN)):
+        report = recording(told.append, metrics, lambda: AT)
+    for event in (*EVENTS, EVENTS[6], QueueSeen(0, 0, 0, 0, None)):
+        report(event)
+    assert told[: len(EVENTS)] == EVENTS
+    assert metrics.runs() == [RUN]
+    names = [each["event"] for each in metrics.read(RUN)]
+    assert names.count("queue_seen") == 2  # the second time it was the same
+    assert all(map(is_line, metrics.lines))
+    recording(told.append, metrics, lambda: AT)(TRAINED)
+    assert len(metrics.runs()) == 2
+
+
+def test_runs_are_nested_and_can_be_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv(RUN_VARIABLE, raising=False)
+    assert new_run().run != new_run().run
+    monkeypatch.setenv(RUN_VARIABLE, RUN)
+    with running() as outer, running() as inner:
+        assert outer is inner is current_run()
+        assert outer.run == RUN
+    assert current_run() is None
+    monkeypatch.setenv(RUN_VARIABLE, str(tmp_path))
+    assert new_run().run != str(tmp_path)

@@ -1,0 +1,137 @@
+"""A clock that jumps, in either direction, at any moment: no crash, no negative time, no wrong order.
+
+Events are ordered by their position in the chain; a due date is compared with the present clock alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import UTC, date, datetime
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sisa.core.domain import Export, RecordRow, Request
+from sisa.core.errors import EnvironmentFault, SisaError
+from sisa.flows import lifecycle
+from sisa.flows.deletion import forget_at_once
+from sisa.flows.export import export_adapters
+from sisa.flows.ingest import train
+from sisa.flows.lifecycle import Terms, find, viewed
+from sisa.flows.reconcile import check_consistent, reconcile
+from sisa.flows.wiring.world import World
+from sisa.planning.batching import RunPlan
+from tests.fakes.ports import FakeModel, fake_model, fake_record
+from tests.unit.flows.test_exports import PARTS
+
+NUM_RECORDS = 12
+WHOLE_LIFE = ["received", "approved", "committed", "rolled_back", "erased", "retrained", "completed"]
+moments = st.datetimes(
+    datetime(1969, 6, 1), datetime(2200, 1, 1), timezones=st.just(UTC)
+) | st.sampled_from([datetime(2026, 1, day, tzinfo=UTC) for day in range(1, 29)])
+
+
+class Clock:
+    """Gives the times of a list, one a call, over and over."""
+
+    def __init__(self, times: Sequence[datetime]) -> None:
+        self._times = list(times)
+        self._calls = 0
+
+    def __call__(self) -> str:
+        self._calls += 1
+        return self._times[(self._calls - 1) % len(self._times)].isoformat(timespec="milliseconds")
+
+
+def world_with(times: Sequence[datetime]) -> tuple[FakeModel, World]:
+    fake = fake_model()
+    world = replace(fake.world, now=Clock(times))
+    train(world, [fake_record(number) for number in range(NUM_RECORDS)])
+    return fake, world
+
+
+def rows(world: World, number: int) -> list[RecordRow]:
+    found = world.ledger.lookup([world.assigner.id_digest(fake_record(number).id)]).values()
+    return [each for each in found if isinstance(each, RecordRow)]
+
+
+def sound(world: World, request: Request, now: datetime) -> None:
+    """What holds of every request, whatever the clock did."""
+    present = replace(world, now=Clock([now]))
+    view = viewed(present, request)
+    assert view.days_left == (date.fromisoformat(request.due) - now.date()).days
+    assert request.seconds >= 0
+    assert view.events[-1].state == request.state
+    check_consistent(world)
+
+
+@settings(max_examples=80, deadline=None)
+@given(times=st.lists(moments, min_size=1, max_size=9), now=moments)
+def test_a_request_lives_its_whole_life_under_any_clock(times: list[datetime], now: datetime) -> None:
+    _, world = world_with(times)
+    one = lifecycle.submit(world, rows(world, 3), (), Terms(external_id="T-1"))
+    other = lifecycle.submit(world, rows(world, 4), (), Terms(approver="dpo"))
+    for each in (one, other):
+        sound(world, each, now)
+    lifecycle.decide(world, "T-1", "held", "a court")
+    lifecycle.decide(world, "T-1", "approved", "dpo")
+    lifecycle.extend(world, "T-1", "complex")
+    plan: RunPlan = lifecycle.plan_run(world)
+    assert set(plan.requests) == {one.request_id, other.request_id}
+    assert plan.expected_arrivals >= 0
+    assert date.fromisoformat(str(plan.run_by))
+    done = lifecycle.carry_out(world, lifecycle.approved(world))
+    assert {each.state for each in done} == {"completed"}
+    for each in done:
+        sound(world, each, now)
+    states = [each.state for each in viewed(world, find(world, "T-1")).events]
+    assert states == ["received", "held", "approved", "approved", *WHOLE_LIFE[2:]]
+
+
+@settings(max_examples=80, deadline=None)
+@given(times=st.lists(moments, min_size=2, max_size=9), now=moments)
+def test_a_deletion_completes_under_any_clock(times: list[datetime], now: datetime) -> None:
+    """Between receipt and commit, between any two events, and after a failure."""
+    fake, world = world_with(times)
+    export_adapters(world, PARTS, PARTS.base.directory / "no-such")
+
+    erase = fake.exports.erase
+
+    def fails(export: Export) -> bool:
+        raise EnvironmentFault("the disk refused", where=export.path)
+
+    fake.exports.erase = fails  # type: ignore[method-assign]
+    arrived = lifecycle.arrive(world, rows(world, 3), (), Terms(approver="dpo"))
+    with pytest.raises(EnvironmentFault):
+        forget_at_once(world, arrived)
+    fake.exports.erase = erase  # type: ignore[method-assign]
+    sound(world, find(world, arrived.request.request_id), now)
+    reconcile(world)
+    done = find(world, arrived.request.request_id)
+    assert done.state == "completed"
+    sound(world, done, now)
+    assert not rows(world, 3)
+    assert done.exports_erased == 1
+
+
+@settings(max_examples=80)
+@given(received=moments, now=moments)
+def test_a_due_date_under_a_wrong_clock_is_replaced(received: datetime, now: datetime) -> None:
+    """It is shown with the days left by the present clock; cancelled and sent again it is right."""
+    _, world = world_with([received])
+    wrong = lifecycle.submit(world, rows(world, 3), (), Terms(external_id="T-1"))
+    right = replace(world, now=Clock([now]))
+    sound(right, wrong, now)
+    lifecycle.decide(right, wrong.request_id, "cancelled", "a wrong clock")
+    again = lifecycle.submit(right, rows(right, 3), (), Terms(external_id="T-2", approver="dpo"))
+    assert 28 <= viewed(right, again).days_left <= 31
+    (done,) = lifecycle.carry_out(right, [again])
+    assert done.state == "completed"
+
+
+def test_a_due_date_is_checked_against_the_present_clock() -> None:
+    _, world = world_with([datetime(2026, 1, 10, tzinfo=UTC)])
+    with pytest.raises(SisaError, match="passed"):
+        lifecycle.submit(world, rows(world, 3), (), Terms(due="2026-01-09"))

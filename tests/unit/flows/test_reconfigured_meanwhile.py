@@ -1,0 +1,180 @@
+"""A model that stays open while other processes reconfigure it: it goes on as the ledger says, not as it
+was opened."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sisa import train as training
+from sisa.config.config import RunConfig
+from sisa.config.runfile import parse_run_file
+from sisa.core.digest import Keyed
+from sisa.core.errors import ConfigConflict
+from sisa.core.events import Event, Notice
+from sisa.core.ports import Change
+from sisa.flows.wiring import opening
+from sisa.flows.wiring.parts import Parts
+from sisa.model import Model
+from sisa.store.blobs.keyring import is_sealed
+from sisa.train import train_model
+from tests.fakes.ports import fake_record
+from tests.models.confessing import RUN_FILE, content, use_fake_parts
+
+NUM_RECORDS = 24
+
+
+@pytest.fixture(autouse=True)
+def _fakes(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_fake_parts(monkeypatch)
+    monkeypatch.setattr(Parts, "count_tokens", lambda _, records: [1 for _ in records])
+    monkeypatch.setattr(Parts, "check_base", lambda _: None)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> RunConfig:
+    rows = [
+        {
+            "id": f"id-{number:04d}",
+            "subject_id": f"subject-{number}",
+            "prompt": f"question {number}",
+            "completion": f"answer {number}",
+        }
+        for number in range(NUM_RECORDS)
+    ]
+    data = tmp_path / "people.jsonl"
+    data.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    text = RUN_FILE.replace("owner/people", str(data)).replace(
+        "output_dir: model", f"output_dir: {tmp_path}/model"
+    )
+    return parse_run_file(text, "run.yaml")
+
+
+def changed(config: RunConfig, **values: Any) -> RunConfig:
+    return config.model_copy(update=values)
+
+
+def moved(config: RunConfig, **values: Any) -> None:
+    """What `sisa train RUN.yaml --reconfigure` does in another process."""
+    train_model(changed(config, **values), executor="serial", accept_differences=True)
+
+
+def is_whole(config: RunConfig) -> bool:
+    """Whether all is as the ledger's run file wants it, for somebody who comes anew."""
+    model = Model(config.output_dir, executor="serial")
+    converged = all(shard.converged for shard in model.status().shards)
+    return converged and model.config == config and model.verify().ok
+
+
+def is_told(events: list[Event]) -> bool:
+    return any(isinstance(each, Notice) and "reconfigured" in each.text for each in events)
+
+
+@pytest.mark.parametrize("values", [{"learning_rate": 0.5}, {"seed": 7}], ids=str)
+def test_a_deletion_of_a_model_that_stayed_open_trains_by_the_present_run_file(
+    config: RunConfig, values: dict[str, Any]
+) -> None:
+    told: list[Event] = []
+    model, _ = train_model(config, executor="serial", report=told.append)
+    moved(config, **values)
+    outcome = model.forget(["id-0003"])
+    assert outcome.request is not None
+    assert outcome.request.state == "completed"
+    assert is_whole(changed(config, **values))
+    assert is_told(told)
+
+
+def test_a_model_that_stayed_open_follows_another_partition(config: RunConfig) -> None:
+    model, _ = train_model(config, executor="serial")
+    block = config.sisa.model_copy(update={"shards": 3, "slices": 2, "names": False})
+    moved(config, sisa=block)
+    assert model.find(text="question 5\nanswer 5")[0].id == "id-0005"
+    model.forget(["id-0005"])
+    model.add([fake_record(99)])
+    assert is_whole(changed(config, sisa=block))
+
+
+def test_a_model_that_stayed_open_writes_nothing_plain_once_it_is_encrypted(config: RunConfig) -> None:
+    model, _ = train_model(config, executor="serial")
+    moved(config, encrypt=True)
+    model.forget(["id-0003"])
+    held = content(config.output_dir)
+    assert held != {}
+    assert [name for name, data in held.items() if not is_sealed(data)] == []
+    assert is_whole(changed(config, encrypt=True))
+
+
+def test_a_plain_file_of_an_encrypted_model_is_a_finding(config: RunConfig) -> None:
+    plain = changed(config, output_dir=config.output_dir.with_name("plain"))
+    train_model(plain, executor="serial")
+    model, _ = train_model(changed(config, encrypt=True), executor="serial")
+    opened = model.keyring
+    directory = config.output_dir / opening.RECORDS
+    (first, *_) = sorted(each.name for each in directory.iterdir())
+    sealed = (directory / first).read_bytes()
+    (directory / first).write_bytes(opened.unseal(opening.RECORDS, first, "", sealed))
+    found = model.verify()
+    assert not found.ok
+    assert [each.where for each in found.findings] == [f"records/{first}"]
+
+
+def before_the_lock(monkeypatch: pytest.MonkeyPatch, another: Callable[[], None]) -> None:
+    """Let another process come after a run file was compared, and before the lock is taken."""
+    new_parts = training._new_parts
+
+    def meanwhile(*given: Any, **options: Any) -> Any:
+        found = new_parts(*given, **options)
+        monkeypatch.setattr(training, "_new_parts", new_parts)
+        another()
+        return found
+
+    monkeypatch.setattr(training, "_new_parts", meanwhile)
+
+
+def test_two_reconfigurations_at_once_leave_one_run_file_and_its_heads(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_model(config, executor="serial")
+    before_the_lock(monkeypatch, lambda: moved(config, seed=1))
+    moved(config, seed=2)
+    assert is_whole(changed(config, seed=2))
+
+
+def test_a_run_file_that_another_process_changed_meanwhile_is_compared_again(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_model(config, executor="serial")
+    before_the_lock(monkeypatch, lambda: moved(config, seed=1))
+    with pytest.raises(ConfigConflict, match="differs"):
+        train_model(config, executor="serial")
+    assert is_whole(changed(config, seed=1))
+
+
+def test_another_model_in_the_directory_is_refused(config: RunConfig, tmp_path: Path) -> None:
+    model, _ = train_model(config, executor="serial")
+    other, _ = train_model(changed(config, output_dir=tmp_path / "other"), executor="serial")
+    assert Keyed(model.secret).name != Keyed(other.secret).name
+    shutil.rmtree(config.output_dir)
+    shutil.copytree(other.directory, config.output_dir)
+    before = content(config.output_dir)
+    with pytest.raises(ConfigConflict, match="another model"):
+        model.forget(["id-0003"])
+    with pytest.raises(ConfigConflict, match="another model"):
+        model.status()
+    assert content(config.output_dir) == before
+
+
+def test_a_commit_that_changes_no_setting_is_no_reconfiguration(config: RunConfig) -> None:
+    told: list[Event] = []
+    model, _ = train_model(config, executor="serial", report=told.append)
+    parts = model.parts
+    with model._writing() as world:
+        world.ledger.commit(Change(meta={"note": "of another kind"}))
+    assert model.where(["id-0001"])[0].state == "trained"
+    assert model.parts is parts  # what is loaded stays loaded
+    assert not is_told(told)

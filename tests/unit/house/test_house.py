@@ -1,0 +1,256 @@
+"""The rules of the house: what stands where, what every module says of itself, what is never written.
+
+A rule that no test holds is soon a memory. Each test here lists all offenders at once.
+"""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import importlib.metadata
+import importlib.util
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import click
+import pytest
+
+import sisa
+from cluster.cli.cli import cli
+
+ROOT = Path(__file__).resolve().parents[3]
+PACKAGES = ("sisa", "approx", "cluster")
+LEADERBOARD = ("data", "held", "plan", "table")  # its modules without torch
+HEAVY = {"cluster.jobs.ray_jobs"}
+TOP_LEVEL = {"pyproject.toml", "README.md", *PACKAGES, "tests", "notebooks"}
+MAX_FUNCTION_LINES = 60
+FORBIDDEN_WORDS = {"utils", "util", "helpers", "helper", "common", "manager", "misc"}
+REGISTRIES = ("pypi" + ".org", "pythonhosted" + ".org", "npmjs" + ".org", "crates" + ".io")
+MACHINE_PATHS = ("/wo" + "rk/", "/tm" + "p/w/")
+PUBLIC_API = [
+    *("Answer", "Busy", "ConfigConflict", "EnvironmentFault", "ForgetOutcome", "ForgetPlan"),
+    *("IntegrityError", "InvalidInput", "Model", "OnCluster", "Part", "Record", "RejectedRequest"),
+    *("RunConfig", "SisaError", "Status", "Terms", "TransientError", "UnknownRecord"),
+    *("load_run_file", "open_model"),
+    "train_model",
+]
+
+
+@cache
+def tracked() -> tuple[Path, ...]:
+    """Files that git knows, and new ones that it does not ignore; skips where there is no git."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("not a git checkout")
+    return tuple(path for line in done.stdout.splitlines() if (path := ROOT / line).is_file())
+
+
+def modules(*packages: str) -> list[Path]:
+    return sorted(path for each in packages for path in (ROOT / each).rglob("*.py"))
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def test_the_top_level_is_fixed() -> None:
+    found = {path.relative_to(ROOT).parts[0] for path in tracked()}
+    assert {each for each in found if not each.startswith(".")} <= TOP_LEVEL
+    assert TOP_LEVEL - {"README.md", "notebooks"} <= found
+
+
+def test_every_module_says_what_it_is_for() -> None:
+    assert [relative(path) for path in modules(*PACKAGES) if not ast.get_docstring(parsed(path))] == []
+
+
+def test_every_test_module_says_what_it_tests() -> None:
+    assert [relative(path) for path in modules("tests") if not ast.get_docstring(parsed(path))] == []
+
+
+def test_no_function_is_long() -> None:
+    offenders = {}
+    for path in modules(*PACKAGES):
+        for node in ast.walk(parsed(path)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                size = (node.end_lineno or 0) - node.lineno + 1
+                if size > MAX_FUNCTION_LINES:
+                    offenders[f"{relative(path)}:{node.name}"] = size
+    assert offenders == {}
+
+
+def test_no_module_has_a_name_that_says_nothing() -> None:
+    offenders = [
+        relative(path)
+        for path in modules(*PACKAGES, "tests")
+        if FORBIDDEN_WORDS & set(path.stem.removeprefix("test_").split("_"))
+    ]
+    assert offenders == []
+
+
+def test_packages_are_imported_from_here() -> None:
+    """PyPI has distributions of these names: what is imported must be what lies here."""
+    for package in PACKAGES:
+        spec = importlib.util.find_spec(package)
+        assert spec is not None
+        assert Path(str(spec.origin)) == ROOT / package / "__init__.py"
+
+
+def test_the_public_api_is_pinned() -> None:
+    assert sorted(sisa.__all__) == PUBLIC_API
+    assert all(getattr(sisa, name) is not None for name in PUBLIC_API)
+
+
+def command_names() -> list[str]:
+    found = []
+    for name, each in cli.commands.items():
+        inner = list(each.commands) if isinstance(each, click.Group) else []
+        found += [f"{name} {one}" for one in inner] or [name]
+    return found
+
+
+@pytest.mark.parametrize("name", command_names())
+def test_every_command_is_in_the_readme(name: str) -> None:
+    readme = (ROOT / "cluster" / "README.md").read_text(encoding="utf-8")
+    assert re.search(rf"\bsisa {name}\b", readme)
+
+
+def text_files() -> Iterator[tuple[str, str]]:
+    for path in tracked():
+        try:
+            yield relative(path), path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue
+
+
+def test_no_registry_and_no_machine_is_named() -> None:
+    """Registries are reached through their clients, and a path of one machine is wrong on the next."""
+    words = (*REGISTRIES, *MACHINE_PATHS)
+    offenders = [f"{name}: {word}" for name, text in text_files() for word in words if word in text]
+    assert offenders == []
+
+
+def dotted(node: ast.expr) -> str:
+    parts = []
+    while isinstance(node, ast.Attribute):
+        parts.append(node.attr)
+        node = node.value
+    if isinstance(node, ast.Name):
+        parts.append(node.id)
+    return ".".join(reversed(parts))
+
+
+def dangers(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Whatever runs code that lies in data."""
+    modules_refused = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve"}
+    calls_refused = {
+        *("eval", "exec", "compile", "__import__", "os.system", "os.popen", "torch.load"),
+        *("yaml.load", "yaml.full_load", "yaml.unsafe_load", "yaml.load_all", "builtins.eval"),
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = {alias.name.partition(".")[0] for alias in node.names}
+            yield from ((node.lineno, name) for name in names & modules_refused)
+        elif isinstance(node, ast.ImportFrom):
+            module = (node.module or "").partition(".")[0]
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            yield from ((node.lineno, name) for name in names & calls_refused)
+            if module in modules_refused:
+                yield node.lineno, module
+        elif isinstance(node, ast.Call):
+            name = dotted(node.func)
+            if name in calls_refused:
+                yield node.lineno, name
+            for keyword in node.keywords:
+                value = keyword.value
+                off = isinstance(value, ast.Constant) and value.value is False
+                if (keyword.arg, off) in {("shell", False), ("allow_pickle", False)}:
+                    yield node.lineno, f"{keyword.arg}="
+                if keyword.arg == "trust_remote_code" and not off:
+                    yield node.lineno, "trust_remote_code="
+
+
+def test_no_data_is_run_as_code() -> None:
+    offenders = [
+        f"{relative(path)}:{line}: {what}"
+        for path in modules(*PACKAGES)
+        for line, what in dangers(parsed(path))
+    ]
+    assert offenders == []
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        *("import pickle", "from pickle import loads", "eval('1')", "exec(code)", "os.system('ls')"),
+        *("torch.load(path)", "yaml.load(text)", "from torch import load", "run('ls', shell=True)"),
+        *("np.load(path, allow_pickle=True)", "load(name, trust_remote_code=flag)"),
+    ],
+)
+def test_the_scan_finds_what_it_looks_for(code: str) -> None:
+    assert list(dangers(ast.parse(code)))
+
+
+def light_modules() -> list[str]:
+    """Return the modules with examples that need no torch and no Ray."""
+    rooms = [
+        f"sisa/{room}" for room in ("core", "planning", "config", "data", "store", "flows", "audit")
+    ]
+    rooms += ["approx/metrics", "cluster/jobs"]
+    files = [path for path in modules(*rooms) if path.name != "__init__.py"]
+    found = [relative(path.with_suffix("")).replace("/", ".") for path in files]
+    found += ["sisa.model", "sisa.train", "sisa.unlearn", "sisa.lm.answer.hashing"]
+    found += ["cluster.cli.cli", "cluster.cli.job_cli", "cluster.render.render"]
+    found += [f"cluster.observe.{name}" for name in ("json_log", "ray_metrics", "reporting")]
+    found += ["approx.evaluation.evaluated", "approx.evaluation.tofu"]
+    found += [f"approx.evaluation.tofu_{name}" for name in ("aggregates", "evaluation", "log", "row")]
+    found += [f"approx.leaderboard.{name}" for name in LEADERBOARD]
+    return [name for name in found if name not in HEAVY]
+
+
+@pytest.mark.parametrize("name", light_modules())
+def test_examples_in_docstrings_hold(name: str) -> None:
+    result = doctest.testmod(importlib.import_module(name))
+    assert result.failed == 0
+
+
+def test_modules_have_examples() -> None:
+    finder = doctest.DocTestFinder()
+    with_examples = [
+        name
+        for name in light_modules()
+        if any(each.examples for each in finder.find(importlib.import_module(name)))
+    ]
+    assert len(with_examples) >= len(light_modules()) // 3
+
+
+def test_the_light_modules_are_light() -> None:
+    code = "import importlib, sys\nfor name in sys.argv[1:]:\n    importlib.import_module(name)\n"
+    code += "assert not {'torch', 'ray', 'peft', 'transformers'} & set(sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *light_modules()], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_console_command_is_installed() -> None:
+    (script,) = importlib.metadata.entry_points(group="console_scripts", name="sisa")
+    assert script.value == "cluster.cli.cli:main"
+
+
+def test_every_package_is_listed() -> None:
+    """A package that is not in `tool.setuptools.packages` is missing from the wheel."""
+    import tomllib
+
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    found = {relative(path.parent).replace("/", ".") for path in modules(*PACKAGES)}
+    assert found == set(listed)

@@ -1,0 +1,259 @@
+"""Churn bands: which slices a risk gets, what is refused, and that a model with them obeys its laws."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sisa.config.config import differences
+from sisa.config.runfile import parse_run_file
+from sisa.core.digest import Keyed
+from sisa.core.domain import Record, RecordRow, Risk, SliceFile
+from sisa.core.errors import InvalidInput, Problem
+from sisa.core.ports import StoredRecord
+from sisa.data.reader import read_records
+from sisa.flows.deletion import forget_at_once
+from sisa.flows.ingest import add, train
+from sisa.flows.lifecycle import Terms, arrive
+from sisa.planning.assign import Assigner, Layout
+from sisa.planning.bands import Bands, risk_problems
+from tests.fakes.ports import fake_model, fake_recipe, fake_record
+
+BANDS = Bands(thresholds=(0.01, 0.1), classes={"staff": 0.0, "trial": 0.3}, unknown=0.05)
+RUN = {"datasets": [{"path": "a.jsonl"}], "output_dir": "model"}
+risks = st.none() | st.floats(0, 2) | st.sampled_from(["staff", "trial"])
+
+
+def record(number: int, risk: Risk, subject: str | None = None) -> Record:
+    return replace(fake_record(number, subject), deletion_risk=risk)
+
+
+def parsed(bands: Any, slices: int = 3) -> Any:
+    data = {**RUN, "sisa": {"slices": slices, "bands": bands}}
+    return parse_run_file(yaml.safe_dump(data), "run.yaml")
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=6, unique=True), st.integers(0, 20), risks)
+def test_bands_share_out_all_slices_in_order(edges: list[float], more: int, risk: Risk) -> None:
+    bands = Bands(thresholds=tuple(sorted(edges)), classes=BANDS.classes)
+    num_slices = bands.num_bands + more
+    owned = [bands.slices(each, num_slices) for each in (0.0, *bands.thresholds)]
+    if bands.thresholds[0] == 0:
+        owned[0] = range(bands.slices(0.0, num_slices).start)
+    assert [slice_ for each in owned for slice_ in each] == list(range(num_slices))
+    assert all(len(each) >= 1 for each in owned)
+    assert bands.slices(risk, num_slices) in owned
+
+
+@given(risks, risks, st.integers(3, 12))
+def test_a_likelier_deletion_never_stands_earlier(one: Risk, other: Risk, num_slices: int) -> None:
+    def value(risk: Risk) -> float:
+        return BANDS.unknown if risk is None else BANDS.classes[risk] if isinstance(risk, str) else risk
+
+    low, high = sorted((one, other), key=value)
+    assert BANDS.slices(low, num_slices).start <= BANDS.slices(high, num_slices).start
+
+
+@given(risks, st.integers(0, 500), st.sampled_from([None, "ada"]))
+def test_a_risk_chooses_the_slice_within_its_band_and_never_the_shard(
+    risk: Risk, number: int, subject: str | None
+) -> None:
+    keyed = Keyed(b"1" * 32)
+    banded = Assigner(keyed, Layout(8, 9, BANDS))
+    plain = Assigner(keyed, Layout(8, 9))
+    shard, slice_ = banded.place(record(number, risk, subject))
+    assert shard == plain.place(record(number, None, subject))[0]
+    assert slice_ in BANDS.slices(risk, 9)
+    assert plain.place(record(number, risk, subject)) == plain.place(record(number, None, subject))
+
+
+def test_a_risk_is_content_and_none_leaves_the_digest_as_it_was() -> None:
+    digests = {
+        Assigner(Keyed(b"1" * 32), Layout(1, 1)).row(record(1, risk), 0).record_digest
+        for risk in (None, 0.0, 0.3, "trial")
+    }
+    assert len(digests) == 4
+    assert len(json.loads(record(1, None).canonical())) == 4
+
+
+@pytest.mark.parametrize(
+    ("bands", "told"),
+    [
+        ({}, "sisa.bands.thresholds missing; expected a list"),
+        ({"thresholds": []}, "bands need a threshold"),
+        ({"thresholds": [0.2, 0.1]}, "thresholds must ascend"),
+        ({"thresholds": [0.1, 0.1]}, "thresholds must ascend"),
+        ({"thresholds": [-0.1]}, "sisa.bands.thresholds[0] expected a number of at least 0, got -0.1"),
+        ({"thresholds": [True]}, "sisa.bands.thresholds[0] expected a number"),
+        ({"thresholds": [0.1], "classes": {"a": -1.0}}, "sisa.bands.classes.a expected a number of at"),
+        ({"thresholds": [0.1], "quantiles": 4}, "unknown key; known here: thresholds, classes, unknown"),
+        ([0.1], "expected a mapping or null"),
+        ({"thresholds": [0.1, 0.2, 0.3]}, "4 bands, more than the 3 slices"),
+    ],
+)
+def test_impossible_bands_are_refused(bands: Any, told: str) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        parsed(bands)
+    (problem,) = caught.value.problems
+    assert told in f"{problem.where.partition(': ')[2]} {problem.what}"
+
+
+def test_a_change_of_bands_places_every_record_anew() -> None:
+    (found,) = differences(parsed({"thresholds": [0.1]}), parsed({"thresholds": [0.2]}))
+    assert (found.key, found.effect) == ("sisa.bands", "reset")
+
+
+@pytest.mark.parametrize(
+    ("risk", "told"),
+    [
+        (True, "a boolean"),
+        ([0.1], "a list"),
+        (-0.5, "from 0 on"),
+        (1e301, "from 0 on"),
+        (" ", "is empty"),
+    ],
+)
+def test_what_is_no_risk_is_refused_with_its_line(tmp_path: Path, risk: Any, told: str) -> None:
+    file = tmp_path / "rows.jsonl"
+    rows = [
+        {"id": "r0", "text": "x", "deletion_risk": 1},
+        {"id": "r1", "text": "y", "deletion_risk": risk},
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(InvalidInput) as caught:
+        read_records([file])
+    assert [(each.where, told in each.what) for each in caught.value.problems] == [
+        ("rows.jsonl, line 2", True)
+    ]
+
+
+def test_risks_are_read_from_lines_and_from_parquet(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    lines = tmp_path / "a.jsonl"
+    lines.write_text(
+        '{"id": "r0", "text": "x", "deletion_risk": 1}\n{"id": "r1", "text": "y"}\n'
+        '{"id": "r2", "text": "z", "deletion_risk": "trial"}\n'
+    )
+    table = tmp_path / "b.parquet"
+    pq.write_table(
+        pa.table({"id": ["p0", "p1"], "text": ["x", "y"], "deletion_risk": [0.25, None]}), table
+    )
+    found = {each.id: each.deletion_risk for each in read_records([lines, table])}
+    assert found == {"r0": 1.0, "r1": None, "r2": "trial", "p0": 0.25, "p1": None}
+    assert isinstance(found["r0"], float)
+
+
+def test_unnamed_classes_and_two_risks_of_a_subject_are_told_together_by_position() -> None:
+    given = [record(0, "vip"), record(1, 0.1, "ada"), record(2, 0.2, "ada"), record(3, 0.1, "ada")]
+    found = [(each.where, each.what) for each in risk_problems(BANDS, given)]
+    assert [where for where, _ in found] == ["record 1", "record 3"]
+    assert "no class" in found[0][1]
+    assert "record 2" in found[1][1]
+    assert not any("ada" in what or "vip" in what for _, what in found)
+    assert [each.where for each in risk_problems(None, given)] == ["record 3"]
+
+
+def test_what_is_held_of_a_subject_binds_what_is_added() -> None:
+    fake = fake_model(2, fake_recipe(4), bands=BANDS)
+    train(fake.world, [record(0, 0.3, "ada"), record(1, None)])
+    before = fake.ledger.heads()
+    for risk in (0.2, "trial", None):  # in the same band or not
+        with pytest.raises(InvalidInput, match="deletion risk") as caught:
+            add(fake.world, [record(2, None), record(3, risk, "ada")])
+        assert [each.where for each in caught.value.problems] == ["record 2"]
+        assert fake.ledger.heads() == before
+    with pytest.raises(InvalidInput, match="deletion risk"):
+        add(fake.world, [record(4, "vip")])
+    assert add(fake.world, [record(3, 0.3, "ada")]).added == 1
+
+
+def test_all_that_speaks_against_an_addition_is_told_at_once() -> None:
+    fake = fake_model(2, fake_recipe(4), bands=BANDS)
+    train(fake.world, [record(0, 0.3, "ada"), record(1, None), record(2, None)])
+    digest = fake.world.assigner.id_digest(record(2, None).id)
+    row = fake.ledger.lookup([digest])[digest]
+    assert isinstance(row, RecordRow)
+    forget_at_once(fake.world, arrive(fake.world, [row], (), Terms(approver="a person")))
+    before = fake.ledger.heads()
+    asked = [
+        record(5, None),
+        record(2, None),  # deleted
+        record(3, 0.2, "ada"),  # held with another risk
+        record(4, "vip"),  # of no class
+        replace(record(1, None), parts=record(6, None).parts),  # another text under a held id
+        replace(record(2, None), id="new"),  # a deleted text under a new id
+    ]
+    with pytest.raises(InvalidInput, match="5 records can't be taken") as caught:
+        add(fake.world, asked)
+    assert [each.where for each in caught.value.problems] == [f"record {n}" for n in (2, 3, 4, 5, 6)]
+    for told in ("sisa forget", "sisa.bands.classes", "--allow-deleted"):
+        assert told in str(caught.value.next_step)
+    with pytest.raises(InvalidInput, match="3 records") as caught:
+        add(fake.world, asked, allow_deleted=True)
+    assert [each.where for each in caught.value.problems] == [f"record {n}" for n in (3, 4, 5)]
+    assert fake.ledger.heads() == before
+
+
+def test_what_does_not_fit_and_what_comes_twice_is_told_with_the_rest() -> None:
+    fake = fake_model(2, fake_recipe(4), bands=BANDS)
+    train(fake.world, [record(0, 0.3, "ada")])
+
+    def long(records: Sequence[Record]) -> list[int]:
+        problems = [Problem(f"record {n}", "long") for n, r in enumerate(records, 1) if r.id > "id-0005"]
+        if problems:
+            raise InvalidInput("1 records can't be trained on", next_step="cut", problems=problems)
+        return [1] * len(records)
+
+    def guard(_: Sequence[Record]) -> None:
+        raise InvalidInput("shared", next_step="take out", problems=[Problem("record 1", "shared")])
+
+    before = fake.ledger.heads()
+    asked = [record(7, None), record(3, "vip"), record(4, 0.2, "ada"), record(3, "vip")]
+    with pytest.raises(InvalidInput, match="4 records can't be taken") as caught:
+        add(replace(fake.world, count_tokens=long), asked, checks=[guard])
+    assert [(each.where, each.what) for each in caught.value.problems] == [
+        ("record 1", "long"),
+        ("record 1", "shared"),
+        ("record 2", "its 'deletion_risk' is no class of sisa.bands.classes"),
+        ("record 3", "its deletion risk is not that of its subject's held records"),
+        ("record 4", "the id of record 2 again"),
+        ("record 4", "its 'deletion_risk' is no class of sisa.bands.classes"),
+    ]
+    with pytest.raises(InvalidInput, match="can't be trained on"):
+        add(replace(fake.world, count_tokens=long), asked[:1])
+    assert fake.ledger.heads() == before
+
+
+def test_a_changed_record_and_a_risk_without_a_class_are_told_of_a_source_together() -> None:
+    fake = fake_model(2, fake_recipe(4), bands=BANDS)
+    train(fake.world, [record(0, 0.3), record(1, None)])
+    changed = replace(record(1, None), parts=record(6, None).parts)
+    with pytest.raises(InvalidInput, match="2 records can't be taken") as caught:
+        train(fake.world, [record(0, "vip"), changed])
+    assert [each.where for each in caught.value.problems] == ["record 1", "record 2"]
+
+
+def test_one_held_record_of_a_subject_tells_its_risk(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = fake_model(2, fake_recipe(4))
+    train(fake.world, [record(n, 0.3, "ada") for n in range(3)])
+    add(fake.world, [record(3, 0.3, "ada"), record(4, None)], append=True)
+    read, reading = [], fake.records.read
+
+    def watched(file: SliceFile) -> tuple[StoredRecord, ...]:
+        read.append(file.name)
+        return reading(file)
+
+    monkeypatch.setattr(fake.records, "read", watched)
+    with pytest.raises(InvalidInput, match="deletion risk"):
+        add(fake.world, [record(5, 0.2, "ada"), record(6, None, "eve")])
+    assert len(read) == 1
