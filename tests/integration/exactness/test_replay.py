@@ -15,7 +15,7 @@ import pytest
 
 from sisa.audit.replay import CLEAN, SERVE, Stage
 from sisa.lm.base.numerics import worker_environment
-from tests.integration.tiny_model import Tiny
+from tests.models.tiny_model import Tiny
 
 NOWHERE = Stage("/nonexistent", "scratch", 0, "key")
 HANGING = (
