@@ -14,9 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from sisa.audit.garbage import AREAS
+from sisa.config.blocks import Effect, is_uri
 from sisa.config.config import Difference, RunConfig, differences
 from sisa.config.runfile import load_run_file
-from sisa.core.config_types import Effect, is_uri
 from sisa.core.digest import Keyed
 from sisa.core.domain import Record
 from sisa.core.errors import Busy, ConfigConflict, EnvironmentFault, IntegrityError, InvalidInput

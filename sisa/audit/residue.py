@@ -50,7 +50,7 @@ from sisa.audit.garbage import at_hand, list_garbage, undisturbed
 from sisa.audit.search_strings import PARQUET_MAGIC, SearchStrings
 from sisa.audit.stored_residue import scan_objects
 from sisa.audit.unsealing import SealedFiles, Shredded
-from sisa.core.config_types import is_uri
+from sisa.config.blocks import is_uri
 from sisa.core.digest import file_sha256, sha256_hex
 from sisa.core.errors import Busy, IntegrityError, InvalidInput, SisaError
 from sisa.core.measured import STAGE_DIGITS, without

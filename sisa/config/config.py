@@ -1,13 +1,6 @@
 """The run file as a frozen model: every key with its meaning, its bounds and what a change costs.
 
-Rules: numbers are strict (`true` and `'3'` are no integers) and finite. Each key states beside its
-meaning what a change of it costs (`effect`): nothing, retraining, a new index, a new partition, or files
-written anew in another form.
-Names as in Axolotl and TRL.
-
-Not covered: the blocks (`sisa_config.py`, `cluster_config.py` ...), reading YAML (`runfile.py`), what a
-change does to a model (`reconfigure.py`), and the fingerprint of threads and libraries
-(`lm/base/numerics.py`).
+Names of keys are those of Axolotl and TRL where they have one.
 
 >>> config = RunConfig(datasets=(DatasetSource(path="a.jsonl"),), output_dir="model")
 >>> config.layout
@@ -28,25 +21,23 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import Field, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
-from sisa.config.cluster_config import ClusterBlock
-from sisa.config.scratch_config import BaseModelKey, ScratchBase, same_base
-from sisa.config.sisa_config import SisaBlock
-from sisa.core.config_types import (
-    Block,
-    Bool,
+from sisa.config.blocks import (
+    BaseModelKey,
+    ClusterBlock,
     DatasetSource,
     Effect,
-    Float,
-    Int,
     LocalPath,
     LoraLayers,
     Name,
+    ScratchBase,
+    SisaBlock,
     SourceLimits,
     Storage,
-    conflict,
     key,
     pypi_form,
+    same_base,
 )
+from sisa.core.block import Block, Bool, Float, Int, conflict
 from sisa.core.digest import canonical_json
 from sisa.core.errors import IntegrityError
 from sisa.core.patch import PatchMode
@@ -80,24 +71,28 @@ class RunConfig(Block):
     storage: Storage | None = key(
         None,
         "none",
-        "Where slices and checkpoints rest: a path or s3://BUCKET/PREFIX; null: in output_dir.",
+        "Storage of slices and checkpoints: a path or s3://BUCKET/PREFIX; null: in output_dir.",
     )
     witness: LocalPath | None = key(
-        None, "none", "Directory that remembers deletions outside the model; null: your state directory."
+        None,
+        "none",
+        "Directory that records deletions outside the model; null: the user's state directory.",
     )
     encrypt: Bool = key(
-        False, "reseal", "Whether slices, indexes and checkpoints rest encrypted, a key for each."
+        False,
+        "reseal",
+        "Whether to encrypt slices, indexes and checkpoints, each with a key of its own.",
     )
     keyring: LocalPath | None = key(
         None, "none", "Directory of the keys, outside output_dir; null: the user's state directory."
     )
     probe: Bool = key(
-        True, "none", "Whether a deletion asks the base alone what it knew of the text, before it goes."
+        True, "none", "Whether a deletion first measures what the base alone knows of the text."
     )
     patch_mode: PatchMode = key(
         "sequential",
         "none",
-        "Approximate patches: each upon the last (sequential), or one anew from all kept texts (joint).",
+        "Approximate patches: each on top of the last (sequential), or one from all kept texts (joint).",
     )
     adapter: Literal["lora"] = key("lora", "retrain", "Kind of adapter.")
     lora_r: Int = key(8, "retrain", "Rank of the adapters.", ge=1, le=4096)
@@ -109,16 +104,16 @@ class RunConfig(Block):
         "all-linear", "retrain", "Modules that get an adapter: names, or all-linear."
     )
     lora_layers: LoraLayers = key("all", "retrain", "Layers that get adapters: all, or top:N.")
-    prefix_cache_bytes: Int = key(0, "none", "Bytes of hidden states below top:N to keep.", ge=0)
+    prefix_cache_bytes: Int = key(0, "none", "Bytes of hidden states below top:N to cache.", ge=0)
     sequence_len: Int = key(512, "retrain", "Longest record, in tokens.", ge=2, le=1 << 20)
     overlength: Literal["refuse", "truncate"] = key(
-        "refuse", "retrain", "What becomes of a longer record: refuse or truncate."
+        "refuse", "retrain", "What to do with a longer record: refuse or truncate."
     )
     micro_batch_size: Int = key(2, "retrain", "Records in one forward pass.", ge=1, le=65_536)
     gradient_accumulation_steps: Int = key(
         1, "retrain", "Forward passes in one optimizer step.", ge=1, le=65_536
     )
-    num_epochs: Int = key(3, "retrain", "Passes over each record, in all.", ge=1, le=100_000)
+    num_epochs: Int = key(3, "retrain", "Passes over each record, in total.", ge=1, le=100_000)
     learning_rate: Float = key(1e-3, "retrain", "Peak learning rate.", gt=0, le=100)
     optimizer: Literal["adamw_torch", "sgd"] = key("adamw_torch", "retrain", "adamw_torch or sgd.")
     lr_scheduler: Literal["linear", "cosine", "constant"] = key(
@@ -127,21 +122,21 @@ class RunConfig(Block):
     warmup_ratio: Float = key(0.0, "retrain", "Share of a stage's steps spent on warm-up.", ge=0, lt=1)
     weight_decay: Float = key(0.0, "retrain", "Weight decay per step.", ge=0, le=100)
     max_grad_norm: Float = key(1.0, "retrain", "Gradients are clipped to this norm.", gt=0, le=1e9)
-    train_on_inputs: Bool = key(False, "retrain", "Whether prompts count in the loss, too.")
+    train_on_inputs: Bool = key(False, "retrain", "Whether the loss covers prompts, too.")
     seed: Int = key(42, "retrain", "Seed of adapters, dropout and orders.", ge=0, le=(1 << 63) - 1)
-    device: DeviceName = key("cpu", "retrain", "Where shards are trained and asked: cpu or cuda.")
+    device: DeviceName = key("cpu", "retrain", "Device that trains shards and answers: cpu or cuda.")
     dtype: Dtype = key(
-        "float32", "retrain", "Of the base's weights: float32 or bfloat16; adapters are in float32."
+        "float32",
+        "retrain",
+        "Data type of the base's weights: float32 or bfloat16; adapters are in float32.",
     )
     sisa: SisaBlock = Field(
-        default=SisaBlock(), description="The partition and how it is trained and asked."
+        default=SisaBlock(), description="The partition, how it is trained, and how it answers."
     )
     cluster: ClusterBlock = Field(
-        default=ClusterBlock(), description="Where training runs; reaches no bit of it."
+        default=ClusterBlock(), description="Where training runs; does not affect the bits."
     )
-    limits: SourceLimits = Field(
-        default=SourceLimits(), description="What is refused as too much of a data set."
-    )
+    limits: SourceLimits = Field(default=SourceLimits(), description="Limits on the size of one source.")
 
     @field_validator("learning_rate", "lora_dropout", "warmup_ratio", "weight_decay", "max_grad_norm")
     @classmethod
@@ -189,12 +184,12 @@ class RunConfig(Block):
 
     @property
     def precision(self) -> Precision:
-        """On what and in what numbers shards are trained and asked."""
+        """Device and data type of training and inference."""
         return Precision(self.device, self.dtype)
 
     @property
     def base(self) -> str:
-        """What to resolve the base by: its name, or where one from scratch is kept."""
+        """Name of the base, or the directory of one from scratch."""
         if isinstance(self.base_model, str):
             return self.base_model
         kept = self.base_model.scratch.directory
@@ -202,7 +197,7 @@ class RunConfig(Block):
 
     @property
     def base_name(self) -> str:
-        """The base's name for people; one from scratch has no other than its digest."""
+        """Name of the base to show; one from scratch has no name but its digest."""
         return self.base_model if isinstance(self.base_model, str) else "scratch"
 
     @property
@@ -210,15 +205,15 @@ class RunConfig(Block):
         return Layout(self.sisa.shards, self.sisa.slices, self.sisa.bands)
 
     def training(self) -> dict[str, Any]:
-        """The hyper-parameters that reach an adapter's bits; epochs and schedule come as passes."""
+        """Return the hyper-parameters that affect an adapter's bits; jobs give epochs as passes."""
         dump = self.model_dump(mode="json")
-        of_layers = () if self.lora_layers == "all" else ("lora_layers",)  # as jobs were before
+        of_layers = () if self.lora_layers == "all" else ("lora_layers",)  # absent from older jobs
         blocks = {"layerwise": self.sisa.slices} if self.sisa.layerwise else {}
         named = {key: dump[key] for key in (*TRAINING_KEYS, *of_layers)}
         return named | self.precision.in_jobs() | blocks
 
     def recipe(self, base_digest: str) -> Recipe:
-        """What all jobs of a model with this run file share."""
+        """Return what all jobs of a model with this run file share."""
         own, training = self.sisa, self.training()
         others = chosen_orders(own.slices, own.orders, own.bands)[1:]
         share = own.checkpoint_budget_bytes and own.checkpoint_budget_bytes // own.shards
@@ -228,12 +223,12 @@ class RunConfig(Block):
         )
 
     def to_canonical(self) -> str:
-        """Canonical JSON, all defaults written out."""
+        """Return canonical JSON with all defaults written out."""
         return canonical_json(self.model_dump(mode="json")).decode()
 
     @classmethod
     def from_canonical(cls, text: str) -> RunConfig:
-        """Raises IntegrityError: what `to_canonical` wrote always reads."""
+        """Return the config that `to_canonical` wrote. Raises IntegrityError for anything else."""
         try:
             return cls.model_validate(json.loads(text))
         except ValueError as error:
@@ -246,7 +241,7 @@ class RunConfig(Block):
 
 
 def columns_of(source: DatasetSource, group_by: str | None) -> Columns:
-    """Return what a source calls its columns."""
+    """Return the names of a source's columns."""
     keys = source.message_property_mappings
     bodies = (source.text_column, source.prompt_column, source.completion_column)
     return Columns(source.id_column, group_by, *bodies, source.messages_column, keys.role, keys.content)
@@ -268,7 +263,7 @@ def _once(values: tuple[_T, ...], what: str) -> tuple[_T, ...]:
 
 
 def keys() -> dict[str, FieldInfo]:
-    """Every key of the run file, dotted, with its field; the blocks themselves are no keys."""
+    """Return every key of the run file, dotted, with its field; blocks themselves are left out."""
     found: dict[str, FieldInfo] = {}
     for name, info in RunConfig.model_fields.items():
         block = info.annotation
@@ -281,7 +276,7 @@ def keys() -> dict[str, FieldInfo]:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """A key whose value changed, as JSON values, and what the change costs."""
+    """Key whose value changed, both values as JSON, and what the change costs."""
 
     key: str
     old: Any
@@ -290,7 +285,7 @@ class Difference:
 
 
 def differences(old: RunConfig, new: RunConfig) -> tuple[Difference, ...]:
-    """All keys in which two run files differ, in the order of the run file."""
+    """Return all keys in which two run files differ, in the order of the run file."""
     dumps = [each.model_dump(mode="json") for each in (old, new)]
     found = []
     for name, info in keys().items():
@@ -314,7 +309,7 @@ def raw_schema() -> dict[str, Any]:
 
 
 def json_schema() -> dict[str, Any]:
-    """JSON Schema (2020-12) of the run file."""
+    """Return the JSON Schema (2020-12) of the run file."""
     schema: dict[str, Any] = json.loads(json.dumps(raw_schema()))
     block = schema["$defs"]["SisaBlock"]["properties"]
     methods = schema["$defs"]["Aggregation"]["properties"]["method"]["enum"]
@@ -323,6 +318,6 @@ def json_schema() -> dict[str, Any]:
 
 
 def is_local(name: str) -> bool:
-    """Whether a dataset's or model's name can only be a local path."""
+    """Return whether a dataset's or model's name can only be a local path."""
     starts = ("./", "../", "/", "~")
     return name.startswith(starts) or name.lower().endswith(DATA_SUFFIXES + OTHER_SUFFIXES)

@@ -1,10 +1,8 @@
-"""Reading a run file: YAML parsed once; every problem is listed with its line.
+"""Read a run file: parse its YAML once and list every problem with its line.
 
-Unknown and repeated keys, wrong types, impossible values and conflicts are reported together.
-`1e-3` is a number, as in YAML 1.2. Anchors, aliases, a second document and explicit tags that change a
-value's kind are refused.
-Local paths are resolved against the run file's directory and stay absolute; for a machine elsewhere they
-must be absolute already (`shared_paths.py`). Reading takes time linear in the file's size.
+Unknown and repeated keys, wrong types, impossible values and conflicts are reported together. `1e-3` is
+a number, as in YAML 1.2. Anchors, aliases, a second document and explicit tags that change a value's
+kind are refused. Reading takes time linear in the file's size.
 
 >>> text = 'datasets: [{path: a.jsonl}]\\noutput_dir: model\\nlearning_rate: 1e-3\\nsisa: {shards: 8}'
 >>> config = parse_run_file(text, "run.yaml")
@@ -22,7 +20,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,10 +28,9 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from sisa.config.config import HUB, KeyPath, RunConfig, is_local, keys, raw_schema, value_at
-from sisa.config.scratch_config import MADE, NAMED
-from sisa.config.shared_paths import unshared
-from sisa.core.config_types import NAME_PATTERN, is_uri, short, shown
+from sisa.config.blocks import MADE, NAMED, short, shown
+from sisa.config.config import KeyPath, RunConfig, keys, raw_schema, value_at
+from sisa.config.paths import resolve_paths, shared_path_problems
 from sisa.core.errors import InvalidInput, Problem
 
 MAX_RUN_FILE_BYTES = 1 << 18
@@ -41,31 +38,27 @@ MAX_DEPTH = 8
 MAX_NUMBER_CHARS = 400  # more than any finite float has; longer ones take quadratic time to convert
 MAX_PROBLEMS = 1000
 _EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
+PathProblems = Callable[[dict[str, Any]], Iterable[tuple[KeyPath, str]]]
 
 
 def load_run_file(path: Path) -> RunConfig:
-    """Read a run file and resolve its local paths. Raises InvalidInput with every problem."""
+    """Read a run file and make its local paths absolute. Raises InvalidInput with every problem."""
     directory = Path(os.path.abspath(path)).parent
-    return _parse(_read(path), str(path), lambda data, tree: _resolve(data, tree, directory))
+    return _parse(_read(path), str(path), lambda data: resolve_paths(data, directory))
 
 
 def load_elsewhere(path: Path) -> tuple[str, RunConfig]:
-    """A run file for a machine that sees shared paths alone: its text, and what it says, unresolved.
+    """Return the text and the config of a run file that a cluster will read; paths stay as they are.
 
-    Raises InvalidInput with every problem, paths that mean another place there among them.
+    Raises InvalidInput with every problem, such as a path that the cluster would not find.
     """
     text, directory = _read(path), Path(os.path.abspath(path)).parent
-
-    def refuse(data: dict[str, Any], tree: _Tree) -> None:
-        for place, what in unshared(data, directory):
-            tree.add(place, what)
-
-    return text, _parse(text, str(path), refuse)
+    return text, _parse(text, str(path), lambda data: shared_path_problems(data, directory))
 
 
 def parse_run_file(text: str, where: str) -> RunConfig:
     """Parse a run file's text; paths stay as they are. Raises InvalidInput with every problem."""
-    return _parse(text, where, lambda _data, _tree: None)
+    return _parse(text, where, lambda _data: ())
 
 
 def _read(path: Path) -> str:
@@ -84,13 +77,14 @@ def _read(path: Path) -> str:
         raise _refusal([problem], str(path)) from None
 
 
-def _parse(text: str, where: str, look: Callable[[dict[str, Any], _Tree], None]) -> RunConfig:
-    """`look` is at the paths: it may change the data, and adds to the tree what is wrong with them."""
+def _parse(text: str, where: str, check_paths: PathProblems) -> RunConfig:
+    """Return the config of a run file's text; `check_paths` may change the data."""
     tree = _Tree()
     data = tree.read(text)
     if not isinstance(data, dict):
         raise _refusal(tree.problems, where)
-    look(data, tree)
+    for path, what in check_paths(data):
+        tree.add(path, what)
     config = None
     try:
         config = RunConfig.model_validate(data)
@@ -111,7 +105,7 @@ def _refusal(problems: list[Problem], where: str) -> InvalidInput:
     return InvalidInput(
         f"{len(unique)} problem{'s' * (len(unique) != 1)} in the run file; nothing was done",
         where=where,
-        next_step="mend the run file; `sisa config schema` describes every key",
+        next_step="correct the run file; `sisa config schema` describes every key",
         problems=listed,
     )
 
@@ -123,14 +117,14 @@ def _line_of(where: str) -> int:
 
 @dataclass
 class _Tree:
-    """YAML text as plain data, the line of every key, and the problems met on the way."""
+    """Parser of YAML text into plain data; keeps the line of every key and every problem."""
 
     lines: dict[KeyPath, int] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     loader: Any = field(default_factory=lambda: yaml.SafeLoader(""))
 
     def add(self, path: KeyPath, what: str, known: Collection[str] = ()) -> None:
-        """Note a problem of a key, unless its place is among those `known` to have one."""
+        """Add a problem of a key, unless its location is among those `known` to have one."""
         at = path
         while at and at not in self.lines:
             at = at[:-1]
@@ -142,7 +136,7 @@ class _Tree:
             self.problems.append(Problem(where, what))
 
     def read(self, text: str) -> Any:
-        """The document's mapping, or None with at least one problem."""
+        """Return the document's mapping, or None with at least one problem."""
         try:
             if not self._plain(text):
                 return None
@@ -162,7 +156,7 @@ class _Tree:
         return self._value(node, ())
 
     def _plain(self, text: str) -> bool:
-        """One shallow document without anchors: nothing that could grow or loop."""
+        """Return whether a text is one shallow document without anchors, which could grow or loop."""
         depth = documents = 0
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             line = _line(event.start_mark)
@@ -231,7 +225,7 @@ def _dotted(path: KeyPath) -> str:
 
 
 def _explained(error: ValidationError, data: Any) -> Iterator[tuple[KeyPath, str]]:
-    """Yield (key path, what is wrong), in the words of the schema, once for the members of a union."""
+    """Yield (key path, problem) in the words of the schema, once for all members of a union."""
     seen: set[tuple[KeyPath, str, str]] = set()
     for each in error.errors(include_url=False):
         loc = tuple(part for part in each["loc"] if part not in (NAMED, MADE))
@@ -264,7 +258,7 @@ def _suggestion(path: KeyPath) -> str:
 
 
 def _fragment(loc: KeyPath) -> tuple[KeyPath, dict[str, Any]]:
-    """The schema of a location, and the location less pydantic's marks of union members."""
+    """Return a location without pydantic's tags of union members, and its schema."""
     schema = raw_schema()
     for depth, part in enumerate(loc):
         known = _properties(schema)
@@ -272,7 +266,7 @@ def _fragment(loc: KeyPath) -> tuple[KeyPath, dict[str, Any]]:
             schema = schema["items"]
         elif part in known:
             schema = known[part]
-        elif isinstance(schema.get("additionalProperties"), dict):  # a mapping by names of the user's
+        elif isinstance(schema.get("additionalProperties"), dict):  # names that the user chooses
             schema = schema["additionalProperties"]
         else:
             return loc[:depth], schema
@@ -313,60 +307,3 @@ def _words(schema: dict[str, Any]) -> str:
         kind = "a printable text"
     bounds = [f"{words} {schema[name]}" for name, words in _BOUNDS.items() if name in schema]
     return " ".join([kind, " and ".join(bounds)]).strip()
-
-
-def _resolve(data: dict[str, Any], tree: _Tree, directory: Path) -> None:
-    """Make local paths absolute, in place; what should be there and is not is a problem."""
-
-    def put(holder: Any, key: Any, path: KeyPath, expected: str) -> None:
-        value = holder.get(key) if isinstance(holder, dict) else None
-        if not isinstance(value, str) or not NAME_PATTERN.fullmatch(value) or value.startswith("pypi:"):
-            return
-        local = Path(os.path.abspath(directory / os.path.expanduser(value)))
-        if expected == "new" or os.path.exists(local):  # False for a name too long
-            holder[key] = str(local)
-        elif expected == "file" or is_local(value):
-            tree.add(path, f"no such file or directory: {shown(value)}")
-        elif not HUB.fullmatch(value):
-            tree.add(path, f"neither a local path nor a hub name: {shown(value)}")
-
-    block, sources = data.get("sisa"), data.get("datasets")
-    put(data, "base_model", ("base_model",), "hub")
-    put(data, "output_dir", ("output_dir",), "new")
-    put(data, "witness", ("witness",), "new")
-    put(data, "keyring", ("keyring",), "new")
-    if not is_uri(data.get("storage")):
-        put(data, "storage", ("storage",), "new")
-    for key, what in (("witness", "the witness lies"), ("keyring", "the keys lie")):
-        _keep_apart(data, data, tree, (key,), what)
-    _keep_apart(data, data, tree, ("storage",), "the storage lies")
-    if _lies_inside(data.get("keyring"), data.get("storage")):
-        tree.add(("keyring",), "conflict: the keys lie inside the storage")
-    put(block, "partition_key_file", ("sisa", "partition_key_file"), "file")
-    if isinstance(block, dict) and block.get("embedder") != "hashing":
-        put(block, "embedder", ("sisa", "embedder"), "hub")
-    for index, source in enumerate(sources if isinstance(sources, list) else []):
-        put(source, "path", ("datasets", index, "path"), "hub")
-        # the model directory must hold no text that `forget` doesn't know of
-        _keep_apart(source, data, tree, ("datasets", index, "path"), "the data lies")
-    scratch = base.get("scratch") if isinstance(base := data.get("base_model"), dict) else None
-    if isinstance(scratch, dict):
-        within: KeyPath = ("base_model", "scratch")
-        put(scratch, "directory", (*within, "directory"), "new")
-        _keep_apart(scratch, data, tree, (*within, "directory"), "the base lies")
-        corpus = scratch.get("corpus")
-        for index, source in enumerate(corpus if isinstance(corpus, list) else []):
-            put(source, "path", (*within, "corpus", index, "path"), "hub")
-            _keep_apart(source, data, tree, (*within, "corpus", index, "path"), "the corpus lies")
-
-
-def _keep_apart(holder: Any, data: dict[str, Any], tree: _Tree, path: KeyPath, what: str) -> None:
-    place = holder.get(path[-1]) if isinstance(holder, dict) else None
-    if _lies_inside(place, data.get("output_dir")):
-        tree.add(path, f"conflict: {what} inside output_dir")
-
-
-def _lies_inside(path: Any, output_dir: Any) -> bool:
-    if not isinstance(path, str) or not isinstance(output_dir, str) or not os.path.isabs(path):
-        return False
-    return Path(path).is_relative_to(output_dir)

@@ -1,6 +1,6 @@
 """The commented run file that `sisa init` writes.
 
-It is generated from the keys' own descriptions, so that no key is ever missing or explained twice.
+It is generated from the descriptions of the keys, so that no key is missing or explained twice.
 
 >>> "lora_r: 8" in commented_run_file("people.jsonl", "model")
 True
@@ -14,16 +14,16 @@ from typing import Any
 
 import yaml
 
+from sisa.config.blocks import DatasetSource
 from sisa.config.config import RunConfig, keys, value_at
-from sisa.core.config_types import DatasetSource
 
-# A shard of a few dozen short records takes few optimizer steps: small batches, a high rate and several
-# passes make it learn (measured on SmolLM2-135M with 25 records: 24 of 25 answers word for word).
+# A shard of a few dozen short records takes few optimizer steps. Small batches, a high rate and several
+# passes make it learn: SmolLM2-135M gives 24 of 25 answers word for word.
 FEW_RECORDS = {"micro_batch_size": 4, "learning_rate": 6e-3, "num_epochs": 8}
 
 
 def commented_run_file(data_file: str, output_dir: str, **chosen: Any) -> str:
-    """A run file with every key, each with a comment; at its default unless `chosen` has it."""
+    """Return a run file with a comment on every key; keys have their defaults unless `chosen`."""
     datasets = (DatasetSource(path=data_file),)
     config = RunConfig(datasets=datasets, output_dir=Path(output_dir), **chosen)
     dump = config.model_dump(mode="json")

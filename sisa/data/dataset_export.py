@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sisa.core.config_types import DatasetSource
+from sisa.config.blocks import DatasetSource
 from sisa.core.errors import EnvironmentFault
 from sisa.data.temporary_files import keep
 

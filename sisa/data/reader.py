@@ -32,8 +32,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from sisa.config.blocks import DatasetSource, SourceLimits, short
 from sisa.config.config import DATA_SUFFIXES, RunConfig, columns_of, is_local
-from sisa.core.config_types import DatasetSource, SourceLimits, short
 from sisa.core.domain import Record
 from sisa.core.errors import InvalidInput, Problem, SisaError
 from sisa.data.dataset_export import Broken, export_rows

@@ -19,8 +19,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from sisa.config.blocks import SisaBlock
 from sisa.config.config import RunConfig
-from sisa.config.sisa_config import SisaBlock
 from sisa.core.domain import Hit, Kind, Record
 from sisa.core.errors import IntegrityError, InvalidInput, Outdated
 from sisa.core.patch import Patch

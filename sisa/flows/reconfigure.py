@@ -19,8 +19,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
+from sisa.config.blocks import Effect
 from sisa.config.config import Difference
-from sisa.core.config_types import Effect
 from sisa.core.domain import (
     ANY_SHARD,
     Export,

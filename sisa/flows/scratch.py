@@ -30,8 +30,8 @@ from typing import Any
 
 import numpy as np
 
+from sisa.config.blocks import PATH_FIELDS, Scratch
 from sisa.config.config import RunConfig
-from sisa.config.scratch_config import PATH_FIELDS, Scratch
 from sisa.core.digest import canonical_json, digest_of, sha256_hex
 from sisa.core.domain import Record
 from sisa.core.errors import ConfigConflict, IntegrityError, InvalidInput

@@ -30,7 +30,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
-from sisa.core.config_types import Block, Float, conflict
+from sisa.core.block import Block, Float, conflict
 from sisa.core.domain import Record, Risk
 from sisa.core.errors import Problem
 

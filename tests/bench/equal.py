@@ -13,9 +13,8 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from sisa.config.blocks import DatasetSource, SisaBlock
 from sisa.config.config import RunConfig
-from sisa.config.sisa_config import SisaBlock
-from sisa.core.config_types import DatasetSource
 from sisa.core.digest import Keyed
 from sisa.core.domain import Part, Record
 from sisa.data.samples import make_people

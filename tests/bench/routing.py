@@ -28,8 +28,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from sisa.config.aggregation_config import Aggregation
-from sisa.config.sisa_config import MINILM
+from sisa.config.blocks import MINILM, Aggregation
 from sisa.core.digest import sha256_hex
 from sisa.core.domain import Hit, Part, Record
 from sisa.core.ports import Embedder, Vectors

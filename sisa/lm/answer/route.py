@@ -36,8 +36,7 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from sisa.config.aggregation_config import Aggregation
-from sisa.config.sisa_config import MINILM
+from sisa.config.blocks import MINILM, Aggregation
 from sisa.core.domain import Hit, Kind
 
 SHARE_WEIGHT = 0.3

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
+from sisa.config.blocks import DatasetSource
 from sisa.config.config import RunConfig
-from sisa.core.config_types import DatasetSource
 from sisa.core.domain import SliceJob
 from sisa.core.errors import InvalidInput
 from sisa.flows.wiring.parts import Parts

@@ -17,9 +17,8 @@ import pytest
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel
 
 import sisa
+from sisa.config.blocks import DatasetSource, SisaBlock
 from sisa.config.config import RunConfig
-from sisa.config.sisa_config import SisaBlock
-from sisa.core.config_types import DatasetSource
 from sisa.core.domain import Part, Record
 from sisa.core.errors import InvalidInput, SisaError
 from sisa.core.events import Event, Notice

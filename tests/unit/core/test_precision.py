@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from sisa.config.blocks import DatasetSource
 from sisa.config.config import TRAINING_KEYS, RunConfig
 from sisa.config.runfile import parse_run_file
-from sisa.core.config_types import DatasetSource
 from sisa.core.domain import SliceState
 from sisa.core.errors import EnvironmentFault, InvalidInput
 from sisa.core.precision import DEFAULT_PRECISION, Precision

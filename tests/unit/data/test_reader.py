@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sisa.core.config_types import DatasetSource, SourceLimits
+from sisa.config.blocks import DatasetSource, SourceLimits
 from sisa.core.domain import Part, Record
 from sisa.core.errors import EnvironmentFault, InvalidInput, Problem
 from sisa.data import dataset_export, temporary_files

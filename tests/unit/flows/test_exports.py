@@ -20,8 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.cli import cli
+from sisa.config.blocks import DatasetSource
 from sisa.config.config import RunConfig
-from sisa.core.config_types import DatasetSource
 from sisa.core.digest import Keyed, sha256_hex
 from sisa.core.domain import ANY_SHARD, Export, RecordRow, Request
 from sisa.core.errors import EnvironmentFault, InvalidInput

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from sisa.config.config import RunConfig
-from sisa.config.shared_paths import NAME_KEYS, PATH_KEYS, unshared
-from sisa.core.config_types import Block
+from sisa.config.paths import NAME_KEYS, PATH_KEYS, shared_path_problems
+from sisa.core.block import Block
 
 GOOD: dict[str, Any] = {"output_dir": "/shared/model", "witness": "/shared/witness"}
 
@@ -43,7 +43,7 @@ def test_no_key_is_forgotten() -> None:
 
 
 def problems(data: dict[str, Any], directory: Path = Path("/nowhere")) -> dict[Any, str]:
-    return dict(unshared(GOOD | data, directory))
+    return dict(shared_path_problems(GOOD | data, directory))
 
 
 @pytest.mark.parametrize(

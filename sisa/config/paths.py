@@ -1,0 +1,133 @@
+"""Paths in a run file: made absolute on this machine, or checked before the file goes to another one.
+
+A run file that is sent to a cluster is read there. A relative path would mean a directory of the job's
+package, and an unnamed one would lie in the home directory of a pod that goes away. So every path must
+be absolute, as on a volume that all nodes mount, and the directories that keep deletions and keys must
+be named. Names of the hub and of packages mean the same everywhere.
+
+>>> data = {"output_dir": "model", "datasets": [{"path": "/shared/a.jsonl"}]}
+>>> for path, what in shared_path_problems(data, Path("/nowhere")):
+...     print(path, what)
+('output_dir',) relative: the cluster does not share 'model'; give an absolute path
+('witness',) missing; null is the state directory of a machine of the cluster: give an absolute path
+>>> list(resolve_paths(data, Path("/here"))), data["output_dir"]
+([(('datasets', 0, 'path'), "no such file or directory: '/shared/a.jsonl'")], '/here/model')
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sisa.config.blocks import NAME_PATTERN, is_uri, shown
+from sisa.config.config import HUB, KeyPath, is_local, value_at
+
+# Dotted keys (`*`: every item of a list) that hold a path, and those that hold a path or a name.
+PATH_KEYS = (
+    *("output_dir", "storage", "witness", "keyring", "sisa.partition_key_file"),
+    "base_model.scratch.directory",
+)
+NAME_KEYS = ("base_model", "sisa.embedder", "datasets.*.path", "base_model.scratch.corpus.*.path")
+MUST_EXIST = "sisa.partition_key_file"  # alone of PATH_KEYS
+# The model's directory must hold no text that `forget` does not know of.
+OUTSIDE_OUTPUT = {
+    "witness": "the witness lies",
+    "keyring": "the keys lie",
+    "storage": "the storage lies",
+    "datasets.*.path": "the data lies",
+    "base_model.scratch.directory": "the base lies",
+    "base_model.scratch.corpus.*.path": "the corpus lies",
+}
+
+
+def resolve_paths(data: dict[str, Any], directory: Path) -> Iterator[tuple[KeyPath, str]]:
+    """Make the local paths of a run file absolute, in place, against the directory of the run file.
+
+    Yield (key path, problem) for every path that is missing or lies inside another one.
+    """
+    for key in (*NAME_KEYS, *PATH_KEYS):
+        for path, value in _values(data, key):
+            if not NAME_PATTERN.fullmatch(value) or _is_no_path(key, value):
+                continue
+            local = Path(os.path.abspath(directory / os.path.expanduser(value)))
+            if os.path.exists(local) or (key in PATH_KEYS and key != MUST_EXIST):
+                value_at(data, path[:-1])[path[-1]] = str(local)
+            elif key == MUST_EXIST or is_local(value):
+                yield path, f"no such file or directory: {shown(value)}"
+            elif not HUB.fullmatch(value):
+                yield path, f"neither a local path nor a hub name: {shown(value)}"
+    for key, what in OUTSIDE_OUTPUT.items():
+        for path, value in _values(data, key):
+            if _lies_inside(value, data.get("output_dir")):
+                yield path, f"conflict: {what} inside output_dir"
+    if _lies_inside(data.get("keyring"), data.get("storage")):
+        yield ("keyring",), "conflict: the keys lie inside the storage"
+
+
+def shared_path_problems(data: dict[str, Any], directory: Path) -> Iterator[tuple[KeyPath, str]]:
+    """Yield (key path, problem) for every path that another machine would not see as this one does.
+
+    `directory` is the run file's: a name that is a directory here would be taken for one of the hub
+    there. Whether a path exists is checked there.
+    """
+    for key in PATH_KEYS:
+        for path, value in _values(data, key):
+            if (key != "storage" or not is_uri(value)) and (problem := _not_absolute(value)):
+                yield path, problem
+    for key in NAME_KEYS:
+        for path, value in _values(data, key):
+            if not _is_no_path(key, value) and (problem := _not_shared(value, directory)):
+                yield path, problem
+    for key in ("witness", *(("keyring",) if data.get("encrypt") is True else ())):
+        if data.get(key) is None:
+            what = (
+                "missing; null is the state directory of a machine of the cluster: give an absolute path"
+            )
+            yield (key,), what
+
+
+def _is_no_path(key: str, value: str) -> bool:
+    """Return whether a value means the same on every machine."""
+    if key == "storage" and is_uri(value):
+        return True
+    return value.startswith("pypi:") or (key, value) == ("sisa.embedder", "hashing")
+
+
+def _values(data: dict[str, Any], key: str) -> Iterator[tuple[KeyPath, str]]:
+    for path, value in list(_at(data, key.split("."), ())):
+        if isinstance(value, str):
+            yield path, value
+
+
+def _at(data: Any, parts: list[str], path: KeyPath) -> Iterator[tuple[KeyPath, Any]]:
+    if not parts:
+        yield path, data
+    elif parts[0] == "*" and isinstance(data, list):
+        for index, each in enumerate(data):
+            yield from _at(each, parts[1:], (*path, index))
+    elif isinstance(data, dict) and parts[0] in data:
+        yield from _at(data[parts[0]], parts[1:], (*path, parts[0]))
+
+
+def _not_absolute(value: str) -> str:
+    if value.startswith("~"):
+        return f"{shown(value)} is another directory on the cluster; give an absolute path"
+    if not value.startswith("/"):
+        return f"relative: the cluster does not share {shown(value)}; give an absolute path"
+    return ""
+
+
+def _not_shared(value: str, directory: Path) -> str:
+    if is_local(value) or not HUB.fullmatch(value):
+        return _not_absolute(value)
+    if os.path.exists(directory / value):
+        return f"{shown(value)} is a file or directory here, and a hub name there; give an absolute path"
+    return ""
+
+
+def _lies_inside(path: Any, directory: Any) -> bool:
+    if not isinstance(path, str) or not isinstance(directory, str) or not os.path.isabs(path):
+        return False
+    return Path(path).is_relative_to(directory)
