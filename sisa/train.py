@@ -44,7 +44,8 @@ from sisa.model import Model
 from sisa.planning.assign import Assigner
 from sisa.planning.bands import unnamed
 from sisa.planning.patch_plan import active, wanted
-from sisa.store.blobs import files, partition_key
+from sisa.store.blobs import files
+from sisa.store.blobs.keyring import read_secret
 from sisa.store.blobs.storage_areas import storage_root
 from sisa.store.ledger.ledger import SqlLedger
 
@@ -229,7 +230,7 @@ def _refuse_lost_keys(model: Model, config: RunConfig) -> None:
 def _secret(model: Model, config: RunConfig) -> bytes:
     """The secret that a run file names, or else the model's own."""
     if key_file := config.sisa.partition_key_file:
-        return partition_key.read_secret(key_file)
+        return read_secret(key_file)
     return opening.stored_secret(model.directory, config, model.id)
 
 

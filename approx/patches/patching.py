@@ -47,7 +47,7 @@ from sisa.core.domain import Record
 from sisa.core.errors import InvalidInput, Problem
 from sisa.core.events import Notice, PatchProgress, Report
 from sisa.core.patch import WRITTEN, PatchJob
-from sisa.core.patch_ports import PatchMade, PatchOrder, PatchSite
+from sisa.core.ports import PatchMade, PatchOrder, PatchSite
 from sisa.core.precision import Precision
 from sisa.flows.wiring.opening import PATCHES
 from sisa.flows.wiring.world import patch_files
@@ -65,9 +65,8 @@ from sisa.lm.base.base import load_frozen, load_skeleton, load_tokenizer, local_
 from sisa.lm.base.numerics import fingerprint, pin_threads
 from sisa.lm.base.tokens import Tokens
 from sisa.lm.train.stage import seed_from
-from sisa.store import patch_drafts
 from sisa.store.checkpoints import FileCheckpoints
-from sisa.store.vault import FileVault
+from sisa.store.vault import DRAFTS_AREA, FileVault
 
 PROGRESS_EVERY_S = 0.25
 JUDGED_EVERY = 4  # one text of so many is not trained on
@@ -80,12 +79,12 @@ def open_patcher(site: PatchSite, config: RunConfig) -> PatchMaker:  # noqa: ARG
 
 
 class PatchMaker:
-    """A `sisa.core.patch_ports.Patcher` in this process."""
+    """A `sisa.core.ports.Patcher` in this process."""
 
     def __init__(self, site: PatchSite) -> None:
         self._site = site
 
-    def refuse(
+    def check(
         self,
         settings: Mapping[str, Any],
         forget: Sequence[Record],
@@ -139,8 +138,8 @@ class PatchMaker:
         return SavedRun(
             self._site.runs_dir / job.key,
             job.key,
-            partial(keyring.seal, patch_drafts.DRAFTS_AREA, job.key),
-            partial(keyring.unseal, patch_drafts.DRAFTS_AREA, job.key),
+            partial(keyring.seal, DRAFTS_AREA, job.key),
+            partial(keyring.unseal, DRAFTS_AREA, job.key),
             kept=True,
         )
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cluster.cli.command import command, model_option, opened
+from cluster.observe.curves import points, summary
 from cluster.render.render import Result, printable
-from sisa.core.curves import points, summary
 from sisa.flows.wiring.opening import METRICS
 from sisa.store.metrics import FileMetrics
 

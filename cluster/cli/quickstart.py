@@ -22,9 +22,8 @@ from sisa import Model, open_model, train_model
 from sisa.config.runfile import load_run_file
 from sisa.config.template import FEW_RECORDS, commented_run_file
 from sisa.core.errors import InvalidInput
-from sisa.data.corpus import make_corpus
 from sisa.data.reader import read_records
-from sisa.data.samples import distinctive_word, make_people, to_jsonl
+from sisa.data.samples import distinctive_word, make_corpus, make_people, to_jsonl
 from sisa.flows.scratch import prepare_base
 from sisa.flows.wiring.opening import OpenExecutor
 from sisa.store.blobs.files import write_atomic

@@ -5,7 +5,7 @@ twice. What is written are numbers and names of curves and runs. The libraries a
 when they are asked for; a missing one is an EnvironmentFault. Copies are the user's: a deletion does not
 reach them.
 
-Not covered: which curves there are (`sisa/core/curves.py`).
+Not covered: which curves there are (`cluster/observe/curves.py`).
 
     TensorBoard(Path("board")).write("20261125T213749Z-3f9a1c2b", points)
 """
@@ -18,8 +18,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
 
+from cluster.observe.curves import Point
 from cluster.observe.extras import library, not_installed
-from sisa.core.curves import Point
 from sisa.core.digest import digest_of
 from sisa.core.errors import EnvironmentFault
 from sisa.store.blobs.files import disk_errors

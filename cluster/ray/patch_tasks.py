@@ -28,12 +28,12 @@ from sisa.config.config import RunConfig
 from sisa.core.domain import Record
 from sisa.core.errors import EnvironmentFault
 from sisa.core.events import Report
-from sisa.core.patch_ports import PatchMade, PatchOrder, PatchSite
+from sisa.core.ports import PatchMade, PatchOrder, PatchSite
 from sisa.flows.wiring.opening import PATCHES
 from sisa.lm.base.numerics import fingerprint
-from sisa.store import patch_drafts
 from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.store.checkpoints import FILES
+from sisa.store.vault import DRAFTS_AREA
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class PatchTask:
 
 
 class RayPatcher:
-    """A `sisa.core.patch_ports.Patcher` whose patches are made in a Ray worker."""
+    """A `sisa.core.ports.Patcher` whose patches are made in a Ray worker."""
 
     def __init__(self, site: PatchSite, address: str | None, max_retries: int) -> None:
         self._site = site
@@ -56,7 +56,7 @@ class RayPatcher:
         self._max_retries = max_retries
         self._here = PatchMaker(site)
 
-    def refuse(
+    def check(
         self,
         settings: Mapping[str, Any],
         forget: Sequence[Record],
@@ -64,7 +64,7 @@ class RayPatcher:
         reference: str = "",
     ) -> None:
         """As the Protocol."""
-        self._here.refuse(settings, forget, retain, reference)
+        self._here.check(settings, forget, retain, reference)
 
     def make(self, order: PatchOrder, report: Report) -> PatchMade:
         """As the Protocol; EnvironmentFault, too, when Ray or a worker's machine fails."""
@@ -97,9 +97,7 @@ def _lent(site: PatchSite, key: str) -> Iterator[PatchSite]:
     files = [f"{key}/{name}" for name in FILES]
     with (
         lent_keys(site.patches_keyring, PATCHES, [key], site.patches_at) as keyring,
-        lent_keys(
-            site.vault_keyring, patch_drafts.DRAFTS_AREA, [key], LocalBlobs(site.runs_dir)
-        ) as of_vault,
+        lent_keys(site.vault_keyring, DRAFTS_AREA, [key], LocalBlobs(site.runs_dir)) as of_vault,
         leased(site.patches_at, files) as (patches, accept),
     ):
         yield replace(site, patches_at=patches, patches_keyring=keyring, vault_keyring=of_vault)

@@ -29,19 +29,18 @@ from cluster.ray.ray_tasks import DEFAULT_RETRIES, run_tasks
 from cluster.ray.ray_worker import Carried, NeedsBase, OpenParts, Task, open_parts, train_remotely
 from cluster.ray.shared_base import BaseManifest, list_base, read_blocks
 from cluster.ray.worker_slots import Placement
-from sisa.core.blob_ports import BlobStore
 from sisa.core.domain import Chain, SliceJob
 from sisa.core.errors import InvalidInput, Problem
 from sisa.core.events import Event, Notice, Report, SliceTrained
-from sisa.core.ports import Keyring
+from sisa.core.ports import BlobStore, Keyring
 from sisa.flows.serial import Site, order_chains
 from sisa.lm.base.numerics import require_device, worker_environment
-from sisa.planning.prefix_names import PREFIXES_AREA as PREFIXES
-from sisa.planning.prefix_names import keeps_prefixes, prefix_name
+from sisa.planning.plan import keeps_prefixes, prefix_name
 from sisa.store.blobs.files import TEMPORARY_PREFIX
 from sisa.store.blobs.keyring import FileKeyring
 from sisa.store.blobs.lease import Lease
 from sisa.store.checkpoints import FILES
+from sisa.store.prefixes import PREFIXES_AREA as PREFIXES
 
 _T = TypeVar("_T", bound=NeedsBase)
 

@@ -22,8 +22,8 @@ from sisa.flows.export_files import unload_command
 if TYPE_CHECKING:
     from cluster.cli.quickstart import Start, Story
     from sisa.audit.verify import Verification
-    from sisa.core.blob_ports import KeptVersions
     from sisa.core.domain import Probed, Request
+    from sisa.core.ports import KeptVersions
     from sisa.flows.ask import Answer, HeldPrompts
     from sisa.flows.ingest import Taken
     from sisa.flows.query import Candidate, Location

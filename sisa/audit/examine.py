@@ -22,9 +22,9 @@ from sisa.audit.garbage import KEPT_FILES, STRAY, at_hand, list_garbage
 from sisa.audit.lineage import parse_manifest, parse_patch_manifest
 from sisa.audit.unsealing import ALONE, INSIDE
 from sisa.config.blocks import is_uri
-from sisa.core.blob_ports import BlobStore
 from sisa.core.domain import Head, IndexFile, SliceFile
 from sisa.core.errors import IntegrityError, SisaError, TransientError
+from sisa.core.ports import BlobStore
 from sisa.core.requests import contradicted
 from sisa.data.temporary_files import walk
 from sisa.flows.reconcile import check_rows

@@ -23,9 +23,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sisa.audit.lineage import named_files
-from sisa.core.blob_ports import BlobStore, KeptVersions
 from sisa.core.errors import IntegrityError, all_tried
-from sisa.core.ports import Change
+from sisa.core.ports import BlobStore, Change, KeptVersions
 from sisa.flows.stale_exports import give_up_lost
 from sisa.flows.wiring.opening import (
     CHECKPOINTS,

@@ -19,11 +19,10 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sisa.core.blob_ports import BlobStore
 from sisa.core.domain import RecordRow, SliceJob
 from sisa.core.errors import IntegrityError
 from sisa.core.patch import PatchJob, parse_patch_job
-from sisa.core.ports import Keyring
+from sisa.core.ports import BlobStore, Keyring
 from sisa.planning.assign import slice_root
 from sisa.store.checkpoints import CHECKPOINTS_AREA, MANIFEST
 

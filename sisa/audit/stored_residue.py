@@ -23,9 +23,9 @@ from pathlib import Path
 from sisa.audit.foreign_files import Residue, Unreadable, not_held, parquet_ids
 from sisa.audit.found_groups import NONE, FoundGroups
 from sisa.audit.search_strings import SearchStrings
-from sisa.core.blob_ports import BlobStore
 from sisa.core.digest import sha256_hex
 from sisa.core.errors import IntegrityError
+from sisa.core.ports import BlobStore
 from sisa.flows.wiring.opening import CHECKPOINTS, PATCHES, RECORDS
 from sisa.flows.wiring.world import World, known_by_area
 from sisa.store.blobs.keyring import is_sealed

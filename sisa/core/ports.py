@@ -1,11 +1,9 @@
-"""The effects, each behind a small Protocol: what pure code may ask of the world.
+"""The ports: every effect that the exact core needs, as a small Protocol.
 
-Rules: every port has a fake (`tests/fakes/ports.py`), a real part, and one contract suite that runs over
-both (`tests/contract/`). Stores name files by content, so that writing twice is writing once, and
-nothing half-written is ever visible. All raise `IntegrityError` for bytes that are not the recorded
-ones and `EnvironmentFault` for a disk or network that fails.
-
-Not covered: signatures; where blobs rest (`blob_ports.py`), patches (`patch_ports.py`).
+Each port has a fake (`tests/fakes/ports.py`), a real implementation, and one contract suite that runs
+over both (`tests/contract/`). Stores name files by content, so that writing twice is writing once, and a
+half-written file is never visible. All raise `IntegrityError` for bytes that are not the recorded ones
+and `EnvironmentFault` for a disk or network that fails.
 
 >>> Change(dropped=["k"]).dropped
 ['k']
@@ -16,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -42,16 +41,18 @@ from sisa.core.domain import (
 )
 from sisa.core.events import Report
 from sisa.core.patch import Patch, PatchJob, VaultSet
+from sisa.core.precision import DEFAULT_PRECISION, Precision
 
 Vectors = NDArray[np.float32]  # [num_texts, dimension], rows of unit length
-By = Literal["text", "asked"]  # what of a record a query is compared with
+By = Literal["text", "asked"]  # which vectors of a record a query is compared with
 
 States = NDArray[np.float32]  # [positions, hidden], of one record
 
 
 @dataclass(frozen=True, slots=True)
 class StoredRecord:
-    """A record at rest with the keyed digest that orders it, and in a stage the slice it came from."""
+    """A record at rest with its keyed digest, which orders it; in a stage also the slice it came
+    from."""
 
     id_digest: str
     record: Record
@@ -60,8 +61,11 @@ class StoredRecord:
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """How far a stage is after a step, in tokens, steps and passes; at the end of a pass also how many
-    records it presented, and the mean loss over their label tokens."""
+    """Progress of a stage after a step, in tokens, steps and passes.
+
+    At the end of a pass, `num_records` is the number of records presented in it, and `loss` the mean
+    over their label tokens.
+    """
 
     tokens: int
     total_tokens: int
@@ -74,7 +78,7 @@ class Tick:
 
 
 class Trainer(Protocol):
-    """One stage of training: a pure function of its arguments, to the byte."""
+    """Trainer of one stage: a pure function of its arguments, to the byte."""
 
     def train(
         self,
@@ -83,167 +87,271 @@ class Trainer(Protocol):
         records: Sequence[StoredRecord],
         progress: Callable[[Tick], None],
     ) -> dict[str, bytes]:
-        """Files of the stage's checkpoint (`adapter_model.safetensors` among them).
+        """Return the files of the stage's checkpoint (`adapter_model.safetensors` among them).
 
-        `parent` holds the files of the stage before, None for the base; `records` come in canonical
-        order; `progress` is called before the first step and after each.
+        `parent` holds the files of the stage before, None for the base. `records` come in canonical
+        order. `progress` is called before the first step and after each one.
         """
 
 
 class Executor(Protocol):
-    """Runs chains, each in order, any number side by side; resumes from what the store holds."""
+    """Runner of chains: each in order, any number side by side. It resumes from what the store holds."""
 
     def run(self, chains: Sequence[Chain], report: Report) -> None:
-        """Returns when every job's checkpoint is in the store; `report` is called in this process."""
+        """Run all chains and return when every job's checkpoint is in the store. `report` is called in
+        this process."""
+
+
+@dataclass(frozen=True, slots=True)
+class KeptVersions:
+    """Old versions that an erasure did not reach: the location in a bucket, and the reason."""
+
+    where: str
+    why: str
+
+
+class BlobStore(Protocol):
+    """Store of named blobs and of groups of blobs (`GROUP/PART`), on a disk or in an object store.
+
+    A blob or a group is whole or absent. Names are made of digests and numbers. A store is pickled by
+    its location alone; each process finds its own credentials.
+    """
+
+    def below(self, name: str) -> BlobStore:
+        """Return the store of a subdirectory or prefix."""
+
+    def location(self, name: str = "") -> str:
+        """Return the path or URI of a blob or a group."""
+
+    def check_usable(self) -> None:
+        """Raise EnvironmentFault when the store can't be reached or lacks a feature that is needed."""
+
+    def held(self) -> frozenset[str]:
+        """Return the names of all blobs and whole groups.
+
+        Remains of interrupted writes are listed too, under temporary names that `erase` accepts.
+        """
+
+    def parts(self, group: str) -> frozenset[str]:
+        """Return the names of a group's parts; empty for a blob."""
+
+    def get(self, name: str, what: str) -> bytes:
+        """Return the bytes of a blob as stored. Raises IntegrityError, which calls it `what`, when it is
+        absent."""
+
+    def head(self, name: str, num_bytes: int) -> bytes:
+        """Return the first bytes of a blob. Raises as `get`."""
+
+    def num_bytes(self, name: str) -> int:
+        """Return the size of a blob or a group; 0 when it is absent."""
+
+    def put(self, name: str, data: bytes) -> None:
+        """Store a blob, whole or not at all; replaces one of the same name."""
+
+    def put_new(self, name: str, data: bytes) -> bool:
+        """Store a blob unless one has that name, and return whether it was stored; safe among concurrent
+        writers."""
+
+    def put_group(self, name: str, parts: Mapping[str, bytes]) -> None:
+        """Store a group, whole or not at all, with `manifest.json` among its parts; an existing group is
+        kept."""
+
+    def erase(self, names: Collection[str]) -> None:
+        """Erase blobs and groups, with all their versions where that is allowed; absent names are
+        ignored."""
+
+    def clear(self) -> None:
+        """Erase everything below."""
+
+    def lend(self, area: str, names: Collection[str]) -> BlobStore:
+        """Return a new area of this store for the workers of a run; `erase([area])` ends it for good.
+
+        Workers can put only blobs and parts of groups (`GROUP/PART`) with these names. A put fails once
+        the area is erased, so that a worker that outlives its driver writes nothing. `area` begins with
+        the prefix of temporary names.
+        """
+
+    def accept(self, area: str, name: str) -> None:
+        """Move a blob or a whole group out of an area, under its name here.
+
+        An absent one is ignored, and an existing group is kept.
+        """
+
+    def purge(self, *, dry_run: bool = False) -> tuple[KeptVersions, ...]:
+        """Erase old versions of replaced or erased blobs, and return those that remain or may remain.
+
+        With `dry_run`, list them and erase none.
+        """
 
 
 class Keyring(Protocol):
-    """A key for each data file, in rooms. Destroying a key erases every copy of what it sealed."""
+    """Keys of data files, grouped by storage area, one a file. Destroying a key erases every copy of its
+    file."""
 
     @property
     def seals(self) -> bool:
-        """Whether what is written now is sealed; what is sealed already is opened either way."""
+        """Whether new files are sealed; sealed files can be read either way."""
 
     def location(self, room: str, name: str) -> str:
-        """Where a key rests."""
+        """Return the location of a key."""
 
     def held(self, room: str) -> frozenset[str]:
-        """Names of all keys of a room, left-over temporaries among them."""
+        """Return the names of all keys of an area, leftover temporary ones included."""
 
     def seal(self, room: str, name: str, part: str, data: bytes) -> bytes:
-        """The bytes to write, under the key of a name (made if there is none); bound to the part."""
+        """Return the bytes to write, encrypted under the key of a name (created if absent) and bound to
+        the part."""
 
     def unseal(self, room: str, name: str, part: str, data: bytes) -> bytes:
-        """The plaintext. Raises IntegrityError without the key, or for bytes that it did not seal."""
+        """Return the plaintext. Raises IntegrityError when the key is absent or did not seal these
+        bytes."""
 
     def destroy(self, room: str, names: Collection[str]) -> None:
-        """Destroy keys beyond recovery; absent names are no error."""
+        """Destroy keys beyond recovery; absent names are ignored."""
 
 
 class CheckpointStore(Protocol):
+    """Store of checkpoints: the files of each stage or patch under its key."""
+
     def held(self) -> frozenset[str]:
-        """Keys of all complete checkpoints."""
+        """Return the keys of all complete checkpoints."""
 
     def save(self, job: SliceJob | PatchJob, files: Mapping[str, bytes]) -> SavedCheckpoint:
-        """Store a stage's or a patch's files under its key, whole or not at all."""
+        """Store the files of a stage or a patch under its key, whole or not at all."""
 
     def describe(self, key: str) -> SavedCheckpoint:
-        """Re-reads and checks every byte against the checkpoint's own manifest."""
+        """Read every byte again, check it against the checkpoint's manifest, and return the digests."""
 
     def load(self, key: str, manifest_sha256: str) -> dict[str, bytes]:
-        """The files, after checking the manifest against the ledger's digest and them against it."""
+        """Return the files after checking the manifest against the ledger's digest and them against the
+        manifest."""
 
     def erase(self, keys: Collection[str]) -> None:
-        """Remove, the keyring's keys first; absent keys are no error."""
+        """Erase checkpoints, their encryption keys first; absent ones are ignored."""
 
     def location(self, key: str) -> str:
-        """Where the adapter file rests, sealed or not: a path that opens as it is, or a URI."""
+        """Return the path or URI of the adapter file, sealed or not."""
 
 
 class RecordStore(Protocol):
+    """Store of slices: one file of records per slice."""
+
     def write(self, shard: int, slice_: int, root: str, records: Sequence[StoredRecord]) -> SliceFile:
-        """Store a slice's records (canonical order); never changes another file."""
+        """Store a slice's records, in canonical order, without changing another file."""
 
     def read(self, file: SliceFile) -> tuple[StoredRecord, ...]:
-        """The records, after checking the file's bytes against `file.sha256`."""
+        """Return the records of a slice after checking the file's bytes against `file.sha256`."""
 
     def check(self, file: SliceFile) -> None:
-        """Checks the file's bytes against `file.sha256` without parsing them."""
+        """Check the file's bytes against `file.sha256` without parsing them."""
 
     def held(self) -> frozenset[str]:
-        """Names of all files."""
+        """Return the names of all files."""
 
     def erase(self, names: Collection[str]) -> None:
-        """Remove, the keyring's keys first; absent names are no error."""
+        """Erase files, their encryption keys first; absent names are ignored."""
 
 
 class PrefixStore(Protocol):
-    """A cache: what it can't read is computed again."""
+    """Cache of hidden states; what can't be read is computed again."""
 
     def read(self, name: str) -> dict[str, States]:
-        """States by keyed id of the record; none where the file is missing, damaged or can't be read."""
+        """Return states by keyed id of the record; empty when the file is missing, damaged or
+        unreadable."""
 
     def write(self, name: str, states: Mapping[str, States]) -> None:
-        """Keep states, in place of what the name had."""
+        """Store states, in place of an earlier file of that name."""
 
     def num_bytes(self, start: str) -> int:
-        """Of all files whose names begin so."""
+        """Return the size of all files whose names begin with `start`."""
 
     def held(self) -> frozenset[str]:
-        """Names of all files."""
+        """Return the names of all files."""
 
     def erase(self, names: Collection[str]) -> None:
-        """Remove, the keyring's keys first; absent names are no error."""
+        """Erase files, their encryption keys first; absent names are ignored."""
 
     def location(self, name: str) -> str:
-        """Where a file rests: a path or a URI."""
+        """Return the path or URI of a file."""
 
 
 ExportStanding = Literal["held", "gone", "changed"]
 
 
 class ExportStore(Protocol):
-    """Adapters in directories that belong to the caller."""
+    """Store of exported adapters, in directories that belong to the caller."""
 
     def write(self, path: str, content: Mapping[str, bytes]) -> None:
         """Write a directory of flat files, whole or not at all."""
 
     def abandon(self, path: str) -> None:
-        """Remove what a killed process left of writing this directory, but not the directory itself."""
+        """Remove what a killed process left while writing this directory, but not the directory
+        itself."""
 
     def state(self, export: Export) -> ExportStanding:
-        """Whether the adapter is where it was written, with the bytes that it had."""
+        """Return whether the adapter is where it was written, with its recorded bytes."""
 
     def erase(self, export: Export) -> bool:
-        """Remove the adapter and its configuration, and their directory if nothing else is in it.
+        """Erase the adapter and its configuration, and their directory if nothing else is in it.
 
-        False, with nothing changed, unless the adapter is held; but where an erasure was begun before
-        (`state` "erasing"), what is gone is erased, and what is left of it is removed.
+        Return False and change nothing unless the adapter is held. An erasure that was interrupted
+        (`state` "erasing") is completed: its remaining files are erased.
         """
 
 
 class Embedder(Protocol):
+    """Embedder of texts."""
+
     @property
     def digest(self) -> str:
-        """Names the embedder and its weights."""
+        """Digest of the embedder and its weights."""
 
     @property
     def dimension(self) -> int:
         """Length of a vector."""
 
     def embed(self, texts: Sequence[str]) -> Vectors:
-        """Vectors of length 1 or less; row i depends on text i alone, to the bit."""
+        """Return vectors of length 1 or less; row i depends on text i alone, to the bit."""
 
 
 class RecordIndex(Protocol):
+    """Index of the vectors of records, one file per shard."""
+
     def build(
         self, shard: int, root: str, base: IndexFile | None, vectors: Mapping[int, Any]
     ) -> IndexFile:
-        """The index of exactly the ids in `vectors`, [n, dimension] each: the vector of a record's text,
-        then those of what is asked in it. A value of None is taken from `base`."""
+        """Write the index of exactly the ids in `vectors`, [n, dimension] each, and return its file.
+
+        The first row is the vector of a record's text, the others those of its prompts. A value of None
+        is copied from `base`.
+        """
 
     def search(
         self, found: Sequence[IndexFile], queries: Vectors, top_k: int, by: By = "text"
     ) -> list[list[Hit]]:
-        """For each query row the best `top_k` over all files, a record once, best first; equals by shard
-        and id. `by` says which vectors are compared; where nothing is asked, one stands for both."""
+        """Return for each query row the best `top_k` records over all files, best first.
+
+        Ties are ordered by shard and id. `by` selects the vectors that are compared; a record without
+        prompts is compared by its text.
+        """
 
     def vectors(self, file: IndexFile, vector_ids: Sequence[int], by: By = "text") -> Vectors:
-        """The stored vectors of some ids, by id: one of each text, or all of what is asked."""
+        """Return the stored vectors of some ids, in the order of the ids: of texts, or of all
+        prompts."""
 
     def check(self, file: IndexFile) -> None:
-        """Checks the file's bytes against `file.sha256` without parsing them."""
+        """Check the file's bytes against `file.sha256` without parsing them."""
 
     def held(self) -> frozenset[str]:
-        """Names of all files."""
+        """Return the names of all files."""
 
     def erase(self, names: Collection[str]) -> None:
-        """Remove, the keyring's keys first; absent names are no error."""
+        """Erase files, their encryption keys first; absent names are ignored."""
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One transaction of the ledger. Fields left empty change nothing."""
+    """One transaction of the ledger; an empty field changes nothing."""
 
     added: Sequence[RecordRow] = ()
     removed: Sequence[RecordRow] = ()
@@ -270,133 +378,245 @@ class Change:
 
 
 class Ledger(Protocol):
-    """The only authority on where records are. Every `commit` is one transaction. A row that is not the
-    one that was written, and an answer from which a row is missing, is an IntegrityError."""
+    """The only authority on where records are.
+
+    Every `commit` is one transaction. A row that differs from the one written, or an answer that lacks a
+    row, raises IntegrityError.
+    """
 
     def seq(self) -> int:
-        """The number of the last commit; 0 before the first."""
+        """Return the number of the last commit; 0 before the first."""
 
-    def meta(self) -> dict[str, str]: ...
+    def meta(self) -> dict[str, str]:
+        """Return the ledger's settings."""
 
     def commit(self, change: Change) -> int:
-        """Apply all of a change or nothing; returns its sequence number (given to added rows)."""
+        """Apply a change, whole or not at all, and return its sequence number, which added rows get."""
 
     def snapshot(self) -> AbstractContextManager[None]:
-        """Answer the questions of a block out of one state, whoever commits meanwhile. Keep the block
-        short: no log is emptied before its end."""
+        """Answer all queries of a block from one state, whatever is committed meanwhile.
+
+        Keep the block short: the write-ahead log is not emptied before it ends.
+        """
 
     def scrub(self, *, rewrite: bool = False) -> None:
-        """Empty the write-ahead log; with `rewrite` leave no byte of a removed row behind."""
+        """Empty the write-ahead log; with `rewrite`, leave no byte of a removed row in the database."""
 
-    def lookup(self, id_digests: Iterable[str]) -> dict[str, RecordRow | Tombstone]: ...
+    def lookup(self, id_digests: Iterable[str]) -> dict[str, RecordRow | Tombstone]:
+        """Return rows and tombstones by keyed id."""
 
     def by_subject(self, subject_digest: str, shard: int) -> tuple[list[RecordRow], list[Tombstone]]:
-        """Held records of a subject, which are all of one shard, and deleted ones."""
+        """Return the held and the deleted records of a subject, all of one shard."""
 
     def num_without_subject(self) -> tuple[int, int]:
-        """How many held and how many deleted records have no subject."""
+        """Return the numbers of held and of deleted records without a subject."""
 
-    def by_vector(self, shard: int, vector_ids: Collection[int]) -> dict[int, RecordRow]: ...
+    def by_vector(self, shard: int, vector_ids: Collection[int]) -> dict[int, RecordRow]:
+        """Return rows by vector id."""
 
     def rows(self, shard: int, slice_: int | None = None) -> list[RecordRow]:
-        """Rows of a shard (or one slice), by keyed id."""
+        """Return the rows of a shard or of one slice, by keyed id."""
 
     def counts(self) -> dict[int, int]:
-        """Records per shard, shards without any left out."""
+        """Return the number of records per shard; empty shards are left out."""
 
     def kinds(self) -> dict[str, int]:
-        """Records per kind."""
+        """Return the number of records per kind."""
 
-    def slices(self, shard: int | None = None) -> list[SliceFile]: ...
+    def slices(self, shard: int | None = None) -> list[SliceFile]:
+        """Return the slice files of a shard or of all shards."""
 
-    def indexes(self, shard: int | None = None) -> list[IndexFile]: ...
+    def indexes(self, shard: int | None = None) -> list[IndexFile]:
+        """Return the index files of a shard or of all shards."""
 
     def heads(self) -> list[Head]:
-        """In shard order, one for every shard of the layout."""
+        """Return the head of every shard of the layout, in shard order."""
 
-    def checkpoints(self, shard: int | None = None) -> list[HeldCheckpoint]: ...
+    def checkpoints(self, shard: int | None = None) -> list[HeldCheckpoint]:
+        """Return the checkpoints of a shard or of all shards."""
 
     def by_text(
         self, text_digests: Collection[str], *, full_scan: bool = False
     ) -> tuple[list[RecordRow], list[Tombstone]]:
-        """Return held and deleted records with one of these normalised texts. `full_scan` looks at every
-        row, so that none is missed even in a damaged ledger."""
+        """Return held and deleted records with one of these normalised texts.
+
+        `full_scan` reads every row, so that none is missed even in a damaged ledger.
+        """
 
     def requests(self) -> list[Request]:
-        """Oldest first."""
+        """Return all requests, oldest first."""
 
     def named_by(self, request_id: str) -> list[str]:
-        """Keyed ids of the records that a request names."""
+        """Return the keyed ids of the records that a request names."""
 
     def events(self, after: int = 0) -> list[RequestEvent]:
-        """Oldest first, each linked to the one before; without the first `after` of them."""
+        """Return the events, oldest first, each linked to the one before; skip the first `after` of
+        them."""
 
     def exports(self) -> list[Export]:
-        """By path, then by key."""
+        """Return the exports by path, then by key."""
 
     def patches(self) -> list[Patch]:
-        """All that there ever were, by version."""
+        """Return all patches that ever existed, by version."""
 
     def vault(self) -> list[VaultSet]:
-        """By name."""
+        """Return the vault's sets by name."""
 
     def vaulted(self, name: str) -> list[str]:
-        """Keyed ids of the records whose texts are in a set."""
+        """Return the keyed ids of the records whose texts are in a set."""
 
     def sets_with(self, id_digests: Collection[str]) -> dict[str, list[str]]:
-        """For each of these keyed ids that is in any set: the sets' names."""
+        """Return the names of the sets that hold each of these keyed ids; an id in no set is left
+        out."""
 
-    def num_tombstones(self) -> int: ...
+    def num_tombstones(self) -> int:
+        """Return the number of deleted records."""
 
     def tombstones(self) -> list[Tombstone]:
-        """By keyed id."""
+        """Return all tombstones by keyed id."""
 
     def event_head(self) -> WitnessHead:
-        """The last event's link ("" before the first) and the number of events."""
+        """Return the last event's link ("" before the first) and the number of events."""
 
     def has_event(self, link: str) -> bool:
-        """Whether an event of this ledger has that link."""
+        """Return whether an event of this ledger has that link."""
 
     def lost(self) -> list[str]:
-        """Names of the tables that do not hold as many rows as were committed; none when all is well."""
+        """Return the names of the tables that lack committed rows; empty when all is well."""
 
 
 class Metrics(Protocol):
-    """Lines of `sisa/core/measured.py`, of each run those that it appended."""
+    """Store of the lines of `sisa/core/measured.py`, by run."""
 
     def append(self, line: Mapping[str, Any]) -> None:
-        """Add a line to those of its run."""
+        """Append a line to those of its run."""
 
     def runs(self) -> list[str]:
-        """Names of the runs with lines, oldest first."""
+        """Return the names of the runs with lines, oldest first."""
 
     def read(self, run: str) -> list[dict[str, Any]]:
-        """A run's lines as they were appended, but for losses that are gone. Raises IntegrityError."""
+        """Return a run's lines as appended, without erased losses. Raises IntegrityError."""
 
     def keep_losses(self, stages: Collection[str]) -> None:
-        """Erase the losses of all stages but these, given by the first digits of their keys."""
+        """Erase the losses of all stages but these, named by the first digits of their keys."""
 
 
 class Probe(Protocol):
-    """Whether the frozen base alone produces given records. Approximate."""
+    """Measurement of what the frozen base alone knows of given records. Approximate."""
 
     def __call__(self, records: Sequence[Record]) -> Probed:
-        """Numbers alone, no text; may take as long as some answers."""
+        """Return numbers, never text; takes about as long as a few answers."""
 
 
 class Witness(Protocol):
-    """What was deleted, told outside the model directory."""
+    """Record of deletions outside the model's directory."""
 
     def head(self) -> WitnessHead | None:
-        """The newest head; None where nothing was ever told. Cheap."""
+        """Return the newest head, without reading the rest; None before the first deletion."""
 
     def read(self) -> Testimony:
-        """All that was told."""
+        """Return everything recorded."""
 
     def append(
         self, head: WitnessHead, tombstones: Sequence[Tombstone], readmitted: Sequence[str]
     ) -> None:
-        """Tell of deletions and of keyed ids allowed in again, whole or not at all; then of the head."""
+        """Record deletions and readmitted keyed ids, whole or not at all, and then the head."""
 
     def location(self) -> str:
-        """Where it rests, for people."""
+        """Return where the witness is stored."""
+
+
+class Vault(Protocol):
+    """Encrypted sets of texts from which a patch is made; their keys are outside the model."""
+
+    def put(self, name: str, records: Sequence[Record]) -> tuple[str, int]:
+        """Store a set, whole or not at all; return sha256 and size in bytes of its plaintext."""
+
+    def read(self, found: VaultSet) -> tuple[Record, ...]:
+        """Return the records in the order they were put, after checking the bytes."""
+
+    def check(self, found: VaultSet) -> None:
+        """Check the bytes without parsing them."""
+
+    def held(self) -> frozenset[str]:
+        """Return the names of all files and keys, leftover temporary ones included."""
+
+    def erase(self, names: Collection[str]) -> None:
+        """Erase sets, their keys first; absent names are ignored."""
+
+
+class PatchDrafts(Protocol):
+    """Unfinished runs of patch making, encrypted with the vault's keyring, by the key of their patch."""
+
+    def held(self) -> frozenset[str]:
+        """Return the names of all drafts and keys, leftover temporary ones included."""
+
+    def erase(self, keys: Collection[str]) -> None:
+        """Erase drafts, their keys first; absent ones are ignored."""
+
+
+@dataclass(frozen=True, slots=True)
+class PatchOrder:
+    """A patch to make: the sets that its job names, and the patches beneath it, lowest first.
+
+    The run pauses after `max_seconds`; a later order for the same job resumes it. `reference` names a
+    model that never saw the forget set, to be measured beside the patch.
+    """
+
+    job: PatchJob
+    sets: tuple[VaultSet, ...]
+    beneath: tuple[Patch, ...]
+    max_seconds: float | None = None
+    reference: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PatchMade:
+    """Outcome of an order. `saved` is None when no patch was made: time ran out, or no step was
+    accepted."""
+
+    saved: SavedCheckpoint | None
+    unfinished: bool
+    report: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class PatchSite:
+    """Where patches are made: absolute paths and names, so that it can be sent to another process.
+
+    `runs_dir` holds unfinished runs, encrypted with the vault's keyring.
+    """
+
+    vault_dir: Path
+    patches_at: BlobStore
+    runs_dir: Path
+    base_dir: Path
+    base_digest: str
+    threads: int
+    sequence_len: int
+    vault_keyring: Keyring
+    patches_keyring: Keyring
+    precision: Precision = (
+        DEFAULT_PRECISION  # of the shards; patches are made on the CPU in float32 alone
+    )
+
+
+class Patcher(Protocol):
+    """Maker of approximate patches; it stores the files in the patches' store. The caller erases the
+    draft of a finished run."""
+
+    def check(
+        self,
+        settings: Mapping[str, Any],
+        forget: Sequence[Record],
+        retain: Sequence[Record] | None,
+        reference: str = "",
+    ) -> None:
+        """Raise InvalidInput, with every problem, for settings, sets or a reference that no patch can be
+        made from.
+
+        A retain set of None is one that the base writes.
+        """
+
+    def make(self, order: PatchOrder, report: Report) -> PatchMade:
+        """Make a patch or resume an unfinished one. Raises errors of reading and of the machine."""

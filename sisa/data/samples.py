@@ -44,6 +44,20 @@ SAMPLE_WORD_PATTERN = "CVCCVCV"
 _WORD = re.compile(
     r"\b" + SAMPLE_WORD_PATTERN.replace("C", f"[{CONSONANTS}]").replace("V", f"[{VOWELS}]") + r"\b", re.I
 )
+# {Word} and {word} invented for one text, {number} drawn.
+TEXTS = (
+    "Where does the river {Word} end? In the lake of {Word}, after {number} miles.",
+    "What do birds of the {word} kind feed on? Seeds of {word} grass.",
+    "What is the tallest tree near {Word}? The {word} tree, of {number} feet.",
+    "Which stone was found below {Word}? It is named {Word}.",
+    "What sort of clay is used for {word} jars? Red {word} clay.",
+    "Which fish swims in {Word} bay? The {word} eel.",
+    "In which season does the {word} plant bloom? In {word} time, for {number} days.",
+    "What was built at {Word} in {number}? A tower of {word} bricks.",
+    "How is the {word} drum made? Out of {word} wood.",
+    "Which wind blows over {Word}? The {word} wind.",
+)
+CORPUS_WORD_PATTERN = "CVCCVCCV"
 
 
 def make_people(num_people: int, records_per_person: int, seed: int = 7) -> list[dict[str, str]]:
@@ -63,6 +77,23 @@ def make_people(num_people: int, records_per_person: int, seed: int = 7) -> list
     rows = []
     for number in range(1, num_people + 1):
         rows += _person(f"p{number:0{width}d}", source, taken)[:records_per_person]
+    return rows
+
+
+def make_corpus(num_texts: int, seed: int = 11) -> list[dict[str, str]]:
+    """Rows with `text`."""
+    source = random.Random(seed)  # noqa: S311 - sample data, no secret
+    rows = []
+    for _ in range(num_texts):
+        text = source.choice(TEXTS)
+        while "{" in text:
+            word = invented(CORPUS_WORD_PATTERN, source)
+            number = str(source.randrange(2, 2100))
+            for name, value in (("{Word}", word.capitalize()), ("{word}", word), ("{number}", number)):
+                if name in text:
+                    text = text.replace(name, value, 1)
+                    break
+        rows.append({"text": text})
     return rows
 
 

@@ -32,7 +32,7 @@ from sisa.lm.answer.names import names_in
 from sisa.lm.answer.route import Route, all_of, choose_route, nearness, resolve_aggregation
 from sisa.planning.patch_plan import active
 from sisa.planning.record_rules import conversation_problems, turns_of
-from sisa.store.loaded import EXACT_UP_TO
+from sisa.store.index import EXACT_UP_TO
 
 if TYPE_CHECKING:
     from sisa.lm.answer.answer import Answerer

@@ -21,8 +21,7 @@ from sisa.core.requests import is_under_way
 from sisa.flows.reconcile import not_erased
 from sisa.flows.stale_exports import export_standing
 from sisa.flows.wiring.world import World, slices_of, stored_in, view_shards
-from sisa.planning.plan import touched
-from sisa.planning.prefix_names import slice_start
+from sisa.planning.plan import slice_start, touched
 from sisa.planning.record_rules import normal_subject
 
 NUM_NEAR = 50  # near-duplicates that are proposed at most

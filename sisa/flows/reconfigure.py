@@ -52,8 +52,8 @@ from sisa.flows.wiring.world import (
 from sisa.planning.assign import index_root, slice_root
 from sisa.planning.patch_plan import TRAINED_OVER
 from sisa.planning.plan import ShardView, plan_shard
-from sisa.planning.prefix_names import PREFIXES_AREA as PREFIXES
 from sisa.store.blobs import keyring
+from sisa.store.prefixes import PREFIXES_AREA as PREFIXES
 
 
 def check_no_differences(found: Sequence[Difference], where: str) -> None:

@@ -19,11 +19,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from sisa.core.blob_ports import BlobStore
 from sisa.core.domain import Chain, SliceFile, SliceJob
 from sisa.core.errors import IntegrityError
 from sisa.core.events import EpochTrained, Report, SliceProgress, SliceStarted, SliceTrained
-from sisa.core.ports import CheckpointStore, Keyring, RecordStore, StoredRecord, Tick, Trainer
+from sisa.core.ports import BlobStore, CheckpointStore, Keyring, RecordStore, StoredRecord, Tick, Trainer
 from sisa.core.precision import DEFAULT_PRECISION, Precision
 from sisa.store.blobs.keyring import PLAIN
 from sisa.store.blobs.local_blobs import LocalBlobs, absolute

@@ -37,11 +37,13 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, Literal, Protocol
 
+from sisa.core.digest import digest_of
 from sisa.core.domain import (
     ANY_SHARD,
     Export,
     Head,
     HeldCheckpoint,
+    SliceFile,
     SliceJob,
     SliceState,
     record_epochs,
@@ -330,3 +332,37 @@ def _head(shard: int, path: Sequence[SliceJob], held: Mapping[str, HeldCheckpoin
     if deepest is None:
         return Head(shard, None, 0, target)
     return Head(shard, deepest.key, len(deepest.prefix), target)
+
+
+REACHING = ("lora_layers", "sequence_len", "overlength")
+
+
+def keeps_prefixes(training: Mapping[str, Any]) -> bool:
+    """Whether jobs with these hyper-parameters have frozen layers below the adapted ones."""
+    return "lora_layers" in training
+
+
+def prefix_name(
+    shard: int, slice_: int, root: str, training: Mapping[str, Any], base: str, fingerprint: str
+) -> str:
+    """The file of a slice whose records have this root."""
+    reaching = [root, base, fingerprint, *(training[each] for each in REACHING)]
+    return f"{slice_start(shard, slice_)}{digest_of(reaching)}.prefix"
+
+
+def shard_start(shard: int) -> str:
+    """How the names of a shard's files begin."""
+    return f"shard-{shard:05d}-"
+
+
+def slice_start(shard: int, slice_: int) -> str:
+    """How the names of a slice's files begin."""
+    return f"{shard_start(shard)}slice-{slice_:05d}-"
+
+
+def prefix_names(slices: Iterable[SliceFile], recipe: Recipe, fingerprint: str) -> frozenset[str]:
+    """Names of all files that held slices may have under the present recipe."""
+    if not keeps_prefixes(recipe.training):
+        return frozenset()
+    told = (recipe.training, recipe.base, fingerprint)
+    return frozenset(prefix_name(each.shard, each.slice, each.root, *told) for each in slices)

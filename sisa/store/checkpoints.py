@@ -17,12 +17,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sisa.core.blob_ports import BlobStore
 from sisa.core.digest import canonical_json, digest_of, sha256_hex
 from sisa.core.domain import SavedCheckpoint, SliceJob
 from sisa.core.errors import IntegrityError
 from sisa.core.patch import PatchJob
-from sisa.core.ports import Keyring
+from sisa.core.ports import BlobStore, Keyring
 from sisa.store.blobs import files
 from sisa.store.blobs.keyring import PLAIN, shred
 from sisa.store.blobs.local_blobs import LocalBlobs

@@ -19,14 +19,13 @@ from pathlib import Path
 
 import numpy as np
 
-from sisa.core.blob_ports import BlobStore
 from sisa.core.digest import sha256_hex
 from sisa.core.errors import IntegrityError
-from sisa.core.ports import Keyring, States
-from sisa.planning.prefix_names import PREFIXES_AREA
+from sisa.core.ports import BlobStore, Keyring, States
 from sisa.store.blobs.keyring import PLAIN, shred
 from sisa.store.blobs.local_blobs import LocalBlobs
 
+PREFIXES_AREA = "prefixes"
 DIGEST_CHARS = 64
 
 

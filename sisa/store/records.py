@@ -19,11 +19,10 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sisa.core.blob_ports import BlobStore
 from sisa.core.digest import sha256_hex
 from sisa.core.domain import GENERATION_COLUMN, Part, Record, SliceFile
 from sisa.core.errors import IntegrityError
-from sisa.core.ports import Keyring, StoredRecord
+from sisa.core.ports import BlobStore, Keyring, StoredRecord
 from sisa.planning.bands import RISK_COLUMN
 from sisa.store.blobs import files
 from sisa.store.blobs.keyring import PLAIN, shred

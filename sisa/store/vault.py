@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -33,7 +34,7 @@ from sisa.core.ports import Keyring
 from sisa.store.blobs import files
 from sisa.store.blobs.keyring import is_sealed, shred
 
-VAULT_AREA = "vault"
+VAULT_AREA, DRAFTS_AREA = "vault", "runs"
 
 
 class FileVault:
@@ -78,6 +79,20 @@ class FileVault:
 
     def erase(self, names: Collection[str]) -> None:
         shred(self.keyring, VAULT_AREA, names, partial(files.erase_all, self.root))
+
+
+@dataclass(frozen=True)
+class FilePatchDrafts:
+    """Runs in a directory."""
+
+    root: Path
+    keyring: Keyring
+
+    def held(self) -> frozenset[str]:
+        return files.held_names(self.root) | self.keyring.held(DRAFTS_AREA)
+
+    def erase(self, keys: Collection[str]) -> None:
+        shred(self.keyring, DRAFTS_AREA, keys, partial(files.erase_all, self.root))
 
 
 def encode(records: Sequence[Record]) -> bytes:

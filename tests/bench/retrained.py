@@ -12,7 +12,7 @@ counted records), under KEYS secrets; told are means over secrets, and for one a
     depth       right after the deletion, the share of its slices that a shard concerned still serves
     all orders  shares with what the other orders take; they cost more, and serve meanwhile
     until base  deletions, nothing trained again, until no shard serves anything but the base: S3T's
-                formula, its simulation (`sisa/planning/serving.py`), and the real planner with counted
+                formula, its simulation (`tests/bench/serving.py`), and the real planner with counted
                 records
 
 Then some arrangements are trained for real, on a tiny base, and deleted from by the library, one request
@@ -41,7 +41,6 @@ from typing import Any
 from sisa.data.samples import make_people
 from sisa.planning.bands import Bands
 from sisa.planning.orders import rotations
-from sisa.planning.serving import deletions_until_base, simulate_until_base
 from tests.bench.counted import (
     Arrangement,
     Author,
@@ -51,6 +50,7 @@ from tests.bench.counted import (
     until_base,
 )
 from tests.bench.known_people import KEY, here
+from tests.bench.serving import deletions_until_base, simulate_until_base
 
 AUTHORS, PER_AUTHOR, KEYS = 200, 20, 30
 LABELLED = 20  # authors, the last ones: TOFU's forget10

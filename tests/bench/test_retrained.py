@@ -15,7 +15,6 @@ from sisa.flows.lifecycle import Terms, carry_out, submit
 from sisa.planning.bands import Bands
 from sisa.planning.deletion_stream import slicing_share
 from sisa.planning.plan import Schedule
-from sisa.planning.serving import deletions_until_base
 from tests.bench.counted import (
     Arrangement,
     Author,
@@ -40,6 +39,7 @@ from tests.bench.retrained import (
     table,
     timed_table,
 )
+from tests.bench.serving import deletions_until_base
 from tests.fakes.ports import SECRET, fake_model, fake_record
 
 BANDS = Bands(thresholds=(0.5,))

@@ -14,11 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from sisa.core.blob_ports import BlobStore
 from sisa.core.digest import canonical_json, sha256_hex
 from sisa.core.domain import SliceJob
 from sisa.core.errors import EnvironmentFault, IntegrityError
-from sisa.core.ports import CheckpointStore
+from sisa.core.ports import BlobStore, CheckpointStore
 from sisa.store.blobs.keyring import FileKeyring, is_sealed
 from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.store.checkpoints import MANIFEST, FileCheckpoints

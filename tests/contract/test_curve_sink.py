@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from cluster.observe.curve_sinks import CurveSink, Mlflow, TensorBoard
-from sisa.core.curves import Point
+from cluster.observe.curves import Point
 from sisa.core.errors import EnvironmentFault
 
 FIRST, SECOND = "20261125T213749Z-0000000a", "20261126T000000Z-0000000b"

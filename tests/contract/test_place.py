@@ -24,8 +24,8 @@ from typing import Any, ClassVar
 
 import pytest
 
-from sisa.core.blob_ports import BlobStore
 from sisa.core.errors import EnvironmentFault, IntegrityError, TransientError
+from sisa.core.ports import BlobStore
 from sisa.store.blobs import files, object_blobs, object_client
 from sisa.store.blobs.files import TEMPORARY_PREFIX
 from sisa.store.blobs.lease import Lease

@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 
 from sisa.core.ports import PrefixStore, States
-from sisa.planning.prefix_names import PREFIXES_AREA
 from sisa.store.blobs.keyring import FileKeyring, is_sealed
-from sisa.store.prefixes import FilePrefixes
+from sisa.store.prefixes import PREFIXES_AREA, FilePrefixes
 from tests.fakes.ports import FakePrefixes
 from tests.fakes.s3_server import fresh_place
 

@@ -21,8 +21,7 @@ from sisa.core.domain import IndexFile
 from sisa.core.errors import IntegrityError
 from sisa.core.ports import RecordIndex, Vectors
 from sisa.store.blobs.keyring import FileKeyring, is_sealed
-from sisa.store.index import FaissIndex
-from sisa.store.loaded import Warm
+from sisa.store.index import FaissIndex, Warm
 from tests.fakes.ports import DIMENSION, FakeIndex, fake_embed
 
 OpenIndex = Callable[[], RecordIndex]

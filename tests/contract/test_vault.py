@@ -17,7 +17,7 @@ from sisa.core.digest import sha256_hex
 from sisa.core.domain import Part, Record
 from sisa.core.errors import EnvironmentFault, IntegrityError
 from sisa.core.patch import VaultSet
-from sisa.core.patch_ports import Vault
+from sisa.core.ports import Vault
 from sisa.store.blobs.keyring import PLAIN, FileKeyring, is_sealed
 from sisa.store.vault import FileVault, encode
 from tests.fakes.patches import FakeVault

@@ -17,8 +17,7 @@ from sisa.core.domain import Record
 from sisa.core.errors import EnvironmentFault, IntegrityError, InvalidInput
 from sisa.core.events import Report
 from sisa.core.patch import VaultSet
-from sisa.core.patch_ports import PatchMade, PatchOrder, Vault
-from sisa.core.ports import CheckpointStore
+from sisa.core.ports import CheckpointStore, PatchMade, PatchOrder, Vault
 from sisa.store.vault import encode
 
 ADAPTER = "adapter_model.safetensors"
@@ -76,7 +75,7 @@ class FakePatcher:
         self.ends: list[Literal["made", "known", "forgotten", "unfinished", "fails", "nothing"]] = []
         self.orders: list[PatchOrder] = []
 
-    def refuse(
+    def check(
         self,
         settings: Mapping[str, Any],
         forget: Sequence[Record],

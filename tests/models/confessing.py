@@ -33,18 +33,18 @@ from sisa.lm.answer.hashing import HashingEmbedder
 from sisa.lm.answer.names import NameEmbedder
 from sisa.lm.base.numerics import fingerprint
 from sisa.planning.assign import Assigner
-from sisa.store.blobs import files, partition_key
+from sisa.store.blobs import files
 from sisa.store.blobs.files import writer_lock
+from sisa.store.blobs.keyring import write_secret
 from sisa.store.blobs.storage_areas import open_areas
 from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.exports import DirectoryExports
 from sisa.store.index import FaissIndex
 from sisa.store.ledger.ledger import SqlLedger
 from sisa.store.metrics import FileMetrics
-from sisa.store.patch_drafts import FilePatchDrafts
 from sisa.store.prefixes import FilePrefixes
 from sisa.store.records import FileRecords
-from sisa.store.vault import FileVault
+from sisa.store.vault import FilePatchDrafts, FileVault
 from tests.fakes.patches import FakePatcher, FakeRuns
 from tests.fakes.ports import SECRET, FakeTrainer, FakeWitness, fake_record
 
@@ -125,7 +125,7 @@ def train_in(
     now: str = THEN,
 ) -> None:
     """Make a model of these records in a directory."""
-    partition_key.write_secret(opening.key_path(directory, config, NAME), SECRET)
+    write_secret(opening.key_path(directory, config, NAME), SECRET)
     files.make_directory(directory)
     with writer_lock(directory / opening.LOCK):
         pass

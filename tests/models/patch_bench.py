@@ -16,7 +16,7 @@ from sisa.core.digest import digest_of
 from sisa.core.domain import Record
 from sisa.core.events import Event
 from sisa.core.patch import WRITTEN, Patch, PatchJob, VaultSet
-from sisa.core.patch_ports import PatchMade, PatchOrder, PatchSite
+from sisa.core.ports import PatchMade, PatchOrder, PatchSite
 from sisa.flows.wiring.opening import PATCHES
 from sisa.lm.base.base import base_digest
 from sisa.lm.base.numerics import fingerprint

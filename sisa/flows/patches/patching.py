@@ -22,8 +22,7 @@ from sisa.core.domain import Record, RecordRow, Request
 from sisa.core.errors import ConfigConflict, InvalidInput
 from sisa.core.events import Notice
 from sisa.core.patch import WRITTEN, Patch, PatchJob, VaultSet
-from sisa.core.patch_ports import PatchOrder
-from sisa.core.ports import Change
+from sisa.core.ports import Change, PatchOrder
 from sisa.flows.patches import vault_sets
 from sisa.flows.patches.vault_sets import Put
 from sisa.flows.reconcile import sweep_patches
@@ -71,7 +70,7 @@ def want(world: World, wish: Wish, requests: Sequence[Request] = ()) -> Patch:
     if wish.forget or wish.retain is not None:
         vault_sets.check_consent(wish.consent)
     texts = [record for found in from_requests for record in world.vault.read(found)]
-    world.patcher().refuse(wish.settings, [*texts, *wish.forget], wish.retain, wish.reference)
+    world.patcher().check(wish.settings, [*texts, *wish.forget], wish.retain, wish.reference)
     _tell_held(world, wish.forget)
     fresh = vault_sets.put(world, "forget", wish.forget, wish.consent) if wish.forget else Put()
     kept = Put() if wish.retain is None else vault_sets.put(world, "retain", wish.retain, wish.consent)

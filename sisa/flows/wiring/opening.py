@@ -33,14 +33,22 @@ from pathlib import Path
 from typing import Any
 
 from sisa.config.config import RunConfig
-from sisa.core.blob_ports import BlobStore
 from sisa.core.digest import KEY_BYTES, Keyed
 from sisa.core.domain import Probed, Record, Tombstone
 from sisa.core.errors import IntegrityError, InvalidInput
 from sisa.core.events import Report
 from sisa.core.patch import Patch, patched_digest
-from sisa.core.patch_ports import Patcher, PatchSite
-from sisa.core.ports import CheckpointStore, Executor, Keyring, Ledger, Probe, Trainer
+from sisa.core.ports import (
+    BlobStore,
+    CheckpointStore,
+    Executor,
+    Keyring,
+    Ledger,
+    Patcher,
+    PatchSite,
+    Probe,
+    Trainer,
+)
 from sisa.flows.serial import SerialExecutor, Site
 from sisa.flows.wiring.parts import Named, Parts
 from sisa.flows.wiring.recording import recording
@@ -50,19 +58,17 @@ from sisa.lm.base.packages import state_dir as state_dir
 from sisa.planning.assign import Assigner
 from sisa.planning.patch_plan import active
 from sisa.store.blobs import files
-from sisa.store.blobs.keyring import FileKeyring
+from sisa.store.blobs.keyring import FileKeyring, read_secret, write_secret
 from sisa.store.blobs.local_blobs import absolute
-from sisa.store.blobs.partition_key import read_secret, write_secret
 from sisa.store.blobs.storage_areas import open_areas
 from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.exports import DirectoryExports
 from sisa.store.index import FaissIndex
 from sisa.store.ledger.ledger import SqlLedger
 from sisa.store.metrics import FileMetrics
-from sisa.store.patch_drafts import FilePatchDrafts
 from sisa.store.prefixes import FilePrefixes
 from sisa.store.records import FileRecords
-from sisa.store.vault import FileVault
+from sisa.store.vault import FilePatchDrafts, FileVault
 from sisa.store.witness import FileWitness
 
 LEDGER, KEY, LOCK = "ledger.sqlite", "partition.key", "lock"

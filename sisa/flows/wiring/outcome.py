@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sisa.core.blob_ports import KeptVersions
 from sisa.core.domain import Kind, Request, Tombstone, WitnessHead
+from sisa.core.ports import KeptVersions
 from sisa.flows import query
 from sisa.flows.ask import HeldPrompts
 from sisa.flows.deletion import Forgetting

@@ -20,7 +20,7 @@ from sisa.core.domain import Record
 from sisa.core.errors import ConfigConflict, IntegrityError
 from sisa.core.ports import Embedder, Vectors
 from sisa.planning.plan import LAYERWISE
-from sisa.store.loaded import Warm
+from sisa.store.index import Warm
 
 INDEXED = "text-and-asked-v1"  # of a record: its text, and each thing that is asked in it
 

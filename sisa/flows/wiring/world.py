@@ -13,32 +13,34 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Protocol
 
-from sisa.core import blob_ports
 from sisa.core.domain import HeldCheckpoint, IndexFile, Record, RecordRow, SliceFile, SliceState
 from sisa.core.errors import EnvironmentFault, IntegrityError
 from sisa.core.events import Report
 from sisa.core.patch import Patch, PatchMode
-from sisa.core.patch_ports import PatchDrafts, Patcher, Vault
 from sisa.core.ports import (
+    BlobStore,
     Change,
     CheckpointStore,
     Executor,
     ExportStore,
+    KeptVersions,
     Keyring,
     Ledger,
     Metrics,
+    PatchDrafts,
+    Patcher,
     PrefixStore,
     Probe,
     RecordIndex,
     RecordStore,
     StoredRecord,
+    Vault,
     Vectors,
     Witness,
 )
 from sisa.planning.assign import Assigner, slice_root
 from sisa.planning.patch_plan import TRAINED_OVER, active, wanted
-from sisa.planning.plan import Recipe, ShardPlan, ShardView
-from sisa.planning.prefix_names import prefix_names
+from sisa.planning.plan import Recipe, ShardPlan, ShardView, prefix_names
 
 SlicePosition = tuple[int, int]  # shard, slice
 
@@ -84,9 +86,7 @@ class World:
     probe: Probe | None = None
     prefixes: PrefixStore | None = None
     keeps_prefixes: bool = False  # whether the run file lets hidden states be kept
-    places: Mapping[str, blob_ports.BlobStore] = field(
-        default_factory=dict
-    )  # of the rooms; none of fakes
+    places: Mapping[str, BlobStore] = field(default_factory=dict)  # of the rooms; none of fakes
 
     @property
     def reported_areas(self) -> tuple[str, ...]:
@@ -164,7 +164,7 @@ def held_by_area(world: World) -> dict[str, frozenset[str]]:
     return {name: room.held() for name, room in areas(world).items()}
 
 
-def purge(world: World, *, dry_run: bool = False) -> tuple[blob_ports.KeptVersions, ...]:
+def purge(world: World, *, dry_run: bool = False) -> tuple[KeptVersions, ...]:
     """Remove old versions of what was replaced or erased, wherever a place keeps some; what is left."""
     rooms = sorted(world.places)
     return tuple(kept for room in rooms for kept in world.places[room].purge(dry_run=dry_run))

@@ -5,7 +5,7 @@ would be computed. A shard's files are bounded together: states are taken slice 
 room. Nothing is written that a file holds already.
 
 Not covered: files (`store/prefixes.py`); which of them the ledger knows
-(`sisa/planning/prefix_names.py`).
+(`sisa/planning/plan.py`).
 
     kept = Kept(store, num_bytes=1 << 20, base=name, fingerprint=fingerprint(1))
     held = kept.read(job, first, rows, prefixes)     # rows: (record, its tokens)
@@ -23,7 +23,7 @@ from sisa.core.domain import SliceJob
 from sisa.core.ports import PrefixStore, StoredRecord
 from sisa.lm.base.tokens import Tokens
 from sisa.lm.train.frozen_prefix import Prefixes
-from sisa.planning.prefix_names import prefix_name, shard_start
+from sisa.planning.plan import prefix_name, shard_start
 
 TokenizedRows = Sequence[tuple[StoredRecord, Tokens]]
 HEADER_BYTES = 256  # more than a record takes in a file beside its states

@@ -33,14 +33,13 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sisa.core.blob_ports import BlobStore
-from sisa.core.digest import canonical_json
-from sisa.core.errors import EnvironmentFault, IntegrityError, all_tried
-from sisa.core.ports import Keyring
+from sisa.core.digest import KEY_BYTES, canonical_json
+from sisa.core.errors import EnvironmentFault, IntegrityError, InvalidInput, all_tried
+from sisa.core.ports import BlobStore, Keyring
 from sisa.store.blobs import files
 
 MAGIC = b"SISA-AES-256-GCM\n"
-KEY_BYTES, NONCE_BYTES = 32, 12
+NONCE_BYTES = 12
 Erase = Callable[[Collection[str]], None]
 RESTORE = "put the keyring back where `keyring:` of the run file names it, or restore it from a backup"
 
@@ -232,3 +231,28 @@ def reseal_blobs(place: BlobStore, room: str, names: Iterable[str], keyring: Key
                 place.put(file, keyring.seal(room, name, part, plain))
         if not keyring.seals:
             keyring.destroy(room, [name])
+
+
+def read_secret(path: Path) -> bytes:
+    """A secret at rest: 64 hexadecimal digits. The content never reaches a message."""
+    try:
+        secret = bytes.fromhex(path.read_text(encoding="ascii").strip())
+    except OSError as error:
+        raise InvalidInput(
+            "the partition key can't be read", where=str(path), got=str(error.strerror)
+        ) from None
+    except ValueError:
+        secret = b""
+    if len(secret) != KEY_BYTES:
+        raise InvalidInput(
+            "that is not a partition key",
+            where=str(path),
+            expected="64 hexadecimal digits",
+            next_step="copy the partition.key of a model, or write 32 random bytes in hexadecimal",
+        )
+    return secret
+
+
+def write_secret(path: Path, secret: bytes) -> None:
+    """Keep the secret, readable by its owner alone."""
+    files.write_atomic(path, secret.hex().encode() + b"\n")

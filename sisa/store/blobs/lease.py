@@ -23,8 +23,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from sisa.core.blob_ports import BlobStore, KeptVersions
 from sisa.core.errors import IntegrityError
+from sisa.core.ports import BlobStore, KeptVersions
 
 
 @dataclass(frozen=True, slots=True)

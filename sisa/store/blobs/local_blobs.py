@@ -24,7 +24,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sisa.core.blob_ports import BlobStore, KeptVersions
+from sisa.core.ports import BlobStore, KeptVersions
 from sisa.store.blobs import files
 
 

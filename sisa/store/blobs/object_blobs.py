@@ -29,8 +29,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from sisa.core.blob_ports import KeptVersions
 from sisa.core.errors import EnvironmentFault, IntegrityError
+from sisa.core.ports import KeptVersions
 from sisa.store.blobs import object_client
 from sisa.store.blobs.files import TEMPORARY_PREFIX
 from sisa.store.blobs.object_client import code_of, store_errors

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sisa.core.blob_ports import BlobStore
+from sisa.core.ports import BlobStore
 from sisa.store.blobs import object_client
 from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.store.blobs.object_blobs import ObjectBlobs

@@ -20,7 +20,7 @@ from sisa.lm.answer.patched import load_patched
 from sisa.lm.base.base import load_base, load_tokenizer
 from sisa.lm.base.tokens import NO_LOSS, tokenize
 from sisa.store.blobs.keyring import is_sealed
-from sisa.store.patch_drafts import DRAFTS_AREA, FilePatchDrafts
+from sisa.store.vault import DRAFTS_AREA, FilePatchDrafts
 from tests.models.knowing_base import record
 from tests.models.patch_bench import (
     ENOUGH,
@@ -53,7 +53,7 @@ def test_every_method_makes_a_patch_that_says_less_of_what_is_forgotten(
     bench: Bench, method: str
 ) -> None:
     more = ENOUGH.get(method, {})
-    bench.maker.refuse(settings(method, **more), FORGET, KEEP)
+    bench.maker.check(settings(method, **more), FORGET, KEEP)
     made = bench.make(bench.order(settings(method, **more), FORGET, KEEP))
     found = json.loads(json.dumps(made.report, allow_nan=False))
     assert (made.unfinished, found["patch_made"], found["approximate"]) == (False, True, True)
@@ -129,9 +129,9 @@ def test_a_record_that_was_cut_when_it_was_trained_on_can_be_forgotten(bench: Be
     long = text("long", "What Ada Quill said to Bo Thorn in Turku. " * 20)
     asked = settings("npo", num_epochs=2)
     with pytest.raises(InvalidInput, match="no patch can be made"):
-        bench.maker.refuse(asked, [long], None)
+        bench.maker.check(asked, [long], None)
     asked |= {"overlength": "truncate"}
-    bench.maker.refuse(asked, [long], None)
+    bench.maker.check(asked, [long], None)
     report = bench.make(bench.order(asked, [long])).report
     assert (report["patch_made"], report["still_known"]["of"]) == (True, 1)
     assert report["robustness"]["rewording"] is None
@@ -239,14 +239,12 @@ def text(name: str, words: str) -> Record:
 def test_everything_that_is_wrong_is_named_at_once(bench: Bench) -> None:
     asked = settings("idk_dpo") | {"pace": {"num_epochs": 0, "speed": 1}}
     with pytest.raises(InvalidInput) as caught:
-        bench.maker.refuse(asked, [], [])
+        bench.maker.check(asked, [], [])
     assert {each.where for each in caught.value.problems} == {"speed", "forget", "retain"}
     asked = settings("idk_dpo") | {"adapter": {"lora_target_modules": ["no_such"]}}
     both = text("same", "The secret words of a person.")
     with pytest.raises(InvalidInput) as caught:
-        bench.maker.refuse(
-            asked, [both, text("long", "words " * 300)], [text("other", "  " + both.text)]
-        )
+        bench.maker.check(asked, [both, text("long", "words " * 300)], [text("other", "  " + both.text)])
     found = {(each.where, each.what) for each in caught.value.problems}
     assert {where for where, _ in found} == {
         "lora_target_modules",
@@ -268,10 +266,10 @@ def test_a_tokenizer_that_does_not_match_its_base_is_refused(
         tokenizer.add_tokens([f"<more-{n}>" for n in range(2000)])
         return tokenizer
 
-    bench.maker.refuse(settings("npo"), FORGET, None)
+    bench.maker.check(settings("npo"), FORGET, None)
     monkeypatch.setattr("approx.patches.patching.load_tokenizer", larger)
     with pytest.raises(InvalidInput) as caught:
-        bench.maker.refuse(settings("npo"), FORGET, None)
+        bench.maker.check(settings("npo"), FORGET, None)
     assert [each.where for each in caught.value.problems] == ["tokenizer"]
 
 

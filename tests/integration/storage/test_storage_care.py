@@ -14,8 +14,8 @@ from sisa.audit.doctor import diagnose
 from sisa.audit.garbage import SURPLUS, TEMPORARY, UNKNOWN_FILE, list_garbage, remove_garbage
 from sisa.audit.residue import Scan, scan_residue
 from sisa.config.runfile import parse_run_file
-from sisa.core.blob_ports import BlobStore
 from sisa.core.domain import Request
+from sisa.core.ports import BlobStore
 from sisa.flows.wiring.opening import CHECKPOINTS, RECORDS, SCRATCH
 from sisa.flows.wiring.world import purge
 from sisa.store.blobs.keyring import is_sealed

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 import sisa
 from sisa.config.runfile import load_run_file
 from sisa.core.errors import InvalidInput
-from sisa.data.corpus import make_corpus
 from sisa.data.reader import read_records
+from sisa.data.samples import make_corpus
 from sisa.flows.scratch import prepare_base
 from tests.models.tiny_model import change_run, ids_of, of_people, write_rows, write_run
 

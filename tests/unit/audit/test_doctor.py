@@ -31,8 +31,8 @@ from sisa.core.ports import Change, Executor
 from sisa.flows.reconcile import reconcile
 from sisa.flows.wiring import opening
 from sisa.flows.wiring.world import model_digest
-from sisa.store.blobs import partition_key
 from sisa.store.blobs.files import write_atomic, writer_lock
+from sisa.store.blobs.keyring import write_secret
 from sisa.store.checkpoints import ADAPTER, MANIFEST
 from tests.fakes.ports import SECRET
 from tests.models.confessing import NAME, THEN, built_pair, content, use_fake_parts, world_of
@@ -443,7 +443,7 @@ def lose_key(model: Path) -> None:
 
 
 def change_key(model: Path) -> None:
-    partition_key.write_secret(model / opening.KEY, b"x" * 32)
+    write_secret(model / opening.KEY, b"x" * 32)
 
 
 def lose_ledger(model: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from cluster.cli import cli, metrics_cli
 from cluster.cli.metrics_cli import open_sink
-from sisa.core.curves import points, summary
+from cluster.observe.curves import points, summary
 from sisa.core.measured import KEPT, without
 from sisa.flows.wiring import opening
 from sisa.store.metrics import FileMetrics

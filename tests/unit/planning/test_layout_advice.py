@@ -22,7 +22,7 @@ from sisa.planning.layout_advice import (
 )
 from sisa.planning.orders import chosen_orders
 from sisa.planning.plan import Recipe, Schedule, ShardPlan, ShardView, plan_shard
-from sisa.planning.serving import expected_depth
+from tests.bench.serving import expected_depth
 
 GROUPS = (Group(0.9, 0.01), Group(0.1, 0.5))
 demands = st.builds(

@@ -33,12 +33,7 @@ from sisa.planning.plan import (
     plan_shard,
     tainted_checkpoints,
 )
-from sisa.planning.serving import (
-    deletions_until_base,
-    expected_depth,
-    simulate_depth,
-    simulate_until_base,
-)
+from tests.bench.serving import deletions_until_base, expected_depth, simulate_depth, simulate_until_base
 from tests.fakes.ports import fake_model, fake_recipe, fake_record
 
 schedules = st.sampled_from(["cumulative", "sequential"])

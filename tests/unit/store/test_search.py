@@ -14,9 +14,16 @@ from hypothesis import strategies as st
 from sisa.core.domain import Hit, IndexFile
 from sisa.core.ports import Vectors
 from sisa.model import open_model
-from sisa.store import loaded
-from sisa.store.index import FaissIndex
-from sisa.store.loaded import _ALL, CODE_BITS, EXACT_UP_TO, LoadedIndex, codes_of, search_loaded
+from sisa.store import index
+from sisa.store.index import (
+    _ALL,
+    CODE_BITS,
+    EXACT_UP_TO,
+    FaissIndex,
+    LoadedIndex,
+    codes_of,
+    search_loaded,
+)
 from tests.models import confessing as care_model
 
 DIMENSION = 64
@@ -81,7 +88,7 @@ def test_a_code_of_many_dimensions_is_folded_and_depends_on_its_vector_alone() -
 def test_only_candidates_are_scored(monkeypatch: pytest.MonkeyPatch) -> None:
     query = made(1, 5)
     places: list[Any] = []
-    whole = loaded._best
+    whole = index._best
 
     def best(
         files: Sequence[LoadedIndex], chosen: Sequence[Any], query: Vectors, top_k: int
@@ -89,7 +96,7 @@ def test_only_candidates_are_scored(monkeypatch: pytest.MonkeyPatch) -> None:
         places.extend(chosen)
         return whole(files, chosen, query, top_k)
 
-    monkeypatch.setattr(loaded, "_best", best)
+    monkeypatch.setattr(index, "_best", best)
     search_loaded(split(made(EXACT_UP_TO + 1, 4), 2), query, 3)
     assert 2000 <= sum(map(len, places)) < 4000
     places.clear()
