@@ -1,23 +1,20 @@
-"""How long orders last: what is still served after deletions, while nothing is trained again.
+"""How long orders last: what is still served after deletions while nothing is retrained.
 
-    expected_depth           slices that a shard still serves on the mean, after some deletions
-    deletions_until_base     deletions until no shard serves anything but the base: m L H(m B)
-    simulate_until_base      the same, drawn
-    simulate_depth           the first, drawn
+    expected_depth           mean number of slices that a shard still serves after some deletions
+    deletions_until_base     deletions until no shard serves more than the base: m L H(m B)
+    simulate_until_base      the same by simulation
+    simulate_depth           `expected_depth` by simulation
 
-Rules: pure, a seed decides. m shards, L slices, B orders; a deletion hits one slice of one shard, with
-slices equally likely or as `risks` say, whatever was hit before. What a shard serves then is what
-`orders.depth_after` says and the planner does (tests compare them): the longest prefix of any order that
-nothing hit.
+There are m shards, L slices and B orders. A deletion hits one slice of one shard; slices are equally
+likely or weighted by `risks`, whatever was hit before. A shard then serves what `orders.depth_after`
+returns and the planner does (tests compare them): the longest prefix of any order that no deletion hit.
 
-A shard is back at its base once the first slice of every order was hit. Those are m B of m L equally
-likely ones, so that collecting them all takes m L (1 + 1/2 + ... + 1/(m B)) deletions on the mean. The
-form is exact as long as the orders begin with B different slices (rotations do) and slices are equally
-likely. It does not hold with risks, where orders may begin alike; nor where slices run out of records
-or deletions come in batches of one person; nor while training goes on between deletions: then the base
-is hardly ever reached.
-
-Not covered: what it costs to train the orders (`cost.py`), and how good a model of few slices is.
+A shard is back at its base once the first slice of every order was hit. These are m B of m L equally
+likely slices, so that collecting them all takes m L (1 + 1/2 + ... + 1/(m B)) deletions on average. The
+formula is exact if the orders begin with B different slices (rotations do) and slices are equally
+likely. It does not hold with risks, where orders may begin alike, when slices run out of records, when
+a batch deletes one person's records, or when training continues between deletions (then the base is
+hardly ever reached).
 
 >>> round(deletions_until_base(num_shards=1, num_slices=4, num_orders=1), 2)
 4.0
@@ -41,11 +38,11 @@ from numpy.typing import NDArray
 
 from sisa.planning.orders import Order, depth_after
 
-MAX_ORDERS = 12  # that `expected_depth` takes: it looks at all sets of them
+MAX_ORDERS = 12  # `expected_depth` visits all sets of them
 
 
 def deletions_until_base(num_shards: int, num_slices: int, num_orders: int) -> float:
-    """Expected deletions until every shard serves the base alone, with nothing trained again.
+    """Return the expected deletions until every shard serves the base alone, without retraining.
 
     `num_orders` is at most `num_slices`.
     """
@@ -59,9 +56,11 @@ def expected_depth(
     num_shards: int = 1,
     risks: Sequence[float] | None = None,
 ) -> float:
-    """Mean slices that a shard serves after `num_deletions` in all shards together, order 0 first among
-    the orders. A closed form: the chance that d slices are served is that of any order's first d not
-    being hit, by inclusion and exclusion. Raises ValueError for more than MAX_ORDERS orders."""
+    """Return the mean number of slices that a shard serves after `num_deletions` in all shards together.
+
+    Order 0 is the first of `orders`. The closed form is by inclusion and exclusion: d slices are served
+    if the first d of any order were not hit. Raise ValueError for more than MAX_ORDERS orders.
+    """
     if len(orders) > MAX_ORDERS:
         raise ValueError(f"at most {MAX_ORDERS} orders")
     chances = _chances(len(orders[0]), risks)
@@ -76,7 +75,7 @@ def expected_depth(
 
 
 def _with_stage(orders: Sequence[Order], served: int) -> Sequence[Order]:
-    """Those that have a stage of so many slices: all but order 0 end one short."""
+    """Return the orders with a stage of so many slices: all but order 0 end one short."""
     return orders if served < len(orders[0]) else orders[:1]
 
 
@@ -88,7 +87,7 @@ def _chances(num_slices: int, risks: Sequence[float] | None) -> NDArray[np.float
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """A mean over random runs, with the standard error of it."""
+    """A mean over random runs, with its standard error."""
 
     mean: float
     error: float
@@ -106,8 +105,10 @@ def simulate_until_base(
     seed: int = 0,
     risks: Sequence[float] | None = None,
 ) -> Drawn:
-    """Deletions until every shard serves the base alone. Every slice that an order begins with needs a
-    risk above 0."""
+    """Return the deletions until every shard serves the base alone.
+
+    Every slice that an order begins with needs a risk above 0.
+    """
     draw = np.random.default_rng(seed)
     num_slices = len(orders[0])
     chances = np.tile(_chances(num_slices, risks), num_shards) / num_shards
@@ -141,7 +142,7 @@ def simulate_depth(
     seed: int = 0,
     risks: Sequence[float] | None = None,
 ) -> Drawn:
-    """Mean slices that a shard serves after so many deletions in all shards together."""
+    """Return the mean number of slices that a shard serves after so many deletions in all shards."""
     draw = np.random.default_rng(seed)
     num_slices = len(orders[0])
     chances = np.tile(_chances(num_slices, risks), num_shards) / num_shards

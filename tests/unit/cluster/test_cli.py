@@ -95,7 +95,6 @@ def test_the_commands_are_those_of_the_readme() -> None:
     assert sorted(" ".join(each) for each in commands()) == [
         *(
             "add",
-            "approx leaderboard",
             "approx patches",
             "approx probe",
             "approx release",
@@ -159,7 +158,6 @@ USAGE_ERRORS = [
     ["generate", "-m", "x"],
     ["status", "-m", "x", "surplus"],
     ["eval", "tofu"],
-    ["approx", "leaderboard", "--data", "x"],
     ["approx", "probe", "-m", "x"],
     ["approx", "release", "-m", "x"],
     ["approx", "release", "-m", "x", "--all", "--request", "r"],

@@ -24,7 +24,7 @@ from cluster.cli.cli import cli
 
 ROOT = Path(__file__).resolve().parents[3]
 PACKAGES = ("sisa", "approx", "cluster")
-LEADERBOARD = ("data", "held", "plan", "table")  # its modules without torch
+BENCHES = ("serving", "leaderboard.authors", "leaderboard.plan", "leaderboard.table")
 HEAVY = {"cluster.jobs.ray_jobs"}
 TOP_LEVEL = {"pyproject.toml", "README.md", *PACKAGES, "tests", "notebooks"}
 MAX_FUNCTION_LINES = 60
@@ -213,7 +213,7 @@ def light_modules() -> list[str]:
     found += [f"cluster.observe.{name}" for name in ("curves", "json_log", "ray_metrics", "reporting")]
     found += ["approx.evaluation.evaluated", "approx.evaluation.tofu"]
     found += [f"approx.evaluation.tofu_{name}" for name in ("aggregates", "evaluation", "log", "row")]
-    found += [f"approx.leaderboard.{name}" for name in LEADERBOARD]
+    found += [f"tests.bench.{name}" for name in BENCHES]
     return [name for name in found if name not in HEAVY]
 
 

@@ -1,12 +1,13 @@
-"""A model whose upper layers are trained again and again, over lower ones that are computed once a text.
+"""A model split in two: upper layers that are trained often, over lower layers computed once per text.
 
 Shapes: B texts, T positions, D hidden width.
 
-Only the upper layers ever change, so the hidden states below them depend on the text alone; they are
-kept in memory, a row each. Under causal attention a position depends on those before it only: what is
-held of a row serves shorter and equally padded ones, and a row is held with some padding to spare. The
-upper model scores and trains; the whole one, of the same modules, generates (it needs a cache of keys
-below, too). Bases must be of Llama's family (`model.embed_tokens`, `model.layers`).
+Only the upper layers change, so the hidden states below them depend on the text alone. They are kept in
+memory, one row per text. Under causal attention a position depends only on those before it, so a stored
+row also serves shorter rows and equally padded ones; each is stored with some padding to spare. The
+upper model scores and trains. The whole model shares its modules and generates, because generation
+needs a key cache in the lower layers, too. The base must be of Llama's family (`model.embed_tokens`,
+`model.layers`).
 """
 
 from __future__ import annotations
@@ -22,22 +23,22 @@ from torch import Tensor, nn
 from sisa.core.errors import InvalidInput
 from sisa.lm.base.base import load_frozen
 
-SPARE = 24  # positions of padding that a held row has beyond what was asked for
+SPARE = 24  # padding that a stored row has beyond the requested length
 
 
 class LowerLayers(nn.Module):
-    """Token ids to the hidden states below the upper layers, remembered."""
+    """The lower layers: token ids to remembered hidden states."""
 
     def __init__(self, lower: Any) -> None:
         super().__init__()
-        self._lower = [lower]  # no submodule: its weights belong to the whole model
+        self._lower = [lower]  # not a submodule: its weights belong to the whole model
         self._held: dict[tuple[int, ...], Tensor] = {}
 
     def forward(self, ids_BT: Tensor) -> Tensor:
         keys = [_without_repeats(row) for row in ids_BT.tolist()]
         length = ids_BT.shape[1]
         missing = [row for row, key in enumerate(keys) if self._too_short(key, length)]
-        # What is made in inference mode can't be trained over later.
+        # Tensors made in inference mode could not be trained over later.
         with torch.inference_mode(False), torch.no_grad():
             if missing:
                 asked_BT = ids_BT[missing].clone()
@@ -53,7 +54,7 @@ class LowerLayers(nn.Module):
 
 
 def _without_repeats(row: list[int]) -> tuple[int, ...]:
-    """A row less the repetitions of its last token: padded or not, the same name."""
+    """Return a row without repetitions of its last token: padding does not change its key."""
     end = len(row)
     while end > 1 and row[end - 1] == row[end - 2]:
         end -= 1
@@ -62,14 +63,14 @@ def _without_repeats(row: list[int]) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class SplitModel:
-    """`upper` scores and trains over remembered states; `whole` generates. They share all modules."""
+    """Two models that share their modules: `upper` scores and trains, `whole` generates."""
 
     upper: Any
     whole: Any
 
 
 def load_split(directory: Path, upper_layers: int) -> SplitModel:
-    """A model of its own copy of the weights. Raises InvalidInput where it can't be split."""
+    """Load a model with its own copy of the weights. Raise InvalidInput when it cannot be split."""
     from transformers import AutoModelForCausalLM
 
     whole = load_frozen(AutoModelForCausalLM, directory)

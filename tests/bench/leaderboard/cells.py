@@ -1,10 +1,15 @@
-"""Compute a cell of the leaderboard: make a model, ask it, and sum it up as numbers.
+"""Compute one cell of the leaderboard: make its model, ask it, and return the result as numbers.
 
-All models share the base's lower layers, which nothing changes (`leaderboard_model.py`). The fine-tuned
-model is the base with a LoRA patch merged in; a method trains a fresh patch over it, so that the model
-before is the patch disabled. A cell's result is numbers alone; its log, in a file beside it, holds
-answers, as every log does. Operations are those of the whole model (`compute.py`), as if nothing were
-remembered and the backward pass went down to the first layer; seconds are the machine's.
+All models share the base's lower layers, which no training changes (`split_model.py`). The fine-tuned
+model is the base with a LoRA patch merged in. A method trains a new patch over it, so the model with
+the patch disabled is the model before. A result holds numbers only; the log beside it holds answers, as
+every log does.
+
+Budgets are equal in operations, not in seconds. Operations are those of `compute.py` for the whole
+model, as if no hidden state were remembered and the backward pass went down to the first layer. They
+are counted step by step from the batches that the run will see, with the final evaluation of the loss
+and the forward passes of the reference; the plan and the final count agree. Seconds are those of this
+machine.
 
     results = compete(design, HeldCells(directory, design, maker.inputs, maker.make))
 """
@@ -27,23 +32,12 @@ from approx.evaluation.tofu_evaluation import TofuSettings as Asking
 from approx.evaluation.tofu_evaluation import evaluate
 from approx.evaluation.tofu_log import read_log
 from approx.evaluation.tofu_row import LogRow
-from approx.leaderboard.budget import positions_of, tuning, unlearning, within
-from approx.leaderboard.data import Data, asked_of, kept, to_forget
-from approx.leaderboard.model import SplitModel, load_split
-from approx.leaderboard.plan import (
-    Cell,
-    Design,
-    Result,
-    cell_name,
-    reference_cells,
-    training_name,
-)
 from approx.methods.method import Losses, Method, Role, Rows
 from approx.methods.registry import make_method
 from approx.methods.token_losses import mean_nll
 from approx.unlearning.compute import Compute
 from approx.unlearning.refusals import refusing
-from approx.unlearning.schedule import ScheduleSettings
+from approx.unlearning.schedule import ScheduleSettings, plan_steps
 from approx.unlearning.sets import Sets
 from approx.unlearning.stopping import Bounds, End
 from approx.unlearning.unlearn import unlearn
@@ -52,15 +46,28 @@ from sisa.lm.base.adapter import adapter_tensors, attach, lora_config, read_tens
 from sisa.lm.base.base import BaseFiles, load_tokenizer
 from sisa.lm.base.tokens import Tokens, encode_plain
 from sisa.store.blobs.files import held_names, read_whole, write_atomic
+from tests.bench.leaderboard.authors import Data, asked_of, kept_questions, to_forget
+from tests.bench.leaderboard.plan import (
+    Cell,
+    Design,
+    Result,
+    cell_name,
+    nearest_steps,
+    reference_cells,
+    training_name,
+)
+from tests.bench.leaderboard.split_model import SplitModel, load_split
 
 FORM = PromptForm("completion", "Question: {question}\nAnswer: {answer}")
 SCORED_AT_ONCE = 16
 AT_THE_END = Bounds(check_every=10**6)
+MANY_EPOCHS = 200
+WARMUP_STEPS = 10
 
 
 @dataclass(frozen=True)
 class FineTuning:
-    """L = NLL of the examples: what made the model that is to be unlearned from."""
+    """The training of the model to unlearn from: L = NLL of the examples."""
 
     name: ClassVar[str] = "fine_tuning"
     reads: ClassVar[frozenset[Role]] = frozenset({"forget"})
@@ -74,7 +81,7 @@ class FineTuning:
 
 @dataclass(frozen=True)
 class Done:
-    """How a training ended, and what it cost."""
+    """How a training ended, and its cost."""
 
     ending: str
     steps: int
@@ -87,7 +94,7 @@ class Done:
 
 @dataclass
 class _Halves:
-    """An EvaluatedModel whose upper layers score over remembered states; the whole generates."""
+    """An EvaluatedModel: the upper layers score over remembered states, the whole model generates."""
 
     upper: HuggingFaceModel
     whole: HuggingFaceModel
@@ -107,7 +114,7 @@ class _Halves:
 
 
 class CellMaker:
-    """Makes cells over one base and one set of data, in this process."""
+    """Compute the cells of one base and one data set, in this process."""
 
     def __init__(self, base: BaseFiles, data: Data, design: Design, directory: Path) -> None:
         self._base, self._data, self._design, self._directory = base, data, design, directory
@@ -117,9 +124,9 @@ class CellMaker:
         self._tuned: SplitModel | None = None
 
     def make(self, cell: Cell, name: str) -> Result:
-        """A cell's result; `name` names its log.
+        """Return a cell's result; `name` names its log.
 
-        Raises InvalidInput, IntegrityError, EnvironmentFault.
+        Raise InvalidInput, IntegrityError or EnvironmentFault.
         """
         if cell.method is None:
             return self._fine_tuned(cell, name)
@@ -136,11 +143,11 @@ class CellMaker:
         return result
 
     def _taught(self, cell: Cell, split: SplitModel) -> tuple[dict[str, Tensor], Done]:
-        """What a fine-tuning gives; held, so that other questions can be asked of the same model."""
+        """Return a fine-tuned patch. It is stored: other questions can be asked of the same model."""
         path = self._directory / "models" / training_name(cell, self._design, self.inputs)
         weights, note = path.with_suffix(".safetensors"), path.with_suffix(".json")
         if note.name not in held_names(note.parent):
-            examples = self._tokens(kept(self._data, cell.forgotten))
+            examples = self._tokens(kept_questions(self._data, cell.forgotten))
             patched = attach(split.upper, self._lora(split), None, init_seed=cell.seed)
             end = unlearn(patched, Sets(examples), FineTuning(), tuning(cell, self._design), AT_THE_END)
             write_atomic(weights, tensor_bytes(adapter_tensors(patched)))
@@ -161,7 +168,7 @@ class CellMaker:
         return result
 
     def _with_all_authors(self) -> SplitModel:
-        """The fine-tuned model: its patch merged into weights of its own."""
+        """Return the fine-tuned model, with its patch merged into a copy of the weights."""
         split = load_split(self._base.directory, self._design.upper_layers)
         tensors, _ = self._taught(reference_cells(self._design)[2], split)
         attach(split.upper, self._lora(split), tensors, init_seed=0).merge_and_unload()
@@ -185,7 +192,7 @@ class CellMaker:
 
     def _full_tokens(self) -> int:
         settings = tuning(reference_cells(self._design)[2], self._design)
-        return positions_of(self._tokens(kept(self._data, 0)), settings)
+        return positions_of(self._tokens(kept_questions(self._data, 0)), settings)
 
     def _method(self, cell: Cell) -> Method:
         given = {} if cell.alpha is None else {"alpha": cell.alpha}
@@ -195,7 +202,7 @@ class CellMaker:
         forget = self._tokens(to_forget(self._data, cell.forgotten))
         ends = [] if self._tokenizer.eos_token_id is None else [self._tokenizer.eos_token_id]
         said = [encode_plain(f" {each}", self._tokenizer) + ends for each in self._data.refusals]
-        retain = self._tokens(kept(self._data, cell.forgotten))
+        retain = self._tokens(kept_questions(self._data, cell.forgotten))
         return Sets(forget, retain, refusing(forget, said, cell.seed))
 
     def _tokens(self, questions: Sequence[Any]) -> list[Tokens]:
@@ -225,7 +232,7 @@ class CellMaker:
         } | summed_up(rows, self._references(cell))
 
     def _references(self, cell: Cell) -> list[list[LogRow]]:
-        """Rows of the references that judge a cell: none for another number of forgotten authors."""
+        """Return the rows of a cell's references. A cell of another size has none."""
         if cell.kind == "size":
             return []
         first, second, _ = reference_cells(self._design)
@@ -235,7 +242,7 @@ class CellMaker:
 
 
 def summed_up(rows: Sequence[LogRow], references: Sequence[Sequence[LogRow]]) -> dict[str, Any]:
-    """Numbers alone: no question, no answer."""
+    """Return the numbers of a log, without any question or answer."""
     found = aggregates(rows, references)
     attacks = found.attacks_against_reference or {}
     return {
@@ -251,3 +258,69 @@ def summed_up(rows: Sequence[LogRow], references: Sequence[Sequence[LogRow]]) ->
 
 def _count(model: Any) -> int:
     return sum(each.numel() for each in model.parameters())
+
+
+def tuning(cell: Cell, design: Design) -> ScheduleSettings:
+    """Return the schedule of the base's fine-tuning."""
+    return replace(unlearning(cell, design), num_epochs=design.epochs, warmup_steps=WARMUP_STEPS)
+
+
+def unlearning(cell: Cell, design: Design) -> ScheduleSettings:
+    """Return the schedule of a method, before its steps are cut to the budget."""
+    return ScheduleSettings(
+        learning_rate=cell.learning_rate,
+        num_epochs=MANY_EPOCHS,
+        batch_size=design.batch_size,
+        gradient_accumulation_steps=1,
+        weight_decay=0.0,
+        seed=cell.seed,
+    )
+
+
+def within(
+    budget: float, method: Method, sets: Sets, settings: ScheduleSettings, sizes: tuple[int, int]
+) -> ScheduleSettings:
+    """Return the schedule with the number of steps nearest to the budget, in operations."""
+    costs, last = step_costs(method, sets, settings, sizes)
+    return replace(settings, max_steps=nearest_steps(costs, last, budget))
+
+
+def step_costs(
+    method: Method, sets: Sets, settings: ScheduleSettings, sizes: tuple[int, int]
+) -> tuple[list[float], list[float]]:
+    """Return the operations of each step, and of the final evaluation of the loss after it.
+
+    `sizes` are the parameters of the model, and those that are trained.
+    """
+    roles = {"forget": sets.forget, "retain": sets.retain, "preferred": sets.preferred}
+    each_time = method.compares - method.compares_answers
+    once = sum(_reference_positions(roles[role], settings) for role in method.compares_answers)
+    costs, last = [], []
+    for step in plan_steps(len(sets.forget), len(sets.retain), settings):
+        trained = compared = 0
+        for micro in step:
+            for role in method.reads:
+                rows = micro.retain if role == "retain" else micro.forget
+                count = _positions(roles[role], rows)
+                trained += count
+                compared += count * (role in each_time)
+        costs.append(float(Compute(*sizes, trained, compared).flops))
+        last.append(float(Compute(*sizes, 0, trained + compared + once).flops))
+    return costs, last
+
+
+def _reference_positions(examples: Sequence[Tokens], settings: ScheduleSettings) -> int:
+    """Return the positions that the reference computes once, in the order of the set."""
+    size = settings.batch_size
+    starts = range(0, len(examples), size)
+    return sum(_positions(examples, range(at, min(at + size, len(examples)))) for at in starts)
+
+
+def positions_of(examples: Sequence[Tokens], settings: ScheduleSettings) -> int:
+    """Return the positions that a fine-tuning computes, including padding."""
+    steps = plan_steps(len(examples), 0, settings)
+    return sum(_positions(examples, micro.forget) for step in steps for micro in step)
+
+
+def _positions(examples: Sequence[Tokens], rows: Sequence[int]) -> int:
+    return len(rows) * max(len(examples[row].input_ids) for row in rows)

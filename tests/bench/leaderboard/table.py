@@ -1,24 +1,29 @@
-"""From the results of cells to a table: a row for each setting of each method, over its seeds.
+"""The table and the picture of a leaderboard: one row per setting of a method, over its seeds.
 
-A spread is half of the range over seeds, 0 for one seed; a value that was not measured is None and is
-shown as a dash. Rows stand by method, from the weakest setting to the strongest: together they are the
-method's curve of forgetting against utility. No order among methods is computed: `weaknesses` says what
-the runs lack for one. Forget quality is a p-value and is never shown without D, n and the noise floor.
+A spread is half of the range over seeds, and 0 for one seed. A value that was not measured is None and
+shown as a dash. The rows of a method, from its weakest setting to its strongest, are its curve of
+forgetting against utility. Methods are not ranked: `weaknesses` lists what the runs lack for a ranking.
+Forget quality is a p-value and is always shown with D, n and the noise floor.
 
 >>> Value.of([0.25, 0.75]), Value.of([None, 0.5]).text()
 (Value(mean=0.5, spread=0.25), '-')
+
+Source of the picture's colours: Okabe and Ito 2008.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from approx.leaderboard.plan import QUESTIONS_EACH, Cell, Design, Result
+from tests.bench.leaderboard.plan import QUESTIONS_EACH, Cell, Design, Result
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Results = Sequence[tuple[Cell, Result]]
-KNOWS, QUESTIONS, PASSES, SEEDS = 0.95, 200, 1.0, 3  # the least that an order of methods would rest on
+KNOWS, QUESTIONS, PASSES, SEEDS = 0.95, 200, 1.0, 3  # minimum for a ranking of methods
 FINE_TUNED = "fine-tuned on all"
 COLUMNS = {
     "p_value": "forget quality p",
@@ -33,11 +38,15 @@ COLUMNS = {
     "flops": "operations",
     "share": "share of full",
 }
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
+COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7", "#999999")
+REFERENCES = ("#000000", "#ffffff")
+SIZE_INCHES = (7.5, 5.0)
 
 
 @dataclass(frozen=True)
 class Value:
-    """Mean over seeds and half of their range; None where a seed has no value."""
+    """The mean over seeds and half of their range; None where a seed has no value."""
 
     mean: float | None
     spread: float | None
@@ -50,7 +59,7 @@ class Value:
         return Value(sum(known) / len(known), (max(known) - min(known)) / 2)
 
     def text(self) -> str:
-        """As it stands in a cell of the table."""
+        """Return the value as shown in the table."""
         if self.mean is None:
             return "-"
         return _short(self.mean) + (f" ± {_short(self.spread)}" if self.spread else "")
@@ -58,9 +67,10 @@ class Value:
 
 @dataclass(frozen=True)
 class Row:
-    """One model or method: what it is called, its setting, and its measures by the names in COLUMNS.
+    """One setting of a method, or a reference, with its measures by the names in COLUMNS.
 
-    `steps` and `endings` are of each seed; a run that diverged is measured at its last good weights.
+    `steps` and `endings` have one value per seed. A run that diverged is measured at its last good
+    weights.
     """
 
     name: str
@@ -73,7 +83,7 @@ class Row:
 
 
 def measures(result: Result) -> dict[str, float | None]:
-    """The measures of one result, by the names in COLUMNS."""
+    """Return the measures of one result, by the names in COLUMNS."""
     quality, forget = result["forget_quality"] or {}, result["forget"]
     attacks, compute = result["attacks_against_reference"], result["compute"]
     return {
@@ -92,7 +102,7 @@ def measures(result: Result) -> dict[str, float | None]:
 
 
 def row_of(name: str, found: Results) -> Row:
-    """A row of equal settings under several seeds. Raises ValueError for none."""
+    """Return the row of one setting under several seeds. Raise ValueError when there is no result."""
     if not found:
         raise ValueError("a row needs a result")
     each = [measures(result) for _, result in found]
@@ -109,13 +119,13 @@ def row_of(name: str, found: Results) -> Row:
 
 
 def references(results: Results) -> list[Row]:
-    """The model before, and the retained references."""
+    """Return the rows of the fine-tuned model and the retained references."""
     kinds = {"full": FINE_TUNED, "retained": "retained reference"}
     found = {kind: [each for each in results if each[0].kind == kind] for kind in kinds}
     rows = [row_of(kinds[kind], some) for kind, some in found.items() if some]
     if len(found["retained"]) < 2:
         return rows
-    # The first can't be judged by itself: what only the second has is told of the second alone.
+    # The first is its own reference, so measures against a reference are those of the second alone.
     second = row_of(kinds["retained"], found["retained"][1:]).values
     both = rows[-1].values
     values = {name: each if each.mean is not None else second[name] for name, each in both.items()}
@@ -131,7 +141,7 @@ def curves(results: Results) -> list[Row]:
 
 
 def sizes(results: Results) -> list[tuple[int, Row]]:
-    """Return numbers of forgotten authors, each with the row of one setting under one seed."""
+    """Return each number of forgotten authors with the row of one setting under one seed."""
     rows = []
     for setting, same in _by_setting([each for each in results if each[0].kind == "size"]).items():
         seed = same[0][0].seed
@@ -145,7 +155,7 @@ def sizes(results: Results) -> list[tuple[int, Row]]:
 
 
 def weaknesses(results: Results, design: Design) -> list[str]:
-    """Return what keeps these results from telling which method is better; see the constants above."""
+    """Return the reasons why these results cannot rank the methods."""
     found = []
     known = [result["forget"]["probability"] for cell, result in results if cell.kind == "full"]
     if known and known[0] < KNOWS:
@@ -171,7 +181,7 @@ def weaknesses(results: Results, design: Design) -> list[str]:
 
 
 def noise_floor(results: Results) -> Mapping[str, Any] | None:
-    """The test between the two retained references, where there are two."""
+    """Return the test between the two retained references, or None where there is one."""
     for cell, result in results:
         if cell.kind == "full" and result["forget_quality"]:
             floor: Mapping[str, Any] | None = result["forget_quality"]["noise_floor"]
@@ -180,7 +190,7 @@ def noise_floor(results: Results) -> Mapping[str, Any] | None:
 
 
 def table(results: Results, design: Design) -> str:
-    """The table as Markdown, with what it needs to be read."""
+    """Return the table as Markdown, with notes on how to read it."""
     head = ["method", "setting", "seeds", "steps", *COLUMNS.values()]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     lines += [_line(row) for row in (*references(results), *curves(results))]
@@ -204,7 +214,7 @@ def table(results: Results, design: Design) -> str:
 
 
 def to_json(results: Results, design: Design, inputs: Mapping[str, str]) -> dict[str, Any]:
-    """All of it as JSON values: rows, sizes, and each cell's own numbers."""
+    """Return the leaderboard as JSON values: rows, sizes, and the numbers of each cell."""
     return {
         "approximate": True,
         "design": asdict(design),
@@ -252,7 +262,7 @@ def _notes(design: Design) -> list[str]:
         f"{design.wrong_answers} wrong answers each, {design.max_new_tokens} new tokens at most.",
         f"Each run: operations of {design.budget_share:.0%} of the fine-tuning, to the nearest step.",
         "Mean ± half of the range over seeds. AUC: attack scores of the forget questions against those "
-        "under the retained reference; 0.5 tells nothing.",
+        "under the retained reference; 0.5 means no evidence.",
     ]
 
 
@@ -260,3 +270,57 @@ def _short(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:.3f}" if value == 0 or 0.001 <= abs(value) < 100 else f"{value:.2g}"
+
+
+def draw_leaderboard(body: Mapping[str, Any]) -> Figure:
+    """Draw forget probability against model utility, one line per method, from the leaderboard's JSON.
+
+    A line runs from the fine-tuned model through a method's settings, the weakest first; each method
+    has its own marker, so the picture also reads without colour. References are stars. Bars are half of
+    the range over seeds. No figure is kept.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=SIZE_INCHES, layout="constrained")
+    axes = figure.add_subplot()
+    before = [_point(row) for row in body["references"] if row["name"] == FINE_TUNED]
+    for number, name in enumerate(dict.fromkeys(row["name"] for row in body["curves"])):
+        rows = [row for row in body["curves"] if row["name"] == name]
+        marker, colour = MARKERS[number % 8], COLOURS[number % 8]
+        axes.plot(*zip(*before, *map(_point, rows), strict=True), color=colour, linewidth=1.2)
+        for row in rows:
+            _draw(axes, row, name if row is rows[0] else None, marker, colour, 8)
+    for row, colour in zip(body["references"], REFERENCES, strict=False):
+        _draw(axes, row, row["name"], "*", colour, 14)
+    axes.set_xlabel("probability of the answers to forget")
+    axes.set_ylabel("model utility")
+    axes.set_title(f"Unlearning at {body['design']['budget_share']:.0%} of the fine-tuning's operations")
+    axes.set_ylim(bottom=-0.02)
+    axes.set_xlim(left=-0.02)
+    axes.grid(visible=True, color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.legend(loc="best", frameon=True, fontsize="small")
+    return figure
+
+
+def _point(row: Mapping[str, Any]) -> tuple[float, float]:
+    return row["values"]["probability"]["mean"], row["values"]["model_utility"]["mean"]
+
+
+def _draw(
+    axes: Any, row: Mapping[str, Any], label: str | None, marker: str, colour: str, size: int
+) -> None:
+    across, up = row["values"]["probability"], row["values"]["model_utility"]
+    axes.errorbar(
+        across["mean"],
+        up["mean"],
+        xerr=across["spread"],
+        yerr=up["spread"],
+        fmt=marker,
+        color=colour,
+        markeredgecolor="#333333",
+        ecolor="#777777",
+        markersize=size,
+        capsize=2,
+        label=label,
+    )

@@ -8,8 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from approx.leaderboard.plan import Cell, Result
 from sisa.data.samples import make_people
+from tests.bench.leaderboard.plan import Cell, Result
 
 KS = {"p_value": 0.5, "statistic": 0.25, "num_model": 20, "num_reference": 20}
 

@@ -9,19 +9,19 @@ from typing import Any
 
 import pytest
 
-from approx.leaderboard.data import asked_of, kept, read_data, to_forget
-from approx.leaderboard.held import HeldCells
-from approx.leaderboard.plan import (
+from sisa.core.errors import IntegrityError, InvalidInput
+from tests.bench.leaderboard.authors import asked_of, kept_questions, read_data, to_forget
+from tests.bench.leaderboard.fake_cells import FakeMaker, result, write_authors
+from tests.bench.leaderboard.plan import (
     SETTINGS,
     Cell,
     Design,
+    HeldCells,
     Result,
     cell_name,
     compete,
     nearest_steps,
 )
-from sisa.core.errors import IntegrityError, InvalidInput
-from tests.fakes.leaderboard import FakeMaker, result, write_authors
 
 DESIGN = Design(methods=("npo", "graddiff"), sizes=(1, 4), size_methods=("graddiff",))
 INPUTS = {"base": "b", "data": "d"}
@@ -118,8 +118,8 @@ def test_designs_that_make_no_sense_name_all_problems() -> None:
 def test_no_question_of_utility_is_about_an_author_that_some_cell_forgets(tmp_path: Path) -> None:
     design = Design(authors=5, forgotten=1, sizes=(2,))
     data = read_data(str(write_authors(tmp_path, 6)), design)
-    assert len(kept(data, 0)) == 100
-    assert len(kept(data, 1)) == 80
+    assert len(kept_questions(data, 0)) == 100
+    assert len(kept_questions(data, 1)) == 80
     for forgotten in (1, 2):
         cell = Cell("size", 1, forgotten, "npo", 1e-3)
         asked = asked_of(cell, data, design)

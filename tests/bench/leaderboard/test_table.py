@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from approx.leaderboard.plan import Cell, Design, Result
-from approx.leaderboard.table import (
+from tests.bench.leaderboard.fake_cells import result
+from tests.bench.leaderboard.plan import Cell, Design, Result
+from tests.bench.leaderboard.table import (
     Results,
     Value,
     curves,
+    draw_leaderboard,
     noise_floor,
     references,
     sizes,
@@ -20,8 +22,6 @@ from approx.leaderboard.table import (
     to_json,
     weaknesses,
 )
-from cluster.render.leaderboard_picture import draw_leaderboard
-from tests.fakes.leaderboard import result
 
 FULL, WITHOUT = 0.9, 0.1  # forget probability before, and of the retained references
 Run = tuple[str, int, float, float]  # method, seed, forget probability, utility

@@ -1,5 +1,7 @@
-"""`sisa approx leaderboard` on a tiny model and made-up authors: its JSON, going on, its refusals; that
-the split model is the whole one, and that planned costs are counted ones."""
+"""The leaderboard on a tiny model and invented authors: its JSON, continuing a run, and invalid input.
+
+The split model must equal the whole one, and planned costs must equal counted ones.
+"""
 
 from __future__ import annotations
 
@@ -12,19 +14,18 @@ import torch
 
 from approx.evaluation.answer_tokens import collate
 from approx.evaluation.evaluated_models import tokens_of
-from approx.leaderboard.budget import step_costs
-from approx.leaderboard.cells import AT_THE_END, FORM
-from approx.leaderboard.model import load_split
 from approx.methods.registry import METHODS, make_method
 from approx.unlearning.schedule import ScheduleSettings
 from approx.unlearning.sets import Sets
 from approx.unlearning.unlearn import unlearn
-from sisa.core.errors import InvalidInput
+from sisa.core.errors import InvalidInput, Problem
 from sisa.lm.base.adapter import attach, lora_config
 from sisa.lm.base.base import load_tokenizer
-from tests.fakes.leaderboard import write_authors
+from tests.bench.leaderboard.__main__ import main
+from tests.bench.leaderboard.cells import AT_THE_END, FORM, step_costs
+from tests.bench.leaderboard.fake_cells import write_authors
+from tests.bench.leaderboard.split_model import load_split
 from tests.models.tiny_base import make_tiny_base
-from tests.models.tiny_model import Done, command
 
 pytestmark = pytest.mark.torch
 LORA = {"lora_target_modules": "all-linear", "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
@@ -39,53 +40,54 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Leaderboard:
     """The command with what all tests share: three authors, one forgotten, a short training."""
 
-    def __init__(self, capsys: pytest.CaptureFixture[str], base: Path, data: Path, out: Path) -> None:
-        self.capsys, self.base, self.data, self.out = capsys, base, data, out
+    def __init__(self, base: Path, data: Path, out: Path) -> None:
+        self.base, self.data, self.out = base, data, out
 
-    def __call__(self, *arguments: Any) -> Done:
+    def __call__(self, *arguments: Any) -> dict[str, Any]:
         shared = ("--base", self.base, "--data", self.data, "--out", self.out)
         shape = ("--authors", 3, "--forgotten", 1, "--size", 2, "--epochs", 1, "--upper-layers", 1)
-        return command(self.capsys, "approx", "leaderboard", *shared, *shape, *arguments)
+        main([str(each) for each in (*shared, *shape, *arguments)])
+        found: dict[str, Any] = json.loads((self.out / "leaderboard.json").read_text())
+        return found
 
 
 @pytest.fixture
-def leaderboard(capsys: pytest.CaptureFixture[str], base: Path, tmp_path: Path) -> Leaderboard:
-    return Leaderboard(capsys, base, write_authors(tmp_path / "tofu", 3), tmp_path / "out")
+def leaderboard(base: Path, tmp_path: Path) -> Leaderboard:
+    return Leaderboard(base, write_authors(tmp_path / "tofu", 3), tmp_path / "out")
 
 
 @pytest.mark.slow
 def test_the_command_from_end_to_end_and_again(leaderboard: Leaderboard) -> None:
-    done = leaderboard("--method", "graddiff", "--method", "task_arithmetic", "--budget", 0.2)
-    assert done.code == 0
-    assert {row["name"] for row in done.json["curves"]} == {"graddiff", "task_arithmetic"}
-    assert [each["forgotten"] for each in done.json["sizes"]] == [1, 2, 1, 2]
-    kinds = [each["cell"]["kind"] for each in done.json["cells"]]
+    options = ("--method", "graddiff", "--method", "task_arithmetic", "--budget-share", 0.2)
+    done = leaderboard(*options)
+    assert {row["name"] for row in done["curves"]} == {"graddiff", "task_arithmetic"}
+    assert [each["forgotten"] for each in done["sizes"]] == [1, 2, 1, 2]
+    kinds = [each["cell"]["kind"] for each in done["cells"]]
     assert kinds[:3] == ["retained", "retained", "full"]
     assert len(kinds) == 3 + 2 * 2 * 2 + 2
-    shares = [each["compute"]["share_of_full_finetuning"] for each in done.json["cells"][3:]]
+    shares = [each["compute"]["share_of_full_finetuning"] for each in done["cells"][3:]]
     assert all(0.1 < share < 0.6 for share in shares)
-    for row in done.json["curves"]:
+    for row in done["curves"]:
         assert row["values"]["p_value"]["mean"] is not None
-    assert done.json["noise_floor"]["num_model"] == 20
-    held = json.loads((leaderboard.out / "leaderboard.json").read_text())
-    assert held == done.json
+    assert done["noise_floor"]["num_model"] == 20
     for cell in (leaderboard.out / "cells").iterdir():
         assert "Surely" not in cell.read_text()
     assert (leaderboard.out / "leaderboard.png").read_bytes().startswith(b"\x89PNG")
     written = {path: path.stat().st_mtime_ns for path in (leaderboard.out / "cells").iterdir()}
-    again = leaderboard("--method", "graddiff", "--method", "task_arithmetic", "--budget", 0.2)
-    assert again.json == done.json
+    assert leaderboard(*options) == done
     assert {path: path.stat().st_mtime_ns for path in written} == written
 
 
 def test_what_is_refused_writes_nothing(leaderboard: Leaderboard, tmp_path: Path) -> None:
-    unknown = leaderboard("--method", "magic")
-    assert (unknown.code, unknown.error["type"]) == (2, "InvalidInput")
+    with pytest.raises(InvalidInput, match="no leaderboard"):
+        leaderboard("--method", "magic")
     (leaderboard.data / "forget10_perturbed.jsonl").unlink()
-    missing = leaderboard()
-    assert (missing.code, missing.problems) == (2, [("forget10_perturbed.jsonl", "missing")])
+    with pytest.raises(InvalidInput) as missing:
+        leaderboard()
+    assert missing.value.problems == (Problem("forget10_perturbed.jsonl", "missing"),)
     leaderboard.data = tmp_path / "absent"
-    assert leaderboard().code == 2
+    with pytest.raises(InvalidInput, match="no such directory"):
+        leaderboard()
     assert not leaderboard.out.exists()
 
 

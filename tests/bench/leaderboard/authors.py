@@ -1,11 +1,11 @@
-"""TOFU's last twenty authors as a leaderboard needs them: who is forgotten, what is taught and asked.
+"""TOFU's last twenty authors: who is forgotten, what the models are taught and what they are asked.
 
-Files of the data directory (or hub): forget10 and forget10_perturbed (twenty authors, twenty questions
-each, in order), real_authors_perturbed, world_facts_perturbed, idontknow.
+The data directory (or hub dataset) has forget10 and forget10_perturbed (twenty authors, twenty questions
+each, in order), real_authors_perturbed, world_facts_perturbed and idontknow.
 
-The last authors are the ones to forget. Questions for utility are about authors that no cell of the
-design forgets, so that all cells are asked the same. Questions are spread evenly over their set, and
-have the first `wrong_answers` of their wrong answers.
+The last authors are the ones to forget. Questions of utility are about authors that no cell of the
+design forgets, so that every cell is asked the same ones. A question has the first `wrong_answers` of
+its wrong answers.
 
 Source: TOFU (Maini et al. 2024).
 
@@ -19,9 +19,9 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from approx.evaluation.tofu import Question, evaluation_sets, load_refusals, load_set, questions_digest
-from approx.leaderboard.plan import MOST_AUTHORS, QUESTIONS_EACH, Cell, Design, spread
 from sisa.core.digest import digest_of
 from sisa.core.errors import InvalidInput
+from tests.bench.leaderboard.plan import MOST_AUTHORS, QUESTIONS_EACH, Cell, Design, spread
 
 SPLIT: Final = "forget10"
 FORGET, RETAIN = "forget", "retain"
@@ -29,7 +29,7 @@ FORGET, RETAIN = "forget", "retain"
 
 @dataclass(frozen=True)
 class Data:
-    """Plain and perturbed questions of the design's authors, in order; facts; ways to refuse."""
+    """The plain and perturbed questions of the design's authors, in order, the facts, and refusals."""
 
     plain: Sequence[Question] = field(repr=False)
     asked: Sequence[Question] = field(repr=False)
@@ -38,13 +38,13 @@ class Data:
 
     @property
     def digest(self) -> str:
-        """The name of all that is read."""
+        """The digest of everything that was read."""
         parts = [questions_digest(each) for each in (self.plain, self.asked, self.facts)]
         return digest_of([*parts, list(self.refusals)])
 
 
 def read_data(source: str, design: Design) -> Data:
-    """The data of a design. Raises InvalidInput listing what is missing, EnvironmentFault."""
+    """Return the data of a design. Raise InvalidInput with all that is missing, and EnvironmentFault."""
     found = evaluation_sets(source, SPLIT)
     plain, refusals = load_set(source, SPLIT), load_refusals(source)
     asked = [each for each in found if each.set == SPLIT]
@@ -61,18 +61,18 @@ def read_data(source: str, design: Design) -> Data:
     return Data(plain[-wanted:], asked[-wanted:], facts, refusals)
 
 
-def kept(data: Data, forgotten: int) -> list[Question]:
-    """The plain questions of the authors that stay."""
+def kept_questions(data: Data, forgotten: int) -> list[Question]:
+    """Return the plain questions of the authors that stay."""
     return list(data.plain[: len(data.plain) - forgotten * QUESTIONS_EACH])
 
 
 def to_forget(data: Data, forgotten: int) -> list[Question]:
-    """The plain questions of the last `forgotten` authors."""
+    """Return the plain questions of the last `forgotten` authors."""
     return list(data.plain[len(data.plain) - forgotten * QUESTIONS_EACH :])
 
 
 def asked_of(cell: Cell, data: Data, design: Design) -> list[Question]:
-    """The questions that a cell's model is asked, in sets `forget`, `retain`, and those of facts."""
+    """Return the questions that a cell's model is asked, with the sets `forget` and `retain`."""
     forgotten = cell.forgotten or design.forgotten
     stay = len(data.asked) - design.most_forgotten * QUESTIONS_EACH
     gone = data.asked[len(data.asked) - forgotten * QUESTIONS_EACH :]

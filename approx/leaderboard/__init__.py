@@ -1,1 +1,0 @@
-"""All methods on one task, at equal cost."""
