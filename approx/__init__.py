@@ -1,7 +1,5 @@
-"""Approximate unlearning of what the frozen base already knew.
+"""Approximate unlearning of what the frozen base already knew: a part of deletion-ready-model.
 
-Rules: this room may import `sisa`; `sisa` never imports it. Whatever it produces is an estimate with
-a report, never called exact.
-
-Not covered: localisation and editing; deletion of trained records, which is exact and lives in `sisa`.
+Whatever it produces is an estimate with a report, never called exact. Deletion of trained records is
+exact and lives in `sisa`, which this package may import and which never imports it.
 """

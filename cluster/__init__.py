@@ -1,1 +1,1 @@
-"""The running system: the command line and the Ray executor over `sisa`."""
+"""Run `sisa` on Ray and from the command line: a part of deletion-ready-model."""

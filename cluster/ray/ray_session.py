@@ -32,10 +32,12 @@ from typing import Any
 import ray
 from ray._private import services, utils, worker
 from ray.exceptions import RayError
+from ray.job_config import JobConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.ray import ray_reaper
 from sisa.core.errors import EnvironmentFault
+from sisa.flows.wiring.upper_houses import ROOT, check_upper_houses
 
 CONNECT_S = 5.0
 OBJECT_STORE_BYTES = 100 * 2**20  # only results travel locally; Ray's minimum is 75 MiB
@@ -55,6 +57,20 @@ class Session:
     owned: bool
     private_dir: Path | None
     at_end: ExitStack  # undoes what connecting did
+
+
+class _OwnPath(JobConfig):  # type: ignore[misc]
+    """A job whose workers find this program where this process does.
+
+    Ray puts the driver's working directory first on their search path; a `cluster.py` there would hide
+    ours. A job that was submitted with its code has no such path, and keeps none."""
+
+    _py_driver_sys_path: list[str]
+
+    def _serialize(self) -> bytes:
+        if self._py_driver_sys_path:
+            self._py_driver_sys_path = [str(ROOT)]
+        return bytes(super()._serialize())
 
 
 class Mailbox:
@@ -116,6 +132,8 @@ def connect(address: str | None, num_cpus: int) -> Session:
             else:
                 _attach(address)
             at_end.callback(_shut_down, _job_id())
+        else:
+            check_upper_houses(worker.global_worker.core_worker.get_job_config().py_driver_sys_path)
         mailbox = _open_mailbox()
         _session = Session(_job_id(), address, num_cpus, mailbox, owned, private_dir, at_end.pop_all())
     return _session
@@ -166,7 +184,13 @@ def _init(**options: Any) -> None:
         _instead(utils, "get_entrypoint_name", lambda: "sisa"),
         _instead(utils, "set_sigterm_handler", lambda _: None),
     ):
-        ray.init(log_to_driver=False, logging_level=logging.ERROR, namespace="sisa", **options)
+        ray.init(
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            namespace="sisa",
+            job_config=_OwnPath(),
+            **options,
+        )
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 

@@ -24,7 +24,6 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,7 @@ from sisa.core.errors import ConfigConflict, IntegrityError, InvalidInput
 from sisa.core.events import Notice, Report
 from sisa.data.overlap import WordRuns, check_overlap, runs_of
 from sisa.data.reader import read_texts
+from sisa.flows.wiring import upper_houses
 from sisa.flows.wiring.opening import OnCluster, OpenExecutor
 from sisa.lm.base.numerics import fingerprint
 from sisa.store.blobs import files
@@ -146,24 +146,22 @@ def _alone(directory: Path) -> Iterator[Path]:
 
 
 def find_base_trainer(executor: str | OpenExecutor) -> TrainBase:
-    """Whoever trains a base where an executor trains shards: this process for `serial` and for executors
-    that were given, else an entry point of `sisa.bases`. Raises InvalidInput."""
+    """Return what trains a base where an executor trains shards; for `serial` and for executors that
+    were given that is this process. Raises InvalidInput for an unknown name."""
     if isinstance(executor, OnCluster):
         train, there = find_base_trainer(executor.name), {"address": executor.address}
         return lambda job, cluster, report: train(job, {**cluster, **there}, report)
     if executor == "serial" or not isinstance(executor, str):
         return train_here
-    points = entry_points(group="sisa.bases")
-    for point in points:
-        if point.name == executor:
-            found: TrainBase = point.load()
-            return found
-    raise InvalidInput(
-        "nothing that trains a base is installed under this name",
-        expected=" or ".join(["serial", *(each.name for each in points)]),
-        got=executor,
-        next_step="install the package anew, or name another executor",
-    )
+    if executor not in upper_houses.BASE_TRAINERS:
+        raise InvalidInput(
+            "no executor of this name trains a base",
+            expected=" or ".join(["serial", *upper_houses.BASE_TRAINERS]),
+            got=executor,
+            next_step="name another executor",
+        )
+    found: TrainBase = upper_houses.load(upper_houses.BASE_TRAINERS[executor])
+    return found
 
 
 def train_here(job: BaseJob, _cluster: Mapping[str, Any], report: Report) -> None:

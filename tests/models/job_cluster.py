@@ -40,7 +40,7 @@ class JobCluster:
         for node in self.nodes:
             for child in psutil.Process(node.pid).children(recursive=True):
                 with suppress(psutil.Error):
-                    if child.cmdline()[1:4] == ["-m", "cluster", "train"]:
+                    if child.cmdline()[1:4] == ["-m", "sisa", "train"]:
                         found.append(child)
         return found
 

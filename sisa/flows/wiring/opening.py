@@ -14,9 +14,8 @@ Rules: heavy parts (`parts.py`) and whoever makes patches are opened when they a
 recipe's base is that which shards are trained over: under patches, it is named by them, too. Torch is
 not imported here.
 
-Not covered: the flows. Executors, the probe and patchers are found by name among the entry points
-`sisa.executors`, `sisa.probes` and `sisa.patchers`, so that this package never imports what uses Ray or
-is approximate.
+Not covered: the flows. Executors, the probe and patchers that use Ray or are approximate are found by
+name (`upper_houses.py`).
 """
 
 from __future__ import annotations
@@ -28,7 +27,6 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +48,7 @@ from sisa.core.ports import (
     Trainer,
 )
 from sisa.flows.serial import SerialExecutor, Site
+from sisa.flows.wiring import upper_houses
 from sisa.flows.wiring.parts import Named, Parts
 from sisa.flows.wiring.recording import recording
 from sisa.flows.wiring.world import World, patch_files, trained_over
@@ -242,10 +241,8 @@ def open_stores(site: Site) -> tuple[FileRecords, FileCheckpoints]:
 
 
 def find_probe() -> OpenProbe | None:
-    """The entry point `base` of `sisa.probes`, loaded when it is first called."""
-    for point in entry_points(group="sisa.probes", name="base"):
-        return lambda *of: point.load()(*of)
-    return None
+    """Return what opens the probe of the base; it is loaded when it is first called."""
+    return lambda *of: upper_houses.load(upper_houses.PROBE)(*of)
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,43 +258,42 @@ class OnCluster:
 
 def check_executor(executor: str | OpenExecutor) -> None:
     """Raises InvalidInput for a name that no executor has; loads none, since Ray takes seconds."""
-    names = ["serial", *(point.name for point in entry_points(group="sisa.executors"))]
+    names = ["serial", *upper_houses.EXECUTORS]
     name = executor.name if isinstance(executor, OnCluster) else executor
     if isinstance(name, str) and name not in names:
         raise InvalidInput("unknown executor", expected=" or ".join(names), got=name)
 
 
 def find_executor(executor: str | OpenExecutor) -> OpenExecutor:
-    """An executor by name (`serial`, or an entry point of `sisa.executors`), or the one given."""
+    """Return an executor by its name, or the one given. Raises InvalidInput for an unknown name,
+    EnvironmentFault when another package hides the one that has it."""
     check_executor(executor)
     if not isinstance(executor, str):
         return executor
     if executor == "serial":
         return open_serial
-    (point, *_) = entry_points(group="sisa.executors", name=executor)
-    found: OpenExecutor = point.load()
+    found: OpenExecutor = upper_houses.load(upper_houses.EXECUTORS[executor])
     return found
 
 
 def find_patcher(executor: str | OpenExecutor) -> OpenPatcher:
-    """Whoever makes patches where an executor trains, by its name among the entry points of
-    `sisa.patchers`; an executor that was given is taken for one in this process. Raises InvalidInput."""
+    """Return what makes patches where an executor trains, by its name; an executor that was given is
+    taken for one in this process. Raises InvalidInput for an unknown name."""
     if isinstance(executor, OnCluster):
         make, there = find_patcher(executor.name), {"address": executor.address}
         return lambda site, config: make(
             site, config.model_copy(update={"cluster": config.cluster.model_copy(update=there)})
         )
     name = executor if isinstance(executor, str) else "serial"
-    for point in entry_points(group="sisa.patchers", name=name):
-        found: OpenPatcher = point.load()
-        return found
-    names = [point.name for point in entry_points(group="sisa.patchers")]
-    raise InvalidInput(
-        "nothing that makes patches is installed under this name",
-        expected=" or ".join(names) or "an entry point of sisa.patchers",
-        got=name,
-        next_step="install the package anew, or name another executor",
-    )
+    if name not in upper_houses.PATCHERS:
+        raise InvalidInput(
+            "no executor of this name makes patches",
+            expected=" or ".join(upper_houses.PATCHERS),
+            got=name,
+            next_step="name another executor",
+        )
+    found: OpenPatcher = upper_houses.load(upper_houses.PATCHERS[name])
+    return found
 
 
 def new_secret(config: RunConfig) -> bytes:

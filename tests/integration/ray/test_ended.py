@@ -59,7 +59,7 @@ def test_a_command_that_is_asked_to_end_says_how_to_go_on(
     by: signal.Signals, scratch: Path, tmp_path: Path, tiny_base: Path
 ) -> None:
     run_file = write_run(tmp_path, tiny_base, num_epochs=400)
-    with start(scratch, "-m", "cluster", "train", str(run_file)) as command:
+    with start(scratch, "-m", "sisa", "train", str(run_file)) as command:
         wait_for(lambda: list(tmp_path.glob("model/checkpoints/.tmp-*")), 120)
         started = processes_of(command)
         command.send_signal(by)

@@ -14,23 +14,11 @@ from sisa.config.runfile import parse_run_file
 from sisa.core.errors import InvalidInput
 from sisa.flows import scratch
 from sisa.flows.serial import Site
-from sisa.flows.wiring import opening
+from sisa.flows.wiring import opening, upper_houses
 from sisa.flows.wiring.opening import OnCluster
 from sisa.store.blobs.local_blobs import LocalBlobs
 
 RUN_FILE = "{datasets: [{path: owner/people}], output_dir: model, cluster: {address: 'old:1'}}"
-
-
-class Point:
-    """An entry point under the name that Ray has."""
-
-    name = "ray"
-
-    def __init__(self, found: Callable[..., Any]) -> None:
-        self._found = found
-
-    def load(self) -> Callable[..., Any]:
-        return self._found
 
 
 @pytest.fixture
@@ -38,13 +26,10 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What executors, patchers and trainers of bases are opened with."""
     opened: list[Any] = []
 
-    def points(*, group: str, name: str = "") -> list[Point]:
-        assert name in ("", "ray", "none")
-        found = Point(lambda *arguments: opened.append((group, *arguments)))
-        return [found] if name != "none" else []
+    def load(name: str) -> Callable[..., None]:
+        return lambda *arguments: opened.append((name, *arguments))
 
-    monkeypatch.setattr(opening, "entry_points", points)
-    monkeypatch.setattr(scratch, "entry_points", points)
+    monkeypatch.setattr(upper_houses, "load", load)
     return opened
 
 
@@ -57,13 +42,17 @@ def test_executors_patchers_and_bases_get_the_address(seen: list[Any], tmp_path:
     opening.find_patcher(there)(site, config)  # type: ignore[arg-type]
     scratch.find_base_trainer(there)(None, options, lambda _: None)  # type: ignore[arg-type]
     executor, patcher, base = seen
+    assert (executor[0], patcher[0], base[0]) == (
+        upper_houses.EXECUTORS["ray"],
+        upper_houses.PATCHERS["ray"],
+        upper_houses.BASE_TRAINERS["ray"],
+    )
     assert executor[2] == {**options, "address": "new:2"}
     assert patcher[2].cluster.address == "new:2"
     assert base[2] == {**options, "address": "new:2"}
     assert config.cluster.address == options["address"] == "old:1"
 
 
-@pytest.mark.usefixtures("seen")
 def test_an_unknown_name_is_refused_before_anything() -> None:
     with pytest.raises(InvalidInput, match="unknown executor"):
         opening.check_executor(OnCluster("none", "new:2"))

@@ -173,7 +173,7 @@ def test_a_corpus_that_can_not_be_read_is_refused(
 
 def test_who_trains_it() -> None:
     assert scratch.find_base_trainer("serial") is scratch.train_here
-    with pytest.raises(InvalidInput, match="nothing that trains a base"):
+    with pytest.raises(InvalidInput, match="no executor of this name trains a base"):
         scratch.find_base_trainer("none")
     job = scratch.BaseJob({"workers": 2}, Path("texts"), Path("target"))
     with pytest.raises(SisaError, match="several workers"):

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import ast
 import doctest
-import importlib.metadata
 import importlib.util
+import pkgutil
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -20,9 +21,11 @@ import click
 import pytest
 
 import sisa
+import sisa.__main__ as entry
 from cluster.cli.cli import cli
 
 ROOT = Path(__file__).resolve().parents[3]
+DECLARED = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PACKAGES = ("sisa", "approx", "cluster")
 BENCHES = ("serving", "leaderboard.authors", "leaderboard.plan", "leaderboard.table")
 HEAVY = {"cluster.jobs.ray_jobs"}
@@ -242,15 +245,12 @@ def test_the_light_modules_are_light() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_the_console_command_is_installed() -> None:
-    (script,) = importlib.metadata.entry_points(group="console_scripts", name="sisa")
-    assert script.value == "cluster.cli.cli:main"
+def test_the_console_script_and_python_m_are_one() -> None:
+    assert pkgutil.resolve_name(DECLARED["project"]["scripts"]["sisa"]) is entry.main
 
 
 def test_every_package_is_listed() -> None:
     """A package that is not in `tool.setuptools.packages` is missing from the wheel."""
-    import tomllib
-
-    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    listed = DECLARED["tool"]["setuptools"]["packages"]
     found = {relative(path.parent).replace("/", ".") for path in modules(*PACKAGES)}
     assert found == set(listed)

@@ -1,0 +1,82 @@
+"""Find what `cluster` and `approx` offer by its dotted name, since `sisa` imports neither.
+
+Both are names that other packages and a user's own modules may bear, so a name is loaded only after
+`check_upper_houses` has found both packages beside `sisa`.
+
+>>> sorted(EXECUTORS), sorted(PATCHERS), sorted(BASE_TRAINERS)
+(['ray'], ['ray', 'serial'], ['ray'])
+>>> check_upper_houses()
+"""
+
+from __future__ import annotations
+
+import pkgutil
+import sys
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec, PathFinder
+from importlib.util import find_spec
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from sisa.core.errors import EnvironmentFault
+
+COMMAND = "cluster.cli.cli:main"
+PROBE = "approx.evaluation.probe:open_probe"
+EXECUTORS = MappingProxyType({"ray": "cluster.ray.ray_executor:open_executor"})
+PATCHERS = MappingProxyType(
+    {
+        "serial": "approx.patches.patching:open_patcher",
+        "ray": "cluster.ray.patch_tasks:open_patcher",
+    }
+)
+BASE_TRAINERS = MappingProxyType({"ray": "cluster.ray.scratch_tasks:train_on_ray"})
+
+ROOT = Path(__file__).parents[3]  # the folder that holds `sisa`, `approx` and `cluster`
+UPPER_HOUSES = ("approx", "cluster")
+MARK = b"deletion-ready-model"  # stands in the `__init__.py` of both
+
+
+def load(name: str) -> Any:
+    """Import and return what a dotted name `package.module:attribute` stands for. Raises
+    EnvironmentFault when another package hides ours."""
+    check_upper_houses()
+    return pkgutil.resolve_name(name)
+
+
+def check_upper_houses(search: Sequence[str] | None = None) -> None:
+    """Raise EnvironmentFault if Python finds another `approx` or `cluster` than the one beside `sisa`.
+
+    Nothing is imported. With `search`, check the folders of another process's search path, where it is
+    no fault if neither is found."""
+    for name in UPPER_HOUSES:
+        spec = _spec(name) if search is None else PathFinder.find_spec(name, search)
+        if search is not None and (spec is None or spec.loader is None):
+            continue
+        ours = ROOT / name / "__init__.py"
+        found = Path(spec.origin) if spec is not None and spec.origin is not None else None
+        if found is None:
+            got, step = "none", "install it anew: pip install --force-reinstall deletion-ready-model"
+        elif found.resolve() != ours.resolve():
+            got, step = (
+                str(found),
+                "rename it, or run where neither folder nor PYTHONPATH has it",
+            )
+        elif MARK not in ours.read_bytes():
+            got = "the file of another distribution"
+            step = f"pip uninstall {name}, then install this program anew"
+        else:
+            continue
+        raise EnvironmentFault(
+            f"another package hides `{name}`, a part of this program",
+            where=str(found or ours),
+            expected=f"this program's package {ours.parent}",
+            got=got,
+            next_step=step,
+        )
+
+
+def _spec(name: str) -> ModuleSpec | None:
+    """Return what `import name` finds or has found."""
+    held = sys.modules.get(name)
+    return held.__spec__ if held is not None else find_spec(name)
