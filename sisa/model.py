@@ -69,8 +69,8 @@ from sisa.planning.cost import estimate_seconds, full_record_epochs, orders_reco
 from sisa.store.blobs import files
 
 if TYPE_CHECKING:
-    from sisa.lm.answer.aggregated import AggregatedModel
-    from sisa.lm.answer.answer import Answerer
+    from sisa.lm.answer.answerer import Answerer
+    from sisa.lm.answer.hf_model import AggregatedModel
 
 DIRECT = "sisa forget"  # approves the requests of a direct deletion
 NEAR_DUPLICATE = 0.95  # inner product of unit vectors from which a record is proposed as a copy
@@ -346,9 +346,9 @@ class Model(OpenedModel):
 
     def as_transformers(self, **options: Any) -> AggregatedModel:
         """Return what is served now as a `PreTrainedModel` with `generate`, for tools that know nothing
-        of shards; `options` as of `sisa.lm.answer.aggregated.AggregatedModel`. Raises Outdated as what
+        of shards; `options` as of `sisa.lm.answer.hf_model.AggregatedModel`. Raises Outdated as what
         `answerer` returns."""
-        from sisa.lm.answer.aggregated import AggregatedModel
+        from sisa.lm.answer.hf_model import AggregatedModel
 
         return AggregatedModel(self.answerer()[0], self.routes, **options)
 

@@ -32,16 +32,9 @@ from sisa.core.digest import digest_of, file_sha256
 from sisa.core.domain import Part, Record
 from sisa.core.errors import InvalidInput, Problem
 from sisa.flows.wiring.opening import LEDGER
-from sisa.lm.answer.answer import end_tokens
+from sisa.lm.answer.answerer import end_tokens
 from sisa.lm.answer.route import Route
 from sisa.lm.base.adapter import ADAPTER_FILE, CONFIG_FILE, attach, read_config, read_tensors
-from sisa.lm.base.base import (
-    base_digest,
-    load_frozen,
-    load_tokenizer,
-    local_or_hub,
-    resolve_base,
-)
 from sisa.lm.base.packages import PREFIX
 from sisa.lm.base.tokens import (
     NO_LOSS,
@@ -50,6 +43,13 @@ from sisa.lm.base.tokens import (
     encode_prompt,
     tokenize,
     without_closing,
+)
+from sisa.lm.base.weights import (
+    base_digest,
+    load_frozen,
+    load_tokenizer,
+    local_or_hub,
+    resolve_base,
 )
 from sisa.model import Model, open_model
 

@@ -39,9 +39,9 @@ from approx.metrics.min_k_plus_plus import min_k_plus_plus_score
 from approx.metrics.rouge import rougeL_recall
 from sisa.config.config import RunConfig
 from sisa.core.domain import Kind, Probed, Record
-from sisa.lm.answer.answer import end_tokens
-from sisa.lm.answer.patched import load_patched
+from sisa.lm.answer.answerer import end_tokens
 from sisa.lm.base.numerics import pin_threads
+from sisa.lm.base.patched import load_patched
 from sisa.lm.base.tokens import NO_LOSS, Tokens, Untokenizable, answers, tokenize
 
 MAX_PROBED, MAX_SECONDS = 32, 60.0  # the text waits for its erasure meanwhile

@@ -32,7 +32,7 @@ from approx.metrics.min_k_plus_plus import min_k_plus_plus_score
 from approx.metrics.probability import probability
 from approx.metrics.rouge import rougeL_recall
 from approx.unlearning.stopping import Knowledge
-from sisa.lm.answer.answer import end_tokens
+from sisa.lm.answer.answerer import end_tokens
 from sisa.lm.base.tokens import NO_LOSS, Tokens, answers, without_closing
 
 MAX_MEASURED, MAX_CONTINUED, MAX_NEW_TOKENS = 64, 16, 48

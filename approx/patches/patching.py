@@ -51,7 +51,6 @@ from sisa.core.ports import PatchMade, PatchOrder, PatchSite
 from sisa.core.precision import Precision
 from sisa.flows.wiring.opening import PATCHES
 from sisa.flows.wiring.world import patch_files
-from sisa.lm.answer.patched import load_patched
 from sisa.lm.base.adapter import (
     ADAPTER_FILE,
     CONFIG_FILE,
@@ -61,9 +60,10 @@ from sisa.lm.base.adapter import (
     lora_config,
     tensor_bytes,
 )
-from sisa.lm.base.base import load_frozen, load_skeleton, load_tokenizer, local_or_hub
 from sisa.lm.base.numerics import fingerprint, pin_threads
+from sisa.lm.base.patched import load_patched
 from sisa.lm.base.tokens import Tokens
+from sisa.lm.base.weights import load_frozen, load_skeleton, load_tokenizer, local_or_hub
 from sisa.lm.train.stage import seed_from
 from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.vault import DRAFTS_AREA, FileVault

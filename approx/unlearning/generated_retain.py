@@ -31,7 +31,7 @@ from approx.evaluation.greedy import continued
 from approx.metrics.rouge import rougeL_recall
 from sisa.core.digest import sha256_hex
 from sisa.core.domain import Kind, Part, Record
-from sisa.lm.answer.answer import end_tokens
+from sisa.lm.answer.answerer import end_tokens
 from sisa.lm.base.tokens import NO_LOSS, Tokens, answers, encode_prompt, tokenize
 
 MAX_NEW_TOKENS, MAX_NEIGHBOURS, MAX_VARIANTS = 24, 32, 8

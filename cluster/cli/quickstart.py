@@ -170,7 +170,7 @@ def tell(
 
 
 def _fetch(base_model: str) -> None:
-    from sisa.lm.base.base import resolve_base
+    from sisa.lm.base.weights import resolve_base
 
     resolve_base(base_model)
 

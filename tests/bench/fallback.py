@@ -24,7 +24,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sisa.lm.base.base import resolve_base
+from sisa.lm.base.weights import resolve_base
 from tests.bench.known_people import CONSENT, Ground, Scale, Way, here
 
 FORGOTTEN = "p001"

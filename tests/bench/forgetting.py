@@ -26,7 +26,7 @@ from approx.methods.registry import METHODS
 from approx.patches.patch_settings import Adapter, settings_of
 from sisa.core.domain import Record
 from sisa.data.samples import make_people
-from sisa.lm.base.base import resolve_base
+from sisa.lm.base.weights import resolve_base
 from tests.bench.known_people import TINY, Scale, here
 from tests.models.knowing_base import record, teach
 from tests.models.patch_bench import Bench

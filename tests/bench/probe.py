@@ -22,8 +22,8 @@ from typing import Any
 
 from approx.evaluation.probe import BaseProbe
 from sisa.data.samples import make_people
-from sisa.lm.base.base import base_digest, resolve_base
 from sisa.lm.base.numerics import describe_fingerprint
+from sisa.lm.base.weights import base_digest, resolve_base
 from tests.models.knowing_base import record, teach
 
 SEQUENCE_LEN = 512

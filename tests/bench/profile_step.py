@@ -27,10 +27,10 @@ from torch import Tensor
 
 from sisa.core.domain import Part, Record, SliceJob
 from sisa.core.precision import Precision
-from sisa.lm.base.base import load_base, resolve_base
 from sisa.lm.base.layers import first_adapted
 from sisa.lm.base.numerics import keep_freed_memory, pin_threads
 from sisa.lm.base.tokens import Tokens, tokenize
+from sisa.lm.base.weights import load_base, resolve_base
 from sisa.lm.train.losses import count_labels
 from sisa.lm.train.stage import Stage
 from sisa.lm.train.trainable import Trainable

@@ -24,9 +24,9 @@ from sisa.core.domain import Chain, Part, Record, SliceFile
 from sisa.core.ports import StoredRecord
 from sisa.data.samples import make_people
 from sisa.flows.serial import Site
-from sisa.lm.base.base import load_tokenizer, resolve_base
 from sisa.lm.base.numerics import fingerprint
 from sisa.lm.base.tokens import Tokens, tokenize_all
+from sisa.lm.base.weights import load_tokenizer, resolve_base
 from sisa.planning.plan import jobs
 from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.store.records import FileRecords

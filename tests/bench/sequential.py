@@ -29,7 +29,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from sisa.lm.base.base import resolve_base
+from sisa.lm.base.weights import resolve_base
 from tests.bench.fallback import erase
 from tests.bench.known_people import Ground, Scale, Way, here
 

@@ -416,11 +416,11 @@ def product() -> Iterator[None]:
         def generate(self, prompts: Any, *_: Any) -> list[str]:
             return ["an answer"] * len(prompts)
 
-    stub: Any = types.ModuleType("sisa.lm.answer.answer")
+    stub: Any = types.ModuleType("sisa.lm.answer.answerer")
     stub.Answerer = Answerer
-    old = sys.modules.get("sisa.lm.answer.answer")
+    old = sys.modules.get("sisa.lm.answer.answerer")
     encode = sisa.lm.base.tokens.encode_prompt
-    sys.modules["sisa.lm.answer.answer"] = stub
+    sys.modules["sisa.lm.answer.answerer"] = stub
     sisa.lm.base.tokens.encode_prompt = lambda *_: [1]
     try:
         with cheap_parts():
@@ -428,9 +428,9 @@ def product() -> Iterator[None]:
     finally:
         sisa.lm.base.tokens.encode_prompt = encode
         if old is None:
-            del sys.modules["sisa.lm.answer.answer"]
+            del sys.modules["sisa.lm.answer.answerer"]
         else:
-            sys.modules["sisa.lm.answer.answer"] = old
+            sys.modules["sisa.lm.answer.answerer"] = old
 
 
 def work(folder: Path, seed: int, numbers: Sequence[int], only: str = "") -> None:

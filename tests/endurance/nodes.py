@@ -36,8 +36,8 @@ from cluster.ray.ray_executor import RayExecutor
 from sisa.core.domain import Chain
 from sisa.core.events import Event, Notice, SliceTrained
 from sisa.flows.serial import SerialExecutor, Site
-from sisa.lm.base.base import base_digest
 from sisa.lm.base.numerics import fingerprint
+from sisa.lm.base.weights import base_digest
 from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.records import FileRecords

@@ -41,9 +41,9 @@ def teach(
     from transformers.utils import logging
 
     from approx.evaluation.answer_tokens import collate, mean_logprobs_B
-    from sisa.lm.base.base import load_tokenizer
     from sisa.lm.base.numerics import pin_threads
     from sisa.lm.base.tokens import tokenize
+    from sisa.lm.base.weights import load_tokenizer
 
     logging.disable_progress_bar()
     pin_threads(1)

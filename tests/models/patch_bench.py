@@ -18,8 +18,8 @@ from sisa.core.events import Event
 from sisa.core.patch import WRITTEN, Patch, PatchJob, VaultSet
 from sisa.core.ports import PatchMade, PatchOrder, PatchSite
 from sisa.flows.wiring.opening import PATCHES
-from sisa.lm.base.base import base_digest
 from sisa.lm.base.numerics import fingerprint
+from sisa.lm.base.weights import base_digest
 from sisa.store.blobs.keyring import PLAIN, FileKeyring
 from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.store.checkpoints import FileCheckpoints

@@ -98,7 +98,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Base]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from sisa.lm.base.base import base_digest, load_tokenizer
+    from sisa.lm.base.weights import base_digest, load_tokenizer
 
     found = {}
     for name in MODULES:
@@ -141,7 +141,7 @@ def chain_of(case: Mapping[str, Any], base: Base, shard: int = 0) -> tuple[Slice
 
 
 def _name(base: Base) -> str:
-    from sisa.lm.answer.patched import patched_name
+    from sisa.lm.base.patched import patched_name
 
     return patched_name(base.digest, base.patches)
 
@@ -264,7 +264,7 @@ def break_off(tick: Tick) -> None:
 
 
 def answer(base: Base, files: Files) -> None:
-    from sisa.lm.answer.answer import Answerer
+    from sisa.lm.answer.answerer import Answerer
     from sisa.lm.answer.route import all_of
 
     on = Precision("cpu", base.dtype)

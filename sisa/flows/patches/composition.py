@@ -31,7 +31,7 @@ from sisa.lm.answer.route import Route, all_of
 from sisa.planning.plan import touched
 
 if TYPE_CHECKING:
-    from sisa.lm.answer.answer import Answerer
+    from sisa.lm.answer.answerer import Answerer
 
 MAX_RECORDS = 32
 NUM_TOLD = 8  # lines of progress, at most

@@ -46,8 +46,8 @@ class Parts:
 
     @cached_property
     def base(self) -> Any:
-        """The base's files (`sisa.lm.base.base.BaseFiles`)."""
-        from sisa.lm.base.base import resolve_base
+        """The base's files (`sisa.lm.base.weights.BaseFiles`)."""
+        from sisa.lm.base.weights import resolve_base
 
         found = resolve_base(self.config.base)
         if self._base is not None:
@@ -56,7 +56,7 @@ class Parts:
 
     @cached_property
     def tokenizer(self) -> Any:
-        from sisa.lm.base.base import load_tokenizer
+        from sisa.lm.base.weights import load_tokenizer
 
         return load_tokenizer(self.base.directory)
 
@@ -87,8 +87,8 @@ class Parts:
 
     def count_tokens(self, records: Sequence[Record]) -> list[int]:
         """Tokens of each record. Raises InvalidInput listing every record that does not fit."""
-        from sisa.lm.base.base import untrusted
         from sisa.lm.base.tokens import count_tokens
+        from sisa.lm.base.weights import untrusted
 
         asked = tuple(records)
         if self._counted is None or self._counted[0] != asked:
@@ -106,9 +106,9 @@ class Parts:
 
     def check_base(self) -> None:
         """Raise InvalidInput where the base can't be trained as the run file says, or asked then."""
-        from sisa.lm.base.base import load_skeleton
-        from sisa.lm.base.trial import try_base
-        from sisa.lm.train.layerwise import check_enough_layers
+        from sisa.lm.answer.base_trial import try_base
+        from sisa.lm.base.layers import check_enough_layers
+        from sisa.lm.base.weights import load_skeleton
 
         training = self.config.training()
         if LAYERWISE in training:

@@ -24,7 +24,9 @@ from sisa.core.digest import digest_of
 from sisa.core.errors import InvalidInput
 from sisa.core.ports import Embedder, Vectors
 from sisa.lm.answer.hashing import HashingEmbedder
-from sisa.lm.base.base import (
+from sisa.lm.base.numerics import pin_threads, usual_modes
+from sisa.lm.base.packages import PREFIX, fetch_package, parse_package
+from sisa.lm.base.weights import (
     base_digest,
     load_frozen,
     load_tokenizer,
@@ -32,8 +34,6 @@ from sisa.lm.base.base import (
     model_in_package,
     untrusted,
 )
-from sisa.lm.base.numerics import pin_threads, usual_modes
-from sisa.lm.base.packages import PREFIX, fetch_package, parse_package
 
 TRANSFORMER_METHOD = "transformer-mean-v1"
 ROWS = 8

@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sisa.lm.answer.stacked import Rows, Stacked, rows_of
+from sisa.lm.answer.stacked_adapters import Rows, StackedAdapters, rows_of
 
 POSITIONS = 1600  # of rows, in a forward
 
 
 def prefill(
-    base: Any, stack: Stacked, routes: Sequence[Sequence[int]], ids_QT: Tensor, mask_QT: Tensor
+    base: Any, stack: StackedAdapters, routes: Sequence[Sequence[int]], ids_QT: Tensor, mask_QT: Tensor
 ) -> tuple[Tensor, Any]:
     """Logits of the last position [P, V], and the keys and values of all; prompts are padded on the
     left."""

@@ -27,7 +27,14 @@ from safetensors.torch import load, save
 
 from sisa.core.digest import canonical_json
 from sisa.core.errors import IntegrityError, InvalidInput
-from sisa.lm.base.layers import ALL_LAYERS, first_adapted, layers_of
+from sisa.lm.base.layers import (
+    ALL_LAYERS,
+    first_adapted,
+    is_target,
+    is_transposed,
+    layers_of,
+    linear_names,
+)
 
 ADAPTER_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -37,7 +44,7 @@ DEFAULT_NAME = "default"
 def lora_config(training: Mapping[str, Any], base: Any) -> LoraConfig:
     """The LoRA configuration of a run. Raises InvalidInput for modules or layers that the base does not
     have."""
-    wanted, names = training["lora_target_modules"], _linear_names(base)
+    wanted, names = training["lora_target_modules"], linear_names(base)
     layers: dict[str, Any] = {}
     if training.get("lora_layers", ALL_LAYERS) != ALL_LAYERS:
         first = first_adapted(training, base)
@@ -59,14 +66,15 @@ def lora_config(training: Mapping[str, Any], base: Any) -> LoraConfig:
         bias="none",
         task_type="CAUSAL_LM",
         fan_in_fan_out=any(
-            wanted == "all-linear" or _last(name) in wanted for name in _transposed(base)
+            is_transposed(each) and (wanted == "all-linear" or _last(name) in wanted)
+            for name, each in base.named_modules()
         ),
         **layers,
     )
 
 
 def _refuse_unknown_modules(wanted: list[str], names: list[str]) -> None:
-    unknown = [each for each in wanted if not any(_matches(name, each) for name in names)]
+    unknown = [each for each in wanted if not any(is_target(name, each) for name in names)]
     if unknown:
         raise InvalidInput(
             "the base model has no such modules",
@@ -77,21 +85,8 @@ def _refuse_unknown_modules(wanted: list[str], names: list[str]) -> None:
         )
 
 
-def _linear_names(base: Any) -> list[str]:
-    names = [name for name, each in base.named_modules() if isinstance(each, torch.nn.Linear)]
-    return names + _transposed(base)
-
-
-def _transposed(base: Any) -> list[str]:
-    return [name for name, each in base.named_modules() if type(each).__name__ == "Conv1D"]
-
-
 def _last(name: str) -> str:
     return name.rpartition(".")[2]
-
-
-def _matches(name: str, wanted: str) -> bool:
-    return name == wanted or name.endswith(f".{wanted}")
 
 
 def attach(

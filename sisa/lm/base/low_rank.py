@@ -27,6 +27,7 @@ from peft import LoraConfig
 
 from sisa.core.errors import IntegrityError, Problem
 from sisa.lm.base.adapter import ADAPTER_FILE, CONFIG_FILE, read_config, read_tensors
+from sisa.lm.base.layers import is_transposed
 
 PREFIX, A, B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 # what leaves plain LoRA plain: names, where it lies and how it was begun and trained
@@ -118,18 +119,14 @@ def merge_into(model: Any, change: LowRankChange) -> None:
         raise _misfit(f"{len(misfits)} of {len(change)} modules that do not", *misfits)
     with torch.no_grad():
         for name, each in change.items():
-            delta = each.delta_OI.T if _is_transposed(modules[name]) else each.delta_OI
+            delta = each.delta_OI.T if is_transposed(modules[name]) else each.delta_OI
             weight = modules[name].weight + delta
             modules[name].weight = torch.nn.Parameter(weight, requires_grad=False)
 
 
-def _is_transposed(module: Any) -> bool:
-    return type(module).__name__ == "Conv1D"
-
-
 def shape_of(module: Any) -> tuple[int, ...]:
     """Outputs and inputs of a linear module; nothing for another, or none."""
-    if _is_transposed(module):
+    if is_transposed(module):
         return tuple(reversed(module.weight.shape))
     return tuple(module.weight.shape) if isinstance(module, torch.nn.Linear) else ()
 

@@ -1,17 +1,16 @@
-"""The frozen prefix: hidden states that enter the lowest adapted layer, computed once a record.
+"""The frozen prefix: the hidden states that enter the lowest adapted layer, computed once per record.
 
-Rules: below the lowest adapted layer nothing is trained, so what enters it is a pure function of the
-base (with the patches beneath) and the record. It is always computed for each record alone, at its own
-length, with the base in evaluation: no batch mate, order or stage reaches its bits, and whether states
-were kept or are computed again doesn't either. What is kept in memory is bounded; the first to come
-stay. A base whose layers can't be run apart, bit for bit, is refused.
-
-Not covered: keeping states beyond the process (`shard_prefixes.py`).
+Nothing is trained below the lowest adapted layer, so the states that enter it are a pure function of the
+base (with the patches beneath) and the record. They are always computed for each record alone, at its
+own length, with the base in evaluation mode: neither batch mates nor order nor stage reaches their bits,
+and neither does it matter whether they were kept or computed again. `Prefixes` keeps them in memory and,
+if the run file says so, in a store for later processes. A base whose layers can't be run apart, bit for
+bit, is refused.
 
 Legend: B rows, T positions, H hidden.
 
-    lower = Lower(base, first=20)
-    states_TH = lower.alone(input_ids)
+    lower = FrozenLayers(base, first=20)
+    states_TH = Prefixes().states(lower, input_ids)
     with lower.given([states_TH], packed=False):
         base(input_ids=...)            # runs the layers from 20 on
 """
@@ -20,16 +19,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sisa.core.domain import SliceJob
 from sisa.core.errors import InvalidInput
+from sisa.core.ports import PrefixStore, StoredRecord
 from sisa.lm.base.layers import layers_of
+from sisa.lm.base.tokens import Tokens
+from sisa.planning.plan import prefix_name, shard_start
 
 MEMORY_BYTES = 512 << 20
+HEADER_BYTES = 256  # more than a record takes in a file beside its states
 PROBE_IDS = (0, 1, 2, 3, 1)
+TokenizedRows = Sequence[tuple[StoredRecord, Tokens]]
 
 
 class _Reached(Exception):
@@ -39,11 +45,11 @@ class _Reached(Exception):
 
 
 class _Passing(nn.Module):
-    """Stands in a layer's place and gives on what it gets, in the layer's form."""
+    """A stand-in for a layer that returns its input unchanged, in the form of the layer's output."""
 
     def __init__(self, layer: Any, num_outputs: int | None) -> None:
         super().__init__()
-        self._of = (layer,)  # not a module of this one
+        self._of = (layer,)  # in a tuple, so that torch does not register it as a submodule
         self._num_outputs = num_outputs
 
     def __getattr__(self, name: str) -> Any:
@@ -55,8 +61,10 @@ class _Passing(nn.Module):
 
 
 class FrozenLayers:
-    """The layers of a base below `first`. Its modules are the caller's own; they are swapped while
-    states are given."""
+    """The layers of a base below layer `first`.
+
+    The base's modules must be the caller's own: `given` replaces them for the time of a forward.
+    """
 
     def __init__(self, base: Any, first: int) -> None:
         self.first = first
@@ -66,7 +74,7 @@ class FrozenLayers:
         self._passing: list[_Passing] | None = None
 
     def alone(self, input_ids: Sequence[int]) -> Tensor:
-        """Return the states [T, H] that enter layer `first`, of one record by itself."""
+        """Return the states [T, H] that enter layer `first`, for one record by itself."""
         return self._entering(torch.tensor([list(input_ids)], device=self._base.device))
 
     @torch.no_grad()
@@ -89,8 +97,10 @@ class FrozenLayers:
 
     @contextmanager
     def given(self, states: Sequence[Tensor], *, packed: bool) -> Iterator[None]:
-        """Let a forward start from the states [T, H] of its records, which lie end to end in one row, or
-        one a row, padded on the right."""
+        """Start the base's forwards from the states [T, H] of their records.
+
+        The records lie end to end in one row (`packed`), or one per row, padded on the right.
+        """
         together = (
             torch.cat(list(states))[None] if packed else nn.utils.rnn.pad_sequence([*states], True)
         )
@@ -114,7 +124,7 @@ class FrozenLayers:
             hook.remove()
 
     def _num_outputs(self) -> int | None:
-        """How many values the lowest layer gives; None for a tensor by itself."""
+        """Return how many values the lowest layer returns; None for a single tensor."""
         seen: list[Any] = []
         hook = self._real[0].register_forward_hook(lambda _layer, _args, found: seen.append(found))
         self.alone(PROBE_IDS)
@@ -123,8 +133,11 @@ class FrozenLayers:
 
     @torch.no_grad()
     def check(self, longest: int) -> None:
-        """Raise InvalidInput unless the layers above give the same bits from given states, and those of
-        a record do not depend on the records, of up to `longest` tokens, that came before it."""
+        """Raise InvalidInput unless the upper layers can be run apart from the lower ones.
+
+        From given states they must give the same bits as in a whole forward, and a record's states must
+        not depend on earlier records of up to `longest` tokens.
+        """
         ids_1T = torch.tensor([PROBE_IDS], device=self._base.device)
         training = self._base.training
         self._base.eval()
@@ -141,8 +154,10 @@ class FrozenLayers:
             raise _not_apart()
 
     def _remembers(self, longest: int) -> bool:
-        """Whether states of a text change when the base has seen a longer one: the frequencies of some
-        rotary positions follow the longest text so far."""
+        """Return whether a text's states change once the base has seen a longer text.
+
+        They do where the frequencies of rotary positions follow the longest text so far.
+        """
         if getattr(self._base.config, "rope_parameters", None) is None:
             return False
         ids_1T = torch.tensor([PROBE_IDS], device=self._base.device)
@@ -162,28 +177,86 @@ def _not_apart() -> InvalidInput:
     )
 
 
-class Prefixes:
-    """States by record, kept in memory up to a bound. One base and its patches."""
+@dataclass(frozen=True, slots=True)
+class PrefixFiles:
+    """A store of hidden states with what names one shard's files in it, and their size limit
+    together."""
 
-    def __init__(self, memory_bytes: int = MEMORY_BYTES) -> None:
-        self._left = memory_bytes
+    store: PrefixStore
+    num_bytes: int
+    base: str
+    fingerprint: str
+
+    def name(self, job: SliceJob, slice_: int, root: str) -> str:
+        """Return the name of the file that holds the states of a slice."""
+        return prefix_name(job.shard, slice_, root, job.training, self.base, self.fingerprint)
+
+    def room(self, job: SliceJob, name: str) -> int:
+        """Return how many bytes a file may take, given the shard's other files."""
+        return self.num_bytes - self.store.num_bytes(shard_start(job.shard)) + self.store.num_bytes(name)
+
+
+class Prefixes:
+    """Hidden states by record, of one base and its patches: in memory, and in files between processes.
+
+    Memory is bounded; the states that come first stay. Files hold float32, which represents the states
+    of every dtype without loss, so stored states equal computed ones.
+    """
+
+    def __init__(self, memory_bytes: int = MEMORY_BYTES, files: PrefixFiles | None = None) -> None:
+        self._left, self._files = memory_bytes, files
         self._kept: dict[tuple[int, tuple[int, ...]], Tensor] = {}
 
     def states(self, lower: FrozenLayers, input_ids: Sequence[int]) -> Tensor:
-        """States [T, H] of a record, kept or computed."""
-        key = (lower.first, tuple(input_ids))
-        found = self._kept.get(key)
+        """Return the states [T, H] of a record, computing them unless they are kept."""
+        found = self._kept.get((lower.first, tuple(input_ids)))
         if found is None:
             found = lower.alone(input_ids)
-            self.keep(*key, found)
+            self._keep(lower.first, input_ids, found)
         return found
 
-    def keep(self, first: int, input_ids: tuple[int, ...], states_TH: Tensor) -> None:
-        """Keep states, if there is room."""
-        if states_TH.nbytes <= self._left and (first, input_ids) not in self._kept:
+    def _keep(self, first: int, input_ids: Sequence[int], states_TH: Tensor) -> None:
+        key = first, tuple(input_ids)
+        if states_TH.nbytes <= self._left and key not in self._kept:
             self._left -= states_TH.nbytes
-            self._kept[first, input_ids] = states_TH
+            self._kept[key] = states_TH
 
-    def kept(self, first: int, input_ids: tuple[int, ...]) -> Tensor | None:
-        """States, if they are kept."""
-        return self._kept.get((first, input_ids))
+    def load(self, job: SliceJob, first: int, rows: TokenizedRows, dtype: torch.dtype) -> dict[str, int]:
+        """Read the stored states of a stage's slices; return the number of records in each file.
+
+        Returns nothing without a store, and where no layer lies below the adapted ones (`first` is 0).
+        """
+        held: dict[str, int] = {}
+        if self._files is None or not first:
+            return held
+        for slice_, root in job.slices:
+            name = self._files.name(job, slice_, root)
+            states = self._files.store.read(name)
+            held[name] = len(states)
+            for stored, tokens in rows:
+                found = states.get(stored.id_digest) if stored.slice == slice_ else None
+                if found is not None and len(found) == len(tokens.input_ids):
+                    self._keep(first, tokens.input_ids, torch.from_numpy(found).to(dtype))
+        return held
+
+    def save(self, job: SliceJob, first: int, rows: TokenizedRows, held: dict[str, int]) -> None:
+        """Store a stage's states, slice by slice, while there is room.
+
+        `held` is what `load` returned; a file that would not grow is not written.
+        """
+        if self._files is None or not first:
+            return
+        for slice_, root in job.slices:
+            name = self._files.name(job, slice_, root)
+            room, taken = self._files.room(job, name), {}
+            for stored, tokens in rows:
+                states = self._kept.get((first, tuple(tokens.input_ids)))
+                if stored.slice != slice_ or states is None:
+                    continue
+                found = states.float().numpy()
+                room -= found.nbytes + HEADER_BYTES
+                if room < 0:
+                    break
+                taken[stored.id_digest] = found
+            if len(taken) > held[name]:
+                self._files.store.write(name, taken)

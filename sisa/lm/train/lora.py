@@ -23,15 +23,13 @@ from sisa.core.domain import SliceJob
 from sisa.core.errors import IntegrityError
 from sisa.core.ports import PrefixStore, StoredRecord, Tick
 from sisa.core.precision import DEFAULT_PRECISION, Precision
-from sisa.lm.answer.patched import load_patched, patched_name
 from sisa.lm.base.numerics import fingerprint, keep_freed_memory, pin_threads, usual_modes
+from sisa.lm.base.patched import load_patched, patched_name
 from sisa.lm.base.tokens import tokenize_all
-from sisa.lm.train.batches import stage_steps
-from sisa.lm.train.frozen_prefix import Prefixes
+from sisa.lm.train.frozen_prefix import Prefixes, PrefixFiles, TokenizedRows
 from sisa.lm.train.losses import Batch
-from sisa.lm.train.shard_prefixes import ShardPrefixes, TokenizedRows
 from sisa.lm.train.stage import Stage
-from sisa.lm.train.ticks import Ticks
+from sisa.lm.train.steps import Ticks, stage_steps
 from sisa.lm.train.trainable import Trainable, pattern_key
 
 
@@ -56,11 +54,11 @@ class LoraTrainer:
         self._base = (base_dir, base_digest, patches, precision)
         self._base_name = patched_name(base_digest, patches)
         self._threads, self._precision = threads, precision
-        self._prefixes = Prefixes()
         self._wrapped: tuple[bytes, Trainable] | None = None
         self._tokenizer: Any = None
         named = (self._base_name, fingerprint(threads, precision))
-        self._kept = None if prefixes is None else ShardPrefixes(prefixes, prefix_bytes, *named)
+        files = None if prefixes is None else PrefixFiles(prefixes, prefix_bytes, *named)
+        self._prefixes = Prefixes(files=files)
 
     def train(
         self,
@@ -90,15 +88,13 @@ class LoraTrainer:
         wrapped = self._wrap(job)
         rows = _tokenized(job, records, self._tokenizer)
         steps = _plan_steps(job, rows)
-        kept = self._kept if wrapped.first else None
-        held = kept.read(job, wrapped.first, rows, wrapped.dtype, self._prefixes) if kept else {}
+        held = self._prefixes.load(job, wrapped.first, rows, wrapped.dtype)
         stage = Stage(job, wrapped, parent, len(steps), self._prefixes)
         ticks = Ticks([_size(step) for step in steps], len(records))
         progress(ticks.before())
         for step in steps:
             progress(ticks.after(*stage.step(step)))
-        if kept:
-            kept.write(job, wrapped.first, rows, self._prefixes, held)
+        self._prefixes.save(job, wrapped.first, rows, held)
         return stage.files()
 
     def _wrap(self, job: SliceJob) -> Trainable:

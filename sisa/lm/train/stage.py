@@ -25,13 +25,13 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import get_scheduler
 
 from sisa.core.digest import canonical_json
 from sisa.core.domain import SliceJob
 from sisa.core.errors import IntegrityError, InvalidInput
 from sisa.lm.base.adapter import ADAPTER_FILE, CONFIG_FILE, config_bytes, read_tensors, tensor_bytes
-from sisa.lm.train.flat_params import FlatParams
 from sisa.lm.train.frozen_prefix import Prefixes
 from sisa.lm.train.losses import Batch, count_labels, summed_loss
 from sisa.lm.train.trainable import Trainable, file_name
@@ -50,6 +50,48 @@ def seed_from(*parts: object) -> int:
     """
     name = "|".join(str(part) for part in parts)
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
+
+
+class FlatParams:
+    """Trained parameters laid out as one parameter, so that one optimizer update covers all of them.
+
+    Each parameter is a view of its part, in the order of names. A tall matrix is stored transposed
+    there, as its gradient arrives; what `by_name` returns has the parameter's own shape. Gradients
+    accumulate in place until `clear`. All parameters share one dtype and one device.
+
+    >>> layer = torch.nn.Linear(2, 3)
+    >>> flat = FlatParams(dict(layer.named_parameters()))
+    >>> layer(torch.ones(1, 2)).sum().backward()
+    >>> flat.values.grad.sum().item(), flat.by_name(flat.values.data)["weight"].shape
+    (9.0, torch.Size([3, 2]))
+    """
+
+    def __init__(self, named: Mapping[str, torch.nn.Parameter]) -> None:
+        self._shapes = {name: each.shape for name, each in named.items()}
+        device = next(iter(named.values())).device if named else None
+        size = sum(each.numel() for each in named.values())
+        self.values = torch.nn.Parameter(torch.empty(size, device=device))
+        self.values.grad = torch.zeros(size, device=device)
+        values, gradients = self.by_name(self.values.data), self.by_name(self.values.grad)
+        for name, each in named.items():
+            values[name].copy_(each.data)
+            each.data, each.grad = values[name], gradients[name]
+
+    def by_name(self, flat: Tensor) -> dict[str, Tensor]:
+        """Return views, by parameter name, into a tensor of the same size as `values`."""
+        found: dict[str, Tensor] = {}
+        at = 0
+        for name, shape in self._shapes.items():
+            part = flat[at : at + shape.numel()]
+            at += shape.numel()
+            tall = len(shape) == 2 and shape[0] > shape[1]
+            found[name] = part.view(shape[1], shape[0]).t() if tall else part.view(shape)
+        return found
+
+    def clear(self) -> None:
+        """Set all gradients to zero."""
+        if self.values.grad is not None:
+            self.values.grad.zero_()
 
 
 class Stage:

@@ -21,10 +21,9 @@ import torch
 
 from sisa.core.digest import canonical_json
 from sisa.lm.base.adapter import DEFAULT_NAME, attach, check_tensors, draw, lora_config
-from sisa.lm.base.base import own_modules
-from sisa.lm.base.layers import first_adapted
+from sisa.lm.base.layers import first_adapted, train_block
+from sisa.lm.base.weights import own_modules
 from sisa.lm.train.frozen_prefix import FrozenLayers
-from sisa.lm.train.layerwise import train_block
 from sisa.lm.train.losses import Form, loss_form
 from sisa.lm.train.trained_linear import use_fused_linear
 

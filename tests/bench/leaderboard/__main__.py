@@ -18,8 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sisa.lm.base.base import resolve_base
 from sisa.lm.base.numerics import describe_fingerprint, pin_threads
+from sisa.lm.base.weights import resolve_base
 from sisa.store.blobs.files import disk_errors, write_atomic, writer_lock
 from tests.bench.leaderboard.authors import read_data
 from tests.bench.leaderboard.cells import CellMaker

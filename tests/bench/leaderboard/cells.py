@@ -43,8 +43,8 @@ from approx.unlearning.stopping import Bounds, End
 from approx.unlearning.unlearn import unlearn
 from sisa.core.digest import canonical_json
 from sisa.lm.base.adapter import adapter_tensors, attach, lora_config, read_tensors, tensor_bytes
-from sisa.lm.base.base import BaseFiles, load_tokenizer
 from sisa.lm.base.tokens import Tokens, encode_plain
+from sisa.lm.base.weights import BaseFiles, load_tokenizer
 from sisa.store.blobs.files import held_names, read_whole, write_atomic
 from tests.bench.leaderboard.authors import Data, asked_of, kept_questions, to_forget
 from tests.bench.leaderboard.plan import (

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from sisa.core.errors import InvalidInput
-from sisa.lm.base.base import load_frozen
+from sisa.lm.base.weights import load_frozen
 
 SPARE = 24  # padding that a stored row has beyond the requested length
 

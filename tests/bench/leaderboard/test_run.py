@@ -20,7 +20,7 @@ from approx.unlearning.sets import Sets
 from approx.unlearning.unlearn import unlearn
 from sisa.core.errors import InvalidInput, Problem
 from sisa.lm.base.adapter import attach, lora_config
-from sisa.lm.base.base import load_tokenizer
+from sisa.lm.base.weights import load_tokenizer
 from tests.bench.leaderboard.__main__ import main
 from tests.bench.leaderboard.cells import AT_THE_END, FORM, step_costs
 from tests.bench.leaderboard.fake_cells import write_authors

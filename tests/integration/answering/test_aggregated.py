@@ -120,7 +120,7 @@ def test_of_a_chat_the_last_user_turn_is_looked_up(model: Model) -> None:
 def test_user_turns_are_told_apart_by_the_template(model: Model, template: str, expected: bool) -> None:
     import copy
 
-    from sisa.lm.answer.aggregated import user_turn
+    from sisa.lm.answer.hf_model import user_turn
 
     tokenizer = copy.copy(model.answerer()[0].tokenizer)
     tokenizer.chat_template = template

@@ -40,7 +40,7 @@ PROMPT = PEOPLE[0]["prompt"]
 
 
 def answerer_of(model: sisa.Model) -> Any:
-    from sisa.lm.answer.answer import Answerer
+    from sisa.lm.answer.answerer import Answerer
 
     adapters = {}
     for each in model.status().shards:
@@ -225,7 +225,7 @@ def test_mean_prob_averages_the_probabilities_of_all_shards(tiny: Tiny) -> None:
 
 
 def test_an_empty_model_answers_with_the_base(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
-    from sisa.lm.answer.answer import Answerer
+    from sisa.lm.answer.answerer import Answerer
     from sisa.lm.base.tokens import encode_prompt
 
     model = tiny.open()

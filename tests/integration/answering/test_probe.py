@@ -15,8 +15,8 @@ import sisa
 from approx.evaluation.probe import MAX_PROBED, BaseProbe
 from approx.patches.patch_measures import measured
 from sisa.core.domain import Part, Record
-from sisa.lm.base.base import base_digest, load_base
 from sisa.lm.base.tokens import tokenize
+from sisa.lm.base.weights import base_digest, load_base
 from tests.models.knowing_base import record, teach
 from tests.models.patch_bench import KNOWN, STRANGERS
 from tests.models.tiny_model import PEOPLE, Tiny, command, ids_of, of_people, write_run

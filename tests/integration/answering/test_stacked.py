@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from sisa.core.errors import IntegrityError
-from sisa.lm.base.base import load_base, resolve_base
+from sisa.lm.base.weights import load_base, resolve_base
 from tests.models.tiny_base import make_tiny_base
 
 pytestmark = pytest.mark.torch
@@ -96,11 +96,11 @@ def close(one: Any, other: Any) -> bool:
 def test_each_row_is_its_constituent(base: Any, adapters: dict[int, Files], routes: Any) -> None:
     import torch
 
-    from sisa.lm.answer.stacked import Stacked
+    from sisa.lm.answer.stacked_adapters import StackedAdapters
     from sisa.lm.base.low_rank import read_change
 
     model, _ = load_base(base.directory, base.digest)
-    stack = Stacked(model, {shard: read_change(files) for shard, files in adapters.items()})
+    stack = StackedAdapters(model, {shard: read_change(files) for shard, files in adapters.items()})
     prompts = [IDS[q:] + IDS[:q] for q in range(len(routes))]
     with torch.inference_mode(), stack.asking(routes) as rows:
         found = model(input_ids=torch.tensor(prompts)).logits
@@ -119,11 +119,11 @@ def test_prompts_read_in_pieces_are_gone_on_with_as_if_read_together(
     import torch
 
     from sisa.lm.answer import prefill
-    from sisa.lm.answer.stacked import Stacked
+    from sisa.lm.answer.stacked_adapters import StackedAdapters
     from sisa.lm.base.low_rank import read_change
 
     model, _ = load_base(base.directory, base.digest)
-    stack = Stacked(model, {shard: read_change(files) for shard, files in adapters.items()})
+    stack = StackedAdapters(model, {shard: read_change(files) for shard, files in adapters.items()})
     prompts = [IDS, IDS[:3], IDS[2:], IDS[::-1]]
     ids = torch.tensor([[0] * (len(IDS) - len(each)) + each for each in prompts])
     mask = torch.tensor([[0] * (len(IDS) - len(each)) + [1] * len(each) for each in prompts])
@@ -150,11 +150,11 @@ def test_prompts_read_in_pieces_are_gone_on_with_as_if_read_together(
 def test_with_keys_and_values_kept_and_rows_padded(base: Any, adapters: dict[int, Files]) -> None:
     import torch
 
-    from sisa.lm.answer.stacked import Stacked
+    from sisa.lm.answer.stacked_adapters import StackedAdapters
     from sisa.lm.base.low_rank import read_change
 
     model, _ = load_base(base.directory, base.digest)
-    stack = Stacked(model, {shard: read_change(files) for shard, files in adapters.items()})
+    stack = StackedAdapters(model, {shard: read_change(files) for shard, files in adapters.items()})
     short, long = IDS[:3], IDS
     ids = torch.tensor([[0] * 4 + short, long])
     mask = torch.tensor([[0] * 4 + [1] * 3, [1] * 7])
@@ -182,11 +182,11 @@ def test_with_keys_and_values_kept_and_rows_padded(base: Any, adapters: dict[int
 def test_outside_of_asking_the_base_answers(base: Any, adapters: dict[int, Files]) -> None:
     import torch
 
-    from sisa.lm.answer.stacked import Stacked
+    from sisa.lm.answer.stacked_adapters import StackedAdapters
     from sisa.lm.base.low_rank import read_change
 
     model, _ = load_base(base.directory, base.digest)
-    stack = Stacked(model, {shard: read_change(files) for shard, files in adapters.items()})
+    stack = StackedAdapters(model, {shard: read_change(files) for shard, files in adapters.items()})
     with pytest.raises(RuntimeError, match="broken"), stack.asking([[0]]):
         raise RuntimeError("broken")
     with torch.inference_mode():
@@ -194,7 +194,7 @@ def test_outside_of_asking_the_base_answers(base: Any, adapters: dict[int, Files
 
 
 def test_an_adapter_of_another_base_is_refused(base: Any, tmp_path: Path) -> None:
-    from sisa.lm.answer.stacked import Stacked
+    from sisa.lm.answer.stacked_adapters import StackedAdapters
     from sisa.lm.base.low_rank import read_change
 
     wider = resolve_base(str(make_tiny_base(tmp_path / "wider", hidden=128, layers=LAYERS)))
@@ -203,12 +203,12 @@ def test_an_adapter_of_another_base_is_refused(base: Any, tmp_path: Path) -> Non
         foreign = adapter(other, 1, 2, [LAYERS - 1 if other is wider else LAYERS], ["q_proj"])
         model, _ = load_base(base.directory, base.digest)
         with pytest.raises(IntegrityError, match="does not fit"):
-            Stacked(
+            StackedAdapters(
                 model,
                 {0: read_change(adapter(base, 1, 2, [3], ["q_proj"])), 1: read_change(foreign)},
             )
         with pytest.raises(IntegrityError, match="does not fit"):
-            Stacked(model, {1: read_change(foreign)})
+            StackedAdapters(model, {1: read_change(foreign)})
 
 
 def rows_of_forwards(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -232,11 +232,11 @@ def test_no_forward_asks_more_rows_than_are_allowed(
     monkeypatch: pytest.MonkeyPatch,
     shards: tuple[int, ...],
 ) -> None:
-    from sisa.lm.answer import answer
+    from sisa.lm.answer import answerer as answering
     from sisa.lm.answer.route import all_of
 
-    monkeypatch.setattr(answer, "MAX_ROWS", 6)
-    answerer = answer.Answerer(base.directory, base.digest, adapters, threads=1)
+    monkeypatch.setattr(answering, "MAX_ROWS", 6)
+    answerer = answering.Answerer(base.directory, base.digest, adapters, threads=1)
     asked = rows_of_forwards(answerer.model, monkeypatch)
     prompts = [IDS[at % 3 :] for at in range(10)]
     together = answerer.generate(prompts, [all_of(shards)] * 10, 1)
@@ -250,10 +250,11 @@ def test_scores_of_many_rows_are_those_of_each_and_come_piece_by_piece(
 ) -> None:
     import torch
 
-    from sisa.lm.answer import answer, prefill
+    from sisa.lm.answer import answerer as answering
+    from sisa.lm.answer import prefill
     from sisa.lm.answer.route import Route, all_of
 
-    answerer = answer.Answerer(base.directory, base.digest, adapters, threads=1)
+    answerer = answering.Answerer(base.directory, base.digest, adapters, threads=1)
     routes = [all_of((0, 2, 5)), Route(), all_of((2,)), all_of((0, 5))]
     ids = torch.tensor([IDS, IDS[::-1], [*IDS[3:], *IDS[:3]], [7] * len(IDS)])
     mask = torch.ones_like(ids)

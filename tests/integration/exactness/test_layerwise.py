@@ -19,7 +19,7 @@ from sisa.config.config import RunConfig
 from sisa.core.domain import SliceJob
 from sisa.core.errors import InvalidInput
 from sisa.flows.wiring.parts import Parts
-from sisa.lm.base.base import BaseFiles, resolve_base
+from sisa.lm.base.weights import BaseFiles, resolve_base
 from sisa.planning.plan import LAYERWISE
 from tests.integration.training.test_trainer import RECORDS, TRAINING, Files, train
 from tests.models.tiny_base import make_tiny_base
@@ -74,7 +74,7 @@ def logits(base: BaseFiles, files: Mapping[str, bytes]) -> Any:
     import torch
 
     from sisa.lm.base.adapter import attach, read_config
-    from sisa.lm.base.base import load_base
+    from sisa.lm.base.weights import load_base
 
     plain = load_base(base.directory, base.digest)[0]
     model = attach(plain, read_config(files), tensors(files), init_seed=0)

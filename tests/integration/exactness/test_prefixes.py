@@ -87,7 +87,7 @@ def count_computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_a_bound_holds_and_reaches_no_bit(tiny_base: Path) -> None:
-    from sisa.lm.base.base import resolve_base
+    from sisa.lm.base.weights import resolve_base
     from sisa.lm.train.lora import LoraTrainer
     from tests.fakes.ports import FakePrefixes
     from tests.integration.training.test_trainer import RECORDS, job_for, names

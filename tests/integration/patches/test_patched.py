@@ -18,7 +18,7 @@ from sisa.core.errors import IntegrityError
 from sisa.core.patch import patched_digest
 from sisa.core.ports import StoredRecord
 from sisa.lm.answer.route import all_of
-from sisa.lm.base.base import BaseFiles, base_digest, resolve_base
+from sisa.lm.base.weights import BaseFiles, base_digest, resolve_base
 from tests.integration.training.test_trainer import RECORDS, job_for, names
 from tests.models.tiny_base import make_tiny_base
 
@@ -39,7 +39,7 @@ def random_patch(base: Path, seed: int, *modules: str, rank: int = 4, scale: flo
     import torch
 
     from sisa.lm.base import adapter
-    from sisa.lm.base.base import load_base
+    from sisa.lm.base.weights import load_base
 
     model, _ = load_base(base, base_digest(base))
     wanted = list(modules) or "all-linear"
@@ -67,8 +67,8 @@ def patches(base: BaseFiles) -> list[Files]:
 
 
 def load(base: BaseFiles, patches: list[Files]) -> Any:
-    from sisa.lm.answer.patched import load_patched
     from sisa.lm.base.numerics import pin_threads
+    from sisa.lm.base.patched import load_patched
 
     pin_threads(1)
     return load_patched(base.directory, base.digest, patches)[0]
@@ -115,7 +115,7 @@ def test_patches_are_laid_on_as_peft_merges_them(
 
 
 def test_without_patches_it_is_the_base_bit_for_bit(base: BaseFiles, patches: list[Files]) -> None:
-    from sisa.lm.base.base import load_base
+    from sisa.lm.base.weights import load_base
 
     plain = load_base(base.directory, base.digest)[0]
     before = weights(plain)
@@ -134,7 +134,7 @@ def test_the_same_bits_each_time_whatever_was_asked_before(
     assert weights(load(base, patches)) == first
     assert weights(load(base, patches[:1])) != first
     assert weights(load(base, patches)) == first
-    monkeypatch.setattr("sisa.lm.answer.patched._last", {})
+    monkeypatch.setattr("sisa.lm.base.patched._last", {})
     assert weights(load(base, patches)) == first
 
 
@@ -183,7 +183,7 @@ def test_a_patch_that_does_not_fit_is_refused(base: BaseFiles, tmp_path: Path) -
 
 
 def answerer(base: BaseFiles, adapters: Mapping[int, Files], patches: list[Files]) -> Any:
-    from sisa.lm.answer.answer import Answerer
+    from sisa.lm.answer.answerer import Answerer
 
     return Answerer(base.directory, base.digest, adapters, 1, patches)
 
@@ -270,7 +270,7 @@ def test_patches_and_an_adapter_are_one_adapter_on_the_plain_base(
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from sisa.lm.answer.patched import merge_adapters
+    from sisa.lm.base.patched import merge_adapters
 
     shard = random_patch(base.directory, 7, "q_proj", "o_proj", rank=3)
     whole = merge_adapters(patches, [shard])

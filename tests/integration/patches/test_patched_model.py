@@ -67,7 +67,7 @@ def made(tiny_base: Path) -> list[Files]:
 
 def served(model: Tiny, patches: Sequence[Files]) -> Any:
     """An answerer out of the files of the shards and of patches."""
-    from sisa.lm.answer.answer import Answerer
+    from sisa.lm.answer.answerer import Answerer
 
     opened = model.open()
     found = {

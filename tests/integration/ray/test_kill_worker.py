@@ -50,7 +50,7 @@ TRAINING = {
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
-    from sisa.lm.base.base import base_digest
+    from sisa.lm.base.weights import base_digest
 
     directory = tmp_path_factory.mktemp("kill")
     base = make_tiny_base(directory / "base")

@@ -23,8 +23,8 @@ from sisa.core.domain import Part, Record
 from sisa.core.errors import InvalidInput, SisaError
 from sisa.core.events import Event, Notice
 from sisa.flows.wiring.parts import Parts
-from sisa.lm.base.base import resolve_base
-from sisa.lm.base.trial import try_base
+from sisa.lm.answer.base_trial import try_base
+from sisa.lm.base.weights import resolve_base
 from tests.endurance.mutate import some_bytes
 from tests.models.tiny_base import make_tiny_base
 from tests.models.tiny_model import Tiny, change_run, of_people, write_run

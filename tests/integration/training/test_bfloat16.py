@@ -18,7 +18,7 @@ from sisa.core.errors import ConfigConflict, IntegrityError, InvalidInput
 from sisa.core.precision import Precision
 from sisa.flows.wiring.opening import CHECKPOINTS
 from sisa.lm.answer.route import all_of
-from sisa.lm.base.base import BaseFiles, resolve_base
+from sisa.lm.base.weights import BaseFiles, resolve_base
 from tests.integration.training.test_trainer import RECORDS, job_for, names
 from tests.models.tiny_model import (
     PEOPLE,
@@ -111,7 +111,7 @@ def test_a_job_of_another_dtype_is_refused(base: BaseFiles) -> None:
 def test_the_base_is_in_bfloat16_and_its_positions_are_not(base: BaseFiles) -> None:
     import torch
 
-    from sisa.lm.base.base import load_base
+    from sisa.lm.base.weights import load_base
 
     model, _ = load_base(base.directory, base.digest, HALF)
     assert {each.dtype for each in model.parameters()} == {torch.bfloat16}
@@ -155,8 +155,8 @@ def test_merged_forms_are_in_float32_and_say_what_is_served(half: Tiny) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from sisa.lm.base.base import load_base
     from sisa.lm.base.tokens import encode_prompt
+    from sisa.lm.base.weights import load_base
 
     change_run(half.run_file, sisa__aggregation="merged")
     half.train()
@@ -187,7 +187,7 @@ def test_a_changed_dtype_trains_all_anew(
 
 
 def test_patches_are_refused_over_it(half: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
-    from sisa.lm.answer.patched import load_patched
+    from sisa.lm.base.patched import load_patched
 
     done = command(
         capsys,

@@ -18,7 +18,7 @@ from sisa.core.domain import SliceJob
 from sisa.core.precision import Precision
 from sisa.lm.answer.route import Route, all_of
 from sisa.lm.base import cuda
-from sisa.lm.base.base import BaseFiles, resolve_base
+from sisa.lm.base.weights import BaseFiles, resolve_base
 from sisa.lm.train import self_test
 from tests.integration.training.test_trainer import RECORDS, job_for, names
 from tests.models.tiny_model import (
@@ -165,15 +165,15 @@ def test_answers_stay_on_the_bases_device(
 ) -> None:
     import torch
 
-    from sisa.lm.answer import answer
-    from sisa.lm.answer.patched import load_patched
+    from sisa.lm.answer import answerer as answering
+    from sisa.lm.base.patched import load_patched
 
     def on_meta(*of: Any) -> Any:
         model, tokenizer = load_patched(*of)
         return model.to("meta"), tokenizer
 
-    monkeypatch.setattr(answer, "load_patched", on_meta)
-    asked = answer.Answerer(base.directory, base.digest, {0: files, 1: files}, 1, method=method)
+    monkeypatch.setattr(answering, "load_patched", on_meta)
+    asked = answering.Answerer(base.directory, base.digest, {0: files, 1: files}, 1, method=method)
     routes, ids = [all_of((0, 1)), Route()], torch.tensor([[5, 6, 7], [8, 9, 10]])
     ran = watched(lambda: asked.logprobs(routes, input_ids=ids, attention_mask=torch.ones_like(ids)))
     assert ran["linear"] > 10

@@ -19,7 +19,7 @@ from sisa.core.domain import Part, Record, SliceJob
 from sisa.core.errors import IntegrityError, InvalidInput
 from sisa.core.ports import StoredRecord, Tick
 from sisa.lm.answer.route import all_of
-from sisa.lm.base.base import BaseFiles, resolve_base
+from sisa.lm.base.weights import BaseFiles, resolve_base
 from sisa.store.checkpoints import FILES, MANIFEST
 from tests.models.tiny_base import make_tiny_base
 
@@ -107,7 +107,7 @@ def test_same_bytes_in_a_fresh_process_that_resumes(base: BaseFiles, tmp_path: P
         (tmp_path / name).write_bytes(data)
     code = (
         "import json, sys; from pathlib import Path\n"
-        "from sisa.lm.base.base import resolve_base\n"
+        "from sisa.lm.base.weights import resolve_base\n"
         "from tests.integration.training.test_trainer import job_for, names, train\n"
         "base = resolve_base(sys.argv[1])\n"
         "parent = {path.name: path.read_bytes() for path in Path(sys.argv[2]).iterdir()}\n"
@@ -165,7 +165,7 @@ def test_files_and_first_weights_are_as_peft_has_them(base: BaseFiles) -> None:
     import torch
     from peft.utils import get_peft_model_state_dict
 
-    from sisa.lm.base.base import load_base
+    from sisa.lm.base.weights import load_base
     from sisa.lm.train.trainable import Trainable
 
     model, _ = load_base(base.directory, base.digest)
@@ -206,7 +206,7 @@ def test_shards_start_from_their_own_seed(base: BaseFiles) -> None:
 
 
 def test_the_base_is_left_as_it_was(base: BaseFiles) -> None:
-    from sisa.lm.base.base import load_base
+    from sisa.lm.base.weights import load_base
 
     weights = base.directory / "model.safetensors"
     on_disk = file_sha256(weights)
@@ -228,8 +228,8 @@ def test_loss_and_gradient_agree_with_plain_transformers(
     import torch
 
     from sisa.lm.base.adapter import attach, lora_config
-    from sisa.lm.base.base import load_base
     from sisa.lm.base.tokens import tokenize
+    from sisa.lm.base.weights import load_base
     from sisa.lm.train.losses import Form, count_labels, loss_form, summed_loss
     from sisa.lm.train.trained_linear import use_fused_linear
 
@@ -302,10 +302,10 @@ def plain_loop(base: BaseFiles, stages: Sequence[tuple[SliceJob, Sequence[Stored
     from transformers import get_scheduler
 
     from sisa.lm.base.adapter import attach, lora_config
-    from sisa.lm.base.base import load_base
     from sisa.lm.base.tokens import tokenize
-    from sisa.lm.train.batches import stage_steps
+    from sisa.lm.base.weights import load_base
     from sisa.lm.train.stage import seed_from
+    from sisa.lm.train.steps import stage_steps
     from sisa.lm.train.trainable import file_name
 
     model, tokenizer = load_base(base.directory, base.digest)
@@ -346,8 +346,8 @@ def test_accumulation_equals_one_large_batch(base: BaseFiles) -> None:
 
 
 def test_prompt_tokens_get_no_loss(base: BaseFiles) -> None:
-    from sisa.lm.base.base import load_tokenizer
     from sisa.lm.base.tokens import tokenize
+    from sisa.lm.base.weights import load_tokenizer
 
     tokenizer = load_tokenizer(base.directory)
     chat = Record(
@@ -378,8 +378,8 @@ def test_prompt_tokens_get_no_loss(base: BaseFiles) -> None:
 
 
 def test_overlong_records_are_all_named_or_cut(base: BaseFiles) -> None:
-    from sisa.lm.base.base import load_tokenizer
     from sisa.lm.base.tokens import count_tokens
+    from sisa.lm.base.weights import load_tokenizer
 
     tokenizer = load_tokenizer(base.directory)
     records = [each.record for each in RECORDS[:3]]
@@ -442,8 +442,8 @@ def test_peft_loads_the_directory_as_it_is(base: BaseFiles, tmp_path: Path) -> N
     import torch
     from peft import PeftModel
 
-    from sisa.lm.answer.answer import Answerer
-    from sisa.lm.base.base import load_base
+    from sisa.lm.answer.answerer import Answerer
+    from sisa.lm.base.weights import load_base
 
     files = train_chain(base)
     for name, data in files.items():
@@ -464,7 +464,7 @@ def test_peft_loads_the_directory_as_it_is(base: BaseFiles, tmp_path: Path) -> N
 def test_answers_are_the_mean_of_probabilities(base: BaseFiles) -> None:
     import torch
 
-    from sisa.lm.answer.answer import Answerer
+    from sisa.lm.answer.answerer import Answerer
     from sisa.lm.base.tokens import encode_prompt
 
     adapters = {shard: train(base, job_for(base, shard=shard)) for shard in (0, 4)}
@@ -527,7 +527,7 @@ def make_tiny_embedder(directory: Path) -> Path:
     import torch
     from transformers import BertConfig, BertModel
 
-    from sisa.lm.base.base import load_tokenizer
+    from sisa.lm.base.weights import load_tokenizer
 
     make_tiny_base(directory)
     torch.manual_seed(0)
@@ -540,8 +540,8 @@ def make_tiny_embedder(directory: Path) -> Path:
 def test_states_do_not_depend_on_what_was_kept_before(base: BaseFiles) -> None:
     import torch
 
-    from sisa.lm.base.base import load_base
     from sisa.lm.base.tokens import tokenize
+    from sisa.lm.base.weights import load_base
     from sisa.lm.train.frozen_prefix import FrozenLayers, Prefixes
 
     model, tokenizer = load_base(base.directory, base.digest)
@@ -566,8 +566,8 @@ def test_adapters_of_the_top_layers_train_as_peft_would(base: BaseFiles) -> None
     import torch
 
     from sisa.lm.base.adapter import attach, lora_config
-    from sisa.lm.base.base import load_base
     from sisa.lm.base.tokens import tokenize
+    from sisa.lm.base.weights import load_base
     from sisa.lm.train.frozen_prefix import FrozenLayers, Prefixes
     from sisa.lm.train.losses import Form, summed_loss
 

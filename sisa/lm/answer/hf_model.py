@@ -33,7 +33,7 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from sisa.core.errors import InvalidInput
-from sisa.lm.answer.answer import Answerer
+from sisa.lm.answer.answerer import Answerer
 from sisa.lm.answer.route import Route
 from sisa.lm.base.tokens import NO_LOSS
 

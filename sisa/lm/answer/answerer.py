@@ -27,16 +27,16 @@ from torch import Tensor
 
 from sisa.core.errors import InvalidInput
 from sisa.core.precision import DEFAULT_PRECISION, Precision
-from sisa.lm.answer.aggregate import combine
-from sisa.lm.answer.patched import load_patched, patched_name
 from sisa.lm.answer.prefill import pieces, prefill
 from sisa.lm.answer.route import Route
-from sisa.lm.answer.stacked import Rows, Stacked
+from sisa.lm.answer.stacked_adapters import Rows, StackedAdapters
 from sisa.lm.base.low_rank import averaged, read_change
 from sisa.lm.base.numerics import pin_threads
+from sisa.lm.base.patched import load_patched, patched_name
 
 MAX_ROWS = 64  # constituents asked in one forward
 MERGED = -1  # the name of the one adapter that all shards' are averaged into
+TIE_SHARE = 1e-3  # of mean_prob in a vote
 
 
 class Answerer:
@@ -64,7 +64,7 @@ class Answerer:
         changes = {shard: read_change(files) for shard, files in sorted(adapters.items())}
         if method == "merged" and changes:
             changes = {MERGED: averaged(list(changes.values()))}
-        self.stack = Stacked(self.model, changes)
+        self.stack = StackedAdapters(self.model, changes)
         self._ends = end_tokens(self.model, self.tokenizer)
         pad = self.tokenizer.pad_token_id
         self._pad = self.tokenizer.eos_token_id if pad is None else pad
@@ -185,6 +185,35 @@ class Answerer:
                 got=", ".join(map(str, missing)),
                 next_step="choose among the live shards",
             )
+
+
+def combine(logits_PTV: Tensor, weights_P: Tensor, method: str) -> Tensor:
+    """Return the log-probabilities [T, V] of P constituents' combined distribution; weights sum to 1.
+
+    mean_prob   sum_i w_i p_i: the mean of vectors (Bourtoule et al. 2021, section IV)
+    mean_logit  softmax(sum_i w_i log p_i): their geometric mean
+    vote        sum_i w_i [argmax p_i]: majority vote (section IV) with a thousandth of mean_prob,
+                which breaks ties and keeps every probability above 0
+
+    Every other method is combined as mean_prob is.
+
+    >>> logits = torch.tensor([[[0.9, 0.1]], [[0.6, 0.4]]]).log()
+    >>> combine(logits, torch.tensor([0.5, 0.5]), "mean_prob").exp()
+    tensor([[0.7500, 0.2500]])
+    """
+    logs_PTV = logits_PTV.float().log_softmax(-1)
+    if len(logs_PTV) == 1:
+        return logs_PTV[0]
+    weights_P11 = weights_P.float()[:, None, None]
+    if method == "mean_logit":
+        return (weights_P11 * logs_PTV).sum(0).log_softmax(-1)
+    mean_TV = (logs_PTV + weights_P11.log()).logsumexp(0)
+    if method != "vote":
+        return mean_TV
+    votes_TV = torch.zeros_like(mean_TV)
+    for weight, picked_T in zip(weights_P.float(), logs_PTV.argmax(-1), strict=True):
+        votes_TV.scatter_add_(-1, picked_T[:, None], weight.expand(len(picked_T), 1))
+    return ((1 - TIE_SHARE) * votes_TV + TIE_SHARE * mean_TV.exp()).log()
 
 
 def _on(value: Any, device: torch.device) -> Any:

@@ -15,7 +15,7 @@ ONE, OTHER, THIRD = [0.7, 0.2, 0.1], [0.1, 0.6, 0.3], [0.05, 0.5, 0.45]
 def spoken(method: str, rows: Sequence[Sequence[float]], weights: Sequence[float]) -> Any:
     import torch
 
-    from sisa.lm.answer.aggregate import combine
+    from sisa.lm.answer.answerer import combine
 
     logits = torch.tensor(rows).log()[:, None] + 3.0  # logits are logs up to a constant
     return combine(logits, torch.tensor(weights), method)[0].exp()

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sisa.core.errors import IntegrityError, InvalidInput
 from sisa.lm.answer.prefill import prefill
-from sisa.lm.answer.stacked import Stacked
+from sisa.lm.answer.stacked_adapters import StackedAdapters
 from sisa.lm.base.adapter import (
     ADAPTER_FILE,
     CONFIG_FILE,
@@ -33,8 +33,8 @@ from sisa.lm.base.adapter import (
     lora_config,
     tensor_bytes,
 )
-from sisa.lm.base.base import load_base, load_skeleton, own_modules, untrusted
 from sisa.lm.base.low_rank import LowRankChange, read_change
+from sisa.lm.base.weights import load_base, load_skeleton, own_modules, untrusted
 
 # of the norm of what is compared: another answer is off by about 1, a token heard ahead by less
 OTHER_ANSWER, HEARD_AHEAD = 1e-2, 1e-5
@@ -126,7 +126,7 @@ def _refuse_other_answers(model: Any, trained: Any, change: LowRankChange) -> No
     ids_PT = torch.tensor([[1] * (width - len(each)) + list(each) for each in PROMPTS])
     mask_PT = torch.tensor([[0] * (width - each) + [1] * each for each in lengths])
     mask_PS = torch.cat([mask_PT, torch.ones(len(PROMPTS), 1, dtype=torch.long)], dim=1)
-    stack = Stacked(own := own_modules(model), {0: change})
+    stack = StackedAdapters(own := own_modules(model), {0: change})
     routes = [[0]] * len(PROMPTS)
     first_PV, cache = prefill(own, stack, routes, ids_PT, mask_PT)
     with stack.asking(routes):

@@ -26,9 +26,9 @@ from sisa.core.errors import IntegrityError, InvalidInput
 from sisa.core.patch import patched_digest
 from sisa.core.precision import DEFAULT_PRECISION, Precision
 from sisa.lm.base.adapter import ADAPTER_FILE, CONFIG_FILE, read_config, tensor_bytes, written_config
-from sisa.lm.base.base import load_base, own_modules
 from sisa.lm.base.low_rank import averaged, merge_into, read_change, stacked, tensors_of
 from sisa.lm.base.numerics import usual_modes
+from sisa.lm.base.weights import load_base, own_modules
 
 AdapterFiles = Mapping[str, bytes]
 _last: dict[tuple[Any, ...], Any] = {}  # the base under the patches that were last asked for

@@ -18,7 +18,7 @@ before the layers.
 Shapes: Q requests, P rows, T positions, I and O features of a module, R rank, N adapters, G groups of
 rows with one adapter, V words.
 
-    stack = Stacked(base, {0: read_change(files), 3: read_change(other_files)})
+    stack = StackedAdapters(base, {0: read_change(files), 3: read_change(other_files)})
     with stack.asking([[0, 3], [3]]) as rows:
         logits_PTV = base(ids_QT).logits
     logits_PTV[rows.of[0]]      # of the first request, constituent by constituent
@@ -106,7 +106,7 @@ class StackedLinear(nn.Module):
         return torch.baddbmm(y_GXO.to(low_GRX.dtype), low_GRX.mT, up_GRO).to(y_PTO.dtype).view_as(y_PTO)
 
 
-class Stacked:
+class StackedAdapters:
     """Adapters by name (shards) around a base whose modules are the caller's own; they are replaced."""
 
     def __init__(self, base: Any, adapters: Mapping[int, LowRankChange]) -> None:
