@@ -1,24 +1,21 @@
-"""What is wrong with a model directory, how grave it is, and whether it can be made good.
+"""Diagnosis of a model directory: what is wrong, how grave it is, and which repair mends it.
 
-    surroundings   a writer at work, a disk that is full or read-only, a clock that ran backwards
-    witness        whole, not ahead of the ledger (a backup was restored; repair: deletes again), and of
-                   the same deletions
-    ledger, key    there, whole, of this version, fitting together: nothing here can be derived again
-    keyring        of an encrypted model: there, and for its owner alone; what lacks its key is damaged
-    slice files    there and as recorded: not derivable either, since only they hold the text
-    index files    derivable from slice files                                       (repair: reindex)
-    checkpoints    derivable by training                                            (repair: retrain)
-    heads          derivable from what is held                                      (repair: heads)
-    unknown files  and keys without a file: swept  (repair: sweep)
-    storage        reached, and without old versions of what was erased             (repair: purge)
-    file modes     (repair: mode);  a full log (repair: scrub)
-    forms          plain files in an encrypted model, or the other way round        (repair: reseal)
+    surroundings   a writer at work, a full or read-only disk, a clock that ran backwards
+    witness        damaged; or ahead of the ledger, since a backup was restored (repair: delete again)
+    ledger, key    missing, damaged, of another version, not fitting together: can't be derived again
+    keyring        of an encrypted model: missing, or not only for its owner
+    slice files    missing or not as recorded: can't be derived again, since only they hold the text
+    index files    derived from the slice files                  (repair: reindex)
+    checkpoints    derived by training                           (repair: retrain)
+    heads          derived from the held checkpoints             (repair: heads)
+    unknown files  and keys without a file                       (repair: sweep)
+    storage        out of reach, or with old versions of what was erased (repair: purge)
+    file modes     (repair: mode); a full log (repair: scrub)
+    forms          plain files in an encrypted model, or the reverse (repair: reseal)
 
-Rules: nothing is changed and no torch is imported. A healthy model has no finding at all. Findings name
-files, shards and digests, never a record. An `error` is something that a command would stumble over, a
-`warning` is not.
-
-Not covered: mending (`repair.py`); whether trained bytes are the right ones (`verify --replay`).
+Nothing is changed and torch is not imported. A healthy model has no findings. Findings name files,
+shards and digests, never a record. An `error` makes some command fail; a `warning` does not. Whether the
+trained bytes are the right ones is proven by `verify --replay`.
 """
 
 from __future__ import annotations
@@ -58,7 +55,7 @@ CLOCK_TOLERANCE_S = 1.0
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """All findings; `ok` without errors, `healthy` without any."""
+    """The findings of a model directory; `ok` if none is an error, `healthy` if there are none."""
 
     directory: str
     ok: bool
@@ -67,7 +64,7 @@ class Diagnosis:
 
     @property
     def unopenable(self) -> bool:
-        """Whether the ledger or the key keeps the model from being opened, and so from being mended."""
+        """Return whether the ledger or the key keeps the model from being opened, and so mended."""
         return any(
             each.severity == "error" and each.kind.partition("_")[0] in ("key", "ledger")
             for each in self.findings
@@ -75,14 +72,15 @@ class Diagnosis:
 
 
 def diagnosis(directory: Path, findings: list[Finding]) -> Diagnosis:
+    """Return the diagnosis that follows from the findings."""
     ok = all(each.severity != "error" for each in findings)
     return Diagnosis(str(directory), ok, not findings, tuple(findings))
 
 
 def diagnose(directory: Path, now: datetime | None = None) -> Diagnosis:
-    """Examine the model in a directory. Raises InvalidInput where there never was one."""
-    rooms = [each for each in (LEDGER, KEY, *AREAS) if (directory / each).exists()]
-    if not rooms:
+    """Examine the model in a directory. Raises InvalidInput if the directory holds none."""
+    areas = [each for each in (LEDGER, KEY, *AREAS) if (directory / each).exists()]
+    if not areas:
         raise InvalidInput(
             "there is no model in this directory",
             where=str(directory),
@@ -91,7 +89,7 @@ def diagnose(directory: Path, now: datetime | None = None) -> Diagnosis:
         )
     with undisturbed(directory) as free:
         if not free:
-            what = "another process is writing to this model: what it writes can't be judged now"
+            what = "another process is writing to this model: its files can't be judged now"
             step = "wait until it has finished, then run the same command again"
             return diagnosis(directory, [Finding("writer", "warning", str(directory), what, "", step)])
         found = [*surroundings(directory), *_ledger(directory)]
@@ -103,12 +101,12 @@ def diagnose(directory: Path, now: datetime | None = None) -> Diagnosis:
 
 
 def surroundings(directory: Path) -> list[Finding]:
-    """The disk, and a write-ahead log that a killed process left."""
+    """Return findings about the disk, and about a write-ahead log that a killed process left."""
     found = []
-    for path in (directory, *(directory / room for room in AREAS)):
+    for path in (directory, *(directory / area for area in AREAS)):
         if path.is_dir() and not _writable(path):
-            step = "make it writable; questions are answered all the same"
-            what = "can't be written, so that nothing can be trained, added or deleted"
+            step = "make it writable; the model still answers questions"
+            what = "can't be written: nothing can be trained, added or deleted"
             found.append(Finding("read_only", "error", str(path), what, "", step))
     free = shutil.disk_usage(directory).free
     needed = LEAST_FREE_BYTES + _largest_checkpoint(directory / CHECKPOINTS)
@@ -118,17 +116,17 @@ def surroundings(directory: Path) -> list[Finding]:
         found.append(Finding("disk", "warning", str(directory), what, "", step))
     if kind := files.network_file_system(directory):
         step = "move the model to a disk of this machine; `storage:` may stay on the network"
-        what = f"the ledger lies on a network file system ({kind}), where SQLite is not safe"
+        what = f"the ledger is on a network file system ({kind}), where SQLite is not safe"
         found.append(Finding("network_disk", "warning", str(directory), what, "", step))
     log = directory / f"{LEDGER}-wal"
     if log.is_file() and log.stat().st_size:
-        what = f"holds {log.stat().st_size:,} bytes: a process was killed, or one reads just now"
+        what = f"holds {log.stat().st_size:,} bytes: a process was killed, or one is reading now"
         found.append(finding("log", "warning", log.name, what, "scrub"))
     return found
 
 
 def _writable(path: Path) -> bool:
-    """Asked of the disk itself, since permissions do not bind every user; the file has no name."""
+    """Return whether a nameless file can be created; permissions do not bind every user."""
     try:
         with tempfile.TemporaryFile(dir=path):
             return True
@@ -148,7 +146,7 @@ def _query(path: Path, statement: str) -> list[Any]:
 
 
 def _ledger(directory: Path) -> Iterator[Finding]:
-    """Whether the ledger file is there, whole, and of this version."""
+    """Find a ledger file that is missing, damaged or of another version."""
     path = directory / LEDGER
     if not path.is_file():
         yield finding("ledger_missing", "error", LEDGER, "the ledger is missing")
@@ -166,7 +164,7 @@ def _ledger(directory: Path) -> Iterator[Finding]:
     except sqlite3.DatabaseError as error:
         yield finding("ledger_damaged", "error", LEDGER, f"the ledger is damaged: {error}")
         return
-    except UnicodeDecodeError:  # of SQLite's own message, which quotes the schema
+    except UnicodeDecodeError:  # raised for SQLite's own message, which quotes the schema
         yield finding("ledger_damaged", "error", LEDGER, "the ledger is damaged: its schema is no text")
         return
     if answers != ["ok"]:
@@ -183,7 +181,7 @@ def _ledger(directory: Path) -> Iterator[Finding]:
 
 
 def clock(directory: Path, now: datetime) -> Iterator[Finding]:
-    """A clock that stands before the newest time in the ledger."""
+    """Find a clock that is behind the newest time in the ledger."""
     path = directory / LEDGER
     newest = ""
     for (table,) in _query(path, "SELECT name FROM sqlite_master WHERE type = 'table'"):
@@ -203,7 +201,7 @@ def clock(directory: Path, now: datetime) -> Iterator[Finding]:
 
 
 def _opened(directory: Path) -> list[Finding]:
-    """The key, and all that can be told with the ledger open."""
+    """Return findings about the key, and all that need the ledger open."""
     try:
         with closing(SqlLedger(directory / LEDGER)) as ledger:
             meta = ledger.meta()
@@ -215,7 +213,11 @@ def _opened(directory: Path) -> list[Finding]:
         model = opening.model_id(meta)
         keyring = opening.open_keyring(config, model)
     except (SisaError, ValueError, KeyError, TypeError):
-        return [finding("ledger_meta", "error", LEDGER, "its description of the model can't be parsed")]
+        return [
+            finding(
+                "ledger_meta", "error", LEDGER, "the ledger's description of the model can't be parsed"
+            )
+        ]
     found, secret = _key(directory, config, model, meta.get("key", ""))
     parts, keyed = Parts(config, base, embedder), Keyed(secret or bytes(KEY_BYTES))
     try:
@@ -245,21 +247,23 @@ def _opened(directory: Path) -> list[Finding]:
 
 
 def _witness(world: World) -> list[Finding]:
-    """Whether deletions that were carried out are missing here, since this ledger came from a backup, or
-    are told otherwise."""
+    """Find deletions that the witness records and the ledger lacks, or records otherwise.
+
+    A ledger lacks them after it was restored from a backup.
+    """
     where = world.witness.location()
     try:
-        told = world.witness.read()
+        witnessed = world.witness.read().tombstones
         if not is_behind(world):
             known = {each.id_digest: each for each in world.ledger.tombstones()}
-            wrong = [key for key, each in told.tombstones.items() if known.get(key, each) != each]
-            what = f"{len(wrong)} deletions are recorded otherwise than the witness has them"
+            wrong = [key for key, each in witnessed.items() if known.get(key, each) != each]
+            what = f"{len(wrong)} deletions are recorded otherwise than in the witness"
             return [finding("ledger_damaged", "error", LEDGER, what)] if wrong else []
     except SisaError as error:
         return [Finding("witness", "error", where, error.what, "", error.next_step)]
-    found = world.ledger.lookup(told.tombstones).values()
+    found = world.ledger.lookup(witnessed).values()
     live = sum(isinstance(each, RecordRow) for each in found)
-    what = f"the ledger is behind its witness: {live} records that were deleted are held again"
+    what = f"the ledger is behind its witness: {live} deleted records are held again"
     return [Finding("behind", "error", where, what, "sweep", "any other command deletes them again")]
 
 
@@ -275,9 +279,10 @@ def _key(
         return [finding("key", "error", str(path), "the partition key is not this model's")], None
     if not path.is_file():
         what = (
-            "the partition key is not here: an encrypted model's belongs to its keyring, else beside it"
+            "the partition key is in the wrong place: it belongs in the keyring of an encrypted model, "
+            "else in the model directory"
         )
-        step = "the next train, add or forget moves it"
+        step = "the next train, add or forget moves it there"
         return [Finding("key_place", "warning", str(path), what, "", step)], secret
     mode = stat.S_IMODE(os.stat(path).st_mode)
     if path != directory / KEY and mode & 0o077:

@@ -1,9 +1,8 @@
-"""The findings of an opened model: every named file, every head, every unknown file.
+"""The findings of an opened model: every file that the ledger names, every head, every unknown file.
 
-Rules: nothing is changed. A finding names what can be done about it in one word, `repair`; an empty one
-means that it can't be derived again. Checkpoints are told damaged by their digests alone.
-
-Not covered: the surroundings, the ledger file and the key (`doctor.py`), mending (`repair.py`).
+Nothing is changed. `Finding.repair` names in one word what mends it; an empty one means that it can't be
+derived again. A checkpoint counts as damaged by its digests alone. The disk, the ledger file and the key
+are examined in `doctor.py`.
 
 >>> Finding("disk", "warning", "model", "little room").lost, Finding("slice", "error", "f", "gone").lost
 (False, True)
@@ -18,9 +17,9 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from sisa.audit.foreign_files import ALONE, INSIDE
 from sisa.audit.garbage import KEPT_FILES, STRAY, at_hand, list_garbage
 from sisa.audit.lineage import parse_manifest, parse_patch_manifest
-from sisa.audit.unsealing import ALONE, INSIDE
 from sisa.config.blocks import is_uri
 from sisa.core.domain import Head, IndexFile, SliceFile
 from sisa.core.errors import IntegrityError, SisaError, TransientError
@@ -48,20 +47,20 @@ REPAIR_STEPS: dict[RepairKind, str] = {
     "": "restore it from a backup: it can't be derived again",
     "reindex": "`sisa doctor --repair` builds it again from the slice files",
     "retrain": "`sisa doctor --repair` trains it again, to the same bytes",
-    "heads": "`sisa doctor --repair` derives it again from what is held",
-    "patches": "`sisa doctor --repair` goes on without it; `sisa approx unlearn` makes it again",
+    "heads": "`sisa doctor --repair` derives it again from the held checkpoints",
+    "patches": "`sisa doctor --repair` gives it up; `sisa approx unlearn` makes it again",
     "sweep": "`sisa gc`, `sisa doctor --repair` or the next train, add or forget removes it",
-    "mode": "`sisa doctor --repair` makes it readable by its owner alone",
-    "purge": "`sisa gc` purges them; where that is refused, allow s3:ListBucketVersions and "
+    "mode": "`sisa doctor --repair` makes it readable by its owner only",
+    "purge": "`sisa gc` purges them; if that is refused, allow s3:ListBucketVersions and "
     "s3:DeleteObjectVersion, or end the lock",
-    "reseal": "`sisa doctor --repair` writes it anew, as `encrypt:` of the run file says",
+    "reseal": "`sisa doctor --repair` rewrites it as `encrypt:` in the run file says",
     "scrub": "`sisa doctor --repair` or the next train, add or forget empties it",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One defect: its kind, how grave it is, where, what, and which repair mends it."""
+    """One defect: its kind, its severity, where it is, what it is, and which repair mends it."""
 
     kind: str
     severity: Severity
@@ -74,7 +73,7 @@ class Finding:
 
     @property
     def lost(self) -> bool:
-        """Whether something is missing that nothing here can derive again."""
+        """Return whether something is missing that can't be derived again."""
         return self.severity == "error" and not self.repair
 
 
@@ -88,12 +87,12 @@ def finding(
     shard: int | None = None,
     key: str = "",
 ) -> Finding:
-    """A finding with the usual next step of its repair."""
+    """Return a finding with the next step of its repair."""
     return Finding(kind, severity, where, what, repair, REPAIR_STEPS[repair], shard, key)
 
 
 def examine(world: World, directory: Path, *, with_key: bool = True) -> list[Finding]:
-    """All findings of an opened model; `with_key=False` leaves out what only the right key can tell."""
+    """Return all findings of an opened model; `with_key=False` skips checks that need the right key."""
     found = [*_rows(world), *_modes(world, directory), *_keyring(world), *forms(world), *_kept(world)]
     for file in world.ledger.slices():
         what = _damage(lambda file=file: _check_slice(world, file, with_key=with_key))  # type: ignore[misc]
@@ -113,18 +112,18 @@ def _rows(world: World) -> Iterator[Finding]:
     if what := _damage(lambda: check_rows(world.ledger)):
         yield finding("ledger_damaged", "error", LEDGER, what)
     if contradicted(world.ledger.requests(), world.ledger.events()):
-        what = "the events of the requests are not one chain that leads to their states"
+        what = "the requests' events do not form one chain that leads to their states"
         yield finding("ledger_damaged", "error", LEDGER, what)
 
 
 def _kept(world: World) -> Iterator[Finding]:
-    """Old versions of what was erased or replaced: deleted text may be in them."""
+    """Find old versions of what was erased or replaced; they may hold deleted text."""
     for each in purge(world, dry_run=True):
         yield finding("old_versions", "warning", each.where, f"kept by the bucket: {each.why}", "purge")
 
 
 def _damage(check: Callable[[], object]) -> str:
-    """What is wrong. A store that can't be asked says nothing of what it holds: its error is raised."""
+    """Return what is wrong; empty if nothing is. Raises the error of a store that can't be reached."""
     try:
         check()
     except SisaError as error:
@@ -135,17 +134,17 @@ def _damage(check: Callable[[], object]) -> str:
 
 
 def _modes(world: World, directory: Path) -> Iterator[Finding]:
-    """What others than the owner may use: files, and the rooms and directories that they lie in."""
+    """Find files and directories that others than their owner may use."""
     if (mode := _mode(directory)) & OTHERS_WRITE:
         yield finding("mode", "warning", ".", f"others may write to it (mode {mode:o})", "mode")
     for path in (*(directory / name for name in KEPT_FILES), Path(world.witness.location())):
         if path.is_file() and (mode := _mode(path)) & OTHERS:
             yield _open_to_others(directory, path, f"others may use it (mode {mode:o})")
     known = {**known_by_area(world), METRICS: run_files(directory / METRICS)}
-    for room, place in sorted(world.places.items()):
+    for area, place in sorted(world.places.items()):
         if (root := at_hand(place)) is None or not root.is_dir():
             continue
-        held = [root, *(each for name in sorted(known.get(room, ())) for each in walk(root / name))]
+        held = [root, *(each for name in sorted(known.get(area, ())) for each in walk(root / name))]
         modes = [_mode(each) for each in held if each.exists()]
         if wide := [mode for mode in modes if mode & OTHERS]:
             what = f"others may use {len(wide)} files and directories (mode {max(wide):o})"
@@ -162,18 +161,18 @@ def _open_to_others(directory: Path, path: Path, what: str) -> Finding:
 
 
 def _keyring(world: World) -> Iterator[Finding]:
-    """Whether the keys are there, and for their owner alone."""
+    """Find a missing keyring, and keys that others than their owner may use."""
     keyring = world.keyring
     if not isinstance(keyring, FileKeyring):
         return
-    needed = [names for room, names in known_by_area(world).items() if keyring.seals or room == VAULT]
+    needed = [names for area, names in known_by_area(world).items() if keyring.seals or area == VAULT]
     if not keyring.root.is_dir() and any(needed):
-        what = "the keyring is missing: what it sealed can't be read"
+        what = "the keyring is missing: sealed files can't be read"
         yield Finding("keyring", "error", str(keyring.root), what, "", RESTORE)
         return
-    rooms = [keyring.root / room for room in (*ALONE, *INSIDE)]
-    keys = [room / name for room in rooms for name in sorted(keyring.held(room.name))]
-    for path in (keyring.root, *rooms, *keys):
+    areas = [keyring.root / area for area in (*ALONE, *INSIDE)]
+    keys = [area / name for area in areas for name in sorted(keyring.held(area.name))]
+    for path in (keyring.root, *areas, *keys):
         if path.exists() and (mode := _mode(path)) & OTHERS:
             yield finding("mode", "warning", str(path), f"others may use it (mode {mode:o})", "mode")
 
@@ -181,21 +180,21 @@ def _keyring(world: World) -> Iterator[Finding]:
 def forms(world: World) -> Iterator[Finding]:
     """Find plain files of an encrypted model, and encrypted files and keys of a plain one."""
     seals = world.keyring.seals
-    wrong = "encrypted, or still with a key, although the model is not"
+    wrong = "encrypted, or still with a key, although the model is not encrypted"
     wrong = "not encrypted, although the model is" if seals else wrong
-    for room, names in known_by_area(world).items():
-        if room in ALWAYS_SEALED or room not in world.places:
+    for area, names in known_by_area(world).items():
+        if area in ALWAYS_SEALED or area not in world.places:
             continue
-        keys = frozenset() if seals else world.keyring.held(room)
+        keys = frozenset() if seals else world.keyring.held(area)
         for name in sorted(names):
-            place = world.places[room]
+            place = world.places[area]
             inside = [f"{name}/{part}" for part in place.parts(name)] or [name]
             if name in keys or any(_sealed(place, each, seals) != seals for each in inside):
-                yield finding("form", "warning", f"{room}/{name}", wrong, "reseal")
+                yield finding("form", "warning", f"{area}/{name}", wrong, "reseal")
 
 
 def _sealed(place: BlobStore, name: str, unreadable: bool) -> bool:
-    """Whether a file is sealed; `unreadable` is the answer for one that its own check finds damaged."""
+    """Return whether a file is sealed; `unreadable` if it can't be read (its own check reports that)."""
     try:
         return is_sealed(place.head(name, len(MAGIC)))
     except SisaError:
@@ -247,7 +246,7 @@ def _checkpoints(world: World) -> Iterator[Finding]:
 
 
 def _patches(world: World) -> Iterator[Finding]:
-    """Patches that are served or trained over, and sets of texts that are to be made into one."""
+    """Find damaged patches that are served or trained over, and damaged sets of texts for a patch."""
     needed = known_by_area(world)[PATCHES]
     for each in world.ledger.patches():
         check = partial(_check_group, world, PATCHES, each.key, each.manifest_sha256)
@@ -258,12 +257,12 @@ def _patches(world: World) -> Iterator[Finding]:
             yield finding("vault", "error", f"{VAULT}/{found.name}", what, "patches", key=found.name)
 
 
-def _check_group(world: World, room: str, key: str, manifest_sha256: str) -> None:
-    """A checkpoint's or a patch's. Surplus files are no damage: they are found as unknown ones."""
-    place = world.places[room]
+def _check_group(world: World, area: str, key: str, manifest_sha256: str) -> None:
+    """Check the files of a checkpoint or a patch. Surplus files are reported as unknown ones instead."""
+    place = world.places[area]
 
     def checked(name: str, sha256: str, what: str) -> bytes:
-        plain = world.keyring.unseal(room, key, name, place.get(f"{key}/{name}", what))
+        plain = world.keyring.unseal(area, key, name, place.get(f"{key}/{name}", what))
         return files.verified(plain, sha256, what, place.location(f"{key}/{name}"))
 
     manifest = checked(MANIFEST, manifest_sha256, "checkpoint manifest")
@@ -280,7 +279,7 @@ def _exports(world: World) -> Iterator[Finding]:
         if found == "held":
             yield finding("export", "error", each.path, "stale, and not erased yet", "sweep")
         elif found:
-            step = "remove what is left of it, or put it back: the next train, add or forget erases it"
+            step = "remove what is left of it, or put it back; the next train, add or forget erases it"
             yield Finding("export", "warning", each.path, f"stale, and {found}", "", step)
 
 
@@ -288,7 +287,11 @@ def _heads(world: World) -> Iterator[Finding]:
     heads = {head.shard: head for head in world.ledger.heads()}
     expected = set(range(world.assigner.layout.num_shards))
     for shard in sorted(expected ^ heads.keys()):
-        what = "a shard has no head" if shard in expected else "a head of no shard of the layout"
+        what = (
+            "a shard has no head"
+            if shard in expected
+            else "a head of a shard that the layout does not have"
+        )
         yield finding("head", "error", f"shard {shard}", what, "heads", shard=shard)
     for shard in sorted(expected & heads.keys()):
         if what := _wrong_head(world, heads[shard]):
@@ -302,17 +305,19 @@ def _wrong_head(world: World, head: Head) -> str:
     if head.key is not None and head.key not in held:
         return "serves a checkpoint that the ledger does not hold"
     if head.converged and head.target != should.target:
-        return "counts as finished, but serves another model than that of its records"
+        return "is marked as finished, but does not serve the model of its records"
     if head.key == should.key and head.depth != should.depth:
-        return f"claims depth {head.depth}, but its checkpoint is of depth {should.depth}"
+        return f"is recorded with depth {head.depth}, but its checkpoint has depth {should.depth}"
     if head.key is None and should.key is not None:
         return "serves the base, although a clean checkpoint is held"
     return ""
 
 
 def _gaps(world: World) -> Iterator[Finding]:
-    """Stages that are missing before a held one: the head serves, but a deletion would retrain more."""
-    heads = world.ledger.heads() if world.recipe.shard_budget is None else []  # else they may be meant
+    """Find missing stages before a held one: the head serves, but a deletion would retrain more."""
+    heads = (
+        world.ledger.heads() if world.recipe.shard_budget is None else []
+    )  # a budget leaves gaps on purpose
     for head in heads:
         view = view_shard(world, head.shard)
         plan = plan_shard(view, world.recipe, world.fingerprint)
@@ -323,7 +328,7 @@ def _gaps(world: World) -> Iterator[Finding]:
             if job.fingerprint == world.fingerprint:
                 yield finding("gap", "warning", where, what, "retrain", shard=job.shard)
             else:
-                step = "nothing has to be done; in the environment that trained it, --repair closes it"
+                step = "nothing needs to be done; --repair closes it in the environment that trained it"
                 yield Finding("gap", "warning", where, what, "", step, job.shard)
 
 
@@ -332,7 +337,7 @@ def _unknown(world: World, directory: Path, damaged: set[str]) -> Iterator[Findi
         if each.path.rpartition("/")[2] in damaged:
             continue
         if each.reason == STRAY:
-            step = "move it away, or remove it: `sisa gc` leaves it to you"
+            step = "move it away or remove it; `sisa gc` leaves it alone"
             yield Finding("stray", "warning", each.path, each.reason, "", step)
         elif each.removable:
             yield finding("unknown", "warning", each.path, each.reason, "sweep")

@@ -1,8 +1,9 @@
-"""Ids and vectors out of files that are found anywhere, whoever wrote them; what the ledger says of ids.
+"""Reading files that may lie anywhere and may come from anyone: plaintext, record ids and vectors.
 
-Rules: only what is asked for is read, a batch at a time. Bytes that can't be decoded are `Unreadable`.
-
-Not covered: whether a file may be parsed at all (`residue.py`, `stored_residue.py`).
+Files are read with the model's own keys. The position of a sealed file names its key: the file's own
+name, or the name of the directory that holds it, so a copy in another folder opens like the original.
+Nothing is written. Bytes that can't be decoded raise `Unreadable`; sealed bytes that no held key opens
+raise `Shredded`. Whether a file may be parsed at all is up to the caller (`residue.py`).
 
 >>> import tempfile
 >>> with tempfile.TemporaryDirectory() as folder:
@@ -14,34 +15,91 @@ Not covered: whether a file may be parsed at all (`residue.py`, `stored_residue.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sisa.core.digest import file_sha256, sha256_hex
 from sisa.core.domain import Tombstone
+from sisa.core.errors import IntegrityError
+from sisa.core.ports import Keyring
+from sisa.flows.wiring.opening import (
+    CHECKPOINTS,
+    INDEX,
+    PATCHES,
+    PREFIXES,
+    RECORDS,
+    RUNS,
+    SCRATCH,
+    VAULT,
+)
 from sisa.flows.wiring.world import World
+from sisa.store.blobs.keyring import MAGIC, is_sealed
 
-BATCH_ROWS = 16_384  # an unknown id costs a look at every row: once a batch
-
-
-@dataclass(frozen=True, slots=True)
-class Residue:
-    """One thing that is left or can't be excluded: `kind` for programs, `what` for people."""
-
-    kind: str
-    where: str
-    position: str
-    what: str
+ALONE = (RECORDS, INDEX, VAULT, PREFIXES)  # areas that hold files
+INSIDE = (CHECKPOINTS, PATCHES, RUNS, SCRATCH)  # areas that hold directories of files
+BATCH_ROWS = 16_384  # looking up an unknown id reads every row, so it is done once a batch
 
 
 class Unreadable(Exception):
     """Bytes that can't be decoded."""
 
 
+class Shredded(Exception):
+    """A sealed file that no held key opens.
+
+    Either its key was destroyed, or it never belonged to this model; the bytes do not show which.
+    """
+
+
+class SealedFiles:
+    """A reader of plain and sealed files; the keyring is listed once."""
+
+    def __init__(self, keyring: Keyring) -> None:
+        self._keyring = keyring
+        self._held = {area: keyring.held(area) for area in (*ALONE, *INSIDE)}
+
+    def plaintext(self, path: Path) -> bytes | None:
+        """Return the plaintext of a sealed file; None for a plain file.
+
+        Raises Shredded if no held key opens it, and OSError as `open` does.
+
+        >>> from sisa.store.blobs.keyring import PLAIN
+        >>> SealedFiles(PLAIN).plaintext(Path(__file__)) is None
+        True
+        """
+        with path.open("rb") as file:
+            head = file.read(len(MAGIC))
+            if not is_sealed(head):
+                return None
+            data = head + file.read()
+        alone, inside = (path.name, ""), (path.parent.name, path.name)
+        places = dict.fromkeys(ALONE, alone) | dict.fromkeys(INSIDE, inside)
+        for area, (name, part) in places.items():
+            if name in self._held[area]:
+                with contextlib.suppress(IntegrityError):
+                    return self._keyring.unseal(area, name, part, data)
+        raise Shredded
+
+    def read(self, path: Path) -> bytes:
+        """Return a file's plaintext, sealed or not. Raises as `plaintext` does."""
+        found = self.plaintext(path)
+        return path.read_bytes() if found is None else found
+
+    def sha256(self, path: Path) -> str:
+        """Return the SHA-256 of a file's plaintext. Raises as `plaintext` does."""
+        found = self.plaintext(path)
+        return file_sha256(path) if found is None else sha256_hex(found)
+
+
 def parquet_ids(source: Path | io.BytesIO) -> Iterator[str | None]:
+    """Yield the id of each row of a Parquet file.
+
+    Raises Unreadable if it can't be decoded or has no column `id`.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -56,7 +114,7 @@ def parquet_ids(source: Path | io.BytesIO) -> Iterator[str | None]:
 
 
 def json_ids(path: Path) -> Iterator[str | None]:
-    """Ids of JSON lines; None for a line that is no object with an id."""
+    """Yield the id of each line of a JSON Lines file; None for a line that is no object with an id."""
     with path.open("rb") as file:
         for line in file:
             try:
@@ -70,8 +128,10 @@ def json_ids(path: Path) -> Iterator[str | None]:
 def not_held(
     world: World, ids: Sequence[tuple[int, str | None]], *, ours: bool
 ) -> Iterator[tuple[str, str, str]]:
-    """(kind, what, position) of each row, given by its place and id, that is residue: a tombstone is
-    anywhere, an unknown id in what is `ours`."""
+    """Yield (kind, what, position) for each row, given as (row number, id), that is residue.
+
+    A tombstone's row is residue anywhere; a row with an unknown id only in a place that is `ours`.
+    """
     digests = {at: world.assigner.id_digest(each) for at, each in ids if each is not None}
     found = world.ledger.lookup(digests.values())
     for at, digest in digests.items():
@@ -83,6 +143,10 @@ def not_held(
 
 
 def vector_ids(data: bytes) -> list[int]:
+    """Return the sorted ids of the vectors in a FAISS index's bytes.
+
+    Call it only for bytes whose digest is verified: FAISS parses them in C++.
+    """
     import faiss
     import numpy as np
 

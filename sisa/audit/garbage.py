@@ -1,15 +1,13 @@
-"""What lies in a model directory or its storage and is retired or unknown to the ledger; its removal.
+"""Garbage: what lies in a model's directory or storage and is retired or unknown to the ledger.
 
     sisa gc -m DIR --dry-run     lists it
-    sisa gc -m DIR               removes what is ours and needed by nothing
+    sisa gc -m DIR               removes what is ours and no longer needed
 
-Rules: what the ledger knows is never removed, nor is the ledger, the key or the lock. A retired
-checkpoint leaves the ledger in a commit before its bytes go. What a cut-short run stored for a present
-target is listed and kept: the next command takes it over. A stray file at the top is listed and kept,
-since it may be the user's own. Links are removed as links; what they point to is left alone. A file's
-key goes before the file, and keys without a file go, too.
-
-Not covered: whether a file was touched by a deleted record (`residue.py`); damage (`doctor.py`).
+The ledger, the key, the lock and everything that the ledger knows stay. A retired checkpoint leaves the
+ledger in a commit before its bytes are removed. A checkpoint that an interrupted run stored for a
+current target is listed and kept; the next command takes it over. A stray file in the directory is
+listed and kept, since it may be the user's own. Links are removed as links, and their targets are left
+alone. A file's key is destroyed before the file, and keys without a file are destroyed, too.
 """
 
 from __future__ import annotations
@@ -56,17 +54,20 @@ AREAS = (RECORDS, INDEX, PREFIXES, CHECKPOINTS, PATCHES, VAULT, RUNS, METRICS)
 TEMPORARY = "a temporary file that a killed process left"
 RETIRED = "retired: clean, but no target needs it"
 UNKNOWN_FILE = "unknown to the ledger"
-WAITING = "stored for a present target, not yet recorded: the next train, add or forget takes it over"
-STRAY = "a stray: not of a model, so it is left for you to remove"
-REPLAY = "scratch of a replay"
+WAITING = "stored for a current target, not yet recorded: the next train, add or forget takes it over"
+STRAY = "a stray file: not part of a model, so it is left for you to remove"
+REPLAY = "scratch files of a replay"
 SURPLUS = "a file that the manifest beside it does not name"
-ORPHAN = "a key of no file: whoever has a copy of that file can open it"
+ORPHAN = "a key without a file: anyone with a copy of the file can open it"
 
 
 @dataclass(frozen=True, slots=True)
 class Garbage:
-    """A file or directory: its path in the model directory (a key's: in the keyring; of a storage:
-    whole, or a URI), bytes in all, and whether `gc` takes it."""
+    """A file or directory to clean up, its size, and whether `sisa gc` removes it.
+
+    `path` is relative to the model directory; for a key, a path in the keyring; for storage elsewhere,
+    absolute or a URI.
+    """
 
     path: str
     num_bytes: int
@@ -76,28 +77,30 @@ class Garbage:
 
 @dataclass(frozen=True, slots=True)
 class Collected:
-    """What `gc` found, and how many entries and bytes of it are gone now."""
+    """The outcome of `sisa gc`: what it found, and how many entries and bytes it removed."""
 
     dry_run: bool
     items: tuple[Garbage, ...]
     removed: int
     removed_bytes: int
-    given_up: tuple[str, ...] = ()  # stale exports that were not where they were written
+    given_up: tuple[str, ...] = ()  # stale exports that were no longer where they were written
     kept: tuple[KeptVersions, ...] = ()  # old versions that a bucket keeps
 
 
 @dataclass(frozen=True, slots=True)
 class _Item:
-    """Garbage and how it goes; a key has gone before."""
+    """Garbage and how to erase it; its key is destroyed first."""
 
-    told: Garbage
+    garbage: Garbage
     erase: Callable[[], None] = lambda: None
 
 
 def list_garbage(world: World, directory: Path) -> tuple[Garbage, ...]:
-    """Everything in the directory, and in the model's storage, that is retired or unknown to the ledger;
-    what lies at hand in order of path, then the rest."""
-    return tuple(each.told for each in _listed(world, directory))
+    """Return what is retired or unknown to the ledger, in the directory and in the model's storage.
+
+    What lies in the model directory comes first, in order of path.
+    """
+    return tuple(each.garbage for each in _listed(world, directory))
 
 
 def _listed(world: World, directory: Path) -> list[_Item]:
@@ -109,7 +112,7 @@ def _listed(world: World, directory: Path) -> list[_Item]:
         if name in AREAS and path.is_dir():
             place = world.places[name]
             if path == at_hand(place):
-                found += _room(world, directory, name, known[name], retired, waiting)
+                found += _in_area(world, directory, name, known[name], retired, waiting)
             else:
                 found.append(_at(directory, path, UNKNOWN_FILE))
         elif name == SCRATCH:
@@ -117,69 +120,70 @@ def _listed(world: World, directory: Path) -> list[_Item]:
         else:
             ours = name.startswith(files.TEMPORARY_PREFIX)
             found.append(_at(directory, path, TEMPORARY if ours else STRAY, removable=ours))
-    for room, place in sorted(world.places.items()):
+    for area, place in sorted(world.places.items()):
         root = at_hand(place)
         if root is not None and root.parent == directory:
             continue
-        if room != SCRATCH:
-            found += _room(world, directory, room, known[room], retired, waiting)
+        if area != SCRATCH:
+            found += _in_area(world, directory, area, known[area], retired, waiting)
         elif place.held():
-            told = Garbage(place.location(), place.num_bytes(""), REPLAY, True)
-            found.append(_Item(told, place.clear))
+            garbage = Garbage(place.location(), place.num_bytes(""), REPLAY, True)
+            found.append(_Item(garbage, place.clear))
     return found + _keys(world, known)
 
 
 def at_hand(place: BlobStore) -> Path | None:
-    """The directory that a place is; None for one in an object store."""
+    """Return the directory of a blob store; None for an object store."""
     return place.root if isinstance(place, LocalBlobs) else None
 
 
-def _room(
+def _in_area(
     world: World,
     directory: Path,
-    room: str,
+    area: str,
     known: frozenset[str],
     retired: frozenset[str],
     waiting: frozenset[str],
 ) -> list[_Item]:
-    place = world.places[room]
+    place = world.places[area]
     found: list[_Item] = []
     for entry in sorted(place.held()):
         if entry in known and entry not in retired:
-            if room in (CHECKPOINTS, PATCHES):
+            if area in (CHECKPOINTS, PATCHES):
                 found += [
                     _in(directory, place, f"{entry}/{name}", SURPLUS)
-                    for name in _surplus(world, place, room, entry)
+                    for name in _surplus(world, place, area, entry)
                 ]
             continue
-        kept = room == CHECKPOINTS and entry in waiting
+        kept = area == CHECKPOINTS and entry in waiting
         found.append(_in(directory, place, entry, _reason(entry, retired, kept), removable=not kept))
     return found
 
 
 def _keys(world: World, known: Mapping[str, frozenset[str]]) -> list[_Item]:
-    """Keys of no file."""
+    """Return keys without a file."""
     found = []
-    for room in (*AREAS, SCRATCH):
-        needed = known.get(room, frozenset()) | _stored(world.places[room], room)
-        for name in sorted(world.keyring.held(room) - needed):
-            path = Path(world.keyring.location(room, name))
+    for area in (*AREAS, SCRATCH):
+        needed = known.get(area, frozenset()) | _stored(world.places[area], area)
+        for name in sorted(world.keyring.held(area) - needed):
+            path = Path(world.keyring.location(area, name))
             found.append(_Item(Garbage(str(path), files.num_bytes(path), ORPHAN, True)))
     return found
 
 
-def _stored(place: BlobStore, room: str) -> frozenset[str]:
-    """Names of the files that lie in a room; a replay's lie one folder deeper."""
+def _stored(place: BlobStore, area: str) -> frozenset[str]:
+    """Return the names of the files in an area; a replay's files lie one folder deeper."""
     names = place.held()
-    if room != SCRATCH:
+    if area != SCRATCH:
         return names
     plain = {each.removeprefix(files.TEMPORARY_PREFIX) for each in names}
     return frozenset[str]().union(*(place.below(each).held() for each in names | plain))
 
 
 def _at(directory: Path, path: Path, reason: str, *, removable: bool = True) -> _Item:
-    told = Garbage(path.relative_to(directory).as_posix(), files.num_bytes(path), reason, removable)
-    return _Item(told, lambda: files.erase_all(path.parent, [path.name]))
+    name = path.relative_to(directory).as_posix()
+    garbage = Garbage(name, files.num_bytes(path), reason, removable)
+    return _Item(garbage, lambda: files.erase_all(path.parent, [path.name]))
 
 
 def _in(directory: Path, place: BlobStore, name: str, reason: str, *, removable: bool = True) -> _Item:
@@ -187,8 +191,8 @@ def _in(directory: Path, place: BlobStore, name: str, reason: str, *, removable:
     where = place.location(name)
     if root is not None and root.parent == directory:
         where = f"{root.name}/{name}"
-    told = Garbage(where, place.num_bytes(name), reason, removable)
-    return _Item(told, lambda: place.erase([name]))
+    garbage = Garbage(where, place.num_bytes(name), reason, removable)
+    return _Item(garbage, lambda: place.erase([name]))
 
 
 def _reason(entry: str, retired: frozenset[str], kept: bool) -> str:
@@ -200,7 +204,7 @@ def _reason(entry: str, retired: frozenset[str], kept: bool) -> str:
 
 
 def _retired(world: World) -> frozenset[str]:
-    """Checkpoints that the next reconciliation drops; those of unfinished shards still serve."""
+    """Return the checkpoints that the next reconciliation drops; an unfinished shard's still serve."""
     found: set[str] = set()
     for head in world.ledger.heads():
         if head.converged:
@@ -210,7 +214,7 @@ def _retired(world: World) -> frozenset[str]:
 
 
 def _waiting(world: World) -> frozenset[str]:
-    """Whole checkpoints of present targets that a cut-short run did not get to record."""
+    """Return whole checkpoints of current targets that an interrupted run stored but did not record."""
     known = {each.key for each in world.ledger.checkpoints()}
     on_disk = world.checkpoints.held()
     found = set()
@@ -223,33 +227,34 @@ def _waiting(world: World) -> frozenset[str]:
     return frozenset(found)
 
 
-def _surplus(world: World, place: BlobStore, room: str, known: str) -> list[str]:
-    """Files in a known checkpoint or patch that are not of it; none where the manifest is damaged."""
-    expected = named_files(place, known, world.keyring, room)
+def _surplus(world: World, place: BlobStore, area: str, known: str) -> list[str]:
+    """Return files in a known checkpoint or patch that its manifest does not name; none if damaged."""
+    expected = named_files(place, known, world.keyring, area)
     return [] if expected is None else sorted(place.parts(known) - expected)
 
 
 def remove_garbage(world: World, directory: Path) -> tuple[Garbage, ...]:
-    """Remove what is removable and return it. The caller holds the writer lock."""
-    found = [each for each in _listed(world, directory) if each.told.removable]
-    retired = [each.told.path.rpartition("/")[2] for each in found if each.told.reason == RETIRED]
+    """Remove what is removable and return it; the caller holds the writer lock."""
+    found = [each for each in _listed(world, directory) if each.garbage.removable]
+    gone = [each.garbage for each in found]
+    retired = [each.path.rpartition("/")[2] for each in gone if each.reason == RETIRED]
     if retired:
         commit(world, Change(dropped=retired))
     kept = {**known_by_area(world), SCRATCH: frozenset[str]()}
     kept[CHECKPOINTS] |= _waiting(world)
-    for room, names in kept.items():
-        world.keyring.destroy(room, sorted(world.keyring.held(room) - names))
+    for area, names in kept.items():
+        world.keyring.destroy(area, sorted(world.keyring.held(area) - names))
     with all_tried() as tried:
         for each in found:
             with tried():
                 each.erase()
-    return tuple(each.told for each in found)
+    return tuple(gone)
 
 
 def collect_garbage(model: Model, *, dry_run: bool, lost_exports: bool = False) -> Collected:
-    """List, or list and remove; `lost_exports` gives up stale exports that can't be found.
+    """List garbage, and remove it unless `dry_run`; `lost_exports` gives up stale exports that are gone.
 
-    Raises Busy where another process writes and something would go.
+    Raises Busy if something is to be removed while another process writes.
     """
     if dry_run:
         with model._world() as world:
@@ -266,13 +271,13 @@ def collect_garbage(model: Model, *, dry_run: bool, lost_exports: bool = False) 
 
 @contextlib.contextmanager
 def undisturbed(directory: Path) -> Iterator[bool]:
-    """Keep writers out for a while, if that can be had; False when one is at work.
+    """Keep writers out while the context lasts; yield False if one is at work.
 
-    Unlike `writer_lock` this makes no file, so that a directory that can't be written can be examined.
+    Unlike `writer_lock`, this creates no file, so that a read-only directory can be examined.
     """
     try:
         handle = os.open(directory / LOCK, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:  # no writer was ever here, or none can be
+    except OSError:  # no writer was ever here, or none can write here
         yield True
         return
     try:

@@ -1,36 +1,39 @@
-"""Whether a checkpoint at rest was made of records that are all still held.
+"""What a checkpoint or patch at rest is, and whether a checkpoint was made of held records alone.
 
-A checkpoint's key hashes its whole chain of jobs, and each job the roots of its slices. So the chain is
-built again from the rows that are held now and were held when it was trained: only if no record of it
-is gone does the last key come out the same. The ledger's tombstones need not be trusted for it.
-
-Rules: a manifest that can't be parsed proves nothing. Older hyper-parameters are taken from the job
-itself, so that a head that still serves under a former run file can be proven, too.
-
-Not covered: whether the weights are what that job trains (`verify --replay` proves that).
+A checkpoint's key hashes its whole chain of jobs, and each job hashes the roots of its slices. To prove
+a checkpoint clean, the chain is rebuilt from the rows that are held now and were held when it was
+trained: the last key comes out the same only if no record of the chain is gone. The proof does not rely
+on the ledger's tombstones. It takes hyper-parameters from the job itself, so a head that still serves
+under an earlier run file can be proven, too. A manifest that can't be parsed proves nothing. Whether the
+weights are what the job trains is proven by `verify --replay`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, TypeVar
 
+from sisa.core.digest import sha256_hex
 from sisa.core.domain import RecordRow, SliceJob
 from sisa.core.errors import IntegrityError
 from sisa.core.patch import PatchJob, parse_patch_job
 from sisa.core.ports import BlobStore, Keyring
+from sisa.flows.wiring.world import World, known_by_area
 from sisa.planning.assign import slice_root
 from sisa.store.checkpoints import CHECKPOINTS_AREA, MANIFEST
 
+Are = Callable[[Mapping[str, str]], bool]
+Fault = tuple[str, str]  # its kind and its description; both empty where there is none
+NONE: Fault = ("", "")
 _T = TypeVar("_T")
 
 
 def read_manifest(checkpoint: Path, keyring: Keyring) -> tuple[SliceJob, dict[str, str]] | None:
-    """The job of a checkpoint directory and the sha256 of its files; None if that can't be told."""
+    """Return a checkpoint directory's job and the SHA-256 of its files; None if they can't be read."""
     try:
         data = (checkpoint / MANIFEST).read_bytes()
         return parse_manifest(keyring.unseal(CHECKPOINTS_AREA, checkpoint.name, MANIFEST, data))
@@ -39,12 +42,12 @@ def read_manifest(checkpoint: Path, keyring: Keyring) -> tuple[SliceJob, dict[st
 
 
 def parse_manifest(data: bytes) -> tuple[SliceJob, dict[str, str]] | None:
-    """What `read_manifest` says, of a manifest's bytes."""
+    """Return a checkpoint manifest's job and the SHA-256 of its files; None if it can't be parsed."""
     return _parsed(data, parse_job)
 
 
 def parse_patch_manifest(data: bytes) -> tuple[PatchJob, dict[str, str]] | None:
-    """The same of a patch's."""
+    """Return a patch manifest's job and the SHA-256 of its files; None if it can't be parsed."""
     return _parsed(data, parse_patch_job)
 
 
@@ -58,7 +61,7 @@ def _parsed(data: bytes, parse: Callable[[Any], _T]) -> tuple[_T, dict[str, str]
 
 
 def parse_job(parsed: Any) -> SliceJob:
-    """A job out of its JSON. Raises TypeError, ValueError, KeyError for anything else."""
+    """Return the job in its decoded JSON. Raises TypeError, ValueError or KeyError for anything else."""
     slices = tuple((int(number), str(root)) for number, root in parsed["slices"])
     first, second = parsed["passes"]
     lists = {"slices": slices, "passes": (int(first), int(second)), "before": _numbers(parsed["before"])}
@@ -69,21 +72,21 @@ def _numbers(values: Any) -> tuple[int, ...]:
     return tuple(int(each) for each in values)
 
 
-def named_files(place: BlobStore, key: str, keyring: Keyring, room: str) -> frozenset[str] | None:
-    """Names that belong into the group of a checkpoint, or of a patch, the manifest's among them."""
+def named_files(place: BlobStore, key: str, keyring: Keyring, area: str) -> frozenset[str] | None:
+    """Return the file names of a checkpoint or a patch, its manifest included; None if unreadable."""
     try:
-        data = keyring.unseal(room, key, MANIFEST, place.get(f"{key}/{MANIFEST}", "manifest"))
+        data = keyring.unseal(area, key, MANIFEST, place.get(f"{key}/{MANIFEST}", "manifest"))
     except IntegrityError:
         return None
-    found = parse_manifest(data) if room == CHECKPOINTS_AREA else parse_patch_manifest(data)
+    found = parse_manifest(data) if area == CHECKPOINTS_AREA else parse_patch_manifest(data)
     return None if found is None else frozenset({*found[1], MANIFEST})
 
 
 def proves_clean(job: SliceJob, rows: Iterable[RecordRow], seq: int, num_slices: int) -> bool:
-    """Whether every record that a job's chain touched is among `rows`, the held ones of its shard.
+    """Return whether every record that a job's chain touched is among `rows`, the shard's held records.
 
-    `seq` is the ledger's number of the state that the chain was trained on, `num_slices` that of a
-    generation.
+    `seq` is the ledger's number of the state that the chain was trained on; `num_slices` is the number
+    of slices in a generation.
     """
     by_slice: dict[int, list[RecordRow]] = {slice_: [] for slice_ in job.prefix}
     for row in rows:
@@ -97,7 +100,7 @@ def _rebuilt(
 ) -> str | None:
     sequential = len(job.slices) == 1
     last = max(num_slices, *(number + 1 for number in job.prefix))
-    in_all = Fraction(*job.passes) * (last + 1)  # of a cumulative schedule; see `plan.passes`
+    in_all = Fraction(*job.passes) * (last + 1)  # for a cumulative schedule; see `plan.passes`
     parent: str | None = None
     seen: list[tuple[int, list[RecordRow]]] = []
     for place in by_slice:
@@ -115,3 +118,59 @@ def _rebuilt(
             before=tuple(number for number, _ in seen[:-1]),
         ).key
     return parent
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A judged group: its storage area, its key, the SHA-256 of each of its files, and its fault."""
+
+    area: str
+    key: str
+    names: Mapping[str, str]
+    fault: Fault
+
+
+class FoundGroups:
+    """Judges checkpoints and patches by a model's ledger, wherever they were found.
+
+    Faults are `damaged` (bytes other than those recorded), `tainted` (a checkpoint not made of held
+    records alone), `stale_patch` (a patch neither served nor trained over) and `unreadable` (a manifest
+    that can't be parsed). Groups that the ledger does not know are judged as well: a checkpoint that was
+    retired, or that belongs to a copy of the model, is clean if all its records are still held.
+    """
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self.checkpoints = {each.key: each for each in world.ledger.checkpoints()}
+        used = known_by_area(world)["patches"]
+        self.patches = {each.key: each for each in world.ledger.patches() if each.key in used}
+
+    def judge(self, manifest: bytes, are: Are) -> Verdict:
+        """Judge a group by its manifest; `are` tells whether its files have the given digests."""
+        if patch := parse_patch_manifest(manifest):
+            job, names = patch
+            return Verdict("patches", job.key, names, self._patch(job.key, manifest, are(names)))
+        if parsed := parse_manifest(manifest):
+            stage, names = parsed
+            return Verdict("checkpoints", stage.key, names, self._stage(stage, manifest, are(names)))
+        fault = "unreadable", "a checkpoint whose manifest can't be parsed"
+        return Verdict("checkpoints", "", {}, fault)
+
+    def _patch(self, key: str, manifest: bytes, whole: bool) -> Fault:
+        known = self.patches.get(key)
+        if known is None:
+            what = "a patch that is no longer served: it may reflect records deleted since"
+            return "stale_patch", what
+        if sha256_hex(manifest) != known.manifest_sha256 or not whole:
+            return "damaged", "a patch whose bytes are not the recorded ones"
+        return NONE
+
+    def _stage(self, job: SliceJob, manifest: bytes, whole: bool) -> Fault:
+        held, ledger = self.checkpoints.get(job.key), self._world.ledger
+        if not whole or (held and sha256_hex(manifest) != held.manifest_sha256):
+            return "damaged", "a checkpoint whose bytes are not the recorded ones"
+        seq = held.seq if held else ledger.seq()
+        if proves_clean(job, ledger.rows(job.shard), seq, self._world.recipe.num_slices):
+            return NONE
+        known = "held, though" if held else "not in the ledger, and"
+        return "tainted", f"a checkpoint {known} not of held records alone"

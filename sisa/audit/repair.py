@@ -1,19 +1,17 @@
-"""Mending what can be derived again, under the writer lock, and ending in the usual reconciliation.
+"""Repair: mend what can be derived again, under the writer lock, and end in the usual reconciliation.
 
     modes      made readable by the owner alone
-    forms      files written anew, encrypted or plain, as the model is
+    forms      files rewritten, encrypted or plain, as the model is
     index      built from the slice files, which are checked first
-    damaged    checkpoints leave the ledger, and heads move to clean ones, in one commit; then bytes go
-    patches    those that are damaged are given up, and wanted again where their texts are held
-    gaps       stages before a target that is still whole are trained again, so that the chain is whole
-    the rest   `reconcile`: unknown files are swept, targets trained, heads advanced, the ledger scrubbed
+    damaged    checkpoints leave the ledger and heads move to clean ones, in one commit; bytes go later
+    patches    damaged ones are given up, and requested again if their texts are held
+    gaps       missing stages before a whole target are trained again, so that the chain is whole
+    the rest   `reconcile` sweeps unknown files, trains targets, advances heads, scrubs the ledger
 
-Rules: idempotent, and safe to cut anywhere. While anything is missing that can't be derived (a slice
-file, the ledger, the key), only modes are mended: what lies around unknown may be the missing piece, and
-nothing is erased. A head that has to move only ever moves to a checkpoint whose bytes were just checked.
-What is trained again under the same fingerprint has the same key and the same bytes.
-
-Not covered: restoring a backup.
+A repair is idempotent and can be interrupted anywhere. While anything is missing that can't be derived
+(a slice file, the ledger, the key), only modes are mended and nothing is erased: an unknown file may be
+the missing piece. A head moves only to a checkpoint whose bytes were just checked. What is trained again
+under the same fingerprint has the same key and the same bytes. Backups are not restored here.
 """
 
 from __future__ import annotations
@@ -46,7 +44,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RepairOutcome:
-    """What was done, and how the model stands after it."""
+    """What a repair did, and the diagnoses before and after it."""
 
     done: tuple[str, ...]
     before: Diagnosis
@@ -54,13 +52,13 @@ class RepairOutcome:
 
 
 def repair(model: Model) -> RepairOutcome:
-    """Diagnose, mend, diagnose again. Raises Busy while another process writes."""
-    opening.check_executor(model.executor)  # an unknown one is refused before anything is written
+    """Diagnose a model, mend it, and diagnose it again. Raises Busy while another process writes."""
+    opening.check_executor(model.executor)  # before anything is written
     before = diagnose(model.directory)
     with files.writer_lock(model.directory / opening.LOCK), model._world(as_it_is=True) as world:
         found = examine(world, model.directory)
         if any(each.repair == "retrain" for each in found):
-            _ = model.parts.base  # refuses a changed base before a checkpoint is given up
+            _ = model.parts.base  # raises for a changed base, before a checkpoint is given up
         done = _mend_sources(world, found) if is_behind(world) else []
         world = catch_up(world)
         done += mend(world, model.directory).done
@@ -68,7 +66,7 @@ def repair(model: Model) -> RepairOutcome:
 
 
 def _mend_sources(world: World, found: Sequence[Finding]) -> list[str]:
-    """What a replay builds on, without training: the records that it deletes are still held."""
+    """Mend what repeating the deletions relies on, without training on records that they delete."""
     if any(each.lost for each in found):
         return []
     _, done = _give_up(world, found)
@@ -93,7 +91,7 @@ def mend(world: World, directory: Path) -> RepairOutcome:
         if trained.slices_trained:
             done.append(f"trained {trained.slices_trained} stages")
     after = [*surroundings(directory), *examine(world, directory)]
-    after = [each for each in after if each.kind != "log"]  # it holds what this process just wrote
+    after = [each for each in after if each.kind != "log"]  # this process just wrote to the log
     return RepairOutcome(tuple(done), diagnosis(directory, found), diagnosis(directory, after))
 
 
@@ -104,7 +102,7 @@ def _mend_modes(directory: Path, found: Sequence[Finding]) -> list[str]:
         with files.disk_errors(path):
             if not path.is_symlink():
                 path.chmod(files.DIRECTORY_MODE if path.is_dir() else files.FILE_MODE)
-    return [f"made {len(paths)} files and directories their owner's alone"] if wrong else []
+    return [f"made {len(paths)} files and directories readable by their owner only"] if wrong else []
 
 
 def _mend_forms(world: World, found: Sequence[Finding]) -> list[str]:
@@ -112,7 +110,7 @@ def _mend_forms(world: World, found: Sequence[Finding]) -> list[str]:
     if not wrong:
         return []
     reseal_model(world)
-    return [f"brought {len(wrong)} files or checkpoints to the form of the model"]
+    return [f"rewrote {len(wrong)} files or checkpoints, encrypted or plain as the model is"]
 
 
 def _mend_indexes(world: World, found: Sequence[Finding]) -> list[str]:
@@ -138,13 +136,14 @@ def _mend_patches(world: World, found: Sequence[Finding], done: list[str]) -> Wo
 
 
 def _mend_checkpoints(world: World, found: Sequence[Finding]) -> list[str]:
-    """Give damaged checkpoints up, then close the gaps that they leave."""
+    """Give up damaged checkpoints, then close the gaps that they leave."""
     plans, done = _give_up(world, found)
     return done + close_gaps(world, plans)
 
 
 def _give_up(world: World, found: Sequence[Finding]) -> tuple[list[ShardPlan], list[str]]:
-    """Plans of the shards with damaged checkpoints or gaps, after the damaged ones were given up."""
+    """Give up damaged checkpoints; return the plans of shards that had any or have gaps, and what was
+    done."""
     damaged: dict[int, list[str]] = {}
     for each in found:
         if each.repair == "retrain" and each.shard is not None:
@@ -161,15 +160,15 @@ def _give_up(world: World, found: Sequence[Finding]) -> tuple[list[ShardPlan], l
 
 
 def close_gaps(world: World, plans: Sequence[ShardPlan]) -> list[str]:
-    """Train stages again that lie before a held one, of whatever order; what was done."""
+    """Train missing stages before a held one again, in every order; return what was done."""
     done: list[str] = []
     chains: list[Chain] = []
-    for plan in plans if world.recipe.shard_budget is None else ():  # else what is missing may be meant
+    for plan in plans if world.recipe.shard_budget is None else ():  # a budget leaves gaps on purpose
         gaps = _gaps(world, plan)
         if gaps and gaps[0].jobs[0].fingerprint != world.fingerprint:
             done.append(
-                f"shard {plan.shard} serves its target, but earlier stages can't be made again here: "
-                "it was trained in another environment, so that its next deletion retrains more"
+                f"shard {plan.shard} serves its target, but its earlier stages were trained in another "
+                "environment and can't be made again here: its next deletion retrains more"
             )
             continue
         chains += gaps
@@ -181,7 +180,7 @@ def close_gaps(world: World, plans: Sequence[ShardPlan]) -> list[str]:
 
     def on_event(event: Event) -> None:
         if isinstance(event, SliceTrained) and event.job.key not in recorded:
-            recorded.add(event.job.key)  # a second order's chain begins with what the first one trained
+            recorded.add(event.job.key)  # a second order's chain may begin with the first one's stages
             commit(world, Change(checkpoints=[just_trained(event, seq)]))
         world.report(event)
 
@@ -192,7 +191,7 @@ def close_gaps(world: World, plans: Sequence[ShardPlan]) -> list[str]:
 
 
 def _gaps(world: World, plan: ShardPlan) -> list[Chain]:
-    """Runs of missing stages that lie before a held one; what lies behind it is left to `reconcile`."""
+    """Return runs of missing stages before a held one; `reconcile` trains those after it."""
     held = {each.key: each for each in world.ledger.checkpoints(plan.shard)}
     slices = tuple(world.ledger.slices(plan.shard))
     gaps: dict[tuple[str, ...], Chain] = {}
@@ -220,4 +219,4 @@ def _mend_heads(world: World, found: Sequence[Finding]) -> list[str]:
     ]
     if shards:
         commit(world, Change(heads=heads, headless=[s for s in shards if s not in layout]))
-    return [f"derived {len(shards)} heads from what is held"] if shards else []
+    return [f"derived {len(shards)} heads from the held checkpoints"] if shards else []

@@ -1,28 +1,29 @@
-"""The scan behind `sisa sweep`: is anything left that a deleted record touched?
+"""The scan behind `sisa sweep`: whether anything is left that a deleted record touched.
 
     what is read                     what must hold
-    checkpoints, anywhere            bytes as recorded, made of records that are all still held
-    rows of Parquet and JSON lines   of held records; a keyed id that is a tombstone is residue
+    checkpoints, anywhere            bytes as recorded; made of records that are all still held
+    rows of Parquet and JSON Lines   of held records; a row with a tombstone's keyed id is residue
     vectors of index files           of held records
     adapters exported elsewhere      of a current head (of another stage or clean export: outdated)
-    exports that a deletion marked   are erased; one that can't be found can't be excluded
-    patches, anywhere                bytes as recorded, served or trained over
-    files of metrics                 numbers alone, and losses and tokens of held checkpoints
-    sets of the vault, unfinished    as recorded and sealed; kept by consent, not looked into
-    all bytes (`ids`, `texts`)       hold none of the strings that the caller gives
+    exports that a deletion marked   erased; one that can't be found can't be excluded
+    patches, anywhere                bytes as recorded; served or trained over
+    files of metrics                 numbers only; losses and tokens of held checkpoints only
+    vault sets, unfinished patches   as recorded and sealed; kept by consent, so not searched
+    an object store                  as in a directory; without old versions of erased objects
+    all bytes (`ids`, `texts`)       without the strings that the caller gives
 
-Rules: nothing is changed. What can't be read or told is residue, too: absence is proven or it is not.
-Places are the model directory, left-overs in the cache and in the temporary directory that are ours,
-exports that the ledger knows, and what `also` names. Each is resolved first; a link inside a place is
-residue unless it leads into a place that is read, and so is a named place without any file. Answers
-name paths, rows and offsets, never an id or a text. Index files are parsed only if their bytes have the
-digest in their name. What this model's keys open is read as plaintext; a sealed file that they don't
-open is *shredded*: counted, and no residue unless the ledger relies on it. A key that opens nothing
-held is residue.
+Nothing is changed. What can't be read or judged is residue, too: absence is either proven or not. The
+scan covers the model directory, the model's storage, files of ours left in the cache and in the
+temporary directory, the exports that the ledger knows, and the paths in `also`. Each path is resolved
+first. A link inside a scanned place is residue unless it leads into a scanned place, and so is a given
+place without any file. Findings name paths, rows and offsets, never an id or a text. An index file is
+parsed only if its bytes have the digest in its name. What the model's keys open is read as plaintext. A
+sealed file that they don't open is *shredded*: it is counted, and is residue only if the ledger relies
+on it. A key without a file is residue.
 
-Not covered: a storage that is no path (`stored_residue.py`); compressed copies, what others encrypted,
-copies of the keyring, other machines, backups, blocks that a disk has freed. Optimizer states that were
-copied out of a checkpoint directory are found by their manifest alone.
+Out of reach: compressed copies, copies that others encrypted, copies of the keyring, other machines,
+backups, replicas and access logs of a bucket, and disk blocks that were freed. Optimizer states copied
+out of a checkpoint directory are found by their manifest alone.
 """
 
 from __future__ import annotations
@@ -32,33 +33,34 @@ import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sisa.audit.foreign_files import (
     BATCH_ROWS,
-    Residue,
+    SealedFiles,
+    Shredded,
     Unreadable,
     json_ids,
     not_held,
     parquet_ids,
     vector_ids,
 )
-from sisa.audit.found_groups import NONE, FoundGroups
-from sisa.audit.garbage import at_hand, list_garbage, undisturbed
+from sisa.audit.garbage import SURPLUS, UNKNOWN_FILE, at_hand, list_garbage, undisturbed
+from sisa.audit.lineage import NONE, FoundGroups
 from sisa.audit.search_strings import PARQUET_MAGIC, SearchStrings
-from sisa.audit.stored_residue import scan_objects
-from sisa.audit.unsealing import SealedFiles, Shredded
 from sisa.config.blocks import is_uri
 from sisa.core.digest import file_sha256, sha256_hex
 from sisa.core.errors import Busy, IntegrityError, InvalidInput, SisaError
 from sisa.core.measured import STAGE_DIGITS, without
+from sisa.core.ports import BlobStore
 from sisa.data.temporary_files import owned_temporary_files, walk
 from sisa.flows.stale_exports import export_standing
 from sisa.flows.wiring.opening import CHECKPOINTS, INDEX, METRICS, PATCHES, RECORDS, RUNS, VAULT
 from sisa.flows.wiring.world import World, known_by_area
 from sisa.store.blobs.keyring import is_sealed
+from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.store.checkpoints import ADAPTER, MANIFEST
 from sisa.store.metrics import parsed
 
@@ -67,8 +69,18 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
+class Residue:
+    """One thing that is left or can't be excluded: `kind` for programs, `what` for people."""
+
+    kind: str
+    where: str
+    position: str
+    what: str
+
+
+@dataclass(frozen=True, slots=True)
 class Scan:
-    """What was read and what was found; `clean` when there is no residue."""
+    """The result of a scan: what was read and what was found; `clean` if there is no residue."""
 
     clean: bool
     places: tuple[str, ...]
@@ -84,7 +96,7 @@ def sweep_model(
     ids: Sequence[str] = (),
     texts: Sequence[str] = (),
 ) -> Scan:
-    """Scan a model's directory and all that belongs to it. Raises Busy while another process writes."""
+    """Scan a model's directory, storage and exports. Raises Busy while another process writes."""
     with undisturbed(model.directory) as free:
         if not free:
             raise Busy(
@@ -104,7 +116,10 @@ def scan_residue(
     ids: Sequence[str] = (),
     texts: Sequence[str] = (),
 ) -> Scan:
-    """Scan for traces of deleted records, and for given ids and texts. Raises InvalidInput."""
+    """Scan for traces of deleted records, and for the given ids and texts.
+
+    Raises InvalidInput if a path in `also` does not exist.
+    """
     missing = [number for number, path in enumerate(also, start=1) if not path.exists()]
     if missing:
         raise InvalidInput(
@@ -120,7 +135,7 @@ def scan_residue(
     for place in scanner.places:
         scanner.scan(place, models=place in named)
     scanner.unread([scanner.own[0], *_resolved(also)])
-    stores = scan_objects(world, scanner.strings, scanner.residue, scanner.counts)
+    stores = _scan_objects(world, scanner.strings, scanner.residue, scanner.counts)
     scanner.unknown_files()
     scanner.missing_exports()
     return Scan(
@@ -133,7 +148,7 @@ def scan_residue(
 
 
 def _resolved(paths: Iterable[Path]) -> list[Path]:
-    """Real paths, without those below an earlier one."""
+    """Return the real paths, without those below an earlier one."""
     found: list[Path] = []
     for path in paths:
         real = Path(os.path.realpath(path))
@@ -146,8 +161,8 @@ class _Scanner:
     def __init__(self, world: World, directory: Path, strings: SearchStrings) -> None:
         self.world = world
         self.directory = directory
-        at = {room: at_hand(place) or directory / room for room, place in world.places.items()}
-        self.roots = {room: Path(os.path.realpath(root)) for room, root in at.items()}
+        at = {area: at_hand(place) or directory / area for area, place in world.places.items()}
+        self.roots = {area: Path(os.path.realpath(root)) for area, root in at.items()}
         beside = {root.parent for root in at.values() if root.parent != directory}
         self.own = _resolved([directory, *sorted(beside), *self.roots.values()])
         self.places = self.own
@@ -177,8 +192,11 @@ class _Scanner:
         self.residue.append(Residue(kind, self.strings.hidden(str(path)), position, what))
 
     def scan(self, place: Path, *, models: bool = True) -> None:
-        """Read every file of a place. `models`: whether it may hold parts of this one; what other models
-        leave in a temporary directory is not judged, but for its rows."""
+        """Read every file below a path.
+
+        `models` tells whether it may hold parts of this model. Of what other models leave in a temporary
+        directory, only rows are judged.
+        """
         before = self.counts["files"]
         for path in walk(place, self._unreadable):
             self._names(path)
@@ -189,7 +207,7 @@ class _Scanner:
                 elif stat.S_ISLNK(mode):
                     self._link(path)
             except FileNotFoundError:
-                continue  # somebody's temporary file
+                continue  # a temporary file that its owner has removed
             except OSError as error:
                 self._unreadable(path, error)
         if self.counts["files"] == before:
@@ -200,13 +218,13 @@ class _Scanner:
         self._found("unreadable", path, f"can't be read: {error.strerror}")
 
     def _link(self, path: Path) -> None:
-        """What a link leads to is read where it lies, or not at all."""
+        """Report a link that leads out of the scanned places; its target is read where it lies."""
         target = Path(os.path.realpath(path))
         if not target.exists() or not any(target.is_relative_to(each) for each in self.places):
             self._found("link", path, "a link to what was not read: name its target with --also")
 
     def unread(self, named: Sequence[Path]) -> None:
-        """Places in which there was no file: they prove nothing, since a disk may not be mounted."""
+        """Report places without any file: they prove nothing, since a disk may not be mounted."""
         for place in named:
             if place in self._empty:
                 self._found("nothing_read", place, "holds no file, so that it proves nothing")
@@ -250,7 +268,7 @@ class _Scanner:
             self._adapter(path)
 
     def _kept_by_consent(self, path: Path) -> bool:
-        """A sealed set of the vault, or a part of an unfinished patch, that the ledger knows."""
+        """Return whether a file is a vault set, or part of an unfinished patch, as recorded."""
         run = self.roots[RUNS] == path.parent.parent and path.parent.name in self._known[RUNS]
         if not run and path not in self._sets:
             return False
@@ -275,7 +293,7 @@ class _Scanner:
             self._found("string", path, what, place.position)
 
     def _shredded(self, path: Path) -> None:
-        """A sealed file that can't be read any more: as good as erased, unless it should be there."""
+        """Count a sealed file that no key opens as erased, unless the ledger relies on it."""
         held = {self.roots[CHECKPOINTS] / key for key in self._groups.checkpoints}
         held |= {self.roots[PATCHES] / key for key in self._groups.patches}
         if path in self._digests or path.parent in held:
@@ -285,7 +303,7 @@ class _Scanner:
             self.proven.add(path)
 
     def _metrics(self, path: Path) -> None:
-        """Lines of numbers alone, with losses and tokens of held stages alone."""
+        """Check that a file of metrics holds numbers only, and losses and tokens of held stages only."""
         try:
             found = parsed(path.read_bytes(), str(path))
         except IntegrityError as error:
@@ -293,11 +311,11 @@ class _Scanner:
             return
         stages = {key[:STAGE_DIGITS] for key in self._groups.checkpoints}
         if any(without(line, stages) != line for line in found):
-            self._found("stale_loss", path, "a loss or tokens of a checkpoint that is not held any more")
+            self._found("stale_loss", path, "a loss or tokens of a checkpoint that is no longer held")
         self.proven.add(path)
 
     def _rows(self, path: Path, ids: Iterator[str | None]) -> None:
-        """Rows with an id: a tombstone is residue anywhere, an unknown id in the model directory."""
+        """Check rows: a tombstone's is residue anywhere, an unknown id's in the model's own places."""
         ours = any(each in path.parents for each in self.own)
         position, batch = 0, []
         try:
@@ -338,9 +356,9 @@ class _Scanner:
         self.proven.add(path)
 
     def _group(self, path: Path) -> None:
-        """A checkpoint or a patch."""
+        """Judge a checkpoint or a patch."""
         found = self._groups.judge(self._sealed.read(path / MANIFEST), partial(self._are, path))
-        self.counts[found.room] += 1
+        self.counts[found.area] += 1
         if found.fault != NONE:
             self._found(found.fault[0], path, found.fault[1])
             return
@@ -370,10 +388,10 @@ class _Scanner:
             self.outdated.append(self.strings.hidden(str(path)))
 
     def unknown_files(self) -> None:
-        """What the ledger does not know in the model directory and nothing above has proven clean."""
+        """Report files that the ledger does not know and that the scan did not prove clean."""
         for each in list_garbage(self.world, self.directory):
             if is_uri(each.path):
-                continue  # told by the scan of its store
+                continue  # reported by the scan of its store
             path = self.directory / each.path
             path = Path(os.path.realpath(path.parent), path.name)
             inside = [p for p in walk(path) if not p.is_dir() or p.is_symlink()]
@@ -381,8 +399,110 @@ class _Scanner:
                 self._found("unknown_file", path, each.reason)
 
     def missing_exports(self) -> None:
-        """Exports that a deletion marked; one that is still there is found as a stale adapter."""
+        """Report exports that a deletion marked and that can't be found; others are stale adapters."""
         for each in self._exports:
             if each.stale and (found := export_standing(self.world, each)) != "held":
                 what = f"an export that request {each.request_id} made stale is {found}"
                 self._found("missing_export", Path(each.path), what)
+
+
+def _scan_objects(
+    world: World, strings: SearchStrings, residue: list[Residue], counts: dict[str, int]
+) -> tuple[str, ...]:
+    """Scan the storage areas in an object store, adding to `residue` and `counts`; return their URIs."""
+    areas = {
+        area: place for area, place in sorted(world.places.items()) if not isinstance(place, LocalBlobs)
+    }
+    for area, place in areas.items():
+        residue += _StoredArea(world, area, place, strings, counts).scan()
+    return tuple(place.location() for place in areas.values())
+
+
+@dataclass
+class _StoredArea:
+    """One storage area in an object store; its objects are read into memory, one at a time."""
+
+    world: World
+    area: str
+    place: BlobStore
+    strings: SearchStrings
+    counts: dict[str, int]
+
+    def scan(self) -> Iterator[Residue]:
+        known = known_by_area(self.world).get(self.area, frozenset())
+        for name in sorted(self.place.held()):
+            parts = sorted(self.place.parts(name))
+            if name not in known:
+                yield self._found("unknown_file", name, UNKNOWN_FILE)
+            plain = {part: self._read(f"{name}/{part}" if part else name) for part in parts or [""]}
+            for part, data in plain.items():
+                yield from self._strings(f"{name}/{part}" if part else name, data)
+            if self.area == RECORDS:
+                yield from self._slice(name, plain.get(""))
+            elif MANIFEST in plain and self.area in (CHECKPOINTS, PATCHES):
+                yield from self._group(name, plain)
+        for kept in self.place.purge(dry_run=True):
+            yield Residue("old_versions", kept.where, "", f"kept by the bucket: {kept.why}")
+
+    def _found(self, kind: str, name: str, what: str, position: str = "") -> Residue:
+        return Residue(kind, self.strings.hidden(self.place.location(name)), position, what)
+
+    def _read(self, name: str) -> bytes | None:
+        """Return an object's plaintext; None if no held key opens it."""
+        data = self.place.get(name, "object")
+        self.counts["files"] += 1
+        self.counts["bytes"] += len(data)
+        group, _, part = name.partition("/")
+        try:
+            return self.world.keyring.unseal(self.area, group, part, data)
+        except IntegrityError:
+            self.counts["shredded"] += is_sealed(data)
+            return None
+
+    def _strings(self, name: str, data: bytes | None) -> Iterator[Residue]:
+        for number in self.strings.in_value(name):
+            yield self._found("string", "", f"string {number + 1} is in a name here", "name")
+        for found in self.strings.in_file(Path(name), data or b""):
+            what = f"string {found.number + 1} of {len(self.strings)} is here"
+            yield self._found("string", name, what, found.position)
+
+    def _slice(self, name: str, data: bytes | None) -> Iterator[Residue]:
+        recorded = self._slices.get(name)
+        if data is None or (recorded and sha256_hex(data) != recorded):
+            if recorded:
+                what = "not the recorded file, so that its content proves nothing"
+                yield self._found("damaged", name, what)
+            return
+        ids: list[tuple[int, str | None]] = []
+        try:
+            ids.extend(enumerate(parquet_ids(io.BytesIO(data))))
+        except Unreadable:
+            what = "can't be decoded, so that its rows prove nothing"
+            yield self._found("unreadable", name, what)
+        self.counts["rows"] += len(ids)
+        for kind, what, position in not_held(self.world, ids, ours=True):
+            yield self._found(kind, name, what, position)
+
+    def _group(self, key: str, plain: dict[str, bytes | None]) -> Iterator[Residue]:
+        manifest = plain[MANIFEST]
+        if manifest is None:
+            return  # shredded: reported above if unknown, below if damaged
+        digests = {part: sha256_hex(data) for part, data in plain.items() if data is not None}
+        found = self._groups.judge(manifest, lambda names: names.items() <= digests.items())
+        self.counts[found.area] += 1
+        if found.fault != NONE:
+            yield self._found(found.fault[0], key, found.fault[1])
+        elif (found.area, found.key) != (self.area, key):
+            yield self._found("damaged", key, "its bytes are not those of its name")
+        if not found.key:
+            return
+        for part in sorted(plain.keys() - found.names.keys() - {MANIFEST}):
+            yield self._found("unknown_file", f"{key}/{part}", SURPLUS)
+
+    @cached_property
+    def _groups(self) -> FoundGroups:
+        return FoundGroups(self.world)
+
+    @cached_property
+    def _slices(self) -> dict[str, str]:
+        return {each.name: each.sha256 for each in self.world.ledger.slices()}
