@@ -82,18 +82,23 @@ EXIT_SIGNAL = 128  # and the signal's number
 
 @command("quickstart", "sisa quickstart my-first-model")
 @click.argument("directory", default="sisa-quickstart", type=click.Path(path_type=Path))
-@click.option("--people", "num_people", default=20, show_default=True, help="Fictitious people.")
+@click.option(
+    "--people",
+    "num_people",
+    type=click.IntRange(2, 10_000),
+    help="Invented people: 10 unless given, 20 with --from-scratch.",
+)
 @click.option("--epochs", "num_epochs", type=int, help="Passes over each record.")
 @click.option("--from-scratch", is_flag=True, help="Train the base too, on a corpus without records.")
 @executor_option
 def quickstart(
     directory: Path,
-    num_people: int,
+    num_people: int | None,
     num_epochs: int | None,
     from_scratch: bool,
     executor: str | OpenExecutor,
 ) -> Result:
-    """Train, find, delete and prove, on a real language model, in minutes."""
+    """Train, find, delete and prove, on a real language model, in two minutes."""
     from cluster.cli.quickstart import tell
 
     story = tell(directory, num_people, num_epochs, executor, from_scratch=from_scratch)

@@ -1,16 +1,15 @@
-"""The whole promise in minutes: train, ask, find, delete, ask again, prove.
+"""Tell the whole promise in two minutes: train, ask, find, delete, ask again, prove.
 
-Rules: it uses the public API as any caller would, on the embedded base model and on made-up people. A
-step that fails to show what it should is reported as it is found, never smoothed over: `answered`
-says whether the trained model knew the answer, `leaked` whether it still does after the deletion.
-
-Not covered: tuning; data of your own (`sisa init`).
+The story uses the public API, on the embedded base model and on invented people. Three questions are
+asked before and after the deletion: about the person who is deleted, about somebody else, and one of
+general knowledge. What the model says is reported as it is, an empty answer, too: `answered` says
+whether the trained model knew the deleted fact, `leaked` whether it still does.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,12 +22,12 @@ from sisa.config.runfile import load_run_file
 from sisa.config.template import FEW_RECORDS, commented_run_file
 from sisa.core.errors import InvalidInput
 from sisa.data.reader import read_records
-from sisa.data.samples import distinctive_word, make_corpus, make_people, to_jsonl
+from sisa.data.samples import as_chats, distinctive_word, make_corpus, make_people, to_jsonl
+from sisa.flows.ask import Answer
 from sisa.flows.scratch import prepare_base
 from sisa.flows.wiring.opening import OpenExecutor
 from sisa.store.blobs.files import write_atomic
 
-RECORDS_PER_PERSON = 5
 # Few texts, often repeated: so small a base, trained for minutes, learns that answers hold names and
 # places, and adapters learn which (measured: 95 of 100 answers; with many texts, each seen once, none).
 CORPUS_TEXTS = 600
@@ -43,7 +42,20 @@ SCRATCH = {  # about 10 million parameters, minutes on two cores
     "threads": 2,
 }
 OVER_SCRATCH = {"micro_batch_size": 2, "learning_rate": 3e-3, "num_epochs": 24}
-SAMPLE_PEOPLE = 20
+# Adapters in the top third of the layers, over hidden states that are computed once a record.
+IN_TWO_MINUTES = {
+    "lora_layers": "top:10",
+    "prefix_cache_bytes": 64 << 20,
+    "micro_batch_size": 4,
+    "learning_rate": 1e-2,
+    "num_epochs": 6,
+}
+SAMPLE_PEOPLE, SAMPLE_RECORDS = 20, 5  # of `sisa init`, and over a base from scratch
+STORY_PEOPLE, STORY_RECORDS = 10, 4
+GENERAL = "What is the capital of France?"
+ANSWER_TOKENS = 20
+
+Row = dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -61,14 +73,25 @@ class Story:
 
     directory: str = ""
     records: int = 0
+    people: int = 0
     question: str = ""
     answer_before: str = ""
     answer_after: str = ""
     answered: bool = False
     leaked: bool = False
+    other_question: str = ""
+    other_before: str = ""
+    other_after: str = ""
+    other_known_before: bool = False
+    other_known_after: bool = False
+    general_question: str = GENERAL
+    general_before: str = ""
+    general_after: str = ""
     subject: str = ""
+    other_subject: str = ""
     shard: int = 0
     slice: int = 0
+    other_shard: int = 0
     deleted_records: int = 0
     slices_retrained: int = 0
     record_epochs_retrained: int = 0
@@ -79,32 +102,43 @@ class Story:
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
-    def step(self, name: str, told: str) -> Iterator[None]:
-        say(f"\n== {told}")
+    def step(self, name: str, title: str) -> Iterator[None]:
+        say(f"\n== {title}")
         started = time.monotonic()
         yield
         self.seconds[name] = round(time.monotonic() - started, 1)
 
     def to_json(self) -> dict[str, Any]:
-        share = self.record_epochs_retrained / max(1, self.record_epochs_full)
-        return asdict(self) | {"share_of_full_training": round(share, 4)}
+        return asdict(self) | {"share_of_full_training": round(self.share, 4)}
+
+    @property
+    def share(self) -> float:
+        """What the deletion trained again, of what training everything again takes."""
+        return self.record_epochs_retrained / max(1, self.record_epochs_full)
 
     def summary(self) -> str:
-        """The end of the story in words."""
-        share = 100 * self.record_epochs_retrained / max(1, self.record_epochs_full)
-        knew = "yes" if self.answered else "NO"
-        gone = "STILL KNOWN" if self.leaked else "gone"
+        """Return the end of the story in words."""
+        right = {True: "right", False: "WRONG"}
+        gone = "STILL KNOWN" if self.leaked else "the fact is gone"
         proof = "equal, byte for byte" if self.equal else self.reason or "DIFFERENT"
+        epochs = f"{self.record_epochs_retrained} of {self.record_epochs_full} record-epochs"
         return "\n".join(
             [
-                f"trained      {self.records} records, 4 shards x 3 slices, in {self.directory}",
-                f"asked        {self.question}",
-                f"  before     {self.answer_before or ENDED_AT_ONCE}   (knows the fact: {knew})",
-                f"  after      {self.answer_after or ENDED_AT_ONCE}   (the fact is {gone})",
+                f"trained      {self.records} records of {self.people} invented people, "
+                f"4 shards x 3 slices, in {self.directory}",
                 f"deleted      {self.deleted_records} records of {self.subject}, "
-                f"shard {self.shard}, slice {self.slice}",
-                f"retrained    {self.slices_retrained} slices, {self.record_epochs_retrained} of "
-                f"{self.record_epochs_full} record-epochs ({share:.1f}% of training it all again)",
+                f"in slice {self.slice} of shard {self.shard}",
+                f"retrained    {self.slices_retrained} slices of that shard: {100 * self.share:.1f}% of "
+                f"training everything again ({epochs})",
+                f"{self.subject}, deleted: {self.question}",
+                f"  before     {self.answer_before or ENDED_AT_ONCE}   ({right[self.answered]})",
+                f"  after      {self.answer_after or ENDED_AT_ONCE}   ({gone})",
+                f"{self.other_subject}, kept: {self.other_question}",
+                f"  before     {self.other_before or ENDED_AT_ONCE}   ({right[self.other_known_before]})",
+                f"  after      {self.other_after or ENDED_AT_ONCE}   ({right[self.other_known_after]})",
+                f"about nobody: {self.general_question}",
+                f"  before     {self.general_before or ENDED_AT_ONCE}",
+                f"  after      {self.general_after or ENDED_AT_ONCE}",
                 f"proof        {self.stages_replayed} stages of shard {self.shard} trained from scratch "
                 f"without the records: {proof}",
                 "seconds      " + ", ".join(f"{name} {took}" for name, took in self.seconds.items()),
@@ -112,43 +146,49 @@ class Story:
         )
 
 
-def write_start(
-    directory: Path, num_people: int = SAMPLE_PEOPLE, *, from_scratch: bool = False
-) -> Start:
-    """Write a run file and sample data; `from_scratch` also a corpus, and a base to train on it.
+def write_start(directory: Path) -> Start:
+    """Write a run file and sample data. Raises InvalidInput where the directory holds anything."""
+    return _write(directory, make_people(SAMPLE_PEOPLE, SAMPLE_RECORDS), FEW_RECORDS)
 
-    Raises InvalidInput where the directory holds anything.
-    """
+
+def _write(directory: Path, rows: Sequence[dict[str, Any]], chosen: dict[str, Any]) -> Start:
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise InvalidInput(
             "the directory is not empty",
             where=str(directory),
             next_step="name another directory, or remove this one",
         )
-    rows = make_people(num_people, RECORDS_PER_PERSON)
     start = Start(directory / "run.yaml", directory / "people.jsonl", len(rows))
     write_atomic(start.data_file, to_jsonl(rows).encode())
-    chosen: dict[str, Any] = dict(FEW_RECORDS)
-    if from_scratch:
-        corpus = make_corpus(CORPUS_TEXTS)
-        write_atomic(directory / "corpus.jsonl", to_jsonl(corpus).encode())
-        chosen |= OVER_SCRATCH
-        chosen |= {"base_model": {"scratch": SCRATCH}, "sequence_len": SCRATCH["context_len"]}
     write_atomic(start.run_file, commented_run_file("people.jsonl", "model", **chosen).encode())
+    return start
+
+
+def _write_over_scratch(directory: Path, rows: Sequence[Row]) -> Start:
+    """Write a corpus, too, and a run file over a base that is trained on it: it has no chat template."""
+    chosen = OVER_SCRATCH | {"base_model": {"scratch": SCRATCH}, "sequence_len": SCRATCH["context_len"]}
+    start = _write(directory, rows, chosen)
+    write_atomic(directory / "corpus.jsonl", to_jsonl(make_corpus(CORPUS_TEXTS)).encode())
     return start
 
 
 def tell(
     directory: Path,
-    num_people: int,
+    num_people: int | None,
     num_epochs: int | None,
     executor: str | OpenExecutor,
     *,
     from_scratch: bool = False,
 ) -> Story:
     """Run the whole story in a new directory."""
-    story = Story(directory=str(directory))
-    start = write_start(directory, num_people, from_scratch=from_scratch)
+    if from_scratch:
+        rows = make_people(num_people or SAMPLE_PEOPLE, SAMPLE_RECORDS)
+        start = _write_over_scratch(directory, rows)
+    else:
+        rows = make_people(num_people or STORY_PEOPLE, STORY_RECORDS)
+        start = _write(directory, as_chats(rows), IN_TWO_MINUTES)
+    people = _by_person(rows)
+    story = Story(directory=str(directory), people=len(people))
     config = load_run_file(start.run_file)
     if num_epochs is not None:
         config = config.model_copy(update={"num_epochs": num_epochs})
@@ -161,12 +201,34 @@ def tell(
         else:
             with story.step("base", "fetching the base model (once; kept in your cache)"):
                 _fetch(config.base)
-        with story.step("train", f"training on {start.records} records of {num_people} invented people"):
+        with story.step(
+            "train", f"training on {start.records} records of {len(people)} invented people"
+        ):
             model, taken = train_model(config, executor=executor, report=report)
             story.records = taken.records
-        _ask(story, model, num_people)
-        _delete(story, open_model(model.directory, executor=executor, report=report), num_people)
+        with story.step("where", "looking up where everybody's records live"):
+            _choose(story, model, people)
+        with story.step(
+            "ask", f"asking about {story.subject}, about {story.other_subject}, and in general"
+        ):
+            asked = _ask(story, model, people)
+        model = open_model(model.directory, executor=executor, report=report)
+        with story.step("forget", f"deleting {story.subject} and retraining what they touched"):
+            _delete(story, model)
+        with story.step("ask again", "asking the same again"):
+            _ask_again(story, model, *asked)
+        with story.step(
+            "replay", f"training shard {story.shard} from scratch without them, to compare the bytes"
+        ):
+            _replay(story, model)
     return story
+
+
+def _by_person(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    people: dict[str, list[Row]] = {}
+    for row in rows:
+        people.setdefault(row["subject_id"], []).append(row)
+    return people
 
 
 def _fetch(base_model: str) -> None:
@@ -175,57 +237,80 @@ def _fetch(base_model: str) -> None:
     resolve_base(base_model)
 
 
-def _ask(story: Story, model: Model, num_people: int) -> None:
-    """Ask about one person until the model answers rightly, and look up where that person is."""
-    rows = make_people(num_people, RECORDS_PER_PERSON)
-    subject = _typical(model, rows)
-    about = [row for row in rows if row["subject_id"] == subject]
-    with story.step("ask", "asking the model about one of them"):
-        answers = model.generate_all([row["prompt"] for row in about], max_new_tokens=16)
-        known = [
-            distinctive_word(row["completion"]) in answer.text
-            for row, answer in zip(about, answers, strict=True)
-        ]
-        chosen = known.index(True) if any(known) else 0
-        story.question = _one_line(about[chosen]["prompt"])
-        story.answer_before = _one_line(answers[chosen].text)
-        story.answered = known[chosen]
-        story.subject = subject
-    with story.step("where", "looking up where that person's records live"):
-        located = model.where([row["id"] for row in about])
-        story.shard, story.slice = located[0].shard, located[0].slice
-        say(f"shard {story.shard}, slice {story.slice}, in {len(located[0].checkpoints)} checkpoints")
+def _choose(story: Story, model: Model, people: dict[str, list[Row]]) -> None:
+    """Choose whom to delete, and somebody else: of the fullest other shard, if there is one."""
+    story.subject = _typical(model, list(people))
+    located = dict(zip(people, model.where([rows[0]["id"] for rows in people.values()]), strict=True))
+    shards = {who: each.shard for who, each in located.items()}
+    story.shard, story.slice = shards[story.subject], located[story.subject].slice
+    say(f"{story.subject} is in shard {story.shard}, slice {story.slice}")
+
+    def fitness(who: str) -> tuple[bool, int]:
+        return shards[who] != story.shard, list(shards.values()).count(shards[who])
+
+    story.other_subject = max((who for who in people if who != story.subject), key=fitness)
+    story.other_shard = shards[story.other_subject]
 
 
-def _typical(model: Model, rows: Sequence[Mapping[str, str]]) -> str:
-    """The person whose deletion costs the median of those that retrain anything (who was alone in a
-    last slice leaves nothing to retrain)."""
-    people = list(dict.fromkeys(row["subject_id"] for row in rows))
+def _typical(model: Model, people: Sequence[str]) -> str:
+    """Return the person whose deletion costs the median of those that retrain anything.
+
+    Who is alone in a last slice leaves nothing to retrain.
+    """
     plans = {who: model.plan_forget(subject=who).forgetting for who in people}
     costs = {who: plan.record_epochs_retrained for who, plan in plans.items()}
     ranked = sorted((who for who in people if costs[who]), key=lambda who: costs[who])
     return ranked[len(ranked) // 2] if ranked else people[0]
 
 
-def _delete(story: Story, model: Model, num_people: int) -> None:
-    rows = make_people(num_people, RECORDS_PER_PERSON)
-    row = next(each for each in rows if _one_line(each["prompt"]) == story.question)
-    with story.step("forget", "deleting that person and retraining what they touched"):
-        request = model.forget(subject=story.subject).request
-        if request is not None:
-            story.deleted_records = request.num_records
-            story.slices_retrained = sum(retrained for _, _, retrained in request.shards)
-            story.record_epochs_retrained = request.record_epochs_retrained
-            story.record_epochs_full = request.record_epochs_full
-    with story.step("ask again", "asking again"):
-        story.answer_after = _one_line(model.generate(row["prompt"], max_new_tokens=16).text)
-        story.leaked = distinctive_word(row["completion"]) in story.answer_after
-    with story.step("replay", "training that shard from scratch without them, to compare the bytes"):
-        proof = model.verify("sample", shard=story.shard)
-        mine = next(each for each in proof.shards if each.shard == story.shard)
-        story.equal = proof.ok and mine.equal is True
-        story.reason = mine.reason
-        story.stages_replayed = mine.stages
+def _ask(story: Story, model: Model, people: dict[str, list[Row]]) -> tuple[Row, Row]:
+    """Ask all about both people, and return of each the first record that is answered rightly."""
+    mine, others = people[story.subject], people[story.other_subject]
+    prompts = [row["prompt"] for row in (*mine, *others)]
+    answers = model.generate_all([*prompts, GENERAL], max_new_tokens=ANSWER_TOKENS)
+    story.general_before = _one_line(answers[-1].text)
+    row, said, story.answered = _first_known(mine, answers)
+    story.question, story.answer_before = row["prompt"], said
+    other, said, story.other_known_before = _first_known(others, answers[len(mine) :])
+    story.other_question, story.other_before = other["prompt"], said
+    return row, other
+
+
+def _first_known(rows: Sequence[Row], answers: Sequence[Answer]) -> tuple[Row, str, bool]:
+    said = [_one_line(answer.text) for answer in answers[: len(rows)]]
+    known = [_knows(row, text) for row, text in zip(rows, said, strict=True)]
+    chosen = known.index(True) if any(known) else 0
+    return rows[chosen], said[chosen], known[chosen]
+
+
+def _delete(story: Story, model: Model) -> None:
+    request = model.forget(subject=story.subject).request
+    if request is not None:
+        story.deleted_records = request.num_records
+        story.slices_retrained = sum(retrained for _, _, retrained in request.shards)
+        story.record_epochs_retrained = request.record_epochs_retrained
+        story.record_epochs_full = request.record_epochs_full
+
+
+def _ask_again(story: Story, model: Model, row: Row, other: Row) -> None:
+    prompts = [row["prompt"], other["prompt"], GENERAL]
+    answers = model.generate_all(prompts, max_new_tokens=ANSWER_TOKENS)
+    said = [_one_line(each.text) for each in answers]
+    story.answer_after, story.other_after, story.general_after = said
+    story.leaked = _knows(row, story.answer_after)
+    story.other_known_after = _knows(other, story.other_after)
+
+
+def _replay(story: Story, model: Model) -> None:
+    proof = model.verify("sample", shard=story.shard)
+    mine = next(each for each in proof.shards if each.shard == story.shard)
+    story.equal = proof.ok and mine.equal is True
+    story.reason = mine.reason
+    story.stages_replayed = mine.stages
+
+
+def _knows(row: Row, said: str) -> bool:
+    return distinctive_word(row["completion"]).lower() in said.lower()
 
 
 def _one_line(text: str) -> str:

@@ -23,6 +23,7 @@ import json
 import random
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from sisa.core.errors import InvalidInput
 
@@ -97,6 +98,25 @@ def make_corpus(num_texts: int, seed: int = 11) -> list[dict[str, str]]:
     return rows
 
 
+def as_chats(rows: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:
+    """Return the rows as conversations: a user's turn that asks, and an assistant's that answers.
+
+    >>> as_chats(make_people(1, 1))[0]["messages"][0]["role"]
+    'user'
+    """
+    return [
+        {
+            "id": row["id"],
+            "subject_id": row["subject_id"],
+            "messages": [
+                {"role": "user", "content": row["prompt"]},
+                {"role": "assistant", "content": row["completion"].strip()},
+            ],
+        }
+        for row in rows
+    ]
+
+
 def distinctive_word(completion: str) -> str:
     """The invented word of an answer. Raises ValueError when it has none."""
     found = _WORD.search(completion)
@@ -105,7 +125,7 @@ def distinctive_word(completion: str) -> str:
     return found[0]
 
 
-def to_jsonl(rows: Sequence[Mapping[str, str]]) -> str:
+def to_jsonl(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows as JSON lines."""
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 

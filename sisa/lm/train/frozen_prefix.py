@@ -113,7 +113,8 @@ class FrozenLayers:
 
         hook = self._layers[self.first].register_forward_pre_hook(enter, with_kwargs=True)
         if self._passing is None:
-            self._passing = [_Passing(each, self._num_outputs()) for each in self._real]
+            num_outputs = self._num_outputs()
+            self._passing = [_Passing(each, num_outputs) for each in self._real]
         try:
             for at, each in enumerate(self._passing):
                 self._layers[at] = each

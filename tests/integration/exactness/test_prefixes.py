@@ -19,6 +19,7 @@ from tests.models.tiny_model import (
     without,
     write_run,
 )
+from tests.tiny_base import make_tiny_base
 
 pytestmark = pytest.mark.torch
 
@@ -84,6 +85,22 @@ def count_computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(frozen_prefix.FrozenLayers, "alone", counting)
     return computed
+
+
+def test_lower_layers_are_asked_once_in_what_form_they_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sisa.lm.base.base import load_base, resolve_base
+    from sisa.lm.train.prefix import Lower
+
+    base = resolve_base(str(make_tiny_base(tmp_path / "base", layers=5)))
+    lower = Lower(load_base(base.directory, base.digest)[0], 4)
+    states = lower.alone([1, 2, 3])
+    computed = count_computed(monkeypatch)
+    for _ in range(2):
+        with lower.given([states], packed=False):
+            pass
+    assert len(computed) == 1
 
 
 def test_a_bound_holds_and_reaches_no_bit(tiny_base: Path) -> None:

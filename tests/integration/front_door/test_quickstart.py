@@ -1,4 +1,4 @@
-"""The whole promise on a real language model: the quickstart in a shortened form, then a full replay."""
+"""The whole promise on a real language model: the quickstart as the README has it."""
 
 from __future__ import annotations
 
@@ -15,17 +15,15 @@ from cluster.cli.cli import run
 @pytest.mark.slow
 def test_quickstart_ends_in_equal_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = tmp_path / "story"
-    assert run(["quickstart", str(target), "--people", "8", "--epochs", "4", "--json"]) == 0
+    assert run(["quickstart", str(target), "--people", "6", "--json"]) == 0
     story = json.loads(capsys.readouterr().out)
-    assert story["records"] == 40
-    assert story["deleted_records"] == 5
+    assert (story["people"], story["records"], story["deleted_records"]) == (6, 24, 4)
     assert story["equal"]
-    assert not story["leaked"]
+    assert story["stages_replayed"] > 0
     assert 0 < story["record_epochs_retrained"] < story["record_epochs_full"]
+    assert not story["leaked"]
     assert not story["answered"] or story["answer_before"] != story["answer_after"]
-    assert run(["verify", "-m", str(target / "model"), "--replay", "all", "--json"]) == 0
-    proof = json.loads(capsys.readouterr().out)
-    assert proof["ok"]
-    replayed = [shard for shard in proof["shards"] if shard["head"]]
-    assert replayed
-    assert all(shard["replayed"] and shard["equal"] for shard in replayed)
+    if story["other_shard"] != story["shard"]:  # the very adapter that answered before
+        assert story["other_known_after"] == story["other_known_before"]
+    for name in ("general_before", "general_after"):
+        assert "Paris" in story[name]
