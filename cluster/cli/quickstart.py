@@ -118,7 +118,7 @@ class Story:
 
     def summary(self) -> str:
         """Return the end of the story in words."""
-        right = {True: "right", False: "WRONG"}
+        known = ["WRONG", "right"]
         gone = "STILL KNOWN" if self.leaked else "the fact is gone"
         proof = "equal, byte for byte" if self.equal else self.reason or "DIFFERENT"
         epochs = f"{self.record_epochs_retrained} of {self.record_epochs_full} record-epochs"
@@ -131,11 +131,11 @@ class Story:
                 f"retrained    {self.slices_retrained} slices of that shard: {100 * self.share:.1f}% of "
                 f"training everything again ({epochs})",
                 f"{self.subject}, deleted: {self.question}",
-                f"  before     {self.answer_before or ENDED_AT_ONCE}   ({right[self.answered]})",
+                f"  before     {self.answer_before or ENDED_AT_ONCE}   ({known[self.answered]})",
                 f"  after      {self.answer_after or ENDED_AT_ONCE}   ({gone})",
                 f"{self.other_subject}, kept: {self.other_question}",
-                f"  before     {self.other_before or ENDED_AT_ONCE}   ({right[self.other_known_before]})",
-                f"  after      {self.other_after or ENDED_AT_ONCE}   ({right[self.other_known_after]})",
+                f"  before     {self.other_before or ENDED_AT_ONCE}   ({known[self.other_known_before]})",
+                f"  after      {self.other_after or ENDED_AT_ONCE}   ({known[self.other_known_after]})",
                 f"about nobody: {self.general_question}",
                 f"  before     {self.general_before or ENDED_AT_ONCE}",
                 f"  after      {self.general_after or ENDED_AT_ONCE}",

@@ -10,6 +10,7 @@ import pytest
 from cluster.render.render import where
 from sisa.audit.residue import sweep_model
 from sisa.flows.wiring.opening import PREFIXES
+from tests.models.tiny_base import make_tiny_base
 from tests.models.tiny_model import (
     PEOPLE,
     Tiny,
@@ -19,7 +20,6 @@ from tests.models.tiny_model import (
     without,
     write_run,
 )
-from tests.tiny_base import make_tiny_base
 
 pytestmark = pytest.mark.torch
 
@@ -91,10 +91,10 @@ def test_lower_layers_are_asked_once_in_what_form_they_answer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from sisa.lm.base.base import load_base, resolve_base
-    from sisa.lm.train.prefix import Lower
+    from sisa.lm.train.frozen_prefix import FrozenLayers
 
     base = resolve_base(str(make_tiny_base(tmp_path / "base", layers=5)))
-    lower = Lower(load_base(base.directory, base.digest)[0], 4)
+    lower = FrozenLayers(load_base(base.directory, base.digest)[0], 4)
     states = lower.alone([1, 2, 3])
     computed = count_computed(monkeypatch)
     for _ in range(2):
