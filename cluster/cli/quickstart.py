@@ -118,6 +118,10 @@ class Story:
 
     def summary(self) -> str:
         """Return the end of the story in words."""
+
+        def said(answer: str) -> str:
+            return answer or ENDED_AT_ONCE
+
         known = ["WRONG", "right"]
         gone = "STILL KNOWN" if self.leaked else "the fact is gone"
         proof = "equal, byte for byte" if self.equal else self.reason or "DIFFERENT"
@@ -131,14 +135,14 @@ class Story:
                 f"retrained    {self.slices_retrained} slices of that shard: {100 * self.share:.1f}% of "
                 f"training everything again ({epochs})",
                 f"{self.subject}, deleted: {self.question}",
-                f"  before     {self.answer_before or ENDED_AT_ONCE}   ({known[self.answered]})",
-                f"  after      {self.answer_after or ENDED_AT_ONCE}   ({gone})",
+                f"  before     {said(self.answer_before)}   ({known[self.answered]})",
+                f"  after      {said(self.answer_after)}   ({gone})",
                 f"{self.other_subject}, kept: {self.other_question}",
-                f"  before     {self.other_before or ENDED_AT_ONCE}   ({known[self.other_known_before]})",
-                f"  after      {self.other_after or ENDED_AT_ONCE}   ({known[self.other_known_after]})",
+                f"  before     {said(self.other_before)}   ({known[self.other_known_before]})",
+                f"  after      {said(self.other_after)}   ({known[self.other_known_after]})",
                 f"about nobody: {self.general_question}",
-                f"  before     {self.general_before or ENDED_AT_ONCE}",
-                f"  after      {self.general_after or ENDED_AT_ONCE}",
+                f"  before     {said(self.general_before)}",
+                f"  after      {said(self.general_after)}",
                 f"proof        {self.stages_replayed} stages of shard {self.shard} trained from scratch "
                 f"without the records: {proof}",
                 "seconds      " + ", ".join(f"{name} {took}" for name, took in self.seconds.items()),
