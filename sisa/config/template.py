@@ -1,6 +1,6 @@
-"""The commented run file that `sisa init` writes.
+"""The commented run file that `sisa init` writes, and the table of all keys.
 
-It is generated from the descriptions of the keys, so that no key is missing or explained twice.
+Both are generated from the descriptions of the keys, so that no key is missing or explained twice.
 
 >>> "lora_r: 8" in commented_run_file("people.jsonl", "model")
 True
@@ -9,17 +9,32 @@ True
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined, to_jsonable_python
 
-from sisa.config.blocks import DatasetSource
-from sisa.config.config import RunConfig, keys, value_at
+from sisa.config.blocks import PATH_FIELDS, Aggregation, DatasetSource, Scratch
+from sisa.config.config import RunConfig, json_schema, keys, value_at
+from sisa.core.block import Block
+from sisa.planning.bands import Bands
 
 # A shard of a few dozen short records takes few optimizer steps. Small batches, a high rate and several
 # passes make it learn: SmolLM2-135M gives 24 of 25 answers word for word.
 FEW_RECORDS = {"micro_batch_size": 4, "learning_rate": 6e-3, "num_epochs": 8}
+
+NESTED: dict[
+    str, tuple[str, type[Block]]
+] = {  # keys whose value may be a block, how its keys are called
+    "base_model": ("base_model.scratch", Scratch),
+    "datasets": ("datasets[]", DatasetSource),
+    "sisa.bands": ("sisa.bands", Bands),
+    "sisa.aggregation": ("sisa.aggregation", Aggregation),
+}
+MAX_BOUND = 1 << 20  # larger bounds are left out of the table
 
 
 def commented_run_file(data_file: str, output_dir: str, **chosen: Any) -> str:
@@ -57,3 +72,66 @@ def _comment(text: str | None, indent: str) -> list[str]:
 def _yaml(value: Any) -> str:
     text: str = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=1 << 30)
     return text.removesuffix("...\n").strip()
+
+
+def reference() -> Iterator[str]:
+    """Yield the lines of the table of all keys, as Markdown."""
+    schema = json_schema()
+    definitions = schema["$defs"]
+    yield "| key | type | default | meaning | a change |"
+    yield "| --- | --- | --- | --- | --- |"
+    for name, info in keys().items():
+        *block, last = name.split(".")
+        within = definitions[RunConfig.model_fields[block[0]].annotation.__name__] if block else schema
+        extra: Any = info.json_schema_extra
+        yield _row(name, info, _type_of(within["properties"][last], definitions), extra["effect"])
+        prefix, nested = NESTED.get(name, ("", None))
+        for inner, field in nested.model_fields.items() if nested else ():
+            told = _type_of(definitions[nested.__name__]["properties"][inner], definitions)
+            moved = nested is Scratch and inner in PATH_FIELDS
+            yield _row(f"{prefix}.{inner}", field, told, "none" if moved else extra["effect"])
+
+
+def _row(name: str, info: FieldInfo, told: str, effect: str) -> str:
+    default = (
+        "(required)"
+        if info.default is PydanticUndefined
+        else f"`{_yaml(to_jsonable_python(info.default))}`"
+    )
+    return f"| `{name}` | {told} | {default} | {info.description} | {effect} |"
+
+
+def _type_of(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
+    """Return what a value may be, in words."""
+    if "anyOf" in schema or "oneOf" in schema:
+        kinds = [_type_of(each, definitions) for each in schema.get("anyOf") or schema["oneOf"]]
+        return " or ".join(dict.fromkeys(kinds))
+    if "$ref" in schema:
+        return "block"
+    if "enum" in schema or "const" in schema:
+        return ", ".join(f"`{each}`" for each in schema.get("enum", [schema.get("const")]))
+    kind = {"array": "list", "object": "block"}.get(schema["type"], schema["type"])
+    if kind == "string" and schema.get("format") == "path":
+        kind = "path"
+    return str(kind) + _bounds(schema)
+
+
+def _bounds(schema: dict[str, Any]) -> str:
+    """Return the bounds of a number.
+
+    >>> _bounds({"minimum": 1, "maximum": 64}), _bounds({"exclusiveMinimum": 0}), _bounds({})
+    (', 1 to 64', ', above 0', '')
+    """
+    least, most = schema.get("minimum"), schema.get("maximum", MAX_BOUND + 1)
+    if "exclusiveMinimum" in schema:
+        least_words = f"above {schema['exclusiveMinimum']}"
+    else:
+        least_words = "" if least is None else f"at least {least}"
+    if "exclusiveMaximum" in schema:
+        most_words = f"below {schema['exclusiveMaximum']}"
+    else:
+        most_words = "" if most > MAX_BOUND else f"at most {most}"
+    if least_words.startswith("at least") and most_words.startswith("at most"):
+        return f", {least} to {most}"
+    words = " and ".join(filter(None, (least_words, most_words)))
+    return f", {words}" if words else ""

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from sisa.lm.train.losses import count_labels
 from sisa.lm.train.stage import Stage
 from sisa.lm.train.trainable import Trainable
 from tests.bench.equal import questions, source
+from tests.bench.tables import step_table
 from tests.endurance.ground import environment, write_json
 
 ROUNDS, RANK = 5, 8
@@ -161,15 +162,6 @@ def measure(base_model: str, changed: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def table(found: dict[str, Any]) -> Iterator[str]:
-    """Markdown: a line for each row."""
-    yield "| step | tokens/s | GFLOP/s | products alone | of them | outside kernels, at most |"
-    yield "| --- | --- | --- | --- | --- | --- |"
-    for name, row in found["rows"].items():
-        flops = f"{row['gflops_per_s']:.0f} | {row['peak_gflops_per_s']:.0f} | {row['of_peak']:.2f}"
-        yield f"| {name} | {row['tokens_per_s']:.0f} | {flops} | {row['outside']:.0%} |"
-
-
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -181,7 +173,7 @@ def main() -> None:
     rows = {name: measure(chosen.base_model, changed) for name, changed in ROWS}
     found = {**environment(), "base_model": chosen.base_model, "data": source(), "rows": rows}
     write_json(chosen.out, found)
-    print("\n".join(table(found)))
+    print("\n".join(step_table(found)))
 
 
 if __name__ == "__main__":

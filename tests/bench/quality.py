@@ -302,18 +302,19 @@ def measure(work: Work, workers: int) -> Json:
 
 
 def table(found: Json) -> Iterator[str]:
-    """Markdown: before / after."""
-    columns = [(q, m) for q in ("asked", "paraphrased") for m in ("probability", "rougeL_recall")]
-    yield "| shards | answers | " + " | ".join(f"{m}, {q}" for q, m in columns) + " |"
-    yield "| --- | --- |" + " --- |" * len(columns)
+    """Yield the lines of a Markdown table: before / after the deletion."""
+    measures = {"probability": "probability", "ROUGE-L": "rougeL_recall"}
+    columns = [(title, q, m) for q in ("asked", "paraphrased") for title, m in measures.items()]
+    yield "| shards | answers | rate | " + " | ".join(f"{title}, {q}" for title, q, _ in columns) + " |"
+    yield "| --- | --- | --- |" + " --- |" * len(columns)
     for row in found["rows"]:
-        pairs = [[_shown(row[when], q, m) for when in ("before", "after")] for q, m in columns]
-        cells = [" / ".join(pair) for pair in pairs]
-        yield f"| {row['shards']} | {row['answers']} | " + " | ".join(cells) + " |"
+        pairs = [[_shown(row[when], q, m) for when in ("before", "after")] for _, q, m in columns]
+        cells = [row["shards"], row["answers"].replace("_", " "), row["learning_rate"]]
+        yield "| " + " | ".join([*map(str, cells), *(" / ".join(pair) for pair in pairs)]) + " |"
 
 
 def _shown(found: Json | None, questions: str, measure: str) -> str:
-    return "-" if found is None else f"{found[questions][measure]:.3f}"
+    return "-" if found is None else f"{found[questions][measure]:.2f}"
 
 
 def main() -> None:

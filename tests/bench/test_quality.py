@@ -50,7 +50,13 @@ def test_the_table_tells_before_and_after() -> None:
     def means(value: float) -> dict[str, Any]:
         return {q: {"probability": value, "rougeL_recall": 0.5} for q in ("asked", "paraphrased")}
 
-    row = {"shards": 8, "answers": "routed", "before": means(0.25), "after": means(0.75)}
+    row = {
+        "shards": 8,
+        "answers": "mean_prob",
+        "learning_rate": 0.01,
+        "before": means(0.25),
+        "after": means(0.75),
+    }
     lines = list(table({"rows": [row]}))
     assert len(lines) == 3
-    assert lines[2].startswith("| 8 | routed | 0.250 / 0.750 | 0.500 / 0.500 |")
+    assert lines[2].startswith("| 8 | mean prob | 0.01 | 0.25 / 0.75 | 0.50 / 0.50 |")

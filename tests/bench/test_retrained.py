@@ -37,7 +37,6 @@ from tests.bench.retrained import (
     draw,
     measure,
     table,
-    timed_table,
 )
 from tests.bench.serving import deletions_until_base
 from tests.fakes.ports import SECRET, fake_model, fake_record
@@ -119,7 +118,7 @@ def test_everything_is_told(tmp_path: Path) -> None:
     assert (tmp_path / "shares.png").stat().st_size > 1_000
 
 
-def test_what_was_measured_keeps_its_bounds_and_is_what_the_readme_tells() -> None:
+def test_what_was_measured_keeps_its_bounds() -> None:
     found = json.loads(Path(__file__).with_name("retrained.json").read_text(encoding="utf-8"))
     assert (found["keys"], found["data"]) == (KEYS, "TOFU (full)")
     shares = {
@@ -135,7 +134,3 @@ def test_what_was_measured_keeps_its_bounds_and_is_what_the_readme_tells() -> No
     for row in found["until_base"]:
         assert row["simulated"] == pytest.approx(row["formula"], rel=0.03)
         assert abs(row["planner"] - row["formula"]) < 3 * row["planner_error"]
-    readme = Path(__file__).with_name("README.md").read_text(encoding="utf-8")
-    plain = {**found, "shares": [row for row in found["shares"] if row["orders"] == 1]}
-    told = [*table(plain), *depth_table(found), *base_table(found), *timed_table(found)]
-    assert [line for line in told if line not in readme] == []

@@ -199,27 +199,16 @@ def measure(size: Size, tofu: Path | None, base: str, parts: Sequence[str]) -> J
 
 
 def table(found: Json) -> Iterator[str]:
-    """Markdown: every contestant, then the ratios."""
+    """Yield the lines of a Markdown table of every contestant."""
     yield "| adapter | layers | who | tokens/s | s an epoch | loss |"
     yield "| --- | --- | --- | --- | --- | --- |"
     for row in found["rows"]:
-        numbers = f"{row['tokens_per_s']:.0f} | {row['seconds_per_epoch']:.1f} | {row['loss']:.3f}"
-        yield f"| {row['adapter']} | {row['layers']} | {row['who']} | {numbers} |"
-    yield ""
-    yield from _ratio_table(found["ratios"])
-    if "whole" in found:
-        yield ""
-        yield "| whole training | tokens/s | s an epoch | loss |"
-        yield "| --- | --- | --- | --- |"
-        for row in found["whole"]["rows"]:
-            numbers = f"{row['tokens_per_s']:.0f} | {row['seconds_per_epoch']:.1f} | {row['loss']:.3f}"
-            yield f"| {row['who']} | {numbers} |"
-    if found["trl"] is None:
-        yield "\nTRL is not installed (extra `bench`): its rows are missing."
+        yield f"| {row['adapter']} | {row['layers']} | {row['who']} | {_numbers(row)} |"
 
 
-def _ratio_table(rows: Sequence[Json]) -> Iterator[str]:
-    """A line for each pair of layers: how many times as fast as each of them (in core-seconds)."""
+def ratio_table(found: Json) -> Iterator[str]:
+    """Yield a line for each pair of layers: how many times as fast as each of them (in core-seconds)."""
+    rows = found["ratios"]
     against = list(dict.fromkeys(row["against"] for row in rows))
     yield "| adapter | ours | theirs | " + " | ".join(against) + " |"
     yield "| --- | --- | --- |" + " --- |" * len(against)
@@ -227,6 +216,30 @@ def _ratio_table(rows: Sequence[Json]) -> Iterator[str]:
         by = {r["against"]: r for r in rows if (r["adapter"], r["ours"], r["theirs"]) == line}
         cells = [f"{by[n]['times_as_fast']:.2f} ({by[n]['core_seconds']:.2f})" for n in against]
         yield "| " + " | ".join([*line, *cells]) + " |"
+
+
+def whole_table(found: Json) -> Iterator[str]:
+    """Yield a line for each whole training, with many shards and slices or one adapter."""
+    yield "| whole training | tokens/s | s an epoch | loss |"
+    yield "| --- | --- | --- | --- |"
+    for row in found["whole"]["rows"]:
+        yield f"| {row['who']} | {_numbers(row)} |"
+
+
+def _numbers(row: Json) -> str:
+    return f"{row['tokens_per_s']:.0f} | {row['seconds_per_epoch']:.1f} | {row['loss']:.3f}"
+
+
+def summary(found: Json) -> Iterator[str]:
+    """Yield all tables, and whether TRL took part."""
+    yield from table(found)
+    yield ""
+    yield from ratio_table(found)
+    if "whole" in found:
+        yield ""
+        yield from whole_table(found)
+    if found["trl"] is None:
+        yield "\nTRL is not installed (extra `bench`): its rows are missing."
 
 
 def draw(found: Json, to: Path) -> None:
@@ -256,7 +269,7 @@ def main() -> None:
     given = vars(parser.parse_args())
     tofu, base, parts, out = (given.pop(each) for each in ("tofu", "base_model", "parts", "out"))
     found = measure(Size(**given), tofu, base, parts)
-    print("\n".join(table(found)))
+    print("\n".join(summary(found)))
     if out is not None:
         out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
         draw(found, out.with_suffix(".png"))

@@ -11,7 +11,6 @@ import pytest
 import yaml
 
 from cluster.cli.cli import cli, run
-from sisa.config.config import keys
 from sisa.data.samples import make_people, to_jsonl
 from tests.fakes.evaluated import write_made_up
 
@@ -71,13 +70,6 @@ def test_ci_runs_the_second_command_word_for_word() -> None:
     assert install_and_run.endswith("sisa quickstart")
     lines = (ROOT / ".ci" / "run").read_text().splitlines()
     assert lines[-1] == install_and_test
-
-
-def test_every_key_of_the_run_file_is_explained() -> None:
-    reference = words("sisa/config/README.md")
-    for key, info in keys().items():
-        assert f"| `{key}` |" in reference
-        assert str(info.description) in reference
 
 
 def examples() -> list[str]:

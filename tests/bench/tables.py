@@ -1,0 +1,329 @@
+"""Generate the tables of the READMEs: what was measured, and the keys of the run file.
+
+    python -m tests.bench.tables            # write every table anew
+    python -m tests.bench.tables --check    # name the tables that differ; exit code 1
+
+A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`. Measured ones come from the
+JSON beside `tests/bench/README.md`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from sisa.config.template import reference
+from tests.bench import quality, retrained, training
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end of table -->)", re.S)
+NAMED, ALONE = "MiniLM with names", "MiniLM"
+
+Json = Any
+
+
+def measured(name: str) -> Json:
+    """Return what `tests/bench/NAME.json` holds."""
+    return json.loads((HERE / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def rows(header: Sequence[str], cells: Iterable[Sequence[object]]) -> Iterator[str]:
+    """Yield the lines of a Markdown table."""
+    for line in (header, ["---"] * len(header), *cells):
+        yield "| " + " | ".join(map(str, line)) + " |"
+
+
+def spread(values: Iterable[float], form: str) -> str:
+    """Return a range of values, or the one that all of them are when shown.
+
+    >>> spread([0.5, 0.75], ".0%"), spread([0.1, 0.1001], ".1%")
+    ('50% to 75%', '10.0%')
+    """
+    ordered = sorted(values)
+    low, high = (format(ordered[at], form) for at in (0, -1))
+    return low if low == high else f"{low} to {high}"
+
+
+def found_shards() -> Iterator[str]:
+    """Yield whose shard is found, over the numbers of shards."""
+    asked = {
+        "asked": "as asked",
+        "paraphrased": "paraphrased",
+        "lower case": "paraphrased, in lower case",
+    }
+    lines = []
+    for embedder in (NAMED, ALONE, "hashing with names", "hashing"):
+        for prompts, title in asked.items():
+            if prompts == "lower case" and "names" not in embedder:
+                continue  # of them nothing is looked at but the words themselves
+            some = [row for row in measured("routing")[embedder]["tofu"] if row["prompts"] == prompts]
+            own, left_out = (spread((row[name] for row in some), ".3f") for name in ("own", "left_out"))
+            lines.append((embedder, title, own, left_out))
+    header = ("embedder", "questions", "own shard first", "the same, with the asked record left out")
+    yield from rows(header, lines)
+
+
+def thresholds() -> Iterator[str]:
+    """Yield what `min_score: auto` does with prompts about the held and the deleted."""
+    found = measured("routing")
+    kinds = [
+        ("TOFU, as asked", NAMED, "tofu", "asked"),
+        ("TOFU, paraphrased", NAMED, "tofu", "paraphrased"),
+        ("TOFU, paraphrased, in lower case", NAMED, "tofu", "lower case"),
+        ("TOFU, as asked, `names: false`", ALONE, "tofu", "asked"),
+        ("TOFU, paraphrased, `names: false`", ALONE, "tofu", "paraphrased"),
+        ("RWKU (200 real people), as asked", NAMED, "rwku", "asked"),
+        ("MUSE (news and novels), as asked", NAMED, "muse", "asked"),
+    ]
+    lines = []
+    for title, embedder, data, prompts in kinds:
+        some = [row for row in found[embedder][data] if row["prompts"] == prompts]
+        shares = [spread((row[name] for row in some), ".1%") for name in ("turned_away", "sent")]
+        lines.append((title, some[0]["num"], *shares))
+    header = ("prompts", "number", "about the held, turned away", "about the deleted, sent to a shard")
+    yield from rows(header, lines)
+
+
+def forms() -> Iterator[str]:
+    """Yield the same by the form of the records."""
+    some = [row for row in measured("routing")[NAMED]["forms"] if row["compared_with"] == "prompts"]
+    found = {(row["form"], row["data"], row["prompts"]): row for row in some}
+    columns = {"TOFU, as asked": ("tofu", "asked"), "TOFU, paraphrased": ("tofu", "paraphrased")}
+    columns["RWKU, as asked"] = ("rwku", "asked")
+
+    def cell(row: Json | None) -> str:
+        return f"{row['turned_away']:.1%} / {row['sent']:.1%}" if row else "not measured"
+
+    every = dict.fromkeys(form for form, _, _ in found)
+    lines = [(form, *(cell(found.get((form, *each))) for each in columns.values())) for form in every]
+    yield from rows(("records", *columns), lines)
+
+
+def answering_speed() -> Iterator[str]:
+    """Yield how fast shards answer together, at 1, 4 and 16 requests."""
+    found = measured("answers")
+    of_all, of_routed = "all_shards", "routed"
+    told = [
+        ("decode: times as fast as peft's `set_adapter` loop", of_all, "loop_over_ours_decode", 1),
+        ("prefill: times as fast as the loop", of_all, "loop_over_ours_prefill", 1),
+        (
+            "decode: as the faster of the loop and `adapter_names`",
+            of_all,
+            "faster_of_both_over_ours_decode",
+            1,
+        ),
+        ("prefill: as the faster of both", of_all, "faster_of_both_over_ours_prefill", 1),
+        ("an answer of 32 tokens: times as fast as the loop", of_all, "loop_over_ours_answer", 1),
+        (
+            "an answer by one shard (`top_k: 1`), each request another: cost over one ordinary "
+            "adapter's in peft",
+            *(of_routed, "top_1_spread_over_one_adapter_answer", 2),
+        ),
+        ("by two shards (`top_k: 2`)", of_routed, "top_2_spread_over_one_adapter_answer", 2),
+    ]
+
+    def cell(layers: str, kind: str, name: str, digits: int) -> str:
+        return ", ".join(f"{row[name]:.{digits}f}" for row in found[layers][kind])
+
+    lines = [(title, cell("all_layers", *of), cell("top_third", *of)) for title, *of in told]
+    header = ("what, at 1, 4 and 16 requests of 48 tokens", "all layers", "top third")
+    yield from rows(header, lines)
+
+
+def costs() -> Iterator[str]:
+    """Yield what a deletion, Ray and a rollback cost."""
+    found, executors, sizes = measured("results"), measured("executors"), measured("rollback")["sizes"]
+    deletions, here = found["deletion"]["deletions"], found["executors"]
+
+    def each(name: str) -> str:
+        return ", ".join(f"{deletion[name]:.3f}" for deletion in deletions)
+
+    def rest(ran: Json) -> str:
+        base = ran["ray_2"]["base_pss_mb"][0]
+        return spread((each - base for each in ran["ray_2"]["worker_pss_mb"]), ".0f")
+
+    lines = [
+        (
+            "deleting one record of slice 0, 1, 2 against training everything, in seconds, the probe of "
+            "the base included",
+            each("ratio"),
+        ),
+        ("the same in record-epochs", each("record_epoch_share")),
+        ("SISA's closed form for large slices", each("closed_form")),
+        ("Ray with one worker against the serial executor", f"{here['ray_1_over_serial']:.2f}"),
+        ("two Ray workers against one", f"{here['speedup_of_two_workers']:.2f} times as fast"),
+        (
+            "two Ray workers against the serial executor, of ideal",
+            f"{here['efficiency_of_two_workers']:.2f}",
+        ),
+        (
+            "what Ray adds to a slice (`tests/bench/executors.json`)",
+            f"{executors['overhead_per_slice_s'] * 1000:.0f} ms",
+        ),
+        (
+            "memory (PSS) of one more worker: the base's pages",
+            f"{here['base_growth_per_extra_worker']:.1%} of the base: one copy of {here['base_mb']} MB "
+            "for all",
+        ),
+        (
+            "the same, all else (libraries, gradients, activations of batches of 2)",
+            f"{rest(here)} MB; {rest(executors)} MB with records half as long",
+        ),
+        (
+            "start-up of Ray and its workers, apart from the above",
+            f"{here['ray_2']['start_up_seconds']:.1f} s",
+        ),
+    ]
+    first, *middle, last = sizes
+    times = measured("rollback")["growth"]
+    of_first = "from a request to clean heads, 64 shards x 8 slices (`tests/bench/rollback.json`): "
+    of_last = f": {times['records']:.0f} times as many, {times['clean_heads_p50']:.0f} times the time"
+    lines += [(of_first + _records(first), _clean_heads(first))]
+    lines += [(_records(each), _clean_heads(each)) for each in middle]
+    lines += [(_records(last) + of_last + "; no other shard is read", _clean_heads(last))]
+    yield from rows(("what", "measured"), lines)
+
+
+def _records(size: Json) -> str:
+    return f"{size['records']:,} records"
+
+
+def _clean_heads(size: Json) -> str:
+    seconds = size["clean_heads_seconds"]
+    return f"{seconds['p50']:.2f} s p50, {seconds['p95']:.2f} s p95"
+
+
+def simulated_fleet() -> Iterator[str]:
+    """Yield what training and deletions of a billion records take, in simulated time."""
+    found = measured("scale")
+    training, (*few, many) = found["first_training"], found["deletions"]
+    hours = spread((24 * each["delay_days_p50"] for each in few), ".1f")
+    shares = " / ".join(f"{each['retrained_share_of_full_training']:.2g}" for each in few)
+    name = "shards_worth_retrained_per_request"
+    lines = [
+        (
+            f"first training, {found['epochs']} epochs: time, with and without deaths",
+            f"{training['makespan_h']:.1f} h, {training['makespan_h_without_deaths']:.1f} h",
+        ),
+        (
+            "of all workers' time, spent on training that was kept; lost with "
+            f"{training['worker_deaths']} deaths",
+            f"{training['utilisation']:.1%}, {training['lost_share']:.1%}",
+        ),
+        (
+            "requests for one record each, 10 / 100 / 1,000 a day: run daily, median delay to the end "
+            "of training",
+            f"{hours} h",
+        ),
+        (f"what they retrain in {found['days']} days, in full trainings", shares),
+        (
+            f"10,000 a day: waiting pays, so {many['runs']} runs in {found['days']} days; delay p50, "
+            "longest; least days left to the due date",
+            f"{many['delay_days_p50']:.0f} d, {many['delay_days_max']:.0f} d; {many['least_days_left']}",
+        ),
+        (
+            f"what they retrain in {found['days']} days; for each request, in trainings of one shard "
+            f"({few[0][name]:.2f} at 10 a day)",
+            f"{many['retrained_share_of_full_training']:.1f}; {many[name]:.3f}",
+        ),
+    ]
+    yield from rows(("what", "simulated"), lines)
+
+
+def step_table(found: Json) -> Iterator[str]:
+    """Yield what a training step costs beside its matrix products."""
+    lines = [
+        (
+            name,
+            f"{row['tokens_per_s']:.0f}",
+            f"{row['gflops_per_s']:.0f}",
+            f"{row['peak_gflops_per_s']:.0f}",
+            f"{row['of_peak']:.2f}",
+            f"{row['outside']:.0%}",
+        )
+        for name, row in found["rows"].items()
+    ]
+    header = ("step", "tokens/s", "GFLOP/s", "products alone", "of them", "outside kernels, at most")
+    yield from rows(header, lines)
+
+
+def shares() -> Iterator[str]:
+    """Yield what deletions retrain, where there is one order."""
+    found = measured("retrained")
+    yield from retrained.table(
+        found | {"shares": [row for row in found["shares"] if row["orders"] == 1]}
+    )
+
+
+def of(name: str, table: Callable[[Json], Iterator[str]]) -> Callable[[], Iterator[str]]:
+    """Return a table of what was measured, that its benchmark prints, too."""
+    return lambda: table(measured(name))
+
+
+BENCH, CONFIG = "tests/bench/README.md", "sisa/config/README.md"
+TABLES: dict[str, dict[str, Callable[[], Iterator[str]]]] = {
+    BENCH: {
+        "found-shards": found_shards,
+        "thresholds": thresholds,
+        "forms": forms,
+        "quality": of("quality", quality.table),
+        "answering-speed": answering_speed,
+        "costs": costs,
+        "steps": of("profile_step", step_table),
+        "shares": shares,
+        "depths": of("retrained", retrained.depth_table),
+        "until-base": of("retrained", retrained.base_table),
+        "shares-in-seconds": of("retrained", retrained.timed_table),
+        "race": of("training", training.table),
+        "race-ratios": of("training", training.ratio_table),
+        "race-whole": of("training", training.whole_table),
+        "simulated-fleet": simulated_fleet,
+    },
+    CONFIG: {"keys": reference},
+}
+
+
+def generated(text: str, tables: dict[str, Callable[[], Iterator[str]]]) -> str:
+    """Return a page with its tables written anew. Raises ValueError where one has no place in it."""
+    places = [each["name"] for each in BLOCK.finditer(text)]
+    if sorted(places) != sorted(tables):
+        raise ValueError(f"the page has places for {sorted(places)}, tables are {sorted(tables)}")
+
+    def table(block: re.Match[str]) -> str:
+        lines = "\n".join(tables[block["name"]]())
+        return f"{block[1]}\n{lines}\n\n{block[3]}"
+
+    return BLOCK.sub(table, text)
+
+
+def stale() -> dict[str, str]:
+    """Return the pages that would change, each with what it should be."""
+    found = {}
+    for page, tables in TABLES.items():
+        text = (ROOT / page).read_text(encoding="utf-8")
+        if (wanted := generated(text, tables)) != text:
+            found[page] = wanted
+    return found
+
+
+def main() -> int:
+    """Run the command."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing; exit 1 if a table is stale"
+    )
+    check = parser.parse_args().check
+    for page, text in (found := stale()).items():
+        print(f"{page}: {'stale' if check else 'written anew'}")
+        if not check:
+            (ROOT / page).write_text(text, encoding="utf-8")
+    return int(check and bool(found))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
