@@ -82,23 +82,26 @@ def reference() -> Iterator[str]:
     yield "| --- | --- | --- | --- | --- |"
     for name, info in keys().items():
         *block, last = name.split(".")
-        within = definitions[RunConfig.model_fields[block[0]].annotation.__name__] if block else schema
+        holder: Any = RunConfig.model_fields[block[0]].annotation if block else None
+        within = definitions[holder.__name__] if block else schema
         extra: Any = info.json_schema_extra
         yield _row(name, info, _type_of(within["properties"][last], definitions), extra["effect"])
-        prefix, nested = NESTED.get(name, ("", None))
-        for inner, field in nested.model_fields.items() if nested else ():
-            told = _type_of(definitions[nested.__name__]["properties"][inner], definitions)
+        if name not in NESTED:
+            continue
+        prefix, nested = NESTED[name]
+        for inner, field in nested.model_fields.items():
+            kind = _type_of(definitions[nested.__name__]["properties"][inner], definitions)
             moved = nested is Scratch and inner in PATH_FIELDS
-            yield _row(f"{prefix}.{inner}", field, told, "none" if moved else extra["effect"])
+            yield _row(f"{prefix}.{inner}", field, kind, "none" if moved else extra["effect"])
 
 
-def _row(name: str, info: FieldInfo, told: str, effect: str) -> str:
+def _row(name: str, info: FieldInfo, kind: str, effect: str) -> str:
     default = (
         "(required)"
         if info.default is PydanticUndefined
         else f"`{_yaml(to_jsonable_python(info.default))}`"
     )
-    return f"| `{name}` | {told} | {default} | {info.description} | {effect} |"
+    return f"| `{name}` | {kind} | {default} | {info.description} | {effect} |"
 
 
 def _type_of(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
@@ -123,15 +126,9 @@ def _bounds(schema: dict[str, Any]) -> str:
     (', 1 to 64', ', above 0', '')
     """
     least, most = schema.get("minimum"), schema.get("maximum", MAX_BOUND + 1)
-    if "exclusiveMinimum" in schema:
-        least_words = f"above {schema['exclusiveMinimum']}"
-    else:
-        least_words = "" if least is None else f"at least {least}"
-    if "exclusiveMaximum" in schema:
-        most_words = f"below {schema['exclusiveMaximum']}"
-    else:
-        most_words = "" if most > MAX_BOUND else f"at most {most}"
-    if least_words.startswith("at least") and most_words.startswith("at most"):
+    if least is not None and most <= MAX_BOUND:
         return f", {least} to {most}"
-    words = " and ".join(filter(None, (least_words, most_words)))
-    return f", {words}" if words else ""
+    words = {"above": schema.get("exclusiveMinimum"), "at least": least}
+    words |= {"below": schema.get("exclusiveMaximum"), "at most": None if most > MAX_BOUND else most}
+    told = " and ".join(f"{word} {bound}" for word, bound in words.items() if bound is not None)
+    return f", {told}" if told else ""

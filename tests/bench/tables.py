@@ -108,7 +108,7 @@ def answering_speed() -> Iterator[str]:
     """Yield how fast shards answer together, at 1, 4 and 16 requests."""
     found = measured("answers")
     of_all, of_routed = "all_shards", "routed"
-    told = [
+    told: list[tuple[str, str, str, int]] = [
         ("decode: times as fast as peft's `set_adapter` loop", of_all, "loop_over_ours_decode", 1),
         ("prefill: times as fast as the loop", of_all, "loop_over_ours_prefill", 1),
         (
@@ -122,7 +122,9 @@ def answering_speed() -> Iterator[str]:
         (
             "an answer by one shard (`top_k: 1`), each request another: cost over one ordinary "
             "adapter's in peft",
-            *(of_routed, "top_1_spread_over_one_adapter_answer", 2),
+            of_routed,
+            "top_1_spread_over_one_adapter_answer",
+            2,
         ),
         ("by two shards (`top_k: 2`)", of_routed, "top_2_spread_over_one_adapter_answer", 2),
     ]
@@ -130,7 +132,11 @@ def answering_speed() -> Iterator[str]:
     def cell(layers: str, kind: str, name: str, digits: int) -> str:
         return ", ".join(f"{row[name]:.{digits}f}" for row in found[layers][kind])
 
-    lines = [(title, cell("all_layers", *of), cell("top_third", *of)) for title, *of in told]
+    layers = ("all_layers", "top_third")
+    lines = [
+        (title, *(cell(each, kind, name, digits) for each in layers))
+        for title, kind, name, digits in told
+    ]
     header = ("what, at 1, 4 and 16 requests of 48 tokens", "all layers", "top third")
     yield from rows(header, lines)
 

@@ -90,7 +90,7 @@ def count_computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_lower_layers_are_asked_once_in_what_form_they_answer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sisa.lm.base.base import load_base, resolve_base
+    from sisa.lm.base.weights import load_base, resolve_base
     from sisa.lm.train.frozen_prefix import FrozenLayers
 
     base = resolve_base(str(make_tiny_base(tmp_path / "base", layers=5)))
