@@ -119,7 +119,7 @@ def _written(world: World, parts: Parts, version: str, form: ExportForm, now: st
         path = f"{version}/{form}"
         gap = merged_gap(world, parts)
         make = of_merged_model if form == "merged-model" else of_merged_adapter
-        files = make(parts, patches, adapters)
+        files = make(parts, patches, adapters, world.report)
         told = card.text(lora_name(path), [each.shard for each in heads], rank_of(files), gap)
         return [_Written(path, tuple(heads), {**files, CARD: told})]
     found = []

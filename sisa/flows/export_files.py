@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 from sisa.core.digest import canonical_json, digest_of
 from sisa.core.domain import ExportForm
+from sisa.core.events import Notice, Report
 from sisa.core.precision import Dtype, Precision
 from sisa.store.checkpoints import ADAPTER
 from sisa.store.exports import CONFIG
@@ -125,10 +126,15 @@ def of_adapter(parts: Parts, patches: Sequence[Files], adapter: Files) -> dict[s
 
 
 def of_merged_adapter(
-    parts: Parts, patches: Sequence[Files], adapters: Sequence[Files]
+    parts: Parts, patches: Sequence[Files], adapters: Sequence[Files], report: Report
 ) -> dict[str, bytes]:
-    """The mean of adapters, and the patches beneath them, as one on the plain base."""
+    """Return the mean of adapters, and the patches beneath them, as one on the plain base."""
+    report(Notice(_averaging(adapters)))
     return _named(parts, _merged(patches, adapters))
+
+
+def _averaging(adapters: Sequence[Files]) -> str:
+    return f"averaging the adapters of {len(adapters)} shards"
 
 
 def _merged(patches: Sequence[Files], adapters: Sequence[Files]) -> Files:
@@ -146,18 +152,25 @@ def _named(parts: Parts, files: Files) -> dict[str, bytes]:
 
 
 def of_merged_model(
-    parts: Parts, patches: Sequence[Files], adapters: Sequence[Files]
+    parts: Parts, patches: Sequence[Files], adapters: Sequence[Files], report: Report
 ) -> dict[str, bytes]:
-    """The base with the patches' and the mean of the adapters' changes in its weights, in float32: a
-    bfloat16 base's weights as they were trained over, and what is added to them unrounded."""
+    """Return the base with the patches' and the mean of the adapters' changes in its weights.
+
+    In float32: a bfloat16 base's weights as they were trained over, and what is added to them unrounded.
+    """
     from sisa.lm.base.low_rank import averaged, merge_into, read_change
     from sisa.lm.base.patched import load_patched
 
     on = Precision("cpu", parts.config.dtype)
+    report(Notice("loading the base"))
     model, tokenizer = load_patched(parts.base.directory, parts.base.digest, patches, on)
     if on.dtype != "float32":
         model = copy.deepcopy(model).float()  # the tensors themselves are others', too
-    merge_into(model, averaged([read_change(each) for each in adapters]))
+    report(Notice(_averaging(adapters)))
+    mean = averaged([read_change(each) for each in adapters])
+    report(Notice(f"adding the average to {len(mean)} modules of the base"))
+    merge_into(model, mean)
+    report(Notice("writing the whole weights"))
     with tempfile.TemporaryDirectory() as scratch:
         model.save_pretrained(scratch, max_shard_size="1TB")
         tokenizer.save_pretrained(scratch)

@@ -16,6 +16,7 @@ import pytest
 
 import sisa
 from sisa.core.errors import ConfigConflict
+from sisa.core.events import Notice
 from sisa.core.ports import Change
 from sisa.flows.ask import Answer, HeldPrompts
 from sisa.flows.wiring.opening import CHECKPOINTS
@@ -119,7 +120,7 @@ def test_every_export_is_a_version_of_its_own(tiny: Tiny, capsys: pytest.Capture
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_merged_forms_are_the_mean_of_the_shards_weights(tiny: Tiny) -> None:
-    """Both load in plain tools and give the logits of our own merged aggregation."""
+    """Both load in plain tools and give the logits of our own merged aggregation; each step is told."""
     import torch
     from peft import AutoPeftModelForCausalLM
     from transformers import AutoModelForCausalLM
@@ -130,7 +131,12 @@ def test_merged_forms_are_the_mean_of_the_shards_weights(tiny: Tiny) -> None:
     tiny.train()
     model = tiny.open()
     (adapter,) = model.export(tiny.folder / "export", "merged-adapter")
+    said: list[str] = []
+    model.report = lambda event: said.append(event.text) if isinstance(event, Notice) else None
     (whole,) = model.export(tiny.folder / "export", "merged-model")
+    steps = ["loading the base", "averaging the adapters of 3", "adding the average", "writing the"]
+    merging = [each for each in said if not each.startswith("comparing")]
+    assert [each.startswith(step) for each, step in zip(merging, steps, strict=True)] == [True] * 4
     answerer, _ = model.answerer()
     ids = encode_prompt(PROMPT, answerer.tokenizer, "completion")
     expected = answerer.next_token_probabilities(ids, all_of((0, 1, 2)))
