@@ -399,8 +399,8 @@ class Ledger(Protocol):
         Keep the block short: the write-ahead log is not emptied before it ends.
         """
 
-    def scrub(self, *, rewrite: bool = False) -> None:
-        """Empty the write-ahead log; with `rewrite`, leave no byte of a removed row in the database."""
+    def scrub(self, removed: Collection[RecordRow] | None = ()) -> None:
+        """Empty the write-ahead log and leave no byte of removed rows behind; None: of any row."""
 
     def lookup(self, id_digests: Iterable[str]) -> dict[str, RecordRow | Tombstone]:
         """Return rows and tombstones by keyed id."""
@@ -416,6 +416,9 @@ class Ledger(Protocol):
 
     def rows(self, shard: int, slice_: int | None = None) -> list[RecordRow]:
         """Return the rows of a shard or of one slice, by keyed id."""
+
+    def contents(self, shard: int, slice_: int) -> list[tuple[str, str]]:
+        """Return keyed id and digest of each record of a slice, checked against the slice's root."""
 
     def counts(self) -> dict[int, int]:
         """Return the number of records per shard; empty shards are left out."""

@@ -45,7 +45,7 @@ from sisa.flows.wiring.world import (
     view_shard,
     write_slice,
 )
-from sisa.planning.assign import index_root, slice_root
+from sisa.planning.assign import index_root, root_of
 from sisa.planning.cost import full_record_epochs, plan_record_epochs, serving_depth
 from sisa.planning.plan import ShardPlan, ShardView, marked, plan_shard, tainted_checkpoints
 
@@ -137,9 +137,9 @@ def _left(
     states: list[SliceState] = []
     empty: list[SlicePosition] = []
     for slice_ in sorted({row.slice for row in removed}):
-        left = [row for row in world.ledger.rows(shard, slice_) if row.id_digest not in gone]
+        left = [each for each in world.ledger.contents(shard, slice_) if each[0] not in gone]
         if left:
-            states.append(SliceState(shard, slice_, slice_root(left), len(left)))
+            states.append(SliceState(shard, slice_, root_of(left), len(left)))
         else:
             empty.append((shard, slice_))
     return states, empty
@@ -189,7 +189,7 @@ def forget(world: World, requests: Sequence[Request]) -> tuple[Request, ...]:
             note_failure(world, [each for each in requests if each.request_id not in accepted], error)
             raise
         probe_removed(world, named, held)
-    reconcile(world)
+    reconcile(world, removed=named)
     make_again(world, touched)
     done = {each.request_id: each for each in world.ledger.requests()}
     return tuple(done[request.request_id] for request in requests)
@@ -205,7 +205,7 @@ def forget_at_once(world: World, arrival: Arrival, *, defer: bool = False) -> Re
     with erasing_anyway(world):
         world, touched = commit_removed(world, [request], named, arrival.change())
         probe_removed(world, named, held)
-    reconcile(world, defer=defer)
+    reconcile(world, defer=defer, removed=named)
     make_again(world, touched)
     return next(each for each in world.ledger.requests() if each.request_id == request.request_id)
 

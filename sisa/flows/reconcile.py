@@ -29,6 +29,7 @@ from types import MappingProxyType
 from sisa.core.domain import (
     Chain,
     HeldCheckpoint,
+    RecordRow,
     Request,
     RequestState,
     SavedCheckpoint,
@@ -68,6 +69,9 @@ CHECKED = "events_checked"  # in the ledger's `meta`: link and number of the las
 MANY_EVENTS = 256  # that are checked again and again before the last of them is kept
 BEGINNING = WitnessHead("", 0)
 
+Removed = Mapping[str, Sequence[RecordRow]]  # by the request that they were removed for
+NOTHING: Removed = MappingProxyType({})
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -79,10 +83,10 @@ class Trained:
     record_epochs_others: int = 0
 
 
-def reconcile(world: World, *, defer: bool = False) -> Trained:
+def reconcile(world: World, *, defer: bool = False, removed: Removed = NOTHING) -> Trained:
     """Bring every shard that is not there yet to its target; finish what a crash left open. `defer`
-    leaves all training to the next command that does not."""
-    erase_unknown(world)
+    leaves all training to the next command that does not. `removed`: what was removed just now."""
+    erase_unknown(world, removed)
     erase_unneeded(world)
     plans = [] if defer else [plan for plan in open_plans(world) if plan.train]
     if plans:
@@ -166,7 +170,7 @@ def _refuse(lost: Sequence[str]) -> None:
         )
 
 
-def erase_unknown(world: World) -> None:
+def erase_unknown(world: World, removed: Removed = NOTHING) -> None:
     """The part before training: take over what was stored for a target, erase what no commit knows. What
     fails stops nothing else; its error is raised in the end."""
     _refuse_new_contradictions(world)
@@ -176,7 +180,7 @@ def erase_unknown(world: World) -> None:
             adopt(world)
             adopted = True
         with tried():
-            _erase(world, frozenset() if adopted else _targets(world))
+            _erase(world, frozenset() if adopted else _targets(world), removed)
 
 
 @contextlib.contextmanager
@@ -200,8 +204,10 @@ def _under_way(world: World) -> list[Request]:
     return [request for request in world.ledger.requests() if is_under_way(request)]
 
 
-def _erase(world: World, spared: Collection[str]) -> None:
+def _erase(world: World, spared: Collection[str], removed: Removed) -> None:
     """Erase what the ledger does not know and note it with the requests that wait for it."""
+    begun = [each.request_id for each in _under_way(world) if each.state != "erased"]
+    known = all(each in removed for each in begun)
     try:
         with all_tried() as tried:
             with tried():
@@ -209,7 +215,7 @@ def _erase(world: World, spared: Collection[str]) -> None:
             with tried():
                 erase_stale(world)
             with tried():
-                world.ledger.scrub(rewrite=any(each.state != "erased" for each in _under_way(world)))
+                world.ledger.scrub([row for each in begun for row in removed[each]] if known else None)
     except SisaError as error:
         waiting = _under_way(world)
         note_failure(world, waiting, error, "erasure_failed")

@@ -119,8 +119,13 @@ def normalised(text: str) -> str:
 
 
 def slice_root(rows: Iterable[RecordRow]) -> str:
-    """The digest of a slice's records, in canonical order (by keyed id)."""
-    return digest_of(sorted((row.id_digest, row.record_digest) for row in rows))
+    """Return the digest of a slice's records, in canonical order (by keyed id)."""
+    return root_of(sorted((row.id_digest, row.record_digest) for row in rows))
+
+
+def root_of(contents: Sequence[tuple[str, str]]) -> str:
+    """Return the root of a slice of these keyed ids and records' digests, in canonical order."""
+    return digest_of(contents)
 
 
 def index_root(rows: Iterable[RecordRow]) -> str:

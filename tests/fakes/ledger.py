@@ -99,7 +99,7 @@ class FakeLedger:
     def snapshot(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def scrub(self, *, rewrite: bool = False) -> None:
+    def scrub(self, removed: Collection[RecordRow] | None = ()) -> None:
         """Memory keeps no removed rows."""
 
     def lookup(self, id_digests: Iterable[str]) -> dict[str, RecordRow | Tombstone]:
@@ -133,6 +133,9 @@ class FakeLedger:
             for row in self.tables.records.values()
             if row.shard == shard and slice_ in (None, row.slice)
         )
+
+    def contents(self, shard: int, slice_: int) -> list[tuple[str, str]]:
+        return [(row.id_digest, row.record_digest) for row in self.rows(shard, slice_)]
 
     def counts(self) -> dict[int, int]:
         counts: dict[int, int] = {}

@@ -1,11 +1,11 @@
 """Open the ledger's SQLite file, read checked rows from snapshots of it, and write in transactions.
 
 WAL keeps readers out of a writer's way. `secure_delete` zeroes what is removed, but not the copies that
-balancing leaves in a page's unused part: after a deletion `scrub` writes the whole file anew. It empties
-the write-ahead log, too (SQLite reports a busy log in a result row and does not raise: the flag is
-checked). All values are bound parameters. Every question is answered out of one snapshot, from checked
-rows, and compared with the number of rows that there should be (`rows.py`); `snapshot` holds one for
-several questions. A file that can't be written is only read.
+balancing leaves in a page's unused part: after a deletion `scrub` looks for them, and writes the whole
+file anew where it finds one. It empties the write-ahead log, too (SQLite reports a busy log in a result
+row and does not raise: the flag is checked). All values are bound parameters. Every question is
+answered out of one snapshot, from checked rows, and compared with the number of rows that there should
+be (`rows.py`); `snapshot` holds one for several questions. A file that can't be written is only read.
 
 The questions are in `ledger.py` and `patch_ledger.py`.
 """
@@ -16,7 +16,7 @@ import contextlib
 import os
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import fields
 from operator import itemgetter
 from pathlib import Path
@@ -26,12 +26,16 @@ from urllib.parse import quote
 import sqlalchemy as sa
 from sqlalchemy.exc import DatabaseError
 
+from sisa.core.domain import RecordRow
 from sisa.core.errors import Busy, EnvironmentFault, IntegrityError, SisaError
 from sisa.store.blobs.files import disk_errors
 from sisa.store.ledger import rows
 from sisa.store.ledger.schema import SCHEMA_VERSION, schema
 
 SCRUB_PATIENCE_S = 10.0
+FEW_ROWS = 4  # that are looked for in the file; for more of them it is sooner written anew
+PIECE_BYTES = 16
+BLOCK_BYTES = 1 << 22
 PATIENCE_S = 10.0  # for whoever holds the file's own locks, which nobody does for long
 _BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
 _SURROUNDINGS = {
@@ -164,13 +168,30 @@ class Database:
             rows.check_row_count(table, expected, len(found))
         return made(kind, table, found)
 
-    def scrub(self, *, rewrite: bool = False) -> None:
-        if rewrite:
-            self._empty_log()  # a full disk may keep the ledger from being rewritten, not from this
+    def scrub(self, removed: Collection[RecordRow] | None = ()) -> None:
+        self._empty_log()  # a full disk may keep the ledger from being rewritten, not from this
+        if removed is None or len(removed) > FEW_ROWS or self._holds(removed):
             with self._guard(), self._engine.connect() as connection:
                 alone = connection.execution_options(isolation_level="AUTOCOMMIT")
                 alone.exec_driver_sql("VACUUM")
-        self._empty_log()
+            self._empty_log()
+
+    def _holds(self, removed: Collection[RecordRow]) -> bool:
+        """Return whether the file holds a piece of one of these rows, in whatever part of a page: the
+        beginning of its record's digest, or its vector's id, which stands nearer to the row's end."""
+        wanted = [row.record_digest[:PIECE_BYTES].encode() for row in removed]
+        wanted += [row.vector_id.to_bytes(8, "big")[2:] for row in removed]  # small ones take 6 bytes
+        if not wanted:
+            return False
+        self._engine.dispose()  # closing the file would end the locks that a connection has on it
+        before = b""
+        with disk_errors(self._path), self._path.open("rb") as file:
+            while block := file.read(BLOCK_BYTES):
+                block = before + block
+                if any(each in block for each in wanted):
+                    return True
+                before = block[-PIECE_BYTES:]
+        return False
 
     def _empty_log(self) -> None:
         deadline = time.monotonic() + SCRUB_PATIENCE_S

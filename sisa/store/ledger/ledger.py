@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterable
 from dataclasses import replace
+from functools import lru_cache
 from operator import attrgetter
 from typing import Any
 
@@ -31,6 +32,7 @@ from sisa.core.domain import (
     WitnessHead,
 )
 from sisa.core.ports import Change
+from sisa.planning.assign import root_of
 from sisa.store.ledger import changes, rows
 from sisa.store.ledger.database import having, made
 from sisa.store.ledger.patch_ledger import PatchLedger
@@ -116,6 +118,16 @@ class SqlLedger(PatchLedger):
             rows.check_row_count(RECORDS, expected, len(found))
         return made(RecordRow, RECORDS, found)
 
+    def contents(self, shard: int, slice_: int) -> list[tuple[str, str]]:
+        with self._reading() as connection:
+            found = rows.contents(connection, shard, slice_)
+            here = (SLICES.c.shard == shard, SLICES.c.slice == slice_)
+            files = made(SliceFile, SLICES, rows.read(connection, SLICES, *here))
+        expected = [each.root for each in files]
+        if expected != ([root_of(found)] if found else []):
+            raise self._corrupt("records that do not give the root of their slice")
+        return found
+
     def counts(self) -> dict[int, int]:
         found: dict[int, int] = {}
         for file in self.slices():
@@ -178,7 +190,7 @@ class SqlLedger(PatchLedger):
             found = rows.read(connection, REQUESTS, order=order)
             rows.check_row_count(REQUESTS, rows.expected_rows(connection, REQUESTS), len(found))
         with self._parsing("a request"):
-            return [_request(json.loads(body)) for _, _, _, body, _ in found]
+            return [_request(body) for _, _, _, body, _ in found]
 
     def num_tombstones(self) -> int:
         with self._reading() as connection:
@@ -213,7 +225,9 @@ def _slices(text: str) -> tuple[int, ...]:
     return tuple(map(int, json.loads(text)))
 
 
-def _request(body: dict[str, Any]) -> Request:
+@lru_cache(maxsize=1 << 15)  # a flow asks for all requests several times, and few of them change
+def _request(text: str) -> Request:
+    body = json.loads(text)
     lists = {name: tuple(tuple(each) for each in body[name]) for name in ("shards", "served")}
     probed = body.get("probed")
     return Request(**{**body, **lists, "probed": Probed(**probed) if probed else None})

@@ -100,6 +100,16 @@ def read(
     return checked_rows(table, _plain(connection.execute(query)).fetchall())
 
 
+def contents(connection: sa.Connection, shard: int, slice_: int) -> list[tuple[str, str]]:
+    """Return the keyed id and the digest of each record of a slice, by keyed id. Checksums are not read:
+    the caller compares all of them with the slice's root."""
+    query = (
+        "SELECT id_digest, record_digest FROM records WHERE shard = ? AND slice = ? ORDER BY id_digest"
+    )
+    found: list[tuple[str, str]] = _plain(connection.exec_driver_sql(query, (shard, slice_))).fetchall()
+    return found
+
+
 def check_row_count(table: sa.Table, expected: int, got: int) -> None:
     """Raises Damaged when a table does not have the rows that were written."""
     if expected != got:

@@ -28,7 +28,7 @@ from sisa.core.errors import IntegrityError
 from sisa.core.ports import Change
 from sisa.core.requests import event
 from sisa.flows import lifecycle, query
-from sisa.flows.deletion import forget
+from sisa.flows.deletion import commit_removed, forget, rows_named
 from sisa.flows.ingest import add, train
 from sisa.flows.lifecycle import Terms
 from sisa.flows.reconcile import reconcile
@@ -301,6 +301,23 @@ def test_verify_hashes_the_whole_history() -> None:
     reconcile(model.world)
     found = verify(model.world, [], None)
     assert [each.where for each in found.findings] == ["ledger"]
+
+
+def test_a_deletion_looks_for_its_own_rows_and_one_cut_short_for_any(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Writing a ledger anew takes as long as it is large."""
+    model = trained(2)
+    looked_for: list[Any] = []
+    monkeypatch.setattr(model.ledger, "scrub", lambda removed=(): looked_for.append(removed))
+    first, second = requests(model)
+    gone = rows_named(model.world, first)
+    forget(model.world, [first])
+    assert [each for each in looked_for if each != ()] == [gone]
+    commit_removed(model.world, [second], {second.request_id: rows_named(model.world, second)}, Change())
+    looked_for.clear()
+    reconcile(model.world)
+    assert looked_for == [None, ()]
 
 
 def test_a_jobs_key_is_the_digest_of_its_fields() -> None:
