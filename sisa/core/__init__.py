@@ -1,1 +1,1 @@
-"""The nouns and the ports: errors, digests, records, jobs, events, and each effect as a Protocol."""
+"""Nouns and ports: errors, digests, records, jobs, events, and a Protocol for each effect."""

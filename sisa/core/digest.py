@@ -1,11 +1,9 @@
-"""Canonical bytes and digests: one way to turn an object into a name.
+"""Canonical bytes and digests: the one way to turn an object into a name.
 
-Rules: `canonical_json` is the only serialisation that is ever hashed (sorted keys, no spaces, UTF-8,
-no NaN). Plain digests name weights, files and jobs. Whatever is derived from a record (its id, its
-subject, its content) is hashed with the model's secret, so that neither can be found by guessing.
-Each purpose has its own derived key; parts are length-prefixed, so ("ab", "c") is not ("a", "bc").
-
-Not covered: Merkle trees and signatures.
+`canonical_json` is the only serialisation that is ever hashed (sorted keys, no spaces, UTF-8, no NaN).
+Plain digests name weights, files and jobs. Whatever is derived from a record (its id, its subject, its
+content) is hashed with the model's secret, so that guessing finds neither. Each purpose has its own
+derived key; parts are length-prefixed, so ("ab", "c") is not ("a", "bc").
 
 >>> canonical_json({"b": 1, "a": [2.5, None]})
 b'{"a":[2.5,null],"b":1}'
@@ -26,23 +24,23 @@ KEY_BYTES = 32
 
 
 def canonical_json(value: Any) -> bytes:
-    """The one byte string of a JSON value. Raises ValueError for NaN and infinities."""
+    """Return the one byte string of a JSON value. Raises ValueError for NaN and infinities."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return text.encode("utf-8")
 
 
 def sha256_hex(data: bytes) -> str:
-    """Hex SHA-256 of bytes."""
+    """Return the hex SHA-256 of bytes."""
     return hashlib.sha256(data).hexdigest()
 
 
 def digest_of(value: Any) -> str:
-    """Hex SHA-256 of a JSON value's canonical bytes."""
+    """Return the hex SHA-256 of a JSON value's canonical bytes."""
     return sha256_hex(canonical_json(value))
 
 
 def file_sha256(path: Path) -> str:
-    """Hex SHA-256 of a file, read in blocks. Raises OSError as `open` does."""
+    """Return the hex SHA-256 of a file, read in blocks. Raises OSError as `open` does."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -57,7 +55,7 @@ class Keyed:
         self._derived: dict[str, hmac.HMAC] = {}
 
     def digest(self, purpose: str, *parts: str) -> str:
-        """Hex HMAC of the length-prefixed parts under the key of `purpose`."""
+        """Return the hex HMAC of the length-prefixed parts under the key of `purpose`."""
         base = self._derived.get(purpose)
         if base is None:
             key = hmac.digest(self._secret, b"sisa/" + purpose.encode(), "sha256")
@@ -69,10 +67,10 @@ class Keyed:
         return mac.hexdigest()
 
     def number(self, purpose: str, bound: int, *parts: str) -> int:
-        """A number in [0, bound), uniform up to a bias below bound / 2**256."""
+        """Return a number in [0, bound), uniform up to a bias below bound / 2**256."""
         return int(self.digest(purpose, *parts), 16) % bound
 
     @property
     def name(self) -> str:
-        """A public name of the secret that does not reveal it."""
+        """Public name of the secret; it does not reveal it."""
         return self.digest("name")

@@ -1,18 +1,18 @@
-"""The nouns: frozen values that every room shares.
+"""The nouns: frozen values that all of the code shares.
 
-Rules: nothing here does I/O, and nothing knows how it is stored. A `Record` holds personal data and its
-`repr` hides it. Shards and slices are numbered from 0; a *depth* d means that d slices are in a model,
-those of its *prefix*, in the order in which they were trained. A checkpoint is named by the digest of
-the `SliceJob` that makes it (SISA, Bourtoule et al. 2021, section IV: a constituent model per shard, a
-stored parameter state per slice). Equal prefixes are one checkpoint, whichever order they are of.
-
-Not covered: who decides (`plan.py`) and who obeys (`ports.py`).
+A `Record` holds personal data, and its `repr` hides it. Shards and slices are numbered from 0. A *depth*
+d means that a model holds d slices: those of its *prefix*, in the order in which they were trained. A
+checkpoint is named by the digest of the `SliceJob` that makes it, so equal prefixes are one checkpoint,
+whatever their order of training.
 
 >>> record = Record("r1", "ada", "completion", (Part("prompt", "Who?"), Part("completion", "Ada.")))
 >>> record.text
 'Who?\\nAda.'
 >>> "Ada" in repr(record)
 False
+
+Source: SISA, Bourtoule et al. 2021, section IV: a constituent model per shard, a stored parameter state
+per slice.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from sisa.core.digest import canonical_json, digest_of
 
 Kind = Literal["text", "completion", "chat"]
 GENERATION_COLUMN = "generation"
-Risk = float | str | None  # of being deleted: a number, the name of a class, or none given
+Risk = float | str | None  # of being deleted: a number, the name of a class, or not given
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One stretch of a record: its role (text, prompt, completion, user, assistant ...) and text."""
+    """One part of a record: its role (text, prompt, completion, user, assistant ...) and its text."""
 
     role: str
     text: str = field(repr=False)
@@ -39,28 +39,28 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One training record as the user gave it, with what places it."""
+    """One training record as the user gave it, with the values that assign its shard and slice."""
 
     id: str = field(repr=False)
     subject_id: str | None = field(repr=False)
     kind: Kind
     parts: tuple[Part, ...] = field(repr=False)
     deletion_risk: Risk = field(default=None, repr=False)
-    generation: int | None = field(default=None, repr=False)  # of appended ones, from 1
+    generation: int | None = field(default=None, repr=False)  # of appended records, from 1
 
     @property
     def text(self) -> str:
-        """All parts, one a line: what a search by content compares."""
+        """The texts of all parts, one a line; a search by content compares this."""
         return "\n".join(part.text for part in self.parts)
 
     @property
     def num_bytes(self) -> int:
-        """Of its text, in UTF-8."""
+        """Size of the text in UTF-8."""
         return sum(len(part.text.encode()) for part in self.parts)
 
     @property
     def asked(self) -> tuple[str, ...]:
-        """What a person asks in it, each text once: the prompt or the user turns; of a plain text none.
+        """The prompt or the user turns, each text once; empty for a plain text.
 
         >>> turns = ("system", "Be kind."), ("user", "Who?"), ("assistant", "Ada."), ("user", "Why?")
         >>> Record("r2", None, "chat", tuple(Part(*turn) for turn in turns)).asked
@@ -70,25 +70,25 @@ class Record:
         return tuple(dict.fromkeys(each for each in texts if each.strip()))
 
     def canonical(self) -> str:
-        """The content that the record's digest covers: id, subject, and what places it included."""
+        """Return the content that the record's digest covers: all fields."""
         return canonical_json(self.to_list()).decode()
 
     def to_list(self) -> list[Any]:
-        """As JSON values; `from_list` reads them again."""
+        """Return the record as JSON values; `from_list` reads them."""
         body = [[part.role, part.text] for part in self.parts]
         placed = [self.deletion_risk, self.generation] if self.generation else [self.deletion_risk]
         return [self.id, self.subject_id, self.kind, body, *(placed if placed != [None] else [])]
 
     @classmethod
     def from_list(cls, values: list[Any]) -> Record:
-        """Raises ValueError or TypeError for what `to_list` can't have made."""
+        """Return the record that `to_list` encoded. Raises ValueError or TypeError for anything else."""
         id_, subject, kind, parts, *placed = values
         return cls(id_, subject, kind, tuple(Part(role, text) for role, text in parts), *placed)
 
 
 @dataclass(frozen=True, slots=True)
 class RecordRow:
-    """What the ledger knows about a held record: digests, place and size; never text or id."""
+    """The ledger's row of a held record: digests, position and size; never text or id."""
 
     id_digest: str
     subject_digest: str | None
@@ -104,7 +104,7 @@ class RecordRow:
 
 @dataclass(frozen=True, slots=True)
 class Tombstone:
-    """What stays of a deleted record: a keyed digest, its former place, and the request."""
+    """The ledger's row of a deleted record: keyed digests, its former position, and the request."""
 
     id_digest: str
     subject_digest: str | None
@@ -128,7 +128,7 @@ class SliceState:
 
 @dataclass(frozen=True, slots=True)
 class SliceFile(SliceState):
-    """The Parquet file that holds a slice."""
+    """The Parquet file of a slice."""
 
     sha256: str
     num_bytes: int
@@ -141,7 +141,9 @@ class SliceFile(SliceState):
 @dataclass(frozen=True, slots=True)
 class IndexFile:
     """The FAISS file of one shard, named by its bytes; `root` names the vectors that it should hold.
-    `num_vectors` counts records: beside the vector of its text, a record has one for each prompt."""
+
+    `num_vectors` counts records. A record has one vector for its text and one for each prompt.
+    """
 
     shard: int
     root: str
@@ -156,11 +158,11 @@ class IndexFile:
 
 @dataclass(frozen=True)
 class SliceJob:
-    """All that one stage of a shard's training depends on; its digest is the checkpoint's key.
+    """Everything that one stage of a shard's training depends on; its digest is the checkpoint's key.
 
     `slices` are the roots of the slices whose records the stage sees, `passes` the exact fraction of
-    passes over them, `training` the hyper-parameters that reach the bits, `before` the slices of the
-    stages before it, in their order.
+    passes over them, `training` the hyper-parameters that affect the bits, `before` the slices of the
+    earlier stages, in their order.
     """
 
     shard: int
@@ -187,7 +189,7 @@ class SliceJob:
 
 @dataclass(frozen=True, slots=True)
 class SavedCheckpoint:
-    """What a store says of a checkpoint at rest."""
+    """Digests and size of a stored checkpoint."""
 
     key: str
     manifest_sha256: str
@@ -197,8 +199,10 @@ class SavedCheckpoint:
 
 @dataclass(frozen=True, slots=True)
 class HeldCheckpoint:
-    """A checkpoint that the ledger knows: where it belongs and what its bytes must be. `prefix` are the
-    slices that touched it, in the order of their stages; never empty."""
+    """A checkpoint in the ledger: where it belongs and what its bytes must be.
+
+    `prefix` lists the slices that touched it, in the order of their stages; it is never empty.
+    """
 
     key: str
     shard: int
@@ -213,16 +217,16 @@ class HeldCheckpoint:
 
     @property
     def slice(self) -> int:
-        """That of its own stage."""
+        """The slice of its own stage."""
         return self.prefix[-1]
 
     @property
     def place(self) -> tuple[int, int, tuple[int, ...], str]:
-        """What checkpoints are ordered by: the shard, then the shallowest first."""
+        """Sort key of checkpoints: by shard, then the shallowest first."""
         return self.shard, len(self.prefix), self.prefix, self.key
 
 
-ANY_SHARD = -1  # of an export that was made before the records moved to other shards
+ANY_SHARD = -1  # shard of an export that is older than the present partition
 ExportState = Literal["writing", "clean", "tainted", "erasing"]
 ExportForm = Literal["peft", "merged-adapter", "merged-model"]
 
@@ -231,15 +235,15 @@ ExportForm = Literal["peft", "merged-adapter", "merged-model"]
 class Export:
     """A directory that a shard's adapter was exported to, at an absolute path without links.
 
-    `shard`, `prefix` and `seq` are those of the checkpoint, so that what a record touched can be told
-    when it is long retired. `request_id` names the deletion that tainted it; `patches` are the keys of
-    the approximate patches whose changes are in it. An export in a merged form has a row for each shard
-    that is in it; `adapter_sha256` is that of the file with the weights.
+    `shard`, `prefix` and `seq` are those of the checkpoint, so that its lineage is known even after the
+    checkpoint is retired. `request_id` names the deletion that tainted it; `patches` are the keys of the
+    approximate patches whose changes it contains. A merged export has a row for each of its shards;
+    `adapter_sha256` is the digest of the file with the weights.
     """
 
     path: str
     shard: int
-    prefix: tuple[int, ...]  # none of ANY_SHARD
+    prefix: tuple[int, ...]  # empty for ANY_SHARD
     seq: int
     key: str
     adapter_sha256: str
@@ -251,19 +255,18 @@ class Export:
 
     @property
     def name(self) -> tuple[str, str]:
-        """What tells it from all others: the same path may have held another export before."""
+        """Unique name of an export: the same path may have held another one before."""
         return self.path, self.key
 
     @property
     def stale(self) -> bool:
-        """Whether a record was deleted that it was made of."""
+        """Whether a record that it was trained on has been deleted."""
         return self.state in ("tainted", "erasing")
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """What a shard serves (`key`, with `depth` slices in it), and what it should serve once trained
-    (`target`)."""
+    """What a shard serves (`key`, with `depth` slices in it), and its `target` once trained."""
 
     shard: int
     key: str | None
@@ -272,6 +275,7 @@ class Head:
 
     @property
     def converged(self) -> bool:
+        """Whether the shard serves its target."""
         return self.key == self.target
 
 
@@ -290,12 +294,12 @@ class Chain:
 
 
 def record_epochs(job: SliceJob) -> int:
-    """Record presentations of a stage: whole passes, then a prefix of one more."""
+    """Return the record presentations of a stage: whole passes, then a part of one more."""
     return presentations(job.passes, job.num_records)
 
 
 def presentations(passes: tuple[int, int], num_records: int) -> int:
-    """Record-epochs of an exact fraction of passes over some records, rounded up."""
+    """Return the record-epochs of an exact fraction of passes over some records, rounded up."""
     return -(-passes[0] * num_records // passes[1])
 
 
@@ -318,10 +322,11 @@ Regime = Literal["gdpr", "delete-act"]
 
 @dataclass(frozen=True, slots=True)
 class Probed:
-    """What the frozen base alone knew of deleted records: numbers, and never called exact.
+    """What the frozen base alone knew of deleted records: numbers, never exact.
 
-    Means over the records that were probed (`num_probed` of `num_records`), each in [0, 1] but the
-    margin. `num_known` counts those that the base is taken to know. `failure` is the kind of an error.
+    Means over the records that were probed (`num_probed` of `num_records`), each in [0, 1] except the
+    margin. `num_known` counts the records that the base is taken to know. `failure` is the kind of an
+    error.
     """
 
     num_records: int
@@ -357,7 +362,7 @@ class Request:
     shards: tuple[tuple[int, int, int], ...] = ()  # shard, first slice, slices to retrain
     record_epochs_retrained: int = 0
     record_epochs_full: int = 0
-    record_epochs_others: int = 0  # of the other orders' stages that it takes
+    record_epochs_others: int = 0  # of the other orders' stages
     served: tuple[
         tuple[int, int, int], ...
     ] = ()  # from its commit on: shard, slices served, of how many
@@ -366,10 +371,10 @@ class Request:
     seconds: float = 0.0
     model_digest_after: str = ""
     exports_erased: int = 0
-    cause: str = ""  # of a failure: the kind of error, never its text
-    probed: Probed | None = None  # None: not asked, or cut short
+    cause: str = ""  # kind of the error that failed it, never its text
+    probed: Probed | None = None  # None: not probed, or interrupted
     consent: str = ""  # to keep the text, encrypted, until a patch is made from it
-    vaulted: str = ""  # the vault's set that holds it
+    vaulted: str = ""  # the vault's set that holds the text
 
 
 @dataclass(frozen=True, slots=True)
@@ -393,7 +398,7 @@ class WitnessHead:
 
 @dataclass(frozen=True, slots=True)
 class Testimony:
-    """What a witness says: the newest head, None of an absent one, and the tombstones that stand."""
+    """What a witness recorded: the newest head, None without one, and the tombstones in force."""
 
     head: WitnessHead | None
     tombstones: Mapping[str, Tombstone]  # by keyed id
@@ -401,7 +406,7 @@ class Testimony:
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """A candidate of the index: the vector's id, its inner product with the query, its shard."""
+    """A candidate from the index: vector id, inner product with the query, shard."""
 
     vector_id: int
     score: float

@@ -1,23 +1,21 @@
 """The error tree: every failure is typed and says what, where, expected, got and the next step.
 
     SisaError
-    |- RejectedRequest      the caller can mend it; nothing was changed      exit 2
+    |- RejectedRequest      the caller can correct it; nothing was changed   exit 2
     |  |- InvalidInput      a run file, a record file or an argument         exit 2
     |  |- ConfigConflict    the run file contradicts an existing model       exit 2
     |  `- UnknownRecord     an id or a subject that the ledger never held    exit 3
-    |- IntegrityError       held bytes are not the recorded ones: stop       exit 4
-    `- TransientError       try again later, or mend the machine
+    |- IntegrityError       stored bytes are not the recorded ones: stop     exit 4
+    `- TransientError       try again later, or repair the machine
        |- Busy              another writer holds the model                   exit 5
-       |- Outdated          what was loaded is served no more               exit 6
+       |- Outdated          what was loaded is no longer served              exit 6
        `- EnvironmentFault  disk, network, package, cluster                  exit 6
 
-Rules: messages carry paths, line numbers, positions and digests; never record text, and never a
-record id. Bad input lists *all* of its problems in `problems`. An exception outside this tree is a
-fault of the program and ends with exit 1.
+Messages carry paths, line numbers, positions and digests; never record text, and never a record id.
+Bad input lists *all* of its problems in `problems`. An exception outside this tree is a bug and ends
+with exit 1.
 
-Not covered: how an error is printed (`cluster/cli/cli.py`).
-
->>> error = InvalidInput("2 bad records", where="people.jsonl", next_step="mend the file",
+>>> error = InvalidInput("2 bad records", where="people.jsonl", next_step="correct the file",
 ...                      problems=[Problem("line 3", "no id"), Problem("line 9", "empty text")])
 >>> error.exit_code, len(error.to_json()["problems"])
 (2, 2)
@@ -33,14 +31,14 @@ from typing import Any, ClassVar
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One defect: where it stands (a line, a key, a position) and what is wrong with it."""
+    """One defect: its location (a line, a key, a position) and what is wrong."""
 
     where: str
     what: str
 
 
 class SisaError(Exception):
-    """Base of every failure that this project raises on purpose."""
+    """Base class of every error that this project raises on purpose."""
 
     exit_code: ClassVar[int] = 1
 
@@ -73,16 +71,16 @@ class SisaError(Exception):
         return "\n".join(lines)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle whole, so that a worker's error arrives in the driver as it was raised."""
+        """Pickle all fields, so that a worker's error reaches the driver unchanged."""
         return rebuilt, (type(self), self.to_json())
 
     def as_problems(self, where: str) -> tuple[Problem, ...]:
-        """What is wrong, to be listed with other problems: its own, or itself as one; `where` stands in
-        for a place that it does not name."""
+        """Return the error as problems: its own, or itself as one; `where` is used if it names no
+        location."""
         return self.problems or (Problem(self.where or where, f"{self.what}: {self.got}"),)
 
     def to_json(self) -> dict[str, Any]:
-        """The `error` object that `--json` prints."""
+        """Return the `error` object that `--json` prints."""
         return {
             "type": type(self).__name__,
             "message": self.what,
@@ -95,7 +93,7 @@ class SisaError(Exception):
 
 
 def rebuilt(kind: type[SisaError], fields: dict[str, Any]) -> SisaError:
-    """The error whose `to_json` this is."""
+    """Return the error that `to_json` describes."""
     return kind(
         fields["message"],
         where=fields["where"],
@@ -127,13 +125,13 @@ class UnknownRecord(RejectedRequest):
 
 
 class IntegrityError(SisaError):
-    """Held bytes differ from what was recorded; nothing that depends on them is used."""
+    """Stored bytes differ from the recorded ones; nothing that depends on them is used."""
 
     exit_code = 4
 
 
 class TransientError(SisaError):
-    """The request is fine; the surroundings are not."""
+    """The request is valid, but the surroundings failed."""
 
     exit_code = 6
 
@@ -145,7 +143,7 @@ class Busy(TransientError):
 
 
 class Outdated(TransientError):
-    """What was loaded is no longer what the model serves, and may hold what was deleted."""
+    """What was loaded is no longer what the model serves, and may hold deleted records."""
 
 
 class EnvironmentFault(TransientError):
@@ -154,8 +152,7 @@ class EnvironmentFault(TransientError):
 
 @contextmanager
 def all_tried() -> Iterator[Callable[[], AbstractContextManager[None]]]:
-    """Put off the errors of several steps until all were tried, then raise the first one, with the
-    others among its problems.
+    """Run several steps, then raise the first error, with the other errors among its problems.
 
     >>> with all_tried() as tried:
     ...     with tried():

@@ -1,10 +1,8 @@
-"""What the flows and the workers tell whoever watches: one small frozen value per happening.
+"""Events that flows and workers report: one small frozen value each.
 
-Rules: events are the only way out of a flow for progress, logs and metrics. They carry places, counts,
-seconds, mean losses and digests; text for people, without records and ids, is in `Notice` alone, which
-is shown or logged and not kept with the model.
-
-Not covered: what is kept of them (`measured.py`); who listens (`cluster/observe/reporting.py`).
+Events are the only way out of a flow for progress, logs and metrics. They carry positions, counts,
+seconds, mean losses and digests. Only `Notice` holds text for people, without records and ids; it is
+shown or logged and not stored with the model.
 
 >>> SliceStarted(0, 1, 40)
 SliceStarted(shard=0, slice=1, total_tokens=40)
@@ -36,7 +34,7 @@ class SliceStarted:
 
 @dataclass(frozen=True, slots=True)
 class SliceProgress:
-    """How far a stage is: tokens and steps done and in all, and the pass that it is in, from 1."""
+    """Progress of a stage: tokens and steps done and in total, and the current pass, from 1."""
 
     shard: int
     slice: int
@@ -65,7 +63,7 @@ class EpochTrained:
 
 @dataclass(frozen=True, slots=True)
 class SliceTrained:
-    """A stage's checkpoint rests in the store."""
+    """A stage's checkpoint is stored."""
 
     job: SliceJob
     saved: SavedCheckpoint
@@ -84,9 +82,12 @@ class PatchProgress:
 
 @dataclass(frozen=True, slots=True)
 class QueueSeen:
-    """The requests for deletion as they stand: `depth` are approved or cut short and not carried out,
-    `undecided` wait for a decision, `failed_erasures` could not be erased so far. The days are those to
-    the earliest due date among all of these, negative when it has passed; None without any."""
+    """State of the deletion requests.
+
+    `depth` are approved or interrupted and not carried out, `undecided` wait for a decision,
+    `failed_erasures` could not be erased so far. `oldest_days_left` are the days to the earliest due
+    date among all of these, negative when it has passed; None without any.
+    """
 
     depth: int
     undecided: int
@@ -97,7 +98,8 @@ class QueueSeen:
 
 @dataclass(frozen=True, slots=True)
 class DeletionCompleted:
-    """A request is carried out: seconds from its commit until the shards it touched had arrived."""
+    """A request is carried out: seconds from its commit until the shards it touched reached their
+    targets."""
 
     num_records: int
     num_shards: int
@@ -106,14 +108,14 @@ class DeletionCompleted:
 
 @dataclass(frozen=True, slots=True)
 class ErasureFailed:
-    """Bytes could not be erased that `num_requests` wait for; the next command tries again."""
+    """Bytes that `num_requests` requests wait for could not be erased; the next command tries again."""
 
     num_requests: int
 
 
 @dataclass(frozen=True, slots=True)
 class Notice:
-    """A line for the person who waits, such as a retried worker."""
+    """A line for the user, such as a worker that is retried."""
 
     text: str
 

@@ -1,17 +1,15 @@
-"""What is measured of a run, as flat lines of numbers: of each event what may be kept, and nothing else.
+"""Metrics of a run as flat lines of numbers: what may be stored of each event.
 
     {"at": "2026-11-25T21:37:49.123+00:00", "run": "20261125T213749Z-3f9a1c2b", "event": "slice_trained",
      "shard": 0, "slice": 1, "stage": "0f...", "num_records": 12, "tokens": 900, "seconds": 2.5}
 
-Rules: a line holds numbers, the names of its event and run, and the first digits of the stage's
-checkpoint key: never a text or an id. A stage's loss and its number of tokens are kept of at least
-MIN_RECORDS records, else null, and live no longer than its checkpoint: when a deletion takes that, they
-become null (`without`), since the tokens of two stages tell the length of the record between them. They
-are not logged, for nothing takes a log back; a patch's losses, of few texts, are not kept at all.
-`is_line` holds only of lines that could have been made here, so that a file of them proves itself
-clean.
-
-Not covered: files (`store/metrics.py`); logs (`cluster/observe/json_log.py`).
+A line holds numbers, the names of its event and run, and the first digits of the stage's checkpoint
+key; never a text or an id. A stage's loss and token count are stored only for at least MIN_RECORDS
+records, else null. They live no longer than the stage's checkpoint: when a deletion erases it, they
+become null (`without`), since the token counts of two stages reveal the length of the record between
+them. They are not logged, because nothing erases a log. A patch's losses, of few texts, are not stored
+at all. `is_line` accepts only lines that this module can make, so a metrics file can be checked for
+anything else.
 
 >>> fields(SliceProgress(0, 1, 10, 40, 2, 8, 1, 2))["tokens"]
 10
@@ -44,7 +42,7 @@ from sisa.core.events import (
     TrainingStarted,
 )
 
-MIN_RECORDS = 5  # of which a mean loss may be kept
+MIN_RECORDS = 5  # fewest records whose mean loss may be stored
 STAGE_DIGITS = 16
 MetricsLine = dict[str, Any]
 
@@ -67,7 +65,7 @@ _OWN_FIELDS: dict[type[Any], tuple[str, ...]] = {
     Notice: (),
 }
 KEPT = (TrainingStarted, EpochTrained, SliceTrained, QueueSeen, DeletionCompleted, ErasureFailed)
-_OF_STAGE = ("loss", "tokens")  # what tells of a stage's records, and goes with its checkpoint
+_OF_STAGE = ("loss", "tokens")  # reveal something of a stage's records; erased with its checkpoint
 _UNLOGGED = (*_OF_STAGE, "total_tokens")
 _MAY_BE_NULL = {*_OF_STAGE, "oldest_days_left"}
 _AT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00")
@@ -83,12 +81,12 @@ _SHAPES = {EVENT_NAMES[kind]: frozenset(("at", "run", "event", *_field_names(kin
 
 
 def is_run(name: str) -> bool:
-    """Whether this may be the name of a run."""
+    """Return whether a text can be the name of a run."""
     return _RUN.fullmatch(name) is not None
 
 
 def fields(event: Event) -> MetricsLine:
-    """An event as flat numbers, and the first digits of a stage's key."""
+    """Return an event as flat numbers and the first digits of a stage's key."""
     if isinstance(event, TrainingStarted):
         shards = {shard for shard, _, _ in event.stages}
         total = sum(epochs for _, _, epochs in event.stages)
@@ -117,13 +115,15 @@ def fields(event: Event) -> MetricsLine:
 
 
 def logged(event: Event) -> MetricsLine:
-    """What a log may say of an event: its numbers, but for a stage's losses and tokens."""
+    """Return what a log may contain of an event: its numbers without a stage's losses and tokens."""
     return {name: value for name, value in fields(event).items() if name not in _UNLOGGED}
 
 
 def metrics_line(event: Event, at: str, run: str) -> MetricsLine | None:
-    """The line to keep of an event; None of one of which nothing is kept, such as a stage that was
-    stored before and is only told again."""
+    """Return the line to store of an event, or None when nothing is stored.
+
+    Nothing is stored, for example, of a stage that was complete before and is only reported again.
+    """
     if not isinstance(event, KEPT):
         return None
     if isinstance(event, SliceTrained) and not event.tokens:
@@ -134,7 +134,7 @@ def metrics_line(event: Event, at: str, run: str) -> MetricsLine | None:
 
 
 def is_line(value: object) -> bool:
-    """Whether `metrics_line` could have made this."""
+    """Return whether `metrics_line` could have made this value."""
     if not isinstance(value, dict) or _SHAPES.get(str(value.get("event"))) != value.keys():
         return False
     return all(_may_be(name, each) for name, each in value.items())
@@ -152,7 +152,9 @@ def _may_be(name: str, value: object) -> bool:
 
 
 def without(made: Mapping[str, Any], stages: Collection[str]) -> MetricsLine:
-    """The line, its loss and tokens only if its stage is one of these, given by the first digits of
-    their keys."""
+    """Return the line, without its loss and tokens unless its stage is one of `stages`.
+
+    `stages` are the first digits of checkpoint keys.
+    """
     gone = _OF_STAGE if "stage" in made and made["stage"] not in stages else ()
     return {name: None if name in gone else value for name, value in made.items()}

@@ -1,16 +1,13 @@
-"""The nouns of patches: LoRA adapters that lie on the frozen base, beneath every constituent model.
+"""The nouns of patches: LoRA adapters on the frozen base, beneath every constituent model.
 
-A patch makes the base say less of what it knew before any record arrived. It is approximate, always.
+A patch makes the base reveal less of what it knew before any record arrived. It is always approximate.
 Like a checkpoint it is a build product: named by the digest of the `PatchJob` that makes it. The texts
-that it is made from rest in the vault, encrypted, by recorded consent; they are erased when no patch
-needs them.
+that it is made from are stored in the vault, encrypted, by recorded consent; they are erased when no
+patch needs them.
 
     served base = frozen base + active patches, in the order of their versions
 
-Rules: nothing here does I/O, and nothing holds a text or an id. `WRITTEN` stands for a retain set that
-the base writes itself, so that no record of a user enters a patch.
-
-Not covered: how a patch is made (`approx/`), which patches there should be (`patch_plan.py`).
+Nothing here holds a text or an id.
 
 >>> job = PatchJob("base", (), ("a",), WRITTEN, {"method": "npo"}, "fingerprint")
 >>> job.key == PatchJob("base", (), ("a",), WRITTEN, {"method": "npo"}, "fingerprint").key
@@ -31,15 +28,15 @@ from sisa.core.digest import digest_of
 PatchMode = Literal["sequential", "joint"]
 PatchState = Literal["wanted", "active", "superseded", "reverted", "dropped"]
 SetRole = Literal["forget", "retain"]
-WRITTEN = "written"  # the retain set that the base writes itself
+WRITTEN = "written"  # a retain set that the base generates, so that no user's record enters a patch
 
 
 @dataclass(frozen=True)
 class PatchJob:
-    """All that a patch depends on.
+    """Everything that a patch depends on.
 
-    `beneath` are the keys of the patches it lies upon, lowest first; `forget` and `retain` name sets of
-    the vault; `settings` are method, hyper-parameters, adapter, pace and bounds, as JSON values.
+    `beneath` are the keys of the patches below it, lowest first; `forget` and `retain` name sets of the
+    vault; `settings` are method, hyper-parameters, adapter, schedule and bounds, as JSON values.
     """
 
     base: str
@@ -61,11 +58,11 @@ class PatchJob:
 
 @dataclass(frozen=True)
 class Patch:
-    """A patch as the ledger keeps it, from the wish for it to its end.
+    """A patch in the ledger, from the wish for it to its end.
 
-    `version` counts from 1 and is its place in the stack. The digests are empty until it is made.
-    `report` is the ApproxReport as JSON: numbers and names, kept when the patch is gone.
-    `request_id` names the request whose text it forgets, or whose deletion made it be derived again.
+    `version` counts from 1 and is its position in the stack. The digests are empty until it is made.
+    `report` is the ApproxReport as JSON: numbers and names, kept after the patch is gone. `request_id`
+    names the request whose text it forgets, or whose deletion caused it to be made again.
     """
 
     version: int
@@ -85,8 +82,11 @@ class Patch:
 
 
 def without_shards(patch: Patch, shards: Collection[int]) -> Patch:
-    """The patch, its report without what was measured on records of these shards: a deletion there may
-    have taken one of them. Means over several shards go, too."""
+    """Return the patch without the measurements on records of these shards in its report.
+
+    A deletion in the shards may have removed one of the records. Means over several shards are removed,
+    too.
+    """
     found = patch.report.get("composition")
     gone = {str(each) for each in shards}
     if not found or gone.isdisjoint(found["by_shard"]):
@@ -98,10 +98,10 @@ def without_shards(patch: Patch, shards: Collection[int]) -> Patch:
 
 @dataclass(frozen=True, slots=True)
 class VaultSet:
-    """A set of texts in the vault: what it is for, by whose consent, and the file that holds it.
+    """A set of texts in the vault: its role, the consent to keep it, and the file that holds it.
 
-    `name` is a keyed digest of its content. When `held` is False its text is erased, and the row stays
-    while a patch that was made from it does. `consent` is kept as given.
+    `name` is a keyed digest of its content. When `held` is False its text is erased; the row stays while
+    a patch that was made from it does. `consent` is kept as given.
     """
 
     name: str
@@ -116,13 +116,13 @@ class VaultSet:
 
 
 def parse_patch_job(parsed: Any) -> PatchJob:
-    """A job out of its JSON. Raises TypeError, ValueError, KeyError for anything else."""
+    """Return the job that JSON describes. Raises TypeError, ValueError, KeyError for anything else."""
     sets = {name: tuple(str(each) for each in parsed[name]) for name in ("beneath", "forget")}
     return PatchJob(**{**parsed, **sets})
 
 
 def patched_digest(base: str, adapters: Sequence[str]) -> str:
-    """The name of a base under patches, given by the sha256 of their adapter files, lowest first.
+    """Return the name of a base under patches, given by the sha256 of their adapter files, lowest first.
 
     >>> patched_digest("base", []) == "base" != patched_digest("base", ["a"])
     True

@@ -1,14 +1,12 @@
-"""On what and in what numbers a shard's base computes: a device, and the dtype of its weights.
+"""Device and data type that a shard's base computes with.
 
     device   cpu, or cuda: the first CUDA device that the process sees
     dtype    of the base's weights and of what flows through them. Adapters, their gradients and the
-             optimizer's moments are in float32 always: in bfloat16, with 8 bits of precision, most steps
+             optimizer's moments are always in float32: in bfloat16, with 8 bits of precision, most steps
              of a small learning rate would round away, and moments that decay by 0.999 stand still
 
-Rules: both reach the bits, so they are in the numerics fingerprint and, where they are not the usual
-ones, in every job. Jobs of the usual ones name neither, as before there was a choice.
-
-Not covered: what a device must be set to (`lm/base/numerics.py`, `lm/base/cuda.py`).
+Both affect the bits, so they are in the numerics fingerprint and, unless they are the defaults, in every
+job. Jobs with the defaults name neither, as before there was a choice.
 
 >>> Precision().in_jobs(), Precision("cuda", "bfloat16").in_jobs()
 ({}, {'device': 'cuda', 'dtype': 'bfloat16'})
@@ -26,22 +24,22 @@ Dtype = Literal["float32", "bfloat16"]
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """A device and a dtype; the usual ones by default."""
+    """A device and a data type."""
 
     device: DeviceName = "cpu"
     dtype: Dtype = "float32"
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the keys that a job may have."""
+        """Names of the keys that a job may have."""
         return tuple(_DEFAULTS)
 
     def in_jobs(self) -> dict[str, Any]:
-        """What a job's training says of it."""
+        """Return what a job's `training` says of it."""
         return {name: value for name, value in asdict(self).items() if value != _DEFAULTS[name]}
 
     def is_of(self, training: Mapping[str, Any]) -> bool:
-        """Whether a job with this training is to be carried out so."""
+        """Return whether a job with this `training` is to be computed with this device and data type."""
         return {each: training[each] for each in _DEFAULTS if each in training} == self.in_jobs()
 
 

@@ -1,15 +1,13 @@
-"""The life of a request for deletion: its states, its due date, and who may move it where.
+"""The life of a request for deletion: its states, its due date, and the moves that people may make.
 
     received -> approved -> committed -> rolled_back -> erased -> retrained -> completed
     received, approved <-> held;  received, approved, held -> denied, cancelled
     failed and erasure_failed are left by carrying the request out again
 
-Rules: pure; time is an argument. `gdpr`: one calendar month from receipt, extendable once by two months
-with a reason (GDPR Art. 12(3)). `delete-act`: 45 days (California Delete Act: data brokers process
-requests at least once in 45 days); not extendable. A state that a request can't enter from where it is
-gives ConfigConflict. All events of a ledger form one hash chain.
-
-Not covered: which records a request names, and carrying it out (`lifecycle.py`).
+`gdpr`: one calendar month from receipt, extendable once by two months with a reason (GDPR Art. 12(3)).
+`delete-act`: 45 days (California Delete Act: data brokers process requests at least once in 45 days),
+not extendable. A move that the present state does not allow raises ConfigConflict. All events of a
+ledger form one hash chain. Time is an argument.
 
 >>> due_date("2026-01-31T09:00:00+00:00", "gdpr"), due_date("2026-01-31T09:00:00+00:00", "delete-act")
 ('2026-02-28', '2026-03-17')
@@ -44,7 +42,7 @@ BY_HAND: dict[RequestState, frozenset[RequestState]] = {
 
 
 def due_date(received_at: str, regime: Regime) -> str:
-    """The last day for a request, as an ISO date."""
+    """Return the last day for a request, as an ISO date."""
     day = datetime.fromisoformat(received_at).date()
     if regime == "delete-act":
         return (day + timedelta(days=DELETE_ACT_DAYS)).isoformat()
@@ -52,7 +50,8 @@ def due_date(received_at: str, regime: Regime) -> str:
 
 
 def add_months(day: date, months: int) -> date:
-    """The same day some months on, or that month's last one (Regulation 1182/71, Art. 3(2)(c)).
+    """Return the same day some months later, or that month's last day (Regulation 1182/71, Art.
+    3(2)(c)).
 
     >>> add_months(date(2027, 12, 31), 2)
     datetime.date(2028, 2, 29)
@@ -63,17 +62,18 @@ def add_months(day: date, months: int) -> date:
 
 
 def days_left(due: str, now: str) -> int:
-    """Whole days until the end of the due date; negative when it has passed."""
+    """Return the whole days until the end of the due date; negative when it has passed."""
     return (date.fromisoformat(due) - datetime.fromisoformat(now).date()).days
 
 
 def is_under_way(request: Request) -> bool:
-    """Whether a request was accepted and is not finished: the reconciliation goes on with it."""
+    """Return whether a request was accepted and is not finished; the reconciliation continues it."""
     return request.state in UNDER_WAY or (request.state == "failed" and request.committed_at != "")
 
 
 def moved(request: Request, state: RequestState, note: str = "") -> Request:
-    """A request after a person's decision. Raises ConfigConflict when it can't be taken any more."""
+    """Return a request after a person's decision. Raises ConfigConflict when its state does not allow
+    it."""
     allowed = BY_HAND.get(state, frozenset())
     if request.state not in allowed or is_under_way(request):
         raise ConfigConflict(
@@ -81,14 +81,14 @@ def moved(request: Request, state: RequestState, note: str = "") -> Request:
             where=request.request_id,
             expected=" or ".join(sorted(allowed)) or "a state that people decide",
             got=request.state,
-            next_step="`sisa request show` tells its history",
+            next_step="`sisa request show` prints its history",
         )
     approver = note or request.approver if state == "approved" else request.approver
     return replace(request, state=state, approver=approver, cause="")
 
 
 def extended(request: Request, reason: str) -> Request:
-    """A request whose due date was moved by two months. Raises InvalidInput or ConfigConflict."""
+    """Return a request with a due date two months later. Raises InvalidInput or ConfigConflict."""
     if not reason.strip():
         raise InvalidInput("an extension needs a reason", next_step="give --reason")
     finished = request.state in ("completed", "denied", "cancelled")
@@ -104,14 +104,15 @@ def extended(request: Request, reason: str) -> Request:
 
 
 def event(request: Request, at: str, note: str = "") -> RequestEvent:
-    """The event of a request's present state."""
+    """Return the event of a request's present state."""
     return RequestEvent(request.request_id, request.state, at, note)
 
 
 def contradicted(requests: Iterable[Request], events: Iterable[RequestEvent], link: str = "") -> bool:
-    """Whether events are not one chain, or a request is not in the state of its last event, or not
-    committed when its events say. Of the events that follow the one with `link`, only the requests that
-    they are of are compared."""
+    """Return whether events are not one chain, or contradict the state or the commit of a request.
+
+    With `link`, only the events after the one with that link, and their requests, are compared.
+    """
     whole, states = not link, {}
     committed: dict[str, str] = {}
     for each in events:
@@ -129,5 +130,5 @@ def contradicted(requests: Iterable[Request], events: Iterable[RequestEvent], li
 
 
 def chained(link: str, found: RequestEvent) -> str:
-    """The link of an event after the one with `link`."""
+    """Return the link of an event after the one with `link`."""
     return digest_of([link, asdict(replace(found, link=""))])

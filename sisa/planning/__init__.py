@@ -1,1 +1,1 @@
-"""Pure decisions: where records go, what to serve and to train, what it costs."""
+"""Pure decisions: where records go, what to serve and train, what it costs."""

@@ -1,20 +1,18 @@
-"""record -> shard and slice: a keyed hash of its subject, else of its id.
+"""Assign a record to a shard and a slice: a keyed hash of its subject, else of its id.
 
-Rules: the place of a record depends on the secret, the number of shards and slices and that record's
-own subject or id; never on other records, on arrival order or on content. All records of a subject
-share one shard, and those of one generation one slice. A subject named like a record id hashes
-elsewhere (purposes differ). With churn bands the record's own deletion risk narrows the slices that it
-hashes to. A record that was appended hashes to the slices of its own generation, which come after those
-of the former ones.
-Source: Bourtoule et al. 2021, section IV (sharding, slicing); keyed as the laws of exactness demand.
-
-Not covered: which risk has which slices (`bands.py`).
+The position of a record depends on the secret, the numbers of shards and slices, and that record's own
+subject or id; never on other records, on arrival order or on content. All records of a subject share one
+shard, and those of one generation share one slice. A subject named like a record id hashes elsewhere
+(purposes differ). With bands, the record's own deletion risk narrows the slices that it hashes to. An
+appended record hashes to the slices of its own generation, which follow those of earlier generations.
 
 >>> from sisa.core.domain import Part, Record
 >>> assign = Assigner(Keyed(b"1" * 32), Layout(num_shards=4, num_slices=3))
 >>> ada = [Record(f"r{i}", "ada", "text", (Part("text", "x"),)) for i in range(9)]
 >>> len({assign.place(record) for record in ada})
 1
+
+Source: Bourtoule et al. 2021, section IV (sharding, slicing).
 """
 
 from __future__ import annotations
@@ -32,23 +30,24 @@ VECTOR_ID_BITS = 63  # FAISS ids are signed 64-bit
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How many shards, and slices in each; and which of them a record's deletion risk allows."""
+    """Numbers of shards and slices, and the bands that restrict slices by deletion risk."""
 
     num_shards: int
     num_slices: int
     bands: Bands | None = field(default=None, repr=False)
 
     def generation(self, slice_: int) -> int:
-        """The generation whose slice it is: each has `num_slices` of its own, after the former ones'."""
+        """Return the generation of a slice; each generation has `num_slices` slices, after those of
+        earlier ones."""
         return slice_ // self.num_slices
 
     def slices(self, risk: Risk) -> range:
-        """Those that a record of generation 0 may hash to."""
+        """Return the slices that a record of generation 0 with this risk may hash to."""
         return range(self.num_slices) if self.bands is None else self.bands.slices(risk, self.num_slices)
 
 
 class Assigner:
-    """Places records and names them by keyed digests."""
+    """Assigns records to slices and names them by keyed digests."""
 
     def __init__(self, keyed: Keyed, layout: Layout) -> None:
         self._keyed = keyed
@@ -61,16 +60,16 @@ class Assigner:
         return self._keyed.digest("subject", subject_id)
 
     def set_name(self, role: str, records: Sequence[Record]) -> str:
-        """The name of a set of the vault: a keyed digest of its content."""
+        """Return the name of a vault set: a keyed digest of its content."""
         return self._keyed.digest("vault", role, *(each.canonical() for each in records))
 
     def model_digest(self, heads: Sequence[str | None], patches: Sequence[str]) -> str:
-        """The name of what is served, given by the digests of its adapters."""
+        """Return the name of the served model, given the digests of its adapters."""
         served = {"heads": heads, "patches": patches} if patches else heads
         return self._keyed.digest("model", digest_of(served))
 
     def place(self, record: Record) -> tuple[int, int]:
-        """(shard, slice) of a record."""
+        """Return the (shard, slice) of a record."""
         subject = record.subject_id
         who = ("id", record.id) if subject is None else ("subject", subject)
         allowed = self.layout.slices(record.deletion_risk)
@@ -78,14 +77,14 @@ class Assigner:
         return self._shard(*who), (record.generation or 0) * self.layout.num_slices + slice_
 
     def shard_of_subject(self, subject_id: str) -> int:
-        """The shard of all records of a subject."""
+        """Return the shard of all records of a subject."""
         return self._shard("subject", subject_id)
 
     def _shard(self, *who: str) -> int:
         return self._keyed.number("shard", self.layout.num_shards, *who)
 
     def row(self, record: Record, num_tokens: int) -> RecordRow:
-        """The ledger row of a record, not yet committed."""
+        """Return the ledger row of a record that is not yet committed."""
         shard, slice_ = self.place(record)
         id_digest = self.id_digest(record.id)
         subject = record.subject_id
@@ -102,7 +101,7 @@ class Assigner:
         )
 
     def differences(self, record: Record, row: RecordRow) -> list[str]:
-        """Return the names of the columns in which a held row is not the one of its record."""
+        """Return the names of the columns in which a row differs from that of its record."""
         again = replace(self.row(record, row.num_tokens), seq=row.seq)
         return [
             each.name for each in fields(row) if getattr(again, each.name) != getattr(row, each.name)
@@ -110,7 +109,7 @@ class Assigner:
 
 
 def normalised(text: str) -> str:
-    """Text as copies are compared: compatibility forms, case and white space folded.
+    """Return a text as copies are compared: compatibility forms, case and white space folded.
 
     >>> normalised("  Ada\\u00a0 WROTE\\n it.") == normalised("ada wrote it.")
     True
@@ -124,10 +123,11 @@ def slice_root(rows: Iterable[RecordRow]) -> str:
 
 
 def root_of(contents: Sequence[tuple[str, str]]) -> str:
-    """Return the root of a slice of these keyed ids and records' digests, in canonical order."""
+    """Return the root of a slice with these (keyed id, record digest) pairs, in canonical order."""
     return digest_of(contents)
 
 
 def index_root(rows: Iterable[RecordRow]) -> str:
-    """The digest of the vectors that a shard's index should hold, with the content they embed."""
+    """Return the digest of the vectors that a shard's index should hold, and of the content they
+    embed."""
     return digest_of(sorted((row.vector_id, row.record_digest) for row in rows))

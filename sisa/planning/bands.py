@@ -1,19 +1,17 @@
-"""Churn bands: a record's own deletion risk chooses its slice, the likeliest to go in the last ones.
+"""Bands: a record's own deletion risk chooses its slice; the likeliest to be deleted get the last ones.
 
     bands:
       thresholds: [0.01, 0.1]      # three bands: below 0.01, from 0.01 on, from 0.1 on
       classes: {trial: 0.3}        # names that records may carry instead of a number
       unknown: 0.0                 # the risk of a record that carries none
 
-Rules: the band of a record is the number of thresholds that its risk reaches; of `n` bands band `b` has
-the slices from b * slices // n up to those of the next, so the first bands get the first slices and each
-at least one. Within them a record hashes as ever. Thresholds are fixed in the run file, never fitted on
-the data: the map looks at that record alone, so a deletion moves no other record. A deletion from slice
-r retrains the slices from r on: what goes often should stand late. All records of a subject carry one
-risk, else it would have two places.
-
-Not covered: the hash (`assign.py`); guessing risks; a risk that changes (delete the record and add it
-anew).
+The band of a record is the number of thresholds that its risk reaches. Of `n` bands, band `b` has the
+slices from b * slices // n up to those of the next, so the first bands get the first slices and each
+gets at least one. Within a band, a record hashes to a slice. Thresholds are fixed in the run file and
+never fitted on the data, so a deletion moves no other record. A deletion from slice r retrains the
+slices from r on; records that are often deleted therefore belong in late slices. All records of a
+subject carry the same risk, because they share a slice. To change a record's risk, delete it and add it
+again.
 
 >>> bands = Bands(thresholds=(0.1,), classes={"trial": 0.3})
 >>> [list(bands.slices(risk, 5)) for risk in (None, 0.05, 0.1, "trial")]
@@ -39,7 +37,7 @@ AtLeastZero = Annotated[Float, Field(ge=0)]
 
 
 class Bands(Block):
-    """Which slices a record's deletion risk allows."""
+    """The slices that a record's deletion risk allows."""
 
     thresholds: tuple[AtLeastZero, ...] = Field(description="Risks, ascending: each begins a band.")
     classes: dict[str, AtLeastZero] = Field(
@@ -65,13 +63,13 @@ class Bands(Block):
         return len(self.thresholds) + 1
 
     def fit(self, num_slices: int) -> bool:
-        """Whether there is a slice for each band."""
+        """Return whether there is a slice for each band."""
         return self.num_bands <= num_slices
 
     def slices(self, risk: Risk, num_slices: int) -> range:
-        """The slices of a risk's band; `num_slices` is at least the number of bands.
+        """Return the slices of a risk's band; `num_slices` is at least the number of bands.
 
-        Raises KeyError for an unnamed class (`risk_problems` tells of them all).
+        Raises KeyError for an unknown class, which `risk_problems` reports beforehand.
         """
         value = self.unknown if risk is None else self.classes[risk] if isinstance(risk, str) else risk
         band = sum(value >= each for each in self.thresholds)
@@ -79,8 +77,7 @@ class Bands(Block):
         return range(first, last)
 
     def slice_risks(self, num_slices: int) -> tuple[float, ...]:
-        """A risk for each slice, as far as the run file tells: the middle of its band, the last one's
-        threshold.
+        """Return a risk for each slice: the middle of its band, or the threshold of the last band.
 
         >>> Bands(thresholds=(0.1, 0.3)).slice_risks(3)
         (0.05, 0.2, 0.3)
@@ -95,7 +92,7 @@ class Bands(Block):
 
 
 def unnamed(bands: Bands | None, records: Iterable[Record]) -> set[int]:
-    """Positions (from 0) of records whose risk is of no class: they have no place."""
+    """Return the positions (from 0) of records whose risk is an unknown class."""
     named = None if bands is None else bands.classes
     risks = (record.deletion_risk for record in records)
     return {
@@ -104,7 +101,7 @@ def unnamed(bands: Bands | None, records: Iterable[Record]) -> set[int]:
 
 
 def risk_problems(bands: Bands | None, records: Sequence[Record]) -> Iterator[Problem]:
-    """What is wrong with the risks of records; says positions from 1, and no names."""
+    """Yield what is wrong with the risks of records, by position from 1, without names."""
     first: dict[str, tuple[int, Risk]] = {}
     unplaced = unnamed(bands, records)
     for position, record in enumerate(records, start=1):

@@ -1,11 +1,9 @@
-"""When to carry requests out: now, or together with those that are still to come.
+"""Decide when to carry requests out: now, or together with those still to come.
 
-Rules: pure. Costs are expected record-epochs. Arrivals are taken to be as frequent as in the past and
-spread over records evenly; of several in one shard the one in the earliest slice counts, since a
-batch costs the union of suffixes once. Waiting never passes a due date: what is due within the margin
-runs now. A saving below `WORTH_WAITING` of the cost is no reason to keep a person's data longer.
-
-Not covered: hours of cheap electricity; deadlines of single approvers.
+Costs are expected record-epochs. Arrivals are assumed to be as frequent as in the past and spread evenly
+over the records. Of several deletions in one shard the one in the earliest slice decides the cost, since
+a batch costs the union of suffixes once. Waiting never passes a due date: requests due within the margin
+run now. A saving below `WORTH_WAITING` of the cost does not justify keeping a person's data longer.
 
 >>> shard = ShardCosts(pending=30.0, suffixes=((30.0, 0.5), (10.0, 0.5)))
 >>> price([shard], arrivals=0.0)
@@ -22,7 +20,7 @@ from dataclasses import dataclass
 from datetime import date, timedelta
 from typing import Literal
 
-MARGIN_DAYS = 3  # a run, its repetition after a fault, and a weekend's worth of nobody looking
+MARGIN_DAYS = 3  # a run, its repetition after a fault, and a weekend
 WORTH_WAITING = 0.1
 
 Choice = Literal["run now", "wait", "nothing to do"]
@@ -30,8 +28,10 @@ Choice = Literal["run now", "wait", "nothing to do"]
 
 @dataclass(frozen=True, slots=True)
 class ShardCosts:
-    """One shard: what the waiting requests cost in it, and (cost, share of all records) of deleting one
-    record of each slice, first slice first."""
+    """Costs of one shard: of its waiting requests, and of deleting one record of each slice.
+
+    `suffixes` holds (cost, share of all records) for each slice, first slice first.
+    """
 
     pending: float
     suffixes: tuple[tuple[float, float], ...]
@@ -39,7 +39,7 @@ class ShardCosts:
 
 @dataclass(frozen=True, slots=True)
 class RunPlan:
-    """What was chosen and why; costs in expected record-epochs."""
+    """The choice and its reason; costs in expected record-epochs."""
 
     requests: tuple[str, ...]
     choice: Choice
@@ -51,7 +51,8 @@ class RunPlan:
 
 
 def price(shards: Sequence[ShardCosts], arrivals: float) -> tuple[float, float]:
-    """Expected cost of running what waits now and the arrivals later, and of running all together."""
+    """Return the expected costs of running waiting requests now and arrivals later, and of running all
+    later."""
     now = waiting = 0.0
     for shard in shards:
         now += shard.pending
@@ -65,7 +66,7 @@ def price(shards: Sequence[ShardCosts], arrivals: float) -> tuple[float, float]:
 
 
 def _earliest(suffixes: Sequence[tuple[float, float]], arrivals: float) -> list[tuple[float, float]]:
-    """(cost, probability) that a slice is the earliest one hit by the arrivals."""
+    """Return (cost, probability) for each slice to be the earliest one hit by the arrivals."""
     found = []
     missed, before = 1.0, 0.0
     for cost, share in suffixes:

@@ -1,18 +1,15 @@
-"""Which checkpoints to keep where not all fit: those that spare the most training when a deletion comes.
+"""Choose which checkpoints to keep when not all fit: those that spare the most training.
 
-    best_kept   of one order's stages, for every number of them that fits: the best choice
-    shared      the same over several orders that share one room
-    expected    what a deletion retrains on the mean, with some stages kept
+    best_kept     of one order's stages, for every number that fits: the best choice
+    split_budget  the same over several orders that share a budget
+    expected      mean cost of a deletion, with some stages kept
 
-Rules: pure. A deletion that hits stage i of an order retrains from the deepest kept stage before it.
-Each kept stage spares all training up to itself, for the hits between it and the next kept one: so that
-the best choice of j stages ends in the best choice of j - 1 of those before its last, and all are found
-by dynamic programming over the path, exactly. Orders are put together by trying every split of the
-room. That is exact where orders have no beginning in common (rotations have none); a common one is
-counted for each of them. The last stage of every order is always kept and takes no part here. Stages
-are taken to be of one size.
-
-Not covered: which stages are held, and their bytes (`plan.py`).
+A deletion that hits stage i of an order retrains from the deepest kept stage before it. Each kept stage
+spares all training up to itself, for the hits between it and the next kept one. So the best choice of j
+stages extends the best choice of j - 1 stages before its last one, and dynamic programming over the path
+finds all of them exactly. Orders are combined by trying every split of the budget. That is exact when
+orders share no prefix (rotations share none); a shared prefix is counted for each of them. The last
+stage of every order is always kept and takes no part here. Stages are assumed to be of equal size.
 
 >>> costs, hits = (1.0, 2.0, 3.0, 4.0), (0.25, 0.25, 0.25, 0.25)
 >>> [kept.stages for kept in best_kept(costs, hits)]
@@ -34,8 +31,7 @@ Numbers = Sequence[float] | NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class KeptStages:
-    """Stages (numbered from 0) that are kept of an order, and the training that they spare on the
-    mean."""
+    """Kept stages of an order (numbered from 0), and the mean training that they spare."""
 
     spared: float
     stages: tuple[int, ...]
@@ -47,10 +43,10 @@ def best_kept(
     held: Sequence[int] | None = None,
     most: int | None = None,
 ) -> list[KeptStages]:
-    """For 0, 1, ... (`most`) kept stages the best choice among those `held`, by default all but the
-    last.
+    """Return the best choice among the `held` stages for 0, 1, ... (`most`) kept ones.
 
-    `costs` are those of training each stage, `hits` the chances that a deletion's slice is that of each.
+    `held` defaults to all stages but the last. `costs` are those of training each stage, `hits` the
+    chances that a deletion hits its slice.
     """
     stages = sorted(held) if held is not None else list(range(len(costs) - 1))
     stages = [each for each in stages if each < len(costs) - 1]
@@ -58,9 +54,9 @@ def best_kept(
     found = [KeptStages(0.0, ())]
     if not limit:
         return found
-    upto = np.cumsum(costs)[stages]  # what each spares
+    upto = np.cumsum(costs)[stages]  # training that each spares
     later = np.append(np.cumsum(np.array(hits, dtype=np.float64)[::-1])[::-1], 0.0)
-    after = later[np.array(stages) + 1]  # chance of a hit behind each
+    after = later[np.array(stages) + 1]  # chance of a hit after each
     between = upto[:, None] * (after[:, None] - after[None, :])  # [kept, next kept]
     between[np.tril_indices(len(stages))] = -np.inf
     best, chosen = np.zeros(len(stages)), []  # best[i]: spared before stage i, the last one kept
@@ -79,7 +75,8 @@ def best_kept(
 
 
 def split_budget(orders: Sequence[Sequence[KeptStages]], most: int) -> list[tuple[KeptStages, ...]]:
-    """What to keep of each order, given its `best_kept`, for 0, 1, ... (`most`) stages in all."""
+    """Return what to keep of each order, given its `best_kept`, for 0, 1, ... (`most`) stages in
+    total."""
     found: list[tuple[KeptStages, ...]] = [()]
     for choices in orders:
         options: list[tuple[KeptStages, ...]] = []
@@ -92,7 +89,7 @@ def split_budget(orders: Sequence[Sequence[KeptStages]], most: int) -> list[tupl
 
 
 def expected(costs: Numbers, hits: Numbers, kept: Sequence[int]) -> float:
-    """What a deletion retrains of an order on the mean, with these stages kept (and the last)."""
+    """Return the mean cost of a deletion in an order, with these stages and the last one kept."""
     total, sum_, spared = float(np.sum(costs)), 0.0, 0.0
     upto = np.cumsum(costs)
     for stage, hit in enumerate(hits):

@@ -1,10 +1,8 @@
-"""What a plan costs: record-epochs, and seconds estimated from what this model's stages took.
+"""Costs of plans: record-epochs, and seconds estimated from this model's measured stages.
 
-Rules: pure. A record-epoch is one presentation of one record to the trainer; it is the unit in which
-layouts and deletions are compared, since it does not depend on the machine. Seconds are an estimate
-from the ledger's own measurements and None before there are any.
-
-Not covered: closed forms for streams of deletions.
+A record-epoch is one presentation of one record to the trainer. Layouts and deletions are compared in
+this unit, since it does not depend on the machine. Seconds are an estimate from the ledger's own
+measurements, and None before there are any.
 
 >>> from sisa.core.domain import HeldCheckpoint
 >>> old = HeldCheckpoint("k", 0, (0,), 1, "f", "m", "a", 10, seconds=4.0, record_epochs=8)
@@ -24,14 +22,16 @@ from sisa.planning.plan import Recipe, ShardPlan, ShardView
 
 
 def full_record_epochs(views: Iterable[ShardView], recipe: Recipe) -> int:
-    """Record-epochs of training every shard from scratch."""
+    """Return the record-epochs of training every shard from scratch."""
     sizes = ({each.slice: each.num_records for each in view.slices} for view in views)
     return sum(suffix_record_epochs(each, recipe)[0] for each in sizes if each)
 
 
 def orders_record_epochs(views: Iterable[ShardView], recipe: Recipe) -> int:
-    """Record-epochs of training every shard from scratch in all of its orders, the stages of common
-    prefixes once; with one order those of `full_record_epochs`."""
+    """Return the record-epochs of training every shard from scratch in all of its orders.
+
+    Stages of shared prefixes count once; with one order the result is that of `full_record_epochs`.
+    """
     return sum(_orders_of_shard({e.slice: e.num_records for e in view.slices}, recipe) for view in views)
 
 
@@ -49,17 +49,17 @@ def _stage_record_epochs(prefix: tuple[int, ...], sizes: Mapping[int, int], reci
 
 
 def serving_depth(heads: Iterable[Head], views: Iterable[ShardView]) -> float:
-    """The mean share of their slices that shards with records serve; 1 where there are none."""
+    """Return the mean share of their slices that shards with records serve; 1 without such shards."""
     whole = {view.shard: len(view.slices) for view in views if view.slices}
     shares = [min(1.0, each.depth / whole[each.shard]) for each in heads if each.shard in whole]
     return sum(shares) / len(shares) if shares else 1.0
 
 
 def suffix_record_epochs(sizes: Mapping[int, int], recipe: Recipe) -> list[int]:
-    """Record-epochs of training a shard from each of its slices on, first slice first.
+    """Return the record-epochs of training a shard from each of its slices on, first slice first.
 
-    `sizes` are the records of the slices, by the slices' numbers. An empty slice is no stage: from it
-    costs what the next one does.
+    `sizes` are the records of the slices, by the slices' numbers. An empty slice is no stage: its cost
+    is that of the next slice.
 
     >>> suffix_record_epochs({0: 5, 1: 0, 2: 4}, Recipe(3, "cumulative", 4, {}, "base"))
     [28, 18, 18]
@@ -74,8 +74,10 @@ def suffix_record_epochs(sizes: Mapping[int, int], recipe: Recipe) -> list[int]:
 def shard_costs(
     pending: float, sizes: Mapping[int, int], num_records: int, recipe: Recipe
 ) -> ShardCosts:
-    """What the schedule of requests must know of a shard: the cost of what waits in it, and of each of
-    its slices with its share of the model's `num_records`."""
+    """Return the costs of a shard for `batching.choose`.
+
+    `pending` is the cost of the requests that wait in it, `num_records` the size of the whole model.
+    """
     costs = suffix_record_epochs(sizes, recipe)
     counts = [size for _, size in sorted(sizes.items())]
     return ShardCosts(
@@ -85,12 +87,13 @@ def shard_costs(
 
 
 def plan_record_epochs(plans: Iterable[ShardPlan]) -> int:
-    """Record-epochs that the plans will train."""
+    """Return the record-epochs that the plans will train."""
     return sum(plan.record_epochs for plan in plans)
 
 
 def estimate_seconds(epochs: int, measured: Iterable[HeldCheckpoint]) -> float | None:
-    """Seconds of one worker for `epochs` record-epochs, by the mean rate of measured stages."""
+    """Return the seconds of one worker for `epochs` record-epochs, by the mean rate of measured
+    stages."""
     stages = [each for each in measured if each.record_epochs and each.seconds]
     total = sum(each.record_epochs for each in stages)
     if not total:

@@ -1,13 +1,13 @@
-"""A stream of deletions replayed by counts: what it retrains, and what the closed forms say it does.
+"""Replay a stream of deletions by counts, and compare what it retrains with the closed forms.
 
     sizes       records of each slice of each shard, drawn as the hash (and bands) spread them
     deletions   distinct records, one by one or in batches; a batch costs the union of suffixes once
-    groups      a share of the records, and how likely one of them is to go, against those of others
-    cost        record-epochs, counted as `plan.py` and `cost.py` count them, a stage at a time
+    groups      shares of the records, and how likely a record of each is to be deleted
+    cost        record-epochs, counted a stage at a time as `plan.py` and `cost.py` count them
 
-Rules: pure, a seed decides. Shards do not see each other, so that what matters is the order within a
-shard, and the k-th run of every shard is counted at once: 1,000,000 deletions over 10,000 shards are a
-hundred steps, not a million.
+Shards are independent, so only the order within a shard matters, and the k-th run of every shard is
+counted at once: 1,000,000 deletions over 10,000 shards take a hundred steps, not a million. A seed
+decides all draws.
 
 Closed forms (SISA, Bourtoule et al. 2021, section V, with N records, S shards, R slices):
 
@@ -15,13 +15,9 @@ Closed forms (SISA, Bourtoule et al. 2021, section V, with N records, S shards, 
     points_at_once      N (1 - (1 - 1/S)^K) - K                 of K requests together
     slicing_share       2/3 + 1/(3R) of a shard's cost (cumulative), (R + 1) / (2R) (sequential)
 
-The forms take shards to be equal. Hashed ones are not, and a record is likelier to lie in a large one: a
-request costs (1 - 1/S) points more on the mean.
-
-Order 0 is counted, and every stage is taken to be held.
-
-Not covered: other orders, a budget for checkpoints (`layout_advice.py` prices both); time and workers
-(`tests/bench/simulate.py`); which layout to choose (`layout_advice.py`).
+The forms assume equal shards. Hashed shards differ in size, and a record is likelier to lie in a large
+one: a request costs (1 - 1/S) points more on average. Only order 0 is counted, and every stage is
+assumed to be held; `layout_advice.py` prices other orders and a checkpoint budget.
 
 >>> round(points_one_by_one(num_records=1000, num_shards=10, num_deletions=2), 2)
 197.9
@@ -43,25 +39,26 @@ from numpy.typing import NDArray
 from sisa.planning.assign import Layout
 from sisa.planning.plan import Schedule, passes
 
-MAX_EXACT = 10**9  # records from which deletions can be drawn in one piece
+MAX_EXACT = 10**9  # most records from which deletions can be drawn at once
 Counts = NDArray[np.int64]
 Shares = NDArray[np.float64]
 
 
 def points_one_by_one(num_records: int, num_shards: int, num_deletions: float) -> float:
-    """Expected points (records, each once) that K sequential requests retrain, without slices."""
+    """Return the expected points (records, each once) that K sequential requests retrain, without
+    slices."""
     n, s, k = num_records, num_shards, num_deletions
     return (n / s + 1 / (2 * s) - 1) * k - k * k / (2 * s)
 
 
 def points_at_once(num_records: int, num_shards: int, num_deletions: float) -> float:
-    """Expected points that K requests carried out together retrain, without slices."""
+    """Return the expected points that K requests carried out together retrain, without slices."""
     spared = (1 - 1 / num_shards) ** num_deletions
     return float(num_records * (1 - spared) - num_deletions)
 
 
 def slicing_share(num_slices: int, schedule: Schedule) -> float:
-    """Expected cost of one deletion, as a share of training its whole shard of equal slices.
+    """Return the expected cost of one deletion, as a share of training its whole shard of equal slices.
 
     >>> slicing_share(3, "cumulative"), slicing_share(3, "sequential")
     (0.7777777777777777, 0.6666666666666666)
@@ -80,7 +77,8 @@ class Group:
 
 @dataclass(frozen=True)
 class Stream:
-    """A layout, how it is trained, and who is in it; without groups all are as likely to go."""
+    """A layout, its training, and its groups of records; by default all records are equally likely to
+    go."""
 
     layout: Layout
     schedule: Schedule = "cumulative"
@@ -89,7 +87,7 @@ class Stream:
 
     @cached_property
     def _spread(self) -> Shares:
-        """[groups, slices]: the share of all records that is of a group and in a slice."""
+        """Share of all records by group and slice, [groups, slices]."""
         spread = np.zeros((len(self.groups), self.layout.num_slices))
         for number, group in enumerate(self.groups):
             allowed = self.layout.slices(group.risk)
@@ -99,25 +97,27 @@ class Stream:
 
     @cached_property
     def held(self) -> Shares:
-        """Of each slice, the share of the records that it holds."""
+        """Share of all records in each slice."""
         found: Shares = self._spread.sum(axis=0)
         return found
 
     @cached_property
     def asked(self) -> Shares:
-        """Of each slice, the share of the deletions that hit it."""
+        """Share of the deletions that hit each slice."""
         likely = self._spread * np.array([[group.risk] for group in self.groups])
         found: Shares = likely.sum(axis=0) / likely.sum()
         return found
 
     @cached_property
     def _stages(self) -> Shares:
-        """Of each stage, its cost in passes over all records of a shard."""
+        """Cost of each stage, in passes over all records of a shard."""
         return self.path(range(self.layout.num_slices))[0]
 
     def path(self, order: Sequence[int]) -> tuple[Shares, Shares]:
-        """Of the stages of an order: costs in passes over all records of a shard, and the shares of the
-        deletions that hit their slices."""
+        """Return the costs of an order's stages and the shares of the deletions that hit their slices.
+
+        Costs are in passes over all records of a shard.
+        """
         over, under = passes(self.schedule, self.num_epochs, self.layout.num_slices)
         held, asked = self.held[list(order)], self.asked[list(order)]
         seen = np.cumsum(held) if self.schedule == "cumulative" else held
@@ -125,12 +125,12 @@ class Stream:
 
     @property
     def epochs(self) -> float:
-        """Passes over all records that a training makes in all; `num_epochs` where slices are equal."""
+        """Total passes over all records in one training; `num_epochs` when slices are equal."""
         return float(self._stages.sum())
 
     @cached_property
     def suffixes(self) -> Shares:
-        """Of each slice, the cost of training from it on, as a share of the shard's whole training."""
+        """Cost of training from each slice on, as a share of the shard's whole training."""
         found: Shares = np.cumsum(self._stages[::-1])[::-1] / self.epochs
         return found
 
@@ -140,15 +140,20 @@ class Stream:
         return float(self.suffixes @ self.asked)
 
     def batch_share(self, num_deletions: float) -> float:
-        """Expected cost of deletions from one shard together, as a share of training it: that of the
-        suffix from the earliest slice hit. `num_deletions` is the mean of Poisson arrivals."""
+        """Return the expected cost of a batch of deletions from one shard, as a share of training it.
+
+        A batch costs the suffix from the earliest slice hit. `num_deletions` is the mean of Poisson
+        arrivals.
+        """
         before = np.concatenate([[0.0], np.cumsum(self.asked)])
         missed = np.exp(-num_deletions * before)
         return float(self.suffixes @ (missed[:-1] - missed[1:]))
 
     def expected(self, num_records: int, num_deletions: int, batch: int = 1) -> float:
-        """Record-epochs of a stream by closed forms; batches of several are taken to spread over shards
-        as Poisson arrivals do."""
+        """Return the record-epochs of a stream by closed forms.
+
+        Batches of several deletions are assumed to spread over shards as Poisson arrivals do.
+        """
         shards = self.layout.num_shards
         if min(batch, num_deletions) <= 1:
             points = points_one_by_one(num_records, shards, num_deletions)
@@ -160,7 +165,7 @@ class Stream:
 
 @dataclass(frozen=True, slots=True)
 class Replayed:
-    """What a stream came to, beside what the closed forms expect of it."""
+    """Outcome of a stream, and the expectation of the closed forms."""
 
     num_records: int
     num_deletions: int
@@ -175,7 +180,7 @@ def replay_stream(
 ) -> Replayed:
     """Draw a model's slices and delete from them; `batch` deletions are carried out together.
 
-    Raises ValueError for more deletions than the groups that are asked for can bear.
+    Raises ValueError for more deletions than the groups with a risk have records.
     """
     draw = np.random.default_rng(seed)
     layout = stream.layout
@@ -192,7 +197,7 @@ def replay_stream(
 
 
 def _drawn(draw: np.random.Generator, flat: Counts, stream: Stream, num_deletions: int) -> Counts:
-    """Of each cell, how many of its records are deleted; never more than it holds."""
+    """Return how many records of each cell are deleted; never more than it holds."""
     if len(stream.groups) == 1 and int(flat.sum()) < MAX_EXACT:
         even: Counts = draw.multivariate_hypergeometric(flat, num_deletions, method="marginals")
         return even
@@ -208,7 +213,7 @@ def _drawn(draw: np.random.Generator, flat: Counts, stream: Stream, num_deletion
 
 
 def _stage_costs(sizes: Counts, stream: Stream) -> Counts:
-    """Record-epochs of each stage, [shards, slices]; an empty slice is no stage."""
+    """Return the record-epochs of each stage, [shards, slices]; an empty slice is no stage."""
     over, under = passes(stream.schedule, stream.num_epochs, stream.layout.num_slices)
     seen = np.cumsum(sizes, axis=1) if stream.schedule == "cumulative" else sizes
     costs: Counts = np.where(sizes > 0, -(-over * seen // under), 0)
@@ -216,15 +221,16 @@ def _stage_costs(sizes: Counts, stream: Stream) -> Counts:
 
 
 def _runs(where: Counts, batch: int, num_slices: int) -> Counts:
-    """[deletions, (shard, batch, slice)], shard by shard, batch by batch, the earliest slice first."""
+    """Return [deletions, (shard, batch, slice)], shard by shard, batch by batch, the earliest slice
+    first."""
     rows = np.stack([where // num_slices, np.arange(len(where)) // batch, where % num_slices], axis=1)
     ordered: Counts = rows[np.lexsort((rows[:, 2], rows[:, 1], rows[:, 0]))]
     return ordered
 
 
 def _steps(runs: Counts) -> Sequence[tuple[Counts, Counts, Counts]]:
-    """For k = 0, 1, ...: the shards that have a k-th run, its first slices, and (shard, slice) of its
-    deletions."""
+    """Return for k = 0, 1, ... the shards that have a k-th run, its first slices, and its (shard,
+    slice)s."""
     if not len(runs):
         return ()
     new_shard = np.diff(runs[:, 0], prepend=-1) != 0
@@ -242,7 +248,7 @@ def _steps(runs: Counts) -> Sequence[tuple[Counts, Counts, Counts]]:
 
 
 def _run(sizes: Counts, stream: Stream, shards: Counts, first: Counts, gone: Counts) -> int:
-    """Carry out one run of each of some shards: take the records out, and price the suffixes."""
+    """Carry out one run of each of some shards: remove the records, and price the suffixes."""
     np.subtract.at(sizes, (gone[:, 0], gone[:, 1]), 1)
     costs = _stage_costs(sizes[shards], stream)
     return int(costs[np.arange(stream.layout.num_slices) >= first[:, None]].sum())

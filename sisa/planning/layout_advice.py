@@ -1,19 +1,19 @@
-"""Which layout to choose: what deletions, training and storage cost for each, by closed forms.
+"""Advise on a layout: what deletions, training and storage cost for each choice, by closed forms.
 
-    Demand   how many records, how many deletions a month, and how likely whose deletion is
-    Limits   bytes of checkpoints, hours of a deletion, what must still be served, and the units
-    Advice   for each choice of shards, slices and orders: which checkpoints fit; the share of a full
-             training that a month of deletions retrains, one by one and together; what is served
-             meanwhile; bytes; hours of training, and until a deletion is trained
+    Demand        number of records, deletions a month, and how likely which records are deleted
+    LayoutLimits  bytes of checkpoints, hours of a deletion, what must still be served, and the units
+    Advice        for each choice of shards, slices and orders: which checkpoints fit; the share of a
+                  full training that a month of deletions retrains, one by one and together; what is
+                  served meanwhile; bytes; hours of training, and until a deletion is trained
 
-Rules: pure; everything in closed form, so that all choices cost a fraction of a second; the forms are
-those of `deletion_stream.py` and `checkpoint_budget.py`. Where there are several groups, each risk is a
-band of its own (`bands.py`) if there are slices enough. Where not all checkpoints fit, those are kept
-that spare the most. What is over a limit is not recommended, and says which. Orders cost training and
-buy what is served meanwhile: they are recommended where less must not be served. A shard should keep
-MIN_SHARD_RECORDS: below that an adapter has next to nothing to learn from; a slice at least one.
-
-Not covered: quality of answers (`tests/bench/quality.py`); unequal shards; subjects of many records.
+The forms are those of `deletion_stream.py` and `checkpoint_budget.py`; all choices take a fraction of a
+second. With several groups, each risk is a band of its own (`bands.py`) if there are enough slices. If
+not all checkpoints fit, those that spare the most training are kept. A choice over a limit is not
+recommended, and names the limit. Orders cost training and increase what is served meanwhile, so they are
+recommended only to meet `min_depth`. A shard should have MIN_SHARD_RECORDS records, since an adapter
+learns next to nothing from fewer; a slice needs at least one. Shards are assumed to be of equal size and
+subjects to have one record each. Quality of answers is measured, not modelled
+(`tests/bench/quality.py`).
 
 >>> demand = Demand(num_records=1000, deletions_per_month=2.0)
 >>> best = recommended(advise(demand, LayoutLimits(bytes_per_checkpoint=10, max_bytes=1000)))
@@ -50,7 +50,7 @@ ORDERS = (1, 2, 4)
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What a model must bear. Without groups all records are as likely to go."""
+    """Requirements of a model; by default all records are equally likely to be deleted."""
 
     num_records: int
     deletions_per_month: float
@@ -61,40 +61,43 @@ class Demand:
 
 @dataclass(frozen=True, slots=True)
 class LayoutLimits:
-    """What must not be exceeded, or fallen short of; a rate of 0 leaves hours unknown."""
+    """Upper limits, the least depth to serve, and the units; a rate of 0 leaves hours unknown."""
 
     bytes_per_checkpoint: int
     max_bytes: float = math.inf
     max_hours: float = math.inf  # of the mean deletion, on one worker
     record_epochs_per_s: float = 0.0
-    min_depth: float = 0.0  # share of its slices that a shard serves right after a deletion
+    min_depth: float = 0.0  # least share of its slices that a shard serves right after a deletion
 
 
 @dataclass(frozen=True, slots=True)
 class Advice:
-    """One choice and what it costs. Shares are of training everything once, in order 0 and in equal
-    slices; hours of one worker, NaN where no rate was given."""
+    """One choice and its costs.
+
+    Shares are of training everything once, in order 0 and in equal slices. Hours are of one worker, NaN
+    without a rate.
+    """
 
     num_shards: int
     num_slices: int
     num_orders: int
-    thresholds: tuple[float, ...]  # of the bands; none where they would not help
+    thresholds: tuple[float, ...]  # of the bands; empty without bands
     num_kept: int  # checkpoints of a shard
-    kept: tuple[tuple[int, ...], ...]  # places in each order, from 0, the last one among them
+    kept: tuple[tuple[int, ...], ...]  # kept stages of each order, from 0, the last one included
     one_by_one: float  # a month's deletions, each carried out alone: order 0
     together: float  # a month's deletions, carried out as one batch: order 0
-    others_one_by_one: float  # what the other orders retrain beside that
+    others_one_by_one: float  # what the other orders retrain in addition
     serving_depth: float  # share of its slices that a shard serves right after a deletion
     stored_bytes: int
     training: float  # in all orders, once
     training_hours: float
-    record_epochs_to_utility: float  # of one deletion: until its shard is whole again
+    record_epochs_to_utility: float  # of one deletion, until its shard is whole again
     hours_to_utility: float
     over: tuple[str, ...]
 
 
 def advise(demand: Demand, limits: LayoutLimits) -> list[Advice]:
-    """Every choice, the cheapest of those within the limits first."""
+    """Return every choice, the cheapest of those within the limits first."""
     shards = _shards(demand.num_records)
     found = [
         _advice(demand, limits, num_shards, paths)
@@ -112,7 +115,7 @@ def advise(demand: Demand, limits: LayoutLimits) -> list[Advice]:
 
 
 def recommended(advised: Sequence[Advice]) -> Advice | None:
-    """The cheapest choice within the limits; None where nothing is."""
+    """Return the cheapest choice within the limits, or None."""
     return next((each for each in advised if not each.over), None)
 
 
@@ -122,7 +125,7 @@ def _shards(num_records: int) -> list[int]:
 
 
 def stream_of(demand: Demand, num_shards: int, num_slices: int) -> Stream:
-    """The stream of a choice, with a band for each risk where there are slices enough."""
+    """Return the stream of a choice, with a band for each risk if there are enough slices."""
     risks = sorted({group.risk for group in demand.groups})
     bands = Bands(thresholds=tuple(risks[1:])) if 1 < len(risks) <= num_slices else None
     layout = Layout(num_shards, num_slices, bands)
@@ -130,7 +133,7 @@ def stream_of(demand: Demand, num_shards: int, num_slices: int) -> Stream:
 
 
 class _Paths:
-    """The orders of a choice: what their stages cost, how often they are hit, which are worth
+    """The orders of a choice: costs of their stages, how often each is hit, and which are worth
     keeping."""
 
     def __init__(self, stream: Stream, num_orders: int) -> None:
@@ -151,30 +154,32 @@ class _Paths:
         return sum(len(costs) - 1 for costs, _ in self.paths)
 
     def kept(self, room: float) -> tuple[tuple[int, ...], ...]:
-        """Of each order the stages that are kept where `room` fit beside the last ones."""
+        """Return the kept stages of each order when `room` fit in addition to the last ones."""
         if room >= self.num_spare:
             return tuple(tuple(range(len(costs) - 1)) for costs, _ in self.paths)
         return tuple(each.stages for each in self._splits[max(0, int(room))])
 
     def one_by_one(self, kept: Sequence[Sequence[int]]) -> list[float]:
-        """What a deletion retrains of each order, as a share of training a shard in order 0."""
+        """Return what a deletion retrains of each order, as a share of training a shard in order 0."""
         found = zip(self.paths, kept, strict=True)
         return [expected(*path, each) / self.stream.epochs for path, each in found]
 
     def together(self, kept: Sequence[int], num_deletions: float) -> float:
-        """The same of a batch in order 0: from the earliest slice hit on."""
+        """Return the same for a batch in order 0: from the earliest slice hit on."""
         costs, hits = self.paths[0]
         missed: Shares = np.exp(-num_deletions * np.concatenate([[0.0], np.cumsum(hits)]))
         return expected(costs, missed[:-1] - missed[1:], kept) / self.stream.epochs
 
     @cached_property
     def training(self) -> float:
-        """Training all orders, in trainings of order 0."""
+        """Cost of training all orders, in trainings of order 0."""
         return sum(float(costs.sum()) for costs, _ in self.paths) / self.stream.epochs
 
     def depth(self, kept: Sequence[Sequence[int]]) -> float:
-        """The share of its slices that a shard serves after one deletion from it: those of the deepest
-        kept stage, the last ones among them, of any order."""
+        """Return the share of its slices that a shard serves after one deletion from it.
+
+        It serves the deepest kept stage of any order before the deletion's slice.
+        """
         served = 0.0
         for slice_, hit in enumerate(self.stream.asked):
             before = [order.index(slice_) for order in self.orders]

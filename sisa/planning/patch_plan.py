@@ -1,20 +1,17 @@
-"""Which patches there should be, and which texts they still need: pure decisions.
+"""Decide which patches there should be, and which texts they still need.
 
-    sequential   a new patch lies upon all active ones
-    joint        a new patch is made anew, upon the untouched base, from its own forget sets and those of
-                 every active patch whose texts are still held; it takes their place. A patch whose texts
-                 are gone stays beneath, with those that it was made upon
-    deletion     of a record in a patch's retain set: the patch, and every one that lies upon it, is
-                 dropped at once and derived again without that record, where its texts are held
+    sequential   a new patch lies on top of all active ones
+    joint        a new patch is made on the untouched base, from its own forget sets and those of every
+                 active patch whose texts are still held, and replaces these patches. A patch whose texts
+                 are gone stays beneath, with those it was made on top of
+    deletion     of a record in a patch's retain set: the patch, and every patch on top of it, is dropped
+                 at once and made again without that record, if its texts are held
 
-Rules: a patch that becomes active supersedes the active ones that are not beneath it. A set of texts is
-needed by a patch that is wanted; in joint mode by every active patch; and by an active patch that may
-have to be derived again, since records that the model holds are in its retain set or in that of one
-beneath. A set that no patch was ever made from waits for one, and so does one of which something is
-still known after every patch that was made from it, so that it can be tried again. All others are
-erased.
-
-Not covered: making patches, and the order of effects (`patching.py`).
+A patch that becomes active supersedes the active ones that are not beneath it. A set of texts is needed
+by a patch that is wanted; in joint mode by every active patch; and by an active patch that may have to
+be made again, since its retain set or that of one beneath holds records of the model. A set from which
+no patch was ever made waits for one. So does a set of which the base still knows something after every
+patch that was made from it, so that another attempt is possible. All other sets are erased.
 
 >>> from sisa.core.patch import WRITTEN
 >>> one = Patch(1, PatchJob("base", (), ("a",), WRITTEN, {}, ""), "active", "now")
@@ -31,20 +28,21 @@ from dataclasses import dataclass, replace
 
 from sisa.core.patch import Patch, PatchJob, PatchMode, VaultSet
 
-TRAINED_OVER = "over"  # in the ledger's meta: keys of the patches that the shards are trained over
+TRAINED_OVER = "over"  # key of the ledger's meta: keys of the patches that the shards are trained over
 
 
 def active(patches: Sequence[Patch]) -> list[Patch]:
-    """The stack that is served, lowest first."""
+    """Return the served stack, lowest first."""
     return [each for each in patches if each.state == "active"]
 
 
 def wanted(patches: Sequence[Patch]) -> list[Patch]:
-    """Those that are to be made, in the order in which they must be."""
+    """Return the patches to be made, in the order in which they must be made."""
     return [each for each in patches if each.state == "wanted"]
 
 
 def next_version(patches: Sequence[Patch]) -> int:
+    """Return the version of the next patch."""
     return max((each.version for each in patches), default=0) + 1
 
 
@@ -55,8 +53,11 @@ def next_job(
     like: PatchJob,
     forget: Sequence[str],
 ) -> PatchJob:
-    """The job of a new patch that is to forget some sets; base, retain set, settings and fingerprint
-    are those of `like`. `held` names the sets whose texts are there."""
+    """Return the job of a new patch that forgets some sets.
+
+    Base, retain set, settings and fingerprint are those of `like`. `held` names the sets whose texts are
+    held.
+    """
     stack = active(patches)
     kept: set[str] = set()
     for patch in stack:
@@ -69,7 +70,7 @@ def next_job(
 
 
 def activated(patches: Sequence[Patch], made: Patch) -> list[Patch]:
-    """The rows that change when a patch that was wanted is made."""
+    """Return the rows that change when a wanted patch is made."""
     kept = {made.key, *made.job.beneath}
     gone = [each for each in active(patches) if each.key not in kept]
     return [replace(made, state="active"), *(replace(each, state="superseded") for each in gone)]
@@ -78,8 +79,10 @@ def activated(patches: Sequence[Patch], made: Patch) -> list[Patch]:
 def needed(
     patches: Sequence[Patch], mode: PatchMode, sets: Sequence[VaultSet], deletable: Collection[str]
 ) -> frozenset[str]:
-    """Names of the sets whose texts must stay. `deletable` names the retain sets that hold records of
-    the model."""
+    """Return the names of the sets whose texts must stay.
+
+    `deletable` names the retain sets that hold records of the model.
+    """
     found = {each.name for each in sets if each.held} - {
         name for each in patches for name in each.job.sets
     }
@@ -96,15 +99,15 @@ def needed(
 
 
 def _still_known(patches: Sequence[Patch]) -> set[str]:
-    """Forget sets that were tried, each time with something left that the base knows."""
+    """Return the forget sets that the base still knows something of after every attempt."""
     tried = [each for each in patches if "still_known" in each.report]
     done = {name for each in tried if not num_still_known(each) for name in each.job.forget}
     return {name for each in tried for name in each.job.forget} - done
 
 
 def num_still_known(patch: Patch) -> int:
-    """How many texts the probe still knew after a patch, or after an attempt that none came of; 0 where
-    its report does not say."""
+    """Return how many texts the probe still knew after a patch or a failed attempt; 0 without a
+    measurement."""
     return int(patch.report.get("still_known", {}).get("after", 0))
 
 
@@ -115,9 +118,12 @@ def unneeded_sets(
     deletable: Collection[str],
     elsewhere: Collection[str] = (),
 ) -> tuple[list[VaultSet], list[str]]:
-    """Sets whose texts are to be erased now, as rows without them; and names of rows that may go, since
-    nothing that is there or wanted was made from the set. `elsewhere` are the keys of patches in what
-    was exported, or beneath trained shards."""
+    """Return the sets whose texts are to be erased, as rows without them, and the names of rows to
+    remove.
+
+    A row is removed when no held or wanted patch was made from its set. `elsewhere` are the keys of
+    patches in exports or beneath trained shards.
+    """
     keep = needed(patches, mode, sets, deletable)
     there = [p for p in patches if p.state in ("active", "wanted") or p.key in elsewhere]
     live = {name for p in there for name in p.job.sets}
@@ -128,7 +134,7 @@ def unneeded_sets(
 
 @dataclass(frozen=True)
 class Rederived:
-    """What a deletion does to patches: rows that change, and new ones to be made."""
+    """Effect of a deletion on patches: rows that change, and new ones to be made."""
 
     changed: tuple[Patch, ...] = ()
     fresh: tuple[Patch, ...] = ()
@@ -142,8 +148,8 @@ class Rederived:
 def lineage(
     patches: Sequence[Patch], touched: Collection[str], damaged: Collection[str] = ()
 ) -> list[Patch]:
-    """Patches of any state with one of these retain sets, or of these keys; and those upon them, since
-    a job names all that lies beneath."""
+    """Return patches of any state with one of these retain sets or keys, and all patches on top of
+    them."""
     keys = {each.key for each in patches if each.job.retain in touched}.union(damaged)
     return [each for each in patches if not keys.isdisjoint((*each.job.beneath, each.key))]
 
@@ -151,7 +157,7 @@ def lineage(
 def tainted_patches(
     patches: Sequence[Patch], touched: Collection[str], damaged: Collection[str] = ()
 ) -> list[Patch]:
-    """Of those, the ones that are served or wanted."""
+    """Return the served or wanted patches of a `lineage`."""
     return [e for e in lineage(patches, touched, damaged) if e.state in ("active", "wanted")]
 
 
@@ -164,12 +170,12 @@ def rederive(
     request_id: str,
     damaged: Collection[str] = (),
 ) -> Rederived:
-    """Drop what a deletion touched, and want it again without the deleted records; and likewise patches
-    whose files are damaged, by their keys.
+    """Drop the patches that a deletion touched, and want them again without the deleted records.
 
-    `without` maps each touched retain set to the set that takes its place (WRITTEN where nothing is
-    left); `held` names the sets whose texts are there. What can't be made again is dropped, and what lay
-    upon it is made upon what is left.
+    `without` maps each touched retain set to its replacement (WRITTEN when nothing is left); `held`
+    names the sets whose texts are held; `damaged` are keys of patches whose files are damaged, which are
+    treated alike. A patch that can't be made again is dropped, and patches on top of it are made on what
+    is left.
     """
 
     def renewed(job: PatchJob) -> PatchJob | None:
@@ -187,8 +193,8 @@ def rederive(
 
 
 def unmade(patches: Sequence[Patch], patch: Patch) -> list[Patch]:
-    """The rows that change when nothing good comes of a patch that was wanted: it is dropped, and those
-    that were to lie upon it are made upon what is left."""
+    """Return the rows that change when a wanted patch fails: it is dropped, and those on top are
+    replanned."""
     gone = tainted_patches(patches, (), (patch.key,))
     fresh = _again(patches, gone, lambda job: None if job == patch.job else job)
     upon = [each for each in gone if each.key != patch.key]
@@ -198,9 +204,11 @@ def unmade(patches: Sequence[Patch], patch: Patch) -> list[Patch]:
 def _again(
     patches: Sequence[Patch], gone: Sequence[Patch], renewed: Callable[[PatchJob], PatchJob | None]
 ) -> list[Patch]:
-    """New wishes in the place of those that go, by their new jobs, None for one that stays away. What
-    comes out like an active patch is that patch. Wishes keep their order: one that stays as it is and
-    came later than one that goes gets a later version, too."""
+    """Return new wishes in place of patches that go, by their new jobs; None for one that is given up.
+
+    A wish that equals an active patch is that patch. Wishes keep their order: an unchanged one that came
+    later than one that goes gets a later version, too.
+    """
     served = {each.key for each in active(patches) if each not in gone}
     instead: dict[str, str | None] = {}
     jobs: dict[str, Patch] = {}

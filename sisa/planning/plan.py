@@ -7,27 +7,35 @@
     others  = the same of every other order
     retired = clean, but neither on any order's path nor heading; or over the shard's budget of bytes
 
-Rules: pure; the planner is not told what happened, it sees what remains and what is held, one shard
-at a time. An empty slice is no stage. A shard keeps the fingerprint that it was trained under while
-its target is held; a shard that must train again takes the present one, whole. A checkpoint was
-touched by every record of its prefix's slices that was in the ledger at its sequence number, whatever
-the schedule: a sequential stage starts from its parent's weights.
+The planner does not know what happened. It sees what remains and what is held, one shard at a time. An
+empty slice is no stage. A shard keeps the fingerprint that it was trained under while its target is
+held; a shard that must train again takes the present one, whole. A checkpoint was touched by every
+record of its prefix's slices that was in the ledger at its sequence number, whatever the schedule: a
+sequential stage starts from its parent's weights.
 
-Orders (`orders.py`) share the checkpoints of their common prefixes: no key says of which order it is.
-The other orders end one stage short of all slices: whatever taints order 0's target would taint that
-one, too. They are trained under order 0's fingerprint, and not at all where that is not the present
-one.
+Orders (`orders.py`) share the checkpoints of their common prefixes: no key depends on the order. The
+other orders end one stage short of all slices, since whatever taints order 0's target would taint that
+stage, too. They are trained only under the present fingerprint, and only if order 0 is.
 
 `schedule: cumulative` (Bourtoule et al. 2021, section V): stage r of R (from 1) makes 2 E / (R + 1)
 passes over slices 1..r, so that equal slices cost E epochs in total. `sequential` makes E passes over
-slice r alone. Of appended slices (past R) stage r makes 2 E / (r + 1) passes over slices 1..r: as many
-as if there had always been r, and it depends on nothing that comes after. In another order r is the
-highest number among the stage's slices.
+slice r alone. For appended slices (past R), stage r makes 2 E / (r + 1) passes over slices 1..r: as many
+as if there had always been r, and independent of later slices. In another order, r is the highest number
+among the stage's slices.
 
-Not covered: prices (`cost.py`).
+A frozen prefix is the layers below the adapted ones. Its hidden states are cached, one file per slice,
+named by the slice, its records and everything else that affects the states: the base with the patches
+beneath, the fingerprint, the layers, and how records are tokenised. A slice that lost a record has
+another root, so its old file is unknown at once.
 
 >>> passes("cumulative", num_epochs=6, num_slices=3), passes("sequential", 6, 3)
 ((3, 1), (6, 1))
+>>> training = {"lora_layers": "top:1", "sequence_len": 8, "overlength": "refuse"}
+>>> name = prefix_name(2, 0, "5e6f", training, "base", "fingerprint")
+>>> name.rpartition("-")[0], name == prefix_name(2, 0, "0000", training, "base", "fingerprint")
+('shard-00002-slice-00000', False)
+>>> keeps_prefixes({**training, "lora_layers": "top:1"}), keeps_prefixes({})
+(True, False)
 """
 
 from __future__ import annotations
@@ -52,13 +60,13 @@ from sisa.planning.checkpoint_budget import best_kept, split_budget
 from sisa.planning.orders import Order, arranged
 
 Schedule = Literal["cumulative", "sequential"]
-LAYERWISE = "layerwise"  # in a job's training: the number of blocks that layers are in; stage n trains n
+LAYERWISE = "layerwise"  # in a job's training: the number of blocks of layers; stage n trains block n
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What all jobs of a model share, the part of the config that reaches the bits; and the orders of
-    the slices beside order 0."""
+    """What all jobs of a model share: the part of the config that affects the bits, and the other
+    orders."""
 
     num_slices: int
     schedule: Schedule
@@ -67,10 +75,10 @@ class Recipe:
     base: str
     orders: tuple[Order, ...] = ()
     shard_budget: int | None = None  # bytes of checkpoints that a whole shard keeps; None: all of them
-    risks: tuple[float, ...] = ()  # of each slice of a generation; none: all alike
+    risks: tuple[float, ...] = ()  # of each slice of a generation; empty: all alike
 
     def passes(self, slice_: int) -> tuple[int, int]:
-        """Passes of a slice's stage, as an exact fraction."""
+        """Return the passes of a slice's stage, as an exact fraction."""
         return passes(self.schedule, self.num_epochs, self.num_slices, slice_)
 
 
@@ -85,8 +93,10 @@ class ShardView:
 
 @dataclass(frozen=True, slots=True)
 class Missing:
-    """What an order misses once those before it are whole. `parent` is held now; None: the base, or a
-    stage that another order misses."""
+    """Stages that an order lacks once the orders before it are complete.
+
+    `parent` is held now. It is None for the base, and for a stage that another order lacks.
+    """
 
     train: tuple[SliceJob, ...]
     parent: HeldCheckpoint | None
@@ -94,9 +104,9 @@ class Missing:
 
 @dataclass(frozen=True, slots=True)
 class ShardPlan:
-    """What the reconciliation of one shard comes to: `train` starts from `parent` (None: the base).
+    """Reconciliation of one shard: `train` starts from `parent` (None: the base).
 
-    `paths` are the stages of every order, order 0's first; `others` what the orders after it miss.
+    `paths` are the stages of every order, order 0's first; `others` what the later orders lack.
     """
 
     shard: int
@@ -114,17 +124,17 @@ class ShardPlan:
 
     @property
     def stages(self) -> dict[str, SliceJob]:
-        """Those of all orders, by key."""
+        """The stages of all orders, by key."""
         return {job.key: job for path in self.paths for job in path}
 
     @property
     def missing(self) -> Missing:
-        """What order 0 misses."""
+        """What order 0 lacks."""
         return Missing(self.train, self.parent)
 
     @property
     def all_missing(self) -> tuple[SliceJob, ...]:
-        """What all orders miss, order 0's first."""
+        """What all orders lack, order 0's stages first."""
         return (*self.train, *(job for each in self.others for job in each.train))
 
     @property
@@ -139,14 +149,14 @@ class ShardPlan:
 
     @property
     def record_epochs_others(self) -> int:
-        """Of what the other orders miss."""
+        """Record-epochs of what the other orders lack."""
         return sum(record_epochs(job) for each in self.others for job in each.train)
 
 
 def passes(schedule: Schedule, num_epochs: int, num_slices: int, slice_: int = 0) -> tuple[int, int]:
-    """Passes of one stage over its slices, as an exact fraction.
+    """Return the passes of one stage over its slices, as an exact fraction.
 
-    Of stages past `num_slices` (appended ones) stage r is taken for the last of r: 2 E / (r + 1).
+    Stage r past `num_slices` (appended) counts as the last of r stages: 2 E / (r + 1).
     """
     if schedule == "sequential":
         return num_epochs, 1
@@ -157,7 +167,8 @@ def passes(schedule: Schedule, num_epochs: int, num_slices: int, slice_: int = 0
 def jobs(
     shard: int, slices: Sequence[SliceState], recipe: Recipe, fingerprint: str, order: Order = ()
 ) -> tuple[SliceJob, ...]:
-    """The stages of a shard in an order (by default order 0), one for each slice that holds records."""
+    """Return the stages of a shard in an order (by default order 0), one for each slice that holds
+    records."""
     path: list[SliceJob] = []
     seen: list[SliceState] = []
     states = {state.slice: state for state in slices}
@@ -184,19 +195,19 @@ def jobs(
 def all_paths(
     shard: int, slices: Sequence[SliceState], recipe: Recipe, fingerprint: str
 ) -> tuple[tuple[SliceJob, ...], ...]:
-    """The stages of every order: order 0's, and those of the others, which end one short of all
-    slices."""
+    """Return the stages of every order; orders other than order 0 end one short of all slices."""
     others = (jobs(shard, slices, recipe, fingerprint, order)[:-1] for order in recipe.orders)
     return (jobs(shard, slices, recipe, fingerprint), *others)
 
 
 def reached(path: Sequence[SliceJob], held: Container[str]) -> int:
-    """How many stages of a path need no training: all up to the deepest held one, on which to build."""
+    """Return how many stages of a path need no training: all up to the deepest held one."""
     return max((number for number, job in enumerate(path, start=1) if job.key in held), default=0)
 
 
 class Placed(Protocol):
-    """Where a record is and in which commit it came; a row, or any one of many that are only counted."""
+    """Position of a record and the number of its commit: a ledger row, or one of many counted
+    records."""
 
     @property
     def shard(self) -> int: ...
@@ -207,16 +218,16 @@ class Placed(Protocol):
 
 
 def tainted_checkpoints(held: Iterable[HeldCheckpoint], removed: Collection[Placed]) -> tuple[str, ...]:
-    """Keys of the checkpoints that any of the removed records touched."""
+    """Return the keys of the checkpoints that any of the removed records touched."""
     return tuple(
         checkpoint.key for checkpoint in held if any(touched(checkpoint, row) for row in removed)
     )
 
 
 def touched(made: HeldCheckpoint | Export, row: Placed) -> bool:
-    """Whether a held record is in the lineage of a checkpoint or an export.
+    """Return whether a held record is in the lineage of a checkpoint or an export.
 
-    Of an export from before the records moved, only when it was made is known.
+    For an export that is older than the present partition, only its time is compared.
     """
     if made.shard != ANY_SHARD and (row.shard != made.shard or row.slice not in made.prefix):
         return False
@@ -224,8 +235,9 @@ def touched(made: HeldCheckpoint | Export, row: Placed) -> bool:
 
 
 def marked(exports: Iterable[Export], removed: Mapping[str, Collection[Placed]]) -> list[Export]:
-    """The clean exports that a removed record touched, each with the first request that removes one."""
-    by: dict[tuple[str, str], str] = {}  # all shards that were exported together go together
+    """Return the clean exports that a removed record touched, each with the first request that removes
+    one."""
+    by: dict[tuple[str, str], str] = {}  # shards that were exported together are erased together
     clean = [each for each in exports if not each.stale]
     for export in clean:
         names = [name for name, rows in removed.items() if any(touched(export, row) for row in rows)]
@@ -263,8 +275,11 @@ def _over_budget(
     paths: Sequence[Sequence[SliceJob]],
     held: Mapping[str, HeldCheckpoint],
 ) -> set[str]:
-    """Held stages that are to go so that the rest is within the budget: those that spare the least
-    training. The last stage of every order stays, whatever its bytes."""
+    """Return the held stages to drop so that the rest fits the budget: those that spare the least
+    training.
+
+    The last stage of every order stays, whatever its size.
+    """
     if recipe.shard_budget is None:
         return set()
     last = {path[-1].key for path in paths if path}
@@ -293,7 +308,7 @@ def _over_budget(
 
 
 def gaps(plan: ShardPlan, held: Container[str]) -> list[SliceJob]:
-    """Stages that are not held and lie before a held one, on the path of any order."""
+    """Return stages that are not held and lie before a held one, on the path of any order."""
     before = (job for path in plan.paths for job in path[: reached(path, held)])
     return list({job.key: job for job in before if job.key not in held}.values())
 
@@ -301,7 +316,7 @@ def gaps(plan: ShardPlan, held: Container[str]) -> list[SliceJob]:
 def _missing(
     path: tuple[SliceJob, ...], held: Mapping[str, HeldCheckpoint], known: Container[str]
 ) -> Missing:
-    """What a path misses where `known` stages are held already, or will be."""
+    """Return what a path lacks when the `known` stages are held or will be."""
     done = reached(path, known)
     return Missing(path[done:], held.get(path[done - 1].key) if 0 < done < len(path) else None)
 
@@ -334,34 +349,34 @@ def _head(shard: int, path: Sequence[SliceJob], held: Mapping[str, HeldCheckpoin
     return Head(shard, deepest.key, len(deepest.prefix), target)
 
 
-REACHING = ("lora_layers", "sequence_len", "overlength")
+REACHING = ("lora_layers", "sequence_len", "overlength")  # keys that affect hidden states
 
 
 def keeps_prefixes(training: Mapping[str, Any]) -> bool:
-    """Whether jobs with these hyper-parameters have frozen layers below the adapted ones."""
+    """Return whether jobs with these hyper-parameters have frozen layers below the adapted ones."""
     return "lora_layers" in training
 
 
 def prefix_name(
     shard: int, slice_: int, root: str, training: Mapping[str, Any], base: str, fingerprint: str
 ) -> str:
-    """The file of a slice whose records have this root."""
+    """Return the file name of a slice whose records have this root."""
     reaching = [root, base, fingerprint, *(training[each] for each in REACHING)]
     return f"{slice_start(shard, slice_)}{digest_of(reaching)}.prefix"
 
 
 def shard_start(shard: int) -> str:
-    """How the names of a shard's files begin."""
+    """Return how the names of a shard's files begin."""
     return f"shard-{shard:05d}-"
 
 
 def slice_start(shard: int, slice_: int) -> str:
-    """How the names of a slice's files begin."""
+    """Return how the names of a slice's files begin."""
     return f"{shard_start(shard)}slice-{slice_:05d}-"
 
 
 def prefix_names(slices: Iterable[SliceFile], recipe: Recipe, fingerprint: str) -> frozenset[str]:
-    """Names of all files that held slices may have under the present recipe."""
+    """Return the names of all files that held slices may have under the present recipe."""
     if not keeps_prefixes(recipe.training):
         return frozenset()
     told = (recipe.training, recipe.base, fingerprint)

@@ -1,10 +1,9 @@
-"""What makes a row a record: its columns, their types, and every way to get them wrong.
+"""Validate rows as records: their columns, the types, and everything that can be wrong.
 
-A record has an id (a string or a whole number), optionally a subject, and exactly one body, found by
-its columns: `text`, `prompt` with `completion`, or `messages`. It may carry a `deletion_risk`, a number
-or the name of a class, and a `generation`, if it was appended. `Columns` says what the columns are
-called. A null counts as absent; other columns are ignored. Problems name columns and turns, never a
-text or an id.
+A record has an id (a string or a whole number), optionally a subject, and exactly one body, found by its
+columns: `text`, `prompt` with `completion`, or `messages`. It may have a `deletion_risk`, a number or
+the name of a class, and a `generation`, if it was appended. `Columns` holds the names of the columns. A
+null counts as absent; other columns are ignored. Problems name columns and turns, never a text or an id.
 
 >>> list(record_problems({"id": 7.5, "text": " "}, Columns()))
 ["'id': expected a string or a whole number, got a number", "'text' is empty"]
@@ -26,7 +25,7 @@ from sisa.planning.bands import RISK_COLUMN
 
 MAX_ID_CHARS, MAX_RISK, MAX_GENERATION = 512, 1e300, 9_999
 ROLES = ("system", "user", "assistant", "tool")
-OTHER_NAMES = {"human": "user", "gpt": "assistant"}  # of roles, in the form of ShareGPT
+OTHER_NAMES = {"human": "user", "gpt": "assistant"}  # names of roles in ShareGPT's format
 UNFIT = {
     "Cc": "a control character",
     "Cs": "a lone surrogate",
@@ -37,8 +36,10 @@ UNFIT = {
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """What a source calls the columns of its records, and the keys of a chat's turns. Without a
-    `subject` no record has one."""
+    """Names of a source's columns and of the keys of a chat's turns.
+
+    Without a `subject` column, records have no subject.
+    """
 
     id: str = "id"
     subject: str | None = "subject_id"
@@ -65,7 +66,7 @@ class Columns:
 
     @property
     def used(self) -> tuple[str, ...]:
-        """All columns that reach a record."""
+        """All columns that a record is made of."""
         subject = () if self.subject is None else (self.subject,)
         return (*self.body, self.id, *subject, RISK_COLUMN, GENERATION_COLUMN)
 
@@ -78,7 +79,7 @@ def record_of(value: Mapping[str, Any], columns: Columns) -> Record:
     risk: Risk = value.get(RISK_COLUMN)
     risk = float(risk) if isinstance(risk, int) else risk  # 1 and 1.0 would be two digests of one value
 
-    generation = value.get(GENERATION_COLUMN) or None  # 0 is what all have that were not appended
+    generation = value.get(GENERATION_COLUMN) or None  # 0: not appended
     subject = None if columns.subject is None else value.get(columns.subject)
     subject = None if subject is None else normal_subject(str(subject))
 
@@ -103,7 +104,7 @@ def turns_of(
 
 
 def record_problems(value: Mapping[str, Any], columns: Columns) -> Iterator[str]:
-    """Yield all that keeps a row from being a record."""
+    """Yield every problem that prevents a row from being a record."""
     yield from _risk_problems(value.get(RISK_COLUMN))
     yield from _generation_problems(value.get(GENERATION_COLUMN))
     if value.get(columns.id) is None:
@@ -133,13 +134,14 @@ def record_problems(value: Mapping[str, Any], columns: Columns) -> Iterator[str]
 
 
 def no_body(columns: Columns) -> str:
-    """Return what is said of a row, or of a table, without a body."""
+    """Return the problem of a row, or of a table, without a body."""
     text, prompt, completion, messages = columns.body
     return f"no body; expected '{text}', or '{prompt}' and '{completion}', or '{messages}'"
 
 
 def _risk_problems(risk: Any) -> Iterator[str]:
-    """A class is a name of the run file; what it names is checked with the run file at hand."""
+    """Check the type and the range; classes are checked against the run file by
+    `bands.risk_problems`."""
     if isinstance(risk, str):
         yield from name_problems(f"'{RISK_COLUMN}'", risk)
     elif isinstance(risk, bool) or not isinstance(risk, int | float | None):
@@ -158,8 +160,7 @@ def _generation_problems(generation: Any) -> Iterator[str]:
 
 
 def normal_subject(subject: str) -> str:
-    """Return a subject in the one spelling that it is held under: composed (NFC), without blanks at its
-    ends.
+    """Return the one stored spelling of a subject: composed (NFC), without surrounding blanks.
 
     >>> normal_subject(" Jose\u0301 ") == "Jos\u00e9"
     True
@@ -168,7 +169,10 @@ def normal_subject(subject: str) -> str:
 
 
 def name_problems(name: str, value: Any) -> Iterator[str]:
-    """Yield all that keeps a value from being an id or a subject. A whole number is its decimal form."""
+    """Yield every problem that prevents a value from being an id or a subject.
+
+    A whole number counts as its decimal form.
+    """
     if isinstance(value, int) and not isinstance(value, bool):
         value = str(value)
     if not isinstance(value, str):
@@ -211,7 +215,7 @@ def _messages_problems(value: Any, columns: Columns) -> Iterator[str]:
 
 
 def conversation_problems(value: Any, columns: Columns = DEFAULT_COLUMNS) -> Iterator[str]:
-    """Yield all that keeps a value from being a conversation to go on with.
+    """Yield every problem that prevents a value from being a conversation to continue.
 
     >>> list(conversation_problems([{"role": "user", "content": "Who?"}]))
     []
@@ -254,7 +258,7 @@ def _content_problems(name: str, content: Any) -> Iterator[str]:
 
 
 def _content(turn: Mapping[str, Any], columns: Columns) -> str:
-    """Return the text of a turn without problems; pieces of it follow one another."""
+    """Return the text of a turn without problems; pieces are concatenated."""
     content = turn[columns.content]
     return content if isinstance(content, str) else "".join(piece["text"] for piece in content)
 
@@ -265,7 +269,7 @@ def _role(turn: Mapping[str, Any], columns: Columns) -> Any:
 
 
 def type_name(value: Any) -> str:
-    """A JSON value's type in words; never the value."""
+    """Return a JSON value's type in words; never the value."""
     if value is None:
         return "null"
     names = {bool: "a boolean", int: "a number", float: "a number", str: "a string", bytes: "bytes"}

@@ -1,19 +1,17 @@
-"""Which task starts next, and which starts again: the one rule of whoever hands tasks to workers.
+"""Decide which task starts next, and which starts again.
 
-Rules: pure, no clock, no worker: whoever has workers asks `next_task` and tells what became of what
-it started. Tasks, known by their number, start in their order while workers are free. One that must be
-carried out again comes first, for others may have finished and it is the oldest. A task whose worker
-died starts again at most `max_retries` times *in a row*: whatever it stores in between (a finished
-stage) begins the count anew, for on many machines every long task meets a death now and then, and only
-one that gets nowhere is hopeless.
+Tasks, known by their number, start in their order while workers are free. A task that must be carried
+out again comes first, since it is the oldest. A task whose worker died starts again at most
+`max_retries` times *in a row*. Whatever it stores in between (a finished stage) resets the count: on
+many machines every long task meets a death now and then, and only one without progress is hopeless.
 
-Tasks are carried out by `cluster/ray/ray_tasks.py`, and in simulated time by `tests/bench/simulate.py`;
-their order is from `serial.order_chains`.
+`cluster/ray/ray_tasks.py` runs the tasks, `tests/bench/simulate.py` simulates them;
+`serial.order_chains` orders them. The queue has no clock and no workers of its own.
 
->>> hand_out = TaskQueue(num_tasks=2, max_retries=1)
->>> hand_out.next_task(num_workers=1), hand_out.next_task(num_workers=1)
+>>> queue = TaskQueue(num_tasks=2, max_retries=1)
+>>> queue.next_task(num_workers=1), queue.next_task(num_workers=1)
 (0, None)
->>> hand_out.died(0), hand_out.next_task(1), hand_out.died(0)
+>>> queue.died(0), queue.next_task(1), queue.died(0)
 (True, 0, False)
 """
 
@@ -23,7 +21,7 @@ from collections import Counter, deque
 
 
 class TaskQueue:
-    """What waits and what runs, by the tasks' numbers."""
+    """Waiting and running tasks, by number."""
 
     def __init__(self, num_tasks: int = 0, max_retries: int = 0) -> None:
         self._waiting = deque(range(num_tasks))
@@ -41,11 +39,11 @@ class TaskQueue:
         return not self._waiting and not self._running
 
     def arrived(self, task: int) -> None:
-        """One more task, last in line."""
+        """Add a task at the end of the queue."""
         self._waiting.append(task)
 
     def next_task(self, num_workers: int) -> int | None:
-        """The task to start now, which runs from then on; None while all workers are busy."""
+        """Start and return the next task; None while all workers are busy or nothing waits."""
         if not self._waiting or len(self._running) >= num_workers:
             return None
         task = self._waiting.popleft()
@@ -53,20 +51,20 @@ class TaskQueue:
         return task
 
     def finished(self, task: int) -> None:
-        """It is done."""
+        """Mark a task as finished."""
         self._running.remove(task)
 
     def again(self, task: int) -> None:
-        """It could not begin: it starts again, first in line, and no death is counted."""
+        """Put a task that could not begin first in the queue; this counts as no death."""
         self._running.remove(task)
         self._waiting.appendleft(task)
 
     def progressed(self, task: int) -> None:
-        """It stored something that a new start goes on from."""
+        """Reset the deaths of a task, because it stored something that a restart continues from."""
         self._deaths.pop(task, None)
 
     def died(self, task: int) -> bool:
-        """Its worker died: whether it starts again."""
+        """Count a death of the task's worker, and return whether the task starts again."""
         self._deaths[task] += 1
         if self._deaths[task] > self._max_retries:
             return False
@@ -74,5 +72,5 @@ class TaskQueue:
         return True
 
     def deaths(self, task: int) -> int:
-        """How often in a row its worker died."""
+        """Return how often in a row the task's worker died."""
         return self._deaths[task]
