@@ -37,6 +37,7 @@ from sisa.core.domain import (
 )
 from sisa.core.errors import InvalidInput
 from sisa.core.events import Notice, QueueSeen, Report
+from sisa.core.ports import KeptVersions
 from sisa.core.requests import is_under_way
 from sisa.data.reader import named_by_place, read_like
 from sisa.flows import lifecycle, query
@@ -62,7 +63,7 @@ from sisa.flows.wiring.opening import LEDGER, OpenExecutor
 from sisa.flows.wiring.outcome import ForgetOutcome, ForgetPlan, Status
 from sisa.flows.wiring.run_context import running
 from sisa.flows.wiring.witness import witness_standing
-from sisa.flows.wiring.world import World, model_digest, purge, view_shards
+from sisa.flows.wiring.world import World, model_digest, view_shards
 from sisa.lm.answer.route import Route
 from sisa.planning.batching import RunPlan
 from sisa.planning.cost import estimate_seconds, full_record_epochs, orders_record_epochs, serving_depth
@@ -169,13 +170,14 @@ class Model(OpenedModel):
         with self._writing() as world:
             live, dead = _named(world, ids, subject)
             if not live:
-                reconcile(world, defer=defer)  # finishes a deletion that a crash cut short
-                return _forgotten(world, None, dead, deferred=defer)
+                finished = reconcile(world, defer=defer)  # a deletion that a crash cut short
+                return _forgotten(world, None, dead, finished.kept_versions, deferred=defer)
             _ = self.parts.base  # refuses a changed base before anything is erased
             arrived = lifecycle.arrive(
                 world, live, (), Terms(approver=DIRECT, reason=DIRECT, consent=consent)
             )
-            return _forgotten(world, forget_at_once(world, arrived, defer=defer), dead, deferred=defer)
+            done = forget_at_once(world, arrived, defer=defer)
+            return _forgotten(world, done.requests[0], dead, done.kept_versions, deferred=defer)
 
     def submit(
         self, ids: Sequence[str] = (), *, subject: str | None = None, terms: Terms | None = None
@@ -385,8 +387,13 @@ def _named(
 
 
 def _forgotten(
-    world: World, request: Request | None, dead: Sequence[Tombstone], *, deferred: bool
+    world: World,
+    request: Request | None,
+    dead: Sequence[Tombstone],
+    kept: tuple[KeptVersions, ...],
+    *,
+    deferred: bool,
 ) -> ForgetOutcome:
     lost = tuple(each.path for each in missing(world))
     digest = model_digest(world)
-    return ForgetOutcome(request, tuple(dead), digest, lost, purge(world), deferred)
+    return ForgetOutcome(request, tuple(dead), digest, lost, kept, deferred)

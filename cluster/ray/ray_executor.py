@@ -32,7 +32,7 @@ from cluster.ray.worker_slots import Placement
 from sisa.core.domain import Chain, SliceJob
 from sisa.core.errors import InvalidInput, Problem
 from sisa.core.events import Event, Notice, Report, SliceTrained
-from sisa.core.ports import BlobStore, Keyring
+from sisa.core.ports import BlobStore, Keyring, OnStage, ignore_stage
 from sisa.flows.serial import Site, order_chains
 from sisa.lm.base.numerics import require_device, worker_environment
 from sisa.planning.plan import keeps_prefixes, prefix_name
@@ -69,7 +69,7 @@ class RayExecutor:
         self._prove = prove
         self._num_gpus = num_gpus
 
-    def run(self, chains: Sequence[Chain], report: Report) -> None:
+    def run(self, chains: Sequence[Chain], report: Report, on_stage: OnStage = ignore_stage) -> None:
         """Raises what a worker raised; EnvironmentFault when Ray or a worker's machine fails, or when
         this one has no device: the fingerprint that jobs are made under is this machine's."""
         if not chains:
@@ -81,6 +81,7 @@ class RayExecutor:
             def accepting(event: Event) -> None:
                 if isinstance(event, SliceTrained):
                     accept(event.job)
+                    on_stage(event)
                 report(event)
 
             self._run_on(session, site, chains, accepting)

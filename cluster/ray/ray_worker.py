@@ -89,7 +89,8 @@ def train_remotely(task: Task, report: Report) -> None:
     EnvironmentFault where other bits would come of it."""
     _refuse_other_bits(task)
     site = replace(task.site, base_dir=base_on_this_node(task, task.site.base_dir))
-    train_chain(task.chain, *task.open_parts(site), report)
+    for stage in train_chain(task.chain, *task.open_parts(site), report):
+        report(stage)  # to the driver
 
 
 def _refuse_other_bits(task: Task) -> None:

@@ -25,11 +25,10 @@ from sisa.audit.doctor import Diagnosis, diagnose, diagnosis, surroundings
 from sisa.audit.examine import Finding, examine
 from sisa.audit.garbage import remove_garbage
 from sisa.core.domain import Chain, Head, HeldCheckpoint, SliceJob
-from sisa.core.events import Event, SliceTrained
 from sisa.core.ports import Change
 from sisa.data.temporary_files import walk
-from sisa.flows.patches.after_deletion import give_up
-from sisa.flows.reconcile import just_trained, reconcile, training_started
+from sisa.flows.patches.on_deletion import give_up
+from sisa.flows.reconcile import just_trained, reconcile, train_chains
 from sisa.flows.reconfigure import reseal_model
 from sisa.flows.wiring import opening
 from sisa.flows.wiring.witness import catch_up, is_behind
@@ -60,7 +59,7 @@ def repair(model: Model) -> RepairOutcome:
         if any(each.repair == "retrain" for each in found):
             _ = model.parts.base  # raises for a changed base, before a checkpoint is given up
         done = _mend_sources(world, found) if is_behind(world) else []
-        world = catch_up(world)
+        catch_up(world)
         done += mend(world, model.directory).done
     return RepairOutcome(tuple(done), before, diagnose(model.directory))
 
@@ -80,7 +79,7 @@ def mend(world: World, directory: Path) -> RepairOutcome:
     unwritable = any(each.kind == "read_only" for each in found)
     if not unwritable and not any(each.lost for each in found):
         done += _mend_indexes(world, found)
-        world = _mend_patches(world, found, done)
+        done += _mend_patches(world, found)
         done += _mend_checkpoints(world, found)
         done += _mend_heads(world, found)
         removed = remove_garbage(world, directory)
@@ -126,13 +125,13 @@ def _mend_indexes(world: World, found: Sequence[Finding]) -> list[str]:
     return done
 
 
-def _mend_patches(world: World, found: Sequence[Finding], done: list[str]) -> World:
-    """Go on without damaged patches and sets of texts; the world to go on with."""
+def _mend_patches(world: World, found: Sequence[Finding]) -> list[str]:
+    """Go on without damaged patches and sets of texts."""
     damaged = [each.key for each in found if each.repair == "patches"]
     if not damaged:
-        return world
-    done.append(f"gave up {len(damaged)} damaged patches or sets of texts")
-    return give_up(world, damaged)
+        return []
+    give_up(world, damaged)
+    return [f"gave up {len(damaged)} damaged patches or sets of texts"]
 
 
 def _mend_checkpoints(world: World, found: Sequence[Finding]) -> list[str]:
@@ -175,19 +174,17 @@ def close_gaps(world: World, plans: Sequence[ShardPlan]) -> list[str]:
     if not chains:
         return done
     seq = world.ledger.seq()
-    recorded: set[str] = set()
-    world.report(training_started(chains))
+    trained = train_chains(  # of a shard one by one: chains of two orders may begin alike
+        world,
+        chains,
+        lambda stage: _note_stage(world, just_trained(stage, seq)),
+        one_by_one=True,
+    )
+    return [*done, f"trained {trained} stages again"]
 
-    def on_event(event: Event) -> None:
-        if isinstance(event, SliceTrained) and event.job.key not in recorded:
-            recorded.add(event.job.key)  # a second order's chain may begin with the first one's stages
-            commit(world, Change(checkpoints=[just_trained(event, seq)]))
-        world.report(event)
 
-    # One chain of a shard at a time: an executor may run chains side by side.
-    for chain in chains:
-        world.executor_for(world.checkpoints).run([chain], on_event)
-    return [*done, f"trained {len(recorded)} stages again"]
+def _note_stage(world: World, found: HeldCheckpoint) -> None:
+    commit(world, Change(checkpoints=[found]))
 
 
 def _gaps(world: World, plan: ShardPlan) -> list[Chain]:

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,7 +39,7 @@ from sisa.core.domain import (
     Tombstone,
     WitnessHead,
 )
-from sisa.core.events import Report
+from sisa.core.events import Report, SliceTrained
 from sisa.core.patch import Patch, PatchJob, VaultSet
 from sisa.core.precision import DEFAULT_PRECISION, Precision
 
@@ -94,12 +94,22 @@ class Trainer(Protocol):
         """
 
 
+OnStage = Callable[[SliceTrained], None]
+
+
+def ignore_stage(_stage: SliceTrained) -> None:
+    """Do nothing with a stage that is stored."""
+
+
 class Executor(Protocol):
     """Runner of chains: each in order, any number side by side. It resumes from what the store holds."""
 
-    def run(self, chains: Sequence[Chain], report: Report) -> None:
-        """Run all chains and return when every job's checkpoint is in the store. `report` is called in
-        this process."""
+    def run(self, chains: Sequence[Chain], report: Report, on_stage: OnStage = ignore_stage) -> None:
+        """Run all chains and return when every job's checkpoint is in the store.
+
+        `on_stage` gets each stage as soon as its checkpoint is stored, before it is reported; a stage
+        that several chains share may come more than once. Both are called in this process.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -377,6 +387,18 @@ class Change:
     readmitted: Sequence[str] = ()  # keyed ids among `added` that were deleted; for the witness alone
 
 
+def merged(changes: Iterable[Change]) -> Change:
+    """Return one transaction of several; of a row that is put twice the last one counts.
+
+    >>> merged([Change(unindexed=[1]), Change(unindexed=[2], meta={"a": "b"})]).unindexed
+    [1, 2]
+    """
+    found = list(changes)
+    names = [each.name for each in fields(Change) if each.name != "meta"]
+    rows: Any = {name: [row for each in found for row in getattr(each, name)] for name in names}
+    return Change(meta={key: value for each in found for key, value in each.meta.items()}, **rows)
+
+
 class Ledger(Protocol):
     """The only authority on where records are.
 
@@ -623,3 +645,55 @@ class Patcher(Protocol):
 
     def make(self, order: PatchOrder, report: Report) -> PatchMade:
         """Make a patch or resume an unfinished one. Raises errors of reading and of the machine."""
+
+
+@dataclass(frozen=True, slots=True)
+class Removal:
+    """What a deletion removes: approved requests and, by request, the held records that each names."""
+
+    requests: Sequence[Request]
+    named: Mapping[str, Sequence[RecordRow]]
+
+    @property
+    def rows(self) -> dict[str, RecordRow]:
+        """All of its records, by keyed id."""
+        return {row.id_digest: row for rows in self.named.values() for row in rows}
+
+
+def _nothing() -> None:
+    """Do nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Contribution:
+    """What a hook adds to a deletion.
+
+    `change` joins the deletion's commit. `vaulted` names, by request, the set of the vault that keeps
+    what the request removes. `finish` runs when the deletion is done; it raises nothing.
+    """
+
+    change: Change = field(default_factory=Change)
+    vaulted: Mapping[str, str] = field(default_factory=dict)
+    finish: Callable[[], None] = _nothing
+
+
+M = TypeVar("M", contravariant=True)  # an open model
+
+
+class DeletionHook(Protocol[M]):
+    """What a deletion does to something that is made from records and is no shard: patches, say.
+
+    Hooks are called one after another. A crash may fall between any two calls, and before `finish`: what
+    must not be lost is in the commit, and `settle` of the next command goes on from there.
+    """
+
+    @property
+    def name(self) -> str:
+        """Which hook it is; a model that needs it is not opened without it."""
+
+    def contribute(self, model: M, removal: Removal) -> Contribution:
+        """Return what to add to the commit, before that is planned. May write files that the commit
+        makes known, and commit what must be over before. An error stops the deletion."""
+
+    def settle(self, model: M) -> None:
+        """Erase what is no longer needed. Every reconciliation calls it, before it trains."""

@@ -11,6 +11,7 @@ Not covered: who may ask and when (`requests.py`, `lifecycle.py`); training and 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,16 +23,14 @@ from sisa.core.domain import (
     RecordRow,
     Request,
     RequestEvent,
+    RequestState,
     SliceFile,
     SliceState,
     Tombstone,
 )
 from sisa.core.errors import ConfigConflict, Problem, SisaError
-from sisa.core.patch import Patch, without_shards
-from sisa.core.ports import Change
-from sisa.core.requests import event, is_under_way
-from sisa.flows.patches.after_deletion import Touched, make_again, touched_by
-from sisa.flows.patches.vault_sets import put_removed
+from sisa.core.ports import Change, Contribution, KeptVersions, Removal, merged
+from sisa.core.requests import committed, event, is_under_way
 from sisa.flows.probing import probe_removed
 from sisa.flows.reconcile import check_rows, erasing_anyway, note_failure, reconcile
 from sisa.flows.wiring.world import (
@@ -49,6 +48,7 @@ from sisa.planning.assign import index_root, root_of
 from sisa.planning.cost import full_record_epochs, plan_record_epochs, serving_depth
 from sisa.planning.plan import ShardPlan, ShardView, marked, plan_shard, tainted_checkpoints
 
+ACCEPTED: tuple[RequestState, ...] = ("committed", "rolled_back")  # both by the commit
 _Placed = TypeVar("_Placed", RecordRow, SliceState)
 
 
@@ -157,135 +157,136 @@ def _all_views(
 
 
 @dataclass(frozen=True)
+class Deleted:
+    """A deletion that is done: its requests, and old versions of erased objects that a bucket keeps."""
+
+    requests: tuple[Request, ...] = ()
+    kept_versions: tuple[KeptVersions, ...] = ()
+
+
+@dataclass(frozen=True)
 class Arrival:
-    """A request that is not in the ledger yet: the keyed ids that it names, and its first events."""
+    """A request that is not in the ledger yet, with its first events.
+
+    `named` are the keyed ids that it names, and `rows` those of them that are held, in the same order.
+    """
 
     request: Request
+    rows: tuple[RecordRow, ...]
     named: tuple[str, ...]
     events: tuple[RequestEvent, ...]
 
     def change(self) -> Change:
-        """The transaction that takes it in."""
+        """Return the transaction that takes it in."""
         pairs = [(self.request.request_id, each) for each in self.named]
         return Change(requests=[self.request], named=pairs, events=self.events)
 
 
-def forget(world: World, requests: Sequence[Request]) -> tuple[Request, ...]:
-    """Carry out approved requests as one batch, exactly: the served model is clean at the commit; the
-    bytes are gone and the affected suffixes are retrained when this returns.
+def forget(world: World, requests: Sequence[Request]) -> Deleted:
+    """Carry out approved requests as one batch, exactly.
 
-    A request whose records were all deleted before is completed as it is. Raises what the effects
-    raise; a failure before the commit leaves the requests failed, with the kind of error as cause.
+    The served model is clean at the commit; the bytes are gone and the affected suffixes are retrained
+    when this returns. A request whose records were all deleted before is completed as it is. Raises what
+    the effects raise; a failure before the commit leaves the requests failed, with the kind of error as
+    cause.
     """
     if not requests:
-        return ()
+        return Deleted()
     named = {request.request_id: rows_named(world, request) for request in requests}
-    held = slices_of(world, [row for rows in named.values() for row in rows])
-    with erasing_anyway(world):
-        try:
-            world, touched = commit_removed(world, requests, named, Change())
-        except SisaError as error:
-            accepted = {each.request_id for each in world.ledger.requests() if is_under_way(each)}
-            note_failure(world, [each for each in requests if each.request_id not in accepted], error)
-            raise
-        probe_removed(world, named, held)
-    reconcile(world, removed=named)
-    make_again(world, touched)
-    done = {each.request_id: each for each in world.ledger.requests()}
-    return tuple(done[request.request_id] for request in requests)
+    return _delete(world, Removal(requests, named), Change())
 
 
-def forget_at_once(world: World, arrival: Arrival, *, defer: bool = False) -> Request:
-    """Take an approved request in and carry it out in the same commit: a failure before it changes
-    nothing, a crash after it is finished by the next command. `defer`: erased now, trained later."""
-    rows = _held(world, arrival.named)
-    request = arrival.request
-    named = {request.request_id: rows}
-    held = slices_of(world, rows)
+def forget_at_once(world: World, arrival: Arrival, *, defer: bool = False) -> Deleted:
+    """Take an approved request in and carry it out in the same commit.
+
+    A failure before the commit changes nothing; a crash after it is finished by the next command. With
+    `defer`, bytes are erased now and training is left to a later command.
+    """
+    named = {arrival.request.request_id: arrival.rows}
+    return _delete(world, Removal([arrival.request], named), arrival.change(), defer=defer)
+
+
+def _delete(world: World, removal: Removal, arriving: Change, *, defer: bool = False) -> Deleted:
+    held = slices_of(world, removal.rows.values())
     with erasing_anyway(world):
-        world, touched = commit_removed(world, [request], named, arrival.change())
-        probe_removed(world, named, held)
-    reconcile(world, defer=defer, removed=named)
-    make_again(world, touched)
-    return next(each for each in world.ledger.requests() if each.request_id == request.request_id)
+        contributed = _commit_or_note(world, removal, arriving)  # the served model is clean
+        probe_removed(world, removal.named, held)  # of what is erased next
+    done = reconcile(world, defer=defer, removed=removal.named)  # erase, train, complete
+    for each in contributed:
+        each.finish()
+    after = {each.request_id: each for each in world.ledger.requests()}
+    return Deleted(tuple(after[each.request_id] for each in removal.requests), done.kept_versions)
+
+
+def _commit_or_note(world: World, removal: Removal, arriving: Change) -> list[Contribution]:
+    try:
+        return commit_removed(world, removal, arriving)
+    except SisaError as error:
+        _note_refusal(world, removal.requests, error)
+        raise
+
+
+def _note_refusal(world: World, requests: Sequence[Request], error: SisaError) -> None:
+    """Note a failure before the commit with those of the requests that were in the ledger before."""
+    asked = {each.request_id for each in requests}
+    with contextlib.suppress(SisaError):  # a ledger that can't be read is the error being raised
+        found = [each for each in world.ledger.requests() if each.request_id in asked]
+        note_failure(world, [each for each in found if not is_under_way(each)], error)
 
 
 def rows_named(world: World, request: Request) -> list[RecordRow]:
-    """The held records that a request names."""
-    return _held(world, world.ledger.named_by(request.request_id))
-
-
-def _held(world: World, named: Sequence[str]) -> list[RecordRow]:
-    return [each for each in world.ledger.lookup(named).values() if isinstance(each, RecordRow)]
+    """Return the held records that a request names."""
+    found = world.ledger.lookup(world.ledger.named_by(request.request_id))
+    return [each for each in found.values() if isinstance(each, RecordRow)]
 
 
 def commit_removed(
-    world: World,
-    requests: Sequence[Request],
-    named: Mapping[str, Sequence[RecordRow]],
-    arriving: Change,
-    *,
-    held_too: bool = False,
-) -> tuple[World, Touched]:
-    """The commit that fixes what remains: rows go, heads roll back, requests are `rolled_back`; texts to
-    keep by consent are in the vault, and patches that a removed record touched are dropped. Returns the
-    world to go on with, and those patches.
+    world: World, removal: Removal, arriving: Change, *, held_too: bool = False
+) -> list[Contribution]:
+    """Commit what remains: rows go, heads roll back, requests are `rolled_back`.
 
-    `arriving` is taken in by the same transaction (names, events, tombstones); `held_too` deletes what
-    is under a legal hold. Raises ConfigConflict for a hold, IntegrityError for damaged files.
+    Return what hooks added. `arriving` is taken in by the same transaction (names, events, tombstones);
+    `held_too` deletes what is under a legal hold. Raises ConfigConflict for a hold, IntegrityError for
+    damaged files.
     """
     check_rows(world.ledger)
-    union = {row.id_digest: row for rows in named.values() for row in rows}
+    rows = removal.rows
     if not held_too:
-        _refuse_held(world, union)
-    world, touched = touched_by(world, union, requests[0].request_id if requests else "")
-    planned = plan_forget(world, list(union.values()))
+        _check_no_hold(world, rows)
+    contributed = [hook.contribute(world, removal) for hook in world.hooks]
+    planned = plan_forget(world, list(rows.values()))
     if planned.removed:
         check_sources(world, planned.plans)
-    kept = touched.put + put_removed(world, requests, named)
+    vaulted = {key: name for each in contributed for key, name in each.vaulted.items()}
+    own = _remaining(world, removal, planned, vaulted)
+    commit(world, merged([*(each.change for each in contributed), replace(arriving, requests=()), own]))
+    return contributed
+
+
+def _remaining(
+    world: World, removal: Removal, planned: Forgetting, vaulted: Mapping[str, str]
+) -> Change:
+    """Write the files of what remains, and return the transaction that makes them current."""
     slices, indexes, unindexed = _write_remaining(world, planned)
     now, before = world.now(), model_digest(world)
     accepted = [
-        _accepted(each, planned, named[each.request_id], now, before, kept.of_request(each.request_id))
-        for each in requests
+        _accepted(each, planned, removal.named[each.request_id], now, before, vaulted)
+        for each in removal.requests
     ]
-    commit(
-        world,
-        Change(
-            removed=planned.removed,
-            tombstones=[*arriving.tombstones, *_tombstones(world, planned, named, now)],
-            slices=slices,
-            emptied=planned.emptied,
-            indexes=indexes,
-            unindexed=unindexed,
-            heads=[plan.head for plan in planned.plans],
-            dropped=planned.tainted,
-            exports=[*touched.exports, *marked(world.ledger.exports(), named)],
-            requests=accepted,
-            named=arriving.named,
-            patches=_patches(world, touched, planned),
-            vault=kept.sets,
-            vaulted=kept.pairs,
-            events=[
-                *arriving.events,
-                *(
-                    event(replace(request, state=state), now)
-                    for request in accepted
-                    for state in ("committed", "rolled_back")
-                ),
-            ],
-        ),
+    passed = [replace(each, state=state) for each in accepted for state in ACCEPTED]
+    return Change(
+        removed=planned.removed,
+        tombstones=_tombstones(world, planned, removal.named, now),
+        slices=slices,
+        emptied=planned.emptied,
+        indexes=indexes,
+        unindexed=unindexed,
+        heads=[plan.head for plan in planned.plans],
+        dropped=planned.tainted,
+        exports=marked(world.ledger.exports(), removal.named),
+        requests=accepted,
+        events=[event(each, now) for each in passed],
     )
-    return world, touched
-
-
-def _patches(world: World, touched: Touched, planned: Forgetting) -> list[Patch]:
-    """Patches that change with a deletion: dropped, wanted again, or less to report."""
-    known = {each.key: each for each in world.ledger.patches()}
-    told = {each.key: each for each in (*touched.rederived.changed, *touched.rederived.fresh)}
-    shards = {row.shard for row in planned.removed}
-    found = {key: without_shards(each, shards) for key, each in {**known, **told}.items()}
-    return [each for key, each in found.items() if each != known.get(key)]
 
 
 def _write_remaining(
@@ -319,7 +320,7 @@ def under_hold(world: World, named: Collection[str]) -> list[str]:
     ]
 
 
-def _refuse_held(world: World, named: Collection[str]) -> None:
+def _check_no_hold(world: World, named: Collection[str]) -> None:
     if holds := under_hold(world, named):
         raise ConfigConflict(
             "some of these records are under a legal hold; nothing was changed",
@@ -334,24 +335,23 @@ def _accepted(
     rows: Sequence[RecordRow],
     now: str,
     before: str,
-    vaulted: str,
+    vaulted: Mapping[str, str],
 ) -> Request:
-    """A request at its commit; record-epochs are those of the batch that it runs in."""
     first = _first_slices(rows)
-    return replace(
+    return committed(
         request,
-        state="rolled_back",
-        cause="",
-        committed_at=now,
+        now,
         num_records=len(rows),
-        shards=tuple((shard, slice_, planned.stages[shard]) for shard, slice_ in first.items()),
-        record_epochs_retrained=planned.record_epochs_retrained,
-        record_epochs_full=planned.record_epochs_full,
-        record_epochs_others=planned.record_epochs_others,
-        served=tuple(each for each in planned.served if each[0] in first),
+        shards=[(shard, slice_, planned.stages[shard]) for shard, slice_ in first.items()],
+        record_epochs=(
+            planned.record_epochs_retrained,
+            planned.record_epochs_full,
+            planned.record_epochs_others,
+        ),
+        served=[each for each in planned.served if each[0] in first],
         serving_depth=planned.serving_depth,
-        model_digest_before=before,
-        vaulted=vaulted,
+        model_digest=before,
+        vaulted=vaulted.get(request.request_id, ""),
     )
 
 

@@ -38,7 +38,7 @@ from sisa.flows.export_files import (
     of_merged_model,
     rank_of,
 )
-from sisa.flows.patches.composition import merged_gap
+from sisa.flows.held_answers import merged_gap
 from sisa.flows.stale_exports import finish_written
 from sisa.flows.wiring.world import World, commit, model_digest, patch_files
 from sisa.planning.patch_plan import active

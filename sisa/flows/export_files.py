@@ -58,7 +58,7 @@ class Card:
         gap: tuple[int, float, float] | None = None,
     ) -> bytes:
         """The card of the directory that holds some shards; `rank` is an adapter's, `gap` as of
-        `composition.merged_gap`."""
+        `held_answers.merged_gap`."""
         kind = "transformers" if self.form == "merged-model" else "peft"
         lines = [
             *("---", f"base_model: {json.dumps(self.base)}", f"library_name: {kind}", "---", ""),

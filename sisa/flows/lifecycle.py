@@ -127,7 +127,8 @@ def arrive(
     if terms.approver is not None:
         states.append(moved(request, "approved", terms.approver))
     events = tuple(event(each, now, each.approver or "") for each in states)
-    return Arrival(states[-1], tuple(sorted(named)), events)
+    held = tuple(sorted(taken, key=lambda row: row.id_digest))
+    return Arrival(states[-1], held, tuple(sorted(named)), events)
 
 
 def _known(world: World, terms: Terms, asked: Collection[str], named: Collection[str]) -> Request | None:
@@ -238,7 +239,7 @@ def carry_out(world: World, requests: Sequence[Request]) -> tuple[Request, ...]:
     """Delete what these requests name, as one batch; those that are not approved stay as they are."""
     named = {request.request_id for request in requests}
     done = forget(world, [each for each in approved(world) if each.request_id in named])
-    after = {request.request_id: request for request in done}
+    after = {request.request_id: request for request in done.requests}
     return tuple(after.get(request.request_id, request) for request in requests)
 
 

@@ -15,11 +15,11 @@ Not covered: the measures (`approx/evaluation/probe.py`), and what is done about
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 from sisa.core.domain import Probed, RecordRow, SliceFile
 from sisa.core.events import Notice
 from sisa.core.ports import Change, Probe
+from sisa.core.requests import probed, unvaulted
 from sisa.flows.wiring.world import World, commit, stored_in
 
 
@@ -37,18 +37,18 @@ def probe_removed(
         request_id: _probed(world, world.probe, rows, held) for request_id, rows in named.items() if rows
     }
     asked = [
-        replace(request, probed=outcomes[request.request_id])
+        probed(request, outcomes[request.request_id])
         for request in world.ledger.requests()
         if request.request_id in outcomes
     ]
     unknown = [each.vaulted for each in asked if each.vaulted and _is_unknown(outcomes[each.request_id])]
-    told = [replace(each, vaulted="") if each.vaulted in unknown else each for each in asked]
-    commit(world, Change(requests=told, unvaulted=unknown))
+    changed = [unvaulted(each) if each.vaulted in unknown else each for each in asked]
+    commit(world, Change(requests=changed, unvaulted=unknown))
 
 
-def _is_unknown(probed: Probed) -> bool:
+def _is_unknown(outcome: Probed) -> bool:
     """Whether all of it was asked, and the base knows none of it: no patch is needed."""
-    return not probed.failure and probed.num_known == 0 and probed.num_probed == probed.num_records
+    return not outcome.failure and outcome.num_known == 0 and outcome.num_probed == outcome.num_records
 
 
 def _probed(world: World, probe: Probe, rows: Sequence[RecordRow], held: Sequence[SliceFile]) -> Probed:

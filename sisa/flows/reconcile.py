@@ -21,9 +21,8 @@ from __future__ import annotations
 import contextlib
 import json
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
 from types import MappingProxyType
 
 from sisa.core.domain import (
@@ -42,15 +41,21 @@ from sisa.core.errors import IntegrityError, SisaError, all_tried
 from sisa.core.events import (
     DeletionCompleted,
     ErasureFailed,
-    Event,
     Notice,
     SliceTrained,
     TrainingStarted,
 )
 from sisa.core.measured import STAGE_DIGITS
-from sisa.core.ports import Change, Ledger
-from sisa.core.requests import contradicted, event, is_under_way
-from sisa.flows.patches.vault_sets import erase_unneeded
+from sisa.core.ports import Change, KeptVersions, Ledger
+from sisa.core.requests import (
+    completed,
+    contradicted,
+    erased,
+    event,
+    failed,
+    is_under_way,
+    retrained,
+)
 from sisa.flows.stale_exports import erase_stale, export_standing, missing
 from sisa.flows.wiring.world import (
     World,
@@ -81,13 +86,18 @@ class Trained:
     slices_trained: int
     shards_trained: tuple[int, ...]
     record_epochs_others: int = 0
+    kept_versions: tuple[KeptVersions, ...] = ()  # old versions of erased objects that a bucket keeps
 
 
 def reconcile(world: World, *, defer: bool = False, removed: Removed = NOTHING) -> Trained:
-    """Bring every shard that is not there yet to its target; finish what a crash left open. `defer`
-    leaves all training to the next command that does not. `removed`: what was removed just now."""
+    """Bring every shard that is not there yet to its target; finish what a crash left open.
+
+    With `defer`, all training is left to the next command that does not defer. `removed` is what was
+    removed just now.
+    """
     erase_unknown(world, removed)
-    erase_unneeded(world)
+    for hook in world.hooks:
+        hook.settle(world)
     plans = [] if defer else [plan for plan in open_plans(world) if plan.train]
     if plans:
         try:
@@ -99,7 +109,8 @@ def reconcile(world: World, *, defer: bool = False, removed: Removed = NOTHING) 
     others = 0 if defer else _train_orders(world)
     _retire(world)
     erase_unreferenced(world)
-    for each in purge(world):
+    kept_versions = purge(world)
+    for each in kept_versions:
         world.report(Notice(f"old versions of erased objects are kept at {each.where}: {each.why}"))
     world.ledger.scrub()
     return Trained(
@@ -107,12 +118,13 @@ def reconcile(world: World, *, defer: bool = False, removed: Removed = NOTHING) 
         sum(len(plan.train) for plan in plans),
         tuple(plan.shard for plan in plans),
         others,
+        kept_versions,
     )
 
 
 def _train_orders(world: World) -> int:
-    """Train what the orders beside order 0 miss; record-epochs. Of a shard one order at a time, so that
-    a prefix that two of them share is trained once."""
+    """Train what the orders beside order 0 miss, and return its record-epochs. One order at a time, so
+    that a prefix that two of them share is trained once."""
     epochs = 0
     for number in range(len(world.recipe.orders)):
         found = [(plan.shard, plan.others[number]) for plan in open_plans(world) if plan.others]
@@ -224,23 +236,23 @@ def _erase(world: World, spared: Collection[str], removed: Removed) -> None:
         raise
     waiting = [request for request in _under_way(world) if request.state != "erased"]
     lost = Counter(export.request_id for export in missing(world))
-    told = {name: f"{count} exports could not be found" for name, count in lost.items()}
+    notes = {name: f"{count} exports could not be found" for name, count in lost.items()}
     if waiting and (kept := purge(world)):
         what = f"old versions of erased objects are kept at {len(kept)} places"
-        told = {r.request_id: "; ".join(filter(None, (told.get(r.request_id), what))) for r in waiting}
-    _move(world, [replace(request, state="erased", cause="") for request in waiting], told=told)
+        notes = {r.request_id: "; ".join(filter(None, (notes.get(r.request_id), what))) for r in waiting}
+    _move(world, [erased(request) for request in waiting], notes=notes)
 
 
 def _move(
     world: World,
     requests: Sequence[Request],
     note: str = "",
-    told: Mapping[str, str] = MappingProxyType({}),
+    notes: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """All in one transaction, each with its own word of `told` or else the same note."""
+    """Commit requests in their new states, each with its own note of `notes` or else the same one."""
     if requests:
         now = world.now()
-        events = [event(each, now, told.get(each.request_id, note)) for each in requests]
+        events = [event(each, now, notes.get(each.request_id, note)) for each in requests]
         commit(world, Change(requests=requests, events=events))
 
 
@@ -250,7 +262,7 @@ def note_failure(
     """Write the kind of an error beside the requests that it stopped; its text stays out."""
     cause = type(error).__name__
     with contextlib.suppress(SisaError):  # a ledger that can't be written is the error being raised
-        _move(world, [replace(request, state=state, cause=cause) for request in requests], cause)
+        _move(world, [failed(request, cause, state) for request in requests], cause)
 
 
 def open_plans(world: World) -> list[ShardPlan]:
@@ -298,10 +310,10 @@ def as_held(
     )
 
 
-def just_trained(event: SliceTrained, seq: int) -> HeldCheckpoint:
-    """A stage that was trained now, on the state of ledger number `seq`."""
-    epochs = record_epochs(event.job)
-    return as_held(event.job, event.saved, seq, seconds=event.seconds, epochs=epochs)
+def just_trained(stage: SliceTrained, seq: int) -> HeldCheckpoint:
+    """Return a stage that was trained now, on the state of ledger number `seq`."""
+    epochs = record_epochs(stage.job)
+    return as_held(stage.job, stage.saved, seq, seconds=stage.seconds, epochs=epochs)
 
 
 def _record_checkpoint(world: World, found: HeldCheckpoint) -> None:
@@ -312,18 +324,9 @@ def _record_checkpoint(world: World, found: HeldCheckpoint) -> None:
 
 
 def _train(world: World, chains: Sequence[Chain]) -> None:
+    """Train chains; each stage is recorded, and its shard's head moved, as soon as it is stored."""
     seq = world.ledger.seq()
-    recorded: set[str] = set()
-
-    def on_event(event: Event) -> None:
-        if isinstance(event, SliceTrained) and event.job.key not in recorded:
-            recorded.add(event.job.key)
-            _record_checkpoint(world, just_trained(event, seq))
-        world.report(event)
-
-    world.report(training_started(chains))
-    world.executor_for(world.checkpoints).run(chains, on_event)
-    _refuse_missing(chains, recorded)
+    train_chains(world, chains, lambda stage: _record_checkpoint(world, just_trained(stage, seq)))
 
 
 def train_unrecorded(
@@ -334,28 +337,44 @@ def train_unrecorded(
     for file in slices:
         files.setdefault(file.shard, []).append(file)
     chains = [Chain(p.shard, p.train, None, tuple(files[p.shard])) for p in plans if p.train]
-    found: dict[str, HeldCheckpoint] = {}
-
-    def on_event(event: Event) -> None:
-        if isinstance(event, SliceTrained):
-            found[event.job.key] = just_trained(event, seq)
-        world.report(event)
-
-    if chains:
-        world.report(training_started(chains))
-        world.executor_for(world.checkpoints).run(chains, on_event)
-    _refuse_missing(chains, found)
-    return list(found.values())
+    found: list[HeldCheckpoint] = []
+    train_chains(world, chains, lambda stage: found.append(just_trained(stage, seq)))
+    return found
 
 
-def _refuse_missing(chains: Sequence[Chain], trained: Collection[str]) -> None:
-    missing = {job.key for chain in chains for job in chain.jobs} - set(trained)
-    if missing:
-        raise SisaError(f"the executor returned without {len(missing)} of its stages")
+def train_chains(
+    world: World,
+    chains: Sequence[Chain],
+    record: Callable[[SliceTrained], None],
+    *,
+    one_by_one: bool = False,
+) -> int:
+    """Train chains and return the number of stages; `record` gets each once, as soon as it is stored.
+
+    `one_by_one` is for chains that share stages: an executor may run several side by side. Raises
+    SisaError when the executor leaves a stage out, and what it raises.
+    """
+    recorded: set[str] = set()
+
+    def record_once(stage: SliceTrained) -> None:
+        if stage.job.key not in recorded:
+            recorded.add(stage.job.key)
+            record(stage)
+
+    if not chains:
+        return 0
+    jobs = [job for chain in chains for job in chain.jobs]
+    world.report(training_started(chains))
+    executor = world.executor_for(world.checkpoints)
+    for some in [[chain] for chain in chains] if one_by_one else [chains]:
+        executor.run(some, world.report, record_once)
+    if missing_stages := {job.key for job in jobs} - recorded:
+        raise SisaError(f"the executor returned without {len(missing_stages)} of its stages")
+    return len(recorded)
 
 
 def training_started(chains: Sequence[Chain]) -> TrainingStarted:
-    """The event that tells a waiting person how much there is to do."""
+    """Return the event that says how much there is to train."""
     jobs = [job for chain in chains for job in chain.jobs]
     return TrainingStarted(tuple((job.shard, job.slice, record_epochs(job)) for job in jobs))
 
@@ -382,25 +401,11 @@ def _complete_requests(world: World) -> None:
     if not done:
         return
     after, now = model_digest(world), world.now()
-    _move(world, [replace(request, state="retrained") for request in done])
-    completed = [
-        replace(
-            request,
-            state="completed",
-            cause="",
-            model_digest_after=after,
-            seconds=_seconds_between(request.committed_at, now),
-        )
-        for request in done
-    ]
-    _move(world, completed)
-    for each in completed:
+    _move(world, [retrained(request) for request in done])
+    finished = [completed(request, now, after) for request in done]
+    _move(world, finished)
+    for each in finished:
         world.report(DeletionCompleted(each.num_records, len(each.shards), each.seconds))
-
-
-def _seconds_between(start: str, end: str) -> float:
-    passed = datetime.fromisoformat(end) - datetime.fromisoformat(start)
-    return max(0.0, round(passed.total_seconds(), 3))
 
 
 def erase_unreferenced(world: World, spared: Collection[str] = ()) -> None:
@@ -435,11 +440,3 @@ def not_erased(world: World) -> dict[str, int | None]:
     stale = [export_standing(world, each) for each in world.ledger.exports() if each.stale]
     found["exports"] = stale.count("held")
     return {room: count for room, count in found.items() if count != 0}
-
-
-def sweep_patches(world: World) -> None:
-    """The part of it that concerns patches: texts, unfinished runs, patches that nobody serves."""
-    known, held = known_by_area(world), areas(world)
-    world.keyring.destroy("patches", sorted(world.keyring.held("patches") - known["patches"]))
-    for room in ("vault", "runs", "patches"):
-        held[room].erase(sorted(held[room].held() - known[room]))

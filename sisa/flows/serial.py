@@ -15,14 +15,24 @@ An executor gets its parts from a `Site`, so that it can be pointed at a scratch
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from sisa.core.domain import Chain, SliceFile, SliceJob
 from sisa.core.errors import IntegrityError
 from sisa.core.events import EpochTrained, Report, SliceProgress, SliceStarted, SliceTrained
-from sisa.core.ports import BlobStore, CheckpointStore, Keyring, RecordStore, StoredRecord, Tick, Trainer
+from sisa.core.ports import (
+    BlobStore,
+    CheckpointStore,
+    Keyring,
+    OnStage,
+    RecordStore,
+    StoredRecord,
+    Tick,
+    Trainer,
+    ignore_stage,
+)
 from sisa.core.precision import DEFAULT_PRECISION, Precision
 from sisa.store.blobs.keyring import PLAIN
 from sisa.store.blobs.local_blobs import LocalBlobs, absolute
@@ -71,8 +81,8 @@ def train_chain(
     records: RecordStore,
     checkpoints: CheckpointStore,
     report: Report,
-) -> None:
-    """Train a chain's missing stages in order and store each.
+) -> Iterator[SliceTrained]:
+    """Train a chain's missing stages in order, and yield each when it is stored.
 
     Raises IntegrityError when a slice file or the parent checkpoint is not the recorded one.
     """
@@ -85,14 +95,14 @@ def train_chain(
         if job.key in held:
             saved = checkpoints.describe(job.key)
             parent = checkpoints.load(job.key, saved.manifest_sha256)
-            report(SliceTrained(job, saved, 0.0, 0))
+            yield SliceTrained(job, saved, 0.0, 0)
             continue
         started = time.monotonic()
         stage = _stage_records(job, files, records)
         meter = _Meter(job, report)
         parent = trainer.train(job, parent, stage, meter)
         saved = checkpoints.save(job, parent)
-        report(SliceTrained(job, saved, time.monotonic() - started, meter.tokens))
+        yield SliceTrained(job, saved, time.monotonic() - started, meter.tokens)
 
 
 def _stage_records(
@@ -159,6 +169,8 @@ class SerialExecutor:
         self._records = records
         self._checkpoints = checkpoints
 
-    def run(self, chains: Sequence[Chain], report: Report) -> None:
+    def run(self, chains: Sequence[Chain], report: Report, on_stage: OnStage = ignore_stage) -> None:
         for chain in order_chains(chains):
-            train_chain(chain, self._trainer, self._records, self._checkpoints, report)
+            for stage in train_chain(chain, self._trainer, self._records, self._checkpoints, report):
+                on_stage(stage)
+                report(stage)

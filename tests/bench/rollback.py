@@ -351,7 +351,7 @@ def delete(store: Store, record_id: str, reason: str) -> Deletion:
     plan_forget(world, rows)
     plan_s = watch.seconds()
     terms = lifecycle.Terms(approver="bench", reason=reason)
-    done = forget_at_once(world, lifecycle.arrive(world, rows, (), terms))
+    (done,) = forget_at_once(world, lifecycle.arrive(world, rows, (), terms)).requests
     end_s = watch.seconds()
     ledger.close()
     before.close()

@@ -40,11 +40,14 @@ from sisa.core.ports import (
     CheckpointStore,
     Executor,
     ExportStanding,
+    OnStage,
     States,
     StoredRecord,
     Tick,
     Vectors,
+    ignore_stage,
 )
+from sisa.flows.patches.on_deletion import PatchesHook
 from sisa.flows.serial import SerialExecutor
 from sisa.flows.wiring.world import World
 from sisa.planning.assign import Assigner, Layout
@@ -281,16 +284,15 @@ class CountingExecutor:
         self.trained: list[SliceJob] = []
         self.before_run: list[Callable[[], None]] = []
 
-    def run(self, chains: Sequence[Chain], report: Report) -> None:
+    def run(self, chains: Sequence[Chain], report: Report, on_stage: OnStage = ignore_stage) -> None:
         for look in self.before_run:
             look()
 
-        def on_event(event: Any) -> None:
-            if isinstance(event, SliceTrained):
-                self.trained.append(event.job)
-            report(event)
+        def noted(stage: SliceTrained) -> None:
+            self.trained.append(stage.job)
+            on_stage(stage)
 
-        self._inner.run(chains, on_event)
+        self._inner.run(chains, report, noted)
 
 
 def fake_embed(texts: Sequence[str]) -> Vectors:
@@ -366,9 +368,8 @@ def fake_model(
         count_tokens=lambda some: [len(record.text.split()) for record in some],
         executor_for=executor_for,
         assigner=Assigner(Keyed(SECRET), Layout(num_shards, recipe.num_slices, bands)),
-        recipe=recipe,
+        plain_recipe=recipe,
         fingerprint=fingerprint,
-        base=recipe.base,
         patch_mode=patch_mode,
         patches=patches,
         vault=vault,
@@ -377,6 +378,7 @@ def fake_model(
         patcher=lambda: patcher,
         now=lambda: "2026-01-01T00:00:00+00:00",
         report=lambda _event: None,
+        hooks=(PatchesHook(),),
     )
     return FakeModel(
         world=world,

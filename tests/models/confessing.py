@@ -89,8 +89,7 @@ def world_of(
         count_tokens=lambda some: [1 for _ in some],
         executor_for=lambda store: SerialExecutor(FakeTrainer(), records, store),
         assigner=Assigner(Keyed(SECRET), config.layout),
-        recipe=config.recipe(opening.trained_base(ledger, BASE)),
-        base=BASE,
+        plain_recipe=config.recipe(BASE),
         patch_mode=config.patch_mode,
         patches=patches,
         vault=vault,
@@ -103,6 +102,7 @@ def world_of(
         now=lambda: now,
         report=lambda _: None,
         places=places,
+        hooks=opening.HOOKS,
     )
     try:
         yield world

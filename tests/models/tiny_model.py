@@ -23,8 +23,8 @@ import yaml
 import sisa
 from cluster.cli.cli import run
 from sisa.core.domain import Chain
-from sisa.core.events import Event, Report, SliceTrained
-from sisa.core.ports import Executor
+from sisa.core.events import Report, SliceTrained
+from sisa.core.ports import Executor, OnStage, ignore_stage
 from sisa.data.samples import make_people, to_jsonl
 from sisa.flows.ingest import Taken
 from sisa.flows.serial import Site
@@ -240,14 +240,28 @@ def cut_short(num_slices: int, *, recorded: bool = True) -> OpenExecutor:
     """A serial executor that dies when it has stored `num_slices` slices; the last one is in the
     ledger or, with `recorded=False`, not yet."""
 
-    def before(event: Event, done: int, report: Report) -> None:
-        last = isinstance(event, SliceTrained) and done == num_slices
-        if recorded or not last:
-            report(event)
-        if last:
-            raise Cut
+    def open_executor(site: Site, options: Mapping[str, Any]) -> Executor:
+        inner = open_serial(site, options)
 
-    return _watching(before)
+        class Cutting:
+            def run(
+                self, chains: Sequence[Chain], report: Report, on_stage: OnStage = ignore_stage
+            ) -> None:
+                done = 0
+
+                def until_cut(stage: SliceTrained) -> None:
+                    nonlocal done
+                    done += 1
+                    if recorded or done < num_slices:
+                        on_stage(stage)
+                    if done == num_slices:
+                        raise Cut
+
+                inner.run(chains, report, until_cut)
+
+        return Cutting()
+
+    return open_executor
 
 
 def looking(look: Callable[[], None]) -> OpenExecutor:
@@ -257,30 +271,12 @@ def looking(look: Callable[[], None]) -> OpenExecutor:
         inner = open_serial(site, options)
 
         class Looking:
-            def run(self, chains: Sequence[Chain], report: Report) -> None:
+            def run(
+                self, chains: Sequence[Chain], report: Report, on_stage: OnStage = ignore_stage
+            ) -> None:
                 look()
-                inner.run(chains, report)
+                inner.run(chains, report, on_stage)
 
         return Looking()
-
-    return open_executor
-
-
-def _watching(before: Callable[[Event, int, Report], None]) -> OpenExecutor:
-    def open_executor(site: Site, options: Mapping[str, Any]) -> Executor:
-        inner = open_serial(site, options)
-
-        class Watching:
-            def run(self, chains: Sequence[Chain], report: Report) -> None:
-                done = 0
-
-                def on_event(event: Event) -> None:
-                    nonlocal done
-                    done += isinstance(event, SliceTrained)
-                    before(event, done, report)
-
-                inner.run(chains, on_event)
-
-        return Watching()
 
     return open_executor

@@ -26,12 +26,11 @@ from sisa.flows.patches import patching, vault_sets
 from sisa.flows.patches.patched_shards import shards_over
 from sisa.flows.patches.patching import Wish, make_wanted, want
 from sisa.flows.reconcile import reconcile
-from sisa.flows.wiring.opening import trained_base
 from sisa.flows.wiring.witness import catch_up
 from sisa.flows.wiring.world import World, trained_over
 from sisa.planning.patch_plan import active, needed, wanted
 from tests.examples import num_examples
-from tests.fakes.ports import ADAPTER, fake_model, fake_recipe
+from tests.fakes.ports import ADAPTER, fake_model
 from tests.property.test_histories import EFFECTS, Crash, Fuse, History, Model, record, wire
 
 NUM_HISTORIES, NUM_CRASHES = num_examples(500), num_examples(400)
@@ -69,7 +68,6 @@ class Patched(Model):
     """A model with patches beside plain sets of what may be where."""
 
     def __init__(self, first: tuple[int, ...], mode: PatchMode) -> None:
-        self.plain = fake_recipe(2)
         super().__init__(History(2, 2, "cumulative", (), ()))
         self.fake.world = replace(self.fake.world, patch_mode=mode)
         self.trained_over = trained_over(self.fake.ledger)
@@ -87,9 +85,6 @@ class Patched(Model):
 
     @property
     def world(self) -> World:
-        """As a command opens it."""
-        base = trained_base(self.fake.ledger, self.plain.base)
-        self.fake.world = replace(self.fake.world, recipe=replace(self.plain, base=base))
         return self.fake.world
 
     def patches(self) -> list[Patch]:
@@ -116,7 +111,8 @@ class Patched(Model):
             patching.release_sets(world, self.some_set(step))
         elif step.kind == "over":
             with contextlib.suppress(ConfigConflict):  # records of the model in a retain set
-                reconcile(shards_over(world, active(self.patches())))
+                shards_over(world, active(self.patches()))
+                reconcile(world)
         elif step.kind == "mode":
             mode: PatchMode = "joint" if world.patch_mode == "sequential" else "sequential"
             self.fake.world = replace(world, patch_mode=mode)

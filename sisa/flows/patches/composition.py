@@ -1,40 +1,29 @@
 """What a patch does to the shards' own answers: they were trained over another stack of patches.
 
-Rules: up to `limit` remaining records are asked, the first of each shard by keyed digest, so that the
-choice depends on them alone; none whose text a patch is to forget, nor any that the served checkpoint of
-its shard was not trained on. Each record is asked of its own
-shard's model and of the base alone, over the patches before and after, given the true tokens. What is
-told are numbers: no text, no id.
+Each of the chosen records (`held_answers.py`) is asked of its own shard's model and of the base alone,
+over the patches before and after, given the true tokens. Only numbers come out: no text, no id.
 
     answer probability   mean over the answer's tokens, before and after
     agreement            share of the answer's tokens before which both find the same token likeliest
     KL                   KL(before || after) of the next token, mean over the answer's tokens, in nats
-
-Not covered: what the patch was made for (its report); generated answers; records of shards that serve
-no model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from sisa.core.domain import Record, RecordRow
-from sisa.core.events import Notice
 from sisa.core.measured import MIN_RECORDS
 from sisa.core.patch import Patch
-from sisa.flows.ask import live_heads, open_answerer
+from sisa.flows.ask import open_answerer
+from sisa.flows.held_answers import MAX_RECORDS, asked_records
 from sisa.flows.wiring.parts import Parts
-from sisa.flows.wiring.world import World, slices_of, stored_in
+from sisa.flows.wiring.world import World
 from sisa.lm.answer.route import Route, all_of
-from sisa.planning.plan import touched
 
 if TYPE_CHECKING:
     from sisa.lm.answer.answerer import Answerer
-
-MAX_RECORDS = 32
-NUM_TOLD = 8  # lines of progress, at most
 
 
 @dataclass(frozen=True)
@@ -76,8 +65,7 @@ def measure(
     limit: int = MAX_RECORDS,
 ) -> Composition:
     """Ask over both stacks, lowest patch first. Raises IntegrityError."""
-    live = sorted(live_heads(world))
-    asked = _tokens(world, parts, _chosen(world, live, limit))
+    asked = asked_records(world, parts, limit)
     if not asked:
         return Composition(0, None, None, {})
     shards = sorted({shard for shard, _, _ in asked})
@@ -89,74 +77,6 @@ def measure(
         for shard in shards
     }
     return Composition(len(asked), _mean(base), _mean(own), by_shard)
-
-
-def merged_gap(world: World, parts: Parts, limit: int = MAX_RECORDS) -> tuple[int, float, float]:
-    """Of how many remaining records the mean answer probability is what: asked of their own shards'
-    models, and of the mean of all shards' adapters."""
-    live = sorted(live_heads(world))
-    asked = _tokens(world, parts, _chosen(world, live, limit))
-    sums = {"routed": 0.0, "merged": 0.0}
-    done, whole = 0, len(sums) * len(asked)
-    for how in sums:
-        answerer = open_answerer(world, parts, how=how)
-        for shard, ids, answer in asked:
-            route = all_of([shard] if how == "routed" else live)
-            sums[how] += answerer.answer_probability(ids[: answer[0]], ids[answer[0] :], route)
-            done += 1
-            if done * NUM_TOLD // whole > (done - 1) * NUM_TOLD // whole:
-                told = "comparing the average with the shards' own answers"
-                world.report(Notice(f"{told}: {done} of {whole} asked"))
-    count = max(1, len(asked))
-    return len(asked), sums["routed"] / count, sums["merged"] / count
-
-
-def _chosen(world: World, shards: Sequence[int], limit: int) -> list[RecordRow]:
-    """Rows of the records to ask: one of each shard in turn, until there are enough."""
-    forgotten = {
-        id_digest
-        for found in world.ledger.vault()
-        if found.role == "forget"
-        for id_digest in world.ledger.vaulted(found.name)
-    }
-    heads = {each.key: each for each in world.ledger.checkpoints()}
-    live = {shard: heads[key] for shard, key in live_heads(world).items()}
-    known = [[row for row in world.ledger.rows(s) if touched(live[s], row)] for s in shards]
-    return _in_turn([_first(rows, forgotten, limit) for rows in known], limit)
-
-
-def _first(rows: Sequence[RecordRow], without: Collection[str], limit: int) -> list[RecordRow]:
-    found = [row for row in rows if row.id_digest not in without]
-    return sorted(found, key=lambda row: row.id_digest)[:limit]
-
-
-def _in_turn(rows: Sequence[Sequence[RecordRow]], limit: int) -> list[RecordRow]:
-    ranks = range(max(map(len, rows), default=0))
-    return [of[rank] for rank in ranks for of in rows if rank < len(of)][:limit]
-
-
-Asked = tuple[int, list[int], list[int]]  # shard, ids, and where in them the answer's tokens are
-
-
-def _tokens(world: World, parts: Parts, rows: Sequence[RecordRow]) -> list[Asked]:
-    place = {row.id_digest: row.shard for row in rows}
-    stored = stored_in(world, slices_of(world, rows), rows)
-    found = []
-    for each in sorted(stored, key=lambda each: each.id_digest):
-        ids, answer = _answer(each.record, parts)
-        if answer:
-            found.append((place[each.id_digest], ids, answer))
-    return found
-
-
-def _answer(record: Record, parts: Parts) -> tuple[list[int], list[int]]:
-    """Ids, and the places of those that are the answer's; none where there is nothing to predict."""
-    from sisa.lm.base.tokens import NO_LOSS, tokenize
-
-    config = parts.config
-    tokens = tokenize(record, parts.tokenizer, train_on_inputs=config.train_on_inputs)
-    ids, labels = tokens.input_ids[: config.sequence_len], tokens.labels[: config.sequence_len]
-    return ids, [at for at, label in enumerate(labels) if label != NO_LOSS and at > 0]
 
 
 def _compared(

@@ -23,10 +23,10 @@ from sisa.planning.patch_plan import TRAINED_OVER
 from sisa.planning.plan import plan_shard
 
 
-def shards_over(world: World, stack: Sequence[Patch]) -> World:
-    """New targets: every shard over some patches, from now on; heads serve until they are trained.
+def shards_over(world: World, stack: Sequence[Patch]) -> None:
+    """Commit new targets: every shard over some patches. Heads serve what they did until it is trained.
 
-    Returns the world to go on with. Raises ConfigConflict when records of the model are in a patch.
+    Raises ConfigConflict when records of the model are in the retain set of a patch.
     """
     risky = {each.job.retain for each in stack} & vault_sets.deletable(world)
     if risky:
@@ -36,27 +36,18 @@ def shards_over(world: World, stack: Sequence[Patch]) -> World:
             got=f"{len(risky)} retain sets that do",
             next_step="leave the shards as they are, or make the patch with a written retain set",
         )
-    moved = _moved(world, stack)
+    base = patched_digest(world.base, [each.adapter_sha256 for each in stack])
+    recipe = replace(world.plain_recipe, base=base)
     heads = [
-        plan_shard(view_shard(moved, head.shard), moved.recipe, moved.fingerprint).head
+        plan_shard(view_shard(world, head.shard), recipe, world.fingerprint).head
         for head in world.ledger.heads()
     ]
     commit(world, Change(heads=heads, meta={TRAINED_OVER: json.dumps([each.key for each in stack])}))
-    return moved
 
 
-def _moved(world: World, stack: Sequence[Patch]) -> World:
-    base = patched_digest(world.base, [each.adapter_sha256 for each in stack])
-    return replace(world, recipe=replace(world.recipe, base=base))
-
-
-def shards_off(world: World) -> World:
-    """Everything that was trained over patches goes at once; the shards start from the plain base."""
-    moved = _moved(world, ())
-    held = world.ledger.checkpoints()
-    heads = [
-        plan_shard(replace(view_shard(moved, head.shard), held=()), moved.recipe, moved.fingerprint).head
-        for head in world.ledger.heads()
-    ]
-    commit(world, Change(heads=heads, dropped=[each.key for each in held], meta={TRAINED_OVER: "[]"}))
-    return moved
+def shards_off(world: World) -> None:
+    """Drop everything that was trained over patches at once; the shards start from the plain base."""
+    bare = [replace(view_shard(world, head.shard), held=()) for head in world.ledger.heads()]
+    heads = [plan_shard(view, world.plain_recipe, world.fingerprint).head for view in bare]
+    dropped = [each.key for each in world.ledger.checkpoints()]
+    commit(world, Change(heads=heads, dropped=dropped, meta={TRAINED_OVER: "[]"}))

@@ -8,7 +8,7 @@ Rules: a wish is in the ledger before anything is computed, so that what was cut
 the same command. One wish at a time.
 
 Not covered: how a patch is made (`approx/patches/patching.py`), decisions (`patch_plan.py`), what a
-deletion does to patches (`after_deletion.py`), shards that are trained over patches
+deletion does to patches (`on_deletion.py`), shards that are trained over patches
 (`patched_shards.py`).
 """
 
@@ -25,8 +25,7 @@ from sisa.core.patch import WRITTEN, Patch, PatchJob, VaultSet
 from sisa.core.ports import Change, PatchOrder
 from sisa.flows.patches import vault_sets
 from sisa.flows.patches.vault_sets import Put
-from sisa.flows.reconcile import sweep_patches
-from sisa.flows.wiring.world import World, commit
+from sisa.flows.wiring.world import World, areas, commit, known_by_area, purge
 from sisa.planning.patch_plan import activated, active, next_job, next_version, rederive, unmade, wanted
 
 Measure = Callable[[Sequence[Patch], Sequence[Patch]], Mapping[str, Any]]  # active before and after
@@ -171,9 +170,18 @@ def make_wanted(
 def _settled(world: World) -> tuple[int, int]:
     """Texts that no patch needs are erased, and what is unknown of patches: sets erased and kept."""
     counts = vault_sets.erase_unneeded(world)
-    sweep_patches(world)
+    _erase_unknown(world)
+    purge(world)
     world.ledger.scrub()
     return counts
+
+
+def _erase_unknown(world: World) -> None:
+    """Erase texts, unfinished runs and patches that the ledger does not know."""
+    known, held = known_by_area(world), areas(world)
+    world.keyring.destroy("patches", sorted(world.keyring.held("patches") - known["patches"]))
+    for room in ("vault", "runs", "patches"):
+        held[room].erase(sorted(held[room].held() - known[room]))
 
 
 def _order(world: World, patch: Patch, max_seconds: float | None, reference: str) -> PatchOrder:

@@ -11,12 +11,13 @@ Not covered: which sets are needed (`patch_plan.py`).
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from sisa.core.domain import Record, RecordRow, Request
 from sisa.core.errors import ConfigConflict, InvalidInput, Problem, SisaError, UnknownRecord
 from sisa.core.patch import WRITTEN, SetRole, VaultSet
-from sisa.core.ports import Change
+from sisa.core.ports import Change, Removal
+from sisa.core.requests import unvaulted
 from sisa.flows.wiring.world import World, commit, slices_of, stored_in, trained_over
 from sisa.planning.patch_plan import unneeded_sets
 
@@ -36,10 +37,9 @@ class Put:
         sets = tuple(each for each in self.sets if each.name in names)
         return Put(sets, tuple(each for each in self.pairs if each[0] in names))
 
-    def of_request(self, request_id: str) -> str:
-        """Name of the set that holds the texts that a request removed; "" if there is none."""
-        names = [e.name for e in self.sets if e.role == "forget" and e.request_id == request_id]
-        return names[0] if names else ""
+    def by_request(self) -> dict[str, str]:
+        """Return the names of the sets that hold what requests removed, by request."""
+        return {each.request_id: each.name for each in self.sets if each.role == "forget"}
 
 
 def put(
@@ -60,13 +60,11 @@ def _touching(world: World, records: Sequence[Record]) -> list[str]:
     return sorted({row.id_digest for row in (*rows, *held)})
 
 
-def put_removed(
-    world: World, requests: Sequence[Request], named: Mapping[str, Sequence[RecordRow]]
-) -> Put:
-    """The texts that requests remove, of those with consent, before the commit that removes them."""
+def put_removed(world: World, removal: Removal) -> Put:
+    """Write the texts that requests with consent remove, before the commit that removes them."""
     found = Put()
-    for request in requests:
-        rows = named[request.request_id]
+    for request in removal.requests:
+        rows = removal.named[request.request_id]
         if request.consent and rows:
             stored = stored_in(world, slices_of(world, rows), rows)
             records = [each.record for each in sorted(stored, key=lambda each: each.id_digest)]
@@ -135,9 +133,7 @@ def erase_unneeded(world: World) -> tuple[int, int]:
         world.ledger.patches(), world.patch_mode, sets, deletable(world), elsewhere
     )
     if erased or gone:
-        cleared = [
-            replace(each, vaulted="") for each in world.ledger.requests() if each.vaulted in set(gone)
-        ]
+        cleared = [unvaulted(each) for each in world.ledger.requests() if each.vaulted in set(gone)]
         commit(world, Change(vault=erased, unvaulted=gone, requests=cleared))
     names = {each.name for each in erased} | set(gone)
     world.vault.erase(sorted(names))

@@ -179,17 +179,19 @@ class OpenedModel:
         )
         try:
             if locked:
-                world = catch_up(world)
+                catch_up(world)
             elif not as_it_is and is_behind(world):
-                world = self._caught_up(world, outdated=outdated)
+                self._replay(world, outdated=outdated)
             yield world
         finally:
             opening.close(world)
 
-    def _caught_up(self, world: World, *, outdated: bool) -> World:
+    def _replay(self, world: World, *, outdated: bool) -> None:
+        """Delete again what was deleted since this copy was made. Raises EnvironmentFault where it can't
+        be written, unless it may be `outdated`."""
         if is_read_only(self.directory / LEDGER):
             if outdated:
-                return world
+                return
             raise EnvironmentFault(
                 "this copy of the model still holds what was deleted since it was made, and it can't be "
                 "written to delete it again",
@@ -197,7 +199,7 @@ class OpenedModel:
                 next_step="copy it to where it can be written; `sisa status` and `sisa verify` read it",
             )
         with files.writer_lock(self.directory / LOCK):
-            return catch_up(world)
+            catch_up(world)
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:

@@ -33,9 +33,8 @@ from typing import Any
 from sisa.config.config import RunConfig
 from sisa.core.digest import KEY_BYTES, Keyed
 from sisa.core.domain import Probed, Record, Tombstone
-from sisa.core.errors import IntegrityError, InvalidInput
+from sisa.core.errors import ConfigConflict, IntegrityError, InvalidInput
 from sisa.core.events import Report
-from sisa.core.patch import Patch, patched_digest
 from sisa.core.ports import (
     BlobStore,
     CheckpointStore,
@@ -47,11 +46,12 @@ from sisa.core.ports import (
     Probe,
     Trainer,
 )
+from sisa.flows.patches.on_deletion import PatchesHook
 from sisa.flows.serial import SerialExecutor, Site
 from sisa.flows.wiring import upper_houses
 from sisa.flows.wiring.parts import Named, Parts
 from sisa.flows.wiring.recording import recording
-from sisa.flows.wiring.world import World, patch_files, trained_over
+from sisa.flows.wiring.world import World, patch_files, patches_beneath, trained_over
 from sisa.lm.base.numerics import fingerprint
 from sisa.lm.base.packages import state_dir as state_dir
 from sisa.planning.assign import Assigner
@@ -74,6 +74,7 @@ LEDGER, KEY, LOCK = "ledger.sqlite", "partition.key", "lock"
 RECORDS, INDEX, CHECKPOINTS, SCRATCH = "records", "index", "checkpoints", "scratch"
 PATCHES, VAULT, RUNS, METRICS = "patches", "vault", "runs", "metrics"
 PREFIXES = "prefixes"
+HOOKS = (PatchesHook(),)  # on a deletion, in the order in which they are called
 
 OpenExecutor = Callable[[Site, Mapping[str, Any]], Executor]
 # of the base's directory and digest, and of the files of the patches on it, lowest first
@@ -107,7 +108,7 @@ def open_world(
         site = _site(places, parts, store, ledger)
         return find_executor(executor)(site, config.cluster.model_dump(mode="json"))
 
-    return World(
+    world = World(
         ledger=ledger,
         witness=witness_of(config, keyed, model),
         records=FileRecords(places[RECORDS], keyring),
@@ -122,8 +123,7 @@ def open_world(
         count_tokens=parts.count_tokens,
         executor_for=executor_for,
         assigner=Assigner(keyed, config.layout),
-        recipe=config.recipe(trained_base(ledger, base_digest)),
-        base=base_digest,
+        plain_recipe=config.recipe(base_digest),
         patch_mode=config.patch_mode,
         patcher=lambda: find_patcher(executor)(_patch_site(directory, parts, vault, patches), config),
         fingerprint=fingerprint(config.sisa.threads_per_shard, config.precision),
@@ -134,7 +134,27 @@ def open_world(
         report=recording(report, metrics, _now),
         probe=_probe(parts, ledger, patches),
         places=places,
+        hooks=HOOKS,
     )
+    check_hooks(world)
+    _ = world.recipe  # refuses a ledger that lacks what it is trained over
+    return world
+
+
+def check_hooks(world: World) -> None:
+    """Raise ConfigConflict where the model holds patches or texts for them, and no hook keeps them."""
+    ledger = world.ledger
+    made_from_records = (
+        trained_over(ledger),
+        [each for each in ledger.vault() if each.held],
+        [each for each in ledger.patches() if each.state in ("active", "wanted")],
+    )
+    if any(made_from_records) and all(hook.name != PATCHES for hook in world.hooks):
+        raise ConfigConflict(
+            "the model holds patches, and a deletion here would not reach them",
+            expected="a process that keeps patches",
+            next_step="open the model with the whole package installed",
+        )
 
 
 def _now() -> str:
@@ -142,7 +162,7 @@ def _now() -> str:
 
 
 def _site(places: Mapping[str, BlobStore], parts: Parts, store: FileCheckpoints, ledger: Ledger) -> Site:
-    stack = [(each.key, each.manifest_sha256) for each in _trained_over(ledger, parts.base.digest)]
+    stack = [(each.key, each.manifest_sha256) for each in patches_beneath(ledger, parts.base.digest)]
     config = parts.config
     keeps = store.room == CHECKPOINTS  # a replay keeps no hidden states, and uses none that were kept
     return Site(
@@ -159,27 +179,6 @@ def _site(places: Mapping[str, BlobStore], parts: Parts, store: FileCheckpoints,
         prefixes_at=places[PREFIXES],
         prefix_bytes=config.prefix_cache_bytes // config.sisa.shards if keeps else 0,
     )
-
-
-def _trained_over(ledger: Ledger, base: str) -> list[Patch]:
-    """The patches that shards are trained over, lowest first; those of a former base are none."""
-    keys = trained_over(ledger)
-    if not keys:
-        return []
-    patches = {each.key: each for each in ledger.patches() if each.manifest_sha256}
-    if absent := [key for key in keys if key not in patches]:
-        raise IntegrityError(
-            "the ledger lacks patches that shards are trained over",
-            got=f"{len(absent)} of {len(keys)}",
-            next_step="restore the model directory from a backup",
-        )
-    found = [patches[key] for key in keys]
-    return found if all(each.job.base == base for each in found) else []
-
-
-def trained_base(ledger: Ledger, base: str) -> str:
-    """The name of what shards are trained over: the base, or the base under patches."""
-    return patched_digest(base, [each.adapter_sha256 for each in _trained_over(ledger, base)])
 
 
 def _patch_site(directory: Path, parts: Parts, vault: FileVault, patches: FileCheckpoints) -> PatchSite:

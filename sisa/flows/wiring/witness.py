@@ -19,14 +19,13 @@ Not covered: a witness that is set back with the model; which file it is (`openi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Literal
 
 from sisa.core.domain import RecordRow, Request, Testimony, Tombstone
 from sisa.core.errors import IntegrityError
 from sisa.core.events import Notice
-from sisa.core.ports import Change
-from sisa.core.requests import due_date, event
+from sisa.core.ports import Change, Removal
+from sisa.core.requests import due_date, event, replayed
 from sisa.flows.deletion import Arrival, commit_removed
 from sisa.flows.reconcile import check_consistent, erase_unknown
 from sisa.flows.wiring.world import World
@@ -52,17 +51,15 @@ def witness_standing(world: World) -> WitnessStanding:
     return "current" if head == world.ledger.event_head() else "to be caught up"
 
 
-def catch_up(world: World) -> World:
-    """Bring ledger and witness together; the world to go on with. The caller holds the writer lock.
-    Raises what effects raise."""
+def catch_up(world: World) -> None:
+    """Bring ledger and witness together. The caller holds the writer lock. Raises what effects raise."""
     head = world.witness.head()
     if is_behind(world):
-        return apply_testimony(world)
-    if head != world.ledger.event_head():
+        apply_testimony(world)
+    elif head != world.ledger.event_head():
         told = world.witness.read().tombstones
         missing = [each for each in _standing(world) if told.get(each.id_digest) != each]
         world.witness.append(world.ledger.event_head(), missing, ())
-    return world
 
 
 def _standing(world: World) -> list[Tombstone]:
@@ -72,9 +69,8 @@ def _standing(world: World) -> list[Tombstone]:
     return [each for key, each in dead.items() if not isinstance(live[key], RecordRow)]
 
 
-def apply_testimony(world: World) -> World:
-    """Delete again what the witness calls deleted, and erase it; training is left to `reconcile`.
-    Returns the world to go on with."""
+def apply_testimony(world: World) -> None:
+    """Delete again what the witness calls deleted, and erase it; training is left to `reconcile`."""
     check_consistent(world)  # a damaged ledger is no older one
     told = world.witness.read()
     found = world.ledger.lookup(told.tombstones)
@@ -87,16 +83,14 @@ def apply_testimony(world: World) -> World:
             named[told.tombstones[row.id_digest].request_id].append(row)
         arrivals = _arrivals(world, again)
         absent = [each for each in again if each.id_digest not in found]
-        requests = [each.request for each in arrivals]
+        removal = Removal([each.request for each in arrivals], named)
         try:
-            arriving = _arriving(arrivals, absent)
-            world, _ = commit_removed(world, requests, named, arriving, held_too=True)
+            commit_removed(world, removal, _arriving(arrivals, absent), held_too=True)
         except IntegrityError as error:
             raise _too_old(error) from error
     world.witness.append(world.ledger.event_head(), (), ())
     if again:
         erase_unknown(world)
-    return world
 
 
 def _too_old(error: IntegrityError) -> IntegrityError:
@@ -130,12 +124,10 @@ def _arrivals(world: World, again: Sequence[Tombstone]) -> list[Arrival]:
         request = known.get(request_id) or Request(
             request_id, now, due_date(now, "gdpr"), len(digests), reason=REPLAYED
         )
-        # Consent to keep a text may have ended since: it is not kept again.
-        approver = request.approver or REPLAYED
-        approved = replace(request, state="approved", approver=approver, cause="", consent="")
+        approved = replayed(request, REPLAYED)
         states = [approved] if request_id in known else [request, approved]
         events = tuple(event(each, now, REPLAYED) for each in states)
-        arrivals.append(Arrival(approved, tuple(digests), events))
+        arrivals.append(Arrival(approved, (), tuple(digests), events))
     return arrivals
 
 

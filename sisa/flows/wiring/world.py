@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Protocol
 
 from sisa.core.domain import HeldCheckpoint, IndexFile, Record, RecordRow, SliceFile, SliceState
 from sisa.core.errors import EnvironmentFault, IntegrityError
 from sisa.core.events import Report
-from sisa.core.patch import Patch, PatchMode
+from sisa.core.patch import Patch, PatchMode, patched_digest
 from sisa.core.ports import (
     BlobStore,
     Change,
     CheckpointStore,
+    DeletionHook,
     Executor,
     ExportStore,
     KeptVersions,
@@ -72,9 +73,8 @@ class World:
     count_tokens: Callable[[Sequence[Record]], Sequence[int]]
     executor_for: Callable[[CheckpointStore], Executor]
     assigner: Assigner
-    recipe: Recipe
+    plain_recipe: Recipe  # of shards over the frozen base alone
     fingerprint: str
-    base: str  # digest of the frozen base; the recipe's is that of the base that shards are trained over
     patch_mode: PatchMode
     patches: CheckpointStore
     vault: Vault
@@ -87,6 +87,19 @@ class World:
     prefixes: PrefixStore | None = None
     keeps_prefixes: bool = False  # whether the run file lets hidden states be kept
     places: Mapping[str, BlobStore] = field(default_factory=dict)  # of the rooms; none of fakes
+    hooks: tuple[DeletionHook[World], ...] = ()
+
+    @property
+    def base(self) -> str:
+        """The digest of the frozen base."""
+        return self.plain_recipe.base
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe of shards over the base and the patches that the ledger names. Raises
+        IntegrityError."""
+        stack = [each.adapter_sha256 for each in patches_beneath(self.ledger, self.base)]
+        return replace(self.plain_recipe, base=patched_digest(self.base, stack))
 
     @property
     def reported_areas(self) -> tuple[str, ...]:
@@ -116,6 +129,22 @@ def model_digest(world: World) -> str:
 def trained_over(ledger: Ledger) -> tuple[str, ...]:
     """Keys of the patches that the shards are trained over, lowest first."""
     return tuple(json.loads(ledger.meta().get(TRAINED_OVER, "[]")))
+
+
+def patches_beneath(ledger: Ledger, base: str) -> list[Patch]:
+    """Return the patches that shards are trained over, lowest first; those of a former base are none."""
+    keys = trained_over(ledger)
+    if not keys:
+        return []
+    patches = {each.key: each for each in ledger.patches() if each.manifest_sha256}
+    if absent := [key for key in keys if key not in patches]:
+        raise IntegrityError(
+            "the ledger lacks patches that shards are trained over",
+            got=f"{len(absent)} of {len(keys)}",
+            next_step="restore the model directory from a backup",
+        )
+    found = [patches[key] for key in keys]
+    return found if all(each.job.base == base for each in found) else []
 
 
 def known_by_area(world: World) -> dict[str, frozenset[str]]:

@@ -27,7 +27,7 @@ from sisa.core.digest import Keyed
 from sisa.core.domain import Chain, Head
 from sisa.core.errors import Busy, InvalidInput
 from sisa.core.events import Report
-from sisa.core.ports import Change, Executor
+from sisa.core.ports import Change, Executor, OnStage, ignore_stage
 from sisa.flows.reconcile import reconcile
 from sisa.flows.wiring import opening
 from sisa.flows.wiring.world import model_digest
@@ -357,20 +357,20 @@ def test_the_served_model_is_never_a_damaged_one(model: Path) -> None:
 def test_a_gap_is_trained_on_top_of_the_stage_before_it(model: Path) -> None:
     lose_middle = checkpoint(model, 1)
     shutil.rmtree(lose_middle)
-    chains: list[Chain] = []
+    seen: list[Chain] = []
 
     class Looking:
         def __init__(self, inner: Executor) -> None:
             self.inner = inner
 
-        def run(self, some: Sequence[Chain], report: Report) -> None:
-            chains.extend(some)
-            self.inner.run(some, report)
+        def run(self, chains: Sequence[Chain], report: Report, on_stage: OnStage = ignore_stage) -> None:
+            seen.extend(chains)
+            self.inner.run(chains, report, on_stage)
 
     with world_of(model) as world:
         real = world.executor_for
         mend(replace(world, executor_for=lambda store: Looking(real(store))), model)
-    (chain,) = chains
+    (chain,) = seen
     assert chain.parent is not None
     assert chain.parent.key == checkpoint(model, 0).name
     assert [job.key for job in chain.jobs] == [lose_middle.name]

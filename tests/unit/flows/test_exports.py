@@ -79,7 +79,8 @@ def row(fake: FakeModel, number: int) -> RecordRow:
 
 def forget(fake: FakeModel, *numbers: int) -> Request:
     rows = [row(fake, number) for number in numbers]
-    return forget_at_once(fake.world, lifecycle.arrive(fake.world, rows, (), Terms(approver="dpo")))
+    arrived = lifecycle.arrive(fake.world, rows, (), Terms(approver="dpo"))
+    return forget_at_once(fake.world, arrived).requests[0]
 
 
 def knows(fake: FakeModel, number: int) -> set[str]:

@@ -581,7 +581,7 @@ def test_a_damaged_file_to_build_on_stops_the_deletion_before_it(fake: FakeModel
 
 def test_a_deletion_at_once_lives_the_same_life(fake: FakeModel) -> None:
     arrived = lifecycle.arrive(fake.world, rows(fake, 3), (), APPROVED)
-    done = forget_at_once(fake.world, arrived)
+    (done,) = forget_at_once(fake.world, arrived).requests
     assert (done.request_id, done.state) == (arrived.request.request_id, "completed")
     assert states(fake, done) == WHOLE_LIFE
     assert held_bytes(fake) == held_bytes(trained(set(range(NUM_RECORDS)) - {3}))

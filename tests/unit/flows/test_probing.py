@@ -48,7 +48,8 @@ def rows(fake: FakeModel, *numbers: int) -> list[RecordRow]:
 
 
 def forgotten(fake: FakeModel, *numbers: int) -> Request:
-    return forget_at_once(fake.world, arrive(fake.world, rows(fake, *numbers), (), TERMS))
+    done = forget_at_once(fake.world, arrive(fake.world, rows(fake, *numbers), (), TERMS))
+    return done.requests[0]
 
 
 def test_the_base_is_asked_when_the_model_is_clean_and_the_text_still_there(fake: FakeModel) -> None:

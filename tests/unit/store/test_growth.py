@@ -25,7 +25,7 @@ from sisa.core import requests as requests_module
 from sisa.core.digest import digest_of
 from sisa.core.domain import Head, HeldCheckpoint, Record, RecordRow, Request, SliceFile, SliceState
 from sisa.core.errors import IntegrityError
-from sisa.core.ports import Change
+from sisa.core.ports import Change, Removal
 from sisa.core.requests import event
 from sisa.flows import lifecycle, query
 from sisa.flows.deletion import commit_removed, forget, rows_named
@@ -314,7 +314,8 @@ def test_a_deletion_looks_for_its_own_rows_and_one_cut_short_for_any(
     gone = rows_named(model.world, first)
     forget(model.world, [first])
     assert [each for each in looked_for if each != ()] == [gone]
-    commit_removed(model.world, [second], {second.request_id: rows_named(model.world, second)}, Change())
+    named = {second.request_id: rows_named(model.world, second)}
+    commit_removed(model.world, Removal([second], named), Change())
     looked_for.clear()
     reconcile(model.world)
     assert looked_for == [None, ()]
