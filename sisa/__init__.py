@@ -28,8 +28,8 @@ from sisa.core.errors import (
 )
 from sisa.flows.ask import Answer
 from sisa.flows.lifecycle import Terms
-from sisa.flows.wiring.opening import OnCluster
-from sisa.flows.wiring.outcome import ForgetOutcome, ForgetPlan, Status
+from sisa.flows.wiring.results import ForgetOutcome, ForgetPlan, Status
+from sisa.flows.wiring.wiring import OnCluster
 from sisa.model import Model, open_model
 from sisa.train import train_model
 

@@ -58,12 +58,12 @@ from sisa.flows.lifecycle import Terms
 from sisa.flows.reconcile import reconcile
 from sisa.flows.scratch import guard
 from sisa.flows.stale_exports import missing
+from sisa.flows.wiring.context import Context, model_digest, view_shards
 from sisa.flows.wiring.opened import WAITS_S, OpenedModel, asked_again, silent
-from sisa.flows.wiring.opening import LEDGER, OpenExecutor
-from sisa.flows.wiring.outcome import ForgetOutcome, ForgetPlan, Status
+from sisa.flows.wiring.results import ForgetOutcome, ForgetPlan, Status
 from sisa.flows.wiring.run_context import running
+from sisa.flows.wiring.wiring import LEDGER, OpenExecutor
 from sisa.flows.wiring.witness import witness_standing
-from sisa.flows.wiring.world import World, model_digest, view_shards
 from sisa.lm.answer.route import Route
 from sisa.planning.batching import RunPlan
 from sisa.planning.cost import estimate_seconds, full_record_epochs, orders_record_epochs, serving_depth
@@ -88,10 +88,10 @@ class Model(OpenedModel):
         if isinstance(source, str | Path):
             source = read_like(self.config, source, subjects="column")
             self.report(Notice(source.subject_report()))
-        with named_by_place(source), self._writing() as world:
+        with named_by_place(source), self._writing() as context:
             guarded = partial(guard, self.config)
-            taken = add(world, source, allow_deleted=allow_deleted, append=append, checks=[guarded])
-            return replace(taken, prompts=held_prompts(world, self.config))
+            taken = add(context, source, allow_deleted=allow_deleted, append=append, checks=[guarded])
+            return replace(taken, prompts=held_prompts(context, self.config))
 
     def resume(self, source: Sequence[Record] = ()) -> Taken:
         """Train what is missing; records of `source` are only compared with the held ones."""
@@ -100,15 +100,15 @@ class Model(OpenedModel):
 
     def _resume(self, source: Sequence[Record]) -> Taken:
         """The caller holds the lock."""
-        with self._world(locked=True) as world:
-            _ = self.parts.base  # refuses a changed base
-            return replace(train(world, source), prompts=held_prompts(world, self.config))
+        with self._context(locked=True) as context:
+            _ = self.resources.base  # refuses a changed base
+            return replace(train(context, source), prompts=held_prompts(context, self.config))
 
     @asked_again
     def where(self, ids: Sequence[str]) -> list[query.Location]:
         """Shard, slice, checkpoints and heads of each record. Raises UnknownRecord."""
-        with self._world() as world, world.ledger.snapshot():
-            return query.where(world, ids)
+        with self._context() as context, context.stores.ledger.snapshot():
+            return query.where(context, ids)
 
     @asked_again
     def find(
@@ -124,26 +124,26 @@ class Model(OpenedModel):
         with the beginning of their texts if `show_text`."""
         if sum(each is not None for each in (text, subject, like)) != 1:
             raise InvalidInput("give exactly one of text, subject and like")
-        with self._world() as world:
+        with self._context() as context:
             if subject is not None:
-                return query.find_subject(world, subject, top_k, show_text=show_text)
+                return query.find_subject(context, subject, top_k, show_text=show_text)
             if like is not None:
-                return query.find_like(world, like, top_k, show_text=show_text)
-            return query.find_text(world, [str(text)], top_k, show_text=show_text)
+                return query.find_like(context, like, top_k, show_text=show_text)
+            return query.find_text(context, [str(text)], top_k, show_text=show_text)
 
     @asked_again
     def ids_of_subject(self, subject: str) -> list[str]:
         """Ids of a subject's held records. Raises UnknownRecord."""
-        with self._world() as world:
-            live, _ = query.of_subject(world, subject)
-            return sorted(each.record.id for each in query.stored(world, live))
+        with self._context() as context:
+            live, _ = query.of_subject(context, subject)
+            return sorted(each.record.id for each in query.stored(context, live))
 
     @asked_again
     def plan_forget(self, ids: Sequence[str] = (), *, subject: str | None = None) -> ForgetPlan:
         """What `forget` would do; changes nothing."""
-        with self._world() as world, world.ledger.snapshot():
-            planned = plan_forget(world, *_named(world, ids, subject))
-            measured = world.ledger.checkpoints()
+        with self._context() as context, context.stores.ledger.snapshot():
+            planned = plan_forget(context, *_named(context, ids, subject))
+            measured = context.stores.ledger.checkpoints()
             rewritten = len(planned.remaining)
             return ForgetPlan(
                 forgetting=planned,
@@ -167,123 +167,126 @@ class Model(OpenedModel):
         patch (`unlearn.py`). `defer`: heads roll back and bytes are erased now; what is to be trained
         again is left to the next `run`, `resume` or deletion.
         """
-        with self._writing() as world:
-            live, dead = _named(world, ids, subject)
+        with self._writing() as context:
+            live, dead = _named(context, ids, subject)
             if not live:
-                finished = reconcile(world, defer=defer)  # a deletion that a crash cut short
-                return _forgotten(world, None, dead, finished.kept_versions, deferred=defer)
-            _ = self.parts.base  # refuses a changed base before anything is erased
+                finished = reconcile(context, defer=defer)  # a deletion that a crash cut short
+                return _forgotten(context, None, dead, finished.kept_versions, deferred=defer)
+            _ = self.resources.base  # refuses a changed base before anything is erased
             arrived = lifecycle.arrive(
-                world, live, (), Terms(approver=DIRECT, reason=DIRECT, consent=consent)
+                context, live, (), Terms(approver=DIRECT, reason=DIRECT, consent=consent)
             )
-            done = forget_at_once(world, arrived, defer=defer)
-            return _forgotten(world, done.requests[0], dead, done.kept_versions, deferred=defer)
+            done = forget_at_once(context, arrived, defer=defer)
+            return _forgotten(context, done.requests[0], dead, done.kept_versions, deferred=defer)
 
     def submit(
         self, ids: Sequence[str] = (), *, subject: str | None = None, terms: Terms | None = None
     ) -> lifecycle.Submitted:
         """Take in a request that waits to be approved and run. Raises UnknownRecord, ConfigConflict."""
-        with self._writing() as world:
-            live, dead = _named(world, ids, subject)
-            found = lifecycle.copies(world, live, full_scan=True)
-            near = query.near(world, live, NEAR_DUPLICATE, found) if live else []
-            request = lifecycle.submit(world, live, dead, terms or Terms())
-            return lifecycle.Submitted(request, tuple(query.ids_of(world, found)), tuple(near))
+        with self._writing() as context:
+            live, dead = _named(context, ids, subject)
+            found = lifecycle.copies(context, live, full_scan=True)
+            near = query.near(context, live, NEAR_DUPLICATE, found) if live else []
+            request = lifecycle.submit(context, live, dead, terms or Terms())
+            return lifecycle.Submitted(request, tuple(query.ids_of(context, found)), tuple(near))
 
     @asked_again
     def requests(self) -> list[lifecycle.RequestView]:
         """All requests, oldest first, with the days left to each."""
-        with self._world() as world, world.ledger.snapshot():
-            return lifecycle.views(world)
+        with self._context() as context, context.stores.ledger.snapshot():
+            return lifecycle.views(context)
 
     @asked_again
     def request(self, request_id: str) -> lifecycle.RequestView:
         """One request by its id or external id, with its history. Raises UnknownRecord."""
-        with self._world() as world, world.ledger.snapshot():
-            return lifecycle.viewed(world, lifecycle.find(world, request_id))
+        with self._context() as context, context.stores.ledger.snapshot():
+            return lifecycle.viewed(context, lifecycle.find(context, request_id))
 
     def decide(self, request_id: str, state: RequestState, note: str = "") -> lifecycle.RequestView:
         """Move a request to approved, held, denied or cancelled. Raises ConfigConflict."""
-        with self._writing() as world:
-            return lifecycle.viewed(world, lifecycle.decide(world, request_id, state, note))
+        with self._writing() as context:
+            return lifecycle.viewed(context, lifecycle.decide(context, request_id, state, note))
 
     def extend(self, request_id: str, reason: str) -> lifecycle.RequestView:
         """Extend a request's due date once, with a reason. Raises ConfigConflict."""
-        with self._writing() as world:
-            return lifecycle.viewed(world, lifecycle.extend(world, request_id, reason))
+        with self._writing() as context:
+            return lifecycle.viewed(context, lifecycle.extend(context, request_id, reason))
 
     @asked_again
     def plan_run(self) -> RunPlan:
         """Whether to carry the approved requests out now or later, and why. Changes nothing."""
-        with self._world() as world, world.ledger.snapshot():
-            return lifecycle.plan_run(world)
+        with self._context() as context, context.stores.ledger.snapshot():
+            return lifecycle.plan_run(context)
 
     @asked_again
     def queue(self) -> QueueSeen:
         """The requests as they stand, told to the report too."""
-        with running(), self._world() as world:
-            with world.ledger.snapshot():
-                seen = lifecycle.queue_seen(world)
-            world.report(seen)
+        with running(), self._context() as context:
+            with context.stores.ledger.snapshot():
+                seen = lifecycle.queue_seen(context)
+            context.report(seen)
             return seen
 
     def run(self) -> tuple[Request, ...]:
         """Carry out all approved requests as one batch; finish what was put off or cut short before. The
         requests that this was for, those begun before first."""
-        with self._writing() as world:
-            begun = {each.request_id for each in world.ledger.requests() if is_under_way(each)}
-            waiting = lifecycle.approved(world)
+        with self._writing() as context:
+            begun = {each.request_id for each in context.stores.ledger.requests() if is_under_way(each)}
+            waiting = lifecycle.approved(context)
             if waiting:
-                _ = self.parts.base  # refuses a changed base before anything is erased
-                done = lifecycle.carry_out(world, waiting)
+                _ = self.resources.base  # refuses a changed base before anything is erased
+                done = lifecycle.carry_out(context, waiting)
             else:
                 done = ()
-                reconcile(world)
-            return (*(each for each in world.ledger.requests() if each.request_id in begun), *done)
+                reconcile(context)
+            return (
+                *(each for each in context.stores.ledger.requests() if each.request_id in begun),
+                *done,
+            )
 
     @asked_again
     def status(self) -> Status:
         """Shards, slices, heads, requests and sizes."""
-        with self._world(outdated=True) as world:
-            exports = tuple(query.exports(world))
-            prompts = held_prompts(world, self.config)
-            sizes = {room: world.places[room].num_bytes("") for room in world.reported_areas}
-            with world.ledger.snapshot():
-                return self._status(world, exports, sizes, prompts)
+        with self._context(outdated=True) as context:
+            exports = tuple(query.exports(context))
+            prompts = held_prompts(context, self.config)
+            sizes = {room: context.stores.blobs[room].num_bytes("") for room in context.reported_areas}
+            with context.stores.ledger.snapshot():
+                return self._status(context, exports, sizes, prompts)
 
     def _status(
         self,
-        world: World,
+        context: Context,
         exports: tuple[query.ExportStatus, ...],
         sizes: dict[str, int],
         prompts: HeldPrompts | None,
     ) -> Status:
-        heads = world.ledger.heads()
-        views = view_shards(world, [head.shard for head in heads])
-        full = full_record_epochs(views, world.recipe)
+        heads = context.stores.ledger.heads()
+        views = view_shards(context, [head.shard for head in heads])
+        full = full_record_epochs(views, context.recipe)
         return Status(
             directory=str(self.directory),
-            records=sum(world.ledger.counts().values()),
-            deleted_records=world.ledger.num_tombstones(),
-            model_digest=model_digest(world),
+            records=sum(context.stores.ledger.counts().values()),
+            deleted_records=context.stores.ledger.num_tombstones(),
+            model_digest=model_digest(context),
             base_model=self.base.name,
             base_digest=self.base.digest,
             embedder=self.embedder.name,
             schedule=self.config.sisa.schedule,
-            shards=tuple(query.shards(world)),
-            requests=tuple(world.ledger.requests()),
+            shards=tuple(query.shards(context)),
+            requests=tuple(context.stores.ledger.requests()),
             exports=exports,
             sizes_bytes={LEDGER: files.num_bytes(self.directory / LEDGER), **sizes},
-            witness=(world.witness.location(), witness_standing(world)),
-            event_head=world.ledger.event_head(),
-            num_orders=1 + len(world.recipe.orders),
+            witness=(context.stores.witness.location(), witness_standing(context)),
+            event_head=context.stores.ledger.event_head(),
+            num_orders=1 + len(context.recipe.orders),
             serving_depth=serving_depth(heads, views),
             record_epochs_full=full,
             checkpoint_budget_bytes=self.config.sisa.checkpoint_budget_bytes,
-            records_without_subject=world.ledger.num_without_subject()[0],
+            records_without_subject=context.stores.ledger.num_without_subject()[0],
             checkpoint_bytes=sum(each.num_bytes for view in views for each in view.held),
-            record_epochs_others=orders_record_epochs(views, world.recipe) - full,
-            form=prompt_form(world),
+            record_epochs_others=orders_record_epochs(views, context.recipe) - full,
+            form=prompt_form(context),
             prompts=prompts,
         )
 
@@ -296,12 +299,12 @@ class Model(OpenedModel):
         if replay == "none":
             return self._checked()
         with contextlib.ExitStack() as stack:
-            world = stack.enter_context(self._writing())
-            chosen = shards_to_replay(world, replay, shard)
+            context = stack.enter_context(self._writing())
+            chosen = shards_to_replay(context, replay, shard)
             stack.callback(self._clear_scratch)
-            world = replace(world, report=self.report)  # what is trained only to compare is not kept
-            apart = stages_apart(self, world)
-            return verify(world, chosen, scratch_store(world), apart, require_replay=require_replay)
+            context = replace(context, report=self.report)  # what is trained only to compare is not kept
+            apart = stages_apart(self, context)
+            return verify(context, chosen, scratch_store(context), apart, require_replay=require_replay)
 
     @asked_again
     def _checked(self) -> Verification:
@@ -309,14 +312,14 @@ class Model(OpenedModel):
         committed yet looks like damage. Raises Busy where that can't be had."""
         for wait_s in WAITS_S:
             time.sleep(wait_s)
-            with self._world(outdated=True) as world:
-                found = verify(world, [], None)
+            with self._context(outdated=True) as context:
+                found = verify(context, [], None)
             if found.ok:
                 return found
             with undisturbed(self.directory) as free:
                 if free:
-                    with self._world(as_it_is=True) as world:
-                        return verify(world, [], None)
+                    with self._context(as_it_is=True) as context:
+                        return verify(context, [], None)
         raise self._busy()
 
     def generate(self, prompt: Prompt, *, max_new_tokens: int = 48, kind: Kind | None = None) -> Answer:
@@ -330,21 +333,21 @@ class Model(OpenedModel):
         self, prompts: Sequence[Prompt], *, max_new_tokens: int = 48, kind: Kind | None = None
     ) -> list[Answer]:
         """Answers to several prompts; the models are loaded once."""
-        with self._world() as world:
-            return ask(world, self.parts, prompts, max_new_tokens, kind, self._ledger)
+        with self._context() as context:
+            return ask(context, self.resources, prompts, max_new_tokens, kind, self._ledger)
 
     @asked_again
     def routes(self, prompts: Sequence[Prompt]) -> list[Route]:
         """The shards that would answer each prompt, and their weights."""
-        with self._world() as world:
-            return routes_of(world, self.parts, prompts)
+        with self._context() as context:
+            return routes_of(context, self.resources, prompts)
 
     @asked_again
     def answerer(self) -> tuple[Answerer, Kind]:
         """Return all constituent models that are served now, and how prompts are put to them. Once a
         deletion or another change has replaced one of them, they raise Outdated instead of answering."""
-        with self._world() as world:
-            return open_answerer(world, self.parts, open_ledger=self._ledger), prompt_form(world)
+        with self._context() as context:
+            return open_answerer(context, self.resources, open_ledger=self._ledger), prompt_form(context)
 
     def as_transformers(self, **options: Any) -> AggregatedModel:
         """Return what is served now as a `PreTrainedModel` with `generate`, for tools that know nothing
@@ -357,14 +360,14 @@ class Model(OpenedModel):
     def export(self, to: Path | str, form: ExportForm = "peft") -> list[Path]:
         """What is served, for other tools, in a new version under `to`, kept in the ledger: a deletion
         that touches it erases it. Raises InvalidInput if `to` is no directory."""
-        with self._writing() as world:
-            return export_adapters(world, self.parts, Path(to), form)
+        with self._writing() as context:
+            return export_adapters(context, self.resources, Path(to), form)
 
     @asked_again
     def exports_missing(self) -> list[str]:
         """Paths of exports that a deletion could not erase: they were moved, or changed since."""
-        with self._world() as world:
-            return [each.path for each in missing(world)]
+        with self._context() as context:
+            return [each.path for each in missing(context)]
 
 
 def open_model(
@@ -375,25 +378,25 @@ def open_model(
 
 
 def _named(
-    world: World, ids: Sequence[str], subject: str | None
+    context: Context, ids: Sequence[str], subject: str | None
 ) -> tuple[list[RecordRow], list[Tombstone]]:
     if (subject is None) == (not ids):
         raise InvalidInput("give record ids or a subject, not both and not neither")
     if subject is not None:
-        return query.of_subject(world, subject)
-    held = [each for _, each in query.lookup(world, list(dict.fromkeys(ids)))]
+        return query.of_subject(context, subject)
+    held = [each for _, each in query.lookup(context, list(dict.fromkeys(ids)))]
     live = [each for each in held if isinstance(each, RecordRow)]
     return live, [each for each in held if isinstance(each, Tombstone)]
 
 
 def _forgotten(
-    world: World,
+    context: Context,
     request: Request | None,
     dead: Sequence[Tombstone],
     kept: tuple[KeptVersions, ...],
     *,
     deferred: bool,
 ) -> ForgetOutcome:
-    lost = tuple(each.path for each in missing(world))
-    digest = model_digest(world)
+    lost = tuple(each.path for each in missing(context))
+    digest = model_digest(context)
     return ForgetOutcome(request, tuple(dead), digest, lost, kept, deferred)

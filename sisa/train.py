@@ -31,14 +31,14 @@ from sisa.flows.ingest import Taken, check_same_records, train
 from sisa.flows.reconcile import Trained, erase_unknown
 from sisa.flows.record_checks import check_all, check_generations, check_not_deleted, check_risks
 from sisa.flows.scratch import guard, prepare_base
-from sisa.flows.wiring import opening
+from sisa.flows.wiring import wiring
+from sisa.flows.wiring.context import Context, commit, trained_over
 from sisa.flows.wiring.opened import silent
-from sisa.flows.wiring.opening import CHECKPOINTS, INDEX, KEY, LEDGER, LOCK, SCRATCH, VAULT, OpenExecutor
-from sisa.flows.wiring.parts import Parts, indexed_digest
 from sisa.flows.wiring.progress import progress
+from sisa.flows.wiring.resources import Resources, indexed_digest
 from sisa.flows.wiring.run_context import running
+from sisa.flows.wiring.wiring import CHECKPOINTS, INDEX, KEY, LEDGER, LOCK, SCRATCH, VAULT, OpenExecutor
 from sisa.flows.wiring.witness import catch_up, is_behind
-from sisa.flows.wiring.world import World, commit, trained_over
 from sisa.lm.base.numerics import require_device
 from sisa.model import Model
 from sisa.planning.assign import Assigner
@@ -86,7 +86,7 @@ def _train(
     allow_deleted: bool,
 ) -> tuple[Model, Taken]:
     directory = config.output_dir
-    opening.find_executor(executor)  # an unknown one is refused before anything is written
+    wiring.find_executor(executor)  # an unknown one is refused before anything is written
     require_device(config.precision)
     _refuse_keys_inside(config)
     first = not _committed(directory)
@@ -106,9 +106,9 @@ def _train(
     if accept_differences and any((each.key, each.effect) == ("base_model", "reset") for each in found):
         with named_by_place(records):
             prepare_base(config, records, executor, report)
-    parts = _new_parts(model, config, accept_differences=accept_differences)
+    resources = _new_resources(model, config, accept_differences=accept_differences)
     with named_by_place(records), model._locked():  # nobody else moves it before it is trained
-        moved = _move(model, config, parts, records, accept_differences=accept_differences)
+        moved = _move(model, config, resources, records, accept_differences=accept_differences)
         model._take(model._described())
         taken = model._resume(records)
     return model, replace(
@@ -129,18 +129,18 @@ def _first_training(
 ) -> tuple[Model, Taken]:
     """Nothing is written before every record and every part has been found good; but for a base from
     scratch, which is trained before tokens can be counted."""
-    secret = opening.new_secret(config)
+    secret = wiring.new_secret(config)
     keyed = Keyed(secret)
-    parts = Parts(config, None, None)
-    _refuse_records(config, records, keyed, parts, allow_deleted=allow_deleted)
-    opening.witness_of(config, keyed, opening.new_model_id()).check_writable()
+    resources = Resources(config, None, None)
+    _refuse_records(config, records, keyed, resources, allow_deleted=allow_deleted)
+    wiring.witness_of(config, keyed, wiring.new_model_id()).check_writable()
     if config.storage is not None:
         storage_root(config.storage).check_usable()
     prepare_base(config, records, executor, report)
-    parts.count_tokens(records)
-    parts.check_base()
+    resources.count_tokens(records)
+    resources.check_base()
     counted = Counter[str](record.kind for record in records)
-    meta = {**parts.meta(), FORM: usual_kind(counted)}
+    meta = {**resources.meta(), FORM: usual_kind(counted)}
     directory = config.output_dir
     files.make_directory(directory)
     if kind := files.network_file_system(directory):
@@ -154,28 +154,28 @@ def _first_training(
                 next_step="run the same command again",
             )
         named = {"key": keyed.name, "model": _new_name(config)}
-        opening.keep_key(directory, config, named["model"], secret)
-        world = opening.open_world(
+        wiring.keep_key(directory, config, named["model"], secret)
+        context = wiring.open_context(
             directory,
-            parts,
+            resources,
             keyed,
             executor,
             report,
-            base_digest=parts.base.digest,
+            base_digest=resources.base.digest,
             model=named["model"],
-            keyring=opening.open_keyring(config, named["model"]),
+            keyring=wiring.open_keyring(config, named["model"]),
             create=True,
         )
         try:
-            taken = train(world, records, {**meta, **named})
-            taken = replace(taken, prompts=held_prompts(world, config))
+            taken = train(context, records, {**meta, **named})
+            taken = replace(taken, prompts=held_prompts(context, config))
         finally:
-            opening.close(world)
+            wiring.close(context)
     return Model(directory, executor=executor, report=report), taken
 
 
 def _refuse_records(
-    config: RunConfig, records: list[Record], keyed: Keyed, parts: Parts, *, allow_deleted: bool
+    config: RunConfig, records: list[Record], keyed: Keyed, resources: Resources, *, allow_deleted: bool
 ) -> None:
     """Raises InvalidInput and ConfigConflict for records that a first training can't take. Tokens are
     counted by the base: by one from scratch, once it is there."""
@@ -183,11 +183,11 @@ def _refuse_records(
     bands = config.sisa.bands
     unplaced = unnamed(bands, records)
     placed = [each for each in enumerate(records) if each[0] not in unplaced]
-    deleted = [] if allow_deleted else opening.deleted_under(config, keyed)
+    deleted = [] if allow_deleted else wiring.deleted_under(config, keyed)
     check_all(
         lambda: check_risks(bands, records),
         lambda: check_not_deleted(Assigner(keyed, config.layout), placed, deleted, "trained"),
-        lambda: parts.count_tokens(records) if isinstance(config.base_model, str) else None,
+        lambda: resources.count_tokens(records) if isinstance(config.base_model, str) else None,
     )
 
 
@@ -196,7 +196,7 @@ def _new_name(config: RunConfig) -> str:
     cut short: keys and places bear it, and those of files that were given up must be found again."""
     ledger = SqlLedger(config.output_dir / LEDGER, create=True)
     try:
-        name = ledger.meta().get("model") or opening.new_model_id()
+        name = ledger.meta().get("model") or wiring.new_model_id()
         if config.encrypt or config.storage:
             ledger.commit(Change(meta={"model": name}))
     finally:
@@ -205,7 +205,7 @@ def _new_name(config: RunConfig) -> str:
 
 
 def _refuse_keys_inside(config: RunConfig) -> None:
-    keys, within = opening.keyrings(config).resolve(), [config.output_dir]
+    keys, within = wiring.keyrings(config).resolve(), [config.output_dir]
     within += [Path(config.storage)] if config.storage and not is_uri(config.storage) else []
     if any(keys.is_relative_to(each.resolve()) for each in within):
         raise InvalidInput(
@@ -217,7 +217,7 @@ def _refuse_keys_inside(config: RunConfig) -> None:
 
 def _refuse_lost_keys(model: Model, config: RunConfig) -> None:
     """Raises ConfigConflict when `keyring:` names a place to which the model's keys were not moved."""
-    old, new = (opening.keyrings(each) / model.id for each in (model.config, config))
+    old, new = (wiring.keyrings(each) / model.id for each in (model.config, config))
     needed = model.config.encrypt or model.keyring.held(VAULT)
     if needed and old != new and not new.is_dir():
         raise ConfigConflict(
@@ -231,7 +231,7 @@ def _secret(model: Model, config: RunConfig) -> bytes:
     """The secret that a run file names, or else the model's own."""
     if key_file := config.sisa.partition_key_file:
         return read_secret(key_file)
-    return opening.stored_secret(model.directory, config, model.id)
+    return wiring.stored_secret(model.directory, config, model.id)
 
 
 def _refuse_move(model: Model, config: RunConfig, *, accept_differences: bool) -> None:
@@ -268,21 +268,21 @@ def _graver(model: Model, config: RunConfig) -> list[Difference]:
     return [each for each in found if each.key != "sisa.partition_key_file"]
 
 
-def _new_parts(model: Model, config: RunConfig, *, accept_differences: bool) -> Parts | None:
+def _new_resources(model: Model, config: RunConfig, *, accept_differences: bool) -> Resources | None:
     """The parts that a run file names, resolved before the lock is held, since that may take long; None
     where the model's own are kept. Refuses what can be refused before."""
     _refuse_move(model, config, accept_differences=accept_differences)
     if not accept_differences:
         return None
-    parts = Parts(config, None, None)
-    _ = parts.base, parts.embedder
-    return parts
+    resources = Resources(config, None, None)
+    _ = resources.base, resources.embedder
+    return resources
 
 
 def _move(
     model: Model,
     config: RunConfig,
-    parts: Parts | None,
+    resources: Resources | None,
     records: list[Record],
     *,
     accept_differences: bool,
@@ -291,58 +291,58 @@ def _move(
     caller holds the lock, and `model` is what the ledger describes under it."""
     _refuse_move(model, config, accept_differences=accept_differences)
     effects = {each.effect for each in _graver(model, config)} - {"none"}
-    if parts is None:
-        parts = Parts(config, model.base, model.embedder)
+    if resources is None:
+        resources = Resources(config, model.base, model.embedder)
     else:
-        if parts.base.digest != model.base.digest:
+        if resources.base.digest != model.base.digest:
             effects.add("reset")
-        if indexed_digest(parts.embedder) != model.embedder.digest:
+        if indexed_digest(resources.embedder) != model.embedder.digest:
             effects.add("reindex")
     if not effects and not differences(model.config, config):
         return Trained(0, 0, ())
     if effects:
-        parts.check_base()
-    with model._world(as_it_is=True) as old:
+        resources.check_base()
+    with model._context(as_it_is=True) as old:
         if config.precision != DEFAULT_PRECISION:
             _refuse_patches(old)
-        _replay_first(old, moving=opening.witness_dir(config) != opening.witness_dir(model.config))
+        _replay_first(old, moving=wiring.witness_dir(config) != wiring.witness_dir(model.config))
         check_same_records(old, records)  # by the places, and so the generations, that they have now
-        if any(is_under_way(request) for request in old.ledger.requests()):
+        if any(is_under_way(request) for request in old.stores.ledger.requests()):
             erase_unknown(old)  # what a cut-short deletion left goes before anything is trained
-    world = opening.open_world(
+    context = wiring.open_context(
         model.directory,
-        parts,
+        resources,
         Keyed(_secret(model, config)),
         model.executor,
         model.report,
-        base_digest=parts.base.digest,
+        base_digest=resources.base.digest,
         model=model.id,
-        keyring=opening.open_keyring(config, model.id),
+        keyring=wiring.open_keyring(config, model.id),
     )
     try:
-        done = _moved(world, config, parts, effects)
+        done = _moved(context, config, resources, effects)
     finally:
-        opening.close(world)
-    opening.keep_key(model.directory, config, model.id, model.secret)
+        wiring.close(context)
+    wiring.keep_key(model.directory, config, model.id, model.secret)
     return done
 
 
-def _moved(world: World, config: RunConfig, parts: Parts, effects: set[Effect]) -> Trained:
+def _moved(context: Context, config: RunConfig, resources: Resources, effects: set[Effect]) -> Trained:
     if "reset" in effects:
-        held = [each.record for each in reconfigure.all_records(world)]
+        held = [each.record for each in reconfigure.all_records(context)]
         check_risks(config.sisa.bands, held)
         guard(config, held)
     if "reseal" in effects:
-        reconfigure.reseal_model(world)
+        reconfigure.reseal_model(context)
     if effects:
-        return reconfigure.move(world, effects, parts.meta())
-    commit(world, Change(meta={"config": config.to_canonical()}))
+        return reconfigure.move(context, effects, resources.meta())
+    commit(context, Change(meta={"config": config.to_canonical()}))
     return Trained(0, 0, ())
 
 
-def _refuse_patches(old: World) -> None:
-    patches = old.ledger.patches()
-    if active(patches) or wanted(patches) or trained_over(old.ledger):
+def _refuse_patches(old: Context) -> None:
+    patches = old.stores.ledger.patches()
+    if active(patches) or wanted(patches) or trained_over(old.stores.ledger):
         raise ConfigConflict(
             "the model has patches, and those are for the CPU in float32",
             where="device, dtype",
@@ -350,7 +350,7 @@ def _refuse_patches(old: World) -> None:
         )
 
 
-def _replay_first(old: World, *, moving: bool) -> None:
+def _replay_first(old: Context, *, moving: bool) -> None:
     """A restored backup catches up with the witness that it had, where the run file names another."""
     try:
         if is_behind(old):

@@ -23,8 +23,8 @@ from sisa.flows.patches import patching, vault_sets
 from sisa.flows.patches.composition import measure
 from sisa.flows.patches.patched_shards import shards_over
 from sisa.flows.patches.patching import Unlearnt, Wish
+from sisa.flows.wiring.context import patch_files, trained_over
 from sisa.flows.wiring.opened import asked_again
-from sisa.flows.wiring.world import patch_files, trained_over
 from sisa.model import Model
 from sisa.planning.patch_plan import active, wanted
 
@@ -41,21 +41,21 @@ def unlearn(
 
     Raises as `patching.want` and `patching.make_wanted`; InvalidInput where nothing is wanted.
     """
-    with model._writing() as world:
-        _ = model.parts.base  # refuses a changed base before anything is written
+    with model._writing() as context:
+        _ = model.resources.base  # refuses a changed base before anything is written
         if wish is not None:
-            patch = patching.want(world, wish, [lifecycle.find(world, each) for each in request_ids])
+            patch = patching.want(context, wish, [lifecycle.find(context, each) for each in request_ids])
             if patch.state == "active":
                 return Unlearnt(patch, False, patch.report, 0, 0)
-        elif not wanted(world.ledger.patches()):
+        elif not wanted(context.stores.ledger.patches()):
             raise InvalidInput(
                 "no patch is wanted", next_step="say what to forget, by --forget or --request"
             )
 
         def effect(before: Sequence[Patch], after: Sequence[Patch]) -> Mapping[str, Any]:
-            return measure(world, model.parts, before, after).to_json()
+            return measure(context, model.resources, before, after).to_json()
 
-        done = patching.make_wanted(world, max_seconds, effect, "" if wish is None else wish.reference)
+        done = patching.make_wanted(context, max_seconds, effect, "" if wish is None else wish.reference)
     if retrain_shards and not done.unfinished:
         return replace(done, slices_trained=retrain(model))
     return done
@@ -64,17 +64,17 @@ def unlearn(
 def retrain(model: Model) -> int:
     """Train all shards over the patches that are served now: exact with respect to that base. Number of
     slices that were trained. Raises ConfigConflict."""
-    with model._writing() as world:
-        stack = active(world.ledger.patches())
-        if trained_over(world.ledger) != tuple(each.key for each in stack):
-            shards_over(world, stack)
+    with model._writing() as context:
+        stack = active(context.stores.ledger.patches())
+        if trained_over(context.stores.ledger) != tuple(each.key for each in stack):
+            shards_over(context, stack)
     return model.resume().slices_trained
 
 
 def revert(model: Model, *, everything: bool = False, retrain_shards: bool = False) -> list[Patch]:
     """Take the newest patch back, or what is wanted, or all. Raises InvalidInput when there is none."""
-    with model._writing() as world:
-        gone = patching.revert_patches(world, everything=everything)
+    with model._writing() as context:
+        gone = patching.revert_patches(context, everything=everything)
     if retrain_shards:
         retrain(model)
     return gone
@@ -88,23 +88,27 @@ def release(
     everything: bool = False,
 ) -> list[VaultSet]:
     """Erase texts from the vault, on withdrawn consent. Raises UnknownRecord listing all unknown."""
-    with model._writing() as world:
-        held = [each for each in world.ledger.vault() if each.held]
-        named = held if everything else vault_sets.chosen(world, sets, request_ids)
+    with model._writing() as context:
+        held = [each for each in context.stores.ledger.vault() if each.held]
+        named = held if everything else vault_sets.chosen(context, sets, request_ids)
         if not named:
             raise InvalidInput("no text is in the vault", next_step="`sisa approx patches` lists sets")
-        return patching.release_sets(world, named)
+        return patching.release_sets(context, named)
 
 
 @asked_again
 def patches(model: Model) -> tuple[list[Patch], list[VaultSet], tuple[str, ...]]:
     """All patches there ever were, the vault's sets, and the patches that shards are trained over."""
-    with model._world() as world:
-        return world.ledger.patches(), world.ledger.vault(), trained_over(world.ledger)
+    with model._context() as context:
+        return (
+            context.stores.ledger.patches(),
+            context.stores.ledger.vault(),
+            trained_over(context.stores.ledger),
+        )
 
 
 @asked_again
 def served(model: Model) -> list[dict[str, bytes]]:
     """The files of the patches that are served now, lowest first. Raises IntegrityError."""
-    with model._world() as world:
-        return patch_files(world.patches, active(world.ledger.patches()))
+    with model._context() as context:
+        return patch_files(context.stores.patches, active(context.stores.ledger.patches()))

@@ -49,8 +49,8 @@ from sisa.core.events import Notice, PatchProgress, Report
 from sisa.core.patch import WRITTEN, PatchJob
 from sisa.core.ports import PatchMade, PatchOrder, PatchSite
 from sisa.core.precision import Precision
-from sisa.flows.wiring.opening import PATCHES
-from sisa.flows.wiring.world import patch_files
+from sisa.flows.wiring.context import patch_files
+from sisa.flows.wiring.wiring import PATCHES
 from sisa.lm.base.adapter import (
     ADAPTER_FILE,
     CONFIG_FILE,

@@ -44,7 +44,7 @@ def probe(directory: Path, file: Path, without_patches: bool) -> Result:
         else:
             lines = enumerate(read_lines(file))
             records = [Record(str(n), None, "text", (Part("text", line),)) for n, line in lines]
-        base = model.parts.base
+        base = model.resources.base
         patches = [] if without_patches else unlearn.served(model)
         found = open_probe(base.directory, base.digest, model.config, patches)(records)
     return Result({**asdict(found), "approximate": True}, "\n".join(render.probed(found)).strip())

@@ -29,7 +29,7 @@ from cluster.render.render import Result
 from sisa.core.precision import DeviceName, Dtype, Precision
 
 if TYPE_CHECKING:
-    from sisa.flows.wiring.opening import OpenExecutor
+    from sisa.flows.wiring.wiring import OpenExecutor
 
 
 @command("gc", "sisa gc -m model --dry-run")

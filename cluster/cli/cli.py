@@ -60,7 +60,7 @@ from sisa.flows.wiring.run_context import new_run, running
 
 if TYPE_CHECKING:
     from sisa.flows.ask import Prompt
-    from sisa.flows.wiring.opening import OpenExecutor
+    from sisa.flows.wiring.wiring import OpenExecutor
 
 __all__ = [
     "approx_cli",

@@ -23,7 +23,7 @@ from sisa.core.errors import InvalidInput, Problem
 
 if TYPE_CHECKING:
     from sisa.flows.ask import Prompt
-    from sisa.flows.wiring.opening import OpenExecutor
+    from sisa.flows.wiring.wiring import OpenExecutor
     from sisa.model import Model
 
 

@@ -15,7 +15,7 @@ import click
 from cluster.cli.command import command, model_option, opened
 from cluster.observe.curves import points, summary
 from cluster.render.render import Result, printable
-from sisa.flows.wiring.opening import METRICS
+from sisa.flows.wiring.wiring import METRICS
 from sisa.store.metrics import FileMetrics
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from sisa.core.errors import InvalidInput, Problem
 if TYPE_CHECKING:
     from sisa.config.config import RunConfig
     from sisa.flows.patches.patching import Wish
-    from sisa.flows.wiring.opening import OpenExecutor
+    from sisa.flows.wiring.wiring import OpenExecutor
     from sisa.model import Model
 
 METHODS = (

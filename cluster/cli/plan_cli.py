@@ -189,7 +189,7 @@ def _limits(
 
 def _measured(config: RunConfig) -> tuple[float, float]:
     """Mean bytes of a stage and record-epochs a second, of a model that there is; else 0 and 0."""
-    from sisa.flows.wiring.opening import LEDGER
+    from sisa.flows.wiring.wiring import LEDGER
     from sisa.store.ledger.ledger import SqlLedger
 
     file = config.output_dir / LEDGER

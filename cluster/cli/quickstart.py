@@ -25,7 +25,7 @@ from sisa.data.reader import read_records
 from sisa.data.samples import as_chats, distinctive_word, make_corpus, make_people, to_jsonl
 from sisa.flows.ask import Answer
 from sisa.flows.scratch import prepare_base
-from sisa.flows.wiring.opening import OpenExecutor
+from sisa.flows.wiring.wiring import OpenExecutor
 from sisa.store.blobs.files import write_atomic
 
 # Few texts, often repeated: so small a base, trained for minutes, learns that answers hold names and

@@ -32,7 +32,7 @@ from cluster.render.render import Result
 
 if TYPE_CHECKING:
     from sisa.core.domain import RequestState
-    from sisa.flows.wiring.opening import OpenExecutor
+    from sisa.flows.wiring.wiring import OpenExecutor
     from sisa.model import Model
 
 

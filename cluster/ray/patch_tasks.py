@@ -29,7 +29,7 @@ from sisa.core.domain import Record
 from sisa.core.errors import EnvironmentFault
 from sisa.core.events import Report
 from sisa.core.ports import PatchMade, PatchOrder, PatchSite
-from sisa.flows.wiring.opening import PATCHES
+from sisa.flows.wiring.wiring import PATCHES
 from sisa.lm.base.numerics import fingerprint
 from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.store.checkpoints import FILES

@@ -60,7 +60,7 @@ class Task:
 
 def open_parts(site: Site) -> Parts:
     """The real parts of a site; the base is kept per process."""
-    from sisa.flows.wiring.opening import open_stores, open_trainer
+    from sisa.flows.wiring.wiring import open_stores, open_trainer
     from sisa.lm.base.numerics import pin_threads
     from sisa.store.blobs.keyring import FileKeyring
     from sisa.store.blobs.local_blobs import LocalBlobs

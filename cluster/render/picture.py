@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from sisa.flows.query import ShardStatus
-    from sisa.flows.wiring.outcome import Status
+    from sisa.flows.wiring.results import Status
 
 Place = tuple[int, int]
 DIGEST_CHARS = 8

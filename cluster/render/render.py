@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from sisa.flows.ask import Answer, HeldPrompts
     from sisa.flows.ingest import Taken
     from sisa.flows.query import Candidate, Location
-    from sisa.flows.wiring.outcome import ForgetOutcome, ForgetPlan, Status
+    from sisa.flows.wiring.results import ForgetOutcome, ForgetPlan, Status
 
 EXIT_INTEGRITY = 4
 ENDED_AT_ONCE = "(the model ended at once)"  # instead of an empty answer

@@ -38,12 +38,12 @@ from sisa.config.config import RunConfig
 from sisa.core.digest import KEY_BYTES, Keyed
 from sisa.core.domain import RecordRow
 from sisa.core.errors import InvalidInput, SisaError, TransientError
-from sisa.flows.wiring import opening
+from sisa.flows.wiring import wiring
+from sisa.flows.wiring.context import Context
 from sisa.flows.wiring.opened import silent
-from sisa.flows.wiring.opening import CHECKPOINTS, KEY, LEDGER
-from sisa.flows.wiring.parts import Parts
+from sisa.flows.wiring.resources import Resources
+from sisa.flows.wiring.wiring import CHECKPOINTS, KEY, LEDGER
 from sisa.flows.wiring.witness import is_behind
-from sisa.flows.wiring.world import World
 from sisa.store.blobs import files
 from sisa.store.ledger.database import open_readonly
 from sisa.store.ledger.ledger import SqlLedger
@@ -208,10 +208,10 @@ def _opened(directory: Path) -> list[Finding]:
     except SisaError as error:
         return [finding("ledger_damaged", "error", LEDGER, error.what)]
     try:
-        config = opening.stored_config(meta)
-        base, embedder = opening.named(meta, "base"), opening.named(meta, "embedder")
-        model = opening.model_id(meta)
-        keyring = opening.open_keyring(config, model)
+        config = wiring.stored_config(meta)
+        base, embedder = wiring.named(meta, "base"), wiring.named(meta, "embedder")
+        model = wiring.model_id(meta)
+        keyring = wiring.open_keyring(config, model)
     except (SisaError, ValueError, KeyError, TypeError):
         return [
             finding(
@@ -219,11 +219,11 @@ def _opened(directory: Path) -> list[Finding]:
             )
         ]
     found, secret = _key(directory, config, model, meta.get("key", ""))
-    parts, keyed = Parts(config, base, embedder), Keyed(secret or bytes(KEY_BYTES))
+    resources, keyed = Resources(config, base, embedder), Keyed(secret or bytes(KEY_BYTES))
     try:
-        world = opening.open_world(
+        context = wiring.open_context(
             directory,
-            parts,
+            resources,
             keyed,
             "serial",
             silent,
@@ -236,32 +236,32 @@ def _opened(directory: Path) -> list[Finding]:
     except SisaError as error:
         return [*found, Finding("ledger_unreadable", "error", LEDGER, error.what, "", error.next_step)]
     try:
-        return found + _witness(world) + examine(world, directory, with_key=secret is not None)
+        return found + _witness(context) + examine(context, directory, with_key=secret is not None)
     except TransientError as error:
         what = f"{error.what} (got {error.got})" if error.got else error.what
         return [*found, Finding("storage", "error", error.where, what, "", error.next_step)]
     except SisaError as error:
         return [*found, finding("ledger_damaged", "error", LEDGER, error.what)]
     finally:
-        opening.close(world)
+        wiring.close(context)
 
 
-def _witness(world: World) -> list[Finding]:
+def _witness(context: Context) -> list[Finding]:
     """Find deletions that the witness records and the ledger lacks, or records otherwise.
 
     A ledger lacks them after it was restored from a backup.
     """
-    where = world.witness.location()
+    where = context.stores.witness.location()
     try:
-        witnessed = world.witness.read().tombstones
-        if not is_behind(world):
-            known = {each.id_digest: each for each in world.ledger.tombstones()}
+        witnessed = context.stores.witness.read().tombstones
+        if not is_behind(context):
+            known = {each.id_digest: each for each in context.stores.ledger.tombstones()}
             wrong = [key for key, each in witnessed.items() if known.get(key, each) != each]
             what = f"{len(wrong)} deletions are recorded otherwise than in the witness"
             return [finding("ledger_damaged", "error", LEDGER, what)] if wrong else []
     except SisaError as error:
         return [Finding("witness", "error", where, error.what, "", error.next_step)]
-    found = world.ledger.lookup(witnessed).values()
+    found = context.stores.ledger.lookup(witnessed).values()
     live = sum(isinstance(each, RecordRow) for each in found)
     what = f"the ledger is behind its witness: {live} deleted records are held again"
     return [Finding("behind", "error", where, what, "sweep", "any other command deletes them again")]
@@ -270,9 +270,9 @@ def _witness(world: World) -> list[Finding]:
 def _key(
     directory: Path, config: RunConfig, model: str, name: str
 ) -> tuple[list[Finding], bytes | None]:
-    path = opening.key_path(directory, config, model)
+    path = wiring.key_path(directory, config, model)
     try:
-        secret = opening.stored_secret(directory, config, model)
+        secret = wiring.stored_secret(directory, config, model)
     except SisaError as error:
         return [finding("key", "error", str(path), error.what)], None
     if Keyed(secret).name != name:

@@ -28,8 +28,15 @@ from sisa.core.requests import contradicted
 from sisa.data.temporary_files import walk
 from sisa.flows.reconcile import check_rows
 from sisa.flows.stale_exports import export_standing
-from sisa.flows.wiring.opening import CHECKPOINTS, INDEX, LEDGER, METRICS, PATCHES, RECORDS, VAULT
-from sisa.flows.wiring.world import ALWAYS_SEALED, World, first_index, known_by_area, purge, view_shard
+from sisa.flows.wiring.context import (
+    ALWAYS_SEALED,
+    Context,
+    first_index,
+    known_by_area,
+    purge,
+    view_shard,
+)
+from sisa.flows.wiring.wiring import CHECKPOINTS, INDEX, LEDGER, METRICS, PATCHES, RECORDS, VAULT
 from sisa.planning.assign import slice_root
 from sisa.planning.plan import gaps, plan_shard
 from sisa.store.blobs import files
@@ -91,34 +98,40 @@ def finding(
     return Finding(kind, severity, where, what, repair, REPAIR_STEPS[repair], shard, key)
 
 
-def examine(world: World, directory: Path, *, with_key: bool = True) -> list[Finding]:
+def examine(context: Context, directory: Path, *, with_key: bool = True) -> list[Finding]:
     """Return all findings of an opened model; `with_key=False` skips checks that need the right key."""
-    found = [*_rows(world), *_modes(world, directory), *_keyring(world), *forms(world), *_kept(world)]
-    for file in world.ledger.slices():
-        what = _damage(lambda file=file: _check_slice(world, file, with_key=with_key))  # type: ignore[misc]
+    found = [
+        *_rows(context),
+        *_modes(context, directory),
+        *_keyring(context),
+        *forms(context),
+        *_kept(context),
+    ]
+    for file in context.stores.ledger.slices():
+        what = _damage(lambda file=file: _check_slice(context, file, with_key=with_key))  # type: ignore[misc]
         if what:
             place = f"{RECORDS}/{file.name}"
             found.append(finding("slice", "error", place, what, shard=file.shard))
-    found += _indexes(world)
-    found += [*_checkpoints(world), *_patches(world)]
-    found += _exports(world)
-    found += _heads(world)
-    found += _gaps(world)
-    found += _unknown(world, directory, {each.key for each in found if each.key})
+    found += _indexes(context)
+    found += [*_checkpoints(context), *_patches(context)]
+    found += _exports(context)
+    found += _heads(context)
+    found += _gaps(context)
+    found += _unknown(context, directory, {each.key for each in found if each.key})
     return found
 
 
-def _rows(world: World) -> Iterator[Finding]:
-    if what := _damage(lambda: check_rows(world.ledger)):
+def _rows(context: Context) -> Iterator[Finding]:
+    if what := _damage(lambda: check_rows(context.stores.ledger)):
         yield finding("ledger_damaged", "error", LEDGER, what)
-    if contradicted(world.ledger.requests(), world.ledger.events()):
+    if contradicted(context.stores.ledger.requests(), context.stores.ledger.events()):
         what = "the requests' events do not form one chain that leads to their states"
         yield finding("ledger_damaged", "error", LEDGER, what)
 
 
-def _kept(world: World) -> Iterator[Finding]:
+def _kept(context: Context) -> Iterator[Finding]:
     """Find old versions of what was erased or replaced; they may hold deleted text."""
-    for each in purge(world, dry_run=True):
+    for each in purge(context, dry_run=True):
         yield finding("old_versions", "warning", each.where, f"kept by the bucket: {each.why}", "purge")
 
 
@@ -133,15 +146,15 @@ def _damage(check: Callable[[], object]) -> str:
     return ""
 
 
-def _modes(world: World, directory: Path) -> Iterator[Finding]:
+def _modes(context: Context, directory: Path) -> Iterator[Finding]:
     """Find files and directories that others than their owner may use."""
     if (mode := _mode(directory)) & OTHERS_WRITE:
         yield finding("mode", "warning", ".", f"others may write to it (mode {mode:o})", "mode")
-    for path in (*(directory / name for name in KEPT_FILES), Path(world.witness.location())):
+    for path in (*(directory / name for name in KEPT_FILES), Path(context.stores.witness.location())):
         if path.is_file() and (mode := _mode(path)) & OTHERS:
             yield _open_to_others(directory, path, f"others may use it (mode {mode:o})")
-    known = {**known_by_area(world), METRICS: run_files(directory / METRICS)}
-    for area, place in sorted(world.places.items()):
+    known = {**known_by_area(context), METRICS: run_files(directory / METRICS)}
+    for area, place in sorted(context.stores.blobs.items()):
         if (root := at_hand(place)) is None or not root.is_dir():
             continue
         held = [root, *(each for name in sorted(known.get(area, ())) for each in walk(root / name))]
@@ -160,12 +173,12 @@ def _open_to_others(directory: Path, path: Path, what: str) -> Finding:
     return finding("mode", "warning", where, what, "mode")
 
 
-def _keyring(world: World) -> Iterator[Finding]:
+def _keyring(context: Context) -> Iterator[Finding]:
     """Find a missing keyring, and keys that others than their owner may use."""
-    keyring = world.keyring
+    keyring = context.stores.keyring
     if not isinstance(keyring, FileKeyring):
         return
-    needed = [names for area, names in known_by_area(world).items() if keyring.seals or area == VAULT]
+    needed = [names for area, names in known_by_area(context).items() if keyring.seals or area == VAULT]
     if not keyring.root.is_dir() and any(needed):
         what = "the keyring is missing: sealed files can't be read"
         yield Finding("keyring", "error", str(keyring.root), what, "", RESTORE)
@@ -177,17 +190,17 @@ def _keyring(world: World) -> Iterator[Finding]:
             yield finding("mode", "warning", str(path), f"others may use it (mode {mode:o})", "mode")
 
 
-def forms(world: World) -> Iterator[Finding]:
+def forms(context: Context) -> Iterator[Finding]:
     """Find plain files of an encrypted model, and encrypted files and keys of a plain one."""
-    seals = world.keyring.seals
+    seals = context.stores.keyring.seals
     wrong = "encrypted, or still with a key, although the model is not encrypted"
     wrong = "not encrypted, although the model is" if seals else wrong
-    for area, names in known_by_area(world).items():
-        if area in ALWAYS_SEALED or area not in world.places:
+    for area, names in known_by_area(context).items():
+        if area in ALWAYS_SEALED or area not in context.stores.blobs:
             continue
-        keys = frozenset() if seals else world.keyring.held(area)
+        keys = frozenset() if seals else context.stores.keyring.held(area)
         for name in sorted(names):
-            place = world.places[area]
+            place = context.stores.blobs[area]
             inside = [f"{name}/{part}" for part in place.parts(name)] or [name]
             if name in keys or any(_sealed(place, each, seals) != seals for each in inside):
                 yield finding("form", "warning", f"{area}/{name}", wrong, "reseal")
@@ -201,15 +214,15 @@ def _sealed(place: BlobStore, name: str, unreadable: bool) -> bool:
         return unreadable
 
 
-def _check_slice(world: World, file: SliceFile, *, with_key: bool) -> None:
-    rows = {row.id_digest: row for row in world.ledger.rows(file.shard, file.slice)}
+def _check_slice(context: Context, file: SliceFile, *, with_key: bool) -> None:
+    rows = {row.id_digest: row for row in context.stores.ledger.rows(file.shard, file.slice)}
     if slice_root(rows.values()) != file.root:
         raise IntegrityError("the ledger's rows are not those of its slice file")
-    for stored in world.records.read(file):
+    for stored in context.stores.records.read(file):
         row = rows.pop(stored.id_digest, None)
         if row is None:
             raise IntegrityError("holds a record that the ledger does not")
-        wrong = world.assigner.differences(stored.record, row) if with_key else []
+        wrong = context.settings.assigner.differences(stored.record, row) if with_key else []
         if "record_digest" in wrong:
             raise IntegrityError("holds a record that is not the recorded one")
         if wrong:
@@ -218,51 +231,51 @@ def _check_slice(world: World, file: SliceFile, *, with_key: bool) -> None:
         raise IntegrityError(f"lacks {len(rows)} records that the ledger holds")
 
 
-def _indexes(world: World) -> Iterator[Finding]:
-    for head in world.ledger.heads():
-        file = first_index(world.ledger.indexes(head.shard))
-        wanted = sorted(row.vector_id for row in world.ledger.rows(head.shard))
+def _indexes(context: Context) -> Iterator[Finding]:
+    for head in context.stores.ledger.heads():
+        file = first_index(context.stores.ledger.indexes(head.shard))
+        wanted = sorted(row.vector_id for row in context.stores.ledger.rows(head.shard))
         if file is None and not wanted:
             continue
         what = "a shard with records has no index"
         if file is not None:
-            what = _damage(lambda file=file, wanted=wanted: _check_index(world, file, wanted))  # type: ignore[misc]
+            what = _damage(lambda file=file, wanted=wanted: _check_index(context, file, wanted))  # type: ignore[misc]
         if what:
             where = f"{INDEX}/{file.name}" if file else f"shard {head.shard}"
             yield finding("index", "error", where, what, "reindex", shard=head.shard)
 
 
-def _check_index(world: World, file: IndexFile, wanted: list[int]) -> None:
+def _check_index(context: Context, file: IndexFile, wanted: list[int]) -> None:
     if len(wanted) != file.num_vectors:
         raise IntegrityError(f"counts {file.num_vectors} vectors for {len(wanted)} records")
-    world.index.vectors(file, wanted)
+    context.stores.index.vectors(file, wanted)
 
 
-def _checkpoints(world: World) -> Iterator[Finding]:
-    for each in world.ledger.checkpoints():
-        if what := _damage(partial(_check_group, world, CHECKPOINTS, each.key, each.manifest_sha256)):
+def _checkpoints(context: Context) -> Iterator[Finding]:
+    for each in context.stores.ledger.checkpoints():
+        if what := _damage(partial(_check_group, context, CHECKPOINTS, each.key, each.manifest_sha256)):
             place = f"{CHECKPOINTS}/{each.key}"
             yield finding("checkpoint", "error", place, what, "retrain", shard=each.shard, key=each.key)
 
 
-def _patches(world: World) -> Iterator[Finding]:
+def _patches(context: Context) -> Iterator[Finding]:
     """Find damaged patches that are served or trained over, and damaged sets of texts for a patch."""
-    needed = known_by_area(world)[PATCHES]
-    for each in world.ledger.patches():
-        check = partial(_check_group, world, PATCHES, each.key, each.manifest_sha256)
+    needed = known_by_area(context)[PATCHES]
+    for each in context.stores.ledger.patches():
+        check = partial(_check_group, context, PATCHES, each.key, each.manifest_sha256)
         if each.key in needed and (what := _damage(check)):
             yield finding("patch", "error", f"{PATCHES}/{each.key}", what, "patches", key=each.key)
-    for found in world.ledger.vault():
-        if found.held and (what := _damage(partial(world.vault.check, found))):
+    for found in context.stores.ledger.vault():
+        if found.held and (what := _damage(partial(context.stores.vault.check, found))):
             yield finding("vault", "error", f"{VAULT}/{found.name}", what, "patches", key=found.name)
 
 
-def _check_group(world: World, area: str, key: str, manifest_sha256: str) -> None:
+def _check_group(context: Context, area: str, key: str, manifest_sha256: str) -> None:
     """Check the files of a checkpoint or a patch. Surplus files are reported as unknown ones instead."""
-    place = world.places[area]
+    place = context.stores.blobs[area]
 
     def checked(name: str, sha256: str, what: str) -> bytes:
-        plain = world.keyring.unseal(area, key, name, place.get(f"{key}/{name}", what))
+        plain = context.stores.keyring.unseal(area, key, name, place.get(f"{key}/{name}", what))
         return files.verified(plain, sha256, what, place.location(f"{key}/{name}"))
 
     manifest = checked(MANIFEST, manifest_sha256, "checkpoint manifest")
@@ -273,9 +286,9 @@ def _check_group(world: World, area: str, key: str, manifest_sha256: str) -> Non
         checked(name, sha256, "checkpoint file")
 
 
-def _exports(world: World) -> Iterator[Finding]:
-    for each in world.ledger.exports():
-        found = export_standing(world, each) if each.stale else ""
+def _exports(context: Context) -> Iterator[Finding]:
+    for each in context.stores.ledger.exports():
+        found = export_standing(context, each) if each.stale else ""
         if found == "held":
             yield finding("export", "error", each.path, "stale, and not erased yet", "sweep")
         elif found:
@@ -283,9 +296,9 @@ def _exports(world: World) -> Iterator[Finding]:
             yield Finding("export", "warning", each.path, f"stale, and {found}", "", step)
 
 
-def _heads(world: World) -> Iterator[Finding]:
-    heads = {head.shard: head for head in world.ledger.heads()}
-    expected = set(range(world.assigner.layout.num_shards))
+def _heads(context: Context) -> Iterator[Finding]:
+    heads = {head.shard: head for head in context.stores.ledger.heads()}
+    expected = set(range(context.settings.assigner.layout.num_shards))
     for shard in sorted(expected ^ heads.keys()):
         what = (
             "a shard has no head"
@@ -294,13 +307,13 @@ def _heads(world: World) -> Iterator[Finding]:
         )
         yield finding("head", "error", f"shard {shard}", what, "heads", shard=shard)
     for shard in sorted(expected & heads.keys()):
-        if what := _wrong_head(world, heads[shard]):
+        if what := _wrong_head(context, heads[shard]):
             yield finding("head", "error", f"shard {shard}", what, "heads", shard=shard)
 
 
-def _wrong_head(world: World, head: Head) -> str:
-    view = view_shard(world, head.shard)
-    should = plan_shard(view, world.recipe, world.fingerprint).head
+def _wrong_head(context: Context, head: Head) -> str:
+    view = view_shard(context, head.shard)
+    should = plan_shard(view, context.recipe, context.compute.fingerprint).head
     held = {each.key: each for each in view.held}
     if head.key is not None and head.key not in held:
         return "serves a checkpoint that the ledger does not hold"
@@ -313,27 +326,27 @@ def _wrong_head(world: World, head: Head) -> str:
     return ""
 
 
-def _gaps(world: World) -> Iterator[Finding]:
+def _gaps(context: Context) -> Iterator[Finding]:
     """Find missing stages before a held one: the head serves, but a deletion would retrain more."""
     heads = (
-        world.ledger.heads() if world.recipe.shard_budget is None else []
+        context.stores.ledger.heads() if context.recipe.shard_budget is None else []
     )  # a budget leaves gaps on purpose
     for head in heads:
-        view = view_shard(world, head.shard)
-        plan = plan_shard(view, world.recipe, world.fingerprint)
+        view = view_shard(context, head.shard)
+        plan = plan_shard(view, context.recipe, context.compute.fingerprint)
         held = {each.key for each in view.held}
         for job in gaps(plan, held):
             where = f"shard {job.shard}, slice {job.slice}"
             what = "a stage before the served one is not held: a deletion would retrain more"
-            if job.fingerprint == world.fingerprint:
+            if job.fingerprint == context.compute.fingerprint:
                 yield finding("gap", "warning", where, what, "retrain", shard=job.shard)
             else:
                 step = "nothing needs to be done; --repair closes it in the environment that trained it"
                 yield Finding("gap", "warning", where, what, "", step, job.shard)
 
 
-def _unknown(world: World, directory: Path, damaged: set[str]) -> Iterator[Finding]:
-    for each in list_garbage(world, directory):
+def _unknown(context: Context, directory: Path, damaged: set[str]) -> Iterator[Finding]:
+    for each in list_garbage(context, directory):
         if each.path.rpartition("/")[2] in damaged:
             continue
         if each.reason == STRAY:

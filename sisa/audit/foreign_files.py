@@ -26,7 +26,8 @@ from sisa.core.digest import file_sha256, sha256_hex
 from sisa.core.domain import Tombstone
 from sisa.core.errors import IntegrityError
 from sisa.core.ports import Keyring
-from sisa.flows.wiring.opening import (
+from sisa.flows.wiring.context import Context
+from sisa.flows.wiring.wiring import (
     CHECKPOINTS,
     INDEX,
     PATCHES,
@@ -36,7 +37,6 @@ from sisa.flows.wiring.opening import (
     SCRATCH,
     VAULT,
 )
-from sisa.flows.wiring.world import World
 from sisa.store.blobs.keyring import MAGIC, is_sealed
 
 ALONE = (RECORDS, INDEX, VAULT, PREFIXES)  # areas that hold files
@@ -126,14 +126,14 @@ def json_ids(path: Path) -> Iterator[str | None]:
 
 
 def not_held(
-    world: World, ids: Sequence[tuple[int, str | None]], *, ours: bool
+    context: Context, ids: Sequence[tuple[int, str | None]], *, ours: bool
 ) -> Iterator[tuple[str, str, str]]:
     """Yield (kind, what, position) for each row, given as (row number, id), that is residue.
 
     A tombstone's row is residue anywhere; a row with an unknown id only in a place that is `ours`.
     """
-    digests = {at: world.assigner.id_digest(each) for at, each in ids if each is not None}
-    found = world.ledger.lookup(digests.values())
+    digests = {at: context.settings.assigner.id_digest(each) for at, each in ids if each is not None}
+    found = context.stores.ledger.lookup(digests.values())
     for at, digest in digests.items():
         row = found.get(digest)
         if isinstance(row, Tombstone):

@@ -24,7 +24,8 @@ from sisa.audit.lineage import named_files
 from sisa.core.errors import IntegrityError, all_tried
 from sisa.core.ports import BlobStore, Change, KeptVersions
 from sisa.flows.stale_exports import give_up_lost
-from sisa.flows.wiring.opening import (
+from sisa.flows.wiring.context import Context, commit, known_by_area, open_shards, purge, view_shard
+from sisa.flows.wiring.wiring import (
     CHECKPOINTS,
     INDEX,
     KEY,
@@ -38,7 +39,6 @@ from sisa.flows.wiring.opening import (
     SCRATCH,
     VAULT,
 )
-from sisa.flows.wiring.world import World, commit, known_by_area, open_shards, purge, view_shard
 from sisa.planning.plan import plan_shard
 from sisa.store.blobs import files
 from sisa.store.blobs.local_blobs import LocalBlobs
@@ -95,24 +95,24 @@ class _Item:
     erase: Callable[[], None] = lambda: None
 
 
-def list_garbage(world: World, directory: Path) -> tuple[Garbage, ...]:
+def list_garbage(context: Context, directory: Path) -> tuple[Garbage, ...]:
     """Return what is retired or unknown to the ledger, in the directory and in the model's storage.
 
     What lies in the model directory comes first, in order of path.
     """
-    return tuple(each.garbage for each in _listed(world, directory))
+    return tuple(each.garbage for each in _listed(context, directory))
 
 
-def _listed(world: World, directory: Path) -> list[_Item]:
-    retired, waiting = _retired(world), _waiting(world)
-    known = {**known_by_area(world), METRICS: run_files(directory / METRICS)}
+def _listed(context: Context, directory: Path) -> list[_Item]:
+    retired, waiting = _retired(context), _waiting(context)
+    known = {**known_by_area(context), METRICS: run_files(directory / METRICS)}
     found: list[_Item] = []
     for name in sorted(files.held_names(directory) - KEPT_FILES):
         path = directory / name
         if name in AREAS and path.is_dir():
-            place = world.places[name]
+            place = context.stores.blobs[name]
             if path == at_hand(place):
-                found += _in_area(world, directory, name, known[name], retired, waiting)
+                found += _in_area(context, directory, name, known[name], retired, waiting)
             else:
                 found.append(_at(directory, path, UNKNOWN_FILE))
         elif name == SCRATCH:
@@ -120,16 +120,16 @@ def _listed(world: World, directory: Path) -> list[_Item]:
         else:
             ours = name.startswith(files.TEMPORARY_PREFIX)
             found.append(_at(directory, path, TEMPORARY if ours else STRAY, removable=ours))
-    for area, place in sorted(world.places.items()):
+    for area, place in sorted(context.stores.blobs.items()):
         root = at_hand(place)
         if root is not None and root.parent == directory:
             continue
         if area != SCRATCH:
-            found += _in_area(world, directory, area, known[area], retired, waiting)
+            found += _in_area(context, directory, area, known[area], retired, waiting)
         elif place.held():
             garbage = Garbage(place.location(), place.num_bytes(""), REPLAY, True)
             found.append(_Item(garbage, place.clear))
-    return found + _keys(world, known)
+    return found + _keys(context, known)
 
 
 def at_hand(place: BlobStore) -> Path | None:
@@ -138,21 +138,21 @@ def at_hand(place: BlobStore) -> Path | None:
 
 
 def _in_area(
-    world: World,
+    context: Context,
     directory: Path,
     area: str,
     known: frozenset[str],
     retired: frozenset[str],
     waiting: frozenset[str],
 ) -> list[_Item]:
-    place = world.places[area]
+    place = context.stores.blobs[area]
     found: list[_Item] = []
     for entry in sorted(place.held()):
         if entry in known and entry not in retired:
             if area in (CHECKPOINTS, PATCHES):
                 found += [
                     _in(directory, place, f"{entry}/{name}", SURPLUS)
-                    for name in _surplus(world, place, area, entry)
+                    for name in _surplus(context, place, area, entry)
                 ]
             continue
         kept = area == CHECKPOINTS and entry in waiting
@@ -160,13 +160,13 @@ def _in_area(
     return found
 
 
-def _keys(world: World, known: Mapping[str, frozenset[str]]) -> list[_Item]:
+def _keys(context: Context, known: Mapping[str, frozenset[str]]) -> list[_Item]:
     """Return keys without a file."""
     found = []
     for area in (*AREAS, SCRATCH):
-        needed = known.get(area, frozenset()) | _stored(world.places[area], area)
-        for name in sorted(world.keyring.held(area) - needed):
-            path = Path(world.keyring.location(area, name))
+        needed = known.get(area, frozenset()) | _stored(context.stores.blobs[area], area)
+        for name in sorted(context.stores.keyring.held(area) - needed):
+            path = Path(context.stores.keyring.location(area, name))
             found.append(_Item(Garbage(str(path), files.num_bytes(path), ORPHAN, True)))
     return found
 
@@ -203,47 +203,47 @@ def _reason(entry: str, retired: frozenset[str], kept: bool) -> str:
     return TEMPORARY if entry.startswith(files.TEMPORARY_PREFIX) else UNKNOWN_FILE
 
 
-def _retired(world: World) -> frozenset[str]:
+def _retired(context: Context) -> frozenset[str]:
     """Return the checkpoints that the next reconciliation drops; an unfinished shard's still serve."""
     found: set[str] = set()
-    for head in world.ledger.heads():
+    for head in context.stores.ledger.heads():
         if head.converged:
-            view = view_shard(world, head.shard)
-            found |= set(plan_shard(view, world.recipe, world.fingerprint).retired)
+            view = view_shard(context, head.shard)
+            found |= set(plan_shard(view, context.recipe, context.compute.fingerprint).retired)
     return frozenset(found)
 
 
-def _waiting(world: World) -> frozenset[str]:
+def _waiting(context: Context) -> frozenset[str]:
     """Return whole checkpoints of current targets that an interrupted run stored but did not record."""
-    known = {each.key for each in world.ledger.checkpoints()}
-    on_disk = world.checkpoints.held()
+    known = {each.key for each in context.stores.ledger.checkpoints()}
+    on_disk = context.stores.checkpoints.held()
     found = set()
-    for shard in open_shards(world):
-        plan = plan_shard(view_shard(world, shard), world.recipe, world.fingerprint)
+    for shard in open_shards(context):
+        plan = plan_shard(view_shard(context, shard), context.recipe, context.compute.fingerprint)
         for key in plan.stages:
             if key in on_disk and key not in known:
                 with contextlib.suppress(IntegrityError):
-                    found.add(world.checkpoints.describe(key).key)
+                    found.add(context.stores.checkpoints.describe(key).key)
     return frozenset(found)
 
 
-def _surplus(world: World, place: BlobStore, area: str, known: str) -> list[str]:
+def _surplus(context: Context, place: BlobStore, area: str, known: str) -> list[str]:
     """Return files in a known checkpoint or patch that its manifest does not name; none if damaged."""
-    expected = named_files(place, known, world.keyring, area)
+    expected = named_files(place, known, context.stores.keyring, area)
     return [] if expected is None else sorted(place.parts(known) - expected)
 
 
-def remove_garbage(world: World, directory: Path) -> tuple[Garbage, ...]:
+def remove_garbage(context: Context, directory: Path) -> tuple[Garbage, ...]:
     """Remove what is removable and return it; the caller holds the writer lock."""
-    found = [each for each in _listed(world, directory) if each.garbage.removable]
+    found = [each for each in _listed(context, directory) if each.garbage.removable]
     gone = [each.garbage for each in found]
     retired = [each.path.rpartition("/")[2] for each in gone if each.reason == RETIRED]
     if retired:
-        commit(world, Change(dropped=retired))
-    kept = {**known_by_area(world), SCRATCH: frozenset[str]()}
-    kept[CHECKPOINTS] |= _waiting(world)
+        commit(context, Change(dropped=retired))
+    kept = {**known_by_area(context), SCRATCH: frozenset[str]()}
+    kept[CHECKPOINTS] |= _waiting(context)
     for area, names in kept.items():
-        world.keyring.destroy(area, sorted(world.keyring.held(area) - names))
+        context.stores.keyring.destroy(area, sorted(context.stores.keyring.held(area) - names))
     with all_tried() as tried:
         for each in found:
             with tried():
@@ -257,14 +257,14 @@ def collect_garbage(model: Model, *, dry_run: bool, lost_exports: bool = False) 
     Raises Busy if something is to be removed while another process writes.
     """
     if dry_run:
-        with model._world() as world:
-            items = list_garbage(world, model.directory)
-            return Collected(True, items, 0, 0, kept=purge(world, dry_run=True))
-    with files.writer_lock(model.directory / LOCK), model._world(locked=True) as world:
-        items = list_garbage(world, model.directory)
-        removed = remove_garbage(world, model.directory)
-        given_up = give_up_lost(world) if lost_exports else ()
-        kept = purge(world)
+        with model._context() as context:
+            items = list_garbage(context, model.directory)
+            return Collected(True, items, 0, 0, kept=purge(context, dry_run=True))
+    with files.writer_lock(model.directory / LOCK), model._context(locked=True) as context:
+        items = list_garbage(context, model.directory)
+        removed = remove_garbage(context, model.directory)
+        given_up = give_up_lost(context) if lost_exports else ()
+        kept = purge(context)
     removed_bytes = sum(each.num_bytes for each in removed)
     return Collected(False, items, len(removed), removed_bytes, given_up, kept)
 

@@ -22,7 +22,7 @@ from sisa.core.domain import RecordRow, SliceJob
 from sisa.core.errors import IntegrityError
 from sisa.core.patch import PatchJob, parse_patch_job
 from sisa.core.ports import BlobStore, Keyring
-from sisa.flows.wiring.world import World, known_by_area
+from sisa.flows.wiring.context import Context, known_by_area
 from sisa.planning.assign import slice_root
 from sisa.store.checkpoints import CHECKPOINTS_AREA, MANIFEST
 
@@ -139,11 +139,11 @@ class FoundGroups:
     retired, or that belongs to a copy of the model, is clean if all its records are still held.
     """
 
-    def __init__(self, world: World) -> None:
-        self._world = world
-        self.checkpoints = {each.key: each for each in world.ledger.checkpoints()}
-        used = known_by_area(world)["patches"]
-        self.patches = {each.key: each for each in world.ledger.patches() if each.key in used}
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self.checkpoints = {each.key: each for each in context.stores.ledger.checkpoints()}
+        used = known_by_area(context)["patches"]
+        self.patches = {each.key: each for each in context.stores.ledger.patches() if each.key in used}
 
     def judge(self, manifest: bytes, are: Are) -> Verdict:
         """Judge a group by its manifest; `are` tells whether its files have the given digests."""
@@ -166,11 +166,11 @@ class FoundGroups:
         return NONE
 
     def _stage(self, job: SliceJob, manifest: bytes, whole: bool) -> Fault:
-        held, ledger = self.checkpoints.get(job.key), self._world.ledger
+        held, ledger = self.checkpoints.get(job.key), self._context.stores.ledger
         if not whole or (held and sha256_hex(manifest) != held.manifest_sha256):
             return "damaged", "a checkpoint whose bytes are not the recorded ones"
         seq = held.seq if held else ledger.seq()
-        if proves_clean(job, ledger.rows(job.shard), seq, self._world.recipe.num_slices):
+        if proves_clean(job, ledger.rows(job.shard), seq, self._context.recipe.num_slices):
             return NONE
         known = "held, though" if held else "not in the ledger, and"
         return "tainted", f"a checkpoint {known} not of held records alone"

@@ -30,9 +30,9 @@ from sisa.data.temporary_files import walk
 from sisa.flows.patches.on_deletion import give_up
 from sisa.flows.reconcile import just_trained, reconcile, train_chains
 from sisa.flows.reconfigure import reseal_model
-from sisa.flows.wiring import opening
+from sisa.flows.wiring import wiring
+from sisa.flows.wiring.context import Context, commit, embed_shard, view_shard
 from sisa.flows.wiring.witness import catch_up, is_behind
-from sisa.flows.wiring.world import World, commit, embed_shard, view_shard
 from sisa.planning.assign import index_root
 from sisa.planning.plan import ShardPlan, plan_shard, reached
 from sisa.store.blobs import files
@@ -52,44 +52,44 @@ class RepairOutcome:
 
 def repair(model: Model) -> RepairOutcome:
     """Diagnose a model, mend it, and diagnose it again. Raises Busy while another process writes."""
-    opening.check_executor(model.executor)  # before anything is written
+    wiring.check_executor(model.executor)  # before anything is written
     before = diagnose(model.directory)
-    with files.writer_lock(model.directory / opening.LOCK), model._world(as_it_is=True) as world:
-        found = examine(world, model.directory)
+    with files.writer_lock(model.directory / wiring.LOCK), model._context(as_it_is=True) as context:
+        found = examine(context, model.directory)
         if any(each.repair == "retrain" for each in found):
-            _ = model.parts.base  # raises for a changed base, before a checkpoint is given up
-        done = _mend_sources(world, found) if is_behind(world) else []
-        catch_up(world)
-        done += mend(world, model.directory).done
+            _ = model.resources.base  # raises for a changed base, before a checkpoint is given up
+        done = _mend_sources(context, found) if is_behind(context) else []
+        catch_up(context)
+        done += mend(context, model.directory).done
     return RepairOutcome(tuple(done), before, diagnose(model.directory))
 
 
-def _mend_sources(world: World, found: Sequence[Finding]) -> list[str]:
+def _mend_sources(context: Context, found: Sequence[Finding]) -> list[str]:
     """Mend what repeating the deletions relies on, without training on records that they delete."""
     if any(each.lost for each in found):
         return []
-    _, done = _give_up(world, found)
-    return _mend_indexes(world, found) + done
+    _, done = _give_up(context, found)
+    return _mend_indexes(context, found) + done
 
 
-def mend(world: World, directory: Path) -> RepairOutcome:
+def mend(context: Context, directory: Path) -> RepairOutcome:
     """Mend an opened model; the caller holds the writer lock."""
-    found = [*surroundings(directory), *examine(world, directory)]
+    found = [*surroundings(directory), *examine(context, directory)]
     done = _mend_modes(directory, found)
     unwritable = any(each.kind == "read_only" for each in found)
     if not unwritable and not any(each.lost for each in found):
-        done += _mend_indexes(world, found)
-        done += _mend_patches(world, found)
-        done += _mend_checkpoints(world, found)
-        done += _mend_heads(world, found)
-        removed = remove_garbage(world, directory)
+        done += _mend_indexes(context, found)
+        done += _mend_patches(context, found)
+        done += _mend_checkpoints(context, found)
+        done += _mend_heads(context, found)
+        removed = remove_garbage(context, directory)
         if removed:
             done.append(f"removed {len(removed)} unknown or retired files and directories")
-        done += _mend_forms(world, found)
-        trained = reconcile(world)
+        done += _mend_forms(context, found)
+        trained = reconcile(context)
         if trained.slices_trained:
             done.append(f"trained {trained.slices_trained} stages")
-    after = [*surroundings(directory), *examine(world, directory)]
+    after = [*surroundings(directory), *examine(context, directory)]
     after = [each for each in after if each.kind != "log"]  # this process just wrote to the log
     return RepairOutcome(tuple(done), diagnosis(directory, found), diagnosis(directory, after))
 
@@ -104,43 +104,46 @@ def _mend_modes(directory: Path, found: Sequence[Finding]) -> list[str]:
     return [f"made {len(paths)} files and directories readable by their owner only"] if wrong else []
 
 
-def _mend_forms(world: World, found: Sequence[Finding]) -> list[str]:
+def _mend_forms(context: Context, found: Sequence[Finding]) -> list[str]:
     wrong = [each for each in found if each.repair == "reseal"]
     if not wrong:
         return []
-    reseal_model(world)
+    reseal_model(context)
     return [f"rewrote {len(wrong)} files or checkpoints, encrypted or plain as the model is"]
 
 
-def _mend_indexes(world: World, found: Sequence[Finding]) -> list[str]:
+def _mend_indexes(context: Context, found: Sequence[Finding]) -> list[str]:
     done = []
     for shard in sorted({int(f.shard) for f in found if f.repair == "reindex" and f.shard is not None}):
-        rows = world.ledger.rows(shard)
+        rows = context.stores.ledger.rows(shard)
         if not rows:
-            commit(world, Change(unindexed=[shard]))
+            commit(context, Change(unindexed=[shard]))
         else:
-            wanted = embed_shard(world, shard, rows)
-            commit(world, Change(indexes=[world.index.build(shard, index_root(rows), None, wanted)]))
+            wanted = embed_shard(context, shard, rows)
+            commit(
+                context,
+                Change(indexes=[context.stores.index.build(shard, index_root(rows), None, wanted)]),
+            )
         done.append(f"built the index of shard {shard} from its slice files")
     return done
 
 
-def _mend_patches(world: World, found: Sequence[Finding]) -> list[str]:
+def _mend_patches(context: Context, found: Sequence[Finding]) -> list[str]:
     """Go on without damaged patches and sets of texts."""
     damaged = [each.key for each in found if each.repair == "patches"]
     if not damaged:
         return []
-    give_up(world, damaged)
+    give_up(context, damaged)
     return [f"gave up {len(damaged)} damaged patches or sets of texts"]
 
 
-def _mend_checkpoints(world: World, found: Sequence[Finding]) -> list[str]:
+def _mend_checkpoints(context: Context, found: Sequence[Finding]) -> list[str]:
     """Give up damaged checkpoints, then close the gaps that they leave."""
-    plans, done = _give_up(world, found)
-    return done + close_gaps(world, plans)
+    plans, done = _give_up(context, found)
+    return done + close_gaps(context, plans)
 
 
-def _give_up(world: World, found: Sequence[Finding]) -> tuple[list[ShardPlan], list[str]]:
+def _give_up(context: Context, found: Sequence[Finding]) -> tuple[list[ShardPlan], list[str]]:
     """Give up damaged checkpoints; return the plans of shards that had any or have gaps, and what was
     done."""
     damaged: dict[int, list[str]] = {}
@@ -149,22 +152,24 @@ def _give_up(world: World, found: Sequence[Finding]) -> tuple[list[ShardPlan], l
             damaged.setdefault(each.shard, []).extend([each.key] if each.key else [])
     plans, done = [], []
     for shard, keys in sorted(damaged.items()):
-        plan = plan_shard(view_shard(world, shard, dropped=keys), world.recipe, world.fingerprint)
+        plan = plan_shard(
+            view_shard(context, shard, dropped=keys), context.recipe, context.compute.fingerprint
+        )
         plans.append(plan)
         if keys:
-            commit(world, Change(dropped=keys, heads=[plan.head]))
-            world.checkpoints.erase(keys)
+            commit(context, Change(dropped=keys, heads=[plan.head]))
+            context.stores.checkpoints.erase(keys)
             done.append(f"gave up {len(keys)} damaged checkpoints of shard {shard}")
     return plans, done
 
 
-def close_gaps(world: World, plans: Sequence[ShardPlan]) -> list[str]:
+def close_gaps(context: Context, plans: Sequence[ShardPlan]) -> list[str]:
     """Train missing stages before a held one again, in every order; return what was done."""
     done: list[str] = []
     chains: list[Chain] = []
-    for plan in plans if world.recipe.shard_budget is None else ():  # a budget leaves gaps on purpose
-        gaps = _gaps(world, plan)
-        if gaps and gaps[0].jobs[0].fingerprint != world.fingerprint:
+    for plan in plans if context.recipe.shard_budget is None else ():  # a budget leaves gaps on purpose
+        gaps = _gaps(context, plan)
+        if gaps and gaps[0].jobs[0].fingerprint != context.compute.fingerprint:
             done.append(
                 f"shard {plan.shard} serves its target, but its earlier stages were trained in another "
                 "environment and can't be made again here: its next deletion retrains more"
@@ -173,24 +178,24 @@ def close_gaps(world: World, plans: Sequence[ShardPlan]) -> list[str]:
         chains += gaps
     if not chains:
         return done
-    seq = world.ledger.seq()
+    seq = context.stores.ledger.seq()
     trained = train_chains(  # of a shard one by one: chains of two orders may begin alike
-        world,
+        context,
         chains,
-        lambda stage: _note_stage(world, just_trained(stage, seq)),
+        lambda stage: _note_stage(context, just_trained(stage, seq)),
         one_by_one=True,
     )
     return [*done, f"trained {trained} stages again"]
 
 
-def _note_stage(world: World, found: HeldCheckpoint) -> None:
-    commit(world, Change(checkpoints=[found]))
+def _note_stage(context: Context, found: HeldCheckpoint) -> None:
+    commit(context, Change(checkpoints=[found]))
 
 
-def _gaps(world: World, plan: ShardPlan) -> list[Chain]:
+def _gaps(context: Context, plan: ShardPlan) -> list[Chain]:
     """Return runs of missing stages before a held one; `reconcile` trains those after it."""
-    held = {each.key: each for each in world.ledger.checkpoints(plan.shard)}
-    slices = tuple(world.ledger.slices(plan.shard))
+    held = {each.key: each for each in context.stores.ledger.checkpoints(plan.shard)}
+    slices = tuple(context.stores.ledger.slices(plan.shard))
     gaps: dict[tuple[str, ...], Chain] = {}
     for path in plan.paths:
         run: list[SliceJob] = []
@@ -206,14 +211,14 @@ def _gaps(world: World, plan: ShardPlan) -> list[Chain]:
     return list(gaps.values())
 
 
-def _mend_heads(world: World, found: Sequence[Finding]) -> list[str]:
+def _mend_heads(context: Context, found: Sequence[Finding]) -> list[str]:
     shards = sorted({int(f.shard) for f in found if f.repair == "heads" and f.shard is not None})
-    layout = range(world.assigner.layout.num_shards)
+    layout = range(context.settings.assigner.layout.num_shards)
     heads: list[Head] = [
-        plan_shard(view_shard(world, shard), world.recipe, world.fingerprint).head
+        plan_shard(view_shard(context, shard), context.recipe, context.compute.fingerprint).head
         for shard in shards
         if shard in layout
     ]
     if shards:
-        commit(world, Change(heads=heads, headless=[s for s in shards if s not in layout]))
+        commit(context, Change(heads=heads, headless=[s for s in shards if s not in layout]))
     return [f"derived {len(shards)} heads from the held checkpoints"] if shards else []

@@ -31,9 +31,9 @@ from typing import Any, NoReturn
 from sisa.core.domain import Chain
 from sisa.core.errors import EnvironmentFault
 from sisa.core.ports import CheckpointStore
+from sisa.flows.wiring.context import Context
 from sisa.flows.wiring.opened import OpenedModel, silent
-from sisa.flows.wiring.opening import SCRATCH, OnCluster
-from sisa.flows.wiring.world import World
+from sisa.flows.wiring.wiring import SCRATCH, OnCluster
 from sisa.lm.base.numerics import worker_environment
 from sisa.planning.plan import all_paths
 from sisa.store.checkpoints import FileCheckpoints
@@ -53,28 +53,30 @@ class Apart:
     train: Callable[[Sequence[Chain]], None]
 
 
-def stages_apart(model: OpenedModel, world: World) -> Apart | None:
+def stages_apart(model: OpenedModel, context: Context) -> Apart | None:
     """Return what trains a model's stages apart; None under an executor that was given, since nobody
     knows with what it trains."""
     if not isinstance(model.executor, str | OnCluster):
         return None
     name = uuid.uuid4().hex
-    return Apart(scratch_store(world, name), partial(_train_all, model, name))
+    return Apart(scratch_store(context, name), partial(_train_all, model, name))
 
 
-def scratch_store(world: World, name: str = "") -> FileCheckpoints:
+def scratch_store(context: Context, name: str = "") -> FileCheckpoints:
     """Return the store of what one replay trains: a new one, or that of a name."""
-    place = world.places[SCRATCH].below(name or uuid.uuid4().hex)
-    return FileCheckpoints(place, world.keyring, SCRATCH)
+    place = context.stores.blobs[SCRATCH].below(name or uuid.uuid4().hex)
+    return FileCheckpoints(place, context.stores.keyring, SCRATCH)
 
 
-def train_stage(world: World, shard: int, key: str, store: CheckpointStore) -> None:
+def train_stage(context: Context, shard: int, key: str, store: CheckpointStore) -> None:
     """Train one stage of a shard from the base, or from its parent in the store, into the store."""
-    files = tuple(world.ledger.slices(shard))
-    for path in all_paths(shard, files, world.recipe, world.fingerprint):
+    files = tuple(context.stores.ledger.slices(shard))
+    for path in all_paths(shard, files, context.recipe, context.compute.fingerprint):
         for number, job in enumerate(path, start=1):
             if job.key == key:  # what is before it rests in the store, and is not trained again
-                world.executor_for(store).run([Chain(shard, path[:number], None, files)], world.report)
+                context.compute.executor_for(store).run(
+                    [Chain(shard, path[:number], None, files)], context.report
+                )
                 return
 
 
@@ -223,9 +225,9 @@ def _train_and_exit(stage: Stage, environment: dict[str, str], failing: int) -> 
     try:
         os.environ.update(environment)
         model = OpenedModel(stage.directory, executor="serial")
-        with model._world(as_it_is=True) as world:
-            store = scratch_store(world, stage.scratch)
-            train_stage(replace(world, report=silent), stage.shard, stage.key, store)
+        with model._context(as_it_is=True) as context:
+            store = scratch_store(context, stage.scratch)
+            train_stage(replace(context, report=silent), stage.shard, stage.key, store)
     except BaseException as error:  # its text may quote a record
         os.write(failing, type(error).__name__.encode())
         os._exit(1)

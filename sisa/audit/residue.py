@@ -57,8 +57,8 @@ from sisa.core.measured import STAGE_DIGITS, without
 from sisa.core.ports import BlobStore
 from sisa.data.temporary_files import owned_temporary_files, walk
 from sisa.flows.stale_exports import export_standing
-from sisa.flows.wiring.opening import CHECKPOINTS, INDEX, METRICS, PATCHES, RECORDS, RUNS, VAULT
-from sisa.flows.wiring.world import World, known_by_area
+from sisa.flows.wiring.context import Context, known_by_area
+from sisa.flows.wiring.wiring import CHECKPOINTS, INDEX, METRICS, PATCHES, RECORDS, RUNS, VAULT
 from sisa.store.blobs.keyring import is_sealed
 from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.store.checkpoints import ADAPTER, MANIFEST
@@ -104,12 +104,12 @@ def sweep_model(
                 where=str(model.directory),
                 next_step="wait until it has finished, then run the same command again",
             )
-        with model._world(locked=True) as world:
-            return scan_residue(world, model.directory, also=also, ids=ids, texts=texts)
+        with model._context(locked=True) as context:
+            return scan_residue(context, model.directory, also=also, ids=ids, texts=texts)
 
 
 def scan_residue(
-    world: World,
+    context: Context,
     directory: Path,
     *,
     also: Sequence[Path] = (),
@@ -127,15 +127,15 @@ def scan_residue(
             expected="paths of files or directories",
             got=", ".join(f"path {number} of {len(also)}" for number in missing),
         )
-    exports = [Path(each.path) for each in world.ledger.exports()]
+    exports = [Path(each.path) for each in context.stores.ledger.exports()]
     known = [each for each in dict.fromkeys(exports) if each.is_dir()]
-    scanner = _Scanner(world, directory, SearchStrings(list(texts), list(ids)))
+    scanner = _Scanner(context, directory, SearchStrings(list(texts), list(ids)))
     named = _resolved([*scanner.own, *also, *known])
     scanner.places = _resolved([*named, *owned_temporary_files()])
     for place in scanner.places:
         scanner.scan(place, models=place in named)
     scanner.unread([scanner.own[0], *_resolved(also)])
-    stores = _scan_objects(world, scanner.strings, scanner.residue, scanner.counts)
+    stores = _scan_objects(context, scanner.strings, scanner.residue, scanner.counts)
     scanner.unknown_files()
     scanner.missing_exports()
     return Scan(
@@ -158,10 +158,10 @@ def _resolved(paths: Iterable[Path]) -> list[Path]:
 
 
 class _Scanner:
-    def __init__(self, world: World, directory: Path, strings: SearchStrings) -> None:
-        self.world = world
+    def __init__(self, context: Context, directory: Path, strings: SearchStrings) -> None:
+        self.context = context
         self.directory = directory
-        at = {area: at_hand(place) or directory / area for area, place in world.places.items()}
+        at = {area: at_hand(place) or directory / area for area, place in context.stores.blobs.items()}
         self.roots = {area: Path(os.path.realpath(root)) for area, root in at.items()}
         beside = {root.parent for root in at.values() if root.parent != directory}
         self.own = _resolved([directory, *sorted(beside), *self.roots.values()])
@@ -176,16 +176,16 @@ class _Scanner:
         self.counts |= {"strings": len(strings), "strings_too_short_for_raw_bytes": strings.num_short}
         self.proven: set[Path] = set()
         self._empty: list[Path] = []
-        self._sealed = SealedFiles(world.keyring)
-        self._heads = {head.key for head in world.ledger.heads()}
-        self._groups = FoundGroups(world)
-        self._exports = world.ledger.exports()
-        self._known = known_by_area(world)
-        held = [each for each in world.ledger.vault() if each.held]
+        self._sealed = SealedFiles(context.stores.keyring)
+        self._heads = {head.key for head in context.stores.ledger.heads()}
+        self._groups = FoundGroups(context)
+        self._exports = context.stores.ledger.exports()
+        self._known = known_by_area(context)
+        held = [each for each in context.stores.ledger.vault() if each.held]
         self._sets = {self.roots[VAULT] / each.name: each for each in held}
         self._digests = {
-            **{self.roots[RECORDS] / each.name: each.sha256 for each in world.ledger.slices()},
-            **{self.roots[INDEX] / each.name: each.sha256 for each in world.ledger.indexes()},
+            **{self.roots[RECORDS] / each.name: each.sha256 for each in context.stores.ledger.slices()},
+            **{self.roots[INDEX] / each.name: each.sha256 for each in context.stores.ledger.indexes()},
         }
 
     def _found(self, kind: str, path: Path, what: str, position: str = "") -> None:
@@ -275,7 +275,7 @@ class _Scanner:
         what = ""
         if path in self._sets:
             try:
-                self.world.vault.check(self._sets[path])
+                self.context.stores.vault.check(self._sets[path])
             except SisaError as error:
                 what = error.what
         elif not is_sealed(path.read_bytes()):
@@ -334,7 +334,7 @@ class _Scanner:
 
     def _batch(self, path: Path, batch: Sequence[tuple[int, str | None]], ours: bool) -> None:
         self.counts["rows"] += len(batch)
-        for kind, what, position in not_held(self.world, batch, ours=ours):
+        for kind, what, position in not_held(self.context, batch, ours=ours):
             self._found(kind, path, what, position)
 
     def _vectors(self, path: Path) -> None:
@@ -349,7 +349,7 @@ class _Scanner:
             self._found("unreadable", path, "can't be parsed, so that its vectors prove nothing")
             return
         self.counts["vectors"] += len(found)
-        held = self.world.ledger.by_vector(int(shard), found)
+        held = self.context.stores.ledger.by_vector(int(shard), found)
         gone = [at for at, each in enumerate(found) if each not in held]
         for at in gone:
             self._found("deleted_vector", path, "a vector of no held record", f"vector {at}")
@@ -389,7 +389,7 @@ class _Scanner:
 
     def unknown_files(self) -> None:
         """Report files that the ledger does not know and that the scan did not prove clean."""
-        for each in list_garbage(self.world, self.directory):
+        for each in list_garbage(self.context, self.directory):
             if is_uri(each.path):
                 continue  # reported by the scan of its store
             path = self.directory / each.path
@@ -401,20 +401,22 @@ class _Scanner:
     def missing_exports(self) -> None:
         """Report exports that a deletion marked and that can't be found; others are stale adapters."""
         for each in self._exports:
-            if each.stale and (found := export_standing(self.world, each)) != "held":
+            if each.stale and (found := export_standing(self.context, each)) != "held":
                 what = f"an export that request {each.request_id} made stale is {found}"
                 self._found("missing_export", Path(each.path), what)
 
 
 def _scan_objects(
-    world: World, strings: SearchStrings, residue: list[Residue], counts: dict[str, int]
+    context: Context, strings: SearchStrings, residue: list[Residue], counts: dict[str, int]
 ) -> tuple[str, ...]:
     """Scan the storage areas in an object store, adding to `residue` and `counts`; return their URIs."""
     areas = {
-        area: place for area, place in sorted(world.places.items()) if not isinstance(place, LocalBlobs)
+        area: place
+        for area, place in sorted(context.stores.blobs.items())
+        if not isinstance(place, LocalBlobs)
     }
     for area, place in areas.items():
-        residue += _StoredArea(world, area, place, strings, counts).scan()
+        residue += _StoredArea(context, area, place, strings, counts).scan()
     return tuple(place.location() for place in areas.values())
 
 
@@ -422,14 +424,14 @@ def _scan_objects(
 class _StoredArea:
     """One storage area in an object store; its objects are read into memory, one at a time."""
 
-    world: World
+    context: Context
     area: str
     place: BlobStore
     strings: SearchStrings
     counts: dict[str, int]
 
     def scan(self) -> Iterator[Residue]:
-        known = known_by_area(self.world).get(self.area, frozenset())
+        known = known_by_area(self.context).get(self.area, frozenset())
         for name in sorted(self.place.held()):
             parts = sorted(self.place.parts(name))
             if name not in known:
@@ -454,7 +456,7 @@ class _StoredArea:
         self.counts["bytes"] += len(data)
         group, _, part = name.partition("/")
         try:
-            return self.world.keyring.unseal(self.area, group, part, data)
+            return self.context.stores.keyring.unseal(self.area, group, part, data)
         except IntegrityError:
             self.counts["shredded"] += is_sealed(data)
             return None
@@ -480,7 +482,7 @@ class _StoredArea:
             what = "can't be decoded, so that its rows prove nothing"
             yield self._found("unreadable", name, what)
         self.counts["rows"] += len(ids)
-        for kind, what, position in not_held(self.world, ids, ours=True):
+        for kind, what, position in not_held(self.context, ids, ours=True):
             yield self._found(kind, name, what, position)
 
     def _group(self, key: str, plain: dict[str, bytes | None]) -> Iterator[Residue]:
@@ -501,8 +503,8 @@ class _StoredArea:
 
     @cached_property
     def _groups(self) -> FoundGroups:
-        return FoundGroups(self.world)
+        return FoundGroups(self.context)
 
     @cached_property
     def _slices(self) -> dict[str, str]:
-        return {each.name: each.sha256 for each in self.world.ledger.slices()}
+        return {each.name: each.sha256 for each in self.context.stores.ledger.slices()}

@@ -33,7 +33,7 @@ from sisa.core.errors import ConfigConflict, EnvironmentFault, IntegrityError, I
 from sisa.core.events import Notice
 from sisa.core.ports import By, CheckpointStore, Vectors
 from sisa.flows.reconcile import check_consistent, training_started
-from sisa.flows.wiring.world import World, embed_records, held_by_area, known_by_area, view_shard
+from sisa.flows.wiring.context import Context, embed_records, held_by_area, known_by_area, view_shard
 from sisa.planning.plan import all_paths, plan_shard, reached
 
 Replay = Literal["none", "sample", "all"]
@@ -71,9 +71,9 @@ class Verification:
         return sum(each.replayed for each in self.shards)
 
 
-def shards_to_replay(world: World, replay: Replay, shard: int | None) -> list[int]:
+def shards_to_replay(context: Context, replay: Replay, shard: int | None) -> list[int]:
     """The shard that was named, else all, or one by chance. Raises InvalidInput."""
-    heads = world.ledger.heads()
+    heads = context.stores.ledger.heads()
     if shard is not None:
         if shard not in {head.shard for head in heads}:
             raise InvalidInput("no such shard", expected=f"0 to {len(heads) - 1}", got=str(shard))
@@ -85,7 +85,7 @@ def shards_to_replay(world: World, replay: Replay, shard: int | None) -> list[in
 
 
 def verify(
-    world: World,
+    context: Context,
     replayed: Sequence[int],
     scratch: CheckpointStore | None,
     apart: Apart | None = None,
@@ -96,39 +96,39 @@ def verify(
     of them `apart`, too. With `require_replay` a shard that holds records and can't be replayed is a
     finding."""
     try:
-        check_consistent(world)
-        count, findings = check_files(world)
-        vectors, wrong = check_vectors(world) if not findings else (0, [])
-        heads = world.ledger.heads()
+        check_consistent(context)
+        count, findings = check_files(context)
+        vectors, wrong = check_vectors(context) if not findings else (0, [])
+        heads = context.stores.ledger.heads()
     except IntegrityError as error:  # of the ledger itself: what it names can't be judged
         return Verification(False, 0, (Problem("ledger", f"{error.what} (got {error.got})"),), ())
     findings += wrong
     chains: dict[int, list[Chain]] = {}
     reasons: dict[int, str] = {}
     for head in heads:
-        found = _chains(world, head) if head.shard in replayed and not findings else None
+        found = _chains(context, head) if head.shard in replayed and not findings else None
         if isinstance(found, list):
             chains[head.shard] = found
         elif head.shard not in replayed:
             reasons[head.shard] = "not asked for"
         else:
             reasons[head.shard] = found or "held files are damaged"
-    for order in range(1 + len(world.recipe.orders)):
+    for order in range(1 + len(context.recipe.orders)):
         now = [each[order] for each in chains.values() if each[order].jobs]
         if now and scratch is not None:
-            world.report(training_started(now))
-            world.executor_for(scratch).run(now, world.report)
+            context.report(training_started(now))
+            context.compute.executor_for(scratch).run(now, context.report)
     again = secrets.choice(sorted(chains)) if chains and apart is not None else None
     if again is not None and apart is not None:
-        world.report(Notice(f"shard {again}: once more, each stage in a process of its own"))
+        context.report(Notice(f"shard {again}: once more, each stage in a process of its own"))
         apart.train(chains[again])
     proofs = [
-        _proof(world, head, chains.get(head.shard), scratch, apart if head.shard == again else None)
+        _proof(context, head, chains.get(head.shard), scratch, apart if head.shard == again else None)
         for head in heads
     ]
     proofs = [replace(each, reason=reasons.get(each.shard, "")) for each in proofs]
     findings += [*_differing(proofs), *(_unproved(proofs, replayed) if require_replay else ())]
-    findings += _plain_files(world)
+    findings += _plain_files(context)
     return Verification(not findings, count, tuple(findings), tuple(proofs), vectors)
 
 
@@ -152,26 +152,26 @@ def _unproved(proofs: Sequence[ShardProof], replayed: Sequence[int]) -> Iterator
         yield Problem("replay", "no shard was replayed, and a replay was required")
 
 
-def _chains(world: World, head: Head) -> list[Chain] | str:
+def _chains(context: Context, head: Head) -> list[Chain] | str:
     """The chains that train a shard from the base, one for each order, up to the deepest stages that are
     held; or why that would prove nothing."""
     if not head.converged:
         return "the shard is not at its target yet: run `sisa train` with its run file"
     if head.key is None:
         return EMPTY
-    held = {each.key: each for each in world.ledger.checkpoints(head.shard)}
-    if held[head.key].fingerprint != world.fingerprint:
+    held = {each.key: each for each in context.stores.ledger.checkpoints(head.shard)}
+    if held[head.key].fingerprint != context.compute.fingerprint:
         return (
             f"trained under numerics fingerprint {held[head.key].fingerprint[:12]}, "
-            f"this environment is {world.fingerprint[:12]}: bytes can't be compared"
+            f"this environment is {context.compute.fingerprint[:12]}: bytes can't be compared"
         )
-    files = tuple(world.ledger.slices(head.shard))
-    paths = all_paths(head.shard, files, world.recipe, world.fingerprint)
+    files = tuple(context.stores.ledger.slices(head.shard))
+    paths = all_paths(head.shard, files, context.recipe, context.compute.fingerprint)
     return [Chain(head.shard, path[: reached(path, held)], None, files) for path in paths]
 
 
 def _proof(
-    world: World,
+    context: Context,
     head: Head,
     chains: Sequence[Chain] | None,
     scratch: CheckpointStore | None,
@@ -179,17 +179,17 @@ def _proof(
 ) -> ShardProof:
     if chains is None or scratch is None:
         return ShardProof(head.shard, head.key, False, None, 0)
-    known = {each.key for each in world.ledger.checkpoints(head.shard)}
+    known = {each.key for each in context.stores.ledger.checkpoints(head.shard)}
     stages = sorted({job.key for chain in chains for job in chain.jobs} & known)
 
     def same(store: CheckpointStore) -> bool:
-        return all(world.checkpoints.describe(key) == store.describe(key) for key in stages)
+        return all(context.stores.checkpoints.describe(key) == store.describe(key) for key in stages)
 
     equal_apart = same(apart.store) if apart else None
     return ShardProof(head.shard, head.key, True, same(scratch), len(stages), equal_apart=equal_apart)
 
 
-def check_files(world: World) -> tuple[int, list[Problem]]:
+def check_files(context: Context) -> tuple[int, list[Problem]]:
     """Read and check everything that the ledger names; returns the count and the findings."""
     findings: list[Problem] = []
     count = 0
@@ -203,48 +203,48 @@ def check_files(world: World) -> tuple[int, list[Problem]]:
             found = f"{error.what} (expected {error.expected}, got {error.got})"
             findings.append(Problem(where, found if error.expected else error.what))
 
-    for file in world.ledger.slices():
-        check(f"records/{file.name}", partial(_check_slice, world, file))
-    for index in world.ledger.indexes():
-        check(f"index/{index.name}", partial(_check_index, world, index))
-    for held in world.ledger.checkpoints():
-        load = partial(world.checkpoints.load, held.key, held.manifest_sha256)
+    for file in context.stores.ledger.slices():
+        check(f"records/{file.name}", partial(_check_slice, context, file))
+    for index in context.stores.ledger.indexes():
+        check(f"index/{index.name}", partial(_check_index, context, index))
+    for held in context.stores.ledger.checkpoints():
+        load = partial(context.stores.checkpoints.load, held.key, held.manifest_sha256)
         check(f"checkpoints/{held.key}", load)
-    needed = known_by_area(world)["patches"]
-    for patch in world.ledger.patches():
+    needed = known_by_area(context)["patches"]
+    for patch in context.stores.ledger.patches():
         if patch.key in needed:
-            load = partial(world.patches.load, patch.key, patch.manifest_sha256)
+            load = partial(context.stores.patches.load, patch.key, patch.manifest_sha256)
             check(f"patches/{patch.key}", load)
-    for found in world.ledger.vault():
+    for found in context.stores.ledger.vault():
         if found.held:
-            check(f"vault/{found.name}", partial(world.vault.check, found))
-    return count, findings + _wrong_heads(world) + _unknown_files(world)
+            check(f"vault/{found.name}", partial(context.stores.vault.check, found))
+    return count, findings + _wrong_heads(context) + _unknown_files(context)
 
 
-def _plain_files(world: World) -> list[Problem]:
+def _plain_files(context: Context) -> list[Problem]:
     """What anybody could read of an encrypted model."""
-    found = forms(world) if world.keyring.seals else ()
+    found = forms(context) if context.stores.keyring.seals else ()
     return [Problem(each.where, each.what) for each in found]
 
 
-def _wrong_heads(world: World) -> list[Problem]:
+def _wrong_heads(context: Context) -> list[Problem]:
     """Heads that claim to be at their target and are not the last stage of the held records."""
     what = "serves another model than that of its records"
     wrong = []
-    for head in world.ledger.heads():
-        plan = plan_shard(view_shard(world, head.shard), world.recipe, world.fingerprint)
+    for head in context.stores.ledger.heads():
+        plan = plan_shard(view_shard(context, head.shard), context.recipe, context.compute.fingerprint)
         if head.converged and head.key != plan.head.target:
             wrong.append(Problem(f"shard {head.shard}", what))
     return wrong
 
 
-def _check_slice(world: World, file: SliceFile) -> None:
-    rows = {row.id_digest: row for row in world.ledger.rows(file.shard, file.slice)}
-    for stored in world.records.read(file):
+def _check_slice(context: Context, file: SliceFile) -> None:
+    rows = {row.id_digest: row for row in context.stores.ledger.rows(file.shard, file.slice)}
+    for stored in context.stores.records.read(file):
         row = rows.pop(stored.id_digest, None)
         if row is None:
             raise IntegrityError("a slice file holds a record that the ledger does not")
-        if wrong := world.assigner.differences(stored.record, row):
+        if wrong := context.settings.assigner.differences(stored.record, row):
             raise IntegrityError(
                 "a record's row is not the one that its content and the key give",
                 expected="equal rows",
@@ -254,19 +254,19 @@ def _check_slice(world: World, file: SliceFile) -> None:
         raise IntegrityError(f"a slice file lacks {len(rows)} records that the ledger holds")
 
 
-def check_vectors(world: World) -> tuple[int, list[Problem]]:
+def check_vectors(context: Context) -> tuple[int, list[Problem]]:
     """Embed some records again, chosen by chance; return how many, and the shards whose index has other
     vectors. Without the embedder, or over an index of an earlier version, there are none."""
     sampled: list[tuple[IndexFile, RecordRow, Record]] = []
-    indexes = {each.shard: each for each in world.ledger.indexes()}
-    slices = world.ledger.slices()
+    indexes = {each.shard: each for each in context.stores.ledger.indexes()}
+    slices = context.stores.ledger.slices()
     for file in random.SystemRandom().sample(slices, min(len(slices), SAMPLED_SLICES)):
-        rows = {row.id_digest: row for row in world.ledger.rows(file.shard, file.slice)}
-        records = world.records.read(file)
+        rows = {row.id_digest: row for row in context.stores.ledger.rows(file.shard, file.slice)}
+        records = context.stores.records.read(file)
         for stored in random.SystemRandom().sample(records, min(len(records), SAMPLED_RECORDS)):
             sampled.append((indexes[file.shard], rows[stored.id_digest], stored.record))
     try:
-        vectors = embed_records(world, [record for _, _, record in sampled])
+        vectors = embed_records(context, [record for _, _, record in sampled])
     except (EnvironmentFault, InvalidInput):  # it can't be fetched, or is not where it was
         return 0, []
     except ConfigConflict:  # the index is of an earlier version
@@ -274,37 +274,37 @@ def check_vectors(world: World) -> tuple[int, list[Problem]]:
     wrong = {
         index.name
         for (index, row, _), wanted in zip(sampled, vectors, strict=True)
-        if _differ(_held_vectors(world, index, row, asks=len(wanted) > 1), wanted)
+        if _differ(_held_vectors(context, index, row, asks=len(wanted) > 1), wanted)
     }
     what = "holds a vector that is not that of its record's text, or of what it asks"
     return len(sampled), [Problem(f"index/{name}", what) for name in sorted(wrong)]
 
 
-def _held_vectors(world: World, index: IndexFile, row: RecordRow, *, asks: bool) -> Vectors:
+def _held_vectors(context: Context, index: IndexFile, row: RecordRow, *, asks: bool) -> Vectors:
     sides: list[By] = ["text", "asked"] if asks else ["text"]
-    return np.concatenate([world.index.vectors(index, [row.vector_id], by) for by in sides])
+    return np.concatenate([context.stores.index.vectors(index, [row.vector_id], by) for by in sides])
 
 
 def _differ(held: Vectors, wanted: Vectors) -> bool:
     return held.shape != wanted.shape or bool(abs(held - wanted).max() > VECTOR_TOLERANCE)
 
 
-def _check_index(world: World, file: IndexFile) -> None:
-    wanted = sorted(row.vector_id for row in world.ledger.rows(file.shard))
+def _check_index(context: Context, file: IndexFile) -> None:
+    wanted = sorted(row.vector_id for row in context.stores.ledger.rows(file.shard))
     if len(wanted) != file.num_vectors:
         raise IntegrityError(
             "an index and the ledger disagree",
             expected=f"{len(wanted)} vectors",
             got=f"{file.num_vectors} vectors",
         )
-    world.index.vectors(file, wanted)
+    context.stores.index.vectors(file, wanted)
 
 
-def _unknown_files(world: World) -> list[Problem]:
-    known = known_by_area(world)
+def _unknown_files(context: Context) -> list[Problem]:
+    known = known_by_area(context)
     what = "a file that the ledger does not know; the next train, add or forget erases it"
     return [
         Problem(f"{folder}/{name}", what)
-        for folder, held in held_by_area(world).items()
+        for folder, held in held_by_area(context).items()
         for name in sorted(held - known[folder])
     ]

@@ -26,8 +26,8 @@ from sisa.core.errors import IntegrityError, InvalidInput, Outdated
 from sisa.core.patch import Patch
 from sisa.core.ports import Ledger
 from sisa.flows import query
-from sisa.flows.wiring.parts import Parts
-from sisa.flows.wiring.world import World, patch_files
+from sisa.flows.wiring.context import Context, patch_files
+from sisa.flows.wiring.resources import Resources
 from sisa.lm.answer.names import names_in
 from sisa.lm.answer.route import Route, all_of, choose_route, nearness, resolve_aggregation
 from sisa.planning.patch_plan import active
@@ -91,8 +91,8 @@ class LoadedModels:
 
 
 def ask(
-    world: World,
-    parts: Parts,
+    context: Context,
+    resources: Resources,
     prompts: Sequence[Prompt],
     max_new_tokens: int,
     kind: Kind | None,
@@ -103,10 +103,10 @@ def ask(
     from sisa.lm.base.tokens import encode_prompt
 
     _refuse_unanswerable(prompts, kind)
-    routes = routes_of(world, parts, prompts)
+    routes = routes_of(context, resources, prompts)
     asked = {shard for route in routes for shard in route.shards}
-    answerer = open_answerer(world, parts, asked, open_ledger=open_ledger)
-    own = prompt_form(world)
+    answerer = open_answerer(context, resources, asked, open_ledger=open_ledger)
+    own = prompt_form(context)
     alone: Kind = "chat" if answerer.tokenizer.chat_template else own
     forms = [kind or (own if route.shards else alone) for route in routes]
     ids = [
@@ -133,22 +133,22 @@ def _refuse_unanswerable(prompts: Sequence[Prompt], kind: Kind | None) -> None:
             )
 
 
-def routes_of(world: World, parts: Parts, prompts: Sequence[Prompt]) -> list[Route]:
+def routes_of(context: Context, resources: Resources, prompts: Sequence[Prompt]) -> list[Route]:
     """Return who answers each prompt."""
-    block, live = parts.config.sisa, frozenset(live_heads(world))
+    block, live = resources.config.sisa, frozenset(live_heads(context))
     if block.aggregation.method != "routed":
         return [all_of(live)] * len(prompts)
     looked_up = [_looked_up(prompt) for prompt in prompts]
     texts = list(dict.fromkeys(text for each in looked_up for text in each))
     if not texts:
         return [Route()] * len(prompts)
-    found = query.search_each(world, world.embed(texts), NUM_ROUTING_HITS, by="asked")
+    found = query.search_each(context, context.compute.embed(texts), NUM_ROUTING_HITS, by="asked")
     hits, warm = dict(zip(texts, found, strict=True)), block.aggregation.temperature
     nearest = [
         max((hits[text] for text in each), key=lambda hits: nearness(hits, warm, live), default=[])
         for each in looked_up
     ]
-    return [_route(world, block, each, live) for each in nearest]
+    return [_route(context, block, each, live) for each in nearest]
 
 
 def _looked_up(prompt: Prompt) -> list[str]:
@@ -164,33 +164,33 @@ def _looked_up(prompt: Prompt) -> list[str]:
     return found
 
 
-def _route(world: World, block: SisaBlock, hits: Sequence[Hit], live: Collection[int]) -> Route:
+def _route(context: Context, block: SisaBlock, hits: Sequence[Hit], live: Collection[int]) -> Route:
     kind: Kind = "completion"
     if hits:
-        rows = world.ledger.by_vector(hits[0].shard, [hits[0].vector_id])
+        rows = context.stores.ledger.by_vector(hits[0].shard, [hits[0].vector_id])
         kind = rows[hits[0].vector_id].kind if rows else kind
     return choose_route(hits, resolve_aggregation(block.aggregation, block.embedder, kind), live)
 
 
-def held_prompts(world: World, config: RunConfig) -> HeldPrompts | None:
+def held_prompts(context: Context, config: RunConfig) -> HeldPrompts | None:
     """Look up prompts of held records: of all, or of the first ones of each shard by keyed id. None
     where shards are not routed to, nothing is asked in records, or the index is damaged or so large that
     looking takes long."""
-    files = [each for each in world.ledger.indexes() if each.num_vectors]
+    files = [each for each in context.stores.ledger.indexes() if each.num_vectors]
     how = config.sisa.aggregation
     if how.method != "routed" or sum(each.num_vectors for each in files) > EXACT_UP_TO:
         return None
     block = config.sisa.model_copy(update={"aggregation": how.model_copy(update={"below": "base"})})
-    live, counted = frozenset(live_heads(world)), [0, 0, 0]
+    live, counted = frozenset(live_heads(context)), [0, 0, 0]
     for file in files:
-        rows = world.ledger.rows(file.shard)[: -(-MAX_LOOKED_UP // len(files))]
+        rows = context.stores.ledger.rows(file.shard)[: -(-MAX_LOOKED_UP // len(files))]
         asking = sorted(row.vector_id for row in rows if row.kind != "text")
         try:
-            vectors = world.index.vectors(file, asking, by="asked")
-            found = query.search_each(world, vectors, NUM_ROUTING_HITS, by="asked")
+            vectors = context.stores.index.vectors(file, asking, by="asked")
+            found = query.search_each(context, vectors, NUM_ROUTING_HITS, by="asked")
         except IntegrityError:
             return None  # `sisa doctor` says what is damaged
-        routes = [_route(world, block, hits, live) for hits in found]
+        routes = [_route(context, block, hits, live) for hits in found]
         counted[0] += len(routes)
         counted[1] += sum(not route.shards for route in routes)
         counted[2] += sum(bool(route.shards) and route.shards[0] != file.shard for route in routes)
@@ -198,8 +198,8 @@ def held_prompts(world: World, config: RunConfig) -> HeldPrompts | None:
 
 
 def open_answerer(
-    world: World,
-    parts: Parts,
+    context: Context,
+    resources: Resources,
     shards: Collection[int] | None = None,
     stack: Sequence[Patch] | None = None,
     how: str | None = None,
@@ -210,22 +210,24 @@ def open_answerer(
     once the ledger has dropped them; without, the caller keeps writers out. Raises IntegrityError."""
     from sisa.lm.answer.answerer import Answerer
 
-    with world.ledger.snapshot():
-        seq = world.ledger.seq()
-        live = live_heads(world)
-        manifests = {each.key: each.manifest_sha256 for each in world.ledger.checkpoints()}
-        stack = active(world.ledger.patches()) if stack is None else stack
+    with context.stores.ledger.snapshot():
+        seq = context.stores.ledger.seq()
+        live = live_heads(context)
+        manifests = {each.key: each.manifest_sha256 for each in context.stores.ledger.checkpoints()}
+        stack = active(context.stores.ledger.patches()) if stack is None else stack
     asked = sorted(live if shards is None else shards)
     if any(live.get(shard) not in manifests for shard in asked):
         raise IntegrityError(
             "a shard that is to answer serves nothing that is held",
             next_step="run `sisa verify`; restore the model directory from a backup",
         )
-    adapters = {each: world.checkpoints.load(live[each], manifests[live[each]]) for each in asked}
-    patches = patch_files(world.patches, stack)
-    base, block = parts.base, parts.config.sisa
+    adapters = {
+        each: context.stores.checkpoints.load(live[each], manifests[live[each]]) for each in asked
+    }
+    patches = patch_files(context.stores.patches, stack)
+    base, block = resources.base, resources.config.sisa
     method, threads = how or block.aggregation.method, block.threads_per_shard
-    on = parts.config.precision
+    on = resources.config.precision
     answerer = Answerer(base.directory, base.digest, adapters, threads, patches, method, on)
     if open_ledger is not None:
         loaded = frozenset(live[each] for each in asked), tuple(each.key for each in stack)
@@ -233,15 +235,15 @@ def open_answerer(
     return answerer
 
 
-def live_heads(world: World) -> dict[int, str]:
+def live_heads(context: Context) -> dict[int, str]:
     """Return the shards that serve an adapter, and its key."""
-    return {head.shard: head.key for head in world.ledger.heads() if head.key is not None}
+    return {head.shard: head.key for head in context.stores.ledger.heads() if head.key is not None}
 
 
-def prompt_form(world: World) -> Kind:
+def prompt_form(context: Context) -> Kind:
     """Return how prompts are put to shards: as most records of the first training were written. A model
     that is older than this note goes by the records that remain."""
-    noted, kinds = world.ledger.meta().get(FORM), world.ledger.kinds()
+    noted, kinds = context.stores.ledger.meta().get(FORM), context.stores.ledger.kinds()
     return next((each for each in KINDS if each == noted), usual_kind(kinds))
 
 

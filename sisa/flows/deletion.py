@@ -33,9 +33,9 @@ from sisa.core.ports import Change, Contribution, KeptVersions, Removal, merged
 from sisa.core.requests import committed, event, is_under_way
 from sisa.flows.probing import probe_removed
 from sisa.flows.reconcile import check_rows, erasing_anyway, note_failure, reconcile
-from sisa.flows.wiring.world import (
+from sisa.flows.wiring.context import (
+    Context,
     SlicePosition,
-    World,
     check_sources,
     commit,
     first_index,
@@ -85,7 +85,7 @@ class Forgetting:
 
 
 def plan_forget(
-    world: World, rows: Sequence[RecordRow], already: Sequence[Tombstone] = ()
+    context: Context, rows: Sequence[RecordRow], already: Sequence[Tombstone] = ()
 ) -> Forgetting:
     """What deleting these rows would do. Reads only the shards concerned, changes nothing."""
     remaining: list[SliceState] = []
@@ -93,15 +93,15 @@ def plan_forget(
     plans: list[ShardPlan] = []
     dropped: list[str] = []
     for shard, gone in sorted(_by_shard(rows).items()):
-        states, empty = _left(world, shard, gone)
-        lost = tainted_checkpoints(world.ledger.checkpoints(shard), gone)
-        view = view_shard(world, shard, states, empty, lost)
-        plans.append(plan_shard(view, world.recipe, world.fingerprint))
+        states, empty = _left(context, shard, gone)
+        lost = tainted_checkpoints(context.stores.ledger.checkpoints(shard), gone)
+        view = view_shard(context, shard, states, empty, lost)
+        plans.append(plan_shard(view, context.recipe, context.compute.fingerprint))
         remaining += states
         emptied += empty
         dropped += lost
-    views = _all_views(world, remaining, emptied)
-    heads = {head.shard: head for head in world.ledger.heads()}
+    views = _all_views(context, remaining, emptied)
+    heads = {head.shard: head for head in context.stores.ledger.heads()}
     heads |= {plan.shard: plan.head for plan in plans}
     return Forgetting(
         removed=tuple(rows),
@@ -110,9 +110,9 @@ def plan_forget(
         remaining=tuple(remaining),
         emptied=tuple(emptied),
         tainted=tuple(dropped),
-        exports=tuple(marked(world.ledger.exports(), {"": rows})),
+        exports=tuple(marked(context.stores.ledger.exports(), {"": rows})),
         record_epochs_retrained=plan_record_epochs(plans),
-        record_epochs_full=full_record_epochs(views, world.recipe),
+        record_epochs_full=full_record_epochs(views, context.recipe),
         record_epochs_others=sum(plan.record_epochs_others for plan in plans),
         serving_depth=serving_depth(heads.values(), views),
     )
@@ -130,14 +130,14 @@ def _by_shard(rows: Iterable[_Placed]) -> dict[int, list[_Placed]]:
 
 
 def _left(
-    world: World, shard: int, removed: Sequence[RecordRow]
+    context: Context, shard: int, removed: Sequence[RecordRow]
 ) -> tuple[list[SliceState], list[SlicePosition]]:
     """What a shard's slices hold without the removed records, and those that hold nothing."""
     gone = {row.id_digest for row in removed}
     states: list[SliceState] = []
     empty: list[SlicePosition] = []
     for slice_ in sorted({row.slice for row in removed}):
-        left = [each for each in world.ledger.contents(shard, slice_) if each[0] not in gone]
+        left = [each for each in context.stores.ledger.contents(shard, slice_) if each[0] not in gone]
         if left:
             states.append(SliceState(shard, slice_, root_of(left), len(left)))
         else:
@@ -146,9 +146,11 @@ def _left(
 
 
 def _all_views(
-    world: World, replaced: Sequence[SliceState], emptied: Sequence[SlicePosition]
+    context: Context, replaced: Sequence[SliceState], emptied: Sequence[SlicePosition]
 ) -> list[ShardView]:
-    slices: dict[SlicePosition, SliceState] = {(f.shard, f.slice): f for f in world.ledger.slices()}
+    slices: dict[SlicePosition, SliceState] = {
+        (f.shard, f.slice): f for f in context.stores.ledger.slices()
+    }
     slices.update({(state.shard, state.slice): state for state in replaced})
     for place in emptied:
         slices.pop(place, None)
@@ -182,7 +184,7 @@ class Arrival:
         return Change(requests=[self.request], named=pairs, events=self.events)
 
 
-def forget(world: World, requests: Sequence[Request]) -> Deleted:
+def forget(context: Context, requests: Sequence[Request]) -> Deleted:
     """Carry out approved requests as one batch, exactly.
 
     The served model is clean at the commit; the bytes are gone and the affected suffixes are retrained
@@ -192,56 +194,56 @@ def forget(world: World, requests: Sequence[Request]) -> Deleted:
     """
     if not requests:
         return Deleted()
-    named = {request.request_id: rows_named(world, request) for request in requests}
-    return _delete(world, Removal(requests, named), Change())
+    named = {request.request_id: rows_named(context, request) for request in requests}
+    return _delete(context, Removal(requests, named), Change())
 
 
-def forget_at_once(world: World, arrival: Arrival, *, defer: bool = False) -> Deleted:
+def forget_at_once(context: Context, arrival: Arrival, *, defer: bool = False) -> Deleted:
     """Take an approved request in and carry it out in the same commit.
 
     A failure before the commit changes nothing; a crash after it is finished by the next command. With
     `defer`, bytes are erased now and training is left to a later command.
     """
     named = {arrival.request.request_id: arrival.rows}
-    return _delete(world, Removal([arrival.request], named), arrival.change(), defer=defer)
+    return _delete(context, Removal([arrival.request], named), arrival.change(), defer=defer)
 
 
-def _delete(world: World, removal: Removal, arriving: Change, *, defer: bool = False) -> Deleted:
-    held = slices_of(world, removal.rows.values())
-    with erasing_anyway(world):
-        contributed = _commit_or_note(world, removal, arriving)  # the served model is clean
-        probe_removed(world, removal.named, held)  # of what is erased next
-    done = reconcile(world, defer=defer, removed=removal.named)  # erase, train, complete
+def _delete(context: Context, removal: Removal, arriving: Change, *, defer: bool = False) -> Deleted:
+    held = slices_of(context, removal.rows.values())
+    with erasing_anyway(context):
+        contributed = _commit_or_note(context, removal, arriving)  # the served model is clean
+        probe_removed(context, removal.named, held)  # of what is erased next
+    done = reconcile(context, defer=defer, removed=removal.named)  # erase, train, complete
     for each in contributed:
         each.finish()
-    after = {each.request_id: each for each in world.ledger.requests()}
+    after = {each.request_id: each for each in context.stores.ledger.requests()}
     return Deleted(tuple(after[each.request_id] for each in removal.requests), done.kept_versions)
 
 
-def _commit_or_note(world: World, removal: Removal, arriving: Change) -> list[Contribution]:
+def _commit_or_note(context: Context, removal: Removal, arriving: Change) -> list[Contribution]:
     try:
-        return commit_removed(world, removal, arriving)
+        return commit_removed(context, removal, arriving)
     except SisaError as error:
-        _note_refusal(world, removal.requests, error)
+        _note_refusal(context, removal.requests, error)
         raise
 
 
-def _note_refusal(world: World, requests: Sequence[Request], error: SisaError) -> None:
+def _note_refusal(context: Context, requests: Sequence[Request], error: SisaError) -> None:
     """Note a failure before the commit with those of the requests that were in the ledger before."""
     asked = {each.request_id for each in requests}
     with contextlib.suppress(SisaError):  # a ledger that can't be read is the error being raised
-        found = [each for each in world.ledger.requests() if each.request_id in asked]
-        note_failure(world, [each for each in found if not is_under_way(each)], error)
+        found = [each for each in context.stores.ledger.requests() if each.request_id in asked]
+        note_failure(context, [each for each in found if not is_under_way(each)], error)
 
 
-def rows_named(world: World, request: Request) -> list[RecordRow]:
+def rows_named(context: Context, request: Request) -> list[RecordRow]:
     """Return the held records that a request names."""
-    found = world.ledger.lookup(world.ledger.named_by(request.request_id))
+    found = context.stores.ledger.lookup(context.stores.ledger.named_by(request.request_id))
     return [each for each in found.values() if isinstance(each, RecordRow)]
 
 
 def commit_removed(
-    world: World, removal: Removal, arriving: Change, *, held_too: bool = False
+    context: Context, removal: Removal, arriving: Change, *, held_too: bool = False
 ) -> list[Contribution]:
     """Commit what remains: rows go, heads roll back, requests are `rolled_back`.
 
@@ -249,26 +251,28 @@ def commit_removed(
     `held_too` deletes what is under a legal hold. Raises ConfigConflict for a hold, IntegrityError for
     damaged files.
     """
-    check_rows(world.ledger)
+    check_rows(context.stores.ledger)
     rows = removal.rows
     if not held_too:
-        _check_no_hold(world, rows)
-    contributed = [hook.contribute(world, removal) for hook in world.hooks]
-    planned = plan_forget(world, list(rows.values()))
+        _check_no_hold(context, rows)
+    contributed = [hook.contribute(context, removal) for hook in context.hooks]
+    planned = plan_forget(context, list(rows.values()))
     if planned.removed:
-        check_sources(world, planned.plans)
+        check_sources(context, planned.plans)
     vaulted = {key: name for each in contributed for key, name in each.vaulted.items()}
-    own = _remaining(world, removal, planned, vaulted)
-    commit(world, merged([*(each.change for each in contributed), replace(arriving, requests=()), own]))
+    own = _remaining(context, removal, planned, vaulted)
+    commit(
+        context, merged([*(each.change for each in contributed), replace(arriving, requests=()), own])
+    )
     return contributed
 
 
 def _remaining(
-    world: World, removal: Removal, planned: Forgetting, vaulted: Mapping[str, str]
+    context: Context, removal: Removal, planned: Forgetting, vaulted: Mapping[str, str]
 ) -> Change:
     """Write the files of what remains, and return the transaction that makes them current."""
-    slices, indexes, unindexed = _write_remaining(world, planned)
-    now, before = world.now(), model_digest(world)
+    slices, indexes, unindexed = _write_remaining(context, planned)
+    now, before = context.now(), model_digest(context)
     accepted = [
         _accepted(each, planned, removal.named[each.request_id], now, before, vaulted)
         for each in removal.requests
@@ -276,52 +280,52 @@ def _remaining(
     passed = [replace(each, state=state) for each in accepted for state in ACCEPTED]
     return Change(
         removed=planned.removed,
-        tombstones=_tombstones(world, planned, removal.named, now),
+        tombstones=_tombstones(context, planned, removal.named, now),
         slices=slices,
         emptied=planned.emptied,
         indexes=indexes,
         unindexed=unindexed,
         heads=[plan.head for plan in planned.plans],
         dropped=planned.tainted,
-        exports=marked(world.ledger.exports(), removal.named),
+        exports=marked(context.stores.ledger.exports(), removal.named),
         requests=accepted,
         events=[event(each, now) for each in passed],
     )
 
 
 def _write_remaining(
-    world: World, planned: Forgetting
+    context: Context, planned: Forgetting
 ) -> tuple[list[SliceFile], list[IndexFile], list[int]]:
     """New slice and index files of what remains, and the shards that have no index any more."""
     gone = {row.id_digest for row in planned.removed}
     slices, indexes, unindexed = [], [], []
     remaining = _by_shard(planned.remaining)
     for plan in planned.plans:
-        rows = [row for row in world.ledger.rows(plan.shard) if row.id_digest not in gone]
+        rows = [row for row in context.stores.ledger.rows(plan.shard) if row.id_digest not in gone]
         for state in remaining.get(plan.shard, ()):
             here = [row for row in rows if row.slice == state.slice]
-            slices.append(write_slice(world, state.shard, state.slice, here))
-        base = first_index(world.ledger.indexes(plan.shard))
+            slices.append(write_slice(context, state.shard, state.slice, here))
+        base = first_index(context.stores.ledger.indexes(plan.shard))
         if rows:
             kept = {row.vector_id: None for row in rows}
-            indexes.append(world.index.build(plan.shard, index_root(rows), base, kept))
+            indexes.append(context.stores.index.build(plan.shard, index_root(rows), base, kept))
         else:
             unindexed.append(plan.shard)
     return slices, indexes, unindexed
 
 
-def under_hold(world: World, named: Collection[str]) -> list[str]:
+def under_hold(context: Context, named: Collection[str]) -> list[str]:
     """Ids of the requests whose legal hold covers one of these records."""
     return [
         request.request_id
-        for request in world.ledger.requests()
+        for request in context.stores.ledger.requests()
         if request.state == "held"
-        and not set(named).isdisjoint(world.ledger.named_by(request.request_id))
+        and not set(named).isdisjoint(context.stores.ledger.named_by(request.request_id))
     ]
 
 
-def _check_no_hold(world: World, named: Collection[str]) -> None:
-    if holds := under_hold(world, named):
+def _check_no_hold(context: Context, named: Collection[str]) -> None:
+    if holds := under_hold(context, named):
         raise ConfigConflict(
             "some of these records are under a legal hold; nothing was changed",
             next_step="`sisa request approve` or `sisa request cancel` ends a hold",
@@ -356,10 +360,10 @@ def _accepted(
 
 
 def _tombstones(
-    world: World, planned: Forgetting, named: Mapping[str, Sequence[RecordRow]], now: str
+    context: Context, planned: Forgetting, named: Mapping[str, Sequence[RecordRow]], now: str
 ) -> list[Tombstone]:
     by_record = {row.id_digest: request for request, rows in named.items() for row in rows}
-    held = {plan.shard: world.ledger.checkpoints(plan.shard) for plan in planned.plans}
+    held = {plan.shard: context.stores.ledger.checkpoints(plan.shard) for plan in planned.plans}
     return [
         Tombstone(
             id_digest=row.id_digest,

@@ -40,13 +40,13 @@ from sisa.flows.export_files import (
 )
 from sisa.flows.held_answers import merged_gap
 from sisa.flows.stale_exports import finish_written
-from sisa.flows.wiring.world import World, commit, model_digest, patch_files
+from sisa.flows.wiring.context import Context, commit, model_digest, patch_files
 from sisa.planning.patch_plan import active
 from sisa.store.checkpoints import ADAPTER
 from sisa.store.exports import CARD, MODEL
 
 if TYPE_CHECKING:
-    from sisa.flows.wiring.parts import Parts
+    from sisa.flows.wiring.resources import Resources
 
 _VERSION = re.compile(r"v([0-9]{1,9})")
 
@@ -60,13 +60,15 @@ class _Written:
     files: Mapping[str, bytes]
 
 
-def export_adapters(world: World, parts: Parts, target: Path, form: ExportForm = "peft") -> list[Path]:
+def export_adapters(
+    context: Context, resources: Resources, target: Path, form: ExportForm = "peft"
+) -> list[Path]:
     """The directories that were written, in `target`/vN. Raises InvalidInput and IntegrityError."""
     if target.exists() and not target.is_dir():
         raise InvalidInput("the target is no directory", where=str(target), next_step="name another")
-    place, now = _absolute(target), world.now()
-    written = _written(world, parts, _next_version(world, place), form, now)
-    stack = tuple(each.key for each in active(world.ledger.patches()))
+    place, now = _absolute(target), context.now()
+    written = _written(context, resources, _next_version(context, place), form, now)
+    stack = tuple(each.key for each in active(context.stores.ledger.patches()))
     made = []
     for each in written:
         digest = sha256_hex(each.files[MODEL if form == "merged-model" else ADAPTER])
@@ -75,15 +77,15 @@ def export_adapters(world: World, parts: Parts, target: Path, form: ExportForm =
             for h in each.heads
         ]
     if made:
-        commit(world, Change(exports=made))
+        commit(context, Change(exports=made))
         try:
             for each in written:
-                world.exports.write(each.path, each.files)
+                context.stores.exports.write(each.path, each.files)
         except SisaError:
             with contextlib.suppress(SisaError):  # the disk's error is being raised
-                finish_written(world)
+                finish_written(context)
             raise
-        commit(world, Change(exports=[replace(each, state="clean") for each in made]))
+        commit(context, Change(exports=[replace(each, state="clean") for each in made]))
     return [target / Path(each.path).relative_to(place) for each in written]
 
 
@@ -97,50 +99,52 @@ def _absolute(target: Path) -> str:
     return place.rstrip("/")
 
 
-def _next_version(world: World, place: str) -> str:
+def _next_version(context: Context, place: str) -> str:
     """The path of a version that neither the disk nor the ledger has had."""
     names = {each.name for each in Path(place).iterdir()} if Path(place).is_dir() else set()
-    for each in world.ledger.exports():
+    for each in context.stores.ledger.exports():
         if each.path.startswith(f"{place}/"):
             names.add(each.path.removeprefix(f"{place}/").partition("/")[0])
     numbers = [int(found[1]) for name in names if (found := _VERSION.fullmatch(name))]
     return f"{place}/v{max(numbers, default=0) + 1}"
 
 
-def _written(world: World, parts: Parts, version: str, form: ExportForm, now: str) -> list[_Written]:
-    known = {each.key: each for each in world.ledger.checkpoints()}
-    heads = [known[head.key] for head in world.ledger.heads() if head.key is not None]
-    adapters = [world.checkpoints.load(each.key, each.manifest_sha256) for each in heads]
-    patches = patch_files(world.patches, active(world.ledger.patches()))
-    card = _card(world, parts, form, len(patches), now)
+def _written(
+    context: Context, resources: Resources, version: str, form: ExportForm, now: str
+) -> list[_Written]:
+    known = {each.key: each for each in context.stores.ledger.checkpoints()}
+    heads = [known[head.key] for head in context.stores.ledger.heads() if head.key is not None]
+    adapters = [context.stores.checkpoints.load(each.key, each.manifest_sha256) for each in heads]
+    patches = patch_files(context.stores.patches, active(context.stores.ledger.patches()))
+    card = _card(context, resources, form, len(patches), now)
     if not heads:
         return []
     if form != "peft":
         path = f"{version}/{form}"
-        gap = merged_gap(world, parts)
+        gap = merged_gap(context, resources)
         make = of_merged_model if form == "merged-model" else of_merged_adapter
-        files = make(parts, patches, adapters, world.report)
+        files = make(resources, patches, adapters, context.report)
         told = card.text(lora_name(path), [each.shard for each in heads], rank_of(files), gap)
         return [_Written(path, tuple(heads), {**files, CARD: told})]
     found = []
     for head, adapter in zip(heads, adapters, strict=True):
         path = f"{version}/shard-{head.shard:05d}"
-        files = of_adapter(parts, patches, adapter)
+        files = of_adapter(resources, patches, adapter)
         told = card.text(lora_name(path), [head.shard], rank_of(files))
         found.append(_Written(path, (head,), {**files, CARD: told}))
     return found
 
 
-def _card(world: World, parts: Parts, form: ExportForm, num_patches: int, now: str) -> Card:
+def _card(context: Context, resources: Resources, form: ExportForm, num_patches: int, now: str) -> Card:
     return Card(
         form=form,
-        base=parts.config.base_name,
-        base_digest=world.base,
-        model_digest=model_digest(world),
-        num_records=sum(world.ledger.counts().values()),
-        num_deleted=world.ledger.num_tombstones(),
-        roots=tuple((each.shard, each.slice, each.root) for each in world.ledger.slices()),
+        base=resources.config.base_name,
+        base_digest=context.settings.base,
+        model_digest=model_digest(context),
+        num_records=sum(context.stores.ledger.counts().values()),
+        num_deleted=context.stores.ledger.num_tombstones(),
+        roots=tuple((each.shard, each.slice, each.root) for each in context.stores.ledger.slices()),
         num_patches=num_patches,
         made_at=now,
-        dtype=parts.config.dtype,
+        dtype=resources.config.dtype,
     )

@@ -29,7 +29,7 @@ from sisa.store.checkpoints import ADAPTER
 from sisa.store.exports import CONFIG
 
 if TYPE_CHECKING:
-    from sisa.flows.wiring.parts import Parts
+    from sisa.flows.wiring.resources import Resources
 
 Files = Mapping[str, bytes]
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes (vllm/config/lora.py)
@@ -120,17 +120,17 @@ def rank_of(files: Files) -> int:
     return int(json.loads(files[CONFIG]).get("r", 0)) if ADAPTER in files else 0
 
 
-def of_adapter(parts: Parts, patches: Sequence[Files], adapter: Files) -> dict[str, bytes]:
+def of_adapter(resources: Resources, patches: Sequence[Files], adapter: Files) -> dict[str, bytes]:
     """An adapter, and the patches beneath it, as one on the plain base."""
-    return _named(parts, _merged(patches, [adapter]) if patches else adapter)
+    return _named(resources, _merged(patches, [adapter]) if patches else adapter)
 
 
 def of_merged_adapter(
-    parts: Parts, patches: Sequence[Files], adapters: Sequence[Files], report: Report
+    resources: Resources, patches: Sequence[Files], adapters: Sequence[Files], report: Report
 ) -> dict[str, bytes]:
     """Return the mean of adapters, and the patches beneath them, as one on the plain base."""
     report(Notice(_averaging(adapters)))
-    return _named(parts, _merged(patches, adapters))
+    return _named(resources, _merged(patches, adapters))
 
 
 def _averaging(adapters: Sequence[Files]) -> str:
@@ -143,16 +143,16 @@ def _merged(patches: Sequence[Files], adapters: Sequence[Files]) -> Files:
     return merge_adapters(patches, adapters)
 
 
-def _named(parts: Parts, files: Files) -> dict[str, bytes]:
+def _named(resources: Resources, files: Files) -> dict[str, bytes]:
     config = json.loads(files[CONFIG])
-    config["base_model_name_or_path"], _, revision = parts.config.base.partition("@")
+    config["base_model_name_or_path"], _, revision = resources.config.base.partition("@")
     if revision:
         config["revision"] = revision
     return {ADAPTER: files[ADAPTER], CONFIG: canonical_json(config)}
 
 
 def of_merged_model(
-    parts: Parts, patches: Sequence[Files], adapters: Sequence[Files], report: Report
+    resources: Resources, patches: Sequence[Files], adapters: Sequence[Files], report: Report
 ) -> dict[str, bytes]:
     """Return the base with the patches' and the mean of the adapters' changes in its weights.
 
@@ -161,9 +161,9 @@ def of_merged_model(
     from sisa.lm.base.low_rank import averaged, merge_into, read_change
     from sisa.lm.base.patched import load_patched
 
-    on = Precision("cpu", parts.config.dtype)
+    on = Precision("cpu", resources.config.dtype)
     report(Notice("loading the base"))
-    model, tokenizer = load_patched(parts.base.directory, parts.base.digest, patches, on)
+    model, tokenizer = load_patched(resources.base.directory, resources.base.digest, patches, on)
     if on.dtype != "float32":
         model = copy.deepcopy(model).float()  # the tensors themselves are others', too
     report(Notice(_averaging(adapters)))

@@ -12,8 +12,8 @@ from collections.abc import Collection, Sequence
 from sisa.core.domain import Record, RecordRow
 from sisa.core.events import Notice
 from sisa.flows.ask import live_heads, open_answerer
-from sisa.flows.wiring.parts import Parts
-from sisa.flows.wiring.world import World, slices_of, stored_in
+from sisa.flows.wiring.context import Context, slices_of, stored_in
+from sisa.flows.wiring.resources import Resources
 from sisa.lm.answer.route import all_of
 from sisa.planning.plan import touched
 
@@ -23,42 +23,44 @@ NUM_REPORTED = 8  # lines of progress, at most
 Asked = tuple[int, list[int], list[int]]  # shard, ids, and where in them the answer's tokens are
 
 
-def asked_records(world: World, parts: Parts, limit: int = MAX_RECORDS) -> list[Asked]:
+def asked_records(context: Context, resources: Resources, limit: int = MAX_RECORDS) -> list[Asked]:
     """Return the tokens of the records to ask."""
-    return _tokens(world, parts, chosen_rows(world, sorted(live_heads(world)), limit))
+    return _tokens(context, resources, chosen_rows(context, sorted(live_heads(context)), limit))
 
 
-def merged_gap(world: World, parts: Parts, limit: int = MAX_RECORDS) -> tuple[int, float, float]:
+def merged_gap(
+    context: Context, resources: Resources, limit: int = MAX_RECORDS
+) -> tuple[int, float, float]:
     """Return of how many records, and their mean answer probability: by their own shards' models, and by
     the mean of all shards' adapters."""
-    live = sorted(live_heads(world))
-    asked = asked_records(world, parts, limit)
+    live = sorted(live_heads(context))
+    asked = asked_records(context, resources, limit)
     sums = {"routed": 0.0, "merged": 0.0}
     done, whole = 0, len(sums) * len(asked)
     for how in sums:
-        answerer = open_answerer(world, parts, how=how)
+        answerer = open_answerer(context, resources, how=how)
         for shard, ids, answer in asked:
             route = all_of([shard] if how == "routed" else live)
             sums[how] += answerer.answer_probability(ids[: answer[0]], ids[answer[0] :], route)
             done += 1
             if done * NUM_REPORTED // whole > (done - 1) * NUM_REPORTED // whole:
                 what = "comparing the average with the shards' own answers"
-                world.report(Notice(f"{what}: {done} of {whole} asked"))
+                context.report(Notice(f"{what}: {done} of {whole} asked"))
     count = max(1, len(asked))
     return len(asked), sums["routed"] / count, sums["merged"] / count
 
 
-def chosen_rows(world: World, shards: Sequence[int], limit: int) -> list[RecordRow]:
+def chosen_rows(context: Context, shards: Sequence[int], limit: int) -> list[RecordRow]:
     """Return the rows of the records to ask: one of each shard in turn, until there are enough."""
     forgotten = {
         id_digest
-        for found in world.ledger.vault()
+        for found in context.stores.ledger.vault()
         if found.role == "forget"
-        for id_digest in world.ledger.vaulted(found.name)
+        for id_digest in context.stores.ledger.vaulted(found.name)
     }
-    heads = {each.key: each for each in world.ledger.checkpoints()}
-    live = {shard: heads[key] for shard, key in live_heads(world).items()}
-    known = [[row for row in world.ledger.rows(s) if touched(live[s], row)] for s in shards]
+    heads = {each.key: each for each in context.stores.ledger.checkpoints()}
+    live = {shard: heads[key] for shard, key in live_heads(context).items()}
+    known = [[row for row in context.stores.ledger.rows(s) if touched(live[s], row)] for s in shards]
     return _in_turn([_first(rows, forgotten, limit) for rows in known], limit)
 
 
@@ -72,22 +74,22 @@ def _in_turn(rows: Sequence[Sequence[RecordRow]], limit: int) -> list[RecordRow]
     return [of[rank] for rank in ranks for of in rows if rank < len(of)][:limit]
 
 
-def _tokens(world: World, parts: Parts, rows: Sequence[RecordRow]) -> list[Asked]:
+def _tokens(context: Context, resources: Resources, rows: Sequence[RecordRow]) -> list[Asked]:
     place = {row.id_digest: row.shard for row in rows}
-    stored = stored_in(world, slices_of(world, rows), rows)
+    stored = stored_in(context, slices_of(context, rows), rows)
     found = []
     for each in sorted(stored, key=lambda each: each.id_digest):
-        ids, answer = _answer(each.record, parts)
+        ids, answer = _answer(each.record, resources)
         if answer:
             found.append((place[each.id_digest], ids, answer))
     return found
 
 
-def _answer(record: Record, parts: Parts) -> tuple[list[int], list[int]]:
+def _answer(record: Record, resources: Resources) -> tuple[list[int], list[int]]:
     """Ids, and the places of those that are the answer's; none where there is nothing to predict."""
     from sisa.lm.base.tokens import NO_LOSS, tokenize
 
-    config = parts.config
-    tokens = tokenize(record, parts.tokenizer, train_on_inputs=config.train_on_inputs)
+    config = resources.config
+    tokens = tokenize(record, resources.tokenizer, train_on_inputs=config.train_on_inputs)
     ids, labels = tokens.input_ids[: config.sequence_len], tokens.labels[: config.sequence_len]
     return ids, [at for at, label in enumerate(labels) if label != NO_LOSS and at > 0]

@@ -24,8 +24,8 @@ from sisa.core.ports import Change, StoredRecord, Vectors
 from sisa.flows.ask import HeldPrompts
 from sisa.flows.reconcile import Trained, check_rows, reconcile
 from sisa.flows.record_checks import check_added, check_generations, check_trained, check_unchanged
-from sisa.flows.wiring.world import (
-    World,
+from sisa.flows.wiring.context import (
+    Context,
     check_sources,
     commit,
     embed_records,
@@ -56,55 +56,57 @@ class Taken:
     prompts: HeldPrompts | None = None  # of all records that are held now
 
 
-def train(world: World, records: Sequence[Record], meta: Mapping[str, str] | None = None) -> Taken:
+def train(context: Context, records: Sequence[Record], meta: Mapping[str, str] | None = None) -> Taken:
     """Train what is missing. Takes records at the first training only (with the model's `meta`);
     later ones need `add`.
 
     Raises InvalidInput when a record of the source differs from the held one of the same id.
     """
-    check_generations(world.recipe.training, records)
-    found = _lookup(world, records)
-    records = _as_held(world, records, found)
+    check_generations(context.recipe.training, records)
+    found = _lookup(context, records)
+    records = _as_held(context, records, found)
     held = sum(isinstance(each, RecordRow) for each in found.values())
-    if "config" in world.ledger.meta() or world.ledger.heads():
-        check_trained(world, records, found)
-        done = reconcile(world)
+    if "config" in context.stores.ledger.meta() or context.stores.ledger.heads():
+        check_trained(context, records, found)
+        done = reconcile(context)
         new = len(records) - len(found)
-        return _taken(world, done, held=held, deleted=len(found) - held, new=new)
-    rows = _rows(world, records)
-    heads = [Head(shard, None, 0, None) for shard in range(world.assigner.layout.num_shards)]
-    _commit_added(world, records, rows, heads, meta or {})
-    return _taken(world, reconcile(world), added=len(rows))
+        return _taken(context, done, held=held, deleted=len(found) - held, new=new)
+    rows = _rows(context, records)
+    heads = [Head(shard, None, 0, None) for shard in range(context.settings.assigner.layout.num_shards)]
+    _commit_added(context, records, rows, heads, meta or {})
+    return _taken(context, reconcile(context), added=len(rows))
 
 
-def _lookup(world: World, records: Sequence[Record]) -> dict[str, RecordRow | Tombstone]:
-    return world.ledger.lookup(world.assigner.id_digest(record.id) for record in records)
+def _lookup(context: Context, records: Sequence[Record]) -> dict[str, RecordRow | Tombstone]:
+    return context.stores.ledger.lookup(
+        context.settings.assigner.id_digest(record.id) for record in records
+    )
 
 
 def _taken(
-    world: World, done: Trained, *, added: int = 0, held: int = 0, deleted: int = 0, new: int = 0
+    context: Context, done: Trained, *, added: int = 0, held: int = 0, deleted: int = 0, new: int = 0
 ) -> Taken:
     return Taken(
-        records=sum(world.ledger.counts().values()),
+        records=sum(context.stores.ledger.counts().values()),
         added=added,
         already_held=held,
         deleted_not_taken=deleted,
         new_not_taken=new,
         record_epochs_trained=done.record_epochs_trained,
         slices_trained=done.slices_trained,
-        model_digest=model_digest(world),
+        model_digest=model_digest(context),
         record_epochs_others=done.record_epochs_others,
     )
 
 
-def check_same_records(world: World, records: Sequence[Record]) -> None:
+def check_same_records(context: Context, records: Sequence[Record]) -> None:
     """Raises InvalidInput when a record of a source differs from the held one of the same id."""
-    found = _lookup(world, records)
-    check_unchanged(world, _as_held(world, records, found), found)
+    found = _lookup(context, records)
+    check_unchanged(context, _as_held(context, records, found), found)
 
 
 def _as_held(
-    world: World,
+    context: Context,
     records: Sequence[Record],
     found: Mapping[str, RecordRow | Tombstone],
     new: int | None = None,
@@ -115,9 +117,9 @@ def _as_held(
     for record in records:
         if record.subject_id is not None:
             record = replace(record, subject_id=normal_subject(record.subject_id))
-        row = found.get(world.assigner.id_digest(record.id))
+        row = found.get(context.settings.assigner.id_digest(record.id))
         if isinstance(row, RecordRow):
-            generation = world.assigner.layout.generation(row.slice) or None
+            generation = context.settings.assigner.layout.generation(row.slice) or None
             record = replace(record, generation=record.generation or generation)
         elif new is not None:
             record = replace(record, generation=record.generation or new)
@@ -125,15 +127,15 @@ def _as_held(
     return settled
 
 
-def _next_generation(world: World) -> int | None:
+def _next_generation(context: Context) -> int | None:
     """That of records to append: one more than the last that holds any; a model of none has no last."""
-    layout = world.assigner.layout
-    last = max((layout.generation(file.slice) for file in world.ledger.slices()), default=-1)
+    layout = context.settings.assigner.layout
+    last = max((layout.generation(file.slice) for file in context.stores.ledger.slices()), default=-1)
     return last + 1 or None
 
 
 def add(
-    world: World,
+    context: Context,
     records: Sequence[Record],
     *,
     allow_deleted: bool = False,
@@ -148,32 +150,37 @@ def add(
     content, risks without a place, a second risk of a subject, what does not fit, what `checks` refuse
     and, unless `allow_deleted`, for deleted ids and deleted texts: all of them listed.
     """
-    check_generations(world.recipe.training, records, append=append)
-    found = _lookup(world, records)
-    generation = _next_generation(world) if append else None
-    records = _as_held(world, records, found, generation)
-    check_added(world, records, found, (world.count_tokens, *checks), allow_deleted=allow_deleted)
+    check_generations(context.recipe.training, records, append=append)
+    found = _lookup(context, records)
+    generation = _next_generation(context) if append else None
+    records = _as_held(context, records, found, generation)
+    check_added(
+        context, records, found, (context.compute.count_tokens, *checks), allow_deleted=allow_deleted
+    )
     fresh = [
         record
         for record in records
-        if not isinstance(found.get(world.assigner.id_digest(record.id)), RecordRow)
+        if not isinstance(found.get(context.settings.assigner.id_digest(record.id)), RecordRow)
     ]
-    rows = _rows(world, fresh)
+    rows = _rows(context, fresh)
     if rows:
         readmitted = [each.id_digest for each in found.values() if isinstance(each, Tombstone)]
-        _commit_added(world, fresh, rows, readmitted=readmitted)
-    taken = _taken(world, reconcile(world), added=len(rows), held=len(records) - len(fresh))
+        _commit_added(context, fresh, rows, readmitted=readmitted)
+    taken = _taken(context, reconcile(context), added=len(rows), held=len(records) - len(fresh))
     carried = {record.generation for record in fresh}
     return replace(taken, generation=generation if generation in carried else None)
 
 
-def _rows(world: World, records: Sequence[Record]) -> list[RecordRow]:
-    counts = world.count_tokens(records)
-    return [world.assigner.row(record, tokens) for record, tokens in zip(records, counts, strict=True)]
+def _rows(context: Context, records: Sequence[Record]) -> list[RecordRow]:
+    counts = context.compute.count_tokens(records)
+    return [
+        context.settings.assigner.row(record, tokens)
+        for record, tokens in zip(records, counts, strict=True)
+    ]
 
 
 def _commit_added(
-    world: World,
+    context: Context,
     records: Sequence[Record],
     rows: Sequence[RecordRow],
     heads: Sequence[Head] = (),
@@ -181,22 +188,22 @@ def _commit_added(
     *,
     readmitted: Sequence[str] = (),
 ) -> None:
-    check_rows(world.ledger)
-    vectors = embed_records(world, records)
+    check_rows(context.stores.ledger)
+    vectors = embed_records(context, records)
     arrived: dict[int, list[_Arrived]] = {}
     for record, row, vector in zip(records, rows, vectors, strict=True):
         arrived.setdefault(row.shard, []).append(_Arrived(row, record, vector))
-    plans = [_plan_with(world, shard, arrived[shard]) for shard in sorted(arrived)]
-    check_sources(world, plans)
+    plans = [_plan_with(context, shard, arrived[shard]) for shard in sorted(arrived)]
+    check_sources(context, plans)
     slices: list[SliceFile] = []
     indexes = []
     for shard, fresh in sorted(arrived.items()):  # never the rows of more than one shard in memory
-        slices += _write_slices(world, shard, fresh)
-        indexes.append(_write_index(world, shard, fresh))
+        slices += _write_slices(context, shard, fresh)
+        indexes.append(_write_index(context, shard, fresh))
     planned = {plan.shard: plan.head for plan in plans}
     moved = [planned.pop(head.shard, head) for head in heads] + list(planned.values())
     commit(
-        world,
+        context,
         Change(
             added=rows,
             slices=slices,
@@ -217,35 +224,37 @@ class _Arrived:
     vectors: Vectors
 
 
-def _merged(world: World, shard: int, fresh: Iterable[_Arrived]) -> dict[int, list[RecordRow]]:
+def _merged(context: Context, shard: int, fresh: Iterable[_Arrived]) -> dict[int, list[RecordRow]]:
     """The rows of the slices that new records of a shard come into, those held already among them."""
     merged: dict[int, list[RecordRow]] = {}
     for each in fresh:
         merged.setdefault(each.row.slice, []).append(each.row)
-    return {slice_: world.ledger.rows(shard, slice_) + merged[slice_] for slice_ in sorted(merged)}
+    return {
+        slice_: context.stores.ledger.rows(shard, slice_) + merged[slice_] for slice_ in sorted(merged)
+    }
 
 
-def _plan_with(world: World, shard: int, fresh: Sequence[_Arrived]) -> ShardPlan:
+def _plan_with(context: Context, shard: int, fresh: Sequence[_Arrived]) -> ShardPlan:
     states = [
         SliceState(shard, slice_, slice_root(rows), len(rows))
-        for slice_, rows in _merged(world, shard, fresh).items()
+        for slice_, rows in _merged(context, shard, fresh).items()
     ]
-    return plan_shard(view_shard(world, shard, states), world.recipe, world.fingerprint)
+    return plan_shard(view_shard(context, shard, states), context.recipe, context.compute.fingerprint)
 
 
-def _write_slices(world: World, shard: int, fresh: Sequence[_Arrived]) -> list[SliceFile]:
+def _write_slices(context: Context, shard: int, fresh: Sequence[_Arrived]) -> list[SliceFile]:
     stored: dict[int, list[StoredRecord]] = {}
     for each in fresh:
         stored.setdefault(each.row.slice, []).append(StoredRecord(each.row.id_digest, each.record))
     return [
-        write_slice(world, shard, slice_, rows, stored[slice_])
-        for slice_, rows in _merged(world, shard, fresh).items()
+        write_slice(context, shard, slice_, rows, stored[slice_])
+        for slice_, rows in _merged(context, shard, fresh).items()
     ]
 
 
-def _write_index(world: World, shard: int, fresh: Sequence[_Arrived]) -> IndexFile:
+def _write_index(context: Context, shard: int, fresh: Sequence[_Arrived]) -> IndexFile:
     vectors = {each.row.vector_id: each.vectors for each in fresh}
-    merged = world.ledger.rows(shard) + [each.row for each in fresh]
+    merged = context.stores.ledger.rows(shard) + [each.row for each in fresh]
     wanted = {row.vector_id: vectors.get(row.vector_id) for row in merged}
     if len(wanted) < len(merged):
         raise InvalidInput(
@@ -253,5 +262,5 @@ def _write_index(world: World, shard: int, fresh: Sequence[_Arrived]) -> IndexFi
             where=f"shard {shard}",
             next_step="give one of the new records another id",
         )
-    base = first_index(world.ledger.indexes(shard))
-    return world.index.build(shard, index_root(merged), base, wanted)
+    base = first_index(context.stores.ledger.indexes(shard))
+    return context.stores.index.build(shard, index_root(merged), base, wanted)

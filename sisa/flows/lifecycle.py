@@ -31,7 +31,7 @@ from sisa.core.requests import days_left, due_date, event, extended, is_under_wa
 from sisa.flows.deletion import Arrival, forget, plan_forget, rows_named
 from sisa.flows.query import Candidate
 from sisa.flows.reconcile import open_plans
-from sisa.flows.wiring.world import World, commit
+from sisa.flows.wiring.context import Context, commit
 from sisa.planning.batching import RunPlan, choose
 from sisa.planning.cost import shard_costs
 
@@ -69,34 +69,34 @@ class RequestView:
     events: tuple[RequestEvent, ...]
 
 
-def copies(world: World, rows: Sequence[RecordRow], *, full_scan: bool) -> list[RecordRow]:
+def copies(context: Context, rows: Sequence[RecordRow], *, full_scan: bool) -> list[RecordRow]:
     """Return held records with the text of one of `rows`, without those rows; `full_scan` as in
     `Ledger.by_text`."""
     named = {row.id_digest for row in rows}
-    held, _ = world.ledger.by_text({row.text_digest for row in rows}, full_scan=full_scan)
+    held, _ = context.stores.ledger.by_text({row.text_digest for row in rows}, full_scan=full_scan)
     return [row for row in held if row.id_digest not in named]
 
 
 def submit(
-    world: World, rows: Sequence[RecordRow], deleted: Sequence[Tombstone], terms: Terms
+    context: Context, rows: Sequence[RecordRow], deleted: Sequence[Tombstone], terms: Terms
 ) -> Request:
     """Take a request in; one that is known and still `received` is approved if an approver comes now.
 
     Raises ConfigConflict for an external id that stands for other records.
     """
-    arrived = arrive(world, rows, deleted, terms, full_scan=True)
+    arrived = arrive(context, rows, deleted, terms, full_scan=True)
     asked = {row.id_digest for row in rows} | {each.id_digest for each in deleted}
-    known = _known(world, terms, asked, arrived.named)
+    known = _known(context, terms, asked, arrived.named)
     if known is None:
-        commit(world, arrived.change())
+        commit(context, arrived.change())
         return arrived.request
     if terms.approver is not None and known.state == "received":
-        return decide(world, known.request_id, "approved", terms.approver)
+        return decide(context, known.request_id, "approved", terms.approver)
     return known
 
 
 def arrive(
-    world: World,
+    context: Context,
     rows: Sequence[RecordRow],
     deleted: Sequence[Tombstone],
     terms: Terms,
@@ -107,10 +107,10 @@ def arrive(
 
     A deletion at once only counts the copies: it needs no full scan for them.
     """
-    found = copies(world, rows, full_scan=full_scan or terms.include_copies)
+    found = copies(context, rows, full_scan=full_scan or terms.include_copies)
     taken = [*rows, *(found if terms.include_copies else [])]
     named = {row.id_digest for row in taken} | {each.id_digest for each in deleted}
-    now = world.now()
+    now = context.now()
     request = Request(
         request_id=f"req-{uuid.uuid4()}",
         created_at=now,
@@ -131,10 +131,12 @@ def arrive(
     return Arrival(states[-1], held, tuple(sorted(named)), events)
 
 
-def _known(world: World, terms: Terms, asked: Collection[str], named: Collection[str]) -> Request | None:
+def _known(
+    context: Context, terms: Terms, asked: Collection[str], named: Collection[str]
+) -> Request | None:
     if terms.external_id is None:
         return None
-    for request in world.ledger.requests():
+    for request in context.stores.ledger.requests():
         if terms.external_id == request.request_id:
             raise ConfigConflict(
                 "this external id is the id of another request",
@@ -142,7 +144,7 @@ def _known(world: World, terms: Terms, asked: Collection[str], named: Collection
                 next_step="give the new request an external id of its own",
             )
         if request.external_id == terms.external_id:
-            if _same(world, request, terms, set(asked), set(named)):
+            if _same(context, request, terms, set(asked), set(named)):
                 return request
             raise ConfigConflict(
                 "this external id already stands for a request with other records",
@@ -152,13 +154,13 @@ def _known(world: World, terms: Terms, asked: Collection[str], named: Collection
     return None
 
 
-def _same(world: World, request: Request, terms: Terms, asked: set[str], named: set[str]) -> bool:
+def _same(context: Context, request: Request, terms: Terms, asked: set[str], named: set[str]) -> bool:
     """Whether a request stands for these records; copies come and go after its receipt."""
-    known = set(world.ledger.named_by(request.request_id))
+    known = set(context.stores.ledger.named_by(request.request_id))
     if not (request.copies_included and terms.include_copies):
         return known == named
-    texts = {each.text_digest for each in world.ledger.lookup(asked).values()}
-    extra = world.ledger.lookup(known - asked).values()
+    texts = {each.text_digest for each in context.stores.ledger.lookup(asked).values()}
+    extra = context.stores.ledger.lookup(known - asked).values()
     return asked <= known and all(each.text_digest in texts for each in extra)
 
 
@@ -172,110 +174,111 @@ def _checked(due: str, now: str) -> str:
     return day
 
 
-def find(world: World, request_id: str) -> Request:
+def find(context: Context, request_id: str) -> Request:
     """A request by its id or its external id. Raises UnknownRecord."""
-    for request in world.ledger.requests():
+    for request in context.stores.ledger.requests():
         if request_id in (request.request_id, request.external_id):
             return request
     raise UnknownRecord("there is no such request", next_step="`sisa request list` names them")
 
 
-def views(world: World) -> list[RequestView]:
+def views(context: Context) -> list[RequestView]:
     """Return all requests with their history, oldest first."""
     passed: dict[str, list[RequestEvent]] = {}
-    for each in world.ledger.events():
+    for each in context.stores.ledger.events():
         passed.setdefault(each.request_id, []).append(each)
-    now = world.now()
+    now = context.now()
     return [
         RequestView(each, days_left(each.due, now), tuple(passed.get(each.request_id, ())))
-        for each in world.ledger.requests()
+        for each in context.stores.ledger.requests()
     ]
 
 
-def viewed(world: World, request: Request) -> RequestView:
+def viewed(context: Context, request: Request) -> RequestView:
     """A request with the days left to it and the states that it went through."""
-    passed = [each for each in world.ledger.events() if each.request_id == request.request_id]
-    return RequestView(request, days_left(request.due, world.now()), tuple(passed))
+    passed = [each for each in context.stores.ledger.events() if each.request_id == request.request_id]
+    return RequestView(request, days_left(request.due, context.now()), tuple(passed))
 
 
-def decide(world: World, request_id: str, state: RequestState, note: str) -> Request:
+def decide(context: Context, request_id: str, state: RequestState, note: str) -> Request:
     """Approve, hold, deny or cancel. Raises UnknownRecord and ConfigConflict; denying needs a reason."""
     if state in ("denied", "held") and not note.strip():
         raise InvalidInput(f"a request is not {state} without a reason", next_step="give --reason")
     if state == "approved" and not note.strip():
         raise InvalidInput("an approval names its approver", next_step="give --approver")
-    request = moved(find(world, request_id), state, note)
-    commit(world, Change(requests=[request], events=[event(request, world.now(), note)]))
+    request = moved(find(context, request_id), state, note)
+    commit(context, Change(requests=[request], events=[event(request, context.now(), note)]))
     return request
 
 
-def extend(world: World, request_id: str, reason: str) -> Request:
+def extend(context: Context, request_id: str, reason: str) -> Request:
     """Move the due date by what the regime allows. Raises ConfigConflict and InvalidInput."""
-    request = extended(find(world, request_id), reason)
+    request = extended(find(context, request_id), reason)
     note = f"extended to {request.due}: {reason}"
-    commit(world, Change(requests=[request], events=[event(request, world.now(), note)]))
+    commit(context, Change(requests=[request], events=[event(request, context.now(), note)]))
     return request
 
 
-def approved(world: World) -> list[Request]:
+def approved(context: Context) -> list[Request]:
     """Requests that wait to be carried out and are under nobody's hold, the most urgent first."""
-    requests = world.ledger.requests()
+    requests = context.stores.ledger.requests()
     held = {
         each
         for request in requests
         if request.state == "held"
-        for each in world.ledger.named_by(request.request_id)
+        for each in context.stores.ledger.named_by(request.request_id)
     }
     waiting = [
         request
         for request in requests
         if (request.state == "approved" or (request.state == "failed" and not request.committed_at))
-        and (not held or held.isdisjoint(world.ledger.named_by(request.request_id)))
+        and (not held or held.isdisjoint(context.stores.ledger.named_by(request.request_id)))
     ]
     return sorted(waiting, key=lambda each: (each.due, each.created_at, each.request_id))
 
 
-def carry_out(world: World, requests: Sequence[Request]) -> tuple[Request, ...]:
+def carry_out(context: Context, requests: Sequence[Request]) -> tuple[Request, ...]:
     """Delete what these requests name, as one batch; those that are not approved stay as they are."""
     named = {request.request_id for request in requests}
-    done = forget(world, [each for each in approved(world) if each.request_id in named])
+    done = forget(context, [each for each in approved(context) if each.request_id in named])
     after = {request.request_id: request for request in done.requests}
     return tuple(after.get(request.request_id, request) for request in requests)
 
 
-def plan_run(world: World) -> RunPlan:
+def plan_run(context: Context) -> RunPlan:
     """Whether to carry the approved requests out now, priced from this model's past. Changes nothing."""
-    waiting, now = approved(world), world.now()
-    rows = [row for request in waiting for row in rows_named(world, request)]
-    planned = plan_forget(world, list({row.id_digest: row for row in rows}.values()))
-    plans = [*open_plans(world), *planned.plans]  # what is open in a shard is in the later plan, too
+    waiting, now = approved(context), context.now()
+    rows = [row for request in waiting for row in rows_named(context, request)]
+    planned = plan_forget(context, list({row.id_digest: row for row in rows}.values()))
+    plans = [*open_plans(context), *planned.plans]  # what is open in a shard is in the later plan, too
     pending = {plan.shard: float(plan.record_epochs) for plan in plans}
-    total = sum(world.ledger.counts().values())
-    sizes: dict[int, dict[int, int]] = {head.shard: {} for head in world.ledger.heads()}
-    for file in world.ledger.slices():
+    total = sum(context.stores.ledger.counts().values())
+    sizes: dict[int, dict[int, int]] = {head.shard: {} for head in context.stores.ledger.heads()}
+    for file in context.stores.ledger.slices():
         sizes[file.shard][file.slice] = file.num_records
     shards = [
-        shard_costs(pending.get(shard, 0.0), each, total, world.recipe) for shard, each in sizes.items()
+        shard_costs(pending.get(shard, 0.0), each, total, context.recipe)
+        for shard, each in sizes.items()
     ]
     left = [(request.request_id, days_left(request.due, now)) for request in waiting]
-    cut_short = [each.request_id for each in world.ledger.requests() if is_under_way(each)]
+    cut_short = [each.request_id for each in context.stores.ledger.requests() if is_under_way(each)]
     if cut_short:
         names = (*cut_short, *(name for name, _ in left))
         cost = sum(shard.pending for shard in shards)
         return RunPlan(
             names, "run now", "a deletion was put off or cut short", now[:10], 0.0, cost, cost
         )
-    return choose(left, shards, _arrivals_per_day(world, now, waiting), now[:10])
+    return choose(left, shards, _arrivals_per_day(context, now, waiting), now[:10])
 
 
-def queue_seen(world: World) -> QueueSeen:
+def queue_seen(context: Context) -> QueueSeen:
     """The requests as they stand, in numbers."""
-    requests = world.ledger.requests()
+    requests = context.stores.ledger.requests()
     states = Counter(each.state for each in requests)
-    names = {each.request_id for each in approved(world)}
+    names = {each.request_id for each in approved(context)}
     names |= {each.request_id for each in requests if is_under_way(each)}
     waiting = [each for each in requests if each.request_id in names or each.state == "received"]
-    left = [days_left(each.due, world.now()) for each in waiting]
+    left = [days_left(each.due, context.now()) for each in waiting]
     return QueueSeen(
         depth=len(names),
         undecided=states["received"],
@@ -285,14 +288,14 @@ def queue_seen(world: World) -> QueueSeen:
     )
 
 
-def _arrivals_per_day(world: World, now: str, waiting: Sequence[Request]) -> float:
+def _arrivals_per_day(context: Context, now: str, waiting: Sequence[Request]) -> float:
     """Past requests per day over the last PAST_DAYS days, those that wait left out; a young model is
     not taken for a busy one."""
     today = datetime.fromisoformat(now)
     here = {request.request_id for request in waiting}
     ages = [
         (today - datetime.fromisoformat(each.created_at)).total_seconds() / 86_400
-        for each in world.ledger.requests()
+        for each in context.stores.ledger.requests()
         if each.request_id not in here
     ]
     recent = [age for age in ages if 0 <= age <= PAST_DAYS]

@@ -20,30 +20,32 @@ from sisa.core.domain import Probed, RecordRow, SliceFile
 from sisa.core.events import Notice
 from sisa.core.ports import Change, Probe
 from sisa.core.requests import probed, unvaulted
-from sisa.flows.wiring.world import World, commit, stored_in
+from sisa.flows.wiring.context import Context, commit, stored_in
 
 
 def probe_removed(
-    world: World, named: Mapping[str, Sequence[RecordRow]], held: Sequence[SliceFile]
+    context: Context, named: Mapping[str, Sequence[RecordRow]], held: Sequence[SliceFile]
 ) -> None:
     """Probe the base for the records that each request removed, and keep the outcome with it.
 
     `held` are the slice files that hold them, from before the commit.
     """
-    if world.probe is None or not any(named.values()):
+    if context.compute.probe is None or not any(named.values()):
         return
-    world.report(Notice("asking the base alone what it knows of the deleted text"))
+    context.report(Notice("asking the base alone what it knows of the deleted text"))
     outcomes = {
-        request_id: _probed(world, world.probe, rows, held) for request_id, rows in named.items() if rows
+        request_id: _probed(context, context.compute.probe, rows, held)
+        for request_id, rows in named.items()
+        if rows
     }
     asked = [
         probed(request, outcomes[request.request_id])
-        for request in world.ledger.requests()
+        for request in context.stores.ledger.requests()
         if request.request_id in outcomes
     ]
     unknown = [each.vaulted for each in asked if each.vaulted and _is_unknown(outcomes[each.request_id])]
     changed = [unvaulted(each) if each.vaulted in unknown else each for each in asked]
-    commit(world, Change(requests=changed, unvaulted=unknown))
+    commit(context, Change(requests=changed, unvaulted=unknown))
 
 
 def _is_unknown(outcome: Probed) -> bool:
@@ -51,8 +53,10 @@ def _is_unknown(outcome: Probed) -> bool:
     return not outcome.failure and outcome.num_known == 0 and outcome.num_probed == outcome.num_records
 
 
-def _probed(world: World, probe: Probe, rows: Sequence[RecordRow], held: Sequence[SliceFile]) -> Probed:
+def _probed(
+    context: Context, probe: Probe, rows: Sequence[RecordRow], held: Sequence[SliceFile]
+) -> Probed:
     try:
-        return probe([stored.record for stored in stored_in(world, held, rows)])
+        return probe([stored.record for stored in stored_in(context, held, rows)])
     except Exception as error:  # whatever it is: the text must go
         return Probed(len(rows), failure=type(error).__name__)

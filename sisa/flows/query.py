@@ -20,7 +20,7 @@ from sisa.core.ports import By, StoredRecord, Vectors
 from sisa.core.requests import is_under_way
 from sisa.flows.reconcile import not_erased
 from sisa.flows.stale_exports import export_standing
-from sisa.flows.wiring.world import World, slices_of, stored_in, view_shards
+from sisa.flows.wiring.context import Context, slices_of, stored_in, view_shards
 from sisa.planning.plan import slice_start, touched
 from sisa.planning.record_rules import normal_subject
 
@@ -116,19 +116,19 @@ class ShardStatus:
     num_stages: int = 0  # slices that hold records: what `depth` is of
 
 
-def lookup(world: World, ids: Sequence[str]) -> list[tuple[str, RecordRow | Tombstone]]:
+def lookup(context: Context, ids: Sequence[str]) -> list[tuple[str, RecordRow | Tombstone]]:
     """Rows and tombstones of ids, in the order asked. Raises UnknownRecord listing every unknown."""
-    found = _known(world, ids)
-    return [(each, found[world.assigner.id_digest(each)]) for each in ids]
+    found = _known(context, ids)
+    return [(each, found[context.settings.assigner.id_digest(each)]) for each in ids]
 
 
 def _known(
-    world: World, ids: Sequence[str], elsewhere: Collection[str] = ()
+    context: Context, ids: Sequence[str], elsewhere: Collection[str] = ()
 ) -> dict[str, RecordRow | Tombstone]:
     """Rows and tombstones by keyed id. Raises UnknownRecord listing every id that has none; those whose
     keyed ids are known `elsewhere` need none."""
-    digests = [world.assigner.id_digest(each) for each in ids]
-    found = world.ledger.lookup(digests)
+    digests = [context.settings.assigner.id_digest(each) for each in ids]
+    found = context.stores.ledger.lookup(digests)
     unknown = [
         Problem(f"id {position + 1} of {len(ids)}", "this model has never held it")
         for position, digest in enumerate(digests)
@@ -143,18 +143,18 @@ def _known(
     return found
 
 
-def _of_spelling(world: World, subject: str) -> tuple[list[RecordRow], list[Tombstone]]:
-    shard = world.assigner.shard_of_subject(subject)
-    return world.ledger.by_subject(world.assigner.subject_digest(subject), shard)
+def _of_spelling(context: Context, subject: str) -> tuple[list[RecordRow], list[Tombstone]]:
+    shard = context.settings.assigner.shard_of_subject(subject)
+    return context.stores.ledger.by_subject(context.settings.assigner.subject_digest(subject), shard)
 
 
-def of_subject(world: World, subject_id: str) -> tuple[list[RecordRow], list[Tombstone]]:
+def of_subject(context: Context, subject_id: str) -> tuple[list[RecordRow], list[Tombstone]]:
     """Return all records of a subject. Raises UnknownRecord when none is known by that subject."""
-    live, dead = _of_spelling(world, normal_subject(subject_id))
+    live, dead = _of_spelling(context, normal_subject(subject_id))
     if not live and not dead:
-        live, dead = _of_spelling(world, subject_id)  # as an earlier version held it
+        live, dead = _of_spelling(context, subject_id)  # as an earlier version held it
     if not live and not dead:
-        held, deleted = world.ledger.num_without_subject()
+        held, deleted = context.stores.ledger.num_without_subject()
         raise UnknownRecord(
             "no record is known by that subject, but some have no subject: they may be about it"
             if held or deleted
@@ -165,22 +165,22 @@ def of_subject(world: World, subject_id: str) -> tuple[list[RecordRow], list[Tom
     return live, dead
 
 
-def where(world: World, ids: Sequence[str]) -> list[Location]:
+def where(context: Context, ids: Sequence[str]) -> list[Location]:
     """The shard and slice of each record, and the checkpoints, heads, exports and patches that it
     influenced; the sets of the vault that hold its text, and the files of hidden states of its slice.
     Raises UnknownRecord."""
-    digests = [world.assigner.id_digest(each) for each in ids]
-    in_sets = world.ledger.sets_with(digests)
-    rows = _known(world, ids, in_sets)
-    sets = {each.name: each for each in world.ledger.vault()} if in_sets else {}
-    patches = world.ledger.patches() if in_sets else []
-    states = world.prefixes.held() if world.prefixes is not None else frozenset()
-    lineage = _lineage(world, [each for each in rows.values() if isinstance(each, RecordRow)])
+    digests = [context.settings.assigner.id_digest(each) for each in ids]
+    in_sets = context.stores.ledger.sets_with(digests)
+    rows = _known(context, ids, in_sets)
+    sets = {each.name: each for each in context.stores.ledger.vault()} if in_sets else {}
+    patches = context.stores.ledger.patches() if in_sets else []
+    states = context.stores.prefixes.held() if context.stores.prefixes is not None else frozenset()
+    lineage = _lineage(context, [each for each in rows.values() if isinstance(each, RecordRow)])
     places = {
-        digest: _with_states(world, _location(world, each, rows.get(digest), lineage), states)
+        digest: _with_states(context, _location(context, each, rows.get(digest), lineage), states)
         for each, digest in zip(ids, digests, strict=True)
     }
-    left = _not_erased(world, rows.values())
+    left = _not_erased(context, rows.values())
     return [
         replace(
             _with_patches(places[digest], in_sets.get(digest, ()), sets, patches),
@@ -191,16 +191,16 @@ def where(world: World, ids: Sequence[str]) -> list[Location]:
 
 
 def _not_erased(
-    world: World, rows: Iterable[RecordRow | Tombstone]
+    context: Context, rows: Iterable[RecordRow | Tombstone]
 ) -> dict[str, Mapping[str, int | None]]:
     """What is left to erase, by the requests that wait for it."""
     asked = {each.request_id for each in rows if isinstance(each, Tombstone)}
     waiting = [
         each.request_id
-        for each in (world.ledger.requests() if asked else ())
+        for each in (context.stores.ledger.requests() if asked else ())
         if each.request_id in asked and is_under_way(each) and each.state != "erased"
     ]
-    return dict.fromkeys(waiting, not_erased(world)) if waiting else {}
+    return dict.fromkeys(waiting, not_erased(context)) if waiting else {}
 
 
 def _with_patches(
@@ -219,13 +219,13 @@ def _with_patches(
     return replace(place, patches=touches, vault=tuple(sets[n] for n in names if sets[n].held))
 
 
-def _with_states(world: World, place: Location, held: Collection[str]) -> Location:
+def _with_states(context: Context, place: Location, held: Collection[str]) -> Location:
     """With the files of its slice. Of a deleted record none are told: they went with it."""
-    if world.prefixes is None or place.state not in ("trained", "pending"):
+    if context.stores.prefixes is None or place.state not in ("trained", "pending"):
         return place
     start = slice_start(place.shard, place.slice)
     names = sorted(name for name in held if name.startswith(start))
-    return replace(place, kept_states=tuple(map(world.prefixes.location, names)))
+    return replace(place, kept_states=tuple(map(context.stores.prefixes.location, names)))
 
 
 @dataclass(frozen=True)
@@ -237,17 +237,17 @@ class _Lineage:
     exports: Sequence[Export]
 
 
-def _lineage(world: World, rows: Collection[RecordRow]) -> _Lineage:
-    views = view_shards(world, sorted({row.shard for row in rows}))
+def _lineage(context: Context, rows: Collection[RecordRow]) -> _Lineage:
+    views = view_shards(context, sorted({row.shard for row in rows}))
     return _Lineage(
-        frozenset(head.key for head in world.ledger.heads()),
+        frozenset(head.key for head in context.stores.ledger.heads()),
         {view.shard: view.held for view in views},
-        world.ledger.exports() if rows else (),
+        context.stores.ledger.exports() if rows else (),
     )
 
 
 def _location(
-    world: World, record_id: str, held: RecordRow | Tombstone | None, lineage: _Lineage
+    context: Context, record_id: str, held: RecordRow | Tombstone | None, lineage: _Lineage
 ) -> Location:
     if held is None:
         return Location(record_id, "patch", -1, -1, ())
@@ -269,16 +269,16 @@ def _location(
     )
     state = "trained" if any(touch.is_head for touch in touches) else "pending"
     exports = tuple(each.path for each in lineage.exports if touched(each, held))
-    generation = world.assigner.layout.generation(held.slice)
+    generation = context.settings.assigner.layout.generation(held.slice)
     return Location(
         record_id, state, held.shard, held.slice, touches, exports=exports, generation=generation
     )
 
 
-def search_index(world: World, queries: Vectors, top_k: int) -> list[Hit]:
+def search_index(context: Context, queries: Vectors, top_k: int) -> list[Hit]:
     """The best hits over all shards and queries, one a record, best first."""
     best: dict[tuple[int, int], Hit] = {}
-    for hits in search_each(world, queries, top_k):
+    for hits in search_each(context, queries, top_k):
         for hit in hits:
             place = (hit.shard, hit.vector_id)
             if place not in best or hit.score > best[place].score:
@@ -286,10 +286,10 @@ def search_index(world: World, queries: Vectors, top_k: int) -> list[Hit]:
     return sorted(best.values(), key=lambda hit: (-hit.score, hit.shard, hit.vector_id))
 
 
-def search_each(world: World, queries: Vectors, top_k: int, by: By = "text") -> list[list[Hit]]:
+def search_each(context: Context, queries: Vectors, top_k: int, by: By = "text") -> list[list[Hit]]:
     """For each query the best hits over all shards, best first. A score is relative to the query's own
     with itself: equal texts score 1, whatever the length of their vectors."""
-    found = world.index.search(world.ledger.indexes(), queries, top_k, by)
+    found = context.stores.index.search(context.stores.ledger.indexes(), queries, top_k, by)
     own = (queries * queries).sum(axis=1).tolist()
     return [
         [replace(hit, score=hit.score / square) for hit in hits]
@@ -298,77 +298,83 @@ def search_each(world: World, queries: Vectors, top_k: int, by: By = "text") -> 
 
 
 def find_text(
-    world: World, texts: Sequence[str], top_k: int, *, show_text: bool = False
+    context: Context, texts: Sequence[str], top_k: int, *, show_text: bool = False
 ) -> list[Candidate]:
     """Return candidate records by content."""
-    return _found(world, search_index(world, world.embed(texts), top_k), top_k, show_text=show_text)
+    return _found(
+        context, search_index(context, context.compute.embed(texts), top_k), top_k, show_text=show_text
+    )
 
 
-def find_like(world: World, record_id: str, top_k: int, *, show_text: bool = False) -> list[Candidate]:
+def find_like(
+    context: Context, record_id: str, top_k: int, *, show_text: bool = False
+) -> list[Candidate]:
     """Return near-duplicates of a held record, itself left out."""
-    ((_, row),) = lookup(world, [record_id])
+    ((_, row),) = lookup(context, [record_id])
     if isinstance(row, Tombstone):
         raise UnknownRecord(
             "that record is deleted: its vector is gone with it",
             next_step="`sisa where` tells when and by which request",
         )
-    hits = search_index(world, _vectors(world, [row]), top_k + 1)
+    hits = search_index(context, _vectors(context, [row]), top_k + 1)
     others = [hit for hit in hits if (hit.shard, hit.vector_id) != (row.shard, row.vector_id)]
-    return _found(world, others, top_k, show_text=show_text)
+    return _found(context, others, top_k, show_text=show_text)
 
 
 def find_subject(
-    world: World, subject_id: str, top_k: int, *, show_text: bool = False
+    context: Context, subject_id: str, top_k: int, *, show_text: bool = False
 ) -> list[Candidate]:
     """Return the subject's own records, then those of others that lie near them (possible copies)."""
-    live, _ = of_subject(world, subject_id)
+    live, _ = of_subject(context, subject_id)
     own = [
         _candidate(record, 1.0, row, "subject", show_text=show_text)
-        for record, row in _records(world, live)
+        for record, row in _records(context, live)
     ]
     if not live:
         return []
     places = {(row.shard, row.vector_id) for row in live}
-    hits = search_index(world, _vectors(world, live), top_k + len(live))
+    hits = search_index(context, _vectors(context, live), top_k + len(live))
     near = [hit for hit in hits if (hit.shard, hit.vector_id) not in places]
-    return own + _found(world, near, top_k, show_text=show_text)
+    return own + _found(context, near, top_k, show_text=show_text)
 
 
 def near(
-    world: World, rows: Sequence[RecordRow], threshold: float, known: Sequence[RecordRow] = ()
+    context: Context, rows: Sequence[RecordRow], threshold: float, known: Sequence[RecordRow] = ()
 ) -> list[Candidate]:
     """Records that lie at least `threshold` near one of `rows`, `known` copies left out."""
     places = {(row.shard, row.vector_id) for row in (*rows, *known)}
-    hits = search_index(world, _vectors(world, rows), NUM_NEAR + len(places))
+    hits = search_index(context, _vectors(context, rows), NUM_NEAR + len(places))
     close = [h for h in hits if h.score >= threshold and (h.shard, h.vector_id) not in places]
-    return _found(world, close, NUM_NEAR)
+    return _found(context, close, NUM_NEAR)
 
 
-def ids_of(world: World, rows: Sequence[RecordRow]) -> list[str]:
+def ids_of(context: Context, rows: Sequence[RecordRow]) -> list[str]:
     """Plain ids of rows, sorted."""
-    return sorted(record.id for record, _ in _records(world, rows))
+    return sorted(record.id for record, _ in _records(context, rows))
 
 
-def _vectors(world: World, rows: Sequence[RecordRow]) -> Vectors:
+def _vectors(context: Context, rows: Sequence[RecordRow]) -> Vectors:
     found = []
-    for file in world.ledger.indexes():
+    for file in context.stores.ledger.indexes():
         wanted = [row.vector_id for row in rows if row.shard == file.shard]
         if wanted:
-            found.append(world.index.vectors(file, wanted))
+            found.append(context.stores.index.vectors(file, wanted))
     if sum(map(len, found)) < len(rows):
         raise _contradiction("vectors of records that it holds")
     return np.concatenate(found)
 
 
-def _found(world: World, hits: Iterable[Hit], top_k: int, *, show_text: bool = False) -> list[Candidate]:
+def _found(
+    context: Context, hits: Iterable[Hit], top_k: int, *, show_text: bool = False
+) -> list[Candidate]:
     chosen: list[tuple[Hit, RecordRow]] = []
     for hit in hits:
-        row = world.ledger.by_vector(hit.shard, [hit.vector_id]).get(hit.vector_id)
+        row = context.stores.ledger.by_vector(hit.shard, [hit.vector_id]).get(hit.vector_id)
         if row is not None:
             chosen.append((hit, row))
         if len(chosen) == top_k:
             break
-    records = _records(world, [row for _, row in chosen])
+    records = _records(context, [row for _, row in chosen])
     return [
         _candidate(record, round(hit.score, 6), row, "content", show_text=show_text)
         for (hit, _), (record, row) in zip(chosen, records, strict=True)
@@ -386,17 +392,17 @@ def _candidate(
     )
 
 
-def _records(world: World, rows: Sequence[RecordRow]) -> list[tuple[Record, RecordRow]]:
+def _records(context: Context, rows: Sequence[RecordRow]) -> list[tuple[Record, RecordRow]]:
     """Return the records of rows, read from their slice files."""
-    records = {each.id_digest: each.record for each in stored(world, rows)}
+    records = {each.id_digest: each.record for each in stored(context, rows)}
     if not records.keys() >= {row.id_digest for row in rows}:
         raise _contradiction("slices of records that it holds")
     return [(records[row.id_digest], row) for row in rows]
 
 
-def stored(world: World, rows: Sequence[RecordRow]) -> list[StoredRecord]:
+def stored(context: Context, rows: Sequence[RecordRow]) -> list[StoredRecord]:
     """The records of rows, read from the slices that hold them."""
-    return stored_in(world, slices_of(world, rows), rows)
+    return stored_in(context, slices_of(context, rows), rows)
 
 
 def _contradiction(what: str) -> IntegrityError:
@@ -406,7 +412,7 @@ def _contradiction(what: str) -> IntegrityError:
     )
 
 
-def exports(world: World) -> list[ExportStatus]:
+def exports(context: Context) -> list[ExportStatus]:
     """All exports that the ledger knows; those that a deletion marked are looked for."""
     return [
         ExportStatus(
@@ -417,21 +423,21 @@ def exports(world: World) -> list[ExportStatus]:
             made_at=each.made_at,
             state=each.state,
             request_id=each.request_id,
-            standing=export_standing(world, each) if each.stale else None,
+            standing=export_standing(context, each) if each.stale else None,
         )
-        for each in world.ledger.exports()
+        for each in context.stores.ledger.exports()
     ]
 
 
-def shards(world: World) -> list[ShardStatus]:
+def shards(context: Context) -> list[ShardStatus]:
     """The state of every shard, in order."""
     counts: dict[int, dict[int, int]] = {}
-    for file in world.ledger.slices():
+    for file in context.stores.ledger.slices():
         counts.setdefault(file.shard, {})[file.slice] = file.num_records
-    held = {each.key: each for each in world.ledger.checkpoints()}
+    held = {each.key: each for each in context.stores.ledger.checkpoints()}
     appended = max((slice_ + 1 for found in counts.values() for slice_ in found), default=0)
-    num_slices = max(world.recipe.num_slices, appended)
-    if any(head.key not in held for head in world.ledger.heads() if head.key is not None):
+    num_slices = max(context.recipe.num_slices, appended)
+    if any(head.key not in held for head in context.stores.ledger.heads() if head.key is not None):
         raise _contradiction("a checkpoint that it serves")
     return [
         ShardStatus(
@@ -442,10 +448,10 @@ def shards(world: World) -> list[ShardStatus]:
             records=sum(counts.get(head.shard, {}).values()),
             slice_records=tuple(counts.get(head.shard, {}).get(s, 0) for s in range(num_slices)),
             converged=head.converged,
-            adapter_path=world.checkpoints.location(head.key) if head.key else None,
+            adapter_path=context.stores.checkpoints.location(head.key) if head.key else None,
             adapter_sha256=held[head.key].adapter_sha256 if head.key else None,
             target=head.target,
             num_stages=sum(1 for count in counts.get(head.shard, {}).values() if count),
         )
-        for head in world.ledger.heads()
+        for head in context.stores.ledger.heads()
     ]

@@ -57,8 +57,8 @@ from sisa.core.requests import (
     retrained,
 )
 from sisa.flows.stale_exports import erase_stale, export_standing, missing
-from sisa.flows.wiring.world import (
-    World,
+from sisa.flows.wiring.context import (
+    Context,
     areas,
     commit,
     known_by_area,
@@ -89,30 +89,30 @@ class Trained:
     kept_versions: tuple[KeptVersions, ...] = ()  # old versions of erased objects that a bucket keeps
 
 
-def reconcile(world: World, *, defer: bool = False, removed: Removed = NOTHING) -> Trained:
+def reconcile(context: Context, *, defer: bool = False, removed: Removed = NOTHING) -> Trained:
     """Bring every shard that is not there yet to its target; finish what a crash left open.
 
     With `defer`, all training is left to the next command that does not defer. `removed` is what was
     removed just now.
     """
-    erase_unknown(world, removed)
-    for hook in world.hooks:
-        hook.settle(world)
-    plans = [] if defer else [plan for plan in open_plans(world) if plan.train]
+    erase_unknown(context, removed)
+    for hook in context.hooks:
+        hook.settle(context)
+    plans = [] if defer else [plan for plan in open_plans(context) if plan.train]
     if plans:
         try:
-            _train(world, [_chain(world, plan.shard, plan.missing) for plan in plans])
+            _train(context, [_chain(context, plan.shard, plan.missing) for plan in plans])
         except SisaError as error:
-            note_failure(world, _under_way(world), error)
+            note_failure(context, _under_way(context), error)
             raise
-    _complete_requests(world)
-    others = 0 if defer else _train_orders(world)
-    _retire(world)
-    erase_unreferenced(world)
-    kept_versions = purge(world)
+    _complete_requests(context)
+    others = 0 if defer else _train_orders(context)
+    _retire(context)
+    erase_unreferenced(context)
+    kept_versions = purge(context)
     for each in kept_versions:
-        world.report(Notice(f"old versions of erased objects are kept at {each.where}: {each.why}"))
-    world.ledger.scrub()
+        context.report(Notice(f"old versions of erased objects are kept at {each.where}: {each.why}"))
+    context.stores.ledger.scrub()
     return Trained(
         sum(plan.record_epochs for plan in plans),
         sum(len(plan.train) for plan in plans),
@@ -122,33 +122,33 @@ def reconcile(world: World, *, defer: bool = False, removed: Removed = NOTHING) 
     )
 
 
-def _train_orders(world: World) -> int:
+def _train_orders(context: Context) -> int:
     """Train what the orders beside order 0 miss, and return its record-epochs. One order at a time, so
     that a prefix that two of them share is trained once."""
     epochs = 0
-    for number in range(len(world.recipe.orders)):
-        found = [(plan.shard, plan.others[number]) for plan in open_plans(world) if plan.others]
-        chains = [_chain(world, shard, missing) for shard, missing in found if missing.train]
+    for number in range(len(context.recipe.orders)):
+        found = [(plan.shard, plan.others[number]) for plan in open_plans(context) if plan.others]
+        chains = [_chain(context, shard, missing) for shard, missing in found if missing.train]
         if chains:
-            _train(world, chains)
+            _train(context, chains)
         epochs += sum(chain.record_epochs for chain in chains)
     return epochs
 
 
-def _chain(world: World, shard: int, missing: Missing) -> Chain:
-    return Chain(shard, missing.train, missing.parent, tuple(world.ledger.slices(shard)))
+def _chain(context: Context, shard: int, missing: Missing) -> Chain:
+    return Chain(shard, missing.train, missing.parent, tuple(context.stores.ledger.slices(shard)))
 
 
-def check_consistent(world: World, since: WitnessHead = BEGINNING) -> None:
+def check_consistent(context: Context, since: WitnessHead = BEGINNING) -> None:
     """Raise IntegrityError for a ledger that lost rows: the sweep would erase their files. Of the
     requests' history, what came `since` an event that was checked before is compared."""
-    ledger = world.ledger
+    ledger = context.stores.ledger
     events = ledger.events(since.num_events)
     check_rows(ledger)
     heads, slices = ledger.heads(), ledger.slices()
     known = {each.key for each in ledger.checkpoints()}
     lost = {
-        "heads": len(heads) != world.assigner.layout.num_shards,
+        "heads": len(heads) != context.settings.assigner.layout.num_shards,
         "records or slices": sum(ledger.kinds().values()) != sum(f.num_records for f in slices),
         "indexes": {f.shard for f in slices} != {f.shard for f in ledger.indexes()},
         "checkpoints": any(head.key not in known for head in heads if head.key is not None),
@@ -157,15 +157,15 @@ def check_consistent(world: World, since: WitnessHead = BEGINNING) -> None:
     _refuse([name for name, each in lost.items() if each])
 
 
-def _refuse_new_contradictions(world: World) -> None:
+def _refuse_new_contradictions(context: Context) -> None:
     """Refuse contradictions, and keep up to which event there are none, so that a writer does not hash
     the whole history each time; `verify` and `doctor` do."""
-    kept = json.loads(world.ledger.meta().get(CHECKED, "null"))
+    kept = json.loads(context.stores.ledger.meta().get(CHECKED, "null"))
     since = WitnessHead(*kept) if kept else BEGINNING
-    check_consistent(world, since)
-    head = world.ledger.event_head()
+    check_consistent(context, since)
+    head = context.stores.ledger.event_head()
     if head.num_events - since.num_events >= MANY_EVENTS:
-        commit(world, Change(meta={CHECKED: json.dumps([head.link, head.num_events])}))
+        commit(context, Change(meta={CHECKED: json.dumps([head.link, head.num_events])}))
 
 
 def check_rows(ledger: Ledger) -> None:
@@ -182,114 +182,118 @@ def _refuse(lost: Sequence[str]) -> None:
         )
 
 
-def erase_unknown(world: World, removed: Removed = NOTHING) -> None:
+def erase_unknown(context: Context, removed: Removed = NOTHING) -> None:
     """The part before training: take over what was stored for a target, erase what no commit knows. What
     fails stops nothing else; its error is raised in the end."""
-    _refuse_new_contradictions(world)
+    _refuse_new_contradictions(context)
     adopted = False
     with all_tried() as tried:
         with tried():
-            adopt(world)
+            adopt(context)
             adopted = True
         with tried():
-            _erase(world, frozenset() if adopted else _targets(world), removed)
+            _erase(context, frozenset() if adopted else _targets(context), removed)
 
 
 @contextlib.contextmanager
-def erasing_anyway(world: World) -> Iterator[None]:
+def erasing_anyway(context: Context) -> Iterator[None]:
     """Whatever stops a deletion after its commit: erase what can be erased, then let it stop."""
     try:
         yield
     except SisaError:
         with contextlib.suppress(SisaError):
-            if _under_way(world):
-                erase_unknown(world)
+            if _under_way(context):
+                erase_unknown(context)
         raise
 
 
-def _targets(world: World) -> frozenset[str]:
+def _targets(context: Context) -> frozenset[str]:
     """Stages of the present targets: clean, whoever stored them."""
-    return frozenset(key for plan in open_plans(world) for key in plan.stages)
+    return frozenset(key for plan in open_plans(context) for key in plan.stages)
 
 
-def _under_way(world: World) -> list[Request]:
-    return [request for request in world.ledger.requests() if is_under_way(request)]
+def _under_way(context: Context) -> list[Request]:
+    return [request for request in context.stores.ledger.requests() if is_under_way(request)]
 
 
-def _erase(world: World, spared: Collection[str], removed: Removed) -> None:
+def _erase(context: Context, spared: Collection[str], removed: Removed) -> None:
     """Erase what the ledger does not know and note it with the requests that wait for it."""
-    begun = [each.request_id for each in _under_way(world) if each.state != "erased"]
+    begun = [each.request_id for each in _under_way(context) if each.state != "erased"]
     known = all(each in removed for each in begun)
     try:
         with all_tried() as tried:
             with tried():
-                erase_unreferenced(world, spared)
+                erase_unreferenced(context, spared)
             with tried():
-                erase_stale(world)
+                erase_stale(context)
             with tried():
-                world.ledger.scrub([row for each in begun for row in removed[each]] if known else None)
+                context.stores.ledger.scrub(
+                    [row for each in begun for row in removed[each]] if known else None
+                )
     except SisaError as error:
-        waiting = _under_way(world)
-        note_failure(world, waiting, error, "erasure_failed")
+        waiting = _under_way(context)
+        note_failure(context, waiting, error, "erasure_failed")
         with contextlib.suppress(SisaError):  # metrics may be what failed
-            world.report(ErasureFailed(len(waiting)))
+            context.report(ErasureFailed(len(waiting)))
         raise
-    waiting = [request for request in _under_way(world) if request.state != "erased"]
-    lost = Counter(export.request_id for export in missing(world))
+    waiting = [request for request in _under_way(context) if request.state != "erased"]
+    lost = Counter(export.request_id for export in missing(context))
     notes = {name: f"{count} exports could not be found" for name, count in lost.items()}
-    if waiting and (kept := purge(world)):
+    if waiting and (kept := purge(context)):
         what = f"old versions of erased objects are kept at {len(kept)} places"
         notes = {r.request_id: "; ".join(filter(None, (notes.get(r.request_id), what))) for r in waiting}
-    _move(world, [erased(request) for request in waiting], notes=notes)
+    _move(context, [erased(request) for request in waiting], notes=notes)
 
 
 def _move(
-    world: World,
+    context: Context,
     requests: Sequence[Request],
     note: str = "",
     notes: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Commit requests in their new states, each with its own note of `notes` or else the same one."""
     if requests:
-        now = world.now()
+        now = context.now()
         events = [event(each, now, notes.get(each.request_id, note)) for each in requests]
-        commit(world, Change(requests=requests, events=events))
+        commit(context, Change(requests=requests, events=events))
 
 
 def note_failure(
-    world: World, requests: Sequence[Request], error: SisaError, state: RequestState = "failed"
+    context: Context, requests: Sequence[Request], error: SisaError, state: RequestState = "failed"
 ) -> None:
     """Write the kind of an error beside the requests that it stopped; its text stays out."""
     cause = type(error).__name__
     with contextlib.suppress(SisaError):  # a ledger that can't be written is the error being raised
-        _move(world, [failed(request, cause, state) for request in requests], cause)
+        _move(context, [failed(request, cause, state) for request in requests], cause)
 
 
-def open_plans(world: World) -> list[ShardPlan]:
+def open_plans(context: Context) -> list[ShardPlan]:
     """Plans of the shards whose head is not their target, under the present fingerprint; with several
     orders of all shards, since any stage may be missing."""
-    return _plans(world, open_shards(world))
+    return _plans(context, open_shards(context))
 
 
-def _plans(world: World, shards: Sequence[int]) -> list[ShardPlan]:
-    return [plan_shard(v, world.recipe, world.fingerprint) for v in view_shards(world, shards)]
+def _plans(context: Context, shards: Sequence[int]) -> list[ShardPlan]:
+    return [
+        plan_shard(v, context.recipe, context.compute.fingerprint) for v in view_shards(context, shards)
+    ]
 
 
-def adopt(world: World) -> None:
+def adopt(context: Context) -> None:
     """Take over stages that were stored for the present targets when a run was cut short."""
-    on_disk = world.checkpoints.held()
-    seq = world.ledger.seq()
-    plans = open_plans(world)
-    known = {each.key for each in world.ledger.checkpoints()} if plans else set()
+    on_disk = context.stores.checkpoints.held()
+    seq = context.stores.ledger.seq()
+    plans = open_plans(context)
+    known = {each.key for each in context.stores.ledger.checkpoints()} if plans else set()
     for plan in plans:
         for job in plan.stages.values():
             if job.key not in on_disk or job.key in known:
                 continue
             try:
-                saved = world.checkpoints.describe(job.key)
+                saved = context.stores.checkpoints.describe(job.key)
             except IntegrityError:
                 continue  # never recorded, so nothing relies on it: the sweep takes it
-            _record_checkpoint(world, as_held(job, saved, seq))
+            _record_checkpoint(context, as_held(job, saved, seq))
 
 
 def as_held(
@@ -316,21 +320,23 @@ def just_trained(stage: SliceTrained, seq: int) -> HeldCheckpoint:
     return as_held(stage.job, stage.saved, seq, seconds=stage.seconds, epochs=epochs)
 
 
-def _record_checkpoint(world: World, found: HeldCheckpoint) -> None:
+def _record_checkpoint(context: Context, found: HeldCheckpoint) -> None:
     """Record a stage and move its shard's head to the deepest clean one, in one transaction."""
-    view = view_shard(world, found.shard)
-    plan = plan_shard(replace(view, held=(*view.held, found)), world.recipe, world.fingerprint)
-    commit(world, Change(checkpoints=[found], heads=[plan.head]))
+    view = view_shard(context, found.shard)
+    plan = plan_shard(
+        replace(view, held=(*view.held, found)), context.recipe, context.compute.fingerprint
+    )
+    commit(context, Change(checkpoints=[found], heads=[plan.head]))
 
 
-def _train(world: World, chains: Sequence[Chain]) -> None:
+def _train(context: Context, chains: Sequence[Chain]) -> None:
     """Train chains; each stage is recorded, and its shard's head moved, as soon as it is stored."""
-    seq = world.ledger.seq()
-    train_chains(world, chains, lambda stage: _record_checkpoint(world, just_trained(stage, seq)))
+    seq = context.stores.ledger.seq()
+    train_chains(context, chains, lambda stage: _record_checkpoint(context, just_trained(stage, seq)))
 
 
 def train_unrecorded(
-    world: World, plans: Sequence[ShardPlan], slices: Sequence[SliceFile], seq: int
+    context: Context, plans: Sequence[ShardPlan], slices: Sequence[SliceFile], seq: int
 ) -> list[HeldCheckpoint]:
     """Train plans whose slices no commit knows yet, and leave recording them to the commit `seq`."""
     files: dict[int, list[SliceFile]] = {}
@@ -338,12 +344,12 @@ def train_unrecorded(
         files.setdefault(file.shard, []).append(file)
     chains = [Chain(p.shard, p.train, None, tuple(files[p.shard])) for p in plans if p.train]
     found: list[HeldCheckpoint] = []
-    train_chains(world, chains, lambda stage: found.append(just_trained(stage, seq)))
+    train_chains(context, chains, lambda stage: found.append(just_trained(stage, seq)))
     return found
 
 
 def train_chains(
-    world: World,
+    context: Context,
     chains: Sequence[Chain],
     record: Callable[[SliceTrained], None],
     *,
@@ -364,10 +370,10 @@ def train_chains(
     if not chains:
         return 0
     jobs = [job for chain in chains for job in chain.jobs]
-    world.report(training_started(chains))
-    executor = world.executor_for(world.checkpoints)
+    context.report(training_started(chains))
+    executor = context.compute.executor_for(context.stores.checkpoints)
     for some in [[chain] for chain in chains] if one_by_one else [chains]:
-        executor.run(some, world.report, record_once)
+        executor.run(some, context.report, record_once)
     if missing_stages := {job.key for job in jobs} - recorded:
         raise SisaError(f"the executor returned without {len(missing_stages)} of its stages")
     return len(recorded)
@@ -379,36 +385,38 @@ def training_started(chains: Sequence[Chain]) -> TrainingStarted:
     return TrainingStarted(tuple((job.shard, job.slice, record_epochs(job)) for job in jobs))
 
 
-def _retire(world: World) -> None:
-    converged = [head.shard for head in world.ledger.heads() if head.converged]
-    dropped = [key for plan in _plans(world, converged) for key in plan.retired]
+def _retire(context: Context) -> None:
+    converged = [head.shard for head in context.stores.ledger.heads() if head.converged]
+    dropped = [key for plan in _plans(context, converged) for key in plan.retired]
     if dropped:
-        commit(world, Change(dropped=dropped))
-    budget = world.recipe.shard_budget
+        commit(context, Change(dropped=dropped))
+    budget = context.recipe.shard_budget
     held = Counter[int]()
-    for each in world.ledger.checkpoints() if budget is not None else ():
+    for each in context.stores.ledger.checkpoints() if budget is not None else ():
         held[each.shard] += each.num_bytes
     over = [shard for shard, num_bytes in held.items() if num_bytes > (budget or 0)]
     if over:
         what = f"{len(over)} shards keep more bytes than their {budget:,} of checkpoint_budget_bytes"
-        world.report(Notice(f"{what}: heads and the last stages of orders are kept whatever the budget"))
+        context.report(
+            Notice(f"{what}: heads and the last stages of orders are kept whatever the budget")
+        )
 
 
-def _complete_requests(world: World) -> None:
+def _complete_requests(context: Context) -> None:
     """Close the requests whose shards have all arrived."""
-    open_ = {head.shard for head in world.ledger.heads() if not head.converged}
-    done = [r for r in _under_way(world) if open_.isdisjoint(shard for shard, _, _ in r.shards)]
+    open_ = {head.shard for head in context.stores.ledger.heads() if not head.converged}
+    done = [r for r in _under_way(context) if open_.isdisjoint(shard for shard, _, _ in r.shards)]
     if not done:
         return
-    after, now = model_digest(world), world.now()
-    _move(world, [retrained(request) for request in done])
+    after, now = model_digest(context), context.now()
+    _move(context, [retrained(request) for request in done])
     finished = [completed(request, now, after) for request in done]
-    _move(world, finished)
+    _move(context, finished)
     for each in finished:
-        world.report(DeletionCompleted(each.num_records, len(each.shards), each.seconds))
+        context.report(DeletionCompleted(each.num_records, len(each.shards), each.seconds))
 
 
-def erase_unreferenced(world: World, spared: Collection[str] = ()) -> None:
+def erase_unreferenced(context: Context, spared: Collection[str] = ()) -> None:
     """Erase every file that the ledger does not know (tainted, retired, half-written), but for `spared`
     checkpoints.
 
@@ -416,27 +424,27 @@ def erase_unreferenced(world: World, spared: Collection[str] = ()) -> None:
     is erased wherever it is.
     A room that can't be erased keeps no other one: its error is raised when all were tried.
     """
-    known = known_by_area(world)
+    known = known_by_area(context)
     with all_tried() as tried:
         with tried():
-            world.metrics.keep_losses({key[:STAGE_DIGITS] for key in known["checkpoints"]})
+            context.stores.metrics.keep_losses({key[:STAGE_DIGITS] for key in known["checkpoints"]})
         for room, names in known.items():
             with tried():
-                world.keyring.destroy(room, sorted(world.keyring.held(room) - names))
-        for room, store in areas(world).items():
+                context.stores.keyring.destroy(room, sorted(context.stores.keyring.held(room) - names))
+        for room, store in areas(context).items():
             with tried():
                 store.erase(sorted(store.held() - known[room] - set(spared)))
 
 
-def not_erased(world: World) -> dict[str, int | None]:
+def not_erased(context: Context) -> dict[str, int | None]:
     """How much is still held, by room, of what a commit gave up; None of a room that can't be read."""
     found: dict[str, int | None] = {}
-    known, targets = known_by_area(world), _targets(world)
-    for room, store in areas(world).items():
+    known, targets = known_by_area(context), _targets(context)
+    for room, store in areas(context).items():
         try:
             found[room] = len(store.held() - known[room] - targets)
         except SisaError:
             found[room] = None
-    stale = [export_standing(world, each) for each in world.ledger.exports() if each.stale]
+    stale = [export_standing(context, each) for each in context.stores.ledger.exports() if each.stale]
     found["exports"] = stale.count("held")
     return {room: count for room, count in found.items() if count != 0}

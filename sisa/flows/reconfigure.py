@@ -37,10 +37,10 @@ from sisa.core.events import Notice
 from sisa.core.ports import Change, Ledger, StoredRecord
 from sisa.flows.reconcile import Trained, train_unrecorded
 from sisa.flows.record_checks import check_generations
-from sisa.flows.wiring.world import (
+from sisa.flows.wiring.context import (
     ALWAYS_SEALED,
+    Context,
     SlicePosition,
-    World,
     commit,
     embed_records,
     embed_shard,
@@ -73,56 +73,60 @@ def check_no_differences(found: Sequence[Difference], where: str) -> None:
         )
 
 
-def all_records(world: World) -> list[StoredRecord]:
+def all_records(context: Context) -> list[StoredRecord]:
     """Every held record, by keyed id."""
-    held = [record for file in world.ledger.slices() for record in world.records.read(file)]
+    held = [
+        record for file in context.stores.ledger.slices() for record in context.stores.records.read(file)
+    ]
     return sorted(held, key=lambda each: each.id_digest)
 
 
-def retargeted(world: World) -> list[Head]:
+def retargeted(context: Context) -> list[Head]:
     """New hyper-parameters: every shard's new target; heads stay until it is trained."""
     return [
-        plan_shard(view_shard(world, head.shard), world.recipe, world.fingerprint).head
-        for head in world.ledger.heads()
+        plan_shard(view_shard(context, head.shard), context.recipe, context.compute.fingerprint).head
+        for head in context.stores.ledger.heads()
     ]
 
 
-def reindexed(world: World) -> list[IndexFile]:
+def reindexed(context: Context) -> list[IndexFile]:
     """Another embedder: every shard's index, built anew."""
     indexes = []
-    for file in world.ledger.indexes():
-        rows = world.ledger.rows(file.shard)
-        wanted = embed_shard(world, file.shard, rows)
-        indexes.append(world.index.build(file.shard, index_root(rows), None, wanted))
+    for file in context.stores.ledger.indexes():
+        rows = context.stores.ledger.rows(file.shard)
+        wanted = embed_shard(context, file.shard, rows)
+        indexes.append(context.stores.index.build(file.shard, index_root(rows), None, wanted))
     return indexes
 
 
-def move(world: World, effects: Collection[Effect], meta: dict[str, str]) -> Trained:
+def move(context: Context, effects: Collection[Effect], meta: dict[str, str]) -> Trained:
     """Move the model by all of its effects in one transaction, after all of them were found possible."""
-    held = all_records(world)
-    world.count_tokens([each.record for each in held])  # refuses what no longer fits
-    num_slices = world.assigner.layout.num_slices
-    appended = "reset" not in effects and any(f.slice >= num_slices for f in world.ledger.slices())
+    held = all_records(context)
+    context.compute.count_tokens([each.record for each in held])  # refuses what no longer fits
+    num_slices = context.settings.assigner.layout.num_slices
+    appended = "reset" not in effects and any(
+        f.slice >= num_slices for f in context.stores.ledger.slices()
+    )
     appended = appended or any(each.record.generation for each in held)
-    check_generations(world.recipe.training, (), append=appended)
+    check_generations(context.recipe.training, (), append=appended)
     if "reset" in effects:
-        return reset(world, meta)
-    heads = retargeted(world) if "retrain" in effects else []
-    indexes = reindexed(world) if "reindex" in effects else []
-    commit(world, Change(heads=heads, indexes=indexes, meta=meta))
+        return reset(context, meta)
+    heads = retargeted(context) if "retrain" in effects else []
+    indexes = reindexed(context) if "reindex" in effects else []
+    commit(context, Change(heads=heads, indexes=indexes, meta=meta))
     return Trained(0, 0, ())
 
 
-def reseal_model(world: World) -> None:
+def reseal_model(context: Context) -> None:
     """Bring every held file to the form that the keyring gives. Cut short, both forms are read."""
-    for room, names in known_by_area(world).items():
-        if world.prefixes is not None and room == PREFIXES:
-            world.prefixes.erase(sorted(names))  # a cache
+    for room, names in known_by_area(context).items():
+        if context.stores.prefixes is not None and room == PREFIXES:
+            context.stores.prefixes.erase(sorted(names))  # a cache
             continue
         if room in ALWAYS_SEALED:
             continue
-        keyring.reseal_blobs(world.places[room], room, sorted(names), world.keyring)
-    purge(world)
+        keyring.reseal_blobs(context.stores.blobs[room], room, sorted(names), context.stores.keyring)
+    purge(context)
 
 
 def _unplaced(ledger: Ledger) -> list[Export]:
@@ -131,55 +135,59 @@ def _unplaced(ledger: Ledger) -> list[Export]:
     return [replace(each, shard=ANY_SHARD, prefix=(), seq=ledger.seq() + 1) for each in clean]
 
 
-def reset(world: World, meta: dict[str, str]) -> Trained:
+def reset(context: Context, meta: dict[str, str]) -> Trained:
     """Another layout or base: place every record anew, train from the base, then move all at once.
 
-    `world` has the new assigner, recipe and embedder; the ledger still has the old places, and the old
+    `context` has the new assigner, recipe and embedder; the ledger still has the old places, and the old
     heads serve until the commit. A run that is cut short leaves files that no commit knows; the same
     command goes on from them.
     """
-    held = all_records(world)
+    held = all_records(context)
     records = [each.record for each in held]
-    counts = world.count_tokens(records)
-    rows = [world.assigner.row(r, n) for r, n in zip(records, counts, strict=True)]
-    slices = _placed(world, held, rows)
-    indexes = _indexed(world, records, rows)
-    shards = range(world.assigner.layout.num_shards)
+    counts = context.compute.count_tokens(records)
+    rows = [context.settings.assigner.row(r, n) for r, n in zip(records, counts, strict=True)]
+    slices = _placed(context, held, rows)
+    indexes = _indexed(context, records, rows)
+    shards = range(context.settings.assigner.layout.num_shards)
     views = [ShardView(n, tuple(f for f in slices if f.shard == n), ()) for n in shards]
-    plans = [plan_shard(view, world.recipe, world.fingerprint) for view in views]
-    seq = world.ledger.seq() + 1  # of the commit below: the rows are of it, too
-    trained = train_unrecorded(world, plans, slices, seq)
+    plans = [plan_shard(view, context.recipe, context.compute.fingerprint) for view in views]
+    seq = context.stores.ledger.seq() + 1  # of the commit below: the rows are of it, too
+    trained = train_unrecorded(context, plans, slices, seq)
     views = [replace(v, held=tuple(e for e in trained if e.shard == v.shard)) for v in views]
-    heads = [plan_shard(view, world.recipe, world.fingerprint).head for view in views]
-    commit(world, _moved(world, rows, slices, indexes, heads, trained, meta))
+    heads = [plan_shard(view, context.recipe, context.compute.fingerprint).head for view in views]
+    commit(context, _moved(context, rows, slices, indexes, heads, trained, meta))
     jobs = [job for plan in plans for job in plan.train]
     moved = tuple(plan.shard for plan in plans if plan.train)
     return Trained(sum(record_epochs(job) for job in jobs), len(jobs), moved)
 
 
-def _placed(world: World, held: Sequence[StoredRecord], rows: Sequence[RecordRow]) -> list[SliceFile]:
+def _placed(
+    context: Context, held: Sequence[StoredRecord], rows: Sequence[RecordRow]
+) -> list[SliceFile]:
     by_digest = {each.id_digest: each for each in held}
     places: dict[SlicePosition, list[RecordRow]] = {}
     for row in rows:
         places.setdefault((row.shard, row.slice), []).append(row)
     return [
-        world.records.write(*place, slice_root(here), [by_digest[each.id_digest] for each in here])
+        context.stores.records.write(
+            *place, slice_root(here), [by_digest[each.id_digest] for each in here]
+        )
         for place, here in sorted(places.items())
     ]
 
 
-def _indexed(world: World, records: Sequence[Record], rows: Sequence[RecordRow]) -> list[IndexFile]:
-    vectors = embed_records(world, records)
+def _indexed(context: Context, records: Sequence[Record], rows: Sequence[RecordRow]) -> list[IndexFile]:
+    vectors = embed_records(context, records)
     indexes = []
     for shard in sorted({row.shard for row in rows}):
         here = [row for row in rows if row.shard == shard]
         wanted = {r.vector_id: v for r, v in zip(rows, vectors, strict=True) if r.shard == shard}
-        indexes.append(world.index.build(shard, index_root(here), None, wanted))
+        indexes.append(context.stores.index.build(shard, index_root(here), None, wanted))
     return indexes
 
 
 def _moved(
-    world: World,
+    context: Context,
     rows: Sequence[RecordRow],
     slices: Sequence[SliceFile],
     indexes: Sequence[IndexFile],
@@ -187,11 +195,11 @@ def _moved(
     trained: Sequence[HeldCheckpoint],
     meta: dict[str, str],
 ) -> Change:
-    old = world.ledger
-    former = [each for each in old.patches() if each.job.base != world.base]
+    old = context.stores.ledger
+    former = [each for each in old.patches() if each.job.base != context.settings.base]
     gone = [replace(e, state="dropped") for e in former if e.state in ("active", "wanted")]
     if gone:
-        world.report(Notice(f"{len(gone)} patches of the former base are dropped"))
+        context.report(Notice(f"{len(gone)} patches of the former base are dropped"))
     beneath_all = not {each.key for each in former}.isdisjoint(trained_over(old))
     places = {(file.shard, file.slice) for file in slices}
     indexed = {file.shard for file in indexes}

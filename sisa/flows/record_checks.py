@@ -28,7 +28,7 @@ from typing import Any
 
 from sisa.core.domain import Record, RecordRow, Tombstone
 from sisa.core.errors import ConfigConflict, InvalidInput, Problem
-from sisa.flows.wiring.world import World, slices_of, stored_in
+from sisa.flows.wiring.context import Context, slices_of, stored_in
 from sisa.planning.assign import Assigner
 from sisa.planning.bands import Bands, risk_problems, unnamed
 from sisa.planning.plan import LAYERWISE
@@ -69,7 +69,7 @@ def _refuse(problems: Sequence[Problem], what: str, next_step: str) -> None:
 
 
 def check_added(
-    world: World,
+    context: Context,
     records: Sequence[Record],
     found: HeldOrDeleted,
     checks: Iterable[Callable[[Sequence[Record]], object]],
@@ -77,30 +77,30 @@ def check_added(
     allow_deleted: bool,
 ) -> None:
     """Raises InvalidInput for what speaks against adding records, or is refused by further `checks`."""
-    bands = world.assigner.layout.bands
+    bands = context.settings.assigner.layout.bands
     unplaced = unnamed(bands, records)
     fresh = [
         (n, record)
         for n, record in enumerate(records)
         if n not in unplaced
-        and not isinstance(found.get(world.assigner.id_digest(record.id)), RecordRow)
+        and not isinstance(found.get(context.settings.assigner.id_digest(record.id)), RecordRow)
     ]
     check_all(
         lambda: check_unique_ids(records),
-        lambda: check_unchanged(world, records, found, unplaced),
-        lambda: _misplaced([*risk_problems(bands, records), *_other_risks(world, fresh)]),
-        lambda: None if allow_deleted else _refuse_deleted_here(world, fresh, found),
+        lambda: check_unchanged(context, records, found, unplaced),
+        lambda: _misplaced([*risk_problems(bands, records), *_other_risks(context, fresh)]),
+        lambda: None if allow_deleted else _refuse_deleted_here(context, fresh, found),
         *(lambda check=check: check(records) for check in checks),
     )
 
 
-def check_trained(world: World, records: Sequence[Record], found: HeldOrDeleted) -> None:
+def check_trained(context: Context, records: Sequence[Record], found: HeldOrDeleted) -> None:
     """Raises InvalidInput where records of a source are not the held ones of the same id, or where their
     risks give them no place."""
-    bands = world.assigner.layout.bands
+    bands = context.settings.assigner.layout.bands
     check_all(
         lambda: check_risks(bands, records),
-        lambda: check_unchanged(world, records, found, unnamed(bands, records)),
+        lambda: check_unchanged(context, records, found, unnamed(bands, records)),
     )
 
 
@@ -136,14 +136,14 @@ def check_generations(
 
 
 def check_unchanged(
-    world: World, records: Sequence[Record], found: HeldOrDeleted, unplaced: Collection[int] = ()
+    context: Context, records: Sequence[Record], found: HeldOrDeleted, unplaced: Collection[int] = ()
 ) -> None:
     """Raises InvalidInput when a record differs from the held one of the same id."""
     problems = []
     for position, record in enumerate(records):
         if position in unplaced:
             continue
-        row = world.assigner.row(record, 0)
+        row = context.settings.assigner.row(record, 0)
         held = found.get(row.id_digest)
         if isinstance(held, RecordRow) and held.record_digest != row.record_digest:
             problems.append(Problem(f"record {position + 1}", "its content is not the held one"))
@@ -167,17 +167,17 @@ def _misplaced(problems: Sequence[Problem]) -> None:
     )
 
 
-def _other_risks(world: World, fresh: Sequence[tuple[int, Record]]) -> list[Problem]:
+def _other_risks(context: Context, fresh: Sequence[tuple[int, Record]]) -> list[Problem]:
     """New records whose risk is not that of the held ones of their subject. Those carry one risk, so
     that one of them is read; the ledger does not know it."""
-    assigner = world.assigner
+    assigner = context.settings.assigner
     held: dict[str, RecordRow] = {}
     for subject in {record.subject_id for _, record in fresh} - {None}:
         digest = assigner.subject_digest(str(subject))
-        live, _ = world.ledger.by_subject(digest, assigner.shard_of_subject(str(subject)))
+        live, _ = context.stores.ledger.by_subject(digest, assigner.shard_of_subject(str(subject)))
         held.update({str(subject): each for each in live[:1]})
     rows = list(held.values())
-    read = [each.record for each in stored_in(world, slices_of(world, rows), rows)] if rows else []
+    read = [each.record for each in stored_in(context, slices_of(context, rows), rows)] if rows else []
     known = {record.subject_id: record.deletion_risk for record in read}
     return [
         Problem(f"record {n + 1}", "its deletion risk is not that of its subject's held records")
@@ -187,12 +187,12 @@ def _other_risks(world: World, fresh: Sequence[tuple[int, Record]]) -> list[Prob
 
 
 def _refuse_deleted_here(
-    world: World, fresh: Sequence[tuple[int, Record]], found: HeldOrDeleted
+    context: Context, fresh: Sequence[tuple[int, Record]], found: HeldOrDeleted
 ) -> None:
-    texts = {world.assigner.row(record, 0).text_digest for _, record in fresh}
-    _, deleted = world.ledger.by_text(texts, full_scan=True)
+    texts = {context.settings.assigner.row(record, 0).text_digest for _, record in fresh}
+    _, deleted = context.stores.ledger.by_text(texts, full_scan=True)
     dead = [each for each in found.values() if isinstance(each, Tombstone)]
-    check_not_deleted(world.assigner, fresh, [*deleted, *dead], "added")
+    check_not_deleted(context.settings.assigner, fresh, [*deleted, *dead], "added")
 
 
 def check_not_deleted(

@@ -157,7 +157,7 @@ def _serve(who: Who, threads: int, pipe: Connection) -> None:
 
 
 def _ours(work: Ours) -> Ran:
-    from sisa.flows.wiring.opening import open_serial, open_stores
+    from sisa.flows.wiring.wiring import open_serial, open_stores
     from sisa.lm.base.adapter import ADAPTER_FILE, attach, read_config, read_tensors
     from sisa.lm.base.weights import load_base
     from sisa.store.blobs.local_blobs import LocalBlobs

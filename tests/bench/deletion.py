@@ -15,7 +15,7 @@ from typing import Any
 from sisa import Model, train_model
 from sisa.core.ports import Executor
 from sisa.flows.serial import Site
-from sisa.flows.wiring.opening import open_serial
+from sisa.flows.wiring.wiring import open_serial
 from tests.bench.equal import Bench
 
 

@@ -28,11 +28,11 @@ from sisa.core.domain import Head, HeldCheckpoint, RecordRow, Request, SliceFile
 from sisa.core.ports import Change
 from sisa.core.requests import chained, contradicted, event
 from sisa.flows import lifecycle, query
-from sisa.flows.wiring.world import World
+from sisa.flows.wiring.context import Context
 from sisa.store.ledger import rows
 from sisa.store.ledger.ledger import SqlLedger
 from sisa.store.ledger.schema import EVENTS, REQUESTS
-from tests.fakes.ports import SECRET, fake_model, fake_recipe
+from tests.fakes.ports import SECRET, changed, fake_model, fake_recipe
 
 NUM_SHARDS, NUM_SLICES, PER_COMMIT, NUM_IDS = 64, 4, 50_000, 1_000
 STATES = ("received", "approved", "committed", "rolled_back", "erased", "retrained", "completed")
@@ -108,8 +108,8 @@ def compared(now: Callable[[], object], then: Callable[[], object]) -> dict[str,
     return {"cpu_s": cpu_s, "before_cpu_s": before_s, "before_over_now": before_s / cpu_s}
 
 
-def measured(ledger: SqlLedger, world: World, num_records: int) -> dict[str, Any]:
-    assigner = world.assigner
+def measured(ledger: SqlLedger, context: Context, num_records: int) -> dict[str, Any]:
+    assigner = context.settings.assigner
     absent = [assigner.id_digest(f"absent {n}") for n in range(NUM_IDS)]
     held = [f"r{n}" for n in range(0, num_records, max(1, num_records // NUM_IDS))][:NUM_IDS]
 
@@ -129,12 +129,12 @@ def measured(ledger: SqlLedger, world: World, num_records: int) -> dict[str, Any
             lambda: ledger.by_text([assigner.subject_digest("x")], full_scan=True)
         ),
         "where_1000_ids": compared(
-            lambda: query.where(world, held),
-            lambda: [query.where(world, [each]) for each in held],
+            lambda: query.where(context, held),
+            lambda: [query.where(context, [each]) for each in held],
         ),
         "request_list": compared(
-            lambda: lifecycle.views(world),
-            lambda: [lifecycle.viewed(world, each) for each in ledger.requests()[:20]],
+            lambda: lifecycle.views(context),
+            lambda: [lifecycle.viewed(context, each) for each in ledger.requests()[:20]],
         ),
         "checking": compared(
             lambda: contradicted(ledger.requests(), ledger.events(len(events) - 7), events[-8].link),
@@ -153,8 +153,8 @@ def main() -> None:
         path = Path(folder) / "ledger.db"
         with contextlib.closing(SqlLedger(path, create=True)) as ledger:
             filled(ledger, given.records, given.requests)
-            world = fake_model(NUM_SHARDS, fake_recipe(NUM_SLICES)).world
-            found = measured(ledger, replace(world, ledger=ledger), given.records)
+            context = fake_model(NUM_SHARDS, fake_recipe(NUM_SLICES)).context
+            found = measured(ledger, changed(context, ledger=ledger), given.records)
         size = path.stat().st_size
     found["request_list"]["before_of_requests"] = 20
     told = {"records": given.records, "requests": given.requests, "ledger_bytes": size, **found}

@@ -29,7 +29,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -53,7 +53,7 @@ from sisa.core.ports import Change, CheckpointStore, Executor, StoredRecord, Vec
 from sisa.flows import lifecycle, query
 from sisa.flows.deletion import forget_at_once, plan_forget
 from sisa.flows.serial import SerialExecutor
-from sisa.flows.wiring.world import World
+from sisa.flows.wiring.context import Context
 from sisa.lm.base.numerics import describe_fingerprint
 from sisa.planning.assign import Assigner, Layout, index_root, slice_root
 from sisa.planning.plan import jobs, touched
@@ -62,7 +62,7 @@ from sisa.store.index import FaissIndex
 from sisa.store.ledger.ledger import SqlLedger
 from sisa.store.records import FileRecords
 from sisa.store.witness import FileWitness
-from tests.fakes.ports import ADAPTER, FakeTrainer, fake_model, fake_recipe
+from tests.fakes.ports import ADAPTER, FakeTrainer, changed, fake_model, fake_recipe
 
 KEY = bytes(range(32))
 SIZES = (10_000, 100_000, 1_000_000)
@@ -295,7 +295,7 @@ def refuse(*_given: Any) -> Any:
     raise AssertionError("a deletion embeds and counts nothing")
 
 
-def watched_world(store: Store, ledger: SqlLedger, watch: Watch, shards: dict[str, int]) -> World:
+def watched_context(store: Store, ledger: SqlLedger, watch: Watch, shards: dict[str, int]) -> Context:
     """The real parts with a trainer that costs nothing; calls of the ports are noted."""
 
     def executor_for(checkpoints: CheckpointStore) -> Executor:
@@ -304,8 +304,8 @@ def watched_world(store: Store, ledger: SqlLedger, watch: Watch, shards: dict[st
     def watched(port: str, inner: Any) -> Any:
         return Watched(port, inner, watch, shards)
 
-    return replace(
-        fake_model(store.scale.num_shards, store.recipe).world,
+    return changed(
+        fake_model(store.scale.num_shards, store.recipe).context,
         ledger=watched("ledger", ledger),
         witness=watched("witness", FileWitness(store.folder / "witness.jsonl", Keyed(KEY))),
         records=watched("records", store.records),
@@ -346,12 +346,12 @@ def delete(store: Store, record_id: str, reason: str) -> Deletion:
     started = time.perf_counter()
     ledger = store.ledger()
     watch.note(Call("ledger", "open", None, time.perf_counter() - started, 0, 0, 0))
-    world = watched_world(store, ledger, watch, {each.key: each.shard for each in held})
-    rows = [each for _, each in query.lookup(world, [record_id]) if isinstance(each, RecordRow)]
-    plan_forget(world, rows)
+    context = watched_context(store, ledger, watch, {each.key: each.shard for each in held})
+    rows = [each for _, each in query.lookup(context, [record_id]) if isinstance(each, RecordRow)]
+    plan_forget(context, rows)
     plan_s = watch.seconds()
     terms = lifecycle.Terms(approver="bench", reason=reason)
-    (done,) = forget_at_once(world, lifecycle.arrive(world, rows, (), terms)).requests
+    (done,) = forget_at_once(context, lifecycle.arrive(context, rows, (), terms)).requests
     end_s = watch.seconds()
     ledger.close()
     before.close()

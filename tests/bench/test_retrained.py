@@ -47,20 +47,24 @@ BANDS = Bands(thresholds=(0.5,))
 @pytest.mark.parametrize("gone", [(1,), (0, 5, 6)])
 @pytest.mark.parametrize("schedule", ["cumulative", "sequential"])
 @pytest.mark.parametrize(("bands", "orders"), [(None, 1), (BANDS, 1), (None, 2), (BANDS, 3)])
-def test_counts_are_what_a_deletion_from_a_world_of_fakes_retrains(
+def test_counts_are_what_a_deletion_from_a_context_of_fakes_retrains(
     schedule: Schedule, bands: Bands | None, orders: int, gone: tuple[int, ...]
 ) -> None:
     arrangement = Arrangement("small", 3, 4, schedule, bands, orders)
     everyone = [Author(number, 2, 0.9 if number % 3 == 0 else 0.1) for number in range(24)]
     counted = CountedModel.trained(arrangement, everyone, SECRET)
-    world = fake_model(3, arrangement.recipe, bands=bands).world
+    context = fake_model(3, arrangement.recipe, bands=bands).context
     records = {each.number: records_of(each) for each in everyone}
-    train(world, [record for its in records.values() for record in its])
-    held = world.ledger.checkpoints()
+    train(context, [record for its in records.values() for record in its])
+    held = context.stores.ledger.checkpoints()
     assert sum(each.record_epochs for each in held) == counted.record_epochs_of_all_orders
-    named = [world.assigner.id_digest(record.id) for number in gone for record in records[number]]
-    rows = [each for each in world.ledger.lookup(named).values() if isinstance(each, RecordRow)]
-    (done,) = carry_out(world, [submit(world, rows, (), Terms(external_id="T", approver="a person"))])
+    named = [
+        context.settings.assigner.id_digest(record.id) for number in gone for record in records[number]
+    ]
+    rows = [each for each in context.stores.ledger.lookup(named).values() if isinstance(each, RecordRow)]
+    (done,) = carry_out(
+        context, [submit(context, rows, (), Terms(external_id="T", approver="a person"))]
+    )
     wanted = counted.without(gone)
     assert done.record_epochs_retrained == wanted.record_epochs
     assert done.record_epochs_others == wanted.record_epochs_others

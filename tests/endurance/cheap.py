@@ -24,8 +24,8 @@ from sisa.core.domain import Probed, Record, SliceJob
 from sisa.core.errors import EnvironmentFault, InvalidInput
 from sisa.core.ports import Executor, StoredRecord, Tick
 from sisa.flows.serial import SerialExecutor, Site
-from sisa.flows.wiring import opening
-from sisa.flows.wiring.parts import Named, Parts, check_digest
+from sisa.flows.wiring import wiring
+from sisa.flows.wiring.resources import Named, Resources, check_digest
 from sisa.lm.answer.hashing import HashingEmbedder
 from tests.fakes.ports import FakeTrainer
 
@@ -39,7 +39,7 @@ class NamedBase:
     digest: str
 
 
-class CheapParts(Parts):
+class CheapResources(Resources):
     """The parts of a model, with words as tokens and any name as a base."""
 
     @cached_property
@@ -83,7 +83,7 @@ class SlowTrainer:
 
 def open_cheap(site: Site, _options: Mapping[str, Any]) -> Executor:
     """The serial executor with the confessing trainer."""
-    return SerialExecutor(SlowTrainer(), *opening.open_stores(site))
+    return SerialExecutor(SlowTrainer(), *wiring.open_stores(site))
 
 
 def open_cheap_probe(*_: Any) -> Callable[[Sequence[Record]], Probed]:
@@ -96,14 +96,14 @@ def _no_hub(*_: Any) -> Any:
 
 
 @contextlib.contextmanager
-def cheap_parts() -> Iterator[None]:
+def cheap_resources() -> Iterator[None]:
     """Let the whole product use cheap parts: base, tokens, executors; hub names find no network."""
-    find = opening.find_executor
+    find = wiring.find_executor
 
     def find_cheap(executor: Any) -> Any:
         return open_cheap if executor in ("serial", "ray") else find(executor)
 
-    swaps = {Parts: CheapParts, find: find_cheap, opening.find_probe: lambda: open_cheap_probe}
+    swaps = {Resources: CheapResources, find: find_cheap, wiring.find_probe: lambda: open_cheap_probe}
     done: list[tuple[Any, str, Any]] = []
     reader = sys.modules.get("sisa.data.reader")
     for name, module in list(sys.modules.items()):

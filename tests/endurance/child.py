@@ -152,7 +152,7 @@ def executor(fuse: Fuse, trainer: str, pause_s: float) -> Any:
 
     def open_executor(site: Any, _options: Mapping[str, Any]) -> Any:
         from sisa.flows.serial import SerialExecutor
-        from sisa.flows.wiring.opening import open_stores, open_trainer
+        from sisa.flows.wiring.wiring import open_stores, open_trainer
 
         inner: Any
         if trainer == "lora":
@@ -210,7 +210,7 @@ def carry_out(order: Mapping[str, Any], fuse: Fuse) -> None:
 def obey(order: Mapping[str, Any]) -> int:
     """Carry out an order in this process; the exit code."""
     from sisa.core.errors import SisaError
-    from tests.endurance.cheap import cheap_parts
+    from tests.endurance.cheap import cheap_resources
 
     if home := order.get("home"):
         os.makedirs(home, exist_ok=True)
@@ -218,7 +218,7 @@ def obey(order: Mapping[str, Any]) -> int:
     fuse = Fuse(**order.get("kill", {}))
     error: BaseException | None = None
     code = 0
-    parts = cheap_parts() if order.get("trainer") == "cheap" else contextlib.nullcontext()
+    parts = cheap_resources() if order.get("trainer") == "cheap" else contextlib.nullcontext()
     if order["do"] != "base":
         wire(fuse)
     try:

@@ -406,7 +406,7 @@ def product() -> Iterator[None]:
     import sisa.lm.answer.hashing
     import sisa.lm.base.tokens
     import sisa.train
-    from tests.endurance.cheap import cheap_parts
+    from tests.endurance.cheap import cheap_resources
 
     class Answerer:
         tokenizer = types.SimpleNamespace(chat_template=None)
@@ -423,7 +423,7 @@ def product() -> Iterator[None]:
     sys.modules["sisa.lm.answer.answerer"] = stub
     sisa.lm.base.tokens.encode_prompt = lambda *_: [1]
     try:
-        with cheap_parts():
+        with cheap_resources():
             yield
     finally:
         sisa.lm.base.tokens.encode_prompt = encode

@@ -2,7 +2,7 @@
 
 Rules: all models share one partition key, so that any of them can be compared with one that was trained
 from scratch. Whatever a step may change lies inside `site`, the user's state directory too: a snapshot
-of the site is the whole world. Commands run in processes of their own (`child.py`); what is asked here
+of the site is all there is. Commands run in processes of their own (`child.py`); what is asked here
 is read from the disk between them.
 """
 
@@ -28,7 +28,7 @@ from sisa.core.domain import RecordRow, Tombstone
 from sisa.core.errors import SisaError
 from sisa.core.ports import Keyring
 from sisa.data.samples import to_jsonl
-from sisa.flows.wiring.opening import CHECKPOINTS, INDEX, LEDGER, RECORDS, SCRATCH
+from sisa.flows.wiring.wiring import CHECKPOINTS, INDEX, LEDGER, RECORDS, SCRATCH
 from sisa.lm.base.numerics import describe_fingerprint
 from sisa.planning.assign import Assigner, Layout
 from sisa.planning.patch_plan import active

@@ -1,4 +1,4 @@
-"""In-memory fakes of every port, and a world built of them.
+"""In-memory fakes of every port, and a context built of them.
 
 Rules: a fake implements its port whole and passes the same contract suite as the real part. The
 `FakeTrainer` returns weights that confess: the job's key and every record id that ever touched them,
@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -49,7 +49,7 @@ from sisa.core.ports import (
 )
 from sisa.flows.patches.on_deletion import PatchesHook
 from sisa.flows.serial import SerialExecutor
-from sisa.flows.wiring.world import World
+from sisa.flows.wiring.context import Compute, Context, Settings, Stores
 from sisa.planning.assign import Assigner, Layout
 from sisa.planning.bands import Bands
 from sisa.planning.orders import chosen_orders
@@ -304,9 +304,9 @@ def fake_embed(texts: Sequence[str]) -> Vectors:
 
 @dataclass
 class FakeModel:
-    """A world of fakes with its parts at hand."""
+    """A context of fakes, and each of them."""
 
-    world: World
+    context: Context
     ledger: FakeLedger
     witness: FakeWitness
     records: FakeRecords
@@ -319,6 +319,16 @@ class FakeModel:
     patcher: FakePatcher
     trained: list[SliceJob]
     before_run: list[Callable[[], None]]
+
+
+def changed(context: Context, **fields: Any) -> Context:
+    """Return the context with fields of its own, or of one of its three parts, replaced."""
+    for part in ("stores", "compute", "settings"):
+        held = getattr(context, part)
+        own = {name: fields.pop(name) for name in list(fields) if hasattr(held, name)}
+        if own:
+            fields[part] = replace(held, **own)
+    return replace(context, **fields)
 
 
 def fake_recipe(
@@ -356,7 +366,7 @@ def fake_model(
         executor.before_run = before_run
         return executor
 
-    world = World(
+    stores = Stores(
         ledger=ledger,
         witness=witness,
         records=records,
@@ -364,24 +374,29 @@ def fake_model(
         index=index,
         keyring=PLAIN,
         exports=exports,
+        metrics=metrics,
+        patches=patches,
+        vault=vault,
+        drafts=runs,
+    )
+    compute = Compute(
         embed=fake_embed,
         count_tokens=lambda some: [len(record.text.split()) for record in some],
         executor_for=executor_for,
-        assigner=Assigner(Keyed(SECRET), Layout(num_shards, recipe.num_slices, bands)),
-        plain_recipe=recipe,
-        fingerprint=fingerprint,
-        patch_mode=patch_mode,
-        patches=patches,
-        vault=vault,
-        runs=runs,
-        metrics=metrics,
         patcher=lambda: patcher,
+        fingerprint=fingerprint,
+    )
+    assigner = Assigner(Keyed(SECRET), Layout(num_shards, recipe.num_slices, bands))
+    context = Context(
+        stores,
+        compute,
+        Settings(assigner, recipe, patch_mode),
         now=lambda: "2026-01-01T00:00:00+00:00",
         report=lambda _event: None,
         hooks=(PatchesHook(),),
     )
     return FakeModel(
-        world=world,
+        context=context,
         ledger=ledger,
         witness=witness,
         records=records,

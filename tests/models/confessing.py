@@ -1,7 +1,7 @@
 """A model of 24 confessing records in a directory, before and after one deletion, without torch.
 
 Rules: real stores, ledger and index; the trainer is a fake and the base only a name. The fingerprint is
-this machine's, so that `open_model` and the command line agree with the `World` that is built here.
+this machine's, so that `open_model` and the command line agree with the `Context` that is built here.
 
 Not covered: real training (`tests/integration`).
 """
@@ -26,9 +26,9 @@ from sisa.core.ports import StoredRecord
 from sisa.flows.ingest import train
 from sisa.flows.lifecycle import Terms, carry_out, submit
 from sisa.flows.serial import SerialExecutor, Site
-from sisa.flows.wiring import opening
-from sisa.flows.wiring.parts import Parts, indexed_digest
-from sisa.flows.wiring.world import World
+from sisa.flows.wiring import wiring
+from sisa.flows.wiring.context import Compute, Context, Settings, Stores
+from sisa.flows.wiring.resources import Resources, indexed_digest
 from sisa.lm.answer.hashing import HashingEmbedder
 from sisa.lm.answer.names import NameEmbedder
 from sisa.lm.base.numerics import fingerprint
@@ -65,49 +65,51 @@ def record(number: int) -> Record:
 
 
 @contextlib.contextmanager
-def world_of(
+def context_of(
     directory: Path, *, create: RunConfig | None = None, numerics: str = "", now: str = THEN
-) -> Iterator[World]:
-    """The world of a directory; every part but the trainer is real."""
-    ledger = SqlLedger(directory / opening.LEDGER, create=create is not None)
-    config = create or opening.stored_config(ledger.meta())
+) -> Iterator[Context]:
+    """The context of a directory; every part but the trainer is real."""
+    ledger = SqlLedger(directory / wiring.LEDGER, create=create is not None)
+    config = create or wiring.stored_config(ledger.meta())
     embedder = NameEmbedder(HashingEmbedder())
-    keyring = opening.open_keyring(config, NAME)
-    places = open_areas(directory, config.storage, NAME)
-    records = FileRecords(places[opening.RECORDS], keyring)
-    patches = FileCheckpoints(places[opening.PATCHES], keyring, opening.PATCHES)
-    vault = FileVault(directory / opening.VAULT, opening.vault_keyring(config, NAME))
-    world = World(
-        witness=FakeWitness(),
+    keyring = wiring.open_keyring(config, NAME)
+    blobs = open_areas(directory, config.storage, NAME)
+    records = FileRecords(blobs[wiring.RECORDS], keyring)
+    patches = FileCheckpoints(blobs[wiring.PATCHES], keyring, wiring.PATCHES)
+    vault = FileVault(directory / wiring.VAULT, wiring.vault_keyring(config, NAME))
+    stores = Stores(
         ledger=ledger,
+        witness=FakeWitness(),
         records=records,
-        checkpoints=FileCheckpoints(places[opening.CHECKPOINTS], keyring),
-        index=FaissIndex(directory / opening.INDEX, embedder.dimension, keyring),
+        checkpoints=FileCheckpoints(blobs[wiring.CHECKPOINTS], keyring),
+        index=FaissIndex(directory / wiring.INDEX, embedder.dimension, keyring),
         keyring=keyring,
         exports=DirectoryExports(),
+        metrics=FileMetrics(directory / wiring.METRICS),
+        patches=patches,
+        vault=vault,
+        drafts=FilePatchDrafts(directory / wiring.RUNS, vault.keyring),
+        prefixes=FilePrefixes(blobs[wiring.PREFIXES], keyring),
+        blobs=blobs,
+    )
+    compute = Compute(
         embed=embedder.embed,
         count_tokens=lambda some: [1 for _ in some],
         executor_for=lambda store: SerialExecutor(FakeTrainer(), records, store),
-        assigner=Assigner(Keyed(SECRET), config.layout),
-        plain_recipe=config.recipe(BASE),
-        patch_mode=config.patch_mode,
-        patches=patches,
-        vault=vault,
-        runs=FilePatchDrafts(directory / opening.RUNS, vault.keyring),
-        metrics=FileMetrics(directory / opening.METRICS),
         patcher=lambda: FakePatcher(vault, patches, FakeRuns()),
-        prefixes=FilePrefixes(places[opening.PREFIXES], keyring),
-        keeps_prefixes=config.prefix_cache_bytes > 0,
         fingerprint=numerics or fingerprint(config.sisa.threads_per_shard),
-        now=lambda: now,
-        report=lambda _: None,
-        places=places,
-        hooks=opening.HOOKS,
     )
+    settings = Settings(
+        assigner=Assigner(Keyed(SECRET), config.layout),
+        recipe=config.recipe(BASE),
+        patch_mode=config.patch_mode,
+        keeps_prefixes=config.prefix_cache_bytes > 0,
+    )
+    context = Context(stores, compute, settings, lambda: now, lambda _: None, wiring.HOOKS)
     try:
-        yield world
+        yield context
     finally:
-        opening.close(world)
+        wiring.close(context)
 
 
 def build(directory: Path, *, encrypt: bool = False) -> None:
@@ -125,9 +127,9 @@ def train_in(
     now: str = THEN,
 ) -> None:
     """Make a model of these records in a directory."""
-    write_secret(opening.key_path(directory, config, NAME), SECRET)
+    write_secret(wiring.key_path(directory, config, NAME), SECRET)
     files.make_directory(directory)
-    with writer_lock(directory / opening.LOCK):
+    with writer_lock(directory / wiring.LOCK):
         pass
     embedder = NameEmbedder(HashingEmbedder())
     named = {"name": "hashing", "digest": indexed_digest(embedder), "dimension": embedder.dimension}
@@ -138,22 +140,24 @@ def train_in(
         "key": Keyed(SECRET).name,
         "model": NAME,
     }
-    with world_of(directory, create=config, numerics=numerics, now=now) as world:
-        train(world, records, meta)
+    with context_of(directory, create=config, numerics=numerics, now=now) as context:
+        train(context, records, meta)
 
 
 def delete(directory: Path, number: int = DELETED) -> None:
-    with world_of(directory) as world:
-        carry_out(world, [submit(world, [row_of(world, number)], (), Terms(approver="a person"))])
+    with context_of(directory) as context:
+        carry_out(context, [submit(context, [row_of(context, number)], (), Terms(approver="a person"))])
 
 
-def row_of(world: World, number: int) -> RecordRow:
-    row = world.assigner.row(record(number), 1)
-    return next(each for each in world.ledger.rows(row.shard) if each.id_digest == row.id_digest)
+def row_of(context: Context, number: int) -> RecordRow:
+    row = context.settings.assigner.row(record(number), 1)
+    return next(
+        each for each in context.stores.ledger.rows(row.shard) if each.id_digest == row.id_digest
+    )
 
 
-def stored(world: World, number: int) -> StoredRecord:
-    return StoredRecord(world.assigner.id_digest(record(number).id), record(number))
+def stored(context: Context, number: int) -> StoredRecord:
+    return StoredRecord(context.settings.assigner.id_digest(record(number).id), record(number))
 
 
 def built_pair(folder: Path) -> tuple[Path, Path]:
@@ -166,7 +170,7 @@ def built_pair(folder: Path) -> tuple[Path, Path]:
 
 def content(directory: Path) -> dict[str, bytes]:
     """The bytes of every slice, index and checkpoint file."""
-    rooms = (opening.RECORDS, opening.INDEX, opening.CHECKPOINTS)
+    rooms = (wiring.RECORDS, wiring.INDEX, wiring.CHECKPOINTS)
     return {
         path.relative_to(directory).as_posix(): path.read_bytes()
         for room in rooms
@@ -176,12 +180,12 @@ def content(directory: Path) -> dict[str, bytes]:
 
 
 def open_fake(site: Site, _options: Any) -> SerialExecutor:
-    return SerialExecutor(FakeTrainer(), *opening.open_stores(site))
+    return SerialExecutor(FakeTrainer(), *wiring.open_stores(site))
 
 
-def use_fake_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+def use_fake_resources(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let `open_model` and the command line train with the fake, whatever executor is named."""
     base = SimpleNamespace(directory=Path("no-base"), digest=BASE)
-    monkeypatch.setattr(Parts, "base", base)
-    monkeypatch.setattr(opening, "find_executor", lambda _: open_fake)
-    monkeypatch.setattr(opening, "find_probe", lambda: None)
+    monkeypatch.setattr(Resources, "base", base)
+    monkeypatch.setattr(wiring, "find_executor", lambda _: open_fake)
+    monkeypatch.setattr(wiring, "find_probe", lambda: None)

@@ -17,7 +17,7 @@ from sisa.core.domain import Record
 from sisa.core.events import Event
 from sisa.core.patch import WRITTEN, Patch, PatchJob, VaultSet
 from sisa.core.ports import PatchMade, PatchOrder, PatchSite
-from sisa.flows.wiring.opening import PATCHES
+from sisa.flows.wiring.wiring import PATCHES
 from sisa.lm.base.numerics import fingerprint
 from sisa.lm.base.weights import base_digest
 from sisa.store.blobs.keyring import PLAIN, FileKeyring

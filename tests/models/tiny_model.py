@@ -28,7 +28,7 @@ from sisa.core.ports import Executor, OnStage, ignore_stage
 from sisa.data.samples import make_people, to_jsonl
 from sisa.flows.ingest import Taken
 from sisa.flows.serial import Site
-from sisa.flows.wiring.opening import CHECKPOINTS, INDEX, RECORDS, OpenExecutor, open_serial
+from sisa.flows.wiring.wiring import CHECKPOINTS, INDEX, RECORDS, OpenExecutor, open_serial
 
 KEY = "3ada92f28b4ceda38562ebf047c6ff05400d4c572352a1142eedfef67d21e662"
 PEOPLE = make_people(12, 2)

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sisa.flows.ingest import train
-from sisa.flows.wiring.world import model_digest
+from sisa.flows.wiring.context import model_digest
 from tests.property.test_histories import History, Model, histories, like, lived_through_a_crash
 
 
@@ -28,9 +28,9 @@ def test_any_history_serves_the_same_bytes(history: History, budget: int) -> Non
     for kind, numbers in history.steps:
         model.step(kind, numbers)
     scratch = like(history)
-    train(scratch.world, [model.record(n) for n in sorted(model.remaining)])
+    train(scratch.context, [model.record(n) for n in sorted(model.remaining)])
     assert model.fake.ledger.heads() == scratch.ledger.heads()
-    assert model_digest(model.fake.world) == model_digest(scratch.world)
+    assert model_digest(model.fake.context) == model_digest(scratch.context)
     stored, whole = model.fake.checkpoints.stored, scratch.checkpoints.stored
     assert {key: whole[key] for key in stored} == stored
     held = Counter[int]()
@@ -39,7 +39,7 @@ def test_any_history_serves_the_same_bytes(history: History, budget: int) -> Non
     heads = {head.key for head in model.fake.ledger.heads()}
     for shard, num_bytes in held.items():
         here = [each for each in model.fake.ledger.checkpoints(shard) if each.key not in heads]
-        assert num_bytes <= budget or len(here) <= len(model.fake.world.recipe.orders)
+        assert num_bytes <= budget or len(here) <= len(model.fake.context.recipe.orders)
 
 
 @pytest.mark.slow
@@ -50,6 +50,6 @@ def test_a_crash_at_any_effect_changes_no_byte_that_is_served(
 ) -> None:
     model = lived_through_a_crash(dataclasses.replace(history, budget=budget), at, after)
     scratch = like(history)
-    train(scratch.world, [model.record(n) for n in sorted(model.remaining)])
+    train(scratch.context, [model.record(n) for n in sorted(model.remaining)])
     assert model.fake.ledger.heads() == scratch.ledger.heads()
-    assert model_digest(model.fake.world) == model_digest(scratch.world)
+    assert model_digest(model.fake.context) == model_digest(scratch.context)

@@ -34,13 +34,13 @@ def test_deferred_deletions_end_as_if_they_had_been_trained(
     history: History, gone_sets: list[set[int]]
 ) -> None:
     model = Model(dataclasses.replace(history, first=tuple(range(0, 41, 2))))
-    world, ledger = model.fake.world, model.fake.ledger
+    context, ledger = model.fake.context, model.fake.ledger
     model.fake.trained.clear()
     for gone in gone_sets:
         rows = model.rows(gone & model.remaining)
         if rows:
-            arrived = arrive(world, rows, (), Terms(approver="a"))
-            (request,) = forget_at_once(world, arrived, defer=True).requests
+            arrived = arrive(context, rows, (), Terms(approver="a"))
+            (request,) = forget_at_once(context, arrived, defer=True).requests
             assert request.state in ("erased", "completed")
             assert request.served == tuple(
                 (head.shard, head.depth, sum(f.shard == head.shard for f in ledger.slices()))
@@ -52,10 +52,10 @@ def test_deferred_deletions_end_as_if_they_had_been_trained(
         model.check_heads_are_clean()
         model.check_heads_are_deepest()
     assert model.fake.trained == []
-    reconcile(world)
+    reconcile(context)
     assert all(each.state == "completed" for each in ledger.requests())
     scratch = like(history)
-    train(scratch.world, [model.record(n) for n in sorted(model.remaining)])
+    train(scratch.context, [model.record(n) for n in sorted(model.remaining)])
     assert_equal(model.fake, scratch)
 
 
@@ -64,8 +64,8 @@ def test_a_stage_that_is_adopted_after_a_crash_goes_with_the_records_that_came_b
 ) -> None:
     """Each stage is stored, and the run is killed before the ledger knows it; the next run adopts it."""
     fake = fake_model(num_shards=1)
-    world, ledger = fake.world, fake.ledger
-    train(world, [fake_record(number) for number in range(12)])
+    context, ledger = fake.context, fake.ledger
+    train(context, [fake_record(number) for number in range(12)])
     commit = ledger.commit
 
     def killed(change: Change) -> int:
@@ -76,10 +76,10 @@ def test_a_stage_that_is_adopted_after_a_crash_goes_with_the_records_that_came_b
     monkeypatch.setattr(ledger, "commit", killed)
     newcomer = fake_record(99)
     with pytest.raises(KeyboardInterrupt):
-        add(world, [newcomer])
+        add(context, [newcomer])
     for _ in range(3):
         with contextlib.suppress(KeyboardInterrupt):
-            reconcile(world)
+            reconcile(context)
     (head,) = ledger.heads()
     assert [each.record_epochs for each in ledger.checkpoints() if each.key == head.key] == [0]
 
@@ -90,9 +90,9 @@ def test_a_stage_that_is_adopted_after_a_crash_goes_with_the_records_that_came_b
         return list(json.loads(fake.checkpoints.stored[head.key][ADAPTER])["touched"])
 
     assert newcomer.id in touched()
-    (row,) = ledger.lookup([world.assigner.id_digest(newcomer.id)]).values()
+    (row,) = ledger.lookup([context.settings.assigner.id_digest(newcomer.id)]).values()
     assert isinstance(row, RecordRow)
-    forget_at_once(world, arrive(world, [row], (), Terms(approver="a")), defer=True)
+    forget_at_once(context, arrive(context, [row], (), Terms(approver="a")), defer=True)
     assert newcomer.id not in touched()
     held = [data for files in fake.checkpoints.stored.values() for data in files.values()]
     assert not any(newcomer.id.encode() in data for data in held)

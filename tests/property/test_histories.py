@@ -3,7 +3,7 @@
 Each history is a first training, then adds, appendings and deletions (single, batch, by subject) in any
 order and batching. After each step: no deleted record is reachable in any held object, no untouched
 shard was retrained, nothing but suffixes of affected shards was. At the end: all held bytes equal those
-of a world that was trained from scratch on what remains.
+of a model that was trained from scratch on what remains.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from sisa.core.domain import Record, RecordRow, Risk
 from sisa.flows.ingest import add, train
 from sisa.flows.lifecycle import Terms, carry_out, submit
 from sisa.flows.reconcile import reconcile
+from sisa.flows.wiring.context import model_digest
 from sisa.flows.wiring.witness import catch_up
-from sisa.flows.wiring.world import model_digest
 from sisa.planning.bands import Bands
 from sisa.planning.plan import Schedule
 from tests.examples import num_examples
@@ -94,14 +94,14 @@ class Model:
         self.fake.before_run.append(self.check_heads_are_deepest)
         self.filled: set[tuple[int, int]] = set()
         self.held: set[str] = set()
-        train(self.fake.world, [record(number) for number in history.first])
+        train(self.fake.context, [record(number) for number in history.first])
 
     def record(self, number: int) -> Record:
         """As it is, with the generation that it was appended in."""
         return dataclasses.replace(record(number), generation=self.generations.get(number))
 
     def rows(self, numbers: set[int]) -> list[RecordRow]:
-        digests = [self.fake.world.assigner.id_digest(record(n).id) for n in sorted(numbers)]
+        digests = [self.fake.context.settings.assigner.id_digest(record(n).id) for n in sorted(numbers)]
         return [r for r in self.fake.ledger.lookup(digests).values() if isinstance(r, RecordRow)]
 
     def step(self, kind: str, numbers: tuple[int, ...]) -> None:
@@ -111,7 +111,7 @@ class Model:
         if kind in ("add", "append"):
             fresh = set(numbers) - self.deleted
             before = set(self.remaining)
-            add(self.fake.world, [record(n) for n in sorted(fresh)], append=kind == "append")
+            add(self.fake.context, [record(n) for n in sorted(fresh)], append=kind == "append")
             if kind == "append" and before:
                 last = max(self.generations.get(number, 0) for number in before)
                 self.generations |= dict.fromkeys(fresh - before, last + 1)
@@ -126,7 +126,7 @@ class Model:
             if gone:
                 name = f"r{len(self.deleted)}"
                 terms = Terms(external_id=name, approver="a person", consent=self.consent)
-                carry_out(self.fake.world, [submit(self.fake.world, touched, (), terms)])
+                carry_out(self.fake.context, [submit(self.fake.context, touched, (), terms)])
             self.remaining -= gone
             self.deleted |= gone
         self.check_only_suffixes(touched)
@@ -149,9 +149,11 @@ class Model:
             assert job.shard in hit, "an untouched shard was retrained"
             assert job.key not in self.held, "a held stage was retrained"
             before = {slice_ for shard, slice_ in self.filled if shard == job.shard}
-            new = self.fake.world.recipe.orders and before == set(job.prefix)  # the end of another order
+            new = self.fake.context.recipe.orders and before == set(
+                job.prefix
+            )  # the end of another order
             gone = {each for each in hit[job.shard] if (job.shard, each) not in after}
-            new = new or self.fake.world.recipe.shard_budget is not None  # or was dropped
+            new = new or self.fake.context.recipe.shard_budget is not None  # or was dropped
             assert new or gone or hit[job.shard] & set(job.prefix), "an untouched prefix was retrained"
         keys = [job.key for job in self.fake.trained]
         assert len(keys) == len(set(keys)), "a stage was trained twice"
@@ -208,7 +210,7 @@ def assert_equal(one: FakeModel, other: FakeModel) -> None:
     assert one.records.stored == other.records.stored
     assert one.index.stored == other.index.stored
     assert one.ledger.heads() == other.ledger.heads()
-    assert model_digest(one.world) == model_digest(other.world)
+    assert model_digest(one.context) == model_digest(other.context)
 
 
 @pytest.mark.slow
@@ -220,7 +222,7 @@ def test_any_history_equals_training_from_scratch(history: History) -> None:
     for kind, numbers in history.steps:
         model.step(kind, numbers)
     scratch = like(history)
-    train(scratch.world, [model.record(n) for n in sorted(model.remaining, reverse=True)])
+    train(scratch.context, [model.record(n) for n in sorted(model.remaining, reverse=True)])
     assert_equal(model.fake, scratch)
     adapters = [json.loads(files[ADAPTER])["touched"] for files in scratch.checkpoints.stored.values()]
     assert {each for touched in adapters for each in touched} == {
@@ -228,9 +230,9 @@ def test_any_history_equals_training_from_scratch(history: History) -> None:
     }
     if history.orders > 1:
         one = like(dataclasses.replace(history, orders=1))
-        train(one.world, [model.record(n) for n in sorted(model.remaining)])
+        train(one.context, [model.record(n) for n in sorted(model.remaining)])
         assert one.ledger.heads() == model.fake.ledger.heads()
-        assert model_digest(one.world) == model_digest(model.fake.world)
+        assert model_digest(one.context) == model_digest(model.fake.context)
 
 
 class Crash(BaseException):
@@ -238,7 +240,7 @@ class Crash(BaseException):
 
 
 class Fuse:
-    """Counts the effects of a world and dies at the chosen one, before or after it happened."""
+    """Counts the effects of a model and dies at the chosen one, before or after it happened."""
 
     def __init__(self, at: int, after: bool) -> None:
         self.left = at
@@ -292,8 +294,8 @@ def lived_through_a_crash(history: History, at: int, after: bool) -> Model:
         if not attempt(partial(model.step, kind, numbers)):
             model.check_heads_are_clean()
             model.check_heads_are_deepest()
-            catch_up(model.fake.world)
-            reconcile(model.fake.world)
+            catch_up(model.fake.context)
+            reconcile(model.fake.context)
             model.resume(kind, numbers)
     model.check_no_residue()
     return model
@@ -305,7 +307,7 @@ def lived_through_a_crash(history: History, at: int, after: bool) -> Model:
 def test_a_crash_at_any_effect_changes_no_byte(history: History, at: int, after: bool) -> None:
     model = lived_through_a_crash(history, at, after)
     scratch = like(history)
-    train(scratch.world, [model.record(number) for number in sorted(model.remaining)])
+    train(scratch.context, [model.record(number) for number in sorted(model.remaining)])
     assert_equal(model.fake, scratch)
     assert all(request.state == "completed" for request in model.fake.ledger.requests())
     told = model.fake.witness.told

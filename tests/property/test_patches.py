@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -26,11 +26,11 @@ from sisa.flows.patches import patching, vault_sets
 from sisa.flows.patches.patched_shards import shards_over
 from sisa.flows.patches.patching import Wish, make_wanted, want
 from sisa.flows.reconcile import reconcile
+from sisa.flows.wiring.context import Context, trained_over
 from sisa.flows.wiring.witness import catch_up
-from sisa.flows.wiring.world import World, trained_over
 from sisa.planning.patch_plan import active, needed, wanted
 from tests.examples import num_examples
-from tests.fakes.ports import ADAPTER, fake_model
+from tests.fakes.ports import ADAPTER, changed, fake_model
 from tests.property.test_histories import EFFECTS, Crash, Fuse, History, Model, record, wire
 
 NUM_HISTORIES, NUM_CRASHES = num_examples(500), num_examples(400)
@@ -69,7 +69,7 @@ class Patched(Model):
 
     def __init__(self, first: tuple[int, ...], mode: PatchMode) -> None:
         super().__init__(History(2, 2, "cumulative", (), ()))
-        self.fake.world = replace(self.fake.world, patch_mode=mode)
+        self.fake.context = changed(self.fake.context, patch_mode=mode)
         self.trained_over = trained_over(self.fake.ledger)
         self.given: dict[str, set[int]] = {}  # numbers of the records in each set that there ever was
         super().step("add", first)
@@ -84,8 +84,8 @@ class Patched(Model):
         self.fake.vault.put = noted  # type: ignore[method-assign]
 
     @property
-    def world(self) -> World:
-        return self.fake.world
+    def context(self) -> Context:
+        return self.fake.context
 
     def patches(self) -> list[Patch]:
         return self.fake.ledger.patches()
@@ -97,26 +97,26 @@ class Patched(Model):
 
     def go(self, step: Step) -> None:
         """Deletions raise nothing, whatever becomes of patches."""
-        world = self.world
+        context = self.context
         self.trained_over = trained_over(self.fake.ledger)
         if step.kind in RECORDS:
             self.consent = "asked" if step.kind == "consent" else ""
             super().step(RECORDS[step.kind], step.numbers)
         elif step.kind in ("wish", "request"):
-            self.wish(world, step)
+            self.wish(context, step)
         elif step.kind in ("revert", "all"):
             with contextlib.suppress(InvalidInput):  # nothing to revert
-                patching.revert_patches(world, everything=step.kind == "all")
+                patching.revert_patches(context, everything=step.kind == "all")
         elif step.kind == "release":
-            patching.release_sets(world, self.some_set(step))
+            patching.release_sets(context, self.some_set(step))
         elif step.kind == "over":
             with contextlib.suppress(ConfigConflict):  # records of the model in a retain set
-                shards_over(world, active(self.patches()))
-                reconcile(world)
+                shards_over(context, active(self.patches()))
+                reconcile(context)
         elif step.kind == "mode":
-            mode: PatchMode = "joint" if world.patch_mode == "sequential" else "sequential"
-            self.fake.world = replace(world, patch_mode=mode)
-            reconcile(self.fake.world)
+            mode: PatchMode = "joint" if context.settings.patch_mode == "sequential" else "sequential"
+            self.fake.context = changed(context, patch_mode=mode)
+            reconcile(self.fake.context)
         elif step.kind == "rot":
             self.fake.vault.erase([each.name for each in self.some_set(step)])
         else:
@@ -126,8 +126,8 @@ class Patched(Model):
         held = [each for each in self.fake.ledger.vault() if each.held]
         return held[step.numbers[0] % len(held) :][:1] if held else []
 
-    def wish(self, world: World, step: Step) -> None:
-        requests = [each for each in world.ledger.requests() if each.vaulted][:1]
+    def wish(self, context: Context, step: Step) -> None:
+        requests = [each for each in context.stores.ledger.requests() if each.vaulted][:1]
         if step.kind == "request" and not requests:
             return
         retain = None
@@ -138,8 +138,8 @@ class Patched(Model):
         forget = [record(n) for n in step.numbers] if step.kind == "wish" else ()
         wish = Wish({"method": "npo"}, forget, retain, "asked")
         with contextlib.suppress(ConfigConflict):  # another is wanted
-            want(world, wish, requests if step.kind == "request" else ())
-        make_wanted(world)
+            want(context, wish, requests if step.kind == "request" else ())
+        make_wanted(context)
 
     def standing(self) -> object:
         """What a step about patches changes at its commit."""
@@ -148,15 +148,15 @@ class Patched(Model):
 
     def recover(self, step: Step, before: object) -> None:
         """The next commands after a crash: what was committed is done, the rest is asked for again."""
-        catch_up(self.world)
-        reconcile(self.world)
+        catch_up(self.context)
+        reconcile(self.context)
         self.check_stack()
         self.check_vault(whole=True)
         if step.kind in RECORDS:
             super().resume(RECORDS[step.kind], step.numbers)
         elif step.kind != "mode" and (step.kind == "over" or self.standing() == before):
             self.go(step)
-        make_wanted(self.world)
+        make_wanted(self.context)
 
     def check(self, *, whole: bool = True) -> None:
         """All laws; `whole`: nothing rotted, and nothing was cut short by an error."""
@@ -179,9 +179,11 @@ class Patched(Model):
         assert self.fake.runs.held() <= {each.key for each in wanted(self.patches())}
 
     def check_vault(self, *, whole: bool) -> None:
-        ledger, world = self.fake.ledger, self.world
+        ledger, context = self.fake.ledger, self.context
         held = {each.name for each in ledger.vault() if each.held}
-        keep = needed(self.patches(), world.patch_mode, ledger.vault(), vault_sets.deletable(world))
+        keep = needed(
+            self.patches(), context.settings.patch_mode, ledger.vault(), vault_sets.deletable(context)
+        )
         assert held <= keep
         assert self.fake.vault.held() <= held
         if whole:
@@ -205,8 +207,8 @@ class Patched(Model):
 
     def check_bytes(self) -> None:
         """Every byte of the shards, over the patches that they are trained over."""
-        scratch = fake_model(2, self.world.recipe)
-        train(scratch.world, [record(number) for number in sorted(self.remaining)])
+        scratch = fake_model(2, self.context.recipe)
+        train(scratch.context, [record(number) for number in sorted(self.remaining)])
         assert self.fake.checkpoints.stored == scratch.checkpoints.stored
         assert self.fake.records.stored == scratch.records.stored
         assert self.fake.index.stored == scratch.index.stored
@@ -243,7 +245,7 @@ def test_no_trouble_with_patches_stops_a_deletion(
     for step in steps:
         with contextlib.nullcontext() if step.kind in RECORDS else contextlib.suppress(SisaError):
             model.go(step)
-        reconcile(model.world)
+        reconcile(model.context)
         model.check(whole=False)
         model.check_bytes()
 

@@ -57,43 +57,43 @@ class History:
     def __init__(self, num_shards: int, num_slices: int, schedule: Schedule) -> None:
         self.recipe, self.num_shards = fake_recipe(num_slices, schedule), num_shards
         self.fake = fake_model(num_shards, self.recipe)
-        train(self.fake.world, [])
+        train(self.fake.context, [])
         self.saves: list[Saved] = []
         self.saved: list[set[int]] = []
         self.deleted: set[int] = set()
 
     def live(self) -> set[int]:
-        digest = self.fake.world.assigner.id_digest
+        digest = self.fake.context.settings.assigner.id_digest
         found = self.fake.ledger.lookup(digest(record(n).id) for n in range(26))
         return {n for n in range(26) if isinstance(found.get(digest(record(n).id)), RecordRow)}
 
     def rows(self, numbers: set[int]) -> list[RecordRow]:
-        digests = [self.fake.world.assigner.id_digest(record(n).id) for n in numbers]
+        digests = [self.fake.context.settings.assigner.id_digest(record(n).id) for n in numbers]
         return [r for r in self.fake.ledger.lookup(digests).values() if isinstance(r, RecordRow)]
 
     def next_command(self) -> None:
-        catch_up(self.fake.world)
-        reconcile(self.fake.world)
+        catch_up(self.fake.context)
+        reconcile(self.fake.context)
 
     def step(self, kind: str, numbers: tuple[int, ...]) -> None:
-        world, asked = self.fake.world, set(numbers)
+        context, asked = self.fake.context, set(numbers)
         if kind == "save":
             self.saves.append(Saved(self.fake))
             self.saved.append(self.live())
             return
         if kind == "restore":
             self.saves[min(numbers) % len(self.saves)].restore(self.fake)
-        catch_up(world)
+        catch_up(context)
         if kind == "restore":  # a reading command stops here
             self.check_clean(self.live())
-            reconcile(world)
+            reconcile(context)
         elif kind == "add":
-            add(world, [record(n) for n in sorted(asked - self.deleted)])
+            add(context, [record(n) for n in sorted(asked - self.deleted)])
         elif kind == "readmit":
-            add(world, [record(n) for n in sorted(asked)], allow_deleted=True)
+            add(context, [record(n) for n in sorted(asked)], allow_deleted=True)
             self.deleted -= asked
         elif gone := self.rows(asked):
-            forget_at_once(world, arrive(world, gone, (), Terms(approver="a person")))
+            forget_at_once(context, arrive(context, gone, (), Terms(approver="a person")))
 
     def expected(self, kind: str, numbers: tuple[int, ...], before: set[int]) -> set[int]:
         """What is held after a step that was not cut short."""
@@ -111,14 +111,14 @@ class History:
 
     def check(self, expected: set[int]) -> None:
         assert self.live() == expected
-        assert not is_behind(self.fake.world)
+        assert not is_behind(self.fake.context)
         told = self.fake.witness.told
         assert told.head == self.fake.ledger.event_head()
-        digest = self.fake.world.assigner.id_digest
+        digest = self.fake.context.settings.assigner.id_digest
         assert set(told.tombstones) == {digest(record(n).id) for n in self.deleted}
         self.check_clean(expected)
         scratch = fake_model(self.num_shards, self.recipe)
-        train(scratch.world, [record(n) for n in sorted(expected)])
+        train(scratch.context, [record(n) for n in sorted(expected)])
         assert_equal(self.fake, scratch)
         assert all(each.state == "completed" for each in self.fake.ledger.requests())
 
@@ -180,9 +180,9 @@ def test_a_restored_model_refuses_what_was_deleted(numbers: list[int], data: st.
     assert history.live() == set()
     for number in numbers:
         with pytest.raises(InvalidInput) as refused:
-            add(history.fake.world, [record(number)])
+            add(history.fake.context, [record(number)])
         assert "was deleted" in refused.value.problems[0].what
-    taken = add(history.fake.world, [record(n) for n in numbers], allow_deleted=True)
+    taken = add(history.fake.context, [record(n) for n in numbers], allow_deleted=True)
     assert taken.added == len(numbers)
 
 

@@ -18,8 +18,8 @@ from sisa.core.measured import MIN_RECORDS
 from sisa.core.patch import Patch
 from sisa.flows.ask import open_answerer
 from sisa.flows.held_answers import MAX_RECORDS, asked_records
-from sisa.flows.wiring.parts import Parts
-from sisa.flows.wiring.world import World
+from sisa.flows.wiring.context import Context
+from sisa.flows.wiring.resources import Resources
 from sisa.lm.answer.route import Route, all_of
 
 if TYPE_CHECKING:
@@ -58,18 +58,18 @@ def _kept(effect: AnswerChange | None) -> dict[str, Any] | None:
 
 
 def measure(
-    world: World,
-    parts: Parts,
+    context: Context,
+    resources: Resources,
     before: Sequence[Patch],
     after: Sequence[Patch],
     limit: int = MAX_RECORDS,
 ) -> Composition:
     """Ask over both stacks, lowest patch first. Raises IntegrityError."""
-    asked = asked_records(world, parts, limit)
+    asked = asked_records(context, resources, limit)
     if not asked:
         return Composition(0, None, None, {})
     shards = sorted({shard for shard, _, _ in asked})
-    old, new = (open_answerer(world, parts, shards, stack) for stack in (before, after))
+    old, new = (open_answerer(context, resources, shards, stack) for stack in (before, after))
     base = [_compared(old, new, ids, answer, Route()) for _, ids, answer in asked]
     own = [_compared(old, new, ids, answer, all_of([shard])) for shard, ids, answer in asked]
     by_shard = {

@@ -27,7 +27,7 @@ from sisa.core.ports import Change, Contribution, Removal
 from sisa.flows.patches import vault_sets
 from sisa.flows.patches.patched_shards import shards_off
 from sisa.flows.patches.patching import make_wanted
-from sisa.flows.wiring.world import World, commit, trained_over
+from sisa.flows.wiring.context import Context, commit, trained_over
 from sisa.planning.patch_plan import Rederived, lineage, rederive, wanted
 
 
@@ -36,70 +36,77 @@ class PatchesHook:
 
     name = "patches"
 
-    def contribute(self, world: World, removal: Removal) -> Contribution:
+    def contribute(self, context: Context, removal: Removal) -> Contribution:
         """Return the patches that change and the sets to keep; drop shards that were trained over one.
 
         Writes new retain sets, and the removed texts of requests with consent, to the vault.
         """
         request_id = removal.requests[0].request_id if removal.requests else ""
         rows = removal.rows
-        instead, written = vault_sets.without_removed(world, rows)
-        touched = {each.key for each in lineage(world.ledger.patches(), instead)}
+        instead, written = vault_sets.without_removed(context, rows)
+        touched = {each.key for each in lineage(context.stores.ledger.patches(), instead)}
         found = Rederived()
         if touched:
-            held = vault_sets.held_sets(world) - {old for old, new in instead.items() if old == new}
+            held = vault_sets.held_sets(context) - {old for old, new in instead.items() if old == new}
             held |= {each.name for each in written.sets}
             found = rederive(
-                world.ledger.patches(), instead, held, world.fingerprint, world.now(), request_id
+                context.stores.ledger.patches(),
+                instead,
+                held,
+                context.compute.fingerprint,
+                context.now(),
+                request_id,
             )
         kept = written.only({each.job.retain for each in found.fresh})
-        kept += vault_sets.put_removed(world, removal)
-        if not touched.isdisjoint(trained_over(world.ledger)):
-            shards_off(world)
+        kept += vault_sets.put_removed(context, removal)
+        if not touched.isdisjoint(trained_over(context.stores.ledger)):
+            shards_off(context)
         change = Change(
-            exports=_stale(world, touched, request_id),
-            patches=_changed(world, found, {row.shard for row in rows.values()}),
+            exports=_stale(context, touched, request_id),
+            patches=_changed(context, found, {row.shard for row in rows.values()}),
             vault=kept.sets,
             vaulted=kept.pairs,
         )
-        return Contribution(change, kept.by_request(), partial(_make_again, world, found))
+        return Contribution(change, kept.by_request(), partial(_make_again, context, found))
 
-    def settle(self, world: World) -> None:
+    def settle(self, context: Context) -> None:
         """Erase the texts that no patch needs."""
-        vault_sets.erase_unneeded(world)
+        vault_sets.erase_unneeded(context)
 
 
-def _stale(world: World, touched: Collection[str], request_id: str) -> list[Export]:
+def _stale(context: Context, touched: Collection[str], request_id: str) -> list[Export]:
     return [
         replace(each, state="tainted", request_id=request_id)
-        for each in world.ledger.exports()
+        for each in context.stores.ledger.exports()
         if not each.stale and not set(touched).isdisjoint(each.patches)
     ]
 
 
-def _changed(world: World, found: Rederived, shards: Collection[int]) -> list[Patch]:
+def _changed(context: Context, found: Rederived, shards: Collection[int]) -> list[Patch]:
     """Return the patches that a deletion changes: dropped, wanted again, or with less in the report."""
-    known = {each.key: each for each in world.ledger.patches()}
+    known = {each.key: each for each in context.stores.ledger.patches()}
     rederived = {each.key: each for each in (*found.changed, *found.fresh)}
     after = {key: without_shards(each, shards) for key, each in {**known, **rederived}.items()}
     return [each for key, each in after.items() if each != known.get(key)]
 
 
-def _make_again(world: World, found: Rederived) -> None:
+def _make_again(context: Context, found: Rederived) -> None:
     """Make the dropped patches again; a failure is reported, and leaves them wanted."""
     if not found.changed:
         return
     lost = len(found.changed) - len(found.fresh)
     if lost:
-        world.report(Notice(f"{lost} patches are dropped for good: the texts that they forgot are gone"))
+        context.report(
+            Notice(f"{lost} patches are dropped for good: the texts that they forgot are gone")
+        )
     if not found.fresh:
-        vault_sets.erase_unneeded(world)
+        vault_sets.erase_unneeded(context)
         return
-    world.report(Notice("making the patches again without the deleted records"))
+    context.report(Notice("making the patches again without the deleted records"))
     try:
-        make_wanted(world)
+        make_wanted(context)
     except SisaError as error:
-        world.report(
+        context.report(
             Notice(
                 f"the patches could not be made again ({type(error).__name__}): `sisa approx "
                 "unlearn` goes on with them; until then the base is served without them"
@@ -107,17 +114,19 @@ def _make_again(world: World, found: Rederived) -> None:
         )
 
 
-def give_up(world: World, damaged: Collection[str]) -> None:
+def give_up(context: Context, damaged: Collection[str]) -> None:
     """Give up patches and sets of texts (by key or name) whose files are damaged. A set counts as
     erased, and a patch is wanted again where its texts are held."""
-    sets = [each for each in world.ledger.vault() if each.name in damaged and each.held]
+    sets = [each for each in context.stores.ledger.vault() if each.name in damaged and each.held]
     lost = {each.name for each in sets}
-    held = vault_sets.held_sets(world) - lost
-    patches = world.ledger.patches()
+    held = vault_sets.held_sets(context) - lost
+    patches = context.stores.ledger.patches()
     unmade = {each.key for each in wanted(patches) if not lost.isdisjoint(each.job.sets)}
-    found = rederive(patches, {}, held, world.fingerprint, world.now(), "", unmade.union(damaged))
-    if found.dropped & set(trained_over(world.ledger)):
-        shards_off(world)
+    found = rederive(
+        patches, {}, held, context.compute.fingerprint, context.now(), "", unmade.union(damaged)
+    )
+    if found.dropped & set(trained_over(context.stores.ledger)):
+        shards_off(context)
     gone = [replace(each, held=False) for each in sets]
-    commit(world, Change(patches=[*found.changed, *found.fresh], vault=gone))
-    vault_sets.erase_unneeded(world)
+    commit(context, Change(patches=[*found.changed, *found.fresh], vault=gone))
+    vault_sets.erase_unneeded(context)

@@ -25,7 +25,7 @@ from sisa.core.patch import WRITTEN, Patch, PatchJob, VaultSet
 from sisa.core.ports import Change, PatchOrder
 from sisa.flows.patches import vault_sets
 from sisa.flows.patches.vault_sets import Put
-from sisa.flows.wiring.world import World, areas, commit, known_by_area, purge
+from sisa.flows.wiring.context import Context, areas, commit, known_by_area, purge
 from sisa.planning.patch_plan import activated, active, next_job, next_version, rederive, unmade, wanted
 
 Measure = Callable[[Sequence[Patch], Sequence[Patch]], Mapping[str, Any]]  # active before and after
@@ -58,55 +58,57 @@ class Unlearnt:
     slices_trained: int = 0
 
 
-def want(world: World, wish: Wish, requests: Sequence[Request] = ()) -> Patch:
+def want(context: Context, wish: Wish, requests: Sequence[Request] = ()) -> Patch:
     """Take a wish in, to forget its own texts and those of requests: everything is checked, the texts
     are in the vault, and the ledger knows it.
 
     A wish for a patch that is active, or wanted already, is that patch. Raises InvalidInput (sets,
     settings, consent), ConfigConflict (no text of a request, another wish).
     """
-    from_requests = [vault_sets.set_of_request(world, each) for each in requests]
+    from_requests = [vault_sets.set_of_request(context, each) for each in requests]
     if wish.forget or wish.retain is not None:
         vault_sets.check_consent(wish.consent)
-    texts = [record for found in from_requests for record in world.vault.read(found)]
-    world.patcher().check(wish.settings, [*texts, *wish.forget], wish.retain, wish.reference)
-    _tell_held(world, wish.forget)
-    fresh = vault_sets.put(world, "forget", wish.forget, wish.consent) if wish.forget else Put()
-    kept = Put() if wish.retain is None else vault_sets.put(world, "retain", wish.retain, wish.consent)
+    texts = [record for found in from_requests for record in context.stores.vault.read(found)]
+    context.compute.patcher().check(wish.settings, [*texts, *wish.forget], wish.retain, wish.reference)
+    _tell_held(context, wish.forget)
+    fresh = vault_sets.put(context, "forget", wish.forget, wish.consent) if wish.forget else Put()
+    kept = Put() if wish.retain is None else vault_sets.put(context, "retain", wish.retain, wish.consent)
     retain = kept.sets[0].name if kept.sets else WRITTEN
-    like = PatchJob(world.base, (), (), retain, dict(wish.settings), world.fingerprint)
-    patches, held = world.ledger.patches(), vault_sets.held_sets(world)
+    like = PatchJob(
+        context.settings.base, (), (), retain, dict(wish.settings), context.compute.fingerprint
+    )
+    patches, held = context.stores.ledger.patches(), vault_sets.held_sets(context)
     forget = [each.name for each in (*from_requests, *fresh.sets)]
-    job = next_job(patches, held, world.patch_mode, like, forget)
+    job = next_job(patches, held, context.settings.patch_mode, like, forget)
     asked = requests[-1].request_id if requests else ""
-    found = Patch(next_version(patches), job, "wanted", world.now(), request_id=asked)
+    found = Patch(next_version(patches), job, "wanted", context.now(), request_id=asked)
     for each in patches:
         if each.state in ("active", "wanted") and each.job == job:
             return each
     _refuse_second(wanted(patches))
     put = fresh + kept
-    commit(world, Change(patches=[found], vault=_new(world, put), vaulted=put.pairs))
+    commit(context, Change(patches=[found], vault=_new(context, put), vaulted=put.pairs))
     return found
 
 
-def _new(world: World, put: Put) -> list[VaultSet]:
+def _new(context: Context, put: Put) -> list[VaultSet]:
     """Sets as they were first put, where the same texts are there already."""
-    known = {each.name: each for each in world.ledger.vault() if each.held}
+    known = {each.name: each for each in context.stores.ledger.vault() if each.held}
     return [known.get(each.name, each) for each in put.sets]
 
 
-def _tell_held(world: World, records: Sequence[Record]) -> None:
+def _tell_held(context: Context, records: Sequence[Record]) -> None:
     if not records:
         return
-    rows = [world.assigner.row(each, 0) for each in records]
-    by_id = world.ledger.lookup([row.id_digest for row in rows])
-    held, _ = world.ledger.by_text({row.text_digest for row in rows})
+    rows = [context.settings.assigner.row(each, 0) for each in records]
+    by_id = context.stores.ledger.lookup([row.id_digest for row in rows])
+    held, _ = context.stores.ledger.by_text({row.text_digest for row in rows})
     texts = {row.text_digest for row in held}
     count = sum(
         isinstance(by_id.get(row.id_digest), RecordRow) or row.text_digest in texts for row in rows
     )
     if count:
-        world.report(
+        context.report(
             Notice(
                 f"{count} of these texts are records of the model: a patch does not delete them from "
                 "the shards; `sisa forget` does, exactly"
@@ -124,7 +126,7 @@ def _refuse_second(waiting: Sequence[Patch]) -> None:
 
 
 def make_wanted(
-    world: World,
+    context: Context,
     max_seconds: float | None = None,
     measure: Measure | None = None,
     reference: str = "",
@@ -135,58 +137,60 @@ def make_wanted(
     """
     last: Patch | None = None
     report: Mapping[str, Any] = {}
-    patcher = world.patcher()
-    while waiting := wanted(world.ledger.patches()):
+    patcher = context.compute.patcher()
+    while waiting := wanted(context.stores.ledger.patches()):
         patch = waiting[0]
-        made = patcher.make(_order(world, patch, max_seconds, reference), world.report)
+        made = patcher.make(_order(context, patch, max_seconds, reference), context.report)
         report = made.report
         if made.unfinished:
-            return Unlearnt(last, True, report, *_settled(world))
+            return Unlearnt(last, True, report, *_settled(context))
         if made.saved is None:
             told = replace(patch, report=dict(report))
-            commit(world, Change(patches=unmade(world.ledger.patches(), told)))
+            commit(context, Change(patches=unmade(context.stores.ledger.patches(), told)))
             continue
         now = replace(
             patch,
             state="active",
-            made_at=world.now(),
+            made_at=context.now(),
             manifest_sha256=made.saved.manifest_sha256,
             adapter_sha256=made.saved.adapter_sha256,
             num_bytes=made.saved.num_bytes,
             report=dict(report),
         )
-        before = world.ledger.patches()
+        before = context.stores.ledger.patches()
         changed = activated(before, now)
         if measure is not None:
             gone = {each.key for each in changed}
             after = [*(each for each in active(before) if each.key not in gone), now]
             effect = dict(measure(active(before), after))
             changed[0] = replace(now, report={**now.report, "composition": effect})
-        commit(world, Change(patches=changed))
+        commit(context, Change(patches=changed))
         last = changed[0]
-    return Unlearnt(last, False, report if last is None else last.report, *_settled(world))
+    return Unlearnt(last, False, report if last is None else last.report, *_settled(context))
 
 
-def _settled(world: World) -> tuple[int, int]:
+def _settled(context: Context) -> tuple[int, int]:
     """Texts that no patch needs are erased, and what is unknown of patches: sets erased and kept."""
-    counts = vault_sets.erase_unneeded(world)
-    _erase_unknown(world)
-    purge(world)
-    world.ledger.scrub()
+    counts = vault_sets.erase_unneeded(context)
+    _erase_unknown(context)
+    purge(context)
+    context.stores.ledger.scrub()
     return counts
 
 
-def _erase_unknown(world: World) -> None:
+def _erase_unknown(context: Context) -> None:
     """Erase texts, unfinished runs and patches that the ledger does not know."""
-    known, held = known_by_area(world), areas(world)
-    world.keyring.destroy("patches", sorted(world.keyring.held("patches") - known["patches"]))
+    known, held = known_by_area(context), areas(context)
+    context.stores.keyring.destroy(
+        "patches", sorted(context.stores.keyring.held("patches") - known["patches"])
+    )
     for room in ("vault", "runs", "patches"):
         held[room].erase(sorted(held[room].held() - known[room]))
 
 
-def _order(world: World, patch: Patch, max_seconds: float | None, reference: str) -> PatchOrder:
-    sets = {each.name: each for each in world.ledger.vault()}
-    stack = {each.key: each for each in active(world.ledger.patches())}
+def _order(context: Context, patch: Patch, max_seconds: float | None, reference: str) -> PatchOrder:
+    sets = {each.name: each for each in context.stores.ledger.vault()}
+    stack = {each.key: each for each in active(context.stores.ledger.patches())}
     job = patch.job
     if absent := [key for key in job.beneath if key not in stack]:
         raise ConfigConflict(
@@ -199,30 +203,30 @@ def _order(world: World, patch: Patch, max_seconds: float | None, reference: str
     return PatchOrder(job, tuple(sets[name] for name in job.sets), beneath, max_seconds, reference)
 
 
-def revert_patches(world: World, *, everything: bool = False) -> list[Patch]:
+def revert_patches(context: Context, *, everything: bool = False) -> list[Patch]:
     """Take back what is wanted and, if nothing is, the newest active patch; or all of them.
 
     Raises InvalidInput when there is none.
     """
-    patches = world.ledger.patches()
+    patches = context.stores.ledger.patches()
     waiting, stack = wanted(patches), active(patches)
     chosen = [*stack, *waiting] if everything else (waiting or stack[-1:])
     if not chosen:
         raise InvalidInput("there is no patch to revert", next_step="`sisa approx patches` lists them")
     gone = [replace(each, state="reverted" if each.state == "active" else "dropped") for each in chosen]
-    commit(world, Change(patches=gone))
-    _settled(world)
+    commit(context, Change(patches=gone))
+    _settled(context)
     return gone
 
 
-def release_sets(world: World, sets: Sequence[VaultSet]) -> list[VaultSet]:
+def release_sets(context: Context, sets: Sequence[VaultSet]) -> list[VaultSet]:
     """Erase texts on withdrawn consent; a wish that needs them is given up, and those that were to lie
     upon it go on without it."""
     names = {each.name for each in sets}
-    patches, held = world.ledger.patches(), vault_sets.held_sets(world) - names
+    patches, held = context.stores.ledger.patches(), vault_sets.held_sets(context) - names
     needing = [each.key for each in wanted(patches) if not names.isdisjoint(each.job.sets)]
-    found = rederive(patches, {}, held, world.fingerprint, world.now(), "", needing)
+    found = rederive(patches, {}, held, context.compute.fingerprint, context.now(), "", needing)
     gone = [replace(each, held=False) for each in sets]
-    commit(world, Change(vault=gone, patches=[*found.changed, *found.fresh]))
-    _settled(world)
+    commit(context, Change(vault=gone, patches=[*found.changed, *found.fresh]))
+    _settled(context)
     return gone

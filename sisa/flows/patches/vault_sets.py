@@ -18,7 +18,7 @@ from sisa.core.errors import ConfigConflict, InvalidInput, Problem, SisaError, U
 from sisa.core.patch import WRITTEN, SetRole, VaultSet
 from sisa.core.ports import Change, Removal
 from sisa.core.requests import unvaulted
-from sisa.flows.wiring.world import World, commit, slices_of, stored_in, trained_over
+from sisa.flows.wiring.context import Context, commit, slices_of, stored_in, trained_over
 from sisa.planning.patch_plan import unneeded_sets
 
 
@@ -43,71 +43,73 @@ class Put:
 
 
 def put(
-    world: World, role: SetRole, records: Sequence[Record], consent: str, request_id: str = ""
+    context: Context, role: SetRole, records: Sequence[Record], consent: str, request_id: str = ""
 ) -> Put:
     """Write a set. Raises EnvironmentFault."""
-    name = world.assigner.set_name(role, records)
-    sha256, num_bytes = world.vault.put(name, records)
+    name = context.settings.assigner.set_name(role, records)
+    sha256, num_bytes = context.stores.vault.put(name, records)
     found = VaultSet(
-        name, role, len(records), consent, world.now(), sha256, num_bytes, request_id=request_id
+        name, role, len(records), consent, context.now(), sha256, num_bytes, request_id=request_id
     )
-    return Put((found,), tuple((name, each) for each in _touching(world, records)))
+    return Put((found,), tuple((name, each) for each in _touching(context, records)))
 
 
-def _touching(world: World, records: Sequence[Record]) -> list[str]:
-    rows = [world.assigner.row(record, 0) for record in records]
-    held, _ = world.ledger.by_text({row.text_digest for row in rows})
+def _touching(context: Context, records: Sequence[Record]) -> list[str]:
+    rows = [context.settings.assigner.row(record, 0) for record in records]
+    held, _ = context.stores.ledger.by_text({row.text_digest for row in rows})
     return sorted({row.id_digest for row in (*rows, *held)})
 
 
-def put_removed(world: World, removal: Removal) -> Put:
+def put_removed(context: Context, removal: Removal) -> Put:
     """Write the texts that requests with consent remove, before the commit that removes them."""
     found = Put()
     for request in removal.requests:
         rows = removal.named[request.request_id]
         if request.consent and rows:
-            stored = stored_in(world, slices_of(world, rows), rows)
+            stored = stored_in(context, slices_of(context, rows), rows)
             records = [each.record for each in sorted(stored, key=lambda each: each.id_digest)]
-            found += put(world, "forget", records, request.consent, request.request_id)
+            found += put(context, "forget", records, request.consent, request.request_id)
     return found
 
 
-def held_sets(world: World) -> frozenset[str]:
+def held_sets(context: Context) -> frozenset[str]:
     """Names of the sets whose texts are there."""
-    return frozenset(each.name for each in world.ledger.vault() if each.held)
+    return frozenset(each.name for each in context.stores.ledger.vault() if each.held)
 
 
-def deletable(world: World) -> frozenset[str]:
+def deletable(context: Context) -> frozenset[str]:
     """Names of the retain sets in which records of the model are."""
     return frozenset(
         each.name
-        for each in world.ledger.vault()
-        if each.role == "retain" and any(_rows(world, world.ledger.vaulted(each.name)))
+        for each in context.stores.ledger.vault()
+        if each.role == "retain" and any(_rows(context, context.stores.ledger.vaulted(each.name)))
     )
 
 
-def _rows(world: World, id_digests: Collection[str]) -> list[RecordRow]:
-    return [each for each in world.ledger.lookup(id_digests).values() if isinstance(each, RecordRow)]
+def _rows(context: Context, id_digests: Collection[str]) -> list[RecordRow]:
+    return [
+        each for each in context.stores.ledger.lookup(id_digests).values() if isinstance(each, RecordRow)
+    ]
 
 
-def without_removed(world: World, removed: Mapping[str, RecordRow]) -> tuple[dict[str, str], Put]:
+def without_removed(context: Context, removed: Mapping[str, RecordRow]) -> tuple[dict[str, str], Put]:
     """For each retain set that removed records (by keyed id) are in: the set that takes its place,
     written without them. A set that can't be read takes its own place, and is held no longer."""
-    names = {name for found in world.ledger.sets_with(removed).values() for name in found}
+    names = {name for found in context.stores.ledger.sets_with(removed).values() for name in found}
     instead: dict[str, str] = {}
     written = Put()
     texts = {row.text_digest for row in removed.values()}
-    for found in world.ledger.vault():
+    for found in context.stores.ledger.vault():
         if found.role != "retain" or found.name not in names:
             continue
         instead[found.name] = found.name
         if not found.held:
             continue
         try:
-            records = world.vault.read(found)
+            records = context.stores.vault.read(found)
         except SisaError:
             continue
-        rows = [world.assigner.row(each, 0) for each in records]
+        rows = [context.settings.assigner.row(each, 0) for each in records]
         left = [
             record
             for record, row in zip(records, rows, strict=True)
@@ -115,35 +117,37 @@ def without_removed(world: World, removed: Mapping[str, RecordRow]) -> tuple[dic
         ]
         instead[found.name] = WRITTEN
         if left:
-            written += (again := put(world, "retain", left, found.consent, found.request_id))
+            written += (again := put(context, "retain", left, found.consent, found.request_id))
             instead[found.name] = again.sets[0].name
     return instead, written
 
 
-def exported(world: World) -> frozenset[str]:
+def exported(context: Context) -> frozenset[str]:
     """Keys of the patches that are in exports."""
-    return frozenset(key for each in world.ledger.exports() for key in each.patches)
+    return frozenset(key for each in context.stores.ledger.exports() for key in each.patches)
 
 
-def erase_unneeded(world: World) -> tuple[int, int]:
+def erase_unneeded(context: Context) -> tuple[int, int]:
     """Erase the texts that no patch needs: numbers of sets erased and kept."""
-    sets = world.ledger.vault()
-    elsewhere = {*trained_over(world.ledger), *exported(world)}
+    sets = context.stores.ledger.vault()
+    elsewhere = {*trained_over(context.stores.ledger), *exported(context)}
     erased, gone = unneeded_sets(
-        world.ledger.patches(), world.patch_mode, sets, deletable(world), elsewhere
+        context.stores.ledger.patches(), context.settings.patch_mode, sets, deletable(context), elsewhere
     )
     if erased or gone:
-        cleared = [unvaulted(each) for each in world.ledger.requests() if each.vaulted in set(gone)]
-        commit(world, Change(vault=erased, unvaulted=gone, requests=cleared))
+        cleared = [
+            unvaulted(each) for each in context.stores.ledger.requests() if each.vaulted in set(gone)
+        ]
+        commit(context, Change(vault=erased, unvaulted=gone, requests=cleared))
     names = {each.name for each in erased} | set(gone)
-    world.vault.erase(sorted(names))
+    context.stores.vault.erase(sorted(names))
     before = {each.name for each in sets if each.held}
     return len(before & names), len(before - names)
 
 
-def set_of_request(world: World, request: Request) -> VaultSet:
+def set_of_request(context: Context, request: Request) -> VaultSet:
     """The set of a request's texts. Raises ConfigConflict when there is none."""
-    for found in world.ledger.vault():
+    for found in context.stores.ledger.vault():
         if found.name == request.vaulted and found.held:
             return found
     said = "by consent, but it was erased since" if request.consent else "without consent to keep it"
@@ -165,9 +169,9 @@ def check_consent(consent: str) -> None:
         )
 
 
-def chosen(world: World, names: Sequence[str], request_ids: Sequence[str]) -> list[VaultSet]:
+def chosen(context: Context, names: Sequence[str], request_ids: Sequence[str]) -> list[VaultSet]:
     """Held sets by (a beginning of) their names and by requests. Raises UnknownRecord, all listed."""
-    sets = [each for each in world.ledger.vault() if each.held]
+    sets = [each for each in context.stores.ledger.vault() if each.held]
     found: dict[str, VaultSet] = {}
     problems = []
     for number, name in enumerate(names, 1):
@@ -177,7 +181,7 @@ def chosen(world: World, names: Sequence[str], request_ids: Sequence[str]) -> li
         found |= {each.name: each for each in hits}
     by_id = {
         each: request
-        for request in world.ledger.requests()
+        for request in context.stores.ledger.requests()
         for each in (request.request_id, request.external_id)
         if each is not None
     }

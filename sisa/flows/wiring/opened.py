@@ -5,7 +5,7 @@ world after it has caught up with its witness; writers hold the directory's lock
 a second writer gets `Busy`. An object of this class may live long: each time it opens its world, it
 compares the ledger's description of the model with the one that it took, and takes a changed one over.
 
-What a caller can do with a model is in `model.py`; its parts are in `opening.py` and `parts.py`.
+What a caller can do with a model is in `model.py`; its parts are in `wiring.py` and `resources.py`.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from sisa.core.errors import (
 from sisa.core.events import Event, Notice, Report
 from sisa.data.temporary_files import erase_abandoned
 from sisa.flows.stale_exports import finish_written
-from sisa.flows.wiring import opening
-from sisa.flows.wiring.opening import LEDGER, LOCK, SCRATCH, OpenExecutor
-from sisa.flows.wiring.parts import Parts
+from sisa.flows.wiring import wiring
+from sisa.flows.wiring.context import Context
+from sisa.flows.wiring.resources import Resources
 from sisa.flows.wiring.run_context import running
+from sisa.flows.wiring.wiring import LEDGER, LOCK, SCRATCH, OpenExecutor
 from sisa.flows.wiring.witness import catch_up, is_behind
-from sisa.flows.wiring.world import World
 from sisa.store.blobs import files
 from sisa.store.blobs.storage_areas import open_areas
 from sisa.store.ledger.database import is_read_only
@@ -129,17 +129,17 @@ class OpenedModel:
         )
 
     def _take(self, meta: dict[str, str]) -> None:
-        self.id = opening.model_id(meta)
-        self.config = opening.stored_config(meta)
-        self.keyring = opening.open_keyring(self.config, self.id)
-        self.base = opening.named(meta, "base")
-        self.embedder = opening.named(meta, "embedder")
-        self.parts = Parts(self.config, self.base, self.embedder)
-        self.secret = opening.stored_secret(self.directory, self.config, self.id)
+        self.id = wiring.model_id(meta)
+        self.config = wiring.stored_config(meta)
+        self.keyring = wiring.open_keyring(self.config, self.id)
+        self.base = wiring.named(meta, "base")
+        self.embedder = wiring.named(meta, "embedder")
+        self.resources = Resources(self.config, self.base, self.embedder)
+        self.secret = wiring.stored_secret(self.directory, self.config, self.id)
         if Keyed(self.secret).name != meta.get("key"):
             raise IntegrityError(
                 "the partition key is not this model's",
-                where=str(opening.key_path(self.directory, self.config, self.id)),
+                where=str(wiring.key_path(self.directory, self.config, self.id)),
                 next_step="restore the key from a backup: without it no record can be found",
             )
         self._taken = meta
@@ -160,16 +160,16 @@ class OpenedModel:
         self.report(Notice("the model was reconfigured meanwhile; going on with its present run file"))
 
     @contextlib.contextmanager
-    def _world(
+    def _context(
         self, *, locked: bool = False, as_it_is: bool = False, outdated: bool = False
-    ) -> Iterator[World]:
+    ) -> Iterator[Context]:
         """The model's parts as the ledger describes them now, after it has caught up with its witness,
         unless it is opened `as_it_is`. `locked`: the caller holds the writer lock; `outdated`: so is a
         copy that is behind its witness and can't be written."""
         self._catch_up()
-        world = opening.open_world(
+        context = wiring.open_context(
             self.directory,
-            self.parts,
+            self.resources,
             Keyed(self.secret),
             self.executor,
             self.report,
@@ -179,14 +179,14 @@ class OpenedModel:
         )
         try:
             if locked:
-                catch_up(world)
-            elif not as_it_is and is_behind(world):
-                self._replay(world, outdated=outdated)
-            yield world
+                catch_up(context)
+            elif not as_it_is and is_behind(context):
+                self._replay(context, outdated=outdated)
+            yield context
         finally:
-            opening.close(world)
+            wiring.close(context)
 
-    def _replay(self, world: World, *, outdated: bool) -> None:
+    def _replay(self, context: Context, *, outdated: bool) -> None:
         """Delete again what was deleted since this copy was made. Raises EnvironmentFault where it can't
         be written, unless it may be `outdated`."""
         if is_read_only(self.directory / LEDGER):
@@ -199,23 +199,23 @@ class OpenedModel:
                 next_step="copy it to where it can be written; `sisa status` and `sisa verify` read it",
             )
         with files.writer_lock(self.directory / LOCK):
-            catch_up(world)
+            catch_up(context)
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         """Hold the writer lock over the model as it is now. Raises Busy."""
-        opening.check_executor(self.executor)  # an unknown one is refused before anything is written
+        wiring.check_executor(self.executor)  # an unknown one is refused before anything is written
         with running(), files.writer_lock(self.directory / LOCK):
             self._catch_up()
-            opening.keep_key(self.directory, self.config, self.id, self.secret)
+            wiring.keep_key(self.directory, self.config, self.id, self.secret)
             self._clear_scratch()
             yield
 
     @contextlib.contextmanager
-    def _writing(self) -> Iterator[World]:
-        with self._locked(), self._world(locked=True) as world:
-            finish_written(world)
-            yield world
+    def _writing(self) -> Iterator[Context]:
+        with self._locked(), self._context(locked=True) as context:
+            finish_written(context)
+            yield context
 
     def _clear_scratch(self) -> None:
         """What a replay stored goes, its keys first: it can't be read any more, wherever it is. So do

@@ -13,7 +13,7 @@ train is trained by the next writing command. A legal hold of the older ledger d
 deletion was carried out once. An id that was allowed in again is not deleted. Requests that came in
 after the backup and were not carried out are lost with it; how many events are lost is said.
 
-Not covered: a witness that is set back with the model; which file it is (`opening.py`).
+Not covered: a witness that is set back with the model; which file it is (`wiring.py`).
 """
 
 from __future__ import annotations
@@ -28,69 +28,69 @@ from sisa.core.ports import Change, Removal
 from sisa.core.requests import due_date, event, replayed
 from sisa.flows.deletion import Arrival, commit_removed
 from sisa.flows.reconcile import check_consistent, erase_unknown
-from sisa.flows.wiring.world import World
+from sisa.flows.wiring.context import Context
 
 WitnessStanding = Literal["absent", "ahead of the ledger", "to be caught up", "current"]
 REPLAYED = "replayed from the witness"
 
 
-def is_behind(world: World) -> bool:
+def is_behind(context: Context) -> bool:
     """Whether the ledger does not know the witness's head. The witness is read first: a ledger that is
     written meanwhile may only be ahead of it."""
-    head = world.witness.head()
-    return head is not None and head.link != "" and not world.ledger.has_event(head.link)
+    head = context.stores.witness.head()
+    return head is not None and head.link != "" and not context.stores.ledger.has_event(head.link)
 
 
-def witness_standing(world: World) -> WitnessStanding:
+def witness_standing(context: Context) -> WitnessStanding:
     """How the witness stands to the ledger."""
-    head = world.witness.head()
+    head = context.stores.witness.head()
     if head is None:
         return "absent"
-    if is_behind(world):
+    if is_behind(context):
         return "ahead of the ledger"
-    return "current" if head == world.ledger.event_head() else "to be caught up"
+    return "current" if head == context.stores.ledger.event_head() else "to be caught up"
 
 
-def catch_up(world: World) -> None:
+def catch_up(context: Context) -> None:
     """Bring ledger and witness together. The caller holds the writer lock. Raises what effects raise."""
-    head = world.witness.head()
-    if is_behind(world):
-        apply_testimony(world)
-    elif head != world.ledger.event_head():
-        told = world.witness.read().tombstones
-        missing = [each for each in _standing(world) if told.get(each.id_digest) != each]
-        world.witness.append(world.ledger.event_head(), missing, ())
+    head = context.stores.witness.head()
+    if is_behind(context):
+        apply_testimony(context)
+    elif head != context.stores.ledger.event_head():
+        told = context.stores.witness.read().tombstones
+        missing = [each for each in _standing(context) if told.get(each.id_digest) != each]
+        context.stores.witness.append(context.stores.ledger.event_head(), missing, ())
 
 
-def _standing(world: World) -> list[Tombstone]:
+def _standing(context: Context) -> list[Tombstone]:
     """Tombstones of ids that were not allowed in again."""
-    dead = {each.id_digest: each for each in world.ledger.tombstones()}
-    live = world.ledger.lookup(dead)
+    dead = {each.id_digest: each for each in context.stores.ledger.tombstones()}
+    live = context.stores.ledger.lookup(dead)
     return [each for key, each in dead.items() if not isinstance(live[key], RecordRow)]
 
 
-def apply_testimony(world: World) -> None:
+def apply_testimony(context: Context) -> None:
     """Delete again what the witness calls deleted, and erase it; training is left to `reconcile`."""
-    check_consistent(world)  # a damaged ledger is no older one
-    told = world.witness.read()
-    found = world.ledger.lookup(told.tombstones)
+    check_consistent(context)  # a damaged ledger is no older one
+    told = context.stores.witness.read()
+    found = context.stores.ledger.lookup(told.tombstones)
     again = [each for key, each in told.tombstones.items() if not isinstance(found.get(key), Tombstone)]
     live = [each for each in found.values() if isinstance(each, RecordRow)]
-    _announce(world, told, len(live))
+    _announce(context, told, len(live))
     if again:
         named: dict[str, list[RecordRow]] = {each.request_id: [] for each in again}
         for row in live:
             named[told.tombstones[row.id_digest].request_id].append(row)
-        arrivals = _arrivals(world, again)
+        arrivals = _arrivals(context, again)
         absent = [each for each in again if each.id_digest not in found]
         removal = Removal([each.request for each in arrivals], named)
         try:
-            commit_removed(world, removal, _arriving(arrivals, absent), held_too=True)
+            commit_removed(context, removal, _arriving(arrivals, absent), held_too=True)
         except IntegrityError as error:
             raise _too_old(error) from error
-    world.witness.append(world.ledger.event_head(), (), ())
+    context.stores.witness.append(context.stores.ledger.event_head(), (), ())
     if again:
-        erase_unknown(world)
+        erase_unknown(context)
 
 
 def _too_old(error: IntegrityError) -> IntegrityError:
@@ -104,21 +104,21 @@ def _too_old(error: IntegrityError) -> IntegrityError:
     )
 
 
-def _announce(world: World, told: Testimony, num_live: int) -> None:
-    lost = (told.head.num_events if told.head else 0) - world.ledger.event_head().num_events
+def _announce(context: Context, told: Testimony, num_live: int) -> None:
+    lost = (told.head.num_events if told.head else 0) - context.stores.ledger.event_head().num_events
     text = f"a backup was restored: {num_live} records that were deleted since are deleted again"
     if lost > 0:
         text += f"; {lost} events are lost: submit requests that came in since once more"
-    world.report(Notice(text))
+    context.report(Notice(text))
 
 
-def _arrivals(world: World, again: Sequence[Tombstone]) -> list[Arrival]:
+def _arrivals(context: Context, again: Sequence[Tombstone]) -> list[Arrival]:
     """The requests that deleted these records, as they are in the ledger or made anew."""
     named: dict[str, list[str]] = {}
     for each in again:
         named.setdefault(each.request_id, []).append(each.id_digest)
-    known = {each.request_id: each for each in world.ledger.requests()}
-    now = world.now()
+    known = {each.request_id: each for each in context.stores.ledger.requests()}
+    now = context.now()
     arrivals = []
     for request_id, digests in named.items():
         request = known.get(request_id) or Request(

@@ -6,7 +6,7 @@
 Rules: a storage is an absolute path or `s3://BUCKET[/PREFIX]`; the endpoint of another server than
 Amazon's comes from the environment. Models share a storage, since each has a name of its own there.
 
-Not covered: which rooms a flow needs (`world.py`), moving from one storage to another.
+Not covered: which rooms a flow needs (`context.py`), moving from one storage to another.
 
 >>> open_areas(Path("m"), "s3://b/p", "0f")["records"].location()
 's3://b/p/0f/records'

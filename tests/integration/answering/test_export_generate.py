@@ -19,7 +19,7 @@ from sisa.core.errors import ConfigConflict
 from sisa.core.events import Notice
 from sisa.core.ports import Change
 from sisa.flows.ask import Answer, HeldPrompts
-from sisa.flows.wiring.opening import CHECKPOINTS
+from sisa.flows.wiring.wiring import CHECKPOINTS
 from sisa.lm.answer.route import Route, all_of
 from tests.models.tiny_model import (
     PEOPLE,
@@ -48,7 +48,7 @@ def answerer_of(model: sisa.Model) -> Any:
         if each.head is not None:
             folder = model.directory / CHECKPOINTS / each.head
             adapters[each.shard] = {path.name: path.read_bytes() for path in folder.iterdir()}
-    base = model.parts.base
+    base = model.resources.base
     return Answerer(base.directory, base.digest, adapters, threads=1)
 
 
@@ -236,7 +236,7 @@ def test_an_empty_model_answers_with_the_base(tiny: Tiny, capsys: pytest.Capture
 
     model = tiny.open()
     model.forget(ids_of(PEOPLE))
-    base = model.parts.base
+    base = model.resources.base
     plain = Answerer(base.directory, base.digest, {}, threads=1)
     expected = plain.generate([encode_prompt(PROMPT, plain.tokenizer, "text")], [Route()], 6)[0].strip()
     for kind in ("text", "completion"):
@@ -427,10 +427,10 @@ def test_an_index_of_an_earlier_version_is_refused_until_it_is_built_anew(tiny: 
 
     model = tiny.open()
     shards = {each.id: each.shard for each in model.where(ids_of(PEOPLE))}
-    with model._writing() as world:
-        old = json.loads(world.ledger.meta()["embedder"])
+    with model._writing() as context:
+        old = json.loads(context.stores.ledger.meta()["embedder"])
         old["digest"] = NameEmbedder(HashingEmbedder()).digest
-        world.ledger.commit(Change(meta={"embedder": json.dumps(old)}))
+        context.stores.ledger.commit(Change(meta={"embedder": json.dumps(old)}))
     with pytest.raises(ConfigConflict, match="earlier version") as refused:
         tiny.open().generate(PROMPT)
     assert "--reconfigure" in str(refused.value)

@@ -13,8 +13,8 @@ import pytest
 
 import sisa
 from sisa.core.errors import Busy
-from sisa.flows.wiring import opening
-from sisa.flows.wiring.opening import CHECKPOINTS
+from sisa.flows.wiring import wiring
+from sisa.flows.wiring.wiring import CHECKPOINTS
 from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.ledger.ledger import SqlLedger
 from tests.models.tiny_model import (
@@ -38,7 +38,7 @@ LAYOUT = {"sisa__shards": 2, "sisa__slices": 3}
 
 def served(directory: Path) -> dict[int, tuple[str | None, bytes]]:
     """The served adapters, checked against the ledger."""
-    ledger, store = SqlLedger(directory / opening.LEDGER), FileCheckpoints(directory / CHECKPOINTS)
+    ledger, store = SqlLedger(directory / wiring.LEDGER), FileCheckpoints(directory / CHECKPOINTS)
     try:
         manifests = {each.key: each.manifest_sha256 for each in ledger.checkpoints()}
         return {
@@ -70,7 +70,7 @@ def change_layout(tiny: Tiny, look: Callable[[], None], _patch: pytest.MonkeyPat
 
 
 def upgrade_and_add(tiny: Tiny, look: Callable[[], None], patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(opening, "fingerprint", lambda *_: "f" * 64)
+    patch.setattr(wiring, "fingerprint", lambda *_: "f" * 64)
     add_people(tiny, look, patch)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import sisa
-from sisa.flows.wiring.opening import CHECKPOINTS, INDEX, RECORDS, OpenExecutor
+from sisa.flows.wiring.wiring import CHECKPOINTS, INDEX, RECORDS, OpenExecutor
 from tests.models.tiny_model import (
     PEOPLE,
     Row,

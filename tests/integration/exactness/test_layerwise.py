@@ -18,7 +18,7 @@ from sisa.config.blocks import DatasetSource
 from sisa.config.config import RunConfig
 from sisa.core.domain import SliceJob
 from sisa.core.errors import InvalidInput
-from sisa.flows.wiring.parts import Parts
+from sisa.flows.wiring.resources import Resources
 from sisa.lm.base.weights import BaseFiles, resolve_base
 from sisa.planning.plan import LAYERWISE
 from tests.integration.training.test_trainer import RECORDS, TRAINING, Files, train
@@ -132,9 +132,9 @@ def test_fewer_layers_than_slices_are_refused_before_anything_is_trained(
         source = DatasetSource(path="a.jsonl")
         plain = RunConfig(datasets=(source,), output_dir=tmp_path, base_model=str(base.directory))
         block = plain.sisa.model_copy(update={"slices": slices, "layerwise": True})
-        parts = Parts(plain.model_copy(update={"sisa": block}), None, None)
+        resources = Resources(plain.model_copy(update={"sisa": block}), None, None)
         if refused:
             with pytest.raises(InvalidInput, match="fewer layers"):
-                parts.check_base()
+                resources.check_base()
         else:
-            parts.check_base()
+            resources.check_base()

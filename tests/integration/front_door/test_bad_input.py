@@ -23,7 +23,7 @@ import pytest
 
 import sisa
 from sisa.data.samples import to_jsonl
-from sisa.flows.wiring.opening import CHECKPOINTS, INDEX, KEY, LEDGER, RECORDS
+from sisa.flows.wiring.wiring import CHECKPOINTS, INDEX, KEY, LEDGER, RECORDS
 from tests.models.tiny_model import (
     PEOPLE,
     Done,

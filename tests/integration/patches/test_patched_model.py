@@ -20,8 +20,8 @@ from sisa.core.errors import IntegrityError
 from sisa.core.patch import WRITTEN, Patch, PatchJob, patched_digest
 from sisa.core.ports import Change
 from sisa.flows.patches import vault_sets
-from sisa.flows.wiring.opening import CHECKPOINTS, PATCHES, VAULT
-from sisa.flows.wiring.world import commit
+from sisa.flows.wiring.context import commit
+from sisa.flows.wiring.wiring import CHECKPOINTS, PATCHES, VAULT
 from sisa.lm.answer.route import all_of
 from sisa.planning.patch_plan import active, next_version
 from sisa.store.blobs.keyring import is_sealed
@@ -48,14 +48,16 @@ QUIET = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprec
 
 def put_patch(model: sisa.Model, files: Files, seed: int = 0) -> Patch:
     """Make a patch active, as if it had been made."""
-    with model._writing() as world:
-        held = world.ledger.patches()
+    with model._writing() as context:
+        held = context.stores.ledger.patches()
         beneath = tuple(each.key for each in active(held))
-        job = PatchJob(world.base, beneath, (), WRITTEN, {"seed": seed}, world.fingerprint)
-        saved = world.patches.save(job, files)
+        job = PatchJob(
+            context.settings.base, beneath, (), WRITTEN, {"seed": seed}, context.compute.fingerprint
+        )
+        saved = context.stores.patches.save(job, files)
         digests = (saved.manifest_sha256, saved.adapter_sha256, saved.num_bytes)
         found = Patch(next_version(held), job, "active", "then", "then", *digests)
-        commit(world, Change(patches=[found]))
+        commit(context, Change(patches=[found]))
     return found
 
 
@@ -75,7 +77,7 @@ def served(model: Tiny, patches: Sequence[Files]) -> Any:
         for each in opened.status().shards
         if each.head is not None
     }
-    base = opened.parts.base
+    base = opened.resources.base
     return Answerer(base.directory, base.digest, found, 1, patches)
 
 
@@ -251,9 +253,9 @@ def test_patches_follow_encrypt_and_the_vault_stays_sealed(
     model, _ = sisa.train_model(run_file, executor="serial", allow_deleted=True)
     patch = put_patch(model, made[0])
     text = Record("x", None, "text", (Part("text", "Mara of Velden keeps bees."),))
-    with model._writing() as world:
-        put = vault_sets.put(world, "forget", [text], "she asked")
-        commit(world, Change(vault=put.sets, vaulted=put.pairs))
+    with model._writing() as context:
+        put = vault_sets.put(context, "forget", [text], "she asked")
+        commit(context, Change(vault=put.sets, vaulted=put.pairs))
     name = put.sets[0].name
     for encrypt in (False, True):
         change_run(run_file, encrypt=encrypt)
@@ -261,6 +263,6 @@ def test_patches_follow_encrypt_and_the_vault_stays_sealed(
         assert is_sealed((model.directory / PATCHES / patch.key / ADAPTER).read_bytes()) == encrypt
         assert is_sealed((model.directory / VAULT / name).read_bytes())
         assert unlearn.served(model) == [made[0]]
-        with model._world() as world:
-            assert world.vault.read(put.sets[0]) == (text,)
+        with model._context() as context:
+            assert context.stores.vault.read(put.sets[0]) == (text,)
         assert model.verify(replay="all").ok

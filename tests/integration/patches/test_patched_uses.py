@@ -17,7 +17,7 @@ from sisa.core.digest import canonical_json
 from sisa.core.patch import Patch, VaultSet
 from sisa.core.ports import Change
 from sisa.flows.patches.composition import Composition, measure
-from sisa.flows.wiring.world import commit
+from sisa.flows.wiring.context import commit
 from sisa.lm.answer.route import all_of
 from tests.integration.answering.test_export_generate import PROMPT, probabilities
 from tests.integration.patches.test_patched import ADAPTER, Files
@@ -33,8 +33,8 @@ __all__ = ["made"]  # a fixture
 
 
 def measured(model: sisa.Model, before: Sequence[Patch], after: Sequence[Patch]) -> Composition:
-    with model._world() as world:
-        return measure(world, model.parts, before, after, limit=10)
+    with model._context() as context:
+        return measure(context, model.resources, before, after, limit=10)
 
 
 def test_composition_is_nothing_for_equal_stacks_and_something_for_others(
@@ -69,11 +69,11 @@ def test_composition_is_not_measured_on_what_is_to_be_forgotten(tiny: Tiny, made
     model = tiny.open()
     patch = put_patch(model, made[0])
     before = measured(model, [], [patch])
-    with model._writing() as world:
-        rows = [row for shard in range(3) for row in world.ledger.rows(shard)][:-3]
+    with model._writing() as context:
+        rows = [row for shard in range(3) for row in context.stores.ledger.rows(shard)][:-3]
         found = VaultSet("f" * 64, "forget", len(rows), "they asked", "then", "", 0, held=False)
         pairs = tuple((found.name, row.id_digest) for row in rows)
-        commit(world, Change(vault=[found], vaulted=pairs))
+        commit(context, Change(vault=[found], vaulted=pairs))
     after = measured(model, [], [patch])
     assert (before.num_records, after.num_records) == (10, 3)
 
@@ -110,9 +110,9 @@ def test_an_export_is_what_is_served_as_one_adapter_on_the_plain_base(
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
         assert path.name == before.name
         assert (path / ADAPTER).read_bytes() != (before / ADAPTER).read_bytes()
-    with model._world() as world:
-        told = {each.path: each.patches for each in world.ledger.exports()}
-        standings = {world.exports.state(each) for each in world.ledger.exports()}
+    with model._context() as context:
+        told = {each.path: each.patches for each in context.stores.ledger.exports()}
+        standings = {context.stores.exports.state(each) for each in context.stores.ledger.exports()}
     keys = tuple(each.key for each in stack)
     assert {told[str(path)] for path in patched_} == {keys}
     assert {told[str(path)] for path in plain} == {()}

@@ -28,7 +28,7 @@ from cluster.cli import cli, request_cli
 from cluster.observe import ray_metrics
 from cluster.observe.ray_metrics import DESCRIPTIONS
 from cluster.ray import ray_session
-from sisa.flows.wiring.opening import METRICS
+from sisa.flows.wiring.wiring import METRICS
 from sisa.store.ledger import database
 from sisa.store.metrics import FileMetrics
 from tests.integration.ray.test_security import forms

@@ -23,9 +23,9 @@ import sisa.audit.verify
 from sisa.audit.doctor import diagnose
 from sisa.audit.residue import sweep_model
 from sisa.core.errors import ConfigConflict, EnvironmentFault, IntegrityError, InvalidInput
-from sisa.flows.wiring import opening
-from sisa.flows.wiring.opening import CHECKPOINTS, INDEX, RECORDS, SCRATCH
-from sisa.flows.wiring.world import known_by_area
+from sisa.flows.wiring import wiring
+from sisa.flows.wiring.context import known_by_area
+from sisa.flows.wiring.wiring import CHECKPOINTS, INDEX, RECORDS, SCRATCH
 from sisa.store.blobs.keyring import FileKeyring, is_sealed
 from sisa.store.ledger.ledger import SqlLedger
 from tests.integration.storage.test_erasure import traces, vector
@@ -124,8 +124,8 @@ def keys(tiny: Tiny) -> dict[str, frozenset[str]]:
 
 
 def known(tiny: Tiny) -> dict[str, frozenset[str]]:
-    with tiny.open()._world() as world:
-        return {room: known_by_area(world)[room] for room in ROOMS}
+    with tiny.open()._context() as context:
+        return {room: known_by_area(context)[room] for room in ROOMS}
 
 
 def assert_whole(tiny: Tiny, plain: Tiny) -> None:
@@ -202,11 +202,11 @@ def test_a_replay_is_sealed_in_a_room_of_its_own_and_leaves_nothing(sealed: Tiny
     model = sealed.open()
     real = sisa.audit.verify.verify
 
-    def verify(world: Any, chosen: Any, scratch: Any, apart: Any, **options: Any) -> Any:
-        proof = real(world, chosen, scratch, apart, **options)
+    def verify(context: Any, chosen: Any, scratch: Any, apart: Any, **options: Any) -> Any:
+        proof = real(context, chosen, scratch, apart, **options)
         files = [path for path in (sealed.directory / SCRATCH).rglob("*") if path.is_file()]
         seen.append((len(files) > 0, all(is_sealed(path.read_bytes()) for path in files)))
-        seen.append((scratch.room == SCRATCH, scratch.held() == world.keyring.held(SCRATCH)))
+        seen.append((scratch.room == SCRATCH, scratch.held() == context.stores.keyring.held(SCRATCH)))
         seen.append((bool(apart.store.held()), apart.store.held() <= scratch.held()))
         return proof
 
@@ -419,8 +419,8 @@ def test_keys_inside_the_model_directory_are_refused(
 def test_keys_rest_in_the_state_directory_by_default(tmp_path: Path, tiny_base: Path) -> None:
     tiny = prepare(tmp_path / "sealed", tiny_base, keyring=None)
     tiny.train()
-    ledger = SqlLedger(tiny.directory / opening.LEDGER)
-    root = opening.state_dir() / "keyrings" / opening.model_id(ledger.meta())
+    ledger = SqlLedger(tiny.directory / wiring.LEDGER)
+    root = wiring.state_dir() / "keyrings" / wiring.model_id(ledger.meta())
     ledger.close()
     assert FileKeyring(root).held(RECORDS) == known(tiny)[RECORDS]
     assert not (tiny.folder / "keys").exists()

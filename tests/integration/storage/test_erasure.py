@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 
 from sisa.data.samples import distinctive_word
-from sisa.flows.wiring.opening import CHECKPOINTS, INDEX, RECORDS
+from sisa.flows.wiring.wiring import CHECKPOINTS, INDEX, RECORDS
 from sisa.lm.answer.hashing import HashingEmbedder
 from sisa.lm.answer.names import NameEmbedder
 from tests.models.tiny_model import (

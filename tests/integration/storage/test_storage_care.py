@@ -16,13 +16,13 @@ from sisa.audit.residue import Scan, scan_residue
 from sisa.config.runfile import parse_run_file
 from sisa.core.domain import Request
 from sisa.core.ports import BlobStore
-from sisa.flows.wiring.opening import CHECKPOINTS, RECORDS, SCRATCH
-from sisa.flows.wiring.world import purge
+from sisa.flows.wiring.context import purge
+from sisa.flows.wiring.wiring import CHECKPOINTS, RECORDS, SCRATCH
 from sisa.store.blobs.keyring import is_sealed
 from sisa.store.checkpoints import ADAPTER, MANIFEST
 from tests.fakes.s3_server import Server, fresh_place
 from tests.models import confessing as care_model
-from tests.models.confessing import DELETED, NUM_RECORDS, RUN_FILE, delete, record, stored, world_of
+from tests.models.confessing import DELETED, NUM_RECORDS, RUN_FILE, context_of, delete, record, stored
 
 GONE = record(DELETED)
 
@@ -57,8 +57,8 @@ def in_bucket(s3: Server, tmp_path: Path) -> Path:
 
 
 def places_of(model: Path) -> dict[str, BlobStore]:
-    with world_of(model) as world:
-        return dict(world.places)
+    with context_of(model) as context:
+        return dict(context.stores.blobs)
 
 
 def versions(server: Server, model: Path) -> list[bytes | None]:
@@ -70,8 +70,8 @@ def versions(server: Server, model: Path) -> list[bytes | None]:
 
 
 def scan(model: Path) -> Scan:
-    with world_of(model) as world:
-        return scan_residue(world, model, ids=[GONE.id], texts=[GONE.text])
+    with context_of(model) as context:
+        return scan_residue(context, model, ids=[GONE.id], texts=[GONE.text])
 
 
 def found(model: Path) -> list[tuple[str, str]]:
@@ -83,9 +83,9 @@ def kinds(model: Path) -> list[str]:
 
 
 def request(model: Path) -> tuple[Request, list[str]]:
-    with world_of(model) as world:
-        (only,) = world.ledger.requests()
-        return only, [each.note for each in world.ledger.events() if each.note]
+    with context_of(model) as context:
+        (only,) = context.stores.ledger.requests()
+        return only, [each.note for each in context.stores.ledger.events() if each.note]
 
 
 def test_a_deletion_leaves_no_residue(model: Path) -> None:
@@ -94,10 +94,10 @@ def test_a_deletion_leaves_no_residue(model: Path) -> None:
     delete(model)
     after = scan(model)
     assert after.residue == ()
-    with world_of(model) as world:
-        held = world.ledger.checkpoints()
+    with context_of(model) as context:
+        held = context.stores.ledger.checkpoints()
         assert after.scanned["checkpoints"] == len(held)
-        assert {each.key for each in held} == world.checkpoints.held()
+        assert {each.key for each in held} == context.stores.checkpoints.held()
     assert after.scanned["rows"] == NUM_RECORDS - 1
     assert kinds(model) == []
     storage = places_of(model)[RECORDS].location().rpartition("/")[0]
@@ -108,9 +108,11 @@ def test_what_came_back_is_residue_and_garbage(model: Path) -> None:
     """A smuggled slice, a surplus part, half a checkpoint, a killed replay: told, then removed."""
     delete(model)
     places = places_of(model)
-    with world_of(model) as world:
-        smuggled = world.records.write(0, 0, "0" * 64, [stored(world, 1), stored(world, DELETED)]).name
-        held = min(world.checkpoints.held())
+    with context_of(model) as context:
+        smuggled = context.stores.records.write(
+            0, 0, "0" * 64, [stored(context, 1), stored(context, DELETED)]
+        ).name
+        held = min(context.stores.checkpoints.held())
     checkpoints, replay = places[CHECKPOINTS], places[SCRATCH].below("replay")
     checkpoints.put(f"{held}/notes", GONE.text.encode())
     half = "f" * 64 if checkpoints.location().startswith("s3://") else ".tmp-killed"
@@ -120,13 +122,13 @@ def test_what_came_back_is_residue_and_garbage(model: Path) -> None:
     assert {"deleted_row", "string", "unknown_file"} <= told
     assert GONE.text not in str(scan(model))
     assert "unknown" in kinds(model)
-    with world_of(model) as world:
-        reasons = {each.reason for each in list_garbage(world, model)}
+    with context_of(model) as context:
+        reasons = {each.reason for each in list_garbage(context, model)}
         assert reasons >= {UNKNOWN_FILE, SURPLUS, TEMPORARY}
-        removed = remove_garbage(world, model)
+        removed = remove_garbage(context, model)
         assert {each.path for each in removed} >= {places[RECORDS].location(smuggled)}
-        assert list_garbage(world, model) == ()
-        assert purge(world) == ()
+        assert list_garbage(context, model) == ()
+        assert purge(context) == ()
     assert found(model) == []
     assert kinds(model) == []
 
@@ -143,8 +145,8 @@ def test_groups_in_a_bucket_are_judged_as_on_a_disk(s3: Server, tmp_path: Path, 
 
     before = {key: parts_of(key) for key in place.held()}
     delete(model)
-    with world_of(model) as world:
-        held = sorted(world.ledger.checkpoints(), key=lambda each: (each.shard, each.prefix))
+    with context_of(model) as context:
+        held = sorted(context.stores.ledger.checkpoints(), key=lambda each: (each.shard, each.prefix))
     one, swapped, spoilt, unread = [each.key for each in held[:4]]
     gone = min(set(before) - place.held())
     place.put_group(gone, before[gone])
@@ -164,9 +166,9 @@ def test_damage_is_told_and_is_not_the_networks(
     in_bucket: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     places = places_of(in_bucket)
-    with world_of(in_bucket) as world:
-        key = min(world.checkpoints.held())
-        slice_ = min(world.records.held())
+    with context_of(in_bucket) as context:
+        key = min(context.stores.checkpoints.held())
+        slice_ = min(context.stores.records.held())
     data = places[CHECKPOINTS].get(f"{key}/{ADAPTER}", "adapter")
     places[CHECKPOINTS].put(f"{key}/{ADAPTER}", data[:-1])
     assert kinds(in_bucket) == ["checkpoint", "old_versions"]
@@ -196,8 +198,8 @@ def test_denied_purges_are_told_until_they_are_made_up_for(
     assert any("old versions of erased objects are kept" in each for each in notes)
     assert None in versions(s3, in_bucket)  # a delete marker over what it kept
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    with world_of(in_bucket) as world:
-        assert purge(world) == ()
+    with context_of(in_bucket) as context:
+        assert purge(context) == ()
     left = versions(s3, in_bucket)
     assert None not in left
     assert found(in_bucket) == []
@@ -208,15 +210,15 @@ def test_what_a_bucket_keeps_of_an_encrypted_model_is_unreadable(s3: Server, tmp
     everything = [each for each in versions(s3, model) if each is not None]
     assert everything
     assert all(map(is_sealed, everything))
-    with world_of(model) as world:
-        place = world.places[RECORDS]
+    with context_of(model) as context:
+        place = context.stores.blobs[RECORDS]
         before = {name: place.get(name, "slice") for name in place.held()}
     delete(model)
     assert found(model) == []
     assert kinds(model) == []
-    with world_of(model) as world:
-        for name in before.keys() - world.records.held():
-            world.places[RECORDS].put(name, before[name])  # out of a backup of the bucket
-        told = scan_residue(world, model, ids=[GONE.id], texts=[GONE.text])
+    with context_of(model) as context:
+        for name in before.keys() - context.stores.records.held():
+            context.stores.blobs[RECORDS].put(name, before[name])  # out of a backup of the bucket
+        told = scan_residue(context, model, ids=[GONE.id], texts=[GONE.text])
     assert {each.kind for each in told.residue} == {"unknown_file"}
     assert told.scanned["shredded"] == len(told.residue) == 1

@@ -22,7 +22,7 @@ from sisa.config.config import RunConfig
 from sisa.core.domain import Part, Record
 from sisa.core.errors import InvalidInput, SisaError
 from sisa.core.events import Event, Notice
-from sisa.flows.wiring.parts import Parts
+from sisa.flows.wiring.resources import Resources
 from sisa.lm.answer.base_trial import try_base
 from sisa.lm.base.weights import resolve_base
 from tests.endurance.mutate import some_bytes
@@ -240,11 +240,11 @@ def used(base: Path, embedder: Path) -> None:
         sequence_len=64,
         sisa=SisaBlock(embedder=str(embedder)),
     )
-    parts = Parts(config, None, None)
-    parts.count_tokens(RECORDS)
-    parts.check_base()
-    parts.meta()
-    parts.embed(["Hello there."])
+    resources = Resources(config, None, None)
+    resources.count_tokens(RECORDS)
+    resources.check_base()
+    resources.meta()
+    resources.embed(["Hello there."])
 
 
 def mutated(rnd: random.Random, file: Path) -> bytes:

@@ -16,7 +16,7 @@ import sisa
 from sisa.core.domain import SliceJob
 from sisa.core.errors import ConfigConflict, IntegrityError, InvalidInput
 from sisa.core.precision import Precision
-from sisa.flows.wiring.opening import CHECKPOINTS
+from sisa.flows.wiring.wiring import CHECKPOINTS
 from sisa.lm.answer.route import all_of
 from sisa.lm.base.weights import BaseFiles, resolve_base
 from tests.integration.training.test_trainer import RECORDS, job_for, names
@@ -168,7 +168,7 @@ def test_merged_forms_are_in_float32_and_say_what_is_served(half: Tiny) -> None:
     ids = encode_prompt(PEOPLE[0]["prompt"], answerer.tokenizer, "completion")
     served = answerer.next_token_probabilities(ids, all_of((0, 1, 2)))
     torch.testing.assert_close(probabilities(whole, ids), served, **ROUNDED)
-    parts = model.parts.base
+    parts = model.resources.base
     held, _ = load_base(parts.directory, parts.digest, HALF)
     assert {each.dtype for each in held.parameters()} == {torch.bfloat16}  # others' stay
 
@@ -196,6 +196,6 @@ def test_patches_are_refused_over_it(half: Tiny, capsys: pytest.CaptureFixture[s
     )
     assert done.code == 2
     assert ("dtype", "is bfloat16: patches are for the CPU in float32 alone") in done.problems
-    base = half.open().parts.base
+    base = half.open().resources.base
     with pytest.raises(InvalidInput, match="patches beneath"):
         load_patched(base.directory, base.digest, [{}], HALF)

@@ -29,13 +29,13 @@ from sisa.core.errors import Busy, InvalidInput
 from sisa.core.events import Report
 from sisa.core.ports import Change, Executor, OnStage, ignore_stage
 from sisa.flows.reconcile import reconcile
-from sisa.flows.wiring import opening
-from sisa.flows.wiring.world import model_digest
+from sisa.flows.wiring import wiring
+from sisa.flows.wiring.context import model_digest
 from sisa.store.blobs.files import write_atomic, writer_lock
 from sisa.store.blobs.keyring import write_secret
 from sisa.store.checkpoints import ADAPTER, MANIFEST
-from tests.fakes.ports import SECRET
-from tests.models.confessing import NAME, THEN, built_pair, content, use_fake_parts, world_of
+from tests.fakes.ports import SECRET, changed
+from tests.models.confessing import NAME, THEN, built_pair, content, context_of, use_fake_resources
 
 assert care_cli  # registers its commands
 Defect = Callable[[Path], None]
@@ -57,19 +57,19 @@ def kinds(found: Diagnosis) -> list[str]:
 
 
 def repaired(model: Path, **options: Any) -> RepairOutcome:
-    with writer_lock(model / opening.LOCK), world_of(model, **options) as world:
-        return mend(world, model)
+    with writer_lock(model / wiring.LOCK), context_of(model, **options) as context:
+        return mend(context, model)
 
 
 def state(model: Path) -> tuple[str, list[Head]]:
-    with world_of(model) as world:
-        return model_digest(world), world.ledger.heads()
+    with context_of(model) as context:
+        return model_digest(context), context.stores.ledger.heads()
 
 
 def checkpoint(model: Path, slice_: int, shard: int = 0) -> Path:
-    with world_of(model) as world:
-        held = [each for each in world.ledger.checkpoints(shard) if each.slice == slice_]
-    return model / opening.CHECKPOINTS / held[0].key
+    with context_of(model) as context:
+        held = [each for each in context.stores.ledger.checkpoints(shard) if each.slice == slice_]
+    return model / wiring.CHECKPOINTS / held[0].key
 
 
 def flip(path: Path) -> None:
@@ -78,12 +78,12 @@ def flip(path: Path) -> None:
 
 
 def commit(model: Path, change: Change) -> None:
-    with world_of(model) as world:
-        world.ledger.commit(change)
+    with context_of(model) as context:
+        context.stores.ledger.commit(change)
 
 
 def execute(model: Path, statement: str) -> None:
-    with closing(sqlite3.connect(model / opening.LEDGER)) as connection:
+    with closing(sqlite3.connect(model / wiring.LEDGER)) as connection:
         connection.execute(statement)
         connection.commit()
 
@@ -101,15 +101,17 @@ def test_a_ledger_on_a_network_file_system_is_told(model: Path, monkeypatch: pyt
 
 def test_a_deletion_that_is_dated_back_is_damage(model: Path) -> None:
     """By somebody who mends the checksums and the row, but has no key for the witness."""
-    with world_of(model) as world:
-        told = world.ledger.tombstones()
-        witness = opening.witness_of(opening.stored_config(world.ledger.meta()), Keyed(SECRET), NAME)
-        witness.append(world.ledger.event_head(), told, ())
+    with context_of(model) as context:
+        told = context.stores.ledger.tombstones()
+        witness = wiring.witness_of(
+            wiring.stored_config(context.stores.ledger.meta()), Keyed(SECRET), NAME
+        )
+        witness.append(context.stores.ledger.event_head(), told, ())
         (only,) = told
         commit(model, Change(tombstones=[replace(only, deleted_at="2001-01-01T00:00:00+00:00")]))
     assert "recorded otherwise" in diagnose(model).findings[0].what
-    with world_of(model) as world:
-        (request,) = world.ledger.requests()
+    with context_of(model) as context:
+        (request,) = context.stores.ledger.requests()
         commit(model, Change(tombstones=told, requests=[replace(request, committed_at="2001-01-01")]))
     assert "not one chain" in diagnose(model).findings[0].what
 
@@ -118,12 +120,12 @@ def test_modes_that_are_too_open_are_told_by_room(model: Path) -> None:
     """Whoever can write to the directory can replace what is in it; weights may recite the text."""
     loose_modes(model)
     found = diagnose(model).findings
-    told = {each.where: each.what for each in found if not each.where.startswith(f"{opening.LEDGER}-")}
-    rooms = {opening.RECORDS, opening.INDEX, opening.CHECKPOINTS}
-    assert told.keys() == {".", opening.KEY, opening.LEDGER, opening.LOCK, *rooms}
+    told = {each.where: each.what for each in found if not each.where.startswith(f"{wiring.LEDGER}-")}
+    rooms = {wiring.RECORDS, wiring.INDEX, wiring.CHECKPOINTS}
+    assert told.keys() == {".", wiring.KEY, wiring.LEDGER, wiring.LOCK, *rooms}
     assert told["."] == "others may write to it (mode 777)"
-    num_held = sum(1 for _ in (model / opening.CHECKPOINTS).rglob("*"))
-    assert f"others may use {1 + num_held} files and directories" in told[opening.CHECKPOINTS]
+    num_held = sum(1 for _ in (model / wiring.CHECKPOINTS).rglob("*"))
+    assert f"others may use {1 + num_held} files and directories" in told[wiring.CHECKPOINTS]
     assert repaired(model).after.healthy
     assert {path for path in model.rglob("*") if path.stat().st_mode & 0o077} == set()
 
@@ -189,7 +191,7 @@ def lose_optimizer(model: Path) -> None:
 
 
 def lose_all_checkpoints(model: Path) -> None:
-    shutil.rmtree(model / opening.CHECKPOINTS)
+    shutil.rmtree(model / wiring.CHECKPOINTS)
 
 
 def lose_two_stages(model: Path) -> None:
@@ -198,11 +200,11 @@ def lose_two_stages(model: Path) -> None:
 
 
 def lose_index(model: Path) -> None:
-    shutil.rmtree(model / opening.INDEX)
+    shutil.rmtree(model / wiring.INDEX)
 
 
 def tamper_index(model: Path) -> None:
-    flip(min((model / opening.INDEX).iterdir()))
+    flip(min((model / wiring.INDEX).iterdir()))
 
 
 def forget_index(model: Path) -> None:
@@ -210,11 +212,13 @@ def forget_index(model: Path) -> None:
 
 
 def surplus_vector(model: Path) -> None:
-    with world_of(model) as world:
-        (base,) = world.ledger.indexes(0)
-        wanted: dict[int, Any] = {row.vector_id: None for row in world.ledger.rows(0)}
-        wanted[1] = world.embed(["of no record"])
-        world.ledger.commit(Change(indexes=[world.index.build(0, base.root, base, wanted)]))
+    with context_of(model) as context:
+        (base,) = context.stores.ledger.indexes(0)
+        wanted: dict[int, Any] = {row.vector_id: None for row in context.stores.ledger.rows(0)}
+        wanted[1] = context.compute.embed(["of no record"])
+        context.stores.ledger.commit(
+            Change(indexes=[context.stores.index.build(0, base.root, base, wanted)])
+        )
 
 
 def wrong_heads(model: Path) -> None:
@@ -247,9 +251,9 @@ def surplus_head(model: Path) -> None:
 
 
 def unknown_files(model: Path) -> None:
-    write_atomic(model / opening.RECORDS / ".tmp-a", b"half")
+    write_atomic(model / wiring.RECORDS / ".tmp-a", b"half")
     write_atomic(checkpoint(model, 1) / "surplus", b"x")
-    (model / opening.SCRATCH).mkdir(0o700)
+    (model / wiring.SCRATCH).mkdir(0o700)
 
 
 def loose_modes(model: Path) -> None:
@@ -296,8 +300,8 @@ def test_what_can_be_derived_comes_back_byte_for_byte(
     assert diagnose(model).healthy
     assert content(model) == content(healthy)
     assert state(model) == state(healthy)
-    with world_of(model) as world:
-        assert check_files(world)[1] == []
+    with context_of(model) as context:
+        assert check_files(context)[1] == []
 
 
 @pytest.mark.parametrize("number", range(6))
@@ -310,8 +314,8 @@ def test_a_repair_that_is_cut_short_is_finished_by_the_next(
     lose_two_stages(model)
     tamper_index(model)
     commits = 0
-    with world_of(model) as world:
-        real = world.ledger.commit
+    with context_of(model) as context:
+        real = context.stores.ledger.commit
 
         def cutting(change: Change) -> int:
             nonlocal commits
@@ -320,9 +324,9 @@ def test_a_repair_that_is_cut_short_is_finished_by_the_next(
             commits += 1
             return real(change)
 
-        monkeypatch.setattr(world.ledger, "commit", cutting)
+        monkeypatch.setattr(context.stores.ledger, "commit", cutting)
         try:
-            mend(world, model)
+            mend(context, model)
         except Cut:
             pass
         else:
@@ -335,21 +339,21 @@ def test_a_repair_that_is_cut_short_is_finished_by_the_next(
 def test_the_served_model_is_never_a_damaged_one(model: Path) -> None:
     """The head leaves the damaged checkpoint in the commit that gives it up."""
     lose_target(model)
-    with world_of(model) as world:
+    with context_of(model) as context:
         heads: list[str | None] = []
-        real = world.ledger.commit
+        real = context.stores.ledger.commit
 
         def looking(change: Change) -> int:
             seq = real(change)
-            heads.append(world.ledger.heads()[0].key)
-            assert {head.key for head in world.ledger.heads()} <= {
+            heads.append(context.stores.ledger.heads()[0].key)
+            assert {head.key for head in context.stores.ledger.heads()} <= {
                 None,
-                *(each.key for each in world.ledger.checkpoints()),
+                *(each.key for each in context.stores.ledger.checkpoints()),
             }
             return seq
 
-        world.ledger.commit = looking  # type: ignore[method-assign]
-        mend(world, model)
+        context.stores.ledger.commit = looking  # type: ignore[method-assign]
+        mend(context, model)
     assert heads[0] == checkpoint(model, 1).name
     assert heads[-1] == checkpoint(model, 2).name
 
@@ -367,9 +371,9 @@ def test_a_gap_is_trained_on_top_of_the_stage_before_it(model: Path) -> None:
             seen.extend(chains)
             self.inner.run(chains, report, on_stage)
 
-    with world_of(model) as world:
-        real = world.executor_for
-        mend(replace(world, executor_for=lambda store: Looking(real(store))), model)
+    with context_of(model) as context:
+        real = context.compute.executor_for
+        mend(changed(context, executor_for=lambda store: Looking(real(store))), model)
     (chain,) = seen
     assert chain.parent is not None
     assert chain.parent.key == checkpoint(model, 0).name
@@ -388,9 +392,9 @@ def test_a_gap_that_was_trained_in_another_environment_is_told(model: Path) -> N
     assert any("another environment" in each for each in done.done)
     assert done.after.ok
     assert kinds(done.after) == ["gap"]
-    with world_of(model) as world:
-        assert check_files(world)[1] == []
-        assert all(head.converged for head in world.ledger.heads())
+    with context_of(model) as context:
+        assert check_files(context)[1] == []
+        assert all(head.converged for head in context.stores.ledger.heads())
 
 
 def test_a_left_over_log_is_told_and_emptied(model: Path, healthy: Path) -> None:
@@ -399,7 +403,7 @@ def test_a_left_over_log_is_told_and_emptied(model: Path, healthy: Path) -> None
         "c.execute('PRAGMA journal_mode=WAL')\nc.execute(\"INSERT INTO meta VALUES ('a', 'b', 0)\")\n"
         "c.execute(\"DELETE FROM meta WHERE key = 'a'\")\nc.commit()\nos._exit(9)"
     )
-    subprocess.run([sys.executable, "-c", code, str(model / opening.LEDGER)], check=False)
+    subprocess.run([sys.executable, "-c", code, str(model / wiring.LEDGER)], check=False)
     found = diagnose(model)
     assert (kinds(found), found.ok) == (["log"], True)
     repaired(model)
@@ -411,17 +415,17 @@ def test_a_left_over_log_is_told_and_emptied(model: Path, healthy: Path) -> None
 
 
 def lose_slice(model: Path) -> None:
-    min((model / opening.RECORDS).iterdir()).unlink()
+    min((model / wiring.RECORDS).iterdir()).unlink()
 
 
 def tamper_slice(model: Path) -> None:
-    flip(min((model / opening.RECORDS).iterdir()))
+    flip(min((model / wiring.RECORDS).iterdir()))
 
 
 def change_row(model: Path) -> None:
     """As if the ledger had been told another content; its checksum fits."""
-    with world_of(model) as world:
-        rows = world.ledger.rows(0)
+    with context_of(model) as context:
+        rows = context.stores.ledger.rows(0)
     changed = [replace(row, record_digest="x") for row in rows[::2]]
     commit(model, Change(removed=rows[::2], added=changed))
 
@@ -439,26 +443,26 @@ def lose_event(model: Path) -> None:
 
 
 def lose_key(model: Path) -> None:
-    (model / opening.KEY).unlink()
+    (model / wiring.KEY).unlink()
 
 
 def change_key(model: Path) -> None:
-    write_secret(model / opening.KEY, b"x" * 32)
+    write_secret(model / wiring.KEY, b"x" * 32)
 
 
 def lose_ledger(model: Path) -> None:
-    (model / opening.LEDGER).unlink()
+    (model / wiring.LEDGER).unlink()
 
 
 def damage_ledger(model: Path) -> None:
-    path = model / opening.LEDGER
+    path = model / wiring.LEDGER
     data = bytearray(path.read_bytes())
     data[4096 : 4096 * 3] = b"\xff" * (4096 * 2)
     path.write_bytes(bytes(data))
 
 
 def no_ledger_at_all(model: Path) -> None:
-    (model / opening.LEDGER).write_bytes(b"not a database at all, but a text of some length" * 99)
+    (model / wiring.LEDGER).write_bytes(b"not a database at all, but a text of some length" * 99)
 
 
 def other_schema(model: Path) -> None:
@@ -467,14 +471,14 @@ def other_schema(model: Path) -> None:
 
 def garble_schema(model: Path) -> None:
     """SQLite tells of it in words that are no UTF-8."""
-    path = model / opening.LEDGER
+    path = model / wiring.LEDGER
     data = path.read_bytes()
     assert b"CREATE TABLE records" in data
     path.write_bytes(data.replace(b"CREATE TABLE records", b"CREATE TABLE re \xffrds"))
 
 
 def empty_ledger(model: Path) -> None:
-    (model / opening.LEDGER).write_bytes(b"")
+    (model / wiring.LEDGER).write_bytes(b"")
 
 
 LOST: list[tuple[Defect, str]] = [
@@ -500,14 +504,14 @@ def test_what_can_not_be_derived_is_said_and_left_alone(
     model: Path, spoil: Defect, kind: str, sisa: Sisa, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spoil(model)
-    unknown = model / opening.RECORDS / "perhaps-the-missing-piece"
+    unknown = model / wiring.RECORDS / "perhaps-the-missing-piece"
     unknown.write_bytes(b"?")
     found = diagnose(model)
     assert kind in kinds(found)
     assert not found.ok
     lost = [each for each in found.findings if each.kind == kind]
     assert all(each.lost and each.next_step for each in lost)
-    use_fake_parts(monkeypatch)
+    use_fake_resources(monkeypatch)
     held = content(model)
     code, answer, _ = sisa("doctor", "-m", model, "--repair")
     assert (code, answer["ok"]) == (4, False)
@@ -520,7 +524,7 @@ def test_what_can_not_be_derived_is_said_and_left_alone(
 
 def test_a_writer_at_work_is_told_and_nothing_is_judged(model: Path) -> None:
     lose_index(model)
-    with writer_lock(model / opening.LOCK):
+    with writer_lock(model / wiring.LOCK):
         found = diagnose(model)
     assert (kinds(found), found.ok) == (["writer"], True)
 
@@ -560,14 +564,16 @@ def test_a_stray_file_is_told_and_left(model: Path) -> None:
 def test_a_shard_that_waits_to_be_trained_is_no_defect(model: Path) -> None:
     """A crash in training leaves a state that the next command finishes: nothing is damaged."""
     target = checkpoint(model, 2)
-    with world_of(model) as world:
-        head = world.ledger.heads()[0]
+    with context_of(model) as context:
+        head = context.stores.ledger.heads()[0]
         before = checkpoint(model, 1).name
-        world.ledger.commit(Change(dropped=[target.name], heads=[replace(head, key=before, depth=2)]))
+        context.stores.ledger.commit(
+            Change(dropped=[target.name], heads=[replace(head, key=before, depth=2)])
+        )
     shutil.rmtree(target)
     assert diagnose(model).healthy
-    with world_of(model) as world:
-        reconcile(world)
+    with context_of(model) as context:
+        reconcile(context)
     assert diagnose(model).healthy
     assert target.exists()
 
@@ -607,7 +613,7 @@ def test_doctor_on_the_command_line(
     code, found, _ = sisa("doctor", "-m", model)
     assert (code, found["ok"]) == (4, False)
     assert {each["repair"] for each in found["findings"]} == {"reindex", "retrain"}
-    use_fake_parts(monkeypatch)
+    use_fake_resources(monkeypatch)
     code, found, _ = sisa("doctor", "-m", model, "--repair", "--executor", "serial")
     assert (code, found["healthy"], found["findings"]) == (0, True, [])
     assert found["done"]
@@ -622,8 +628,8 @@ def test_doctor_on_the_command_line(
 def test_repair_waits_for_other_writers(
     sisa: Sisa, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    use_fake_parts(monkeypatch)
-    with writer_lock(model / opening.LOCK):
+    use_fake_resources(monkeypatch)
+    with writer_lock(model / wiring.LOCK):
         code, found, _ = sisa("doctor", "-m", model, "--repair")
     assert (code, found["error"]["type"]) == (Busy.exit_code, "Busy")
 
@@ -631,7 +637,7 @@ def test_repair_waits_for_other_writers(
 def test_doctor_in_words(
     model: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    use_fake_parts(monkeypatch)
+    use_fake_resources(monkeypatch)
     assert cli.run(["doctor", "-m", str(model)]) == 0
     assert "healthy" in capfd.readouterr().out
     tamper_index(model)

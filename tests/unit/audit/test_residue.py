@@ -12,7 +12,6 @@ import sqlite3
 import tempfile
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +31,8 @@ from sisa.core.measured import MIN_RECORDS, STAGE_DIGITS, metrics_line
 from sisa.core.ports import Change
 from sisa.flows import reconcile
 from sisa.flows.ingest import add
-from sisa.flows.wiring import opening
-from sisa.flows.wiring.world import held_by_area, known_by_area
+from sisa.flows.wiring import wiring
+from sisa.flows.wiring.context import held_by_area, known_by_area
 from sisa.model import Model
 from sisa.store.blobs import files
 from sisa.store.blobs.files import writer_lock
@@ -42,15 +41,16 @@ from sisa.store.index import FaissIndex
 from sisa.store.metrics import FileMetrics
 from sisa.store.records import FileRecords
 from sisa.store.witness import FileWitness
+from tests.fakes.ports import changed
 from tests.models.confessing import (
     DELETED,
     NUM_RECORDS,
     built_pair,
     content,
+    context_of,
     record,
     stored,
-    use_fake_parts,
-    world_of,
+    use_fake_resources,
 )
 
 assert care_cli  # registers its commands
@@ -84,8 +84,8 @@ def model(pair: tuple[Path, Path], tmp_path: Path) -> Path:
 
 
 def scan(model: Path, **options: Any) -> Scan:
-    with world_of(model) as world:
-        return scan_residue(world, model, **options)
+    with context_of(model) as context:
+        return scan_residue(context, model, **options)
 
 
 def kinds(found: Scan) -> list[str]:
@@ -93,7 +93,7 @@ def kinds(found: Scan) -> list[str]:
 
 
 def checkpoints(model: Path) -> set[str]:
-    return {path.name for path in (model / opening.CHECKPOINTS).iterdir()}
+    return {path.name for path in (model / wiring.CHECKPOINTS).iterdir()}
 
 
 def tainted_key(before: Path, model: Path) -> str:
@@ -101,8 +101,8 @@ def tainted_key(before: Path, model: Path) -> str:
 
 
 def listed(model: Path) -> dict[str, Garbage]:
-    with world_of(model) as world:
-        return {each.path: each for each in list_garbage(world, model)}
+    with context_of(model) as context:
+        return {each.path: each for each in list_garbage(context, model)}
 
 
 def test_a_clean_model_is_proven_clean(model: Path) -> None:
@@ -116,8 +116,8 @@ def test_a_clean_model_is_proven_clean(model: Path) -> None:
 
 def test_a_scan_changes_nothing(model: Path, before: Path) -> None:
     shutil.copytree(
-        before / opening.CHECKPOINTS / tainted_key(before, model),
-        model / opening.CHECKPOINTS / tainted_key(before, model),
+        before / wiring.CHECKPOINTS / tainted_key(before, model),
+        model / wiring.CHECKPOINTS / tainted_key(before, model),
     )
     held = content(model)
     scan(model, ids=[GONE.id])
@@ -128,13 +128,13 @@ def test_the_model_before_the_deletion_holds_the_record(before: Path) -> None:
     found = scan(before, ids=[GONE.id])
     assert kinds(found) == ["string"]
     where = {Path(each.where).parts[-2] for each in found.residue}
-    assert opening.RECORDS in where
+    assert wiring.RECORDS in where
     assert any(each.position.endswith("column id") for each in found.residue)
 
 
 def test_a_row_of_a_deleted_record_is_residue(model: Path) -> None:
-    with world_of(model) as world:
-        world.records.write(0, 0, "0" * 64, [stored(world, 1), stored(world, DELETED)])
+    with context_of(model) as context:
+        context.stores.records.write(0, 0, "0" * 64, [stored(context, 1), stored(context, DELETED)])
     (found,) = scan(model).residue
     assert found.kind == "deleted_row"
     assert "req-" in found.what
@@ -142,22 +142,22 @@ def test_a_row_of_a_deleted_record_is_residue(model: Path) -> None:
 
 
 def test_a_row_that_was_never_held_is_residue(model: Path) -> None:
-    with world_of(model) as world:
-        world.records.write(0, 0, "0" * 64, [stored(world, 999)])
+    with context_of(model) as context:
+        context.stores.records.write(0, 0, "0" * 64, [stored(context, 999)])
     assert kinds(scan(model)) == ["unknown_row"]
 
 
 @pytest.mark.parametrize("known", [False, True])
 def test_a_vector_of_a_deleted_record_is_residue(model: Path, known: bool) -> None:
-    with world_of(model) as world:
-        row = world.assigner.row(GONE, 1)
-        (base,) = world.ledger.indexes(row.shard)
-        wanted: dict[int, Any] = {each.vector_id: None for each in world.ledger.rows(row.shard)}
-        wanted[row.vector_id] = world.embed([GONE.text])
-        made = world.index.build(row.shard, "0" * 64, base, wanted)
+    with context_of(model) as context:
+        row = context.settings.assigner.row(GONE, 1)
+        (base,) = context.stores.ledger.indexes(row.shard)
+        wanted: dict[int, Any] = {each.vector_id: None for each in context.stores.ledger.rows(row.shard)}
+        wanted[row.vector_id] = context.compute.embed([GONE.text])
+        made = context.stores.index.build(row.shard, "0" * 64, base, wanted)
         if known:
-            world.ledger.commit(Change(indexes=[made]))
-            world.index.erase([base.name])
+            context.stores.ledger.commit(Change(indexes=[made]))
+            context.stores.index.erase([base.name])
     (found,) = scan(model).residue
     assert (found.kind, Path(found.where).name) == ("deleted_vector", made.name)
 
@@ -167,11 +167,11 @@ def test_a_checkpoint_that_a_deleted_record_touched_is_residue(
     model: Path, before: Path, known: bool
 ) -> None:
     key = tainted_key(before, model)
-    shutil.copytree(before / opening.CHECKPOINTS / key, model / opening.CHECKPOINTS / key)
+    shutil.copytree(before / wiring.CHECKPOINTS / key, model / wiring.CHECKPOINTS / key)
     if known:
-        with world_of(before) as old, world_of(model) as world:
-            held = [each for each in old.ledger.checkpoints() if each.key == key]
-            world.ledger.commit(Change(checkpoints=held))
+        with context_of(before) as old, context_of(model) as context:
+            held = [each for each in old.stores.ledger.checkpoints() if each.key == key]
+            context.stores.ledger.commit(Change(checkpoints=held))
     found = scan(model)
     assert "tainted" in kinds(found)
     assert set(kinds(found)) <= {"tainted", "unknown_file"}
@@ -179,21 +179,21 @@ def test_a_checkpoint_that_a_deleted_record_touched_is_residue(
 
 def test_a_clean_checkpoint_in_scratch_is_none(model: Path, before: Path) -> None:
     key = min(checkpoints(model))
-    shutil.copytree(model / opening.CHECKPOINTS / key, model / opening.SCRATCH / "replay" / key)
+    shutil.copytree(model / wiring.CHECKPOINTS / key, model / wiring.SCRATCH / "replay" / key)
     assert scan(model).clean
     gone = tainted_key(before, model)
-    shutil.copytree(before / opening.CHECKPOINTS / gone, model / opening.SCRATCH / "replay" / gone)
+    shutil.copytree(before / wiring.CHECKPOINTS / gone, model / wiring.SCRATCH / "replay" / gone)
     assert kinds(scan(model)) == ["tainted", "unknown_file"]
 
 
 @pytest.mark.parametrize("part", ["manifest.json", ADAPTER])
 def test_what_is_damaged_proves_nothing(model: Path, part: str) -> None:
-    path = model / opening.CHECKPOINTS / min(checkpoints(model)) / part
+    path = model / wiring.CHECKPOINTS / min(checkpoints(model)) / part
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     assert set(kinds(scan(model))) & {"damaged", "unreadable"}
 
 
-@pytest.mark.parametrize("room", [opening.RECORDS, opening.INDEX])
+@pytest.mark.parametrize("room", [wiring.RECORDS, wiring.INDEX])
 def test_a_changed_slice_or_index_file_proves_nothing(model: Path, room: str) -> None:
     path = min((model / room).iterdir())
     path.write_bytes(path.read_bytes() + b"x")
@@ -211,23 +211,25 @@ def test_files_that_can_not_be_read_as_ours_are_not_passed_over(model: Path, nam
 
 
 def test_half_a_parquet_file_is_unreadable(model: Path) -> None:
-    (model / opening.RECORDS / ".tmp-x").write_bytes(b"PAR1 and no more")
+    (model / wiring.RECORDS / ".tmp-x").write_bytes(b"PAR1 and no more")
     assert "unreadable" in kinds(scan(model))
 
 
 def test_exported_adapters(model: Path, before: Path, tmp_path: Path) -> None:
     exports = tmp_path / "exports"
-    with world_of(model) as world, world_of(before) as old:
-        heads = [head for head in world.ledger.heads() if head.key]
-        stages = {each.key for each in world.ledger.checkpoints()} - {head.key for head in heads}
-        shard = world.assigner.row(GONE, 1).shard
-        stale = next(head.key for head in old.ledger.heads() if head.shard == shard)
+    with context_of(model) as context, context_of(before) as old:
+        heads = [head for head in context.stores.ledger.heads() if head.key]
+        stages = {each.key for each in context.stores.ledger.checkpoints()} - {
+            head.key for head in heads
+        }
+        shard = context.settings.assigner.row(GONE, 1).shard
+        stale = next(head.key for head in old.stores.ledger.heads() if head.shard == shard)
     assert heads[0].key
     assert stale
     sources = {
-        "current": model / opening.CHECKPOINTS / heads[0].key,
-        "stage": model / opening.CHECKPOINTS / min(stages),
-        "stale": before / opening.CHECKPOINTS / stale,
+        "current": model / wiring.CHECKPOINTS / heads[0].key,
+        "stage": model / wiring.CHECKPOINTS / min(stages),
+        "stale": before / wiring.CHECKPOINTS / stale,
     }
     for name, source in sources.items():
         (exports / name).mkdir(parents=True)
@@ -268,14 +270,14 @@ def test_left_overs_of_ours_are_scanned(model: Path, tmp_path: Path) -> None:
     for path in (scratch, partial, whole, foreign):
         path.mkdir(parents=True)
         (path / "rows.jsonl").write_text(json.dumps({"id": GONE.id}))
-    shutil.copytree(model / opening.CHECKPOINTS, scratch / "of-another-model")
+    shutil.copytree(model / wiring.CHECKPOINTS, scratch / "of-another-model")
     (scratch / "of-another-model" / min(checkpoints(model)) / ADAPTER).write_bytes(b"changed")
     found = scan(model)
     assert {Path(each.where).parent for each in found.residue} == {scratch, partial}
 
 
 def hide_in_name(model: Path) -> None:
-    (model / opening.RECORDS / f".tmp-{GONE.id}").touch()
+    (model / wiring.RECORDS / f".tmp-{GONE.id}").touch()
 
 
 def hide_in_raw_bytes(model: Path) -> None:
@@ -288,12 +290,12 @@ def hide_in_utf16(model: Path) -> None:
 
 def hide_in_parquet(model: Path) -> None:
     columns = {"id": ["a"], "texts": [[f"see {GONE.id} there", "b"]]}
-    pq.write_table(pa.table(columns), model / opening.RECORDS / "a.parquet", compression="zstd")
+    pq.write_table(pa.table(columns), model / wiring.RECORDS / "a.parquet", compression="zstd")
 
 
 def hide_in_ledger(model: Path) -> None:
-    with world_of(model) as world:
-        world.ledger.commit(Change(meta={"note": f"it's of {GONE.id}"}))
+    with context_of(model) as context:
+        context.stores.ledger.commit(Change(meta={"note": f"it's of {GONE.id}"}))
 
 
 HIDING = [hide_in_name, hide_in_raw_bytes, hide_in_utf16, hide_in_parquet, hide_in_ledger]
@@ -313,15 +315,15 @@ def test_a_named_string_is_found_wherever_it_hides(model: Path, hide: Callable[[
 
 def test_the_write_ahead_log_is_scanned(model: Path) -> None:
     """A reader keeps the log: a removed row stays in it until the checkpoint succeeds."""
-    reader = sqlite3.connect(model / opening.LEDGER)
+    reader = sqlite3.connect(model / wiring.LEDGER)
     try:
         reader.execute("BEGIN")
         reader.execute("SELECT * FROM meta").fetchall()
         for value in (GONE.id, "gone"):
-            with world_of(model) as world:
-                world.ledger.commit(Change(meta={"note": value}))
-        with world_of(model) as world:
-            found = scan_residue(world, model, ids=[GONE.id])
+            with context_of(model) as context:
+                context.stores.ledger.commit(Change(meta={"note": value}))
+        with context_of(model) as context:
+            found = scan_residue(context, model, ids=[GONE.id])
     finally:
         reader.close()
     assert [Path(each.where).name for each in found.residue] == ["ledger.sqlite-wal"]
@@ -335,15 +337,15 @@ def test_an_id_that_is_a_part_of_a_held_one_is_no_residue(model: Path) -> None:
 
 def checkpoint_bytes(model: Path) -> list[bytes]:
     """The fake's weights name their records, as real ones don't."""
-    return [path.read_bytes() for path in (model / opening.CHECKPOINTS).rglob("*") if path.is_file()]
+    return [path.read_bytes() for path in (model / wiring.CHECKPOINTS).rglob("*") if path.is_file()]
 
 
 def test_short_strings_are_compared_with_values_alone(model: Path) -> None:
-    (model / opening.RECORDS / "raw").write_bytes(b"ab")
+    (model / wiring.RECORDS / "raw").write_bytes(b"ab")
     found = scan(model, ids=["ab"])
     assert found.scanned["strings_too_short_for_raw_bytes"] == 1
     assert kinds(found) == ["unknown_file"]
-    pq.write_table(pa.table({"id": ["ab"]}), model / opening.RECORDS / "b.parquet")
+    pq.write_table(pa.table({"id": ["ab"]}), model / wiring.RECORDS / "b.parquet")
     assert "string" in kinds(scan(model, ids=["ab"]))
 
 
@@ -362,16 +364,16 @@ def test_many_strings_in_one_pass() -> None:
 
 
 def test_a_chain_is_clean_only_while_all_of_its_records_are_held(model: Path) -> None:
-    with world_of(model) as world:
-        for held in world.ledger.checkpoints():
-            parsed = read_manifest(model / opening.CHECKPOINTS / held.key, world.keyring)
+    with context_of(model) as context:
+        for held in context.stores.ledger.checkpoints():
+            parsed = read_manifest(model / wiring.CHECKPOINTS / held.key, context.stores.keyring)
             assert parsed is not None
-            rows = world.ledger.rows(held.shard)
-            assert proves_clean(parsed[0], rows, held.seq, world.recipe.num_slices)
+            rows = context.stores.ledger.rows(held.shard)
+            assert proves_clean(parsed[0], rows, held.seq, context.recipe.num_slices)
             touched = [row for row in rows if row.slice in held.prefix]
             for row in touched:
                 rest = [each for each in rows if each is not row]
-                assert not proves_clean(parsed[0], rest, held.seq, world.recipe.num_slices)
+                assert not proves_clean(parsed[0], rest, held.seq, context.recipe.num_slices)
 
 
 def test_a_head_that_serves_while_added_records_wait_is_clean(model: Path) -> None:
@@ -383,16 +385,16 @@ def test_a_head_that_serves_while_added_records_wait_is_clean(model: Path) -> No
     def dies(_: Any) -> Any:
         raise Cut
 
-    with world_of(model) as world, pytest.raises(Cut):
-        add(replace(world, executor_for=dies), [record(number) for number in range(100, 112)])
-    with world_of(model) as world:
-        assert not all(head.converged for head in world.ledger.heads())
+    with context_of(model) as context, pytest.raises(Cut):
+        add(changed(context, executor_for=dies), [record(number) for number in range(100, 112)])
+    with context_of(model) as context:
+        assert not all(head.converged for head in context.stores.ledger.heads())
     assert scan(model).clean
 
 
 def test_index_bytes_that_are_not_those_of_their_name_are_not_parsed(model: Path) -> None:
-    path = min((model / opening.INDEX).iterdir())
-    shutil.copy(path, model / opening.INDEX / f"shard-00000-{'0' * 64}.faiss")
+    path = min((model / wiring.INDEX).iterdir())
+    shutil.copy(path, model / wiring.INDEX / f"shard-00000-{'0' * 64}.faiss")
     found = scan(model)
     assert kinds(found) == ["unknown_file", "unreadable"]
     assert any("not parsed" in each.what for each in found.residue)
@@ -426,40 +428,42 @@ def test_garbage_of_every_kind_is_listed_with_its_reason(model: Path) -> None:
     assert {each.num_bytes for each in found.values()} == {5}
     assert [path for path, each in found.items() if not each.removable] == ["notes.txt"]
     held = content(model)
-    with world_of(model) as world:
-        remove_garbage(world, model)
+    with context_of(model) as context:
+        remove_garbage(context, model)
     assert list(listed(model)) == ["notes.txt"]
     assert set(held) - set(content(model)) == set(planted) & set(held)
 
 
 def test_a_retired_checkpoint_leaves_the_ledger_first(model: Path, before: Path) -> None:
     key = tainted_key(before, model)
-    shutil.copytree(before / opening.CHECKPOINTS / key, model / opening.CHECKPOINTS / key)
-    with world_of(before) as old, world_of(model) as world:
-        held = [each for each in old.ledger.checkpoints() if each.key == key]
-        world.ledger.commit(Change(checkpoints=held))
+    shutil.copytree(before / wiring.CHECKPOINTS / key, model / wiring.CHECKPOINTS / key)
+    with context_of(before) as old, context_of(model) as context:
+        held = [each for each in old.stores.ledger.checkpoints() if each.key == key]
+        context.stores.ledger.commit(Change(checkpoints=held))
     assert "retired" in listed(model)[f"checkpoints/{key}"].reason
-    with world_of(model) as world:
-        remove_garbage(world, model)
-        assert key not in {each.key for each in world.ledger.checkpoints()}
+    with context_of(model) as context:
+        remove_garbage(context, model)
+        assert key not in {each.key for each in context.stores.ledger.checkpoints()}
     assert key not in checkpoints(model)
 
 
 def test_what_a_cut_short_run_stored_is_kept(model: Path) -> None:
-    with world_of(model) as world:
-        head = next(head for head in world.ledger.heads() if head.key)
-        held = world.ledger.checkpoints(head.shard)
-        from sisa.flows.wiring.world import view_shard
+    with context_of(model) as context:
+        head = next(head for head in context.stores.ledger.heads() if head.key)
+        held = context.stores.ledger.checkpoints(head.shard)
+        from sisa.flows.wiring.context import view_shard
         from sisa.planning.plan import plan_shard
 
         plan = plan_shard(
-            view_shard(world, head.shard, dropped=[head.key or ""]), world.recipe, world.fingerprint
+            view_shard(context, head.shard, dropped=[head.key or ""]),
+            context.recipe,
+            context.compute.fingerprint,
         )
-        world.ledger.commit(Change(dropped=[head.key or ""], heads=[plan.head]))
+        context.stores.ledger.commit(Change(dropped=[head.key or ""], heads=[plan.head]))
     found = listed(model)
     assert [each.removable for each in found.values()] == [False]
-    with world_of(model) as world:
-        assert remove_garbage(world, model) == ()
+    with context_of(model) as context:
+        assert remove_garbage(context, model) == ()
     assert {each.key for each in held} <= checkpoints(model)
 
 
@@ -467,17 +471,17 @@ def test_a_link_is_removed_and_its_target_kept(model: Path, tmp_path: Path) -> N
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "file").write_bytes(b"kept")
-    (model / opening.RECORDS / "link").symlink_to(outside)
-    with world_of(model) as world:
-        remove_garbage(world, model)
+    (model / wiring.RECORDS / "link").symlink_to(outside)
+    with context_of(model) as context:
+        remove_garbage(context, model)
     assert (outside / "file").exists()
     assert listed(model) == {}
 
 
 def with_residue(model: Path) -> None:
     """A row of the deleted record, in a slice file that the ledger does not know."""
-    with world_of(model) as world:
-        world.records.write(0, 0, "0" * 64, [stored(world, DELETED)])
+    with context_of(model) as context:
+        context.stores.records.write(0, 0, "0" * 64, [stored(context, DELETED)])
 
 
 def test_a_model_is_read_through_a_link_to_it(model: Path, tmp_path: Path) -> None:
@@ -488,7 +492,7 @@ def test_a_model_is_read_through_a_link_to_it(model: Path, tmp_path: Path) -> No
     assert kinds(scan(tmp_path / "current")) == kinds(scan(model)) == ["deleted_row"]
 
 
-@pytest.mark.parametrize("room", [opening.RECORDS, opening.CHECKPOINTS, opening.INDEX])
+@pytest.mark.parametrize("room", [wiring.RECORDS, wiring.CHECKPOINTS, wiring.INDEX])
 def test_a_room_is_read_behind_a_link(model: Path, tmp_path: Path, room: str) -> None:
     direct = scan(model, ids=[record(0).id])
     moved = tmp_path / "other disk" / room
@@ -543,20 +547,20 @@ def test_nothing_is_clean_where_nothing_was_read(
 
 # --- an erasure that can't be carried out in part -------------------------------------------------
 
-ROOMS = {opening.RECORDS: FileRecords, opening.INDEX: FaissIndex, opening.CHECKPOINTS: FileCheckpoints}
+ROOMS = {wiring.RECORDS: FileRecords, wiring.INDEX: FaissIndex, wiring.CHECKPOINTS: FileCheckpoints}
 
 
 def open_to_delete(before: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Model:
     """The model that holds the record, with its losses kept."""
-    use_fake_parts(monkeypatch)
+    use_fake_resources(monkeypatch)
     model = Path(shutil.copytree(before, tmp_path / "held"))
     epoch = EpochTrained(0, 0, "f" * STAGE_DIGITS, 1, 1, MIN_RECORDS, 10, 0.5, 2.0)
-    with world_of(model) as world:
-        world.metrics.append(metrics_line(epoch, METRICS_AT, METRICS_RUN) or {})
+    with context_of(model) as context:
+        context.stores.metrics.append(metrics_line(epoch, METRICS_AT, METRICS_RUN) or {})
     return Model(model, executor="serial")
 
 
-@pytest.mark.parametrize("failing", [*ROOMS, opening.METRICS])
+@pytest.mark.parametrize("failing", [*ROOMS, wiring.METRICS])
 def test_one_room_that_fails_keeps_no_other_from_being_erased(
     before: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
 ) -> None:
@@ -566,7 +570,7 @@ def test_one_room_that_fails_keeps_no_other_from_being_erased(
         raise EnvironmentFault("the disk refused", where=failing)
 
     with monkeypatch.context() as broken:
-        if failing == opening.METRICS:
+        if failing == wiring.METRICS:
             broken.setattr(FileMetrics, "keep_losses", refuse)
         else:
             broken.setattr(ROOMS[failing], "erase", refuse)
@@ -575,13 +579,13 @@ def test_one_room_that_fails_keeps_no_other_from_being_erased(
     assert caught.value.where == failing
     (gone,) = model.where([GONE.id])
     assert gone.state == "deleted"
-    assert set(gone.not_erased) == {failing} - {opening.METRICS}
-    with world_of(model.directory) as world:
-        for room, held in held_by_area(world).items():
-            assert (held <= known_by_area(world)[room]) == (room != failing)
-        assert [each.state for each in world.ledger.requests()] == ["erasure_failed"]
+    assert set(gone.not_erased) == {failing} - {wiring.METRICS}
+    with context_of(model.directory) as context:
+        for room, held in held_by_area(context).items():
+            assert (held <= known_by_area(context)[room]) == (room != failing)
+        assert [each.state for each in context.stores.ledger.requests()] == ["erasure_failed"]
     told = where([gone]).text
-    assert ("NOT ERASED YET" in told) == (failing != opening.METRICS)
+    assert ("NOT ERASED YET" in told) == (failing != wiring.METRICS)
     model.resume()
     assert sweep_model(model, ids=[GONE.id]).clean
     assert model.where([GONE.id])[0].not_erased == {}
@@ -602,9 +606,9 @@ def test_a_witness_that_fails_does_not_keep_the_text(
         broken.setattr(FileWitness, "append", refuse)
         with pytest.raises(EnvironmentFault, match="witness"):
             model.forget([GONE.id])
-    with world_of(model.directory) as world:
-        assert world.ledger.num_tombstones() == 1
-        assert all(held <= known_by_area(world)[room] for room, held in held_by_area(world).items())
+    with context_of(model.directory) as context:
+        assert context.stores.ledger.num_tombstones() == 1
+        assert all(held <= known_by_area(context)[room] for room, held in held_by_area(context).items())
 
 
 def test_a_deletion_behind_a_lock_on_metrics_ends_in_time(
@@ -612,13 +616,15 @@ def test_a_deletion_behind_a_lock_on_metrics_ends_in_time(
 ) -> None:
     model = open_to_delete(before, tmp_path, monkeypatch)
     monkeypatch.setattr(files, "LOCK_PATIENCE_S", 0.1)
-    handle = os.open(model.directory / opening.METRICS, os.O_RDONLY)
+    handle = os.open(model.directory / wiring.METRICS, os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
     try:
         with pytest.raises(Busy, match="metrics"):
             model.forget([GONE.id])
-        with world_of(model.directory) as world:
-            assert all(held <= known_by_area(world)[room] for room, held in held_by_area(world).items())
+        with context_of(model.directory) as context:
+            assert all(
+                held <= known_by_area(context)[room] for room, held in held_by_area(context).items()
+            )
     finally:
         os.close(handle)
 
@@ -639,16 +645,16 @@ def sisa(capfd: pytest.CaptureFixture[str]) -> Sisa:
 
 
 def test_gc_on_the_command_line(sisa: Sisa, model: Path) -> None:
-    (model / opening.RECORDS / "old.parquet").write_bytes(b"123")
+    (model / wiring.RECORDS / "old.parquet").write_bytes(b"123")
     code, found, _ = sisa("gc", "-m", model, "--dry-run")
     assert (code, found["dry_run"], found["removed"]) == (0, True, 0)
     assert [(each["path"], each["num_bytes"]) for each in found["items"]] == [("records/old.parquet", 3)]
-    assert (model / opening.RECORDS / "old.parquet").exists()
-    with writer_lock(model / opening.LOCK):
+    assert (model / wiring.RECORDS / "old.parquet").exists()
+    with writer_lock(model / wiring.LOCK):
         assert sisa("gc", "-m", model)[0] == 5
     code, found, _ = sisa("gc", "-m", model)
     assert (code, found["removed"], found["removed_bytes"]) == (0, 1, 3)
-    assert not (model / opening.RECORDS / "old.parquet").exists()
+    assert not (model / wiring.RECORDS / "old.parquet").exists()
 
 
 def test_sweep_on_the_command_line(sisa: Sisa, model: Path, tmp_path: Path) -> None:
@@ -674,7 +680,7 @@ def test_sweep_refuses_what_it_can_not_use(sisa: Sisa, model: Path, tmp_path: Pa
     assert sisa("sweep", "-m", model, "--text-file", empty)[0] == 2
     assert sisa("sweep", "-m", model, "--text-file", tmp_path / "none")[0] == 2
     assert sisa("sweep", "-m", model, "--also", tmp_path / "none")[0] == 2
-    with writer_lock(model / opening.LOCK):
+    with writer_lock(model / wiring.LOCK):
         assert sisa("sweep", "-m", model)[0] == 5
 
 
@@ -694,8 +700,8 @@ def metrics_of(model: Path, stage: str, text: str = "") -> Path:
     event = EpochTrained(0, 0, stage, 1, 1, MIN_RECORDS, 10, 0.5, 1.5)
     made = metrics_line(event, "2026-11-25T21:37:49.123+00:00", "20261125T213749Z-3f9a1c2b")
     assert made is not None
-    FileMetrics(model / opening.METRICS).append(made)
-    path = next((model / opening.METRICS).iterdir())
+    FileMetrics(model / wiring.METRICS).append(made)
+    path = next((model / wiring.METRICS).iterdir())
     path.write_text(path.read_text() + text)
     return path
 
@@ -704,17 +710,17 @@ def test_metrics_of_held_stages_are_kept_and_prove_themselves(model: Path) -> No
     path = metrics_of(model, min(checkpoints(model)))
     assert kinds(scan(model)) == []
     assert listed(model) == {}
-    with world_of(model) as world:
-        remove_garbage(world, model)
-        reconcile.erase_unreferenced(world)
+    with context_of(model) as context:
+        remove_garbage(context, model)
+        reconcile.erase_unreferenced(context)
     assert '"loss":1.5' in path.read_text()
 
 
 def test_a_loss_of_an_erased_stage_is_residue_until_the_next_sweep(model: Path, before: Path) -> None:
     path = metrics_of(model, tainted_key(before, model))
     assert kinds(scan(model)) == ["stale_loss"]
-    with world_of(model) as world:
-        reconcile.erase_unreferenced(world)
+    with context_of(model) as context:
+        reconcile.erase_unreferenced(context)
     assert kinds(scan(model)) == []
     assert '"loss":null' in path.read_text()
 
@@ -724,9 +730,9 @@ def test_what_else_lies_among_metrics_is_found(model: Path) -> None:
     assert kinds(scan(model)) == ["unreadable"]
     path.write_text("")
     (path.parent / "other.jsonl").write_text("text")
-    assert list(listed(model)) == [f"{opening.METRICS}/other.jsonl"]
-    with world_of(model) as world:
-        remove_garbage(world, model)
+    assert list(listed(model)) == [f"{wiring.METRICS}/other.jsonl"]
+    with context_of(model) as context:
+        remove_garbage(context, model)
     assert [each.name for each in path.parent.iterdir()] == [path.name]
 
 

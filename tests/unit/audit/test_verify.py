@@ -17,9 +17,17 @@ from sisa.core.errors import EnvironmentFault
 from sisa.core.ports import CheckpointStore, Executor, StoredRecord, Tick, Vectors
 from sisa.flows.ingest import train
 from sisa.flows.serial import SerialExecutor
-from sisa.flows.wiring.world import World
+from sisa.flows.wiring.context import Context
 from sisa.planning.assign import Assigner
-from tests.fakes.ports import SECRET, FakeCheckpoints, FakeModel, FakeTrainer, fake_embed, fake_model
+from tests.fakes.ports import (
+    SECRET,
+    FakeCheckpoints,
+    FakeModel,
+    FakeTrainer,
+    changed,
+    fake_embed,
+    fake_model,
+)
 from tests.fakes.ports import fake_record as record
 
 RECORDS = [record(number) for number in range(24)]
@@ -58,32 +66,32 @@ class Resuming(FakeTrainer):
         return files
 
 
-def trained_by(world: World, make: Callable[[], FakeTrainer]) -> World:
+def trained_by(context: Context, make: Callable[[], FakeTrainer]) -> Context:
     def executor_for(store: CheckpointStore) -> Executor:
-        return SerialExecutor(make(), world.records, store)
+        return SerialExecutor(make(), context.stores.records, store)
 
-    return replace(world, executor_for=executor_for)
+    return changed(context, executor_for=executor_for)
 
 
-def model_of(world_of: Callable[[World], World] = lambda world: world) -> FakeModel:
-    """A model that was trained under a world with a fault."""
+def model_of(context_of: Callable[[Context], Context] = lambda context: context) -> FakeModel:
+    """A model that was trained with a fault."""
     model = fake_model()
-    train(world_of(model.world), RECORDS)
+    train(context_of(model.context), RECORDS)
     return model
 
 
-def apart(world: World) -> Apart:
+def apart(context: Context) -> Apart:
     store = FakeCheckpoints()
 
     def train_all(chains: Sequence[Chain]) -> None:
         for job in (job for chain in chains for job in chain.jobs):
-            train_stage(world, job.shard, job.key, store)
+            train_stage(context, job.shard, job.key, store)
 
     return Apart(store, train_all)
 
 
-def replayed(world: World, **options: Any) -> Verification:
-    return verify(world, [0, 1, 2], FakeCheckpoints(), apart(world), **options)
+def replayed(context: Context, **options: Any) -> Verification:
+    return verify(context, [0, 1, 2], FakeCheckpoints(), apart(context), **options)
 
 
 def findings(found: Verification) -> str:
@@ -92,7 +100,7 @@ def findings(found: Verification) -> str:
 
 
 def test_a_sound_model_is_proved() -> None:
-    found = replayed(model_of().world, require_replay=True)
+    found = replayed(model_of().context, require_replay=True)
     assert (found.ok, found.replayed) == (True, 3)
     assert len(RECORDS) / 2 < found.vectors_embedded <= len(RECORDS)
     assert [each.equal for each in found.shards] == [True] * 3
@@ -100,9 +108,9 @@ def test_a_sound_model_is_proved() -> None:
 
 
 def test_a_replay_that_differs_is_a_finding() -> None:
-    model = model_of(lambda world: trained_by(world, Forging))
-    assert verify(model.world, [], None).ok, "no held file is damaged"
-    found = replayed(model.world)
+    model = model_of(lambda context: trained_by(context, Forging))
+    assert verify(model.context, [], None).ok, "no held file is damaged"
+    found = replayed(model.context)
     assert [each.equal for each in found.shards] == [False] * 3
     assert findings(found).count("the replay's bytes differ") == 3
     assert render.verified(found).exit_code == 4
@@ -111,9 +119,9 @@ def test_a_replay_that_differs_is_a_finding() -> None:
 def test_a_trainer_that_keeps_something_is_found_by_processes_of_their_own() -> None:
     """Equal in one go, as ever; different stage by stage."""
     model = fake_model()
-    world = trained_by(model.world, Resuming)
-    train(world, RECORDS)
-    found = verify(world, [0], FakeCheckpoints(), apart(world))
+    context = trained_by(model.context, Resuming)
+    train(context, RECORDS)
+    found = verify(context, [0], FakeCheckpoints(), apart(context))
     assert found.shards[0].equal
     assert found.shards[0].equal_apart is False
     assert "each stage in a process of its own, its bytes differ" in findings(found)
@@ -141,28 +149,28 @@ class Wrong(Assigner):
 
 @pytest.mark.parametrize("column", ["shard", "slice", "text_digest", "vector_id"])
 def test_rows_are_those_that_the_key_gives(column: str) -> None:
-    model = model_of(lambda world: replace(world, assigner=Wrong(world.assigner, column)))
-    assert f"got another {column}" in findings(verify(model.world, [], None))
+    model = model_of(lambda context: changed(context, assigner=Wrong(context.settings.assigner, column)))
+    assert f"got another {column}" in findings(verify(model.context, [], None))
 
 
 def test_vectors_are_those_of_their_texts() -> None:
     def other(texts: Sequence[str]) -> Vectors:
         return fake_embed([f"{text}!" for text in texts])
 
-    model = model_of(lambda world: replace(world, embed=other))
-    assert "not that of its record's text" in findings(verify(model.world, [], None))
+    model = model_of(lambda context: changed(context, embed=other))
+    assert "not that of its record's text" in findings(verify(model.context, [], None))
 
 
 def test_without_the_embedder_no_vector_is_checked() -> None:
     def absent(_texts: Sequence[str]) -> Vectors:
         raise EnvironmentFault("the model could not be fetched")
 
-    found = verify(replace(model_of().world, embed=absent), [], None)
+    found = verify(changed(model_of().context, embed=absent), [], None)
     assert (found.ok, found.vectors_embedded) == (True, 0)
 
 
 def test_nothing_replayed_is_said_and_can_be_refused() -> None:
-    elsewhere = replace(model_of().world, fingerprint="another")
+    elsewhere = changed(model_of().context, fingerprint="another")
     found = replayed(elsewhere)
     result = render.verified(found)
     assert (found.ok, found.replayed, result.exit_code) == (True, 0, 0)
@@ -173,6 +181,6 @@ def test_nothing_replayed_is_said_and_can_be_refused() -> None:
 
 
 def test_a_required_replay_of_some_shards_asks_for_those() -> None:
-    world = model_of().world
-    assert verify(world, [1], FakeCheckpoints(), require_replay=True).ok
-    assert "no shard was replayed" in findings(verify(world, [], None, require_replay=True))
+    context = model_of().context
+    assert verify(context, [1], FakeCheckpoints(), require_replay=True).ok
+    assert "no shard was replayed" in findings(verify(context, [], None, require_replay=True))

@@ -23,7 +23,7 @@ from sisa.config.runfile import parse_run_file
 from sisa.core import errors
 from sisa.core.domain import Record
 from sisa.flows.lifecycle import Terms, carry_out, submit
-from sisa.flows.wiring import opening
+from sisa.flows.wiring import wiring
 from sisa.store.blobs.files import writer_lock
 from tests.fakes.ports import fake_record
 from tests.models import confessing as care_model
@@ -57,10 +57,12 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = parse_run_file(RUN_FILE, "run.yaml")
     then = {"numerics": "f", "now": "2026-01-01T00:00:00+00:00"}
     care_model.train_in(directory, config, [record(number) for number in range(20)], **then)
-    with care_model.world_of(directory, numerics="f", now="2026-01-01T00:00:00+00:00") as world:
-        row = world.assigner.row(record(19), 1)
-        held = [each for each in world.ledger.rows(row.shard) if each.id_digest == row.id_digest]
-        carry_out(world, [submit(world, held, (), Terms(approver="a person"))])
+    with care_model.context_of(directory, numerics="f", now="2026-01-01T00:00:00+00:00") as context:
+        row = context.settings.assigner.row(record(19), 1)
+        held = [
+            each for each in context.stores.ledger.rows(row.shard) if each.id_digest == row.id_digest
+        ]
+        carry_out(context, [submit(context, held, (), Terms(approver="a person"))])
     return directory
 
 
@@ -368,7 +370,7 @@ def test_forgetting_what_is_deleted_says_so_and_is_0(sisa: Sisa, directory: Path
 
 
 def test_a_second_writer_is_5(sisa: Sisa, directory: Path) -> None:
-    with writer_lock(directory / opening.LOCK):
+    with writer_lock(directory / wiring.LOCK):
         code, out, _ = sisa("forget", "-m", directory, "id-0019", "--json")
     assert code == 5
     assert one_object(out)["error"]["type"] == "Busy"
@@ -434,7 +436,7 @@ def test_a_first_training_killed_while_making_the_ledger_can_start_again(
     sisa: Sisa, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / opening.LEDGER).touch()
+    (tmp_path / "model" / wiring.LEDGER).touch()
     code, out, _ = trains_anew(sisa, tmp_path / "model", tmp_path, monkeypatch)
     assert (code, "Reached" in out) == (1, True)
 

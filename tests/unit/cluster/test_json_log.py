@@ -93,7 +93,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_command_logs_its_life_under_one_run(
     built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    care_model.use_fake_parts(monkeypatch)
+    care_model.use_fake_resources(monkeypatch)
     model = Path(shutil.copytree(built, tmp_path / "model"))
     named = care_model.record(3).id
     forget = ["forget", "-m", str(model), named, "--log-format", "json", "--json"]

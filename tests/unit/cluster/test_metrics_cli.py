@@ -11,7 +11,7 @@ from cluster.cli import cli, metrics_cli
 from cluster.cli.metrics_cli import open_sink
 from cluster.observe.curves import points, summary
 from sisa.core.measured import KEPT, without
-from sisa.flows.wiring import opening
+from sisa.flows.wiring import wiring
 from sisa.store.metrics import FileMetrics
 from tests.models import confessing as care_model
 from tests.unit.core.test_measured import EVENTS, RUN, kept
@@ -62,7 +62,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("built") / "model"
     care_model.build(folder)
     for line in LINES:
-        FileMetrics(folder / opening.METRICS).append(line)
+        FileMetrics(folder / wiring.METRICS).append(line)
     return folder
 
 

@@ -14,8 +14,8 @@ from sisa.config.runfile import parse_run_file
 from sisa.core.errors import InvalidInput
 from sisa.flows import scratch
 from sisa.flows.serial import Site
-from sisa.flows.wiring import opening, upper_houses
-from sisa.flows.wiring.opening import OnCluster
+from sisa.flows.wiring import upper_houses, wiring
+from sisa.flows.wiring.wiring import OnCluster
 from sisa.store.blobs.local_blobs import LocalBlobs
 
 RUN_FILE = "{datasets: [{path: owner/people}], output_dir: model, cluster: {address: 'old:1'}}"
@@ -38,8 +38,8 @@ def test_executors_patchers_and_bases_get_the_address(seen: list[Any], tmp_path:
     site = Site(here, here, tmp_path, "b", 1)
     config = parse_run_file(RUN_FILE, "run.yaml")
     options: Mapping[str, Any] = config.cluster.model_dump(mode="json")
-    opening.find_executor(there)(site, options)
-    opening.find_patcher(there)(site, config)  # type: ignore[arg-type]
+    wiring.find_executor(there)(site, options)
+    wiring.find_patcher(there)(site, config)  # type: ignore[arg-type]
     scratch.find_base_trainer(there)(None, options, lambda _: None)  # type: ignore[arg-type]
     executor, patcher, base = seen
     assert (executor[0], patcher[0], base[0]) == (
@@ -55,7 +55,7 @@ def test_executors_patchers_and_bases_get_the_address(seen: list[Any], tmp_path:
 
 def test_an_unknown_name_is_refused_before_anything() -> None:
     with pytest.raises(InvalidInput, match="unknown executor"):
-        opening.check_executor(OnCluster("none", "new:2"))
+        wiring.check_executor(OnCluster("none", "new:2"))
 
 
 def taking_executor() -> list[str]:

@@ -23,8 +23,8 @@ from cluster.cli import cli, request_cli
 from sisa.config.runfile import parse_run_file
 from sisa.core.domain import Part, Record
 from sisa.flows.serial import SerialExecutor, Site
-from sisa.flows.wiring import opening
-from sisa.flows.wiring.parts import Parts
+from sisa.flows.wiring import wiring
+from sisa.flows.wiring.resources import Resources
 from sisa.store.blobs.files import writer_lock
 from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.records import FileRecords
@@ -85,10 +85,10 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def model(pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The model, to be changed; `--executor serial` trains with the fake trainer."""
-    monkeypatch.setattr(Parts, "base", BASE)
-    monkeypatch.setattr(Parts, "count_tokens", lambda _, records: [1 for _ in records])
-    monkeypatch.setattr(opening, "open_serial", open_fake)
-    monkeypatch.setattr(opening, "find_probe", lambda: None)
+    monkeypatch.setattr(Resources, "base", BASE)
+    monkeypatch.setattr(Resources, "count_tokens", lambda _, records: [1 for _ in records])
+    monkeypatch.setattr(wiring, "open_serial", open_fake)
+    monkeypatch.setattr(wiring, "find_probe", lambda: None)
     return Path(shutil.copytree(pristine, tmp_path / "model"))
 
 
@@ -360,7 +360,7 @@ def test_external_ids_are_idempotent(ask: Ask) -> None:
 
 def test_a_second_writer_is_5_and_readers_are_not_kept_out(ask: Ask, model: Path) -> None:
     ask("request", "submit", "id-0003", "--external-id", "T-1")
-    with writer_lock(model / opening.LOCK):
+    with writer_lock(model / wiring.LOCK):
         for command in (["request", "submit", "id-0003"], ["request", "cancel", "T-1"], ["run"]):
             assert ask(*command, "--json", code=5)["error"]["type"] == "Busy"
         for command in (["request", "list"], ["request", "show", "T-1"], ["run", "--plan"]):

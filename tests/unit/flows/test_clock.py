@@ -6,7 +6,6 @@ Events are ordered by their position in the chain; a due date is compared with t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from datetime import UTC, date, datetime
 
 import pytest
@@ -21,9 +20,9 @@ from sisa.flows.export import export_adapters
 from sisa.flows.ingest import train
 from sisa.flows.lifecycle import Terms, find, viewed
 from sisa.flows.reconcile import check_consistent, reconcile
-from sisa.flows.wiring.world import World
+from sisa.flows.wiring.context import Context
 from sisa.planning.batching import RunPlan
-from tests.fakes.ports import FakeModel, fake_model, fake_record
+from tests.fakes.ports import FakeModel, changed, fake_model, fake_record
 from tests.unit.flows.test_exports import PARTS
 
 NUM_RECORDS = 12
@@ -45,48 +44,50 @@ class Clock:
         return self._times[(self._calls - 1) % len(self._times)].isoformat(timespec="milliseconds")
 
 
-def world_with(times: Sequence[datetime]) -> tuple[FakeModel, World]:
+def context_with(times: Sequence[datetime]) -> tuple[FakeModel, Context]:
     fake = fake_model()
-    world = replace(fake.world, now=Clock(times))
-    train(world, [fake_record(number) for number in range(NUM_RECORDS)])
-    return fake, world
+    context = changed(fake.context, now=Clock(times))
+    train(context, [fake_record(number) for number in range(NUM_RECORDS)])
+    return fake, context
 
 
-def rows(world: World, number: int) -> list[RecordRow]:
-    found = world.ledger.lookup([world.assigner.id_digest(fake_record(number).id)]).values()
+def rows(context: Context, number: int) -> list[RecordRow]:
+    found = context.stores.ledger.lookup(
+        [context.settings.assigner.id_digest(fake_record(number).id)]
+    ).values()
     return [each for each in found if isinstance(each, RecordRow)]
 
 
-def sound(world: World, request: Request, now: datetime) -> None:
+def sound(context: Context, request: Request, now: datetime) -> None:
     """What holds of every request, whatever the clock did."""
-    present = replace(world, now=Clock([now]))
+    present = changed(context, now=Clock([now]))
     view = viewed(present, request)
     assert view.days_left == (date.fromisoformat(request.due) - now.date()).days
     assert request.seconds >= 0
     assert view.events[-1].state == request.state
-    check_consistent(world)
+    check_consistent(context)
 
 
 @settings(max_examples=80, deadline=None)
 @given(times=st.lists(moments, min_size=1, max_size=9), now=moments)
 def test_a_request_lives_its_whole_life_under_any_clock(times: list[datetime], now: datetime) -> None:
-    _, world = world_with(times)
-    one = lifecycle.submit(world, rows(world, 3), (), Terms(external_id="T-1"))
-    other = lifecycle.submit(world, rows(world, 4), (), Terms(approver="dpo"))
+    _, context = context_with(times)
+    one = lifecycle.submit(context, rows(context, 3), (), Terms(external_id="T-1"))
+    other = lifecycle.submit(context, rows(context, 4), (), Terms(approver="dpo"))
     for each in (one, other):
-        sound(world, each, now)
-    lifecycle.decide(world, "T-1", "held", "a court")
-    lifecycle.decide(world, "T-1", "approved", "dpo")
-    lifecycle.extend(world, "T-1", "complex")
-    plan: RunPlan = lifecycle.plan_run(world)
+        sound(context, each, now)
+    lifecycle.decide(context, "T-1", "held", "a court")
+    lifecycle.decide(context, "T-1", "approved", "dpo")
+    lifecycle.extend(context, "T-1", "complex")
+    plan: RunPlan = lifecycle.plan_run(context)
     assert set(plan.requests) == {one.request_id, other.request_id}
     assert plan.expected_arrivals >= 0
     assert date.fromisoformat(str(plan.run_by))
-    done = lifecycle.carry_out(world, lifecycle.approved(world))
+    done = lifecycle.carry_out(context, lifecycle.approved(context))
     assert {each.state for each in done} == {"completed"}
     for each in done:
-        sound(world, each, now)
-    states = [each.state for each in viewed(world, find(world, "T-1")).events]
+        sound(context, each, now)
+    states = [each.state for each in viewed(context, find(context, "T-1")).events]
     assert states == ["received", "held", "approved", "approved", *WHOLE_LIFE[2:]]
 
 
@@ -94,8 +95,8 @@ def test_a_request_lives_its_whole_life_under_any_clock(times: list[datetime], n
 @given(times=st.lists(moments, min_size=2, max_size=9), now=moments)
 def test_a_deletion_completes_under_any_clock(times: list[datetime], now: datetime) -> None:
     """Between receipt and commit, between any two events, and after a failure."""
-    fake, world = world_with(times)
-    export_adapters(world, PARTS, PARTS.base.directory / "no-such")
+    fake, context = context_with(times)
+    export_adapters(context, PARTS, PARTS.base.directory / "no-such")
 
     erase = fake.exports.erase
 
@@ -103,16 +104,16 @@ def test_a_deletion_completes_under_any_clock(times: list[datetime], now: dateti
         raise EnvironmentFault("the disk refused", where=export.path)
 
     fake.exports.erase = fails  # type: ignore[method-assign]
-    arrived = lifecycle.arrive(world, rows(world, 3), (), Terms(approver="dpo"))
+    arrived = lifecycle.arrive(context, rows(context, 3), (), Terms(approver="dpo"))
     with pytest.raises(EnvironmentFault):
-        forget_at_once(world, arrived)
+        forget_at_once(context, arrived)
     fake.exports.erase = erase  # type: ignore[method-assign]
-    sound(world, find(world, arrived.request.request_id), now)
-    reconcile(world)
-    done = find(world, arrived.request.request_id)
+    sound(context, find(context, arrived.request.request_id), now)
+    reconcile(context)
+    done = find(context, arrived.request.request_id)
     assert done.state == "completed"
-    sound(world, done, now)
-    assert not rows(world, 3)
+    sound(context, done, now)
+    assert not rows(context, 3)
     assert done.exports_erased == 1
 
 
@@ -120,9 +121,9 @@ def test_a_deletion_completes_under_any_clock(times: list[datetime], now: dateti
 @given(received=moments, now=moments)
 def test_a_due_date_under_a_wrong_clock_is_replaced(received: datetime, now: datetime) -> None:
     """It is shown with the days left by the present clock; cancelled and sent again it is right."""
-    _, world = world_with([received])
-    wrong = lifecycle.submit(world, rows(world, 3), (), Terms(external_id="T-1"))
-    right = replace(world, now=Clock([now]))
+    _, context = context_with([received])
+    wrong = lifecycle.submit(context, rows(context, 3), (), Terms(external_id="T-1"))
+    right = changed(context, now=Clock([now]))
     sound(right, wrong, now)
     lifecycle.decide(right, wrong.request_id, "cancelled", "a wrong clock")
     again = lifecycle.submit(right, rows(right, 3), (), Terms(external_id="T-2", approver="dpo"))
@@ -132,6 +133,6 @@ def test_a_due_date_under_a_wrong_clock_is_replaced(received: datetime, now: dat
 
 
 def test_a_due_date_is_checked_against_the_present_clock() -> None:
-    _, world = world_with([datetime(2026, 1, 10, tzinfo=UTC)])
+    _, context = context_with([datetime(2026, 1, 10, tzinfo=UTC)])
     with pytest.raises(SisaError, match="passed"):
-        lifecycle.submit(world, rows(world, 3), (), Terms(due="2026-01-09"))
+        lifecycle.submit(context, rows(context, 3), (), Terms(due="2026-01-09"))

@@ -24,27 +24,27 @@ from sisa.core.errors import IntegrityError
 from sisa.core.ports import Change
 from sisa.flows.reconcile import erase_unreferenced, reconcile
 from sisa.flows.reconfigure import reseal_model
-from sisa.flows.wiring import opening
-from sisa.flows.wiring.world import known_by_area
+from sisa.flows.wiring import wiring
+from sisa.flows.wiring.context import known_by_area
 from sisa.model import Model
 from sisa.store.blobs import files
 from sisa.store.blobs.files import TEMPORARY_PREFIX
 from sisa.store.blobs.keyring import FileKeyring, is_sealed
 from tests.fakes.keyring import FakeKeyring
-from tests.fakes.ports import SECRET, fake_model, fake_record
+from tests.fakes.ports import SECRET, changed, fake_model, fake_record
 from tests.models.confessing import (
     DELETED,
     NAME,
     build,
     content,
+    context_of,
     delete,
     record,
-    use_fake_parts,
-    world_of,
+    use_fake_resources,
 )
 
 GONE = record(DELETED)
-ROOMS = (opening.RECORDS, opening.INDEX, opening.CHECKPOINTS)
+ROOMS = (wiring.RECORDS, wiring.INDEX, wiring.CHECKPOINTS)
 
 
 @pytest.fixture(scope="module")
@@ -106,8 +106,8 @@ def keys(model: Path) -> dict[str, frozenset[str]]:
 
 
 def known(model: Path) -> dict[str, frozenset[str]]:
-    with world_of(model) as world:
-        return {room: known_by_area(world)[room] for room in ROOMS}
+    with context_of(model) as context:
+        return {room: known_by_area(context)[room] for room in ROOMS}
 
 
 def plaintexts(model: Path) -> dict[str, bytes]:
@@ -121,8 +121,8 @@ def plaintexts(model: Path) -> dict[str, bytes]:
 
 
 def scan(model: Path, **options: Any) -> Scan:
-    with world_of(model) as world:
-        return scan_residue(world, model, **options)
+    with context_of(model) as context:
+        return scan_residue(context, model, **options)
 
 
 def kinds(found: Scan | Diagnosis) -> list[str]:
@@ -131,8 +131,8 @@ def kinds(found: Scan | Diagnosis) -> list[str]:
 
 
 def repaired(model: Path) -> RepairOutcome:
-    with world_of(model) as world:
-        return mend(world, model)
+    with context_of(model) as context:
+        return mend(context, model)
 
 
 # --- at rest, and after a deletion ---------------------------------------------------------------
@@ -152,8 +152,8 @@ def test_the_keys_of_a_deleted_records_files_are_gone(model: Path, backup: Path)
         for name in names:
             source, target = backup / room / name, model / room / name
             (shutil.copytree if source.is_dir() else shutil.copy)(source, target)
-    with world_of(backup) as world:
-        problems = check_files(world)[1]
+    with context_of(backup) as context:
+        problems = check_files(context)[1]
     assert {each.where.partition("/")[2] for each in problems} >= {*frozenset().union(*lost.values())}
     assert all("key is missing" in each.what for each in problems)
 
@@ -162,16 +162,16 @@ def test_a_healthy_encrypted_model_has_no_finding(model: Path) -> None:
     found = diagnose(model)
     assert (found.findings, found.healthy) == ((), True)
     assert scan(model, ids=[GONE.id], texts=[GONE.text]).clean
-    with world_of(model) as world:
-        assert list_garbage(world, model) == ()
-        assert check_files(world)[1] == []
+    with context_of(model) as context:
+        assert list_garbage(context, model) == ()
+        assert check_files(context)[1] == []
 
 
 def test_a_sweep_destroys_all_keys_before_it_unlinks_anything(
     model: Path, backup: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shutil.copytree(backup / opening.RECORDS, model / opening.RECORDS, dirs_exist_ok=True)
-    keyring_of(model).seal(opening.RECORDS, "shard-00000-gone.parquet", "", b"")
+    shutil.copytree(backup / wiring.RECORDS, model / wiring.RECORDS, dirs_exist_ok=True)
+    keyring_of(model).seal(wiring.RECORDS, "shard-00000-gone.parquet", "", b"")
     real = files.erase
 
     def erase(path: Path) -> None:
@@ -180,8 +180,8 @@ def test_a_sweep_destroys_all_keys_before_it_unlinks_anything(
         real(path)
 
     monkeypatch.setattr(files, "erase", erase)
-    with world_of(model) as world:
-        erase_unreferenced(world)
+    with context_of(model) as context:
+        erase_unreferenced(context)
     assert keys(model) == known(model)
 
 
@@ -207,8 +207,8 @@ def test_a_sweep_that_is_cut_short_is_finished_by_the_next(
         patch.setattr(files, "erase", erase)
         with pytest.raises(Cut):
             delete(before)
-    with world_of(before) as world:
-        reconcile(world)
+    with context_of(before) as context:
+        reconcile(context)
     assert keys(before) == known(before)
     assert diagnose(before).healthy
     assert scan(before, ids=[GONE.id]).clean
@@ -217,23 +217,25 @@ def test_a_sweep_that_is_cut_short_is_finished_by_the_next(
 def test_keys_of_every_kind_that_no_file_has_are_swept() -> None:
     """In memory: the sweep asks the keyring, not the stores, and spares what the ledger knows."""
     fake = fake_model()
-    world = replace(fake.world, keyring=FakeKeyring())
+    context = changed(fake.context, keyring=FakeKeyring())
     from sisa.flows.ingest import train
 
-    train(world, [fake_record(number) for number in range(6)])
-    for room, names in known_by_area(world).items():
+    train(context, [fake_record(number) for number in range(6)])
+    for room, names in known_by_area(context).items():
         for name in (*names, "of no file", f"{TEMPORARY_PREFIX}left"):
-            world.keyring.seal(room, name, "", b"")
-    erase_unreferenced(world)
-    assert {room: world.keyring.held(room) for room in known_by_area(world)} == known_by_area(world)
+            context.stores.keyring.seal(room, name, "", b"")
+    erase_unreferenced(context)
+    assert {room: context.stores.keyring.held(room) for room in known_by_area(context)} == known_by_area(
+        context
+    )
 
 
 # --- gc ------------------------------------------------------------------------------------------
 
 
 def test_gc_lists_and_destroys_keys_of_no_file(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    use_fake_parts(monkeypatch)
-    left = [(room, name) for room in (*ROOMS, opening.SCRATCH) for name in ("a", f"{TEMPORARY_PREFIX}b")]
+    use_fake_resources(monkeypatch)
+    left = [(room, name) for room in (*ROOMS, wiring.SCRATCH) for name in ("a", f"{TEMPORARY_PREFIX}b")]
     for place in left:
         keyring_of(model).seal(*place, "", b"")
     opened = Model(model, executor="serial")
@@ -245,20 +247,22 @@ def test_gc_lists_and_destroys_keys_of_no_file(model: Path, monkeypatch: pytest.
     done = collect_garbage(opened, dry_run=False)
     assert (done.removed, done.removed_bytes) == (len(left), 32 * len(left))
     assert keys(model) == known(model)
-    assert keyring_of(model).held(opening.SCRATCH) == frozenset()
+    assert keyring_of(model).held(wiring.SCRATCH) == frozenset()
 
 
 def test_gc_removes_files_with_their_keys_and_spares_what_waits(model: Path) -> None:
     """A stage of a present target that was not recorded yet is taken over: its key stays with it."""
-    with world_of(model) as world:
-        head = world.ledger.heads()[0]
-        stage = next(each for each in world.ledger.checkpoints(0) if each.key == head.key)
-        world.ledger.commit(Change(dropped=[stage.key], heads=[replace(head, key=None, depth=0)]))
-        world.records.write(0, 0, "0" * 64, [])
-        removed = remove_garbage(world, model)
+    with context_of(model) as context:
+        head = context.stores.ledger.heads()[0]
+        stage = next(each for each in context.stores.ledger.checkpoints(0) if each.key == head.key)
+        context.stores.ledger.commit(
+            Change(dropped=[stage.key], heads=[replace(head, key=None, depth=0)])
+        )
+        context.stores.records.write(0, 0, "0" * 64, [])
+        removed = remove_garbage(context, model)
         assert [each.path for each in removed] == [f"records/shard-00000-slice-00000-{'0' * 64}.parquet"]
-        assert stage.key in world.keyring.held(opening.CHECKPOINTS)
-        reconcile(world)
+        assert stage.key in context.stores.keyring.held(wiring.CHECKPOINTS)
+        reconcile(context)
     assert diagnose(model).healthy
     assert keys(model) == known(model)
 
@@ -288,17 +292,17 @@ def test_files_whose_key_is_gone_are_no_residue_in_the_model_either(model: Path,
 
 
 def diagnose_garbage(model: Path) -> tuple[Any, ...]:
-    with world_of(model) as world:
-        return list_garbage(world, model)
+    with context_of(model) as context:
+        return list_garbage(context, model)
 
 
 @pytest.mark.parametrize("place", ["model", "elsewhere"])
 def test_a_deleted_row_is_found_through_the_encryption(model: Path, tmp_path: Path, place: str) -> None:
     from tests.models.confessing import stored
 
-    with world_of(model) as world:
-        file = world.records.write(0, 0, "0" * 64, [stored(world, DELETED)])
-    path = model / opening.RECORDS / file.name
+    with context_of(model) as context:
+        file = context.stores.records.write(0, 0, "0" * 64, [stored(context, DELETED)])
+    path = model / wiring.RECORDS / file.name
     also = []
     if place == "elsewhere":
         (tmp_path / "copies").mkdir()
@@ -324,13 +328,13 @@ def test_a_tainted_checkpoint_whose_key_is_held_is_residue(before: Path, backup:
 
 def test_what_a_replay_left_is_read_with_its_own_keys(model: Path, plain: Path) -> None:
     """A clean checkpoint in scratch is no residue, a tainted one is."""
-    stages = sorted((plain / opening.CHECKPOINTS).iterdir())
-    clean = [path for path in stages if path.name in known(model)[opening.CHECKPOINTS]]
+    stages = sorted((plain / wiring.CHECKPOINTS).iterdir())
+    clean = [path for path in stages if path.name in known(model)[wiring.CHECKPOINTS]]
     for stage, expected in ((clean[0], []), (min({*stages} - {*clean}), ["tainted", "unknown_file"])):
-        left = model / opening.SCRATCH / "replay" / stage.name
+        left = model / wiring.SCRATCH / "replay" / stage.name
         left.mkdir(parents=True)
         for path in stage.iterdir():
-            data = keyring_of(model).seal(opening.SCRATCH, stage.name, path.name, path.read_bytes())
+            data = keyring_of(model).seal(wiring.SCRATCH, stage.name, path.name, path.read_bytes())
             (left / path.name).write_bytes(data)
         found = scan(model)
         assert kinds(found) == expected
@@ -348,7 +352,7 @@ def test_what_the_model_relies_on_and_can_not_open_is_damaged(model: Path) -> No
 def test_a_text_that_poses_as_sealed_is_read_all_the_same(model: Path) -> None:
     from sisa.store.blobs.keyring import MAGIC
 
-    (model / opening.RECORDS / "a.bin").write_bytes(MAGIC + GONE.text.encode())
+    (model / wiring.RECORDS / "a.bin").write_bytes(MAGIC + GONE.text.encode())
     assert kinds(scan(model, texts=[GONE.text])) == ["string"]
 
 
@@ -360,7 +364,7 @@ def lose_key(model: Path, room: str) -> None:
     (keyring_of(model).root / room / name).unlink()
 
 
-@pytest.mark.parametrize("room", [opening.INDEX, opening.CHECKPOINTS])
+@pytest.mark.parametrize("room", [wiring.INDEX, wiring.CHECKPOINTS])
 def test_what_lost_its_key_and_can_be_derived_comes_back(model: Path, room: str) -> None:
     held = plaintexts(model)
     lose_key(model, room)
@@ -375,9 +379,9 @@ def test_what_lost_its_key_and_can_be_derived_comes_back(model: Path, room: str)
 
 def test_a_slice_without_its_key_is_lost_and_nothing_is_erased(model: Path) -> None:
     held = content(model)
-    lose_key(model, opening.RECORDS)
-    lose_key(model, opening.CHECKPOINTS)
-    (model / opening.RECORDS / ".tmp-x").write_bytes(b"half")
+    lose_key(model, wiring.RECORDS)
+    lose_key(model, wiring.CHECKPOINTS)
+    (model / wiring.RECORDS / ".tmp-x").write_bytes(b"half")
     found = diagnose(model)
     assert kinds(found) == ["checkpoint", "slice", "unknown"]
     assert not found.ok
@@ -403,8 +407,8 @@ def test_the_partition_key_rests_with_the_other_keys(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Beside the ledger it would make a dictionary of the tombstones, as an earlier version left it."""
-    use_fake_parts(monkeypatch)
-    beside, kept = model / opening.KEY, keyring_of(model).root / opening.KEY
+    use_fake_resources(monkeypatch)
+    beside, kept = model / wiring.KEY, keyring_of(model).root / wiring.KEY
     assert (beside.exists(), kept.is_file(), kept.stat().st_mode & 0o777) == (False, True, 0o600)
     kept.rename(beside)
     assert kinds(diagnose(model)) == ["key_place"]
@@ -414,13 +418,13 @@ def test_the_partition_key_rests_with_the_other_keys(
     assert (beside.exists(), kept.read_bytes()) == (False, secret)
     assert diagnose(model).healthy
     plain = opened.config.model_copy(update={"encrypt": False})
-    opening.keep_key(model, plain, opened.id, opened.secret)
+    wiring.keep_key(model, plain, opened.id, opened.secret)
     assert (kept.exists(), beside.read_bytes()) == (False, secret)
 
 
 def test_keys_that_others_may_read_are_told_and_mended(model: Path) -> None:
     root = keyring_of(model).root
-    key = root / opening.RECORDS / min(known(model)[opening.RECORDS])
+    key = root / wiring.RECORDS / min(known(model)[wiring.RECORDS])
     key.chmod(0o644)
     root.chmod(0o755)
     found = diagnose(model)
@@ -431,7 +435,7 @@ def test_keys_that_others_may_read_are_told_and_mended(model: Path) -> None:
 
 
 def test_a_key_of_no_file_is_told_and_destroyed(model: Path) -> None:
-    keyring_of(model).seal(opening.INDEX, "shard-00000-gone.faiss", "", b"")
+    keyring_of(model).seal(wiring.INDEX, "shard-00000-gone.faiss", "", b"")
     found = diagnose(model)
     assert (kinds(found), found.ok) == (["unknown"], True)
     assert "key of no file" in found.findings[0].what
@@ -440,16 +444,16 @@ def test_a_key_of_no_file_is_told_and_destroyed(model: Path) -> None:
 
 
 def unseal_one(model: Path) -> None:
-    path = model / opening.RECORDS / min(known(model)[opening.RECORDS])
-    path.write_bytes(keyring_of(model).unseal(opening.RECORDS, path.name, "", path.read_bytes()))
+    path = model / wiring.RECORDS / min(known(model)[wiring.RECORDS])
+    path.write_bytes(keyring_of(model).unseal(wiring.RECORDS, path.name, "", path.read_bytes()))
     path.chmod(0o600)
 
 
 def test_a_plain_file_in_an_encrypted_model_is_read_told_and_sealed(model: Path) -> None:
     held = plaintexts(model)
     unseal_one(model)
-    with world_of(model) as world:
-        assert check_files(world)[1] == []
+    with context_of(model) as context:
+        assert check_files(context)[1] == []
     found = diagnose(model)
     assert (kinds(found), found.ok) == (["form"], True)
     assert repaired(model).after.healthy
@@ -462,14 +466,16 @@ def test_a_plain_file_in_an_encrypted_model_is_read_told_and_sealed(model: Path)
 
 def set_form(model: Path, *, seals: bool) -> Callable[[], None]:
     """What `--reconfigure` does: every file in its other form, then the commit."""
-    with world_of(model) as world:
-        reseal_model(replace(world, keyring=FileKeyring(keyring_of(model).root, seals)))
+    with context_of(model) as context:
+        reseal_model(changed(context, keyring=FileKeyring(keyring_of(model).root, seals)))
 
     def commit() -> None:
-        with world_of(model) as world:
-            config = opening.stored_config(world.ledger.meta()).model_copy(update={"encrypt": seals})
-            world.ledger.commit(Change(meta={"config": config.to_canonical()}))
-        opening.keep_key(model, config, NAME, SECRET)
+        with context_of(model) as context:
+            config = wiring.stored_config(context.stores.ledger.meta()).model_copy(
+                update={"encrypt": seals}
+            )
+            context.stores.ledger.commit(Change(meta={"config": config.to_canonical()}))
+        wiring.keep_key(model, config, NAME, SECRET)
 
     return commit
 
@@ -479,8 +485,8 @@ def test_a_model_that_is_no_longer_encrypted_is_a_plain_one(model: Path) -> None
     commit = set_form(model, seals=False)
     assert content(model) == held
     assert not any(keys(model).values())
-    with world_of(model) as world:  # cut short before the commit
-        assert check_files(world)[1] == []
+    with context_of(model) as context:  # cut short before the commit
+        assert check_files(context)[1] == []
     commit()
     assert diagnose(model).healthy
     shutil.rmtree(keyring_of(model).root)
@@ -489,8 +495,8 @@ def test_a_model_that_is_no_longer_encrypted_is_a_plain_one(model: Path) -> None
 
 def test_turning_encryption_off_that_was_cut_short_is_told_and_mended(model: Path) -> None:
     set_form(model, seals=False)()
-    name = min(known(model)[opening.RECORDS])
-    keyring_of(model).seal(opening.RECORDS, name, "", b"")  # as if its key had been left
+    name = min(known(model)[wiring.RECORDS])
+    keyring_of(model).seal(wiring.RECORDS, name, "", b"")  # as if its key had been left
     assert kinds(diagnose(model)) == ["form"]
     assert repaired(model).after.healthy
     assert not any(keys(model).values())
@@ -503,21 +509,23 @@ def test_turning_encryption_on_that_was_cut_short_loses_nothing(model: Path) -> 
     set_form(model, seals=True)
     assert all(map(is_sealed, content(model).values()))
     assert kinds(diagnose(model)) == ["form"]
-    with world_of(model) as world:
-        reconcile(world)
+    with context_of(model) as context:
+        reconcile(context)
     assert plaintexts(model) == held
     delete(model, DELETED + 1)
-    with world_of(model) as world:
-        assert check_files(world)[1] == []
-        assert not world.keyring.seals
+    with context_of(model) as context:
+        assert check_files(context)[1] == []
+        assert not context.stores.keyring.seals
     assert repaired(model).after.healthy
     assert not any(map(is_sealed, content(model).values()))
 
 
 def test_a_damaged_sealed_file_is_told_with_its_place(model: Path) -> None:
-    name = min(known(model)[opening.RECORDS])
-    path = model / opening.RECORDS / name
+    name = min(known(model)[wiring.RECORDS])
+    path = model / wiring.RECORDS / name
     path.write_bytes(path.read_bytes()[:-1] + b"?")
-    with world_of(model) as world, pytest.raises(IntegrityError, match="not the one") as caught:
-        world.records.check(next(each for each in world.ledger.slices() if each.name == name))
+    with context_of(model) as context, pytest.raises(IntegrityError, match="not the one") as caught:
+        context.stores.records.check(
+            next(each for each in context.stores.ledger.slices() if each.name == name)
+        )
     assert caught.value.where == f"records/{name}"

@@ -35,14 +35,14 @@ from sisa.flows.lifecycle import Terms, find
 from sisa.flows.reconcile import reconcile
 from sisa.flows.reconfigure import reset
 from sisa.flows.stale_exports import missing
-from sisa.flows.wiring import opening
-from sisa.flows.wiring.parts import Parts
+from sisa.flows.wiring import wiring
+from sisa.flows.wiring.resources import Resources
 from sisa.model import Model
 from sisa.planning.assign import Assigner, Layout
 from sisa.store.blobs.files import TEMPORARY_PREFIX, writer_lock
 from sisa.store.exports import DirectoryExports
 from sisa.store.ledger.ledger import SqlLedger
-from tests.fakes.ports import ADAPTER, SECRET, FakeModel, fake_model, fake_record
+from tests.fakes.ports import ADAPTER, SECRET, FakeModel, changed, fake_model, fake_record
 from tests.models import confessing as care_model
 
 NUM_RECORDS = 12
@@ -59,19 +59,19 @@ def fake() -> FakeModel:
 
 def trained() -> FakeModel:
     model = fake_model()
-    train(model.world, [fake_record(number) for number in range(NUM_RECORDS)])
+    train(model.context, [fake_record(number) for number in range(NUM_RECORDS)])
     return model
 
 
 def export(fake: FakeModel, name: str, folder: Path = Path("no-such-folder")) -> list[Export]:
     """The rows of a new export."""
     before = fake.ledger.exports()
-    export_adapters(fake.world, PARTS, folder / name)
+    export_adapters(fake.context, PARTS, folder / name)
     return [each for each in fake.ledger.exports() if each not in before]
 
 
 def row(fake: FakeModel, number: int) -> RecordRow:
-    found = fake.ledger.lookup([fake.world.assigner.id_digest(fake_record(number).id)])
+    found = fake.ledger.lookup([fake.context.settings.assigner.id_digest(fake_record(number).id)])
     (each,) = found.values()
     assert isinstance(each, RecordRow)
     return each
@@ -79,8 +79,8 @@ def row(fake: FakeModel, number: int) -> RecordRow:
 
 def forget(fake: FakeModel, *numbers: int) -> Request:
     rows = [row(fake, number) for number in numbers]
-    arrived = lifecycle.arrive(fake.world, rows, (), Terms(approver="dpo"))
-    return forget_at_once(fake.world, arrived).requests[0]
+    arrived = lifecycle.arrive(fake.context, rows, (), Terms(approver="dpo"))
+    return forget_at_once(fake.context, arrived).requests[0]
 
 
 def knows(fake: FakeModel, number: int) -> set[str]:
@@ -131,20 +131,20 @@ def test_a_deletion_erases_what_it_touched_and_no_more(fake: FakeModel) -> None:
     made = export(fake, "a")
     touched = knows(fake, 3)
     assert len(touched) == 1
-    (located,) = query.where(fake.world, [fake_record(3).id])
+    (located,) = query.where(fake.context, [fake_record(3).id])
     assert set(located.exports) == touched
-    assert len(plan_forget(fake.world, [row(fake, 3)]).exports) == 1
+    assert len(plan_forget(fake.context, [row(fake, 3)]).exports) == 1
     done = forget(fake, 3)
     assert done.exports_erased == 1
     assert knows(fake, 3) == set()
     assert {each.path for each in made} - touched == set(fake.exports.stored)
     assert {each.path for each in fake.ledger.exports()} == set(fake.exports.stored)
-    assert missing(fake.world) == []
+    assert missing(fake.context) == []
 
 
 def test_an_export_of_a_retired_checkpoint_is_erased_too(fake: FakeModel) -> None:
     export(fake, "a")
-    add(fake.world, [fake_record(number) for number in range(NUM_RECORDS, 2 * NUM_RECORDS)])
+    add(fake.context, [fake_record(number) for number in range(NUM_RECORDS, 2 * NUM_RECORDS)])
     held = {each.key for each in fake.ledger.checkpoints()}
     assert not held & {each.key for each in fake.ledger.exports()}
     export(fake, "b")
@@ -155,7 +155,7 @@ def test_an_export_of_a_retired_checkpoint_is_erased_too(fake: FakeModel) -> Non
 
 def test_a_record_that_came_later_is_in_no_earlier_export(fake: FakeModel) -> None:
     made = export(fake, "a")
-    add(fake.world, [fake_record(99)])
+    add(fake.context, [fake_record(99)])
     assert forget(fake, 99).exports_erased == 0
     assert fake.ledger.exports() == made
 
@@ -166,19 +166,19 @@ def test_what_was_moved_is_told_and_erased_when_it_comes_back(fake: FakeModel) -
     files = fake.exports.stored.pop(path)
     done = forget(fake, 3)
     assert (done.state, done.exports_erased) == ("completed", 0)
-    notes = {each.state: each.note for each in lifecycle.viewed(fake.world, done).events}
+    notes = {each.state: each.note for each in lifecycle.viewed(fake.context, done).events}
     assert notes["erased"] == "1 exports could not be found"
-    (lost,) = missing(fake.world)
+    (lost,) = missing(fake.context)
     assert (lost.path, lost.state, lost.request_id) == (path, "tainted", done.request_id)
-    told = {each.path: each.standing for each in query.exports(fake.world) if each.standing}
+    told = {each.path: each.standing for each in query.exports(fake.context) if each.standing}
     assert told == {path: "gone"}
-    reconcile(fake.world)
-    assert [each.path for each in missing(fake.world)] == [path]
+    reconcile(fake.context)
+    assert [each.path for each in missing(fake.context)] == [path]
     fake.exports.stored[path] = files
-    reconcile(fake.world)
-    assert missing(fake.world) == []
+    reconcile(fake.context)
+    assert missing(fake.context) == []
     assert path not in fake.exports.stored
-    assert find(fake.world, done.request_id).exports_erased == 1
+    assert find(fake.context, done.request_id).exports_erased == 1
 
 
 def test_what_was_changed_since_is_left_alone(fake: FakeModel) -> None:
@@ -188,7 +188,7 @@ def test_what_was_changed_since_is_left_alone(fake: FakeModel) -> None:
     mine = dict(fake.exports.stored[path])
     assert forget(fake, 3).exports_erased == 0
     assert fake.exports.stored[path] == mine
-    assert [each.path for each in missing(fake.world)] == [path]
+    assert [each.path for each in missing(fake.context)] == [path]
 
 
 def test_an_erasure_that_fails_is_taken_up_again(fake: FakeModel) -> None:
@@ -204,9 +204,9 @@ def test_an_erasure_that_fails_is_taken_up_again(fake: FakeModel) -> None:
     (request,) = fake.ledger.requests()
     assert (request.state, request.cause) == ("erasure_failed", "EnvironmentFault")
     fake.exports.erase = erase  # type: ignore[method-assign]
-    reconcile(fake.world)
-    assert find(fake.world, request.request_id).state == "completed"
-    assert find(fake.world, request.request_id).exports_erased == 1
+    reconcile(fake.context)
+    assert find(fake.context, request.request_id).state == "completed"
+    assert find(fake.context, request.request_id).exports_erased == 1
     assert knows(fake, 3) == set()
 
 
@@ -220,7 +220,7 @@ def test_a_crash_anywhere_leaves_no_stale_export_behind(number: int, after: bool
     """Before or after any commit and any erasure, or between the two files of one."""
     fake = trained()
     export(fake, "a")
-    add(fake.world, [fake_record(50)])
+    add(fake.context, [fake_record(50)])
     export(fake, "b")
     calls = 0
 
@@ -248,12 +248,12 @@ def test_a_crash_anywhere_leaves_no_stale_export_behind(number: int, after: bool
     with contextlib.suppress(Cut):
         forget(fake, 3)
     fake.ledger.commit, fake.exports.erase = commit, erase  # type: ignore[method-assign]
-    reconcile(fake.world)
+    reconcile(fake.context)
     if not fake.ledger.requests():
         assert len(knows(fake, 3)) == 2
         forget(fake, 3)
     assert knows(fake, 3) == set()
-    assert missing(fake.world) == []
+    assert missing(fake.context) == []
     assert {each.path for each in fake.ledger.exports()} == set(fake.exports.stored)
     (request,) = fake.ledger.requests()
     assert (request.state, request.exports_erased) == ("completed", 2)
@@ -264,8 +264,8 @@ def test_one_of_several_requests_is_named(fake: FakeModel) -> None:
     one = row(fake, 3)
     other = next(row(fake, n) for n in range(NUM_RECORDS) if n != 3 and row(fake, n).shard == one.shard)
     terms = Terms(approver="dpo")
-    waiting = [lifecycle.submit(fake.world, [each], (), terms) for each in (one, other)]
-    done = lifecycle.carry_out(fake.world, waiting)
+    waiting = [lifecycle.submit(fake.context, [each], (), terms) for each in (one, other)]
+    done = lifecycle.carry_out(fake.context, waiting)
     assert sorted(each.exports_erased for each in done) == [0, 1]
 
 
@@ -273,14 +273,14 @@ def test_exports_outlive_a_new_layout_and_are_still_erased(fake: FakeModel) -> N
     """What was where is no longer known: an export that may hold the record goes, later ones do not."""
     old = export(fake, "a")
     layout = Layout(2, 3)
-    world = replace(fake.world, assigner=Assigner(Keyed(SECRET), layout))
-    reset(world, {})
-    reconcile(world)
-    fake.world = world
+    context = changed(fake.context, assigner=Assigner(Keyed(SECRET), layout))
+    reset(context, {})
+    reconcile(context)
+    fake.context = context
     assert {each.shard for each in fake.ledger.exports()} == {ANY_SHARD}
     assert len(fake.exports.stored) == len(old)
     export(fake, "b")
-    add(world, [fake_record(99)])
+    add(context, [fake_record(99)])
     assert forget(fake, 99).exports_erased == 0
     assert forget(fake, 3).exports_erased == len(old) + 1
     assert knows(fake, 3) == set()
@@ -317,7 +317,7 @@ def test_shards_that_were_exported_together_go_together(fake: FakeModel) -> None
         for e in made
     ]
     fake.ledger.commit(Change(exports=rows, unexported=[each.name for each in made]))
-    planned = plan_forget(fake.world, [row(fake, 3)])
+    planned = plan_forget(fake.context, [row(fake, 3)])
     assert len(planned.plans) == 1, "one shard is touched"
     done = forget(fake, 3)
     assert (fake.exports.stored, fake.ledger.exports()) == ({}, [])
@@ -334,7 +334,7 @@ def test_the_path_in_the_ledger_has_no_link_in_it(fake: FakeModel, tmp_path: Pat
 def test_a_retired_row_of_an_export_is_only_dropped_with_its_files(fake: FakeModel) -> None:
     made = export(fake, "a")
     fake.ledger.commit(Change(exports=[replace(made[0], state="tainted", request_id="req-x")]))
-    reconcile(fake.world)
+    reconcile(fake.context)
     assert made[0].path not in fake.exports.stored
     assert fake.ledger.exports() == made[1:]
 
@@ -353,7 +353,7 @@ def model(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def sisa(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Sisa:
-    care_model.use_fake_parts(monkeypatch)
+    care_model.use_fake_resources(monkeypatch)
 
     def call(*arguments: Any, code: int = 0) -> dict[str, Any]:
         assert cli.run([*map(str, arguments), "--json"]) == code, capsys.readouterr()
@@ -471,14 +471,14 @@ def test_a_clean_export_of_a_retired_checkpoint_is_no_residue(
     model: Path, tmp_path: Path, sisa: Sisa
 ) -> None:
     sisa("export", "-m", model, "--to", tmp_path / "out")
-    with care_model.world_of(model) as world:
-        add(world, [fake_record(number) for number in range(100, 130)])
+    with care_model.context_of(model) as context:
+        add(context, [fake_record(number) for number in range(100, 130)])
     found = sisa("sweep", "-m", model)
     assert (found["clean"], len(found["outdated_exports"])) == (True, 2)
 
 
 def test_an_export_is_refused_while_somebody_writes(model: Path, tmp_path: Path, sisa: Sisa) -> None:
-    with writer_lock(model / opening.LOCK):
+    with writer_lock(model / wiring.LOCK):
         sisa("export", "-m", model, "--to", tmp_path / "out", code=5)
     assert not (tmp_path / "out").exists()
 
@@ -506,7 +506,7 @@ def test_a_card_tells_the_rank_that_a_vllm_server_must_allow(rank: int, told: st
 def test_an_adapter_names_the_bases_source_and_no_cache(base: str, named: dict[str, str]) -> None:
     config = RunConfig(datasets=(DatasetSource(path="a"),), output_dir=Path("m"), base_model=base)
     files = {"adapter_model.safetensors": b"", "adapter_config.json": b'{"r": 4}'}
-    written = of_adapter(Parts(config, None, None), [], files)
+    written = of_adapter(Resources(config, None, None), [], files)
     assert json.loads(written["adapter_config.json"]) == {"r": 4, **named}
 
 

@@ -1,4 +1,4 @@
-"""Requests over a world of fakes: taken in once, run only when approved, finished whatever breaks.
+"""Requests over a model of fakes: taken in once, run only when approved, finished whatever breaks.
 
 The trainer's weights confess what touched them, so `clean` can look at everything that is held. At the
 end of any history the held bytes are those of a model that was trained on what remains.
@@ -23,8 +23,8 @@ from sisa.flows.deletion import forget_at_once
 from sisa.flows.ingest import add, train
 from sisa.flows.lifecycle import Terms, carry_out, decide, extend, find, submit, viewed
 from sisa.flows.reconcile import reconcile
-from sisa.flows.wiring.world import World, model_digest
-from tests.fakes.ports import ADAPTER, FakeModel, fake_model, fake_record
+from sisa.flows.wiring.context import Context, model_digest
+from tests.fakes.ports import ADAPTER, FakeModel, changed, fake_model, fake_record
 
 NUM_RECORDS = 12
 DAY = "2026-01-01T00:00:00+00:00"
@@ -38,16 +38,16 @@ def record(number: int) -> Record:
 
 def trained(numbers: Collection[int]) -> FakeModel:
     fake = fake_model()
-    train(fake.world, [record(number) for number in sorted(numbers)])
+    train(fake.context, [record(number) for number in sorted(numbers)])
     return fake
 
 
 def test_subjects_of_records_from_python_have_one_spelling() -> None:
     fake = fake_model()
     spellings = ("Jos\u00e9", " Jose\u0301 ")
-    train(fake.world, [fake_record(number, each) for number, each in enumerate(spellings)])
+    train(fake.context, [fake_record(number, each) for number, each in enumerate(spellings)])
     for each in spellings:
-        live, _ = query.of_subject(fake.world, each)
+        live, _ = query.of_subject(fake.context, each)
         assert len(live) == 2
 
 
@@ -57,16 +57,16 @@ def fake() -> FakeModel:
 
 
 def rows(fake: FakeModel, *numbers: int) -> list[RecordRow]:
-    digests = [fake.world.assigner.id_digest(record(number).id) for number in numbers]
+    digests = [fake.context.settings.assigner.id_digest(record(number).id) for number in numbers]
     return [each for each in fake.ledger.lookup(digests).values() if isinstance(each, RecordRow)]
 
 
 def asked(fake: FakeModel, *numbers: int, terms: Terms = APPROVED) -> Request:
     """Submit as the API does: what is held, and the tombstones of what was deleted before."""
-    digests = [fake.world.assigner.id_digest(record(number).id) for number in numbers]
+    digests = [fake.context.settings.assigner.id_digest(record(number).id) for number in numbers]
     found = fake.ledger.lookup(digests).values()
     dead = [each for each in found if isinstance(each, Tombstone)]
-    return submit(fake.world, rows(fake, *numbers), dead, terms)
+    return submit(fake.context, rows(fake, *numbers), dead, terms)
 
 
 def held_numbers(fake: FakeModel) -> set[int]:
@@ -74,20 +74,20 @@ def held_numbers(fake: FakeModel) -> set[int]:
 
 
 def run_all(fake: FakeModel) -> tuple[Request, ...]:
-    return carry_out(fake.world, lifecycle.approved(fake.world))
+    return carry_out(fake.context, lifecycle.approved(fake.context))
 
 
 def state(fake: FakeModel, request: Request) -> RequestState:
-    return find(fake.world, request.request_id).state
+    return find(fake.context, request.request_id).state
 
 
 def states(fake: FakeModel, request: Request) -> list[RequestState]:
-    return [each.state for each in viewed(fake.world, request).events]
+    return [each.state for each in viewed(fake.context, request).events]
 
 
 def held_bytes(fake: FakeModel) -> tuple[Any, ...]:
     stores = (fake.checkpoints.stored, fake.records.stored, fake.index.stored)
-    return (*stores, fake.ledger.heads(), model_digest(fake.world))
+    return (*stores, fake.ledger.heads(), model_digest(fake.context))
 
 
 def served(fake: FakeModel) -> set[str]:
@@ -111,7 +111,7 @@ def test_a_request_waits_and_changes_nothing_held(fake: FakeModel) -> None:
     assert (request.external_id, request.reason, request.approver) == ("T-1", "asked by letter", None)
     assert held_bytes(fake) == before
     assert states(fake, request) == ["received"]
-    assert viewed(fake.world, request).days_left == 31
+    assert viewed(fake.context, request).days_left == 31
 
 
 def test_no_plain_id_or_subject_waits_in_the_ledger(fake: FakeModel) -> None:
@@ -121,7 +121,7 @@ def test_no_plain_id_or_subject_waits_in_the_ledger(fake: FakeModel) -> None:
 
 def test_an_approver_approves_at_once(fake: FakeModel) -> None:
     request = asked(fake, 3)
-    found = viewed(fake.world, request)
+    found = viewed(fake.context, request)
     assert (request.state, request.approver) == ("approved", "dpo")
     assert [(each.state, each.note) for each in found.events] == [("received", ""), ("approved", "dpo")]
 
@@ -141,9 +141,9 @@ def test_a_due_date_of_ones_own_replaces_the_regimes(fake: FakeModel) -> None:
 def test_an_unknown_request_is_unknown(fake: FakeModel) -> None:
     asked(fake, 3)
     with pytest.raises(UnknownRecord):
-        find(fake.world, "req-none")
+        find(fake.context, "req-none")
     with pytest.raises(UnknownRecord):
-        extend(fake.world, "T-1", "complex")
+        extend(fake.context, "T-1", "complex")
 
 
 # --- external ids
@@ -157,7 +157,7 @@ def test_the_same_external_id_with_the_same_records_is_the_same_request(fake: Fa
     assert asked(fake, 3, 4, terms=terms) == done  # after its completion, too
     assert len(fake.ledger.requests()) == 1
     assert states(fake, first) == WHOLE_LIFE
-    assert find(fake.world, "T-1") == find(fake.world, first.request_id) == done
+    assert find(fake.context, "T-1") == find(fake.context, first.request_id) == done
 
 
 def test_an_approver_who_comes_later_approves_the_same_request(fake: FakeModel) -> None:
@@ -198,12 +198,12 @@ def test_an_external_id_is_no_other_requests_id(fake: FakeModel) -> None:
 
 
 def test_a_whole_life_in_order(fake: FakeModel) -> None:
-    before = model_digest(fake.world)
+    before = model_digest(fake.context)
     request = asked(fake, 3)
     (done,) = run_all(fake)
     assert states(fake, request) == WHOLE_LIFE
     assert (done.state, done.committed_at, done.cause) == ("completed", DAY, "")
-    assert (done.model_digest_before, done.model_digest_after) == (before, model_digest(fake.world))
+    assert (done.model_digest_before, done.model_digest_after) == (before, model_digest(fake.context))
     (row,) = rows(trained(range(NUM_RECORDS)), 3)
     assert [shard[:2] for shard in done.shards] == [(row.shard, row.slice)]
     assert held_bytes(fake) == held_bytes(trained(set(range(NUM_RECORDS)) - {3}))
@@ -221,7 +221,9 @@ def test_requests_that_overlap_retrain_their_union_once(fake: FakeModel) -> None
         other.request_id: "completed",
     }
     assert {each.num_records for each in done} == {3, 2}
-    digests = {number: fake.world.assigner.id_digest(record(number).id) for number in (1, 2, 3, 4)}
+    digests = {
+        number: fake.context.settings.assigner.id_digest(record(number).id) for number in (1, 2, 3, 4)
+    }
     by = {number: fake.ledger.tables.tombstones[each].request_id for number, each in digests.items()}
     assert (by[1], by[2], by[4]) == (one.request_id, one.request_id, other.request_id)
     assert by[3] in (one.request_id, other.request_id)
@@ -234,7 +236,7 @@ def test_a_request_whose_records_were_deleted_meanwhile_is_completed(fake: FakeM
     run_all(fake)
     before = held_bytes(fake)
     fake.trained.clear()
-    decide(fake.world, late.request_id, "approved", "dpo")
+    decide(fake.context, late.request_id, "approved", "dpo")
     (done,) = run_all(fake)
     assert (done.state, done.num_records, done.shards, fake.trained) == ("completed", 0, (), [])
     assert states(fake, late) == WHOLE_LIFE
@@ -247,11 +249,11 @@ def test_a_request_whose_records_were_deleted_meanwhile_is_completed(fake: FakeM
 def test_what_is_not_approved_never_runs(fake: FakeModel, decision: RequestState | None) -> None:
     request = asked(fake, 3, terms=APPROVED if decision else Terms())
     if decision:
-        request = decide(fake.world, request.request_id, decision, "a reason")
+        request = decide(fake.context, request.request_id, decision, "a reason")
     before = held_bytes(fake)
-    assert carry_out(fake.world, [request]) == (request,)
+    assert carry_out(fake.context, [request]) == (request,)
     assert run_all(fake) == ()
-    reconcile(fake.world)
+    reconcile(fake.context)
     assert held_bytes(fake) == before
     assert state(fake, request) == (decision or "received")
     fresh = asked(fake, 4)  # one that is approved beside it does not take it along
@@ -262,9 +264,9 @@ def test_what_is_not_approved_never_runs(fake: FakeModel, decision: RequestState
 def test_a_request_runs_as_the_ledger_holds_it(fake: FakeModel) -> None:
     """What was decided since the caller looked is kept."""
     stale = asked(fake, 3, terms=Terms())
-    decide(fake.world, stale.request_id, "approved", "dpo")
-    extend(fake.world, stale.request_id, "complex")
-    (done,) = carry_out(fake.world, [stale])
+    decide(fake.context, stale.request_id, "approved", "dpo")
+    extend(fake.context, stale.request_id, "complex")
+    (done,) = carry_out(fake.context, [stale])
     assert (done.state, done.approver, done.extension) == ("completed", "dpo", "complex")
     assert done.due == "2026-04-01"
 
@@ -275,9 +277,9 @@ def test_the_most_urgent_comes_first(fake: FakeModel) -> None:
     received = []
     for number, due in enumerate(dues):
         moment = f"2026-01-0{number + 1}T00:00:00+00:00"
-        world = replace(fake.world, now=partial(str, moment))
-        received.append(submit(world, rows(fake, number), (), replace(APPROVED, due=due)))
-    found = lifecycle.approved(fake.world)
+        context = changed(fake.context, now=partial(str, moment))
+        received.append(submit(context, rows(fake, number), (), replace(APPROVED, due=due)))
+    found = lifecycle.approved(fake.context)
     assert [received.index(each) for each in found] == [1, 3, 2, 0]
 
 
@@ -292,11 +294,11 @@ def test_decisions_need_their_reason_or_approver(
 ) -> None:
     request = asked(fake, 3, terms=Terms())
     with pytest.raises(InvalidInput):
-        decide(fake.world, request.request_id, decision, " ")
+        decide(fake.context, request.request_id, decision, " ")
     assert states(fake, request) == ["received"]
-    decided = decide(fake.world, request.request_id, decision, said)
-    assert decided == find(fake.world, request.request_id)
-    last = viewed(fake.world, request).events[-1]
+    decided = decide(fake.context, request.request_id, decision, said)
+    assert decided == find(fake.context, request.request_id)
+    last = viewed(fake.context, request).events[-1]
     assert (decided.state, last.state, last.note) == (decision, decision, said)
 
 
@@ -305,41 +307,41 @@ def test_what_is_done_is_not_decided_again(fake: FakeModel) -> None:
     run_all(fake)
     for decision in ("approved", "held", "denied", "cancelled"):
         with pytest.raises(ConfigConflict):
-            decide(fake.world, request.request_id, decision, "a reason")
+            decide(fake.context, request.request_id, decision, "a reason")
     assert states(fake, request) == WHOLE_LIFE
 
 
 def test_no_one_decides_that_a_request_is_completed(fake: FakeModel) -> None:
     request = asked(fake, 3)
     with pytest.raises(SisaError):
-        decide(fake.world, request.request_id, "completed", "dpo")
+        decide(fake.context, request.request_id, "completed", "dpo")
 
 
 def test_a_legal_hold_ends_with_an_approval(fake: FakeModel) -> None:
     request = asked(fake, 3)
-    decide(fake.world, request.request_id, "held", "court order")
+    decide(fake.context, request.request_id, "held", "court order")
     assert run_all(fake) == ()
-    decide(fake.world, request.request_id, "approved", "judge")
+    decide(fake.context, request.request_id, "approved", "judge")
     (done,) = run_all(fake)
     assert (done.state, done.approver) == ("completed", "judge")
 
 
 def test_an_extension_moves_the_due_date_and_is_told(fake: FakeModel) -> None:
     request = asked(fake, 3)
-    found = extend(fake.world, request.request_id, "complex")
+    found = extend(fake.context, request.request_id, "complex")
     assert (found.due, found.state) == ("2026-04-01", "approved")
-    seen = viewed(fake.world, found)
+    seen = viewed(fake.context, found)
     assert seen.days_left == 90
     assert "2026-04-01" in seen.events[-1].note
     assert "complex" in seen.events[-1].note
     with pytest.raises(ConfigConflict):
-        extend(fake.world, request.request_id, "again")
+        extend(fake.context, request.request_id, "again")
 
 
 def test_overdue_days_are_negative(fake: FakeModel) -> None:
     request = asked(fake, 3)
-    world = replace(fake.world, now=lambda: "2026-02-11T00:00:00+00:00")
-    assert viewed(world, request).days_left == -10
+    context = changed(fake.context, now=lambda: "2026-02-11T00:00:00+00:00")
+    assert viewed(context, request).days_left == -10
 
 
 # --- copies
@@ -353,20 +355,20 @@ def copy_of(number: int, name: str) -> Record:
 
 
 def digest(fake: FakeModel, name: str) -> str:
-    return fake.world.assigner.id_digest(name)
+    return fake.context.settings.assigner.id_digest(name)
 
 
 @pytest.fixture
 def with_copies(fake: FakeModel) -> FakeModel:
-    add(fake.world, [copy_of(3, "copy-1"), copy_of(3, "copy-2"), copy_of(4, "copy-3")])
+    add(fake.context, [copy_of(3, "copy-1"), copy_of(3, "copy-2"), copy_of(4, "copy-3")])
     return fake
 
 
 def test_copies_are_counted_and_kept(with_copies: FakeModel) -> None:
     request = asked(with_copies, 3)
     assert (request.num_records, request.num_copies, request.copies_included) == (1, 2, False)
-    same = lifecycle.copies(with_copies.world, rows(with_copies, 3), full_scan=True)
-    found = query.ids_of(with_copies.world, same)
+    same = lifecycle.copies(with_copies.context, rows(with_copies, 3), full_scan=True)
+    found = query.ids_of(with_copies.context, same)
     assert found == ["copy-1", "copy-2"]
     (done,) = run_all(with_copies)
     assert (done.num_records, done.num_copies) == (1, 2)
@@ -388,7 +390,7 @@ def test_records_that_are_copies_of_each_other_are_no_further_copies(with_copies
     names = ("id-0003", "copy-1", "copy-2")
     held = with_copies.ledger.lookup(digest(with_copies, each) for each in names).values()
     live = [each for each in held if isinstance(each, RecordRow)]
-    assert submit(with_copies.world, live, (), APPROVED).num_copies == 0
+    assert submit(with_copies.context, live, (), APPROVED).num_copies == 0
 
 
 @pytest.mark.parametrize("between", ["completed", "another copy came"])
@@ -398,7 +400,7 @@ def test_a_request_with_copies_is_the_same_request_later(with_copies: FakeModel,
     if between == "completed":
         run_all(with_copies)
     else:
-        add(with_copies.world, [copy_of(3, "copy-9")])
+        add(with_copies.context, [copy_of(3, "copy-9")])
     assert asked(with_copies, 3, terms=terms).request_id == first.request_id
 
 
@@ -422,39 +424,39 @@ def test_what_was_deleted_is_refused_unless_allowed(fake: FakeModel, comeback: R
     run_all(fake)
     before, seq = held_bytes(fake), fake.ledger.seq()
     with pytest.raises(InvalidInput) as caught:
-        add(fake.world, [fake_record(50), comeback, record(4)])
+        add(fake.context, [fake_record(50), comeback, record(4)])
     (problem,) = caught.value.problems
     assert (problem.where, request.request_id in problem.what) == ("record 2", True)
     assert comeback.id not in str(caught.value)
     assert (held_bytes(fake), fake.ledger.seq()) == (before, seq)
-    taken = add(fake.world, [comeback], allow_deleted=True)
+    taken = add(fake.context, [comeback], allow_deleted=True)
     assert taken.added == 1
-    assert [each.state for each in query.where(fake.world, [comeback.id])] == ["trained"]
+    assert [each.state for each in query.where(fake.context, [comeback.id])] == ["trained"]
     assert comeback.id in served(fake)
 
 
 def test_a_record_that_came_back_can_be_deleted_again(fake: FakeModel) -> None:
     asked(fake, 3)
     run_all(fake)
-    add(fake.world, [record(3)], allow_deleted=True)
+    add(fake.context, [record(3)], allow_deleted=True)
     second = asked(fake, 3)
     (done,) = run_all(fake)
     assert (done.request_id, done.state, done.num_records) == (second.request_id, "completed", 1)
     assert held_bytes(fake) == held_bytes(trained(set(range(NUM_RECORDS)) - {3}))
-    assert [each.state for each in query.where(fake.world, ["id-0003"])] == ["deleted"]
+    assert [each.state for each in query.where(fake.context, ["id-0003"])] == ["deleted"]
 
 
 def test_every_comeback_is_listed(fake: FakeModel) -> None:
     asked(fake, 3, 4)
     run_all(fake)
     with pytest.raises(InvalidInput) as caught:
-        add(fake.world, [record(3), record(5), copy_of(4, "new")])
+        add(fake.context, [record(3), record(5), copy_of(4, "new")])
     assert [each.where for each in caught.value.problems] == ["record 1", "record 3"]
 
 
 def test_a_request_that_only_waits_does_not_guard(fake: FakeModel) -> None:
     asked(fake, 3)
-    assert add(fake.world, [copy_of(3, "new")]).added == 1
+    assert add(fake.context, [copy_of(3, "new")]).added == 1
 
 
 # --- failures
@@ -472,21 +474,21 @@ class Broken:
     __call__ = run
 
 
-def failing(fake: FakeModel, world: World | None = None) -> None:
+def failing(fake: FakeModel, context: Context | None = None) -> None:
     """Run what is approved and see it fail."""
-    world = world or fake.world
+    context = context or fake.context
     with pytest.raises(EnvironmentFault):
-        carry_out(world, lifecycle.approved(world))
+        carry_out(context, lifecycle.approved(context))
 
 
-def untrainable(fake: FakeModel) -> World:
-    return replace(fake.world, executor_for=lambda _store: Broken())
+def untrainable(fake: FakeModel) -> Context:
+    return changed(fake.context, executor_for=lambda _store: Broken())
 
 
 def test_a_failed_training_leaves_clean_heads_and_is_finished_later(fake: FakeModel) -> None:
     request = asked(fake, 0, 1, 2, 3)
     failing(fake, untrainable(fake))
-    found = viewed(fake.world, find(fake.world, request.request_id))
+    found = viewed(fake.context, find(fake.context, request.request_id))
     assert (found.request.state, found.request.cause) == ("failed", "EnvironmentFault")
     assert found.request.committed_at == DAY
     assert (found.events[-1].state, found.events[-1].note) == ("failed", "EnvironmentFault")
@@ -494,13 +496,13 @@ def test_a_failed_training_leaves_clean_heads_and_is_finished_later(fake: FakeMo
     assert not served(fake) & ids({0, 1, 2, 3})
     for decision in ("approved", "held", "denied", "cancelled"):
         with pytest.raises(ConfigConflict):
-            decide(fake.world, request.request_id, decision, "too late")
-    assert lifecycle.approved(fake.world) == []  # it is not deleted twice, only finished
+            decide(fake.context, request.request_id, decision, "too late")
+    assert lifecycle.approved(fake.context) == []  # it is not deleted twice, only finished
     meanwhile: list[Request] = []
-    fake.before_run.append(lambda: meanwhile.append(find(fake.world, request.request_id)))
-    reconcile(fake.world)
+    fake.before_run.append(lambda: meanwhile.append(find(fake.context, request.request_id)))
+    reconcile(fake.context)
     assert [(each.state, each.cause) for each in meanwhile] == [("erased", "")]
-    done = find(fake.world, request.request_id)
+    done = find(fake.context, request.request_id)
     assert (done.state, done.cause) == ("completed", "")
     assert states(fake, request) == [
         *WHOLE_LIFE[:5],
@@ -520,14 +522,14 @@ def test_a_failed_erasure_is_a_state_of_its_own_and_is_finished_later(
     with monkeypatch.context() as patch:
         patch.setattr(getattr(fake, part), "erase", Broken())
         failing(fake)
-        found = find(fake.world, request.request_id)
+        found = find(fake.context, request.request_id)
         assert (found.state, found.cause) == ("erasure_failed", "EnvironmentFault")
         assert states(fake, request) == [*WHOLE_LIFE[:4], "erasure_failed"]
         assert "id-0003" not in served(fake)
         with pytest.raises(EnvironmentFault):
-            reconcile(fake.world)  # it is said as often as it is tried
+            reconcile(fake.context)  # it is said as often as it is tried
         assert "Ada" not in repr(fake.ledger.tables)
-    reconcile(fake.world)
+    reconcile(fake.context)
     assert (state(fake, request), states(fake, request)[-3:]) == ("completed", WHOLE_LIFE[4:])
     assert held_bytes(fake) == held_bytes(trained(set(range(NUM_RECORDS)) - {3}))
 
@@ -538,10 +540,10 @@ def fails_before_the_commit(fake: FakeModel, patch: pytest.MonkeyPatch) -> Reque
     patch.setattr(fake.records, "write", Broken())
     failing(fake)
     patch.undo()
-    found = find(fake.world, request.request_id)
+    found = find(fake.context, request.request_id)
     assert (found.state, found.cause, found.committed_at) == ("failed", "EnvironmentFault", "")
     assert states(fake, request) == ["received", "approved", "failed"]
-    reconcile(fake.world)  # which has nothing to finish
+    reconcile(fake.context)  # which has nothing to finish
     assert held_bytes(fake) == before
     assert state(fake, request) == "failed"
     return found
@@ -561,7 +563,7 @@ def test_what_failed_before_the_commit_can_be_stopped(
     fake: FakeModel, monkeypatch: pytest.MonkeyPatch, decision: RequestState
 ) -> None:
     request = fails_before_the_commit(fake, monkeypatch)
-    assert decide(fake.world, request.request_id, decision, "a reason").cause == ""
+    assert decide(fake.context, request.request_id, decision, "a reason").cause == ""
     assert run_all(fake) == ()
     assert held_numbers(fake) == set(range(NUM_RECORDS))
 
@@ -574,14 +576,14 @@ def test_a_damaged_file_to_build_on_stops_the_deletion_before_it(fake: FakeModel
     fake.records.erase([others[0].name])
     with pytest.raises(SisaError):
         run_all(fake)
-    found = find(fake.world, request.request_id)
+    found = find(fake.context, request.request_id)
     assert (found.state, found.cause, found.committed_at) == ("failed", "IntegrityError", "")
     assert held_numbers(fake) == set(range(NUM_RECORDS))
 
 
 def test_a_deletion_at_once_lives_the_same_life(fake: FakeModel) -> None:
-    arrived = lifecycle.arrive(fake.world, rows(fake, 3), (), APPROVED)
-    (done,) = forget_at_once(fake.world, arrived).requests
+    arrived = lifecycle.arrive(fake.context, rows(fake, 3), (), APPROVED)
+    (done,) = forget_at_once(fake.context, arrived).requests
     assert (done.request_id, done.state) == (arrived.request.request_id, "completed")
     assert states(fake, done) == WHOLE_LIFE
     assert held_bytes(fake) == held_bytes(trained(set(range(NUM_RECORDS)) - {3}))
@@ -591,20 +593,20 @@ def test_a_deletion_at_once_that_fails_before_its_commit_never_was(
     fake: FakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before, tables = held_bytes(fake), repr(fake.ledger.tables)
-    arrived = lifecycle.arrive(fake.world, rows(fake, 3), (), APPROVED)
+    arrived = lifecycle.arrive(fake.context, rows(fake, 3), (), APPROVED)
     monkeypatch.setattr(fake.records, "write", Broken())
     with pytest.raises(EnvironmentFault):
-        forget_at_once(fake.world, arrived)
+        forget_at_once(fake.context, arrived)
     assert (held_bytes(fake), repr(fake.ledger.tables)) == (before, tables)
 
 
 def test_a_deletion_at_once_that_fails_after_its_commit_is_finished(fake: FakeModel) -> None:
-    arrived = lifecycle.arrive(fake.world, rows(fake, 3), (), APPROVED)
+    arrived = lifecycle.arrive(fake.context, rows(fake, 3), (), APPROVED)
     with pytest.raises(EnvironmentFault):
         forget_at_once(untrainable(fake), arrived)
     assert state(fake, arrived.request) == "failed"
     assert "id-0003" not in served(fake)
-    reconcile(fake.world)
+    reconcile(fake.context)
     assert state(fake, arrived.request) == "completed"
 
 
@@ -621,12 +623,12 @@ def test_another_batch_finishes_what_a_failure_left(fake: FakeModel) -> None:
 
 
 def test_a_plan_names_what_waits_and_changes_nothing(fake: FakeModel) -> None:
-    assert lifecycle.plan_run(fake.world).choice == "nothing to do"
+    assert lifecycle.plan_run(fake.context).choice == "nothing to do"
     asked(fake, 1, terms=Terms())
-    assert lifecycle.plan_run(fake.world).choice == "nothing to do"
+    assert lifecycle.plan_run(fake.context).choice == "nothing to do"
     request = asked(fake, 2)
     before, tables = held_bytes(fake), repr(fake.ledger.tables)
-    found = lifecycle.plan_run(fake.world)
+    found = lifecycle.plan_run(fake.context)
     assert found.requests == (request.request_id,)
     assert found.run_by == "2026-01-29"
     assert (held_bytes(fake), repr(fake.ledger.tables)) == (before, tables)
@@ -637,7 +639,7 @@ def test_a_plan_names_what_waits_and_changes_nothing(fake: FakeModel) -> None:
 @pytest.mark.parametrize("left", [0, 3])
 def test_a_plan_runs_what_is_due(fake: FakeModel, left: int) -> None:
     asked(fake, 2, terms=replace(APPROVED, due=f"2026-01-{1 + left:02d}"))
-    found = lifecycle.plan_run(fake.world)
+    found = lifecycle.plan_run(fake.context)
     assert (found.choice, found.run_by) == ("run now", "2026-01-01")
 
 
@@ -646,13 +648,13 @@ def test_a_plan_of_a_model_without_records() -> None:
     asked(fake, 1)
     run_all(fake)
     asked(fake, 1)
-    assert lifecycle.plan_run(fake.world).choice == "run now"
+    assert lifecycle.plan_run(fake.context).choice == "run now"
 
 
 def test_a_plan_finishes_what_a_failure_left(fake: FakeModel) -> None:
     asked(fake, 1)
     failing(fake, untrainable(fake))
-    assert lifecycle.plan_run(fake.world).choice == "run now"
+    assert lifecycle.plan_run(fake.context).choice == "run now"
 
 
 # --- histories
@@ -689,19 +691,19 @@ def test_any_history_of_requests_leaves_what_was_not_completed(
             position = arguments[0] % len(requests)
             name = requests[position].request_id
             if expected[position] in CAN[act]:
-                decide(fake.world, name, ACTS[act], "a reason")
+                decide(fake.context, name, ACTS[act], "a reason")
                 expected[position] = ACTS[act]
             else:
                 with pytest.raises(ConfigConflict):
-                    decide(fake.world, name, ACTS[act], "a reason")
+                    decide(fake.context, name, ACTS[act], "a reason")
         elif act in ("run", "fail"):
             if act == "run":
                 run_all(fake)
             else:
                 try:
-                    carry_out(untrainable(fake), lifecycle.approved(fake.world))
+                    carry_out(untrainable(fake), lifecycle.approved(fake.context))
                 except EnvironmentFault:
-                    reconcile(fake.world)
+                    reconcile(fake.context)
             expected = ["completed" if each == "approved" else each for each in expected]
         assert [state(fake, each) for each in requests] == expected
     gone = {
@@ -719,13 +721,13 @@ def test_any_history_of_requests_leaves_what_was_not_completed(
 def test_a_legal_hold_protects_the_records_it_names(fake: FakeModel) -> None:
     """Neither another approved request nor a direct deletion reaches a record under a hold."""
     held = asked(fake, 3)
-    decide(fake.world, held.request_id, "held", "court order")
+    decide(fake.context, held.request_id, "held", "court order")
     other, free = asked(fake, 3, 4), asked(fake, 5)
-    assert [each.state for each in carry_out(fake.world, [other, free])] == ["approved", "completed"]
-    arrived = lifecycle.arrive(fake.world, rows(fake, 3), (), APPROVED)
+    assert [each.state for each in carry_out(fake.context, [other, free])] == ["approved", "completed"]
+    arrived = lifecycle.arrive(fake.context, rows(fake, 3), (), APPROVED)
     with pytest.raises(ConfigConflict, match="legal hold"):
-        forget_at_once(fake.world, arrived)
+        forget_at_once(fake.context, arrived)
     assert {3, 4} <= held_numbers(fake)
-    decide(fake.world, held.request_id, "cancelled", "")
+    decide(fake.context, held.request_id, "cancelled", "")
     assert [each.state for each in run_all(fake)] == ["completed"]
     assert {3, 4}.isdisjoint(held_numbers(fake))

@@ -25,10 +25,10 @@ from sisa.flows.patches.patched_shards import shards_over
 from sisa.flows.patches.patching import Unlearnt, Wish, make_wanted, want
 from sisa.flows.query import where
 from sisa.flows.reconcile import reconcile
-from sisa.flows.wiring.opening import check_hooks
-from sisa.flows.wiring.world import World, commit, model_digest, trained_over
+from sisa.flows.wiring.context import Context, commit, model_digest, trained_over
+from sisa.flows.wiring.wiring import check_hooks
 from sisa.planning.patch_plan import active, wanted
-from tests.fakes.ports import ADAPTER, FakeModel, fake_model, fake_record
+from tests.fakes.ports import ADAPTER, FakeModel, changed, fake_model, fake_record
 
 SETTINGS = {"method": "npo"}
 HELD = range(6)
@@ -51,8 +51,8 @@ def told() -> Told:
 @pytest.fixture
 def fake(told: Told) -> FakeModel:
     found = fake_model(2)
-    found.world = replace(found.world, report=told)
-    train(found.world, [fake_record(number) for number in HELD])
+    found.context = changed(found.context, report=told)
+    train(found.context, [fake_record(number) for number in HELD])
     return found
 
 
@@ -62,19 +62,21 @@ def wish_of(forget: Sequence[int], retain: Sequence[int] | None = None, consent:
 
 
 def made(fake: FakeModel, forget: Sequence[int], retain: Sequence[int] | None = None) -> Patch:
-    want(fake.world, wish_of(forget, retain))
-    done = make_wanted(fake.world)
+    want(fake.context, wish_of(forget, retain))
+    done = make_wanted(fake.context)
     assert done.patch is not None
     return done.patch
 
 
 def delete(fake: FakeModel, *numbers: int, consent: str = "") -> Request:
-    world = fake.world
-    found = world.ledger.lookup(world.assigner.id_digest(fake_record(n).id) for n in numbers)
+    context = fake.context
+    found = context.stores.ledger.lookup(
+        context.settings.assigner.id_digest(fake_record(n).id) for n in numbers
+    )
     rows = [each for each in found.values() if isinstance(each, RecordRow)]
     assert len(rows) == len(numbers)
-    arrived = arrive(world, rows, (), Terms(approver="me", consent=consent))
-    return forget_at_once(world, arrived).requests[0]
+    arrived = arrive(context, rows, (), Terms(approver="me", consent=consent))
+    return forget_at_once(context, arrived).requests[0]
 
 
 def touched(fake: FakeModel) -> set[str]:
@@ -92,17 +94,17 @@ def text(number: int) -> str:
 
 
 def test_a_wish_becomes_a_patch_and_its_texts_go(fake: FakeModel) -> None:
-    before = model_digest(fake.world)
+    before = model_digest(fake.context)
     patch = made(fake, [FREE])
     assert stack(fake) == [patch]
-    assert (patch.version, patch.made_at, patch.report) == (1, fake.world.now(), {"steps": 2})
+    assert (patch.version, patch.made_at, patch.report) == (1, fake.context.now(), {"steps": 2})
     assert fake.patches.held() == {patch.key}
     assert touched(fake) == {text(FREE)}
     assert (fake.vault.stored, fake.runs.stored) == ({}, {})
     assert [each.held for each in fake.ledger.vault()] == [False]
-    assert model_digest(fake.world) != before
-    patching.revert_patches(fake.world)
-    assert model_digest(fake.world) == before
+    assert model_digest(fake.context) != before
+    patching.revert_patches(fake.context)
+    assert model_digest(fake.context) == before
     assert (fake.patches.held(), fake.ledger.vault()) == (frozenset(), [])
     assert [each.state for each in fake.ledger.patches()] == ["reverted"]
 
@@ -110,40 +112,40 @@ def test_a_wish_becomes_a_patch_and_its_texts_go(fake: FakeModel) -> None:
 def test_a_patch_after_the_other_lies_upon_it(fake: FakeModel) -> None:
     one, two = made(fake, [FREE]), made(fake, [FREE + 1])
     assert two.job.beneath == (one.key,)
-    assert [each.key for each in patching.revert_patches(fake.world)] == [two.key]
+    assert [each.key for each in patching.revert_patches(fake.context)] == [two.key]
     assert stack(fake) == [one]
     made(fake, [FREE + 2])
-    assert len(patching.revert_patches(fake.world, everything=True)) == 2
+    assert len(patching.revert_patches(fake.context, everything=True)) == 2
     with pytest.raises(InvalidInput, match="no patch to revert"):
-        patching.revert_patches(fake.world)
+        patching.revert_patches(fake.context)
 
 
 def test_a_joint_patch_supersedes_the_former(fake: FakeModel) -> None:
-    fake.world = replace(fake.world, patch_mode="joint")
+    fake.context = changed(fake.context, patch_mode="joint")
     one, two = made(fake, [FREE]), made(fake, [FREE + 1])
     assert (two.job.beneath, len(two.job.forget)) == ((), 2)
     assert [each.state for each in fake.ledger.patches()] == ["superseded", "active"]
     assert fake.patches.held() == {two.key} != {one.key}
     assert len(fake.vault.stored) == 2
-    assert want(fake.world, wish_of([FREE])).key == two.key  # all of it is forgotten already
-    fake.world = replace(fake.world, patch_mode="sequential")
-    reconcile(fake.world)
+    assert want(fake.context, wish_of([FREE])).key == two.key  # all of it is forgotten already
+    fake.context = changed(fake.context, patch_mode="sequential")
+    reconcile(fake.context)
     assert fake.vault.stored == {}
 
 
 def test_a_wish_is_refused_before_anything_is_kept(fake: FakeModel) -> None:
     for wish in (wish_of([FREE], consent=" "), wish_of([]), Wish({}, [fake_record(FREE)], None, "yes")):
         with pytest.raises(InvalidInput):
-            want(fake.world, wish)
+            want(fake.context, wish)
     assert (fake.vault.stored, fake.ledger.patches(), fake.ledger.vault()) == ({}, [], [])
 
 
 def test_one_wish_at_a_time(fake: FakeModel) -> None:
-    first = want(fake.world, wish_of([FREE]))
-    assert want(fake.world, wish_of([FREE])) == first
+    first = want(fake.context, wish_of([FREE]))
+    assert want(fake.context, wish_of([FREE])) == first
     with pytest.raises(ConfigConflict, match="another patch is wanted"):
-        want(fake.world, wish_of([FREE + 1]))
-    assert make_wanted(fake.world).patch == stack(fake)[0]
+        want(fake.context, wish_of([FREE + 1]))
+    assert make_wanted(fake.context).patch == stack(fake)[0]
     assert fake.vault.stored == {}  # that of the refused wish went, too
 
 
@@ -153,31 +155,31 @@ def test_a_text_that_the_shards_hold_is_told(fake: FakeModel, told: Told) -> Non
 
 
 def test_an_unfinished_run_is_gone_on_with(fake: FakeModel) -> None:
-    want(fake.world, wish_of([FREE]))
+    want(fake.context, wish_of([FREE]))
     fake.patcher.ends = ["unfinished"]
-    done = make_wanted(fake.world, max_seconds=1.0)
+    done = make_wanted(fake.context, max_seconds=1.0)
     assert (done.patch, done.unfinished, done.kept_sets) == (None, True, 1)
     assert fake.patcher.orders[-1].max_seconds == 1.0
-    reconcile(fake.world)
+    reconcile(fake.context)
     assert len(fake.runs.stored) == len(fake.vault.stored) == 1
-    assert make_wanted(fake.world).patch == stack(fake)[0]
+    assert make_wanted(fake.context).patch == stack(fake)[0]
     assert fake.runs.stored == {}
 
 
 def test_a_machine_that_fails_leaves_the_wish(fake: FakeModel) -> None:
-    want(fake.world, wish_of([FREE]))
+    want(fake.context, wish_of([FREE]))
     fake.patcher.ends = ["fails"]
     with pytest.raises(EnvironmentFault):
-        make_wanted(fake.world)
+        make_wanted(fake.context)
     assert len(wanted(fake.ledger.patches())) == len(fake.vault.stored) == 1
-    patching.revert_patches(fake.world)
+    patching.revert_patches(fake.context)
     assert (fake.vault.stored, fake.runs.stored, stack(fake)) == ({}, {}, [])
 
 
 def test_nothing_good_is_no_patch(fake: FakeModel) -> None:
-    want(fake.world, wish_of([FREE]))
+    want(fake.context, wish_of([FREE]))
     fake.patcher.ends = ["nothing"]
-    assert make_wanted(fake.world) == Unlearnt(None, False, {"steps": 0}, 1, 0)
+    assert make_wanted(fake.context) == Unlearnt(None, False, {"steps": 0}, 1, 0)
     (dropped,) = fake.ledger.patches()
     assert (dropped.state, dropped.report) == ("dropped", {"steps": 0})
     assert fake.vault.stored == {}
@@ -189,25 +191,25 @@ def test_a_text_that_is_still_known_stays_until_a_patch_forgets_it(
     fake: FakeModel, revert: bool
 ) -> None:
     request = delete(fake, 0, consent="asked")
-    want(fake.world, Wish(SETTINGS, [], None, ""), [request])
+    want(fake.context, Wish(SETTINGS, [], None, ""), [request])
     fake.patcher.ends = ["known", "forgotten"]
-    assert make_wanted(fake.world).kept_sets == 1
-    reconcile(fake.world)
+    assert make_wanted(fake.context).kept_sets == 1
+    reconcile(fake.context)
     assert [[each.text for each in found] for found in fake.vault.stored.values()] == [[text(0)]]
     if revert:
-        patching.revert_patches(fake.world)
-    want(fake.world, Wish({**SETTINGS, "again": 1}), [fake.ledger.requests()[0]])
-    done = make_wanted(fake.world)
+        patching.revert_patches(fake.context)
+    want(fake.context, Wish({**SETTINGS, "again": 1}), [fake.ledger.requests()[0]])
+    done = make_wanted(fake.context)
     assert (done.erased_sets, done.kept_sets) == (1, 0)
     assert fake.vault.stored == {}
     assert len(stack(fake)) == (1 if revert else 2)
 
 
 def test_a_text_that_is_still_known_can_be_released(fake: FakeModel) -> None:
-    want(fake.world, wish_of([FREE]))
+    want(fake.context, wish_of([FREE]))
     fake.patcher.ends = ["known"]
-    make_wanted(fake.world)
-    patching.release_sets(fake.world, vault_sets.chosen(fake.world, list(fake.vault.stored), []))
+    make_wanted(fake.context)
+    patching.release_sets(fake.context, vault_sets.chosen(fake.context, list(fake.vault.stored), []))
     assert (fake.vault.stored, len(stack(fake))) == ({}, 1)
 
 
@@ -215,10 +217,10 @@ def test_a_deletion_with_consent_keeps_its_text_for_a_patch(fake: FakeModel) -> 
     request = delete(fake, 0, consent="asked")
     assert [[each.text for each in found] for found in fake.vault.stored.values()] == [[text(0)]]
     assert request.vaulted in fake.vault.stored
-    want(fake.world, Wish(SETTINGS), [request])
-    assert make_wanted(fake.world).patch is not None
+    want(fake.context, Wish(SETTINGS), [request])
+    assert make_wanted(fake.context).patch is not None
     assert (fake.vault.stored, touched(fake)) == ({}, {text(0)})
-    (place,) = where(fake.world, [fake_record(0).id])
+    (place,) = where(fake.context, [fake_record(0).id])
     assert (place.state, [each.version for each in place.patches], place.vault) == ("deleted", [1], ())
 
 
@@ -226,32 +228,32 @@ def test_a_deletion_without_consent_keeps_nothing(fake: FakeModel) -> None:
     request = delete(fake, 0)
     assert (fake.vault.stored, fake.ledger.vault(), request.vaulted) == ({}, [], "")
     with pytest.raises(ConfigConflict, match="not in the vault"):
-        want(fake.world, Wish(SETTINGS), [request])
+        want(fake.context, Wish(SETTINGS), [request])
 
 
 def test_where_knows_a_text_that_was_never_a_record(fake: FakeModel) -> None:
-    want(fake.world, wish_of([FREE]))
-    (place,) = where(fake.world, [fake_record(FREE).id])
+    want(fake.context, wish_of([FREE]))
+    (place,) = where(fake.context, [fake_record(FREE).id])
     assert (place.state, len(place.vault)) == ("patch", 1)
     assert [each.state for each in place.patches] == ["wanted"]
     with pytest.raises(UnknownRecord):
-        where(fake.world, ["never heard of"])
+        where(fake.context, ["never heard of"])
     with pytest.raises(UnknownRecord) as refused:
-        where(fake.world, [fake_record(FREE).id, "never heard of", fake_record(0).id])
+        where(fake.context, [fake_record(FREE).id, "never heard of", fake_record(0).id])
     assert [each.where for each in refused.value.problems] == ["id 2 of 3"]
 
 
 def test_a_released_text_is_gone_and_the_wish_with_it(fake: FakeModel) -> None:
     request = delete(fake, 0, consent="asked")
-    want(fake.world, wish_of([FREE]))
+    want(fake.context, wish_of([FREE]))
     for name, ids in (("nothing", ()), ("", ("none",))):
         with pytest.raises(UnknownRecord):
-            vault_sets.chosen(fake.world, [name] if name else [], ids)
-    found = vault_sets.chosen(fake.world, [], [request.request_id])
-    patching.release_sets(fake.world, found)
+            vault_sets.chosen(fake.context, [name] if name else [], ids)
+    found = vault_sets.chosen(fake.context, [], [request.request_id])
+    patching.release_sets(fake.context, found)
     assert fake.ledger.requests()[0].vaulted == ""
     assert [[each.text for each in one] for one in fake.vault.stored.values()] == [[text(FREE)]]
-    patching.release_sets(fake.world, vault_sets.chosen(fake.world, list(fake.vault.stored), []))
+    patching.release_sets(fake.context, vault_sets.chosen(fake.context, list(fake.vault.stored), []))
     assert (fake.vault.stored, wanted(fake.ledger.patches())) == ({}, [])
 
 
@@ -278,7 +280,7 @@ def test_a_deletion_never_fails_for_a_patchs_sake(fake: FakeModel, told: Told) -
     assert delete(fake, 0).state == "completed"
     assert (stack(fake), touched(fake)) == ([], set())
     assert any("could not be made again (EnvironmentFault)" in each for each in told)
-    make_wanted(fake.world)
+    make_wanted(fake.context)
     assert touched(fake) == {text(FREE), text(1)}
 
 
@@ -287,7 +289,7 @@ def test_what_can_not_be_made_again_is_dropped_for_good(fake: FakeModel, told: T
     patch = made(fake, [FREE], retain=[0, 1])
     fake.vault.erase(patch.job.forget)
     commit(
-        fake.world,
+        fake.context,
         Change(vault=[replace(e, held=False) for e in fake.ledger.vault() if e.role == "forget"]),
     )
     delete(fake, 0)
@@ -306,9 +308,9 @@ def test_a_set_that_can_not_be_read_stops_no_deletion(fake: FakeModel) -> None:
 def test_shards_over_a_patch_go_with_it(fake: FakeModel) -> None:
     """Its retain set held a text that became a record later."""
     made(fake, [FREE], retain=[FREE + 1])
-    shards_over(fake.world, stack(fake))
-    reconcile(fake.world)
-    add(fake.world, [fake_record(FREE + 1)])
+    shards_over(fake.context, stack(fake))
+    reconcile(fake.context)
+    add(fake.context, [fake_record(FREE + 1)])
     before = fake.checkpoints.held()
     fake.before_run.append(lambda: seen.append(fake.checkpoints.held() & before))
     seen: list[frozenset[str]] = []
@@ -316,18 +318,18 @@ def test_shards_over_a_patch_go_with_it(fake: FakeModel) -> None:
     assert seen == [frozenset()]  # before anything is trained anew
     assert trained_over(fake.ledger) == ()
     plain = fake_model(2)
-    train(plain.world, [fake_record(number) for number in HELD])
+    train(plain.context, [fake_record(number) for number in HELD])
     assert fake.checkpoints.stored == plain.checkpoints.stored
     assert text(FREE + 1) not in touched(fake)
 
 
 def test_so_do_shards_over_a_patch_that_is_served_no_more(fake: FakeModel) -> None:
     made(fake, [FREE], retain=[FREE + 1])
-    shards_over(fake.world, stack(fake))
-    reconcile(fake.world)
-    patching.revert_patches(fake.world)
+    shards_over(fake.context, stack(fake))
+    reconcile(fake.context)
+    patching.revert_patches(fake.context)
     assert text(FREE + 1) in touched(fake)
-    add(fake.world, [fake_record(FREE + 1)])
+    add(fake.context, [fake_record(FREE + 1)])
     delete(fake, FREE + 1)
     assert (trained_over(fake.ledger), touched(fake)) == ((), set())
     assert all(head.converged for head in fake.ledger.heads())
@@ -336,36 +338,38 @@ def test_so_do_shards_over_a_patch_that_is_served_no_more(fake: FakeModel) -> No
 def test_shards_are_not_trained_over_what_a_deletion_may_drop(fake: FakeModel) -> None:
     made(fake, [FREE], retain=[0])
     with pytest.raises(ConfigConflict, match="would retrain every shard"):
-        shards_over(fake.world, stack(fake))
+        shards_over(fake.context, stack(fake))
 
 
 def test_an_export_of_a_patch_that_was_reverted_goes_all_the_same(fake: FakeModel) -> None:
     patch = made(fake, [FREE], retain=[FREE + 1])
-    add(fake.world, [fake_record(FREE + 1)])
-    world = fake.world
-    (row,) = world.ledger.lookup([world.assigner.id_digest(fake_record(FREE + 1).id)]).values()
+    add(fake.context, [fake_record(FREE + 1)])
+    context = fake.context
+    (row,) = context.stores.ledger.lookup(
+        [context.settings.assigner.id_digest(fake_record(FREE + 1).id)]
+    ).values()
     other = next(head for head in fake.ledger.heads() if head.shard != row.shard)
     assert other.key is not None
     export = Export("/out", other.shard, (0, 1, 2), 1, other.key, "sha", "then", patches=(patch.key,))
-    commit(world, Change(exports=[export]))
-    patching.revert_patches(fake.world)
+    commit(context, Change(exports=[export]))
+    patching.revert_patches(fake.context)
     delete(fake, FREE + 1)
     (found,) = fake.ledger.exports()
     assert found.state == "tainted"
 
 
 def test_what_is_damaged_is_given_up_and_wanted_again_if_it_can_be(fake: FakeModel) -> None:
-    fake.world = replace(fake.world, patch_mode="joint")
+    fake.context = changed(fake.context, patch_mode="joint")
     patch = made(fake, [FREE])
-    shards_over(fake.world, stack(fake))
-    reconcile(fake.world)
+    shards_over(fake.context, stack(fake))
+    reconcile(fake.context)
     fake.patches.stored[patch.key][ADAPTER] = b"{}"
-    give_up(fake.world, [patch.key])
-    reconcile(fake.world)
+    give_up(fake.context, [patch.key])
+    reconcile(fake.context)
     assert (stack(fake), trained_over(fake.ledger), fake.patches.held()) == ([], (), frozenset())
-    assert make_wanted(fake.world).patch == replace(patch, version=2)
+    assert make_wanted(fake.context).patch == replace(patch, version=2)
     fake.vault.erase(patch.job.forget)
-    give_up(fake.world, patch.job.forget)
+    give_up(fake.context, patch.job.forget)
     assert [each.held for each in fake.ledger.vault()] == [False]
     assert stack(fake) == [replace(patch, version=2)]
 
@@ -376,7 +380,7 @@ def test_what_no_commit_knows_is_swept(fake: FakeModel) -> None:
     fake.patches.save(other, {ADAPTER: b"{}"})
     fake.vault.put("left", [fake_record(FREE)])
     fake.runs.stored["left"] = b""
-    reconcile(fake.world)
+    reconcile(fake.context)
     assert fake.patches.held() == {patch.key}
     assert (fake.vault.stored, fake.runs.stored) == ({}, {})
 
@@ -389,8 +393,8 @@ def test_what_a_patch_does_to_the_shards_is_in_its_report(fake: FakeModel) -> No
         return {"kl": 0}
 
     made(fake, [FREE])
-    want(fake.world, wish_of([FREE + 1]))
-    done = make_wanted(fake.world, measure=measure)
+    want(fake.context, wish_of([FREE + 1]))
+    done = make_wanted(fake.context, measure=measure)
     assert seen == [(1, 2)]
     assert done.patch == stack(fake)[1]
     assert done.report == {"steps": 2, "composition": {"kl": 0}}
@@ -414,9 +418,9 @@ def test_a_report_forgets_what_was_measured_on_a_deleted_record(fake: FakeModel)
         "shards": effect,
         "by_shard": {"0": effect, "1": effect},
     }
-    want(fake.world, wish_of([FREE]))
-    make_wanted(fake.world, measure=lambda *_: measured)
-    (row,) = fake.ledger.lookup([fake.world.assigner.id_digest(fake_record(0).id)]).values()
+    want(fake.context, wish_of([FREE]))
+    make_wanted(fake.context, measure=lambda *_: measured)
+    (row,) = fake.ledger.lookup([fake.context.settings.assigner.id_digest(fake_record(0).id)]).values()
     delete(fake, 0)
     (patch,) = stack(fake)
     left = {str(1 - row.shard): effect}
@@ -433,28 +437,32 @@ def test_no_effect_on_few_records_is_kept() -> None:
 
 def test_only_records_that_a_served_model_was_trained_on_are_asked(fake: FakeModel) -> None:
     """Where training was put off, heads serve fewer slices than they hold records of."""
-    world = fake.world
-    last = max((row for shard in (0, 1) for row in world.ledger.rows(shard)), key=lambda r: r.slice)
-    forget_at_once(world, arrive(world, [last], (), Terms(approver="me")), defer=True)
-    heads = {head.shard: head.key for head in world.ledger.heads()}
+    context = fake.context
+    last = max(
+        (row for shard in (0, 1) for row in context.stores.ledger.rows(shard)), key=lambda r: r.slice
+    )
+    forget_at_once(context, arrive(context, [last], (), Terms(approver="me")), defer=True)
+    heads = {head.shard: head.key for head in context.stores.ledger.heads()}
     prefixes = {
-        each.shard: each.prefix for each in world.ledger.checkpoints() if each.key in heads.values()
+        each.shard: each.prefix
+        for each in context.stores.ledger.checkpoints()
+        if each.key in heads.values()
     }
-    asked = chosen_rows(world, sorted(prefixes), 1000)
-    rows = [row for shard in prefixes for row in world.ledger.rows(shard)]
+    asked = chosen_rows(context, sorted(prefixes), 1000)
+    rows = [row for shard in prefixes for row in context.stores.ledger.rows(shard)]
     trained = {row.id_digest for row in rows if row.slice in prefixes[row.shard]}
     assert {row.id_digest for row in asked} == trained
     assert len(trained) < len(rows)
 
 
 def test_a_model_with_patches_is_not_opened_without_their_hook(fake: FakeModel) -> None:
-    bare = replace(fake.world, hooks=())
+    bare = changed(fake.context, hooks=())
     check_hooks(bare)
     patch = made(fake, [FREE])
     with pytest.raises(ConfigConflict, match="holds patches"):
         check_hooks(bare)
-    check_hooks(fake.world)
-    patching.revert_patches(fake.world)
+    check_hooks(fake.context)
+    patching.revert_patches(fake.context)
     assert patch.key not in fake.patches.held()
     check_hooks(bare)
 
@@ -466,22 +474,22 @@ class Noting:
         self.name = name
         self.calls = calls
 
-    def _note(self, world: World, call: str) -> None:
-        self.calls.append((self.name, call, [each.state for each in world.ledger.requests()]))
+    def _note(self, context: Context, call: str) -> None:
+        self.calls.append((self.name, call, [each.state for each in context.stores.ledger.requests()]))
 
-    def contribute(self, world: World, removal: Removal) -> Contribution:
+    def contribute(self, context: Context, removal: Removal) -> Contribution:
         assert len(removal.rows) == 1
-        self._note(world, "contribute")
+        self._note(context, "contribute")
         change = Change(meta={self.name: "contributed"})
-        return Contribution(change, finish=lambda: self._note(world, "finish"))
+        return Contribution(change, finish=lambda: self._note(context, "finish"))
 
-    def settle(self, world: World) -> None:
-        self._note(world, "settle")
+    def settle(self, context: Context) -> None:
+        self._note(context, "settle")
 
 
 def test_hooks_join_the_commit_of_a_deletion_and_finish_when_it_is_done(fake: FakeModel) -> None:
     calls: list[tuple[str, str, list[str]]] = []
-    fake.world = replace(fake.world, hooks=(Noting("one", calls), Noting("two", calls)))
+    fake.context = changed(fake.context, hooks=(Noting("one", calls), Noting("two", calls)))
     delete(fake, 0)
     assert calls == [
         ("one", "contribute", []),
@@ -497,12 +505,12 @@ def test_hooks_join_the_commit_of_a_deletion_and_finish_when_it_is_done(fake: Fa
 def test_a_crash_before_a_hook_finishes_leaves_the_deletion_to_the_next_command(fake: FakeModel) -> None:
     """The next command finishes it, and settles every hook."""
     calls: list[tuple[str, str, list[str]]] = []
-    fake.world = replace(fake.world, hooks=(Noting("one", calls),))
+    fake.context = changed(fake.context, hooks=(Noting("one", calls),))
     fake.before_run.append(_die)
     with pytest.raises(Died):
         delete(fake, 0)
     fake.before_run.remove(_die)
-    reconcile(fake.world)
+    reconcile(fake.context)
     assert [call for _, call, _ in calls] == ["contribute", "settle", "settle"]
     assert [each.state for each in fake.ledger.requests()] == ["completed"]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import pytest
 
@@ -12,7 +11,7 @@ from sisa.core.errors import EnvironmentFault
 from sisa.flows.deletion import forget_at_once
 from sisa.flows.ingest import train
 from sisa.flows.lifecycle import Terms, arrive, carry_out, submit
-from tests.fakes.ports import FakeModel, fake_model, fake_record
+from tests.fakes.ports import FakeModel, changed, fake_model, fake_record
 
 TERMS = Terms(approver="a person")
 
@@ -20,7 +19,7 @@ TERMS = Terms(approver="a person")
 @pytest.fixture
 def fake() -> FakeModel:
     found = fake_model()
-    train(found.world, [fake_record(number) for number in range(12)])
+    train(found.context, [fake_record(number) for number in range(12)])
     return found
 
 
@@ -30,11 +29,11 @@ class Asked:
     def __init__(self, fake: FakeModel, error: Exception | None = None) -> None:
         self.fake, self.error = fake, error
         self.records: list[list[str]] = []
-        fake.world = replace(fake.world, probe=self)
+        fake.context = changed(fake.context, probe=self)
 
     def __call__(self, records: Sequence[Record]) -> Probed:
         self.records.append(sorted(record.id for record in records))
-        digests = [self.fake.world.assigner.id_digest(record.id) for record in records]
+        digests = [self.fake.context.settings.assigner.id_digest(record.id) for record in records]
         assert not any(isinstance(e, RecordRow) for e in self.fake.ledger.lookup(digests).values())
         assert {each.state for each in self.fake.ledger.requests()} == {"rolled_back"}
         if self.error is not None:
@@ -43,12 +42,12 @@ class Asked:
 
 
 def rows(fake: FakeModel, *numbers: int) -> list[RecordRow]:
-    digests = [fake.world.assigner.id_digest(fake_record(number).id) for number in numbers]
+    digests = [fake.context.settings.assigner.id_digest(fake_record(number).id) for number in numbers]
     return [each for each in fake.ledger.lookup(digests).values() if isinstance(each, RecordRow)]
 
 
 def forgotten(fake: FakeModel, *numbers: int) -> Request:
-    done = forget_at_once(fake.world, arrive(fake.world, rows(fake, *numbers), (), TERMS))
+    done = forget_at_once(fake.context, arrive(fake.context, rows(fake, *numbers), (), TERMS))
     return done.requests[0]
 
 
@@ -62,8 +61,8 @@ def test_the_base_is_asked_when_the_model_is_clean_and_the_text_still_there(fake
 
 def test_each_request_of_a_batch_has_its_own_outcome(fake: FakeModel) -> None:
     asked = Asked(fake)
-    requests = [submit(fake.world, rows(fake, n), (), TERMS) for n in (1, 2)]
-    done = carry_out(fake.world, requests)
+    requests = [submit(fake.context, rows(fake, n), (), TERMS) for n in (1, 2)]
+    done = carry_out(fake.context, requests)
     assert sorted(asked.records) == [["id-0001"], ["id-0002"]]
     assert [each.probed.num_records if each.probed else 0 for each in done] == [1, 1]
 
@@ -82,7 +81,7 @@ def test_nothing_is_asked_of_what_was_deleted_before(fake: FakeModel) -> None:
     forgotten(fake, 3)
     asked = Asked(fake)
     dead = list(fake.ledger.tombstones())
-    (done,) = carry_out(fake.world, [submit(fake.world, [], dead, TERMS)])
+    (done,) = carry_out(fake.context, [submit(fake.context, [], dead, TERMS)])
     assert (asked.records, done.probed, done.state) == ([], None, "completed")
 
 

@@ -12,13 +12,13 @@ import pytest
 
 from sisa.config.runfile import parse_run_file
 from sisa.core.errors import Busy, IntegrityError
-from sisa.flows.wiring import opened, opening
+from sisa.flows.wiring import opened, wiring
 from sisa.model import Model
 from sisa.store.blobs import files
 from sisa.store.ledger import rows
 from sisa.store.ledger.ledger import SqlLedger
 from tests.fakes.ports import fake_record
-from tests.models.confessing import RUN_FILE, train_in, use_fake_parts
+from tests.models.confessing import RUN_FILE, train_in, use_fake_resources
 
 NUM_RECORDS, NUM_SUBJECTS = 160, 4
 KEPT = [fake_record(number, f"subject-{number % NUM_SUBJECTS}") for number in range(12)]
@@ -27,7 +27,7 @@ MORE = [fake_record(number, f"subject-{number % NUM_SUBJECTS}") for number in ra
 
 @pytest.fixture(autouse=True)
 def _fakes(monkeypatch: pytest.MonkeyPatch) -> None:
-    use_fake_parts(monkeypatch)
+    use_fake_resources(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,7 @@ def test_a_deletion_in_the_middle_of_a_question_is_no_damage(
 
 def test_damage_that_stays_is_told(directory: Path) -> None:
     model = Model(directory, executor="serial")
-    for path in (directory / opening.RECORDS).iterdir():
+    for path in (directory / wiring.RECORDS).iterdir():
         path.write_bytes(b"?")
     with pytest.raises(IntegrityError, match="not the one"):
         model.find(subject="subject-1")
@@ -134,8 +134,8 @@ def test_damage_that_stays_is_told(directory: Path) -> None:
 @pytest.fixture
 def half_written(directory: Path) -> Iterator[Model]:
     """A model with a file that its writer, who is at work, has not committed yet."""
-    with files.writer_lock(directory / opening.LOCK):
-        (directory / opening.RECORDS / "shard-00000-slice-00000-new.parquet").write_bytes(b"new")
+    with files.writer_lock(directory / wiring.LOCK):
+        (directory / wiring.RECORDS / "shard-00000-slice-00000-new.parquet").write_bytes(b"new")
         yield Model(directory, executor="serial")
 
 
@@ -149,10 +149,10 @@ def test_what_a_writer_has_not_committed_yet_is_not_judged(
 
 def test_verify_waits_for_a_writer_that_ends(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = Model(directory, executor="serial")
-    left = directory / opening.RECORDS / "shard-00000-slice-00000-new.parquet"
+    left = directory / wiring.RECORDS / "shard-00000-slice-00000-new.parquet"
     left.write_bytes(b"new")
     monkeypatch.setattr("sisa.model.WAITS_S", (0.0, 0.05, 5.0))
-    with files.writer_lock(directory / opening.LOCK):
+    with files.writer_lock(directory / wiring.LOCK):
         ends = threading.Timer(0.02, left.unlink)
         ends.start()
         assert model.verify().ok
@@ -160,7 +160,7 @@ def test_verify_waits_for_a_writer_that_ends(directory: Path, monkeypatch: pytes
 
 
 def test_an_unknown_file_that_nobody_writes_is_a_finding(directory: Path) -> None:
-    (directory / opening.RECORDS / "shard-00000-slice-00000-new.parquet").write_bytes(b"new")
+    (directory / wiring.RECORDS / "shard-00000-slice-00000-new.parquet").write_bytes(b"new")
     (found,) = Model(directory, executor="serial").verify().findings
     assert "does not know" in found.what
 

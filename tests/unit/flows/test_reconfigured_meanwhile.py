@@ -18,22 +18,22 @@ from sisa.core.digest import Keyed
 from sisa.core.errors import ConfigConflict
 from sisa.core.events import Event, Notice
 from sisa.core.ports import Change
-from sisa.flows.wiring import opening
-from sisa.flows.wiring.parts import Parts
+from sisa.flows.wiring import wiring
+from sisa.flows.wiring.resources import Resources
 from sisa.model import Model
 from sisa.store.blobs.keyring import is_sealed
 from sisa.train import train_model
 from tests.fakes.ports import fake_record
-from tests.models.confessing import RUN_FILE, content, use_fake_parts
+from tests.models.confessing import RUN_FILE, content, use_fake_resources
 
 NUM_RECORDS = 24
 
 
 @pytest.fixture(autouse=True)
 def _fakes(monkeypatch: pytest.MonkeyPatch) -> None:
-    use_fake_parts(monkeypatch)
-    monkeypatch.setattr(Parts, "count_tokens", lambda _, records: [1 for _ in records])
-    monkeypatch.setattr(Parts, "check_base", lambda _: None)
+    use_fake_resources(monkeypatch)
+    monkeypatch.setattr(Resources, "count_tokens", lambda _, records: [1 for _ in records])
+    monkeypatch.setattr(Resources, "check_base", lambda _: None)
 
 
 @pytest.fixture
@@ -114,10 +114,10 @@ def test_a_plain_file_of_an_encrypted_model_is_a_finding(config: RunConfig) -> N
     train_model(plain, executor="serial")
     model, _ = train_model(changed(config, encrypt=True), executor="serial")
     opened = model.keyring
-    directory = config.output_dir / opening.RECORDS
+    directory = config.output_dir / wiring.RECORDS
     (first, *_) = sorted(each.name for each in directory.iterdir())
     sealed = (directory / first).read_bytes()
-    (directory / first).write_bytes(opened.unseal(opening.RECORDS, first, "", sealed))
+    (directory / first).write_bytes(opened.unseal(wiring.RECORDS, first, "", sealed))
     found = model.verify()
     assert not found.ok
     assert [each.where for each in found.findings] == [f"records/{first}"]
@@ -125,11 +125,11 @@ def test_a_plain_file_of_an_encrypted_model_is_a_finding(config: RunConfig) -> N
 
 def before_the_lock(monkeypatch: pytest.MonkeyPatch, another: Callable[[], None]) -> None:
     """Let another process come after a run file was compared, and before the lock is taken."""
-    new_parts = training._new_parts
+    new_resources = training._new_resources
 
     def meanwhile(*given: Any, **options: Any) -> Any:
-        found = new_parts(*given, **options)
-        monkeypatch.setattr(training, "_new_parts", new_parts)
+        found = new_resources(*given, **options)
+        monkeypatch.setattr(training, "_new_parts", new_resources)
         another()
         return found
 
@@ -172,9 +172,9 @@ def test_another_model_in_the_directory_is_refused(config: RunConfig, tmp_path: 
 def test_a_commit_that_changes_no_setting_is_no_reconfiguration(config: RunConfig) -> None:
     told: list[Event] = []
     model, _ = train_model(config, executor="serial", report=told.append)
-    parts = model.parts
-    with model._writing() as world:
-        world.ledger.commit(Change(meta={"note": "of another kind"}))
+    resources = model.resources
+    with model._writing() as context:
+        context.stores.ledger.commit(Change(meta={"note": "of another kind"}))
     assert model.where(["id-0001"])[0].state == "trained"
-    assert model.parts is parts  # what is loaded stays loaded
+    assert model.resources is resources  # what is loaded stays loaded
     assert not is_told(told)

@@ -19,11 +19,11 @@ import pytest
 from cluster.cli import cli
 from sisa.config.runfile import parse_run_file
 from sisa.core.errors import InvalidInput
-from sisa.flows.wiring import opening
-from sisa.flows.wiring.parts import Parts
+from sisa.flows.wiring import wiring
+from sisa.flows.wiring.resources import Resources
 from sisa.store.blobs.files import writer_lock
 from tests.models import confessing as care_model
-from tests.models.confessing import content, record, use_fake_parts
+from tests.models.confessing import content, record, use_fake_resources
 
 Ask = Callable[..., dict[str, Any]]
 GONE = record(7).id
@@ -31,8 +31,8 @@ GONE = record(7).id
 
 @pytest.fixture
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    use_fake_parts(monkeypatch)
-    monkeypatch.setattr(Parts, "count_tokens", lambda _, records: [1 for _ in records])
+    use_fake_resources(monkeypatch)
+    monkeypatch.setattr(Resources, "count_tokens", lambda _, records: [1 for _ in records])
     care_model.build(tmp_path / "model")
     return tmp_path / "model"
 
@@ -60,7 +60,7 @@ def back_up(model: Path) -> Path:
 
 
 def witness_file() -> Path:
-    (found,) = (opening.state_dir() / "witness").iterdir()
+    (found,) = (wiring.state_dir() / "witness").iterdir()
     return found
 
 
@@ -101,10 +101,12 @@ def test_every_command_replays_first(
     (tmp_path / "more.jsonl").write_text('{"id": "new", "subject_id": null, "text": "words"}\n')
     arguments = [str(tmp_path / "more.jsonl") if each == "FILE" else each for each in command]
     ask(*arguments)
-    with care_model.world_of(model) as world:
-        digest = world.assigner.id_digest(GONE)
-        assert type(world.ledger.lookup([digest])[digest]).__name__ == "Tombstone"
-        assert not any(row.id_digest == digest for s in range(2) for row in world.ledger.rows(s))
+    with care_model.context_of(model) as context:
+        digest = context.settings.assigner.id_digest(GONE)
+        assert type(context.stores.ledger.lookup([digest])[digest]).__name__ == "Tombstone"
+        assert not any(
+            row.id_digest == digest for s in range(2) for row in context.stores.ledger.rows(s)
+        )
 
 
 def test_a_backup_that_is_restored_elsewhere_replays_too(model: Path, ask: Ask) -> None:
@@ -181,7 +183,7 @@ def test_a_reader_waits_for_the_writer_that_replays(model: Path, ask: Ask) -> No
     backup = back_up(model)
     ask("forget", GONE)
     restore(backup, model)
-    with writer_lock(model / opening.LOCK):
+    with writer_lock(model / wiring.LOCK):
         assert ask("where", GONE, code=5)["error"]["type"] == "Busy"
 
 
@@ -207,9 +209,9 @@ def test_a_restored_backup_with_a_damaged_checkpoint_is_mended(model: Path, ask:
     backup = back_up(model)
     ask("forget", GONE)
     clean = content(model)
-    for name in sorted(each.name for each in (backup / opening.CHECKPOINTS).iterdir()):
+    for name in sorted(each.name for each in (backup / wiring.CHECKPOINTS).iterdir()):
         restore(backup, model)
-        (model / opening.CHECKPOINTS / name / "manifest.json").unlink()
+        (model / wiring.CHECKPOINTS / name / "manifest.json").unlink()
         ask("doctor", "--repair")
         assert content(model) == clean
         assert ask("where", GONE)["records"][0]["state"] == "deleted"
@@ -263,7 +265,7 @@ def opening_of(path: Path) -> Any:
 
 
 def test_the_state_directory_is_the_users() -> None:
-    code = "from sisa.flows.wiring.opening import state_dir; print(state_dir())"
+    code = "from sisa.flows.wiring.wiring import state_dir; print(state_dir())"
     for variables, expected in (
         ({"HOME": "/h"}, "/h/.local/state/sisa"),
         ({"HOME": "/h", "XDG_STATE_HOME": "/s"}, "/s/sisa"),

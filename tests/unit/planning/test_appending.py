@@ -22,7 +22,7 @@ from sisa.flows.reconfigure import move
 from sisa.planning.assign import Assigner, Layout
 from sisa.planning.bands import Bands
 from sisa.planning.plan import LAYERWISE, passes
-from tests.fakes.ports import FakeModel, fake_model, fake_recipe, fake_record
+from tests.fakes.ports import FakeModel, changed, fake_model, fake_recipe, fake_record
 
 SLICES = 3
 
@@ -34,13 +34,13 @@ def some(*numbers: int) -> list[Record]:
 @pytest.fixture
 def fake() -> FakeModel:
     model = fake_model(2, fake_recipe(SLICES))
-    train(model.world, some(*range(20)))
+    train(model.context, some(*range(20)))
     model.trained.clear()
     return model
 
 
 def slices_of(fake: FakeModel, *numbers: int) -> set[int]:
-    digests = [fake.world.assigner.id_digest(record.id) for record in some(*numbers)]
+    digests = [fake.context.settings.assigner.id_digest(record.id) for record in some(*numbers)]
     return {getattr(row, "slice", -1) for row in fake.ledger.lookup(digests).values()}
 
 
@@ -64,54 +64,54 @@ def test_appended_stages_make_the_passes_that_the_last_of_as_many_would() -> Non
 
 def test_nothing_that_was_trained_is_trained_again(fake: FakeModel) -> None:
     held = set(fake.checkpoints.stored)
-    add(fake.world, some(*range(20, 30)), append=True)
+    add(fake.context, some(*range(20, 30)), append=True)
     assert slices_of(fake, *range(20, 30)) <= {3, 4, 5}
     assert {job.slice for job in fake.trained} <= {3, 4, 5}
     assert held <= set(fake.checkpoints.stored)
-    add(fake.world, some(30), append=True)
+    add(fake.context, some(30), append=True)
     assert slices_of(fake, 30) <= {6, 7, 8}
-    state = shards(fake.world)
+    state = shards(fake.context)
     assert all(each.converged and each.depth == each.num_stages > SLICES for each in state)
     assert {each.num_slices for each in state} == {max(slices_of(fake, 30)) + 1}
 
 
 def test_what_was_appended_is_told_with_its_generation(fake: FakeModel) -> None:
-    first, second = (add(fake.world, some(number), append=True) for number in (20, 21))
+    first, second = (add(fake.context, some(number), append=True) for number in (20, 21))
     assert (first.generation, second.generation) == (1, 2)
     assert "appended as generation 2" in render.taken(second, Path("model")).text
-    for again in (add(fake.world, some(21), append=True), add(fake.world, some(22))):
+    for again in (add(fake.context, some(21), append=True), add(fake.context, some(22))):
         assert again.generation is None
         assert "generation" not in render.taken(again, Path("model")).text
-    places = where(fake.world, [record.id for record in some(3, 20, 21, 22)])
+    places = where(fake.context, [record.id for record in some(3, 20, 21, 22)])
     assert [each.generation for each in places] == [0, 1, 2, 0]
     assert render.where(places).text.count("(generation ") == 2
 
 
 def test_the_same_file_again_is_held_already_and_needs_no_generation(fake: FakeModel) -> None:
-    add(fake.world, some(20, 21), append=True)
+    add(fake.context, some(20, 21), append=True)
     fake.trained.clear()
     for append in (True, False):
-        taken = add(fake.world, some(3, 20, 21), append=append)
+        taken = add(fake.context, some(3, 20, 21), append=append)
         assert (taken.added, taken.already_held) == (0, 3)
-    assert train(fake.world, some(*range(22))).already_held == 22
+    assert train(fake.context, some(*range(22))).already_held == 22
     assert fake.trained == []
 
 
 def test_another_generation_than_the_held_one_is_another_content(fake: FakeModel) -> None:
-    add(fake.world, some(20), append=True)
+    add(fake.context, some(20), append=True)
     with pytest.raises(InvalidInput, match="differ from the held"):
-        train(fake.world, [replace(record, generation=2) for record in some(20)])
+        train(fake.context, [replace(record, generation=2) for record in some(20)])
 
 
 def test_an_empty_model_begins_with_generation_0() -> None:
     model = fake_model(2, fake_recipe(SLICES))
-    train(model.world, [])
-    add(model.world, some(1, 2), append=True)
+    train(model.context, [])
+    add(model.context, some(1, 2), append=True)
     assert slices_of(model, 1, 2) <= {0, 1, 2}
 
 
 def test_a_generation_that_a_record_carries_stands(fake: FakeModel) -> None:
-    add(fake.world, [replace(record, generation=4) for record in some(20)], append=True)
+    add(fake.context, [replace(record, generation=4) for record in some(20)], append=True)
     assert slices_of(fake, 20) <= {12, 13, 14}
 
 
@@ -141,17 +141,17 @@ def test_generation_0_is_none(tmp_path: Path) -> None:
 
 
 def test_a_layerwise_model_has_no_layers_left_for_appended_slices(fake: FakeModel) -> None:
-    recipe = fake.world.recipe
+    recipe = fake.context.recipe
     training = {**recipe.training, LAYERWISE: SLICES}
-    world = replace(fake.world, plain_recipe=replace(recipe, training=training))
+    context = changed(fake.context, recipe=replace(recipe, training=training))
     held = set(fake.checkpoints.stored)
     carried = [replace(record, generation=1) for record in some(30)]
     with pytest.raises(ConfigConflict, match="none are left"):
-        add(world, some(30), append=True)
+        add(context, some(30), append=True)
     for refused in (add, train):
         with pytest.raises(ConfigConflict, match="none are left"):
-            refused(world, carried)
+            refused(context, carried)
     assert held == set(fake.checkpoints.stored)
-    add(fake.world, some(30), append=True)
+    add(fake.context, some(30), append=True)
     with pytest.raises(ConfigConflict, match="none are left"):
-        move(world, {"retrain"}, {})
+        move(context, {"retrain"}, {})

@@ -25,7 +25,7 @@ from sisa.flows.ingest import add, train
 from sisa.flows.lifecycle import Terms, arrive
 from sisa.planning.assign import Assigner, Layout
 from sisa.planning.bands import Bands, risk_problems
-from tests.fakes.ports import fake_model, fake_recipe, fake_record
+from tests.fakes.ports import changed, fake_model, fake_recipe, fake_record
 
 BANDS = Bands(thresholds=(0.01, 0.1), classes={"staff": 0.0, "trial": 0.3}, unknown=0.05)
 RUN = {"datasets": [{"path": "a.jsonl"}], "output_dir": "model"}
@@ -165,25 +165,25 @@ def test_unnamed_classes_and_two_risks_of_a_subject_are_told_together_by_positio
 
 def test_what_is_held_of_a_subject_binds_what_is_added() -> None:
     fake = fake_model(2, fake_recipe(4), bands=BANDS)
-    train(fake.world, [record(0, 0.3, "ada"), record(1, None)])
+    train(fake.context, [record(0, 0.3, "ada"), record(1, None)])
     before = fake.ledger.heads()
     for risk in (0.2, "trial", None):  # in the same band or not
         with pytest.raises(InvalidInput, match="deletion risk") as caught:
-            add(fake.world, [record(2, None), record(3, risk, "ada")])
+            add(fake.context, [record(2, None), record(3, risk, "ada")])
         assert [each.where for each in caught.value.problems] == ["record 2"]
         assert fake.ledger.heads() == before
     with pytest.raises(InvalidInput, match="deletion risk"):
-        add(fake.world, [record(4, "vip")])
-    assert add(fake.world, [record(3, 0.3, "ada")]).added == 1
+        add(fake.context, [record(4, "vip")])
+    assert add(fake.context, [record(3, 0.3, "ada")]).added == 1
 
 
 def test_all_that_speaks_against_an_addition_is_told_at_once() -> None:
     fake = fake_model(2, fake_recipe(4), bands=BANDS)
-    train(fake.world, [record(0, 0.3, "ada"), record(1, None), record(2, None)])
-    digest = fake.world.assigner.id_digest(record(2, None).id)
+    train(fake.context, [record(0, 0.3, "ada"), record(1, None), record(2, None)])
+    digest = fake.context.settings.assigner.id_digest(record(2, None).id)
     row = fake.ledger.lookup([digest])[digest]
     assert isinstance(row, RecordRow)
-    forget_at_once(fake.world, arrive(fake.world, [row], (), Terms(approver="a person")))
+    forget_at_once(fake.context, arrive(fake.context, [row], (), Terms(approver="a person")))
     before = fake.ledger.heads()
     asked = [
         record(5, None),
@@ -194,19 +194,19 @@ def test_all_that_speaks_against_an_addition_is_told_at_once() -> None:
         replace(record(2, None), id="new"),  # a deleted text under a new id
     ]
     with pytest.raises(InvalidInput, match="5 records can't be taken") as caught:
-        add(fake.world, asked)
+        add(fake.context, asked)
     assert [each.where for each in caught.value.problems] == [f"record {n}" for n in (2, 3, 4, 5, 6)]
     for told in ("sisa forget", "sisa.bands.classes", "--allow-deleted"):
         assert told in str(caught.value.next_step)
     with pytest.raises(InvalidInput, match="3 records") as caught:
-        add(fake.world, asked, allow_deleted=True)
+        add(fake.context, asked, allow_deleted=True)
     assert [each.where for each in caught.value.problems] == [f"record {n}" for n in (3, 4, 5)]
     assert fake.ledger.heads() == before
 
 
 def test_what_does_not_fit_and_what_comes_twice_is_told_with_the_rest() -> None:
     fake = fake_model(2, fake_recipe(4), bands=BANDS)
-    train(fake.world, [record(0, 0.3, "ada")])
+    train(fake.context, [record(0, 0.3, "ada")])
 
     def long(records: Sequence[Record]) -> list[int]:
         problems = [Problem(f"record {n}", "long") for n, r in enumerate(records, 1) if r.id > "id-0005"]
@@ -220,7 +220,7 @@ def test_what_does_not_fit_and_what_comes_twice_is_told_with_the_rest() -> None:
     before = fake.ledger.heads()
     asked = [record(7, None), record(3, "vip"), record(4, 0.2, "ada"), record(3, "vip")]
     with pytest.raises(InvalidInput, match="4 records can't be taken") as caught:
-        add(replace(fake.world, count_tokens=long), asked, checks=[guard])
+        add(changed(fake.context, count_tokens=long), asked, checks=[guard])
     assert [(each.where, each.what) for each in caught.value.problems] == [
         ("record 1", "long"),
         ("record 1", "shared"),
@@ -230,23 +230,23 @@ def test_what_does_not_fit_and_what_comes_twice_is_told_with_the_rest() -> None:
         ("record 4", "its 'deletion_risk' is no class of sisa.bands.classes"),
     ]
     with pytest.raises(InvalidInput, match="can't be trained on"):
-        add(replace(fake.world, count_tokens=long), asked[:1])
+        add(changed(fake.context, count_tokens=long), asked[:1])
     assert fake.ledger.heads() == before
 
 
 def test_a_changed_record_and_a_risk_without_a_class_are_told_of_a_source_together() -> None:
     fake = fake_model(2, fake_recipe(4), bands=BANDS)
-    train(fake.world, [record(0, 0.3), record(1, None)])
+    train(fake.context, [record(0, 0.3), record(1, None)])
     changed = replace(record(1, None), parts=record(6, None).parts)
     with pytest.raises(InvalidInput, match="2 records can't be taken") as caught:
-        train(fake.world, [record(0, "vip"), changed])
+        train(fake.context, [record(0, "vip"), changed])
     assert [each.where for each in caught.value.problems] == ["record 1", "record 2"]
 
 
 def test_one_held_record_of_a_subject_tells_its_risk(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = fake_model(2, fake_recipe(4))
-    train(fake.world, [record(n, 0.3, "ada") for n in range(3)])
-    add(fake.world, [record(3, 0.3, "ada"), record(4, None)], append=True)
+    train(fake.context, [record(n, 0.3, "ada") for n in range(3)])
+    add(fake.context, [record(3, 0.3, "ada"), record(4, None)], append=True)
     read, reading = [], fake.records.read
 
     def watched(file: SliceFile) -> tuple[StoredRecord, ...]:
@@ -255,5 +255,5 @@ def test_one_held_record_of_a_subject_tells_its_risk(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(fake.records, "read", watched)
     with pytest.raises(InvalidInput, match="deletion risk"):
-        add(fake.world, [record(5, 0.2, "ada"), record(6, None, "eve")])
+        add(fake.context, [record(5, 0.2, "ada"), record(6, None, "eve")])
     assert len(read) == 1

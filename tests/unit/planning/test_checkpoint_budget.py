@@ -18,7 +18,7 @@ from sisa.flows.query import where
 from sisa.planning.checkpoint_budget import best_kept, expected, split_budget
 from sisa.planning.orders import rotations
 from sisa.planning.plan import Recipe, ShardPlan, ShardView, plan_shard
-from tests.fakes.ports import FakeCheckpoints, fake_model, fake_recipe, fake_record
+from tests.fakes.ports import FakeCheckpoints, changed, fake_model, fake_recipe, fake_record
 
 numbers = st.floats(0.1, 10)
 stages_of = st.lists(st.tuples(numbers, numbers), min_size=1, max_size=6)
@@ -113,7 +113,7 @@ def test_while_anything_is_missing_nothing_is_dropped() -> None:
 def test_a_budget_that_is_too_small_is_told_and_exceeded() -> None:
     told: list[Event] = []
     fake = fake_model(2, fake_recipe(3, budget=1))
-    train(replace(fake.world, report=told.append), [fake_record(number) for number in range(20)])
+    train(changed(fake.context, report=told.append), [fake_record(number) for number in range(20)])
     assert len(fake.checkpoints.stored) == 2
     assert ["2 shards keep more bytes" in each.text for each in told if isinstance(each, Notice)] == [
         True
@@ -122,10 +122,10 @@ def test_a_budget_that_is_too_small_is_told_and_exceeded() -> None:
 
 def test_dropped_stages_are_no_finding() -> None:
     fake = fake_model(2, fake_recipe(3, orders=2, budget=1))
-    train(fake.world, [fake_record(number) for number in range(20)])
-    found = verify(fake.world, [0, 1], FakeCheckpoints())
+    train(fake.context, [fake_record(number) for number in range(20)])
+    found = verify(fake.context, [0, 1], FakeCheckpoints())
     assert found.ok
     assert [(each.equal, each.stages) for each in found.shards] == [(True, 2), (True, 2)]
-    (place,) = where(fake.world, ["id-0003"])
+    (place,) = where(fake.context, ["id-0003"])
     assert place.state == "trained"
     assert 1 <= len(place.checkpoints) <= 2

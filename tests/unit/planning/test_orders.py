@@ -19,7 +19,7 @@ from sisa.flows.ingest import add, train
 from sisa.flows.lifecycle import Terms, arrive
 from sisa.flows.query import shards
 from sisa.flows.reconcile import reconcile
-from sisa.flows.wiring.world import view_shard
+from sisa.flows.wiring.context import view_shard
 from sisa.planning.bands import Bands
 from sisa.planning.cost import full_record_epochs, orders_record_epochs
 from sisa.planning.orders import Order, arranged, chosen_orders, depth_after, matched, rotations
@@ -224,8 +224,8 @@ def test_expected_depth_with_risks() -> None:
 @pytest.mark.parametrize("schedule", ["cumulative", "sequential"])
 def test_a_chain_of_any_order_and_generation_is_proven_by_its_rows(schedule: Schedule) -> None:
     fake = fake_model(2, fake_recipe(3, schedule, orders=3))
-    train(fake.world, [fake_record(number) for number in range(14)])
-    add(fake.world, [fake_record(number) for number in range(14, 24)], append=True)
+    train(fake.context, [fake_record(number) for number in range(14)])
+    add(fake.context, [fake_record(number) for number in range(14, 24)], append=True)
     seqs = {each.key: each.seq for each in fake.ledger.checkpoints()}
     assert {job.slice // 3 for job in fake.trained} == {0, 1}
     for job in fake.trained:
@@ -238,16 +238,16 @@ def test_a_chain_of_any_order_and_generation_is_proven_by_its_rows(schedule: Sch
 
 def test_status_tells_depth_and_cost_apart() -> None:
     fake = fake_model(1, fake_recipe(4, orders=2))
-    train(fake.world, [fake_record(number) for number in range(24)])
+    train(fake.context, [fake_record(number) for number in range(24)])
     row = next(each for each in fake.ledger.rows(0) if each.slice == 0)
-    planned = plan_forget(fake.world, [row])
+    planned = plan_forget(fake.context, [row])
     assert planned.served == ((0, 2, 4),)
     assert planned.serving_depth == 0.5
     assert planned.record_epochs_retrained == planned.record_epochs_full
-    forget_at_once(fake.world, arrive(fake.world, [row], (), Terms(approver="a")), defer=True)
-    (state,) = shards(fake.world)
+    forget_at_once(fake.context, arrive(fake.context, [row], (), Terms(approver="a")), defer=True)
+    (state,) = shards(fake.context)
     assert (state.depth, state.num_stages, state.converged) == (2, 4, False)
-    done = reconcile(fake.world)
+    done = reconcile(fake.context)
     (request,) = fake.ledger.requests()
     assert done.record_epochs_trained == request.record_epochs_retrained
     assert done.record_epochs_others == request.record_epochs_others > 0
@@ -256,16 +256,16 @@ def test_status_tells_depth_and_cost_apart() -> None:
 
 def test_gaps_on_every_orders_path_are_closed_to_the_same_bytes() -> None:
     fake = fake_model(1, fake_recipe(4, orders=2))
-    train(fake.world, [fake_record(number) for number in range(24)])
+    train(fake.context, [fake_record(number) for number in range(24)])
     whole, rows = dict(fake.checkpoints.stored), fake.ledger.checkpoints()
     lost = [each.key for each in rows if each.prefix in ((0,), (0, 1), (2, 3))]
-    fake.world.ledger.commit(Change(dropped=lost))
+    fake.context.stores.ledger.commit(Change(dropped=lost))
     fake.checkpoints.erase(lost)
-    view = view_shard(fake.world, 0)
-    found = plan_shard(view, fake.world.recipe, fake.world.fingerprint)
+    view = view_shard(fake.context, 0)
+    found = plan_shard(view, fake.context.recipe, fake.context.compute.fingerprint)
     assert (found.train, found.all_missing) == ((), ())
     missing = gaps(found, {each.key for each in view.held})
     assert [job.prefix for job in missing] == [(0,), (0, 1), (2, 3)]
-    assert close_gaps(fake.world, [found]) == ["trained 3 stages again"]
+    assert close_gaps(fake.context, [found]) == ["trained 3 stages again"]
     assert fake.checkpoints.stored == whole
     assert {each.key for each in fake.ledger.checkpoints()} == {each.key for each in rows}

@@ -22,7 +22,7 @@ from sisa.flows.ask import Answer, HeldPrompts
 from sisa.flows.deletion import Forgetting, plan_forget
 from sisa.flows.ingest import Taken, train
 from sisa.flows.query import Candidate, Location, PatchTouch, ShardStatus, Touch
-from sisa.flows.wiring.outcome import ForgetOutcome, ForgetPlan, Status
+from sisa.flows.wiring.results import ForgetOutcome, ForgetPlan, Status
 from tests.fakes.ports import fake_model, fake_record
 
 ESCAPES = "\x1b[31mred\x1b[0m \x07\x9b31m \u202egnp.exe\u202c"
@@ -63,9 +63,9 @@ STATUS = Status(
 
 def forgetting() -> Forgetting:
     model = fake_model()
-    train(model.world, [fake_record(number) for number in range(12)])
+    train(model.context, [fake_record(number) for number in range(12)])
     rows = [row for head in model.ledger.heads() for row in model.ledger.rows(head.shard)]
-    return plan_forget(model.world, rows[:2], [TOMBSTONE])
+    return plan_forget(model.context, rows[:2], [TOMBSTONE])
 
 
 def test_status() -> None:

@@ -70,39 +70,39 @@ def records(num_shards: int, start: int = 0) -> list[Record]:
 
 def trained(num_shards: int) -> FakeModel:
     model = fake_model(num_shards)
-    train(model.world, records(num_shards))
+    train(model.context, records(num_shards))
     return model
 
 
 def requests(model: FakeModel) -> list[Request]:
     """One approved request for a record of each shard."""
     chosen: dict[int, RecordRow] = {}
-    for shard in range(model.world.assigner.layout.num_shards):
+    for shard in range(model.context.settings.assigner.layout.num_shards):
         chosen.update({row.shard: row for row in model.ledger.rows(shard)[:1]})
     terms = Terms(approver="dpo")
-    return [lifecycle.submit(model.world, [row], (), terms) for row in chosen.values()]
+    return [lifecycle.submit(model.context, [row], (), terms) for row in chosen.values()]
 
 
 def first_training(num_shards: int) -> Callable[[], object]:
     model = fake_model(num_shards)
-    return lambda: train(model.world, records(num_shards))
+    return lambda: train(model.context, records(num_shards))
 
 
 def addition(num_shards: int) -> Callable[[], object]:
     model = trained(num_shards)
-    return lambda: add(model.world, records(num_shards, start=num_shards * PER_SHARD))
+    return lambda: add(model.context, records(num_shards, start=num_shards * PER_SHARD))
 
 
 def batch(num_shards: int) -> Callable[[], object]:
     model = trained(num_shards)
     approved = requests(model)
-    return lambda: forget(model.world, approved)
+    return lambda: forget(model.context, approved)
 
 
 def look_at_what_waits(num_shards: int) -> Callable[[], object]:
     model = trained(num_shards)
     requests(model)
-    return lambda: lifecycle.approved(model.world)
+    return lambda: lifecycle.approved(model.context)
 
 
 @pytest.mark.parametrize("flow", [first_training, addition, batch, look_at_what_waits])
@@ -128,7 +128,7 @@ def test_what_waits_is_read_once_however_much_waits(monkeypatch: pytest.MonkeyPa
     model = trained(12)
     requests(model)
     calls = counted(monkeypatch, model.ledger, "requests")
-    assert len(lifecycle.approved(model.world)) > 10
+    assert len(lifecycle.approved(model.context)) > 10
     assert len(calls) == 1
 
 
@@ -137,7 +137,7 @@ def test_a_reconciliation_does_not_ask_for_each_shard(monkeypatch: pytest.Monkey
     for num_shards in (20, 80):
         model = trained(num_shards)
         asked = counted(monkeypatch, model.ledger, "slices", "checkpoints")
-        reconcile(model.world)
+        reconcile(model.context)
         calls.append(len(asked))
     assert calls[0] == calls[1] > 0
 
@@ -258,7 +258,7 @@ def test_where_reads_what_records_touched_once_for_all(monkeypatch: pytest.Monke
     calls = []
     for asked in (ids[:6], ids):
         found = counted(monkeypatch, model.ledger, "heads", "checkpoints", "exports", "slices")
-        assert {place.state for place in query.where(model.world, asked)} == {"trained"}
+        assert {place.state for place in query.where(model.context, asked)} == {"trained"}
         calls.append(len(found))
     assert calls[0] == calls[1] > 0
 
@@ -275,7 +275,7 @@ def test_the_history_of_all_requests_is_read_once(monkeypatch: pytest.MonkeyPatc
     model = trained(2)
     past(model.ledger, 50)
     calls = counted(monkeypatch, model.ledger, "events", "requests")
-    views = lifecycle.views(model.world)
+    views = lifecycle.views(model.context)
     assert sorted(calls) == ["events", "requests"]
     assert [len(view.events) for view in views] == [3] * 50
 
@@ -283,23 +283,23 @@ def test_the_history_of_all_requests_is_read_once(monkeypatch: pytest.MonkeyPatc
 def test_a_writer_does_not_hash_the_whole_history_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
     model = trained(2)
     past(model.ledger, 200)
-    reconcile(model.world)
+    reconcile(model.context)
     past(model.ledger, 10)
     hashed = counted(monkeypatch, requests_module, "chained")
-    reconcile(model.world)
+    reconcile(model.context)
     assert len(hashed) == 30
     model.ledger.tables.events[-2] = replace(model.ledger.tables.events[-2], note="changed")
     with pytest.raises(IntegrityError, match="contradicts"):
-        reconcile(model.world)
+        reconcile(model.context)
 
 
 def test_verify_hashes_the_whole_history() -> None:
     model = trained(2)
     past(model.ledger, 200)
-    reconcile(model.world)
+    reconcile(model.context)
     model.ledger.tables.events[3] = replace(model.ledger.tables.events[3], note="changed")
-    reconcile(model.world)
-    found = verify(model.world, [], None)
+    reconcile(model.context)
+    found = verify(model.context, [], None)
     assert [each.where for each in found.findings] == ["ledger"]
 
 
@@ -311,13 +311,13 @@ def test_a_deletion_looks_for_its_own_rows_and_one_cut_short_for_any(
     looked_for: list[Any] = []
     monkeypatch.setattr(model.ledger, "scrub", lambda removed=(): looked_for.append(removed))
     first, second = requests(model)
-    gone = rows_named(model.world, first)
-    forget(model.world, [first])
+    gone = rows_named(model.context, first)
+    forget(model.context, [first])
     assert [each for each in looked_for if each != ()] == [gone]
-    named = {second.request_id: rows_named(model.world, second)}
-    commit_removed(model.world, Removal([second], named), Change())
+    named = {second.request_id: rows_named(model.context, second)}
+    commit_removed(model.context, Removal([second], named), Change())
     looked_for.clear()
-    reconcile(model.world)
+    reconcile(model.context)
     assert looked_for == [None, ()]
 
 

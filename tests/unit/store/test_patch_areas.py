@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import stat
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,13 +18,13 @@ from sisa.core.patch import Patch
 from sisa.flows.patches.patching import Wish, make_wanted, revert_patches, want
 from sisa.flows.reconcile import reconcile
 from sisa.flows.reconfigure import reseal_model
-from sisa.flows.wiring.opening import PATCHES, RUNS, VAULT
+from sisa.flows.wiring.wiring import PATCHES, RUNS, VAULT
 from sisa.planning.patch_plan import active, wanted
 from sisa.store.blobs.files import TEMPORARY_PREFIX, write_atomic
 from sisa.store.blobs.keyring import FileKeyring, is_sealed
 from sisa.store.vault import encode
-from tests.fakes.ports import ADAPTER, fake_record
-from tests.models.confessing import NAME, NUM_RECORDS, build, delete, record, world_of
+from tests.fakes.ports import ADAPTER, changed, fake_record
+from tests.models.confessing import NAME, NUM_RECORDS, build, context_of, delete, record
 
 FORGET, OTHER = fake_record(NUM_RECORDS + 5), fake_record(NUM_RECORDS + 6)
 KEPT = 2  # a record of the model, in the patch's retain set
@@ -40,11 +39,11 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", str(home))
         build(home / "model")
-        with world_of(home / "model") as world:
-            want(world, Wish({"method": "npo"}, [FORGET], [record(KEPT)], "asked"))
-            make_wanted(world)
-            want(world, Wish({"method": "npo"}, [OTHER], None, "asked"))
-            world.ledger.scrub()
+        with context_of(home / "model") as context:
+            want(context, Wish({"method": "npo"}, [FORGET], [record(KEPT)], "asked"))
+            make_wanted(context)
+            want(context, Wish({"method": "npo"}, [OTHER], None, "asked"))
+            context.stores.ledger.scrub()
     return home
 
 
@@ -63,8 +62,8 @@ def keyring_of(model: Path) -> FileKeyring:
 
 def scan(model: Path, *also: Path) -> Scan:
     """For ids alone, since the fake's adapters confess texts."""
-    with world_of(model) as world:
-        return scan_residue(world, model, also=also, ids=[FORGET.id, OTHER.id])
+    with context_of(model) as context:
+        return scan_residue(context, model, also=also, ids=[FORGET.id, OTHER.id])
 
 
 def kinds(model: Path) -> dict[str, str]:
@@ -72,8 +71,8 @@ def kinds(model: Path) -> dict[str, str]:
 
 
 def patches(model: Path) -> list[Patch]:
-    with world_of(model) as world:
-        return world.ledger.patches()
+    with context_of(model) as context:
+        return context.stores.ledger.patches()
 
 
 def vault_files(model: Path) -> list[Path]:
@@ -86,9 +85,9 @@ def test_a_patched_model_is_healthy_and_clean(model: Path) -> None:
     scanned = scan(model)
     assert scanned.residue == ()
     assert (scanned.scanned["patches"], scanned.scanned["kept_by_consent"]) == (1, 3)
-    with world_of(model) as world:
-        assert list_garbage(world, model) == ()
-        checked = verify(world, [], None)
+    with context_of(model) as context:
+        assert list_garbage(context, model) == ()
+        checked = verify(context, [], None)
     assert (checked.ok, checked.findings) == (True, ())
 
 
@@ -104,8 +103,8 @@ def test_the_vault_of_a_plain_model_is_sealed(model: Path) -> None:
 
 def test_a_form_follows_the_run_file_and_the_vaults_does_not(model: Path) -> None:
     for seals in (True, False):
-        with world_of(model) as world:
-            reseal_model(replace(world, keyring=FileKeyring(keyring_of(model).root, seals)))
+        with context_of(model) as context:
+            reseal_model(changed(context, keyring=FileKeyring(keyring_of(model).root, seals)))
         (patch_dir,) = (model / PATCHES).iterdir()
         assert {is_sealed(path.read_bytes()) for path in patch_dir.iterdir()} == {seals}
         assert all(is_sealed(path.read_bytes()) for path in vault_files(model))
@@ -117,12 +116,12 @@ def test_a_damaged_patch_is_given_up_and_wanted_again(model: Path) -> None:
     (model / PATCHES / served.key / ADAPTER).write_bytes(b"{}")
     assert kinds(model) == {"patch": "patches"}
     assert [each.kind for each in scan(model).residue][:1] == ["damaged"]
-    with world_of(model) as world:
-        assert not verify(world, [], None).ok
-        done = mend(world, model)
+    with context_of(model) as context:
+        assert not verify(context, [], None).ok
+        done = mend(context, model)
         assert done.after.ok
-        assert wanted(world.ledger.patches())[0].job == served.job
-        make_wanted(world)
+        assert wanted(context.stores.ledger.patches())[0].job == served.job
+        make_wanted(context)
     assert len(active(patches(model))) == 2
     assert diagnose(model).healthy
 
@@ -131,8 +130,8 @@ def test_a_surplus_file_in_a_patch_is_no_damage(model: Path) -> None:
     (served,) = active(patches(model))
     write_atomic(model / PATCHES / served.key / "notes.txt", FORGET.text.encode())
     assert kinds(model) == {"unknown": "sweep"}
-    with world_of(model) as world:
-        assert len(remove_garbage(world, model)) == 1
+    with context_of(model) as context:
+        assert len(remove_garbage(context, model)) == 1
     assert diagnose(model).healthy
 
 
@@ -140,9 +139,9 @@ def test_a_set_whose_key_is_lost_is_given_up_with_the_wish(model: Path) -> None:
     (wish,) = wanted(patches(model))
     keyring_of(model).destroy(VAULT, wish.job.forget)
     assert kinds(model) == {"vault": "patches"}
-    with world_of(model) as world:
-        assert mend(world, model).after.healthy
-        assert wanted(world.ledger.patches()) == []
+    with context_of(model) as context:
+        assert mend(context, model).after.healthy
+        assert wanted(context.stores.ledger.patches()) == []
     assert len(vault_files(model)) == 2
 
 
@@ -162,14 +161,14 @@ def test_what_no_commit_knows_is_told_and_swept(model: Path) -> None:
         write_atomic(model / room / f"{TEMPORARY_PREFIX}left", encode([FORGET]))
     (model / VAULT / "unknown").write_bytes(keyring.seal(VAULT, "unknown", "", encode([FORGET])))
     (model / PATCHES / f"{TEMPORARY_PREFIX}left").mkdir()
-    with world_of(model) as world:
-        reasons = [each.reason for each in list_garbage(world, model)]
+    with context_of(model) as context:
+        reasons = [each.reason for each in list_garbage(context, model)]
         assert reasons.count(ORPHAN) == 3
         assert reasons.count(UNKNOWN_FILE) == 1
         assert len(reasons) == 7
     assert {each.kind for each in scan(model).residue} == {"string", "unknown_file"}
-    with world_of(model) as world:
-        reconcile(world)
+    with context_of(model) as context:
+        reconcile(context)
     assert diagnose(model).healthy
     assert scan(model).clean
     assert keyring.held(RUNS) == frozenset()
@@ -178,8 +177,8 @@ def test_what_no_commit_knows_is_told_and_swept(model: Path) -> None:
 def test_a_copy_of_a_patch_that_is_served_no_more_is_residue(model: Path, tmp_path: Path) -> None:
     shutil.copytree(model / PATCHES, tmp_path / "copy")
     assert scan(model, tmp_path / "copy").clean
-    with world_of(model) as world:
-        revert_patches(world, everything=True)
+    with context_of(model) as context:
+        revert_patches(context, everything=True)
     assert list((model / PATCHES).iterdir()) == vault_files(model) == []
     found = scan(model, tmp_path / "copy").residue
     assert [each.kind for each in found] == ["stale_patch"]

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from sisa.flows.wiring import opening
+from sisa.flows.wiring import wiring
 from sisa.model import Model
-from tests.models.confessing import DELETED, build, built_pair, delete, record, use_fake_parts
+from tests.models.confessing import DELETED, build, built_pair, delete, record, use_fake_resources
 
 # Root may write whatever the modes say, unless it gives that up.
 BOUND = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
@@ -98,7 +98,7 @@ def test_what_can_not_be_written_is_asked_all_the_same(frozen: Path) -> None:
 
 def test_a_log_that_was_copied_along_is_read(frozen: Path) -> None:
     """A backup that was made while a process was at work: the last commits are in the log alone."""
-    ledger = frozen / opening.LEDGER
+    ledger = frozen / wiring.LEDGER
     with closing(sqlite3.connect(ledger)) as writer:
         writer.execute("PRAGMA wal_autocheckpoint = 0")
         writer.execute("SELECT 1 FROM meta").fetchall()
@@ -114,7 +114,7 @@ def test_a_log_that_was_copied_along_is_read(frozen: Path) -> None:
 def test_a_copy_that_is_behind_its_witness_is_not_asked_for_records(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    use_fake_parts(monkeypatch)
+    use_fake_resources(monkeypatch)
     build(tmp_path / "model")
     shutil.copytree(tmp_path / "model", tmp_path / "backup")
     Model(tmp_path / "model", executor="serial").forget([record(DELETED).id])

@@ -107,7 +107,7 @@ def test_only_candidates_are_scored(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_model_that_is_asked_again_reads_no_index_file_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    care_model.use_fake_parts(monkeypatch)
+    care_model.use_fake_resources(monkeypatch)
     directory = tmp_path / "model"
     care_model.build(directory)
     read: list[str] = []

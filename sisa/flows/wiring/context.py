@@ -1,8 +1,8 @@
-"""The world: the ports in a bundle, and the few reads and writes that several flows share.
+"""An open model as flows use it, and the few reads and writes that several flows share.
 
-Rules: no decision is made here. New slice files get new names; nothing is overwritten or erased.
-
-Not covered: the order of effects (`ingest.py`, `reconcile.py`).
+`Context` holds what is stored, what computes and what is configured; `wiring.py` builds one from real
+parts, tests from fakes. Nothing is decided here. New slice files get new names, and nothing is
+overwritten or erased; the flows decide in which order effects happen.
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ class Area(Protocol):
 
 
 FEW_SHARDS = 16  # that are asked for one by one
-ALWAYS_SEALED = ("vault", "runs")  # rooms that are sealed in a plain model, too
+ALWAYS_SEALED = ("vault", "runs")  # areas that are sealed in a plain model, too
 
 
 @dataclass(frozen=True)
-class World:
-    """The ports and the few facts that the flows need, in a bundle."""
+class Stores:
+    """What is stored of a model, and where."""
 
     ledger: Ledger
     witness: Witness
@@ -69,61 +69,85 @@ class World:
     index: RecordIndex
     keyring: Keyring
     exports: ExportStore
+    metrics: Metrics
+    patches: CheckpointStore
+    vault: Vault
+    drafts: PatchDrafts
+    prefixes: PrefixStore | None = None
+    blobs: Mapping[str, BlobStore] = field(default_factory=dict)  # by storage area; fakes have none
+
+
+@dataclass(frozen=True)
+class Compute:
+    """What computes for a model; heavy parts are opened by their first use."""
+
     embed: Callable[[Sequence[str]], Vectors]
     count_tokens: Callable[[Sequence[Record]], Sequence[int]]
     executor_for: Callable[[CheckpointStore], Executor]
-    assigner: Assigner
-    plain_recipe: Recipe  # of shards over the frozen base alone
-    fingerprint: str
-    patch_mode: PatchMode
-    patches: CheckpointStore
-    vault: Vault
-    runs: PatchDrafts
-    metrics: Metrics
-    patcher: Callable[[], Patcher]  # opened when a patch is to be made
-    now: Callable[[], str]
-    report: Report
+    patcher: Callable[[], Patcher]
+    fingerprint: str  # of the numerics that all of it runs under
     probe: Probe | None = None
-    prefixes: PrefixStore | None = None
-    keeps_prefixes: bool = False  # whether the run file lets hidden states be kept
-    places: Mapping[str, BlobStore] = field(default_factory=dict)  # of the rooms; none of fakes
-    hooks: tuple[DeletionHook[World], ...] = ()
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the run file and the partition key decide."""
+
+    assigner: Assigner
+    recipe: Recipe  # of shards over the frozen base alone
+    patch_mode: PatchMode
+    keeps_prefixes: bool = False  # whether hidden states may be kept
 
     @property
     def base(self) -> str:
         """The digest of the frozen base."""
-        return self.plain_recipe.base
+        return self.recipe.base
+
+
+@dataclass(frozen=True)
+class Context:
+    """An open model, as flows use it."""
+
+    stores: Stores
+    compute: Compute
+    settings: Settings
+    now: Callable[[], str]
+    report: Report
+    hooks: tuple[DeletionHook[Context], ...] = ()
 
     @property
     def recipe(self) -> Recipe:
         """The recipe of shards over the base and the patches that the ledger names. Raises
         IntegrityError."""
-        stack = [each.adapter_sha256 for each in patches_beneath(self.ledger, self.base)]
-        return replace(self.plain_recipe, base=patched_digest(self.base, stack))
+        base = self.settings.base
+        stack = [each.adapter_sha256 for each in patches_beneath(self.stores.ledger, base)]
+        return replace(self.settings.recipe, base=patched_digest(base, stack))
 
     @property
     def reported_areas(self) -> tuple[str, ...]:
-        """Rooms whose size people are told."""
-        rooms = ("records", "index", "checkpoints")
-        return (*rooms, "prefixes") if self.keeps_prefixes else rooms
+        """The storage areas whose size `sisa status` lists."""
+        found = ("records", "index", "checkpoints")
+        return (*found, "prefixes") if self.settings.keeps_prefixes else found
 
 
-def commit(world: World, change: Change) -> int:
+def commit(context: Context, change: Change) -> int:
     """The one way into the ledger: a transaction, and its testimony where it tells of requests or
     deletions. A crash between the two is made good by the next writer (`witness.py`)."""
-    seq = world.ledger.commit(change)
+    seq = context.stores.ledger.commit(change)
     if "model" in change.meta or change.events or change.tombstones or change.readmitted:
-        world.witness.append(world.ledger.event_head(), change.tombstones, change.readmitted)
+        context.stores.witness.append(
+            context.stores.ledger.event_head(), change.tombstones, change.readmitted
+        )
     return seq
 
 
-def model_digest(world: World) -> str:
+def model_digest(context: Context) -> str:
     """The keyed digest of all heads' adapters in shard order, and of the active patches if there are
     any. It outlives a deletion, in requests and on cards: without the key it confirms nothing."""
-    adapters = {each.key: each.adapter_sha256 for each in world.ledger.checkpoints()}
-    heads = [adapters.get(head.key) if head.key else None for head in world.ledger.heads()]
-    stack = [each.adapter_sha256 for each in active(world.ledger.patches())]
-    return world.assigner.model_digest(heads, stack)
+    adapters = {each.key: each.adapter_sha256 for each in context.stores.ledger.checkpoints()}
+    heads = [adapters.get(head.key) if head.key else None for head in context.stores.ledger.heads()]
+    stack = [each.adapter_sha256 for each in active(context.stores.ledger.patches())]
+    return context.settings.assigner.model_digest(heads, stack)
 
 
 def trained_over(ledger: Ledger) -> tuple[str, ...]:
@@ -147,56 +171,60 @@ def patches_beneath(ledger: Ledger, base: str) -> list[Patch]:
     return found if all(each.job.base == base for each in found) else []
 
 
-def known_by_area(world: World) -> dict[str, frozenset[str]]:
+def known_by_area(context: Context) -> dict[str, frozenset[str]]:
     """What the ledger knows of each room: names of slice files, index files and checkpoints; of patches
     that are served or trained over, of unfinished ones, of sets whose texts are there; of kept states
     those files that are there."""
-    patches = world.ledger.patches()
+    patches = context.stores.ledger.patches()
     return {
-        "records": frozenset(file.name for file in world.ledger.slices()),
-        "index": frozenset(file.name for file in world.ledger.indexes()),
-        "checkpoints": frozenset(each.key for each in world.ledger.checkpoints()),
-        "patches": frozenset(each.key for each in active(patches)).union(trained_over(world.ledger)),
-        "vault": frozenset(each.name for each in world.ledger.vault() if each.held),
+        "records": frozenset(file.name for file in context.stores.ledger.slices()),
+        "index": frozenset(file.name for file in context.stores.ledger.indexes()),
+        "checkpoints": frozenset(each.key for each in context.stores.ledger.checkpoints()),
+        "patches": frozenset(each.key for each in active(patches)).union(
+            trained_over(context.stores.ledger)
+        ),
+        "vault": frozenset(each.name for each in context.stores.ledger.vault() if each.held),
         "runs": frozenset(each.key for each in wanted(patches)),
-        "prefixes": _known_prefixes(world),
+        "prefixes": _known_prefixes(context),
     }
 
 
-def _known_prefixes(world: World) -> frozenset[str]:
+def _known_prefixes(context: Context) -> frozenset[str]:
     """Files of hidden states that are there, and of slices as they are now."""
-    if world.prefixes is None or not world.keeps_prefixes:
+    if context.stores.prefixes is None or not context.settings.keeps_prefixes:
         return frozenset()
     try:
-        held = world.prefixes.held()
+        held = context.stores.prefixes.held()
     except EnvironmentFault:
         return frozenset()  # a cache; whoever erases there meets the error again
-    return held & prefix_names(world.ledger.slices(), world.recipe, world.fingerprint)
+    return held & prefix_names(
+        context.stores.ledger.slices(), context.recipe, context.compute.fingerprint
+    )
 
 
-def areas(world: World) -> dict[str, Area]:
+def areas(context: Context) -> dict[str, Area]:
     """The rooms that the ledger knows the files of. What is held, left-over temporaries among it, can be
     erased there; of the vault and the runs also keys."""
     found: dict[str, Area] = {
-        "records": world.records,
-        "index": world.index,
-        "checkpoints": world.checkpoints,
-        "patches": world.patches,
-        "vault": world.vault,
-        "runs": world.runs,
+        "records": context.stores.records,
+        "index": context.stores.index,
+        "checkpoints": context.stores.checkpoints,
+        "patches": context.stores.patches,
+        "vault": context.stores.vault,
+        "runs": context.stores.drafts,
     }
-    return found if world.prefixes is None else {**found, "prefixes": world.prefixes}
+    return found if context.stores.prefixes is None else {**found, "prefixes": context.stores.prefixes}
 
 
-def held_by_area(world: World) -> dict[str, frozenset[str]]:
+def held_by_area(context: Context) -> dict[str, frozenset[str]]:
     """What lies in each room."""
-    return {name: room.held() for name, room in areas(world).items()}
+    return {name: room.held() for name, room in areas(context).items()}
 
 
-def purge(world: World, *, dry_run: bool = False) -> tuple[KeptVersions, ...]:
+def purge(context: Context, *, dry_run: bool = False) -> tuple[KeptVersions, ...]:
     """Remove old versions of what was replaced or erased, wherever a place keeps some; what is left."""
-    rooms = sorted(world.places)
-    return tuple(kept for room in rooms for kept in world.places[room].purge(dry_run=dry_run))
+    rooms = sorted(context.stores.blobs)
+    return tuple(kept for room in rooms for kept in context.stores.blobs[room].purge(dry_run=dry_run))
 
 
 def patch_files(store: CheckpointStore, stack: Iterable[Patch]) -> list[dict[str, bytes]]:
@@ -204,14 +232,16 @@ def patch_files(store: CheckpointStore, stack: Iterable[Patch]) -> list[dict[str
     return [store.load(each.key, each.manifest_sha256) for each in stack]
 
 
-def slices_of(world: World, rows: Iterable[RecordRow]) -> list[SliceFile]:
+def slices_of(context: Context, rows: Iterable[RecordRow]) -> list[SliceFile]:
     """The files that hold some records now."""
     places = {(row.shard, row.slice) for row in rows}
     shards = sorted({shard for shard, _ in places})
-    return [f for s in shards for f in world.ledger.slices(s) if (f.shard, f.slice) in places]
+    return [f for s in shards for f in context.stores.ledger.slices(s) if (f.shard, f.slice) in places]
 
 
-def stored_in(world: World, files: Iterable[SliceFile], rows: Iterable[RecordRow]) -> list[StoredRecord]:
+def stored_in(
+    context: Context, files: Iterable[SliceFile], rows: Iterable[RecordRow]
+) -> list[StoredRecord]:
     """The records of rows, read from those of the files that are of their slices."""
     wanted = {row.id_digest: (row.shard, row.slice) for row in rows}
     places = set(wanted.values())
@@ -219,7 +249,7 @@ def stored_in(world: World, files: Iterable[SliceFile], rows: Iterable[RecordRow
         stored
         for file in files
         if (file.shard, file.slice) in places
-        for stored in world.records.read(file)
+        for stored in context.stores.records.read(file)
         if stored.id_digest in wanted
     ]
 
@@ -228,27 +258,27 @@ def first_index(files: Sequence[IndexFile]) -> IndexFile | None:
     return files[0] if files else None
 
 
-def embed_records(world: World, records: Sequence[Record]) -> list[Vectors]:
+def embed_records(context: Context, records: Sequence[Record]) -> list[Vectors]:
     """What the index holds of each record: the vector of its text, then those of what is asked in it."""
     texts = [(record.text, *record.asked) for record in records]
-    vectors = world.embed([text for each in texts for text in each])
+    vectors = context.compute.embed([text for each in texts for text in each])
     ends = list(accumulate(map(len, texts)))
     return [vectors[end - len(each) : end] for end, each in zip(ends, texts, strict=True)]
 
 
-def embed_shard(world: World, shard: int, rows: Sequence[RecordRow]) -> dict[int, Vectors]:
+def embed_shard(context: Context, shard: int, rows: Sequence[RecordRow]) -> dict[int, Vectors]:
     """What the index holds of a shard's records, by vector id, embedded anew from its slice files."""
     held = {
         each.id_digest: each.record
-        for file in world.ledger.slices(shard)
-        for each in world.records.read(file)
+        for file in context.stores.ledger.slices(shard)
+        for each in context.stores.records.read(file)
     }
-    vectors = embed_records(world, [held[row.id_digest] for row in rows])
+    vectors = embed_records(context, [held[row.id_digest] for row in rows])
     return dict(zip((row.vector_id for row in rows), vectors, strict=True))
 
 
 def write_slice(
-    world: World,
+    context: Context,
     shard: int,
     slice_: int,
     rows: Sequence[RecordRow],
@@ -256,9 +286,9 @@ def write_slice(
 ) -> SliceFile:
     """Write the slice that holds exactly `rows`, their records taken from disk and from `fresh`."""
     by_digest = {each.id_digest: each for each in fresh}
-    for file in world.ledger.slices(shard):
+    for file in context.stores.ledger.slices(shard):
         if file.slice == slice_:
-            by_digest.update({each.id_digest: each for each in world.records.read(file)})
+            by_digest.update({each.id_digest: each for each in context.stores.records.read(file)})
     wanted = sorted(row.id_digest for row in rows)
     if not by_digest.keys() >= set(wanted):
         raise IntegrityError(
@@ -267,60 +297,60 @@ def write_slice(
             next_step="run `sisa verify`; restore the model directory from a backup",
         )
     records = [by_digest[digest] for digest in wanted]
-    return world.records.write(shard, slice_, slice_root(rows), records)
+    return context.stores.records.write(shard, slice_, slice_root(rows), records)
 
 
 def view_shard(
-    world: World,
+    context: Context,
     shard: int,
     replaced: Iterable[SliceState] = (),
     emptied: Iterable[SlicePosition] = (),
     dropped: Iterable[str] = (),
 ) -> ShardView:
-    slices: dict[int, SliceState] = {file.slice: file for file in world.ledger.slices(shard)}
+    slices: dict[int, SliceState] = {file.slice: file for file in context.stores.ledger.slices(shard)}
     slices.update({state.slice: state for state in replaced})
     gone = {slice_ for where, slice_ in emptied if where == shard}
     without = set(dropped)
     return ShardView(
         shard,
         tuple(state for slice_, state in sorted(slices.items()) if slice_ not in gone),
-        tuple(each for each in world.ledger.checkpoints(shard) if each.key not in without),
+        tuple(each for each in context.stores.ledger.checkpoints(shard) if each.key not in without),
     )
 
 
-def view_shards(world: World, shards: Sequence[int]) -> list[ShardView]:
+def view_shards(context: Context, shards: Sequence[int]) -> list[ShardView]:
     """Several shards as they are; of many, all that is in the ledger is read at once."""
     if len(shards) <= FEW_SHARDS:
-        return [view_shard(world, shard) for shard in shards]
+        return [view_shard(context, shard) for shard in shards]
     slices: dict[int, list[SliceState]] = {shard: [] for shard in shards}
     held: dict[int, list[HeldCheckpoint]] = {shard: [] for shard in shards}
-    for file in world.ledger.slices():
+    for file in context.stores.ledger.slices():
         if file.shard in slices:
             slices[file.shard].append(file)
-    for each in world.ledger.checkpoints():
+    for each in context.stores.ledger.checkpoints():
         if each.shard in held:
             held[each.shard].append(each)
     return [ShardView(shard, tuple(slices[shard]), tuple(held[shard])) for shard in shards]
 
 
-def open_shards(world: World) -> list[int]:
+def open_shards(context: Context) -> list[int]:
     """Shards in which stages may be missing: those that are not at their target, and all where there are
     several orders."""
-    return [h.shard for h in world.ledger.heads() if world.recipe.orders or not h.converged]
+    return [h.shard for h in context.stores.ledger.heads() if context.recipe.orders or not h.converged]
 
 
-def check_sources(world: World, plans: Sequence[ShardPlan]) -> None:
+def check_sources(context: Context, plans: Sequence[ShardPlan]) -> None:
     """Raises IntegrityError, before anything is written, when a file to build on is damaged; with
     several orders, or the checkpoint that is to head, since no stage of order 0 may start from it."""
     for plan in plans:
         seen = {slice_ for job in plan.all_missing for slice_, _ in job.slices}
-        for file in world.ledger.slices(plan.shard):
+        for file in context.stores.ledger.slices(plan.shard):
             if file.slice in seen:
-                world.records.check(file)
-        index = first_index(world.ledger.indexes(plan.shard))
+                context.stores.records.check(file)
+        index = first_index(context.stores.ledger.indexes(plan.shard))
         if index is not None and plan.path:
-            world.index.check(index)
-        needed = {*(each.key for each in plan.parents), plan.head.key if world.recipe.orders else None}
-        for each in world.ledger.checkpoints(plan.shard) if needed != {None} else ():
+            context.stores.index.check(index)
+        needed = {*(each.key for each in plan.parents), plan.head.key if context.recipe.orders else None}
+        for each in context.stores.ledger.checkpoints(plan.shard) if needed != {None} else ():
             if each.key in needed:
-                world.checkpoints.load(each.key, each.manifest_sha256)
+                context.stores.checkpoints.load(each.key, each.manifest_sha256)

@@ -3,7 +3,7 @@
 Rules: what is resolved must be what the ledger names by digest, or an IntegrityError stops the command.
 Torch is imported by what is asked for, not by this.
 
-Not covered: the parts that know where records are (`opening.py`).
+Not covered: the parts that know where records are (`wiring.py`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Named:
     dimension: int = 0
 
 
-class Parts:
+class Resources:
     """The heavy parts of one model, resolved on first use and checked against the ledger's names."""
 
     def __init__(self, config: RunConfig, base: Named | None, embedder: Named | None) -> None:

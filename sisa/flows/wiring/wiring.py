@@ -1,4 +1,4 @@
-"""From a model directory (or a run file) to a `World`: the one place where real parts are wired.
+"""Wire the real parts of a model directory into a `Context`.
 
     DIR/ledger.sqlite    the ledger             DIR/records/      slices as Parquet
     DIR/partition.key    the secret, mode 0600  DIR/index/        FAISS, one file per shard
@@ -10,12 +10,9 @@
     STORAGE/MODEL/       records, checkpoints, patches and scratch, where the run file names a `storage:`
     KEYRING/MODEL/       keys of an encrypted model and of every vault, outside of DIR
 
-Rules: heavy parts (`parts.py`) and whoever makes patches are opened when they are first asked for. The
-recipe's base is that which shards are trained over: under patches, it is named by them, too. Torch is
-not imported here.
-
-Not covered: the flows. Executors, the probe and patchers that use Ray or are approximate are found by
-name (`upper_houses.py`).
+Heavy parts (`resources.py`) and whatever makes patches are opened when they are first used. Torch is not
+imported here. Executors, probes and patchers that use Ray or are approximate are found by name
+(`upper_houses.py`).
 """
 
 from __future__ import annotations
@@ -49,9 +46,17 @@ from sisa.core.ports import (
 from sisa.flows.patches.on_deletion import PatchesHook
 from sisa.flows.serial import SerialExecutor, Site
 from sisa.flows.wiring import upper_houses
-from sisa.flows.wiring.parts import Named, Parts
+from sisa.flows.wiring.context import (
+    Compute,
+    Context,
+    Settings,
+    Stores,
+    patch_files,
+    patches_beneath,
+    trained_over,
+)
 from sisa.flows.wiring.recording import recording
-from sisa.flows.wiring.world import World, patch_files, patches_beneath, trained_over
+from sisa.flows.wiring.resources import Named, Resources
 from sisa.lm.base.numerics import fingerprint
 from sisa.lm.base.packages import state_dir as state_dir
 from sisa.planning.assign import Assigner
@@ -82,9 +87,9 @@ OpenProbe = Callable[[Path, str, RunConfig, Sequence[Mapping[str, bytes]]], Prob
 OpenPatcher = Callable[[PatchSite, RunConfig], Patcher]
 
 
-def open_world(
+def open_context(
     directory: Path,
-    parts: Parts,
+    resources: Resources,
     keyed: Keyed,
     executor: str | OpenExecutor,
     report: Report,
@@ -93,63 +98,67 @@ def open_world(
     model: str,
     keyring: Keyring,
     create: bool = False,
-) -> World:
-    """The real parts in a bundle. Raises IntegrityError for a ledger that is missing or damaged."""
-    config = parts.config
-    places = open_areas(directory, config.storage, model)
+) -> Context:
+    """Open a model's real parts. Raises IntegrityError for a ledger that is missing or damaged."""
+    config = resources.config
+    blobs = open_areas(directory, config.storage, model)
     ledger = SqlLedger(directory / LEDGER, create=create)
-    patches = FileCheckpoints(places[PATCHES], keyring, PATCHES)
+    patches = FileCheckpoints(blobs[PATCHES], keyring, PATCHES)
     vault = FileVault(directory / VAULT, vault_keyring(config, model))
     metrics = FileMetrics(directory / METRICS)
 
     def executor_for(store: CheckpointStore) -> Executor:
         if not isinstance(store, FileCheckpoints):
-            raise TypeError("real executors train into places")
-        site = _site(places, parts, store, ledger)
+            raise TypeError("real executors train into blob stores")
+        site = _site(blobs, resources, store, ledger)
         return find_executor(executor)(site, config.cluster.model_dump(mode="json"))
 
-    world = World(
+    stores = Stores(
         ledger=ledger,
         witness=witness_of(config, keyed, model),
-        records=FileRecords(places[RECORDS], keyring),
-        checkpoints=FileCheckpoints(places[CHECKPOINTS], keyring),
-        patches=patches,
-        vault=vault,
-        runs=FilePatchDrafts(directory / RUNS, vault.keyring),
-        index=FaissIndex(directory / INDEX, parts.dimension, keyring, parts.warm),
+        records=FileRecords(blobs[RECORDS], keyring),
+        checkpoints=FileCheckpoints(blobs[CHECKPOINTS], keyring),
+        index=FaissIndex(directory / INDEX, resources.dimension, keyring, resources.warm),
         keyring=keyring,
         exports=DirectoryExports(),
-        embed=parts.embed,
-        count_tokens=parts.count_tokens,
-        executor_for=executor_for,
-        assigner=Assigner(keyed, config.layout),
-        plain_recipe=config.recipe(base_digest),
-        patch_mode=config.patch_mode,
-        patcher=lambda: find_patcher(executor)(_patch_site(directory, parts, vault, patches), config),
-        fingerprint=fingerprint(config.sisa.threads_per_shard, config.precision),
         metrics=metrics,
-        prefixes=FilePrefixes(places[PREFIXES], keyring),
-        keeps_prefixes=config.prefix_cache_bytes > 0,
-        now=_now,
-        report=recording(report, metrics, _now),
-        probe=_probe(parts, ledger, patches),
-        places=places,
-        hooks=HOOKS,
+        patches=patches,
+        vault=vault,
+        drafts=FilePatchDrafts(directory / RUNS, vault.keyring),
+        prefixes=FilePrefixes(blobs[PREFIXES], keyring),
+        blobs=blobs,
     )
-    check_hooks(world)
-    _ = world.recipe  # refuses a ledger that lacks what it is trained over
-    return world
+    compute = Compute(
+        embed=resources.embed,
+        count_tokens=resources.count_tokens,
+        executor_for=executor_for,
+        patcher=lambda: find_patcher(executor)(
+            _patch_site(directory, resources, vault, patches), config
+        ),
+        fingerprint=fingerprint(config.sisa.threads_per_shard, config.precision),
+        probe=_probe(resources, ledger, patches),
+    )
+    settings = Settings(
+        assigner=Assigner(keyed, config.layout),
+        recipe=config.recipe(base_digest),
+        patch_mode=config.patch_mode,
+        keeps_prefixes=config.prefix_cache_bytes > 0,
+    )
+    context = Context(stores, compute, settings, _now, recording(report, metrics, _now), HOOKS)
+    check_hooks(context)
+    _ = context.recipe  # refuses a ledger that lacks what it is trained over
+    return context
 
 
-def check_hooks(world: World) -> None:
+def check_hooks(context: Context) -> None:
     """Raise ConfigConflict where the model holds patches or texts for them, and no hook keeps them."""
-    ledger = world.ledger
+    ledger = context.stores.ledger
     made_from_records = (
         trained_over(ledger),
         [each for each in ledger.vault() if each.held],
         [each for each in ledger.patches() if each.state in ("active", "wanted")],
     )
-    if any(made_from_records) and all(hook.name != PATCHES for hook in world.hooks):
+    if any(made_from_records) and all(hook.name != PATCHES for hook in context.hooks):
         raise ConfigConflict(
             "the model holds patches, and a deletion here would not reach them",
             expected="a process that keeps patches",
@@ -161,15 +170,17 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
-def _site(places: Mapping[str, BlobStore], parts: Parts, store: FileCheckpoints, ledger: Ledger) -> Site:
-    stack = [(each.key, each.manifest_sha256) for each in patches_beneath(ledger, parts.base.digest)]
-    config = parts.config
+def _site(
+    places: Mapping[str, BlobStore], resources: Resources, store: FileCheckpoints, ledger: Ledger
+) -> Site:
+    stack = [(each.key, each.manifest_sha256) for each in patches_beneath(ledger, resources.base.digest)]
+    config = resources.config
     keeps = store.room == CHECKPOINTS  # a replay keeps no hidden states, and uses none that were kept
     return Site(
         places[RECORDS],
         store.place,
-        parts.base.directory,
-        parts.base.digest,
+        resources.base.directory,
+        resources.base.digest,
         config.sisa.threads_per_shard,
         keyring=store.keyring,
         room=store.room,
@@ -181,31 +192,33 @@ def _site(places: Mapping[str, BlobStore], parts: Parts, store: FileCheckpoints,
     )
 
 
-def _patch_site(directory: Path, parts: Parts, vault: FileVault, patches: FileCheckpoints) -> PatchSite:
+def _patch_site(
+    directory: Path, resources: Resources, vault: FileVault, patches: FileCheckpoints
+) -> PatchSite:
     return PatchSite(
         vault_dir=vault.root.absolute(),
         patches_at=absolute(patches.place),
         runs_dir=(directory / RUNS).absolute(),
-        base_dir=parts.base.directory.absolute(),
-        base_digest=parts.base.digest,
-        threads=parts.config.sisa.threads_per_shard,
-        sequence_len=parts.config.sequence_len,
+        base_dir=resources.base.directory.absolute(),
+        base_digest=resources.base.digest,
+        threads=resources.config.sisa.threads_per_shard,
+        sequence_len=resources.config.sequence_len,
         vault_keyring=vault.keyring,
         patches_keyring=patches.keyring,
-        precision=parts.config.precision,
+        precision=resources.config.precision,
     )
 
 
-def _probe(parts: Parts, ledger: Ledger, patches: CheckpointStore) -> Probe | None:
+def _probe(resources: Resources, ledger: Ledger, patches: CheckpointStore) -> Probe | None:
     """What asks the base alone, under the patches that are served then; None where none is wanted."""
-    opened = find_probe() if parts.config.probe else None
+    opened = find_probe() if resources.config.probe else None
     if opened is None:
         return None
     open_it = opened
 
     def probe(records: Sequence[Record]) -> Probed:
         stack = patch_files(patches, active(ledger.patches()))
-        return open_it(parts.base.directory, parts.base.digest, parts.config, stack)(records)
+        return open_it(resources.base.directory, resources.base.digest, resources.config, stack)(records)
 
     return probe
 
@@ -412,6 +425,6 @@ def vault_keyring(config: RunConfig, name: str) -> Keyring:
     return FileKeyring(keyrings(config) / name, seals=True)
 
 
-def close(world: World) -> None:
-    if isinstance(world.ledger, SqlLedger):
-        world.ledger.close()
+def close(context: Context) -> None:
+    if isinstance(context.stores.ledger, SqlLedger):
+        context.stores.ledger.close()
