@@ -6,26 +6,27 @@
     model.forget(["p001-q1"])
     assert model.verify(replay="all").ok
 
-Rules: one object per model directory. Writers hold the directory's lock; a second one gets `Busy`.
-Every method raises only errors of `sisa.core.errors` for what a caller or a machine did wrong.
-
-Not covered: opening a directory, and its lock (`opened.py`); the first training and a changed run file
-(`train.py`); printing (`cluster/cli/cli.py`).
+Writers hold the lock of the model's directory; a second one gets `Busy`. Every method raises only
+errors of `sisa.core.errors` for what a caller or a machine did wrong. `train.py` makes a model, and
+moves one to a changed run file; `unlearn.py` makes patches.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from sisa.audit.garbage import undisturbed
 from sisa.audit.replay import scratch_store, stages_apart
 from sisa.audit.verify import Replay, Verification, shards_to_replay, verify
+from sisa.core.digest import Keyed
 from sisa.core.domain import (
     ExportForm,
     Kind,
@@ -35,11 +36,20 @@ from sisa.core.domain import (
     RequestState,
     Tombstone,
 )
-from sisa.core.errors import InvalidInput
-from sisa.core.events import Notice, QueueSeen, Report
+from sisa.core.errors import (
+    Busy,
+    ConfigConflict,
+    EnvironmentFault,
+    IntegrityError,
+    InvalidInput,
+    Outdated,
+    SisaError,
+)
+from sisa.core.events import Notice, QueueSeen, Report, silent
 from sisa.core.ports import KeptVersions
 from sisa.core.requests import is_under_way
 from sisa.data.reader import named_by_place, read_like
+from sisa.data.temporary_files import erase_abandoned
 from sisa.flows import lifecycle, query
 from sisa.flows.ask import (
     Answer,
@@ -57,28 +67,81 @@ from sisa.flows.ingest import Taken, add, train
 from sisa.flows.lifecycle import Terms
 from sisa.flows.reconcile import reconcile
 from sisa.flows.scratch import guard
-from sisa.flows.stale_exports import missing
+from sisa.flows.stale_exports import finish_written, missing
+from sisa.flows.wiring import wiring
 from sisa.flows.wiring.context import Context, model_digest, view_shards
-from sisa.flows.wiring.opened import WAITS_S, OpenedModel, asked_again, silent
+from sisa.flows.wiring.resources import Resources
 from sisa.flows.wiring.results import ForgetOutcome, ForgetPlan, Status
 from sisa.flows.wiring.run_context import running
-from sisa.flows.wiring.wiring import LEDGER, OpenExecutor
-from sisa.flows.wiring.witness import witness_standing
+from sisa.flows.wiring.wiring import LEDGER, LOCK, SCRATCH, Description, OpenExecutor
+from sisa.flows.wiring.witness import catch_up, is_behind, witness_standing
 from sisa.lm.answer.route import Route
 from sisa.planning.batching import RunPlan
 from sisa.planning.cost import estimate_seconds, full_record_epochs, orders_record_epochs, serving_depth
 from sisa.store.blobs import files
+from sisa.store.blobs.storage_areas import open_areas
+from sisa.store.ledger.database import is_read_only
+from sisa.store.ledger.ledger import SqlLedger
 
 if TYPE_CHECKING:
     from sisa.lm.answer.answerer import Answerer
     from sisa.lm.answer.hf_model import AggregatedModel
 
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
 DIRECT = "sisa forget"  # approves the requests of a direct deletion
+WAITS_S = (0.0, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)  # before a question is asked again
 NEAR_DUPLICATE = 0.95  # inner product of unit vectors from which a record is proposed as a copy
 
 
-class Model(OpenedModel):
-    """A deletion-ready model in a directory."""
+def asked_again(question: Callable[Concatenate[Model, _P], _T]) -> Callable[Concatenate[Model, _P], _T]:
+    """Ask a question of a model again where it meets damage, or what is served no more, and the ledger
+    has moved meanwhile: a writer erases what its commit replaced. Raises IntegrityError for damage that
+    stays, Busy where the ledger does not come to rest."""
+
+    @functools.wraps(question)
+    def asking(model: Model, /, *given: _P.args, **named: _P.kwargs) -> _T:
+        for wait_s in WAITS_S:
+            time.sleep(wait_s)
+            seq = model._seq()
+            try:
+                return question(model, *given, **named)
+            except (IntegrityError, Outdated):
+                if model._seq() == seq:
+                    raise
+        raise model._busy()
+
+    return asking
+
+
+class Model:
+    """A deletion-ready model in a directory.
+
+    An object may live long: each call compares the ledger's description of the model with the one that
+    it took, and takes a changed one over. Readers get the model after it has caught up with its witness;
+    writers hold the directory's lock from before that on.
+    """
+
+    def __init__(
+        self,
+        directory: Path | str,
+        *,
+        executor: str | OpenExecutor = "ray",
+        report: Report = silent,
+    ) -> None:
+        """Open an existing model. Raises InvalidInput where there is none, IntegrityError for damage."""
+        self.directory = Path(directory)
+        if not (self.directory / LEDGER).is_file():
+            raise InvalidInput(
+                "there is no model in this directory",
+                where=str(self.directory),
+                expected=f"a directory with {LEDGER}",
+                next_step="train one with `sisa train RUN.yaml`",
+            )
+        self.executor = executor
+        self.report = report
+        self._take(wiring.describe(self.directory))
 
     def add(
         self, source: Path | str | Sequence[Record], *, allow_deleted: bool = False, append: bool = False
@@ -368,6 +431,108 @@ class Model(OpenedModel):
         """Paths of exports that a deletion could not erase: they were moved, or changed since."""
         with self._context() as context:
             return [each.path for each in missing(context)]
+
+    def _ledger(self) -> AbstractContextManager[SqlLedger]:
+        return contextlib.closing(SqlLedger(self.directory / LEDGER))
+
+    def _seq(self) -> int:
+        """Return the number of the ledger's last commit; 0 of one that can't be read."""
+        with contextlib.suppress(SisaError), self._ledger() as ledger:
+            return ledger.seq()
+        return 0
+
+    def _busy(self) -> Busy:
+        return Busy(
+            "another process is writing to this model: what it writes can't be judged now",
+            where=str(self.directory),
+            next_step="wait until it has finished, then run the same command again",
+        )
+
+    def _take(self, found: Description) -> None:
+        self._meta = found.meta
+        self.id, self.config, self.keyring = found.id, found.config, found.keyring
+        self.base, self.embedder, self.secret = found.base, found.embedder, found.secret
+        self.resources = Resources(self.config, self.base, self.embedder)
+
+    def _catch_up(self) -> None:
+        """Take over what another process made of the model since it was opened: its run file, its base,
+        its embedder, its encryption. Raises ConfigConflict where another model lies here now."""
+        meta = wiring.read_description(self.directory)
+        if meta == self._meta:
+            return
+        if any(meta.get(name) != self._meta.get(name) for name in ("model", "key")):
+            raise ConfigConflict(
+                "another model lies in this directory than the one that was opened",
+                where=str(self.directory),
+                next_step="open the directory again",
+            )
+        self._take(wiring.describe(self.directory))
+        self.report(Notice("the model was reconfigured meanwhile; going on with its present run file"))
+
+    @contextlib.contextmanager
+    def _context(
+        self, *, locked: bool = False, as_it_is: bool = False, outdated: bool = False
+    ) -> Iterator[Context]:
+        """Open the model as the ledger describes it now, after it has caught up with its witness, unless
+        it is opened `as_it_is`. `locked`: the caller holds the writer lock; `outdated`: also a copy that
+        is behind its witness and can't be written."""
+        self._catch_up()
+        context = wiring.open_context(
+            self.directory,
+            self.resources,
+            Keyed(self.secret),
+            self.executor,
+            self.report,
+            base_digest=self.base.digest,
+            model=self.id,
+            keyring=self.keyring,
+        )
+        try:
+            if locked:
+                catch_up(context)
+            elif not as_it_is and is_behind(context):
+                self._replay(context, outdated=outdated)
+            yield context
+        finally:
+            wiring.close(context)
+
+    def _replay(self, context: Context, *, outdated: bool) -> None:
+        """Delete again what was deleted since this copy was made. Raises EnvironmentFault where it can't
+        be written, unless it may be `outdated`."""
+        if is_read_only(self.directory / LEDGER):
+            if outdated:
+                return
+            raise EnvironmentFault(
+                "this copy of the model still holds what was deleted since it was made, and it can't be "
+                "written to delete it again",
+                where=str(self.directory),
+                next_step="copy it to where it can be written; `sisa status` and `sisa verify` read it",
+            )
+        with files.writer_lock(self.directory / LOCK):
+            catch_up(context)
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Hold the writer lock over the model as it is now. Raises Busy."""
+        wiring.check_executor(self.executor)  # an unknown one is refused before anything is written
+        with running(), files.writer_lock(self.directory / LOCK):
+            self._catch_up()
+            wiring.keep_key(self.directory, self.config, self.id, self.secret)
+            self._clear_scratch()
+            yield
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[Context]:
+        with self._locked(), self._context(locked=True) as context:
+            finish_written(context)
+            yield context
+
+    def _clear_scratch(self) -> None:
+        """Erase what a replay stored, its keys first, and texts that a killed process left in temporary
+        directories while it read a data set."""
+        erase_abandoned()
+        self.keyring.destroy(SCRATCH, self.keyring.held(SCRATCH))
+        open_areas(self.directory, self.config.storage, self.id)[SCRATCH].clear()
 
 
 def open_model(

@@ -20,7 +20,7 @@ from sisa.config.runfile import load_run_file
 from sisa.core.digest import Keyed
 from sisa.core.domain import Record
 from sisa.core.errors import Busy, ConfigConflict, EnvironmentFault, IntegrityError, InvalidInput
-from sisa.core.events import Notice, Report
+from sisa.core.events import Notice, Report, silent
 from sisa.core.ports import Change
 from sisa.core.precision import DEFAULT_PRECISION
 from sisa.core.requests import is_under_way
@@ -33,7 +33,6 @@ from sisa.flows.record_checks import check_all, check_generations, check_not_del
 from sisa.flows.scratch import guard, prepare_base
 from sisa.flows.wiring import wiring
 from sisa.flows.wiring.context import Context, commit, trained_over
-from sisa.flows.wiring.opened import silent
 from sisa.flows.wiring.progress import progress
 from sisa.flows.wiring.resources import Resources, indexed_digest
 from sisa.flows.wiring.run_context import running
@@ -109,7 +108,7 @@ def _train(
     resources = _new_resources(model, config, accept_differences=accept_differences)
     with named_by_place(records), model._locked():  # nobody else moves it before it is trained
         moved = _move(model, config, resources, records, accept_differences=accept_differences)
-        model._take(model._described())
+        model._take(wiring.describe(model.directory))
         taken = model._resume(records)
     return model, replace(
         taken,

@@ -24,8 +24,7 @@ from sisa.flows.patches.composition import measure
 from sisa.flows.patches.patched_shards import shards_over
 from sisa.flows.patches.patching import Unlearnt, Wish
 from sisa.flows.wiring.context import patch_files, trained_over
-from sisa.flows.wiring.opened import asked_again
-from sisa.model import Model
+from sisa.model import Model, asked_again
 from sisa.planning.patch_plan import active, wanted
 
 

@@ -38,9 +38,9 @@ from sisa.config.config import RunConfig
 from sisa.core.digest import KEY_BYTES, Keyed
 from sisa.core.domain import RecordRow
 from sisa.core.errors import InvalidInput, SisaError, TransientError
+from sisa.core.events import silent
 from sisa.flows.wiring import wiring
 from sisa.flows.wiring.context import Context
-from sisa.flows.wiring.opened import silent
 from sisa.flows.wiring.resources import Resources
 from sisa.flows.wiring.wiring import CHECKPOINTS, KEY, LEDGER
 from sisa.flows.wiring.witness import is_behind

@@ -26,17 +26,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from sisa.core.domain import Chain
 from sisa.core.errors import EnvironmentFault
+from sisa.core.events import silent
 from sisa.core.ports import CheckpointStore
 from sisa.flows.wiring.context import Context
-from sisa.flows.wiring.opened import OpenedModel, silent
-from sisa.flows.wiring.wiring import SCRATCH, OnCluster
+from sisa.flows.wiring.wiring import SCRATCH, OnCluster, open_as_it_is
 from sisa.lm.base.numerics import worker_environment
 from sisa.planning.plan import all_paths
 from sisa.store.checkpoints import FileCheckpoints
+
+if TYPE_CHECKING:
+    from sisa.model import Model
 
 IMPORTS = ("sisa.lm.train.lora", "pyarrow.dataset")
 SERVE = "from sisa.audit.replay import serve; serve()"
@@ -53,7 +56,7 @@ class Apart:
     train: Callable[[Sequence[Chain]], None]
 
 
-def stages_apart(model: OpenedModel, context: Context) -> Apart | None:
+def stages_apart(model: Model, context: Context) -> Apart | None:
     """Return what trains a model's stages apart; None under an executor that was given, since nobody
     knows with what it trains."""
     if not isinstance(model.executor, str | OnCluster):
@@ -80,7 +83,7 @@ def train_stage(context: Context, shard: int, key: str, store: CheckpointStore) 
                 return
 
 
-def _train_all(model: OpenedModel, scratch: str, chains: Sequence[Chain]) -> None:
+def _train_all(model: Model, scratch: str, chains: Sequence[Chain]) -> None:
     """Train all stages of a shard, each in a fork. Raises EnvironmentFault where one fails."""
     config, shard = model.config, chains[0].shard
     settings = worker_environment(config.sisa.threads_per_shard, config.precision)
@@ -224,8 +227,7 @@ def _train_and_exit(stage: Stage, environment: dict[str, str], failing: int) -> 
     _end_with_parent()
     try:
         os.environ.update(environment)
-        model = OpenedModel(stage.directory, executor="serial")
-        with model._context(as_it_is=True) as context:
+        with open_as_it_is(Path(stage.directory), "serial", silent) as context:
             store = scratch_store(context, stage.scratch)
             train_stage(replace(context, report=silent), stage.shard, stage.key, store)
     except BaseException as error:  # its text may quote a record

@@ -133,3 +133,7 @@ Event = (
     | Notice
 )
 Report = Callable[[Event], None]
+
+
+def silent(_event: Event) -> None:
+    """Report nothing."""

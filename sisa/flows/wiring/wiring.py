@@ -17,11 +17,12 @@ imported here. Executors, probes and patchers that use Ray or are approximate ar
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import secrets
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,13 +32,15 @@ from sisa.config.config import RunConfig
 from sisa.core.digest import KEY_BYTES, Keyed
 from sisa.core.domain import Probed, Record, Tombstone
 from sisa.core.errors import ConfigConflict, IntegrityError, InvalidInput
-from sisa.core.events import Report
+from sisa.core.events import Event, QueueSeen, Report
+from sisa.core.measured import metrics_line
 from sisa.core.ports import (
     BlobStore,
     CheckpointStore,
     Executor,
     Keyring,
     Ledger,
+    Metrics,
     Patcher,
     PatchSite,
     Probe,
@@ -55,8 +58,8 @@ from sisa.flows.wiring.context import (
     patches_beneath,
     trained_over,
 )
-from sisa.flows.wiring.recording import recording
 from sisa.flows.wiring.resources import Named, Resources
+from sisa.flows.wiring.run_context import current_run, new_run
 from sisa.lm.base.numerics import fingerprint
 from sisa.lm.base.packages import state_dir as state_dir
 from sisa.planning.assign import Assigner
@@ -80,6 +83,8 @@ RECORDS, INDEX, CHECKPOINTS, SCRATCH = "records", "index", "checkpoints", "scrat
 PATCHES, VAULT, RUNS, METRICS = "patches", "vault", "runs", "metrics"
 PREFIXES = "prefixes"
 HOOKS = (PatchesHook(),)  # on a deletion, in the order in which they are called
+
+DESCRIPTION = ("config", "base", "embedder", "key", "model")  # of the ledger's `meta`
 
 OpenExecutor = Callable[[Site, Mapping[str, Any]], Executor]
 # of the base's directory and digest, and of the files of the patches on it, lowest first
@@ -148,6 +153,67 @@ def open_context(
     check_hooks(context)
     _ = context.recipe  # refuses a ledger that lacks what it is trained over
     return context
+
+
+@dataclass(frozen=True)
+class Description:
+    """What the ledger and the partition key say of a model."""
+
+    meta: Mapping[str, str]
+    id: str
+    config: RunConfig
+    keyring: Keyring
+    base: Named
+    embedder: Named
+    secret: bytes
+
+
+def read_description(directory: Path) -> dict[str, str]:
+    """Return what the ledger says of its model. Raises InvalidInput for one that was never committed."""
+    with contextlib.closing(SqlLedger(directory / LEDGER)) as ledger:
+        meta = ledger.meta()
+    if "config" not in meta:
+        raise InvalidInput(
+            "the model in this directory was never committed",
+            where=str(directory),
+            next_step="run `sisa train RUN.yaml` again",
+        )
+    return {name: meta[name] for name in DESCRIPTION if name in meta}
+
+
+def describe(directory: Path) -> Description:
+    """Read what a model's directory holds. Raises IntegrityError for another model's key."""
+    meta = read_description(directory)
+    config, name = stored_config(meta), model_id(meta)
+    secret = stored_secret(directory, config, name)
+    if Keyed(secret).name != meta.get("key"):
+        raise IntegrityError(
+            "the partition key is not this model's",
+            where=str(key_path(directory, config, name)),
+            next_step="restore the key from a backup: without it no record can be found",
+        )
+    keyring, base, embedder = open_keyring(config, name), named(meta, "base"), named(meta, "embedder")
+    return Description(meta, name, config, keyring, base, embedder, secret)
+
+
+@contextlib.contextmanager
+def open_as_it_is(directory: Path, executor: str | OpenExecutor, report: Report) -> Iterator[Context]:
+    """Open a model without its lock, whether or not it has caught up with its witness."""
+    found = describe(directory)
+    context = open_context(
+        directory,
+        Resources(found.config, found.base, found.embedder),
+        Keyed(found.secret),
+        executor,
+        report,
+        base_digest=found.base.digest,
+        model=found.id,
+        keyring=found.keyring,
+    )
+    try:
+        yield context
+    finally:
+        close(context)
 
 
 def check_hooks(context: Context) -> None:
@@ -423,6 +489,27 @@ def open_keyring(config: RunConfig, name: str) -> Keyring:
 def vault_keyring(config: RunConfig, name: str) -> Keyring:
     """The same keys, for what is sealed in any model: the vault, and unfinished patches."""
     return FileKeyring(keyrings(config) / name, seals=True)
+
+
+def recording(report: Report, metrics: Metrics, now: Callable[[], str]) -> Report:
+    """Return a report that passes every event on, and then appends a line of metrics for some.
+
+    Lines bear the name of the current run. The state of the queue is kept when it has changed.
+    """
+    run = (current_run() or new_run()).run
+    last: QueueSeen | None = None
+
+    def pass_on(event: Event) -> None:
+        nonlocal last
+        report(event)
+        if isinstance(event, QueueSeen):
+            if event == last:
+                return
+            last = event
+        if (made := metrics_line(event, now(), run)) is not None:
+            metrics.append(made)
+
+    return pass_on
 
 
 def close(context: Context) -> None:

@@ -20,7 +20,7 @@ from tests.models.tiny_model import Tiny
 NOWHERE = Stage("/nonexistent", "scratch", 0, "key")
 HANGING = (
     "import time; from sisa.audit import replay; replay.IMPORTS = ()\n"
-    "replay.OpenedModel = lambda *_, **__: time.sleep(60)\n"
+    "replay.open_as_it_is = lambda *_, **__: time.sleep(60)\n"
 )
 
 

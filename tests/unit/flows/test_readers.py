@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
+from sisa import model as questions
 from sisa.config.runfile import parse_run_file
 from sisa.core.errors import Busy, IntegrityError
-from sisa.flows.wiring import opened, wiring
+from sisa.flows.wiring import wiring
 from sisa.model import Model
 from sisa.store.blobs import files
 from sisa.store.ledger import rows
@@ -106,7 +107,7 @@ class Between:
 def test_a_deletion_in_the_middle_of_a_question_is_no_damage(
     directory: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr(opened, "WAITS_S", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(questions, "WAITS_S", (0.0, 0.0, 0.0))
     monkeypatch.setattr(SqlLedger, "scrub", lambda *_, **__: None)  # it would wait for the reader
     model, writer = (Model(directory, executor="serial") for _ in range(2))
     between = Between(monkeypatch)

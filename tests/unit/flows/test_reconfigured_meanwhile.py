@@ -129,11 +129,11 @@ def before_the_lock(monkeypatch: pytest.MonkeyPatch, another: Callable[[], None]
 
     def meanwhile(*given: Any, **options: Any) -> Any:
         found = new_resources(*given, **options)
-        monkeypatch.setattr(training, "_new_parts", new_resources)
+        monkeypatch.setattr(training, "_new_resources", new_resources)
         another()
         return found
 
-    monkeypatch.setattr(training, "_new_parts", meanwhile)
+    monkeypatch.setattr(training, "_new_resources", meanwhile)
 
 
 def test_two_reconfigurations_at_once_leave_one_run_file_and_its_heads(
