@@ -1,10 +1,8 @@
-"""From a run file to a model: the first training, and a changed run file over an existing model.
+"""Train a model from a run file, or move an existing one to a changed run file.
 
-Rules: everything is read and found good before anything is written: the run file, every record, the
-base, the embedder, every record's length. An existing model is told by its ledger; records that it
-does not hold are counted and left to `add`.
-
-Not covered: what reconfiguring does (`reconfigure.py`).
+Everything is read and checked before anything is written: the run file, every record, the base, the
+embedder, every record's length. An existing model is found by its ledger; records that it does not hold
+are counted and left to `add`. `flows/reconfigure.py` carries out what a changed run file means.
 """
 
 from __future__ import annotations

@@ -1,13 +1,11 @@
-"""What a caller can do about knowledge of the frozen base: approximate, always, and never called exact.
+"""Make the frozen base say less of what it knew: approximate, always, and never called exact.
 
     from sisa.unlearn import unlearn, revert
     done = unlearn(model, Wish(settings, forget=records, consent="the person asked for it"))
     done.patch.report["metrics_after"]
 
-Rules: as `model.py`. A patch is served as soon as it is made; the shards' own answers are measured with
-and without it. Shards are trained over it only if the caller says so.
-
-Not covered: settings and methods (`approx/`), printing (`cluster/render/patch_render.py`).
+A patch is served as soon as it is made; the shards' own answers are measured with and without it.
+Shards are trained over it only if the caller says so.
 """
 
 from __future__ import annotations

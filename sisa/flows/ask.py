@@ -1,9 +1,9 @@
-"""Asking the model: which constituent models answer, and what they say together.
+"""Ask the model: choose the constituent models that answer, and let them.
 
-A prompt is a text, or a conversation of which a person's turn is the last. What is looked up is what the
+A prompt is a text, or a conversation that ends with a person's turn. The index is searched for what the
 person asks: the text, or that turn. The choice depends on the remaining records and the served heads
-alone. Active patches lie beneath all that answers, the base alone among it. Adapters and patches are
-checked against the ledger before anything parses them.
+alone. Active patches lie beneath every model that answers, and beneath the base alone. Adapters and
+patches are checked against the ledger before anything parses them.
 
 A text is put to shards in the form that most records had when the model was first trained, and to the
 base alone as one turn of a chat, if it has a chat template; `kind` puts it to both in another form. A

@@ -1,12 +1,12 @@
 """Exact deletion: what it would do, and doing it, for any number of requests at once.
 
-    forget = commit what remains (heads roll back in the same transaction) -> probe the base -> reconcile
+    commit what remains, with heads rolled back -> probe the base -> reconcile -> finish
 
-Rules: planning reads only the shards concerned and changes nothing. The commit removes the rows, leaves
+Planning reads only the shards concerned and changes nothing. One transaction removes the rows, leaves
 tombstones, moves the heads to their deepest clean checkpoints, and makes the rewritten slices and
-indexes current, all in one transaction. A file to build on that is damaged stops the deletion before it.
-
-Not covered: who may ask and when (`requests.py`, `lifecycle.py`); training and erasing (`reconcile.py`).
+indexes current. If a file to build on is damaged, the deletion stops before that commit. What else is
+made from records joins by hooks (`core/ports.py`). `reconcile.py` erases and trains; `lifecycle.py`
+says who may ask, and when.
 """
 
 from __future__ import annotations

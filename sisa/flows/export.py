@@ -1,4 +1,4 @@
-"""Exports: what is served, written out for other tools, under a version that nothing replaces.
+"""Write what is served for other tools, under a version that nothing replaces.
 
     peft             a PEFT directory per shard that serves an adapter
     merged-adapter   one PEFT directory: the exact mean of the shards' changes, at the ranks' sum
@@ -6,15 +6,14 @@
 
     commit a row for every shard of every directory -> write the files -> commit that they are written
 
-Rules: bytes are checked against the ledger. What is served goes out: with active patches, each adapter
-is the sum of the patches and the shard's own, as one adapter on the plain base. `adapter_config.json`
-names the base as the run file does, so that it means the same on other machines; its digest is on the
-card. `AutoPeftModelForCausalLM` loads it from a hub's name or a directory. Every directory has a
-card that says what is in it. The rows come before the files, so that no crash leaves an export that
-nobody knows. A merged form is an average of weights, not what the shards say together: its card says
-so, with what that costs on records that remain.
+Bytes are checked against the ledger. With active patches, each adapter is the sum of the patches and
+the shard's own, as one adapter on the plain base. `adapter_config.json` names the base as the run file
+does, so that it means the same on other machines; the base's digest is on the card.
+`AutoPeftModelForCausalLM` loads it from a hub's name or a directory. The rows come before the files, so
+that no crash leaves an export that nobody knows. A merged form is an average of weights, not what the
+shards say together: its card says so, with what that costs on records that remain.
 
-Not covered: the end of an export (`stale_exports.py`), what is in the files (`export_files.py`).
+`export_files.py` makes the files; `stale_exports.py` erases them when a deletion has touched them.
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
-"""What is in an exported directory: adapters, weights, and the card that says what they are.
+"""Make the files of an export: adapters, weights, and the card that describes them.
 
-Rules: torch is loaded only where something is put together. A card holds counts and digests, no id and
-no text. Its root is the digest of the roots of all slices, so that two exports tell whether they were
-made of the same records.
-
-Not covered: where it is written (`export.py`). Full weights are put together in memory.
+torch is loaded only where weights are combined, and full weights are combined in memory. A card holds
+counts and digests, no id and no text. Its root is the digest of the roots of all slices, so that two
+exports show whether they were made of the same records.
 
 >>> Card("peft", "base", "b" * 64, "m" * 64, 3, 1, (), 0, "2026-01-01").text("v1-shard-00000", [0])[:16]
 b'---\\nbase_model: '

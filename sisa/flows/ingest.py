@@ -1,16 +1,9 @@
-"""The flows that take records in: train and add; each decides what remains and reconciles.
+"""Take records in: `train` the first ones, `add` others.
 
-    train  = commit what remains, the first time -> reconcile
-    add    = commit what remains                 -> reconcile
-    forget = commit what remains                 -> reconcile      (`deletion.py`)
-
-Rules: new slice and index files are written under new names before the commit that makes them
-current; old ones are unknown to the ledger after it and are swept. So a crash anywhere leaves either
-the old state and some unknown files, or the new state and some unknown files, and the next
+Both decide what remains, commit it and reconcile. New slice and index files are written under new names
+before the commit that makes them current; after it the ledger does not know the old ones, and they are
+erased. A crash anywhere leaves the old or the new state and some unknown files, and the next
 reconciliation ends the same. Nothing is erased before the commit that allows it.
-
-Not covered: problems of records (`record_checks.py`), reading sources and opening a model (`model.py`),
-questions (`query.py`), proof (`verify.py`), a changed run file (`reconfigure.py`).
 """
 
 from __future__ import annotations

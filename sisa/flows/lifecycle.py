@@ -1,11 +1,9 @@
-"""Requests as they come and go: submit, decide, and carry out what is approved.
+"""Take requests in, decide about them, and carry out what is approved.
 
-Rules: a request names records by keyed digest from the start; no plain id waits in the ledger. The same
-external id with the same records is the same request; with other records it is refused. Exact copies
-(same normalised text under another id, of any subject) are counted; they are deleted with the request
-only if the caller says so, and what was decided is kept. Nothing runs that is not approved.
-
-Not covered: near-duplicates, which the index proposes (`query.py`); reminders.
+A request names records by keyed digest from the start, so that no plain id waits in the ledger. The
+same external id with the same records is the same request; with other records it is refused. Exact
+copies (the same normalised text under another id, of any subject) are counted; they are deleted with
+the request only if the caller says so, and that decision is kept. Only approved requests run.
 """
 
 from __future__ import annotations

@@ -1,15 +1,13 @@
-"""What the frozen base alone knew of what is being deleted: asked once, between commit and erasure.
+"""Ask the frozen base alone what it knows of the records that a deletion removes.
 
-Deleting shards can't reach what the base knew before any record arrived. So, when the served model is
-clean already and the text is not erased yet, the base is asked whether it produces it. The answer,
+Deleting shards can't reach what the base knew before any record arrived. So once the served model is
+clean, and before the text is erased, the base is asked whether it produces that text. The answer,
 numbers alone, is kept with the request.
 
-Rules: a probe that fails, for whatever reason, must not keep the text: the kind of error is kept in its
-place, and the deletion goes on. A deletion that is cut short before its probe is finished without one,
-since the text is erased first. What is read is checked as ever. A text that was kept in the vault by
-consent goes from it when all of it was asked and the base knows none of it.
-
-Not covered: the measures (`approx/evaluation/probe.py`), and what is done about knowledge that is found.
+A probe that fails must not keep the text: the kind of error is kept in its place, and the deletion goes
+on. A deletion that is cut short before its probe is finished without one, since the text is erased
+first. A text that was put into the vault by consent leaves it when all of it was asked and the base
+knows none of it.
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
-"""Questions: where a record is, what a content search proposes, how the model stands.
+"""Answer where a record is, what a content search proposes, and how the model stands.
 
-Rules: the index proposes, the ledger disposes: a candidate that the ledger does not hold is not a
-hit. Nothing here writes. Ids appear only in answers to those who asked for them.
-
-Not covered: answering with the model (`model.py`), proof (`verify.py`).
+The index proposes, the ledger decides: a candidate that the ledger does not hold is not a hit. Nothing
+here writes. Ids appear only in answers to those who asked for them.
 """
 
 from __future__ import annotations

@@ -1,19 +1,18 @@
-"""The one reconciliation: whatever happened before, bring the held state to its target.
+"""Bring what is held to its target, whatever happened before.
 
     adopt    stages that a cut-short run stored for the present targets
-    sweep    every file that the ledger does not know (tainted, retired, half-written), its key first;
+    erase    every file that the ledger does not know (tainted, retired, half-written), its key first;
              stale exports
-    settle   the vault: texts that no patch needs are erased
-    train    what the targets miss; each finished stage moves its shard's head
-    close    requests whose shards have arrived
+    settle   what hooks keep and nothing needs any more
+    train    what the targets miss; each stored stage is recorded and moves its shard's head
+    close    requests whose shards have reached their targets
     orders   what the other orders miss, one order of all shards after another
     retire   clean checkpoints that are neither on any order's path nor heading
-    scrub    the ledger's own pages; after a deletion they are written anew
+    scrub    the ledger's own pages
 
-Rules: idempotent, and safe to cut anywhere: every step looks at what is there, not at what was done.
-Training can be put off: then the heads serve what is clean and held until another command trains.
-
-Not covered: what remains (decided by `ingest.py` before).
+Every step looks at what is there, not at what was done, so that a crash anywhere is made good by the
+next reconciliation. Training can be put off: then the heads serve what is clean and held until another
+command trains. The flows decide before what remains (`ingest.py`, `deletion.py`).
 """
 
 from __future__ import annotations

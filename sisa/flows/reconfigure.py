@@ -1,4 +1,4 @@
-"""A changed run file over an existing model: refuse it, or move the model to it.
+"""Move an existing model to a changed run file, or refuse.
 
     effect of a difference      what happens with `--reconfigure`
     none                        the new value is noted
@@ -8,10 +8,8 @@
                                 and the old heads serve until it is; patches of another base are dropped
     reseal                      held files are written anew, encrypted or plain, before the commit
 
-Rules: without `--reconfigure` any difference but `none` is refused, all of them listed. The secret
-never changes, since tombstones are kept under it.
-
-Not covered: which effect a key has (`config.py` says so beside the key).
+Without `--reconfigure` any difference but `none` is refused, and all of them are listed. The secret
+never changes, since tombstones are kept under it. `config/config.py` says which effect a key has.
 """
 
 from __future__ import annotations

@@ -1,13 +1,7 @@
-"""What speaks against taking records in: all of it at once, by their positions.
+"""Check records before they are taken in, and report every problem at once, by their positions.
 
-    check_all   whatever several checks refuse, raised as one
-    refuse_added      what a model's ledger, run file and base say of records to add
-    refuse_trained    the same of a source that was trained before
-
-Rules: nothing is changed, and nothing says an id, a subject or a text. A record whose risk is of no
-class has no place, and what is held is not asked about it.
-
-Not covered: what keeps a row from being a record (`record_rules.py`); who may delete (`requests.py`).
+Nothing is changed, and no message holds an id, a subject or a text. A record whose risk fits no class
+has no place, and is not compared with what is held.
 
 >>> def check(where):
 ...     raise InvalidInput("bad", next_step="mend it", problems=[Problem(where, "is bad")])

@@ -1,19 +1,16 @@
-"""A base from scratch: trained once on a corpus without deletable records, frozen, named by its digest.
+"""Train a base from scratch, once, on a corpus without deletable records.
 
     corpus + recipe -> tokenizer, weights -> DIR (a base as any other) with
         scratch.json   what it was made of: recipe, digests of corpus and runs, numerics fingerprint
         corpus.runs    hashes of the corpus's runs of words, for the guard
 
-Rules: everything personal then lives in adapters, and a deletion leaves nothing behind in the base. The
-guard refuses records that share their wording with the corpus, before the base is trained and at every
-later `add` (`overlap.py`). A directory that holds the base of the same recipe is used as it is, wherever
-it was made: what names a base is its digest. One that holds another is left alone. A training that was
-cut short leaves nothing.
+Everything personal then is in adapters, and a deletion leaves nothing behind in the base. The guard
+refuses records that share their wording with the corpus, before the base is trained and at every later
+`add` (`overlap.py`). A directory that holds the base of the same recipe is used as it is, wherever it
+was made, since its digest names a base; one that holds another base is left alone. A training that is
+cut short leaves nothing and starts from the beginning the next time.
 
-Not covered: going on in the middle of the base's training; whether a corpus holds a person's data that
-is in no record.
-
-    prepare(config, records, "ray", report)
+    prepare_base(config, records, "ray", report)
 """
 
 from __future__ import annotations

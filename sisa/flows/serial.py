@@ -1,13 +1,12 @@
-"""Training a chain of stages, and an Executor that does so in this process.
+"""Train a chain of stages; an Executor that does so in this process.
 
-Rules: `train_chain` is the only place where stages are trained, whoever calls it (this process, a Ray
-worker, a replay), so all executors give the same bytes. A stage whose checkpoint already rests in the
-store is not trained again: a retried worker loses at most the stage that it was in. Workers read
-slice files where they rest; no record text travels in a task, and no key or credential.
+`train_chain` is the only place where stages are trained, whoever calls it (this process, a Ray worker,
+a replay), so that all executors give the same bytes. A stage whose checkpoint is in the store is not
+trained again: a retried worker loses at most the stage that it was in. Workers read slice files where
+they are; no record text travels in a task, and no key or credential.
 
-Not covered: running chains side by side (`cluster/ray/ray_executor.py`).
-
-An executor gets its parts from a `Site`, so that it can be pointed at a scratch directory too:
+An executor gets its stores and its base from a `Site`, so that it can be pointed at a scratch
+directory:
 
     SerialExecutor(trainer, records, checkpoints).run(chains, report)
 """

@@ -1,14 +1,12 @@
-"""The end of stale exports: those that a record touched which was deleted since.
+"""Erase exports that hold what a deletion removed.
 
     deletion  its commit marks the exports that a removed record touched (`plan.marked`)
     erasing   mark what is still as it was written -> erase the files -> drop the rows
 
-Rules: rows go after their files, so that no crash leaves an export that nobody knows. A directory that
-was moved or changed is left alone and its rows stay, marked: it is erased when it comes back, or given
-up on a person's word. An export of several shards together has a row for each, and they go together.
-
-Not covered: copies that somebody made of an export; what a server loaded from it
-(`export_files.unload_command`).
+Rows go after their files, so that no crash leaves an export that nobody knows. A directory that was
+moved or changed is left alone and its rows stay, marked: it is erased when it comes back, or given up
+on a person's word. An export of several shards together has a row for each, and they go together.
+Copies that somebody made of an export are not reached.
 """
 
 from __future__ import annotations

@@ -1,11 +1,9 @@
-"""Shards that are trained over patches, and no longer over them.
+"""Train shards over patches, and no longer over them.
 
-Rules: the ledger's meta names the patches that all shards are trained over. Training over them is exact
-with respect to the patched base: the job of every stage names it. Patches with records of the model in
-their retain sets can't be trained over, since one deletion would retrain every shard; if such a record
-comes later and is deleted, everything that was trained over the patch goes in one commit.
-
-Not covered: serving (`ask.py`: the active patches, whatever the shards were trained over).
+The ledger's meta names the patches that all shards are trained over. Training over them is exact with
+respect to the patched base: the job of every stage names it. Patches with records of the model in their
+retain sets can't be trained over, since one deletion would retrain every shard; if such a record comes
+later and is deleted, everything that was trained over the patch goes in one commit.
 """
 
 from __future__ import annotations

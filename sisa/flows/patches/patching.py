@@ -4,12 +4,9 @@
     make    what is wanted, lowest first -> commit each: from then on it is served beneath every shard
             -> erase the texts that no patch needs: those of which nothing is known any more
 
-Rules: a wish is in the ledger before anything is computed, so that what was cut short is gone on with by
-the same command. One wish at a time.
-
-Not covered: how a patch is made (`approx/patches/patching.py`), decisions (`patch_plan.py`), what a
-deletion does to patches (`on_deletion.py`), shards that are trained over patches
-(`patched_shards.py`).
+A wish is in the ledger before anything is computed, so that the same command goes on with what was cut
+short. There is one wish at a time. `approx/patches/` makes patches; `planning/patch_plan.py` decides
+which there should be.
 """
 
 from __future__ import annotations

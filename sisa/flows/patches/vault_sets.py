@@ -1,11 +1,10 @@
 """Texts in the vault: put there by consent, filtered by deletions, erased when no patch needs them.
 
-Rules: a set's file is written before the commit that makes it known; a file that no commit knows is
-swept, its key first. Rows name records by keyed ids: the set's own, and those of held records with the
-same text, so that `where` and a deletion find them whatever id the text came under. A set that can't be
-read any more counts as erased: it never stops a deletion.
-
-Not covered: which sets are needed (`patch_plan.py`).
+A set's file is written before the commit that makes it known; a file that no commit knows is erased,
+its key first. Rows name records by keyed ids: the set's own, and those of held records with the same
+text, so that `where` and a deletion find them whatever id the text came under. A set that can't be read
+any more counts as erased: it never stops a deletion. `planning/patch_plan.py` says which sets are
+needed.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""From a model directory to the parts that flows use."""
+"""Build what flows use from a model directory."""

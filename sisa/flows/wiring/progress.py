@@ -1,11 +1,9 @@
 """Progress of long work on standard error: live bars on a terminal, plain lines elsewhere.
 
-Rules: shards, slices, passes, tokens, steps and time only; never an id or a text. Standard output stays
-free for the result. Progress is measured in record-epochs, whose total is known before the first one is
-trained; that of a patch in steps. On a terminal each shard at work has a bar of its own, as its worker
-tells of it, MOST_ROWS of them at most.
-
-Not covered: logs for machines (`json_log.py`).
+It shows shards, slices, passes, tokens, steps and time; never an id or a text. Standard output stays
+free for the result. Training is measured in record-epochs, whose total is known before the first one is
+trained; a patch in steps. On a terminal each shard at work has a bar of its own, MOST_ROWS of them at
+most.
 
 >>> meter = Meter()
 >>> meter.take(TrainingStarted(((0, 0, 10), (1, 0, 30))), now=0.0)

@@ -1,9 +1,7 @@
-"""The heavy parts of a model: base, tokenizer, embedder; resolved on first use.
+"""The heavy parts of a model (base, tokenizer, embedder), resolved by their first use.
 
-Rules: what is resolved must be what the ledger names by digest, or an IntegrityError stops the command.
-Torch is imported by what is asked for, not by this.
-
-Not covered: the parts that know where records are (`wiring.py`).
+What is resolved must have the digest that the ledger names, or an IntegrityError stops the command.
+torch is imported by the properties that need it, not by this module.
 """
 
 from __future__ import annotations

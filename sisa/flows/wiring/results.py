@@ -1,9 +1,6 @@
-"""What a model says of itself and of a deletion, as plain values.
+"""What a model returns about itself and about a deletion, as plain values.
 
-Rules: nothing here computes; a field that was added later has a default.
-
-Not covered: requests (`domain.py`), locations and candidates (`query.py`), how all of them read
-(`cluster/render/render.py`).
+Nothing here computes. A field that was added later has a default.
 """
 
 from __future__ import annotations

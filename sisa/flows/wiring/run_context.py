@@ -1,10 +1,8 @@
-"""The run that is under way: one name for all that one command does, wherever it does it.
+"""The current run: one name for all that one command does, in every process that does it.
 
-Rules: a name tells when the run began, in UTC, and is otherwise random; log lines, metrics and Ray's
-series bear it, in the workers too. Inner runs are part of the outer one. `SISA_RUN` gives the name, for
+The name shows when the run began, in UTC, and is otherwise random; log lines, metrics and Ray's series
+bear it, in the workers too. Inner runs are part of the outer one. `SISA_RUN` gives the name, for
 whoever starts a command elsewhere and must know it there. It reaches no bit of a model.
-
-Not covered: what is told under it (`measured.py`, `cluster/observe/json_log.py`).
 
 >>> with running(RunContext("20261125T213749Z-3f9a1c2b", "json")), running() as inner:
 ...     inner.run

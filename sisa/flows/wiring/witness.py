@@ -1,19 +1,19 @@
-"""The witness of a ledger: what was deleted stays deleted, even when a backup is restored.
+"""Keep deletions deleted when a backup is restored: the ledger catches up with its witness.
 
-A restored model directory brings its own, older ledger back. The witness lies outside it and holds the
+A restored model directory brings its own, older ledger back. The witness is outside of it and holds the
 head of the event log and the tombstones. A ledger that does not know the witness's head is behind it.
 
-    behind    replay: what the witness calls deleted is removed in one commit, as ever, under the
-              requests that deleted it; tombstones that the ledger lacks are put back; bytes are erased
-    ahead     (a crash fell between a commit and its testimony) the witness is told what it missed
-    absent    (another machine, or a new place for it) the same: it is told all
+    behind    what the witness calls deleted is removed again in one commit, under the requests that
+              deleted it; tombstones that the ledger lacks are put back; bytes are erased
+    ahead     (a crash fell between a commit and its record in the witness) the witness is brought up to
+              date
+    absent    (another machine, or a new place for it) the witness is written
 
-Rules: replaying comes before anything else that a command does, reading ones too; what it leaves to
-train is trained by the next writing command. A legal hold of the older ledger does not stop it: the
-deletion was carried out once. An id that was allowed in again is not deleted. Requests that came in
-after the backup and were not carried out are lost with it; how many events are lost is said.
-
-Not covered: a witness that is set back with the model; which file it is (`wiring.py`).
+This comes before anything else that a command does, a reading one too; the next writing command trains
+what is missing then. A legal hold of the older ledger does not stop it, since the deletion was carried
+out once. An id that was allowed in again is not deleted. Requests that came in after the backup and
+were not carried out are lost with it; a notice says how many events are lost. A witness that is set
+back together with the model is not noticed.
 """
 
 from __future__ import annotations
