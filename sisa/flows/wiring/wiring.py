@@ -18,6 +18,7 @@ imported here. Executors, probes and patchers that use Ray or are approximate ar
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import re
 import secrets
@@ -35,11 +36,9 @@ from sisa.core.errors import ConfigConflict, IntegrityError, InvalidInput
 from sisa.core.events import Event, QueueSeen, Report
 from sisa.core.measured import metrics_line
 from sisa.core.ports import (
-    BlobStore,
     CheckpointStore,
     Executor,
     Keyring,
-    Ledger,
     Metrics,
     Patcher,
     PatchSite,
@@ -106,53 +105,66 @@ def open_context(
 ) -> Context:
     """Open a model's real parts. Raises IntegrityError for a ledger that is missing or damaged."""
     config = resources.config
-    blobs = open_areas(directory, config.storage, model)
-    ledger = SqlLedger(directory / LEDGER, create=create)
-    patches = FileCheckpoints(blobs[PATCHES], keyring, PATCHES)
-    vault = FileVault(directory / VAULT, vault_keyring(config, model))
-    metrics = FileMetrics(directory / METRICS)
-
-    def executor_for(store: CheckpointStore) -> Executor:
-        if not isinstance(store, FileCheckpoints):
-            raise TypeError("real executors train into blob stores")
-        site = _site(blobs, resources, store, ledger)
-        return find_executor(executor)(site, config.cluster.model_dump(mode="json"))
-
-    stores = Stores(
-        ledger=ledger,
-        witness=witness_of(config, keyed, model),
-        records=FileRecords(blobs[RECORDS], keyring),
-        checkpoints=FileCheckpoints(blobs[CHECKPOINTS], keyring),
-        index=FaissIndex(directory / INDEX, resources.dimension, keyring, resources.warm),
-        keyring=keyring,
-        exports=DirectoryExports(),
-        metrics=metrics,
-        patches=patches,
-        vault=vault,
-        drafts=FilePatchDrafts(directory / RUNS, vault.keyring),
-        prefixes=FilePrefixes(blobs[PREFIXES], keyring),
-        blobs=blobs,
-    )
-    compute = Compute(
-        embed=resources.embed,
-        count_tokens=resources.count_tokens,
-        executor_for=executor_for,
-        patcher=lambda: find_patcher(executor)(
-            _patch_site(directory, resources, vault, patches), config
-        ),
-        fingerprint=fingerprint(config.sisa.threads_per_shard, config.precision),
-        probe=_probe(resources, ledger, patches),
-    )
+    stores = _open_stores(directory, resources, keyed, model, keyring, create=create)
+    patch_site = functools.partial(_patch_site, directory, resources, stores, model)
     settings = Settings(
         assigner=Assigner(keyed, config.layout),
         recipe=config.recipe(base_digest),
         patch_mode=config.patch_mode,
         keeps_prefixes=config.prefix_cache_bytes > 0,
     )
-    context = Context(stores, compute, settings, _now, recording(report, metrics, _now), HOOKS)
+    compute = _compute(resources, stores, patch_site, executor)
+    context = Context(stores, compute, settings, _now, recording(report, stores.metrics, _now), HOOKS)
     check_hooks(context)
     _ = context.recipe  # refuses a ledger that lacks what it is trained over
     return context
+
+
+def _open_stores(
+    directory: Path, resources: Resources, keyed: Keyed, model: str, keyring: Keyring, *, create: bool
+) -> Stores:
+    config = resources.config
+    blobs = open_areas(directory, config.storage, model)
+    vaults = vault_keyring(config, model)
+    return Stores(
+        ledger=SqlLedger(directory / LEDGER, create=create),
+        witness=witness_of(config, keyed, model),
+        records=FileRecords(blobs[RECORDS], keyring),
+        checkpoints=FileCheckpoints(blobs[CHECKPOINTS], keyring),
+        index=FaissIndex(directory / INDEX, resources.dimension, keyring, resources.warm),
+        keyring=keyring,
+        exports=DirectoryExports(),
+        metrics=FileMetrics(directory / METRICS),
+        patches=FileCheckpoints(blobs[PATCHES], keyring, PATCHES),
+        vault=FileVault(directory / VAULT, vaults),
+        drafts=FilePatchDrafts(directory / RUNS, vaults),
+        prefixes=FilePrefixes(blobs[PREFIXES], keyring),
+        blobs=blobs,
+    )
+
+
+def _compute(
+    resources: Resources,
+    stores: Stores,
+    patch_site: Callable[[], PatchSite],
+    executor: str | OpenExecutor,
+) -> Compute:
+    config = resources.config
+
+    def executor_for(store: CheckpointStore) -> Executor:
+        if not isinstance(store, FileCheckpoints):
+            raise TypeError("real executors train into blob stores")
+        site = _site(stores, resources, store)
+        return find_executor(executor)(site, config.cluster.model_dump(mode="json"))
+
+    return Compute(
+        embed=resources.embed,
+        count_tokens=resources.count_tokens,
+        executor_for=executor_for,
+        patcher=lambda: find_patcher(executor)(patch_site(), config),
+        fingerprint=fingerprint(config.sisa.threads_per_shard, config.precision),
+        probe=_probe(resources, stores),
+    )
 
 
 @dataclass(frozen=True)
@@ -236,54 +248,51 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
-def _site(
-    places: Mapping[str, BlobStore], resources: Resources, store: FileCheckpoints, ledger: Ledger
-) -> Site:
-    stack = [(each.key, each.manifest_sha256) for each in patches_beneath(ledger, resources.base.digest)]
+def _site(stores: Stores, resources: Resources, store: FileCheckpoints) -> Site:
     config = resources.config
+    beneath = patches_beneath(stores.ledger, resources.base.digest)
     keeps = store.room == CHECKPOINTS  # a replay keeps no hidden states, and uses none that were kept
     return Site(
-        places[RECORDS],
+        stores.blobs[RECORDS],
         store.place,
         resources.base.directory,
         resources.base.digest,
         config.sisa.threads_per_shard,
         keyring=store.keyring,
         room=store.room,
-        patches_at=places[PATCHES],
-        patches=tuple(stack),
+        patches_at=stores.blobs[PATCHES],
+        patches=tuple((each.key, each.manifest_sha256) for each in beneath),
         precision=config.precision,
-        prefixes_at=places[PREFIXES],
+        prefixes_at=stores.blobs[PREFIXES],
         prefix_bytes=config.prefix_cache_bytes // config.sisa.shards if keeps else 0,
     )
 
 
-def _patch_site(
-    directory: Path, resources: Resources, vault: FileVault, patches: FileCheckpoints
-) -> PatchSite:
+def _patch_site(directory: Path, resources: Resources, stores: Stores, model: str) -> PatchSite:
     return PatchSite(
-        vault_dir=vault.root.absolute(),
-        patches_at=absolute(patches.place),
+        vault_dir=(directory / VAULT).absolute(),
+        patches_at=absolute(stores.blobs[PATCHES]),
         runs_dir=(directory / RUNS).absolute(),
         base_dir=resources.base.directory.absolute(),
         base_digest=resources.base.digest,
         threads=resources.config.sisa.threads_per_shard,
         sequence_len=resources.config.sequence_len,
-        vault_keyring=vault.keyring,
-        patches_keyring=patches.keyring,
+        vault_keyring=vault_keyring(resources.config, model),
+        patches_keyring=stores.keyring,
         precision=resources.config.precision,
     )
 
 
-def _probe(resources: Resources, ledger: Ledger, patches: CheckpointStore) -> Probe | None:
-    """What asks the base alone, under the patches that are served then; None where none is wanted."""
+def _probe(resources: Resources, stores: Stores) -> Probe | None:
+    """Return what asks the base alone, under the patches that are served then; None where the run file
+    wants no probe."""
     opened = find_probe() if resources.config.probe else None
     if opened is None:
         return None
     open_it = opened
 
     def probe(records: Sequence[Record]) -> Probed:
-        stack = patch_files(patches, active(ledger.patches()))
+        stack = patch_files(stores.patches, active(stores.ledger.patches()))
         return open_it(resources.base.directory, resources.base.digest, resources.config, stack)(records)
 
     return probe

@@ -77,7 +77,7 @@ def test_the_ray_of_a_command_that_was_killed_ends(scratch: Path, tmp_path: Path
     site = make_site(tmp_path)
     (script_of(site) / "wait-2.0").touch()
     program = (
-        "import sys; from pathlib import Path; from tests.integration import test_ray_executor as t;"
+        "import sys; from pathlib import Path; from tests.integration.ray import test_ray_executor as t;"
         "site = t.make_site(Path(sys.argv[1]));"
         "t.executor(site, 1).run(t.make_chains(site), t.ignore)"
     )

@@ -305,7 +305,8 @@ def test_a_process_prints_nothing_and_leaves_nothing(tmp_path: Path) -> None:
     scratch = Path(tempfile.mkdtemp(dir="/tmp"))  # short: Ray's sockets lie below it
     try:
         program = (
-            "import sys; from pathlib import Path; from tests.integration import test_ray_executor as t;"
+            "import sys; from pathlib import Path;"
+            "from tests.integration.ray import test_ray_executor as t;"
             "site = t.make_site(Path(sys.argv[1]) / 'm');"
             "t.executor(site, 1).run(t.make_chains(site), t.look_for_the_id)"
         )
@@ -331,7 +332,7 @@ def test_a_worker_that_outlives_its_driver_stores_nothing_after_the_next_sweep(t
     checkpoints, first = FileCheckpoints(site.checkpoints_at), make_chains(site)[2].jobs[0].key
     (script_of(site) / "wait-2.1").touch()
     program = (
-        "import sys; from pathlib import Path; from tests.integration import test_ray_executor as t;"
+        "import sys; from pathlib import Path; from tests.integration.ray import test_ray_executor as t;"
         "site = t.make_site(Path(sys.argv[1]));"
         "t.executor(site, 1).run(t.make_chains(site), t.ignore)"
     )
