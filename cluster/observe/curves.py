@@ -1,8 +1,6 @@
-"""Lines of metrics as curves: points of a named curve, with a step and a time, for tools that draw.
+"""Curves of a run's metrics: points of named curves, with a step and a time, for tools that draw.
 
-Rules: pure. A loss that is gone has no point. Steps are passes for losses, and else count what happened.
-
-Not covered: the tools (`cluster/observe/curve_sinks.py`).
+An erased loss has no point. Steps are passes for losses, and else count the events.
 
 >>> line = {"at": "2026-11-25T21:37:49.000+00:00", "run": "r", "event": "slice_trained", "shard": 0}
 >>> line |= {"slice": 1, "stage": "0f", "num_records": 2, "record_epochs": 4}
@@ -27,7 +25,7 @@ CurveLine = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A value of a curve, at a step and at a time (seconds since 1970)."""
+    """Value of a curve, at a step and at a time (seconds since 1970)."""
 
     curve: str
     step: int
@@ -36,15 +34,15 @@ class Point:
 
 
 def points(lines: Iterable[CurveLine]) -> list[Point]:
-    """The points of a run, in the order of its lines."""
+    """Return the points of a run, in the order of its lines."""
     found: list[Point] = []
     seen: Counter[str] = Counter()
     for line in lines:
         seen[line["event"]] += 1
         at = datetime.fromisoformat(line["at"]).timestamp()
         step, values = _values(line, seen)
-        told = {name: value for name, value in values.items() if value is not None}
-        found += [Point(name, step, float(value), at) for name, value in told.items()]
+        known = {name: value for name, value in values.items() if value is not None}
+        found += [Point(name, step, float(value), at) for name, value in known.items()]
     return found
 
 
@@ -72,20 +70,23 @@ def _values(line: CurveLine, seen: Counter[str]) -> tuple[int, dict[str, Any]]:
 
 
 def summary(lines: Sequence[CurveLine]) -> dict[str, Any]:
-    """A run in a few numbers; tokens are those of held stages, their speed is of one worker, the loss of
-    the last pass told."""
+    """Return a run in a few numbers.
+
+    Tokens are those of stages that still have them, their speed is of one worker, and the loss is the
+    last one that is not erased.
+    """
     of = {name: [each for each in lines if each["event"] == name] for name in _EVENTS}
     slices, losses = of["slice_trained"], [each["loss"] for each in of["epoch_trained"]]
     counted = [each for each in slices if each["tokens"] is not None]
     tokens, seconds = (sum(each[name] for each in counted) for name in ("tokens", "seconds"))
-    told = [each for each in losses if each is not None]
+    known = [each for each in losses if each is not None]
     return {
         "began": lines[0]["at"] if lines else None,
         "slices_trained": len(slices),
         "tokens": tokens,
         "seconds": round(sum(each["seconds"] for each in slices), 3),
         "tokens_per_second": round(tokens / seconds, 1) if seconds else None,
-        "last_loss": told[-1] if told else None,
+        "last_loss": known[-1] if known else None,
         "deletions": len(of["deletion_completed"]),
         "erasure_failures": len(of["erasure_failed"]),
     }

@@ -145,7 +145,7 @@ def lent(site: Site, chains: Sequence[Chain]) -> Iterator[tuple[Site, Callable[[
     prefixes = sorted({name for job in jobs for name in _prefixes(site, job)})
     files = [f"{key}/{name}" for key in stages for name in FILES]
     with (
-        lent_keys(site.keyring, site.room, stages, site.checkpoints_at) as keyring,
+        lent_keys(site.keyring, site.area, stages, site.checkpoints_at) as keyring,
         lent_keys(keyring, PREFIXES, prefixes, site.prefixes_at) as keyring,
         leased(site.checkpoints_at, files) as (checkpoints, accept_stage),
         leased(site.prefixes_at, prefixes) as (states, accept_states),

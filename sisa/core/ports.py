@@ -202,21 +202,21 @@ class Keyring(Protocol):
     def seals(self) -> bool:
         """Whether new files are sealed; sealed files can be read either way."""
 
-    def location(self, room: str, name: str) -> str:
+    def location(self, area: str, name: str) -> str:
         """Return the location of a key."""
 
-    def held(self, room: str) -> frozenset[str]:
+    def held(self, area: str) -> frozenset[str]:
         """Return the names of all keys of an area, leftover temporary ones included."""
 
-    def seal(self, room: str, name: str, part: str, data: bytes) -> bytes:
+    def seal(self, area: str, name: str, part: str, data: bytes) -> bytes:
         """Return the bytes to write, encrypted under the key of a name (created if absent) and bound to
         the part."""
 
-    def unseal(self, room: str, name: str, part: str, data: bytes) -> bytes:
+    def unseal(self, area: str, name: str, part: str, data: bytes) -> bytes:
         """Return the plaintext. Raises IntegrityError when the key is absent or did not seal these
         bytes."""
 
-    def destroy(self, room: str, names: Collection[str]) -> None:
+    def destroy(self, area: str, names: Collection[str]) -> None:
         """Destroy keys beyond recovery; absent names are ignored."""
 
 
@@ -422,7 +422,8 @@ class Ledger(Protocol):
         """
 
     def scrub(self, removed: Collection[RecordRow] | None = ()) -> None:
-        """Empty the write-ahead log and leave no byte of removed rows behind; None: of any row."""
+        """Empty the write-ahead log, and leave no byte of the removed rows in the database; None: of any
+        row."""
 
     def lookup(self, id_digests: Iterable[str]) -> dict[str, RecordRow | Tombstone]:
         """Return rows and tombstones by keyed id."""

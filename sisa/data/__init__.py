@@ -1,1 +1,1 @@
-"""Records on their way in: readers, rules, samples."""
+"""Records in: readers, samples, temporary files."""

@@ -1,11 +1,9 @@
-"""A Hugging Face dataset (hub name, or a directory of `save_to_disk`) -> one Parquet file in scratch.
+"""Export a Hugging Face dataset (hub name, or a directory of `save_to_disk`) to one Parquet file.
 
-Rules: a child process does it, whose caches, temporary files and home of Hugging Face lie in a scratch
-directory that the caller erases whatever happens: the library's own cache would keep the text of
-deleted records. The child tells names of exceptions only, since a message may quote a record.
-
-Not covered: datasets that need their own code. Scratch that is left behind when the parent itself is
-killed is erased by a later command (`temporary_files.py`).
+A child process does it, with its caches, temporary files and Hugging Face home in a scratch directory
+that the caller erases in any case: the library's own cache would keep the text of deleted records. The
+child reports names of exceptions only, since a message may quote a record. Datasets that need code of
+their own are not supported.
 
     export_rows(DatasetSource(path="owner/name"), scratch)
 """
@@ -26,11 +24,11 @@ from sisa.data.temporary_files import keep
 
 
 class Broken(Exception):
-    """A row, or a whole source, that can't be parsed."""
+    """A row, or a whole source, can't be parsed."""
 
 
 def export_rows(source: DatasetSource, scratch: Path) -> Path:
-    """One Parquet file in `scratch` with the rows of a saved or a hub dataset.
+    """Write the rows of a saved or a hub dataset to one Parquet file in `scratch`, and return its path.
 
     Raises Broken (the dataset is wrong) and EnvironmentFault (it can't be fetched).
     """
@@ -73,7 +71,7 @@ def _report(output: bytes) -> dict[str, Any]:
 
 
 def _scratch_environment(scratch: Path) -> dict[str, str]:
-    """The environment of the child: all caches in scratch, but the user's token stays in use."""
+    """Return the environment of the child: all caches in scratch, but the user's own token."""
     environ = dict(os.environ)
     caches = Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     home = environ.get("HF_HOME") or str(caches / "huggingface")
@@ -92,7 +90,7 @@ def _scratch_environment(scratch: Path) -> dict[str, str]:
 
 
 def _export(name: str, split: str, target: str) -> dict[str, Any]:
-    """The child's work; what went wrong comes back as names."""
+    """Do the child's work; errors come back as names."""
     report: dict[str, Any] = {}
     with keep(Path(target).parent):
         return _exported(name, split, target, report)

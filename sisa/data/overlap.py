@@ -1,13 +1,11 @@
-"""What texts share: runs of words, hashed, of a corpus against records.
+"""Overlap of wording: runs of words, hashed, of a corpus against records.
 
-    runs     all runs of `RUN` words of a text, without case and punctuation; of a shorter text its whole
-    shared   the part of a record's distinct runs that the corpus has
-    refused  from `NEAR` on: half of its wording stands in the corpus
+    runs     all runs of `RUN` words of a text, without case and punctuation; a shorter text is one run
+    share    the part of a record's distinct runs that the corpus has
+    refused  from `NEAR` on: half of the record's wording is in the corpus
 
-Rules: pure, and the same anywhere. Runs are held as sorted 64-bit hashes: 8 bytes a word of the corpus,
-and nothing that could be read. A record shorter than a run is compared with the corpus's sentences.
-
-Not covered: paraphrases, and facts that are told in other words.
+Runs are stored as sorted 64-bit hashes: 8 bytes a word of the corpus, and nothing readable. A record
+shorter than a run is compared with the corpus's sentences. Paraphrases are not found.
 
 >>> corpus = runs_of("The ferry to the island leaves at nine, and it comes back at noon.")
 >>> texts = ("The FERRY to the island leaves!", "Ada was born in Turin.")
@@ -35,18 +33,19 @@ _SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
 
 
 def runs_of(*texts: str) -> WordRuns:
-    """The runs of texts together."""
+    """Return the runs of all texts together."""
     return np.unique(np.fromiter((each for text in texts for each in _runs(text)), dtype=np.uint64))
 
 
 def overlap_share(text: str, corpus: WordRuns) -> float:
-    """Part of a text's distinct runs that are in the corpus; 0 of a text without words."""
+    """Return the part of a text's distinct runs that are in the corpus; 0 for a text without words."""
     own = np.unique(np.fromiter(_hashes(_words(text)), dtype=np.uint64))
     return float(np.isin(own, corpus, assume_unique=True).mean()) if len(own) else 0.0
 
 
 def check_overlap(records: Sequence[Record], corpus: WordRuns) -> None:
-    """Raises InvalidInput with every record whose text the corpus holds, or nearly; by position."""
+    """Raise InvalidInput with the position of every record whose wording overlaps the corpus too
+    much."""
     problems = []
     for number, record in enumerate(records, start=1):
         worst = max((overlap_share(part.text, corpus) for part in record.parts), default=0.0)
@@ -60,7 +59,7 @@ def check_overlap(records: Sequence[Record], corpus: WordRuns) -> None:
             "from which nothing can be deleted; nothing was done",
             where="base_model.scratch.corpus",
             expected=f"less than {NEAR:.0%} of a record's runs of {RUN} words",
-            next_step="take them out of the corpus and train another base, or leave the records out",
+            next_step="remove them from the corpus and train another base, or leave the records out",
             problems=problems,
         )
 
@@ -69,7 +68,7 @@ def _runs(text: str) -> Iterable[int]:
     yield from _hashes(_words(text))
     for sentence in _SENTENCE.split(text):
         words = _words(sentence)
-        if len(words) < RUN:  # what a short record would equal
+        if len(words) < RUN:  # a short record may equal it
             yield from _hashes(words)
 
 

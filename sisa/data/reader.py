@@ -1,10 +1,10 @@
-"""JSON lines, Parquet and Hugging Face datasets -> records, or a list of all that is wrong with them.
+"""Read JSON lines, Parquet and Hugging Face datasets as records, or list everything that is wrong.
 
-Everything is read before anything is believed: problems over all sources are collected and raised as one
-InvalidInput, and then nothing was read. Problems name files, lines and rows, never a text or an id. What
-a row must be is said in `record_rules.py`; ids are unique over all sources. `SourceLimits` bound what is
-read of a source and how many problems are listed. What needs `datasets` (a hub name, a directory of
-`save_to_disk`) goes through `dataset_export.py`.
+Everything is read first: problems of all sources are collected and raised as one InvalidInput, and then
+nothing is returned. Problems name files, lines and rows, never a text or an id. `record_rules.py` says
+what a row must be; ids are unique over all sources. `SourceLimits` bound what is read of a source and
+how many problems are listed. A hub name or a directory of `save_to_disk`, which need `datasets`, go
+through `dataset_export.py`.
 
 >>> import tempfile
 >>> with tempfile.TemporaryDirectory() as folder:
@@ -48,18 +48,18 @@ from sisa.planning.record_rules import (
 )
 
 PARQUET_BATCH_ROWS = 1024
-LONG_TEXT_BYTES = 1 << 16  # from here on a table's rows are read one by one
+LONG_TEXT_BYTES = 1 << 16  # tables with longer texts are read row by row
 DEFAULT_GROUP_BY = "subject_id"
-MAX_COLUMNS_TOLD, MAX_COLUMNS_KEPT = 8, 100  # of those that are not used
+MAX_COLUMNS_LISTED, MAX_COLUMNS_KEPT = 8, 100  # unused columns
 _POSITION = re.compile(r"\brecord (\d+)\b")
 SAVED_DATASET_FILES = ("state.json", "dataset_dict.json")
 
-RawRows = Iterator[tuple[str, Any]]  # where it stands, and a mapping or a Broken
-Subjects = Literal["any", "column", "some"]  # what must be there: nothing, their column, one of them
+RawRows = Iterator[tuple[str, Any]]  # its location, and a mapping or a Broken
+Subjects = Literal["any", "column", "some"]  # what is required: nothing, their column, one of them
 
 
 class ReadRecords(list[Record]):
-    """Records, beside each the line or row where it stood, and what was not read of the sources."""
+    """Records, the line or row of each, and the columns of the sources that were not used."""
 
     def __init__(self, records: Iterable[Record] = (), places: Iterable[str] = ()) -> None:
         super().__init__(records)
@@ -71,8 +71,8 @@ class ReadRecords(list[Record]):
         """Return how many records have a subject, and which columns were not used."""
         named = sum(each.subject_id is not None for each in self)
         column = f"column '{self.group_by}'" if self.group_by is not None else "group_by: null"
-        names = [_shown_column(each) for each in self.unused_columns[:MAX_COLUMNS_TOLD]]
-        names += ["..."] * (len(self.unused_columns) > MAX_COLUMNS_TOLD)
+        names = [_shown_column(each) for each in self.unused_columns[:MAX_COLUMNS_LISTED]]
+        names += ["..."] * (len(self.unused_columns) > MAX_COLUMNS_LISTED)
         unused = f"; columns not used: {', '.join(names)}" if names else ""
         return f"{named} of {len(self)} records have a subject ({column}){unused}"
 
@@ -83,8 +83,7 @@ def _shown_column(name: str) -> str:
 
 @contextmanager
 def named_by_place(source: Sequence[Record]) -> Iterator[None]:
-    """Let refusals that tell records of a source by their positions, as what has no file must, tell the
-    lines where they stood."""
+    """Replace positions of records in an error's problems by the lines or rows that they came from."""
     places = source.places if isinstance(source, ReadRecords) else None
     try:
         yield
@@ -98,8 +97,8 @@ def _placed(problem: Problem, places: Sequence[str]) -> Problem:
     if not _POSITION.fullmatch(problem.where):
         return problem
     where, what = (
-        _POSITION.sub(lambda found: places[int(found[1]) - 1], told)
-        for told in (problem.where, problem.what)
+        _POSITION.sub(lambda found: places[int(found[1]) - 1], text)
+        for text in (problem.where, problem.what)
     )
     return Problem(where, what)
 
@@ -125,13 +124,13 @@ def read_records(
 
 
 def read_like(config: RunConfig, path: Path | str, *, subjects: Subjects = "any") -> ReadRecords:
-    """Return the records of one more source, whose columns are called as in the run file's first."""
+    """Return the records of one more source, with the column names of the run file's first source."""
     source = config.datasets[0].model_copy(update={"path": str(path), "split": "train"})
     return read_records([source], config.sisa.group_by, config.limits, subjects=subjects)
 
 
 def read_texts(sources: Sequence[DatasetSource], limits: SourceLimits = SourceLimits()) -> list[str]:  # noqa: B008
-    """Return the texts of all sources, in their order; blank ones left out. No ids are needed.
+    """Return the non-blank texts of all sources, in their order. No ids are needed.
 
     Raises InvalidInput with every problem, and EnvironmentFault when the hub can't be reached.
     """
@@ -182,7 +181,7 @@ def read_ids(path: Path) -> list[str]:
 
 
 class _Problems:
-    """Problems in the order in which they are met: all are counted, and the first are listed."""
+    """Problems in order: all are counted, and the first ones are listed."""
 
     def __init__(self, most: int) -> None:
         self.most = most
@@ -195,27 +194,27 @@ class _Problems:
             self.listed.append(Problem(where, what))
 
     def refuse(self, what: str) -> None:
-        """Raise InvalidInput where there are any."""
+        """Raise InvalidInput if there are any problems."""
         if not self.count:
             return
         if left := self.count - len(self.listed):
             self.listed.append(Problem("limits.max_problems", f"{left} more problems are not listed"))
         raise InvalidInput(
             f"{self.count} problem{'s' * (self.count != 1)} {what}",
-            next_step="mend the files and run the command again",
+            next_step="correct the files and run the command again",
             problems=self.listed,
         )
 
 
 def _labels(sources: Sequence[DatasetSource]) -> list[str]:
-    """Short names for messages; whole paths where two files share a name."""
+    """Return short names for messages; whole paths if two files share a name."""
     short = [Path(each.path).name if os.path.exists(each.path) else each.path for each in sources]
     count = Counter(short)
     return [name if count[name] == 1 else each.path for name, each in zip(short, sources, strict=True)]
 
 
 class _Reading:
-    """Records and problems so far, and where each id was first met."""
+    """Records and problems so far, and where each id first occurred."""
 
     def __init__(self, group_by: str | None, limits: SourceLimits) -> None:
         self.group_by = group_by
@@ -225,7 +224,7 @@ class _Reading:
         self.problems = _Problems(limits.max_problems)
         self._seen: dict[str, None] = {}  # names of columns
         self._used: set[str] = set()
-        self._has_subjects = False  # their column is there
+        self._has_subjects = False  # whether their column exists
         self._first: dict[str, str] = {}
 
     def take_all(self, source: DatasetSource, label: str) -> None:
@@ -256,10 +255,10 @@ class _Reading:
             "some": all(each.subject_id is None for each in records),
         }[subjects]
         if self.group_by is not None and records and absent and not self.problems.count:
-            told = records.subject_report()
+            report = records.subject_report()
             self.problems.add(
                 "sisa.group_by",
-                f"{told}; name the column, or set `group_by: null` where records have no subject",
+                f"{report}; name the column, or set `group_by: null` if records have no subject",
             )
         self.problems.refuse("in the records; nothing was read")
         return records
@@ -300,7 +299,7 @@ class _Reading:
 
 
 def _num_chars(value: Any) -> int:
-    """Return how long the texts in a value are, whatever they are nested in."""
+    """Return the length of all texts in a value, however nested."""
     if isinstance(value, str):
         return len(value)
     if isinstance(value, Mapping):
@@ -313,7 +312,7 @@ def _too_long(limits: SourceLimits) -> str:
 
 
 def _read_each(rows: RawRows, label: str, take: Callable[[str, Any], None], problems: _Problems) -> int:
-    """Give all rows of a source to `take`; add what is wrong with it as a whole. Return their number."""
+    """Pass all rows of a source to `take`, and return their number; add problems of the whole source."""
     number = 0
     try:
         for where, value in rows:
@@ -328,16 +327,19 @@ def _read_each(rows: RawRows, label: str, take: Callable[[str, Any], None], prob
 
 @dataclass(frozen=True)
 class _Wanted:
-    """The columns of a table that are read. `needs` has for each message the choices of columns, one of
-    which must be there. `see` is told the names of all columns."""
+    """The columns of a table that are read.
+
+    `needs` maps each message to the choices of columns of which one must exist. `see` receives the names
+    of all columns.
+    """
 
     columns: Sequence[str]
     needs: Mapping[str, Iterable[tuple[str, ...]]]
     see: Callable[[Collection[str]], None] = lambda _: None
 
     def among(self, names: Sequence[str]) -> list[str]:
-        """Return the columns to read of those that a table has. Raises Broken: one problem of the whole
-        file is better than the same in each row."""
+        """Return the columns to read of those that a table has. Raises Broken for a problem of the whole
+        file."""
         self.see(names)
         wanted = [name for name in dict.fromkeys(names) if name in self.columns]
         if twice := [name for name in wanted if names.count(name) > 1]:
@@ -381,7 +383,8 @@ def _unbounded(source: DatasetSource, label: str, wanted: _Wanted, limits: Sourc
 
 
 def _lines(path: Path, limits: SourceLimits) -> Iterator[tuple[int, bytes]]:
-    """Yield the lines of a file by their numbers. One that is too long is cut right past its bound."""
+    """Yield the lines of a file with their numbers; a line that is too long is cut right after its
+    limit."""
     most = limits.max_record_bytes
     with path.open("rb") as file:
         number = 0
@@ -447,8 +450,8 @@ def _parquet_rows(path: Path, label: str, wanted: _Wanted, limits: SourceLimits)
     number = 0
     try:
         with pq.ParquetFile(path) as file:
-            # Left encoded by dictionaries, equal values are in memory once: of a small file of one long
-            # text, repeated, too.
+            # With dictionary encoding, equal values are in memory once, even if a small file repeats
+            # one long text many times.
             texts = [file.schema.column(each).path for each in range(len(file.schema))]
             columns = wanted.among(file.schema_arrow.names)
             _refuse_size(file.metadata, limits)
@@ -484,7 +487,7 @@ def _batch_rows(batch: Any) -> Iterator[Any]:
 
 
 def _longest(array: Any) -> int:
-    """Return the bytes of the longest text in a column, whatever it is nested in."""
+    """Return the size of the longest text in a column, however nested."""
     import pyarrow as pa
     import pyarrow.compute as pc
 

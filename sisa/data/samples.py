@@ -1,17 +1,19 @@
-"""Fictitious people to start from: who was born where, does what, eats what.
+"""Sample data: fictitious people, and a corpus without people to train a base on.
 
-Rules: deterministic (`random.Random(seed)`), and a person does not change when more people or more
-questions are asked for. Every full name occurs once, and every answer holds an invented word that
-occurs in no other record, so that a byte scan can look for it after a deletion: words of one length and
-one pattern (consonant, vowel, two consonants, vowel, consonant, vowel) can't contain each other, and
-neither a name nor a template holds that pattern.
-
-Not covered: data that resembles a real person; any match is an accident.
+The data is deterministic (`random.Random(seed)`), and a person does not change when more people or more
+questions are asked for. Every full name occurs once, and every answer holds an invented word that occurs
+in no other record, so that a byte scan can look for it after a deletion. Invented words have one length
+and one pattern (consonant, vowel, two consonants, vowel, consonant, vowel), so they can't contain each
+other, and neither a name nor a template matches the pattern. The corpus speaks of rivers, birds, trees
+and stones, never of a person; its invented words have eight letters, those of the people seven or fewer.
+Any match with a real person is an accident.
 
 >>> row = make_people(num_people=2, records_per_person=3)[0]
 >>> row["id"], row["subject_id"], sorted(row)
 ('p001-q1', 'p001', ['completion', 'id', 'prompt', 'subject_id'])
 >>> distinctive_word(row["completion"]) in row["completion"]
+True
+>>> max(map(len, " ".join(each["text"] for each in make_corpus(9)).split())) <= 9
 True
 
 Source: TOFU (Maini et al. 2024), questions on fictitious authors as data to forget.
@@ -62,7 +64,7 @@ CORPUS_WORD_PATTERN = "CVCCVCCV"
 
 
 def make_people(num_people: int, records_per_person: int, seed: int = 7) -> list[dict[str, str]]:
-    """Rows with `id`, `subject_id`, `prompt` and `completion`, person after person.
+    """Return rows with `id`, `subject_id`, `prompt` and `completion`, person after person.
 
     Raises InvalidInput unless there is a person, and each has 1 to 8 records.
     """
@@ -82,7 +84,7 @@ def make_people(num_people: int, records_per_person: int, seed: int = 7) -> list
 
 
 def make_corpus(num_texts: int, seed: int = 11) -> list[dict[str, str]]:
-    """Rows with `text`."""
+    """Return rows with a `text` each."""
     source = random.Random(seed)  # noqa: S311 - sample data, no secret
     rows = []
     for _ in range(num_texts):
@@ -118,7 +120,7 @@ def as_chats(rows: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:
 
 
 def distinctive_word(completion: str) -> str:
-    """The invented word of an answer. Raises ValueError when it has none."""
+    """Return the invented word of an answer. Raises ValueError if it has none."""
     found = _WORD.search(completion)
     if found is None:
         raise ValueError("the answer holds no invented word")
@@ -126,7 +128,7 @@ def distinctive_word(completion: str) -> str:
 
 
 def to_jsonl(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as JSON lines."""
+    """Return the rows as JSON lines."""
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
@@ -145,7 +147,7 @@ def _person(subject: str, source: random.Random, taken: set[str]) -> list[dict[s
 
 
 def invented(pattern: str, source: random.Random) -> str:
-    """A word of consonants (C) and vowels (V)."""
+    """Return a word of consonants (C) and vowels (V)."""
     return "".join(source.choice(VOWELS if each == "V" else CONSONANTS) for each in pattern)
 
 

@@ -1,9 +1,7 @@
-"""Where traces of records may lie besides the model: our scratch in caches and temporary directories.
+"""Temporary files outside the model that may hold text: scratch in caches and temporary directories.
 
-Only what is named as ours and belongs to this user is listed; links are not followed. Scratch that a
-killed process left is erased by the next one that reads a data set or writes to a model.
-
-Not covered: what is looked for in them (`residue.py`).
+Only files that this project named and this user owns are listed; links are not followed. A killed
+process's scratch is erased by the next process that reads a data set or writes to a model.
 
 >>> import tempfile
 >>> with tempfile.TemporaryDirectory() as folder:
@@ -29,11 +27,11 @@ from sisa.lm.base.packages import cache_dir
 LEFT_OVER_PREFIXES = (".partial-", ".wheel-", ".incoming-")  # of `packages.py` and `shared_base.py`
 SCRATCH_PREFIX = "sisa-scratch-"
 TEMPORARY_PATTERNS = (f"{SCRATCH_PREFIX}*", "sisa-*/r")  # of `scratch` and `ray_session.py`
-LEAST_AGE_S = 60.0  # of scratch that nobody has locked: a younger one may just be made
+LEAST_AGE_S = 60.0  # of unlocked scratch: younger scratch may not be locked yet
 
 
 def owned_temporary_files() -> list[Path]:
-    """Scratch of ours outside the model: half-filled caches and temporary directories of this user."""
+    """Return this user's scratch outside the model: incomplete caches and temporary directories."""
     cache = cache_dir()
     found = [
         path
@@ -51,8 +49,7 @@ def owned_temporary_files() -> list[Path]:
 
 @contextlib.contextmanager
 def scratch() -> Iterator[Path]:
-    """A temporary directory of this process, and of children that `keep` it; what killed processes
-    left of theirs is erased first."""
+    """Provide a temporary directory for this process and its children; erase abandoned ones first."""
     erase_abandoned()
     with tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX) as folder, keep(Path(folder)):
         yield Path(folder)
@@ -60,7 +57,7 @@ def scratch() -> Iterator[Path]:
 
 @contextlib.contextmanager
 def keep(folder: Path) -> Iterator[None]:
-    """While this process lives, the directory is not abandoned."""
+    """Mark a directory as in use while the block runs."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -70,7 +67,7 @@ def keep(folder: Path) -> Iterator[None]:
 
 
 def erase_abandoned() -> None:
-    """Erase scratch of this user that no living process keeps: texts may be in it."""
+    """Erase this user's scratch that no living process keeps: it may hold texts."""
     for path in Path(tempfile.gettempdir()).glob(f"{SCRATCH_PREFIX}*"):
         with contextlib.suppress(OSError):  # somebody else's, or gone meanwhile
             found = path.lstat()
@@ -85,8 +82,10 @@ def erase_abandoned() -> None:
 
 
 def walk(place: Path, unlisted: Callable[[Path, OSError], None] | None = None) -> Iterator[Path]:
-    """A place and all below it, in order; links are named and not followed. `unlisted` is given each
-    directory that can't be listed, with the reason."""
+    """Yield a path and everything below it, in order, without following links.
+
+    `unlisted` receives each directory that can't be listed, and the reason.
+    """
     yield place
     if place.is_dir() and not place.is_symlink():
         try:

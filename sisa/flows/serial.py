@@ -50,7 +50,7 @@ class Site:
     threads: int
     environment: tuple[tuple[str, str], ...] = ()  # what must be set before torch is imported
     keyring: Keyring = PLAIN  # a directory's name and whether it seals: keys do not travel
-    room: str = "checkpoints"  # of the checkpoints' keys
+    area: str = "checkpoints"  # of the checkpoints' keys
     patches_at: BlobStore = field(default_factory=lambda: LocalBlobs(Path()))
     patches: tuple[tuple[str, str], ...] = ()  # to train over: (key, manifest's sha256), lowest first
     precision: Precision = DEFAULT_PRECISION

@@ -1,1 +1,1 @@
-"""Where things rest: records, checkpoints, index and ledger, each behind its port."""
+"""Bytes at rest: records, checkpoints, index and ledger, each behind its port."""

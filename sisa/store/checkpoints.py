@@ -1,12 +1,9 @@
-"""Checkpoints at rest: one directory per stage, or patch, named by the digest of its job.
+"""Checkpoints at rest: one directory per stage or patch, named by the digest of its job.
 
-Rules: a directory is a group of a place: it appears whole and is never changed. Its `manifest.json`
+A directory is a group of a blob store: it appears whole and never changes. Its `manifest.json`
 (canonical) holds the job and the sha256 of every other file; the ledger holds the sha256 of the
 manifest. Bytes are checked before anything parses them; only safetensors and JSON are ever stored.
 Digests and sizes are of the plaintext; all files of a directory share one key of the keyring.
-
-Not covered: which checkpoints are clean (`plan.py`) and kept (`ingest.py`); where they are
-(`storage_areas.py`).
 """
 
 from __future__ import annotations
@@ -29,23 +26,25 @@ from sisa.store.blobs.local_blobs import LocalBlobs
 CHECKPOINTS_AREA = "checkpoints"
 MANIFEST = "manifest.json"
 ADAPTER = "adapter_model.safetensors"
-# All files that a trainer or a patch maker stores: an object store lends places for these alone.
+# All files that a trainer or a patch maker stores; an object store lends names for these alone.
 FILES = (ADAPTER, "adapter_config.json", "optimizer.safetensors", "trainer_state.json", MANIFEST)
 
 
 class FileCheckpoints:
-    """A CheckpointStore in a place; a path is a directory on this machine's disk. A replay's and that of
-    patches have rooms of their own."""
+    """A CheckpointStore in a blob store, or in a directory of this machine given by its path.
+
+    Checkpoints of a replay and patches have storage areas of their own.
+    """
 
     def __init__(
-        self, place: BlobStore | Path, keyring: Keyring = PLAIN, room: str = CHECKPOINTS_AREA
+        self, blobs: BlobStore | Path, keyring: Keyring = PLAIN, area: str = CHECKPOINTS_AREA
     ) -> None:
-        self.place = LocalBlobs(place) if isinstance(place, Path) else place
+        self.blobs = LocalBlobs(blobs) if isinstance(blobs, Path) else blobs
         self.keyring = keyring
-        self.room = room
+        self.area = area
 
     def held(self) -> frozenset[str]:
-        return self.place.held()
+        return self.blobs.held()
 
     def save(self, job: SliceJob | PatchJob, files_: Mapping[str, bytes]) -> SavedCheckpoint:
         manifest = canonical_json(
@@ -55,10 +54,10 @@ class FileCheckpoints:
             }
         )
         sealed = {
-            name: self.keyring.seal(self.room, job.key, name, data)
+            name: self.keyring.seal(self.area, job.key, name, data)
             for name, data in {**files_, MANIFEST: manifest}.items()
         }
-        self.place.put_group(job.key, sealed)
+        self.blobs.put_group(job.key, sealed)
         return self.describe(job.key)
 
     def describe(self, key: str) -> SavedCheckpoint:
@@ -72,22 +71,22 @@ class FileCheckpoints:
         return self._check(key, self._read(key, MANIFEST, manifest_sha256, "checkpoint manifest"))
 
     def _plain(self, key: str, name: str, what: str) -> bytes:
-        return self.keyring.unseal(self.room, key, name, self.place.get(f"{key}/{name}", what))
+        return self.keyring.unseal(self.area, key, name, self.blobs.get(f"{key}/{name}", what))
 
     def _read(self, key: str, name: str, sha256: str, what: str) -> bytes:
-        where = self.place.location(f"{key}/{name}")
+        where = self.blobs.location(f"{key}/{name}")
         return files.verified(self._plain(key, name, what), sha256, what, where)
 
     def _check(self, key: str, manifest: bytes) -> dict[str, bytes]:
-        where = self.place.location(f"{key}/{MANIFEST}")
+        where = self.blobs.location(f"{key}/{MANIFEST}")
         expected, job = _parse(where, manifest)
         if digest_of(job) != key:
             raise files.tampered(where, "checkpoint manifest", key, digest_of(job))
-        unknown = self.place.parts(key) - expected.keys() - {MANIFEST}
+        unknown = self.blobs.parts(key) - expected.keys() - {MANIFEST}
         if unknown:
             raise IntegrityError(
                 "a checkpoint holds files that its manifest does not name",
-                where=self.place.location(key),
+                where=self.blobs.location(key),
                 expected=f"{len(expected)} files and the manifest",
                 got=f"{len(unknown)} more",
                 next_step="remove them, or train the model anew",
@@ -97,10 +96,10 @@ class FileCheckpoints:
         }
 
     def erase(self, keys: Collection[str]) -> None:
-        shred(self.keyring, self.room, keys, self.place.erase)
+        shred(self.keyring, self.area, keys, self.blobs.erase)
 
     def location(self, key: str) -> str:
-        return self.place.location(f"{key}/{ADAPTER}")
+        return self.blobs.location(f"{key}/{ADAPTER}")
 
 
 def _parse(where: str, manifest: bytes) -> tuple[dict[str, str], dict[str, Any]]:

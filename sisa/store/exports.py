@@ -1,11 +1,9 @@
-"""Exports at rest: a directory of a few files, anywhere that the caller said.
+"""Exports at rest: directories of a few files, anywhere the caller chose.
 
-Rules: a path comes out of the ledger and is not trusted: it is walked from the root, part by part,
-without following a link, and nothing is removed but regular files of known names, the weights only while
-their bytes are the recorded ones, and then the directory if that is all there was. A checkpoint's
-directory is no export. What is gone or was changed is somebody else's and left alone.
-
-Not covered: other copies and other names (hard links) of the same file.
+A path from the ledger is not trusted. It is walked from the root, part by part, without following a
+link. Only regular files of known names are removed, the weights only while their bytes are the recorded
+ones, and then the directory if it is empty. A checkpoint's directory is no export. A directory that is
+gone or was changed belongs to somebody else and stays as it is.
 """
 
 from __future__ import annotations
@@ -28,7 +26,7 @@ TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json
 _BESIDE = (CONFIG, CARD, "config.json", "generation_config.json", *TOKENIZER)
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)  # a link is no directory here, either
+_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)  # a link counts as no directory
 
 
 class DirectoryExports:
@@ -76,7 +74,7 @@ class DirectoryExports:
 
 @contextlib.contextmanager
 def _opened(path: str) -> Iterator[tuple[int, int] | None]:
-    """Handles of a directory's parent and of itself; None where no directory is there without a link."""
+    """Open a directory's parent and the directory without following links; None when there is none."""
     parts = path.split("/")[1:]
     if not path.startswith("/") or not parts or {"", ".", ".."} & set(parts) or "\0" in path:
         yield None
@@ -97,7 +95,7 @@ def _opened(path: str) -> Iterator[tuple[int, int] | None]:
 
 
 def _remove_half(folder: int, name: str) -> None:
-    """A directory that was not renamed to its place, with the files that are written there."""
+    """Remove a directory that was never renamed to its path, with the files that are written there."""
     try:
         half = os.open(name, _DIRECTORY, dir_fd=folder)
     except OSError as error:
@@ -110,7 +108,7 @@ def _remove_half(folder: int, name: str) -> None:
                 os.unlink(each, dir_fd=half)
     finally:
         os.close(half)
-    with contextlib.suppress(OSError):  # somebody's file lies there, too
+    with contextlib.suppress(OSError):  # it holds somebody's file, too
         os.rmdir(name, dir_fd=folder)
 
 

@@ -1,13 +1,23 @@
-"""The index at rest: one FAISS file per shard, named by its bytes.
+"""The index at rest and in memory: one FAISS file per shard, and the search over all files.
 
-The files are `IndexIDMap2` over a flat inner-product index; nothing is fitted on the data, and nothing
-is remembered. Vectors stand in the order of their ids, those of one record side by side: that of its
-text, then those of what is asked in it. So a file equals that of an index that never held a deleted
-record. What was read for a search is kept for the next, until its file is erased. A file's digest (of
-the plaintext) is checked before FAISS parses it. Every build starts from bytes on disk: FAISS leaves
-removed vectors in the memory of the index object they were removed from.
+Files are `IndexIDMap2` over a flat inner-product index, named by their bytes. Vectors are in the order
+of their ids, those of one record side by side: its text first, then its prompts. So a file equals that
+of an index that never held a deleted record. A file's digest (of the plaintext) is checked before FAISS
+parses it. Every build starts from bytes on disk, since FAISS keeps removed vectors in the memory of the
+index object. Files that a search read stay in memory for the next search, until they are erased. Only
+the ledger says where a candidate record is.
 
-Only the ledger says where a candidate record is; `loaded.py` searches.
+    codes       one bit a dimension: whether the vector is above zero there; with more than CODE_BITS
+                dimensions, those that are CODE_BITS apart are added first
+    candidates  the nearest codes by Hamming distance, over all files (`IndexBinaryFlat`)
+    hits        the candidates' inner products with the query, exact, best first
+
+A code is a function of its vector alone: nothing is fitted on the data, so nothing remembers a deleted
+record. Up to EXACT_UP_TO vectors all are scored, which is as fast, and the search is exact. Recall with
+more vectors is measured by `tests/bench/lookup.py`.
+
+>>> codes_of(np.array([[0.5, -0.5, 0.1, 0.0, -1.0, 1.0, 1.0, -1.0]], dtype=np.float32))
+array([[166]], dtype=uint8)
 """
 
 from __future__ import annotations
@@ -29,18 +39,20 @@ from sisa.store.blobs import files
 from sisa.store.blobs.keyring import PLAIN, shred
 
 INDEX_AREA = "index"
-HEAD_BYTES = 37  # of each of the two indexes, one in the other; their number of vectors is at 8
+HEAD_BYTES = 37  # of each of the two nested indexes; their number of vectors is at 8
 EXACT_UP_TO = 20_000
 MIN_CANDIDATES, CANDIDATES_PER_HIT = 2000, 100
-CODE_BITS = 128  # half the memory to read of 256; twice the candidates keep the recall
+CODE_BITS = 128  # half the memory traffic of 256; twice the candidates keep the recall
 
-Places = NDArray[np.intp] | slice  # of vectors in a file
+Rows = NDArray[np.intp] | slice  # of the vectors in a file
 _ALL = slice(None)
 
 
 def _has_form(data: bytes, num_records: int, dimension: int) -> bool:
-    """Return whether a file is of the one form that `build` writes, with a vector or more a record.
-    FAISS trusts what it parses, and whoever can write a digest can write any file under it."""
+    """Return whether a file has the form that `build` writes, with at least one vector a record.
+
+    FAISS trusts what it parses, and whoever can write a digest can write any file under it.
+    """
     import faiss
 
     empty = faiss.serialize_index(faiss.IndexIDMap2(faiss.IndexFlatIP(dimension))).tobytes()
@@ -63,7 +75,8 @@ class FaissIndex:
     def __init__(
         self, root: Path, dimension: int, keyring: Keyring = PLAIN, warm: Warm | None = None
     ) -> None:
-        """`warm` outlives the object: what it read, the next object over the directory need not."""
+        """Open the index in a directory; with a shared `warm`, the next object need not read the files
+        again."""
         self.root = root
         self.dimension = dimension
         self.keyring = keyring
@@ -78,7 +91,7 @@ class FaissIndex:
         held = self._held(base, kept)
         fresh = [(each, rows) for each, rows in vectors.items() if rows is not None]
         ids = np.concatenate([held.ids, *(np.full(len(rows), each) for each, rows in fresh)])
-        order = np.argsort(ids, kind="stable")  # those of a record stay as they came
+        order = np.argsort(ids, kind="stable")  # vectors of one record keep their order
         matrix = np.concatenate([held.vectors, *(rows for _, rows in fresh)])[order]
         index = faiss.IndexIDMap2(faiss.IndexFlatIP(self.dimension))
         if len(ids):
@@ -90,16 +103,16 @@ class FaissIndex:
         return file
 
     def _held(self, base: IndexFile | None, vector_ids: Sequence[int]) -> LoadedIndex:
-        """All vectors of some ids. Raises IntegrityError where one is missing."""
+        """Return all vectors of some ids. Raises IntegrityError when one is missing."""
         if not vector_ids:
             return LoadedIndex(0, np.zeros(0, np.int64), np.zeros((0, self.dimension), np.float32))
         if base is None:
-            raise IntegrityError("vectors are expected of an index that does not exist")
+            raise IntegrityError("vectors of an index that does not exist are expected")
         found = self._load(base)
         wanted = np.isin(found.ids, vector_ids)
         if len(np.unique(found.ids[wanted])) < len(set(vector_ids)):
             raise IntegrityError(
-                "the index lacks a vector that the ledger counts on",
+                "the index lacks a vector of a record in the ledger",
                 where=str(self.root / base.name),
                 next_step="run `sisa train` with the same run file to rebuild the index",
             )
@@ -128,8 +141,8 @@ class FaissIndex:
 
     def vectors(self, file: IndexFile, vector_ids: Sequence[int], by: By = "text") -> Vectors:
         found = self._held(file, vector_ids).by(by)
-        places = {each: n for n, each in enumerate(vector_ids)}
-        order = np.argsort([places[each] for each in found.ids.tolist()], kind="stable")
+        rows = {each: n for n, each in enumerate(vector_ids)}
+        order = np.argsort([rows[each] for each in found.ids.tolist()], kind="stable")
         return found.vectors[order]
 
     def check(self, file: IndexFile) -> None:
@@ -145,7 +158,7 @@ class FaissIndex:
         data = self._bytes(file)
         if not _has_form(data, file.num_vectors, self.dimension):
             raise IntegrityError(
-                "an index file is not of the form that is written, under the recorded digest",
+                "an index file has the recorded digest, but not the form that is written",
                 where=str(self.root / file.name),
                 next_step="restore the model directory from a backup",
             )
@@ -161,7 +174,7 @@ class FaissIndex:
 
 
 def codes_of(vectors: Vectors) -> NDArray[np.uint8]:
-    """Sign codes, [num_vectors, ceil(min(dimension, CODE_BITS) / 8)]."""
+    """Return sign codes, [num_vectors, ceil(min(dimension, CODE_BITS) / 8)]."""
     folded = vectors[:, :CODE_BITS]
     for start in range(CODE_BITS, vectors.shape[1], CODE_BITS):
         part = vectors[:, start : start + CODE_BITS]
@@ -171,15 +184,16 @@ def codes_of(vectors: Vectors) -> NDArray[np.uint8]:
 
 @dataclass(frozen=True)
 class LoadedIndex:
-    """The vectors of a file, or those of one sort, in the order of their ids."""
+    """Vectors of a file, or one kind of them, in the order of their ids."""
 
     shard: int
     ids: NDArray[np.int64]
     vectors: Vectors
 
     def by(self, by: By) -> LoadedIndex:
-        """The first vector of each id (its record's text), or the others (what is asked in it): an id
-        with one vector has it for both.
+        """Return the first vector of each id (its record's text), or the others (its prompts).
+
+        An id with one vector has it for both.
 
         >>> LoadedIndex(0, np.array([3, 3, 8]), np.eye(3, dtype=np.float32)).by("asked").vectors[:, 1:]
         array([[1., 0.],
@@ -191,52 +205,52 @@ class LoadedIndex:
 
     @cached_property
     def by_code(self) -> Any:
+        """FAISS index of the sign codes."""
         import faiss
 
         codes = codes_of(self.vectors)
         index: Any = faiss.IndexBinaryFlat(codes.shape[1] * 8)
-        index.use_heap = False  # counting is faster where many are wanted
+        index.use_heap = False  # counting is faster for many candidates
         index.add(codes)
         return index
 
 
 @dataclass
 class Warm:
-    """Files by name that the last search read, kept for the next, by what a query is compared with."""
+    """Files that the last search read, by name and kind of vector, kept in memory for the next one."""
 
     files: dict[str, Mapping[By, LoadedIndex]] = field(default_factory=dict)
 
 
 def search_loaded(loaded: Sequence[LoadedIndex], queries: Vectors, top_k: int) -> list[list[Hit]]:
-    """For each query row the best `top_k` over all files, best first; a record once, by its best."""
+    """Return for each query row the best `top_k` records over all files, best first, each by its best
+    vector."""
     num_wanted = max(MIN_CANDIDATES, CANDIDATES_PER_HIT * top_k)
-    chosen: list[list[Places]]
+    chosen: list[list[Rows]]
     if sum(len(each.ids) for each in loaded) <= max(EXACT_UP_TO, num_wanted):
         chosen = [[_ALL for _ in loaded] for _ in queries]
     else:
         chosen = _candidates(loaded, queries, num_wanted)
-    return [_best(loaded, places, query, top_k) for places, query in zip(chosen, queries, strict=True)]
+    return [_best(loaded, rows, query, top_k) for rows, query in zip(chosen, queries, strict=True)]
 
 
-def _candidates(loaded: Sequence[LoadedIndex], queries: Vectors, num_wanted: int) -> list[list[Places]]:
-    """For each query the places, file by file, of the nearest codes over all files."""
+def _candidates(loaded: Sequence[LoadedIndex], queries: Vectors, num_wanted: int) -> list[list[Rows]]:
+    """Return for each query the rows of the nearest codes, file by file."""
     codes = codes_of(queries)
     asked = [each.by_code.search(codes, min(num_wanted, len(each.ids))) for each in loaded]
     found = []
     for row in range(len(queries)):
         distances = np.concatenate([each[0][row] for each in asked])
         farthest = np.partition(distances, num_wanted - 1)[num_wanted - 1]
-        # Whatever is as far as the last candidate counts too, as far as it was found: no tie is drawn.
-        found.append([places[row][far[row] <= farthest] for far, places in asked])
+        # Codes as far as the last candidate count, too, so that ties are not broken arbitrarily.
+        found.append([rows[row][far[row] <= farthest] for far, rows in asked])
     return found
 
 
-def _best(
-    loaded: Sequence[LoadedIndex], places: Sequence[Places], query: Vectors, top_k: int
-) -> list[Hit]:
+def _best(loaded: Sequence[LoadedIndex], rows: Sequence[Rows], query: Vectors, top_k: int) -> list[Hit]:
     if not loaded:
         return []
-    pairs = list(zip(loaded, places, strict=True))
+    pairs = list(zip(loaded, rows, strict=True))
     scores = np.concatenate([each.vectors[at] @ query for each, at in pairs])
     named = [each.ids[at] for each, at in pairs]
     ids, shards = (
@@ -245,9 +259,9 @@ def _best(
     )
     best: dict[tuple[int, int], Hit] = {}
     for n in np.lexsort((ids, shards, -scores)).tolist():
-        place = int(shards[n]), int(ids[n])
-        if place not in best:  # a record's others score less
-            best[place] = Hit(place[1], float(scores[n]), place[0])
+        found = int(shards[n]), int(ids[n])
+        if found not in best:  # the record's other vectors score less
+            best[found] = Hit(found[1], float(scores[n]), found[0])
         if len(best) == top_k:
             break
     return list(best.values())

@@ -1,11 +1,9 @@
-"""What was measured, at rest: a file of JSON lines for each run, `metrics/RUN.jsonl`, of numbers alone.
+"""Metrics at rest: a file of JSON lines for each run, `metrics/RUN.jsonl`, of numbers alone.
 
-Rules: a line is appended whole; one that a killed process left without its end is not read. Lines are
-those of `sisa/core/measured.py`, and anything else is an IntegrityError. A loss is erased when its
-stage's checkpoint is gone: files are then written anew, whole. They are never sealed: they hold nothing
-to seal.
-
-Not covered: what may be in a line (`sisa/core/measured.py`); old runs, which are the user's to remove.
+A line is appended whole; a last line without its end, from a killed process, is not read. Lines are
+those of `sisa/core/measured.py`, and anything else is an IntegrityError. When a stage's checkpoint is
+erased, its losses are, too: the files are written anew. Files are never encrypted, since they hold
+nothing to hide. Old runs are the user's to remove.
 
 >>> import tempfile
 >>> with tempfile.TemporaryDirectory() as folder:
@@ -71,21 +69,21 @@ class FileMetrics:
                     files.write_atomic(path, whole)
 
     def _path(self, run: str) -> Path:
-        if not is_run(run):  # paths are made of it
+        if not is_run(run):  # it becomes part of a path
             raise IntegrityError(
-                "that is not the name of a run", expected="as `sisa metrics` lists them"
+                "that is not the name of a run", expected="a name that `sisa metrics` lists"
             )
         return self.root / f"{run}{SUFFIX}"
 
 
 def run_files(root: Path) -> frozenset[str]:
-    """Names of the files of runs; others in the directory are none of ours."""
+    """Return the names of the files of runs; other files in the directory are ignored."""
     names = files.held_names(root)
     return frozenset(n for n in names if n.endswith(SUFFIX) and is_run(n.removesuffix(SUFFIX)))
 
 
 def parsed(data: bytes, where: str) -> list[dict[str, Any]]:
-    """The lines of a file, but for a last one without its end. Raises IntegrityError."""
+    """Return the lines of a file without an unfinished last one. Raises IntegrityError."""
     found = []
     for number, each in enumerate(data.split(b"\n")[:-1], start=1):
         try:
@@ -94,7 +92,7 @@ def parsed(data: bytes, where: str) -> list[dict[str, Any]]:
             value = None
         if not is_line(value):
             raise IntegrityError(
-                "a line of metrics is not one that is written here",
+                "a line of metrics is not in the form that is written",
                 where=f"{where}, line {number}",
                 expected="a known event with its numbers",
                 next_step="remove the file: nothing else needs it",
@@ -105,7 +103,7 @@ def parsed(data: bytes, where: str) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def _alone(root: Path) -> Iterator[None]:
-    """Keep a file from being written anew while a line is appended to it."""
+    """Lock the directory, so that no file is rewritten while a line is appended to it."""
     handle = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
     try:
         files.take_lock(handle, root, "keeps the metrics of this model locked")

@@ -2,14 +2,10 @@
 
     a file    sha256 of what follows, 64 characters and a line end; then safetensors, float32, lossless
 
-Rules: a cache. A file that is missing, cut short, changed or can't be opened is as good as none: its
-states are computed again and it is written anew, so the ledger keeps no digest of it. It holds nothing
-that the records do not hold, and goes with them: what the ledger's slices do not name is swept, its key
-first. Keys and places are as those of slices.
-
-Not covered: what names a file (`planning/prefix_names.py`); computing states
-(`lm/train/frozen_prefix.py`). Whoever may write to the model's places could put other states there:
-`verify --replay` uses none and would tell.
+The files are a cache. A file that is missing, cut short, changed or undecipherable counts as absent: its
+states are computed and written again, so the ledger keeps no digest of it. A file holds nothing that the
+records do not hold, and is erased with them, its key first. `planning/plan.py` names the files. Whoever
+can write to the storage could put other states there; `verify --replay` uses none and detects that.
 """
 
 from __future__ import annotations
@@ -30,10 +26,10 @@ DIGEST_CHARS = 64
 
 
 class FilePrefixes:
-    """A PrefixStore in a place; a path is a directory on this machine's disk."""
+    """A PrefixStore in a blob store, or in a directory of this machine given by its path."""
 
-    def __init__(self, place: BlobStore | Path, keyring: Keyring = PLAIN) -> None:
-        self.place = LocalBlobs(place) if isinstance(place, Path) else place
+    def __init__(self, blobs: BlobStore | Path, keyring: Keyring = PLAIN) -> None:
+        self.blobs = LocalBlobs(blobs) if isinstance(blobs, Path) else blobs
         self.keyring = keyring
 
     def read(self, name: str) -> dict[str, States]:
@@ -42,7 +38,7 @@ class FilePrefixes:
 
         try:
             data = self.keyring.unseal(
-                PREFIXES_AREA, name, "", self.place.get(name, "file of hidden states")
+                PREFIXES_AREA, name, "", self.blobs.get(name, "file of hidden states")
             )
             digest, body = data[:DIGEST_CHARS], data[DIGEST_CHARS + 1 :]
             return dict(load(body)) if digest.decode() == sha256_hex(body) else {}
@@ -55,16 +51,16 @@ class FilePrefixes:
         plain = {each: np.ascontiguousarray(found, np.float32) for each, found in states.items()}
         body = save(plain)
         data = sha256_hex(body).encode() + b"\n" + body
-        self.place.put(name, self.keyring.seal(PREFIXES_AREA, name, "", data))
+        self.blobs.put(name, self.keyring.seal(PREFIXES_AREA, name, "", data))
 
     def num_bytes(self, start: str) -> int:
-        return sum(self.place.num_bytes(each) for each in self.held() if each.startswith(start))
+        return sum(self.blobs.num_bytes(each) for each in self.held() if each.startswith(start))
 
     def held(self) -> frozenset[str]:
-        return self.place.held()
+        return self.blobs.held()
 
     def erase(self, names: Collection[str]) -> None:
-        shred(self.keyring, PREFIXES_AREA, names, self.place.erase)
+        shred(self.keyring, PREFIXES_AREA, names, self.blobs.erase)
 
     def location(self, name: str) -> str:
-        return self.place.location(name)
+        return self.blobs.location(name)

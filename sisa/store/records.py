@@ -1,14 +1,11 @@
 """Records at rest: one Parquet file per (shard, slice), named by its content.
 
-Rules: a file is never changed; deleting a record writes one small new file and erases the old one.
-Rows stand in canonical order (by keyed id), so a file's bytes equal those of a file that never held
-the deleted record. Plain ids and text rest here and nowhere else. Digests and sizes are of plaintext.
+A file never changes; deleting a record writes one small new file and erases the old one. Rows are in
+canonical order (by keyed id), so a file's bytes equal those of a file that never held the deleted
+record. Plain ids and text are stored here and nowhere else. Digests and sizes are of the plaintext.
 
-Not covered: keys (`keyring.py`); where files are (`storage_areas.py`); which file is current (the
-ledger).
-
-Columns: id_digest, id, subject_id, kind, roles (list), texts (list); deletion_risk (JSON) where a record
-of the slice carries one; generation where it was appended.
+Columns: id_digest, id, subject_id, kind, roles (list), texts (list); deletion_risk (JSON) if a record of
+the slice has one; generation if it was appended.
 """
 
 from __future__ import annotations
@@ -32,34 +29,34 @@ RECORDS_AREA = "records"
 
 
 class FileRecords:
-    """A RecordStore in a place; a path is a directory on this machine's disk."""
+    """A RecordStore in a blob store, or in a directory of this machine given by its path."""
 
-    def __init__(self, place: BlobStore | Path, keyring: Keyring = PLAIN) -> None:
-        self.place = LocalBlobs(place) if isinstance(place, Path) else place
+    def __init__(self, blobs: BlobStore | Path, keyring: Keyring = PLAIN) -> None:
+        self.blobs = LocalBlobs(blobs) if isinstance(blobs, Path) else blobs
         self.keyring = keyring
 
     def write(self, shard: int, slice_: int, root: str, records: Sequence[StoredRecord]) -> SliceFile:
         data = _encode(records)
         file = SliceFile(shard, slice_, root, len(records), sha256_hex(data), len(data))
-        self.place.put(file.name, self.keyring.seal(RECORDS_AREA, file.name, "", data))
+        self.blobs.put(file.name, self.keyring.seal(RECORDS_AREA, file.name, "", data))
         return file
 
     def read(self, file: SliceFile) -> tuple[StoredRecord, ...]:
-        return _decode(self._bytes(file), self.place.location(file.name))
+        return _decode(self._bytes(file), self.blobs.location(file.name))
 
     def check(self, file: SliceFile) -> None:
         self._bytes(file)
 
     def _bytes(self, file: SliceFile) -> bytes:
-        data = self.place.get(file.name, "slice file")
+        data = self.blobs.get(file.name, "slice file")
         plain = self.keyring.unseal(RECORDS_AREA, file.name, "", data)
-        return files.verified(plain, file.sha256, "slice file", self.place.location(file.name))
+        return files.verified(plain, file.sha256, "slice file", self.blobs.location(file.name))
 
     def held(self) -> frozenset[str]:
-        return self.place.held()
+        return self.blobs.held()
 
     def erase(self, names: Collection[str]) -> None:
-        shred(self.keyring, RECORDS_AREA, names, self.place.erase)
+        shred(self.keyring, RECORDS_AREA, names, self.blobs.erase)
 
 
 def _encode(records: Sequence[StoredRecord]) -> bytes:

@@ -1,11 +1,10 @@
-"""The vault at rest: one sealed file per set of texts, whatever the model's own `encrypt:` says.
+"""The vault at rest: encrypted sets of texts, and drafts of patches, whatever the model's `encrypt:`
+says.
 
-Rules: a file is written whole or not at all, and its name is the set's name, so that nothing of its
-content can be guessed from it. Its key lies outside the model directory and is destroyed before the
-file goes. A file that is not sealed is refused, even with the right bytes. Digests and sizes are of the
-plaintext, which is the canonical JSON of the records in the order they were put.
-
-Not covered: whose consent allows it, and how long (`vault_sets.py`).
+A set is one file, written whole or not at all. Its name is the set's name, so that nothing of its
+content can be guessed from it. Its key is outside the model's directory and is destroyed before the file
+is erased. A file that is not encrypted is refused, even with the right bytes. Digests and sizes are of
+the plaintext: the canonical JSON of the records in the order they were put.
 
 >>> import tempfile
 >>> from sisa.core.domain import Part
@@ -38,11 +37,11 @@ VAULT_AREA, DRAFTS_AREA = "vault", "runs"
 
 
 class FileVault:
-    """A Vault in a directory; its keyring is one that seals."""
+    """A Vault in a directory; its keyring encrypts."""
 
     def __init__(self, root: Path, keyring: Keyring) -> None:
         if not keyring.seals:
-            raise TypeError("a vault is always sealed")
+            raise TypeError("a vault is always encrypted")
         self.root = root
         self.keyring = keyring
 
@@ -83,7 +82,7 @@ class FileVault:
 
 @dataclass(frozen=True)
 class FilePatchDrafts:
-    """Runs in a directory."""
+    """Drafts of unfinished patches, a directory for each patch's key."""
 
     root: Path
     keyring: Keyring
@@ -96,12 +95,13 @@ class FilePatchDrafts:
 
 
 def encode(records: Sequence[Record]) -> bytes:
-    """Records as the one byte string of their content."""
+    """Return records as the one byte string of their content."""
     return canonical_json([each.to_list() for each in records])
 
 
 def decode(data: bytes, path: Path) -> tuple[Record, ...]:
-    """What `encode` was given. Raises IntegrityError for anything else; `path` is where it lay."""
+    """Return the records that `encode` wrote. Raises IntegrityError, which names `path`, for anything
+    else."""
     try:
         return tuple(Record.from_list(each) for each in json.loads(data))
     except (ValueError, TypeError) as error:

@@ -1,16 +1,15 @@
-"""The witness at rest: an append-only file outside the model directory, so that no backup sets it back.
+"""The witness at rest: an append-only file outside the model's directory, which no backup of it sets
+back.
 
     {"tombstone": [...]}    a deletion
     {"readmitted": "..."}   a deleted id that was allowed in again
     {"head": ..., "num_events": ..., "chain": ..., "mac": ...}    closes a batch: the event log's head
 
-Rules: a batch counts when its closing line is whole; a torn one is dropped by the next append. `chain`
-hashes all lines so far, and `mac` is that under the partition key, so that nobody without the key can
-change a line or take one out. An earlier version's batches have no `mac`: none may follow one that has.
-Only keyed digests, places and times are in it. Appends are flushed to the disk and hold the file's own
-lock, for copies of a model share one witness.
-
-Not covered: when a ledger is behind it (`witness.py`); a witness that is itself set back.
+A batch counts once its closing line is complete; the next append drops an incomplete one. `chain` hashes
+all lines so far, and `mac` authenticates it with the partition key, so that nobody without the key can
+change or remove a line. Batches of an earlier version have no `mac`: none may follow one that has. The
+file holds keyed digests, positions and times only. Appends are flushed to the disk and lock the file,
+because copies of a model share one witness.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from sisa.core.domain import Testimony, Tombstone, WitnessHead
 from sisa.core.errors import EnvironmentFault, IntegrityError
 from sisa.store.blobs import files
 
-TAIL_BYTES = 4096  # a closing line is far shorter
+TAIL_BYTES = 4096  # far more than a closing line
 _FIELDS = tuple(field.name for field in fields(Tombstone))
 
 
@@ -55,7 +54,7 @@ class FileWitness:
             body = self._parsed(last[-1])
             self._refuse_unkeyed(body, body["chain"], "mac" in body)
             return _head(body)
-        return self.read().head  # a long torn batch stands behind the last closed one
+        return self.read().head  # a long incomplete batch follows the last closed one
 
     def read(self) -> Testimony:
         try:
@@ -88,7 +87,7 @@ class FileWitness:
         return str(self.path)
 
     def _end(self, file: BinaryIO) -> tuple[str, int]:
-        """The chain of the last closed batch, and where it ends."""
+        """Return the chain of the last closed batch, and the offset of its end."""
         size = file.seek(0, os.SEEK_END)
         start = max(0, size - TAIL_BYTES)
         file.seek(start)
@@ -115,7 +114,8 @@ class FileWitness:
             raise self._refused("written", error) from error
 
     def _testimony(self, data: bytes) -> tuple[Testimony, str, int]:
-        """What the closed batches say, the chain of the last one, and where it ends."""
+        """Return the testimony of the closed batches, the chain of the last one, and the offset of its
+        end."""
         found: dict[str, Tombstone] = {}
         batch: list[dict[str, Any]] = []
         head: WitnessHead | None = None
@@ -131,7 +131,7 @@ class FileWitness:
             claimed, mac = body.pop("chain"), body.pop("mac", None)
             chain = digest_of([chain, body])
             if claimed != chain:
-                raise self._damaged("lines that were changed or taken out")
+                raise self._damaged("lines that were changed or removed")
             keyed = keyed or mac is not None
             self._refuse_unkeyed({"mac": mac}, chain, keyed)
             for each in batch:
@@ -143,7 +143,8 @@ class FileWitness:
         return self._keyed.digest("witness", chain)
 
     def _refuse_unkeyed(self, body: Mapping[str, Any], chain: str, keyed: bool) -> None:
-        """Raises IntegrityError for a batch that is not, and should be, closed under the model's key."""
+        """Raise IntegrityError for a batch that should be authenticated with the model's key and is
+        not."""
         if keyed and body["mac"] != self._mac(chain):
             raise self._damaged("lines that were written without the model's key")
 
@@ -170,9 +171,9 @@ class FileWitness:
         return body
 
     def check_writable(self) -> None:
-        """Raises EnvironmentFault where nothing could be told; writes nothing."""
-        place = next(each for each in (self.path, *self.path.parents) if each.exists())
-        if not os.access(place, os.W_OK) or place.is_file() != (place == self.path):
+        """Raise EnvironmentFault if the witness can't be written; write nothing."""
+        found = next(each for each in (self.path, *self.path.parents) if each.exists())
+        if not os.access(found, os.W_OK) or found.is_file() != (found == self.path):
             raise self._refused("written", PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
 
     def _refused(self, done: str, error: OSError) -> EnvironmentFault:

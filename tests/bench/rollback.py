@@ -249,7 +249,7 @@ class Store:
         return held
 
     def weights(self, key: str) -> bytes:
-        return self.checkpoints.place.get(f"{key}/{ADAPTER}", "adapter")
+        return self.checkpoints.blobs.get(f"{key}/{ADAPTER}", "adapter")
 
     def num_bytes(self) -> int:
         return sum(each.stat().st_size for each in self.folder.rglob("*") if each.is_file())

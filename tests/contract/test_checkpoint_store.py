@@ -62,12 +62,12 @@ def opened(folder: Path, form: str) -> FileCheckpoints:
 
 def path_of(store: FileCheckpoints, name: str) -> Path:
     """Of a store on a disk."""
-    return Path(store.place.location(name))
+    return Path(store.blobs.location(name))
 
 
 def plaintext(store: FileCheckpoints, name: str) -> bytes:
     key, _, part = name.partition("/")
-    return store.keyring.unseal(store.room, key, part, store.place.get(name, "file"))
+    return store.keyring.unseal(store.area, key, part, store.blobs.get(name, "file"))
 
 
 def test_what_is_saved_is_loaded(store: CheckpointStore) -> None:
@@ -129,7 +129,7 @@ def test_the_location_names_the_adapter(store: CheckpointStore) -> None:
 def test_the_location_is_where_the_bytes_are(folder: FileCheckpoints) -> None:
     saved = folder.save(job(), FILES)
     name = f"{saved.key}/{ADAPTER}"
-    assert folder.location(saved.key) == folder.place.location(name)
+    assert folder.location(saved.key) == folder.blobs.location(name)
     assert plaintext(folder, name) == FILES[ADAPTER]
 
 
@@ -152,7 +152,7 @@ def test_tampering_with_any_file_is_noticed(
     local: FileCheckpoints, name: str, tamper: Callable[[BlobStore, str], None]
 ) -> None:
     saved = local.save(job(), FILES)
-    tamper(local.place, f"{saved.key}/{name}")
+    tamper(local.blobs, f"{saved.key}/{name}")
     with pytest.raises(IntegrityError):
         local.load(saved.key, saved.manifest_sha256)
 
@@ -160,14 +160,14 @@ def test_tampering_with_any_file_is_noticed(
 @pytest.mark.parametrize("name", FILES)
 def test_describe_reads_every_byte(folder: FileCheckpoints, name: str) -> None:
     saved = folder.save(job(), FILES)
-    appended(folder.place, f"{saved.key}/{name}")
+    appended(folder.blobs, f"{saved.key}/{name}")
     with pytest.raises(IntegrityError):
         folder.describe(saved.key)
 
 
 def test_a_foreign_file_is_refused(folder: FileCheckpoints) -> None:
     saved = folder.save(job(), FILES)
-    folder.place.put(f"{saved.key}/notes.txt", b"a leak")
+    folder.blobs.put(f"{saved.key}/notes.txt", b"a leak")
     with pytest.raises(IntegrityError, match="does not name"):
         folder.load(saved.key, saved.manifest_sha256)
     with pytest.raises(IntegrityError, match="does not name"):
@@ -181,10 +181,10 @@ def test_a_manifest_can_name_no_file_outside(local: FileCheckpoints, tmp_path: P
     """Even a manifest whose digests are all right is refused when a name leaves the directory."""
     saved = local.save(job(), FILES)
     (tmp_path / "outside").write_bytes(b"secret")
-    local.place.put("outside", b"secret")
+    local.blobs.put("outside", b"secret")
     parsed = json.loads(plaintext(local, f"{saved.key}/{MANIFEST}"))
     parsed["files"][name] = sha256_hex(b"secret")
-    local.place.put(f"{saved.key}/{MANIFEST}", canonical_json(parsed))
+    local.blobs.put(f"{saved.key}/{MANIFEST}", canonical_json(parsed))
     with pytest.raises(IntegrityError, match="can't be parsed"):
         local.describe(saved.key)
     with pytest.raises(IntegrityError, match="can't be parsed"):
@@ -196,7 +196,7 @@ def test_a_manifest_can_name_no_file_outside(local: FileCheckpoints, tmp_path: P
 )
 def test_a_manifest_of_another_form_is_refused(local: FileCheckpoints, manifest: bytes) -> None:
     saved = local.save(job(), FILES)
-    local.place.put(f"{saved.key}/{MANIFEST}", manifest)
+    local.blobs.put(f"{saved.key}/{MANIFEST}", manifest)
     with pytest.raises(IntegrityError):
         local.describe(saved.key)
     with pytest.raises(IntegrityError):
@@ -206,8 +206,8 @@ def test_a_manifest_of_another_form_is_refused(local: FileCheckpoints, manifest:
 def test_a_checkpoint_under_another_key_is_refused(folder: FileCheckpoints) -> None:
     """A whole and valid checkpoint must not pass for another job's."""
     saved = folder.save(job(), FILES)
-    for name in folder.place.parts(saved.key):
-        folder.place.put(f"{job(1).key}/{name}", folder.place.get(f"{saved.key}/{name}", "file"))
+    for name in folder.blobs.parts(saved.key):
+        folder.blobs.put(f"{job(1).key}/{name}", folder.blobs.get(f"{saved.key}/{name}", "file"))
     with pytest.raises(IntegrityError):
         folder.describe(job(1).key)
     with pytest.raises(IntegrityError):
@@ -251,10 +251,10 @@ def test_a_cut_short_save_leaves_nothing(
 
 def half_written(store: FileCheckpoints) -> str:
     """What a killed worker leaves: a directory without its name, or objects without the manifest."""
-    if isinstance(store.place, LocalBlobs):
-        store.place.put(f".tmp-killed/{ADAPTER}", b"half")
+    if isinstance(store.blobs, LocalBlobs):
+        store.blobs.put(f".tmp-killed/{ADAPTER}", b"half")
         return ".tmp-killed"
-    store.place.put(f"{job(1).key}/{ADAPTER}", b"half")
+    store.blobs.put(f"{job(1).key}/{ADAPTER}", b"half")
     return f".tmp-{job(1).key}"
 
 
@@ -268,7 +268,7 @@ def test_a_half_written_directory_is_never_a_checkpoint(folder: FileCheckpoints)
             folder.describe(name)
     folder.erase([left])
     assert folder.held() == {saved.key}
-    assert folder.place.parts(job(1).key) == frozenset()
+    assert folder.blobs.parts(job(1).key) == frozenset()
 
 
 def test_a_save_goes_on_where_another_was_cut_short(folder: FileCheckpoints) -> None:

@@ -89,7 +89,7 @@ def test_what_is_not_written_here_is_refused(tmp_path: Path) -> None:
     metrics = FileMetrics(tmp_path / "metrics")
     metrics.append(queue(1))
     file_of(tmp_path).write_text('{"id": "p001"}\n')
-    with pytest.raises(IntegrityError, match="not one that is written here") as caught:
+    with pytest.raises(IntegrityError, match="not in the form that is written") as caught:
         metrics.read(FIRST)
     assert caught.value.where.endswith("line 1")
     assert "p001" not in str(caught.value)

@@ -78,10 +78,10 @@ def test_bytes_are_counted_by_the_beginning_of_a_name(store: PrefixStore) -> Non
 
 def test_a_damaged_file_is_as_good_as_none(real: FilePrefixes) -> None:
     real.write(NAME, states(3, 5))
-    data = real.place.get(NAME, "file")
+    data = real.blobs.get(NAME, "file")
     assert is_sealed(data) == real.keyring.seals
     for damaged in (b"", data[:40], data[:-1], data[:-9] + b"x" + data[-8:], b"\xff" * len(data)):
-        real.place.put(NAME, damaged)
+        real.blobs.put(NAME, damaged)
         assert real.read(NAME) == {}
     real.write(NAME, states(3))
     assert same(real.read(NAME), states(3))

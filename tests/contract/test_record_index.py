@@ -296,7 +296,7 @@ def test_a_tampered_file_with_a_mended_digest_is_refused_before_faiss_parses_it(
         (folder.root / mended.name).write_bytes(sealed)
         with monkeypatch.context() as patched:
             patched.setattr(faiss, "deserialize_index", lambda _: pytest.fail("FAISS parsed it"))
-            with pytest.raises(IntegrityError, match="not of the form that is written"):
+            with pytest.raises(IntegrityError, match="not the form that is written"):
                 folder.search([mended], np.stack([vector(1)]), 1)
 
 

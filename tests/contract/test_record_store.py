@@ -69,7 +69,7 @@ def opened(folder: Path, form: str) -> FileRecords:
 
 
 def bytes_of(store: FileRecords, name: str) -> bytes:
-    return store.place.get(name, "file")
+    return store.blobs.get(name, "file")
 
 
 def test_what_is_written_is_read(store: RecordStore) -> None:
@@ -130,7 +130,7 @@ def test_nothing_is_held_at_first(store: RecordStore) -> None:
 @pytest.mark.parametrize("cut", [0, 10, -1])
 def test_a_truncated_file_is_refused(folder: FileRecords, cut: int) -> None:
     file = folder.write(0, 0, "root", several(1, 2))
-    folder.place.put(file.name, bytes_of(folder, file.name)[:cut])
+    folder.blobs.put(file.name, bytes_of(folder, file.name)[:cut])
     for look in (folder.read, folder.check):
         with pytest.raises(IntegrityError, match="not the one that was recorded"):
             look(file)
@@ -140,7 +140,7 @@ def test_a_file_of_another_form_is_refused(folder: FileRecords) -> None:
     """Even one whose digest the ledger names."""
     for data in (b"", b"PAR1 not really PAR1"):
         file = SliceFile(0, 0, "root", 1, sha256_hex(data), len(data))
-        folder.place.put(file.name, data)
+        folder.blobs.put(file.name, data)
         with pytest.raises(IntegrityError, match="can't be parsed"):
             folder.read(file)
 
@@ -158,7 +158,7 @@ def test_a_sealed_slice_without_its_key_is_refused(tmp_path: Path) -> None:
     file = store.write(0, 0, "root", several(1))
     copy = bytes_of(store, file.name)
     store.erase([file.name])
-    store.place.put(file.name, copy)
+    store.blobs.put(file.name, copy)
     for look in (store.read, store.check):
         with pytest.raises(IntegrityError, match="key is missing from the keyring"):
             look(file)
@@ -168,7 +168,7 @@ def test_a_sealed_slice_without_its_key_is_refused(tmp_path: Path) -> None:
 def test_only_the_owner_may_read_text(form: str, tmp_path: Path) -> None:
     store = opened(tmp_path, form)
     file = store.write(0, 0, "root", several(1))
-    assert stat.S_IMODE(Path(store.place.location(file.name)).stat().st_mode) == 0o600
+    assert stat.S_IMODE(Path(store.blobs.location(file.name)).stat().st_mode) == 0o600
 
 
 def test_a_files_name_tells_nothing_of_its_records(folder: FileRecords) -> None:

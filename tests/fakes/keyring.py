@@ -1,6 +1,6 @@
 """The keyring in memory: sealing by a stream of hashes, keys as tokens that can be looked at.
 
-Rules: as the real one, a sealed file is bound to room, name, part and key, and a key is made anew after
+Rules: as the real one, a sealed file is bound to area, name, part and key, and a key is made anew after
 its destruction. `log` notes what was destroyed, in order.
 
 Not covered: secrecy against anyone but a test.
@@ -28,37 +28,37 @@ class FakeKeyring:
         self.log: list[tuple[str, str]] = []
         self._fresh = count(1)
 
-    def location(self, room: str, name: str) -> str:
-        return f"keyring/{room}/{name}"
+    def location(self, area: str, name: str) -> str:
+        return f"keyring/{area}/{name}"
 
-    def held(self, room: str) -> frozenset[str]:
-        return frozenset(name for where, name in self.keys if where == room)
+    def held(self, area: str) -> frozenset[str]:
+        return frozenset(name for where, name in self.keys if where == area)
 
-    def seal(self, room: str, name: str, part: str, data: bytes) -> bytes:
+    def seal(self, area: str, name: str, part: str, data: bytes) -> bytes:
         if not self.seals:
             return data
-        token = self.keys.setdefault((room, name), next(self._fresh))
+        token = self.keys.setdefault((area, name), next(self._fresh))
         nonce = next(self._fresh).to_bytes(NONCE_BYTES, "big")
         hidden = _stream(token, nonce, data)
-        return MAGIC + nonce + _tag(token, nonce, room, name, part, hidden) + hidden
+        return MAGIC + nonce + _tag(token, nonce, area, name, part, hidden) + hidden
 
-    def unseal(self, room: str, name: str, part: str, data: bytes) -> bytes:
+    def unseal(self, area: str, name: str, part: str, data: bytes) -> bytes:
         if not data.startswith(MAGIC):
             return data
-        token = self.keys.get((room, name))
+        token = self.keys.get((area, name))
         if token is None:
             raise IntegrityError("the key is missing from the keyring")
         body = data[len(MAGIC) :]
         nonce, tag = body[:NONCE_BYTES], body[NONCE_BYTES : NONCE_BYTES + TAG_BYTES]
         hidden = body[NONCE_BYTES + TAG_BYTES :]
-        if tag != _tag(token, nonce, room, name, part, hidden):
+        if tag != _tag(token, nonce, area, name, part, hidden):
             raise IntegrityError("an encrypted file is not the one that was recorded")
         return _stream(token, nonce, hidden)
 
-    def destroy(self, room: str, names: Collection[str]) -> None:
+    def destroy(self, area: str, names: Collection[str]) -> None:
         for name in names:
-            if self.keys.pop((room, name), None) is not None:
-                self.log.append((room, name))
+            if self.keys.pop((area, name), None) is not None:
+                self.log.append((area, name))
 
 
 def _stream(token: int, nonce: bytes, data: bytes) -> bytes:
@@ -66,6 +66,6 @@ def _stream(token: int, nonce: bytes, data: bytes) -> bytes:
     return bytes(one ^ other for one, other in zip(data, pad, strict=True))
 
 
-def _tag(token: int, nonce: bytes, room: str, name: str, part: str, hidden: bytes) -> bytes:
-    bound = canonical_json([token, nonce.hex(), room, name, part])
+def _tag(token: int, nonce: bytes, area: str, name: str, part: str, hidden: bytes) -> bytes:
+    bound = canonical_json([token, nonce.hex(), area, name, part])
     return hashlib.sha256(bound + hidden).digest()

@@ -31,7 +31,7 @@ class FakeMetrics:
     def read(self, run: str) -> list[dict[str, Any]]:
         found = [each for each in self.lines if each["run"] == run]
         if not found or not all(map(is_line, found)):
-            raise IntegrityError("metrics are missing, or are not what is written here")
+            raise IntegrityError("metrics are missing, or not in the form that is written")
         return found
 
     def keep_losses(self, stages: Collection[str]) -> None:

@@ -251,15 +251,15 @@ def _now() -> str:
 def _site(stores: Stores, resources: Resources, store: FileCheckpoints) -> Site:
     config = resources.config
     beneath = patches_beneath(stores.ledger, resources.base.digest)
-    keeps = store.room == CHECKPOINTS  # a replay keeps no hidden states, and uses none that were kept
+    keeps = store.area == CHECKPOINTS  # a replay keeps no hidden states, and uses none that were kept
     return Site(
         stores.blobs[RECORDS],
-        store.place,
+        store.blobs,
         resources.base.directory,
         resources.base.digest,
         config.sisa.threads_per_shard,
         keyring=store.keyring,
-        room=store.room,
+        area=store.area,
         patches_at=stores.blobs[PATCHES],
         patches=tuple((each.key, each.manifest_sha256) for each in beneath),
         precision=config.precision,
@@ -324,7 +324,7 @@ def open_trainer(site: Site) -> Trainer:
 def open_stores(site: Site) -> tuple[FileRecords, FileCheckpoints]:
     """The stores of a site: slices to read, checkpoints to write."""
     records = FileRecords(site.records_at, site.keyring)
-    return records, FileCheckpoints(site.checkpoints_at, site.keyring, site.room)
+    return records, FileCheckpoints(site.checkpoints_at, site.keyring, site.area)
 
 
 def find_probe() -> OpenProbe | None:

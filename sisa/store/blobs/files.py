@@ -1,11 +1,9 @@
 """Files that are whole or absent: atomic writes, checked reads, one writer.
 
-Rules: bytes go to a temporary name in the same directory, are flushed to the disk, and take their
-name by one rename; readers never see half a file. Names are made from digests and numbers, never
-from a record id. `erase` overwrites nothing: on copy-on-write disks, snapshots and object stores an
-unlinked file may live on, which no program above them can mend.
-
-Not covered: encryption at rest (`keyring.py`): what is read here is unsealed by the caller's function.
+Bytes go to a temporary name in the same directory, are flushed to the disk, and get their name by one
+rename; readers never see half a file. Names are made of digests and numbers, never of a record id.
+`erase` overwrites nothing: copy-on-write disks, snapshots and object stores may keep an unlinked file,
+which no program above them can change.
 
 >>> import tempfile
 >>> with tempfile.TemporaryDirectory() as folder:
@@ -51,7 +49,7 @@ NETWORK_FILE_SYSTEMS = frozenset(
     }
 )
 LOCK_PATIENCE_S = 10.0
-FILE_MODE, DIRECTORY_MODE = 0o600, 0o700  # whatever the umask: text, and weights that may recite it
+FILE_MODE, DIRECTORY_MODE = 0o600, 0o700  # whatever the umask: weights may recite private text
 _NEXT_STEPS = {
     errno.ENOSPC: "free disk space, then run the same command again",
     errno.EDQUOT: "raise the disk quota, then run the same command again",
@@ -69,13 +67,15 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise EnvironmentFault(
             f"the disk refused: {error.strerror or error}",
             where=str(path),
-            next_step=_NEXT_STEPS.get(error.errno or 0, "mend the disk, then run the command again"),
+            next_step=_NEXT_STEPS.get(error.errno or 0, "repair the disk, then run the command again"),
         ) from error
 
 
 def network_file_system(path: Path) -> str:
-    """The kind of the network file system that a path lies on, or nothing: SQLite's write-ahead log is
-    not safe there."""
+    """Return the kind of the network file system that holds a path, or "".
+
+    SQLite's write-ahead log is not safe there.
+    """
     import psutil
 
     real = path.resolve()
@@ -95,7 +95,7 @@ def sync_directory(path: Path) -> None:
 
 
 def make_directory(path: Path) -> None:
-    """Make a directory, and those above it, for their owner alone; one that is there stays as it is."""
+    """Make a directory and its missing parents for their owner alone; existing ones stay as they are."""
     with disk_errors(path):
         missing = [each for each in (path, *path.parents) if not each.exists()]
         for each in reversed(missing):
@@ -115,7 +115,10 @@ def write_atomic(
     *,
     make_parents: bool = True,
 ) -> None:
-    """Write a whole file or nothing; `temporary_in` is where what a killed process leaves may lie."""
+    """Write a whole file or nothing.
+
+    A killed process may leave a temporary file in `temporary_in`, by default the file's directory.
+    """
     _write(path, data, mode, temporary_in, _replace, make_parents)
 
 
@@ -127,7 +130,7 @@ def write_new(
     *,
     make_parents: bool = True,
 ) -> bool:
-    """Write a whole file unless there is one of that name; whether there was none."""
+    """Write a whole file unless one has that name, and return whether it was written."""
     return _write(path, data, mode, temporary_in, _link, make_parents)
 
 
@@ -191,7 +194,7 @@ def write_directory(path: Path, files: dict[str, bytes], *, make_parents: bool =
             try:
                 os.rename(temporary, path)
             except OSError as error:
-                # Another worker stored the same content first: its bytes are as good.
+                # Another worker stored the same content first; its bytes are equal.
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                     raise
         finally:
@@ -200,12 +203,12 @@ def write_directory(path: Path, files: dict[str, bytes], *, make_parents: bool =
 
 
 def read_checked(path: Path, sha256: str, what: str, unseal: Callable[[bytes], bytes]) -> bytes:
-    """A file's plaintext, after checking it against the recorded digest."""
+    """Return a file's plaintext after checking it against the recorded digest."""
     return verified(unseal(read_whole(path, what)), sha256, what, str(path))
 
 
 def verified(data: bytes, sha256: str, what: str, where: str) -> bytes:
-    """Plaintext that has the recorded digest. Raises IntegrityError for any other."""
+    """Return plaintext with the recorded digest. Raises IntegrityError for any other."""
     found = sha256_hex(data)
     if found != sha256:
         raise tampered(where, what, sha256, found)
@@ -213,7 +216,8 @@ def verified(data: bytes, sha256: str, what: str, where: str) -> bytes:
 
 
 def read_whole(path: Path, what: str, num_bytes: int = -1) -> bytes:
-    """A file's bytes, or its first ones, as they lie there. Raises IntegrityError when it is missing."""
+    """Return a file's bytes, or its first `num_bytes`, as stored. Raises IntegrityError if it is
+    missing."""
     try:
         with path.open("rb") as file:
             return file.read(num_bytes)
@@ -229,7 +233,7 @@ def read_whole(path: Path, what: str, num_bytes: int = -1) -> bytes:
 
 
 def tampered(where: str, what: str, expected: str, got: str) -> IntegrityError:
-    """The error for bytes that are not the recorded ones."""
+    """Return the error for bytes that are not the recorded ones."""
     return IntegrityError(
         f"a {what} is not the one that was recorded",
         where=where,
@@ -240,14 +244,15 @@ def tampered(where: str, what: str, expected: str, got: str) -> IntegrityError:
 
 
 def held_names(folder: Path) -> frozenset[str]:
-    """All names in a folder, left-over temporaries among them."""
+    """Return all names in a directory, leftover temporary ones included."""
     with disk_errors(folder), contextlib.suppress(FileNotFoundError):
         return frozenset(os.listdir(folder))
     return frozenset()
 
 
 def num_bytes(path: Path) -> int:
-    """Bytes of a file, or of all files below a directory; links count as links. 0 when it is absent."""
+    """Return the size of a file or of all files below a directory, without following links; 0 if
+    absent."""
     try:
         if path.is_dir() and not path.is_symlink():
             return sum(num_bytes(each) for each in path.iterdir())
@@ -257,8 +262,11 @@ def num_bytes(path: Path) -> int:
 
 
 def erase(path: Path) -> None:
-    """Remove a file or a directory, or of it what can be removed; absence is no error, nor is a process
-    that writes into it now. Raises EnvironmentFault for the first thing that stays."""
+    """Remove a file or a directory, and as much as possible of one that can't be removed whole.
+
+    An absent path is ignored, and so is a process that writes into it meanwhile. Raises EnvironmentFault
+    for the first entry that stays.
+    """
     refused: list[OSError] = []
 
     def refuse(_function: Any, _path: str, found: Any) -> None:
@@ -270,7 +278,7 @@ def erase(path: Path) -> None:
             refused.clear()
             shutil.rmtree(path, onerror=refuse)
             for each in refused:
-                if each.errno != errno.ENOTEMPTY:  # else another process has written since: once more
+                if each.errno != errno.ENOTEMPTY:  # else another process wrote meanwhile: try again
                     raise each
         path.unlink(missing_ok=True)
 
@@ -286,8 +294,10 @@ def overwrite(path: Path) -> None:
 
 
 def erase_all(folder: Path, names: Collection[str]) -> None:
-    """Remove entries of a directory for good: when this returns, no crash of the machine brings one
-    back. What can be removed is, before the first error is raised."""
+    """Remove entries of a directory durably: after the return, no crash of the machine restores one.
+
+    Everything that can be removed is removed before the first error is raised.
+    """
     with all_tried() as tried:
         for name in names:
             with tried():
@@ -300,8 +310,10 @@ def erase_all(folder: Path, names: Collection[str]) -> None:
 
 @contextlib.contextmanager
 def writer_lock(path: Path) -> Iterator[None]:
-    """Hold the model's one writer lock, a file that its owner alone can open. Raises Busy when another
-    process has it."""
+    """Hold the model's one writer lock, a file that only its owner can open.
+
+    Raises Busy when another process holds it.
+    """
     with disk_errors(path):
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
     try:
@@ -313,15 +325,17 @@ def writer_lock(path: Path) -> Iterator[None]:
 
 
 def _for_owner_alone(handle: int) -> None:
-    """Whoever can open a lock can hold it."""
+    """Restrict the lock's mode: whoever can open a lock can hold it."""
     if os.fstat(handle).st_mode & 0o077:
-        with contextlib.suppress(PermissionError):  # somebody else's: `sisa doctor` tells
+        with contextlib.suppress(PermissionError):  # another user's; `sisa doctor` reports it
             os.fchmod(handle, FILE_MODE)
 
 
 def take_lock(handle: int, where: Path, doing: str, patience_s: float | None = None) -> None:
-    """Lock an open file or directory. Raises Busy when another process still holds the lock after
-    `patience_s` seconds (LOCK_PATIENCE_S)."""
+    """Lock an open file or directory.
+
+    Raises Busy when another process still holds the lock after `patience_s` seconds (LOCK_PATIENCE_S).
+    """
     deadline = time.monotonic() + (LOCK_PATIENCE_S if patience_s is None else patience_s)
     while True:
         try:

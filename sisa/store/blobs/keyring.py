@@ -1,16 +1,16 @@
-"""Keys at rest, one for each data file: destroying a key erases every copy of what it sealed.
+"""Keys at rest: one for each data file, and the partition key.
 
-    KEYRING/ROOM/NAME    32 random bytes (mode 0600, in directories of mode 0700) for the data file NAME
+    KEYRING/AREA/NAME    32 random bytes (mode 0600, in directories of mode 0700) for the data file NAME
     a sealed file        magic line, nonce of 12 random bytes, ciphertext, tag of 16 bytes (AES-256-GCM)
+    partition.key        64 hexadecimal digits
 
-Rules: the tag covers room, name and part (the file inside a checkpoint directory), so that no sealed
-file passes for another. A key is durable before anything is sealed with it, and its name never bears
-half a key: it appears by a link and goes by a rename, before it is overwritten. What a crash leaves
-under a temporary name is among the held names, so that a sweep destroys it. Plain bytes are passed on
-as they are: a model that is half sealed or half unsealed reads, and digests tell what is right.
-
-Not covered: which keys are needed (`reconcile.py`); copies of the keyring itself; what a disk keeps of
-overwritten or unlinked blocks.
+Destroying a key erases every copy of what it sealed. The tag covers area, name and part (the file inside
+a checkpoint directory), so that no sealed file passes for another. A key is durable before anything is
+sealed with it, and its name never holds half a key: the name appears by a link, and disappears by a
+rename before the key is overwritten. A crash leaves keys under temporary names, which `held` lists, so
+that a later command destroys them. Plain bytes are returned as they are: a model that is partly
+encrypted can be read, and digests tell what is right. What a disk keeps of overwritten blocks, and
+copies of the keyring, are out of reach. The content of a key never appears in a message.
 
 >>> import tempfile
 >>> with tempfile.TemporaryDirectory() as folder:
@@ -21,6 +21,10 @@ overwritten or unlinked blocks.
 ...     keyring.held("records")
 (True, b'PAR1')
 frozenset()
+>>> with tempfile.TemporaryDirectory() as folder:
+...     write_secret(Path(folder) / "partition.key", bytes(KEY_BYTES))
+...     read_secret(Path(folder) / "partition.key") == bytes(KEY_BYTES)
+True
 """
 
 from __future__ import annotations
@@ -45,36 +49,36 @@ RESTORE = "put the keyring back where `keyring:` of the run file names it, or re
 
 
 def is_sealed(data: bytes) -> bool:
-    """Whether bytes are (or begin) a sealed file."""
+    """Return whether bytes are, or begin, a sealed file."""
     return data.startswith(MAGIC)
 
 
 @dataclass(frozen=True)
 class Plain:
-    """The keyring of a model that has none: it seals nothing, and opens nothing that is sealed."""
+    """Keyring of a model without encryption: it seals nothing, and refuses sealed bytes."""
 
     seals: bool = False
 
-    def location(self, room: str, name: str) -> str:
-        return f"{room}/{name}"
+    def location(self, area: str, name: str) -> str:
+        return f"{area}/{name}"
 
-    def held(self, room: str) -> frozenset[str]:  # noqa: ARG002
+    def held(self, area: str) -> frozenset[str]:  # noqa: ARG002
         return frozenset()
 
-    def seal(self, room: str, name: str, part: str, data: bytes) -> bytes:  # noqa: ARG002
+    def seal(self, area: str, name: str, part: str, data: bytes) -> bytes:  # noqa: ARG002
         return data
 
-    def unseal(self, room: str, name: str, part: str, data: bytes) -> bytes:  # noqa: ARG002
+    def unseal(self, area: str, name: str, part: str, data: bytes) -> bytes:  # noqa: ARG002
         if is_sealed(data):
             raise IntegrityError(
                 "a file is encrypted, and there is no keyring",
-                where=self.location(room, name),
+                where=self.location(area, name),
                 next_step=RESTORE,
             )
         return data
 
-    def destroy(self, room: str, names: Collection[str]) -> None:
-        """There is nothing to destroy."""
+    def destroy(self, area: str, names: Collection[str]) -> None:
+        """Do nothing: there are no keys."""
 
 
 PLAIN = Plain()
@@ -82,54 +86,56 @@ PLAIN = Plain()
 
 @dataclass(frozen=True)
 class FileKeyring:
-    """A Keyring in a directory. With `seals=False` it opens what is sealed and seals nothing more."""
+    """A Keyring in a directory. With `seals=False` it reads sealed files and seals no new ones."""
 
     root: Path
     seals: bool = True
     makes_keys: bool = True
 
-    def lend(self, room: str, names: Iterable[str]) -> FileKeyring:
-        """Make the keys of these files, for a run's workers: theirs is a keyring that makes none, so
-        that nothing can be sealed any more once a key is destroyed."""
+    def lend(self, area: str, names: Iterable[str]) -> FileKeyring:
+        """Create the keys of these files for a run's workers, and return a keyring that creates none.
+
+        With it, nothing can be sealed any more once a key is destroyed.
+        """
         for name in names if self.seals else ():
-            if self._key(room, name) is None:
-                self._create(room, name)
+            if self._key(area, name) is None:
+                self._create(area, name)
         return replace(self, makes_keys=False)
 
-    def location(self, room: str, name: str) -> str:
-        return str(self.root / room / name)
+    def location(self, area: str, name: str) -> str:
+        return str(self.root / area / name)
 
-    def held(self, room: str) -> frozenset[str]:
-        with files.disk_errors(self.root / room):
-            return files.held_names(self.root / room)
+    def held(self, area: str) -> frozenset[str]:
+        with files.disk_errors(self.root / area):
+            return files.held_names(self.root / area)
 
-    def seal(self, room: str, name: str, part: str, data: bytes) -> bytes:
+    def seal(self, area: str, name: str, part: str, data: bytes) -> bytes:
         if not self.seals:
             return data
         from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-        key = self._key(room, name)
+        key = self._key(area, name)
         if key is None and not self.makes_keys:
             raise EnvironmentFault(
-                "the key of a file is not in the keyring any more: its run is over",
-                where=self.location(room, name),
+                "the key of a file is no longer in the keyring: its run is over",
+                where=self.location(area, name),
                 next_step="run the command again: what is finished is kept",
             )
-        key = key or self._create(room, name)
+        key = key or self._create(area, name)
         nonce = os.urandom(NONCE_BYTES)
-        return MAGIC + nonce + AESGCM(key).encrypt(nonce, data, _bound(room, name, part))
+        return MAGIC + nonce + AESGCM(key).encrypt(nonce, data, _bound(area, name, part))
 
-    def unseal(self, room: str, name: str, part: str, data: bytes) -> bytes:
+    def unseal(self, area: str, name: str, part: str, data: bytes) -> bytes:
         if not is_sealed(data):
             return data
         from cryptography.exceptions import InvalidTag
         from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-        key = self._key(room, name)
+        key = self._key(area, name)
         if key is None:
             raise IntegrityError(
                 "a file is encrypted, and its key is missing from the keyring",
-                where=self.location(room, name),
+                where=self.location(area, name),
                 expected="its key",
                 got="no key",
                 next_step=f"{RESTORE}; a key that was destroyed is gone, and the file with it",
@@ -137,18 +143,18 @@ class FileKeyring:
         body = memoryview(data)[len(MAGIC) :]
         try:
             nonce, sealed = bytes(body[:NONCE_BYTES]), body[NONCE_BYTES:]
-            return AESGCM(key).decrypt(nonce, sealed, _bound(room, name, part))
+            return AESGCM(key).decrypt(nonce, sealed, _bound(area, name, part))
         except (InvalidTag, ValueError):
             raise IntegrityError(
                 "an encrypted file is not the one that was recorded",
-                where=f"{room}/{name}/{part}" if part else f"{room}/{name}",
+                where=f"{area}/{name}/{part}" if part else f"{area}/{name}",
                 expected="bytes that its key sealed",
                 got="other bytes",
                 next_step="restore the file from a backup, or run `sisa doctor`",
             ) from None
 
-    def destroy(self, room: str, names: Collection[str]) -> None:
-        folder = self.root / room
+    def destroy(self, area: str, names: Collection[str]) -> None:
+        folder = self.root / area
         with files.disk_errors(folder):
             doomed = []
             for name in names:
@@ -158,16 +164,16 @@ class FileKeyring:
                     doomed.append((aside, name.startswith(files.TEMPORARY_PREFIX)))
             if not doomed:
                 return
-            files.sync_directory(folder)  # no name may come back with zeros as its key
+            files.sync_directory(folder)  # after a crash no name may hold a key of zeros
             for path, temporary in doomed:
-                # A temporary name with a second one may be that of a key in use: its maker was killed.
+                # A temporary name with a second link may be a key in use, whose creator was killed.
                 if not temporary or path.lstat().st_nlink == 1:
                     files.overwrite(path)
                 files.erase(path)
             files.sync_directory(folder)
 
-    def _key(self, room: str, name: str) -> bytes | None:
-        path = self.root / room / name
+    def _key(self, area: str, name: str) -> bytes | None:
+        path = self.root / area / name
         with files.disk_errors(path):
             try:
                 key = path.read_bytes()
@@ -182,8 +188,8 @@ class FileKeyring:
             )
         return key
 
-    def _create(self, room: str, name: str) -> bytes:
-        folder = self.root / room
+    def _create(self, area: str, name: str) -> bytes:
+        folder = self.root / area
         with files.disk_errors(folder):
             files.make_directory(folder)
             handle, temporary = tempfile.mkstemp(prefix=files.TEMPORARY_PREFIX, dir=folder)
@@ -192,49 +198,50 @@ class FileKeyring:
                     file.write(os.urandom(KEY_BYTES))
                     file.flush()
                     os.fsync(file.fileno())
-                with contextlib.suppress(FileExistsError):  # another worker's key is as good
+                with contextlib.suppress(FileExistsError):  # another worker's key serves as well
                     os.link(temporary, folder / name)
             finally:
                 os.unlink(temporary)
             files.sync_directory(folder)
-        key = self._key(room, name)
+        key = self._key(area, name)
         if key is None:
-            raise IntegrityError("a new key vanished from the keyring", where=self.location(room, name))
+            raise IntegrityError("a new key vanished from the keyring", where=self.location(area, name))
         return key
 
 
-def shred(keyring: Keyring, room: str, names: Collection[str], erase: Erase) -> None:
-    """Destroy keys, then `erase` what they seal; one that fails does not keep the other from it."""
+def shred(keyring: Keyring, area: str, names: Collection[str], erase: Erase) -> None:
+    """Destroy keys, then `erase` what they seal; an error of one step does not prevent the other."""
     with all_tried() as tried:
         with tried():
-            keyring.destroy(room, names)
+            keyring.destroy(area, names)
         with tried():
             erase(names)
 
 
-def _bound(room: str, name: str, part: str) -> bytes:
-    return canonical_json([room, name, part])
+def _bound(area: str, name: str, part: str) -> bytes:
+    return canonical_json([area, name, part])
 
 
-def reseal_blobs(place: BlobStore, room: str, names: Iterable[str], keyring: Keyring) -> None:
-    """Bring held files to the form that a keyring gives now, under their names; digests stay.
+def reseal_blobs(blobs: BlobStore, area: str, names: Iterable[str], keyring: Keyring) -> None:
+    """Bring stored files to the form that a keyring writes now, under their names; digests stay.
 
-    Cut short, some are sealed and some are plain, and all are read. A key goes when its file is plain.
-    Raises IntegrityError when a file or its key is missing. Old versions are left to `Place.purge`.
+    After an interruption some files are sealed and some are plain, and all can be read. The key of a
+    plain file is destroyed. Raises IntegrityError when a file or its key is missing. Old versions are
+    left to `BlobStore.purge`.
     """
     for name in names:
-        for part in sorted(place.parts(name)) or [""]:
+        for part in sorted(blobs.parts(name)) or [""]:
             file = f"{name}/{part}" if part else name
-            data = place.get(file, "file of the model")
+            data = blobs.get(file, "file of the model")
             if is_sealed(data) != keyring.seals:
-                plain = keyring.unseal(room, name, part, data)
-                place.put(file, keyring.seal(room, name, part, plain))
+                plain = keyring.unseal(area, name, part, data)
+                blobs.put(file, keyring.seal(area, name, part, plain))
         if not keyring.seals:
-            keyring.destroy(room, [name])
+            keyring.destroy(area, [name])
 
 
 def read_secret(path: Path) -> bytes:
-    """A secret at rest: 64 hexadecimal digits. The content never reaches a message."""
+    """Return a partition key from its file. Raises InvalidInput."""
     try:
         secret = bytes.fromhex(path.read_text(encoding="ascii").strip())
     except OSError as error:
@@ -254,5 +261,5 @@ def read_secret(path: Path) -> bytes:
 
 
 def write_secret(path: Path, secret: bytes) -> None:
-    """Keep the secret, readable by its owner alone."""
+    """Write a partition key, readable by its owner alone."""
     files.write_atomic(path, secret.hex().encode() + b"\n")

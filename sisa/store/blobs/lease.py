@@ -1,20 +1,20 @@
-"""A place as a run's workers see it: all of it can be read, and only an area of it can be written.
+"""A blob store as a run's workers see it: they can read all of it and write only to a lent area.
 
-A worker may outlive its driver, by seconds or, on another node, without bound. So it never puts anything
-under a name that others look for: the driver lends an area, accepts what it hears is finished, and takes
-the area back. Whoever erases what the ledger does not know erases the area of a driver that was killed,
-too; from then on its workers can store nothing.
+A worker may outlive its driver, by seconds or, on another node, without bound. So it never writes under
+a name that others use: the driver lends an area, accepts finished results from it, and erases it.
+Whoever erases blobs that the ledger does not know also erases the area of a killed driver; from then on
+its workers can store nothing.
 
 >>> import tempfile
 >>> from pathlib import Path
 >>> from sisa.store.blobs.local_blobs import LocalBlobs
 >>> with tempfile.TemporaryDirectory() as folder:
-...     place = LocalBlobs(Path(folder))
-...     lease = Lease(place, place.lend(".tmp-run", ["a"]))
+...     store = LocalBlobs(Path(folder))
+...     lease = Lease(store, store.lend(".tmp-run", ["a"]))
 ...     lease.put("a", b"abc")
-...     seen = lease.get("a", "file"), sorted(place.held())
-...     place.accept(".tmp-run", "a")
-...     seen, sorted(place.held())
+...     seen = lease.get("a", "file"), sorted(store.held())
+...     store.accept(".tmp-run", "a")
+...     seen, sorted(store.held())
 ((b'abc', ['.tmp-run']), ['.tmp-run', 'a'])
 """
 
@@ -29,43 +29,45 @@ from sisa.core.ports import BlobStore, KeptVersions
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """A Place whose changes go to the area. What is in both is read from the area, and first there: what
-    is accepted meanwhile is in the place by then."""
+    """A BlobStore whose changes go to the area.
 
-    place: BlobStore
+    Reads look into the area first: what is accepted meanwhile is then in the store.
+    """
+
+    store: BlobStore
     area: BlobStore
 
     def below(self, name: str) -> Lease:
-        return Lease(self.place.below(name), self.area.below(name))
+        return Lease(self.store.below(name), self.area.below(name))
 
     def location(self, name: str = "") -> str:
-        return self.place.location(name)
+        return self.store.location(name)
 
     def check_usable(self) -> None:
-        self.place.check_usable()
+        self.store.check_usable()
 
     def held(self) -> frozenset[str]:
-        return self.area.held() | self.place.held()
+        return self.area.held() | self.store.held()
 
     def parts(self, group: str) -> frozenset[str]:
-        return self.area.parts(group) or self.place.parts(group)
+        return self.area.parts(group) or self.store.parts(group)
 
     def get(self, name: str, what: str) -> bytes:
         try:
             found = self.area.get(name, what)
         except IntegrityError:
-            found = b""  # as is what an object store lends
-        return found or self.place.get(name, what)
+            found = b""  # as a lent name of an object store that nothing was put under
+        return found or self.store.get(name, what)
 
     def head(self, name: str, num_bytes: int) -> bytes:
         try:
             found = self.area.head(name, num_bytes)
         except IntegrityError:
             found = b""
-        return found or self.place.head(name, num_bytes)
+        return found or self.store.head(name, num_bytes)
 
     def num_bytes(self, name: str) -> int:
-        return self.area.num_bytes(name) or self.place.num_bytes(name)
+        return self.area.num_bytes(name) or self.store.num_bytes(name)
 
     def put(self, name: str, data: bytes) -> None:
         self.area.put(name, data)

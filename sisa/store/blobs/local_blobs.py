@@ -1,17 +1,15 @@
-"""A place on a disk: a directory of files, and of directories that appear by one rename.
+"""A BlobStore on a disk: a directory of files, and of directories that appear by one rename.
 
-Rules: those of `files.py`; files and directories are for their owner alone. A path that several
-machines share is such a place on each of them. An area that is lent is a directory within: once it is
-removed, no process can put anything there.
-
-Not covered: what a disk, a snapshot or a server keeps of unlinked blocks: a path has no versions to
-purge, and those of what is mounted there are out of sight.
+Files and directories are for their owner alone (`files.py`). A path that several machines share is such
+a store on each of them. A lent area is a directory within: once it is removed, no process can write
+there. A path has no versions to purge; what a disk, a snapshot or a server keeps of unlinked blocks is
+out of reach.
 
 >>> import tempfile
 >>> with tempfile.TemporaryDirectory() as folder:
-...     place = LocalBlobs(Path(folder) / "records")
-...     place.put("a", b"abc")
-...     place.put_new("a", b"other"), place.get("a", "file"), place.held()
+...     blobs = LocalBlobs(Path(folder) / "records")
+...     blobs.put("a", b"abc")
+...     blobs.put_new("a", b"other"), blobs.get("a", "file"), blobs.held()
 (False, b'abc', frozenset({'a'}))
 """
 
@@ -30,10 +28,10 @@ from sisa.store.blobs import files
 
 @dataclass(frozen=True, slots=True)
 class LocalBlobs:
-    """A Place in a directory, which is made when something is put there."""
+    """A BlobStore in a directory, which the first put creates."""
 
     root: Path
-    lent: bool = False  # an area, which may be gone: what is put there does not bring it back
+    lent: bool = False  # an area, which a put does not create again once it is erased
 
     def below(self, name: str) -> LocalBlobs:
         return replace(self, root=self.root / name)
@@ -99,6 +97,6 @@ class LocalBlobs:
         return ()
 
 
-def absolute(place: BlobStore) -> BlobStore:
-    """The same place for a process in another working directory."""
-    return replace(place, root=place.root.absolute()) if isinstance(place, LocalBlobs) else place
+def absolute(blobs: BlobStore) -> BlobStore:
+    """Return the same store for a process in another working directory."""
+    return replace(blobs, root=blobs.root.absolute()) if isinstance(blobs, LocalBlobs) else blobs

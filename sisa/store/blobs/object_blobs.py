@@ -1,21 +1,19 @@
-"""A place in an object store (S3 and what speaks like it): blobs are objects under a prefix.
+"""A BlobStore in an object store (S3 and compatible servers): blobs are objects under a prefix.
 
-    PREFIX/NAME            a blob                    PREFIX/GROUP/PART     what is in a group
+    PREFIX/NAME            a blob                    PREFIX/GROUP/PART     a part of a group
 
-Rules: there is no rename, so a group counts from when its `manifest.json` exists, which is put last, if
-it does not exist yet (`If-None-Match`), and erased first; parts without one are what a cut-short writing
-left. One put is one request, whole or not at all, so that no upload is ever left unfinished. Bytes are
-read through `pyarrow.fs`; what it lacks (conditions, versions) goes through `boto3`. Erasing removes
-every version and delete marker of a name; where that is not allowed it hides the name by a plain delete,
-and `purge` tells what is kept. An area that is lent consists of empty objects; a worker replaces one on
-the condition that it is still there (`If-Match`), and what it put is copied to its name. The endpoint
-comes from AWS_ENDPOINT_URL, credentials from every machine's own AWS chain: a place that travels holds
-neither keys nor tokens.
+There is no rename, so a group is complete once its `manifest.json` exists. The manifest is put last, if
+it does not exist yet (`If-None-Match`), and erased first; parts without it remain from an interrupted
+write. One put is one request, whole or not at all, so that no upload is ever left unfinished. Bytes are
+read through `pyarrow.fs`; conditions and versions, which it lacks, go through `boto3`. Erasing removes
+every version and delete marker of a name; where that is not allowed, a plain delete hides the name, and
+`purge` reports what is kept. A lent area consists of empty objects; a worker replaces one on the
+condition that it still exists (`If-Match`), and the driver copies it to its name. The endpoint comes
+from AWS_ENDPOINT_URL, credentials from every machine's own AWS chain, so a pickled store holds neither
+keys nor tokens. Copies that replication or backups made are out of reach.
 
-Not covered: copies that replication or backups made; a lock that forbids deleting (told as kept).
-
->>> place = ObjectBlobs("bucket", "models/a").below("records")
->>> place.location("x.parquet")
+>>> store = ObjectBlobs("bucket", "models/a").below("records")
+>>> store.location("x.parquet")
 's3://bucket/models/a/records/x.parquet'
 """
 
@@ -35,19 +33,19 @@ from sisa.store.blobs import object_client
 from sisa.store.blobs.files import TEMPORARY_PREFIX
 from sisa.store.blobs.object_client import code_of, store_errors
 
-LAST = "manifest.json"  # of a group: it is whole when this part exists
+LAST = "manifest.json"  # the part that completes a group
 BATCH = 1000  # objects that one request may delete
 ERASE_TRIES = 10
 LENDERS = 16  # puts at once: a model may have thousands of stages
-FEW_NAMES = 8  # that are listed one by one; of more, all there is
+FEW_NAMES = 8  # up to which names are listed one by one; more: everything is listed
 CONFLICT_TRIES, CONFLICT_PAUSE_S = 5, 0.2
 GONE = ("NoSuchKey", "NoSuchVersion", "404")
 DENIED = ("AccessDenied", "AllAccessDisabled", "403")
-NO_VERSIONS = ("NotImplemented", "MethodNotAllowed", "501", "405")  # of a server that has no versions
+NO_VERSIONS = ("NotImplemented", "MethodNotAllowed", "501", "405")  # from a server without versions
 
 
 class Version(NamedTuple):
-    """A version of an object, or a delete marker; `latest`: it is what a reader gets."""
+    """A version of an object, or a delete marker; readers get the `latest` one."""
 
     key: str
     id: str
@@ -57,13 +55,13 @@ class Version(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ObjectBlobs:
-    """A Place under a prefix of a bucket."""
+    """A BlobStore under a prefix of a bucket."""
 
     bucket: str
     prefix: str
     endpoint: str = ""
     region: str = ""
-    lent: bool = False  # an area: what is put replaces an empty object that the lender made
+    lent: bool = False  # an area: a put replaces an empty object that the lender made
 
     @property
     def _boto(self) -> Any:
@@ -79,12 +77,12 @@ class ObjectBlobs:
         return "/".join(each for each in (self.prefix, name) if each)
 
     def check_usable(self) -> None:
-        """As the Protocol; a conditional put is tried, since there are servers that ignore it."""
+        """Try conditional puts, since some servers ignore them. Raises EnvironmentFault."""
         probe = f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
         try:
             if not self.put_new(probe, b"") or self.put_new(probe, b"") or self._ignores_match(probe):
                 raise EnvironmentFault(
-                    "the object store ignores conditional puts, so that two writers can't be told apart",
+                    "the object store ignores conditional puts: two writers could overwrite each other",
                     where=self.location(),
                     expected="412 for If-None-Match on an object that exists, for If-Match on another",
                     next_step="use a store that heeds both: AWS S3, MinIO, Ceph from 2025 on",
@@ -125,7 +123,7 @@ class ObjectBlobs:
         return sum(size for each, size in self._list(name) if not name or _is_of(each, name))
 
     def _list(self, start: str) -> Iterator[tuple[str, int]]:
-        """(name, bytes) of all objects below whose names begin so."""
+        """Yield (name, size) of all objects below whose names begin with `start`."""
         base = self._key("") + "/"
         with store_errors(self.location()):
             pages = self._boto.get_paginator("list_objects_v2")
@@ -164,13 +162,15 @@ class ObjectBlobs:
                 self._boto.put_object(Bucket=self.bucket, Key=self._key(name), Body=data)
 
     def _fill(self, name: str, data: bytes) -> None:
-        """Replace what the lender made, if it is still there; the store compares and puts at once."""
+        """Replace the object that the lender made, if it still exists; the store compares and puts
+        atomically."""
         where = {"Bucket": self.bucket, "Key": self._key(name)}
         found = self._boto.head_object(**where)["ETag"]
         self._boto.put_object(**where, Body=data, IfMatch=found)
 
     def put_new(self, name: str, data: bytes) -> bool:
-        """As the Protocol. 412: it exists; 409: another put is under way, which is waited for."""
+        """Store a blob unless one has that name. 412: it exists; 409: another put is under way and is
+        awaited."""
         from botocore.exceptions import ClientError
 
         where = {"Bucket": self.bucket, "Key": self._key(name)}
@@ -189,8 +189,11 @@ class ObjectBlobs:
         return False
 
     def put_group(self, name: str, parts: Mapping[str, bytes]) -> None:
-        """As the Protocol. Two writers of one group put the same parts, since its name tells of what
-        they are made; whose manifest comes second changes nothing."""
+        """Store a group, its manifest last.
+
+        Two writers of one group put the same parts, since its name is the digest of its content; the
+        second manifest changes nothing.
+        """
         if LAST in self.parts(name):
             return
         for part, data in parts.items():
@@ -237,7 +240,7 @@ class ObjectBlobs:
         self._erase("", None)
 
     def _erase(self, start: str, names: Collection[str] | None) -> None:
-        """Of what begins so, all that is named, or everything."""
+        """Erase the named objects whose names begin with `start`, or all of them."""
         base = self._key("") + "/"
 
         def doomed(key: str) -> bool:
@@ -257,7 +260,7 @@ class ObjectBlobs:
         try:
             old = [each for each in self._versions("") if not each.latest]
         except _Refused as error:
-            why = f"whether it keeps old versions can't be told: {error}"
+            why = f"whether it keeps old versions is unknown: {error}"
             return () if self._never_had_versions() else (KeptVersions(self.location(), why),)
         refused = {} if dry_run else self._delete(old)
         kept: dict[str, list[str]] = {}
@@ -274,8 +277,8 @@ class ObjectBlobs:
         return [self._key(name) for name, _ in self._list(start)]
 
     def _versions(self, start: str) -> list[Version]:
-        """Every version and delete marker below, manifests first. Raises _Refused where they can't be
-        listed."""
+        """Return every version and delete marker below, manifests first. Raises _Refused if listing is
+        denied."""
         from botocore.exceptions import ClientError
 
         found: list[Version] = []
@@ -304,8 +307,10 @@ class ObjectBlobs:
                 return code_of(error) in NO_VERSIONS
 
     def _delete(self, versions: Collection[Version]) -> dict[Version, str]:
-        """Delete versions, older ones first; those that were refused, with the code of the refusal. A
-        marker stays where what it hides does."""
+        """Delete versions, older ones first; return the refused ones with the code of the refusal.
+
+        A delete marker stays as long as the version that it hides.
+        """
         refused = self._delete_versions([each for each in versions if not each.marker])
         stuck = {each.key for each in refused}
         free = [each for each in versions if each.marker and each.key not in stuck]
@@ -325,7 +330,7 @@ class ObjectBlobs:
         }
 
     def _hide(self, keys: Collection[str]) -> None:
-        """A plain delete of what is still there. Raises EnvironmentFault when it stays."""
+        """Hide what still exists by plain deletes. Raises EnvironmentFault if one is refused."""
         ordered = sorted(keys, key=lambda key: not _is_last(key))
         errors = self._delete_objects([{"Key": key} for key in ordered])
         if codes := sorted({each["Code"] for each in errors} - set(GONE)):
@@ -346,11 +351,11 @@ class ObjectBlobs:
 
 
 class _Refused(Exception):
-    """The store does not let versions be listed."""
+    """The store does not allow listing versions."""
 
 
 def _is_of(name: str, whole: str) -> bool:
-    """Whether it is a blob, or of a group, of that name."""
+    """Return whether a name is the blob `whole`, or a part of that group."""
     return name == whole or name.startswith(f"{whole}/")
 
 
@@ -359,5 +364,5 @@ def _is_last(key: str) -> bool:
 
 
 def _group(name: str) -> str:
-    """The group that a name of `held` stands for."""
+    """Return the group that a name of `held` stands for."""
     return name.removeprefix(TEMPORARY_PREFIX)

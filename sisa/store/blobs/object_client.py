@@ -1,11 +1,9 @@
-"""Connections to an object store, one of each kind a process, and its errors as ours.
+"""Connections to an object store, one of each kind per process, and its errors as this project's.
 
-Rules: whatever fails for reasons of network, server or permission is an EnvironmentFault that names the
-place and the store's code, never its text. Both libraries retry what may pass by itself (throttling,
-server errors, lost connections) before that; AWS_MAX_ATTEMPTS says how often. Credentials and profile
-come from the AWS chain of the machine and are not kept here.
-
-Not covered: what is stored (`object_blobs.py`).
+Failures of network, server or permission become an EnvironmentFault that names the location and the
+store's code, never its text. Both libraries first retry what may pass by itself (throttling, server
+errors, lost connections); AWS_MAX_ATTEMPTS says how often. Credentials and profile come from the
+machine's AWS chain and are not stored here.
 
 >>> host_of("http://127.0.0.1:9000")
 ('http', '127.0.0.1:9000')
@@ -26,27 +24,28 @@ from sisa.core.errors import EnvironmentFault
 CONNECT_S, READ_S = 10, 60
 DEFAULT_ATTEMPTS = 3
 STORAGE_STEPS = {
-    "NoSuchBucket": "make the bucket, or name another by `storage:`",
+    "NoSuchBucket": "create the bucket, or name another by `storage:`",
     "AccessDenied": "allow this machine's AWS identity to list, get, put and delete under the prefix",
-    "NotImplemented": "use a store that heeds If-None-Match: AWS S3, MinIO, Ceph from 2025 on",
+    "NotImplemented": "use a store that supports If-None-Match: AWS S3, MinIO, Ceph from 2025 on",
 }
 CREDENTIALS = "give credentials by the environment (AWS_PROFILE, AWS_ACCESS_KEY_ID) or a role"
-AGAIN = "mend the connection to the object store, then run the same command again"
+AGAIN = "restore the connection to the object store, then run the same command again"
 
 
 def endpoint() -> str:
-    """Where the store is, if it is not Amazon's own: AWS_ENDPOINT_URL_S3, else AWS_ENDPOINT_URL."""
+    """Return the URL of a store other than Amazon's: AWS_ENDPOINT_URL_S3, else AWS_ENDPOINT_URL, else
+    ""."""
     return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "")
 
 
 def region() -> str:
-    """AWS_REGION, AWS_DEFAULT_REGION, the profile's region, or us-east-1."""
+    """Return AWS_REGION, AWS_DEFAULT_REGION, the profile's region, or us-east-1."""
     named = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
     return named or _boto3().session.Session().region_name or "us-east-1"
 
 
 def host_of(url: str) -> tuple[str, str]:
-    """An endpoint's scheme and host, as pyarrow takes them."""
+    """Return an endpoint's scheme and host, as pyarrow takes them."""
     parts = urlsplit(url if "://" in url else f"https://{url}")
     return parts.scheme, parts.netloc
 
@@ -64,7 +63,7 @@ def _boto3() -> Any:
 
 @functools.cache
 def boto(endpoint: str, region: str) -> Any:
-    """The client of boto3. Raises EnvironmentFault where it is not installed."""
+    """Return the client of boto3. Raises EnvironmentFault without boto3."""
     session = _boto3().session.Session(region_name=region or None)
     from botocore.config import Config
 
@@ -83,7 +82,7 @@ def boto(endpoint: str, region: str) -> Any:
 
 @functools.cache
 def arrow(endpoint: str, region: str) -> Any:
-    """The file system of pyarrow."""
+    """Return the file system of pyarrow."""
     from pyarrow import fs
 
     scheme, host = host_of(endpoint) if endpoint else ("https", None)
@@ -99,13 +98,13 @@ def arrow(endpoint: str, region: str) -> Any:
 
 
 def code_of(error: Any) -> str:
-    """The store's code of a ClientError: `AccessDenied`, or a status such as `403`."""
+    """Return the store's code of a ClientError: `AccessDenied`, or a status such as `403`."""
     return str(error.response.get("Error", {}).get("Code", ""))
 
 
 @contextlib.contextmanager
 def store_errors(where: str) -> Iterator[None]:
-    """Turn what the libraries raise into an EnvironmentFault that names the place."""
+    """Turn the libraries' errors into an EnvironmentFault that names the location."""
     _boto3()
     from botocore.exceptions import BotoCoreError, ClientError
 
@@ -123,7 +122,7 @@ def store_errors(where: str) -> Iterator[None]:
         kind = type(error).__name__
         step = CREDENTIALS if "Credential" in kind or "Profile" in kind else AGAIN
         raise _unreached(where, kind, step) from None
-    except OSError as error:  # of pyarrow: its message holds the code among much else
+    except OSError as error:  # from pyarrow; its message contains the code
         code = _arrow_code(str(error))
         step = STORAGE_STEPS["AccessDenied"] if code == "ACCESS_DENIED" else AGAIN
         raise _unreached(where, code, step) from None
@@ -134,7 +133,7 @@ def _unreached(where: str, got: str, step: str) -> EnvironmentFault:
 
 
 def _arrow_code(message: str) -> str:
-    """What pyarrow says of a failure, without the rest of its message.
+    """Return the error code in pyarrow's message, without the rest of it.
 
     >>> _arrow_code("When reading 'x': AWS Error ACCESS_DENIED during HeadObject operation: none")
     'ACCESS_DENIED'

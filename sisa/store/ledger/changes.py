@@ -1,10 +1,8 @@
-"""A `Change` as rows: what one transaction of the ledger removes, replaces and adds.
+"""Write a `Change` as rows: what one transaction of the ledger removes, replaces and adds.
 
-Rules: removals come before additions, so that a row can move in one change. Added records get the
-transaction's number. Events are chained to the last one. A request keeps the place of its first coming,
-and the number of records that it names.
-
-Not covered: the transaction itself (`ledger.py`), checksums and numbers of rows (`rows.py`).
+Removals come before additions, so that a row can move in one change. Added records get the transaction's
+number. Events are chained to the last one. A request keeps the number of its first commit, and how many
+records it names.
 """
 
 from __future__ import annotations
@@ -40,7 +38,7 @@ from sisa.store.ledger.schema import (
 
 
 def apply(connection: sa.Connection, change: Change) -> int:
-    """Write a change and the number of its transaction, which is returned. Raises rows.Damaged."""
+    """Write a change, and return the number of its transaction. Raises rows.Damaged."""
     before = read(connection, META, META.c.key == SEQ)
     seq = int(before[0][1]) + 1 if before else 1
     writing = Writing(connection)
@@ -84,7 +82,7 @@ def _remove(writing: Writing, change: Change) -> None:
 
 
 def _remove_sets(writing: Writing, names: Collection[str]) -> None:
-    """Sets of the vault, with the rows of the records in them: told from all rows, not by an index."""
+    """Remove sets of the vault, with the rows of their records, which are found without an index."""
     if names:
         pairs = read(writing.connection, VAULTED)
         check_row_count(VAULTED, expected_rows(writing.connection, VAULTED), len(pairs))

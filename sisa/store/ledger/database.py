@@ -1,13 +1,12 @@
 """Open the ledger's SQLite file, read checked rows from snapshots of it, and write in transactions.
 
-WAL keeps readers out of a writer's way. `secure_delete` zeroes what is removed, but not the copies that
-balancing leaves in a page's unused part: after a deletion `scrub` looks for them, and writes the whole
-file anew where it finds one. It empties the write-ahead log, too (SQLite reports a busy log in a result
-row and does not raise: the flag is checked). All values are bound parameters. Every question is
-answered out of one snapshot, from checked rows, and compared with the number of rows that there should
-be (`rows.py`); `snapshot` holds one for several questions. A file that can't be written is only read.
-
-The questions are in `ledger.py` and `patch_ledger.py`.
+WAL lets readers and a writer work at the same time. `secure_delete` zeroes what is removed, but not the
+copies that balancing leaves in a page's unused part; after a deletion `scrub` therefore searches for
+them and rewrites the file if it finds one. It also empties the write-ahead log (SQLite reports a busy
+log in a result row and does not raise: the flag is checked). All values are bound parameters. Every
+query reads checked rows from one snapshot and compares their number with the recorded one (`rows.py`);
+`snapshot` holds one snapshot for several queries. A file that can't be written is opened for reading
+only.
 """
 
 from __future__ import annotations
@@ -33,10 +32,10 @@ from sisa.store.ledger import rows
 from sisa.store.ledger.schema import SCHEMA_VERSION, schema
 
 SCRUB_PATIENCE_S = 10.0
-FEW_ROWS = 4  # that are looked for in the file; for more of them it is sooner written anew
+FEW_ROWS = 4  # up to which removed rows are searched for; for more, rewriting the file is faster
 PIECE_BYTES = 16
 BLOCK_BYTES = 1 << 22
-PATIENCE_S = 10.0  # for whoever holds the file's own locks, which nobody does for long
+PATIENCE_S = 10.0  # for SQLite's own locks, which are held briefly
 _BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
 _SURROUNDINGS = {
     *(sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN),
@@ -47,7 +46,7 @@ _T = TypeVar("_T")
 
 
 class Database:
-    """One SQLite file. `create=False` refuses a file that is not there."""
+    """One SQLite file. With `create=False`, a missing file is an IntegrityError."""
 
     def __init__(self, path: Path, *, create: bool = False) -> None:
         self._path = path
@@ -98,14 +97,14 @@ class Database:
         try:
             yield
         except (DatabaseError, sqlite3.DatabaseError) as error:
-            raise self._refused(getattr(error, "orig", error)) from error  # of the bare cursor, too
+            raise self._refused(getattr(error, "orig", error)) from error  # the bare cursor has no orig
         except UnicodeDecodeError as error:
             raise self._corrupt("text that is not UTF-8") from error
         except rows.Damaged as error:
             raise self._corrupt(str(error)) from error
 
     def _refused(self, error: Any) -> SisaError:
-        """What SQLite's error means; one that is not known to be of the surroundings is damage."""
+        """Return the typed error for SQLite's; an unknown error counts as damage."""
         code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
         if code not in _BUSY | _SURROUNDINGS:
             return self._corrupt(str(error))
@@ -113,7 +112,7 @@ class Database:
         return kind(
             f"the ledger can't be used: {error}",
             where=str(self._path),
-            next_step="mend the disk or wait for the other process, then run the command again",
+            next_step="repair the disk or wait for the other process, then run the command again",
         )
 
     def _corrupt(self, cause: str) -> IntegrityError:
@@ -126,7 +125,7 @@ class Database:
 
     @contextlib.contextmanager
     def _parsing(self, what: str) -> Iterator[None]:
-        """Around JSON that a row holds."""
+        """Turn errors of parsing a row's JSON into an IntegrityError."""
         try:
             yield
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -139,7 +138,7 @@ class Database:
                 yield self._snapshot
                 return
             with self._engine.connect() as connection:
-                connection.exec_driver_sql("BEGIN")  # all that is compared is of one snapshot
+                connection.exec_driver_sql("BEGIN")  # so that all comparisons use one snapshot
                 yield connection
 
     @contextlib.contextmanager
@@ -157,7 +156,7 @@ class Database:
             return made(kind, table, rows.read(connection, table, *where, order=order))
 
     def _whole(self, kind: type[_T], table: sa.Table, shard: int | None, *order: Any) -> list[_T]:
-        """All rows of a table, or a shard's."""
+        """Return all rows of a table or of a shard."""
         where = [] if shard is None else [table.c.shard == shard]
         with self._reading() as connection:
             found = rows.read(connection, table, *where, order=order)
@@ -169,7 +168,7 @@ class Database:
         return made(kind, table, found)
 
     def scrub(self, removed: Collection[RecordRow] | None = ()) -> None:
-        self._empty_log()  # a full disk may keep the ledger from being rewritten, not from this
+        self._empty_log()  # works even if the disk is too full to rewrite the ledger
         if removed is None or len(removed) > FEW_ROWS or self._holds(removed):
             with self._guard(), self._engine.connect() as connection:
                 alone = connection.execution_options(isolation_level="AUTOCOMMIT")
@@ -177,8 +176,11 @@ class Database:
             self._empty_log()
 
     def _holds(self, removed: Collection[RecordRow]) -> bool:
-        """Return whether the file holds a piece of one of these rows, in whatever part of a page: the
-        beginning of its record's digest, or its vector's id, which stands nearer to the row's end."""
+        """Return whether the file holds a piece of one of these rows, in any part of a page.
+
+        A piece is the beginning of a record's digest, or a vector's id, which is nearer to the row's
+        end.
+        """
         wanted = [row.record_digest[:PIECE_BYTES].encode() for row in removed]
         wanted += [row.vector_id.to_bytes(8, "big")[2:] for row in removed]  # small ones take 6 bytes
         if not wanted:
@@ -210,16 +212,18 @@ class Database:
 
 
 def is_read_only(path: Path) -> bool:
-    """Whether a file, or what SQLite puts beside it, can't be written by this process."""
+    """Return whether this process can't write a file, or the files that SQLite puts beside it."""
     return not (os.access(path, os.W_OK) and os.access(path.parent, os.W_OK))
 
 
 def open_readonly(path: Path) -> sqlite3.Connection:
-    """Open a SQLite file for reading alone. Raises sqlite3.Error; what reads from it UnicodeDecodeError,
-    too, where SQLite tells of a damaged schema in the schema's own words.
+    """Open a SQLite file for reading only.
 
-    SQLite reads a file with a write-ahead log through files beside it. Where these can't be written, a
-    file without a log is opened as immutable; with one, the log is read through the index beside it.
+    Raises sqlite3.Error; reading from it may raise UnicodeDecodeError, too, when SQLite quotes a damaged
+    schema.
+
+    SQLite reads a file with a write-ahead log through files beside it. If these can't be written, a file
+    without a log is opened as immutable; with one, the log is read through the index beside it.
     """
     log = path.with_name(f"{path.name}-wal")
     in_log = log.is_file() and log.stat().st_size > 0
@@ -229,6 +233,7 @@ def open_readonly(path: Path) -> sqlite3.Connection:
 
 
 def made(kind: type[_T], table: sa.Table, found: Sequence[tuple[Any, ...]]) -> list[_T]:
+    """Return rows as objects of a dataclass, by the names of its fields."""
     columns = table.columns.keys()
     pick = itemgetter(*(columns.index(each.name) for each in fields(kind)))  # type: ignore[arg-type]
     return [kind(*pick(row)) for row in found]
@@ -242,7 +247,8 @@ def having(
     *,
     full_scan: bool = False,
 ) -> list[_T]:
-    """Return rows with one of these values in a column, by its index; `full_scan`: also without it."""
+    """Return rows with one of these values in a column, by its index; with `full_scan`, also without
+    it."""
     table: Any = column.table
     found = []
     for chunk in rows.chunks(values):

@@ -1,10 +1,7 @@
-"""The ledger: SQLite through SQLAlchemy, the only authority on where records are.
+"""The ledger in SQLite, the only authority on where records are.
 
-Rules: one `commit` is one transaction with one sequence number. Rows hold keyed digests, places,
-counts and digests of files; never an id, a subject or text. That something is not there is confirmed
-without an index.
-
-Not covered: the file itself (`database.py`), patches and the vault (`patch_ledger.py`).
+One `commit` is one transaction with one sequence number. Rows hold keyed digests, positions, counts and
+digests of files; never an id, a subject or text. The absence of a row is confirmed without an index.
 """
 
 from __future__ import annotations
@@ -52,7 +49,7 @@ from sisa.store.ledger.schema import (
 
 
 class SqlLedger(PatchLedger):
-    """A Ledger in one SQLite file. `create=False` refuses a file that is not there."""
+    """A Ledger in one SQLite file. With `create=False`, a missing file is an IntegrityError."""
 
     def seq(self) -> int:
         return int(self.meta().get(rows.SEQ, "0"))

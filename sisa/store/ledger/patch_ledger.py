@@ -1,9 +1,7 @@
-"""The ledger's rows of patches, and of the vault's sets and the records whose texts are in them.
+"""The ledger's queries about patches, the vault's sets, and the records whose texts are in them.
 
-Rules: as `ledger.py`. These tables are small: which sets a record is in is told from all rows, so that
-no damaged index keeps a deletion from a patch that it touches.
-
-Not covered: which patches there should be (`patch_plan.py`).
+These tables are small. Which sets a record is in is read from all rows, so that a damaged index can't
+keep a deletion from a patch that it touches.
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ class _Vaulted:
 
 
 class PatchLedger(Database):
-    """A Ledger's answers about patches."""
+    """A Ledger's queries about patches."""
 
     def patches(self) -> list[Patch]:
         found = self._whole(Patch, PATCHES, None, PATCHES.c.version)
@@ -51,12 +49,12 @@ class PatchLedger(Database):
 
 
 def patch_row(patch: Patch) -> dict[str, Any]:
-    """A patch as a row."""
+    """Return a patch as a row."""
     row = {**asdict(patch), "key": patch.key}
     return row | {name: json.dumps(row[name], sort_keys=True) for name in ("job", "report")}
 
 
 def _patch(row: Patch) -> Patch:
-    """A patch whose job and report are still JSON."""
+    """Return a patch whose job and report are still JSON."""
     raw: Any = row
     return replace(row, job=parse_patch_job(json.loads(raw.job)), report=json.loads(raw.report))

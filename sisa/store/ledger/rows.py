@@ -1,15 +1,14 @@
-"""Rows with a checksum each, and tables that know how many rows they have.
+"""Rows with a checksum each, and tables with a recorded number of rows.
 
-Rules: SQLite tells of damaged pages, not of a damaged value: so the last column of every row is the
-CRC-32 of the others, checked whenever a row is read. A row that was lost has no checksum: so `counts`
-holds the number of rows of each table, by shard, slice and kind as far as it has them, kept up by every
-write in the same transaction and compared wherever all of them are read. Of KEYED columns it holds how
-many rows have a value that begins so: that a keyed digest is absent is told by the few rows of its
-bucket. What is removed or replaced is read and checked first, so that a loss stays visible and is never
-counted as a removal.
+SQLite detects damaged pages, not a damaged value. So the last column of every row is the CRC-32 of the
+others, checked whenever the row is read. A lost row has no checksum, so `counts` holds the number of
+rows of each table, by shard, slice and kind if it has them. Every write updates it in the same
+transaction, and every reading of all rows is compared with it. For KEYED columns `counts` also holds how
+many rows have a value with each prefix: the few rows of its bucket prove that a keyed digest is absent.
+What is removed or replaced is read and checked first, so that a loss is never counted as a removal.
 
-Not covered: somebody who means it: a CRC is no signature. A whole ledger that was put back in time.
-Checksums over a value's Python spelling in ASCII, which is the same in every version of Python.
+A CRC finds accidents, not intent, and nothing here detects that a whole ledger was set back. A checksum
+covers the values' Python spelling in ASCII, which is the same in every version of Python.
 
 >>> spelled = checksum("meta", ("key", "value"))
 >>> spelled == checksum("meta", ("key", "valuf")), spelled == checksum("heads", ("key", "value"))
@@ -40,24 +39,22 @@ from sisa.store.ledger.schema import (
 
 SEQ = "seq"  # key in `meta` of the number of the last commit
 
-NO_PLACE = -1  # shard and slice in `counts` of what is counted over a whole table
+NO_PLACE = -1  # shard and slice in `counts` of a whole table
 WHOLE = (NO_PLACE, NO_PLACE, "")
 PLACED = (RECORDS, SLICES, INDEXES, CHECKPOINTS)
-GROWING = (TOMBSTONES, NAMED)  # too large to be looked through when rows are added
+GROWING = (TOMBSTONES, NAMED)  # too large to be scanned when rows are added
 KEYED = tuple(
     table.columns[name]
     for table in (RECORDS, TOMBSTONES)
     for name in ("id_digest", "subject_digest", "text_digest")
 )
-KEYED_AS_OF = (
-    "keyed"  # name in `counts` of the commit up to which the counts of KEYED columns are kept up
-)
-BUCKET_DIGITS = 3  # of a keyed digest: 4,096 buckets, so that a million records have 244 in each
+KEYED_AS_OF = "keyed"  # name in `counts` of the last commit that the counts of KEYED columns include
+BUCKET_DIGITS = 3  # of a keyed digest: 4,096 buckets, each with 244 of a million records
 COUNTED = tuple(table for table in schema.sorted_tables if table is not COUNTS)
 _IN_CHUNK = 500  # SQLite's limit of bound parameters is far above, on every build
-_COUNTS = "SELECT * FROM counts WHERE name = ?"  # as text: compiling it takes longer than asking it
+_COUNTS = "SELECT * FROM counts WHERE name = ?"  # text: compiling it would take longer than running it
 _IN_MEMORY = 10_000
-_FEW = 16  # shards that are looked at one by one rather than all at once
+_FEW = 16  # most shards that are scanned one by one and not all at once
 _SEEDS = {table.name: zlib.crc32(table.name.encode()) for table in schema.sorted_tables}
 
 _T = TypeVar("_T")
@@ -65,21 +62,22 @@ CountKey = tuple[int, int, str]  # shard, slice, kind
 
 
 class Damaged(Exception):
-    """A row is not the one that was written, or rows are missing; says which table, never a value."""
+    """A row differs from what was written, or rows are missing; names the table, never a value."""
 
 
 def chunks(values: Sequence[_T], size: int = _IN_CHUNK) -> Iterator[Sequence[_T]]:
+    """Yield parts of the values that fit into one query."""
     for start in range(0, len(values), size):
         yield values[start : start + size]
 
 
 def checksum(table: str, values: tuple[Any, ...]) -> int:
-    """CRC-32 of a row's values in the order of its columns, without the checksum itself."""
+    """Return the CRC-32 of a row's values in the order of its columns, without the checksum itself."""
     return zlib.crc32(ascii(values).encode(), _SEEDS[table])
 
 
 def checked_rows(table: sa.Table, rows: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-    """Whole rows, each compared with its checksum. Raises Damaged."""
+    """Return whole rows after comparing each with its checksum. Raises Damaged."""
     seed, crc32 = _SEEDS[table.name], zlib.crc32
     for row in rows:
         if crc32(ascii(row[:-1]).encode(), seed) != row[-1]:
@@ -88,14 +86,14 @@ def checked_rows(table: sa.Table, rows: list[tuple[Any, ...]]) -> list[tuple[Any
 
 
 def _plain(result: sa.CursorResult[Any]) -> Any:
-    """The database's own cursor: its rows are tuples already, and there may be many."""
+    """Return the database's own cursor: its rows are tuples already, and there may be many."""
     return result.cursor
 
 
 def read(
     connection: sa.Connection, table: sa.Table, *where: Any, order: Sequence[Any] = ()
 ) -> list[tuple[Any, ...]]:
-    """The checked rows of a table that fulfil all conditions."""
+    """Return the checked rows of a table that fulfil all conditions."""
     query = sa.select(table).where(*where).order_by(*order)
     return checked_rows(table, _plain(connection.execute(query)).fetchall())
 
@@ -111,20 +109,20 @@ def contents(connection: sa.Connection, shard: int, slice_: int) -> list[tuple[s
 
 
 def check_row_count(table: sa.Table, expected: int, got: int) -> None:
-    """Raises Damaged when a table does not have the rows that were written."""
+    """Raise Damaged unless a table has as many rows as were written."""
     if expected != got:
         raise Damaged(f"{got} rows of {table.name} where {expected} were written")
 
 
 def expected_rows(connection: sa.Connection, table: sa.Table) -> int:
-    """How many rows a table should have. Raises Damaged."""
+    """Return how many rows a table should have. Raises Damaged."""
     return _whole(table, _counted(connection, f"{_COUNTS} AND shard = {NO_PLACE}", table.name))
 
 
 def expected_places(
     connection: sa.Connection, table: sa.Table, shard: int, slice_: int | None = None
 ) -> int:
-    """How many rows of a PLACED table there should be in a shard, or a slice of it. Raises Damaged."""
+    """Return how many rows of a PLACED table a shard, or a slice of it, should have. Raises Damaged."""
     if slice_ is None:
         return _counted(connection, f"{_COUNTS} AND shard = ?", table.name, shard).total()
     place = (table.name, shard, slice_)
@@ -132,7 +130,7 @@ def expected_places(
 
 
 def expected_kinds(connection: sa.Connection) -> Counter[str]:
-    """How many records of each kind there should be. Raises Damaged."""
+    """Return how many records of each kind there should be. Raises Damaged."""
     found: Counter[str] = Counter()
     counts = _counted(connection, _COUNTS, RECORDS.name)
     for (_, _, kind), count in counts.items():
@@ -143,14 +141,14 @@ def expected_kinds(connection: sa.Connection) -> Counter[str]:
 
 
 def lost_rows(connection: sa.Connection) -> list[str]:
-    """Names of the tables that do not hold as many rows as they should. Raises Damaged."""
+    """Return the names of the tables without the recorded number of rows. Raises Damaged."""
     found = []
     for table in COUNTED:
         counts = _counted(connection, _COUNTS, table.name)
         expected = _whole(table, counts)
         if expected != actual_rows(connection, table):
             found.append(table.name)
-        elif table in PLACED and counts.total() != 2 * expected:  # all of them, once more by place
+        elif table in PLACED and counts.total() != 2 * expected:  # all rows, and again by position
             found.append(f"{COUNTS.name} of {table.name}")
     return found
 
@@ -163,12 +161,11 @@ def check_hidden(
     *,
     shard: int | None = None,
 ) -> None:
-    """Raise Damaged unless there are as many rows with one of these values as an index found, told
-    without trusting it.
+    """Raise Damaged unless as many rows have one of these values as an index found, without trusting it.
 
-    Of a KEYED column, the rows whose values begin alike are read, by the same index, and compared with
-    the number that was written: some hundreds in a million. Otherwise, and in a ledger that another
-    version wrote to last, every row of the table (of a shard's records) is read, in some 4 s a million.
+    For a KEYED column, the rows of the values' buckets are read, by the same index, and compared with
+    the recorded number: some hundreds of a million rows. Otherwise, and in a ledger that another version
+    wrote to last, every row of the table (of a shard's records) is read, in about 4 s per million.
     """
     table: Any = column.table
     if values and column in KEYED and counts_keyed(connection):
@@ -183,8 +180,10 @@ def bucket(value: str) -> str:
 
 
 def _in_buckets(connection: sa.Connection, column: sa.Column[Any], wanted: Collection[str]) -> int:
-    """Return how many rows have one of the wanted values; raise Damaged where the buckets that these
-    are of do not hold as many rows as were written."""
+    """Return how many rows have one of the wanted values.
+
+    Raises Damaged if the values' buckets do not hold as many rows as were written.
+    """
     table: Any = column.table
     at = table.columns.keys().index(column.name)
     buckets = sorted({bucket(each) for each in wanted})
@@ -199,7 +198,8 @@ def _in_buckets(connection: sa.Connection, column: sa.Column[Any], wanted: Colle
 
 
 def counts_keyed(connection: sa.Connection) -> bool:
-    """Whether the counts of KEYED columns are of the last commit: another version does not keep them."""
+    """Return whether the counts of KEYED columns are those of the last commit; another version omits
+    them."""
     found = read(connection, META, META.c.key == SEQ)
     as_of = _counted(connection, _COUNTS, KEYED_AS_OF)
     return bool(as_of) and as_of[WHOLE] == (int(found[0][1]) if found else 0)
@@ -224,7 +224,7 @@ def _seen(
     wanted: Collection[tuple[Any, ...]],
     shard: int | None = None,
 ) -> int:
-    """How many rows have one of the wanted values in some columns, told without any index."""
+    """Return how many rows have one of the wanted values in some columns, without any index."""
     query = sa.select(table) if shard is None else sa.select(table).where(table.c.shard == shard)
     at = [table.columns.keys().index(column.name) for column in columns]
     total = seen = 0
@@ -240,7 +240,7 @@ def _seen(
 
 
 def actual_rows(connection: sa.Connection, table: sa.Table) -> int:
-    """How many rows a table has."""
+    """Return how many rows a table has."""
     query = f"SELECT count(*) FROM {table.name}"  # noqa: S608 (a name of ours)
     return int(connection.exec_driver_sql(query).scalar_one())
 
@@ -251,7 +251,7 @@ def _counted(connection: sa.Connection, query: str, *values: Any) -> Counter[Cou
 
 
 def _counts_of(connection: sa.Connection, table: sa.Table, shards: Collection[int]) -> Counter[CountKey]:
-    """Numbers of rows by place, of some shards at least."""
+    """Return the numbers of rows by position, of these shards at least."""
     if len(shards) > _IN_CHUNK:
         return _counted(connection, _COUNTS, table.name)
     chosen = ", ".join("?" * len(shards))
@@ -265,7 +265,7 @@ def _whole(table: sa.Table, counts: Mapping[CountKey, int]) -> int:
 
 
 def begin_counts(connection: sa.Connection) -> None:
-    """In a new ledger: no table has rows."""
+    """Write the counts of a new ledger: no table has rows."""
     for table in COUNTED:
         _put_counts(connection, table.name, {WHOLE: 0})
     _put_counts(connection, KEYED_AS_OF, {WHOLE: 0})
@@ -280,7 +280,7 @@ def _put_counts(connection: sa.Connection, name: str, counts: Mapping[CountKey, 
 
 
 def _sealed(table: sa.Table, values: tuple[Any, ...]) -> dict[str, Any]:
-    """A row as it is written."""
+    """Return a row with its checksum, by column."""
     return dict(zip(table.columns.keys(), (*values, checksum(table.name, values)), strict=True))
 
 
@@ -301,7 +301,7 @@ def _place_of(table: sa.Table) -> Callable[[tuple[Any, ...]], CountKey]:
 
 
 class Writing:
-    """The writes of one transaction; `end` brings the numbers of rows up to date."""
+    """Writes of one transaction; `end` updates the recorded numbers of rows."""
 
     def __init__(self, connection: sa.Connection) -> None:
         self.connection = connection
@@ -310,14 +310,14 @@ class Writing:
         self._counts_keyed = counts_keyed(connection)
 
     def insert(self, table: sa.Table, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Add rows that are not there yet, given by column."""
+        """Add new rows, given by column."""
         if rows:
             values = [_values(table, row) for row in rows]
             self._count(table, values, 1)
             self.connection.execute(sa.insert(table), [_sealed(table, each) for each in values])
 
     def put(self, table: sa.Table, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Add rows, in place of those with the same primary key; a key belongs to one shard for ever."""
+        """Add rows, replacing those with the same primary key; a key always belongs to one shard."""
         latest = {tuple(row[column.name] for column in table.primary_key): row for row in rows}
         shards = {row["shard"] for row in rows} if table in PLACED else set()
         self.remove(table, list(latest), shards if len(shards) <= _FEW else ())
@@ -326,9 +326,11 @@ class Writing:
     def remove(
         self, table: sa.Table, keys: Sequence[tuple[Any, ...]], shards: Collection[int] = ()
     ) -> None:
-        """Remove the rows with these primary keys, after checking them; absent ones are no error, but
-        that they are absent is not left to an index to say, which may be damaged: all rows are looked
-        at, or those of the shards that the keys belong to."""
+        """Remove the rows with these primary keys, after checking them; absent ones are ignored.
+
+        A damaged index may hide a row. So if any key is not found, all rows are read, or those of the
+        shards that the keys belong to.
+        """
         columns = list(table.primary_key)
         if table is RECORDS:
             columns = [RECORDS.c.id_digest]
@@ -375,8 +377,8 @@ class Writing:
             self._deltas[table.name].clear()
 
     def end_keyed(self, seq: int) -> None:
-        """Bring the counts of KEYED columns up to the commit of this number; count anew where another
-        version wrote last."""
+        """Update the counts of KEYED columns to this commit; count all rows if another version wrote
+        last."""
         for column, deltas in self._keyed.items():
             if self._counts_keyed:
                 changed = {each: delta for each, delta in deltas.items() if delta}

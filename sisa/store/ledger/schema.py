@@ -1,11 +1,9 @@
 """The ledger's tables.
 
-Rules: rows hold keyed digests, places, counts and digests of files; never an id, a subject or text. What
-a person writes about a request (reason, approver, external id, consent) is kept as given, and so are the
+Rows hold keyed digests, positions, counts and digests of files; never an id, a subject or text. What a
+person writes about a request (reason, approver, external id, consent) is kept as given, and so are the
 paths of exports. The last column of every table is the checksum of the others; `counts` holds how many
-rows each table should have, those of `records` by place and kind, too (`rows.py`).
-
-Not covered: migrations: a ledger of another version is refused.
+rows each table should have (`rows.py`). There are no migrations: a ledger of another version is refused.
 """
 
 from __future__ import annotations
@@ -56,7 +54,7 @@ RECORDS = _table(
     _integer("seq", nullable=False),
     sa.UniqueConstraint("id_digest"),
     sa.UniqueConstraint("shard", "vector_id"),
-    sqlite_with_rowid=False,  # rows rest by place: a shard's lie side by side
+    sqlite_with_rowid=False,  # stores a shard's rows side by side
 )
 TOMBSTONES = _table(
     "tombstones",

@@ -206,7 +206,7 @@ def test_a_replay_is_sealed_in_a_room_of_its_own_and_leaves_nothing(sealed: Tiny
         proof = real(context, chosen, scratch, apart, **options)
         files = [path for path in (sealed.directory / SCRATCH).rglob("*") if path.is_file()]
         seen.append((len(files) > 0, all(is_sealed(path.read_bytes()) for path in files)))
-        seen.append((scratch.room == SCRATCH, scratch.held() == context.stores.keyring.held(SCRATCH)))
+        seen.append((scratch.area == SCRATCH, scratch.held() == context.stores.keyring.held(SCRATCH)))
         seen.append((bool(apart.store.held()), apart.store.held() <= scratch.held()))
         return proof
 

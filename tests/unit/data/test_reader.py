@@ -84,7 +84,7 @@ def test_the_subject_comes_from_the_named_column(tmp_path: Path) -> None:
     )
     assert [each.subject_id for each in read_records([file], "author")] == ["ada", None]
     told = "0 of 2 records have a subject (column 'autor'); columns not used: author; name the column, "
-    told += "or set `group_by: null` where records have no subject"
+    told += "or set `group_by: null` if records have no subject"
     needs: list[Subjects] = ["some", "column"]
     for needed in needs:
         with pytest.raises(InvalidInput) as caught:
