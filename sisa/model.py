@@ -324,31 +324,32 @@ class Model:
         sizes: dict[str, int],
         prompts: HeldPrompts | None,
     ) -> Status:
-        heads = context.stores.ledger.heads()
+        ledger = context.stores.ledger
+        heads = ledger.heads()
         views = view_shards(context, [head.shard for head in heads])
-        full = full_record_epochs(views, context.recipe)
+        full = full_record_epochs(views, context.settings.recipe)
         return Status(
             directory=str(self.directory),
-            records=sum(context.stores.ledger.counts().values()),
-            deleted_records=context.stores.ledger.num_tombstones(),
+            records=sum(ledger.counts().values()),
+            deleted_records=ledger.num_tombstones(),
             model_digest=model_digest(context),
             base_model=self.base.name,
             base_digest=self.base.digest,
             embedder=self.embedder.name,
             schedule=self.config.sisa.schedule,
             shards=tuple(query.shards(context)),
-            requests=tuple(context.stores.ledger.requests()),
+            requests=tuple(ledger.requests()),
             exports=exports,
             sizes_bytes={LEDGER: files.num_bytes(self.directory / LEDGER), **sizes},
             witness=(context.stores.witness.location(), witness_standing(context)),
-            event_head=context.stores.ledger.event_head(),
-            num_orders=1 + len(context.recipe.orders),
+            event_head=ledger.event_head(),
+            num_orders=1 + len(context.settings.recipe.orders),
             serving_depth=serving_depth(heads, views),
             record_epochs_full=full,
             checkpoint_budget_bytes=self.config.sisa.checkpoint_budget_bytes,
-            records_without_subject=context.stores.ledger.num_without_subject()[0],
+            records_without_subject=ledger.num_without_subject()[0],
             checkpoint_bytes=sum(each.num_bytes for view in views for each in view.held),
-            record_epochs_others=orders_record_epochs(views, context.recipe) - full,
+            record_epochs_others=orders_record_epochs(views, context.settings.recipe) - full,
             form=prompt_form(context),
             prompts=prompts,
         )

@@ -33,12 +33,13 @@ from sisa.flows.wiring.context import (
     Context,
     first_index,
     known_by_area,
+    plan_of,
     purge,
     view_shard,
 )
 from sisa.flows.wiring.wiring import CHECKPOINTS, INDEX, LEDGER, METRICS, PATCHES, RECORDS, VAULT
 from sisa.planning.assign import slice_root
-from sisa.planning.plan import gaps, plan_shard
+from sisa.planning.plan import gaps
 from sisa.store.blobs import files
 from sisa.store.blobs.keyring import MAGIC, RESTORE, FileKeyring, is_sealed
 from sisa.store.checkpoints import MANIFEST
@@ -313,7 +314,7 @@ def _heads(context: Context) -> Iterator[Finding]:
 
 def _wrong_head(context: Context, head: Head) -> str:
     view = view_shard(context, head.shard)
-    should = plan_shard(view, context.recipe, context.compute.fingerprint).head
+    should = plan_of(context, view).head
     held = {each.key: each for each in view.held}
     if head.key is not None and head.key not in held:
         return "serves a checkpoint that the ledger does not hold"
@@ -329,11 +330,11 @@ def _wrong_head(context: Context, head: Head) -> str:
 def _gaps(context: Context) -> Iterator[Finding]:
     """Find missing stages before a held one: the head serves, but a deletion would retrain more."""
     heads = (
-        context.stores.ledger.heads() if context.recipe.shard_budget is None else []
+        context.stores.ledger.heads() if context.settings.recipe.shard_budget is None else []
     )  # a budget leaves gaps on purpose
     for head in heads:
         view = view_shard(context, head.shard)
-        plan = plan_shard(view, context.recipe, context.compute.fingerprint)
+        plan = plan_of(context, view)
         held = {each.key for each in view.held}
         for job in gaps(plan, held):
             where = f"shard {job.shard}, slice {job.slice}"

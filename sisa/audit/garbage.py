@@ -24,7 +24,15 @@ from sisa.audit.lineage import named_files
 from sisa.core.errors import IntegrityError, all_tried
 from sisa.core.ports import BlobStore, Change, KeptVersions
 from sisa.flows.stale_exports import give_up_lost
-from sisa.flows.wiring.context import Context, commit, known_by_area, open_shards, purge, view_shard
+from sisa.flows.wiring.context import (
+    Context,
+    commit,
+    known_by_area,
+    open_shards,
+    plan_of,
+    purge,
+    view_shard,
+)
 from sisa.flows.wiring.wiring import (
     CHECKPOINTS,
     INDEX,
@@ -39,7 +47,6 @@ from sisa.flows.wiring.wiring import (
     SCRATCH,
     VAULT,
 )
-from sisa.planning.plan import plan_shard
 from sisa.store.blobs import files
 from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.store.metrics import run_files
@@ -209,7 +216,7 @@ def _retired(context: Context) -> frozenset[str]:
     for head in context.stores.ledger.heads():
         if head.converged:
             view = view_shard(context, head.shard)
-            found |= set(plan_shard(view, context.recipe, context.compute.fingerprint).retired)
+            found |= set(plan_of(context, view).retired)
     return frozenset(found)
 
 
@@ -219,7 +226,7 @@ def _waiting(context: Context) -> frozenset[str]:
     on_disk = context.stores.checkpoints.held()
     found = set()
     for shard in open_shards(context):
-        plan = plan_shard(view_shard(context, shard), context.recipe, context.compute.fingerprint)
+        plan = plan_of(context, view_shard(context, shard))
         for key in plan.stages:
             if key in on_disk and key not in known:
                 with contextlib.suppress(IntegrityError):

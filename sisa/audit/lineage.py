@@ -170,7 +170,7 @@ class FoundGroups:
         if not whole or (held and sha256_hex(manifest) != held.manifest_sha256):
             return "damaged", "a checkpoint whose bytes are not the recorded ones"
         seq = held.seq if held else ledger.seq()
-        if proves_clean(job, ledger.rows(job.shard), seq, self._context.recipe.num_slices):
+        if proves_clean(job, ledger.rows(job.shard), seq, self._context.settings.recipe.num_slices):
             return NONE
         known = "held, though" if held else "not in the ledger, and"
         return "tainted", f"a checkpoint {known} not of held records alone"

@@ -31,10 +31,16 @@ from sisa.flows.patches.on_deletion import give_up
 from sisa.flows.reconcile import just_trained, reconcile, train_chains
 from sisa.flows.reconfigure import reseal_model
 from sisa.flows.wiring import wiring
-from sisa.flows.wiring.context import Context, commit, embed_shard, view_shard
+from sisa.flows.wiring.context import (
+    Context,
+    commit,
+    embed_shard,
+    plan_of,
+    view_shard,
+)
 from sisa.flows.wiring.witness import catch_up, is_behind
 from sisa.planning.assign import index_root
-from sisa.planning.plan import ShardPlan, plan_shard, reached
+from sisa.planning.plan import ShardPlan, reached
 from sisa.store.blobs import files
 
 if TYPE_CHECKING:
@@ -152,9 +158,7 @@ def _give_up(context: Context, found: Sequence[Finding]) -> tuple[list[ShardPlan
             damaged.setdefault(each.shard, []).extend([each.key] if each.key else [])
     plans, done = [], []
     for shard, keys in sorted(damaged.items()):
-        plan = plan_shard(
-            view_shard(context, shard, dropped=keys), context.recipe, context.compute.fingerprint
-        )
+        plan = plan_of(context, view_shard(context, shard, dropped=keys))
         plans.append(plan)
         if keys:
             commit(context, Change(dropped=keys, heads=[plan.head]))
@@ -167,7 +171,9 @@ def close_gaps(context: Context, plans: Sequence[ShardPlan]) -> list[str]:
     """Train missing stages before a held one again, in every order; return what was done."""
     done: list[str] = []
     chains: list[Chain] = []
-    for plan in plans if context.recipe.shard_budget is None else ():  # a budget leaves gaps on purpose
+    for plan in (
+        plans if context.settings.recipe.shard_budget is None else ()
+    ):  # a budget leaves gaps on purpose
         gaps = _gaps(context, plan)
         if gaps and gaps[0].jobs[0].fingerprint != context.compute.fingerprint:
             done.append(
@@ -215,9 +221,7 @@ def _mend_heads(context: Context, found: Sequence[Finding]) -> list[str]:
     shards = sorted({int(f.shard) for f in found if f.repair == "heads" and f.shard is not None})
     layout = range(context.settings.assigner.layout.num_shards)
     heads: list[Head] = [
-        plan_shard(view_shard(context, shard), context.recipe, context.compute.fingerprint).head
-        for shard in shards
-        if shard in layout
+        plan_of(context, view_shard(context, shard)).head for shard in shards if shard in layout
     ]
     if shards:
         commit(context, Change(heads=heads, headless=[s for s in shards if s not in layout]))

@@ -33,8 +33,15 @@ from sisa.core.errors import ConfigConflict, EnvironmentFault, IntegrityError, I
 from sisa.core.events import Notice
 from sisa.core.ports import By, CheckpointStore, Vectors
 from sisa.flows.reconcile import check_consistent, training_started
-from sisa.flows.wiring.context import Context, embed_records, held_by_area, known_by_area, view_shard
-from sisa.planning.plan import all_paths, plan_shard, reached
+from sisa.flows.wiring.context import (
+    Context,
+    embed_records,
+    held_by_area,
+    known_by_area,
+    plan_of,
+    view_shard,
+)
+from sisa.planning.plan import all_paths, reached
 
 Replay = Literal["none", "sample", "all"]
 EMPTY = "the shard holds no records"
@@ -113,7 +120,7 @@ def verify(
             reasons[head.shard] = "not asked for"
         else:
             reasons[head.shard] = found or "held files are damaged"
-    for order in range(1 + len(context.recipe.orders)):
+    for order in range(1 + len(context.settings.recipe.orders)):
         now = [each[order] for each in chains.values() if each[order].jobs]
         if now and scratch is not None:
             context.report(training_started(now))
@@ -232,7 +239,7 @@ def _wrong_heads(context: Context) -> list[Problem]:
     what = "serves another model than that of its records"
     wrong = []
     for head in context.stores.ledger.heads():
-        plan = plan_shard(view_shard(context, head.shard), context.recipe, context.compute.fingerprint)
+        plan = plan_of(context, view_shard(context, head.shard))
         if head.converged and head.key != plan.head.target:
             wrong.append(Problem(f"shard {head.shard}", what))
     return wrong

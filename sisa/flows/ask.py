@@ -208,13 +208,14 @@ def open_answerer(
     """Open the models of some shards, or of all that serve one; over the active patches, or over those
     of `stack`; together as the run file says, or as `how`. With `open_ledger`, they refuse to answer
     once the ledger has dropped them; without, the caller keeps writers out. Raises IntegrityError."""
+    ledger = context.stores.ledger
     from sisa.lm.answer.answerer import Answerer
 
-    with context.stores.ledger.snapshot():
-        seq = context.stores.ledger.seq()
+    with ledger.snapshot():
+        seq = ledger.seq()
         live = live_heads(context)
-        manifests = {each.key: each.manifest_sha256 for each in context.stores.ledger.checkpoints()}
-        stack = active(context.stores.ledger.patches()) if stack is None else stack
+        manifests = {each.key: each.manifest_sha256 for each in ledger.checkpoints()}
+        stack = active(ledger.patches()) if stack is None else stack
     asked = sorted(live if shards is None else shards)
     if any(live.get(shard) not in manifests for shard in asked):
         raise IntegrityError(

@@ -40,13 +40,14 @@ from sisa.flows.wiring.context import (
     commit,
     first_index,
     model_digest,
+    plans_of,
     slices_of,
     view_shard,
     write_slice,
 )
 from sisa.planning.assign import index_root, root_of
 from sisa.planning.cost import full_record_epochs, plan_record_epochs, serving_depth
-from sisa.planning.plan import ShardPlan, ShardView, marked, plan_shard, tainted_checkpoints
+from sisa.planning.plan import ShardPlan, ShardView, marked, tainted_checkpoints
 
 ACCEPTED: tuple[RequestState, ...] = ("committed", "rolled_back")  # both by the commit
 _Placed = TypeVar("_Placed", RecordRow, SliceState)
@@ -88,20 +89,21 @@ def plan_forget(
     context: Context, rows: Sequence[RecordRow], already: Sequence[Tombstone] = ()
 ) -> Forgetting:
     """What deleting these rows would do. Reads only the shards concerned, changes nothing."""
+    ledger = context.stores.ledger
     remaining: list[SliceState] = []
     emptied: list[SlicePosition] = []
-    plans: list[ShardPlan] = []
+    views: list[ShardView] = []
     dropped: list[str] = []
     for shard, gone in sorted(_by_shard(rows).items()):
         states, empty = _left(context, shard, gone)
-        lost = tainted_checkpoints(context.stores.ledger.checkpoints(shard), gone)
-        view = view_shard(context, shard, states, empty, lost)
-        plans.append(plan_shard(view, context.recipe, context.compute.fingerprint))
+        lost = tainted_checkpoints(ledger.checkpoints(shard), gone)
+        views.append(view_shard(context, shard, states, empty, lost))
         remaining += states
         emptied += empty
         dropped += lost
+    plans = plans_of(context, views)
     views = _all_views(context, remaining, emptied)
-    heads = {head.shard: head for head in context.stores.ledger.heads()}
+    heads = {head.shard: head for head in ledger.heads()}
     heads |= {plan.shard: plan.head for plan in plans}
     return Forgetting(
         removed=tuple(rows),
@@ -110,9 +112,9 @@ def plan_forget(
         remaining=tuple(remaining),
         emptied=tuple(emptied),
         tainted=tuple(dropped),
-        exports=tuple(marked(context.stores.ledger.exports(), {"": rows})),
+        exports=tuple(marked(ledger.exports(), {"": rows})),
         record_epochs_retrained=plan_record_epochs(plans),
-        record_epochs_full=full_record_epochs(views, context.recipe),
+        record_epochs_full=full_record_epochs(views, context.settings.recipe),
         record_epochs_others=sum(plan.record_epochs_others for plan in plans),
         serving_depth=serving_depth(heads.values(), views),
     )

@@ -111,10 +111,11 @@ def _next_version(context: Context, place: str) -> str:
 def _written(
     context: Context, resources: Resources, version: str, form: ExportForm, now: str
 ) -> list[_Written]:
-    known = {each.key: each for each in context.stores.ledger.checkpoints()}
-    heads = [known[head.key] for head in context.stores.ledger.heads() if head.key is not None]
+    ledger = context.stores.ledger
+    known = {each.key: each for each in ledger.checkpoints()}
+    heads = [known[head.key] for head in ledger.heads() if head.key is not None]
     adapters = [context.stores.checkpoints.load(each.key, each.manifest_sha256) for each in heads]
-    patches = patch_files(context.stores.patches, active(context.stores.ledger.patches()))
+    patches = patch_files(context.stores.patches, active(ledger.patches()))
     card = _card(context, resources, form, len(patches), now)
     if not heads:
         return []
@@ -135,14 +136,15 @@ def _written(
 
 
 def _card(context: Context, resources: Resources, form: ExportForm, num_patches: int, now: str) -> Card:
+    ledger = context.stores.ledger
     return Card(
         form=form,
         base=resources.config.base_name,
         base_digest=context.settings.base,
         model_digest=model_digest(context),
-        num_records=sum(context.stores.ledger.counts().values()),
-        num_deleted=context.stores.ledger.num_tombstones(),
-        roots=tuple((each.shard, each.slice, each.root) for each in context.stores.ledger.slices()),
+        num_records=sum(ledger.counts().values()),
+        num_deleted=ledger.num_tombstones(),
+        roots=tuple((each.shard, each.slice, each.root) for each in ledger.slices()),
         num_patches=num_patches,
         made_at=now,
         dtype=resources.config.dtype,

@@ -52,15 +52,16 @@ def merged_gap(
 
 def chosen_rows(context: Context, shards: Sequence[int], limit: int) -> list[RecordRow]:
     """Return the rows of the records to ask: one of each shard in turn, until there are enough."""
+    ledger = context.stores.ledger
     forgotten = {
         id_digest
-        for found in context.stores.ledger.vault()
+        for found in ledger.vault()
         if found.role == "forget"
-        for id_digest in context.stores.ledger.vaulted(found.name)
+        for id_digest in ledger.vaulted(found.name)
     }
-    heads = {each.key: each for each in context.stores.ledger.checkpoints()}
+    heads = {each.key: each for each in ledger.checkpoints()}
     live = {shard: heads[key] for shard, key in live_heads(context).items()}
-    known = [[row for row in context.stores.ledger.rows(s) if touched(live[s], row)] for s in shards]
+    known = [[row for row in ledger.rows(s) if touched(live[s], row)] for s in shards]
     return _in_turn([_first(rows, forgotten, limit) for rows in known], limit)
 
 

@@ -24,11 +24,12 @@ from sisa.flows.wiring.context import (
     embed_records,
     first_index,
     model_digest,
+    plan_of,
     view_shard,
     write_slice,
 )
 from sisa.planning.assign import index_root, slice_root
-from sisa.planning.plan import ShardPlan, plan_shard
+from sisa.planning.plan import ShardPlan
 from sisa.planning.record_rules import normal_subject
 
 
@@ -55,7 +56,7 @@ def train(context: Context, records: Sequence[Record], meta: Mapping[str, str] |
 
     Raises InvalidInput when a record of the source differs from the held one of the same id.
     """
-    check_generations(context.recipe.training, records)
+    check_generations(context.settings.recipe.training, records)
     found = _lookup(context, records)
     records = _as_held(context, records, found)
     held = sum(isinstance(each, RecordRow) for each in found.values())
@@ -143,7 +144,7 @@ def add(
     content, risks without a place, a second risk of a subject, what does not fit, what `checks` refuse
     and, unless `allow_deleted`, for deleted ids and deleted texts: all of them listed.
     """
-    check_generations(context.recipe.training, records, append=append)
+    check_generations(context.settings.recipe.training, records, append=append)
     found = _lookup(context, records)
     generation = _next_generation(context) if append else None
     records = _as_held(context, records, found, generation)
@@ -232,7 +233,7 @@ def _plan_with(context: Context, shard: int, fresh: Sequence[_Arrived]) -> Shard
         SliceState(shard, slice_, slice_root(rows), len(rows))
         for slice_, rows in _merged(context, shard, fresh).items()
     ]
-    return plan_shard(view_shard(context, shard, states), context.recipe, context.compute.fingerprint)
+    return plan_of(context, view_shard(context, shard, states))
 
 
 def _write_slices(context: Context, shard: int, fresh: Sequence[_Arrived]) -> list[SliceFile]:

@@ -154,11 +154,12 @@ def _known(
 
 def _same(context: Context, request: Request, terms: Terms, asked: set[str], named: set[str]) -> bool:
     """Whether a request stands for these records; copies come and go after its receipt."""
-    known = set(context.stores.ledger.named_by(request.request_id))
+    ledger = context.stores.ledger
+    known = set(ledger.named_by(request.request_id))
     if not (request.copies_included and terms.include_copies):
         return known == named
-    texts = {each.text_digest for each in context.stores.ledger.lookup(asked).values()}
-    extra = context.stores.ledger.lookup(known - asked).values()
+    texts = {each.text_digest for each in ledger.lookup(asked).values()}
+    extra = ledger.lookup(known - asked).values()
     return asked <= known and all(each.text_digest in texts for each in extra)
 
 
@@ -219,18 +220,19 @@ def extend(context: Context, request_id: str, reason: str) -> Request:
 
 def approved(context: Context) -> list[Request]:
     """Requests that wait to be carried out and are under nobody's hold, the most urgent first."""
-    requests = context.stores.ledger.requests()
+    ledger = context.stores.ledger
+    requests = ledger.requests()
     held = {
         each
         for request in requests
         if request.state == "held"
-        for each in context.stores.ledger.named_by(request.request_id)
+        for each in ledger.named_by(request.request_id)
     }
     waiting = [
         request
         for request in requests
         if (request.state == "approved" or (request.state == "failed" and not request.committed_at))
-        and (not held or held.isdisjoint(context.stores.ledger.named_by(request.request_id)))
+        and (not held or held.isdisjoint(ledger.named_by(request.request_id)))
     ]
     return sorted(waiting, key=lambda each: (each.due, each.created_at, each.request_id))
 
@@ -245,21 +247,22 @@ def carry_out(context: Context, requests: Sequence[Request]) -> tuple[Request, .
 
 def plan_run(context: Context) -> RunPlan:
     """Whether to carry the approved requests out now, priced from this model's past. Changes nothing."""
+    ledger = context.stores.ledger
     waiting, now = approved(context), context.now()
     rows = [row for request in waiting for row in rows_named(context, request)]
     planned = plan_forget(context, list({row.id_digest: row for row in rows}.values()))
     plans = [*open_plans(context), *planned.plans]  # what is open in a shard is in the later plan, too
     pending = {plan.shard: float(plan.record_epochs) for plan in plans}
-    total = sum(context.stores.ledger.counts().values())
-    sizes: dict[int, dict[int, int]] = {head.shard: {} for head in context.stores.ledger.heads()}
-    for file in context.stores.ledger.slices():
+    total = sum(ledger.counts().values())
+    sizes: dict[int, dict[int, int]] = {head.shard: {} for head in ledger.heads()}
+    for file in ledger.slices():
         sizes[file.shard][file.slice] = file.num_records
     shards = [
-        shard_costs(pending.get(shard, 0.0), each, total, context.recipe)
+        shard_costs(pending.get(shard, 0.0), each, total, context.settings.recipe)
         for shard, each in sizes.items()
     ]
     left = [(request.request_id, days_left(request.due, now)) for request in waiting]
-    cut_short = [each.request_id for each in context.stores.ledger.requests() if is_under_way(each)]
+    cut_short = [each.request_id for each in ledger.requests() if is_under_way(each)]
     if cut_short:
         names = (*cut_short, *(name for name, _ in left))
         cost = sum(shard.pending for shard in shards)

@@ -167,11 +167,12 @@ def where(context: Context, ids: Sequence[str]) -> list[Location]:
     """The shard and slice of each record, and the checkpoints, heads, exports and patches that it
     influenced; the sets of the vault that hold its text, and the files of hidden states of its slice.
     Raises UnknownRecord."""
+    ledger = context.stores.ledger
     digests = [context.settings.assigner.id_digest(each) for each in ids]
-    in_sets = context.stores.ledger.sets_with(digests)
+    in_sets = ledger.sets_with(digests)
     rows = _known(context, ids, in_sets)
-    sets = {each.name: each for each in context.stores.ledger.vault()} if in_sets else {}
-    patches = context.stores.ledger.patches() if in_sets else []
+    sets = {each.name: each for each in ledger.vault()} if in_sets else {}
+    patches = ledger.patches() if in_sets else []
     states = context.stores.prefixes.held() if context.stores.prefixes is not None else frozenset()
     lineage = _lineage(context, [each for each in rows.values() if isinstance(each, RecordRow)])
     places = {
@@ -429,13 +430,14 @@ def exports(context: Context) -> list[ExportStatus]:
 
 def shards(context: Context) -> list[ShardStatus]:
     """The state of every shard, in order."""
+    ledger = context.stores.ledger
     counts: dict[int, dict[int, int]] = {}
-    for file in context.stores.ledger.slices():
+    for file in ledger.slices():
         counts.setdefault(file.shard, {})[file.slice] = file.num_records
-    held = {each.key: each for each in context.stores.ledger.checkpoints()}
+    held = {each.key: each for each in ledger.checkpoints()}
     appended = max((slice_ + 1 for found in counts.values() for slice_ in found), default=0)
-    num_slices = max(context.recipe.num_slices, appended)
-    if any(head.key not in held for head in context.stores.ledger.heads() if head.key is not None):
+    num_slices = max(context.settings.recipe.num_slices, appended)
+    if any(head.key not in held for head in ledger.heads() if head.key is not None):
         raise _contradiction("a checkpoint that it serves")
     return [
         ShardStatus(
@@ -451,5 +453,5 @@ def shards(context: Context) -> list[ShardStatus]:
             target=head.target,
             num_stages=sum(1 for count in counts.get(head.shard, {}).values() if count),
         )
-        for head in context.stores.ledger.heads()
+        for head in ledger.heads()
     ]

@@ -63,11 +63,13 @@ from sisa.flows.wiring.context import (
     known_by_area,
     model_digest,
     open_shards,
+    plan_of,
+    plans_of,
     purge,
     view_shard,
     view_shards,
 )
-from sisa.planning.plan import Missing, ShardPlan, plan_shard
+from sisa.planning.plan import Missing, ShardPlan
 
 CHECKED = "events_checked"  # in the ledger's `meta`: link and number of the last event that was checked
 MANY_EVENTS = 256  # that are checked again and again before the last of them is kept
@@ -125,7 +127,7 @@ def _train_orders(context: Context) -> int:
     """Train what the orders beside order 0 miss, and return its record-epochs. One order at a time, so
     that a prefix that two of them share is trained once."""
     epochs = 0
-    for number in range(len(context.recipe.orders)):
+    for number in range(len(context.settings.recipe.orders)):
         found = [(plan.shard, plan.others[number]) for plan in open_plans(context) if plan.others]
         chains = [_chain(context, shard, missing) for shard, missing in found if missing.train]
         if chains:
@@ -273,9 +275,7 @@ def open_plans(context: Context) -> list[ShardPlan]:
 
 
 def _plans(context: Context, shards: Sequence[int]) -> list[ShardPlan]:
-    return [
-        plan_shard(v, context.recipe, context.compute.fingerprint) for v in view_shards(context, shards)
-    ]
+    return plans_of(context, view_shards(context, shards))
 
 
 def adopt(context: Context) -> None:
@@ -322,9 +322,7 @@ def just_trained(stage: SliceTrained, seq: int) -> HeldCheckpoint:
 def _record_checkpoint(context: Context, found: HeldCheckpoint) -> None:
     """Record a stage and move its shard's head to the deepest clean one, in one transaction."""
     view = view_shard(context, found.shard)
-    plan = plan_shard(
-        replace(view, held=(*view.held, found)), context.recipe, context.compute.fingerprint
-    )
+    plan = plan_of(context, replace(view, held=(*view.held, found)))
     commit(context, Change(checkpoints=[found], heads=[plan.head]))
 
 
@@ -389,7 +387,7 @@ def _retire(context: Context) -> None:
     dropped = [key for plan in _plans(context, converged) for key in plan.retired]
     if dropped:
         commit(context, Change(dropped=dropped))
-    budget = context.recipe.shard_budget
+    budget = context.settings.recipe.shard_budget
     held = Counter[int]()
     for each in context.stores.ledger.checkpoints() if budget is not None else ():
         held[each.shard] += each.num_bytes

@@ -43,13 +43,14 @@ from sisa.flows.wiring.context import (
     embed_records,
     embed_shard,
     known_by_area,
+    plans_of,
     purge,
     trained_over,
-    view_shard,
+    view_shards,
 )
 from sisa.planning.assign import index_root, slice_root
 from sisa.planning.patch_plan import TRAINED_OVER
-from sisa.planning.plan import ShardView, plan_shard
+from sisa.planning.plan import ShardView
 from sisa.store.blobs import keyring
 from sisa.store.prefixes import PREFIXES_AREA as PREFIXES
 
@@ -81,10 +82,8 @@ def all_records(context: Context) -> list[StoredRecord]:
 
 def retargeted(context: Context) -> list[Head]:
     """New hyper-parameters: every shard's new target; heads stay until it is trained."""
-    return [
-        plan_shard(view_shard(context, head.shard), context.recipe, context.compute.fingerprint).head
-        for head in context.stores.ledger.heads()
-    ]
+    views = view_shards(context, [head.shard for head in context.stores.ledger.heads()])
+    return [plan.head for plan in plans_of(context, views)]
 
 
 def reindexed(context: Context) -> list[IndexFile]:
@@ -106,7 +105,7 @@ def move(context: Context, effects: Collection[Effect], meta: dict[str, str]) ->
         f.slice >= num_slices for f in context.stores.ledger.slices()
     )
     appended = appended or any(each.record.generation for each in held)
-    check_generations(context.recipe.training, (), append=appended)
+    check_generations(context.settings.recipe.training, (), append=appended)
     if "reset" in effects:
         return reset(context, meta)
     heads = retargeted(context) if "retrain" in effects else []
@@ -148,11 +147,11 @@ def reset(context: Context, meta: dict[str, str]) -> Trained:
     indexes = _indexed(context, records, rows)
     shards = range(context.settings.assigner.layout.num_shards)
     views = [ShardView(n, tuple(f for f in slices if f.shard == n), ()) for n in shards]
-    plans = [plan_shard(view, context.recipe, context.compute.fingerprint) for view in views]
+    plans = plans_of(context, views)
     seq = context.stores.ledger.seq() + 1  # of the commit below: the rows are of it, too
     trained = train_unrecorded(context, plans, slices, seq)
     views = [replace(v, held=tuple(e for e in trained if e.shard == v.shard)) for v in views]
-    heads = [plan_shard(view, context.recipe, context.compute.fingerprint).head for view in views]
+    heads = [plan.head for plan in plans_of(context, views)]
     commit(context, _moved(context, rows, slices, indexes, heads, trained, meta))
     jobs = [job for plan in plans for job in plan.train]
     moved = tuple(plan.shard for plan in plans if plan.train)

@@ -41,16 +41,17 @@ class PatchesHook:
 
         Writes new retain sets, and the removed texts of requests with consent, to the vault.
         """
+        ledger = context.stores.ledger
         request_id = removal.requests[0].request_id if removal.requests else ""
         rows = removal.rows
         instead, written = vault_sets.without_removed(context, rows)
-        touched = {each.key for each in lineage(context.stores.ledger.patches(), instead)}
+        touched = {each.key for each in lineage(ledger.patches(), instead)}
         found = Rederived()
         if touched:
             held = vault_sets.held_sets(context) - {old for old, new in instead.items() if old == new}
             held |= {each.name for each in written.sets}
             found = rederive(
-                context.stores.ledger.patches(),
+                ledger.patches(),
                 instead,
                 held,
                 context.compute.fingerprint,
@@ -59,7 +60,7 @@ class PatchesHook:
             )
         kept = written.only({each.job.retain for each in found.fresh})
         kept += vault_sets.put_removed(context, removal)
-        if not touched.isdisjoint(trained_over(context.stores.ledger)):
+        if not touched.isdisjoint(trained_over(ledger)):
             shards_off(context)
         change = Change(
             exports=_stale(context, touched, request_id),
@@ -117,15 +118,16 @@ def _make_again(context: Context, found: Rederived) -> None:
 def give_up(context: Context, damaged: Collection[str]) -> None:
     """Give up patches and sets of texts (by key or name) whose files are damaged. A set counts as
     erased, and a patch is wanted again where its texts are held."""
-    sets = [each for each in context.stores.ledger.vault() if each.name in damaged and each.held]
+    ledger = context.stores.ledger
+    sets = [each for each in ledger.vault() if each.name in damaged and each.held]
     lost = {each.name for each in sets}
     held = vault_sets.held_sets(context) - lost
-    patches = context.stores.ledger.patches()
+    patches = ledger.patches()
     unmade = {each.key for each in wanted(patches) if not lost.isdisjoint(each.job.sets)}
     found = rederive(
         patches, {}, held, context.compute.fingerprint, context.now(), "", unmade.union(damaged)
     )
-    if found.dropped & set(trained_over(context.stores.ledger)):
+    if found.dropped & set(trained_over(ledger)):
         shards_off(context)
     gone = [replace(each, held=False) for each in sets]
     commit(context, Change(patches=[*found.changed, *found.fresh], vault=gone))

@@ -132,10 +132,11 @@ def make_wanted(
 
     Raises what reading the vault, the base and the machine raise; the wish stays.
     """
+    ledger = context.stores.ledger
     last: Patch | None = None
     report: Mapping[str, Any] = {}
     patcher = context.compute.patcher()
-    while waiting := wanted(context.stores.ledger.patches()):
+    while waiting := wanted(ledger.patches()):
         patch = waiting[0]
         made = patcher.make(_order(context, patch, max_seconds, reference), context.report)
         report = made.report
@@ -143,7 +144,7 @@ def make_wanted(
             return Unlearnt(last, True, report, *_settled(context))
         if made.saved is None:
             told = replace(patch, report=dict(report))
-            commit(context, Change(patches=unmade(context.stores.ledger.patches(), told)))
+            commit(context, Change(patches=unmade(ledger.patches(), told)))
             continue
         now = replace(
             patch,
@@ -154,7 +155,7 @@ def make_wanted(
             num_bytes=made.saved.num_bytes,
             report=dict(report),
         )
-        before = context.stores.ledger.patches()
+        before = ledger.patches()
         changed = activated(before, now)
         if measure is not None:
             gone = {each.key for each in changed}

@@ -128,15 +128,14 @@ def exported(context: Context) -> frozenset[str]:
 
 def erase_unneeded(context: Context) -> tuple[int, int]:
     """Erase the texts that no patch needs: numbers of sets erased and kept."""
-    sets = context.stores.ledger.vault()
-    elsewhere = {*trained_over(context.stores.ledger), *exported(context)}
+    ledger = context.stores.ledger
+    sets = ledger.vault()
+    elsewhere = {*trained_over(ledger), *exported(context)}
     erased, gone = unneeded_sets(
-        context.stores.ledger.patches(), context.settings.patch_mode, sets, deletable(context), elsewhere
+        ledger.patches(), context.settings.patch_mode, sets, deletable(context), elsewhere
     )
     if erased or gone:
-        cleared = [
-            unvaulted(each) for each in context.stores.ledger.requests() if each.vaulted in set(gone)
-        ]
+        cleared = [unvaulted(each) for each in ledger.requests() if each.vaulted in set(gone)]
         commit(context, Change(vault=erased, unvaulted=gone, requests=cleared))
     names = {each.name for each in erased} | set(gone)
     context.stores.vault.erase(sorted(names))

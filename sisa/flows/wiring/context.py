@@ -41,7 +41,7 @@ from sisa.core.ports import (
 )
 from sisa.planning.assign import Assigner, slice_root
 from sisa.planning.patch_plan import TRAINED_OVER, active, wanted
-from sisa.planning.plan import Recipe, ShardPlan, ShardView, prefix_names
+from sisa.planning.plan import Recipe, ShardPlan, ShardView, plan_shard, prefix_names
 
 SlicePosition = tuple[int, int]  # shard, slice
 
@@ -144,9 +144,10 @@ def commit(context: Context, change: Change) -> int:
 def model_digest(context: Context) -> str:
     """The keyed digest of all heads' adapters in shard order, and of the active patches if there are
     any. It outlives a deletion, in requests and on cards: without the key it confirms nothing."""
-    adapters = {each.key: each.adapter_sha256 for each in context.stores.ledger.checkpoints()}
-    heads = [adapters.get(head.key) if head.key else None for head in context.stores.ledger.heads()]
-    stack = [each.adapter_sha256 for each in active(context.stores.ledger.patches())]
+    ledger = context.stores.ledger
+    adapters = {each.key: each.adapter_sha256 for each in ledger.checkpoints()}
+    heads = [adapters.get(head.key) if head.key else None for head in ledger.heads()]
+    stack = [each.adapter_sha256 for each in active(ledger.patches())]
     return context.settings.assigner.model_digest(heads, stack)
 
 
@@ -175,15 +176,14 @@ def known_by_area(context: Context) -> dict[str, frozenset[str]]:
     """What the ledger knows of each room: names of slice files, index files and checkpoints; of patches
     that are served or trained over, of unfinished ones, of sets whose texts are there; of kept states
     those files that are there."""
-    patches = context.stores.ledger.patches()
+    ledger = context.stores.ledger
+    patches = ledger.patches()
     return {
-        "records": frozenset(file.name for file in context.stores.ledger.slices()),
-        "index": frozenset(file.name for file in context.stores.ledger.indexes()),
-        "checkpoints": frozenset(each.key for each in context.stores.ledger.checkpoints()),
-        "patches": frozenset(each.key for each in active(patches)).union(
-            trained_over(context.stores.ledger)
-        ),
-        "vault": frozenset(each.name for each in context.stores.ledger.vault() if each.held),
+        "records": frozenset(file.name for file in ledger.slices()),
+        "index": frozenset(file.name for file in ledger.indexes()),
+        "checkpoints": frozenset(each.key for each in ledger.checkpoints()),
+        "patches": frozenset(each.key for each in active(patches)).union(trained_over(ledger)),
+        "vault": frozenset(each.name for each in ledger.vault() if each.held),
         "runs": frozenset(each.key for each in wanted(patches)),
         "prefixes": _known_prefixes(context),
     }
@@ -333,24 +333,43 @@ def view_shards(context: Context, shards: Sequence[int]) -> list[ShardView]:
     return [ShardView(shard, tuple(slices[shard]), tuple(held[shard])) for shard in shards]
 
 
+def plan_of(context: Context, view: ShardView) -> ShardPlan:
+    """Plan a shard under the model's present recipe and fingerprint."""
+    return plans_of(context, [view])[0]
+
+
+def plans_of(context: Context, views: Iterable[ShardView]) -> list[ShardPlan]:
+    """Plan shards under the model's present recipe and fingerprint."""
+    recipe = context.recipe
+    return [plan_shard(view, recipe, context.compute.fingerprint) for view in views]
+
+
 def open_shards(context: Context) -> list[int]:
     """Shards in which stages may be missing: those that are not at their target, and all where there are
     several orders."""
-    return [h.shard for h in context.stores.ledger.heads() if context.recipe.orders or not h.converged]
+    return [
+        h.shard
+        for h in context.stores.ledger.heads()
+        if context.settings.recipe.orders or not h.converged
+    ]
 
 
 def check_sources(context: Context, plans: Sequence[ShardPlan]) -> None:
     """Raises IntegrityError, before anything is written, when a file to build on is damaged; with
     several orders, or the checkpoint that is to head, since no stage of order 0 may start from it."""
+    ledger = context.stores.ledger
     for plan in plans:
         seen = {slice_ for job in plan.all_missing for slice_, _ in job.slices}
-        for file in context.stores.ledger.slices(plan.shard):
+        for file in ledger.slices(plan.shard):
             if file.slice in seen:
                 context.stores.records.check(file)
-        index = first_index(context.stores.ledger.indexes(plan.shard))
+        index = first_index(ledger.indexes(plan.shard))
         if index is not None and plan.path:
             context.stores.index.check(index)
-        needed = {*(each.key for each in plan.parents), plan.head.key if context.recipe.orders else None}
-        for each in context.stores.ledger.checkpoints(plan.shard) if needed != {None} else ():
+        needed = {
+            *(each.key for each in plan.parents),
+            plan.head.key if context.settings.recipe.orders else None,
+        }
+        for each in ledger.checkpoints(plan.shard) if needed != {None} else ():
             if each.key in needed:
                 context.stores.checkpoints.load(each.key, each.manifest_sha256)
