@@ -162,14 +162,14 @@ class Model:
             return self._resume(source)
 
     def _resume(self, source: Sequence[Record]) -> Taken:
-        """The caller holds the lock."""
+        """Train what is missing; the caller holds the lock."""
         with self._context(locked=True) as context:
             _ = self.resources.base  # refuses a changed base
             return replace(train(context, source), prompts=held_prompts(context, self.config))
 
     @asked_again
     def where(self, ids: Sequence[str]) -> list[query.Location]:
-        """Shard, slice, checkpoints and heads of each record. Raises UnknownRecord."""
+        """Return the shard, slice, checkpoints and heads of each record. Raises UnknownRecord."""
         with self._context() as context, context.stores.ledger.snapshot():
             return query.where(context, ids)
 
@@ -196,14 +196,14 @@ class Model:
 
     @asked_again
     def ids_of_subject(self, subject: str) -> list[str]:
-        """Ids of a subject's held records. Raises UnknownRecord."""
+        """Return the ids of a subject's held records. Raises UnknownRecord."""
         with self._context() as context:
             live, _ = query.of_subject(context, subject)
             return sorted(each.record.id for each in query.stored(context, live))
 
     @asked_again
     def plan_forget(self, ids: Sequence[str] = (), *, subject: str | None = None) -> ForgetPlan:
-        """What `forget` would do; changes nothing."""
+        """Return what `forget` would do; change nothing."""
         with self._context() as context, context.stores.ledger.snapshot():
             planned = plan_forget(context, *_named(context, ids, subject))
             measured = context.stores.ledger.checkpoints()
@@ -255,13 +255,13 @@ class Model:
 
     @asked_again
     def requests(self) -> list[lifecycle.RequestView]:
-        """All requests, oldest first, with the days left to each."""
+        """Return all requests, oldest first, with the days left to each."""
         with self._context() as context, context.stores.ledger.snapshot():
             return lifecycle.views(context)
 
     @asked_again
     def request(self, request_id: str) -> lifecycle.RequestView:
-        """One request by its id or external id, with its history. Raises UnknownRecord."""
+        """Return one request by its id or external id, with its history. Raises UnknownRecord."""
         with self._context() as context, context.stores.ledger.snapshot():
             return lifecycle.viewed(context, lifecycle.find(context, request_id))
 
@@ -277,13 +277,13 @@ class Model:
 
     @asked_again
     def plan_run(self) -> RunPlan:
-        """Whether to carry the approved requests out now or later, and why. Changes nothing."""
+        """Return whether to carry the approved requests out now or later, and why. Change nothing."""
         with self._context() as context, context.stores.ledger.snapshot():
             return lifecycle.plan_run(context)
 
     @asked_again
     def queue(self) -> QueueSeen:
-        """The requests as they stand, told to the report too."""
+        """Return how many requests are in which state, and report it."""
         with running(), self._context() as context:
             with context.stores.ledger.snapshot():
                 seen = lifecycle.queue_seen(context)
@@ -309,7 +309,7 @@ class Model:
 
     @asked_again
     def status(self) -> Status:
-        """Shards, slices, heads, requests and sizes."""
+        """Return shards, slices, heads, requests and sizes."""
         with self._context(outdated=True) as context:
             exports = tuple(query.exports(context))
             prompts = held_prompts(context, self.config)
@@ -396,13 +396,13 @@ class Model:
     def generate_all(
         self, prompts: Sequence[Prompt], *, max_new_tokens: int = 48, kind: Kind | None = None
     ) -> list[Answer]:
-        """Answers to several prompts; the models are loaded once."""
+        """Answer several prompts; the models are loaded once."""
         with self._context() as context:
             return ask(context, self.resources, prompts, max_new_tokens, kind, self._ledger)
 
     @asked_again
     def routes(self, prompts: Sequence[Prompt]) -> list[Route]:
-        """The shards that would answer each prompt, and their weights."""
+        """Return the shards that would answer each prompt, and their weights."""
         with self._context() as context:
             return routes_of(context, self.resources, prompts)
 
@@ -422,14 +422,18 @@ class Model:
         return AggregatedModel(self.answerer()[0], self.routes, **options)
 
     def export(self, to: Path | str, form: ExportForm = "peft") -> list[Path]:
-        """What is served, for other tools, in a new version under `to`, kept in the ledger: a deletion
-        that touches it erases it. Raises InvalidInput if `to` is no directory."""
+        """Export what is served, for other tools, in a new version under `to`.
+
+        The ledger keeps it, and a deletion that touches it erases it. Raises InvalidInput if `to` is no
+        directory.
+        """
         with self._writing() as context:
             return export_adapters(context, self.resources, Path(to), form)
 
     @asked_again
     def exports_missing(self) -> list[str]:
-        """Paths of exports that a deletion could not erase: they were moved, or changed since."""
+        """Return the paths of exports that a deletion could not erase: they were moved, or changed
+        since."""
         with self._context() as context:
             return [each.path for each in missing(context)]
 

@@ -58,8 +58,8 @@ def train_model(
 ) -> tuple[Model, Taken]:
     """Train a run file's model, or what is missing of it.
 
-    `report` is told of what happens (`sisa.core.events`), and the model keeps it; without one, progress
-    is shown on standard error until this returns. `accept_differences` moves an existing model to a
+    `report` gets the events of `sisa.core.events`, and the model keeps it; without one, progress is
+    shown on standard error until this returns. `accept_differences` moves an existing model to a
     changed run file; without it ConfigConflict lists the differences. A first training refuses what
     another model under the same partition key deleted, unless `allow_deleted`; on an existing model
     deleted records are counted and never taken.
@@ -124,8 +124,11 @@ def _first_training(
     *,
     allow_deleted: bool,
 ) -> tuple[Model, Taken]:
-    """Nothing is written before every record and every part has been found good; but for a base from
-    scratch, which is trained before tokens can be counted."""
+    """Train a new model.
+
+    Nothing is written before every record and the base have been checked, except a base from scratch,
+    which is trained before tokens can be counted.
+    """
     secret = wiring.new_secret(config)
     keyed = Keyed(secret)
     resources = Resources(config, None, None)
@@ -189,8 +192,11 @@ def _refuse_records(
 
 
 def _new_name(config: RunConfig) -> str:
-    """A name for a new model. An encrypted one, and one in a storage, keeps it through attempts that are
-    cut short: keys and places bear it, and those of files that were given up must be found again."""
+    """Return a name for a new model.
+
+    An encrypted one, and one in a storage, keeps it through attempts that are cut short, since keys and
+    areas bear it and files that were given up must be found again.
+    """
     ledger = SqlLedger(config.output_dir / LEDGER, create=True)
     try:
         name = ledger.meta().get("model") or wiring.new_model_id()
@@ -225,7 +231,7 @@ def _refuse_lost_keys(model: Model, config: RunConfig) -> None:
 
 
 def _secret(model: Model, config: RunConfig) -> bytes:
-    """The secret that a run file names, or else the model's own."""
+    """Return the secret that a run file names, or else the model's own."""
     if key_file := config.sisa.partition_key_file:
         return read_secret(key_file)
     return wiring.stored_secret(model.directory, config, model.id)
@@ -260,14 +266,14 @@ def _refuse_move(model: Model, config: RunConfig, *, accept_differences: bool) -
 
 
 def _graver(model: Model, config: RunConfig) -> list[Difference]:
-    """Where the key lies is no difference of its own: its content must be the same."""
+    """Return the differences without that of the key file's path: its content must be the same."""
     found = differences(model.config, config)
     return [each for each in found if each.key != "sisa.partition_key_file"]
 
 
 def _new_resources(model: Model, config: RunConfig, *, accept_differences: bool) -> Resources | None:
-    """The parts that a run file names, resolved before the lock is held, since that may take long; None
-    where the model's own are kept. Refuses what can be refused before."""
+    """Resolve the base and embedder that a run file names, before the lock is held, since that may take
+    long; None where the model's own are kept. Refuses what can be refused before."""
     _refuse_move(model, config, accept_differences=accept_differences)
     if not accept_differences:
         return None
@@ -348,7 +354,7 @@ def _refuse_patches(old: Context) -> None:
 
 
 def _replay_first(old: Context, *, moving: bool) -> None:
-    """A restored backup catches up with the witness that it had, where the run file names another."""
+    """Let a restored backup catch up with the witness that it had, where the run file names another."""
     try:
         if is_behind(old):
             catch_up(old)
@@ -359,7 +365,10 @@ def _replay_first(old: Context, *, moving: bool) -> None:
 
 
 def _committed(directory: Path) -> bool:
-    """Whether a first training got as far as its commit. Raises IntegrityError for a lost ledger."""
+    """Return whether a first training got as far as its commit.
+
+    Raises IntegrityError for a lost ledger.
+    """
     if (directory / LEDGER).is_file():
         ledger = SqlLedger(directory / LEDGER, create=True)  # a file cut short while it was made
         try:

@@ -95,7 +95,8 @@ def release(
 
 @asked_again
 def patches(model: Model) -> tuple[list[Patch], list[VaultSet], tuple[str, ...]]:
-    """All patches there ever were, the vault's sets, and the patches that shards are trained over."""
+    """Return all patches there ever were, the vault's sets, and the patches that shards are trained
+    over."""
     with model._context() as context:
         return (
             context.stores.ledger.patches(),
@@ -106,6 +107,6 @@ def patches(model: Model) -> tuple[list[Patch], list[VaultSet], tuple[str, ...]]
 
 @asked_again
 def served(model: Model) -> list[dict[str, bytes]]:
-    """The files of the patches that are served now, lowest first. Raises IntegrityError."""
+    """Return the files of the patches that are served now, lowest first. Raises IntegrityError."""
     with model._context() as context:
         return patch_files(context.stores.patches, active(context.stores.ledger.patches()))

@@ -152,8 +152,8 @@ def routes_of(context: Context, resources: Resources, prompts: Sequence[Prompt])
 
 
 def _looked_up(prompt: Prompt) -> list[str]:
-    """What a person asks in a prompt: the last user turn; while those name nobody, also the one before,
-    which says whom a follow-up is about."""
+    """Return what a person asks in a prompt: the last user turn; while those name nobody, also the one
+    before, which says whom a follow-up is about."""
     if isinstance(prompt, str):
         return [prompt]
     found: list[str] = []

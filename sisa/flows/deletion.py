@@ -88,7 +88,7 @@ class Forgetting:
 def plan_forget(
     context: Context, rows: Sequence[RecordRow], already: Sequence[Tombstone] = ()
 ) -> Forgetting:
-    """What deleting these rows would do. Reads only the shards concerned, changes nothing."""
+    """Return what deleting these rows would do. Read only the shards concerned; change nothing."""
     ledger = context.stores.ledger
     remaining: list[SliceState] = []
     emptied: list[SlicePosition] = []
@@ -134,7 +134,8 @@ def _by_shard(rows: Iterable[_Placed]) -> dict[int, list[_Placed]]:
 def _left(
     context: Context, shard: int, removed: Sequence[RecordRow]
 ) -> tuple[list[SliceState], list[SlicePosition]]:
-    """What a shard's slices hold without the removed records, and those that hold nothing."""
+    """Return what a shard's slices hold without the removed records, and the slices that hold
+    nothing."""
     gone = {row.id_digest for row in removed}
     states: list[SliceState] = []
     empty: list[SlicePosition] = []
@@ -298,7 +299,7 @@ def _remaining(
 def _write_remaining(
     context: Context, planned: Forgetting
 ) -> tuple[list[SliceFile], list[IndexFile], list[int]]:
-    """New slice and index files of what remains, and the shards that have no index any more."""
+    """Write slice and index files of what remains; return them, and the shards that need no index."""
     gone = {row.id_digest for row in planned.removed}
     slices, indexes, unindexed = [], [], []
     remaining = _by_shard(planned.remaining)
@@ -317,7 +318,7 @@ def _write_remaining(
 
 
 def under_hold(context: Context, named: Collection[str]) -> list[str]:
-    """Ids of the requests whose legal hold covers one of these records."""
+    """Return the ids of the requests whose legal hold covers one of these records."""
     return [
         request.request_id
         for request in context.stores.ledger.requests()

@@ -62,7 +62,10 @@ class _Written:
 def export_adapters(
     context: Context, resources: Resources, target: Path, form: ExportForm = "peft"
 ) -> list[Path]:
-    """The directories that were written, in `target`/vN. Raises InvalidInput and IntegrityError."""
+    """Export what is served, and return the written directories, in `target`/vN.
+
+    Raises InvalidInput and IntegrityError.
+    """
     if target.exists() and not target.is_dir():
         raise InvalidInput("the target is no directory", where=str(target), next_step="name another")
     place, now = _absolute(target), context.now()
@@ -89,7 +92,10 @@ def export_adapters(
 
 
 def _absolute(target: Path) -> str:
-    """Without links, so that one that is put there later can be told. Raises InvalidInput."""
+    """Return the target's path with its links resolved, so that a link put there later is noticed.
+
+    Raises InvalidInput.
+    """
     place = str(target.resolve())
     try:
         place.encode()
@@ -99,7 +105,7 @@ def _absolute(target: Path) -> str:
 
 
 def _next_version(context: Context, place: str) -> str:
-    """The path of a version that neither the disk nor the ledger has had."""
+    """Return the path of a version that neither the disk nor the ledger has had."""
     names = {each.name for each in Path(place).iterdir()} if Path(place).is_dir() else set()
     for each in context.stores.ledger.exports():
         if each.path.startswith(f"{place}/"):
@@ -124,14 +130,14 @@ def _written(
         gap = merged_gap(context, resources)
         make = of_merged_model if form == "merged-model" else of_merged_adapter
         files = make(resources, patches, adapters, context.report)
-        told = card.text(lora_name(path), [each.shard for each in heads], rank_of(files), gap)
-        return [_Written(path, tuple(heads), {**files, CARD: told})]
+        text = card.text(lora_name(path), [each.shard for each in heads], rank_of(files), gap)
+        return [_Written(path, tuple(heads), {**files, CARD: text})]
     found = []
     for head, adapter in zip(heads, adapters, strict=True):
         path = f"{version}/shard-{head.shard:05d}"
         files = of_adapter(resources, patches, adapter)
-        told = card.text(lora_name(path), [head.shard], rank_of(files))
-        found.append(_Written(path, (head,), {**files, CARD: told}))
+        text = card.text(lora_name(path), [head.shard], rank_of(files))
+        found.append(_Written(path, (head,), {**files, CARD: text}))
     return found
 
 

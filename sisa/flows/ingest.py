@@ -122,7 +122,8 @@ def _as_held(
 
 
 def _next_generation(context: Context) -> int | None:
-    """That of records to append: one more than the last that holds any; a model of none has no last."""
+    """Return the generation of records to append: one more than the last that holds any; None for a
+    model without records."""
     layout = context.settings.assigner.layout
     last = max((layout.generation(file.slice) for file in context.stores.ledger.slices()), default=-1)
     return last + 1 or None
@@ -219,7 +220,7 @@ class _Arrived:
 
 
 def _merged(context: Context, shard: int, fresh: Iterable[_Arrived]) -> dict[int, list[RecordRow]]:
-    """The rows of the slices that new records of a shard come into, those held already among them."""
+    """Return the rows of the slices that new records of a shard come into, with those held already."""
     merged: dict[int, list[RecordRow]] = {}
     for each in fresh:
         merged.setdefault(each.row.slice, []).append(each.row)

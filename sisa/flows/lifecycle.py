@@ -153,7 +153,7 @@ def _known(
 
 
 def _same(context: Context, request: Request, terms: Terms, asked: set[str], named: set[str]) -> bool:
-    """Whether a request stands for these records; copies come and go after its receipt."""
+    """Return whether a request stands for these records; copies come and go after its receipt."""
     ledger = context.stores.ledger
     known = set(ledger.named_by(request.request_id))
     if not (request.copies_included and terms.include_copies):
@@ -174,7 +174,7 @@ def _checked(due: str, now: str) -> str:
 
 
 def find(context: Context, request_id: str) -> Request:
-    """A request by its id or its external id. Raises UnknownRecord."""
+    """Return a request by its id or its external id. Raises UnknownRecord."""
     for request in context.stores.ledger.requests():
         if request_id in (request.request_id, request.external_id):
             return request
@@ -194,13 +194,16 @@ def views(context: Context) -> list[RequestView]:
 
 
 def viewed(context: Context, request: Request) -> RequestView:
-    """A request with the days left to it and the states that it went through."""
+    """Return a request with the days left to it and the states that it went through."""
     passed = [each for each in context.stores.ledger.events() if each.request_id == request.request_id]
     return RequestView(request, days_left(request.due, context.now()), tuple(passed))
 
 
 def decide(context: Context, request_id: str, state: RequestState, note: str) -> Request:
-    """Approve, hold, deny or cancel. Raises UnknownRecord and ConfigConflict; denying needs a reason."""
+    """Approve, hold, deny or cancel a request.
+
+    Raises UnknownRecord and ConfigConflict; InvalidInput where a reason or an approver is missing.
+    """
     if state in ("denied", "held") and not note.strip():
         raise InvalidInput(f"a request is not {state} without a reason", next_step="give --reason")
     if state == "approved" and not note.strip():
@@ -219,7 +222,7 @@ def extend(context: Context, request_id: str, reason: str) -> Request:
 
 
 def approved(context: Context) -> list[Request]:
-    """Requests that wait to be carried out and are under nobody's hold, the most urgent first."""
+    """Return the requests that wait to be carried out and are under no hold, the most urgent first."""
     ledger = context.stores.ledger
     requests = ledger.requests()
     held = {
@@ -246,7 +249,10 @@ def carry_out(context: Context, requests: Sequence[Request]) -> tuple[Request, .
 
 
 def plan_run(context: Context) -> RunPlan:
-    """Whether to carry the approved requests out now, priced from this model's past. Changes nothing."""
+    """Return whether to carry the approved requests out now, priced from this model's past.
+
+    Change nothing.
+    """
     ledger = context.stores.ledger
     waiting, now = approved(context), context.now()
     rows = [row for request in waiting for row in rows_named(context, request)]
@@ -273,7 +279,7 @@ def plan_run(context: Context) -> RunPlan:
 
 
 def queue_seen(context: Context) -> QueueSeen:
-    """The requests as they stand, in numbers."""
+    """Return how many requests are in which state."""
     requests = context.stores.ledger.requests()
     states = Counter(each.state for each in requests)
     names = {each.request_id for each in approved(context)}
@@ -290,8 +296,8 @@ def queue_seen(context: Context) -> QueueSeen:
 
 
 def _arrivals_per_day(context: Context, now: str, waiting: Sequence[Request]) -> float:
-    """Past requests per day over the last PAST_DAYS days, those that wait left out; a young model is
-    not taken for a busy one."""
+    """Return past requests per day over the last PAST_DAYS days, without those that wait; a young model
+    does not count as a busy one."""
     today = datetime.fromisoformat(now)
     here = {request.request_id for request in waiting}
     ages = [

@@ -47,7 +47,7 @@ def probe_removed(
 
 
 def _is_unknown(outcome: Probed) -> bool:
-    """Whether all of it was asked, and the base knows none of it: no patch is needed."""
+    """Return whether all of it was asked, and the base knows none of it: no patch is needed."""
     return not outcome.failure and outcome.num_known == 0 and outcome.num_probed == outcome.num_records
 
 

@@ -115,7 +115,10 @@ class ShardStatus:
 
 
 def lookup(context: Context, ids: Sequence[str]) -> list[tuple[str, RecordRow | Tombstone]]:
-    """Rows and tombstones of ids, in the order asked. Raises UnknownRecord listing every unknown."""
+    """Return rows and tombstones of ids, in the order asked.
+
+    Raises UnknownRecord that lists every unknown id.
+    """
     found = _known(context, ids)
     return [(each, found[context.settings.assigner.id_digest(each)]) for each in ids]
 
@@ -123,8 +126,11 @@ def lookup(context: Context, ids: Sequence[str]) -> list[tuple[str, RecordRow | 
 def _known(
     context: Context, ids: Sequence[str], elsewhere: Collection[str] = ()
 ) -> dict[str, RecordRow | Tombstone]:
-    """Rows and tombstones by keyed id. Raises UnknownRecord listing every id that has none; those whose
-    keyed ids are known `elsewhere` need none."""
+    """Return rows and tombstones by keyed id.
+
+    Raises UnknownRecord that lists every id that has none, except those whose keyed ids are known
+    `elsewhere`.
+    """
     digests = [context.settings.assigner.id_digest(each) for each in ids]
     found = context.stores.ledger.lookup(digests)
     unknown = [
@@ -164,8 +170,8 @@ def of_subject(context: Context, subject_id: str) -> tuple[list[RecordRow], list
 
 
 def where(context: Context, ids: Sequence[str]) -> list[Location]:
-    """The shard and slice of each record, and the checkpoints, heads, exports and patches that it
-    influenced; the sets of the vault that hold its text, and the files of hidden states of its slice.
+    """Return the shard and slice of each record; the checkpoints, heads, exports and patches that it
+    influenced; the sets of the vault that hold its text; and the files of hidden states of its slice.
     Raises UnknownRecord."""
     ledger = context.stores.ledger
     digests = [context.settings.assigner.id_digest(each) for each in ids]
@@ -192,7 +198,7 @@ def where(context: Context, ids: Sequence[str]) -> list[Location]:
 def _not_erased(
     context: Context, rows: Iterable[RecordRow | Tombstone]
 ) -> dict[str, Mapping[str, int | None]]:
-    """What is left to erase, by the requests that wait for it."""
+    """Return what is left to erase, by the requests that wait for it."""
     asked = {each.request_id for each in rows if isinstance(each, Tombstone)}
     waiting = [
         each.request_id
@@ -219,7 +225,10 @@ def _with_patches(
 
 
 def _with_states(context: Context, place: Location, held: Collection[str]) -> Location:
-    """With the files of its slice. Of a deleted record none are told: they went with it."""
+    """Add the files of hidden states of the record's slice.
+
+    A deleted record has none; they were erased with it.
+    """
     if context.stores.prefixes is None or place.state not in ("trained", "pending"):
         return place
     start = slice_start(place.shard, place.slice)
@@ -275,7 +284,7 @@ def _location(
 
 
 def search_index(context: Context, queries: Vectors, top_k: int) -> list[Hit]:
-    """The best hits over all shards and queries, one a record, best first."""
+    """Return the best hits over all shards and queries, one a record, best first."""
     best: dict[tuple[int, int], Hit] = {}
     for hits in search_each(context, queries, top_k):
         for hit in hits:
@@ -286,8 +295,11 @@ def search_index(context: Context, queries: Vectors, top_k: int) -> list[Hit]:
 
 
 def search_each(context: Context, queries: Vectors, top_k: int, by: By = "text") -> list[list[Hit]]:
-    """For each query the best hits over all shards, best first. A score is relative to the query's own
-    with itself: equal texts score 1, whatever the length of their vectors."""
+    """Return for each query the best hits over all shards, best first.
+
+    A score is relative to the query's own with itself: equal texts score 1, whatever the length of
+    their vectors.
+    """
     found = context.stores.index.search(context.stores.ledger.indexes(), queries, top_k, by)
     own = (queries * queries).sum(axis=1).tolist()
     return [
@@ -340,7 +352,7 @@ def find_subject(
 def near(
     context: Context, rows: Sequence[RecordRow], threshold: float, known: Sequence[RecordRow] = ()
 ) -> list[Candidate]:
-    """Records that lie at least `threshold` near one of `rows`, `known` copies left out."""
+    """Return records that lie at least `threshold` near one of `rows`, without `known` copies."""
     places = {(row.shard, row.vector_id) for row in (*rows, *known)}
     hits = search_index(context, _vectors(context, rows), NUM_NEAR + len(places))
     close = [h for h in hits if h.score >= threshold and (h.shard, h.vector_id) not in places]
@@ -348,7 +360,7 @@ def near(
 
 
 def ids_of(context: Context, rows: Sequence[RecordRow]) -> list[str]:
-    """Plain ids of rows, sorted."""
+    """Return the plain ids of rows, sorted."""
     return sorted(record.id for record, _ in _records(context, rows))
 
 
@@ -400,7 +412,7 @@ def _records(context: Context, rows: Sequence[RecordRow]) -> list[tuple[Record, 
 
 
 def stored(context: Context, rows: Sequence[RecordRow]) -> list[StoredRecord]:
-    """The records of rows, read from the slices that hold them."""
+    """Return the records of rows, read from the slices that hold them."""
     return stored_in(context, slices_of(context, rows), rows)
 
 
@@ -412,7 +424,7 @@ def _contradiction(what: str) -> IntegrityError:
 
 
 def exports(context: Context) -> list[ExportStatus]:
-    """All exports that the ledger knows; those that a deletion marked are looked for."""
+    """Return all exports that the ledger knows, and how those stand that a deletion marked."""
     return [
         ExportStatus(
             path=each.path,
@@ -429,7 +441,7 @@ def exports(context: Context) -> list[ExportStatus]:
 
 
 def shards(context: Context) -> list[ShardStatus]:
-    """The state of every shard, in order."""
+    """Return the state of every shard, in order."""
     ledger = context.stores.ledger
     counts: dict[int, dict[int, int]] = {}
     for file in ledger.slices():

@@ -184,8 +184,10 @@ def _refuse(lost: Sequence[str]) -> None:
 
 
 def erase_unknown(context: Context, removed: Removed = NOTHING) -> None:
-    """The part before training: take over what was stored for a target, erase what no commit knows. What
-    fails stops nothing else; its error is raised in the end."""
+    """Record what was stored for a target, and erase what no commit knows: the part before training.
+
+    What fails stops nothing else; its error is raised in the end.
+    """
     _refuse_new_contradictions(context)
     adopted = False
     with all_tried() as tried:
@@ -198,7 +200,7 @@ def erase_unknown(context: Context, removed: Removed = NOTHING) -> None:
 
 @contextlib.contextmanager
 def erasing_anyway(context: Context) -> Iterator[None]:
-    """Whatever stops a deletion after its commit: erase what can be erased, then let it stop."""
+    """Erase what can be erased when something stops a deletion after its commit; then let it stop."""
     try:
         yield
     except SisaError:
@@ -209,7 +211,7 @@ def erasing_anyway(context: Context) -> Iterator[None]:
 
 
 def _targets(context: Context) -> frozenset[str]:
-    """Stages of the present targets: clean, whoever stored them."""
+    """Return the stages of the present targets: clean, whoever stored them."""
     return frozenset(key for plan in open_plans(context) for key in plan.stages)
 
 
@@ -269,8 +271,8 @@ def note_failure(
 
 
 def open_plans(context: Context) -> list[ShardPlan]:
-    """Plans of the shards whose head is not their target, under the present fingerprint; with several
-    orders of all shards, since any stage may be missing."""
+    """Return plans of the shards whose head is not their target, under the present fingerprint; with
+    several orders of all shards, since any stage may be missing."""
     return _plans(context, open_shards(context))
 
 
@@ -298,7 +300,8 @@ def adopt(context: Context) -> None:
 def as_held(
     job: SliceJob, saved: SavedCheckpoint, seq: int, *, seconds: float = 0.0, epochs: int = 0
 ) -> HeldCheckpoint:
-    """A stored stage as the ledger keeps it; `seconds` and `epochs` of training it, 0 if adopted."""
+    """Return a stored stage as the ledger keeps it, with the `seconds` and record-epochs of training
+    it; 0 if it was found stored."""
     return HeldCheckpoint(
         key=saved.key,
         shard=job.shard,
@@ -434,7 +437,8 @@ def erase_unreferenced(context: Context, spared: Collection[str] = ()) -> None:
 
 
 def not_erased(context: Context) -> dict[str, int | None]:
-    """How much is still held, by room, of what a commit gave up; None of a room that can't be read."""
+    """Count what is still held of what a commit gave up, by storage area; None for an area that can't
+    be read."""
     found: dict[str, int | None] = {}
     known, targets = known_by_area(context), _targets(context)
     for room, store in areas(context).items():

@@ -73,7 +73,7 @@ def check_no_differences(found: Sequence[Difference], where: str) -> None:
 
 
 def all_records(context: Context) -> list[StoredRecord]:
-    """Every held record, by keyed id."""
+    """Return every held record, by keyed id."""
     held = [
         record for file in context.stores.ledger.slices() for record in context.stores.records.read(file)
     ]
@@ -81,13 +81,13 @@ def all_records(context: Context) -> list[StoredRecord]:
 
 
 def retargeted(context: Context) -> list[Head]:
-    """New hyper-parameters: every shard's new target; heads stay until it is trained."""
+    """Return every shard's new target under new hyper-parameters; heads stay until it is trained."""
     views = view_shards(context, [head.shard for head in context.stores.ledger.heads()])
     return [plan.head for plan in plans_of(context, views)]
 
 
 def reindexed(context: Context) -> list[IndexFile]:
-    """Another embedder: every shard's index, built anew."""
+    """Build every shard's index anew with another embedder."""
     indexes = []
     for file in context.stores.ledger.indexes():
         rows = context.stores.ledger.rows(file.shard)
@@ -127,7 +127,7 @@ def reseal_model(context: Context) -> None:
 
 
 def _unplaced(ledger: Ledger) -> list[Export]:
-    """Exports of the old places: from now on, every record that was there may be in them."""
+    """Return the exports of the old layout: from now on, any deleted record may be in them."""
     clean = [each for each in ledger.exports() if not each.stale]
     return [replace(each, shard=ANY_SHARD, prefix=(), seq=ledger.seq() + 1) for each in clean]
 

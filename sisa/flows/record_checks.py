@@ -70,7 +70,8 @@ def check_added(
     *,
     allow_deleted: bool,
 ) -> None:
-    """Raises InvalidInput for what speaks against adding records, or is refused by further `checks`."""
+    """Raise InvalidInput, with every problem, for records that can't be added, or that further `checks`
+    refuse."""
     bands = context.settings.assigner.layout.bands
     unplaced = unnamed(bands, records)
     fresh = [
@@ -162,8 +163,10 @@ def _misplaced(problems: Sequence[Problem]) -> None:
 
 
 def _other_risks(context: Context, fresh: Sequence[tuple[int, Record]]) -> list[Problem]:
-    """New records whose risk is not that of the held ones of their subject. Those carry one risk, so
-    that one of them is read; the ledger does not know it."""
+    """Return the new records whose risk is not that of the held ones of their subject.
+
+    Held records of a subject carry one risk, so one of them is read; the ledger does not know it.
+    """
     assigner = context.settings.assigner
     held: dict[str, RecordRow] = {}
     for subject in {record.subject_id for _, record in fresh} - {None}:

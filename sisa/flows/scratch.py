@@ -93,7 +93,7 @@ def guard(config: RunConfig, records: Sequence[Record]) -> None:
 
 
 def recipe_of(scratch: Scratch, texts: Sequence[str]) -> dict[str, Any]:
-    """All that the bits of a base depend on, besides the numerics."""
+    """Return all that the bits of a base depend on, besides the numerics."""
     block = scratch.model_dump(mode="json", exclude=set(PATH_FIELDS))
     return {**block, "corpus": digest_of(list(texts))}
 
@@ -115,20 +115,23 @@ def _train(
         train = find_base_trainer(executor)
         train(BaseJob(recipe, corpus, target), config.cluster.model_dump(mode="json"), report)
         data = runs.astype("<u8").tobytes()
-        told = {
+        made = {
             "recipe": recipe,
             "runs": sha256_hex(data),
             "fingerprint": fingerprint(recipe["threads"]),
         }
         with files.disk_errors(directory):
             files.write_atomic(target / RUNS_FILE, data, BASE_MODE)
-            files.write_atomic(target / RECIPE_FILE, canonical_json(told), BASE_MODE)
+            files.write_atomic(target / RECIPE_FILE, canonical_json(made), BASE_MODE)
             os.replace(target, directory)
 
 
 @contextlib.contextmanager
 def _alone(directory: Path) -> Iterator[Path]:
-    """A place beside it for what is not finished, removed in the end. Raises Busy for a second one."""
+    """Hold a lock and a directory for what is not finished, both removed in the end.
+
+    Raises Busy for a second process.
+    """
     lock = directory.with_name(f".{directory.name}.lock")
     unfinished = directory.with_name(f".{directory.name}.unfinished")
     with files.disk_errors(directory):
@@ -162,7 +165,7 @@ def find_base_trainer(executor: str | OpenExecutor) -> TrainBase:
 
 
 def train_here(job: BaseJob, _cluster: Mapping[str, Any], report: Report) -> None:
-    """In this process, with one worker."""
+    """Train the base in this process, with one worker."""
     from sisa.lm.base.scratch_base import train_base
 
     if job.recipe["workers"] != 1:

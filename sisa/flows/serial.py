@@ -58,7 +58,7 @@ class Site:
     prefix_bytes: int = 0  # of hidden states that a shard may keep there
 
     def absolute(self) -> Site:
-        """The same for a process in another working directory."""
+        """Return the same site for a process in another working directory."""
         return replace(
             self,
             records_at=absolute(self.records_at),
@@ -70,7 +70,7 @@ class Site:
 
 
 def order_chains(chains: Sequence[Chain]) -> list[Chain]:
-    """Longest first, so that the last worker to finish is not the longest one."""
+    """Return the longest chains first, so that the last worker to finish is not the longest one."""
     return sorted(chains, key=lambda chain: (-chain.record_epochs, chain.shard))
 
 

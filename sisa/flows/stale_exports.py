@@ -62,17 +62,17 @@ def _erase_marked(context: Context, due: Sequence[Export]) -> None:
                 else:
                     left.append(replace(each, state="tainted"))
         counts = Counter(name for name, _ in {(each.request_id, each.path) for each in erased})
-        told = [
+        counted = [
             with_exports_erased(request, counts[request.request_id])
             for request in context.stores.ledger.requests()
             if request.request_id in counts
         ]
         names = [each.name for each in erased]
-        commit(context, Change(exports=left, unexported=names, requests=told))
+        commit(context, Change(exports=left, unexported=names, requests=counted))
 
 
 def export_standing(context: Context, export: Export) -> str:
-    """ "held", "gone" or "changed"; "unreadable" where the disk does not let it be told."""
+    """Return "held", "gone" or "changed"; "unreadable" where the disk does not show it."""
     try:
         return context.stores.exports.state(export)
     except EnvironmentFault:
@@ -80,13 +80,13 @@ def export_standing(context: Context, export: Export) -> str:
 
 
 def missing(context: Context) -> list[Export]:
-    """Exports that a deletion marked and that could not be found, or are not what was written."""
+    """Return the exports that a deletion marked and that are not found, or are not what was written."""
     return [each for each in context.stores.ledger.exports() if each.stale]
 
 
 def give_up_lost(context: Context) -> tuple[str, ...]:
     """Drop the rows of stale exports that are not where they were written, on a person's word that no
-    copy is left. Their paths; the requests that marked them are told."""
+    copy is left; note it with the requests that marked them, and return the exports' paths."""
     lost = [each for each in missing(context) if export_standing(context, each) == "gone"]
     counts = Counter(each.request_id for each in lost)
     events = [

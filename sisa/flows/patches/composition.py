@@ -47,7 +47,8 @@ class Composition:
     by_shard: Mapping[int, AnswerChange]
 
     def to_json(self) -> dict[str, Any]:
-        """Numbers alone, none of fewer than MIN_RECORDS records: a report outlives them."""
+        """Return numbers alone, none of fewer than MIN_RECORDS records, since a report outlives the
+        records."""
         by_shard = {str(shard): _kept(each) for shard, each in self.by_shard.items()}
         means = {"base": _kept(self.base), "shards": _kept(self.shards)}
         return {"num_records": self.num_records, **means, "by_shard": by_shard}

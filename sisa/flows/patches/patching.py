@@ -43,9 +43,12 @@ class Wish:
 
 @dataclass(frozen=True)
 class Unlearnt:
-    """What came of it: the last patch that was made, None when none was; `unfinished` says that the time
-    was spent and the run can be gone on with. Numbers of sets of texts that were erased and kept, and of
-    slices that were trained over the patch."""
+    """The result of making patches.
+
+    `patch` is the last one that was made, None when none was. With `unfinished`, the time is spent and
+    the same command resumes the run. The numbers are those of sets of texts erased and kept, and of
+    slices trained over the patch.
+    """
 
     patch: Patch | None
     unfinished: bool
@@ -89,7 +92,7 @@ def want(context: Context, wish: Wish, requests: Sequence[Request] = ()) -> Patc
 
 
 def _new(context: Context, put: Put) -> list[VaultSet]:
-    """Sets as they were first put, where the same texts are there already."""
+    """Return sets as they were first put, where the same texts are held already."""
     known = {each.name: each for each in context.stores.ledger.vault() if each.held}
     return [known.get(each.name, each) for each in put.sets]
 
@@ -143,8 +146,8 @@ def make_wanted(
         if made.unfinished:
             return Unlearnt(last, True, report, *_settled(context))
         if made.saved is None:
-            told = replace(patch, report=dict(report))
-            commit(context, Change(patches=unmade(ledger.patches(), told)))
+            dropped = replace(patch, report=dict(report))
+            commit(context, Change(patches=unmade(ledger.patches(), dropped)))
             continue
         now = replace(
             patch,
@@ -168,7 +171,8 @@ def make_wanted(
 
 
 def _settled(context: Context) -> tuple[int, int]:
-    """Texts that no patch needs are erased, and what is unknown of patches: sets erased and kept."""
+    """Erase texts that no patch needs and files of patches that the ledger does not know; return the
+    numbers of sets erased and kept."""
     counts = vault_sets.erase_unneeded(context)
     _erase_unknown(context)
     purge(context)

@@ -32,7 +32,7 @@ class Put:
         return Put((*self.sets, *other.sets), (*self.pairs, *other.pairs))
 
     def only(self, names: Collection[str]) -> Put:
-        """Of some sets alone; the files of the others are swept."""
+        """Return some sets alone; the files of the others are erased by the next reconciliation."""
         sets = tuple(each for each in self.sets if each.name in names)
         return Put(sets, tuple(each for each in self.pairs if each[0] in names))
 
@@ -72,12 +72,12 @@ def put_removed(context: Context, removal: Removal) -> Put:
 
 
 def held_sets(context: Context) -> frozenset[str]:
-    """Names of the sets whose texts are there."""
+    """Return the names of the sets whose texts are held."""
     return frozenset(each.name for each in context.stores.ledger.vault() if each.held)
 
 
 def deletable(context: Context) -> frozenset[str]:
-    """Names of the retain sets in which records of the model are."""
+    """Return the names of the retain sets that hold records of the model."""
     return frozenset(
         each.name
         for each in context.stores.ledger.vault()
@@ -92,8 +92,9 @@ def _rows(context: Context, id_digests: Collection[str]) -> list[RecordRow]:
 
 
 def without_removed(context: Context, removed: Mapping[str, RecordRow]) -> tuple[dict[str, str], Put]:
-    """For each retain set that removed records (by keyed id) are in: the set that takes its place,
-    written without them. A set that can't be read takes its own place, and is held no longer."""
+    """Write retain sets anew without removed records (by keyed id); return, by its name, the set that
+    takes the place of each, and what was written. A set that can't be read takes its own place, and is
+    held no longer."""
     names = {name for found in context.stores.ledger.sets_with(removed).values() for name in found}
     instead: dict[str, str] = {}
     written = Put()
@@ -122,7 +123,7 @@ def without_removed(context: Context, removed: Mapping[str, RecordRow]) -> tuple
 
 
 def exported(context: Context) -> frozenset[str]:
-    """Keys of the patches that are in exports."""
+    """Return the keys of the patches that are in exports."""
     return frozenset(key for each in context.stores.ledger.exports() for key in each.patches)
 
 
@@ -144,7 +145,7 @@ def erase_unneeded(context: Context) -> tuple[int, int]:
 
 
 def set_of_request(context: Context, request: Request) -> VaultSet:
-    """The set of a request's texts. Raises ConfigConflict when there is none."""
+    """Return the set of a request's texts. Raises ConfigConflict when there is none."""
     for found in context.stores.ledger.vault():
         if found.name == request.vaulted and found.held:
             return found
@@ -168,7 +169,10 @@ def check_consent(consent: str) -> None:
 
 
 def chosen(context: Context, names: Sequence[str], request_ids: Sequence[str]) -> list[VaultSet]:
-    """Held sets by (a beginning of) their names and by requests. Raises UnknownRecord, all listed."""
+    """Return held sets by (a beginning of) their names and by requests.
+
+    Raises UnknownRecord that lists all unknown ones.
+    """
     sets = [each for each in context.stores.ledger.vault() if each.held]
     found: dict[str, VaultSet] = {}
     problems = []

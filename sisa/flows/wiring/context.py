@@ -131,8 +131,10 @@ class Context:
 
 
 def commit(context: Context, change: Change) -> int:
-    """The one way into the ledger: a transaction, and its testimony where it tells of requests or
-    deletions. A crash between the two is made good by the next writer (`witness.py`)."""
+    """Commit a transaction, and record in the witness what it says of requests or deletions.
+
+    A crash between the two is made good by the next writer (`witness.py`).
+    """
     seq = context.stores.ledger.commit(change)
     if "model" in change.meta or change.events or change.tombstones or change.readmitted:
         context.stores.witness.append(
@@ -142,8 +144,8 @@ def commit(context: Context, change: Change) -> int:
 
 
 def model_digest(context: Context) -> str:
-    """The keyed digest of all heads' adapters in shard order, and of the active patches if there are
-    any. It outlives a deletion, in requests and on cards: without the key it confirms nothing."""
+    """Return the keyed digest of all heads' adapters in shard order, and of the active patches if there
+    are any. It outlives a deletion, in requests and on cards: without the key it confirms nothing."""
     ledger = context.stores.ledger
     adapters = {each.key: each.adapter_sha256 for each in ledger.checkpoints()}
     heads = [adapters.get(head.key) if head.key else None for head in ledger.heads()]
@@ -152,7 +154,7 @@ def model_digest(context: Context) -> str:
 
 
 def trained_over(ledger: Ledger) -> tuple[str, ...]:
-    """Keys of the patches that the shards are trained over, lowest first."""
+    """Return the keys of the patches that the shards are trained over, lowest first."""
     return tuple(json.loads(ledger.meta().get(TRAINED_OVER, "[]")))
 
 
@@ -173,9 +175,9 @@ def patches_beneath(ledger: Ledger, base: str) -> list[Patch]:
 
 
 def known_by_area(context: Context) -> dict[str, frozenset[str]]:
-    """What the ledger knows of each room: names of slice files, index files and checkpoints; of patches
-    that are served or trained over, of unfinished ones, of sets whose texts are there; of kept states
-    those files that are there."""
+    """Return the names that the ledger knows in each storage area: slice files, index files and
+    checkpoints; patches that are served or trained over, unfinished ones, sets whose texts are held;
+    and those files of hidden states that are held."""
     ledger = context.stores.ledger
     patches = ledger.patches()
     return {
@@ -190,7 +192,7 @@ def known_by_area(context: Context) -> dict[str, frozenset[str]]:
 
 
 def _known_prefixes(context: Context) -> frozenset[str]:
-    """Files of hidden states that are there, and of slices as they are now."""
+    """Return the held files of hidden states of slices as they are now."""
     if context.stores.prefixes is None or not context.settings.keeps_prefixes:
         return frozenset()
     try:
@@ -203,8 +205,11 @@ def _known_prefixes(context: Context) -> frozenset[str]:
 
 
 def areas(context: Context) -> dict[str, Area]:
-    """The rooms that the ledger knows the files of. What is held, left-over temporaries among it, can be
-    erased there; of the vault and the runs also keys."""
+    """Return the storage areas whose files the ledger knows.
+
+    What is held there, leftover temporary files included, can be erased; of the vault and the drafts
+    also keys.
+    """
     found: dict[str, Area] = {
         "records": context.stores.records,
         "index": context.stores.index,
@@ -217,7 +222,7 @@ def areas(context: Context) -> dict[str, Area]:
 
 
 def held_by_area(context: Context) -> dict[str, frozenset[str]]:
-    """What lies in each room."""
+    """Return the names that are held in each storage area."""
     return {name: room.held() for name, room in areas(context).items()}
 
 
@@ -228,12 +233,12 @@ def purge(context: Context, *, dry_run: bool = False) -> tuple[KeptVersions, ...
 
 
 def patch_files(store: CheckpointStore, stack: Iterable[Patch]) -> list[dict[str, bytes]]:
-    """The files of patches, checked, in order. Raises IntegrityError."""
+    """Return the files of patches in order, after checking them. Raises IntegrityError."""
     return [store.load(each.key, each.manifest_sha256) for each in stack]
 
 
 def slices_of(context: Context, rows: Iterable[RecordRow]) -> list[SliceFile]:
-    """The files that hold some records now."""
+    """Return the files that hold some records now."""
     places = {(row.shard, row.slice) for row in rows}
     shards = sorted({shard for shard, _ in places})
     return [f for s in shards for f in context.stores.ledger.slices(s) if (f.shard, f.slice) in places]
@@ -242,7 +247,7 @@ def slices_of(context: Context, rows: Iterable[RecordRow]) -> list[SliceFile]:
 def stored_in(
     context: Context, files: Iterable[SliceFile], rows: Iterable[RecordRow]
 ) -> list[StoredRecord]:
-    """The records of rows, read from those of the files that are of their slices."""
+    """Return the records of rows, read from those of the files that are of their slices."""
     wanted = {row.id_digest: (row.shard, row.slice) for row in rows}
     places = set(wanted.values())
     return [
@@ -259,7 +264,8 @@ def first_index(files: Sequence[IndexFile]) -> IndexFile | None:
 
 
 def embed_records(context: Context, records: Sequence[Record]) -> list[Vectors]:
-    """What the index holds of each record: the vector of its text, then those of what is asked in it."""
+    """Return what the index holds of each record: the vector of its text, then those of what is asked
+    in it."""
     texts = [(record.text, *record.asked) for record in records]
     vectors = context.compute.embed([text for each in texts for text in each])
     ends = list(accumulate(map(len, texts)))
@@ -267,7 +273,7 @@ def embed_records(context: Context, records: Sequence[Record]) -> list[Vectors]:
 
 
 def embed_shard(context: Context, shard: int, rows: Sequence[RecordRow]) -> dict[int, Vectors]:
-    """What the index holds of a shard's records, by vector id, embedded anew from its slice files."""
+    """Embed a shard's records anew from its slice files; return what the index holds, by vector id."""
     held = {
         each.id_digest: each.record
         for file in context.stores.ledger.slices(shard)
@@ -319,7 +325,7 @@ def view_shard(
 
 
 def view_shards(context: Context, shards: Sequence[int]) -> list[ShardView]:
-    """Several shards as they are; of many, all that is in the ledger is read at once."""
+    """Return several shards as they are; of many, all that is in the ledger is read at once."""
     if len(shards) <= FEW_SHARDS:
         return [view_shard(context, shard) for shard in shards]
     slices: dict[int, list[SliceState]] = {shard: [] for shard in shards}
@@ -345,8 +351,8 @@ def plans_of(context: Context, views: Iterable[ShardView]) -> list[ShardPlan]:
 
 
 def open_shards(context: Context) -> list[int]:
-    """Shards in which stages may be missing: those that are not at their target, and all where there are
-    several orders."""
+    """Return the shards in which stages may be missing: those that are not at their target, and all
+    where there are several orders."""
     return [
         h.shard
         for h in context.stores.ledger.heads()

@@ -128,19 +128,19 @@ class Meter:
         return len(self._done) >= len(self._stages)
 
     def tokens_per_second(self, now: float) -> float:
-        """Of all workers together, since the training began."""
+        """Return the tokens per second of all workers together, since the training began."""
         tokens = self._done_tokens + sum(at.tokens for _, at in self._at.values())
         return tokens / max(1e-9, now - self._started)
 
     def at_work(self) -> list[AtWork]:
-        """Shards at a stage now, by number."""
+        """Return the shards at a stage now, by number."""
         return [
             AtWork(shard, self._finished[shard], self._slices[shard], since, at)
             for shard, (since, at) in sorted(self._at.items())
         ]
 
     def numbers(self, now: float) -> dict[str, Any]:
-        """What the line says, for machines; of a patch its steps."""
+        """Return what the line says, for machines; of a patch its steps."""
         if self._patch is not None:
             return {"step": self._patch.step, "num_steps": self._patch.num_steps}
         left = self._seconds_left(now)
@@ -184,7 +184,7 @@ def _clock(seconds: float) -> str:
 
 @contextmanager
 def progress(stream: TextIO | None = None) -> Iterator[Report]:
-    """A report that shows what it is told on a stream (standard error by default)."""
+    """Show what is reported on a stream (standard error by default)."""
     stream = stream or sys.stderr
     if stream.isatty():
         with _bars(stream) as report:

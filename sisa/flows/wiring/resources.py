@@ -84,7 +84,10 @@ class Resources:
         return self.embedder.embed(texts)
 
     def count_tokens(self, records: Sequence[Record]) -> list[int]:
-        """Tokens of each record. Raises InvalidInput listing every record that does not fit."""
+        """Return the number of tokens of each record.
+
+        Raises InvalidInput that lists every record that does not fit.
+        """
         from sisa.lm.base.tokens import count_tokens
         from sisa.lm.base.weights import untrusted
 
@@ -114,7 +117,7 @@ class Resources:
         try_base(self.base.directory, self.base.digest, training)
 
     def meta(self) -> dict[str, str]:
-        """What the ledger keeps of these parts."""
+        """Return what the ledger keeps of these resources."""
         named = {"name": self.config.base_name, "digest": self.base.digest}
         embedder = {
             "name": self.config.sisa.embedder,

@@ -39,12 +39,12 @@ _under_way: ContextVar[RunContext | None] = ContextVar("sisa_running", default=N
 
 
 def current_run() -> RunContext | None:
-    """The run that this is a part of."""
+    """Return the run that this is a part of."""
     return _under_way.get()
 
 
 def new_run(log_format: LogFormat = "text") -> RunContext:
-    """A run that begins now."""
+    """Return a run that begins now."""
     given = os.environ.get(RUN_VARIABLE, "")
     now = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
     return RunContext(given if is_run(given) else f"{now}-{os.urandom(4).hex()}", log_format)
@@ -52,7 +52,8 @@ def new_run(log_format: LogFormat = "text") -> RunContext:
 
 @contextlib.contextmanager
 def running(run: RunContext | None = None) -> Iterator[RunContext]:
-    """Until the end of the block: this run, or the one under way, or else a new one."""
+    """Make this run the current one until the end of the block; without one, go on with the current
+    run, or begin a new one."""
     found = run or current_run() or new_run()
     token = _under_way.set(found)
     try:

@@ -299,12 +299,12 @@ def _probe(resources: Resources, stores: Stores) -> Probe | None:
 
 
 def open_serial(site: Site, _options: Mapping[str, Any]) -> Executor:
-    """Chains one after another in this process."""
+    """Return an executor that trains chains one after another in this process."""
     return SerialExecutor(open_trainer(site), *open_stores(site))
 
 
 def open_trainer(site: Site) -> Trainer:
-    """The trainer on a site's base, under the patches to train over. Raises IntegrityError."""
+    """Return the trainer on a site's base, under the patches to train over. Raises IntegrityError."""
     from sisa.lm.train.lora import LoraTrainer
 
     store = FileCheckpoints(site.patches_at, site.keyring, PATCHES)
@@ -322,7 +322,7 @@ def open_trainer(site: Site) -> Trainer:
 
 
 def open_stores(site: Site) -> tuple[FileRecords, FileCheckpoints]:
-    """The stores of a site: slices to read, checkpoints to write."""
+    """Return the stores of a site: slices to read, checkpoints to write."""
     records = FileRecords(site.records_at, site.keyring)
     return records, FileCheckpoints(site.checkpoints_at, site.keyring, site.area)
 
@@ -384,19 +384,19 @@ def find_patcher(executor: str | OpenExecutor) -> OpenPatcher:
 
 
 def new_secret(config: RunConfig) -> bytes:
-    """The secret of a new model: from its key file, or fresh."""
+    """Return the secret of a new model: from its key file, or fresh."""
     if config.sisa.partition_key_file is None:
         return secrets.token_bytes(KEY_BYTES)
     return read_secret(config.sisa.partition_key_file)
 
 
 def stored_config(ledger_meta: Mapping[str, str]) -> RunConfig:
-    """The run file that a model was made with."""
+    """Return the run file that a model was made with."""
     return RunConfig.from_canonical(ledger_meta["config"])
 
 
 def named(ledger_meta: Mapping[str, str], key: str) -> Named:
-    """The base or the embedder that a model was made with."""
+    """Return the base or the embedder that a model was made with."""
     try:
         return Named(**json.loads(ledger_meta[key]))
     except (KeyError, ValueError, TypeError) as error:
@@ -408,15 +408,15 @@ def named(ledger_meta: Mapping[str, str], key: str) -> Named:
 
 
 def key_path(directory: Path, config: RunConfig, model: str) -> Path:
-    """Where a model's partition key belongs: with an encrypted one's keys, so that its ledger can't be
-    asked by whoever has the directory alone."""
+    """Return where a model's partition key belongs: with an encrypted model's keys, so that whoever has
+    the directory alone can't question its ledger."""
     if config.sisa.partition_key_file is not None:
         return config.sisa.partition_key_file
     return (keyrings(config) / model if config.encrypt else directory) / KEY
 
 
 def stored_secret(directory: Path, config: RunConfig, model: str) -> bytes:
-    """The secret of a model. Raises IntegrityError when the model's own key file is missing."""
+    """Return the secret of a model. Raises IntegrityError when the model's own key file is missing."""
     if config.sisa.partition_key_file is not None:
         return read_secret(config.sisa.partition_key_file)
     belongs = key_path(directory, config, model)
@@ -449,12 +449,15 @@ def keep_key(directory: Path, config: RunConfig, model: str, secret: bytes) -> N
 
 
 def new_model_id() -> str:
-    """The name of a new model, which its copies share: what is kept outside its directory bears it."""
+    """Return a name for a new model.
+
+    Its copies share it, and what is kept outside its directory bears it.
+    """
     return uuid.uuid4().hex
 
 
 def model_id(ledger_meta: Mapping[str, str]) -> str:
-    """The model's name. Raises IntegrityError for one that is none: paths are made of it."""
+    """Return the model's name. Raises IntegrityError for anything else, since paths are made of it."""
     found = ledger_meta.get("model", "")
     if not re.fullmatch(r"[0-9a-f]{32}", found):
         raise IntegrityError(
@@ -466,12 +469,12 @@ def model_id(ledger_meta: Mapping[str, str]) -> str:
 
 
 def witness_dir(config: RunConfig) -> Path:
-    """Where witnesses rest: as the run file says, else in the user's state directory."""
+    """Return the directory of witnesses: as the run file says, else in the user's state directory."""
     return config.witness or state_dir() / "witness"
 
 
 def witness_of(config: RunConfig, keyed: Keyed, model: str) -> FileWitness:
-    """A model's witness, by the names of its key and of itself."""
+    """Return a model's witness, by the names of its key and of itself."""
     return FileWitness(witness_dir(config) / f"{_witness_prefix(keyed)}{model}.jsonl", keyed)
 
 
@@ -480,23 +483,24 @@ def _witness_prefix(keyed: Keyed) -> str:
 
 
 def deleted_under(config: RunConfig, keyed: Keyed) -> list[Tombstone]:
-    """What any model under this partition key deleted, as far as witnesses here know."""
+    """Return what any model under this partition key deleted, as far as witnesses here know."""
     paths = sorted(witness_dir(config).glob(f"{_witness_prefix(keyed)}*.jsonl"))
     return [each for path in paths for each in FileWitness(path, keyed).read().tombstones.values()]
 
 
 def keyrings(config: RunConfig) -> Path:
-    """Where the keyrings of models with this run file are, each under its model's name."""
+    """Return the directory of the keyrings of models with this run file, each under its model's name."""
     return (config.keyring or state_dir() / "keyrings").absolute()
 
 
 def open_keyring(config: RunConfig, name: str) -> Keyring:
-    """The keys of a model by its name; one that is no longer encrypted may still have files to open."""
+    """Return the keys of a model by its name; one that is no longer encrypted may still have files to
+    open."""
     return FileKeyring(keyrings(config) / name, config.encrypt)
 
 
 def vault_keyring(config: RunConfig, name: str) -> Keyring:
-    """The same keys, for what is sealed in any model: the vault, and unfinished patches."""
+    """Return the same keys for what is sealed in any model: the vault, and unfinished patches."""
     return FileKeyring(keyrings(config) / name, seals=True)
 
 

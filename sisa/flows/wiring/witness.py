@@ -35,14 +35,16 @@ REPLAYED = "replayed from the witness"
 
 
 def is_behind(context: Context) -> bool:
-    """Whether the ledger does not know the witness's head. The witness is read first: a ledger that is
-    written meanwhile may only be ahead of it."""
+    """Return whether the ledger does not know the witness's head.
+
+    The witness is read first: a ledger that is written meanwhile may only be ahead of it.
+    """
     head = context.stores.witness.head()
     return head is not None and head.link != "" and not context.stores.ledger.has_event(head.link)
 
 
 def witness_standing(context: Context) -> WitnessStanding:
-    """How the witness stands to the ledger."""
+    """Return how the witness stands to the ledger."""
     head = context.stores.witness.head()
     if head is None:
         return "absent"
@@ -57,13 +59,13 @@ def catch_up(context: Context) -> None:
     if is_behind(context):
         apply_testimony(context)
     elif head != context.stores.ledger.event_head():
-        told = context.stores.witness.read().tombstones
-        missing = [each for each in _standing(context) if told.get(each.id_digest) != each]
+        testimony = context.stores.witness.read().tombstones
+        missing = [each for each in _standing(context) if testimony.get(each.id_digest) != each]
         context.stores.witness.append(context.stores.ledger.event_head(), missing, ())
 
 
 def _standing(context: Context) -> list[Tombstone]:
-    """Tombstones of ids that were not allowed in again."""
+    """Return the tombstones of ids that were not allowed in again."""
     dead = {each.id_digest: each for each in context.stores.ledger.tombstones()}
     live = context.stores.ledger.lookup(dead)
     return [each for key, each in dead.items() if not isinstance(live[key], RecordRow)]
@@ -72,15 +74,17 @@ def _standing(context: Context) -> list[Tombstone]:
 def apply_testimony(context: Context) -> None:
     """Delete again what the witness calls deleted, and erase it; training is left to `reconcile`."""
     check_consistent(context)  # a damaged ledger is no older one
-    told = context.stores.witness.read()
-    found = context.stores.ledger.lookup(told.tombstones)
-    again = [each for key, each in told.tombstones.items() if not isinstance(found.get(key), Tombstone)]
+    testimony = context.stores.witness.read()
+    found = context.stores.ledger.lookup(testimony.tombstones)
+    again = [
+        each for key, each in testimony.tombstones.items() if not isinstance(found.get(key), Tombstone)
+    ]
     live = [each for each in found.values() if isinstance(each, RecordRow)]
-    _announce(context, told, len(live))
+    _announce(context, testimony, len(live))
     if again:
         named: dict[str, list[RecordRow]] = {each.request_id: [] for each in again}
         for row in live:
-            named[told.tombstones[row.id_digest].request_id].append(row)
+            named[testimony.tombstones[row.id_digest].request_id].append(row)
         arrivals = _arrivals(context, again)
         absent = [each for each in again if each.id_digest not in found]
         removal = Removal([each.request for each in arrivals], named)
@@ -94,7 +98,8 @@ def apply_testimony(context: Context) -> None:
 
 
 def _too_old(error: IntegrityError) -> IntegrityError:
-    """Of an encrypted model: the keys of the slices that the deletion rewrote are destroyed."""
+    """Return the error of a backup that can't be read: the keys of the slices that the deletion rewrote
+    are destroyed."""
     return IntegrityError(
         "a backup was restored, and what was deleted since can't be deleted again",
         where=error.where,
@@ -104,8 +109,10 @@ def _too_old(error: IntegrityError) -> IntegrityError:
     )
 
 
-def _announce(context: Context, told: Testimony, num_live: int) -> None:
-    lost = (told.head.num_events if told.head else 0) - context.stores.ledger.event_head().num_events
+def _announce(context: Context, testimony: Testimony, num_live: int) -> None:
+    lost = (
+        testimony.head.num_events if testimony.head else 0
+    ) - context.stores.ledger.event_head().num_events
     text = f"a backup was restored: {num_live} records that were deleted since are deleted again"
     if lost > 0:
         text += f"; {lost} events are lost: submit requests that came in since once more"
@@ -113,7 +120,7 @@ def _announce(context: Context, told: Testimony, num_live: int) -> None:
 
 
 def _arrivals(context: Context, again: Sequence[Tombstone]) -> list[Arrival]:
-    """The requests that deleted these records, as they are in the ledger or made anew."""
+    """Return the requests that deleted these records, as they are in the ledger or made anew."""
     named: dict[str, list[str]] = {}
     for each in again:
         named.setdefault(each.request_id, []).append(each.id_digest)
