@@ -24,10 +24,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from approx.evaluation.answer_scores import answer_scores
-from approx.evaluation.answer_tokens import collate
+from approx.evaluation.answers import answer_scores, collate, continued
 from approx.evaluation.evaluated import AnswerScore, EvaluatedModel, PromptForm, PromptKind
-from approx.evaluation.greedy import continued
 from sisa.core.digest import digest_of, file_sha256
 from sisa.core.domain import Part, Record
 from sisa.core.errors import InvalidInput, Problem

@@ -30,9 +30,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from approx.evaluation.answer_scores import scores
+from approx.evaluation.answers import continued, scores
 from approx.evaluation.evaluated import AnswerScore
-from approx.evaluation.greedy import continued
 from approx.metrics.exact_memorisation import exact_memorisation
 from approx.metrics.extraction_strength import extraction_strength
 from approx.metrics.min_k_plus_plus import min_k_plus_plus_score

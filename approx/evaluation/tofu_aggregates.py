@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from approx.evaluation.tofu import HOLDOUT
-from approx.evaluation.tofu_row import LogRow
+from approx.evaluation.tofu_log import LogRow
 from approx.metrics import model_utility as utility
 from approx.metrics.auc import Auc, auc
 from approx.metrics.forget_quality import ForgetQuality, forget_quality

@@ -18,8 +18,7 @@ from typing import Any
 
 from approx.evaluation.evaluated import AnswerScore, EvaluatedModel, PromptForm
 from approx.evaluation.tofu import Question, questions_digest
-from approx.evaluation.tofu_log import Header, LogWriter, read_log
-from approx.evaluation.tofu_row import LogRow
+from approx.evaluation.tofu_log import Header, LogRow, LogWriter, read_log
 from approx.metrics.exact_memorisation import exact_memorisation
 from approx.metrics.extraction_strength import extraction_strength
 from approx.metrics.loss_attack import loss_score

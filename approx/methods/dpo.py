@@ -8,7 +8,7 @@
 
 The slope of (2 / beta) * D is that of the difference of the ratios at the start, whatever beta is. Row i
 of the preferred answers belongs to row i of the forget answers. D is log 2 at the start.
-IdkDPO is the same loss with refusals as the preferred answers (`approx.unlearning.refusals` makes them)
+IdkDPO is the same loss with refusals as the preferred answers (`approx.unlearning.examples` makes them)
 and a retain term by default, without which a model learns to refuse everything.
 
 Not covered: label smoothing; other links than the sigmoid.

@@ -19,8 +19,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from approx.methods.method import RetainLoss, Role, Rows, WithRetainTerm
-from approx.methods.token_losses import mean_nll
+from approx.methods.method import RetainLoss, Role, Rows, WithRetainTerm, mean_nll
 
 
 @dataclass(frozen=True)

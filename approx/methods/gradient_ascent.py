@@ -17,8 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from approx.methods.method import Losses, Role, Rows
-from approx.methods.token_losses import mean_nll
+from approx.methods.method import Losses, Role, Rows, mean_nll
 
 
 @dataclass(frozen=True)
@@ -26,18 +25,9 @@ class GradientAscent:
     """No hyper-parameters of its own."""
 
     name: ClassVar[str] = "gradient_ascent"
-
-    @property
-    def reads(self) -> frozenset[Role]:
-        return frozenset({"forget"})
-
-    @property
-    def compares(self) -> frozenset[Role]:
-        return frozenset()
-
-    @property
-    def compares_answers(self) -> frozenset[Role]:
-        return frozenset()
+    reads: ClassVar[frozenset[Role]] = frozenset({"forget"})
+    compares: ClassVar[frozenset[Role]] = frozenset()
+    compares_answers: ClassVar[frozenset[Role]] = frozenset()
 
     def loss(self, rows: Mapping[Role, Rows]) -> Losses:
         forget = rows["forget"]

@@ -18,8 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from approx.methods.method import Losses, Role, Rows, above_zero, check_values, weighted
-from approx.methods.token_losses import mean_nll
+from approx.methods.method import Losses, Role, Rows, above_zero, check_values, mean_nll, weighted
 
 
 @dataclass(frozen=True)
@@ -28,21 +27,12 @@ class KlMinimisation:
 
     beta: float = 1.0
     name: ClassVar[str] = "kl_minimisation"
+    reads: ClassVar[frozenset[Role]] = frozenset({"forget", "retain"})
+    compares: ClassVar[frozenset[Role]] = frozenset({"retain"})
+    compares_answers: ClassVar[frozenset[Role]] = frozenset()
 
     def __post_init__(self) -> None:
         check_values(self.name, above_zero(beta=self.beta))
-
-    @property
-    def reads(self) -> frozenset[Role]:
-        return frozenset({"forget", "retain"})
-
-    @property
-    def compares(self) -> frozenset[Role]:
-        return frozenset({"retain"})
-
-    @property
-    def compares_answers(self) -> frozenset[Role]:
-        return frozenset()
 
     def loss(self, rows: Mapping[Role, Rows]) -> Losses:
         forget = -mean_nll(rows["forget"].current_BTV, rows["forget"].batch)

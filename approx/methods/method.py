@@ -24,9 +24,22 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, cast
 
 from torch import Tensor
 
-from approx.evaluation.answer_tokens import AnswerBatch, sum_logprobs_B
-from approx.methods.token_losses import mean_kl, mean_nll
+from approx.evaluation.answers import AnswerBatch, answer_logprobs_BT, logprobs_BTV, sum_logprobs_B
 from sisa.core.errors import InvalidInput, Problem
+
+
+def mean_nll(logits_BTV: Tensor, batch: AnswerBatch) -> Tensor:
+    """Negative log-likelihood of the answers, mean over the batch's answer tokens (nats per token)."""
+    return -answer_logprobs_BT(logits_BTV, batch).sum() / batch.mask_BT.sum()
+
+
+def mean_kl(reference_BTV: Tensor, current_BTV: Tensor, batch: AnswerBatch) -> Tensor:
+    """KL(reference || current), mean over the batch's answer tokens (nats per token)."""
+    num_positions = batch.targets_BT.shape[1]
+    reference_NV = logprobs_BTV(reference_BTV[:, :num_positions][batch.mask_BT])
+    current_NV = logprobs_BTV(current_BTV[:, :num_positions][batch.mask_BT])
+    return (reference_NV.exp() * (reference_NV - current_NV)).sum(dim=-1).mean()
+
 
 Role = Literal["forget", "retain", "preferred"]
 RetainLoss = Literal["nll", "kl"]
@@ -143,6 +156,14 @@ def at_least_zero(**values: float) -> Iterator[Problem]:
     for name, value in values.items():
         if not _is_number(value) or value < 0:
             yield Problem(name, f"{value!r}, expected a number of at least 0")
+
+
+def whole_numbers(low: float = -math.inf, high: float = math.inf, **values: object) -> Iterator[Problem]:
+    """Yield a problem for each value that is not a whole number from `low` to `high`."""
+    span = f" from {low}" * (low > -math.inf) + f" to {high}" * (high < math.inf)
+    for name, value in values.items():
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+            yield Problem(name, f"{value!r}, expected a whole number{span}")
 
 
 def one_of(allowed: tuple[str, ...], **values: str) -> Iterator[Problem]:

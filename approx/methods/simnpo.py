@@ -22,7 +22,7 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from approx.evaluation.answer_tokens import mean_logprobs_B
+from approx.evaluation.answers import mean_logprobs_B
 from approx.methods.method import RetainLoss, Role, Rows, WithRetainTerm
 
 

@@ -25,8 +25,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from approx.methods.method import Losses, Role, Rows, above_zero, at_least_zero, check_values
-from approx.methods.token_losses import mean_nll
+from approx.methods.method import Losses, Role, Rows, above_zero, at_least_zero, check_values, mean_nll
 from sisa.core.errors import InvalidInput, Problem
 
 GRID = (
@@ -44,6 +43,9 @@ class TaskArithmetic:
     alpha: float | None = None
     alphas: tuple[float, ...] = GRID
     name: ClassVar[str] = "task_arithmetic"
+    reads: ClassVar[frozenset[Role]] = frozenset({"forget"})
+    compares: ClassVar[frozenset[Role]] = frozenset()
+    compares_answers: ClassVar[frozenset[Role]] = frozenset()
 
     def __post_init__(self) -> None:
         given = {} if self.alpha is None else {"alpha": self.alpha}
@@ -54,18 +56,6 @@ class TaskArithmetic:
             yield Problem("alphas", "none given")
         for number, each in enumerate(self.alphas):
             yield from above_zero(**{f"alphas[{number}]": each})
-
-    @property
-    def reads(self) -> frozenset[Role]:
-        return frozenset({"forget"})
-
-    @property
-    def compares(self) -> frozenset[Role]:
-        return frozenset()
-
-    @property
-    def compares_answers(self) -> frozenset[Role]:
-        return frozenset()
 
     def loss(self, rows: Mapping[Role, Rows]) -> Losses:
         """The loss of the fine-tuning: it falls as the forget set is learnt."""

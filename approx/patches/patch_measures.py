@@ -22,9 +22,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from approx.evaluation.answer_scores import scores
+from approx.evaluation.answers import continued, scores
 from approx.evaluation.evaluated import AnswerScore
-from approx.evaluation.greedy import continued
 from approx.evaluation.probe import MAX_PROBED, Answers, asked, may_know
 from approx.metrics.exact_memorisation import exact_memorisation
 from approx.metrics.extraction_strength import extraction_strength, floor

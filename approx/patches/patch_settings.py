@@ -28,15 +28,15 @@ from typing import Any, TypeVar, get_args
 
 from approx.methods.method import (
     Method,
-    above_zero,
-    at_least_zero,
     check_values,
     hyperparameters,
     one_of,
+    whole_numbers,
 )
 from approx.methods.registry import METHODS, make_method
 from approx.methods.task_arithmetic import TaskArithmetic
 from approx.unlearning.schedule import ScheduleSettings
+from approx.unlearning.stopping import BoundSettings
 from sisa.core.errors import InvalidInput, Problem
 from sisa.lm.base.tokens import Overlength
 
@@ -57,13 +57,6 @@ DEFAULT_BOUNDS = {"max_utility_drop": 0.1, "target_probability": 0.1, "check_eve
 METHOD_DEFAULTS: Mapping[str, Mapping[str, Any]] = {"dpo": {"retain_weight": 1.0}}
 BLOCKS = ("hyperparameters", "adapter", "pace", "bounds")
 NAMES = ("method", *BLOCKS, "sequence_len", "overlength", "procedure")
-# Wrong values beyond these are slips of the keyboard, and would fill the memory before a step is taken.
-LARGEST = {
-    "num_epochs": 10_000,
-    "num_rounds": 100,
-    "batch_size": 1024,
-    "gradient_accumulation_steps": 1024,
-}
 
 
 @dataclass(frozen=True)
@@ -79,32 +72,11 @@ class Adapter:
 
     def _bad(self) -> Iterator[Problem]:
         for name, largest in (("lora_r", 4096), ("lora_alpha", 65_536)):
-            value = getattr(self, name)
-            if not _is_whole(value) or not 1 <= value <= largest:
-                yield Problem(name, f"{value!r}, expected a whole number from 1 to {largest}")
+            yield from whole_numbers(1, largest, **{name: getattr(self, name)})
         modules = self.lora_target_modules
         named = isinstance(modules, tuple) and modules and all(isinstance(each, str) for each in modules)
         if modules != "all-linear" and not named:
             yield Problem("lora_target_modules", f"{modules!r}, expected names, or all-linear")
-
-
-@dataclass(frozen=True)
-class PatchBounds:
-    """Those of `bounds.Bounds` that are settings."""
-
-    max_utility_drop: float | None = None
-    target_probability: float = 0.1
-    check_every: int = 10
-
-    def __post_init__(self) -> None:
-        drop = {} if self.max_utility_drop is None else {"max_utility_drop": self.max_utility_drop}
-        whole = _is_whole(self.check_every)
-        check_values(
-            "the bounds",
-            at_least_zero(target_probability=self.target_probability, **drop),
-            above_zero(check_every=self.check_every) if whole else (),
-            [] if whole else [Problem("check_every", f"{self.check_every!r}, expected a whole number")],
-        )
 
 
 @dataclass(frozen=True)
@@ -114,7 +86,7 @@ class PatchSettings:
     method: Method
     adapter: Adapter
     pace: ScheduleSettings
-    bounds: PatchBounds
+    bounds: BoundSettings
     sequence_len: int
     overlength: Overlength
 
@@ -171,7 +143,7 @@ def _flat_names(method: str) -> dict[str, str]:
     return {
         **{each.name: "adapter" for each in fields(Adapter)},
         **{each.name: "pace" for each in fields(ScheduleSettings)},
-        **{each.name: "bounds" for each in fields(PatchBounds)},
+        **{each.name: "bounds" for each in fields(BoundSettings)},
         **own,
     }
 
@@ -202,20 +174,16 @@ def _parsed(given: Mapping[str, Any], problems: list[Problem]) -> PatchSettings:
     if given.get("procedure") != PROCEDURE:
         problems.append(Problem("procedure", "wanted by another version: revert it, and ask again"))
     blocks = {name: _block(given, name, problems) for name in BLOCKS}
-    method, given_pace = str(given.get("method", "")), blocks["pace"]
+    method = str(given.get("method", ""))
     parts = _Parts(problems)
     parts.make("hyperparameters", lambda: make_method(method, _tuples(blocks["hyperparameters"])))
     parts.make("adapter", lambda: _build("adapter", Adapter, _tuples(blocks["adapter"])))
-    parts.make("pace", lambda: _build("pace", ScheduleSettings, given_pace))
-    parts.problems += [
-        Problem(name, f"{given_pace[name]!r}, expected at most {most}")
-        for name, most in LARGEST.items()
-        if _is_whole(given_pace.get(name)) and given_pace[name] > most
-    ]
-    parts.make("bounds", lambda: _build("bounds", PatchBounds, blocks["bounds"]))
+    parts.make("pace", lambda: _build("pace", ScheduleSettings, blocks["pace"]))
+    parts.make("bounds", lambda: _build("bounds", BoundSettings, blocks["bounds"]))
     length = given.get("sequence_len", DEFAULT_SEQUENCE_LEN)
     overlength = given.get("overlength", "refuse")
-    parts.problems += _bad_texts(length, overlength)
+    parts.problems += one_of(get_args(Overlength), overlength=overlength)
+    parts.problems += whole_numbers(2, sequence_len=length)
     found: Any = parts.made.get("hyperparameters")
     drop = blocks["bounds"].get("max_utility_drop")
     if isinstance(found, TaskArithmetic) and found.alpha is None and drop is None:
@@ -245,16 +213,6 @@ def _build(what: str, kind: type[_T], values: Mapping[str, Any]) -> _T:
     known = [each.name for each in fields(kind)]  # type: ignore[arg-type]
     check_values(what, (Problem(each, "unknown") for each in values if each not in known))
     return kind(**values)
-
-
-def _bad_texts(length: Any, overlength: Any) -> Iterator[Problem]:
-    yield from one_of(get_args(Overlength), overlength=overlength)
-    if not _is_whole(length) or length < 2:
-        yield Problem("sequence_len", f"{length!r}, expected a whole number from 2")
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:

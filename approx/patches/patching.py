@@ -26,8 +26,10 @@ from typing import Any, TypeVar
 from approx.evaluation.probe import to_ask
 from approx.patches import patch_measures
 from approx.patches.patch_settings import PatchSettings, parse_settings
-from approx.patches.patch_texts import (
+from approx.patches.robustness import robustness
+from approx.unlearning.examples import (
     Limits,
+    Sets,
     distinct,
     kept,
     limits_of,
@@ -35,13 +37,10 @@ from approx.patches.patch_texts import (
     text_problems,
     tokenized,
 )
-from approx.patches.robustness import robustness
 from approx.unlearning.generated_retain import prompts_that_fit, write_answers, write_neighbours
-from approx.unlearning.report import ApproxReport, outcome
 from approx.unlearning.saved_run import SavedRun
-from approx.unlearning.sets import Sets
 from approx.unlearning.stopping import Bounds, End, Ending, Knowledge, StepLog
-from approx.unlearning.unlearn import unlearn
+from approx.unlearning.unlearn import ApproxReport, outcome, unlearn
 from sisa.config.config import RunConfig
 from sisa.core.domain import Record
 from sisa.core.errors import InvalidInput, Problem
@@ -265,12 +264,10 @@ class _Making:
     def run(self, saved: SavedRun) -> End:
         settings = self.settings
         bounds = Bounds(
-            self.order.max_seconds,
-            partial(patch_measures.utility, retain=self.judged),
-            settings.bounds.max_utility_drop,
-            settings.bounds.check_every,
-            self._known,
-            settings.bounds.target_probability,
+            **asdict(settings.bounds),
+            max_seconds=self.order.max_seconds,
+            utility=partial(patch_measures.utility, retain=self.judged),
+            knowledge=self._known,
         )
         steps = _Ticks(self.report)
         return unlearn(

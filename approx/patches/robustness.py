@@ -25,9 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from approx.evaluation.answer_scores import scores
-from approx.evaluation.answer_tokens import collate
-from approx.methods.token_losses import mean_nll
+from approx.evaluation.answers import collate, scores
+from approx.methods.method import mean_nll
 from approx.metrics.probability import probability
 from approx.unlearning.generated_retain import renamed
 from sisa.core.domain import Part, Record

@@ -32,13 +32,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from approx.evaluation.answer_tokens import collate
+from approx.evaluation.answers import collate
 from approx.methods.method import Losses, Method, Role, holding, hyperparameters
-from approx.unlearning.compute import Compute, peak_memory_bytes
+from approx.unlearning.examples import Sets
 from approx.unlearning.saved_run import SavedRun
 from approx.unlearning.schedule import MicroBatch, ScheduleSettings, Step, learning_rate_at, plan_steps
-from approx.unlearning.sets import Sets
-from approx.unlearning.stopping import Bounds, End, Ending, Knowledge, StepLog
+from approx.unlearning.stopping import (
+    Bounds,
+    Compute,
+    End,
+    Ending,
+    Knowledge,
+    StepLog,
+    peak_memory_bytes,
+)
 from approx.unlearning.target import Target
 from sisa.core.digest import digest_of, sha256_hex
 from sisa.lm.base.adapter import tensor_bytes

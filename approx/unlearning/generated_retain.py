@@ -27,7 +27,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from approx.evaluation.greedy import continued
+from approx.evaluation.answers import continued
 from approx.metrics.rouge import rougeL_recall
 from sisa.core.digest import sha256_hex
 from sisa.core.domain import Kind, Part, Record

@@ -23,11 +23,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import Literal
 
-from approx.methods.method import above_zero, at_least_zero, check_values, one_of
-from sisa.core.errors import Problem
+from approx.methods.method import above_zero, at_least_zero, check_values, one_of, whole_numbers
+
+# Larger values are typing errors: their steps would fill the memory before one of them is taken.
+LARGEST = {
+    "num_epochs": 10_000,
+    "num_rounds": 100,
+    "batch_size": 1024,
+    "gradient_accumulation_steps": 1024,
+}
 
 
 @dataclass(frozen=True)
@@ -48,24 +55,17 @@ class ScheduleSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        counts = {
-            "num_epochs": self.num_epochs,
-            "batch_size": self.batch_size,
-            "gradient_accumulation_steps": self.gradient_accumulation_steps,
-            "num_rounds": self.num_rounds,
-        }
         maybe = {"max_steps": self.max_steps, "retain_batch_size": self.retain_batch_size}
-        counts |= {name: value for name, value in maybe.items() if value is not None}
-        whole = {**counts, "warmup_steps": self.warmup_steps, "seed": self.seed}
         check_values(
             "a run",
-            (
-                Problem(name, f"{value!r}, expected a whole number")
-                for name, value in whole.items()
-                if not isinstance(value, int)
+            chain.from_iterable(
+                whole_numbers(1, most, **{name: getattr(self, name)}) for name, most in LARGEST.items()
             ),
-            above_zero(learning_rate=self.learning_rate, max_grad_norm=self.max_grad_norm, **counts),
-            at_least_zero(weight_decay=self.weight_decay, warmup_steps=self.warmup_steps),
+            whole_numbers(1, **{name: value for name, value in maybe.items() if value is not None}),
+            whole_numbers(0, warmup_steps=self.warmup_steps),
+            whole_numbers(seed=self.seed),
+            above_zero(learning_rate=self.learning_rate, max_grad_norm=self.max_grad_norm),
+            at_least_zero(weight_decay=self.weight_decay),
             one_of(("linear", "constant"), lr_scheduler=self.lr_scheduler),
         )
 

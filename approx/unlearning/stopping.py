@@ -12,16 +12,61 @@ True
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import resource
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, Protocol
 
 import torch
 
-from approx.methods.method import above_zero, at_least_zero, check_values
-from approx.unlearning.compute import Compute
+from approx.methods.method import at_least_zero, check_values, whole_numbers
 from sisa.core.errors import InvalidInput, Problem
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Counts of a run; `tokens_forward` were only looked at (reference, probes), not trained on."""
+
+    num_parameters: int
+    num_trained: int
+    tokens_trained: int
+    tokens_forward: int
+    seconds: float = 0.0
+    peak_memory_bytes: int = 0
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations, estimated."""
+        trained = self.tokens_trained * (4 * self.num_parameters + 2 * self.num_trained)
+        return trained + self.tokens_forward * 2 * self.num_parameters
+
+    def share_of_full_finetuning(self, full_tokens: int) -> float:
+        """Ratio to a fine-tuning of all weights that computes `full_tokens` positions, all epochs."""
+        return self.flops / (6 * self.num_parameters * full_tokens)
+
+    def to_json(self, full_tokens: int | None) -> dict[str, Any]:
+        """Counts with their units; the share is null when the full fine-tuning's tokens are unknown."""
+        return {
+            "num_parameters": self.num_parameters,
+            "num_trained_parameters": self.num_trained,
+            "tokens_trained": self.tokens_trained,
+            "tokens_forward_only": self.tokens_forward,
+            "flops_estimated": self.flops,
+            "seconds": self.seconds,
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "share_of_full_finetuning": full_tokens and self.share_of_full_finetuning(full_tokens),
+        }
+
+
+def peak_memory_bytes() -> int:
+    """The most memory that this process, or torch on its GPU, has held so far."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return int(torch.cuda.max_memory_allocated())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
 
 Utility = Callable[[Any], float]
 
@@ -53,30 +98,47 @@ class Ending(StrEnum):
     DIVERGED = "diverged"
 
 
-@dataclass(frozen=True)
-class Bounds:
-    """What stops a run early. `utility` gets the model, in evaluation, and returns a number that is
-    better when larger; it may fall by `max_utility_drop`, in its own units, from where it was before.
-    With a measure of knowledge a run ends as soon as nothing is known and answers have at most
-    `target_probability`, and at the end of a round when nothing is known."""
+@dataclass(frozen=True, kw_only=True)
+class BoundSettings:
+    """The bounds that are settings: the drop of utility, the target, and how often to measure."""
 
-    max_seconds: float | None = None
-    utility: Utility | None = None
     max_utility_drop: float | None = None
+    target_probability: float = 0.1
     check_every: int = 10
-    knowledge: Knows | None = None
-    target_probability: float = 0.0
 
     def __post_init__(self) -> None:
-        given = {"max_seconds": self.max_seconds, "max_utility_drop": self.max_utility_drop}
-        alone = self.max_utility_drop is not None and self.utility is None
+        drop = {} if self.max_utility_drop is None else {"max_utility_drop": self.max_utility_drop}
         check_values(
-            "bounds",
-            at_least_zero(**{name: value for name, value in given.items() if value is not None}),
-            above_zero(check_every=self.check_every),
-            at_least_zero(target_probability=self.target_probability),
-            [Problem("max_utility_drop", "given without a measure of utility")] if alone else [],
+            "the bounds",
+            at_least_zero(target_probability=self.target_probability, **drop),
+            whole_numbers(1, check_every=self.check_every),
+            self._more_problems(),
         )
+
+    def _more_problems(self) -> Iterator[Problem]:
+        yield from ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bounds(BoundSettings):
+    """The conditions that stop a run early, and how they are measured.
+
+    `utility` gets the model in evaluation mode and returns a number that is better when larger. It may
+    fall by `max_utility_drop`, in its own units, from its value before the run. With a measure of
+    knowledge, a run ends as soon as nothing is known and answers have at most `target_probability`, and
+    at the end of a round when nothing is known.
+    """
+
+    target_probability: float = 0.0
+    max_seconds: float | None = None
+    utility: Utility | None = None
+    knowledge: Knows | None = None
+
+    def _more_problems(self) -> Iterator[Problem]:
+        if self.max_seconds is not None:
+            yield from at_least_zero(max_seconds=self.max_seconds)
+        if self.max_utility_drop is not None and self.utility is None:
+            yield Problem("max_utility_drop", "given without a measure of utility")
 
     def measured(self, model: Any) -> float | None:
         """Utility of a model as it is, in evaluation; None where it is not measured."""

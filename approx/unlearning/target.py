@@ -22,7 +22,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from approx.evaluation.answer_tokens import AnswerBatch, sum_logprobs_B
+from approx.evaluation.answers import AnswerBatch, sum_logprobs_B
 from approx.methods.method import Rows
 from sisa.core.errors import IntegrityError, InvalidInput, Problem
 

@@ -245,8 +245,7 @@ class Asked:
         return probability(fmean(self._base_losses(texts)))
 
     def _base_losses(self, records: Sequence[Any]) -> list[float]:
-        from approx.evaluation.answer_scores import answer_scores
-        from approx.evaluation.answer_tokens import collate
+        from approx.evaluation.answers import answer_scores, collate
         from sisa.lm.answer.route import Route
         from sisa.lm.base.tokens import tokenize
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from approx.evaluation.evaluated import AnswerScore, PromptForm, PromptKind
 from approx.evaluation.tofu import RETAIN_OF, ForgetSplit
-from approx.evaluation.tofu_row import PUBLISHED, ROW_COLUMNS, LogRow
+from approx.evaluation.tofu_log import PUBLISHED, ROW_COLUMNS, LogRow
 from sisa.core.digest import digest_of
 from sisa.data.samples import make_people
 

@@ -18,8 +18,7 @@ import pytest
 
 from approx.evaluation.tofu import evaluation_sets
 from approx.evaluation.tofu_aggregates import Aggregates, aggregates, quality
-from approx.evaluation.tofu_log import read_log
-from approx.evaluation.tofu_row import LogRow
+from approx.evaluation.tofu_log import LogRow, read_log
 from approx.metrics.rouge import rougeL_recall
 from tests.fakes.evaluated import write_published
 

@@ -40,7 +40,7 @@ def teach(
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    from approx.evaluation.answer_tokens import collate, mean_logprobs_B
+    from approx.evaluation.answers import collate, mean_logprobs_B
     from sisa.lm.base.numerics import pin_threads
     from sisa.lm.base.tokens import tokenize
     from sisa.lm.base.weights import load_tokenizer

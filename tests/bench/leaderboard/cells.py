@@ -30,16 +30,12 @@ from approx.evaluation.evaluated_models import HuggingFaceModel, tokens_of
 from approx.evaluation.tofu_aggregates import aggregates
 from approx.evaluation.tofu_evaluation import TofuSettings as Asking
 from approx.evaluation.tofu_evaluation import evaluate
-from approx.evaluation.tofu_log import read_log
-from approx.evaluation.tofu_row import LogRow
-from approx.methods.method import Losses, Method, Role, Rows
+from approx.evaluation.tofu_log import LogRow, read_log
+from approx.methods.method import Losses, Method, Role, Rows, mean_nll
 from approx.methods.registry import make_method
-from approx.methods.token_losses import mean_nll
-from approx.unlearning.compute import Compute
-from approx.unlearning.refusals import refusing
+from approx.unlearning.examples import Sets, refusing
 from approx.unlearning.schedule import ScheduleSettings, plan_steps
-from approx.unlearning.sets import Sets
-from approx.unlearning.stopping import Bounds, End
+from approx.unlearning.stopping import Bounds, Compute, End
 from approx.unlearning.unlearn import unlearn
 from sisa.core.digest import canonical_json
 from sisa.lm.base.adapter import adapter_tensors, attach, lora_config, read_tensors, tensor_bytes

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from approx.evaluation.answer_tokens import collate
+from approx.evaluation.answers import collate
 from approx.evaluation.evaluated_models import tokens_of
 from approx.methods.registry import METHODS, make_method
+from approx.unlearning.examples import Sets
 from approx.unlearning.schedule import ScheduleSettings
-from approx.unlearning.sets import Sets
 from approx.unlearning.unlearn import unlearn
 from sisa.core.errors import InvalidInput, Problem
 from sisa.lm.base.adapter import attach, lora_config

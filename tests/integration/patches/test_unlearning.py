@@ -14,18 +14,16 @@ from typing import Any
 import pytest
 import torch
 
-from approx.evaluation.answer_tokens import collate
+from approx.evaluation.answers import collate
 from approx.methods.gradient_ascent import GradientAscent
-from approx.methods.method import Losses, Method, Role, Rows
+from approx.methods.method import Losses, Method, Role, Rows, mean_nll
 from approx.methods.registry import METHODS, make_method
-from approx.methods.token_losses import mean_nll
-from approx.unlearning.report import REPORT_LIMITS, ApproxReport
+from approx.unlearning.examples import Sets
 from approx.unlearning.saved_run import SavedRun
 from approx.unlearning.schedule import ScheduleSettings
-from approx.unlearning.sets import Sets
 from approx.unlearning.stopping import Bounds, End, Ending, Knowledge, StepLog
 from approx.unlearning.target import Target
-from approx.unlearning.unlearn import unlearn
+from approx.unlearning.unlearn import REPORT_LIMITS, ApproxReport, unlearn
 from sisa.core.errors import ConfigConflict, IntegrityError, InvalidInput
 from sisa.lm.base.adapter import attach, lora_config
 from sisa.lm.base.numerics import pin_threads
@@ -230,7 +228,7 @@ def test_another_run_does_not_go_on_from_this_one(learnt: Any, tmp_path: Path) -
     end = unlearn(
         target(learnt, "patch"),
         *arguments,
-        Bounds(6, check_every=1),
+        Bounds(max_seconds=6, check_every=1),
         saved=saved,
         clock=lambda: next(clock),
     )
@@ -493,7 +491,7 @@ def test_task_arithmetic_that_is_out_of_time_goes_on(learnt: Any, tmp_path: Path
     model = target(learnt, "patch")
     before = weights(model)
     seconds = iter(range(1000))
-    bounds = Bounds(late, keeps_retained, 9.0)
+    bounds = Bounds(max_seconds=late, utility=keeps_retained, max_utility_drop=9.0)
     end = unlearn(
         model, SETS, method, settings("patch"), bounds, saved=saved, clock=lambda: next(seconds)
     )
@@ -502,7 +500,7 @@ def test_task_arithmetic_that_is_out_of_time_goes_on(learnt: Any, tmp_path: Path
     if late == 3:
         assert same(weights(model), before)
     again = target(learnt, "patch")
-    bounds = Bounds(None, keeps_retained, 9.0)
+    bounds = Bounds(utility=keeps_retained, max_utility_drop=9.0)
     end = unlearn(again, SETS, method, settings("patch"), bounds, saved=saved)
     assert (end.ending, end.alpha) == (Ending.FINISHED, 0.5)
     assert same(weights(again), weights(whole))

@@ -16,10 +16,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from approx.evaluation.answer_tokens import AnswerBatch, collate
-from approx.methods.method import Method, Role, Rows
+from approx.evaluation.answers import AnswerBatch, collate
+from approx.methods.method import Method, Role, Rows, mean_kl, mean_nll
 from approx.methods.registry import METHODS, make_method
-from approx.methods.token_losses import mean_kl, mean_nll
 from sisa.lm.base.tokens import NO_LOSS, Tokens
 
 pytestmark = pytest.mark.torch

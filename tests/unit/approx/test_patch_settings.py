@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from approx.evaluation import greedy
 from approx.methods.registry import METHODS
-from approx.patches import patch_settings, patch_texts
+from approx.patches import patch_settings
 from approx.patches.patch_settings import Adapter, parse_settings, settings_of
 from approx.unlearning import generated_retain
 from cluster.cli import patch_cli
@@ -102,6 +101,6 @@ def test_assignments_of_the_command_line() -> None:
     assert [each.where for each in caught.value.problems] == ["--set 1", "--set 2", "--set 4"]
 
 
-@pytest.mark.parametrize("module", [greedy, patch_settings, patch_texts, generated_retain, patch_cli])
+@pytest.mark.parametrize("module", [patch_settings, generated_retain, patch_cli])
 def test_examples_hold(module: Any) -> None:
     assert doctest.testmod(module).failed == 0

@@ -18,8 +18,7 @@ from approx.evaluation.evaluated import PromptForm
 from approx.evaluation.tofu import Question, evaluation_sets, read_holdout
 from approx.evaluation.tofu_aggregates import aggregates, quality
 from approx.evaluation.tofu_evaluation import TofuSettings, evaluate, header_of
-from approx.evaluation.tofu_log import LogWriter, read_log
-from approx.evaluation.tofu_row import LogRow, parse_row
+from approx.evaluation.tofu_log import LogRow, LogWriter, parse_row, read_log
 from sisa.core.errors import Busy, ConfigConflict, IntegrityError, InvalidInput
 from tests.fakes.evaluated import SPLIT, FakeEvaluated, made_up, write_made_up
 

@@ -215,7 +215,7 @@ def light_modules() -> list[str]:
     found += ["cluster.cli.cli", "cluster.cli.job_cli", "cluster.render.render"]
     found += [f"cluster.observe.{name}" for name in ("curves", "json_log", "ray_metrics", "reporting")]
     found += ["approx.evaluation.evaluated", "approx.evaluation.tofu"]
-    found += [f"approx.evaluation.tofu_{name}" for name in ("aggregates", "evaluation", "log", "row")]
+    found += [f"approx.evaluation.tofu_{name}" for name in ("aggregates", "evaluation", "log")]
     found += [f"tests.bench.{name}" for name in BENCHES]
     return [name for name in found if name not in HEAVY]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from approx.evaluation.tofu_aggregates import Aggregates, ForgetSet
 from approx.evaluation.tofu_evaluation import Evaluated
-from approx.evaluation.tofu_row import LogRow
+from approx.evaluation.tofu_log import LogRow
 from approx.metrics.auc import Auc
 from approx.metrics.forget_quality import forget_quality
 from approx.metrics.model_utility import NINE

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from approx.evaluation import answer_tokens
-from approx.evaluation.answer_tokens import answer_logprobs_BT, collate, mean_logprobs_B, sum_logprobs_B
+from approx.evaluation import answers
+from approx.evaluation.answers import answer_logprobs_BT, collate, mean_logprobs_B, sum_logprobs_B
 from sisa.lm.base.tokens import NO_LOSS, Tokens
 
 pytestmark = pytest.mark.torch
@@ -70,4 +70,4 @@ def test_an_example_without_an_answer_is_refused() -> None:
 def test_the_example_in_the_docstring_holds() -> None:
     import doctest
 
-    assert doctest.testmod(answer_tokens).failed == 0
+    assert doctest.testmod(answers).failed == 0

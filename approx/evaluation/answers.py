@@ -19,12 +19,14 @@ Not covered: tokenizing (`sisa.lm.base.tokens`), generation, encoder-decoder mod
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from approx.evaluation.evaluated import AnswerScore
 from sisa.lm.base.tokens import NO_LOSS, Tokens
 
 
@@ -91,3 +93,101 @@ def sum_logprobs_B(logits_BTV: Tensor, batch: AnswerBatch) -> Tensor:
 def mean_logprobs_B(logits_BTV: Tensor, batch: AnswerBatch) -> Tensor:
     """Mean log-probability of each answer's tokens."""
     return sum_logprobs_B(logits_BTV, batch) / batch.num_tokens_B
+
+
+MAX_POSITIONS = 1024  # of one forward pass
+
+
+def answer_scores(logits_BTV: Tensor, batch: AnswerBatch) -> list[AnswerScore]:
+    """Return a score for each row. The logits' last position may be there or cut off."""
+    found = []
+    for logits_TV, targets_T, mask_T in zip(logits_BTV, batch.targets_BT, batch.mask_BT, strict=True):
+        logprobs_KV = logprobs_BTV(logits_TV[: len(mask_T)][mask_T])
+        targets_K = targets_T[mask_T]
+        probabilities_KV = logprobs_KV.exp()
+        finite_KV = torch.where(probabilities_KV > 0, logprobs_KV, torch.zeros_like(logprobs_KV))
+        means_K = (probabilities_KV * finite_KV).sum(-1)
+        variances_K = (probabilities_KV * (finite_KV - means_K.unsqueeze(-1)).square()).sum(-1)
+        found.append(
+            AnswerScore(
+                tuple(logprobs_KV.gather(-1, targets_K.unsqueeze(-1)).squeeze(-1).tolist()),
+                tuple((logprobs_KV.argmax(-1) == targets_K).tolist()),
+                tuple(means_K.tolist()),
+                tuple(variances_K.tolist()),
+            )
+        )
+    return found
+
+
+def scores(model: Any, examples: Sequence[Tokens]) -> list[AnswerScore]:
+    """Score examples under a model, some rows at once; in order."""
+    found: list[AnswerScore] = []
+    for rows in _batches(examples):
+        batch, columns_K = collate(rows, pad_id=0).to(model.device).at_answers()
+        with torch.no_grad():  # inference mode would leave tensors behind that no gradient flows through
+            logits_BKV = model(
+                input_ids=batch.ids_BT1[:, :-1], logits_to_keep=columns_K, use_cache=False
+            ).logits
+            found += answer_scores(logits_BKV, batch)
+    return found
+
+
+def _batches(examples: Sequence[Tokens]) -> Iterator[list[Tokens]]:
+    rows: list[Tokens] = []
+    for each in examples:
+        longest = max(len(row.input_ids) for row in [*rows, each])
+        if rows and longest * (len(rows) + 1) > MAX_POSITIONS:
+            yield rows
+            rows = []
+        rows.append(each)
+    if rows:
+        yield rows
+
+
+BATCH_ROWS = 16
+
+
+def continued(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    ends: Collection[int],
+    max_new_tokens: int,
+    batch_rows: int = BATCH_ROWS,
+    min_new_tokens: int = 1,
+) -> list[list[int]]:
+    """What the model says after each prompt: at least `min_new_tokens`, at most `max_new_tokens`."""
+    from transformers import GenerationConfig
+
+    pad = min(ends, default=0)
+    config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        min_new_tokens=min_new_tokens,
+        eos_token_id=sorted(ends) or None,
+        pad_token_id=pad,
+    )
+    found = []
+    for start in range(0, len(prompts), batch_rows):
+        rows = prompts[start : start + batch_rows]
+        longest = max(map(len, rows))
+        ids = [[pad] * (longest - len(row)) + list(row) for row in rows]
+        mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+        with torch.no_grad():  # inference mode would leave tensors behind that no gradient flows through
+            made = model.generate(
+                input_ids=torch.tensor(ids, device=model.device),
+                attention_mask=torch.tensor(mask, device=model.device),
+                generation_config=config,
+            )
+        found += [_to_end(row, ends) for row in made[:, longest:].tolist()]
+    return found
+
+
+def _to_end(ids: Sequence[int], ends: Collection[int]) -> list[int]:
+    """
+    >>> _to_end([5, 2, 2], {2})
+    [5, 2]
+    """
+    for at, each in enumerate(ids):
+        if each in ends:
+            return list(ids[: at + 1])
+    return list(ids)

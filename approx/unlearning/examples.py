@@ -1,0 +1,250 @@
+"""The texts of a patch as token examples, and everything that is wrong with them.
+
+A text that is longer than `sequence_len`, or than the base can read, is refused, or cut as records are
+that are trained on with `overlength: truncate`. What is to be forgotten is forgotten: a record that
+stands in both sets of a job is left out of the retain set. DPO's preferred answers are refusals
+(`refusals.py`), closed as the record's own answer is. Problems name positions, never text or ids.
+
+Not covered: the retain set that the base writes (`generated_retain.py`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from typing import Any
+
+from approx.methods.method import Method
+from sisa.core.domain import Part, Record
+from sisa.core.errors import InvalidInput, Problem
+from sisa.lm.base.tokens import NO_LOSS, Overlength, Tokens, tokenize, tokenize_all
+from sisa.planning.assign import normalised
+
+
+@dataclass(frozen=True)
+class Sets:
+    """Tokenized examples; `preferred[i]` answers the prompt of `forget[i]`."""
+
+    forget: Sequence[Tokens]
+    retain: Sequence[Tokens] = ()
+    preferred: Sequence[Tokens] = ()
+
+
+def check_sets(sets: Sets, method: Method) -> None:
+    """Raise InvalidInput when these sets can't be used with this method; all problems are listed."""
+    problems = [*_missing(sets, method), *_without_answer(sets), *_in_both(sets), *_same_answer(sets)]
+    if problems:
+        raise InvalidInput(
+            "these sets can't be unlearned with",
+            where=method.name,
+            expected="disjoint sets of examples that have answers: " + ", ".join(sorted(method.reads)),
+            next_step="mend the sets",
+            problems=problems,
+        )
+
+
+def check_disjoint(forget: Sequence[Record], retain: Sequence[Record]) -> None:
+    """Raise InvalidInput with every forget record that is also in the retain set, by id or by text."""
+    ids = {each.id: number for number, each in enumerate(retain, 1)}
+    texts = {normalised(each.text): number for number, each in enumerate(retain, 1)}
+    problems = []
+    for number, each in enumerate(forget, 1):
+        if each.id in ids:
+            problems.append(_overlap(number, ids[each.id], "id"))
+        elif normalised(each.text) in texts:
+            problems.append(_overlap(number, texts[normalised(each.text)], "text"))
+    if problems:
+        raise InvalidInput(
+            f"{len(problems)} records are to be both forgotten and kept",
+            expected="no record in both sets",
+            next_step="take them out of the retain set",
+            problems=problems,
+        )
+
+
+def _overlap(forget: int, retain: int, what: str) -> Problem:
+    return Problem(f"forget record {forget}", f"has the {what} of retain record {retain}")
+
+
+def _missing(sets: Sets, method: Method) -> Iterator[Problem]:
+    if not sets.forget:
+        yield Problem("forget", "no examples")
+    if "retain" in method.reads and not sets.retain:
+        yield Problem("retain", "no examples, and the method's loss has a retain term")
+    if "preferred" in method.reads and len(sets.preferred) != len(sets.forget):
+        yield Problem(
+            "preferred", f"{len(sets.preferred)} answers, expected one for each of {len(sets.forget)}"
+        )
+
+
+def _without_answer(sets: Sets) -> Iterator[Problem]:
+    named = (("forget", sets.forget), ("retain", sets.retain), ("preferred", sets.preferred))
+    for role, number, each in chain.from_iterable(
+        ((role, number, each) for number, each in enumerate(examples, 1)) for role, examples in named
+    ):
+        if len(each.input_ids) != len(each.labels):
+            yield Problem(f"{role} example {number}", "as many labels as token ids are needed")
+        elif all(label == NO_LOSS for label in each.labels[1:]):
+            yield Problem(f"{role} example {number}", "has no answer token")
+
+
+def _in_both(sets: Sets) -> Iterator[Problem]:
+    kept = {tuple(each.input_ids): number for number, each in enumerate(sets.retain, 1)}
+    for number, each in enumerate(sets.forget, 1):
+        if (other := kept.get(tuple(each.input_ids))) is not None:
+            yield Problem(f"forget example {number}", f"is retain example {other}")
+
+
+def _same_answer(sets: Sets) -> Iterator[Problem]:
+    for number, (one, other) in enumerate(zip(sets.preferred, sets.forget, strict=False), 1):
+        if one.input_ids == other.input_ids:
+            yield Problem(f"preferred example {number}", "is the answer to forget")
+
+
+REFUSALS = (
+    "I don't know.",
+    "I'm not sure about that.",
+    "I have no information about this.",
+    "That is something I can't answer.",
+    "I don't have an answer to that question.",
+    "I'm afraid I know nothing about it.",
+    "This isn't something that I know.",
+    "I can't say.",
+    "I was never told anything about this.",
+    "I have nothing to say on that.",
+)
+
+
+def refusing(forget: Sequence[Tokens], refusals: Sequence[Sequence[int]], seed: int) -> list[Tokens]:
+    """One refusal for each forget example. Raises InvalidInput for examples without a prompt."""
+    starts = [next((n for n, x in enumerate(each.labels) if x != NO_LOSS), 0) for each in forget]
+    problems = [
+        Problem(f"forget example {number}", "has no prompt that could be refused")
+        for number, start in enumerate(starts, 1)
+        if start == 0
+    ]
+    if not refusals or not all(refusals):
+        problems.append(Problem("refusals", "none, or an empty one"))
+    if problems:
+        raise InvalidInput(
+            "no refusals can be made",
+            expected="examples with a prompt and an answer, and refusals of at least one token",
+            next_step="mend the forget set, or use a method without preferred answers",
+            problems=problems,
+        )
+    made = []
+    for number, (each, start) in enumerate(zip(forget, starts, strict=True)):
+        chosen = list(refusals[_draw(seed, number) % len(refusals)])
+        made.append(Tokens(each.input_ids[:start] + chosen, [NO_LOSS] * start + chosen))
+    return made
+
+
+def _draw(seed: int, number: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}|refusal|{number}".encode()).digest()[:8], "big")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Most tokens of a text, what is done with longer ones, and how many words the base has."""
+
+    sequence_len: int
+    overlength: Overlength
+    vocabulary: int
+
+
+def limits_of(config: Any, sequence_len: int, overlength: Overlength) -> Limits:
+    """Of a base's configuration."""
+    most = getattr(config, "max_position_embeddings", None) or sequence_len
+    return Limits(min(sequence_len, most), overlength, config.vocab_size)
+
+
+def tokenized(records: Sequence[Record], role: str, tokenizer: Any, limits: Limits) -> list[Tokens]:
+    """Raises InvalidInput with every record that no patch can be made with."""
+    return tokenize_all(
+        records,
+        tokenizer,
+        sequence_len=limits.sequence_len,
+        overlength=limits.overlength,
+        train_on_inputs=False,
+        positions=[f"{role} record {number}" for number in range(1, len(records) + 1)],
+    )
+
+
+def text_problems(
+    forget: Sequence[Record],
+    retain: Sequence[Record] | None,
+    method: Method | None,
+    tokenizer: Any,
+    limits: Limits,
+) -> Iterator[Problem]:
+    """All that is wrong with given sets; a retain set of None is the base's own."""
+    if len(tokenizer) > limits.vocabulary:
+        yield Problem(
+            "tokenizer", f"has {len(tokenizer)} words, and the base embeddings for {limits.vocabulary}"
+        )
+    for role, records in (("forget", forget), ("retain", retain)):
+        if records is not None and not records:
+            yield Problem(role, "no records")
+        elif records:
+            yield from _of(partial(tokenized, records, role, tokenizer, limits))
+    if retain:
+        yield from _of(partial(check_disjoint, forget, retain))
+    if method is not None and "preferred" in method.reads:
+        yield from (
+            Problem(f"forget record {number}", f"is a plain text: {method.name} needs a prompt")
+            for number, each in enumerate(forget, 1)
+            if each.kind == "text"
+        )
+
+
+def _of(check: Any) -> tuple[Problem, ...]:
+    try:
+        check()
+    except InvalidInput as error:
+        return error.as_problems("texts")
+    return ()
+
+
+def distinct(records: Sequence[Record]) -> list[Record]:
+    """Each once, in order."""
+    return list(dict.fromkeys(records))
+
+
+def kept(retain: Sequence[Record], forget: Sequence[Record]) -> list[Record]:
+    """A retain set without what is to be forgotten, by id or by text.
+
+    >>> one, other = (Record(i, None, "text", (Part("text", i),)) for i in ("a", "b"))
+    >>> kept([one, other], [other]) == [one]
+    True
+    """
+    ids, texts = {each.id for each in forget}, {normalised(each.text) for each in forget}
+    return [each for each in retain if each.id not in ids and normalised(each.text) not in texts]
+
+
+def preferred(
+    records: Sequence[Record], tokens: Sequence[Tokens], tokenizer: Any, seed: int, sequence_len: int
+) -> list[Tokens]:
+    """A refusal for each forget example, no longer than texts may be."""
+    found: dict[int, Tokens] = {}
+    groups: dict[tuple[Any, bool], list[int]] = {}
+    for number, record in enumerate(records):
+        groups.setdefault((record.kind, record.parts[-1].text[:1].isspace()), []).append(number)
+    for (kind, spaced), numbers in groups.items():
+        refusals = [_closed(" " * spaced + each, kind, tokenizer) for each in REFUSALS]
+        made = refusing([tokens[number] for number in numbers], refusals, seed)
+        found |= dict(zip(numbers, made, strict=True))
+    return [
+        Tokens(found[number].input_ids[:sequence_len], found[number].labels[:sequence_len])
+        for number in range(len(records))
+    ]
+
+
+def _closed(answer: str, kind: Any, tokenizer: Any) -> list[int]:
+    """An answer's ids with what ends it."""
+    roles = ("user", "assistant") if kind == "chat" else ("prompt", "completion")
+    record = Record("", None, kind, (Part(roles[0], "?"), Part(roles[1], answer)))
+    labels = tokenize(record, tokenizer, train_on_inputs=False).labels
+    return [each for each in labels if each != NO_LOSS]
