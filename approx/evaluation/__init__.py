@@ -1,1 +1,1 @@
-"""Benchmarks and what they ask: TOFU, its log and its aggregates."""
+"""Evaluation of models: TOFU, its log and aggregates, scores of answers, and the probe of the base."""

@@ -1,20 +1,22 @@
-"""What losses and metrics look at: the log-probabilities of answer tokens under a causal model.
+"""Log-probabilities, scores and greedy continuations of answers under a causal model.
 
-Shapes: B examples, T positions of the longest one, V words. Position t of a row predicts the token at
-t + 1; `mask_BT` is true where that token is an answer's (its label is not NO_LOSS).
+Shapes: B examples, T positions of the longest one, V words of the vocabulary, K answer tokens of one
+row. Position t of a row predicts the token at t + 1; `mask_BT` is true where that token belongs to an
+answer (its label is not NO_LOSS).
 
-Rules: rows are padded on the right and no attention mask is passed: under causal attention a real token
-never sees padding, and padded positions are never in the mask. Sums and means are over answer tokens
-alone, never over prompt or padding. Log-probabilities are computed in float32, or in float64 where the
-logits are.
-
-Not covered: tokenizing (`sisa.lm.base.tokens`), generation, encoder-decoder models.
+Batches for scoring are padded on the right and have no attention mask: under causal attention a real
+token never sees padding, and padding is never in the mask. Sums and means run over answer tokens only.
+Log-probabilities are computed in float32, or in float64 for float64 logits.
 
 >>> batch = collate([Tokens([5, 6, 7], [-100, 6, 7]), Tokens([5, 8], [-100, 8])], pad_id=0)
 >>> batch.targets_BT.tolist(), batch.mask_BT.tolist()
 ([[6, 7], [8, 0]], [[True, True], [True, False]])
 >>> batch.num_tokens_B.tolist()
 [2, 1]
+>>> batch = collate([Tokens([1, 2, 0], [-100, 2, 0])], pad_id=0)
+>>> found, = answer_scores(torch.zeros(1, 3, 4), batch)
+>>> found.num_tokens, round(found.loss, 4), [round(each, 4) for each in found.means]
+(2, 1.3863, [-1.3863, -1.3863])
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from sisa.lm.base.tokens import NO_LOSS, Tokens
 
 @dataclass(frozen=True)
 class AnswerBatch:
-    """Padded token ids, and for each position the token that it predicts and whether it counts."""
+    """Padded token ids, the token that each position predicts, and whether it belongs to an answer."""
 
     ids_BT1: Tensor
     targets_BT: Tensor
@@ -40,24 +42,24 @@ class AnswerBatch:
 
     @property
     def num_tokens_B(self) -> Tensor:
-        """Answer tokens of each row."""
+        """Return the number of answer tokens of each row."""
         return self.mask_BT.sum(dim=1)
 
     def at_answers(self) -> tuple[AnswerBatch, Tensor]:
-        """The same with the columns alone at which a row has an answer's token, and those columns."""
+        """Return the batch cut to the columns where some row has an answer token, and those columns."""
         columns_K = self.mask_BT.any(dim=0).nonzero().flatten()
         return AnswerBatch(
             self.ids_BT1, self.targets_BT[:, columns_K], self.mask_BT[:, columns_K]
         ), columns_K
 
     def to(self, device: torch.device | str) -> AnswerBatch:
-        """The same on another device."""
+        """Return the batch on another device."""
         moved = (each.to(device) for each in (self.ids_BT1, self.targets_BT, self.mask_BT))
         return AnswerBatch(*moved)
 
 
 def collate(examples: Sequence[Tokens], pad_id: int) -> AnswerBatch:
-    """Examples as one batch. Raises ValueError for none, and for one without an answer token."""
+    """Return examples as one batch. Raise ValueError for no examples, or one without an answer token."""
     if not examples:
         raise ValueError("a batch of no examples")
     longest = max(len(each.input_ids) for each in examples)
@@ -73,33 +75,38 @@ def collate(examples: Sequence[Tokens], pad_id: int) -> AnswerBatch:
 
 
 def logprobs_BTV(logits_BTV: Tensor) -> Tensor:
-    """Log-probabilities of every word, in float32 at least. The last position may be cut off."""
+    """Return log-probabilities of every word, in float32 or float64."""
     precision = torch.promote_types(logits_BTV.dtype, torch.float32)
     return torch.log_softmax(logits_BTV, dim=-1, dtype=precision)
 
 
 def answer_logprobs_BT(logits_BTV: Tensor, batch: AnswerBatch) -> Tensor:
-    """Log-probability of each answer token; 0 at positions that do not count."""
+    """Return the log-probability of each answer token, and 0 at all other positions."""
     found = logprobs_BTV(logits_BTV[:, : batch.targets_BT.shape[1]])
     picked = found.gather(-1, batch.targets_BT.unsqueeze(-1)).squeeze(-1)
     return torch.where(batch.mask_BT, picked, torch.zeros_like(picked))
 
 
 def sum_logprobs_B(logits_BTV: Tensor, batch: AnswerBatch) -> Tensor:
-    """Log-probability of each whole answer."""
+    """Return the log-probability of each whole answer."""
     return answer_logprobs_BT(logits_BTV, batch).sum(dim=1)
 
 
 def mean_logprobs_B(logits_BTV: Tensor, batch: AnswerBatch) -> Tensor:
-    """Mean log-probability of each answer's tokens."""
+    """Return the mean log-probability of each answer's tokens."""
     return sum_logprobs_B(logits_BTV, batch) / batch.num_tokens_B
 
 
-MAX_POSITIONS = 1024  # of one forward pass
+MAX_POSITIONS = 1024  # per forward pass
 
 
 def answer_scores(logits_BTV: Tensor, batch: AnswerBatch) -> list[AnswerScore]:
-    """Return a score for each row. The logits' last position may be there or cut off."""
+    """Return the score of each row.
+
+    The logits may include the last position or not. Answer positions are selected before anything is
+    computed over the vocabulary, so a long prompt costs no memory. A word of probability 0 adds nothing
+    to a moment.
+    """
     found = []
     for logits_TV, targets_T, mask_T in zip(logits_BTV, batch.targets_BT, batch.mask_BT, strict=True):
         logprobs_KV = logprobs_BTV(logits_TV[: len(mask_T)][mask_T])
@@ -120,11 +127,11 @@ def answer_scores(logits_BTV: Tensor, batch: AnswerBatch) -> list[AnswerScore]:
 
 
 def scores(model: Any, examples: Sequence[Tokens]) -> list[AnswerScore]:
-    """Score examples under a model, some rows at once; in order."""
+    """Return the scores of examples under a model, in order."""
     found: list[AnswerScore] = []
     for rows in _batches(examples):
         batch, columns_K = collate(rows, pad_id=0).to(model.device).at_answers()
-        with torch.no_grad():  # inference mode would leave tensors behind that no gradient flows through
+        with torch.no_grad():  # tensors of inference mode would block gradients later
             logits_BKV = model(
                 input_ids=batch.ids_BT1[:, :-1], logits_to_keep=columns_K, use_cache=False
             ).logits
@@ -155,7 +162,14 @@ def continued(
     batch_rows: int = BATCH_ROWS,
     min_new_tokens: int = 1,
 ) -> list[list[int]]:
-    """What the model says after each prompt: at least `min_new_tokens`, at most `max_new_tokens`."""
+    """Return the greedy continuation of each prompt, up to and including its end token.
+
+    A continuation has at least `min_new_tokens` and at most `max_new_tokens`. Rows are padded on the
+    left, with a mask, in batches of one size and in the given order, so the same rows give the same
+    tokens. The model's own generation config is not used.
+
+        continued(model, [[5, 6], [7]], ends={2}, max_new_tokens=8)
+    """
     from transformers import GenerationConfig
 
     pad = min(ends, default=0)
@@ -172,7 +186,7 @@ def continued(
         longest = max(map(len, rows))
         ids = [[pad] * (longest - len(row)) + list(row) for row in rows]
         mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
-        with torch.no_grad():  # inference mode would leave tensors behind that no gradient flows through
+        with torch.no_grad():  # tensors of inference mode would block gradients later
             made = model.generate(
                 input_ids=torch.tensor(ids, device=model.device),
                 attention_mask=torch.tensor(mask, device=model.device),
@@ -183,7 +197,8 @@ def continued(
 
 
 def _to_end(ids: Sequence[int], ends: Collection[int]) -> list[int]:
-    """
+    """Return ids up to and including the first end token.
+
     >>> _to_end([5, 2, 2], {2})
     [5, 2]
     """

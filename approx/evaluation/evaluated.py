@@ -1,9 +1,9 @@
-"""What is evaluated, as the evaluation sees it: something that scores answers and gives answers.
+"""The models that an evaluation can ask: a Protocol, scores of answers, and the form of prompts.
 
-`EvaluatedModel` is a Protocol; a Hugging Face model and a deletion-ready one implement it
-(`evaluated_models.py`), and a fake in the tests. A score is per answer token, the answer's end token
-last. `PromptForm` says how a question is put; it belongs to the settings of an evaluation, for the same
-model scores otherwise under another form. Torch is not imported here.
+`EvaluatedModel` is implemented by Hugging Face models and deletion-ready ones (`evaluated_models.py`).
+A score has one value per answer token, with the end token last. `PromptForm` belongs to the settings of
+an evaluation, because the same model scores differently under another form. This module does not import
+torch.
 
 >>> form = PromptForm("completion", "Question: {question}\\nAnswer: {answer}")
 >>> form.fill("Who?", "Ada.")
@@ -26,11 +26,12 @@ PLAIN = QUESTION + ANSWER
 
 @dataclass(frozen=True)
 class AnswerScore:
-    """One answer under one model, per token, [L] each.
+    """The score of one answer under one model; each field has one value per token.
 
-    `correct`: whether the model's likeliest token was the true one, given the true tokens before it.
-    `means` and `variances`: of log p(v) over the next token v ~ p. `num_closing`: tokens at the end that
-    close the answer (end token, white space), which metrics of what is said leave out.
+    `correct` is whether the model's likeliest token was the true one, given the true tokens before it.
+    `means` and `variances` are those of log p(v) over the next token v ~ p. `num_closing` is the number
+    of tokens at the end that close the answer (end token, white space); metrics of the wording leave
+    them out.
     """
 
     logprobs: tuple[float, ...]
@@ -41,7 +42,7 @@ class AnswerScore:
 
     @property
     def loss(self) -> float:
-        """Mean negative log-probability over all tokens, the end token among them, in nats."""
+        """Return the mean negative log-probability over all tokens including the end token, in nats."""
         return -sum(self.logprobs) / len(self.logprobs)
 
     @property
@@ -49,12 +50,12 @@ class AnswerScore:
         return len(self.logprobs)
 
     def without_closing(self) -> AnswerScore:
-        """Return the same without the tokens that close the answer, down to one token."""
+        """Return the score without the tokens that close the answer, but of at least one token."""
         said = max(1, self.num_tokens - self.num_closing)
         return self.only([at < said for at in range(self.num_tokens)])
 
     def only(self, kept: Sequence[bool]) -> AnswerScore:
-        """The same with some of its tokens alone."""
+        """Return the score of some of its tokens."""
         parts = (self.logprobs, self.correct, self.means, self.variances)
         logprobs, correct, means, variances = (tuple(compress(part, kept)) for part in parts)
         return AnswerScore(logprobs, correct, means, variances, 0)  # type: ignore[arg-type]
@@ -62,11 +63,11 @@ class AnswerScore:
 
 @dataclass(frozen=True)
 class PromptForm:
-    """How a question becomes a prompt, and how its answer follows.
+    """The way a question becomes a prompt, and its answer the continuation.
 
-    `chat`: one user turn and the assistant's, by the tokenizer's template; `template` is not used.
-    `completion`: by `template`, which holds {question} and ends with {answer}; white space before
-    {answer} goes to the answer, as tokenizers want it.
+    `chat` is one turn of the user and one of the assistant by the tokenizer's template; it does not use
+    `template`. `completion` fills `template`, which contains {question} once and ends with {answer}.
+    White space before {answer} belongs to the answer, as tokenizers expect.
     """
 
     kind: PromptKind
@@ -82,7 +83,7 @@ class PromptForm:
             )
 
     def fill(self, question: str, answer: str) -> tuple[str, str]:
-        """Prompt and answer as texts; joined, they are the filled template."""
+        """Return the prompt and the answer as texts; together they are the filled template."""
         if self.kind == "chat":
             return question, answer
         before = self.template.removesuffix(ANSWER)
@@ -91,10 +92,11 @@ class PromptForm:
 
 
 class EvaluatedModel(Protocol):
-    """A model that answers. `name` is for people, `digest` names its weights and how they are used.
+    """A model that scores and gives answers.
 
-    `kind`: how questions are best put to it: in the form of a deletion-ready model's shards, else by its
-    chat template if it has one.
+    `name` is shown to people; `digest` names the weights and how they are used. `kind` is the form of
+    prompts that suits the model: the form of a deletion-ready model's shards, or chat for a tokenizer
+    with a chat template.
     """
 
     @property
@@ -109,14 +111,15 @@ class EvaluatedModel(Protocol):
     def score(
         self, pairs: Sequence[tuple[str, str]], form: PromptForm, batch_size: int
     ) -> list[AnswerScore]:
-        """Scores of (question, answer), in order. `batch_size` changes time and memory alone.
+        """Return the scores of (question, answer) pairs, in order.
 
-        Raises InvalidInput for a pair that the tokenizer can't express.
+        `batch_size` changes time and memory only. Raise InvalidInput for a pair that the tokenizer
+        cannot express.
         """
         ...
 
     def generate(
         self, questions: Sequence[str], form: PromptForm, max_new_tokens: int, batch_size: int
     ) -> list[str]:
-        """Greedy answers, in order, without white space around them."""
+        """Return greedy answers, in order, without surrounding white space."""
         ...

@@ -1,13 +1,13 @@
-"""Models to evaluate: any Hugging Face causal model, an adapter over its base, a deletion-ready model.
+"""Models to evaluate: a Hugging Face causal model, an adapter over its base, or a deletion-ready model.
 
-Shapes: as `answer_tokens.py`.
+Shapes are those of `answers.py`.
 
-Rows are padded on the right to be scored, without a mask, and on the left, with one, to generate; so
-the batch size reaches results by rounding alone: below 1e-5 of a value, or of 1 where it is smaller
-(SmolLM2-135M in float32, batches of 1 and 8: 5e-6; half precision rounds more). A tie that close may
-fall either way. A deletion-ready model answers as its run file's aggregation says, over its active
-patches, which its digest names; its answers are scored under the same distribution. Generation is
-greedy, whatever a model's own generation config says.
+Rows are padded on the right without a mask for scoring, and on the left with a mask for generation. The
+batch size therefore changes results by rounding only: less than 1e-5 relative, or absolute for values
+below 1 (SmolLM2-135M in float32, batches of 1 and 8: 5e-6; half precision rounds more). A tie that
+close may go either way. A deletion-ready model answers by the aggregation of its run file over its
+active patches, and its digest names them; its answers are scored under the same distribution.
+Generation is greedy and ignores the model's own generation config.
 
     model = open_evaluated("model")           # a directory, a hub name, or pypi:NAME==VERSION
     model.score([("Who?", "Ada.")], PromptForm("completion"), batch_size=8)[0].loss
@@ -56,9 +56,9 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 def open_evaluated(spec: str, device: str = "cpu", dtype: Dtype = "float32") -> EvaluatedModel:
-    """The model that `spec` names; a deletion-ready one is where its run file says.
+    """Open the model that `spec` names; a deletion-ready model is opened on its own device.
 
-    Raises InvalidInput, IntegrityError, EnvironmentFault.
+    Raise InvalidInput, IntegrityError or EnvironmentFault.
     """
     directory = Path(spec).expanduser()
     if (directory / LEDGER).is_file():
@@ -121,7 +121,7 @@ class HuggingFaceModel:
             min(self._ends, default=0) if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         )
         self._model = _moved(model, device)
-        self._model.generation_config = GenerationConfig(do_sample=False)  # nothing of the model's own
+        self._model.generation_config = GenerationConfig(do_sample=False)  # not the model's own
 
     def score(
         self, pairs: Sequence[tuple[str, str]], form: PromptForm, batch_size: int
@@ -151,7 +151,7 @@ class HuggingFaceModel:
 
 
 class DeletionReadyModel:
-    """The constituent models that a deletion-ready model serves now, routed as it routes."""
+    """The constituent models that a deletion-ready model serves now, with its routing."""
 
     def __init__(self, model: Model) -> None:
         status = model.status()
@@ -191,7 +191,7 @@ class DeletionReadyModel:
 
     def _routes(self, questions: Sequence[str], form: PromptForm) -> list[Route]:
         prompts = [form.fill(each, "")[0] for each in questions]
-        distinct = list(dict.fromkeys(prompts))  # each is embedded and looked up once
+        distinct = list(dict.fromkeys(prompts))  # each distinct prompt is embedded and looked up once
         routes = dict(zip(distinct, self._model.routes(distinct), strict=True))
         return [routes[each] for each in prompts]
 
@@ -209,6 +209,7 @@ def _moved(model: Any, device: str) -> Any:
 
 
 def tokens_of(pairs: Sequence[tuple[str, str]], form: PromptForm, tokenizer: Any) -> list[Tokens]:
+    """Return question-answer pairs as token examples. Raise InvalidInput listing every failure."""
     roles = ("user", "assistant") if form.kind == "chat" else ("prompt", "completion")
     found: list[Tokens] = []
     problems = []
@@ -244,8 +245,11 @@ def _refuse_long(model: Any, lengths: Sequence[int]) -> None:
 def _scored(
     tokens: Sequence[Tokens], batch_size: int, pad_id: int, logits: Logits, tokenizer: Any
 ) -> list[AnswerScore]:
-    """Return scores in order. The last token is never read, only predicted. `logits` gets a batch and
-    the places of its rows."""
+    """Return scores in order.
+
+    `logits` gets a batch without its last token, which is predicted but never read, and the positions
+    of its rows.
+    """
     found: dict[int, AnswerScore] = {}
     for rows in _batches([len(each.input_ids) for each in tokens], batch_size):
         batch = collate([tokens[at] for at in rows], pad_id)
@@ -261,7 +265,10 @@ def _num_closing(tokens: Tokens, tokenizer: Any) -> int:
 
 
 def _batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
-    """Places, longest first, so that rows of one length stand together and memory runs out at once."""
+    """Yield batches of positions, the longest rows first.
+
+    Rows of one length are batched together, and running out of memory shows in the first batch.
+    """
     order = sorted(range(len(lengths)), key=lambda at: (-lengths[at], at))
     for start in range(0, len(order), size):
         yield order[start : start + size]

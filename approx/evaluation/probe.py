@@ -1,24 +1,23 @@
-"""Ask whether a model produces a text by itself: numbers for each record, and a count of those it knows.
+"""The probe of a model: whether it produces a text by itself, as numbers and a count of known records.
 
-    extraction strength,   of the answer's tokens, given the true ones before them
-    exact memorisation
-    continuation           ROUGE-L recall of what the model says greedily after the prompt
-    membership margin      Min-K%++ of the answer above the mean of its neighbours: the answer, cut after
-                           some shares of it and continued by the model itself (Mattern et al. 2023
-                           compare with neighbours that a masked model proposes). About 0 for what the
-                           model says anyway, below for what it would not say: no threshold is fitted
+    extraction strength   of the answer's tokens, given the true ones before them
+    exact memorisation    of the same tokens
+    continuation          ROUGE-L recall of the greedy continuation of the prompt
+    membership margin     Min-K%++ of the answer above the mean of its neighbours: the answer cut after
+                          some share and continued by the model itself (Mattern et al. 2023 take their
+                          neighbours from a masked model). About 0 for what the model says anyway,
+                          negative for what it would not say; no threshold is fitted
 
-An answer counts as known when its extraction strength is at least KNOWN_STRENGTH, or the greedy
-continuation recalls KNOWN_RECALL of it and as many of its tokens are memorised. Recall alone won't do: a
-base that knows how such answers are phrased recalls all but the names. Neither will a strength that is
-its floor: the last token must be right.
+An answer counts as known when its extraction strength is at least KNOWN_STRENGTH and its last token is
+right, or when the greedy continuation recalls KNOWN_RECALL of it and the same share of its tokens is
+memorised. Recall alone is not enough: a base that knows how such answers are phrased recalls everything
+but the names.
 
-An answer's tokens are those of `sisa.lm.base.tokens.answers`: without what closes it, and without later
-turns of others. A record with several answers counts as known when one of them is, and has the numbers
-of the one that is known best. Of a plain text the second half is the answer. At most MAX_PROBED records
-are asked, the first in their order, and none any more after MAX_SECONDS; how many were is told. What is
-returned holds no text. It is approximate, and said to be so wherever it is shown; knowledge under
-another wording is not asked for.
+The tokens of an answer are those of `sisa.lm.base.tokens.answers`: without the tokens that close it and
+without later turns of others. A record with several answers has the numbers of the one that is known
+best. The second half of a plain text is its answer. The first MAX_PROBED records are probed, for at
+most MAX_SECONDS; the result has their number and no text. It is approximate, and does not cover
+knowledge under another wording.
 """
 
 from __future__ import annotations
@@ -43,23 +42,23 @@ from sisa.lm.base.numerics import pin_threads
 from sisa.lm.base.patched import load_patched
 from sisa.lm.base.tokens import NO_LOSS, Tokens, Untokenizable, answers, tokenize
 
-MAX_PROBED, MAX_SECONDS = 32, 60.0  # the text waits for its erasure meanwhile
+MAX_PROBED, MAX_SECONDS = 32, 60.0  # erasure of the text waits meanwhile
 RECORDS_AT_ONCE = 4
-MAX_ANSWER_TOKENS, MAX_ANSWERS = 64, 4  # of a record
-SHARES = 3  # neighbours: continued from the prompt, from a third and from two thirds of the answer
+MAX_ANSWER_TOKENS, MAX_ANSWERS = 64, 4  # per record
+SHARES = 3  # neighbours continue the prompt, a third and two thirds of the answer
 KNOWN_RECALL, KNOWN_STRENGTH = 0.9, 0.5
 
 
 def open_probe(
     base_dir: Path, base_digest: str, config: RunConfig, patches: Sequence[Mapping[str, bytes]]
 ) -> BaseProbe:
-    """Open the probe of a model's base under patches, lowest first."""
+    """Open the probe of a model's base under patches, the lowest patch first."""
     threads = config.sisa.threads_per_shard
     return BaseProbe(base_dir, base_digest, threads, config.sequence_len, patches)
 
 
 class BaseProbe:
-    """Asks one base, under patches or not; a `sisa.core.ports.Probe`."""
+    """A `sisa.core.ports.Probe` of one base, with or without patches."""
 
     def __init__(
         self,
@@ -74,8 +73,10 @@ class BaseProbe:
         self._sequence_len = sequence_len
 
     def __call__(self, records: Sequence[Record]) -> Probed:
-        """Raises IntegrityError for another base, or a patch that does not fit. Records that can't be
-        tokenized are not probed."""
+        """Probe records; those that cannot be tokenized are left out.
+
+        Raise IntegrityError for another base, or for a patch that does not fit.
+        """
         pin_threads(self._threads)
         model, tokenizer = load_patched(*self._base)
         chosen = records[:MAX_PROBED]
@@ -93,12 +94,12 @@ class BaseProbe:
         )
 
 
-Answers = Sequence[tuple[Sequence[int], Sequence[int]]]  # of one record: what stands before, and the ids
+Answers = Sequence[tuple[Sequence[int], Sequence[int]]]  # of one record: (prompt ids, answer ids)
 
 
 @dataclass(frozen=True)
 class Asked:
-    """One answer's numbers, or those of a record's best-known answer."""
+    """The numbers of one answer, or of a record's best-known answer."""
 
     strength: float
     memorised: float
@@ -113,8 +114,10 @@ class Asked:
 
 
 def asked(model: Any, tokenizer: Any, records: Sequence[Answers]) -> list[Asked]:
-    """Ask a model for the answers of records, some at once; those without an answer are left out, and
-    those that there is no time for."""
+    """Return the numbers of records under a model.
+
+    Records without an answer are left out, and so are those after MAX_SECONDS.
+    """
     found: list[Asked] = []
     started = time.monotonic()
     left = [each[:MAX_ANSWERS] for each in records if each]
@@ -129,8 +132,9 @@ def asked(model: Any, tokenizer: Any, records: Sequence[Answers]) -> list[Asked]
 
 
 def may_know(score: AnswerScore) -> bool:
-    """Whether an answer with this score, without what closes it, may count as known: no continuation is
-    needed where it can't.
+    """Return whether an answer with this score, without its closing tokens, may count as known.
+
+    No continuation is needed where it may not.
 
     >>> may_know(AnswerScore((0.0,) * 4, (True, False, False, False), (), ()))
     False
@@ -149,7 +153,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _answered(record: Record, tokenizer: Any, sequence_len: int) -> Answers:
-    """A record's answers; none where nothing can be asked."""
+    """Return a record's answers, or none when the record cannot be tokenized."""
     try:
         tokens = tokenize(record, tokenizer, train_on_inputs=False)
     except Untokenizable:
@@ -158,7 +162,7 @@ def _answered(record: Record, tokenizer: Any, sequence_len: int) -> Answers:
 
 
 def to_ask(kind: Kind, tokens: Tokens, tokenizer: Any, sequence_len: int) -> Answers:
-    """The answers that a record is asked for; of a plain text the second half."""
+    """Return the answers that a record is probed for: of a plain text the second half."""
     ids, labels = tokens.input_ids[:sequence_len], list(tokens.labels[:sequence_len])
     if kind == "text":
         half = len(ids) // 2
@@ -200,7 +204,7 @@ def _min_k(score: AnswerScore) -> float:
 def _continued(
     model: Any, tokenizer: Any, pairs: Sequence[tuple[list[int], list[int]]], share: int
 ) -> list[list[int]]:
-    """Answers cut after a share of them, and continued to their own length by what the model says."""
+    """Return answers cut after a share of them and continued by the model to their own length."""
     kept = [len(answer) * share // SHARES for _, answer in pairs]
     most = max(len(answer) - at for (_, answer), at in zip(pairs, kept, strict=True))
     prompts = [prompt + answer[:at] for (prompt, answer), at in zip(pairs, kept, strict=True)]

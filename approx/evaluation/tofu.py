@@ -1,20 +1,20 @@
-"""TOFU's data: from a local directory or from the hub, as questions or as a list of what is missing.
+"""TOFU's data from a local directory or from the hub, as questions.
 
     DIR/forget10_perturbed.jsonl    question, answer, paraphrased_answer, perturbed_answer: [text]
     DIR/retain_perturbed.jsonl      the same
-    DIR/real_authors_perturbed.jsonl and world_facts_perturbed.jsonl     less the paraphrased_answer
+    DIR/real_authors_perturbed.jsonl and world_facts_perturbed.jsonl     without paraphrased_answer
     DIR/forget10.jsonl, retain90.jsonl, full.jsonl ...                   question, answer
     DIR/idontknow.jsonl             text
 
 On the hub these are configurations of one dataset, split `train`.
 
-Rules: a set is read whole or refused whole with all of its problems; problems name files and lines,
-never text. `evaluation_sets` gives four sets: those whose nine numbers make model utility, and the
-forget set. On real authors and world facts the answer stands for its paraphrase. The order of the rows
-is their name.
+A set is read whole or refused with all of its problems, which name files and lines and never text.
+`evaluation_sets` returns four sets: the three whose nine numbers make model utility, and the forget
+set. On real authors and world facts the answer is its own paraphrase. Rows are identified by their
+order.
 
-Not covered: TOFU's holdout sets, which are not in its first release: membership attacks need a file of
-questions that no model has seen (`read_holdout`). Caches of the library `datasets`.
+TOFU's holdout sets are not in its first release, so membership attacks need a file of questions that no
+model has seen (`read_holdout`).
 
 Source: TOFU (Maini et al. 2024), `locuslab/TOFU`.
 
@@ -49,7 +49,7 @@ TofuRow = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Question:
-    """One question of a set. A plain or a holdout one has no paraphrase and no wrong answers."""
+    """One question of a set. Plain and holdout questions have no paraphrase and no wrong answers."""
 
     set: str
     idx: int
@@ -64,10 +64,10 @@ class Question:
 
 
 def evaluation_sets(source: str, split: ForgetSplit, limit: int | None = None) -> list[Question]:
-    """The questions of an evaluation: retain, real authors, world facts, then the forget set.
+    """Return the questions of an evaluation: retain, real authors, world facts, then the forget set.
 
-    `source` is a directory or a hub name; `limit` takes the first so many of each set (the published
-    logs have 300). Raises InvalidInput listing what is missing or malformed, EnvironmentFault.
+    `source` is a directory or a hub name. `limit` takes the first questions of each set (the published
+    logs have 300). Raise InvalidInput listing what is missing or malformed, or EnvironmentFault.
     """
     reading = _Reading(source)
     found = []
@@ -78,7 +78,7 @@ def evaluation_sets(source: str, split: ForgetSplit, limit: int | None = None) -
 
 
 def load_set(source: str, name: str) -> list[Question]:
-    """The plain questions and answers of one of `PLAIN_SETS`. Raises as `evaluation_sets`."""
+    """Return the plain questions of one of `PLAIN_SETS`. Raise as `evaluation_sets`."""
     if name not in PLAIN_SETS:
         raise InvalidInput("no such set", expected=", ".join(PLAIN_SETS), got=name)
     reading = _Reading(source)
@@ -88,7 +88,7 @@ def load_set(source: str, name: str) -> list[Question]:
 
 
 def load_refusals(source: str) -> list[str]:
-    """Ways to say "I don't know", for methods that train on them. Raises as `evaluation_sets`."""
+    """Return ways to say "I don't know", for methods that train on them. Raise as `evaluation_sets`."""
     reading = _Reading(source)
     found = reading.texts("idontknow")
     reading.refuse()
@@ -96,7 +96,7 @@ def load_refusals(source: str) -> list[str]:
 
 
 def read_holdout(path: Path) -> list[Question]:
-    """Questions and answers that no evaluated model was trained on, from a JSONL file."""
+    """Return questions that no evaluated model was trained on, from a JSONL file."""
     reading = _Reading(str(path.parent))
     found = reading.questions(HOLDOUT, path.name.removesuffix(".jsonl"), None, plain=True)
     reading.refuse()
@@ -104,12 +104,12 @@ def read_holdout(path: Path) -> list[Question]:
 
 
 def questions_digest(questions: Sequence[Question]) -> str:
-    """The name of a list of questions: their texts, in order."""
+    """Return the digest that names a list of questions: their texts, in order."""
     return digest_of([asdict(each) for each in questions])
 
 
 class _Reading:
-    """Sets read so far and all that is wrong with them."""
+    """The sets read so far, and every problem found in them."""
 
     def __init__(self, source: str) -> None:
         self._source = source

@@ -1,7 +1,7 @@
-"""Compute TOFU's aggregates from the rows of a log: model utility, forget quality and others.
+"""TOFU's aggregates from the rows of a log: model utility, forget quality and others.
 
-A value that can't be had (no reference, no holdout) is None, never 0. The forget set is the one whose
-name begins with "forget"; model and reference must have been asked the same questions.
+A value that cannot be computed (no reference, no holdout) is None, never 0. The forget set is the one
+whose name begins with "forget"; the model and its reference must have been asked the same questions.
 
 Source: TOFU (Maini et al. 2024); locuslab/tofu `aggregate_eval_stat.py`, whose published numbers the
 golden test reproduces from their logs.
@@ -30,7 +30,7 @@ ATTACKS = ("loss", "zlib", "min_k", "min_k_plus_plus")
 
 @dataclass(frozen=True)
 class ForgetSet:
-    """Means over the forget set. `extraction_floor` is mean(1/L): what knowing nothing scores."""
+    """Means over the forget set. `extraction_floor` is mean(1/L), the score of no knowledge at all."""
 
     probability: float
     rouge: float
@@ -42,11 +42,11 @@ class ForgetSet:
 
 @dataclass(frozen=True)
 class Aggregates:
-    """All that a log and its references give.
+    """Everything that a log and its references give.
 
-    `attacks`: AUC of forget against holdout questions, None without a holdout.
-    `attacks_against_reference`: AUC of the forget questions' scores under the model against those of the
-    same questions under the reference: 0.5 says that no attack tells the two models apart.
+    `attacks` is the AUC of forget against holdout questions, None without a holdout.
+    `attacks_against_reference` is the AUC of the forget questions' scores under the model against those
+    under the reference: at 0.5 no attack distinguishes the two models.
     """
 
     num_questions: dict[str, int]
@@ -66,9 +66,10 @@ def aggregates(
     variant: Variant = "geometric",
     seed: int = 0,
 ) -> Aggregates:
-    """Aggregates of a finished log; the first reference judges, a second gives the noise floor.
+    """Return the aggregates of a finished log.
 
-    Raises InvalidInput for a set that is missing and for references of other questions.
+    The first reference judges forget quality, and a second one gives the noise floor. Raise
+    InvalidInput for a missing set, and for references of other questions.
     """
     nine: dict[str, float] = {}
     for name in utility.UTILITY_SETS:
@@ -98,7 +99,7 @@ def quality(
     *,
     variant: Variant = "geometric",
 ) -> ForgetQuality:
-    """Forget quality of a log against a reference's. Raises InvalidInput for other questions."""
+    """Return the forget quality of a log against a reference. Raise InvalidInput for other questions."""
     own = forget_rows(rows)
     asked = {row.idx: row.ground_truth for row in own}  # published logs don't name their forget set
     others = [forget_rows(each) for each in (reference, second_reference) if each is not None]
@@ -114,7 +115,7 @@ def quality(
 
 
 def forget_rows(rows: Sequence[LogRow]) -> list[LogRow]:
-    """The rows of the forget set, in the order of their numbers. Raises InvalidInput for none."""
+    """Return the rows of the forget set, in order. Raise InvalidInput when there are none."""
     found = [row for row in rows if row.set.startswith("forget")]
     if not found:
         raise _missing("forget01, forget05 or forget10")
@@ -175,7 +176,7 @@ def _forget_means(rows: Sequence[LogRow], variant: Variant) -> ForgetSet:
 def _attacks(
     members: Sequence[LogRow], others: Sequence[LogRow], seed: int, *, paired: bool = False
 ) -> dict[str, Auc] | None:
-    """None where one side has too few texts, or a log (locuslab's) holds no scores."""
+    """Return the AUC of each attack, or None with fewer than two texts on a side or without scores."""
     scores = {
         name: [[getattr(row, name) for row in side] for side in (members, others)] for name in ATTACKS
     }

@@ -1,11 +1,11 @@
-"""A model and TOFU's questions -> a log with a row per question; the model is asked, nothing is judged.
+"""Ask a model TOFU's questions and log one row per question.
 
-Questions are asked batch by batch in their order, and each batch is on the disk before the next one;
-what the log holds already is not asked again. Metrics of an answer's tokens leave out what closes it (as
-open-unlearning does with the end token); its loss holds the end token (as locuslab does). Batches change
-no result beyond rounding.
+Questions are asked batch by batch, in order, and each batch is on the disk before the next one starts.
+Questions that the log already holds are not asked again. Metrics of an answer's tokens leave out the
+tokens that close it (as open-unlearning leaves out the end token); the loss includes the end token (as
+locuslab's does). The batch size changes no result beyond rounding.
 
-    rows = evaluate(model, questions, Path("full.jsonl"), Settings(PromptForm("chat")))
+    rows = evaluate(model, questions, Path("full.jsonl"), TofuSettings(PromptForm("chat")))
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Progress = Callable[[int, int], None]  # questions done, questions in all
 
 @dataclass(frozen=True)
 class TofuSettings:
-    """What changes a measurement, besides the model and the questions."""
+    """Everything that changes a measurement, apart from the model and the questions."""
 
     form: PromptForm
     max_new_tokens: int = MAX_NEW_TOKENS
@@ -42,7 +42,7 @@ class TofuSettings:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """A model's log, finished. `settings` is None for a published log, which does not tell them."""
+    """A model's finished log. `settings` is None for a published log, which does not include them."""
 
     name: str
     digest: str | None
@@ -52,7 +52,7 @@ class Evaluated:
 
 
 def finished_log(path: Path) -> Evaluated:
-    """A log that was written before: ours, or a published one. Raises InvalidInput, IntegrityError."""
+    """Return a log that was written before. Raise InvalidInput or IntegrityError."""
     header, rows = read_log(path)
     if not rows:
         raise InvalidInput("the log holds no question", where=str(path))
@@ -62,7 +62,7 @@ def finished_log(path: Path) -> Evaluated:
 
 
 def check_same_settings(model: Evaluated, reference: Evaluated) -> None:
-    """Raises ConfigConflict where the two were asked in different ways."""
+    """Raise ConfigConflict when the model and the reference were asked in different ways."""
     if None not in (model.settings, reference.settings) and model.settings != reference.settings:
         raise ConfigConflict(
             "the reference was evaluated under other settings than the model",
@@ -74,13 +74,13 @@ def check_same_settings(model: Evaluated, reference: Evaluated) -> None:
 
 
 def log_name(model: EvaluatedModel, split: str, header: Header) -> str:
-    """A file name for people and programs: the same evaluation has the same one."""
+    """Return a readable file name, the same for the same evaluation."""
     called = re.sub(r"[^A-Za-z0-9]+", "-", Path(model.name).name).strip("-")[:40] or "model"
     return f"{split}-{called}-{digest_of([model.name, header.line().decode()])[:16]}.jsonl"
 
 
 def header_of(model: EvaluatedModel, questions: Sequence[Question], settings: TofuSettings) -> Header:
-    """What the log of this evaluation begins with."""
+    """Return the header of an evaluation's log."""
     held = {**asdict(settings.form), "max_new_tokens": settings.max_new_tokens}
     if settings.form.kind == "chat":
         held["answer_ends_at"] = "end token"  # earlier logs of chats counted the template's line break
@@ -96,9 +96,9 @@ def evaluate(
     batch_size: int = 8,
     progress: Progress | None = None,
 ) -> list[LogRow]:
-    """Ask what the log does not hold yet; all rows, in the order of the questions.
+    """Ask the questions that the log lacks, and return all rows in the order of the questions.
 
-    Raises ConfigConflict for a log of another evaluation, and what the model raises.
+    Raise ConfigConflict for a log of another evaluation, and whatever the model raises.
     """
     with LogWriter(log, header_of(model, questions, settings)) as writer:
         held = {row.place for row in writer.rows}

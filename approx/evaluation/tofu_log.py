@@ -1,13 +1,21 @@
-"""The log of an evaluation: a header and one JSON line per question, continued where it was cut short.
+"""The log of an evaluation: a header and one JSON line per question.
 
     {"log": "tofu", "version": 1, "model": digest, "questions": digest, "settings": {...}}
     {"set": "forget10", "idx": 0, "avg_gt_loss": 1.5, "avg_paraphrased_loss": 1.8, ...}
 
-Lines are appended and flushed batch by batch; a torn last line is cut off and its question asked again.
-A log of another model, of other questions or other settings is refused, and so is one with a damaged
-line in its middle. Published logs (locuslab's `eval_log_aggregated.json`) are read, not continued. A log
-holds the questions' answers and generated text: keep it as you keep the data.
+Lines are appended and flushed batch by batch, so an interrupted evaluation continues from its log. A
+torn last line is cut off and its question is asked again. A log of another model, other questions or
+other settings is refused, and so is a log with a damaged line before its last one.
 
+The names of columns are those of locuslab's logs where they have them. Their published
+`eval_log_aggregated.json` holds columns by set, `{"eval_log_forget.json": {"avg_gt_loss": {"0": 1.8,
+...}}}`; it is read into the same rows and cannot be continued.
+
+A log holds answers and generated text: protect it as you protect the data.
+
+>>> row = LogRow("retain", 0, 0.7, 3, "Ada.", 0.9, (1.0, 2.0), 1.0, "Ada.")
+>>> parse_row(row.line()) == row
+True
 >>> header, rows = read_log(Path("full.jsonl"))                               # doctest: +SKIP
 """
 
@@ -49,9 +57,10 @@ ROW_COLUMNS = (
 
 @dataclass(frozen=True)
 class LogRow:
-    """What was measured on one question. Losses are per token, in nats; None: not asked of this set.
+    """The measurements of one question.
 
-    The last seven are absent from locuslab's logs; `num_token_said` leaves out what closes the answer.
+    Losses are per token, in nats; None where the set is not asked for it. The last seven fields are
+    absent from locuslab's logs. `num_token_said` leaves out the tokens that close an answer.
     """
 
     set: str
@@ -80,7 +89,7 @@ class LogRow:
 
 
 def parse_row(line: bytes) -> LogRow:
-    """Return the row that a line of JSON holds. Raises ValueError for anything else."""
+    """Return the row of a line of JSON. Raise ValueError for anything else."""
     try:
         return _row(json.loads(line))
     except RecursionError as error:
@@ -88,10 +97,10 @@ def parse_row(line: bytes) -> LogRow:
 
 
 def published_rows(held: Any) -> list[LogRow] | None:
-    """Return the rows of locuslab's published columns, or None for JSON in another form.
+    """Return the rows of locuslab's published columns, or None for JSON of another form.
 
-    The forget set is called "forget": the file does not say which one it is. Raises ValueError for
-    columns that lack a value, or hold one of another kind.
+    The forget set is called "forget", because the file does not say which one it is. Raise ValueError
+    for columns that lack a value or hold one of another kind.
     """
     if not isinstance(held, dict) or not held or not held.keys() <= PUBLISHED.keys():
         return None
@@ -136,7 +145,7 @@ NEXT_STEP = "name another output directory, or remove the log"
 
 @dataclass(frozen=True)
 class Header:
-    """What a log is of. Equal headers, equal measurements, up to the machine's arithmetic."""
+    """The subject of a log. Equal headers mean equal measurements up to the machine's arithmetic."""
 
     model: str
     questions: str
@@ -147,15 +156,15 @@ class Header:
 
 
 def read_log(path: Path) -> tuple[Header | None, list[LogRow]]:
-    """Return the header, None for a published log, and the rows of whole lines.
+    """Return the header, or None for a published log, and the rows of whole lines.
 
-    Raises InvalidInput, IntegrityError.
+    Raise InvalidInput or IntegrityError.
     """
     with disk_errors(path):
         data = path.read_bytes()
     try:
         held = json.loads(data)
-    except (ValueError, RecursionError):  # several lines: a log of ours
+    except (ValueError, RecursionError):  # several lines: a log of this program
         held = None
     try:
         published = published_rows(held)
@@ -201,7 +210,7 @@ class LogWriter:
     """A log that is being written; `rows` are those that it holds."""
 
     def __init__(self, path: Path, header: Header) -> None:
-        """Begins a log, or opens one to continue it. Raises Busy, ConfigConflict, IntegrityError."""
+        """Start a log, or open one to continue it. Raise Busy, ConfigConflict or IntegrityError."""
         self._path = path
         self.rows: list[LogRow] = []
         with disk_errors(path):
@@ -233,7 +242,7 @@ class LogWriter:
             self._write([header.line()])
 
     def append(self, rows: Sequence[LogRow]) -> None:
-        """Add rows; they are on the disk when this returns."""
+        """Append rows and return when they are on the disk."""
         self._write(row.line() for row in rows)
         self.rows += rows
 

@@ -1,1 +1,1 @@
-"""One file per method of approximate unlearning: its loss, its hyper-parameters and their source."""
+"""Methods of approximate unlearning, one per file: loss, hyper-parameters and source."""

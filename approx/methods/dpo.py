@@ -6,16 +6,15 @@
     IdkDPO:  L = forget_weight * (2 / beta) * D + retain_weight * R(retain)
     R = NLL or KL(reference || current)
 
-The slope of (2 / beta) * D is that of the difference of the ratios at the start, whatever beta is. Row i
-of the preferred answers belongs to row i of the forget answers. D is log 2 at the start.
-IdkDPO is the same loss with refusals as the preferred answers (`approx.unlearning.examples` makes them)
-and a retain term by default, without which a model learns to refuse everything.
-
-Not covered: label smoothing; other links than the sigmoid.
+D is log 2 at the start. The initial slope of (2 / beta) * D is that of the difference of the ratios,
+whatever beta is. Row i of the preferred answers belongs to row i of the forget answers. IdkDPO is the
+same loss with refusals as the preferred answers (`approx.unlearning.examples` makes them) and a retain
+term by default, without which a model learns to refuse everything. There is no label smoothing and no
+other link than the sigmoid.
 
 Source: Rafailov et al. 2023, "Direct preference optimization", eq. 7; beta 0.1 there and in TOFU (Maini
-et al. 2024). IdkDPO: TOFU's "preference optimization" with the retain term and the scale 2 / beta that
-the code of NPO (Zhang et al. 2024) and open-unlearning put before DPO.
+et al. 2024). IdkDPO: TOFU's "preference optimization" with the retain term and the scale 2 / beta of
+the code of NPO (Zhang et al. 2024) and of open-unlearning.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from approx.methods.method import RetainLoss, Role, Rows, WithRetainTerm
 
 @dataclass(frozen=True)
 class Dpo(WithRetainTerm):
-    """`beta` is the temperature of the preference; a retain term only if it is given a weight."""
+    """DPO with the temperature `beta` of the preference, and a retain term only if it has a weight."""
 
     beta: float = 0.1
     forget_weight: float = 1.0

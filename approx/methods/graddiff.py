@@ -3,12 +3,12 @@
     L = forget_weight * -NLL(forget) + retain_weight * R(retain)
     R = NLL(retain), or KL(reference || current) over its answer tokens
 
-Rules: both terms are means over answer tokens. The forget term is unbounded, as in gradient ascent.
-
-Not covered: a schedule of the weights.
+Both terms are means over answer tokens. The forget term is unbounded, as in gradient ascent. The
+weights are constant over a run.
 
 Source: Liu, Liu and Stone 2022, "Continual learning and private unlearning"; "gradient difference" in
-TOFU (Maini et al. 2024, section 3), which weighs both terms 1, as open-unlearning does; both use NLL.
+TOFU (Maini et al. 2024, section 3), which gives both terms weight 1, as open-unlearning does; both use
+NLL.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from approx.methods.method import RetainLoss, Role, Rows, WithRetainTerm, mean_n
 
 @dataclass(frozen=True)
 class GradDiff(WithRetainTerm):
-    """Weights of the two terms, and what the retain term is."""
+    """GradDiff with the weights of its two terms and the kind of retain term."""
 
     forget_weight: float = 1.0
     retain_weight: float = 1.0

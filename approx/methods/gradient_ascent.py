@@ -2,13 +2,11 @@
 
     L = -NLL(forget) = mean over answer tokens of log p(token)
 
-Rules: nothing bounds this loss below and nothing holds the rest of the model: it is the baseline that
-others are measured against, and needs a bound on utility or on steps.
+This loss has no lower bound and no term for the rest of the model. It is the baseline for other methods
+and needs a bound on utility or on steps; `graddiff` and `kl_minimisation` add a retain term.
 
-Not covered: a retain term (`graddiff`, `kl_minimisation`).
-
-Source: Jang et al. 2023, "Knowledge unlearning for mitigating privacy risks in language models" (a
-sum there; the mean over tokens is that of TOFU, Maini et al. 2024, section 3).
+Source: Jang et al. 2023, "Knowledge unlearning for mitigating privacy risks in language models" (a sum
+there; the mean over tokens is that of TOFU, Maini et al. 2024, section 3).
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ from approx.methods.method import Losses, Role, Rows, mean_nll
 
 @dataclass(frozen=True)
 class GradientAscent:
-    """No hyper-parameters of its own."""
+    """Gradient ascent, which has no hyper-parameters."""
 
     name: ClassVar[str] = "gradient_ascent"
     reads: ClassVar[frozenset[Role]] = frozenset({"forget"})

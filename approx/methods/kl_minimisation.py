@@ -1,15 +1,13 @@
-"""KL minimisation: ascend on the forget set, stay close to the model as it was on the retain set.
+"""KL minimisation: ascend on the forget set and stay close to the original model on the retain set.
 
     L = -NLL(forget) + beta * KL(reference || current)(retain)
 
-Rules: the KL is a mean over answer tokens of the retain rows, over the whole vocabulary; it is exactly 0
-at the start. Its direction weighs words by the reference: what the model used to say must stay likely.
+The KL is a mean over answer tokens of the retain rows, over the whole vocabulary, and exactly 0 at the
+start. Its direction weighs words by the reference: what the model used to say must stay likely.
 
-Not covered: KL on the forget set.
-
-Source: TOFU (Maini et al. 2024, section 3, "KL minimization"), beta 1. Its code, and that of
-open-unlearning, averages the KL over prompt and padding as well: with their batches the same beta binds
-less than here.
+Source: TOFU (Maini et al. 2024, section 3, "KL minimization"), beta 1. Its code and that of
+open-unlearning average the KL over prompt and padding as well, so with their batches the same beta has
+less effect than here.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ from approx.methods.method import Losses, Role, Rows, above_zero, check_values, 
 
 @dataclass(frozen=True)
 class KlMinimisation:
-    """`beta` weighs the closeness to the reference."""
+    """KL minimisation with the weight `beta` of the closeness to the reference."""
 
     beta: float = 1.0
     name: ClassVar[str] = "kl_minimisation"

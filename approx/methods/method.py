@@ -1,14 +1,18 @@
-"""What a method of approximate unlearning is: checked hyper-parameters and a pure loss on logits.
+"""The interface of a method of approximate unlearning: hyper-parameters and a pure loss on logits.
 
-Shapes: B examples, T positions, V words, as in `answer_tokens`.
+Shapes: B examples, T positions, V words, as in `approx.evaluation.answers`; N answer tokens of the
+whole batch.
 
-Rules: a method is a frozen dataclass; whoever makes one with values that its loss is not defined for
-gets all of them named at once. `reads` says which sets its loss looks at, `compares` for which of them
-it needs the logits of the reference, the model as it was before. A loss holds no state, draws no random
-number and never sees a model. The retain term has weight 0 where it is not wanted, and is then not
-computed.
+A method is a frozen dataclass. Making one with values for which its loss is not defined raises
+InvalidInput with all of them. `reads` names the sets that its loss needs, `compares` those for which it
+needs the logits of the reference, the model as it was before. A loss holds no state, draws no random
+number and never sees a model. A retain term of weight 0 is not computed.
 
-Not covered: how logits come about and what is done with the gradient (`unlearning`).
+A mean over tokens runs over all answer tokens of the batch, and a mean over examples over its rows;
+prompt and padding never count. KL(reference || current) is sum_v p_ref(v) (log p_ref(v) - log p(v)) for
+each answer token, and exactly 0 for equal logits. Words of probability exactly 0 (logits of minus
+infinity) at answer tokens are not supported. Upstream code (TOFU, open-unlearning) averages the KL over
+all positions, including prompt and padding, so that its weight depends on how batches are padded.
 
 >>> list(above_zero(beta=0.1, gamma=-1.0))
 [Problem(where='gamma', what='-1.0, expected a number above 0')]
@@ -29,12 +33,12 @@ from sisa.core.errors import InvalidInput, Problem
 
 
 def mean_nll(logits_BTV: Tensor, batch: AnswerBatch) -> Tensor:
-    """Negative log-likelihood of the answers, mean over the batch's answer tokens (nats per token)."""
+    """Return the negative log-likelihood per answer token of the batch, in nats."""
     return -answer_logprobs_BT(logits_BTV, batch).sum() / batch.mask_BT.sum()
 
 
 def mean_kl(reference_BTV: Tensor, current_BTV: Tensor, batch: AnswerBatch) -> Tensor:
-    """KL(reference || current), mean over the batch's answer tokens (nats per token)."""
+    """Return KL(reference || current) per answer token of the batch, in nats."""
     num_positions = batch.targets_BT.shape[1]
     reference_NV = logprobs_BTV(reference_BTV[:, :num_positions][batch.mask_BT])
     current_NV = logprobs_BTV(current_BTV[:, :num_positions][batch.mask_BT])
@@ -48,8 +52,11 @@ RETAIN_LOSSES = ("nll", "kl")
 
 @dataclass(frozen=True)
 class Rows:
-    """Examples of one role, their logits now and, where the method compares, the reference's logits or
-    its log-probabilities of the whole answers."""
+    """Examples of one role with their current logits.
+
+    Where the method compares, they have the reference's logits, or its log-probabilities of the whole
+    answers.
+    """
 
     batch: AnswerBatch
     current_BTV: Tensor
@@ -58,14 +65,14 @@ class Rows:
 
     @property
     def compared_BTV(self) -> Tensor:
-        """The reference's logits. Raises ValueError when the caller left them out."""
+        """Return the reference's logits. Raise ValueError when the caller left them out."""
         if self.reference_BTV is None:
             raise ValueError("this loss compares with a reference, whose logits were not given")
         return self.reference_BTV
 
     @property
     def log_ratios_B(self) -> Tensor:
-        """log(p_current(answer) / p_reference(answer)) of each whole answer."""
+        """Return log(p_current(answer) / p_reference(answer)) of each whole answer."""
         reference_B = self.reference_answers_B
         if reference_B is None:
             reference_B = sum_logprobs_B(self.compared_BTV, self.batch)
@@ -74,7 +81,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Losses:
-    """The scalar to minimise, and its unweighted terms for the log (no gradient flows from these)."""
+    """The scalar to minimise, and its unweighted terms for the log, which carry no gradient."""
 
     total: Tensor
     forget: Tensor
@@ -88,27 +95,30 @@ class Method(Protocol):
 
     @property
     def reads(self) -> frozenset[Role]:
-        """The sets that the loss looks at."""
+        """Return the sets that the loss needs."""
         ...
 
     @property
     def compares(self) -> frozenset[Role]:
-        """Those of them for which it needs the reference."""
+        """Return those of them for which it needs the reference."""
         ...
 
     @property
     def compares_answers(self) -> frozenset[Role]:
-        """Those of these for which the reference's log-probability of the whole answer is enough: it is
-        the same at every step."""
+        """Return those of these for which the reference's log-probability of the whole answer is
+        enough.
+
+        It is the same at every step.
+        """
         ...
 
     def loss(self, rows: Mapping[Role, Rows]) -> Losses:
-        """Scalar loss over the rows of one batch; `rows` has the roles that `reads` names."""
+        """Return the loss over the rows of one batch, which has the roles that `reads` names."""
         ...
 
 
 def holding(method: Method, factor: float) -> Method:
-    """The same method with a retain term that weighs so many times as much, if it has one."""
+    """Return the method with its retain term, if it has one, weighted `factor` times as much."""
     names = ("beta",) if method.name == "kl_minimisation" else ("retain_weight",)
     weights = {name: value for name, value in hyperparameters(method).items() if name in names}
     changed = {name: value * factor for name, value in weights.items()}
@@ -116,7 +126,7 @@ def holding(method: Method, factor: float) -> Method:
 
 
 def hyperparameters(method: Method) -> dict[str, Any]:
-    """All hyper-parameters by name."""
+    """Return all hyper-parameters by name."""
     fields: dict[str, Any] = asdict(cast(Any, method))
     return fields
 
@@ -128,7 +138,7 @@ def weighted(
     retain_weight: float,
     retain_loss: RetainLoss,
 ) -> Losses:
-    """forget_weight * forget + retain_weight * (NLL or KL of the retain rows)."""
+    """Return forget_weight * forget + retain_weight * (NLL or KL of the retain rows)."""
     total = forget_weight * forget
     if retain_weight == 0:
         return Losses(total, forget.detach(), None)
@@ -145,14 +155,14 @@ def _is_number(value: object) -> bool:
 
 
 def above_zero(**values: float) -> Iterator[Problem]:
-    """Values that are not finite numbers above 0."""
+    """Yield a problem for each value that is not a finite number above 0."""
     for name, value in values.items():
         if not _is_number(value) or value <= 0:
             yield Problem(name, f"{value!r}, expected a number above 0")
 
 
 def at_least_zero(**values: float) -> Iterator[Problem]:
-    """Values that are not finite numbers of at least 0."""
+    """Yield a problem for each value that is not a finite number of at least 0."""
     for name, value in values.items():
         if not _is_number(value) or value < 0:
             yield Problem(name, f"{value!r}, expected a number of at least 0")
@@ -167,7 +177,7 @@ def whole_numbers(low: float = -math.inf, high: float = math.inf, **values: obje
 
 
 def one_of(allowed: tuple[str, ...], **values: str) -> Iterator[Problem]:
-    """Values that are not among the allowed ones."""
+    """Yield a problem for each value that is not among the allowed ones."""
     for name, value in values.items():
         if value not in allowed:
             yield Problem(name, f"{value!r}, expected one of {', '.join(allowed)}")
@@ -180,17 +190,18 @@ def check_values(what: str, *found: Iterable[Problem]) -> None:
         raise InvalidInput(
             f"{what} can't be used with these values",
             where=", ".join(each.where for each in problems),
-            next_step="mend the values",
+            next_step="correct the values",
             problems=problems,
         )
 
 
 class WithRetainTerm:
-    """Methods of the form forget_weight * F(forget) + retain_weight * R(retain): a method says F.
+    """The base of methods of the form forget_weight * F(forget) + retain_weight * R(retain).
 
-    No dataclass itself: the weights, and `retain_loss`, are fields of the method, in its own order.
-    `positive` and `not_negative` name the fields that must be so; `looks_at` and `compared` the sets
-    that F reads, and those of them for which it needs the reference.
+    A method defines F. The weights and `retain_loss` are fields of the method, in its own order, so
+    this class is not a dataclass. `positive` and `not_negative` name the fields with such values;
+    `looks_at` and `compared` name the sets that F reads, and those of them for which it needs the
+    reference.
     """
 
     name: ClassVar[str]
@@ -230,7 +241,7 @@ class WithRetainTerm:
         return self.compared
 
     def forget_term(self, rows: Mapping[Role, Rows]) -> Tensor:
-        """F, a scalar."""
+        """Return F, a scalar."""
         raise NotImplementedError
 
     def loss(self, rows: Mapping[Role, Rows]) -> Losses:

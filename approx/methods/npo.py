@@ -1,16 +1,15 @@
-"""NPO: DPO with the losing answer alone, so that the push fades where an answer is already unlikely.
+"""NPO: DPO with the losing answer only, so that the gradient fades where an answer is already unlikely.
 
     F = mean over examples of -(2 / beta) * log sigmoid(-beta * ratio(forget))
     ratio = log p(answer) - log p_reference(answer), the whole answer
     L = forget_weight * F + retain_weight * R(retain),   R = NLL or KL(reference || current)
 
-Rules: F is (2 / beta) * log 2 at the start and bounded below by 0. Its gradient is that of gradient
-ascent on the whole answer times 2 p^beta / (p^beta + p_reference^beta), which is 1 at the start.
+F is (2 / beta) * log 2 at the start and bounded below by 0. Its gradient is that of gradient ascent on
+the whole answer times 2 p^beta / (p^beta + p_reference^beta), which is 1 at the start. `simnpo`
+averages answers over their length.
 
-Not covered: answers averaged over their length (`simnpo`).
-
-Source: Zhang et al. 2024, "Negative preference optimization"; beta 0.1 and both weights 1 with
-NLL on the retain set (their NPO+RT) are the configuration of their code and of open-unlearning.
+Source: Zhang et al. 2024, "Negative preference optimization"; beta 0.1 and both weights 1 with NLL on
+the retain set (their NPO+RT) are the configuration of their code and of open-unlearning.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from approx.methods.method import RetainLoss, Role, Rows, WithRetainTerm
 
 @dataclass(frozen=True)
 class Npo(WithRetainTerm):
-    """`beta` is the inverse temperature: towards 0 the loss becomes gradient ascent."""
+    """NPO with the inverse temperature `beta`: towards 0 the loss becomes gradient ascent."""
 
     beta: float = 0.1
     forget_weight: float = 1.0

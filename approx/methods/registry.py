@@ -1,10 +1,5 @@
 """All methods by name.
 
-Rules: a method is made from its name and a mapping of hyper-parameters; an unknown name and unknown
-hyper-parameters are refused with the known ones listed, never ignored.
-
-Not covered: running one (`approx.unlearning.unlearn`).
-
 >>> make_method("npo", {"beta": 0.2})
 Npo(beta=0.2, forget_weight=1.0, retain_weight=1.0, retain_loss='nll')
 """
@@ -39,7 +34,7 @@ METHODS: Mapping[str, type[Any]] = {each.name: each for each in _CLASSES}
 
 
 def make_method(name: str, hyperparameters: Mapping[str, Any] | None = None) -> Method:
-    """A method with its own defaults where nothing else is said. Raises InvalidInput."""
+    """Return a method with the given hyper-parameters. Raise InvalidInput for unknown names."""
     given = hyperparameters or {}
     if name not in METHODS:
         raise InvalidInput(
@@ -56,7 +51,7 @@ def make_method(name: str, hyperparameters: Mapping[str, Any] | None = None) -> 
             f"{name} has no such hyper-parameters",
             where=name,
             expected="among " + ", ".join(known) if known else "none",
-            next_step="remove them, or mend their names",
+            next_step="remove them, or correct their names",
             problems=[Problem(each, "unknown") for each in unknown],
         )
     made: Method = METHODS[name](**given)

@@ -3,14 +3,13 @@
     F = mean over examples of -(2 / beta) * log sigmoid(-beta * mean_logprob(forget) - gamma)
     L = forget_weight * F + retain_weight * R(retain),   R = NLL or KL(reference || current)
 
-Rules: F is bounded below by 0. Long and short answers weigh alike.
-
-Not covered: the margin inside the bracket, which is how the authors' code writes it: its gamma (delta in
-open-unlearning) is this gamma / beta; both are 0 by default.
+F is bounded below by 0. Long and short answers have the same weight. The authors' code writes the
+margin inside the bracket: its gamma (delta in open-unlearning) is this gamma / beta. Both are 0 by
+default.
 
 Source: Fan et al. 2024, "Simplicity prevails: rethinking negative preference optimization for LLM
-unlearning". Defaults are the command that their code gives for TOFU forget10: beta 4.5, weight
-0.125 on the forget term, 1 on NLL of the retain set, gamma 0. For forget05: beta 2.5, weight 0.1375.
+unlearning". Defaults are the command of their code for TOFU forget10: beta 4.5, weight 0.125 on the
+forget term, 1 on NLL of the retain set, gamma 0. For forget05: beta 2.5, weight 0.1375.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from approx.methods.method import RetainLoss, Role, Rows, WithRetainTerm
 
 @dataclass(frozen=True)
 class SimNpo(WithRetainTerm):
-    """`beta` is the inverse temperature, `gamma` the margin."""
+    """SimNPO with the inverse temperature `beta` and the margin `gamma`."""
 
     beta: float = 4.5
     gamma: float = 0.0

@@ -1,20 +1,18 @@
-"""Task arithmetic: learn the forget set by heart, then walk the other way.
+"""Task arithmetic: learn the forget set by heart, then go in the opposite direction.
 
     tuned = fine-tuning of base on the forget set, L = NLL(forget)
     full weights:  result = base - alpha * (tuned - base)
     patch:         the weights' change is s * B A with B = 0 before; result: A, -alpha * B
 
-Alpha 0 gives the base back, bit for bit. `alpha` is given, or searched among `alphas`, from the smallest
-on: up to the first that breaks the bound on utility, or with which nothing is known any more. A patch
-must be fresh (every B is 0):
-the negative of a difference of two products has no room in one patch of the same rank.
-
-Not covered: a separate scale for each layer.
+Alpha 0 returns the base bit for bit. `alpha` is given, or searched among `alphas` from the smallest up
+to the first that breaks the bound on utility or leaves nothing known. One scale serves all layers. A
+patch must be fresh (every B is 0), because the negative of a difference of two products does not fit
+into one patch of the same rank.
 
 Source: Ilharco et al. 2023, "Editing models with task arithmetic", section 3: one scale for all
-weights, from 0.0, 0.05, ..., 1.0, chosen on held-out data such that the control task keeps 95 % of the
-pre-trained model's accuracy, that which forgets most. A text that a base knows by heart leaves little to
-learn, so that the grid goes beyond 1.
+weights, from 0.0, 0.05, ..., 1.0, chosen on held-out data as the one that forgets most while the
+control task keeps 95 % of the pre-trained model's accuracy. A text that a base knows by heart leaves
+little to learn, so this grid goes beyond 1.
 """
 
 from __future__ import annotations
@@ -38,7 +36,7 @@ Tensors = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class TaskArithmetic:
-    """A given `alpha`, or None to search among `alphas`."""
+    """Task arithmetic with a given `alpha`, or None to search among `alphas`."""
 
     alpha: float | None = None
     alphas: tuple[float, ...] = GRID
@@ -58,23 +56,23 @@ class TaskArithmetic:
             yield from above_zero(**{f"alphas[{number}]": each})
 
     def loss(self, rows: Mapping[Role, Rows]) -> Losses:
-        """The loss of the fine-tuning: it falls as the forget set is learnt."""
+        """Return the loss of the fine-tuning, which falls as the forget set is learnt."""
         forget = rows["forget"]
         total = mean_nll(forget.current_BTV, forget.batch)
         return Losses(total, total.detach(), None)
 
 
 def negate_weights(base: Tensors, tuned: Tensors, alpha: float) -> dict[str, Tensor]:
-    """base - alpha * (tuned - base), tensor by tensor; new tensors."""
+    """Return base - alpha * (tuned - base) as new tensors."""
     if alpha == 0:
         return {name: each.clone() for name, each in base.items()}
     return {name: each - alpha * (tuned[name] - each) for name, each in base.items()}
 
 
 def negate_patch(fresh: Tensors, tuned: Tensors, alpha: float) -> dict[str, Tensor]:
-    """A LoRA patch whose change of the weights is -alpha times the tuned one's.
+    """Return a LoRA patch whose change of the weights is -alpha times the tuned one's.
 
-    Raises InvalidInput when the patch was not fresh.
+    Raise InvalidInput when the patch was not fresh.
     """
     check_fresh_patch(fresh)
     if alpha == 0:

@@ -1,1 +1,1 @@
-"""What is measured of a model's answers: one metric a file, pure, with its formula and its source."""
+"""Metrics of a model's answers, one per file: pure functions with their formula, source and limits."""

@@ -1,17 +1,16 @@
 """AUC of an attack with its bootstrap interval.
 
 Formula: AUC = P(member's score > non-member's) + P(equal)/2, from mid-ranks (Mann-Whitney U / (m n)).
-The interval: percentiles of the AUC over resamples with replacement, members and non-members apart;
-`paired` draws the same rows of both, for two models' scores of the same texts.
+The interval has percentiles of the AUC over resamples with replacement, members and non-members
+separately; `paired` draws the same rows of both, for two models' scores of the same texts. Equal scores
+give exactly 0.5, and equal input gives equal intervals because the seed is an argument.
+
 Source: Hanley and McNeil (1982); Efron (1979), by `scipy.stats.bootstrap`.
 
-Rules: pure: the seed is an argument, so equal input gives equal intervals. Equal scores give exactly
-0.5.
-
-Not covered: true-positive rates at low false-positive rates, which say more of a worst case. Known
-limits: percentile intervals are too narrow below about 30 texts a side, and an AUC of exactly 0 or 1 has
-an interval of no width; members and non-members from different sources are told apart by their style,
-whatever the model knows.
+Limits: percentile intervals are too narrow below about 30 texts a side, and an AUC of exactly 0 or 1
+has an interval of no width. Members and non-members from different sources are distinguished by their
+style, whatever the model knows. True-positive rates at low false-positive rates say more about a worst
+case.
 
 >>> found = auc([3.0, 2.0], [1.0, 2.0])
 >>> found.value, found.num_members, found.num_nonmembers
@@ -33,7 +32,7 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Auc:
-    """An AUC, its interval at `confidence`, and how many texts it rests on."""
+    """An AUC, its interval at `confidence`, and the number of texts on each side."""
 
     value: float
     low: float
@@ -51,8 +50,11 @@ def auc(
     num_resamples: int = NUM_RESAMPLES,
     seed: int = 0,
 ) -> Auc:
-    """AUC of higher scores for members. Raises ValueError for fewer than 2 texts on a side, for scores
-    that are not finite, and for pairs of unequal number."""
+    """Return the AUC of higher scores for members.
+
+    Raise ValueError for fewer than 2 texts on a side, for scores that are not finite, and for pairs of
+    unequal number.
+    """
     sides = [np.array(each, dtype=np.float64) for each in (members, nonmembers)]
     if min(map(len, sides)) < 2:
         raise ValueError("an interval needs at least 2 texts on each side")

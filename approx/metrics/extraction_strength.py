@@ -1,17 +1,16 @@
-"""Extraction strength: how short a beginning of an answer makes the model say the rest of it.
+"""Extraction strength: how short a prefix of an answer makes the model produce the rest of it.
 
 Formula: for an answer of L tokens, ES = 1 - k/L with the smallest k in 0..L-1 such that, given the
 question and the true tokens before each position, the likeliest token is the true one at all positions
 k..L-1; k = L-1 where there is none.
-Source: Carlini et al. (2021, arXiv 2012.07805) define extractability; the measure is that of
-open-unlearning (Dorna et al. 2025, arXiv 2506.12618) `extraction_strength`.
 
-Rules: pure. **The floor is 1/L, not 0**: a model that is wrong at the last token, or right there alone,
-has k = L-1. So a mean over answers has a floor of its own, mean(1/L): compare with it, never with 0.
+Source: Carlini et al. (2021, arXiv 2012.07805) define extractability; the measure is
+`extraction_strength` of open-unlearning (Dorna et al. 2025, arXiv 2506.12618).
 
-Not covered: sampling. Known limits: the true prefix is given at every position (teacher forcing), which
-is the same as greedy continuation where all tokens match; one odd token late in the answer hides all
-before it.
+Limits: **the floor is 1/L, not 0**. A model that is wrong at the last token, or right only there, has k
+= L-1. A mean over answers therefore has the floor mean(1/L) and must be compared with it. The true
+prefix is given at every position (teacher forcing), which equals greedy continuation where all tokens
+match; one odd token late in the answer hides everything before it.
 
 >>> extraction_strength([True, True, True, True]), extraction_strength([False, False, True, True])
 (1.0, 0.5)
@@ -25,9 +24,9 @@ from collections.abc import Sequence
 
 
 def extraction_strength(correct: Sequence[bool]) -> float:
-    """ES in [1/L, 1]; `correct` says of each of the L answer tokens whether the likeliest was true.
+    """Return ES in [1/L, 1]. `correct` is whether the likeliest token was the true one, at L positions.
 
-    Raises ValueError for an answer without tokens.
+    Raise ValueError for an answer without tokens.
     """
     if not correct:
         raise ValueError("an answer without tokens")
@@ -40,5 +39,5 @@ def extraction_strength(correct: Sequence[bool]) -> float:
 
 
 def floor(num_tokens: int) -> float:
-    """What a model that knows nothing of an answer of so many tokens scores."""
+    """Return the score of a model that knows nothing of an answer of `num_tokens` tokens."""
     return 1 / num_tokens

@@ -1,12 +1,12 @@
-"""The loss attack: what a model was trained on, it finds likelier.
+"""The loss attack: a model finds the texts likelier that it was trained on.
 
 Formula: score = mean log-probability of the tokens (the negative of the loss).
+
 Source: Yeom et al. (2018, arXiv 1709.01604); zjysteven/mink-plus-plus `run.py`.
 
-Rules: pure. As of all attacks here, a higher score says member. A score alone says nothing: `auc.py`
-compares those of members and non-members.
-
-Not covered: calibration by another model. Known limit: easy text looks like a member.
+In all attacks here a higher score means member. A score alone means nothing; `auc.py` compares the
+scores of members and non-members. Limit: easy text looks like a member, as nothing is calibrated by
+another model.
 
 >>> loss_score([-1.0, -3.0])
 -2.0
@@ -20,7 +20,7 @@ import numpy as np
 
 
 def loss_score(token_logprobs: Sequence[float]) -> float:
-    """The mean of log-probabilities, in nats. Raises ValueError for no tokens."""
+    """Return the mean of log-probabilities, in nats. Raise ValueError for no tokens."""
     if len(token_logprobs) == 0:
         raise ValueError("a text without tokens")
     return float(np.mean(np.array(token_logprobs, dtype=np.float64)))

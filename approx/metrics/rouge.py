@@ -1,15 +1,14 @@
-"""ROUGE-L recall: how much of the true answer stands, in order, in what was generated.
+"""ROUGE-L recall: how much of the true answer occurs, in order, in the generated one.
 
 Formula: |longest common subsequence of words| / |words of the true answer|, words lower-cased and
-stemmed (Porter). TOFU generates greedily, at most 200 tokens.
+stemmed (Porter), by the pinned version of the library. TOFU generates greedily, at most 200 tokens.
+
 Source: Lin (2004); rouge-score 0.1.2; TOFU (Maini et al. 2024), section 2.2.1; locuslab/tofu
 `eval_rouge_recall`.
 
-Rules: pure; the library does the work, at the pinned version.
-
-Not covered: generating. Known limits: words are runs of the letters a-z and digits, so that text in
-other scripts has none and counts 0; recall does not punish an answer that goes on and on; a paraphrase
-scores low, and a wrong name in the right phrase high.
+Limits: words are runs of the letters a-z and digits, so text in other scripts has none and scores 0.
+Recall does not penalise an answer that never ends. A paraphrase scores low, and a wrong name in the
+right phrase high.
 
 >>> rougeL_recall("The author is Ada.", "It is said the author is called Ada, always.")
 1.0
@@ -33,5 +32,5 @@ def _scorer() -> Any:
 
 
 def rougeL_recall(truth: str, generated: str) -> float:
-    """The recall, in [0, 1]; 0 where the truth has no words."""
+    """Return the recall, in [0, 1]; 0 for a truth without words."""
     return float(_scorer().score(truth, generated)["rougeL"].recall)

@@ -1,1 +1,1 @@
-"""Making a patch: from texts in the vault to an adapter beneath all shards."""
+"""Patches: from texts in the vault to an adapter beneath all shards."""

@@ -1,19 +1,20 @@
-"""What is measured of a patch, before and after: on what is to be forgotten, and on what is to stay.
+"""The measures of a patch, before and after, on the texts to forget and on the texts to keep.
 
-    forget_extraction_strength    and its floor, what knowing nothing scores
+    forget_extraction_strength    with its floor, the score of no knowledge at all
     forget_exact_memorisation
     forget_probability            mean over texts of exp(-mean NLL of the answer's tokens)
-    forget_rougeL_recall          of the greedy continuation, where texts have prompts; else absent
+    forget_rougeL_recall          of the greedy continuation; absent for texts without prompts
     forget_min_k_plus_plus        mean over texts
     retain_probability            as forget_probability
-    retain_utility                exp(-mean NLL) over all answer tokens together: the utility that
-                                  `max_utility_drop` bounds, in its own units, from 0 to 1
+    retain_utility                exp(-mean NLL) over all answer tokens together, from 0 to 1;
+                                  `max_utility_drop` bounds it
 
-The same texts are measured before and after: the first MAX_MEASURED of a set, of which MAX_CONTINUED are
-continued; of the retain set those that were not trained on. Measures of tokens leave out what closes an
-answer (end token, line break), probabilities do not. Nothing returned holds a text.
+The same texts are measured before and after: the first MAX_MEASURED of a set, of which MAX_CONTINUED
+are continued, and of the retain set those that were not trained on. Measures of tokens leave out the
+tokens that close an answer (end token, line break); probabilities include them. No result holds a text.
 
-Not covered: a retained reference (`sisa eval tofu`); other wordings of the same fact (`robustness.py`).
+A comparison with a retained reference is in `sisa eval tofu`, other wordings of the same fact in
+`robustness.py`.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ MEASURE_LIMITS = (
     "the answer hides all before it",
     "exact memorisation: much of a sentence is grammar, so that knowing nothing scores above 0",
     "probability: normalised by length, it favours long answers whose end follows from their beginning",
-    "ROUGE-L recall: greedy answers alone; a paraphrase scores low, a wrong name in the right phrase "
-    "high, and text in other scripts than Latin counts 0",
+    "ROUGE-L recall: greedy answers only; a paraphrase scores low, a wrong name in the right phrase "
+    "high, and text in other scripts than Latin scores 0",
     "min-k%++: large by a guard where the model is certain; no threshold of membership is fitted",
     "utility: on the part of the retain set that was not trained on",
     "still known: by the probe's criterion, for the very wording; of at most 32 texts",
@@ -52,7 +53,7 @@ MEASURE_LIMITS = (
 def measured(
     model: Any, tokenizer: Any, forget: Sequence[Tokens], retain: Sequence[Tokens]
 ) -> dict[str, float]:
-    """All measures of a model as it is."""
+    """Return all measures of a model as it is."""
     known = scores(model, forget[:MAX_MEASURED])
     inner = [_inner(*pair, tokenizer) for pair in zip(known, forget[:MAX_MEASURED], strict=True)]
     kept = scores(model, retain[:MAX_MEASURED])
@@ -75,19 +76,20 @@ def measured(
 
 
 def _inner(score: AnswerScore, tokens: Tokens, tokenizer: Any) -> AnswerScore:
-    """A score without the tokens that close an answer."""
+    """Return a score without the tokens that close the answer."""
     inner = without_closing(tokens, tokenizer).labels[1:]  # the first is never predicted
     counted = zip(inner, tokens.labels[1:], strict=True)
     return score.only([said != NO_LOSS for said, label in counted if label != NO_LOSS])
 
 
 def utility(model: Any, retain: Sequence[Tokens]) -> float:
-    """exp(-mean NLL per answer token) on the retain set's first texts."""
+    """Return exp(-mean NLL per answer token) on the first texts of the retain set."""
     return _utility(scores(model, retain[:MAX_MEASURED]))
 
 
 def knowledge(model: Any, tokenizer: Any, texts: Sequence[Answers], *, thorough: bool) -> Knowledge:
-    """How many texts a model knows, as the probe counts them, and their answers' mean probability.
+    """Return how many texts a model knows by the probe's criterion, and their answers' mean
+    probability.
 
     Without `thorough` nothing is continued, and a text counts as known where it may be.
     """

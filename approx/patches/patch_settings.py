@@ -1,19 +1,18 @@
-"""What a patch is made with, as the JSON values that its job names: parsed once, all problems at once.
+"""The settings of a patch, as the JSON values in its job, parsed with every problem reported at once.
 
     method           one of `methods/registry.py`, with its hyper-parameters
     adapter          rank, scale and modules of the LoRA patch
-    pace             learning rate, batches, epochs, rounds, seed: `pace.Settings`
-    bounds           max_utility_drop, target_probability, check_every: `bounds.Bounds`
-    sequence_len     a longer text is cut to it, or refused, as `overlength` says
+    pace             learning rate, batches, epochs, rounds, seed: `schedule.ScheduleSettings`
+    bounds           max_utility_drop, target_probability, check_every: `stopping.BoundSettings`
+    sequence_len     longer texts are cut to it or refused, as `overlength` says
     procedure        how patches are made; a job of another procedure is refused
 
-All defaults are written out, so that a job names everything that reaches its bits. A limit in
-seconds is no part of it: it says when to put a run aside, not what comes of it. On the command line
-settings have one flat space of names. Unknown names and impossible values are named together.
+All defaults are written out, so that a job names everything that reaches its bits. A limit in seconds
+is not a setting: it says when to put a run aside, not what the patch becomes. On the command line
+settings have one flat namespace.
 
-Source of the defaults: a patch wants about ten times the rate of full weights (`schedule.py`); from
-there on each round is stronger (`descent.py`) until nothing is known, or the bound on utility holds it
-back.
+Source of the defaults: a patch needs about ten times the rate of full weights (`schedule.py`). Each
+later round is stronger (`descent.py`), until nothing is known or the bound on utility stops it.
 
 >>> found = parse_settings(settings_of("npo", {"beta": 0.2, "num_epochs": 3}, Adapter(), seed=1))
 >>> found.method, found.pace.num_epochs, found.bounds.max_utility_drop
@@ -41,7 +40,7 @@ from sisa.core.errors import InvalidInput, Problem
 from sisa.lm.base.tokens import Overlength
 
 _T = TypeVar("_T")
-PROCEDURE = 2  # raise it when the same settings make another patch
+PROCEDURE = 2  # raise when the same settings would make another patch
 DEFAULT_SEQUENCE_LEN = 512
 DEFAULT_PACE = {
     "learning_rate": 3e-4,
@@ -81,7 +80,7 @@ class Adapter:
 
 @dataclass(frozen=True)
 class PatchSettings:
-    """Settings that were checked."""
+    """Validated settings."""
 
     method: Method
     adapter: Adapter
@@ -91,7 +90,7 @@ class PatchSettings:
     overlength: Overlength
 
     def to_json(self) -> dict[str, Any]:
-        """As a job names them: JSON values alone."""
+        """Return the settings as a job holds them: JSON values only."""
         return {
             "method": self.method.name,
             "hyperparameters": _listed(hyperparameters(self.method)),
@@ -113,10 +112,10 @@ def settings_of(
     sequence_len: int = DEFAULT_SEQUENCE_LEN,
     overlength: Overlength = "refuse",
 ) -> dict[str, Any]:
-    """Settings as JSON values, from flat `values`; what is not named has the method's defaults.
+    """Return settings as JSON values from flat `values`, with the method's defaults for the rest.
 
-    `adapter`, `seed`, `sequence_len` and `overlength` are those of the run. Raises InvalidInput with all
-    problems.
+    `adapter`, `seed`, `sequence_len` and `overlength` are those of the run. Raise InvalidInput with
+    every problem.
     """
     known = _flat_names(method)
     problems = [
@@ -138,7 +137,7 @@ def settings_of(
 
 
 def _flat_names(method: str) -> dict[str, str]:
-    """The block of every name that a method's settings have."""
+    """Return the block of every name in a method's settings."""
     own = {each.name: "hyperparameters" for each in fields(METHODS[method])} if method in METHODS else {}
     return {
         **{each.name: "adapter" for each in fields(Adapter)},
@@ -149,13 +148,13 @@ def _flat_names(method: str) -> dict[str, str]:
 
 
 def parse_settings(given: Mapping[str, Any]) -> PatchSettings:
-    """Raises InvalidInput with all problems."""
+    """Return validated settings. Raise InvalidInput with every problem."""
     return _parsed(given, [])
 
 
 @dataclass
 class _Parts:
-    """Parts made one after another; what is wrong with any of them is gathered."""
+    """The blocks of settings, built one after another, and every problem found in them."""
 
     problems: list[Problem]
     made: dict[str, Any] = field(default_factory=dict)
@@ -166,13 +165,15 @@ class _Parts:
         except InvalidInput as error:
             self.problems += error.as_problems(name)
         except TypeError:
-            self.problems.append(Problem(name, "a value of a wrong kind"))
+            self.problems.append(Problem(name, "a value of the wrong type"))
 
 
 def _parsed(given: Mapping[str, Any], problems: list[Problem]) -> PatchSettings:
     problems += [Problem(each, "unknown") for each in given if each not in NAMES]
     if given.get("procedure") != PROCEDURE:
-        problems.append(Problem("procedure", "wanted by another version: revert it, and ask again"))
+        problems.append(
+            Problem("procedure", "of another version: revert the patch and request it again")
+        )
     blocks = {name: _block(given, name, problems) for name in BLOCKS}
     method = str(given.get("method", ""))
     parts = _Parts(problems)
@@ -194,7 +195,7 @@ def _parsed(given: Mapping[str, Any], problems: list[Problem]) -> PatchSettings:
         raise InvalidInput(
             "no patch can be made with these settings",
             where=", ".join(dict.fromkeys(each.where for each in parts.problems)),
-            next_step="mend the settings",
+            next_step="correct the settings",
             problems=parts.problems,
         )
     adapter, pace, bounds = (parts.made[name] for name in BLOCKS[1:])

@@ -1,18 +1,19 @@
-"""Make a patch: from texts in the vault to an adapter in the patches' store. Approximate, always.
+"""Make a patch: from texts in the vault to an adapter in the patch store. A patch is always
+approximate.
 
-    read the sets -> the base with the patches beneath -> measure -> unlearn -> measure -> store
+    read the sets -> load the base with the patches beneath -> measure -> unlearn -> measure -> store
 
-A patch is made from what its job names, and from nothing else: same job, same bytes on one machine.
-Everything that is wrong with settings and texts is named before a wish is taken in. A run searches the
-strength that is needed (`descent.py`): it ends when the probe no longer knows the texts, or when the
-bound on utility holds it back, and leaves the best weights within the bound; where that is the start,
-there is no patch. The report says which, and how many texts are still known.
+A patch depends only on what its job names: the same job gives the same bytes on one machine. Settings
+and texts are validated, with every problem reported, before a request for a patch is accepted. A run
+searches the strength that is needed (`descent.py`). It ends when the probe no longer knows the texts,
+or when the bound on utility stops it, and leaves the best weights within the bound. If these are the
+first weights, there is no patch. The report gives the outcome and how many texts are still known.
 
-Utility is judged by answers of the base that are not trained on. A run rests sealed by the vault's
-keyring until the caller has what came of it: cut short, or out of time, it goes on.
+Utility is measured on answers of the base that are not trained on. A run is saved, sealed by the
+vault's keyring, until the caller has its result, so an interrupted run continues.
 
-Not covered: what is done with a patch (`sisa/flows/patches/patching.py`); a task on Ray
-(`cluster/ray/patch_tasks.py`).
+`sisa/flows/patches/patching.py` decides what happens with a patch; `cluster/ray/patch_tasks.py` makes
+one in a task on Ray.
 """
 
 from __future__ import annotations
@@ -68,12 +69,12 @@ from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.vault import DRAFTS_AREA, FileVault
 
 PROGRESS_EVERY_S = 0.25
-JUDGED_EVERY = 4  # one text of so many is not trained on
+JUDGED_EVERY = 4  # one of this many texts is not trained on
 _T = TypeVar("_T")
 
 
 def open_patcher(site: PatchSite, config: RunConfig) -> PatchMaker:  # noqa: ARG001
-    """Whoever makes patches in this process."""
+    """Return the maker of patches in this process."""
     return PatchMaker(site)
 
 
@@ -90,7 +91,7 @@ class PatchMaker:
         retain: Sequence[Record] | None,
         reference: str = "",
     ) -> None:
-        """As the Protocol. Reads the base's tokenizer and configuration, not its weights."""
+        """Validate settings and texts. Reads the base's tokenizer and configuration, not its weights."""
         problems = _usual_alone(self._site.precision)
         parsed = _gathered(problems, lambda: parse_settings(settings))
         tokenizer = load_tokenizer(self._site.base_dir)
@@ -111,16 +112,16 @@ class PatchMaker:
             raise InvalidInput(
                 f"no patch can be made of this: {len(problems)} problems; nothing was changed",
                 expected=f"texts of at most {limits.sequence_len} tokens, with an answer, in one set",
-                next_step="mend the settings and the sets",
+                next_step="correct the settings and the sets",
                 problems=problems,
             )
 
     def make(self, order: PatchOrder, report: Report) -> PatchMade:
-        """As the Protocol. `max_seconds` bounds the steps; reading and measuring come on top."""
+        """Make a patch. `max_seconds` bounds the steps; reading and measuring take additional time."""
         site, job = self._site, order.job
         pin_threads(site.threads)
         if job.fingerprint != fingerprint(site.threads):
-            report(Notice("the patch was wanted under other numerics: its bits may differ from theirs"))
+            report(Notice("the patch was requested under other numerics: its bits may differ"))
         parsed = parse_settings(job.settings)
         made = _Making(site, order, parsed, report)
         end = made.run(self._saved(job))
@@ -144,8 +145,11 @@ class PatchMaker:
 
 
 def _usual_alone(precision: Precision) -> list[Problem]:
-    """A patch is laid on the weights themselves: in bfloat16 most of it would round away, and on another
-    device it would not be of the base that it was made on."""
+    """Return a problem for each part of the precision that is not the default.
+
+    A patch is merged into the weights themselves: in bfloat16 most of it would round away, and on
+    another device it would not belong to the base that it was made on.
+    """
     found = precision.in_jobs().items()
     return [
         Problem(key, f"is {value}: patches are for the CPU in float32 alone") for key, value in found
@@ -153,7 +157,7 @@ def _usual_alone(precision: Precision) -> list[Problem]:
 
 
 def _gathered(problems: list[Problem], check: Callable[[], Any]) -> Any:
-    """What a check gives; None, and its problems, where it refuses."""
+    """Return the result of a check, or None with its problems added to the list."""
     try:
         return check()
     except InvalidInput as error:
@@ -162,7 +166,7 @@ def _gathered(problems: list[Problem], check: Callable[[], Any]) -> Any:
 
 
 def _refuse_other_tokenizer(reference: str, tokenizer: Any) -> None:
-    """Raises InvalidInput for a reference that is not there, or reads other tokens than the base."""
+    """Raise InvalidInput for a reference that is missing or has another tokenizer than the base."""
     found = load_tokenizer(local_or_hub(reference))
     if found.get_vocab() != tokenizer.get_vocab():
         raise InvalidInput(
@@ -178,7 +182,7 @@ def _lora(settings: PatchSettings) -> dict[str, Any]:
 
 
 def split(texts: Sequence[_T]) -> tuple[list[_T], list[_T]]:
-    """Texts to train on, and texts to judge by.
+    """Return the texts to train on, and the texts to measure utility on.
 
     >>> split("abcdefgh")
     (['a', 'b', 'c', 'e', 'f', 'g'], ['d', 'h'])
@@ -188,13 +192,13 @@ def split(texts: Sequence[_T]) -> tuple[list[_T], list[_T]]:
 
 
 def _says_anything(end: End) -> bool:
-    """Whether the weights differ from those of a fresh patch, which changes nothing."""
+    """Return whether the weights differ from those of a fresh patch, which changes nothing."""
     return end.step > 0 and end.alpha != 0
 
 
 @dataclass
 class _Making:
-    """One patch on its way: model, texts and measures of an order."""
+    """The making of one patch: model, texts and measures of an order."""
 
     site: PatchSite
     order: PatchOrder
@@ -230,7 +234,7 @@ class _Making:
     def _retain(
         self, given: Sequence[Record] | None, limits: Limits
     ) -> tuple[list[Tokens], list[Tokens]]:
-        """The retain set, and the texts that utility is judged by, which are not trained on."""
+        """Return the retain set, and the texts that utility is measured on, which are not trained on."""
         self.report(
             Notice(
                 "the base writes the retain set: its own answers to neutral prompts, and to the same "
@@ -277,7 +281,7 @@ class _Making:
         )
 
     def report_of(self, end: End, *, measured: bool) -> dict[str, Any]:
-        """The ApproxReport as JSON, with what the sets were and whether a patch came of it."""
+        """Return the ApproxReport as JSON, with the sets and whether a patch was made."""
         settings, made = self.settings, measured and _says_anything(end)
         found = ApproxReport(
             method=settings.method,
@@ -331,7 +335,7 @@ class _Making:
         return robustness(model, tokenizer, self.forget, self.sets.forget, length, reference)
 
     def files(self) -> dict[str, bytes]:
-        """The patch as PEFT reads it."""
+        """Return the patch as PEFT reads it."""
         return {
             ADAPTER_FILE: tensor_bytes(adapter_tensors(self._model)),
             CONFIG_FILE: config_bytes(self._model),
@@ -339,7 +343,7 @@ class _Making:
 
 
 class _Ticks:
-    """Turns steps into events, at most one each PROGRESS_EVERY_S seconds."""
+    """A filter that turns steps into events, at most one every PROGRESS_EVERY_S seconds."""
 
     def __init__(self, report: Report) -> None:
         self._report = report

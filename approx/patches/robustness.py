@@ -1,14 +1,14 @@
-"""How robust forgetting is: the probability of the answers after what brings them back most easily.
+"""The robustness of forgetting: the probability of the answers after the easiest attacks.
 
     relearning   after 3 and 20 steps of fine-tuning on the first texts, by a fresh LoRA adapter over the
-                 patch. Beside it a control that never knew: the reference on the same texts where there
-                 is one, else the patched model on the same texts with invented names and figures. A
-                 patch is robust where what it forgot comes back no faster than the control learns
+                 patch. A control that never knew them is measured beside it: the reference on the same
+                 texts, or without one the patched model on the same texts with invented names and
+                 figures. A patch is robust if what it forgot returns no faster than the control learns
     rounding     with the weights, patch included, rounded to 8 and to 4 bits, in groups of 64
-    rewording    for the same questions in other words, before the patch and after it
+    rewording    for the same questions in other words, before and after the patch
 
-The model is left as it was. Nothing returned holds a text. A plain text has no other wording; a text
-without a name has no control but a reference.
+The model is left unchanged, and no result holds a text. Plain texts have no other wording. A text
+without a name has no control without a reference.
 
 Source: relearning by Hu et al. 2024, "Jogging the memory of unlearned models"; rounding by Zhang et al.
 2024, "Catastrophic failure of LLM unlearning via quantization".
@@ -49,7 +49,10 @@ def robustness(
     sequence_len: int,
     reference: Any = None,
 ) -> dict[str, Any]:
-    """Measure the patch that is active in `model`, a PEFT model; `forget` are the records' tokens."""
+    """Return measures of the patch that is active in `model`, a PEFT model.
+
+    `forget` are the tokens of the records.
+    """
 
     def tokens_of(found: Sequence[Record | None]) -> list[Tokens]:
         made = [tokenize(each, tokenizer, train_on_inputs=False) for each in found if each is not None]
@@ -79,7 +82,7 @@ def _attached(reference: Any, like: Any) -> Any:
 
 
 def _reworded(record: Record) -> list[Record]:
-    """The record with its first question in other words."""
+    """Return the record with its first question in other words."""
     for at, part in enumerate(record.parts):
         if part.role in ("prompt", "user"):
             return [
@@ -97,7 +100,8 @@ def _reworded(record: Record) -> list[Record]:
 
 
 def _worded(wording: str, text: str) -> str:
-    """
+    """Return a wording of a text that keeps the white space at its end.
+
     >>> _worded("{} Answer briefly.", "Who? ")
     'Who? Answer briefly. '
     """
@@ -117,10 +121,10 @@ def _before_and_after(model: Any, examples: Sequence[Tokens]) -> dict[str, float
 
 
 def _relearnt(model: Any, examples: Sequence[Tokens]) -> dict[str, float]:
-    """The probability of examples after 0 and more steps on them; the model is left as it was."""
+    """Return the probability of examples after 0 and more steps on them, and restore the model."""
     found = {"0": _probability(model, examples)}
     wanted = {name: each.requires_grad for name, each in model.named_parameters()}
-    torch.manual_seed(0)  # of the fresh adapter's first factors
+    torch.manual_seed(0)  # for the fresh adapter's first factors
     model.add_adapter(EXTRA, model.peft_config["default"])
     model.base_model.set_adapter(["default", EXTRA])
     try:
@@ -153,8 +157,10 @@ def _probability_rounded(model: Any, examples: Sequence[Tokens], bits: int) -> f
 
 @contextmanager
 def _rounded_weights(model: Any, bits: int) -> Iterator[None]:
-    """Every module that the patch changes, and every other linear one but the head, with the patch laid
-    on and rounded. The old weights are put back; none is written to."""
+    """Round the patched modules and every other linear module but the head, then restore them.
+
+    The patch is merged before rounding. The original weights are never written to.
+    """
     changes, head = _changes(model), model.get_output_embeddings()
     held = []
     try:
@@ -174,7 +180,7 @@ def _rounded_weights(model: Any, bits: int) -> Iterator[None]:
 
 
 def _changes(model: Any) -> Mapping[str, Tensor]:
-    """By name of the module that holds the weights, what the patch adds to them."""
+    """Return what the patch adds to the weights, by the name of the module that holds them."""
     with torch.no_grad():
         return {
             f"{name}.base_layer": module.get_delta_weight("default").detach()
@@ -184,8 +190,10 @@ def _changes(model: Any) -> Mapping[str, Tensor]:
 
 
 def rounded(weights: Tensor, bits: int) -> Tensor:
-    """Weights rounded to the nearest of 2^bits - 1 levels around 0, with a scale for each group of GROUP
-    in a row, or for a row that can't be cut so.
+    """Return weights rounded to the nearest of 2^bits - 1 levels around 0.
+
+    Each group of GROUP weights in a row has its own scale; a row that cannot be divided so is one
+    group.
 
     >>> rounded(torch.tensor([[-7.0, 0.4, 3.6, 7.0]]), 4).tolist()
     [[-7.0, 0.0, 4.0, 7.0]]

@@ -1,1 +1,1 @@
-"""The unlearning loop: examples, methods' interface, stopping, cost, report."""
+"""The unlearning loop: examples, schedule, bounds, cost and report."""

@@ -1,22 +1,22 @@
 """The loop: steps down a method's loss, in search of the best weights within the bound on utility.
 
-Every `check_every` steps and at the end of each round the next batch's loss, utility and knowledge of
-the forget set are measured. Weights are good when that loss is finite and utility is within its bound;
-the best are the good ones that know least, or the last ones where knowledge is not measured. A point
-that breaks the bound does not end the run: utility often dips and comes back.
+Every `check_every` steps and at the end of each round, the run measures the loss of the next batch,
+utility and knowledge of the forget set. Weights are good when that loss is finite and utility is within
+its bound. The best weights are the good ones that know least, or the last ones where knowledge is not
+measured. A measurement outside the bound does not end the run, because utility often recovers.
 
-A run searches for the strength that is needed. While something is still known, each round goes on from
-where the last one ended, at GROWTH times its rate. A round that ends below the bound is taken back: the
-next one goes on from the best weights at a lower rate and with a retain term that weighs more. The run
-ends when enough is forgotten, after the last round, or when a loss or a gradient is not finite; the
-model then holds the best weights, and the end says why.
+A run searches for the strength that is needed. While something is still known, each round continues
+where the last one ended, at GROWTH times its rate. A round that ends outside the bound is undone: the
+next one continues from the best weights at a lower rate and with a heavier retain term. The run ends
+when enough is forgotten, after the last round, or when a loss or a gradient is not finite. The model
+then holds the best weights, and the `End` gives the reason.
 
-Where there is any time, a run takes a step at least, so that one that is gone on with again and again
-comes to its end. A run that goes on from saved weights gives, to the bit, what one without interruption
-gives: order and rate are functions of the step and of what was measured, and nothing draws a random
-number. What the reference says of whole answers is computed once.
+Within any positive time limit a run takes at least one step, so that a run that is continued again and
+again finishes. A run that continues from saved weights gives the same bits as one without interruption:
+order and rate are functions of the step and of the measurements, and nothing draws a random number. The
+reference's log-probabilities of whole answers are computed once.
 
-Not covered: mixed precision; more than one device.
+The loop supports neither mixed precision nor several devices.
 
     end = Descent(target, sets, method, settings, bounds, saved=None, progress=log, clock=clock).run()
 """
@@ -52,9 +52,7 @@ from sisa.lm.base.adapter import tensor_bytes
 from sisa.lm.base.tokens import Tokens
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
-PAD_ID = 0  # any word: under causal attention, nothing that counts sees padding
-
-
+PAD_ID = 0  # any word: under causal attention no answer token sees padding
 GROWTH = 3.0
 
 
@@ -93,7 +91,7 @@ class Descent:
             list(target.trained.values()),
             settings.learning_rate,
             weight_decay=settings.weight_decay,
-            foreach=False,  # the plain implementation: one order of arithmetic
+            foreach=False,  # the plain implementation has one order of arithmetic
             fused=False,
         )
         self._started = clock()
@@ -104,8 +102,11 @@ class Descent:
         self._why = ""
 
     def run(self) -> End:
-        """Start or go on, to the end. Raises ConfigConflict and IntegrityError for saved runs that do
-        not fit, InvalidInput when utility is no number before anything was changed."""
+        """Start or continue the run until it ends.
+
+        Raise ConfigConflict or IntegrityError for a saved run that does not fit, and InvalidInput when
+        utility is not a number before the first step.
+        """
         job = "" if self._saved is None else self._job()
         held = None if self._saved is None else self._saved.load(job)
         self._reference = self._reference_answers()
@@ -123,7 +124,7 @@ class Descent:
 
     @property
     def num_taken(self) -> int:
-        """Steps that `run` took here, apart from those before it went on."""
+        """Return the number of steps that `run` took in this process."""
         return self._step - self._first
 
     def _reference_answers(self) -> dict[Role, Tensor]:
@@ -158,7 +159,7 @@ class Descent:
         return Ending.FINISHED if self._hold == 1.0 else Ending.BELOW_UTILITY_BOUND
 
     def _turn(self) -> None:
-        """Set out for the next round, and its rate."""
+        """Prepare the next round and its rate."""
         if self._within:
             self._rate *= GROWTH
         else:
@@ -172,7 +173,7 @@ class Descent:
         return late and (limit == 0 or self._step > self._first)
 
     def _take_step(self, step: Step) -> bool:
-        """One update; False, and none, when a loss or the gradient is not finite."""
+        """Take one update. Return False, without updating, when a loss or the gradient is not finite."""
         num_rows = sum(len(micro.forget) for micro in step)
         sums: list[tuple[float, Losses]] = []
         self._optimizer.zero_grad(set_to_none=True)
@@ -226,8 +227,10 @@ class Descent:
         return sets[role]
 
     def _checked(self) -> Ending | None:
-        """Measure the present weights, and take them for the best if they are; how the run ends, or None
-        where it goes on."""
+        """Measure the present weights and keep them if they are the best.
+
+        Return how the run ends, or None when it continues.
+        """
         if self._step == self._best.step:
             return None
         upcoming = self._steps[min(self._step, len(self._steps) - 1)][0]
@@ -293,15 +296,15 @@ class Descent:
 
     def _said(self, ending: Ending) -> str:
         if ending == Ending.OUT_OF_TIME:
-            return f"the time was spent after step {self._step} of {len(self._steps)}"
+            return f"the time limit was reached after step {self._step} of {len(self._steps)}"
         if ending == Ending.FINISHED:
             enough = self._bounds.is_enough(self._best.knowledge, at_end=True)
             return f"nothing is known after step {self._best.step}" if enough else "all steps were taken"
-        held = "the bound on utility holds it back: " if ending == Ending.BELOW_UTILITY_BOUND else ""
+        held = "the bound on utility stopped it: " if ending == Ending.BELOW_UTILITY_BOUND else ""
         return f"{held}{self._why}; the weights after step {self._best.step} were kept"
 
     def _job(self) -> str:
-        """What a saved run must have been to go on as this one."""
+        """Return the digest that a saved run must have to continue as this one."""
         return digest_of(
             {
                 "method": self._method.name,

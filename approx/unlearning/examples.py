@@ -1,11 +1,16 @@
-"""The texts of a patch as token examples, and everything that is wrong with them.
+"""The examples of a method: what to forget, what to keep and what to say instead.
 
-A text that is longer than `sequence_len`, or than the base can read, is refused, or cut as records are
-that are trained on with `overlength: truncate`. What is to be forgotten is forgotten: a record that
-stands in both sets of a job is left out of the retain set. DPO's preferred answers are refusals
-(`refusals.py`), closed as the record's own answer is. Problems name positions, never text or ids.
+Records become token examples, and every problem is reported at once, before anything is computed: empty
+sets, examples without an answer token, examples in both sets, preferred answers that are missing or
+equal the answers to forget. Problems name positions, never text or ids.
 
-Not covered: the retain set that the base writes (`generated_retain.py`).
+Two records are the same when their ids or their normalised texts are equal (normalised as in the
+ledger); two token examples when their token ids are. Near duplicates and paraphrases are not found. A
+text longer than `sequence_len`, or than the base can read, is refused, or cut with `overlength:
+truncate`. The retain set that the base writes itself is in `generated_retain.py`.
+
+>>> refusing([Tokens([5, 6, 7], [-100, 6, 7])], [[8, 9]], seed=0)
+[Tokens(input_ids=[5, 8, 9], labels=[-100, 8, 9])]
 """
 
 from __future__ import annotations
@@ -34,14 +39,14 @@ class Sets:
 
 
 def check_sets(sets: Sets, method: Method) -> None:
-    """Raise InvalidInput when these sets can't be used with this method; all problems are listed."""
+    """Raise InvalidInput with every reason why the sets cannot be used with the method."""
     problems = [*_missing(sets, method), *_without_answer(sets), *_in_both(sets), *_same_answer(sets)]
     if problems:
         raise InvalidInput(
-            "these sets can't be unlearned with",
+            "these sets can't be used with this method",
             where=method.name,
             expected="disjoint sets of examples that have answers: " + ", ".join(sorted(method.reads)),
-            next_step="mend the sets",
+            next_step="correct the sets",
             problems=problems,
         )
 
@@ -86,7 +91,7 @@ def _without_answer(sets: Sets) -> Iterator[Problem]:
         ((role, number, each) for number, each in enumerate(examples, 1)) for role, examples in named
     ):
         if len(each.input_ids) != len(each.labels):
-            yield Problem(f"{role} example {number}", "as many labels as token ids are needed")
+            yield Problem(f"{role} example {number}", "needs as many labels as token ids")
         elif all(label == NO_LOSS for label in each.labels[1:]):
             yield Problem(f"{role} example {number}", "has no answer token")
 
@@ -119,7 +124,12 @@ REFUSALS = (
 
 
 def refusing(forget: Sequence[Tokens], refusals: Sequence[Sequence[int]], seed: int) -> list[Tokens]:
-    """One refusal for each forget example. Raises InvalidInput for examples without a prompt."""
+    """Return a refusal of each forget example, as its preferred answer.
+
+    A refusal follows all tokens before the first answer token and ends the example, without later turns
+    of a chat. The seed and the example's position choose it. The caller tokenizes the refusals and
+    closes them as answers of the model are closed. Raise InvalidInput for examples without a prompt.
+    """
     starts = [next((n for n, x in enumerate(each.labels) if x != NO_LOSS), 0) for each in forget]
     problems = [
         Problem(f"forget example {number}", "has no prompt that could be refused")
@@ -132,7 +142,7 @@ def refusing(forget: Sequence[Tokens], refusals: Sequence[Sequence[int]], seed: 
         raise InvalidInput(
             "no refusals can be made",
             expected="examples with a prompt and an answer, and refusals of at least one token",
-            next_step="mend the forget set, or use a method without preferred answers",
+            next_step="correct the forget set, or use a method without preferred answers",
             problems=problems,
         )
     made = []
@@ -148,7 +158,7 @@ def _draw(seed: int, number: int) -> int:
 
 @dataclass(frozen=True)
 class Limits:
-    """Most tokens of a text, what is done with longer ones, and how many words the base has."""
+    """The longest text in tokens, the treatment of longer ones, and the base's vocabulary size."""
 
     sequence_len: int
     overlength: Overlength
@@ -156,13 +166,13 @@ class Limits:
 
 
 def limits_of(config: Any, sequence_len: int, overlength: Overlength) -> Limits:
-    """Of a base's configuration."""
+    """Return the limits of a base's configuration."""
     most = getattr(config, "max_position_embeddings", None) or sequence_len
     return Limits(min(sequence_len, most), overlength, config.vocab_size)
 
 
 def tokenized(records: Sequence[Record], role: str, tokenizer: Any, limits: Limits) -> list[Tokens]:
-    """Raises InvalidInput with every record that no patch can be made with."""
+    """Return records as token examples. Raise InvalidInput with every record that cannot be used."""
     return tokenize_all(
         records,
         tokenizer,
@@ -180,7 +190,7 @@ def text_problems(
     tokenizer: Any,
     limits: Limits,
 ) -> Iterator[Problem]:
-    """All that is wrong with given sets; a retain set of None is the base's own."""
+    """Yield every problem of the given sets. A retain set of None is the one that the base writes."""
     if len(tokenizer) > limits.vocabulary:
         yield Problem(
             "tokenizer", f"has {len(tokenizer)} words, and the base embeddings for {limits.vocabulary}"
@@ -209,12 +219,12 @@ def _of(check: Any) -> tuple[Problem, ...]:
 
 
 def distinct(records: Sequence[Record]) -> list[Record]:
-    """Each once, in order."""
+    """Return records in order, without repetitions."""
     return list(dict.fromkeys(records))
 
 
 def kept(retain: Sequence[Record], forget: Sequence[Record]) -> list[Record]:
-    """A retain set without what is to be forgotten, by id or by text.
+    """Return the retain records that are not to be forgotten, by id or by text.
 
     >>> one, other = (Record(i, None, "text", (Part("text", i),)) for i in ("a", "b"))
     >>> kept([one, other], [other]) == [one]
@@ -227,7 +237,7 @@ def kept(retain: Sequence[Record], forget: Sequence[Record]) -> list[Record]:
 def preferred(
     records: Sequence[Record], tokens: Sequence[Tokens], tokenizer: Any, seed: int, sequence_len: int
 ) -> list[Tokens]:
-    """A refusal for each forget example, no longer than texts may be."""
+    """Return a refusal for each forget example, cut to `sequence_len` tokens."""
     found: dict[int, Tokens] = {}
     groups: dict[tuple[Any, bool], list[int]] = {}
     for number, record in enumerate(records):
@@ -243,7 +253,7 @@ def preferred(
 
 
 def _closed(answer: str, kind: Any, tokenizer: Any) -> list[int]:
-    """An answer's ids with what ends it."""
+    """Return the token ids of an answer with the tokens that close it."""
     roles = ("user", "assistant") if kind == "chat" else ("prompt", "completion")
     record = Record("", None, kind, (Part(roles[0], "?"), Part(roles[1], answer)))
     labels = tokenize(record, tokenizer, train_on_inputs=False).labels

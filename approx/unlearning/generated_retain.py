@@ -1,16 +1,16 @@
 """The retain set that the base writes itself: answers to neutral prompts, and about neighbours.
 
-What a patch is to keep is how the base speaks; its own answers say that without a record of a user in
-the patch, so that no later deletion can touch it. The neutral prompts are ours: facts that everybody
-knows, small tasks, style. Neighbours are the very questions that are to be forgotten, asked about other,
-invented names: without them a patch takes from everybody what it takes from one. An answer about a
-neighbour that says what is to be forgotten is left out.
+A patch must keep how the base speaks. The base's own answers show that without any user's record in the
+patch, so that no later deletion affects it. The neutral prompts are fixed: common facts, small tasks,
+style. Neighbours are the questions to forget, asked about invented names; without them a patch also
+takes from others what it takes from one person. An answer about a neighbour that repeats the text to
+forget is left out.
 
-The answers are those of the base with the patches beneath, greedy, so that the same base gives the same
-set. Where the tokenizer has a chat template, neutral prompts are put as a user's turn; neighbours are
-asked as the records are. Prompts that leave no room for an answer within `sequence_len` are left out.
-The answers need not be true. Names are found by their capitals: where a script has none, or a text no
-name, there are no neighbours.
+Answers are greedy answers of the base with the patches beneath, so the same base gives the same set.
+Neutral prompts are put as a turn of the user where the tokenizer has a chat template; neighbours are
+asked in the form of the records. Prompts that leave no room for an answer within `sequence_len` are
+left out. The answers need not be true. Names are recognised by their capitals, so there are no
+neighbours in scripts without capitals or for texts without names.
 
 >>> len(PROMPTS) == len(set(PROMPTS)) == 40
 True
@@ -88,7 +88,7 @@ LAST_NAMES = (
     *("Dunmore", "Aldersgate", "Brixworth", "Castellane", "Thornbury", "Ravensholt", "Kirkwall"),
     *("Langstroth", "Zavorin", "Umbergate", "Yarborough", "Wexcombe"),
 )
-# Words that begin sentences and are no names.
+# Words that begin sentences and are not names.
 OPENERS = frozenset(
     """a about according after all also although an and are as at because before both but by can could
     describe did do does during each every explain for from give had has have he her here his how i if in
@@ -102,13 +102,15 @@ _SENTENCE_ENDS = (".", "?", "!", ":", ";", "\n")
 
 
 def written_kind(tokenizer: Any) -> Kind:
-    """How prompts are put to this base."""
+    """Return the form in which this base is prompted."""
     return "chat" if getattr(tokenizer, "chat_template", None) else "completion"
 
 
 def prompts_that_fit(tokenizer: Any, sequence_len: int) -> list[list[int]]:
-    """Ids of the prompts, those that leave room for an answer. Raises InvalidInput where the chat
-    template refuses."""
+    """Return the token ids of the prompts that leave room for an answer.
+
+    Raise InvalidInput when the chat template refuses one.
+    """
     kind = written_kind(tokenizer)
     ids = [encode_prompt(each, tokenizer, kind) for each in PROMPTS]
     return [each for each in ids if len(each) < sequence_len]
@@ -117,7 +119,7 @@ def prompts_that_fit(tokenizer: Any, sequence_len: int) -> list[list[int]]:
 def write_answers(
     model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], sequence_len: int
 ) -> list[Tokens]:
-    """The base's answers to prompts as examples: loss on the answers and their end tokens."""
+    """Return the base's answers to prompts as examples, with loss on the answers only."""
     said = continued(model, prompts, end_tokens(model, tokenizer), MAX_NEW_TOKENS)
     return [
         Tokens([*prompt, *cut], [NO_LOSS] * len(prompt) + cut)
@@ -129,7 +131,10 @@ def write_answers(
 def write_neighbours(
     model: Any, tokenizer: Any, forget: Sequence[Record], sequence_len: int
 ) -> list[Tokens]:
-    """The base's answers to what records ask, about invented names; none where records name nobody."""
+    """Return the base's answers to what the records ask, about invented names.
+
+    There are none for records that name nobody.
+    """
     variants = min(MAX_VARIANTS, -(-MAX_NEIGHBOURS // len(forget)))
     found: dict[tuple[int, ...], str] = {}  # by its prompt, the answer that is to be forgotten
     for number in range(variants):
@@ -155,7 +160,7 @@ def _says(answer: str, forgotten: str) -> bool:
 
 
 def first_answer(record: Record, tokenizer: Any) -> tuple[list[int], list[int]]:
-    """What stands before a record's first answer, and that answer; of a plain text its halves."""
+    """Return the ids before a record's first answer, and the answer: of a plain text its halves."""
     tokens = tokenize(record, tokenizer, train_on_inputs=False)
     if record.kind == "text":
         half = len(tokens.input_ids) // 2
@@ -164,8 +169,10 @@ def first_answer(record: Record, tokenizer: Any) -> tuple[list[int], list[int]]:
 
 
 def renamed(record: Record, number: int) -> Record | None:
-    """The record with its names and figures replaced by invented ones, other ones for each number; None
-    where its prompt, or its text, names nobody."""
+    """Return the record with invented names and figures, different ones for each number.
+
+    Return None when its prompt, or its text, names nobody.
+    """
     words = _names(" \n".join(part.text for part in record.parts))
     parts = tuple(Part(part.role, _replaced(part.text, words, number)) for part in record.parts)
     asked = [part.role in ("prompt", "user", "text") for part in parts]
@@ -176,12 +183,12 @@ def renamed(record: Record, number: int) -> Record | None:
 
 
 def renamed_text(text: str, number: int) -> str:
-    """A text with its names and figures replaced by invented ones."""
+    """Return a text with its names and figures replaced by invented ones."""
     return _replaced(text, _names(text), number)
 
 
 def _names(text: str) -> dict[str, int]:
-    """Words that are names, with their place in the name that they first stand in."""
+    """Return the words that are names, each with its position in the name where it first occurs."""
     found: dict[str, int] = {}
     for start, words in _capitalised(text):
         before = text[:start].rstrip(" \"'(")
@@ -189,14 +196,14 @@ def _names(text: str) -> dict[str, int]:
         while words and words[0].lower() in OPENERS:
             words, opens = words[1:], False
         if opens and len(words) == 1:
-            continue  # as likely an ordinary word
+            continue  # more likely an ordinary word
         for place, word in enumerate(words):
             found.setdefault(word.removesuffix("'s").removesuffix("\u2019s"), place)
     return found
 
 
 def _capitalised(text: str) -> list[tuple[int, list[str]]]:
-    """Runs of words with capitals, and where they begin."""
+    """Return runs of capitalised words, with their start positions."""
     found: list[tuple[int, list[str]]] = []
     end = -1
     for match in _WORD.finditer(text):
@@ -222,6 +229,6 @@ def _replaced(text: str, names: Mapping[str, int], number: int) -> str:
 
 
 def _drawn(names: Sequence[str], seed: str, used: Collection[str]) -> str:
-    """An invented name that is not used yet, or any where all are."""
+    """Return an invented name that is not used yet, or any when all are used."""
     left = [each for each in names if each.lower() not in used] or list(names)
     return left[int(sha256_hex(seed.encode())[:8], 16) % len(left)]

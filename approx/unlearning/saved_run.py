@@ -1,15 +1,15 @@
-"""A run at rest, so that it can go on where it was.
+"""A run saved to disk, so that it can continue where it stopped.
 
-Rules: weights and optimizer moments lie in one safetensors file named by its digest; `run.json`, written
-last, names it. Whenever the machine stops, `run.json` and a whole file that it names are there, or
-nothing is. Nothing else in the directory is touched. A run goes on only as the very run that it was:
-same method, settings, data and first weights; else ConfigConflict. `identity` names data and model, and
-is the caller's: a keyed digest, as these files must not tell what was to be forgotten. The weights may;
-so `erase` them when the run is over, or, where they are `kept`, when what came of it is safe.
+Weights and optimizer moments are in one safetensors file named by its digest; `run.json`, written last,
+names it. At any moment the directory holds `run.json` with the whole file that it names, or no saved
+run. Other files in the directory are left alone.
 
-Sealed, where the caller says how: each file under its name; digests are of the plaintext.
+A run continues only with the same method, settings, data and first weights; otherwise `load` raises
+ConfigConflict. `identity` names data and model and comes from the caller. It should be a keyed digest,
+because these files must not reveal what was to be forgotten. The weights may reveal it, so `erase` them
+when the run is over or, if they are `kept`, when its result is safe.
 
-Not covered: the keys that a caller seals with.
+The caller may seal the files, each under its name; digests are of the plaintext.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _OWN_NAME = re.compile(rf"[0-9a-f]{{64}}{re.escape(SUFFIX)}|{re.escape(TEMPORARY
 
 @dataclass(frozen=True)
 class Held:
-    """What was held: the tensors, and the counts beside them."""
+    """The saved tensors and counts."""
 
     tensors: Mapping[str, Tensor]
     counts: Mapping[str, Any]
@@ -55,8 +55,11 @@ def _plain(_name: str, data: bytes) -> bytes:
 
 @dataclass(frozen=True)
 class SavedRun:
-    """A directory of its own, and the caller's name for data and model; how files, by name, are sealed
-    and opened again; `kept`: whether the caller erases it when the run is over."""
+    """A directory for one run, with the caller's name for data and model.
+
+    `seal` and `unseal` take a file's name and bytes. `kept` leaves erasure to the caller when the run
+    is over.
+    """
 
     directory: Path
     identity: str
@@ -65,7 +68,7 @@ class SavedRun:
     kept: bool = False
 
     def save(self, job: str, tensors: Mapping[str, Tensor], counts: Mapping[str, Any]) -> None:
-        """Replace what is held. Raises EnvironmentFault."""
+        """Replace the saved run. Raise EnvironmentFault."""
         data = tensor_bytes(tensors)
         digest = sha256_hex(data)
         self._write(f"{digest}{SUFFIX}", data)
@@ -77,7 +80,10 @@ class SavedRun:
         write_atomic(self.directory / name, self.seal(name, data))
 
     def load(self, job: str) -> Held | None:
-        """What is held, or None. Raises ConfigConflict for another run's, IntegrityError for damage."""
+        """Return the saved run, or None.
+
+        Raise ConfigConflict for another run's state, and IntegrityError for damage.
+        """
         path = self.directory / STATE
         if STATE not in held_names(self.directory):
             return None
@@ -104,7 +110,7 @@ class SavedRun:
         return Held(read_tensors({name: data}, name), counts)
 
     def erase(self) -> None:
-        """Remove what is held."""
+        """Erase the saved run."""
         erase(self.directory / STATE)
         self._erase_tensors(but="")
 

@@ -1,21 +1,19 @@
-"""How a method is applied: learning rate, batches and their order, as a pure function of the settings.
+"""The schedule of a run: learning rate, batches and their order, as a pure function of the settings.
 
-A run may take several rounds (`num_rounds`), each of `num_epochs` epochs with a schedule of its own; how
-strong a round is, is decided as it goes (`descent`). Order depends on the seed and the sizes of the sets
-alone, so that a run that goes on from step n sees what an uninterrupted one sees. An epoch is one pass
-over the forget set, in an order of its own; beside each micro-batch of forget rows stand as many retain
-rows, or `retain_batch_size`, from endless passes over the retain set. Only the last micro-batch of an
-epoch may have fewer forget rows; a step's loss is the mean of the losses of its micro-batches, weighed
-by their forget rows.
-
-Not covered: sorting by length; packing.
+A run takes `num_rounds` rounds of `num_epochs` epochs, each with its own schedule; `descent` decides
+the strength of a round while it runs. The order depends only on the seed and the sizes of the sets, so
+a run that continues from step n sees the same batches as an uninterrupted one. An epoch is one pass
+over the forget set in its own order. Each micro-batch of forget rows comes with as many retain rows, or
+with `retain_batch_size`, from endless passes over the retain set. Only the last micro-batch of an epoch
+may have fewer forget rows. The loss of a step is the mean loss of its micro-batches, weighted by their
+forget rows.
 
 >>> plan_steps(3, 2, ScheduleSettings(num_epochs=1, batch_size=2, gradient_accumulation_steps=2))
 ((MicroBatch(forget=(2, 0), retain=(0, 1)), MicroBatch(forget=(1,), retain=(1,))),)
 
 Source of the defaults: open-unlearning's reproduction of TOFU (learning rate 1e-5 on full weights, 10
 epochs, 8 rows times 4 accumulated), as in the code of NPO; weight decay 0.01 there; clipping at 1 and
-linear decay as the trainer of transformers does. A patch wants a rate about ten times higher.
+linear decay as in the trainer of transformers. A patch needs a rate about ten times higher.
 """
 
 from __future__ import annotations
@@ -39,7 +37,7 @@ LARGEST = {
 
 @dataclass(frozen=True)
 class ScheduleSettings:
-    """What any method is run with. `max_steps` cuts each round, and its schedule."""
+    """The settings that every method has. `max_steps` cuts each round and its schedule."""
 
     learning_rate: float = 1e-5
     num_epochs: int = 10
@@ -72,7 +70,7 @@ class ScheduleSettings:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Positions in the forget set (and of its preferred answers) and in the retain set."""
+    """Positions in the forget set (and its preferred answers) and in the retain set."""
 
     forget: tuple[int, ...]
     retain: tuple[int, ...]
@@ -82,7 +80,7 @@ Step = tuple[MicroBatch, ...]
 
 
 def plan_steps(num_forget: int, num_retain: int, settings: ScheduleSettings) -> tuple[Step, ...]:
-    """Plan all optimizer steps, round after round, each with its micro-batches."""
+    """Return all optimizer steps with their micro-batches, round after round."""
     kept = _endless(num_retain, settings.seed)
     return tuple(
         step
@@ -107,8 +105,9 @@ def _plan_round(
 
 
 def learning_rate_at(step: int, num_steps: int, settings: ScheduleSettings) -> float:
-    """Return the rate of one step of a round, counted from 0: linear warm-up, then constant or falling
-    to 0.
+    """Return the rate of one step of a round, counted from 0.
+
+    The rate warms up linearly, then stays constant or falls linearly towards 0.
 
     >>> [learning_rate_at(n, 4, ScheduleSettings(1.0, warmup_steps=1)) for n in range(4)]
     [0.5, 1.0, 0.6666666666666666, 0.3333333333333333]

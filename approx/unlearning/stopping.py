@@ -1,12 +1,27 @@
-"""What a run may do, when it has done enough, and how it ends.
+"""How a run is bounded, how it ends and what it costs.
 
-A bound that was hit is an ending, not an exception: there are weights, and they are good. Utility is
-better when larger; its bound is a drop in its own units from what it was before. Knowledge of the forget
-set is better when less. Both are measured by the caller. `End.step` names the weights that the model
-holds, not where the run broke off.
+A bound that is reached is an ending, not an exception: the weights are usable. Utility is better when
+larger; its bound is a drop, in its own units, from its value before the run. Knowledge of the forget
+set is better when smaller. The caller measures both. `End.step` names the weights that the model holds,
+not the step at which the run stopped.
+
+Operations are estimated from counted positions, padding included. For N parameters in the model, P of
+them trained, and D positions:
+
+    forward                    2 N D
+    backward, activations      2 N D
+    backward, trained weights  2 P D       so 6 N D for full weights (Kaplan et al. 2020)
+
+A patch saves the backward pass of the weights, not that of the activations. The estimate leaves out the
+part of attention that grows with the square of the length, optimizer steps, and the caller's measure of
+utility (whose seconds are counted).
 
 >>> Ending.DIVERGED == "diverged"
 True
+>>> Compute(num_parameters=10, num_trained=10, tokens_trained=5, tokens_forward=0).flops
+300
+>>> Compute(num_parameters=10, num_trained=1, tokens_trained=5, tokens_forward=2).flops
+250
 """
 
 from __future__ import annotations
@@ -27,7 +42,9 @@ from sisa.core.errors import InvalidInput, Problem
 
 @dataclass(frozen=True)
 class Compute:
-    """Counts of a run; `tokens_forward` were only looked at (reference, probes), not trained on."""
+    """The counts of a run. `tokens_forward` were evaluated (reference, measurements) and not trained
+    on.
+    """
 
     num_parameters: int
     num_trained: int
@@ -38,16 +55,16 @@ class Compute:
 
     @property
     def flops(self) -> int:
-        """Floating-point operations, estimated."""
+        """Return the estimated number of floating-point operations."""
         trained = self.tokens_trained * (4 * self.num_parameters + 2 * self.num_trained)
         return trained + self.tokens_forward * 2 * self.num_parameters
 
     def share_of_full_finetuning(self, full_tokens: int) -> float:
-        """Ratio to a fine-tuning of all weights that computes `full_tokens` positions, all epochs."""
+        """Return the ratio to a fine-tuning of all weights over `full_tokens` positions, all epochs."""
         return self.flops / (6 * self.num_parameters * full_tokens)
 
     def to_json(self, full_tokens: int | None) -> dict[str, Any]:
-        """Counts with their units; the share is null when the full fine-tuning's tokens are unknown."""
+        """Return counts with their units; the share is null when `full_tokens` is None."""
         return {
             "num_parameters": self.num_parameters,
             "num_trained_parameters": self.num_trained,
@@ -61,7 +78,10 @@ class Compute:
 
 
 def peak_memory_bytes() -> int:
-    """The most memory that this process, or torch on its GPU, has held so far."""
+    """Return the peak memory of this process, or of torch on its GPU.
+
+    It includes what the process used before the run.
+    """
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return int(torch.cuda.max_memory_allocated())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -73,8 +93,11 @@ Utility = Callable[[Any], float]
 
 @dataclass(frozen=True)
 class Knowledge:
-    """What a model still says of a forget set: how many texts it knows, as the probe counts them, of how
-    many that were asked; and the mean probability of their answers."""
+    """What a model still says of a forget set.
+
+    `num_known` of `num_asked` texts are known by the probe's criterion; `probability` is the mean of
+    their answers.
+    """
 
     num_known: int
     num_asked: int
@@ -82,15 +105,17 @@ class Knowledge:
 
 
 class Knows(Protocol):
-    """Measures knowledge."""
+    """A measure of knowledge."""
 
     def __call__(self, model: Any, *, thorough: bool) -> Knowledge:
-        """Without `thorough`, a text that may be known counts as known, and nothing is generated."""
+        """Measure knowledge. Without `thorough`, nothing is generated and texts that may be known
+        count.
+        """
         ...
 
 
 class Ending(StrEnum):
-    """How a run ended."""
+    """The ways in which a run ends."""
 
     FINISHED = "finished"
     OUT_OF_TIME = "out_of_time"
@@ -141,7 +166,7 @@ class Bounds(BoundSettings):
             yield Problem("max_utility_drop", "given without a measure of utility")
 
     def measured(self, model: Any) -> float | None:
-        """Utility of a model as it is, in evaluation; None where it is not measured."""
+        """Return the utility of a model, or None when it is not measured."""
         if self.utility is None:
             return None
         with torch.no_grad():
@@ -150,19 +175,19 @@ class Bounds(BoundSettings):
         return found
 
     def measured_before(self, model: Any) -> float | None:
-        """Utility before anything was changed. Raises InvalidInput when it is no finite number."""
+        """Return the utility before any change. Raise InvalidInput when it is not finite."""
         found = self.measured(model)
         if found is not None and not math.isfinite(found):
             raise InvalidInput(
-                "utility is no finite number before anything was changed",
+                "utility is not a finite number before any change",
                 where="utility",
                 got=str(found),
-                next_step="mend the measure of utility, or the model",
+                next_step="correct the measure of utility, or the model",
             )
         return found
 
     def allow(self, utility: float | None, before: float | None) -> bool:
-        """Whether utility may be so; what is no number never may.
+        """Return whether the bound allows this utility. A value that is not a number is never allowed.
 
         >>> bounds = Bounds(utility=len, max_utility_drop=0.25)
         >>> bounds.allow(0.5, before=0.75), bounds.allow(0.4, before=0.75), bounds.allow(math.nan, 0.75)
@@ -174,11 +199,13 @@ class Bounds(BoundSettings):
         return utility >= before - drop
 
     def known(self, model: Any, *, thorough: bool) -> Knowledge | None:
-        """What a model still says of the forget set; None where that is not measured."""
+        """Return a model's knowledge of the forget set, or None when it is not measured."""
         return None if self.knowledge is None else self.knowledge(model.eval(), thorough=thorough)
 
     def is_better(self, one: Knowledge | None, other: Knowledge | None) -> bool:
-        """Whether one point says less than another, earlier one; what is below the target is alike.
+        """Return whether one point knows less than an earlier one.
+
+        Probabilities below the target count as equal.
 
         >>> bounds = Bounds(target_probability=0.1)
         >>> known, less, least = (Knowledge(n, 4, p) for n, p in ((1, 0.5), (0, 0.08), (0, 0.01)))
@@ -193,13 +220,13 @@ class Bounds(BoundSettings):
         return found.num_known, max(found.probability, self.target_probability)
 
     def aiming_below(self, before: Knowledge | None) -> Bounds:
-        """The same with a target that is below where a run begins."""
+        """Return the bounds with a target below the knowledge at the start of a run."""
         if before is None:
             return self
         return replace(self, target_probability=min(self.target_probability, before.probability / 2))
 
     def is_enough(self, found: Knowledge | None, *, at_end: bool) -> bool:
-        """Whether a run may end with this."""
+        """Return whether a run may end with this knowledge."""
         if found is None or found.num_known:
             return False
         return at_end or found.probability <= self.target_probability
@@ -207,7 +234,7 @@ class Bounds(BoundSettings):
 
 @dataclass(frozen=True)
 class StepLog:
-    """One step, for the log. Losses are those before its update."""
+    """The log entry of one step. Losses are those before its update."""
 
     step: int
     num_steps: int
@@ -221,7 +248,7 @@ class StepLog:
 
 @dataclass(frozen=True)
 class End:
-    """How a run ended, and which weights the model holds now: those after `step` steps."""
+    """How a run ended. The model holds the weights after `step` steps."""
 
     ending: Ending
     why: str

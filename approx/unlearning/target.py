@@ -1,14 +1,15 @@
-"""What is changed: a LoRA patch over a frozen model, or a model's own weights.
+"""The model that is changed: a LoRA patch over frozen weights, or a model's own weights.
 
-Shapes: B examples, T positions, V words; K positions, those where any row's next token is an answer's.
+Shapes: B examples, T positions, V words; K positions where the next token of some row belongs to an
+answer.
 
-Rules: what trains is what requires a gradient, and it must be in float32: in half precision an update of
-an unlearning's size rounds away. Of a patched model only LoRA tensors may train. The reference is the
-model as it was: the patched model with its patch disabled, so that one copy of the base serves both;
-else a frozen copy, made only if a method asks for it. Dropout is off, in the current model as in the
-reference: a comparison must see two models, not noise. Logits are computed at the K positions alone.
+The parameters that require a gradient are trained. They must be in float32, because in half precision
+updates of this size round away; in a patched model only LoRA tensors may train. The reference is the
+model before the run: a patched model with its patch disabled, so that one copy of the base serves both,
+or a frozen copy, made only if the method compares with it. Dropout is off in both, so that they differ
+in their weights only. Logits are computed at the K positions only.
 
-Not covered: a patch on top of other active adapters (disabling the patch disables them all); models
+A patch over other active adapters is not supported (disabling it disables them all), nor is a model
 over several devices.
 """
 
@@ -30,12 +31,13 @@ TargetKind = Literal["patch", "full weights"]
 
 
 class Target:
-    """A model with what trains in it, by name."""
+    """A model and its trained parameters by name."""
 
     def __init__(self, model: Any, *, with_reference: bool) -> None:
-        """Raises InvalidInput when nothing trains, or what trains is not in float32 or not the patch's.
+        """Wrap a model; with `with_reference`, keep it as it is now for comparison.
 
-        `with_reference`: whether the reference will be asked; it is the model as it is now.
+        Raise InvalidInput when nothing trains, or when a trained parameter is not in float32 or not the
+        patch's.
         """
         self.model = model.eval()
         self.kind: TargetKind = "patch" if isinstance(model, PeftModel) else "full weights"
@@ -48,23 +50,23 @@ class Target:
 
     @property
     def num_parameters(self) -> int:
-        """Parameters of the whole model, the patch among them; tied ones once."""
+        """Return the number of parameters of the whole model with its patch; tied ones count once."""
         return sum(each.numel() for each in self.model.parameters())
 
     @property
     def num_trained(self) -> int:
-        """Parameters that train."""
+        """Return the number of parameters that train."""
         return sum(each.numel() for each in self.trained.values())
 
     def reference_answers_B(self, batch: AnswerBatch) -> Tensor:
-        """The reference's log-probability of each whole answer."""
+        """Return the reference's log-probability of each whole answer."""
         cut, columns_K = batch.to(self.model.device).at_answers()
         return sum_logprobs_B(self._reference(cut.ids_BT1, columns_K), cut)
 
     def rows(
         self, batch: AnswerBatch, *, compare: bool, reference_answers_B: Tensor | None = None
     ) -> Rows:
-        """A batch, cut to its answer positions, with logits."""
+        """Return a batch, cut to its answer positions, with logits."""
         cut, columns_K = batch.to(self.model.device).at_answers()
         reference_BKV = self._reference(cut.ids_BT1, columns_K) if compare else None
         return Rows(cut, _logits(self.model, cut.ids_BT1, columns_K), reference_BKV, reference_answers_B)
@@ -77,15 +79,15 @@ class Target:
                 return _logits(self.model, ids_BT1, columns_K)
 
     def snapshot(self) -> dict[str, Tensor]:
-        """A copy of what trains."""
+        """Return a copy of the trained parameters."""
         return {name: each.detach().clone() for name, each in self.trained.items()}
 
     def put(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put tensors in place of what trains. Raises IntegrityError when they do not fit."""
+        """Replace the trained parameters. Raise IntegrityError for tensors that do not fit."""
         expected = {name: each.shape for name, each in self.trained.items()}
         if expected != {name: each.shape for name, each in tensors.items()}:
             raise IntegrityError(
-                "held weights are not of this model's names and shapes",
+                "saved weights do not have this model's names and shapes",
                 expected=f"{len(expected)} tensors",
                 got=f"{len(tensors)} tensors",
                 next_step="give the model that the run was started with",
@@ -106,7 +108,7 @@ def _refuse_untrainable(trained: Mapping[str, torch.nn.Parameter], kind: TargetK
         if each.dtype != torch.float32:
             problems.append(Problem(name, f"is in {each.dtype}, where small updates round away"))
         if kind == "patch" and "lora_" not in name:
-            problems.append(Problem(name, "would train, and is no part of a LoRA patch"))
+            problems.append(Problem(name, "would be trained and is not part of a LoRA patch"))
     if problems:
         raise InvalidInput(
             "nothing can be unlearned in this model as it is",

@@ -1,15 +1,14 @@
-"""Apply a method of unlearning to a model, on a patch or on full weights.
+"""Apply a method of unlearning to a model, on a patch or on full weights, and report on it.
 
-Everything is checked before anything is computed. The model is changed in place, and whatever happens it
-ends holding weights that were checked: see `descent`. Task arithmetic fine-tunes with the same loop, in
-one round and without a bound on utility as the tuned model is not the result, and subtracts; its alpha
-is searched under the bound, or given and held to it; a search with nothing left to tune before it is not
-cut short. A tuning that did not finish gives no task vector: the weights are then those from before.
-Saved runs are erased when the run is over, unless the caller does, and kept when it is out of time.
+Everything is checked before anything is computed. The model is changed in place and always ends with
+weights that were checked (see `descent`). Task arithmetic fine-tunes with the same loop, in one round
+and without a bound on utility because the tuned model is not the result, and subtracts. Its alpha is
+searched under the bound, or given and checked against it. If a continued run has nothing left to tune,
+the search has no time limit. A tuning that did not finish gives no task vector, and the first weights
+are restored. A saved run is erased when the run is over, unless the caller erases it, and kept when it
+is out of time.
 
-Not covered: choosing what to forget, tokenizing, reports (`report`).
-
-    end = unlearn(patched_model, Sets(forget, retain), make_method("npo"), Settings(), Bounds())
+    end = unlearn(patched_model, Sets(forget, retain), make_method("npo"), ScheduleSettings(), Bounds())
 """
 
 from __future__ import annotations
@@ -49,16 +48,16 @@ def unlearn(
     progress: Callable[[StepLog], None] = lambda _: None,
     clock: Callable[[], float] = time.monotonic,
 ) -> End:
-    """Apply a method to what requires a gradient in `model`, as it is now: that is the reference.
+    """Apply a method to the parameters of `model` that require a gradient.
 
-    A saved run is gone on with, if there is one; the model must again be the one it was started with.
-    Raises InvalidInput (sets, values, a model in which nothing can train), ConfigConflict (another
-    run's saved state), IntegrityError (damage), EnvironmentFault (the disk).
+    The model as it is now is the reference. A saved run is continued, with the model that it was
+    started with. Raise InvalidInput (sets, values, a model in which nothing can train), ConfigConflict
+    (another run's saved state), IntegrityError (damage) or EnvironmentFault (the disk).
     """
     check_sets(sets, method)
     target = Target(model, with_reference=bool(method.compares))
     if isinstance(method, TaskArithmetic):
-        settings = replace(settings, num_rounds=1)  # the scale is what is searched
+        settings = replace(settings, num_rounds=1)  # the search is over the scale instead
 
     def descent(bounds: Bounds) -> Descent:
         return Descent(
@@ -81,7 +80,7 @@ def _tune_and_negate(
     descent: Callable[[Bounds], Descent],
     clock: Callable[[], float],
 ) -> End:
-    """The model ends as base - alpha * (tuned - base); alpha is 0 where nothing else could be kept."""
+    """Leave the model at base - alpha * (tuned - base), with alpha 0 when no other value was kept."""
     _refuse_unbounded_search(method, bounds)
     started, base = clock(), target.snapshot()
     if target.kind == "patch":
@@ -93,7 +92,7 @@ def _tune_and_negate(
     end = replace(run.run(), utility_before=before, alpha=0.0, knowledge_before=knew, knowledge=knew)
     if end.ending != Ending.FINISHED:
         target.put(base)
-        why = f"fine-tuning: {end.why}; then those from before were put back"
+        why = f"fine-tuning: {end.why}; the first weights were restored"
         return replace(end, why=why, step=0, utility=before)
     if run.num_taken == 0:
         bounds = replace(bounds, max_seconds=None)
@@ -121,7 +120,7 @@ class _Scale:
 
 @dataclass
 class _Search:
-    """Scales of one task vector, each tried on the model."""
+    """The search for the scale of one task vector; each scale is tried on the model."""
 
     target: Target
     base: Mapping[str, Tensor]
@@ -142,7 +141,7 @@ class _Search:
         return negate(self.base, self.tuned, alpha)
 
     def run(self, alphas: Iterable[float]) -> _Scale:
-        """The best scale, from the smallest on, up to the first that breaks the bound."""
+        """Return the best scale, from the smallest up to the first one that breaks the bound."""
         limit = self.bounds.max_seconds
         for alpha in sorted(alphas):
             self._late = limit is not None and self.clock() - self.started >= limit
@@ -176,9 +175,9 @@ class _Search:
     def why(self) -> str:
         alpha = self.best.alpha
         if self._late:
-            return f"the time was spent while searching; alpha {alpha:g} is the last that held"
+            return f"the time limit was reached in the search; alpha {alpha:g} is the last within bounds"
         if self._broke is not None:
-            held = "the bound on utility holds it back: " * (self.ending() != Ending.FINISHED)
+            held = "the bound on utility stopped it: " * (self.ending() != Ending.FINISHED)
             found = f"at {self._broke.alpha:g} utility was {self._broke.utility}"
             return f"{held}alpha {alpha:g}: {found}, from {self.before.utility}"
         if self.bounds.is_enough(self.best.knowledge, at_end=True):
@@ -201,15 +200,19 @@ REPORT_LIMITS = (
     "model that training without it would have given.",
     "What is no longer said can still be there: other wordings, a few steps of training, or lower "
     "precision may bring it back.",
-    "Metrics speak of the examples that they were measured on.",
+    "Metrics describe only the examples that they were measured on.",
     "Operations are estimated from counts of parameters and tokens.",
 )
 
 
 @dataclass(frozen=True)
 class ApproxReport:
-    """One run. `before` and `after` are the caller's metrics by name; `full_tokens` are the positions of
-    the fine-tuning that the knowledge came from, where it is known, for the share of its cost."""
+    """The report of one run of approximate unlearning, without text or ids.
+
+    `approximate` is always true. The class shares no base with anything that certifies an exact
+    deletion. `before` and `after` are the caller's metrics by name. `full_tokens` are the positions of
+    the fine-tuning that taught the knowledge, if known, for the share of its cost.
+    """
 
     method: Method
     settings: ScheduleSettings
@@ -221,7 +224,7 @@ class ApproxReport:
     more_limits: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """The report as JSON values, with no NaN and no infinity among them."""
+        """Return the report as JSON values; numbers that are not finite become null."""
         made = {
             "approximate": True,
             "method": self.method.name,
@@ -245,7 +248,7 @@ class ApproxReport:
 
 
 def outcome(end: End, after: Knowledge) -> dict[str, Any]:
-    """What became of knowledge: how many texts are still known, and what kept a run from more."""
+    """Return how many texts are still known, and why a run did not forget more."""
     before = end.knowledge_before
     known = {"before": before.num_known if before else None, "after": after.num_known}
     said = "forgotten" if before is None or before.num_known else "was not known"

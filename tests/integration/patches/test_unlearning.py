@@ -392,7 +392,7 @@ def test_a_bound_that_holds_a_run_back_is_told_and_the_best_within_it_is_kept(le
         bounds,
     )
     assert end.ending == Ending.BELOW_UTILITY_BOUND
-    assert "the bound on utility holds it back" in end.why
+    assert "the bound on utility stopped it" in end.why
     assert end.knowledge == knows(model, thorough=True)
     assert keeps_retained(model) >= keeps_retained(learnt) - 1e-3
 
@@ -519,7 +519,7 @@ def test_models_in_which_nothing_can_train_are_refused(learnt: Any) -> None:
     with pytest.raises(InvalidInput) as caught:
         unlearn(patched, SETS, make_method("npo"), settings("patch"), Bounds())
     assert [each.what for each in caught.value.problems] == [
-        "would train, and is no part of a LoRA patch"
+        "would be trained and is not part of a LoRA patch"
     ]
 
 
