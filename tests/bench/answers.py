@@ -6,14 +6,14 @@
     mixed   one forward of a batch with peft's `adapter_names`
     ours    one forward of stacked adapters
 
-8 shards are asked by each of 1, 4 and 16 requests, with adapters (rank 8, all linear modules) in all
-layers and in the top third; then routes of one and of two shards are held against one ordinary adapter
-in peft: all requests to the same shard, and each to other ones. Prefill reads prompts of 48 tokens,
-decode gives all of them the next one, an answer is a prefill and ANSWER_TOKENS decodes. Each measure is
-the median of several, taken in turns, on one thread; what is told are ratios. The logits of all ways are
+Each of 1, 4 and 16 requests asks 8 shards, with adapters (rank 8, all linear modules) in all layers and
+in the top third. Routes of one and of two shards are then compared with one ordinary adapter in peft:
+all requests to the same shard, and each to other ones. A prefill reads prompts of 48 tokens, a decode
+gives all of them the next token, and an answer is a prefill and ANSWER_TOKENS decodes. Each measure is
+the median of several, taken in turns on one thread, and reported as a ratio. The logits of all ways are
 compared.
 
-Not covered: embedding and looking up the prompt (`lookup.py`), tokenizing.
+Embedding and looking up the prompt (`lookup.py`) and tokenizing are not included.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ Way = Callable[[torch.Tensor, Any], tuple[torch.Tensor, Any]]
 
 
 def adapted(base: BaseFiles, layers: Sequence[int]) -> tuple[Any, dict[int, dict[str, Factors]]]:
-    """A peft model with all adapters, and their changes."""
+    """Return a peft model with all adapters, and their changes."""
     config = LoraConfig(
         r=RANK,
         lora_alpha=RANK,
@@ -100,7 +100,7 @@ def mixed(model: Any, shards: Sequence[int]) -> Way:
 
 
 def ours(base: Any, stack: StackedAdapters, route: Callable[[int], Sequence[int]]) -> Way:
-    """`route` tells the shards that answer a request, by its number."""
+    """Return the stacked adapters; `route` returns the shards that answer a request, by its number."""
 
     def way(ids: torch.Tensor, cache: Any) -> tuple[torch.Tensor, Any]:
         routes = [route(number) for number in range(len(ids))]
@@ -113,13 +113,15 @@ def ours(base: Any, stack: StackedAdapters, route: Callable[[int], Sequence[int]
 
 
 def spread(top_k: int) -> Callable[[int], Sequence[int]]:
-    """Each request to other shards than the one before."""
+    """Return routes that send each request to other shards than the one before."""
     return lambda number: [(number * top_k + k) % NUM_SHARDS for k in range(top_k)]
 
 
 def timed(ways: dict[str, Way], num_requests: int, vocab: int) -> dict[str, Any]:
-    """Median seconds of each way, and the largest difference of its logits from the first's, of those
-    that give as many."""
+    """Return the median seconds of each way, and the largest difference of its logits from the first's.
+
+    Ways that return another number of logits are not compared.
+    """
     drawn = torch.Generator().manual_seed(num_requests)
     ids = torch.randint(1000, vocab, (num_requests, PROMPT_TOKENS + STEPS), generator=drawn)
     seconds: dict[str, dict[str, list[float]]] = {
@@ -154,7 +156,7 @@ def timed(ways: dict[str, Way], num_requests: int, vocab: int) -> dict[str, Any]
 
 
 def measured(base: BaseFiles, layers: Sequence[int], sizes: Sequence[int]) -> dict[str, Any]:
-    """All measures with adapters in some layers."""
+    """Return all measures with adapters in some layers."""
     model, changes = adapted(base, layers)
     plain, _ = load_base(base.directory, base.digest)
     stack = StackedAdapters(plain, changes)
@@ -177,7 +179,7 @@ def measured(base: BaseFiles, layers: Sequence[int], sizes: Sequence[int]) -> di
 
 
 def routed(model: Any, plain: Any, stack: StackedAdapters, sizes: Sequence[int]) -> list[dict[str, Any]]:
-    """Routes of one and of two shards over one ordinary adapter."""
+    """Return the ratios of routes of one and of two shards to one ordinary adapter."""
     found = []
     for size in sizes:
         ways = {

@@ -1,13 +1,12 @@
-"""Who trains in the race: Hugging Face's `Trainer`, TRL's `SFTTrainer` and ours, a process each.
+"""The contestants of the race: Hugging Face's `Trainer`, TRL's `SFTTrainer` and ours, one process each.
 
-Rules: all get the same tokens, labels, adapter, epochs, rate with linear decay and AdamW (each in its
-own default form), no dropout, no weight decay, gradients clipped to 1, float32. Theirs train one
-adapter on all records; what is timed is their loop, from the first step to the last, tokens at hand.
-Ours train chains of stages as a worker does (`open_serial`); what is timed is all of it, slice files
-read, tokens made, checkpoints written. Nobody recomputes activations (TRL would, unless told not to).
-A process waits for its next race without using its core. Threads are set before torch is imported.
-
-Not covered: packing, which lets records of several subjects see each other; GPUs; other precisions.
+All get the same tokens, labels, adapter, epochs, rate with linear decay and AdamW (each in its own
+default form), with no dropout, no weight decay, gradients clipped to 1, in float32. The others train
+one adapter on all records, and their loop is timed from the first step to the last, with tokens at
+hand. Ours train chains of stages as a worker does (`open_serial`), and everything is timed, including
+slice files, tokens and checkpoints. Nobody recomputes activations (TRL would by default). A process
+that waits for its next race does not use its core. Threads are set before torch is imported. Packing is
+left out, because it lets records of several subjects see each other.
 
     with Contestant("hf", threads=2) as hf:
         hf.start(Theirs(race, tokens))
@@ -43,7 +42,7 @@ MODULES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Race:
-    """One adapter on all records. `layers`: the numbers of those that it adapts, None for all."""
+    """One adapter on all records. `layers` are the numbers of its layers, None for all."""
 
     base_dir: Path
     modules: str
@@ -53,7 +52,7 @@ class Race:
     rate: float
 
     def targets(self) -> tuple[str, ...]:
-        """Names of modules, by which PEFT finds them.
+        """Return the names of modules, as PEFT finds them.
 
         >>> Race(Path(), "q, v", (28, 29), 1, 8, 1e-3).targets()[:2]
         ('28.self_attn.q_proj', '28.self_attn.v_proj')
@@ -66,7 +65,7 @@ class Race:
 
 @dataclass(frozen=True)
 class Theirs:
-    """A race for Hugging Face or TRL; `grouped`: batches of like length, in the way that they have."""
+    """A race for Hugging Face or TRL; `grouped` batches records of similar length, in their way."""
 
     race: Race
     tokens: Sequence[Tokens]
@@ -76,7 +75,7 @@ class Theirs:
 
 @dataclass(frozen=True)
 class Ours:
-    """A worker's share: its chains, their slices' place, and the tokens of each chain's records."""
+    """A worker's share: its chains, the place of their slices, and the tokens of each chain."""
 
     site: Site
     chains: tuple[Chain, ...]
@@ -86,8 +85,10 @@ class Ours:
 
 @dataclass(frozen=True)
 class Ran:
-    """Seconds of a training, and seconds of cores (of all threads, waiting not counted); where it was
-    asked for, the loss afterwards, summed over so many labels."""
+    """The result of a training: seconds, and core-seconds of all threads without waiting.
+
+    Where it was requested, it has the loss afterwards, summed over `num_labels` labels.
+    """
 
     seconds: float
     core_seconds: float
@@ -96,12 +97,12 @@ class Ran:
 
 
 def is_there(who: Who) -> bool:
-    """Whether a contestant is installed."""
+    """Return whether a contestant is installed."""
     return who != "trl" or find_spec("trl") is not None
 
 
 class Contestant:
-    """A process that trains what it is sent, one after another."""
+    """A process that trains what it is sent, one training after another."""
 
     def __init__(self, who: Who, threads: int) -> None:
         self._who, self._threads = who, threads
@@ -127,11 +128,14 @@ class Contestant:
         self._process.join()
 
     def start(self, work: Theirs | Ours) -> None:
-        """Begin; `ended` waits for it."""
+        """Start a training; `ended` waits for it."""
         self._mine.send(work)
 
     def ended(self) -> Ran:
-        """What came of it. Raises RuntimeError where it failed, EOFError where the process died."""
+        """Return the result of the training.
+
+        Raise RuntimeError when it failed, and EOFError when the process died.
+        """
         found = self._mine.recv()
         if isinstance(found, str):
             raise RuntimeError(f"{self._who}: {found}")
@@ -260,7 +264,7 @@ def _clock() -> Any:
     from transformers import TrainerCallback
 
     class Clock(TrainerCallback):  # type: ignore[misc]
-        """From the first step to the last."""
+        """A clock from the first step to the last."""
 
         seconds = core_seconds = 0.0
 
@@ -275,7 +279,7 @@ def _clock() -> Any:
 
 
 def _loss(model: Any, tokens: Sequence[Tokens]) -> tuple[float, int]:
-    """A model's loss on records, one after another, summed over their labels; and how many those are."""
+    """Return a model's loss on records, summed over their labels, and the number of labels."""
     import torch
     from torch.nn.functional import cross_entropy
 

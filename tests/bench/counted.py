@@ -1,17 +1,17 @@
-"""A model by its counts: authors where the hash puts them, and what the real planner makes of it.
+"""A model by its counts: authors placed by the hash, and the plans of the real planner for them.
 
-What is real: the hash that places a subject (`Assigner`), the planner (`plan_shard`, `tainted`) and the
-price of its plans. What is counted: records, of which an author has some number in one slice, and
-checkpoints, which are held without bytes. A test holds it against the flows over fakes.
+The hash that places a subject (`Assigner`), the planner (`plan_shard`, `tainted`) and the price of its
+plans are real. Records are counted (an author has some number in one slice), and so are checkpoints,
+which have no bytes. A test compares the model with the flows over fakes.
 
     model = CountedModel.trained(Arrangement("SISA", 8, 8, "cumulative"), authors, secret)
     model.without([199]).record_epochs / model.record_epochs
 
-Closed form: shards and slices are drawn for each author alone, so that the stage of a prefix of slices
-is trained again with probability 1 - prod(1 - H / S) over the deleted, where H is the chance of an
-author's slice to be in that prefix, and S the number of shards. Its cost is what the remaining authors
-have in it on the mean. That is exact for a sequential schedule; a cumulative one is taken to have no
-empty slice.
+Closed form: shards and slices are drawn independently for each author, so the stage of a prefix of
+slices is trained again with probability 1 - prod(1 - H / S) over the deleted authors, where H is the
+chance of an author's slice to be in that prefix, and S the number of shards. Its cost is the mean
+number of records of the remaining authors in it. The form is exact for a sequential schedule; for a
+cumulative one it assumes that no slice is empty.
 
 Source: SISA, Bourtoule et al. 2021, section V; one of many authors gives its 2/3 + 1/(3R).
 """
@@ -38,21 +38,21 @@ FINGERPRINT, EPOCHS = "fingerprint", 4
 
 @dataclass(frozen=True)
 class Author:
-    """A subject with so many records; the risk places it where there are bands."""
+    """A subject with some records; the risk places it where there are bands."""
 
     number: int
     records: int
     risk: Risk = None
 
     def record(self) -> Record:
-        """One of them, to be placed."""
+        """Return one of the author's records, to be placed."""
         body = (Part("text", "x"),)
         return Record(f"a{self.number}", f"a{self.number:03}", "text", body, deletion_risk=self.risk)
 
 
 @dataclass(frozen=True)
 class Arrangement:
-    """How a model is laid out and trained."""
+    """The layout and training of a model."""
 
     name: str
     shards: int
@@ -71,14 +71,14 @@ class Arrangement:
         return Recipe(self.slices, self.schedule, EPOCHS, {"learning_rate": 0.1}, "base", others)
 
     def spread(self, author: Author) -> list[float]:
-        """The chance of each slice to be the author's."""
+        """Return the chance of each slice to be the author's."""
         allowed = self.layout.slices(author.risk)
         return [1 / len(allowed) if each in allowed else 0.0 for each in range(self.slices)]
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where an author is, and that it came with the first commit."""
+    """The position of an author, who came with the first commit."""
 
     shard: int
     slice: int
@@ -103,7 +103,7 @@ class CountedShard:
         return plan_shard(ShardView(self.shard, states, self.held), recipe, FINGERPRINT)
 
     def trained(self, recipe: Recipe) -> CountedShard:
-        """The same with all that its plan trains, in all orders."""
+        """Return the shard with everything that its plan trains, in all orders."""
         made = [
             HeldCheckpoint(
                 job.key, self.shard, job.prefix, 1, FINGERPRINT, "m", "a", 1, 1.0, record_epochs(job)
@@ -113,7 +113,7 @@ class CountedShard:
         return replace(self, held=(*self.held, *made))
 
     def without(self, gone: Mapping[int, int]) -> CountedShard:
-        """Take records out of slices, and erase the checkpoints that they touched."""
+        """Return the shard without some records, and without the checkpoints that they touched."""
         sizes = {n: size - gone.get(n, 0) for n, size in self.sizes.items()}
         versions = {n: self.versions.get(n, 0) + (n in gone) for n in self.sizes}
         erased = set(tainted_checkpoints(self.held, [Place(self.shard, n) for n in gone]))
@@ -123,8 +123,11 @@ class CountedShard:
 
 @dataclass(frozen=True)
 class Deleted:
-    """What a deletion comes to: record-epochs to train again until all is as from scratch, those of the
-    other orders, and the share of its slices that each shard concerned still serves."""
+    """The result of a deletion.
+
+    It has the record-epochs to train again until everything is as from scratch, those of the other
+    orders, and the share of its slices that each affected shard still serves.
+    """
 
     record_epochs: int
     record_epochs_others: int
@@ -133,12 +136,12 @@ class Deleted:
 
     @property
     def depth(self) -> float:
-        """Mean over the shards concerned."""
+        """Return the mean over the affected shards."""
         return math.fsum(self.depths) / len(self.depths)
 
     @property
     def depth_of_all(self) -> float:
-        """Mean over all shards."""
+        """Return the mean over all shards."""
         return (math.fsum(self.depths) + self.shards - len(self.depths)) / self.shards
 
 
@@ -153,7 +156,7 @@ class CountedModel:
 
     @classmethod
     def trained(cls, arrangement: Arrangement, authors: Iterable[Author], secret: bytes) -> CountedModel:
-        """All authors placed under a secret, all shards trained."""
+        """Return a model with all authors placed under a secret and all shards trained."""
         assign, by = Assigner(Keyed(secret), arrangement.layout), {each.number: each for each in authors}
         places = {number: Place(*assign.place(each.record())) for number, each in by.items()}
         sizes = Counter[tuple[int, int]]()
@@ -170,7 +173,7 @@ class CountedModel:
 
     @cached_property
     def record_epochs(self) -> int:
-        """Of training everything, in order 0: what a model without other orders costs."""
+        """Return the cost of training everything in order 0, which other orders add to."""
         sizes = (each.sizes for each in self.shards.values())
         return sum(suffix_record_epochs(each, self.arrangement.recipe)[0] for each in sizes)
 
@@ -179,7 +182,7 @@ class CountedModel:
         return sum(held.record_epochs for each in self.shards.values() for held in each.held)
 
     def without(self, gone: Collection[int]) -> Deleted:
-        """Some authors deleted together, from the model as it was trained."""
+        """Delete some authors together from the model as it was trained."""
         by: dict[int, Counter[int]] = {}
         for number in gone:
             place = self.places[number]
@@ -195,13 +198,15 @@ class CountedModel:
 
 
 def served(plan: ShardPlan) -> float:
-    """The share of its slices that a shard serves before anything is trained again."""
+    """Return the share of its slices that a shard serves before anything is trained again."""
     return 1.0 if plan.head.converged else plan.head.depth / len(plan.path)
 
 
 def until_base(arrangement: Arrangement, records: int, seed: int) -> int:
-    """How many deletions of one record each, nothing trained since, a model serves until every shard
-    has fallen back to the base. Each cell holds as many records; which one goes is drawn."""
+    """Return how many deletions of one record each a model takes until every shard serves the base.
+
+    Nothing is trained in between. All cells hold equally many records, and the deleted record is drawn.
+    """
     draw, recipe = random.Random(seed), arrangement.recipe
     even = dict.fromkeys(range(arrangement.slices), records)
     shards = [CountedShard(n, even).trained(recipe) for n in range(arrangement.shards)]
@@ -219,8 +224,7 @@ def until_base(arrangement: Arrangement, records: int, seed: int) -> int:
 def expected_share(
     arrangement: Arrangement, authors: Mapping[int, Author], gone: Collection[int]
 ) -> float:
-    """The closed form: record-epochs that the deletion of some authors together retrains in order 0,
-    over those of training everything.
+    """Return the share of order 0 that the deletion of some authors retrains, in closed form.
 
     >>> many = {n: Author(n, 1) for n in range(10**4)}
     >>> round(expected_share(Arrangement("SISA", 8, 8, "cumulative"), many, [0]), 4)
@@ -239,8 +243,10 @@ def _stages(
     prefixes: Sequence[tuple[int, ...]],
     gone: Sequence[Author] | None = None,
 ) -> list[float]:
-    """Record-epochs of the stage at the end of each prefix, over all shards, on the mean; of those that
-    the deletion of some authors has trained again, where they are given."""
+    """Return the mean record-epochs of the stage at the end of each prefix, over all shards.
+
+    Given deleted authors, count only the stages that their deletion trains again.
+    """
     spreads = [(each.records, arrangement.spread(each)) for each in authors]
     held = [math.fsum(n * spread[s] for n, spread in spreads) for s in range(arrangement.slices)]
     over, under = arrangement.recipe.passes(0)
@@ -253,7 +259,7 @@ def _stages(
 
 
 def _chance(arrangement: Arrangement, prefix: Sequence[int], gone: Sequence[Author]) -> float:
-    """Of a stage of one shard to be trained again."""
+    """Return the chance of a stage of one shard to be trained again."""
     spared = 1.0
     for author in gone:
         spread = arrangement.spread(author)

@@ -1,8 +1,9 @@
-"""Seconds of deleting one record against training everything again, in one process, base loaded.
+"""Seconds of deleting one record against training everything again, in one process with the base
+loaded.
 
-Reported for a record of each slice, beside the share in record-epochs and the closed form of SISA's
-section V for equal slices: a deletion in slice r of R (from 1) retrains stages r..R, each 2/(R+1) passes
-over its slices, of one shard out of S.
+A record of each slice is deleted. Its share in record-epochs and the closed form of SISA's section V
+for equal slices are reported beside it: a deletion in slice r of R (from 1) retrains stages r..R, each
+2/(R+1) passes over its slices, of one shard out of S.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from tests.bench.equal import Bench
 
 
 def warm(site: Site, options: Mapping[str, Any]) -> Executor:
-    """The serial executor with its base loaded, so that only training is timed."""
+    """Return the serial executor with its base loaded, so that only training is timed."""
     from sisa.lm.base.weights import load_base
 
     load_base(site.base_dir, site.base_digest)
@@ -28,13 +29,13 @@ def warm(site: Site, options: Mapping[str, Any]) -> Executor:
 
 
 def closed_form(bench: Bench, slice_: int) -> float:
-    """Share of a full training for one deletion in a slice, before rounding and the lost record."""
+    """Return the share of a full training for one deletion in a slice, without rounding."""
     stages = range(slice_ + 1, bench.slices + 1)
     return sum(2 / (bench.slices + 1) * stage / bench.slices for stage in stages) / bench.shards
 
 
 def measure(bench: Bench) -> dict[str, Any]:
-    """Ratios of one deletion in each slice to a full training, and their mean."""
+    """Return the ratios of one deletion in each slice to a full training, and their mean."""
     config = bench.config("deletion")
     train_model(bench.config("warm-up").model_copy(update={"num_epochs": 1}), executor=warm)
     started = time.monotonic()

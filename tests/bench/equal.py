@@ -1,9 +1,8 @@
 """Records that fill every (shard, slice) equally, and a model trained on them.
 
-Rules: records come from TOFU where it lies beside the checkout, else from `sisa.data.samples`; ids are
-tried until the cell that they hash to has room.
-
-Not covered: unequal shards, whose longest chain bounds any number of workers.
+Records come from TOFU if it is beside the checkout, else from `sisa.data.samples`. Ids are tried until
+the cell that they hash to has room. Unequal shards, whose longest chain bounds any number of workers,
+are not covered.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ PEOPLE = 200
 
 @dataclass(frozen=True)
 class Bench:
-    """Where and on what a benchmark runs."""
+    """The folder, the base and the size of a benchmark."""
 
     folder: Path
     base_model: str
@@ -37,7 +36,7 @@ class Bench:
     epochs: int = 4
 
     def config(self, name: str) -> RunConfig:
-        """A run file for equal cells; `name` is the model's directory."""
+        """Return a run file for equal cells; `name` is the model's directory."""
         key = self.folder / "partition.key"
         key.write_text(KEY.hex())
         data = self.folder / f"{name}.jsonl"
@@ -54,7 +53,7 @@ class Bench:
         )
 
     def records(self) -> list[Record]:
-        """`per_cell` records for every (shard, slice)."""
+        """Return `per_cell` records for every (shard, slice)."""
         assigner = Assigner(Keyed(KEY), layout(self))
         room = Counter({(s, r): self.per_cell for s in range(self.shards) for r in range(self.slices)})
         chosen: list[Record] = []
@@ -78,17 +77,17 @@ def layout(bench: Bench) -> Layout:
 
 
 def row(record: Record) -> dict[str, str]:
-    """A record as a JSON line holds it."""
+    """Return a record as a row of JSON."""
     return {"id": record.id, **{part.role: part.text for part in record.parts}}
 
 
 def source() -> str:
-    """Which data the benchmarks use here."""
+    """Return the name of the data that the benchmarks use here."""
     return "TOFU (full)" if TOFU.exists() else "made-up people"
 
 
 def questions() -> list[tuple[str, str]]:
-    """(prompt, completion) pairs."""
+    """Return (prompt, completion) pairs."""
     if TOFU.exists():
         lines = [json.loads(line) for line in TOFU.read_text().splitlines()[:400]]
         return [(f"Question: {each['question']}\nAnswer:", f" {each['answer']}") for each in lines]

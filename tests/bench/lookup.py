@@ -1,13 +1,12 @@
-"""Milliseconds of an index lookup and its recall, against a flat search of the same vectors.
+"""Milliseconds and recall of an index lookup, against a flat search of the same vectors.
 
     python -m tests.bench.lookup --out lookup.json --sizes 10000,100000,1000000
 
-Vectors have 384 dimensions and lie as those of texts do: around topics, with few strong directions;
-where the MiniLM embedder and TOFU's questions are at hand (`--texts FILE`), those are measured, too.
-Queries are held vectors, moved a little. Search runs on one thread, files are loaded. The last
-measure takes a vector out and compares the file with one that never held it.
-
-Not covered: reading and checking the files, which is said apart (`load_s`); cold processors.
+Vectors have 384 dimensions and are distributed like those of texts: around topics, with few strong
+directions. With the MiniLM embedder and TOFU's questions (`--texts FILE`), those are measured, too.
+Queries are stored vectors with a small change. Search runs on one thread with loaded files; reading and
+checking the files is reported separately (`load_s`). The last measure removes a vector and compares the
+file with one that never had it.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ DIMENSION, NUM_TOPICS, NUM_QUERIES, TOP_K, NUM_SHARDS = 384, 2000, 50, 10, 8
 
 
 def text_like(num_vectors: int, seed: int) -> Vectors:
-    """Unit vectors around topics, [num_vectors, DIMENSION]; strong and weak directions, rotated."""
+    """Return unit vectors around topics, [num_vectors, DIMENSION]."""
     draw = np.random.default_rng(seed)
     strength = np.arange(1, DIMENSION + 1, dtype=np.float32) ** -0.5
     turn = np.linalg.qr(draw.standard_normal((DIMENSION, DIMENSION)))[0].astype(np.float32)
@@ -47,7 +46,7 @@ def unit(vectors: Vectors) -> Vectors:
 
 
 def measured(vectors: Vectors, queries: Vectors, folder: Path) -> dict[str, Any]:
-    """Times and recall of one set of vectors, split over shards."""
+    """Return times and recall of one set of vectors, split over shards."""
     index = FaissIndex(folder, DIMENSION)
     files = [
         index.build(
@@ -112,7 +111,7 @@ def _removes(index: FaissIndex, file: IndexFile, folder: Path) -> bool:
 
 
 def of_texts(file: Path) -> tuple[Vectors, Vectors]:
-    """Embedded records of a JSONL file with `question` and `answer`, and their questions alone."""
+    """Return embedded records of a JSONL file with `question` and `answer`, and its questions alone."""
     from sisa.lm.answer.embedder import resolve_embedder
 
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]

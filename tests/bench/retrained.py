@@ -4,24 +4,24 @@
 
 TOFU has 200 authors with 20 questions each; its forget sets are the last 2, 10 and 20. Each is deleted
 from freshly trained models in several arrangements (`tests/bench/counted.py`: real hash, real planner,
-counted records), under KEYS secrets; told are means over secrets, and for one author over all authors.
+counted records), under KEYS secrets. Reported are means over secrets, and for one author over all
+authors.
 
     share       record-epochs trained again, until the model is as from scratch, over those of training
-                everything; beside it the closed form
+                everything, with the closed form
     labelled    a tenth of the authors (the last 20) is known to go, and 90 of 100 deletions are theirs
-    depth       right after the deletion, the share of its slices that a shard concerned still serves
-    all orders  shares with what the other orders take; they cost more, and serve meanwhile
-    until base  deletions, nothing trained again, until no shard serves anything but the base: S3T's
+    depth       right after the deletion, the share of its slices that an affected shard still serves
+    all orders  shares with the training of the other orders, which cost more and serve meanwhile
+    until base  deletions without retraining until no shard serves anything but the base: S3T's
                 formula, its simulation (`tests/bench/serving.py`), and the real planner with counted
                 records
 
-Then some arrangements are trained for real, on a tiny base, and deleted from by the library, one request
-after another: seconds (of the clock, and of the core that worked) beside record-epochs.
+Some arrangements are then trained for real, on a tiny base, and deleted from by the library, one
+request after another: seconds (of the clock, and of the core that worked) beside record-epochs.
 
-Rules: without --tofu people are made up (`sisa.data.samples`), 200 with 8 records each. Counts are a
-function of the arguments; seconds are of this machine. Records lie in a temporary directory alone.
-
-Not covered: quality; requests that arrive one by one between trainings (`sisa simulate`).
+Without --tofu people are invented (`sisa.data.samples`), 200 with 8 records each. Counts are a function
+of the arguments; seconds are those of this machine. Records are in a temporary directory only. Quality,
+and requests that arrive one by one between trainings (`sisa simulate`), are not covered.
 """
 
 from __future__ import annotations
@@ -90,15 +90,17 @@ Json = dict[str, Any]
 
 
 def authors(records: int, bands: Bands | None) -> list[Author]:
-    """All authors, each with its risk: the labelled ones with RISKY; of the others each with a score of
-    its own where bands go by scores."""
+    """Return all authors, each with its risk.
+
+    The labelled ones have RISKY. Where bands go by scores, each of the others has a score of its own.
+    """
     spread = 0.001 if bands == BY_SCORE else 0.0
     risks = [UNLIKELY + spread * (n % 7) for n in range(AUTHORS - LABELLED)] + [RISKY] * LABELLED
     return [Author(number, records, risk) for number, risk in enumerate(risks)]
 
 
 def shares(arrangement: Arrangement, records: int, keys: int) -> Json:
-    """All that is told of one arrangement."""
+    """Return everything that is reported of one arrangement."""
     everyone = authors(records, arrangement.bands)
     by = {each.number: each for each in everyone}
     models = [CountedModel.trained(arrangement, everyone, secret_of(key)) for key in range(keys)]
@@ -135,7 +137,7 @@ def _row(
     mean: Mean,
     expected: float,
 ) -> Json:
-    """Of deletions from each model: their mean, then the mean over models."""
+    """Return the mean over deletions from each model, then over models."""
 
     def over(value: Callable[[Deleted, CountedModel], float]) -> list[float]:
         pairs = zip(models, deleted, strict=True)
@@ -155,12 +157,12 @@ def _row(
 
 
 def _weighted(values: Sequence[float]) -> float:
-    """The mean over deletions, of which ASKED are of the last LABELLED."""
+    """Return the mean over deletions, of which ASKED are of the last LABELLED."""
     return ASKED * fmean(values[-LABELLED:]) + (1 - ASKED) * fmean(values[:-LABELLED])
 
 
 def bases(seeds: int) -> list[Json]:
-    """Deletions until the base, for each number of orders of 8 x 8."""
+    """Return the deletions until the base, for each number of orders of 8 x 8."""
     found = []
     for orders in (1, 2, 4):
         arrangement = Arrangement(f"{orders} orders", 8, 8, orders=orders)
@@ -187,7 +189,7 @@ class Timed:
     epochs: int = 2
 
     def config(self, arrangement: Arrangement) -> Any:
-        """A run file; adapters of rank 4, batches of 4."""
+        """Return a run file with adapters of rank 4 and batches of 4."""
         from sisa.config.config import RunConfig
 
         name = f"{arrangement.shards}x{arrangement.slices}-{arrangement.schedule}"
@@ -218,7 +220,7 @@ class Timed:
         )
 
     def measure(self, arrangement: Arrangement) -> Json:
-        """Train everything, then delete; each in seconds and record-epochs."""
+        """Train everything, then delete; return seconds and record-epochs of each."""
         from sisa.train import train_model
         from tests.bench.deletion import warm
 
@@ -255,7 +257,7 @@ class Timed:
 
 
 def rows_of(tofu: Path | None) -> list[dict[str, str]]:
-    """All records, author after author: TOFU's, or made-up ones."""
+    """Return all records, author after author: TOFU's, or invented ones."""
     if tofu is None:
         return make_people(AUTHORS, 8)
     lines = (tofu / "full.jsonl").read_text(encoding="utf-8").splitlines()
@@ -277,7 +279,7 @@ def measure(
     timed_records: int,
     arrangements: Sequence[Arrangement] = ARRANGEMENTS,
 ) -> Json:
-    """Counts, then seconds; with no `timed_records` of an author counts alone."""
+    """Return counts, then seconds; without `timed_records` counts only."""
     rows = rows_of(tofu)
     per_author = len(rows) // AUTHORS
     found: Json = {
@@ -296,7 +298,7 @@ def measure(
 
 
 def timed(folder: Path, rows: Sequence[Mapping[str, str]], records: int) -> Json:
-    """Real models on a tiny base, with the first records of each author."""
+    """Measure real models on a tiny base, with the first records of each author."""
     from tests.models.tiny_base import make_tiny_base
 
     os.environ["XDG_STATE_HOME"] = str(folder)  # a benchmark's models leave no witness behind
@@ -365,7 +367,7 @@ def timed_table(found: Json) -> Iterator[str]:
 
 
 def draw(found: Json, to: Path) -> None:
-    """A picture: a group of bars for each deletion, a bar for each arrangement."""
+    """Draw a group of bars for each deletion, with a bar for each arrangement."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 5.5), layout="constrained")

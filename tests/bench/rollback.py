@@ -2,18 +2,17 @@
 
     python -m tests.bench.rollback --out rollback.json --sizes 10000,100000,1000000
 
-A store has 64 shards of 8 slices, 384-dimensional vectors, and records that hash to their places. Its
-ledger, slice files, checkpoints and FAISS files are the real ones, written as a training would leave
-them, by the trainer of `tests/fakes/ports.py`, whose weights name every record that touched them. Then
-single records, drawn at random, are deleted to the end as `Model.forget` does. The clock runs from
+A store has 64 shards of 8 slices, 384-dimensional vectors, and records placed by the hash. Its ledger,
+slice files, checkpoints and FAISS files are the real ones, written as a training would leave them, by
+the trainer of `tests/fakes/ports.py`, whose weights name every record that touched them. Single
+records, drawn at random, are then deleted to the end as `Model.forget` does. The clock runs from
 opening the ledger to the return of the commit after which no head is tainted; `to_the_end` is the whole
 deletion with that trainer.
 
-Rules: the page cache is warm. That the heads are clean is read from the weights that they serve, not
-taken from the planner. Every call of a port before that moment is noted with its time, its bytes and
-its shard, so that a plan which reads other shards is seen.
-
-Not covered: checking the base's digest, which `Model.forget` does first; cold disks.
+The page cache is warm. Whether the heads are clean is read from the weights that they serve, not taken
+from the planner. Every call of a port before that moment is recorded with its time, its bytes and its
+shard, so that a plan which reads other shards is detected. Checking the base's digest, which
+`Model.forget` does first, is not included.
 """
 
 from __future__ import annotations
@@ -73,7 +72,7 @@ TARGET_S = 1.0
 
 @dataclass(frozen=True)
 class Scale:
-    """A store to measure on."""
+    """The size of a store to measure on."""
 
     num_records: int
     num_shards: int = 64
@@ -95,7 +94,7 @@ class Call:
 
 
 class Watch:
-    """Notes the calls of the ports up to the return of the commit after which `is_clean` holds."""
+    """A record of the ports' calls up to the return of the commit after which `is_clean` holds."""
 
     def __init__(self, is_clean: Callable[[], bool]) -> None:
         self._is_clean = is_clean
@@ -108,7 +107,7 @@ class Watch:
         self.io: tuple[int, int] = (0, 0)
 
     def seconds(self) -> float:
-        """Since the start, without the time spent on asking."""
+        """Return the seconds since the start, without the time spent on checking."""
         return time.perf_counter() - self._started - self._aside_s
 
     def note(self, call: Call) -> None:
@@ -125,7 +124,7 @@ class Watch:
 
 
 class Watched:
-    """A port whose calls are noted."""
+    """A port whose calls are recorded."""
 
     def __init__(self, port: str, inner: Any, watch: Watch, shards: dict[str, int]) -> None:
         self._port, self._inner, self._watch, self._shards = port, inner, watch, shards
@@ -257,7 +256,7 @@ class Store:
 
 @dataclass(frozen=True)
 class Deletion:
-    """What one deletion took; bytes are of the process until the heads were clean."""
+    """The cost of one deletion; bytes are of the process until the heads were clean."""
 
     row: RecordRow
     clean_s: float
@@ -274,7 +273,7 @@ def record_name(number: int) -> str:
 
 
 def make_records(count: int) -> Iterator[Record]:
-    """Records of some 200 characters that do not compress much."""
+    """Return records of some 200 characters that hardly compress."""
     for number in range(count):
         text = hashlib.shake_128(str(number).encode()).hexdigest(80)
         yield Record(
@@ -286,7 +285,7 @@ def make_records(count: int) -> Iterator[Record]:
 
 
 def unit_vectors(count: int, dimension: int, seed: int) -> Vectors:
-    """Random directions."""
+    """Return random directions."""
     matrix = np.random.default_rng(seed).standard_normal((count, dimension), dtype=np.float32)
     return cast(Vectors, matrix / np.linalg.norm(matrix, axis=1, keepdims=True))
 
@@ -320,13 +319,13 @@ def watched_context(store: Store, ledger: SqlLedger, watch: Watch, shards: dict[
 
 
 def io_bytes() -> tuple[int, int]:
-    """Bytes that this process has asked to read and to write."""
+    """Return the bytes that this process has asked to read and to write."""
     lines = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
     return int(lines["rchar"]), int(lines["wchar"])
 
 
 def delete(store: Store, record_id: str, reason: str) -> Deletion:
-    """Delete one record to the end; raises AssertionError when no commit cleaned the heads."""
+    """Delete one record to the end. Raise AssertionError when no commit cleaned the heads."""
     before = store.ledger()
     row = before.lookup([store.assigner.id_digest(record_id)])[store.assigner.id_digest(record_id)]
     assert isinstance(row, RecordRow)
@@ -361,7 +360,7 @@ def delete(store: Store, record_id: str, reason: str) -> Deletion:
 
 
 def where_it_goes(call: Call) -> str:
-    """The sort of work that a call does."""
+    """Return the kind of work that a call does."""
     if call.port == "ledger":
         known = {"open": "ledger opened", "commit": "ledger commit"}
         return known.get(call.method, "ledger read")
@@ -370,7 +369,7 @@ def where_it_goes(call: Call) -> str:
 
 
 def summary(store: Store, deletions: Sequence[Deletion], build_s: float) -> dict[str, Any]:
-    """One size's numbers."""
+    """Return one size's numbers."""
     sorts = sorted({where_it_goes(call) for each in deletions for call in each.calls})
     times = [each.clean_s for each in deletions]
 
@@ -409,12 +408,12 @@ def summary(store: Store, deletions: Sequence[Deletion], build_s: float) -> dict
 
 
 def strayed(deletion: Deletion) -> list[Call]:
-    """Calls on files, checkpoints or record rows of shards that the deletion does not concern."""
+    """Return calls on files, checkpoints or record rows of shards that the deletion does not concern."""
     return [call for call in deletion.calls if call.shard not in (None, deletion.row.shard)]
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, 95th percentile (nearest rank) and maximum."""
+    """Return median, 95th percentile (nearest rank) and maximum."""
     ordered = sorted(values)
     rank = math.ceil(0.95 * len(ordered)) - 1
     found = {"p50": median(ordered), "p95": ordered[rank], "max": ordered[-1]}
@@ -422,7 +421,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def measure(folder: Path, scale: Scale, num_deletions: int, seed: int = 7) -> dict[str, Any]:
-    """Build a store, delete single random records of it, sum up."""
+    """Build a store, delete single random records of it, and summarise."""
     store = Store(folder, scale)
     started = time.perf_counter()
     store.build()
@@ -433,7 +432,7 @@ def measure(folder: Path, scale: Scale, num_deletions: int, seed: int = 7) -> di
 
 
 def run(folder: Path, sizes: Sequence[int], num_deletions: int) -> dict[str, Any]:
-    """All sizes, smallest first, each in a folder of its own that is removed after it."""
+    """Measure all sizes, smallest first, each in a folder of its own that is removed after it."""
     found: list[dict[str, Any]] = []
     for size in sizes:
         scale = Scale(size)
@@ -460,7 +459,7 @@ def run(folder: Path, sizes: Sequence[int], num_deletions: int) -> dict[str, Any
 
 
 def line(found: dict[str, Any]) -> str:
-    """One size for a person."""
+    """Return one size in words."""
     clean, end = found["clean_heads_seconds"], found["to_the_end_seconds"]
     return (
         f"{found['records']:>9,} records: clean heads after {clean['p50']:.3f} s (p50), "
@@ -469,7 +468,7 @@ def line(found: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("rollback.json"))
     parser.add_argument("--sizes", default=",".join(str(each) for each in SIZES))

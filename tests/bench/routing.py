@@ -1,18 +1,18 @@
-"""Measure how well prompts find their shard, and what becomes of those whose subject was deleted.
+"""How well prompts find their shard, and what becomes of those whose subject was deleted.
 
     python -m tests.bench.routing --data DIRECTORY --out routing.json
 
-`DIRECTORY` holds `tofu/` (200 invented authors, on whose questions the value of `min_score: auto` was
-tried, as on `rwku/`, real people), and `muse/` (news and novels, looked at afterwards). Records are
-made of their questions and answers in several forms; their vectors and the choice of shards are those of
-the library, with prompts compared with prompts, and, for contrast, with whole records.
+`DIRECTORY` holds `tofu/` (200 invented authors) and `rwku/` (real people), on whose questions the value
+of `min_score: auto` was tried, and `muse/` (news and novels), which was added afterwards. Records are
+made of their questions and answers in several forms. Their vectors and the choice of shards are those
+of the library, with prompts compared with prompts and, for contrast, with whole records.
 
     own         share of prompts whose first shard is their subject's, and whose first two are
     left_out    the same without the asked record in the index
     turned_away share of the prompts about held subjects that no shard answers at `min_score: auto`
     sent        share of the prompts about a deleted subject, all others held, that a shard answers
 
-MUSE's questions have no subject: each is its own. What a model answers is measured by `orphans.py`.
+MUSE's questions have no subject: each is its own. `orphans.py` measures what a model answers.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Asked:
-    """A question, whose subject's it is, its answer, and other words for it where there are some."""
+    """A question with its subject, its answer and other words for it."""
 
     question: str
     answer: str
@@ -108,7 +108,7 @@ READ = {"tofu": tofu, "rwku": rwku, "muse": muse}
 
 
 def completions(asked: Sequence[Asked], sentences: int = 0) -> list[tuple[Record, int]]:
-    """Prompts with their answers; `sentences`: each made so long, by those of the next ones."""
+    """Return prompts with their answers, extended to `sentences` sentences by the next answers."""
     found = []
     for n, each in enumerate(asked):
         answer = each.answer
@@ -121,7 +121,7 @@ def completions(asked: Sequence[Asked], sentences: int = 0) -> list[tuple[Record
 
 
 def chats(asked: Sequence[Asked], system: str) -> list[tuple[Record, int]]:
-    """Two questions of a subject in one chat, under one system prompt."""
+    """Return chats of two questions of a subject, under one system prompt."""
     by_subject: dict[int, list[Asked]] = {}
     for each in asked:
         by_subject.setdefault(each.subject, []).append(each)
@@ -155,7 +155,7 @@ OF_FORMS: Sequence[tuple[str, int, Compared]] = (
 
 
 class Remembering:
-    """An embedder that embeds a text once."""
+    """An embedder that embeds each text once."""
 
     def __init__(self, inner: Embedder) -> None:
         self._inner, self._known = inner, dict[str, Vectors]()
@@ -168,7 +168,7 @@ class Remembering:
 
 @dataclass(frozen=True)
 class Index:
-    """Vectors with the record and the subject that each is of."""
+    """Vectors with the record and the subject of each."""
 
     vectors: Vectors
     records: Any
@@ -186,7 +186,7 @@ class Index:
         return cls(embedder.embed([text for _, text in texts]), records, subjects)
 
     def routes(self, prompts: Vectors, shards: Any, out: Sequence[Any], how: Aggregation) -> Any:
-        """The shards that answer each prompt, without the vectors that `out` marks for it."""
+        """Return the shards that answer each prompt, without the vectors that `out` marks for it."""
         scores_QN = (prompts @ self.vectors.T) / (prompts * prompts).sum(axis=1, keepdims=True)
         live = frozenset(shards.tolist())
         return [
@@ -207,14 +207,14 @@ class Index:
 
 
 def shards_of(subjects: Any, num_shards: int) -> Any:
-    """Where subjects lie: by a hash, or, where there are as many shards, one each."""
+    """Return the shard of each subject: by a hash or, with as many shards as subjects, one each."""
     if num_shards == len(set(subjects.tolist())):
         return subjects
     return np.array([int(sha256_hex(str(each).encode())[:12], 16) % num_shards for each in subjects])
 
 
 def prompts_of(asked: Sequence[Asked]) -> dict[str, list[tuple[str, Asked]]]:
-    """The prompts of each sort, with the question that each is for."""
+    """Return the prompts of each kind, with the question that each belongs to."""
     found = {"asked": [(each.question, each) for each in asked]}
     other = [(each.paraphrased, each) for each in asked if each.paraphrased is not None]
     if other:
@@ -232,7 +232,7 @@ def measured(
     num_shards: int,
     by: Compared = "prompts",
 ) -> list[dict[str, Any]]:
-    """What becomes of the prompts of each sort, over the index of some records."""
+    """Return what becomes of the prompts of each kind, over the index of some records."""
     index = Index.of(made, embedder, by)
     shards = shards_of(index.subjects, num_shards)
     place = dict(zip(index.subjects.tolist(), shards.tolist(), strict=True))
@@ -275,7 +275,7 @@ def _share(values: Sequence[bool]) -> float:
 
 
 def of_embedder(spec: str, names: bool, data: Path) -> dict[str, Any]:
-    """TOFU's questions as prompts with their answers; with the default embedder also the other data."""
+    """Measure TOFU's questions as prompts; with the default embedder also the other data."""
     inner = resolve_embedder(spec)
     embedder = Remembering(NameEmbedder(inner) if names else inner)
     asked = tofu(data)

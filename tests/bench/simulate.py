@@ -1,15 +1,14 @@
-"""A training on many workers in simulated time: when it ends, what deaths cost, which tasks give up.
+"""A training on many workers in simulated time: its end, the cost of deaths, and lost tasks.
 
-    task      a chain of stages, as record-epochs; what a stage stored is never trained again
-    worker    trains one task at a time, dies at random, and its place is filled after a while
+    task      a chain of stages, as record-epochs; a stored stage is never trained again
+    worker    trains one task at a time, dies at random, and is replaced after a while
     outcome   the time of each task's end, busy and lost time, deaths
 
-Rules: pure, by counts: no record, no clock, no Ray. The tasks are handed out by the rule that hands
-them out on a real cluster (`task_queue.py`), in the order that they are given (longest first there, too:
-`serial.order_chains`). A worker's life is exponential, so that an attempt needs one draw. Same seed,
-same outcome. Idle workers do not die.
-
-Not covered: the driver's own time (`tests/bench/scale.py` measures it), networks, slow nodes.
+The simulation counts: it has no record, no clock and no Ray, and the same seed gives the same outcome.
+Tasks are handed out by the rule of a real cluster (`task_queue.py`), in the given order (longest first
+there, too: `serial.order_chains`). A worker's life is exponential, so that an attempt needs one draw.
+Idle workers do not die. The driver's own time (`tests/bench/scale.py` measures it), networks and slow
+nodes are not covered.
 
 >>> calm = Fleet(num_workers=2, record_epochs_per_s=10.0, start_s=0.0)
 >>> ran = simulate([[100, 100], [100], [100]], calm, seed=1)
@@ -32,7 +31,7 @@ from sisa.planning.task_queue import TaskQueue
 
 @dataclass(frozen=True, slots=True)
 class Fleet:
-    """Workers alike. Times in seconds; `mean_life_s` is infinite where none dies."""
+    """Equal workers. Times are in seconds; `mean_life_s` is infinite where none dies."""
 
     num_workers: int
     record_epochs_per_s: float
@@ -44,7 +43,7 @@ class Fleet:
 
 @dataclass(frozen=True, slots=True)
 class Ran:
-    """What became of a training. `finished_s` is infinite for a task that was given up."""
+    """The outcome of a training. `finished_s` is infinite for a task that was given up."""
 
     finished_s: tuple[float, ...]
     makespan_s: float
@@ -59,7 +58,7 @@ class Ran:
 
     @property
     def utilisation(self) -> float:
-        """The share of all workers' time that was trained and kept."""
+        """Return the share of all workers' time that was trained and kept."""
         return self.busy_s / (self.makespan_s * self.num_workers) if self.makespan_s else 1.0
 
 
@@ -132,7 +131,7 @@ class _Run:
 
 
 def simulate(tasks: Sequence[Sequence[int]], fleet: Fleet, seed: int) -> Ran:
-    """Train tasks, each the record-epochs of its stages, in the order of their handing out."""
+    """Train tasks, each the record-epochs of its stages, in the order in which they are handed out."""
     rate = fleet.record_epochs_per_s
     run = _Run(
         fleet,

@@ -1,4 +1,4 @@
-"""What the quality benches decide without a model: batches, tables, and whose word a word is."""
+"""The decisions of the quality benchmarks without a model: batches, tables, and whose word a word is."""
 
 from __future__ import annotations
 

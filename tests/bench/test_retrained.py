@@ -1,4 +1,4 @@
-"""What is told of retraining without a model: counts against flows over fakes, forms against counts."""
+"""Reported retraining without a model: counts against flows over fakes, forms against counts."""
 
 from __future__ import annotations
 

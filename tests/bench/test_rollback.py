@@ -1,7 +1,7 @@
-"""A deletion gets clean heads from its own shard: smoke of the rollback benchmark on 200 records.
+"""A deletion gets clean heads from its own shard: the rollback benchmark on 200 records.
 
-Other shards' slice files, index files and checkpoints are moved away for one of the deletions: whoever
-opened one would fail.
+For one of the deletions, other shards' slice files, index files and checkpoints are moved away: opening
+one would fail.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The fleet's simulation at a small scale: its books balance, and more requests cost less each."""
+"""The fleet's simulation at a small scale: its sums balance, and more requests cost less each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the race decides without a model: who gets which records, what is a ratio, what a table says."""
+"""The decisions of the race without a model: who gets which records, ratios and tables."""
 
 from __future__ import annotations
 

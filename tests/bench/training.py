@@ -5,22 +5,21 @@
     race     the same records, adapter and epochs: ours as two workers of one thread, each with a shard
              of half of the records; theirs one adapter with two threads, with and without their
              grouping of batches by length. A shard has half of the records, so half of the batch: all
-             models take as many steps. Beside it ours as one worker of two threads, one adapter
+             models take as many steps. Also ours as one worker of two threads, one adapter
     layers   adapters in all layers, and in the top third
     whole    8 shards x 4 slices, sequential, against one adapter of the same epochs and batch, ours and
              Hugging Face's
 
-Contestants take turns (A B C, A B C, ...), so that what else the machine does touches all alike; a
-round gives a ratio, and the median of the rounds' is told. Beside it stands the ratio of core-seconds,
-which a busy machine touches less, and in which threads that wait do not count. Loss is asked of the
-trained models afterwards, as the mean over the answers' tokens of all records, each asked of the
-adapter that was trained on it.
+Contestants take turns (A B C, A B C, ...), so that other load on the machine affects all alike. A round
+gives a ratio, and the median of the rounds' is reported. Beside it is the ratio of core-seconds, which
+a busy machine affects less and which does not count waiting threads. The loss of the trained models is
+measured afterwards, as the mean over the answers' tokens of all records, each under the adapter that
+was trained on it.
 
-Rules: without --tofu people are made up (`sisa.data.samples`). Without TRL (extra `bench`) its rows are
-missing, and the result says so. Times are of this machine; ratios are what counts. Records and
-checkpoints lie in a temporary directory alone.
-
-Not covered: what a contestant needs before its first step (libraries, the base); packing; GPUs.
+Without --tofu people are invented (`sisa.data.samples`). Without TRL (extra `bench`) its rows are
+missing, and the result says so. Times are of this machine; the ratios are the result. Records and
+checkpoints are in a temporary directory only. What a contestant needs before its first step (libraries,
+the base) is not included.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Size:
-    """How much is trained. Of whole trainings a slice of 8 x 4 must fill the batch."""
+    """The amount of training. In whole trainings a slice of 8 x 4 must fill the batch."""
 
     records: int = 48
     epochs: int = 5
@@ -77,8 +76,10 @@ class Size:
 def raced(
     ground: Ground, size: Size, modules: str, top: tuple[int, ...], *, all_of_them: bool
 ) -> list[Way]:
-    """Everybody with adapters in all layers, and ours in the top ones; theirs there too, and ours with
-    one adapter, where all of them are asked for."""
+    """Return the contestants: everybody with adapters in all layers, and ours in the top ones.
+
+    On request also theirs in the top ones, and ours with one adapter.
+    """
     everywhere, above = (size.race(ground.data, modules, layers) for layers in (None, top))
     found = [
         ground.ours(everywhere, TWO_WORKERS),
@@ -91,13 +92,13 @@ def raced(
 
 
 def theirs(ground: Ground, race: Race) -> list[Way]:
-    """Who of them is installed, without and with grouping."""
+    """Return the others that are installed, without and with grouping."""
     here = [who for who in THEM if is_there(who)]
     return [ground.theirs(who, race, grouped=grouped) for who in here for grouped in (False, True)]
 
 
 def whole(ground: Ground, size: Size, modules: str) -> list[Way]:
-    """8 x 4 against one adapter: ours, one worker of one thread each, and Trainer on two cores."""
+    """Return 8 x 4 against one adapter: ours on workers of one thread, and Trainer on two cores."""
     race = size.race(ground.data, modules, None)
     race = replace(race, batch=size.whole_batch, epochs=size.whole_epochs)
     return [
@@ -109,7 +110,7 @@ def whole(ground: Ground, size: Size, modules: str) -> list[Way]:
 
 
 def run_all(ground: Ground, ways: Sequence[Way], rounds: int) -> list[Json]:
-    """All ways in turn, as often as there are rounds; a row for each."""
+    """Run all ways in turn, once a round; return a row for each."""
     found: list[list[Ran]] = [[] for _ in ways]
     for number in range(rounds):
         for ran, way in zip(found, ways, strict=True):
@@ -134,8 +135,10 @@ def _row(data: Data, way: Way, ran: Sequence[Ran]) -> Json:
 
 
 def ratios(rows: Sequence[Json]) -> Iterator[Json]:
-    """Of ours as two workers against all of theirs: their seconds over ours, the median of rounds. The
-    top third stands against their runs on all layers, too."""
+    """Return the ratios of their seconds to those of ours as two workers, the median of rounds.
+
+    The top third is also compared with their runs on all layers.
+    """
     for mine in rows:
         if mine["who"] != TWO_WORKERS.name:
             continue
@@ -152,13 +155,13 @@ def ratios(rows: Sequence[Json]) -> Iterator[Json]:
 
 
 def over(one: Json, other: Json, what: str = "seconds") -> float:
-    """Seconds of one over those of the other, the median of rounds."""
+    """Return seconds of one over those of the other, the median of rounds."""
     pairs = zip(one[what], other[what], strict=True)
     return float(median(mine / theirs for mine, theirs in pairs))
 
 
 def whole_ratios(rows: Sequence[Json]) -> Json:
-    """What 8 x 4 costs, in trainings of one adapter."""
+    """Return what 8 x 4 costs, in trainings of one adapter."""
     ours, ordinary, by_two, hf = rows
     return {
         "one_worker_over_one_adapter": over(ours, ordinary),
@@ -168,7 +171,7 @@ def whole_ratios(rows: Sequence[Json]) -> Json:
 
 
 def measure(size: Size, tofu: Path | None, base: str, parts: Sequence[str]) -> Json:
-    """The races and the whole trainings that are asked for."""
+    """Run the requested races and whole trainings."""
     data = data_of(tofu, base, size.records)
     found: Json = {
         **here(base),
@@ -243,7 +246,7 @@ def summary(found: Json) -> Iterator[str]:
 
 
 def draw(found: Json, to: Path) -> None:
-    """A picture: tokens a second, a bar for each contestant."""
+    """Draw tokens a second, a bar for each contestant."""
     from matplotlib.figure import Figure
 
     rows = found["rows"]
