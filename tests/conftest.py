@@ -1,13 +1,15 @@
-"""How the whole suite runs: fast tests first, hypothesis the same on every machine.
+"""The order and surroundings of the whole suite: fast tests first, hypothesis the same on every
+machine.
 
 Tests run in random order, but those without torch or sockets come before the others, so that most
-failures show within seconds. In several processes (`-n 2`) each takes one test after another, in this
-order; tests with a Ray follow the fast ones and are one process's, which share it, while others train
-tiny models. Tests over something dear that their file makes once are one process's, too (`xdist_group`).
+failures show within seconds. With several processes (`-n 2`) each takes one test after another, in this
+order. Tests with a Ray follow the fast ones in one process that shares it, while others train tiny
+models. Tests over something expensive that their file makes once are in one process, too
+(`xdist_group`).
 
-What a model keeps outside its directory goes to a state directory of the test's own. Tests' files lie in
-memory where there is room: everything is synced as ever, and a disk would be waited for thousands of
-times. `PYTEST_DEBUG_TEMPROOT=/tmp` takes the disk.
+What a model keeps outside its directory goes to a state directory of the test's own. Files of tests are
+in memory where there is room: every write is synced, which would cost thousands of waits for a disk.
+`PYTEST_DEBUG_TEMPROOT=/tmp` uses the disk.
 
 A failure must be repeatable from the log alone, so examples are derived from the test, no database is
 kept beside the tree, and the blob that reproduces a failure is printed. `--hypothesis-profile full`

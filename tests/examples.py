@@ -1,4 +1,4 @@
-"""How many examples a property tries: a share of them in the suite, all of them by one command.
+"""The number of examples of a property: a share in the suite, all of them with one option.
 
     python -m pytest tests/property --hypothesis-profile full
 

@@ -1,11 +1,11 @@
-"""Print what a small fixed training and deletion come to, to compare before and after a refactoring.
+"""Print the result of a small fixed training and deletion, to compare before and after a refactoring.
 
     python -m tests.pinned > before.txt
     ... move code ...
     python -m tests.pinned | diff before.txt -
 
-Two runs on one machine print the same lines as long as no byte of an adapter and no key changed. Digests
-differ by processor and by library version, so none is kept in the repository.
+Two runs on one machine print the same lines as long as no byte of an adapter and no key changed.
+Digests differ by processor and by library version, so none is kept in the repository.
 """
 
 from __future__ import annotations

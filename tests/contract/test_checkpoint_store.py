@@ -1,7 +1,7 @@
-"""What every CheckpointStore promises, over the fake, over directories and over objects on an S3 server.
+"""The contract of CheckpointStore, over the fake, directories and objects on an S3 server.
 
-A checkpoint is whole or absent, is never changed, and is refused when a single byte of it is not the
-recorded one: a deletion is only proved if the bytes that are served are the bytes that were proved.
+A checkpoint is whole or absent, never changes, and is refused when a single byte of it differs from the
+record: a deletion is only proved if the served bytes are the proved ones.
 """
 
 from __future__ import annotations

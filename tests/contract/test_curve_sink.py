@@ -1,4 +1,4 @@
-"""What every tool that draws curves promises: a fake, TensorBoard, and MLflow where it is installed."""
+"""The contract of tools that draw curves: a fake, TensorBoard, and MLflow where it is installed."""
 
 from __future__ import annotations
 

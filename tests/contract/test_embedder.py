@@ -1,7 +1,7 @@
-"""What every Embedder promises, over the fake and over feature hashing, with and without names.
+"""The contract of Embedder, over the fake and feature hashing, with and without names.
 
-A row depends on its own text alone, to the bit: otherwise a deleted record would live on in the
-vectors of those that were embedded beside it. (The transformer embedder is tested where torch is.)
+A row depends on its own text only, to the bit: otherwise a deleted record would survive in the vectors
+of texts that were embedded with it. (The transformer embedder is tested where torch is.)
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
-"""What every model to evaluate promises: over a fake, a Hugging Face model, an adapter, a deletion-ready
-one.
+"""The contract of models to evaluate: a fake, a Hugging Face model, an adapter, a deletion-ready model.
 
-Order, batches and company change nothing beyond rounding; equal models have equal digests and others
-have others; answers are bare and as short as was asked. For the real ones, scores are compared with
-those worked out token by token.
+Order, batches and other rows change nothing beyond rounding. Equal models have equal digests, and other
+models have others. Answers have no surrounding white space and the requested length. For the real
+models, scores are compared with scores computed token by token.
 """
 
 from __future__ import annotations

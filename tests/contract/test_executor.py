@@ -1,8 +1,8 @@
-"""What an executor promises, over the serial one with fakes (the Ray one is tested where Ray is).
+"""The contract of executors, over the serial one with fakes (the Ray one is tested where Ray is).
 
-Longest chain first; a stage whose checkpoint rests in the store is not trained again; a stage sees the
-records of its own slices in canonical order and its parent's files, and nothing else; a slice file or
-a parent that is not the recorded one stops the chain before anything is trained on it.
+The longest chain is first. A stage whose checkpoint is in the store is not trained again. A stage sees
+the records of its own slices in canonical order and its parent's files, and nothing else. A slice file
+or parent that differs from the record stops the chain before anything is trained on it.
 """
 
 from __future__ import annotations

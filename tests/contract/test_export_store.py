@@ -1,7 +1,7 @@
-"""What every ExportStore promises, over the fake and over directories.
+"""The contract of ExportStore, over the fake and directories.
 
-An export lies where its owner wanted it: only what was written there is erased, and only while it is
-what was written. The path comes out of a ledger that may be damaged or forged.
+An export is in a directory of the owner's choice. Only what was written there is erased, and only while
+it is unchanged, because the path comes from a ledger that may be damaged or forged.
 """
 
 from __future__ import annotations

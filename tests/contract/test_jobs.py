@@ -1,5 +1,7 @@
-"""Whatever runs jobs keeps the promises of the port `Jobs`; over the fake here, over a real cluster in
-`tests/integration/ray/test_cluster_jobs.py`."""
+"""The contract of the port `Jobs`, over the fake.
+
+`tests/integration/ray/test_cluster_jobs.py` runs it over a real cluster.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What every Keyring promises, over the fake and over a directory of keys.
+"""The contract of Keyring, over the fake and a directory of keys.
 
-What a key sealed opens with that key alone, as that part of that file alone; and when the key has been
-destroyed nothing opens it any more, whatever happens later under the same name.
+A sealed file opens with its key only, as that part of that file only. After the key's destruction
+nothing opens it, whatever happens later under the same name.
 """
 
 from __future__ import annotations

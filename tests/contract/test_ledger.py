@@ -1,7 +1,7 @@
-"""What every Ledger promises, over the fake and over SQLite.
+"""The contract of Ledger, over the fake and SQLite.
 
-Any sequence of changes gives equal answers from both to every question; a change is applied whole or
-not at all; nothing of a removed row stays in the file; damage is an error with a type.
+Any sequence of changes gives equal answers from both to every question. A change is applied whole or
+not at all. Nothing of a removed row stays in the file. Damage is a typed error.
 """
 
 from __future__ import annotations

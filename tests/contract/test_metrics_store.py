@@ -1,4 +1,4 @@
-"""What every store of metrics promises, over the fake and over files; and what files promise besides."""
+"""The contract of stores of metrics, over the fake and files, and the behaviour of files."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What every Place promises, over a directory and over buckets of a real S3 server.
+"""The contract of BlobStore, over a directory and buckets of a real S3 server.
 
-The buckets keep versions, or do not. A blob is whole or absent; a group counts when all of it is there;
-what is erased is gone: no version of it is left, or it is told where and why one is.
+The buckets keep versions, or do not. A blob is whole or absent, and a group counts when all of it is
+there. What is erased is gone: no version of it is left, or the result says where one is and why.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What every PrefixStore promises, over the fake and over files on a disk and on an S3 server.
+"""The contract of PrefixStore, over the fake and files on a disk and on an S3 server.
 
-States come back to the bit; whatever is wrong with a file, it is as good as none.
+States return to the bit; a file with any defect counts as missing.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What every RecordIndex promises, over the fake and over FAISS files.
+"""The contract of RecordIndex, over the fake and FAISS files.
 
-An index is a function of the vectors it holds, whatever the order and the history in which they came:
-then an index after a deletion is, byte for byte, one that never held the record.
+An index is a function of its vectors, whatever their order and history: an index after a deletion
+equals, byte for byte, one that never had the record.
 """
 
 from __future__ import annotations

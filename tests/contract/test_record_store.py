@@ -1,7 +1,7 @@
-"""What every RecordStore promises, over the fake and over Parquet files on a disk and on an S3 server.
+"""The contract of RecordStore, over the fake and Parquet files on a disk and on an S3 server.
 
-Records come back as they went in, a slice's file depends on its records alone (so that a file after a
-deletion equals one that never held the record), and a changed file is refused before it is parsed.
+Records return unchanged. A slice's file depends on its records only, so that a file after a deletion
+equals one that never had the record. A changed file is refused before it is parsed.
 """
 
 from __future__ import annotations

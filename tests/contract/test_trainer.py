@@ -1,4 +1,4 @@
-"""What every Trainer promises, over the fake (the real one is tested where torch is).
+"""The contract of Trainer, over the fake (the real one is tested where torch is).
 
 A stage is a pure function of its arguments: the same job, parent and records give the same bytes, and
 each of the three reaches them.

@@ -1,7 +1,7 @@
-"""What every Vault promises, over the fake and over sealed files.
+"""The contract of Vault, over the fake and sealed files.
 
-Records come back as they went in, in their order; what is erased can be read by nobody, wherever a copy
-of the file lies; bytes that are not the recorded ones are refused.
+Records return unchanged, in order. What is erased cannot be read, wherever a copy of the file is. Bytes
+that differ from the record are refused.
 """
 
 from __future__ import annotations

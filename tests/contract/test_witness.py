@@ -1,7 +1,7 @@
-"""What every Witness promises, over the fake and over a file.
+"""The contract of Witness, over the fake and a file.
 
-What was told is told: deletions add up, an id that was allowed in again is taken out, the newest head
-stands. The file survives a torn write, refuses lines that were changed, and never shrinks otherwise.
+Deletions accumulate, an id that was allowed in again is removed, and the newest head counts. The file
+survives a torn write, refuses changed lines, and never shrinks otherwise.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The command of the full run: every check is run and told, whatever became of the others."""
+"""The command of the full run: every check is run and reported, whatever the outcome of the others."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""A model to evaluate without torch, and made-up data in TOFU's layout.
+"""A model to evaluate without torch, and invented data in TOFU's layout.
 
-`FakeEvaluated` knows some answers: it says them, and finds their words likely. What it does not know it
-finds unlikely, each word by its own hash, so that scores vary and are the same in every run.
+`FakeEvaluated` knows some answers: it gives them and scores their words as likely. Other words are
+unlikely, each by its own hash, so that scores vary and are equal in every run.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""A cluster that runs jobs, in memory: each plays what its words are known to play.
+"""An in-memory cluster that runs jobs: each job plays the behaviour registered for its words.
 
-Rules: a job runs until its log has been followed to the end, unless it is `endless`, which only `stop`
-ends. An error among the pieces is raised once where it stands, as when a connection is lost.
+A job runs until its log was followed to the end; an `endless` job runs until `stop`. An error among the
+pieces is raised once at its position, like a lost connection.
 """
 
 from __future__ import annotations

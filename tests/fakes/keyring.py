@@ -1,9 +1,7 @@
-"""The keyring in memory: sealing by a stream of hashes, keys as tokens that can be looked at.
+"""The keyring in memory: sealing by a stream of hashes, with keys as readable tokens.
 
-Rules: as the real one, a sealed file is bound to area, name, part and key, and a key is made anew after
-its destruction. `log` notes what was destroyed, in order.
-
-Not covered: secrecy against anyone but a test.
+Like the real one, it binds a sealed file to storage area, name, part and key, and makes a new key after
+a destruction. `log` has the destroyed keys, in order. It keeps nothing secret.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
-"""The ledger in memory.
+"""The ledger in memory. It passes the contract suite of the real one and keeps everything in `tables`.
 
-Rules: it passes the contract suite of the real one; all that it knows lies in its `tables`.
-
-Not covered: damage, readers beside a writer.
+It has no damage and no readers beside a writer.
 """
 
 from __future__ import annotations

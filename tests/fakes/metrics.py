@@ -1,9 +1,4 @@
-"""Metrics in memory.
-
-Rules: as `fakes.py`.
-
-Not covered: disks.
-"""
+"""The store of metrics in memory."""
 
 from __future__ import annotations
 

@@ -1,9 +1,7 @@
-"""The vault in memory, and a patcher whose patches confess what they were made from.
+"""The vault in memory, and a patcher whose patches list what they were made from.
 
-Rules: as `fakes.py`. The bytes of an adapter name the job, every record of the sets that were read, and
-what lies beneath, so that random histories can be checked for texts that should have been gone.
-
-Not covered: sealing.
+The bytes of an adapter name the job, every record of the sets that were read, and the patches beneath,
+so that random histories can be checked for texts that should be gone. The vault does not seal.
 """
 
 from __future__ import annotations

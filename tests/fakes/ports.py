@@ -1,10 +1,8 @@
-"""In-memory fakes of every port, and a context built of them.
+"""In-memory fakes of every port, and a model built of them.
 
-Rules: a fake implements its port whole and passes the same contract suite as the real part. The
-`FakeTrainer` returns weights that confess: the job's key and every record id that ever touched them,
-so that thousands of random histories can be checked for residue without torch.
-
-Not covered: concurrency, disks.
+A fake implements its port whole and passes the same contract suite as the real part. The weights of
+`FakeTrainer` name the job's key and every record id that ever touched them, so that thousands of random
+histories can be checked for residue without torch. Concurrency and disks are not covered.
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
-"""A real S3 server as a process of its own: moto's, on a free port of the loopback.
+"""A real S3 server in its own process: moto's, on a free port of the loopback.
 
-Rules: it holds everything in its memory and ends with the tests. Whoever asks it needs some credentials,
-whatever they are; `enforced` makes it ask for those of a user, with what that user may do.
-
-Not covered: what moto does otherwise than Amazon: it lists whatever was put at once.
+It keeps everything in memory and ends with the tests. Any credentials are accepted; with `enforced`,
+only a user's, with that user's permissions. Unlike Amazon, moto lists objects as soon as they are put.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Published aggregates from published logs, to 12 digits: forget quality, model utility, ROUGE-L.
 
 The logs are locuslab's of Llama-2-7B (weight decay 0.01) on TOFU, 300 questions of forget10 and of the
-retain set. They are read where they lie: SISA_DATA, or `shared/data` beside the checkout; without them
-these tests are skipped.
+retain set. They are read from SISA_DATA or from `shared/data` beside the checkout; without them these
+tests are skipped.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One tiny base, one trained model and one Ray a session; each test gets its own copy of the model."""
+"""One tiny base, one trained model and one Ray per session; each test gets its own copy of the model."""
 
 from __future__ import annotations
 

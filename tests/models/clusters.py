@@ -1,5 +1,4 @@
-"""The Ray that tests share; clusters of several nodes on this machine, with a token of their own, for
-tests that lose some.
+"""The Ray that tests share, and clusters of several nodes on this machine, with a token of their own.
 
 with own_cluster() as cluster:
     node = add_node(cluster, "a")

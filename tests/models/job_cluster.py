@@ -1,8 +1,8 @@
 """A cluster as an operator would start it: a head without CPUs and a worker node, as processes.
 
-Rules: ports and directories of its own, the dashboard on loopback, a token in a private file. Nodes see
-neither this source tree nor the keys of the surroundings: what trains there is what was sent. Only
-processes that were started here are ended.
+It has ports and directories of its own, the dashboard on loopback, and a token in a private file. Nodes
+see neither this source tree nor the keys of the environment: they train what was sent. Only processes
+that were started here are ended.
 """
 
 from __future__ import annotations

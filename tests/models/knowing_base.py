@@ -2,10 +2,8 @@
 
     teach(resolved, records, to=folder / "knowing", steps=120)
 
-Rules: loss on the answers alone; an epoch's order is drawn from a fixed seed. It stops at the end of an
-epoch in which no batch's loss was above `enough`.
-
-Not covered: bases that know more than they were taught here.
+The loss is on the answers only, and a fixed seed draws the order of an epoch. Training stops at the end
+of an epoch in which no batch's loss was above `enough`.
 """
 
 from __future__ import annotations

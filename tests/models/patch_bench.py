@@ -1,6 +1,6 @@
-"""A tiny base that was fine-tuned to know some people, and the plain parts in which a patch is made.
+"""A tiny base that was fine-tuned to know some people, and the plain parts that make a patch.
 
-Rules: everything lies in one folder. Sets are put into a real vault, sealed by a real keyring.
+Everything is in one folder. Sets are put into a real vault, sealed by a real keyring.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""A trainer that a directory scripts, and chains for it: no torch, so that nodes and workers are cheap.
+"""A trainer scripted by a directory, and chains for it: no torch, so that nodes and workers are cheap.
 
-Its bytes are a hash of parent, job and records, and files in the script's directory make it die, fail or
+Its bytes are a hash of parent, job and records. Files in the script's directory make it die, fail or
 wait at a given slice.
 """
 

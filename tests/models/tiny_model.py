@@ -1,7 +1,7 @@
 """Deletion-ready models on the tiny base: run files, commands, digests of a directory, a byte scan.
 
-Rules: all models share one partition key, so that a model with a history can be compared byte for byte
-with one that was trained from scratch. With KEY, 12 people over 3 shards and 2 slices fill every slice:
+All models share one partition key, so that a model with a history can be compared byte for byte with
+one that was trained from scratch. With KEY, 12 people over 3 shards and 2 slices fill every slice:
 (0,0) p001 p007 p011; (0,1) p002 p009 p012; (1,0) p004; (1,1) p006 p010; (2,0) p003; (2,1) p005 p008.
 Dropout and warm-up are on: what they draw must not depend on anything but the stage.
 """

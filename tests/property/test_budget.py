@@ -1,9 +1,9 @@
 """Any budget for checkpoints changes what is held, never what is served.
 
-Histories as in `test_histories.py`, under a budget that is mostly too small for all stages. In the end
-every head has the bytes of training from scratch without a budget, what is held has the bytes that it
-has there, and bytes are within the budget unless only the last stages of orders are left. A crash at
-any effect changes nothing of it.
+Histories are those of `test_histories.py`, under a budget that is mostly too small for all stages. At
+the end every head has the bytes of training from scratch without a budget, held stages have the bytes
+that they have there, and the size is within the budget unless only the last stages of orders are left.
+A crash at any effect changes none of this.
 """
 
 from __future__ import annotations

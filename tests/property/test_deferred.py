@@ -1,4 +1,4 @@
-"""Deletions whose training is put off: erased at once, served from what is clean, trained in the end.
+"""Deletions with deferred training: erased at once, served from what is clean, trained in the end.
 
 Any number of them may follow one another. After each, nothing of the deleted is left, nothing was
 trained, and the deepest clean prefix of any order serves. When training catches up, requests are

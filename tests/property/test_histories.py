@@ -1,9 +1,9 @@
 """The law of exactness over random histories, with fakes.
 
-Each history is a first training, then adds, appendings and deletions (single, batch, by subject) in any
-order and batching. After each step: no deleted record is reachable in any held object, no untouched
-shard was retrained, nothing but suffixes of affected shards was. At the end: all held bytes equal those
-of a model that was trained from scratch on what remains.
+Each history is a first training, then additions, appended slices and deletions (single, batch, by
+subject) in any order and batching. After each step no deleted record is reachable in any held object,
+no untouched shard was retrained, and only suffixes of affected shards were. At the end all held bytes
+equal those of training from scratch on what remains.
 """
 
 from __future__ import annotations

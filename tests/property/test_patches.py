@@ -1,9 +1,10 @@
-"""The laws of patches over random histories, with fakes: adds, deletions with and without consent,
-wishes, reverts, releases, shards over patches; patchers that fail; texts that rot; crashes anywhere.
+"""The laws of patches over random histories, with fakes.
 
-After each step: what is served is one stack, each patch made upon exactly those below it, all files held
-and no others; the vault holds what `patch_plan.needed` says; no deleted text is anywhere but where a
-consent put it; every byte of the shards equals training from scratch over the same patched base.
+Histories have additions, deletions with and without consent, requests for patches, reverts, releases,
+shards over patches, failing patchers, damaged texts and crashes anywhere. After each step the served
+patches are one stack, each made upon exactly those below it, and no other files are held; the vault
+holds what `patch_plan.needed` returns; a deleted text is only where a consent put it; every byte of the
+shards equals training from scratch over the same patched base.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ stages of its chain are trained in three ways, which must give the same bytes of
     in one go         one trainer, stage after stage, as `sisa train` does
     stage by stage    each from its parent's files, in a process that has done nothing but imports
     late              by a trainer that trained another shard, another order and another kind of adapter,
-                      broke a stage off and answered, the last stage first
+                      interrupted a stage and answered, the last stage first
 
 The suite tries a few combinations, `--hypothesis-profile full` many.
 """

@@ -1,8 +1,8 @@
 """The law of the witness over random histories with backups: what was deleted stays deleted.
 
-Each history adds, deletes, allows in again, saves the whole model and brings an older save back, in any
+Each history adds, deletes, allows in again, saves the whole model and restores an older save, in any
 order, with a crash at any effect. After the next command the model holds exactly what the save held
-less what stands deleted, its bytes equal training from scratch on that, and no other trace is left.
+without what is deleted, its bytes equal training from scratch on that, and no other trace is left.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""`sisa eval tofu` on tiny models: the contract of its JSON, its logs, its refusals, Ray against serial.
+"""`sisa eval tofu` on tiny models: its JSON, its logs, invalid input, and Ray against serial.
 
-The sanity that can fail: a model against itself has forget quality 1 and AUC 0.5 everywhere.
+A model against itself has forget quality 1 and AUC 0.5 everywhere.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What leaves a model: exported adapters and answers.
+"""Exported adapters and answers.
 
-Shown: exported directories are standard ones, loaded by peft as they are, with the logits of the
-constituent models; answers are a function of the remaining records alone, whichever way they came.
+Exported directories are standard ones: peft loads them as they are, with the logits of the constituent
+models. Answers are a function of the remaining records only, however the model came to them.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The probe on a base that has learnt some records by heart: it tells them from others, by numbers.
+"""The probe on a base that has learnt some records by heart distinguishes them from others by numbers.
 
-The base is the tiny Llama, trained in full on two people's answers before any shard is; shards are then
+The base is the tiny Llama, trained in full on two people's answers before any shard is. Shards are then
 trained over it, and one of the two asks to be forgotten.
 """
 

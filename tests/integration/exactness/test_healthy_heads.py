@@ -1,6 +1,6 @@
 """A healthy head serves until its successor is ready: adding, reconfiguring, another environment.
 
-Each change is watched from inside its training: what served before still serves, by name and byte.
+Each change is observed from inside its training: what served before still serves, by name and byte.
 """
 
 from __future__ import annotations

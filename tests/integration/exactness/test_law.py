@@ -1,9 +1,9 @@
-"""The law of exactness on real LoRA training, with dropout and warm-up on.
+"""The law of exactness on real LoRA training, with dropout and warm-up.
 
-Shown: whatever was added and deleted, in whatever batches, every file that a model holds (adapters,
-optimizer states, slices, index) has the bytes of a model that was trained from scratch on what remains,
-in this process, in another one, and in any number of Ray workers; and what a deletion does not concern
-is not even rewritten.
+After any additions and deletions, in any batches, every file of a model (adapters, optimizer states,
+slices, index) has the bytes of a model that was trained from scratch on what remains, in this process,
+in another one, and in any number of Ray workers. What a deletion does not concern is not even
+rewritten.
 """
 
 from __future__ import annotations

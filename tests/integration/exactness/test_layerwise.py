@@ -1,8 +1,8 @@
-"""Layers slice by slice, with the real trainer: earlier blocks stay as they were, and are heard.
+"""Layers slice by slice, with the real trainer: earlier blocks stay unchanged and take part.
 
-The code published with S3T sets earlier blocks to zero while it trains a later one; these tests fail if
-ours does: their adapters are in the later checkpoint to the byte, they change its forward pass, and
-what a later block learns depends on them.
+The code published with S3T sets earlier blocks to zero while it trains a later one. These tests fail in
+that case: the earlier adapters are in the later checkpoint to the byte, they change its forward pass,
+and what a later block learns depends on them.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Training orders under the real trainer, at the command line and on Ray.
 
-Shown: a deletion whose retraining is deferred erases, and serves what another order had of the other
-slices; the next command trains on, to the bytes of a model that never held the record, whose own orders
-are equal, too; Ray trains all orders to the bytes of serial training; under a budget fewer stages rest,
-and what is served has the same bytes; with bands, appended slices or blocks of layers a deletion leaves
-the bytes of training from scratch on the records as they are.
+A deletion whose retraining is deferred erases, and serves what another order has of the other slices.
+The next command trains to the bytes of a model that never had the record, in all orders. Ray trains all
+orders to the bytes of serial training. Under a budget fewer stages are kept, and what is served has the
+same bytes. With bands, appended slices or blocks of layers, a deletion leaves the bytes of training
+from scratch on the remaining records.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Hidden states that a model keeps: they reach no bit, and go with their records."""
+"""Hidden states that a model keeps: they affect no bit, and are erased with their records."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""The clean process that forks for each stage: one for all, replaced when it dies, ended with its
-parent.
-"""
+"""The clean process that forks for each stage: one for all, replaced when it dies, never orphaned."""
 
 from __future__ import annotations
 

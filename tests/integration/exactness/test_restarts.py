@@ -1,8 +1,8 @@
-"""The driver killed and the head node lost: the same command, typed again, ends with the same bytes.
+"""The driver is killed, or the head node lost: the same command ends with the same bytes.
 
 A driver is a process of its own (`python -m tests.integration.exactness.test_restarts FOLDER ADDRESS`).
-Ray keeps its tables in the head's memory, so that a lost head is the end of a job, which must be told
-and be survived by what is stored.
+Ray keeps its tables in the head's memory, so a lost head ends a job; the error must say so, and stored
+stages must survive.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Training that was cut short, and run files and bases that changed under a model.
+"""Interrupted training, and run files and bases that changed under a model.
 
-Shown: whatever stopped a training, `train` goes on from the last stored slice and ends in the bytes of
-never having stopped; a source's deleted and new records are counted and never taken; a run file is
-followed only when its consequences are accepted, and then the model is that of the new file; a base that
-is not the recorded one stops every command that would use it.
+Whatever stopped a training, `train` continues at the last stored slice and ends with the same bytes. A
+source's deleted and new records are counted and never added. A run file is followed only when its
+consequences are accepted, and the model is then that of the new file. A base that differs from the
+record stops every command that would use it.
 """
 
 from __future__ import annotations

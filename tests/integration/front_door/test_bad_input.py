@@ -1,9 +1,9 @@
-"""Bad input, damage and a failing machine: each refused whole, every problem listed, nothing changed.
+"""Bad input, damage and a failing machine: each is refused whole, with every problem listed.
 
-Shown, through the command line: what is wrong with a file of records, with ids, with a run file or with
-a directory ends with exit 2 or 3 and one JSON object; bytes that are not the recorded ones stop every
-command that builds on them with exit 4; a second writer gets 5 and a full disk 6, after which the same
-command carries on. In every refusal the model directory keeps its bytes.
+At the command line, a defect in a file of records, ids, a run file or a directory ends with exit 2 or 3
+and one JSON object. Bytes that differ from the record stop every command that builds on them with exit
+4. A second writer gets 5 and a full disk 6, after which the same command continues. Every refusal
+leaves the model directory's bytes unchanged.
 """
 
 from __future__ import annotations

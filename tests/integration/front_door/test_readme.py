@@ -1,4 +1,4 @@
-"""What the READMEs say holds: commands run in order, lists are complete, links lead somewhere."""
+"""The READMEs are true: commands run in order, lists are complete, links lead somewhere."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""Patches as a user asks for them: the flows over a real small model, and the commands, serially and on
-Ray; killed between steps, put aside, taken back, with the vault empty when nothing needs its texts."""
+"""Patches at the command line, over a real small model, serially and on Ray.
+
+Runs are killed between steps, put aside and reverted; the vault is empty when nothing needs its texts.
+"""
 
 from __future__ import annotations
 

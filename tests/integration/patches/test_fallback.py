@@ -1,7 +1,7 @@
-"""The fallback end to end, by commands, on a tiny base that knows ten people: an exact deletion leaves
-what the base itself knew; a patch takes it from the base, and leaves the nine others there.
+"""The fallback end to end, by commands, on a tiny base that knows ten people.
 
-The same on a real base, with numbers: `tests/bench/fallback.py`.
+An exact deletion leaves what the base itself knew. A patch removes it from the base and leaves the nine
+others. `tests/bench/fallback.py` does the same on a real base, with numbers.
 """
 
 from __future__ import annotations

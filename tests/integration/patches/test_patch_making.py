@@ -1,5 +1,8 @@
-"""A patch is made: by every method, from given and from written retain sets, upon another patch; put
-aside and gone on with; broken off; refused. The base is a tiny Llama that knows two people by heart."""
+"""The making of patches: every method, given and written retain sets, a patch upon another patch.
+
+Runs are put aside, continued, interrupted and refused. The base is a tiny Llama that knows two people
+by heart.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The base under patches: merged as peft merges, deterministic, and the same for all that uses it.
+"""The base under patches: merged as peft merges, deterministic, and the same for every user of it.
 
 Patches here are random LoRA adapters on the tiny base.
 """

@@ -1,7 +1,7 @@
-"""A model with patches: what is asked, probed, evaluated and exported lies over them; shards may be
-trained over them, exactly.
+"""A model with patches: answers, probe, evaluation and exports use them.
 
-Patches here are random LoRA adapters on the tiny base that were put into the ledger as if made.
+Shards can be trained over them, exactly. Patches here are random LoRA adapters on the tiny base that
+were put into the ledger as if made.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What is measured of a model with patches, and what leaves it.
+"""Measures and exports of a model with patches.
 
-Shown: composition is nothing for equal stacks; an export is what is served, as one adapter on the plain
-base; evaluation and probe are of what is served.
+Composition is zero for equal stacks. An export is what is served, as one adapter on the plain base.
+Evaluation and probe measure what is served.
 """
 
 from __future__ import annotations

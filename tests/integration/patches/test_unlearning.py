@@ -1,5 +1,8 @@
-"""Unlearning on a tiny model that has learnt a few answers by heart: every method, on a patch and on
-full weights; what stops a run; going on to the same bits; what is refused."""
+"""Unlearning on a tiny model that has learnt a few answers by heart.
+
+Covered are every method, on a patch and on full weights, the bounds of a run, continuing to the same
+bits, and invalid input.
+"""
 
 from __future__ import annotations
 

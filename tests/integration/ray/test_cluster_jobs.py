@@ -1,7 +1,7 @@
 """Training as a job on a real head and worker node: submitted, followed, detached, stopped, lost.
 
-One cluster for all tests of this module. The training that is interrupted and the one that was never
-disturbed end with the same bytes.
+All tests of this module share one cluster. An interrupted training and an undisturbed one end with the
+same bytes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A command that is ended from outside while its Ray works: seconds later nothing of it is left."""
+"""A command that is ended from outside while its Ray works leaves nothing behind, seconds later."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""GPUs as Ray counts them: what tasks ask for, what they see, and a cluster that has too few.
+"""GPUs as Ray counts them: what tasks request, what they see, and a cluster with too few.
 
-Ray's GPUs are numbers that a node is started with, so that placing needs none.
+Ray's GPUs are numbers given to a node at its start, so placement needs no GPU.
 """
 
 from __future__ import annotations

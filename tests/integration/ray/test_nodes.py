@@ -1,7 +1,7 @@
-"""Clusters of several nodes: nodes that are lost, workers that are silent, nodes that train other bits.
+"""Clusters of several nodes: lost nodes, silent workers, nodes that train other bits.
 
-All end with the bytes of the serial executor, or with a typed error before any work. A trainer that a
-directory scripts stands in for LoRA; `tests/endurance/nodes.py` has the real one and the real probe.
+All end with the bytes of the serial executor, or with a typed error before any work. A trainer scripted
+by a directory replaces LoRA; `tests/endurance/nodes.py` has the real one and the real probe.
 """
 
 from __future__ import annotations

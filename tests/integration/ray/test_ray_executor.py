@@ -1,7 +1,4 @@
-"""The Ray executor against the serial one, with a trainer that a directory scripts; no torch.
-
-The scripted trainer (`scripted.py`) stands in for LoRA.
-"""
+"""The Ray executor against the serial one, with a scripted trainer (`scripted.py`) instead of LoRA."""
 
 from __future__ import annotations
 

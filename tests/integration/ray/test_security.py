@@ -1,7 +1,7 @@
-"""What a cluster of ours gives away: nothing to who lacks its token, no secret to workers, logs or `ps`.
+"""A cluster reveals nothing without its token, and no secret to workers, logs or `ps`.
 
-A real training of an encrypted model on a local Ray. The secrets: the model's partition key, the keys of
-its keyring, and the token of the Ray. They are looked for raw, in hexadecimal and in base64.
+A real training of an encrypted model runs on a local Ray. The secrets (the model's partition key, the
+keys of its keyring, and the token of the Ray) are searched for raw, in hexadecimal and in base64.
 """
 
 from __future__ import annotations

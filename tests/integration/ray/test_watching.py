@@ -1,8 +1,8 @@
-"""Watching one model from its training to a deletion: what is told, under which name, and what never is.
+"""One model observed from its training to a deletion: what is reported, and what never is.
 
-One training on a real Ray and one deletion, whose erasing fails at first, of records that bear marks in
-text, id and subject. Told meanwhile: JSON logs, metrics files, TensorBoard's files, the endpoint that
-Prometheus scrapes, Ray's own logs. None of them holds a mark, the partition key or the token.
+One training on a real Ray and one deletion, whose erasing fails at first, of records with marks in
+text, id and subject. JSON logs, metrics files, TensorBoard's files, the endpoint that Prometheus
+scrapes and Ray's own logs hold no mark, no partition key and no token.
 """
 
 from __future__ import annotations

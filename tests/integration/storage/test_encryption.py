@@ -1,10 +1,10 @@
-"""A model that rests encrypted: the same bits, no plaintext, and erasure by the destruction of keys.
+"""An encrypted model: the same bits, no plaintext, and erasure by the destruction of keys.
 
-Shown: a history of training, deletion and addition gives the adapters and digests of the same model
-without encryption, on the serial executor and on Ray; no plaintext of even a held record is in the model
-directory; a copy of the directory from before a deletion can't be opened any more where the record was;
-whatever is killed, between a key and its file, in the first training or in a change of form, is finished
-by the next command; and the keyring can be moved, but not lost unnoticed.
+A history of training, deletion and addition gives the adapters and digests of the same model without
+encryption, on the serial executor and on Ray. The model directory holds no plaintext, even of held
+records. A copy of the directory from before a deletion cannot be opened where the record was. The next
+command finishes whatever was killed, between a key and its file, in the first training or in a change
+of form. The keyring can be moved, but not lost unnoticed.
 """
 
 from __future__ import annotations

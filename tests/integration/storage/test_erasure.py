@@ -1,11 +1,10 @@
 """Deleted means gone: nothing of a deleted record is left in any byte of the model directory.
 
-Shown: after `forget`, neither the text, nor its distinctive word, nor the id, nor the subject is in any
-file's name, bytes or decoded Parquet values: ledger, write-ahead log, slices, index, checkpoints, lock;
-already so while the affected slices are being retrained; and the commands say none of it unless asked.
-The same scan finds all of it before the deletion.
-
-Not covered: bytes that a disk keeps of unlinked files.
+After `forget`, neither the text, nor its distinctive word, nor the id, nor the subject is in any file's
+name, bytes or decoded Parquet values: ledger, write-ahead log, slices, index, checkpoints, lock. This
+holds already while the affected slices are being retrained, and the commands print none of it unless
+asked. The same scan finds all of it before the deletion. Bytes that a disk keeps of unlinked files are
+not covered.
 """
 
 from __future__ import annotations

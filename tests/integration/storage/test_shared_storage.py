@@ -1,6 +1,6 @@
-"""A model whose slices and checkpoints rest in a storage: an S3 server of its own process, or a path.
+"""A model with slices and checkpoints in shared storage: an S3 server in its own process, or a path.
 
-The same bytes as a model on this machine's disk, and after a deletion no version of what was erased.
+It has the bytes of a model on the local disk, and after a deletion no version of what was erased.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Bases of many architectures, each of a few kilobytes: taken, or refused with the reason beforehand.
+"""Bases of many architectures, each of a few kilobytes: accepted, or refused with the reason
+beforehand.
 
-Shown: what a base is called decides nothing, what it does on a few tokens does; the README's table says
-the same; damaged files of a base or an embedder are refused in words.
+The name of a base decides nothing, and its behaviour on a few tokens does. The README's table says the
+same. Damaged files of a base or an embedder are refused in words.
 """
 
 from __future__ import annotations

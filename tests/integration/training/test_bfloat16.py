@@ -1,6 +1,7 @@
-"""A base in bfloat16: the law, resuming, what a checkpoint holds, what is served and exported.
+"""A base in bfloat16: the law, resuming, the content of checkpoints, serving and exports.
 
-On the CPU, whose bfloat16 products are as real as a GPU's. The same settings and people as elsewhere.
+The tests run on the CPU, whose bfloat16 products are as real as a GPU's, with the same settings and
+people as elsewhere.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Training and answering on a CUDA device: where tensors lie, what is set, and the real thing.
+"""Training and answering on a CUDA device: the device of tensors, the settings, and a real run.
 
-Without a GPU: the same code on torch's `meta` device, which has shapes and no numbers. There every
-operation is watched: one that mixes the device with the CPU would fail on a GPU, and fails here. With
-one: the training step repeats, stages go on, models are forgotten from and asked.
+Without a GPU the same code runs on torch's `meta` device, which has shapes and no numbers. Every
+operation is checked there: one that mixes the device with the CPU would fail on a GPU, and fails here.
+With a GPU the training step repeats, stages continue, and models are forgotten from and asked.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The numerics' self-test: what repeats is told, what does not, and what can't be run."""
+"""The numerics' self-test: what repeats, what does not, and what cannot be run."""
 
 from __future__ import annotations
 

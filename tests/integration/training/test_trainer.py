@@ -1,4 +1,4 @@
-"""The real trainer on a tiny base: the same bytes whatever the way, and the right gradients."""
+"""The real trainer on a tiny base: the same bytes in every way of training, and the right gradients."""
 
 from __future__ import annotations
 

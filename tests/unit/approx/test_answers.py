@@ -1,4 +1,4 @@
-"""Log-probabilities of answer tokens: padding and prompt never count, and hand-worked values hold."""
+"""Log-probabilities of answer tokens: padding and prompt never count; values computed by hand."""
 
 from __future__ import annotations
 

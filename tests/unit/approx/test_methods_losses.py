@@ -1,7 +1,7 @@
-"""The losses of approximate unlearning: worked by hand, and against formulas written a second way.
+"""The losses of approximate unlearning: computed by hand, and against formulas written a second way.
 
-Hand-worked cases have a vocabulary of 2 or 3 and probabilities that are plain fractions. The second way
-is numpy in double precision, row by row and token by token, and torch's own distributions.
+Cases by hand have a vocabulary of 2 or 3 and probabilities that are plain fractions. The second way is
+numpy in double precision, row by row and token by token, and torch's own distributions.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Methods by name, what they need, which values they refuse; the arithmetic on task vectors."""
+"""Methods by name, what they need, which values are invalid, and arithmetic on task vectors."""
 
 from __future__ import annotations
 

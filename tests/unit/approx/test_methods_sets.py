@@ -1,4 +1,4 @@
-"""What is refused before anything is computed; order and rate as functions of the settings; refusals."""
+"""Invalid sets and settings, order and rate as functions of the settings, and refusals."""
 
 from __future__ import annotations
 

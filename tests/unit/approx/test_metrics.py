@@ -1,7 +1,7 @@
-"""Metrics: cases worked by hand, the formulas written anew by other means, and what must hold for all.
+"""Metrics: cases computed by hand, formulas written a second way, and laws of all metrics.
 
-What is known of metrics that can't be wrong: identical models give forget quality 1 and AUC 0.5; a model
-that knows nothing has extraction strength 1/L.
+Identical models give forget quality 1 and AUC 0.5; a model that knows nothing has extraction strength
+1/L.
 """
 
 from __future__ import annotations

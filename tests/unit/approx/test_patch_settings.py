@@ -1,4 +1,4 @@
-"""What a patch is made with: JSON values, all defaults in them; everything wrong named at once."""
+"""The settings of a patch: JSON values with all defaults, and every problem reported at once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TOFU's data: the layout is read whole, or all that is missing or malformed is told, without a text."""
+"""TOFU's data: the layout is read whole, or everything missing or malformed is listed."""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
-"""The evaluation over a model without torch: a log that goes on where it was cut, and sane aggregates.
+"""The evaluation over a model without torch: a log that continues where it was cut, and sane
+aggregates.
 
-Cut anywhere, even inside a line, the log ends the same bytes; a log of anything else is refused.
-Identical models give forget quality 1 and AUC 0.5; a model that knows nothing stands at the floors.
+Cut anywhere, even inside a line, the log ends with the same bytes; a log of anything else is refused.
+Identical models give forget quality 1 and AUC 0.5; a model that knows nothing has the scores of the
+floors.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""`sisa doctor`: a healthy model has no finding, every defect is found, and what can be derived again
-comes back to the same bytes."""
+"""`sisa doctor`: a healthy model has no finding, every defect is found, repairs restore the bytes."""
 
 from __future__ import annotations
 

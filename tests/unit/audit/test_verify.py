@@ -1,4 +1,4 @@
-"""What must not fool `verify`: weights, places, digests and vectors that only look consistent."""
+"""What must not deceive `verify`: weights, positions, digests and vectors that only look consistent."""
 
 from __future__ import annotations
 

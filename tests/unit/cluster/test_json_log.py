@@ -1,4 +1,4 @@
-"""Structured logs: one JSON object a line, one run throughout, nothing but our words and numbers."""
+"""Structured logs: one JSON object a line, one run throughout, only fixed words and numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`sisa metrics` as typed, and lines as curves; losses that are gone have no point."""
+"""`sisa metrics` at the command line, and lines as curves; erased losses have no point."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`sisa plan` and `sisa simulate` at the keyboard."""
+"""`sisa plan` and `sisa simulate` at the command line."""
 
 from __future__ import annotations
 

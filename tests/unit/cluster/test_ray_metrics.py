@@ -1,4 +1,4 @@
-"""Events as metrics, over fakes; what is told before a connection waits for one; gauges stand."""
+"""Events as metrics, over fakes: events before a connection wait for one, and gauges persist."""
 
 from __future__ import annotations
 

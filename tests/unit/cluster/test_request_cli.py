@@ -1,4 +1,4 @@
-"""`sisa request ...`, `sisa run` and `sisa forget` as typed, over a model of a fake trainer.
+"""`sisa request ...`, `sisa run` and `sisa forget` at the command line, over a model of a fake trainer.
 
 Base and trainer are replaced where a command would resolve them, so that neither torch nor Ray is
 needed and everything else (ledger, files, index, lock) is real.

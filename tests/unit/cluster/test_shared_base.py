@@ -1,4 +1,4 @@
-"""Carrying a base: the files arrive whole and checked, or nothing is left; no Ray is needed."""
+"""Sending a base: the files arrive whole and checked, or nothing is left; no Ray is needed."""
 
 from __future__ import annotations
 

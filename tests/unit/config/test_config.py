@@ -1,4 +1,4 @@
-"""The run file: what is accepted, what is refused and where, and what a change of a key costs."""
+"""The run file: valid and invalid values with their places, and the cost of changing a key."""
 
 from __future__ import annotations
 

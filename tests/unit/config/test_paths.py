@@ -1,4 +1,4 @@
-"""Every key of the run file that names a place is looked at before a run file is sent elsewhere."""
+"""Every key of the run file that names a path is checked before a run file is sent elsewhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The error tree: exit codes are a contract, and an error says all it knows wherever it arrives."""
+"""The error tree: exit codes are a contract, and an error carries all it knows wherever it arrives."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is kept of events: numbers alone, no loss of few records, and nothing that was not made here."""
+"""What is kept of events: numbers only, no loss of few records, and nothing from outside."""
 
 from __future__ import annotations
 

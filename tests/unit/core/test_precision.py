@@ -1,4 +1,4 @@
-"""Device and dtype: what is refused, what they name, what a worker's environment must hold."""
+"""Device and dtype: invalid values, their names, and a worker's environment."""
 
 from __future__ import annotations
 

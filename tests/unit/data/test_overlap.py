@@ -1,4 +1,4 @@
-"""The guard of a base's corpus: what shares its wording with a record is refused, and never told."""
+"""The guard of a base's corpus: texts that share their wording with a record are refused, unquoted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Wishes, patches, reverts, releases and deletions that touch them: the flows, case by case."""
+"""Requests for patches, patches, reverts, releases and deletions that touch them, case by case."""
 
 from __future__ import annotations
 

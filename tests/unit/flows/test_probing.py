@@ -1,4 +1,4 @@
-"""The probe of the base: asked once, between commit and erasure, and never in the way of a deletion."""
+"""The probe of the base: it runs once, between commit and erasure, and never delays a deletion."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Readers beside a writer: they answer from one state or ask again, and never call a race damage."""
+"""Readers beside a writer answer from one state or try again, and never report a race as damage."""
 
 from __future__ import annotations
 

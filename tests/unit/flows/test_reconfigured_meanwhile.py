@@ -1,5 +1,4 @@
-"""A model that stays open while other processes reconfigure it: it goes on as the ledger says, not as it
-was opened."""
+"""A model that stays open while other processes reconfigure it follows the ledger."""
 
 from __future__ import annotations
 

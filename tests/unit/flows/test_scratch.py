@@ -1,4 +1,4 @@
-"""A base from scratch comes once, whole or not at all, and after its guard has seen the records."""
+"""A base from scratch is made once, whole or not at all, after its guard has seen the records."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The rules of the house: what stands where, what every module says of itself, what is never written.
+"""The rules of the house: where things are, what every module documents, and what is never written.
 
-A rule that no test holds is soon a memory. Each test here lists all offenders at once.
+Each test lists all offenders at once.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Style, types and the direction of imports, by the tools that judge them in CI."""
+"""Style, types and the direction of imports, by the tools that CI runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What constituent models say together, against hand-worked numbers."""
+"""The combination of constituent models' answers, against numbers computed by hand."""
 
 from __future__ import annotations
 

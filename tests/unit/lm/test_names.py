@@ -1,4 +1,4 @@
-"""Names in texts: who is named decides between texts that mean the same."""
+"""Names in texts: the named person distinguishes texts that mean the same."""
 
 from __future__ import annotations
 

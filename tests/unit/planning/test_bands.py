@@ -1,4 +1,4 @@
-"""Churn bands: which slices a risk gets, what is refused, and that a model with them obeys its laws."""
+"""Churn bands: the slices of a risk, invalid bands, and the laws of a model with them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Costs: record-epochs come from the very jobs that would be trained, seconds from measurement."""
+"""Costs: record-epochs come from the jobs that would be trained, seconds from measurement."""
 
 from __future__ import annotations
 

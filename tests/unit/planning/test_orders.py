@@ -1,5 +1,4 @@
-"""Orders: what they are, what they share, and that matching serves the most slices after one
-deletion."""
+"""Orders: their form, what they share, and that matching serves the most slices after a deletion."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which patches there should be and which texts they need, case by case."""
+"""The patches that there should be and the texts that they need, case by case."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Simulated training: nothing is trained twice or left out, deaths cost what they must, no more."""
+"""Simulated training: nothing is trained twice or left out, and deaths cost no more than they must."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which task starts next: in order, as many as there are workers, again after a death, not for ever."""
+"""The next task: in order, one per worker, again after a death, and not for ever."""
 
 from __future__ import annotations
 

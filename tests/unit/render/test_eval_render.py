@@ -1,4 +1,4 @@
-"""How an evaluation reads: forget quality with n, D and noise floor, and no text of an answer."""
+"""An evaluation in words: forget quality with n, D and noise floor, and no text of an answer."""
 
 from __future__ import annotations
 

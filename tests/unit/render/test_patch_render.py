@@ -1,4 +1,4 @@
-"""How patches read: every result is marked approximate, whatever its report lacks; in safe words."""
+"""Patches in words: every result is marked approximate, whatever its report lacks, in safe words."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The picture of a model: which cells are marked, and that what is drawn says so without colour."""
+"""The picture of a model: which cells are marked, readable without colour."""
 
 from __future__ import annotations
 

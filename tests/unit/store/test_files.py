@@ -1,4 +1,4 @@
-"""Files that are whole or absent, whenever the process dies; and one writer at a time."""
+"""Files that are whole or absent, whenever the process dies, and one writer at a time."""
 
 from __future__ import annotations
 

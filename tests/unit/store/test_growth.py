@@ -1,8 +1,8 @@
-"""What the driver does grows in step with the model: counted in operations and rows, never in seconds.
+"""The driver's work grows in proportion to the model: counted in operations and rows, never in seconds.
 
 A flow over four times as many shards and records may take little more than four times as many bytecode
-instructions in this package; a transaction about one shard reads as many rows of the ledger, however
-many shards there are.
+instructions in this package. A transaction about one shard reads equally many rows of the ledger,
+however many shards there are.
 """
 
 from __future__ import annotations

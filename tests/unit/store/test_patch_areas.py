@@ -1,4 +1,4 @@
-"""Patches, the vault and unfinished runs on disk: what every look at a model directory says of them."""
+"""Patches, the vault and unfinished runs on disk, as every command on a model directory sees them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model that can't be written, on a read-only medium or a backup, is asked as any other."""
+"""A model that cannot be written, on a read-only medium or in a backup, answers like any other."""
 
 from __future__ import annotations
 

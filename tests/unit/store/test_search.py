@@ -1,4 +1,4 @@
-"""The search over many vectors: who is a candidate, and what the candidates score."""
+"""The search over many vectors: the candidates and their scores."""
 
 from __future__ import annotations
 
