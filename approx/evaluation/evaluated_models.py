@@ -127,7 +127,7 @@ class HuggingFaceModel:
         self, pairs: Sequence[tuple[str, str]], form: PromptForm, batch_size: int
     ) -> list[AnswerScore]:
         tokens = tokens_of(pairs, form, self._tokenizer)
-        _refuse_long(self._model, [len(each.input_ids) for each in tokens])
+        _check_lengths(self._model, [len(each.input_ids) for each in tokens])
         return _scored(tokens, batch_size, self._pad, self._logits, self._tokenizer)
 
     def _logits(self, ids_BT: Tensor, _rows: Sequence[int]) -> Tensor:
@@ -139,7 +139,7 @@ class HuggingFaceModel:
         self, questions: Sequence[str], form: PromptForm, max_new_tokens: int, batch_size: int
     ) -> list[str]:
         prompts = [_prompt_ids(each, form, self._tokenizer) for each in questions]
-        _refuse_long(self._model, [len(each) + max_new_tokens for each in prompts])
+        _check_lengths(self._model, [len(each) + max_new_tokens for each in prompts])
         found = [""] * len(prompts)
         for batch in _batches([len(each) for each in prompts], batch_size):
             rows = [prompts[at] for at in batch]
@@ -231,7 +231,7 @@ def _prompt_ids(question: str, form: PromptForm, tokenizer: Any) -> list[int]:
     return encode_prompt(form.fill(question, "")[0], tokenizer, form.kind)
 
 
-def _refuse_long(model: Any, lengths: Sequence[int]) -> None:
+def _check_lengths(model: Any, lengths: Sequence[int]) -> None:
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and max(lengths, default=0) > limit:
         raise InvalidInput(

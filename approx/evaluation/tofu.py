@@ -73,7 +73,7 @@ def evaluation_sets(source: str, split: ForgetSplit, limit: int | None = None) -
     found = []
     for name in (*UTILITY_SETS, split):
         found += reading.questions(name, f"{name}_perturbed", limit)
-    reading.refuse()
+    reading.raise_problems()
     return found
 
 
@@ -83,7 +83,7 @@ def load_set(source: str, name: str) -> list[Question]:
         raise InvalidInput("no such set", expected=", ".join(PLAIN_SETS), got=name)
     reading = _Reading(source)
     found = reading.questions(name, name, None, plain=True)
-    reading.refuse()
+    reading.raise_problems()
     return found
 
 
@@ -91,7 +91,7 @@ def load_refusals(source: str) -> list[str]:
     """Return ways to say "I don't know", for methods that train on them. Raise as `evaluation_sets`."""
     reading = _Reading(source)
     found = reading.texts("idontknow")
-    reading.refuse()
+    reading.raise_problems()
     return found
 
 
@@ -99,7 +99,7 @@ def read_holdout(path: Path) -> list[Question]:
     """Return questions that no evaluated model was trained on, from a JSONL file."""
     reading = _Reading(str(path.parent))
     found = reading.questions(HOLDOUT, path.name.removesuffix(".jsonl"), None, plain=True)
-    reading.refuse()
+    reading.raise_problems()
     return found
 
 
@@ -138,7 +138,7 @@ class _Reading:
             return []
         return [row["text"] for row in rows]
 
-    def refuse(self) -> None:
+    def raise_problems(self) -> None:
         if self._problems:
             raise InvalidInput(
                 "the TOFU data can't be used",

@@ -234,7 +234,7 @@ class LogWriter:
         whole = held[: held.rfind(b"\n") + 1]
         if whole:
             found, self.rows = _parsed(whole, self._path)
-            _refuse_other(self._path, found, header)
+            _check_same_evaluation(self._path, found, header)
         with disk_errors(self._path):
             self._file.truncate(len(whole))
             self._file.seek(0, os.SEEK_END)
@@ -259,7 +259,7 @@ class LogWriter:
         self._file.close()
 
 
-def _refuse_other(path: Path, found: Header | None, wanted: Header) -> None:
+def _check_same_evaluation(path: Path, found: Header | None, wanted: Header) -> None:
     if found is None:
         raise InvalidInput(
             "the file is not a log that can be continued",

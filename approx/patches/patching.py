@@ -92,7 +92,7 @@ class PatchMaker:
         reference: str = "",
     ) -> None:
         """Validate settings and texts. Reads the base's tokenizer and configuration, not its weights."""
-        problems = _usual_alone(self._site.precision)
+        problems = _precision_problems(self._site.precision)
         parsed = _gathered(problems, lambda: parse_settings(settings))
         tokenizer = load_tokenizer(self._site.base_dir)
         skeleton = load_skeleton(self._site.base_dir)
@@ -107,7 +107,7 @@ class PatchMaker:
             if written == []:
                 problems.append(Problem("sequence_len", "leaves no room for the base's own answers"))
         if reference:
-            _gathered(problems, lambda: _refuse_other_tokenizer(reference, tokenizer))
+            _gathered(problems, lambda: _check_tokenizer(reference, tokenizer))
         if problems:
             raise InvalidInput(
                 f"no patch can be made of this: {len(problems)} problems; nothing was changed",
@@ -128,7 +128,7 @@ class PatchMaker:
         if end.ending == Ending.OUT_OF_TIME:
             return PatchMade(None, unfinished=True, report=made.report_of(end, measured=False))
         saved = None
-        if _says_anything(end):
+        if _changes_anything(end):
             store = FileCheckpoints(site.patches_at, site.patches_keyring, PATCHES)
             saved = store.save(job, made.files())
         return PatchMade(saved, unfinished=False, report=made.report_of(end, measured=True))
@@ -144,7 +144,7 @@ class PatchMaker:
         )
 
 
-def _usual_alone(precision: Precision) -> list[Problem]:
+def _precision_problems(precision: Precision) -> list[Problem]:
     """Return a problem for each part of the precision that is not the default.
 
     A patch is merged into the weights themselves: in bfloat16 most of it would round away, and on
@@ -165,7 +165,7 @@ def _gathered(problems: list[Problem], check: Callable[[], Any]) -> Any:
     return None
 
 
-def _refuse_other_tokenizer(reference: str, tokenizer: Any) -> None:
+def _check_tokenizer(reference: str, tokenizer: Any) -> None:
     """Raise InvalidInput for a reference that is missing or has another tokenizer than the base."""
     found = load_tokenizer(local_or_hub(reference))
     if found.get_vocab() != tokenizer.get_vocab():
@@ -191,7 +191,7 @@ def split(texts: Sequence[_T]) -> tuple[list[_T], list[_T]]:
     return [each for at, each in enumerate(texts, 1) if at % JUDGED_EVERY], judged
 
 
-def _says_anything(end: End) -> bool:
+def _changes_anything(end: End) -> bool:
     """Return whether the weights differ from those of a fresh patch, which changes nothing."""
     return end.step > 0 and end.alpha != 0
 
@@ -282,7 +282,7 @@ class _Making:
 
     def report_of(self, end: End, *, measured: bool) -> dict[str, Any]:
         """Return the ApproxReport as JSON, with the sets and whether a patch was made."""
-        settings, made = self.settings, measured and _says_anything(end)
+        settings, made = self.settings, measured and _changes_anything(end)
         found = ApproxReport(
             method=settings.method,
             settings=settings.pace,

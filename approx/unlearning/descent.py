@@ -115,8 +115,8 @@ class Descent:
             self._knowledge_before = self._bounds.known(self._target.model, thorough=True)
             self._best = self._point(self._utility_before, self._knowledge_before)
         else:
-            self._go_on(held.tensors, held.counts)
-        self._bounds = self._bounds.aiming_below(self._knowledge_before)
+            self._resume(held.tensors, held.counts)
+        self._bounds = self._bounds.with_target_below(self._knowledge_before)
         self._first = self._step
         ending = self._descend(job)
         self._target.put(self._best.tensors)
@@ -145,20 +145,20 @@ class Descent:
         while self._step < len(self._steps):
             if self._is_late():
                 self._save(job)
-                return self._checked() or Ending.OUT_OF_TIME
+                return self._measure() or Ending.OUT_OF_TIME
             if not self._take_step(self._steps[self._step]):
                 return Ending.DIVERGED
             self._step += 1
             at_end = self._step % self._round == 0
             if at_end or self._step % self._bounds.check_every == 0:
-                if ended := self._checked():
+                if ended := self._measure():
                     return ended
                 if at_end:
-                    self._turn()
+                    self._start_next_round()
                 self._save(job)
         return Ending.FINISHED if self._hold == 1.0 else Ending.BELOW_UTILITY_BOUND
 
-    def _turn(self) -> None:
+    def _start_next_round(self) -> None:
         """Prepare the next round and its rate."""
         if self._within:
             self._rate *= GROWTH
@@ -226,7 +226,7 @@ class Descent:
         }
         return sets[role]
 
-    def _checked(self) -> Ending | None:
+    def _measure(self) -> Ending | None:
         """Measure the present weights and keep them if they are the best.
 
         Return how the run ends, or None when it continues.
@@ -276,7 +276,7 @@ class Descent:
         best = self._best
         return End(
             ending=ending,
-            why=self._said(ending),
+            why=self._reason(ending),
             step=best.step,
             num_steps=len(self._steps),
             utility_before=self._utility_before,
@@ -294,7 +294,7 @@ class Descent:
             knowledge=best.knowledge,
         )
 
-    def _said(self, ending: Ending) -> str:
+    def _reason(self, ending: Ending) -> str:
         if ending == Ending.OUT_OF_TIME:
             return f"the time limit was reached after step {self._step} of {len(self._steps)}"
         if ending == Ending.FINISHED:
@@ -339,7 +339,7 @@ class Descent:
             "best": best,
         }
 
-    def _go_on(self, tensors: Mapping[str, Tensor], counts: Mapping[str, Any]) -> None:
+    def _resume(self, tensors: Mapping[str, Tensor], counts: Mapping[str, Any]) -> None:
         self._target.put(_named(tensors, "weight|"))
         for name, each in self._target.trained.items():
             keys = {moment: f"{moment}|{name}" for moment in MOMENTS}

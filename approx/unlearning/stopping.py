@@ -219,7 +219,7 @@ class Bounds(BoundSettings):
     def _rank(self, found: Knowledge) -> tuple[int, float]:
         return found.num_known, max(found.probability, self.target_probability)
 
-    def aiming_below(self, before: Knowledge | None) -> Bounds:
+    def with_target_below(self, before: Knowledge | None) -> Bounds:
         """Return the bounds with a target below the knowledge at the start of a run."""
         if before is None:
             return self

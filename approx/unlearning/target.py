@@ -43,7 +43,7 @@ class Target:
         self.kind: TargetKind = "patch" if isinstance(model, PeftModel) else "full weights"
         named = model.named_parameters()
         self.trained: dict[str, torch.nn.Parameter] = {n: p for n, p in named if p.requires_grad}
-        _refuse_untrainable(self.trained, self.kind)
+        _check_trainable(self.trained, self.kind)
         self._frozen = None
         if with_reference and self.kind == "full weights":
             self._frozen = copy.deepcopy(model).requires_grad_(False)
@@ -102,7 +102,7 @@ def _logits(model: Any, ids_BT1: Tensor, columns_K: Tensor) -> Tensor:
     return logits
 
 
-def _refuse_untrainable(trained: Mapping[str, torch.nn.Parameter], kind: TargetKind) -> None:
+def _check_trainable(trained: Mapping[str, torch.nn.Parameter], kind: TargetKind) -> None:
     problems = [Problem("model", "no parameter requires a gradient")] if not trained else []
     for name, each in trained.items():
         if each.dtype != torch.float32:

@@ -81,7 +81,7 @@ def _tune_and_negate(
     clock: Callable[[], float],
 ) -> End:
     """Leave the model at base - alpha * (tuned - base), with alpha 0 when no other value was kept."""
-    _refuse_unbounded_search(method, bounds)
+    _check_search_is_bounded(method, bounds)
     started, base = clock(), target.snapshot()
     if target.kind == "patch":
         check_fresh_patch(base)
@@ -96,7 +96,7 @@ def _tune_and_negate(
         return replace(end, why=why, step=0, utility=before)
     if run.num_taken == 0:
         bounds = replace(bounds, max_seconds=None)
-    bounds = bounds.aiming_below(knew)
+    bounds = bounds.with_target_below(knew)
     search = _Search(target, base, target.snapshot(), bounds, _Scale(0.0, before, knew), started, clock)
     best = search.run(method.alphas if method.alpha is None else (method.alpha,))
     target.put(search.negated(best.alpha))
@@ -185,7 +185,7 @@ class _Search:
         return f"alpha {alpha:g}, of those asked for"
 
 
-def _refuse_unbounded_search(method: TaskArithmetic, bounds: Bounds) -> None:
+def _check_search_is_bounded(method: TaskArithmetic, bounds: Bounds) -> None:
     if method.alpha is None and bounds.max_utility_drop is None:
         raise InvalidInput(
             "alpha can't be searched without a bound on utility",
