@@ -1,4 +1,4 @@
-"""Made-up results of cells, a maker of cells that computes nothing, data in the layout that is read."""
+"""Invented results of cells, a maker that computes nothing, and data in TOFU's layout."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def result(
     share: float = 0.05,
     steps: int = 10,
 ) -> dict[str, Any]:
-    """A result of a cell; all that is not said is some number."""
+    """Return a result of a cell, with fixed numbers for everything that is not given."""
     quality = None if aggregate is None else KS | {"noise_floor": KS | {"p_value": 0.8}}
     return {
         "cell": asdict(cell),
@@ -42,7 +42,7 @@ def result(
 
 
 class FakeMaker:
-    """Makes cells by a function of the cell, counts them, and dies where it is told to."""
+    """A maker of cells by a function of the cell; it counts them and dies at cell `dies_at`."""
 
     def __init__(self, make: Callable[[Cell], Result] = result, dies_at: int | None = None) -> None:
         self.made: list[Cell] = []
@@ -57,7 +57,7 @@ class FakeMaker:
 
 
 def write_authors(directory: Path, num_authors: int) -> Path:
-    """TOFU's layout with so many made-up authors of twenty questions each, and four facts a set."""
+    """Write TOFU's layout: invented authors of twenty questions each, and four facts a set."""
     directory.mkdir(parents=True, exist_ok=True)
     people = make_people(num_authors * 5, 4)
     rows = [

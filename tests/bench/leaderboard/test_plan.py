@@ -1,4 +1,4 @@
-"""The plan of a leaderboard: which cells there are, what names them; going on."""
+"""The plan of a leaderboard: its cells, their names, and continuing an interrupted run."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Leaderboard:
-    """The command with what all tests share: three authors, one forgotten, a short training."""
+    """The command with shared options: three authors, one forgotten, a short training."""
 
     def __init__(self, base: Path, data: Path, out: Path) -> None:
         self.base, self.data, self.out = base, data, out

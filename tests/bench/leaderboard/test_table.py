@@ -1,4 +1,4 @@
-"""The table: means and spreads, curves of settings, what the runs lack for an order, and no text."""
+"""The table: means and spreads, curves of settings, and reasons against a ranking."""
 
 from __future__ import annotations
 
