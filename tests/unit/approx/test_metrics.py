@@ -264,7 +264,7 @@ def test_the_noise_floor_is_the_test_of_two_references() -> None:
     assert found.noise_floor.p_value == forget_quality([8.0, 9.0], [1.5, 2.5]).p_value
     assert forget_quality([1.0, 2.0], [1.5, 2.5]).noise_floor is None
     for bad in ([], [math.nan]):
-        with pytest.raises(ValueError, match=r"both sides|no number"):
+        with pytest.raises(ValueError, match=r"both sides|not a number"):
             forget_quality(bad, [1.0])
 
 
