@@ -48,7 +48,7 @@ from sisa.core.errors import (
 from sisa.core.events import Notice, QueueSeen, Report, silent
 from sisa.core.ports import KeptVersions
 from sisa.core.requests import is_under_way
-from sisa.data.reader import named_by_place, read_like
+from sisa.data.reader import named_by_location, read_like
 from sisa.data.temporary_files import erase_abandoned
 from sisa.flows import lifecycle, query
 from sisa.flows.ask import (
@@ -151,14 +151,14 @@ class Model:
         if isinstance(source, str | Path):
             source = read_like(self.config, source, subjects="column")
             self.report(Notice(source.subject_report()))
-        with named_by_place(source), self._writing() as context:
+        with named_by_location(source), self._writing() as context:
             guarded = partial(guard, self.config)
             taken = add(context, source, allow_deleted=allow_deleted, append=append, checks=[guarded])
             return replace(taken, prompts=held_prompts(context, self.config))
 
     def resume(self, source: Sequence[Record] = ()) -> Taken:
         """Train what is missing; records of `source` are only compared with the held ones."""
-        with named_by_place(source), self._locked():
+        with named_by_location(source), self._locked():
             return self._resume(source)
 
     def _resume(self, source: Sequence[Record]) -> Taken:

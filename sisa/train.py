@@ -22,7 +22,7 @@ from sisa.core.events import Notice, Report, silent
 from sisa.core.ports import Change
 from sisa.core.precision import DEFAULT_PRECISION
 from sisa.core.requests import is_under_way
-from sisa.data.reader import named_by_place, read_records
+from sisa.data.reader import named_by_location, read_records
 from sisa.flows import reconfigure
 from sisa.flows.ask import FORM, held_prompts, usual_kind
 from sisa.flows.ingest import Taken, check_same_records, train
@@ -93,18 +93,18 @@ def _train(
     report(Notice(records.subject_report()))
     if first:
         _refuse_foreign(directory)
-        with named_by_place(records):
+        with named_by_location(records):
             return _first_training(config, records, executor, report, allow_deleted=allow_deleted)
     model = Model(directory, executor=executor, report=report)
     found = differences(model.config, config)
     if found or accept_differences:
-        with named_by_place(records):
+        with named_by_location(records):
             check_risks(config.sisa.bands, records)
     if accept_differences and any((each.key, each.effect) == ("base_model", "reset") for each in found):
-        with named_by_place(records):
+        with named_by_location(records):
             prepare_base(config, records, executor, report)
     resources = _new_resources(model, config, accept_differences=accept_differences)
-    with named_by_place(records), model._locked():  # nobody else moves it before it is trained
+    with named_by_location(records), model._locked():  # nobody else moves it before it is trained
         moved = _move(model, config, resources, records, accept_differences=accept_differences)
         model._take(wiring.describe(model.directory))
         taken = model._resume(records)

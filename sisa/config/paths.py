@@ -33,12 +33,12 @@ NAME_KEYS = ("base_model", "sisa.embedder", "datasets.*.path", "base_model.scrat
 MUST_EXIST = "sisa.partition_key_file"  # alone of PATH_KEYS
 # The model's directory must hold no text that `forget` does not know of.
 OUTSIDE_OUTPUT = {
-    "witness": "the witness lies",
-    "keyring": "the keys lie",
-    "storage": "the storage lies",
-    "datasets.*.path": "the data lies",
-    "base_model.scratch.directory": "the base lies",
-    "base_model.scratch.corpus.*.path": "the corpus lies",
+    "witness": "the witness is",
+    "keyring": "the keys are",
+    "storage": "the storage is",
+    "datasets.*.path": "the data is",
+    "base_model.scratch.directory": "the base is",
+    "base_model.scratch.corpus.*.path": "the corpus is",
 }
 
 
@@ -63,7 +63,7 @@ def resolve_paths(data: dict[str, Any], directory: Path) -> Iterator[tuple[KeyPa
             if _lies_inside(value, data.get("output_dir")):
                 yield path, f"conflict: {what} inside output_dir"
     if _lies_inside(data.get("keyring"), data.get("storage")):
-        yield ("keyring",), "conflict: the keys lie inside the storage"
+        yield ("keyring",), "conflict: the keys are inside the storage"
 
 
 def shared_path_problems(data: dict[str, Any], directory: Path) -> Iterator[tuple[KeyPath, str]]:

@@ -130,5 +130,5 @@ def _bounds(schema: dict[str, Any]) -> str:
         return f", {least} to {most}"
     words = {"above": schema.get("exclusiveMinimum"), "at least": least}
     words |= {"below": schema.get("exclusiveMaximum"), "at most": None if most > MAX_BOUND else most}
-    told = " and ".join(f"{word} {bound}" for word, bound in words.items() if bound is not None)
-    return f", {told}" if told else ""
+    text = " and ".join(f"{word} {bound}" for word, bound in words.items() if bound is not None)
+    return f", {text}" if text else ""

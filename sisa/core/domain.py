@@ -221,7 +221,7 @@ class HeldCheckpoint:
         return self.prefix[-1]
 
     @property
-    def place(self) -> tuple[int, int, tuple[int, ...], str]:
+    def sort_key(self) -> tuple[int, int, tuple[int, ...], str]:
         """Sort key of checkpoints: by shard, then the shallowest first."""
         return self.shard, len(self.prefix), self.prefix, self.key
 

@@ -75,8 +75,10 @@ class SisaError(Exception):
         return rebuilt, (type(self), self.to_json())
 
     def as_problems(self, where: str) -> tuple[Problem, ...]:
-        """Return the error as problems: its own, or itself as one; `where` is used if it names no
-        location."""
+        """Return the error as problems: its own, or itself as one.
+
+        `where` is used if it names no location.
+        """
         return self.problems or (Problem(self.where or where, f"{self.what}: {self.got}"),)
 
     def to_json(self) -> dict[str, Any]:

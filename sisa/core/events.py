@@ -98,8 +98,7 @@ class QueueSeen:
 
 @dataclass(frozen=True, slots=True)
 class DeletionCompleted:
-    """A request is carried out: seconds from its commit until the shards it touched reached their
-    targets."""
+    """A request is carried out: seconds from its commit until its shards reached their targets."""
 
     num_records: int
     num_shards: int

@@ -51,8 +51,10 @@ States = NDArray[np.float32]  # [positions, hidden], of one record
 
 @dataclass(frozen=True, slots=True)
 class StoredRecord:
-    """A record at rest with its keyed digest, which orders it; in a stage also the slice it came
-    from."""
+    """A record at rest with its keyed digest, which orders it.
+
+    In a stage, `slice` is the slice it came from.
+    """
 
     id_digest: str
     record: Record
@@ -146,8 +148,10 @@ class BlobStore(Protocol):
         """Return the names of a group's parts; empty for a blob."""
 
     def get(self, name: str, what: str) -> bytes:
-        """Return the bytes of a blob as stored. Raises IntegrityError, which calls it `what`, when it is
-        absent."""
+        """Return the bytes of a blob as stored.
+
+        Raises IntegrityError, which calls it `what`, when it is absent.
+        """
 
     def head(self, name: str, num_bytes: int) -> bytes:
         """Return the first bytes of a blob. Raises as `get`."""
@@ -159,16 +163,19 @@ class BlobStore(Protocol):
         """Store a blob, whole or not at all; replaces one of the same name."""
 
     def put_new(self, name: str, data: bytes) -> bool:
-        """Store a blob unless one has that name, and return whether it was stored; safe among concurrent
-        writers."""
+        """Store a blob unless one has that name, and return whether it was stored.
+
+        Exactly one of several concurrent writers succeeds.
+        """
 
     def put_group(self, name: str, parts: Mapping[str, bytes]) -> None:
-        """Store a group, whole or not at all, with `manifest.json` among its parts; an existing group is
-        kept."""
+        """Store a group with its `manifest.json`, whole or not at all; an existing group is kept."""
 
     def erase(self, names: Collection[str]) -> None:
-        """Erase blobs and groups, with all their versions where that is allowed; absent names are
-        ignored."""
+        """Erase blobs and groups, with all their versions where that is allowed.
+
+        Absent names are ignored.
+        """
 
     def clear(self) -> None:
         """Erase everything below."""
@@ -195,8 +202,10 @@ class BlobStore(Protocol):
 
 
 class Keyring(Protocol):
-    """Keys of data files, grouped by storage area, one a file. Destroying a key erases every copy of its
-    file."""
+    """Keys of data files, grouped by storage area, one a file.
+
+    Destroying a key erases every copy of its file.
+    """
 
     @property
     def seals(self) -> bool:
@@ -209,12 +218,16 @@ class Keyring(Protocol):
         """Return the names of all keys of an area, leftover temporary ones included."""
 
     def seal(self, area: str, name: str, part: str, data: bytes) -> bytes:
-        """Return the bytes to write, encrypted under the key of a name (created if absent) and bound to
-        the part."""
+        """Return the bytes to write, encrypted under the key of a name and bound to the part.
+
+        The key is created if it does not exist.
+        """
 
     def unseal(self, area: str, name: str, part: str, data: bytes) -> bytes:
-        """Return the plaintext. Raises IntegrityError when the key is absent or did not seal these
-        bytes."""
+        """Return the plaintext.
+
+        Raises IntegrityError when the key is absent or did not seal these bytes.
+        """
 
     def destroy(self, area: str, names: Collection[str]) -> None:
         """Destroy keys beyond recovery; absent names are ignored."""
@@ -233,8 +246,10 @@ class CheckpointStore(Protocol):
         """Read every byte again, check it against the checkpoint's manifest, and return the digests."""
 
     def load(self, key: str, manifest_sha256: str) -> dict[str, bytes]:
-        """Return the files after checking the manifest against the ledger's digest and them against the
-        manifest."""
+        """Return the files of a checkpoint.
+
+        The manifest is checked against the ledger's digest, and the files against the manifest.
+        """
 
     def erase(self, keys: Collection[str]) -> None:
         """Erase checkpoints, their encryption keys first; absent ones are ignored."""
@@ -266,8 +281,10 @@ class PrefixStore(Protocol):
     """Cache of hidden states; what can't be read is computed again."""
 
     def read(self, name: str) -> dict[str, States]:
-        """Return states by keyed id of the record; empty when the file is missing, damaged or
-        unreadable."""
+        """Return states by keyed id of the record.
+
+        The result is empty when the file is missing, damaged or unreadable.
+        """
 
     def write(self, name: str, states: Mapping[str, States]) -> None:
         """Store states, in place of an earlier file of that name."""
@@ -295,8 +312,7 @@ class ExportStore(Protocol):
         """Write a directory of flat files, whole or not at all."""
 
     def abandon(self, path: str) -> None:
-        """Remove what a killed process left while writing this directory, but not the directory
-        itself."""
+        """Remove what a killed process left while writing this directory, which itself stays."""
 
     def state(self, export: Export) -> ExportStanding:
         """Return whether the adapter is where it was written, with its recorded bytes."""
@@ -346,8 +362,10 @@ class RecordIndex(Protocol):
         """
 
     def vectors(self, file: IndexFile, vector_ids: Sequence[int], by: By = "text") -> Vectors:
-        """Return the stored vectors of some ids, in the order of the ids: of texts, or of all
-        prompts."""
+        """Return the stored vectors of some ids, in the order of the ids.
+
+        `by` selects the vectors of texts or of prompts.
+        """
 
     def check(self, file: IndexFile) -> None:
         """Check the file's bytes against `file.sha256` without parsing them."""
@@ -422,8 +440,10 @@ class Ledger(Protocol):
         """
 
     def scrub(self, removed: Collection[RecordRow] | None = ()) -> None:
-        """Empty the write-ahead log, and leave no byte of the removed rows in the database; None: of any
-        row."""
+        """Empty the write-ahead log, and leave no byte of the removed rows in the database.
+
+        None stands for any row.
+        """
 
     def lookup(self, id_digests: Iterable[str]) -> dict[str, RecordRow | Tombstone]:
         """Return rows and tombstones by keyed id."""
@@ -476,8 +496,7 @@ class Ledger(Protocol):
         """Return the keyed ids of the records that a request names."""
 
     def events(self, after: int = 0) -> list[RequestEvent]:
-        """Return the events, oldest first, each linked to the one before; skip the first `after` of
-        them."""
+        """Return the events without the first `after`, oldest first, each linked to the one before."""
 
     def exports(self) -> list[Export]:
         """Return the exports by path, then by key."""
@@ -492,8 +511,10 @@ class Ledger(Protocol):
         """Return the keyed ids of the records whose texts are in a set."""
 
     def sets_with(self, id_digests: Collection[str]) -> dict[str, list[str]]:
-        """Return the names of the sets that hold each of these keyed ids; an id in no set is left
-        out."""
+        """Return the names of the sets that hold each of these keyed ids.
+
+        An id in no set is left out.
+        """
 
     def num_tombstones(self) -> int:
         """Return the number of deleted records."""
@@ -598,8 +619,7 @@ class PatchOrder:
 
 @dataclass(frozen=True, slots=True)
 class PatchMade:
-    """Outcome of an order. `saved` is None when no patch was made: time ran out, or no step was
-    accepted."""
+    """Outcome of an order; `saved` is None when time ran out or no step was accepted."""
 
     saved: SavedCheckpoint | None
     unfinished: bool
@@ -628,8 +648,7 @@ class PatchSite:
 
 
 class Patcher(Protocol):
-    """Maker of approximate patches; it stores the files in the patches' store. The caller erases the
-    draft of a finished run."""
+    """Maker of approximate patches; the caller erases the draft of a finished one."""
 
     def check(
         self,
@@ -638,8 +657,7 @@ class Patcher(Protocol):
         retain: Sequence[Record] | None,
         reference: str = "",
     ) -> None:
-        """Raise InvalidInput, with every problem, for settings, sets or a reference that no patch can be
-        made from.
+        """Raise InvalidInput, with every problem, if no patch can be made from these arguments.
 
         A retain set of None is one that the base writes.
         """
@@ -650,7 +668,7 @@ class Patcher(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Removal:
-    """What a deletion removes: approved requests and, by request, the held records that each names."""
+    """What a deletion removes: approved requests, and the held records that each one names."""
 
     requests: Sequence[Request]
     named: Mapping[str, Sequence[RecordRow]]
@@ -667,10 +685,10 @@ def _nothing() -> None:
 
 @dataclass(frozen=True, slots=True)
 class Contribution:
-    """What a hook adds to a deletion.
+    """A hook's part of a deletion.
 
-    `change` joins the deletion's commit. `vaulted` names, by request, the set of the vault that keeps
-    what the request removes. `finish` runs when the deletion is done; it raises nothing.
+    `change` joins the deletion's commit. `vaulted` names, by request, the vault's set that keeps what
+    the request removes. `finish` runs when the deletion is done, and raises nothing.
     """
 
     change: Change = field(default_factory=Change)
@@ -682,19 +700,22 @@ M = TypeVar("M", contravariant=True)  # an open model
 
 
 class DeletionHook(Protocol[M]):
-    """What a deletion does to something that is made from records and is no shard: patches, say.
+    """Effect of a deletion on something other than shards that is made from records, such as patches.
 
-    Hooks are called one after another. A crash may fall between any two calls, and before `finish`: what
-    must not be lost is in the commit, and `settle` of the next command goes on from there.
+    Hooks are called in turn. A crash may occur between any two calls, and before `finish`: whatever must
+    not be lost belongs into the commit, and `erase_unneeded` of the next command continues from there.
     """
 
     @property
     def name(self) -> str:
-        """Which hook it is; a model that needs it is not opened without it."""
+        """Name of the hook; a model that needs it can't be opened without it."""
 
     def contribute(self, model: M, removal: Removal) -> Contribution:
-        """Return what to add to the commit, before that is planned. May write files that the commit
-        makes known, and commit what must be over before. An error stops the deletion."""
+        """Return what to add to the commit, before the deletion is planned.
 
-    def settle(self, model: M) -> None:
-        """Erase what is no longer needed. Every reconciliation calls it, before it trains."""
+        It may write files that the commit refers to, and commit what must come first. An error stops the
+        deletion.
+        """
+
+    def erase_unneeded(self, model: M) -> None:
+        """Erase what is no longer needed. Every reconciliation calls it before it trains."""

@@ -50,8 +50,9 @@ def due_date(received_at: str, regime: Regime) -> str:
 
 
 def add_months(day: date, months: int) -> date:
-    """Return the same day some months later, or that month's last day (Regulation 1182/71, Art.
-    3(2)(c)).
+    """Return the same day some months later, or that month's last day.
+
+    Source: Regulation 1182/71, Art. 3(2)(c).
 
     >>> add_months(date(2027, 12, 31), 2)
     datetime.date(2028, 2, 29)
@@ -72,8 +73,10 @@ def is_under_way(request: Request) -> bool:
 
 
 def moved(request: Request, state: RequestState, note: str = "") -> Request:
-    """Return a request after a person's decision. Raises ConfigConflict when its state does not allow
-    it."""
+    """Return a request after a person's decision.
+
+    Raises ConfigConflict when its state does not allow it.
+    """
     allowed = BY_HAND.get(state, frozenset())
     if request.state not in allowed or is_under_way(request):
         raise ConfigConflict(
@@ -179,8 +182,10 @@ def failed(request: Request, cause: str, state: RequestState = "failed") -> Requ
 
 
 def replayed(request: Request, approver: str) -> Request:
-    """Return a request that is carried out again after a backup was restored. Its consent to keep the
-    text may have ended since, so the text is not kept."""
+    """Return a request that is carried out again after a backup was restored.
+
+    Its consent to keep the text may have ended since, so the text is not kept.
+    """
     approver = request.approver or approver
     return replace(request, state="approved", approver=approver, cause="", consent="")
 

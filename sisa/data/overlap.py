@@ -44,8 +44,7 @@ def overlap_share(text: str, corpus: WordRuns) -> float:
 
 
 def check_overlap(records: Sequence[Record], corpus: WordRuns) -> None:
-    """Raise InvalidInput with the position of every record whose wording overlaps the corpus too
-    much."""
+    """Raise InvalidInput with the position of every record that overlaps the corpus too much."""
     problems = []
     for number, record in enumerate(records, start=1):
         worst = max((overlap_share(part.text, corpus) for part in record.parts), default=0.0)

@@ -61,9 +61,9 @@ Subjects = Literal["any", "column", "some"]  # what is required: nothing, their 
 class ReadRecords(list[Record]):
     """Records, the line or row of each, and the columns of the sources that were not used."""
 
-    def __init__(self, records: Iterable[Record] = (), places: Iterable[str] = ()) -> None:
+    def __init__(self, records: Iterable[Record] = (), locations: Iterable[str] = ()) -> None:
         super().__init__(records)
-        self.places = list(places)
+        self.locations = list(locations)
         self.group_by: str | None = None
         self.unused_columns: tuple[str, ...] = ()
 
@@ -82,22 +82,22 @@ def _shown_column(name: str) -> str:
 
 
 @contextmanager
-def named_by_place(source: Sequence[Record]) -> Iterator[None]:
+def named_by_location(source: Sequence[Record]) -> Iterator[None]:
     """Replace positions of records in an error's problems by the lines or rows that they came from."""
-    places = source.places if isinstance(source, ReadRecords) else None
+    locations = source.locations if isinstance(source, ReadRecords) else None
     try:
         yield
     except SisaError as error:
-        if places is not None:
-            error.problems = tuple(_placed(each, places) for each in error.problems)
+        if locations is not None:
+            error.problems = tuple(_located(each, locations) for each in error.problems)
         raise
 
 
-def _placed(problem: Problem, places: Sequence[str]) -> Problem:
+def _located(problem: Problem, locations: Sequence[str]) -> Problem:
     if not _POSITION.fullmatch(problem.where):
         return problem
     where, what = (
-        _POSITION.sub(lambda found: places[int(found[1]) - 1], text)
+        _POSITION.sub(lambda found: locations[int(found[1]) - 1], text)
         for text in (problem.where, problem.what)
     )
     return Problem(where, what)
@@ -294,7 +294,7 @@ class _Reading:
             self.problems.add(where, _too_long(self.limits))
             return None
         self.records.append(record)
-        self.records.places.append(where)
+        self.records.locations.append(where)
         return record
 
 
@@ -338,8 +338,10 @@ class _Wanted:
     see: Callable[[Collection[str]], None] = lambda _: None
 
     def among(self, names: Sequence[str]) -> list[str]:
-        """Return the columns to read of those that a table has. Raises Broken for a problem of the whole
-        file."""
+        """Return the columns to read of those that a table has.
+
+        Raises Broken for a problem of the whole file.
+        """
         self.see(names)
         wanted = [name for name in dict.fromkeys(names) if name in self.columns]
         if twice := [name for name in wanted if names.count(name) > 1]:
@@ -383,8 +385,10 @@ def _unbounded(source: DatasetSource, label: str, wanted: _Wanted, limits: Sourc
 
 
 def _lines(path: Path, limits: SourceLimits) -> Iterator[tuple[int, bytes]]:
-    """Yield the lines of a file with their numbers; a line that is too long is cut right after its
-    limit."""
+    """Yield the lines of a file with their numbers.
+
+    A line that is too long is cut right after its limit.
+    """
     most = limits.max_record_bytes
     with path.open("rb") as file:
         number = 0

@@ -3,7 +3,7 @@
     adopt    stages that a cut-short run stored for the present targets
     erase    every file that the ledger does not know (tainted, retired, half-written), its key first;
              stale exports
-    settle   what hooks keep and nothing needs any more
+    unneeded what hooks keep and nothing needs any more
     train    what the targets miss; each stored stage is recorded and moves its shard's head
     close    requests whose shards have reached their targets
     orders   what the other orders miss, one order of all shards after another
@@ -98,7 +98,7 @@ def reconcile(context: Context, *, defer: bool = False, removed: Removed = NOTHI
     """
     erase_unknown(context, removed)
     for hook in context.hooks:
-        hook.settle(context)
+        hook.erase_unneeded(context)
     plans = [] if defer else [plan for plan in open_plans(context) if plan.train]
     if plans:
         try:

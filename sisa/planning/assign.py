@@ -37,8 +37,10 @@ class Layout:
     bands: Bands | None = field(default=None, repr=False)
 
     def generation(self, slice_: int) -> int:
-        """Return the generation of a slice; each generation has `num_slices` slices, after those of
-        earlier ones."""
+        """Return the generation of a slice.
+
+        Each generation has `num_slices` slices, after those of earlier ones.
+        """
         return slice_ // self.num_slices
 
     def slices(self, risk: Risk) -> range:
@@ -128,6 +130,5 @@ def root_of(contents: Sequence[tuple[str, str]]) -> str:
 
 
 def index_root(rows: Iterable[RecordRow]) -> str:
-    """Return the digest of the vectors that a shard's index should hold, and of the content they
-    embed."""
+    """Return the digest of the vectors that a shard's index should hold, and their content."""
     return digest_of(sorted((row.vector_id, row.record_digest) for row in rows))

@@ -51,8 +51,10 @@ class RunPlan:
 
 
 def price(shards: Sequence[ShardCosts], arrivals: float) -> tuple[float, float]:
-    """Return the expected costs of running waiting requests now and arrivals later, and of running all
-    later."""
+    """Return the expected costs of running what waits now, and of running it with later arrivals.
+
+    The first cost includes that of the arrivals.
+    """
     now = waiting = 0.0
     for shard in shards:
         now += shard.pending

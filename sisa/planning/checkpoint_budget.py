@@ -75,8 +75,10 @@ def best_kept(
 
 
 def split_budget(orders: Sequence[Sequence[KeptStages]], most: int) -> list[tuple[KeptStages, ...]]:
-    """Return what to keep of each order, given its `best_kept`, for 0, 1, ... (`most`) stages in
-    total."""
+    """Return what to keep of each order for 0, 1, ... (`most`) stages in total.
+
+    `orders` holds the `best_kept` of each order.
+    """
     found: list[tuple[KeptStages, ...]] = [()]
     for choices in orders:
         options: list[tuple[KeptStages, ...]] = []

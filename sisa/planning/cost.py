@@ -92,8 +92,10 @@ def plan_record_epochs(plans: Iterable[ShardPlan]) -> int:
 
 
 def estimate_seconds(epochs: int, measured: Iterable[HeldCheckpoint]) -> float | None:
-    """Return the seconds of one worker for `epochs` record-epochs, by the mean rate of measured
-    stages."""
+    """Return the seconds that one worker needs for `epochs` record-epochs.
+
+    The rate is the mean of the measured stages; None without any.
+    """
     stages = [each for each in measured if each.record_epochs and each.seconds]
     total = sum(each.record_epochs for each in stages)
     if not total:

@@ -45,8 +45,10 @@ Shares = NDArray[np.float64]
 
 
 def points_one_by_one(num_records: int, num_shards: int, num_deletions: float) -> float:
-    """Return the expected points (records, each once) that K sequential requests retrain, without
-    slices."""
+    """Return the expected points that K sequential requests retrain, without slices.
+
+    A point is one record, presented once.
+    """
     n, s, k = num_records, num_shards, num_deletions
     return (n / s + 1 / (2 * s) - 1) * k - k * k / (2 * s)
 
@@ -77,8 +79,10 @@ class Group:
 
 @dataclass(frozen=True)
 class Stream:
-    """A layout, its training, and its groups of records; by default all records are equally likely to
-    go."""
+    """A layout, its training, and its groups of records.
+
+    By default all records are equally likely to be deleted.
+    """
 
     layout: Layout
     schedule: Schedule = "cumulative"
@@ -221,16 +225,14 @@ def _stage_costs(sizes: Counts, stream: Stream) -> Counts:
 
 
 def _runs(where: Counts, batch: int, num_slices: int) -> Counts:
-    """Return [deletions, (shard, batch, slice)], shard by shard, batch by batch, the earliest slice
-    first."""
+    """Return [deletions, (shard, batch, slice)], sorted."""
     rows = np.stack([where // num_slices, np.arange(len(where)) // batch, where % num_slices], axis=1)
     ordered: Counts = rows[np.lexsort((rows[:, 2], rows[:, 1], rows[:, 0]))]
     return ordered
 
 
 def _steps(runs: Counts) -> Sequence[tuple[Counts, Counts, Counts]]:
-    """Return for k = 0, 1, ... the shards that have a k-th run, its first slices, and its (shard,
-    slice)s."""
+    """Return the shards with a k-th run, its first slices, and its (shard, slice)s, for k = 0, 1, ..."""
     if not len(runs):
         return ()
     new_shard = np.diff(runs[:, 0], prepend=-1) != 0

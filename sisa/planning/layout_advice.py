@@ -133,8 +133,7 @@ def stream_of(demand: Demand, num_shards: int, num_slices: int) -> Stream:
 
 
 class _Paths:
-    """The orders of a choice: costs of their stages, how often each is hit, and which are worth
-    keeping."""
+    """The orders of a choice: costs of their stages, and how often each is hit."""
 
     def __init__(self, stream: Stream, num_orders: int) -> None:
         layout = stream.layout
@@ -153,11 +152,11 @@ class _Paths:
         """Stages that need not be kept: all but the last of each order."""
         return sum(len(costs) - 1 for costs, _ in self.paths)
 
-    def kept(self, room: float) -> tuple[tuple[int, ...], ...]:
-        """Return the kept stages of each order when `room` fit in addition to the last ones."""
-        if room >= self.num_spare:
+    def kept(self, num_extra: float) -> tuple[tuple[int, ...], ...]:
+        """Return the kept stages of each order when `num_extra` fit in addition to the last ones."""
+        if num_extra >= self.num_spare:
             return tuple(tuple(range(len(costs) - 1)) for costs, _ in self.paths)
-        return tuple(each.stages for each in self._splits[max(0, int(room))])
+        return tuple(each.stages for each in self._splits[max(0, int(num_extra))])
 
     def one_by_one(self, kept: Sequence[Sequence[int]]) -> list[float]:
         """Return what a deletion retrains of each order, as a share of training a shard in order 0."""
@@ -195,8 +194,8 @@ def _advice(demand: Demand, limits: LayoutLimits, num_shards: int, paths: _Paths
     weight = stream.epochs / demand.num_epochs  # large first slices are passed over more often
     rate = limits.record_epochs_per_s * 3600 or math.nan
     fitting = limits.max_bytes / (num_shards * limits.bytes_per_checkpoint)
-    room = max(0.0, fitting - len(paths.paths))
-    kept = paths.kept(room)
+    num_extra = max(0.0, fitting - len(paths.paths))
+    kept = paths.kept(num_extra)
     with_last = tuple((*k, len(c) - 1) for k, (c, _) in zip(kept, paths.paths, strict=True))
     num_kept, depth = sum(map(len, with_last)), paths.depth(with_last)
     first, *others = paths.one_by_one(kept)

@@ -56,44 +56,45 @@ def matched(risks: Sequence[float], num_orders: int) -> tuple[Order, ...]:
     if not others:
         return (plain,)
     fixed: list[dict[int, int]] = [{} for _ in range(others)]  # of each order: position -> slice
-    for slice_, place, order in _late_places(risks, others):
-        fixed[order][place] = slice_
+    for slice_, position, order in _late_positions(risks, others):
+        fixed[order][position] = slice_
     found = [plain]
-    for number, places in enumerate(fixed, start=1):
+    for number, positions in enumerate(fixed, start=1):
         start = number * num_slices // num_orders
-        rest = [each for each in plain if each not in places.values()]
+        rest = [each for each in plain if each not in positions.values()]
         rest.sort(key=lambda each, start=start: (risks[each], (each - start) % num_slices))  # type: ignore[misc]
         filling = iter(rest)
-        found.append(tuple(places[p] if p in places else next(filling) for p in range(num_slices)))
+        found.append(tuple(positions[p] if p in positions else next(filling) for p in range(num_slices)))
     return tuple(found)
 
 
-def _late_places(risks: Sequence[float], others: int) -> list[tuple[int, int, int]]:
+def _late_positions(risks: Sequence[float], others: int) -> list[tuple[int, int, int]]:
     """Return (slice, position, order) for the slices that an order other than order 0 puts late."""
     from scipy.optimize import linear_sum_assignment
 
     num_slices = len(risks)
     last = range(num_slices - -(-num_slices // others), num_slices)  # no slice needs an earlier position
-    slots = [(place, order) for place in reversed(last) for order in range(others)]
-    slices, places = np.arange(num_slices), np.array([place for place, _ in slots])
-    depth = np.maximum(places[None, :], slices[:, None])  # order 0 serves a slice's own number anyway
+    slots = [(position, order) for position in reversed(last) for order in range(others)]
+    slices, positions = np.arange(num_slices), np.array([position for position, _ in slots])
+    depth = np.maximum(positions[None, :], slices[:, None])  # order 0 serves a slice's own number anyway
     rows, columns = linear_sum_assignment(np.array(risks)[:, None] * depth, maximize=True)
     pairs = ((int(row), *slots[column]) for row, column in zip(rows, columns, strict=True))
     return [each for each in pairs if each[1] > each[0]]
 
 
 def arranged(slices: Iterable[int], order: Sequence[int]) -> list[int]:
-    """Return slices of any generations in an order of one generation's slices; without an order,
-    ascending."""
+    """Return slices of any generations in an order of one generation's slices.
+
+    Without an order, they ascend.
+    """
     if not order:
         return sorted(slices)
-    place = {slice_: at for at, slice_ in enumerate(order)}
-    return sorted(slices, key=lambda each: (each // len(order), place[each % len(order)]))
+    position = {slice_: at for at, slice_ in enumerate(order)}
+    return sorted(slices, key=lambda each: (each // len(order), position[each % len(order)]))
 
 
 def depth_after(orders: Sequence[Order], hit: Iterable[int]) -> int:
-    """Return the depth of the deepest clean prefix when these slices lost a record and none is
-    retrained.
+    """Return the depth of the deepest clean prefix after these slices lost a record.
 
     The longest prefix of an order other than order 0 is one slice short of all.
 

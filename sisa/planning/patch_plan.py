@@ -106,8 +106,10 @@ def _still_known(patches: Sequence[Patch]) -> set[str]:
 
 
 def num_still_known(patch: Patch) -> int:
-    """Return how many texts the probe still knew after a patch or a failed attempt; 0 without a
-    measurement."""
+    """Return how many texts the probe still knew after a patch or a failed attempt.
+
+    Without a measurement it is 0.
+    """
     return int(patch.report.get("still_known", {}).get("after", 0))
 
 
@@ -118,11 +120,10 @@ def unneeded_sets(
     deletable: Collection[str],
     elsewhere: Collection[str] = (),
 ) -> tuple[list[VaultSet], list[str]]:
-    """Return the sets whose texts are to be erased, as rows without them, and the names of rows to
-    remove.
+    """Return the sets whose texts are to be erased, and the names of rows to remove.
 
-    A row is removed when no held or wanted patch was made from its set. `elsewhere` are the keys of
-    patches in exports or beneath trained shards.
+    The sets come as rows without their texts. A row is removed when no held or wanted patch was made
+    from its set. `elsewhere` are the keys of patches in exports or beneath trained shards.
     """
     keep = needed(patches, mode, sets, deletable)
     there = [p for p in patches if p.state in ("active", "wanted") or p.key in elsewhere]
@@ -148,8 +149,7 @@ class Rederived:
 def lineage(
     patches: Sequence[Patch], touched: Collection[str], damaged: Collection[str] = ()
 ) -> list[Patch]:
-    """Return patches of any state with one of these retain sets or keys, and all patches on top of
-    them."""
+    """Return all patches with one of these retain sets or keys, and all patches on top of them."""
     keys = {each.key for each in patches if each.job.retain in touched}.union(damaged)
     return [each for each in patches if not keys.isdisjoint((*each.job.beneath, each.key))]
 
@@ -193,8 +193,10 @@ def rederive(
 
 
 def unmade(patches: Sequence[Patch], patch: Patch) -> list[Patch]:
-    """Return the rows that change when a wanted patch fails: it is dropped, and those on top are
-    replanned."""
+    """Return the rows that change when a wanted patch fails.
+
+    The patch is dropped, and those that were to lie on top of it are made on what is left.
+    """
     gone = tainted_patches(patches, (), (patch.key,))
     fresh = _again(patches, gone, lambda job: None if job == patch.job else job)
     upon = [each for each in gone if each.key != patch.key]

@@ -65,8 +65,7 @@ LAYERWISE = "layerwise"  # in a job's training: the number of blocks of layers; 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What all jobs of a model share: the part of the config that affects the bits, and the other
-    orders."""
+    """What all jobs of a model share: the config that affects the bits, and the other orders."""
 
     num_slices: int
     schedule: Schedule
@@ -167,8 +166,10 @@ def passes(schedule: Schedule, num_epochs: int, num_slices: int, slice_: int = 0
 def jobs(
     shard: int, slices: Sequence[SliceState], recipe: Recipe, fingerprint: str, order: Order = ()
 ) -> tuple[SliceJob, ...]:
-    """Return the stages of a shard in an order (by default order 0), one for each slice that holds
-    records."""
+    """Return the stages of a shard in an order, one for each slice that holds records.
+
+    The default is order 0.
+    """
     path: list[SliceJob] = []
     seen: list[SliceState] = []
     states = {state.slice: state for state in slices}
@@ -206,8 +207,10 @@ def reached(path: Sequence[SliceJob], held: Container[str]) -> int:
 
 
 class Placed(Protocol):
-    """Position of a record and the number of its commit: a ledger row, or one of many counted
-    records."""
+    """Position of a record and the number of its commit.
+
+    A ledger row is one; so is a record that is only counted.
+    """
 
     @property
     def shard(self) -> int: ...
@@ -235,8 +238,7 @@ def touched(made: HeldCheckpoint | Export, row: Placed) -> bool:
 
 
 def marked(exports: Iterable[Export], removed: Mapping[str, Collection[Placed]]) -> list[Export]:
-    """Return the clean exports that a removed record touched, each with the first request that removes
-    one."""
+    """Return the clean exports that a removed record touched, tainted by the first such request."""
     by: dict[tuple[str, str], str] = {}  # shards that were exported together are erased together
     clean = [each for each in exports if not each.stale]
     for export in clean:
@@ -275,18 +277,18 @@ def _over_budget(
     paths: Sequence[Sequence[SliceJob]],
     held: Mapping[str, HeldCheckpoint],
 ) -> set[str]:
-    """Return the held stages to drop so that the rest fits the budget: those that spare the least
-    training.
+    """Return the held stages to drop so that the rest fits the budget.
 
-    The last stage of every order stays, whatever its size.
+    Those that spare the least training are dropped. The last stage of every order stays, whatever its
+    size.
     """
     if recipe.shard_budget is None:
         return set()
     last = {path[-1].key for path in paths if path}
     others = {job.key for path in paths for job in path if job.key in held} - last
-    room = sum(held[key].num_bytes for key in others)
+    needed = sum(held[key].num_bytes for key in others)
     left = recipe.shard_budget - sum(held[key].num_bytes for key in last if key in held)
-    if left >= room or not others:
+    if left >= needed or not others:
         return set()
     most = max(0, left // max(held[key].num_bytes for key in others))
     weights = {
@@ -379,5 +381,5 @@ def prefix_names(slices: Iterable[SliceFile], recipe: Recipe, fingerprint: str) 
     """Return the names of all files that held slices may have under the present recipe."""
     if not keeps_prefixes(recipe.training):
         return frozenset()
-    told = (recipe.training, recipe.base, fingerprint)
-    return frozenset(prefix_name(each.shard, each.slice, each.root, *told) for each in slices)
+    shared = (recipe.training, recipe.base, fingerprint)
+    return frozenset(prefix_name(each.shard, each.slice, each.root, *shared) for each in slices)

@@ -140,8 +140,10 @@ def no_body(columns: Columns) -> str:
 
 
 def _risk_problems(risk: Any) -> Iterator[str]:
-    """Check the type and the range; classes are checked against the run file by
-    `bands.risk_problems`."""
+    """Check the type and the range.
+
+    Classes are checked against the run file by `bands.risk_problems`.
+    """
     if isinstance(risk, str):
         yield from name_problems(f"'{RISK_COLUMN}'", risk)
     elif isinstance(risk, bool) or not isinstance(risk, int | float | None):

@@ -44,7 +44,7 @@ EXACT_UP_TO = 20_000
 MIN_CANDIDATES, CANDIDATES_PER_HIT = 2000, 100
 CODE_BITS = 128  # half the memory traffic of 256; twice the candidates keep the recall
 
-Rows = NDArray[np.intp] | slice  # of the vectors in a file
+_Rows = NDArray[np.intp] | slice  # of the vectors in a file
 _ALL = slice(None)
 
 
@@ -75,8 +75,10 @@ class FaissIndex:
     def __init__(
         self, root: Path, dimension: int, keyring: Keyring = PLAIN, warm: Warm | None = None
     ) -> None:
-        """Open the index in a directory; with a shared `warm`, the next object need not read the files
-        again."""
+        """Open the index in a directory.
+
+        With a shared `warm`, the next object need not read the files again.
+        """
         self.root = root
         self.dimension = dimension
         self.keyring = keyring
@@ -223,10 +225,12 @@ class Warm:
 
 
 def search_loaded(loaded: Sequence[LoadedIndex], queries: Vectors, top_k: int) -> list[list[Hit]]:
-    """Return for each query row the best `top_k` records over all files, best first, each by its best
-    vector."""
+    """Return for each query row the best `top_k` records over all files, best first.
+
+    A record counts by its best vector.
+    """
     num_wanted = max(MIN_CANDIDATES, CANDIDATES_PER_HIT * top_k)
-    chosen: list[list[Rows]]
+    chosen: list[list[_Rows]]
     if sum(len(each.ids) for each in loaded) <= max(EXACT_UP_TO, num_wanted):
         chosen = [[_ALL for _ in loaded] for _ in queries]
     else:
@@ -234,7 +238,7 @@ def search_loaded(loaded: Sequence[LoadedIndex], queries: Vectors, top_k: int) -
     return [_best(loaded, rows, query, top_k) for rows, query in zip(chosen, queries, strict=True)]
 
 
-def _candidates(loaded: Sequence[LoadedIndex], queries: Vectors, num_wanted: int) -> list[list[Rows]]:
+def _candidates(loaded: Sequence[LoadedIndex], queries: Vectors, num_wanted: int) -> list[list[_Rows]]:
     """Return for each query the rows of the nearest codes, file by file."""
     codes = codes_of(queries)
     asked = [each.by_code.search(codes, min(num_wanted, len(each.ids))) for each in loaded]
@@ -247,7 +251,7 @@ def _candidates(loaded: Sequence[LoadedIndex], queries: Vectors, num_wanted: int
     return found
 
 
-def _best(loaded: Sequence[LoadedIndex], rows: Sequence[Rows], query: Vectors, top_k: int) -> list[Hit]:
+def _best(loaded: Sequence[LoadedIndex], rows: Sequence[_Rows], query: Vectors, top_k: int) -> list[Hit]:
     if not loaded:
         return []
     pairs = list(zip(loaded, rows, strict=True))

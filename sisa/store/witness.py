@@ -114,8 +114,7 @@ class FileWitness:
             raise self._refused("written", error) from error
 
     def _testimony(self, data: bytes) -> tuple[Testimony, str, int]:
-        """Return the testimony of the closed batches, the chain of the last one, and the offset of its
-        end."""
+        """Return the closed batches' testimony, the last one's chain, and the offset of its end."""
         found: dict[str, Tombstone] = {}
         batch: list[dict[str, Any]] = []
         head: WitnessHead | None = None
@@ -143,8 +142,7 @@ class FileWitness:
         return self._keyed.digest("witness", chain)
 
     def _refuse_unkeyed(self, body: Mapping[str, Any], chain: str, keyed: bool) -> None:
-        """Raise IntegrityError for a batch that should be authenticated with the model's key and is
-        not."""
+        """Raise IntegrityError for a batch that lacks the MAC of the model's key."""
         if keyed and body["mac"] != self._mac(chain):
             raise self._damaged("lines that were written without the model's key")
 

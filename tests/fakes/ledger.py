@@ -158,7 +158,7 @@ class FakeLedger:
 
     def checkpoints(self, shard: int | None = None) -> list[HeldCheckpoint]:
         held = [each for each in self.tables.checkpoints.values() if shard in (None, each.shard)]
-        return sorted(held, key=lambda each: each.place)
+        return sorted(held, key=lambda each: each.sort_key)
 
     def by_text(
         self, text_digests: Collection[str], *, full_scan: bool = False

@@ -3,7 +3,7 @@
     commit    the texts that a request removes go to the vault, where somebody consented to that; a patch
               whose retain set held a removed record is dropped, with those upon it, and is wanted again
               without that record
-    settle    texts that no patch needs are erased
+    unneeded  texts that no patch needs are erased
     finish    the dropped patches are made again
 
 A deletion never fails because a patch can't be made again: that patch stays dropped, and a notice says
@@ -70,7 +70,7 @@ class PatchesHook:
         )
         return Contribution(change, kept.by_request(), partial(_make_again, context, found))
 
-    def settle(self, context: Context) -> None:
+    def erase_unneeded(self, context: Context) -> None:
         """Erase the texts that no patch needs."""
         vault_sets.erase_unneeded(context)
 

@@ -216,8 +216,10 @@ def verified(data: bytes, sha256: str, what: str, where: str) -> bytes:
 
 
 def read_whole(path: Path, what: str, num_bytes: int = -1) -> bytes:
-    """Return a file's bytes, or its first `num_bytes`, as stored. Raises IntegrityError if it is
-    missing."""
+    """Return a file's bytes, or its first `num_bytes`, as stored.
+
+    Raises IntegrityError if it is missing.
+    """
     try:
         with path.open("rb") as file:
             return file.read(num_bytes)
@@ -251,8 +253,10 @@ def held_names(folder: Path) -> frozenset[str]:
 
 
 def num_bytes(path: Path) -> int:
-    """Return the size of a file or of all files below a directory, without following links; 0 if
-    absent."""
+    """Return the size of a file or of all files below a directory; 0 if absent.
+
+    Links are not followed.
+    """
     try:
         if path.is_dir() and not path.is_symlink():
             return sum(num_bytes(each) for each in path.iterdir())

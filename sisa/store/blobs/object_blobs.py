@@ -162,15 +162,19 @@ class ObjectBlobs:
                 self._boto.put_object(Bucket=self.bucket, Key=self._key(name), Body=data)
 
     def _fill(self, name: str, data: bytes) -> None:
-        """Replace the object that the lender made, if it still exists; the store compares and puts
-        atomically."""
+        """Replace the object that the lender made, if it still exists.
+
+        The store compares and puts atomically.
+        """
         where = {"Bucket": self.bucket, "Key": self._key(name)}
         found = self._boto.head_object(**where)["ETag"]
         self._boto.put_object(**where, Body=data, IfMatch=found)
 
     def put_new(self, name: str, data: bytes) -> bool:
-        """Store a blob unless one has that name. 412: it exists; 409: another put is under way and is
-        awaited."""
+        """Store a blob unless one has that name, and return whether it was stored.
+
+        The store answers 412 if it exists, and 409 while another put is under way, which is awaited.
+        """
         from botocore.exceptions import ClientError
 
         where = {"Bucket": self.bucket, "Key": self._key(name)}
@@ -277,8 +281,10 @@ class ObjectBlobs:
         return [self._key(name) for name, _ in self._list(start)]
 
     def _versions(self, start: str) -> list[Version]:
-        """Return every version and delete marker below, manifests first. Raises _Refused if listing is
-        denied."""
+        """Return every version and delete marker below, manifests first.
+
+        Raises _Refused if listing is denied.
+        """
         from botocore.exceptions import ClientError
 
         found: list[Version] = []

@@ -33,8 +33,7 @@ AGAIN = "restore the connection to the object store, then run the same command a
 
 
 def endpoint() -> str:
-    """Return the URL of a store other than Amazon's: AWS_ENDPOINT_URL_S3, else AWS_ENDPOINT_URL, else
-    ""."""
+    """Return AWS_ENDPOINT_URL_S3, else AWS_ENDPOINT_URL, else "" for Amazon's own store."""
     return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "")
 
 

@@ -43,8 +43,10 @@ def area_of(storage: str, model: str, area: str) -> BlobStore:
 
 
 def storage_root(storage: str) -> BlobStore:
-    """Return the blob store of a whole storage, which models share. Raises EnvironmentFault without
-    boto3."""
+    """Return the blob store of a whole storage, which models share.
+
+    Raises EnvironmentFault without boto3.
+    """
     if not storage.startswith(SCHEME):
         return LocalBlobs(Path(storage))
     bucket, _, prefix = storage.removeprefix(SCHEME).partition("/")

@@ -34,7 +34,7 @@ from sisa.store.ledger.schema import SCHEMA_VERSION, schema
 SCRUB_PATIENCE_S = 10.0
 FEW_ROWS = 4  # up to which removed rows are searched for; for more, rewriting the file is faster
 PIECE_BYTES = 16
-BLOCK_BYTES = 1 << 22
+SCAN_BYTES = 1 << 22
 PATIENCE_S = 10.0  # for SQLite's own locks, which are held briefly
 _BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
 _SURROUNDINGS = {
@@ -163,7 +163,7 @@ class Database:
             if shard is None:
                 expected = rows.expected_rows(connection, table)
             else:
-                expected = rows.expected_places(connection, table, shard)
+                expected = rows.expected_in_shard(connection, table, shard)
             rows.check_row_count(table, expected, len(found))
         return made(kind, table, found)
 
@@ -188,7 +188,7 @@ class Database:
         self._engine.dispose()  # closing the file would end the locks that a connection has on it
         before = b""
         with disk_errors(self._path), self._path.open("rb") as file:
-            while block := file.read(BLOCK_BYTES):
+            while block := file.read(SCAN_BYTES):
                 block = before + block
                 if any(each in block for each in wanted):
                     return True
@@ -247,8 +247,10 @@ def having(
     *,
     full_scan: bool = False,
 ) -> list[_T]:
-    """Return rows with one of these values in a column, by its index; with `full_scan`, also without
-    it."""
+    """Return rows with one of these values in a column, by its index.
+
+    With `full_scan`, also without it.
+    """
     table: Any = column.table
     found = []
     for chunk in rows.chunks(values):

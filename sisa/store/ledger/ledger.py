@@ -111,7 +111,7 @@ class SqlLedger(PatchLedger):
         where += [] if slice_ is None else [RECORDS.c.slice == slice_]
         with self._reading() as connection:
             found = rows.read(connection, RECORDS, *where, order=[RECORDS.c.id_digest])
-            expected = rows.expected_places(connection, RECORDS, shard, slice_)
+            expected = rows.expected_in_shard(connection, RECORDS, shard, slice_)
             rows.check_row_count(RECORDS, expected, len(found))
         return made(RecordRow, RECORDS, found)
 
@@ -148,7 +148,7 @@ class SqlLedger(PatchLedger):
         found: list[Any] = self._whole(HeldCheckpoint, CHECKPOINTS, shard)
         with self._parsing("a checkpoint"):
             held = [replace(each, prefix=_slices(each.prefix)) for each in found]
-        return sorted(held, key=attrgetter("place"))
+        return sorted(held, key=attrgetter("sort_key"))
 
     def by_text(
         self, text_digests: Collection[str], *, full_scan: bool = False

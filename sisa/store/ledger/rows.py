@@ -39,9 +39,9 @@ from sisa.store.ledger.schema import (
 
 SEQ = "seq"  # key in `meta` of the number of the last commit
 
-NO_PLACE = -1  # shard and slice in `counts` of a whole table
-WHOLE = (NO_PLACE, NO_PLACE, "")
-PLACED = (RECORDS, SLICES, INDEXES, CHECKPOINTS)
+NO_POSITION = -1  # shard and slice in `counts` of a whole table
+WHOLE = (NO_POSITION, NO_POSITION, "")
+BY_SHARD = (RECORDS, SLICES, INDEXES, CHECKPOINTS)
 GROWING = (TOMBSTONES, NAMED)  # too large to be scanned when rows are added
 KEYED = tuple(
     table.columns[name]
@@ -99,8 +99,10 @@ def read(
 
 
 def contents(connection: sa.Connection, shard: int, slice_: int) -> list[tuple[str, str]]:
-    """Return the keyed id and the digest of each record of a slice, by keyed id. Checksums are not read:
-    the caller compares all of them with the slice's root."""
+    """Return the keyed id and the digest of each record of a slice, by keyed id.
+
+    Checksums are not read: the caller compares all of them with the slice's root.
+    """
     query = (
         "SELECT id_digest, record_digest FROM records WHERE shard = ? AND slice = ? ORDER BY id_digest"
     )
@@ -116,17 +118,17 @@ def check_row_count(table: sa.Table, expected: int, got: int) -> None:
 
 def expected_rows(connection: sa.Connection, table: sa.Table) -> int:
     """Return how many rows a table should have. Raises Damaged."""
-    return _whole(table, _counted(connection, f"{_COUNTS} AND shard = {NO_PLACE}", table.name))
+    return _whole(table, _counted(connection, f"{_COUNTS} AND shard = {NO_POSITION}", table.name))
 
 
-def expected_places(
+def expected_in_shard(
     connection: sa.Connection, table: sa.Table, shard: int, slice_: int | None = None
 ) -> int:
-    """Return how many rows of a PLACED table a shard, or a slice of it, should have. Raises Damaged."""
+    """Return how many rows of a BY_SHARD table a shard or a slice should have. Raises Damaged."""
     if slice_ is None:
         return _counted(connection, f"{_COUNTS} AND shard = ?", table.name, shard).total()
-    place = (table.name, shard, slice_)
-    return _counted(connection, f"{_COUNTS} AND shard = ? AND slice = ?", *place).total()
+    position = (table.name, shard, slice_)
+    return _counted(connection, f"{_COUNTS} AND shard = ? AND slice = ?", *position).total()
 
 
 def expected_kinds(connection: sa.Connection) -> Counter[str]:
@@ -148,7 +150,7 @@ def lost_rows(connection: sa.Connection) -> list[str]:
         expected = _whole(table, counts)
         if expected != actual_rows(connection, table):
             found.append(table.name)
-        elif table in PLACED and counts.total() != 2 * expected:  # all rows, and again by position
+        elif table in BY_SHARD and counts.total() != 2 * expected:  # all rows, and again by position
             found.append(f"{COUNTS.name} of {table.name}")
     return found
 
@@ -198,8 +200,10 @@ def _in_buckets(connection: sa.Connection, column: sa.Column[Any], wanted: Colle
 
 
 def counts_keyed(connection: sa.Connection) -> bool:
-    """Return whether the counts of KEYED columns are those of the last commit; another version omits
-    them."""
+    """Return whether the counts of KEYED columns are those of the last commit.
+
+    Another version omits them.
+    """
     found = read(connection, META, META.c.key == SEQ)
     as_of = _counted(connection, _COUNTS, KEYED_AS_OF)
     return bool(as_of) and as_of[WHOLE] == (int(found[0][1]) if found else 0)
@@ -211,7 +215,7 @@ def _bucket_counts(
     found: Counter[str] = Counter()
     for chunk in chunks(sorted(buckets)):
         chosen = ", ".join("?" * len(chunk))
-        query = f"{_COUNTS} AND shard = {NO_PLACE} AND slice = {NO_PLACE} AND kind IN ({chosen})"
+        query = f"{_COUNTS} AND shard = {NO_POSITION} AND slice = {NO_POSITION} AND kind IN ({chosen})"
         for (_, _, kind), count in _counted(connection, query, str(column), *chunk).items():
             found[kind] = count
     return found
@@ -235,7 +239,7 @@ def _seen(
     if shard is None:
         check_row_count(table, expected_rows(connection, table), total)
     else:
-        check_row_count(table, expected_places(connection, table, shard), total)
+        check_row_count(table, expected_in_shard(connection, table, shard), total)
     return seen
 
 
@@ -274,7 +278,7 @@ def begin_counts(connection: sa.Connection) -> None:
 def _put_counts(connection: sa.Connection, name: str, counts: Mapping[CountKey, int]) -> None:
     if not counts:
         return
-    values = [(name, *place, count) for place, count in counts.items()]
+    values = [(name, *position, count) for position, count in counts.items()]
     insert = sa.insert(COUNTS).prefix_with("OR REPLACE")
     connection.execute(insert, [_sealed(COUNTS, each) for each in values])
 
@@ -292,12 +296,12 @@ def _values(table: sa.Table, row: Mapping[str, Any]) -> tuple[Any, ...]:
     )
 
 
-def _place_of(table: sa.Table) -> Callable[[tuple[Any, ...]], CountKey]:
+def _position_of(table: sa.Table) -> Callable[[tuple[Any, ...]], CountKey]:
     columns = table.columns.keys()
     if table is RECORDS:
         return itemgetter(*(columns.index(name) for name in ("shard", "slice", "kind")))
     shard = columns.index("shard")
-    return lambda row: (row[shard], NO_PLACE, "")
+    return lambda row: (row[shard], NO_POSITION, "")
 
 
 class Writing:
@@ -319,7 +323,7 @@ class Writing:
     def put(self, table: sa.Table, rows: Sequence[Mapping[str, Any]]) -> None:
         """Add rows, replacing those with the same primary key; a key always belongs to one shard."""
         latest = {tuple(row[column.name] for column in table.primary_key): row for row in rows}
-        shards = {row["shard"] for row in rows} if table in PLACED else set()
+        shards = {row["shard"] for row in rows} if table in BY_SHARD else set()
         self.remove(table, list(latest), shards if len(shards) <= _FEW else ())
         self.insert(table, list(latest.values()))
 
@@ -355,9 +359,9 @@ class Writing:
     def _count(self, table: sa.Table, values: Sequence[tuple[Any, ...]], sign: int) -> None:
         deltas = self._deltas[table.name]
         deltas[WHOLE] += sign * len(values)
-        if table in PLACED:
-            for place in map(_place_of(table), values):
-                deltas[place] += sign
+        if table in BY_SHARD:
+            for position in map(_position_of(table), values):
+                deltas[position] += sign
         for column in KEYED if self._counts_keyed and table in (RECORDS, TOMBSTONES) else ():
             if column.table is table:
                 at, counts = table.columns.keys().index(column.name), self._keyed[column]
@@ -368,17 +372,19 @@ class Writing:
     def end(self) -> None:
         """Write the numbers of rows that changed."""
         for table in COUNTED:
-            deltas = {place: delta for place, delta in self._deltas[table.name].items() if delta}
+            deltas = {position: delta for position, delta in self._deltas[table.name].items() if delta}
             if deltas:
-                before = _counts_of(self.connection, table, {NO_PLACE, *(each[0] for each in deltas)})
+                before = _counts_of(self.connection, table, {NO_POSITION, *(each[0] for each in deltas)})
                 _whole(table, before)
-                after = {place: before[place] + delta for place, delta in deltas.items()}
+                after = {position: before[position] + delta for position, delta in deltas.items()}
                 _put_counts(self.connection, table.name, after)
             self._deltas[table.name].clear()
 
     def end_keyed(self, seq: int) -> None:
-        """Update the counts of KEYED columns to this commit; count all rows if another version wrote
-        last."""
+        """Update the counts of KEYED columns to this commit.
+
+        All rows are counted if another version wrote last.
+        """
         for column, deltas in self._keyed.items():
             if self._counts_keyed:
                 changed = {each: delta for each, delta in deltas.items() if delta}
@@ -387,8 +393,8 @@ class Writing:
             else:
                 self.connection.execute(sa.delete(COUNTS).where(COUNTS.c.name == str(column)))
                 after = _counted_anew(self.connection, column)
-            places = {(NO_PLACE, NO_PLACE, each): count for each, count in after.items()}
-            _put_counts(self.connection, str(column), places)
+            positions = {(NO_POSITION, NO_POSITION, each): count for each, count in after.items()}
+            _put_counts(self.connection, str(column), positions)
         _put_counts(self.connection, KEYED_AS_OF, {WHOLE: seq})
 
 

@@ -22,7 +22,7 @@ from sisa.config.blocks import DatasetSource, SourceLimits
 from sisa.core.domain import Part, Record
 from sisa.core.errors import EnvironmentFault, InvalidInput, Problem
 from sisa.data import dataset_export, temporary_files
-from sisa.data.reader import Subjects, named_by_place, read_ids, read_records
+from sisa.data.reader import Subjects, named_by_location, read_ids, read_records
 
 SECRET = "Quorvane"
 CHAT = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": SECRET}]
@@ -353,7 +353,7 @@ def test_what_is_found_later_is_told_by_line(tmp_path: Path) -> None:
     ]
     told = []
     for source in (found, list(found)):
-        with pytest.raises(InvalidInput) as caught, named_by_place(source):
+        with pytest.raises(InvalidInput) as caught, named_by_location(source):
             raise InvalidInput("bad", problems=problems)
         told.append([(each.where, each.what) for each in caught.value.problems])
     assert told[0] == [

@@ -483,8 +483,8 @@ class Noting:
         change = Change(meta={self.name: "contributed"})
         return Contribution(change, finish=lambda: self._note(context, "finish"))
 
-    def settle(self, context: Context) -> None:
-        self._note(context, "settle")
+    def erase_unneeded(self, context: Context) -> None:
+        self._note(context, "erase_unneeded")
 
 
 def test_hooks_join_the_commit_of_a_deletion_and_finish_when_it_is_done(fake: FakeModel) -> None:
@@ -494,8 +494,8 @@ def test_hooks_join_the_commit_of_a_deletion_and_finish_when_it_is_done(fake: Fa
     assert calls == [
         ("one", "contribute", []),
         ("two", "contribute", []),
-        ("one", "settle", ["erased"]),
-        ("two", "settle", ["erased"]),
+        ("one", "erase_unneeded", ["erased"]),
+        ("two", "erase_unneeded", ["erased"]),
         ("one", "finish", ["completed"]),
         ("two", "finish", ["completed"]),
     ]
@@ -511,7 +511,7 @@ def test_a_crash_before_a_hook_finishes_leaves_the_deletion_to_the_next_command(
         delete(fake, 0)
     fake.before_run.remove(_die)
     reconcile(fake.context)
-    assert [call for _, call, _ in calls] == ["contribute", "settle", "settle"]
+    assert [call for _, call, _ in calls] == ["contribute", "erase_unneeded", "erase_unneeded"]
     assert [each.state for each in fake.ledger.requests()] == ["completed"]
 
 

@@ -251,7 +251,7 @@ def test_the_witness_may_rest_where_the_run_file_says(tmp_path: Path) -> None:
     (problem,) = refused.value.problems
     assert (problem.where, problem.what) == (
         "line 3: witness",
-        "conflict: the witness lies inside output_dir",
+        "conflict: the witness is inside output_dir",
     )
     (tmp_path / "run.yaml").write_text(text.replace("/model/inside", "kept/witness"))
     assert opening_of(tmp_path / "run.yaml").witness == tmp_path / "kept" / "witness"
