@@ -241,12 +241,12 @@ def _what(error: Any, path: KeyPath, fragment: dict[str, Any], data: Any) -> str
     if error["type"] == "conflict":
         return str(error["msg"])
     if error["type"] == "missing":
-        return f"missing; expected {_words(fragment)}"
+        return f"missing; expected {in_words(fragment)}"
     try:
         got = shown(value_at(data, path))
     except (KeyError, TypeError, IndexError):
         got = shown(error["input"])  # `aggregation: routed` has no `method` of its own
-    return f"expected {_words(fragment)}, got {got}"
+    return f"expected {in_words(fragment)}, got {got}"
 
 
 def _suggestion(path: KeyPath) -> str:
@@ -291,13 +291,20 @@ def _followed(schema: dict[str, Any]) -> dict[str, Any]:
 _TYPES = {"integer": "an integer", "number": "a number", "string": "a text", "boolean": "true or false"}
 _TYPES |= {"array": "a list", "object": "a mapping", "null": "null"}
 _BOUNDS = {"minimum": "of at least", "exclusiveMinimum": "above", "maximum": "at most"}
-_BOUNDS |= {"exclusiveMaximum": "below", "minItems": "with a length of at least"}
+_BOUNDS |= {"exclusiveMaximum": "below"}
 
 
-def _words(schema: dict[str, Any]) -> str:
+def in_words(schema: dict[str, Any]) -> str:
+    """Return what a value must be, by its JSON Schema.
+
+    >>> in_words({"type": "integer", "minimum": 1, "maximum": 64})
+    'an integer from 1 to 64'
+    >>> in_words({"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"type": "null"}]})
+    'a number above 0 or null'
+    """
     schema = _followed(schema)
     if choices := schema.get("anyOf") or schema.get("oneOf"):
-        return " or ".join(_words(each) for each in choices)
+        return " or ".join(dict.fromkeys(in_words(each) for each in choices))
     if "const" in schema:
         return repr(schema["const"])
     if "enum" in schema:
@@ -305,5 +312,9 @@ def _words(schema: dict[str, Any]) -> str:
     kind = "a path" if schema.get("format") == "path" else _TYPES[schema["type"]]
     if "pattern" in schema:
         kind = "a printable text"
+    if schema.get("minItems"):
+        kind = "a non-empty list"
+    if {"minimum", "maximum"} <= schema.keys():
+        return f"{kind} from {schema['minimum']} to {schema['maximum']}"
     bounds = [f"{words} {schema[name]}" for name, words in _BOUNDS.items() if name in schema]
     return " ".join([kind, " and ".join(bounds)]).strip()

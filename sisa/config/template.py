@@ -19,6 +19,7 @@ from pydantic_core import PydanticUndefined, to_jsonable_python
 
 from sisa.config.blocks import PATH_FIELDS, Aggregation, DatasetSource, Scratch
 from sisa.config.config import RunConfig, json_schema, keys, value_at
+from sisa.config.runfile import in_words
 from sisa.core.block import Block
 from sisa.planning.bands import Bands
 
@@ -28,13 +29,12 @@ FEW_RECORDS = {"micro_batch_size": 4, "learning_rate": 6e-3, "num_epochs": 8}
 
 NESTED: dict[
     str, tuple[str, type[Block]]
-] = {  # keys whose value may be a block, how its keys are called
+] = {  # keys whose value may be a block, and the prefix of its keys
     "base_model": ("base_model.scratch", Scratch),
     "datasets": ("datasets[]", DatasetSource),
     "sisa.bands": ("sisa.bands", Bands),
     "sisa.aggregation": ("sisa.aggregation", Aggregation),
 }
-MAX_BOUND = 1 << 20  # larger bounds are left out of the table
 
 
 def commented_run_file(data_file: str, output_dir: str, **chosen: Any) -> str:
@@ -85,12 +85,12 @@ def reference() -> Iterator[str]:
         holder: Any = RunConfig.model_fields[block[0]].annotation if block else None
         within = definitions[holder.__name__] if block else schema
         extra: Any = info.json_schema_extra
-        yield _row(name, info, _type_of(within["properties"][last], definitions), extra["effect"])
+        yield _row(name, info, in_words(within["properties"][last]), extra["effect"])
         if name not in NESTED:
             continue
         prefix, nested = NESTED[name]
         for inner, field in nested.model_fields.items():
-            kind = _type_of(definitions[nested.__name__]["properties"][inner], definitions)
+            kind = in_words(definitions[nested.__name__]["properties"][inner])
             moved = nested is Scratch and inner in PATH_FIELDS
             yield _row(f"{prefix}.{inner}", field, kind, "none" if moved else extra["effect"])
 
@@ -102,33 +102,3 @@ def _row(name: str, info: FieldInfo, kind: str, effect: str) -> str:
         else f"`{_yaml(to_jsonable_python(info.default))}`"
     )
     return f"| `{name}` | {kind} | {default} | {info.description} | {effect} |"
-
-
-def _type_of(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
-    """Return what a value may be, in words."""
-    if "anyOf" in schema or "oneOf" in schema:
-        kinds = [_type_of(each, definitions) for each in schema.get("anyOf") or schema["oneOf"]]
-        return " or ".join(dict.fromkeys(kinds))
-    if "$ref" in schema:
-        return "block"
-    if "enum" in schema or "const" in schema:
-        return ", ".join(f"`{each}`" for each in schema.get("enum", [schema.get("const")]))
-    kind = {"array": "list", "object": "block"}.get(schema["type"], schema["type"])
-    if kind == "string" and schema.get("format") == "path":
-        kind = "path"
-    return str(kind) + _bounds(schema)
-
-
-def _bounds(schema: dict[str, Any]) -> str:
-    """Return the bounds of a number.
-
-    >>> _bounds({"minimum": 1, "maximum": 64}), _bounds({"exclusiveMinimum": 0}), _bounds({})
-    (', 1 to 64', ', above 0', '')
-    """
-    least, most = schema.get("minimum"), schema.get("maximum", MAX_BOUND + 1)
-    if least is not None and most <= MAX_BOUND:
-        return f", {least} to {most}"
-    words = {"above": schema.get("exclusiveMinimum"), "at least": least}
-    words |= {"below": schema.get("exclusiveMaximum"), "at most": None if most > MAX_BOUND else most}
-    text = " and ".join(f"{word} {bound}" for word, bound in words.items() if bound is not None)
-    return f", {text}" if text else ""

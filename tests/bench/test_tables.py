@@ -30,7 +30,9 @@ def test_the_reference_has_every_key_and_what_it_means() -> None:
         (line,) = (each for each in lines if each.startswith(f"| `{name}` |"))
         assert f"| {info.description} |" in line
     by_key = {line.split("`")[1]: line for line in lines[2:]}
-    assert by_key["lora_r"].startswith("| `lora_r` | integer, 1 to 4096 | `8` | ")
+    assert by_key["lora_r"].startswith("| `lora_r` | an integer from 1 to 4096 | `8` | ")
     assert by_key["lora_r"].endswith("| retrain |")
     assert by_key["base_model.scratch.directory"].endswith("| none |")
-    assert by_key["sisa.aggregation.min_score"].split(" | ")[1] == "number, -2 to 2 or `auto` or null"
+    assert (
+        by_key["sisa.aggregation.min_score"].split(" | ")[1] == "a number from -2 to 2 or 'auto' or null"
+    )

@@ -129,13 +129,13 @@ def test_impossible_value_of_an_aggregation(value: str) -> None:
 def test_every_problem_is_listed_in_order() -> None:
     text = "lora_r: x\nlora_rank: 8\nshards: 8\nsisa:\n  shard: 8\n  slices: 0\n  aggregation: fastest\n"
     assert problems(text) == [
-        ("line 1: datasets", "missing; expected a list with a length of at least 1"),
+        ("line 1: datasets", "missing; expected a non-empty list"),
         ("line 1: output_dir", "missing; expected a path"),
-        ("line 1: lora_r", "expected an integer of at least 1 and at most 4096, got 'x'"),
+        ("line 1: lora_r", "expected an integer from 1 to 4096, got 'x'"),
         ("line 2: lora_rank", "unknown key; did you mean 'lora_r'?"),
         ("line 3: shards", "unknown key; did you mean 'sisa.shards'?"),
         ("line 5: sisa.shard", "unknown key; did you mean 'shards'?"),
-        ("line 6: sisa.slices", "expected an integer of at least 1 and at most 10000, got 0"),
+        ("line 6: sisa.slices", "expected an integer from 1 to 10000, got 0"),
         (
             "line 7: sisa.aggregation.method",
             "expected one of 'routed', 'mean_prob', 'mean_logit', 'vote', 'merged', got 'fastest'",
@@ -394,9 +394,9 @@ def test_a_base_from_scratch_is_a_block() -> None:
     [
         ("    layers: 3\n", 5, "scratch.corpus", "missing"),
         ("{corpus}    layrs: 3\n", 7, "scratch.layrs", "'layers'"),
-        ("{corpus}    layers: 0\n", 7, "scratch.layers", "at least 1"),
+        ("{corpus}    layers: 0\n", 7, "scratch.layers", "from 1 to 256"),
         ("{corpus}    heads: 3\n", 5, "scratch", "no even multiple"),
-        ("    corpus: []\n", 6, "scratch.corpus", "at least 1"),
+        ("    corpus: []\n", 6, "scratch.corpus", "non-empty"),
         ("{corpus}  scrap: 1\n", 7, "scrap", "'scratch'"),
     ],
 )
