@@ -6,32 +6,34 @@
     model.forget(["p001-q1"])
     assert model.verify(replay="all").ok
 
-Rules: this is the whole public API; everything else may change. Heavy libraries are imported by the
-calls that need them.
-
-Not covered: the command line (`cluster`), approximate unlearning (`approx`).
+This is the whole public API; everything else may change. A name is imported when it is first asked for,
+so that `import sisa` takes no time. `cluster` holds the command line, `approx` approximate unlearning.
 """
 
-from sisa.config.config import RunConfig
-from sisa.config.runfile import load_run_file
-from sisa.core.domain import Part, Record
-from sisa.core.errors import (
-    Busy,
-    ConfigConflict,
-    EnvironmentFault,
-    IntegrityError,
-    InvalidInput,
-    RejectedRequest,
-    SisaError,
-    TransientError,
-    UnknownRecord,
-)
-from sisa.flows.ask import Answer
-from sisa.flows.lifecycle import Terms
-from sisa.flows.wiring.results import ForgetOutcome, ForgetPlan, Status
-from sisa.flows.wiring.wiring import OnCluster
-from sisa.model import Model, open_model
-from sisa.train import train_model
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sisa.config.config import RunConfig
+    from sisa.config.runfile import load_run_file
+    from sisa.core.domain import Part, Record
+    from sisa.core.errors import (
+        Busy,
+        ConfigConflict,
+        EnvironmentFault,
+        IntegrityError,
+        InvalidInput,
+        RejectedRequest,
+        SisaError,
+        TransientError,
+        UnknownRecord,
+    )
+    from sisa.flows.ask import Answer
+    from sisa.flows.lifecycle import Terms
+    from sisa.flows.wiring.results import ForgetOutcome, ForgetPlan, Status
+    from sisa.flows.wiring.wiring import OnCluster
+    from sisa.model import Model, open_model
+    from sisa.train import train_model
 
 __all__ = [
     "Answer",
@@ -57,3 +59,35 @@ __all__ = [
     "open_model",
     "train_model",
 ]
+
+_HOMES = {
+    "sisa.config.config": ("RunConfig",),
+    "sisa.config.runfile": ("load_run_file",),
+    "sisa.core.domain": ("Part", "Record"),
+    "sisa.core.errors": (
+        "Busy",
+        "ConfigConflict",
+        "EnvironmentFault",
+        "IntegrityError",
+        "InvalidInput",
+        "RejectedRequest",
+        "SisaError",
+        "TransientError",
+        "UnknownRecord",
+    ),
+    "sisa.flows.ask": ("Answer",),
+    "sisa.flows.lifecycle": ("Terms",),
+    "sisa.flows.wiring.wiring": ("OnCluster",),
+    "sisa.flows.wiring.results": ("ForgetOutcome", "ForgetPlan", "Status"),
+    "sisa.model": ("Model", "open_model"),
+    "sisa.train": ("train_model",),
+}
+
+if not TYPE_CHECKING:  # a type checker sees the names themselves
+
+    def __getattr__(name: str) -> Any:
+        for module, names in _HOMES.items():
+            if name in names:
+                globals()[name] = found = getattr(import_module(module), name)
+                return found
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,7 +15,6 @@ import click
 from cluster.cli.command import cli, command, model_option, opened, read_lines
 from cluster.render import render
 from cluster.render.render import Result
-from sisa.core.domain import Part, Record
 
 
 @cli.group("approx", help="What the frozen base itself knows; never exact.")
@@ -36,6 +35,7 @@ def probe(directory: Path, file: Path, without_patches: bool) -> Result:
     """Ask the base alone, as it is served, whether it produces given texts."""
     from approx.evaluation.probe import open_probe
     from sisa import unlearn
+    from sisa.core.domain import Part, Record
     from sisa.data.reader import read_like
 
     with opened(directory) as model:

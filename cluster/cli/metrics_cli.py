@@ -15,8 +15,6 @@ import click
 from cluster.cli.command import command, model_option, opened
 from cluster.observe.curves import points, summary
 from cluster.render.render import Result, printable
-from sisa.flows.wiring.wiring import METRICS
-from sisa.store.metrics import FileMetrics
 
 if TYPE_CHECKING:
     from cluster.observe.curve_sinks import CurveSink
@@ -34,6 +32,9 @@ if TYPE_CHECKING:
 @click.option("--run", "named", multiple=True, help="Only this run.")
 def metrics(directory: Path, target: tuple[str, str] | None, named: tuple[str, ...]) -> Result:
     """Show what each run measured, or pass it on to TensorBoard or MLflow."""
+    from sisa.flows.wiring.wiring import METRICS
+    from sisa.store.metrics import FileMetrics
+
     with opened(directory):
         held = FileMetrics(directory / METRICS)
     runs = {run: held.read(run) for run in named or held.runs()}

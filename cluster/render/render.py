@@ -17,8 +17,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sisa.flows.export_files import unload_command
-
 if TYPE_CHECKING:
     from cluster.cli.quickstart import Start, Story
     from sisa.audit.verify import Verification
@@ -267,6 +265,8 @@ def base_hint(request: Request, directory: Path | str) -> list[str]:
 
 def missing_exports(paths: Sequence[str]) -> list[str]:
     """Lines for each export that could not be erased."""
+    from sisa.flows.export_files import unload_command
+
     lines = []
     for path in paths:
         lines.append(f"stale export, moved or changed, to be removed by you: {path}")

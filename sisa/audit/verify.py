@@ -24,8 +24,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
-import numpy as np
-
 from sisa.audit.examine import forms
 from sisa.audit.replay import Apart
 from sisa.core.domain import Chain, Head, IndexFile, Record, RecordRow, SliceFile
@@ -288,6 +286,8 @@ def check_vectors(context: Context) -> tuple[int, list[Problem]]:
 
 
 def _held_vectors(context: Context, index: IndexFile, row: RecordRow, *, asks: bool) -> Vectors:
+    import numpy as np
+
     sides: list[By] = ["text", "asked"] if asks else ["text"]
     return np.concatenate([context.stores.index.vectors(index, [row.vector_id], by) for by in sides])
 

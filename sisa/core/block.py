@@ -23,7 +23,7 @@ Bool = Annotated[bool, Strict()]
 class Block(BaseModel):
     """Frozen model without unknown keys and infinite numbers."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, defer_build=True)
 
 
 def conflict(message: str) -> PydanticCustomError:

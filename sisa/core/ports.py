@@ -15,10 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from sisa.core.domain import (
     Chain,
@@ -43,10 +40,16 @@ from sisa.core.events import Report, SliceTrained
 from sisa.core.patch import Patch, PatchJob, VaultSet
 from sisa.core.precision import DEFAULT_PRECISION, Precision
 
-Vectors = NDArray[np.float32]  # [num_texts, dimension], rows of unit length
-By = Literal["text", "asked"]  # which vectors of a record a query is compared with
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
-States = NDArray[np.float32]  # [positions, hidden], of one record
+    Vectors = NDArray[np.float32]  # [num_texts, dimension], rows of unit length
+    States = NDArray[np.float32]  # [positions, hidden], of one record
+else:  # `sisa where` has no use for numpy
+    Vectors = States = Any
+
+By = Literal["text", "asked"]  # which vectors of a record a query is compared with
 
 
 @dataclass(frozen=True, slots=True)

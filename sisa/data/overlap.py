@@ -18,15 +18,17 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Sequence
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING
 
 from sisa.core.domain import Record
 from sisa.core.errors import InvalidInput, Problem
 
 RUN, NEAR = 5, 0.5
-WordRuns = NDArray[np.uint64]  # sorted, each once
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    WordRuns = NDArray[np.uint64]  # sorted, each once
 
 _WORD = re.compile(r"\w+")
 _SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
@@ -34,11 +36,15 @@ _SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
 
 def runs_of(*texts: str) -> WordRuns:
     """Return the runs of all texts together."""
+    import numpy as np
+
     return np.unique(np.fromiter((each for text in texts for each in _runs(text)), dtype=np.uint64))
 
 
 def overlap_share(text: str, corpus: WordRuns) -> float:
     """Return the part of a text's distinct runs that are in the corpus; 0 for a text without words."""
+    import numpy as np
+
     own = np.unique(np.fromiter(_hashes(_words(text)), dtype=np.uint64))
     return float(np.isin(own, corpus, assume_unique=True).mean()) if len(own) else 0.0
 

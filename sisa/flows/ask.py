@@ -28,7 +28,6 @@ from sisa.core.ports import Ledger
 from sisa.flows import query
 from sisa.flows.wiring.context import Context, patch_files
 from sisa.flows.wiring.resources import Resources
-from sisa.lm.answer.names import names_in
 from sisa.lm.answer.route import Route, all_of, choose_route, nearness, resolve_aggregation
 from sisa.planning.patch_plan import active
 from sisa.planning.record_rules import conversation_problems, turns_of
@@ -102,7 +101,7 @@ def ask(
     conversation that can't be answered, IntegrityError."""
     from sisa.lm.base.tokens import encode_prompt
 
-    _check_answerable(prompts, kind)
+    _refuse_unanswerable(prompts, kind)
     routes = routes_of(context, resources, prompts)
     asked = {shard for route in routes for shard in route.shards}
     answerer = open_answerer(context, resources, asked, open_ledger=open_ledger)
@@ -117,7 +116,7 @@ def ask(
     return [Answer(text.strip(), route.shards) for text, route in zip(texts, routes, strict=True)]
 
 
-def _check_answerable(prompts: Sequence[Prompt], kind: Kind | None) -> None:
+def _refuse_unanswerable(prompts: Sequence[Prompt], kind: Kind | None) -> None:
     for number, prompt in enumerate(prompts, start=1):
         if isinstance(prompt, str):
             continue
@@ -154,6 +153,8 @@ def routes_of(context: Context, resources: Resources, prompts: Sequence[Prompt])
 def _looked_up(prompt: Prompt) -> list[str]:
     """Return what a person asks in a prompt: the last user turn; while those name nobody, also the one
     before, which says whom a follow-up is about."""
+    from sisa.lm.answer.names import names_in
+
     if isinstance(prompt, str):
         return [prompt]
     found: list[str] = []

@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-import numpy as np
-
 from sisa.core.domain import Export, HeldCheckpoint, Hit, Record, RecordRow, Tombstone
 from sisa.core.errors import IntegrityError, Problem, UnknownRecord
 from sisa.core.patch import Patch, PatchState, SetRole, VaultSet
@@ -365,6 +363,8 @@ def ids_of(context: Context, rows: Sequence[RecordRow]) -> list[str]:
 
 
 def _vectors(context: Context, rows: Sequence[RecordRow]) -> Vectors:
+    import numpy as np
+
     found = []
     for file in context.stores.ledger.indexes():
         wanted = [row.vector_id for row in rows if row.shard == file.shard]

@@ -155,10 +155,10 @@ def check_consistent(context: Context, since: WitnessHead = BEGINNING) -> None:
         "checkpoints": any(head.key not in known for head in heads if head.key is not None),
         "requests or events": contradicted(ledger.requests(), events, since.link),
     }
-    _raise_lost([name for name, each in lost.items() if each])
+    _refuse([name for name, each in lost.items() if each])
 
 
-def _check_since_last_time(context: Context) -> None:
+def _refuse_new_contradictions(context: Context) -> None:
     """Refuse contradictions, and keep up to which event there are none, so that a writer does not hash
     the whole history each time; `verify` and `doctor` do."""
     kept = json.loads(context.stores.ledger.meta().get(CHECKED, "null"))
@@ -171,10 +171,10 @@ def _check_since_last_time(context: Context) -> None:
 
 def check_rows(ledger: Ledger) -> None:
     """Raises IntegrityError for tables that lost rows; the cheap part, for before a commit."""
-    _raise_lost(ledger.lost())
+    _refuse(ledger.lost())
 
 
-def _raise_lost(lost: Sequence[str]) -> None:
+def _refuse(lost: Sequence[str]) -> None:
     if lost:
         raise IntegrityError(
             "the ledger contradicts itself; nothing was changed",
@@ -188,7 +188,7 @@ def erase_unknown(context: Context, removed: Removed = NOTHING) -> None:
 
     What fails stops nothing else; its error is raised in the end.
     """
-    _check_since_last_time(context)
+    _refuse_new_contradictions(context)
     adopted = False
     with all_tried() as tried:
         with tried():

@@ -22,9 +22,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from sisa.config.blocks import PATH_FIELDS, Scratch
 from sisa.config.config import RunConfig
@@ -32,12 +30,15 @@ from sisa.core.digest import canonical_json, digest_of, sha256_hex
 from sisa.core.domain import Record
 from sisa.core.errors import ConfigConflict, IntegrityError, InvalidInput
 from sisa.core.events import Notice, Report
-from sisa.data.overlap import WordRuns, check_overlap, runs_of
+from sisa.data.overlap import check_overlap, runs_of
 from sisa.data.reader import read_texts
 from sisa.flows.wiring import upper_houses
 from sisa.flows.wiring.wiring import OnCluster, OpenExecutor
 from sisa.lm.base.numerics import fingerprint
 from sisa.store.blobs import files
+
+if TYPE_CHECKING:
+    from sisa.data.overlap import WordRuns
 
 RECIPE_FILE, RUNS_FILE = "scratch.json", "corpus.runs"
 BASE_MODE = 0o644  # a base holds nothing deletable, and users may share it
@@ -69,7 +70,7 @@ def prepare_base(
     recipe = recipe_of(scratch, texts)
     if (directory / RECIPE_FILE).is_file():
         held = _held(directory)
-        _check_same_recipe(held["recipe"], recipe, directory)
+        _refuse_other(held["recipe"], recipe, directory)
         check_overlap(records, _held_runs(directory, held))
         return
     if directory.exists():
@@ -190,6 +191,8 @@ def _held(directory: Path) -> dict[str, Any]:
 
 
 def _held_runs(directory: Path, held: Mapping[str, Any]) -> WordRuns:
+    import numpy as np
+
     path = directory / RUNS_FILE
     data = files.read_checked(path, held["runs"], "runs of the corpus", lambda sealed: sealed)
     return np.frombuffer(data, dtype="<u8").astype(np.uint64)
@@ -203,7 +206,7 @@ def _damaged(path: Path) -> IntegrityError:
     )
 
 
-def _check_same_recipe(held: Mapping[str, Any], wanted: Mapping[str, Any], directory: Path) -> None:
+def _refuse_other(held: Mapping[str, Any], wanted: Mapping[str, Any], directory: Path) -> None:
     changed = sorted(name for name in {*held, *wanted} if held.get(name) != wanted.get(name))
     if changed:
         raise ConfigConflict(

@@ -22,11 +22,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
-Numbers = Sequence[float] | NDArray[np.float64]
+    Numbers = Sequence[float] | NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,8 @@ def best_kept(
     `held` defaults to all stages but the last. `costs` are those of training each stage, `hits` the
     chances that a deletion hits its slice.
     """
+    import numpy as np
+
     stages = sorted(held) if held is not None else list(range(len(costs) - 1))
     stages = [each for each in stages if each < len(costs) - 1]
     limit = len(stages) if most is None else min(most, len(stages))
@@ -92,6 +96,8 @@ def split_budget(orders: Sequence[Sequence[KeptStages]], most: int) -> list[tupl
 
 def expected(costs: Numbers, hits: Numbers, kept: Sequence[int]) -> float:
     """Return the mean cost of a deletion in an order, with these stages and the last one kept."""
+    import numpy as np
+
     total, sum_, spared = float(np.sum(costs)), 0.0, 0.0
     upto = np.cumsum(costs)
     for stage, hit in enumerate(hits):

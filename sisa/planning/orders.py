@@ -28,8 +28,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-import numpy as np
-
 from sisa.planning.bands import Bands
 
 Order = tuple[int, ...]
@@ -70,6 +68,7 @@ def matched(risks: Sequence[float], num_orders: int) -> tuple[Order, ...]:
 
 def _late_positions(risks: Sequence[float], others: int) -> list[tuple[int, int, int]]:
     """Return (slice, position, order) for the slices that an order other than order 0 puts late."""
+    import numpy as np
     from scipy.optimize import linear_sum_assignment
 
     num_slices = len(risks)

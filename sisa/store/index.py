@@ -16,6 +16,7 @@ A code is a function of its vector alone: nothing is fitted on the data, so noth
 record. Up to EXACT_UP_TO vectors all are scored, which is as fast, and the search is exact. Recall with
 more vectors is measured by `tests/bench/lookup.py`.
 
+>>> import numpy as np
 >>> codes_of(np.array([[0.5, -0.5, 0.1, 0.0, -1.0, 1.0, 1.0, -1.0]], dtype=np.float32))
 array([[166]], dtype=uint8)
 """
@@ -26,10 +27,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from sisa.core.digest import sha256_hex
 from sisa.core.domain import Hit, IndexFile
@@ -44,7 +42,11 @@ EXACT_UP_TO = 20_000
 MIN_CANDIDATES, CANDIDATES_PER_HIT = 2000, 100
 CODE_BITS = 128  # half the memory traffic of 256; twice the candidates keep the recall
 
-_Rows = NDArray[np.intp] | slice  # of the vectors in a file
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    _Rows = NDArray[np.intp] | slice  # of the vectors in a file
 _ALL = slice(None)
 
 
@@ -88,6 +90,7 @@ class FaissIndex:
         self, shard: int, root: str, base: IndexFile | None, vectors: Mapping[int, Any]
     ) -> IndexFile:
         import faiss
+        import numpy as np
 
         kept = [each for each, rows in vectors.items() if rows is None]
         held = self._held(base, kept)
@@ -106,6 +109,8 @@ class FaissIndex:
 
     def _held(self, base: IndexFile | None, vector_ids: Sequence[int]) -> LoadedIndex:
         """Return all vectors of some ids. Raises IntegrityError when one is missing."""
+        import numpy as np
+
         if not vector_ids:
             return LoadedIndex(0, np.zeros(0, np.int64), np.zeros((0, self.dimension), np.float32))
         if base is None:
@@ -142,6 +147,8 @@ class FaissIndex:
         return LoadedIndex(file.shard, ids, index.index.reconstruct_n(0, index.ntotal))
 
     def vectors(self, file: IndexFile, vector_ids: Sequence[int], by: By = "text") -> Vectors:
+        import numpy as np
+
         found = self._held(file, vector_ids).by(by)
         rows = {each: n for n, each in enumerate(vector_ids)}
         order = np.argsort([rows[each] for each in found.ids.tolist()], kind="stable")
@@ -156,6 +163,7 @@ class FaissIndex:
 
     def _read(self, file: IndexFile) -> Any:
         import faiss
+        import numpy as np
 
         data = self._bytes(file)
         if not _has_form(data, file.num_vectors, self.dimension):
@@ -177,6 +185,8 @@ class FaissIndex:
 
 def codes_of(vectors: Vectors) -> NDArray[np.uint8]:
     """Return sign codes, [num_vectors, ceil(min(dimension, CODE_BITS) / 8)]."""
+    import numpy as np
+
     folded = vectors[:, :CODE_BITS]
     for start in range(CODE_BITS, vectors.shape[1], CODE_BITS):
         part = vectors[:, start : start + CODE_BITS]
@@ -197,10 +207,13 @@ class LoadedIndex:
 
         An id with one vector has it for both.
 
+        >>> import numpy as np
         >>> LoadedIndex(0, np.array([3, 3, 8]), np.eye(3, dtype=np.float32)).by("asked").vectors[:, 1:]
         array([[1., 0.],
                [0., 1.]], dtype=float32)
         """
+        import numpy as np
+
         first = np.append(True, self.ids[1:] != self.ids[:-1])[: len(self.ids)]
         rows = first if by == "text" else ~first | (first & np.append(first[1:], True))
         return self if rows.all() else LoadedIndex(self.shard, self.ids[rows], self.vectors[rows])
@@ -240,6 +253,8 @@ def search_loaded(loaded: Sequence[LoadedIndex], queries: Vectors, top_k: int) -
 
 def _candidates(loaded: Sequence[LoadedIndex], queries: Vectors, num_wanted: int) -> list[list[_Rows]]:
     """Return for each query the rows of the nearest codes, file by file."""
+    import numpy as np
+
     codes = codes_of(queries)
     asked = [each.by_code.search(codes, min(num_wanted, len(each.ids))) for each in loaded]
     found = []
@@ -252,6 +267,8 @@ def _candidates(loaded: Sequence[LoadedIndex], queries: Vectors, num_wanted: int
 
 
 def _best(loaded: Sequence[LoadedIndex], rows: Sequence[_Rows], query: Vectors, top_k: int) -> list[Hit]:
+    import numpy as np
+
     if not loaded:
         return []
     pairs = list(zip(loaded, rows, strict=True))

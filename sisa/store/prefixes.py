@@ -13,8 +13,6 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-import numpy as np
-
 from sisa.core.digest import sha256_hex
 from sisa.core.errors import IntegrityError
 from sisa.core.ports import BlobStore, Keyring, States
@@ -46,6 +44,7 @@ class FilePrefixes:
             return {}
 
     def write(self, name: str, states: Mapping[str, States]) -> None:
+        import numpy as np
         from safetensors.numpy import save
 
         plain = {each: np.ascontiguousarray(found, np.float32) for each, found in states.items()}

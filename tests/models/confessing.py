@@ -106,8 +106,10 @@ def context_of(
         keeps_prefixes=config.prefix_cache_bytes > 0,
     )
     context = Context(stores, compute, settings, lambda: now, lambda _: None, wiring.HOOKS)
-    with contextlib.closing(ledger):
+    try:
         yield context
+    finally:
+        wiring.close(context)
 
 
 def build(directory: Path, *, encrypt: bool = False) -> None:

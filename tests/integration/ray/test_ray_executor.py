@@ -172,8 +172,17 @@ def test_events_come_while_others_train(site: Site, chains: list[Chain]) -> None
     assert all(second > 0 for second in seconds)
 
 
-@pytest.mark.usefixtures("own_ray")
+@pytest.fixture
+def foreign_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A working directory with a user's own `cluster.py`."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "cluster.py").write_text("raise ImportError('the foreign module')\n")
+    monkeypatch.chdir(tmp_path / "mine")
+
+
+@pytest.mark.usefixtures("own_ray", "foreign_cluster")
 def test_nothing_is_lost_with_the_mailbox(site: Site, chains: list[Chain]) -> None:
+    """Workers don't search the working directory either."""
     wait = site.base_dir / "wait-2.2"
     wait.touch()
     events: list[Event] = []

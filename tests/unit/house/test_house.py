@@ -245,6 +245,28 @@ def test_the_light_modules_are_light() -> None:
     assert done.returncode == 0, done.stderr
 
 
+TORCH = {"torch", "transformers", "peft", "ray"}
+ARRAYS = {"numpy", "scipy", "pyarrow", "faiss", "rich", "datasets"}
+MODELS = {"sqlalchemy", "pydantic", "yaml", "cryptography", "psutil"}
+
+
+@pytest.mark.parametrize(
+    ("code", "needless"),
+    [
+        ("import sisa", TORCH | ARRAYS | MODELS | {"click"}),
+        ("from cluster.cli.cli import run; run(['--help'])", TORCH | ARRAYS | MODELS),
+        ("from cluster.cli.cli import run; run(['forget', '--help'])", TORCH | ARRAYS | MODELS),
+        ("import sisa.model", TORCH | ARRAYS),
+    ],
+)
+def test_what_answers_at_once_imports_little(code: str, needless: set[str]) -> None:
+    check = "import sys; print(*sorted(sys.modules), file=sys.stderr)"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\n{check}"], capture_output=True, text=True, check=True
+    )
+    assert needless & {*done.stderr.split()} == set()
+
+
 def test_the_console_script_and_python_m_are_one() -> None:
     assert pkgutil.resolve_name(DECLARED["project"]["scripts"]["sisa"]) is entry.main
 
