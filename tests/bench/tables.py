@@ -266,12 +266,42 @@ def shares() -> Iterator[str]:
     )
 
 
+def methods() -> Iterator[str]:
+    """Yield the references and every setting of every method of unlearning."""
+    found = measured("leaderboard")
+    columns = {
+        "p_value": "forget quality p",
+        "statistic": "D",
+        "model_utility": "utility",
+        "probability": "forget probability",
+        "rouge": "forget ROUGE-L",
+        "extraction_strength": "extraction strength",
+        "attack_loss": "AUC of loss",
+    }
+    lines = []
+    for row in (*found["references"], *found["curves"]):
+        rate = f"{row['learning_rate']:g}" + (f", alpha {row['alpha']:g}" if row["alpha"] else "")
+        steps = sorted(set(row["steps"]))
+        values = [_with_spread(row["values"][name]) for name in columns]
+        share = f"{row['values']['share']['mean']:.1%}"
+        taken = "-".join(map(str, steps))
+        lines.append((row["name"], rate, row["num_seeds"], taken, *values, share))
+    header = ("method", "rate", "seeds", "steps", *columns.values(), "operations, share of full")
+    yield from rows(header, lines)
+
+
+def _with_spread(value: Json) -> str:
+    """Return a mean, and half of the range over seeds where it can be seen."""
+    mean, spread_ = f"{value['mean']:.2f}", f"{value['spread'] or 0:.2f}"
+    return mean if spread_ == "0.00" else f"{mean} ± {spread_}"
+
+
 def of(name: str, table: Callable[[Json], Iterator[str]]) -> Callable[[], Iterator[str]]:
     """Return a table of what was measured, that its benchmark prints, too."""
     return lambda: table(measured(name))
 
 
-BENCH, CONFIG = "tests/bench/README.md", "sisa/config/README.md"
+BENCH, CONFIG, APPROX = "tests/bench/README.md", "sisa/config/README.md", "approx/README.md"
 TABLES: dict[str, dict[str, Callable[[], Iterator[str]]]] = {
     BENCH: {
         "found-shards": found_shards,
@@ -291,6 +321,7 @@ TABLES: dict[str, dict[str, Callable[[], Iterator[str]]]] = {
         "simulated-fleet": simulated_fleet,
     },
     CONFIG: {"keys": reference},
+    APPROX: {"methods": methods},
 }
 
 
