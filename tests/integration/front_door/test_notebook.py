@@ -1,62 +1,74 @@
-"""The notebook runs to its end on a tiny base, and proves what it says.
+"""The notebooks run to their ends on tiny bases, and show what they say.
 
-What is committed holds no outputs and defines nothing: it calls the library. The kernel is a process of
-its own, so that its warnings are its own; it gets its folder, its base and nothing else from here.
+What is committed holds no outputs and defines nothing: it calls the library. The first one runs in a
+kernel, a process of its own, so that its warnings are its own; it gets its folder, its base and nothing
+else from here. The cells of the others run in this process, which has torch already.
 """
 
 from __future__ import annotations
 
 import ast
+import contextlib
+import io
 import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-NOTEBOOK = Path(__file__).parents[3] / "notebooks" / "01_train_find_forget_prove.ipynb"
+FOLDER = Path(__file__).parents[3] / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+FIRST, CHOOSE = NOTEBOOKS
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
 MACHINE_PATHS = re.compile(r"(?<![\w.])/(home|root|tmp|work|usr|Users|mnt|opt|var)\b|[A-Z]:\\\\|\.venv")
 MAGIC = re.compile(r"^%.*$", re.MULTILINE)
 TIMEOUT_S = 300
 
-pytestmark = [pytest.mark.torch, pytest.mark.slow]
+all_notebooks = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
-@pytest.fixture
-def book() -> Any:
+def read(path: Path) -> Any:
     import nbformat
 
-    return nbformat.read(NOTEBOOK, as_version=nbformat.NO_CONVERT)
+    return nbformat.read(path, as_version=nbformat.NO_CONVERT)
 
 
 def code_cells(book: Any) -> list[Any]:
     return [cell for cell in book.cells if cell.cell_type == "code"]
 
 
-def test_what_is_committed_is_valid_and_bare(book: Any) -> None:
+@all_notebooks
+def test_what_is_committed_is_valid_and_bare(path: Path) -> None:
     import nbformat
 
+    book = read(path)
     nbformat.validate(book)
     assert all(not cell.outputs and cell.execution_count is None for cell in code_cells(book))
     assert all(not cell.metadata for cell in book.cells)
     assert set(book.metadata) == {"kernelspec", "language_info"}
-    assert not MACHINE_PATHS.search(NOTEBOOK.read_text(encoding="utf-8"))
+    assert not MACHINE_PATHS.search(path.read_text(encoding="utf-8"))
+    assert f"]({path.name})" in (FOLDER / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_notebook_defines_nothing(book: Any) -> None:
-    for cell in code_cells(book):
+@all_notebooks
+def test_the_notebook_defines_nothing(path: Path) -> None:
+    for cell in code_cells(read(path)):
         tree = ast.parse(MAGIC.sub("", cell.source))
         assert not [node for node in ast.walk(tree) if isinstance(node, DEFINITIONS)], cell.source
 
 
-def test_the_notebook_runs_to_its_end(
-    book: Any, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.torch
+@pytest.mark.slow
+def test_the_first_notebook_runs_to_its_end(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SISA_NOTEBOOK_BASE", str(tiny_base))
     monkeypatch.setenv("SISA_NOTEBOOK_EXECUTOR", "serial")
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     for name in ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR"):
         monkeypatch.setenv(name, str(tmp_path / "jupyter"))
+    book = read(FIRST)
     execute(book, tmp_path)
     outputs = {cell.id: cell.outputs for cell in code_cells(book)}
     pictures = [
@@ -85,3 +97,59 @@ def execute(book: Any, folder: Path) -> None:
 
 def said(outputs: list[Any]) -> str:
     return "".join(each.text for each in outputs if each.get("name") == "stdout")
+
+
+Cells = dict[str, tuple[str, Any]]  # by their ids: what a cell printed, and the value of its last line
+
+
+@pytest.fixture
+def run_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[Path], Cells]]:
+    """Run a notebook's cells in this process, in a folder of the test's own."""
+    from matplotlib import pyplot
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(pyplot, "show", lambda: print(f"{len(pyplot.get_fignums())} figures"))
+
+    def run(path: Path) -> Cells:
+        names: dict[str, Any] = {}
+        found: Cells = {}
+        for cell in code_cells(read(path)):
+            printed = io.StringIO()
+            with contextlib.redirect_stdout(printed):
+                value = run_cell(MAGIC.sub("", cell.source), names)
+            found[cell.id] = printed.getvalue(), value
+            pyplot.close("all")
+        return found
+
+    yield run
+    assert not list(tmp_path.glob("tmp*")), "it cleans up after itself"
+
+
+def run_cell(code: str, names: dict[str, Any]) -> Any:
+    """Run a cell and return the value of its last line, where that is an expression."""
+    body = ast.parse(code).body
+    last = body[-1] if body else None
+    before = body[:-1] if isinstance(last, ast.Expr) else body
+    exec(compile(ast.Module(before, []), "cell", "exec"), names)  # noqa: S102 - our own notebook
+    if isinstance(last, ast.Expr):
+        return eval(compile(ast.Expression(last.value), "cell", "eval"), names)  # noqa: S307
+    return None
+
+
+def test_prices_of_deletions_follow_from_the_layout(run_here: Callable[[Path], Cells]) -> None:
+    cells = run_here(CHOOSE)
+    assert cells["advice"][0].startswith("recommended: 64 shards x ")
+    assert cells["choices"][1].axes
+    closed, counted = zip(*(map(float, each) for each in prices(cells["prices"][0])), strict=True)
+    assert counted == pytest.approx(closed, rel=0.05)
+    assert sorted(counted, reverse=True) == list(counted)
+    without, banded = (float(each) for each in re.findall(r"0\.\d+(?= of)", cells["bands"][0]))
+    assert banded < 0.9 * without
+    runs = [float(each) for each in re.findall(r": (\S+) trainings", cells["batch"][0])]
+    assert sorted(runs, reverse=True) == runs
+    assert '"shards": 64' in cells["write"][0]
+
+
+def prices(said: str) -> list[tuple[str, str]]:
+    """What the closed form and the count say of each layout."""
+    return re.findall(r"^\d+ x \d+ +(\S+) +(\S+)$", said, re.MULTILINE)
