@@ -35,6 +35,7 @@ from sisa.core.domain import (
     Request,
     RequestState,
     Tombstone,
+    WitnessHead,
 )
 from sisa.core.errors import (
     Busy,
@@ -355,35 +356,42 @@ class Model:
         )
 
     def verify(
-        self, replay: Replay = "none", shard: int | None = None, *, require_replay: bool = False
+        self,
+        replay: Replay = "none",
+        shard: int | None = None,
+        *,
+        require_replay: bool = False,
+        anchor: WitnessHead | None = None,
     ) -> Verification:
         """Check every held byte; with `replay` train shards from scratch and compare the bytes. One of
         them is trained again stage by stage, each in a process of its own on this machine. With
-        `require_replay` a shard that was asked for and can't be replayed is a finding."""
+        `require_replay` a shard that was asked for and can't be replayed is a finding. So is a history
+        of requests that does not go on from `anchor`, a `Status.event_head` that was noted before."""
         if replay == "none":
-            return self._checked()
+            return self._checked(anchor)
         with contextlib.ExitStack() as stack:
             context = stack.enter_context(self._writing())
             chosen = shards_to_replay(context, replay, shard)
             stack.callback(self._clear_scratch)
             context = replace(context, report=self.report)  # what is trained only to compare is not kept
             apart = stages_apart(self, context)
-            return verify(context, chosen, scratch_store(context), apart, require_replay=require_replay)
+            store = scratch_store(context)
+            return verify(context, chosen, store, apart, require_replay=require_replay, anchor=anchor)
 
     @asked_again
-    def _checked(self) -> Verification:
+    def _checked(self, anchor: WitnessHead | None) -> Verification:
         """Check every held byte; judge findings again while nobody writes, since what a writer has not
         committed yet looks like damage. Raises Busy where that can't be had."""
         for wait_s in WAITS_S:
             time.sleep(wait_s)
             with self._context(outdated=True) as context:
-                found = verify(context, [], None)
+                found = verify(context, [], None, anchor=anchor)
             if found.ok:
                 return found
             with undisturbed(self.directory) as free:
                 if free:
                     with self._context(as_it_is=True) as context:
-                        return verify(context, [], None)
+                        return verify(context, [], None, anchor=anchor)
         raise self._busy()
 
     def generate(self, prompt: Prompt, *, max_new_tokens: int = 48, kind: Kind | None = None) -> Answer:

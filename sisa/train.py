@@ -21,7 +21,7 @@ from sisa.core.errors import Busy, ConfigConflict, EnvironmentFault, IntegrityEr
 from sisa.core.events import Notice, Report, silent
 from sisa.core.ports import Change
 from sisa.core.precision import DEFAULT_PRECISION
-from sisa.core.requests import is_under_way
+from sisa.core.requests import is_under_way, key_name
 from sisa.data.reader import named_by_location, read_records
 from sisa.flows import reconfigure
 from sisa.flows.ask import FORM, held_prompts, usual_kind
@@ -153,7 +153,7 @@ def _first_training(
                 where=str(directory),
                 next_step="run the same command again",
             )
-        named = {"key": keyed.name, "model": _new_name(config)}
+        named = {"key": key_name(keyed), "model": _new_name(config)}
         wiring.keep_key(directory, config, named["model"], secret)
         context = wiring.open_context(
             directory,

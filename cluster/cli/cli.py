@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import stat
 import sys
@@ -55,6 +56,7 @@ from cluster.cli.command import (
 from cluster.observe.reporting import log_format_of, open_log, watched
 from cluster.render import render
 from cluster.render.render import Result
+from sisa.core.domain import WitnessHead
 from sisa.core.errors import InvalidInput, Problem, SisaError
 from sisa.flows.wiring.run_context import new_run, running
 
@@ -232,6 +234,19 @@ def status(directory: Path) -> Result:
         return render.status(model.status())
 
 
+class AnchoredHead(click.ParamType):  # type: ignore[type-arg]  # generic in click's stubs alone
+    """The head of an event log after so many events, as `sisa status` prints it."""
+
+    name = "N:HEAD"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> WitnessHead:
+        if not (found := re.fullmatch(r"([1-9][0-9]{0,17}):([0-9a-f]{64})", value)):
+            self.fail("expected the number of events, a colon and the head's 64 digits", param, ctx)
+        return WitnessHead(found[2], int(found[1]))
+
+
 @command("verify", "sisa verify -m model --replay all")
 @model_option
 @click.option(
@@ -243,19 +258,26 @@ def status(directory: Path) -> Result:
 )
 @click.option("--shard", type=click.IntRange(0), help="Replay this shard alone.")
 @click.option("--require-replay", is_flag=True, help="Fail where a shard can't be replayed.")
+@click.option(
+    "--anchor",
+    type=AnchoredHead(),
+    help="Head of the event log as `sisa status` printed it; fail unless the history goes on from it.",
+)
 @executor_option
 def verify(
     directory: Path,
     replay: str,
     shard: int | None,
     require_replay: bool,
+    anchor: WitnessHead | None,
     executor: str | OpenExecutor,
 ) -> Result:
     """Check every held byte; prove by replay."""
     if replay == "none" and (shard is not None or require_replay):
         replay = "sample"
     with opened(directory, executor) as model:
-        found = model.verify(replay, shard, require_replay=require_replay)  # type: ignore[arg-type]
+        chosen: Any = replay
+        found = model.verify(chosen, shard, require_replay=require_replay, anchor=anchor)
         return render.verified(found)
 
 

@@ -319,7 +319,8 @@ def status(found: Status) -> Result:
     path, standing = found.witness
     lines.append(f"witness {path}: {standing}")
     if head := found.event_head.link:
-        lines.append(f"event log: {found.event_head.num_events} events, head {head}")
+        count = found.event_head.num_events
+        lines.append(f"event log: {count} events, head {count}:{head}")
     return Result(
         asdict(found) | {"witness": {"path": path, "standing": standing}}, printable("\n".join(lines))
     )

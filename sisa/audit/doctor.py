@@ -39,6 +39,7 @@ from sisa.core.digest import KEY_BYTES, Keyed
 from sisa.core.domain import RecordRow
 from sisa.core.errors import InvalidInput, SisaError, TransientError
 from sisa.core.events import silent
+from sisa.core.requests import key_names
 from sisa.flows.wiring import wiring
 from sisa.flows.wiring.context import Context
 from sisa.flows.wiring.resources import Resources
@@ -275,7 +276,7 @@ def _key(
         secret = wiring.stored_secret(directory, config, model)
     except SisaError as error:
         return [finding("key", "error", str(path), error.what)], None
-    if Keyed(secret).name != name:
+    if name not in key_names(Keyed(secret)):
         return [finding("key", "error", str(path), "the partition key is not this model's")], None
     if not path.is_file():
         what = (

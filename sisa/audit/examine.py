@@ -102,7 +102,7 @@ def finding(
 def examine(context: Context, directory: Path, *, with_key: bool = True) -> list[Finding]:
     """Return all findings of an opened model; `with_key=False` skips checks that need the right key."""
     found = [
-        *_rows(context),
+        *_rows(context, with_key=with_key),
         *_modes(context, directory),
         *_keyring(context),
         *forms(context),
@@ -122,10 +122,11 @@ def examine(context: Context, directory: Path, *, with_key: bool = True) -> list
     return found
 
 
-def _rows(context: Context) -> Iterator[Finding]:
+def _rows(context: Context, *, with_key: bool) -> Iterator[Finding]:
     if what := _damage(lambda: check_rows(context.stores.ledger)):
         yield finding("ledger_damaged", "error", LEDGER, what)
-    if contradicted(context.stores.ledger.requests(), context.stores.ledger.events()):
+    ledger, chain = context.stores.ledger, context.settings.chain if with_key else None
+    if contradicted(ledger.requests(), ledger.events(), chain):
         what = "the requests' events do not form one chain that leads to their states"
         yield finding("ledger_damaged", "error", LEDGER, what)
 

@@ -26,10 +26,10 @@ from typing import Literal
 
 from sisa.audit.examine import forms
 from sisa.audit.replay import Apart
-from sisa.core.domain import Chain, Head, IndexFile, Record, RecordRow, SliceFile
+from sisa.core.domain import Chain, Head, IndexFile, Record, RecordRow, SliceFile, WitnessHead
 from sisa.core.errors import ConfigConflict, EnvironmentFault, IntegrityError, InvalidInput, Problem
 from sisa.core.events import Notice
-from sisa.core.ports import By, CheckpointStore, Vectors
+from sisa.core.ports import By, CheckpointStore, Ledger, Vectors
 from sisa.flows.reconcile import check_consistent, training_started
 from sisa.flows.wiring.context import (
     Context,
@@ -96,14 +96,16 @@ def verify(
     apart: Apart | None = None,
     *,
     require_replay: bool = False,
+    anchor: WitnessHead | None = None,
 ) -> Verification:
     """Check all held bytes; replay the shards named in `replayed` into `scratch`, side by side, and one
     of them `apart`, too. With `require_replay` a shard that holds records and can't be replayed is a
-    finding."""
+    finding, and so are events that do not extend the `anchor`, a head that was noted before."""
     try:
         check_consistent(context)
         count, findings = check_files(context)
         vectors, wrong = check_vectors(context) if not findings else (0, [])
+        wrong += _not_anchored(context.stores.ledger, anchor) if anchor else []
         heads = context.stores.ledger.heads()
     except IntegrityError as error:  # of the ledger itself: what it names can't be judged
         return Verification(False, 0, (Problem("ledger", f"{error.what} (got {error.got})"),), ())
@@ -135,6 +137,18 @@ def verify(
     findings += [*_differing(proofs), *(_unproved(proofs, replayed) if require_replay else ())]
     findings += _plain_files(context)
     return Verification(not findings, count, tuple(findings), tuple(proofs), vectors)
+
+
+def _not_anchored(ledger: Ledger, anchor: WitnessHead) -> list[Problem]:
+    """Find events, which are known to be one chain, that do not go on from an anchored head."""
+    known = ledger.event_head().num_events
+    if anchor.num_events > known:
+        what = f"has {known} events, {anchor.num_events} were anchored: it was set back"
+    elif ledger.events(anchor.num_events - 1)[0].link != anchor.link:
+        what = f"event {anchor.num_events} is not the one that was anchored: the history was rewritten"
+    else:
+        return []
+    return [Problem("event log", what)]
 
 
 def _differing(proofs: Iterable[ShardProof]) -> Iterator[Problem]:

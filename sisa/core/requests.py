@@ -18,11 +18,11 @@ ledger form one hash chain. Time is an argument.
 from __future__ import annotations
 
 import calendar
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import date, datetime, timedelta
 
-from sisa.core.digest import digest_of
+from sisa.core.digest import Keyed, digest_of
 from sisa.core.domain import Probed, Regime, Request, RequestEvent, RequestState
 from sisa.core.errors import ConfigConflict, InvalidInput
 
@@ -195,17 +195,76 @@ def event(request: Request, at: str, note: str = "") -> RequestEvent:
     return RequestEvent(request.request_id, request.state, at, note)
 
 
-def contradicted(requests: Iterable[Request], events: Iterable[RequestEvent], link: str = "") -> bool:
-    """Return whether events are not one chain, or contradict the state or the commit of a request.
+@dataclass(frozen=True)
+class EventChain:
+    """Links each event of a ledger to the one before it, under the partition key.
 
-    With `link`, only the events after the one with that link, and their requests, are compared.
+    An earlier version linked events without the key. A ledger that it began names its key otherwise
+    (`key_name`), may have such events at its beginning, and none after the first keyed one.
     """
+
+    keyed: Keyed
+    began_unkeyed: bool = False
+
+    @classmethod
+    def of(cls, keyed: Keyed, named: str | None) -> EventChain:
+        """Return the chain of a ledger, by the name that it gives its key."""
+        return cls(keyed, named == keyed.name)
+
+    def link(self, before: str, found: RequestEvent) -> str:
+        """Return the link of an event after the one with the link `before`."""
+        return self._link(chained(before, found))
+
+    def _link(self, unkeyed: str) -> str:
+        return self.keyed.digest("event", unkeyed)
+
+    def linked(self, before: str, events: Iterable[RequestEvent]) -> Iterator[RequestEvent]:
+        """Yield events with their links."""
+        for each in events:
+            before = self.link(before, each)
+            yield replace(each, link=before)
+
+    def holds(self, events: Iterable[RequestEvent], link: str = "") -> bool:
+        """Return whether the links are those of events that follow the one with `link`."""
+        unkeyed_too = self.began_unkeyed
+        for each in events:
+            plain = chained(link, each)
+            link = each.link
+            if link == self._link(plain):
+                unkeyed_too = False
+            elif link != plain or not unkeyed_too:
+                return False
+        return True
+
+
+def key_name(keyed: Keyed) -> str:
+    """Return how a ledger names its key if all its events are linked under it. Without the key nobody
+    can tell the name that an earlier version gave it, `keyed.name`, which allows other events."""
+    return keyed.digest("name", "events")
+
+
+def key_names(keyed: Keyed) -> tuple[str, str]:
+    """Return the names that a ledger may give its key: this version's, and an earlier one's."""
+    return key_name(keyed), keyed.name
+
+
+def contradicted(
+    requests: Iterable[Request],
+    events: Sequence[RequestEvent],
+    chain: EventChain | None,
+    link: str = "",
+) -> bool:
+    """Return whether events are not one chain, or a request differs from what its events say.
+
+    A request must be in the state of its last event, and committed when its events say. Of the events
+    that follow the one with `link`, only the requests that they are of are compared. Without a `chain`
+    links are not looked at.
+    """
+    if chain is not None and not chain.holds(events, link):
+        return True
     whole, states = not link, {}
     committed: dict[str, str] = {}
     for each in events:
-        link = chained(link, each)
-        if link != each.link:
-            return True
         states[each.request_id] = each.state
         if each.state == "committed":
             committed[each.request_id] = each.at
@@ -217,5 +276,5 @@ def contradicted(requests: Iterable[Request], events: Iterable[RequestEvent], li
 
 
 def chained(link: str, found: RequestEvent) -> str:
-    """Return the link of an event after the one with `link`."""
+    """Return the link without a key of an event after the one with `link`."""
     return digest_of([link, asdict(replace(found, link=""))])

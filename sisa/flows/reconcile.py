@@ -153,7 +153,9 @@ def check_consistent(context: Context, since: WitnessHead = BEGINNING) -> None:
         "records or slices": sum(ledger.kinds().values()) != sum(f.num_records for f in slices),
         "indexes": {f.shard for f in slices} != {f.shard for f in ledger.indexes()},
         "checkpoints": any(head.key not in known for head in heads if head.key is not None),
-        "requests or events": contradicted(ledger.requests(), events, since.link),
+        "requests or events": contradicted(
+            ledger.requests(), events, context.settings.chain, since.link
+        ),
     }
     _refuse([name for name, each in lost.items() if each])
 

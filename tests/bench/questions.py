@@ -8,6 +8,9 @@ where      what many records touched: read once, and once for each record
 requests   the history of all requests: read once, and once for each request
 checking   what a writing command compares before it begins: since the last event that was checked,
            and from the beginning
+deletions  what `forget --dry-run` plans for many ids, and a deletion that puts its training off: from
+           the contents of slices, looking for what was removed, and from whole rows, writing the
+           ledger anew
 """
 
 from __future__ import annotations
@@ -18,30 +21,47 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
+
 from sisa.core.digest import Keyed, digest_of
-from sisa.core.domain import Head, HeldCheckpoint, RecordRow, Request, SliceFile
-from sisa.core.ports import Change
-from sisa.core.requests import chained, contradicted, event
+from sisa.core.domain import (
+    Head,
+    HeldCheckpoint,
+    IndexFile,
+    Part,
+    Record,
+    RecordRow,
+    Request,
+    SliceFile,
+)
+from sisa.core.ports import Change, StoredRecord
+from sisa.core.requests import EventChain, contradicted, event
 from sisa.flows import lifecycle, query
+from sisa.flows.deletion import forget_at_once, plan_forget
 from sisa.flows.wiring.context import Context
+from sisa.planning.assign import index_root, root_of, slice_root
 from sisa.store.ledger import rows
 from sisa.store.ledger.ledger import SqlLedger
 from sisa.store.ledger.schema import EVENTS, REQUESTS
 from tests.fakes.ports import SECRET, changed, fake_model, fake_recipe
 
 NUM_SHARDS, NUM_SLICES, PER_COMMIT, NUM_IDS = 64, 4, 50_000, 1_000
+Former = Callable[[], AbstractContextManager[None]]
+CHAIN = EventChain(Keyed(SECRET))
 STATES = ("received", "approved", "committed", "rolled_back", "erased", "retrained", "completed")
 
 
 def row(keyed: Keyed, number: int) -> RecordRow:
     name = keyed.digest("id", f"r{number}")
-    who, what = (keyed.digest(purpose, f"{number}") for purpose in ("subject", "text"))
-    return RecordRow(name, who, what, what, "text", number % NUM_SHARDS, number % NUM_SLICES, number, 1)
+    who, what, text = (keyed.digest(purpose, f"{number}") for purpose in ("subject", "record", "text"))
+    place = number % NUM_SHARDS, number // NUM_SHARDS % NUM_SLICES
+    return RecordRow(name, who, what, text, "text", *place, int(name[:16], 16) >> 1, 1)
 
 
 def filled(ledger: SqlLedger, num_records: int, num_requests: int) -> None:
@@ -50,6 +70,7 @@ def filled(ledger: SqlLedger, num_records: int, num_requests: int) -> None:
         several = range(start, min(num_records, start + PER_COMMIT))
         ledger.commit(Change(added=[row(keyed, number) for number in several]))
     places = [(shard, slice_) for shard in range(NUM_SHARDS) for slice_ in range(NUM_SLICES)]
+    indexes = [IndexFile(shard, "root", 0, "sha", 1) for shard in range(NUM_SHARDS)]
     made = [
         HeldCheckpoint(
             digest_of(place), place[0], tuple(range(place[1] + 1)), 10**6, "f", "m", "a", 1, 0.5, 1
@@ -59,7 +80,8 @@ def filled(ledger: SqlLedger, num_records: int, num_requests: int) -> None:
     tops = {each.shard: each.key for each in made}
     ledger.commit(
         Change(
-            slices=[SliceFile(*place, "root", 1, "sha", 1) for place in places],
+            slices=[slice_file(ledger, *place) for place in places],
+            indexes=indexes,
             heads=[Head(shard, key, NUM_SLICES, key) for shard, key in tops.items()],
             checkpoints=made,
         )
@@ -67,17 +89,23 @@ def filled(ledger: SqlLedger, num_records: int, num_requests: int) -> None:
     fill_past(ledger, num_requests)
 
 
+def slice_file(ledger: SqlLedger, shard: int, slice_: int) -> SliceFile:
+    with ledger._reading() as connection:
+        held = rows.contents(connection, shard, slice_)
+    return SliceFile(shard, slice_, root_of(held), len(held), "sha", 1)
+
+
 def fill_past(ledger: SqlLedger, num_requests: int) -> None:
     """Write finished requests with their events, in one transaction."""
-    link = ""
+    link, now = "", "2026-01-01T00:00:00+00:00"
     events: list[dict[str, Any]] = []
     requests: list[dict[str, Any]] = []
     for number in range(num_requests):
         request = Request(f"req-{number:08d}", "2026-01-01", "2026-02-01", 1, reason="a person asked")
         for state in STATES:
-            request = replace(request, state=state)  # type: ignore[arg-type]
-            entered = event(request, "2026-01-01T00:00:00+00:00")
-            link = chained(link, entered)
+            request = replace(request, state=state, committed_at=now)  # type: ignore[arg-type]
+            entered = event(request, now)
+            link = CHAIN.link(link, entered)
             events.append({**asdict(entered), "position": len(events) + 1, "link": link})
         body = json.dumps(asdict(request), sort_keys=True)
         requests.append({"request_id": request.request_id, "seq": 1, "num_named": 0, "body": body})
@@ -89,10 +117,39 @@ def fill_past(ledger: SqlLedger, num_requests: int) -> None:
         connection.commit()
 
 
+def make_deletable(ledger: SqlLedger, context: Context, shard: int) -> list[RecordRow]:
+    """Give a shard the files that a deletion reads, in the fakes; return its rows."""
+    held = ledger.rows(shard)
+    record = Record("a record", None, "text", (Part("text", "a text"),))
+    files = []
+    for slice_ in range(NUM_SLICES):
+        here = [row for row in held if row.slice == slice_]
+        stored = [StoredRecord(row.id_digest, record) for row in here]
+        files.append(context.stores.records.write(shard, slice_, slice_root(here), stored))
+    vectors = {row.vector_id: np.zeros((1, 1), np.float32) for row in held}
+    index = context.stores.index.build(shard, index_root(held), None, vectors)
+    ledger.commit(Change(slices=files, indexes=[index]))
+    return held
+
+
 @contextlib.contextmanager
 def before() -> Iterator[None]:
-    """Read every row, as where the counts are not kept up."""
+    """Look at every row, as where the counts are not kept up."""
     with patch.object(rows, "counts_keyed", lambda _: False):
+        yield
+
+
+@contextlib.contextmanager
+def rewriting() -> Iterator[None]:
+    """Plan deletions from whole rows, and write the ledger anew after each."""
+
+    def contents(ledger: SqlLedger, shard: int, slice_: int) -> list[tuple[str, str]]:
+        return [(each.id_digest, each.record_digest) for each in ledger.rows(shard, slice_)]
+
+    with (
+        patch.object(SqlLedger, "contents", contents),
+        patch.object(SqlLedger, "_holds", lambda _, removed: len(removed) > 0),
+    ):
         yield
 
 
@@ -111,16 +168,25 @@ def compared(now: Callable[[], object], then: Callable[[], object]) -> dict[str,
 def measured(ledger: SqlLedger, context: Context, num_records: int) -> dict[str, Any]:
     assigner = context.settings.assigner
     absent = [assigner.id_digest(f"absent {n}") for n in range(NUM_IDS)]
-    held = [f"r{n}" for n in range(0, num_records, max(1, num_records // NUM_IDS))][:NUM_IDS]
+    step = (num_records // NUM_IDS - 1) | 1  # odd, so that all shards have some
+    held = [f"r{n}" for n in range(0, num_records, step)][:NUM_IDS]
 
-    def one(what: Callable[[], object]) -> dict[str, float]:
+    def one(what: Callable[[], object], former: Former = before) -> dict[str, float]:
         def then() -> None:
-            with before():
+            with former():
                 what()
 
         return compared(what, then)
 
     events = ledger.events()
+    known = [each for _, each in query.lookup(context, held) if isinstance(each, RecordRow)]
+    doomed = iter(make_deletable(ledger, context, NUM_SHARDS - 1))
+    terms = lifecycle.Terms(approver="bench", reason="measured")
+
+    def delete() -> None:
+        arrival = lifecycle.arrive(context, [next(doomed)], (), terms)
+        forget_at_once(context, arrival, defer=True)
+
     return {
         "absent_id": one(lambda: ledger.lookup(absent[:1])),
         "absent_ids_1000": one(lambda: ledger.lookup(absent)),
@@ -137,9 +203,13 @@ def measured(ledger: SqlLedger, context: Context, num_records: int) -> dict[str,
             lambda: [lifecycle.viewed(context, each) for each in ledger.requests()[:20]],
         ),
         "checking": compared(
-            lambda: contradicted(ledger.requests(), ledger.events(len(events) - 7), events[-8].link),
-            lambda: contradicted(ledger.requests(), ledger.events()),
+            lambda: contradicted(
+                ledger.requests(), ledger.events(len(events) - 7), CHAIN, events[-8].link
+            ),
+            lambda: contradicted(ledger.requests(), ledger.events(), CHAIN),
         ),
+        "dry_run_1000_ids": one(lambda: plan_forget(context, known), rewriting),
+        "deletion_of_one_deferred": one(delete, rewriting),
     }
 
 

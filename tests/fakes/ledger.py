@@ -91,7 +91,7 @@ class FakeLedger:
         t.named |= set(change.named)
         for event in change.events:
             link = t.events[-1].link if t.events else ""
-            t.events.append(replace(event, link=chained(link, event)))
+            t.events.append(replace(event, link=event.link or chained(link, event)))
         return t.seq
 
     def snapshot(self) -> AbstractContextManager[None]:

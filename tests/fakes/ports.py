@@ -45,6 +45,7 @@ from sisa.core.ports import (
     Vectors,
     ignore_stage,
 )
+from sisa.core.requests import EventChain
 from sisa.flows.patches.on_deletion import PatchesHook
 from sisa.flows.serial import SerialExecutor
 from sisa.flows.wiring.context import Compute, Context, Settings, Stores
@@ -388,7 +389,7 @@ def fake_model(
     context = Context(
         stores,
         compute,
-        Settings(assigner, recipe, patch_mode),
+        Settings(assigner, recipe, patch_mode, EventChain(Keyed(SECRET), began_unkeyed=True)),
         now=lambda: "2026-01-01T00:00:00+00:00",
         report=lambda _event: None,
         hooks=(PatchesHook(),),

@@ -23,6 +23,7 @@ from sisa.config.runfile import parse_run_file
 from sisa.core.digest import Keyed
 from sisa.core.domain import Record, RecordRow
 from sisa.core.ports import StoredRecord
+from sisa.core.requests import EventChain, key_name
 from sisa.flows.ingest import train
 from sisa.flows.lifecycle import Terms, carry_out, submit
 from sisa.flows.serial import SerialExecutor, Site
@@ -103,6 +104,7 @@ def context_of(
         assigner=Assigner(Keyed(SECRET), config.layout),
         recipe=config.recipe(BASE),
         patch_mode=config.patch_mode,
+        chain=EventChain(Keyed(SECRET)),
         keeps_prefixes=config.prefix_cache_bytes > 0,
     )
     context = Context(stores, compute, settings, lambda: now, lambda _: None, wiring.HOOKS)
@@ -137,7 +139,7 @@ def train_in(
         "config": config.to_canonical(),
         "base": json.dumps({"name": "base", "digest": BASE}),
         "embedder": json.dumps(named),
-        "key": Keyed(SECRET).name,
+        "key": key_name(Keyed(SECRET)),
         "model": NAME,
     }
     with context_of(directory, create=config, numerics=numerics, now=now) as context:

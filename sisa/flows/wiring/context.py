@@ -39,6 +39,7 @@ from sisa.core.ports import (
     Vectors,
     Witness,
 )
+from sisa.core.requests import EventChain
 from sisa.planning.assign import Assigner, slice_root
 from sisa.planning.patch_plan import TRAINED_OVER, active, wanted
 from sisa.planning.plan import Recipe, ShardPlan, ShardView, plan_shard, prefix_names
@@ -96,6 +97,7 @@ class Settings:
     assigner: Assigner
     recipe: Recipe  # of shards over the frozen base alone
     patch_mode: PatchMode
+    chain: EventChain  # of the ledger's events
     keeps_prefixes: bool = False  # whether hidden states may be kept
 
     @property
@@ -135,11 +137,11 @@ def commit(context: Context, change: Change) -> int:
 
     A crash between the two is made good by the next writer (`witness.py`).
     """
-    seq = context.stores.ledger.commit(change)
+    ledger, chain = context.stores.ledger, context.settings.chain
+    before = ledger.event_head().link if change.events else ""
+    seq = ledger.commit(replace(change, events=[*chain.linked(before, change.events)]))
     if "model" in change.meta or change.events or change.tombstones or change.readmitted:
-        context.stores.witness.append(
-            context.stores.ledger.event_head(), change.tombstones, change.readmitted
-        )
+        context.stores.witness.append(ledger.event_head(), change.tombstones, change.readmitted)
     return seq
 
 

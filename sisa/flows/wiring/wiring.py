@@ -45,6 +45,7 @@ from sisa.core.ports import (
     Probe,
     Trainer,
 )
+from sisa.core.requests import EventChain, key_names
 from sisa.flows.patches.on_deletion import PatchesHook
 from sisa.flows.serial import SerialExecutor, Site
 from sisa.flows.wiring import upper_houses
@@ -111,6 +112,7 @@ def open_context(
         assigner=Assigner(keyed, config.layout),
         recipe=config.recipe(base_digest),
         patch_mode=config.patch_mode,
+        chain=EventChain.of(keyed, stores.ledger.meta().get("key")),
         keeps_prefixes=config.prefix_cache_bytes > 0,
     )
     compute = _compute(resources, stores, patch_site, executor)
@@ -198,7 +200,7 @@ def describe(directory: Path) -> Description:
     meta = read_description(directory)
     config, name = stored_config(meta), model_id(meta)
     secret = stored_secret(directory, config, name)
-    if Keyed(secret).name != meta.get("key"):
+    if meta.get("key") not in key_names(Keyed(secret)):
         raise IntegrityError(
             "the partition key is not this model's",
             where=str(key_path(directory, config, name)),

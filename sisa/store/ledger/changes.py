@@ -1,8 +1,8 @@
 """Write a `Change` as rows: what one transaction of the ledger removes, replaces and adds.
 
 Removals come before additions, so that a row can move in one change. Added records get the transaction's
-number. Events are chained to the last one. A request keeps the number of its first commit, and how many
-records it names.
+number. Events without a link are chained to the last one, without a key. A request keeps the number of
+its first commit, and how many records it names.
 """
 
 from __future__ import annotations
@@ -117,6 +117,6 @@ def _append_events(writing: Writing, events: Sequence[RequestEvent]) -> None:
     position, link = (last[0][0], last[0][-2]) if last else (0, "")
     rows = []
     for event in events:
-        position, link = position + 1, chained(link, event)
+        position, link = position + 1, event.link or chained(link, event)
         rows.append({**asdict(event), "position": position, "link": link})
     writing.insert(EVENTS, rows)

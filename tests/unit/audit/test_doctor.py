@@ -112,7 +112,7 @@ def test_a_deletion_that_is_dated_back_is_damage(model: Path) -> None:
     with context_of(model) as context:
         (request,) = context.stores.ledger.requests()
         commit(model, Change(tombstones=told, requests=[replace(request, committed_at="2001-01-01")]))
-    assert "not one chain" in diagnose(model).findings[0].what
+    assert "do not form one chain" in diagnose(model).findings[0].what
 
 
 def test_modes_that_are_too_open_are_told_by_room(model: Path) -> None:

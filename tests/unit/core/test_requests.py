@@ -14,11 +14,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sisa.core.digest import Keyed
 from sisa.core.domain import Regime, Request, RequestEvent, RequestState
 from sisa.core.errors import ConfigConflict, InvalidInput
 from sisa.core.requests import (
     OPEN,
     UNDER_WAY,
+    EventChain,
     add_months,
     chained,
     contradicted,
@@ -27,6 +29,8 @@ from sisa.core.requests import (
     event,
     extended,
     is_under_way,
+    key_name,
+    key_names,
     moved,
 )
 
@@ -249,19 +253,49 @@ def test_a_link_covers_all_but_itself(found: RequestEvent, link: str, other: str
     assert (chained(link, found) == chained(other, found)) == (link == other)
 
 
+CHAIN, OTHER = EventChain(Keyed(bytes(32))), EventChain(Keyed(b"1" * 32))
+
+
 def test_events_must_be_one_chain_that_leads_to_the_states() -> None:
     one, other = request(), replace(request(), request_id="req-2")
-    approved, link = moved(one, "approved", "dpo"), ""
-    events: list[RequestEvent] = []
-    for each in (one, other, approved):
-        found = event(each, "2026-01-02T00:00:00+00:00")
-        link = chained(link, found)
-        events.append(replace(found, link=link))
-    assert not contradicted([], [])
-    assert not contradicted([approved, other], events)
-    assert contradicted([one, other], events)
-    assert contradicted([approved], events)
+    approved = moved(one, "approved", "dpo")
+    entered = [event(each, "2026-01-02T00:00:00+00:00") for each in (one, other, approved)]
+    events = [*CHAIN.linked("", entered)]
+    assert not contradicted([], [], CHAIN)
+    assert not contradicted([approved, other], events, CHAIN)
+    assert contradicted([approved, other], events, OTHER)
+    assert not contradicted([approved, other], events, None)
+    assert contradicted([one, other], events, CHAIN)
+    assert contradicted([approved], events, CHAIN)
     for at in range(3):
-        assert contradicted([approved, other], events[:at] + events[at + 1 :])
-    assert contradicted([approved, other], [*events[:2], replace(events[2], note="x")])
-    assert contradicted([approved, other], [events[1], events[0], events[2]])
+        assert contradicted([approved, other], events[:at] + events[at + 1 :], CHAIN)
+    assert contradicted([approved, other], [*events[:2], replace(events[2], note="x")], CHAIN)
+    assert contradicted([approved, other], [events[1], events[0], events[2]], CHAIN)
+
+
+@given(st.lists(events, min_size=1, max_size=6), st.data())
+def test_events_without_the_key_stand_at_the_beginning_of_an_earlier_versions_ledger_alone(
+    history: list[RequestEvent], data: st.DataObject
+) -> None:
+    keyed_from = data.draw(st.integers(0, len(history)))
+    plain = links(history[:keyed_from])
+    found = [replace(each, link=link) for each, link in zip(history, plain, strict=False)]
+    found += CHAIN.linked(plain[-1] if plain else "", history[keyed_from:])
+    earlier = EventChain(CHAIN.keyed, began_unkeyed=True)
+    assert earlier.holds(found)
+    assert CHAIN.holds(found) is (keyed_from == 0)
+    at = data.draw(st.integers(0, len(history) - 1))
+    before = found[at - 1].link if at else ""
+    assert earlier.holds(found[at:], before)
+    found[at] = replace(found[at], link=chained(before, found[at]))
+    after = [*earlier.linked(found[at].link, history[at + 1 :])]
+    assert earlier.holds([*found[: at + 1], *after]) is (at <= keyed_from)
+
+
+def test_the_name_of_a_key_says_how_events_are_linked() -> None:
+    keyed = CHAIN.keyed
+    now, earlier = key_names(keyed)
+    assert (now, earlier) == (key_name(keyed), keyed.name)
+    assert [EventChain.of(keyed, each).began_unkeyed for each in (now, earlier, None)] == [
+        *(False, True, False)
+    ]

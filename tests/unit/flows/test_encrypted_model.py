@@ -438,7 +438,7 @@ def test_a_key_of_no_file_is_told_and_destroyed(model: Path) -> None:
     keyring_of(model).seal(wiring.INDEX, "shard-00000-gone.faiss", "", b"")
     found = diagnose(model)
     assert (kinds(found), found.ok) == (["unknown"], True)
-    assert "key of no file" in found.findings[0].what
+    assert "key without a file" in found.findings[0].what
     assert repaired(model).after.healthy
     assert keys(model) == known(model)
 
