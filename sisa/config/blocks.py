@@ -91,8 +91,8 @@ def _path_name(value: Any) -> Any:
 def _storage(value: Any) -> Any:
     if is_uri(value) and not _BUCKET.fullmatch(value):
         raise conflict(
-            "expected a path or s3://BUCKET/PREFIX, without credentials or options: the machine's own "
-            "AWS configuration gives those"
+            "expected a path or s3://BUCKET/PREFIX, without credentials or options; these come "
+            "from the machine's AWS configuration"
         )
     return str(_path_name(value)).rstrip("/") or "/"
 
@@ -143,7 +143,7 @@ class SourceLimits(Block):
     max_records: Int = key(2_000_000, "none", "Records of one source.", ge=1)
     max_record_bytes: Int = key(1 << 20, "none", "Bytes of one line, or of one record's text.", ge=1)
     max_bytes: Int = key(1 << 31, "none", "Bytes of all records' text of one source.", ge=1)
-    max_problems: Int = key(1_000, "none", "Problems listed of bad input; all are counted.", ge=1)
+    max_problems: Int = key(1_000, "none", "Problems listed for bad input; all are counted.", ge=1)
 
 
 class Scratch(Block):
@@ -160,7 +160,7 @@ class Scratch(Block):
         default=None, description="Directory of the base; null: beside output_dir, named after it."
     )
     architecture: Literal["llama"] = Field(default="llama", description="Kind of decoder.")
-    vocab_size: Int = Field(default=4096, ge=512, le=1 << 18, description="Words of its tokenizer.")
+    vocab_size: Int = Field(default=4096, ge=512, le=1 << 18, description="Size of the vocabulary.")
     layers: Int = Field(default=6, ge=1, le=256, description="Decoder layers.")
     hidden_size: Int = Field(default=320, ge=8, le=1 << 15, description="Width.")
     intermediate_size: Int = Field(default=896, ge=8, le=1 << 17, description="Width within a layer.")
@@ -178,7 +178,7 @@ class Scratch(Block):
     def _heads_divide(self) -> Scratch:
         if self.hidden_size % self.heads or self.hidden_size // self.heads % 2:
             message = (
-                f"conflict: hidden_size {self.hidden_size} is no even multiple of heads {self.heads}"
+                f"conflict: hidden_size {self.hidden_size} is not an even multiple of heads {self.heads}"
             )
             raise conflict(message)
         return self
@@ -224,7 +224,9 @@ class Aggregation(Block):
     top_k: Int = Field(
         default=1, ge=1, le=10_000, description="Number of shards that a prompt is routed to."
     )
-    temperature: Float = Field(default=0.04, gt=0, description="The lower, the more the nearest counts.")
+    temperature: Float = Field(
+        default=0.04, gt=0, description="Temperature of the weights; lower favours the nearest shard."
+    )
     min_score: Annotated[Float, Field(ge=-2, le=2)] | Literal["auto"] | None = Field(
         default="auto", description="Lowest score of a shard to answer; auto: as measured per embedder."
     )

@@ -141,7 +141,7 @@ class RunConfig(Block):
     @field_validator("learning_rate", "lora_dropout", "warmup_ratio", "weight_decay", "max_grad_norm")
     @classmethod
     def _one_zero(cls, value: float) -> float:
-        return value + 0.0  # -0.0 and 0.0 would be two digests of one value
+        return value + 0.0  # -0.0 and 0.0 would have different digests
 
     @field_validator("base_model")
     @classmethod
@@ -163,7 +163,7 @@ class RunConfig(Block):
         group_by = self.sisa.group_by
         for source in self.datasets:
             if group_by is not None and group_by in columns_of(source, group_by).body:
-                raise conflict(f"conflict: '{group_by}' is a column of texts and that of subjects, too")
+                raise conflict(f"conflict: '{group_by}' is a column of texts and the column of subjects")
         return self
 
     @model_validator(mode="after")

@@ -30,7 +30,7 @@ PATH_KEYS = (
     "base_model.scratch.directory",
 )
 NAME_KEYS = ("base_model", "sisa.embedder", "datasets.*.path", "base_model.scratch.corpus.*.path")
-MUST_EXIST = "sisa.partition_key_file"  # alone of PATH_KEYS
+MUST_EXIST = "sisa.partition_key_file"  # the only one of PATH_KEYS
 # The model's directory must hold no text that `forget` does not know of.
 OUTSIDE_OUTPUT = {
     "witness": "the witness is",

@@ -143,11 +143,11 @@ class _Tree:
             node = yaml.compose(text, Loader=yaml.SafeLoader)
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark
-            self._add(_line(mark), f"no YAML: {error.problem}")
+            self._add(_line(mark), f"not valid YAML: {error.problem}")
             return None
         except yaml.reader.ReaderError as error:
             line = text.count("\n", 0, error.position) + 1
-            self._add(line, "no YAML: a character that isn't allowed")
+            self._add(line, "not valid YAML: a character that isn't allowed")
             return None
         if not isinstance(node, yaml.MappingNode):
             kind = "an empty document" if node is None else "something else"
@@ -193,7 +193,7 @@ class _Tree:
             line = _line(key_node.start_mark)
             key = key_node.value
             if not isinstance(key, str) or not key_node.tag.endswith((":str", ":merge", ":value")):
-                self._add(line, "expected a text as a key", path)
+                self._add(line, "expected a string as a key", path)
                 continue
             inner = (*path, key)
             if inner in self.lines:
@@ -211,7 +211,7 @@ class _Tree:
                 raise ValueError
             return self.loader.construct_object(node)
         except (yaml.YAMLError, ValueError, ArithmeticError):
-            self.add(path, f"no value of its kind: {shown(node.value)}")
+            self.add(path, f"not a value of its type: {shown(node.value)}")
             return None
 
 
@@ -288,10 +288,21 @@ def _followed(schema: dict[str, Any]) -> dict[str, Any]:
     return target
 
 
-_TYPES = {"integer": "an integer", "number": "a number", "string": "a text", "boolean": "true or false"}
-_TYPES |= {"array": "a list", "object": "a mapping", "null": "null"}
-_BOUNDS = {"minimum": "of at least", "exclusiveMinimum": "above", "maximum": "at most"}
-_BOUNDS |= {"exclusiveMaximum": "below"}
+_TYPES = {
+    "integer": "an integer",
+    "number": "a number",
+    "string": "a string",
+    "boolean": "true or false",
+    "array": "a list",
+    "object": "a mapping",
+    "null": "null",
+}
+_BOUNDS = {
+    "minimum": "of at least",
+    "exclusiveMinimum": "above",
+    "maximum": "at most",
+    "exclusiveMaximum": "below",
+}
 
 
 def in_words(schema: dict[str, Any]) -> str:
@@ -311,7 +322,7 @@ def in_words(schema: dict[str, Any]) -> str:
         return "one of " + ", ".join(map(repr, schema["enum"]))
     kind = "a path" if schema.get("format") == "path" else _TYPES[schema["type"]]
     if "pattern" in schema:
-        kind = "a printable text"
+        kind = "a printable string"
     if schema.get("minItems"):
         kind = "a non-empty list"
     if {"minimum", "maximum"} <= schema.keys():

@@ -183,7 +183,7 @@ class SliceJob:
 
     @cached_property
     def key(self) -> str:
-        # Not `asdict`: it copies every value, and planning many shards is mostly making keys.
+        # Not `asdict`: it copies every value, and planning many shards mostly computes keys.
         return digest_of({each.name: getattr(self, each.name) for each in fields(self)})
 
 

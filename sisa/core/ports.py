@@ -405,7 +405,7 @@ class Change:
     vaulted: Sequence[tuple[str, str]] = ()  # (set, keyed id of a record whose text is in it)
     unvaulted: Collection[str] = ()  # sets whose rows go, with those of `vaulted`
     meta: Mapping[str, str] = field(default_factory=dict)
-    readmitted: Sequence[str] = ()  # keyed ids among `added` that were deleted; for the witness alone
+    readmitted: Sequence[str] = ()  # keyed ids among `added` that were deleted before; for the witness
 
 
 def merged(changes: Iterable[Change]) -> Change:
@@ -645,9 +645,7 @@ class PatchSite:
     sequence_len: int
     vault_keyring: Keyring
     patches_keyring: Keyring
-    precision: Precision = (
-        DEFAULT_PRECISION  # of the shards; patches are made on the CPU in float32 alone
-    )
+    precision: Precision = DEFAULT_PRECISION  # of the shards; patches are made on the CPU, in float32
 
 
 class Patcher(Protocol):

@@ -54,7 +54,7 @@ def export_rows(source: DatasetSource, scratch: Path) -> Path:
         raise Broken(f"no split '{source.split}', or several configurations")
     machine = {"Killed", "ModuleNotFoundError", "MemoryError", "KeyboardInterrupt"} & set(errors)
     if local and not machine and report.get("errno") not in (errno.ENOSPC, errno.EDQUOT):
-        raise Broken(f"no readable dataset ({errors[0]}); corrupt or truncated")
+        raise Broken(f"not a readable dataset ({errors[0]}); corrupt or truncated")
     raise EnvironmentFault(
         f"the dataset '{source.path}' can't be fetched",
         got=errors[0],

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    WordRuns = NDArray[np.uint64]  # sorted, each once
+    WordRuns = NDArray[np.uint64]  # sorted, without duplicates
 
 _WORD = re.compile(r"\w+")
 _SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")

@@ -444,7 +444,7 @@ def _object(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _no_constant(name: str) -> Any:
-    raise Broken(f"{name} is no JSON value")
+    raise Broken(f"{name} is not a JSON value")
 
 
 def _parquet_rows(path: Path, label: str, wanted: _Wanted, limits: SourceLimits) -> RawRows:
@@ -465,7 +465,7 @@ def _parquet_rows(path: Path, label: str, wanted: _Wanted, limits: SourceLimits)
                     number += 1
                     yield f"{label}, row {number}", row
     except (pa.ArrowException, UnicodeDecodeError):  # of a row, or of a column's name
-        raise Broken(f"no readable Parquet after row {number}; corrupt or truncated") from None
+        raise Broken(f"not a readable Parquet file after row {number}; corrupt or truncated") from None
 
 
 def _refuse_size(metadata: Any, limits: SourceLimits) -> None:

@@ -41,7 +41,7 @@ def owned_temporary_files() -> list[Path]:
     ]
     for pattern in TEMPORARY_PATTERNS:
         for path in Path(tempfile.gettempdir()).glob(pattern):
-            with contextlib.suppress(OSError):  # of a process that ends just now
+            with contextlib.suppress(OSError):  # removed meanwhile
                 if path.lstat().st_uid == os.getuid():
                     found.append(path)
     return sorted(found)
@@ -69,7 +69,7 @@ def keep(folder: Path) -> Iterator[None]:
 def erase_abandoned() -> None:
     """Erase this user's scratch that no living process keeps: it may hold texts."""
     for path in Path(tempfile.gettempdir()).glob(f"{SCRATCH_PREFIX}*"):
-        with contextlib.suppress(OSError):  # somebody else's, or gone meanwhile
+        with contextlib.suppress(OSError):  # another user's, or already removed
             found = path.lstat()
             if found.st_uid != os.getuid() or time.time() - found.st_mtime < LEAST_AGE_S:
                 continue

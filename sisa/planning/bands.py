@@ -39,11 +39,11 @@ AtLeastZero = Annotated[Float, Field(ge=0)]
 class Bands(Block):
     """The slices that a record's deletion risk allows."""
 
-    thresholds: tuple[AtLeastZero, ...] = Field(description="Risks, ascending: each begins a band.")
+    thresholds: tuple[AtLeastZero, ...] = Field(description="Ascending risks, each the start of a band.")
     classes: dict[str, AtLeastZero] = Field(
-        default={}, description="Risks by name, for records that carry a name."
+        default={}, description="Risk of each class that records may name."
     )
-    unknown: AtLeastZero = Field(default=0.0, description="The risk of a record that carries none.")
+    unknown: AtLeastZero = Field(default=0.0, description="Risk of a record without one.")
 
     @field_validator("thresholds", mode="before")
     @classmethod
@@ -107,9 +107,11 @@ def risk_problems(bands: Bands | None, records: Sequence[Record]) -> Iterator[Pr
     for position, record in enumerate(records, start=1):
         where, subject, risk = f"record {position}", record.subject_id, record.deletion_risk
         if position - 1 in unplaced:
-            yield Problem(where, f"its '{RISK_COLUMN}' is no class of sisa.bands.classes")
+            yield Problem(where, f"its '{RISK_COLUMN}' is not a class of sisa.bands.classes")
         if subject is None:
             continue
         at, other = first.setdefault(subject, (position, risk))
         if risk != other:
-            yield Problem(where, f"its '{RISK_COLUMN}' is not that of record {at}, of the same subject")
+            yield Problem(
+                where, f"its '{RISK_COLUMN}' differs from that of record {at} of the same subject"
+            )

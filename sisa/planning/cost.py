@@ -58,7 +58,7 @@ def serving_depth(heads: Iterable[Head], views: Iterable[ShardView]) -> float:
 def suffix_record_epochs(sizes: Mapping[int, int], recipe: Recipe) -> list[int]:
     """Return the record-epochs of training a shard from each of its slices on, first slice first.
 
-    `sizes` are the records of the slices, by the slices' numbers. An empty slice is no stage: its cost
+    `sizes` are the records of the slices, by the slices' numbers. An empty slice has no stage: its cost
     is that of the next slice.
 
     >>> suffix_record_epochs({0: 5, 1: 0, 2: 4}, Recipe(3, "cumulative", 4, {}, "base"))

@@ -163,7 +163,7 @@ class Stream:
             points = points_one_by_one(num_records, shards, num_deletions)
             return points * self.epochs * self.one_share
         batch = min(batch, num_deletions)
-        left = num_records - num_deletions / 2 - batch / 2  # on the mean, after a batch
+        left = num_records - num_deletions / 2 - batch / 2  # average after a batch
         return num_deletions / batch * left * self.epochs * self.batch_share(batch / shards)
 
 
@@ -211,13 +211,13 @@ def _drawn(draw: np.random.Generator, flat: Counts, stream: Stream, num_deletion
     while (missing := num_deletions - int(gone.sum())) > 0:
         chances = weights * (flat - gone)
         if not chances.any():
-            raise ValueError("more deletions than records that are ever asked for")
+            raise ValueError("more deletions than records with a risk")
         gone = np.minimum(flat, gone + draw.multinomial(missing, chances / chances.sum()))
     return gone
 
 
 def _stage_costs(sizes: Counts, stream: Stream) -> Counts:
-    """Return the record-epochs of each stage, [shards, slices]; an empty slice is no stage."""
+    """Return the record-epochs of each stage, [shards, slices]; an empty slice has none."""
     over, under = passes(stream.schedule, stream.num_epochs, stream.layout.num_slices)
     seen = np.cumsum(sizes, axis=1) if stream.schedule == "cumulative" else sizes
     costs: Counts = np.where(sizes > 0, -(-over * seen // under), 0)

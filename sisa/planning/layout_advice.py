@@ -191,7 +191,7 @@ def _advice(demand: Demand, limits: LayoutLimits, num_shards: int, paths: _Paths
     stream = paths.stream
     per_shard = demand.deletions_per_month / num_shards
     full = demand.num_records * stream.epochs
-    weight = stream.epochs / demand.num_epochs  # large first slices are passed over more often
+    weight = stream.epochs / demand.num_epochs  # large first slices take more passes
     rate = limits.record_epochs_per_s * 3600 or math.nan
     fitting = limits.max_bytes / (num_shards * limits.bytes_per_checkpoint)
     num_extra = max(0.0, fitting - len(paths.paths))

@@ -75,7 +75,7 @@ def _late_positions(risks: Sequence[float], others: int) -> list[tuple[int, int,
     last = range(num_slices - -(-num_slices // others), num_slices)  # no slice needs an earlier position
     slots = [(position, order) for position in reversed(last) for order in range(others)]
     slices, positions = np.arange(num_slices), np.array([position for position, _ in slots])
-    depth = np.maximum(positions[None, :], slices[:, None])  # order 0 serves a slice's own number anyway
+    depth = np.maximum(positions[None, :], slices[:, None])  # order 0: each at its number
     rows, columns = linear_sum_assignment(np.array(risks)[:, None] * depth, maximize=True)
     pairs = ((int(row), *slots[column]) for row, column in zip(rows, columns, strict=True))
     return [each for each in pairs if each[1] > each[0]]

@@ -8,7 +8,7 @@
     retired = clean, but neither on any order's path nor heading; or over the shard's budget of bytes
 
 The planner does not know what happened. It sees what remains and what is held, one shard at a time. An
-empty slice is no stage. A shard keeps the fingerprint that it was trained under while its target is
+empty slice has no stage. A shard keeps the fingerprint that it was trained under while its target is
 held; a shard that must train again takes the present one, whole. A checkpoint was touched by every
 record of its prefix's slices that was in the ledger at its sequence number, whatever the schedule: a
 sequential stage starts from its parent's weights.

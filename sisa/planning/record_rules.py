@@ -77,7 +77,7 @@ DEFAULT_COLUMNS = Columns()
 def record_of(value: Mapping[str, Any], columns: Columns) -> Record:
     """Return the record of a row without problems."""
     risk: Risk = value.get(RISK_COLUMN)
-    risk = float(risk) if isinstance(risk, int) else risk  # 1 and 1.0 would be two digests of one value
+    risk = float(risk) if isinstance(risk, int) else risk  # 1 and 1.0 would have different digests
 
     generation = value.get(GENERATION_COLUMN) or None  # 0: not appended
     subject = None if columns.subject is None else value.get(columns.subject)
@@ -222,7 +222,7 @@ def conversation_problems(value: Any, columns: Columns = DEFAULT_COLUMNS) -> Ite
     >>> list(conversation_problems([{"role": "user", "content": "Who?"}]))
     []
     >>> list(conversation_problems([{"role": "assistant", "content": "Ada."}]))
-    ["'messages' ends with no turn of a user or a tool"]
+    ["'messages' does not end with a turn of a user or a tool"]
     """
     turns = value if isinstance(value, list | tuple) else []
     problems = [
@@ -232,7 +232,7 @@ def conversation_problems(value: Any, columns: Columns = DEFAULT_COLUMNS) -> Ite
     ]
     yield from problems
     if not problems and (not turns or _role(turns[-1], columns) not in ("user", "tool")):
-        yield f"'{columns.messages}' ends with no turn of a user or a tool"
+        yield f"'{columns.messages}' does not end with a turn of a user or a tool"
 
 
 def _turn_problems(name: str, turn: Any, columns: Columns) -> Iterator[str]:
@@ -242,7 +242,7 @@ def _turn_problems(name: str, turn: Any, columns: Columns) -> Iterator[str]:
     if _role(turn, columns) not in ROLES:
         yield f"{name}: expected a role of {', '.join(ROLES)} in '{columns.role}'"
     if turn.get("tool_calls"):
-        yield f"{name}: calls of tools are not trained on; write the call into '{columns.content}'"
+        yield f"{name}: tool calls are not trained on; write the call into '{columns.content}'"
     else:
         yield from _content_problems(f"{name}, {columns.content}", turn.get(columns.content))
 

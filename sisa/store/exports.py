@@ -2,8 +2,8 @@
 
 A path from the ledger is not trusted. It is walked from the root, part by part, without following a
 link. Only regular files of known names are removed, the weights only while their bytes are the recorded
-ones, and then the directory if it is empty. A checkpoint's directory is no export. A directory that is
-gone or was changed belongs to somebody else and stays as it is.
+ones, and then the directory if it is empty. A checkpoint's directory is not an export. A directory that
+is gone or was changed belongs to somebody else and stays as it is.
 """
 
 from __future__ import annotations

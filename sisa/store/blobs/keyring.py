@@ -252,7 +252,7 @@ def read_secret(path: Path) -> bytes:
         secret = b""
     if len(secret) != KEY_BYTES:
         raise InvalidInput(
-            "that is not a partition key",
+            "the file is not a partition key",
             where=str(path),
             expected="64 hexadecimal digits",
             next_step="copy the partition.key of a model, or write 32 random bytes in hexadecimal",

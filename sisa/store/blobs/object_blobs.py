@@ -85,7 +85,7 @@ class ObjectBlobs:
                     "the object store ignores conditional puts: two writers could overwrite each other",
                     where=self.location(),
                     expected="412 for If-None-Match on an object that exists, for If-Match on another",
-                    next_step="use a store that heeds both: AWS S3, MinIO, Ceph from 2025 on",
+                    next_step="use a store that supports both: AWS S3, MinIO, Ceph from 2025 on",
                 )
         finally:
             self.erase([probe])

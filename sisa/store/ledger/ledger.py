@@ -122,7 +122,7 @@ class SqlLedger(PatchLedger):
             files = made(SliceFile, SLICES, rows.read(connection, SLICES, *here))
         expected = [each.root for each in files]
         if expected != ([root_of(found)] if found else []):
-            raise self._corrupt("records that do not give the root of their slice")
+            raise self._corrupt("records that do not match the root of their slice")
         return found
 
     def counts(self) -> dict[int, int]:

@@ -289,7 +289,7 @@ def _sealed(table: sa.Table, values: tuple[Any, ...]) -> dict[str, Any]:
 
 
 def _values(table: sa.Table, row: Mapping[str, Any]) -> tuple[Any, ...]:
-    # A float column gives a float back whatever was put in.
+    # A float column returns floats, even for integers.
     return tuple(
         float(row[column.name]) if isinstance(column.type, sa.Float) else row[column.name]
         for column in table.columns[:-1]

@@ -34,7 +34,7 @@ def _table(name: str, *parts: Any, **options: Any) -> sa.Table:
 COUNTS = _table(
     "counts",
     _text("name", primary_key=True),
-    _integer("shard", primary_key=True),  # or NO_POSITION; likewise the slice and the kind
+    _integer("shard", primary_key=True),  # or NO_POSITION; so is the slice
     _integer("slice", primary_key=True),
     _text("kind", primary_key=True),
     _integer("num_rows", nullable=False),

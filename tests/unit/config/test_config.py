@@ -395,7 +395,7 @@ def test_a_base_from_scratch_is_a_block() -> None:
         ("    layers: 3\n", 5, "scratch.corpus", "missing"),
         ("{corpus}    layrs: 3\n", 7, "scratch.layrs", "'layers'"),
         ("{corpus}    layers: 0\n", 7, "scratch.layers", "from 1 to 256"),
-        ("{corpus}    heads: 3\n", 5, "scratch", "no even multiple"),
+        ("{corpus}    heads: 3\n", 5, "scratch", "not an even multiple"),
         ("    corpus: []\n", 6, "scratch.corpus", "non-empty"),
         ("{corpus}  scrap: 1\n", 7, "scrap", "'scratch'"),
     ],
@@ -419,7 +419,7 @@ def test_a_column_is_one_thing_alone() -> None:
     first, *_ = problems(source % "customer")
     assert first == ("line 1: datasets[0]", "conflict: two columns are called 'customer'")
     ((_, what),) = problems(f"{source % 'answer'}sisa: {{group_by: customer}}\n")
-    assert what == "conflict: 'customer' is a column of texts and that of subjects, too"
+    assert what == "conflict: 'customer' is a column of texts and the column of subjects"
 
 
 def test_records_may_have_no_subjects_at_all() -> None:
@@ -429,4 +429,4 @@ def test_records_may_have_no_subjects_at_all() -> None:
 def test_a_base_that_is_neither() -> None:
     ((where, what),) = problems("datasets: [{path: a/b}]\noutput_dir: model\nbase_model: [1]\n")
     assert where == "line 3: base_model"
-    assert what == "expected a printable text or a mapping, got [1]"
+    assert what == "expected a printable string or a mapping, got [1]"

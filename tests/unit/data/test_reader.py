@@ -154,7 +154,7 @@ def test_turns_of_tools_and_pieces_of_text_are_taken(tmp_path: Path) -> None:
     [
         (
             {"role": "assistant", "content": None, "tool_calls": [{"name": SECRET}]},
-            "turn 2: calls of tools are not trained on; write the call into 'content'",
+            "turn 2: tool calls are not trained on; write the call into 'content'",
         ),
         (
             {"role": "assistant", "content": [{"type": "image", "url": SECRET}]},

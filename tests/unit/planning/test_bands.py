@@ -157,7 +157,7 @@ def test_unnamed_classes_and_two_risks_of_a_subject_are_told_together_by_positio
     given = [record(0, "vip"), record(1, 0.1, "ada"), record(2, 0.2, "ada"), record(3, 0.1, "ada")]
     found = [(each.where, each.what) for each in risk_problems(BANDS, given)]
     assert [where for where, _ in found] == ["record 1", "record 3"]
-    assert "no class" in found[0][1]
+    assert "not a class" in found[0][1]
     assert "record 2" in found[1][1]
     assert not any("ada" in what or "vip" in what for _, what in found)
     assert [each.where for each in risk_problems(None, given)] == ["record 3"]
@@ -224,10 +224,10 @@ def test_what_does_not_fit_and_what_comes_twice_is_told_with_the_rest() -> None:
     assert [(each.where, each.what) for each in caught.value.problems] == [
         ("record 1", "long"),
         ("record 1", "shared"),
-        ("record 2", "its 'deletion_risk' is no class of sisa.bands.classes"),
+        ("record 2", "its 'deletion_risk' is not a class of sisa.bands.classes"),
         ("record 3", "its deletion risk is not that of its subject's held records"),
         ("record 4", "the id of record 2 again"),
-        ("record 4", "its 'deletion_risk' is no class of sisa.bands.classes"),
+        ("record 4", "its 'deletion_risk' is not a class of sisa.bands.classes"),
     ]
     with pytest.raises(InvalidInput, match="can't be trained on"):
         add(changed(fake.context, count_tokens=long), asked[:1])
