@@ -490,24 +490,14 @@ class Model:
         it is opened `as_it_is`. `locked`: the caller holds the writer lock; `outdated`: also a copy that
         is behind its witness and can't be written."""
         self._catch_up()
-        context = wiring.open_context(
-            self.directory,
-            self.resources,
-            Keyed(self.secret),
-            self.executor,
-            self.report,
-            base_digest=self.base.digest,
-            model=self.id,
-            keyring=self.keyring,
-        )
-        try:
+        with wiring.open_context(
+            self.directory, self.resources, Keyed(self.secret), self.id, self.executor, self.report
+        ) as context:
             if locked:
                 catch_up(context)
             elif not as_it_is and is_behind(context):
                 self._replay(context, outdated=outdated)
             yield context
-        finally:
-            wiring.close(context)
 
     def _replay(self, context: Context, *, outdated: bool) -> None:
         """Delete again what was deleted since this copy was made. Raises EnvironmentFault where it can't

@@ -85,14 +85,14 @@ def _train(
     directory = config.output_dir
     wiring.find_executor(executor)  # an unknown one is refused before anything is written
     require_device(config.precision)
-    _refuse_keys_inside(config)
+    _check_keys_outside(config)
     first = not _committed(directory)
     records = read_records(
         config.datasets, config.sisa.group_by, config.limits, subjects="some" if first else "any"
     )
     report(Notice(records.subject_report()))
     if first:
-        _refuse_foreign(directory)
+        _check_no_foreign_files(directory)
         with named_by_location(records):
             return _first_training(config, records, executor, report, allow_deleted=allow_deleted)
     model = Model(directory, executor=executor, report=report)
@@ -132,20 +132,15 @@ def _first_training(
     secret = wiring.new_secret(config)
     keyed = Keyed(secret)
     resources = Resources(config, None, None)
-    _refuse_records(config, records, keyed, resources, allow_deleted=allow_deleted)
-    wiring.witness_of(config, keyed, wiring.new_model_id()).check_writable()
-    if config.storage is not None:
-        storage_root(config.storage).check_usable()
+    _check_records(config, records, keyed, resources, allow_deleted=allow_deleted)
+    _check_places(config, keyed)
     prepare_base(config, records, executor, report)
     resources.count_tokens(records)
     resources.check_base()
     counted = Counter[str](record.kind for record in records)
     meta = {**resources.meta(), FORM: usual_kind(counted)}
     directory = config.output_dir
-    files.make_directory(directory)
-    if kind := files.network_file_system(directory):
-        what = "its ledger is not safe there; only `storage:` may be"
-        report(Notice(f"output_dir is on a network file system ({kind}): {what}"))
+    _make_directory(directory, report)
     with files.writer_lock(directory / LOCK):
         if _committed(directory):
             raise Busy(
@@ -153,28 +148,31 @@ def _first_training(
                 where=str(directory),
                 next_step="run the same command again",
             )
-        named = {"key": key_name(keyed), "model": _new_name(config)}
-        wiring.keep_key(directory, config, named["model"], secret)
-        context = wiring.open_context(
-            directory,
-            resources,
-            keyed,
-            executor,
-            report,
-            base_digest=resources.base.digest,
-            model=named["model"],
-            keyring=wiring.open_keyring(config, named["model"]),
-            create=True,
-        )
-        try:
-            taken = train(context, records, {**meta, **named})
+        name = _new_name(config)
+        wiring.keep_key(directory, config, name, secret)
+        with wiring.open_context(
+            directory, resources, keyed, name, executor, report, create=True
+        ) as context:
+            taken = train(context, records, {**meta, "key": key_name(keyed), "model": name})
             taken = replace(taken, prompts=held_prompts(context, config))
-        finally:
-            wiring.close(context)
     return Model(directory, executor=executor, report=report), taken
 
 
-def _refuse_records(
+def _check_places(config: RunConfig, keyed: Keyed) -> None:
+    """Raise EnvironmentFault where the witness or the storage can't be written."""
+    wiring.witness_of(config, keyed, wiring.new_model_id()).check_writable()
+    if config.storage is not None:
+        storage_root(config.storage).check_usable()
+
+
+def _make_directory(directory: Path, report: Report) -> None:
+    files.make_directory(directory)
+    if kind := files.network_file_system(directory):
+        what = "its ledger is not safe there; only `storage:` may be"
+        report(Notice(f"output_dir is on a network file system ({kind}): {what}"))
+
+
+def _check_records(
     config: RunConfig, records: list[Record], keyed: Keyed, resources: Resources, *, allow_deleted: bool
 ) -> None:
     """Raises InvalidInput and ConfigConflict for records that a first training can't take. Tokens are
@@ -207,7 +205,7 @@ def _new_name(config: RunConfig) -> str:
     return name
 
 
-def _refuse_keys_inside(config: RunConfig) -> None:
+def _check_keys_outside(config: RunConfig) -> None:
     keys, within = wiring.keyrings(config).resolve(), [config.output_dir]
     within += [Path(config.storage)] if config.storage and not is_uri(config.storage) else []
     if any(keys.is_relative_to(each.resolve()) for each in within):
@@ -218,7 +216,7 @@ def _refuse_keys_inside(config: RunConfig) -> None:
         )
 
 
-def _refuse_lost_keys(model: Model, config: RunConfig) -> None:
+def _check_keys_moved(model: Model, config: RunConfig) -> None:
     """Raises ConfigConflict when `keyring:` names a place to which the model's keys were not moved."""
     old, new = (wiring.keyrings(each) / model.id for each in (model.config, config))
     needed = model.config.encrypt or model.keyring.held(VAULT)
@@ -237,7 +235,7 @@ def _secret(model: Model, config: RunConfig) -> bytes:
     return wiring.stored_secret(model.directory, config, model.id)
 
 
-def _refuse_move(model: Model, config: RunConfig, *, accept_differences: bool) -> None:
+def _check_move(model: Model, config: RunConfig, *, accept_differences: bool) -> None:
     """Raises ConfigConflict for what can't change, and for differences that were not accepted."""
     if Keyed(_secret(model, config)).name != Keyed(model.secret).name:
         raise ConfigConflict(
@@ -254,7 +252,7 @@ def _refuse_move(model: Model, config: RunConfig, *, accept_differences: bool) -
             where="sisa.group_by",
             next_step="restore it, or train a new model",
         )
-    _refuse_lost_keys(model, config)
+    _check_keys_moved(model, config)
     if model.config.storage != config.storage:
         raise ConfigConflict(
             "a model's storage can't change: what is held would have to be moved",
@@ -274,7 +272,7 @@ def _graver(model: Model, config: RunConfig) -> list[Difference]:
 def _new_resources(model: Model, config: RunConfig, *, accept_differences: bool) -> Resources | None:
     """Resolve the base and embedder that a run file names, before the lock is held, since that may take
     long; None where the model's own are kept. Refuses what can be refused before."""
-    _refuse_move(model, config, accept_differences=accept_differences)
+    _check_move(model, config, accept_differences=accept_differences)
     if not accept_differences:
         return None
     resources = Resources(config, None, None)
@@ -292,42 +290,38 @@ def _move(
 ) -> Trained:
     """Bring an existing model's ledger to a changed run file, by the gravest effect among them. The
     caller holds the lock, and `model` is what the ledger describes under it."""
-    _refuse_move(model, config, accept_differences=accept_differences)
-    effects = {each.effect for each in _graver(model, config)} - {"none"}
+    _check_move(model, config, accept_differences=accept_differences)
+    effects = _effects(model, config, resources)
     if resources is None:
         resources = Resources(config, model.base, model.embedder)
-    else:
-        if resources.base.digest != model.base.digest:
-            effects.add("reset")
-        if indexed_digest(resources.embedder) != model.embedder.digest:
-            effects.add("reindex")
     if not effects and not differences(model.config, config):
         return Trained(0, 0, ())
     if effects:
         resources.check_base()
     with model._context(as_it_is=True) as old:
         if config.precision != DEFAULT_PRECISION:
-            _refuse_patches(old)
+            _check_no_patches(old)
         _replay_first(old, moving=wiring.witness_dir(config) != wiring.witness_dir(model.config))
         check_same_records(old, records)  # by the places, and so the generations, that they have now
         if any(is_under_way(request) for request in old.stores.ledger.requests()):
             erase_unknown(old)  # what a cut-short deletion left goes before anything is trained
-    context = wiring.open_context(
-        model.directory,
-        resources,
-        Keyed(_secret(model, config)),
-        model.executor,
-        model.report,
-        base_digest=resources.base.digest,
-        model=model.id,
-        keyring=wiring.open_keyring(config, model.id),
-    )
-    try:
+    keyed = Keyed(_secret(model, config))
+    with wiring.open_context(
+        model.directory, resources, keyed, model.id, model.executor, model.report
+    ) as context:
         done = _moved(context, config, resources, effects)
-    finally:
-        wiring.close(context)
     wiring.keep_key(model.directory, config, model.id, model.secret)
     return done
+
+
+def _effects(model: Model, config: RunConfig, resources: Resources | None) -> set[Effect]:
+    """Return what follows from the differences of a run file, and from another base or embedder."""
+    found = {each.effect for each in _graver(model, config)} - {"none"}
+    if resources is not None and resources.base.digest != model.base.digest:
+        found.add("reset")
+    if resources is not None and indexed_digest(resources.embedder) != model.embedder.digest:
+        found.add("reindex")
+    return found
 
 
 def _moved(context: Context, config: RunConfig, resources: Resources, effects: set[Effect]) -> Trained:
@@ -343,7 +337,7 @@ def _moved(context: Context, config: RunConfig, resources: Resources, effects: s
     return Trained(0, 0, ())
 
 
-def _refuse_patches(old: Context) -> None:
+def _check_no_patches(old: Context) -> None:
     patches = old.stores.ledger.patches()
     if active(patches) or wanted(patches) or trained_over(old.stores.ledger):
         raise ConfigConflict(
@@ -389,7 +383,7 @@ def _committed(directory: Path) -> bool:
     return False
 
 
-def _refuse_foreign(directory: Path) -> None:
+def _check_no_foreign_files(directory: Path) -> None:
     """Raises InvalidInput where a first training would write among files that are not a model's."""
     ours = {LEDGER, f"{LEDGER}-wal", f"{LEDGER}-shm", KEY, LOCK, SCRATCH, *AREAS}
     if directory.exists() and (not directory.is_dir() or files.held_names(directory) - ours):

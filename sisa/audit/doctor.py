@@ -26,7 +26,7 @@ import sqlite3
 import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -212,7 +212,6 @@ def _opened(directory: Path) -> list[Finding]:
         config = wiring.stored_config(meta)
         base, embedder = wiring.named(meta, "base"), wiring.named(meta, "embedder")
         model = wiring.model_id(meta)
-        keyring = wiring.open_keyring(config, model)
     except (SisaError, ValueError, KeyError, TypeError):
         return [
             finding(
@@ -221,30 +220,22 @@ def _opened(directory: Path) -> list[Finding]:
         ]
     found, secret = _key(directory, config, model, meta.get("key", ""))
     resources, keyed = Resources(config, base, embedder), Keyed(secret or bytes(KEY_BYTES))
-    try:
-        context = wiring.open_context(
-            directory,
-            resources,
-            keyed,
-            "serial",
-            silent,
-            base_digest=base.digest,
-            keyring=keyring,
-            model=model,
-        )
-    except TransientError as error:
-        return [*found, Finding("storage", "error", error.where, error.what, "", error.next_step)]
-    except SisaError as error:
-        return [*found, Finding("ledger_unreadable", "error", LEDGER, error.what, "", error.next_step)]
-    try:
-        return found + _witness(context) + examine(context, directory, with_key=secret is not None)
-    except TransientError as error:
-        what = f"{error.what} (got {error.got})" if error.got else error.what
-        return [*found, Finding("storage", "error", error.where, what, "", error.next_step)]
-    except SisaError as error:
-        return [*found, finding("ledger_damaged", "error", LEDGER, error.what)]
-    finally:
-        wiring.close(context)
+    opening = wiring.open_context(directory, resources, keyed, model, "serial", silent)
+    with ExitStack() as stack:
+        try:
+            context = stack.enter_context(opening)
+        except TransientError as error:
+            return [*found, Finding("storage", "error", error.where, error.what, "", error.next_step)]
+        except SisaError as error:
+            what, step = error.what, error.next_step
+            return [*found, Finding("ledger_unreadable", "error", LEDGER, what, "", step)]
+        try:
+            return found + _witness(context) + examine(context, directory, with_key=secret is not None)
+        except TransientError as error:
+            what = f"{error.what} (got {error.got})" if error.got else error.what
+            return [*found, Finding("storage", "error", error.where, what, "", error.next_step)]
+        except SisaError as error:
+            return [*found, finding("ledger_damaged", "error", LEDGER, error.what)]
 
 
 def _witness(context: Context) -> list[Finding]:

@@ -101,7 +101,7 @@ def ask(
     conversation that can't be answered, IntegrityError."""
     from sisa.lm.base.tokens import encode_prompt
 
-    _refuse_unanswerable(prompts, kind)
+    _check_answerable(prompts, kind)
     routes = routes_of(context, resources, prompts)
     asked = {shard for route in routes for shard in route.shards}
     answerer = open_answerer(context, resources, asked, open_ledger=open_ledger)
@@ -116,7 +116,7 @@ def ask(
     return [Answer(text.strip(), route.shards) for text, route in zip(texts, routes, strict=True)]
 
 
-def _refuse_unanswerable(prompts: Sequence[Prompt], kind: Kind | None) -> None:
+def _check_answerable(prompts: Sequence[Prompt], kind: Kind | None) -> None:
     for number, prompt in enumerate(prompts, start=1):
         if isinstance(prompt, str):
             continue

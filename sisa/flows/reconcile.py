@@ -157,10 +157,10 @@ def check_consistent(context: Context, since: WitnessHead = BEGINNING) -> None:
             ledger.requests(), events, context.settings.chain, since.link
         ),
     }
-    _refuse([name for name, each in lost.items() if each])
+    _raise_lost([name for name, each in lost.items() if each])
 
 
-def _refuse_new_contradictions(context: Context) -> None:
+def _check_since_last_time(context: Context) -> None:
     """Refuse contradictions, and keep up to which event there are none, so that a writer does not hash
     the whole history each time; `verify` and `doctor` do."""
     kept = json.loads(context.stores.ledger.meta().get(CHECKED, "null"))
@@ -173,10 +173,10 @@ def _refuse_new_contradictions(context: Context) -> None:
 
 def check_rows(ledger: Ledger) -> None:
     """Raises IntegrityError for tables that lost rows; the cheap part, for before a commit."""
-    _refuse(ledger.lost())
+    _raise_lost(ledger.lost())
 
 
-def _refuse(lost: Sequence[str]) -> None:
+def _raise_lost(lost: Sequence[str]) -> None:
     if lost:
         raise IntegrityError(
             "the ledger contradicts itself; nothing was changed",
@@ -190,7 +190,7 @@ def erase_unknown(context: Context, removed: Removed = NOTHING) -> None:
 
     What fails stops nothing else; its error is raised in the end.
     """
-    _refuse_new_contradictions(context)
+    _check_since_last_time(context)
     adopted = False
     with all_tried() as tried:
         with tried():

@@ -54,7 +54,7 @@ def _position(problem: Problem) -> int:
     return int(problem.where.rpartition(" ")[2])
 
 
-def _refuse(problems: Sequence[Problem], what: str, next_step: str) -> None:
+def _raise_problems(problems: Sequence[Problem], what: str, next_step: str) -> None:
     if problems:
         count = len({each.where for each in problems})
         raise InvalidInput(
@@ -84,7 +84,7 @@ def check_added(
         lambda: check_unique_ids(records),
         lambda: check_unchanged(context, records, found, unplaced),
         lambda: _misplaced([*risk_problems(bands, records), *_other_risks(context, fresh)]),
-        lambda: None if allow_deleted else _refuse_deleted_here(context, fresh, found),
+        lambda: None if allow_deleted else _check_not_deleted_here(context, fresh, found),
         *(lambda check=check: check(records) for check in checks),
     )
 
@@ -107,7 +107,7 @@ def check_unique_ids(records: Sequence[Record]) -> None:
         for n, record in enumerate(records, start=1)
         if first.setdefault(record.id, n) != n
     ]
-    _refuse(problems, "bear the id of another", "give each record an id of its own")
+    _raise_problems(problems, "bear the id of another", "give each record an id of its own")
 
 
 def check_generations(
@@ -142,7 +142,7 @@ def check_unchanged(
         held = found.get(row.id_digest)
         if isinstance(held, RecordRow) and held.record_digest != row.record_digest:
             problems.append(Problem(f"record {position + 1}", "its content is not the held one"))
-    _refuse(
+    _raise_problems(
         problems,
         "differ from the held ones of the same id",
         "`sisa forget` the held ones, then `sisa add` the new text under new ids",
@@ -155,7 +155,7 @@ def check_risks(bands: Bands | None, records: Sequence[Record]) -> None:
 
 
 def _misplaced(problems: Sequence[Problem]) -> None:
-    _refuse(
+    _raise_problems(
         problems,
         "can't be placed by their deletion risk",
         "name the class in sisa.bands.classes, and give all records of a subject one risk",
@@ -183,7 +183,7 @@ def _other_risks(context: Context, fresh: Sequence[tuple[int, Record]]) -> list[
     ]
 
 
-def _refuse_deleted_here(
+def _check_not_deleted_here(
     context: Context, fresh: Sequence[tuple[int, Record]], found: HeldOrDeleted
 ) -> None:
     texts = {context.settings.assigner.row(record, 0).text_digest for _, record in fresh}
@@ -211,7 +211,7 @@ def check_not_deleted(
             what = "was deleted" if by_id else "has the text of a record that was deleted"
             what += f" at {gone.deleted_at} by request {gone.request_id}"
             problems.append(Problem(f"record {position + 1}", what))
-    _refuse(
+    _raise_problems(
         problems,
         f"can't be {done}",
         "leave them out of the file, give new content a new id, or say --allow-deleted",

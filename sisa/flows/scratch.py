@@ -70,7 +70,7 @@ def prepare_base(
     recipe = recipe_of(scratch, texts)
     if (directory / RECIPE_FILE).is_file():
         held = _held(directory)
-        _refuse_other(held["recipe"], recipe, directory)
+        _check_same_recipe(held["recipe"], recipe, directory)
         check_overlap(records, _held_runs(directory, held))
         return
     if directory.exists():
@@ -206,7 +206,7 @@ def _damaged(path: Path) -> IntegrityError:
     )
 
 
-def _refuse_other(held: Mapping[str, Any], wanted: Mapping[str, Any], directory: Path) -> None:
+def _check_same_recipe(held: Mapping[str, Any], wanted: Mapping[str, Any], directory: Path) -> None:
     changed = sorted(name for name in {*held, *wanted} if held.get(name) != wanted.get(name))
     if changed:
         raise ConfigConflict(

@@ -108,10 +108,8 @@ def context_of(
         keeps_prefixes=config.prefix_cache_bytes > 0,
     )
     context = Context(stores, compute, settings, lambda: now, lambda _: None, wiring.HOOKS)
-    try:
+    with contextlib.closing(ledger):
         yield context
-    finally:
-        wiring.close(context)
 
 
 def build(directory: Path, *, encrypt: bool = False) -> None:

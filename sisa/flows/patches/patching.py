@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from sisa.core.domain import Record, RecordRow, Request
+from sisa.core.domain import Record, RecordRow, Request, SavedCheckpoint
 from sisa.core.errors import ConfigConflict, InvalidInput
 from sisa.core.events import Notice
 from sisa.core.patch import WRITTEN, Patch, PatchJob, VaultSet
@@ -85,7 +85,7 @@ def want(context: Context, wish: Wish, requests: Sequence[Request] = ()) -> Patc
     for each in patches:
         if each.state in ("active", "wanted") and each.job == job:
             return each
-    _refuse_second(wanted(patches))
+    _check_no_other_wish(wanted(patches))
     put = fresh + kept
     commit(context, Change(patches=[found], vault=_new(context, put), vaulted=put.pairs))
     return found
@@ -116,7 +116,7 @@ def _tell_held(context: Context, records: Sequence[Record]) -> None:
         )
 
 
-def _refuse_second(waiting: Sequence[Patch]) -> None:
+def _check_no_other_wish(waiting: Sequence[Patch]) -> None:
     if waiting:
         raise ConfigConflict(
             "another patch is wanted and not made yet; nothing was changed",
@@ -149,15 +149,7 @@ def make_wanted(
             dropped = replace(patch, report=dict(report))
             commit(context, Change(patches=unmade(ledger.patches(), dropped)))
             continue
-        now = replace(
-            patch,
-            state="active",
-            made_at=context.now(),
-            manifest_sha256=made.saved.manifest_sha256,
-            adapter_sha256=made.saved.adapter_sha256,
-            num_bytes=made.saved.num_bytes,
-            report=dict(report),
-        )
+        now = _active(patch, made.saved, context.now(), report)
         before = ledger.patches()
         changed = activated(before, now)
         if measure is not None:
@@ -168,6 +160,18 @@ def make_wanted(
         commit(context, Change(patches=changed))
         last = changed[0]
     return Unlearnt(last, False, report if last is None else last.report, *_settled(context))
+
+
+def _active(patch: Patch, saved: SavedCheckpoint, now: str, report: Mapping[str, Any]) -> Patch:
+    return replace(
+        patch,
+        state="active",
+        made_at=now,
+        manifest_sha256=saved.manifest_sha256,
+        adapter_sha256=saved.adapter_sha256,
+        num_bytes=saved.num_bytes,
+        report=dict(report),
+    )
 
 
 def _settled(context: Context) -> tuple[int, int]:

@@ -77,6 +77,11 @@ class Resources:
         return found
 
     @property
+    def base_digest(self) -> str:
+        """The digest of the base, which need not be resolved where the ledger names it."""
+        return self._base.digest if self._base else self.base.digest
+
+    @property
     def dimension(self) -> int:
         return self._embedder.dimension if self._embedder else self.embedder.dimension
 

@@ -24,6 +24,7 @@ import re
 import secrets
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -39,6 +40,7 @@ from sisa.core.ports import (
     CheckpointStore,
     Executor,
     Keyring,
+    Ledger,
     Metrics,
     Patcher,
     PatchSite,
@@ -92,44 +94,61 @@ OpenProbe = Callable[[Path, str, RunConfig, Sequence[Mapping[str, bytes]]], Prob
 OpenPatcher = Callable[[PatchSite, RunConfig], Patcher]
 
 
+@contextlib.contextmanager
 def open_context(
     directory: Path,
     resources: Resources,
     keyed: Keyed,
+    model: str,
     executor: str | OpenExecutor,
     report: Report,
     *,
-    base_digest: str,
-    model: str,
-    keyring: Keyring,
     create: bool = False,
+) -> Iterator[Context]:
+    """Open a model by its name, until the end of the block.
+
+    Raises IntegrityError for a ledger that is missing or damaged, ConfigConflict for a model that holds
+    what no hook here keeps.
+    """
+    with contextlib.closing(SqlLedger(directory / LEDGER, create=create)) as ledger:
+        stores = _open_stores(directory, resources, keyed, model, ledger)
+        context = _context(directory, resources, keyed, model, stores, executor, report)
+        check_hooks(context)
+        _ = context.recipe  # refuses a ledger that lacks what it is trained over
+        yield context
+
+
+def _context(
+    directory: Path,
+    resources: Resources,
+    keyed: Keyed,
+    model: str,
+    stores: Stores,
+    executor: str | OpenExecutor,
+    report: Report,
 ) -> Context:
-    """Open a model's real parts. Raises IntegrityError for a ledger that is missing or damaged."""
     config = resources.config
-    stores = _open_stores(directory, resources, keyed, model, keyring, create=create)
     patch_site = functools.partial(_patch_site, directory, resources, stores, model)
     settings = Settings(
         assigner=Assigner(keyed, config.layout),
-        recipe=config.recipe(base_digest),
+        recipe=config.recipe(resources.base_digest),
         patch_mode=config.patch_mode,
         chain=EventChain.of(keyed, stores.ledger.meta().get("key")),
         keeps_prefixes=config.prefix_cache_bytes > 0,
     )
     compute = _compute(resources, stores, patch_site, executor)
-    context = Context(stores, compute, settings, _now, recording(report, stores.metrics, _now), HOOKS)
-    check_hooks(context)
-    _ = context.recipe  # refuses a ledger that lacks what it is trained over
-    return context
+    return Context(stores, compute, settings, _now, recording(report, stores.metrics, _now), HOOKS)
 
 
 def _open_stores(
-    directory: Path, resources: Resources, keyed: Keyed, model: str, keyring: Keyring, *, create: bool
+    directory: Path, resources: Resources, keyed: Keyed, model: str, ledger: Ledger
 ) -> Stores:
     config = resources.config
+    keyring = open_keyring(config, model)
     blobs = open_areas(directory, config.storage, model)
     vaults = vault_keyring(config, model)
     return Stores(
-        ledger=SqlLedger(directory / LEDGER, create=create),
+        ledger=ledger,
         witness=witness_of(config, keyed, model),
         records=FileRecords(blobs[RECORDS], keyring),
         checkpoints=FileCheckpoints(blobs[CHECKPOINTS], keyring),
@@ -210,24 +229,13 @@ def describe(directory: Path) -> Description:
     return Description(meta, name, config, keyring, base, embedder, secret)
 
 
-@contextlib.contextmanager
-def open_as_it_is(directory: Path, executor: str | OpenExecutor, report: Report) -> Iterator[Context]:
+def open_as_it_is(
+    directory: Path, executor: str | OpenExecutor, report: Report
+) -> AbstractContextManager[Context]:
     """Open a model without its lock, whether or not it has caught up with its witness."""
     found = describe(directory)
-    context = open_context(
-        directory,
-        Resources(found.config, found.base, found.embedder),
-        Keyed(found.secret),
-        executor,
-        report,
-        base_digest=found.base.digest,
-        model=found.id,
-        keyring=found.keyring,
-    )
-    try:
-        yield context
-    finally:
-        close(context)
+    resources = Resources(found.config, found.base, found.embedder)
+    return open_context(directory, resources, Keyed(found.secret), found.id, executor, report)
 
 
 def check_hooks(context: Context) -> None:
@@ -525,8 +533,3 @@ def recording(report: Report, metrics: Metrics, now: Callable[[], str]) -> Repor
             metrics.append(made)
 
     return pass_on
-
-
-def close(context: Context) -> None:
-    if isinstance(context.stores.ledger, SqlLedger):
-        context.stores.ledger.close()
