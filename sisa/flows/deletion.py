@@ -7,6 +7,11 @@ tombstones, moves the heads to their deepest clean checkpoints, and makes the re
 indexes current. If a file to build on is damaged, the deletion stops before that commit. What else is
 made from records joins by hooks (`core/ports.py`). `reconcile.py` erases and trains; `lifecycle.py`
 says who may ask, and when.
+
+Deleting shards can't reach what the frozen base knew before any record arrived. So once the served model
+is clean, and before the text is erased, the base alone is asked whether it produces that text; the
+answer, numbers alone, is kept with the request. A deletion that is cut short before that is finished
+without an answer, since the text is erased first.
 """
 
 from __future__ import annotations
@@ -20,6 +25,7 @@ from typing import TypeVar
 from sisa.core.domain import (
     Export,
     IndexFile,
+    Probed,
     RecordRow,
     Request,
     RequestEvent,
@@ -29,9 +35,9 @@ from sisa.core.domain import (
     Tombstone,
 )
 from sisa.core.errors import ConfigConflict, Problem, SisaError
-from sisa.core.ports import Change, Contribution, KeptVersions, Removal, merged
-from sisa.core.requests import committed, event, is_under_way
-from sisa.flows.probing import probe_removed
+from sisa.core.events import Notice
+from sisa.core.ports import Change, Contribution, KeptVersions, Probe, Removal, merged
+from sisa.core.requests import committed, event, is_under_way, probed, unvaulted
 from sisa.flows.reconcile import check_rows, erasing_anyway, note_failure, reconcile
 from sisa.flows.wiring.context import (
     Context,
@@ -42,6 +48,7 @@ from sisa.flows.wiring.context import (
     model_digest,
     plans_of,
     slices_of,
+    stored_in,
     view_shard,
     write_slice,
 )
@@ -215,7 +222,7 @@ def _delete(context: Context, removal: Removal, arriving: Change, *, defer: bool
     held = slices_of(context, removal.rows.values())
     with erasing_anyway(context):
         contributed = _commit_or_note(context, removal, arriving)  # the served model is clean
-        probe_removed(context, removal.named, held)  # of what is erased next
+        _probe_removed(context, removal.named, held)  # of what is erased next
     done = reconcile(context, defer=defer, removed=removal.named)  # erase, train, complete
     for each in contributed:
         each.finish()
@@ -237,6 +244,47 @@ def _note_refusal(context: Context, requests: Sequence[Request], error: SisaErro
     with contextlib.suppress(SisaError):  # a ledger that can't be read is the error being raised
         found = [each for each in context.stores.ledger.requests() if each.request_id in asked]
         note_failure(context, [each for each in found if not is_under_way(each)], error)
+
+
+def _probe_removed(
+    context: Context, named: Mapping[str, Sequence[RecordRow]], held: Sequence[SliceFile]
+) -> None:
+    """Probe the base for the records that each request removed, and keep the outcome with it.
+
+    `held` are the slice files that hold them, from before the commit. A probe that fails must not keep
+    the text: the kind of error is kept in its place, and the deletion goes on. A text that was put into
+    the vault by consent leaves it when all of it was asked and the base knows none of it.
+    """
+    if context.compute.probe is None or not any(named.values()):
+        return
+    context.report(Notice("asking the base alone what it knows of the deleted text"))
+    outcomes = {
+        request_id: _outcome(context, context.compute.probe, rows, held)
+        for request_id, rows in named.items()
+        if rows
+    }
+    asked = [
+        probed(request, outcomes[request.request_id])
+        for request in context.stores.ledger.requests()
+        if request.request_id in outcomes
+    ]
+    unknown = [each.vaulted for each in asked if each.vaulted and _is_unknown(outcomes[each.request_id])]
+    changed = [unvaulted(each) if each.vaulted in unknown else each for each in asked]
+    commit(context, Change(requests=changed, unvaulted=unknown))
+
+
+def _is_unknown(outcome: Probed) -> bool:
+    """Return whether all of it was asked, and the base knows none of it: no patch is needed."""
+    return not outcome.failure and outcome.num_known == 0 and outcome.num_probed == outcome.num_records
+
+
+def _outcome(
+    context: Context, probe: Probe, rows: Sequence[RecordRow], held: Sequence[SliceFile]
+) -> Probed:
+    try:
+        return probe([stored.record for stored in stored_in(context, held, rows)])
+    except Exception as error:  # whatever it is: the text must go
+        return Probed(len(rows), failure=type(error).__name__)
 
 
 def rows_named(context: Context, request: Request) -> list[RecordRow]:

@@ -24,8 +24,7 @@ from sisa.core.errors import ConfigConflict, InvalidInput, SisaError
 from sisa.core.patch import Patch, PatchMode, VaultSet
 from sisa.flows.ingest import train
 from sisa.flows.patches import patching, vault_sets
-from sisa.flows.patches.patched_shards import shards_over
-from sisa.flows.patches.patching import Wish, make_wanted, want
+from sisa.flows.patches.patching import Wish, make_wanted, shards_over, want
 from sisa.flows.reconcile import reconcile
 from sisa.flows.wiring.context import Context, trained_over
 from sisa.flows.wiring.witness import catch_up

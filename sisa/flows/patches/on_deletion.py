@@ -25,8 +25,7 @@ from sisa.core.events import Notice
 from sisa.core.patch import Patch, without_shards
 from sisa.core.ports import Change, Contribution, Removal
 from sisa.flows.patches import vault_sets
-from sisa.flows.patches.patched_shards import shards_off
-from sisa.flows.patches.patching import make_wanted
+from sisa.flows.patches.patching import make_wanted, shards_off
 from sisa.flows.wiring.context import Context, commit, trained_over
 from sisa.planning.patch_plan import Rederived, lineage, rederive, wanted
 

@@ -21,8 +21,7 @@ from sisa.flows.lifecycle import Terms, arrive
 from sisa.flows.patches import patching, vault_sets
 from sisa.flows.patches.composition import AnswerChange, Composition
 from sisa.flows.patches.on_deletion import give_up
-from sisa.flows.patches.patched_shards import shards_over
-from sisa.flows.patches.patching import Unlearnt, Wish, make_wanted, want
+from sisa.flows.patches.patching import Unlearnt, Wish, make_wanted, shards_over, want
 from sisa.flows.query import where
 from sisa.flows.reconcile import reconcile
 from sisa.flows.wiring.context import Context, commit, model_digest, trained_over
