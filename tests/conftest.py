@@ -3,9 +3,9 @@ machine.
 
 Tests run in random order, but those without torch or sockets come before the others, so that most
 failures show within seconds. With several processes (`-n 2`) each takes one test after another, in this
-order. Tests with a Ray follow the fast ones in one process that shares it, while others train tiny
-models. Tests over something expensive that their file makes once are in one process, too
-(`xdist_group`).
+order. Tests with a Ray follow the fast ones in one process that shares it. Tests over something
+expensive that their file makes once are in one process, too (`xdist_group`). Slow tests precede short
+ones that train tiny models, so that all processes end together.
 
 What a model keeps outside its directory goes to a state directory of the test's own. Files of tests are
 in memory where there is room: every write is synced, which would cost thousands of waits for a disk.
@@ -31,7 +31,7 @@ from hypothesis import settings
 from tests.examples import FULL
 from tests.fakes.s3_server import Server, environment, running
 
-TURNS = ("ray", "torch", "slow")  # markers, by their turn after the fast tests
+TURNS = ("ray", "slow", "torch")  # markers, by their turn after the fast tests
 MEMORY = Path("/dev/shm")  # noqa: S108 - pytest makes a private directory in it
 ROOM_BYTES = 4 * 2**30  # a whole run leaves less than a tenth of it
 
@@ -74,10 +74,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def _turn(item: pytest.Item) -> tuple[int, bool]:
     marks = {mark.name for mark in item.iter_markers()}
-    turns = [number for number, name in enumerate(TURNS, start=1) if name in marks]
+    turn = next((number for number, name in enumerate(TURNS, start=1) if name in marks), 0)
     if "ray" in marks:
-        return 1, "own_ray" in getattr(item, "fixturenames", ())
-    return max(turns, default=0), False
+        return turn, "own_ray" in getattr(item, "fixturenames", ())
+    return turn, not _group(item)
 
 
 @pytest.fixture(scope="session")

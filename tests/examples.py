@@ -14,6 +14,11 @@ FULL = "full"
 SHARE = 5  # the suite tries one example in so many
 
 
+def is_full() -> bool:
+    """Return whether all examples are tried."""
+    return settings.get_current_profile_name() == FULL
+
+
 def num_examples(full: int, share: int = SHARE) -> int:
     """Return how many to try of a property whose full run tries `full`: all, or one in `share`."""
-    return full if settings.get_current_profile_name() == FULL else -(-full // share)
+    return full if is_full() else -(-full // share)

@@ -110,7 +110,7 @@ def cheap_resources() -> Iterator[None]:
         if name.startswith("sisa.") and module is not None:
             for key, value in list(vars(module).items()):
                 for old, new in swaps.items():
-                    if value is old and not name.startswith("sisa.model"):
+                    if value is old:
                         done.append((module, key, value))
                         setattr(module, key, new)
     if reader is not None and hasattr(reader, "export_rows"):

@@ -56,11 +56,11 @@ MAX_RETRIES = 50
 class Killer:
     """Kills a node or a worker, at random, whenever it is called and the pause is over."""
 
-    def __init__(self, cluster: Cluster, seed: int) -> None:
+    def __init__(self, cluster: Cluster, seed: int, num_nodes: int) -> None:
         self.kills = Counter[str]()
         self._cluster, self._random = cluster, random.Random(seed)
         self._names = (f"n{number}" for number in count())
-        for _ in range(NUM_NODES):
+        for _ in range(num_nodes):
             add_node(cluster, next(self._names))
         self._pause()
 
@@ -88,14 +88,14 @@ class Killer:
                 self.kills["worker"] += 1
 
 
-def ground(folder: Path) -> tuple[Site, list[Chain]]:
+def ground(folder: Path, num_shards: int) -> tuple[Site, list[Chain]]:
     """A tiny base, slice files, and the chains over them."""
     base = make_tiny_base(folder / "base")
     digest, records = base_digest(base), LocalBlobs(folder / "records")
     site = Site(records, LocalBlobs(folder / "none"), base, base_digest=digest, threads=1)
     store, here = FileRecords(records), fingerprint(1)
     chains = []
-    for shard in range(NUM_SHARDS):
+    for shard in range(num_shards):
         made = make_chain(store, shard, site)
         jobs, parent = [], None
         for job in made.jobs:
@@ -115,9 +115,17 @@ def serial(site: Site, chains: Sequence[Chain]) -> dict[str, bytes]:
     return bytes_of(target)
 
 
-def run(folder: Path, seed: int, seconds: float, show: bool = False) -> dict[str, Any]:
+def run(
+    folder: Path,
+    seed: int,
+    seconds: float,
+    *,
+    num_nodes: int = NUM_NODES,
+    num_shards: int = NUM_SHARDS,
+    show: bool = False,
+) -> dict[str, Any]:
     """Rounds until so many seconds have passed; stops at the first that is not equal."""
-    site, chains = ground(folder)
+    site, chains = ground(folder, num_shards)
     expected = serial(site, chains)
     told, failures = Counter[str](), list[str]()
     rounds = trained = 0
@@ -131,7 +139,7 @@ def run(folder: Path, seed: int, seconds: float, show: bool = False) -> dict[str
             told[_kind(event.text)] += 1
 
     with own_cluster() as cluster:
-        killer = Killer(cluster, seed)
+        killer = Killer(cluster, seed, num_nodes)
         started = time.monotonic()
         while not failures and time.monotonic() - started < seconds:
             target = folder / f"round-{rounds}"
@@ -148,7 +156,7 @@ def run(folder: Path, seed: int, seconds: float, show: bool = False) -> dict[str
     return {
         "seconds": round(time.monotonic() - started, 1),
         "seed": seed,
-        "nodes_that_train": NUM_NODES,
+        "nodes_that_train": num_nodes,
         "rounds": rounds,
         "slices_trained": trained,
         "files_compared": rounds * len(expected),

@@ -1,4 +1,4 @@
-"""A minute of nodes and workers killed at random, equal to the serial executor.
+"""Some seconds of nodes and workers killed at random, equal to the serial executor.
 
 The full run is `python -m tests.endurance.nodes --seconds 600 --out tests/endurance/nodes.json`.
 """
@@ -16,7 +16,8 @@ from tests.endurance.nodes import run
 @pytest.mark.slow
 @pytest.mark.usefixtures("own_ray")
 def test_random_kills_of_nodes_change_no_byte(tmp_path: Path) -> None:
-    found = run(tmp_path, seed=3, seconds=15)  # the round that is under way is finished
+    # The round that is under way is finished.
+    found = run(tmp_path, seed=3, seconds=15, num_nodes=2, num_shards=3)
     assert found["failures"] == []
     assert sum(found["kills"].values()) > 0
     assert found["rounds"] > 0

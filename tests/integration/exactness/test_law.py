@@ -9,14 +9,13 @@ rewritten.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import sisa
 from sisa.flows.wiring.wiring import CHECKPOINTS, INDEX, RECORDS, OpenExecutor
+from tests.models.forked import run_forked
 from tests.models.tiny_model import (
     PEOPLE,
     Row,
@@ -45,7 +44,8 @@ IN_A_FRESH_PROCESS = (
     "from pathlib import Path\n"
     "from tests.models.tiny_model import held_files\n"
     "model, _ = sisa.train_model(sys.argv[1], executor='serial')\n"
-    "print(json.dumps([model.status().model_digest, held_files(model.directory)]))\n"
+    "found = [model.status().model_digest, held_files(model.directory)]\n"
+    "Path(sys.argv[1]).with_name('found.json').write_text(json.dumps(found))\n"
 )
 
 
@@ -133,15 +133,8 @@ def test_a_history_ends_in_the_bytes_of_a_fresh_process(
 ) -> None:
     model = live_a_life(run_file_of(tmp_path / "a", tiny_base, FIRST, schedule))
     run_file = run_file_of(tmp_path / "b", tiny_base, REMAINING, schedule)
-    done = subprocess.run(
-        [sys.executable, "-c", IN_A_FRESH_PROCESS, str(run_file)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parents[3],
-    )
-    assert done.returncode == 0, done.stderr
-    digest, files = json.loads(done.stdout.splitlines()[-1])
+    assert run_forked(IN_A_FRESH_PROCESS, run_file) == 0
+    digest, files = json.loads((tmp_path / "b" / "found.json").read_text())
     assert held_files(model.directory) == files
     assert model.status().model_digest == digest
 

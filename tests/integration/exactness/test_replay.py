@@ -49,14 +49,14 @@ def test_threads_share_the_clean_process_and_forks_leave_it_alone() -> None:
         return CLEAN.train(NOWHERE, worker_environment(1))
 
     with ThreadPoolExecutor(4) as threads:
-        assert set(threads.map(failing, range(8))) == {"InvalidInput"}
+        assert set(threads.map(failing, range(8))) == {"IntegrityError"}
     before, num_fds = clean_processes(), psutil.Process().num_fds()
     child = os.fork()
     if not child:
         CLEAN.end()  # ends nothing: it is the parent's
         os._exit(num_fds - psutil.Process().num_fds())
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1, "the fork holds the socket"
-    assert failing(0) == "InvalidInput"
+    assert failing(0) == "IntegrityError"
     assert (clean_processes(), len(before), psutil.Process().num_fds()) == (before, 1, num_fds)
 
 

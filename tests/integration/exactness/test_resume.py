@@ -11,14 +11,13 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import sisa
+from tests.models.forked import run_forked
 from tests.models.tiny_model import (
     PEOPLE,
     Cut,
@@ -84,14 +83,7 @@ def test_a_first_training_goes_on_after_sigkill_in_the_middle_of_a_slice(
 ) -> None:
     killed = Tiny(tmp_path / "killed", tiny_base)
     run_file = write_run(killed.folder, tiny_base)
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(run_file)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parents[3],
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert run_forked(KILLED, run_file) == -signal.SIGKILL
     assert len(os.listdir(killed.directory / "checkpoints")) == 2
     assert killed.train().slices_trained == NUM_STAGES - 2
     assert held_files(killed.directory) == held_files(tiny.directory)

@@ -77,7 +77,7 @@ def make_chain(store: FileRecords, shard: int, site: Site) -> Chain:
                 parent=jobs[-1].key if jobs else None,
                 slices=tuple((file.slice, file.root) for file in files),
                 num_records=sum(file.num_records for file in files),
-                passes=(80, 3),  # seconds a stage, so that the kill falls into one
+                passes=(40, 3),  # long enough that the kill falls into a stage
                 training=TRAINING,
                 base=site.base_digest,
                 fingerprint=fingerprint(1),

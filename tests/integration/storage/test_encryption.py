@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +27,7 @@ from sisa.flows.wiring.wiring import CHECKPOINTS, INDEX, RECORDS, SCRATCH
 from sisa.store.blobs.keyring import FileKeyring, is_sealed
 from sisa.store.ledger.ledger import SqlLedger
 from tests.integration.storage.test_erasure import traces, vector
+from tests.models.forked import run_forked
 from tests.models.tiny_model import (
     PEOPLE,
     Tiny,
@@ -49,7 +48,6 @@ ROOMS = (RECORDS, INDEX, CHECKPOINTS)
 LATER = of_people("p012")
 FIRST = without(PEOPLE, ids_of(LATER))
 GONE = of_people("p001")[:1]
-REPOSITORY = Path(__file__).parents[3]
 
 
 def prepare(folder: Path, base: Path, **settings: object) -> Tiny:
@@ -267,17 +265,12 @@ sisa.open_model(sys.argv[1], executor="serial").forget(sys.argv[3:])
 """
 
 
-def run_child(code: str, *arguments: object) -> int:
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, check=False, cwd=REPOSITORY).returncode
-
-
 @pytest.mark.parametrize("room", ROOMS)
 def test_a_deletion_killed_between_key_and_file_is_finished_by_the_next_command(
     sealed: Tiny, plain: Tiny, room: str
 ) -> None:
     assert (
-        run_child(KILLED_BETWEEN, sealed.directory, sealed.directory / room, *ids_of(GONE))
+        run_forked(KILLED_BETWEEN, sealed.directory, sealed.directory / room, *ids_of(GONE))
         == -signal.SIGKILL
     )
     left = {name for name in (sealed.directory / room).iterdir() if name.name not in keys(sealed)[room]}
@@ -307,7 +300,7 @@ def test_a_first_training_that_was_killed_leaves_no_key_behind(
     tmp_path: Path, tiny_base: Path, plain: Tiny
 ) -> None:
     tiny = prepare(tmp_path / "sealed", tiny_base)
-    assert run_child(KILLED_BEFORE_THE_COMMIT, tiny.run_file) == -signal.SIGKILL
+    assert run_forked(KILLED_BEFORE_THE_COMMIT, tiny.run_file) == -signal.SIGKILL
     held = keys(tiny)
     assert held[RECORDS]
     rows = without(FIRST, ids_of(GONE))
@@ -364,7 +357,7 @@ def test_a_killed_change_of_form_goes_on(sealed: Tiny, encrypt: bool) -> None:
         sealed.train(accept_differences=True)
     change_run(sealed.run_file, encrypt=encrypt)
     for step in (3, 12):
-        assert run_child(KILLED_RESEALING, sealed.run_file, step) == -signal.SIGKILL
+        assert run_forked(KILLED_RESEALING, sealed.run_file, step) == -signal.SIGKILL
         assert forms(sealed) == {True, False}
         sealed.open().run()  # a writer: it sweeps what was left, and loses nothing
         found = sealed.open().verify(replay="sample")

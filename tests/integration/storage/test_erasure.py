@@ -13,8 +13,6 @@ import json
 import logging
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,6 +23,7 @@ from sisa.data.samples import distinctive_word
 from sisa.flows.wiring.wiring import CHECKPOINTS, INDEX, RECORDS
 from sisa.lm.answer.hashing import HashingEmbedder
 from sisa.lm.answer.names import NameEmbedder
+from tests.models.forked import run_forked
 from tests.models.tiny_model import (
     PEOPLE,
     Cut,
@@ -41,7 +40,6 @@ from tests.models.tiny_model import (
 
 pytestmark = pytest.mark.torch
 
-REPOSITORY = Path(__file__).parents[3]
 KILLED_AT_THE_COMMIT = (
     "import os, signal, sys, sisa\n"
     "from sisa.store.ledger.ledger import SqlLedger\n"
@@ -140,14 +138,8 @@ def test_files_and_heads_are_clean_before_anything_is_trained(tiny: Tiny) -> Non
 def test_a_deletion_killed_at_its_commit_is_erased_by_the_next_command(tiny: Tiny, again: str) -> None:
     """SIGKILL between the commit and the erasure: the old slice file is still there."""
     gone = of_people("p003")
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED_AT_THE_COMMIT, str(tiny.directory), *ids_of(gone)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=REPOSITORY,
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    killed = run_forked(KILLED_AT_THE_COMMIT, tiny.directory, *ids_of(gone))
+    assert killed == -signal.SIGKILL
     assert residue(tiny.directory, traces(gone)), "the crash came too late to show anything"
     if again == "train":
         tiny.train()

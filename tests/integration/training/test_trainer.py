@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +19,7 @@ from sisa.core.ports import StoredRecord, Tick
 from sisa.lm.answer.route import all_of
 from sisa.lm.base.weights import BaseFiles, resolve_base
 from sisa.store.checkpoints import FILES, MANIFEST
+from tests.models.forked import run_forked
 from tests.models.tiny_base import make_tiny_base
 
 pytestmark = pytest.mark.torch
@@ -111,15 +110,11 @@ def test_same_bytes_in_a_fresh_process_that_resumes(base: BaseFiles, tmp_path: P
         "from tests.integration.training.test_trainer import job_for, names, train\n"
         "base = resolve_base(sys.argv[1])\n"
         "parent = {path.name: path.read_bytes() for path in Path(sys.argv[2]).iterdir()}\n"
-        "print(json.dumps(names(train(base, job_for(base, 1), parent))))\n"
+        "found = json.dumps(names(train(base, job_for(base, 1), parent)))\n"
+        "(Path(sys.argv[2]) / 'found.json').write_text(found)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(base.directory), str(tmp_path)],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert json.loads(done.stdout.splitlines()[-1]) == names(train_chain(base))
+    assert run_forked(code, base.directory, tmp_path) == 0
+    assert json.loads((tmp_path / "found.json").read_text()) == names(train_chain(base))
 
 
 @pytest.mark.parametrize("training", [{}, {"layerwise": 2, "lora_target_modules": "all-linear"}])
