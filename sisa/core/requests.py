@@ -197,10 +197,10 @@ def event(request: Request, at: str, note: str = "") -> RequestEvent:
 
 @dataclass(frozen=True)
 class EventChain:
-    """Links each event of a ledger to the one before it, under the partition key.
+    """Link of each event of a ledger to the one before it, under the partition key.
 
-    An earlier version linked events without the key. A ledger that it began names its key otherwise
-    (`key_name`), may have such events at its beginning, and none after the first keyed one.
+    An earlier version linked events without the key. A ledger that it began names its key differently
+    (`key_name`); it may begin with unkeyed events, but has none after the first keyed one.
     """
 
     keyed: Keyed
@@ -208,7 +208,7 @@ class EventChain:
 
     @classmethod
     def of(cls, keyed: Keyed, named: str | None) -> EventChain:
-        """Return the chain of a ledger, by the name that it gives its key."""
+        """Return the chain of a ledger, given the name of its key."""
         return cls(keyed, named == keyed.name)
 
     def link(self, before: str, found: RequestEvent) -> str:
@@ -238,8 +238,11 @@ class EventChain:
 
 
 def key_name(keyed: Keyed) -> str:
-    """Return how a ledger names its key if all its events are linked under it. Without the key nobody
-    can tell the name that an earlier version gave it, `keyed.name`, which allows other events."""
+    """Return how a ledger names its key if all its events are linked under it.
+
+    Only the holder of the key can compute the name that an earlier version gave it (`keyed.name`), which
+    allows events without the key, too.
+    """
     return keyed.digest("name", "events")
 
 
@@ -256,9 +259,9 @@ def contradicted(
 ) -> bool:
     """Return whether events are not one chain, or a request differs from what its events say.
 
-    A request must be in the state of its last event, and committed when its events say. Of the events
-    that follow the one with `link`, only the requests that they are of are compared. Without a `chain`
-    links are not looked at.
+    A request must be in the state of its last event, and committed when its events say. With `link`,
+    only the events after the one with that link, and their requests, are compared. Without a `chain`,
+    links are not checked.
     """
     if chain is not None and not chain.holds(events, link):
         return True
@@ -276,5 +279,5 @@ def contradicted(
 
 
 def chained(link: str, found: RequestEvent) -> str:
-    """Return the link without a key of an event after the one with `link`."""
+    """Return the unkeyed link of an event after the one with `link`."""
     return digest_of([link, asdict(replace(found, link=""))])

@@ -15,9 +15,9 @@ from typing import Any
 import sqlalchemy as sa
 
 from sisa.core.domain import Export, Request, RequestEvent
+from sisa.core.patch import Patch
 from sisa.core.ports import Change
 from sisa.core.requests import chained
-from sisa.store.ledger.patch_ledger import patch_row
 from sisa.store.ledger.rows import SEQ, Writing, check_row_count, expected_rows, read
 from sisa.store.ledger.schema import (
     CHECKPOINTS,
@@ -55,7 +55,7 @@ def apply(connection: sa.Connection, change: Change) -> int:
     writing.put(CHECKPOINTS, checkpoints)
     writing.put(VAULT, [{**asdict(each), "held": int(each.held)} for each in change.vault])
     writing.put(EXPORTS, [_export_row(each) for each in change.exports])
-    writing.put(PATCHES, [patch_row(each) for each in change.patches])
+    writing.put(PATCHES, [_patch_row(each) for each in change.patches])
     writing.put(VAULTED, [{"name": name, "id_digest": each} for name, each in change.vaulted])
     meta = {**change.meta, SEQ: str(seq)}
     writing.put(META, [{"key": key, "value": value} for key, value in meta.items()])
@@ -69,6 +69,12 @@ def apply(connection: sa.Connection, change: Change) -> int:
 def _export_row(export: Export) -> dict[str, Any]:
     lists = {"patches": json.dumps(export.patches), "prefix": json.dumps(export.prefix)}
     return asdict(export) | lists
+
+
+def _patch_row(patch: Patch) -> dict[str, Any]:
+    """Return a patch as a row."""
+    row = {**asdict(patch), "key": patch.key}
+    return row | {name: json.dumps(row[name], sort_keys=True) for name in ("job", "report")}
 
 
 def _remove(writing: Writing, change: Change) -> None:

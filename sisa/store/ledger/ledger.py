@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from operator import attrgetter
 from typing import Any
@@ -28,11 +28,11 @@ from sisa.core.domain import (
     Tombstone,
     WitnessHead,
 )
+from sisa.core.patch import Patch, VaultSet, parse_patch_job
 from sisa.core.ports import Change
 from sisa.planning.assign import root_of
 from sisa.store.ledger import changes, rows
-from sisa.store.ledger.database import having, made
-from sisa.store.ledger.patch_ledger import PatchLedger
+from sisa.store.ledger.database import Database, having, made
 from sisa.store.ledger.schema import (
     CHECKPOINTS,
     EVENTS,
@@ -41,14 +41,23 @@ from sisa.store.ledger.schema import (
     INDEXES,
     META,
     NAMED,
+    PATCHES,
     RECORDS,
     REQUESTS,
     SLICES,
     TOMBSTONES,
+    VAULT,
+    VAULTED,
 )
 
 
-class SqlLedger(PatchLedger):
+@dataclass(frozen=True, slots=True)
+class _Vaulted:
+    name: str
+    id_digest: str
+
+
+class SqlLedger(Database):
     """A Ledger in one SQLite file. With `create=False`, a missing file is an IntegrityError."""
 
     def seq(self) -> int:
@@ -214,6 +223,28 @@ class SqlLedger(PatchLedger):
         with self._reading() as connection:
             return rows.lost_rows(connection)
 
+    def patches(self) -> list[Patch]:
+        found = self._whole(Patch, PATCHES, None, PATCHES.c.version)
+        with self._parsing("a patch"):
+            return [_patch(each) for each in found]
+
+    def vault(self) -> list[VaultSet]:
+        found = self._whole(VaultSet, VAULT, None, VAULT.c.name)
+        return [replace(each, held=bool(each.held)) for each in found]
+
+    def vaulted(self, name: str) -> list[str]:
+        with self._reading() as connection:  # from all rows: no damaged index hides a set
+            found = having(connection, _Vaulted, VAULTED.c.name, [name], full_scan=True)
+        return sorted(each.id_digest for each in found)
+
+    def sets_with(self, id_digests: Collection[str]) -> dict[str, list[str]]:
+        named: dict[str, list[str]] = {}
+        with self._reading() as connection:
+            found = having(connection, _Vaulted, VAULTED.c.id_digest, sorted(id_digests), full_scan=True)
+        for each in sorted(found, key=lambda row: row.name):
+            named.setdefault(each.id_digest, []).append(each.name)
+        return named
+
 
 _BY_ID = attrgetter("id_digest")
 
@@ -228,3 +259,9 @@ def _request(text: str) -> Request:
     lists = {name: tuple(tuple(each) for each in body[name]) for name in ("shards", "served")}
     probed = body.get("probed")
     return Request(**{**body, **lists, "probed": Probed(**probed) if probed else None})
+
+
+def _patch(row: Patch) -> Patch:
+    """Return a patch whose job and report are still JSON."""
+    raw: Any = row
+    return replace(row, job=parse_patch_job(json.loads(raw.job)), report=json.loads(raw.report))
