@@ -241,6 +241,31 @@ def simulated_fleet() -> Iterator[str]:
     yield from rows(("what", "simulated"), lines)
 
 
+def forgetting() -> Iterator[str]:
+    """Yield what patches with the default settings leave known."""
+    lines = []
+    for name in ("forgetting_tiny", "forgetting"):
+        found = measured(name)
+        base = "tiny base" if found["base_model"] == "tiny" else "SmolLM2-135M"
+        for row in found["rows"]:
+            known, others = row["still_known"], row["others_known"]
+            before, after = row["metrics_before"], row["metrics_after"]
+            lines.append(
+                (
+                    base,
+                    row["method"],
+                    row["retain"],
+                    row["outcome"],
+                    f"{known['after']} of {known['before']}",
+                    f"{before['forget_probability']:.2f} to {after['forget_probability']:.2f}",
+                    f"{row['utility_before']:.2f} to {row['utility']:.2f}",
+                    f"{others['after']} of {others['before']}",
+                )
+            )
+    header = ("base", "method", "retain set", "outcome", "still known", "their probability", "utility")
+    yield from rows((*header, "others still known"), lines)
+
+
 def step_table(found: Json) -> Iterator[str]:
     """Yield what a training step costs beside its matrix products."""
     lines = [
@@ -309,6 +334,7 @@ TABLES: dict[str, dict[str, Callable[[], Iterator[str]]]] = {
         "forms": forms,
         "quality": of("quality", quality.table),
         "answering-speed": answering_speed,
+        "forgetting": forgetting,
         "costs": costs,
         "steps": of("profile_step", step_table),
         "shares": shares,
