@@ -1,6 +1,6 @@
 """Blocks of the run file: sources of records, a base from scratch, `sisa:`, `aggregation:`, `cluster:`.
 
-Each key states its meaning, its bounds and what a change of it costs (`effect`): nothing, retraining, a
+Each key states its meaning, its bounds and what changing it costs (`effect`): nothing, retraining, a
 new index, a new partition, or the same files in another form. `sisa/config/config.py` puts the blocks
 together.
 

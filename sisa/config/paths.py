@@ -1,9 +1,9 @@
 """Paths in a run file: made absolute on this machine, or checked before the file goes to another one.
 
 A run file that is sent to a cluster is read there. A relative path would mean a directory of the job's
-package, and an unnamed one would lie in the home directory of a pod that goes away. So every path must
-be absolute, as on a volume that all nodes mount, and the directories that keep deletions and keys must
-be named. Names of the hub and of packages mean the same everywhere.
+package, and a default one would be in the home directory of a temporary pod. So every path must be
+absolute, as on a volume that all nodes mount, and the directories that keep deletions and keys must be
+named. Names of the hub and of packages mean the same everywhere.
 
 >>> data = {"output_dir": "model", "datasets": [{"path": "/shared/a.jsonl"}]}
 >>> for path, what in shared_path_problems(data, Path("/nowhere")):

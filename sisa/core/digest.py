@@ -1,8 +1,8 @@
 """Canonical bytes and digests: the one way to turn an object into a name.
 
 `canonical_json` is the only serialisation that is ever hashed (sorted keys, no spaces, UTF-8, no NaN).
-Plain digests name weights, files and jobs. Whatever is derived from a record (its id, its subject, its
-content) is hashed with the model's secret, so that guessing finds neither. Each purpose has its own
+Plain digests name weights, files and jobs. Anything derived from a record (its id, subject or content)
+is hashed with the model's secret, so that it can't be found by guessing. Each purpose has its own
 derived key; parts are length-prefixed, so ("ab", "c") is not ("a", "bc").
 
 >>> canonical_json({"b": 1, "a": [2.5, None]})

@@ -1,12 +1,12 @@
 """Device and data type that a shard's base computes with.
 
     device   cpu, or cuda: the first CUDA device that the process sees
-    dtype    of the base's weights and of what flows through them. Adapters, their gradients and the
-             optimizer's moments are always in float32: in bfloat16, with 8 bits of precision, most steps
-             of a small learning rate would round away, and moments that decay by 0.999 stand still
+    dtype    of the base's weights and activations. Adapters, their gradients and the optimizer's moments
+             are always in float32: in bfloat16, with 8 bits of precision, most steps of a small learning
+             rate would round away, and moments that decay by 0.999 would stop changing
 
 Both affect the bits, so they are in the numerics fingerprint and, unless they are the defaults, in every
-job. Jobs with the defaults name neither, as before there was a choice.
+job. Jobs with the defaults name neither, so their keys equal those of versions without a choice.
 
 >>> Precision().in_jobs(), Precision("cuda", "bfloat16").in_jobs()
 ({}, {'device': 'cuda', 'dtype': 'bfloat16'})
