@@ -314,7 +314,7 @@ class Model:
         with self._context(outdated=True) as context:
             exports = tuple(query.exports(context))
             prompts = held_prompts(context, self.config)
-            sizes = {room: context.stores.blobs[room].num_bytes("") for room in context.reported_areas}
+            sizes = {area: context.stores.blobs[area].num_bytes("") for area in context.reported_areas}
             with context.stores.ledger.snapshot():
                 return self._status(context, exports, sizes, prompts)
 

@@ -162,8 +162,8 @@ def _all_views(
         (f.shard, f.slice): f for f in context.stores.ledger.slices()
     }
     slices.update({(state.shard, state.slice): state for state in replaced})
-    for place in emptied:
-        slices.pop(place, None)
+    for position in emptied:
+        slices.pop(position, None)
     by_shard = _by_shard(state for _, state in sorted(slices.items()))
     return [ShardView(shard, tuple(states), ()) for shard, states in by_shard.items()]
 

@@ -68,8 +68,8 @@ def export_adapters(
     """
     if target.exists() and not target.is_dir():
         raise InvalidInput("the target is no directory", where=str(target), next_step="name another")
-    place, now = _absolute(target), context.now()
-    written = _written(context, resources, _next_version(context, place), form, now)
+    root, now = _absolute(target), context.now()
+    written = _written(context, resources, _next_version(context, root), form, now)
     stack = tuple(each.key for each in active(context.stores.ledger.patches()))
     made = []
     for each in written:
@@ -88,7 +88,7 @@ def export_adapters(
                 finish_written(context)
             raise
         commit(context, Change(exports=[replace(each, state="clean") for each in made]))
-    return [target / Path(each.path).relative_to(place) for each in written]
+    return [target / Path(each.path).relative_to(root) for each in written]
 
 
 def _absolute(target: Path) -> str:
@@ -96,22 +96,22 @@ def _absolute(target: Path) -> str:
 
     Raises InvalidInput.
     """
-    place = str(target.resolve())
+    root = str(target.resolve())
     try:
-        place.encode()
+        root.encode()
     except UnicodeEncodeError:
         raise InvalidInput("the target's path is not UTF-8", next_step="export elsewhere") from None
-    return place.rstrip("/")
+    return root.rstrip("/")
 
 
-def _next_version(context: Context, place: str) -> str:
+def _next_version(context: Context, root: str) -> str:
     """Return the path of a version that neither the disk nor the ledger has had."""
-    names = {each.name for each in Path(place).iterdir()} if Path(place).is_dir() else set()
+    names = {each.name for each in Path(root).iterdir()} if Path(root).is_dir() else set()
     for each in context.stores.ledger.exports():
-        if each.path.startswith(f"{place}/"):
-            names.add(each.path.removeprefix(f"{place}/").partition("/")[0])
+        if each.path.startswith(f"{root}/"):
+            names.add(each.path.removeprefix(f"{root}/").partition("/")[0])
     numbers = [int(found[1]) for name in names if (found := _VERSION.fullmatch(name))]
-    return f"{place}/v{max(numbers, default=0) + 1}"
+    return f"{root}/v{max(numbers, default=0) + 1}"
 
 
 def _written(

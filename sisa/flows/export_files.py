@@ -99,15 +99,15 @@ def _on_package(base: str) -> list[str]:
 
 def _on_vllm(name: str, rank: int) -> str:
     """Return how a server loads an adapter, or that it can't."""
-    room = min((each for each in VLLM_RANKS if each >= rank), default=None)
-    if room is None:
+    limit = min((each for each in VLLM_RANKS if each >= rank), default=None)
+    if limit is None:
         return (
             f"vLLM takes no adapter of rank {rank}: its --max-lora-rank ends at {VLLM_RANKS[-1]}. "
             "Export the shards (`peft`), or the `merged-model`."
         )
     loaded = json.dumps({"lora_name": name, "lora_path": "DIRECTORY"})
     return (
-        f"On a vLLM server with `--enable-lora --max-lora-rank {room}` (the adapter's rank is {rank}), "
+        f"On a vLLM server with `--enable-lora --max-lora-rank {limit}` (the adapter's rank is {rank}), "
         "started with `VLLM_ALLOW_RUNTIME_LORA_UPDATING=True` in its environment (without it the server "
         f"has no such endpoint): `POST /v1/load_lora_adapter` with `{loaded}`."
     )

@@ -179,15 +179,15 @@ def where(context: Context, ids: Sequence[str]) -> list[Location]:
     patches = ledger.patches() if in_sets else []
     states = context.stores.prefixes.held() if context.stores.prefixes is not None else frozenset()
     lineage = _lineage(context, [each for each in rows.values() if isinstance(each, RecordRow)])
-    places = {
+    locations = {
         digest: _with_states(context, _location(context, each, rows.get(digest), lineage), states)
         for each, digest in zip(ids, digests, strict=True)
     }
     left = _not_erased(context, rows.values())
     return [
         replace(
-            _with_patches(places[digest], in_sets.get(digest, ()), sets, patches),
-            not_erased=left.get(places[digest].request_id or "", {}),
+            _with_patches(locations[digest], in_sets.get(digest, ()), sets, patches),
+            not_erased=left.get(locations[digest].request_id or "", {}),
         )
         for digest in digests
     ]
@@ -207,7 +207,7 @@ def _not_erased(
 
 
 def _with_patches(
-    place: Location,
+    location: Location,
     names: Sequence[str],
     sets: Mapping[str, VaultSet],
     patches: Sequence[Patch],
@@ -219,19 +219,19 @@ def _with_patches(
         for name in patch.job.sets
         if name in names
     )
-    return replace(place, patches=touches, vault=tuple(sets[n] for n in names if sets[n].held))
+    return replace(location, patches=touches, vault=tuple(sets[n] for n in names if sets[n].held))
 
 
-def _with_states(context: Context, place: Location, held: Collection[str]) -> Location:
+def _with_states(context: Context, location: Location, held: Collection[str]) -> Location:
     """Add the files of hidden states of the record's slice.
 
     A deleted record has none; they were erased with it.
     """
-    if context.stores.prefixes is None or place.state not in ("trained", "pending"):
-        return place
-    start = slice_start(place.shard, place.slice)
+    if context.stores.prefixes is None or location.state not in ("trained", "pending"):
+        return location
+    start = slice_start(location.shard, location.slice)
     names = sorted(name for name in held if name.startswith(start))
-    return replace(place, kept_states=tuple(map(context.stores.prefixes.location, names)))
+    return replace(location, kept_states=tuple(map(context.stores.prefixes.location, names)))
 
 
 @dataclass(frozen=True)
@@ -286,9 +286,9 @@ def search_index(context: Context, queries: Vectors, top_k: int) -> list[Hit]:
     best: dict[tuple[int, int], Hit] = {}
     for hits in search_each(context, queries, top_k):
         for hit in hits:
-            place = (hit.shard, hit.vector_id)
-            if place not in best or hit.score > best[place].score:
-                best[place] = hit
+            position = (hit.shard, hit.vector_id)
+            if position not in best or hit.score > best[position].score:
+                best[position] = hit
     return sorted(best.values(), key=lambda hit: (-hit.score, hit.shard, hit.vector_id))
 
 

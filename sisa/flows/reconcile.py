@@ -424,18 +424,18 @@ def erase_unreferenced(context: Context, spared: Collection[str] = ()) -> None:
 
     Losses of what goes come first, then keys, those without a file among them: a file whose key is gone
     is erased wherever it is.
-    A room that can't be erased keeps no other one: its error is raised when all were tried.
+    An area that can't be erased keeps no other one: its error is raised when all were tried.
     """
     known = known_by_area(context)
     with all_tried() as tried:
         with tried():
             context.stores.metrics.keep_losses({key[:STAGE_DIGITS] for key in known["checkpoints"]})
-        for room, names in known.items():
+        for area, names in known.items():
             with tried():
-                context.stores.keyring.destroy(room, sorted(context.stores.keyring.held(room) - names))
-        for room, store in areas(context).items():
+                context.stores.keyring.destroy(area, sorted(context.stores.keyring.held(area) - names))
+        for area, store in areas(context).items():
             with tried():
-                store.erase(sorted(store.held() - known[room] - set(spared)))
+                store.erase(sorted(store.held() - known[area] - set(spared)))
 
 
 def not_erased(context: Context) -> dict[str, int | None]:
@@ -443,11 +443,11 @@ def not_erased(context: Context) -> dict[str, int | None]:
     be read."""
     found: dict[str, int | None] = {}
     known, targets = known_by_area(context), _targets(context)
-    for room, store in areas(context).items():
+    for area, store in areas(context).items():
         try:
-            found[room] = len(store.held() - known[room] - targets)
+            found[area] = len(store.held() - known[area] - targets)
         except SisaError:
-            found[room] = None
+            found[area] = None
     stale = [export_standing(context, each) for each in context.stores.ledger.exports() if each.stale]
     found["exports"] = stale.count("held")
-    return {room: count for room, count in found.items() if count != 0}
+    return {area: count for area, count in found.items() if count != 0}

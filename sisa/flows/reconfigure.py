@@ -116,13 +116,13 @@ def move(context: Context, effects: Collection[Effect], meta: dict[str, str]) ->
 
 def reseal_model(context: Context) -> None:
     """Bring every held file to the form that the keyring gives. Cut short, both forms are read."""
-    for room, names in known_by_area(context).items():
-        if context.stores.prefixes is not None and room == PREFIXES:
+    for area, names in known_by_area(context).items():
+        if context.stores.prefixes is not None and area == PREFIXES:
             context.stores.prefixes.erase(sorted(names))  # a cache
             continue
-        if room in ALWAYS_SEALED:
+        if area in ALWAYS_SEALED:
             continue
-        keyring.reseal_blobs(context.stores.blobs[room], room, sorted(names), context.stores.keyring)
+        keyring.reseal_blobs(context.stores.blobs[area], area, sorted(names), context.stores.keyring)
     purge(context)
 
 

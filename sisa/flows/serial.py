@@ -134,17 +134,17 @@ class _Meter:
         self.tokens = 0
 
     def __call__(self, tick: Tick) -> None:
-        place, now = (self._job.shard, self._job.slice), time.monotonic()
+        position, now = (self._job.shard, self._job.slice), time.monotonic()
         self.tokens = tick.tokens
         if self._since is None:
             self._since = now, tick.tokens
-            self._report(SliceStarted(*place, tick.total_tokens))
+            self._report(SliceStarted(*position, tick.total_tokens))
         if tick.loss is not None:
             began, tokens = self._since
             self._since = now, tick.tokens
             self._report(
                 EpochTrained(
-                    *place,
+                    *position,
                     stage=self._job.key,
                     epoch=tick.epoch,
                     num_epochs=tick.num_epochs,
@@ -157,7 +157,7 @@ class _Meter:
         if now - self._last >= PROGRESS_EVERY_S or tick.tokens == tick.total_tokens:
             self._last = now
             done = (tick.tokens, tick.total_tokens, tick.step, tick.num_steps)
-            self._report(SliceProgress(*place, *done, tick.epoch, tick.num_epochs))
+            self._report(SliceProgress(*position, *done, tick.epoch, tick.num_epochs))
 
 
 class SerialExecutor:

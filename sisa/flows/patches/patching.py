@@ -206,8 +206,8 @@ def _erase_unknown(context: Context) -> None:
     context.stores.keyring.destroy(
         "patches", sorted(context.stores.keyring.held("patches") - known["patches"])
     )
-    for room in ("vault", "runs", "patches"):
-        held[room].erase(sorted(held[room].held() - known[room]))
+    for area in ("vault", "runs", "patches"):
+        held[area].erase(sorted(held[area].held() - known[area]))
 
 
 def _order(context: Context, patch: Patch, max_seconds: float | None, reference: str) -> PatchOrder:

@@ -225,13 +225,13 @@ def areas(context: Context) -> dict[str, Area]:
 
 def held_by_area(context: Context) -> dict[str, frozenset[str]]:
     """Return the names that are held in each storage area."""
-    return {name: room.held() for name, room in areas(context).items()}
+    return {name: area.held() for name, area in areas(context).items()}
 
 
 def purge(context: Context, *, dry_run: bool = False) -> tuple[KeptVersions, ...]:
-    """Remove old versions of what was replaced or erased, wherever a place keeps some; what is left."""
-    rooms = sorted(context.stores.blobs)
-    return tuple(kept for room in rooms for kept in context.stores.blobs[room].purge(dry_run=dry_run))
+    """Remove old versions of what was replaced or erased, and return those that a bucket keeps."""
+    found = sorted(context.stores.blobs)
+    return tuple(kept for area in found for kept in context.stores.blobs[area].purge(dry_run=dry_run))
 
 
 def patch_files(store: CheckpointStore, stack: Iterable[Patch]) -> list[dict[str, bytes]]:
