@@ -29,6 +29,7 @@ from sisa.core.errors import ConfigConflict, InvalidInput
 GDPR_MONTHS, GDPR_EXTENSION_MONTHS = 1, 2
 DELETE_ACT_DAYS = 45
 
+ACCEPTED: tuple[RequestState, ...] = ("committed", "rolled_back")  # both by one commit
 OPEN: frozenset[RequestState] = frozenset({"received", "approved", "held"})
 UNDER_WAY: frozenset[RequestState] = frozenset(
     {"committed", "rolled_back", "erased", "erasure_failed", "retrained"}
@@ -193,6 +194,11 @@ def replayed(request: Request, approver: str) -> Request:
 def event(request: Request, at: str, note: str = "") -> RequestEvent:
     """Return the event of a request's present state."""
     return RequestEvent(request.request_id, request.state, at, note)
+
+
+def commit_events(request: Request, at: str) -> list[RequestEvent]:
+    """Return the events of the states that a request passes through in one commit."""
+    return [RequestEvent(request.request_id, state, at) for state in ACCEPTED]
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,6 @@ from sisa.core.domain import (
     RecordRow,
     Request,
     RequestEvent,
-    RequestState,
     SliceFile,
     SliceState,
     Tombstone,
@@ -37,7 +36,7 @@ from sisa.core.domain import (
 from sisa.core.errors import ConfigConflict, Problem, SisaError
 from sisa.core.events import Notice
 from sisa.core.ports import Change, Contribution, KeptVersions, Probe, Removal, merged
-from sisa.core.requests import committed, event, is_under_way, probed, unvaulted
+from sisa.core.requests import commit_events, committed, is_under_way, probed, unvaulted
 from sisa.flows.reconcile import check_rows, erasing_anyway, note_failure, reconcile
 from sisa.flows.wiring.context import (
     Context,
@@ -56,7 +55,6 @@ from sisa.planning.assign import index_root, root_of
 from sisa.planning.cost import full_record_epochs, plan_record_epochs, serving_depth
 from sisa.planning.plan import ShardPlan, ShardView, marked, tainted_checkpoints
 
-ACCEPTED: tuple[RequestState, ...] = ("committed", "rolled_back")  # both by the commit
 _Placed = TypeVar("_Placed", RecordRow, SliceState)
 
 
@@ -328,7 +326,6 @@ def _remaining(
         _accepted(each, planned, removal.named[each.request_id], now, before, vaulted)
         for each in removal.requests
     ]
-    passed = [replace(each, state=state) for each in accepted for state in ACCEPTED]
     return Change(
         removed=planned.removed,
         tombstones=_tombstones(context, planned, removal.named, now),
@@ -340,7 +337,7 @@ def _remaining(
         dropped=planned.tainted,
         exports=marked(context.stores.ledger.exports(), removal.named),
         requests=accepted,
-        events=[event(each, now) for each in passed],
+        events=[passed for each in accepted for passed in commit_events(each, now)],
     )
 
 
