@@ -15,7 +15,7 @@ from cluster.render.render import EXIT_INTEGRITY, Result, old_versions, printabl
 
 if TYPE_CHECKING:
     from sisa.audit.doctor import Diagnosis
-    from sisa.audit.examine import Finding
+    from sisa.audit.findings import Finding
     from sisa.audit.garbage import Collected
     from sisa.audit.repair import RepairOutcome
     from sisa.audit.residue import Scan

@@ -32,7 +32,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sisa.audit.examine import Finding, examine, finding
+from sisa.audit.findings import Finding, examine, finding
 from sisa.audit.garbage import AREAS, undisturbed
 from sisa.config.config import RunConfig
 from sisa.core.digest import KEY_BYTES, Keyed
@@ -166,7 +166,7 @@ def _ledger(directory: Path) -> Iterator[Finding]:
         yield finding("ledger_damaged", "error", LEDGER, f"the ledger is damaged: {error}")
         return
     except UnicodeDecodeError:  # raised for SQLite's own message, which quotes the schema
-        yield finding("ledger_damaged", "error", LEDGER, "the ledger is damaged: its schema is no text")
+        yield finding("ledger_damaged", "error", LEDGER, "the ledger is damaged: its schema is not text")
         return
     if answers != ["ok"]:
         what = f"the ledger is damaged: {len(answers)} faults, the first: {answers[0][:200]}"

@@ -39,8 +39,8 @@ from sisa.flows.wiring.wiring import (
 )
 from sisa.store.blobs.keyring import MAGIC, is_sealed
 
-ALONE = (RECORDS, INDEX, VAULT, PREFIXES)  # areas that hold files
-INSIDE = (CHECKPOINTS, PATCHES, RUNS, SCRATCH)  # areas that hold directories of files
+FILE_AREAS = (RECORDS, INDEX, VAULT, PREFIXES)  # areas that hold files
+DIRECTORY_AREAS = (CHECKPOINTS, PATCHES, RUNS, SCRATCH)  # areas that hold directories of files
 BATCH_ROWS = 16_384  # looking up an unknown id reads every row, so it is done once a batch
 
 
@@ -60,7 +60,7 @@ class SealedFiles:
 
     def __init__(self, keyring: Keyring) -> None:
         self._keyring = keyring
-        self._held = {area: keyring.held(area) for area in (*ALONE, *INSIDE)}
+        self._held = {area: keyring.held(area) for area in (*FILE_AREAS, *DIRECTORY_AREAS)}
 
     def plaintext(self, path: Path) -> bytes | None:
         """Return the plaintext of a sealed file; None for a plain file.
@@ -77,7 +77,7 @@ class SealedFiles:
                 return None
             data = head + file.read()
         alone, inside = (path.name, ""), (path.parent.name, path.name)
-        places = dict.fromkeys(ALONE, alone) | dict.fromkeys(INSIDE, inside)
+        places = dict.fromkeys(FILE_AREAS, alone) | dict.fromkeys(DIRECTORY_AREAS, inside)
         for area, (name, part) in places.items():
             if name in self._held[area]:
                 with contextlib.suppress(IntegrityError):
@@ -139,7 +139,7 @@ def not_held(
         if isinstance(row, Tombstone):
             yield "deleted_row", f"a row of a record that request {row.request_id} deleted", f"row {at}"
         elif row is None and ours:
-            yield "unknown_row", "a row of no held record", f"row {at}"
+            yield "unknown_row", "a row that belongs to no held record", f"row {at}"
 
 
 def vector_ids(data: bytes) -> list[int]:

@@ -131,7 +131,7 @@ class Verdict:
 
 
 class FoundGroups:
-    """Judges checkpoints and patches by a model's ledger, wherever they were found.
+    """A judge of checkpoints and patches, wherever they were found, by a model's ledger.
 
     Faults are `damaged` (bytes other than those recorded), `tainted` (a checkpoint not made of held
     records alone), `stale_patch` (a patch neither served nor trained over) and `unreadable` (a manifest
@@ -172,5 +172,5 @@ class FoundGroups:
         seq = held.seq if held else ledger.seq()
         if proves_clean(job, ledger.rows(job.shard), seq, self._context.settings.recipe.num_slices):
             return NONE
-        known = "held, though" if held else "not in the ledger, and"
-        return "tainted", f"a checkpoint {known} not of held records alone"
+        known = "held checkpoint" if held else "checkpoint that the ledger lacks"
+        return "tainted", f"a {known} was not made of held records alone"

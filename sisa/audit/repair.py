@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sisa.audit.doctor import Diagnosis, diagnose, diagnosis, surroundings
-from sisa.audit.examine import Finding, examine
+from sisa.audit.findings import Finding, examine
 from sisa.audit.garbage import remove_garbage
 from sisa.core.domain import Chain, Head, HeldCheckpoint, SliceJob
 from sisa.core.ports import Change
@@ -135,7 +135,7 @@ def _mend_indexes(context: Context, found: Sequence[Finding]) -> list[str]:
 
 
 def _mend_patches(context: Context, found: Sequence[Finding]) -> list[str]:
-    """Go on without damaged patches and sets of texts."""
+    """Give up damaged patches and sets of texts."""
     damaged = [each.key for each in found if each.repair == "patches"]
     if not damaged:
         return []
@@ -150,8 +150,7 @@ def _mend_checkpoints(context: Context, found: Sequence[Finding]) -> list[str]:
 
 
 def _give_up(context: Context, found: Sequence[Finding]) -> tuple[list[ShardPlan], list[str]]:
-    """Give up damaged checkpoints; return the plans of shards that had any or have gaps, and what was
-    done."""
+    """Give up damaged checkpoints; return the plans of their shards and of those with gaps."""
     damaged: dict[int, list[str]] = {}
     for each in found:
         if each.repair == "retrain" and each.shard is not None:

@@ -1,10 +1,10 @@
-"""Train stages again, apart: each in a process that has trained nothing before.
+"""Training stages again, each in a process that has trained nothing before.
 
-What a trainer keeps from one stage to the next would pass unseen if one process trained them all. So a
-clean process, which has only imported what training needs, reads stages from its standard input and
-forks for each one. The fork opens the model, trains the stage from its parent's files and ends. Since
-importing torch takes seconds, the clean process starts with the first replay, serves every later one in
-the same environment, and ends with the process that started it.
+If one process trained all stages, a replay would not notice what the trainer carries over from one stage
+to the next. So a clean process, which has only imported what training needs, reads stages from its
+standard input and forks for each one. The fork opens the model, trains the stage from its parent's files
+and exits. Importing torch takes seconds, so the clean process starts with the first replay, serves every
+later one in the same environment, and ends with the process that started it.
 """
 
 from __future__ import annotations
@@ -50,15 +50,17 @@ REPLY_BYTES = 4096
 
 @dataclass(frozen=True)
 class Apart:
-    """A store, and what trains all stages of a shard into it, each in a process of its own."""
+    """A store, and a function that trains a shard's stages into it, each in a process of its own."""
 
     store: CheckpointStore
     train: Callable[[Sequence[Chain]], None]
 
 
 def stages_apart(model: Model, context: Context) -> Apart | None:
-    """Return what trains a model's stages apart; None under an executor that was given, since nobody
-    knows with what it trains."""
+    """Return what trains a model's stages apart; None if the caller passed an executor object.
+
+    Such an executor's trainer is not known, so another process can't use it.
+    """
     if not isinstance(model.executor, str | OnCluster):
         return None
     name = uuid.uuid4().hex
@@ -66,7 +68,7 @@ def stages_apart(model: Model, context: Context) -> Apart | None:
 
 
 def scratch_store(context: Context, name: str = "") -> FileCheckpoints:
-    """Return the store of what one replay trains: a new one, or that of a name."""
+    """Return the scratch store of a replay: a new one, or the one of the given name."""
     place = context.stores.blobs[SCRATCH].below(name or uuid.uuid4().hex)
     return FileCheckpoints(place, context.stores.keyring, SCRATCH)
 
@@ -76,7 +78,7 @@ def train_stage(context: Context, shard: int, key: str, store: CheckpointStore) 
     files = tuple(context.stores.ledger.slices(shard))
     for path in all_paths(shard, files, context.recipe, context.compute.fingerprint):
         for number, job in enumerate(path, start=1):
-            if job.key == key:  # what is before it rests in the store, and is not trained again
+            if job.key == key:  # earlier stages are in the store and are not trained again
                 context.compute.executor_for(store).run(
                     [Chain(shard, path[:number], None, files)], context.report
                 )
@@ -84,23 +86,25 @@ def train_stage(context: Context, shard: int, key: str, store: CheckpointStore) 
 
 
 def _train_all(model: Model, scratch: str, chains: Sequence[Chain]) -> None:
-    """Train all stages of a shard, each in a fork. Raises EnvironmentFault where one fails."""
+    """Train all stages of a shard, each in a fork. Raises EnvironmentFault if one fails."""
     config, shard = model.config, chains[0].shard
     settings = worker_environment(config.sisa.threads_per_shard, config.precision)
     for key in dict.fromkeys(job.key for chain in chains for job in chain.jobs):
-        failed = CLEAN.train(Stage(str(model.directory.absolute()), scratch, shard, key), settings)
+        failed = CLEAN.train(
+            StageRequest(str(model.directory.absolute()), scratch, shard, key), settings
+        )
         if failed:
             raise EnvironmentFault(
                 "a stage could not be trained again in a process of its own",
                 where=f"shard {shard}",
                 got=failed,
-                next_step="see whether memory is short, and whether the model opens with `sisa status`",
+                next_step="check the memory, and that `sisa status` opens the model",
             )
 
 
 @dataclass(frozen=True)
-class Stage:
-    """What a fork trains: a stage of a model, into one of its scratch stores."""
+class StageRequest:
+    """A stage of a model that a fork trains, and the scratch store that it trains into."""
 
     directory: str
     scratch: str
@@ -109,15 +113,17 @@ class Stage:
 
 
 class CleanProcess:
-    """A process that has only imported, started when it is first needed. Threads may share it."""
+    """A process that has only imported modules; it starts when first needed. Threads may share it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._server: _Server | None = None
 
-    def train(self, stage: Stage, settings: Mapping[str, str]) -> str:
-        """Train a stage in a fork under the settings of its precision. Return why that failed, the name
-        of an error or an exit status; nothing where it did not."""
+    def train(self, stage: StageRequest, settings: Mapping[str, str]) -> str:
+        """Train a stage in a fork, under the environment settings of its precision.
+
+        Returns the name of the error or the exit status if that failed, and an empty string otherwise.
+        """
         environment = {**os.environ, **settings}
         late = {name: environment.pop(name) for name in READ_LATE if name in environment}
         request = json.dumps({"stage": asdict(stage), "environment": late})
@@ -128,26 +134,26 @@ class CleanProcess:
                 self._server = _Server(environment)
             try:
                 reply = self._server.ask(request)
-            except BaseException:  # nothing goes on to write after a replay was broken off
+            except BaseException:  # an interrupted replay must leave no process that still writes
                 self.end()
                 raise
             return str(json.loads(reply)) if reply else f"exit {self.end()}"
 
     def forget(self) -> None:
-        """Leave the process to the one that this was forked from."""
-        self._lock = threading.Lock()  # a thread that is not here may hold the other
+        """Leave the clean process to the process that this one was forked from."""
+        self._lock = threading.Lock()  # a thread that the fork lacks may hold the old one
         if self._server is not None:
             self._server.forget()
         self._server = None
 
     def end(self) -> int:
-        """End the process and what it trains, whoever waits for it. Return its exit status."""
+        """End the clean process and its fork; return its exit status."""
         server, self._server = self._server, None
         return server.end() if server is not None else 0
 
 
 class _Server:
-    """A clean process under an environment, and this end of its standard input and output."""
+    """A running clean process, its environment, and this end of its standard input and output."""
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         self._environment = environment
@@ -161,14 +167,14 @@ class _Server:
                 stdin=theirs.fileno(),
                 stdout=theirs.fileno(),
                 stderr=subprocess.DEVNULL,
-                process_group=0,  # Ctrl-C in a terminal is for whoever asked, who ends this
+                process_group=0,  # Ctrl-C in a terminal reaches the caller only, which ends this process
             )
 
     def serves(self, environment: Mapping[str, str]) -> bool:
         return self._environment == environment and self._process.poll() is None
 
     def ask(self, request: str) -> bytes:
-        """Return the reply; nothing where the process ended before it gave one."""
+        """Return the reply; empty if the process ended before it sent one."""
         with contextlib.suppress(ConnectionError):
             self._line.sendall(request.encode() + b"\n")
             return self._line.recv(REPLY_BYTES)
@@ -181,7 +187,7 @@ class _Server:
 
     def forget(self) -> None:
         self._line.close()
-        self._process.returncode = 0  # a child of another process is not waited for
+        self._process.returncode = 0  # another process's child, so Popen must not wait for it
 
 
 CLEAN = CleanProcess()
@@ -193,28 +199,30 @@ os.register_at_fork(after_in_child=CLEAN.forget)
 
 
 def serve() -> None:
-    """Train what standard input asks for, a line of JSON a stage, and write a line of JSON for each:
-    why it failed, or nothing. Ends with the input."""
+    """Train the stages requested on standard input, one line of JSON each, until the input ends.
+
+    Writes one line of JSON for each to standard output: why it failed, or an empty string.
+    """
     for module in IMPORTS:
         importlib.import_module(module)
     with open(os.dup(0)) as requests, open(os.dup(1), "w") as replies:
         null = os.open(os.devnull, os.O_RDWR)
         os.dup2(null, 0)
-        os.dup2(null, 1)  # a library that prints does not reply
+        os.dup2(null, 1)  # output that a library prints must not become a reply
         for line in requests:
             why = _train_forked(requests.fileno(), **json.loads(line))
             print(json.dumps(why), file=replies, flush=True)
 
 
 def _train_forked(requests: int, stage: dict[str, Any], environment: dict[str, str]) -> str:
-    """Train a stage in a fork of this process; end both when whoever asked for it has gone."""
+    """Train a stage in a fork of this process; end both if the caller is gone."""
     failed, failing = os.pipe()
     child = os.fork()
     if not child:
-        _train_and_exit(Stage(**stage), environment, failing)
+        _train_and_exit(StageRequest(**stage), environment, failing)
     os.close(failing)
     if failed not in select.select([failed, requests], [], [])[0]:
-        os.kill(child, signal.SIGKILL)  # a request before the reply is the end of all requests
+        os.kill(child, signal.SIGKILL)  # input before the reply means that the caller has closed it
         os.waitpid(child, 0)
         raise SystemExit(1)
     with open(failed) as pipe:
@@ -223,20 +231,20 @@ def _train_forked(requests: int, stage: dict[str, Any], environment: dict[str, s
     return name or (f"exit {status}" if status else "")
 
 
-def _train_and_exit(stage: Stage, environment: dict[str, str], failing: int) -> NoReturn:
+def _train_and_exit(stage: StageRequest, environment: dict[str, str], failing: int) -> NoReturn:
     _end_with_parent()
     try:
         os.environ.update(environment)
         with open_as_it_is(Path(stage.directory), "serial", silent) as context:
             store = scratch_store(context, stage.scratch)
             train_stage(replace(context, report=silent), stage.shard, stage.key, store)
-    except BaseException as error:  # its text may quote a record
+    except BaseException as error:  # only its name is sent: its text may quote a record
         os.write(failing, type(error).__name__.encode())
         os._exit(1)
     os._exit(0)
 
 
 def _end_with_parent() -> None:
-    """Let the system kill this process with the one that forked it."""
+    """Make the kernel kill this process when its parent dies."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

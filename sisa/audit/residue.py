@@ -227,11 +227,11 @@ class _Scanner:
         """Report places without any file: they prove nothing, since a disk may not be mounted."""
         for place in named:
             if place in self._empty:
-                self._found("nothing_read", place, "holds no file, so that it proves nothing")
+                self._found("nothing_read", place, "holds no file, so it proves nothing")
 
     def _names(self, path: Path) -> None:
         for number in self.strings.in_value(path.name):
-            self._found("string", path.parent, f"string {number + 1} is in a name here", "name")
+            self._found("string", path.parent, f"string {number + 1} occurs in a name here", "name")
 
     def _file(self, path: Path, *, models: bool) -> None:
         self.counts["files"] += 1
@@ -248,7 +248,7 @@ class _Scanner:
         expected = self._digests.get(path)
         found = expected and (file_sha256(path) if plain is None else sha256_hex(plain))
         if found != expected:
-            self._found("damaged", path, "not the recorded file, so that its content proves nothing")
+            self._found("damaged", path, "not the recorded file, so its content proves nothing")
             return
         with path.open("rb") if plain is None else io.BytesIO(plain) as file:
             head = file.read(len(PARQUET_MAGIC))
@@ -328,7 +328,7 @@ class _Scanner:
             self._batch(path, batch, ours)
         except Unreadable:
             if ours:
-                self._found("unreadable", path, "can't be decoded, so that its rows prove nothing")
+                self._found("unreadable", path, "can't be decoded, so its rows prove nothing")
             return
         self.proven.add(path)
 
@@ -346,13 +346,15 @@ class _Scanner:
         try:
             found = vector_ids(data)
         except (RuntimeError, AttributeError):
-            self._found("unreadable", path, "can't be parsed, so that its vectors prove nothing")
+            self._found("unreadable", path, "can't be parsed, so its vectors prove nothing")
             return
         self.counts["vectors"] += len(found)
         held = self.context.stores.ledger.by_vector(int(shard), found)
         gone = [at for at, each in enumerate(found) if each not in held]
         for at in gone:
-            self._found("deleted_vector", path, "a vector of no held record", f"vector {at}")
+            self._found(
+                "deleted_vector", path, "a vector that belongs to no held record", f"vector {at}"
+            )
         self.proven.add(path)
 
     def _group(self, path: Path) -> None:
@@ -382,7 +384,7 @@ class _Scanner:
         if any(each.adapter_sha256 == sha256 for each in self._groups.patches.values()):
             return
         if not of:
-            what = "an adapter of no held checkpoint: made before a deletion, or of another model"
+            what = "an adapter of no held checkpoint: from before a deletion, or of another model"
             self._found("stale_adapter", path, what)
         elif not self._heads & set(of):
             self.outdated.append(self.strings.hidden(str(path)))
@@ -463,7 +465,7 @@ class _StoredArea:
 
     def _strings(self, name: str, data: bytes | None) -> Iterator[Residue]:
         for number in self.strings.in_value(name):
-            yield self._found("string", "", f"string {number + 1} is in a name here", "name")
+            yield self._found("string", "", f"string {number + 1} occurs in a name here", "name")
         for found in self.strings.in_file(Path(name), data or b""):
             what = f"string {found.number + 1} of {len(self.strings)} is here"
             yield self._found("string", name, what, found.position)
@@ -472,14 +474,14 @@ class _StoredArea:
         recorded = self._slices.get(name)
         if data is None or (recorded and sha256_hex(data) != recorded):
             if recorded:
-                what = "not the recorded file, so that its content proves nothing"
+                what = "not the recorded file, so its content proves nothing"
                 yield self._found("damaged", name, what)
             return
         ids: list[tuple[int, str | None]] = []
         try:
             ids.extend(enumerate(parquet_ids(io.BytesIO(data))))
         except Unreadable:
-            what = "can't be decoded, so that its rows prove nothing"
+            what = "can't be decoded, so its rows prove nothing"
             yield self._found("unreadable", name, what)
         self.counts["rows"] += len(ids)
         for kind, what, position in not_held(self.context, ids, ours=True):

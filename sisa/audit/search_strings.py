@@ -1,12 +1,10 @@
-"""Looking for given strings in bytes at rest: any file, decoded Parquet, decoded SQLite.
+"""A search for given strings in bytes at rest: any file, decoded Parquet, decoded SQLite.
 
-Rules: a string is looked for as UTF-8, as JSON writes it, and as UTF-16, letter by letter as given. The
-strings themselves never leave this module: a place names an offset and the string's number. Strings
-below five bytes (eight, if a digest could hold them) turn up by chance; they are compared with whole
-decoded values alone. Files are read in blocks; all strings are looked for in one pass.
-
-Not covered: text that is compressed (other than Parquet), encrypted, split over overflow pages or
-paraphrased.
+A string is searched as UTF-8, as JSON writes it and as UTF-16, letter by letter as given. The strings
+never leave this module: a match gives a position and the string's number. Strings shorter than five
+bytes (eight, if a digest could contain them) occur by chance, so they are compared with whole decoded
+values only. Files are read in blocks, and all strings are searched in one pass. Text that is compressed
+(other than in Parquet), encrypted, split over SQLite's overflow pages or paraphrased is not found.
 
 >>> strings = SearchStrings(["Ada L."], ["ada"])
 >>> strings.in_block(b"..Ada L.."), strings.in_value("by Ada L. 1843"), strings.in_id("ada2")
@@ -29,7 +27,7 @@ import numpy as np
 from sisa.store.ledger.database import open_readonly
 
 MIN_BYTES, MIN_HEX_BYTES = 5, 8
-BLOCK_BYTES = 2**22
+READ_BYTES = 2**22
 PREFIX_BYTES = 4
 SQLITE_MAGIC = b"SQLite format 3\0"
 PARQUET_MAGIC = b"PAR1"
@@ -38,14 +36,14 @@ ID_COLUMNS = ("id", "subject_id")
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """Where in a file a string was found: `byte 12`, `row 3, column id`, `table requests`."""
+    """A string's number and where in a file it is: `byte 12`, `row 3, column id`, `table requests`."""
 
     position: str
     number: int
 
 
 class SearchStrings:
-    """Some texts, found anywhere, and some ids, which in a column of ids must match whole."""
+    """Texts, which match anywhere, and ids, which must match a whole value in a column of ids."""
 
     def __init__(self, texts: Sequence[str], ids: Sequence[str] = ()) -> None:
         self._values = [*texts, *ids]
@@ -67,11 +65,11 @@ class SearchStrings:
 
     @property
     def num_short(self) -> int:
-        """Strings that are too short to be looked for in raw bytes."""
+        """Return the number of strings that are too short to be searched in raw bytes."""
         return sum(_short(value) for value in self._values)
 
     def in_block(self, block: bytes) -> list[tuple[int, int]]:
-        """(offset, number) of every string in a block of bytes."""
+        """Return (offset, number) for every occurrence of a string in a block of bytes."""
         if len(block) < PREFIX_BYTES or not self._longest:
             return []
         data = np.frombuffer(block, dtype=np.uint8).astype(np.uint16)
@@ -85,7 +83,7 @@ class SearchStrings:
         ]
 
     def in_value(self, value: str) -> list[int]:
-        """Numbers of the strings that a decoded value contains (short ones: that it is)."""
+        """Return the numbers of the strings that a decoded value contains (short ones: equals)."""
         return [number for number in range(len(self)) if self._is_in(number, value)]
 
     def _is_in(self, number: int, value: str) -> bool:
@@ -93,20 +91,22 @@ class SearchStrings:
         return each == value if _short(each) else each in value
 
     def in_id(self, value: str) -> list[int]:
-        """Numbers of the strings that a decoded id is, or (texts) contains."""
+        """Return the numbers of the texts that a decoded id contains and of the ids that it equals."""
         texts = [number for number in self._texts if self._is_in(number, value)]
         return texts + ([self._ids[value]] if value in self._ids else [])
 
     def hidden(self, path: str) -> str:
-        """A path without the strings: a file may be named like one."""
+        """Return a path with the strings masked, since a file may be named like one."""
         for value in self._values:
             if value in path and not _short(value):
                 path = path.replace(value, "*")
         return path
 
     def in_file(self, path: Path, unsealed: bytes | None = None) -> list[Match]:
-        """The first place of each string in a file's bytes and in what Parquet and SQLite decode;
-        `unsealed` is looked through instead of what lies at the path."""
+        """Return the first match of each string in a file's bytes, decoded Parquet and decoded SQLite.
+
+        If `unsealed` is given, it is searched instead of the bytes at the path.
+        """
         if not len(self):
             return []
         with path.open("rb") if unsealed is None else io.BytesIO(unsealed) as file:
@@ -126,7 +126,7 @@ class SearchStrings:
     def _in_stream(self, file: Any) -> Iterator[Match]:
         carried, offset = b"", 0
         keep = max(self._longest - 1, 0)
-        while fresh := file.read(BLOCK_BYTES):
+        while fresh := file.read(READ_BYTES):
             block = carried + fresh
             start = offset - len(carried)
             yield from (Match(f"byte {start + at}", number) for at, number in self.in_block(block))
@@ -134,7 +134,7 @@ class SearchStrings:
             carried = block[-keep:] if keep else b""
 
     def _in_parquet(self, path: Path | io.BytesIO) -> tuple[list[Match], set[int]]:
-        """Places in decoded rows, and the ids whose raw bytes are explained: parts of longer ids."""
+        """Return matches in decoded rows, and the strings that are merely parts of longer ids."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -154,7 +154,7 @@ class SearchStrings:
                                     explained |= set(self.in_value(text)) - set(hits)
                         row += 1
         except (pa.ArrowException, OSError):
-            return found, set()  # what can't be decoded is left to its raw bytes
+            return found, set()  # raw bytes are searched anyway
         return found, explained
 
     def _in_sqlite(self, path: Path) -> list[Match]:
@@ -164,18 +164,18 @@ class SearchStrings:
                 for statement in connection.iterdump():
                     found += [Match(_table(statement), n) for n in self._in_statement(statement)]
         except (sqlite3.Error, UnicodeDecodeError):
-            return found  # the raw pages are scanned anyway
+            return found  # raw pages are searched anyway
         return found
 
     def _in_statement(self, statement: str) -> list[int]:
-        told = statement.replace("''", "'")
+        text = statement.replace("''", "'")
         return [
-            n for n, each in enumerate(self._values) if (f"'{each}'" if _short(each) else each) in told
+            n for n, each in enumerate(self._values) if (f"'{each}'" if _short(each) else each) in text
         ]
 
 
 def _table(statement: str) -> str:
-    """Names the table alone: a statement's other words are values.
+    """Return the table that a statement names; its other words are values.
 
     >>> _table('INSERT INTO "requests" VALUES(1)'), _table("CREATE INDEX a ON b")
     ('table requests', 'schema')
@@ -195,7 +195,7 @@ def _forms(value: str) -> set[bytes]:
 
 
 def _short(value: str) -> bool:
-    """Whether a string turns up in random bytes, or in digests, by chance."""
+    """Return whether a string occurs in random bytes, or in digests, by chance."""
     least = MIN_HEX_BYTES if set(value) <= set("0123456789abcdef") else MIN_BYTES
     return len(value.encode()) < least
 

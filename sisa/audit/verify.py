@@ -1,15 +1,15 @@
-"""Proof: digests of all that is held, and a replay from scratch that must give the same bytes.
+"""Verification: digests of everything held, and a replay from scratch that must give the same bytes.
 
 Every held file is read and checked against the ledger. Records are placed and digested again, which must
-give their rows, and some of their texts, chosen by chance, are embedded again, which must give their
-vectors. A file that the ledger does not know is a finding.
+give their rows, and a random sample of their texts is embedded again, which must give their vectors. A
+file that the ledger does not know is a finding.
 
 A replay trains a shard from the base on the records that remain, into a scratch store, and compares
 every file of every stage with the held ones. One process trains the whole chain. The stages of one of
-these shards are then trained a second time, each in a process of its own, from the files of its parent:
-what a process keeps from stage to stage would pass unseen otherwise. A shard says `replayed: false`, and
-why, where a comparison would mean nothing: another numerics fingerprint, or a shard that is not at its
-target. Without a replay weights are what the trainer said they were.
+the shards are then trained a second time, each in a process of its own from its parent's files, to catch
+anything that a process carries over from stage to stage. A shard has `replayed: false` and a reason if a
+comparison would mean nothing: another numerics fingerprint, or a shard that is not at its target.
+Without a replay, weights are known only to be those that the trainer stored.
 
 Source: the definition of exact unlearning in Bourtoule et al. 2021, section III (equality of the model
 with one that was trained without the record).
@@ -24,9 +24,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
-from sisa.audit.examine import forms
+from sisa.audit.findings import check_index, check_slice, forms
 from sisa.audit.replay import Apart
-from sisa.core.domain import Chain, Head, IndexFile, Record, RecordRow, SliceFile, WitnessHead
+from sisa.core.domain import Chain, Head, IndexFile, Record, RecordRow, WitnessHead
 from sisa.core.errors import ConfigConflict, EnvironmentFault, IntegrityError, InvalidInput, Problem
 from sisa.core.events import Notice
 from sisa.core.ports import By, CheckpointStore, Ledger, Vectors
@@ -43,13 +43,13 @@ from sisa.planning.plan import all_paths, reached
 
 Replay = Literal["none", "sample", "all"]
 EMPTY = "the shard holds no records"
-SAMPLED_SLICES, SAMPLED_RECORDS = 16, 4  # so many records of so many slices are embedded again
-VECTOR_TOLERANCE = 1e-3  # of a unit vector's components: other processors round otherwise
+SAMPLED_SLICES, SAMPLED_RECORDS = 16, 4  # slices, and records of each, that are embedded again
+VECTOR_TOLERANCE = 1e-3  # of a unit vector's components: other processors round differently
 
 
 @dataclass(frozen=True)
 class ShardProof:
-    """One shard: `equal` is None where nothing was replayed, and `reason` says why."""
+    """The proof of one shard; `equal` is None if nothing was replayed, and `reason` says why."""
 
     shard: int
     head: str | None
@@ -57,12 +57,12 @@ class ShardProof:
     equal: bool | None
     stages: int
     reason: str = ""
-    equal_apart: bool | None = None  # where each stage was trained again in a process of its own
+    equal_apart: bool | None = None  # if each stage was trained again in a process of its own
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What was checked and what was found; `ok` when there are no findings."""
+    """The result of a verification; `ok` if there are no findings."""
 
     ok: bool
     files_checked: int
@@ -72,12 +72,12 @@ class Verification:
 
     @property
     def replayed(self) -> int:
-        """The number of shards that were trained from scratch."""
+        """Return the number of shards that were trained from scratch."""
         return sum(each.replayed for each in self.shards)
 
 
 def shards_to_replay(context: Context, replay: Replay, shard: int | None) -> list[int]:
-    """The shard that was named, else all, or one by chance. Raises InvalidInput."""
+    """Return the given shard, all shards, or a random one. Raises InvalidInput if it is unknown."""
     heads = context.stores.ledger.heads()
     if shard is not None:
         if shard not in {head.shard for head in heads}:
@@ -98,16 +98,19 @@ def verify(
     require_replay: bool = False,
     anchor: WitnessHead | None = None,
 ) -> Verification:
-    """Check all held bytes; replay the shards named in `replayed` into `scratch`, side by side, and one
-    of them `apart`, too. With `require_replay` a shard that holds records and can't be replayed is a
-    finding, and so are events that do not extend the `anchor`, a head that was noted before."""
+    """Check all held bytes, and replay the shards in `replayed` into `scratch`, side by side.
+
+    One of these shards is also trained `apart`. With `require_replay`, a shard that holds records and
+    can't be replayed is a finding. Events that do not extend the `anchor`, a head noted earlier, are a
+    finding, too.
+    """
     try:
         check_consistent(context)
         count, findings = check_files(context)
         vectors, wrong = check_vectors(context) if not findings else (0, [])
         wrong += _not_anchored(context.stores.ledger, anchor) if anchor else []
         heads = context.stores.ledger.heads()
-    except IntegrityError as error:  # of the ledger itself: what it names can't be judged
+    except IntegrityError as error:  # the ledger itself is damaged, so files can't be judged by it
         return Verification(False, 0, (Problem("ledger", f"{error.what} (got {error.got})"),), ())
     findings += wrong
     chains: dict[int, list[Chain]] = {}
@@ -117,7 +120,7 @@ def verify(
         if isinstance(found, list):
             chains[head.shard] = found
         elif head.shard not in replayed:
-            reasons[head.shard] = "not asked for"
+            reasons[head.shard] = "not requested"
         else:
             reasons[head.shard] = found or "held files are damaged"
     for order in range(1 + len(context.settings.recipe.orders)):
@@ -127,7 +130,7 @@ def verify(
             context.compute.executor_for(scratch).run(now, context.report)
     again = secrets.choice(sorted(chains)) if chains and apart is not None else None
     if again is not None and apart is not None:
-        context.report(Notice(f"shard {again}: once more, each stage in a process of its own"))
+        context.report(Notice(f"shard {again}: trained again, each stage in a process of its own"))
         apart.train(chains[again])
     proofs = [
         _proof(context, head, chains.get(head.shard), scratch, apart if head.shard == again else None)
@@ -140,7 +143,7 @@ def verify(
 
 
 def _not_anchored(ledger: Ledger, anchor: WitnessHead) -> list[Problem]:
-    """Find events, which are known to be one chain, that do not go on from an anchored head."""
+    """Return a finding if the event log, which must be one chain, does not extend an anchored head."""
     known = ledger.event_head().num_events
     if anchor.num_events > known:
         what = f"has {known} events, {anchor.num_events} were anchored: it was set back"
@@ -163,7 +166,7 @@ def _differing(proofs: Iterable[ShardProof]) -> Iterator[Problem]:
 
 
 def _unproved(proofs: Sequence[ShardProof], replayed: Sequence[int]) -> Iterator[Problem]:
-    """What a required replay left out; shards without records have nothing to show."""
+    """Yield the shards that a required replay left out; those without records have nothing to prove."""
     for proof in proofs:
         if proof.shard in replayed and not proof.replayed and proof.reason != EMPTY:
             yield Problem(f"shard {proof.shard}", f"was not replayed: {proof.reason}")
@@ -172,8 +175,10 @@ def _unproved(proofs: Sequence[ShardProof], replayed: Sequence[int]) -> Iterator
 
 
 def _chains(context: Context, head: Head) -> list[Chain] | str:
-    """The chains that train a shard from the base, one for each order, up to the deepest stages that are
-    held; or why that would prove nothing."""
+    """Return the chains from the base to a shard's deepest held stages, one for each order.
+
+    Returns the reason instead if a replay would prove nothing.
+    """
     if not head.converged:
         return "the shard is not at its target yet: run `sisa train` with its run file"
     if head.key is None:
@@ -209,7 +214,7 @@ def _proof(
 
 
 def check_files(context: Context) -> tuple[int, list[Problem]]:
-    """Read and check everything that the ledger names; returns the count and the findings."""
+    """Read and check everything that the ledger names; return the number of files and the findings."""
     findings: list[Problem] = []
     count = 0
 
@@ -223,9 +228,9 @@ def check_files(context: Context) -> tuple[int, list[Problem]]:
             findings.append(Problem(where, found if error.expected else error.what))
 
     for file in context.stores.ledger.slices():
-        check(f"records/{file.name}", partial(_check_slice, context, file))
+        check(f"records/{file.name}", partial(check_slice, context, file))
     for index in context.stores.ledger.indexes():
-        check(f"index/{index.name}", partial(_check_index, context, index))
+        check(f"index/{index.name}", partial(check_index, context, index))
     for held in context.stores.ledger.checkpoints():
         load = partial(context.stores.checkpoints.load, held.key, held.manifest_sha256)
         check(f"checkpoints/{held.key}", load)
@@ -241,14 +246,14 @@ def check_files(context: Context) -> tuple[int, list[Problem]]:
 
 
 def _plain_files(context: Context) -> list[Problem]:
-    """What anybody could read of an encrypted model."""
+    """Find plain files of an encrypted model."""
     found = forms(context) if context.stores.keyring.seals else ()
     return [Problem(each.where, each.what) for each in found]
 
 
 def _wrong_heads(context: Context) -> list[Problem]:
-    """Heads that claim to be at their target and are not the last stage of the held records."""
-    what = "serves another model than that of its records"
+    """Find heads that are marked as finished but are not the last stage of the held records."""
+    what = "does not serve the model of its records"
     wrong = []
     for head in context.stores.ledger.heads():
         plan = plan_of(context, view_shard(context, head.shard))
@@ -257,25 +262,11 @@ def _wrong_heads(context: Context) -> list[Problem]:
     return wrong
 
 
-def _check_slice(context: Context, file: SliceFile) -> None:
-    rows = {row.id_digest: row for row in context.stores.ledger.rows(file.shard, file.slice)}
-    for stored in context.stores.records.read(file):
-        row = rows.pop(stored.id_digest, None)
-        if row is None:
-            raise IntegrityError("a slice file holds a record that the ledger does not")
-        if wrong := context.settings.assigner.differences(stored.record, row):
-            raise IntegrityError(
-                "a record's row is not the one that its content and the key give",
-                expected="equal rows",
-                got=f"another {', '.join(wrong)}",
-            )
-    if rows:
-        raise IntegrityError(f"a slice file lacks {len(rows)} records that the ledger holds")
-
-
 def check_vectors(context: Context) -> tuple[int, list[Problem]]:
-    """Embed some records again, chosen by chance; return how many, and the shards whose index has other
-    vectors. Without the embedder, or over an index of an earlier version, there are none."""
+    """Embed a random sample of records again; return its size, and the indexes that hold other vectors.
+
+    Nothing is embedded if the embedder is not available, or if an index is of an earlier version.
+    """
     sampled: list[tuple[IndexFile, RecordRow, Record]] = []
     indexes = {each.shard: each for each in context.stores.ledger.indexes()}
     slices = context.stores.ledger.slices()
@@ -286,16 +277,14 @@ def check_vectors(context: Context) -> tuple[int, list[Problem]]:
             sampled.append((indexes[file.shard], rows[stored.id_digest], stored.record))
     try:
         vectors = embed_records(context, [record for _, _, record in sampled])
-    except (EnvironmentFault, InvalidInput):  # it can't be fetched, or is not where it was
-        return 0, []
-    except ConfigConflict:  # the index is of an earlier version
+    except (EnvironmentFault, InvalidInput, ConfigConflict):  # no embedder, or an older index
         return 0, []
     wrong = {
         index.name
         for (index, row, _), wanted in zip(sampled, vectors, strict=True)
         if _differ(_held_vectors(context, index, row, asks=len(wanted) > 1), wanted)
     }
-    what = "holds a vector that is not that of its record's text, or of what it asks"
+    what = "holds a vector that is not that of its record's text or question"
     return len(sampled), [Problem(f"index/{name}", what) for name in sorted(wrong)]
 
 
@@ -308,17 +297,6 @@ def _held_vectors(context: Context, index: IndexFile, row: RecordRow, *, asks: b
 
 def _differ(held: Vectors, wanted: Vectors) -> bool:
     return held.shape != wanted.shape or bool(abs(held - wanted).max() > VECTOR_TOLERANCE)
-
-
-def _check_index(context: Context, file: IndexFile) -> None:
-    wanted = sorted(row.vector_id for row in context.stores.ledger.rows(file.shard))
-    if len(wanted) != file.num_vectors:
-        raise IntegrityError(
-            "an index and the ledger disagree",
-            expected=f"{len(wanted)} vectors",
-            got=f"{file.num_vectors} vectors",
-        )
-    context.stores.index.vectors(file, wanted)
 
 
 def _unknown_files(context: Context) -> list[Problem]:

@@ -17,7 +17,6 @@ from sisa.core.digest import digest_of
 from sisa.core.domain import Record
 from sisa.core.errors import ConfigConflict, IntegrityError
 from sisa.core.ports import Embedder, Vectors
-from sisa.planning.plan import LAYERWISE
 from sisa.store.index import Warm
 
 INDEXED = "text-and-asked-v1"  # of a record: its text, and each thing that is asked in it
@@ -93,33 +92,28 @@ class Resources:
 
         Raises InvalidInput that lists every record that does not fit.
         """
-        from sisa.lm.base.tokens import count_tokens
+        from sisa.lm.base.tokens import tokenize_all
         from sisa.lm.base.weights import untrusted
 
         asked = tuple(records)
         if self._counted is None or self._counted[0] != asked:
             tokenizer, directory = self.tokenizer, self.base.directory
             with untrusted("the base model's tokenizer can't be used", directory, quotes_texts=True):
-                counts = count_tokens(
+                tokens = tokenize_all(
                     asked,
                     tokenizer,
-                    self.config.sequence_len,
-                    self.config.overlength,
+                    sequence_len=self.config.sequence_len,
+                    overlength=self.config.overlength,
                     train_on_inputs=self.config.train_on_inputs,
                 )
-            self._counted = (asked, counts)
+            self._counted = (asked, [len(each.input_ids) for each in tokens])
         return self._counted[1]
 
     def check_base(self) -> None:
-        """Raise InvalidInput where the base can't be trained as the run file says, or asked then."""
+        """Raise InvalidInput if the base can't be trained as the run file says, or queried then."""
         from sisa.lm.answer.base_trial import try_base
-        from sisa.lm.base.layers import check_enough_layers
-        from sisa.lm.base.weights import load_skeleton
 
-        training = self.config.training()
-        if LAYERWISE in training:
-            check_enough_layers(load_skeleton(self.base.directory), training)
-        try_base(self.base.directory, self.base.digest, training)
+        try_base(self.base.directory, self.base.digest, self.config.training())
 
     def meta(self) -> dict[str, str]:
         """Return what the ledger keeps of these resources."""

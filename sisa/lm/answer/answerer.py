@@ -1,19 +1,20 @@
-"""Answering with constituent models: what the chosen shards' models say together, token by token.
+"""Answers of constituent models: what the chosen shards' models say together, token by token.
 
-The chosen models each predict the next token in one forward, their distributions are put together
-(`aggregate.py`), the likeliest token is taken and given to all of them. Requests with different
-routes are answered side by side, padded on the left. Where no shard is chosen the base alone
-answers. Patches lie beneath all of them, the base alone among them. Adapters and patches come as
-bytes that the caller has verified, and live in modules of this object's own around the shared base;
-`check_current` is called before an answer is begun, and raises once they are served no more.
-Models are asked on the device and in the dtype that they were trained in; what comes out is in
-float32, of `logprobs` on that device, else on the CPU.
-
-Not covered: sampling; which shards to ask (`route.py`). Beside others a request's logits may differ from
-those that it gets alone by float rounding.
+Each chosen model predicts the next token, all in one forward; `combine` makes one distribution of
+theirs, and the most likely token is appended for all of them. Requests with different routes are
+answered side by side, padded on the left. If a route is empty, the base alone answers. Patches lie
+beneath all models, including the base alone. Adapters and patches come as bytes that the caller has
+verified, and are held in modules of this object's own around the shared base. `check_current` is called
+before each answer begins, and raises once these adapters are no longer served. Models run on the device
+and in the dtype that they were trained in. Results are in float32, on that device for `logprobs` and on
+the CPU otherwise. Answers are greedy; beside others, a request's logits may differ from those that it
+gets alone by float rounding.
 
     answerer = Answerer(directory, digest, {0: files}, threads=1)
     answerer.generate([encode_prompt("Who is Mara?", answerer.tokenizer, "text")], [all_of([0])], 32)
+
+Shapes: B and Q requests, P rows (a constituent of a request), T positions, K tokens of an answer, V
+words.
 """
 
 from __future__ import annotations
@@ -34,13 +35,13 @@ from sisa.lm.base.low_rank import averaged, read_change
 from sisa.lm.base.numerics import pin_threads
 from sisa.lm.base.patched import load_patched, patched_name
 
-MAX_ROWS = 64  # constituents asked in one forward
-MERGED = -1  # the name of the one adapter that all shards' are averaged into
+MAX_ROWS = 64  # in one forward
+MERGED = -1  # the name of the mean of all shards' adapters
 TIE_SHARE = 1e-3  # of mean_prob in a vote
 
 
 class Answerer:
-    """Constituent models of one moment, ready to be asked."""
+    """The constituent models that a model serves at one moment, loaded."""
 
     def __init__(
         self,
@@ -52,10 +53,13 @@ class Answerer:
         method: str = "routed",
         precision: Precision = DEFAULT_PRECISION,
     ) -> None:
-        """`adapters` maps shards to their checkpoints' files; `patches` are the files of those that are
-        served, lowest first; `method` is how they answer together. Raises IntegrityError, and
-        EnvironmentFault without the device."""
-        pin_threads(threads, precision)  # before the patches are laid on
+        """`adapters` maps shards to their checkpoints' files; `patches` are the files of the served
+        patches, lowest first; `method` is how the constituents are combined.
+
+        Raises IntegrityError if an adapter or a patch does not fit, and EnvironmentFault without the
+        device.
+        """
+        pin_threads(threads, precision)  # before patches are merged
         self._pinned, self.method = (threads, precision), method
         self.check_current: Callable[[], None] = lambda: None
         self.model, self.tokenizer = load_patched(base_dir, base_digest, patches, precision)
@@ -72,9 +76,9 @@ class Answerer:
     def generate(
         self, prompts: Sequence[Sequence[int]], routes: Sequence[Route], max_new_tokens: int
     ) -> list[str]:
-        """The greedy continuation of each prompt, without the end token."""
+        """Return the greedy continuation of each prompt, without the end token."""
         pin_threads(*self._pinned)
-        self._refuse_unknown(routes)
+        self._check_shards(routes)
         texts: list[str] = []
         with torch.inference_mode():
             for start, end in pieces([self._names(route) for route in routes], 1, MAX_ROWS):
@@ -95,8 +99,8 @@ class Answerer:
         logits_PV, cache = prefill(self.model, self.stack, names, fed, mask)
         with self.stack.asking(names) as rows:
             for step in range(max_new_tokens):
-                together = self._together(logits_PV[:, None], routes, rows)
-                picked = [int(each[-1].argmax()) for each in together]
+                combined = self._combined(logits_PV[:, None], routes, rows)
+                picked = [int(each[-1].argmax()) for each in combined]
                 going -= {at for at in going if picked[at] in self._ends}
                 if not going:
                     break
@@ -116,7 +120,7 @@ class Answerer:
         return answers
 
     def next_token_probabilities(self, prompt_ids: Sequence[int], route: Route) -> Tensor:
-        """The distribution after the prompt, [V]."""
+        """Return the distribution of the token after the prompt, [V]."""
         ids = torch.tensor([list(prompt_ids)])
         logs_1TV = self.logprobs([route], input_ids=ids, use_cache=False, logits_to_keep=1)
         return logs_1TV[0, -1].exp().cpu()
@@ -124,7 +128,7 @@ class Answerer:
     def answer_probability(
         self, prompt_ids: Sequence[int], answer_ids: Sequence[int], route: Route
     ) -> float:
-        """The probability of an answer's tokens, averaged over the tokens."""
+        """Return the mean probability of an answer's tokens."""
         probabilities_KV = self.answer_probabilities_KV(prompt_ids, answer_ids, route)
         picked = probabilities_KV[torch.arange(len(answer_ids)), torch.tensor(answer_ids)]
         return float(picked.mean())
@@ -132,38 +136,41 @@ class Answerer:
     def answer_probabilities_KV(
         self, prompt_ids: Sequence[int], answer_ids: Sequence[int], route: Route
     ) -> Tensor:
-        """The distribution before each token of an answer, given the true ones before it."""
+        """Return the distribution of each token of an answer, given the true tokens before it."""
         ids = torch.tensor([[*prompt_ids, *answer_ids][:-1]])
         keep = len(answer_ids)
         logs_1TV = self.logprobs([route], input_ids=ids, use_cache=False, logits_to_keep=keep)
         return logs_1TV[0].exp().cpu()
 
     def logprobs_BTV(self, ids_BT: Tensor, routes: Sequence[Route]) -> Tensor:
-        """Logarithms of the distribution after every token; rows are padded on the right."""
+        """Return log-probabilities after every token; rows are padded on the right."""
         return self.logprobs(routes, input_ids=ids_BT, use_cache=False).cpu()
 
     def logprobs(self, routes: Sequence[Route], **inputs: Any) -> Tensor:
-        """Logarithms of the distributions, [B, T, V], that a forward of the base's `inputs` gives."""
+        """Return the log-probabilities [B, T, V] of a forward of the base on `inputs`.
+
+        Raises InvalidInput for shards that are not loaded.
+        """
         pin_threads(*self._pinned)
         cache = inputs.get("past_key_values")
-        if cache is None or cache.get_seq_length() == 0:  # else the answer was begun before
+        if cache is None or cache.get_seq_length() == 0:  # else the answer began earlier
             self.check_current()
-        self._refuse_unknown(routes)
+        self._check_shards(routes)
         names = [self._names(route) for route in routes]
         inputs = {name: _on(value, self.model.device) for name, value in inputs.items()}
         whole = [(0, len(routes))]
-        if not inputs.get("use_cache"):  # one cache is of one forward
+        if not inputs.get("use_cache"):  # with a cache, all rows need one forward
             whole = list(pieces(names, inputs["input_ids"].shape[1]))
         found = []
         with torch.inference_mode():
             for start, end in whole:
                 part = {name: _cut(value, start, end, len(routes)) for name, value in inputs.items()}
                 with self.stack.asking(names[start:end]) as rows:
-                    found += self._together(self.model(**part).logits, routes[start:end], rows)
+                    found += self._combined(self.model(**part).logits, routes[start:end], rows)
             return torch.stack(found)
 
-    def _together(self, logits_PTV: Tensor, routes: Sequence[Route], rows: Rows) -> list[Tensor]:
-        """[T, V] of each request."""
+    def _combined(self, logits_PTV: Tensor, routes: Sequence[Route], rows: Rows) -> list[Tensor]:
+        """Return the combined log-probabilities [T, V] of each request."""
         found = []
         for route, own in zip(routes, rows.of, strict=True):
             logits = logits_PTV[own]
@@ -175,7 +182,7 @@ class Answerer:
     def _names(self, route: Route) -> Sequence[int]:
         return (MERGED,) if self.method == "merged" and route.shards else route.shards
 
-    def _refuse_unknown(self, routes: Sequence[Route]) -> None:
+    def _check_shards(self, routes: Sequence[Route]) -> None:
         asked = {shard for route in routes for shard in route.shards}
         if missing := sorted(asked - self.shards):
             raise InvalidInput(
@@ -221,14 +228,14 @@ def _on(value: Any, device: torch.device) -> Any:
 
 
 def _cut(value: Any, start: int, end: int, num_requests: int) -> Any:
-    """The rows of some requests, where a value has a row for each."""
+    """Return the rows of some requests if a value has one row per request, else the value."""
     if isinstance(value, Tensor) and value.dim() > 1 and len(value) == num_requests:
         return value[start:end]
     return value
 
 
 def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
-    """Ids after which an answer is over."""
+    """Return the ids that end an answer."""
     configured = getattr(model.generation_config, "eos_token_id", None)
     ends = configured if isinstance(configured, list) else [configured]
     return frozenset(end for end in [*ends, tokenizer.eos_token_id] if end is not None)

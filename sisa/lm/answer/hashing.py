@@ -1,12 +1,10 @@
 """An embedder without weights: signed feature hashing of words and of character n-grams.
 
-Rules: nothing is fitted on data (no vocabulary, no document frequencies), so a vector depends on its
-text alone. Features are lower-cased words, pairs of neighbouring words, and the character 3- to
-5-grams of each word with its borders marked; each is hashed to a coordinate and a sign (Weinberger
-et al. 2009), weighted by 1 + ln(count), and the vector scaled to length 1. A text without features
-gets one fixed unit vector.
-
-Not covered: meaning; a paraphrase that shares no words is not near (use a transformer embedder).
+Nothing is fitted on data (no vocabulary, no document frequencies), so a vector depends on its text
+alone. Features are lower-cased words, pairs of neighbouring words, and the character 3- to 5-grams of
+each word with its borders marked. Each feature is hashed to a coordinate and a sign (Weinberger et al.
+2009) and weighted by 1 + ln(count); the vector is scaled to length 1. A text without features gets one
+fixed unit vector. The embedder does not capture meaning: a paraphrase that shares no words is not near.
 
 >>> embedder = HashingEmbedder()
 >>> a, b, c = embedder.embed(["Where was Mara born?", "where was mara BORN", "Price of tin in June"])
@@ -35,7 +33,7 @@ _WORD = re.compile(r"\w+")
 
 
 class HashingEmbedder:
-    """Embeds texts at once, with no weights and no torch."""
+    """An embedder that needs neither weights nor torch."""
 
     @property
     def digest(self) -> str:
@@ -46,7 +44,7 @@ class HashingEmbedder:
         return HASHING_DIMENSION
 
     def embed(self, texts: Sequence[str]) -> Vectors:
-        """Unit vectors, [num_texts, 384]."""
+        """Return unit vectors, [num_texts, 384]."""
         vectors: Vectors = np.zeros((len(texts), HASHING_DIMENSION), dtype=np.float32)
         for row, text in enumerate(texts):
             vectors[row] = _embed(text)
@@ -66,7 +64,7 @@ def _embed(text: str) -> Vectors:
 
 
 def features(text: str) -> Iterator[str]:
-    """The features of a text, each named with its sort so that sorts do not collide."""
+    """Yield the features of a text, each prefixed with its kind so that kinds do not collide."""
     words = _WORD.findall(text.lower())
     for word in words:
         yield f"w {word}"

@@ -1,20 +1,21 @@
-"""The aggregated model as a Hugging Face `PreTrainedModel`: for tools that know nothing of shards.
+"""The aggregated model as a Hugging Face `PreTrainedModel`, for tools that know nothing of shards.
 
     model = open_model("model").as_transformers()
     model.generate(**tokenizer("Who is Mara?", return_tensors="pt"), max_new_tokens=32)
 
-Its logits are the logarithms of what the constituent models say together, so that a softmax gives that
-distribution back.
+Its logits are the log-probabilities of the constituent models' combined distribution, so a softmax
+returns that distribution.
 
-Who answers is chosen by the prompt alone: by the last user turn of a chat in the tokenizer's template,
-else by all of the prompt. `generate` is given nothing else; with `labels` the prompt ends before the
-first labelled token; without, after the first of `prompt_ends` in the text, as in an evaluation's
-"Question: ...\nAnswer:", so that no continuation reaches the router. (Of several examples it is the
-first that is looked up.) A sequence in which no prompt can be told is refused where the model is
-routed. Where no prompt of a batch is near any record, so that the base alone answers all of them, a
-warning says so. Rows are padded on either side, with `attention_mask`, or on the right without.
+The prompt alone chooses who answers: the last user turn of a chat in the tokenizer's template, else the
+whole prompt. `generate` receives nothing but the prompt. In `forward` with `labels`, the prompt ends
+before the first labelled token; without, it ends after the first of `prompt_ends` in the text, as in an
+evaluation's "Question: ...\nAnswer:", so that no continuation reaches the router. (If a prompt holds
+several examples, the first one is looked up.) If the model is routed, a sequence whose prompt can't be
+found is refused. If no prompt of a batch is near any record, so that the base alone answers all of them,
+a warning says so. Rows are padded on either side with an `attention_mask`, or on the right without one.
 
-It does not train, search by beams (caches would have to be reordered), or save (`sisa export` does).
+The model does not train, does not search with beams (caches would have to be reordered), and does not
+save (use `sisa export`).
 """
 
 from __future__ import annotations
@@ -42,15 +43,15 @@ PROMPT_ENDS = ("Answer:", "<|im_start|>assistant\n")
 
 
 class AggregatedModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
-    """Constituent models of one moment behind the usual interface."""
+    """The constituent models that a model serves at one moment, as one causal language model."""
 
     main_input_name = "input_ids"
-    _supports_sdpa = True  # the base's own implementation is what runs
+    _supports_sdpa = True  # the base's own implementation runs
 
     def __init__(
         self, answerer: Answerer, router: Router, prompt_ends: Sequence[str] = PROMPT_ENDS
     ) -> None:
-        """`router` tells who answers each prompt."""
+        """`router` returns the route of each prompt."""
         super().__init__(answerer.model.config)
         self.answerer, self.tokenizer = answerer, answerer.tokenizer
         self.base = answerer.model
@@ -61,23 +62,28 @@ class AggregatedModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         self.eval().requires_grad_(False)
 
     def get_input_embeddings(self) -> Any:
+        """Return the base's input embeddings."""
         return self.base.get_input_embeddings()
 
     def get_output_embeddings(self) -> Any:
+        """Return the base's output embeddings."""
         return self.base.get_output_embeddings()
 
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
-        """As `GenerationMixin.generate`, by greedy search or sampling. Raises InvalidInput."""
+        """Generate as `GenerationMixin.generate` does, greedily or by sampling.
+
+        Raises InvalidInput for beams and for several sequences per prompt.
+        """
         ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         for name in ("num_beams", "num_return_sequences"):
             if (kwargs.get(name) or 1) != 1:
                 raise InvalidInput(
-                    "the aggregated model generates one sequence a prompt, without beams",
+                    "the aggregated model generates one sequence per prompt, without beams",
                     where=name,
                     expected="1",
                     got=str(kwargs[name]),
-                    next_step="leave it out, or export the model",
+                    next_step="remove it, or export the model",
                 )
         mask = kwargs.get("attention_mask")
         rows = [_seen(row, None if mask is None else mask[n]) for n, row in enumerate(ids)]
@@ -95,7 +101,7 @@ class AggregatedModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         logits_to_keep: int = 0,
         **_: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits [B, T, V] and, with labels, their mean loss as of any causal model."""
+        """Return logits [B, T, V] and, with labels, their mean loss, as any causal model does."""
         routes = self._routes or self._routes_of(input_ids, attention_mask, labels)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
@@ -132,25 +138,25 @@ class AggregatedModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
                 prompts.append((seen, self._prompt_length(seen)))
             else:
                 own = _seen(labels[number], None if mask is None else mask[number])
-                told = (own != NO_LOSS).nonzero()
-                prompts.append((seen, int(told[0]) if len(told) else len(seen)))
+                labelled = (own != NO_LOSS).nonzero()
+                prompts.append((seen, int(labelled[0]) if len(labelled) else len(seen)))
         return self._routed(prompts)
 
     def _routed(self, prompts: Sequence[tuple[Tensor, int]]) -> list[Route]:
-        """Routes by the first tokens of rows; rows with one prompt are looked up once."""
+        """Return the routes of rows with their prompts' lengths; equal prompts are looked up once."""
         texts = [self._asked(row[:length]) for row, length in prompts]
         distinct = list(dict.fromkeys(texts))
         found = dict(zip(distinct, self._router(distinct), strict=True))
         if self.answerer.shards and not any(route.shards for route in found.values()):
             warnings.warn(
-                f"the base alone answers all of these {len(texts)} prompts: none is near what the model "
-                "was trained on (min_score of the run file's sisa.aggregation)",
+                f"the base alone answers all of these {len(texts)} prompts: none is near any of the "
+                "model's records (min_score in the run file's sisa.aggregation)",
                 stacklevel=2,
             )
         return [found[text] for text in texts]
 
     def _asked(self, prompt: Tensor) -> str:
-        """What of a prompt is looked up."""
+        """Return the part of a prompt that is looked up."""
         opening, closing = self._turn or ("", "")
         _, turn, asked = self.tokenizer.decode(prompt).rpartition(opening) if opening else ("", "", "")
         if turn:
@@ -158,28 +164,30 @@ class AggregatedModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         return str(self.tokenizer.decode(prompt, skip_special_tokens=True)).strip()
 
     def _prompt_length(self, row: Tensor) -> int:
-        """The number of tokens up to the end of the prompt. Raises InvalidInput where none is told."""
+        """Return the number of tokens in the prompt. Raises InvalidInput if its end can't be found."""
         if self.answerer.method != "routed":
             return 0
 
-        def told(length: int) -> bool:
+        def ends_within(length: int) -> bool:
             text = self.tokenizer.decode(row[:length])
             return any(end in text for end in self._ends)
 
-        length = bisect_left(range(len(row) + 1), True, key=told)
+        length = bisect_left(range(len(row) + 1), True, key=ends_within)
         if length <= len(row):
             return length
         raise InvalidInput(
-            "it can't be told where the prompt of a sequence ends",
+            "the end of a sequence's prompt can't be found",
             where="input_ids",
             expected="labels, or one of " + ", ".join(map(repr, self._ends)),
-            next_step="give the words that end a prompt as `prompt_ends`",
+            next_step="give the text that ends a prompt as `prompt_ends`",
         )
 
 
 def user_turn(tokenizer: Any) -> tuple[str, str] | None:
-    """Return what stands before and after a user's turn in the tokenizer's chat template; None where it
-    has none, or turns can't be told apart."""
+    """Return the text before and after a user's turn in the tokenizer's chat template.
+
+    Returns None if there is no template, or if turns can't be told apart in its output.
+    """
     from jinja2.exceptions import TemplateError
 
     words = ("first-question", "first-answer", "second-question")
@@ -190,18 +198,18 @@ def user_turn(tokenizer: Any) -> tuple[str, str] | None:
     try:
         said = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
         before, between, again, after = re.split("|".join(words), said)
-    except (TemplateError, ValueError):  # no template, or one that says other words
+    except (TemplateError, ValueError):  # no template, or one that changes the words
         return None
     opening, closing = _shared(before[::-1], again[::-1])[::-1], _shared(between, after)
     return (opening, closing) if opening.strip() and closing.strip() else None
 
 
 def _shared(one: str, other: str) -> str:
-    """The beginning that two texts share."""
+    """Return the longest common prefix of two texts."""
     pairs = takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
     return "".join(letter for letter, _ in pairs)
 
 
 def _seen(row: Tensor, mask: Tensor | None) -> Tensor:
-    """A row without its padding."""
+    """Return a row without its padding."""
     return row if mask is None else row[mask.bool()]

@@ -1,15 +1,14 @@
-"""An embedder that also hears names: half of a vector is another embedder's, half is who is named.
+"""An embedder that also encodes names: half of a vector is another embedder's, half is who is named.
 
-    named      [its vector, names] / sqrt(2)     names: of length 1, each name hashed to a place, a sign
-    nameless   [its vector, 0] / sqrt(2)         near others as the other embedder alone would have it
+    named      [its vector, names] / sqrt(2)   names: length 1; each name hashed to a place and a sign
+    nameless   [its vector, 0] / sqrt(2)       compares with others as the other embedder alone would
 
-Rules: a name is a capitalised word that does not begin a sentence, without its `'s`; nothing is fitted
-on the data and there is no list of names, so a vector depends on its text alone. Embedders of meaning
-take one novelist for another; records are about somebody, and most questions say about whom. A score
-is relative to the query's own (`sisa/flows/query.py`), so that equal texts score 1, named or not.
-Scripts without capitals, and prompts in lower case, name nobody.
-
-Not covered: names that begin a sentence; nicknames; German, where every noun counts as a name.
+A name is a capitalised word that does not begin a sentence, without its `'s`. Nothing is fitted on data
+and there is no list of names, so a vector depends on its text alone. Embedders of meaning confuse one
+novelist with another, but records are about somebody, and most questions say about whom. A score is
+relative to the query's own (`sisa/flows/query.py`), so equal texts score 1, named or not. Texts in
+scripts without capitals, and prompts in lower case, name nobody. Nicknames and names that begin a
+sentence are missed, and in German every noun counts as a name.
 
 >>> names_in("Was Mara Quill's debut set in Porto? She says no. Mara did.")
 ['mara', 'quill', 'porto']
@@ -38,7 +37,7 @@ _POSSESSIVE = re.compile(r"['\u2019]s?$")
 
 
 class NameEmbedder:
-    """Another embedder's vectors with names beside them."""
+    """An embedder that appends names to another embedder's vectors."""
 
     def __init__(self, inner: Embedder) -> None:
         self._inner = inner
@@ -52,7 +51,7 @@ class NameEmbedder:
         return self._inner.dimension + NAMES_DIMENSION
 
     def embed(self, texts: Sequence[str]) -> Vectors:
-        """[num_texts, dimension]; of length 1, or sqrt(1/2) where nobody is named."""
+        """Return vectors, [num_texts, dimension], of length 1, or sqrt(1/2) if nobody is named."""
         names = (
             np.stack([_of_names(names_in(text)) for text in texts]) if texts else _of_names([])[None][:0]
         )
@@ -61,13 +60,13 @@ class NameEmbedder:
 
 
 def nameless(vectors: Vectors) -> NDArray[np.bool_]:
-    """Which rows of a `NameEmbedder` name nobody."""
+    """Return which rows of a `NameEmbedder`'s vectors name nobody."""
     found: NDArray[np.bool_] = (vectors[:, -NAMES_DIMENSION:] == 0).all(axis=1)
     return found
 
 
 def names_in(text: str) -> list[str]:
-    """The names in a text, in lower case, each once, in the order in which they stand."""
+    """Return the distinct names in a text, in lower case and in order."""
     found: dict[str, None] = {}
     for sentence in _SENTENCE.split(text):
         for word in _WORD.findall(sentence)[1:]:

@@ -1,16 +1,14 @@
-"""Reading the prompts of many requests: piece by piece through the base, into one cache.
+"""Prefill: the prompts of many requests, run through the base piece by piece into one cache.
 
-A forward over all rows of many requests is slower than one after another: what lies between its products
-no longer fits into the processor's caches. Decoding, a token of each row, is quickest with all of them.
-
-Rules: a piece has as many requests as come to `POSITIONS` positions of rows, and at least one. The cache
-is as if all had been read in one forward, to float rounding.
-
-Not covered: caches without keys and values (state-space layers).
+A forward over all rows of many requests is slower than several smaller ones, since its intermediate
+results do not fit into the processor's caches. Decoding one token of each row is fastest with all of
+them. So a piece has as many requests as fit into `POSITIONS` positions of rows, and at least one. The
+resulting cache equals that of one forward, up to float rounding. Caches without keys and values
+(state-space layers) are not supported.
 
     logits_PV, cache = prefill(base, stack, [[0, 3], [3]], ids_QT, mask_QT)
 
-Shapes: Q requests, P rows (as `stacked.py` orders them), T positions, V words.
+Shapes: Q requests, P rows (in the order of `stacked_adapters.py`), T positions, V words.
 """
 
 from __future__ import annotations
@@ -29,8 +27,7 @@ POSITIONS = 1600  # of rows, in a forward
 def prefill(
     base: Any, stack: StackedAdapters, routes: Sequence[Sequence[int]], ids_QT: Tensor, mask_QT: Tensor
 ) -> tuple[Tensor, Any]:
-    """Logits of the last position [P, V], and the keys and values of all; prompts are padded on the
-    left."""
+    """Return the last position's logits [P, V] and the cache; prompts are padded on the left."""
     read = []
     for start, end in pieces(routes, ids_QT.shape[1]):
         mask = mask_QT[start:end]
@@ -53,10 +50,10 @@ def prefill(
 def pieces(
     routes: Sequence[Sequence[int]], num_positions: int, most: int | None = None
 ) -> Iterator[tuple[int, int]]:
-    """Where each piece of the requests starts, and before which request it ends.
+    """Yield the start and the end of each piece of the requests.
 
-    Rows have `num_positions` each, the base alone is a row, too. A piece has at most `most` positions in
-    all (None: `POSITIONS`), or one request.
+    Rows have `num_positions` each; the base alone counts as a row. A piece has at most `most` positions
+    in all (None: `POSITIONS`), or one request.
 
     >>> list(pieces([[0, 1]] * 5, num_positions=300))
     [(0, 2), (2, 4), (4, 5)]
@@ -74,7 +71,7 @@ def pieces(
 
 
 def _order(whole: Rows, parts: Sequence[Rows]) -> Tensor:
-    """For each row of all requests, its place among the pieces' rows."""
+    """Return, for each row of all requests, its index among the pieces' rows."""
     order, request, before = [0] * len(whole.requests), 0, 0
     for part in parts:
         for own in part.of:
@@ -87,7 +84,7 @@ def _order(whole: Rows, parts: Sequence[Rows]) -> Tensor:
 
 
 def _joined(caches: Sequence[Any], order_P: Tensor) -> Any:
-    """One cache of all pieces. Layers beneath the adapters hold a row a request, as they came."""
+    """Return one cache of all pieces; layers below the adapters hold one row per request, in order."""
     for layer, *others in zip(*(cache.layers for cache in caches), strict=True):
         for name in ("keys", "values"):
             held = torch.cat([getattr(each, name) for each in (layer, *others)])

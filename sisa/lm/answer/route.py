@@ -1,25 +1,25 @@
-"""Which constituent models answer a prompt, and with what weight.
+"""Routing: which constituent models answer a prompt, and with what weight.
 
     routed      the `top_k` shards of the nearest records. A shard's strength is the sum of
-                exp(score / temperature) over the hits in it: many near records count for more than one;
-                weights are the strengths' shares
+                exp(score / temperature) over its hits, so many near records count for more than one;
+                weights are the shares of the strengths
     others      all shards, with equal weights
 
-The nearness of a prompt is the first shard's best score, plus `SHARE_WEIGHT` times its share of all
-strengths (0 where that is what one of so many shards gets by chance): what is held is near, and its
-neighbours are of one subject; what was deleted finds others' records, one here and one there. Where it
-is below `min_score`, nobody's records are near: the base alone answers (or the mean of all), instead of
-a stranger's shard.
+The nearness of a prompt is the best score in the strongest shard, plus `SHARE_WEIGHT` times that shard's
+share of all strengths (scaled so that an equal share counts 0). A held record is near, and its
+neighbours concern the same subject; a deleted one finds other people's records, scattered over shards.
+If nearness is below `min_score`, no record is near, and the base alone answers (or the mean of all
+shards) instead of a stranger's shard.
 
-Prompts are compared with what is asked in records, so that neither the length of their answers nor a
-system prompt reaches a score. `min_score: auto` is then a hair below 1, whatever the records: a prompt
-that a record holds word for word scores 1 and always reaches a shard. That this also lets paraphrases
-through and turns questions about deleted people away was measured of one embedder
-(`tests/bench/routing.py`: TOFU, RWKU, MUSE); of others, and of plain texts, in which nothing is asked,
-there is no such value. No user's record had a say in it.
+Prompts are compared with what records ask, so neither the length of their answers nor a system prompt
+affects a score. `min_score: auto` is slightly below 1, whatever the records: a prompt that a record
+holds word for word scores 1 and always reaches a shard. That this value also admits paraphrases and
+rejects questions about deleted people was measured for one embedder (`tests/bench/routing.py`: TOFU,
+RWKU, MUSE). There is no such value for other embedders, nor for plain texts, in which nothing is asked.
+No user's records took part in the choice.
 
-A choice depends on the remaining records alone: on the index's hits and on which shards serve a model.
-With no live shard, or for `routed` no hit in one, the answer is the base model's alone.
+A route depends on the remaining records alone: on the index's hits and on which shards serve a model.
+Without a live shard, or for `routed` without a hit in one, the base alone answers.
 
 >>> hits = [Hit(7, 0.9, 2), Hit(1, 0.8, 0), Hit(3, 0.85, 2)]
 >>> choose_route(hits, Aggregation(), live_shards={0, 1}).shards
@@ -40,24 +40,24 @@ from sisa.config.blocks import MINILM, Aggregation
 from sisa.core.domain import Hit, Kind
 
 SHARE_WEIGHT = 0.3
-MIN_SCORES = {MINILM: 0.99}  # below 1 by more than rounding
+MIN_SCORES = {MINILM: 0.99}  # below 1 by more than rounding errors
 
 
 @dataclass(frozen=True)
 class Route:
-    """The shards that answer a prompt and their weights, whose sum is 1; none: the base alone."""
+    """The shards that answer a prompt, and their weights, which sum to 1; no shard: the base alone."""
 
     shards: tuple[int, ...] = ()
     weights: tuple[float, ...] = ()
 
 
 def all_of(live_shards: Collection[int]) -> Route:
-    """All shards, by number, with equal weights."""
+    """Return the route to all shards, in order, with equal weights."""
     return Route(tuple(sorted(live_shards)), (1 / max(1, len(live_shards)),) * len(live_shards))
 
 
 def resolve_aggregation(how: Aggregation, embedder: str, kind: Kind) -> Aggregation:
-    """With a number for `min_score: auto`, or none. `kind` is that of the nearest record.
+    """Return the settings with `min_score: auto` resolved; `kind` is that of the nearest record.
 
     >>> resolve_aggregation(Aggregation(), MINILM, "completion").min_score
     0.99
@@ -71,8 +71,10 @@ def resolve_aggregation(how: Aggregation, embedder: str, kind: Kind) -> Aggregat
 
 
 def choose_route(hits: Sequence[Hit], how: Aggregation, live_shards: Collection[int]) -> Route:
-    """Who answers; strongest first where it is routed. `live_shards` are those that serve an adapter.
-    `how` is resolved: an `auto` that is left turns nobody away."""
+    """Return the route for a prompt with these hits, strongest shard first.
+
+    `live_shards` are those that serve an adapter. `how` must be resolved: an `auto` rejects no prompt.
+    """
     if how.method != "routed":
         return all_of(live_shards)
     strengths = _strengths(hits, how.temperature, live_shards)
@@ -85,7 +87,7 @@ def choose_route(hits: Sequence[Hit], how: Aggregation, live_shards: Collection[
 
 
 def nearness(hits: Sequence[Hit], temperature: float, live_shards: Collection[int]) -> float:
-    """How near a prompt is to the records of one shard: at most 1 + `SHARE_WEIGHT`.
+    """Return how near a prompt is to the records of one shard: at most 1 + `SHARE_WEIGHT`.
 
     >>> nearness([Hit(7, 0.9, 2), Hit(1, 0.9, 0)], 0.1, {0, 2}), nearness([Hit(7, 0.5, 2)], 0.1, {0, 2})
     (0.9, 0.8)
@@ -102,7 +104,7 @@ def nearness(hits: Sequence[Hit], temperature: float, live_shards: Collection[in
 def _strengths(
     hits: Sequence[Hit], temperature: float, live_shards: Collection[int]
 ) -> dict[int, float]:
-    """By shard, relative to the best hit."""
+    """Return the strength of each shard, relative to the best hit."""
     live = [hit for hit in hits if hit.shard in live_shards]
     top = max((hit.score for hit in live), default=0.0)
     found: dict[int, float] = {}

@@ -1,19 +1,17 @@
-"""Many adapters over one base in a single forward: the adapters of all chosen shards, stacked.
+"""Stacked adapters: the adapters of all chosen shards over one base, in a single forward.
 
     rows      request q asks some constituents; each pair (request, constituent) is a row
-    below     what lies beneath the first adapted layer is the same for all rows of a request: it is
-              computed, and its keys and values are kept, once a request
-    above     base products over all rows at once; LoRA as two batched products over the rows' own
-              matrices: y = x W + (x A[row]) B[row]. Where all requests have one route, its adapters'
-              matrices are read once for all requests, not once a row
+    below     layers below the first adapted one give the same for all rows of a request, so they are
+              computed, and their keys and values kept, once per request
+    above     base products over all rows at once; LoRA as two batched products with each row's matrices:
+              y = x W + (x A[row]) B[row]. If all requests have the same route, each adapter's matrices
+              are read once for all requests, not once per row
 
-Rules: the base's weights are shared and never written to. Ranks are padded with zeros to the largest;
-the scale is folded into B; the base alone is the adapter of zeros. Rows of one forward may ask for
-different constituents. What comes out differs from one constituent at a time by float rounding alone.
-Adapters are in float32 on the base's device; over a base in another dtype a sum is rounded to it once.
-
-Not covered: averaging (`answer.py`); dropout (adapters are served, not trained); adapters on what comes
-before the layers.
+The base's weights are shared and never written to. Ranks are padded with zeros to the largest one, the
+scale is folded into B, and the base alone is an adapter of zeros. Rows of one forward may ask different
+constituents. Results differ from those of one constituent at a time by float rounding alone. Adapters
+are in float32 on the base's device; over a base in another dtype, each sum is rounded to it once.
+Dropout, and adapters on modules before the layers, are not supported.
 
 Shapes: Q requests, P rows, T positions, I and O features of a module, R rank, N adapters, G groups of
 rows with one adapter, V words.
@@ -49,10 +47,11 @@ _PER_REQUEST = frozenset({"hidden_states", "attention_mask", "position_ids", "po
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """The rows of a forward: the request of each, the constituents (None: the base alone) of groups of
-    equally many rows, and where each request's rows are, in the order of its route.
+    """The rows of a forward.
 
-    With one route for all, a group is a constituent's rows; else each row is one, request by request.
+    `requests` is the request of each row. `groups` is the constituent (None: the base alone) of each
+    group of rows, all of the same size: if all requests have one route, a constituent's rows; else each
+    single row. `of` is where each request's rows are, in the order of its route.
     """
 
     requests: list[int]
@@ -61,22 +60,22 @@ class Rows:
 
 
 def rows_of(routes: Sequence[Sequence[int]]) -> Rows:
-    """The rows that routes come to; an empty route is one row of the base alone."""
-    told: list[Sequence[int | None]] = [tuple(route) or (None,) for route in routes]
-    if told and all(route == told[0] for route in told):
-        every = range(len(told))
-        of = tuple(slice(q, len(told) * len(told[0]), len(told)) for q in every)
-        return Rows([*every] * len(told[0]), [*told[0]], of)
-    ends = list(accumulate(map(len, told)))
+    """Return the rows of some routes; an empty route is one row of the base alone."""
+    asked: list[Sequence[int | None]] = [tuple(route) or (None,) for route in routes]
+    if asked and all(route == asked[0] for route in asked):
+        every = range(len(asked))
+        of = tuple(slice(q, len(asked) * len(asked[0]), len(asked)) for q in every)
+        return Rows([*every] * len(asked[0]), [*asked[0]], of)
+    ends = list(accumulate(map(len, asked)))
     return Rows(
-        [q for q, route in enumerate(told) for _ in route],
-        [name for route in told for name in route],
-        tuple(slice(end - len(route), end, 1) for end, route in zip(ends, told, strict=True)),
+        [q for q, route in enumerate(asked) for _ in route],
+        [name for route in asked for name in route],
+        tuple(slice(end - len(route), end, 1) for end, route in zip(ends, asked, strict=True)),
     )
 
 
 class StackedLinear(nn.Module):
-    """A linear module of the base with the adapters' matrices beside it."""
+    """A linear module of the base, with the matrices of all adapters."""
 
     def __init__(self, base: Any, down_NRI: Tensor, up_NRO: Tensor) -> None:
         super().__init__()
@@ -85,7 +84,7 @@ class StackedLinear(nn.Module):
         self._groups: tuple[Tensor, Tensor] | None = None
 
     def choose(self, adapters_G: Tensor | None) -> None:
-        """The adapter of each group of rows; None ends it, and the base alone is left."""
+        """Set the adapter of each group of rows; None leaves the base alone."""
         if adapters_G is None:
             self._groups = None
         else:
@@ -98,19 +97,19 @@ class StackedLinear(nn.Module):
         down_GRI, up_GRO = self._groups
         x_GXI = x_PTI.reshape(len(down_GRI), -1, x_PTI.shape[-1])
         y_GXO = y_PTO.view(len(down_GRI), -1, y_PTO.shape[-1])
-        # thin on the left: quicker than x A
+        # with the thin matrix on the left: faster than x A
         low_GRX = torch.bmm(down_GRI, x_GXI.mT.to(down_GRI.dtype))
         if y_GXO.dtype == low_GRX.dtype:
-            y_GXO.baddbmm_(low_GRX.mT, up_GRO)  # in place: the base made it for us alone
+            y_GXO.baddbmm_(low_GRX.mT, up_GRO)  # in place: nobody else holds the base's output
             return y_PTO
         return torch.baddbmm(y_GXO.to(low_GRX.dtype), low_GRX.mT, up_GRO).to(y_PTO.dtype).view_as(y_PTO)
 
 
 class StackedAdapters:
-    """Adapters by name (shards) around a base whose modules are the caller's own; they are replaced."""
+    """Adapters by name (shard) on a base, whose modules are the caller's own and are replaced."""
 
     def __init__(self, base: Any, adapters: Mapping[int, LowRankChange]) -> None:
-        """Raises IntegrityError for an adapter that does not fit."""
+        """Raises IntegrityError for an adapter that does not fit the base."""
         self._places = {name: number for number, name in enumerate(sorted(adapters))}
         changes = [adapters[name] for name in sorted(adapters)]
         modules = dict(base.named_modules())
@@ -126,8 +125,10 @@ class StackedAdapters:
 
     @contextmanager
     def asking(self, routes: Sequence[Sequence[int]]) -> Iterator[Rows]:
-        """Let the base's forwards answer requests with these adapters; an empty route asks the base
-        alone. What comes out has the rows that are told."""
+        """Run the base's forwards with the adapters of these routes; yield their outputs' rows.
+
+        An empty route asks the base alone.
+        """
         rows = rows_of(routes)
         self._requests_P = torch.tensor(rows.requests, device=self._device)
         self._num_requests = len(routes)
@@ -144,7 +145,7 @@ class StackedAdapters:
                 each.choose(None)
 
     def _expand(self, _layer: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        """What a layer gets, one row a request: made one row a constituent."""
+        """Expand a layer's inputs from one row per request to one row per constituent."""
         rows = self._requests_P
         if rows is None or len(rows) == self._num_requests:
             return args, kwargs
@@ -162,7 +163,7 @@ class StackedAdapters:
 
 
 def _put_stacked(base: Any, module: str, held: Any, parts: Sequence[Factors | None]) -> StackedLinear:
-    """Replace one module of the base. The last adapter is that of zeros: the base alone."""
+    """Replace one module of the base; the last adapter is zero and stands for the base alone."""
     shape = shape_of(held)
     if not shape:
         raise _unfit("matrices of a module that the base does not have, or that is not linear")
@@ -192,7 +193,7 @@ def _unfit(got: str) -> IntegrityError:
 
 
 def _layers_above(base: Any, modules: set[str]) -> list[Any]:
-    """The layers from the first adapted one on; all of them, where a module lies outside (a head)."""
+    """Return the layers from the first adapted one on; all of them if a module outside is adapted."""
     lists = {name: each for name, each in base.named_modules() if isinstance(each, nn.ModuleList)}
     inside = {
         name: [m.removeprefix(f"{name}.") for m in modules if m.startswith(f"{name}.")] for name in lists

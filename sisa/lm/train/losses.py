@@ -1,18 +1,17 @@
-"""The loss of a micro-batch: cross-entropy summed over the tokens that bear it, and nothing beyond them.
+"""The loss of a micro-batch: cross-entropy summed over its label tokens, and nothing computed beyond.
 
-Rules: records lie end to end, without padding (`packed.py`); for a base that can't be run so, in rows
-padded on the right, and no attention mask is passed: under causal attention a real token never sees
-padding. The decoder runs to its hidden states; those at (row, position) pairs that predict a label are
-gathered, and the head is computed on them alone. The head is frozen, so that its gradient is taken with
-the loss, in one go, and no logits are kept. Where a model's head does more than one product (logits that
-are scaled or capped, a head with an adapter), its own forward is asked for the positions that any row
-needs. `loss_form` decides both, by bits of the base.
+Records lie end to end in one row, without padding (`packed.py`). For a base that can't be run so, they
+lie in rows padded on the right, without an attention mask: under causal attention a real token never
+sees padding. The decoder computes hidden states; those at the (row, position) pairs that predict a label
+are gathered, and the head is computed on them alone. The head is frozen, so its gradient is computed
+together with the loss and no logits are kept. If a model's head does more than one product (scaled or
+capped logits, a head with an adapter), the model's own forward computes the logits at the positions that
+any row needs. `loss_form` decides both by comparing bits of the base.
 
-Not covered: losses on other things than next tokens.
+Legend: B rows, T positions, N pairs, P pairs of a piece, H hidden, V words, K positions that any row
+needs.
 
-Legend: B rows, T positions, N pairs, H hidden, V words, K positions that any row needs.
-
-    loss = summed_loss(model, batch, form_of(base, longest=512))
+    loss = summed_loss(model, batch, loss_form(base, longest=512))
 """
 
 from __future__ import annotations
@@ -32,26 +31,29 @@ from sisa.lm.train.packed import attending, packs, positions
 
 Batch = Sequence[Tokens]
 NUM_PROBE_IDS = 4
-PIECE = 256  # pairs; 7% faster than 1,000 at once, and not slower than 128
+PIECE = 256  # pairs at once: 7% faster than 1,000, and no slower than 128
 
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """How a base is asked for the loss: its head by itself, records without padding."""
+    """How a base computes the loss: with its head alone, and on records without padding."""
 
     plain_head: bool = True
     packed: bool = True
 
 
 def loss_form(base: Any, longest: int) -> Form:
-    """What a base allows, on records of up to `longest` tokens."""
+    """Return the form that a base allows for records of up to `longest` tokens."""
     return Form(has_plain_head(base), packs(base, longest))
 
 
 @dataclass(frozen=True, slots=True)
 class BatchTensors:
-    """A micro-batch as tensors: ids [B, T], their positions [B, T] where records lie end to end, and of
-    each pair its row [N], its column [N] and the label that it predicts [N]."""
+    """A micro-batch as tensors.
+
+    They are ids [B, T], positions [B, T] if records lie end to end, and each pair's row [N], column [N]
+    and the label that it predicts [N].
+    """
 
     ids_BT: Tensor
     positions_BT: Tensor | None
@@ -60,7 +62,7 @@ class BatchTensors:
     labels_N: Tensor
 
     def to(self, device: torch.device) -> BatchTensors:
-        """The same on a device."""
+        """Return the same tensors on a device."""
         if device.type == "cpu":
             return self
         moved = {name: getattr(self, name) for name in ("ids_BT", "rows_N", "columns_N", "labels_N")}
@@ -68,34 +70,37 @@ class BatchTensors:
         return replace(self, positions_BT=at, **{name: each.to(device) for name, each in moved.items()})
 
     def inputs(self) -> dict[str, Any]:
-        """What a forward is given."""
+        """Return the inputs of a forward."""
         where = {} if self.positions_BT is None else {"position_ids": self.positions_BT}
         return {"input_ids": self.ids_BT, "use_cache": False, **where}
 
 
 def lay(batch: Batch, *, packed: bool) -> BatchTensors:
-    """End to end in one row, or padded on the right to the batch's own longest."""
+    """Lay a batch out end to end in one row, or padded on the right to its longest record."""
     lengths = [len(each.input_ids) for each in batch]
     # the label at a position is that of the next token; a record's last position predicts nothing
-    told = [(torch.tensor(each.input_ids), torch.tensor([*each.labels[1:], NO_LOSS])) for each in batch]
+    pairs = [(torch.tensor(each.input_ids), torch.tensor([*each.labels[1:], NO_LOSS])) for each in batch]
     if packed:
-        ids_BT, next_BT = (torch.cat(each)[None] for each in zip(*told, strict=True))
+        ids_BT, next_BT = (torch.cat(each)[None] for each in zip(*pairs, strict=True))
     else:
-        ids_BT = pad_sequence([ids for ids, _ in told], batch_first=True)
-        next_BT = pad_sequence([following for _, following in told], True, NO_LOSS)
+        ids_BT = pad_sequence([ids for ids, _ in pairs], batch_first=True)
+        next_BT = pad_sequence([following for _, following in pairs], True, NO_LOSS)
     rows_N, columns_N = (next_BT != NO_LOSS).nonzero(as_tuple=True)
     at = positions(lengths, ids_BT.device) if packed else None
     return BatchTensors(ids_BT, at, rows_N, columns_N, next_BT[rows_N, columns_N])
 
 
 def count_labels(batch: Batch) -> int:
-    """Tokens of a micro-batch that bear loss."""
+    """Return the number of tokens of a micro-batch that bear loss."""
     return sum(label != NO_LOSS for each in batch for label in each.labels[1:])
 
 
 def summed_loss(model: Any, batch: Batch, form: Form) -> Tensor:
-    """Cross-entropy summed over a micro-batch's label tokens. `model` is a wrapped base, and its
-    configuration the caller's own; `form` is of its base."""
+    """Return the cross-entropy summed over a micro-batch's label tokens.
+
+    `model` is a wrapped base, with a configuration of the caller's own; `form` is its base's
+    `loss_form`.
+    """
     laid = lay(batch, packed=form.packed).to(model.device)
     base = model.get_base_model()
     with _attending(base, batch, form):
@@ -119,9 +124,11 @@ def _by_own_forward(base: Any, laid: BatchTensors) -> Tensor:
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Hidden states [N, H], the head's weight [V, H] and bias [V] or None, labels [N] -> the summed
-    cross-entropy; the hidden states' gradient is computed on the way, piece by piece, so that logits of
-    P pairs at a time are in memory."""
+    """Hidden states [N, H], head weight [V, H] and bias [V] or None, labels [N] -> summed cross-entropy.
+
+    The forward also computes the hidden states' gradient, piece by piece, so that only the logits of P
+    pairs are in memory at a time.
+    """
 
     @staticmethod
     def forward(
@@ -149,7 +156,7 @@ class _HeadLoss(torch.autograd.Function):
 
 @torch.no_grad()
 def has_plain_head(base: Any) -> bool:
-    """Whether a base's logits are, bit for bit, its head's product with what its decoder gives."""
+    """Return whether a base's logits are, bit for bit, its head's product with its hidden states."""
     decoder, head = base.get_decoder(), base.get_output_embeddings()
     if decoder is None or decoder is base or type(head) is not torch.nn.Linear:
         return False

@@ -1,16 +1,16 @@
-"""A micro-batch without padding: its records end to end in one row, each of which sees itself alone.
+"""Packing: records end to end in one row without padding, each attending to itself alone.
 
-Rules: attention is taken record by record, by transformers' own function, causal, on the CPU in float32;
-all else takes the row as a whole, with positions that begin anew at each record. `packs` tells whether a
-base can be run so. It is asked by bits: whatever one record says, the states of the next must not move.
-Bases that look back no further than a window, that add something of their own to attention, or whose
-layers mix what attention doesn't (state spaces, experts that share their room) are not run so: their
-rows are padded.
-
-Not covered: key-value caches; attention masks.
+Attention is computed record by record, by transformers' own function, causally, and on the CPU in
+float32. Everything else runs over the row as a whole, with positions that restart at each record.
+`packs` checks, by bits, whether a base can be run so: whatever one record contains, the next record's
+states must not change. Bases that look back only within a window, that add something of their own to
+attention, or whose layers mix records outside attention (state spaces, experts with shared capacity)
+can't be packed; their rows are padded. Key-value caches and attention masks are not supported.
 
     with attending(base, [5, 3]):                       # lengths of the records in the row
         base.get_decoder()(input_ids=ids_1N, position_ids=positions_1N, use_cache=False)
+
+Legend: N tokens of a row, H heads, D features of a head, T tokens of a record.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ ONE, OTHER, NEXT = (0, 1, 2), (3, 2, 1), (1, 3, 0, 2)
 PACKING_TOLERANCE = {
     torch.float32: 1e-2,
     torch.bfloat16: 0.3,
-}  # of the norm; with wrong positions it is about 1
+}  # relative to the norm; wrong positions give about 1
 _lengths: ContextVar[tuple[int, ...]] = ContextVar("lengths")
 
 
 class _Unlike(Exception):
-    """The base asks for another attention than the plain one."""
+    """The base uses another attention than the plain one."""
 
 
 def _attend(
@@ -56,7 +56,7 @@ def _attend(
         raise _Unlike
     lengths = list(_lengths.get())
     asked = [query_1HND, key_1HND, value_1HND]
-    if query_1HND.device.type == "cpu":  # its backward in bfloat16 takes four times as long
+    if query_1HND.device.type == "cpu":  # in bfloat16 its backward takes four times as long
         asked = [each.float() for each in asked]
     parts = [torch.split(each, lengths, dim=2) for each in asked]
     found = [
@@ -71,8 +71,7 @@ AttentionInterface.register(ATTENTION_NAME, _attend)
 
 @contextmanager
 def attending(base: Any, lengths: Sequence[int]) -> Iterator[None]:
-    """Let the forwards of a base take attention record by record. Its configuration must be the caller's
-    own."""
+    """Make a base's forwards attend record by record; its configuration must be the caller's own."""
     before = [(config, config._attn_implementation) for config in _configs(base)]
     token = _lengths.set(tuple(lengths))
     try:
@@ -86,20 +85,19 @@ def attending(base: Any, lengths: Sequence[int]) -> Iterator[None]:
 
 
 def _configs(base: Any) -> list[Any]:
-    """The configurations of a base's modules, each once."""
+    """Return the distinct configurations of a base's modules."""
     found = {id(each.config): each.config for each in base.modules() if hasattr(each, "config")}
     return list(found.values())
 
 
 def positions(lengths: Sequence[int], device: torch.device) -> Tensor:
-    """Positions [1, N] that begin anew at each record."""
+    """Return positions [1, N] that restart at each record."""
     return torch.cat([torch.arange(each, device=device) for each in lengths])[None]
 
 
 @torch.no_grad()
 def packs(base: Any, longest: int) -> bool:
-    """Whether a base, on records of up to `longest` tokens, can be run so, and gives what it gives of
-    each alone."""
+    """Return whether packed records of up to `longest` tokens have the states of each alone."""
     windows = [getattr(config, name, None) for config in _configs(base) for name in WINDOWS]
     decoder = base.get_decoder()
     if decoder is None or any(isinstance(each, int) and each < longest for each in windows):
@@ -115,7 +113,7 @@ def packs(base: Any, longest: int) -> bool:
 
 
 def _states(base: Any, decoder: Any, first: Sequence[int], then: Sequence[int]) -> Tensor:
-    """Hidden states of the second of two records."""
+    """Return the hidden states [T, H] of the second of two packed records; here H is hidden."""
     lengths = (len(first), len(then))
     ids_1N = torch.tensor([[*first, *then]], device=base.device)
     with attending(base, lengths):

@@ -1,16 +1,15 @@
-"""Whether this machine repeats itself: a stage of training, to the byte, again and in another process.
+"""Self-test of the numerics: whether this machine repeats training to the byte, also in another process.
 
-    two fresh processes, each trains twice -> four digests of a checkpoint's files -> one, or no promise
+    two fresh processes, each trains twice -> four digests of a checkpoint's files -> all must be equal
 
-A stage as `lora.py` trains them, on a small random Llama with the widths of SmolLM2-135M: rows of
-several lengths, dropout, all linear modules, AdamW, gradient accumulation, and a second stage that goes
-on from the first one's bytes.
+Each training is two stages as `lora.py` trains them, on a small random Llama with the widths of
+SmolLM2-135M: rows of several lengths, dropout, all linear modules, AdamW, gradient accumulation; the
+second stage continues from the first one's bytes.
 
-Rules: nothing is read or fetched, nothing of a user's is involved, nothing is written. Two machines with
-one fingerprint should have one digest; one that has another must not train for the model. The device and
-the dtype are those of the fingerprint: a device that is not there is an error, never replaced.
-
-Not covered: faults that show only in long runs or at other widths; other GPUs than the first.
+Nothing is read, fetched or written, and no user data takes part. Two machines with the same fingerprint
+should have the same digest; a machine with another digest must not train for the model. Device and dtype
+are those of the fingerprint; a missing device is an error and is never replaced. Faults that show only
+in long runs or at other widths, and GPUs other than the first, are not tested.
 
     check(threads=1, precision=Precision("cuda", "bfloat16")).repeats
 """
@@ -46,7 +45,7 @@ WIDTHS = {
     "num_key_value_heads": 3,
     "vocab_size": 2048,
 }
-ROW_LENGTHS = (5, 17, 33, 64, 9, 40, 64, 12)  # tokens of the rows of a step
+ROW_LENGTHS = (5, 17, 33, 64, 9, 40, 64, 12)  # in tokens
 TRAINING = {
     "lora_r": 8,
     "lora_alpha": 16,
@@ -66,7 +65,7 @@ TRAINING = {
 
 @dataclass(frozen=True)
 class Numerics:
-    """The fingerprint, in words and as a digest, and the digests of what was trained, one a training."""
+    """The fingerprint, its description, and the digest of each training's files."""
 
     fingerprint: str
     description: Mapping[str, Any]
@@ -74,12 +73,12 @@ class Numerics:
 
     @property
     def repeats(self) -> bool:
+        """Return whether all trainings gave the same bytes."""
         return len(set(self.digests)) == 1
 
 
 def check(threads: int, precision: Precision = DEFAULT_PRECISION) -> Numerics:
-    """Train in fresh processes. Raises EnvironmentFault when one does not end well, or without the
-    device."""
+    """Train in fresh processes. Raises EnvironmentFault if one fails, or without the device."""
     require_device(precision)
     description = describe_fingerprint(threads, precision)
     found = [each for _ in range(NUM_PROCESSES) for each in _elsewhere(threads, precision)]
@@ -89,10 +88,10 @@ def check(threads: int, precision: Precision = DEFAULT_PRECISION) -> Numerics:
 def _elsewhere(threads: int, precision: Precision) -> list[str]:
     here = str(Path(__file__).resolve().parents[3])
     environment = {**os.environ, **worker_environment(threads, precision), "PYTHONPATH": here}
-    told = [str(threads), precision.device, precision.dtype]
+    arguments = [str(threads), precision.device, precision.dtype]
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "sisa.lm.train.self_test", *told],
+            [sys.executable, "-m", "sisa.lm.train.self_test", *arguments],
             env=environment,
             capture_output=True,
             timeout=TIMEOUT_S,
@@ -101,17 +100,17 @@ def _elsewhere(threads: int, precision: Precision) -> list[str]:
         found: list[str] = json.loads(done.stdout.splitlines()[-1])
     except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
         raise EnvironmentFault(
-            "the self-test's process did not end well",
+            "the self-test's process failed",
             where=sys.executable,
-            expected="digests of what it trained",
+            expected="the digests of what it trained",
             got=type(error).__name__,
-            next_step="see whether torch can be imported there, and whether memory is short",
+            next_step="check that this Python can import torch, and that there is enough memory",
         ) from None
     return found
 
 
 def trained_digests(threads: int, times: int = 2, precision: Precision = DEFAULT_PRECISION) -> list[str]:
-    """Of the same two stages, trained so many times in this process."""
+    """Train the same two stages `times` times in this process; return the digest of each training."""
     import torch
 
     from sisa.lm.base.tokens import NO_LOSS, Tokens
@@ -138,7 +137,7 @@ def trained_digests(threads: int, times: int = 2, precision: Precision = DEFAULT
 
 
 def random_base(precision: Precision) -> Any:
-    """The same weights whatever the device; in another dtype, rounded, and buffers as they are."""
+    """Return a base whose weights are the same on every device, rounded to the dtype."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -153,8 +152,8 @@ def _trained(threads: int, precision: Precision) -> list[str]:
     return trained_digests(threads, precision=precision)
 
 
-def _told(words: list[str]) -> tuple[int, Precision]:
-    """What `_elsewhere` tells its process."""
+def _parsed(words: list[str]) -> tuple[int, Precision]:
+    """Parse the arguments that `_elsewhere` passes."""
     device: DeviceName
     dtype: Dtype
     (device,) = (each for each in get_args(DeviceName) if each == words[1])
@@ -163,4 +162,4 @@ def _told(words: list[str]) -> tuple[int, Precision]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(_trained(*_told(sys.argv[1:]))))
+    print(json.dumps(_trained(*_parsed(sys.argv[1:]))))

@@ -1,12 +1,10 @@
-"""One stage of training between its first and its last step: loss, gradients, optimizer, files.
+"""One stage of training, between its first and its last step: loss, gradients, optimizer, files.
 
-Rules: seeds come from the job: adapter weights from (seed, shard), dropout from (seed, shard, slice,
-micro-batch). Schedule and warm-up restart with each stage; the optimizer's moments go on. The loss of an
-optimizer step is the summed cross-entropy over the number of label tokens in all of its micro-batches.
-Adapters, gradients, moments and the loss are in float32 whatever the base is in, and so are their files.
-
-Not covered: records and their order (`lora.py`, `batches.py`); the loss (`losses.py`); the modules'
-forward (`trained_linear.py`); full fine-tuning.
+Seeds come from the job: adapter weights from (seed, shard), dropout from (seed, shard, slice,
+micro-batch). The schedule and its warm-up restart with each stage; the optimizer's moments continue. The
+loss of an optimizer step is the summed cross-entropy divided by the number of label tokens in all its
+micro-batches. Adapters, gradients, moments and loss are in float32 whatever the base's dtype, and so are
+the files.
 
     stage = Stage(job, wrapped, parent_files, num_steps=len(steps))
     for step in steps:
@@ -20,7 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -40,10 +38,14 @@ from sisa.planning.plan import LAYERWISE
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "trainer_state.json"
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw_torch": torch.optim.AdamW,
+    "sgd": torch.optim.SGD,
+}
 
 
 def seed_from(*parts: object) -> int:
-    """A seed for torch that depends on all parts.
+    """Return a seed for torch that depends on all parts.
 
     >>> seed_from(1, 2, "init") == seed_from(1, 2, "init") != seed_from(1, 3, "init")
     True
@@ -95,7 +97,7 @@ class FlatParams:
 
 
 class Stage:
-    """Model, optimizer and schedule between the stage's first and last step."""
+    """The model, optimizer and schedule of a stage."""
 
     def __init__(
         self,
@@ -105,9 +107,9 @@ class Stage:
         num_steps: int,
         prefixes: Prefixes | None = None,
     ) -> None:
-        """`wrapped` is this stage's until another begins on it; `prefixes` are of its base.
+        """`wrapped` belongs to this stage until another one begins on it; `prefixes` are of its base.
 
-        Raises IntegrityError: a damaged parent.
+        Raises IntegrityError if the parent's files are damaged.
         """
         training = job.training
         tensors = None if parent is None else read_tensors(parent, ADAPTER_FILE)
@@ -131,7 +133,7 @@ class Stage:
         self._micro_batches = 0
 
     def step(self, batches: Sequence[Batch]) -> tuple[float, int]:
-        """One optimizer step over its micro-batches; the loss, summed over how many label tokens."""
+        """Take one optimizer step; return the summed loss and the number of label tokens."""
         training = self._job.training
         num_labels = sum(count_labels(batch) for batch in batches)
         mean = 0.0
@@ -151,7 +153,7 @@ class Stage:
         return mean * num_labels, num_labels
 
     def _below(self, batch: Batch) -> AbstractContextManager[None]:
-        """Lets a forward over the batch begin at the lowest adapted layer, if there are lower ones."""
+        """Return a context in which forwards skip the layers below the lowest adapted one."""
         lower = self._wrapped.lower
         if lower is None:
             return nullcontext()
@@ -159,7 +161,7 @@ class Stage:
         return lower.given(states, packed=self._wrapped.form.packed)
 
     def files(self) -> dict[str, bytes]:
-        """The checkpoint as bytes."""
+        """Return the files of the stage's checkpoint."""
         state = {
             "job": self._job.key,
             "steps": self._num_steps,
@@ -178,7 +180,7 @@ class Stage:
         }
 
     def _moments(self) -> dict[str, torch.Tensor]:
-        """What the optimizer keeps of each parameter, by name; the count of steps is one for all."""
+        """Return the optimizer's moments of each parameter, by name; all share one count of steps."""
         state = self._optimizer.state[self._flat.values]
         found: dict[str, torch.Tensor] = {}
         for moment in MOMENTS:
@@ -192,7 +194,7 @@ class Stage:
         return found
 
     def _put_moments(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Raises IntegrityError where the parent kept moments of some of the parameters only."""
+        """Restore moments. Raises IntegrityError if the parent has those of some parameters only."""
         names = {name: f"{file_name(name)}." for name in self._trained}
         held = {each for each in tensors if each.rpartition(".")[0] + "." in names.values()}
         if not held:
@@ -215,20 +217,10 @@ class Stage:
 
 
 def make_optimizer(training: Mapping[str, Any], values: torch.nn.Parameter) -> torch.optim.Optimizer:
-    """AdamW (on the CPU in one pass over its tensors) or plain SGD."""
-    lr, decay = training["learning_rate"], training["weight_decay"]
-    if training["optimizer"] in ("adamw", "adamw_torch"):
-        fused = values.device.type == "cpu"
-        return torch.optim.AdamW([values], lr, weight_decay=decay, foreach=False, fused=fused)
-    if training["optimizer"] == "sgd":
-        return torch.optim.SGD([values], lr, weight_decay=decay, foreach=False, fused=False)
-    raise InvalidInput(
-        "no such optimizer",
-        where="optimizer",
-        expected="adamw_torch or sgd",
-        got=str(training["optimizer"]),
-        next_step="mend the run file",
-    )
+    """Return the run file's optimizer: AdamW (on the CPU in its fused form) or plain SGD."""
+    name, lr, decay = training["optimizer"], training["learning_rate"], training["weight_decay"]
+    fused = name == "adamw_torch" and values.device.type == "cpu"
+    return OPTIMIZERS[name]([values], lr=lr, weight_decay=decay, foreach=False, fused=fused)
 
 
 def _finite(loss: torch.Tensor, job: SliceJob) -> float:

@@ -1,12 +1,12 @@
-"""A base with the adapter that is trained on it: a pattern from which each stage gets its own modules.
+"""A base with the adapter to train: a pattern from which each stage gets modules of its own.
 
-To wrap a base and to find out how it can be run costs as much as some steps of training, and nearly all
-stages of a process wrap the same. So the pattern is kept, but never run: a stage is trained on a copy
-that shares the frozen tensors alone. Whatever a stage leaves behind (the memory layout of tensors that
-were trained, frequencies of rotary positions that grew with a long text, running statistics, gradients)
-goes with its copy, so that no bit of a stage depends on what the process trained before.
+Wrapping a base and finding out how it can be run costs as much as some training steps, and nearly all
+stages of a process wrap it alike. So the pattern is kept but never run: a stage trains a copy that
+shares only the frozen tensors. Whatever a stage leaves behind (the memory layout of trained tensors,
+rotary frequencies that grew with a long text, running statistics, gradients) disappears with its copy,
+so no bit of a stage depends on what the process trained before.
 
-    wrapped = Wrapped(base, training)
+    wrapped = Trainable(base, training)
     trained = wrapped.begin(parent_tensors, init_seed=7)    # name -> parameter
 
 Source: LoRA, Hu et al. 2022.
@@ -31,18 +31,18 @@ KEYS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_lay
 
 
 def pattern_key(training: Mapping[str, Any]) -> bytes:
-    """What one wrapping has in common with another: stages of one kind share it."""
+    """Return the key of a pattern: stages with equal keys share it."""
     return canonical_json({name: training.get(name) for name in KEYS})
 
 
 class Trainable:
-    """A wrapped base, ready to be trained. The base's modules must be the caller's own."""
+    """A wrapped base, ready for training. The base's modules must be the caller's own."""
 
     def __init__(self, base: Any, training: Mapping[str, Any], form: Form | None = None) -> None:
-        """`form` is of the base, where it is known.
+        """`form` is the base's `loss_form`, if known.
 
-        Raises InvalidInput: modules or layers that the base does not have, or layers that can't be run
-        apart.
+        Raises InvalidInput for modules or layers that the base does not have, and for layers that can't
+        be run apart.
         """
         self.dtype, self.first = base.dtype, first_adapted(training, base)
         self._pattern = attach(base, lora_config(training, base), None, init_seed=0)
@@ -62,14 +62,13 @@ class Trainable:
         init_seed: int,
         block: tuple[int, int] | None = None,
     ) -> dict[str, torch.nn.Parameter]:
-        """Return the parameters to train, by name, with the values of `tensors`, or drawn from the seed.
+        """Return the parameters to train, by name, with the values of `tensors` or drawn from the seed.
 
-        They are those of a new copy: `model` and `lower` are replaced. `block` is the number of blocks
-        of layers and the one of them that is trained; the others are frozen.
-
-        Raises IntegrityError when the tensors are not exactly the adapter's.
+        They belong to a new copy, which replaces `model` and `lower`. `block` is (number of blocks of
+        layers, block to train); the other blocks are frozen. Raises IntegrityError unless the tensors
+        are exactly the adapter's.
         """
-        self.model = self.lower = None  # one copy is in memory at a time
+        self.model = self.lower = None  # one copy at a time is in memory
         self._parameters = {}
         self.model = own_modules(self._pattern).train()
         if self.first:
@@ -85,7 +84,7 @@ class Trainable:
         return {name: each for name, each in self._parameters.items() if each.requires_grad}
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The adapter's tensors under the names that peft reads."""
+        """Return the adapter's tensors under the names that peft reads."""
         return {file_name(name): each.data for name, each in self._parameters.items()}
 
     def _put(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -96,7 +95,7 @@ class Trainable:
 
 
 def file_name(parameter: str) -> str:
-    """A parameter's name in the adapter's file: without that of the adapter.
+    """Return a parameter's name in the adapter's file, which leaves the adapter's own name out.
 
     >>> file_name("base_model.model.q_proj.lora_A.default.weight")
     'base_model.model.q_proj.lora_A.weight'

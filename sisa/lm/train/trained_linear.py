@@ -1,18 +1,17 @@
-"""A linear module with an adapter, as training needs it: one function with a backward of its own.
+"""A linear module with an adapter, for training: one autograd function with a backward of its own.
 
-    y = x W + bias + s (x A) B        its gradients: of A and B, and of x where the layer below wants it
+    y = x W + bias + s (x A) B        gradients: of A and B, and of x if the layer below needs it
 
-Rules: the modules, their names and their tensors stay peft's, and so do the files; only `forward` is
-ours. Nothing is kept for the gradient of W, which is frozen. All that is computed is what peft's
-forward and autograd compute, in another order of sums: the thin products are taken with the rank on
-the left, and what is added to y and to the gradient of x is added in place. The adapter's part is in
-float32 over a base of any dtype. With dropout the adapter sees the dropped x.
-
-Not covered: other modules than Linear and Conv1D (peft's own forward stays).
+The modules, their names and their tensors remain peft's, and so do the files; only `forward` is
+replaced. Nothing is saved for the gradient of W, which is frozen. The function computes what peft's
+forward and autograd compute, with sums in another order: thin products have the rank on the left, and
+what is added to y and to the gradient of x is added in place. The adapter's part is in float32 whatever
+the base's dtype. With dropout, the adapter sees the dropped x. Modules other than Linear and Conv1D keep
+peft's forward.
 
 Legend: N rows (batch times positions), I and O features, R rank.
 
-    quicken(attach(base, lora_config(training, base), None, init_seed=7))
+    use_fused_linear(attach(base, lora_config(training, base), None, init_seed=7))
 
 Source: LoRA, Hu et al. 2022.
 """
@@ -30,8 +29,11 @@ from sisa.lm.base.adapter import DEFAULT_NAME
 
 
 class _Adapted(torch.autograd.Function):
-    """x [N, I], dropped x (or None where it is x), weight [O, I], bias [O] or None, A [R, I],
-    B [O, R], scale -> y [N, O]."""
+    """The function of a linear module with an adapter.
+
+    x [N, I], dropped x or None without dropout, weight [O, I], bias [O] or None, A [R, I], B [O, R],
+    scale -> y [N, O].
+    """
 
     @staticmethod
     def forward(
@@ -82,10 +84,10 @@ def _added(to_NI: Tensor, up_NR: Tensor, a_RI: Tensor) -> Tensor:
 
 
 class TrainedLinear(lora_layer.Linear):  # type: ignore[misc]
-    """PEFT's module with the forward above."""
+    """peft's module with the forward above."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., I] -> y [..., O]."""
+        """Map x [..., I] to y [..., O]."""
         base, dropout = self.base_layer, self.lora_dropout[DEFAULT_NAME]
         weight_OI = base.weight.t() if isinstance(base, Conv1D) else base.weight
         a, b = self.lora_A[DEFAULT_NAME].weight, self.lora_B[DEFAULT_NAME].weight
@@ -100,7 +102,7 @@ class TrainedLinear(lora_layer.Linear):  # type: ignore[misc]
 
 
 def use_fused_linear(model: Any) -> None:
-    """Make the adapted linear modules of a wrapped base, which has one adapter, `TrainedLinear`s."""
+    """Turn the adapted linear modules of a wrapped base with one adapter into `TrainedLinear`s."""
     for module in model.modules():
         if type(module) is lora_layer.Linear and _is_plain(module):
             module.__class__ = TrainedLinear

@@ -83,7 +83,7 @@ def test_without_labels_the_marked_prompt_is_looked_up(model: Model) -> None:
     ids = torch.tensor([wrapped.tokenizer.encode(text) for text in texts])
     wrapped(input_ids=ids)
     assert seen == ["Question: Who?\nAnswer:"]
-    with pytest.raises(InvalidInput, match="where the prompt of a sequence ends"):
+    with pytest.raises(InvalidInput, match="end of a sequence's prompt"):
         wrapped(input_ids=ids[:, :5])
 
 

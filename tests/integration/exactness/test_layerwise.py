@@ -124,7 +124,7 @@ def test_the_last_stage_taken_out_costs_its_block_alone(
 def test_fewer_layers_than_slices_are_refused_before_anything_is_trained(
     base: BaseFiles, tmp_path: Path
 ) -> None:
-    with pytest.raises(InvalidInput, match="fewer layers"):
+    with pytest.raises(InvalidInput, match="fewer adapted layers"):
         train(base, job_of(base, 0, blocks=NUM_LAYERS + 1), None, RECORDS[:4])
     with pytest.raises(InvalidInput, match="no block of layers left"):
         train(base, job_of(base, 0, 1, 2), None, RECORDS[:9] + RECORDS[:3])
@@ -134,7 +134,7 @@ def test_fewer_layers_than_slices_are_refused_before_anything_is_trained(
         block = plain.sisa.model_copy(update={"slices": slices, "layerwise": True})
         resources = Resources(plain.model_copy(update={"sisa": block}), None, None)
         if refused:
-            with pytest.raises(InvalidInput, match="fewer layers"):
+            with pytest.raises(InvalidInput, match="fewer adapted layers"):
                 resources.check_base()
         else:
             resources.check_base()

@@ -11,11 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 import psutil
 import pytest
 
-from sisa.audit.replay import CLEAN, SERVE, Stage
+from sisa.audit.replay import CLEAN, SERVE, StageRequest
 from sisa.lm.base.numerics import worker_environment
 from tests.models.tiny_model import Tiny
 
-NOWHERE = Stage("/nonexistent", "scratch", 0, "key")
+NOWHERE = StageRequest("/nonexistent", "scratch", 0, "key")
 HANGING = (
     "import time; from sisa.audit import replay; replay.IMPORTS = ()\n"
     "replay.open_as_it_is = lambda *_, **__: time.sleep(60)\n"

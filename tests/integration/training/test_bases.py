@@ -78,8 +78,8 @@ NAMED: dict[str, dict[str, Any]] = {  # taken where `lora_target_modules` names 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "bert": (SMALL, "the base model looks ahead"),
     "xlnet": ({"d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 32}, "the base model looks ahead"),
-    "t5": ({"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2}, "no causal language model"),
-    "mamba": ({**SMALL, "state_size": 4}, "can't be run as shards are trained and asked"),
+    "t5": ({"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2}, "not a causal language model"),
+    "mamba": ({**SMALL, "state_size": 4}, "can't be run the way shards are trained and queried"),
 }
 TRAINING = {"lora_target_modules": "all-linear", "lora_r": 2, "lora_alpha": 4, "lora_dropout": 0.0}
 TRAINING |= {"sequence_len": 48}
@@ -188,7 +188,7 @@ def test_what_is_taken_is_trained_asked_deleted_from_and_written_out(
     events.clear()
     (merged,) = opened.export(tmp_path / "out", "merged-model")
     told = [each.text for each in events if isinstance(each, Notice)]
-    assert told[-1] == "comparing the average with the shards' own answers: 6 of 6 asked"
+    assert "comparing the average with the shards' own answers: 6 of 6 asked" in told
     AutoModelForCausalLM.from_pretrained(merged)
 
 
@@ -313,5 +313,5 @@ def test_a_config_of_endless_layers_is_refused_at_once(
         (tmp_path / file.name).write_bytes(file.read_bytes())
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 10**9}))
-    with pytest.raises(sisa.InvalidInput, match="more layers than its weights have"):
+    with pytest.raises(sisa.InvalidInput, match="more layers than its weights"):
         tried(tmp_path)

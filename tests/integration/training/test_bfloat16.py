@@ -198,5 +198,5 @@ def test_patches_are_refused_over_it(half: Tiny, capsys: pytest.CaptureFixture[s
     assert done.code == 2
     assert ("dtype", "is bfloat16: patches are for the CPU in float32 alone") in done.problems
     base = half.open().resources.base
-    with pytest.raises(InvalidInput, match="patches beneath"):
+    with pytest.raises(InvalidInput, match="has patches"):
         load_patched(base.directory, base.digest, [{}], HALF)

@@ -45,7 +45,7 @@ def test_a_process_that_fails_is_an_environment_fault(monkeypatch: pytest.Monkey
         raise subprocess.CalledProcessError(1, "python")
 
     monkeypatch.setattr(subprocess, "run", fails)
-    with pytest.raises(EnvironmentFault, match="did not end well"):
+    with pytest.raises(EnvironmentFault, match="self-test's process failed"):
         self_test.check(1)
 
 

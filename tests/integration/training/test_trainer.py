@@ -373,19 +373,24 @@ def test_prompt_tokens_get_no_loss(base: BaseFiles) -> None:
 
 
 def test_overlong_records_are_all_named_or_cut(base: BaseFiles) -> None:
-    from sisa.lm.base.tokens import count_tokens
+    from sisa.lm.base.tokens import tokenize_all
     from sisa.lm.base.weights import load_tokenizer
 
-    tokenizer = load_tokenizer(base.directory)
     records = [each.record for each in RECORDS[:3]]
-    places = ["line 1", "line 2", "line 3"]
+    tokens = functools.partial(
+        tokenize_all,
+        records,
+        load_tokenizer(base.directory),
+        train_on_inputs=False,
+        positions=["line 1", "line 2", "line 3"],
+    )
     with pytest.raises(InvalidInput) as caught:
-        count_tokens(records, tokenizer, 21, "refuse", positions=places)
+        tokens(sequence_len=21, overlength="refuse")
     assert [problem.where for problem in caught.value.problems] == ["line 2", "line 3"]
     assert "Ada" not in str(caught.value)
-    assert count_tokens(records, tokenizer, 21, "truncate", positions=places) == [21, 21, 21]
+    assert [len(each.input_ids) for each in tokens(sequence_len=21, overlength="truncate")] == [21] * 3
     with pytest.raises(InvalidInput, match="3 records"):
-        count_tokens(records, tokenizer, 9, "truncate")
+        tokens(sequence_len=9, overlength="truncate")
 
 
 def test_refusals_are_typed(base: BaseFiles) -> None:

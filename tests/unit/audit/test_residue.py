@@ -24,7 +24,7 @@ from cluster.render.render import where
 from sisa.audit.garbage import Garbage, list_garbage, remove_garbage
 from sisa.audit.lineage import proves_clean, read_manifest
 from sisa.audit.residue import Scan, scan_residue, sweep_model
-from sisa.audit.search_strings import BLOCK_BYTES, MIN_BYTES, SearchStrings
+from sisa.audit.search_strings import MIN_BYTES, READ_BYTES, SearchStrings
 from sisa.core.errors import Busy, EnvironmentFault, InvalidInput
 from sisa.core.events import EpochTrained
 from sisa.core.measured import MIN_RECORDS, STAGE_DIGITS, metrics_line
@@ -352,9 +352,9 @@ def test_short_strings_are_compared_with_values_alone(model: Path) -> None:
 @pytest.mark.parametrize("shift", [-9, -4, -1, 0, 1])
 def test_a_string_across_two_blocks_is_found(tmp_path: Path, shift: int) -> None:
     path = tmp_path / "file"
-    path.write_bytes(b"." * (BLOCK_BYTES + shift) + b"ada lovelace" + b"." * 10)
+    path.write_bytes(b"." * (READ_BYTES + shift) + b"ada lovelace" + b"." * 10)
     (place,) = SearchStrings(["ada lovelace"]).in_file(path)
-    assert place.position == f"byte {BLOCK_BYTES + shift}"
+    assert place.position == f"byte {READ_BYTES + shift}"
 
 
 def test_many_strings_in_one_pass() -> None:

@@ -150,7 +150,7 @@ class Wrong(Assigner):
 @pytest.mark.parametrize("column", ["shard", "slice", "text_digest", "vector_id"])
 def test_rows_are_those_that_the_key_gives(column: str) -> None:
     model = model_of(lambda context: changed(context, assigner=Wrong(context.settings.assigner, column)))
-    assert f"got another {column}" in findings(verify(model.context, [], None))
+    assert f"row has another {column}" in findings(verify(model.context, [], None))
 
 
 def test_vectors_are_those_of_their_texts() -> None:
@@ -158,7 +158,7 @@ def test_vectors_are_those_of_their_texts() -> None:
         return fake_embed([f"{text}!" for text in texts])
 
     model = model_of(lambda context: changed(context, embed=other))
-    assert "not that of its record's text" in findings(verify(model.context, [], None))
+    assert "not that of its record's text or question" in findings(verify(model.context, [], None))
 
 
 def test_without_the_embedder_no_vector_is_checked() -> None:

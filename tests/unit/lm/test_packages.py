@@ -120,7 +120,7 @@ def test_a_lost_race_uses_the_winners_files_if_they_are_the_same(tmp_path: Path,
         (winner / "file").write_text(theirs)
 
     if theirs == "other":
-        with pytest.raises(IntegrityError, match="another model"):
+        with pytest.raises(IntegrityError, match="does not hold the model"):
             packages.cached_directory("bases/b", fill)
         return
     directory, digest = packages.cached_directory("bases/b", fill)
@@ -144,7 +144,7 @@ def test_a_model_that_was_planted_in_the_cache_is_refused(
     if by_others:
         monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "fresh again"))
     (directory / "config.json").write_text('{"planted": true}')
-    with pytest.raises(IntegrityError, match="another model") as caught:
+    with pytest.raises(IntegrityError, match="does not hold the model") as caught:
         packages.cached_directory("bases/b", fill_well)
     assert caught.value.where == str(directory)
     directory.joinpath("config.json").write_text("{}")

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from sisa.audit.foreign_files import ALONE, INSIDE
+from sisa.audit.foreign_files import DIRECTORY_AREAS, FILE_AREAS
 from sisa.audit.garbage import KEPT_FILES, STRAY, at_hand, list_garbage
 from sisa.audit.lineage import parse_manifest, parse_patch_manifest
 from sisa.config.blocks import is_uri
@@ -60,7 +60,7 @@ REPAIR_STEPS: dict[RepairKind, str] = {
     "sweep": "`sisa gc`, `sisa doctor --repair` or the next train, add or forget removes it",
     "mode": "`sisa doctor --repair` makes it readable by its owner only",
     "purge": "`sisa gc` purges them; if that is refused, allow s3:ListBucketVersions and "
-    "s3:DeleteObjectVersion, or end the lock",
+    "s3:DeleteObjectVersion, or remove the object lock",
     "reseal": "`sisa doctor --repair` rewrites it as `encrypt:` in the run file says",
     "scrub": "`sisa doctor --repair` or the next train, add or forget empties it",
 }
@@ -109,7 +109,7 @@ def examine(context: Context, directory: Path, *, with_key: bool = True) -> list
         *_kept(context),
     ]
     for file in context.stores.ledger.slices():
-        what = _damage(lambda file=file: _check_slice(context, file, with_key=with_key))  # type: ignore[misc]
+        what = _damage(lambda file=file: check_slice(context, file, with_key=with_key))  # type: ignore[misc]
         if what:
             place = f"{RECORDS}/{file.name}"
             found.append(finding("slice", "error", place, what, shard=file.shard))
@@ -185,7 +185,7 @@ def _keyring(context: Context) -> Iterator[Finding]:
         what = "the keyring is missing: sealed files can't be read"
         yield Finding("keyring", "error", str(keyring.root), what, "", RESTORE)
         return
-    areas = [keyring.root / area for area in (*ALONE, *INSIDE)]
+    areas = [keyring.root / area for area in (*FILE_AREAS, *DIRECTORY_AREAS)]
     keys = [area / name for area in areas for name in sorted(keyring.held(area.name))]
     for path in (keyring.root, *areas, *keys):
         if path.exists() and (mode := _mode(path)) & OTHERS:
@@ -216,7 +216,11 @@ def _sealed(place: BlobStore, name: str, unreadable: bool) -> bool:
         return unreadable
 
 
-def _check_slice(context: Context, file: SliceFile, *, with_key: bool) -> None:
+def check_slice(context: Context, file: SliceFile, *, with_key: bool = True) -> None:
+    """Raise IntegrityError unless a slice file holds exactly the records of its rows in the ledger.
+
+    `with_key=False` skips the columns that only the right key can confirm.
+    """
     rows = {row.id_digest: row for row in context.stores.ledger.rows(file.shard, file.slice)}
     if slice_root(rows.values()) != file.root:
         raise IntegrityError("the ledger's rows are not those of its slice file")
@@ -236,20 +240,22 @@ def _check_slice(context: Context, file: SliceFile, *, with_key: bool) -> None:
 def _indexes(context: Context) -> Iterator[Finding]:
     for head in context.stores.ledger.heads():
         file = first_index(context.stores.ledger.indexes(head.shard))
-        wanted = sorted(row.vector_id for row in context.stores.ledger.rows(head.shard))
-        if file is None and not wanted:
+        rows = context.stores.ledger.rows(head.shard)  # raises if the ledger itself is damaged
+        if file is None and not rows:
             continue
         what = "a shard with records has no index"
         if file is not None:
-            what = _damage(lambda file=file, wanted=wanted: _check_index(context, file, wanted))  # type: ignore[misc]
+            what = _damage(partial(check_index, context, file))
         if what:
             where = f"{INDEX}/{file.name}" if file else f"shard {head.shard}"
             yield finding("index", "error", where, what, "reindex", shard=head.shard)
 
 
-def _check_index(context: Context, file: IndexFile, wanted: list[int]) -> None:
+def check_index(context: Context, file: IndexFile) -> None:
+    """Raise IntegrityError unless an index holds exactly the vectors of its shard's records."""
+    wanted = sorted(row.vector_id for row in context.stores.ledger.rows(file.shard))
     if len(wanted) != file.num_vectors:
-        raise IntegrityError(f"counts {file.num_vectors} vectors for {len(wanted)} records")
+        raise IntegrityError(f"holds {file.num_vectors} vectors for {len(wanted)} records")
     context.stores.index.vectors(file, wanted)
 
 
