@@ -266,6 +266,26 @@ def forgetting() -> Iterator[str]:
     yield from rows((*header, "others still known"), lines)
 
 
+def questions() -> Iterator[str]:
+    """Yield what questions to a large ledger cost, against the way before in the same run."""
+    found = measured("questions")
+    titles = {
+        "absent_id": "an id that is not held",
+        "absent_ids_1000": "1,000 of them",
+        "absent_subject": "a subject that is not held",
+        "absent_text_surely": "a text that is not held",
+        "where_1000_ids": "`where` of 1,000 ids",
+        "checking": "what a writing command compares of the requests' history",
+        "dry_run_1000_ids": "`forget --dry-run` of 1,000 ids, in all slices",
+        "deletion_of_one_deferred": "a deletion of one record, its training put off, files not counted",
+    }
+    lines = [
+        (title, f"{found[name]['cpu_s']:.3f}", f"{found[name]['before_cpu_s']:.2f}")
+        for name, title in titles.items()
+    ]
+    yield from rows(("question", "CPU seconds", "the way before"), lines)
+
+
 def step_table(found: Json) -> Iterator[str]:
     """Yield what a training step costs beside its matrix products."""
     lines = [
@@ -334,6 +354,7 @@ TABLES: dict[str, dict[str, Callable[[], Iterator[str]]]] = {
         "forms": forms,
         "quality": of("quality", quality.table),
         "answering-speed": answering_speed,
+        "questions": questions,
         "forgetting": forgetting,
         "costs": costs,
         "steps": of("profile_step", step_table),
