@@ -68,6 +68,7 @@ def describe_fingerprint(threads: int, precision: Precision = DEFAULT_PRECISION)
     }
 
 
+@cache
 def _version(name: str) -> str | None:
     try:
         return metadata.version(name)
