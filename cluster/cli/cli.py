@@ -6,9 +6,9 @@ input, 3 unknown record, 4 integrity failure, 5 busy, 6 environment. Record text
 it is the answer; control characters never reach a terminal. Torch and Ray are imported by the
 commands that need them.
 
-Not covered: requests (`request_cli.py`), care (`care_cli.py`), evaluation (`eval_cli.py`), the base
-(`approx_cli.py`), patches (`patch_cli.py`), prices beforehand (`plan_cli.py`), jobs on a cluster
-(`job_cli.py`); what the commands do (`sisa.model`), how results read
+Not covered: requests (`requests.py`), care (`maintenance.py`), evaluation (`evaluation.py`), the base
+(`approx_cli.py`), patches (`patches.py`), prices beforehand (`plan.py`), jobs on a cluster
+(`jobs.py`); what the commands do (`sisa.model`), how results read
 (`render.py`).
 """
 
@@ -29,13 +29,13 @@ import click
 
 from cluster.cli import (
     approx_cli,
-    care_cli,
-    eval_cli,
-    job_cli,
-    metrics_cli,
-    patch_cli,
-    plan_cli,
-    request_cli,
+    evaluation,
+    jobs,
+    maintenance,
+    metrics,
+    patches,
+    plan,
+    requests,
 )
 from cluster.cli.command import (
     cli,
@@ -66,15 +66,15 @@ if TYPE_CHECKING:
 
 __all__ = [
     "approx_cli",
-    "care_cli",
     "cli",
-    "eval_cli",
-    "job_cli",
+    "evaluation",
+    "jobs",
     "main",
-    "metrics_cli",
-    "patch_cli",
-    "plan_cli",
-    "request_cli",
+    "maintenance",
+    "metrics",
+    "patches",
+    "plan",
+    "requests",
     "run",
 ]
 

@@ -2,7 +2,7 @@
 
 Rules: as `render.py`. Paths are shown; strings that were looked for are not.
 
-Not covered: arguments (`care_cli.py`).
+Not covered: arguments (`maintenance.py`).
 """
 
 from __future__ import annotations

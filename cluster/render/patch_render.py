@@ -2,7 +2,7 @@
 
 Rules: as `render.py`. Every result says `approximate`. No text and no id is shown; consent is, as given.
 
-Not covered: arguments (`patch_cli.py`).
+Not covered: arguments (`patches.py`).
 """
 
 from __future__ import annotations

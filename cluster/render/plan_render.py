@@ -2,7 +2,7 @@
 
 Rules: pure. What is not known (hours without a rate) is null in JSON; words have record-epochs.
 
-Not covered: the picture (`plan_picture.py`), the commands (`plan_cli.py`).
+Not covered: the picture (`plan_picture.py`), the commands (`plan.py`).
 """
 
 from __future__ import annotations

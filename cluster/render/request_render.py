@@ -2,7 +2,7 @@
 
 Rules: as `render.py`. Ids of copies are shown to whoever submits, since they are to be decided on.
 
-Not covered: the commands (`request_cli.py`).
+Not covered: the commands (`requests.py`).
 """
 
 from __future__ import annotations
