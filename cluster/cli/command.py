@@ -1,6 +1,8 @@
-"""Define the root group, `--json`, and the options that several commands have.
+"""What all commands share: the root group, `--json`, and the options that recur.
 
-A command is a function that returns a `Result`; `cli.run` prints it.
+Rules: a command is a function that returns a `Result`; printing it is `cli.run`'s business alone.
+
+Not covered: the commands themselves.
 """
 
 from __future__ import annotations

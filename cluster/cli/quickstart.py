@@ -123,29 +123,29 @@ class Story:
             return answer or ENDED_AT_ONCE
 
         known = ["WRONG", "right"]
-        gone = "STILL KNOWN" if self.leaked else "the fact is gone"
+        gone = "STILL KNOWN" if self.leaked else "gone"
         proof = "equal, byte for byte" if self.equal else self.reason or "DIFFERENT"
         epochs = f"{self.record_epochs_retrained} of {self.record_epochs_full} record-epochs"
         return "\n".join(
             [
-                f"trained      {self.records} records of {self.people} invented people, "
+                f"trained    {self.records} records of {self.people} invented people, "
                 f"4 shards x 3 slices, in {self.directory}",
-                f"deleted      {self.deleted_records} records of {self.subject}, "
-                f"in slice {self.slice} of shard {self.shard}",
-                f"retrained    {self.slices_retrained} slices of that shard: {100 * self.share:.1f}% of "
+                f"deleted    {self.deleted_records} records of {self.subject} "
+                f"(shard {self.shard}, slice {self.slice}), asked: {self.question}",
+                f"  before   {said(self.answer_before)}   ({known[self.answered]})",
+                f"  after    {said(self.answer_after)}   (the fact is {gone})",
+                f"kept       {self.other_subject} (shard {self.other_shard}), "
+                f"asked: {self.other_question}",
+                f"  before   {said(self.other_before)}   ({known[self.other_known_before]})",
+                f"  after    {said(self.other_after)}   ({known[self.other_known_after]})",
+                f"of nobody, asked: {self.general_question}",
+                f"  before   {said(self.general_before)}",
+                f"  after    {said(self.general_after)}",
+                f"retrained  {self.slices_retrained} slices of 1 shard: {100 * self.share:.1f}% of "
                 f"training everything again ({epochs})",
-                f"{self.subject}, deleted: {self.question}",
-                f"  before     {said(self.answer_before)}   ({known[self.answered]})",
-                f"  after      {said(self.answer_after)}   ({gone})",
-                f"{self.other_subject}, kept: {self.other_question}",
-                f"  before     {said(self.other_before)}   ({known[self.other_known_before]})",
-                f"  after      {said(self.other_after)}   ({known[self.other_known_after]})",
-                f"about nobody: {self.general_question}",
-                f"  before     {said(self.general_before)}",
-                f"  after      {said(self.general_after)}",
-                f"proof        {self.stages_replayed} stages of shard {self.shard} trained from scratch "
-                f"without the records: {proof}",
-                "seconds      " + ", ".join(f"{name} {took}" for name, took in self.seconds.items()),
+                f"proof      shard {self.shard} trained from scratch without the records, "
+                f"{self.stages_replayed} stages: {proof}",
+                "seconds    " + ", ".join(f"{name} {took}" for name, took in self.seconds.items()),
             ]
         )
 

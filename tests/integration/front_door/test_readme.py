@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from cluster.cli.cli import cli, run
+from cluster.cli.quickstart import Story
 from sisa.data.samples import make_people, to_jsonl
 from tests.fakes.evaluated import write_made_up
 
@@ -70,6 +71,13 @@ def test_ci_runs_the_second_command_word_for_word() -> None:
     assert install_and_run.endswith("sisa quickstart")
     lines = (ROOT / ".ci" / "run").read_text().splitlines()
     assert lines[-1] == install_and_test
+
+
+def test_the_front_page_shows_the_quickstart_as_it_ends() -> None:
+    (shown,) = blocks("text")
+    labels = [line[:10] for line in Story().summary().splitlines()]
+    assert labels == [line[:10] for line in shown.splitlines()]
+    assert "equal, byte for byte" in shown
 
 
 def examples() -> list[str]:

@@ -1,6 +1,8 @@
-"""Show what each run measured, or pass it on to TensorBoard or MLflow: `sisa metrics`.
+"""`sisa metrics`: what was measured, run by run; and as curves for TensorBoard or MLflow.
 
-Only numbers are shown and passed on; the model is not changed.
+Rules: as `cli.py`. Only numbers are shown and passed on; the model is not changed.
+
+Not covered: what is measured (`sisa/core/measured.py`), the tools (`curve_sinks.py`).
 """
 
 from __future__ import annotations
