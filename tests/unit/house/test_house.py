@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -31,6 +32,7 @@ BENCHES = ("serving", "leaderboard.authors", "leaderboard.plan", "leaderboard.ta
 HEAVY = {"cluster.jobs.ray_jobs"}
 TOP_LEVEL = {"pyproject.toml", "README.md", *PACKAGES, "tests", "notebooks"}
 MAX_FUNCTION_LINES = 60
+MAX_MODULES = 14  # of a folder
 FORBIDDEN_WORDS = {"utils", "util", "helpers", "helper", "common", "manager", "misc"}
 REGISTRIES = ("pypi" + ".org", "pythonhosted" + ".org", "npmjs" + ".org", "crates" + ".io")
 MACHINE_PATHS = ("/wo" + "rk/", "/tm" + "p/w/")
@@ -89,6 +91,31 @@ def test_no_function_is_long() -> None:
                 if size > MAX_FUNCTION_LINES:
                     offenders[f"{relative(path)}:{node.name}"] = size
     assert offenders == {}
+
+
+def test_a_folder_is_seen_at_a_glance() -> None:
+    held = Counter(path.parent for path in modules(*PACKAGES) if path.stem != "__init__")
+    assert {str(folder): count for folder, count in held.items() if count > MAX_MODULES} == {}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_one_name_is_one_thing(package: str) -> None:
+    """No public name is defined at the top level of two modules of one house."""
+    defined: dict[str, list[str]] = {}
+    for path in modules(package):
+        for name in set(public_names(ast.parse(path.read_text()))):
+            defined.setdefault(name, []).append(str(path.relative_to(ROOT)))
+    assert {name: paths for name, paths in defined.items() if len(paths) > 1} == {}
+
+
+def public_names(tree: ast.Module) -> Iterator[str]:
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            found = [node.name]
+        else:
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            found = [each.id for each in targets if isinstance(each, ast.Name)]
+        yield from (name for name in found if not name.startswith("_"))
 
 
 def test_no_module_has_a_name_that_says_nothing() -> None:
