@@ -1,15 +1,9 @@
-"""The console command `sisa`: arguments in, one result out.
+"""Run the console command `sisa`, with the commands that train, look up, delete and answer.
 
-Rules: every command takes `--json` and then prints one JSON object on standard output, for failures
-too; everything else goes to standard error. Exit codes: 0 done, 1 internal fault, 2 bad usage or
-input, 3 unknown record, 4 integrity failure, 5 busy, 6 environment. Record text is printed only where
-it is the answer; control characters never reach a terminal. Torch and Ray are imported by the
-commands that need them.
-
-Not covered: requests (`request_cli.py`), care (`care_cli.py`), evaluation (`eval_cli.py`), the base
-(`approx_cli.py`), patches (`patch_cli.py`), prices beforehand (`plan_cli.py`), jobs on a cluster
-(`job_cli.py`); what the commands do (`sisa.model`), how results read
-(`render.py`).
+With `--json` every command prints one JSON object on standard output, for failures too; everything else
+goes to standard error. Exit codes: 0 done, 1 internal fault, 2 bad usage or input, 3 unknown record,
+4 integrity failure, 5 busy, 6 environment. Record text is printed only where it is the answer; control
+characters never reach a terminal. A heavy library is imported by the commands that need it.
 """
 
 from __future__ import annotations
@@ -28,14 +22,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cluster.cli import (
-    approx_cli,
-    care_cli,
-    eval_cli,
-    job_cli,
-    metrics_cli,
-    patch_cli,
-    plan_cli,
-    request_cli,
+    evaluation,
+    jobs,
+    maintenance,
+    metrics,
+    patches,
+    plan,
+    requests,
 )
 from cluster.cli.command import (
     cli,
@@ -65,16 +58,15 @@ if TYPE_CHECKING:
     from sisa.flows.wiring.wiring import OpenExecutor
 
 __all__ = [
-    "approx_cli",
-    "care_cli",
     "cli",
-    "eval_cli",
-    "job_cli",
+    "evaluation",
+    "jobs",
     "main",
-    "metrics_cli",
-    "patch_cli",
-    "plan_cli",
-    "request_cli",
+    "maintenance",
+    "metrics",
+    "patches",
+    "plan",
+    "requests",
     "run",
 ]
 
@@ -93,7 +85,7 @@ EXIT_SIGNAL = 128  # and the signal's number
 @click.option("--epochs", "num_epochs", type=int, help="Passes over each record.")
 @click.option("--from-scratch", is_flag=True, help="Train the base too, on a corpus without records.")
 @executor_option
-def quickstart(
+def run_quickstart(
     directory: Path,
     num_people: int | None,
     num_epochs: int | None,
@@ -109,7 +101,7 @@ def quickstart(
 
 @command("init", "sisa init my-model && sisa train my-model/run.yaml")
 @click.argument("directory", type=click.Path(path_type=Path))
-def init(directory: Path) -> Result:
+def start(directory: Path) -> Result:
     """Write a commented run.yaml and a small data file to start from."""
     from cluster.cli.quickstart import write_start
 
@@ -158,7 +150,7 @@ def add(
 @model_option
 @ids_argument
 @ids_file_option
-def where(directory: Path, ids: tuple[str, ...], ids_file: Path | None) -> Result:
+def show_where(directory: Path, ids: tuple[str, ...], ids_file: Path | None) -> Result:
     """Show which shard, slice, checkpoints and heads each record touched."""
     named = named_ids(ids, ids_file)
     if not named:
@@ -228,7 +220,7 @@ def forget(
 
 @command("status", "sisa status -m model")
 @model_option
-def status(directory: Path) -> Result:
+def show_status(directory: Path) -> Result:
     """Show shards, slices, records, heads, requests and sizes."""
     with opened(directory) as model:
         return render.status(model.status())

@@ -1,8 +1,6 @@
-"""What all commands share: the root group, `--json`, and the options that recur.
+"""Define the root group, `--json`, and the options that several commands have.
 
-Rules: a command is a function that returns a `Result`; printing it is `cli.run`'s business alone.
-
-Not covered: the commands themselves.
+A command is a function that returns a `Result`; `cli.run` prints it.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Rules: everything is checked before anything is sent. A model that a job is trai
 again. Following goes on through a lost connection, and shows each piece of the log once. Interrupting it
 leaves the job as it is.
 
-Not covered: arguments and words (`job_cli.py`).
+Not covered: arguments and words (`jobs.py`).
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.ray.nodes import Nodes
 from cluster.ray.proofs import LOST, Remote, Terms
-from cluster.ray.ray_attempt import Begun, Outcome, carry_out_remotely, end_worker
+from cluster.ray.ray_attempt import MAILBOX_S, Begun, Outcome, carry_out_remotely, end_worker
 from cluster.ray.ray_session import Listener, Session
 from cluster.ray.worker_slots import Placement
 from sisa.core.errors import EnvironmentFault
@@ -57,7 +57,6 @@ _R = TypeVar("_R")
 
 DEFAULT_RETRIES = 3
 POLL_S = 0.2
-MAILBOX_S = 2.0
 CANCEL_S = 30.0
 START_S = 120.0  # a worker's start, with its imports, on a busy machine
 

@@ -117,8 +117,8 @@ def _listed(context: Context, directory: Path) -> list[_Item]:
     for name in sorted(files.held_names(directory) - KEPT_FILES):
         path = directory / name
         if name in AREAS and path.is_dir():
-            place = context.stores.blobs[name]
-            if path == at_hand(place):
+            blobs = context.stores.blobs[name]
+            if path == at_hand(blobs):
                 found += _in_area(context, directory, name, known[name], retired, waiting)
             else:
                 found.append(_at(directory, path, UNKNOWN_FILE))
@@ -127,21 +127,21 @@ def _listed(context: Context, directory: Path) -> list[_Item]:
         else:
             ours = name.startswith(files.TEMPORARY_PREFIX)
             found.append(_at(directory, path, TEMPORARY if ours else STRAY, removable=ours))
-    for area, place in sorted(context.stores.blobs.items()):
-        root = at_hand(place)
+    for area, blobs in sorted(context.stores.blobs.items()):
+        root = at_hand(blobs)
         if root is not None and root.parent == directory:
             continue
         if area != SCRATCH:
             found += _in_area(context, directory, area, known[area], retired, waiting)
-        elif place.held():
-            garbage = Garbage(place.location(), place.num_bytes(""), REPLAY, True)
-            found.append(_Item(garbage, place.clear))
+        elif blobs.held():
+            garbage = Garbage(blobs.location(), blobs.num_bytes(""), REPLAY, True)
+            found.append(_Item(garbage, blobs.clear))
     return found + _keys(context, known)
 
 
-def at_hand(place: BlobStore) -> Path | None:
+def at_hand(blobs: BlobStore) -> Path | None:
     """Return the directory of a blob store; None for an object store."""
-    return place.root if isinstance(place, LocalBlobs) else None
+    return blobs.root if isinstance(blobs, LocalBlobs) else None
 
 
 def _in_area(
@@ -152,18 +152,18 @@ def _in_area(
     retired: frozenset[str],
     waiting: frozenset[str],
 ) -> list[_Item]:
-    place = context.stores.blobs[area]
+    blobs = context.stores.blobs[area]
     found: list[_Item] = []
-    for entry in sorted(place.held()):
+    for entry in sorted(blobs.held()):
         if entry in known and entry not in retired:
             if area in (CHECKPOINTS, PATCHES):
                 found += [
-                    _in(directory, place, f"{entry}/{name}", SURPLUS)
-                    for name in _surplus(context, place, area, entry)
+                    _in(directory, blobs, f"{entry}/{name}", SURPLUS)
+                    for name in _surplus(context, blobs, area, entry)
                 ]
             continue
         kept = area == CHECKPOINTS and entry in waiting
-        found.append(_in(directory, place, entry, _reason(entry, retired, kept), removable=not kept))
+        found.append(_in(directory, blobs, entry, _reason(entry, retired, kept), removable=not kept))
     return found
 
 
@@ -178,13 +178,13 @@ def _keys(context: Context, known: Mapping[str, frozenset[str]]) -> list[_Item]:
     return found
 
 
-def _stored(place: BlobStore, area: str) -> frozenset[str]:
+def _stored(blobs: BlobStore, area: str) -> frozenset[str]:
     """Return the names of the files in an area; a replay's files lie one folder deeper."""
-    names = place.held()
+    names = blobs.held()
     if area != SCRATCH:
         return names
     plain = {each.removeprefix(files.TEMPORARY_PREFIX) for each in names}
-    return frozenset[str]().union(*(place.below(each).held() for each in names | plain))
+    return frozenset[str]().union(*(blobs.below(each).held() for each in names | plain))
 
 
 def _at(directory: Path, path: Path, reason: str, *, removable: bool = True) -> _Item:
@@ -193,13 +193,13 @@ def _at(directory: Path, path: Path, reason: str, *, removable: bool = True) -> 
     return _Item(garbage, lambda: files.erase_all(path.parent, [path.name]))
 
 
-def _in(directory: Path, place: BlobStore, name: str, reason: str, *, removable: bool = True) -> _Item:
-    root = at_hand(place)
-    where = place.location(name)
+def _in(directory: Path, blobs: BlobStore, name: str, reason: str, *, removable: bool = True) -> _Item:
+    root = at_hand(blobs)
+    where = blobs.location(name)
     if root is not None and root.parent == directory:
         where = f"{root.name}/{name}"
-    garbage = Garbage(where, place.num_bytes(name), reason, removable)
-    return _Item(garbage, lambda: place.erase([name]))
+    garbage = Garbage(where, blobs.num_bytes(name), reason, removable)
+    return _Item(garbage, lambda: blobs.erase([name]))
 
 
 def _reason(entry: str, retired: frozenset[str], kept: bool) -> str:
@@ -234,10 +234,10 @@ def _waiting(context: Context) -> frozenset[str]:
     return frozenset(found)
 
 
-def _surplus(context: Context, place: BlobStore, area: str, known: str) -> list[str]:
+def _surplus(context: Context, blobs: BlobStore, area: str, known: str) -> list[str]:
     """Return files in a known checkpoint or patch that its manifest does not name; none if damaged."""
-    expected = named_files(place, known, context.stores.keyring, area)
-    return [] if expected is None else sorted(place.parts(known) - expected)
+    expected = named_files(blobs, known, context.stores.keyring, area)
+    return [] if expected is None else sorted(blobs.parts(known) - expected)
 
 
 def remove_garbage(context: Context, directory: Path) -> tuple[Garbage, ...]:

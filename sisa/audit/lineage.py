@@ -72,10 +72,10 @@ def _numbers(values: Any) -> tuple[int, ...]:
     return tuple(int(each) for each in values)
 
 
-def named_files(place: BlobStore, key: str, keyring: Keyring, area: str) -> frozenset[str] | None:
+def named_files(blobs: BlobStore, key: str, keyring: Keyring, area: str) -> frozenset[str] | None:
     """Return the file names of a checkpoint or a patch, its manifest included; None if unreadable."""
     try:
-        data = keyring.unseal(area, key, MANIFEST, place.get(f"{key}/{MANIFEST}", "manifest"))
+        data = keyring.unseal(area, key, MANIFEST, blobs.get(f"{key}/{MANIFEST}", "manifest"))
     except IntegrityError:
         return None
     found = parse_manifest(data) if area == CHECKPOINTS_AREA else parse_patch_manifest(data)
@@ -103,14 +103,14 @@ def _rebuilt(
     in_all = Fraction(*job.passes) * (last + 1)  # for a cumulative schedule; see `plan.passes`
     parent: str | None = None
     seen: list[tuple[int, list[RecordRow]]] = []
-    for place in by_slice:
-        seen.append(place)
-        stage = [place] if sequential else seen
+    for slice_ in by_slice:
+        seen.append(slice_)
+        stage = [slice_] if sequential else seen
         latest = max(num_slices, *(number + 1 for number, _ in seen))
         passes = Fraction(*job.passes) if sequential else in_all / (latest + 1)
         parent = replace(
             job,
-            slice=place[0],
+            slice=slice_[0],
             parent=parent,
             slices=tuple((number, slice_root(rows)) for number, rows in stage),
             num_records=sum(len(rows) for _, rows in stage),

@@ -161,7 +161,7 @@ class _Scanner:
     def __init__(self, context: Context, directory: Path, strings: SearchStrings) -> None:
         self.context = context
         self.directory = directory
-        at = {area: at_hand(place) or directory / area for area, place in context.stores.blobs.items()}
+        at = {area: at_hand(blobs) or directory / area for area, blobs in context.stores.blobs.items()}
         self.roots = {area: Path(os.path.realpath(root)) for area, root in at.items()}
         beside = {root.parent for root in at.values() if root.parent != directory}
         self.own = _resolved([directory, *sorted(beside), *self.roots.values()])
@@ -413,13 +413,13 @@ def _scan_objects(
 ) -> tuple[str, ...]:
     """Scan the storage areas in an object store, adding to `residue` and `counts`; return their URIs."""
     areas = {
-        area: place
-        for area, place in sorted(context.stores.blobs.items())
-        if not isinstance(place, LocalBlobs)
+        area: blobs
+        for area, blobs in sorted(context.stores.blobs.items())
+        if not isinstance(blobs, LocalBlobs)
     }
-    for area, place in areas.items():
-        residue += _StoredArea(context, area, place, strings, counts).scan()
-    return tuple(place.location() for place in areas.values())
+    for area, blobs in areas.items():
+        residue += _StoredArea(context, area, blobs, strings, counts).scan()
+    return tuple(blobs.location() for blobs in areas.values())
 
 
 @dataclass
@@ -428,14 +428,14 @@ class _StoredArea:
 
     context: Context
     area: str
-    place: BlobStore
+    blobs: BlobStore
     strings: SearchStrings
     counts: dict[str, int]
 
     def scan(self) -> Iterator[Residue]:
         known = known_by_area(self.context).get(self.area, frozenset())
-        for name in sorted(self.place.held()):
-            parts = sorted(self.place.parts(name))
+        for name in sorted(self.blobs.held()):
+            parts = sorted(self.blobs.parts(name))
             if name not in known:
                 yield self._found("unknown_file", name, UNKNOWN_FILE)
             plain = {part: self._read(f"{name}/{part}" if part else name) for part in parts or [""]}
@@ -445,15 +445,15 @@ class _StoredArea:
                 yield from self._slice(name, plain.get(""))
             elif MANIFEST in plain and self.area in (CHECKPOINTS, PATCHES):
                 yield from self._group(name, plain)
-        for kept in self.place.purge(dry_run=True):
+        for kept in self.blobs.purge(dry_run=True):
             yield Residue("old_versions", kept.where, "", f"kept by the bucket: {kept.why}")
 
     def _found(self, kind: str, name: str, what: str, position: str = "") -> Residue:
-        return Residue(kind, self.strings.hidden(self.place.location(name)), position, what)
+        return Residue(kind, self.strings.hidden(self.blobs.location(name)), position, what)
 
     def _read(self, name: str) -> bytes | None:
         """Return an object's plaintext; None if no held key opens it."""
-        data = self.place.get(name, "object")
+        data = self.blobs.get(name, "object")
         self.counts["files"] += 1
         self.counts["bytes"] += len(data)
         group, _, part = name.partition("/")

@@ -697,10 +697,10 @@ class Contribution:
     finish: Callable[[], None] = _nothing
 
 
-M = TypeVar("M", contravariant=True)  # an open model
+_M = TypeVar("_M", contravariant=True)  # an open model
 
 
-class DeletionHook(Protocol[M]):
+class DeletionHook(Protocol[_M]):
     """Effect of a deletion on something other than shards that is made from records, such as patches.
 
     Hooks are called in turn. A crash may occur between any two calls, and before `finish`: whatever must
@@ -711,12 +711,12 @@ class DeletionHook(Protocol[M]):
     def name(self) -> str:
         """Name of the hook; a model that needs it can't be opened without it."""
 
-    def contribute(self, model: M, removal: Removal) -> Contribution:
+    def contribute(self, model: _M, removal: Removal) -> Contribution:
         """Return what to add to the commit, before the deletion is planned.
 
         It may write files that the commit refers to, and commit what must come first. An error stops the
         deletion.
         """
 
-    def erase_unneeded(self, model: M) -> None:
+    def erase_unneeded(self, model: _M) -> None:
         """Erase what is no longer needed. Every reconciliation calls it before it trains."""

@@ -25,7 +25,7 @@ from typing import Any
 
 import yaml
 
-from cluster.render.patch_render import EXIT_NOT_MADE, EXIT_STILL_KNOWN
+from cluster.cli.patches import EXIT_NOT_MADE, EXIT_STILL_KNOWN
 from sisa.data.samples import make_people, to_jsonl
 from sisa.lm.base.numerics import describe_fingerprint
 from tests.models.knowing_base import record, teach

@@ -38,7 +38,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cluster.cli.plan_cli import ASSUMED_BYTES_PER_RANK
+from cluster.cli.plan import ASSUMED_BYTES_PER_RANK
 from sisa.core.digest import Keyed, digest_of
 from sisa.core.domain import (
     Head,

@@ -649,6 +649,17 @@ def test_a_new_ledger_says_which_version_wrote_it(path: Path) -> None:
     assert user_version == SCHEMA_VERSION
 
 
+def test_a_statement_is_compiled_once_for_all_ledgers(tmp_path: Path) -> None:
+    found = []
+    for number in (1, 2):
+        with opened(tmp_path / str(number), create=True) as ledger:
+            ledger.commit(Change(added=[row(number)]))
+            digest = row(number).id_digest
+            assert list(ledger.lookup([digest])) == [digest]
+        found.append(len(database_module._STATEMENTS))
+    assert 0 < found[0] == found[1]
+
+
 def test_only_the_owner_may_read_the_ledger(sql: SqlLedger, path: Path) -> None:
     sql.commit(Change(added=[row(1)]))
     for each in path.parent.glob(path.name + "*"):

@@ -41,6 +41,7 @@ LIGHT = (
     "sisa.model",
     "sisa.train",
     "pandas",  # pyarrow imports it when it first makes a table
+    "pyarrow.dataset",
     "pyarrow.parquet",
     "faiss",
     "sisa.lm.answer.hashing",

@@ -14,7 +14,7 @@ trainer seeds all devices anew before each micro-batch. One device is used. Equa
 driver versions or CUDA versions is not promised; they have different fingerprints.
 
     require()
-    describe()   # {"model": "NVIDIA H100 80GB HBM3", "capability": "9.0", ...}
+    describe_device()   # {"model": "NVIDIA H100 80GB HBM3", "capability": "9.0", ...}
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def fix_attention(*, plain: bool) -> None:
 
 
 @cache
-def describe() -> dict[str, Any] | None:
+def describe_device() -> dict[str, Any] | None:
     """Return the device's part of the fingerprint; None if there is no device."""
     prepare_device()
     import torch

@@ -54,7 +54,7 @@ def fingerprint(threads: int, precision: Precision = DEFAULT_PRECISION) -> str:
 def describe_fingerprint(threads: int, precision: Precision = DEFAULT_PRECISION) -> dict[str, Any]:
     """Return the parts of the fingerprint, for comparing two environments."""
     on_cuda = precision.device == "cuda"
-    gpu = {"gpu": cuda.describe()} if on_cuda else {}
+    gpu = {"gpu": cuda.describe_device()} if on_cuda else {}
     settings = (*KERNEL_SETTINGS, *(cuda.SETTINGS if on_cuda else ()))
     return {
         "procedure": PROCEDURE_VERSION,
@@ -68,6 +68,7 @@ def describe_fingerprint(threads: int, precision: Precision = DEFAULT_PRECISION)
     }
 
 
+@cache
 def _version(name: str) -> str | None:
     try:
         return metadata.version(name)

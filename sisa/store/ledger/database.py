@@ -24,6 +24,7 @@ from urllib.parse import quote
 
 import sqlalchemy as sa
 from sqlalchemy.exc import DatabaseError
+from sqlalchemy.util import LRUCache
 
 from sisa.core.domain import RecordRow
 from sisa.core.errors import Busy, EnvironmentFault, IntegrityError, SisaError
@@ -45,6 +46,20 @@ _SURROUNDINGS = {
 _T = TypeVar("_T")
 
 
+class _Statements(LRUCache[Any, Any]):
+    """Statements that were compiled for any ledger of this process, without their values. A key begins
+    with the dialect's object, which is another one in each engine, but always SQLite's."""
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        return super().get(key[1:], default)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        super().__setitem__(key[1:], value)
+
+
+_STATEMENTS = _Statements(capacity=500)
+
+
 class Database:
     """One SQLite file. With `create=False`, a missing file is an IntegrityError."""
 
@@ -58,12 +73,13 @@ class Database:
             raise IntegrityError("the ledger is missing", where=str(path))
         elif path.is_file() and path.stat().st_size == 0:
             raise self._corrupt("an empty file")  # SQLite would write a header into it
+        shared = {"execution_options": {"compiled_cache": _STATEMENTS}}
         if is_read_only(path):
             reading = {"creator": lambda: open_readonly(path), "poolclass": sa.QueuePool}
-            self._engine = sa.create_engine("sqlite://", **reading)
+            self._engine = sa.create_engine("sqlite://", **reading, **shared)
         else:
             url = sa.URL.create("sqlite", database=str(path))
-            self._engine = sa.create_engine(url, connect_args={"timeout": PATIENCE_S})
+            self._engine = sa.create_engine(url, connect_args={"timeout": PATIENCE_S}, **shared)
             sa.event.listen(self._engine, "connect", _set_pragmas)
         self._snapshot: sa.Connection | None = None
         try:

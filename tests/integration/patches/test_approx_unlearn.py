@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from approx.methods.registry import METHODS
-from cluster.cli import patch_cli
+from cluster.cli import patches
 from cluster.cli.cli import run
 from sisa import unlearn as flows
 from sisa.core.errors import ConfigConflict, InvalidInput
@@ -78,7 +78,7 @@ def wish(method: str = "npo", retain: bool = False, **values: Any) -> Wish:
 
 
 def test_the_commands_know_all_methods() -> None:
-    assert sorted(patch_cli.METHODS) == sorted(METHODS)
+    assert sorted(patches.METHODS) == sorted(METHODS)
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))

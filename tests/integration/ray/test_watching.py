@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 import ray
 
-from cluster.cli import cli, request_cli
+from cluster.cli import cli, requests
 from cluster.observe import ray_metrics
 from cluster.observe.ray_metrics import DESCRIPTIONS
 from cluster.ray import ray_session
@@ -176,7 +176,7 @@ def test_what_is_told_of_a_model_bears_the_name_of_its_run_and_no_secret(
         watched.scraper.texts.append(watched.scraper.now())
         raise Enough
 
-    monkeypatch.setattr(request_cli, "time", SimpleNamespace(sleep=sleep))
+    monkeypatch.setattr(requests, "time", SimpleNamespace(sleep=sleep))
     with pytest.raises(Enough):
         watched.command("run", "run", "-m", "model", "--watch")
     assert cli.run(["metrics", "-m", "model", "--to", "tensorboard", "board"]) == 0

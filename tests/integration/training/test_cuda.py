@@ -224,7 +224,7 @@ def test_the_self_test_says_that_there_is_none(capsys: pytest.CaptureFixture[str
         done = command(capsys, "doctor", "--numerics", "--device", "cuda", *more)
         assert (done.code, done.error["type"]) == (6, "EnvironmentFault")
         assert "sees none" in done.error["message"]
-    assert cuda.describe() is None
+    assert cuda.describe_device() is None
 
 
 @pytest.mark.usefixtures("_no_gpu")

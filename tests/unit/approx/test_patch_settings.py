@@ -12,7 +12,7 @@ from approx.methods.registry import METHODS
 from approx.patches import patch_settings
 from approx.patches.patch_settings import Adapter, parse_settings, settings_of
 from approx.unlearning import generated_retain
-from cluster.cli import patch_cli
+from cluster.cli import patches
 from sisa.core.errors import InvalidInput
 
 pytestmark = pytest.mark.torch
@@ -97,10 +97,10 @@ def test_settings_of_another_form(given: dict[str, Any]) -> None:
 
 def test_assignments_of_the_command_line() -> None:
     with pytest.raises(InvalidInput) as caught:
-        patch_cli.assignments(["beta", "=1", "a=1", "a=2"])
+        patches.assignments(["beta", "=1", "a=1", "a=2"])
     assert [each.where for each in caught.value.problems] == ["--set 1", "--set 2", "--set 4"]
 
 
-@pytest.mark.parametrize("module", [patch_settings, generated_retain, patch_cli])
+@pytest.mark.parametrize("module", [patch_settings, generated_retain, patches])
 def test_examples_hold(module: Any) -> None:
     assert doctest.testmod(module).failed == 0

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from cluster.cli import care_cli, cli
+from cluster.cli import cli, maintenance
 from sisa.audit.doctor import Diagnosis, diagnose
 from sisa.audit.repair import RepairOutcome, mend
 from sisa.audit.verify import check_files
@@ -36,7 +36,7 @@ from sisa.store.checkpoints import ADAPTER, MANIFEST
 from tests.fakes.ports import SECRET, changed
 from tests.models.confessing import NAME, THEN, built_pair, content, context_of, use_fake_resources
 
-assert care_cli  # registers its commands
+assert maintenance  # registers its commands
 Defect = Callable[[Path], None]
 
 

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cluster.cli import care_cli, cli
+from cluster.cli import cli, maintenance
 from cluster.render.render import where
 from sisa.audit.garbage import Garbage, list_garbage, remove_garbage
 from sisa.audit.lineage import proves_clean, read_manifest
@@ -53,7 +53,7 @@ from tests.models.confessing import (
     use_fake_resources,
 )
 
-assert care_cli  # registers its commands
+assert maintenance  # registers its commands
 GONE = record(DELETED)
 METRICS_AT, METRICS_RUN = "2026-11-25T21:37:49.123+00:00", "20261125T213749Z-3f9a1c2b"
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from cluster.cli import job_cli
+from cluster.cli import jobs as job_commands
 from cluster.cli.cli import run
 from cluster.jobs import job_flow
 from cluster.jobs.job_flow import LOST_S, Clock, follow
@@ -37,7 +37,7 @@ def play() -> Play:
 @pytest.fixture
 def jobs(play: Play, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeJobs:
     fake = FakeJobs({LAST_WORD: play})
-    monkeypatch.setattr(job_cli, "_opened", lambda _address: fake)
+    monkeypatch.setattr(job_commands, "_opened", lambda _address: fake)
     monkeypatch.setattr(job_flow, "AGAIN_S", 0.0)
     (tmp_path / "run.yaml").write_text(RUN_FILE)
     monkeypatch.chdir(tmp_path)
@@ -267,7 +267,7 @@ def readme_commands() -> list[list[str]]:
 
 @pytest.mark.parametrize("line", readme_commands(), ids=" ".join)
 def test_the_commands_of_the_readme_are_known(line: list[str]) -> None:
-    command = job_cli.group.commands[line[0]]
+    command = job_commands.group.commands[line[0]]
     assert command.make_context(line[0], list(line[1:])).params
 
 

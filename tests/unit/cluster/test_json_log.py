@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from cluster.cli import cli, request_cli
+from cluster.cli import cli, requests
 from cluster.observe import json_log
 from cluster.observe.json_log import DriverLog, JsonLog, worker_log
 from cluster.observe.reporting import log_format_of, say
@@ -21,7 +21,7 @@ from sisa.flows.wiring.run_context import RunContext, running
 from tests.models import confessing as care_model
 from tests.unit.core.test_measured import EPOCH, EVENTS, RUN, TRAINED
 
-assert request_cli  # registers its commands
+assert requests  # registers its commands
 
 
 def lines(text: str) -> list[dict[str, Any]]:

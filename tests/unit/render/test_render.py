@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster.cli import requests
 from cluster.cli.quickstart import Start, Story
-from cluster.render import render, request_render
+from cluster.render import render
 from cluster.render.render import Result, printable
 from sisa.audit.verify import ShardProof, Verification
 from sisa.core.domain import Probed, RecordRow, Request, Tombstone
@@ -129,7 +130,7 @@ def test_a_deletion_says_how_to_make_the_base_say_less(vaulted: str) -> None:
     known = replace(REQUEST, probed=Probed(2, 2, 1, 0.5, 0.5, 0.0, 0.5), vaulted=vaulted)
     for text in (
         render.forgotten(ForgetOutcome(known, (), "after"), "my model").text,
-        request_render.ran([known], directory="my model").text,
+        requests.ran([known], directory="my model").text,
     ):
         assert "sisa approx unlearn -m my model" in text
         assert ("--request req-1" in text) is bool(vaulted)
@@ -138,7 +139,7 @@ def test_a_deletion_says_how_to_make_the_base_say_less(vaulted: str) -> None:
     assert "still known to the base alone: 1 of 2" in told
     unknown = replace(known, probed=Probed(2, 2))
     assert "unlearn" not in render.forgotten(ForgetOutcome(unknown, (), "after")).text
-    assert "unlearn" not in request_render.ran([replace(known, probed=None)]).text
+    assert "unlearn" not in requests.ran([replace(known, probed=None)]).text
 
 
 def test_find() -> None:

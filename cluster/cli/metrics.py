@@ -1,8 +1,6 @@
-"""`sisa metrics`: what was measured, run by run; and as curves for TensorBoard or MLflow.
+"""Show what each run measured, or pass it on to TensorBoard or MLflow: `sisa metrics`.
 
-Rules: as `cli.py`. Only numbers are shown and passed on; the model is not changed.
-
-Not covered: what is measured (`sisa/core/measured.py`), the tools (`curve_sinks.py`).
+Only numbers are shown and passed on; the model is not changed.
 """
 
 from __future__ import annotations

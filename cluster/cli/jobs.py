@@ -1,10 +1,8 @@
-"""`sisa cluster submit`, `status`, `logs`, `stop`: training as a job on a remote cluster; `manifest`.
+"""Train as a job on a remote cluster: `sisa cluster submit`, `status`, `logs`, `stop` and `manifest`.
 
-Rules: as `cli.py`. Following a job ends with the job's own exit code; 130 when it was stopped, or when
-following was interrupted, which leaves the job as it is; 6 when something else ended it.
-The job's log is shown on standard error, without control characters.
-
-Not covered: what happens (`job_flow.py`); manifests (`kuberay.py`).
+Following a job ends with the job's own exit code; 130 when it was stopped, or when following was
+interrupted, which leaves the job as it is; 6 when something else ended it. The job's log goes to
+standard error, without control characters.
 """
 
 from __future__ import annotations
@@ -54,7 +52,7 @@ job_argument = click.argument("job")
 @click.option("--detach", is_flag=True, help="Do not follow the job.")
 @click.option("--reconfigure", is_flag=True, help="As `sisa train --reconfigure`.")
 @click.option("--allow-deleted", is_flag=True, help="As `sisa train --allow-deleted`.")
-def submit(
+def submit_job(
     run_file: Path,
     address: str,
     name: str | None,
@@ -80,7 +78,7 @@ def submit(
 @command("status", "sisa cluster status --address http://127.0.0.1:8265", group=group)
 @click.argument("job", required=False)
 @address_option
-def status(job: str | None, address: str) -> Result:
+def job_status(job: str | None, address: str) -> Result:
     """Show a job, or all jobs that were submitted by this program."""
     jobs = _opened(address)
     if job is not None:
@@ -113,7 +111,7 @@ def logs(job: str, address: str, to_the_end: bool) -> Result:
 )
 @job_argument
 @address_option
-def stop(job: str, address: str) -> Result:
+def stop_job(job: str, address: str) -> Result:
     """End a job; what it has stored stays, and the next one goes on from it."""
     from cluster.jobs.job_flow import stop as end
 

@@ -1,11 +1,9 @@
-"""`sisa plan` and `sisa simulate`: what deletions would cost, before there is a model.
+"""Price deletions before there is a model: `sisa plan` and `sisa simulate`.
 
-Rules: as `cli.py`. Nothing is trained: closed forms and counts alone. `plan` takes bytes and rates from
-the run file's model where there is one; else they are given, or assumed and said to be. Options that do
-not fit are refused together, before anything is counted or drawn.
-
-Not covered: the forms and the counting (`sisa/planning/layout_advice.py`,
-`sisa/planning/deletion_stream.py`), how results read (`plan_render.py`).
+Nothing is trained; `sisa/planning/layout_advice.py` and `deletion_stream.py` calculate.
+`plan` takes bytes and rates from the run file's model where there is one. Otherwise they are given, or
+assumed, and the output says so. Options that do not fit are refused together, before anything is
+calculated.
 """
 
 from __future__ import annotations
@@ -13,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,14 +19,13 @@ import click
 
 from cluster.cli.command import command
 from cluster.observe.extras import library
-from cluster.render import plan_render
 from cluster.render.render import Result
 from sisa.core.errors import InvalidInput, Problem
 
 if TYPE_CHECKING:
     from sisa.config.config import RunConfig
-    from sisa.planning.deletion_stream import Group
-    from sisa.planning.layout_advice import LayoutLimits
+    from sisa.planning.deletion_stream import Group, Replayed, Stream
+    from sisa.planning.layout_advice import Advice, LayoutLimits
 
 MAX_RECORDS, MAX_DELETIONS = 10**12, 10**8
 # Rank 8 on all linear modules of SmolLM2-135M: 2,442,240 parameters, AdamW's two moments beside them.
@@ -102,7 +99,7 @@ def simulate(
     stream = Stream(layout, own.schedule, config.num_epochs, groups)
     began = time.perf_counter()
     found = replay_stream(stream, records, deletions, batch=batch, seed=seed)
-    return plan_render.replayed(found, stream, batch, time.perf_counter() - began)
+    return replayed(found, stream, batch, time.perf_counter() - began)
 
 
 @command("plan", "sisa plan run.yaml --records 100000 --deletions-per-month 40 --budget-gb 50")
@@ -154,7 +151,7 @@ def plan(
         from cluster.render.plan_picture import draw_choices
 
         draw_choices(advised, best).savefig(plot, dpi=120)
-    return plan_render.planned(advised, best, limits, source)
+    return planned(advised, best, limits, source)
 
 
 def _plot_problems(plot: Path) -> Iterator[Problem]:
@@ -240,3 +237,115 @@ def _refuse(problems: Sequence[Problem]) -> None:
             next_step="mend them and give the command again",
             problems=problems,
         )
+
+
+SHOWN = 12  # rows of a table
+NOTES = (
+    "alone, together: share of a full training that a month's deletions retrain in order 0, each by",
+    "itself or as one batch; others: what the other orders retrain beside that, each by itself;",
+    "training: all orders once, in trainings of order 0; served: share of its slices that a shard",
+    "serves right after a deletion; kept: checkpoints of a shard; epochs, h: record-epochs, or hours",
+    "of one worker, until a deletion is trained",
+)
+
+
+def replayed(found: Replayed, stream: Stream, batch: int, seconds: float) -> Result:
+    """What a stream came to, beside what the closed forms expect of it."""
+    layout, full = stream.layout, found.full_record_epochs
+    retrained, expected = found.record_epochs, round(found.expected_record_epochs)
+    body = {
+        "shards": layout.num_shards,
+        "slices": layout.num_slices,
+        "schedule": stream.schedule,
+        "records": found.num_records,
+        "deletions": found.num_deletions,
+        "batch": batch,
+        "shard_runs": found.num_runs,
+        "record_epochs_retrained": retrained,
+        "record_epochs_expected": expected,
+        "record_epochs_full": full,
+        "full_trainings": retrained / full,
+        "share_per_deletion": retrained / found.num_deletions / full,
+        "seconds": round(seconds, 2),
+    }
+    lines = [
+        f"layout      {layout.num_shards} shards x {layout.num_slices} slices, {stream.schedule}, "
+        "order 0 with all its checkpoints kept",
+        f"deleted     {found.num_deletions:,} of {found.num_records:,} records, "
+        f"{batch:,} at a time: {found.num_runs:,} runs of a shard",
+        f"retrained   {retrained:,} record-epochs: {retrained / full:.2f} full trainings, "
+        f"{100 * retrained / found.num_deletions / full:.6f}% of one for each deletion",
+        f"expected    {expected:,} by closed forms for equal shards",
+    ]
+    return Result(body, "\n".join(lines))
+
+
+def planned(advised: Sequence[Advice], best: Advice | None, limits: LayoutLimits, source: str) -> Result:
+    """All choices, and the recommended one as lines for a run file; `source` is that of the bytes."""
+    body = {
+        "recommended": None if best is None else _plain(best),
+        "run_file": None if best is None else {"sisa": block_of(best, limits)},
+        "bytes_per_checkpoint": limits.bytes_per_checkpoint,
+        "units": source,
+        "choices": [_plain(each) for each in advised],
+    }
+    timed = limits.record_epochs_per_s > 0
+    told = ["nothing fits within the limits; the cheapest that do not:"]
+    if best is not None:
+        orders = "1 order" if best.num_orders == 1 else f"{best.num_orders} orders"
+        bands = f", bands at {list(best.thresholds)}" if best.thresholds else ""
+        told = [
+            f"recommended: {best.num_shards} shards x {best.num_slices} slices, {orders}, "
+            f"{best.num_kept} checkpoints kept a shard{bands}; in the run file:",
+            "",
+            *_yaml(block_of(best, limits)),
+        ]
+    names = ("shards", "slices", "orders", "kept", "alone", "together", "others", "training", "served")
+    widths = (7, 6, 6, 5, 8, 8, 8, 8, 7)
+    head = " ".join(f"{name:>{width}}" for name, width in zip(names, widths, strict=True))
+    head += f" {'GB':>8} {'h' if timed else 'epochs':>10}  bands"
+    rows = [_row(each, timed=timed) for each in advised[:SHOWN]]
+    more = [f"... and {len(advised) - SHOWN} more choices (--json)"] if len(advised) > SHOWN else []
+    lines = [*told, "", head, *rows, *more, "", *NOTES, f"bytes of a stage: {source}"]
+    return Result(body, "\n".join(lines), 0 if best else 2)
+
+
+def block_of(advice: Advice, limits: LayoutLimits) -> dict[str, Any]:
+    """What a choice is in the block `sisa:`; keys at their defaults are left out."""
+    block: dict[str, Any] = {"shards": advice.num_shards, "slices": advice.num_slices}
+    if advice.num_orders > 1:
+        block["orders"] = advice.num_orders
+    if advice.thresholds:
+        block["bands"] = {"thresholds": list(advice.thresholds)}
+    if any(len(kept) <= kept[-1] for kept in advice.kept):  # the last stage is kept of each order
+        block["checkpoint_budget_bytes"] = int(limits.max_bytes)
+    return block
+
+
+def _yaml(block: dict[str, Any]) -> list[str]:
+    lines = ["sisa:"]
+    for key, value in block.items():
+        inner = f"{{thresholds: {value['thresholds']}}}" if isinstance(value, dict) else value
+        lines.append(f"  {key}: {inner}")
+    return lines
+
+
+def _plain(advice: Advice) -> dict[str, Any]:
+    """As JSON: what is not known is null."""
+    return {
+        name: None if isinstance(value, float) and math.isnan(value) else value
+        for name, value in asdict(advice).items()
+    }
+
+
+def _row(each: Advice, *, timed: bool) -> str:
+    until = f"{each.hours_to_utility:.3g}" if timed else f"{each.record_epochs_to_utility:,.0f}"
+    bands = " ".join(map(str, each.thresholds)) or "-"
+    over = f"  over: {', '.join(each.over)}" if each.over else ""
+    shares = (each.one_by_one, each.together, each.others_one_by_one)
+    retrained = " ".join(f"{100 * share:>7.2f}%" for share in shares)
+    return (
+        f"{each.num_shards:>7} {each.num_slices:>6} {each.num_orders:>6} {each.num_kept:>5} {retrained} "
+        f"{each.training:>8.2f} {100 * each.serving_depth:>6.1f}% {each.stored_bytes / 1e9:>8.2f} "
+        f"{until:>10}  {bands}{over}"
+    )

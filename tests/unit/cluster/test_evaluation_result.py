@@ -12,7 +12,7 @@ from approx.evaluation.tofu_log import LogRow
 from approx.metrics.auc import Auc
 from approx.metrics.forget_quality import forget_quality
 from approx.metrics.model_utility import NINE
-from cluster.render import eval_render
+from cluster.cli import evaluation
 
 ROW = LogRow("forget01", 0, 0.7, 3, "Secret answer", 0.9, (1.0,), 1.0, "Secret words")
 MODEL = Evaluated("model\x1b[31m", "d" * 64, Path("logs/model.jsonl"), {"kind": "chat"}, [ROW])
@@ -31,7 +31,7 @@ FOUND = Aggregates(
 
 
 def test_words_and_json() -> None:
-    result = eval_render.tofu("forget01", [(MODEL, FOUND)], [MODEL])
+    result = evaluation.measured("forget01", [(MODEL, FOUND)], [MODEL])
     body = json.loads(json.dumps(result.json))
     assert (result.exit_code, body["models"][0]["model_utility"]) == (0, 0.5)
     assert body["models"][0]["forget_quality"]["noise_floor"]["num_reference"] == 2
@@ -48,9 +48,9 @@ def test_words_and_json() -> None:
 
 def test_what_was_not_measured_says_what_it_needs() -> None:
     alone = replace(FOUND, forget_quality=None, aggregate=None, attacks=None)
-    text = eval_render.tofu("forget01", [(MODEL, alone)], []).text
+    text = evaluation.measured("forget01", [(MODEL, alone)], []).text
     assert "forget quality not measured: give --reference" in text
     assert "not measured: give --holdout" in text
     one_judge = replace(FOUND, forget_quality=forget_quality([1.0], [2.0]))
-    text = eval_render.tofu("forget01", [(MODEL, one_judge)], []).text
+    text = evaluation.measured("forget01", [(MODEL, one_judge)], []).text
     assert "noise floor of two references not measured: give a second --reference" in text

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from cluster.cli import cli, request_cli
+from cluster.cli import cli, requests
 from sisa.config.runfile import parse_run_file
 from sisa.core.domain import Part, Record
 from sisa.flows.serial import SerialExecutor, Site
@@ -137,12 +137,12 @@ def run_once(ask: Ask) -> list[dict[str, Any]]:
 
 
 def commands() -> list[tuple[str, ...]]:
-    return [*(("request", name) for name in request_cli.request.commands), ("run",)]
+    return [*(("request", name) for name in requests.request.commands), ("run",)]
 
 
 def test_the_commands() -> None:
     decisions = ("approve", "cancel", "deny", "extend", "hold")
-    assert sorted(request_cli.request.commands) == sorted((*decisions, "list", "show", "submit"))
+    assert sorted(requests.request.commands) == sorted((*decisions, "list", "show", "submit"))
 
 
 @pytest.mark.parametrize("name", commands(), ids=" ".join)
@@ -159,7 +159,7 @@ def test_help_has_an_example_that_parses(sisa: Sisa, name: tuple[str, ...]) -> N
 def test_the_group_shows_its_help(sisa: Sisa) -> None:
     code, out, err = sisa("request")
     assert (code, out) == (2, "")
-    assert all(name in err for name in request_cli.request.commands)
+    assert all(name in err for name in requests.request.commands)
 
 
 USAGE_ERRORS = [
@@ -477,7 +477,7 @@ def test_watching_runs_what_is_due_and_ends_with_an_interrupt(
 
     ask("request", "submit", "id-0003", "--due", tomorrow(), "--approver", "dpo")
     ask("request", "submit", "id-0005", "--due", tomorrow())
-    monkeypatch.setattr(request_cli, "time", SimpleNamespace(sleep=sleep))
+    monkeypatch.setattr(requests, "time", SimpleNamespace(sleep=sleep))
     code, _, _ = sisa("run", "--watch", "--every", "7", "-m", model, "--executor", "serial")
     assert (code, slept) == (130, [7.0, 7.0])
     assert [each["state"] for each in ask("request", "list")["requests"]] == [

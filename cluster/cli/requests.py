@@ -1,16 +1,16 @@
-"""`sisa request ...` and `sisa run`: requests that wait for a decision, and carrying them out.
+"""Submit and decide requests for deletion, and carry them out: `sisa request ...` and `sisa run`.
 
-Rules: as `cli.py`. Reasons, approvers and external ids are kept in the ledger as they are given: they
-should name no person.
-
-Not covered: notifying anybody.
+Reasons, approvers and external ids are kept in the ledger as they are given: they should name no person.
+Nobody is notified.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -27,13 +27,14 @@ from cluster.cli.command import (
     option_or_input,
 )
 from cluster.observe.reporting import say
-from cluster.render import request_render as render
-from cluster.render.render import Result
+from cluster.render.render import Result, base_hint, meanwhile, missing_exports, printable, probed, share
 
 if TYPE_CHECKING:
-    from sisa.core.domain import RequestState
+    from sisa.core.domain import Request, RequestState
+    from sisa.flows.lifecycle import RequestView, Submitted
     from sisa.flows.wiring.wiring import OpenExecutor
     from sisa.model import Model
+    from sisa.planning.batching import RunPlan
 
 
 @cli.group(help="Requests for deletion: submit, decide, look up.")
@@ -57,7 +58,7 @@ request_argument = click.argument("request_id", metavar="REQUEST")
 @click.option("--approver", help="Approve at once, in this name.")
 @click.option("--include-duplicates", is_flag=True, help="Delete exact copies under other ids, too.")
 @consent_option
-def submit(
+def submit_request(
     directory: Path,
     ids: tuple[str, ...],
     ids_file: Path | None,
@@ -87,8 +88,8 @@ def submit(
         consent=consent,
     )
     with opened(directory) as model:
-        submitted = model.submit(named, subject=subject, terms=terms)
-        return render.submitted(submitted, model.request(submitted.request.request_id))
+        done = model.submit(named, subject=subject, terms=terms)
+        return submitted(done, model.request(done.request.request_id))
 
 
 @command("list", "sisa request list -m model", group=request)
@@ -96,21 +97,21 @@ def submit(
 def list_(directory: Path) -> Result:
     """List all requests with their state, due date and days left."""
     with opened(directory) as model:
-        return render.listed(model.requests())
+        return requests_listed(model.requests())
 
 
 @command("show", "sisa request show -m model T-17", group=request)
 @model_option
 @request_argument
-def show(directory: Path, request_id: str) -> Result:
+def show_request(directory: Path, request_id: str) -> Result:
     """Show one request and its history."""
     with opened(directory) as model:
-        return render.shown(model.request(request_id))
+        return request_shown(model.request(request_id))
 
 
 def _decide(directory: Path, request_id: str, state: RequestState, note: str) -> Result:
     with opened(directory) as model:
-        return render.shown(model.decide(request_id, state, note))
+        return request_shown(model.decide(request_id, state, note))
 
 
 @command("approve", "sisa request approve -m model T-17 --approver dpo", group=request)
@@ -156,7 +157,7 @@ def cancel(directory: Path, request_id: str, reason: str | None) -> Result:
 def extend(directory: Path, request_id: str, reason: str) -> Result:
     """Extend a request's due date once, by two months (gdpr)."""
     with opened(directory) as model:
-        return render.shown(model.extend(request_id, reason))
+        return request_shown(model.extend(request_id, reason))
 
 
 def _join_cluster(model: Model) -> None:
@@ -188,7 +189,7 @@ def _join_cluster(model: Model) -> None:
     help="Seconds between looks with --watch.",
 )
 @executor_option
-def run(
+def run_requests(
     directory: Path, only_plan: bool, once: bool, watch: bool, every: int, executor: str | OpenExecutor
 ) -> Result:
     """Carry out approved requests as one batch."""
@@ -196,13 +197,88 @@ def run(
         raise click.UsageError("give one of --plan, --once and --watch")
     with opened(directory, executor) as model:
         if only_plan:
-            return render.planned(model.plan_run())
+            return run_planned(model.plan_run())
         if watch:
             _join_cluster(model)
         while watch:
             model.queue()
             if model.plan_run().choice == "run now":
-                say(render.ran(model.run(), model.exports_missing(), directory).text)
+                say(ran(model.run(), model.exports_missing(), directory).text)
                 model.queue()
             time.sleep(every)
-        return render.ran(model.run(), model.exports_missing(), directory)
+        return ran(model.run(), model.exports_missing(), directory)
+
+
+def _line(view: RequestView) -> str:
+    request = view.request
+    name = f" ({request.external_id})" if request.external_id else ""
+    closed = request.state in ("completed", "denied", "cancelled")
+    left = "" if closed else f", due {request.due}, {view.days_left} days left"
+    return f"{request.request_id}{name}: {request.state}, {request.num_records} records{left}"
+
+
+def _body(view: RequestView) -> dict[str, Any]:
+    return asdict(view.request) | {"days_left": view.days_left}
+
+
+def requests_listed(views: Sequence[RequestView]) -> Result:
+    text = "\n".join(_line(view) for view in views) or "no requests"
+    return Result({"requests": [_body(view) for view in views]}, printable(text))
+
+
+def request_shown(view: RequestView) -> Result:
+    events = [asdict(each) for each in view.events]
+    lines = [_line(view)]
+    lines += [f"  {each.at}  {each.state}  {each.note}".rstrip() for each in view.events]
+    lines += _cost(view.request) + probed(view.request.probed)
+    return Result(_body(view) | {"events": events}, printable("\n".join(lines)))
+
+
+def _cost(request: Request) -> list[str]:
+    """What was served meanwhile, and what the batch that it ran in took; none before its commit."""
+    if not request.committed_at:
+        return []
+    part = share(request.record_epochs_retrained, request.record_epochs_full)
+    return [
+        f"  record-epochs of its batch: {request.record_epochs_retrained} of "
+        f"{request.record_epochs_full} ({part})",
+        *meanwhile(request.served, request.serving_depth, request.record_epochs_others),
+    ]
+
+
+def submitted(found: Submitted, view: RequestView) -> Result:
+    lines = [_line(view)]
+    if found.copies:
+        fate = "included" if found.request.copies_included else "NOT included (--include-duplicates)"
+        lines.append(f"{len(found.copies)} exact copies under other ids, {fate}:")
+        lines += [f"  {each}" for each in found.copies]
+    if found.near:
+        lines.append(f"{len(found.near)} near-duplicates, not included; name them to delete them:")
+        lines += [f"  {each.score:.4f}  {each.id}" for each in found.near]
+    body = _body(view) | {"copies": list(found.copies), "near": [asdict(each) for each in found.near]}
+    return Result(body, printable("\n".join(lines)))
+
+
+def run_planned(found: RunPlan) -> Result:
+    lines = [
+        f"{found.choice}: {found.why}",
+        f"  {len(found.requests)} requests wait, approved or begun; "
+        f"{found.expected_arrivals:.1f} more expected",
+        f"  expected record-epochs: {found.cost_now:.1f} running now and then, "
+        f"{found.cost_waiting:.1f} waiting",
+    ]
+    return Result(asdict(found), "\n".join(lines))
+
+
+def ran(done: Sequence[Request], missing: Sequence[str] = (), directory: Path | str = "DIR") -> Result:
+    lines = [
+        f"{each.request_id}: {each.state}, {each.num_records} records, batch of "
+        f"{each.record_epochs_retrained} record-epochs "
+        f"({share(each.record_epochs_retrained, each.record_epochs_full)}) in {each.seconds:.1f} s"
+        + (f", {each.record_epochs_others} more in other orders" if each.record_epochs_others else "")
+        + (f", {each.exports_erased} exports erased" if each.exports_erased else "")
+        for each in done
+    ] or ["nothing waits"]
+    body = {"requests": [asdict(each) for each in done], "exports_missing": list(missing)}
+    hints = [line for each in done for line in base_hint(each, directory)]
+    return Result(body, printable("\n".join([*lines, *hints, *missing_exports(missing)])))

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.cli import cli, metrics_cli
-from cluster.cli.metrics_cli import open_sink
+from cluster.cli import cli, metrics
+from cluster.cli.metrics import open_sink
 from cluster.observe.curves import points, summary
 from sisa.core.measured import KEPT, without
 from sisa.flows.wiring import wiring
@@ -16,7 +16,7 @@ from sisa.store.metrics import FileMetrics
 from tests.models import confessing as care_model
 from tests.unit.core.test_measured import EVENTS, RUN, kept
 
-assert metrics_cli  # registers its command
+assert metrics  # registers its command
 LINES = [kept(event) for event in EVENTS if isinstance(event, KEPT)]
 
 
@@ -91,7 +91,7 @@ def test_runs_are_passed_on(
         asked.append((tool, place, experiment))
         return Sink()
 
-    monkeypatch.setattr(metrics_cli, "open_sink", open_fake)
+    monkeypatch.setattr(metrics, "open_sink", open_fake)
     assert cli.run(["metrics", "-m", str(model), "--to", "mlflow", str(tmp_path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["passed_on"] == ["mlflow", str(tmp_path)]
     assert (taken, asked) == ({RUN: 13}, [("mlflow", str(tmp_path), model.parent.name)])

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from cluster.render import patch_render as render
+from cluster.cli import patches
 from cluster.render.render import Result
 from sisa.core.patch import WRITTEN, Patch, PatchJob, VaultSet
 from sisa.flows.patches.patching import Unlearnt
@@ -72,7 +72,7 @@ def read(result: Result) -> dict[str, Any]:
 
 
 def test_a_patch_that_was_made() -> None:
-    result = render.unlearnt(Unlearnt(PATCH, False, REPORT, 1, 0, 6), Path("model"))
+    result = patches.unlearnt(Unlearnt(PATCH, False, REPORT, 1, 0, 6), Path("model"))
     found = read(result)
     assert (found["patch"]["version"], found["patch"]["key"]) == (1, PATCH.key)
     assert "report" not in found["patch"]
@@ -100,7 +100,7 @@ def test_what_is_still_known_is_told_and_ends_with_7() -> None:
     left = {"outcome": "held back by the bound", "still_known": {"before": 4, "after": 2, "of": 4}}
     report = {**REPORT, **left}
     done = Unlearnt(replace(PATCH, report=report), False, report, 0, 1)
-    result = render.unlearnt(done, Path("model"))
+    result = patches.unlearnt(done, Path("model"))
     assert result.exit_code == 7
     assert "still known: 2 of 4 probed texts (before: 4): held back by the bound" in result.text
     assert "the texts stay in the vault" in result.text
@@ -108,13 +108,13 @@ def test_what_is_still_known_is_told_and_ends_with_7() -> None:
 
 def test_a_share_of_a_finetuning_is_told_where_it_is_known() -> None:
     report = {**REPORT, "compute": {**REPORT["compute"], "share_of_full_finetuning": 0.125}}
-    result = render.unlearnt(Unlearnt(PATCH, False, report, 1, 0), Path("model"))
+    result = patches.unlearnt(Unlearnt(PATCH, False, report, 1, 0), Path("model"))
     assert "12.5% of the fine-tuning that taught it" in result.text
 
 
 @pytest.mark.parametrize("patch", [None, PATCH])
 def test_out_of_time_is_6_and_says_how_to_go_on(patch: Patch | None) -> None:
-    result = render.unlearnt(Unlearnt(patch, True, {**REPORT, "step": 2}, 0, 1), Path("model"))
+    result = patches.unlearnt(Unlearnt(patch, True, {**REPORT, "step": 2}, 0, 1), Path("model"))
     assert (result.exit_code, read(result)["unfinished"]) == (6, True)
     assert "sisa approx unlearn -m model" in result.text
     assert "after step 2 of 3" in result.text
@@ -122,14 +122,14 @@ def test_out_of_time_is_6_and_says_how_to_go_on(patch: Patch | None) -> None:
 
 @pytest.mark.parametrize("report", [{}, REPORT])
 def test_nothing_good_is_2(report: dict[str, Any]) -> None:
-    result = render.unlearnt(Unlearnt(None, False, report, 1, 0), Path("model"))
+    result = patches.unlearnt(Unlearnt(None, False, report, 1, 0), Path("model"))
     assert (result.exit_code, read(result)["patch"]) == (2, None)
     assert result.text.startswith("approximate: NO patch was made")
 
 
 def test_the_list() -> None:
     erased = replace(KEPT, held=False, request_id="")
-    result = render.listed(
+    result = patches.patches_listed(
         [PATCH, replace(PATCH, version=2, state="wanted")], [KEPT, erased], [PATCH.key]
     )
     found = read(result)
@@ -139,24 +139,24 @@ def test_the_list() -> None:
     assert "erased, since" in result.text
     assert "of req-1, consent: asked[31m" in result.text
     assert "shards are trained over it" in result.text
-    assert read(render.listed([], [], []))["patches"] == []
-    assert render.listed([], [], []).text == "approximate: no patch was ever wanted"
+    assert read(patches.patches_listed([], [], []))["patches"] == []
+    assert patches.patches_listed([], [], []).text == "approximate: no patch was ever wanted"
 
 
 def test_one_patch() -> None:
-    result = render.shown(PATCH, ())
+    result = patches.patch_shown(PATCH, ())
     assert read(result)["report"] == json.loads(json.dumps(REPORT))
     assert "npo: beta 0.1, num_epochs 3" in result.text
     assert "- An estimate." in result.text
-    wanted = render.shown(replace(PATCH, state="wanted", report={}), ())
+    wanted = patches.patch_shown(replace(PATCH, state="wanted", report={}), ())
     assert "not made yet" in wanted.text
     assert read(wanted)["shards_trained_over_it"] is False
 
 
 def test_what_is_taken_back_and_released() -> None:
-    gone = render.reverted([replace(PATCH, state="reverted"), replace(PATCH, state="dropped")])
+    gone = patches.reverted([replace(PATCH, state="reverted"), replace(PATCH, state="dropped")])
     assert [each["state"] for each in read(gone)["reverted"]] == ["reverted", "dropped"]
     assert "given up before it was made" in gone.text
-    released = render.released([KEPT])
+    released = patches.released([KEPT])
     assert read(released)["released"][0]["name"] == KEPT.name
     assert "1 sets with 4 texts" in released.text

@@ -1,0 +1,486 @@
+"""Probe the base and patch it: `sisa approx probe`, `unlearn`, `patches`, `show`, `revert`, `release`.
+
+All results are approximate, and say so. Texts and ids are never printed; consent is kept and shown as
+given. A run that is out of time ends with exit code 6, one that made no patch with 2, and one after
+which the base still knows some of the texts with 7; all print their report.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cluster.cli.command import (
+    cli,
+    command,
+    consent_option,
+    executor_option,
+    model_option,
+    opened,
+    read_lines,
+)
+from cluster.render.render import Result, printable, probed
+from sisa.core.errors import InvalidInput, Problem
+from sisa.planning.patch_plan import num_still_known
+
+if TYPE_CHECKING:
+    from sisa.config.config import RunConfig
+    from sisa.core.patch import Patch, VaultSet
+    from sisa.flows.patches.patching import Unlearnt, Wish
+    from sisa.flows.wiring.wiring import OpenExecutor
+    from sisa.model import Model
+
+METHODS = (
+    *("gradient_ascent", "graddiff", "kl_minimisation", "npo", "simnpo", "dpo", "idk_dpo"),
+    "task_arithmetic",
+)
+METHOD = "npo"
+set_option = click.option(
+    "--set",
+    "assigned",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="A hyper-parameter of the method, or of the run: num_epochs, max_steps, learning_rate, "
+    "batch_size, seed, lora_r and others. Repeatable.",
+)
+retrain_option = click.option(
+    "--retrain-shards", is_flag=True, help="Then train all shards over what is served: takes long."
+)
+
+
+@cli.group("approx", help="What the frozen base itself knows; never exact.")
+def approx() -> None:
+    """The group of approximate commands."""
+
+
+@command("probe", "sisa approx probe -m model --file texts.jsonl", group=approx)
+@model_option
+@click.option(
+    "--file",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Records (JSONL, Parquet), or a text file: each line is a text.",
+)
+@click.option("--without-patches", is_flag=True, help="Ask the base as it was before any patch.")
+def probe(directory: Path, file: Path, without_patches: bool) -> Result:
+    """Ask the base alone, as it is served, whether it produces given texts."""
+    from approx.evaluation.probe import open_probe
+    from sisa import unlearn
+    from sisa.core.domain import Part, Record
+    from sisa.data.reader import read_like
+
+    with opened(directory) as model:
+        if file.suffix in (".jsonl", ".json", ".parquet"):
+            records = list(read_like(model.config, file))
+        else:
+            lines = enumerate(read_lines(file))
+            records = [Record(str(n), None, "text", (Part("text", line),)) for n, line in lines]
+        base = model.resources.base
+        patches = [] if without_patches else unlearn.served(model)
+        found = open_probe(base.directory, base.digest, model.config, patches)(records)
+    return Result({**asdict(found), "approximate": True}, "\n".join(probed(found)).strip())
+
+
+@command(
+    "unlearn",
+    'sisa approx unlearn -m model --forget texts.jsonl --consent "asked on 2026-11-01"',
+    group=approx,
+)
+@model_option
+@click.option("--forget", type=click.Path(path_type=Path), help="Records that the base is to forget.")
+@click.option("--request", "requests", multiple=True, help="A request whose text is in the vault.")
+@click.option(
+    "--retain", type=click.Path(path_type=Path), help="Records to keep; else the base's own answers."
+)
+@click.option(
+    "--reference",
+    default="",
+    help="A model with the base's tokenizer that never saw the texts, to be measured beside the patch.",
+)
+@click.option("--method", type=click.Choice(METHODS), help=f"{METHOD} unless given.")
+@set_option
+@click.option("--max-seconds", type=click.FloatRange(0), help="Then put the run aside (exit code 6).")
+@click.option(
+    "--max-utility-drop",
+    type=click.FloatRange(0),
+    help="Most that exp(-mean NLL per token), on texts that are not trained on, may fall by; 0.1 unless "
+    "given.",
+)
+@consent_option
+@retrain_option
+@executor_option
+def unlearn(
+    directory: Path,
+    forget: Path | None,
+    requests: tuple[str, ...],
+    retain: Path | None,
+    reference: str,
+    method: str | None,
+    assigned: tuple[str, ...],
+    max_seconds: float | None,
+    max_utility_drop: float | None,
+    consent: str,
+    retrain_shards: bool,
+    executor: str | OpenExecutor,
+) -> Result:
+    """Make the base forget some texts, by a patch as strong as it takes; without any, go on."""
+    from sisa.unlearn import unlearn
+
+    values = assignments(assigned)
+    if max_utility_drop is not None:
+        values["max_utility_drop"] = max_utility_drop
+    asked = forget is not None or bool(requests)
+    if not asked and (method or retain or reference or values or consent):
+        raise click.UsageError("give --forget or --request; to go on with a patch give neither")
+    with opened(directory, executor) as model:
+        wish = _wish(model, method or METHOD, values, forget, retain, consent) if asked else None
+        wish = replace(wish, reference=reference) if wish else None
+        done = unlearn(
+            *(model, wish),
+            request_ids=requests,
+            max_seconds=max_seconds,
+            retrain_shards=retrain_shards,
+        )
+    return unlearnt(done, directory)
+
+
+def assignments(assigned: Sequence[str]) -> dict[str, Any]:
+    """Values of KEY=VALUE: JSON where it is JSON, else the word. Raises InvalidInput, all listed.
+
+    >>> assignments(["beta=0.2", "retain_loss=kl", "max_steps=null", "lora_target_modules=q,v"])
+    {'beta': 0.2, 'retain_loss': 'kl', 'max_steps': None, 'lora_target_modules': ['q', 'v']}
+    """
+    found: dict[str, Any] = {}
+    problems = []
+    for number, each in enumerate(assigned, 1):
+        name, equals, value = each.partition("=")
+        if not equals or not name or name in found:
+            problems.append(Problem(f"--set {number}", "not KEY=VALUE, or a key again"))
+        else:
+            found[name] = _value(name, value)
+    if problems:
+        raise InvalidInput("settings can't be read", problems=problems, next_step="write --set beta=0.2")
+    return found
+
+
+def _value(name: str, value: str) -> Any:
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        listed = name == "lora_target_modules" and value != "all-linear"
+        return value.split(",") if listed else value
+
+
+def _wish(
+    model: Model,
+    method: str,
+    values: Mapping[str, Any],
+    forget: Path | None,
+    retain: Path | None,
+    consent: str,
+) -> Wish:
+    from sisa.data.reader import read_like
+    from sisa.flows.patches.patching import Wish
+
+    return Wish(
+        _settings(model.config, method, values),
+        tuple(read_like(model.config, forget)) if forget else (),
+        tuple(read_like(model.config, retain)) if retain else None,
+        consent,
+    )
+
+
+def _settings(config: RunConfig, method: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    from approx.patches.patch_settings import Adapter, settings_of
+
+    adapter = Adapter(config.lora_r, config.lora_alpha, config.lora_target_modules)
+    return settings_of(
+        *(method, values, adapter),
+        seed=config.seed,
+        sequence_len=config.sequence_len,
+        overlength=config.overlength,
+    )
+
+
+@command("patches", "sisa approx patches -m model", group=approx)
+@model_option
+def patches(directory: Path) -> Result:
+    """List all patches there ever were, and the texts that the vault holds for them."""
+    from sisa.unlearn import patches
+
+    with opened(directory) as model:
+        return patches_listed(*patches(model))
+
+
+@command("show", "sisa approx show -m model 1", group=approx)
+@model_option
+@click.argument("version", type=click.IntRange(1))
+def show_patch(directory: Path, version: int) -> Result:
+    """Show the report of a patch: what was done, measured, and what it is not."""
+    from sisa.unlearn import patches
+
+    with opened(directory) as model:
+        found, _, over = patches(model)
+    for each in found:
+        if each.version == version:
+            return patch_shown(each, over)
+    raise InvalidInput(
+        "there is no such patch",
+        expected=f"a version from 1 to {len(found)}" if found else "none was ever wanted",
+        got=str(version),
+        next_step="`sisa approx patches` lists them",
+    )
+
+
+@command("revert", "sisa approx revert -m model", group=approx)
+@model_option
+@click.option("--all", "everything", is_flag=True, help="All patches, not the newest alone.")
+@retrain_option
+@executor_option
+def revert(
+    directory: Path, everything: bool, retrain_shards: bool, executor: str | OpenExecutor
+) -> Result:
+    """Take back what is wanted or, if nothing is, the newest patch; the base is then as it was."""
+    from sisa.unlearn import revert
+
+    with opened(directory, executor) as model:
+        return reverted(revert(model, everything=everything, retrain_shards=retrain_shards))
+
+
+@command("release", "sisa approx release -m model --all", group=approx)
+@model_option
+@click.option("--set", "sets", multiple=True, help="A set's name, or a beginning of 8 letters.")
+@click.option("--request", "requests", multiple=True, help="A request whose text is in the vault.")
+@click.option("--all", "everything", is_flag=True, help="All texts.")
+def release(
+    directory: Path, sets: tuple[str, ...], requests: tuple[str, ...], everything: bool
+) -> Result:
+    """Erase texts from the vault, as when consent is withdrawn; patches that were made stay."""
+    from sisa.unlearn import release
+
+    if everything == bool(sets or requests):
+        raise click.UsageError("give --set or --request, or --all")
+    with opened(directory) as model:
+        return released(release(model, sets=sets, request_ids=requests, everything=everything))
+
+
+EXIT_UNFINISHED, EXIT_NOT_MADE, EXIT_STILL_KNOWN = 6, 2, 7
+NAMES = {
+    "forget_probability": "probability",
+    "forget_extraction_strength": "extraction strength",
+    "forget_exact_memorisation": "exact memorisation",
+    "forget_rougeL_recall": "ROUGE-L recall",
+    "forget_min_k_plus_plus": "min-k%++",
+    "retain_utility": "utility",
+    "retain_probability": "probability",
+}
+
+
+def unlearnt(done: Unlearnt, directory: Path) -> Result:
+    patch, report = done.patch, done.report
+    body = {
+        "approximate": True,
+        "unfinished": done.unfinished,
+        "patch": None if patch is None else _body(patch),
+        "report": dict(report),
+        "sets_erased": done.erased_sets,
+        "sets_kept": done.kept_sets,
+        "slices_trained": done.slices_trained,
+    }
+    if done.unfinished:
+        at = f"after step {report.get('step')} of {report.get('num_steps')}"
+        lines = [
+            f"approximate: the time was spent {at}; the run is put aside, and nothing of it is served",
+            f"  go on:   sisa approx unlearn -m {directory}",
+            f"  give up: sisa approx revert -m {directory}",
+        ]
+        return Result(body, printable("\n".join(lines)), EXIT_UNFINISHED)
+    if patch is None:
+        lines = [f"approximate: NO patch was made: {report.get('why')}", *_known(report)]
+        lines += [*_measures(report), *_again(report, directory)]
+        return Result(body, printable("\n".join(lines)), EXIT_NOT_MADE)
+    made = f"patch {patch.version} ({report.get('method')}, {patch.num_bytes:,} bytes)"
+    lines = [
+        f"approximate: {made} lies on the base, and is served beneath every shard",
+        *_known(report),
+        *_measures(report),
+        *_robustness(report),
+        *_composition(report),
+        f"  texts: {done.erased_sets} sets erased from the vault, {done.kept_sets} kept",
+    ]
+    if done.slices_trained:
+        lines.append(f"  {done.slices_trained} slices were trained over it")
+    lines += _again(report, directory)
+    lines.append(
+        f"  an estimate, not a proof; its limits: sisa approx show -m {directory} {patch.version}"
+    )
+    code = EXIT_STILL_KNOWN if num_still_known(patch) else 0
+    return Result(body, printable("\n".join(lines)), code)
+
+
+def _known(report: Mapping[str, Any]) -> Iterator[str]:
+    if found := report.get("still_known"):
+        counts = f"{found['after']} of {found['of']} probed texts (before: {found['before']})"
+        yield f"  still known: {counts}: {report.get('outcome')}"
+
+
+def _again(report: Mapping[str, Any], directory: Path) -> Iterator[str]:
+    """How to go on where something is still known."""
+    if report.get("still_known", {}).get("after"):
+        yield "  the texts stay in the vault, so that it can be tried again, upon this patch or after"
+        yield "  `sisa approx revert`: a larger --max-utility-drop, another --method, more num_rounds"
+        yield f"  to erase them instead: sisa approx release -m {directory} --all"
+
+
+def _robustness(report: Mapping[str, Any]) -> Iterator[str]:
+    found = report.get("robustness")
+    if not found:
+        return
+    steps = [each for each in found["relearning"] if each != "0"]
+
+    def after(of: Mapping[str, float]) -> str:
+        return " and ".join(_number(of[each]) for each in steps)
+
+    control = found.get("control")
+    beside = f" (a control that never knew, {control['of']}: {after(control)})" if control else ""
+    rounding = ", ".join(f"{bits} bits {_number(each)}" for bits, each in found["rounding"].items())
+    yield (
+        f"  robustness, as probability: {_number(found['relearning']['0'])}; relearnt for "
+        f"{' and '.join(steps)} steps {after(found['relearning'])}{beside}; rounded to {rounding}"
+    )
+    if words := found.get("rewording"):
+        yield f"    asked in other words {_number(words['before'])} -> {_number(words['after'])}"
+
+
+def _body(patch: Patch) -> dict[str, Any]:
+    fields = asdict(patch)
+    fields.pop("report")
+    return {"version": patch.version, "key": patch.key, **fields}
+
+
+def _measures(report: Mapping[str, Any]) -> Iterator[str]:
+    before, after = report.get("metrics_before", {}), report.get("metrics_after", {})
+    sets = report.get("sets", {})
+    measured = {
+        "forget": f"{sets.get('num_forget_measured')} of {sets.get('num_forget')} texts",
+        "retain": f"{sets.get('num_judged_measured')} texts that were not trained on; "
+        f"{sets.get('num_retain')} were, {sets.get('retain')}",
+    }
+    for role, told in measured.items():
+        found = [
+            f"{NAMES[name]} {_number(before[name])} -> {_number(after[name])}"
+            for name in NAMES
+            if name.startswith(role) and name in before and name in after
+        ]
+        if found:
+            yield f"  {role} set ({told}): " + ", ".join(found)
+    if reference := report.get("metrics_reference"):
+        own = [f"{NAMES[name]} {_number(reference[name])}" for name in NAMES if name in reference]
+        yield "  reference: " + ", ".join(own)
+    if "forget_extraction_floor" in before:
+        floor = _number(before["forget_extraction_floor"])
+        yield f"    (knowing nothing of these texts scores an extraction strength of {floor})"
+    if "ending" in report:
+        yield f"  ended: {report['ending']}, {report.get('why')}"
+    if cost := report.get("compute"):
+        yield (
+            f"  cost: {cost['seconds']:.1f} s, {cost['flops_estimated']:.3g} operations, "
+            f"{_share(cost.get('share_of_full_finetuning'))}"
+            f"peak memory {cost['peak_memory_bytes'] / 2**20:,.0f} MB"
+        )
+
+
+def _composition(report: Mapping[str, Any]) -> Iterator[str]:
+    found = report.get("composition") or {}
+    for name, what in (
+        ("shards", "the shards' own answers"),
+        ("base", "the base's on the same records"),
+    ):
+        if each := found.get(name):
+            yield (
+                f"  {what} ({each['num_records']} remaining records): probability "
+                f"{_number(each['answer_probability_before'])} -> "
+                f"{_number(each['answer_probability_after'])}, "
+                f"same likeliest token {_percent(each['agreement'])}, KL {_number(each['kl'])}"
+            )
+
+
+def _number(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.4f}"
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}%"
+
+
+def _share(value: float | None) -> str:
+    """Of the fine-tuning that the knowledge came from; nothing where that is not known."""
+    return "" if value is None else f"{_percent(value)} of the fine-tuning that taught it, "
+
+
+def patches_listed(patches: Sequence[Patch], sets: Sequence[VaultSet], over: Sequence[str]) -> Result:
+    body = {
+        "approximate": True,
+        "patches": [_body(each) for each in patches],
+        "vault": [asdict(each) for each in sets],
+        "over": list(over),
+    }
+    lines = [] if patches else ["approximate: no patch was ever wanted"]
+    for each in patches:
+        trained = ", shards are trained over it" if each.key in over else ""
+        lines.append(
+            f"approximate patch {each.version}: {each.state}, {each.job.settings.get('method')}, "
+            f"wanted {each.wanted_at}, key {each.key[:16]}...{trained}"
+        )
+        lines.append(f"    from {', '.join(name[:16] + '...' for name in each.job.sets)}")
+    for found in sets:
+        standing = "held, encrypted" if found.held else "erased"
+        request = f", of {found.request_id}" if found.request_id else ""
+        lines.append(
+            f"vault set {found.name[:16]}...: {found.num_records} texts to {found.role}, {standing}, "
+            f"since {found.put_at}{request}, consent: {found.consent}"
+        )
+    return Result(body, printable("\n".join(lines)))
+
+
+def patch_shown(patch: Patch, over: Sequence[str]) -> Result:
+    report = patch.report
+    body = {
+        "approximate": True,
+        "patch": _body(patch),
+        "report": dict(report),
+        "shards_trained_over_it": patch.key in over,
+    }
+    lines = [f"approximate patch {patch.version}: {patch.state}, key {patch.key}"]
+    if not report:
+        lines.append("  not made yet: `sisa approx unlearn` goes on with it")
+        return Result(body, printable("\n".join(lines)))
+    given = {**report.get("hyperparameters", {}), **report.get("settings", {})}
+    lines.append(f"  {report.get('method')}: " + ", ".join(f"{k} {v}" for k, v in given.items()))
+    lines += [*_known(report), *_measures(report), *_robustness(report), *_composition(report)]
+    lines.append("  limits:")
+    lines += [f"    - {each}" for each in report.get("limits", [])]
+    return Result(body, printable("\n".join(lines)))
+
+
+def reverted(gone: Sequence[Patch]) -> Result:
+    body = {"approximate": True, "reverted": [_body(each) for each in gone]}
+    lines = [
+        f"approximate patch {each.version}: {each.state}, "
+        + ("no longer served, and erased" if each.state == "reverted" else "given up before it was made")
+        for each in gone
+    ]
+    return Result(body, printable("\n".join(lines)))
+
+
+def released(gone: Sequence[VaultSet]) -> Result:
+    texts = sum(each.num_records for each in gone)
+    body = {"approximate": True, "released": [asdict(each) for each in gone]}
+    lines = [f"{len(gone)} sets with {texts} texts are erased from the vault, their keys first"]
+    lines.append("  approximate patches that were made from them stay; they can't be made again")
+    return Result(body, printable("\n".join(lines)))
