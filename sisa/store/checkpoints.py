@@ -9,19 +9,16 @@ Digests and sizes are of the plaintext; all files of a directory share one key o
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from sisa.core.digest import canonical_json, digest_of, sha256_hex
 from sisa.core.domain import SavedCheckpoint, SliceJob
 from sisa.core.errors import IntegrityError
 from sisa.core.patch import PatchJob
-from sisa.core.ports import BlobStore, Keyring
 from sisa.store.blobs import files
-from sisa.store.blobs.keyring import PLAIN, shred
-from sisa.store.blobs.local_blobs import LocalBlobs
+from sisa.store.blobs.keyring import SealedArea
 
 CHECKPOINTS_AREA = "checkpoints"
 MANIFEST = "manifest.json"
@@ -30,21 +27,10 @@ ADAPTER = "adapter_model.safetensors"
 FILES = (ADAPTER, "adapter_config.json", "optimizer.safetensors", "trainer_state.json", MANIFEST)
 
 
-class FileCheckpoints:
-    """A CheckpointStore in a blob store, or in a directory of this machine given by its path.
+class FileCheckpoints(SealedArea):
+    """A CheckpointStore in a storage area; patches and the checkpoints of a replay have their own."""
 
-    Checkpoints of a replay and patches have storage areas of their own.
-    """
-
-    def __init__(
-        self, blobs: BlobStore | Path, keyring: Keyring = PLAIN, area: str = CHECKPOINTS_AREA
-    ) -> None:
-        self.blobs = LocalBlobs(blobs) if isinstance(blobs, Path) else blobs
-        self.keyring = keyring
-        self.area = area
-
-    def held(self) -> frozenset[str]:
-        return self.blobs.held()
+    area = CHECKPOINTS_AREA
 
     def save(self, job: SliceJob | PatchJob, files_: Mapping[str, bytes]) -> SavedCheckpoint:
         manifest = canonical_json(
@@ -61,21 +47,14 @@ class FileCheckpoints:
         return self.describe(job.key)
 
     def describe(self, key: str) -> SavedCheckpoint:
-        data = self._plain(key, MANIFEST, "checkpoint manifest")
+        data = self._get(key, "checkpoint manifest", MANIFEST)
         held = self._check(key, data)
         sizes = [len(data), *(len(each) for each in held.values())]
         adapter = sha256_hex(held[ADAPTER])
         return SavedCheckpoint(key, sha256_hex(data), adapter, sum(sizes))
 
     def load(self, key: str, manifest_sha256: str) -> dict[str, bytes]:
-        return self._check(key, self._read(key, MANIFEST, manifest_sha256, "checkpoint manifest"))
-
-    def _plain(self, key: str, name: str, what: str) -> bytes:
-        return self.keyring.unseal(self.area, key, name, self.blobs.get(f"{key}/{name}", what))
-
-    def _read(self, key: str, name: str, sha256: str, what: str) -> bytes:
-        where = self.blobs.location(f"{key}/{name}")
-        return files.verified(self._plain(key, name, what), sha256, what, where)
+        return self._check(key, self._get_checked(key, manifest_sha256, "checkpoint manifest", MANIFEST))
 
     def _check(self, key: str, manifest: bytes) -> dict[str, bytes]:
         where = self.blobs.location(f"{key}/{MANIFEST}")
@@ -92,11 +71,9 @@ class FileCheckpoints:
                 next_step="remove them, or train the model anew",
             )
         return {
-            name: self._read(key, name, sha256, "checkpoint file") for name, sha256 in expected.items()
+            name: self._get_checked(key, sha256, "checkpoint file", name)
+            for name, sha256 in expected.items()
         }
-
-    def erase(self, keys: Collection[str]) -> None:
-        shred(self.keyring, self.area, keys, self.blobs.erase)
 
     def location(self, key: str) -> str:
         return self.blobs.location(f"{key}/{ADAPTER}")

@@ -10,34 +10,28 @@ can write to the storage could put other states there; `verify --replay` uses no
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 
 from sisa.core.digest import sha256_hex
 from sisa.core.errors import IntegrityError
-from sisa.core.ports import BlobStore, Keyring, States
-from sisa.store.blobs.keyring import PLAIN, shred
-from sisa.store.blobs.local_blobs import LocalBlobs
+from sisa.core.ports import States
+from sisa.store.blobs.keyring import SealedArea
 
 PREFIXES_AREA = "prefixes"
 DIGEST_CHARS = 64
 
 
-class FilePrefixes:
-    """A PrefixStore in a blob store, or in a directory of this machine given by its path."""
+class FilePrefixes(SealedArea):
+    """A PrefixStore in a storage area."""
 
-    def __init__(self, blobs: BlobStore | Path, keyring: Keyring = PLAIN) -> None:
-        self.blobs = LocalBlobs(blobs) if isinstance(blobs, Path) else blobs
-        self.keyring = keyring
+    area = PREFIXES_AREA
 
     def read(self, name: str) -> dict[str, States]:
         from safetensors import SafetensorError
         from safetensors.numpy import load
 
         try:
-            data = self.keyring.unseal(
-                PREFIXES_AREA, name, "", self.blobs.get(name, "file of hidden states")
-            )
+            data = self._get(name, "file of hidden states")
             digest, body = data[:DIGEST_CHARS], data[DIGEST_CHARS + 1 :]
             return dict(load(body)) if digest.decode() == sha256_hex(body) else {}
         except (IntegrityError, SafetensorError, UnicodeDecodeError):
@@ -50,16 +44,10 @@ class FilePrefixes:
         plain = {each: np.ascontiguousarray(found, np.float32) for each, found in states.items()}
         body = save(plain)
         data = sha256_hex(body).encode() + b"\n" + body
-        self.blobs.put(name, self.keyring.seal(PREFIXES_AREA, name, "", data))
+        self._put(name, data)
 
     def num_bytes(self, start: str) -> int:
         return sum(self.blobs.num_bytes(each) for each in self.held() if each.startswith(start))
-
-    def held(self) -> frozenset[str]:
-        return self.blobs.held()
-
-    def erase(self, names: Collection[str]) -> None:
-        shred(self.keyring, PREFIXES_AREA, names, self.blobs.erase)
 
     def location(self, name: str) -> str:
         return self.blobs.location(name)

@@ -12,33 +12,28 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sisa.core.digest import sha256_hex
 from sisa.core.domain import GENERATION_COLUMN, Part, Record, SliceFile
 from sisa.core.errors import IntegrityError
-from sisa.core.ports import BlobStore, Keyring, StoredRecord
+from sisa.core.ports import StoredRecord
 from sisa.planning.bands import RISK_COLUMN
-from sisa.store.blobs import files
-from sisa.store.blobs.keyring import PLAIN, shred
-from sisa.store.blobs.local_blobs import LocalBlobs
+from sisa.store.blobs.keyring import SealedArea
 
 RECORDS_AREA = "records"
 
 
-class FileRecords:
-    """A RecordStore in a blob store, or in a directory of this machine given by its path."""
+class FileRecords(SealedArea):
+    """A RecordStore in a storage area."""
 
-    def __init__(self, blobs: BlobStore | Path, keyring: Keyring = PLAIN) -> None:
-        self.blobs = LocalBlobs(blobs) if isinstance(blobs, Path) else blobs
-        self.keyring = keyring
+    area = RECORDS_AREA
 
     def write(self, shard: int, slice_: int, root: str, records: Sequence[StoredRecord]) -> SliceFile:
         data = _encode(records)
         file = SliceFile(shard, slice_, root, len(records), sha256_hex(data), len(data))
-        self.blobs.put(file.name, self.keyring.seal(RECORDS_AREA, file.name, "", data))
+        self._put(file.name, data)
         return file
 
     def read(self, file: SliceFile) -> tuple[StoredRecord, ...]:
@@ -48,15 +43,7 @@ class FileRecords:
         self._bytes(file)
 
     def _bytes(self, file: SliceFile) -> bytes:
-        data = self.blobs.get(file.name, "slice file")
-        plain = self.keyring.unseal(RECORDS_AREA, file.name, "", data)
-        return files.verified(plain, file.sha256, "slice file", self.blobs.location(file.name))
-
-    def held(self) -> frozenset[str]:
-        return self.blobs.held()
-
-    def erase(self, names: Collection[str]) -> None:
-        shred(self.keyring, RECORDS_AREA, names, self.blobs.erase)
+        return self._get_checked(file.name, file.sha256, "slice file")
 
 
 def _encode(records: Sequence[StoredRecord]) -> bytes:

@@ -41,6 +41,7 @@ from sisa.core.digest import KEY_BYTES, canonical_json
 from sisa.core.errors import EnvironmentFault, IntegrityError, InvalidInput, all_tried
 from sisa.core.ports import BlobStore, Keyring
 from sisa.store.blobs import files
+from sisa.store.blobs.local_blobs import LocalBlobs
 
 MAGIC = b"SISA-AES-256-GCM\n"
 NONCE_BYTES = 12
@@ -220,6 +221,41 @@ def shred(keyring: Keyring, area: str, names: Collection[str], erase: Erase) -> 
 
 def _bound(area: str, name: str, part: str) -> bytes:
     return canonical_json([area, name, part])
+
+
+class SealedArea:
+    """Files of a storage area in a blob store, or in a directory of this machine given by its path.
+
+    They are sealed with the keyring's keys of that area.
+    """
+
+    area: str
+
+    def __init__(
+        self, blobs: BlobStore | Path, keyring: Keyring = PLAIN, area: str | None = None
+    ) -> None:
+        self.blobs = LocalBlobs(blobs) if isinstance(blobs, Path) else blobs
+        self.keyring = keyring
+        self.area = self.area if area is None else area
+
+    def held(self) -> frozenset[str]:
+        return self.blobs.held()
+
+    def erase(self, names: Collection[str]) -> None:
+        shred(self.keyring, self.area, names, self.blobs.erase)
+
+    def _put(self, name: str, data: bytes) -> None:
+        self.blobs.put(name, self.keyring.seal(self.area, name, "", data))
+
+    def _get(self, name: str, what: str, part: str = "") -> bytes:
+        """Return the plaintext of a file, or of a part of a group."""
+        data = self.blobs.get(f"{name}/{part}" if part else name, what)
+        return self.keyring.unseal(self.area, name, part, data)
+
+    def _get_checked(self, name: str, sha256: str, what: str, part: str = "") -> bytes:
+        """Return plaintext with the recorded digest. Raises IntegrityError for any other."""
+        where = self.blobs.location(f"{name}/{part}" if part else name)
+        return files.verified(self._get(name, what, part), sha256, what, where)
 
 
 def reseal_blobs(blobs: BlobStore, area: str, names: Iterable[str], keyring: Keyring) -> None:
