@@ -126,7 +126,7 @@ def answer_scores(logits_BTV: Tensor, batch: AnswerBatch) -> list[AnswerScore]:
     return found
 
 
-def scores(model: Any, examples: Sequence[Tokens]) -> list[AnswerScore]:
+def score_examples(model: Any, examples: Sequence[Tokens]) -> list[AnswerScore]:
     """Return the scores of examples under a model, in order."""
     found: list[AnswerScore] = []
     for rows in _batches(examples):
@@ -154,7 +154,7 @@ def _batches(examples: Sequence[Tokens]) -> Iterator[list[Tokens]]:
 BATCH_ROWS = 16
 
 
-def continued(
+def continue_greedily(
     model: Any,
     prompts: Sequence[Sequence[int]],
     ends: Collection[int],
@@ -168,7 +168,7 @@ def continued(
     left, with a mask, in batches of one size and in the given order, so the same rows give the same
     tokens. The model's own generation config is not used.
 
-        continued(model, [[5, 6], [7]], ends={2}, max_new_tokens=8)
+        continue_greedily(model, [[5, 6], [7]], ends={2}, max_new_tokens=8)
     """
     from transformers import GenerationConfig
 

@@ -24,7 +24,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from approx.evaluation.answers import answer_scores, collate, continued
+from approx.evaluation.answers import answer_scores, collate, continue_greedily
 from approx.evaluation.evaluated import AnswerScore, EvaluatedModel, PromptForm, PromptKind
 from sisa.core.digest import digest_of, file_sha256
 from sisa.core.domain import Part, Record
@@ -143,7 +143,9 @@ class HuggingFaceModel:
         found = [""] * len(prompts)
         for batch in _batches([len(each) for each in prompts], batch_size):
             rows = [prompts[at] for at in batch]
-            said = continued(self._model, rows, self._ends, max_new_tokens, batch_rows=batch_size)
+            said = continue_greedily(
+                self._model, rows, self._ends, max_new_tokens, batch_rows=batch_size
+            )
             answers = self._tokenizer.batch_decode(said, skip_special_tokens=True)
             for at, answer in zip(batch, answers, strict=True):
                 found[at] = answer.strip()

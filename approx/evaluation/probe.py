@@ -29,7 +29,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from approx.evaluation.answers import continued, scores
+from approx.evaluation.answers import continue_greedily, score_examples
 from approx.evaluation.evaluated import AnswerScore
 from approx.metrics.exact_memorisation import exact_memorisation
 from approx.metrics.extraction_strength import extraction_strength
@@ -80,7 +80,9 @@ class BaseProbe:
         pin_threads(self._threads)
         model, tokenizer = load_patched(*self._base)
         chosen = records[:MAX_PROBED]
-        found = asked(model, tokenizer, [_answered(e, tokenizer, self._sequence_len) for e in chosen])
+        found = probe_answers(
+            model, tokenizer, [_answered(e, tokenizer, self._sequence_len) for e in chosen]
+        )
         if not found:
             return Probed(len(records))
         return Probed(
@@ -98,7 +100,7 @@ Answers = Sequence[tuple[Sequence[int], Sequence[int]]]  # of one record: (promp
 
 
 @dataclass(frozen=True)
-class Asked:
+class ProbedAnswer:
     """The numbers of one answer, or of a record's best-known answer."""
 
     strength: float
@@ -113,12 +115,12 @@ class Asked:
         return recalled or (self.ends_right and self.strength >= KNOWN_STRENGTH)
 
 
-def asked(model: Any, tokenizer: Any, records: Sequence[Answers]) -> list[Asked]:
+def probe_answers(model: Any, tokenizer: Any, records: Sequence[Answers]) -> list[ProbedAnswer]:
     """Return the numbers of records under a model.
 
     Records without an answer are left out, and so are those after MAX_SECONDS.
     """
-    found: list[Asked] = []
+    found: list[ProbedAnswer] = []
     started = time.monotonic()
     left = [each[:MAX_ANSWERS] for each in records if each]
     for start in range(0, len(left), RECORDS_AT_ONCE):
@@ -141,10 +143,10 @@ def may_know(score: AnswerScore) -> bool:
     """
     strength = extraction_strength(score.correct)
     memorised = exact_memorisation(score.correct)
-    return Asked(strength, memorised, 1.0, 0.0, score.correct[-1]).known
+    return ProbedAnswer(strength, memorised, 1.0, 0.0, score.correct[-1]).known
 
 
-def _how_known(each: Asked) -> tuple[bool, float, float]:
+def _how_known(each: ProbedAnswer) -> tuple[bool, float, float]:
     return each.known, each.strength, each.recall
 
 
@@ -158,10 +160,10 @@ def _answered(record: Record, tokenizer: Any, sequence_len: int) -> Answers:
         tokens = tokenize(record, tokenizer, train_on_inputs=False)
     except Untokenizable:
         return []
-    return to_ask(record.kind, tokens, tokenizer, sequence_len)
+    return answers_to_probe(record.kind, tokens, tokenizer, sequence_len)
 
 
-def to_ask(kind: Kind, tokens: Tokens, tokenizer: Any, sequence_len: int) -> Answers:
+def answers_to_probe(kind: Kind, tokens: Tokens, tokenizer: Any, sequence_len: int) -> Answers:
     """Return the answers that a record is probed for: of a plain text the second half."""
     ids, labels = tokens.input_ids[:sequence_len], list(tokens.labels[:sequence_len])
     if kind == "text":
@@ -170,19 +172,19 @@ def to_ask(kind: Kind, tokens: Tokens, tokenizer: Any, sequence_len: int) -> Ans
     return answers(Tokens(ids, labels), tokenizer)
 
 
-def _numbers(model: Any, tokenizer: Any, pairs: Answers) -> list[Asked]:
+def _numbers(model: Any, tokenizer: Any, pairs: Answers) -> list[ProbedAnswer]:
     cut = [(list(prompt), list(answer[:MAX_ANSWER_TOKENS])) for prompt, answer in pairs]
     said = [_continued(model, tokenizer, cut, share) for share in range(SHARES)]
-    own = scores(model, [_from(*pair) for pair in cut])
+    own = score_examples(model, [_from(*pair) for pair in cut])
     neighbours = [
-        scores(model, [_from(prompt, row) for (prompt, _), row in zip(cut, rows, strict=True)])
+        score_examples(model, [_from(prompt, row) for (prompt, _), row in zip(cut, rows, strict=True)])
         for rows in said
     ]
     found = []
     for at, ((_, answer), score) in enumerate(zip(cut, own, strict=True)):
         words = [tokenizer.decode(ids, skip_special_tokens=True) for ids in (answer, said[0][at])]
         found.append(
-            Asked(
+            ProbedAnswer(
                 strength=extraction_strength(score.correct),
                 memorised=exact_memorisation(score.correct),
                 recall=rougeL_recall(*words),
@@ -209,7 +211,7 @@ def _continued(
     most = max(len(answer) - at for (_, answer), at in zip(pairs, kept, strict=True))
     prompts = [prompt + answer[:at] for (prompt, answer), at in zip(pairs, kept, strict=True)]
     ends = end_tokens(model, tokenizer)
-    said = continued(model, prompts, ends, most, min_new_tokens=most)
+    said = continue_greedily(model, prompts, ends, most, min_new_tokens=most)
     return [
         [*answer[:at], *row][: len(answer)]
         for (_, answer), at, row in zip(pairs, kept, said, strict=True)

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from approx.methods.method import Losses, Role, Rows, above_zero, check_values, mean_nll, weighted
+from approx.methods.method import Losses, Role, Rows, above_zero, add_retain_term, check_values, mean_nll
 
 
 @dataclass(frozen=True)
@@ -34,4 +34,4 @@ class KlMinimisation:
 
     def loss(self, rows: Mapping[Role, Rows]) -> Losses:
         forget = -mean_nll(rows["forget"].current_BTV, rows["forget"].batch)
-        return weighted(forget, 1.0, rows, self.beta, "kl")
+        return add_retain_term(forget, 1.0, rows, self.beta, "kl")

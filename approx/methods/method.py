@@ -117,7 +117,7 @@ class Method(Protocol):
         ...
 
 
-def holding(method: Method, factor: float) -> Method:
+def with_retain_factor(method: Method, factor: float) -> Method:
     """Return the method with its retain term, if it has one, weighted `factor` times as much."""
     names = ("beta",) if method.name == "kl_minimisation" else ("retain_weight",)
     weights = {name: value for name, value in hyperparameters(method).items() if name in names}
@@ -131,7 +131,7 @@ def hyperparameters(method: Method) -> dict[str, Any]:
     return fields
 
 
-def weighted(
+def add_retain_term(
     forget: Tensor,
     forget_weight: float,
     rows: Mapping[Role, Rows],
@@ -246,4 +246,4 @@ class WithRetainTerm:
 
     def loss(self, rows: Mapping[Role, Rows]) -> Losses:
         term = self.forget_term(rows)
-        return weighted(term, self.forget_weight, rows, self.retain_weight, self.retain_loss)
+        return add_retain_term(term, self.forget_weight, rows, self.retain_weight, self.retain_loss)

@@ -23,9 +23,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from approx.evaluation.answers import continued, scores
+from approx.evaluation.answers import continue_greedily, score_examples
 from approx.evaluation.evaluated import AnswerScore
-from approx.evaluation.probe import MAX_PROBED, Answers, asked, may_know
+from approx.evaluation.probe import MAX_PROBED, Answers, may_know, probe_answers
 from approx.metrics.exact_memorisation import exact_memorisation
 from approx.metrics.extraction_strength import extraction_strength, floor
 from approx.metrics.min_k_plus_plus import min_k_plus_plus_score
@@ -50,13 +50,13 @@ MEASURE_LIMITS = (
 )
 
 
-def measured(
+def measure_patch(
     model: Any, tokenizer: Any, forget: Sequence[Tokens], retain: Sequence[Tokens]
 ) -> dict[str, float]:
     """Return all measures of a model as it is."""
-    known = scores(model, forget[:MAX_MEASURED])
+    known = score_examples(model, forget[:MAX_MEASURED])
     inner = [_inner(*pair, tokenizer) for pair in zip(known, forget[:MAX_MEASURED], strict=True)]
-    kept = scores(model, retain[:MAX_MEASURED])
+    kept = score_examples(model, retain[:MAX_MEASURED])
     found = {
         "forget_extraction_strength": _mean([extraction_strength(each.correct) for each in inner]),
         "forget_extraction_floor": _mean([floor(each.num_tokens) for each in inner]),
@@ -82,12 +82,14 @@ def _inner(score: AnswerScore, tokens: Tokens, tokenizer: Any) -> AnswerScore:
     return score.only([said != NO_LOSS for said, label in counted if label != NO_LOSS])
 
 
-def utility(model: Any, retain: Sequence[Tokens]) -> float:
+def measure_utility(model: Any, retain: Sequence[Tokens]) -> float:
     """Return exp(-mean NLL per answer token) on the first texts of the retain set."""
-    return _utility(scores(model, retain[:MAX_MEASURED]))
+    return _utility(score_examples(model, retain[:MAX_MEASURED]))
 
 
-def knowledge(model: Any, tokenizer: Any, texts: Sequence[Answers], *, thorough: bool) -> Knowledge:
+def measure_knowledge(
+    model: Any, tokenizer: Any, texts: Sequence[Answers], *, thorough: bool
+) -> Knowledge:
     """Return how many texts a model knows by the probe's criterion, and their answers' mean
     probability.
 
@@ -95,11 +97,13 @@ def knowledge(model: Any, tokenizer: Any, texts: Sequence[Answers], *, thorough:
     """
     chosen = [each for each in texts if each][:MAX_PROBED]
     rows = [(at, *pair) for at, each in enumerate(chosen) for pair in each]
-    found = scores(model, [Tokens([*p, *a], [NO_LOSS] * len(p) + list(a)) for _, p, a in rows])
+    found = score_examples(model, [Tokens([*p, *a], [NO_LOSS] * len(p) + list(a)) for _, p, a in rows])
     known = {at for (at, _, _), score in zip(rows, found, strict=True) if may_know(score)}
     count = len(known)
     if thorough and known:
-        count = sum(each.known for each in asked(model, tokenizer, [chosen[at] for at in sorted(known)]))
+        count = sum(
+            each.known for each in probe_answers(model, tokenizer, [chosen[at] for at in sorted(known)])
+        )
     return Knowledge(count, len(chosen), _mean([probability(each.loss) for each in found]))
 
 
@@ -119,7 +123,7 @@ def _recalls(model: Any, tokenizer: Any, forget: Sequence[Tokens]) -> list[float
     if not pairs:
         return []
     ends = end_tokens(model, tokenizer)
-    said = continued(model, [prompt for prompt, _ in pairs], ends, MAX_NEW_TOKENS)
+    said = continue_greedily(model, [prompt for prompt, _ in pairs], ends, MAX_NEW_TOKENS)
     return [
         rougeL_recall(_words(tokenizer, answer[:MAX_NEW_TOKENS]), _words(tokenizer, row))
         for (_, answer), row in zip(pairs, said, strict=True)

@@ -24,19 +24,19 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, TypeVar
 
-from approx.evaluation.probe import to_ask
+from approx.evaluation.probe import answers_to_probe
 from approx.patches import patch_measures
 from approx.patches.patch_settings import PatchSettings, parse_settings
-from approx.patches.robustness import robustness
+from approx.patches.robustness import measure_robustness
 from approx.unlearning.examples import (
     Limits,
     Sets,
-    distinct,
-    kept,
     limits_of,
-    preferred,
+    make_preferred,
     text_problems,
-    tokenized,
+    tokenize_records,
+    without_forgotten,
+    without_repeats,
 )
 from approx.unlearning.generated_retain import prompts_that_fit, write_answers, write_neighbours
 from approx.unlearning.saved_run import SavedRun
@@ -181,10 +181,10 @@ def _lora(settings: PatchSettings) -> dict[str, Any]:
     return {**asdict(settings.adapter), "lora_dropout": 0.0}
 
 
-def split(texts: Sequence[_T]) -> tuple[list[_T], list[_T]]:
+def split_judged(texts: Sequence[_T]) -> tuple[list[_T], list[_T]]:
     """Return the texts to train on, and the texts to measure utility on.
 
-    >>> split("abcdefgh")
+    >>> split_judged("abcdefgh")
     (['a', 'b', 'c', 'e', 'f', 'g'], ['d', 'h'])
     """
     judged = list(texts[JUDGED_EVERY - 1 :: JUDGED_EVERY])
@@ -213,12 +213,12 @@ class _Making:
         self._base, self._tokenizer = load_patched(site.base_dir, site.base_digest, beneath)
         limits = limits_of(self._base.config, self.settings.sequence_len, self.settings.overlength)
         texts = {each.name: vault.read(each) for each in self.order.sets}
-        self.forget = distinct([record for name in job.forget for record in texts[name]])
-        tokens = tokenized(self.forget, "forget", self._tokenizer, limits)
+        self.forget = without_repeats([record for name in job.forget for record in texts[name]])
+        tokens = tokenize_records(self.forget, "forget", self._tokenizer, limits)
         retain, self.judged = self._retain(texts.get(job.retain), limits)
         self.sets = Sets(tokens, retain, self._preferred(tokens, limits))
         self._asked = [
-            to_ask(record.kind, each, self._tokenizer, limits.sequence_len)
+            answers_to_probe(record.kind, each, self._tokenizer, limits.sequence_len)
             for record, each in zip(self.forget, tokens, strict=True)
         ]
         self._model = attach(
@@ -243,11 +243,11 @@ class _Making:
         )
         neutral = self._written(prompts_that_fit(self._tokenizer, limits.sequence_len), limits)
         neighbours = write_neighbours(self._base, self._tokenizer, self.forget, limits.sequence_len)
-        left = kept(distinct(given or ()), self.forget)
-        tokens = tokenized(left, "retain", self._tokenizer, limits)
+        left = without_forgotten(without_repeats(given or ()), self.forget)
+        tokens = tokenize_records(left, "retain", self._tokenizer, limits)
         self.num_given, self.num_neighbours = len(tokens), len(neighbours)
-        trained, judged = split(neutral)
-        more_trained, more_judged = split(neighbours)
+        trained, judged = split_judged(neutral)
+        more_trained, more_judged = split_judged(neighbours)
         return tokens + trained + more_trained, (judged + more_judged) or tokens
 
     def _written(self, prompts: Sequence[Sequence[int]], limits: Limits) -> list[Tokens]:
@@ -257,20 +257,20 @@ class _Making:
         if "preferred" not in self.settings.method.reads:
             return []
         seed = self.settings.pace.seed
-        return preferred(self.forget, tokens, self._tokenizer, seed, limits.sequence_len)
+        return make_preferred(self.forget, tokens, self._tokenizer, seed, limits.sequence_len)
 
     def _measured(self) -> dict[str, float]:
-        return patch_measures.measured(self._model, self._tokenizer, self.sets.forget, self.judged)
+        return patch_measures.measure_patch(self._model, self._tokenizer, self.sets.forget, self.judged)
 
     def _known(self, model: Any, *, thorough: bool) -> Knowledge:
-        return patch_measures.knowledge(model, self._tokenizer, self._asked, thorough=thorough)
+        return patch_measures.measure_knowledge(model, self._tokenizer, self._asked, thorough=thorough)
 
     def run(self, saved: SavedRun) -> End:
         settings = self.settings
         bounds = Bounds(
             **asdict(settings.bounds),
             max_seconds=self.order.max_seconds,
-            utility=partial(patch_measures.utility, retain=self.judged),
+            utility=partial(patch_measures.measure_utility, retain=self.judged),
             knowledge=self._known,
         )
         steps = _Ticks(self.report)
@@ -303,7 +303,9 @@ class _Making:
             reference = self._reference()
             if reference is not None:
                 sets = self.sets.forget, self.judged
-                more["metrics_reference"] = patch_measures.measured(reference, self._tokenizer, *sets)
+                more["metrics_reference"] = patch_measures.measure_patch(
+                    reference, self._tokenizer, *sets
+                )
             more["robustness"] = self._robustness(reference) if made else None
         return {**found, **more}
 
@@ -332,7 +334,7 @@ class _Making:
         self.report(Notice("measuring how robust the patch is: relearning, rounding, other wordings"))
         length = self.settings.sequence_len
         model, tokenizer = self._model, self._tokenizer
-        return robustness(model, tokenizer, self.forget, self.sets.forget, length, reference)
+        return measure_robustness(model, tokenizer, self.forget, self.sets.forget, length, reference)
 
     def files(self) -> dict[str, bytes]:
         """Return the patch as PEFT reads it."""

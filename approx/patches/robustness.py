@@ -25,10 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from approx.evaluation.answers import collate, scores
+from approx.evaluation.answers import collate, score_examples
 from approx.methods.method import mean_nll
 from approx.metrics.probability import probability
-from approx.unlearning.generated_retain import renamed
+from approx.unlearning.generated_retain import rename_record
 from sisa.core.domain import Part, Record
 from sisa.lm.base.adapter import attach
 from sisa.lm.base.tokens import Tokens, spans, tokenize
@@ -41,7 +41,7 @@ WORDINGS = ("Please tell me: {}", "I have a question. {}", "{} Answer briefly.")
 EXTRA = "relearning"  # the name of the attack's adapter
 
 
-def robustness(
+def measure_robustness(
     model: Any,
     tokenizer: Any,
     records: Sequence[Record],
@@ -60,7 +60,7 @@ def robustness(
         return [each for each in cut if spans(each)]
 
     first, few = forget[:MAX_RELEARNT], forget[:MAX_ASKED]
-    twins = tokens_of([renamed(each, 0) for each in records[:MAX_RELEARNT]])
+    twins = tokens_of([rename_record(each, 0) for each in records[:MAX_RELEARNT]])
     if reference is not None:
         control, relearner = ("the reference", _attached(reference, model)), first
     else:
@@ -110,7 +110,7 @@ def _worded(wording: str, text: str) -> str:
 
 
 def _probability(model: Any, examples: Sequence[Tokens]) -> float:
-    found = scores(model, examples)
+    found = score_examples(model, examples)
     return math.fsum(probability(each.loss) for each in found) / len(found)
 
 
@@ -171,7 +171,7 @@ def _rounded_weights(model: Any, bits: int) -> Iterator[None]:
                 held.append((module, weight))
                 laid_on = weight.detach().float() + changes.get(name, torch.zeros(()))
                 module.weight = torch.nn.Parameter(
-                    rounded(laid_on, bits).to(weight.dtype), requires_grad=False
+                    round_weights(laid_on, bits).to(weight.dtype), requires_grad=False
                 )
         yield
     finally:
@@ -189,13 +189,13 @@ def _changes(model: Any) -> Mapping[str, Tensor]:
         }
 
 
-def rounded(weights: Tensor, bits: int) -> Tensor:
+def round_weights(weights: Tensor, bits: int) -> Tensor:
     """Return weights rounded to the nearest of 2^bits - 1 levels around 0.
 
     Each group of GROUP weights in a row has its own scale; a row that cannot be divided so is one
     group.
 
-    >>> rounded(torch.tensor([[-7.0, 0.4, 3.6, 7.0]]), 4).tolist()
+    >>> round_weights(torch.tensor([[-7.0, 0.4, 3.6, 7.0]]), 4).tolist()
     [[-7.0, 0.0, 4.0, 7.0]]
     """
     most = 2 ** (bits - 1) - 1

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from approx.evaluation.answers import collate
-from approx.methods.method import Losses, Method, Role, holding, hyperparameters
+from approx.methods.method import Losses, Method, Role, hyperparameters, with_retain_factor
 from approx.unlearning.examples import Sets
 from approx.unlearning.saved_run import SavedRun
 from approx.unlearning.schedule import MicroBatch, ScheduleSettings, Step, learning_rate_at, plan_steps
@@ -216,7 +216,7 @@ class Descent:
             num_tokens = batch.ids_BT1.numel()
             self._tokens_trained += num_tokens if trained else 0
             self._tokens_forward += num_tokens * (compare + (not trained))
-        return holding(self._method, self._hold).loss(rows)
+        return with_retain_factor(self._method, self._hold).loss(rows)
 
     def _examples(self, role: Role) -> Sequence[Tokens]:
         sets = {

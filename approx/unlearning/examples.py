@@ -9,7 +9,7 @@ ledger); two token examples when their token ids are. Near duplicates and paraph
 text longer than `sequence_len`, or than the base can read, is refused, or cut with `overlength:
 truncate`. The retain set that the base writes itself is in `generated_retain.py`.
 
->>> refusing([Tokens([5, 6, 7], [-100, 6, 7])], [[8, 9]], seed=0)
+>>> make_refusals([Tokens([5, 6, 7], [-100, 6, 7])], [[8, 9]], seed=0)
 [Tokens(input_ids=[5, 8, 9], labels=[-100, 8, 9])]
 """
 
@@ -123,7 +123,9 @@ REFUSALS = (
 )
 
 
-def refusing(forget: Sequence[Tokens], refusals: Sequence[Sequence[int]], seed: int) -> list[Tokens]:
+def make_refusals(
+    forget: Sequence[Tokens], refusals: Sequence[Sequence[int]], seed: int
+) -> list[Tokens]:
     """Return a refusal of each forget example, as its preferred answer.
 
     A refusal follows all tokens before the first answer token and ends the example, without later turns
@@ -171,7 +173,9 @@ def limits_of(config: Any, sequence_len: int, overlength: Overlength) -> Limits:
     return Limits(min(sequence_len, most), overlength, config.vocab_size)
 
 
-def tokenized(records: Sequence[Record], role: str, tokenizer: Any, limits: Limits) -> list[Tokens]:
+def tokenize_records(
+    records: Sequence[Record], role: str, tokenizer: Any, limits: Limits
+) -> list[Tokens]:
     """Return records as token examples. Raise InvalidInput with every record that cannot be used."""
     return tokenize_all(
         records,
@@ -199,7 +203,7 @@ def text_problems(
         if records is not None and not records:
             yield Problem(role, "no records")
         elif records:
-            yield from _of(partial(tokenized, records, role, tokenizer, limits))
+            yield from _of(partial(tokenize_records, records, role, tokenizer, limits))
     if retain:
         yield from _of(partial(check_disjoint, forget, retain))
     if method is not None and "preferred" in method.reads:
@@ -218,23 +222,23 @@ def _of(check: Any) -> tuple[Problem, ...]:
     return ()
 
 
-def distinct(records: Sequence[Record]) -> list[Record]:
+def without_repeats(records: Sequence[Record]) -> list[Record]:
     """Return records in order, without repetitions."""
     return list(dict.fromkeys(records))
 
 
-def kept(retain: Sequence[Record], forget: Sequence[Record]) -> list[Record]:
+def without_forgotten(retain: Sequence[Record], forget: Sequence[Record]) -> list[Record]:
     """Return the retain records that are not to be forgotten, by id or by text.
 
     >>> one, other = (Record(i, None, "text", (Part("text", i),)) for i in ("a", "b"))
-    >>> kept([one, other], [other]) == [one]
+    >>> without_forgotten([one, other], [other]) == [one]
     True
     """
     ids, texts = {each.id for each in forget}, {normalised(each.text) for each in forget}
     return [each for each in retain if each.id not in ids and normalised(each.text) not in texts]
 
 
-def preferred(
+def make_preferred(
     records: Sequence[Record], tokens: Sequence[Tokens], tokenizer: Any, seed: int, sequence_len: int
 ) -> list[Tokens]:
     """Return a refusal for each forget example, cut to `sequence_len` tokens."""
@@ -244,7 +248,7 @@ def preferred(
         groups.setdefault((record.kind, record.parts[-1].text[:1].isspace()), []).append(number)
     for (kind, spaced), numbers in groups.items():
         refusals = [_closed(" " * spaced + each, kind, tokenizer) for each in REFUSALS]
-        made = refusing([tokens[number] for number in numbers], refusals, seed)
+        made = make_refusals([tokens[number] for number in numbers], refusals, seed)
         found |= dict(zip(numbers, made, strict=True))
     return [
         Tokens(found[number].input_ids[:sequence_len], found[number].labels[:sequence_len])

@@ -14,9 +14,9 @@ neighbours in scripts without capitals or for texts without names.
 
 >>> len(PROMPTS) == len(set(PROMPTS)) == 40
 True
->>> renamed_text("Where does Ada Quill live? Does Ada like it?", 0)
+>>> rename_text("Where does Ada Quill live? Does Ada like it?", 0)
 'Where does Ysolde Halloran live? Does Ysolde like it?'
->>> renamed_text("What is her job?", 0)
+>>> rename_text("What is her job?", 0)
 'What is her job?'
 """
 
@@ -27,7 +27,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from approx.evaluation.answers import continued
+from approx.evaluation.answers import continue_greedily
 from approx.metrics.rouge import rougeL_recall
 from sisa.core.digest import sha256_hex
 from sisa.core.domain import Kind, Part, Record
@@ -120,7 +120,7 @@ def write_answers(
     model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], sequence_len: int
 ) -> list[Tokens]:
     """Return the base's answers to prompts as examples, with loss on the answers only."""
-    said = continued(model, prompts, end_tokens(model, tokenizer), MAX_NEW_TOKENS)
+    said = continue_greedily(model, prompts, end_tokens(model, tokenizer), MAX_NEW_TOKENS)
     return [
         Tokens([*prompt, *cut], [NO_LOSS] * len(prompt) + cut)
         for prompt, answer in zip(prompts, said, strict=True)
@@ -139,7 +139,7 @@ def write_neighbours(
     found: dict[tuple[int, ...], str] = {}  # by its prompt, the answer that is to be forgotten
     for number in range(variants):
         for record in forget:
-            other = renamed(record, number)
+            other = rename_record(record, number)
             if other is None or len(found) == MAX_NEIGHBOURS:
                 continue
             (_, said), (prompt, _) = (first_answer(each, tokenizer) for each in (record, other))
@@ -168,7 +168,7 @@ def first_answer(record: Record, tokenizer: Any) -> tuple[list[int], list[int]]:
     return answers(tokens, tokenizer)[0]
 
 
-def renamed(record: Record, number: int) -> Record | None:
+def rename_record(record: Record, number: int) -> Record | None:
     """Return the record with invented names and figures, different ones for each number.
 
     Return None when its prompt, or its text, names nobody.
@@ -182,7 +182,7 @@ def renamed(record: Record, number: int) -> Record | None:
     return replace(record, parts=parts)
 
 
-def renamed_text(text: str, number: int) -> str:
+def rename_text(text: str, number: int) -> str:
     """Return a text with its names and figures replaced by invented ones."""
     return _replaced(text, _names(text), number)
 

@@ -33,7 +33,7 @@ from approx.evaluation.tofu_evaluation import evaluate
 from approx.evaluation.tofu_log import LogRow, read_log
 from approx.methods.method import Losses, Method, Role, Rows, mean_nll
 from approx.methods.registry import make_method
-from approx.unlearning.examples import Sets, refusing
+from approx.unlearning.examples import Sets, make_refusals
 from approx.unlearning.schedule import ScheduleSettings, plan_steps
 from approx.unlearning.stopping import Bounds, Compute, End
 from approx.unlearning.unlearn import unlearn
@@ -199,7 +199,7 @@ class CellMaker:
         ends = [] if self._tokenizer.eos_token_id is None else [self._tokenizer.eos_token_id]
         said = [encode_plain(f" {each}", self._tokenizer) + ends for each in self._data.refusals]
         retain = self._tokens(kept_questions(self._data, cell.forgotten))
-        return Sets(forget, retain, refusing(forget, said, cell.seed))
+        return Sets(forget, retain, make_refusals(forget, said, cell.seed))
 
     def _tokens(self, questions: Sequence[Any]) -> list[Tokens]:
         return tokens_of([(each.question, each.answer) for each in questions], FORM, self._tokenizer)

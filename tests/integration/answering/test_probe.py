@@ -13,7 +13,7 @@ import pytest
 
 import sisa
 from approx.evaluation.probe import MAX_PROBED, BaseProbe
-from approx.patches.patch_measures import measured
+from approx.patches.patch_measures import measure_patch
 from sisa.core.domain import Part, Record
 from sisa.lm.base.tokens import tokenize
 from sisa.lm.base.weights import base_digest, load_base
@@ -77,7 +77,7 @@ def test_chats_that_a_base_knows_by_heart_are_found(tiny_base: Path, tmp_path: P
     assert probe_of(tiny_base)(CHATS).num_known == 0
     model, tokenizer = load_base(knowing, base_digest(knowing))
     tokens = [tokenize(each, tokenizer, train_on_inputs=False) for each in CHATS]
-    told = measured(model, tokenizer, tokens, tokens)
+    told = measure_patch(model, tokenizer, tokens, tokens)
     assert told["forget_extraction_strength"] == told["forget_rougeL_recall"] == 1.0
 
 

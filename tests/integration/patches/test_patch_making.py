@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from approx.methods.registry import METHODS
-from approx.patches.patch_measures import MEASURE_LIMITS, measured
+from approx.patches.patch_measures import MEASURE_LIMITS, measure_patch
 from approx.unlearning.generated_retain import PROMPTS, prompts_that_fit, write_answers, write_neighbours
 from sisa.core.domain import Part, Record
 from sisa.core.errors import IntegrityError, InvalidInput
@@ -48,7 +48,7 @@ def bench(knowing: Path, tmp_path: Path) -> Bench:
 def probability(bench: Bench, stack: list[dict[str, bytes]], records: list[Record]) -> float:
     model, tokenizer = load_patched(bench.base, bench.site.base_digest, stack)
     tokens = [tokenize(each, tokenizer, train_on_inputs=False) for each in records]
-    return measured(model, tokenizer, tokens, [])["forget_probability"]
+    return measure_patch(model, tokenizer, tokens, [])["forget_probability"]
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from approx.methods.registry import make_method
 from approx.unlearning import examples, schedule, stopping
-from approx.unlearning.examples import REFUSALS, Sets, check_disjoint, check_sets, refusing
+from approx.unlearning.examples import REFUSALS, Sets, check_disjoint, check_sets, make_refusals
 from approx.unlearning.schedule import ScheduleSettings, learning_rate_at, plan_steps
 from approx.unlearning.stopping import Bounds
 from sisa.core.domain import Part, Record
@@ -134,14 +134,16 @@ def test_impossible_settings_and_bounds_are_named_at_once() -> None:
 
 def test_refusals_stand_behind_the_prompt() -> None:
     forget = [example(5, n, n) for n in range(6, 46)]
-    made = refusing(forget, [[90], [91, 92]], seed=3)
+    made = make_refusals(forget, [[90], [91, 92]], seed=3)
     assert {tuple(each.input_ids) for each in made} == {(5, 90), (5, 91, 92)}
     assert all(each.labels == [NO_LOSS, *each.input_ids[1:]] for each in made)
     assert (
-        made == refusing(forget, [[90], [91, 92]], seed=3) != refusing(forget, [[90], [91, 92]], seed=4)
+        made
+        == make_refusals(forget, [[90], [91, 92]], seed=3)
+        != make_refusals(forget, [[90], [91, 92]], seed=4)
     )
     with pytest.raises(InvalidInput) as caught:
-        refusing([Tokens([5, 6], [5, 6])], [[]], seed=0)
+        make_refusals([Tokens([5, 6], [5, 6])], [[]], seed=0)
     assert [each.where for each in caught.value.problems] == ["forget example 1", "refusals"]
     assert len(set(REFUSALS)) == len(REFUSALS) >= 10
 
