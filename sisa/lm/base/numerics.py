@@ -29,7 +29,7 @@ from sisa.core.digest import digest_of
 from sisa.core.precision import DEFAULT_PRECISION, Precision
 from sisa.lm.base import cuda
 
-# Raised with every change of code that reaches the bits of a stage: tests/unit/lm/test_procedure.py.
+# Raised with every change of code that reaches the bits of a stage: tests/procedure.py tells how.
 PROCEDURE_VERSION = 5
 MMAP_THRESHOLD_BYTES, TRIM_THRESHOLD_BYTES = 64 << 20, 256 << 20
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
