@@ -93,9 +93,9 @@ def run_quickstart(
     executor: str | OpenExecutor,
 ) -> Result:
     """Train, find, delete and prove, on a real language model, in two minutes."""
-    from cluster.cli.quickstart import tell
+    from cluster.cli.quickstart import run_story
 
-    story = tell(directory, num_people, num_epochs, executor, from_scratch=from_scratch)
+    story = run_story(directory, num_people, num_epochs, executor, from_scratch=from_scratch)
     return render.quickstart(story)
 
 
@@ -438,7 +438,7 @@ def _fail(body: dict[str, Any], text: str, code: int, as_json: bool) -> int:
     if log is None:
         click.echo(f"error: {render.printable(text)}", err=True)
     else:
-        # What a person typed may be an id: a usage error is told by its kind alone.
+        # What a person typed may be an id: of a usage error the log gets its kind alone.
         said = "" if body["type"] == "UsageError" else render.printable(body["message"])
         log.write("run_failed", "error", error=body["type"], exit_code=code, message=said)
     return code

@@ -371,14 +371,14 @@ def _measures(report: Mapping[str, Any]) -> Iterator[str]:
         "retain": f"{sets.get('num_judged_measured')} texts that were not trained on; "
         f"{sets.get('num_retain')} were, {sets.get('retain')}",
     }
-    for role, told in measured.items():
+    for role, what in measured.items():
         found = [
             f"{NAMES[name]} {_number(before[name])} -> {_number(after[name])}"
             for name in NAMES
             if name.startswith(role) and name in before and name in after
         ]
         if found:
-            yield f"  {role} set ({told}): " + ", ".join(found)
+            yield f"  {role} set ({what}): " + ", ".join(found)
     if reference := report.get("metrics_reference"):
         own = [f"{NAMES[name]} {_number(reference[name])}" for name in NAMES if name in reference]
         yield "  reference: " + ", ".join(own)

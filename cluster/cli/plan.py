@@ -217,12 +217,12 @@ def _groups(risks: Sequence[str]) -> tuple[tuple[Group, ...], list[Problem]]:
         if not (0 < group.share <= 1 and 0 <= group.risk < math.inf):
             problems.append(_unfit("--risk", "a share above 0 and at most 1, and a risk from 0", text))
         found.append(group)
-    told = ", ".join(risks)
+    shown = ", ".join(risks)
     if risks and not problems:
         if not math.isclose(sum(each.share for each in found), 1.0, abs_tol=1e-6):
-            problems.append(_unfit("--risk", "shares that make 1 together", told))
+            problems.append(_unfit("--risk", "shares that make 1 together", shown))
         if not any(each.risk for each in found):
-            problems.append(_unfit("--risk", "a group that is ever asked for", told))
+            problems.append(_unfit("--risk", "a group that is ever asked for", shown))
     return tuple(found) or (Group(1.0, 1.0),), problems
 
 
@@ -290,11 +290,11 @@ def planned(advised: Sequence[Advice], best: Advice | None, limits: LayoutLimits
         "choices": [_plain(each) for each in advised],
     }
     timed = limits.record_epochs_per_s > 0
-    told = ["nothing fits within the limits; the cheapest that do not:"]
+    shown = ["nothing fits within the limits; the cheapest that do not:"]
     if best is not None:
         orders = "1 order" if best.num_orders == 1 else f"{best.num_orders} orders"
         bands = f", bands at {list(best.thresholds)}" if best.thresholds else ""
-        told = [
+        shown = [
             f"recommended: {best.num_shards} shards x {best.num_slices} slices, {orders}, "
             f"{best.num_kept} checkpoints kept a shard{bands}; in the run file:",
             "",
@@ -306,7 +306,7 @@ def planned(advised: Sequence[Advice], best: Advice | None, limits: LayoutLimits
     head += f" {'GB':>8} {'h' if timed else 'epochs':>10}  bands"
     rows = [_row(each, timed=timed) for each in advised[:SHOWN]]
     more = [f"... and {len(advised) - SHOWN} more choices (--json)"] if len(advised) > SHOWN else []
-    lines = [*told, "", head, *rows, *more, "", *NOTES, f"bytes of a stage: {source}"]
+    lines = [*shown, "", head, *rows, *more, "", *NOTES, f"bytes of a stage: {source}"]
     return Result(body, "\n".join(lines), 0 if best else 2)
 
 

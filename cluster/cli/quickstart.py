@@ -176,7 +176,7 @@ def _write_over_scratch(directory: Path, rows: Sequence[Row]) -> Start:
     return start
 
 
-def tell(
+def run_story(
     directory: Path,
     num_people: int | None,
     num_epochs: int | None,

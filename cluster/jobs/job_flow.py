@@ -1,10 +1,8 @@
-"""Submitting a training to a cluster, following it, stopping it: the flows over the port `Jobs`.
+"""Submit a training to a cluster, follow it and stop it, over the port `Jobs`.
 
-Rules: everything is checked before anything is sent. A model that a job is training is not submitted
+Everything is checked before anything is sent. A model that a job is training is not submitted
 again. Following goes on through a lost connection, and shows each piece of the log once. Interrupting it
 leaves the job as it is.
-
-Not covered: arguments and words (`jobs.py`).
 """
 
 from __future__ import annotations

@@ -1,11 +1,8 @@
-"""Jobs on a remote cluster: what is sent, what is known of one, and the port to whoever runs them.
+"""Define jobs on a remote cluster, what is sent with one, and the port to what runs them.
 
-Rules: pure. A job is sent as a folder of code with a run file and a command of fixed words; what goes
+Pure. A job is sent as a folder of code with a run file and a command of fixed words; what goes
 along says which model it trains, as a digest of where that lies, and nothing else: no record, no id, no
 secret. A job that ended keeps its exit code; one without an exit code was ended by its surroundings.
-
-Not covered: submitting and following (`job_flow.py`), the folder (`job_package.py`), Ray
-(`ray_jobs.py`).
 
 >>> job_name(datetime(2026, 1, 2, 3, 4, 5), "9f")
 'sisa-20260102-030405-9f'

@@ -1,9 +1,7 @@
-"""Manifests for KubeRay, as they lie in `manifests/`: RayJob, RayCluster, the volume that both share.
+"""Read the manifests for KubeRay in `manifests/`: RayJob, RayCluster, and the volume that both share.
 
-Rules: a manifest is printed as it is written, with the image and the instance type of its nodes put in;
+A manifest is printed as it is written, with the image and the instance type of its nodes put in;
 nothing is applied, and no secret is in it. Tokens are KubeRay's to make (`authOptions`).
-
-Not covered: building the image, the operator.
 
 >>> manifest("volume").splitlines()[-1]
 '      storage: 100Gi'

@@ -1,10 +1,10 @@
-"""Jobs on a Ray cluster, through the address of its dashboard.
+"""Run jobs on a Ray cluster through the address of its dashboard.
 
-Rules: the address given is the one used, whatever RAY_ADDRESS says. The token is found as Ray finds it
+The address given is the one used, whatever RAY_ADDRESS says. The token is found as Ray finds it
 (RAY_AUTH_TOKEN, the file that RAY_AUTH_TOKEN_PATH names, `~/.ray/auth_token`) and goes into a header of
 requests alone; RAY_AUTH_MODE=disabled sends none. Nothing is printed.
 
-Not covered: certificates of one's own, but for what REQUESTS_CA_BUNDLE and SSL_CERT_FILE do.
+A certificate of one's own is named by REQUESTS_CA_BUNDLE or SSL_CERT_FILE.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class RayJobs:
                     # `exec`, so that the program is not a shell's child: what ends the job reaches it
                     entrypoint=f"exec {shlex.join(submission.words)}",
                     submission_id=submission.id,
-                    runtime_env={"working_dir": str(submission.folder), "env_vars": _told()},
+                    runtime_env={"working_dir": str(submission.folder), "env_vars": _auth_environment()},
                     metadata=dict(submission.said),
                 )
                 return
@@ -173,20 +173,20 @@ def _knock(address: str) -> None:
 def _as_given() -> Iterator[None]:
     """The surroundings in which Ray's client uses the address given, and looks for a token."""
     former = {name: os.environ.pop(name, None) for name in OVERRIDING}
-    told = AUTH_MODE in os.environ
+    chosen = AUTH_MODE in os.environ
     os.environ.setdefault(AUTH_MODE, "token")
     read_environment()
     try:
         yield
     finally:
         os.environ |= {name: value for name, value in former.items() if value is not None}
-        if not told:
+        if not chosen:
             del os.environ[AUTH_MODE]
         read_environment()
 
 
-def _told() -> dict[str, str]:
-    """What a job is told of its cluster: that it wants no token, where the user says so."""
+def _auth_environment() -> dict[str, str]:
+    """Return what a job learns of its cluster: that it wants no token, where the user says so."""
     disabled = os.environ.get(AUTH_MODE, "").lower() == "disabled"
     return {AUTH_MODE: "disabled"} if disabled else {}
 

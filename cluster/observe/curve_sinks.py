@@ -1,11 +1,9 @@
-"""Tools that draw curves, each behind one small Protocol: TensorBoard, MLflow.
+"""Write curves to tools that draw them, TensorBoard and MLflow, each behind one small Protocol.
 
-Rules: a run is written whole; written again it takes the place of what it was, so that nothing is told
+A run is written whole; written again it takes the place of what it was, so that nothing is written
 twice. What is written are numbers and names of curves and runs. The libraries are extras and imported
 when they are asked for; a missing one is an EnvironmentFault. Copies are the user's: a deletion does not
 reach them.
-
-Not covered: which curves there are (`cluster/observe/curves.py`).
 
     TensorBoard(Path("board")).write("20261125T213749Z-3f9a1c2b", points)
 """

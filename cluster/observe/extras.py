@@ -1,8 +1,6 @@
-"""Libraries that come with an extra, imported when they are asked for.
+"""Import libraries that come with an extra when they are needed.
 
-Rules: a missing one is an EnvironmentFault that names the extra.
-
-Not covered: what is done with them.
+A missing one is an EnvironmentFault that names the extra.
 
 >>> library("json", "tools").__name__
 'json'

@@ -1,15 +1,13 @@
-"""Structured logs: one JSON object a line on standard error, all of a run under one name.
+"""Write structured logs: one JSON object a line on standard error, all of a run under one name.
 
     {"time": "2026-11-25T21:37:49.123+00:00", "level": "info", "run": "20261125T213749Z-3f9a1c2b",
      "source": "driver", "pid": 4711, "event": "slice_trained", "shard": 0, "slice": 1, ...}
 
-Rules: a line says what happened and in which numbers, and no loss, text or id
+A line says what happened and in which numbers, and no loss, text or id
 (`sisa/core/measured.py`). A
 `message` is one of our own sentences: of a notice, or what went wrong; places and values stay out.
-Workers write theirs on their own standard error, which Ray keeps among its logs; the driver hears the
+Workers write theirs on their own standard error, which Ray keeps among its logs; the driver receives the
 same events and sums them up, a line of progress every LINE_EVERY_S seconds.
-
-Not covered: text for people (`sisa/flows/wiring/progress.py`); who chooses (`reporting.py`).
 
 >>> import io
 >>> stream = io.StringIO()
@@ -49,7 +47,7 @@ class JsonLog:
         body = {"time": at, "level": level, **self._always, "event": name, **fields}
         print(json.dumps(body), file=self._stream, flush=True)
 
-    def tell(self, event: Event) -> None:
+    def write_event(self, event: Event) -> None:
         """The line of an event."""
         level: Level = "error" if isinstance(event, ErasureFailed) else "info"
         said = {"message": event.text} if isinstance(event, Notice) else {}
@@ -57,7 +55,7 @@ class JsonLog:
 
 
 class DriverLog:
-    """A report: steps on the way are summed up, all else is told as it is."""
+    """A report: steps on the way are summed up, all else is written as it is."""
 
     def __init__(self, log: JsonLog) -> None:
         self._log = log
@@ -72,7 +70,7 @@ class DriverLog:
                 self._last = now
                 self._log.write("progress", **self._meter.numbers(now))
         else:
-            self._log.tell(event)
+            self._log.write_event(event)
 
 
 class WorkerLog:
@@ -83,7 +81,7 @@ class WorkerLog:
 
     def __call__(self, event: Event) -> None:
         if not isinstance(event, SliceProgress | PatchProgress):
-            self._log.tell(event)
+            self._log.write_event(event)
 
 
 def worker_log(run: RunContext | None, stream: TextIO, node: str) -> WorkerLog | None:

@@ -1,4 +1,4 @@
-"""Metrics for Prometheus, through Ray: what a driver hears, on the endpoint of its node.
+"""Export metrics for Prometheus through Ray, on the endpoint of the driver's node.
 
     ray_sisa_slices_trained_total     slices whose checkpoints were stored
     ray_sisa_tokens_trained_total     their tokens
@@ -11,13 +11,12 @@
     ray_sisa_erasure_failures_total   erasures that failed
     ray_sisa_retrain_seconds          from a deletion's commit until its shards arrived (a histogram)
 
-Rules: every series bears the run's name and nothing of a record. Ray is never imported or started for
-this: what is told before a connection stands is kept and passed on with the first event after. With no
+Every series bears the run's name and nothing of a record. Ray is never imported or started for
+this: what comes before a connection stands is kept and passed on with the first event after. With no
 open request the days left are not a number, which Ray does not show. Ray forgets a gauge that is not set
 again, so all are set to what they last were every REFRESH_S seconds, until the run ends.
 
-Not covered: metrics of Ray itself; scraping; how often Ray exports (`RAY_metrics_report_interval_ms`:
-ten seconds; a gauge is shown for twice as long).
+Ray exports every `RAY_metrics_report_interval_ms` (ten seconds) and shows a gauge for twice as long.
 
 >>> class Shown:
 ...     def __getattr__(self, kind):

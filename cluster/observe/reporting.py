@@ -1,9 +1,7 @@
-"""Whoever watches a command: a person or a log, as the run under way is told; errors, too.
+"""Show a command's events and errors to a person, or log them, as the run under way asks.
 
-Rules: everything goes to standard error; standard output stays free for the result. With `--log-format
+Everything goes to standard error; standard output stays free for the result. With `--log-format
 json` each line there is a JSON object. Ray is not imported.
-
-Not covered: what a person sees (`sisa/flows/wiring/progress.py`), how a line reads (`json_log.py`).
 
 >>> log_format_of(["train", "run.yaml", "--log-format", "json"]), log_format_of(["status"])
 ('json', 'text')
@@ -41,7 +39,7 @@ def open_log() -> JsonLog | None:
 
 @contextmanager
 def watched() -> Iterator[Report]:
-    """A report that shows or logs what it is told, and lets Ray's metrics know."""
+    """A report that shows or logs events, and passes them to Ray's metrics."""
     with running() as run, _shown() as shown, RayMeters(run.run) as meters:
         measuring = Measuring(meters)
 
@@ -77,6 +75,6 @@ def say(text: str) -> None:
     """A line for whoever waits, from outside of any flow."""
     log = open_log()
     if log is not None:
-        log.tell(Notice(text.strip()))
+        log.write_event(Notice(text.strip()))
     else:
         print(text, file=sys.stderr, flush=True)

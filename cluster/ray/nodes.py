@@ -1,15 +1,15 @@
-"""The nodes of a run: which of them may train, with how many workers, and who has come and gone.
+"""Keep the nodes of a run: which of them may train, with how many workers, and which have come and gone.
 
-Rules: the driver's own node may always train; any other must first prove that it trains the same bits
-(`proofs.py`), those that join later, too. One that does not never gets a task, and the user is told why.
+The driver's own node may always train; any other must first prove that it trains the same bits
+(`proofs.py`), those that join later, too. One that does not never gets a task, and a notice says why.
 Before any work: EnvironmentFault if no node may train, or if one lacks the base and the object store is
 too small to carry it there. A node that is lost loses its places.
 
 A lost head is fatal: Ray keeps its tables in the head's memory, an external Redis is not assumed. The
 driver says so after HEAD_LOST_S and ends; what is finished is kept, and the same command goes on.
 
-Not covered: CPUs that other jobs of the cluster use: a task waits for the node that it was given. Nodes
-that join a run which began on a Ray of one node without an address.
+CPUs that other jobs of the cluster use are not seen: a task waits for the node that it was given. Nodes
+that join a run which began on a Ray of one node without an address are not used.
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
-"""Making a patch in a Ray worker: the same maker, the same bytes, the driver's progress.
+"""Make a patch in a Ray worker: the same maker, the same bytes, the driver's progress.
 
-Rules: a task carries paths, digests and an order, never text; the worker reads the vault itself, so that
+A task carries paths, digests and an order, never text; the worker reads the vault itself, so that
 the vault, its keyring and the patches lie where all nodes see them. A worker that dies is started again,
 and goes on from what its run had put aside. Refusing needs no weights and is done here.
-
-Not covered: making (`approx/patches/patching.py`), the loop over tasks (`ray_tasks.py`).
 """
 
 from __future__ import annotations

@@ -1,13 +1,11 @@
-"""What a node must show before it trains: by a probe task, that it trains the driver's bits.
+"""Prove by a probe task that a node trains the driver's bits, before it trains.
 
     probe on the node: fingerprint, digest of the self-test, has it the base? -> Proof -> may it train?
 
-Rules: the driver's own node is the reference, so it is probed as soon as another one is. A node that
+The driver's own node is the reference, so it is probed as soon as another one is. A node that
 does not show the jobs' fingerprint *and* the digest that the self-test has on the driver's node is
 refused, as is one whose probe fails. A probe whose worker is lost is no answer, and may be asked again.
 A proof is kept for a node's life, which its id names.
-
-Not covered: what becomes of it (`nodes.py`); the self-test (`sisa/lm/train/self_test.py`).
 
 >>> reference = Proof("f1", "d1", has_base=True)
 >>> refusal(Proof("f1", "d1", has_base=False), reference, frozenset({"f1"}))

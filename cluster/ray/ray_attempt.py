@@ -1,10 +1,8 @@
-"""A task carried out in a Ray worker, whatever it is: heard, and never raising.
+"""Carry out any task in a Ray worker: events go to the driver, and no exception is raised there.
 
-Rules: every exception comes back as a value, without its message unless it is of the error tree, for it
+Every exception comes back as a value, without its message unless it is of the error tree, for it
 may quote a record. The first word says which process it is, so that it can be killed when it is silent.
 Events go to the mailbox with the attempt's number; the result lists all stages again.
-
-Not covered: who hands tasks out (`ray_tasks.py`).
 """
 
 from __future__ import annotations

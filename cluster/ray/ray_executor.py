@@ -1,9 +1,7 @@
-"""An Executor on Ray: one task per shard's chain, longest first, any number of workers, same bytes.
+"""Train on Ray: one task per shard's chain, longest first, any number of workers, same bytes.
 
-Rules: a chain can be started again anywhere at any time, since workers skip stages already stored: a
-worker killed mid-slice costs that slice. The rest of the rules are those of `ray_tasks.py`.
-
-Not covered: what a worker does (`ray_worker.py`); the connection to Ray (`ray_session.py`).
+A chain can be started again anywhere at any time, since workers skip stages already stored: a
+worker killed mid-slice costs that slice. See also `ray_tasks.py`.
 
     with open_executor(site, {"num_workers": 2}) as executor:
         executor.run(chains, report)

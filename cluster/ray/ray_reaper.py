@@ -45,8 +45,8 @@ def _belonging(private_dir: str) -> list[int]:
 
 def _tells_of(process: Path, private_dir: str) -> bool:
     """Ray's processes change their titles, which may overwrite what they were started with."""
-    told = (process / "cmdline").read_bytes() + (process / "environ").read_bytes()
-    return private_dir.encode() in told or any(
+    found = (process / "cmdline").read_bytes() + (process / "environ").read_bytes()
+    return private_dir.encode() in found or any(
         os.readlink(each).startswith(private_dir) for each in (process / "fd").iterdir()
     )
 

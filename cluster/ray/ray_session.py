@@ -1,12 +1,12 @@
-"""The process's one connection to Ray: started, shared by all that run tasks, and ended; its mailbox.
+"""Hold the process's one connection to Ray, which all that run tasks share, and its mailbox.
 
-Rules: a local Ray starts at the first run and ends with `disconnect` or with the process. It listens on
+A local Ray starts at the first run and ends with `disconnect` or with the process. It listens on
 loopback alone and answers only who knows its token: a new secret in a file of mode 0600 in the session's
 private directory, which is removed at the end; after a process that was killed, by `ray_reaper.py`. A
 Ray that the caller has started, or that runs at an address, is used and left as it is. Nothing is
 printed on standard output, also when a node is lost. What SIGTERM does to the process stays as it was.
 
-Not covered: Ray Client (`ray://`) and autoscaling.
+Ray Client (`ray://`) and autoscaling are not supported.
 """
 
 from __future__ import annotations
@@ -74,16 +74,16 @@ class _OwnPath(JobConfig):  # type: ignore[misc]
 
 
 class Mailbox:
-    """What is told on its way to the driver, by run."""
+    """Events on their way to the driver, by run."""
 
     def __init__(self) -> None:
-        self._told: dict[str, list[Any]] = {}
+        self._events: dict[str, list[Any]] = {}
 
     def put(self, run_id: str, what: Any) -> None:
-        self._told.setdefault(run_id, []).append(what)
+        self._events.setdefault(run_id, []).append(what)
 
     def take(self, run_id: str) -> list[Any]:
-        return self._told.pop(run_id, [])
+        return self._events.pop(run_id, [])
 
 
 class Listener:
@@ -94,8 +94,8 @@ class Listener:
         self._mailbox, self._run_id = mailbox, run_id
         self._answer: Any = None  # on its way
 
-    def heard(self, timeout_s: float) -> list[Any]:
-        """What was told since the last time; nothing, where no answer comes in time."""
+    def received(self, timeout_s: float) -> list[Any]:
+        """Return what came since the last time; nothing where no answer comes in time."""
         if self._answer is None:
             self._answer = self._mailbox.take.remote(self._run_id)
         if not ray.wait([self._answer], timeout=timeout_s)[0]:
@@ -124,8 +124,8 @@ def connect(address: str | None, num_cpus: int) -> Session:
     owned = not ray.is_initialized()
     with ExitStack() as at_end:
         if owned:
-            # Ray prints on standard output when a node is lost, whatever it was told of logging; that
-            # it was lost is told as a Notice.
+            # Ray prints on standard output when a node is lost, whatever logging is set to; a
+            # Notice says that it was lost.
             at_end.enter_context(_instead(worker, "print_to_stdstream", _print_nothing))
             if address is None:
                 private_dir = _start(num_cpus, at_end)
@@ -265,8 +265,8 @@ def _private_directory() -> Path:
 
 
 def _attach(address: str) -> None:
-    # `ray start` demands a token where it finds one, or is told to. A client is to send one unless told
-    # otherwise; on a node of the cluster that is told by what is found there, as to a job.
+    # `ray start` demands a token where it finds one, or is set to. A client sends one unless
+    # set otherwise; on a node of the cluster what is found there decides, as for a job.
     if AUTH_MODE not in os.environ and (address != "auto" or has_token()):
         os.environ[AUTH_MODE] = "token"
         read_environment()

@@ -1,4 +1,4 @@
-"""Tasks on Ray, side by side: handed out, heard, started again when their worker dies, cancelled.
+"""Run tasks on Ray side by side; start them again when their worker dies; cancel them.
 
     run_tasks(tasks: Sequence[T], carry_out: Callable[[T, Report], R], report: Report, *,
               session: Session, placement: Placement, label: Callable[[T], str],
@@ -6,22 +6,19 @@
               mend: Callable[[T], T] = give_up, terms: Terms | None = None,
               stall_limit_s: float | None = None) -> list[R]
 
-Rules: a task can be carried out again anywhere at any time and goes on from what it had stored, for a
+A task can be carried out again anywhere at any time and goes on from what it had stored, for a
 worker may die. Which task starts, and which starts again (announced as a Notice), `TaskQueue` decides;
 `num_workers` run at once, or as many as the nodes have CPUs for. `Nodes` says by `terms` on which nodes;
 a task is pinned to one, and starts again on another if it can. `carry_out` is a module's function; it
 may raise `Unready`, and then `mend` says, in the driver, which task takes that
 one's place. What must be set before torch is imported travels in the task's runtime environment.
-A worker that has begun and is not heard of for `stall_limit_s` seconds is killed, which is a death. One
+A worker that has begun and sends nothing for `stall_limit_s` seconds is killed, which is a death. One
 that has not begun for as long (and START_S) is not waited for any more: its task is handed out again.
 
 Events come through a mailbox, an actor that needs no CPU. It may die: a task's result lists all of its
 SliceTrained again, and each is reported once. `report` is called in the driver's thread alone. When
 `run_tasks` raises, for whatever reason, an interrupt too, Ray has confirmed that its tasks are
 cancelled; their processes are gone some milliseconds later.
-
-Not covered: the connection to Ray (`ray_session.py`); which nodes may take tasks (`nodes.py`); carrying
-tasks out in this process: a loop.
 
     session = connect(None, num_cpus=2)
     run_tasks([1, 2], square, report, session=session, placement=Placement(cpus=1), label=str)  # [1, 4]
@@ -63,11 +60,11 @@ START_S = 120.0  # a worker's start, with its imports, on a busy machine
 
 @dataclass
 class _Attempt:
-    """A task under way: which, on what node, when it was handed out or last heard of, and by whom."""
+    """A task under way: which, on what node, when it was last handed out or sent something."""
 
     number: int
     node: str
-    heard: float
+    received: float
     worker: Begun | None = None
     killed: bool = False
 
@@ -198,18 +195,18 @@ class _Run(Generic[_T, _R]):
 
     def _deliver(self) -> None:
         # What is lost with a mailbox that died comes with the results.
-        events: list[tuple[int, Event | Begun]] = self._listener.heard(MAILBOX_S)
+        events: list[tuple[int, Event | Begun]] = self._listener.received(MAILBOX_S)
         for attempt, event in events:
-            # What an attempt that is over has told too late does not speak for the next one.
+            # An event of an attempt that is over says nothing of the next one.
             under_way = self._attempts.get(attempt)
             if under_way is not None:
-                under_way.heard = time.monotonic()
+                under_way.received = time.monotonic()
             if isinstance(event, Begun):
                 if under_way is not None:
                     under_way.worker = event
                 continue
             self._report_once(event)
-            # What was stored before is told again, after no time.
+            # What was stored before is reported again, after no time.
             if isinstance(event, SliceTrained) and event.seconds and under_way is not None:
                 self._hand_out.progressed(under_way.number)
 
@@ -266,7 +263,7 @@ class _Run(Generic[_T, _R]):
         if limit is None:
             return
         for reference, attempt in [(each, self._attempts[n]) for each, n in self._running.items()]:
-            silent_s = time.monotonic() - attempt.heard
+            silent_s = time.monotonic() - attempt.received
             if attempt.killed or silent_s <= limit:
                 continue
             of = self.options.label(self.tasks[attempt.number])

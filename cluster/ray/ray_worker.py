@@ -1,11 +1,9 @@
-"""What runs in a Ray worker: one shard's chain, trained by `sisa.flows.serial.train_chain`.
+"""Train one shard's chain in a Ray worker, by `sisa.flows.serial.train_chain`.
 
-Rules: a task carries places and digests, never text or credentials, so nothing of a record reaches
+A task carries places and digests, never text or credentials, so nothing of a record reaches
 Ray's object store, spill or logs.
 
-Not covered: which nodes may train (`nodes.py`); handing tasks out and starting workers again
-(`ray_tasks.py`); the memory of live workers, which may hold text of records that they trained on until
-the Ray session ends.
+The memory of live workers may hold text of records that they trained on until the Ray session ends.
 """
 
 from __future__ import annotations

@@ -1,12 +1,8 @@
-"""A base trained by Ray Train: Hugging Face's `Trainer` in workers of the run file's cluster.
+"""Train a base with Ray Train: Hugging Face's `Trainer` in workers of the run file's cluster.
 
-Rules: a job carries paths and a recipe, never text; texts and the place for the base lie where all nodes
+A job carries paths and a recipe, never text; texts and the place for the base lie where all nodes
 see them. What must be set before torch is imported travels in the workers' runtime environment. A worker
 that dies is started again, from the beginning of the base's training. The first worker saves.
-
-Not covered: what is trained (`sisa/lm/base/scratch_base.py`); placing by numerics: a base is named by
-what
-comes out.
 """
 
 from __future__ import annotations
@@ -93,12 +89,12 @@ def _in_worker(config: Mapping[str, Any]) -> None:
     job: BaseJob = config["job"]
     first = ray.train.get_context().get_world_rank() == 0
 
-    def tell(text: str) -> None:
+    def notify(text: str) -> None:
         if first:
             config["mailbox"].put.remote(config["run_id"], Notice(text))
 
     try:
-        train_base(job.recipe, job.texts, job.target, tell, prepare_trainer, saves=first)
+        train_base(job.recipe, job.texts, job.target, notify, prepare_trainer, saves=first)
     except InvalidInput as error:  # all workers see the same, and none is to be started again
         if first:
             (job.target / REFUSED).write_text(json.dumps(error.to_json()))
@@ -106,7 +102,7 @@ def _in_worker(config: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _reported(mailbox: Any, run_id: str, report: Report) -> Iterator[None]:
-    """Report what workers tell, while Ray Train has the driver's thread."""
+    """Report what workers send, while Ray Train has the driver's thread."""
     done, listener = threading.Event(), Listener(mailbox, run_id)
 
     def listen() -> None:
@@ -114,7 +110,7 @@ def _reported(mailbox: Any, run_id: str, report: Report) -> Iterator[None]:
         while not last:
             last = done.wait(POLL_S)  # once more at the end
             with contextlib.suppress(RayError):  # of a Ray that is gone
-                for event in listener.heard(ANSWER_S):
+                for event in listener.received(ANSWER_S):
                     report(event)
 
     thread = threading.Thread(target=listen, daemon=True)

@@ -1,6 +1,6 @@
-"""One physical copy of the base model per node, and a way to carry it to a node that lacks it.
+"""Share one physical copy of the base model per node, and carry it to a node that lacks it.
 
-Rules: workers memory-map the safetensors of a directory on their own node, so that the page cache
+Workers memory-map the safetensors of a directory on their own node, so that the page cache
 holds one copy for all of them and a write in place stays private (copy on write). The object store
 only carries *files*: their bytes travel in blocks, rest in the node's cache directory, and are then
 memory-mapped like any other copy. No tensor ever aliases the object store, for a write to one would
@@ -12,9 +12,8 @@ per worker process, and only on a cluster of several nodes. A carried copy appea
 `<cache>/base/<digest>` in one rename, whole and checked, or not at all; a lock lets one worker write
 while the node's others wait.
 
-Not covered: what the base's digest means and whether the user's own directory still has it
-(`sisa/lm`); record, checkpoint and patch directories, which must lie on a file system all nodes
-share. A patch is laid on by each worker: the weights that it changes are the worker's own copy.
+Directories of records, checkpoints and patches must lie on a file system that all nodes share. A patch
+is merged by each worker: the weights that it changes are the worker's own copy.
 
 >>> cached_base(Path("/scratch/sisa"), "5e6f").as_posix()
 '/scratch/sisa/base/5e6f'

@@ -1,10 +1,8 @@
-"""Places of the nodes that may train: one worker each, given to tasks and taken back.
+"""Count the places of the nodes that may train: one worker each, given to tasks and taken back.
 
-Rules: pure, no clock, no Ray. A task goes to the node with the most free places, so that nodes fill
+Pure, no clock, no Ray. A task goes to the node with the most free places, so that nodes fill
 evenly, and not to the one where it failed last, if another has a place. A node that is gone has no
 places; what was given on it is forgotten with it.
-
-Not covered: who may train (`nodes.py`); which task is next (`sisa/planning/task_queue.py`).
 
 >>> places = WorkerSlots()
 >>> places.join("a", 1); places.join("b", 2)

@@ -1,16 +1,14 @@
-"""A model as a picture: shards down, slices across, the served adapters at the end of each row.
+"""Draw a model: shards down, slices across, the served adapters at the end of each row.
 
     before = model.status()
     model.forget(subject="p001")
     draw_layout(before, model.status()).savefig("layout.png")
 
-Rules: what is drawn follows from two `Status` objects alone: nothing is read, and no ids or text are
+What is drawn follows from two `Status` objects alone: nothing is read, and no ids or text are
 shown. A shard whose head changed was trained again from its first changed slice on; where no number of
 records changed (one record out, one in; another run file), from its first slice on. Every mark has its
 own hatching and its own place in the legend, so that the picture reads without colour. matplotlib (extra
 `notebook`) is imported when something is drawn; a figure belongs to the caller, none is kept by pyplot.
-
-Not covered: layouts of hundreds of cells (they are drawn, but not to be read), other pictures.
 
 Source: SISA, Bourtoule et al. 2021, figure 2 (shards and slices); colours of Okabe and Ito 2008.
 """
@@ -112,8 +110,8 @@ def draw_layout(before: Status, after: Status | None = None, title: str = "") ->
     axes = figure.add_subplot()
     for row, (old, new) in enumerate(zip(before.shards, (after or before).shards, strict=True)):
         for slice_, (had, has) in enumerate(_counts(old, new)):
-            told = f"{had}" if had == has else f"{had} → {has}"
-            _draw_cell(axes, row, slice_, told, marks[old.shard, slice_])
+            label = f"{had}" if had == has else f"{had} → {has}"
+            _draw_cell(axes, row, slice_, label, marks[old.shard, slice_])
             axes.patches[-1].set_gid(f"cell-{old.shard}-{slice_}")
         _draw_head(axes, row, num_slices + GAP_CELLS, old, new)
     names = [f"slice {slice_}" for slice_ in range(num_slices)]
@@ -131,7 +129,7 @@ def draw_layout(before: Status, after: Status | None = None, title: str = "") ->
     return figure
 
 
-def _draw_cell(axes: Any, row: int, column: float, told: str, mark: Mark, width: float = 1) -> None:
+def _draw_cell(axes: Any, row: int, column: float, label: str, mark: Mark, width: float = 1) -> None:
     from matplotlib.patches import Rectangle
 
     look = mark.value
@@ -139,14 +137,14 @@ def _draw_cell(axes: Any, row: int, column: float, told: str, mark: Mark, width:
     cell.set(facecolor=look.colour, edgecolor="#333333", hatch=look.hatch)
     axes.add_patch(cell)
     plate = {"facecolor": "white", "edgecolor": "none", "boxstyle": "round,pad=0.25"}
-    axes.text(column + width / 2, row + 0.5, told, ha="center", va="center", bbox=plate)
+    axes.text(column + width / 2, row + 0.5, label, ha="center", va="center", bbox=plate)
 
 
 def _draw_head(axes: Any, row: int, column: float, old: ShardStatus, new: ShardStatus) -> None:
     """The digest of what a shard serves; a changed one in a thick frame, under the one it replaced."""
-    told = [_short(each.adapter_sha256) for each in (old, new)]
+    label = [_short(each.adapter_sha256) for each in (old, new)]
     same = old.head == new.head
-    _draw_cell(axes, row, column, told[0] if same else "\n→ ".join(told), Mark.KEPT, HEAD_CELLS)
+    _draw_cell(axes, row, column, label[0] if same else "\n→ ".join(label), Mark.KEPT, HEAD_CELLS)
     axes.patches[-1].set(linewidth=1 if same else 2.5, gid=f"head-{old.shard}")
     axes.texts[-1].set(family="monospace")
 

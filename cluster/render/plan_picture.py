@@ -1,13 +1,11 @@
-"""What choices of shards and slices cost, as a picture: a panel for each cost, a line for each layout.
+"""Draw what choices of shards and slices cost: a panel for each cost, a line for each layout.
 
     draw_choices(advise(demand, limits), best).savefig("plan.png")
 
-Rules: what is drawn follows from the advice alone, and is of as many orders as the recommended choice
+What is drawn follows from the advice alone, and is of as many orders as the recommended choice
 has; the last panel sets the numbers of orders side by side. Lines differ in their marks too, so that the
 picture reads without colour; what is over a limit is drawn hollow, the recommended choice has a ring.
 matplotlib (extra `notebook`) is imported when something is drawn; a figure belongs to the caller.
-
-Not covered: the advice (`sisa/planning/layout_advice.py`).
 """
 
 from __future__ import annotations

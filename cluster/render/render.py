@@ -1,9 +1,7 @@
-"""How results read: the JSON contract, and the same in words.
+"""Render results: the JSON contract, and the same in words.
 
-Rules: pure. Keys of the JSON are a contract (README, "The JSON contract"): they are added to, never
+Pure. Keys of the JSON are a contract (README, "The JSON contract"): they are added to, never
 renamed. Text from records or models passes `printable` before it reaches a terminal.
-
-Not covered: progress (`sisa/flows/wiring/progress.py`), errors (`cli.py`).
 
 >>> printable("a\\x1b[31mb\\n")
 'a[31mb\\n'
@@ -29,7 +27,7 @@ if TYPE_CHECKING:
 
 EXIT_INTEGRITY = 4
 ENDED_AT_ONCE = "(the model ended at once)"  # instead of an empty answer
-MAX_SHARDS_TOLD = 8  # in one line for people
+MAX_SHARDS_SHOWN = 8  # in one line for people
 
 
 @dataclass(frozen=True)
@@ -59,8 +57,8 @@ def taken(found: Taken, directory: Path) -> Result:
         f"model digest {found.model_digest}",
     ]
     if found.generation:
-        told = f"appended as generation {found.generation}: to train the same model from scratch, give"
-        lines.insert(1, f"{told} them `generation: {found.generation}`")
+        text = f"appended as generation {found.generation}: to train the same model from scratch, give"
+        lines.insert(1, f"{text} them `generation: {found.generation}`")
     lines += prompts(found.prompts)
     if found.deleted_not_taken:
         lines.append(f"{found.deleted_not_taken} records of the source were deleted before: not taken")
@@ -139,9 +137,9 @@ def _served(rows: Sequence[tuple[int, int, int]]) -> list[dict[str, int]]:
 
 def meanwhile(rows: Sequence[tuple[int, int, int]], depth: float, others: int) -> list[str]:
     """What is served until the shards are trained again, and what other orders cost beside that."""
-    told = ", ".join(f"shard {s}: {n} of {whole} slices" for s, n, whole in rows[:MAX_SHARDS_TOLD])
-    told += ", ..." if len(rows) > MAX_SHARDS_TOLD else ""
-    lines = [f"  meanwhile served: {told}; {100 * depth:.1f}% of all shards' slices"] if rows else []
+    text = ", ".join(f"shard {s}: {n} of {whole} slices" for s, n, whole in rows[:MAX_SHARDS_SHOWN])
+    text += ", ..." if len(rows) > MAX_SHARDS_SHOWN else ""
+    lines = [f"  meanwhile served: {text}; {100 * depth:.1f}% of all shards' slices"] if rows else []
     return lines + ([f"  other orders: {others} record-epochs more"] if others else [])
 
 
@@ -353,8 +351,8 @@ def answer(found: Answer, alone: bool = False) -> Result:
 
 
 def answers(found: Sequence[Answer], alone: bool = False) -> Result:
-    told = [f"{number}: {said(each, alone)}" for number, each in enumerate(found, start=1)]
-    return Result({"answers": [_answer(each, alone) for each in found]}, "\n".join(told))
+    text = [f"{number}: {said(each, alone)}" for number, each in enumerate(found, start=1)]
+    return Result({"answers": [_answer(each, alone) for each in found]}, "\n".join(text))
 
 
 def _answer(found: Answer, alone: bool) -> dict[str, Any]:
@@ -363,10 +361,10 @@ def _answer(found: Answer, alone: bool) -> dict[str, Any]:
 
 def said(found: Answer, alone: bool = False) -> str:
     """An answer in words; unless it is to stand `alone`, and who gave it where no shard did."""
-    told = printable(found.text) or ENDED_AT_ONCE
+    text = printable(found.text) or ENDED_AT_ONCE
     if not found.shards and not alone:
-        told += "\n(the base model alone answered: no shard's records are near enough; see min_score)"
-    return told
+        text += "\n(the base model alone answered: no shard's records are near enough; see min_score)"
+    return text
 
 
 def prompts(found: HeldPrompts | None) -> list[str]:

@@ -461,10 +461,10 @@ def test_an_answer_that_is_late_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("ray.wait", waited)
     monkeypatch.setattr("ray.get", got)
     listener = Listener(remote, "a")
-    assert listener.heard(0) == []
-    assert listener.heard(0) == [Notice("1")]
+    assert listener.received(0) == []
+    assert listener.received(0) == [Notice("1")]
     remote.take.remote = lambda _: dead
-    assert listener.heard(0) == []
+    assert listener.received(0) == []
 
 
 def test_the_mailbox_keeps_runs_apart() -> None:

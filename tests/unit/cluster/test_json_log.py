@@ -127,5 +127,5 @@ def test_notices_and_failures_have_their_own_level() -> None:
     stream = io.StringIO()
     log = JsonLog(stream, RUN, "driver")
     for event in (Notice("x"), ErasureFailed(1), TrainingStarted(())):
-        log.tell(event)
+        log.write_event(event)
     assert [each["level"] for each in lines(stream.getvalue())] == ["info", "error", "info"]
