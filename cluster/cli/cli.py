@@ -352,7 +352,7 @@ def export(directory: Path, target: Path, form: Any) -> Result:
 
 @cli.group(help="About the run file.")
 def config() -> None:
-    """The group of run file commands."""
+    """Group run file commands."""
 
 
 @command("schema", "sisa config schema > run.schema.json", group=config)
@@ -457,7 +457,8 @@ def _end(number: int, _frame: object) -> None:
 
 
 def main() -> None:
-    """The console script. SIGTERM or a closed terminal ends it and all that it began, as Ctrl-C does."""
+    """Run the console script. SIGTERM or a closed terminal ends it and all that it began, as
+    Ctrl-C does."""
     for each in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(each) != signal.SIG_IGN:  # as under nohup
             signal.signal(each, _end)

@@ -39,7 +39,7 @@ class _Command(click.Command):
 @click.group(help="Train a language model from which records can be deleted exactly.")
 @click.version_option(package_name="deletion-ready-model", prog_name="sisa")
 def cli() -> None:
-    """The root command."""
+    """Hold all commands."""
 
 
 def command(
@@ -120,9 +120,10 @@ def _placed(name: str, address: str | None) -> str | OpenExecutor:
 def option_or_file(
     option: str, *, required: bool = False, **options: Any
 ) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
-    """An option, or the same with `-file` for what should not stand in a command line: one value.
+    """Add an option, or the same with `-file` for a value that must not stand in a command line.
 
-    Other users of a machine see a command line, and shells and job tables keep it."""
+    Other users of a machine see a command line, and shells and job tables keep it.
+    """
 
     name = option.removeprefix("--")
 
@@ -154,8 +155,8 @@ def _from_standard_input(_context: click.Context, _option: click.Parameter, give
 
 
 def option_or_input(option: str, *, help: str, **options: Any) -> Callable[..., Any]:
-    """An option whose value `-` is read from standard input, for what should not stand in a command
-    line."""
+    """Add an option whose value `-` is read from standard input, for what must not stand in a
+    command line."""
     help_ = f"{help.rstrip('.')}; `-`: standard input."
     return click.option(option, callback=_from_standard_input, help=help_, **options)
 
@@ -173,7 +174,7 @@ consent_option = click.option(
 
 @contextmanager
 def opened(directory: Path, executor: str | OpenExecutor = "ray") -> Iterator[Model]:
-    """The model in a directory, watched."""
+    """Open the model in a directory and show its progress."""
     from sisa import open_model
 
     with watched() as report:
@@ -188,7 +189,7 @@ def named_ids(ids: Sequence[str], ids_file: Path | None) -> list[str]:
 
 
 def read_text(file: Path) -> str:
-    """A file of the command line. Raises InvalidInput when it can't be read as UTF-8."""
+    """Read a file of the command line. Raises InvalidInput when it can't be read as UTF-8."""
     try:
         if file == STANDARD_INPUT:
             return sys.stdin.buffer.read().decode()
@@ -199,7 +200,7 @@ def read_text(file: Path) -> str:
 
 
 def read_lines(file: Path) -> list[str]:
-    """Its lines, without the blank ones. Raises InvalidInput where there are none."""
+    """Read a file's lines without the blank ones. Raises InvalidInput where there are none."""
     lines = [line for line in read_text(file).splitlines() if line.strip()]
     if not lines:
         step = "write a text on each line"

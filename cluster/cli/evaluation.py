@@ -31,7 +31,7 @@ TEMPLATE = "{question}{answer}"
 
 @cli.group("eval", help="Measure what models know.")
 def evaluation() -> None:
-    """The group of evaluation commands."""
+    """Group evaluation commands."""
 
 
 @command("tofu", "sisa eval tofu --model model --reference retained --data tofu", group=evaluation)

@@ -28,7 +28,7 @@ EXIT_ENVIRONMENT, EXIT_INTERRUPTED = 6, 130
 
 @cli.group("cluster", help="Training as a job on a remote Ray cluster.")
 def group() -> None:
-    """The group of commands about remote clusters."""
+    """Group commands about remote clusters."""
 
 
 address_option = click.option(
@@ -158,7 +158,7 @@ def _how_to_follow(job: str, address: str) -> str:
 
 
 def exit_code(job: Job) -> int:
-    """How following a job that has ended ends."""
+    """Return the exit code of following a job that has ended."""
     if job.state == "STOPPED":
         return EXIT_INTERRUPTED
     if job.exit_code is None or job.exit_code < 0:
@@ -178,7 +178,7 @@ def described(job: Job) -> dict[str, Any]:
 
 
 def line(job: Job) -> str:
-    """A job in one line; one that was lost says how to go on.
+    """Return a job in one line; one that was lost says how to go on.
 
     >>> line(Job("sisa-a", "FAILED", exit_code=-9))
     'job sisa-a FAILED, ended by signal 9: submit the run file again, and it goes on'

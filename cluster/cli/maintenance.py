@@ -214,7 +214,7 @@ def repaired(found: RepairOutcome) -> Result:
 
 
 def tested(found: Numerics) -> Result:
-    """How the machine repeats itself."""
+    """Render whether the machine repeats itself."""
     body = {
         "fingerprint": found.fingerprint,
         "description": dict(found.description),

@@ -49,7 +49,7 @@ def metrics(directory: Path, target: tuple[str, str] | None, named: tuple[str, .
 
 
 def open_sink(tool: str, place: str, experiment: str) -> CurveSink:
-    """The tool at a place. Raises EnvironmentFault where it is not installed."""
+    """Open the tool at a place. Raises EnvironmentFault where it is not installed."""
     from cluster.observe.curve_sinks import Mlflow, TensorBoard
 
     return TensorBoard(Path(place)) if tool == "tensorboard" else Mlflow(place, experiment)

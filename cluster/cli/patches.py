@@ -55,7 +55,7 @@ retrain_option = click.option(
 
 @cli.group("approx", help="What the frozen base itself knows; never exact.")
 def approx() -> None:
-    """The group of approximate commands."""
+    """Group approximate commands."""
 
 
 @command("probe", "sisa approx probe -m model --file texts.jsonl", group=approx)
@@ -330,7 +330,7 @@ def _known(report: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _again(report: Mapping[str, Any], directory: Path) -> Iterator[str]:
-    """How to go on where something is still known."""
+    """Return how to go on where something is still known."""
     if report.get("still_known", {}).get("after"):
         yield "  the texts stay in the vault, so that it can be tried again, upon this patch or after"
         yield "  `sisa approx revert`: a larger --max-utility-drop, another --method, more num_rounds"

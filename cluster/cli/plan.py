@@ -168,7 +168,8 @@ def _limits(
     rate: float | None,
     checkpoint_mb: float | None,
 ) -> tuple[LayoutLimits, str]:
-    """What is given, else what the model's own stages took, else what is assumed; and which it was."""
+    """Return what is given, else what the model's own stages took, else what is assumed; and which
+    it was."""
     from sisa.planning.layout_advice import LayoutLimits
 
     num_bytes, measured = _measured(config)
@@ -203,7 +204,7 @@ def _measured(config: RunConfig) -> tuple[float, float]:
 
 
 def _groups(risks: Sequence[str]) -> tuple[tuple[Group, ...], list[Problem]]:
-    """The groups of the command line, and all that is wrong with them."""
+    """Return the groups of the command line, and all that is wrong with them."""
     from sisa.planning.deletion_stream import Group
 
     found, problems = [], []
@@ -250,7 +251,7 @@ NOTES = (
 
 
 def replayed(found: Replayed, stream: Stream, batch: int, seconds: float) -> Result:
-    """What a stream came to, beside what the closed forms expect of it."""
+    """Render what a stream came to, beside what the closed forms expect of it."""
     layout, full = stream.layout, found.full_record_epochs
     retrained, expected = found.record_epochs, round(found.expected_record_epochs)
     body = {
@@ -281,7 +282,8 @@ def replayed(found: Replayed, stream: Stream, batch: int, seconds: float) -> Res
 
 
 def planned(advised: Sequence[Advice], best: Advice | None, limits: LayoutLimits, source: str) -> Result:
-    """All choices, and the recommended one as lines for a run file; `source` is that of the bytes."""
+    """Render all choices, and the recommended one as lines for a run file; `source` is that of the
+    bytes."""
     body = {
         "recommended": None if best is None else _plain(best),
         "run_file": None if best is None else {"sisa": block_of(best, limits)},
@@ -311,7 +313,7 @@ def planned(advised: Sequence[Advice], best: Advice | None, limits: LayoutLimits
 
 
 def block_of(advice: Advice, limits: LayoutLimits) -> dict[str, Any]:
-    """What a choice is in the block `sisa:`; keys at their defaults are left out."""
+    """Return what a choice is in the block `sisa:`; keys at their defaults are left out."""
     block: dict[str, Any] = {"shards": advice.num_shards, "slices": advice.num_slices}
     if advice.num_orders > 1:
         block["orders"] = advice.num_orders

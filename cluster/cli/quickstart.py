@@ -113,7 +113,7 @@ class Story:
 
     @property
     def share(self) -> float:
-        """What the deletion trained again, of what training everything again takes."""
+        """Return what the deletion trained again, of what training everything again takes."""
         return self.record_epochs_retrained / max(1, self.record_epochs_full)
 
     def summary(self) -> str:

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 @cli.group(help="Requests for deletion: submit, decide, look up.")
 def request() -> None:
-    """The group of request commands."""
+    """Group request commands."""
 
 
 request_argument = click.argument("request_id", metavar="REQUEST")
@@ -235,7 +235,8 @@ def request_shown(view: RequestView) -> Result:
 
 
 def _cost(request: Request) -> list[str]:
-    """What was served meanwhile, and what the batch that it ran in took; none before its commit."""
+    """Return what was served meanwhile, and what the batch that it ran in took; none before its
+    commit."""
     if not request.committed_at:
         return []
     part = share(request.record_epochs_retrained, request.record_epochs_full)

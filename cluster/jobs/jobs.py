@@ -76,7 +76,7 @@ class Jobs(Protocol):
     def log(self, job: str) -> str: ...
 
     def follow(self, job: str) -> Iterator[str]:
-        """The log from its beginning, piece by piece as it grows, until the job has ended."""
+        """Yield the log from its beginning, piece by piece as it grows, until the job has ended."""
         ...
 
     def stop(self, job: str) -> bool:
@@ -85,7 +85,7 @@ class Jobs(Protocol):
 
 
 def model_digest(output_dir: Path) -> str:
-    """Which model a job trains, without naming the place.
+    """Return which model a job trains, without naming the place.
 
     >>> model_digest(Path("/shared/a/../m")) == model_digest(Path("/shared/m"))
     True
@@ -94,12 +94,12 @@ def model_digest(output_dir: Path) -> str:
 
 
 def job_name(now: datetime, chance: str) -> str:
-    """A name for a new job: a cluster takes each once."""
+    """Return a name for a new job: a cluster takes each once."""
     return f"sisa-{now:%Y%m%d-%H%M%S}-{chance}"
 
 
 def check_name(name: str) -> str:
-    """A job's name as the user gave it; it becomes part of addresses. Raises InvalidInput."""
+    """Check a job's name, which becomes part of addresses. Raises InvalidInput."""
     if not _NAME.fullmatch(name):
         raise InvalidInput(
             "that can't be the name of a job",

@@ -26,7 +26,7 @@ _LABEL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
 def manifest(
     kind: Kind, *, gpu: bool = False, image: str = IMAGE, instance_type: str = INSTANCE_TYPE
 ) -> str:
-    """The text of a manifest. Raises InvalidInput for what can't be a name of its kind."""
+    """Return the text of a manifest. Raises InvalidInput for what can't be a name of its kind."""
     problems = []
     if not _IMAGE.fullmatch(image):
         problems.append(Problem("--image", "expected the name of an image: REGISTRY/NAME:TAG"))

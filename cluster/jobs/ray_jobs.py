@@ -112,7 +112,7 @@ class RayJobs:
 
     @contextmanager
     def _translated(self, job: str = "") -> Iterator[None]:
-        """What Ray and the network raise, as errors of this program."""
+        """Raise what Ray and the network raise as errors of this program."""
         try:
             yield
         except AuthenticationError as error:
@@ -144,7 +144,7 @@ class RayJobs:
 
 
 def check_address(address: str) -> str:
-    """An address of a dashboard. Raises InvalidInput."""
+    """Check an address of a dashboard. Raises InvalidInput."""
     try:
         parts = urlsplit(address)
         good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
@@ -171,7 +171,7 @@ def _knock(address: str) -> None:
 
 @contextmanager
 def _as_given() -> Iterator[None]:
-    """The surroundings in which Ray's client uses the address given, and looks for a token."""
+    """Yield the surroundings in which Ray's client uses the address given, and looks for a token."""
     former = {name: os.environ.pop(name, None) for name in OVERRIDING}
     chosen = AUTH_MODE in os.environ
     os.environ.setdefault(AUTH_MODE, "token")

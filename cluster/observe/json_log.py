@@ -48,7 +48,7 @@ class JsonLog:
         print(json.dumps(body), file=self._stream, flush=True)
 
     def write_event(self, event: Event) -> None:
-        """The line of an event."""
+        """Write the line of an event."""
         level: Level = "error" if isinstance(event, ErasureFailed) else "info"
         said = {"message": event.text} if isinstance(event, Notice) else {}
         self.write(EVENT_NAMES[type(event)], level, **logged(event), **said)
@@ -85,7 +85,7 @@ class WorkerLog:
 
 
 def worker_log(run: RunContext | None, stream: TextIO, node: str) -> WorkerLog | None:
-    """The log of a worker of a run; None where the run wants none."""
+    """Return the log of a worker of a run; None where the run wants none."""
     if run is None or run.log_format != "json":
         return None
     return WorkerLog(JsonLog(stream, run.run, "worker", node=node))

@@ -184,7 +184,7 @@ class RayMeters:
 
 
 def _session() -> str:
-    """The connection to Ray that stands; empty where none does."""
+    """Return the connection to Ray that stands; empty where none does."""
     ray = sys.modules.get("ray")
     is_initialized = getattr(ray, "is_initialized", None)  # none while another thread imports Ray
     if ray is None or is_initialized is None or not is_initialized():

@@ -25,21 +25,21 @@ OPTION = "--log-format"
 
 
 def log_format_of(arguments: Sequence[str]) -> LogFormat:
-    """How a command line wants its log; the option itself is checked where it is declared."""
+    """Return how a command line wants its log; the option itself is checked where it is declared."""
     given = [each.removeprefix(f"{OPTION}=") for each in arguments if each.startswith(f"{OPTION}=")]
     given += [after for each, after in pairwise(arguments) if each == OPTION]
     return "json" if "json" in given else "text"
 
 
 def open_log() -> JsonLog | None:
-    """The log of the run under way; None where a person reads."""
+    """Return the log of the run under way; None where a person reads."""
     with running() as run:
         return JsonLog(sys.stderr, run.run, "driver") if run.log_format == "json" else None
 
 
 @contextmanager
 def watched() -> Iterator[Report]:
-    """A report that shows or logs events, and passes them to Ray's metrics."""
+    """Yield a report that shows or logs events, and passes them to Ray's metrics."""
     with running() as run, _shown() as shown, RayMeters(run.run) as meters:
         measuring = Measuring(meters)
 
@@ -62,7 +62,7 @@ def _shown() -> Iterator[Report]:
 
 @contextmanager
 def logged_run(command: str) -> Iterator[None]:
-    """The first and the last line of a command's log."""
+    """Write the first and the last line of a command's log."""
     log, started = open_log(), time.monotonic()
     if log is not None:
         log.write("run_started", command=command)
@@ -72,7 +72,7 @@ def logged_run(command: str) -> Iterator[None]:
 
 
 def say(text: str) -> None:
-    """A line for whoever waits, from outside of any flow."""
+    """Write a line for a person or a log, from outside of any flow."""
     log = open_log()
     if log is not None:
         log.write_event(Notice(text.strip()))

@@ -77,7 +77,7 @@ def _noticing(name: str, report: Report) -> Callable[[int, int], None]:
 def run_evaluations(
     tasks: Sequence[EvaluationTask], *, ray: bool, address: str | None, report: Report
 ) -> list[Evaluated]:
-    """All tasks, in order. Raises what a task raised first; logs keep what was done."""
+    """Run all tasks, in order. Raises what a task raised first; logs keep what was done."""
     if not ray or len(tasks) < 2:
         return [carry_out(each, report) for each in tasks]
     from cluster.ray.ray_session import alive_cpus, connect

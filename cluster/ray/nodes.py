@@ -93,7 +93,7 @@ class Nodes:
             self._raise_none()
 
     def name_of(self, node: str) -> str:
-        """What people call a node."""
+        """Return what people call a node."""
         return self._alive[node].name if node in self._alive else node[:8]
 
     def _greet(self, within_s: float = CONNECT_S) -> None:
@@ -123,7 +123,8 @@ class Nodes:
                 self._proofs.ask(node)
 
     def _judge(self, must_carry: bool) -> bool:
-        """Whether a node was lost while it was asked; it is asked again when it is next seen."""
+        """Return whether a node was lost while it was asked; it is asked again when it is next
+        seen."""
         lost = False
         for node, proof, why in self._proofs.judge() if self._proofs is not None else ():
             if node not in self._alive:
@@ -142,7 +143,7 @@ class Nodes:
         return lost
 
     def _cannot_carry(self, node: str, must_carry: bool) -> str:
-        """Why the base can't be carried to a node; empty if it can."""
+        """Return why the base can't be carried to a node; empty if it can."""
         manifest = self._terms.manifest if self._terms else None
         needed = sum(file.num_bytes for file in manifest.files) if manifest else 0
         for each, least in ((self._origin, needed), (node, min(needed, 2 * BLOCK_BYTES))):

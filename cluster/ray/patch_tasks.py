@@ -90,8 +90,8 @@ class RayPatcher:
 
 @contextlib.contextmanager
 def _lent(site: PatchSite, key: str) -> Iterator[PatchSite]:
-    """A site as the worker gets it, as of `ray_executor.lent`: what an unfinished run puts aside is
-    sealed, and can't be once the run's key is destroyed."""
+    """Return a site as the worker gets it, as of `ray_executor.lent`: what an unfinished run puts
+    aside is sealed, and can't be once the run's key is destroyed."""
     files = [f"{key}/{name}" for name in FILES]
     with (
         lent_keys(site.patches_keyring, PATCHES, [key], site.patches_at) as keyring,

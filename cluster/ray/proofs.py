@@ -58,7 +58,7 @@ class Proof:
 
 
 def prove(threads: int, base_dir: Path, manifest: BaseManifest, precision: Precision) -> Proof:
-    """What this node shows; some seconds of training."""
+    """Return what this node shows, after some seconds of training."""
     from sisa.lm.base.numerics import fingerprint, require_device
     from sisa.lm.base.packages import cache_dir
     from sisa.lm.train.self_test import trained_digests
@@ -88,7 +88,7 @@ class Terms:
 
 
 def refusal(proof: Proof, reference: Proof, fingerprints: frozenset[str]) -> str:
-    """Why a node may not train; empty if it may."""
+    """Return why a node may not train; empty if it may."""
     if why := _other_fingerprint(proof, fingerprints):
         return why
     if proof.digest != reference.digest:
@@ -183,7 +183,8 @@ class Proofs:
         return probe.remote(terms.threads, terms.base_dir, terms.manifest, terms.precision)
 
     def _answer(self, node: str) -> Proof | str | None:
-        """What a node showed, or why it did not (empty if it is lost); None while it is at it."""
+        """Return what a node showed, or why it did not (empty if it is lost); None while it is at
+        it."""
         asked = self._asked[node]
         if isinstance(asked, Proof):
             return asked

@@ -98,7 +98,8 @@ def carry_out_remotely(
 
 
 def _describe_fault(error: Exception, of: str) -> SisaError:
-    """An exception from outside the error tree, without its message, for that may quote a record."""
+    """Return an exception from outside the error tree, without its message, for that may quote a
+    record."""
     frames = traceback.extract_tb(error.__traceback__)[-3:]
     places = [f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}" for frame in frames]
     where = f"{of}, {' > '.join(places)}"

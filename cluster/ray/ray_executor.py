@@ -135,9 +135,11 @@ class RayExecutor:
 
 @contextlib.contextmanager
 def lent(site: Site, chains: Sequence[Chain]) -> Iterator[tuple[Site, Callable[[SliceJob], None]]]:
-    """A site as workers get it, until the end of the block, and what makes a finished stage known.
+    """Yield a site as workers get it, until the end of the block, and what makes a finished stage
+    known.
 
-    They write into areas that end with the block, and make no keys."""
+    They write into areas that end with the block, and make no keys.
+    """
     jobs = [job for chain in chains for job in chain.jobs]
     stages = sorted(job.key for job in jobs)
     prefixes = sorted({name for job in jobs for name in _prefixes(site, job)})
@@ -162,8 +164,8 @@ def lent(site: Site, chains: Sequence[Chain]) -> Iterator[tuple[Site, Callable[[
 def lent_keys(
     keyring: Keyring, room: str, names: Collection[str], place: BlobStore
 ) -> Iterator[Keyring]:
-    """A keyring with keys of these files, as workers get it; keys of files that did not come to be are
-    destroyed at the end."""
+    """Yield a keyring with keys of these files, as workers get it; keys of files that did not come
+    to be are destroyed at the end."""
     if not isinstance(keyring, FileKeyring) or not names:
         yield keyring
         return
@@ -178,10 +180,12 @@ def lent_keys(
 def leased(
     place: BlobStore, names: Collection[str]
 ) -> Iterator[tuple[BlobStore, Callable[[str], None]]]:
-    """A place as workers get it, and what accepts a name of theirs; without any, the place itself.
+    """Yield a place as workers get it, and what accepts a name of theirs; without any, the place
+    itself.
 
     The area ends with the block; after a driver that was killed, with the next sweep of what the ledger
-    does not know."""
+    does not know.
+    """
     if not names:
         yield place, lambda _: None
         return
@@ -193,7 +197,7 @@ def leased(
 
 
 def _prefixes(site: Site, job: SliceJob) -> list[str]:
-    """Names of the hidden states that a stage may keep."""
+    """Return names of the hidden states that a stage may keep."""
     if not site.prefix_bytes or not keeps_prefixes(job.training):
         return []
     named = (job.training, job.base, job.fingerprint)
@@ -224,7 +228,7 @@ def _label(task: Task) -> str:
 
 
 def manifest_of(base_dir: Path, base_digest: str, address: str | None) -> BaseManifest | None:
-    """What a base's files are; None where there is only the driver's node, which has them."""
+    """Return what a base's files are; None where there is only the driver's node, which has them."""
     several = address is not None or len(alive_cpus()) > 1
     return _listed(base_dir, base_digest) if several else None
 
@@ -233,7 +237,7 @@ _listed = functools.lru_cache(maxsize=1)(list_base)
 
 
 def open_executor(site: Site, options: Mapping[str, Any]) -> RayExecutor:
-    """The executor of a run file's `cluster:` block. Raises InvalidInput."""
+    """Open the executor of a run file's `cluster:` block. Raises InvalidInput."""
     num_workers = options.get("num_workers")
     max_retries = options.get("max_retries", DEFAULT_RETRIES)
     stall_limit_s = options.get("stall_limit_s")

@@ -111,7 +111,7 @@ _session: Session | None = None
 
 
 def connect(address: str | None, num_cpus: int) -> Session:
-    """The running session if it will do, else a new one. Raises EnvironmentFault."""
+    """Return the running session if it will do, else a new one. Raises EnvironmentFault."""
     global _session
     held = _session
     if held is not None and ray.is_initialized() and held.job_id == _job_id():
@@ -171,7 +171,7 @@ def _instead(module: ModuleType, name: str, value: Any) -> Iterator[None]:
 
 
 def _print_nothing(*_: object, **__: object) -> None:
-    """What a lost node logged is in Ray's logs."""
+    """Print nothing: what a lost node logged is in Ray's logs."""
 
 
 def _init(**options: Any) -> None:
@@ -234,7 +234,8 @@ def _reaped(private_dir: Path) -> Iterator[None]:
 
 @contextmanager
 def own_token(path: Path) -> Iterator[None]:
-    """A token of this Ray's own. The environment, which workers inherit, names the file alone."""
+    """Make a token of this Ray's own. The environment, which workers inherit, names the file
+    alone."""
     with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
         file.write(secrets.token_hex(32))
     former = {name: os.environ.pop(name, None) for name in (AUTH_MODE, TOKEN, TOKEN_PATH)}
@@ -303,5 +304,5 @@ def _open_mailbox() -> Any:
 
 
 def alive_cpus() -> list[int]:
-    """CPUs of each node that is alive."""
+    """Return CPUs of each node that is alive."""
     return [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]

@@ -285,7 +285,8 @@ class _Run(Generic[_T, _R]):
         self._hand_out.again(attempt.number)
 
     def _leave_lost_nodes(self) -> None:
-        """What is still under way on a node that is lost starts elsewhere, whenever Ray gives it up."""
+        """Start elsewhere what is still under way on a node that is lost, whenever Ray gives it
+        up."""
         for reference, number in list(self._running.items()):
             attempt = self._attempts[number]
             if attempt.node in self.nodes.places or ray.wait([reference], timeout=0)[0]:

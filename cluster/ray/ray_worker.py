@@ -57,7 +57,7 @@ class Task:
 
 
 def open_parts(site: Site) -> Parts:
-    """The real parts of a site; the base is kept per process."""
+    """Open the real parts of a site; the base is kept per process."""
     from sisa.flows.wiring.wiring import open_stores, open_trainer
     from sisa.lm.base.numerics import pin_threads
     from sisa.store.blobs.keyring import FileKeyring
@@ -113,7 +113,7 @@ def _refuse_other_bits(task: Task) -> None:
 
 
 def base_on_this_node(task: NeedsBase, base_dir: Path) -> Path:
-    """Where this node has the base. Raises Unready where it must be carried here first."""
+    """Return where this node has the base. Raises Unready where it must be carried here first."""
     from sisa.lm.base.packages import cache_dir
 
     manifest = task.manifest

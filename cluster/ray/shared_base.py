@@ -61,7 +61,7 @@ class BaseManifest:
 
 
 def cached_base(cache: Path, digest: str) -> Path:
-    """Where a carried copy of the base rests."""
+    """Return where a carried copy of the base rests."""
     return cache / "base" / digest
 
 
@@ -80,7 +80,8 @@ def list_base(base_dir: Path, digest: str) -> BaseManifest:
 
 
 def holds_base(directory: Path, manifest: BaseManifest) -> bool:
-    """Whether a directory has every file of the base, byte for byte; sizes are compared first."""
+    """Return whether a directory has every file of the base, byte for byte; sizes are compared
+    first."""
     paths = [(directory / file.name, file) for file in manifest.files]
     if not all(path.is_file() and path.stat().st_size == file.num_bytes for path, file in paths):
         return False
@@ -88,7 +89,8 @@ def holds_base(directory: Path, manifest: BaseManifest) -> bool:
 
 
 def find_base(directory: Path, cache: Path, manifest: BaseManifest) -> Path | None:
-    """Where this node has the base: under the driver's path, or carried here before; None if nowhere."""
+    """Return where this node has the base: under the driver's path, or carried here before; None
+    if nowhere."""
     for each in (directory, cached_base(cache, manifest.digest)):
         if holds_base(each, manifest):
             return each
@@ -96,7 +98,7 @@ def find_base(directory: Path, cache: Path, manifest: BaseManifest) -> Path | No
 
 
 def read_blocks(path: Path, block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
-    """A file's bytes as memory-mapped arrays, so that whoever copies them on reads them once."""
+    """Read a file's bytes as memory-mapped arrays, so that whoever copies them on reads them once."""
     num_bytes = path.stat().st_size
     if num_bytes == 0:  # an empty file can't be mapped
         return
@@ -106,7 +108,7 @@ def read_blocks(path: Path, block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
 
 
 def write_base(cache: Path, manifest: BaseManifest, blocks: ReadBlocks) -> Path:
-    """The cached copy of a base, written from `blocks` unless the cache holds it already.
+    """Write the cached copy of a base from `blocks`, unless the cache holds it already.
 
     Raises IntegrityError when what arrives is not what was listed, EnvironmentFault when the
     disk refuses it; neither leaves a trace.

@@ -63,7 +63,7 @@ class WorkerSlots:
         self._given.pop(node, None)
 
     def take(self, avoid: str | None = None) -> str | None:
-        """The node whose place is given; None while none is free."""
+        """Return the node whose place is given; None while none is free."""
         free = {node: num - self._given[node] for node, num in self._num.items()}
         open_nodes = [node for node, num in free.items() if num > 0]
         if not open_nodes:

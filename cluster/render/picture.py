@@ -55,7 +55,7 @@ class Mark(Enum):
 
 
 def cell_marks(before: Status, after: Status) -> dict[Place, Mark]:
-    """The mark of every (shard, slice). Raises InvalidInput for other shards."""
+    """Return the mark of every (shard, slice). Raises InvalidInput for other shards."""
     shards = [[each.shard for each in state.shards] for state in (before, after)]
     if shards[0] != shards[1]:
         raise InvalidInput(
@@ -95,7 +95,8 @@ def _counts(old: ShardStatus, new: ShardStatus) -> list[tuple[int, int]]:
 
 
 def draw_layout(before: Status, after: Status | None = None, title: str = "") -> Figure:
-    """The records of each slice and the adapter that each shard serves; with `after`, what changed.
+    """Draw the records of each slice and the adapter that each shard serves; with `after`, what
+    changed.
 
     Raises InvalidInput for states with other shards.
     """
@@ -141,7 +142,8 @@ def _draw_cell(axes: Any, row: int, column: float, label: str, mark: Mark, width
 
 
 def _draw_head(axes: Any, row: int, column: float, old: ShardStatus, new: ShardStatus) -> None:
-    """The digest of what a shard serves; a changed one in a thick frame, under the one it replaced."""
+    """Draw the digest of what a shard serves; a changed one in a thick frame, under the one it
+    replaced."""
     label = [_short(each.adapter_sha256) for each in (old, new)]
     same = old.head == new.head
     _draw_cell(axes, row, column, label[0] if same else "\n→ ".join(label), Mark.KEPT, HEAD_CELLS)

@@ -82,7 +82,7 @@ def _line(axis: Any, here: Sequence[Advice], cost: Callable[[Advice], float], nu
 
 
 def _orders(axis: Any, advised: Sequence[Advice], chosen: Advice) -> None:
-    """What orders buy and cost in one layout: a point for each number of them."""
+    """Draw what orders buy and cost in one layout: a point for each number of them."""
     layout = (chosen.num_shards, chosen.num_slices)
     here = [each for each in advised if (each.num_shards, each.num_slices) == layout]
     for each in sorted(here, key=lambda each: each.num_orders):

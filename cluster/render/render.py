@@ -40,12 +40,12 @@ class Result:
 
 
 def printable(text: str) -> str:
-    """Text without control characters, line breaks and tabs kept."""
+    """Return text without control characters, line breaks and tabs kept."""
     return "".join(c for c in text if c in "\n\t" or not unicodedata.category(c).startswith("C"))
 
 
 def share(part: int, whole: int) -> str:
-    """A part of a whole in percent."""
+    """Return a part of a whole in percent."""
     return f"{100 * part / whole:.1f}%" if whole else "0%"
 
 
@@ -93,7 +93,7 @@ def where(locations: Sequence[Location]) -> Result:
 
 
 def _gone(each: Location) -> str:
-    """What was erased with a deleted record, or what is not erased yet."""
+    """Return what was erased with a deleted record, or what is not erased yet."""
     if not each.not_erased:
         return f"{each.checkpoints_erased} checkpoints erased"
     left = [
@@ -136,7 +136,8 @@ def _served(rows: Sequence[tuple[int, int, int]]) -> list[dict[str, int]]:
 
 
 def meanwhile(rows: Sequence[tuple[int, int, int]], depth: float, others: int) -> list[str]:
-    """What is served until the shards are trained again, and what other orders cost beside that."""
+    """Return what is served until the shards are trained again, and what other orders cost beside
+    that."""
     text = ", ".join(f"shard {s}: {n} of {whole} slices" for s, n, whole in rows[:MAX_SHARDS_SHOWN])
     text += ", ..." if len(rows) > MAX_SHARDS_SHOWN else ""
     lines = [f"  meanwhile served: {text}; {100 * depth:.1f}% of all shards' slices"] if rows else []
@@ -235,7 +236,7 @@ def forgotten(outcome: ForgetOutcome, directory: Path | str = "DIR") -> Result:
 
 
 def probed(found: Probed | None) -> list[str]:
-    """What the base alone knew, in one line; none where it was not asked."""
+    """Return what the base alone knew, in one line; none where it was not asked."""
     if found is None:
         return []
     if found.failure:
@@ -249,7 +250,7 @@ def probed(found: Probed | None) -> list[str]:
 
 
 def base_hint(request: Request, directory: Path | str) -> list[str]:
-    """How to go on where the base alone knows what was deleted; none where it does not."""
+    """Return how to go on where the base alone knows what was deleted; none where it does not."""
     if request.probed is None or not request.probed.num_known:
         return []
     start = f"  to make the base say less of it, approximately: sisa approx unlearn -m {directory}"
@@ -262,7 +263,7 @@ def base_hint(request: Request, directory: Path | str) -> list[str]:
 
 
 def missing_exports(paths: Sequence[str]) -> list[str]:
-    """Lines for each export that could not be erased."""
+    """Return lines for each export that could not be erased."""
     from sisa.flows.export_files import unload_command
 
     lines = []
@@ -273,7 +274,7 @@ def missing_exports(paths: Sequence[str]) -> list[str]:
 
 
 def old_versions(found: Sequence[KeptVersions]) -> list[str]:
-    """Lines for each place of which a bucket keeps old versions."""
+    """Return lines for each place of which a bucket keeps old versions."""
     step = "  allow s3:ListBucketVersions and s3:DeleteObjectVersion, or end the lock; then `sisa gc`"
     lines = [f"NOT PURGED, kept by the bucket: {each.where} ({each.why})" for each in found]
     return [*lines, step] if lines else []
@@ -360,7 +361,8 @@ def _answer(found: Answer, alone: bool) -> dict[str, Any]:
 
 
 def said(found: Answer, alone: bool = False) -> str:
-    """An answer in words; unless it is to stand `alone`, and who gave it where no shard did."""
+    """Return an answer in words; unless it is to stand `alone`, and who gave it where no shard
+    did."""
     text = printable(found.text) or ENDED_AT_ONCE
     if not found.shards and not alone:
         text += "\n(the base model alone answered: no shard's records are near enough; see min_score)"
@@ -368,7 +370,7 @@ def said(found: Answer, alone: bool = False) -> str:
 
 
 def prompts(found: HeldPrompts | None) -> list[str]:
-    """What would become of held prompts, in one line; none where that was not looked at."""
+    """Return what would become of held prompts, in one line; none where that was not looked at."""
     if found is None:
         return []
     line = f"held prompts, looked up word for word: {found.turned_away} of {found.looked_up} turned away"
