@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,8 +33,7 @@ from sisa.core.digest import sha256_hex
 from sisa.core.domain import Hit, IndexFile
 from sisa.core.errors import IntegrityError
 from sisa.core.ports import By, Keyring, Vectors
-from sisa.store.blobs import files
-from sisa.store.blobs.keyring import PLAIN, shred
+from sisa.store.blobs.keyring import PLAIN, SealedArea
 
 INDEX_AREA = "index"
 HEAD_BYTES = 37  # of each of the two nested indexes; their number of vectors is at 8
@@ -71,8 +70,10 @@ def _has_form(data: bytes, num_records: int, dimension: int) -> bool:
     return data.startswith(heads) and data[ids_at : ids_at + 8] == count
 
 
-class FaissIndex:
+class FaissIndex(SealedArea):
     """A RecordIndex in a directory."""
+
+    area = INDEX_AREA
 
     def __init__(
         self, root: Path, dimension: int, keyring: Keyring = PLAIN, warm: Warm | None = None
@@ -81,9 +82,9 @@ class FaissIndex:
 
         With a shared `warm`, the next object need not read the files again.
         """
+        super().__init__(root, keyring)
         self.root = root
         self.dimension = dimension
-        self.keyring = keyring
         self._warm = Warm() if warm is None else warm
 
     def build(
@@ -103,8 +104,7 @@ class FaissIndex:
             index.add_with_ids(matrix, ids[order])
         data = faiss.serialize_index(index).tobytes()
         file = IndexFile(shard, root, len(vectors), sha256_hex(data), len(data))
-        sealed = self.keyring.seal(INDEX_AREA, file.name, "", data)
-        files.write_atomic(self.root / file.name, sealed)
+        self._put(file.name, data)
         return file
 
     def _held(self, base: IndexFile | None, vector_ids: Sequence[int]) -> LoadedIndex:
@@ -158,8 +158,7 @@ class FaissIndex:
         self._bytes(file)
 
     def _bytes(self, file: IndexFile) -> bytes:
-        unseal = partial(self.keyring.unseal, INDEX_AREA, file.name, "")
-        return files.read_checked(self.root / file.name, file.sha256, "index file", unseal)
+        return self._get_checked(file.name, file.sha256, "index file")
 
     def _read(self, file: IndexFile) -> Any:
         import faiss
@@ -174,13 +173,10 @@ class FaissIndex:
             )
         return faiss.deserialize_index(np.frombuffer(data, dtype=np.uint8))
 
-    def held(self) -> frozenset[str]:
-        return files.held_names(self.root)
-
     def erase(self, names: Collection[str]) -> None:
         gone = set(names)
         self._warm.files = {name: each for name, each in self._warm.files.items() if name not in gone}
-        shred(self.keyring, INDEX_AREA, names, partial(files.erase_all, self.root))
+        super().erase(names)
 
 
 def codes_of(vectors: Vectors) -> NDArray[np.uint8]:

@@ -20,9 +20,7 @@ True
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 
 from sisa.core.digest import canonical_json, sha256_hex
@@ -31,24 +29,25 @@ from sisa.core.errors import IntegrityError
 from sisa.core.patch import VaultSet
 from sisa.core.ports import Keyring
 from sisa.store.blobs import files
-from sisa.store.blobs.keyring import is_sealed, shred
+from sisa.store.blobs.keyring import SealedArea, is_sealed
 
 VAULT_AREA, DRAFTS_AREA = "vault", "runs"
 
 
-class FileVault:
+class FileVault(SealedArea):
     """A Vault in a directory; its keyring encrypts."""
+
+    area = VAULT_AREA
 
     def __init__(self, root: Path, keyring: Keyring) -> None:
         if not keyring.seals:
             raise TypeError("a vault is always encrypted")
+        super().__init__(root, keyring)
         self.root = root
-        self.keyring = keyring
 
     def put(self, name: str, records: Sequence[Record]) -> tuple[str, int]:
         data = encode(records)
-        sealed = self.keyring.seal(VAULT_AREA, name, "", data)
-        files.write_atomic(self.root / name, sealed)
+        self._put(name, data)
         return sha256_hex(data), len(data)
 
     def read(self, found: VaultSet) -> tuple[Record, ...]:
@@ -58,40 +57,30 @@ class FileVault:
         self._bytes(found)
 
     def _bytes(self, found: VaultSet) -> bytes:
-        path = self.root / found.name
-
-        def unseal(data: bytes) -> bytes:
-            if not is_sealed(data):
-                raise IntegrityError(
-                    "a set of the vault is not encrypted",
-                    where=str(path),
-                    expected="bytes that its key sealed",
-                    got="plain bytes",
-                    next_step="release it by `sisa approx release`, and give the texts again",
-                )
-            return self.keyring.unseal(VAULT_AREA, found.name, "", data)
-
-        return files.read_checked(path, found.sha256, "set of the vault", unseal)
+        what, where = "set of the vault", str(self.root / found.name)
+        data = self.blobs.get(found.name, what)
+        if not is_sealed(data):
+            raise IntegrityError(
+                f"a {what} is not encrypted",
+                where=where,
+                expected="bytes that its key sealed",
+                got="plain bytes",
+                next_step="release it by `sisa approx release`, and give the texts again",
+            )
+        plain = self.keyring.unseal(self.area, found.name, "", data)
+        return files.verified(plain, found.sha256, what, where)
 
     def held(self) -> frozenset[str]:
-        return files.held_names(self.root) | self.keyring.held(VAULT_AREA)
-
-    def erase(self, names: Collection[str]) -> None:
-        shred(self.keyring, VAULT_AREA, names, partial(files.erase_all, self.root))
+        return super().held() | self.keyring.held(self.area)
 
 
-@dataclass(frozen=True)
-class FilePatchDrafts:
+class FilePatchDrafts(SealedArea):
     """Drafts of unfinished patches, a directory for each patch's key."""
 
-    root: Path
-    keyring: Keyring
+    area = DRAFTS_AREA
 
     def held(self) -> frozenset[str]:
-        return files.held_names(self.root) | self.keyring.held(DRAFTS_AREA)
-
-    def erase(self, keys: Collection[str]) -> None:
-        shred(self.keyring, DRAFTS_AREA, keys, partial(files.erase_all, self.root))
+        return super().held() | self.keyring.held(self.area)
 
 
 def encode(records: Sequence[Record]) -> bytes:
