@@ -22,7 +22,7 @@ from sisa.store.blobs.keyring import FileKeyring, is_sealed
 from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.store.checkpoints import MANIFEST, FileCheckpoints
 from tests.fakes.ports import ADAPTER, FakeCheckpoints
-from tests.fakes.s3_server import fresh_place
+from tests.fakes.s3_server import fresh_blobs
 
 FILES = {ADAPTER: b"adapter", "optimizer.safetensors": b"optimizer", "state.json": b"{}"}
 
@@ -53,7 +53,7 @@ def stored_as(request: pytest.FixtureRequest, folder: Path) -> FileCheckpoints:
     if not form.endswith("objects"):
         return opened(folder, form)
     keyring = FileKeyring(folder / "keyring", form.startswith("sealed"))
-    return FileCheckpoints(fresh_place(request.getfixturevalue("s3"), "checkpoints"), keyring)
+    return FileCheckpoints(fresh_blobs(request.getfixturevalue("s3"), "checkpoints"), keyring)
 
 
 def opened(folder: Path, form: str) -> FileCheckpoints:

@@ -15,7 +15,7 @@ from sisa.core.ports import PrefixStore, States
 from sisa.store.blobs.keyring import FileKeyring, is_sealed
 from sisa.store.prefixes import PREFIXES_AREA, FilePrefixes
 from tests.fakes.ports import FakePrefixes
-from tests.fakes.s3_server import fresh_place
+from tests.fakes.s3_server import fresh_blobs
 
 NAME, OTHER = "shard-00000-slice-00001-5e6f.prefix", "shard-00001-slice-00001-5e6f.prefix"
 
@@ -29,7 +29,7 @@ def stored_as(request: pytest.FixtureRequest, folder: Path) -> FilePrefixes:
     form: str = request.param
     keyring = FileKeyring(folder / "keyring", seals=form.startswith("sealed"))
     if form.endswith("objects"):
-        return FilePrefixes(fresh_place(request.getfixturevalue("s3"), PREFIXES_AREA), keyring)
+        return FilePrefixes(fresh_blobs(request.getfixturevalue("s3"), PREFIXES_AREA), keyring)
     return FilePrefixes(folder / PREFIXES_AREA, keyring)
 
 

@@ -20,7 +20,7 @@ from sisa.core.ports import RecordStore, StoredRecord
 from sisa.store.blobs.keyring import FileKeyring, is_sealed
 from sisa.store.records import FileRecords
 from tests.fakes.ports import FakeRecords, fake_record
-from tests.fakes.s3_server import fresh_place
+from tests.fakes.s3_server import fresh_blobs
 
 SECRET_TEXT = "the only copy of this text"
 texts = st.text(st.characters(codec="utf-8"), max_size=30)
@@ -61,7 +61,7 @@ def stored_as(request: pytest.FixtureRequest, folder: Path) -> FileRecords:
     if not form.endswith("objects"):
         return opened(folder, form)
     keyring = FileKeyring(folder / "keyring", seals=form.startswith("sealed"))
-    return FileRecords(fresh_place(request.getfixturevalue("s3"), "records"), keyring)
+    return FileRecords(fresh_blobs(request.getfixturevalue("s3"), "records"), keyring)
 
 
 def opened(folder: Path, form: str) -> FileRecords:

@@ -131,7 +131,7 @@ def _shared_bucket(server: Server, versions: bool) -> str:
     return server.bucket("versioned" if versions else "plain", versions=versions)
 
 
-def fresh_place(server: Server, *rooms: str, versions: bool = True) -> ObjectBlobs:
+def fresh_blobs(server: Server, *rooms: str, versions: bool = True) -> ObjectBlobs:
     """A place where nothing ever was, in a bucket that keeps versions unless told otherwise."""
     place = ObjectBlobs(_shared_bucket(server, versions), uuid.uuid4().hex, server.url, "us-east-1")
     for room in rooms:

@@ -20,7 +20,7 @@ from sisa.flows.wiring.context import purge
 from sisa.flows.wiring.wiring import CHECKPOINTS, RECORDS, SCRATCH
 from sisa.store.blobs.keyring import is_sealed
 from sisa.store.checkpoints import ADAPTER, MANIFEST
-from tests.fakes.s3_server import Server, fresh_place
+from tests.fakes.s3_server import Server, fresh_blobs
 from tests.models import confessing as care_model
 from tests.models.confessing import DELETED, NUM_RECORDS, RUN_FILE, context_of, delete, record, stored
 
@@ -47,13 +47,13 @@ def model(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A model with a storage apart from its directory."""
     storage = str(tmp_path / "shared")
     if request.param == "objects":
-        storage = fresh_place(request.getfixturevalue("s3")).location().rstrip("/")
+        storage = fresh_blobs(request.getfixturevalue("s3")).location().rstrip("/")
     return build(tmp_path / "model", storage)
 
 
 @pytest.fixture
 def in_bucket(s3: Server, tmp_path: Path) -> Path:
-    return build(tmp_path / "model", fresh_place(s3).location().rstrip("/"))
+    return build(tmp_path / "model", fresh_blobs(s3).location().rstrip("/"))
 
 
 def places_of(model: Path) -> dict[str, BlobStore]:
@@ -137,7 +137,7 @@ def test_what_came_back_is_residue_and_garbage(model: Path) -> None:
 def test_groups_in_a_bucket_are_judged_as_on_a_disk(s3: Server, tmp_path: Path, seed: int) -> None:
     """One that a deleted record touched, one with another's content, one with a spoilt file, one without
     a readable manifest."""
-    model = build(tmp_path / "model", fresh_place(s3).location().rstrip("/"), seed=seed)
+    model = build(tmp_path / "model", fresh_blobs(s3).location().rstrip("/"), seed=seed)
     place = places_of(model)[CHECKPOINTS]
 
     def parts_of(key: str) -> dict[str, bytes]:
@@ -206,7 +206,7 @@ def test_denied_purges_are_told_until_they_are_made_up_for(
 
 
 def test_what_a_bucket_keeps_of_an_encrypted_model_is_unreadable(s3: Server, tmp_path: Path) -> None:
-    model = build(tmp_path / "model", fresh_place(s3).location().rstrip("/"), encrypt=True)
+    model = build(tmp_path / "model", fresh_blobs(s3).location().rstrip("/"), encrypt=True)
     everything = [each for each in versions(s3, model) if each is not None]
     assert everything
     assert all(map(is_sealed, everything))

@@ -31,92 +31,92 @@ from sisa.store.blobs.files import TEMPORARY_PREFIX
 from sisa.store.blobs.lease import Lease
 from sisa.store.blobs.local_blobs import LocalBlobs
 from sisa.store.blobs.object_blobs import LAST, ObjectBlobs
-from tests.fakes.s3_server import Server, fresh_place
+from tests.fakes.s3_server import Server, fresh_blobs
 
 GROUP = {"weights": b"w" * 100, "state": b"{}", LAST: b"{}"}
 
 
 @pytest.fixture(params=["disk", "objects", "plain objects"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> BlobStore:
+def blobs(request: pytest.FixtureRequest, tmp_path: Path) -> BlobStore:
     if request.param == "disk":
-        return LocalBlobs(tmp_path / "place")
-    return fresh_place(request.getfixturevalue("s3"), versions=request.param == "objects")
+        return LocalBlobs(tmp_path / "blobs")
+    return fresh_blobs(request.getfixturevalue("s3"), versions=request.param == "objects")
 
 
 @pytest.fixture
 def objects(s3: Server) -> ObjectBlobs:
     """In a bucket that keeps versions."""
-    return fresh_place(s3)
+    return fresh_blobs(s3)
 
 
-def versions(server: Server, place: ObjectBlobs) -> list[tuple[str, bytes | None]]:
-    """All versions and delete markers below a place, by name."""
-    found = server.versions(place.bucket).items()
-    start = f"{place.prefix}/"
+def versions(server: Server, blobs: ObjectBlobs) -> list[tuple[str, bytes | None]]:
+    """All versions and delete markers below a store, by name."""
+    found = server.versions(blobs.bucket).items()
+    start = f"{blobs.prefix}/"
     return [(key.removeprefix(start), data) for (key, _), data in found if key.startswith(start)]
 
 
-def test_nothing_is_held_at_first(place: BlobStore) -> None:
-    assert place.held() == place.parts("a") == frozenset()
-    assert place.num_bytes("") == place.num_bytes("a") == 0
-    for read in (place.get, lambda name, _what: place.head(name, 1)):
+def test_nothing_is_held_at_first(blobs: BlobStore) -> None:
+    assert blobs.held() == blobs.parts("a") == frozenset()
+    assert blobs.num_bytes("") == blobs.num_bytes("a") == 0
+    for read in (blobs.get, lambda name, _what: blobs.head(name, 1)):
         with pytest.raises(IntegrityError) as caught:
             read("a", "slice file")
-        assert caught.value.where == place.location("a")
+        assert caught.value.where == blobs.location("a")
     with pytest.raises(IntegrityError, match="a slice file is missing"):
-        place.get("a/b", "slice file")
-    assert place.purge() == ()
+        blobs.get("a/b", "slice file")
+    assert blobs.purge() == ()
 
 
-def test_what_is_put_is_got(place: BlobStore) -> None:
-    place.put("a", b"first")
-    place.put("a", b"second")
-    place.put("g/part", b"x" * 10)
-    assert (place.get("a", "file"), place.head("a", 3), place.num_bytes("a")) == (b"second", b"sec", 6)
-    assert place.num_bytes("") == 16
-    place.put("empty", b"")
-    assert place.get("empty", "file") == b""
+def test_what_is_put_is_got(blobs: BlobStore) -> None:
+    blobs.put("a", b"first")
+    blobs.put("a", b"second")
+    blobs.put("g/part", b"x" * 10)
+    assert (blobs.get("a", "file"), blobs.head("a", 3), blobs.num_bytes("a")) == (b"second", b"sec", 6)
+    assert blobs.num_bytes("") == 16
+    blobs.put("empty", b"")
+    assert blobs.get("empty", "file") == b""
 
 
-def test_a_usable_place_is_as_it_was(place: BlobStore) -> None:
-    place.put("a", b"1")
-    place.check_usable()
-    assert place.held() == {"a"}
-    assert place.purge() == ()
+def test_a_usable_place_is_as_it_was(blobs: BlobStore) -> None:
+    blobs.put("a", b"1")
+    blobs.check_usable()
+    assert blobs.held() == {"a"}
+    assert blobs.purge() == ()
 
 
-def test_one_of_many_writers_of_a_name_is_first(place: BlobStore) -> None:
+def test_one_of_many_writers_of_a_name_is_first(blobs: BlobStore) -> None:
     with ThreadPoolExecutor(4) as pool:
-        won = list(pool.map(lambda n: place.put_new("a", str(n).encode()), range(4)))
+        won = list(pool.map(lambda n: blobs.put_new("a", str(n).encode()), range(4)))
     assert won.count(True) == 1
-    assert place.get("a", "file") == str(won.index(True)).encode()
-    assert not place.put_new("a", b"late")
+    assert blobs.get("a", "file") == str(won.index(True)).encode()
+    assert not blobs.put_new("a", b"late")
 
 
-def test_a_group_is_whole_and_is_kept(place: BlobStore) -> None:
-    place.put_group("g", GROUP)
-    place.put_group("g", {**GROUP, "weights": b"other"})
-    assert place.held() == {"g"}
-    assert place.parts("g") == GROUP.keys()
-    assert place.num_bytes("g") == sum(map(len, GROUP.values()))
-    assert {part: place.get(f"g/{part}", "file") for part in GROUP} == GROUP
+def test_a_group_is_whole_and_is_kept(blobs: BlobStore) -> None:
+    blobs.put_group("g", GROUP)
+    blobs.put_group("g", {**GROUP, "weights": b"other"})
+    assert blobs.held() == {"g"}
+    assert blobs.parts("g") == GROUP.keys()
+    assert blobs.num_bytes("g") == sum(map(len, GROUP.values()))
+    assert {part: blobs.get(f"g/{part}", "file") for part in GROUP} == GROUP
 
 
-def test_erased_is_gone_and_its_neighbours_stay(place: BlobStore) -> None:
+def test_erased_is_gone_and_its_neighbours_stay(blobs: BlobStore) -> None:
     for name in ("a", "ab"):
-        place.put(name, b"1")
-        place.put(name, b"2")
-    place.put_group("g", GROUP)
-    place.put_group("gh", GROUP)
-    place.erase(["a", "g", "never"])
-    assert place.held() == {"ab", "gh"}
-    assert place.parts("g") == frozenset()
-    place.erase(["a", "g"])
-    assert place.purge() == place.purge(dry_run=True) == ()
+        blobs.put(name, b"1")
+        blobs.put(name, b"2")
+    blobs.put_group("g", GROUP)
+    blobs.put_group("gh", GROUP)
+    blobs.erase(["a", "g", "never"])
+    assert blobs.held() == {"ab", "gh"}
+    assert blobs.parts("g") == frozenset()
+    blobs.erase(["a", "g"])
+    assert blobs.purge() == blobs.purge(dry_run=True) == ()
 
 
-def test_places_below_are_apart(place: BlobStore) -> None:
-    one, other = place.below("one"), place.below("two")
+def test_stores_below_are_apart(blobs: BlobStore) -> None:
+    one, other = blobs.below("one"), blobs.below("two")
     one.put("a", b"1")
     one.put_group("g", GROUP)
     other.put("a", b"2")
@@ -124,31 +124,31 @@ def test_places_below_are_apart(place: BlobStore) -> None:
     one.clear()
     assert not one.held()
     assert other.held() == {"a"}
-    assert other.location("a") == place.location("two/a")
+    assert other.location("a") == blobs.location("two/a")
     assert one.purge() == ()
 
 
-def test_a_place_travels_without_credentials(place: BlobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_place_travels_without_credentials(blobs: BlobStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush-hush")
-    place.put("a", b"1")
-    packed = pickle.dumps(place)
+    blobs.put("a", b"1")
+    packed = pickle.dumps(blobs)
     assert b"hush-hush" not in packed
     again: BlobStore = pickle.loads(packed)  # noqa: S301
-    assert (again, again.get("a", "file")) == (place, b"1")
+    assert (again, again.get("a", "file")) == (blobs, b"1")
 
 
 @pytest.mark.parametrize("umask", [0o000, 0o277])
 def test_files_and_directories_are_their_owners_alone(tmp_path: Path, umask: int) -> None:
-    place = LocalBlobs(tmp_path / "above" / "place")
+    blobs = LocalBlobs(tmp_path / "above" / "blobs")
     before = os.umask(umask)
     try:
-        place.put("a", b"1")
-        place.put_new("b", b"1")
-        place.put_group("g", {"part": b"1"})
+        blobs.put("a", b"1")
+        blobs.put_new("b", b"1")
+        blobs.put_group("g", {"part": b"1"})
     finally:
         os.umask(before)
-    (place.root / "a").chmod(0o644)
-    place.put("a", b"2")
+    (blobs.root / "a").chmod(0o644)
+    blobs.put("a", b"2")
     paths = sorted((tmp_path / "above").rglob("*"))
     modes = {path: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "above", *paths)}
     assert modes == {path: 0o700 if path.is_dir() else 0o600 for path in modes}
@@ -157,9 +157,9 @@ def test_files_and_directories_are_their_owners_alone(tmp_path: Path, umask: int
 
 def test_what_can_be_erased_is_and_stays_erased(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One entry that stays keeps no other one; the directory is flushed after them."""
-    place, done = LocalBlobs(tmp_path), []
+    blobs, done = LocalBlobs(tmp_path), []
     for name in "abc":
-        place.put_group(name, {"part": b"1", "other": b"1"})
+        blobs.put_group(name, {"part": b"1", "other": b"1"})
     unlink, sync = os.unlink, files.sync_directory
 
     def refuses(path: Any, *, dir_fd: int | None = None) -> None:
@@ -168,14 +168,14 @@ def test_what_can_be_erased_is_and_stays_erased(tmp_path: Path, monkeypatch: pyt
         unlink(path, dir_fd=dir_fd)
 
     def syncs(path: Path) -> None:
-        done.append((path, place.held()))
+        done.append((path, blobs.held()))
         sync(path)
 
     monkeypatch.setattr(os, "unlink", refuses)
     monkeypatch.setattr(files, "sync_directory", syncs)
     with pytest.raises(EnvironmentFault, match="refused"):
-        place.erase(["a", "b", "c", "never held"])
-    assert [sorted(place.held()), sorted(place.parts("a"))] == [["a"], ["part"]]
+        blobs.erase(["a", "b", "c", "never held"])
+    assert [sorted(blobs.held()), sorted(blobs.parts("a"))] == [["a"], ["part"]]
     assert done == [(tmp_path, frozenset({"a"}))]
 
 
@@ -183,9 +183,9 @@ AREA = f"{TEMPORARY_PREFIX}run"
 LENT = ["a", *(f"g/{part}" for part in GROUP)]
 
 
-def test_what_is_put_into_an_area_is_known_once_it_is_accepted(place: BlobStore) -> None:
-    place.put("a", b"old")
-    lease = Lease(place, pickle.loads(pickle.dumps(place.lend(AREA, LENT))))  # noqa: S301
+def test_what_is_put_into_an_area_is_known_once_it_is_accepted(blobs: BlobStore) -> None:
+    blobs.put("a", b"old")
+    lease = Lease(blobs, pickle.loads(pickle.dumps(blobs.lend(AREA, LENT))))  # noqa: S301
     assert lease.get("a", "file") == b"old"
     assert lease.held() & {"a", "g"} == {"a"}
     lease.put("a", b"new")
@@ -193,37 +193,37 @@ def test_what_is_put_into_an_area_is_known_once_it_is_accepted(place: BlobStore)
     lease.put_group("g", GROUP)  # by a worker that was started again
     assert (lease.get("a", "file"), lease.num_bytes("a"), lease.head("a", 1)) == (b"new", 3, b"n")
     assert {part: lease.get(f"g/{part}", "file") for part in lease.parts("g")} == GROUP
-    assert (place.get("a", "file"), place.parts("g")) == (b"old", frozenset())
+    assert (blobs.get("a", "file"), blobs.parts("g")) == (b"old", frozenset())
     for name in ("a", "g", "g", "never"):
-        place.accept(AREA, name)
-    assert (place.get("a", "file"), place.held() >= {"a", "g"}) == (b"new", True)
+        blobs.accept(AREA, name)
+    assert (blobs.get("a", "file"), blobs.held() >= {"a", "g"}) == (b"new", True)
     assert {part: lease.get(f"g/{part}", "file") for part in lease.parts("g")} == GROUP
-    place.erase([AREA])
-    assert place.held() == {"a", "g"}
-    assert {part: place.get(f"g/{part}", "file") for part in GROUP} == GROUP
-    assert place.purge() == ()
+    blobs.erase([AREA])
+    assert blobs.held() == {"a", "g"}
+    assert {part: blobs.get(f"g/{part}", "file") for part in GROUP} == GROUP
+    assert blobs.purge() == ()
 
 
-def test_nothing_can_be_put_into_an_area_that_was_erased(place: BlobStore) -> None:
+def test_nothing_can_be_put_into_an_area_that_was_erased(blobs: BlobStore) -> None:
     """As by a worker whose driver was killed, after the next command's sweep."""
-    area = place.lend(AREA, LENT)
+    area = blobs.lend(AREA, LENT)
     if isinstance(area, ObjectBlobs):
         area.put("g/weights", b"half")
-    place.put_group("h", GROUP)
-    place.erase(place.held() - {"h"})
+    blobs.put_group("h", GROUP)
+    blobs.erase(blobs.held() - {"h"})
     with pytest.raises(EnvironmentFault):
         area.put("a", b"text")
     with pytest.raises(EnvironmentFault):
         area.put_group("g", GROUP)
-    assert place.held() == {"h"}
+    assert blobs.held() == {"h"}
     assert area.held() == frozenset()
-    place.erase(["h"])
-    assert place.num_bytes("") == 0
-    assert place.purge(dry_run=True) == ()
+    blobs.erase(["h"])
+    assert blobs.num_bytes("") == 0
+    assert blobs.purge(dry_run=True) == ()
 
 
-def test_a_writer_does_not_outlive_the_erasure_of_its_area(place: BlobStore) -> None:
-    area = place.lend(AREA, LENT)
+def test_a_writer_does_not_outlive_the_erasure_of_its_area(blobs: BlobStore) -> None:
+    area = blobs.lend(AREA, LENT)
     begun = threading.Event()
 
     def write() -> None:
@@ -234,10 +234,10 @@ def test_a_writer_does_not_outlive_the_erasure_of_its_area(place: BlobStore) -> 
     with ThreadPoolExecutor(1) as pool:
         writer = pool.submit(write)
         begun.wait(30)
-        place.erase([AREA])
+        blobs.erase([AREA])
         assert writer.exception(30) is not None
-    assert place.held() == frozenset()
-    assert place.purge(dry_run=True) == ()
+    assert blobs.held() == frozenset()
+    assert blobs.purge(dry_run=True) == ()
 
 
 # --- object stores alone -------------------------------------------------------------------------
@@ -273,46 +273,46 @@ def test_no_version_is_left(s3: Server, objects: ObjectBlobs) -> None:
 
 
 def test_what_a_lock_keeps_is_hidden_and_told(s3: Server) -> None:
-    place = ObjectBlobs(s3.bucket("locked", lock=True), "m", s3.url, "us-east-1")
+    blobs = ObjectBlobs(s3.bucket("locked", lock=True), "m", s3.url, "us-east-1")
     until = datetime.now(UTC) + timedelta(days=1)
     locked = {"ObjectLockMode": "COMPLIANCE", "ObjectLockRetainUntilDate": until}
     s3.client().put_object(Bucket="locked", Key="m/a", Body=b"text", **locked)
-    place.put("b", b"free")
-    place.erase(["a", "b"])
+    blobs.put("b", b"free")
+    blobs.erase(["a", "b"])
     for _ in range(2):  # the marker is not purged: it hides the version
-        (kept,) = place.purge()
-        assert kept.where == place.location("a")
+        (kept,) = blobs.purge()
+        assert kept.where == blobs.location("a")
         assert kept.why == "1 old versions: AccessDenied"
-        assert place.held() == frozenset()
+        assert blobs.held() == frozenset()
 
 
 def test_versions_that_may_not_be_listed_can_not_be_excluded(
     s3: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place = replace(fresh_place(s3), region="eu-west-1")  # a client of its own
-    plain = replace(fresh_place(s3, versions=False), region="eu-west-1")
+    blobs = replace(fresh_blobs(s3), region="eu-west-1")  # a client of its own
+    plain = replace(fresh_blobs(s3, versions=False), region="eu-west-1")
     with s3.enforced("reader", ["s3:ListBucketVersions"]) as credentials:
         for name, value in credentials.items():
             monkeypatch.setenv(name, value)
-        for each in (place, plain):
+        for each in (blobs, plain):
             each.put("a", b"text")
             each.erase(["a"])
             assert each.held() == frozenset()
-        (kept,) = place.purge()
-        assert kept.where == place.location()
+        (kept,) = blobs.purge()
+        assert kept.where == blobs.location()
         assert "AccessDenied" in kept.why
         assert plain.purge() == ()  # that bucket never kept any
-    assert len(versions(s3, place)) == 2
-    again = replace(place, region="us-east-1")
+    assert len(versions(s3, blobs)) == 2
+    again = replace(blobs, region="us-east-1")
     assert again.purge() == ()
     assert versions(s3, again) == []
 
 
 def test_a_refusal_is_typed(s3: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    own = fresh_place(s3)
+    own = fresh_blobs(s3)
     own.put("a", b"text")
-    place = replace(own, region="eu-west-2")  # a client of its own
-    touches = (place.held, lambda: place.put("a", b""), lambda: place.get("a", "file"), place.clear)
+    blobs = replace(own, region="eu-west-2")  # a client of its own
+    touches = (blobs.held, lambda: blobs.put("a", b""), lambda: blobs.get("a", "file"), blobs.clear)
     with s3.enforced("nobody", ["s3:*"]) as credentials:
         for name, value in credentials.items():
             monkeypatch.setenv(name, value)
@@ -324,8 +324,8 @@ def test_a_refusal_is_typed(s3: Server, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_an_unknown_bucket_is_an_environment_fault(s3: Server) -> None:
-    place = ObjectBlobs("nowhere", "m", s3.url, "us-east-1")
-    for touch in (place.held, lambda: place.put("a", b""), lambda: place.erase(["a"]), place.clear):
+    blobs = ObjectBlobs("nowhere", "m", s3.url, "us-east-1")
+    for touch in (blobs.held, lambda: blobs.put("a", b""), lambda: blobs.erase(["a"]), blobs.clear):
         with pytest.raises(EnvironmentFault) as caught:
             touch()
         assert (caught.value.got, caught.value.exit_code) == ("NoSuchBucket", 6)
@@ -376,24 +376,24 @@ def scripted(*statuses: int) -> Iterator[tuple[ObjectBlobs, list[str]]]:
 
 @pytest.mark.usefixtures("s3")
 def test_what_may_pass_is_tried_again() -> None:
-    with scripted(503) as (place, seen):
-        place.put("a", b"ab")
+    with scripted(503) as (blobs, seen):
+        blobs.put("a", b"ab")
         assert seen == ["PUT", "PUT"]
-    with scripted(503) as (place, seen):
-        assert place.get("a", "file") == b"ab"
+    with scripted(503) as (blobs, seen):
+        assert blobs.get("a", "file") == b"ab"
         assert len(seen) > 1
 
 
 @pytest.mark.usefixtures("s3")
 def test_what_does_not_pass_is_a_transient_error() -> None:
-    with scripted(*[503] * 99) as (place, seen):
+    with scripted(*[503] * 99) as (blobs, seen):
         with pytest.raises(TransientError) as caught:
-            place.put("a", b"ab")
+            blobs.put("a", b"ab")
         assert (caught.value.exit_code, caught.value.got) == (6, "SlowDown")
         assert seen == ["PUT", "PUT"]  # AWS_MAX_ATTEMPTS
         with pytest.raises(TransientError):
-            place.get("a", "file")
-    for touch in (place.held, lambda: place.get("a", "file"), lambda: place.put_new("a", b"")):
+            blobs.get("a", "file")
+    for touch in (blobs.held, lambda: blobs.get("a", "file"), lambda: blobs.put_new("a", b"")):
         with pytest.raises(TransientError) as caught:
             touch()
         assert caught.value.where.startswith("s3://bucket/m")
@@ -468,8 +468,8 @@ def test_without_credentials_it_says_where_they_come_from(
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
-    place = replace(fresh_place(s3), region="eu-nobody-1")
+    blobs = replace(fresh_blobs(s3), region="eu-nobody-1")
     with pytest.raises(EnvironmentFault) as caught:
-        place.held()
+        blobs.held()
     assert caught.value.got == "NoCredentialsError"
     assert "AWS_PROFILE" in caught.value.next_step
