@@ -19,7 +19,7 @@ import pytest
 
 FOLDER = Path(__file__).parents[3] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-FIRST, CHOOSE = NOTEBOOKS
+FIRST, CHOOSE, ROUTING, BASE = NOTEBOOKS
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
 MACHINE_PATHS = re.compile(r"(?<![\w.])/(home|root|tmp|work|usr|Users|mnt|opt|var)\b|[A-Z]:\\\\|\.venv")
 MAGIC = re.compile(r"^%.*$", re.MULTILINE)
@@ -153,3 +153,52 @@ def test_prices_of_deletions_follow_from_the_layout(run_here: Callable[[Path], C
 def prices(said: str) -> list[tuple[str, str]]:
     """What the closed form and the count say of each layout."""
     return re.findall(r"^\d+ x \d+ +(\S+) +(\S+)$", said, re.MULTILINE)
+
+
+@pytest.mark.torch
+@pytest.mark.slow
+def test_questions_reach_their_shard_or_the_base(
+    run_here: Callable[[Path], Cells], tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SISA_NOTEBOOK_BASE", str(tiny_base))
+    monkeypatch.setenv("SISA_NOTEBOOK_EXECUTOR", "serial")
+    cells = run_here(ROUTING)
+    assert cells["routes"][0].startswith("40 of 40 held questions")
+    assert [line.endswith("the base alone") for line in lines(cells, "other-words")] == [False] * 3 + [
+        True
+    ] * 2
+    assert cells["conversation"][1] is True
+    loosest, auto, *_ = lines(cells, "scores")
+    assert "about strangers: 0%" in auto
+    assert "held, as asked: 100%" in auto
+    assert "about strangers: 0%" not in loosest
+    assert all(", 0 slices trained" in line for line in lines(cells, "scores"))
+    assert [line.split()[0] for line in lines(cells, "together") if "shards (" in line] == [
+        *("routed", "mean_prob", "merged")
+    ]
+    assert all(line.endswith("the base alone") for line in lines(cells, "orphans")[-4:])
+    assert "4 questions go to strangers" in cells["orphans-lowered"][0]
+    assert "turned_away=0" in cells["held"][0]
+
+
+def lines(cells: Cells, name: str) -> list[str]:
+    return cells[name][0].strip().splitlines()
+
+
+@pytest.mark.torch
+@pytest.mark.slow
+def test_what_the_base_knew_is_noticed_and_less_is_said(run_here: Callable[[Path], Cells]) -> None:
+    cells = run_here(BASE)
+    assert "3 of 18 records share their text with the corpus" in cells["guard"][0]
+    known = [int(each) for each in re.findall(r"base alone: (\d) of 3", cells["probe"][0])]
+    assert known == [3, 0, 0, 0, 0, 0]
+    assert "base alone: 3 of 3 probed records" in cells["forget"][0]
+    assert "consent: letter of 3 May, case 17" in cells["vault"][0]
+    assert "held, encrypted" in cells["vault"][0]
+    for name in ("patch", "again"):
+        assert cells[name][0].startswith("approximate: patch")
+        assert "an estimate, not a proof" in cells[name][0]
+    assert "still known: 0 of 3 probed texts (before: 3): forgotten" in cells["again"][0]
+    assert "1 sets erased from the vault" in cells["again"][0]
+    assert len(lines(cells, "limits-of")) > 3
+    assert "texts to forget, erased" in cells["after"][0]
