@@ -95,7 +95,7 @@ def test_no_function_is_long() -> None:
 
 def test_a_folder_is_seen_at_a_glance() -> None:
     held = Counter(path.parent for path in modules(*PACKAGES) if path.stem != "__init__")
-    assert {str(folder): count for folder, count in held.items() if count > MAX_MODULES} == {}
+    assert {relative(folder): count for folder, count in held.items() if count > MAX_MODULES} == {}
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -103,8 +103,8 @@ def test_one_name_is_one_thing(package: str) -> None:
     """No public name is defined at the top level of two modules of one house."""
     defined: dict[str, list[str]] = {}
     for path in modules(package):
-        for name in set(public_names(ast.parse(path.read_text()))):
-            defined.setdefault(name, []).append(str(path.relative_to(ROOT)))
+        for name in set(public_names(parsed(path))):
+            defined.setdefault(name, []).append(relative(path))
     assert {name: paths for name, paths in defined.items() if len(paths) > 1} == {}
 
 
