@@ -405,9 +405,12 @@ def test_generate_goes_on_with_conversations_and_answers_files(
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
-        ([{"messages": [{"role": "assistant", "content": "Quorvane"}]}], "no turn of a user"),
+        (
+            [{"messages": [{"role": "assistant", "content": "Quorvane"}]}],
+            "does not end with a turn of a user",
+        ),
         ([{"messages": [{"role": "user", "content": None}]}], "expected a string, got null"),
-        ([{"messages": []}], "no turn of a user"),
+        ([{"messages": []}], "does not end with a turn of a user"),
         ([{"prompt": "Quorvane", "messages": []}, {"text": "Quorvane"}], "row 2"),
     ],
 )

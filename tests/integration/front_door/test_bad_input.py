@@ -667,7 +667,7 @@ def test_a_first_training_does_not_overrun_one_that_was_faster(
         monkeypatch.undo()
         model.train()
 
-    monkeypatch.setattr("sisa.train._refuse_foreign", overtaken)
+    monkeypatch.setattr("sisa.train._check_no_foreign_files", overtaken)
     with pytest.raises(sisa.Busy):
         model.train()
     assert model.open().where(["p001-q1"])[0].state == "trained"

@@ -31,8 +31,8 @@ OPEN = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86.10  Rele
         ("dtype: float16", "line 3: dtype", "'float32', 'bfloat16'"),
         ("cluster: {num_gpus: 1}", "line 1", "device is cpu"),
         ("device: cpu\ncluster: {num_gpus: 0.5}", "line 1", "device is cpu"),
-        ("device: cuda\ncluster: {num_gpus: 0}", "line 4: cluster.num_gpus", "at least 0.001"),
-        ("device: cuda\ncluster: {num_gpus: -1}", "line 4: cluster.num_gpus", "at least 0.001"),
+        ("device: cuda\ncluster: {num_gpus: 0}", "line 4: cluster.num_gpus", "from 0.001 to 64"),
+        ("device: cuda\ncluster: {num_gpus: -1}", "line 4: cluster.num_gpus", "from 0.001 to 64"),
         ("device: cuda\ncluster: {num_gpus: 1.5}", "line 4: cluster.num_gpus", "whole GPUs"),
         ("device: cuda\ncluster: {num_gpus: '1'}", "line 4: cluster.num_gpus", "a number"),
     ],
@@ -98,7 +98,7 @@ def test_a_process_takes_the_workspace_and_keeps_its_own(monkeypatch: pytest.Mon
         cuda.prepare_device()
         assert cuda.environment()[cuda.WORKSPACE] == after
     monkeypatch.setenv(cuda.WORKSPACE, ":0:0")
-    with pytest.raises(EnvironmentFault, match="same bits"):
+    with pytest.raises(EnvironmentFault, match="bit for bit"):
         cuda.prepare_device()
 
 
