@@ -141,10 +141,10 @@ class Story:
                 f"of nobody, asked: {self.general_question}",
                 f"  before   {said(self.general_before)}",
                 f"  after    {said(self.general_after)}",
-                f"retrained  {self.slices_retrained} slices of 1 shard: {100 * self.share:.1f}% of "
-                f"training everything again ({epochs})",
+                f"retrained  {self.slices_retrained} slice{'s' * (self.slices_retrained != 1)} "
+                f"of 1 shard: {100 * self.share:.1f}% of training everything again ({epochs})",
                 f"proof      shard {self.shard} trained from scratch without the records, "
-                f"{self.stages_replayed} stages: {proof}",
+                f"{self.stages_replayed} stage{'s' * (self.stages_replayed != 1)}: {proof}",
                 "seconds    " + ", ".join(f"{name} {took}" for name, took in self.seconds.items()),
             ]
         )
