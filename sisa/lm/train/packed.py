@@ -104,7 +104,7 @@ def packs(base: Any, longest: int) -> bool:
         return False
     try:
         apart, moved = (_states(base, decoder, first, NEXT) for first in (ONE, OTHER))
-    except (_Unlike, TypeError, ValueError, IndexError, RuntimeError):
+    except (_Unlike, AttributeError, TypeError, ValueError, IndexError, RuntimeError):
         return False
     ids_1T = torch.tensor([NEXT], device=base.device)
     alone = decoder(input_ids=ids_1T, use_cache=False).last_hidden_state[0]
