@@ -188,4 +188,4 @@ def use_fake_resources(monkeypatch: pytest.MonkeyPatch) -> None:
     base = SimpleNamespace(directory=Path("no-base"), digest=BASE)
     monkeypatch.setattr(Resources, "base", base)
     monkeypatch.setattr(wiring, "find_executor", lambda _: open_fake)
-    monkeypatch.setattr(wiring, "find_probe", lambda: None)
+    monkeypatch.setattr(wiring, "_probe", lambda *_: None)

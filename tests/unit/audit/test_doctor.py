@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sqlite3
@@ -590,16 +589,6 @@ def test_messages_hold_no_secret(model: Path) -> None:
 # --- the command line ------------------------------------------------------------------------------
 
 Sisa = Callable[..., tuple[int, dict[str, Any], str]]
-
-
-@pytest.fixture
-def sisa(capfd: pytest.CaptureFixture[str]) -> Sisa:
-    def run(*arguments: Any) -> tuple[int, dict[str, Any], str]:
-        code = cli.run([*map(str, arguments), "--json"])
-        out, err = capfd.readouterr()
-        return code, json.loads(out), out + err
-
-    return run
 
 
 def test_doctor_on_the_command_line(

@@ -634,16 +634,6 @@ def test_a_deletion_behind_a_lock_on_metrics_ends_in_time(
 Sisa = Callable[..., tuple[int, dict[str, Any], str]]
 
 
-@pytest.fixture
-def sisa(capfd: pytest.CaptureFixture[str]) -> Sisa:
-    def run(*arguments: Any) -> tuple[int, dict[str, Any], str]:
-        code = cli.run([*map(str, arguments), "--json"])
-        out, err = capfd.readouterr()
-        return code, json.loads(out), out + err
-
-    return run
-
-
 def test_gc_on_the_command_line(sisa: Sisa, model: Path) -> None:
     (model / wiring.RECORDS / "old.parquet").write_bytes(b"123")
     code, found, _ = sisa("gc", "-m", model, "--dry-run")

@@ -70,16 +70,6 @@ Run = tuple[int, str, str]  # exit code, standard output, standard error
 Sisa = Callable[..., Run]
 
 
-@pytest.fixture
-def sisa(capfd: pytest.CaptureFixture[str]) -> Sisa:
-    def run(*arguments: str | Path) -> Run:
-        code = cli.run([str(each) for each in arguments])
-        captured = capfd.readouterr()
-        return code, captured.out, captured.err
-
-    return run
-
-
 def one_object(out: str) -> dict[str, Any]:
     found = json.loads(out)  # raises for anything before or after the object
     assert isinstance(found, dict)

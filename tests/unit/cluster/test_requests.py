@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from cluster.cli import cli, requests
+from cluster.cli import requests
 from sisa.config.runfile import parse_run_file
 from sisa.core.domain import Part, Record
 from sisa.flows.serial import SerialExecutor, Site
@@ -88,22 +88,12 @@ def model(pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     monkeypatch.setattr(Resources, "base", BASE)
     monkeypatch.setattr(Resources, "count_tokens", lambda _, records: [1 for _ in records])
     monkeypatch.setattr(wiring, "open_serial", open_fake)
-    monkeypatch.setattr(wiring, "find_probe", lambda: None)
+    monkeypatch.setattr(wiring, "_probe", lambda *_: None)
     return Path(shutil.copytree(pristine, tmp_path / "model"))
 
 
 Run = tuple[int, str, str]  # exit code, standard output, standard error
 Sisa = Callable[..., Run]
-
-
-@pytest.fixture
-def sisa(capfd: pytest.CaptureFixture[str]) -> Sisa:
-    def run(*arguments: str | Path) -> Run:
-        code = cli.run([str(each) for each in arguments])
-        captured = capfd.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 Ask = Callable[..., dict[str, Any]]
