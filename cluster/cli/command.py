@@ -209,8 +209,10 @@ def read_lines(file: Path) -> list[str]:
 
 
 def read_turns(file: Path | None) -> list[Any]:
-    """Return the turns of a JSON file; what is wrong with them is said where they are put to a model.
-    Raises InvalidInput for what is no JSON list."""
+    """Return the turns of a JSON file. The model checks the turns themselves.
+
+    Raises InvalidInput if the file holds anything but a JSON list.
+    """
     if file is None:
         return []
     found = _json(read_text(file), str(file))

@@ -336,10 +336,9 @@ def _wrong_head(context: Context, head: Head) -> str:
 
 def _gaps(context: Context) -> Iterator[Finding]:
     """Find missing stages before a held one: the head serves, but a deletion would retrain more."""
-    heads = (
-        context.stores.ledger.heads() if context.settings.recipe.shard_budget is None else []
-    )  # a budget leaves gaps on purpose
-    for head in heads:
+    if context.settings.recipe.shard_budget is not None:
+        return  # a budget leaves gaps on purpose
+    for head in context.stores.ledger.heads():
         view = view_shard(context, head.shard)
         plan = plan_of(context, view)
         held = {each.key for each in view.held}

@@ -363,9 +363,7 @@ class Request:
     record_epochs_retrained: int = 0
     record_epochs_full: int = 0
     record_epochs_others: int = 0  # of the other orders' stages
-    served: tuple[
-        tuple[int, int, int], ...
-    ] = ()  # from its commit on: shard, slices served, of how many
+    served: tuple[tuple[int, int, int], ...] = ()  # from its commit on: shard, slices, of how many
     serving_depth: float = 1.0  # from its commit on: mean share of their slices that all shards serve
     model_digest_before: str = ""
     seconds: float = 0.0

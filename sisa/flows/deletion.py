@@ -44,6 +44,7 @@ from sisa.flows.wiring.context import (
     check_sources,
     commit,
     first_index,
+    held_rows,
     model_digest,
     plans_of,
     slices_of,
@@ -287,8 +288,7 @@ def _outcome(
 
 def rows_named(context: Context, request: Request) -> list[RecordRow]:
     """Return the held records that a request names."""
-    found = context.stores.ledger.lookup(context.stores.ledger.named_by(request.request_id))
-    return [each for each in found.values() if isinstance(each, RecordRow)]
+    return held_rows(context, context.stores.ledger.named_by(request.request_id))
 
 
 def commit_removed(

@@ -17,7 +17,7 @@ from sisa.core.errors import ConfigConflict, InvalidInput, Problem, SisaError, U
 from sisa.core.patch import WRITTEN, SetRole, VaultSet
 from sisa.core.ports import Change, Removal
 from sisa.core.requests import unvaulted
-from sisa.flows.wiring.context import Context, commit, slices_of, stored_in, trained_over
+from sisa.flows.wiring.context import Context, commit, held_rows, slices_of, stored_in, trained_over
 from sisa.planning.patch_plan import unneeded_sets
 
 
@@ -81,14 +81,8 @@ def deletable(context: Context) -> frozenset[str]:
     return frozenset(
         each.name
         for each in context.stores.ledger.vault()
-        if each.role == "retain" and any(_rows(context, context.stores.ledger.vaulted(each.name)))
+        if each.role == "retain" and any(held_rows(context, context.stores.ledger.vaulted(each.name)))
     )
-
-
-def _rows(context: Context, id_digests: Collection[str]) -> list[RecordRow]:
-    return [
-        each for each in context.stores.ledger.lookup(id_digests).values() if isinstance(each, RecordRow)
-    ]
 
 
 def without_removed(context: Context, removed: Mapping[str, RecordRow]) -> tuple[dict[str, str], Put]:

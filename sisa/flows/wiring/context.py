@@ -239,6 +239,12 @@ def patch_files(store: CheckpointStore, stack: Iterable[Patch]) -> list[dict[str
     return [store.load(each.key, each.manifest_sha256) for each in stack]
 
 
+def held_rows(context: Context, id_digests: Iterable[str]) -> list[RecordRow]:
+    """Return the rows of those records, by keyed id, that are held."""
+    found = context.stores.ledger.lookup(id_digests).values()
+    return [each for each in found if isinstance(each, RecordRow)]
+
+
 def slices_of(context: Context, rows: Iterable[RecordRow]) -> list[SliceFile]:
     """Return the files that hold some records now."""
     places = {(row.shard, row.slice) for row in rows}

@@ -32,10 +32,8 @@ class Status:
     shards: tuple[query.ShardStatus, ...]
     requests: tuple[Request, ...]
     sizes_bytes: dict[str, int]
-    witness: tuple[str, WitnessStanding] = (
-        "",
-        "absent",
-    )  # where it rests, and how it stands to the ledger
+    # where it rests, and how it stands to the ledger
+    witness: tuple[str, WitnessStanding] = ("", "absent")
     event_head: WitnessHead = NO_EVENTS  # the last link of the event log, and how many events
     exports: tuple[query.ExportStatus, ...] = ()
     num_orders: int = 1
@@ -68,7 +66,5 @@ class ForgetOutcome:
     already_deleted: tuple[Tombstone, ...]
     model_digest: str
     exports_missing: tuple[str, ...] = ()  # stale, and not where they were written
-    kept: tuple[
-        KeptVersions, ...
-    ] = ()  # old versions of what was erased, which a bucket does not let go
+    kept: tuple[KeptVersions, ...] = ()  # old versions of what was erased that a bucket keeps
     deferred: bool = False  # training is left to a later command

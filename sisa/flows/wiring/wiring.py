@@ -240,13 +240,15 @@ def open_as_it_is(
 
 def check_hooks(context: Context) -> None:
     """Raise ConfigConflict where the model holds patches or texts for them, and no hook keeps them."""
+    if any(hook.name == PATCHES for hook in context.hooks):
+        return
     ledger = context.stores.ledger
     made_from_records = (
         trained_over(ledger),
         [each for each in ledger.vault() if each.held],
         [each for each in ledger.patches() if each.state in ("active", "wanted")],
     )
-    if any(made_from_records) and all(hook.name != PATCHES for hook in context.hooks):
+    if any(made_from_records):
         raise ConfigConflict(
             "the model holds patches, and a deletion here would not reach them",
             expected="a process that keeps patches",
@@ -296,13 +298,12 @@ def _patch_site(directory: Path, resources: Resources, stores: Stores, model: st
 def _probe(resources: Resources, stores: Stores) -> Probe | None:
     """Return what asks the base alone, under the patches that are served then; None where the run file
     wants no probe."""
-    opened = find_probe() if resources.config.probe else None
-    if opened is None:
+    if not resources.config.probe:
         return None
-    open_it = opened
 
     def probe(records: Sequence[Record]) -> Probed:
         stack = patch_files(stores.patches, active(stores.ledger.patches()))
+        open_it = find_probe()
         return open_it(resources.base.directory, resources.base.digest, resources.config, stack)(records)
 
     return probe
@@ -337,9 +338,10 @@ def open_stores(site: Site) -> tuple[FileRecords, FileCheckpoints]:
     return records, FileCheckpoints(site.checkpoints_at, site.keyring, site.area)
 
 
-def find_probe() -> OpenProbe | None:
-    """Return what opens the probe of the base; it is loaded when it is first called."""
-    return lambda *of: upper_houses.load(upper_houses.PROBE)(*of)
+def find_probe() -> OpenProbe:
+    """Return what opens the probe of the base. Raises EnvironmentFault when another package hides it."""
+    found: OpenProbe = upper_houses.load(upper_houses.PROBE)
+    return found
 
 
 @dataclass(frozen=True, slots=True)

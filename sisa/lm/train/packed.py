@@ -29,10 +29,8 @@ ATTENTION_NAME = "record_by_record"
 HARMLESS = ("position_ids", "use_cache", "output_attentions", "output_hidden_states", "sliding_window")
 WINDOWS = ("sliding_window", "attention_chunk_size")
 ONE, OTHER, NEXT = (0, 1, 2), (3, 2, 1), (1, 3, 0, 2)
-PACKING_TOLERANCE = {
-    torch.float32: 1e-2,
-    torch.bfloat16: 0.3,
-}  # relative to the norm; wrong positions give about 1
+# Relative to the norm; wrong positions give about 1.
+PACKING_TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 0.3}
 _lengths: ContextVar[tuple[int, ...]] = ContextVar("lengths")
 
 
