@@ -1,1 +1,1 @@
-"""One module a command family: its arguments and what it runs."""
+"""Define the commands: one module for each command family, with its arguments and what it runs."""

@@ -1,9 +1,9 @@
 """Run the console command `sisa`, with the commands that train, look up, delete and answer.
 
-With `--json` every command prints one JSON object on standard output, for failures too; everything else
-goes to standard error. Exit codes: 0 done, 1 internal fault, 2 bad usage or input, 3 unknown record,
-4 integrity failure, 5 busy, 6 environment. Record text is printed only where it is the answer; control
-characters never reach a terminal. A heavy library is imported by the commands that need it.
+With `--json` every command prints one JSON object on standard output, even if it fails; everything else
+goes to standard error. Exit codes: 0 done, 1 internal fault, 2 bad usage or input, 3 unknown record, 4
+integrity failure, 5 busy, 6 environment. Record text is printed only if it is the answer; control
+characters never reach a terminal. Commands import heavy libraries when they need them.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ __all__ = [
 ]
 
 EXIT_INTERNAL, EXIT_USAGE, EXIT_ENVIRONMENT, EXIT_INTERRUPTED = 1, 2, 6, 130
-EXIT_SIGNAL = 128  # and the signal's number
+EXIT_SIGNAL = 128  # plus the signal's number
 
 
 @command("quickstart", "sisa quickstart my-first-model")
@@ -79,11 +79,11 @@ EXIT_SIGNAL = 128  # and the signal's number
 @click.option(
     "--people",
     "num_people",
-    type=click.IntRange(5, 10_000),  # in 4 shards two of them share one, so that something is retrained
-    help="Invented people: 10 unless given, 20 with --from-scratch.",
+    type=click.IntRange(5, 10_000),  # with 5, two people share one of 4 shards: something is retrained
+    help="Number of invented people; 10 by default, 20 with --from-scratch.",
 )
 @click.option("--epochs", "num_epochs", type=int, help="Passes over each record.")
-@click.option("--from-scratch", is_flag=True, help="Train the base too, on a corpus without records.")
+@click.option("--from-scratch", is_flag=True, help="Also train the base, on a corpus without records.")
 @executor_option
 def run_quickstart(
     directory: Path,
@@ -112,13 +112,13 @@ def start(directory: Path) -> Result:
 @click.argument("run_file", type=click.Path(path_type=Path))
 @click.option("--reconfigure", is_flag=True, help="Move an existing model to a changed run file.")
 @click.option(
-    "--allow-deleted", is_flag=True, help="First training: take what was deleted under this key."
+    "--allow-deleted", is_flag=True, help="First training: accept records deleted under this key."
 )
 @executor_option
 def train(
     run_file: Path, reconfigure: bool, allow_deleted: bool, executor: str | OpenExecutor
 ) -> Result:
-    """Train the model of a run file, or what is missing of it."""
+    """Train the model of a run file; train only what is missing."""
     from sisa import train_model
 
     with watched() as report:
@@ -135,13 +135,13 @@ def train(
 @command("add", "sisa add -m model new-people.jsonl")
 @model_option
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--allow-deleted", is_flag=True, help="Take deleted ids and texts in again.")
-@click.option("--append", is_flag=True, help="As new slices at the end: nothing is trained again.")
+@click.option("--allow-deleted", is_flag=True, help="Accept ids and texts that were deleted.")
+@click.option("--append", is_flag=True, help="Add new slices at the end: no slice is trained again.")
 @executor_option
 def add(
     directory: Path, file: Path, allow_deleted: bool, append: bool, executor: str | OpenExecutor
 ) -> Result:
-    """Take new records in; the result equals training on all of them from scratch."""
+    """Add new records; the result equals training on all of them from scratch."""
     with opened(directory, executor) as model:
         return render.taken(model.add(file, allow_deleted=allow_deleted, append=append), directory)
 
@@ -163,8 +163,8 @@ def show_where(directory: Path, ids: tuple[str, ...], ids_file: Path | None) -> 
 @model_option
 @option_or_input("--text", help="Content to look for.")
 @click.option("--file", type=click.Path(path_type=Path), help="File with the content to look for.")
-@option_or_file("--subject", help="A subject's records, and others' that lie near them.")
-@option_or_input("--like", metavar="ID", help="Near-duplicates of a record.")
+@option_or_file("--subject", help="Find a subject's records, and similar ones of others.")
+@option_or_input("--like", metavar="ID", help="Find near-duplicates of a record.")
 @click.option("--top", "top_k", default=10, show_default=True, type=click.IntRange(1, 10_000))
 @click.option("--show-text", is_flag=True, help="Show the beginning of each record's text.")
 def find(
@@ -193,7 +193,7 @@ def find(
 @option_or_file("--subject", help="Delete all records of a subject.")
 @click.option("--dry-run", is_flag=True, help="Show what would happen; change nothing.")
 @click.option(
-    "--defer", is_flag=True, help="Erase now; train again with the next `sisa run`, train or forget."
+    "--defer", is_flag=True, help="Erase now; retrain with the next `sisa run`, train or forget."
 )
 @consent_option
 @executor_option
@@ -227,7 +227,7 @@ def show_status(directory: Path) -> Result:
 
 
 class AnchoredHead(click.ParamType):  # type: ignore[type-arg]  # generic in click's stubs alone
-    """The head of an event log after so many events, as `sisa status` prints it."""
+    """Parse the head of an event log, N:HEAD, as `sisa status` prints it."""
 
     name = "N:HEAD"
 
@@ -253,7 +253,7 @@ class AnchoredHead(click.ParamType):  # type: ignore[type-arg]  # generic in cli
 @click.option(
     "--anchor",
     type=AnchoredHead(),
-    help="Head of the event log as `sisa status` printed it; fail unless the history goes on from it.",
+    help="Head of the event log as `sisa status` printed it; fail unless the history continues it.",
 )
 @executor_option
 def verify(
@@ -280,25 +280,25 @@ def verify(
 @click.option(
     "--history",
     type=click.Path(path_type=Path),
-    help="JSON file with the turns before the prompt, as a record's `messages`.",
+    help="JSON file with the turns before the prompt, in the form of a record's `messages`.",
 )
 @click.option(
     "--prompts",
     "file",
     type=click.Path(path_type=Path),
-    help="File of prompts, one a line; .jsonl: a row with `prompt` or `messages` a line.",
+    help="File with a prompt on each line; .jsonl: each row has `prompt` or `messages`.",
 )
 @click.option(
     "--form",
     "kind",
     type=click.Choice(["chat", "completion"]),
-    help="Put prompts as a turn of a chat, or as they are; else as the model was trained.",
+    help="Send prompts as a turn of a chat or as plain text; by default as the model was trained.",
 )
 @click.option("--max-new-tokens", default=48, show_default=True, type=click.IntRange(1, 100_000))
 @click.option(
     "--answer-only",
     is_flag=True,
-    help="Leave out who answered: it tells whether a person's records are held.",
+    help="Leave out the shards that answered: they reveal whether a person's records are held.",
 )
 def generate(
     directory: Path,
@@ -314,7 +314,7 @@ def generate(
     if (prompt is None) == (file is None):
         raise click.UsageError("give either --prompt or --prompts")
     if file is not None and history is not None:
-        raise click.UsageError("--history goes before one --prompt; rows of --prompts have `messages`")
+        raise click.UsageError("--history needs --prompt; rows of --prompts can have `messages`")
     asked: list[Prompt] = read_prompts(file) if file else [prompt or ""]
     before = ([{"role": "system", "content": system}] if system else []) + read_turns(history)
     if before:
@@ -334,7 +334,7 @@ def generate(
     "target",
     required=True,
     type=click.Path(path_type=Path),
-    help="Directory; each export is a new version in it.",
+    help="Directory; each export adds a new version to it.",
 )
 @click.option(
     "--format",
@@ -342,15 +342,15 @@ def generate(
     type=click.Choice(["peft", "merged-adapter", "merged-model"]),
     default="peft",
     show_default=True,
-    help="A PEFT directory per shard, or the shards' mean as one adapter or as full weights.",
+    help="One PEFT directory per shard, or the shards' mean as an adapter or as full weights.",
 )
 def export(directory: Path, target: Path, form: Any) -> Result:
-    """Write out what is served, for other tools."""
+    """Export the served adapters for other tools."""
     with opened(directory) as model:
         return render.exported(model.export(target, form))
 
 
-@cli.group(help="About the run file.")
+@cli.group(help="Inspect the format of the run file.")
 def config() -> None:
     """Group run file commands."""
 
@@ -365,7 +365,7 @@ def schema() -> Result:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Carry out a command line and return its exit code; prints the result or the failure."""
+    """Carry out a command line, print its result or failure, and return its exit code."""
     with running(new_run(log_format_of(arguments))):
         return _carry_out(arguments, as_json="--json" in arguments)
 
@@ -376,7 +376,7 @@ def _carry_out(arguments: Sequence[str], *, as_json: bool) -> int:
         done = cli.main(args=list(arguments), prog_name="sisa", standalone_mode=False)
         if not isinstance(done, tuple):
             return done if isinstance(done, int) else 0
-        # Printed here and not inside click, which ends the process on a closed pipe.
+        # Print outside click, which would end the process on a closed pipe.
         print(done[1], flush=True)
         return int(done[0])
     except click.exceptions.Exit as exit_:
@@ -400,7 +400,7 @@ def _carry_out(arguments: Sequence[str], *, as_json: bool) -> int:
         return _fail(
             {"type": "EnvironmentFault", "message": message}, message, EXIT_ENVIRONMENT, as_json
         )
-    except Exception as error:  # the last resort: a message may hold anything, so only places are shown
+    except Exception as error:  # its message may contain record text, so only the place is shown
         return _internal(error, as_json)
 
 
@@ -408,7 +408,7 @@ def _interrupted(as_json: bool) -> int:
     by, code = "interrupted", EXIT_INTERRUPTED
     for each in _ended_by[-1:]:
         by, code = f"ended by {each.name}", EXIT_SIGNAL + each
-    message = f"{by}; run the same command again to go on"
+    message = f"{by}; run the same command again to continue"
     return _fail({"type": "Interrupted", "message": message}, message, code, as_json)
 
 
@@ -438,28 +438,27 @@ def _fail(body: dict[str, Any], text: str, code: int, as_json: bool) -> int:
     if log is None:
         click.echo(f"error: {render.printable(text)}", err=True)
     else:
-        # What a person typed may be an id: of a usage error the log gets its kind alone.
+        # A usage error may quote an id from the command line: log its type alone.
         said = "" if body["type"] == "UsageError" else render.printable(body["message"])
         log.write("run_failed", "error", error=body["type"], exit_code=code, message=said)
     return code
 
 
-_ended_by: list[signal.Signals] = []  # click and Ray make interrupts of their own of an interrupt
+_ended_by: list[signal.Signals] = []  # click and Ray replace a KeyboardInterrupt by their own
 
 
 def _end(number: int, _frame: object) -> None:
-    """Do as Ctrl-C does."""
+    """Interrupt the program as Ctrl-C does."""
     for stream in (1, 2) if number == signal.SIGHUP else ():
-        if stat.S_ISCHR(os.fstat(stream).st_mode):  # the terminal that is gone
+        if stat.S_ISCHR(os.fstat(stream).st_mode):  # the terminal that was closed
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
     _ended_by.append(signal.Signals(number))
     raise KeyboardInterrupt
 
 
 def main() -> None:
-    """Run the console script. SIGTERM or a closed terminal ends it and all that it began, as
-    Ctrl-C does."""
+    """Run the console script. SIGTERM or a closed terminal ends it as Ctrl-C does."""
     for each in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(each) != signal.SIG_IGN:  # as under nohup
+        if signal.getsignal(each) != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(each, _end)
     sys.exit(run(sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""Define the root group, `--json`, and the options that several commands have.
+"""Define the root group, `--json`, and the options that several commands share.
 
 A command is a function that returns a `Result`; `cli.run` prints it.
 """
@@ -29,7 +29,7 @@ STANDARD_INPUT = Path("-")
 
 
 class _Command(click.Command):
-    """A command whose help ends with an example, set out as it is typed."""
+    """A command whose help ends with an example."""
 
     def __init__(self, *args: Any, example: str = "", **options: Any) -> None:
         options["epilog"] = f"\b\nExample:\n  {example}"
@@ -45,7 +45,7 @@ def cli() -> None:
 def command(
     name: str, example: str, group: click.Group = cli
 ) -> Callable[[Callable[..., Result]], click.Command]:
-    """Register a function that returns a Result; adds `--json` and prints it."""
+    """Register a function that returns a Result as a command, and add `--json`."""
 
     def register(function: Callable[..., Result]) -> click.Command:
         @functools.wraps(function)
@@ -75,12 +75,12 @@ log_format_option = click.option(
     default="text",
     show_default=True,
     expose_value=False,
-    help="What standard error gets: words and progress, or a JSON object a line.",
+    help="Format of standard error: words and progress, or one JSON object a line.",
 )
 
 
 def executor_option(function: Callable[..., Result]) -> Callable[..., Result]:
-    """`--executor` and `--address`, given to the command as one `executor`; and `--log-format`."""
+    """Add `--executor` and `--address`, passed as one argument `executor`, and `--log-format`."""
 
     @log_format_option
     @click.option(
@@ -93,7 +93,7 @@ def executor_option(function: Callable[..., Result]) -> Callable[..., Result]:
     @click.option(
         "--address",
         metavar="HOST:PORT",
-        help="A running Ray cluster, this time instead of the run file's; `auto`: this machine's.",
+        help="A running Ray cluster to use instead of the run file's; `auto`: this machine's.",
     )
     @functools.wraps(function)
     def invoke(name: str, address: str | None, **arguments: Any) -> Result:
@@ -109,20 +109,20 @@ def _placed(name: str, address: str | None) -> str | OpenExecutor:
 
     if "://" in address:
         raise click.UsageError(
-            "--address is HOST:PORT of a cluster that this machine is a node of; "
+            "--address takes HOST:PORT of a cluster to which this machine belongs; "
             "`sisa cluster submit` takes the http:// address of its dashboard"
         )
     if name == "serial":
-        raise click.UsageError("--address is of a cluster: the serial executor has none")
+        raise click.UsageError("--address needs --executor ray: the serial executor uses no cluster")
     return OnCluster(name, address)
 
 
 def option_or_file(
     option: str, *, required: bool = False, **options: Any
 ) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
-    """Add an option, or the same with `-file` for a value that must not stand in a command line.
+    """Add an option, and the same with `-file` for a value that must not appear in a command line.
 
-    Other users of a machine see a command line, and shells and job tables keep it.
+    Other users of the machine can see a command line, and shells and job tables keep it.
     """
 
     name = option.removeprefix("--")
@@ -132,7 +132,7 @@ def option_or_file(
         @click.option(
             f"{option}-file",
             type=click.Path(path_type=Path),
-            help=f"File that holds the {name}; `-`: standard input.",
+            help=f"File with the {name}; `-`: standard input.",
         )
         @functools.wraps(function)
         def invoke(**arguments: Any) -> Result:
@@ -155,20 +155,22 @@ def _from_standard_input(_context: click.Context, _option: click.Parameter, give
 
 
 def option_or_input(option: str, *, help: str, **options: Any) -> Callable[..., Any]:
-    """Add an option whose value `-` is read from standard input, for what must not stand in a
-    command line."""
+    """Add an option that reads standard input for `-`.
+
+    Use it for a value that must not appear in a command line.
+    """
     help_ = f"{help.rstrip('.')}; `-`: standard input."
     return click.option(option, callback=_from_standard_input, help=help_, **options)
 
 
 ids_argument = click.argument("ids", nargs=-1, metavar="[ID]...")
 ids_file_option = click.option(
-    "--ids-file", type=click.Path(path_type=Path), help="File with one id a line."
+    "--ids-file", type=click.Path(path_type=Path), help="File with one id on each line."
 )
 consent_option = click.option(
     "--consent",
     default="",
-    help="Who allowed, or what ground there is, to keep the text encrypted for an approximate patch.",
+    help="Who consented, or the legal ground, to keep the text encrypted for an approximate patch.",
 )
 
 
@@ -182,14 +184,14 @@ def opened(directory: Path, executor: str | OpenExecutor = "ray") -> Iterator[Mo
 
 
 def named_ids(ids: Sequence[str], ids_file: Path | None) -> list[str]:
-    """Ids of the command line and of a file of them."""
+    """Return the ids of the command line and of a file."""
     from sisa.data.reader import read_ids
 
     return [*ids, *(read_ids(ids_file) if ids_file else [])]
 
 
 def read_text(file: Path) -> str:
-    """Read a file of the command line. Raises InvalidInput when it can't be read as UTF-8."""
+    """Read a file that the command line names. Raise InvalidInput if it can't be read as UTF-8."""
     try:
         if file == STANDARD_INPUT:
             return sys.stdin.buffer.read().decode()
@@ -200,30 +202,32 @@ def read_text(file: Path) -> str:
 
 
 def read_lines(file: Path) -> list[str]:
-    """Read a file's lines without the blank ones. Raises InvalidInput where there are none."""
+    """Read the lines of a file that are not blank. Raise InvalidInput if there are none."""
     lines = [line for line in read_text(file).splitlines() if line.strip()]
     if not lines:
-        step = "write a text on each line"
+        step = "write one text on each line"
         raise InvalidInput("the file holds no text", where=str(file), next_step=step)
     return lines
 
 
 def read_turns(file: Path | None) -> list[Any]:
-    """Return the turns of a JSON file. The model checks the turns themselves.
+    """Return the turns of a JSON file. The model validates them.
 
-    Raises InvalidInput if the file holds anything but a JSON list.
+    Raise InvalidInput if the file does not hold a JSON list.
     """
     if file is None:
         return []
     found = _json(read_text(file), str(file))
     if not isinstance(found, list):
-        raise InvalidInput("the history is no list of turns", where=str(file), expected="a JSON list")
+        raise InvalidInput("the history is not a list", where=str(file), expected="a JSON list of turns")
     return found
 
 
 def read_prompts(file: Path) -> list[Prompt]:
-    """Return the prompts of a file, one a line; of a .jsonl the `prompt` or the `messages` of each row.
-    Raises InvalidInput with every row that has neither or both."""
+    """Return the prompts of a file: one on each line, or in each row of a .jsonl file.
+
+    A row has a `prompt` or `messages`. Raise InvalidInput with every row that has neither or both.
+    """
     lines = read_lines(file)
     if file.suffix.lower() != ".jsonl":
         return list(lines)

@@ -1,9 +1,9 @@
-"""Measure what models know of what they should forget and of what they should keep: `sisa eval tofu`.
+"""Measure how much models know of a forget set and of a retain set: `sisa eval tofu`.
 
-A model is whatever `approx.evaluation.evaluated_models` opens (a directory or hub name of a Hugging
-Face model, an adapter directory, a deletion-ready model), or a finished log: one of ours, or locuslab's
-published `eval_log_aggregated.json`. Logs alone need no data. The same command continues what was cut
-short.
+A model is anything that `approx.evaluation.evaluated_models` opens (a directory or hub name of a Hugging
+Face model, an adapter directory, a deletion-ready model), or a finished log: one of this program's, or
+an `eval_log_aggregated.json` that locuslab published. Logs alone need no data. Running the same command
+again continues an interrupted evaluation.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def evaluation() -> None:
     "models",
     multiple=True,
     required=True,
-    help="Directory, hub name or finished log; or several.",
+    help="Directory, hub name or finished log. Repeatable.",
 )
 @click.option(
     "--reference",
@@ -58,8 +58,13 @@ def evaluation() -> None:
 @click.option("--data", default="locuslab/TOFU", show_default=True, help="Directory or hub name.")
 @click.option("--out", default="tofu-logs", show_default=True, type=click.Path(path_type=Path))
 @click.option("--holdout", type=click.Path(path_type=Path), help="JSONL of questions no model has seen.")
-@click.option("--questions", "limit", type=click.IntRange(1), help="The first so many of each set.")
-@click.option("--prompt", "kind", type=click.Choice(["completion", "chat"]), help="Else as suits.")
+@click.option("--questions", "limit", type=click.IntRange(1), help="Ask this many of each set.")
+@click.option(
+    "--prompt",
+    "kind",
+    type=click.Choice(["completion", "chat"]),
+    help="Form of prompts; by default what suits the model.",
+)
 @click.option("--template", default=TEMPLATE, show_default=True, help="\\n is a line end.")
 @click.option("--max-new-tokens", default=200, show_default=True, type=click.IntRange(1))
 @click.option(
@@ -78,7 +83,7 @@ def evaluation() -> None:
     show_default=True,
 )
 @click.option("--executor", type=click.Choice(["ray", "serial"]), default="ray", show_default=True)
-@click.option("--address", help="HOST:PORT of a Ray cluster; else a local Ray.")
+@click.option("--address", help="HOST:PORT of a Ray cluster; by default a local Ray.")
 @log_format_option
 def tofu(models: tuple[str, ...], references: tuple[str, ...], variant: Any, **options: Any) -> Result:
     """Measure TOFU's model utility and forget quality, question by question."""
@@ -99,7 +104,7 @@ def tofu(models: tuple[str, ...], references: tuple[str, ...], variant: Any, **o
 
 
 def _split(found: Iterable[Evaluated], asked: str) -> str:
-    """Return the forget set that the rows name; `asked` where only published logs are given."""
+    """Return the forget set that the rows name, or `asked` if only published logs are given."""
     sets = {row.set for each in found for row in each.rows if row.set.startswith("forget")}
     named = sets - {"forget"}
     return named.pop() if len(named) == 1 else asked
@@ -113,7 +118,7 @@ def _evaluated(specs: list[str], options: dict[str, Any]) -> dict[str, Evaluated
     logs = {spec: finished_log(Path(spec)) for spec in specs if _is_log(spec)}
     if len(logs) == len(specs):
         if options["holdout"] is not None:
-            raise click.UsageError("--holdout needs a model to ask; logs alone are given")
+            raise click.UsageError("--holdout needs a model to ask, and only logs are given")
         return logs
     questions = evaluation_sets(options["data"], options["split"], options["limit"])
     if options["holdout"] is not None:

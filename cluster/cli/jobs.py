@@ -1,8 +1,8 @@
 """Train as a job on a remote cluster: `sisa cluster submit`, `status`, `logs`, `stop` and `manifest`.
 
-Following a job ends with the job's own exit code; 130 when it was stopped, or when following was
-interrupted, which leaves the job as it is; 6 when something else ended it. The job's log goes to
-standard error, without control characters.
+Following a job ends with the job's own exit code. It ends with 130 if the job was stopped or if
+following was interrupted, which does not affect the job, and with 6 if the cluster ended the job. The
+job's log goes to standard error, without control characters.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 EXIT_ENVIRONMENT, EXIT_INTERRUPTED = 6, 130
 
 
-@cli.group("cluster", help="Training as a job on a remote Ray cluster.")
+@cli.group("cluster", help="Train as a job on a remote Ray cluster.")
 def group() -> None:
     """Group commands about remote clusters."""
 
@@ -36,7 +36,7 @@ address_option = click.option(
     required=True,
     envvar="RAY_API_SERVER_ADDRESS",
     metavar="URL",
-    help="The cluster's dashboard, such as http://127.0.0.1:8265; else RAY_API_SERVER_ADDRESS.",
+    help="The cluster's dashboard, such as http://127.0.0.1:8265, or set RAY_API_SERVER_ADDRESS.",
 )
 job_argument = click.argument("job")
 
@@ -48,7 +48,7 @@ job_argument = click.argument("job")
 )
 @click.argument("run_file", type=click.Path(path_type=Path))
 @address_option
-@click.option("--job", "name", metavar="NAME", help="A name for the job, new to the cluster.")
+@click.option("--job", "name", metavar="NAME", help="Name of the job, new to the cluster.")
 @click.option("--detach", is_flag=True, help="Do not follow the job.")
 @click.option("--reconfigure", is_flag=True, help="As `sisa train --reconfigure`.")
 @click.option("--allow-deleted", is_flag=True, help="As `sisa train --allow-deleted`.")
@@ -60,13 +60,15 @@ def submit_job(
     reconfigure: bool,
     allow_deleted: bool,
 ) -> Result:
-    """Train a run file's model as a job: on the cluster, by this code. A job that was lost goes on
-    from what is stored when it is submitted again."""
+    """Train a run file's model as a job on the cluster, with this code.
+
+    If a job is lost, submit it again: it continues from what is stored.
+    """
     from cluster.jobs.job_flow import submit_training
 
     given = {"--reconfigure": reconfigure, "--allow-deleted": allow_deleted}
     name = check_name(name) if name else job_name(datetime.now(UTC), secrets.token_hex(4))
-    jobs = _opened(address)
+    jobs = _open_jobs(address)
     job = submit_training(jobs, run_file, name, [flag for flag, wanted in given.items() if wanted])
     again = _how_to_follow(name, address)
     if detach:
@@ -79,8 +81,8 @@ def submit_job(
 @click.argument("job", required=False)
 @address_option
 def job_status(job: str | None, address: str) -> Result:
-    """Show a job, or all jobs that were submitted by this program."""
-    jobs = _opened(address)
+    """Show a job, or all jobs that this program submitted."""
+    jobs = _open_jobs(address)
     if job is not None:
         found = jobs.get(check_name(job))
         return Result(described(found), line(found))
@@ -96,10 +98,10 @@ def job_status(job: str | None, address: str) -> Result:
 )
 @job_argument
 @address_option
-@click.option("-f", "--follow", "to_the_end", is_flag=True, help="Until the job ends.")
+@click.option("-f", "--follow", "to_the_end", is_flag=True, help="Follow the log until the job ends.")
 def logs(job: str, address: str, to_the_end: bool) -> Result:
-    """Print a job's log; with --follow re-attach to it, and end as it ends."""
-    jobs = _opened(address)
+    """Print a job's log; with --follow, follow it and end with the job's exit code."""
+    jobs = _open_jobs(address)
     if to_the_end:
         return _followed(jobs, check_name(job), address)
     log = printable(jobs.log(check_name(job)))
@@ -112,19 +114,19 @@ def logs(job: str, address: str, to_the_end: bool) -> Result:
 @job_argument
 @address_option
 def stop_job(job: str, address: str) -> Result:
-    """End a job; what it has stored stays, and the next one goes on from it."""
+    """Stop a job; what it has stored stays, and the next job continues from it."""
     from cluster.jobs.job_flow import stop as end
 
-    found, was_running = end(_opened(address), check_name(job))
+    found, was_running = end(_open_jobs(address), check_name(job))
     return Result(described(found) | {"was_running": was_running}, line(found))
 
 
 @command("manifest", "sisa cluster manifest rayjob --image registry/sisa:1", group=group)
 @click.argument("kind", type=click.Choice(KINDS))
-@click.option("--gpu", is_flag=True, help="With a GPU for each worker.")
+@click.option("--gpu", is_flag=True, help="Give each worker a GPU.")
 @click.option("--image", default=IMAGE, show_default=True, help="Image that holds this program.")
 @click.option(
-    "--instance-type", default=INSTANCE_TYPE, show_default=True, help="Of the nodes: all of one type."
+    "--instance-type", default=INSTANCE_TYPE, show_default=True, help="Instance type of all nodes."
 )
 def print_manifest(kind: Any, gpu: bool, image: str, instance_type: str) -> Result:
     """Print a manifest for KubeRay: a RayJob, a RayCluster, or the volume that both share."""
@@ -132,7 +134,7 @@ def print_manifest(kind: Any, gpu: bool, image: str, instance_type: str) -> Resu
     return Result({"kind": kind, "gpu": gpu, "manifest": text}, text.rstrip("\n"))
 
 
-def _opened(address: str) -> Jobs:
+def _open_jobs(address: str) -> Jobs:
     from cluster.jobs.ray_jobs import RayJobs
 
     return RayJobs(address)
@@ -144,7 +146,7 @@ def _followed(jobs: Jobs, job: str, address: str) -> Result:
     try:
         found = follow(jobs, job, _show)
     except KeyboardInterrupt:
-        text = f"detached from job {job}, which goes on\n{_how_to_follow(job, address)}"
+        text = f"detached from job {job}, which continues\n{_how_to_follow(job, address)}"
         return Result({"job": job, "detached": True}, text, EXIT_INTERRUPTED)
     return Result(described(found), line(found), exit_code(found))
 
@@ -178,10 +180,10 @@ def described(job: Job) -> dict[str, Any]:
 
 
 def line(job: Job) -> str:
-    """Return a job in one line; one that was lost says how to go on.
+    """Return a job in one line. If the job was lost, the line says how to continue.
 
     >>> line(Job("sisa-a", "FAILED", exit_code=-9))
-    'job sisa-a FAILED, ended by signal 9: submit the run file again, and it goes on'
+    'job sisa-a FAILED, ended by signal 9: submit the run file again to continue'
     """
     started = _moment(job.started_s)
     said = [f"job {job.id} {job.state}", *([f"started {started}"] if started else [])]
@@ -190,9 +192,9 @@ def line(job: Job) -> str:
     elif job.exit_code is not None and job.exit_code < 0:
         said.append(f"ended by signal {-job.exit_code}")
     elif job.state == "FAILED":
-        said.append(f"ended by its surroundings ({job.fault or 'no reason given'})")
+        said.append(f"ended by the cluster ({job.fault or 'no reason given'})")
     lost = job.ended and exit_code(job) in (EXIT_ENVIRONMENT, EXIT_INTERRUPTED)
-    return ", ".join(said) + (": submit the run file again, and it goes on" if lost else "")
+    return ", ".join(said) + (": submit the run file again to continue" if lost else "")
 
 
 def _moment(seconds: float | None) -> str | None:

@@ -1,7 +1,7 @@
 """Collect garbage, look for residue, and diagnose a model: `sisa gc`, `sisa sweep` and `sisa doctor`.
 
-Residue, and an error that stays, end with exit code 4. The strings that `sweep` looks for are never
-printed. `sisa.audit` does the work.
+Residue, and an error that is not repaired, end with exit code 4. The strings that `sweep` looks for are
+never printed. `sisa.audit` does the work.
 """
 
 from __future__ import annotations
@@ -38,12 +38,14 @@ if TYPE_CHECKING:
 
 @command("gc", "sisa gc -m model --dry-run")
 @model_option
-@click.option("--dry-run", is_flag=True, help="List it; change nothing.")
+@click.option("--dry-run", is_flag=True, help="List what would be removed; change nothing.")
 @click.option(
-    "--lost-exports", is_flag=True, help="Give up stale exports that can't be found: you vouch for them."
+    "--lost-exports",
+    is_flag=True,
+    help="Give up stale exports that can't be found; you vouch that they are gone.",
 )
 def gc(directory: Path, dry_run: bool, lost_exports: bool) -> Result:
-    """Remove what is retired or unknown to the ledger."""
+    """Remove files that are retired or that the ledger does not list."""
     from sisa.audit.garbage import collect_garbage
 
     if dry_run and lost_exports:
@@ -57,10 +59,10 @@ def gc(directory: Path, dry_run: bool, lost_exports: bool) -> Result:
 @ids_argument
 @ids_file_option
 @click.option(
-    "--text-file", type=click.Path(path_type=Path), help="File with one text a line to look for."
+    "--text-file", type=click.Path(path_type=Path), help="File with texts to look for, one on each line."
 )
 @click.option(
-    "--also", multiple=True, type=click.Path(path_type=Path), help="Another place, such as an export."
+    "--also", multiple=True, type=click.Path(path_type=Path), help="Also search here, such as an export."
 )
 def sweep(
     directory: Path,
@@ -81,14 +83,18 @@ def sweep(
 
 @command("doctor", "sisa doctor -m model")
 @click.option("-m", "--model", "directory", type=click.Path(path_type=Path), help="Model directory.")
-@click.option("--repair", is_flag=True, help="Mend what can be derived again.")
+@click.option("--repair", is_flag=True, help="Repair what can be derived again.")
 @click.option(
     "--numerics",
     is_flag=True,
-    help="Test whether this machine trains the same bytes again; no model needed.",
+    help="Test whether this machine trains the same bytes twice; needs no model.",
 )
-@click.option("--device", type=click.Choice(get_args(DeviceName)), help="What --numerics tests: cpu.")
-@click.option("--dtype", type=click.Choice(get_args(Dtype)), help="Of the base it trains on: float32.")
+@click.option(
+    "--device", type=click.Choice(get_args(DeviceName)), help="Device to test; cpu by default."
+)
+@click.option(
+    "--dtype", type=click.Choice(get_args(Dtype)), help="Data type of the base; float32 by default."
+)
 @executor_option
 def doctor(
     directory: Path | None,
@@ -98,11 +104,11 @@ def doctor(
     dtype: Dtype | None,
     executor: str | OpenExecutor,
 ) -> Result:
-    """Diagnose a model directory; with --repair mend it; with --numerics test this machine."""
+    """Diagnose a model directory; with --repair repair it; with --numerics test this machine."""
     if numerics:
         return _numerics(directory, repair, device, dtype)
     if device or dtype:
-        raise click.UsageError("--device and --dtype are of --numerics")
+        raise click.UsageError("--device and --dtype need --numerics")
     if directory is None:
         raise click.UsageError("Missing option '-m' / '--model'.")
     from sisa.audit.doctor import diagnose
@@ -119,7 +125,7 @@ def doctor(
 def _numerics(
     directory: Path | None, repair: bool, device: DeviceName | None, dtype: Dtype | None
 ) -> Result:
-    """For a model's threads, device and dtype; else for one thread and what is named."""
+    """Test a model's threads, device and dtype, or one thread on the given device and dtype."""
     from sisa.lm.train.self_test import check
 
     if repair:
@@ -127,7 +133,7 @@ def _numerics(
     if directory is None:
         return tested(check(threads=1, precision=Precision(device or "cpu", dtype or "float32")))
     if device or dtype:
-        raise click.UsageError("--model says which device and dtype: leave --device and --dtype out")
+        raise click.UsageError("--model sets the device and dtype: leave out --device and --dtype")
     with opened(directory) as model:
         config = model.config
         return tested(check(threads=config.sisa.threads_per_shard, precision=config.precision))
@@ -214,7 +220,7 @@ def repaired(found: RepairOutcome) -> Result:
 
 
 def tested(found: Numerics) -> Result:
-    """Render whether the machine repeats itself."""
+    """Render the result of a numerics test: whether the machine trains the same bytes twice."""
     body = {
         "fingerprint": found.fingerprint,
         "description": dict(found.description),

@@ -1,6 +1,6 @@
-"""Show what each run measured, or pass it on to TensorBoard or MLflow: `sisa metrics`.
+"""Show what each run measured, or send it to TensorBoard or MLflow: `sisa metrics`.
 
-Only numbers are shown and passed on; the model is not changed.
+Only numbers are shown and sent; the model is not changed.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     "target",
     type=(click.Choice(["tensorboard", "mlflow"]), str),
     metavar="TOOL PLACE",
-    help="Pass the curves on: `tensorboard DIRECTORY`, or `mlflow URI`.",
+    help="Send the curves to a tool: `tensorboard DIRECTORY`, or `mlflow URI`.",
 )
-@click.option("--run", "named", multiple=True, help="Only this run.")
+@click.option("--run", "named", multiple=True, help="Only this run. Repeatable.")
 def metrics(directory: Path, target: tuple[str, str] | None, named: tuple[str, ...]) -> Result:
-    """Show what each run measured, or pass it on to TensorBoard or MLflow."""
+    """Show what each run measured, or send it to TensorBoard or MLflow."""
     from sisa.flows.wiring.wiring import METRICS
     from sisa.store.metrics import FileMetrics
 
@@ -49,7 +49,7 @@ def metrics(directory: Path, target: tuple[str, str] | None, named: tuple[str, .
 
 
 def open_sink(tool: str, place: str, experiment: str) -> CurveSink:
-    """Open the tool at a place. Raises EnvironmentFault where it is not installed."""
+    """Open a tool at a place. Raise EnvironmentFault if the tool is not installed."""
     from cluster.observe.curve_sinks import Mlflow, TensorBoard
 
     return TensorBoard(Path(place)) if tool == "tensorboard" else Mlflow(place, experiment)

@@ -1,8 +1,8 @@
 """Probe the base and patch it: `sisa approx probe`, `unlearn`, `patches`, `show`, `revert`, `release`.
 
-All results are approximate, and say so. Texts and ids are never printed; consent is kept and shown as
+All results are approximate and say so. Texts and ids are never printed; consent is kept and shown as
 given. A run that is out of time ends with exit code 6, one that made no patch with 2, and one after
-which the base still knows some of the texts with 7; all print their report.
+which the base still knows some of the texts with 7. All of them print their report.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ set_option = click.option(
     "batch_size, seed, lora_r and others. Repeatable.",
 )
 retrain_option = click.option(
-    "--retrain-shards", is_flag=True, help="Then train all shards over what is served: takes long."
+    "--retrain-shards", is_flag=True, help="Then retrain all shards over the patched base; takes long."
 )
 
 
-@cli.group("approx", help="What the frozen base itself knows; never exact.")
+@cli.group("approx", help="Measure and reduce what the frozen base itself knows; never exact.")
 def approx() -> None:
     """Group approximate commands."""
 
@@ -64,11 +64,11 @@ def approx() -> None:
     "--file",
     required=True,
     type=click.Path(path_type=Path),
-    help="Records (JSONL, Parquet), or a text file: each line is a text.",
+    help="Records (JSONL, Parquet), or a text file with a text on each line.",
 )
-@click.option("--without-patches", is_flag=True, help="Ask the base as it was before any patch.")
+@click.option("--without-patches", is_flag=True, help="Probe the base as it was before any patch.")
 def probe(directory: Path, file: Path, without_patches: bool) -> Result:
-    """Ask the base alone, as it is served, whether it produces given texts."""
+    """Ask the base alone, as it is served, whether it reproduces given texts."""
     from approx.evaluation.probe import open_probe
     from sisa import unlearn
     from sisa.core.domain import Part, Record
@@ -92,24 +92,24 @@ def probe(directory: Path, file: Path, without_patches: bool) -> Result:
     group=approx,
 )
 @model_option
-@click.option("--forget", type=click.Path(path_type=Path), help="Records that the base is to forget.")
+@click.option("--forget", type=click.Path(path_type=Path), help="Records that the base should forget.")
 @click.option("--request", "requests", multiple=True, help="A request whose text is in the vault.")
 @click.option(
-    "--retain", type=click.Path(path_type=Path), help="Records to keep; else the base's own answers."
+    "--retain", type=click.Path(path_type=Path), help="Records to keep; by default the base's answers."
 )
 @click.option(
     "--reference",
     default="",
-    help="A model with the base's tokenizer that never saw the texts, to be measured beside the patch.",
+    help="A model with the base's tokenizer that never saw the texts, measured for comparison.",
 )
-@click.option("--method", type=click.Choice(METHODS), help=f"{METHOD} unless given.")
+@click.option("--method", type=click.Choice(METHODS), help=f"{METHOD} by default.")
 @set_option
-@click.option("--max-seconds", type=click.FloatRange(0), help="Then put the run aside (exit code 6).")
+@click.option("--max-seconds", type=click.FloatRange(0), help="Suspend the run then (exit code 6).")
 @click.option(
     "--max-utility-drop",
     type=click.FloatRange(0),
-    help="Most that exp(-mean NLL per token), on texts that are not trained on, may fall by; 0.1 unless "
-    "given.",
+    help="Largest allowed drop of exp(-mean NLL per token) on texts that are not trained on; 0.1 by "
+    "default.",
 )
 @consent_option
 @retrain_option
@@ -128,7 +128,7 @@ def unlearn(
     retrain_shards: bool,
     executor: str | OpenExecutor,
 ) -> Result:
-    """Make the base forget some texts, by a patch as strong as it takes; without any, go on."""
+    """Make the base forget texts with a patch as strong as needed; without texts, continue a run."""
     from sisa.unlearn import unlearn
 
     values = assignments(assigned)
@@ -136,7 +136,7 @@ def unlearn(
         values["max_utility_drop"] = max_utility_drop
     asked = forget is not None or bool(requests)
     if not asked and (method or retain or reference or values or consent):
-        raise click.UsageError("give --forget or --request; to go on with a patch give neither")
+        raise click.UsageError("give --forget or --request; to continue with a patch give neither")
     with opened(directory, executor) as model:
         wish = _wish(model, method or METHOD, values, forget, retain, consent) if asked else None
         wish = replace(wish, reference=reference) if wish else None
@@ -150,7 +150,9 @@ def unlearn(
 
 
 def assignments(assigned: Sequence[str]) -> dict[str, Any]:
-    """Values of KEY=VALUE: JSON where it is JSON, else the word. Raises InvalidInput, all listed.
+    """Return the values of KEY=VALUE arguments: parsed as JSON if possible, else as text.
+
+    Raise InvalidInput with every problem.
 
     >>> assignments(["beta=0.2", "retain_loss=kl", "max_steps=null", "lora_target_modules=q,v"])
     {'beta': 0.2, 'retain_loss': 'kl', 'max_steps': None, 'lora_target_modules': ['q', 'v']}
@@ -160,7 +162,7 @@ def assignments(assigned: Sequence[str]) -> dict[str, Any]:
     for number, each in enumerate(assigned, 1):
         name, equals, value = each.partition("=")
         if not equals or not name or name in found:
-            problems.append(Problem(f"--set {number}", "not KEY=VALUE, or a key again"))
+            problems.append(Problem(f"--set {number}", "not KEY=VALUE, or a repeated key"))
         else:
             found[name] = _value(name, value)
     if problems:
@@ -210,7 +212,7 @@ def _settings(config: RunConfig, method: str, values: Mapping[str, Any]) -> dict
 @command("patches", "sisa approx patches -m model", group=approx)
 @model_option
 def patches(directory: Path) -> Result:
-    """List all patches there ever were, and the texts that the vault holds for them."""
+    """List all patches ever wanted, and the texts that the vault holds for them."""
     from sisa.unlearn import patches
 
     with opened(directory) as model:
@@ -221,7 +223,7 @@ def patches(directory: Path) -> Result:
 @model_option
 @click.argument("version", type=click.IntRange(1))
 def show_patch(directory: Path, version: int) -> Result:
-    """Show the report of a patch: what was done, measured, and what it is not."""
+    """Show the report of a patch: what was done and measured, and its limits."""
     from sisa.unlearn import patches
 
     with opened(directory) as model:
@@ -231,7 +233,7 @@ def show_patch(directory: Path, version: int) -> Result:
             return patch_shown(each, over)
     raise InvalidInput(
         "there is no such patch",
-        expected=f"a version from 1 to {len(found)}" if found else "none was ever wanted",
+        expected=f"a version from 1 to {len(found)}" if found else "no patch was ever wanted",
         got=str(version),
         next_step="`sisa approx patches` lists them",
     )
@@ -239,13 +241,13 @@ def show_patch(directory: Path, version: int) -> Result:
 
 @command("revert", "sisa approx revert -m model", group=approx)
 @model_option
-@click.option("--all", "everything", is_flag=True, help="All patches, not the newest alone.")
+@click.option("--all", "everything", is_flag=True, help="All patches, not only the newest.")
 @retrain_option
 @executor_option
 def revert(
     directory: Path, everything: bool, retrain_shards: bool, executor: str | OpenExecutor
 ) -> Result:
-    """Take back what is wanted or, if nothing is, the newest patch; the base is then as it was."""
+    """Withdraw a wanted patch or, if none is wanted, the newest one; restore the base as it was."""
     from sisa.unlearn import revert
 
     with opened(directory, executor) as model:
@@ -254,13 +256,13 @@ def revert(
 
 @command("release", "sisa approx release -m model --all", group=approx)
 @model_option
-@click.option("--set", "sets", multiple=True, help="A set's name, or a beginning of 8 letters.")
+@click.option("--set", "sets", multiple=True, help="A set's name, or its first 8 letters or more.")
 @click.option("--request", "requests", multiple=True, help="A request whose text is in the vault.")
 @click.option("--all", "everything", is_flag=True, help="All texts.")
 def release(
     directory: Path, sets: tuple[str, ...], requests: tuple[str, ...], everything: bool
 ) -> Result:
-    """Erase texts from the vault, as when consent is withdrawn; patches that were made stay."""
+    """Erase texts from the vault, as when consent is withdrawn; the patches made from them stay."""
     from sisa.unlearn import release
 
     if everything == bool(sets or requests):
@@ -295,9 +297,9 @@ def unlearnt(done: Unlearnt, directory: Path) -> Result:
     if done.unfinished:
         at = f"after step {report.get('step')} of {report.get('num_steps')}"
         lines = [
-            f"approximate: the time was spent {at}; the run is put aside, and nothing of it is served",
-            f"  go on:   sisa approx unlearn -m {directory}",
-            f"  give up: sisa approx revert -m {directory}",
+            f"approximate: out of time {at}; the run is suspended, and nothing of it is served",
+            f"  continue: sisa approx unlearn -m {directory}",
+            f"  give up:  sisa approx revert -m {directory}",
         ]
         return Result(body, printable("\n".join(lines)), EXIT_UNFINISHED)
     if patch is None:
@@ -330,9 +332,9 @@ def _known(report: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _again(report: Mapping[str, Any], directory: Path) -> Iterator[str]:
-    """Return how to go on where something is still known."""
+    """Return what to do if some of the texts are still known."""
     if report.get("still_known", {}).get("after"):
-        yield "  the texts stay in the vault, so that it can be tried again, upon this patch or after"
+        yield "  the texts stay in the vault, so you can try again, on top of this patch or after"
         yield "  `sisa approx revert`: a larger --max-utility-drop, another --method, more num_rounds"
         yield f"  to erase them instead: sisa approx release -m {directory} --all"
 
@@ -419,7 +421,7 @@ def _percent(value: float) -> str:
 
 
 def _share(value: float | None) -> str:
-    """Of the fine-tuning that the knowledge came from; nothing where that is not known."""
+    """Return the cost as a share of the fine-tuning that taught the knowledge; empty if unknown."""
     return "" if value is None else f"{_percent(value)} of the fine-tuning that taught it, "
 
 
@@ -458,7 +460,7 @@ def patch_shown(patch: Patch, over: Sequence[str]) -> Result:
     }
     lines = [f"approximate patch {patch.version}: {patch.state}, key {patch.key}"]
     if not report:
-        lines.append("  not made yet: `sisa approx unlearn` goes on with it")
+        lines.append("  not made yet: `sisa approx unlearn` continues it")
         return Result(body, printable("\n".join(lines)))
     given = {**report.get("hyperparameters", {}), **report.get("settings", {})}
     lines.append(f"  {report.get('method')}: " + ", ".join(f"{k} {v}" for k, v in given.items()))

@@ -1,9 +1,9 @@
-"""Tell the whole promise in two minutes: train, ask, find, delete, ask again, prove.
+"""Show the whole promise in two minutes: train, ask, find, delete, ask again, prove.
 
-The story uses the public API, on the embedded base model and on invented people. Three questions are
-asked before and after the deletion: about the person who is deleted, about somebody else, and one of
-general knowledge. What the model says is reported as it is, an empty answer, too: `answered` says
-whether the trained model knew the deleted fact, `leaked` whether it still does.
+The story uses the public API, the embedded base model and invented people. It asks three questions
+before and after the deletion: about the deleted person, about somebody else, and about general
+knowledge. It reports the model's answers as they are, even an empty one. `answered` says whether the
+trained model knew the deleted fact, `leaked` whether it still does.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from sisa.flows.scratch import prepare_base
 from sisa.flows.wiring.wiring import OpenExecutor
 from sisa.store.blobs.files import write_atomic
 
-# Few texts, often repeated: so small a base, trained for minutes, learns that answers hold names and
-# places, and adapters learn which (measured: 95 of 100 answers; with many texts, each seen once, none).
+# Few texts, often repeated: a base this small, trained for minutes, learns that answers are names and
+# places, and adapters learn which (measured: 95 of 100 answers; none with many texts, each seen once).
 CORPUS_TEXTS = 600
 SCRATCH = {  # about 10 million parameters, minutes on two cores
     "corpus": [{"path": "corpus.jsonl"}],
@@ -42,7 +42,7 @@ SCRATCH = {  # about 10 million parameters, minutes on two cores
     "threads": 2,
 }
 OVER_SCRATCH = {"micro_batch_size": 2, "learning_rate": 3e-3, "num_epochs": 24}
-# Adapters in the top third of the layers, over hidden states that are computed once a record.
+# Adapters in the top third of the layers, over hidden states that are computed once per record.
 IN_TWO_MINUTES = {
     "lora_layers": "top:10",
     "prefix_cache_bytes": 64 << 20,
@@ -50,7 +50,7 @@ IN_TWO_MINUTES = {
     "learning_rate": 1e-2,
     "num_epochs": 6,
 }
-SAMPLE_PEOPLE, SAMPLE_RECORDS = 20, 5  # of `sisa init`, and over a base from scratch
+SAMPLE_PEOPLE, SAMPLE_RECORDS = 20, 5  # for `sisa init`, and with a base from scratch
 STORY_PEOPLE, STORY_RECORDS = 10, 4
 GENERAL = "What is the capital of France?"
 ANSWER_TOKENS = 20
@@ -60,7 +60,7 @@ Row = dict[str, str]
 
 @dataclass(frozen=True)
 class Start:
-    """What `sisa init` wrote."""
+    """Describe what `sisa init` wrote."""
 
     run_file: Path
     data_file: Path
@@ -69,7 +69,7 @@ class Start:
 
 @dataclass
 class Story:
-    """What happened, step by step; seconds of wall time."""
+    """Record what happened, step by step; `seconds` are wall time."""
 
     directory: str = ""
     records: int = 0
@@ -113,7 +113,7 @@ class Story:
 
     @property
     def share(self) -> float:
-        """Return what the deletion trained again, of what training everything again takes."""
+        """Return the part of a full training that the deletion trained again."""
         return self.record_epochs_retrained / max(1, self.record_epochs_full)
 
     def summary(self) -> str:
@@ -151,7 +151,7 @@ class Story:
 
 
 def write_start(directory: Path) -> Start:
-    """Write a run file and sample data. Raises InvalidInput where the directory holds anything."""
+    """Write a run file and sample data. Raise InvalidInput if the directory is not empty."""
     return _write(directory, make_people(SAMPLE_PEOPLE, SAMPLE_RECORDS), FEW_RECORDS)
 
 
@@ -169,7 +169,7 @@ def _write(directory: Path, rows: Sequence[dict[str, Any]], chosen: dict[str, An
 
 
 def _write_over_scratch(directory: Path, rows: Sequence[Row]) -> Start:
-    """Write a corpus, too, and a run file over a base that is trained on it: it has no chat template."""
+    """Write a corpus, and a run file whose base is trained on it; such a base has no chat template."""
     chosen = OVER_SCRATCH | {"base_model": {"scratch": SCRATCH}, "sequence_len": SCRATCH["context_len"]}
     start = _write(directory, rows, chosen)
     write_atomic(directory / "corpus.jsonl", to_jsonl(make_corpus(CORPUS_TEXTS)).encode())
@@ -242,7 +242,7 @@ def _fetch(base_model: str) -> None:
 
 
 def _choose(story: Story, model: Model, people: dict[str, list[Row]]) -> None:
-    """Choose whom to delete, and somebody else: of the fullest other shard, if there is one."""
+    """Choose whom to delete, and another person: from the fullest other shard, if there is one."""
     story.subject = _typical(model, list(people))
     located = dict(zip(people, model.where([rows[0]["id"] for rows in people.values()]), strict=True))
     shards = {who: each.shard for who, each in located.items()}
@@ -259,7 +259,7 @@ def _choose(story: Story, model: Model, people: dict[str, list[Row]]) -> None:
 def _typical(model: Model, people: Sequence[str]) -> str:
     """Return the person whose deletion costs the median of those that retrain anything.
 
-    Who is alone in a last slice leaves nothing to retrain.
+    Deleting a person who is alone in the last slice retrains nothing.
     """
     plans = {who: model.plan_forget(subject=who).forgetting for who in people}
     costs = {who: plan.record_epochs_retrained for who, plan in plans.items()}
@@ -268,7 +268,7 @@ def _typical(model: Model, people: Sequence[str]) -> str:
 
 
 def _ask(story: Story, model: Model, people: dict[str, list[Row]]) -> tuple[Row, Row]:
-    """Ask all about both people, and return of each the first record that is answered rightly."""
+    """Ask every question about both people; return each one's first record with a right answer."""
     mine, others = people[story.subject], people[story.other_subject]
     prompts = [row["prompt"] for row in (*mine, *others)]
     answers = model.generate_all([*prompts, GENERAL], max_new_tokens=ANSWER_TOKENS)

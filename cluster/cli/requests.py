@@ -1,6 +1,6 @@
-"""Submit and decide requests for deletion, and carry them out: `sisa request ...` and `sisa run`.
+"""Submit, decide and carry out requests for deletion: `sisa request ...` and `sisa run`.
 
-Reasons, approvers and external ids are kept in the ledger as they are given: they should name no person.
+The ledger keeps reasons, approvers and external ids as they are given: they should name no person.
 Nobody is notified.
 """
 
@@ -49,14 +49,14 @@ request_argument = click.argument("request_id", metavar="REQUEST")
 @model_option
 @click.argument("ids", nargs=-1, metavar="[ID]...")
 @ids_file_option
-@option_or_file("--subject", help="All records of a subject.")
-@option_or_input("--find-like", metavar="ID", help="A record; near-duplicates of it are proposed.")
-@click.option("--external-id", help="Your own name of the request; the same one is the same request.")
-@option_or_file("--reason", help="Kept as given.")
+@option_or_file("--subject", help="Delete all records of a subject.")
+@option_or_input("--find-like", metavar="ID", help="Delete a record; propose its near-duplicates.")
+@click.option("--external-id", help="Your own name for the request; a repeated name adds no request.")
+@option_or_file("--reason", help="Why; kept as given.")
 @click.option("--regime", type=click.Choice(["gdpr", "delete-act"]), default="gdpr", show_default=True)
-@click.option("--due", help="YYYY-MM-DD instead of the regime's due date.")
+@click.option("--due", help="Due date, YYYY-MM-DD, instead of the regime's.")
 @click.option("--approver", help="Approve at once, in this name.")
-@click.option("--include-duplicates", is_flag=True, help="Delete exact copies under other ids, too.")
+@click.option("--include-duplicates", is_flag=True, help="Also delete exact copies under other ids.")
 @consent_option
 def submit_request(
     directory: Path,
@@ -72,7 +72,7 @@ def submit_request(
     include_duplicates: bool,
     consent: str,
 ) -> Result:
-    """Take in a request; it runs once it is approved."""
+    """Submit a request; it runs once it is approved."""
     from sisa.flows.lifecycle import Terms
 
     named = [*named_ids(ids, ids_file), *([find_like] if find_like else [])]
@@ -161,8 +161,10 @@ def extend(directory: Path, request_id: str, reason: str) -> Result:
 
 
 def _join_cluster(model: Model) -> None:
-    """Where shards are trained on a running cluster, its metrics tell of the queue from the beginning; a
-    Ray of this process's own starts with the first deletion."""
+    """Join a running cluster, so that its metrics show the queue from the beginning.
+
+    A local Ray starts with the first deletion instead.
+    """
     from sisa import OnCluster
 
     executor = model.executor
@@ -177,16 +179,16 @@ def _join_cluster(model: Model) -> None:
 @command("run", "sisa run -m model --plan")
 @model_option
 @click.option(
-    "--plan", "only_plan", is_flag=True, help="Price running now against waiting; change nothing."
+    "--plan", "only_plan", is_flag=True, help="Compare the cost of running now and of waiting."
 )
 @click.option("--once", is_flag=True, help="Run what is approved now (the default).")
-@click.option("--watch", is_flag=True, help="Go on: run when the plan says so, until interrupted.")
+@click.option("--watch", is_flag=True, help="Keep running requests when the plan says so.")
 @click.option(
     "--every",
     default=60,
     show_default=True,
     type=click.IntRange(1, 86_400),
-    help="Seconds between looks with --watch.",
+    help="Seconds between checks with --watch.",
 )
 @executor_option
 def run_requests(
@@ -235,8 +237,7 @@ def request_shown(view: RequestView) -> Result:
 
 
 def _cost(request: Request) -> list[str]:
-    """Return what was served meanwhile, and what the batch that it ran in took; none before its
-    commit."""
+    """Return what was served meanwhile and what the request's batch cost; no line before its commit."""
     if not request.committed_at:
         return []
     part = share(request.record_epochs_retrained, request.record_epochs_full)
@@ -254,7 +255,10 @@ def submitted(found: Submitted, view: RequestView) -> Result:
         lines.append(f"{len(found.copies)} exact copies under other ids, {fate}:")
         lines += [f"  {each}" for each in found.copies]
     if found.near:
-        lines.append(f"{len(found.near)} near-duplicates, not included; name them to delete them:")
+        lines.append(
+            f"{len(found.near)} near-duplicates, not included; submit their ids to delete them:"
+        )
+
         lines += [f"  {each.score:.4f}  {each.id}" for each in found.near]
     body = _body(view) | {"copies": list(found.copies), "near": [asdict(each) for each in found.near]}
     return Result(body, printable("\n".join(lines)))

@@ -1,8 +1,8 @@
-"""Submit a training to a cluster, follow it and stop it, over the port `Jobs`.
+"""Submit a training to a cluster, follow it and stop it, through the port `Jobs`.
 
-Everything is checked before anything is sent. A model that a job is training is not submitted
-again. Following goes on through a lost connection, and shows each piece of the log once. Interrupting it
-leaves the job as it is.
+Everything is checked before anything is sent. A model that a job is training is not submitted again.
+Following survives a lost connection and shows each piece of the log once. Interrupting it does not
+affect the job.
 """
 
 from __future__ import annotations
@@ -17,22 +17,24 @@ from cluster.jobs.jobs import MODEL, Job, Jobs, Submission, model_digest
 from sisa.config.runfile import load_elsewhere
 from sisa.core.errors import Busy, EnvironmentFault
 
-LOST_S = 30.0  # for how long a cluster that can't be reached is asked again
+LOST_S = 30.0  # how long to retry while the cluster can't be reached
 STOP_S = 30.0
 AGAIN_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class Clock:
-    """The time since some moment, and waiting, in seconds."""
+    """Read a monotonic clock and wait, both in seconds."""
 
     now: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
 
 
 def submit_training(jobs: Jobs, run_file: Path, name: str, flags: Sequence[str] = ()) -> Job:
-    """Send a run file with the code that trains it. Raises InvalidInput with every problem, Busy while
-    another job trains the same model."""
+    """Send a run file with the code that trains it, and return the job.
+
+    Raise InvalidInput with every problem of the run file, Busy if another job trains the same model.
+    """
     text, config = load_elsewhere(run_file)
     model = model_digest(config.output_dir)
     for each in jobs.all():
@@ -49,7 +51,7 @@ def submit_training(jobs: Jobs, run_file: Path, name: str, flags: Sequence[str] 
 
 
 def follow(jobs: Jobs, job: str, show: Callable[[str], None], clock: Clock | None = None) -> Job:
-    """Show a job's log until its end, and say how it ended."""
+    """Show a job's log until the job ends, and return the ended job."""
     clock = clock or Clock()
     shown = 0
     reached = clock.now()
@@ -74,7 +76,10 @@ def follow(jobs: Jobs, job: str, show: Callable[[str], None], clock: Clock | Non
 
 
 def stop(jobs: Jobs, job: str, clock: Clock | None = None) -> tuple[Job, bool]:
-    """End a job; also whether it was running. Raises EnvironmentFault when it does not end in time."""
+    """Stop a job; return it and whether it was running.
+
+    Raise EnvironmentFault if the job does not end within STOP_S seconds.
+    """
     clock = clock or Clock()
     was_running = jobs.stop(job)
     until = clock.now() + STOP_S

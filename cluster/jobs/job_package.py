@@ -1,8 +1,8 @@
-"""Package what a job is sent with: this program's code and the run file.
+"""Package what is sent with a job: this program's code and the run file.
 
-The folder holds the three packages as they are installed here, and the run file, word for word: no data,
-no keys, no models. It comes first on the job's path; the packages that the code needs must be installed
-on the cluster.
+The folder holds the three packages as installed here and the run file, word for word: no data, no keys,
+no models. It comes first on the job's import path. The packages that the code depends on must be
+installed on the cluster.
 
     with packaged(text) as folder:
         jobs.submit(Submission(name, folder, COMMAND))
@@ -26,8 +26,10 @@ COMMAND = ("python", "-m", "sisa", "train", RUN_FILE, "--address", "auto")
 
 @contextmanager
 def packaged(run_file: str) -> Iterator[Path]:
-    """Yield a folder with all that a job is sent with, and remove it. Raises EnvironmentFault when other
-    packages hide this program's own."""
+    """Yield a folder with everything that a job needs, and remove it afterwards.
+
+    Raise EnvironmentFault if other packages hide this program's own.
+    """
     check_upper_houses()
     with tempfile.TemporaryDirectory(prefix="sisa-job-") as scratch:
         folder = Path(scratch)

@@ -1,8 +1,8 @@
-"""Define jobs on a remote cluster, what is sent with one, and the port to what runs them.
+"""Define jobs on a remote cluster, what is sent with one, and the port to a cluster that runs them.
 
-Pure. A job is sent as a folder of code with a run file and a command of fixed words; what goes
-along says which model it trains, as a digest of where that lies, and nothing else: no record, no id, no
-secret. A job that ended keeps its exit code; one without an exit code was ended by its surroundings.
+Pure. A job is sent as a folder of code with a run file and a fixed command. Its metadata names the model
+that it trains, as a digest of the model's path, and nothing else: no record, no id, no secret. A job
+that ended has an exit code, unless the cluster ended it.
 
 >>> job_name(datetime(2026, 1, 2, 3, 4, 5), "9f")
 'sisa-20260102-030405-9f'
@@ -25,14 +25,14 @@ from sisa.core.errors import InvalidInput, Problem
 
 State = Literal["PENDING", "RUNNING", "STOPPED", "SUCCEEDED", "FAILED"]
 ENDED_STATES = frozenset({"STOPPED", "SUCCEEDED", "FAILED"})
-MODEL = "sisa_model"  # the key under which a job says which model it trains
+MODEL = "sisa_model"  # the metadata key that names the model of a job
 RUN_FILE = "run.yaml"  # the run file's name in the folder
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """A job to be run: the folder that is its working directory, and the words of its command."""
+    """Describe a job to run: the folder that is its working directory, its command and its metadata."""
 
     id: str
     folder: Path
@@ -42,7 +42,7 @@ class Submission:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What a cluster knows of a job. `fault` names what ended one that has no exit code."""
+    """Describe a job as the cluster knows it. `fault` says what ended a job without an exit code."""
 
     id: str
     state: State
@@ -62,15 +62,18 @@ class Job:
 
 
 class Jobs(Protocol):
-    """A cluster that runs jobs. All raise InvalidInput for an id that it does not know (or, to `submit`,
-    knows already), EnvironmentFault when it can't be reached."""
+    """A cluster that runs jobs.
+
+    All methods raise InvalidInput for an id that the cluster does not know (`submit`: for one that it
+    knows already), and EnvironmentFault if the cluster can't be reached.
+    """
 
     def submit(self, submission: Submission) -> None: ...
 
     def get(self, job: str) -> Job: ...
 
     def all(self) -> list[Job]:
-        """Newest first."""
+        """Return all jobs, newest first."""
         ...
 
     def log(self, job: str) -> str: ...
@@ -80,12 +83,12 @@ class Jobs(Protocol):
         ...
 
     def stop(self, job: str) -> bool:
-        """Ask for its end; whether it was still running."""
+        """Ask a job to end; return whether it was still running."""
         ...
 
 
 def model_digest(output_dir: Path) -> str:
-    """Return which model a job trains, without naming the place.
+    """Return a digest that identifies the model at a path without revealing the path.
 
     >>> model_digest(Path("/shared/a/../m")) == model_digest(Path("/shared/m"))
     True
@@ -94,15 +97,15 @@ def model_digest(output_dir: Path) -> str:
 
 
 def job_name(now: datetime, chance: str) -> str:
-    """Return a name for a new job: a cluster takes each once."""
+    """Return a name for a new job. A cluster accepts each name once."""
     return f"sisa-{now:%Y%m%d-%H%M%S}-{chance}"
 
 
 def check_name(name: str) -> str:
-    """Check a job's name, which becomes part of addresses. Raises InvalidInput."""
+    """Return a job's name if it is valid in a URL; raise InvalidInput if it is not."""
     if not _NAME.fullmatch(name):
         raise InvalidInput(
-            "that can't be the name of a job",
+            "the job's name is invalid",
             expected="letters, digits, '.', '_' and '-', at most 100, a letter or digit first",
             next_step="`sisa cluster status` lists the jobs of a cluster",
         )
@@ -110,6 +113,7 @@ def check_name(name: str) -> str:
 
 
 def unknown_job(job: str) -> InvalidInput:
+    """Return the error for a job that the cluster does not know."""
     return InvalidInput(
         "the cluster knows no such job",
         problems=[Problem(job, "unknown; a head node that was restarted has forgotten its jobs")],
@@ -118,8 +122,9 @@ def unknown_job(job: str) -> InvalidInput:
 
 
 def taken_name(job: str) -> InvalidInput:
+    """Return the error for a name that the cluster has used before."""
     return InvalidInput(
         "the cluster has had a job of this name",
-        problems=[Problem(job, "each name is taken once, also after the job's end")],
-        next_step="choose another name, or leave --job away",
+        problems=[Problem(job, "a name can't be used again, even after the job's end")],
+        next_step="choose another name, or leave out --job",
     )

@@ -1,10 +1,10 @@
 """Run jobs on a Ray cluster through the address of its dashboard.
 
-The address given is the one used, whatever RAY_ADDRESS says. The token is found as Ray finds it
-(RAY_AUTH_TOKEN, the file that RAY_AUTH_TOKEN_PATH names, `~/.ray/auth_token`) and goes into a header of
-requests alone; RAY_AUTH_MODE=disabled sends none. Nothing is printed.
+The given address is used, whatever RAY_ADDRESS says. The token is found as Ray finds it (RAY_AUTH_TOKEN,
+the file that RAY_AUTH_TOKEN_PATH names, `~/.ray/auth_token`) and is sent in a header of requests alone;
+with RAY_AUTH_MODE=disabled none is sent. Nothing is printed.
 
-A certificate of one's own is named by REQUESTS_CA_BUNDLE or SSL_CERT_FILE.
+REQUESTS_CA_BUNDLE or SSL_CERT_FILE names a private certificate authority.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from cluster.ray.ray_session import AUTH_MODE, has_token, read_environment
 from sisa.core.errors import EnvironmentFault, InvalidInput
 
 JOB_CONNECT_S = 5.0
-YOUNG_S, AGAIN_S = 60.0, 0.5  # how long a cluster that has just started is asked again
-OVERRIDING = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")  # Ray prefers them to what it is given
+YOUNG_S, AGAIN_S = 60.0, 0.5  # how long, and how often, to retry on a cluster that has just started
+OVERRIDING = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")  # Ray prefers them to the given address
 TALKATIVE = (
     *("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"),
     "ray._private.runtime_env.packaging",
@@ -40,7 +40,10 @@ TALKATIVE = (
 
 
 class RayJobs:
-    """A cluster's jobs. Raises InvalidInput for what is no address, EnvironmentFault for no answer."""
+    """Run jobs on a cluster, as `Jobs`.
+
+    Raise InvalidInput for an invalid address, EnvironmentFault if the cluster does not answer.
+    """
 
     def __init__(self, address: str) -> None:
         self._address = check_address(address)
@@ -77,7 +80,7 @@ class RayJobs:
                 while (piece := runner.run(_next(pieces))) is not None:
                     yield piece
             finally:
-                # Ctrl-C may find it at work: then it says so, and ends with the runner.
+                # After Ctrl-C the generator may still run: closing it fails, and the runner ends it.
                 with suppress(RuntimeError):
                     runner.run(pieces.aclose())
 
@@ -90,7 +93,7 @@ class RayJobs:
         while True:
             try:
                 self._client.submit_job(
-                    # `exec`, so that the program is not a shell's child: what ends the job reaches it
+                    # `exec`: signals that end the job reach the program instead of a shell
                     entrypoint=f"exec {shlex.join(submission.words)}",
                     submission_id=submission.id,
                     runtime_env={"working_dir": str(submission.folder), "env_vars": _auth_environment()},
@@ -98,7 +101,7 @@ class RayJobs:
                 )
                 return
             except RuntimeError as error:
-                # a dashboard answers before the agent that takes jobs; nothing was taken then
+                # A dashboard answers before the agent that accepts jobs; no job was accepted then.
                 if "No available agent" not in str(error) or time.monotonic() > until:
                     raise
                 time.sleep(AGAIN_S)
@@ -112,7 +115,7 @@ class RayJobs:
 
     @contextmanager
     def _translated(self, job: str = "") -> Iterator[None]:
-        """Raise what Ray and the network raise as errors of this program."""
+        """Raise the errors of Ray and of the network as errors of this program."""
         try:
             yield
         except AuthenticationError as error:
@@ -129,14 +132,14 @@ class RayJobs:
                 where=self._address,
                 expected="the address of a head node's dashboard, such as http://127.0.0.1:8265",
                 got=_first_line(error),
-                next_step="check the address; a head node that was lost must be started again, and the "
-                "job submitted again: it goes on from what is stored",
+                next_step="check the address; if the head node was lost, restart it and submit the job "
+                "again: it continues from what is stored",
             ) from None
         except RuntimeError as error:
             if job and "status code 404" in str(error):
                 raise unknown_job(job) from None
             raise EnvironmentFault(
-                "the cluster refused",
+                "the cluster refused the request",
                 where=self._address,
                 got=_first_line(error),
                 next_step="see the dashboard's log on the head node",
@@ -144,7 +147,7 @@ class RayJobs:
 
 
 def check_address(address: str) -> str:
-    """Check an address of a dashboard. Raises InvalidInput."""
+    """Return the address of a dashboard without its last slash; raise InvalidInput if it is none."""
     try:
         parts = urlsplit(address)
         good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
@@ -152,7 +155,7 @@ def check_address(address: str) -> str:
         good = False
     if not good or parts.username or parts.password or parts.query or parts.fragment:
         raise InvalidInput(
-            "that is not the address of a cluster's dashboard",
+            "this is not the address of a cluster's dashboard",
             expected="http://HOST:PORT or https://HOST:PORT, without user, password or query",
             next_step="name the head node and its dashboard's port, such as http://127.0.0.1:8265",
         )
@@ -160,7 +163,10 @@ def check_address(address: str) -> str:
 
 
 def _knock(address: str) -> None:
-    """Ray's client waits for ever; a proxy is left to it."""
+    """Raise OSError if the dashboard does not accept a connection: Ray's client would wait for ever.
+
+    Behind a proxy, do nothing.
+    """
     parts = urlsplit(address)
     host = parts.hostname or ""
     if parts.scheme in getproxies() and not proxy_bypass(host):
@@ -171,7 +177,7 @@ def _knock(address: str) -> None:
 
 @contextmanager
 def _as_given() -> Iterator[None]:
-    """Yield the surroundings in which Ray's client uses the address given, and looks for a token."""
+    """Make Ray's client use the given address and look for a token, until the block ends."""
     former = {name: os.environ.pop(name, None) for name in OVERRIDING}
     chosen = AUTH_MODE in os.environ
     os.environ.setdefault(AUTH_MODE, "token")
@@ -186,13 +192,13 @@ def _as_given() -> Iterator[None]:
 
 
 def _auth_environment() -> dict[str, str]:
-    """Return what a job learns of its cluster: that it wants no token, where the user says so."""
+    """Return the job's environment: it sends no token to its cluster if the user disabled tokens."""
     disabled = os.environ.get(AUTH_MODE, "").lower() == "disabled"
     return {AUTH_MODE: "disabled"} if disabled else {}
 
 
 async def _next(pieces: AsyncIterator[str]) -> str | None:
-    with warnings.catch_warnings():  # Ray asks aiohttp in a way that is to end
+    with warnings.catch_warnings():  # Ray calls aiohttp in a deprecated way
         warnings.simplefilter("ignore", DeprecationWarning)
         return await anext(pieces, None)
 

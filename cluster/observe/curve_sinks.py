@@ -1,9 +1,8 @@
-"""Write curves to tools that draw them, TensorBoard and MLflow, each behind one small Protocol.
+"""Write curves to TensorBoard or MLflow, each behind one small Protocol.
 
-A run is written whole; written again it takes the place of what it was, so that nothing is written
-twice. What is written are numbers and names of curves and runs. The libraries are extras and imported
-when they are asked for; a missing one is an EnvironmentFault. Copies are the user's: a deletion does not
-reach them.
+A run is written whole and replaces its earlier version, so nothing is written twice. Only numbers and
+the names of curves and runs are written. The libraries are extras, imported when used; a missing one
+raises EnvironmentFault. The copies belong to the user: a deletion does not reach them.
 
     TensorBoard(Path("board")).write("20261125T213749Z-3f9a1c2b", points)
 """
@@ -24,16 +23,18 @@ from sisa.store.blobs.files import disk_errors
 
 EVENT_FILES = "events.out.tfevents.*"
 RUN_TAG, CONTENT_TAG = "sisa.run", "sisa.content"
-BATCH = 1000  # metrics that MLflow takes at once
+BATCH = 1000  # the most metrics that MLflow takes in one call
 
 
 class CurveSink(Protocol):
+    """A tool that stores curves."""
+
     def write(self, run: str, points: Sequence[Point]) -> None:
-        """Take a run's points, in place of those that it had."""
+        """Write a run's points, in place of its earlier ones."""
 
 
 class TensorBoard:
-    """Event files of TensorBoard, in a directory of each run."""
+    """Write event files of TensorBoard, in one directory per run."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -56,7 +57,7 @@ class TensorBoard:
 
 
 class Mlflow:
-    """Runs of an experiment on an MLflow server, or in a database of its own."""
+    """Write runs of an experiment to an MLflow server, or to a database."""
 
     def __init__(self, uri: str, experiment: str) -> None:
         self._library = library("mlflow", "mlflow")
@@ -94,7 +95,7 @@ class Mlflow:
     def _refusals(self, uri: str) -> Iterator[None]:
         try:
             yield
-        except ImportError as error:  # a database's libraries are imported when its address is met
+        except ImportError as error:  # MLflow imports a database's library when it opens the address
             raise not_installed(error.name or "a library", "mlflow", error) from None
         except self._library.MlflowException as error:
             raise EnvironmentFault(

@@ -1,6 +1,6 @@
-"""Curves of a run's metrics: points of named curves, with a step and a time, for tools that draw.
+"""Turn a run's metrics into curves, for tools that draw them: named points with a step and a time.
 
-An erased loss has no point. Steps are passes for losses, and else count the events.
+An erased loss has no point. The step of a loss is its epoch; other steps count events.
 
 >>> line = {"at": "2026-11-25T21:37:49.000+00:00", "run": "r", "event": "slice_trained", "shard": 0}
 >>> line |= {"slice": 1, "stage": "0f", "num_records": 2, "record_epochs": 4}
@@ -25,7 +25,7 @@ CurveLine = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """Value of a curve, at a step and at a time (seconds since 1970)."""
+    """Hold one value of a curve, at a step and at a time (seconds since 1970)."""
 
     curve: str
     step: int
@@ -70,10 +70,10 @@ def _values(line: CurveLine, seen: Counter[str]) -> tuple[int, dict[str, Any]]:
 
 
 def summary(lines: Sequence[CurveLine]) -> dict[str, Any]:
-    """Return a run in a few numbers.
+    """Return a summary of a run.
 
-    Tokens are those of stages that still have them, their speed is of one worker, and the loss is the
-    last one that is not erased.
+    Tokens are counted over the stages that still have them. Their speed is that of one worker. The loss
+    is the last one that is not erased.
     """
     of = {name: [each for each in lines if each["event"] == name] for name in _EVENTS}
     slices, losses = of["slice_trained"], [each["loss"] for each in of["epoch_trained"]]

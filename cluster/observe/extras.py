@@ -1,6 +1,6 @@
-"""Import libraries that come with an extra when they are needed.
+"""Import the libraries of extras when they are needed.
 
-A missing one is an EnvironmentFault that names the extra.
+A missing library raises an EnvironmentFault that names the extra.
 
 >>> library("json", "tools").__name__
 'json'
@@ -15,7 +15,7 @@ from sisa.core.errors import EnvironmentFault
 
 
 def library(name: str, extra: str) -> Any:
-    """Import a module that belongs to an extra. Raises EnvironmentFault where it is missing."""
+    """Import a module that belongs to an extra. Raise EnvironmentFault if it is missing."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -23,7 +23,7 @@ def library(name: str, extra: str) -> Any:
 
 
 def not_installed(name: str, extra: str, error: ImportError) -> EnvironmentFault:
-    """Return the error for a library that is missing, or lacks a library itself."""
+    """Return the error for a library that is missing, or that lacks a library itself."""
     return EnvironmentFault(
         f"{name.partition('.')[0]} is not installed",
         got=f"no module {error.name}",

@@ -1,13 +1,12 @@
-"""Write structured logs: one JSON object a line on standard error, all of a run under one name.
+"""Write structured logs: one JSON object a line on standard error, with the name of the run.
 
     {"time": "2026-11-25T21:37:49.123+00:00", "level": "info", "run": "20261125T213749Z-3f9a1c2b",
      "source": "driver", "pid": 4711, "event": "slice_trained", "shard": 0, "slice": 1, ...}
 
-A line says what happened and in which numbers, and no loss, text or id
-(`sisa/core/measured.py`). A
-`message` is one of our own sentences: of a notice, or what went wrong; places and values stay out.
-Workers write theirs on their own standard error, which Ray keeps among its logs; the driver receives the
-same events and sums them up, a line of progress every LINE_EVERY_S seconds.
+A line names an event and its numbers, but no loss, text or id (`sisa/core/measured.py`). A `message` is
+one of this program's own sentences, from a notice or an error, without places and values. Workers write
+to their own standard error, which Ray keeps among its logs. The driver receives the same events and sums
+them up in a line of progress every LINE_EVERY_S seconds.
 
 >>> import io
 >>> stream = io.StringIO()
@@ -35,14 +34,14 @@ Level = Literal["info", "error"]
 
 
 class JsonLog:
-    """Writes lines on a stream; `where` is in each of them."""
+    """Write lines to a stream; every line includes the fields of `where`."""
 
     def __init__(self, stream: TextIO, run: str, source: str, **where: str) -> None:
         self._stream = stream
         self._always = {"run": run, "source": source, "pid": os.getpid(), **where}
 
     def write(self, name: str, level: Level = "info", **fields: Any) -> None:
-        """One line; fields are text of ours, numbers or null."""
+        """Write one line. Fields are this program's own text, numbers or null."""
         at = datetime.now(UTC).isoformat(timespec="milliseconds")
         body = {"time": at, "level": level, **self._always, "event": name, **fields}
         print(json.dumps(body), file=self._stream, flush=True)
@@ -55,7 +54,7 @@ class JsonLog:
 
 
 class DriverLog:
-    """A report: steps on the way are summed up, all else is written as it is."""
+    """Report events of a run: sum up progress, and write every other event."""
 
     def __init__(self, log: JsonLog) -> None:
         self._log = log
@@ -74,7 +73,7 @@ class DriverLog:
 
 
 class WorkerLog:
-    """A report in a worker: what the driver sums up is left out."""
+    """Report events in a worker, except the progress that the driver sums up."""
 
     def __init__(self, log: JsonLog) -> None:
         self._log = log
@@ -85,7 +84,7 @@ class WorkerLog:
 
 
 def worker_log(run: RunContext | None, stream: TextIO, node: str) -> WorkerLog | None:
-    """Return the log of a worker of a run; None where the run wants none."""
+    """Return the log of a run's worker, or None if the run has no JSON log."""
     if run is None or run.log_format != "json":
         return None
     return WorkerLog(JsonLog(stream, run.run, "worker", node=node))

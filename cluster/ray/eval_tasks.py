@@ -1,8 +1,8 @@
-"""Evaluations of several models: one task a model, on Ray at once, or one after another in this process.
+"""Evaluate several models: one Ray task per model, or one model after another in this process.
 
-A task opens its model, writes the model's log and returns the rows; a log is continued, so that a task
-that is started again loses one batch at most. The CPUs of a node are shared out among the tasks; a task
-on CUDA takes one GPU. A single task needs no Ray.
+A task opens its model, writes the model's log and returns the rows. A log is continued, so a task that
+is started again repeats at most one batch. Tasks share the CPUs of a node; a task on CUDA takes one GPU.
+A single task needs no Ray.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ NOTICE_EVERY_S = 10.0
 
 @dataclass(frozen=True)
 class EvaluationTask:
-    """One model to evaluate. `kind` None: as suits the model. `out` is a directory for logs."""
+    """Describe one model to evaluate.
+
+    With `kind` None, the model's own kind of prompt is used. `out` is the directory for logs.
+    """
 
     spec: str
     split: str
@@ -42,7 +45,7 @@ class EvaluationTask:
 
 
 def carry_out(task: EvaluationTask, report: Report) -> Evaluated:
-    """Evaluate one model in this process. Raises as `open_evaluated` and `evaluate` do."""
+    """Evaluate one model in this process. Raise the errors of `open_evaluated` and `evaluate`."""
     from approx.evaluation.evaluated import PromptForm
     from approx.evaluation.evaluated_models import open_evaluated
     from approx.evaluation.tofu_evaluation import Evaluated, TofuSettings, evaluate, header_of, log_name
@@ -77,7 +80,10 @@ def _noticing(name: str, report: Report) -> Callable[[int, int], None]:
 def run_evaluations(
     tasks: Sequence[EvaluationTask], *, ray: bool, address: str | None, report: Report
 ) -> list[Evaluated]:
-    """Run all tasks, in order. Raises what a task raised first; logs keep what was done."""
+    """Run all tasks and return their results in order.
+
+    Raise the first error of a task; the logs keep what was done before it.
+    """
     if not ray or len(tasks) < 2:
         return [carry_out(each, report) for each in tasks]
     from cluster.ray.ray_session import alive_cpus, connect

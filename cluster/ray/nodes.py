@@ -1,15 +1,16 @@
-"""Keep the nodes of a run: which of them may train, with how many workers, and which have come and gone.
+"""Keep the nodes of a run: which may train, with how many workers, and which joined or were lost.
 
-The driver's own node may always train; any other must first prove that it trains the same bits
-(`proofs.py`), those that join later, too. One that does not never gets a task, and a notice says why.
-Before any work: EnvironmentFault if no node may train, or if one lacks the base and the object store is
-too small to carry it there. A node that is lost loses its places.
+The driver's own node may always train. Every other node, including one that joins later, must first
+prove that it trains the same bits (`proofs.py`). A node that fails the proof never gets a task; a notice
+says why. Before any work, EnvironmentFault is raised if no node may train, or if a node lacks the base
+and the object store is too small to carry it there. A lost node loses its places.
 
-A lost head is fatal: Ray keeps its tables in the head's memory, an external Redis is not assumed. The
-driver says so after HEAD_LOST_S and ends; what is finished is kept, and the same command goes on.
+Losing the head is fatal: Ray keeps its tables in the head's memory, and an external Redis is not
+assumed. The driver reports the loss after HEAD_LOST_S and ends. Finished work is kept, and the same
+command continues from it.
 
-CPUs that other jobs of the cluster use are not seen: a task waits for the node that it was given. Nodes
-that join a run which began on a Ray of one node without an address are not used.
+CPUs used by other jobs of the cluster are not seen: a task waits for the node it was given. Nodes that
+join a run on a local Ray (one node, no address) are not used.
 """
 
 from __future__ import annotations
@@ -32,19 +33,21 @@ from sisa.core.errors import EnvironmentFault, Problem
 from sisa.core.events import Notice, Report
 
 LOOK_EVERY_S = 2.0
-NO_NODE_S = 60.0  # without any place, before the run is given up: a node may be on its way
+NO_NODE_S = 60.0  # how long a run without any place waits for a node before it gives up
 HEAD_LOST_S, CONNECT_S = 15.0, 2.0
 
 
 @dataclass(frozen=True, slots=True)
 class _Node:
+    """Describe a live node: its name for people, its places and the size of its object store."""
+
     name: str
     num_places: int
     store_bytes: int
 
 
 class Nodes:
-    """Who may train, and with how many workers."""
+    """Track which nodes may train and how many workers each of them takes."""
 
     def __init__(
         self,
@@ -54,7 +57,7 @@ class Nodes:
         remote: Remote,
         terms: Terms | None,
     ) -> None:
-        """`terms` None: every node may take tasks."""
+        """Create a tracker. With `terms` None, every node may take tasks."""
         self.places = WorkerSlots()
         self._session, self._report = session, report
         self._placement, self._terms = placement, terms
@@ -65,7 +68,7 @@ class Nodes:
         self._looked = self._head_reported = self._had_places = time.monotonic()
 
     def open(self) -> None:
-        """Admit the nodes that are there. Raises EnvironmentFault when no work can be done on them."""
+        """Admit the nodes that are present. Raise EnvironmentFault if none of them can do any work."""
         unsure = True
         while unsure and not self.places.total and time.monotonic() - self._had_places < NO_NODE_S:
             self._greet(within_s=NO_NODE_S)
@@ -78,13 +81,13 @@ class Nodes:
             self._raise_none()
 
     def look(self, at_once: bool = False) -> None:
-        """See who has come and gone. Raises EnvironmentFault when the head or every node is lost."""
+        """Update the list of nodes. Raise EnvironmentFault if the head or every node is lost."""
         now = time.monotonic()
         if now - self._looked < LOOK_EVERY_S and not at_once:
             return
         self._looked = now
         if not self._head_answers(now):
-            return  # whoever asks it for anything waits
+            return  # any call to the head would block
         self._greet()
         self._judge(must_carry=False)
         if self.places.total or (self._proofs is not None and self._proofs.pending):
@@ -93,13 +96,13 @@ class Nodes:
             self._raise_none()
 
     def name_of(self, node: str) -> str:
-        """Return what people call a node."""
+        """Return a node's name for people."""
         return self._alive[node].name if node in self._alive else node[:8]
 
     def _greet(self, within_s: float = CONNECT_S) -> None:
         listed = _listed(within_s)
         if listed is None:
-            return  # the next look asks again
+            return  # the next call of `look` asks again
         alive = {node["NodeID"]: node for node in listed if node["Alive"]}
         for node in self._alive.keys() - alive.keys():
             name = self._alive.pop(node).name
@@ -123,8 +126,10 @@ class Nodes:
                 self._proofs.ask(node)
 
     def _judge(self, must_carry: bool) -> bool:
-        """Return whether a node was lost while it was asked; it is asked again when it is next
-        seen."""
+        """Admit or refuse the nodes that have answered; return whether one was lost before its answer.
+
+        A lost node is asked again when it is next seen.
+        """
         lost = False
         for node, proof, why in self._proofs.judge() if self._proofs is not None else ():
             if node not in self._alive:
@@ -165,7 +170,7 @@ class Nodes:
 
     def _head_answers(self, now: float) -> bool:
         if self._session.private_dir is not None:
-            return True  # our own: it ends with this process
+            return True  # our own head ends with this process
         address = ray.get_runtime_context().gcs_address
         host, _, port = address.rpartition(":")
         with contextlib.suppress(OSError):
@@ -178,7 +183,7 @@ class Nodes:
                 where=address,
                 expected="a head that answers",
                 got=f"no answer for {now - self._head_reported:.0f} s",
-                next_step="start the cluster anew and run the command again: what is finished is kept",
+                next_step="restart the cluster and run the command again; finished work is kept",
             )
         return False
 
@@ -199,7 +204,10 @@ class Nodes:
 
 
 def _listed(within_s: float) -> list[dict[str, Any]] | None:
-    """Ray's nodes; None if the head does not say in time: whoever waits for a lost one ends with it."""
+    """Return Ray's nodes, or None if the head does not answer in time.
+
+    The call runs in a thread of its own, since a call to a lost head does not return.
+    """
     answer: queue.Queue[list[dict[str, Any]]] = queue.Queue()
 
     def ask() -> None:

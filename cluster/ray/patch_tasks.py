@@ -1,8 +1,9 @@
-"""Make a patch in a Ray worker: the same maker, the same bytes, the driver's progress.
+"""Make a patch in a Ray worker: the same maker, the same bytes, with progress on the driver.
 
-A task carries paths, digests and an order, never text; the worker reads the vault itself, so that
-the vault, its keyring and the patches lie where all nodes see them. A worker that dies is started again,
-and goes on from what its run had put aside. Refusing needs no weights and is done here.
+A task carries paths, digests and an order, never text. The worker reads the vault itself, so the vault,
+its keyring and the patches must lie where all nodes see them. A worker that dies is started again and
+continues from the state that its run had saved. Orders are checked on the driver, since a check needs no
+weights.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from sisa.store.vault import DRAFTS_AREA
 
 @dataclass(frozen=True, slots=True)
 class PatchTask:
-    """What travels to a worker; the rest as of `ray_worker.Task`."""
+    """Hold what travels to a worker. The last three fields are those of `ray_worker.Task`."""
 
     site: PatchSite
     order: PatchOrder
@@ -46,7 +47,7 @@ class PatchTask:
 
 
 class RayPatcher:
-    """A `sisa.core.ports.Patcher` whose patches are made in a Ray worker."""
+    """Make patches in a Ray worker, as a `sisa.core.ports.Patcher`."""
 
     def __init__(self, site: PatchSite, address: str | None, max_retries: int) -> None:
         self._site = site
@@ -61,11 +62,11 @@ class RayPatcher:
         retain: Sequence[Record] | None,
         reference: str = "",
     ) -> None:
-        """As the Protocol."""
+        """Check an order on the driver, as the Protocol says."""
         self._here.check(settings, forget, retain, reference)
 
     def make(self, order: PatchOrder, report: Report) -> PatchMade:
-        """As the Protocol; EnvironmentFault, too, when Ray or a worker's machine fails."""
+        """Make a patch, as the Protocol says. Also raise EnvironmentFault if Ray or a machine fails."""
         session = connect(self._address, self._site.threads)
         with _lent(self._site, order.job.key) as site:
             return self._made(session, site, order, report)
@@ -82,7 +83,7 @@ class RayPatcher:
             label=_label,
             max_retries=self._max_retries,
             mend=Carrier(site.base_dir, report),
-            # of this machine: whether the job was made under others, the maker says
+            # This machine's fingerprint; the maker checks the one in the job.
             terms=Terms(site.threads, frozenset({fingerprint(site.threads)}), site.base_dir, manifest),
         )
         return made
@@ -90,8 +91,11 @@ class RayPatcher:
 
 @contextlib.contextmanager
 def _lent(site: PatchSite, key: str) -> Iterator[PatchSite]:
-    """Return a site as the worker gets it, as of `ray_executor.lent`: what an unfinished run puts
-    aside is sealed, and can't be once the run's key is destroyed."""
+    """Yield a site with keys and areas lent to the worker, and accept the patch at the end.
+
+    The saved state of an unfinished run is sealed under the run's key, and is unreadable once that key
+    is destroyed. See `ray_executor.lent`.
+    """
     files = [f"{key}/{name}" for name in FILES]
     with (
         lent_keys(site.patches_keyring, PATCHES, [key], site.patches_at) as keyring,
@@ -103,7 +107,11 @@ def _lent(site: PatchSite, key: str) -> Iterator[PatchSite]:
 
 
 def make_remotely(task: PatchTask, report: Report) -> PatchMade:
-    """Make a patch in this worker. Raises as `PatchMaker.make`, and Unready without the base."""
+    """Make a patch in this worker.
+
+    Raise the errors of `PatchMaker.make`, Unready if the node lacks the base, and EnvironmentFault if
+    the node does not see the model directory.
+    """
     site = task.site
     if not site.vault_dir.is_dir():
         raise EnvironmentFault(
@@ -121,5 +129,5 @@ def _label(_task: PatchTask) -> str:
 
 
 def open_patcher(site: PatchSite, config: RunConfig) -> RayPatcher:
-    """Whoever makes patches on the Ray of a run file's `cluster:` block."""
+    """Return a patcher that works on the Ray of a run file's `cluster:` block."""
     return RayPatcher(site, config.cluster.address, config.cluster.max_retries)

@@ -1,11 +1,11 @@
-"""Prove by a probe task that a node trains the driver's bits, before it trains.
+"""Prove with a probe task that a node trains the driver's bits, before it trains.
 
-    probe on the node: fingerprint, digest of the self-test, has it the base? -> Proof -> may it train?
+    probe on the node: fingerprint, digest of the self-test, is the base there? -> Proof -> may it train?
 
-The driver's own node is the reference, so it is probed as soon as another one is. A node that
-does not show the jobs' fingerprint *and* the digest that the self-test has on the driver's node is
-refused, as is one whose probe fails. A probe whose worker is lost is no answer, and may be asked again.
-A proof is kept for a node's life, which its id names.
+The driver's own node is the reference; it is probed as soon as another node is. A node is refused if its
+fingerprint differs from the jobs', if its self-test gives another digest than on the driver's node, or
+if its probe fails. A probe whose worker is lost counts as no answer and may be repeated. A proof is kept
+for the life of a node, which its id names.
 
 >>> reference = Proof("f1", "d1", has_base=True)
 >>> refusal(Proof("f1", "d1", has_base=False), reference, frozenset({"f1"}))
@@ -45,12 +45,12 @@ LOST = (
 )
 PROVE_S = 600.0  # a probe imports torch, perhaps on a busy node
 
-Remote = Callable[..., Any]  # (function, node, **options) -> a task there, in the workers' environment
+Remote = Callable[..., Any]  # (function, node, **options) -> a task on that node, in the workers' setup
 
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """What a node showed: its fingerprint, the digest of its self-test, whether it has the base."""
+    """Hold a probe's result: a node's fingerprint, its self-test's digest, whether it has the base."""
 
     fingerprint: str
     digest: str
@@ -58,7 +58,7 @@ class Proof:
 
 
 def prove(threads: int, base_dir: Path, manifest: BaseManifest, precision: Precision) -> Proof:
-    """Return what this node shows, after some seconds of training."""
+    """Return this node's proof. It trains for some seconds."""
     from sisa.lm.base.numerics import fingerprint, require_device
     from sisa.lm.base.packages import cache_dir
     from sisa.lm.train.self_test import trained_digests
@@ -74,9 +74,10 @@ Prove = Callable[[int, Path, BaseManifest, Precision], Proof]
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """What nodes must show. Without a `manifest` only the driver's node may train.
+    """State what a node must prove. Without a `manifest`, only the driver's node may train.
 
-    `prove` is a module's function, so that it can travel."""
+    `prove` is a function of a module, so that it can be pickled.
+    """
 
     threads: int
     fingerprints: frozenset[str]
@@ -84,7 +85,7 @@ class Terms:
     manifest: BaseManifest | None
     prove: Prove = prove
     precision: Precision = DEFAULT_PRECISION
-    num_gpus: float = 0  # of the probe, as of a worker
+    num_gpus: float = 0  # that a probe takes, as a worker does
 
 
 def refusal(proof: Proof, reference: Proof, fingerprints: frozenset[str]) -> str:
@@ -112,7 +113,7 @@ _kept: dict[tuple[str, Terms], Proof] = {}
 
 
 class Proofs:
-    """Asks nodes for proofs, and knows the reference."""
+    """Ask nodes for proofs and compare them with the driver's node."""
 
     def __init__(self, origin: str, terms: Terms, remote: Remote) -> None:
         self._origin, self._terms, self._remote = origin, terms, remote
@@ -120,18 +121,19 @@ class Proofs:
         self._judged: set[str] = set()
 
     def ask(self, node: str) -> None:
+        """Start the probe of a node, and of the driver's node, unless they have been asked."""
         for each in (self._origin, node):
             if each not in self._asked:
                 self._asked[each] = self._probe(each)
 
     def wait(self) -> None:
-        """Until all have answered, or PROVE_S have passed."""
+        """Wait until all probes have answered, or until PROVE_S seconds have passed."""
         under_way = [each for each in self._asked.values() if not isinstance(each, Proof)]
         if under_way:
             ray.wait(under_way, num_returns=len(under_way), timeout=PROVE_S)
 
     def forget(self, node: str) -> None:
-        """It is lost."""
+        """Forget the probe of a lost node."""
         self._asked.pop(node, None)
 
     @property
@@ -139,10 +141,11 @@ class Proofs:
         return bool(self._asked.keys() - self._judged - {self._origin})
 
     def judge(self) -> list[tuple[str, Proof | None, str]]:
-        """Each node that has answered since: its proof, or why it is refused; neither of a lost one.
+        """Return each node that has answered since the last call, with its proof or why it is refused.
 
-        Raises EnvironmentFault when the driver's own node can't be probed, or shows other numerics than
-        the driver."""
+        A lost node has neither. Raise EnvironmentFault if the driver's own node can't be probed, or if
+        its numerics differ from the driver's.
+        """
         if not self.pending:
             return []
         reference = self._answer(self._origin)
@@ -183,8 +186,7 @@ class Proofs:
         return probe.remote(terms.threads, terms.base_dir, terms.manifest, terms.precision)
 
     def _answer(self, node: str) -> Proof | str | None:
-        """Return what a node showed, or why it did not (empty if it is lost); None while it is at
-        it."""
+        """Return a node's proof, why it has none (empty if the node is lost), or None while it runs."""
         asked = self._asked[node]
         if isinstance(asked, Proof):
             return asked

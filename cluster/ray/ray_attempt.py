@@ -1,8 +1,8 @@
-"""Carry out any task in a Ray worker: events go to the driver, and no exception is raised there.
+"""Carry out a task in a Ray worker: send events to the driver, and return exceptions as values.
 
-Every exception comes back as a value, without its message unless it is of the error tree, for it
-may quote a record. The first word says which process it is, so that it can be killed when it is silent.
-Events go to the mailbox with the attempt's number; the result lists all stages again.
+An exception outside the error tree is returned without its message, which may quote a record. The first
+message of a worker names its process, so that a silent worker can be killed. Events go to the mailbox
+with the number of the attempt; the outcome lists all trained stages again.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ MAILBOX_S = 2.0
 
 
 class Unready(Exception):
-    """Raised by a task that this node lacks something for."""
+    """Raised by a task whose node lacks something the task needs."""
 
 
 @dataclass(frozen=True)
 class Begun:
-    """A worker's first word: which process it is on its node."""
+    """Name the process of a worker on its node; the first message that it sends."""
 
     pid: int
     created: float
@@ -45,7 +45,7 @@ class Begun:
 
 @dataclass(frozen=True)
 class Outcome(Generic[_R]):
-    """What comes back of a task: its result, or why there is none; every stage that it stored."""
+    """Hold a task's result, or the reason why it has none, and every stage that it stored."""
 
     result: _R | None = None
     error: SisaError | None = None
@@ -54,7 +54,7 @@ class Outcome(Generic[_R]):
 
 
 def end_worker(worker: Begun) -> None:
-    """Kill a process of this node, a stopped one, too, unless its number is another's by now."""
+    """Kill a worker's process on this node, even a stopped one, unless its number was reused."""
     with contextlib.suppress(psutil.Error):
         process = psutil.Process(worker.pid)
         if process.create_time() == worker.created:
@@ -70,7 +70,7 @@ def carry_out_remotely(
     attempt: int,
     running_in: RunContext | None,
 ) -> Outcome[_R]:
-    """Carry a task out in a worker; every exception comes back as a value, without record text."""
+    """Carry out a task in a worker; return every exception as a value without record text."""
     log = worker_log(running_in, sys.stderr, ray.get_runtime_context().get_node_id())
     trained: list[SliceTrained] = []
     posted: list[Any] = []
@@ -92,14 +92,13 @@ def carry_out_remotely(
         failed = error
     except Exception as error:
         failed = _describe_fault(error, label)
-    with contextlib.suppress(RayError):  # the mailbox may be gone; the result tells what matters
+    with contextlib.suppress(RayError):  # the mailbox may be gone; the outcome repeats what matters
         ray.get(posted, timeout=MAILBOX_S)
     return Outcome(result, failed, unready, trained)
 
 
 def _describe_fault(error: Exception, of: str) -> SisaError:
-    """Return an exception from outside the error tree, without its message, for that may quote a
-    record."""
+    """Translate an exception from outside the error tree, without its message: it may quote a record."""
     frames = traceback.extract_tb(error.__traceback__)[-3:]
     places = [f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}" for frame in frames]
     where = f"{of}, {' > '.join(places)}"
@@ -108,10 +107,11 @@ def _describe_fault(error: Exception, of: str) -> SisaError:
             "a worker's machine failed",
             where=where,
             got=(error.strerror if isinstance(error, OSError) else None) or type(error).__name__,
-            next_step="mend it and run the command again; what is finished is kept",
+            next_step="fix it and run the command again; finished work is kept",
         )
     return SisaError(
         f"a worker failed with {type(error).__name__}",
         where=where,
-        next_step="report it with the place named above; the message is withheld, it may quote a record",
+        next_step="report it with the place named above; its message is withheld, since it may quote a "
+        "record",
     )

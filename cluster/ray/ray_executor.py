@@ -1,7 +1,7 @@
-"""Train on Ray: one task per shard's chain, longest first, any number of workers, same bytes.
+"""Train on Ray: one task per shard's chain, longest first, any number of workers, the same bytes.
 
-A chain can be started again anywhere at any time, since workers skip stages already stored: a
-worker killed mid-slice costs that slice. See also `ray_tasks.py`.
+A chain can be started again anywhere at any time, since workers skip stages that are already stored: a
+worker killed in the middle of a slice loses that slice alone. See also `ray_tasks.py`.
 
     with open_executor(site, {"num_workers": 2}) as executor:
         executor.run(chains, report)
@@ -44,7 +44,7 @@ _T = TypeVar("_T", bound=NeedsBase)
 
 
 class RayExecutor:
-    """Trains chains side by side in Ray workers."""
+    """Train chains side by side in Ray workers."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class RayExecutor:
         prove: Prove = prove,
         num_gpus: float = 0,
     ) -> None:
-        # Workers run in another directory.
+        # Workers run in another directory, so paths must be absolute.
         self._site = site.absolute()
         self._address = address
         self._num_workers = num_workers
@@ -68,8 +68,11 @@ class RayExecutor:
         self._num_gpus = num_gpus
 
     def run(self, chains: Sequence[Chain], report: Report, on_stage: OnStage = ignore_stage) -> None:
-        """Raises what a worker raised; EnvironmentFault when Ray or a worker's machine fails, or when
-        this one has no device: the fingerprint that jobs are made under is this machine's."""
+        """Train all chains.
+
+        Raise the first error of a worker. Raise EnvironmentFault if Ray or a worker's machine fails, or
+        if this machine lacks the device: jobs are named by this machine's fingerprint.
+        """
         if not chains:
             return
         require_device(self._site.precision)
@@ -135,10 +138,9 @@ class RayExecutor:
 
 @contextlib.contextmanager
 def lent(site: Site, chains: Sequence[Chain]) -> Iterator[tuple[Site, Callable[[SliceJob], None]]]:
-    """Yield a site as workers get it, until the end of the block, and what makes a finished stage
-    known.
+    """Yield a site for workers and a function that accepts a finished stage.
 
-    They write into areas that end with the block, and make no keys.
+    Workers write into areas that are erased when the block ends, and can't make keys.
     """
     jobs = [job for chain in chains for job in chain.jobs]
     stages = sorted(job.key for job in jobs)
@@ -164,8 +166,10 @@ def lent(site: Site, chains: Sequence[Chain]) -> Iterator[tuple[Site, Callable[[
 def lent_keys(
     keyring: Keyring, room: str, names: Collection[str], place: BlobStore
 ) -> Iterator[Keyring]:
-    """Yield a keyring with keys of these files, as workers get it; keys of files that did not come
-    to be are destroyed at the end."""
+    """Yield a keyring that holds the keys of the named files alone, for workers.
+
+    When the block ends, destroy the keys of files that were not written.
+    """
     if not isinstance(keyring, FileKeyring) or not names:
         yield keyring
         return
@@ -180,11 +184,10 @@ def lent_keys(
 def leased(
     place: BlobStore, names: Collection[str]
 ) -> Iterator[tuple[BlobStore, Callable[[str], None]]]:
-    """Yield a place as workers get it, and what accepts a name of theirs; without any, the place
-    itself.
+    """Yield a store for workers and a function that accepts one of the names they wrote.
 
-    The area ends with the block; after a driver that was killed, with the next sweep of what the ledger
-    does not know.
+    Without names, yield the store itself. The leased area is erased when the block ends; if the driver
+    is killed, the next sweep of what the ledger does not list erases it.
     """
     if not names:
         yield place, lambda _: None
@@ -197,7 +200,7 @@ def leased(
 
 
 def _prefixes(site: Site, job: SliceJob) -> list[str]:
-    """Return names of the hidden states that a stage may keep."""
+    """Return the names of the hidden states that a stage may keep."""
     if not site.prefix_bytes or not keeps_prefixes(job.training):
         return []
     named = (job.training, job.base, job.fingerprint)
@@ -205,7 +208,7 @@ def _prefixes(site: Site, job: SliceJob) -> list[str]:
 
 
 class Carrier:
-    """Gives tasks the base to carry to nodes that lack it; it is put into the object store once."""
+    """Give a task the base for a node that lacks it. Put the base into the object store once."""
 
     def __init__(self, base_dir: Path, report: Report) -> None:
         self._base_dir = base_dir
@@ -228,7 +231,7 @@ def _label(task: Task) -> str:
 
 
 def manifest_of(base_dir: Path, base_digest: str, address: str | None) -> BaseManifest | None:
-    """Return what a base's files are; None where there is only the driver's node, which has them."""
+    """Return the list of a base's files, or None on a single node, which has the driver's files."""
     several = address is not None or len(alive_cpus()) > 1
     return _listed(base_dir, base_digest) if several else None
 
@@ -237,7 +240,7 @@ _listed = functools.lru_cache(maxsize=1)(list_base)
 
 
 def open_executor(site: Site, options: Mapping[str, Any]) -> RayExecutor:
-    """Open the executor of a run file's `cluster:` block. Raises InvalidInput."""
+    """Open the executor of a run file's `cluster:` block. Raise InvalidInput with every problem."""
     num_workers = options.get("num_workers")
     max_retries = options.get("max_retries", DEFAULT_RETRIES)
     stall_limit_s = options.get("stall_limit_s")
@@ -259,9 +262,9 @@ def open_executor(site: Site, options: Mapping[str, Any]) -> RayExecutor:
         problems.append(Problem("cluster.num_gpus", "neither a share of one GPU nor whole GPUs"))
     if problems:
         raise InvalidInput(
-            "the cluster can't be used as it is described",
+            "the `cluster:` block is invalid",
             problems=problems,
-            next_step="mend the run file's `cluster:` block",
+            next_step="correct the run file's `cluster:` block",
         )
     gpus = (1 if num_gpus is None else num_gpus) if on_gpu else 0
     return RayExecutor(

@@ -1,11 +1,11 @@
-"""What ends a local Ray whose driver was killed: a process of its own that waits for the driver's end.
+"""End a local Ray whose driver was killed. Run as a separate process that waits for the driver's end.
 
     python ray_reaper.py PRIVATE_DIR < pipe from the driver
 
-It reads the pipe. The word OVER means that the driver ended its Ray itself; an end without it, that
-the driver was killed: then every process that bears the private directory in its command line or its
-environment, or has a file of it open, is killed, and the directory removed. It runs in a session of its
-own, so that what hangs up or interrupts the driver's terminal does not reach it, and it imports the
+It reads the pipe. The word OVER means that the driver ended its Ray itself. An end of the pipe without
+it means that the driver was killed: the reaper then kills every process that has the private directory
+in its command line or environment, or a file of it open, and removes the directory. It runs in its own
+session, so that a hang-up or an interrupt of the driver's terminal does not reach it. It imports the
 standard library alone.
 """
 
@@ -24,7 +24,7 @@ LOOK_EVERY_S, LOOK_FOR_S = 0.1, 30.0
 
 
 def reap(private_dir: str) -> None:
-    """Kill what belongs to a private directory until nothing does, and remove the directory."""
+    """Kill all processes of a private directory, then remove the directory."""
     deadline = time.monotonic() + LOOK_FOR_S
     while (found := _belonging(private_dir)) and time.monotonic() < deadline:
         for process in found:
@@ -38,13 +38,17 @@ def _belonging(private_dir: str) -> list[int]:
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # another user's, or gone
-            if process.name != str(os.getpid()) and _tells_of(process, private_dir):
+            if process.name != str(os.getpid()) and _uses(process, private_dir):
                 found.append(int(process.name))
     return found
 
 
-def _tells_of(process: Path, private_dir: str) -> bool:
-    """Ray's processes change their titles, which may overwrite what they were started with."""
+def _uses(process: Path, private_dir: str) -> bool:
+    """Return whether a process uses the directory.
+
+    Open files are checked as well: Ray's processes change their titles, which may overwrite the command
+    line and the environment they were started with.
+    """
     found = (process / "cmdline").read_bytes() + (process / "environ").read_bytes()
     return private_dir.encode() in found or any(
         os.readlink(each).startswith(private_dir) for each in (process / "fd").iterdir()

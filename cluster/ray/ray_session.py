@@ -1,10 +1,10 @@
-"""Hold the process's one connection to Ray, which all that run tasks share, and its mailbox.
+"""Hold the one connection to Ray that all runs of a process share, and its mailbox.
 
-A local Ray starts at the first run and ends with `disconnect` or with the process. It listens on
-loopback alone and answers only who knows its token: a new secret in a file of mode 0600 in the session's
-private directory, which is removed at the end; after a process that was killed, by `ray_reaper.py`. A
-Ray that the caller has started, or that runs at an address, is used and left as it is. Nothing is
-printed on standard output, also when a node is lost. What SIGTERM does to the process stays as it was.
+A local Ray starts with the first run and ends with `disconnect` or with the process. It listens on
+loopback alone and requires its token: a new secret in a file of mode 0600 in the session's private
+directory. The directory is removed at the end, or by `ray_reaper.py` if the process is killed. A Ray
+that the caller started, or that runs at an address, is used and left as it is. Nothing is printed on
+standard output, even when a node is lost. The process's reaction to SIGTERM stays as it was.
 
 Ray Client (`ray://`) and autoscaling are not supported.
 """
@@ -47,8 +47,11 @@ AUTH_MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKE
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """A connection to Ray. `private_dir` is None for a Ray that others have started; `owned` is a
-    connection that `connect` made, to whichever."""
+    """Describe a connection to Ray.
+
+    `private_dir` is None if the Ray was started by others. `owned` is true if `connect` made the
+    connection, to its own Ray or to another.
+    """
 
     job_id: str
     address: str | None
@@ -60,10 +63,11 @@ class Session:
 
 
 class _OwnPath(JobConfig):  # type: ignore[misc]
-    """A job whose workers find this program where this process does.
+    """Configure a job whose workers import this program from where this process does.
 
-    Ray puts the driver's working directory first on their search path; a `cluster.py` there would hide
-    ours. A job that was submitted with its code has no such path, and keeps none."""
+    Ray puts the driver's working directory first on their search path, where a `cluster.py` would hide
+    ours. A job that was submitted with its code has no such path and keeps none.
+    """
 
     _py_driver_sys_path: list[str]
 
@@ -74,7 +78,7 @@ class _OwnPath(JobConfig):  # type: ignore[misc]
 
 
 class Mailbox:
-    """Events on their way to the driver, by run."""
+    """Keep events for the driver, by run."""
 
     def __init__(self) -> None:
         self._events: dict[str, list[Any]] = {}
@@ -87,15 +91,18 @@ class Mailbox:
 
 
 class Listener:
-    """What a run's mailbox holds. An answer that is late is kept, for what is in it is no longer in the
-    mailbox; a mailbox that died is started again by Ray, empty."""
+    """Read a run's mailbox.
+
+    A late answer is kept and read by the next call, since its events are no longer in the mailbox. Ray
+    restarts a mailbox that died, empty.
+    """
 
     def __init__(self, mailbox: Any, run_id: str) -> None:
         self._mailbox, self._run_id = mailbox, run_id
-        self._answer: Any = None  # on its way
+        self._answer: Any = None  # requested, not yet received
 
     def received(self, timeout_s: float) -> list[Any]:
-        """Return what came since the last time; nothing where no answer comes in time."""
+        """Return the events since the last call; none if no answer arrives in time."""
         if self._answer is None:
             self._answer = self._mailbox.take.remote(self._run_id)
         if not ray.wait([self._answer], timeout=timeout_s)[0]:
@@ -111,7 +118,10 @@ _session: Session | None = None
 
 
 def connect(address: str | None, num_cpus: int) -> Session:
-    """Return the running session if it will do, else a new one. Raises EnvironmentFault."""
+    """Return the running session if it suffices, else a new one.
+
+    Raise EnvironmentFault if Ray can't be started or reached.
+    """
     global _session
     held = _session
     if held is not None and ray.is_initialized() and held.job_id == _job_id():
@@ -124,8 +134,8 @@ def connect(address: str | None, num_cpus: int) -> Session:
     owned = not ray.is_initialized()
     with ExitStack() as at_end:
         if owned:
-            # Ray prints on standard output when a node is lost, whatever logging is set to; a
-            # Notice says that it was lost.
+            # Ray prints on standard output when a node is lost, whatever the logging settings;
+            # a Notice reports the loss instead.
             at_end.enter_context(_instead(worker, "print_to_stdstream", _print_nothing))
             if address is None:
                 private_dir = _start(num_cpus, at_end)
@@ -140,7 +150,7 @@ def connect(address: str | None, num_cpus: int) -> Session:
 
 
 def disconnect() -> None:
-    """End the session that `connect` began, with all that it started; others' stay as they are."""
+    """End the session that `connect` began and everything it started; leave others' Ray as it is."""
     global _session
     held, _session = _session, None
     if held is not None:
@@ -161,7 +171,7 @@ def _shut_down(job_id: str) -> None:
 
 @contextmanager
 def _instead(module: ModuleType, name: str, value: Any) -> Iterator[None]:
-    """Let a module of Ray have something else under a name of its own."""
+    """Replace a name in a module of Ray until the block ends."""
     former = getattr(module, name)
     setattr(module, name, value)
     try:
@@ -171,14 +181,16 @@ def _instead(module: ModuleType, name: str, value: Any) -> Iterator[None]:
 
 
 def _print_nothing(*_: object, **__: object) -> None:
-    """Print nothing: what a lost node logged is in Ray's logs."""
+    """Print nothing: Ray's logs keep what a lost node wrote."""
 
 
 def _init(**options: Any) -> None:
-    """`ray.init`, quietly.
+    """Call `ray.init` without output.
 
-    Ray keeps a driver's command line in its job table, for whoever holds the token; ids may stand in it,
-    so that it gets the program's name alone. And it answers SIGTERM by a stack trace of its own."""
+    Ray keeps a driver's command line in its job table, where anyone with the token can read it. The
+    command line may contain ids, so Ray gets the program's name instead. Ray's own handler of SIGTERM,
+    which prints a stack trace, is not installed.
+    """
     before = signal.getsignal(signal.SIGTERM)
     with (
         _instead(utils, "get_entrypoint_name", lambda: "sisa"),
@@ -201,7 +213,7 @@ def _start(num_cpus: int, at_end: ExitStack) -> Path:
     at_end.callback(shutil.rmtree, private_dir, ignore_errors=True)
     at_end.enter_context(own_token(private_dir / "token"))
     try:
-        # Ray takes 127.0.0.1 for a slip and puts the machine's own address in its place.
+        # Ray would replace 127.0.0.1 by the machine's own address.
         with _instead(services, "resolve_ip_for_localhost", str):
             _init(
                 num_cpus=num_cpus,
@@ -222,7 +234,7 @@ def _start(num_cpus: int, at_end: ExitStack) -> Path:
 
 @contextmanager
 def _reaped(private_dir: Path) -> Iterator[None]:
-    """Have somebody end what belongs to the directory, should this process be killed."""
+    """Start a process that ends all processes of the directory if this process is killed."""
     command = [sys.executable, "-I", "-S", ray_reaper.__file__, str(private_dir)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as reaper:
         try:
@@ -234,8 +246,10 @@ def _reaped(private_dir: Path) -> Iterator[None]:
 
 @contextmanager
 def own_token(path: Path) -> Iterator[None]:
-    """Make a token of this Ray's own. The environment, which workers inherit, names the file
-    alone."""
+    """Write a new token for this Ray until the block ends.
+
+    Workers inherit the environment, so it names the token's file and does not hold the token.
+    """
     with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
         file.write(secrets.token_hex(32))
     former = {name: os.environ.pop(name, None) for name in (AUTH_MODE, TOKEN, TOKEN_PATH)}
@@ -252,7 +266,7 @@ def own_token(path: Path) -> Iterator[None]:
 
 
 def read_environment() -> None:
-    """Ray reads its environment when it is imported, and a token once."""
+    """Make Ray read its environment again: it reads it on import, and a token once."""
     ray._raylet.Config.initialize("")
     ray._raylet.AuthenticationTokenLoader.instance().reset_cache()
 
@@ -266,14 +280,14 @@ def _private_directory() -> Path:
 
 
 def _attach(address: str) -> None:
-    # `ray start` demands a token where it finds one, or is set to. A client sends one unless
-    # set otherwise; on a node of the cluster what is found there decides, as for a job.
+    # A cluster demands a token if `ray start` found one or was told to. Send one by default; on a
+    # node of the cluster (`auto`), send one only if there is one, as a job does.
     if AUTH_MODE not in os.environ and (address != "auto" or has_token()):
         os.environ[AUTH_MODE] = "token"
         read_environment()
     try:
         host, _, port = address.rpartition(":")
-        if address != "auto":  # Ray itself waits for a minute and prints on
+        if address != "auto":  # Ray itself would wait for a minute and print
             socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
         _init(address=address)
     except Exception as error:
@@ -289,7 +303,7 @@ def _attach(address: str) -> None:
 
 
 def has_token() -> bool:
-    """Return whether a token is found where Ray looks for one."""
+    """Return whether there is a token where Ray looks for one."""
     return bool(ray._raylet.AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True))
 
 
@@ -304,5 +318,5 @@ def _open_mailbox() -> Any:
 
 
 def alive_cpus() -> list[int]:
-    """Return CPUs of each node that is alive."""
+    """Return the number of CPUs of each live node."""
     return [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]

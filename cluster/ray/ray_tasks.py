@@ -1,4 +1,4 @@
-"""Run tasks on Ray side by side; start them again when their worker dies; cancel them.
+"""Run tasks side by side on Ray; restart a task when its worker dies; cancel tasks on an error.
 
     run_tasks(tasks: Sequence[T], carry_out: Callable[[T, Report], R], report: Report, *,
               session: Session, placement: Placement, label: Callable[[T], str],
@@ -6,19 +6,21 @@
               mend: Callable[[T], T] = give_up, terms: Terms | None = None,
               stall_limit_s: float | None = None) -> list[R]
 
-A task can be carried out again anywhere at any time and goes on from what it had stored, for a
-worker may die. Which task starts, and which starts again (announced as a Notice), `TaskQueue` decides;
-`num_workers` run at once, or as many as the nodes have CPUs for. `Nodes` says by `terms` on which nodes;
-a task is pinned to one, and starts again on another if it can. `carry_out` is a module's function; it
-may raise `Unready`, and then `mend` says, in the driver, which task takes that
-one's place. What must be set before torch is imported travels in the task's runtime environment.
-A worker that has begun and sends nothing for `stall_limit_s` seconds is killed, which is a death. One
-that has not begun for as long (and START_S) is not waited for any more: its task is handed out again.
+Workers may die, so it must be safe to carry out a task again anywhere at any time; a task continues from
+what it stored. `TaskQueue` decides which task starts and which restarts (a Notice announces it).
+`num_workers` tasks run at once, or as many as the nodes have CPUs for. `Nodes` decides by `terms` which
+nodes may take tasks. A task is pinned to one node and restarts on another if it can.
 
-Events come through a mailbox, an actor that needs no CPU. It may die: a task's result lists all of its
-SliceTrained again, and each is reported once. `report` is called in the driver's thread alone. When
-`run_tasks` raises, for whatever reason, an interrupt too, Ray has confirmed that its tasks are
-cancelled; their processes are gone some milliseconds later.
+`carry_out` is a function of a module. It may raise `Unready`; then the driver calls `mend` for a task
+that replaces it. Settings that must precede the import of torch travel in the task's runtime
+environment. A worker that has begun and sends nothing for `stall_limit_s` seconds is killed, which
+counts as a death. A task whose worker does not begin for as long (and for START_S) is given to another
+worker.
+
+Events arrive through a mailbox, an actor that needs no CPU. The mailbox may die: a task's result lists
+all of its SliceTrained events again, and each is reported once. `report` is called in the driver's
+thread alone. When `run_tasks` raises, even because of an interrupt, Ray has confirmed that its tasks are
+cancelled; their processes end some milliseconds later.
 
     session = connect(None, num_cpus=2)
     run_tasks([1, 2], square, report, session=session, placement=Placement(cpus=1), label=str)  # [1, 4]
@@ -60,7 +62,7 @@ START_S = 120.0  # a worker's start, with its imports, on a busy machine
 
 @dataclass
 class _Attempt:
-    """A task under way: which, on what node, when it was last handed out or sent something."""
+    """Describe a running task: its number, its node, and when it started or last sent something."""
 
     number: int
     node: str
@@ -70,7 +72,7 @@ class _Attempt:
 
 
 def give_up(task: _T) -> _T:
-    """Raises EnvironmentFault: nobody can mend what is not ready."""
+    """Raise EnvironmentFault: by default, a node without what a task needs can't be helped."""
     raise EnvironmentFault(
         "a node lacks what a task needs",
         got=type(task).__name__,
@@ -92,10 +94,10 @@ def run_tasks(
     terms: Terms | None = None,
     stall_limit_s: float | None = None,
 ) -> list[_R]:
-    """Results in the order of tasks, which start in that order. `label` names a task for people.
+    """Run all tasks, started in their order, and return their results in the same order.
 
-    Raises what a task raised first; EnvironmentFault when no node may take tasks, or when Ray or a
-    worker's machine fails.
+    `label` returns a task's name for people. Raise the first error of a task. Raise EnvironmentFault if
+    no node may take tasks, or if Ray or a worker's machine fails.
     """
     remote = _remote(placement)
     nodes = Nodes(session, report, placement, remote, terms)
@@ -106,7 +108,7 @@ def run_tasks(
 
 @dataclass(frozen=True)
 class _Options(Generic[_T, _R]):
-    """What a caller of `run_tasks` wants."""
+    """Hold the options of a call of `run_tasks`."""
 
     carry_out: Callable[[_T, Report], _R]
     label: Callable[[_T], str]
@@ -118,7 +120,7 @@ class _Options(Generic[_T, _R]):
 
 @dataclass
 class _Run(Generic[_T, _R]):
-    """One call of `run_tasks`: what waits, what runs, what has been reported; tasks by their number."""
+    """Drive one call of `run_tasks`; keep waiting, running and reported tasks by their number."""
 
     tasks: list[_T]
     report: Report
@@ -155,7 +157,7 @@ class _Run(Generic[_T, _R]):
                 "Ray failed",
                 got=type(error).__name__,
                 next_step="check that every node has this package at the driver's version, then run "
-                "the command again; what is finished is kept",
+                "the command again; finished work is kept",
             ) from error
         finally:
             self._cancel()
@@ -163,7 +165,7 @@ class _Run(Generic[_T, _R]):
 
     def _wait(self) -> list[Any]:
         if not self._running:
-            time.sleep(POLL_S)  # for a node to come
+            time.sleep(POLL_S)  # until a node joins
             return []
         done: list[Any] = ray.wait(list(self._running), num_returns=1, timeout=POLL_S)[0]
         return done
@@ -194,10 +196,10 @@ class _Run(Generic[_T, _R]):
         self._attempts[attempt] = _Attempt(number, node, time.monotonic())
 
     def _deliver(self) -> None:
-        # What is lost with a mailbox that died comes with the results.
+        # Outcomes repeat the events that are lost when the mailbox dies.
         events: list[tuple[int, Event | Begun]] = self._listener.received(MAILBOX_S)
         for attempt, event in events:
-            # An event of an attempt that is over says nothing of the next one.
+            # An event of an earlier attempt says nothing about the present one.
             under_way = self._attempts.get(attempt)
             if under_way is not None:
                 under_way.received = time.monotonic()
@@ -206,7 +208,7 @@ class _Run(Generic[_T, _R]):
                     under_way.worker = event
                 continue
             self._report_once(event)
-            # What was stored before is reported again, after no time.
+            # A stage that was stored before is reported with zero seconds; it is no progress.
             if isinstance(event, SliceTrained) and event.seconds and under_way is not None:
                 self._hand_out.progressed(under_way.number)
 
@@ -226,7 +228,7 @@ class _Run(Generic[_T, _R]):
         except (*LOST, ObjectLostError) as error:
             self._failed_on[number] = attempt.node
             self.nodes.look(at_once=True)
-            if isinstance(error, TaskUnschedulableError):  # the node was lost before it began
+            if isinstance(error, TaskUnschedulableError):  # the node was lost before the task began
                 self._hand_out.again(number)
             else:
                 self._start_again(number, error)
@@ -250,15 +252,15 @@ class _Run(Generic[_T, _R]):
                 f"a worker died {deaths} times in a row",
                 where=of,
                 got=type(error).__name__,
-                next_step="it may lack memory: run fewer at once (`num_workers`, or "
-                "`--executor serial`); or it was silent for longer than `stall_limit_s`; then run the "
-                "command again, what is finished is kept",
+                next_step="it may lack memory: run fewer workers (`num_workers`, or `--executor "
+                "serial`); or it was silent for longer than `stall_limit_s`: raise that; then run the "
+                "command again; finished work is kept",
             )
         attempt = f"attempt {deaths + 1} of {self.options.max_retries + 1}"
-        self.report(Notice(f"the worker of {of} died; what it was at starts again ({attempt})"))
+        self.report(Notice(f"the worker of {of} died; its task starts again ({attempt})"))
 
     def _end_stalled(self) -> None:
-        """Kill workers that say nothing any more; what they were at settles as a death."""
+        """Kill workers that have fallen silent; each counts as a death of its task."""
         limit = self.options.stall_limit_s
         if limit is None:
             return
@@ -274,10 +276,10 @@ class _Run(Generic[_T, _R]):
                 self.report(Notice(f"{worker} was silent for {limit:g} s and is killed"))
             elif silent_s > START_S:
                 self._withdraw(reference)
-                self.report(Notice(f"{worker} did not begin for {silent_s:.0f} s; another is asked for"))
+                self.report(Notice(f"{worker} did not begin for {silent_s:.0f} s; trying another"))
 
     def _withdraw(self, reference: Any) -> None:
-        """Hand a task out again that has not begun, on another node if it can."""
+        """Take back a task that has not begun, to start it on another node if possible."""
         attempt = self._attempts.pop(self._running.pop(reference))
         ray.cancel(reference, force=True)
         self.nodes.places.give_back(attempt.node)
@@ -285,8 +287,7 @@ class _Run(Generic[_T, _R]):
         self._hand_out.again(attempt.number)
 
     def _leave_lost_nodes(self) -> None:
-        """Start elsewhere what is still under way on a node that is lost, whenever Ray gives it
-        up."""
+        """Restart the tasks of lost nodes elsewhere, without waiting for Ray to give them up."""
         for reference, number in list(self._running.items()):
             attempt = self._attempts[number]
             if attempt.node in self.nodes.places or ray.wait([reference], timeout=0)[0]:
@@ -304,7 +305,7 @@ class _Run(Generic[_T, _R]):
 
 
 def _remote(placement: Placement) -> Remote:
-    """Makes tasks of functions, pinned to a node, with what workers need before torch is imported."""
+    """Return a function that makes tasks pinned to a node, with the environment that workers need."""
     from sisa.lm.base.numerics import worker_environment
 
     environment = {**worker_environment(placement.cpus), **placement.environment}

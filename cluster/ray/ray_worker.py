@@ -1,9 +1,9 @@
-"""Train one shard's chain in a Ray worker, by `sisa.flows.serial.train_chain`.
+"""Train one shard's chain in a Ray worker with `sisa.flows.serial.train_chain`.
 
-A task carries places and digests, never text or credentials, so nothing of a record reaches
-Ray's object store, spill or logs.
+A task carries places and digests, never text or credentials, so no record content reaches Ray's object
+store, spill or logs.
 
-The memory of live workers may hold text of records that they trained on until the Ray session ends.
+The memory of a live worker may hold text of records that it trained on until the Ray session ends.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from sisa.lm.base.numerics import KERNEL_SETTINGS, fingerprint, require_device
 
 Parts = tuple[Trainer, RecordStore, CheckpointStore]
 OpenParts = Callable[[Site], Parts]
-Carried = Mapping[str, Sequence[Any]]  # a base file's name -> references to its blocks
+Carried = Mapping[str, Sequence[Any]]  # name of a base file -> references to its blocks
 
 
 class NeedsBase(Protocol):
-    """A task that needs the base on its node; `manifest` and `origin` as those of `Task`."""
+    """Describe a task that needs the base on its node; `manifest` and `origin` are as in `Task`."""
 
     @property
     def manifest(self) -> BaseManifest | None: ...
@@ -46,7 +46,7 @@ class NeedsBase(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What travels to a worker. `manifest` is None on a single node, whose base is the driver's own."""
+    """Hold what travels to a worker. `manifest` is None on a single node, which has the base."""
 
     chain: Chain
     site: Site
@@ -57,7 +57,7 @@ class Task:
 
 
 def open_parts(site: Site) -> Parts:
-    """Open the real parts of a site; the base is kept per process."""
+    """Open the trainer and the stores of a site. The base stays loaded in the process."""
     from sisa.flows.wiring.wiring import open_stores, open_trainer
     from sisa.lm.base.numerics import pin_threads
     from sisa.store.blobs.keyring import FileKeyring
@@ -83,8 +83,11 @@ def open_parts(site: Site) -> Parts:
 
 
 def train_remotely(task: Task, report: Report) -> None:
-    """Train a chain in this worker. Raises Unready on a node to which the base must be carried, and
-    EnvironmentFault where other bits would come of it."""
+    """Train a chain in this worker.
+
+    Raise Unready on a node to which the base must be carried. Raise EnvironmentFault if this worker
+    would train other bits.
+    """
     _refuse_other_bits(task)
     site = replace(task.site, base_dir=base_on_this_node(task, task.site.base_dir))
     for stage in train_chain(task.chain, *task.open_parts(site), report):
@@ -92,10 +95,11 @@ def train_remotely(task: Task, report: Report) -> None:
 
 
 def _refuse_other_bits(task: Task) -> None:
-    """Raise EnvironmentFault where this worker would train other bits than the driver, or has no device.
+    """Raise EnvironmentFault if this worker would train other bits than the driver, or has no device.
 
-    Asked in every worker: a node's Ray hands on the settings that it was started with, on the driver's
-    own node as well, and one node may hold GPUs of several models."""
+    Every worker checks. Ray passes on the settings that it was started with, even on the driver's own
+    node, and a node may hold GPUs of several models.
+    """
     site = task.site
     require_device(site.precision)
     got = fingerprint(site.threads, site.precision)
@@ -113,7 +117,7 @@ def _refuse_other_bits(task: Task) -> None:
 
 
 def base_on_this_node(task: NeedsBase, base_dir: Path) -> Path:
-    """Return where this node has the base. Raises Unready where it must be carried here first."""
+    """Return where this node has the base. Raise Unready if it must be carried here first."""
     from sisa.lm.base.packages import cache_dir
 
     manifest = task.manifest
@@ -133,7 +137,7 @@ def base_on_this_node(task: NeedsBase, base_dir: Path) -> Path:
 
 @functools.lru_cache(maxsize=8)
 def _held(base_dir: Path, cache: Path, manifest: BaseManifest) -> Path:
-    """Kept when found alone: what is not here yet may be carried here."""
+    """Return where the base is found. A failure is not cached, since the base may be carried here."""
     held = find_base(base_dir, cache, manifest)
     if held is None:
         raise FileNotFoundError

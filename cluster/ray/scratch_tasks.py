@@ -1,8 +1,9 @@
 """Train a base with Ray Train: Hugging Face's `Trainer` in workers of the run file's cluster.
 
-A job carries paths and a recipe, never text; texts and the place for the base lie where all nodes
-see them. What must be set before torch is imported travels in the workers' runtime environment. A worker
-that dies is started again, from the beginning of the base's training. The first worker saves.
+A job carries paths and a recipe, never text; the texts and the directory for the base must lie where all
+nodes see them. Settings that must precede the import of torch travel in the workers' runtime
+environment. If a worker dies, the training of the base starts again from its beginning. The first worker
+saves the base.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ from sisa.flows.scratch import BaseJob
 from sisa.lm.base.numerics import worker_environment
 
 POLL_S, ANSWER_S = 1.0, 10.0
-REFUSED = "refused.json"  # what a worker found wrong, for the driver to say
+REFUSED = "refused.json"  # the problems that a worker found, for the driver to raise
 
 
 def train_on_ray(job: BaseJob, cluster: Mapping[str, Any], report: Report) -> None:
-    """Train a base in `workers` processes. Raises EnvironmentFault when Ray or a worker fails."""
+    """Train a base in `workers` processes. Raise EnvironmentFault if Ray or a worker fails."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Ray's, of settings of its own
+        warnings.simplefilter("ignore", DeprecationWarning)  # Ray's, about its own settings
         _train(job, cluster, report)
 
 
@@ -70,8 +71,11 @@ def _train(job: BaseJob, cluster: Mapping[str, Any], report: Report) -> None:
 
 @contextlib.contextmanager
 def _own_interrupt() -> Iterator[None]:
-    """Ray Train answers Ctrl-C by a handler that it leaves in the process; shards are trained next, and
-    there Ctrl-C must be the caller's again."""
+    """Restore the handler of Ctrl-C when the block ends.
+
+    Ray Train leaves its own handler in the process. Shards are trained next, and Ctrl-C must reach the
+    caller there.
+    """
     before = signal.getsignal(signal.SIGINT)
     try:
         yield
@@ -95,21 +99,21 @@ def _in_worker(config: Mapping[str, Any]) -> None:
 
     try:
         train_base(job.recipe, job.texts, job.target, notify, prepare_trainer, saves=first)
-    except InvalidInput as error:  # all workers see the same, and none is to be started again
+    except InvalidInput as error:  # every worker raises it, and a restart would not help
         if first:
             (job.target / REFUSED).write_text(json.dumps(error.to_json()))
 
 
 @contextlib.contextmanager
 def _reported(mailbox: Any, run_id: str, report: Report) -> Iterator[None]:
-    """Report what workers send, while Ray Train has the driver's thread."""
+    """Report the workers' events while Ray Train blocks the driver's thread."""
     done, listener = threading.Event(), Listener(mailbox, run_id)
 
     def listen() -> None:
         last = False
         while not last:
             last = done.wait(POLL_S)  # once more at the end
-            with contextlib.suppress(RayError):  # of a Ray that is gone
+            with contextlib.suppress(RayError):  # Ray may be gone
                 for event in listener.received(ANSWER_S):
                     report(event)
 
@@ -133,5 +137,5 @@ def _failed(job: BaseJob, error: Exception) -> EnvironmentFault:
         "the base could not be trained on Ray",
         where=str(Path(job.target).parent),
         got=type(error).__name__,
-        next_step="see that all nodes see this directory, or train with `--executor serial`",
+        next_step="check that all nodes see this directory, or train with `--executor serial`",
     )

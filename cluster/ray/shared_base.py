@@ -1,19 +1,19 @@
-"""Share one physical copy of the base model per node, and carry it to a node that lacks it.
+"""Share one copy of the base model per node, and carry it to a node that lacks it.
 
-Workers memory-map the safetensors of a directory on their own node, so that the page cache
-holds one copy for all of them and a write in place stays private (copy on write). The object store
-only carries *files*: their bytes travel in blocks, rest in the node's cache directory, and are then
-memory-mapped like any other copy. No tensor ever aliases the object store, for a write to one would
-silently change the weights of the other workers.
+Workers memory-map the safetensors of a directory on their own node: the page cache holds one copy for
+all of them, and a write in place stays private (copy on write). The object store only carries *files*.
+Their bytes travel in blocks, are written to the node's cache directory, and are then memory-mapped like
+any other copy. No tensor ever aliases the object store, since a write to one would silently change the
+weights of the other workers.
 
-A directory holds the base when every file has the listed size and sha256: a path of the same name on
-another node may hold another model, and sizes alone would not tell. The check reads each file once
-per worker process, and only on a cluster of several nodes. A carried copy appears under
-`<cache>/base/<digest>` in one rename, whole and checked, or not at all; a lock lets one worker write
-while the node's others wait.
+A directory holds the base if every file has the listed size and sha256: another node may hold another
+model under the same path, and sizes alone do not show that. The check reads each file once per worker
+process, and only on a cluster of several nodes. A carried copy appears under `<cache>/base/<digest>` in
+one rename, whole and checked, or not at all. A lock lets one worker write while the other workers of the
+node wait.
 
-Directories of records, checkpoints and patches must lie on a file system that all nodes share. A patch
-is merged by each worker: the weights that it changes are the worker's own copy.
+Directories of records, checkpoints and patches must lie on a file system that all nodes share. Each
+worker merges a patch itself: the weights that the patch changes are the worker's own copy.
 
 >>> cached_base(Path("/scratch/sisa"), "5e6f").as_posix()
 '/scratch/sisa/base/5e6f'
@@ -36,16 +36,16 @@ from sisa.core.digest import file_sha256
 from sisa.core.errors import EnvironmentFault, IntegrityError
 from sisa.store.blobs import files
 
-COPY_PATIENCE_S = 3600.0  # for another worker of the node that writes the same base
-BLOCK_BYTES = 64 * 2**20  # a worker's memory while it writes a carried file
+COPY_PATIENCE_S = 3600.0  # how long to wait for a worker of this node that writes the same base
+BLOCK_BYTES = 64 * 2**20  # memory that a worker needs while it writes a carried file
 
 Block = NDArray[np.uint8]
-ReadBlocks = Callable[[str], Iterable[Block]]  # a file's name -> its bytes, in order
+ReadBlocks = Callable[[str], Iterable[Block]]  # name of a file -> its bytes, in order
 
 
 @dataclass(frozen=True, slots=True)
 class BaseFile:
-    """One file of the base: its name in the base directory, and what its bytes must be."""
+    """Describe one file of the base: its name in the base directory, its size and its digest."""
 
     name: str
     num_bytes: int
@@ -54,19 +54,19 @@ class BaseFile:
 
 @dataclass(frozen=True, slots=True)
 class BaseManifest:
-    """Every file of a base, in order of name."""
+    """List every file of a base, sorted by name."""
 
     digest: str
     files: tuple[BaseFile, ...]
 
 
 def cached_base(cache: Path, digest: str) -> Path:
-    """Return where a carried copy of the base rests."""
+    """Return the cache directory for a carried copy of the base."""
     return cache / "base" / digest
 
 
 def list_base(base_dir: Path, digest: str) -> BaseManifest:
-    """Read and hash every file of a base (a flat directory). Raises EnvironmentFault if it has none."""
+    """Read and hash every file of a base (a flat directory). Raise EnvironmentFault if it has none."""
     found = base_dir.iterdir() if base_dir.is_dir() else iter(())
     paths = sorted(path for path in found if path.is_file() and not path.name.startswith("."))
     if not paths:
@@ -80,8 +80,7 @@ def list_base(base_dir: Path, digest: str) -> BaseManifest:
 
 
 def holds_base(directory: Path, manifest: BaseManifest) -> bool:
-    """Return whether a directory has every file of the base, byte for byte; sizes are compared
-    first."""
+    """Return whether a directory has every file of the base, byte for byte. Compare sizes first."""
     paths = [(directory / file.name, file) for file in manifest.files]
     if not all(path.is_file() and path.stat().st_size == file.num_bytes for path, file in paths):
         return False
@@ -89,8 +88,7 @@ def holds_base(directory: Path, manifest: BaseManifest) -> bool:
 
 
 def find_base(directory: Path, cache: Path, manifest: BaseManifest) -> Path | None:
-    """Return where this node has the base: under the driver's path, or carried here before; None
-    if nowhere."""
+    """Return where this node has the base: the driver's path or a carried copy; None if it has none."""
     for each in (directory, cached_base(cache, manifest.digest)):
         if holds_base(each, manifest):
             return each
@@ -98,7 +96,7 @@ def find_base(directory: Path, cache: Path, manifest: BaseManifest) -> Path | No
 
 
 def read_blocks(path: Path, block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
-    """Read a file's bytes as memory-mapped arrays, so that whoever copies them on reads them once."""
+    """Yield a file's bytes as memory-mapped arrays, so that copying them reads them once."""
     num_bytes = path.stat().st_size
     if num_bytes == 0:  # an empty file can't be mapped
         return
@@ -108,10 +106,10 @@ def read_blocks(path: Path, block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
 
 
 def write_base(cache: Path, manifest: BaseManifest, blocks: ReadBlocks) -> Path:
-    """Write the cached copy of a base from `blocks`, unless the cache holds it already.
+    """Write the cached copy of a base from `blocks`, unless the cache already holds it.
 
-    Raises IntegrityError when what arrives is not what was listed, EnvironmentFault when the
-    disk refuses it; neither leaves a trace.
+    Raise IntegrityError if the bytes differ from the manifest, EnvironmentFault if the disk fails.
+    Neither leaves a partial copy.
     """
     final = cached_base(cache, manifest.digest)
     try:
@@ -124,7 +122,7 @@ def write_base(cache: Path, manifest: BaseManifest, blocks: ReadBlocks) -> Path:
             "the base model can't be cached on this node",
             where=str(final),
             got=error.strerror or type(error).__name__,
-            next_step="make room there, or point SISA_CACHE at a writable directory",
+            next_step="free some space there, or point SISA_CACHE at a writable directory",
         ) from error
     return final
 

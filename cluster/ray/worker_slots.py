@@ -1,8 +1,8 @@
-"""Count the places of the nodes that may train: one worker each, given to tasks and taken back.
+"""Count the places of the nodes that may train: each takes one worker, and is taken and given back.
 
-Pure, no clock, no Ray. A task goes to the node with the most free places, so that nodes fill
-evenly, and not to the one where it failed last, if another has a place. A node that is gone has no
-places; what was given on it is forgotten with it.
+Pure: no clock, no Ray. A task goes to the node with the most free places, so that nodes fill evenly, and
+avoids the node where it last failed if another has a place. A node that is lost loses its places,
+including those in use.
 
 >>> places = WorkerSlots()
 >>> places.join("a", 1); places.join("b", 2)
@@ -20,8 +20,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Placement:
-    """What each task takes of a node: CPUs, which are also its threads, GPUs or a share of one,
-    environment variables.
+    """State what each task takes of a node: CPUs (also its threads), GPUs (or a share), environment.
 
     >>> Placement(1, gpus=0.5).num_places({"CPU": 8, "GPU": 2}), Placement(4).num_places({"CPU": 9})
     (4, 2)
@@ -32,17 +31,17 @@ class Placement:
     environment: Mapping[str, str] = field(default_factory=dict)
 
     def num_places(self, resources: Mapping[str, float]) -> int:
-        """For how many tasks at once a node's resources suffice. A share is of one GPU."""
+        """Return how many tasks a node can run at once. A share of a GPU is of one GPU."""
         places, gpus = int(resources.get("CPU", 0)) // self.cpus, int(resources.get("GPU", 0))
         if not self.gpus:
             return places
-        # Binary fractions: 1 // 0.1 is 9.
+        # 1 // 0.1 is 9 in binary fractions.
         shared = gpus * int(1 / self.gpus + 1e-9) if self.gpus < 1 else gpus // int(self.gpus)
         return min(places, shared)
 
 
 class WorkerSlots:
-    """Free and given places, by node."""
+    """Count free places and places in use, by node."""
 
     def __init__(self) -> None:
         self._num: dict[str, int] = {}
@@ -50,20 +49,23 @@ class WorkerSlots:
 
     @property
     def total(self) -> int:
+        """Return the number of places, free or in use."""
         return sum(self._num.values())
 
     def __contains__(self, node: str) -> bool:
         return node in self._num
 
     def join(self, node: str, num_places: int) -> None:
+        """Add a node and its places."""
         self._num[node], self._given[node] = num_places, 0
 
     def leave(self, node: str) -> None:
+        """Remove a node and its places."""
         self._num.pop(node, None)
         self._given.pop(node, None)
 
     def take(self, avoid: str | None = None) -> str | None:
-        """Return the node whose place is given; None while none is free."""
+        """Take a place and return its node; return None if no place is free."""
         free = {node: num - self._given[node] for node, num in self._num.items()}
         open_nodes = [node for node, num in free.items() if num > 0]
         if not open_nodes:
@@ -73,5 +75,6 @@ class WorkerSlots:
         return chosen
 
     def give_back(self, node: str) -> None:
+        """Free a place of a node; do nothing if the node is lost."""
         if node in self._given:
             self._given[node] -= 1

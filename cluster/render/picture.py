@@ -4,11 +4,11 @@
     model.forget(subject="p001")
     draw_layout(before, model.status()).savefig("layout.png")
 
-What is drawn follows from two `Status` objects alone: nothing is read, and no ids or text are
-shown. A shard whose head changed was trained again from its first changed slice on; where no number of
-records changed (one record out, one in; another run file), from its first slice on. Every mark has its
-own hatching and its own place in the legend, so that the picture reads without colour. matplotlib (extra
-`notebook`) is imported when something is drawn; a figure belongs to the caller, none is kept by pyplot.
+The picture is derived from two `Status` objects alone: nothing is read, and no ids or text are shown. A
+shard whose head changed was trained again from its first changed slice on. If none of its record counts
+changed (one record out, one in; another run file), it was trained again from its first slice on. Every
+mark has its own hatching and legend entry, so the picture is readable without colour. matplotlib (extra
+`notebook`) is imported when something is drawn. A figure belongs to the caller; pyplot keeps none.
 
 Source: SISA, Bourtoule et al. 2021, figure 2 (shards and slices); colours of Okabe and Ito 2008.
 """
@@ -37,7 +37,7 @@ GAP_CELLS = 0.3
 
 @dataclass(frozen=True)
 class Look:
-    """How a mark is drawn, and what the legend calls it."""
+    """Describe how a mark is drawn and its label in the legend."""
 
     label: str
     colour: str
@@ -45,7 +45,7 @@ class Look:
 
 
 class Mark(Enum):
-    """What became of one slice of one shard."""
+    """Name what happened to one slice of one shard."""
 
     KEPT = Look("untouched", "#f4f4f4", "")
     DELETED = Look("records deleted here", "#e69f00", "xx")
@@ -55,7 +55,7 @@ class Mark(Enum):
 
 
 def cell_marks(before: Status, after: Status) -> dict[Place, Mark]:
-    """Return the mark of every (shard, slice). Raises InvalidInput for other shards."""
+    """Return the mark of every (shard, slice). Raise InvalidInput if the states differ in shards."""
     shards = [[each.shard for each in state.shards] for state in (before, after)]
     if shards[0] != shards[1]:
         raise InvalidInput(
@@ -84,21 +84,20 @@ def _row(old: ShardStatus, new: ShardStatus) -> list[Mark]:
             marks.append(Mark.DELETED)
         elif slice_ >= old.num_slices and has and new.converged:
             marks.append(Mark.APPENDED)
-        else:  # an empty slice is no stage of training
+        else:  # an empty slice is not trained
             marks.append(trained if slice_ >= first and has else Mark.KEPT)
     return marks
 
 
 def _counts(old: ShardStatus, new: ShardStatus) -> list[tuple[int, int]]:
-    """Records of each slice before and after; a slice that is not there yet, or no more, has none."""
+    """Return the number of records of each slice before and after; a missing slice has none."""
     return list(zip_longest(old.slice_records, new.slice_records, fillvalue=0))
 
 
 def draw_layout(before: Status, after: Status | None = None, title: str = "") -> Figure:
-    """Draw the records of each slice and the adapter that each shard serves; with `after`, what
-    changed.
+    """Draw the records of each slice and each shard's served adapter; with `after`, also the changes.
 
-    Raises InvalidInput for states with other shards.
+    Raise InvalidInput if the states have different shards.
     """
     from matplotlib.figure import Figure
 
@@ -142,8 +141,7 @@ def _draw_cell(axes: Any, row: int, column: float, label: str, mark: Mark, width
 
 
 def _draw_head(axes: Any, row: int, column: float, old: ShardStatus, new: ShardStatus) -> None:
-    """Draw the digest of what a shard serves; a changed one in a thick frame, under the one it
-    replaced."""
+    """Draw the digest of a shard's served adapter. A changed one has a thick frame and both digests."""
     label = [_short(each.adapter_sha256) for each in (old, new)]
     same = old.head == new.head
     _draw_cell(axes, row, column, label[0] if same else "\n→ ".join(label), Mark.KEPT, HEAD_CELLS)

@@ -1,11 +1,11 @@
-"""Draw what choices of shards and slices cost: a panel for each cost, a line for each layout.
+"""Draw the costs of choices of shards and slices: a panel for each cost, a line for each layout.
 
     draw_choices(advise(demand, limits), best).savefig("plan.png")
 
-What is drawn follows from the advice alone, and is of as many orders as the recommended choice
-has; the last panel sets the numbers of orders side by side. Lines differ in their marks too, so that the
-picture reads without colour; what is over a limit is drawn hollow, the recommended choice has a ring.
-matplotlib (extra `notebook`) is imported when something is drawn; a figure belongs to the caller.
+The picture is derived from the advice alone, for as many orders as the recommended choice has; the last
+panel compares numbers of orders. Lines have different markers, so the picture is readable without
+colour. A choice over a limit is drawn hollow; the recommended choice has a ring. matplotlib (extra
+`notebook`) is imported when something is drawn. A figure belongs to the caller.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 MARKS = "osD^v<>ph*"
 MAX_LINES = len(MARKS)
-ROWS, WIDE = 2, 10  # a panel whose values differ by more than WIDE times is logarithmic
+ROWS, WIDE = 2, 10  # a panel is logarithmic if its largest value is over WIDE times its smallest
 Panel = tuple[str, Callable[[Advice], float]]
 PANELS: tuple[Panel, ...] = (
     ("a month's deletions, each alone\n(share of a full training)", lambda each: each.one_by_one),
@@ -39,8 +39,10 @@ HOURS: Panel = ("hours of one worker until\na deletion is trained", lambda each:
 
 
 def draw_choices(advised: Sequence[Advice], best: Advice | None) -> Figure:
-    """Panels in two rows, slices across, and one of the chosen layout for the numbers of orders; numbers
-    of shards are thinned out to a few lines."""
+    """Draw two rows of panels with slices across, and one panel that compares numbers of orders.
+
+    At most MAX_LINES numbers of shards are drawn.
+    """
     from matplotlib.figure import Figure
 
     num_orders = 1 if best is None else best.num_orders
@@ -82,7 +84,7 @@ def _line(axis: Any, here: Sequence[Advice], cost: Callable[[Advice], float], nu
 
 
 def _orders(axis: Any, advised: Sequence[Advice], chosen: Advice) -> None:
-    """Draw what orders buy and cost in one layout: a point for each number of them."""
+    """Draw the benefit and the cost of orders in the chosen layout: a point for each number."""
     layout = (chosen.num_shards, chosen.num_slices)
     here = [each for each in advised if (each.num_shards, each.num_slices) == layout]
     for each in sorted(here, key=lambda each: each.num_orders):
@@ -97,7 +99,7 @@ def _orders(axis: Any, advised: Sequence[Advice], chosen: Advice) -> None:
 
 
 def _thinned(shards: Sequence[int], best: Advice | None) -> list[int]:
-    """At most MAX_LINES numbers, the recommended one among them."""
+    """Return at most MAX_LINES numbers of shards, including the recommended one."""
     step = -(-len(shards) // (MAX_LINES - 1))
     kept = set(shards[::step])
     if best is not None:

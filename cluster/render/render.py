@@ -1,7 +1,7 @@
-"""Render results: the JSON contract, and the same in words.
+"""Render results as JSON (the contract) and in words.
 
-Pure. Keys of the JSON are a contract (README, "The JSON contract"): they are added to, never
-renamed. Text from records or models passes `printable` before it reaches a terminal.
+Pure. The JSON keys are a contract (README, "The JSON contract"): keys are added, never renamed. Text
+from records or models passes through `printable` before it reaches a terminal.
 
 >>> printable("a\\x1b[31mb\\n")
 'a[31mb\\n'
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 
 EXIT_INTEGRITY = 4
 ENDED_AT_ONCE = "(the model ended at once)"  # instead of an empty answer
-MAX_SHARDS_SHOWN = 8  # in one line for people
+MAX_SHARDS_SHOWN = 8  # in one line of text
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a command prints, for machines and for people, and its exit code."""
+    """Hold what a command prints, as JSON and in words, and its exit code."""
 
     json: dict[str, Any]
     text: str
@@ -40,7 +40,7 @@ class Result:
 
 
 def printable(text: str) -> str:
-    """Return text without control characters, line breaks and tabs kept."""
+    """Return text without control characters, except line breaks and tabs."""
     return "".join(c for c in text if c in "\n\t" or not unicodedata.category(c).startswith("C"))
 
 
@@ -136,8 +136,7 @@ def _served(rows: Sequence[tuple[int, int, int]]) -> list[dict[str, int]]:
 
 
 def meanwhile(rows: Sequence[tuple[int, int, int]], depth: float, others: int) -> list[str]:
-    """Return what is served until the shards are trained again, and what other orders cost beside
-    that."""
+    """Return what is served until the shards are retrained, and the additional cost of other orders."""
     text = ", ".join(f"shard {s}: {n} of {whole} slices" for s, n, whole in rows[:MAX_SHARDS_SHOWN])
     text += ", ..." if len(rows) > MAX_SHARDS_SHOWN else ""
     lines = [f"  meanwhile served: {text}; {100 * depth:.1f}% of all shards' slices"] if rows else []
@@ -236,7 +235,7 @@ def forgotten(outcome: ForgetOutcome, directory: Path | str = "DIR") -> Result:
 
 
 def probed(found: Probed | None) -> list[str]:
-    """Return what the base alone knew, in one line; none where it was not asked."""
+    """Return what the base alone knew, in one line; no line if the base was not probed."""
     if found is None:
         return []
     if found.failure:
@@ -250,7 +249,7 @@ def probed(found: Probed | None) -> list[str]:
 
 
 def base_hint(request: Request, directory: Path | str) -> list[str]:
-    """Return how to go on where the base alone knows what was deleted; none where it does not."""
+    """Return what to do if the base alone knows a deleted record; no line if it does not."""
     if request.probed is None or not request.probed.num_known:
         return []
     start = f"  to make the base say less of it, approximately: sisa approx unlearn -m {directory}"
@@ -263,7 +262,7 @@ def base_hint(request: Request, directory: Path | str) -> list[str]:
 
 
 def missing_exports(paths: Sequence[str]) -> list[str]:
-    """Return lines for each export that could not be erased."""
+    """Return two lines for each export that could not be erased."""
     from sisa.flows.export_files import unload_command
 
     lines = []
@@ -274,7 +273,7 @@ def missing_exports(paths: Sequence[str]) -> list[str]:
 
 
 def old_versions(found: Sequence[KeptVersions]) -> list[str]:
-    """Return lines for each place of which a bucket keeps old versions."""
+    """Return a line for each place whose old versions a bucket keeps."""
     step = "  allow s3:ListBucketVersions and s3:DeleteObjectVersion, or end the lock; then `sisa gc`"
     lines = [f"NOT PURGED, kept by the bucket: {each.where} ({each.why})" for each in found]
     return [*lines, step] if lines else []
@@ -361,8 +360,7 @@ def _answer(found: Answer, alone: bool) -> dict[str, Any]:
 
 
 def said(found: Answer, alone: bool = False) -> str:
-    """Return an answer in words; unless it is to stand `alone`, and who gave it where no shard
-    did."""
+    """Return an answer in words. Unless `alone`, add a note if no shard answered."""
     text = printable(found.text) or ENDED_AT_ONCE
     if not found.shards and not alone:
         text += "\n(the base model alone answered: no shard's records are near enough; see min_score)"
@@ -370,7 +368,7 @@ def said(found: Answer, alone: bool = False) -> str:
 
 
 def prompts(found: HeldPrompts | None) -> list[str]:
-    """Return what would become of held prompts, in one line; none where that was not looked at."""
+    """Return the result of looking up held prompts, in one line; no line if they were not looked up."""
     if found is None:
         return []
     line = f"held prompts, looked up word for word: {found.turned_away} of {found.looked_up} turned away"

@@ -65,7 +65,7 @@ def test_a_command_that_is_asked_to_end_says_how_to_go_on(
         command.send_signal(by)
         out, err = command.communicate(timeout=60)
     assert (command.returncode, out) == (128 + by, ""), err
-    assert err.endswith(f"error: ended by {by.name}; run the same command again to go on\n")
+    assert err.endswith(f"error: ended by {by.name}; run the same command again to continue\n")
     assert "***" not in err
     assert "Traceback" not in err
     wait_for(lambda: are_gone(started), SOON_S)

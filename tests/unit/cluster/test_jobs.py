@@ -37,7 +37,7 @@ def play() -> Play:
 @pytest.fixture
 def jobs(play: Play, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeJobs:
     fake = FakeJobs({LAST_WORD: play})
-    monkeypatch.setattr(job_commands, "_opened", lambda _address: fake)
+    monkeypatch.setattr(job_commands, "_open_jobs", lambda _address: fake)
     monkeypatch.setattr(job_flow, "AGAIN_S", 0.0)
     (tmp_path / "run.yaml").write_text(RUN_FILE)
     monkeypatch.chdir(tmp_path)
@@ -137,7 +137,7 @@ def test_an_interruption_detaches(
     play.pieces = ["first\n", KeyboardInterrupt(), "second\n"]
     assert run(["cluster", "submit", "run.yaml", *ADDRESS, "--job", "a"]) == 130
     done = capsys.readouterr()
-    assert "detached from job a, which goes on" in done.out
+    assert "detached from job a, which continues" in done.out
     assert "sisa cluster logs a --follow --address http://127.0.0.1:8265" in done.out
     assert jobs.get("a").state == "RUNNING"
     assert run(["cluster", "logs", "a", "--follow", *ADDRESS]) == 0

@@ -84,4 +84,4 @@ def test_what_is_no_address_of_a_cluster(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.run(["train", "run.yaml", *arguments]) == 2
-    assert "--address is" in capsys.readouterr().err
+    assert "error: --address" in capsys.readouterr().err
