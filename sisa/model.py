@@ -1,4 +1,4 @@
-"""The public API: open a model, train, add, where, find, forget, verify, generate, export.
+"""Provide the public API: open a model, train, add, where, find, forget, verify, generate, export.
 
     import sisa
     model, taken = sisa.train_model("run.yaml")
@@ -6,9 +6,9 @@
     model.forget(["p001-q1"])
     assert model.verify(replay="all").ok
 
-Writers hold the lock of the model's directory; a second one gets `Busy`. Every method raises only
-errors of `sisa.core.errors` for what a caller or a machine did wrong. `train.py` makes a model, and
-moves one to a changed run file; `unlearn.py` makes patches.
+A writer holds the lock of the model's directory; a second writer gets `Busy`. If a caller or a machine
+is at fault, every method raises errors of `sisa.core.errors` alone. `train.py` trains a model and moves
+one to a changed run file; `unlearn.py` makes patches.
 """
 
 from __future__ import annotations
@@ -92,14 +92,17 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 DIRECT = "sisa forget"  # approves the requests of a direct deletion
-WAITS_S = (0.0, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)  # before a question is asked again
-NEAR_DUPLICATE = 0.95  # inner product of unit vectors from which a record is proposed as a copy
+WAITS_S = (0.0, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)  # before each attempt of a read
+NEAR_DUPLICATE = 0.95  # least inner product of unit vectors for a near-duplicate
 
 
 def asked_again(question: Callable[Concatenate[Model, _P], _T]) -> Callable[Concatenate[Model, _P], _T]:
-    """Ask a question of a model again where it meets damage, or what is served no more, and the ledger
-    has moved meanwhile: a writer erases what its commit replaced. Raises IntegrityError for damage that
-    stays, Busy where the ledger does not come to rest."""
+    """Repeat a read if a writer disturbed it.
+
+    A writer erases what its commit replaced, so a read can meet damage or an outdated adapter. The read
+    is repeated if the ledger has changed meanwhile. Raise IntegrityError for damage that stays, Busy if
+    the ledger keeps changing.
+    """
 
     @functools.wraps(question)
     def asking(model: Model, /, *given: _P.args, **named: _P.kwargs) -> _T:
@@ -119,9 +122,9 @@ def asked_again(question: Callable[Concatenate[Model, _P], _T]) -> Callable[Conc
 class Model:
     """A deletion-ready model in a directory.
 
-    An object may live long: each call compares the ledger's description of the model with the one that
-    it took, and takes a changed one over. Readers get the model after it has caught up with its witness;
-    writers hold the directory's lock from before that on.
+    An object may live long: each call compares the ledger's description of the model with its own and
+    adopts a changed one. Reads see the model after it has caught up with its witness. Writes hold the
+    directory's lock from before the catch-up.
     """
 
     def __init__(
@@ -131,7 +134,7 @@ class Model:
         executor: str | OpenExecutor = "ray",
         report: Report = silent,
     ) -> None:
-        """Open an existing model. Raises InvalidInput where there is none, IntegrityError for damage."""
+        """Open an existing model. Raise InvalidInput if there is none, IntegrityError if damaged."""
         self.directory = Path(directory)
         if not (self.directory / LEDGER).is_file():
             raise InvalidInput(
@@ -147,8 +150,11 @@ class Model:
     def add(
         self, source: Path | str | Sequence[Record], *, allow_deleted: bool = False, append: bool = False
     ) -> Taken:
-        """Take new records in; the result equals training on all of them from scratch. Deleted ids and
-        texts are refused unless `allow_deleted`. `append` makes new slices at the end instead."""
+        """Add new records; the result equals training on all of them from scratch.
+
+        Deleted ids and texts are refused unless `allow_deleted`. `append` puts the records into new
+        slices at the end instead.
+        """
         if isinstance(source, str | Path):
             source = read_like(self.config, source, subjects="column")
             self.report(Notice(source.subject_report()))
@@ -158,7 +164,7 @@ class Model:
             return replace(taken, prompts=held_prompts(context, self.config))
 
     def resume(self, source: Sequence[Record] = ()) -> Taken:
-        """Train what is missing; records of `source` are only compared with the held ones."""
+        """Train what is missing; the records of `source` are only compared with the held ones."""
         with named_by_location(source), self._locked():
             return self._resume(source)
 
@@ -170,7 +176,7 @@ class Model:
 
     @asked_again
     def where(self, ids: Sequence[str]) -> list[query.Location]:
-        """Return the shard, slice, checkpoints and heads of each record. Raises UnknownRecord."""
+        """Return the shard, slice, checkpoints and heads of each record. Raise UnknownRecord."""
         with self._context() as context, context.stores.ledger.snapshot():
             return query.where(context, ids)
 
@@ -184,8 +190,10 @@ class Model:
         top_k: int = 10,
         show_text: bool = False,
     ) -> list[query.Candidate]:
-        """Return candidates by content (`text`), of a subject, or near-duplicates of a record (`like`);
-        with the beginning of their texts if `show_text`."""
+        """Return candidates by content (`text`), by subject, or near-duplicates of a record (`like`).
+
+        With `show_text`, each candidate has the beginning of its text.
+        """
         if sum(each is not None for each in (text, subject, like)) != 1:
             raise InvalidInput("give exactly one of text, subject and like")
         with self._context() as context:
@@ -197,7 +205,7 @@ class Model:
 
     @asked_again
     def ids_of_subject(self, subject: str) -> list[str]:
-        """Return the ids of a subject's held records. Raises UnknownRecord."""
+        """Return the ids of a subject's held records. Raise UnknownRecord."""
         with self._context() as context:
             live, _ = query.of_subject(context, subject)
             return sorted(each.record.id for each in query.stored(context, live))
@@ -225,16 +233,16 @@ class Model:
         consent: str = "",
         defer: bool = False,
     ) -> ForgetOutcome:
-        """Delete records exactly. Raises UnknownRecord; ids deleted before are reported, not refused.
+        """Delete records exactly. Raise UnknownRecord; ids deleted before are reported, not refused.
 
-        `consent`: whose, or on what ground, to keep the text encrypted if the base alone knows it, for a
-        patch (`unlearn.py`). `defer`: heads roll back and bytes are erased now; what is to be trained
-        again is left to the next `run`, `resume` or deletion.
+        With `consent` (whose, or the legal ground), the text is kept encrypted for a patch if the base
+        alone knows it (`unlearn.py`). With `defer`, heads roll back and bytes are erased now; retraining
+        is left to the next `run`, `resume` or deletion.
         """
         with self._writing() as context:
             live, dead = _named(context, ids, subject)
             if not live:
-                finished = reconcile(context, defer=defer)  # a deletion that a crash cut short
+                finished = reconcile(context, defer=defer)  # finishes a deletion after a crash
                 return _forgotten(context, None, dead, finished.kept_versions, deferred=defer)
             _ = self.resources.base  # refuses a changed base before anything is erased
             arrived = lifecycle.arrive(
@@ -246,7 +254,7 @@ class Model:
     def submit(
         self, ids: Sequence[str] = (), *, subject: str | None = None, terms: Terms | None = None
     ) -> lifecycle.Submitted:
-        """Take in a request that waits to be approved and run. Raises UnknownRecord, ConfigConflict."""
+        """Submit a request that waits to be approved and run. Raise UnknownRecord, ConfigConflict."""
         with self._writing() as context:
             live, dead = _named(context, ids, subject)
             found = lifecycle.copies(context, live, full_scan=True)
@@ -262,29 +270,29 @@ class Model:
 
     @asked_again
     def request(self, request_id: str) -> lifecycle.RequestView:
-        """Return one request by its id or external id, with its history. Raises UnknownRecord."""
+        """Return one request by its id or external id, with its history. Raise UnknownRecord."""
         with self._context() as context, context.stores.ledger.snapshot():
             return lifecycle.viewed(context, lifecycle.find(context, request_id))
 
     def decide(self, request_id: str, state: RequestState, note: str = "") -> lifecycle.RequestView:
-        """Move a request to approved, held, denied or cancelled. Raises ConfigConflict."""
+        """Move a request to approved, held, denied or cancelled. Raise ConfigConflict."""
         with self._writing() as context:
             return lifecycle.viewed(context, lifecycle.decide(context, request_id, state, note))
 
     def extend(self, request_id: str, reason: str) -> lifecycle.RequestView:
-        """Extend a request's due date once, with a reason. Raises ConfigConflict."""
+        """Extend a request's due date once, with a reason. Raise ConfigConflict."""
         with self._writing() as context:
             return lifecycle.viewed(context, lifecycle.extend(context, request_id, reason))
 
     @asked_again
     def plan_run(self) -> RunPlan:
-        """Return whether to carry the approved requests out now or later, and why. Change nothing."""
+        """Return whether to carry out the approved requests now or later, and why; change nothing."""
         with self._context() as context, context.stores.ledger.snapshot():
             return lifecycle.plan_run(context)
 
     @asked_again
     def queue(self) -> QueueSeen:
-        """Return how many requests are in which state, and report it."""
+        """Return the number of requests in each state, and report it."""
         with running(), self._context() as context:
             with context.stores.ledger.snapshot():
                 seen = lifecycle.queue_seen(context)
@@ -292,8 +300,10 @@ class Model:
             return seen
 
     def run(self) -> tuple[Request, ...]:
-        """Carry out all approved requests as one batch; finish what was put off or cut short before. The
-        requests that this was for, those begun before first."""
+        """Carry out all approved requests as one batch, and finish deferred or interrupted ones.
+
+        Return all requests that were worked on; those begun earlier come first.
+        """
         with self._writing() as context:
             begun = {each.request_id for each in context.stores.ledger.requests() if is_under_way(each)}
             waiting = lifecycle.approved(context)
@@ -363,25 +373,31 @@ class Model:
         require_replay: bool = False,
         anchor: WitnessHead | None = None,
     ) -> Verification:
-        """Check every held byte; with `replay` train shards from scratch and compare the bytes. One of
-        them is trained again stage by stage, each in a process of its own on this machine. With
-        `require_replay` a shard that was asked for and can't be replayed is a finding. So is a history
-        of requests that does not go on from `anchor`, a `Status.event_head` that was noted before."""
+        """Check every held byte; with `replay`, train shards from scratch and compare the bytes.
+
+        One of these shards is also trained stage by stage, each stage in its own process on this
+        machine. With `require_replay`, a chosen shard that can't be replayed is a finding. With
+        `anchor`, an earlier `Status.event_head`, a history of requests that does not continue it is a
+        finding.
+        """
         if replay == "none":
             return self._checked(anchor)
         with contextlib.ExitStack() as stack:
             context = stack.enter_context(self._writing())
             chosen = shards_to_replay(context, replay, shard)
             stack.callback(self._clear_scratch)
-            context = replace(context, report=self.report)  # what is trained only to compare is not kept
+            context = replace(context, report=self.report)  # a replay's metrics are not kept
             apart = stages_apart(self, context)
             store = scratch_store(context)
             return verify(context, chosen, store, apart, require_replay=require_replay, anchor=anchor)
 
     @asked_again
     def _checked(self, anchor: WitnessHead | None) -> Verification:
-        """Check every held byte; judge findings again while nobody writes, since what a writer has not
-        committed yet looks like damage. Raises Busy where that can't be had."""
+        """Check every held byte.
+
+        Uncommitted work of a writer looks like damage, so findings are checked again while nobody
+        writes. Raise Busy if there is no such moment.
+        """
         for wait_s in WAITS_S:
             time.sleep(wait_s)
             with self._context(outdated=True) as context:
@@ -395,9 +411,11 @@ class Model:
         raise self._busy()
 
     def generate(self, prompt: Prompt, *, max_new_tokens: int = 48, kind: Kind | None = None) -> Answer:
-        """Answer a text, or go on with a conversation (turns with `role` and `content`, a user's last),
-        with the constituent models that the run file's aggregation chooses. `kind`: the form in which a
-        text is put to them. Raises InvalidInput for a conversation that can't be answered."""
+        """Answer a text or continue a conversation (turns with `role` and `content`, a user's last).
+
+        The run file's aggregation chooses the constituent models. `kind` is the form in which they get a
+        text. Raise InvalidInput for a conversation that can't be answered.
+        """
         return self.generate_all([prompt], max_new_tokens=max_new_tokens, kind=kind)[0]
 
     @asked_again
@@ -416,32 +434,36 @@ class Model:
 
     @asked_again
     def answerer(self) -> tuple[Answerer, Kind]:
-        """Return all constituent models that are served now, and how prompts are put to them. Once a
-        deletion or another change has replaced one of them, they raise Outdated instead of answering."""
+        """Return all constituent models served now, and the form in which they get prompts.
+
+        They raise Outdated instead of answering once a deletion or another change has replaced one of
+        them.
+        """
         with self._context() as context:
             return open_answerer(context, self.resources, open_ledger=self._ledger), prompt_form(context)
 
     def as_transformers(self, **options: Any) -> AggregatedModel:
-        """Return what is served now as a `PreTrainedModel` with `generate`, for tools that know nothing
-        of shards; `options` as of `sisa.lm.answer.hf_model.AggregatedModel`. Raises Outdated as what
-        `answerer` returns."""
+        """Return the served models as a `PreTrainedModel` with `generate`, for tools without shards.
+
+        `options` are those of `sisa.lm.answer.hf_model.AggregatedModel`. The result raises Outdated as
+        that of `answerer` does.
+        """
         from sisa.lm.answer.hf_model import AggregatedModel
 
         return AggregatedModel(self.answerer()[0], self.routes, **options)
 
     def export(self, to: Path | str, form: ExportForm = "peft") -> list[Path]:
-        """Export what is served, for other tools, in a new version under `to`.
+        """Export the served adapters for other tools, as a new version under `to`.
 
-        The ledger keeps it, and a deletion that touches it erases it. Raises InvalidInput if `to` is no
-        directory.
+        The ledger records the export, and a deletion that touches it erases it. Raise InvalidInput if
+        `to` is not a directory.
         """
         with self._writing() as context:
             return export_adapters(context, self.resources, Path(to), form)
 
     @asked_again
     def exports_missing(self) -> list[str]:
-        """Return the paths of exports that a deletion could not erase: they were moved, or changed
-        since."""
+        """Return the paths of exports that a deletion could not erase: they were moved or changed."""
         with self._context() as context:
             return [each.path for each in missing(context)]
 
@@ -449,14 +471,14 @@ class Model:
         return contextlib.closing(SqlLedger(self.directory / LEDGER))
 
     def _seq(self) -> int:
-        """Return the number of the ledger's last commit; 0 of one that can't be read."""
+        """Return the number of the ledger's last commit, or 0 if the ledger can't be read."""
         with contextlib.suppress(SisaError), self._ledger() as ledger:
             return ledger.seq()
         return 0
 
     def _busy(self) -> Busy:
         return Busy(
-            "another process is writing to this model: what it writes can't be judged now",
+            "another process is writing to this model, so it can't be checked now",
             where=str(self.directory),
             next_step="wait until it has finished, then run the same command again",
         )
@@ -468,27 +490,31 @@ class Model:
         self.resources = Resources(self.config, self.base, self.embedder)
 
     def _catch_up(self) -> None:
-        """Take over what another process made of the model since it was opened: its run file, its base,
-        its embedder, its encryption. Raises ConfigConflict where another model lies here now."""
+        """Adopt the run file, base, embedder and encryption that another process has since committed.
+
+        Raise ConfigConflict if the directory now holds another model.
+        """
         meta = wiring.read_description(self.directory)
         if meta == self._meta:
             return
         if any(meta.get(name) != self._meta.get(name) for name in ("model", "key")):
             raise ConfigConflict(
-                "another model lies in this directory than the one that was opened",
+                "this directory now holds another model than the one that was opened",
                 where=str(self.directory),
                 next_step="open the directory again",
             )
         self._take(wiring.describe(self.directory))
-        self.report(Notice("the model was reconfigured meanwhile; going on with its present run file"))
+        self.report(Notice("the model was reconfigured meanwhile; using its present run file"))
 
     @contextlib.contextmanager
     def _context(
         self, *, locked: bool = False, as_it_is: bool = False, outdated: bool = False
     ) -> Iterator[Context]:
-        """Open the model as the ledger describes it now, after it has caught up with its witness, unless
-        it is opened `as_it_is`. `locked`: the caller holds the writer lock; `outdated`: also a copy that
-        is behind its witness and can't be written."""
+        """Open the model as the ledger describes it now, after it has caught up with its witness.
+
+        `locked`: the caller holds the writer lock. `as_it_is`: do not catch up. `outdated`: accept a
+        read-only copy that is behind its witness.
+        """
         self._catch_up()
         with wiring.open_context(
             self.directory, self.resources, Keyed(self.secret), self.id, self.executor, self.report
@@ -500,8 +526,10 @@ class Model:
             yield context
 
     def _replay(self, context: Context, *, outdated: bool) -> None:
-        """Delete again what was deleted since this copy was made. Raises EnvironmentFault where it can't
-        be written, unless it may be `outdated`."""
+        """Delete again what was deleted since this copy was made.
+
+        Raise EnvironmentFault if the copy can't be written, unless it may be `outdated`.
+        """
         if is_read_only(self.directory / LEDGER):
             if outdated:
                 return
@@ -509,15 +537,15 @@ class Model:
                 "this copy of the model still holds what was deleted since it was made, and it can't be "
                 "written to delete it again",
                 where=str(self.directory),
-                next_step="copy it to where it can be written; `sisa status` and `sisa verify` read it",
+                next_step="copy it to a writable disk; `sisa status` and `sisa verify` can read it here",
             )
         with files.writer_lock(self.directory / LOCK):
             catch_up(context)
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        """Hold the writer lock over the model as it is now. Raises Busy."""
-        wiring.check_executor(self.executor)  # an unknown one is refused before anything is written
+        """Hold the writer lock over the present model. Raise Busy."""
+        wiring.check_executor(self.executor)  # refuses an unknown one before anything is written
         with running(), files.writer_lock(self.directory / LOCK):
             self._catch_up()
             wiring.keep_key(self.directory, self.config, self.id, self.secret)
@@ -531,8 +559,7 @@ class Model:
             yield context
 
     def _clear_scratch(self) -> None:
-        """Erase what a replay stored, its keys first, and texts that a killed process left in temporary
-        directories while it read a data set."""
+        """Erase what a replay stored, its keys first, and the temporary texts of killed processes."""
         erase_abandoned()
         self.keyring.destroy(SCRATCH, self.keyring.held(SCRATCH))
         open_areas(self.directory, self.config.storage, self.id)[SCRATCH].clear()
@@ -549,7 +576,7 @@ def _named(
     context: Context, ids: Sequence[str], subject: str | None
 ) -> tuple[list[RecordRow], list[Tombstone]]:
     if (subject is None) == (not ids):
-        raise InvalidInput("give record ids or a subject, not both and not neither")
+        raise InvalidInput("give either record ids or a subject")
     if subject is not None:
         return query.of_subject(context, subject)
     held = [each for _, each in query.lookup(context, list(dict.fromkeys(ids)))]

@@ -1,8 +1,9 @@
 """Train a model from a run file, or move an existing one to a changed run file.
 
 Everything is read and checked before anything is written: the run file, every record, the base, the
-embedder, every record's length. An existing model is found by its ledger; records that it does not hold
-are counted and left to `add`. `flows/reconfigure.py` carries out what a changed run file means.
+embedder, every record's length. A directory with a ledger holds an existing model; records that it does
+not hold are counted and left to `add`. `flows/reconfigure.py` carries out the effects of a changed run
+file.
 """
 
 from __future__ import annotations
@@ -58,11 +59,11 @@ def train_model(
 ) -> tuple[Model, Taken]:
     """Train a run file's model, or what is missing of it.
 
-    `report` gets the events of `sisa.core.events`, and the model keeps it; without one, progress is
-    shown on standard error until this returns. `accept_differences` moves an existing model to a
-    changed run file; without it ConfigConflict lists the differences. A first training refuses what
-    another model under the same partition key deleted, unless `allow_deleted`; on an existing model
-    deleted records are counted and never taken.
+    `report` gets the events of `sisa.core.events`, and the model keeps it. Without one, progress is
+    shown on standard error until this function returns. `accept_differences` moves an existing model to
+    a changed run file; without it ConfigConflict lists the differences. A first training refuses records
+    that another model under the same partition key deleted, unless `allow_deleted`; an existing model
+    counts deleted records and never takes them.
     """
     config = run_file if isinstance(run_file, RunConfig) else load_run_file(Path(run_file))
     options = {"accept_differences": accept_differences, "allow_deleted": allow_deleted}
@@ -83,7 +84,7 @@ def _train(
     allow_deleted: bool,
 ) -> tuple[Model, Taken]:
     directory = config.output_dir
-    wiring.find_executor(executor)  # an unknown one is refused before anything is written
+    wiring.find_executor(executor)  # refuses an unknown one before anything is written
     require_device(config.precision)
     _check_keys_outside(config)
     first = not _committed(directory)
@@ -104,7 +105,7 @@ def _train(
         with named_by_location(records):
             prepare_base(config, records, executor, report)
     resources = _new_resources(model, config, accept_differences=accept_differences)
-    with named_by_location(records), model._locked():  # nobody else moves it before it is trained
+    with named_by_location(records), model._locked():  # one lock over both steps
         moved = _move(model, config, resources, records, accept_differences=accept_differences)
         model._take(wiring.describe(model.directory))
         taken = model._resume(records)
@@ -126,8 +127,8 @@ def _first_training(
 ) -> tuple[Model, Taken]:
     """Train a new model.
 
-    Nothing is written before every record and the base have been checked, except a base from scratch,
-    which is trained before tokens can be counted.
+    Every record and the base are checked before anything is written. A base from scratch is the
+    exception: it must be trained before tokens can be counted.
     """
     secret = wiring.new_secret(config)
     keyed = Keyed(secret)
@@ -159,7 +160,7 @@ def _first_training(
 
 
 def _check_places(config: RunConfig, keyed: Keyed) -> None:
-    """Raise EnvironmentFault where the witness or the storage can't be written."""
+    """Raise EnvironmentFault if the witness or the storage can't be written."""
     wiring.witness_of(config, keyed, wiring.new_model_id()).check_writable()
     if config.storage is not None:
         storage_root(config.storage).check_usable()
@@ -175,8 +176,10 @@ def _make_directory(directory: Path, report: Report) -> None:
 def _check_records(
     config: RunConfig, records: list[Record], keyed: Keyed, resources: Resources, *, allow_deleted: bool
 ) -> None:
-    """Raises InvalidInput and ConfigConflict for records that a first training can't take. Tokens are
-    counted by the base: by one from scratch, once it is there."""
+    """Raise InvalidInput or ConfigConflict for records that a first training can't take.
+
+    The base counts tokens; a base from scratch counts them later, once it is trained.
+    """
     check_generations(config.training(), records)
     bands = config.sisa.bands
     unplaced = unnamed(bands, records)
@@ -192,8 +195,8 @@ def _check_records(
 def _new_name(config: RunConfig) -> str:
     """Return a name for a new model.
 
-    An encrypted one, and one in a storage, keeps it through attempts that are cut short, since keys and
-    areas bear it and files that were given up must be found again.
+    Keys and areas of an encrypted model, or of one in a storage, contain its name. Such a model keeps
+    its name through interrupted attempts, so that abandoned files can be found again.
     """
     ledger = SqlLedger(config.output_dir / LEDGER, create=True)
     try:
@@ -210,14 +213,14 @@ def _check_keys_outside(config: RunConfig) -> None:
     within += [Path(config.storage)] if config.storage and not is_uri(config.storage) else []
     if any(keys.is_relative_to(each.resolve()) for each in within):
         raise InvalidInput(
-            "the keys would lie with the model, so that whoever copies the model copies its keys",
+            "the keys would lie inside the model, so a copy of the model would include its keys",
             where=str(keys),
             next_step="name another directory by `keyring:`",
         )
 
 
 def _check_keys_moved(model: Model, config: RunConfig) -> None:
-    """Raises ConfigConflict when `keyring:` names a place to which the model's keys were not moved."""
+    """Raise ConfigConflict if `keyring:` names a directory to which the keys were not moved."""
     old, new = (wiring.keyrings(each) / model.id for each in (model.config, config))
     needed = model.config.encrypt or model.keyring.held(VAULT)
     if needed and old != new and not new.is_dir():
@@ -236,7 +239,7 @@ def _secret(model: Model, config: RunConfig) -> bytes:
 
 
 def _check_move(model: Model, config: RunConfig, *, accept_differences: bool) -> None:
-    """Raises ConfigConflict for what can't change, and for differences that were not accepted."""
+    """Raise ConfigConflict for settings that can't change and for unaccepted differences."""
     if Keyed(_secret(model, config)).name != Keyed(model.secret).name:
         raise ConfigConflict(
             "a model's partition key can't change: its ledger of deleted records is kept under it",
@@ -264,14 +267,16 @@ def _check_move(model: Model, config: RunConfig, *, accept_differences: bool) ->
 
 
 def _graver(model: Model, config: RunConfig) -> list[Difference]:
-    """Return the differences without that of the key file's path: its content must be the same."""
+    """Return the differences, except the path of the key file: only its content must be the same."""
     found = differences(model.config, config)
     return [each for each in found if each.key != "sisa.partition_key_file"]
 
 
 def _new_resources(model: Model, config: RunConfig, *, accept_differences: bool) -> Resources | None:
-    """Resolve the base and embedder that a run file names, before the lock is held, since that may take
-    long; None where the model's own are kept. Refuses what can be refused before."""
+    """Resolve the base and embedder of a run file, or return None to keep the model's own.
+
+    This may take long, so it runs before the lock is held. It refuses what can be refused so early.
+    """
     _check_move(model, config, accept_differences=accept_differences)
     if not accept_differences:
         return None
@@ -288,8 +293,10 @@ def _move(
     *,
     accept_differences: bool,
 ) -> Trained:
-    """Bring an existing model's ledger to a changed run file, by the gravest effect among them. The
-    caller holds the lock, and `model` is what the ledger describes under it."""
+    """Move an existing model to a changed run file.
+
+    The caller holds the lock, and `model` is as the ledger describes it under that lock.
+    """
     _check_move(model, config, accept_differences=accept_differences)
     effects = _effects(model, config, resources)
     if resources is None:
@@ -302,9 +309,9 @@ def _move(
         if config.precision != DEFAULT_PRECISION:
             _check_no_patches(old)
         _replay_first(old, moving=wiring.witness_dir(config) != wiring.witness_dir(model.config))
-        check_same_records(old, records)  # by the places, and so the generations, that they have now
+        check_same_records(old, records)  # with the generations of their present slices
         if any(is_under_way(request) for request in old.stores.ledger.requests()):
-            erase_unknown(old)  # what a cut-short deletion left goes before anything is trained
+            erase_unknown(old)  # finish the erasure of an interrupted deletion before training
     keyed = Keyed(_secret(model, config))
     with wiring.open_context(
         model.directory, resources, keyed, model.id, model.executor, model.report
@@ -315,7 +322,7 @@ def _move(
 
 
 def _effects(model: Model, config: RunConfig, resources: Resources | None) -> set[Effect]:
-    """Return what follows from the differences of a run file, and from another base or embedder."""
+    """Return the effects of the changed settings, and of another base or embedder."""
     found = {each.effect for each in _graver(model, config)} - {"none"}
     if resources is not None and resources.base.digest != model.base.digest:
         found.add("reset")
@@ -341,14 +348,14 @@ def _check_no_patches(old: Context) -> None:
     patches = old.stores.ledger.patches()
     if active(patches) or wanted(patches) or trained_over(old.stores.ledger):
         raise ConfigConflict(
-            "the model has patches, and those are for the CPU in float32",
+            "the model has patches, which need the CPU and float32",
             where="device, dtype",
-            next_step="take them back first (`sisa approx revert --all --retrain-shards`)",
+            next_step="revert them first (`sisa approx revert --all --retrain-shards`)",
         )
 
 
 def _replay_first(old: Context, *, moving: bool) -> None:
-    """Let a restored backup catch up with the witness that it had, where the run file names another."""
+    """Let a restored backup catch up with its former witness before it gets another one."""
     try:
         if is_behind(old):
             catch_up(old)
@@ -361,10 +368,10 @@ def _replay_first(old: Context, *, moving: bool) -> None:
 def _committed(directory: Path) -> bool:
     """Return whether a first training got as far as its commit.
 
-    Raises IntegrityError for a lost ledger.
+    Raise IntegrityError if the ledger is lost.
     """
     if (directory / LEDGER).is_file():
-        ledger = SqlLedger(directory / LEDGER, create=True)  # a file cut short while it was made
+        ledger = SqlLedger(directory / LEDGER, create=True)  # its creation may have been interrupted
         try:
             if "config" in ledger.meta():
                 return True
@@ -372,19 +379,19 @@ def _committed(directory: Path) -> bool:
             ledger.close()
     index_alone = files.held_names(directory / INDEX) and not (directory / LEDGER).exists()
     if files.held_names(directory / CHECKPOINTS) or index_alone:
-        # Checkpoints are first written after the first commit, an index after the ledger's file.
+        # Checkpoints are written after the first commit, an index after the ledger's file.
         raise IntegrityError(
             "the ledger is missing, but other parts of a model are held",
             where=str(directory),
             expected=LEDGER,
-            next_step="restore the ledger from a backup: it knows what was deleted; or start in "
-            "another directory",
+            next_step="restore the ledger from a backup, since it records what was deleted; or start "
+            "in another directory",
         )
     return False
 
 
 def _check_no_foreign_files(directory: Path) -> None:
-    """Raises InvalidInput where a first training would write among files that are not a model's."""
+    """Raise InvalidInput if a first training would write among files that are not a model's."""
     ours = {LEDGER, f"{LEDGER}-wal", f"{LEDGER}-shm", KEY, LOCK, SCRATCH, *AREAS}
     if directory.exists() and (not directory.is_dir() or files.held_names(directory) - ours):
         raise InvalidInput(

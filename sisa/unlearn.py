@@ -1,11 +1,11 @@
-"""Make the frozen base say less of what it knew: approximate, always, and never called exact.
+"""Make the frozen base say less of what it knew: always approximate, never called exact.
 
     from sisa.unlearn import unlearn, revert
     done = unlearn(model, Wish(settings, forget=records, consent="the person asked for it"))
     done.patch.report["metrics_after"]
 
-A patch is served as soon as it is made; the shards' own answers are measured with and without it.
-Shards are trained over it only if the caller says so.
+A patch is served as soon as it is made; the shards' own answers are measured with and without it. Shards
+are trained over it only if the caller asks for that.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ def unlearn(
     max_seconds: float | None = None,
     retrain_shards: bool = False,
 ) -> Unlearnt:
-    """Make a patch, or without a wish go on with what is wanted.
+    """Make a patch; without a wish, continue the wanted one.
 
-    Raises as `patching.want` and `patching.make_wanted`; InvalidInput where nothing is wanted.
+    Raise the errors of `patching.want` and `patching.make_wanted`, and InvalidInput if no patch is
+    wanted.
     """
     with model._writing() as context:
         _ = model.resources.base  # refuses a changed base before anything is written
@@ -58,8 +59,10 @@ def unlearn(
 
 
 def retrain(model: Model) -> int:
-    """Train all shards over the patches that are served now: exact with respect to that base. Number of
-    slices that were trained. Raises ConfigConflict."""
+    """Train all shards over the patches served now; return the number of slices trained.
+
+    The result is exact with respect to the patched base. Raise ConfigConflict.
+    """
     with model._writing() as context:
         stack = active(context.stores.ledger.patches())
         if trained_over(context.stores.ledger) != tuple(each.key for each in stack):
@@ -68,7 +71,7 @@ def retrain(model: Model) -> int:
 
 
 def revert(model: Model, *, everything: bool = False, retrain_shards: bool = False) -> list[Patch]:
-    """Take the newest patch back, or what is wanted, or all. Raises InvalidInput when there is none."""
+    """Withdraw the wanted patch, else the newest one, or all. Raise InvalidInput if there is none."""
     with model._writing() as context:
         gone = patching.revert_patches(context, everything=everything)
     if retrain_shards:
@@ -83,7 +86,7 @@ def release(
     request_ids: Sequence[str] = (),
     everything: bool = False,
 ) -> list[VaultSet]:
-    """Erase texts from the vault, on withdrawn consent. Raises UnknownRecord listing all unknown."""
+    """Erase texts from the vault when consent is withdrawn. Raise UnknownRecord for unknown names."""
     with model._writing() as context:
         held = [each for each in context.stores.ledger.vault() if each.held]
         named = held if everything else vault_sets.chosen(context, sets, request_ids)
@@ -94,8 +97,7 @@ def release(
 
 @asked_again
 def patches(model: Model) -> tuple[list[Patch], list[VaultSet], tuple[str, ...]]:
-    """Return all patches there ever were, the vault's sets, and the patches that shards are trained
-    over."""
+    """Return all patches ever wanted, the vault's sets, and the patches beneath trained shards."""
     with model._context() as context:
         return (
             context.stores.ledger.patches(),
@@ -106,6 +108,6 @@ def patches(model: Model) -> tuple[list[Patch], list[VaultSet], tuple[str, ...]]
 
 @asked_again
 def served(model: Model) -> list[dict[str, bytes]]:
-    """Return the files of the patches that are served now, lowest first. Raises IntegrityError."""
+    """Return the files of the patches served now, lowest first. Raise IntegrityError."""
     with model._context() as context:
         return patch_files(context.stores.patches, active(context.stores.ledger.patches()))

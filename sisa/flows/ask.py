@@ -1,13 +1,13 @@
-"""Ask the model: choose the constituent models that answer, and let them.
+"""Ask the model: choose the constituent models that answer a prompt, and let them answer.
 
 A prompt is a text, or a conversation that ends with a person's turn. The index is searched for what the
 person asks: the text, or that turn. The choice depends on the remaining records and the served heads
-alone. Active patches lie beneath every model that answers, and beneath the base alone. Adapters and
-patches are checked against the ledger before anything parses them.
+alone. Active patches lie beneath every answering model, and on the base if it answers alone. Adapters
+and patches are checked against the ledger before they are parsed.
 
-A text is put to shards in the form that most records had when the model was first trained, and to the
-base alone as one turn of a chat, if it has a chat template; `kind` puts it to both in another form. A
-conversation is always put as a chat.
+Shards get a text in the form that most records had when the model was first trained. The base alone gets
+it as one turn of a chat if it has a chat template. `kind` chooses another form for both. A conversation
+is always sent as a chat.
 
 `lm/answer/answerer.py` decodes, `lm/answer/route.py` chooses among hits.
 """
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 NUM_ROUTING_HITS = 32
 MAX_LOOKED_UP = 200  # records whose prompts `held_prompts` looks up
-FORM = "form"  # in the ledger's meta: how prompts are put to shards
+FORM = "form"  # key in the ledger's meta: the form in which shards get prompts
 KINDS: tuple[Kind, ...] = ("chat", "completion", "text")
 
 Prompt = str | Sequence[Mapping[str, Any]]  # a text, or turns with `role` and `content`
@@ -46,7 +46,7 @@ Prompt = str | Sequence[Mapping[str, Any]]  # a text, or turns with `role` and `
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer and the shards whose models gave it; none means the base alone."""
+    """Hold an answer and the shards whose models gave it; no shards means the base alone."""
 
     text: str
     shards: tuple[int, ...]
@@ -54,11 +54,11 @@ class Answer:
 
 @dataclass(frozen=True)
 class HeldPrompts:
-    """What would become of prompts of held records, were they asked word for word."""
+    """Count what happens to prompts of held records when they are asked word for word."""
 
     looked_up: int
-    turned_away: int  # near no record, or its shard serves nothing: answered as `below` says
-    elsewhere: int  # answered by another shard first than the one that holds the record
+    turned_away: int  # near no record, or the shard serves nothing: `below` decides who answers
+    elsewhere: int  # answered first by another shard than the record's own
 
 
 OpenLedger = Callable[[], AbstractContextManager[Ledger]]
@@ -66,7 +66,7 @@ OpenLedger = Callable[[], AbstractContextManager[Ledger]]
 
 @dataclass
 class LoadedModels:
-    """What an answerer holds in memory, and the ledger's number when it was last held there, too."""
+    """Hold the models that an answerer loaded, and the ledger's number when they were last current."""
 
     open_ledger: OpenLedger
     seq: int
@@ -74,7 +74,7 @@ class LoadedModels:
     patches: tuple[str, ...]
 
     def check_current(self) -> None:
-        """Raise Outdated where the ledger has dropped one of the adapters, or serves other patches."""
+        """Raise Outdated if the ledger has dropped one of the adapters or serves other patches."""
         with self.open_ledger() as ledger, ledger.snapshot():
             seq = ledger.seq()
             if seq == self.seq:
@@ -83,8 +83,9 @@ class LoadedModels:
             patches = tuple(each.key for each in active(ledger.patches()))
         if not self.keys <= held or self.patches != patches:
             raise Outdated(
-                "the model has changed since its adapters were loaded: what was deleted may be in them",
-                next_step="load them by `answerer()` or `as_transformers()`, or run the command again",
+                "the model has changed since its adapters were loaded: they may contain deleted records",
+                next_step="load them again by `answerer()` or `as_transformers()`, or run the command "
+                "again",
             )
         self.seq = seq
 
@@ -97,8 +98,10 @@ def ask(
     kind: Kind | None,
     open_ledger: OpenLedger,
 ) -> list[Answer]:
-    """Return the answers to prompts, in order; the models are loaded once. Raises InvalidInput for a
-    conversation that can't be answered, IntegrityError."""
+    """Return the answers to prompts, in order; the models are loaded once.
+
+    Raise InvalidInput for a conversation that can't be answered, IntegrityError for damaged files.
+    """
     from sisa.lm.base.tokens import encode_prompt
 
     _check_answerable(prompts, kind)
@@ -122,7 +125,7 @@ def _check_answerable(prompts: Sequence[Prompt], kind: Kind | None) -> None:
             continue
         problems = list(conversation_problems(prompt))
         if kind not in (None, "chat"):
-            problems.append(f"a conversation can't be put in the form {kind}")
+            problems.append(f"a conversation can't take the form {kind}")
         if problems:
             raise InvalidInput(
                 "the conversation can't be answered",
@@ -133,7 +136,7 @@ def _check_answerable(prompts: Sequence[Prompt], kind: Kind | None) -> None:
 
 
 def routes_of(context: Context, resources: Resources, prompts: Sequence[Prompt]) -> list[Route]:
-    """Return who answers each prompt."""
+    """Return which shards answer each prompt."""
     block, live = resources.config.sisa, frozenset(live_heads(context))
     if block.aggregation.method != "routed":
         return [all_of(live)] * len(prompts)
@@ -151,8 +154,11 @@ def routes_of(context: Context, resources: Resources, prompts: Sequence[Prompt])
 
 
 def _looked_up(prompt: Prompt) -> list[str]:
-    """Return what a person asks in a prompt: the last user turn; while those name nobody, also the one
-    before, which says whom a follow-up is about."""
+    """Return the texts to look up for a prompt: the last user turn and, as needed, earlier ones.
+
+    While the turns taken so far name nobody, the one before is taken as well: it names whom a follow-up
+    is about.
+    """
     from sisa.lm.answer.names import names_in
 
     if isinstance(prompt, str):
@@ -174,9 +180,11 @@ def _route(context: Context, block: SisaBlock, hits: Sequence[Hit], live: Collec
 
 
 def held_prompts(context: Context, config: RunConfig) -> HeldPrompts | None:
-    """Look up prompts of held records: of all, or of the first ones of each shard by keyed id. None
-    where shards are not routed to, nothing is asked in records, or the index is damaged or so large that
-    looking takes long."""
+    """Look up the prompts of held records: of all, or of the first ones of each shard by keyed id.
+
+    Return None if the model does not route, if no record has a prompt, or if the index is damaged or so
+    large that the search would take long.
+    """
     files = [each for each in context.stores.ledger.indexes() if each.num_vectors]
     how = config.sisa.aggregation
     if how.method != "routed" or sum(each.num_vectors for each in files) > EXACT_UP_TO:
@@ -206,9 +214,12 @@ def open_answerer(
     how: str | None = None,
     open_ledger: OpenLedger | None = None,
 ) -> Answerer:
-    """Open the models of some shards, or of all that serve one; over the active patches, or over those
-    of `stack`; together as the run file says, or as `how`. With `open_ledger`, they refuse to answer
-    once the ledger has dropped them; without, the caller keeps writers out. Raises IntegrityError."""
+    """Open the models of some shards, or of all shards that serve one.
+
+    They lie over the active patches, or over those of `stack`, and are combined as the run file says, or
+    as `how` says. With `open_ledger`, they refuse to answer once the ledger has dropped them; without
+    it, the caller keeps writers out. Raise IntegrityError.
+    """
     ledger = context.stores.ledger
     from sisa.lm.answer.answerer import Answerer
 
@@ -220,7 +231,7 @@ def open_answerer(
     asked = sorted(live if shards is None else shards)
     if any(live.get(shard) not in manifests for shard in asked):
         raise IntegrityError(
-            "a shard that is to answer serves nothing that is held",
+            "a shard should answer, but its checkpoint is not held",
             next_step="run `sisa verify`; restore the model directory from a backup",
         )
     adapters = {
@@ -238,19 +249,21 @@ def open_answerer(
 
 
 def live_heads(context: Context) -> dict[int, str]:
-    """Return the shards that serve an adapter, and its key."""
+    """Return the key of the served adapter of each shard that serves one."""
     return {head.shard: head.key for head in context.stores.ledger.heads() if head.key is not None}
 
 
 def prompt_form(context: Context) -> Kind:
-    """Return how prompts are put to shards: as most records of the first training were written. A model
-    that is older than this note goes by the records that remain."""
+    """Return the form in which shards get prompts: that of most records of the first training.
+
+    A model that predates this note uses the form of most remaining records.
+    """
     noted, kinds = context.stores.ledger.meta().get(FORM), context.stores.ledger.kinds()
     return next((each for each in KINDS if each == noted), usual_kind(kinds))
 
 
 def usual_kind(kinds: Mapping[str, int]) -> Kind:
-    """Return how most of so many records are written.
+    """Return the form of most records, given their counts.
 
     >>> usual_kind({"text": 1, "completion": 2})
     'completion'

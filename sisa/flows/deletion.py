@@ -1,17 +1,17 @@
-"""Exact deletion: what it would do, and doing it, for any number of requests at once.
+"""Delete records exactly, for any number of requests at once, or plan a deletion without doing it.
 
     commit what remains, with heads rolled back -> probe the base -> reconcile -> finish
 
 Planning reads only the shards concerned and changes nothing. One transaction removes the rows, leaves
 tombstones, moves the heads to their deepest clean checkpoints, and makes the rewritten slices and
-indexes current. If a file to build on is damaged, the deletion stops before that commit. What else is
-made from records joins by hooks (`core/ports.py`). `reconcile.py` erases and trains; `lifecycle.py`
-says who may ask, and when.
+indexes current. If a file that is needed is damaged, the deletion stops before that commit. Other
+artefacts made from records join through hooks (`core/ports.py`). `reconcile.py` erases and trains;
+`lifecycle.py` decides who may ask, and when.
 
-Deleting shards can't reach what the frozen base knew before any record arrived. So once the served model
-is clean, and before the text is erased, the base alone is asked whether it produces that text; the
-answer, numbers alone, is kept with the request. A deletion that is cut short before that is finished
-without an answer, since the text is erased first.
+Deleting records from shards does not affect what the frozen base knew before any record arrived. So once
+the served model is clean, and before the text is erased, the base alone is asked whether it produces
+that text. The result, numbers alone, is kept with the request. A deletion that is interrupted before the
+probe is finished without it, since the text is erased first.
 """
 
 from __future__ import annotations
@@ -61,33 +61,33 @@ _Placed = TypeVar("_Placed", RecordRow, SliceState)
 
 @dataclass(frozen=True)
 class Forgetting:
-    """A deletion before it is carried out: pure numbers and keys."""
+    """Describe a deletion before it is carried out: numbers and keys alone."""
 
     removed: tuple[RecordRow, ...]
     already_deleted: tuple[Tombstone, ...]
     plans: tuple[ShardPlan, ...]
-    remaining: tuple[SliceState, ...]  # of the slices that lose records
+    remaining: tuple[SliceState, ...]  # new states of the slices that lose records
     emptied: tuple[SlicePosition, ...]
     tainted: tuple[str, ...]
     exports: tuple[Export, ...]  # that these records touched
     record_epochs_retrained: int
     record_epochs_full: int
-    record_epochs_others: int  # of the other orders' stages
-    serving_depth: float  # from the commit on: mean share of their slices that all shards serve
+    record_epochs_others: int  # of the stages of the other orders
+    serving_depth: float  # after the commit: mean share of its slices that each shard serves
 
     @property
     def served(self) -> tuple[tuple[int, int, int], ...]:
-        """What heads serve from the commit on: (shard, slices, of how many)."""
+        """Return what heads serve after the commit: (shard, slices, of how many)."""
         return tuple((plan.shard, plan.head.depth, len(plan.path)) for plan in self.plans)
 
     @cached_property
     def stages(self) -> Mapping[int, int]:
-        """How many each shard trains again."""
+        """Return how many stages each shard trains again."""
         return {plan.shard: len(plan.train) for plan in self.plans}
 
     @cached_property
     def first_slices(self) -> Mapping[int, int]:
-        """The earliest slice that each shard loses a record of."""
+        """Return the earliest slice of each shard that loses a record."""
         return _first_slices(self.removed)
 
 
@@ -140,8 +140,7 @@ def _by_shard(rows: Iterable[_Placed]) -> dict[int, list[_Placed]]:
 def _left(
     context: Context, shard: int, removed: Sequence[RecordRow]
 ) -> tuple[list[SliceState], list[SlicePosition]]:
-    """Return what a shard's slices hold without the removed records, and the slices that hold
-    nothing."""
+    """Return the states of a shard's slices without the removed records, and the slices left empty."""
     gone = {row.id_digest for row in removed}
     states: list[SliceState] = []
     empty: list[SlicePosition] = []
@@ -169,7 +168,7 @@ def _all_views(
 
 @dataclass(frozen=True)
 class Deleted:
-    """A deletion that is done: its requests, and old versions of erased objects that a bucket keeps."""
+    """Hold a finished deletion: its requests, and old versions of erased objects that a bucket keeps."""
 
     requests: tuple[Request, ...] = ()
     kept_versions: tuple[KeptVersions, ...] = ()
@@ -179,7 +178,7 @@ class Deleted:
 class Arrival:
     """A request that is not in the ledger yet, with its first events.
 
-    `named` are the keyed ids that it names, and `rows` those of them that are held, in the same order.
+    `named` are the keyed ids that it names; `rows` are those of them that are held, in the same order.
     """
 
     request: Request
@@ -188,7 +187,7 @@ class Arrival:
     events: tuple[RequestEvent, ...]
 
     def change(self) -> Change:
-        """Return the transaction that takes it in."""
+        """Return the transaction that adds the request to the ledger."""
         pairs = [(self.request.request_id, each) for each in self.named]
         return Change(requests=[self.request], named=pairs, events=self.events)
 
@@ -196,10 +195,10 @@ class Arrival:
 def forget(context: Context, requests: Sequence[Request]) -> Deleted:
     """Carry out approved requests as one batch, exactly.
 
-    The served model is clean at the commit; the bytes are gone and the affected suffixes are retrained
-    when this returns. A request whose records were all deleted before is completed as it is. Raises what
-    the effects raise; a failure before the commit leaves the requests failed, with the kind of error as
-    cause.
+    The served model is clean after the commit. When this returns, the bytes are gone and the affected
+    suffixes are retrained. A request whose records were all deleted before is completed as it is. Raise
+    the errors of the effects; a failure before the commit leaves the requests failed, with the type of
+    the error as the cause.
     """
     if not requests:
         return Deleted()
@@ -208,10 +207,10 @@ def forget(context: Context, requests: Sequence[Request]) -> Deleted:
 
 
 def forget_at_once(context: Context, arrival: Arrival, *, defer: bool = False) -> Deleted:
-    """Take an approved request in and carry it out in the same commit.
+    """Add an approved request to the ledger and carry it out in the same commit.
 
-    A failure before the commit changes nothing; a crash after it is finished by the next command. With
-    `defer`, bytes are erased now and training is left to a later command.
+    A failure before the commit changes nothing; after a crash, the next command finishes the deletion.
+    With `defer`, bytes are erased now and training is left to a later command.
     """
     named = {arrival.request.request_id: arrival.rows}
     return _delete(context, Removal([arrival.request], named), arrival.change(), defer=defer)
@@ -221,7 +220,7 @@ def _delete(context: Context, removal: Removal, arriving: Change, *, defer: bool
     held = slices_of(context, removal.rows.values())
     with erasing_anyway(context):
         contributed = _commit_or_note(context, removal, arriving)  # the served model is clean
-        _probe_removed(context, removal.named, held)  # of what is erased next
+        _probe_removed(context, removal.named, held)  # before the text is erased
     done = reconcile(context, defer=defer, removed=removal.named)  # erase, train, complete
     for each in contributed:
         each.finish()
@@ -238,9 +237,9 @@ def _commit_or_note(context: Context, removal: Removal, arriving: Change) -> lis
 
 
 def _note_refusal(context: Context, requests: Sequence[Request], error: SisaError) -> None:
-    """Note a failure before the commit with those of the requests that were in the ledger before."""
+    """Record a failure before the commit with those of the requests that the ledger held before."""
     asked = {each.request_id for each in requests}
-    with contextlib.suppress(SisaError):  # a ledger that can't be read is the error being raised
+    with contextlib.suppress(SisaError):  # the ledger may be what failed
         found = [each for each in context.stores.ledger.requests() if each.request_id in asked]
         note_failure(context, [each for each in found if not is_under_way(each)], error)
 
@@ -248,11 +247,11 @@ def _note_refusal(context: Context, requests: Sequence[Request], error: SisaErro
 def _probe_removed(
     context: Context, named: Mapping[str, Sequence[RecordRow]], held: Sequence[SliceFile]
 ) -> None:
-    """Probe the base for the records that each request removed, and keep the outcome with it.
+    """Probe the base for the records that each request removed, and keep the outcome with the request.
 
-    `held` are the slice files that hold them, from before the commit. A probe that fails must not keep
-    the text: the kind of error is kept in its place, and the deletion goes on. A text that was put into
-    the vault by consent leaves it when all of it was asked and the base knows none of it.
+    `held` are the slice files that held them before the commit. A failed probe must not keep the text:
+    the type of the error is kept instead, and the deletion continues. A text that was put into the vault
+    by consent leaves it if all of it was probed and the base knows none of it.
     """
     if context.compute.probe is None or not any(named.values()):
         return
@@ -273,7 +272,7 @@ def _probe_removed(
 
 
 def _is_unknown(outcome: Probed) -> bool:
-    """Return whether all of it was asked, and the base knows none of it: no patch is needed."""
+    """Return whether all of the text was probed and the base knows none of it: no patch is needed."""
     return not outcome.failure and outcome.num_known == 0 and outcome.num_probed == outcome.num_records
 
 
@@ -282,7 +281,7 @@ def _outcome(
 ) -> Probed:
     try:
         return probe([stored.record for stored in stored_in(context, held, rows)])
-    except Exception as error:  # whatever it is: the text must go
+    except Exception as error:  # whatever failed, the text must go
         return Probed(len(rows), failure=type(error).__name__)
 
 
@@ -294,11 +293,11 @@ def rows_named(context: Context, request: Request) -> list[RecordRow]:
 def commit_removed(
     context: Context, removal: Removal, arriving: Change, *, held_too: bool = False
 ) -> list[Contribution]:
-    """Commit what remains: rows go, heads roll back, requests are `rolled_back`.
+    """Commit what remains: rows are removed, heads roll back, requests become `rolled_back`.
 
-    Return what hooks added. `arriving` is taken in by the same transaction (names, events, tombstones);
-    `held_too` deletes what is under a legal hold. Raises ConfigConflict for a hold, IntegrityError for
-    damaged files.
+    Return the contributions of hooks. `arriving` is added in the same transaction (names, events,
+    tombstones). `held_too` also deletes records under a legal hold. Raise ConfigConflict for a hold,
+    IntegrityError for damaged files.
     """
     check_rows(context.stores.ledger)
     rows = removal.rows

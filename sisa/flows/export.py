@@ -1,19 +1,20 @@
-"""Write what is served for other tools, under a version that nothing replaces.
+"""Export the served adapters for other tools, as a version that nothing replaces.
 
     peft             a PEFT directory per shard that serves an adapter
-    merged-adapter   one PEFT directory: the exact mean of the shards' changes, at the ranks' sum
+    merged-adapter   one PEFT directory: the exact mean of the shards' changes, with the sum of the ranks
     merged-model     the full weights, with the mean of the changes in them
 
     commit a row for every shard of every directory -> write the files -> commit that they are written
 
-Bytes are checked against the ledger. With active patches, each adapter is the sum of the patches and
-the shard's own, as one adapter on the plain base. `adapter_config.json` names the base as the run file
-does, so that it means the same on other machines; the base's digest is on the card.
-`AutoPeftModelForCausalLM` loads it from a hub's name or a directory. The rows come before the files, so
-that no crash leaves an export that nobody knows. A merged form is an average of weights, not what the
-shards say together: its card says so, with what that costs on records that remain.
+Bytes are checked against the ledger. With active patches, each exported adapter is the sum of the
+patches and the shard's own, as one adapter on the plain base. `adapter_config.json` names the base as
+the run file does, so that it means the same on other machines; the card has the base's digest.
+`AutoPeftModelForCausalLM` loads an adapter whose base is a hub name or a directory. The rows are
+committed before the files are written, so that no crash leaves an unknown export. A merged form is an
+average of weights, not what the shards answer together: its card says so, and gives the loss in answer
+probability on records that remain.
 
-`export_files.py` makes the files; `stale_exports.py` erases them when a deletion has touched them.
+`export_files.py` makes the files; `stale_exports.py` erases them after a deletion has touched them.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ _VERSION = re.compile(r"v([0-9]{1,9})")
 
 @dataclass(frozen=True)
 class _Written:
-    """A directory to write, and the heads that are in it."""
+    """Describe a directory to write, and the heads that it contains."""
 
     path: str
     heads: tuple[HeldCheckpoint, ...]
@@ -62,12 +63,12 @@ class _Written:
 def export_adapters(
     context: Context, resources: Resources, target: Path, form: ExportForm = "peft"
 ) -> list[Path]:
-    """Export what is served, and return the written directories, in `target`/vN.
+    """Export the served adapters, and return the written directories, in `target`/vN.
 
-    Raises InvalidInput and IntegrityError.
+    Raise InvalidInput for a bad target, IntegrityError for damaged files.
     """
     if target.exists() and not target.is_dir():
-        raise InvalidInput("the target is no directory", where=str(target), next_step="name another")
+        raise InvalidInput("the target is not a directory", where=str(target), next_step="name another")
     root, now = _absolute(target), context.now()
     written = _written(context, resources, _next_version(context, root), form, now)
     stack = tuple(each.key for each in active(context.stores.ledger.patches()))
@@ -84,7 +85,7 @@ def export_adapters(
             for each in written:
                 context.stores.exports.write(each.path, each.files)
         except SisaError:
-            with contextlib.suppress(SisaError):  # the disk's error is being raised
+            with contextlib.suppress(SisaError):  # the disk's error is raised instead
                 finish_written(context)
             raise
         commit(context, Change(exports=[replace(each, state="clean") for each in made]))
@@ -94,7 +95,7 @@ def export_adapters(
 def _absolute(target: Path) -> str:
     """Return the target's path with its links resolved, so that a link put there later is noticed.
 
-    Raises InvalidInput.
+    Raise InvalidInput if the path is not UTF-8.
     """
     root = str(target.resolve())
     try:

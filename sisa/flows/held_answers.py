@@ -1,8 +1,8 @@
-"""How likely the shards find the answers of records that they hold.
+"""Measure the probability that shards give to the answers of records that they hold.
 
 Up to `limit` remaining records are asked, the first of each shard by keyed digest, so that the choice
-depends on them alone; none whose text a patch is to forget, nor any that the served checkpoint of its
-shard was not trained on. Only numbers come out: no text, no id.
+depends on the records alone. Records whose text a patch should forget are left out, and so are records
+on which the served checkpoint of their shard was not trained. Only numbers are returned: no text, no id.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from sisa.lm.answer.route import all_of
 from sisa.planning.plan import touched
 
 MAX_RECORDS = 32
-NUM_REPORTED = 8  # lines of progress, at most
+NUM_REPORTED = 8  # most lines of progress
 
-Asked = tuple[int, list[int], list[int]]  # shard, ids, and where in them the answer's tokens are
+Asked = tuple[int, list[int], list[int]]  # shard, token ids, positions of the answer's tokens
 
 
 def asked_records(context: Context, resources: Resources, limit: int = MAX_RECORDS) -> list[Asked]:
@@ -31,8 +31,10 @@ def asked_records(context: Context, resources: Resources, limit: int = MAX_RECOR
 def merged_gap(
     context: Context, resources: Resources, limit: int = MAX_RECORDS
 ) -> tuple[int, float, float]:
-    """Return of how many records, and their mean answer probability: by their own shards' models, and by
-    the mean of all shards' adapters."""
+    """Return the number of records asked and two means of their answer probability.
+
+    The first mean is under each record's own shard, the second under the mean of all adapters.
+    """
     live = sorted(live_heads(context))
     asked = asked_records(context, resources, limit)
     sums = {"routed": 0.0, "merged": 0.0}
@@ -87,8 +89,7 @@ def _tokens(context: Context, resources: Resources, rows: Sequence[RecordRow]) -
 
 
 def _answer(record: Record, resources: Resources) -> tuple[list[int], list[int]]:
-    """Return a record's ids, and the places of the answer's tokens; none where there is nothing to
-    predict."""
+    """Return a record's token ids and the positions of the answer's tokens; none if it has no answer."""
     from sisa.lm.base.tokens import NO_LOSS, tokenize
 
     config = resources.config

@@ -1,9 +1,9 @@
-"""Take records in: `train` the first ones, `add` others.
+"""Add records: `train` adds the first ones, `add` adds others.
 
 Both decide what remains, commit it and reconcile. New slice and index files are written under new names
-before the commit that makes them current; after it the ledger does not know the old ones, and they are
-erased. A crash anywhere leaves the old or the new state and some unknown files, and the next
-reconciliation ends the same. Nothing is erased before the commit that allows it.
+before the commit that makes them current. After the commit the ledger no longer lists the old files, and
+they are erased. A crash anywhere leaves the old or the new state and some unlisted files, and the next
+reconciliation has the same result. Nothing is erased before the commit that allows it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from sisa.planning.record_rules import normal_subject
 
 @dataclass(frozen=True)
 class Taken:
-    """What `train` or `add` made of its records."""
+    """Describe what `train` or `add` did with its records."""
 
     records: int
     added: int
@@ -45,16 +45,15 @@ class Taken:
     record_epochs_trained: int
     slices_trained: int
     model_digest: str
-    record_epochs_others: int = 0  # trained in the orders beside order 0
-    generation: int | None = None  # of records that were appended now, for their column of that name
-    prompts: HeldPrompts | None = None  # of all records that are held now
+    record_epochs_others: int = 0  # trained in orders other than order 0
+    generation: int | None = None  # of the records appended now, for their column of that name
+    prompts: HeldPrompts | None = None  # of all records held now
 
 
 def train(context: Context, records: Sequence[Record], meta: Mapping[str, str] | None = None) -> Taken:
-    """Train what is missing. Takes records at the first training only (with the model's `meta`);
-    later ones need `add`.
+    """Train what is missing. The first training takes records and the model's `meta`.
 
-    Raises InvalidInput when a record of the source differs from the held one of the same id.
+    Later records need `add`. Raise InvalidInput if a record differs from the held record of the same id.
     """
     check_generations(context.settings.recipe.training, records)
     found = _lookup(context, records)
@@ -94,7 +93,7 @@ def _taken(
 
 
 def check_same_records(context: Context, records: Sequence[Record]) -> None:
-    """Raises InvalidInput when a record of a source differs from the held one of the same id."""
+    """Raise InvalidInput if a record of a source differs from the held record of the same id."""
     found = _lookup(context, records)
     check_unchanged(context, _as_held(context, records, found), found)
 
@@ -105,8 +104,10 @@ def _as_held(
     found: Mapping[str, RecordRow | Tombstone],
     new: int | None = None,
 ) -> list[Record]:
-    """Return the records with their subjects in one spelling. Those that say no generation take that of
-    the held record of their id, or else the `new` one."""
+    """Return the records with normalised subjects and settled generations.
+
+    A record without a generation takes that of the held record of its id, or else the `new` one.
+    """
     settled = []
     for record in records:
         if record.subject_id is not None:
@@ -122,8 +123,7 @@ def _as_held(
 
 
 def _next_generation(context: Context) -> int | None:
-    """Return the generation of records to append: one more than the last that holds any; None for a
-    model without records."""
+    """Return the generation of records to append: the last plus one; None without any records."""
     layout = context.settings.assigner.layout
     last = max((layout.generation(file.slice) for file in context.stores.ledger.slices()), default=-1)
     return last + 1 or None
@@ -137,13 +137,13 @@ def add(
     append: bool = False,
     checks: Iterable[Callable[[Sequence[Record]], object]] = (),
 ) -> Taken:
-    """Take new records into the slices that they hash to and retrain from there; or `append` them as
-    slices of a new generation, so that nothing that is trained is trained again.
+    """Add new records to the slices that they hash to and retrain from there, or `append` them.
 
-    The result equals training on all records from scratch. A record that is held already, unchanged,
-    is counted and skipped. Raises InvalidInput for ids that come twice or are held with another
-    content, risks without a place, a second risk of a subject, what does not fit, what `checks` refuse
-    and, unless `allow_deleted`, for deleted ids and deleted texts: all of them listed.
+    Appended records form slices of a new generation, so that no trained slice is trained again. The
+    result equals training on all records from scratch. A record that is already held, unchanged, is
+    counted and skipped. Raise InvalidInput with every problem: repeated ids, ids that are held with
+    other content, risks without a band, a second risk of a subject, records that do not fit, records
+    that `checks` refuse and, unless `allow_deleted`, deleted ids and texts.
     """
     check_generations(context.settings.recipe.training, records, append=append)
     found = _lookup(context, records)
@@ -192,7 +192,7 @@ def _commit_added(
     check_sources(context, plans)
     slices: list[SliceFile] = []
     indexes = []
-    for shard, fresh in sorted(arrived.items()):  # never the rows of more than one shard in memory
+    for shard, fresh in sorted(arrived.items()):  # one shard's rows in memory at a time
         slices += _write_slices(context, shard, fresh)
         indexes.append(_write_index(context, shard, fresh))
     planned = {plan.shard: plan.head for plan in plans}
@@ -212,7 +212,7 @@ def _commit_added(
 
 @dataclass(frozen=True, slots=True)
 class _Arrived:
-    """A new record with its place and its vectors."""
+    """Hold a new record with its row and its vectors."""
 
     row: RecordRow
     record: Record
@@ -220,7 +220,7 @@ class _Arrived:
 
 
 def _merged(context: Context, shard: int, fresh: Iterable[_Arrived]) -> dict[int, list[RecordRow]]:
-    """Return the rows of the slices that new records of a shard come into, with those held already."""
+    """Return the rows of the slices that get new records of a shard, held rows included."""
     merged: dict[int, list[RecordRow]] = {}
     for each in fresh:
         merged.setdefault(each.row.slice, []).append(each.row)

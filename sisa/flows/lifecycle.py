@@ -1,9 +1,9 @@
-"""Take requests in, decide about them, and carry out what is approved.
+"""Submit requests, decide about them, and carry out the approved ones.
 
-A request names records by keyed digest from the start, so that no plain id waits in the ledger. The
-same external id with the same records is the same request; with other records it is refused. Exact
-copies (the same normalised text under another id, of any subject) are counted; they are deleted with
-the request only if the caller says so, and that decision is kept. Only approved requests run.
+A request names records by keyed digest from the start, so no plain id waits in the ledger. The same
+external id with the same records is the same request; with other records it is refused. Exact copies
+(the same normalised text under another id, of any subject) are counted. They are deleted with the
+request only if the caller says so, and that decision is kept. Only approved requests run.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PAST_DAYS, YOUNG_DAYS = 90, 30.0
 
 @dataclass(frozen=True)
 class Terms:
-    """What comes with a request besides its records; kept as given."""
+    """Hold the terms of a request besides its records; they are kept as given."""
 
     external_id: str | None = None
     reason: str = ""
@@ -46,12 +46,12 @@ class Terms:
     due: str | None = None  # an ISO date that replaces the regime's
     approver: str | None = None  # approves at once
     include_copies: bool = False
-    consent: str = ""  # to keep the text, encrypted, for a patch, if the base alone knows it
+    consent: str = ""  # to keep the text encrypted for a patch if the base alone knows it
 
 
 @dataclass(frozen=True)
 class Submitted:
-    """A request, and what else might be meant: ids of exact copies, near-duplicates by the index."""
+    """Hold a request and what else it might mean: ids of exact copies, and near-duplicates."""
 
     request: Request
     copies: tuple[str, ...]
@@ -60,7 +60,7 @@ class Submitted:
 
 @dataclass(frozen=True)
 class RequestView:
-    """A request with its history; `days_left` is negative when it is overdue."""
+    """Hold a request with its history; `days_left` is negative if it is overdue."""
 
     request: Request
     days_left: int
@@ -68,8 +68,10 @@ class RequestView:
 
 
 def copies(context: Context, rows: Sequence[RecordRow], *, full_scan: bool) -> list[RecordRow]:
-    """Return held records with the text of one of `rows`, without those rows; `full_scan` as in
-    `Ledger.by_text`."""
+    """Return held records with the text of one of `rows`, except those rows.
+
+    `full_scan` is that of `Ledger.by_text`.
+    """
     named = {row.id_digest for row in rows}
     held, _ = context.stores.ledger.by_text({row.text_digest for row in rows}, full_scan=full_scan)
     return [row for row in held if row.id_digest not in named]
@@ -78,9 +80,10 @@ def copies(context: Context, rows: Sequence[RecordRow], *, full_scan: bool) -> l
 def submit(
     context: Context, rows: Sequence[RecordRow], deleted: Sequence[Tombstone], terms: Terms
 ) -> Request:
-    """Take a request in; one that is known and still `received` is approved if an approver comes now.
+    """Add a request to the ledger, or return the known one.
 
-    Raises ConfigConflict for an external id that stands for other records.
+    A known request that is still `received` is approved if `terms` names an approver. Raise
+    ConfigConflict for an external id that stands for other records.
     """
     arrived = arrive(context, rows, deleted, terms, full_scan=True)
     asked = {row.id_digest for row in rows} | {each.id_digest for each in deleted}
@@ -101,9 +104,9 @@ def arrive(
     *,
     full_scan: bool = False,
 ) -> Arrival:
-    """A request as it comes in, not yet in the ledger. Raises InvalidInput for a wrong due date.
+    """Return a new request that is not in the ledger yet. Raise InvalidInput for a bad due date.
 
-    A deletion at once only counts the copies: it needs no full scan for them.
+    Copies that are only counted need no full scan.
     """
     found = copies(context, rows, full_scan=full_scan or terms.include_copies)
     taken = [*rows, *(found if terms.include_copies else [])]
@@ -153,7 +156,7 @@ def _known(
 
 
 def _same(context: Context, request: Request, terms: Terms, asked: set[str], named: set[str]) -> bool:
-    """Return whether a request stands for these records; copies come and go after its receipt."""
+    """Return whether a request stands for these records; copies may come and go after its receipt."""
     ledger = context.stores.ledger
     known = set(ledger.named_by(request.request_id))
     if not (request.copies_included and terms.include_copies):
@@ -167,18 +170,18 @@ def _checked(due: str, now: str) -> str:
     try:
         day = date.fromisoformat(due).isoformat()
     except ValueError:
-        raise InvalidInput("the due date is no date", expected="YYYY-MM-DD", got=due[:40]) from None
+        raise InvalidInput("the due date is not a date", expected="YYYY-MM-DD", got=due[:40]) from None
     if day < now[:10]:
         raise InvalidInput("the due date has passed already", expected=f"{now[:10]} or later", got=day)
     return day
 
 
 def find(context: Context, request_id: str) -> Request:
-    """Return a request by its id or its external id. Raises UnknownRecord."""
+    """Return a request by its id or its external id. Raise UnknownRecord."""
     for request in context.stores.ledger.requests():
         if request_id in (request.request_id, request.external_id):
             return request
-    raise UnknownRecord("there is no such request", next_step="`sisa request list` names them")
+    raise UnknownRecord("there is no such request", next_step="`sisa request list` lists them")
 
 
 def views(context: Context) -> list[RequestView]:
@@ -194,7 +197,7 @@ def views(context: Context) -> list[RequestView]:
 
 
 def viewed(context: Context, request: Request) -> RequestView:
-    """Return a request with the days left to it and the states that it went through."""
+    """Return a request with its days left and its history."""
     passed = [each for each in context.stores.ledger.events() if each.request_id == request.request_id]
     return RequestView(request, days_left(request.due, context.now()), tuple(passed))
 
@@ -202,7 +205,7 @@ def viewed(context: Context, request: Request) -> RequestView:
 def decide(context: Context, request_id: str, state: RequestState, note: str) -> Request:
     """Approve, hold, deny or cancel a request.
 
-    Raises UnknownRecord and ConfigConflict; InvalidInput where a reason or an approver is missing.
+    Raise UnknownRecord, ConfigConflict, or InvalidInput if a reason or an approver is missing.
     """
     if state in ("denied", "held") and not note.strip():
         raise InvalidInput(f"a request is not {state} without a reason", next_step="give --reason")
@@ -214,7 +217,7 @@ def decide(context: Context, request_id: str, state: RequestState, note: str) ->
 
 
 def extend(context: Context, request_id: str, reason: str) -> Request:
-    """Move the due date by what the regime allows. Raises ConfigConflict and InvalidInput."""
+    """Extend the due date by what the regime allows. Raise ConfigConflict or InvalidInput."""
     request = extended(find(context, request_id), reason)
     note = f"extended to {request.due}: {reason}"
     commit(context, Change(requests=[request], events=[event(request, context.now(), note)]))
@@ -222,7 +225,7 @@ def extend(context: Context, request_id: str, reason: str) -> Request:
 
 
 def approved(context: Context) -> list[Request]:
-    """Return the requests that wait to be carried out and are under no hold, the most urgent first."""
+    """Return the requests that wait to run and are under no hold, the most urgent first."""
     ledger = context.stores.ledger
     requests = ledger.requests()
     held = {
@@ -241,7 +244,7 @@ def approved(context: Context) -> list[Request]:
 
 
 def carry_out(context: Context, requests: Sequence[Request]) -> tuple[Request, ...]:
-    """Delete what these requests name, as one batch; those that are not approved stay as they are."""
+    """Delete what these requests name, as one batch; leave unapproved requests as they are."""
     named = {request.request_id for request in requests}
     done = forget(context, [each for each in approved(context) if each.request_id in named])
     after = {request.request_id: request for request in done.requests}
@@ -249,7 +252,7 @@ def carry_out(context: Context, requests: Sequence[Request]) -> tuple[Request, .
 
 
 def plan_run(context: Context) -> RunPlan:
-    """Return whether to carry the approved requests out now, priced from this model's past.
+    """Return whether to carry out the approved requests now, priced from this model's past.
 
     Change nothing.
     """
@@ -257,7 +260,7 @@ def plan_run(context: Context) -> RunPlan:
     waiting, now = approved(context), context.now()
     rows = [row for request in waiting for row in rows_named(context, request)]
     planned = plan_forget(context, list({row.id_digest: row for row in rows}.values()))
-    plans = [*open_plans(context), *planned.plans]  # what is open in a shard is in the later plan, too
+    plans = [*open_plans(context), *planned.plans]  # the later plan of a shard includes its open work
     pending = {plan.shard: float(plan.record_epochs) for plan in plans}
     total = sum(ledger.counts().values())
     sizes: dict[int, dict[int, int]] = {head.shard: {} for head in ledger.heads()}
@@ -273,13 +276,13 @@ def plan_run(context: Context) -> RunPlan:
         names = (*cut_short, *(name for name, _ in left))
         cost = sum(shard.pending for shard in shards)
         return RunPlan(
-            names, "run now", "a deletion was put off or cut short", now[:10], 0.0, cost, cost
+            names, "run now", "a deletion was deferred or interrupted", now[:10], 0.0, cost, cost
         )
     return choose(left, shards, _arrivals_per_day(context, now, waiting), now[:10])
 
 
 def queue_seen(context: Context) -> QueueSeen:
-    """Return how many requests are in which state."""
+    """Return the number of requests in each state."""
     requests = context.stores.ledger.requests()
     states = Counter(each.state for each in requests)
     names = {each.request_id for each in approved(context)}
@@ -296,8 +299,10 @@ def queue_seen(context: Context) -> QueueSeen:
 
 
 def _arrivals_per_day(context: Context, now: str, waiting: Sequence[Request]) -> float:
-    """Return past requests per day over the last PAST_DAYS days, without those that wait; a young model
-    does not count as a busy one."""
+    """Return the requests per day over the last PAST_DAYS days, except the waiting ones.
+
+    A model younger than YOUNG_DAYS counts as that old, so that it does not look busy.
+    """
     today = datetime.fromisoformat(now)
     here = {request.request_id for request in waiting}
     ages = [

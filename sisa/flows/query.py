@@ -1,7 +1,7 @@
-"""Answer where a record is, what a content search proposes, and how the model stands.
+"""Answer where a record is, what a content search proposes, and what state the model is in.
 
-The index proposes, the ledger decides: a candidate that the ledger does not hold is not a hit. Nothing
-here writes. Ids appear only in answers to those who asked for them.
+The index proposes, the ledger decides: a candidate that the ledger does not hold is not a hit. This
+module writes nothing. Ids appear only in answers to callers who asked for them.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from sisa.flows.wiring.context import Context, slices_of, stored_in, view_shards
 from sisa.planning.plan import slice_start, touched
 from sisa.planning.record_rules import normal_subject
 
-NUM_NEAR = 50  # near-duplicates that are proposed at most
-SHOWN_CHARS = 100  # of a candidate's text
+NUM_NEAR = 50  # most near-duplicates that are proposed
+SHOWN_CHARS = 100  # shown of a candidate's text
 
 
 @dataclass(frozen=True)
 class Touch:
-    """A checkpoint that a record is in the lineage of."""
+    """Describe a checkpoint whose lineage includes a record."""
 
     key: str
     slice: int
@@ -35,7 +35,7 @@ class Touch:
 
 @dataclass(frozen=True)
 class PatchTouch:
-    """A patch, served or wanted, that was or will be made from a set with the record's text."""
+    """Describe an active or wanted patch, made or to be made from a set with the record's text."""
 
     version: int
     key: str
@@ -45,10 +45,11 @@ class PatchTouch:
 
 @dataclass(frozen=True)
 class Location:
-    """Where one record is, or when and by which request it was deleted.
+    """Describe where a record is, or when and by which request it was deleted.
 
-    `state`: "trained"; "pending" (held, its slice is not in the head yet); "deleted"; "patch" (never a
-    record of the model: its text was given for a patch alone, and shard and slice are -1).
+    `state` is "trained", "pending" (held, but the head does not include its slice yet), "deleted", or
+    "patch" (its text was given for a patch alone; it was never a record of the model, and shard and
+    slice are -1).
     """
 
     id: str
@@ -59,18 +60,21 @@ class Location:
     deleted_at: str | None = None
     request_id: str | None = None
     checkpoints_erased: int | None = None
-    exports: tuple[str, ...] = ()  # paths of the adapters that were exported with it
+    exports: tuple[str, ...] = ()  # paths of exported adapters that include it
     patches: tuple[PatchTouch, ...] = ()
-    vault: tuple[VaultSet, ...] = ()  # sets that its text is in now
+    vault: tuple[VaultSet, ...] = ()  # sets that hold its text now
     kept_states: tuple[str, ...] = ()  # files of hidden states of its slice
     generation: int = 0  # in which it was appended
-    not_erased: Mapping[str, int | None] = field(default_factory=dict)  # as `reconcile.not_erased`
+    not_erased: Mapping[str, int | None] = field(default_factory=dict)  # from `reconcile.not_erased`
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A candidate record: `match` says whether the ledger (subject) or the index (content) named it.
-    `text` is the beginning of its text, where it was asked for."""
+    """Describe a candidate record.
+
+    `match` is "subject" if the ledger named it, "content" if the index did. `text` is the beginning of
+    its text, if the caller asked for it.
+    """
 
     id: str
     score: float
@@ -83,7 +87,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class ExportStatus:
-    """An export; how a stale one stands (`export.standing`), None of a clean one."""
+    """Describe an export; `standing` is that of a stale one, and None for a clean one."""
 
     path: str
     shard: int  # -1: made before the records moved to other shards
@@ -97,7 +101,7 @@ class ExportStatus:
 
 @dataclass(frozen=True)
 class ShardStatus:
-    """One shard: its head is None when it holds no records or serves the base for now."""
+    """Describe a shard. Its head is None if it holds no records or serves the base for now."""
 
     shard: int
     head: str | None
@@ -108,14 +112,14 @@ class ShardStatus:
     converged: bool
     adapter_path: str | None
     adapter_sha256: str | None
-    target: str | None = None  # what it serves once trained
-    num_stages: int = 0  # slices that hold records: what `depth` is of
+    target: str | None = None  # the head once training is done
+    num_stages: int = 0  # slices that hold records: the full `depth`
 
 
 def lookup(context: Context, ids: Sequence[str]) -> list[tuple[str, RecordRow | Tombstone]]:
-    """Return rows and tombstones of ids, in the order asked.
+    """Return rows and tombstones of ids, in the given order.
 
-    Raises UnknownRecord that lists every unknown id.
+    Raise UnknownRecord with every unknown id.
     """
     found = _known(context, ids)
     return [(each, found[context.settings.assigner.id_digest(each)]) for each in ids]
@@ -126,8 +130,7 @@ def _known(
 ) -> dict[str, RecordRow | Tombstone]:
     """Return rows and tombstones by keyed id.
 
-    Raises UnknownRecord that lists every id that has none, except those whose keyed ids are known
-    `elsewhere`.
+    Raise UnknownRecord with every id that has neither, unless its keyed id is in `elsewhere`.
     """
     digests = [context.settings.assigner.id_digest(each) for each in ids]
     found = context.stores.ledger.lookup(digests)
@@ -151,10 +154,10 @@ def _of_spelling(context: Context, subject: str) -> tuple[list[RecordRow], list[
 
 
 def of_subject(context: Context, subject_id: str) -> tuple[list[RecordRow], list[Tombstone]]:
-    """Return all records of a subject. Raises UnknownRecord when none is known by that subject."""
+    """Return all records of a subject. Raise UnknownRecord if there is none."""
     live, dead = _of_spelling(context, normal_subject(subject_id))
     if not live and not dead:
-        live, dead = _of_spelling(context, subject_id)  # as an earlier version held it
+        live, dead = _of_spelling(context, subject_id)  # an earlier version kept it as given
     if not live and not dead:
         held, deleted = context.stores.ledger.num_without_subject()
         raise UnknownRecord(
@@ -168,9 +171,11 @@ def of_subject(context: Context, subject_id: str) -> tuple[list[RecordRow], list
 
 
 def where(context: Context, ids: Sequence[str]) -> list[Location]:
-    """Return the shard and slice of each record; the checkpoints, heads, exports and patches that it
-    influenced; the sets of the vault that hold its text; and the files of hidden states of its slice.
-    Raises UnknownRecord."""
+    """Return where each record is and what it influenced.
+
+    That is its shard and slice; the checkpoints, heads, exports and patches that it influenced; the sets
+    of the vault that hold its text; and the files of hidden states of its slice. Raise UnknownRecord.
+    """
     ledger = context.stores.ledger
     digests = [context.settings.assigner.id_digest(each) for each in ids]
     in_sets = ledger.sets_with(digests)
@@ -196,7 +201,7 @@ def where(context: Context, ids: Sequence[str]) -> list[Location]:
 def _not_erased(
     context: Context, rows: Iterable[RecordRow | Tombstone]
 ) -> dict[str, Mapping[str, int | None]]:
-    """Return what is left to erase, by the requests that wait for it."""
+    """Return what is left to erase, by the request that waits for it."""
     asked = {each.request_id for each in rows if isinstance(each, Tombstone)}
     waiting = [
         each.request_id
@@ -236,7 +241,7 @@ def _with_states(context: Context, location: Location, held: Collection[str]) ->
 
 @dataclass(frozen=True)
 class _Lineage:
-    """What some records may have touched, read once for all of them."""
+    """Hold what some records may have touched, read once for all of them."""
 
     heads: frozenset[str | None]
     checkpoints: Mapping[int, Sequence[HeldCheckpoint]]  # by shard
@@ -282,7 +287,7 @@ def _location(
 
 
 def search_index(context: Context, queries: Vectors, top_k: int) -> list[Hit]:
-    """Return the best hits over all shards and queries, one a record, best first."""
+    """Return the best hits over all shards and queries, one for each record, best first."""
     best: dict[tuple[int, int], Hit] = {}
     for hits in search_each(context, queries, top_k):
         for hit in hits:
@@ -293,9 +298,9 @@ def search_index(context: Context, queries: Vectors, top_k: int) -> list[Hit]:
 
 
 def search_each(context: Context, queries: Vectors, top_k: int, by: By = "text") -> list[list[Hit]]:
-    """Return for each query the best hits over all shards, best first.
+    """Return the best hits over all shards for each query, best first.
 
-    A score is relative to the query's own with itself: equal texts score 1, whatever the length of
+    A score is relative to the query's score with itself: equal texts score 1, whatever the length of
     their vectors.
     """
     found = context.stores.index.search(context.stores.ledger.indexes(), queries, top_k, by)
@@ -318,12 +323,12 @@ def find_text(
 def find_like(
     context: Context, record_id: str, top_k: int, *, show_text: bool = False
 ) -> list[Candidate]:
-    """Return near-duplicates of a held record, itself left out."""
+    """Return near-duplicates of a held record, without the record itself."""
     ((_, row),) = lookup(context, [record_id])
     if isinstance(row, Tombstone):
         raise UnknownRecord(
             "that record is deleted: its vector is gone with it",
-            next_step="`sisa where` tells when and by which request",
+            next_step="`sisa where` shows when and by which request",
         )
     hits = search_index(context, _vectors(context, [row]), top_k + 1)
     others = [hit for hit in hits if (hit.shard, hit.vector_id) != (row.shard, row.vector_id)]
@@ -333,7 +338,7 @@ def find_like(
 def find_subject(
     context: Context, subject_id: str, top_k: int, *, show_text: bool = False
 ) -> list[Candidate]:
-    """Return the subject's own records, then those of others that lie near them (possible copies)."""
+    """Return the subject's own records, then similar records of others (possible copies)."""
     live, _ = of_subject(context, subject_id)
     own = [
         _candidate(record, 1.0, row, "subject", show_text=show_text)
@@ -350,7 +355,7 @@ def find_subject(
 def near(
     context: Context, rows: Sequence[RecordRow], threshold: float, known: Sequence[RecordRow] = ()
 ) -> list[Candidate]:
-    """Return records that lie at least `threshold` near one of `rows`, without `known` copies."""
+    """Return records at least `threshold` near one of `rows`, except `known` copies."""
     places = {(row.shard, row.vector_id) for row in (*rows, *known)}
     hits = search_index(context, _vectors(context, rows), NUM_NEAR + len(places))
     close = [h for h in hits if h.score >= threshold and (h.shard, h.vector_id) not in places]
@@ -424,7 +429,7 @@ def _contradiction(what: str) -> IntegrityError:
 
 
 def exports(context: Context) -> list[ExportStatus]:
-    """Return all exports that the ledger knows, and how those stand that a deletion marked."""
+    """Return all exports that the ledger lists, with the standing of stale ones."""
     return [
         ExportStatus(
             path=each.path,

@@ -1,18 +1,18 @@
 """Bring what is held to its target, whatever happened before.
 
-    adopt    stages that a cut-short run stored for the present targets
-    erase    every file that the ledger does not know (tainted, retired, half-written), its key first;
+    adopt    stages that an interrupted run stored for the present targets
+    erase    every file that the ledger does not list (tainted, retired, half-written), its key first;
              stale exports
     unneeded what hooks keep and nothing needs any more
-    train    what the targets miss; each stored stage is recorded and moves its shard's head
+    train    what the targets lack; each stored stage is recorded and moves its shard's head
     close    requests whose shards have reached their targets
-    orders   what the other orders miss, one order of all shards after another
-    retire   clean checkpoints that are neither on any order's path nor heading
+    orders   what the other orders lack, one order of all shards after another
+    retire   clean checkpoints that are neither on any order's path nor a head
     scrub    the ledger's own pages
 
-Every step looks at what is there, not at what was done, so that a crash anywhere is made good by the
-next reconciliation. Training can be put off: then the heads serve what is clean and held until another
-command trains. The flows decide before what remains (`ingest.py`, `deletion.py`).
+Every step looks at what is there, not at what was done, so the next reconciliation recovers from a crash
+anywhere. Training can be deferred: then the heads serve what is clean and held until another command
+trains. The flows decide beforehand what remains (`ingest.py`, `deletion.py`).
 """
 
 from __future__ import annotations
@@ -71,17 +71,17 @@ from sisa.flows.wiring.context import (
 )
 from sisa.planning.plan import Missing, ShardPlan
 
-CHECKED = "events_checked"  # in the ledger's `meta`: link and number of the last event that was checked
-MANY_EVENTS = 256  # that are checked again and again before the last of them is kept
+CHECKED = "events_checked"  # key in the ledger's `meta`: link and number of the last checked event
+MANY_EVENTS = 256  # number of new events after which the last checked one is stored
 BEGINNING = WitnessHead("", 0)
 
-Removed = Mapping[str, Sequence[RecordRow]]  # by the request that they were removed for
+Removed = Mapping[str, Sequence[RecordRow]]  # removed rows by request
 NOTHING: Removed = MappingProxyType({})
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What a reconciliation did: up to the targets, and beside them in the other orders."""
+    """Describe what a reconciliation trained: towards the targets, and in the other orders."""
 
     record_epochs_trained: int
     slices_trained: int
@@ -91,10 +91,10 @@ class Trained:
 
 
 def reconcile(context: Context, *, defer: bool = False, removed: Removed = NOTHING) -> Trained:
-    """Bring every shard that is not there yet to its target; finish what a crash left open.
+    """Bring every shard to its target, and finish what a crash left open.
 
-    With `defer`, all training is left to the next command that does not defer. `removed` is what was
-    removed just now.
+    With `defer`, all training is left to the next command that does not defer. `removed` are the rows
+    that the present deletion removed.
     """
     erase_unknown(context, removed)
     for hook in context.hooks:
@@ -124,8 +124,10 @@ def reconcile(context: Context, *, defer: bool = False, removed: Removed = NOTHI
 
 
 def _train_orders(context: Context) -> int:
-    """Train what the orders beside order 0 miss, and return its record-epochs. One order at a time, so
-    that a prefix that two of them share is trained once."""
+    """Train what the orders other than order 0 lack, and return its record-epochs.
+
+    Orders are trained one at a time, so that a prefix shared by two of them is trained once.
+    """
     epochs = 0
     for number in range(len(context.settings.recipe.orders)):
         found = [(plan.shard, plan.others[number]) for plan in open_plans(context) if plan.others]
@@ -141,8 +143,10 @@ def _chain(context: Context, shard: int, missing: Missing) -> Chain:
 
 
 def check_consistent(context: Context, since: WitnessHead = BEGINNING) -> None:
-    """Raise IntegrityError for a ledger that lost rows: the sweep would erase their files. Of the
-    requests' history, what came `since` an event that was checked before is compared."""
+    """Raise IntegrityError if the ledger lost rows: reconciling would erase their files.
+
+    Of the requests' history, only the events after `since` are compared.
+    """
     ledger = context.stores.ledger
     events = ledger.events(since.num_events)
     check_rows(ledger)
@@ -161,8 +165,10 @@ def check_consistent(context: Context, since: WitnessHead = BEGINNING) -> None:
 
 
 def _check_since_last_time(context: Context) -> None:
-    """Refuse contradictions, and keep up to which event there are none, so that a writer does not hash
-    the whole history each time; `verify` and `doctor` do."""
+    """Refuse contradictions in the history since the last checked event; store the new one.
+
+    This way a writer does not hash the whole history each time; `verify` and `doctor` do.
+    """
     kept = json.loads(context.stores.ledger.meta().get(CHECKED, "null"))
     since = WitnessHead(*kept) if kept else BEGINNING
     check_consistent(context, since)
@@ -172,7 +178,7 @@ def _check_since_last_time(context: Context) -> None:
 
 
 def check_rows(ledger: Ledger) -> None:
-    """Raises IntegrityError for tables that lost rows; the cheap part, for before a commit."""
+    """Raise IntegrityError if tables lost rows. This check is cheap enough for every commit."""
     _raise_lost(ledger.lost())
 
 
@@ -186,9 +192,9 @@ def _raise_lost(lost: Sequence[str]) -> None:
 
 
 def erase_unknown(context: Context, removed: Removed = NOTHING) -> None:
-    """Record what was stored for a target, and erase what no commit knows: the part before training.
+    """Adopt stages stored for a target, and erase what no commit lists: the part before training.
 
-    What fails stops nothing else; its error is raised in the end.
+    A failure does not stop the rest; its error is raised at the end.
     """
     _check_since_last_time(context)
     adopted = False
@@ -202,7 +208,7 @@ def erase_unknown(context: Context, removed: Removed = NOTHING) -> None:
 
 @contextlib.contextmanager
 def erasing_anyway(context: Context) -> Iterator[None]:
-    """Erase what can be erased when something stops a deletion after its commit; then let it stop."""
+    """Erase what can be erased if an error stops a deletion after its commit; then raise the error."""
     try:
         yield
     except SisaError:
@@ -213,7 +219,7 @@ def erasing_anyway(context: Context) -> Iterator[None]:
 
 
 def _targets(context: Context) -> frozenset[str]:
-    """Return the stages of the present targets: clean, whoever stored them."""
+    """Return the stages of the present targets; they are clean, whoever stored them."""
     return frozenset(key for plan in open_plans(context) for key in plan.stages)
 
 
@@ -222,7 +228,7 @@ def _under_way(context: Context) -> list[Request]:
 
 
 def _erase(context: Context, spared: Collection[str], removed: Removed) -> None:
-    """Erase what the ledger does not know and note it with the requests that wait for it."""
+    """Erase what the ledger does not list, and record it with the requests that wait for it."""
     begun = [each.request_id for each in _under_way(context) if each.state != "erased"]
     known = all(each in removed for each in begun)
     try:
@@ -238,7 +244,7 @@ def _erase(context: Context, spared: Collection[str], removed: Removed) -> None:
     except SisaError as error:
         waiting = _under_way(context)
         note_failure(context, waiting, error, "erasure_failed")
-        with contextlib.suppress(SisaError):  # metrics may be what failed
+        with contextlib.suppress(SisaError):  # the metrics may be what failed
             context.report(ErasureFailed(len(waiting)))
         raise
     waiting = [request for request in _under_way(context) if request.state != "erased"]
@@ -256,7 +262,7 @@ def _move(
     note: str = "",
     notes: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Commit requests in their new states, each with its own note of `notes` or else the same one."""
+    """Commit requests in their new states, each with its own note in `notes`, or else with `note`."""
     if requests:
         now = context.now()
         events = [event(each, now, notes.get(each.request_id, note)) for each in requests]
@@ -266,15 +272,17 @@ def _move(
 def note_failure(
     context: Context, requests: Sequence[Request], error: SisaError, state: RequestState = "failed"
 ) -> None:
-    """Write the kind of an error beside the requests that it stopped; its text stays out."""
+    """Record the type of an error with the requests that it stopped; its text is left out."""
     cause = type(error).__name__
-    with contextlib.suppress(SisaError):  # a ledger that can't be written is the error being raised
+    with contextlib.suppress(SisaError):  # the ledger may be what failed
         _move(context, [failed(request, cause, state) for request in requests], cause)
 
 
 def open_plans(context: Context) -> list[ShardPlan]:
-    """Return plans of the shards whose head is not their target, under the present fingerprint; with
-    several orders of all shards, since any stage may be missing."""
+    """Return plans of the shards whose head is not their target, under the present fingerprint.
+
+    With several orders, return plans of all shards, since any stage may be missing.
+    """
     return _plans(context, open_shards(context))
 
 
@@ -283,7 +291,7 @@ def _plans(context: Context, shards: Sequence[int]) -> list[ShardPlan]:
 
 
 def adopt(context: Context) -> None:
-    """Take over stages that were stored for the present targets when a run was cut short."""
+    """Record stages that an interrupted run stored for the present targets."""
     on_disk = context.stores.checkpoints.held()
     seq = context.stores.ledger.seq()
     plans = open_plans(context)
@@ -295,15 +303,17 @@ def adopt(context: Context) -> None:
             try:
                 saved = context.stores.checkpoints.describe(job.key)
             except IntegrityError:
-                continue  # never recorded, so nothing relies on it: the sweep takes it
+                continue  # never recorded, so nothing relies on it: it is erased as unknown
             _record_checkpoint(context, as_held(job, saved, seq))
 
 
 def as_held(
     job: SliceJob, saved: SavedCheckpoint, seq: int, *, seconds: float = 0.0, epochs: int = 0
 ) -> HeldCheckpoint:
-    """Return a stored stage as the ledger keeps it, with the `seconds` and record-epochs of training
-    it; 0 if it was found stored."""
+    """Return the ledger's entry for a stored stage.
+
+    `seconds` and `epochs` (record-epochs) are those of its training; 0 if it was found stored.
+    """
     return HeldCheckpoint(
         key=saved.key,
         shard=job.shard,
@@ -319,7 +329,7 @@ def as_held(
 
 
 def just_trained(stage: SliceTrained, seq: int) -> HeldCheckpoint:
-    """Return a stage that was trained now, on the state of ledger number `seq`."""
+    """Return the ledger's entry for a stage trained now, on the state of ledger number `seq`."""
     epochs = record_epochs(stage.job)
     return as_held(stage.job, stage.saved, seq, seconds=stage.seconds, epochs=epochs)
 
@@ -332,7 +342,7 @@ def _record_checkpoint(context: Context, found: HeldCheckpoint) -> None:
 
 
 def _train(context: Context, chains: Sequence[Chain]) -> None:
-    """Train chains; each stage is recorded, and its shard's head moved, as soon as it is stored."""
+    """Train chains; record each stage and move its shard's head as soon as it is stored."""
     seq = context.stores.ledger.seq()
     train_chains(context, chains, lambda stage: _record_checkpoint(context, just_trained(stage, seq)))
 
@@ -340,7 +350,7 @@ def _train(context: Context, chains: Sequence[Chain]) -> None:
 def train_unrecorded(
     context: Context, plans: Sequence[ShardPlan], slices: Sequence[SliceFile], seq: int
 ) -> list[HeldCheckpoint]:
-    """Train plans whose slices no commit knows yet, and leave recording them to the commit `seq`."""
+    """Train plans whose slices no commit lists yet; return the stages for the commit `seq` to record."""
     files: dict[int, list[SliceFile]] = {}
     for file in slices:
         files.setdefault(file.shard, []).append(file)
@@ -357,10 +367,10 @@ def train_chains(
     *,
     one_by_one: bool = False,
 ) -> int:
-    """Train chains and return the number of stages; `record` gets each once, as soon as it is stored.
+    """Train chains and return the number of stages; call `record` once for each stored stage.
 
-    `one_by_one` is for chains that share stages: an executor may run several side by side. Raises
-    SisaError when the executor leaves a stage out, and what it raises.
+    An executor may run chains side by side; `one_by_one` is for chains that share stages. Raise the
+    errors of the executor, and SisaError if it leaves out a stage.
     """
     recorded: set[str] = set()
 
@@ -405,7 +415,7 @@ def _retire(context: Context) -> None:
 
 
 def _complete_requests(context: Context) -> None:
-    """Close the requests whose shards have all arrived."""
+    """Close the requests whose shards have all reached their targets."""
     open_ = {head.shard for head in context.stores.ledger.heads() if not head.converged}
     done = [r for r in _under_way(context) if open_.isdisjoint(shard for shard, _, _ in r.shards)]
     if not done:
@@ -419,12 +429,11 @@ def _complete_requests(context: Context) -> None:
 
 
 def erase_unreferenced(context: Context, spared: Collection[str] = ()) -> None:
-    """Erase every file that the ledger does not know (tainted, retired, half-written), but for `spared`
-    checkpoints.
+    """Erase every file that the ledger does not list (tainted, retired, half-written), except `spared`.
 
-    Losses of what goes come first, then keys, those without a file among them: a file whose key is gone
-    is erased wherever it is.
-    An area that can't be erased keeps no other one: its error is raised when all were tried.
+    `spared` are checkpoints. The losses of erased stages are erased first, then keys, even those without
+    a file: a file whose key is gone is unreadable wherever it is. An area that can't be erased does not
+    stop the others; its error is raised at the end.
     """
     known = known_by_area(context)
     with all_tried() as tried:
@@ -439,8 +448,10 @@ def erase_unreferenced(context: Context, spared: Collection[str] = ()) -> None:
 
 
 def not_erased(context: Context) -> dict[str, int | None]:
-    """Count what is still held of what a commit gave up, by storage area; None for an area that can't
-    be read."""
+    """Count, by storage area, the files that a commit gave up and that are still held.
+
+    An area that can't be read counts as None.
+    """
     found: dict[str, int | None] = {}
     known, targets = known_by_area(context), _targets(context)
     for area, store in areas(context).items():

@@ -1,15 +1,17 @@
 """Move an existing model to a changed run file, or refuse.
 
     effect of a difference      what happens with `--reconfigure`
-    none                        the new value is noted
+    none                        the new value is stored
     retrain                     new targets; each head serves until its successor is ready
-    reindex                     the index is built anew
-    reset                       records move to other shards or meet another base: all is trained anew,
-                                and the old heads serve until it is; patches of another base are dropped
-    reseal                      held files are written anew, encrypted or plain, before the commit
+    reindex                     the index is built again
+    reset                       records move to other shards or get another base: everything is trained
+                                again, and the old heads serve until then; patches of another base are
+                                dropped
+    reseal                      held files are written again, encrypted or plain, before the commit
 
-Without `--reconfigure` any difference but `none` is refused, and all of them are listed. The secret
-never changes, since tombstones are kept under it. `config/config.py` says which effect a key has.
+Without `--reconfigure`, every difference except `none` is refused, and all of them are listed. The
+secret never changes, since tombstones are kept under it. `config/config.py` defines the effect of each
+key.
 """
 
 from __future__ import annotations
@@ -56,7 +58,7 @@ from sisa.store.prefixes import PREFIXES_AREA as PREFIXES
 
 
 def check_no_differences(found: Sequence[Difference], where: str) -> None:
-    """Raises ConfigConflict that lists every difference which would change the model."""
+    """Raise ConfigConflict with every difference that would change the model."""
     problems = [
         Problem(each.key, f"the model has {each.old!r}, the run file {each.new!r} ({each.effect})")
         for each in found
@@ -87,7 +89,7 @@ def retargeted(context: Context) -> list[Head]:
 
 
 def reindexed(context: Context) -> list[IndexFile]:
-    """Build every shard's index anew with another embedder."""
+    """Build every shard's index again, with another embedder."""
     indexes = []
     for file in context.stores.ledger.indexes():
         rows = context.stores.ledger.rows(file.shard)
@@ -97,9 +99,9 @@ def reindexed(context: Context) -> list[IndexFile]:
 
 
 def move(context: Context, effects: Collection[Effect], meta: dict[str, str]) -> Trained:
-    """Move the model by all of its effects in one transaction, after all of them were found possible."""
+    """Move the model by all effects in one transaction, once all of them are known to be possible."""
     held = all_records(context)
-    context.compute.count_tokens([each.record for each in held])  # refuses what no longer fits
+    context.compute.count_tokens([each.record for each in held])  # refuses records that no longer fit
     num_slices = context.settings.assigner.layout.num_slices
     appended = "reset" not in effects and any(
         f.slice >= num_slices for f in context.stores.ledger.slices()
@@ -115,7 +117,10 @@ def move(context: Context, effects: Collection[Effect], meta: dict[str, str]) ->
 
 
 def reseal_model(context: Context) -> None:
-    """Bring every held file to the form that the keyring gives. Cut short, both forms are read."""
+    """Encrypt or decrypt every held file, as the keyring says.
+
+    After an interruption, both forms can be read.
+    """
     for area, names in known_by_area(context).items():
         if context.stores.prefixes is not None and area == PREFIXES:
             context.stores.prefixes.erase(sorted(names))  # a cache
@@ -127,17 +132,17 @@ def reseal_model(context: Context) -> None:
 
 
 def _unplaced(ledger: Ledger) -> list[Export]:
-    """Return the exports of the old layout: from now on, any deleted record may be in them."""
+    """Return the exports of the old layout: any record deleted later may be in them."""
     clean = [each for each in ledger.exports() if not each.stale]
     return [replace(each, shard=ANY_SHARD, prefix=(), seq=ledger.seq() + 1) for each in clean]
 
 
 def reset(context: Context, meta: dict[str, str]) -> Trained:
-    """Another layout or base: place every record anew, train from the base, then move all at once.
+    """Move to another layout or base: assign every record again, train from the base, then commit.
 
-    `context` has the new assigner, recipe and embedder; the ledger still has the old places, and the old
-    heads serve until the commit. A run that is cut short leaves files that no commit knows; the same
-    command goes on from them.
+    `context` has the new assigner, recipe and embedder. The ledger still has the old rows, and the old
+    heads serve until the commit. An interrupted run leaves files that no commit lists; the same command
+    continues from them.
     """
     held = all_records(context)
     records = [each.record for each in held]
@@ -148,7 +153,7 @@ def reset(context: Context, meta: dict[str, str]) -> Trained:
     shards = range(context.settings.assigner.layout.num_shards)
     views = [ShardView(n, tuple(f for f in slices if f.shard == n), ()) for n in shards]
     plans = plans_of(context, views)
-    seq = context.stores.ledger.seq() + 1  # of the commit below: the rows are of it, too
+    seq = context.stores.ledger.seq() + 1  # of the commit below, which adds the rows, too
     trained = train_unrecorded(context, plans, slices, seq)
     views = [replace(v, held=tuple(e for e in trained if e.shard == v.shard)) for v in views]
     heads = [plan.head for plan in plans_of(context, views)]

@@ -1,18 +1,18 @@
-"""Check records before they are taken in, and report every problem at once, by their positions.
+"""Check records before they are added, and report every problem at once, by position.
 
-Nothing is changed, and no message holds an id, a subject or a text. A record whose risk fits no class
-has no place, and is not compared with what is held.
+Nothing is changed, and no message contains an id, a subject or a text. A record whose risk fits no class
+has no slice, and is not compared with held records.
 
 >>> def check(where):
-...     raise InvalidInput("bad", next_step="mend it", problems=[Problem(where, "is bad")])
+...     raise InvalidInput("bad", next_step="fix it", problems=[Problem(where, "is bad")])
 >>> try:
 ...     check_all(lambda: check("record 2"), lambda: check("record 1"), lambda: None)
 ... except InvalidInput as error:
 ...     print(error)
-2 records can't be taken, for several reasons; nothing was changed
+2 records can't be added, for several reasons; nothing was changed
   - record 1: is bad
   - record 2: is bad
-  next step: mend it
+  next step: fix it
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from sisa.planning.assign import Assigner
 from sisa.planning.bands import Bands, risk_problems, unnamed
 from sisa.planning.plan import LAYERWISE
 
-HeldOrDeleted = Mapping[str, RecordRow | Tombstone]  # of the ledger, by keyed id
+HeldOrDeleted = Mapping[str, RecordRow | Tombstone]  # from the ledger, by keyed id
 
 
 def check_all(*checks: Callable[[], object]) -> None:
-    """Make all checks. Raises the InvalidInput that one raises, or one with all problems of several."""
+    """Run all checks. Raise the InvalidInput of one, or one with the problems of several."""
     met: list[InvalidInput] = []
     for check in checks:
         try:
@@ -43,7 +43,7 @@ def check_all(*checks: Callable[[], object]) -> None:
     if met:
         problems = sorted((p for error in met for p in error.problems), key=_position)
         raise InvalidInput(
-            f"{len({each.where for each in problems})} records can't be taken, for several reasons; "
+            f"{len({each.where for each in problems})} records can't be added, for several reasons; "
             "nothing was changed",
             next_step="; ".join(dict.fromkeys(error.next_step for error in met)),
             problems=problems,
@@ -70,8 +70,10 @@ def check_added(
     *,
     allow_deleted: bool,
 ) -> None:
-    """Raise InvalidInput, with every problem, for records that can't be added, or that further `checks`
-    refuse."""
+    """Raise InvalidInput with every problem of records that can't be added.
+
+    Further `checks` may refuse records as well.
+    """
     bands = context.settings.assigner.layout.bands
     unplaced = unnamed(bands, records)
     fresh = [
@@ -90,8 +92,7 @@ def check_added(
 
 
 def check_trained(context: Context, records: Sequence[Record], found: HeldOrDeleted) -> None:
-    """Raises InvalidInput where records of a source are not the held ones of the same id, or where their
-    risks give them no place."""
+    """Raise InvalidInput for records that differ from the held ones, or whose risks fit no class."""
     bands = context.settings.assigner.layout.bands
     check_all(
         lambda: check_risks(bands, records),
@@ -100,21 +101,24 @@ def check_trained(context: Context, records: Sequence[Record], found: HeldOrDele
 
 
 def check_unique_ids(records: Sequence[Record]) -> None:
-    """Raises InvalidInput where two records have one id."""
+    """Raise InvalidInput if two records have the same id."""
     first: dict[str, int] = {}
     problems = [
-        Problem(f"record {n}", f"the id of record {first[record.id]} again")
+        Problem(f"record {n}", f"it has the id of record {first[record.id]}")
         for n, record in enumerate(records, start=1)
         if first.setdefault(record.id, n) != n
     ]
-    _raise_problems(problems, "bear the id of another", "give each record an id of its own")
+    _raise_problems(problems, "have the id of another", "give each record its own id")
 
 
 def check_generations(
     training: Mapping[str, Any], records: Sequence[Record], *, append: bool = False
 ) -> None:
-    """Raises ConfigConflict where slices would be appended to a chain that has a block of layers for
-    those of the first generation alone; `append`: whether they would, whatever the records say."""
+    """Raise ConfigConflict if slices would be appended to chains that are trained layer by layer.
+
+    Such a chain has blocks of layers for the first generation's slices alone. `append` says that slices
+    are appended, whatever the records say.
+    """
     problems = [
         Problem(f"record {n}", "it has a generation")
         for n, record in enumerate(records, start=1)
@@ -133,7 +137,7 @@ def check_generations(
 def check_unchanged(
     context: Context, records: Sequence[Record], found: HeldOrDeleted, unplaced: Collection[int] = ()
 ) -> None:
-    """Raises InvalidInput when a record differs from the held one of the same id."""
+    """Raise InvalidInput if a record differs from the held record of the same id."""
     problems = []
     for position, record in enumerate(records):
         if position in unplaced:
@@ -141,7 +145,9 @@ def check_unchanged(
         row = context.settings.assigner.row(record, 0)
         held = found.get(row.id_digest)
         if isinstance(held, RecordRow) and held.record_digest != row.record_digest:
-            problems.append(Problem(f"record {position + 1}", "its content is not the held one"))
+            problems.append(
+                Problem(f"record {position + 1}", "its content differs from the held record")
+            )
     _raise_problems(
         problems,
         "differ from the held ones of the same id",
@@ -150,7 +156,7 @@ def check_unchanged(
 
 
 def check_risks(bands: Bands | None, records: Sequence[Record]) -> None:
-    """Raises InvalidInput where a risk is of no class, or one subject carries several."""
+    """Raise InvalidInput if a risk fits no class, or if a subject has several risks."""
     _misplaced(list(risk_problems(bands, records)))
 
 
@@ -163,9 +169,9 @@ def _misplaced(problems: Sequence[Problem]) -> None:
 
 
 def _other_risks(context: Context, fresh: Sequence[tuple[int, Record]]) -> list[Problem]:
-    """Return the new records whose risk is not that of the held ones of their subject.
+    """Return the new records whose risk differs from that of their subject's held records.
 
-    Held records of a subject carry one risk, so one of them is read; the ledger does not know it.
+    Held records of a subject have one risk, so only one is read; the ledger does not list risks.
     """
     assigner = context.settings.assigner
     held: dict[str, RecordRow] = {}
@@ -177,7 +183,7 @@ def _other_risks(context: Context, fresh: Sequence[tuple[int, Record]]) -> list[
     read = [each.record for each in stored_in(context, slices_of(context, rows), rows)] if rows else []
     known = {record.subject_id: record.deletion_risk for record in read}
     return [
-        Problem(f"record {n + 1}", "its deletion risk is not that of its subject's held records")
+        Problem(f"record {n + 1}", "its deletion risk differs from its subject's held records")
         for n, record in fresh
         if known.get(record.subject_id, record.deletion_risk) != record.deletion_risk
     ]
@@ -198,8 +204,10 @@ def check_not_deleted(
     deleted: Sequence[Tombstone],
     done: str,
 ) -> None:
-    """Raises InvalidInput for records (with their positions) whose id or normalised text was deleted,
-    and says by which request."""
+    """Raise InvalidInput for records whose id or normalised text was deleted; name the request.
+
+    `records` are pairs of position and record.
+    """
     ids = {each.id_digest: each for each in deleted}
     texts = {each.text_digest: each for each in deleted}
     problems = []

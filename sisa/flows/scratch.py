@@ -1,14 +1,14 @@
 """Train a base from scratch, once, on a corpus without deletable records.
 
     corpus + recipe -> tokenizer, weights -> DIR (a base as any other) with
-        scratch.json   what it was made of: recipe, digests of corpus and runs, numerics fingerprint
+        scratch.json   its origin: recipe, digests of corpus and runs, numerics fingerprint
         corpus.runs    hashes of the corpus's runs of words, for the guard
 
-Everything personal then is in adapters, and a deletion leaves nothing behind in the base. The guard
+Then everything personal is in adapters, and a deletion leaves nothing behind in the base. The guard
 refuses records that share their wording with the corpus, before the base is trained and at every later
 `add` (`overlap.py`). A directory that holds the base of the same recipe is used as it is, wherever it
-was made, since its digest names a base; one that holds another base is left alone. A training that is
-cut short leaves nothing and starts from the beginning the next time.
+was made, since its digest identifies a base; a directory with another base is left alone. An interrupted
+training leaves nothing and starts from the beginning the next time.
 
     prepare_base(config, records, "ray", report)
 """
@@ -46,7 +46,7 @@ BASE_MODE = 0o644  # a base holds nothing deletable, and users may share it
 
 @dataclass(frozen=True)
 class BaseJob:
-    """A base to train: its recipe, the file of its texts (one JSON text a line) and where to put it."""
+    """Describe a base to train: its recipe, its texts (a file with one JSON text a line), its target."""
 
     recipe: Mapping[str, Any]
     texts: Path
@@ -59,9 +59,10 @@ TrainBase = Callable[[BaseJob, Mapping[str, Any], Report], None]  # with the run
 def prepare_base(
     config: RunConfig, records: Sequence[Record], executor: str | OpenExecutor, report: Report
 ) -> None:
-    """Let the base of a run file be there, after its guard has seen the records.
+    """Train the base of a run file if it is missing, after its guard has checked the records.
 
-    Raises InvalidInput (records or corpus), ConfigConflict (another base lies there), IntegrityError.
+    Raise InvalidInput (records or corpus), ConfigConflict (another base in the directory),
+    IntegrityError.
     """
     if isinstance(config.base_model, str):
         return
@@ -75,7 +76,7 @@ def prepare_base(
         return
     if directory.exists():
         raise ConfigConflict(
-            "the place for the base is taken by something else",
+            "the directory for the base holds something else",
             where=str(directory),
             expected=f"no such directory, or one with {RECIPE_FILE}",
             next_step="name another by `base_model.scratch.directory`",
@@ -87,14 +88,14 @@ def prepare_base(
 
 
 def guard(config: RunConfig, records: Sequence[Record]) -> None:
-    """Raises InvalidInput for records that share their text with the corpus of the base."""
+    """Raise InvalidInput for records that share their text with the corpus of the base."""
     if not isinstance(config.base_model, str):
         directory = Path(config.base)
         check_overlap(records, _held_runs(directory, _held(directory)))
 
 
 def recipe_of(scratch: Scratch, texts: Sequence[str]) -> dict[str, Any]:
-    """Return all that the bits of a base depend on, besides the numerics."""
+    """Return everything on which the bits of a base depend, except the numerics."""
     block = scratch.model_dump(mode="json", exclude=set(PATH_FIELDS))
     return {**block, "corpus": digest_of(list(texts))}
 
@@ -129,9 +130,9 @@ def _train(
 
 @contextlib.contextmanager
 def _alone(directory: Path) -> Iterator[Path]:
-    """Hold a lock and a directory for what is not finished, both removed in the end.
+    """Hold a lock and a directory for unfinished work; remove both at the end.
 
-    Raises Busy for a second process.
+    Raise Busy for a second process.
     """
     lock = directory.with_name(f".{directory.name}.lock")
     unfinished = directory.with_name(f".{directory.name}.unfinished")
@@ -139,7 +140,7 @@ def _alone(directory: Path) -> Iterator[Path]:
         directory.parent.mkdir(parents=True, exist_ok=True)
     with files.writer_lock(lock):
         try:
-            shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
+            shutil.rmtree(unfinished, ignore_errors=True)  # left by a process that was killed
             yield unfinished
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -147,8 +148,11 @@ def _alone(directory: Path) -> Iterator[Path]:
 
 
 def find_base_trainer(executor: str | OpenExecutor) -> TrainBase:
-    """Return what trains a base where an executor trains shards; for `serial` and for executors that
-    were given that is this process. Raises InvalidInput for an unknown name."""
+    """Return the function that trains a base where an executor trains shards.
+
+    For `serial` and for a given executor object, that is this process. Raise InvalidInput for an unknown
+    name.
+    """
     if isinstance(executor, OnCluster):
         train, there = find_base_trainer(executor.name), {"address": executor.address}
         return lambda job, cluster, report: train(job, {**cluster, **there}, report)
@@ -171,7 +175,7 @@ def train_here(job: BaseJob, _cluster: Mapping[str, Any], report: Report) -> Non
 
     if job.recipe["workers"] != 1:
         raise InvalidInput(
-            "one process can't be several workers",
+            "the serial executor trains a base with one worker",
             where="base_model.scratch.workers",
             expected="1 with `--executor serial`",
             got=str(job.recipe["workers"]),
@@ -200,7 +204,7 @@ def _held_runs(directory: Path, held: Mapping[str, Any]) -> WordRuns:
 
 def _damaged(path: Path) -> IntegrityError:
     return IntegrityError(
-        "what the base was made of can't be read",
+        "the description of the base can't be read",
         where=str(path),
         next_step="restore the base's directory from a backup",
     )
@@ -210,7 +214,7 @@ def _check_same_recipe(held: Mapping[str, Any], wanted: Mapping[str, Any], direc
     changed = sorted(name for name in {*held, *wanted} if held.get(name) != wanted.get(name))
     if changed:
         raise ConfigConflict(
-            "the base that lies there was made otherwise",
+            "the base in this directory was made from another corpus or with other settings",
             where=str(directory),
             expected="the same corpus and settings",
             got=f"other: {', '.join(changed)}",

@@ -1,12 +1,11 @@
-"""Train a chain of stages; an Executor that does so in this process.
+"""Train a chain of stages, and provide an Executor that does so in this process.
 
-`train_chain` is the only place where stages are trained, whoever calls it (this process, a Ray worker,
-a replay), so that all executors give the same bytes. A stage whose checkpoint is in the store is not
-trained again: a retried worker loses at most the stage that it was in. Workers read slice files where
-they are; no record text travels in a task, and no key or credential.
+`train_chain` is the only place where stages are trained, whoever calls it (this process, a Ray worker, a
+replay), so all executors give the same bytes. A stage whose checkpoint is in the store is not trained
+again: a retried worker loses at most its current stage. Workers read slice files where they are; no
+record text, key or credential travels in a task.
 
-An executor gets its stores and its base from a `Site`, so that it can be pointed at a scratch
-directory:
+An executor gets its stores and its base from a `Site`, so it can be pointed at a scratch directory:
 
     SerialExecutor(trainer, records, checkpoints).run(chains, report)
 """
@@ -41,21 +40,21 @@ PROGRESS_EVERY_S = 0.25
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """Where a chain is trained: plain paths and names, so that it can travel to another process."""
+    """Describe where a chain is trained: plain paths and names, which can travel to another process."""
 
     records_at: BlobStore
     checkpoints_at: BlobStore
     base_dir: Path
     base_digest: str
     threads: int
-    environment: tuple[tuple[str, str], ...] = ()  # what must be set before torch is imported
-    keyring: Keyring = PLAIN  # a directory's name and whether it seals: keys do not travel
-    area: str = "checkpoints"  # of the checkpoints' keys
+    environment: tuple[tuple[str, str], ...] = ()  # variables to set before torch is imported
+    keyring: Keyring = PLAIN  # its directory and whether it seals; keys do not travel
+    area: str = "checkpoints"  # area of the checkpoints' keys
     patches_at: BlobStore = field(default_factory=lambda: LocalBlobs(Path()))
     patches: tuple[tuple[str, str], ...] = ()  # to train over: (key, manifest's sha256), lowest first
     precision: Precision = DEFAULT_PRECISION
     prefixes_at: BlobStore = field(default_factory=lambda: LocalBlobs(Path()))
-    prefix_bytes: int = 0  # of hidden states that a shard may keep there
+    prefix_bytes: int = 0  # most bytes of hidden states that a shard keeps there
 
     def absolute(self) -> Site:
         """Return the same site for a process in another working directory."""
@@ -83,7 +82,7 @@ def train_chain(
 ) -> Iterator[SliceTrained]:
     """Train a chain's missing stages in order, and yield each when it is stored.
 
-    Raises IntegrityError when a slice file or the parent checkpoint is not the recorded one.
+    Raise IntegrityError if a slice file or the parent checkpoint differs from the recorded one.
     """
     files = {file.slice: file for file in chain.slices}
     held = checkpoints.held()
@@ -123,14 +122,16 @@ def _stage_records(
 
 
 class _Meter:
-    """Turns the trainer's ticks into events: the end of each pass, and progress at most each
-    PROGRESS_EVERY_S seconds."""
+    """Turn the trainer's ticks into events.
+
+    There is an event at the end of each pass, and progress at most every PROGRESS_EVERY_S seconds.
+    """
 
     def __init__(self, job: SliceJob, report: Report) -> None:
         self._job = job
         self._report = report
         self._last = 0.0
-        self._since: tuple[float, int] | None = None  # when the pass began, at which token
+        self._since: tuple[float, int] | None = None  # time and token at which the pass began
         self.tokens = 0
 
     def __call__(self, tick: Tick) -> None:
@@ -161,7 +162,7 @@ class _Meter:
 
 
 class SerialExecutor:
-    """Trains one chain after another in this process."""
+    """Train one chain after another in this process."""
 
     def __init__(self, trainer: Trainer, records: RecordStore, checkpoints: CheckpointStore) -> None:
         self._trainer = trainer

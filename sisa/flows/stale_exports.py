@@ -1,12 +1,12 @@
-"""Erase exports that hold what a deletion removed.
+"""Erase exports that contain what a deletion removed.
 
     deletion  its commit marks the exports that a removed record touched (`plan.marked`)
-    erasing   mark what is still as it was written -> erase the files -> drop the rows
+    erasing   mark the unchanged ones -> erase the files -> drop the rows
 
-Rows go after their files, so that no crash leaves an export that nobody knows. A directory that was
-moved or changed is left alone and its rows stay, marked: it is erased when it comes back, or given up
-on a person's word. An export of several shards together has a row for each, and they go together.
-Copies that somebody made of an export are not reached.
+Rows are dropped after their files are erased, so that no crash leaves an unknown export. A directory
+that was moved or changed is left alone, and its rows stay marked. It is erased when it returns, or given
+up if the user vouches for it. An export of several shards has a row for each, and they are dropped
+together. Copies that somebody made of an export are not reached.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ from sisa.flows.wiring.context import Context, commit
 
 
 def finish_written(context: Context) -> None:
-    """Take over the exports that a killed process wrote whole, and give up those that it did not, with
-    what it left of them. The caller holds the writer lock."""
+    """Adopt the exports that a killed process wrote completely, and abandon and erase the others.
+
+    The caller holds the writer lock.
+    """
     unfinished = [each for each in context.stores.ledger.exports() if each.state == "writing"]
     if not unfinished:
         return
@@ -36,8 +38,10 @@ def finish_written(context: Context) -> None:
 
 
 def erase_stale(context: Context) -> None:
-    """Erase the exports that a deletion marked and that are still what was written. One that can't be
-    read or erased keeps no other one: its error is raised when all were tried."""
+    """Erase the exports that a deletion marked and that are unchanged.
+
+    An export that can't be read or erased does not stop the others; its error is raised at the end.
+    """
     due: list[Export] = []
     with all_tried() as tried:
         for each in (each for each in context.stores.ledger.exports() if each.stale):
@@ -51,7 +55,7 @@ def erase_stale(context: Context) -> None:
 def _erase_marked(context: Context, due: Sequence[Export]) -> None:
     if not due:
         return
-    commit(context, Change(exports=due))  # from now on, what is gone was erased by us
+    commit(context, Change(exports=due))  # from here on, a missing export was erased by this program
     erased: list[Export] = []
     left: list[Export] = []
     with all_tried() as tried:
@@ -72,7 +76,7 @@ def _erase_marked(context: Context, due: Sequence[Export]) -> None:
 
 
 def export_standing(context: Context, export: Export) -> str:
-    """Return "held", "gone" or "changed"; "unreadable" where the disk does not show it."""
+    """Return "held", "gone", "changed", or "unreadable" if the disk does not say."""
     try:
         return context.stores.exports.state(export)
     except EnvironmentFault:
@@ -80,13 +84,15 @@ def export_standing(context: Context, export: Export) -> str:
 
 
 def missing(context: Context) -> list[Export]:
-    """Return the exports that a deletion marked and that are not found, or are not what was written."""
+    """Return the exports that a deletion marked and that are missing or changed."""
     return [each for each in context.stores.ledger.exports() if each.stale]
 
 
 def give_up_lost(context: Context) -> tuple[str, ...]:
-    """Drop the rows of stale exports that are not where they were written, on a person's word that no
-    copy is left; note it with the requests that marked them, and return the exports' paths."""
+    """Drop the rows of stale exports that are gone; the user vouches that no copy is left.
+
+    Record it with the requests that marked them, and return the exports' paths.
+    """
     lost = [each for each in missing(context) if export_standing(context, each) == "gone"]
     counts = Counter(each.request_id for each in lost)
     events = [

@@ -1,10 +1,10 @@
-"""What a patch does to the shards' own answers: they were trained over another stack of patches.
+"""Measure the effect of a patch on the shards' own answers: they were trained over other patches.
 
 Each of the chosen records (`held_answers.py`) is asked of its own shard's model and of the base alone,
-over the patches before and after, given the true tokens. Only numbers come out: no text, no id.
+over the patches before and after, given the true tokens. Only numbers are returned: no text, no id.
 
     answer probability   mean over the answer's tokens, before and after
-    agreement            share of the answer's tokens before which both find the same token likeliest
+    agreement            share of the answer's tokens with the same likeliest token before and after
     KL                   KL(before || after) of the next token, mean over the answer's tokens, in nats
 """
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AnswerChange:
-    """Means over records; each record is the mean over its answer's tokens."""
+    """Hold means over records; the value of a record is the mean over its answer's tokens."""
 
     num_records: int
     answer_probability_before: float
@@ -39,7 +39,10 @@ class AnswerChange:
 
 @dataclass(frozen=True)
 class Composition:
-    """None where nothing could be asked; `by_shard` holds the shards of which records were asked."""
+    """Hold the effect on the base and on the shards; None if no record was asked.
+
+    `by_shard` holds the shards of the records that were asked.
+    """
 
     num_records: int
     base: AnswerChange | None
@@ -47,8 +50,7 @@ class Composition:
     by_shard: Mapping[int, AnswerChange]
 
     def to_json(self) -> dict[str, Any]:
-        """Return numbers alone, none of fewer than MIN_RECORDS records, since a report outlives the
-        records."""
+        """Return numbers alone; none over fewer than MIN_RECORDS: a report outlives the records."""
         by_shard = {str(shard): _kept(each) for shard, each in self.by_shard.items()}
         means = {"base": _kept(self.base), "shards": _kept(self.shards)}
         return {"num_records": self.num_records, **means, "by_shard": by_shard}
@@ -65,7 +67,7 @@ def measure(
     after: Sequence[Patch],
     limit: int = MAX_RECORDS,
 ) -> Composition:
-    """Ask over both stacks, lowest patch first. Raises IntegrityError."""
+    """Compare the answers over both stacks, lowest patch first. Raise IntegrityError."""
     asked = asked_records(context, resources, limit)
     if not asked:
         return Composition(0, None, None, {})

@@ -1,14 +1,14 @@
-"""What a deletion does to patches, as a hook on it.
+"""Keep patches in step with deletions, as a hook.
 
-    commit    the texts that a request removes go to the vault, where somebody consented to that; a patch
-              whose retain set held a removed record is dropped, with those upon it, and is wanted again
+    commit    put the texts that a request removes into the vault, if somebody consented; drop a patch
+              whose retain set held a removed record, with the patches above it, and want it again
               without that record
-    unneeded  texts that no patch needs are erased
-    finish    the dropped patches are made again
+    unneeded  erase texts that no patch needs
+    finish    make the dropped patches again
 
-A deletion never fails because a patch can't be made again: that patch stays dropped, and a notice says
-so. Until it is made again, the base is served without it. Where shards were trained over a dropped
-patch, everything trained over it goes in a commit of its own, before the deletion's.
+A deletion never fails because a patch can't be made again: the patch stays dropped, and a notice says
+so. Until it is made again, the base is served without it. If shards were trained over a dropped patch,
+everything trained over it is dropped in a separate commit before the deletion's.
 
 `planning/patch_plan.py` decides which patches are touched, and how they are wanted again.
 """
@@ -36,9 +36,9 @@ class PatchesHook:
     name = "patches"
 
     def contribute(self, context: Context, removal: Removal) -> Contribution:
-        """Return the patches that change and the sets to keep; drop shards that were trained over one.
+        """Return the changed patches and the sets to keep; drop shards trained over a changed patch.
 
-        Writes new retain sets, and the removed texts of requests with consent, to the vault.
+        Write new retain sets, and the removed texts of requests with consent, to the vault.
         """
         ledger = context.stores.ledger
         request_id = removal.requests[0].request_id if removal.requests else ""
@@ -83,7 +83,7 @@ def _stale(context: Context, touched: Collection[str], request_id: str) -> list[
 
 
 def _changed(context: Context, found: Rederived, shards: Collection[int]) -> list[Patch]:
-    """Return the patches that a deletion changes: dropped, wanted again, or with less in the report."""
+    """Return the patches that a deletion changes: dropped, wanted again, or with a shorter report."""
     known = {each.key: each for each in context.stores.ledger.patches()}
     rederived = {each.key: each for each in (*found.changed, *found.fresh)}
     after = {key: without_shards(each, shards) for key, each in {**known, **rederived}.items()}
@@ -91,13 +91,13 @@ def _changed(context: Context, found: Rederived, shards: Collection[int]) -> lis
 
 
 def _make_again(context: Context, found: Rederived) -> None:
-    """Make the dropped patches again; a failure is reported, and leaves them wanted."""
+    """Make the dropped patches again; report a failure, which leaves them wanted."""
     if not found.changed:
         return
     lost = len(found.changed) - len(found.fresh)
     if lost:
         context.report(
-            Notice(f"{lost} patches are dropped for good: the texts that they forgot are gone")
+            Notice(f"{lost} patches are dropped for good: the texts that they forgot are erased")
         )
     if not found.fresh:
         vault_sets.erase_unneeded(context)
@@ -109,14 +109,16 @@ def _make_again(context: Context, found: Rederived) -> None:
         context.report(
             Notice(
                 f"the patches could not be made again ({type(error).__name__}): `sisa approx "
-                "unlearn` goes on with them; until then the base is served without them"
+                "unlearn` tries again; until then the base is served without them"
             )
         )
 
 
 def give_up(context: Context, damaged: Collection[str]) -> None:
-    """Give up patches and sets of texts (by key or name) whose files are damaged. A set counts as
-    erased, and a patch is wanted again where its texts are held."""
+    """Give up patches and sets of texts (by key or name) whose files are damaged.
+
+    A damaged set counts as erased; a patch is wanted again if its texts are held.
+    """
     ledger = context.stores.ledger
     sets = [each for each in ledger.vault() if each.name in damaged and each.held]
     lost = {each.name for each in sets}

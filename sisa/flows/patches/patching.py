@@ -1,17 +1,17 @@
-"""Patches: wanted, made, reverted; approximate, always.
+"""Want, make and revert patches; they are always approximate.
 
     want    put the texts into the vault -> commit the wish
-    make    what is wanted, lowest first -> commit each: from then on it is served beneath every shard
-            -> erase the texts that no patch needs: those of which nothing is known any more
+    make    make what is wanted, lowest first -> commit each; from then on it is served beneath every
+            shard -> erase the texts that no patch needs: those of which nothing is known any more
 
-A wish is in the ledger before anything is computed, so that the same command goes on with what was cut
-short. There is one wish at a time. `approx/patches/` makes patches; `planning/patch_plan.py` decides
-which there should be.
+The ledger holds a wish before anything is computed, so the same command continues an interrupted one.
+There is one wish at a time. `approx/patches/` makes patches; `planning/patch_plan.py` decides which
+patches there should be.
 
-All shards can be trained over the patches that the ledger's meta names: exact with respect to the
-patched base, since the job of every stage names it. Patches with records of the model in their retain
-sets can't be trained over, since one deletion would retrain every shard; if such a record comes later
-and is deleted, everything that was trained over the patch goes in one commit.
+All shards can be trained over the patches that the ledger's meta names. That is exact with respect to
+the patched base, since the job of every stage names it. Patches whose retain sets hold records of the
+model can't be trained over, since one deletion would retrain every shard. If such a record is added
+later and deleted, everything trained over the patch is dropped in one commit.
 """
 
 from __future__ import annotations
@@ -46,9 +46,12 @@ Measure = Callable[[Sequence[Patch], Sequence[Patch]], Mapping[str, Any]]  # act
 
 @dataclass(frozen=True)
 class Wish:
-    """What a user wants of a patch. `settings` are those of a `PatchJob`; a `retain` of None is a set
-    that the base writes; `consent` is to keep `forget` and `retain` until no patch needs them;
-    `reference` names a model that never saw what is forgotten, to be measured beside the patch."""
+    """Describe the patch that a user wants.
+
+    `settings` are those of a `PatchJob`. With `retain` None, the base writes the retain set. `consent`
+    allows keeping `forget` and `retain` until no patch needs them. `reference` names a model that never
+    saw the forgotten texts, measured for comparison.
+    """
 
     settings: Mapping[str, Any]
     forget: Sequence[Record] = field(default=(), repr=False)
@@ -59,11 +62,10 @@ class Wish:
 
 @dataclass(frozen=True)
 class Unlearnt:
-    """The result of making patches.
+    """Hold the result of making patches.
 
-    `patch` is the last one that was made, None when none was. With `unfinished`, the time is spent and
-    the same command resumes the run. The numbers are those of sets of texts erased and kept, and of
-    slices trained over the patch.
+    `patch` is the last one made, or None. With `unfinished`, time ran out and the same command continues
+    the run. The numbers count the sets of texts erased and kept, and the slices trained over the patch.
     """
 
     patch: Patch | None
@@ -75,11 +77,11 @@ class Unlearnt:
 
 
 def want(context: Context, wish: Wish, requests: Sequence[Request] = ()) -> Patch:
-    """Take a wish in, to forget its own texts and those of requests: everything is checked, the texts
-    are in the vault, and the ledger knows it.
+    """Record a wish to forget its own texts and those of requests.
 
-    A wish for a patch that is active, or wanted already, is that patch. Raises InvalidInput (sets,
-    settings, consent), ConfigConflict (no text of a request, another wish).
+    Everything is checked, the texts go into the vault, and the ledger holds the wish. A wish for a patch
+    that is already active or wanted returns that patch. Raise InvalidInput (sets, settings, consent) or
+    ConfigConflict (a request without text, another wish).
     """
     from_requests = [vault_sets.set_of_request(context, each) for each in requests]
     if wish.forget or wish.retain is not None:
@@ -108,7 +110,7 @@ def want(context: Context, wish: Wish, requests: Sequence[Request] = ()) -> Patc
 
 
 def _new(context: Context, put: Put) -> list[VaultSet]:
-    """Return sets as they were first put, where the same texts are held already."""
+    """Return the written sets; a set whose texts are already held is returned as first written."""
     known = {each.name: each for each in context.stores.ledger.vault() if each.held}
     return [known.get(each.name, each) for each in put.sets]
 
@@ -137,7 +139,7 @@ def _check_no_other_wish(waiting: Sequence[Patch]) -> None:
         raise ConfigConflict(
             "another patch is wanted and not made yet; nothing was changed",
             where=f"patch {waiting[0].version}",
-            next_step="go on with it by `sisa approx unlearn`, or give it up by `sisa approx revert`",
+            next_step="continue it by `sisa approx unlearn`, or give it up by `sisa approx revert`",
         )
 
 
@@ -147,9 +149,9 @@ def make_wanted(
     measure: Measure | None = None,
     reference: str = "",
 ) -> Unlearnt:
-    """Make what is wanted, lowest first; one that nothing good came of is dropped with its report.
+    """Make the wanted patches, lowest first; drop one that is not made, with its report.
 
-    Raises what reading the vault, the base and the machine raise; the wish stays.
+    Raise the errors of reading the vault, of the base and of the machine; the wish stays.
     """
     ledger = context.stores.ledger
     last: Patch | None = None
@@ -191,8 +193,7 @@ def _active(patch: Patch, saved: SavedCheckpoint, now: str, report: Mapping[str,
 
 
 def _settled(context: Context) -> tuple[int, int]:
-    """Erase texts that no patch needs and files of patches that the ledger does not know; return the
-    numbers of sets erased and kept."""
+    """Erase texts that no patch needs and unlisted files of patches; return the sets erased and kept."""
     counts = vault_sets.erase_unneeded(context)
     _erase_unknown(context)
     purge(context)
@@ -201,7 +202,7 @@ def _settled(context: Context) -> tuple[int, int]:
 
 
 def _erase_unknown(context: Context) -> None:
-    """Erase texts, unfinished runs and patches that the ledger does not know."""
+    """Erase texts, unfinished runs and patches that the ledger does not list."""
     known, held = known_by_area(context), areas(context)
     context.stores.keyring.destroy(
         "patches", sorted(context.stores.keyring.held("patches") - known["patches"])
@@ -216,19 +217,19 @@ def _order(context: Context, patch: Patch, max_seconds: float | None, reference:
     job = patch.job
     if absent := [key for key in job.beneath if key not in stack]:
         raise ConfigConflict(
-            "a patch that this one was to lie upon is gone",
+            "a patch beneath this one is gone",
             where=f"patch {patch.version}",
             got=f"{len(absent)} of {len(job.beneath)} are missing",
-            next_step="give it up by `sisa approx revert`, and ask for it again",
+            next_step="give it up by `sisa approx revert`, then want it again",
         )
     beneath = tuple(stack[key] for key in job.beneath)
     return PatchOrder(job, tuple(sets[name] for name in job.sets), beneath, max_seconds, reference)
 
 
 def revert_patches(context: Context, *, everything: bool = False) -> list[Patch]:
-    """Take back what is wanted and, if nothing is, the newest active patch; or all of them.
+    """Withdraw the wanted patch or, if none is wanted, the newest active one; or all of them.
 
-    Raises InvalidInput when there is none.
+    Raise InvalidInput if there is none.
     """
     patches = context.stores.ledger.patches()
     waiting, stack = wanted(patches), active(patches)
@@ -242,8 +243,10 @@ def revert_patches(context: Context, *, everything: bool = False) -> list[Patch]
 
 
 def release_sets(context: Context, sets: Sequence[VaultSet]) -> list[VaultSet]:
-    """Erase texts on withdrawn consent; a wish that needs them is given up, and those that were to lie
-    upon it go on without it."""
+    """Erase texts when consent is withdrawn, and give up a wish that needs them.
+
+    Wishes above that one continue without it.
+    """
     names = {each.name for each in sets}
     patches, held = context.stores.ledger.patches(), vault_sets.held_sets(context) - names
     needing = [each.key for each in wanted(patches) if not names.isdisjoint(each.job.sets)]
@@ -255,9 +258,9 @@ def release_sets(context: Context, sets: Sequence[VaultSet]) -> list[VaultSet]:
 
 
 def shards_over(context: Context, stack: Sequence[Patch]) -> None:
-    """Commit new targets: every shard over some patches. Heads serve what they did until it is trained.
+    """Commit new targets: every shard over these patches. Heads serve as before until it is trained.
 
-    Raises ConfigConflict when records of the model are in the retain set of a patch.
+    Raise ConfigConflict if records of the model are in the retain set of a patch.
     """
     risky = {each.job.retain for each in stack} & vault_sets.deletable(context)
     if risky:
@@ -277,7 +280,7 @@ def shards_over(context: Context, stack: Sequence[Patch]) -> None:
 
 
 def shards_off(context: Context) -> None:
-    """Drop everything that was trained over patches at once; the shards start from the plain base."""
+    """Drop everything trained over patches at once; the shards start from the plain base."""
     bare = [replace(view_shard(context, head.shard), held=()) for head in context.stores.ledger.heads()]
     heads = [
         plan_shard(view, context.settings.recipe, context.compute.fingerprint).head for view in bare

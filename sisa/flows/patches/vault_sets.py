@@ -1,10 +1,9 @@
-"""Texts in the vault: put there by consent, filtered by deletions, erased when no patch needs them.
+"""Keep texts in the vault: put there by consent, filtered by deletions, erased when no patch needs them.
 
-A set's file is written before the commit that makes it known; a file that no commit knows is erased,
-its key first. Rows name records by keyed ids: the set's own, and those of held records with the same
-text, so that `where` and a deletion find them whatever id the text came under. A set that can't be read
-any more counts as erased: it never stops a deletion. `planning/patch_plan.py` says which sets are
-needed.
+A set's file is written before the commit that lists it; a file that no commit lists is erased, its key
+first. Rows name records by keyed id: those of the set, and held records with the same text, so that
+`where` and a deletion find them whatever the id of the given text. A set that can't be read any more
+counts as erased: it never stops a deletion. `planning/patch_plan.py` decides which sets are needed.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from sisa.planning.patch_plan import unneeded_sets
 
 @dataclass(frozen=True)
 class Put:
-    """Sets that were written and are not in the ledger yet."""
+    """Hold sets that are written but not in the ledger yet."""
 
     sets: tuple[VaultSet, ...] = ()
     pairs: tuple[tuple[str, str], ...] = ()  # (set, keyed id)
@@ -32,19 +31,19 @@ class Put:
         return Put((*self.sets, *other.sets), (*self.pairs, *other.pairs))
 
     def only(self, names: Collection[str]) -> Put:
-        """Return some sets alone; the files of the others are erased by the next reconciliation."""
+        """Return the named sets alone; the next reconciliation erases the files of the others."""
         sets = tuple(each for each in self.sets if each.name in names)
         return Put(sets, tuple(each for each in self.pairs if each[0] in names))
 
     def by_request(self) -> dict[str, str]:
-        """Return the names of the sets that hold what requests removed, by request."""
+        """Return the names of the sets that hold removed texts, by request."""
         return {each.request_id: each.name for each in self.sets if each.role == "forget"}
 
 
 def put(
     context: Context, role: SetRole, records: Sequence[Record], consent: str, request_id: str = ""
 ) -> Put:
-    """Write a set. Raises EnvironmentFault."""
+    """Write a set. Raise EnvironmentFault."""
     name = context.settings.assigner.set_name(role, records)
     sha256, num_bytes = context.stores.vault.put(name, records)
     found = VaultSet(
@@ -86,9 +85,11 @@ def deletable(context: Context) -> frozenset[str]:
 
 
 def without_removed(context: Context, removed: Mapping[str, RecordRow]) -> tuple[dict[str, str], Put]:
-    """Write retain sets anew without removed records (by keyed id); return, by its name, the set that
-    takes the place of each, and what was written. A set that can't be read takes its own place, and is
-    held no longer."""
+    """Write retain sets again without removed records (by keyed id).
+
+    Return the name of the set that replaces each of them, and what was written. A set that can't be read
+    replaces itself and is no longer held.
+    """
     names = {name for found in context.stores.ledger.sets_with(removed).values() for name in found}
     instead: dict[str, str] = {}
     written = Put()
@@ -122,7 +123,7 @@ def exported(context: Context) -> frozenset[str]:
 
 
 def erase_unneeded(context: Context) -> tuple[int, int]:
-    """Erase the texts that no patch needs: numbers of sets erased and kept."""
+    """Erase the texts that no patch needs; return the number of sets erased and kept."""
     ledger = context.stores.ledger
     sets = ledger.vault()
     elsewhere = {*trained_over(ledger), *exported(context)}
@@ -139,11 +140,11 @@ def erase_unneeded(context: Context) -> tuple[int, int]:
 
 
 def set_of_request(context: Context, request: Request) -> VaultSet:
-    """Return the set of a request's texts. Raises ConfigConflict when there is none."""
+    """Return the set of a request's texts. Raise ConfigConflict if there is none."""
     for found in context.stores.ledger.vault():
         if found.name == request.vaulted and found.held:
             return found
-    said = "by consent, but it was erased since" if request.consent else "without consent to keep it"
+    said = "with consent, but was erased since" if request.consent else "without consent to keep it"
     raise ConfigConflict(
         "the text of this request is not in the vault",
         where=request.request_id,
@@ -153,7 +154,7 @@ def set_of_request(context: Context, request: Request) -> VaultSet:
 
 
 def check_consent(consent: str) -> None:
-    """Raises InvalidInput where texts are given without a word on who allowed to keep them."""
+    """Raise InvalidInput if texts are given without a recorded consent to keep them."""
     if not consent.strip():
         raise InvalidInput(
             "texts are kept, encrypted, until a patch is made from them: that needs a recorded consent",
@@ -163,9 +164,9 @@ def check_consent(consent: str) -> None:
 
 
 def chosen(context: Context, names: Sequence[str], request_ids: Sequence[str]) -> list[VaultSet]:
-    """Return held sets by (a beginning of) their names and by requests.
+    """Return held sets by names (or the first 8 letters or more) and by requests.
 
-    Raises UnknownRecord that lists all unknown ones.
+    Raise UnknownRecord with all unknown ones.
     """
     sets = [each for each in context.stores.ledger.vault() if each.held]
     found: dict[str, VaultSet] = {}
@@ -190,7 +191,7 @@ def chosen(context: Context, names: Sequence[str], request_ids: Sequence[str]) -
     if problems:
         raise UnknownRecord(
             "some of these are not in the vault; nothing was changed",
-            next_step="`sisa approx patches` lists what is",
+            next_step="`sisa approx patches` lists the sets that are",
             problems=problems,
         )
     return list(found.values())

@@ -144,7 +144,7 @@ def test_what_a_writer_has_not_committed_yet_is_not_judged(
     half_written: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sisa.model.WAITS_S", (0.0, 0.01))
-    with pytest.raises(Busy, match="can't be judged now"):
+    with pytest.raises(Busy, match="can't be checked now"):
         half_written.verify()
 
 

@@ -100,7 +100,7 @@ def test_its_place_can_be_named_and_shared(tmp_path: Path, trained: Trained) -> 
 @pytest.mark.parametrize("change", [{"layers": 7}, {"corpus": ["Something else is told here today."]}])
 def test_another_recipe_is_a_conflict(tmp_path: Path, trained: Trained, change: dict[str, Any]) -> None:
     prepare(configured(tmp_path))
-    with pytest.raises(ConfigConflict, match="made otherwise"):
+    with pytest.raises(ConfigConflict, match="another corpus or with other settings"):
         prepare(configured(tmp_path, **change))
     assert len(trained.jobs) == 1
 
@@ -108,7 +108,7 @@ def test_another_recipe_is_a_conflict(tmp_path: Path, trained: Trained, change: 
 def test_a_place_that_is_taken_is_left_alone(tmp_path: Path, trained: Trained) -> None:
     (tmp_path / "model-base").mkdir()
     (tmp_path / "model-base" / "mine").touch()
-    with pytest.raises(ConfigConflict, match="taken"):
+    with pytest.raises(ConfigConflict, match="holds something else"):
         prepare(configured(tmp_path))
     assert [each.name for each in (tmp_path / "model-base").iterdir()] == ["mine"]
     assert not trained.jobs
@@ -176,5 +176,5 @@ def test_who_trains_it() -> None:
     with pytest.raises(InvalidInput, match="no executor of this name trains a base"):
         scratch.find_base_trainer("none")
     job = scratch.BaseJob({"workers": 2}, Path("texts"), Path("target"))
-    with pytest.raises(SisaError, match="several workers"):
+    with pytest.raises(SisaError, match="with one worker"):
         scratch.train_here(job, {}, print)

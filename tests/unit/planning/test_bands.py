@@ -193,7 +193,7 @@ def test_all_that_speaks_against_an_addition_is_told_at_once() -> None:
         replace(record(1, None), parts=record(6, None).parts),  # another text under a held id
         replace(record(2, None), id="new"),  # a deleted text under a new id
     ]
-    with pytest.raises(InvalidInput, match="5 records can't be taken") as caught:
+    with pytest.raises(InvalidInput, match="5 records can't be added") as caught:
         add(fake.context, asked)
     assert [each.where for each in caught.value.problems] == [f"record {n}" for n in (2, 3, 4, 5, 6)]
     for told in ("sisa forget", "sisa.bands.classes", "--allow-deleted"):
@@ -219,14 +219,14 @@ def test_what_does_not_fit_and_what_comes_twice_is_told_with_the_rest() -> None:
 
     before = fake.ledger.heads()
     asked = [record(7, None), record(3, "vip"), record(4, 0.2, "ada"), record(3, "vip")]
-    with pytest.raises(InvalidInput, match="4 records can't be taken") as caught:
+    with pytest.raises(InvalidInput, match="4 records can't be added") as caught:
         add(changed(fake.context, count_tokens=long), asked, checks=[guard])
     assert [(each.where, each.what) for each in caught.value.problems] == [
         ("record 1", "long"),
         ("record 1", "shared"),
         ("record 2", "its 'deletion_risk' is not a class of sisa.bands.classes"),
-        ("record 3", "its deletion risk is not that of its subject's held records"),
-        ("record 4", "the id of record 2 again"),
+        ("record 3", "its deletion risk differs from its subject's held records"),
+        ("record 4", "it has the id of record 2"),
         ("record 4", "its 'deletion_risk' is not a class of sisa.bands.classes"),
     ]
     with pytest.raises(InvalidInput, match="can't be trained on"):
@@ -238,7 +238,7 @@ def test_a_changed_record_and_a_risk_without_a_class_are_told_of_a_source_togeth
     fake = fake_model(2, fake_recipe(4), bands=BANDS)
     train(fake.context, [record(0, 0.3), record(1, None)])
     changed = replace(record(1, None), parts=record(6, None).parts)
-    with pytest.raises(InvalidInput, match="2 records can't be taken") as caught:
+    with pytest.raises(InvalidInput, match="2 records can't be added") as caught:
         train(fake.context, [record(0, "vip"), changed])
     assert [each.where for each in caught.value.problems] == ["record 1", "record 2"]
 
