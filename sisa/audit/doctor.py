@@ -1,21 +1,21 @@
-"""Diagnosis of a model directory: what is wrong, how grave it is, and which repair mends it.
+"""Diagnose a model directory: what is wrong, how severe it is, and which repair fixes it.
 
-    surroundings   a writer at work, a full or read-only disk, a clock that ran backwards
-    witness        damaged; or ahead of the ledger, since a backup was restored (repair: delete again)
-    ledger, key    missing, damaged, of another version, not fitting together: can't be derived again
-    keyring        of an encrypted model: missing, or not only for its owner
+    surroundings   a running writer, a full or read-only disk, a clock that ran backwards
+    witness        damaged; or ahead of the ledger after a restored backup (repair: delete again)
+    ledger, key    missing, damaged, of another version, not matching: can't be derived again
+    keyring        of an encrypted model: missing, or open to others than its owner
     slice files    missing or not as recorded: can't be derived again, since only they hold the text
     index files    derived from the slice files                  (repair: reindex)
     checkpoints    derived by training                           (repair: retrain)
     heads          derived from the held checkpoints             (repair: heads)
     unknown files  and keys without a file                       (repair: sweep)
-    storage        out of reach, or with old versions of what was erased (repair: purge)
+    storage        out of reach, or with old versions of erased objects (repair: purge)
     file modes     (repair: mode); a full log (repair: scrub)
     forms          plain files in an encrypted model, or the reverse (repair: reseal)
 
 Nothing is changed and torch is not imported. A healthy model has no findings. Findings name files,
-shards and digests, never a record. An `error` makes some command fail; a `warning` does not. Whether the
-trained bytes are the right ones is proven by `verify --replay`.
+shards and digests, never a record. An `error` makes some command fail; a `warning` does not. `verify
+--replay` proves whether the trained bytes are the right ones.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ CLOCK_TOLERANCE_S = 1.0
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """The findings of a model directory; `ok` if none is an error, `healthy` if there are none."""
+    """Hold the findings of a model directory; `ok` if none is an error, `healthy` if there are none."""
 
     directory: str
     ok: bool
@@ -65,7 +65,7 @@ class Diagnosis:
 
     @property
     def unopenable(self) -> bool:
-        """Return whether the ledger or the key keeps the model from being opened, and so mended."""
+        """Return whether the ledger or the key prevents opening, and so repairing, the model."""
         return any(
             each.severity == "error" and each.kind.partition("_")[0] in ("key", "ledger")
             for each in self.findings
@@ -79,7 +79,7 @@ def diagnosis(directory: Path, findings: list[Finding]) -> Diagnosis:
 
 
 def diagnose(directory: Path, now: datetime | None = None) -> Diagnosis:
-    """Examine the model in a directory. Raises InvalidInput if the directory holds none."""
+    """Examine the model in a directory. Raise InvalidInput if the directory holds none."""
     areas = [each for each in (LEDGER, KEY, *AREAS) if (directory / each).exists()]
     if not areas:
         raise InvalidInput(
@@ -90,7 +90,7 @@ def diagnose(directory: Path, now: datetime | None = None) -> Diagnosis:
         )
     with undisturbed(directory) as free:
         if not free:
-            what = "another process is writing to this model: its files can't be judged now"
+            what = "another process is writing to this model, so its files can't be checked now"
             step = "wait until it has finished, then run the same command again"
             return diagnosis(directory, [Finding("writer", "warning", str(directory), what, "", step)])
         found = [*surroundings(directory), *_ledger(directory)]
@@ -202,7 +202,7 @@ def clock(directory: Path, now: datetime) -> Iterator[Finding]:
 
 
 def _opened(directory: Path) -> list[Finding]:
-    """Return findings about the key, and all that need the ledger open."""
+    """Return findings about the key, and those that need an open ledger."""
     try:
         with closing(SqlLedger(directory / LEDGER)) as ledger:
             meta = ledger.meta()
@@ -239,7 +239,7 @@ def _opened(directory: Path) -> list[Finding]:
 
 
 def _witness(context: Context) -> list[Finding]:
-    """Find deletions that the witness records and the ledger lacks, or records otherwise.
+    """Find deletions that the witness records and that the ledger lacks or records differently.
 
     A ledger lacks them after it was restored from a backup.
     """
@@ -249,7 +249,7 @@ def _witness(context: Context) -> list[Finding]:
         if not is_behind(context):
             known = {each.id_digest: each for each in context.stores.ledger.tombstones()}
             wrong = [key for key, each in witnessed.items() if known.get(key, each) != each]
-            what = f"{len(wrong)} deletions are recorded otherwise than in the witness"
+            what = f"{len(wrong)} deletions are recorded differently than in the witness"
             return [finding("ledger_damaged", "error", LEDGER, what)] if wrong else []
     except SisaError as error:
         return [Finding("witness", "error", where, error.what, "", error.next_step)]

@@ -1,8 +1,7 @@
-"""The findings of an opened model: every file that the ledger names, every head, every unknown file.
+"""Examine an opened model: every file that the ledger lists, every head, every unknown file.
 
-Nothing is changed. `Finding.repair` names in one word what mends it; an empty one means that it can't be
-derived again. A checkpoint counts as damaged by its digests alone. The disk, the ledger file and the key
-are examined in `doctor.py`.
+Nothing is changed. `Finding.repair` names the repair; it is empty if nothing can be derived again. A
+checkpoint is judged by its digests alone. `doctor.py` examines the disk, the ledger file and the key.
 
 >>> Finding("disk", "warning", "model", "little room").lost, Finding("slice", "error", "f", "gone").lost
 (False, True)
@@ -68,7 +67,7 @@ REPAIR_STEPS: dict[RepairKind, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One defect: its kind, its severity, where it is, what it is, and which repair mends it."""
+    """Describe one defect: its kind, its severity, where it is, what it is, and its repair."""
 
     kind: str
     severity: Severity
@@ -77,7 +76,7 @@ class Finding:
     repair: RepairKind = ""
     next_step: str = ""
     shard: int | None = None
-    key: str = ""  # of a damaged checkpoint, patch or set of texts
+    key: str = ""  # key of a damaged checkpoint, patch or set of texts
 
     @property
     def lost(self) -> bool:
@@ -138,7 +137,7 @@ def _kept(context: Context) -> Iterator[Finding]:
 
 
 def _damage(check: Callable[[], object]) -> str:
-    """Return what is wrong; empty if nothing is. Raises the error of a store that can't be reached."""
+    """Return what is wrong; empty if nothing is. Raise the error of a store that can't be reached."""
     try:
         check()
     except SisaError as error:

@@ -1,9 +1,9 @@
-"""Reading files that may lie anywhere and may come from anyone: plaintext, record ids and vectors.
+"""Read files that may lie anywhere and may come from anyone: plaintext, record ids and vectors.
 
-Files are read with the model's own keys. The position of a sealed file names its key: the file's own
-name, or the name of the directory that holds it, so a copy in another folder opens like the original.
-Nothing is written. Bytes that can't be decoded raise `Unreadable`; sealed bytes that no held key opens
-raise `Shredded`. Whether a file may be parsed at all is up to the caller (`residue.py`).
+Files are read with the model's own keys. The path of a sealed file names its key: the file's own name,
+or the name of its directory, so a copy in another folder opens like the original. Nothing is written.
+Bytes that can't be decoded raise `Unreadable`; sealed bytes that no held key opens raise `Shredded`. The
+caller decides whether a file may be parsed at all (`residue.py`).
 
 >>> import tempfile
 >>> with tempfile.TemporaryDirectory() as folder:
@@ -45,18 +45,18 @@ BATCH_ROWS = 16_384  # looking up an unknown id reads every row, so it is done o
 
 
 class Unreadable(Exception):
-    """Bytes that can't be decoded."""
+    """Raised for bytes that can't be decoded."""
 
 
 class Shredded(Exception):
-    """A sealed file that no held key opens.
+    """Raised for a sealed file that no held key opens.
 
     Either its key was destroyed, or it never belonged to this model; the bytes do not show which.
     """
 
 
 class SealedFiles:
-    """A reader of plain and sealed files; the keyring is listed once."""
+    """Read plain and sealed files; the keyring is listed once."""
 
     def __init__(self, keyring: Keyring) -> None:
         self._keyring = keyring
@@ -65,7 +65,7 @@ class SealedFiles:
     def plaintext(self, path: Path) -> bytes | None:
         """Return the plaintext of a sealed file; None for a plain file.
 
-        Raises Shredded if no held key opens it, and OSError as `open` does.
+        Raise Shredded if no held key opens it, and OSError as `open` does.
 
         >>> from sisa.store.blobs.keyring import PLAIN
         >>> SealedFiles(PLAIN).plaintext(Path(__file__)) is None
@@ -85,12 +85,12 @@ class SealedFiles:
         raise Shredded
 
     def read(self, path: Path) -> bytes:
-        """Return a file's plaintext, sealed or not. Raises as `plaintext` does."""
+        """Return a file's plaintext, sealed or not. Raise the errors of `plaintext`."""
         found = self.plaintext(path)
         return path.read_bytes() if found is None else found
 
     def sha256(self, path: Path) -> str:
-        """Return the SHA-256 of a file's plaintext. Raises as `plaintext` does."""
+        """Return the SHA-256 of a file's plaintext. Raise the errors of `plaintext`."""
         found = self.plaintext(path)
         return file_sha256(path) if found is None else sha256_hex(found)
 
@@ -98,7 +98,7 @@ class SealedFiles:
 def parquet_ids(source: Path | io.BytesIO) -> Iterator[str | None]:
     """Yield the id of each row of a Parquet file.
 
-    Raises Unreadable if it can't be decoded or has no column `id`.
+    Raise Unreadable if it can't be decoded or has no column `id`.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -114,14 +114,14 @@ def parquet_ids(source: Path | io.BytesIO) -> Iterator[str | None]:
 
 
 def json_ids(path: Path) -> Iterator[str | None]:
-    """Yield the id of each line of a JSON Lines file; None for a line that is no object with an id."""
+    """Yield the id of each line of a JSON Lines file; None for a line without an object with an id."""
     with path.open("rb") as file:
         for line in file:
             try:
                 value: Any = json.loads(line)
                 found = value.get("id") if isinstance(value, dict) else None
                 yield found if isinstance(found, str) and found.encode() else None
-            except (ValueError, RecursionError):  # no JSON, or an id that is no text
+            except (ValueError, RecursionError):  # not JSON, or an id that is not text
                 yield None
 
 

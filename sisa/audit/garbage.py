@@ -1,13 +1,13 @@
-"""Garbage: what lies in a model's directory or storage and is retired or unknown to the ledger.
+"""List and remove garbage: retired or unknown files in a model's directory or storage.
 
     sisa gc -m DIR --dry-run     lists it
-    sisa gc -m DIR               removes what is ours and no longer needed
+    sisa gc -m DIR               removes what belongs to the model and is no longer needed
 
-The ledger, the key, the lock and everything that the ledger knows stay. A retired checkpoint leaves the
+The ledger, the key, the lock and everything that the ledger lists stay. A retired checkpoint leaves the
 ledger in a commit before its bytes are removed. A checkpoint that an interrupted run stored for a
-current target is listed and kept; the next command takes it over. A stray file in the directory is
-listed and kept, since it may be the user's own. Links are removed as links, and their targets are left
-alone. A file's key is destroyed before the file, and keys without a file are destroyed, too.
+current target is listed and kept; the next command adopts it. A stray file in the directory is listed
+and kept, since it may be the user's own. Links are removed as links, and their targets are left alone. A
+file's key is destroyed before the file; keys without a file are destroyed as well.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ ORPHAN = "a key without a file: anyone with a copy of the file can open it"
 
 @dataclass(frozen=True, slots=True)
 class Garbage:
-    """A file or directory to clean up, its size, and whether `sisa gc` removes it.
+    """Describe a file or directory to clean up, its size, and whether `sisa gc` removes it.
 
     `path` is relative to the model directory; for a key, a path in the keyring; for storage elsewhere,
     absolute or a URI.
@@ -84,19 +84,19 @@ class Garbage:
 
 @dataclass(frozen=True, slots=True)
 class Collected:
-    """The outcome of `sisa gc`: what it found, and how many entries and bytes it removed."""
+    """Hold the outcome of `sisa gc`: what it found, and how many entries and bytes it removed."""
 
     dry_run: bool
     items: tuple[Garbage, ...]
     removed: int
     removed_bytes: int
-    given_up: tuple[str, ...] = ()  # stale exports that were no longer where they were written
+    given_up: tuple[str, ...] = ()  # stale exports that were no longer at their path
     kept: tuple[KeptVersions, ...] = ()  # old versions that a bucket keeps
 
 
 @dataclass(frozen=True, slots=True)
 class _Item:
-    """Garbage and how to erase it; its key is destroyed first."""
+    """Pair garbage with the function that erases it; its key is destroyed first."""
 
     garbage: Garbage
     erase: Callable[[], None] = lambda: None
@@ -105,7 +105,7 @@ class _Item:
 def list_garbage(context: Context, directory: Path) -> tuple[Garbage, ...]:
     """Return what is retired or unknown to the ledger, in the directory and in the model's storage.
 
-    What lies in the model directory comes first, in order of path.
+    Entries of the model directory come first, in order of path.
     """
     return tuple(each.garbage for each in _listed(context, directory))
 
@@ -261,7 +261,7 @@ def remove_garbage(context: Context, directory: Path) -> tuple[Garbage, ...]:
 def collect_garbage(model: Model, *, dry_run: bool, lost_exports: bool = False) -> Collected:
     """List garbage, and remove it unless `dry_run`; `lost_exports` gives up stale exports that are gone.
 
-    Raises Busy if something is to be removed while another process writes.
+    Raise Busy if something should be removed while another process writes.
     """
     if dry_run:
         with model._context() as context:
@@ -278,7 +278,7 @@ def collect_garbage(model: Model, *, dry_run: bool, lost_exports: bool = False) 
 
 @contextlib.contextmanager
 def undisturbed(directory: Path) -> Iterator[bool]:
-    """Keep writers out while the context lasts; yield False if one is at work.
+    """Keep writers out until the block ends; yield False if one is running.
 
     Unlike `writer_lock`, this creates no file, so that a read-only directory can be examined.
     """

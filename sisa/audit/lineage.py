@@ -1,11 +1,11 @@
-"""What a checkpoint or patch at rest is, and whether a checkpoint was made of held records alone.
+"""Parse checkpoints and patches at rest, and prove that a checkpoint was made of held records alone.
 
 A checkpoint's key hashes its whole chain of jobs, and each job hashes the roots of its slices. To prove
 a checkpoint clean, the chain is rebuilt from the rows that are held now and were held when it was
-trained: the last key comes out the same only if no record of the chain is gone. The proof does not rely
-on the ledger's tombstones. It takes hyper-parameters from the job itself, so a head that still serves
-under an earlier run file can be proven, too. A manifest that can't be parsed proves nothing. Whether the
-weights are what the job trains is proven by `verify --replay`.
+trained: the last key is the same only if no record of the chain is gone. The proof does not rely on the
+ledger's tombstones. It takes hyper-parameters from the job itself, so it also covers a head that still
+serves under an earlier run file. A manifest that can't be parsed proves nothing. `verify --replay`
+proves whether the weights are those that the job trains.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from sisa.planning.assign import slice_root
 from sisa.store.checkpoints import CHECKPOINTS_AREA, MANIFEST
 
 Are = Callable[[Mapping[str, str]], bool]
-Fault = tuple[str, str]  # its kind and its description; both empty where there is none
+Fault = tuple[str, str]  # its kind and its description; both are empty if there is none
 NONE: Fault = ("", "")
 _T = TypeVar("_T")
 
@@ -61,7 +61,7 @@ def _parsed(data: bytes, parse: Callable[[Any], _T]) -> tuple[_T, dict[str, str]
 
 
 def parse_job(parsed: Any) -> SliceJob:
-    """Return the job in its decoded JSON. Raises TypeError, ValueError or KeyError for anything else."""
+    """Return the job in its decoded JSON. Raise TypeError, ValueError or KeyError for anything else."""
     slices = tuple((int(number), str(root)) for number, root in parsed["slices"])
     first, second = parsed["passes"]
     lists = {"slices": slices, "passes": (int(first), int(second)), "before": _numbers(parsed["before"])}
@@ -85,7 +85,7 @@ def named_files(blobs: BlobStore, key: str, keyring: Keyring, area: str) -> froz
 def proves_clean(job: SliceJob, rows: Iterable[RecordRow], seq: int, num_slices: int) -> bool:
     """Return whether every record that a job's chain touched is among `rows`, the shard's held records.
 
-    `seq` is the ledger's number of the state that the chain was trained on; `num_slices` is the number
+    `seq` is the ledger's number of the state on which the chain was trained; `num_slices` is the number
     of slices in a generation.
     """
     by_slice: dict[int, list[RecordRow]] = {slice_: [] for slice_ in job.prefix}
@@ -122,7 +122,7 @@ def _rebuilt(
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """A judged group: its storage area, its key, the SHA-256 of each of its files, and its fault."""
+    """Judge one group: its storage area, its key, the SHA-256 of each of its files, and its fault."""
 
     area: str
     key: str
@@ -131,9 +131,9 @@ class Verdict:
 
 
 class FoundGroups:
-    """A judge of checkpoints and patches, wherever they were found, by a model's ledger.
+    """Judge checkpoints and patches, wherever they were found, by a model's ledger.
 
-    Faults are `damaged` (bytes other than those recorded), `tainted` (a checkpoint not made of held
+    Faults are `damaged` (the bytes are not the recorded ones), `tainted` (a checkpoint not made of held
     records alone), `stale_patch` (a patch neither served nor trained over) and `unreadable` (a manifest
     that can't be parsed). Groups that the ledger does not know are judged as well: a checkpoint that was
     retired, or that belongs to a copy of the model, is clean if all its records are still held.
@@ -146,7 +146,7 @@ class FoundGroups:
         self.patches = {each.key: each for each in context.stores.ledger.patches() if each.key in used}
 
     def judge(self, manifest: bytes, are: Are) -> Verdict:
-        """Judge a group by its manifest; `are` tells whether its files have the given digests."""
+        """Judge a group by its manifest; `are` returns whether its files have the given digests."""
         if patch := parse_patch_manifest(manifest):
             job, names = patch
             return Verdict("patches", job.key, names, self._patch(job.key, manifest, are(names)))

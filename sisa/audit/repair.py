@@ -1,17 +1,18 @@
-"""Repair: mend what can be derived again, under the writer lock, and end in the usual reconciliation.
+"""Repair what can be derived again, under the writer lock, and end in the usual reconciliation.
 
     modes      made readable by the owner alone
     forms      files rewritten, encrypted or plain, as the model is
     index      built from the slice files, which are checked first
     damaged    checkpoints leave the ledger and heads move to clean ones, in one commit; bytes go later
-    patches    damaged ones are given up, and requested again if their texts are held
+    patches    damaged ones are given up, and wanted again if their texts are held
     gaps       missing stages before a whole target are trained again, so that the chain is whole
-    the rest   `reconcile` sweeps unknown files, trains targets, advances heads, scrubs the ledger
+    the rest   `reconcile` erases unknown files, trains targets, advances heads, scrubs the ledger
 
 A repair is idempotent and can be interrupted anywhere. While anything is missing that can't be derived
-(a slice file, the ledger, the key), only modes are mended and nothing is erased: an unknown file may be
-the missing piece. A head moves only to a checkpoint whose bytes were just checked. What is trained again
-under the same fingerprint has the same key and the same bytes. Backups are not restored here.
+(a slice file, the ledger, the key), only modes are repaired and nothing is erased: an unknown file may
+be the missing piece. A head moves only to a checkpoint whose bytes were just checked. A stage that is
+trained again under the same fingerprint has the same key and the same bytes. Backups are not restored
+here.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RepairOutcome:
-    """What a repair did, and the diagnoses before and after it."""
+    """Hold what a repair did, and the diagnoses before and after it."""
 
     done: tuple[str, ...]
     before: Diagnosis
@@ -57,13 +58,13 @@ class RepairOutcome:
 
 
 def repair(model: Model) -> RepairOutcome:
-    """Diagnose a model, mend it, and diagnose it again. Raises Busy while another process writes."""
+    """Diagnose a model, repair it, and diagnose it again. Raise Busy while another process writes."""
     wiring.check_executor(model.executor)  # before anything is written
     before = diagnose(model.directory)
     with files.writer_lock(model.directory / wiring.LOCK), model._context(as_it_is=True) as context:
         found = examine(context, model.directory)
         if any(each.repair == "retrain" for each in found):
-            _ = model.resources.base  # raises for a changed base, before a checkpoint is given up
+            _ = model.resources.base  # refuses a changed base before a checkpoint is given up
         done = _mend_sources(context, found) if is_behind(context) else []
         catch_up(context)
         done += mend(context, model.directory).done
@@ -71,7 +72,7 @@ def repair(model: Model) -> RepairOutcome:
 
 
 def _mend_sources(context: Context, found: Sequence[Finding]) -> list[str]:
-    """Mend what repeating the deletions relies on, without training on records that they delete."""
+    """Repair what repeating the deletions needs, without training on records that they delete."""
     if any(each.lost for each in found):
         return []
     _, done = _give_up(context, found)
@@ -79,7 +80,7 @@ def _mend_sources(context: Context, found: Sequence[Finding]) -> list[str]:
 
 
 def mend(context: Context, directory: Path) -> RepairOutcome:
-    """Mend an opened model; the caller holds the writer lock."""
+    """Repair an opened model; the caller holds the writer lock."""
     found = [*surroundings(directory), *examine(context, directory)]
     done = _mend_modes(directory, found)
     unwritable = any(each.kind == "read_only" for each in found)
@@ -184,7 +185,7 @@ def close_gaps(context: Context, plans: Sequence[ShardPlan]) -> list[str]:
     if not chains:
         return done
     seq = context.stores.ledger.seq()
-    trained = train_chains(  # of a shard one by one: chains of two orders may begin alike
+    trained = train_chains(  # one by one: chains of two orders may share their first stages
         context,
         chains,
         lambda stage: _note_stage(context, just_trained(stage, seq)),

@@ -1,7 +1,7 @@
-"""Training stages again, each in a process that has trained nothing before.
+"""Train stages again, each in a process that has trained nothing before.
 
-If one process trained all stages, a replay would not notice what the trainer carries over from one stage
-to the next. So a clean process, which has only imported what training needs, reads stages from its
+If one process trained all stages, a replay would not notice state that the trainer carries over from one
+stage to the next. So a clean process, which has only imported what training needs, reads stages from its
 standard input and forks for each one. The fork opens the model, trains the stage from its parent's files
 and exits. Importing torch takes seconds, so the clean process starts with the first replay, serves every
 later one in the same environment, and ends with the process that started it.
@@ -44,22 +44,22 @@ if TYPE_CHECKING:
 IMPORTS = ("sisa.lm.train.lora", "pyarrow.dataset")
 SERVE = "from sisa.audit.replay import serve; serve()"
 READ_LATE = ("PYTEST_CURRENT_TEST", "XDG_STATE_HOME")  # read when a model is opened, not by an import
-PR_SET_PDEATHSIG = 1  # of prctl.h
+PR_SET_PDEATHSIG = 1  # from prctl.h
 REPLY_BYTES = 4096
 
 
 @dataclass(frozen=True)
 class Apart:
-    """A store, and a function that trains a shard's stages into it, each in a process of its own."""
+    """Pair a store with a function that trains a shard's stages into it, each in its own process."""
 
     store: CheckpointStore
     train: Callable[[Sequence[Chain]], None]
 
 
 def stages_apart(model: Model, context: Context) -> Apart | None:
-    """Return what trains a model's stages apart; None if the caller passed an executor object.
+    """Return how to train a model's stages apart; None if the caller passed an executor object.
 
-    Such an executor's trainer is not known, so another process can't use it.
+    The trainer of such an executor is not known, so another process can't use it.
     """
     if not isinstance(model.executor, str | OnCluster):
         return None
@@ -86,7 +86,7 @@ def train_stage(context: Context, shard: int, key: str, store: CheckpointStore) 
 
 
 def _train_all(model: Model, scratch: str, chains: Sequence[Chain]) -> None:
-    """Train all stages of a shard, each in a fork. Raises EnvironmentFault if one fails."""
+    """Train all stages of a shard, each in a fork. Raise EnvironmentFault if one fails."""
     config, shard = model.config, chains[0].shard
     settings = worker_environment(config.sisa.threads_per_shard, config.precision)
     for key in dict.fromkeys(job.key for chain in chains for job in chain.jobs):
@@ -95,7 +95,7 @@ def _train_all(model: Model, scratch: str, chains: Sequence[Chain]) -> None:
         )
         if failed:
             raise EnvironmentFault(
-                "a stage could not be trained again in a process of its own",
+                "a stage could not be trained again in its own process",
                 where=f"shard {shard}",
                 got=failed,
                 next_step="check the memory, and that `sisa status` opens the model",
@@ -104,7 +104,7 @@ def _train_all(model: Model, scratch: str, chains: Sequence[Chain]) -> None:
 
 @dataclass(frozen=True)
 class StageRequest:
-    """A stage of a model that a fork trains, and the scratch store that it trains into."""
+    """Describe a stage that a fork trains, and the scratch store into which it trains it."""
 
     directory: str
     scratch: str
@@ -113,16 +113,16 @@ class StageRequest:
 
 
 class CleanProcess:
-    """A process that has only imported modules; it starts when first needed. Threads may share it."""
+    """Run a process that has only imported modules; start it when first needed. Threads may share it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._server: _Server | None = None
 
     def train(self, stage: StageRequest, settings: Mapping[str, str]) -> str:
-        """Train a stage in a fork, under the environment settings of its precision.
+        """Train a stage in a fork, with the environment settings of its precision.
 
-        Returns the name of the error or the exit status if that failed, and an empty string otherwise.
+        Return the name of the error or the exit status if that failed, and an empty string otherwise.
         """
         environment = {**os.environ, **settings}
         late = {name: environment.pop(name) for name in READ_LATE if name in environment}
@@ -153,7 +153,7 @@ class CleanProcess:
 
 
 class _Server:
-    """A running clean process, its environment, and this end of its standard input and output."""
+    """Hold a running clean process, its environment, and this end of its standard input and output."""
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         self._environment = environment
@@ -201,7 +201,7 @@ os.register_at_fork(after_in_child=CLEAN.forget)
 def serve() -> None:
     """Train the stages requested on standard input, one line of JSON each, until the input ends.
 
-    Writes one line of JSON for each to standard output: why it failed, or an empty string.
+    Write one line of JSON for each to standard output: why it failed, or an empty string.
     """
     for module in IMPORTS:
         importlib.import_module(module)
@@ -238,7 +238,7 @@ def _train_and_exit(stage: StageRequest, environment: dict[str, str], failing: i
         with open_as_it_is(Path(stage.directory), "serial", silent) as context:
             store = scratch_store(context, stage.scratch)
             train_stage(replace(context, report=silent), stage.shard, stage.key, store)
-    except BaseException as error:  # only its name is sent: its text may quote a record
+    except BaseException as error:  # send only its name: its text may quote a record
         os.write(failing, type(error).__name__.encode())
         os._exit(1)
     os._exit(0)

@@ -1,4 +1,4 @@
-"""The scan behind `sisa sweep`: whether anything is left that a deleted record touched.
+"""Scan for anything that a deleted record touched, for `sisa sweep`.
 
     what is read                     what must hold
     checkpoints, anywhere            bytes as recorded; made of records that are all still held
@@ -12,14 +12,14 @@
     an object store                  as in a directory; without old versions of erased objects
     all bytes (`ids`, `texts`)       without the strings that the caller gives
 
-Nothing is changed. What can't be read or judged is residue, too: absence is either proven or not. The
-scan covers the model directory, the model's storage, files of ours left in the cache and in the
-temporary directory, the exports that the ledger knows, and the paths in `also`. Each path is resolved
-first. A link inside a scanned place is residue unless it leads into a scanned place, and so is a given
-place without any file. Findings name paths, rows and offsets, never an id or a text. An index file is
-parsed only if its bytes have the digest in its name. What the model's keys open is read as plaintext. A
-sealed file that they don't open is *shredded*: it is counted, and is residue only if the ledger relies
-on it. A key without a file is residue.
+Nothing is changed. Anything that can't be read or judged is residue as well: absence is either proven or
+not. The scan covers the model directory, the model's storage, this program's files in the cache and in
+the temporary directory, the exports that the ledger lists, and the paths in `also`. Each path is
+resolved first. A link inside a scanned place is residue unless it leads into a scanned place, and so is
+a given place without any file. Findings name paths, rows and offsets, never an id or a text. An index
+file is parsed only if its bytes have the digest in its name. Files that the model's keys open are read
+as plaintext. A sealed file that they don't open is *shredded*: it is counted, and is residue only if the
+ledger relies on it. A key without a file is residue.
 
 Out of reach: compressed copies, copies that others encrypted, copies of the keyring, other machines,
 backups, replicas and access logs of a bucket, and disk blocks that were freed. Optimizer states copied
@@ -70,7 +70,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Residue:
-    """One thing that is left or can't be excluded: `kind` for programs, `what` for people."""
+    """Describe one thing that is left or can't be excluded: `kind` for programs, `what` for people."""
 
     kind: str
     where: str
@@ -80,7 +80,7 @@ class Residue:
 
 @dataclass(frozen=True, slots=True)
 class Scan:
-    """The result of a scan: what was read and what was found; `clean` if there is no residue."""
+    """Hold the result of a scan: what was read and what was found; `clean` if there is no residue."""
 
     clean: bool
     places: tuple[str, ...]
@@ -96,7 +96,7 @@ def sweep_model(
     ids: Sequence[str] = (),
     texts: Sequence[str] = (),
 ) -> Scan:
-    """Scan a model's directory, storage and exports. Raises Busy while another process writes."""
+    """Scan a model's directory, storage and exports. Raise Busy while another process writes."""
     with undisturbed(model.directory) as free:
         if not free:
             raise Busy(
@@ -118,7 +118,7 @@ def scan_residue(
 ) -> Scan:
     """Scan for traces of deleted records, and for the given ids and texts.
 
-    Raises InvalidInput if a path in `also` does not exist.
+    Raise InvalidInput if a path in `also` does not exist.
     """
     missing = [number for number, path in enumerate(also, start=1) if not path.exists()]
     if missing:
@@ -194,8 +194,8 @@ class _Scanner:
     def scan(self, place: Path, *, models: bool = True) -> None:
         """Read every file below a path.
 
-        `models` tells whether it may hold parts of this model. Of what other models leave in a temporary
-        directory, only rows are judged.
+        With `models`, the path may hold parts of this model. Otherwise it holds what other models left
+        in a temporary directory, and only rows are judged.
         """
         before = self.counts["files"]
         for path in walk(place, self._unreadable):
@@ -207,7 +207,7 @@ class _Scanner:
                 elif stat.S_ISLNK(mode):
                     self._link(path)
             except FileNotFoundError:
-                continue  # a temporary file that its owner has removed
+                continue  # its owner has removed the temporary file
             except OSError as error:
                 self._unreadable(path, error)
         if self.counts["files"] == before:
@@ -221,7 +221,9 @@ class _Scanner:
         """Report a link that leads out of the scanned places; its target is read where it lies."""
         target = Path(os.path.realpath(path))
         if not target.exists() or not any(target.is_relative_to(each) for each in self.places):
-            self._found("link", path, "a link to what was not read: name its target with --also")
+            self._found(
+                "link", path, "a link to something that was not read: add its target with --also"
+            )
 
     def unread(self, named: Sequence[Path]) -> None:
         """Report places without any file: they prove nothing, since a disk may not be mounted."""
@@ -424,7 +426,7 @@ def _scan_objects(
 
 @dataclass
 class _StoredArea:
-    """One storage area in an object store; its objects are read into memory, one at a time."""
+    """Scan one storage area in an object store; its objects are read into memory, one at a time."""
 
     context: Context
     area: str

@@ -1,4 +1,4 @@
-"""A search for given strings in bytes at rest: any file, decoded Parquet, decoded SQLite.
+"""Search for given strings in bytes at rest: any file, decoded Parquet, decoded SQLite.
 
 A string is searched as UTF-8, as JSON writes it and as UTF-16, letter by letter as given. The strings
 never leave this module: a match gives a position and the string's number. Strings shorter than five
@@ -36,14 +36,14 @@ ID_COLUMNS = ("id", "subject_id")
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """A string's number and where in a file it is: `byte 12`, `row 3, column id`, `table requests`."""
+    """Hold a string's number and its position: `byte 12`, `row 3, column id`, `table requests`."""
 
     position: str
     number: int
 
 
 class SearchStrings:
-    """Texts, which match anywhere, and ids, which must match a whole value in a column of ids."""
+    """Search for texts, which match anywhere, and for ids, which must equal a value of an id column."""
 
     def __init__(self, texts: Sequence[str], ids: Sequence[str] = ()) -> None:
         self._values = [*texts, *ids]

@@ -1,13 +1,13 @@
-"""Verification: digests of everything held, and a replay from scratch that must give the same bytes.
+"""Verify a model: check digests of everything held, and replay training to the same bytes.
 
-Every held file is read and checked against the ledger. Records are placed and digested again, which must
-give their rows, and a random sample of their texts is embedded again, which must give their vectors. A
-file that the ledger does not know is a finding.
+Every held file is read and checked against the ledger. Records are assigned and digested again, which
+must give their rows, and a random sample of their texts is embedded again, which must give their
+vectors. A file that the ledger does not list is a finding.
 
 A replay trains a shard from the base on the records that remain, into a scratch store, and compares
 every file of every stage with the held ones. One process trains the whole chain. The stages of one of
-the shards are then trained a second time, each in a process of its own from its parent's files, to catch
-anything that a process carries over from stage to stage. A shard has `replayed: false` and a reason if a
+the shards are then trained a second time, each in its own process from its parent's files, to catch
+state that a process carries over from stage to stage. A shard has `replayed: false` and a reason if a
 comparison would mean nothing: another numerics fingerprint, or a shard that is not at its target.
 Without a replay, weights are known only to be those that the trainer stored.
 
@@ -43,13 +43,13 @@ from sisa.planning.plan import all_paths, reached
 
 Replay = Literal["none", "sample", "all"]
 EMPTY = "the shard holds no records"
-SAMPLED_SLICES, SAMPLED_RECORDS = 16, 4  # slices, and records of each, that are embedded again
-VECTOR_TOLERANCE = 1e-3  # of a unit vector's components: other processors round differently
+SAMPLED_SLICES, SAMPLED_RECORDS = 16, 4  # slices, and records of each, to embed again
+VECTOR_TOLERANCE = 1e-3  # per component of a unit vector: other processors round differently
 
 
 @dataclass(frozen=True)
 class ShardProof:
-    """The proof of one shard; `equal` is None if nothing was replayed, and `reason` says why."""
+    """Hold the proof of one shard; `equal` is None if nothing was replayed, and `reason` says why."""
 
     shard: int
     head: str | None
@@ -57,18 +57,18 @@ class ShardProof:
     equal: bool | None
     stages: int
     reason: str = ""
-    equal_apart: bool | None = None  # if each stage was trained again in a process of its own
+    equal_apart: bool | None = None  # whether stages trained in their own processes are equal, too
 
 
 @dataclass(frozen=True)
 class Verification:
-    """The result of a verification; `ok` if there are no findings."""
+    """Hold the result of a verification; `ok` if there are no findings."""
 
     ok: bool
     files_checked: int
     findings: tuple[Problem, ...]
     shards: tuple[ShardProof, ...]
-    vectors_embedded: int = 0  # texts that were embedded again
+    vectors_embedded: int = 0  # number of texts embedded again
 
     @property
     def replayed(self) -> int:
@@ -77,7 +77,7 @@ class Verification:
 
 
 def shards_to_replay(context: Context, replay: Replay, shard: int | None) -> list[int]:
-    """Return the given shard, all shards, or a random one. Raises InvalidInput if it is unknown."""
+    """Return the given shard, all shards, or a random one. Raise InvalidInput if it is unknown."""
     heads = context.stores.ledger.heads()
     if shard is not None:
         if shard not in {head.shard for head in heads}:
@@ -101,8 +101,8 @@ def verify(
     """Check all held bytes, and replay the shards in `replayed` into `scratch`, side by side.
 
     One of these shards is also trained `apart`. With `require_replay`, a shard that holds records and
-    can't be replayed is a finding. Events that do not extend the `anchor`, a head noted earlier, are a
-    finding, too.
+    can't be replayed is a finding. So are events that do not continue the `anchor`, a head noted
+    earlier.
     """
     try:
         check_consistent(context)
@@ -130,7 +130,7 @@ def verify(
             context.compute.executor_for(scratch).run(now, context.report)
     again = secrets.choice(sorted(chains)) if chains and apart is not None else None
     if again is not None and apart is not None:
-        context.report(Notice(f"shard {again}: trained again, each stage in a process of its own"))
+        context.report(Notice(f"shard {again}: trained again, each stage in its own process"))
         apart.train(chains[again])
     proofs = [
         _proof(context, head, chains.get(head.shard), scratch, apart if head.shard == again else None)
@@ -146,9 +146,9 @@ def _not_anchored(ledger: Ledger, anchor: WitnessHead) -> list[Problem]:
     """Return a finding if the event log, which must be one chain, does not extend an anchored head."""
     known = ledger.event_head().num_events
     if anchor.num_events > known:
-        what = f"has {known} events, {anchor.num_events} were anchored: it was set back"
+        what = f"has {known} events, but {anchor.num_events} were anchored: it was set back"
     elif ledger.events(anchor.num_events - 1)[0].link != anchor.link:
-        what = f"event {anchor.num_events} is not the one that was anchored: the history was rewritten"
+        what = f"event {anchor.num_events} is not the anchored one: the history was rewritten"
     else:
         return []
     return [Problem("event log", what)]
@@ -159,9 +159,7 @@ def _differing(proofs: Iterable[ShardProof]) -> Iterator[Problem]:
         if proof.equal is False:
             yield Problem(f"shard {proof.shard}", "the replay's bytes differ from the held ones")
         if proof.equal_apart is False:
-            what = (
-                "trained again, each stage in a process of its own, its bytes differ from the held ones"
-            )
+            what = "trained again, each stage in its own process, its bytes differ from the held ones"
             yield Problem(f"shard {proof.shard}", what)
 
 
@@ -177,7 +175,7 @@ def _unproved(proofs: Sequence[ShardProof], replayed: Sequence[int]) -> Iterator
 def _chains(context: Context, head: Head) -> list[Chain] | str:
     """Return the chains from the base to a shard's deepest held stages, one for each order.
 
-    Returns the reason instead if a replay would prove nothing.
+    Return the reason instead if a replay would prove nothing.
     """
     if not head.converged:
         return "the shard is not at its target yet: run `sisa train` with its run file"

@@ -107,7 +107,7 @@ def test_a_deletion_that_is_dated_back_is_damage(model: Path) -> None:
         witness.append(context.stores.ledger.event_head(), told, ())
         (only,) = told
         commit(model, Change(tombstones=[replace(only, deleted_at="2001-01-01T00:00:00+00:00")]))
-    assert "recorded otherwise" in diagnose(model).findings[0].what
+    assert "recorded differently" in diagnose(model).findings[0].what
     with context_of(model) as context:
         (request,) = context.stores.ledger.requests()
         commit(model, Change(tombstones=told, requests=[replace(request, committed_at="2001-01-01")]))

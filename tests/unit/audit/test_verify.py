@@ -124,7 +124,7 @@ def test_a_trainer_that_keeps_something_is_found_by_processes_of_their_own() -> 
     found = verify(context, [0], FakeCheckpoints(), apart(context))
     assert found.shards[0].equal
     assert found.shards[0].equal_apart is False
-    assert "each stage in a process of its own, its bytes differ" in findings(found)
+    assert "each stage in its own process, its bytes differ" in findings(found)
     assert "DIFFERENT" in render.verified(found).text
 
 
