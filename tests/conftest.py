@@ -1,19 +1,18 @@
-"""The order and surroundings of the whole suite: fast tests first, hypothesis the same on every
-machine.
+"""Set the order and environment of the whole suite: fast tests first, the same hypothesis everywhere.
 
-Tests run in random order, but those without torch or sockets come before the others, so that most
-failures show within seconds. With several processes (`-n 2`) each takes one test after another, in this
-order. Tests with a Ray follow the fast ones in one process that shares it. Tests over something
-expensive that their file makes once are in one process, too (`xdist_group`). Slow tests precede short
-ones that train tiny models, so that all processes end together.
+Tests run in random order, but those without torch or sockets run before the others, so that most
+failures show within seconds. With several processes (`-n 2`), each takes one test after another, in this
+order. Tests with a Ray follow the fast ones in one process that shares it. Tests that share something
+expensive made once in their file also run in one process (`xdist_group`). Slow tests precede short ones
+that train tiny models, so that all processes end together.
 
-What a model keeps outside its directory goes to a state directory of the test's own. Files of tests are
-in memory where there is room: every write is synced, which would cost thousands of waits for a disk.
+Whatever a model keeps outside its directory goes to a state directory of the test's own. Files of tests
+are in memory if there is room: every write is synced, which would cost thousands of waits for a disk.
 `PYTEST_DEBUG_TEMPROOT=/tmp` uses the disk.
 
 A failure must be repeatable from the log alone, so examples are derived from the test, no database is
 kept beside the tree, and the blob that reproduces a failure is printed. `--hypothesis-profile full`
-tries all examples of the properties whose full number is named, otherwise a share (`examples.py`).
+tries all examples of the properties that name a full number; otherwise a share is tried (`examples.py`).
 """
 
 from __future__ import annotations
@@ -31,9 +30,9 @@ from hypothesis import settings
 from tests.examples import FULL
 from tests.fakes.s3_server import Server, environment, running
 
-TURNS = ("ray", "slow", "torch")  # markers, by their turn after the fast tests
+TURNS = ("ray", "slow", "torch")  # markers, in the order in which they follow the fast tests
 MEMORY = Path("/dev/shm")  # noqa: S108 - pytest makes a private directory in it
-ROOM_BYTES = 4 * 2**30  # a whole run leaves less than a tenth of it
+ROOM_BYTES = 4 * 2**30  # a whole run leaves less than a tenth of this behind
 
 settings.register_profile(
     "deterministic", derandomize=True, deadline=None, database=None, print_blob=True
@@ -53,8 +52,10 @@ if _has_room(MEMORY):  # before pytest first asks for a directory
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """In a process of xdist's, a test's name ends in its group; xdist 3.8 writes it where pytest 9 does
-    not look."""
+    """Append a test's group to its name in xdist's processes.
+
+    xdist 3.8 does so where pytest 9 does not look.
+    """
     if getattr(item.config.option, "loadgroup", False) and (group := _group(item)):
         item._id = coerce_node_id(f"{item.nodeid}@{group}")
 
@@ -68,7 +69,7 @@ def _group(item: pytest.Item) -> str:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Stable sort, after the plugin that shuffles."""
+    """Sort tests stably, after the plugin that shuffles them."""
     items.sort(key=_turn)
 
 
@@ -88,7 +89,7 @@ def _s3_server() -> Iterator[Server]:
 
 @pytest.fixture
 def s3(_s3_server: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
-    """A real S3 server that the environment names; started by the first test that asks for it."""
+    """Return a real S3 server that the environment names; the first test that asks for it starts it."""
     for name, value in environment(_s3_server).items():
         monkeypatch.setenv(name, value)
     return _s3_server
@@ -96,7 +97,7 @@ def s3(_s3_server: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
 
 @pytest.fixture
 def own_ray() -> Iterator[None]:
-    """For a test that starts, ends or breaks its Ray itself; they come after those that share one."""
+    """Let a test start, end or break its own Ray; such tests run after those that share one."""
     from cluster.ray.ray_session import disconnect
 
     disconnect()
@@ -106,7 +107,7 @@ def own_ray() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _shared_state_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """For models that several tests share; no test reaches the state directory of the person at work."""
+    """Set a state directory for models that several tests share, so that no test uses the user's own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("shared-state")))
         yield
@@ -114,9 +115,10 @@ def _shared_state_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
 
 @pytest.fixture(autouse=True)
 def _state_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Copies of one model bear one name: what a test does to its copy must not reach the next test's.
+    """Set a state directory for each test: copies of one model have one name and would share it.
 
-    Not the test's own `monkeypatch`, which it may undo."""
+    The test's own `monkeypatch` is not used, since the test may undo it.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
         yield

@@ -1,18 +1,18 @@
-"""A simulated fleet: 1,000,000,000 records planned, placed, trained and deleted from, by counts.
+"""Simulate a fleet: 1,000,000,000 records planned, assigned, trained and deleted from, by counts.
 
     python -m tests.bench.scale --out tests/bench/scale.json
     python -m tests.bench.scale --records 1000000 --shards 100 --workers 10 --days 10 --per-day 5
 
-The planner (`plan_shard`, `tainted`), the price of plans, the rule that hands tasks out (`TaskQueue`,
-through `tests.bench.simulate`), the choice of when to run requests (`batching.choose`), due dates, the
-hash that places records, and the ledger with every slice and checkpoint of the fleet are real. Records
-are counted (slices have sizes, drawn as the hash spreads them), and so is time (record-epochs over a
-given rate, deaths of workers at random).
+Real parts: the planner (`plan_shard`, `tainted_checkpoints`), the price of plans, the queue of tasks
+(`TaskQueue`, through `tests.bench.simulate`), the choice of when to run requests (`batching.choose`),
+due dates, the hash that assigns records, and the ledger with every slice and checkpoint of the fleet.
+Records are counted (slices have sizes, drawn as the hash spreads them), and so is time (record-epochs at
+a given rate, random deaths of workers).
 
-    first training  makespan, what deaths cost, throughput
+    first training  makespan, cost of deaths, throughput
     deletions       a Poisson stream of requests of one record each, decided once a day as `sisa run`
                     decides; a run's requests are complete when its last shard is trained
-    driver          seconds and memory of planning all shards; rows and bytes of the ledger
+    driver          seconds and memory to plan all shards; rows and bytes of the ledger
     limits          what else a deployment of that size needs, each from a measured unit
 
 Times of simulated training scale with the rate; the driver's seconds and bytes are of this machine.
@@ -62,14 +62,14 @@ from tests.bench.simulate import Fleet, Ran, simulate
 DAY_S = 86_400.0
 START = date(2030, 1, 1)
 CHECKPOINT_BYTES = 8 * ASSUMED_BYTES_PER_RANK  # SmolLM2-135M at rank 8
-VECTOR_BYTES = (384 + 512) * 4 + 8  # MiniLM's with names, and its id
+VECTOR_BYTES = (384 + 512) * 4 + 8  # a vector of MiniLM with names, and its id
 SAMPLE_ROWS = 20_000
 Json = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Scale:
-    """The size of the simulation. `rate` is the record-epochs a second of one worker."""
+    """Set the size of the simulation. `rate` is the record-epochs a second of one worker."""
 
     records: int = 1_000_000_000
     shards: int = 10_000
@@ -92,7 +92,7 @@ class Scale:
 
 @dataclass(frozen=True, slots=True)
 class Counted:
-    """A record that is only counted: its position, and that it came with the first commit."""
+    """Describe a record that is only counted: its position, and that the first commit added it."""
 
     shard: int
     slice: int
@@ -100,8 +100,8 @@ class Counted:
 
 
 @dataclass
-class World:
-    """All shards by their counts, and the checkpoints that they hold."""
+class ShardCounts:
+    """Hold all shards as counts of records, and the checkpoints that they hold."""
 
     scale: Scale
     sizes: NDArray[np.int64]  # [shards, slices]
@@ -110,7 +110,7 @@ class World:
     seq: int = 1
 
     @classmethod
-    def drawn(cls, scale: Scale) -> World:
+    def drawn(cls, scale: Scale) -> ShardCounts:
         draw = np.random.default_rng(scale.seed)
         cells = scale.shards * scale.slices
         counts = draw.multinomial(scale.records, np.full(cells, 1 / cells))
@@ -167,7 +167,7 @@ def chains(plans: Sequence[ShardPlan]) -> list[list[int]]:
     return [[record_epochs(job) for job in plan.train] for plan in ordered]
 
 
-def told(ran: Ran, scale: Scale) -> Json:
+def _outcome(ran: Ran, scale: Scale) -> Json:
     work = ran.busy_s * scale.rate
     return {
         "makespan_h": ran.makespan_s / 3600,
@@ -180,18 +180,18 @@ def told(ran: Ran, scale: Scale) -> Json:
     }
 
 
-def first_training(world: World) -> Json:
-    """Plan everything and train it on the fleet; the driver's cost is measured."""
+def first_training(counts: ShardCounts) -> Json:
+    """Plan everything and train it on the fleet; measure the driver's cost."""
     before, began = _resident(), time.perf_counter()
-    plans = [world.plan(shard) for shard in range(world.scale.shards)]
+    plans = [counts.plan(shard) for shard in range(counts.scale.shards)]
     planned_s = time.perf_counter() - began
     planned_bytes = _resident() - before
-    ran = simulate(chains(plans), world.scale.fleet, world.scale.seed)
+    ran = simulate(chains(plans), counts.scale.fleet, counts.scale.seed)
     for plan in plans:
-        world.trained(plan)
-    calm = Fleet(world.scale.workers, world.scale.rate)
+        counts.trained(plan)
+    calm = Fleet(counts.scale.workers, counts.scale.rate)
     return {
-        **told(ran, world.scale),
+        **_outcome(ran, counts.scale),
         "makespan_h_without_deaths": simulate(chains(plans), calm, 0).makespan_s / 3600,
         "planning_s": planned_s,
         "planning_bytes": planned_bytes,
@@ -201,14 +201,14 @@ def first_training(world: World) -> Json:
 
 @dataclass
 class Stream:
-    """A stream of requests over a trained fleet, day by day."""
+    """Run a stream of requests over a trained fleet, day by day."""
 
-    world: World
+    counts: ShardCounts
     per_day: float
     draw: np.random.Generator
     waiting: list[tuple[str, str, Counted]] = field(default_factory=list)  # received, due, record
     delays: list[float] = field(default_factory=list)
-    spare: list[int] = field(default_factory=list)
+    spare: list[int] = field(default_factory=list)  # days left before the due date
     runs: int = 0
     retrained: int = 0
     busy_days: float = 0.0
@@ -217,7 +217,7 @@ class Stream:
 
     def go(self) -> None:
         free = 0.0  # the day from which the workers are free again
-        for number in range(self.world.scale.days):
+        for number in range(self.counts.scale.days):
             day = START + timedelta(days=number)
             self.arrive(day)
             if number >= free and self.wants_to_run(day):
@@ -225,7 +225,7 @@ class Stream:
 
     def arrive(self, day: date) -> None:
         """Add the requests of a day, each for one record, all equally likely."""
-        sizes = self.world.sizes
+        sizes = self.counts.sizes
         flat = self.draw.multinomial(self.draw.poisson(self.per_day), sizes.ravel() / sizes.sum())
         due = due_date(f"{day}T12:00:00+00:00", "gdpr")
         for cell in np.repeat(np.arange(flat.size), flat):
@@ -244,10 +244,10 @@ class Stream:
         first: dict[int, int] = {}
         for _, _, each in self.waiting:
             first[each.shard] = min(each.slice, first.get(each.shard, each.slice))
-        recipe, total = self.world.scale.recipe, int(self.world.sizes.sum())
-        for shard in range(self.world.scale.shards):
+        recipe, total = self.counts.scale.recipe, int(self.counts.sizes.sum())
+        for shard in range(self.counts.scale.shards):
             if shard not in self.costs:
-                sizes = {n: int(size) for n, size in enumerate(self.world.sizes[shard])}
+                sizes = {n: int(size) for n, size in enumerate(self.counts.sizes[shard])}
                 self.costs[shard] = shard_costs(0.0, sizes, total, recipe)
         return [
             ShardCosts(each.suffixes[first[shard]][0], each.suffixes) if shard in first else each
@@ -256,11 +256,11 @@ class Stream:
 
     def run(self, day: date, number: int) -> float:
         """Run all waiting requests; return the days until training ends."""
-        hit = self.world.removed([each for _, _, each in self.waiting])
-        plans = [self.world.plan(shard) for shard in hit]
-        ran = simulate(chains(plans), self.world.scale.fleet, self.world.scale.seed + number)
+        hit = self.counts.removed([each for _, _, each in self.waiting])
+        plans = [self.counts.plan(shard) for shard in hit]
+        ran = simulate(chains(plans), self.counts.scale.fleet, self.counts.scale.seed + number)
         for plan in plans:
-            self.world.trained(plan)
+            self.counts.trained(plan)
             self.costs.pop(plan.shard, None)
         self.runs += 1
         self.retrained += sum(plan.record_epochs for plan in plans)
@@ -273,7 +273,7 @@ class Stream:
         self.waiting.clear()
         return took
 
-    def told(self, full: int) -> Json:
+    def summary(self, full: int) -> Json:
         many = sorted(self.delays) or [0.0]
         return {
             "requests_per_day": self.per_day,
@@ -287,27 +287,25 @@ class Stream:
             "overdue": sum(each < 0 for each in self.spare),
             "retrained_share_of_full_training": self.retrained / full,
             "shards_worth_retrained_per_request": (
-                self.retrained / full * self.world.scale.shards / max(1, len(self.delays))
+                self.retrained / full * self.counts.scale.shards / max(1, len(self.delays))
             ),
             "days_of_training": self.busy_days,
             "deciding_s_mean": fmean(self.deciding_s),
         }
 
 
-def ledger_of(world: World, folder: Path) -> Json:
-    """Return a real ledger with all slices, checkpoints and heads of the fleet, and a sample of
-    records.
-    """
-    scale = world.scale
+def ledger_of(counts: ShardCounts, folder: Path) -> Json:
+    """Measure a real ledger with all slices, checkpoints and heads, and a sample of records."""
+    scale = counts.scale
     slices = [
         SliceFile(s.shard, s.slice, s.root, s.num_records, "0" * 64, 1000 * s.num_records)
         for shard in range(scale.shards)
-        for s in world.view(shard).slices
+        for s in counts.view(shard).slices
     ]
-    plans = [world.plan(shard) for shard in range(scale.shards)]
+    plans = [counts.plan(shard) for shard in range(scale.shards)]
     change = Change(
         slices=slices,
-        checkpoints=[each for held in world.held for each in held],
+        checkpoints=[each for held in counts.held for each in held],
         heads=[Head(plan.shard, plan.head.key, plan.head.depth, plan.head.target) for plan in plans],
     )
     file = folder / "ledger.db"
@@ -350,9 +348,9 @@ def _resident() -> int:
     return pages * resource.getpagesize()
 
 
-def limits(scale: Scale, world: World, ledger: Json, placed_s: float) -> Json:
+def limits(scale: Scale, counts: ShardCounts, ledger: Json, placed_s: float) -> Json:
     """Return what so many records need, from measured units."""
-    stages = sum(len(held) for held in world.held)
+    stages = sum(len(held) for held in counts.held)
     return {
         "checkpoints_bytes": stages * CHECKPOINT_BYTES,
         "heads_alone_bytes": scale.shards * CHECKPOINT_BYTES // 3,
@@ -365,26 +363,28 @@ def limits(scale: Scale, world: World, ledger: Json, placed_s: float) -> Json:
 
 def measure(scale: Scale, per_day: Sequence[float]) -> Json:
     """Run the first training once, and each stream on the fleet as it was first trained."""
-    world = World.drawn(scale)
-    full = full_record_epochs((world.view(n) for n in range(scale.shards)), scale.recipe)
-    training = first_training(world)
+    counts = ShardCounts.drawn(scale)
+    full = full_record_epochs((counts.view(n) for n in range(scale.shards)), scale.recipe)
+    training = first_training(counts)
     placed_s = _timed(lambda: list(_sample(scale)))
     with tempfile.TemporaryDirectory() as folder:
-        ledger = ledger_of(world, Path(folder))
+        ledger = ledger_of(counts, Path(folder))
     streams = []
     for rate in per_day:
-        fresh = World(scale, world.sizes.copy(), list(world.held), world.versions.copy(), world.seq)
+        fresh = ShardCounts(
+            scale, counts.sizes.copy(), list(counts.held), counts.versions.copy(), counts.seq
+        )
         stream = Stream(fresh, rate, np.random.default_rng(scale.seed + 1))
         stream.go()
-        streams.append(stream.told(full))
+        streams.append(stream.summary(full))
     return {
         **asdict(scale),
         "full_record_epochs": full,
-        "largest_over_mean_slice": float(world.sizes.max() / world.sizes.mean()),
+        "largest_over_mean_slice": float(counts.sizes.max() / counts.sizes.mean()),
         "first_training": training,
         "deletions": streams,
         "ledger": ledger,
-        "limits": limits(scale, world, ledger, placed_s),
+        "limits": limits(scale, counts, ledger, placed_s),
         "driver_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
 

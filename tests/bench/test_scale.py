@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.bench.scale import VECTOR_BYTES, Counted, Scale, World, chains, measure
+from tests.bench.scale import VECTOR_BYTES, Counted, Scale, ShardCounts, chains, measure
 
 SMALL = Scale(records=40_000, shards=20, slices=5, workers=4, days=40, mean_life_h=0.05)
 
@@ -28,19 +28,19 @@ def test_the_books_balance_at_a_small_scale() -> None:
 
 
 def test_a_deletion_retrains_its_suffix_and_no_more() -> None:
-    world = World.drawn(SMALL)
+    counts = ShardCounts.drawn(SMALL)
     for shard in range(SMALL.shards):
-        world.trained(world.plan(shard))
-    assert not any(world.plan(shard).train for shard in range(SMALL.shards))
-    assert world.removed([Counted(3, 2), Counted(3, 4), Counted(7, 0)]) == [3, 7]
-    again = {shard: [job.slice for job in world.plan(shard).train] for shard in range(SMALL.shards)}
+        counts.trained(counts.plan(shard))
+    assert not any(counts.plan(shard).train for shard in range(SMALL.shards))
+    assert counts.removed([Counted(3, 2), Counted(3, 4), Counted(7, 0)]) == [3, 7]
+    again = {shard: [job.slice for job in counts.plan(shard).train] for shard in range(SMALL.shards)}
     assert again == {n: {3: [2, 3, 4], 7: [0, 1, 2, 3, 4]}.get(n, []) for n in range(SMALL.shards)}
-    longest, other = chains([world.plan(shard) for shard in range(SMALL.shards)])
+    longest, other = chains([counts.plan(shard) for shard in range(SMALL.shards)])
     assert sum(longest) > sum(other)
 
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_a_fleet_is_drawn_as_records_hash(seed: int) -> None:
-    world = World.drawn(Scale(records=100_000, shards=10, slices=10, seed=seed))
-    assert world.sizes.sum() == 100_000
-    assert abs(world.sizes / 1000 - 1).max() < 0.15  # five standard deviations
+    counts = ShardCounts.drawn(Scale(records=100_000, shards=10, slices=10, seed=seed))
+    assert counts.sizes.sum() == 100_000
+    assert abs(counts.sizes / 1000 - 1).max() < 0.15  # five standard deviations

@@ -1,7 +1,7 @@
-"""The contract of BlobStore, over a directory and buckets of a real S3 server.
+"""Test the contract of BlobStore over a directory and buckets of a real S3 server.
 
 The buckets keep versions, or do not. A blob is whole or absent, and a group counts when all of it is
-there. What is erased is gone: no version of it is left, or the result says where one is and why.
+there. An erased blob is gone: no version of it is left, or the result says where one is and why.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ def blobs(request: pytest.FixtureRequest, tmp_path: Path) -> BlobStore:
 
 @pytest.fixture
 def objects(s3: Server) -> ObjectBlobs:
-    """In a bucket that keeps versions."""
+    """Return a store in a bucket that keeps versions."""
     return fresh_blobs(s3)
 
 
 def versions(server: Server, blobs: ObjectBlobs) -> list[tuple[str, bytes | None]]:
-    """All versions and delete markers below a store, by name."""
+    """Return all versions and delete markers below a store, by name."""
     found = server.versions(blobs.bucket).items()
     start = f"{blobs.prefix}/"
     return [(key.removeprefix(start), data) for (key, _), data in found if key.startswith(start)]
@@ -156,7 +156,7 @@ def test_files_and_directories_are_their_owners_alone(tmp_path: Path, umask: int
 
 
 def test_what_can_be_erased_is_and_stays_erased(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One entry that stays keeps no other one; the directory is flushed after them."""
+    """An entry that can't be erased does not stop the others; then the directory is flushed."""
     blobs, done = LocalBlobs(tmp_path), []
     for name in "abc":
         blobs.put_group(name, {"part": b"1", "other": b"1"})
@@ -205,7 +205,7 @@ def test_what_is_put_into_an_area_is_known_once_it_is_accepted(blobs: BlobStore)
 
 
 def test_nothing_can_be_put_into_an_area_that_was_erased(blobs: BlobStore) -> None:
-    """As by a worker whose driver was killed, after the next command's sweep."""
+    """A worker may try after its driver was killed and the next command has erased the area."""
     area = blobs.lend(AREA, LENT)
     if isinstance(area, ObjectBlobs):
         area.put("g/weights", b"half")
@@ -332,7 +332,7 @@ def test_an_unknown_bucket_is_an_environment_fault(s3: Server) -> None:
 
 
 class Scripted(http.server.BaseHTTPRequestHandler):
-    """Answers with the statuses that it was given, then as a store that has an object `ab`."""
+    """Answer with the given statuses, then as a store that has an object `ab`."""
 
     left: ClassVar[list[int]]
     seen: ClassVar[list[str]]
@@ -358,7 +358,7 @@ class Scripted(http.server.BaseHTTPRequestHandler):
             self.wfile.write(data)
 
     def log_message(self, *_: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
 
 @contextmanager
@@ -400,7 +400,7 @@ def test_what_does_not_pass_is_a_transient_error() -> None:
 
 
 class Meddling:
-    """A client that meddles with conditional puts; the rest is the real one."""
+    """Interfere with the conditional puts of a real client."""
 
     def __init__(self, client: Any, *, ignores: bool = False, conflicts: int = 0) -> None:
         self._client, self._ignores, self.conflicts = client, ignores, conflicts

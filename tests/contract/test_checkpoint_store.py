@@ -1,7 +1,7 @@
-"""The contract of CheckpointStore, over the fake, directories and objects on an S3 server.
+"""Test the contract of CheckpointStore over the fake, directories and objects on an S3 server.
 
-A checkpoint is whole or absent, never changes, and is refused when a single byte of it differs from the
-record: a deletion is only proved if the served bytes are the proved ones.
+A checkpoint is whole or absent, never changes, and is refused if a single byte differs from the record:
+a deletion is only proved if the served bytes are the proved ones.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> FileCheckpoints:
 
 @pytest.fixture(params=["files", "sealed"])
 def local(request: pytest.FixtureRequest, tmp_path: Path) -> FileCheckpoints:
-    """On a disk alone, for what does not depend on where the bytes are."""
+    """Return a store on a disk, for behaviour that does not depend on where the bytes are."""
     return opened(tmp_path, request.param)
 
 
 def stored_as(request: pytest.FixtureRequest, folder: Path) -> FileCheckpoints:
-    """A store of the form that a fixture's parameter names; objects are on a real server."""
+    """Return a store of the form that the fixture's parameter names; objects are on a real server."""
     form = request.param
     if not form.endswith("objects"):
         return opened(folder, form)
@@ -61,7 +61,7 @@ def opened(folder: Path, form: str) -> FileCheckpoints:
 
 
 def path_of(store: FileCheckpoints, name: str) -> Path:
-    """Of a store on a disk."""
+    """Return the path of a file of a store on a disk."""
     return Path(store.blobs.location(name))
 
 
@@ -178,7 +178,7 @@ def test_a_foreign_file_is_refused(folder: FileCheckpoints) -> None:
     "name", ["../outside", "a/b", "/etc/hostname", "..", ".", MANIFEST, "../../outside"]
 )
 def test_a_manifest_can_name_no_file_outside(local: FileCheckpoints, tmp_path: Path, name: str) -> None:
-    """Even a manifest whose digests are all right is refused when a name leaves the directory."""
+    """Even a manifest whose digests are all correct is refused if a name leaves the directory."""
     saved = local.save(job(), FILES)
     (tmp_path / "outside").write_bytes(b"secret")
     local.blobs.put("outside", b"secret")
@@ -204,7 +204,7 @@ def test_a_manifest_of_another_form_is_refused(local: FileCheckpoints, manifest:
 
 
 def test_a_checkpoint_under_another_key_is_refused(folder: FileCheckpoints) -> None:
-    """A whole and valid checkpoint must not pass for another job's."""
+    """A whole and valid checkpoint must not be taken for another job's."""
     saved = folder.save(job(), FILES)
     for name in folder.blobs.parts(saved.key):
         folder.blobs.put(f"{job(1).key}/{name}", folder.blobs.get(f"{saved.key}/{name}", "file"))
@@ -250,7 +250,7 @@ def test_a_cut_short_save_leaves_nothing(
 
 
 def half_written(store: FileCheckpoints) -> str:
-    """What a killed worker leaves: a directory without its name, or objects without the manifest."""
+    """Leave what a killed worker leaves: an unnamed directory, or objects without the manifest."""
     if isinstance(store.blobs, LocalBlobs):
         store.blobs.put(f".tmp-killed/{ADAPTER}", b"half")
         return ".tmp-killed"
@@ -259,7 +259,7 @@ def half_written(store: FileCheckpoints) -> str:
 
 
 def test_a_half_written_directory_is_never_a_checkpoint(folder: FileCheckpoints) -> None:
-    """It is listed, so that it can be swept, and can't be read."""
+    """It is listed, so that it can be erased, and can't be read."""
     saved = folder.save(job(), FILES)
     left = half_written(folder)
     assert folder.held() == {saved.key, left}

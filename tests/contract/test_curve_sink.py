@@ -1,4 +1,4 @@
-"""The contract of tools that draw curves: a fake, TensorBoard, and MLflow where it is installed."""
+"""Test the contract of tools that draw curves: a fake, TensorBoard, and MLflow if it is installed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Held = Callable[[str], list[Point]]
 
 
 class FakeSink:
-    """Points that can be looked at."""
+    """A sink whose points can be inspected."""
 
     def __init__(self) -> None:
         self.held: dict[str, list[Point]] = {}
@@ -106,7 +106,7 @@ def test_a_tool_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_what_mlflow_itself_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A database's libraries are imported when a client first meets its address."""
+    """A client imports a database's library when it first opens its address."""
 
     class Lacking:
         MlflowException = RuntimeError

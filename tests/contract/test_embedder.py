@@ -1,4 +1,4 @@
-"""The contract of Embedder, over the fake and feature hashing, with and without names.
+"""Test the contract of Embedder over the fake and feature hashing, with and without names.
 
 A row depends on its own text only, to the bit: otherwise a deleted record would survive in the vectors
 of texts that were embedded with it. (The transformer embedder is tested where torch is.)

@@ -1,8 +1,8 @@
-"""The contract of models to evaluate: a fake, a Hugging Face model, an adapter, a deletion-ready model.
+"""Test the contract of evaluated models: fake, Hugging Face model, adapter, deletion-ready model.
 
-Order, batches and other rows change nothing beyond rounding. Equal models have equal digests, and other
-models have others. Answers have no surrounding white space and the requested length. For the real
-models, scores are compared with scores computed token by token.
+Order, batches and other rows change nothing beyond rounding. Equal models have equal digests, and
+different models different ones. Answers have no surrounding white space and the requested length. For
+the real models, scores are compared with scores computed token by token.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ TOLERANCE = 1e-5
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base whose own generation config is not greedy, which must not matter."""
+    """Return a base whose own generation config is not greedy, which must not matter."""
     folder = make_tiny_base(tmp_path_factory.mktemp("evaluated") / "base")
     config = {"do_sample": True, "temperature": 0.5, "repetition_penalty": 3.0, "eos_token_id": 258}
     (folder / "generation_config.json").write_text(json.dumps(config))
@@ -58,7 +58,7 @@ def adapter(trained: sisa.Model, tmp_path_factory: pytest.TempPathFactory) -> Pa
     params=["fake", *(pytest.param(each, marks=pytest.mark.torch) for each in REAL)],
 )
 def opening(request: pytest.FixtureRequest) -> Callable[[], EvaluatedModel]:
-    """Opens a model anew each time."""
+    """Return a function that opens the model again each time."""
     if request.param == "fake":
         return lambda: FakeEvaluated([row["answer"] for row in made_up()["full"]][:5])
     from approx.evaluation.evaluated_models import open_evaluated
@@ -183,7 +183,7 @@ TEMPLATES = {
 def test_metrics_of_a_chat_are_of_what_is_said(
     base: Path, tmp_path: Path, template: str, num_closing: int
 ) -> None:
-    """Whatever the template puts behind an answer; the tokenizer of the base has a token a byte."""
+    """Whatever the template adds after an answer; the base's tokenizer has one token a byte."""
     from transformers import AutoTokenizer
 
     from approx.evaluation.evaluated_models import open_evaluated

@@ -1,4 +1,4 @@
-"""The contract of executors, over the serial one with fakes (the Ray one is tested where Ray is).
+"""Test the contract of executors over the serial one with fakes (the Ray one is tested where Ray is).
 
 The longest chain is first. A stage whose checkpoint is in the store is not trained again. A stage sees
 the records of its own slices in canonical order and its parent's files, and nothing else. A slice file
@@ -22,7 +22,7 @@ from tests.fakes.ports import FakeCheckpoints, FakeRecords, FakeTrainer, fake_re
 
 
 class Seen(FakeTrainer):
-    """The fake trainer, noting what it was given."""
+    """Train as the fake does, and record what was given."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[SliceJob, Mapping[str, bytes] | None, list[str]]] = []
@@ -39,7 +39,7 @@ class Seen(FakeTrainer):
 
 
 class Site:
-    """Slices at rest and an executor over them."""
+    """Hold slices at rest and an executor over them."""
 
     def __init__(self) -> None:
         self.records = FakeRecords()
@@ -52,7 +52,7 @@ class Site:
         return Chain(shard, jobs(shard, files, fake_recipe(), "f"), None, files)
 
     def slice(self, shard: int, slice_: int, size: int) -> SliceFile:
-        # Digests descend as slices ascend: a stage that only appended slices would be out of order.
+        # Digests descend as slices ascend, so a stage that only appended slices would be out of order.
         stored = [
             StoredRecord(f"{9 - slice_}{number}", fake_record(100 * shard + 10 * slice_ + number))
             for number in range(size)

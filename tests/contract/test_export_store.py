@@ -1,7 +1,7 @@
-"""The contract of ExportStore, over the fake and directories.
+"""Test the contract of ExportStore over the fake and directories.
 
-An export is in a directory of the owner's choice. Only what was written there is erased, and only while
-it is unchanged, because the path comes from a ledger that may be damaged or forged.
+An export is in a directory of the owner's choice. Only written files are erased, and only while they are
+unchanged, because the path comes from a ledger that may be damaged or forged.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def test_a_moved_adapter_is_not_taken_for_an_erased_one(
 
 
 def test_no_link_is_followed(directories: DirectoryExports, place: Path, tmp_path: Path) -> None:
-    """Neither in the path nor at its end nor in place of the files."""
+    """Neither in the path, nor at its end, nor in place of the files."""
     directories.write(str(place), CONTENT)
     link = tmp_path / "link"
     link.symlink_to(place)

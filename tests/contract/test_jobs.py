@@ -1,4 +1,4 @@
-"""The contract of the port `Jobs`, over the fake.
+"""Test the contract of the port `Jobs` over the fake.
 
 `tests/integration/ray/test_cluster_jobs.py` runs it over a real cluster.
 """
@@ -28,7 +28,7 @@ sys.exit(int(sys.argv[1]))
 
 @dataclass
 class Ground:
-    """Three jobs that were submitted: one that ends well, one that fails, one that does not end."""
+    """Submit three jobs: one that succeeds, one that fails, and one that does not end."""
 
     jobs: Jobs
     folder: Path

@@ -1,6 +1,6 @@
-"""The contract of Keyring, over the fake and a directory of keys.
+"""Test the contract of Keyring over the fake and a directory of keys.
 
-A sealed file opens with its key only, as that part of that file only. After the key's destruction
+A sealed file opens with its key only, as that part of that file only. After the key is destroyed,
 nothing opens it, whatever happens later under the same name.
 """
 
@@ -38,7 +38,7 @@ places = st.tuples(rooms, names, parts)
 
 @pytest.fixture(scope="module", params=["fake", "files"])
 def fresh(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> OpenKeyring:
-    """Opens another empty keyring of the same sort at each call."""
+    """Return a function that opens another empty keyring of the same kind at each call."""
     if request.param == "fake":
         return FakeKeyring
     return lambda: FileKeyring(tmp_path_factory.mktemp("state") / "keyring")
@@ -62,7 +62,7 @@ def test_what_is_sealed_is_unsealed(
 
 
 def test_a_lent_keyring_seals_until_its_key_is_destroyed(folder: FileKeyring) -> None:
-    """A worker whose driver was killed makes no key anew."""
+    """A worker whose driver was killed makes no new key."""
     lent = folder.lend("records", [PLACE[1]])
     sealed = lent.seal(*PLACE, SECRET)
     assert folder.unseal(*PLACE, sealed) == lent.unseal(*PLACE, sealed) == SECRET
@@ -78,7 +78,7 @@ def test_a_lent_keyring_seals_until_its_key_is_destroyed(folder: FileKeyring) ->
 def test_any_flipped_bit_is_refused(
     fresh: OpenKeyring, place: tuple[str, str, str], data: bytes, draw: st.DataObject
 ) -> None:
-    """By the keyring, or (in the magic, which makes plain bytes of it) by the plaintext's digest."""
+    """The keyring refuses it or, if the bit is in the magic, the digest of the plaintext does."""
     keyring = fresh()
     sealed = bytearray(keyring.seal(*place, data))
     at = draw.draw(st.integers(0, 8 * len(sealed) - 1))
@@ -128,7 +128,7 @@ def test_parts_of_a_name_share_its_key(fresh: OpenKeyring) -> None:
 
 
 def test_a_destroyed_key_is_gone_for_good(fresh: OpenKeyring) -> None:
-    """Even for the old bytes put back after the name has got another key."""
+    """This holds even for the old bytes, restored after the name has got another key."""
     keyring = fresh()
     old = keyring.seal(*PLACE, SECRET)
     other = keyring.seal("records", "b.parquet", "", b"other")
@@ -226,7 +226,7 @@ def test_two_that_seal_at_once_agree_on_one_key(
 
 
 def test_a_second_name_of_a_key_is_overwritten_with_it(folder: FileKeyring) -> None:
-    """What a process leaves that dies between linking a key and unlinking its temporary name."""
+    """A process that dies between linking a key and unlinking its temporary name leaves two names."""
     folder.seal(*PLACE, SECRET)
     left = folder.root / "records" / f"{TEMPORARY_PREFIX}left"
     os.link(folder.root / "records" / "a.parquet", left)
@@ -269,10 +269,12 @@ KILLED = 9
 
 
 def killed_at(task: Callable[[], object], calls: Sequence[str] = STEPS) -> Iterator[int]:
-    """Run a task again and again in a process of its own, each time killed one system call later, until
-    it is not."""
+    """Run a task repeatedly in its own process, each time killed one system call later.
+
+    Yield after each kill; stop when the task ends by itself.
+    """
     for step in range(1, 100):
-        with warnings.catch_warnings():  # newer Pythons warn of threads, which the child does not touch
+        with warnings.catch_warnings():  # newer Pythons warn about threads, which the child does not use
             warnings.simplefilter("ignore", DeprecationWarning)
             child = os.fork()
         if child == 0:
@@ -291,7 +293,7 @@ def killed_at(task: Callable[[], object], calls: Sequence[str] = STEPS) -> Itera
 
 
 def die_at(step: int, calls: Sequence[str]) -> None:
-    """At that one of these system calls, without any cleaning up."""
+    """Die at one of these system calls, without any cleaning up."""
     left = step
 
     def dying(real: Callable[..., Any]) -> Callable[..., Any]:
@@ -319,7 +321,7 @@ def test_a_key_is_whole_or_absent_when_its_maker_is_killed(tmp_path: Path) -> No
 
 
 def test_a_half_destroyed_key_is_never_met_again(tmp_path: Path) -> None:
-    """Its name has the key or none, a later file of the name gets another, and the sweep ends it."""
+    """Its name has the key or none, a later file of the name gets another, and a sweep removes it."""
     root = tmp_path / "keyring"
     keyring = FileKeyring(root)
     old = {name: keyring.seal("records", name, "", SECRET) for name in ("a.parquet", "b.parquet")}

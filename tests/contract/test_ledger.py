@@ -1,7 +1,7 @@
-"""The contract of Ledger, over the fake and SQLite.
+"""Test the contract of Ledger over the fake and SQLite.
 
-Any sequence of changes gives equal answers from both to every question. A change is applied whole or
-not at all. Nothing of a removed row stays in the file. Damage is a typed error.
+Any sequence of changes gives equal answers from both to every question. A change is applied completely
+or not at all. Nothing of a removed row stays in the file. Damage is a typed error.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def named(sort: str, number: int) -> str:
 
 
 def row(number: int, subject: int | None = None) -> RecordRow:
-    """Record n rests in shard n % 3, and its subject, if it has one, has no record elsewhere."""
+    """Return record n, in shard n % 3; no record of its subject is in another shard."""
     who = None if subject is None else named("subject", subject)
     vector_id = int(named("record id", number)[:15], 16)
     digests = named("record id", number), who, named("content", number), named("text", number % 4)
@@ -210,7 +210,7 @@ changes = st.builds(
 
 
 def answers(ledger: Ledger) -> dict[str, Any]:
-    """Every question, for all that there could be."""
+    """Return the answers to every question, for all possible arguments."""
     ids = [named("record id", number) for number in NUMBERS]
     vectors = [row(number).vector_id for number in NUMBERS]
     each_shard: list[int | None] = [None, *SHARDS]
@@ -275,7 +275,7 @@ def ledger(request: pytest.FixtureRequest, path: Path) -> Iterator[Ledger]:
 
 
 def without_rows_held(ledger: Ledger, change: Change) -> Change:
-    """A flow never adds a row that is held and stays: such a change is refused (tested below)."""
+    """Drop added rows that are held and stay: flows never add them, and they are refused."""
     found = ledger.lookup(each.id_digest for each in change.added)
     held = {digest for digest, each in found.items() if isinstance(each, RecordRow)}
     held -= {each.id_digest for each in change.removed}
@@ -316,7 +316,7 @@ def test_a_held_row_comes_before_its_tombstone(ledger: Ledger) -> None:
 
 
 def test_a_row_can_move_in_one_change(ledger: Ledger) -> None:
-    """What a changed layout does: remove and add the same ids in one transaction."""
+    """A changed layout removes and adds the same ids in one transaction."""
     ledger.commit(Change(added=[row(1)]))
     moved = replace(row(1), shard=2, slice=0)
     ledger.commit(Change(removed=[row(1)], added=[moved]))
@@ -425,13 +425,15 @@ def test_reopening_gives_the_same_answers(path: Path) -> None:
 
 
 def bytes_at_rest(path: Path) -> bytes:
-    """The database, its write-ahead log and whatever else SQLite keeps beside it."""
+    """Return the bytes of the database, its write-ahead log and SQLite's other files."""
     return b"".join(each.read_bytes() for each in path.parent.glob(path.name + "*"))
 
 
 def test_scrub_leaves_nothing_in_the_unused_part_of_pages(path: Path) -> None:
-    """Balancing a B-tree leaves copies that `secure_delete` does not zero: in 7 ledgers of 40 such.
-    Where none is left of the removed rows, nothing is written anew."""
+    """Balancing a B-tree leaves copies that `secure_delete` does not zero: in 7 of 40 such ledgers.
+
+    If nothing of the removed rows is left, nothing is rewritten.
+    """
     for seed in (2, 5):
         source, file = random.Random(seed), path.with_name(f"{seed}.sqlite")
         with opened(file, create=True) as ledger:
@@ -498,7 +500,7 @@ def test_a_damaged_or_lost_row_is_no_content_of_a_slice(path: Path, column: str)
 
 @pytest.mark.parametrize("count", [30, 800])
 def test_scrub_leaves_no_digest_of_a_removed_row(path: Path, count: int) -> None:
-    """Over many pages that split, merge and are freed, while the ledger stays open."""
+    """This covers many pages that split, merge and are freed, while the ledger stays open."""
     source = random.Random(count)
     with opened(path, create=True) as ledger:
         held: set[int] = set()
@@ -523,7 +525,7 @@ def test_scrub_leaves_no_digest_of_a_removed_row(path: Path, count: int) -> None
 
 
 def test_every_connection_zeroes_what_it_removes(sql: SqlLedger) -> None:
-    """Some builds of SQLite do so by default, others do not: the test above can't tell them apart."""
+    """Some builds of SQLite do so by default, others do not; the test above can't tell them apart."""
     with sql._engine.connect() as one, sql._engine.connect() as other:
         for connection in (one, other):
             assert connection.exec_driver_sql("PRAGMA secure_delete").scalar() == 1
@@ -532,7 +534,7 @@ def test_every_connection_zeroes_what_it_removes(sql: SqlLedger) -> None:
 
 
 def test_before_the_scrub_the_log_still_holds_the_row(path: Path) -> None:
-    """Why there is a scrub at all; were this to fail, the test above would prove nothing."""
+    """This is why there is a scrub; if this failed, the test above would prove nothing."""
     with opened(path, create=True) as ledger:
         ledger.commit(Change(added=[row(1)]))
         ledger.commit(Change(removed=[row(1)]))
@@ -567,7 +569,7 @@ def test_scrub_also_takes_replaced_files_and_dropped_checkpoints(path: Path) -> 
 
 
 def test_scrub_with_an_open_reader_is_busy(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SQLite tells of a busy log in a result row: unread, the deleted bytes would stay unnoticed."""
+    """SQLite reports a busy log in a result row: if it is not read, deleted bytes stay unnoticed."""
     monkeypatch.setattr(database_module, "SCRUB_PATIENCE_S", 0.05)
     create_engine = sa.create_engine
     monkeypatch.setattr(
@@ -670,7 +672,7 @@ def test_only_the_owner_may_read_the_ledger(sql: SqlLedger, path: Path) -> None:
 
 
 def full(ledger: Ledger) -> None:
-    """A row in every table."""
+    """Put a row into every table."""
     ledger.commit(
         Change(
             added=[row(1, 1), row(4, 1), row(2)],
@@ -705,7 +707,7 @@ def execute(path: Path, *statement: Any) -> None:
 
 
 def replies(ledger: Ledger) -> dict[str, Any]:
-    """Every question asked alone: its answer, or None where it is refused as damaged."""
+    """Ask every question separately; return its answer, or None if it is refused as damaged."""
     asked: dict[str, Callable[[], Any]] = {
         "seq": ledger.seq,
         "meta": ledger.meta,
@@ -743,7 +745,7 @@ def replies(ledger: Ledger) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Full:
-    """A ledger with a row in every table: its file's bytes, and what it replies."""
+    """Hold a ledger with a row in every table: its file's bytes, and its replies."""
 
     data: bytes
     replies: dict[str, Any]
@@ -797,7 +799,7 @@ def test_a_lost_row_is_missed(whole: Full, path: Path, table: str, which: str) -
 
 @pytest.mark.parametrize("sort", ["record id", "text", "subject"])
 def test_a_flipped_bit_in_a_row_or_an_index_is_refused(path: Path, sort: str) -> None:
-    """SQLite itself notices neither: a row that its index does not name is as good as gone."""
+    """SQLite notices neither: a row that its index does not name is as good as gone."""
     with opened(path, create=True) as ledger:
         full(ledger)
         before = replies(ledger)
@@ -840,7 +842,7 @@ def test_what_is_removed_is_checked_first(path: Path) -> None:
 
 
 def test_a_reader_sees_one_state_while_another_process_writes(path: Path) -> None:
-    """Rows and their number are read apart: between them somebody may commit."""
+    """Rows and their number are read separately: another process may commit in between."""
     with opened(path, create=True) as ledger, opened(path) as reader:
         read = rows_module.read
 
@@ -858,7 +860,7 @@ def test_a_reader_sees_one_state_while_another_process_writes(path: Path) -> Non
 
 
 def index_pages(path: Path) -> dict[str, int]:
-    """Where the root page of each index begins."""
+    """Return where the root page of each index begins."""
     with contextlib.closing(sqlite3.connect(path)) as connection:
         (size,) = connection.execute("PRAGMA page_size").fetchone()
         indexes = "SELECT name, rootpage FROM sqlite_master WHERE type = 'index'"
@@ -867,7 +869,7 @@ def index_pages(path: Path) -> dict[str, int]:
 
 @pytest.mark.slow
 def test_an_emptied_index_hides_no_row_from_a_commit(whole: Full, path: Path) -> None:
-    """A checkpoint that is not found would stay held: what a commit drops must be gone after it."""
+    """A checkpoint that is not found would stay held, although the commit drops it."""
     whole.put(path)
     data, pages, done = whole.data, index_pages(path), 0
     changes_ = [

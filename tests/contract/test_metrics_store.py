@@ -1,4 +1,4 @@
-"""The contract of stores of metrics, over the fake and files, and the behaviour of files."""
+"""Test the contract of stores of metrics over the fake and files, and the behaviour of files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The contract of PrefixStore, over the fake and files on a disk and on an S3 server.
+"""Test the contract of PrefixStore over the fake and files on a disk and on an S3 server.
 
 States return to the bit; a file with any defect counts as missing.
 """

@@ -1,4 +1,4 @@
-"""The contract of RecordIndex, over the fake and FAISS files.
+"""Test the contract of RecordIndex over the fake and FAISS files.
 
 An index is a function of its vectors, whatever their order and history: an index after a deletion
 equals, byte for byte, one that never had the record.
@@ -34,7 +34,7 @@ def vector(number: int) -> Vectors:
 
 
 def vectors(numbers: Any) -> dict[int, Vectors]:
-    """By id: that of a text, and those of none, one or two things that are asked in it."""
+    """Return vectors by id: that of a text, and those of up to two things that are asked in it."""
     return {
         number: np.stack([vector(number), *(asked(number, n) for n in range(number % 3))])
         for number in numbers
@@ -48,7 +48,7 @@ def asked(number: int, question: int) -> Vectors:
 
 @pytest.fixture(scope="module", params=["fake", "faiss", "sealed"])
 def fresh(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> OpenIndex:
-    """Opens another empty index of the same sort at each call."""
+    """Return a function that opens another empty index of the same kind at each call."""
     if request.param == "fake":
         return FakeIndex
     return lambda: opened(tmp_path_factory.mktemp("index"), request.param)

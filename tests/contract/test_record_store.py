@@ -1,4 +1,4 @@
-"""The contract of RecordStore, over the fake and Parquet files on a disk and on an S3 server.
+"""Test the contract of RecordStore over the fake and Parquet files on a disk and on an S3 server.
 
 Records return unchanged. A slice's file depends on its records only, so that a file after a deletion
 equals one that never had the record. A changed file is refused before it is parsed.
@@ -56,7 +56,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> FileRecords:
 
 
 def stored_as(request: pytest.FixtureRequest, folder: Path) -> FileRecords:
-    """A store of the form that a fixture's parameter names; objects are on a real server."""
+    """Return a store of the form that the fixture's parameter names; objects are on a real server."""
     form = request.param
     if not form.endswith("objects"):
         return opened(folder, form)
@@ -93,7 +93,7 @@ def test_any_records_survive_parquet(
 
 
 def test_a_file_depends_on_its_records_alone(store: RecordStore, tmp_path: Path) -> None:
-    """Writing again, elsewhere, after other slices: the same bytes."""
+    """Writing again, elsewhere, or after other slices gives the same bytes."""
     store.write(0, 0, "before", several(1, 2, 3, 4))
     after = store.write(0, 0, "after", several(1, 3))
     fresh = FakeRecords() if isinstance(store, FakeRecords) else FileRecords(tmp_path / "fresh")
@@ -137,7 +137,7 @@ def test_a_truncated_file_is_refused(folder: FileRecords, cut: int) -> None:
 
 
 def test_a_file_of_another_form_is_refused(folder: FileRecords) -> None:
-    """Even one whose digest the ledger names."""
+    """This holds even for a file whose digest the ledger names."""
     for data in (b"", b"PAR1 not really PAR1"):
         file = SliceFile(0, 0, "root", 1, sha256_hex(data), len(data))
         folder.blobs.put(file.name, data)

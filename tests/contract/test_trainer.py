@@ -1,7 +1,7 @@
-"""The contract of Trainer, over the fake (the real one is tested where torch is).
+"""Test the contract of Trainer over the fake (the real one is tested where torch is).
 
 A stage is a pure function of its arguments: the same job, parent and records give the same bytes, and
-each of the three reaches them.
+each of the three affects them.
 """
 
 from __future__ import annotations

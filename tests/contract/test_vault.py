@@ -1,6 +1,6 @@
-"""The contract of Vault, over the fake and sealed files.
+"""Test the contract of Vault over the fake and sealed files.
 
-Records return unchanged, in order. What is erased cannot be read, wherever a copy of the file is. Bytes
+Records return unchanged, in order. An erased set can't be read, wherever a copy of the file is. Bytes
 that differ from the record are refused.
 """
 
@@ -143,7 +143,7 @@ def test_plain_bytes_are_refused_however_right(folder: FileVault) -> None:
 
 @pytest.mark.parametrize("data", [b"", b"{", b"[[1]]", b"7", b'[["id", null, "text", "parts"]]'])
 def test_a_set_of_another_form_is_refused(folder: FileVault, data: bytes) -> None:
-    """Even one whose digest the ledger names."""
+    """This holds even for a set whose digest the ledger names."""
     found = VaultSet(NAME, "forget", 1, "asked", "2026", sha256_hex(data), len(data))
     folder.root.mkdir()
     (folder.root / NAME).write_bytes(folder.keyring.seal("vault", NAME, "", data))

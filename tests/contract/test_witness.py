@@ -1,7 +1,7 @@
-"""The contract of Witness, over the fake and a file.
+"""Test the contract of Witness over the fake and a file.
 
-Deletions accumulate, an id that was allowed in again is removed, and the newest head counts. The file
-survives a torn write, refuses changed lines, and never shrinks otherwise.
+Deletions accumulate, a readmitted id is removed, and the newest head counts. The file survives a torn
+write, refuses changed lines, and never shrinks otherwise.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ steps = st.lists(st.tuples(st.sets(st.integers(0, 9)), st.sets(st.integers(0, 9)
 def test_a_torn_write_loses_that_write_alone(
     tmp_path_factory: pytest.TempPathFactory, told: list[tuple[set[int], set[int]]], data: st.DataObject
 ) -> None:
-    """Cut anywhere in its last batch, the file says what it said before it, and goes on from there."""
+    """After a cut anywhere in its last batch, the file holds the earlier batches and takes new ones."""
     found, fake = FileWitness(tmp_path_factory.mktemp("w") / "m.jsonl", KEYED), FakeWitness()
     closed = 0
     for number, (dead, back) in enumerate(told):
@@ -105,7 +105,7 @@ def test_a_long_torn_batch_is_passed_over(file: FileWitness) -> None:
 
 
 def rewritten(file: FileWitness, change: Callable[[dict[str, Any]], None]) -> None:
-    """The file as somebody without the key makes it consistent again after a change of its lines."""
+    """Rewrite the file as somebody without the key does to make it consistent after changing a line."""
     chain, lines = "", []
     for line in file.path.read_bytes().splitlines():
         body = json.loads(line)

@@ -1,10 +1,8 @@
-"""A model without torch: the real stores, ledger and index around a base that is only a name.
+"""Replace everything that needs torch: real stores, ledger and index around a base that is only a name.
 
-Rules: training confesses (`tests.fakes.ports.FakeTrainer`): an adapter lists every record id that
-touched it. Everything else is the product itself; only what would load torch or ask a hub is replaced,
-and only between `with cheap_parts():` and its end.
-
-Not covered: lengths in tokens, the adapter's modules.
+Training confesses (`tests.fakes.ports.FakeTrainer`): an adapter lists every record id that touched it.
+Everything else is the product itself. Only code that would load torch or ask a hub is replaced, and only
+within `with cheap_resources():`. Lengths in tokens and the adapter's modules are not covered.
 """
 
 from __future__ import annotations
@@ -32,7 +30,7 @@ from tests.fakes.ports import FakeTrainer
 
 @dataclass(frozen=True)
 class NamedBase:
-    """A base that nobody loads."""
+    """Describe a base that nobody loads."""
 
     name: str
     directory: Path
@@ -40,7 +38,7 @@ class NamedBase:
 
 
 class CheapResources(Resources):
-    """The parts of a model, with words as tokens and any name as a base."""
+    """Provide the resources of a model, with words as tokens and any name as a base."""
 
     @cached_property
     def base(self) -> Any:
@@ -60,11 +58,11 @@ class CheapResources(Resources):
         return [len(record.text.split()) + 1 for record in records]
 
     def check_base(self) -> None:
-        """Any module will do."""
+        """Accept any modules."""
 
 
 class SlowTrainer:
-    """The confessing trainer, taking its time: half of the ticks, a pause, the rest."""
+    """Train as the confessing trainer, but slowly: half of the ticks, a pause, the rest."""
 
     def __init__(self, pause_s: float = 0.0) -> None:
         self._pause_s = pause_s
@@ -82,12 +80,12 @@ class SlowTrainer:
 
 
 def open_cheap(site: Site, _options: Mapping[str, Any]) -> Executor:
-    """The serial executor with the confessing trainer."""
+    """Open the serial executor with the confessing trainer."""
     return SerialExecutor(SlowTrainer(), *wiring.open_stores(site))
 
 
 def open_cheap_probe(*_: Any) -> Callable[[Sequence[Record]], Probed]:
-    """A base that knows nothing."""
+    """Return a probe of a base that knows nothing."""
     return lambda records: Probed(len(records), len(records))
 
 
@@ -97,7 +95,7 @@ def _no_hub(*_: Any) -> Any:
 
 @contextlib.contextmanager
 def cheap_resources() -> Iterator[None]:
-    """Let the whole product use cheap parts: base, tokens, executors; hub names find no network."""
+    """Let the whole product use a cheap base, tokens and executors; hub names find no network."""
     find = wiring.find_executor
 
     def find_cheap(executor: Any) -> Any:
@@ -116,7 +114,7 @@ def cheap_resources() -> Iterator[None]:
     if reader is not None and hasattr(reader, "export_rows"):
         done.append((reader, "export_rows", vars(reader)["export_rows"]))
         vars(reader)["export_rows"] = _no_hub
-    # A stage that is trained again in a process of its own would be trained by the real trainer there.
+    # In a process of its own, a stage would be trained by the real trainer.
     done.append((model, "stages_apart", vars(model)["stages_apart"]))
     vars(model)["stages_apart"] = lambda *_: None
     try:

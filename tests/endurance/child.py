@@ -1,4 +1,4 @@
-"""One step of a model's history in a process of its own that may kill itself at any effect.
+"""Carry out one step of a model's history in its own process, which may kill itself at any effect.
 
     python -m tests.endurance.child '{"do": "forget", "model": "site/model", "ids": ["p001-q1"]}'
     python -m tests.endurance.child --serve cheap
@@ -12,15 +12,15 @@ An order is a JSON object:
     kill         {"at": k, "when": before | after | torn}: SIGKILL at the k-th effect
     kill_after_s SIGKILL from outside, after so many seconds (with --serve)
     trace        file for the names of all effects, in order
-    errors       file for what went wrong
+    errors       file for the error
 
-Effects are what reaches the disk: renames, fsyncs, unlinks, directories, ledger commits, each SQL write
-and the emptying of the log; and every stage of training with its ticks. `torn` cuts the file that was
-about to be flushed in half first, as a power cut would. With `--serve` a process that has imported
-everything and done nothing forks one child for each order on its standard input, so that a kill costs
-milliseconds.
+Effects are everything that reaches the disk (renames, fsyncs, unlinks, directories, ledger commits, each
+SQL write and the emptying of the log) and every stage of training with its ticks. `torn` first cuts the
+file that is about to be flushed in half, as a power cut would. With `--serve`, a process that has
+imported everything and done nothing forks one child for each order on its standard input, so that a kill
+costs milliseconds.
 
-Not covered: what the driver checks (`kills.py`); power cuts that lose flushed data.
+The checks of the driver are in `kills.py`. Power cuts that lose flushed data are not covered.
 """
 
 from __future__ import annotations
@@ -60,14 +60,14 @@ FOLDERS = ("records", "index", "checkpoints", "scratch", "witness", "home")
 
 
 def die() -> NoReturn:
-    """End this process as a power cut would: nothing of it runs any more."""
+    """End this process as a power cut would: nothing of it runs afterwards."""
     os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(60)
     raise AssertionError("still alive")
 
 
 class Fuse:
-    """Counts effects by name; kills the process at the chosen one."""
+    """Count effects by name, and kill the process at the chosen one."""
 
     def __init__(self, at: int = 0, when: str = "before") -> None:
         self.at = at
@@ -102,7 +102,7 @@ class Fuse:
 
 
 def folder_of(path: Any) -> str:
-    """The part of a model that a path or a file descriptor belongs to."""
+    """Return the part of a model to which a path or a file descriptor belongs."""
     if isinstance(path, int):
         with contextlib.suppress(OSError):
             path = os.readlink(f"/proc/self/fd/{path}")
@@ -112,7 +112,7 @@ def folder_of(path: Any) -> str:
 
 
 def commit_name(_ledger: Any, change: Any) -> str:
-    """What a commit does, in a word or two."""
+    """Return what a commit does, in a word or two."""
     states = [each.state for each in getattr(change, "requests", ())]
     request = getattr(change, "request", None)
     states += [request.state] if request is not None else []
@@ -157,7 +157,7 @@ def _labelled(name: str, which: int) -> Callable[..., str]:
 
 
 def executor(fuse: Fuse, trainer: str, pause_s: float) -> Any:
-    """The serial executor whose every stage and tick is an effect."""
+    """Return a serial executor whose every stage and tick is an effect."""
 
     def open_executor(site: Any, _options: Mapping[str, Any]) -> Any:
         from sisa.flows.serial import SerialExecutor
@@ -189,7 +189,7 @@ def executor(fuse: Fuse, trainer: str, pause_s: float) -> Any:
 
 
 def carry_out(order: Mapping[str, Any], fuse: Fuse) -> None:
-    """Do what an order says, on the model that it names."""
+    """Carry out an order on the model that it names."""
     import sisa
 
     if order["do"] == "base":
@@ -217,7 +217,7 @@ def carry_out(order: Mapping[str, Any], fuse: Fuse) -> None:
 
 
 def obey(order: Mapping[str, Any]) -> int:
-    """Carry out an order in this process; the exit code."""
+    """Carry out an order in this process; return the exit code."""
     from sisa.core.errors import SisaError
     from tests.endurance.cheap import cheap_resources
 

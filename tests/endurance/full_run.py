@@ -1,10 +1,10 @@
-"""All long checks in full, one after another, each with its table of states and its JSON.
+"""Run all long checks in full, one after another, each with its table of states and its JSON.
 
     python -m tests.endurance.full_run --out tests/endurance
 
 200 kills of a plain model and 200 of an encrypted one, 500 requests of the soak, 10,000 inputs of the
-fuzz: about twenty minutes on two cores. `--share 0.01` runs a hundredth of each. Ends with 1 if any
-check failed; the others are run all the same.
+fuzz: about twenty minutes on two cores. `--share 0.01` runs a hundredth of each. The exit status is 1 if
+any check failed; a failure does not stop the other checks.
 """
 
 from __future__ import annotations

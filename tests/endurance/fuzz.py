@@ -1,16 +1,16 @@
-"""Mutated inputs of every kind, through the command line: no traceback, no hang, no damage.
+"""Run mutated inputs of every kind through the command line: no traceback, no hang, no damage.
 
     python -m tests.endurance.fuzz --inputs 10000 --seed 1 --out tests/endurance/fuzz.json
 
 Each input takes a small model in a box, mutates one thing (a run file, records, a list of ids, the
-ledger, a held file, the key, the witness, or the command line) and carries out one command here. It
-fails on an internal fault, a traceback, an output that is not one JSON object, more than LIMIT_S
-seconds, a crash of the interpreter; when a command that only reads, or that refused, changed a byte of
-the model; and when a damaged ledger, slice, index, checkpoint or witness gave another answer than the
-whole one. Workers run batches, so that a crash costs one input. Training is the confessing trainer's
-(`cheap.py`).
+ledger, a held file, the key, the witness, or the command line) and carries out one command in this
+process. It fails if there is an internal fault, a traceback, an output that is not one JSON object, a
+crash of the interpreter, or no end within LIMIT_S seconds. It also fails if a command that only reads,
+or that refused, changed a byte of the model, or if a damaged ledger, slice, index, checkpoint or witness
+gave another answer than the whole one. Workers run batches, so that a crash costs one input. The
+confessing trainer trains (`cheap.py`).
 
-Not covered: pipes, hub names, `quickstart`, `run --watch`, Ray.
+Pipes, hub names, `quickstart`, `run --watch` and Ray are not covered.
 """
 
 from __future__ import annotations
@@ -87,12 +87,12 @@ PROOF = ("verify", "-m", "model")
 
 
 class Hang(BaseException):
-    """A command that took too long."""
+    """Raised for a command that takes too long."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """A command's exit code and what it printed."""
+    """Hold a command's exit code and what it printed."""
 
     code: int
     out: str
@@ -104,7 +104,7 @@ def words(line: Sequence[str]) -> list[str]:
 
 
 def known_commands(lines: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """Those that this version has."""
+    """Return those of the commands that this version has."""
     import click
 
     from cluster.cli.cli import cli
@@ -122,7 +122,7 @@ def known_commands(lines: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
 
 
 def all_options() -> list[str]:
-    """Every option, command and short name of the command line."""
+    """Return every option, command and short name of the command line."""
     from cluster.cli.cli import cli
 
     found: set[str] = set()
@@ -136,7 +136,7 @@ def all_options() -> list[str]:
 
 
 class Box:
-    """A folder with a model and its sources; reset before each input that finds it changed."""
+    """Hold a folder with a model and its sources; each input resets what the last one changed."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -146,7 +146,7 @@ class Box:
         self._stamps: dict[str, tuple[int, ...]] = {}
 
     def make(self) -> None:
-        """Train the model; called once, in the folder that it will stay in."""
+        """Train the model; called once, in the folder where it stays."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -170,7 +170,7 @@ class Box:
         self._stamps = self._stat()
 
     def reset(self) -> None:
-        """Bring back what is not as it was made; the rest stays."""
+        """Restore what differs from how it was made; leave the rest."""
         os.chdir(self.folder)
         self.path.mkdir(exist_ok=True)
         now = self._stat()
@@ -183,7 +183,7 @@ class Box:
         os.chdir(self.path)
 
     def _stat(self) -> dict[str, tuple[int, ...]]:
-        """What tells whether a file is the one that it was; directories have their kind alone."""
+        """Return stamps that show whether files changed; the stamp of a directory is its kind alone."""
         found: dict[str, tuple[int, ...]] = {}
         for folder, names, files in os.walk(self.path):
             for name in (*names, *files):
@@ -194,7 +194,7 @@ class Box:
         return found
 
     def digest(self) -> dict[str, str]:
-        """sha256 of the model's files; what SQLite makes for its readers does not count."""
+        """Return the sha256 of the model's files, except those that SQLite makes for readers."""
         found: dict[str, str] = {}
         for path in sorted(self.model.rglob("*")):
             name = path.relative_to(self.model).as_posix()
@@ -220,7 +220,7 @@ def limited() -> Iterator[None]:
 
 
 def invoke(line: Sequence[str]) -> Result:
-    """Carry out a command line in this process, with a terminal's strictness about encodings."""
+    """Carry out a command line in this process, as strict about encodings as a terminal."""
     from cluster.cli.cli import run
 
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
@@ -231,12 +231,12 @@ def invoke(line: Sequence[str]) -> Result:
 
 
 def answer_of(done: Result) -> Any:
-    """What a command answered, without what depends on sizes and times."""
+    """Return what a command answered, without what depends on sizes and times."""
     try:
         body = json.loads(done.out)
     except ValueError:
         return done.out
-    # `prompts` is null where the index is damaged; `doctor` says so.
+    # `prompts` is null if the index is damaged; `doctor` reports that.
     for key in ("sizes_bytes", "witness", "seconds", "estimated_seconds", "files_checked", "prompts"):
         if isinstance(body, dict):
             body.pop(key, None)
@@ -246,7 +246,7 @@ def answer_of(done: Result) -> Any:
 
 
 class Fuzz:
-    """Inputs by number: each depends on the seed and its number alone."""
+    """Make and carry out inputs by number; each depends on the seed and its number alone."""
 
     def __init__(self, folder: Path, seed: int, only: str = "") -> None:
         self.seed = seed
@@ -341,7 +341,7 @@ class Fuzz:
         return "arguments", ("", *mutate.arguments(rnd, line, self.options)), False
 
     def input(self, number: int) -> dict[str, Any]:
-        """Carry out one input; what came of it."""
+        """Carry out one input; return its outcome."""
         rnd = random.Random(f"{self.seed}/{number}")
         kind = list(self.kinds)[number % len(self.kinds)]
         self.box.reset()
@@ -386,8 +386,8 @@ class Fuzz:
         return None
 
     def _other_answer(self, kind: str, line: tuple[str, ...], reading: bool, done: Result) -> str | None:
-        """Damage to a held file is found, or does not matter."""
-        # They tell of the damage itself; of a damaged ledger only the doctor does.
+        """Return a failure if damage to a held file was not found and changed the answer."""
+        # These commands report the damage itself; only the doctor reports a damaged ledger.
         if line[0] == "doctor" or (line[0] in ("sweep", "gc") and kind != "ledger"):
             return None
         if reading:
@@ -400,7 +400,7 @@ class Fuzz:
 
 @contextlib.contextmanager
 def product() -> Iterator[None]:
-    """The command line with cheap parts and no network."""
+    """Run the command line with cheap resources and no network."""
     import faiss  # noqa: F401
 
     import sisa.lm.answer.hashing
@@ -434,7 +434,7 @@ def product() -> Iterator[None]:
 
 
 def work(folder: Path, seed: int, numbers: Sequence[int], only: str = "") -> None:
-    """A worker: one JSON line for each input, before it (`started`) and after it."""
+    """Run as a worker: print a JSON line before (`started`) and after each input."""
     home = folder / "a" / "b" / "box" / "home"  # reset with the rest
     os.environ.update(HOME=str(home), XDG_STATE_HOME=str(home), HF_HUB_OFFLINE="1", SISA_DEBUG="")
     answers = os.fdopen(os.dup(1), "w")
@@ -447,7 +447,7 @@ def work(folder: Path, seed: int, numbers: Sequence[int], only: str = "") -> Non
 
 
 def batch(seed: int, start: int, stop: int, only: str = "") -> list[dict[str, Any]]:
-    """Inputs start..stop-1, through as many workers as crashes make necessary."""
+    """Carry out inputs start..stop-1, with a new worker after each crash."""
     found: list[dict[str, Any]] = []
     while start < stop:
         with tempfile.TemporaryDirectory(prefix="sisa-fuzz-") as folder:
@@ -484,9 +484,10 @@ def run(
     seconds: float = float("inf"),
     only: str = "",
 ) -> dict[str, Any]:
-    """So many inputs, by several workers; no batch begins after `seconds`. Failures are counted.
+    """Carry out inputs with several workers, and count failures; begin no batch after `seconds`.
 
-    `only` names one kind of input."""
+    `only` names one kind of input.
+    """
     began = time.monotonic()
     kinds: dict[str, Counter[str]] = {}
     failures: list[dict[str, Any]] = []

@@ -1,9 +1,8 @@
-"""The ground that endurance tests stand on: a folder with a model, its source files and its home.
+"""Provide the ground of endurance tests: a folder with a model, its source files and its home.
 
-Rules: all models share one partition key, so that any of them can be compared with one that was trained
-from scratch. Whatever a step may change lies inside `site`, the user's state directory too: a snapshot
-of the site is all there is. Commands run in processes of their own (`child.py`); what is asked here
-is read from the disk between them.
+All models share one partition key, so that any of them can be compared with one trained from scratch.
+Everything that a step may change is inside `site`, even the user's state directory: a snapshot of the
+site is complete. Commands run in their own processes (`child.py`); between them, tests read the disk.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ Row = Mapping[str, Any]
 
 
 class Broken(AssertionError):
-    """A promise that did not hold."""
+    """Raised for a promise that did not hold."""
 
 
 def expect(holds: bool, what: str) -> None:
@@ -64,7 +63,7 @@ def expect(holds: bool, what: str) -> None:
 
 
 class Zygote:
-    """A process that has imported everything and forks a child for each order."""
+    """Run a process that has imported everything and forks a child for each order."""
 
     def __init__(self, trainer: str) -> None:
         threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
@@ -79,7 +78,7 @@ class Zygote:
         )
 
     def __call__(self, order: Mapping[str, Any]) -> int:
-        """The child's exit status: 0, FAILED plus an exit code, or -9."""
+        """Carry out an order; return the child's exit status: 0, FAILED plus an exit code, or -9."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps({"trainer": self.trainer, **order}) + "\n")
@@ -98,7 +97,7 @@ class Zygote:
 
 @dataclass(frozen=True)
 class Picture:
-    """A model at rest: digests of its files, its heads, what it holds and what it deleted."""
+    """Describe a model at rest: digests of its files, its heads, what it holds and what it deleted."""
 
     files: dict[str, str]
     heads: tuple[tuple[int, str | None, str | None], ...]
@@ -107,7 +106,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Moment:
-    """What a killed process left behind."""
+    """Describe what a killed process left behind."""
 
     state: str
     held: frozenset[str]
@@ -115,10 +114,10 @@ class Moment:
 
 
 class Ground:
-    """A site, its snapshots, and the commands on it."""
+    """Hold a site and its snapshots, and run commands on it."""
 
     def __init__(self, folder: Path, zygote: Zygote, base: str, **always: Any) -> None:
-        """`always` are settings of every run file that is written here."""
+        """Create a ground. `always` are settings of every run file that it writes."""
         self.folder = folder
         self.always = always
         self.zygote = zygote
@@ -156,7 +155,7 @@ class Ground:
         return path
 
     def order(self, order: Mapping[str, Any], **options: Any) -> int:
-        """Carry out a step in a process of its own; its exit status."""
+        """Carry out a step in its own process; return its exit status."""
         errors = self.folder / "errors.txt"
         errors.unlink(missing_ok=True)
         full = {"model": str(self.model), "home": str(self.site / "home"), "errors": str(errors)}
@@ -177,7 +176,7 @@ class Ground:
         shutil.copytree(self.folder / "snapshots" / name, self.site)
 
     def picture(self) -> Picture:
-        """The model at rest. Raises Broken for a file or a key that should not be there."""
+        """Return the model at rest. Raise Broken for a file or a key that should not be there."""
         keyring = self.keyring()
         files = {}
         for room in (RECORDS, INDEX, CHECKPOINTS):
@@ -201,7 +200,7 @@ class Ground:
             ledger.close()
 
     def keyring(self) -> Keyring:
-        """The model's keys, which are in the state directory of the site."""
+        """Return the model's keys, which are in the state directory of the site."""
         ledger = SqlLedger(self.model / LEDGER)
         try:
             name = ledger.meta()["model"]
@@ -217,7 +216,7 @@ class Ground:
         return sha256_hex(keyring.unseal(room, name, part[0] if part else "", data))
 
     def lookup(self, ids: Iterable[str]) -> dict[str, RecordRow | Tombstone]:
-        """What the ledger says of some records, by id."""
+        """Return what the ledger holds of some records, by id."""
         digests = {self.assigner.id_digest(each): each for each in ids}
         ledger = SqlLedger(self.model / LEDGER)
         try:
@@ -226,7 +225,7 @@ class Ground:
             ledger.close()
 
     def tainted(self, ids: Iterable[str]) -> set[str]:
-        """Checkpoints that the held ones of these records touched."""
+        """Return the checkpoints that the held ones of these records touched."""
         from sisa.planning.plan import tainted_checkpoints
 
         rows = [each for each in self.lookup(ids).values() if isinstance(each, RecordRow)]
@@ -239,9 +238,9 @@ class Ground:
     def moment(
         self, ids: Sequence[str], named: Sequence[str], tainted: Iterable[str], *, confessing: bool
     ) -> Moment:
-        """What a killed command left, read from a copy. Raises Broken if a served head is not clean.
+        """Return what a killed command left, read from a copy; raise Broken if a head is not clean.
 
-        `ids` are all that there ever were, `named` those that the command was to delete, and `tainted`
+        `ids` are all ids that ever existed, `named` those that the command should delete, and `tainted`
         the checkpoints that these had touched.
         """
         probe = Ground(self.folder / "probe", self.zygote, self.base, **self.always)
@@ -286,8 +285,11 @@ class Ground:
         return Moment(state, held, frozenset(found) - held)
 
     def request_problems(self, deletions: Sequence[Sequence[str]], num_waiting: int = 0) -> list[str]:
-        """Requests that were lost or done twice, given the ids of every deletion so far and the number
-        of requests that were approved and not yet run."""
+        """Return the requests that were lost or done twice.
+
+        `deletions` are the ids of every deletion so far; `num_waiting` requests are approved and have
+        not run.
+        """
         ledger = SqlLedger(self.model / LEDGER)
         try:
             requests = {each.request_id: each for each in ledger.requests()}
@@ -311,7 +313,7 @@ class Ground:
 def scratch_picture(
     folder: Path, zygote: Zygote, base: str, rows: Sequence[Row], **settings: Any
 ) -> Picture:
-    """A model that never held anything else."""
+    """Return the picture of a model that never held anything else."""
     shutil.rmtree(folder, ignore_errors=True)
     ground = Ground(folder, zygote, base)
     ground.must({"do": "train", "run": str(ground.prepare(rows, **settings))})
@@ -322,7 +324,7 @@ def scratch_picture(
 
 
 def compare(found: Picture, wanted: Picture, what: str) -> None:
-    """Raises Broken that names the files in which two models differ."""
+    """Raise Broken with the files in which two models differ."""
     names = found.files.keys() | wanted.files.keys()
     differing = sorted(name for name in names if found.files.get(name) != wanted.files.get(name))
     expect(not differing, f"{what}: {len(differing)} files differ: {differing[:3]}")
@@ -331,7 +333,7 @@ def compare(found: Picture, wanted: Picture, what: str) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """Versions and machine, for the JSON beside the counts."""
+    """Return versions and machine, for the JSON beside the counts."""
     processor = describe_fingerprint(1)["processor"]
     packages = ("sisa", "approx", "cluster")
     sources = sorted(path for each in packages for path in (ROOT / each).rglob("*.py"))
@@ -351,7 +353,7 @@ def write_json(path: Path, found: Mapping[str, Any]) -> None:
 
 
 def table(title: str, counts: Mapping[str, int]) -> str:
-    """Counts by state, set out in lines."""
+    """Return counts by state, one on each line."""
     width = max([len(name) for name in counts], default=0)
     lines = [f"  {name:<{width}}  {count:>6}" for name, count in sorted(counts.items())]
     return "\n".join([title, *lines])

@@ -3,16 +3,17 @@
     python -m tests.endurance.kills --kills 200 --seed 1 --out tests/endurance/kills.json
 
 A history (train, forget, add, submit, run, forget a subject, reconfigure) is run once undisturbed, and
-each of its states is compared with training from scratch. A trial then takes the state before a step,
-runs that step in a process that is killed with SIGKILL, and looks at what was left: served heads are
-clean, whole and known. The next command (the same one again, or `sisa train`; sometimes killed, too)
-must finish, and all bytes and requests must be those of the undisturbed run. One in five kills comes
-from outside, after a random delay; one in ten is of the real LoRA trainer on a tiny base, the others are
-of a trainer that confesses what touched its weights, under the real stores, ledger and index. With
-`--encrypt` the model rests encrypted, and is compared with plain training from scratch: the same bytes
-under the seal, and keys of exactly the files that are held.
+each of its states is compared with training from scratch. A trial restores the state before a step, runs
+that step in a process that is killed with SIGKILL, and checks what is left: served heads are clean,
+whole and known. The next command (the same one again, or `sisa train`; sometimes killed as well) must
+finish, and all bytes and requests must be those of the undisturbed run.
 
-Not covered: power cuts that lose flushed data; Ray workers
+One in five kills comes from outside, after a random delay. One in ten is of the real LoRA trainer on a
+tiny base; the others are of a trainer that confesses what touched its weights, with the real stores,
+ledger and index. With `--encrypt` the model is encrypted and compared with plain training from scratch:
+the same bytes under the seal, and keys of exactly the held files.
+
+Power cuts that lose flushed data are not covered, and neither are Ray workers
 (`tests/integration/ray/test_kill_worker.py`).
 """
 
@@ -45,7 +46,7 @@ DELETING = ("forget", "run")
 
 @dataclass(frozen=True)
 class Step:
-    """One command of a history, the ids that it names, and what should remain after it."""
+    """Describe one command of a history, the ids that it names, and what should remain after it."""
 
     name: str
     order: Mapping[str, Any]
@@ -56,7 +57,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Known:
-    """The undisturbed run of a step: its effects, its time and its end; what it had to erase."""
+    """Describe the undisturbed run of a step: its effects, its time, its end and what it erased."""
 
     effects: tuple[str, ...]
     seconds: float
@@ -66,7 +67,7 @@ class Known:
 
 @dataclass(frozen=True)
 class Kill:
-    """Where a process dies: at an effect, or after a delay (`at` 0)."""
+    """Describe where a process dies: at an effect, or after a delay (`at` is 0)."""
 
     at: int = 0
     when: str = "before"
@@ -88,7 +89,7 @@ def without(rows: Sequence[Row], ids: Sequence[str]) -> tuple[Row, ...]:
 
 
 def history(ground: Ground, *, short: bool) -> list[Step]:
-    """The steps of a history; writes the files that they read."""
+    """Return the steps of a history; write the files that they read."""
     run = str(ground.prepare(PEOPLE))
     first = ("p001-q1", "p003-q1", "p003-q2")
     subject = ids_of([row for row in PEOPLE if row["subject_id"] == "p006"])
@@ -119,7 +120,7 @@ def history(ground: Ground, *, short: bool) -> list[Step]:
 
 
 class Trials:
-    """A history that is known undisturbed, and trials that kill one of its steps."""
+    """Run a history undisturbed, then trials that kill one of its steps."""
 
     def __init__(self, folder: Path, trainer: str, seed: int, *, encrypt: bool = False) -> None:
         self.random = random.Random(f"{seed}/{trainer}")
@@ -167,7 +168,7 @@ class Trials:
         expect(not problems, f"requests: {problems}")
 
     def _all_effects(self) -> Iterator[tuple[int, Kill]]:
-        """Effects by kind (step, name, before | after | torn), shuffled; every other one is a commit."""
+        """Yield effects by kind (step, name, before | after | torn), shuffled; half are commits."""
         kinds: dict[tuple[int, str, str], list[Kill]] = {}
         for number, known in enumerate(self.known):
             for at, name in enumerate(known.effects, start=1):
@@ -190,7 +191,7 @@ class Trials:
         return next(self._effects)
 
     def trial(self) -> str:
-        """Kill a step, finish it, compare; says what was killed. Raises Broken."""
+        """Kill a step, finish it and compare; return what was killed. Raise Broken."""
         number, kill = self._next()
         step, known = self.steps[number], self.known[number]
         told = f"{self.trainer}: {step.name}, {kill.when} {kill.at} ({kill.name}, {kill.delay_s:.3f} s)"
@@ -221,7 +222,7 @@ class Trials:
             g.compare(self.ground.picture(), known.after, "after `sisa train`")
 
     def _killed(self, number: int, order: Mapping[str, Any], kill: Kill) -> bool:
-        """Run a command that is killed and look at what it left; whether it had committed."""
+        """Kill a running command and check what it left; return whether it had committed."""
         step, known = self.steps[number], self.known[number]
         status = self.ground.order(order, **kill.options(), pause_s=self.pause_s)
         expect(g.killed(status) or status == 0, f"the command ended with {status}: {self._said()}")
@@ -254,7 +255,7 @@ def run(
     encrypt: bool = False,
     show: bool = False,
 ) -> dict[str, Any]:
-    """So many kills of each trainer; failures are counted, not raised."""
+    """Carry out so many kills of each trainer; count failures instead of raising them."""
     started = time.monotonic()
     failures: list[str] = []
     found: dict[str, Any] = {}

@@ -1,6 +1,6 @@
-"""Mutated inputs: run files, records, lists of ids, ledgers, held files and command lines.
+"""Mutate inputs: run files, records, lists of ids, ledgers, held files and command lines.
 
-A mutation depends on its random source alone, and happens inside the box that it is given. Half of the
+A mutation depends on its random source alone, and changes only the box that it is given. Half of the
 mutations know the format (a key gets another value), half do not (bytes are flipped or cut).
 """
 
@@ -62,7 +62,7 @@ Random = random.Random
 
 
 def some_bytes(rnd: Random, data: bytes) -> bytes:
-    """Bytes that nobody meant."""
+    """Return the bytes with some of them flipped, cut, repeated or inserted."""
     at = rnd.randrange(len(data) + 1)
     to = min(len(data), at + rnd.choice([1, 1, 4, 16, 256, 4096]))
     choices: list[Callable[[], bytes]] = [
@@ -88,7 +88,7 @@ def some_bytes(rnd: Random, data: bytes) -> bytes:
 
 
 def some_text(rnd: Random, text: str, bits: Sequence[str]) -> bytes:
-    """Text with lines and pieces moved, dropped, doubled or strange."""
+    """Return the text with lines or pieces moved, dropped, doubled or replaced by odd ones."""
     lines = text.split("\n")
     at = rnd.randrange(len(lines))
     line = lines[at]
@@ -109,7 +109,7 @@ def some_text(rnd: Random, text: str, bits: Sequence[str]) -> bytes:
 
 
 def _instead(rnd: Random, path: Path) -> str:
-    """Something else where the file was."""
+    """Replace the file by a directory, a link or nothing."""
     path.unlink()
     what = rnd.choice(["nothing", "a directory", "a loop", "a dangling link"])
     if what == "a directory":
@@ -280,7 +280,7 @@ def held_file(rnd: Random, folder: Path) -> str:
 
 
 def arguments(rnd: Random, line: Sequence[str], options: Sequence[str]) -> list[str]:
-    """A command line that nobody meant to type."""
+    """Return a command line with odd, missing, doubled or mistyped words."""
     found = list(line)
     for _ in range(rnd.choice([1, 1, 2, 3])):
         at = rnd.randrange(len(found)) if found else 0
@@ -305,7 +305,7 @@ def _typo(rnd: Random, word: str) -> str:
 
 
 def remove(path: Path) -> None:
-    """Remove whatever stands there."""
+    """Remove a file, a link or a directory."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -313,7 +313,7 @@ def remove(path: Path) -> None:
 
 
 def bring_back(source: Path, target: Path) -> None:
-    """Make a file, or an empty directory, what it was."""
+    """Restore a file, or an empty directory, as it was."""
     remove(target)
     if source.is_dir():
         target.mkdir()

@@ -1,14 +1,14 @@
-"""Nodes and workers killed at random while a model trains on a cluster: equal to the serial executor.
+"""Kill nodes and workers at random while a model trains on a cluster: equal to the serial executor.
 
     python -m tests.endurance.nodes --seconds 600 --seed 1 --out tests/endurance/nodes.json
 
-A head without CPUs, which is the driver's node, and three nodes that train, all on this machine: real
-LoRA on a tiny base, the real probe of each node. After random pauses a node is removed without warning
-(its processes are killed) and another joins, or a worker is killed. Round after round the same chains
-train into an empty directory, whose bytes must equal those of the serial executor.
+The cluster has a head without CPUs, which is the driver's node, and three nodes that train, all on this
+machine: real LoRA on a tiny base, with the real probe of each node. After random pauses a node is
+removed without warning (its processes are killed) and another joins, or a worker is killed. Round after
+round the same chains train into an empty directory, whose bytes must equal those of the serial executor.
 
-Not covered: a lost head and a killed driver (`tests/integration/exactness/test_restarts.py`); nodes that
-are slow.
+A lost head and a killed driver are covered by `tests/integration/exactness/test_restarts.py`; slow nodes
+are not covered.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ MAX_RETRIES = 50
 
 
 class Killer:
-    """Kills a node or a worker, at random, whenever it is called and the pause is over."""
+    """Kill a random node or worker when called, unless the pause is not over."""
 
     def __init__(self, cluster: Cluster, seed: int, num_nodes: int) -> None:
         self.kills = Counter[str]()
@@ -89,7 +89,7 @@ class Killer:
 
 
 def ground(folder: Path, num_shards: int) -> tuple[Site, list[Chain]]:
-    """A tiny base, slice files, and the chains over them."""
+    """Return a tiny base, slice files, and the chains over them."""
     base = make_tiny_base(folder / "base")
     digest, records = base_digest(base), LocalBlobs(folder / "records")
     site = Site(records, LocalBlobs(folder / "none"), base, base_digest=digest, threads=1)
@@ -106,7 +106,7 @@ def ground(folder: Path, num_shards: int) -> tuple[Site, list[Chain]]:
 
 
 def serial(site: Site, chains: Sequence[Chain]) -> dict[str, bytes]:
-    """What must come out."""
+    """Return the expected bytes."""
     from sisa.lm.train.lora import LoraTrainer
 
     target = site.base_dir.with_name("serial")
@@ -124,7 +124,7 @@ def run(
     num_shards: int = NUM_SHARDS,
     show: bool = False,
 ) -> dict[str, Any]:
-    """Rounds until so many seconds have passed; stops at the first that is not equal."""
+    """Run rounds until so many seconds have passed; stop at the first that is not equal."""
     site, chains = ground(folder, num_shards)
     expected = serial(site, chains)
     told, failures = Counter[str](), list[str]()

@@ -1,15 +1,15 @@
-"""Hundreds of additions and deletions on one model, with random kills: equal to training from scratch.
+"""Add to and delete from one model hundreds of times, with random kills: equal to training from scratch.
 
     python -m tests.endurance.soak --requests 500 --seed 1 --out tests/endurance/soak.json
 
-Every step adds a few new records, deletes a few, or deletes a subject, in a process of its own; now and
-then the model directory is backed up, and later the backup is brought back: the next command deletes
-again what was deleted since. One step in three is killed (at a random effect, or from outside after a
-random delay), up to three times, and then typed again. After each kill the served heads are clean and
-whole. Every so many steps, and at the end, all bytes equal those of a model trained from scratch on what
+Every step adds a few new records, deletes a few, or deletes a subject, in its own process. Now and then
+the model directory is backed up, and later the backup is restored: the next command deletes again what
+was deleted since. One step in three is killed (at a random effect, or from outside after a random
+delay), up to three times, and then run again. After each kill the served heads are clean and whole.
+Every so many steps, and at the end, all bytes equal those of a model trained from scratch on what
 remains, and every deletion is one completed request.
 
-Not covered: the real trainer (`kills.py` has it); several writers.
+The real trainer is covered by `kills.py`; several writers are not covered.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from tests.endurance import ground as g
 from tests.endurance.ground import Ground, Row, Zygote, expect
 
 FIRST, MOST_KILLS, KILLED = 24, 3, 1 / 3
-KEPT = 60  # records that the model settles around
-RESTORED = 0.08  # one step in so many backs up, or brings the backup back
-EFFECTS = 150  # about as many as a step has
+KEPT = 60  # number of records around which the model stays
+RESTORED = 0.08  # share of the steps that back up, or restore the backup
+EFFECTS = 150  # about the number of effects of a step
 
 
 class Soak:
-    """One model, what should remain of it, and what was done to it."""
+    """Hold one model, what should remain of it, and what was done to it."""
 
     def __init__(self, folder: Path, seed: int, num_requests: int) -> None:
         self.random = random.Random(seed)
@@ -61,7 +61,7 @@ class Soak:
         return taken
 
     def step(self, number: int) -> None:
-        """One addition or deletion, through as many kills as it meets."""
+        """Add or delete once, with random kills."""
         if self.random.random() < RESTORED:
             self._back_up() if self.saved is None else self._restore()
             return
@@ -89,7 +89,7 @@ class Soak:
         shutil.copytree(self.ground.model, self.ground.folder / "backup")
 
     def _restore(self) -> None:
-        """What came after the backup is lost, what was deleted after it must go again."""
+        """Restore the backup: later additions are lost, and later deletions must be repeated."""
         assert self.saved is not None
         self.steps["restore"] += 1
         revived = tuple(sorted(self.saved.keys() & self.deleted))
@@ -132,7 +132,7 @@ class Soak:
         self.ground.must(order)
 
     def compare(self) -> None:
-        """The model against training from scratch on what remains; every request done once."""
+        """Compare the model with training from scratch; check that every request is done once."""
         self.comparisons += 1
         folder = self.ground.folder / "scratch"
         rows = list(self.rows.values())
@@ -151,7 +151,7 @@ def run(
     show: bool = False,
     seconds: float = float("inf"),
 ) -> dict[str, Any]:
-    """So many steps; stops at the first promise that does not hold, or soon after `seconds`."""
+    """Run so many steps; stop at the first promise that does not hold, or soon after `seconds`."""
     started = time.monotonic()
     soak = Soak(folder, seed, requests)
     failures: list[str] = []

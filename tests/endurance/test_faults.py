@@ -1,14 +1,14 @@
-"""Faults of the surroundings, on real stores and a real ledger: a typed error, or the right result.
+"""Test environment faults on real stores and a real ledger: a typed error, or the right result.
 
     a full disk             SQLite's pages run out, or any file may only grow so far
     read-only files         the ledger, a folder, everything
-    lost checkpoints        vanished or truncated, for every command that may meet one
+    lost checkpoints        vanished or truncated, for every command that may read one
     corrupt ledger pages    bytes flipped in random pages
     two writers             the lock, and SQLite's own
     an open reader          while a deletion empties the write-ahead log
 
-After every fault that is over, the same command ends with the bytes of an undisturbed one. Training is
-the confessing trainer's. A clock that jumps is tested in `test_clock.py`.
+Once a fault is over, the same command ends with the bytes of an undisturbed one. The confessing trainer
+trains. `test_clock.py` tests a clock that jumps.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ READING = [line for line in fuzz.READING if line[0] != "doctor"]
 
 
 class Ground:
-    """A model of 22 records in the working directory; what every command answers on the whole model."""
+    """Hold a model of 22 records in the working directory, and the answers of every command on it."""
 
     def __init__(self, box: Box) -> None:
         self.box = box
@@ -57,7 +57,7 @@ class Ground:
         self._right: dict[Line, tuple[Any, dict[str, str]]] = {}
 
     def right(self, line: Line) -> tuple[Any, dict[str, str]]:
-        """The answer of a command and the held files after it, undisturbed; resets the box."""
+        """Return a command's answer and the held files after it, undisturbed; reset the box."""
         if line not in self._right:
             self.box.reset()
             done = self.call(line)
@@ -74,12 +74,12 @@ class Ground:
         return invoke(words(line))
 
     def held(self) -> dict[str, str]:
-        """Digests of all slice, index and checkpoint files."""
+        """Return digests of all slice, index and checkpoint files."""
         rooms = ("records/", "index/", "checkpoints/")
         return {name: each for name, each in self.box.digest().items() if name.startswith(rooms)}
 
     def is_right(self, line: Line) -> None:
-        """Carry a command out; it must end as on an undisturbed model."""
+        """Carry out a command; it must end as on an undisturbed model."""
         done = self.call(line)
         assert done.code == 0, done.out + done.err
         assert self.held() == self._right[line][1]
@@ -108,7 +108,7 @@ def ground(made: Ground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 
 def typed(done: Result, *codes: int) -> None:
-    """One JSON object that tells of an error with one of these exit codes."""
+    """Check that the output is one JSON object with an error of one of these exit codes."""
     assert done.code in codes, done.out + done.err
     body = answer_of(done)
     assert body["error"]["next_step"] or body["error"]["message"]
@@ -120,7 +120,7 @@ def typed(done: Result, *codes: int) -> None:
 
 @contextlib.contextmanager
 def files_no_larger_than(num_bytes: int) -> Iterator[None]:
-    """Every write behind so many bytes of a file fails, as the system does it (EFBIG)."""
+    """Make writes beyond this size of a file fail as the system does (EFBIG)."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
     try:
@@ -131,7 +131,7 @@ def files_no_larger_than(num_bytes: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def ledger_no_larger_than(pages: int) -> Iterator[None]:
-    """SQLite answers `database or disk is full` as soon as it needs another page."""
+    """Make SQLite answer `database or disk is full` as soon as it needs another page."""
     set_pragmas = database_module._set_pragmas
 
     def limited(connection: Any, record: Any) -> None:
@@ -146,7 +146,7 @@ def ledger_no_larger_than(pages: int) -> Iterator[None]:
 def full_at(
     ground: Ground, line: Line, limits: Sequence[contextlib.AbstractContextManager[None]]
 ) -> int:
-    """Carry a command out under each limit, then again without; how many of the limits it met."""
+    """Carry out a command under each limit, then without; return how many limits it reached."""
     met = 0
     for limit in limits:
         ground.right(line)
@@ -165,7 +165,7 @@ def full_at(
 
 
 def test_sqlite_runs_out_of_pages(ground: Ground) -> None:
-    """A deletion finds room in pages that are there; a request with much to say does not."""
+    """A deletion reuses pages that are there; a request with a long reason needs new ones."""
     with contextlib.closing(sqlite3.connect(ground.ledger)) as connection:
         (pages,) = connection.execute("PRAGMA page_count").fetchone()
     assert full_at(ground, FORGET, [ledger_no_larger_than(pages)]) == 0
@@ -186,7 +186,7 @@ def test_sqlite_runs_out_of_pages(ground: Ground) -> None:
 
 @pytest.mark.parametrize("line", [FORGET, RUN], ids=["forget", "run"])
 def test_no_file_may_grow(ground: Ground, line: Line) -> None:
-    """From nothing at all, through the pages of the write-ahead log, to more than is needed."""
+    """The sizes go from nothing, through the pages of the write-ahead log, to more than is needed."""
     first, last = range(4096, 36_000, 12_000), range(36_000, 330_000, 48_000)
     sizes = [0, 1000, *first, *last] if is_full() else [1000, *first[::2], *last[::2]]
     met = full_at(ground, line, [files_no_larger_than(size) for size in sizes])
@@ -211,7 +211,7 @@ def test_an_export_that_does_not_fit_leaves_nothing_unknown(ground: Ground, size
 
 @contextlib.contextmanager
 def read_only(paths: Sequence[Path]) -> Iterator[None]:
-    """Files that can't be written and folders in which no name can change; skips where root can't."""
+    """Make files and folders read-only; skip the test if root can't."""
     if os.geteuid() == 0:
         change = ("chattr", "+i"), ("chattr", "-i")
     else:
@@ -274,7 +274,7 @@ def _without_log(answer: dict[str, Any]) -> dict[str, Any]:
 def test_a_read_only_file_system(
     ground: Ground, what: str, line: Line, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As above where nothing can be made read-only: SQLite and Python are made to refuse."""
+    """Where nothing can be made read-only, SQLite and Python are made to refuse."""
     ground.right(line)
     before = ground.held()
     set_pragmas = database_module._set_pragmas
@@ -344,8 +344,11 @@ def checkpoints_of(ground: Ground) -> list[str]:
 
 
 def _turn(line: Line, loss: str) -> slice:
-    """Which checkpoints a command loses. Deletions are the dearest: between them they meet every loss of
-    every checkpoint in a full run; otherwise every second one, another half with each loss."""
+    """Return which checkpoints a command loses.
+
+    Deletions are the most expensive. In a full run, the two of them together meet every loss of every
+    checkpoint; otherwise every second one, another half with each loss.
+    """
     deleting = [FORGET, RUN]
     if line not in deleting:
         return slice(None)
@@ -383,7 +386,7 @@ def test_a_lost_checkpoint_is_told_or_does_not_matter(ground: Ground, line: Line
 
 @pytest.mark.parametrize("seed", range(num_examples(200)))
 def test_flipped_bytes_in_pages_of_the_ledger(ground: Ground, seed: int) -> None:
-    """Random bytes in a random page, a run of them, or a page of something else."""
+    """Put random bytes into a random page, a run of them, or another page's content."""
     source = random.Random(seed)
     line: Line = source.choice([*READING, FORGET, RUN, ("doctor", *AT), EXPORT])
     right, end = ground.right(line)
@@ -415,7 +418,7 @@ def test_flipped_bytes_in_pages_of_the_ledger(ground: Ground, seed: int) -> None
         if done.code == 0:
             assert ground.held() == end
         elif ground.held() != before:
-            # Found after the commit, where it began to matter: what is there is still of held records.
+            # Found after the commit: what is there is still of held records.
             assert invoke(words(PROOF)).code == 4
     elif line != EXPORT and done.code == 0:
         assert answer_of(done) == right
@@ -447,7 +450,7 @@ WRITERS: list[Line] = [
 
 @pytest.fixture
 def quick_locks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Patience of a twentieth of a second instead of ten."""
+    """Wait a twentieth of a second for locks instead of ten seconds."""
     create_engine = sa.create_engine
     monkeypatch.setattr(database_module, "SCRUB_PATIENCE_S", 0.05)
     monkeypatch.setattr(
@@ -456,7 +459,7 @@ def quick_locks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_two_writers_at_once(ground: Ground) -> None:
-    """Another process holds the lock: every command that may write is told so, and changes nothing."""
+    """While another process holds the lock, commands that may write are refused and change nothing."""
     before = ground.box.digest()
     arguments = [sys.executable, "-c", HOLD, str(ground.model / "lock")]
     root = Path(__file__).parents[2]

@@ -1,4 +1,4 @@
-"""The command of the full run: every check is run and reported, whatever the outcome of the others."""
+"""Test the command of the full run: every check runs and is reported, whatever the others' outcome."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.endurance import full_run, fuzz, kills, soak
 
 
 def test_every_check_is_run_in_full() -> None:
-    """That each command writes what it found is shown where it is run at a small number."""
+    """The tests that run each command with a small number show that it writes its results."""
     mains = {name: (check, number) for name, check, _, number in full_run.CHECKS}
     assert mains == {
         "kills": (kills.main, 200),

@@ -1,4 +1,4 @@
-"""A seeded handful of mutated inputs of every kind, and the mutations that once broke something.
+"""Run a seeded handful of mutated inputs of every kind, and the mutations that once broke something.
 
 The full run is `python -m tests.endurance.fuzz --inputs 10000 --out tests/endurance/fuzz.json`.
 """
@@ -47,7 +47,7 @@ def run_file_problems(path: Path) -> Sequence[Problem]:
 
 
 def test_mutated_run_files_are_read_or_refused_with_a_place(tmp_path: Path) -> None:
-    """Many more than above, for reading a run file alone takes milliseconds."""
+    """Many more than above, since reading a run file alone takes milliseconds."""
     path, whole = tmp_path / "run.yaml", tmp_path / "whole.yaml"
     (tmp_path / "people.jsonl").write_text("{}")
     whole.write_text(fuzz.RUN_FILE.replace("shared.key", "people.jsonl"))
@@ -75,7 +75,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Box:
 
 @pytest.fixture
 def box(made: Box, monkeypatch: pytest.MonkeyPatch) -> Iterator[Box]:
-    """A model of 22 records in the working directory, as it was made."""
+    """Return a model of 22 records in the working directory, as it was made."""
     monkeypatch.chdir(made.folder)
     monkeypatch.setenv("XDG_STATE_HOME", str(made.path / "home"))
     with product():

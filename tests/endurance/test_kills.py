@@ -1,4 +1,4 @@
-"""A seeded dozen of real kills: a cheap trainer at every kind of step, and the real one on a tiny base.
+"""Kill a seeded dozen of real processes: a cheap trainer at every kind of step, and the real one.
 
 The full run is `python -m tests.endurance.kills --kills 200 --out tests/endurance/kills.json`.
 """
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 def killed(
     tmp_path: Path, patch: pytest.MonkeyPatch, kills: int, lora: int, *options: str
 ) -> dict[str, Any]:
-    """What the command writes, run in a directory of the test's own."""
+    """Run the command in the test's own directory; return what it writes."""
     patch.setattr(tempfile, "tempdir", str(tmp_path))
     numbers = ["--kills", str(kills), "--lora", str(lora), "--seed", "7"]
     assert main([*numbers, *options, "--out", str(tmp_path / "kills.json")]) == 0

@@ -1,4 +1,4 @@
-"""Some seconds of nodes and workers killed at random, equal to the serial executor.
+"""Kill nodes and workers at random for some seconds: equal to the serial executor.
 
 The full run is `python -m tests.endurance.nodes --seconds 600 --out tests/endurance/nodes.json`.
 """

@@ -1,4 +1,4 @@
-"""A seeded short soak: deletions and additions with random kills, equal to training from scratch.
+"""Run a seeded short soak: deletions and additions with random kills, equal to training from scratch.
 
 The full run is `python -m tests.endurance.soak --requests 500 --out tests/endurance/soak.json`.
 """

@@ -1,4 +1,4 @@
-"""A model to evaluate without torch, and invented data in TOFU's layout.
+"""Fake a model to evaluate without torch, and invent data in TOFU's layout.
 
 `FakeEvaluated` knows some answers: it gives them and scores their words as likely. Other words are
 unlikely, each by its own hash, so that scores vary and are equal in every run.
@@ -24,7 +24,7 @@ Rows = list[dict[str, Any]]
 
 
 def made_up(num_people: int = 4, each: int = 2) -> dict[str, Rows]:
-    """Sets in TOFU's layout; the last person is to be forgotten."""
+    """Return sets in TOFU's layout; the last person should be forgotten."""
     people = make_people(num_people, each)
     answers = [row["completion"].strip() for row in people]
     others = answers[::-1]
@@ -43,7 +43,7 @@ def made_up(num_people: int = 4, each: int = 2) -> dict[str, Rows]:
 
 
 def write_made_up(directory: Path, sets: dict[str, Rows] | None = None) -> Path:
-    """The sets as a directory of JSONL files."""
+    """Write the sets as a directory of JSONL files."""
     directory.mkdir(parents=True, exist_ok=True)
     for name, rows in (sets or made_up()).items():
         lines = "".join(json.dumps(row) + "\n" for row in rows)
@@ -52,7 +52,7 @@ def write_made_up(directory: Path, sets: dict[str, Rows] | None = None) -> Path:
 
 
 def write_published(path: Path, rows: Iterable[LogRow]) -> Path:
-    """Rows in the form in which locuslab publishes them, with columns that we don't read."""
+    """Write rows in the form that locuslab publishes, with columns that this program ignores."""
     held: dict[str, dict[str, Any]] = {}
     names = {name: file for file, name in PUBLISHED.items()}
     for row in rows:
@@ -87,13 +87,13 @@ def _plain(row: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass
 class FakeEvaluated:
-    """Knows the answers in `known`, and what follows "Surely: " when that is one of them."""
+    """Know the answers in `known`, and a known answer that follows "Surely: "."""
 
     known: Collection[str] = ()
     name: str = "fake"
     kind: PromptKind = "completion"
     scored: list[tuple[str, str]] = field(default_factory=list)
-    dies_after: int | None = None  # pairs
+    dies_after: int | None = None  # number of pairs
 
     @property
     def digest(self) -> str:

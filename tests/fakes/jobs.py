@@ -1,4 +1,4 @@
-"""An in-memory cluster that runs jobs: each job plays the behaviour registered for its words.
+"""Fake a cluster that runs jobs in memory: each job plays the behaviour registered for its words.
 
 A job runs until its log was followed to the end; an `endless` job runs until `stop`. An error among the
 pieces is raised once at its position, like a lost connection.
@@ -14,7 +14,7 @@ from cluster.jobs.jobs import Job, Submission, taken_name, unknown_job
 
 @dataclass
 class Play:
-    """What a job writes, and how it ends."""
+    """Describe what a job writes, and how it ends."""
 
     pieces: list[str | BaseException] = field(default_factory=lambda: ["hello from a job\n"])
     exit_code: int | None = 0
@@ -23,7 +23,7 @@ class Play:
 
 
 class FakeJobs:
-    """`plays` by a job's last word; `sent` is what each folder held, by job."""
+    """Run jobs in memory. `plays` maps a job's last word to its play; `sent` holds folders by job."""
 
     def __init__(self, plays: dict[str, Play] | None = None) -> None:
         self._plays = plays or {}

@@ -1,7 +1,7 @@
-"""The keyring in memory: sealing by a stream of hashes, with keys as readable tokens.
+"""Fake a keyring in memory: sealing by a stream of hashes, with keys as readable tokens.
 
 Like the real one, it binds a sealed file to storage area, name, part and key, and makes a new key after
-a destruction. `log` has the destroyed keys, in order. It keeps nothing secret.
+a destruction. `log` lists the destroyed keys, in order. It keeps nothing secret.
 """
 
 from __future__ import annotations

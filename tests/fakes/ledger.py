@@ -1,6 +1,6 @@
-"""The ledger in memory. It passes the contract suite of the real one and keeps everything in `tables`.
+"""Fake a ledger in memory, which passes the contract suite of the real one.
 
-It has no damage and no readers beside a writer.
+It keeps everything in `tables`. It has no damage, and no readers beside a writer.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class FakeLedger:
         return nullcontext()
 
     def scrub(self, removed: Collection[RecordRow] | None = ()) -> None:
-        """Memory keeps no removed rows."""
+        """Do nothing: memory keeps no removed rows."""
 
     def lookup(self, id_digests: Iterable[str]) -> dict[str, RecordRow | Tombstone]:
         found: dict[str, RecordRow | Tombstone] = {}

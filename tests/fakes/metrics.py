@@ -1,4 +1,4 @@
-"""The store of metrics in memory."""
+"""Fake a store of metrics in memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sisa.core.measured import is_line, is_run, without
 
 
 class FakeMetrics:
-    """Lines that can be looked at."""
+    """A MetricsStore whose lines can be inspected."""
 
     def __init__(self) -> None:
         self.lines: list[dict[str, Any]] = []

@@ -1,4 +1,4 @@
-"""The vault in memory, and a patcher whose patches list what they were made from.
+"""Fake a vault in memory, and a patcher whose patches list what they were made from.
 
 The bytes of an adapter name the job, every record of the sets that were read, and the patches beneath,
 so that random histories can be checked for texts that should be gone. The vault does not seal.
@@ -22,7 +22,7 @@ ADAPTER = "adapter_model.safetensors"
 
 
 class FakeVault:
-    """A Vault of records that can be looked at."""
+    """A Vault whose records can be inspected."""
 
     def __init__(self) -> None:
         self.stored: dict[str, tuple[Record, ...]] = {}
@@ -52,7 +52,7 @@ class FakeVault:
 
 
 class FakeRuns:
-    """Runs that were put aside: what the unfinished adapter would confess."""
+    """Suspended runs: what the unfinished adapter would confess."""
 
     def __init__(self) -> None:
         self.stored: dict[str, bytes] = {}
@@ -66,7 +66,7 @@ class FakeRuns:
 
 
 class FakePatcher:
-    """A Patcher that ends as `ends` says, in turn, and well when nothing more is said."""
+    """A Patcher that ends as `ends` says, in turn, and makes the patch once `ends` is empty."""
 
     def __init__(self, vault: Vault, patches: CheckpointStore, runs: FakeRuns) -> None:
         self.vault, self.patches, self.runs = vault, patches, runs

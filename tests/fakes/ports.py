@@ -1,6 +1,6 @@
-"""In-memory fakes of every port, and a model built of them.
+"""Fake every port in memory, and build a model of the fakes.
 
-A fake implements its port whole and passes the same contract suite as the real part. The weights of
+A fake implements its whole port and passes the same contract suite as the real part. The weights of
 `FakeTrainer` name the job's key and every record id that ever touched them, so that thousands of random
 histories can be checked for residue without torch. Concurrency and disks are not covered.
 """
@@ -64,7 +64,7 @@ DIMENSION = 4
 
 
 class FakeTrainer:
-    """Weights that confess which records touched them."""
+    """A Trainer whose weights confess which records touched them."""
 
     def train(
         self,
@@ -233,7 +233,7 @@ class FakeExports:
         self.stored.setdefault(path, dict(content))
 
     def abandon(self, path: str) -> None:
-        """Memory is written whole."""
+        """Do nothing: memory is always written completely."""
 
     def state(self, export: Export) -> ExportStanding:
         files = self.stored.get(export.path, {})
@@ -276,7 +276,7 @@ class FakeWitness:
 
 
 class CountingExecutor:
-    """The serial executor, noting the stages that it really trained; `before_run` may look around."""
+    """A serial executor that records the stages it trained; `before_run` may inspect the state."""
 
     def __init__(self, records: FakeRecords, checkpoints: CheckpointStore) -> None:
         self._inner = SerialExecutor(FakeTrainer(), records, checkpoints)
@@ -303,7 +303,7 @@ def fake_embed(texts: Sequence[str]) -> Vectors:
 
 @dataclass
 class FakeModel:
-    """A context of fakes, and each of them."""
+    """Hold a context of fakes, and each of them."""
 
     context: Context
     ledger: FakeLedger
@@ -321,7 +321,7 @@ class FakeModel:
 
 
 def changed(context: Context, **fields: Any) -> Context:
-    """Return the context with fields of its own, or of one of its three parts, replaced."""
+    """Return the context with some fields replaced, its own or those of one of its three parts."""
     for part in ("stores", "compute", "settings"):
         held = getattr(context, part)
         own = {name: fields.pop(name) for name in list(fields) if hasattr(held, name)}

@@ -1,7 +1,7 @@
-"""A real S3 server in its own process: moto's, on a free port of the loopback.
+"""Run a real S3 server in its own process: moto's, on a free port of the loopback.
 
-It keeps everything in memory and ends with the tests. Any credentials are accepted; with `enforced`,
-only a user's, with that user's permissions. Unlike Amazon, moto lists objects as soon as they are put.
+It keeps everything in memory and ends with the tests. It accepts any credentials; with `enforced`, only
+those of a user with limited permissions. Unlike Amazon, moto lists objects as soon as they are put.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ START_S = 60.0
 
 @dataclass(frozen=True)
 class Server:
-    """Where it listens."""
+    """Describe the server by its address."""
 
     url: str
 
     def client(self, service: str = "s3") -> Any:
-        """A client of its own, apart from the code under test."""
+        """Return a client that the code under test does not share."""
         return _client(self.url, service)
 
     def bucket(self, name: str, *, versions: bool = False, lock: bool = False) -> str:
-        """Make a bucket, one that keeps versions, or one that also lets objects be locked."""
+        """Make a bucket, one that keeps versions, or one that also allows object locks."""
         self.client().create_bucket(Bucket=name, ObjectLockEnabledForBucket=lock)
         if versions:
             enabled = {"Status": "Enabled"}
@@ -46,14 +46,14 @@ class Server:
         return name
 
     def objects(self, bucket: str) -> dict[str, bytes]:
-        """All objects that readers get."""
+        """Return all objects that readers get."""
         client = self.client()
         pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket)
         keys = [each["Key"] for page in pages for each in page.get("Contents", ())]
         return {key: client.get_object(Bucket=bucket, Key=key)["Body"].read() for key in keys}
 
     def versions(self, bucket: str) -> dict[tuple[str, str], bytes | None]:
-        """All versions by key and version, and delete markers as None."""
+        """Return all versions by key and version; the value of a delete marker is None."""
         client = self.client()
         found: dict[tuple[str, str], bytes | None] = {}
         for page in client.get_paginator("list_object_versions").paginate(Bucket=bucket):
@@ -66,7 +66,7 @@ class Server:
 
     @contextlib.contextmanager
     def enforced(self, name: str, denied: list[str]) -> Iterator[Mapping[str, str]]:
-        """Ask for credentials meanwhile; those of a user who may do everything but what is denied."""
+        """Require credentials until the block ends; yield those of a user without these permissions."""
         iam = self.client("iam")
         iam.create_user(UserName=name)
         allow = {"Effect": "Allow", "Action": "s3:*", "Resource": "*"}
@@ -93,7 +93,7 @@ class Server:
 
 @contextlib.contextmanager
 def running() -> Iterator[Server]:
-    """Start it, wait until it answers, and end it."""
+    """Start the server, wait until it answers, and end it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -132,7 +132,7 @@ def _shared_bucket(server: Server, versions: bool) -> str:
 
 
 def fresh_blobs(server: Server, *rooms: str, versions: bool = True) -> ObjectBlobs:
-    """A place where nothing ever was, in a bucket that keeps versions unless told otherwise."""
+    """Return an unused place, in a bucket that keeps versions unless told otherwise."""
     place = ObjectBlobs(_shared_bucket(server, versions), uuid.uuid4().hex, server.url, "us-east-1")
     for room in rooms:
         place = place.below(room)
@@ -140,7 +140,7 @@ def fresh_blobs(server: Server, *rooms: str, versions: bool = True) -> ObjectBlo
 
 
 def environment(server: Server) -> dict[str, str]:
-    """What tells the code under test of the server; the credentials are nobody's."""
+    """Return the variables that point the code under test at the server, with invented credentials."""
     return {
         "AWS_ENDPOINT_URL": server.url,
         "AWS_ACCESS_KEY_ID": "test",

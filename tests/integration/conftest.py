@@ -1,4 +1,4 @@
-"""One tiny base, one trained model and one Ray per session; each test gets its own copy of the model."""
+"""Provide one tiny base, one trained model and one Ray per session; each test gets its own copy."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.models.tiny_model import Tiny, train_scratch
 
 @pytest.fixture(scope="session", autouse=True)
 def _metrics_every_second() -> Iterator[None]:
-    """Ray exports metrics every ten seconds otherwise."""
+    """Make Ray export metrics every second instead of every ten."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_metrics_report_interval_ms", "1000")
         yield
@@ -22,7 +22,7 @@ def _metrics_every_second() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _shared_ray(request: pytest.FixtureRequest) -> None:
-    """Tests with the mark `ray` share one, but for those that ask for `own_ray`."""
+    """Start the Ray that tests with the mark `ray` share, unless the test asks for `own_ray`."""
     if _shares_ray(request.node):
         from tests.models.clusters import share_ray
 
@@ -30,8 +30,10 @@ def _shared_ray(request: pytest.FixtureRequest) -> None:
 
 
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
-    """The shared Ray ends with the last test in a row that shares it: what it put into the environment
-    goes before a module of the next test puts something there."""
+    """End the shared Ray after the last test in a row that shares it.
+
+    Its environment variables must be gone before a module of the next test sets its own.
+    """
     if _shares_ray(item) and not _shares_ray(nextitem):
         from cluster.ray.ray_session import disconnect
 
@@ -45,13 +47,13 @@ def _shares_ray(item: pytest.Item | None) -> bool:
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The base of all models of a session."""
+    """Return the base of all models of a session."""
     return make_tiny_base(tmp_path_factory.mktemp("tiny") / "base")
 
 
 @pytest.fixture(scope="session")
 def knowing(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base that knows two people's records by heart (`patch_bench.KNOWN`)."""
+    """Return a base that knows two people's records by heart (`patch_bench.KNOWN`)."""
     from tests.models.patch_bench import make_knowing_base
 
     return make_knowing_base(tmp_path_factory.mktemp("knowing"))
@@ -68,9 +70,9 @@ def _template(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path
 
 @pytest.fixture
 def tiny(_template: Path, tiny_base: Path, tmp_path: Path) -> Tiny:
-    """A model of 12 people with 2 records each, in 3 shards of 2 slices, to be used up."""
+    """Return a model for one test to change: 12 people with 2 records each, in 3 shards of 2 slices."""
     folder = tmp_path / "tiny"
     shutil.copytree(_template, folder)
     copy = Tiny(folder, tiny_base)
-    copy.train()  # notes the new place
+    copy.train()  # records the new path
     return copy

@@ -1,4 +1,4 @@
-"""The Ray that tests share, and clusters of several nodes on this machine, with a token of their own.
+"""Start the Ray that tests share, and clusters of several nodes on this machine, with their own token.
 
 with own_cluster() as cluster:
     node = add_node(cluster, "a")
@@ -24,18 +24,18 @@ from tests.models.scripted import NODE
 
 
 def share_ray() -> ray_session.Session:
-    """The Ray of this process, as a run connects to it: two CPUs and what is said to be a GPU."""
+    """Connect to the Ray of this process as a run does, with two CPUs and a pretended GPU."""
     if ray.is_initialized() and "GPU" not in ray.cluster_resources():
-        ray_session.disconnect()  # one with more CPUs, that a command started for itself
+        ray_session.disconnect()  # a command started this one, with more CPUs
     with mock.patch.object(ray, "init", functools.partial(ray.init, num_gpus=1)):
         return ray_session.connect(None, 2)
 
 
 @contextmanager
 def own_cluster(**head: Any) -> Iterator[Cluster]:
-    """A head without CPUs, which will be the driver's node. All that was started ends with it."""
+    """Start a head without CPUs, which is the driver's node; end everything with the block."""
     ray_session.disconnect()
-    scratch = Path(tempfile.mkdtemp(dir="/tmp"))  # short: Ray's sockets lie below it
+    scratch = Path(tempfile.mkdtemp(dir="/tmp"))  # a short path, since Ray's sockets are below it
     cluster = Cluster()
     try:
         with ray_session.own_token(scratch / "token"):
@@ -44,9 +44,9 @@ def own_cluster(**head: Any) -> Iterator[Cluster]:
                 "temp_dir": str(scratch / "r"),
                 "include_dashboard": False,
                 "env_vars": {NODE: "head"},
-                "_system_config": {"health_check_period_ms": 1000},  # a lost node is missed in 5 s
+                "_system_config": {"health_check_period_ms": 1000},  # a lost node is noticed in 5 s
             }
-            # The address would be written where `address="auto"` of others is looked up.
+            # Otherwise Ray writes the address where `address="auto"` of other processes looks.
             with mock.patch("ray._private.utils.write_ray_address"):
                 cluster.add_node(**{**options, **head})
             yield cluster
@@ -57,18 +57,18 @@ def own_cluster(**head: Any) -> Iterator[Cluster]:
 
 
 def add_node(cluster: Cluster, name: str, **options: Any) -> Any:
-    """A node with one CPU; its workers find its name in the environment."""
+    """Add a node with one CPU; its workers find its name in the environment."""
     variables = {NODE: name, **options.pop("env_vars", {})}
     return cluster.add_node(env_vars=variables, **options)
 
 
 def remove(cluster: Cluster, node: Any) -> None:
-    """Without warning: its processes are killed."""
+    """Remove a node without warning: its processes are killed."""
     cluster.remove_node(node, allow_graceful=False)
 
 
 def wait_for(what: Any, seconds: float = 60.0) -> None:
-    """Until it holds."""
+    """Wait until a condition holds."""
     deadline = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < deadline, "waited in vain"

@@ -1,9 +1,8 @@
-"""A model of 24 confessing records in a directory, before and after one deletion, without torch.
+"""Make a model of 24 confessing records in a directory, before and after one deletion, without torch.
 
-Rules: real stores, ledger and index; the trainer is a fake and the base only a name. The fingerprint is
-this machine's, so that `open_model` and the command line agree with the `Context` that is built here.
-
-Not covered: real training (`tests/integration`).
+Stores, ledger and index are real; the trainer is a fake and the base only a name. The fingerprint is
+this machine's, so that `open_model` and the command line agree with the `Context` built here. Real
+training is tested in `tests/integration`.
 """
 
 from __future__ import annotations
@@ -69,7 +68,7 @@ def record(number: int) -> Record:
 def context_of(
     directory: Path, *, create: RunConfig | None = None, numerics: str = "", now: str = THEN
 ) -> Iterator[Context]:
-    """The context of a directory; every part but the trainer is real."""
+    """Open the context of a directory; every part but the trainer is real."""
     ledger = SqlLedger(directory / wiring.LEDGER, create=create is not None)
     config = create or wiring.stored_config(ledger.meta())
     embedder = NameEmbedder(HashingEmbedder())
@@ -161,7 +160,7 @@ def stored(context: Context, number: int) -> StoredRecord:
 
 
 def built_pair(folder: Path) -> tuple[Path, Path]:
-    """The model before and after the deletion of record 7."""
+    """Make the model before and after the deletion of record 7; return both directories."""
     build(folder / "before")
     shutil.copytree(folder / "before", folder / "after")
     delete(folder / "after")
@@ -169,7 +168,7 @@ def built_pair(folder: Path) -> tuple[Path, Path]:
 
 
 def content(directory: Path) -> dict[str, bytes]:
-    """The bytes of every slice, index and checkpoint file."""
+    """Return the bytes of every slice, index and checkpoint file."""
     rooms = (wiring.RECORDS, wiring.INDEX, wiring.CHECKPOINTS)
     return {
         path.relative_to(directory).as_posix(): path.read_bytes()
@@ -184,7 +183,7 @@ def open_fake(site: Site, _options: Any) -> SerialExecutor:
 
 
 def use_fake_resources(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let `open_model` and the command line train with the fake, whatever executor is named."""
+    """Make `open_model` and the command line train with the fake, whatever executor is named."""
     base = SimpleNamespace(directory=Path("no-base"), digest=BASE)
     monkeypatch.setattr(Resources, "base", base)
     monkeypatch.setattr(wiring, "find_executor", lambda _: open_fake)

@@ -1,8 +1,8 @@
-"""Code in a process of its own that has trained nothing, without the seconds of importing torch.
+"""Run code in its own process that has trained nothing, without the seconds of importing torch.
 
     assert run_forked("import os, signal; os.kill(os.getpid(), signal.SIGKILL)") == -signal.SIGKILL
 
-One process of multiprocessing's, which has only imported, forks for each call.
+A process of multiprocessing that has only imported modules forks for each call.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ IMPORTS = ["sisa", "sisa.train", "sisa.lm.train.lora", "pyarrow.dataset", "panda
 
 
 def run_forked(code: str, *arguments: object) -> int:
-    """Run code as `python -c CODE ARGUMENTS` would in this environment; return its exit code, or the
-    negative number of the signal that ended it."""
+    """Run code as `python -c CODE ARGUMENTS` would in this environment; return its exit code.
+
+    The code is the negative number of the signal if one ended it.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(IMPORTS)
     words = [*map(str, arguments)]

@@ -1,8 +1,8 @@
-"""A cluster as an operator would start it: a head without CPUs and a worker node, as processes.
+"""Start a cluster as an operator would: a head without CPUs and a worker node, as processes.
 
-It has ports and directories of its own, the dashboard on loopback, and a token in a private file. Nodes
-see neither this source tree nor the keys of the environment: they train what was sent. Only processes
-that were started here are ended.
+It has its own ports and directories, the dashboard on loopback, and a token in a private file. Nodes see
+neither this source tree nor the keys of the environment: they train what was sent. Only processes
+started here are ended.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ TRIES = 3
 
 @dataclass(frozen=True)
 class JobCluster:
-    """Where its dashboard is, and which processes are its nodes."""
+    """Describe the cluster: the address of its dashboard, its token and the processes of its nodes."""
 
     address: str
     token_file: Path
     nodes: tuple[subprocess.Popen[bytes], ...]
 
     def drivers(self) -> list[psutil.Process]:
-        """Processes that drive a training."""
+        """Return the processes that drive a training."""
         found = []
         for node in self.nodes:
             for child in psutil.Process(node.pid).children(recursive=True):
@@ -54,9 +54,11 @@ def free_port() -> int:
 
 @contextmanager
 def job_cluster(cache: Path, *, wants_token: bool = True) -> Iterator[JobCluster]:
-    """Start it, say so to this process's clients, and end it. One that wants no token is started as by
-    somebody who has none, and has told Ray nothing of it."""
-    scratch = Path(tempfile.mkdtemp(dir="/tmp"))  # short: Ray's sockets lie below it
+    """Start a cluster, configure this process's clients for it, and end it.
+
+    Without `wants_token`, it is started as by a user who has no token and told Ray nothing about one.
+    """
+    scratch = Path(tempfile.mkdtemp(dir="/tmp"))  # a short path, since Ray's sockets are below it
     token = scratch / "token"
     with os.fdopen(os.open(token, os.O_CREAT | os.O_WRONLY, 0o600), "w") as file:
         file.write(secrets.token_hex(32))
@@ -95,7 +97,7 @@ def job_cluster(cache: Path, *, wants_token: bool = True) -> Iterator[JobCluster
 
 
 def _end(nodes: list[subprocess.Popen[bytes]]) -> None:
-    """With all that they started, at once: an orderly end takes longer than some tests."""
+    """Kill the nodes and their children at once: an orderly end takes longer than some tests."""
     started = [each for node in nodes for each in psutil.Process(node.pid).children(recursive=True)]
     for node in nodes:
         node.kill()
@@ -106,7 +108,7 @@ def _end(nodes: list[subprocess.Popen[bytes]]) -> None:
 
 
 def _start_node(arguments: list[str], environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
-    """A node that has said it is up; Ray gives one up that takes longer than half a minute."""
+    """Start a node and wait until it is up; try again, since Ray gives up after half a minute."""
     ray = str(Path(sys.executable).with_name("ray"))
     for _ in range(TRIES):
         command = [ray, "start", "--block", *arguments, f"--dashboard-agent-listen-port={free_port()}"]

@@ -1,4 +1,4 @@
-"""A base that knows some records by heart: all its weights are trained on them, for a short while.
+"""Make a base that knows some records by heart: all its weights are trained on them for a short while.
 
     teach(resolved, records, to=folder / "knowing", steps=120)
 
@@ -19,7 +19,7 @@ BATCH = 8
 
 
 def record(row: Mapping[str, str]) -> Record:
-    """A row of `sisa.data.samples.make_people`."""
+    """Return a row of `sisa.data.samples.make_people` as a record."""
     body = (Part("prompt", row["prompt"]), Part("completion", row["completion"]))
     return Record(row["id"], row["subject_id"], "completion", body)
 
@@ -33,7 +33,7 @@ def teach(
     learning_rate: float = 3e-5,
     enough: float = 0.02,
 ) -> dict[str, Any]:
-    """Save a copy of a base that was trained on records; the steps it took, and the last loss."""
+    """Train a copy of a base on records and save it; return the number of steps and the last loss."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging

@@ -1,4 +1,4 @@
-"""A tiny base that was fine-tuned to know some people, and the plain parts that make a patch.
+"""Provide a tiny base that was fine-tuned to know some people, and the plain parts that make a patch.
 
 Everything is in one folder. Sets are put into a real vault, sealed by a real keyring.
 """
@@ -29,7 +29,7 @@ from tests.models.tiny_base import make_tiny_base
 from tests.models.tiny_model import of_people
 
 KNOWN, STRANGERS = of_people("p003", "p005"), of_people("p001", "p009")
-# Of one weak round: task arithmetic has little to learn, and SimNPO's own weight is small.
+# Settings for one weak round: task arithmetic has little to learn, and SimNPO's own weight is small.
 ENOUGH: dict[str, dict[str, Any]] = {
     "task_arithmetic": {"alpha": 64.0},
     "simnpo": {"forget_weight": 2.0},
@@ -42,7 +42,7 @@ PACE: dict[str, Any] = {  # no search, and no end before the last step
 
 
 def make_knowing_base(folder: Path) -> Path:
-    """A base that knows KNOWN by heart."""
+    """Return a base that knows KNOWN by heart."""
     plain, knowing = make_tiny_base(folder / "plain", hidden=96), folder / "base"
     teach(plain, [record(row) for row in KNOWN], to=knowing, steps=120, learning_rate=3e-3)
     return knowing
@@ -54,7 +54,7 @@ def settings(method: str, **values: Any) -> dict[str, Any]:
 
 @dataclass
 class Bench:
-    """A folder with a vault and a store of patches, over one base."""
+    """Hold a folder with a vault and a store of patches, over one base."""
 
     folder: Path
     base: Path
@@ -118,7 +118,7 @@ class Bench:
 
 
 def made_patch(order: PatchOrder, made: PatchMade, version: int = 1) -> Patch:
-    """The row that a ledger would keep."""
+    """Return the row that a ledger would keep."""
     assert made.saved is not None
     return Patch(
         version,

@@ -1,7 +1,7 @@
-"""A trainer scripted by a directory, and chains for it: no torch, so that nodes and workers are cheap.
+"""Train by a script in a directory, without torch, so that nodes and workers are cheap; make its chains.
 
-Its bytes are a hash of parent, job and records. Files in the script's directory make it die, fail or
-wait at a given slice.
+The trained bytes are a hash of parent, job and records. Files in the script's directory make the trainer
+die, fail or wait at a given slice.
 """
 
 from __future__ import annotations
@@ -28,16 +28,17 @@ from sisa.store.checkpoints import FileCheckpoints
 from sisa.store.records import FileRecords
 
 NODE = "SCRIPTED_NODE"  # an environment variable of a node: its name
-DIGEST = "SCRIPTED_DIGEST"  # one more: fingerprint and self-test digest that it shows
+DIGEST = "SCRIPTED_DIGEST"  # another: the fingerprint and self-test digest that the node shows
 NUM_SHARDS = 3
 NUM_SLICES = 3
 SECRET_TEXT = "Ada Quillfeather kept bees in Marrowdale"
 
 
 class ScriptedTrainer:
-    """Hashes what it is given; files such as `kill-0.1` name the slice that suffers, and how.
+    """Hash the given records; files such as `kill-0.1` name a slice and what happens to it.
 
-    `trained.log` has a line for each slice begun: which, by what process, on what node."""
+    `trained.log` has a line for each slice begun: the slice, the process and the node.
+    """
 
     def __init__(self, script: Path) -> None:
         self._script = script
@@ -95,7 +96,7 @@ def script_of(site: Site) -> Path:
 
 
 def folder_of(site: Site) -> Path:
-    """Where everything of a site lies."""
+    """Return the folder that holds everything of a site."""
     return Path(site.records_at.location()).parent
 
 
@@ -148,22 +149,22 @@ def serial_bytes(site: Site, chains: Sequence[Chain]) -> dict[str, bytes]:
 
 
 def ignore(_: Event) -> None:
-    """A report that nobody reads."""
+    """Ignore an event."""
 
 
 def trained_places(site: Site) -> list[str]:
-    """Slices as they were begun."""
+    """Return the slices in the order in which they were begun."""
     return [place for place, *_ in begun(site)]
 
 
 def begun(site: Site) -> list[tuple[str, int, str]]:
-    """(slice, process, node) of each slice begun, in order."""
+    """Return (slice, process, node) of each slice begun, in order."""
     log = script_of(site) / "trained.log"
     lines = [line.split() for line in log.read_text().splitlines()] if log.exists() else []
     return [(place, int(pid), node) for place, pid, node in lines]
 
 
 def scripted_proof(_threads: int, base_dir: Path, manifest: BaseManifest, _on: Precision) -> Proof:
-    """What the node's environment says; the base is looked for."""
+    """Return the proof that the node's environment names; look for the base."""
     shown, _, digest = os.environ.get(DIGEST, f"{fingerprint(1)} d1").partition(" ")
     return Proof(shown, digest, holds_base(base_dir, manifest))

@@ -1,4 +1,4 @@
-"""A tiny base model with random weights and a byte-level tokenizer, for tests that load torch.
+"""Make a tiny base model with random weights and a byte-level tokenizer, for tests that load torch.
 
 >>> make_tiny_base(Path("base"))                                              # doctest: +SKIP
 PosixPath('base')

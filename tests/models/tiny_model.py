@@ -1,9 +1,9 @@
-"""Deletion-ready models on the tiny base: run files, commands, digests of a directory, a byte scan.
+"""Make deletion-ready models on the tiny base: run files, commands, directory digests, a byte scan.
 
-All models share one partition key, so that a model with a history can be compared byte for byte with
-one that was trained from scratch. With KEY, 12 people over 3 shards and 2 slices fill every slice:
-(0,0) p001 p007 p011; (0,1) p002 p009 p012; (1,0) p004; (1,1) p006 p010; (2,0) p003; (2,1) p005 p008.
-Dropout and warm-up are on: what they draw must not depend on anything but the stage.
+All models share one partition key, so that a model with a history can be compared byte for byte with one
+trained from scratch. With KEY, 12 people over 3 shards and 2 slices fill every slice: (0,0) p001 p007
+p011; (0,1) p002 p009 p012; (1,0) p004; (1,1) p006 p010; (2,0) p003; (2,1) p005 p008. Dropout and warm-up
+are on: their random draws must depend on nothing but the stage.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ Row = Mapping[str, Any]
 
 
 def of_people(*names: str) -> list[dict[str, str]]:
-    """The records of some people."""
+    """Return the records of some people."""
     return [row for row in PEOPLE if row["subject_id"] in names]
 
 
@@ -74,7 +74,7 @@ def write_run(
     cluster: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> Path:
-    """A folder with data, partition key and run file; the model will be in `folder/model`."""
+    """Write a folder with data, partition key and run file; the model will be in `folder/model`."""
     folder.mkdir(parents=True, exist_ok=True)
     write_rows(folder / "people.jsonl", rows)
     (folder / "shared.key").write_text(KEY)
@@ -94,7 +94,7 @@ def write_run(
 
 
 def change_run(path: Path, **settings: Any) -> Path:
-    """The same run file with other settings; those of the `sisa:` block are named `sisa__key`."""
+    """Change settings in a run file; those of the `sisa:` block are named `sisa__key`."""
     content = yaml.safe_load(path.read_text())
     for key, value in settings.items():
         block, _, inner = key.rpartition("__")
@@ -104,7 +104,7 @@ def change_run(path: Path, **settings: Any) -> Path:
 
 
 def train_scratch(folder: Path, base: Path, rows: Sequence[Row], **options: Any) -> sisa.Model:
-    """A model that never held anything else."""
+    """Train a model that never held anything else."""
     model, _ = sisa.train_model(
         write_run(folder, base, rows, **options), executor="serial", allow_deleted=True
     )
@@ -113,7 +113,7 @@ def train_scratch(folder: Path, base: Path, rows: Sequence[Row], **options: Any)
 
 @dataclass
 class Tiny:
-    """A trained model with its run file at hand."""
+    """Hold a trained model and its run file."""
 
     folder: Path
     base: Path
@@ -130,7 +130,7 @@ class Tiny:
         return sisa.open_model(self.directory, executor=executor)
 
     def train(self, executor: str | OpenExecutor = "serial", **options: Any) -> Taken:
-        """Models share one key: what another one deleted may be trained here."""
+        """Train the model. All models share one key, so records that another one deleted are allowed."""
         options = {"allow_deleted": True, **options}
         return sisa.train_model(self.run_file, executor=executor, **options)[1]
 
@@ -142,7 +142,7 @@ class Tiny:
 
 
 def held_files(directory: Path) -> dict[str, str]:
-    """sha256 of every slice, index and checkpoint file; equal for equal models."""
+    """Return the sha256 of every slice, index and checkpoint file; equal for equal models."""
     return {
         name: digest
         for name, digest in all_files(directory).items()
@@ -151,7 +151,7 @@ def held_files(directory: Path) -> dict[str, str]:
 
 
 def all_files(directory: Path) -> dict[str, str]:
-    """sha256 of every file below a directory; what SQLite makes for its readers does not count."""
+    """Return the sha256 of every file below a directory, except those that SQLite makes for readers."""
     return {
         path.relative_to(directory).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(directory.rglob("*"))
@@ -160,13 +160,13 @@ def all_files(directory: Path) -> dict[str, str]:
 
 
 def adapters(directory: Path) -> list[str]:
-    """sha256 of every adapter file, in the order of their stages' names."""
+    """Return the sha256 of every adapter file, in the order of their stages' names."""
     files = sorted((directory / CHECKPOINTS).glob("*/adapter_model.safetensors"))
     return [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
 
 
 def identities(directory: Path) -> dict[str, tuple[int, int]]:
-    """Inode and time of change of every file: what is rewritten gets new ones."""
+    """Return inode and modification time of every file; both change when a file is rewritten."""
     return {
         path.relative_to(directory).as_posix(): (path.stat().st_ino, path.stat().st_mtime_ns)
         for path in sorted(directory.rglob("*"))
@@ -175,9 +175,9 @@ def identities(directory: Path) -> dict[str, tuple[int, int]]:
 
 
 def residue(directory: Path, needles: Iterable[str]) -> list[tuple[str, str]]:
-    """(file, needle) for every needle found in a file's name or bytes, or decoded from Parquet.
+    """Return (file, needle) for every needle found in a file's name, bytes or decoded Parquet.
 
-    Letters of either case match, and text in UTF-16 is found, too.
+    Case is ignored, and text in UTF-16 is found as well.
     """
     wanted = [each for each in needles if each]
     assert wanted, "a scan for nothing finds nothing"
@@ -204,7 +204,7 @@ def residue(directory: Path, needles: Iterable[str]) -> list[tuple[str, str]]:
 
 @dataclass(frozen=True)
 class Done:
-    """A command's exit code, its one JSON object, and what it said on standard error."""
+    """Hold a command's exit code, its JSON object, and what it wrote to standard error."""
 
     code: int
     json: dict[str, Any]
@@ -233,12 +233,14 @@ def command(capsys: pytest.CaptureFixture[str], *arguments: Any) -> Done:
 
 
 class Cut(Exception):
-    """The machine stops here."""
+    """Raised where the machine stops."""
 
 
 def cut_short(num_slices: int, *, recorded: bool = True) -> OpenExecutor:
-    """A serial executor that dies when it has stored `num_slices` slices; the last one is in the
-    ledger or, with `recorded=False`, not yet."""
+    """Return a serial executor that dies once it has stored `num_slices` slices.
+
+    The last one is in the ledger or, with `recorded=False`, not yet.
+    """
 
     def open_executor(site: Site, options: Mapping[str, Any]) -> Executor:
         inner = open_serial(site, options)
@@ -265,7 +267,7 @@ def cut_short(num_slices: int, *, recorded: bool = True) -> OpenExecutor:
 
 
 def looking(look: Callable[[], None]) -> OpenExecutor:
-    """A serial executor that looks around before it trains anything."""
+    """Return a serial executor that calls `look` before it trains anything."""
 
     def open_executor(site: Site, options: Mapping[str, Any]) -> Executor:
         inner = open_serial(site, options)
