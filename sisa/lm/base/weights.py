@@ -14,13 +14,13 @@ tensors, so no caller sees another's adapters. A base must fit into memory in fl
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import json
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ def resolve_base(spec: str) -> BaseFiles:
         gguf = list(source.rglob("*.gguf"))
         if len(gguf) == 1:
             place = f"bases/{package.name}-{package.version}-{package.sha256[:16]}"
-            convert, pinned = partial(_convert, gguf[0].parent, gguf[0].name), PINNED_BASES
+            convert, pinned = functools.partial(_convert, gguf[0].parent, gguf[0].name), PINNED_BASES
             found = cached_directory(place, convert, pinned.get(package.sha256), base_digest)
             return BaseFiles(spec, *found)
         source = model_in_package(source, spec)
@@ -83,7 +83,7 @@ def resolve_base(spec: str) -> BaseFiles:
         source = local_or_hub(spec)
     if not _stored_as_float32(source):
         place = f"bases/{base_digest(source)[:32]}"
-        convert = partial(_convert, source, None)
+        convert = functools.partial(_convert, source, None)
         return BaseFiles(spec, *cached_directory(place, convert, digest=base_digest))
     return BaseFiles(spec, source, base_digest(source))
 
@@ -190,6 +190,28 @@ def _stored_dtypes(directory: Path) -> Iterator[list[str]]:
 
 
 def _convert(source: Path, gguf: str | None, target: Path) -> None:
+    with _gguf_read_once() if gguf else contextlib.nullcontext():
+        _save_as_float32(source, gguf, target)
+
+
+@contextlib.contextmanager
+def _gguf_read_once() -> Iterator[None]:
+    """Parse a GGUF file once within the block.
+
+    transformers parses it three times, for config, weights and tokenizer, and lists the names of all
+    tensors anew for each module: half of the time of a conversion.
+    """
+    import gguf
+
+    former = gguf.GGUFReader, gguf.get_tensor_name_map
+    gguf.GGUFReader, gguf.get_tensor_name_map = map(functools.cache, former)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader, gguf.get_tensor_name_map = former
+
+
+def _save_as_float32(source: Path, gguf: str | None, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -198,8 +220,9 @@ def _convert(source: Path, gguf: str | None, target: Path) -> None:
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    plain = type(model)(config)  # the loaded model can't be saved: it remembers its GGUF file
-    plain.load_state_dict(model.state_dict())
+    with torch.device("meta"):  # nothing is drawn for weights that come
+        plain = type(model)(config)  # the loaded model can't be saved: it remembers its GGUF file
+    plain.load_state_dict(model.state_dict(), assign=True)
     plain.generation_config = model.generation_config
     plain.tie_weights()
     plain.save_pretrained(target, max_shard_size="1000GB")
@@ -207,7 +230,7 @@ def _convert(source: Path, gguf: str | None, target: Path) -> None:
     keep_licences(source, target)
 
 
-@contextmanager
+@contextlib.contextmanager
 def untrusted(what: str, source: Path, *, quotes_texts: bool = False) -> Iterator[None]:
     """Turn whatever libraries raise over a model's files into InvalidInput.
 

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel
 
@@ -25,7 +27,7 @@ from sisa.core.errors import InvalidInput, SisaError
 from sisa.core.events import Event, Notice
 from sisa.flows.wiring.resources import Resources
 from sisa.lm.answer.base_trial import try_base
-from sisa.lm.base.weights import resolve_base
+from sisa.lm.base.weights import _convert, base_digest, load_base, resolve_base
 from tests.endurance.mutate import some_bytes
 from tests.models.tiny_base import make_tiny_base
 from tests.models.tiny_model import Tiny, change_run, of_people, write_run
@@ -315,3 +317,54 @@ def test_a_config_of_endless_layers_is_refused_at_once(
     (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 10**9}))
     with pytest.raises(sisa.InvalidInput, match="more layers than its weights"):
         tried(tmp_path)
+
+
+def write_gguf(path: Path) -> None:
+    """Write a base of one layer with random weights in half precision."""
+    writer, source = gguf.GGUFWriter(str(path), "llama"), np.random.default_rng(0)
+    writer.add_name("tiny")
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(1)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_dimension_count(16)
+    writer.add_vocab_size(8)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(["t", "1", "t1", "a", "b", "c", "d", "e"])
+    writer.add_token_types([1] * 8)
+    writer.add_token_merges(["t 1"])
+    shapes = {"token_embd": (8, 32), "output_norm": (32,), "blk.0.attn_norm": (32,)}
+    shapes |= {"blk.0.attn_q": (32, 32), "blk.0.attn_k": (16, 32), "blk.0.attn_v": (16, 32)}
+    shapes |= {"blk.0.attn_output": (32, 32), "blk.0.ffn_norm": (32,), "blk.0.ffn_gate": (64, 32)}
+    shapes |= {"blk.0.ffn_up": (64, 32), "blk.0.ffn_down": (32, 64)}
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", source.standard_normal(shape).astype(np.float16))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_file_is_parsed_once_to_convert_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parsed: list[Any] = []
+    real = gguf.GGUFReader
+
+    def counted(path: Any) -> Any:
+        parsed.append(path)
+        return real(path)
+
+    monkeypatch.setattr(gguf, "GGUFReader", counted)
+    write_gguf(tmp_path / "tiny.gguf")
+    (tmp_path / "made").mkdir()
+    _convert(tmp_path, "tiny.gguf", tmp_path / "made")
+    assert len(parsed) == 1
+    assert gguf.GGUFReader is counted  # as it was
+    model, tokenizer = load_base(tmp_path / "made", base_digest(tmp_path / "made"))
+    (held,) = (each for each in real(tmp_path / "tiny.gguf").tensors if each.name == "token_embd.weight")
+    assert np.array_equal(model.get_input_embeddings().weight.numpy(), held.data.astype(np.float32))
+    assert tokenizer.convert_tokens_to_ids("t1") == 2
