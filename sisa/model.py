@@ -387,13 +387,8 @@ class Model:
             context = stack.enter_context(self._writing())
             chosen = shards_to_replay(context, replay, shard)
             stack.callback(self._clear_scratch)
-        """Check every held byte; with `replay`, train shards from scratch and compare the bytes.
-
-        Unless `apart` is false, one of these shards is also trained stage by stage, each stage in its
-        own process on this machine. With `require_replay`, a chosen shard that can't be replayed is a
-        finding. With `anchor`, an earlier `Status.event_head`, a history of requests that does not
-        continue it is a finding.
-
+            context = replace(context, report=self.report)  # a replay's metrics are not kept
+            alone = stages_apart(self, context) if apart else None
             store = scratch_store(context)
             return verify(context, chosen, store, alone, require_replay=require_replay, anchor=anchor)
 

@@ -52,6 +52,16 @@ def test_replays_share_one_clean_process_and_survive_its_death(tiny: Tiny) -> No
 
 
 @pytest.mark.torch
+def test_a_replay_in_one_process_proves_shards_without_a_clean_one(tiny: Tiny) -> None:
+    CLEAN.end()
+    proof = tiny.open().verify(replay="sample", apart=False)
+    assert proof.ok
+    assert [each.equal for each in proof.shards].count(True) == 1
+    assert {each.equal_apart for each in proof.shards} == {None}
+    assert clean_processes() == []
+
+
+@pytest.mark.torch
 def test_threads_share_the_clean_process_and_forks_leave_it_alone() -> None:
     def failing(_: int) -> str:
         return CLEAN.train(NOWHERE, worker_environment(1))
