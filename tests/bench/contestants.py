@@ -75,7 +75,7 @@ class Theirs:
 
 @dataclass(frozen=True)
 class Ours:
-    """A worker's share: its chains, the place of their slices, and the tokens of each chain."""
+    """A worker's share: its chains, the store of their slices, and the tokens of each chain."""
 
     site: Site
     chains: tuple[Chain, ...]
@@ -102,7 +102,7 @@ def is_there(who: Who) -> bool:
 
 
 class Contestant:
-    """A process that trains what it is sent, one training after another."""
+    """A process that trains whatever it is sent, one training after another."""
 
     def __init__(self, who: Who, threads: int) -> None:
         self._who, self._threads = who, threads

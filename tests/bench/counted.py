@@ -78,7 +78,7 @@ class Arrangement:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """The position of an author, who came with the first commit."""
+    """The position of an author, whom the first commit added."""
 
     shard: int
     slice: int

@@ -88,9 +88,9 @@ PACE = {
 class Way:
     """A way to make a patch.
 
-    With `keep`, its retain set is the records of people who are to be kept; otherwise the base writes
-    it. Other settings have the command's defaults. PACE has no bound on utility, because early steps
-    hurt the retain set and later ones repair it.
+    With `keep`, its retain set is the records of people to keep; otherwise the base writes it. Other
+    settings have the command's defaults. PACE has no bound on utility, because early steps hurt the
+    retain set and later ones repair it.
     """
 
     method: str = "npo"

@@ -45,7 +45,7 @@ Key = tuple[Who, int, int]  # a contestant, its threads, and which of several
 
 @dataclass(frozen=True)
 class Data:
-    """Records as everybody gets them."""
+    """Records in the form that every contestant gets."""
 
     base_dir: Path
     base_digest: str
@@ -62,7 +62,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Way:
-    """One contestant in one race: what each process is sent."""
+    """One contestant in one race, with the orders that each process is sent."""
 
     name: str
     race: Race
@@ -71,7 +71,7 @@ class Way:
 
 @dataclass(frozen=True)
 class Layout:
-    """The layout of ours. A shard has `batch_share` of the race's batch."""
+    """The layout of our trainer. A shard has `batch_share` of the race's batch."""
 
     name: str
     shards: int

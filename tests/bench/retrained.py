@@ -317,7 +317,7 @@ COLUMNS = ("one", "one_labelled", *FORGET)
 
 
 def table(found: Json) -> Iterator[str]:
-    """Markdown: measured share (closed form)."""
+    """Yield Markdown: measured share (closed form)."""
     yield "| arrangement | shards x slices | one | one, 90% labelled | forget01 | forget05 | forget10 |"
     yield "| --- | --- | --- | --- | --- | --- | --- |"
     for row in found["shares"]:
@@ -329,7 +329,7 @@ def table(found: Json) -> Iterator[str]:
 
 
 def depth_table(found: Json) -> Iterator[str]:
-    """Markdown: what orders buy and cost, for one author, any alike / 90% labelled."""
+    """Yield Markdown: benefit and cost of orders, for one author, any alike / 90% labelled."""
     yield "| 8 x 8, sequential | training | served | share, order 0 | share, all orders |"
     yield "| --- | --- | --- | --- | --- |"
     for row in found["shares"]:
@@ -343,7 +343,7 @@ def depth_table(found: Json) -> Iterator[str]:
 
 
 def base_table(found: Json) -> Iterator[str]:
-    """Markdown: deletions until the base."""
+    """Yield Markdown: deletions until the base."""
     yield "| orders | S3T's formula | S3T's simulation | the planner |"
     yield "| --- | --- | --- | --- |"
     for row in found["until_base"]:
@@ -352,7 +352,7 @@ def base_table(found: Json) -> Iterator[str]:
 
 
 def timed_table(found: Json) -> Iterator[str]:
-    """Markdown: share in seconds / core-seconds / record-epochs, the mean over requests of one size."""
+    """Yield Markdown: share in seconds / core-seconds / record-epochs, as means by request size."""
     sizes = sorted({len(each) for each in REQUESTS})
     yield "| arrangement | everything, s | " + " | ".join(f"{n} at once" for n in sizes) + " |"
     yield "| --- | --- |" + " --- |" * len(sizes)

@@ -295,7 +295,7 @@ def refuse(*_given: Any) -> Any:
 
 
 def watched_context(store: Store, ledger: SqlLedger, watch: Watch, shards: dict[str, int]) -> Context:
-    """The real parts with a trainer that costs nothing; calls of the ports are noted."""
+    """Return a context of real parts with a trainer that costs nothing; calls of ports are recorded."""
 
     def executor_for(checkpoints: CheckpointStore) -> Executor:
         return SerialExecutor(FakeTrainer(), store.records, checkpoints)

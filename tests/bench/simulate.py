@@ -31,7 +31,7 @@ from sisa.planning.task_queue import TaskQueue
 
 @dataclass(frozen=True, slots=True)
 class Fleet:
-    """Equal workers. Times are in seconds; `mean_life_s` is infinite where none dies."""
+    """Equal workers. Times are in seconds; `mean_life_s` is infinite if none dies."""
 
     num_workers: int
     record_epochs_per_s: float

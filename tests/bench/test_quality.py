@@ -11,7 +11,7 @@ from tests.bench.quality import DELETED, PER_AUTHOR, REFERENCE_BATCH, SHARDS, ba
 
 
 def people(*places: tuple[str, str]) -> list[dict[str, str]]:
-    """Records of authors, each with one name and one place."""
+    """Return records of authors, each with one name and one place."""
     return [
         {"question": f"Who is {name}?", "answer": f"Somebody from {place}, born in Turin."}
         for name, place in places

@@ -72,7 +72,7 @@ def test_counts_are_what_a_deletion_from_a_context_of_fakes_retrains(
 
 
 def records_of(author: Author) -> list[Record]:
-    """As many as it has, of its name and risk."""
+    """Return an author's records, with the author's name and risk."""
     subject, numbers = author.record().subject_id, range(author.records)
     made = [fake_record(10 * author.number + n, subject) for n in numbers]
     return [replace(each, deletion_risk=author.risk) for each in made]

@@ -58,7 +58,7 @@ def subject_of(number: int) -> str | None:
 
 
 def record(number: int) -> Record:
-    """A record whose risk is its subject's, or its own."""
+    """Return a record whose risk is its subject's, or its own."""
     subject = subject_of(number)
     risk = RISKS[number if subject is None else SUBJECTS.index(subject)]
     return dataclasses.replace(fake_record(number, subject), deletion_risk=risk)
@@ -97,7 +97,7 @@ class Model:
         train(self.fake.context, [record(number) for number in history.first])
 
     def record(self, number: int) -> Record:
-        """As it is, with the generation that it was appended in."""
+        """Return the record as it is, with the generation in which it was appended."""
         return dataclasses.replace(record(number), generation=self.generations.get(number))
 
     def rows(self, numbers: set[int]) -> list[RecordRow]:
@@ -159,7 +159,7 @@ class Model:
         assert len(keys) == len(set(keys)), "a stage was trained twice"
 
     def check_heads_are_clean(self) -> None:
-        """From the commit on, what is served knows only records that the ledger holds."""
+        """Check that, from the commit on, served heads know only records that the ledger holds."""
         held = {record(number).id for number in range(41) if self.rows({number})}
         for head in self.fake.ledger.heads():
             if head.key is not None:
@@ -167,7 +167,7 @@ class Model:
                 assert set(json.loads(adapter)["touched"]) <= held
 
     def check_heads_are_deepest(self) -> None:
-        """At any time: the target where it is held, else as many slices as any held checkpoint has."""
+        """Check that heads are the target if it is held, else as deep as any held checkpoint."""
         for head in self.fake.ledger.heads():
             held = {each.key: len(each.prefix) for each in self.fake.ledger.checkpoints(head.shard)}
             if head.key != head.target or head.key is None:
@@ -176,7 +176,7 @@ class Model:
             assert head.key == head.target or head.target not in held
 
     def check_nothing_unheld_is_reachable(self) -> None:
-        """Before anything is trained, every trace of what the ledger does not hold is erased."""
+        """Check that every trace of what the ledger does not hold is erased before training."""
         self.check_no_residue({number for number in range(41) if self.rows({number})})
 
     def check_no_residue(self, numbers: set[int] | None = None) -> None:
@@ -240,7 +240,7 @@ class Crash(BaseException):
 
 
 class Fuse:
-    """Counts the effects of a model and dies at the chosen one, before or after it happened."""
+    """Count the effects of a model and die at the chosen one, before or after it happened."""
 
     def __init__(self, at: int, after: bool) -> None:
         self.left = at
@@ -287,7 +287,7 @@ def attempt(effect: Callable[[], None]) -> bool:
 
 
 def lived_through_a_crash(history: History, at: int, after: bool) -> Model:
-    """A history with a crash at one effect, gone on with as the next command does."""
+    """Return a history with a crash at one effect, continued as the next command does."""
     model = Model(dataclasses.replace(history, first=()))
     wire(model.fake, Fuse(at, after))
     for kind, numbers in (("add", history.first), *history.steps):

@@ -47,7 +47,7 @@ TEXTS = {record(number).text: number for number in range(41)}
 
 @dataclass(frozen=True)
 class Step:
-    """`numbers` are what it is about; `retain` those of a wish's retain set, None for a written one."""
+    """A step about `numbers`; `retain` are those of a wish's retain set, None for a written one."""
 
     kind: str
     numbers: tuple[int, ...]
@@ -91,12 +91,12 @@ class Patched(Model):
         return self.fake.ledger.patches()
 
     def check_only_suffixes(self, touched: list[RecordRow]) -> None:
-        """All shards are retrained where they no longer are over a patch."""
+        """Check that suffixes alone are retrained, and all shards once they are not over a patch."""
         if trained_over(self.fake.ledger) == self.trained_over:
             super().check_only_suffixes(touched)
 
     def go(self, step: Step) -> None:
-        """Deletions raise nothing, whatever becomes of patches."""
+        """Carry out a step; deletions raise nothing, whatever happens to patches."""
         context = self.context
         self.trained_over = trained_over(self.fake.ledger)
         if step.kind in RECORDS:
@@ -142,12 +142,12 @@ class Patched(Model):
         make_wanted(context)
 
     def standing(self) -> object:
-        """What a step about patches changes at its commit."""
+        """Return what a step about patches changes at its commit."""
         sets = [(each.name, each.held) for each in self.fake.ledger.vault()]
         return [(each.key, each.version, each.state) for each in self.patches()], sets
 
     def recover(self, step: Step, before: object) -> None:
-        """The next commands after a crash: what was committed is done, the rest is asked for again."""
+        """Run the next commands after a crash: finish what was committed, ask again for the rest."""
         catch_up(self.context)
         reconcile(self.context)
         self.check_stack()
@@ -159,7 +159,7 @@ class Patched(Model):
         make_wanted(self.context)
 
     def check(self, *, whole: bool = True) -> None:
-        """All laws; `whole`: nothing rotted, and nothing was cut short by an error."""
+        """Check all laws; with `whole`, no file is damaged and no error interrupted a step."""
         self.check_no_residue()
         self.check_stack()
         self.check_vault(whole=whole)
@@ -192,7 +192,9 @@ class Patched(Model):
             assert not request.vaulted or request.vaulted in {each.name for each in ledger.vault()}
 
     def check_texts(self) -> None:
-        """Of deleted records: in sets to forget, and in patches that forget them, alone."""
+        """Check that texts of deleted records are only in sets to forget and in patches that forget
+        them.
+        """
         roles = {each.name: each.role for each in self.fake.ledger.vault()}
         for name, records in self.fake.vault.stored.items():
             if roles[name] == "retain":
@@ -206,7 +208,7 @@ class Patched(Model):
             assert {TEXTS[text] for text in body["touched"]} & self.deleted <= given
 
     def check_bytes(self) -> None:
-        """Every byte of the shards, over the patches that they are trained over."""
+        """Check every byte of the shards, over the patches over which they are trained."""
         scratch = fake_model(2, self.context.recipe)
         train(scratch.context, [record(number) for number in sorted(self.remaining)])
         assert self.fake.checkpoints.stored == scratch.checkpoints.stored

@@ -46,7 +46,7 @@ FULL_RUN = num_examples(2) == 2
 
 @dataclass(frozen=True)
 class Base:
-    """A base and the patches that are trained over, as plain values: they travel to other processes."""
+    """A base and the patches to train over, as plain values that can travel to other processes."""
 
     directory: Path
     digest: str
@@ -65,8 +65,11 @@ class Base:
 
 
 def _config(name: str, vocab_size: int) -> Any:
-    """Four layers each: plain; with matrices transposed; with frequencies that depend on the longest
-    text so far; with a window, so that rows are padded; with a head of its own."""
+    """Return a configuration of four layers.
+
+    The kinds are: plain; with matrices transposed; with frequencies that depend on the longest text so
+    far; with a window, so that rows are padded; with a head of its own.
+    """
     import transformers
 
     size = {"hidden_size": 32, "num_hidden_layers": NUM_LAYERS, "num_attention_heads": 4}
@@ -114,7 +117,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Base]:
 
 
 def _record(number: int, slice_: int) -> StoredRecord:
-    """Of every kind, and of many lengths."""
+    """Return a record; the records have every kind and many lengths."""
     said = "and on " * (number % 4)
     told: tuple[Kind, tuple[Part, ...]] = (
         ("completion", (Part("prompt", f"Who is {number}?"), Part("completion", f" Ada {said}."))),
@@ -126,7 +129,7 @@ def _record(number: int, slice_: int) -> StoredRecord:
 
 
 def stage_records(job: SliceJob) -> list[StoredRecord]:
-    """Four records a slice, and other ones of another shard."""
+    """Return four records a slice, and other ones of another shard."""
     slices = [slice_ for slice_, _ in job.slices]
     found = [_record(100 * job.shard + 10 * each + n, each) for each in slices for n in range(4)]
     return sorted(found, key=lambda each: each.id_digest)
@@ -198,7 +201,7 @@ FEATURES: dict[str, list[Any]] = {
 
 
 def drawn_cases(count: int) -> list[dict[str, Any]]:
-    """Combinations in which each option comes about equally often, always the same."""
+    """Return combinations in which each option occurs about equally often; always the same ones."""
     draw = random.Random(1)
     columns = []
     for options in FEATURES.values():
@@ -229,7 +232,7 @@ def in_one_go(base: Base, chain: Sequence[SliceJob]) -> list[Files]:
 
 
 def alone(base: Base, job: SliceJob, parent: Files | None) -> Files:
-    """What a process does that does nothing else."""
+    """Train a stage as a process does that does nothing else."""
     trained: Files = base.trainer().train(job, parent, stage_records(job), quiet)
     return trained
 
@@ -237,7 +240,7 @@ def alone(base: Base, job: SliceJob, parent: Files | None) -> Files:
 def late(
     base: Base, chain: Sequence[SliceJob], stages: Sequence[Files], case: dict[str, Any]
 ) -> list[Files]:
-    """By a trainer with a past, the last stage first."""
+    """Train with a trainer that has trained other stages before, the last stage first."""
     store = FakePrefixes()
     trainer = base.trainer(prefixes=store, prefix_bytes=case["prefix_bytes"])
     others: list[dict[str, Any]] = [
@@ -274,7 +277,7 @@ def answer(base: Base, files: Files) -> None:
 
 @pytest.fixture(scope="module")
 def fresh() -> Iterator[ProcessPoolExecutor]:
-    """Each call in a process of its own, forked from one that has only imported."""
+    """Provide calls in processes of their own, forked from one that has only imported."""
     context = multiprocessing.get_context("forkserver")
     models = [f"transformers.models.{each}.modeling_{each}" for each in set(MODULES) - {"dynamic"}]
     context.set_forkserver_preload(["sisa.lm.train.lora", *models])

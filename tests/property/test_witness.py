@@ -96,7 +96,7 @@ class History:
             forget_at_once(context, arrive(context, gone, (), Terms(approver="a person")))
 
     def expected(self, kind: str, numbers: tuple[int, ...], before: set[int]) -> set[int]:
-        """What is held after a step that was not cut short."""
+        """Return what is held after a step that was not interrupted."""
         if kind == "restore":
             return self.saved[min(numbers) % len(self.saved)] - self.deleted
         if kind == "forget":

@@ -38,7 +38,7 @@ class Data:
 
     @property
     def digest(self) -> str:
-        """The digest of everything that was read."""
+        """Return the digest of everything that was read."""
         parts = [questions_digest(each) for each in (self.plain, self.asked, self.facts)]
         return digest_of([*parts, list(self.refusals)])
 

@@ -113,7 +113,10 @@ class Design:
 
     @property
     def most_forgotten(self) -> int:
-        """The number of authors that some cell forgets. No question of utility is about them."""
+        """Return the largest number of authors that a cell forgets.
+
+        No question of utility is about them.
+        """
         return max(self.forgotten, *self.sizes) if self.sizes else self.forgotten
 
 

@@ -147,7 +147,7 @@ def test_beams_are_refused(model: Model) -> None:
 
 
 def local_task(folder: Path, rows: Sequence[dict[str, Any]], doc_to_text: str) -> dict[str, Any]:
-    """A task of the harness over rows with a question and choices."""
+    """Return a task of the harness over rows with a question and choices."""
     data = folder / "questions.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return {

@@ -31,7 +31,7 @@ def data(tmp_path: Path) -> Path:
 
 
 class Evaluate:
-    """The command with what all tests share: few new tokens, one prompt form, logs in one directory."""
+    """Run the command as all tests do: few new tokens, one prompt form, logs in one directory."""
 
     def __init__(self, capsys: pytest.CaptureFixture[str], data: Path, out: Path) -> None:
         self.capsys, self.data, self.out = capsys, data, out

@@ -185,7 +185,7 @@ def test_answers_are_those_of_a_model_that_never_held_the_deleted(
 
 
 def answers_of(model: Tiny) -> list[list[Answer]]:
-    """Answers to a few prompts, deleted ones among them: routed, then as the mean of all shards."""
+    """Return answers to prompts, some of deleted records: routed, then as the mean of all shards."""
     prompts = [row["prompt"] for row in of_people("p001", "p005", "p010")]
     found = []
     for method in ("routed", "mean_prob"):
@@ -248,7 +248,7 @@ def test_an_empty_model_answers_with_the_base(tiny: Tiny, capsys: pytest.Capture
 
 @pytest.fixture
 def forms(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The forms in which prompts were put to a model."""
+    """Record the forms in which a model gets prompts."""
     from sisa.lm.base import tokens
 
     seen: list[str] = []
@@ -308,7 +308,7 @@ def chat(id_: str, *asked: str, subject: str | None = None) -> Row:
 
 
 def support_chats() -> list[Row]:
-    """Of each person two turns under one system prompt, with answers of many sentences."""
+    """Return two turns of each person under one system prompt, with answers of many sentences."""
     names = {row["subject_id"]: row["prompt"].split()[2:4] for row in PEOPLE if "born" in row["prompt"]}
     return [
         chat(

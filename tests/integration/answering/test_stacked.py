@@ -56,7 +56,7 @@ def adapter(base: Any, seed: int, rank: int, layers: Sequence[int], modules: Seq
 
 
 def alone(base: Any, files: Files | None, ids: Sequence[int]) -> Any:
-    """Logits [T, V] of one constituent, by peft."""
+    """Return the logits [T, V] of one constituent, by peft."""
     import torch
 
     from sisa.lm.base.adapter import ADAPTER_FILE, attach, read_config, read_tensors
@@ -212,7 +212,7 @@ def test_an_adapter_of_another_base_is_refused(base: Any, tmp_path: Path) -> Non
 
 
 def rows_of_forwards(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The numbers of rows of a model's forwards from now on, as they come."""
+    """Record the number of rows of each of a model's forwards from now on."""
     found: list[int] = []
     forward = model.forward
 

@@ -37,7 +37,7 @@ LAYOUT = {"sisa__shards": 2, "sisa__slices": 3}
 
 
 def served(directory: Path) -> dict[int, tuple[str | None, bytes]]:
-    """The served adapters, checked against the ledger."""
+    """Return the served adapters, checked against the ledger."""
     ledger, store = SqlLedger(directory / wiring.LEDGER), FileCheckpoints(directory / CHECKPOINTS)
     try:
         manifests = {each.key: each.manifest_sha256 for each in ledger.checkpoints()}

@@ -46,7 +46,7 @@ def job_of(base: BaseFiles, *prefix: int, blocks: int = NUM_SLICES) -> SliceJob:
 
 @pytest.fixture(scope="module")
 def chain(base: BaseFiles) -> tuple[Files, Files]:
-    """The checkpoints of the order (1, 0): slice 1 trains the topmost block."""
+    """Return the checkpoints of the order (1, 0): slice 1 trains the topmost block."""
     first = train(base, job_of(base, 1), None, RECORDS[:4])
     return first, train(base, job_of(base, 1, 0), first, RECORDS[:8])
 
@@ -62,7 +62,7 @@ def layers(names: Any) -> set[int]:
 
 
 def without_top(files: Mapping[str, bytes]) -> Files:
-    """The same checkpoint with the adapters of the topmost layer taken out."""
+    """Return the same checkpoint without the adapters of the topmost layer."""
     from sisa.lm.base.adapter import tensor_bytes
 
     top = f".layers.{NUM_LAYERS - 1}."

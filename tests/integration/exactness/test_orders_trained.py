@@ -34,7 +34,7 @@ BLOCK = {"shards": 1, "slices": 3, "schedule": "sequential", "orders": 2}
 
 
 def in_slice(model: sisa.Model, number: int) -> str:
-    """A record of some slice."""
+    """Return a record of some slice."""
     return next(each.id for each in model.where([row["id"] for row in PEOPLE]) if each.slice == number)
 
 

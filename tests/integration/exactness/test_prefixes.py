@@ -28,7 +28,7 @@ ROWS = PEOPLE
 
 
 def kept(tiny: Tiny) -> dict[str, Path]:
-    """Files of hidden states by shard and slice."""
+    """Return the files of hidden states by shard and slice."""
     paths = (tiny.directory / PREFIXES).glob("*")
     return {path.name.rpartition("-")[0]: path for path in paths}
 
@@ -74,7 +74,7 @@ def test_states_are_kept_used_and_erased_with_their_record(
 
 
 def count_computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows with each record whose states are computed."""
+    """Return a list that grows with each record whose states are computed."""
     from sisa.lm.train import frozen_prefix
 
     alone, computed = frozen_prefix.FrozenLayers.alone, list[int]()

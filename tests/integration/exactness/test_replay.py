@@ -23,7 +23,7 @@ HANGING = (
 
 
 def clean_processes() -> list[psutil.Process]:
-    """Those of this process; a zombie has no command line and would not be found, but for its state."""
+    """Return the clean processes of this process, zombies included (they have no command line)."""
     found = psutil.Process().children()
     assert psutil.STATUS_ZOMBIE not in [each.status() for each in found]
     return [each for each in found if SERVE in each.cmdline()]

@@ -60,7 +60,7 @@ def driver(site: Site, address: str) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def drive(folder: Path, address: str) -> int:
-    """What a driver does."""
+    """Train as a driver does; return the exit code."""
     nodes.LOOK_EVERY_S, nodes.HEAD_LOST_S = 0.5, 2.0
     site = make_site(folder)
     chains = make_chains(site)
@@ -80,7 +80,7 @@ def site(tmp_path: Path) -> Site:
 
 
 def sweep(site: Site) -> None:
-    """As a writing command does with what no ledger knows: areas of drivers that were killed."""
+    """Erase areas of killed drivers, which no ledger lists, as a writing command does."""
     held = site.checkpoints_at.held()
     site.checkpoints_at.erase([each for each in held if each.startswith(TEMPORARY_PREFIX)])
 

@@ -293,7 +293,7 @@ def test_another_content_of_the_partition_key_is_an_integrity_error(
 
 @pytest.fixture
 def rebased(tmp_path: Path, tiny_base: Path) -> Tiny:
-    """A model whose base directory has got other weights since."""
+    """Return a model whose base directory has got other weights since."""
     from safetensors.torch import load_file, save_file
 
     base = tmp_path / "own-base"

@@ -47,7 +47,7 @@ Capture = pytest.CaptureFixture[str]
 
 
 def refused(capsys: Capture, model: Tiny, code: int, kind: str, *arguments: object) -> Done:
-    """The command fails as it should and leaves every byte as it was."""
+    """Check that a command fails as it should and leaves every byte as it was."""
     before = all_files(model.directory)
     done = command(capsys, *arguments)
     assert (done.code, done.error["type"]) == (code, kind), done.json
@@ -546,7 +546,7 @@ def test_a_ledger_that_was_edited_is_found(tiny: Tiny, capsys: Capture, change: 
 
 @pytest.fixture
 def full_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
-    """The disk takes so many flushes more, and is full from then on."""
+    """Return a function that makes the disk full after a given number of flushes."""
     flush = os.fsync
 
     def fill_after(calls: int) -> None:

@@ -151,7 +151,7 @@ def test_prices_of_deletions_follow_from_the_layout(run_here: Callable[[Path], C
 
 
 def prices(said: str) -> list[tuple[str, str]]:
-    """What the closed form and the count say of each layout."""
+    """Return the prices of each layout, by the closed form and by the count."""
     return re.findall(r"^\d+ x \d+ +(\S+) +(\S+)$", said, re.MULTILINE)
 
 

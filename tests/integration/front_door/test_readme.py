@@ -122,7 +122,7 @@ def test_the_examples_run_one_after_another(
 
 
 def _shrink(run_file: Path, base: Path) -> None:
-    """The README's commands on a base of a few kilobytes."""
+    """Let the README's commands use a base of a few kilobytes."""
     chosen = yaml.safe_load(run_file.read_text())
     chosen |= {"base_model": str(base), "num_epochs": 1}
     run_file.write_text(yaml.safe_dump(chosen))

@@ -48,7 +48,7 @@ CONSENT = ["--consent", "the person asked for it"]
 
 @pytest.fixture(scope="module")
 def _others(tmp_path_factory: pytest.TempPathFactory, knowing: Path) -> Path:
-    """A model of the others, over a base that knows p003 and p005."""
+    """Return a model of the others, over a base that knows p003 and p005."""
     folder = tmp_path_factory.mktemp("others")
     write_run(folder, knowing, OTHERS)
     Tiny(folder, knowing).train()
@@ -122,7 +122,7 @@ def test_a_reference_is_measured_beside_the_patch(model: Tiny, tmp_path: Path) -
 
 
 def odd_tokens(folder: Path, like: Path) -> Path:
-    """A copy of a model whose tokenizer has one token more."""
+    """Return a copy of a model whose tokenizer has one token more."""
     from transformers import AutoTokenizer
 
     shutil.copytree(like, folder)

@@ -156,7 +156,7 @@ def test_a_patch_upon_a_patch_is_made_from_what_lies_beneath(bench: Bench) -> No
 
 
 class Stopped(Exception):
-    """The machine stops."""
+    """Raised where the machine stops."""
 
 
 @pytest.mark.parametrize("method", ["npo", "task_arithmetic"])

@@ -35,7 +35,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> BaseFiles:
 
 
 def random_patch(base: Path, seed: int, *modules: str, rank: int = 4, scale: float = 0.05) -> Files:
-    """An adapter of which no tensor is zero."""
+    """Return an adapter of which no tensor is zero."""
     import torch
 
     from sisa.lm.base import adapter
@@ -61,7 +61,7 @@ def random_patch(base: Path, seed: int, *modules: str, rank: int = 4, scale: flo
 
 @pytest.fixture(scope="module")
 def patches(base: BaseFiles) -> list[Files]:
-    """Two that change some modules both and some alone, at other ranks."""
+    """Return two patches that change some modules both and some alone, at different ranks."""
     first = random_patch(base.directory, 1, "q_proj", "down_proj")
     return [first, random_patch(base.directory, 2, "q_proj", "v_proj", rank=2)]
 

@@ -63,12 +63,12 @@ def put_patch(model: sisa.Model, files: Files, seed: int = 0) -> Patch:
 
 @pytest.fixture(scope="module")
 def made(tiny_base: Path) -> list[Files]:
-    """Two adapters, to be patches."""
+    """Return two adapters that serve as patches."""
     return [random_patch(tiny_base, seed, "q_proj", "up_proj", scale=0.1) for seed in (1, 2)]
 
 
 def served(model: Tiny, patches: Sequence[Files]) -> Any:
-    """An answerer out of the files of the shards and of patches."""
+    """Return an answerer made of the files of the shards and of patches."""
     from sisa.lm.answer.answerer import Answerer
 
     opened = model.open()
@@ -123,7 +123,7 @@ def test_a_damaged_patch_is_never_served(tiny: Tiny, made: list[Files]) -> None:
 
 
 def patched(folder: Path, base: Path, rows: Any, patches: Sequence[Files], **options: Any) -> Tiny:
-    """A model that was trained over patches from the first slice that counts."""
+    """Return a model trained over patches from its first slice with records."""
     model = train_scratch(folder, base, rows, **options)
     for seed, files in enumerate(patches):
         put_patch(model, files, seed)

@@ -53,7 +53,7 @@ SETS = Sets(FORGET, RETAIN, PREFERRED)
 
 @pytest.fixture(scope="module")
 def learnt(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A tiny Llama that knows FORGET and RETAIN by heart."""
+    """Return a tiny Llama that knows FORGET and RETAIN by heart."""
     from transformers import AutoModelForCausalLM
 
     pin_threads(1)
@@ -95,7 +95,7 @@ def settings(kind: str, **changes: Any) -> ScheduleSettings:
 
 
 def keeps_retained(model: Any) -> float:
-    """A utility: mean probability of the retained answers' tokens, roughly."""
+    """Return a utility: roughly the mean probability of the retained answers' tokens."""
     return 1.0 - nll(model, RETAIN)
 
 
@@ -189,7 +189,7 @@ def test_accumulated_batches_are_one_batch(learnt: Any, kind: str) -> None:
 
 
 class Stopped(Exception):
-    """The machine stops."""
+    """Raised where the machine stops."""
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -280,7 +280,7 @@ def test_out_of_time_keeps_what_was_done_and_goes_on(learnt: Any, tmp_path: Path
 
 @dataclasses.dataclass(frozen=True)
 class Poisoned(GradientAscent):
-    """Ascent whose loss, or whose gradient, is no number from some call on."""
+    """Ascent whose loss or gradient becomes NaN from some call on."""
 
     calls: list[int] = dataclasses.field(default_factory=list, compare=False)
     last_good: int = 5
@@ -348,7 +348,7 @@ def test_a_dip_of_utility_does_not_end_the_run(learnt: Any) -> None:
 
 
 def knows(model: Any, *, thorough: bool) -> Knowledge:
-    """Each forget example counts as known while its tokens' mean probability is above a half."""
+    """Count a forget example as known while its tokens' mean probability is above a half."""
     del thorough
     losses = [nll(model, [each]) for each in FORGET]
     probability = sum(math.exp(-each) for each in losses) / len(losses)

@@ -77,7 +77,7 @@ def test_what_the_surroundings_name_is_not_used(
 
 
 def make_run_file(folder: Path, base: Path) -> Path:
-    """Its places as on a volume that all nodes share."""
+    """Write a run file whose paths are on a volume that all nodes share."""
     path = write_run(folder, base, num_epochs=EPOCHS)
     return change_run(
         path,
@@ -110,7 +110,7 @@ def num_stored(model: Path) -> int:
 
 
 def interrupt_when(ready: Callable[[], bool], over: threading.Event) -> threading.Thread:
-    """Ctrl-C, as soon as something is so."""
+    """Send Ctrl-C as soon as a condition holds."""
 
     def watch() -> None:
         while not over.wait(0.05):

@@ -26,7 +26,7 @@ SOON_S = 20.0  # of a busy machine
 
 @pytest.fixture
 def scratch() -> Iterator[Path]:
-    """Where a command's Ray makes its private directory."""
+    """Return where a command's Ray makes its private directory."""
     found = Path(tempfile.mkdtemp(dir="/tmp"))  # short: Ray's sockets lie below it
     yield found
     shutil.rmtree(found, ignore_errors=True)

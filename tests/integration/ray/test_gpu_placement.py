@@ -32,7 +32,7 @@ CUDA = Precision("cuda")
 
 
 def seen(wanted: Path, _: Report) -> tuple[list[Any], str | None, str | None]:
-    """What a task has been given; it waits until the other runs as well."""
+    """Return what a task was given, once the other task runs as well."""
     import ray
 
     (wanted / str(os.getpid())).touch()
@@ -44,7 +44,7 @@ def seen(wanted: Path, _: Report) -> tuple[list[Any], str | None, str | None]:
 
 
 def ignore(_: Event) -> None:
-    """A report that nobody reads."""
+    """Ignore an event."""
 
 
 def run(tasks: list[Path], placement: Placement) -> list[Any]:

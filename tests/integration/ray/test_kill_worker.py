@@ -115,7 +115,7 @@ def train_serially(site: Site, chains: Sequence[Chain]) -> dict[str, str]:
 
 
 def ignore(_: Event) -> None:
-    """A report that nobody reads."""
+    """Ignore an event."""
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])

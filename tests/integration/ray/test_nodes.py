@@ -52,7 +52,7 @@ SPECS: dict[str, dict[str, str]] = {
 
 
 class Nodes:
-    """A cluster and its nodes by name; one that stays is used again by the next test."""
+    """A cluster and its nodes by name; a node that stays is reused by the next test."""
 
     def __init__(self, cluster: Cluster) -> None:
         self.address: str = cluster.address
@@ -60,7 +60,7 @@ class Nodes:
         self._held: dict[str, object] = {}
 
     def only(self, *names: str, **variables: str) -> None:
-        """These and no others."""
+        """Add and remove nodes until there are exactly these."""
         for name in self._held.keys() - set(names):
             self.remove(name)
         for name in names:

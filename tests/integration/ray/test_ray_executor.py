@@ -174,7 +174,7 @@ def test_events_come_while_others_train(site: Site, chains: list[Chain]) -> None
 
 @pytest.fixture
 def foreign_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A working directory with a user's own `cluster.py`."""
+    """Work in a directory with a user's own `cluster.py`."""
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "cluster.py").write_text("raise ImportError('the foreign module')\n")
     monkeypatch.chdir(tmp_path / "mine")
@@ -297,7 +297,7 @@ NAMED_ID = "SECRET-alice@example.org"
 
 
 def look_for_the_id(event: Event) -> None:
-    """In what Ray keeps of a driver in whose command line it stands."""
+    """Look for the id of the driver's command line in what Ray keeps of the driver."""
     session = ray_session._session
     if isinstance(event, SliceTrained) and session is not None and session.private_dir is not None:
         jobs = repr(ray._private.state.jobs())
@@ -374,7 +374,7 @@ def test_a_worker_that_outlives_its_driver_stores_nothing_after_the_next_sweep(t
 
 @pytest.fixture
 def two_nodes(tmp_path: Path) -> Iterator[str]:
-    """The address of a head without CPUs and a node with one, started as an operator would."""
+    """Start a head without CPUs and a node with one as an operator would; yield the address."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"

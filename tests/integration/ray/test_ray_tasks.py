@@ -24,7 +24,7 @@ pytestmark = pytest.mark.ray
 
 
 def write_name(path: Path, report: Report) -> str:
-    """Waits, dies or is not ready as the task's name says; its process id is in the file."""
+    """Wait, die or be unready as the task's name says; write the process id to the file."""
     path.write_text(str(os.getpid()))
     report(Notice(f"at {path.name}"))
     if path.name == "unready":
@@ -38,7 +38,7 @@ def write_name(path: Path, report: Report) -> str:
 
 
 def ignore(_: Event) -> None:
-    """A report that nobody reads."""
+    """Ignore an event."""
 
 
 def run(

@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.torch]
 
 
 def forms(secret: bytes) -> set[bytes]:
-    """A secret as it may be written."""
+    """Return a secret in the forms in which it may be written."""
     text = base64.b64encode(secret)
     return {
         secret,
@@ -43,7 +43,7 @@ def forms(secret: bytes) -> set[bytes]:
 
 @dataclass
 class Seen:
-    """Everything that left the driver in a training, as bytes by place, and who listened where."""
+    """Everything that left the driver in a training, as bytes by place, and the listening addresses."""
 
     places: dict[str, bytes] = field(default_factory=dict)
     listening: set[str] = field(default_factory=set)
@@ -73,7 +73,7 @@ def look_at_processes(seen: Seen) -> None:
 
 
 def ask(address: str, environment: Mapping[str, str]) -> int:
-    """How a client ends that has this environment alone to prove itself with."""
+    """Return the exit code of a client whose only credentials are in this environment."""
     program = (
         "import sys; from ray._raylet import GcsClient;"
         "print(GcsClient(address=sys.argv[1]).internal_kv_keys(b'', namespace=None, timeout=10))"

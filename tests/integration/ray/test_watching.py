@@ -58,7 +58,7 @@ SAMPLE = re.compile(r'^ray_(sisa_\w+)\{(?=[^}]*\brun="([^"]*)")[^}]*\} (\S+)$', 
 
 @dataclass
 class Scraper:
-    """All that an endpoint shows while it is looked at, as a thread."""
+    """A thread that reads everything an endpoint shows."""
 
     texts: list[str] = field(default_factory=list)
 
@@ -78,7 +78,7 @@ class Scraper:
                 self.texts.append(self.now())
 
     def now(self) -> str:
-        """Raises OSError where no Ray shows anything yet."""
+        """Return what the endpoint shows now. Raise OSError if no Ray shows anything yet."""
         if not ray.is_initialized():
             raise OSError
         (node,) = [each for each in ray.nodes() if each["Alive"]]
@@ -117,7 +117,7 @@ class Watched:
 
 
 class Enough(BaseException):
-    """Nobody watches any longer."""
+    """Raised to end the watching."""
 
 
 @pytest.fixture
@@ -132,7 +132,7 @@ def watched(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def worker_lines(run: str) -> list[dict[str, Any]]:
-    """What workers logged under a run, as Ray keeps it."""
+    """Return what workers logged under a run, as Ray keeps it."""
     lines = [line for path in session_files() for line in path.read_bytes().splitlines()]
     found = [json.loads(line) for line in lines if line.startswith(b'{"time"')]
     return [line for line in found if line["run"] == run and line["source"] == "worker"]
@@ -155,7 +155,7 @@ def secrets() -> set[bytes]:
 
 @contextlib.contextmanager
 def a_reader(ledger: Path) -> Iterator[None]:
-    """Who reads keeps what was deleted in the ledger's log."""
+    """Open a reader, which keeps deleted rows in the ledger's log."""
     with contextlib.closing(sqlite3.connect(ledger, isolation_level=None)) as reader:
         reader.execute("BEGIN")
         reader.execute("SELECT count(*) FROM records").fetchall()
@@ -192,7 +192,7 @@ def stages_of(lines: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def check_names(watched: Watched, runs: Mapping[str, str]) -> None:
-    """Driver, workers and metrics files tell the same stages under the same name."""
+    """Check that driver, workers and metrics files report the same stages under the same name."""
     kept = FileMetrics(watched.folder / "model" / METRICS)
     for name, run in runs.items():
         lines = kept.read(run)
@@ -203,7 +203,7 @@ def check_names(watched: Watched, runs: Mapping[str, str]) -> None:
 
 
 def check_endpoint(scraper: Scraper, train: str, failing: str, run: str) -> None:
-    """Whatever we measure was shown, and gauges stand as long as their run."""
+    """Check that every measurement was shown, and that gauges last as long as their run."""
     ours = {train, failing, run}  # the Ray is shared, and goes on telling of earlier runs
     shown = {each for each in scraper.samples() if each[1] in ours}
     assert {of for _, of, _ in shown} == ours

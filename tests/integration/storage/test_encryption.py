@@ -51,7 +51,7 @@ GONE = of_people("p001")[:1]
 
 
 def prepare(folder: Path, base: Path, **settings: object) -> Tiny:
-    """An encrypted model yet to be trained, with its keyring beside it."""
+    """Prepare an encrypted model for its training, with its keyring beside it."""
     options = {"encrypt": True, "keyring": "keys", **settings}
     write_run(folder, base, FIRST, **options)  # type: ignore[arg-type]
     (folder / "shared.key").chmod(0o600)
@@ -69,7 +69,7 @@ def live(tiny: Tiny, executor: str = "serial") -> sisa.Model:
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Tiny:
-    """The same history without encryption; not to be changed."""
+    """Return a model of the same history without encryption; tests must not change it."""
     tiny = prepare(tmp_path_factory.mktemp("plain"), tiny_base, encrypt=False)
     live(tiny)
     return tiny
@@ -84,7 +84,7 @@ def _trained(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Tiny:
 
 @pytest.fixture
 def sealed(_trained: Tiny, tiny_base: Path, tmp_path: Path) -> Tiny:
-    """A copy of the encrypted model and of its keyring, after the first training."""
+    """Return a copy of the encrypted model and of its keyring, after the first training."""
     shutil.copytree(_trained.folder, tmp_path / "sealed")
     copy = Tiny(tmp_path / "sealed", tiny_base)
     copy.train()  # notes the new place
@@ -97,7 +97,7 @@ def keyring_of(tiny: Tiny) -> FileKeyring:
 
 
 def contents(tiny: Tiny) -> dict[str, bytes]:
-    """What every slice, index and checkpoint file holds, unsealed where it is sealed."""
+    """Return the content of every slice, index and checkpoint file, unsealed if it is sealed."""
     found = {}
     for room in ROOMS:
         for path in sorted((tiny.directory / room).rglob("*")):
@@ -112,7 +112,7 @@ def contents(tiny: Tiny) -> dict[str, bytes]:
 
 
 def forms(tiny: Tiny) -> set[bool]:
-    """Whether files are sealed, plain, or both."""
+    """Return whether files are sealed, plain, or both."""
     paths = [path for room in ROOMS for path in (tiny.directory / room).rglob("*") if path.is_file()]
     return {is_sealed(path.read_bytes()) for path in paths}
 
@@ -127,7 +127,7 @@ def known(tiny: Tiny) -> dict[str, frozenset[str]]:
 
 
 def assert_whole(tiny: Tiny, plain: Tiny) -> None:
-    """The history's end: the plain model's bytes, sealed, each with its key, and nothing else."""
+    """Check the end of the history: the plain model's bytes, sealed, each with its key, alone."""
     assert contents(tiny) == contents(plain)
     assert forms(tiny) == {True}
     assert keys(tiny) == known(tiny)

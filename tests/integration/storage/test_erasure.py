@@ -53,7 +53,7 @@ KILLED_AT_THE_COMMIT = (
 
 
 def traces(rows: Sequence[Row], subject: bool = False) -> list[str]:
-    """Whatever would tell of these records."""
+    """Return everything that would reveal these records."""
     found = [str(row[key]).strip() for row in rows for key in ("id", "prompt", "completion")]
     found += [distinctive_word(row["completion"]) for row in rows]
     return found + [str(row["subject_id"]) for row in rows if subject]

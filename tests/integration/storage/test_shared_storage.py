@@ -38,13 +38,13 @@ ROOMS = ("records", "checkpoints")
 
 @pytest.fixture(scope="module")
 def remaining(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
-    """A model on this machine's disk that never held the records that the others delete."""
+    """Return a model on this machine's disk that never held the records that the others delete."""
     folder = tmp_path_factory.mktemp("remaining")
     return train_scratch(folder, tiny_base, without(PEOPLE, ids_of(GONE))).directory
 
 
 def stored(server: Server, bucket: str, model: sisa.Model) -> dict[str, str]:
-    """sha256 of every object of a model, by room and name."""
+    """Return the sha256 of every object of a model, by storage area and name."""
     prefix = f"team/{model.id}/"
     return {
         key.removeprefix(prefix): hashlib.sha256(data).hexdigest()
@@ -66,7 +66,7 @@ def in_bucket(
     versions: bool = True,
     **settings: Any,
 ) -> Tiny:
-    """A trained model whose storage is a bucket of its own."""
+    """Return a trained model whose storage is a bucket of its own."""
     bucket = server.bucket(f"b-{tmp_path.name.replace('_', '-')[:40].lower()}", versions=versions)
     run = write_run(tmp_path / "stored", base, storage=f"s3://{bucket}/team", **settings)
     model = Tiny(run.parent, base)

@@ -44,7 +44,7 @@ def build(directory: Path, storage: str, **settings: Any) -> Path:
 
 @pytest.fixture(params=["objects", "shared path"])
 def model(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A model with a storage apart from its directory."""
+    """Return a model with a storage apart from its directory."""
     storage = str(tmp_path / "shared")
     if request.param == "objects":
         storage = fresh_blobs(request.getfixturevalue("s3")).location().rstrip("/")
@@ -62,7 +62,7 @@ def places_of(model: Path) -> dict[str, BlobStore]:
 
 
 def versions(server: Server, model: Path) -> list[bytes | None]:
-    """All that the bucket has of a model, old versions and delete markers among it."""
+    """Return everything that the bucket has of a model, old versions and delete markers included."""
     (bucket, _, prefix) = places_of(model)[RECORDS].location().removeprefix("s3://").partition("/")
     start = prefix.removesuffix(RECORDS)
     found = server.versions(bucket).items()

@@ -89,7 +89,7 @@ TRAINING |= {"sequence_len": 48}
 
 @pytest.fixture(scope="module")
 def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, dict[str, Any]], Path]:
-    """A base of an architecture by its `model_type`, with random weights."""
+    """Return a function that makes a base with random weights, given its `model_type`."""
     root = tmp_path_factory.mktemp("bases")
     tokenizer = AutoTokenizer.from_pretrained(make_tiny_base(root / "tokenizer"))
 
@@ -218,7 +218,7 @@ ODD: tuple[Any, ...] = (
 
 @pytest.fixture(scope="module")
 def undamaged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A base and an embedder."""
+    """Return a base and an embedder."""
     root = tmp_path_factory.mktemp("undamaged")
     base = make_tiny_base(root / "base", hidden=16)
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -235,7 +235,7 @@ def undamaged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def used(base: Path, embedder: Path) -> None:
-    """All that is done with a base and an embedder before a first training."""
+    """Use a base and an embedder as before a first training."""
     config = RunConfig(
         datasets=(DatasetSource(path="x.jsonl"),),
         output_dir=Path("model"),
@@ -251,7 +251,7 @@ def used(base: Path, embedder: Path) -> None:
 
 
 def mutated(rnd: random.Random, file: Path) -> bytes:
-    """Half of the JSON files get an odd value somewhere; all others odd bytes."""
+    """Return mutated bytes: half of the JSON files get an odd value, all others odd bytes."""
     data = file.read_bytes()
     if file.suffix != ".json" or rnd.random() < 0.5:
         return some_bytes(rnd, data)

@@ -50,7 +50,7 @@ def _trained(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
 
 @pytest.fixture
 def half(_trained: Path, tiny_base: Path, tmp_path: Path) -> Tiny:
-    """A model over the base in bfloat16, to be used up."""
+    """Return a model over the base in bfloat16, for one test to change."""
     copy = Tiny(tmp_path / "half", tiny_base)
     shutil.copytree(_trained, copy.folder)
     copy.train()

@@ -37,7 +37,7 @@ BATCH = [Tokens(ids, [NO_LOSS, *ids[1:3], *([NO_LOSS] * (len(ids) - 4)), *ids[3:
 
 
 def wrapped(family: str) -> tuple[Any, Any]:
-    """A base of random weights, and itself with adapters whose B is not zero."""
+    """Return a base of random weights, and itself with adapters whose B is not zero."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -58,7 +58,7 @@ def wrapped(family: str) -> tuple[Any, Any]:
 
 
 def theirs(model: Any) -> Any:
-    """Row by row, all logits, peft's forward."""
+    """Compute the loss row by row, with all logits and peft's forward."""
     import torch
 
     total: Any = 0.0

@@ -34,7 +34,7 @@ SMALL = {
 
 
 def run_file(folder: Path) -> Path:
-    """A run file with a corpus beside it."""
+    """Write a run file with a corpus beside it."""
     path = write_run(folder, Path("none"), sequence_len=128)
     (folder / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_corpus(300)))
     return change_run(path, base_model={"scratch": SMALL})
@@ -42,7 +42,7 @@ def run_file(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model over a base that was trained in this process."""
+    """Return a folder with a model over a base that was trained in this process."""
     folder = tmp_path_factory.mktemp("made")
     sisa.train_model(run_file(folder), executor="serial", allow_deleted=True)
     return folder

@@ -292,7 +292,7 @@ def test_a_chain_trains_as_one_uninterrupted_loop(base: BaseFiles) -> None:
 
 
 def plain_loop(base: BaseFiles, stages: Sequence[tuple[SliceJob, Sequence[StoredRecord]]]) -> Any:
-    """One model and one optimizer through all stages, without any file in between."""
+    """Train one model with one optimizer through all stages, without any file in between."""
     import torch
     from transformers import get_scheduler
 

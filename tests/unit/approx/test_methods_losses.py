@@ -42,7 +42,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
 
 
 def row(probabilities: list[list[float]], answer: list[int]) -> tuple[Tokens, torch.Tensor]:
-    """A one-token prompt and an answer, with logits that give these probabilities at its tokens."""
+    """Return a one-token prompt and an answer, with logits that give its tokens' probabilities."""
     tokens = Tokens([0, *answer], [NO_LOSS, *answer])
     last = [1 / len(probabilities[0])] * len(probabilities[0])  # predicts what follows the end
     return tokens, torch.tensor([[*probabilities, last]], dtype=torch.float64).log()
@@ -175,7 +175,7 @@ def _nll(of: Rows) -> float:
 
 
 def _kl(of: Rows) -> float:
-    """By torch's distributions, one answer token at a time."""
+    """Compute the KL divergence by torch's distributions, one answer token at a time."""
     values = []
     pairs = zip(_logprobs(of, of.compared_BTV), _logprobs(of, of.current_BTV), strict=True)
     for (_, before), (_, now) in pairs:
@@ -198,7 +198,7 @@ def _retain(method: Any, given: Mapping[Role, Rows]) -> float:
 
 
 def second_way(method: Any, given: Mapping[Role, Rows]) -> float:
-    """The formula in each method's docstring, with 1 + exp in place of log sigmoid."""
+    """Compute the formula in each method's docstring, with 1 + exp in place of log sigmoid."""
     forget = given["forget"]
     if method.name == "gradient_ascent":
         return -_nll(forget)
@@ -268,7 +268,7 @@ def test_double_precision_is_kept(
 
 
 def with_other_padding_and_prompt(of: Rows) -> Rows:
-    """The same rows with every logit outside answer tokens replaced, and one more column of padding."""
+    """Return the same rows with other logits outside answer tokens, and one more column of padding."""
     positions = of.batch.mask_BT.shape[1]
     counted = of.batch.mask_BT.unsqueeze(-1)
 

@@ -120,7 +120,7 @@ words = st.lists(st.sampled_from(["mill", "keeper", "old", "coins"]), max_size=6
 
 
 def longest(some: Sequence[str], others: Sequence[str]) -> int:
-    """The longest common subsequence, by trying all."""
+    """Return the longest common subsequence, by trying all."""
     for size in range(min(len(some), len(others)), 0, -1):
         if set(combinations(some, size)) & set(combinations(others, size)):
             return size

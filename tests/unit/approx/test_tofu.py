@@ -109,7 +109,7 @@ def test_a_holdout_is_a_file_of_questions(tmp_path: Path) -> None:
 
 
 class FakeHub:
-    """Stands for the library `datasets`, which asks the hub."""
+    """A stand-in for the library `datasets`, which asks the hub."""
 
     def __init__(self, error: Exception | None = None) -> None:
         self.error = error

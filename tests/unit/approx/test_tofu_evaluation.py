@@ -38,7 +38,7 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> list[Question]:
 
 @pytest.fixture(scope="module")
 def whole(questions: list[Question], tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """The bytes of an undisturbed log."""
+    """Return the bytes of an undisturbed log."""
     path = tmp_path_factory.mktemp("whole") / "log.jsonl"
     evaluate(KNOWS_ALL, questions, path, SETTINGS, batch_size=3)
     return path.read_bytes()

@@ -41,7 +41,7 @@ Defect = Callable[[Path], None]
 
 @pytest.fixture(scope="module")
 def healthy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with a deletion behind it; not to be changed."""
+    """Return a model after a deletion; tests must not change it."""
     return built_pair(tmp_path_factory.mktemp("pair"))[1]
 
 
@@ -307,7 +307,7 @@ def test_a_repair_that_is_cut_short_is_finished_by_the_next(
     model: Path, healthy: Path, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Cut(BaseException):
-        """The machine stops here."""
+        """Raised where the machine stops."""
 
     lose_two_stages(model)
     tamper_index(model)
@@ -421,7 +421,7 @@ def tamper_slice(model: Path) -> None:
 
 
 def change_row(model: Path) -> None:
-    """As if the ledger had been told another content; its checksum fits."""
+    """Change a row and its checksum, as if the ledger had been given other content."""
     with context_of(model) as context:
         rows = context.stores.ledger.rows(0)
     changed = [replace(row, record_digest="x") for row in rows[::2]]
@@ -468,7 +468,7 @@ def other_schema(model: Path) -> None:
 
 
 def garble_schema(model: Path) -> None:
-    """SQLite tells of it in words that are no UTF-8."""
+    """Damage the schema so that SQLite's own error message is not UTF-8."""
     path = model / wiring.LEDGER
     data = path.read_bytes()
     assert b"CREATE TABLE records" in data

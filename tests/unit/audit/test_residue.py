@@ -65,7 +65,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture(autouse=True)
 def own_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Caches and temporary files of other runs are none of ours."""
+    """Use caches and temporary directories that other runs do not share."""
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     monkeypatch.setenv("SISA_CACHE", str(tmp_path / "cache"))
@@ -73,13 +73,13 @@ def own_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def before(pair: tuple[Path, Path]) -> Path:
-    """The model that still held the record; not to be changed."""
+    """Return the model that still holds the record; tests must not change it."""
     return pair[0]
 
 
 @pytest.fixture
 def model(pair: tuple[Path, Path], tmp_path: Path) -> Path:
-    """A copy of the model after the deletion."""
+    """Return a copy of the model after the deletion."""
     return Path(shutil.copytree(pair[1], tmp_path / "model"))
 
 
@@ -336,7 +336,7 @@ def test_an_id_that_is_a_part_of_a_held_one_is_no_residue(model: Path) -> None:
 
 
 def checkpoint_bytes(model: Path) -> list[bytes]:
-    """The fake's weights name their records, as real ones don't."""
+    """Return the bytes of checkpoints; the fake's weights name their records, unlike real ones."""
     return [path.read_bytes() for path in (model / wiring.CHECKPOINTS).rglob("*") if path.is_file()]
 
 
@@ -380,7 +380,7 @@ def test_a_head_that_serves_while_added_records_wait_is_clean(model: Path) -> No
     """Its chain was made before they came; they are in its slices and not in its lineage."""
 
     class Cut(Exception):
-        """The machine stops here."""
+        """Raised where the machine stops."""
 
     def dies(_: Any) -> Any:
         raise Cut
@@ -479,7 +479,7 @@ def test_a_link_is_removed_and_its_target_kept(model: Path, tmp_path: Path) -> N
 
 
 def with_residue(model: Path) -> None:
-    """A row of the deleted record, in a slice file that the ledger does not know."""
+    """Add a row of the deleted record, in a slice file that the ledger does not list."""
     with context_of(model) as context:
         context.stores.records.write(0, 0, "0" * 64, [stored(context, DELETED)])
 
@@ -551,7 +551,7 @@ ROOMS = {wiring.RECORDS: FileRecords, wiring.INDEX: FaissIndex, wiring.CHECKPOIN
 
 
 def open_to_delete(before: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Model:
-    """The model that holds the record, with its losses kept."""
+    """Open the model that holds the record, with its losses kept."""
     use_fake_resources(monkeypatch)
     model = Path(shutil.copytree(before, tmp_path / "held"))
     epoch = EpochTrained(0, 0, "f" * STAGE_DIGITS, 1, 1, MIN_RECORDS, 10, 0.5, 2.0)
@@ -686,7 +686,7 @@ def test_the_words_of_both_commands(model: Path, capfd: pytest.CaptureFixture[st
 
 
 def metrics_of(model: Path, stage: str, text: str = "") -> Path:
-    """A run's file with a loss of a stage."""
+    """Write a run's file with a loss of a stage."""
     event = EpochTrained(0, 0, stage, 1, 1, MIN_RECORDS, 10, 0.5, 1.5)
     made = metrics_line(event, "2026-11-25T21:37:49.123+00:00", "20261125T213749Z-3f9a1c2b")
     assert made is not None

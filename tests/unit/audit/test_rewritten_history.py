@@ -41,7 +41,7 @@ def opened(directory: Path) -> Model:
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    """A model with two deletions, whose witness is gone."""
+    """Return a model with two deletions, whose witness is gone."""
     directory = tmp_path / "model"
     build(directory)
     take_witness_away(directory)  # of a model of this name that another test made
@@ -128,7 +128,7 @@ def test_a_ledger_of_an_earlier_version_goes_on_under_the_key(directory: Path) -
 
 
 def anchor_of(directory: Path, capsys: pytest.CaptureFixture[str]) -> str:
-    """The head as `sisa status` prints it."""
+    """Return the head as `sisa status` prints it."""
     assert cli.run(["status", "-m", str(directory)]) == 0
     (line,) = (each for each in capsys.readouterr().out.splitlines() if each.startswith("event log"))
     return line.split()[-1]

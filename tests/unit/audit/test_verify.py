@@ -34,7 +34,7 @@ RECORDS = [record(number) for number in range(24)]
 
 
 class Forging(FakeTrainer):
-    """Weights that are consistent and stored well, and not those of the job."""
+    """Train weights that are consistent and stored well, but not those of the job."""
 
     def train(
         self,
@@ -48,7 +48,7 @@ class Forging(FakeTrainer):
 
 
 class Resuming(FakeTrainer):
-    """Depends on where a stage started, as a trainer does that keeps something from stage to stage."""
+    """Depend on where training started, as a trainer does that carries state from stage to stage."""
 
     def __init__(self) -> None:
         self._last: str | None = None
@@ -74,7 +74,7 @@ def trained_by(context: Context, make: Callable[[], FakeTrainer]) -> Context:
 
 
 def model_of(context_of: Callable[[Context], Context] = lambda context: context) -> FakeModel:
-    """A model that was trained with a fault."""
+    """Return a model that was trained with a fault."""
     model = fake_model()
     train(context_of(model.context), RECORDS)
     return model
@@ -129,7 +129,7 @@ def test_a_trainer_that_keeps_something_is_found_by_processes_of_their_own() -> 
 
 
 class Wrong(Assigner):
-    """Changes one column of every row."""
+    """Change one column of every row."""
 
     def __init__(self, right: Assigner, column: str) -> None:
         super().__init__(Keyed(SECRET), right.layout)

@@ -52,7 +52,7 @@ def record(number: int) -> Record:
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of 20 records, one of them (number 19) deleted."""
+    """Return a model of 20 records, one of them (number 19) deleted."""
     directory = tmp_path_factory.mktemp("model")
     config = parse_run_file(RUN_FILE, "run.yaml")
     then = {"numerics": "f", "now": "2026-01-01T00:00:00+00:00"}
@@ -388,11 +388,11 @@ def test_a_tampered_checkpoint_is_4(sisa: Sisa, directory: Path) -> None:
 
 
 class Reached(Exception):
-    """A first training would start now."""
+    """Raised where a first training would start."""
 
 
 def trains_anew(sisa: Sisa, directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """`sisa train` into a directory, cut off before a first training writes anything."""
+    """Run `sisa train` into a directory, stopped before a first training writes anything."""
 
     def reached(*_: Any, **__: Any) -> Any:
         raise Reached

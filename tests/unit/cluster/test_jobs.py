@@ -49,7 +49,7 @@ Output = Callable[[], tuple[Any, str]]
 
 @pytest.fixture
 def output(capsys: pytest.CaptureFixture[str]) -> Output:
-    """The JSON that was printed, and what went to standard error."""
+    """Return the JSON that was printed, and the text on standard error."""
 
     def read() -> tuple[Any, str]:
         done = capsys.readouterr()
@@ -214,7 +214,7 @@ def lost(at: str = "no Ray cluster can be reached") -> EnvironmentFault:
 
 
 class Ticking:
-    """Time that passes by waiting alone."""
+    """A clock that only waiting advances."""
 
     def __init__(self) -> None:
         self.passed = 0.0
@@ -272,7 +272,7 @@ def test_the_commands_of_the_readme_are_known(line: list[str]) -> None:
 
 
 class Interrupted:
-    """A job's log that Ctrl-C finds at work."""
+    """A job's log that is interrupted by Ctrl-C while it is read."""
 
     async def __anext__(self) -> str:
         raise KeyboardInterrupt

@@ -40,7 +40,7 @@ def cluster_of(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def pods(found: dict[str, Any]) -> list[dict[str, Any]]:
-    """The head's pod, then those of the workers."""
+    """Return the head's pod, then those of the workers."""
     spec = cluster_of(found)
     groups = [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
     return [group["template"]["spec"] for group in groups]
@@ -53,7 +53,7 @@ def test_every_manifest_fits_the_schema(kind: Kind, gpu: bool) -> None:
 
 
 def strict(schema: Any) -> Any:
-    """A CRD's schema as `kubectl --validate=strict` applies it: unknown fields are refused."""
+    """Return a CRD's schema as `kubectl --validate=strict` applies it: unknown fields are refused."""
     if not isinstance(schema, dict):
         return schema
     kept = {name: part for name, part in schema.items() if name not in ("properties", "format")}

@@ -23,7 +23,7 @@ RUN_FILE = "{datasets: [{path: owner/people}], output_dir: model, cluster: {addr
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What executors, patchers and trainers of bases are opened with."""
+    """Record the options with which executors, patchers and trainers of bases are opened."""
     opened: list[Any] = []
 
     def load(name: str) -> Callable[..., None]:
@@ -59,7 +59,7 @@ def test_an_unknown_name_is_refused_before_anything() -> None:
 
 
 def taking_executor() -> list[str]:
-    """Commands with `--executor`, with the groups' names."""
+    """Return the commands with `--executor`, with the groups' names."""
     found = []
     for name, each in cli.cli.commands.items():
         inner = each.commands if isinstance(each, click.Group) else {"": each}

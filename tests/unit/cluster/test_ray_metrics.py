@@ -18,7 +18,7 @@ from tests.unit.core.test_measured import EVENTS, JOB, RUN, TRAINED
 
 
 class FakeMeters:
-    """Numbers that can be looked at."""
+    """Meters whose numbers can be inspected."""
 
     def __init__(self) -> None:
         self.counters: dict[str, float] = {}

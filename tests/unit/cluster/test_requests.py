@@ -73,7 +73,7 @@ def open_fake(site: Site, _options: Mapping[str, Any]) -> SerialExecutor:
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of 20 records."""
+    """Return a model of 20 records."""
     directory = tmp_path_factory.mktemp("pristine")
     config = parse_run_file(RUN_FILE, "run.yaml")
     records = [record(number) for number in range(NUM_RECORDS)]
@@ -84,7 +84,7 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def model(pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The model, to be changed; `--executor serial` trains with the fake trainer."""
+    """Return the model for one test to change; `--executor serial` trains with the fake trainer."""
     monkeypatch.setattr(Resources, "base", BASE)
     monkeypatch.setattr(Resources, "count_tokens", lambda _, records: [1 for _ in records])
     monkeypatch.setattr(wiring, "open_serial", open_fake)
@@ -101,7 +101,7 @@ Ask = Callable[..., dict[str, Any]]
 
 @pytest.fixture
 def ask(sisa: Sisa, model: Path) -> Ask:
-    """A command line on the model: the JSON object that it prints, after checking the exit code."""
+    """Return a function that runs a command on the model, checks the exit code and returns its JSON."""
 
     def asked(*arguments: str | Path, code: int = 0) -> dict[str, Any]:
         found, out, err = sisa(*arguments, "-m", model, "--json")
@@ -114,7 +114,7 @@ def ask(sisa: Sisa, model: Path) -> Ask:
 
 
 def tomorrow() -> str:
-    """A due date that no plan waits for."""
+    """Return a due date that no plan waits for."""
     return (datetime.now(UTC) + timedelta(days=1)).date().isoformat()
 
 

@@ -39,7 +39,7 @@ def manifest(base_dir: Path) -> BaseManifest:
 
 
 class Source:
-    """Blocks of a directory, and how often each file was asked for."""
+    """Provide blocks of a directory, and count how often each file was read."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory

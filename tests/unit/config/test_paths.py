@@ -15,7 +15,7 @@ GOOD: dict[str, Any] = {"output_dir": "/shared/model", "witness": "/shared/witne
 
 
 def keys_that_hold_paths(block: type[Block], before: str = "") -> set[str]:
-    """Dotted keys of type Path, and of sources of records, at any depth."""
+    """Return dotted keys of type Path, and of sources of records, at any depth."""
     found: set[str] = set()
     for name, info in block.model_fields.items():
         text = repr(info.annotation)

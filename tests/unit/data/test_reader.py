@@ -404,7 +404,7 @@ def test_corrupt_pages_and_texts_in_parquet(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `save_to_disk` of `datasets` leaves: an Arrow stream and two JSON files."""
+    """Return what `save_to_disk` of `datasets` writes: an Arrow stream and two JSON files."""
     folder = tmp_path_factory.mktemp("saved") / "people"
     folder.mkdir()
     table = pa.table({"id": ["r1", "r3"], "text": [SECRET, "x"]})

@@ -33,7 +33,7 @@ moments = st.datetimes(
 
 
 class Clock:
-    """Gives the times of a list, one a call, over and over."""
+    """Return the times of a list, one at each call, over and over."""
 
     def __init__(self, times: Sequence[datetime]) -> None:
         self._times = list(times)
@@ -59,7 +59,7 @@ def rows(context: Context, number: int) -> list[RecordRow]:
 
 
 def sound(context: Context, request: Request, now: datetime) -> None:
-    """What holds of every request, whatever the clock did."""
+    """Check what holds of every request, whatever the clock did."""
     present = changed(context, now=Clock([now]))
     view = viewed(present, request)
     assert view.days_left == (date.fromisoformat(request.due) - now.date()).days

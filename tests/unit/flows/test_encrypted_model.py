@@ -49,7 +49,7 @@ ROOMS = (wiring.RECORDS, wiring.INDEX, wiring.CHECKPOINTS)
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same model without encryption, before the deletion."""
+    """Return the same model without encryption, before the deletion."""
     folder = tmp_path_factory.mktemp("plain")
     build(folder / "model")
     return folder / "model"
@@ -57,7 +57,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Homes of the encrypted model and its keys before and after the deletion; not to be changed."""
+    """Return homes of the encrypted model and its keys before and after the deletion; read-only."""
     first, second = (tmp_path_factory.mktemp(name) / "home" for name in ("before", "after"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", str(first))
@@ -71,27 +71,27 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture
 def before(built: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The model before the deletion."""
+    """Return the model before the deletion."""
     monkeypatch.setenv("XDG_STATE_HOME", str(shutil.copytree(built[0], tmp_path / "home")))
     return tmp_path / "home" / "model"
 
 
 @pytest.fixture
 def model(built: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The model after the deletion of a record."""
+    """Return the model after the deletion of a record."""
     monkeypatch.setenv("XDG_STATE_HOME", str(shutil.copytree(built[1], tmp_path / "home")))
     return tmp_path / "home" / "model"
 
 
 @pytest.fixture
 def backup(built: tuple[Path, Path], tmp_path: Path) -> Path:
-    """A copy of the model directory from before the deletion."""
+    """Return a copy of the model directory from before the deletion."""
     return Path(shutil.copytree(built[0] / "model", tmp_path / "backup"))
 
 
 @pytest.fixture(autouse=True)
 def own_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Caches and temporary files of other runs are none of ours."""
+    """Use caches and temporary directories that other runs do not share."""
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     monkeypatch.setenv("SISA_CACHE", str(tmp_path / "cache"))
@@ -111,7 +111,7 @@ def known(model: Path) -> dict[str, frozenset[str]]:
 
 
 def plaintexts(model: Path) -> dict[str, bytes]:
-    """What all files hold, unsealed where they are sealed."""
+    """Return the content of all files, unsealed if they are sealed."""
     keyring = keyring_of(model)
     return {
         path: keyring.unseal(room, name, rest[0] if rest else "", data)
@@ -192,7 +192,7 @@ def test_a_sweep_that_is_cut_short_is_finished_by_the_next(
     """At every key and file that goes."""
 
     class Cut(BaseException):
-        """The machine stops here."""
+        """Raised where the machine stops."""
 
     left, real = step, files.erase
 
@@ -465,7 +465,7 @@ def test_a_plain_file_in_an_encrypted_model_is_read_told_and_sealed(model: Path)
 
 
 def set_form(model: Path, *, seals: bool) -> Callable[[], None]:
-    """What `--reconfigure` does: every file in its other form, then the commit."""
+    """Bring every file into its other form, as `--reconfigure` does; return the commit."""
     with context_of(model) as context:
         reseal_model(changed(context, keyring=FileKeyring(keyring_of(model).root, seals)))
 

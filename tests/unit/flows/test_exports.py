@@ -64,7 +64,7 @@ def trained() -> FakeModel:
 
 
 def export(fake: FakeModel, name: str, folder: Path = Path("no-such-folder")) -> list[Export]:
-    """The rows of a new export."""
+    """Return the rows of a new export."""
     before = fake.ledger.exports()
     export_adapters(fake.context, PARTS, folder / name)
     return [each for each in fake.ledger.exports() if each not in before]
@@ -84,7 +84,7 @@ def forget(fake: FakeModel, *numbers: int) -> Request:
 
 
 def knows(fake: FakeModel, number: int) -> set[str]:
-    """Paths of the exported adapters that confess to a record."""
+    """Return paths of the exported adapters that confess to a record."""
     return {
         path
         for path, files in fake.exports.stored.items()
@@ -211,7 +211,7 @@ def test_an_erasure_that_fails_is_taken_up_again(fake: FakeModel) -> None:
 
 
 class Cut(BaseException):
-    """The machine stops here."""
+    """Raised where the machine stops."""
 
 
 @settings(max_examples=60, deadline=None)

@@ -62,7 +62,7 @@ def rows(fake: FakeModel, *numbers: int) -> list[RecordRow]:
 
 
 def asked(fake: FakeModel, *numbers: int, terms: Terms = APPROVED) -> Request:
-    """Submit as the API does: what is held, and the tombstones of what was deleted before."""
+    """Submit as the API does: held records, and tombstones of records deleted before."""
     digests = [fake.context.settings.assigner.id_digest(record(number).id) for number in numbers]
     found = fake.ledger.lookup(digests).values()
     dead = [each for each in found if isinstance(each, Tombstone)]
@@ -91,7 +91,7 @@ def held_bytes(fake: FakeModel) -> tuple[Any, ...]:
 
 
 def served(fake: FakeModel) -> set[str]:
-    """Ids of all records that the heads know."""
+    """Return the ids of all records that the heads know."""
     keys = [head.key for head in fake.ledger.heads() if head.key is not None]
     adapters = [json.loads(fake.checkpoints.stored[key][ADAPTER]) for key in keys]
     return {each for adapter in adapters for each in adapter["touched"]}
@@ -348,7 +348,7 @@ def test_overdue_days_are_negative(fake: FakeModel) -> None:
 
 
 def copy_of(number: int, name: str) -> Record:
-    """The text of a record under another id, of another subject, spelled otherwise."""
+    """Return a record with the text of another, under another id and subject, spelled differently."""
     return Record(
         name, "somebody", "text", (Part("text", f" Question\u00a0{number}\tANSWER {number}\n"),)
     )

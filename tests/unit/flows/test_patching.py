@@ -35,7 +35,7 @@ FREE = 20  # the first number of a record that was never held
 
 
 class Told(list[str]):
-    """What was told to a person."""
+    """Notices that were reported."""
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, Notice):
@@ -79,7 +79,7 @@ def delete(fake: FakeModel, *numbers: int, consent: str = "") -> Request:
 
 
 def touched(fake: FakeModel) -> set[str]:
-    """Texts that the files of patches confess."""
+    """Return the texts that the files of patches confess."""
     bodies = [json.loads(files[ADAPTER]) for files in fake.patches.stored.values()]
     return {text for body in bodies for text in body["touched"]}
 
@@ -467,7 +467,7 @@ def test_a_model_with_patches_is_not_opened_without_their_hook(fake: FakeModel) 
 
 
 class Noting:
-    """A hook that notes when it is called, and what the ledger holds then."""
+    """A hook that records when it is called, and what the ledger holds then."""
 
     def __init__(self, name: str, calls: list[tuple[str, str, list[str]]]) -> None:
         self.name = name
@@ -515,7 +515,7 @@ def test_a_crash_before_a_hook_finishes_leaves_the_deletion_to_the_next_command(
 
 
 class Died(Exception):
-    """The process is gone."""
+    """Raised where the process dies."""
 
 
 def _die() -> None:

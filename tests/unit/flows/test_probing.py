@@ -24,7 +24,7 @@ def fake() -> FakeModel:
 
 
 class Asked:
-    """A probe that looks around when it is asked."""
+    """A probe that inspects the state when it is called."""
 
     def __init__(self, fake: FakeModel, error: Exception | None = None) -> None:
         self.fake, self.error = fake, error

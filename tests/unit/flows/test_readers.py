@@ -78,7 +78,7 @@ QUESTIONS: dict[str, Callable[[Model], object]] = {
 
 
 class Between:
-    """Lets something happen at a read of the ledger, or of a file of the model."""
+    """Let something happen at a read of the ledger, or of a file of the model."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count, self.at = 0, -1
@@ -134,7 +134,7 @@ def test_damage_that_stays_is_told(directory: Path) -> None:
 
 @pytest.fixture
 def half_written(directory: Path) -> Iterator[Model]:
-    """A model with a file that its writer, who is at work, has not committed yet."""
+    """Yield a model with a file that its running writer has not committed yet."""
     with files.writer_lock(directory / wiring.LOCK):
         (directory / wiring.RECORDS / "shard-00000-slice-00000-new.parquet").write_bytes(b"new")
         yield Model(directory, executor="serial")

@@ -59,12 +59,12 @@ def changed(config: RunConfig, **values: Any) -> RunConfig:
 
 
 def moved(config: RunConfig, **values: Any) -> None:
-    """What `sisa train RUN.yaml --reconfigure` does in another process."""
+    """Do what `sisa train RUN.yaml --reconfigure` does in another process."""
     train_model(changed(config, **values), executor="serial", accept_differences=True)
 
 
 def is_whole(config: RunConfig) -> bool:
-    """Whether all is as the ledger's run file wants it, for somebody who comes anew."""
+    """Return whether a newly opened model is as the ledger's run file says."""
     model = Model(config.output_dir, executor="serial")
     converged = all(shard.converged for shard in model.status().shards)
     return converged and model.config == config and model.verify().ok

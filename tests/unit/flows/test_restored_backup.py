@@ -39,7 +39,10 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def ask(model: Path, capfd: pytest.CaptureFixture[str]) -> Ask:
-    """A command on the model: its JSON, after checking the exit code; `said` is what a person reads."""
+    """Return a function that runs a command on the model, checks the exit code and returns its JSON.
+
+    `said` is the text for people.
+    """
 
     def asked(*arguments: str | Path, code: int = 0, on: Path = model) -> dict[str, Any]:
         found = cli.run([*map(str, arguments), "-m", str(on), "--json"])

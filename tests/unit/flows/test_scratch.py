@@ -23,7 +23,7 @@ SHARED = Record("r2", "p2", "text", (Part("text", CORPUS[0]),))
 
 
 class Trained:
-    """A trainer of bases that notes its jobs and writes one file, or fails half way."""
+    """A trainer of bases that records its jobs and writes one file, or fails half way."""
 
     def __init__(self, error: Exception | None = None) -> None:
         self.jobs: list[scratch.BaseJob] = []

@@ -66,7 +66,7 @@ def test_every_name_can_be_loaded() -> None:
 
 @pytest.fixture
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Another installation, without the modules that this process holds."""
+    """Return another installation, without the modules that this process has loaded."""
     for name in upper_houses.UPPER_HOUSES:
         (tmp_path / name).mkdir()
         shutil.copy(ROOT / name / "__init__.py", tmp_path / name)

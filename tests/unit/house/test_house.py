@@ -47,7 +47,7 @@ PUBLIC_API = [
 
 @cache
 def tracked() -> tuple[Path, ...]:
-    """Files that git knows, and new ones that it does not ignore; skips where there is no git."""
+    """Return the files that git tracks, and new ones that it does not ignore; skip without git."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
@@ -180,7 +180,7 @@ def dotted(node: ast.expr) -> str:
 
 
 def dangers(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """Whatever runs code that lies in data."""
+    """Yield everything that runs code contained in data."""
     modules_refused = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve"}
     calls_refused = {
         *("eval", "exec", "compile", "__import__", "os.system", "os.popen", "torch.load"),

@@ -21,7 +21,7 @@ NUM_DRAWS = 4_000
 
 @st.composite
 def models(draw: st.DrawFn) -> list[ShardCosts]:
-    """Shards whose slices share all records, costs falling from the first slice on."""
+    """Draw shards whose slices share all records, with costs falling from the first slice on."""
     num_shards, num_slices = draw(st.integers(1, 4)), draw(st.integers(1, 4))
     weights = st.lists(st.integers(0, 50), min_size=num_slices, max_size=num_slices)
     records = draw(st.lists(weights, min_size=num_shards, max_size=num_shards))
@@ -72,7 +72,7 @@ def test_waiting_saves_nothing_where_nothing_is_pending(
 def simulated(
     shards: list[ShardCosts], num: int, dice: random.Random
 ) -> tuple[tuple[float, float], tuple[float, float]]:
-    """(mean, standard error) of running now and then, and of waiting, for `num` arrivals."""
+    """Return (mean, standard error) of running now and then, and of waiting, for `num` arrivals."""
     places = [(s, position) for s, shard in enumerate(shards) for position in range(len(shard.suffixes))]
     shares = [shards[s].suffixes[position][1] for s, position in places]
     costs: tuple[list[float], list[float]] = ([], [])

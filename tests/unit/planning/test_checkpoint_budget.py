@@ -68,7 +68,7 @@ SLICES = tuple(SliceState(0, n, f"root{n}", 4) for n in range(6))
 
 
 def planned(recipe: Recipe, num_bytes: int = 10) -> tuple[ShardPlan, dict[str, tuple[int, ...]]]:
-    """A whole shard, and the prefixes of what it keeps."""
+    """Return a whole shard, and the prefixes of what it keeps."""
     whole = plan_shard(ShardView(0, SLICES, ()), replace(recipe, shard_budget=None), "f")
     held = [
         HeldCheckpoint(key, 0, job.prefix, 1, "f", "m", "a", num_bytes, 1.0, 1)

@@ -29,7 +29,7 @@ streams = st.builds(Stream, layouts, schedules, st.integers(1, 7))
 
 
 def slowly(stream: Stream, num_records: int, num_deletions: int, batch: int, seed: int) -> int:
-    """The same stream, a batch at a time, priced as plans are."""
+    """Run the same stream a batch at a time, priced as plans are."""
     draw = np.random.default_rng(seed)
     layout = stream.layout
     cells = layout.num_shards * layout.num_slices

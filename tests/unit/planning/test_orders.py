@@ -47,7 +47,7 @@ def recipe_of(num_slices: int, orders: tuple[Order, ...], schedule: Schedule = "
 
 
 def trained(plan: ShardPlan) -> tuple[HeldCheckpoint, ...]:
-    """Everything that a plan wants, held."""
+    """Return everything that a plan wants, as held."""
     return tuple(
         HeldCheckpoint(key, 0, job.prefix, 1, job.fingerprint, "m", "a", 1, 1.0, 1)
         for key, job in plan.stages.items()

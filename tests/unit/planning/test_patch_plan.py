@@ -38,7 +38,7 @@ def vault_set(name: str, *, retain: bool = False, held: bool = True) -> VaultSet
 
 
 def stack_of(*forgets: str, retains: str = "") -> list[Patch]:
-    """Active patches, each upon all before it; `retains` name their retain sets."""
+    """Return active patches, each above all before it; `retains` name their retain sets."""
     stack: list[Patch] = []
     for place, forget in enumerate(forgets):
         retain = retains[place] if retains and retains[place] != "-" else WRITTEN

@@ -44,7 +44,7 @@ TOMBSTONE = Tombstone("i", None, "t", 0, 1, "req-0", "2025-12-31", 4)
 
 
 def read(result: Result) -> dict[str, Any]:
-    """What a script would read: only JSON's own types survive."""
+    """Return what a script would read: only JSON's own types survive."""
     found: dict[str, Any] = json.loads(json.dumps(result.json))
     return found
 

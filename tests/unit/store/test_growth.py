@@ -44,7 +44,7 @@ PER_SHARD = 6
 
 
 def operations(work: Callable[[], object]) -> int:
-    """Bytecode instructions that this package executes; those of the fakes are not counted."""
+    """Count bytecode instructions that this package executes, without those of the fakes."""
     count = 0
 
     def trace(frame: FrameType, event: str, _: Any) -> Any:
@@ -75,7 +75,7 @@ def trained(num_shards: int) -> FakeModel:
 
 
 def requests(model: FakeModel) -> list[Request]:
-    """One approved request for a record of each shard."""
+    """Return one approved request for a record of each shard."""
     chosen: dict[int, RecordRow] = {}
     for shard in range(model.context.settings.assigner.layout.num_shards):
         chosen.update({row.shard: row for row in model.ledger.rows(shard)[:1]})
@@ -112,7 +112,7 @@ def test_work_grows_in_step_with_shards_and_records(flow: Callable[[int], Callab
 
 
 def counted(patch: pytest.MonkeyPatch, target: object, *names: str) -> list[str]:
-    """Calls of some functions of an object or a module, as they come."""
+    """Record calls of some functions of an object or a module."""
     calls: list[str] = []
 
     def call(name: str, inner: Callable[..., Any], *given: Any) -> Any:
@@ -149,7 +149,7 @@ def checkpoint(shard: int, slice_: int) -> HeldCheckpoint:
 
 
 def ledger_of(path: Path, num_shards: int) -> SqlLedger:
-    """A trained model's ledger, but for the last stage of shard 0."""
+    """Return a trained model's ledger, without the last stage of shard 0."""
     ledger = SqlLedger(path, create=True)
     places = [(shard, slice_) for shard in range(num_shards) for slice_ in range(3)]
     ledger.commit(
@@ -180,7 +180,7 @@ def test_a_finished_stage_costs_the_ledger_the_same_in_a_large_model(
 
 @contextlib.contextmanager
 def counting_rows(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """How many rows of any table are read, query by query."""
+    """Record how many rows of any table are read, query by query."""
     read: list[int] = []
     checked = rows.checked_rows
 
@@ -264,7 +264,7 @@ def test_where_reads_what_records_touched_once_for_all(monkeypatch: pytest.Monke
 
 
 def past(ledger: FakeLedger, num_requests: int) -> None:
-    """Requests that are over, with their history."""
+    """Add requests that are over, with their history."""
     for number in range(num_requests):
         request = Request(f"past-{number}", "2026-01-01", "2026-02-01", 1)
         states = [replace(request, state=state) for state in ("received", "approved", "completed")]

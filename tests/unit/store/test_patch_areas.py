@@ -32,8 +32,10 @@ KEPT = 2  # a record of the model, in the patch's retain set
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Home of a plain model and its keys: with a patch, its texts as it may have to be made again, and
-    a wish."""
+    """Return the home of a plain model and its keys.
+
+    The model has a patch, the texts with which it may have to be made again, and a wish.
+    """
     home = tmp_path_factory.mktemp("patched") / "home"
     home.mkdir()
     with pytest.MonkeyPatch.context() as patch:
@@ -61,7 +63,7 @@ def keyring_of(model: Path) -> FileKeyring:
 
 
 def scan(model: Path, *also: Path) -> Scan:
-    """For ids alone, since the fake's adapters confess texts."""
+    """Scan for ids alone, since the fake's adapters confess texts."""
     with context_of(model) as context:
         return scan_residue(context, model, also=also, ids=[FORGET.id, OTHER.id])
 

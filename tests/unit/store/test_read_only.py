@@ -55,7 +55,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture
 def frozen(pair: tuple[Path, Path], tmp_path: Path) -> Iterator[Path]:
-    """A model after a deletion, with nothing that may be written in it."""
+    """Yield a model after a deletion in which nothing can be written."""
     directory = Path(shutil.copytree(pair[1], tmp_path / "model"))
     yield directory
     freeze(directory, writable=True)
@@ -71,7 +71,7 @@ def content(directory: Path) -> dict[str, bytes]:
 
 
 def asked(directory: Path) -> dict[str, Any]:
-    """What a process that may not write says, with the directory as it was."""
+    """Return the answers of a process that can't write, with the directory as it was."""
     freeze(directory)
     before = content(directory)
     ids = json.dumps([record(1).id, record(DELETED).id])
