@@ -60,6 +60,7 @@ from sisa.flows.ask import (
     held_prompts,
     open_answerer,
     prompt_form,
+    remember_prompts,
     routes_of,
 )
 from sisa.flows.deletion import forget_at_once, plan_forget
@@ -161,7 +162,7 @@ class Model:
         with named_by_location(source), self._writing() as context:
             guarded = partial(guard, self.config)
             taken = add(context, source, allow_deleted=allow_deleted, append=append, checks=[guarded])
-            return replace(taken, prompts=held_prompts(context, self.config))
+            return replace(taken, prompts=remember_prompts(context, self.config))
 
     def resume(self, source: Sequence[Record] = ()) -> Taken:
         """Train what is missing; the records of `source` are only compared with the held ones."""
@@ -172,7 +173,7 @@ class Model:
         """Train what is missing; the caller holds the lock."""
         with self._context(locked=True) as context:
             _ = self.resources.base  # refuses a changed base
-            return replace(train(context, source), prompts=held_prompts(context, self.config))
+            return replace(train(context, source), prompts=remember_prompts(context, self.config))
 
     @asked_again
     def where(self, ids: Sequence[str]) -> list[query.Location]:
@@ -249,6 +250,7 @@ class Model:
                 context, live, (), Terms(approver=DIRECT, reason=DIRECT, consent=consent)
             )
             done = forget_at_once(context, arrived, defer=defer)
+            remember_prompts(context, self.config)
             return _forgotten(context, done.requests[0], dead, done.kept_versions, deferred=defer)
 
     def submit(
@@ -313,6 +315,7 @@ class Model:
             else:
                 done = ()
                 reconcile(context)
+            remember_prompts(context, self.config)
             return (
                 *(each for each in context.stores.ledger.requests() if each.request_id in begun),
                 *done,

@@ -25,7 +25,7 @@ from sisa.core.precision import DEFAULT_PRECISION
 from sisa.core.requests import is_under_way, key_name
 from sisa.data.reader import named_by_location, read_records
 from sisa.flows import reconfigure
-from sisa.flows.ask import FORM, held_prompts, usual_kind
+from sisa.flows.ask import FORM, remember_prompts, usual_kind
 from sisa.flows.ingest import Taken, check_same_records, train
 from sisa.flows.reconcile import Trained, erase_unknown
 from sisa.flows.record_checks import check_all, check_generations, check_not_deleted, check_risks
@@ -155,7 +155,7 @@ def _first_training(
             directory, resources, keyed, name, executor, report, create=True
         ) as context:
             taken = train(context, records, {**meta, "key": key_name(keyed), "model": name})
-            taken = replace(taken, prompts=held_prompts(context, config))
+            taken = replace(taken, prompts=remember_prompts(context, config))
     return Model(directory, executor=executor, report=report), taken
 
 

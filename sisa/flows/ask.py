@@ -14,19 +14,21 @@ is always sent as a chat.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from sisa.config.blocks import SisaBlock
 from sisa.config.config import RunConfig
+from sisa.core.digest import digest_of
 from sisa.core.domain import Hit, Kind, Record
 from sisa.core.errors import IntegrityError, InvalidInput, Outdated
 from sisa.core.patch import Patch
-from sisa.core.ports import Ledger
+from sisa.core.ports import Change, Ledger
 from sisa.flows import query
-from sisa.flows.wiring.context import Context, patch_files
+from sisa.flows.wiring.context import Context, commit, patch_files
 from sisa.flows.wiring.resources import Resources
 from sisa.lm.answer.route import Route, all_of, choose_route, nearness, resolve_aggregation
 from sisa.planning.patch_plan import active
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 NUM_ROUTING_HITS = 32
 MAX_LOOKED_UP = 200  # records whose prompts `held_prompts` looks up
 FORM = "form"  # key in the ledger's meta: the form in which shards get prompts
+PROMPTS = "held_prompts"  # in the ledger's meta: what becomes of held prompts, and in which state
 KINDS: tuple[Kind, ...] = ("chat", "completion", "text")
 
 Prompt = str | Sequence[Mapping[str, Any]]  # a text, or turns with `role` and `content`
@@ -180,6 +183,30 @@ def _route(context: Context, block: SisaBlock, hits: Sequence[Hit], live: Collec
 
 
 def held_prompts(context: Context, config: RunConfig) -> HeldPrompts | None:
+    """Return what `remember_prompts` noted if nothing that it depends on has changed, or look it up."""
+    noted = json.loads(context.stores.ledger.meta().get(PROMPTS, "null"))
+    if noted and noted["of"] == _looked_up_in(context, config):
+        return HeldPrompts(**noted["found"])
+    return _look_up_prompts(context, config)
+
+
+def remember_prompts(context: Context, config: RunConfig) -> HeldPrompts | None:
+    """Note in the ledger what becomes of held prompts, so that `sisa status` need not search for it."""
+    found = held_prompts(context, config)
+    note = json.dumps({"of": _looked_up_in(context, config), "found": found and asdict(found)})
+    if found and context.stores.ledger.meta().get(PROMPTS) != note:
+        commit(context, Change(meta={PROMPTS: note}))
+    return found
+
+
+def _looked_up_in(context: Context, config: RunConfig) -> str:
+    """Return the digest of what a search for held prompts depends on."""
+    indexes = sorted([each.shard, each.sha256] for each in context.stores.ledger.indexes())
+    how = config.sisa.model_dump(mode="json", include={"aggregation", "embedder"})
+    return digest_of([indexes, sorted(live_heads(context)), how])
+
+
+def _look_up_prompts(context: Context, config: RunConfig) -> HeldPrompts | None:
     """Look up the prompts of held records: of all, or of the first ones of each shard by keyed id.
 
     Return None if the model does not route, if no record has a prompt, or if the index is damaged or so

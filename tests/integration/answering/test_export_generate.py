@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import sisa
 from sisa.core.errors import ConfigConflict
 from sisa.core.events import Notice
 from sisa.core.ports import Change
-from sisa.flows.ask import Answer, HeldPrompts
+from sisa.flows.ask import Answer, HeldPrompts, _look_up_prompts
 from sisa.flows.wiring.wiring import CHECKPOINTS
 from sisa.lm.answer.route import Route, all_of
 from tests.models.tiny_model import (
@@ -373,6 +374,29 @@ def test_train_and_status_count_the_held_prompts_that_are_turned_away(
     assert command(capsys, "status", "-m", chats.directory).json["prompts"] == told
     change_run(chats.run_file, sisa__aggregation={"method": "mean_prob"})
     assert command(capsys, "train", chats.run_file, "--executor", "serial").json["prompts"] is None
+
+
+def test_status_searches_no_index_and_is_true_after_a_deletion(chats: Tiny) -> None:
+    """A writer notes what becomes of held prompts; what was noted equals a new search."""
+
+    def in_new_process() -> dict[str, int]:
+        code = (
+            "import sys; from cluster.cli.cli import run; run(['status', '--json', '-m', sys.argv[1]]); "
+            "assert not {'faiss', 'numpy', 'torch', 'ray'} & sys.modules.keys()"
+        )
+        told = subprocess.run(
+            [sys.executable, "-c", code, chats.directory], capture_output=True, check=True
+        )
+        found: dict[str, int] = json.loads(told.stdout)["prompts"]
+        return found
+
+    assert in_new_process() == {"looked_up": 24, "turned_away": 0, "elsewhere": 0}
+    model = chats.open()
+    model.forget([support_chats()[3]["id"]])
+    with model._context() as context:
+        searched = _look_up_prompts(context, model.config)
+    assert searched is not None
+    assert in_new_process() == asdict(searched) == {"looked_up": 22, "turned_away": 0, "elsewhere": 0}
 
 
 def test_generate_goes_on_with_conversations_and_answers_files(
