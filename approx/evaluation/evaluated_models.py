@@ -24,7 +24,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from approx.evaluation.answers import answer_scores, collate, continue_greedily
+from approx.evaluation.answers import AnswerBatch, answer_scores, collate, continue_greedily
 from approx.evaluation.evaluated import AnswerScore, EvaluatedModel, PromptForm, PromptKind
 from sisa.core.digest import digest_of, file_sha256
 from sisa.core.domain import Part, Record
@@ -51,7 +51,7 @@ from sisa.lm.base.weights import (
 )
 from sisa.model import Model, open_model
 
-Logits = Callable[[Tensor, Sequence[int]], Tensor]
+Logits = Callable[[Tensor, Sequence[int], int], Tensor]  # of a batch, its rows, the last positions
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -130,9 +130,10 @@ class HuggingFaceModel:
         _check_lengths(self._model, [len(each.input_ids) for each in tokens])
         return _scored(tokens, batch_size, self._pad, self._logits, self._tokenizer)
 
-    def _logits(self, ids_BT: Tensor, _rows: Sequence[int]) -> Tensor:
+    def _logits(self, ids_BT: Tensor, _rows: Sequence[int], keep: int) -> Tensor:
         with torch.inference_mode():
-            found: Tensor = self._model(input_ids=ids_BT.to(self._model.device), use_cache=False).logits
+            ids_BT = ids_BT.to(self._model.device)
+            found: Tensor = self._model(input_ids=ids_BT, logits_to_keep=keep, use_cache=False).logits
             return found.cpu()
 
     def generate(
@@ -173,8 +174,12 @@ class DeletionReadyModel:
         routes = self._routes([question for question, _ in pairs], form)
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
-        def logits(ids_BT: Tensor, rows: Sequence[int]) -> Tensor:
-            return self._answerer.logprobs_BTV(ids_BT, [routes[at] for at in rows])
+        def logits(ids_BT: Tensor, rows: Sequence[int], keep: int) -> Tensor:
+            chosen = [routes[at] for at in rows]
+            found = self._answerer.logprobs(
+                chosen, input_ids=ids_BT, logits_to_keep=keep, use_cache=False
+            )
+            return found.cpu()
 
         return _scored(tokens, batch_size, pad, logits, tokenizer)
 
@@ -249,13 +254,16 @@ def _scored(
 ) -> list[AnswerScore]:
     """Return scores in order.
 
-    `logits` gets a batch without its last token, which is predicted but never read, and the positions
-    of its rows.
+    `logits` gets a batch without its last token, which is predicted but never read, the positions of
+    its rows, and the number of last positions whose logits are needed: those of answers.
     """
     found: dict[int, AnswerScore] = {}
     for rows in _batches([len(each.input_ids) for each in tokens], batch_size):
         batch = collate([tokens[at] for at in rows], pad_id)
-        found |= dict(zip(rows, answer_scores(logits(batch.ids_BT1[:, :-1], rows), batch), strict=True))
+        first = int(batch.mask_BT.any(dim=0).nonzero()[0])
+        said = AnswerBatch(batch.ids_BT1, batch.targets_BT[:, first:], batch.mask_BT[:, first:])
+        logits_BKV = logits(batch.ids_BT1[:, :-1], rows, said.mask_BT.shape[1])
+        found |= dict(zip(rows, answer_scores(logits_BKV, said), strict=True))
     return [
         replace(found[at], num_closing=_num_closing(each, tokenizer)) for at, each in enumerate(tokens)
     ]

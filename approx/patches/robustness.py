@@ -16,10 +16,10 @@ Source: relearning by Hu et al. 2024, "Jogging the memory of unlearned models"; 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -62,16 +62,16 @@ def measure_robustness(
     first, few = forget[:MAX_RELEARNT], forget[:MAX_ASKED]
     twins = tokens_of([rename_record(each, 0) for each in records[:MAX_RELEARNT]])
     if reference is not None:
-        control, relearner = ("the reference", _attached(reference, model)), first
+        control, other, told = "the reference", _attached(reference, model), first
     else:
-        control, relearner = ("invented names and figures", model), twins
+        control, other, told = "invented names and figures", model, twins
     reworded = tokens_of([each for record in records[:MAX_ASKED] for each in _reworded(record)])
     return {
         "num_texts": len(few),
         "num_relearnt": len(first),
-        "relearning": _relearnt(model, first),
-        "control": {"of": control[0], **_relearnt(control[1], relearner)} if relearner else None,
-        "rounding": {str(bits): _probability_rounded(model, few, bits) for bits in BITS},
+        "relearning": _means(relearnt(model, first, first)),
+        "control": {"of": control, **_means(relearnt(other, told, told))} if told else None,
+        "rounding": {str(bits): fmean(probabilities_rounded(model, few, bits)) for bits in BITS},
         "rewording": _before_and_after(model, reworded) if reworded else None,
     }
 
@@ -109,20 +109,32 @@ def _worded(wording: str, text: str) -> str:
     return wording.format(stem) + text[len(stem) :]
 
 
-def _probability(model: Any, examples: Sequence[Tokens]) -> float:
-    found = score_examples(model, examples)
-    return math.fsum(probability(each.loss) for each in found) / len(found)
+def probabilities(model: Any, examples: Sequence[Tokens]) -> list[float]:
+    """Return the probability of each example's answer, per token."""
+    return [probability(each.loss) for each in score_examples(model, examples)]
+
+
+def _means(by_steps: Mapping[int, Sequence[float]]) -> dict[str, float]:
+    return {str(steps): fmean(each) for steps, each in by_steps.items()}
 
 
 def _before_and_after(model: Any, examples: Sequence[Tokens]) -> dict[str, float]:
     with model.disable_adapter():
-        before = _probability(model, examples)
-    return {"before": before, "after": _probability(model, examples)}
+        before = fmean(probabilities(model, examples))
+    return {"before": before, "after": fmean(probabilities(model, examples))}
 
 
-def _relearnt(model: Any, examples: Sequence[Tokens]) -> dict[str, float]:
-    """Return the probability of examples after 0 and more steps on them, and restore the model."""
-    found = {"0": _probability(model, examples)}
+def relearnt(
+    model: Any,
+    taught: Sequence[Tokens],
+    asked: Sequence[Tokens],
+    after: Sequence[int] = RELEARNING_STEPS,
+) -> dict[int, list[float]]:
+    """Return the probabilities of `asked` after 0 steps on `taught` and after the given numbers.
+
+    `model` is a PEFT model. It is fine-tuned by a fresh adapter over its own, and restored.
+    """
+    found = {0: probabilities(model, asked)}
     wanted = {name: each.requires_grad for name, each in model.named_parameters()}
     torch.manual_seed(0)  # for the fresh adapter's first factors
     model.add_adapter(EXTRA, model.peft_config["default"])
@@ -133,15 +145,15 @@ def _relearnt(model: Any, examples: Sequence[Tokens]) -> dict[str, float]:
             each.requires_grad_(f".{EXTRA}." in name)
             trained += [each] if f".{EXTRA}." in name else []
         optimizer = torch.optim.AdamW(trained, LEARNING_RATE, weight_decay=0.0, foreach=False)
-        batch = collate(examples, pad_id=0).to(model.device)
-        for step in range(1, max(RELEARNING_STEPS) + 1):
+        batch = collate(taught, pad_id=0).to(model.device)
+        for step in range(1, max(after) + 1):
             optimizer.zero_grad(set_to_none=True)
             cut, columns_K = batch.at_answers()
             logits = model(input_ids=cut.ids_BT1, logits_to_keep=columns_K, use_cache=False).logits
             mean_nll(logits, cut).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-            if step in RELEARNING_STEPS:
-                found[str(step)] = _probability(model, examples)
+            if step in after:
+                found[step] = probabilities(model, asked)
     finally:
         model.delete_adapter(EXTRA)
         model.base_model.set_adapter("default")
@@ -150,9 +162,10 @@ def _relearnt(model: Any, examples: Sequence[Tokens]) -> dict[str, float]:
     return found
 
 
-def _probability_rounded(model: Any, examples: Sequence[Tokens], bits: int) -> float:
+def probabilities_rounded(model: Any, examples: Sequence[Tokens], bits: int) -> list[float]:
+    """Return the probabilities of examples with the weights, patch included, rounded to `bits`."""
     with _rounded_weights(model, bits), model.disable_adapter():
-        return _probability(model, examples)
+        return probabilities(model, examples)
 
 
 @contextmanager

@@ -89,7 +89,7 @@ class Done:
 
 
 @dataclass
-class _Halves:
+class Halves:
     """An EvaluatedModel: the upper layers score over remembered states, the whole model generates."""
 
     upper: HuggingFaceModel
@@ -209,7 +209,7 @@ class CellMaker:
 
     def _measured(self, cell: Cell, name: str, split: SplitModel, patched: Any, done: Done) -> Result:
         started = time.monotonic()
-        model = _Halves(
+        model = Halves(
             HuggingFaceModel("upper", name, patched, self._tokenizer, "cpu"),
             HuggingFaceModel("whole", name, split.whole, self._tokenizer, "cpu"),
             name,

@@ -33,7 +33,7 @@ from sisa.store.blobs.files import held_names, read_whole, write_atomic
 
 Kind = Literal["retained", "full", "run", "size"]
 Result = Mapping[str, Any]
-VERSION = 1
+VERSION = 2  # layers are numbered as in the whole model
 MOST_AUTHORS, QUESTIONS_EACH = 20, 20
 
 

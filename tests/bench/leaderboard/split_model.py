@@ -6,8 +6,8 @@ Only the upper layers change, so the hidden states below them depend on the text
 memory, one row per text. Under causal attention a position depends only on those before it, so a stored
 row also serves shorter rows and equally padded ones; each is stored with some padding to spare. The
 upper model scores and trains. The whole model shares its modules and generates, because generation
-needs a key cache in the lower layers, too. The base must be of Llama's family (`model.embed_tokens`,
-`model.layers`).
+needs a key cache in the lower layers, too. Layers have the same numbers in both, so an adapter fits
+either. The base must be of Llama's family (`model.embed_tokens`, `model.layers`).
 """
 
 from __future__ import annotations
@@ -61,6 +61,13 @@ def _without_repeats(row: list[int]) -> tuple[int, ...]:
     return tuple(row[:end])
 
 
+class Computed(nn.Module):
+    """Stand in for a lower layer, whose work `LowerLayers` has done."""
+
+    def forward(self, states_BTD: Tensor, *_: Any, **__: Any) -> Tensor:
+        return states_BTD
+
+
 @dataclass(frozen=True)
 class SplitModel:
     """Two models that share their modules: `upper` scores and trains, `whole` generates."""
@@ -91,7 +98,6 @@ def load_split(directory: Path, upper_layers: int) -> SplitModel:
     lower.norm = nn.Identity()
     lower.config.num_hidden_layers = cut
     upper = copy.deepcopy(whole, dict(shared))
-    upper.model.layers = layers[cut:]
+    upper.model.layers = nn.ModuleList([*(Computed() for _ in range(cut)), *layers[cut:]])
     upper.model.embed_tokens = LowerLayers(lower)
-    upper.config.num_hidden_layers = upper_layers
     return SplitModel(upper, whole)

@@ -1,0 +1,27 @@
+"""leak@k: how much of an answer the best of k sampled answers gives away, in expectation.
+
+Formula: of n >= k sampled answers with scores s_(1) <= ... <= s_(n), the expected best of k drawn
+without replacement, sum_i s_(i) C(i-1, k-1) / C(n, k), which is unbiased for the best of k new samples.
+
+Source: Reisizadeh et al. (2025, arXiv 2511.04934); the estimator as pass@k's (Chen et al. 2021). The
+score is the caller's, such as ROUGE-L recall.
+
+Limits: it depends on the temperature, and rises with k for any model that says anything, so it must be
+compared with a model that never saw the text.
+
+>>> leak_at_k([0.0, 0.5, 1.0], 1), leak_at_k([1.0, 0.0, 0.5], 3)
+(0.5, 1.0)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import comb, fsum
+
+
+def leak_at_k(scores: Sequence[float], k: int) -> float:
+    """Return the expected best of k. Raise ValueError unless k is from 1 to the number of scores."""
+    if not 1 <= k <= len(scores):
+        raise ValueError("k must be from 1 to the number of samples")
+    ordered, ways = sorted(scores), comb(len(scores), k)
+    return fsum(score * comb(at, k - 1) for at, score in enumerate(ordered)) / ways

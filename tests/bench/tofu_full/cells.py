@@ -1,0 +1,577 @@
+"""Compute the cells of TOFU in full: make a model, ask it, attack it; each result is a file of its own.
+
+    tried       six trials of a layout or of the ordinary LoRA, on a tenth of the records
+    made        the model: trained, deleted from, unlearned; seconds, cost, digests
+    asked       TOFU's questions, in a log (`approx.evaluation`)
+    attacked    relearning, rounding and sampling, for some authors of the forget set
+
+`DIR/cells/NAME.json` holds numbers only, is whole or absent, and is not computed again; what it needs is
+computed first. Models, logs and records lie under DIR, too, and hold text. A training that was cut short
+goes on at its last checkpoint, and an evaluation at its last batch.
+
+    cells = Cells(Path("out"), design, data, base, device="cpu")
+    cells.once("50x4-key0-forget10.made")
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from approx.evaluation.evaluated import EvaluatedModel, PromptForm
+from approx.evaluation.evaluated_models import DeletionReadyModel, HuggingFaceModel, tokens_of
+from approx.evaluation.tofu import Question
+from approx.evaluation.tofu_evaluation import TofuSettings, evaluate
+from approx.methods.registry import make_method
+from approx.metrics.leak_at_k import leak_at_k
+from approx.metrics.model_utility import harmonic_mean
+from approx.metrics.probability import probability, probability_among
+from approx.metrics.rouge import rougeL_recall
+from approx.patches.robustness import probabilities_rounded, relearnt
+from approx.unlearning.examples import Sets
+from approx.unlearning.schedule import ScheduleSettings
+from approx.unlearning.stopping import Compute
+from approx.unlearning.unlearn import unlearn
+from sisa.config.config import RunConfig
+from sisa.core.digest import canonical_json, digest_of, file_sha256
+from sisa.core.errors import ConfigConflict
+from sisa.lm.answer.answerer import end_tokens
+from sisa.lm.base.adapter import (
+    ADAPTER_FILE,
+    CONFIG_FILE,
+    adapter_tensors,
+    attach,
+    config_bytes,
+    lora_config,
+    read_config,
+    read_tensors,
+    tensor_bytes,
+)
+from sisa.lm.base.tokens import Tokens, encode_prompt
+from sisa.lm.base.weights import BaseFiles, load_frozen, load_tokenizer
+from sisa.model import Model, open_model
+from sisa.store.blobs.files import read_whole, write_atomic
+from sisa.train import train_model
+from tests.bench.leaderboard.cells import AT_THE_END, MANY_EPOCHS, Halves, within
+from tests.bench.leaderboard.plan import QUESTIONS_EACH
+from tests.bench.leaderboard.split_model import SplitModel, load_split
+from tests.bench.retrained import secret_of
+from tests.bench.tofu_full.design import (
+    TUNED_EACH,
+    Contestant,
+    Data,
+    Design,
+    Layout,
+    contestants,
+    lora,
+    record_id,
+    scratch_of,
+    shape,
+    trained_of,
+    write_records,
+)
+
+FORM = PromptForm("completion", "{question} {answer}")
+STEPS = ("made", "asked", "attacked")
+ORDINARY = "lora"
+BATCH, SAMPLED_AT_ONCE = 16, 16
+BITS = (8, 4)
+Json = dict[str, Any]
+Files = Mapping[str, bytes]
+
+
+class Cells:
+    """The cells of one design, base and data set in a directory."""
+
+    def __init__(
+        self,
+        directory: Path,
+        design: Design,
+        data: Data,
+        base: BaseFiles,
+        *,
+        spec: str,
+        embedder: str,
+        device: str = "cpu",
+        report: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        """Open a directory. Raise ConfigConflict for one of another design, base or data."""
+        self.directory, self.design, self.data = directory, design, data
+        self._base, self._spec, self._embedder = base, spec, embedder
+        self._device, self._report = device, report
+        self._tokenizer = load_tokenizer(base.directory)
+        self._all = {each.name: each for each in contestants(design)}
+        deleted = [each for each in self._all.values() if each.layout and each.without]
+        self._all |= {each.name: each for each in map(scratch_of, deleted)}
+        self.inputs = {
+            "base": base.digest, "data": data.digest, "embedder": embedder, "device": device
+        }  # fmt: skip
+        self._check_same({"inputs": self.inputs, "design": shape(design)})
+
+    def _check_same(self, wanted: Json) -> None:
+        path = self.directory / "design.json"
+        if not path.exists():
+            self.directory.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, canonical_json(wanted))
+        elif json.loads(path.read_bytes()) != json.loads(canonical_json(wanted)):
+            raise ConfigConflict(
+                "the directory holds cells of another design, base, data or device",
+                where=str(path),
+                next_step="give the same options, or another directory",
+            )
+
+    def known(self, name: str) -> Json | None:
+        """Return the result of a cell, or None before it was computed."""
+        path = self.directory / "cells" / f"{name}.json"
+        found: Json = json.loads(read_whole(path, "cell")) if path.is_file() else {}
+        return found or None
+
+    def once(self, name: str) -> Json:
+        """Return the result of a cell, computed now or read."""
+        if (found := self.known(name)) is not None:
+            return found
+        of, _, step = name.rpartition(".")
+        began, at_work = time.perf_counter(), time.process_time()
+        made = self._tried(of) if step == "tried" else self._step(self._all[of], step)
+        took = {
+            "total_seconds": time.perf_counter() - began,
+            "total_core_seconds": time.process_time() - at_work,
+        }
+        path = self.directory / "cells" / f"{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, canonical_json({**made, **took}) + b"\n")
+        self._report(
+            f"{name}: {took['total_seconds']:.0f} s, {took['total_core_seconds']:.0f} of a core"
+        )
+        return {**made, **took}
+
+    def _step(self, contestant: Contestant, step: str) -> Json:
+        if step == "made":
+            return self._made(contestant)
+        self.once(f"{contestant.name}.made")
+        return self._asked(contestant) if step == "asked" else self._attacked(contestant)
+
+    # Models
+
+    def _made(self, contestant: Contestant) -> Json:
+        if contestant.kind == "base":
+            return {"share_of_training": 0.0}
+        if contestant.kind == "method":
+            return self._unlearned(contestant)
+        if contestant.kind == "ours" and contestant.without and not contestant.scratch:
+            return self._deleted(contestant)
+        best = self._best(contestant)
+        numbers = range(self.data.kept(contestant.without))
+        config = self._run_file(contestant.name, contestant, numbers, *best)
+        made = {**_trained(config), "learning_rate": best[0], "batch": best[1]}
+        if contestant.scratch:
+            made |= self._equal(contestant, made)
+        if contestant.kind == "lora":
+            self._keep_adapter(contestant)
+        return made
+
+    def _best(self, contestant: Contestant) -> tuple[float, int]:
+        """Return the rate and the batch of the best trial."""
+        tried = self.once(f"{contestant.layout.name if contestant.layout else ORDINARY}.tried")
+        return tried["learning_rate"], tried["batch"]
+
+    def _run_file(
+        self, name: str, of: Contestant, numbers: Sequence[int], rate: float, batch: int, shards: int = 0
+    ) -> RunConfig:
+        """Return a run file and write its records; `shards` replaces the layout's number of them."""
+        at = (self.directory / "models" / name).absolute()
+        rows = write_records(self.data, numbers, at / "records.jsonl")
+        (at / "partition.key").write_text(secret_of(of.key).hex(), encoding="utf-8")
+        layout, design = of.layout or Layout(1, 1, 1), self.design
+        micro = min(8, batch)
+        return RunConfig.model_validate(
+            {
+                "base_model": self._spec,
+                "datasets": ({"path": str(rows)},),
+                "output_dir": at / "model",
+                "witness": at / "witness",
+                "keyring": at / "keys",
+                "probe": False,
+                "lora_layers": design.lora_layers,
+                "lora_r": design.lora_r,
+                "lora_alpha": design.lora_alpha,
+                "prefix_cache_bytes": 2**31 if self._device == "cpu" else 0,
+                "micro_batch_size": micro,
+                "gradient_accumulation_steps": batch // micro,
+                "num_epochs": design.epochs,
+                "learning_rate": rate,
+                "seed": of.seed or design.seeds[0],
+                "device": self._device,
+                "sisa": {
+                    "shards": shards or layout.shards,
+                    "slices": layout.slices,
+                    "embedder": self._embedder if of.layout else "hashing",
+                    "partition_key_file": at / "partition.key",
+                    "aggregation": "routed" if of.layout else "mean_prob",
+                },
+            }
+        )
+
+    def _tried(self, name: str) -> Json:
+        """Try rates and batches on the first authors; the layout has as many records a shard as in full.
+
+        Trials are scored by the harmonic mean of two means over questions that are not reported: the
+        probability of answers of the retain set, and that of facts among their wrong answers.
+        """
+        layout = next((each for each in self.design.layouts if each.name == name), None)
+        of = Contestant(f"{name}.tried", "ours" if layout else "lora", layout=layout)
+        authors = self.design.tried_authors
+        shards = max(1, layout.shards * authors * QUESTIONS_EACH // len(self.data.full)) if layout else 1
+        trials = []
+        for batch in (layout.batch,) if layout else self.design.batches:
+            for rate in self.design.rates:
+                at = f"tried/{name}-{rate:g}-{batch}"
+                numbers = range(authors * QUESTIONS_EACH)
+                config = self._run_file(at, of, numbers, rate, batch, shards)
+                seconds = _trained(config)["core_seconds"]
+                score = self._tuned(open_model(config.output_dir, executor="serial"))
+                trials.append({"learning_rate": rate, "batch": batch, "core_seconds": seconds, **score})
+        best = max(trials, key=lambda each: each["score"])
+        shutil.rmtree(self.directory / "models" / "tried")
+        return {"learning_rate": best["learning_rate"], "batch": best["batch"], "trials": trials}
+
+    def _tuned(self, model: Model) -> Json:
+        questions = [q for q in self.data.tuned if q.set != "retain" or self._is_tried(q)]
+        wrong = {q.place: q.perturbed if q.set != "retain" else () for q in questions}
+        pairs = [(q.question, text) for q in questions for text in (q.answer, *wrong[q.place])]
+        losses = iter([s.loss for s in DeletionReadyModel(model).score(pairs, FORM, BATCH)])
+        found: dict[str, list[float]] = {"retain": [], "facts": []}
+        for each in questions:
+            own, others = next(losses), [next(losses) for _ in wrong[each.place]]
+            if each.set == "retain":
+                found["retain"].append(probability(own))
+            else:
+                found["facts"].append(probability_among(own, others))
+        means = {name: fmean(values) for name, values in found.items() if values}
+        num = {f"num_{name}": len(values) for name, values in found.items()}
+        return {**means, **num, "score": harmonic_mean(list(means.values()))}
+
+    def _is_tried(self, question: Question) -> bool:
+        author, place = divmod(question.idx, QUESTIONS_EACH)
+        return author < self.design.tried_authors and place < TUNED_EACH
+
+    def _deleted(self, contestant: Contestant) -> Json:
+        """Delete a forget set from a copy of the trained model, as one request."""
+        trained = trained_of(contestant)
+        full = self.once(f"{trained.name}.made")
+        source = self.directory / "models" / trained.name
+        target = self.directory / "models" / contestant.name
+        best = self._best(contestant)
+        if not (target / "copied").exists():
+            shutil.rmtree(target, ignore_errors=True)
+            shutil.copytree(source / "model", target / "model")
+            (target / "copied").touch()
+        config = self._run_file(contestant.name, contestant, range(len(self.data.full)), *best)
+        model, _ = train_model(config, executor="serial")
+        gone = range(self.data.kept(contestant.without), len(self.data.full))
+        ids = [each.id for each in model.where(list(map(record_id, gone))) if each.state != "deleted"]
+        began, at_work = time.perf_counter(), time.process_time()
+        if ids:
+            model.forget(ids)
+        else:
+            model.resume()  # a deletion that was cut short
+        (request,) = model.requests()
+        assert request.request.num_records == len(gone)
+        return {
+            "seconds": time.perf_counter() - began,
+            "core_seconds": time.process_time() - at_work,
+            "resumed": not ids,
+            "num_records": request.request.num_records,
+            "record_epochs": request.request.record_epochs_retrained,
+            "share_of_training": request.request.record_epochs_retrained / full["record_epochs"],
+            "shards_retrained": len(request.request.shards),
+            **_digests(model),
+        }
+
+    def _equal(self, contestant: Contestant, made: Json) -> Json:
+        """Return whether a model trained from scratch equals the one after the deletion, by digest."""
+        other = self.once(f"{contestant.name.removesuffix('-scratch')}.made")
+        mine, theirs = made["adapters"], other["adapters"]
+        return {
+            "adapters_equal": sum(mine[shard] == theirs.get(shard) for shard in mine),
+            "equal": mine == theirs,
+        }
+
+    def _keep_adapter(self, contestant: Contestant) -> None:
+        """Keep the adapter of an ordinary LoRA, and nothing else of its model."""
+        at = self.directory / "models" / contestant.name
+        (source,) = open_model(at / "model", executor="serial").export(at / "exported")
+        for name in (ADAPTER_FILE, CONFIG_FILE):
+            write_atomic(self._adapter(contestant) / name, (source / name).read_bytes())
+
+    def _adapter(self, contestant: Contestant) -> Path:
+        folder = self.directory / "adapters" / contestant.name
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def _files(self, contestant: Contestant) -> Files:
+        at = self._adapter(contestant)
+        return {name: read_whole(at / name, "adapter") for name in (ADAPTER_FILE, CONFIG_FILE)}
+
+    def _unlearned(self, contestant: Contestant) -> Json:
+        """Train a patch over the ordinary LoRA, cut to its budget in operations."""
+        self.once(f"{ORDINARY}.made")
+        method, split = make_method(contestant.method), self._split
+        kept = self.data.kept(contestant.without)
+        sets = Sets(self._tokens(self.data.full[kept:]), self._tokens(self.data.full[:kept]))
+        settings = ScheduleSettings(
+            learning_rate=contestant.rate,
+            num_epochs=MANY_EPOCHS,
+            batch_size=self.design.method_batch,
+            gradient_accumulation_steps=1,
+            weight_decay=0.0,
+            seed=contestant.seed,
+        )
+        with self._merged():
+            patched = attach(split.upper, self._lora_config(), None, init_seed=contestant.seed)
+            trained = sum(each.numel() for each in patched.parameters() if each.requires_grad)
+            sizes = (sum(each.numel() for each in split.whole.parameters()) - trained, trained)
+            full = Compute(*sizes, self.design.epochs * self._num_tokens, 0).flops
+            budget = contestant.budget * full
+            began, at_work = time.perf_counter(), time.process_time()
+            end = unlearn(
+                patched, sets, method, within(budget, method, sets, settings, sizes), AT_THE_END
+            )
+            took = time.perf_counter() - began, time.process_time() - at_work
+            write_atomic(self._adapter(contestant) / CONFIG_FILE, config_bytes(patched))
+            weights = tensor_bytes(adapter_tensors(patched))
+            write_atomic(self._adapter(contestant) / ADAPTER_FILE, weights)
+            patched.unload()
+        counted = replace(end.compute, num_parameters=sizes[0])
+        return {
+            "seconds": took[0],
+            "core_seconds": took[1],
+            "ending": end.ending.value,
+            "steps": end.step,
+            "flops": counted.flops,
+            "share_of_training": counted.flops / full,
+        }
+
+    # Questions
+
+    def _asked(self, contestant: Contestant) -> Json:
+        split = contestant.without or "forget10"
+        settings = TofuSettings(FORM, self.design.max_new_tokens)
+        with self._served(contestant) as model:
+            rows = evaluate(
+                model, self.data.asked(split), self.log(contestant.name), settings, batch_size=BATCH
+            )
+        return {"num_questions": len(rows), "max_new_tokens": self.design.max_new_tokens}
+
+    def log(self, name: str) -> Path:
+        """Return the path of a contestant's log, which holds text."""
+        return self.directory / "logs" / f"{name}.jsonl"
+
+    @contextmanager
+    def _served(self, contestant: Contestant) -> Iterator[EvaluatedModel]:
+        """Open a contestant as its users meet it."""
+        if contestant.layout is not None:
+            yield DeletionReadyModel(self._opened(contestant))
+            return
+        with self._worn(contestant):
+            names = [file_sha256(each) for each in sorted(self._adapter(contestant).iterdir())]
+            digest = digest_of([self.inputs, contestant.name, names])
+            yield Halves(
+                self._asking("upper", digest, self._split.upper),
+                self._asking("whole", digest, self._split.whole),
+                digest,
+                contestant.name,
+            )
+
+    def _asking(self, name: str, digest: str, model: Any) -> HuggingFaceModel:
+        return HuggingFaceModel(name, digest, model, self._tokenizer, self._device)
+
+    def _opened(self, contestant: Contestant) -> Model:
+        return open_model(self.directory / "models" / contestant.name / "model", executor="serial")
+
+    @cached_property
+    def _split(self) -> SplitModel:
+        """The base, split below the adapters on the CPU, where the layers below are computed once a
+        text; whole where it can't be split."""
+        top = self.design.lora_layers.partition(":")[2]
+        if self._device == "cpu" and top:
+            return load_split(self._base.directory, int(top))
+        from transformers import AutoModelForCausalLM
+
+        whole = load_frozen(AutoModelForCausalLM, self._base.directory).to(self._device)
+        return SplitModel(whole, whole)
+
+    @contextmanager
+    def _merged(self, *merged: Files) -> Iterator[None]:
+        """Merge the ordinary LoRA, or other adapters, into the base, and restore it."""
+        whole = self._split.whole
+        held = [(each, each.detach().clone()) for each in whole.model.layers.parameters()]
+        try:
+            for files in merged or (self._files(lora(0)),):
+                tensors = read_tensors(files, ADAPTER_FILE)
+                attach(whole, read_config(files), tensors, init_seed=0).merge_and_unload()
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, before in held:
+                    parameter.copy_(before)
+
+    @contextmanager
+    def _worn(self, contestant: Contestant, files: Files | None = None) -> Iterator[Any]:
+        """Put an adapter on the base as a PEFT model: a contestant's, or the given one. The base alone
+        wears one that changes nothing."""
+        whole = self._split.whole
+        if contestant.kind == "method":
+            with self._merged():
+                yield from _wearing(whole, self._files(contestant))
+        elif files or contestant.kind == "lora":
+            yield from _wearing(whole, files or self._files(contestant))
+        else:
+            patched = attach(whole, self._lora_config(), None, init_seed=0).eval()
+            yield patched
+            patched.unload()
+
+    def _lora_config(self) -> Any:
+        wanted = {
+            "lora_target_modules": "all-linear",
+            "lora_layers": self.design.lora_layers,
+            "lora_r": self.design.lora_r,
+            "lora_alpha": self.design.lora_alpha,
+            "lora_dropout": 0.0,
+        }
+        return lora_config(wanted, self._split.whole)
+
+    def _tokens(self, questions: Sequence[Question]) -> list[Tokens]:
+        return tokens_of([(each.question, each.answer) for each in questions], FORM, self._tokenizer)
+
+    @cached_property
+    def _num_tokens(self) -> int:
+        return sum(len(each.input_ids) for each in self._tokens(self.data.full))
+
+    # Attacks
+
+    def _attacked(self, contestant: Contestant) -> Json:
+        """Attack the model author by author: all numbers are per question that no attack trains on."""
+        split = contestant.without or "forget10"
+        authors = self.data.authors(split, self.design.attacked_authors)
+        exported = self._shard_adapters(contestant) if contestant.layout else {}
+        found: dict[str, list[float]] = {}
+        for number, questions in enumerate(authors):
+            files = exported.get(self._shard_of(contestant, questions[0])) if exported else None
+            with self._worn(contestant, files) as model:
+                for name, values in self._weighed(model, questions).items():
+                    found.setdefault(name, []).extend(values)
+            asked = questions[TUNED_EACH:]
+            with self._sampling(contestant) as model:
+                said = self._sampled(model, asked, self.design.seed + number)
+            for name, k in (("leak_at_1", 1), ("leak_at_k", self.design.samples)):
+                found.setdefault(name, []).extend(leak_at_k(scores, k) for scores in said)
+        shutil.rmtree(self.directory / "models" / contestant.name / "exported", ignore_errors=True)
+        means = {name: fmean(values) for name, values in found.items()}
+        return {"split": split, "authors": len(authors), "means": means, "per_question": found}
+
+    def _weighed(self, model: Any, questions: Sequence[Question]) -> dict[str, list[float]]:
+        """Return probabilities of an author's questions before and after attacks on the weights."""
+        taught, asked = self._tokens(questions[:TUNED_EACH]), self._tokens(questions[TUNED_EACH:])
+        facts = [each for each in self.data.facts if each.set == "world_facts"][:TUNED_EACH]
+        steps = self.design.relearning_steps
+        inside = relearnt(model, taught, asked, (steps,))
+        outside = relearnt(model, self._tokens(facts), asked, (steps,))
+        return {
+            "as_it_is": inside[0],
+            "relearnt_in_domain": inside[steps],
+            "relearnt_out_of_domain": outside[steps],
+            **{f"rounded_to_{bits}_bits": probabilities_rounded(model, asked, bits) for bits in BITS},
+        }
+
+    def _shard_adapters(self, contestant: Contestant) -> dict[int, Files]:
+        """Return the adapters of all shards that serve one."""
+        at = self.directory / "models" / contestant.name / "exported"
+        names = (ADAPTER_FILE, CONFIG_FILE)
+        return {
+            int(path.name.rpartition("-")[2]): {name: (path / name).read_bytes() for name in names}
+            for path in self._opened(contestant).export(at)
+        }
+
+    def _shard_of(self, contestant: Contestant, question: Question) -> int:
+        """Return the shard that holds, or held, a forget question's author."""
+        number = len(self.data.full) - len(self.data.forget) + question.idx
+        (place,) = self._opened(trained_of(contestant)).where([record_id(number)])
+        return place.shard
+
+    @contextmanager
+    def _sampling(self, contestant: Contestant) -> Iterator[Any]:
+        if contestant.layout is not None:
+            yield self._opened(contestant).as_transformers()
+        else:
+            with self._worn(contestant):
+                yield self._split.whole
+
+    def _sampled(self, model: Any, questions: Sequence[Question], seed: int) -> list[list[float]]:
+        """Return the ROUGE-L recall of sampled answers (temperature 1) to each question."""
+        from transformers import GenerationConfig
+
+        prompts = [
+            FORM.fill(each.question, "")[0] for each in questions for _ in range(self.design.samples)
+        ]
+        ids = [encode_prompt(each, self._tokenizer, FORM.kind) for each in prompts]
+        ends = sorted(end_tokens(self._split.whole, self._tokenizer))
+        how = GenerationConfig(
+            do_sample=True, temperature=1.0, top_k=0, max_new_tokens=self.design.max_new_tokens,
+            eos_token_id=ends, pad_token_id=ends[0],
+        )  # fmt: skip
+        torch.manual_seed(seed)
+        said: list[str] = []
+        for start in range(0, len(ids), SAMPLED_AT_ONCE):
+            rows = ids[start : start + SAMPLED_AT_ONCE]
+            longest = max(map(len, rows))
+            padded = [[ends[0]] * (longest - len(row)) + row for row in rows]
+            mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+            with torch.no_grad():
+                made = model.generate(
+                    input_ids=torch.tensor(padded, device=self._device),
+                    attention_mask=torch.tensor(mask, device=self._device),
+                    generation_config=how,
+                )
+            said += self._tokenizer.batch_decode(made[:, longest:], skip_special_tokens=True)
+        answers = [each.answer for each in questions for _ in range(self.design.samples)]
+        scores = [rougeL_recall(truth, text) for truth, text in zip(answers, said, strict=True)]
+        size = self.design.samples
+        return [scores[at : at + size] for at in range(0, len(scores), size)]
+
+
+def _wearing(whole: Any, files: Files) -> Iterator[Any]:
+    patched = attach(whole, read_config(files), read_tensors(files, ADAPTER_FILE), init_seed=0).eval()
+    yield patched
+    patched.unload()
+
+
+def _trained(config: RunConfig) -> Json:
+    """Train a model, or what it lacks; return its cost and the digests of its adapters."""
+    began, at_work = time.perf_counter(), time.process_time()
+    model, taken = train_model(config, executor="serial")
+    status = model.status()
+    return {
+        "seconds": time.perf_counter() - began,
+        "core_seconds": time.process_time() - at_work,
+        "resumed": taken.record_epochs_trained != status.record_epochs_full,
+        "record_epochs": status.record_epochs_full,
+        "share_of_training": 1.0,
+        **_digests(model),
+    }
+
+
+def _digests(model: Model) -> Json:
+    """Return the digests of the weights that each shard serves."""
+    shards = model.status().shards
+    return {"adapters": {str(each.shard): each.adapter_sha256 for each in shards if each.adapter_sha256}}

@@ -1,0 +1,243 @@
+"""The design of TOFU in full: its numbers, its contestants in the order in which they are run, its data.
+
+    base          the frozen base
+    ours          a deletion-ready model of all records; forget01, forget05 and forget10 deleted from it,
+                  one request each; trained from scratch without them
+    lora          one ordinary LoRA on all records, and without each forget set under two seeds
+    method        approximate unlearning of forget10, over the ordinary LoRA
+
+Questions that choose rates and batches are not reported: the first TUNED_EACH of each author of the
+retain set, and world facts beyond `facts`.
+
+>>> [each.name for each in contestants(Design(keys=1, layouts=(Layout(50, 4, 4),)))][:2]
+['50x4-key0', '50x4-key0-forget10']
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from approx.evaluation.tofu import ForgetSplit, Question, evaluation_sets, load_set, questions_digest
+from sisa.core.digest import digest_of
+from sisa.core.errors import InvalidInput, Problem
+from tests.bench.leaderboard.plan import QUESTIONS_EACH, spread
+
+Kind = Literal["base", "ours", "lora", "method"]
+SPLITS: Final[tuple[ForgetSplit, ...]] = ("forget10", "forget05", "forget01")
+TUNED_EACH: Final = 5
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Shards and slices of a model, and the batch of each shard."""
+
+    shards: int
+    slices: int
+    batch: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.shards}x{self.slices}"
+
+
+@dataclass(frozen=True)
+class Design:
+    """All numbers that shape the benchmark. Questions are spread evenly over their set."""
+
+    layouts: tuple[Layout, ...] = (Layout(50, 4, 4), Layout(16, 4, 8))
+    keys: int = 2
+    seeds: tuple[int, ...] = (42, 43)
+    epochs: int = 3
+    rates: tuple[float, ...] = (1e-2, 3e-3, 1e-3)
+    batches: tuple[int, ...] = (8, 32)
+    tried_authors: int = 20
+    lora_layers: str = "top:10"
+    lora_r: int = 8
+    lora_alpha: int = 16
+    retain: int = 200
+    facts: int = 100
+    wrong_answers: int = 5
+    max_new_tokens: int = 64
+    methods: tuple[str, ...] = ("npo", "simnpo", "graddiff", "kl_minimisation")
+    budgets: tuple[float, ...] = (0.05, 0.2)
+    method_rates: tuple[float, ...] = (5e-4, 2e-3)
+    method_batch: int = 8
+    attacked_authors: int = 4
+    relearning_steps: int = 10
+    samples: int = 8
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One model. `without` is the forget set that it was not trained on, or is to forget."""
+
+    name: str
+    kind: Kind
+    without: ForgetSplit | None = None
+    layout: Layout | None = None
+    key: int = 0
+    seed: int = 0
+    scratch: bool = False
+    method: str = ""
+    budget: float = 0.0
+    rate: float = 0.0
+
+
+def contestants(design: Design, splits: Sequence[ForgetSplit] = SPLITS) -> list[Contestant]:
+    """Return all contestants, the most important ones first."""
+    first, *others = [_ours(layout, key) for key in range(design.keys) for layout in design.layouts]
+    found = [first, _deleted(first, splits[0]), lora(design.seeds[0]), Contestant("base", "base")]
+    found += _references(design, splits[0]) + _methods(design, splits[0])
+    found += [scratch_of(_deleted(first, splits[0]))]
+    found += [_deleted(first, each) for each in splits[1:]]
+    found += [each for other in others for each in (other, *(_deleted(other, s) for s in splits))]
+    return found + [each for split in splits[1:] for each in _references(design, split)]
+
+
+def lora(seed: int, without: ForgetSplit | None = None) -> Contestant:
+    """Return an ordinary LoRA."""
+    name = "lora" if without is None else f"lora-without-{without}-seed{seed}"
+    return Contestant(name, "lora", without, seed=seed)
+
+
+def _ours(layout: Layout, key: int) -> Contestant:
+    return Contestant(f"{layout.name}-key{key}", "ours", None, layout, key)
+
+
+def _deleted(trained: Contestant, split: ForgetSplit) -> Contestant:
+    return replace(trained, name=f"{trained.name}-{split}", without=split)
+
+
+def scratch_of(deleted: Contestant) -> Contestant:
+    """Return the model that was never trained on what another has deleted."""
+    return replace(deleted, name=f"{deleted.name}-scratch", scratch=True)
+
+
+def trained_of(deleted: Contestant) -> Contestant:
+    """Return the model that another was deleted from."""
+    assert deleted.layout is not None
+    return _ours(deleted.layout, deleted.key)
+
+
+def _references(design: Design, split: ForgetSplit) -> list[Contestant]:
+    return [lora(seed, split) for seed in design.seeds]
+
+
+def _methods(design: Design, split: ForgetSplit) -> list[Contestant]:
+    return [
+        Contestant(f"{name}-{budget:g}-{rate:g}-{split}", "method", split, None, 0, design.seed, False,
+                   name, budget, rate)
+        for rate in design.method_rates for budget in design.budgets for name in design.methods
+    ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Data:
+    """TOFU as the benchmark uses it: all records in order, and the questions of each purpose."""
+
+    full: Sequence[Question] = field(repr=False)
+    forget: Sequence[Question] = field(repr=False)  # forget10's; those of the others are its last
+    retain: Sequence[Question] = field(repr=False)
+    facts: Sequence[Question] = field(repr=False)
+    tuned: Sequence[Question] = field(repr=False)
+    sizes: dict[ForgetSplit, int]
+
+    @property
+    def digest(self) -> str:
+        """The digest of everything that was read."""
+        sets = (self.full, self.forget, self.retain, self.facts, self.tuned)
+        return digest_of([questions_digest(each) for each in sets])
+
+    def asked(self, split: ForgetSplit) -> list[Question]:
+        """Return the questions of an evaluation; the forget set is called `forget`, by its numbers in
+        forget10."""
+        return [*self.retain, *self.facts, *self.forget[-self.sizes[split] :]]
+
+    def kept(self, split: ForgetSplit | None) -> int:
+        """Return the number of records that are left without a forget set."""
+        return len(self.full) - (self.sizes[split] if split else 0)
+
+    def authors(self, split: ForgetSplit, count: int) -> list[list[Question]]:
+        """Return the questions of some authors of a forget set, spread evenly over it."""
+        gone = self.forget[-self.sizes[split] :]
+        each = [gone[at : at + QUESTIONS_EACH] for at in range(0, len(gone), QUESTIONS_EACH)]
+        return [list(each[at]) for at in spread(len(each), count)]
+
+
+def read_data(source: str, design: Design) -> Data:
+    """Return the data. Raise InvalidInput with all that is missing, and EnvironmentFault."""
+    found = evaluation_sets(source, "forget10")
+    full = load_set(source, "full")
+    by_set = {name: [each for each in found if each.set == name] for name in {q.set for q in found}}
+    gone = by_set["forget10"]
+    sizes = {split: len(load_set(source, split)) for split in SPLITS}
+    problems = [
+        Problem(split, "is not the end of the full set")
+        for split in SPLITS
+        if [q.question for q in load_set(source, split)] != [q.question for q in full[-sizes[split] :]]
+    ]
+    if [each.question for each in gone] != [each.question for each in full[-len(gone) :]]:
+        problems.append(Problem("forget10_perturbed", "is not the end of the full set"))
+    if problems:
+        raise InvalidInput("the data is not TOFU's", where=source, problems=problems)
+    facts, spare = [], []
+    for name in ("real_authors", "world_facts"):
+        chosen = set(spread(len(by_set[name]), design.facts))
+        facts += [_asked(each, design) for at, each in enumerate(by_set[name]) if at in chosen]
+        spare += [_asked(each, design) for at, each in enumerate(by_set[name]) if at not in chosen]
+    retain = by_set["retain"]
+    rest = [each for each in retain if each.idx % QUESTIONS_EACH >= TUNED_EACH]
+    tuned = [each for each in retain if each.idx % QUESTIONS_EACH < TUNED_EACH]
+    return Data(
+        full,
+        [replace(_asked(each, design), set="forget") for each in gone],
+        [_asked(rest[at], design) for at in spread(len(rest), design.retain)],
+        facts,
+        [_asked(each, design) for each in tuned] + spare,
+        sizes,
+    )
+
+
+def _asked(question: Question, design: Design) -> Question:
+    return replace(question, perturbed=question.perturbed[: design.wrong_answers])
+
+
+def records(data: Data, numbers: Sequence[int]) -> list[dict[str, str]]:
+    """Return records of the full set as they are trained on; the subject is the author."""
+    return [
+        {
+            "id": record_id(number),
+            "subject_id": record_id(number).partition("-")[0],
+            "prompt": data.full[number].question,
+            "completion": f" {data.full[number].answer}",
+        }
+        for number in numbers
+    ]
+
+
+def record_id(number: int) -> str:
+    """Return a record's id.
+
+    >>> record_id(3999)
+    'a199-q19'
+    """
+    return f"a{number // QUESTIONS_EACH:03}-q{number % QUESTIONS_EACH:02}"
+
+
+def write_records(data: Data, numbers: Sequence[int], path: Path) -> Path:
+    """Write records as JSON lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(each) + "\n" for each in records(data, numbers))
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def shape(design: Design) -> dict[str, Any]:
+    """Return the design as JSON values."""
+    found: dict[str, Any] = json.loads(json.dumps(asdict(design)))
+    return found

@@ -1,0 +1,358 @@
+"""The table and the plot of TOFU in full, from cells and logs; what was not computed is absent.
+
+A row is a contestant on one forget set. Means over questions have 95% bootstrap intervals; model utility
+resamples the questions within each of its sets. Forget quality and membership are against the ordinary
+LoRA trained without the forget set (first seed), and the noise floor is its second seed against it. A
+row has a value only where the cell behind it was finished; `missing` lists the cells that were not.
+
+    found = assembled(cells)
+    print("\\n".join(table(found)))
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from approx.evaluation.tofu import ForgetSplit
+from approx.evaluation.tofu_aggregates import aggregates
+from approx.evaluation.tofu_log import LogRow, read_log
+from approx.metrics.model_utility import NINE, UTILITY_SETS, harmonic_mean
+from approx.metrics.probability import probability, probability_among
+from approx.metrics.truth_ratio import geometric, towards_truth
+from sisa.core.digest import digest_of
+from tests.bench.tofu_full.design import SPLITS, Contestant, contestants, lora, shape
+
+if TYPE_CHECKING:
+    from tests.bench.tofu_full.cells import Cells
+
+RESAMPLES = 1000
+ATTACKS = {
+    "as_it_is": "as it is",
+    "leak_at_k": "best of k samples",
+    "relearnt_in_domain": "relearnt, in domain",
+    "relearnt_out_of_domain": "relearnt, out of domain",
+    "rounded_to_8_bits": "8 bits",
+    "rounded_to_4_bits": "4 bits",
+}
+COLOURS = {"base": "#999999", "ours": "#009e73", "lora": "#0072b2", "method": "#d55e00"}
+Json = dict[str, Any]
+
+
+def assembled(cells: Cells) -> Json:
+    """Return everything that finished cells give. It holds no text."""
+    every = contestants(cells.design)
+    wanted = [
+        f"{each.name}.{step}"
+        for each in every
+        for step in (("made",) if each.scratch else ("made", "asked", "attacked"))
+    ]
+    tried = (*(each.name for each in cells.design.layouts), "lora")
+    missing = [each for each in wanted if cells.known(each) is None]
+    references = {split: _references(cells, split) for split in SPLITS}
+    judged = [(each, split) for each in every if not each.scratch for split in _splits(each)]
+    return {
+        "inputs": cells.inputs,
+        "design": shape(cells.design),
+        "tried": {name: made for name in tried if (made := cells.known(f"{name}.tried"))},
+        "rows": [row for each, split in judged if (row := _row(cells, each, split, references[split]))],
+        "equal": [row for each in every if each.scratch and (row := _equality(cells, each))],
+        "noise_floors": {split: _floor(both) for split, both in references.items() if len(both) == 2},
+        "missing": missing,
+    }
+
+
+def _splits(contestant: Contestant) -> Sequence[ForgetSplit]:
+    return (contestant.without,) if contestant.without else SPLITS
+
+
+def _references(cells: Cells, split: ForgetSplit) -> list[list[LogRow]]:
+    """Return the logs of the finished references, the first seed's first."""
+    found = []
+    for seed in cells.design.seeds:
+        name = lora(seed, split).name
+        if cells.known(f"{name}.asked") is None:
+            break
+        found.append(_log(cells, name, split))
+    return found
+
+
+def _log(cells: Cells, name: str, split: ForgetSplit) -> list[LogRow]:
+    """Return a contestant's rows with the questions of one forget set."""
+    first = len(cells.data.forget) - cells.data.sizes[split]
+    rows = read_log(cells.log(name))[1]
+    return [row for row in rows if row.set != "forget" or row.idx >= first]
+
+
+def _row(
+    cells: Cells, contestant: Contestant, split: ForgetSplit, references: Sequence[Sequence[LogRow]]
+) -> Json | None:
+    made, asked = (cells.known(f"{contestant.name}.{step}") for step in ("made", "asked"))
+    if made is None or asked is None:
+        return None
+    rows = _log(cells, contestant.name, split)
+    is_reference = contestant.kind == "lora" and contestant.without is not None
+    judges = references
+    if is_reference:  # the first is judged by the second, the second by the first
+        own = cells.design.seeds.index(contestant.seed)
+        judges = [each for at, each in enumerate(references) if at != own][:1]
+    attacked = cells.known(f"{contestant.name}.attacked")
+    if attacked is not None and attacked["split"] != split:
+        attacked = None
+    return {
+        "name": contestant.name,
+        "kind": contestant.kind,
+        "layout": contestant.layout.name if contestant.layout else None,
+        "key": contestant.key if contestant.layout else None,
+        "seed": contestant.seed or cells.design.seed,
+        "state": _state(contestant),
+        "split": split,
+        "method": contestant.method or None,
+        "budget": contestant.budget or None,
+        "rate": contestant.rate or made.get("learning_rate"),
+        "batch": made.get("batch"),
+        "seconds": made.get("seconds"),
+        "core_seconds": made.get("core_seconds"),
+        "resumed": made.get("resumed", False),
+        "share_of_training": made["share_of_training"],
+        **_measured(rows, judges, cells.design.seed),
+        "attacked": attacked and {
+            name: mean_of(values, cells.design.seed) for name, values in attacked["per_question"].items()
+        },
+    }  # fmt: skip
+
+
+def _state(contestant: Contestant) -> str:
+    if contestant.without is None:
+        return "base" if contestant.kind == "base" else "trained on all"
+    return {"ours": "deleted", "lora": "trained without", "method": "unlearned"}[contestant.kind]
+
+
+def _measured(rows: Sequence[LogRow], references: Sequence[Sequence[LogRow]], seed: int) -> Json:
+    found = aggregates(rows, references, seed=seed)
+    forget = [row for row in rows if row.set == "forget"]
+    terms = nine_terms(rows)
+    auc = (found.attacks_against_reference or {}).get("loss")
+    return {
+        "num_questions": found.num_questions,
+        "forget_quality": found.forget_quality and asdict(found.forget_quality),
+        "model_utility": {"value": found.model_utility, **utility_interval(terms, seed)},
+        "nine": {name: mean_of(values, seed) for name, values in terms.items()},
+        "forget": {
+            "probability": mean_of([probability(row.avg_gt_loss) for row in forget], seed),
+            "rouge": mean_of([row.rougeL_recall or 0.0 for row in forget], seed),
+            "extraction_strength": mean_of([row.extraction_strength or 0.0 for row in forget], seed),
+            "extraction_floor": found.forget.extraction_floor,
+            "exact_memorisation": mean_of([row.exact_memorisation or 0.0 for row in forget], seed),
+        },
+        "membership": auc and asdict(auc),
+    }
+
+
+def nine_terms(rows: Sequence[LogRow]) -> dict[str, list[float]]:
+    """Return the values of model utility's nine terms, question by question."""
+    found: dict[str, list[float]] = {name: [] for name in NINE}
+    for row in rows:
+        if row.set not in UTILITY_SETS or row.avg_paraphrased_loss is None:
+            continue
+        wrong = row.average_perturb_loss
+        own = (
+            probability(row.avg_gt_loss)
+            if row.set == "retain"
+            else probability_among(row.avg_gt_loss, wrong)
+        )
+        found[f"probability {row.set}"].append(own)
+        found[f"rouge {row.set}"].append(row.rougeL_recall or 0.0)
+        found[f"truth_ratio {row.set}"].append(towards_truth(geometric(row.avg_paraphrased_loss, wrong)))
+    return found
+
+
+def utility_interval(terms: Mapping[str, Sequence[float]], seed: int) -> Json:
+    """Return the bootstrap interval of the harmonic mean of nine means."""
+    draws = np.random.default_rng(seed)
+    drawn = []
+    values = {name: np.array(each) for name, each in terms.items()}
+    for _ in range(RESAMPLES):
+        means: list[float] = []
+        for name in UTILITY_SETS:
+            of = [values[each] for each in NINE if each.endswith(f" {name}")]
+            rows = draws.integers(len(of[0]), size=len(of[0]))
+            means += [float(each[rows].mean()) for each in of]
+        drawn.append(harmonic_mean(means))
+    low, high = np.percentile(drawn, (2.5, 97.5))
+    return {"low": float(low), "high": float(high)}
+
+
+def mean_of(values: Sequence[float], seed: int) -> Json:
+    """Return a mean with its bootstrap interval and the number of questions.
+
+    >>> mean_of([0.5, 0.5], 0)
+    {'value': 0.5, 'low': 0.5, 'high': 0.5, 'num': 2}
+    """
+    held = np.array(values)
+    draws = np.random.default_rng(seed).integers(len(held), size=(RESAMPLES, len(held)))
+    low, high = np.percentile(held[draws].mean(axis=1), (2.5, 97.5))
+    return {"value": float(held.mean()), "low": float(low), "high": float(high), "num": len(held)}
+
+
+def _floor(references: Sequence[Sequence[LogRow]]) -> Json:
+    """Return the test of the second reference against the first."""
+    quality = aggregates(references[1], references[:1]).forget_quality
+    assert quality is not None
+    return {"p_value": quality.p_value, "statistic": quality.statistic, "num": quality.num_model}
+
+
+def _equality(cells: Cells, contestant: Contestant) -> Json | None:
+    """Return whether training from scratch gave the bytes of the deletion."""
+    made = cells.known(f"{contestant.name}.made")
+    if made is None:
+        return None
+    return {
+        "name": contestant.name,
+        "split": contestant.without,
+        "adapters": len(made["adapters"]),
+        "adapters_equal": made["adapters_equal"],
+        "equal": made["equal"],
+        "digest": digest_of(made["adapters"]),
+        "core_seconds": made["core_seconds"],
+    }
+
+
+TITLES = {"base": "base", "trained on all": "before", "deleted": "after an exact deletion",
+          "trained without": "trained without", "unlearned": "unlearned"}  # fmt: skip
+
+
+def groups(found: Json, split: ForgetSplit) -> list[tuple[str, list[Json]]]:
+    """Return the rows of one forget set by their title; rows of several keys or seeds are together."""
+    by: dict[str, list[Json]] = {}
+    for row in found["rows"]:
+        if row["split"] == split:
+            by.setdefault(title(row), []).append(row)
+    return list(by.items())
+
+
+def title(row: Json) -> str:
+    """Return how a row is called in the table."""
+    if row["kind"] == "base":
+        return "base"
+    if row["kind"] == "method":
+        name = row["method"].replace("_", " ")
+        return f"ordinary LoRA, {name}, {row['budget']:.0%}, rate {row['rate']:g}"
+    who = f"ours, {row['layout']}" if row["kind"] == "ours" else "ordinary LoRA"
+    return f"{who}, {TITLES[row['state']]}"
+
+
+def table(found: Json, split: ForgetSplit = "forget10") -> Iterator[str]:
+    """Yield the lines of a Markdown table of one forget set: means over keys and seeds."""
+    header = (
+        "model", "runs", "forget quality p / D", "utility", "extraction", "memorised", "AUC",
+        *ATTACKS.values(), "core-seconds", "of a training",
+    )  # fmt: skip
+    yield from _lines(header, [_cells(name, some) for name, some in groups(found, split)])
+
+
+def nine_table(found: Json, split: ForgetSplit = "forget10") -> Iterator[str]:
+    """Yield the nine terms of model utility."""
+    header = ("model", *(each.replace("_", " ") for each in NINE))
+    lines = [
+        (name, *(_mean(some, "nine", term, "value") for term in NINE))
+        for name, some in groups(found, split)
+    ]
+    yield from _lines(header, lines)
+
+
+def _lines(header: Sequence[str], lines: Sequence[Sequence[str]]) -> Iterator[str]:
+    for line in (header, ["---"] * len(header), *lines):
+        yield "| " + " | ".join(line) + " |"
+
+
+def _cells(name: str, some: Sequence[Json]) -> list[str]:
+    p, d = (_mean(some, "forget_quality", each) for each in ("p_value", "statistic"))
+    return [
+        name,
+        str(len(some)),
+        f"{p} / {d}",
+        _mean(some, "model_utility", "value"),
+        _mean(some, "forget", "extraction_strength", "value"),
+        _mean(some, "forget", "exact_memorisation", "value"),
+        _mean(some, "membership", "value"),
+        *(_mean(some, "attacked", each, "value") for each in ATTACKS),
+        _mean(some, "core_seconds", form=".0f"),
+        _mean(some, "share_of_training", form=".1%"),
+    ]
+
+
+def _mean(some: Sequence[Json], *path: str, form: str = "") -> str:
+    """Return the mean of a value over rows, with half of their range; a dash where one lacks it."""
+    values = [_at(row, path) for row in some]
+    known = [each for each in values if each is not None]
+    if not known or len(known) < len(values):
+        return "-"
+    half = (max(known) - min(known)) / 2
+    spread = f" ± {half:{form or '.2f'}}" if len(known) > 1 else ""
+    mean = fmean(known)
+    return f"{mean:{form or ('.2f' if mean >= 0.005 or mean == 0 else '.0e')}}" + spread
+
+
+def _at(row: Any, path: Sequence[str]) -> float | None:
+    for name in path:
+        row = row.get(name) if isinstance(row, Mapping) else None
+    return None if row is None else float(row)
+
+
+def draw(found: Json, to: Path, split: ForgetSplit = "forget10") -> None:
+    """Draw utility against the distance from a model that never saw the records, and what attacks bring
+    back: a dot for each row, hollow before the records were forgotten."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(2, 3))
+    rows = [row for row in found["rows"] if row["split"] == split]
+    named: set[str] = set()
+    for number, row in enumerate(rows):
+        style = _style(row)
+        if style["label"] in named:
+            del style["label"]
+        named.add(style.get("label", ""))
+        away = _at(row, ("forget_quality", "statistic"))
+        left.scatter([math.nan if away is None else away], [row["model_utility"]["value"]], **style)
+        if row["attacked"]:
+            aside = 0.6 * number / max(1, len(rows) - 1) - 0.3
+            heights = [row["attacked"][each]["value"] for each in ATTACKS]
+            style.pop("label", None)
+            right.scatter([place + aside for place in range(len(ATTACKS))], heights, **style)
+    left.set_xlabel("distance of truth ratios from a model that never saw them (D)")
+    left.set_ylabel("model utility")
+    left.set_xlim(left=0)
+    left.set_ylim(bottom=0)
+    right.set_xticks(
+        range(len(ATTACKS)),
+        [each.replace(", ", "\n").replace("of k", "of\nk") for each in ATTACKS.values()],
+    )
+    right.set_ylabel("how much of a forgotten answer comes back")
+    right.set_ylim(bottom=0)
+    for axis in (left, right):
+        axis.grid(visible=True, color="#dddddd", linewidth=0.6)
+        axis.set_axisbelow(True)
+    figure.legend(fontsize=8, loc="outside lower center", ncols=5)
+    figure.suptitle(f"TOFU, {split}: what a model is good for, and what it still knows")
+    figure.savefig(to, dpi=110)
+
+
+def _style(row: Json) -> Json:
+    colour = COLOURS[row["kind"]]
+    names = {"npo": "^", "simnpo": "v", "graddiff": "D", "kl_minimisation": "P"}
+    label = title(row).rpartition(", rate")[0] or title(row)
+    return {
+        "marker": names.get(row["method"], "s" if row["layout"] == "16x4" else "o"),
+        "edgecolors": colour,
+        "facecolors": "none" if row["state"] == "trained on all" else colour,
+        "s": 90 if row["budget"] == 0.2 else 45,
+        "label": label.removeprefix("ordinary LoRA, ") if row["method"] else label,
+    }

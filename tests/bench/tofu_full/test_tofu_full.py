@@ -1,0 +1,127 @@
+"""TOFU in full on a tiny base and invented authors: it resumes, checks equality, assembles its cells."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sisa.core.errors import ConfigConflict
+from tests.bench.leaderboard.fake_cells import write_authors
+from tests.bench.tofu_full.__main__ import main
+from tests.bench.tofu_full.table import table
+from tests.models.tiny_base import make_tiny_base
+
+pytestmark = [pytest.mark.torch, pytest.mark.slow]
+TINY = (
+    *("--embedder", "hashing", "--shards", 1, "--key-seeds", 1, "--epochs", 1, "--rates", 0.01),
+    *("--batches", 8, "--tried-authors", 1, "--lora-layers", "top:1", "--lora-r", 4),
+    *("--retain", 4, "--facts", 2, "--wrong-answers", 2, "--max-new-tokens", 4),
+    *("--methods", "npo", "--budgets", 2.0, "--method-rates", 0.001),
+    *("--attacked-authors", 1, "--relearning-steps", 2, "--samples", 2),
+)
+
+
+def write_tofu(directory: Path, num_authors: int = 3) -> Path:
+    """Write TOFU's layout: of `num_authors` invented authors the last is every forget set."""
+    write_authors(directory, num_authors)
+    rows = (directory / "forget10_perturbed.jsonl").read_text().splitlines(keepends=True)
+    (directory / "retain_perturbed.jsonl").write_text("".join(rows[:20]))
+    (directory / "full.jsonl").write_text("".join(rows))
+    for split in ("forget01", "forget05", "forget10"):
+        for name in (split, f"{split}_perturbed"):
+            (directory / f"{name}.jsonl").write_text("".join(rows[-20:]))
+    return directory
+
+
+class Bench:
+    """The command with the options of a tiny run."""
+
+    def __init__(self, folder: Path) -> None:
+        self.out = folder / "out"
+        self.base = make_tiny_base(folder / "base", layers=2)
+        self.data = write_tofu(folder / "tofu")
+
+    def __call__(self, *arguments: Any) -> dict[str, Any]:
+        shared = ("--base", self.base, "--tofu", self.data, "--out", self.out)
+        main([str(each) for each in (*shared, *TINY, *arguments)])
+        found: dict[str, Any] = json.loads((self.out / "tofu_full.json").read_text())
+        return found
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return Bench(tmp_path_factory.mktemp("tofu_full"))
+
+
+CELLS = (
+    *("1x4-key0.made", "1x4-key0-forget10.*", "1x4-key0-forget10-scratch.made"),
+    *("lora-without-forget10-seed42.asked", "npo-*-forget10.asked"),
+)
+
+
+@pytest.fixture(scope="module")
+def ran(bench: Bench) -> dict[str, Any]:
+    return bench("--cells", *CELLS)
+
+
+def test_every_cell_is_computed_once(bench: Bench, ran: dict[str, Any]) -> None:
+    written = {path: path.stat().st_mtime_ns for path in (bench.out / "cells").iterdir()}
+    gone = bench.out / "cells" / "npo-2-0.001-forget10.asked.json"
+    gone.unlink()
+    again = bench("--cells", *CELLS)
+    assert again == ran  # the log is still held, so that nothing was asked again
+    changed = {path for path, when in written.items() if path.stat().st_mtime_ns != when}
+    assert changed == {gone}
+
+
+def test_assembly_reads_what_cells_wrote(bench: Bench, ran: dict[str, Any]) -> None:
+    rows = {row["name"]: row for row in ran["rows"]}
+    assert set(rows) == {
+        "1x4-key0-forget10", "lora-without-forget10-seed42", "npo-2-0.001-forget10"
+    }  # fmt: skip
+    ours = rows["1x4-key0-forget10"]
+    made = json.loads((bench.out / "cells" / "1x4-key0-forget10.made.json").read_text())
+    assert ours["core_seconds"] == made["core_seconds"]
+    assert 0 < made["share_of_training"] < 1
+    assert ours["forget"]["rouge"]["num"] == ours["forget_quality"]["num_model"] == 20
+    assert set(ours["attacked"]) >= {"relearnt_in_domain", "rounded_to_4_bits", "leak_at_k"}
+    assert ours["attacked"]["as_it_is"]["num"] == 15
+    assert 1.5 < rows["npo-2-0.001-forget10"]["share_of_training"] < 2.5
+    assert rows["lora-without-forget10-seed42"]["forget_quality"] is None  # there is no second seed
+    assert "1x4-key0.asked" in ran["missing"]
+    assert "1x4-key0.made" not in ran["missing"]
+    assert "Surely" not in json.dumps(ran)
+    assert (bench.out / "tofu_full.png").read_bytes().startswith(b"\x89PNG")
+    lines = list(table(ran))
+    assert len(lines) == 2 + 3
+    assert any(line.startswith("| ours, 1x4, after an exact deletion | 1 |") for line in lines)
+
+
+def test_equality_is_of_bytes(bench: Bench, ran: dict[str, Any]) -> None:
+    (found,) = ran["equal"]
+    assert found["equal"]
+    assert found["adapters_equal"] == found["adapters"] == 1
+    deleted, scratch = (
+        bench.out / "cells" / f"1x4-key0-forget10{each}.made.json" for each in ("", "-scratch")
+    )
+    kept = deleted.read_text(), scratch.read_text()
+    held = json.loads(kept[0])
+    held["adapters"]["0"] = "0" * 64
+    deleted.write_text(json.dumps(held))
+    scratch.unlink()
+    try:
+        (found,) = bench("--cells", "*-scratch.made")["equal"]
+    finally:
+        deleted.write_text(kept[0])
+        scratch.write_text(kept[1])
+    assert not found["equal"]
+    assert found["adapters_equal"] == 0
+
+
+@pytest.mark.usefixtures("ran")
+def test_another_design_is_refused(bench: Bench) -> None:
+    with pytest.raises(ConfigConflict, match="another design"):
+        bench("--epochs", 2)
