@@ -27,7 +27,7 @@ from approx.metrics.model_utility import NINE, UTILITY_SETS, harmonic_mean
 from approx.metrics.probability import probability, probability_among
 from approx.metrics.truth_ratio import geometric, towards_truth
 from sisa.core.digest import digest_of
-from tests.bench.tofu_full.design import SPLITS, Contestant, contestants, lora, shape
+from tests.bench.tofu_full.design import SPLITS, Contestant, contestants, lora, shape, trained_of
 
 if TYPE_CHECKING:
     from tests.bench.tofu_full.cells import Cells
@@ -94,14 +94,10 @@ def _row(
     cells: Cells, contestant: Contestant, split: ForgetSplit, references: Sequence[Sequence[LogRow]]
 ) -> Json | None:
     made, asked = (cells.known(f"{contestant.name}.{step}") for step in ("made", "asked"))
-    if made is None or asked is None:
+    if made is None:
         return None
-    rows = _log(cells, contestant.name, split)
-    is_reference = contestant.kind == "lora" and contestant.without is not None
-    judges = references
-    if is_reference:  # the first is judged by the second, the second by the first
-        own = cells.design.seeds.index(contestant.seed)
-        judges = [each for at, each in enumerate(references) if at != own][:1]
+    if contestant.kind == "lora" and contestant.without:  # the first reference has no judge
+        references = references[:1] if contestant.seed != cells.design.seeds[0] else []
     attacked = cells.known(f"{contestant.name}.attacked")
     if attacked is not None and attacked["split"] != split:
         attacked = None
@@ -121,7 +117,7 @@ def _row(
         "core_seconds": made.get("core_seconds"),
         "resumed": made.get("resumed", False),
         "share_of_training": made["share_of_training"],
-        **_measured(rows, judges, cells.design.seed),
+        **_measured(asked and _log(cells, contestant.name, split), references, cells.design.seed),
         "attacked": attacked and {
             name: mean_of(values, cells.design.seed) for name, values in attacked["per_question"].items()
         },
@@ -134,7 +130,11 @@ def _state(contestant: Contestant) -> str:
     return {"ours": "deleted", "lora": "trained without", "method": "unlearned"}[contestant.kind]
 
 
-def _measured(rows: Sequence[LogRow], references: Sequence[Sequence[LogRow]], seed: int) -> Json:
+def _measured(rows: Sequence[LogRow] | None, references: Sequence[Sequence[LogRow]], seed: int) -> Json:
+    """Return the measures of a log, or None for each before the questions were asked."""
+    if not rows:
+        names = ("num_questions", "forget_quality", "model_utility", "nine", "forget", "membership")
+        return dict.fromkeys(names)
     found = aggregates(rows, references, seed=seed)
     forget = [row for row in rows if row.set == "forget"]
     terms = nine_terms(rows)
@@ -208,6 +208,12 @@ def _floor(references: Sequence[Sequence[LogRow]]) -> Json:
     return {"p_value": quality.p_value, "statistic": quality.statistic, "num": quality.num_model}
 
 
+def _trained(cells: Cells, contestant: Contestant) -> Json:
+    found = cells.known(f"{trained_of(contestant).name}.made")
+    assert found is not None
+    return found
+
+
 def _equality(cells: Cells, contestant: Contestant) -> Json | None:
     """Return whether training from scratch gave the bytes of the deletion."""
     made = cells.known(f"{contestant.name}.made")
@@ -220,7 +226,9 @@ def _equality(cells: Cells, contestant: Contestant) -> Json | None:
         "adapters_equal": made["adapters_equal"],
         "equal": made["equal"],
         "digest": digest_of(made["adapters"]),
+        "layout": contestant.layout.name if contestant.layout else None,
         "core_seconds": made["core_seconds"],
+        "share_of_training": made["record_epochs"] / _trained(cells, contestant)["record_epochs"],
     }
 
 
@@ -249,12 +257,25 @@ def title(row: Json) -> str:
 
 
 def table(found: Json, split: ForgetSplit = "forget10") -> Iterator[str]:
-    """Yield the lines of a Markdown table of one forget set: means over keys and seeds."""
+    """Yield the lines of a Markdown table of one forget set: means over keys and seeds.
+
+    A dash stands for a cell that was not computed.
+    """
     header = (
         "model", "runs", "forget quality p / D", "utility", "extraction", "memorised", "AUC",
         *ATTACKS.values(), "core-seconds", "of a training",
     )  # fmt: skip
-    yield from _lines(header, [_cells(name, some) for name, some in groups(found, split)])
+    lines = [_cells(name, some) for name, some in groups(found, split)]
+    lines += [_equal_cells(each, len(header)) for each in found["equal"] if each["split"] == split]
+    yield from _lines(header, lines)
+
+
+def _equal_cells(row: Json, num: int) -> list[str]:
+    """Return the row of a model trained from scratch: what is measured is the other's, where equal."""
+    of = f"{row['adapters_equal']} of {row['adapters']} adapters equal those after the deletion"
+    rest = ["-"] * (num - 4)
+    name = f"ours, {row['layout']}, trained without ({of})"
+    return [name, "1", *rest, f"{row['core_seconds']:.0f}", f"{row['share_of_training']:.1%}"]
 
 
 def nine_table(found: Json, split: ForgetSplit = "forget10") -> Iterator[str]:
@@ -289,10 +310,13 @@ def _cells(name: str, some: Sequence[Json]) -> list[str]:
 
 
 def _mean(some: Sequence[Json], *path: str, form: str = "") -> str:
-    """Return the mean of a value over rows, with half of their range; a dash where one lacks it."""
+    """Return the mean of a value over rows, with half of their range; a dash where one lacks it.
+
+    Of references only the second is judged, by the first.
+    """
     values = [_at(row, path) for row in some]
     known = [each for each in values if each is not None]
-    if not known or len(known) < len(values):
+    if not known or (len(known) < len(values) and some[0]["state"] != "trained without"):
         return "-"
     half = (max(known) - min(known)) / 2
     spread = f" ± {half:{form or '.2f'}}" if len(known) > 1 else ""
@@ -321,7 +345,8 @@ def draw(found: Json, to: Path, split: ForgetSplit = "forget10") -> None:
             del style["label"]
         named.add(style.get("label", ""))
         away = _at(row, ("forget_quality", "statistic"))
-        left.scatter([math.nan if away is None else away], [row["model_utility"]["value"]], **style)
+        useful = _at(row, ("model_utility", "value"))
+        left.scatter([math.nan if away is None else away], [useful or 0.0], **style)
         if row["attacked"]:
             aside = 0.6 * number / max(1, len(rows) - 1) - 0.3
             heights = [row["attacked"][each]["value"] for each in ATTACKS]

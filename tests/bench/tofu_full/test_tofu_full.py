@@ -79,9 +79,11 @@ def test_every_cell_is_computed_once(bench: Bench, ran: dict[str, Any]) -> None:
 
 def test_assembly_reads_what_cells_wrote(bench: Bench, ran: dict[str, Any]) -> None:
     rows = {row["name"]: row for row in ran["rows"]}
-    assert set(rows) == {
+    asked = {name for name, row in rows.items() if row["model_utility"]}
+    assert asked == {
         "1x4-key0-forget10", "lora-without-forget10-seed42", "npo-2-0.001-forget10"
     }  # fmt: skip
+    assert set(rows) - asked == {"1x4-key0", "lora"}  # made, and not asked
     ours = rows["1x4-key0-forget10"]
     made = json.loads((bench.out / "cells" / "1x4-key0-forget10.made.json").read_text())
     assert ours["core_seconds"] == made["core_seconds"]
@@ -96,7 +98,9 @@ def test_assembly_reads_what_cells_wrote(bench: Bench, ran: dict[str, Any]) -> N
     assert "Surely" not in json.dumps(ran)
     assert (bench.out / "tofu_full.png").read_bytes().startswith(b"\x89PNG")
     lines = list(table(ran))
-    assert len(lines) == 2 + 3
+    assert len(lines) == 2 + 6
+    assert any(line.startswith("| ours, 1x4, before | 1 | - / - | - |") for line in lines)
+    assert any("1 of 1 adapters equal" in line for line in lines)
     assert any(line.startswith("| ours, 1x4, after an exact deletion | 1 |") for line in lines)
 
 
