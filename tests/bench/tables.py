@@ -18,6 +18,7 @@ from typing import Any
 
 from sisa.config.template import reference
 from tests.bench import quality, retrained, training
+from tests.bench.tofu_full import table as tofu_full
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -356,6 +357,8 @@ TABLES: dict[str, dict[str, Callable[[], Iterator[str]]]] = {
         "answering-speed": answering_speed,
         "questions": questions,
         "forgetting": forgetting,
+        "tofu-full-trials": of("tofu_full", tofu_full.trials_table),
+        "tofu-full": of("tofu_full", tofu_full.table),
         "costs": costs,
         "steps": of("profile_step", step_table),
         "shares": shares,

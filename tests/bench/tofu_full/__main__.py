@@ -6,8 +6,9 @@
 
 Cells are computed one after another, the most important ones first, and kept in DIR; the same command
 goes on where it was stopped. `--cells PATTERN` computes some of them, with what they need, `--list`
-prints their names, and `--assemble` computes none. The table, the JSON and the plot of what has been
-finished are written to DIR, and to `--results PATH.json` with the plot beside it.
+prints their names, and `--assemble` computes none, also while another process does. The table, the JSON
+and the plot of what has been finished are written to DIR, and to `--results PATH.json` with the plot
+beside it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from fnmatch import fnmatch
 from functools import partial
@@ -100,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     pin_threads(1)
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-    with writer_lock(out / "lock"):
+    with nullcontext() if chosen.assemble else writer_lock(out / "lock"):
         cells = Cells(
             out,
             design,
@@ -116,7 +118,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         found = {**here(chosen.base), **assembled(cells)}
     for path in filter(None, (out / "tofu_full.json", chosen.results)):
         path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        draw(found, path.with_suffix(".png"))
+        if found["rows"]:
+            draw(found, path.with_suffix(".png"))
     for lines in (table(found), nine_table(found)):
         print("\n".join(lines), end="\n\n")
 

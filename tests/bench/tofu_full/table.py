@@ -96,6 +96,7 @@ def _row(
     made, asked = (cells.known(f"{contestant.name}.{step}") for step in ("made", "asked"))
     if made is None:
         return None
+    rows = None if asked is None else _log(cells, contestant.name, split)
     if contestant.kind == "lora" and contestant.without:  # the first reference has no judge
         references = references[:1] if contestant.seed != cells.design.seeds[0] else []
     attacked = cells.known(f"{contestant.name}.attacked")
@@ -113,15 +114,19 @@ def _row(
         "budget": contestant.budget or None,
         "rate": contestant.rate or made.get("learning_rate"),
         "batch": made.get("batch"),
-        "seconds": made.get("seconds"),
-        "core_seconds": made.get("core_seconds"),
-        "resumed": made.get("resumed", False),
+        **_seconds(made),
         "share_of_training": made["share_of_training"],
-        **_measured(asked and _log(cells, contestant.name, split), references, cells.design.seed),
+        **_measured(rows, references, cells.design.seed),
         "attacked": attacked and {
             name: mean_of(values, cells.design.seed) for name, values in attacked["per_question"].items()
         },
     }  # fmt: skip
+
+
+def _seconds(made: Json) -> Json:
+    """Return what a model took, or None where it was cut short and resumed."""
+    whole = not made.get("resumed")
+    return {name: made.get(name) if whole else None for name in ("seconds", "core_seconds")}
 
 
 def _state(contestant: Contestant) -> str:
@@ -227,7 +232,7 @@ def _equality(cells: Cells, contestant: Contestant) -> Json | None:
         "equal": made["equal"],
         "digest": digest_of(made["adapters"]),
         "layout": contestant.layout.name if contestant.layout else None,
-        "core_seconds": made["core_seconds"],
+        **_seconds(made),
         "share_of_training": made["record_epochs"] / _trained(cells, contestant)["record_epochs"],
     }
 
@@ -267,7 +272,7 @@ def table(found: Json, split: ForgetSplit = "forget10") -> Iterator[str]:
     )  # fmt: skip
     lines = [_cells(name, some) for name, some in groups(found, split)]
     lines += [_equal_cells(each, len(header)) for each in found["equal"] if each["split"] == split]
-    yield from _lines(header, lines)
+    yield from _lines(header, lines) if lines else ["No model is finished yet."]
 
 
 def _equal_cells(row: Json, num: int) -> list[str]:
@@ -275,7 +280,31 @@ def _equal_cells(row: Json, num: int) -> list[str]:
     of = f"{row['adapters_equal']} of {row['adapters']} adapters equal those after the deletion"
     rest = ["-"] * (num - 4)
     name = f"ours, {row['layout']}, trained without ({of})"
-    return [name, "1", *rest, f"{row['core_seconds']:.0f}", f"{row['share_of_training']:.1%}"]
+    seconds = "-" if row["core_seconds"] is None else f"{row['core_seconds']:.0f}"
+    return [name, "1", *rest, seconds, f"{row['share_of_training']:.1%}"]
+
+
+def trials_table(found: Json) -> Iterator[str]:
+    """Yield the trials of rates and batches; the best of each is in bold."""
+    lines = []
+    for name, tried in found["tried"].items():
+        best = (tried["learning_rate"], tried["batch"])
+        for each in tried["trials"]:
+            score = f"{each['score']:.3f}"
+            bold = (each["learning_rate"], each["batch"]) == best
+            lines.append(
+                (
+                    f"ours, {name}" if name != "lora" else "ordinary LoRA",
+                    f"{each['learning_rate']:g}",
+                    str(each["batch"]),
+                    f"{each['retain']:.3f} ({each['num_retain']})",
+                    f"{each['facts']:.3f} ({each['num_facts']})" if each["num_facts"] else "-",
+                    f"**{score}**" if bold else score,
+                    f"{each['core_seconds']:.0f}",
+                )
+            )
+    header = ("model", "rate", "batch", "answers (n)", "facts (n)", "harmonic mean", "core-seconds")
+    yield from _lines(header, lines)
 
 
 def nine_table(found: Json, split: ForgetSplit = "forget10") -> Iterator[str]:

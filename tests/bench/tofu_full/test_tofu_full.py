@@ -11,7 +11,7 @@ import pytest
 from sisa.core.errors import ConfigConflict
 from tests.bench.leaderboard.fake_cells import write_authors
 from tests.bench.tofu_full.__main__ import main
-from tests.bench.tofu_full.table import table
+from tests.bench.tofu_full.table import table, trials_table
 from tests.models.tiny_base import make_tiny_base
 
 pytestmark = [pytest.mark.torch, pytest.mark.slow]
@@ -97,6 +97,9 @@ def test_assembly_reads_what_cells_wrote(bench: Bench, ran: dict[str, Any]) -> N
     assert "1x4-key0.made" not in ran["missing"]
     assert "Surely" not in json.dumps(ran)
     assert (bench.out / "tofu_full.png").read_bytes().startswith(b"\x89PNG")
+    trials = list(trials_table(ran))
+    assert [line.split(" | ")[0] for line in trials[2:]] == ["| ours, 1x4", "| ordinary LoRA"]
+    assert all("**" in line for line in trials[2:])  # of one trial it is the best
     lines = list(table(ran))
     assert len(lines) == 2 + 6
     assert any(line.startswith("| ours, 1x4, before | 1 | - / - | - |") for line in lines)
